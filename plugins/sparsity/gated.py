@@ -1,0 +1,61 @@
+"""Separate what fires from how strongly, so that the penalty does not shrink the codes.
+
+    π = h + b_gate       f = 1[π > 0] · ReLU(h · exp(r_mag) + b_mag)
+    L = ‖x − x̂‖² + λ · Σ_i ReLU(π_i) + ‖x − x̂_gate‖²
+
+with h = (x − b_dec) W_enc and x̂_gate = ReLU(π) W_dec + b_dec, in which W_dec and b_dec are held constant. Decoder rows
+are unit vectors: were they free, the penalty could be evaded by small rows and large r_mag.
+"""
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from saelens_lite.codes import SparseCodes
+from saelens_lite.sparsity import PublishedForm, RuleConfig, Sparsity, Step, Support, normalise_decoder_, support_of_mask
+
+
+class Gated(Sparsity):
+    """A gate chooses the latents; a rescaled, shifted copy of the same pre-activation gives the magnitude."""
+
+    paper = "Rajamanoharan et al. 2024, Improving dictionary learning with gated sparse autoencoders, arXiv:2404.16014"
+    encoder_bias = False
+
+    class Config(RuleConfig):
+        coefficient: float = Field(5.0, ge=0, description="λ, for activations of norm sqrt(d_in).")
+
+    config: Config
+
+    def __init__(self, config: Config, *, d_in: int, d_sae: int):
+        super().__init__(config, d_in=d_in, d_sae=d_sae)
+        self.b_gate = nn.Parameter(torch.zeros(d_sae))
+        self.r_mag = nn.Parameter(torch.zeros(d_sae))
+        self.b_mag = nn.Parameter(torch.zeros(d_sae))
+
+    def activation(self, pre):
+        return (pre + self.b_gate > 0) * (pre * self.r_mag.exp() + self.b_mag).relu()
+
+    def support(self, pre) -> Support:
+        return support_of_mask(pre + self.b_gate > 0)
+
+    def values(self, pre, latent):
+        return (pre * self.r_mag.exp()[latent] + self.b_mag[latent]).relu()
+
+    def losses(self, step: Step):
+        latent = step.codes.latent
+        gate = (step.pre_at(step.codes.support) + self.b_gate[latent]).relu()
+        x_gate = step.decode(step.codes._replace(value=gate), frozen=True) + step.bias(frozen=True)
+        return {
+            "gate_l1": step.warmup * self.config.coefficient * gate.sum() / len(step.x),
+            "gate_error": (step.x - x_gate).square().sum(1).mean(),
+        }
+
+    def after_step(self, dictionary) -> None:
+        normalise_decoder_(dictionary)
+
+    def rescale_(self, scale) -> None:
+        self.b_gate.data.mul_(scale)
+        self.b_mag.data.mul_(scale)
+
+    def inference_form(self) -> PublishedForm:
+        return PublishedForm("gated", {"b_gate": self.b_gate, "r_mag": self.r_mag, "b_mag": self.b_mag})

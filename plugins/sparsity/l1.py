@@ -1,0 +1,44 @@
+"""ReLU with a p-norm penalty on the codes, weighted by decoder norms.
+
+    f = ReLU(h)          L = ‖x − x̂‖² + λ · Σ_i f_i^p · ‖W_dec[i]‖^p
+
+p = 1 is the usual L1 penalty; p < 1 comes closer to counting latents. Weighting by the decoder norm removes the
+incentive to shrink codes and grow directions, so the norms need no constraint.
+"""
+
+from pydantic import Field
+
+from saelens_lite.sparsity import PublishedForm, RuleConfig, Sparsity, Step, Support, support_of_mask
+
+
+class L1(Sparsity):
+    """ReLU codes, penalised by λ Σ f^p ‖W_dec‖^p."""
+
+    paper = "Bricken et al. 2023, Towards Monosemanticity; decoder-norm weighting: Conerly et al. 2024, April update"
+
+    class Config(RuleConfig):
+        coefficient: float = Field(5.0, ge=0, description="λ, for activations of norm sqrt(d_in).")
+        p: float = Field(1.0, gt=0, le=2, description="Exponent of the penalty.")
+
+    config: Config
+
+    def activation(self, pre):
+        return pre.relu()
+
+    def support(self, pre) -> Support:
+        return support_of_mask(pre > 0)
+
+    def values(self, pre, latent):
+        return pre
+
+    def losses(self, step: Step):
+        weighted = step.codes.value * step.decoder_norms[step.codes.latent]
+        if self.config.p != 1:
+            weighted = weighted.pow(self.config.p)
+        return {"l1": step.warmup * self.config.coefficient * weighted.sum() / len(step.x)}
+
+    def initial_decoder_norm(self) -> float:
+        return 0.1
+
+    def inference_form(self) -> PublishedForm:
+        return PublishedForm("standard")

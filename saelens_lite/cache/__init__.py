@@ -1,0 +1,334 @@
+"""Activations as training data: captured once into a folder, read back as shuffled batches.
+
+A cache folder holds manifest.json and shard-00000.safetensors …; each shard has one tensor [n d_in] a hook, and the
+token ids [n] the activations belong to. The folder appears when it is complete.
+"""
+
+import hashlib
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saelens_lite.dictionary import DTYPES, Origin, read_tensors
+from saelens_lite.errors import ConfigError, CorruptFileError, HookError, NonFiniteError, ShapeError, near_matches
+from saelens_lite.files import new_folder, read_json, write_json
+from saelens_lite.model import LanguageModel
+from saelens_lite.progress import progress_bar
+from saelens_lite.tokens import Text, TokenRows, text_hash, token_rows
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+log = logging.getLogger(__name__)
+
+
+class Statistics(NamedTuple):
+    """Mean activation and root mean square norm, over all activations of a hook."""
+
+    mean: Float[Tensor, " d_in"]
+    rms_norm: float
+
+
+class Source(Protocol):
+    """Where training gets its activations."""
+
+    @property
+    def hooks(self) -> Sequence[str]: ...
+
+    @property
+    def n_tokens(self) -> int: ...
+
+    def d_in(self, hook: str) -> int: ...
+
+    def statistics(self, hook: str) -> Statistics: ...
+
+    def origin(self, hook: str) -> Origin: ...
+
+    def batches(self, hooks: Sequence[str], batch_size: int, seed: int) -> Iterator[dict[str, Float[Tensor, "batch d_in"]]]:
+        """Shuffled batches, epoch after epoch without end."""
+        ...
+
+
+class _Moments:
+    """Running Σx and Σ‖x‖² in float64."""
+
+    def __init__(self, d_in: int):
+        self.n, self.total, self.square = 0, torch.zeros(d_in, dtype=torch.float64), 0.0
+
+    def add(self, x: Float[Tensor, "n d_in"]) -> None:
+        x = x.double()
+        self.n += len(x)
+        self.total += x.sum(0).cpu()
+        self.square += float(x.square().sum())
+
+    def statistics(self) -> Statistics:
+        return Statistics((self.total / self.n).float(), (self.square / self.n) ** 0.5)
+
+
+class TensorSource:
+    """Activations already in memory: x [n d_in]."""
+
+    def __init__(self, x: Float[Tensor, "n d_in"], hook: str = "x", origin: Origin | None = None):
+        if x.ndim != 2 or not len(x):
+            raise ShapeError(f"x has shape {tuple(x.shape)}; expected [n d_in] with at least one row")
+        if not x.is_floating_point():
+            raise ShapeError(f"x holds {x.dtype}; expected floating-point numbers")
+        self.x = x.detach()
+        self.hooks: Sequence[str] = (hook,)
+        self.n_tokens = len(x)
+        self._origin = origin or Origin(excluded_positions=())
+
+    def d_in(self, hook: str) -> int:
+        """Width of the activations."""
+        return self.x.shape[1]
+
+    def statistics(self, hook: str) -> Statistics:
+        """Mean and root mean square norm."""
+        moments = _Moments(self.x.shape[1])
+        for piece in self.x.split(65_536):
+            moments.add(piece)
+        return moments.statistics()
+
+    def origin(self, hook: str) -> Origin:
+        """Where they come from, as far as the caller said."""
+        return self._origin
+
+    def batches(self, hooks: Sequence[str], batch_size: int, seed: int) -> Iterator[dict[str, Float[Tensor, "batch d_in"]]]:
+        """Shuffled batches, epoch after epoch without end."""
+        return _batches([lambda: dict.fromkeys(hooks, self.x)], 1, batch_size, seed)
+
+
+class ActivationCache:
+    """A folder of captured activations."""
+
+    SHARDS_MIXED = 8  # shards held in memory together, within which rows are shuffled
+
+    def __init__(self, path: Path, manifest: dict):
+        self.path, self.manifest = path, manifest
+        self._checked: set[str] = set()
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """The cache in a folder.
+
+        Raises:
+            CorruptFileError: the manifest is missing or damaged, or a shard is missing or has another size than it says.
+        """
+        path = Path(path)
+        manifest = read_json(path / MANIFEST)
+        if manifest.get("format") != FORMAT:
+            raise CorruptFileError(f"{path / MANIFEST}: format {manifest.get('format')!r}, this version reads {FORMAT}")
+        self = cls(path, manifest)
+        try:
+            for shard in manifest["shards"]:
+                file = path / shard["file"]
+                size = file.stat().st_size if file.is_file() else None
+                if size != shard["bytes"]:
+                    raise CorruptFileError(f"{file}: expected {shard['bytes']:,} bytes, found {size}; capture again")
+            _ = self.hooks, self.n_tokens, [self.statistics(h) for h in self.hooks], [self.origin(h) for h in self.hooks]
+        except (KeyError, TypeError, ValueError, ConfigError) as error:
+            raise CorruptFileError(f"{path / MANIFEST} is damaged: {type(error).__name__}: {error}") from None
+        return self
+
+    @property
+    def hooks(self) -> Sequence[str]:
+        """Hook names."""
+        return tuple(self.manifest["hooks"])
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of activations of each hook."""
+        return sum(shard["n_tokens"] for shard in self.manifest["shards"])
+
+    def d_in(self, hook: str) -> int:
+        """Width of the activations at a hook; HookError when it was not captured."""
+        return self._hook(hook)["d_in"]
+
+    def statistics(self, hook: str) -> Statistics:
+        """Mean and root mean square norm of the activations at a hook."""
+        entry = self._hook(hook)
+        return Statistics(torch.tensor(entry["mean"], dtype=torch.float32), float(entry["rms_norm"]))
+
+    def origin(self, hook: str) -> Origin:
+        """Model, hook and text the activations come from."""
+        self._hook(hook)
+        return Origin(**{**self.manifest["origin"], "hook": hook})
+
+    def _hook(self, hook: str) -> dict:
+        if hook not in self.manifest["hooks"]:
+            known = list(self.manifest["hooks"])
+            raise HookError(f"{self.path} has no activations of {hook!r}{near_matches(hook, known) or '; it has ' + ', '.join(known)}")
+        return self.manifest["hooks"][hook]
+
+    def read_shard(self, number: int) -> dict[str, Tensor]:
+        """The tensors of one shard: a hook each, and "tokens"; its checksum is verified the first time.
+
+        Raises:
+            CorruptFileError: truncated, damaged, or other contents than the manifest says.
+        """
+        shard = self.manifest["shards"][number]
+        file = self.path / shard["file"]
+        if shard["file"] not in self._checked:
+            if not file.is_file() or _sha256(file) != shard["sha256"]:
+                raise CorruptFileError(f"{file} is missing or its contents do not match the checksum in {MANIFEST}; capture again")
+            self._checked.add(shard["file"])
+        return read_tensors(file)
+
+    def batches(self, hooks: Sequence[str], batch_size: int, seed: int) -> Iterator[dict[str, Float[Tensor, "batch d_in"]]]:
+        """Shuffled batches, epoch after epoch without end; the same seed gives the same batches.
+
+        Each epoch draws a new order of the shards; SHARDS_MIXED of them at a time are held in memory and their rows
+        shuffled together.
+        """
+        for hook in hooks:
+            self._hook(hook)
+
+        def reader(number: int):
+            return lambda: {hook: self.read_shard(number)[hook] for hook in hooks}
+
+        shards = [reader(i) for i in range(len(self.manifest["shards"]))]
+        return _batches(shards, self.SHARDS_MIXED, batch_size, seed)
+
+    def __repr__(self) -> str:
+        hooks = ", ".join(f"{hook} [{self.d_in(hook)}]" for hook in self.hooks)
+        return f"ActivationCache({str(self.path)!r}, {self.n_tokens:,} tokens, {hooks}, {self.manifest['dtype']})"
+
+
+def _batches(
+    shards: Sequence[Callable[[], dict[str, Tensor]]], mixed: int, batch_size: int, seed: int
+) -> Iterator[dict[str, Float[Tensor, "batch d_in"]]]:
+    """Batches of exactly `batch_size` rows: shards in random order, `mixed` of them shuffled together; a remainder goes
+    to the front of the next group, across epochs too."""
+    left: dict[str, Tensor] = {}
+    for epoch in itertools.count():
+        generator = torch.Generator().manual_seed((seed << 32) + epoch)
+        order = torch.randperm(len(shards), generator=generator).tolist()
+        for start in range(0, len(order), mixed):
+            group = [shards[i]() for i in order[start : start + mixed]]
+            n = sum(len(next(iter(shard.values()))) for shard in group)
+            permutation = torch.randperm(n, generator=generator)
+            pool = {hook: torch.cat([shard[hook] for shard in group]) for hook in group[0]}
+            n_left = len(next(iter(left.values()))) if left else 0
+            fetched = 0
+            while n_left + n - fetched >= batch_size:
+                rows = permutation[fetched : fetched + batch_size - n_left]
+                batch = {hook: x[rows] for hook, x in pool.items()}
+                yield {hook: torch.cat([left[hook], x]) for hook, x in batch.items()} if n_left else batch
+                fetched, left, n_left = fetched + len(rows), {}, 0
+            rest = {hook: x[permutation[fetched:]] for hook, x in pool.items()}
+            left = {hook: torch.cat([left[hook], x]) for hook, x in rest.items()} if left else rest
+
+
+def capture(
+    lm: LanguageModel,
+    text: Text | TokenRows,
+    hooks: Sequence[str] | str,
+    out: str | Path,
+    *,
+    n_tokens: int | None = None,
+    n_ctx: int | None = None,
+    prepend_bos: bool = True,
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16",
+    batch_tokens: int = 8192,
+    shard_tokens: int = 65_536,
+    text_name: str | None = None,
+    exists: Literal["error", "overwrite"] = "error",
+) -> ActivationCache:
+    """Activations of a text at hooks, written to a cache folder, which appears when it is complete.
+
+    The model runs once over the text, up to the deepest hook, `batch_tokens` tokens at a time. BOS and padding are not
+    stored, nor position 0. Activations are stored as `dtype` and computed in the model's.
+
+    Raises:
+        HookError, TextError, ConfigError: an unknown hook, no text, settings that do not fit the model.
+        OutputExistsError: `out` holds something and `exists` is "error".
+        NonFiniteError: the model produced NaN or infinity, or numbers too large for `dtype`.
+    """
+    from safetensors.torch import save_file
+
+    names = [hooks] if isinstance(hooks, str) else list(dict.fromkeys(hooks))
+    for name in names:
+        lm.hook_point(name)
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype = {dtype!r}; expected float16, bfloat16 or float32")
+    rows = text if isinstance(text, TokenRows) else token_rows(lm, text, n_ctx=n_ctx, n_tokens=n_tokens, prepend_bos=prepend_bos)
+    order = torch.randperm(len(rows.tokens), generator=torch.Generator().manual_seed(0))  # neighbours in a shard differ
+    per_batch = max(1, batch_tokens // rows.tokens.shape[1])
+    moments: dict[str, _Moments] = {}
+    shards: list[dict] = []
+    pending: list[dict[str, Tensor]] = []
+
+    with new_folder(Path(out), exists) as folder, progress_bar("capture", rows.n_kept) as advance:
+
+        def write_shard(tensors: dict[str, Tensor]) -> None:
+            file = folder / f"shard-{len(shards):05d}.safetensors"
+            save_file(tensors, file)
+            shards.append(
+                {"file": file.name, "n_tokens": len(tensors["tokens"]), "bytes": file.stat().st_size, "sha256": _sha256(file)}
+            )
+
+        def write_pending(at_least: int) -> None:
+            nonlocal pending
+            n = sum(len(piece["tokens"]) for piece in pending)
+            if n < at_least:
+                return
+            whole = {key: torch.cat([piece[key] for piece in pending]) for key in pending[0]}
+            stops = list(range(shard_tokens, n + 1, shard_tokens))
+            for stop in stops:
+                write_shard({key: x[stop - shard_tokens : stop].contiguous() for key, x in whole.items()})
+            rest = n - (stops[-1] if stops else 0)
+            pending = [{key: x[n - rest :] for key, x in whole.items()}] if rest else []
+
+        for start in range(0, len(order), per_batch):
+            batch = rows.take(order[start : start + per_batch])
+            acts = lm.run(batch.tokens, names)
+            piece = {"tokens": batch.tokens[batch.keep].to(torch.int32)}
+            for name in names:
+                x = acts[name][batch.keep.to(lm.device)]
+                moments.setdefault(name, _Moments(x.shape[1])).add(x)
+                piece[name] = x.to(DTYPES[dtype]).cpu()
+                if not torch.isfinite(piece[name]).all():
+                    raise NonFiniteError(
+                        f"{name}: NaN, infinity or a number too large for {dtype} (largest {x.abs().max():.3g}); "
+                        f"store float32 or look at the model"
+                    )
+            pending.append(piece)
+            write_pending(shard_tokens)
+            advance(len(piece["tokens"]), "")
+        if pending:
+            write_shard({key: torch.cat([piece[key] for piece in pending]).contiguous() for key in pending[0]})
+        statistics = {name: moments[name].statistics() for name in names}
+        write_json(
+            folder / MANIFEST,
+            {
+                "format": FORMAT,
+                "origin": Origin(
+                    model=lm.name,
+                    revision=lm.revision,
+                    model_class=type(lm.module).__name__,
+                    n_ctx=rows.tokens.shape[1],
+                    prepend_bos=prepend_bos,
+                    text=text_name or (text.name if isinstance(text, Path) else None),
+                ).model_dump(exclude={"hook"}),
+                "dtype": dtype,
+                "text_sha256": text_hash(rows),
+                "n_rows": len(rows.tokens),
+                "hooks": {
+                    name: {"d_in": len(s.mean), "rms_norm": s.rms_norm, "mean": s.mean.tolist()} for name, s in statistics.items()
+                },
+                "shards": shards,
+            },
+        )
+    cache = ActivationCache.open(out)
+    log.info("captured %s", cache)
+    return cache
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,124 @@
+"""SparseCodes: which latents fire for each activation, and how strongly."""
+
+from typing import NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from saelens_lite.errors import ShapeError
+
+
+class Support(NamedTuple):
+    """The (row, latent) pairs that fire, in compressed rows: row r owns latent[crow[r]:crow[r+1]]."""
+
+    crow: Int[Tensor, " rows_plus_1"]
+    latent: Int[Tensor, " nnz"]
+
+    @property
+    def row(self) -> Int[Tensor, " nnz"]:
+        """The row of each pair."""
+        counts = self.crow.diff()
+        return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts, output_size=len(self.latent))
+
+
+def support_of_mask(mask: Bool[Tensor, "batch d_sae"]) -> Support:
+    """The pairs at which `mask` is true, latents ascending within a row."""
+    row, latent = mask.nonzero(as_tuple=True)
+    return Support(_pointers(torch.bincount(row, minlength=len(mask))), latent)
+
+
+def support_of_indices(latent: Int[Tensor, "batch k"]) -> Support:
+    """The pairs of a table with the same number of latents in each row."""
+    n, k = latent.shape
+    return Support(torch.arange(0, n * k + 1, k, device=latent.device) if k else latent.new_zeros(n + 1), latent.flatten())
+
+
+def _pointers(counts: Int[Tensor, " rows"]) -> Int[Tensor, " rows_plus_1"]:
+    return F.pad(counts.cumsum(0), (1, 0))
+
+
+class SparseCodes(NamedTuple):
+    """Codes of any number of activations, zeros left out (a stored zero is allowed and counts as not firing).
+
+    `shape` is the leading shape of the activations they came from; rows run over it in C order.
+    """
+
+    crow: Int[Tensor, " rows_plus_1"]
+    latent: Int[Tensor, " nnz"]
+    value: Float[Tensor, " nnz"]
+    d_sae: int
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, support: Support, value: Float[Tensor, " nnz"], d_sae: int, shape: tuple[int, ...] | None = None) -> Self:
+        """Codes with `value` at `support`."""
+        return cls(support.crow, support.latent, value, d_sae, (len(support.crow) - 1,) if shape is None else shape)
+
+    @classmethod
+    def from_dense(cls, acts: Float[Tensor, "*shape d_sae"]) -> Self:
+        """Codes of the non-zero entries of `acts`; differentiable in them."""
+        flat = acts.reshape(-1, acts.shape[-1])
+        support = support_of_mask(flat != 0)
+        return cls.of(support, flat[support.row, support.latent], acts.shape[-1], tuple(acts.shape[:-1]))
+
+    @property
+    def support(self) -> Support:
+        """The (row, latent) pairs."""
+        return Support(self.crow, self.latent)
+
+    @property
+    def row(self) -> Int[Tensor, " nnz"]:
+        """The row of each entry."""
+        return self.support.row
+
+    @property
+    def n_rows(self) -> int:
+        """Number of activations coded."""
+        return len(self.crow) - 1
+
+    @property
+    def l0(self) -> Int[Tensor, "*shape"]:
+        """Number of latents that fire for each activation."""
+        fires = F.pad((self.value != 0).long().cumsum(0), (1, 0))
+        return fires[self.crow].diff().reshape(self.shape)
+
+    def to_dense(self) -> Float[Tensor, "*shape d_sae"]:
+        """The same codes as a dense tensor; differentiable."""
+        flat = self.value.new_zeros(self.n_rows * self.d_sae)
+        return flat.index_put((self.row * self.d_sae + self.latent,), self.value).reshape(*self.shape, self.d_sae)
+
+    def decode(self, W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "*shape d_in"]:
+        """Σ value · W_dec[latent] for each activation, without bias; differentiable."""
+        if W_dec.shape[0] != self.d_sae:
+            raise ShapeError(f"codes over {self.d_sae} latents cannot be decoded by a W_dec of shape {tuple(W_dec.shape)}")
+        if not len(self.value):  # embedding_bag refuses an empty bag list
+            return W_dec.new_zeros(*self.shape, W_dec.shape[1])
+        bags = F.embedding_bag(self.latent, W_dec, self.crow, mode="sum", per_sample_weights=self.value, include_last_offset=True)
+        return bags.reshape(*self.shape, W_dec.shape[1])
+
+    def without_zeros(self) -> Self:
+        """The same codes with stored zeros dropped."""
+        keep = self.value != 0
+        if bool(keep.all()):
+            return self
+        crow = F.pad(keep.long().cumsum(0), (1, 0))[self.crow]
+        return self._replace(crow=crow, latent=self.latent[keep], value=self.value[keep])
+
+    def rows(self, start: int, stop: int) -> Self:
+        """The codes of rows start … stop − 1, as a flat batch."""
+        crow = self.crow[start : stop + 1]
+        piece = slice(int(crow[0]), int(crow[-1]))
+        return self._replace(
+            crow=crow - crow[0], latent=self.latent[piece], value=self.value[piece], shape=(len(crow) - 1,)
+        )
+
+    def to(self, *args, **kwargs) -> Self:
+        """Moved to a device, values cast to a dtype, as in torch.Tensor.to."""
+        value = self.value.to(*args, **kwargs)
+        return self._replace(crow=self.crow.to(value.device), latent=self.latent.to(value.device), value=value)
+
+    def detach(self) -> Self:
+        """The same codes without gradient."""
+        return self._replace(value=self.value.detach())

@@ -1,0 +1,99 @@
+"""Frozen, validated settings: what a user may ask for, with a sentence on each field.
+
+A settings object is data: no I/O, no ids, no devices. An unknown key is an error that names the nearest known one.
+"""
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from saelens_lite.errors import ConfigError, near_matches
+
+
+class FrozenConfig(BaseModel):
+    """Base of all settings: immutable, no unknown keys, `ConfigError` with a one-line reason on bad values."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+    def __init__(self, **values: Any):
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_explain(type(self), error)) from None
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed, validated like a new one."""
+        return type(self)(**{**self.model_dump(), **changes})
+
+
+def _explain(config: type[BaseModel], error: ValidationError) -> str:
+    """One line for a validation error: each offending key, what was found and what would do."""
+    lines = []
+    for item in error.errors(include_url=False):
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"unknown key {key!r}{near_matches(key, config.model_fields)}")
+        elif item["type"] == "missing":
+            lines.append(f"{key!r} is required")
+        else:
+            lines.append(f"{key} = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")
+    return f"{config.__qualname__.replace('.Config', '')}: {'; '.join(lines)}"
+
+
+class TrainConfig(FrozenConfig):
+    """One dictionary to train. Horizons are counted in tokens."""
+
+    hook: str | None = Field(None, description="Hook to read activations from; may be left out when there is only one.")
+    sparsity: str = Field("topk", description="Sparsity rule: the name of a plugin (see `saelens-lite plugins`).")
+    options: dict[str, Any] = Field({}, description="Options of the sparsity rule, e.g. --options.k 32.")
+    d_sae: int = Field(2048, gt=0, description="Number of latents.")
+    n_tokens: int = Field(1_000_000, gt=0, description="Activations to train on; the data is read again when it is shorter.")
+    batch_size: int = Field(2048, gt=0, description="Activations per optimiser step.")
+    lr: float | None = Field(
+        None, gt=0, description="Peak learning rate of Adam; default 2e-4 / sqrt(d_sae / 16384), as for top-k in Gao et al. 2024."
+    )
+    betas: tuple[float, float] = Field((0.9, 0.999), description="Decay rates of Adam's first and second moment.")
+    warmup: float = Field(0.02, ge=0, le=1, description="Share of the tokens over which the learning rate rises linearly.")
+    decay: float = Field(0.2, ge=0, le=1, description="Share of the tokens, at the end, over which it falls linearly to zero.")
+    sparsity_warmup: float = Field(0.1, ge=0, le=1, description="Share of the tokens over which sparsity penalties rise linearly.")
+    clip_grad_norm: float | None = Field(1.0, gt=0, description="Largest norm of the whole gradient; none: no clipping.")
+    normalize: Literal["sqrt_d", "none"] = Field(
+        "sqrt_d", description="Scale activations to a root mean square norm of sqrt(d_in) while training; folded in when saved."
+    )
+    dead_after: int = Field(200_000, gt=0, description="Tokens without firing after which a latent counts as dead.")
+    seed: int = Field(0, ge=0, description="Seed of the initial parameters and of the order of the data.")
+    log_every: int = Field(65_536, gt=0, description="Tokens between two lines of log.jsonl.")
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after warm-up."""
+        return self.lr if self.lr is not None else 2e-4 / (self.d_sae / 2**14) ** 0.5
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Raises:
+        ConfigError: the file is missing or is not TOML.
+    """
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such settings file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not a TOML file: {error}") from None
+
+
+def train_configs(tables: dict[str, Any]) -> list[TrainConfig]:
+    """The dictionaries a settings file asks for: shared keys at the top, one `[[dictionary]]` table each.
+
+    Without any `[[dictionary]]` the top-level keys describe the only one.
+    """
+    shared = {key: value for key, value in tables.items() if key != "dictionary"}
+    options = shared.pop("options", {})
+    return [
+        TrainConfig(**{**shared, **table, "options": {**options, **table.get("options", {})}})
+        for table in tables.get("dictionary", [{}])
+    ]

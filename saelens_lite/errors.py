@@ -1,0 +1,71 @@
+"""The exceptions of saelens_lite, and the near matches their messages offer.
+
+SaelensLiteError                 everything this library raises on purpose
+├── UserError                    the request cannot be carried out as asked
+│   ├── ConfigError              unknown key, value out of range, options that contradict each other
+│   ├── ModelNotFoundError       no such model here, or no network to fetch it
+│   ├── HookError                the model has no hook of that name
+│   ├── TextError                no text, or nothing left of it after tokenising
+│   ├── ShapeError               a tensor whose shape does not fit
+│   ├── PluginError              a plugin that is unknown, broken, or claimed twice
+│   ├── OutputExistsError        the output is already there
+│   └── CorruptFileError         a file that is damaged, truncated or not what it claims to be
+└── NonFiniteError               NaN or infinity where numbers were expected
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class SaelensLiteError(Exception):
+    """Base of all errors raised on purpose. `exit_code` is what the command line returns for it."""
+
+    exit_code = 1
+
+
+class UserError(SaelensLiteError):
+    """The request cannot be carried out as asked."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """An unknown key, a value out of range, or options that contradict each other."""
+
+
+class ModelNotFoundError(UserError):
+    """The model is neither embedded, nor a local folder, nor reachable on the Hub."""
+
+
+class HookError(UserError):
+    """The model has no hook of that name."""
+
+
+class TextError(UserError):
+    """There is no text, or nothing is left of it after tokenising."""
+
+
+class ShapeError(UserError):
+    """A tensor has a shape that does not fit."""
+
+
+class PluginError(UserError):
+    """A plugin is unknown, cannot be imported, or its name is claimed twice."""
+
+
+class OutputExistsError(UserError):
+    """The output is already there and nobody said what to do with it."""
+
+
+class CorruptFileError(UserError):
+    """A file is damaged, truncated or not what it claims to be."""
+
+
+class NonFiniteError(SaelensLiteError):
+    """NaN or infinity where finite numbers were expected."""
+
+
+def near_matches(asked: str, names: Iterable[str], most: int = 3) -> str:
+    """«; did you mean a, b?», or an empty string when nothing comes close."""
+    close = difflib.get_close_matches(asked, list(names), n=most, cutoff=0.6)
+    return f"; did you mean {', '.join(close)}?" if close else ""

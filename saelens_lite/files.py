@@ -1,0 +1,89 @@
+"""Writing so that a reader never meets half a file: temporary name, fsync, rename."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from saelens_lite.errors import ConfigError, CorruptFileError, OutputExistsError
+
+MAX_JSON_BYTES = 64 << 20
+
+
+def write_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary neighbour, then put it in place of `path` in one step."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Put `text` in the file in one step."""
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Put `value` in the file as indented JSON in one step; NaN and infinity are refused."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CorruptFileError: the file is missing, too large, not JSON, or not an object.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CorruptFileError(f"{path}: {path.stat().st_size:,} bytes is too large for a settings file")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CorruptFileError(f"{path} is missing; is {path.parent} the folder you meant?") from None
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CorruptFileError(f"{path} holds a {type(value).__name__}, not an object")
+    return value
+
+
+@contextmanager
+def new_folder(path: Path, exists: Literal["error", "overwrite"] = "error") -> Iterator[Path]:
+    """A fresh temporary folder that becomes `path` when the block ends well and vanishes when it does not.
+
+    Raises:
+        OutputExistsError: `path` holds something and `exists` is "error".
+        ConfigError: `exists` is neither "error" nor "overwrite".
+    """
+    refuse_existing(path, exists)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    temporary.chmod(0o755)
+    try:
+        yield temporary
+        if path.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+            os.replace(path, old / path.name)
+            os.replace(temporary, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_existing(path: Path, exists: str, choices: tuple[str, ...] = ("error", "overwrite")) -> None:
+    """Raise unless `path` is free, empty, or `exists` says what to do with it."""
+    if exists not in choices:
+        raise ConfigError(f"exists = {exists!r}; expected one of {', '.join(choices)}")
+    if exists == "error" and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        others = " or ".join(f"exists={choice!r}" for choice in choices[1:])
+        raise OutputExistsError(f"{path} already exists and is not empty; choose another place or say {others}")

@@ -1,0 +1,31 @@
+"""A progress bar with the time left, shown on a terminal or in a notebook and nowhere else."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def progress_bar(what: str, total: int, unit: str = "tokens") -> Iterator[Callable[[int, str], None]]:
+    """Within the block, `advance(n, note)` moves the bar by n units and shows a short note behind it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    shown = console.is_terminal or console.is_jupyter
+    with Progress(*columns, console=console, disable=not shown, transient=True) as bar:
+        task = bar.add_task(what, total=total, note="")
+
+        def advance(n: int, note: str = "") -> None:
+            bar.update(task, advance=n, note=note)
+
+        yield advance

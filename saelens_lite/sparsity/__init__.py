@@ -1,0 +1,131 @@
+"""The contract of a sparsity rule: what a plugin supplies, and what it is offered.
+
+A rule turns pre-activations h = (x − b_dec) W_enc + b_enc into codes and says what it adds to the reconstruction
+error. Everything else (parameters, training, saving, evaluation, feature views) is the same for all rules.
+The smallest useful rule is one method:
+
+    @register("relu")
+    class Relu(Sparsity):
+        def activation(self, pre):
+            return pre.relu()
+"""
+
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from saelens_lite.codes import SparseCodes, Support, support_of_indices, support_of_mask
+from saelens_lite.config import FrozenConfig
+from saelens_lite.sparsity.registry import load, names, plugins, register
+
+if TYPE_CHECKING:
+    from saelens_lite.dictionary import Dictionary
+
+__all__ = [
+    "PublishedForm",
+    "RuleConfig",
+    "Sparsity",
+    "Step",
+    "Support",
+    "load",
+    "names",
+    "plugins",
+    "register",
+    "support_of_indices",
+    "support_of_mask",
+]
+
+
+class RuleConfig(FrozenConfig):
+    """Base of a rule's settings; its defaults are the paper's."""
+
+
+class PublishedForm(NamedTuple):
+    """The architecture other tools know that computes the same codes: its name, extra tensors, extra settings."""
+
+    architecture: str
+    tensors: dict[str, Tensor] = {}
+    settings: dict[str, Any] = {}
+
+
+class Step(Protocol):
+    """What a rule may look at in one training step. Shapes: x [batch d_in], pre [batch d_sae], dead [d_sae]."""
+
+    x: Float[Tensor, "batch d_in"]
+    x_hat: Float[Tensor, "batch d_in"]
+    codes: SparseCodes
+    pre: Float[Tensor, "batch d_sae"]  # without gradient
+    dead: Bool[Tensor, " d_sae"]  # has not fired for the configured number of tokens
+    progress: float  # share of training done, 0 … 1
+    warmup: float  # factor for penalties: rises 0 → 1 over the sparsity warm-up
+
+    @property
+    def decoder_norms(self) -> Float[Tensor, " d_sae"]:
+        """‖W_dec[i]‖; differentiable."""
+        ...
+
+    def pre_at(self, support: Support) -> Float[Tensor, " nnz"]:
+        """Pre-activations at chosen pairs; differentiable."""
+        ...
+
+    def decode(self, codes: SparseCodes, frozen: bool = False) -> Float[Tensor, "batch d_in"]:
+        """Σ value · W_dec[latent], without bias; differentiable. frozen: no gradient reaches W_dec."""
+        ...
+
+    def bias(self, frozen: bool = False) -> Float[Tensor, " d_in"]:
+        """b_dec; frozen: without gradient."""
+        ...
+
+
+class Sparsity(nn.Module):
+    """Base of all rules. Parameters and buffers a rule registers are trained, saved and loaded with the dictionary."""
+
+    paper: ClassVar[str] = ""
+    encoder_bias: ClassVar[bool] = True  # False: the rule has biases of its own, h = (x − b_dec) W_enc
+    homogeneous: ClassVar[bool] = True  # scaling h_i (and the rule by `rescale_`) scales code i and changes no other
+    Config: ClassVar[type[RuleConfig]] = RuleConfig
+    plugin_name: ClassVar[str]  # set by the registry
+
+    def __init__(self, config: RuleConfig, *, d_in: int, d_sae: int):
+        super().__init__()
+        self.config = config
+        self.d_in, self.d_sae = d_in, d_sae
+
+    def activation(self, pre: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
+        """Codes of dense pre-activations. Enough on its own: the support is where it is not zero."""
+        raise NotImplementedError(f"{type(self).__name__} must define activation(pre)")
+
+    def support(self, pre: Float[Tensor, "batch d_sae"]) -> Support:
+        """The pairs that fire, chosen without gradient; may look at the whole batch."""
+        return support_of_mask(self.activation(pre) != 0)
+
+    def values(self, pre: Float[Tensor, " nnz"], latent: Int[Tensor, " nnz"]) -> Float[Tensor, " nnz"] | None:
+        """Codes at the support from the pre-activations there; differentiable. None: read them off `activation`."""
+        return None
+
+    def losses(self, step: Step) -> dict[str, Float[Tensor, ""]]:
+        """What the rule adds to the reconstruction error, by name; means over the batch."""
+        return {}
+
+    def after_step(self, dictionary: "Dictionary") -> None:
+        """Called without gradient after each optimiser step and once before the first."""
+
+    def initial_decoder_norm(self) -> float:
+        """‖W_dec[i]‖ before training."""
+        return 1.0
+
+    def rescale_(self, scale: Float[Tensor, " d_sae"]) -> None:
+        """Adapt the rule's own tensors to pre-activations multiplied by `scale` > 0, so that codes are multiplied too."""
+
+    def inference_form(self) -> PublishedForm | None:
+        """The published architecture with the same codes, or None when there is none."""
+        return None
+
+
+@torch.no_grad()
+def normalise_decoder_(dictionary: "Dictionary") -> None:
+    """Make every row of W_dec a unit vector, in place."""
+    weight = dictionary.W_dec.data
+    weight.div_(torch.linalg.vector_norm(weight, dim=1, keepdim=True).clamp_min_(torch.finfo(weight.dtype).tiny))

@@ -1,0 +1,67 @@
+"""The embedded corpus: text that every CPython carries.
+
+A package cannot assume a network, so the demonstration and the tests read the reference topics that `help()` shows
+(`pydoc_data.topics`) and the docstrings of the standard library, about 2 MB in all.
+"""
+
+import ast
+import hashlib
+import sysconfig
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+# Test suites, generated tables and vendored third-party code are not documentation.
+_LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "__pycache__", "pydoc_data", "_vendor"}
+
+
+class Document(NamedTuple):
+    """A named piece of text; documents never share a row's context."""
+
+    name: str
+    text: str
+
+
+def _docstrings(source: str) -> list[tuple[str, str]]:
+    """(qualified name, docstring) of a module and everything defined in it, in source order."""
+    found: list[tuple[str, str]] = []
+
+    def visit(node: ast.AST, path: str) -> None:
+        doc = ast.get_docstring(node)  # type: ignore[arg-type]
+        if doc:
+            found.append((path, doc))
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                visit(child, f"{path}.{child.name}".lstrip("."))
+
+    visit(ast.parse(source), "")
+    return found
+
+
+@cache
+def python_docs() -> tuple[Document, ...]:
+    """The help topics and the standard library's docstrings of the running CPython, sorted by name.
+
+    One document a topic and one a module (each docstring headed by the qualified name of what it documents).
+    """
+    from pydoc_data.topics import topics
+
+    documents = [Document(f"topic:{name}", text.strip()) for name, text in topics.items()]
+    root = Path(sysconfig.get_path("stdlib"))
+    for file in sorted(root.rglob("*.py")):
+        parts = file.relative_to(root).with_suffix("").parts
+        if _LEFT_OUT & set(parts):
+            continue
+        try:
+            pieces = _docstrings(file.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):  # a few files hold deliberately odd text
+            continue
+        text = "\n\n".join(f"{name}\n\n{doc}" if name else doc for name, doc in pieces).strip()
+        if text:
+            documents.append(Document(f"module:{'.'.join(parts)}", text))
+    return tuple(sorted(documents))
+
+
+def is_held_out(name: str, percent: int = 10) -> bool:
+    """Whether a document belongs to the held-out part: decided by a hash of its name, so it never moves."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 100 < percent
