@@ -3,6 +3,7 @@
 A settings object is data: no I/O, no ids, no devices. An unknown key is an error that names the nearest known one.
 """
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -63,7 +64,7 @@ class TrainConfig(FrozenConfig):
         "sqrt_d", description="Scale activations to a root mean square norm of sqrt(d_in) while training; folded in when saved."
     )
     dead_after: int = Field(200_000, gt=0, description="Tokens without firing after which a latent counts as dead.")
-    seed: int = Field(0, ge=0, description="Seed of the initial parameters and of the order of the data.")
+    seed: int = Field(0, ge=0, description="Seed of the initial parameters.")
     log_every: int = Field(65_536, gt=0, description="Tokens between two lines of log.jsonl.")
 
     @property
@@ -86,14 +87,29 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not a TOML file: {error}") from None
 
 
-def train_configs(tables: dict[str, Any]) -> list[TrainConfig]:
+def train_configs(tables: dict[str, Any], overrides: dict[str, Any] | None = None) -> list[TrainConfig]:
     """The dictionaries a settings file asks for: shared keys at the top, one `[[dictionary]]` table each.
 
-    Without any `[[dictionary]]` the top-level keys describe the only one.
+    Without any `[[dictionary]]` the top-level keys describe the only one. `overrides` win over both; `options` of the three
+    are merged key by key.
     """
     shared = {key: value for key, value in tables.items() if key != "dictionary"}
-    options = shared.pop("options", {})
+    layers = [[shared, table, overrides or {}] for table in tables.get("dictionary", [{}])]
     return [
-        TrainConfig(**{**shared, **table, "options": {**options, **table.get("options", {})}})
-        for table in tables.get("dictionary", [{}])
-    ]
+        TrainConfig(**{
+            **{key: value for layer in three for key, value in layer.items()},
+            "options": {key: value for layer in three for key, value in layer.get("options", {}).items()},
+        })
+        for three in layers
+    ]  # fmt: skip
+
+
+def parse_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Options from a command line, where every value is a string: JSON where it is JSON ("32", "0.5", "true"), else text."""
+    parsed = {}
+    for key, value in options.items():
+        try:
+            parsed[key] = json.loads(value) if isinstance(value, str) else value
+        except ValueError:
+            parsed[key] = value
+    return parsed

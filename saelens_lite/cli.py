@@ -1,0 +1,317 @@
+"""The command line: the library's nouns as verbs, over the same functions."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import App, CycloptsError, Parameter
+
+from saelens_lite.config import TrainConfig, read_toml, train_configs
+from saelens_lite.errors import SaelensLiteError, TextError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = App(
+    name="saelens-lite",
+    help="Hook a transformer, cache its residual stream, train sparse dictionaries, read them and publish them.",
+    help_format="plaintext",
+)
+app.meta.group_parameters = app.meta["--help"].group = "Global options"
+
+Exists = Literal["error", "overwrite"]
+
+
+@app.meta.default
+def _launch(
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    verbose: Annotated[bool, Parameter(negative="")] = False,
+    traceback: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Hook a transformer, cache its residual stream, train sparse dictionaries, read them and publish them.
+
+    Parameters
+    ----------
+    verbose
+        Log what the library does.
+    traceback
+        Show the whole traceback of an error.
+    """
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
+    command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
+    command(*bound.args, **bound.kwargs)
+
+
+def main() -> None:
+    """Run a command. Errors are one line on standard error: exit code 2 for the user's mistakes, 1 for the rest."""
+    wants_traceback = "--traceback" in sys.argv
+    try:
+        app.meta(exit_on_error=False, print_error=False)
+    except SaelensLiteError as error:
+        _fail(error, str(error), error.exit_code, wants_traceback)
+    except CycloptsError as error:
+        _fail(error, str(error), 2, wants_traceback)
+    except KeyboardInterrupt as error:
+        _fail(error, "interrupted", 130, wants_traceback)
+    except BrokenPipeError:
+        sys.exit(1)
+    except Exception as error:
+        _fail(error, f"{type(error).__name__}: {error} (add --traceback to see where)", 1, wants_traceback)
+
+
+def _fail(error: BaseException, message: str, code: int, wants_traceback: bool) -> None:
+    if wants_traceback:
+        raise error
+    print(f"saelens-lite: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True)
+
+
+def _text(source: str) -> Any:
+    """The documents `--text` names."""
+    from saelens_lite.tokens import is_held_out, python_docs
+
+    corpus, _, part = source.partition(":")
+    if corpus != "python-docs":
+        return Path(source)
+    if part not in ("", "train", "held-out"):
+        raise TextError(f"the embedded corpus has no part {part!r}; say python-docs, python-docs:train or python-docs:held-out")
+    return [d.text for d in python_docs() if not part or is_held_out(d.name) == (part == "held-out")]
+
+
+@app.command
+def demo(out: Path = Path("demo"), *, exists: Exists = "error") -> None:
+    """See everything once, on the embedded model, without a network.
+
+    Parameters
+    ----------
+    out
+        Folder for the results.
+    exists
+        What to do when the folder is not empty.
+    """
+    from saelens_lite.demo import demo as run_demo
+    from saelens_lite.evaluate import table
+
+    console = _console()
+    result = run_demo(out, exists=exists, say=console.print)
+    console.print(table(result.reports))
+    parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items())
+    console.print(f"{sum(result.seconds.values()):.0f} s: {parts}")
+    console.print(f"Features: open {result.folder / 'topk.html'} in a browser (also l1.html, gated.html)")
+    console.print(f"Ready for the Hub: {result.folder / 'runs'}/*/dictionary")
+
+
+@app.command
+def capture(
+    text: str,
+    *,
+    hooks: list[str],
+    model: str = "tiny",
+    out: Path = Path("cache"),
+    n_tokens: int | None = None,
+    n_ctx: int | None = None,
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16",
+    device: str | None = None,
+    exists: Exists = "error",
+) -> None:
+    """Run a model over text once and store activations.
+
+    Parameters
+    ----------
+    text
+        A .txt or .jsonl file, or "python-docs", "python-docs:train", "python-docs:held-out" for the embedded corpus.
+    hooks
+        transformer-lens hook names, e.g. blocks.2.hook_resid_pre.
+    model
+        "tiny", a Hugging Face Hub id, or a folder.
+    out
+        Folder for the cache.
+    n_tokens
+        Activations to store; default: all of the text.
+    n_ctx
+        Tokens in a row; default: the model's context.
+    dtype
+        How activations are stored.
+    device
+        Where the model runs, e.g. cuda.
+    exists
+        What to do when the folder is not empty.
+    """
+    import saelens_lite as sl
+
+    lm = sl.load_model(model, device=device)
+    cache = sl.capture(
+        lm, _text(text), hooks, out, n_tokens=n_tokens, n_ctx=n_ctx, dtype=dtype, exists=exists, text_name=Path(text).name
+    )
+    _console().print(str(cache), markup=False)
+
+
+@app.command
+def train(
+    cache: Path,
+    settings: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig(),  # noqa: B008 (frozen)
+    *,
+    config: Path | None = None,
+    out: Path = Path("runs/dictionary"),
+    data_seed: int = 0,
+    device: str = "cpu",
+    exists: Exists = "error",
+) -> None:
+    """Train one or several dictionaries on a cache.
+
+    Parameters
+    ----------
+    cache
+        Folder written by `capture`.
+    config
+        TOML file with the same settings, and a [[dictionary]] table for each of several; flags win over it.
+    out
+        Folder for the run.
+    data_seed
+        Seed of the order of the data.
+    device
+        Where to train, e.g. cuda.
+    exists
+        What to do when the folder is not empty.
+    """
+    import saelens_lite as sl
+    from saelens_lite.config import parse_options
+
+    flags = {name: getattr(settings, name) for name in settings.model_fields_set}
+    if "options" in flags:
+        flags["options"] = parse_options(flags["options"])
+    configs = train_configs(read_toml(config) if config else {}, flags)
+    for run in sl.train(sl.ActivationCache.open(cache), configs, out, data_seed=data_seed, device=device, exists=exists):
+        last = run.history[-1]
+        _console().print(f"{run.folder}/dictionary: {run.config.sparsity}, l0 {last['l0']:.1f}, fvu {last['fvu']:.4f}", markup=False)
+
+
+@app.command(name="eval")
+def evaluate(
+    dictionaries: list[Path],
+    *,
+    text: str = "python-docs:held-out",
+    model: str | None = None,
+    n_tokens: int = 100_000,
+    device: str | None = None,
+    json_out: Annotated[Path | None, Parameter(name="--json")] = None,
+) -> None:
+    """Measure dictionaries of one hook: sparsity, reconstruction, and what the model loses.
+
+    Parameters
+    ----------
+    dictionaries
+        Dictionary folders.
+    text
+        A .txt or .jsonl file, or "python-docs", "python-docs:train", "python-docs:held-out" for the embedded corpus.
+    model
+        The model; default: the one the dictionary was trained on.
+    n_tokens
+        Tokens to read.
+    device
+        Where to run, e.g. cuda.
+    json_out
+        File for the full reports.
+    """
+    import saelens_lite as sl
+    from saelens_lite.evaluate import table
+    from saelens_lite.files import write_json
+
+    loaded = [sl.Dictionary.load(path) for path in dictionaries]
+    lm = sl.load_model(model or loaded[0].origin.model or "tiny", device=device)
+    reports = sl.evaluate([d.to(lm.device) for d in loaded], lm, _text(text), n_tokens=n_tokens)
+    named = {str(path): report for path, report in zip(dictionaries, reports, strict=True)}
+    if json_out:
+        write_json(json_out, {path: report.to_dict() for path, report in named.items()})
+    _console().print(table(named))
+
+
+@app.command
+def features(
+    dictionary: Path,
+    *,
+    text: str = "python-docs:held-out",
+    model: str | None = None,
+    n_tokens: int | None = None,
+    out: Path | None = None,
+    html: Path = Path("features.html"),
+    exists: Exists = "error",
+) -> None:
+    """See what each latent responds to: one HTML file.
+
+    Parameters
+    ----------
+    dictionary
+        Dictionary folder.
+    text
+        A .txt or .jsonl file, or "python-docs", "python-docs:train", "python-docs:held-out" for the embedded corpus.
+    model
+        The model; default: the one the dictionary was trained on.
+    n_tokens
+        Tokens to read; default: all.
+    out
+        Folder for the collected data, to be loaded again.
+    html
+        The file to write.
+    exists
+        What to do when an output exists.
+    """
+    import saelens_lite as sl
+    from saelens_lite.files import refuse_existing
+
+    refuse_existing(html, exists)
+    loaded = sl.Dictionary.load(dictionary)
+    lm = sl.load_model(model or loaded.origin.model or "tiny")
+    store = sl.FeatureStore.build(loaded, lm, _text(text), n_tokens=n_tokens, out=out, exists=exists)
+    store.dashboard(html, exists=exists)
+    _console().print(f"{html}: {loaded.d_sae} latents, {html.stat().st_size / 1e6:.1f} MB", markup=False)
+
+
+@app.command
+def inspect(path: Path) -> None:
+    """Say what a dictionary or cache folder holds, without loading its tensors.
+
+    Parameters
+    ----------
+    path
+        A folder written by `train` or `capture`.
+    """
+    from saelens_lite.cache import MANIFEST, ActivationCache
+    from saelens_lite.dictionary import CONFIG_FILE
+    from saelens_lite.files import read_json
+
+    if (path / MANIFEST).exists():
+        cache = ActivationCache.open(path)
+        facts = {"activations": cache.n_tokens, **cache.manifest, "hooks": {h: cache.d_in(h) for h in cache.hooks}}
+        facts["shards"] = len(cache.manifest["shards"])
+    else:
+        facts = read_json(next((f for f in (path / CONFIG_FILE, path / "dictionary" / CONFIG_FILE) if f.exists()), path / CONFIG_FILE))
+        if (path / "eval.json").exists():
+            facts["eval"] = read_json(path / "eval.json")["metrics"]
+    print(json.dumps(facts, indent=2, ensure_ascii=False))
+
+
+@app.command
+def plugins() -> None:
+    """List the plugins that are installed."""
+    from rich.table import Table
+
+    from saelens_lite.sparsity import registry
+
+    grid = Table("kind", "name", "distribution", "version", "where")
+    for kind in registry.KINDS:
+        for p in registry.plugins(kind):
+            grid.add_row(kind, p.name, p.distribution, p.version, p.target)
+    _console().print(grid)
+
+
+if __name__ == "__main__":
+    main()

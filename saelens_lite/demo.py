@@ -1,0 +1,82 @@
+"""The whole product on the embedded model: text → hook → cache → three dictionaries → numbers → features → a folder to publish."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from saelens_lite.cache import capture
+from saelens_lite.config import TrainConfig
+from saelens_lite.evaluate import EvalReport, evaluate
+from saelens_lite.features import FeatureStore
+from saelens_lite.files import refuse_existing
+from saelens_lite.hub import write_card
+from saelens_lite.model import load_model
+from saelens_lite.tokens import is_held_out, python_docs
+from saelens_lite.train import train
+
+RULES: dict[str, dict[str, Any]] = {"topk": {"k": 32}, "l1": {"coefficient": 2.5}, "gated": {"coefficient": 2.5}}
+
+
+class DemoResult(NamedTuple):
+    """Where things were written, what was measured, and how long each part took (seconds)."""
+
+    folder: Path
+    reports: dict[str, EvalReport]
+    sample: str
+    seconds: dict[str, float]
+
+
+def demo(
+    out: str | Path = "demo",
+    *,
+    model: str = "tiny",
+    d_sae: int = 1536,
+    n_tokens: int = 1_000_000,
+    exists: Literal["error", "overwrite"] = "error",
+    say: Callable[[str], None] = lambda _: None,
+) -> DemoResult:
+    """What the demonstration produced in `out`: cache/, runs/<rule>/dictionary/ (ready for the Hub), <rule>.html.
+
+    Trains on the documentation that every Python carries and evaluates on pages held out from it.
+    """
+    out = Path(out)
+    refuse_existing(out, exists)
+    seconds: dict[str, float] = {}
+    clock = time.perf_counter()
+
+    def lap(name: str) -> None:
+        nonlocal clock
+        now = time.perf_counter()
+        seconds[name], clock = now - clock, now
+
+    lm = load_model(model)
+    hook = f"blocks.{lm.n_layers // 2}.hook_resid_pre"
+    sample = lm.generate("The old man looked at", max_new_tokens=60)
+    say(f"{lm}\n  It writes: {sample!r}\n  Hook: {hook}")
+    documents = python_docs()
+    training = [d.text for d in documents if not is_held_out(d.name)]
+    held_out = [d.text for d in documents if is_held_out(d.name)]
+    lap("load")
+
+    cache = capture(lm, training, hook, out / "cache", text_name="Python's documentation", exists="overwrite")
+    say(str(cache))
+    lap("capture")
+
+    configs = [
+        TrainConfig(sparsity=name, options=options, d_sae=d_sae, n_tokens=n_tokens, batch_size=1024, lr=1e-3)
+        for name, options in RULES.items()
+    ]
+    runs = train(cache, configs, out / "runs", exists="overwrite")
+    lap("train")
+
+    reports = evaluate([run.dictionary for run in runs], lm, held_out, n_tokens=60_000)
+    for run, report in zip(runs, reports, strict=True):
+        write_card(run.folder / "dictionary", run.dictionary, report, text="held-out pages of Python's documentation")
+    lap("evaluate")
+
+    for run in runs:
+        store = FeatureStore.build(run.dictionary, lm, held_out)
+        store.dashboard(out / f"{run.config.sparsity}.html", exists="overwrite")
+    lap("features")
+    return DemoResult(out, {run.config.sparsity: report for run, report in zip(runs, reports, strict=True)}, sample, seconds)

@@ -1,0 +1,79 @@
+"""What several test files share: the embedded model, a small random one, text, a cache, planted activations."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+# saelens_lite is imported inside the fixtures: jaxtyping must have put its import hook in place first.
+
+settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=15, database=None)
+settings.load_profile("fixed")
+
+HOOKS = ("blocks.1.hook_resid_pre", "blocks.2.hook_mlp_out")
+
+
+@pytest.fixture(scope="session")
+def lm():
+    """The embedded model."""
+    import saelens_lite as sl
+
+    return sl.load_model("tiny", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def random_lm(lm):
+    """A GPT-2 of three blocks and random weights, biases and norms, with the embedded tokenizer."""
+    import saelens_lite as sl
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=lm.d_vocab, n_positions=40, n_embd=48, n_layer=3, n_head=4, initializer_range=0.1, bos_token_id=0, eos_token_id=0
+    )
+    module = GPT2LMHeadModel(config)
+    for parameter in module.parameters():
+        if parameter.ndim == 1:  # biases and norms, which start at 0 and 1
+            torch.nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.1)
+    return sl.LanguageModel(module, lm.tokenizer, name="random")
+
+
+@pytest.fixture(scope="session")
+def documents() -> list[str]:
+    """A few pieces of Python's documentation, of uneven length."""
+    from saelens_lite.tokens import python_docs
+
+    return [document.text[: 150 + 170 * i] for i, document in enumerate(python_docs()[:6])]
+
+
+@pytest.fixture(scope="session")
+def cache_folder(lm, documents, tmp_path_factory) -> Path:
+    """Two hooks of the embedded model in float32, in shards of 101 activations; copy it before changing anything."""
+    import saelens_lite as sl
+
+    out = tmp_path_factory.mktemp("captured") / "cache"
+    sl.capture(lm, documents, HOOKS, out, n_ctx=32, dtype="float32", shard_tokens=101, batch_tokens=128, text_name="some docs")
+    return out
+
+
+@pytest.fixture
+def cache(cache_folder):
+    """The cache of `cache_folder`, freshly opened."""
+    import saelens_lite as sl
+
+    return sl.ActivationCache.open(cache_folder)
+
+
+@pytest.fixture
+def planted():
+    """planted(n, …) → (x [n d_in], directions [n_directions d_in]): sums of `active` unit directions of strength 0.5 … 1.5."""
+
+    def make(n: int, d_in: int = 64, n_directions: int = 128, active: int = 4, seed: int = 0):
+        generator = torch.Generator().manual_seed(seed)
+        directions = torch.nn.functional.normalize(torch.randn(n_directions, d_in, generator=generator), dim=1)
+        chosen = torch.rand(n, n_directions, generator=generator).topk(active, dim=1).indices
+        strength = torch.rand(n, active, generator=generator) + 0.5
+        return torch.zeros(n, n_directions).scatter_(1, chosen, strength) @ directions, directions
+
+    return make

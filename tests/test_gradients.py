@@ -1,0 +1,252 @@
+"""Losses and gradients of a training step against the plugins' documented equations in dense float64 autograd.
+
+The reference below shares no code with saelens_lite. Where a rule has to choose among equals (ties), it may choose any;
+the choice is read off the step, checked to be a valid one, and given to the reference.
+"""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from saelens_lite.codes import SparseCodes
+from saelens_lite.dictionary import Dictionary
+from saelens_lite.train.step import DenseStep
+
+WARMUP = 0.75
+RULES = {
+    "l1": ("l1", {"coefficient": 3.0}),
+    "l1, p = 0.5": ("l1", {"coefficient": 3.0, "p": 0.5}),
+    "topk": ("topk", {"k": 3}),
+    "topk, dead latents": ("topk", {"k": 3, "aux_k": 4, "aux_coefficient": 0.25}),
+    "gated": ("gated", {"coefficient": 2.0}),
+}
+
+
+class SpiedStep(DenseStep):
+    """A step that remembers which codes were decoded: first those of x_hat, then those of an auxiliary term."""
+
+    def decode(self, codes, frozen=False):
+        self.__dict__.setdefault("decoded", []).append(codes)
+        return super().decode(codes, frozen)
+
+
+def make_dictionary(rule: str, d_in: int, d_sae: int, seed: int, grid: bool) -> Dictionary:
+    """All parameters random. grid: multiples of 1/8, so that pre-activations are exact in float32 and ties are common."""
+    name, options = RULES[rule]
+    dictionary = Dictionary.create(name, d_in=d_in, d_sae=d_sae, options=options)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in dictionary.parameters():
+        value = torch.randn(parameter.shape, generator=generator) * (1 if parameter.ndim == 2 else 0.5)
+        parameter.data.copy_((value * 8).round() / 8 if grid else value)
+    dictionary.W_dec.data[dictionary.W_dec.norm(dim=1) == 0] = 0.125  # ‖W_dec[i]‖^p has no gradient at 0 for p < 1
+    return dictionary
+
+
+def make_x(batch: int, d_in: int, seed: int, grid: bool) -> torch.Tensor:
+    x = torch.randn(batch, d_in, generator=torch.Generator().manual_seed(seed + 1_000_000))
+    return (x * 8).round() / 8 if grid else x
+
+
+def bias(dictionary: Dictionary) -> torch.Tensor:
+    """What decides, latent by latent, how easily it fires."""
+    return (dictionary.b_enc if dictionary.b_enc is not None else dictionary.rule.b_gate).data
+
+
+def as_mask(codes: SparseCodes, batch: int, d_sae: int) -> torch.Tensor:
+    """[batch d_sae], true at the pairs of `codes`, each of which must occur once."""
+    counts = torch.zeros(batch, d_sae, dtype=torch.long)
+    for r in range(batch):
+        for i in codes.latent[codes.crow[r] : codes.crow[r + 1]].tolist():
+            counts[r, i] += 1
+    assert counts.max() <= 1, "a pair was chosen twice"
+    return counts.bool()
+
+
+def assert_largest(chosen: torch.Tensor, scores: torch.Tensor, k: int) -> None:
+    """`chosen` has k entries in each row, none of them smaller than one left out."""
+    assert (chosen.sum(1) == k).all()
+    worst_in = scores.masked_fill(~chosen, torch.inf).amin(1)
+    best_out = scores.masked_fill(chosen, -torch.inf).amax(1)
+    assert (worst_in >= best_out - 1e-5).all()
+
+
+def reference_losses(rule: str, p: dict[str, torch.Tensor], x: torch.Tensor, dead: torch.Tensor, step: SpiedStep):
+    """The losses of the plugin files' first lines, dense and in float64."""
+    name, options = RULES[rule]
+    h = (x - p["b_dec"]) @ p["W_enc"] + p.get("b_enc", 0.0)
+    if name == "l1":
+        fires = h > 0
+        strength = torch.where(fires, h, 1.0)
+        norms = p["W_dec"].norm(dim=1)
+        x_hat = torch.where(fires, h, 0.0) @ p["W_dec"] + p["b_dec"]
+        exponent = options.get("p", 1.0)
+        penalty = torch.where(fires, strength**exponent * norms**exponent, 0.0).sum(1).mean()
+        return {"mse": ((x - x_hat) ** 2).sum(1).mean(), "l1": WARMUP * options["coefficient"] * penalty}
+    if name == "gated":
+        pi = h + p["rule.b_gate"]
+        f = (pi > 0) * torch.relu(h * p["rule.r_mag"].exp() + p["rule.b_mag"])
+        x_hat = f @ p["W_dec"] + p["b_dec"]
+        x_gate = torch.relu(pi) @ p["W_dec"].detach() + p["b_dec"].detach()
+        return {
+            "mse": ((x - x_hat) ** 2).sum(1).mean(),
+            "gate_l1": WARMUP * options["coefficient"] * torch.relu(pi).sum(1).mean(),
+            "gate_error": ((x - x_gate) ** 2).sum(1).mean(),
+        }
+    k = min(options["k"], h.shape[1])
+    chosen = as_mask(step.decoded[0], *h.shape)
+    assert_largest(chosen, h.detach(), k)
+    x_hat = (chosen * torch.relu(h)) @ p["W_dec"] + p["b_dec"]
+    losses = {"mse": ((x - x_hat) ** 2).sum(1).mean()}
+    if dead.any():
+        aux = as_mask(step.decoded[1], *h.shape)
+        assert not aux[:, ~dead].any(), "the auxiliary term used a latent that is alive"
+        assert_largest(aux[:, dead], h.detach()[:, dead], min(options.get("aux_k", x.shape[1] // 2), int(dead.sum())))
+        error = (x - x_hat).detach()
+        losses["aux"] = options.get("aux_coefficient", 1 / 32) * ((error - (aux * torch.relu(h)) @ p["W_dec"]) ** 2).sum(1).mean()
+    return losses
+
+
+def check(rule: str, dictionary: Dictionary, x: torch.Tensor) -> SpiedStep:
+    """Losses and the gradient of their sum agree with the reference for every parameter."""
+    d_sae = dictionary.d_sae
+    dead = torch.zeros(d_sae, dtype=torch.bool)
+    if rule == "topk, dead latents":
+        dead[::2] = True
+    step = SpiedStep(dictionary, x, dead=dead, progress=0.5, warmup=WARMUP)
+    losses = step.losses()
+    sum(losses.values()).backward()
+
+    reference = {name: value.detach().double().requires_grad_() for name, value in dictionary.named_parameters()}
+    expected = reference_losses(rule, reference, x.double(), dead, step)
+    sum(expected.values()).backward()
+
+    assert losses.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(losses[name].double(), value, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"loss {name}: {m}")
+    for name, parameter in dictionary.named_parameters():
+        found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        wanted = torch.zeros_like(reference[name]) if reference[name].grad is None else reference[name].grad
+        error = (found.double() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-3)
+        assert error <= 1e-4, f"gradient of {name}: relative error {error:.2e}"
+    return step
+
+
+@pytest.mark.parametrize("rule", RULES)
+@given(
+    batch=st.integers(1, 17),
+    d_in=st.integers(1, 12),
+    d_sae=st.integers(1, 40),
+    seed=st.integers(0, 10_000),
+    grid=st.booleans(),
+)
+def test_random_shapes(rule, batch, d_in, d_sae, seed, grid):
+    grid = grid or "p = 0.5" in rule  # f^(p−1) magnifies float32 rounding of codes near zero; on the grid there is none
+    check(rule, make_dictionary(rule, d_in, d_sae, seed, grid), make_x(batch, d_in, seed, grid))
+
+
+def ties(dictionary, x):
+    dictionary.W_enc.data.copy_(dictionary.W_enc[:, :1].expand_as(dictionary.W_enc))
+    bias(dictionary).fill_(0.5)
+    return x
+
+
+def fewer_than_k_positive(dictionary, x):
+    bias(dictionary).fill_(-1000.0)
+    bias(dictionary)[1] = 1000.0
+    return x
+
+
+def one_fires_on_all_rows(dictionary, x):
+    bias(dictionary)[2] = 1000.0
+    return x
+
+
+def none_fires(dictionary, x):
+    bias(dictionary).fill_(-1000.0)
+    return x
+
+
+def batch_of_one(_dictionary, x):
+    return x[:1]
+
+
+def not_contiguous(_dictionary, x):
+    wide = torch.stack([x, -x], dim=2).flatten(1)
+    view = wide.T.contiguous().T[:, ::2]
+    assert not view.is_contiguous()
+    assert torch.equal(view, x)
+    return view
+
+
+def x_is_b_dec(dictionary, x):
+    return dictionary.b_dec.detach().expand_as(x)
+
+
+ADVERSARIAL = (ties, fewer_than_k_positive, one_fires_on_all_rows, none_fires, batch_of_one, not_contiguous, x_is_b_dec)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("case", ADVERSARIAL, ids=lambda case: case.__name__)
+def test_adversarial(rule, case):
+    dictionary = make_dictionary(rule, d_in=8, d_sae=24, seed=7, grid=True)
+    x = case(dictionary, make_x(16, 8, seed=7, grid=True))
+    step = check(rule, dictionary, x)
+    fires = step.codes.to_dense().detach() != 0
+    if case is fewer_than_k_positive:
+        assert fires.sum(1).max() <= 1
+    if case is one_fires_on_all_rows and "gated" not in rule:
+        assert fires[:, 2].all()
+    if case is none_fires:
+        assert not fires.any()
+
+
+def test_larger_than_a_tile_of_anything():
+    """Sizes at which a faster path might choose another kernel."""
+    for rule in ("l1", "topk", "topk, dead latents", "gated"):
+        check(rule, make_dictionary(rule, d_in=48, d_sae=512, seed=3, grid=True), make_x(130, 48, seed=3, grid=True))
+
+
+def test_aux_k_reaches_the_encoder_of_dead_latents_only():
+    dictionary = make_dictionary("topk, dead latents", d_in=8, d_sae=24, seed=1, grid=False)
+    dead = torch.arange(24) % 3 == 0
+    step = DenseStep(dictionary, make_x(32, 8, seed=1, grid=False), dead=dead, progress=0.5, warmup=1.0)
+    of_encoder, of_decoder = torch.autograd.grad(step.losses()["aux"], [dictionary.W_enc, dictionary.W_dec])
+    assert (of_encoder[:, dead].norm(dim=0) > 0).all()
+    assert (of_decoder[dead].norm(dim=1) > 0).all()
+    assert not of_encoder[:, ~dead].any()
+    assert not of_decoder[~dead].any()
+
+
+def test_aux_k_is_absent_without_dead_latents_or_weight():
+    x = make_x(8, 6, seed=2, grid=False)
+    dictionary = make_dictionary("topk, dead latents", d_in=6, d_sae=12, seed=2, grid=False)
+    alive = DenseStep(dictionary, x, dead=torch.zeros(12, dtype=torch.bool), progress=0.5, warmup=1.0)
+    assert alive.losses().keys() == {"mse"}
+    for options in ({"k": 2, "aux_coefficient": 0.0}, {"k": 2, "aux_k": 0}):
+        without = Dictionary.create("topk", d_in=6, d_sae=12, options=options)
+        step = DenseStep(without, x, dead=torch.ones(12, dtype=torch.bool), progress=0.5, warmup=1.0)
+        assert step.losses().keys() == {"mse"}
+
+
+def test_gate_error_leaves_the_decoder_alone():
+    """W_dec gets nothing; b_dec only what comes through the centring of h, which is −W_enc · dL/db_gate."""
+    dictionary = make_dictionary("gated", d_in=8, d_sae=24, seed=5, grid=False)
+    step = DenseStep(dictionary, make_x(32, 8, seed=5, grid=False), dead=torch.zeros(24, dtype=torch.bool), progress=0.5, warmup=1.0)
+    wanted = [dictionary.W_dec, dictionary.b_dec, dictionary.rule.b_gate, dictionary.W_enc]
+    of_W_dec, of_b_dec, of_b_gate, of_W_enc = torch.autograd.grad(step.losses()["gate_error"], wanted, allow_unused=True)
+    assert of_W_dec is None or not of_W_dec.any()
+    torch.testing.assert_close(of_b_dec, -dictionary.W_enc.detach() @ of_b_gate, rtol=1e-4, atol=1e-4)
+    assert of_W_enc.abs().max() > 0
+
+
+@pytest.mark.parametrize("rule", ["l1", "gated"])
+def test_penalty_follows_the_warm_up_and_reconstruction_does_not(rule):
+    dictionary = make_dictionary(rule, d_in=8, d_sae=24, seed=5, grid=False)
+    x, dead = make_x(32, 8, seed=5, grid=False), torch.zeros(24, dtype=torch.bool)
+    none, half, full = (DenseStep(dictionary, x, dead=dead, progress=0.0, warmup=w).losses() for w in (0.0, 0.5, 1.0))
+    penalty = {"l1": "l1", "gated": "gate_l1"}[rule]
+    assert none[penalty] == 0
+    assert full[penalty] > 0
+    torch.testing.assert_close(half[penalty], full[penalty] / 2)
+    for name in full.keys() - {penalty}:
+        assert none[name] == full[name]
