@@ -5,8 +5,10 @@
 Everything named here is imported on first use, so that importing the package costs nothing.
 """
 
+import sys
 from importlib import import_module
 from importlib.metadata import version
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 _HOME = {
@@ -15,7 +17,7 @@ _HOME = {
     "EvalReport": "evaluate",
     "FeatureStore": "features",
     "LanguageModel": "model",
-    "Origin": "dictionary",
+    "Origin": "config",
     "PublishedForm": "sparsity",
     "RuleConfig": "sparsity",
     "SaelensLiteError": "errors",
@@ -31,14 +33,36 @@ _HOME = {
     "register": "sparsity",
     "train": "train",
 }
-__all__ = sorted([*_HOME, "__version__"])
+__all__ = [
+    "ActivationCache",
+    "Dictionary",
+    "EvalReport",
+    "FeatureStore",
+    "LanguageModel",
+    "Origin",
+    "PublishedForm",
+    "RuleConfig",
+    "SaelensLiteError",
+    "SparseCodes",
+    "Sparsity",
+    "TrainConfig",
+    "__version__",
+    "capture",
+    "errors",
+    "evaluate",
+    "fit",
+    "load_model",
+    "python_docs",
+    "register",
+    "train",
+]
 
 if TYPE_CHECKING:
     from saelens_lite import errors
     from saelens_lite.cache import ActivationCache, capture
     from saelens_lite.codes import SparseCodes
-    from saelens_lite.config import TrainConfig
-    from saelens_lite.dictionary import Dictionary, Origin
+    from saelens_lite.config import Origin, TrainConfig
+    from saelens_lite.dictionary import Dictionary
     from saelens_lite.errors import SaelensLiteError
     from saelens_lite.evaluate import EvalReport, evaluate
     from saelens_lite.features import FeatureStore
@@ -61,3 +85,15 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+class _Package(ModuleType):
+    """Keeps `sl.train` and `sl.evaluate` the functions: importing the module of that name would put itself there."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, ModuleType) and _HOME.get(name) == name:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -191,7 +191,9 @@ def train(
     configs = train_configs(read_toml(config) if config else {}, flags)
     for run in sl.train(sl.ActivationCache.open(cache), configs, out, data_seed=data_seed, device=device, exists=exists):
         last = run.history[-1]
-        _console().print(f"{run.folder}/dictionary: {run.config.sparsity}, l0 {last['l0']:.1f}, fvu {last['fvu']:.4f}", markup=False)
+        _console().print(
+            f"{run.folder}/dictionary: {run.config.sparsity}, l0 {last['l0']:.1f}, fvu {last['fvu']:.4f}", markup=False
+        )
 
 
 @app.command(name="eval")
@@ -293,7 +295,9 @@ def inspect(path: Path) -> None:
         facts = {"activations": cache.n_tokens, **cache.manifest, "hooks": {h: cache.d_in(h) for h in cache.hooks}}
         facts["shards"] = len(cache.manifest["shards"])
     else:
-        facts = read_json(next((f for f in (path / CONFIG_FILE, path / "dictionary" / CONFIG_FILE) if f.exists()), path / CONFIG_FILE))
+        facts = read_json(
+            next((f for f in (path / CONFIG_FILE, path / "dictionary" / CONFIG_FILE) if f.exists()), path / CONFIG_FILE)
+        )
         if (path / "eval.json").exists():
             facts["eval"] = read_json(path / "eval.json")["metrics"]
     print(json.dumps(facts, indent=2, ensure_ascii=False))

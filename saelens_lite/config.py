@@ -53,12 +53,16 @@ class TrainConfig(FrozenConfig):
     n_tokens: int = Field(1_000_000, gt=0, description="Activations to train on; the data is read again when it is shorter.")
     batch_size: int = Field(2048, gt=0, description="Activations per optimiser step.")
     lr: float | None = Field(
-        None, gt=0, description="Peak learning rate of Adam; default 2e-4 / sqrt(d_sae / 16384), as for top-k in Gao et al. 2024."
+        None,
+        gt=0,
+        description="Peak learning rate of Adam; default 2e-4 / sqrt(d_sae / 16384), as for top-k in Gao et al. 2024.",
     )
     betas: tuple[float, float] = Field((0.9, 0.999), description="Decay rates of Adam's first and second moment.")
     warmup: float = Field(0.02, ge=0, le=1, description="Share of the tokens over which the learning rate rises linearly.")
     decay: float = Field(0.2, ge=0, le=1, description="Share of the tokens, at the end, over which it falls linearly to zero.")
-    sparsity_warmup: float = Field(0.1, ge=0, le=1, description="Share of the tokens over which sparsity penalties rise linearly.")
+    sparsity_warmup: float = Field(
+        0.1, ge=0, le=1, description="Share of the tokens over which sparsity penalties rise linearly."
+    )
     clip_grad_norm: float | None = Field(1.0, gt=0, description="Largest norm of the whole gradient; none: no clipping.")
     normalize: Literal["sqrt_d", "none"] = Field(
         "sqrt_d", description="Scale activations to a root mean square norm of sqrt(d_in) while training; folded in when saved."
@@ -71,6 +75,19 @@ class TrainConfig(FrozenConfig):
     def peak_lr(self) -> float:
         """The learning rate after warm-up."""
         return self.lr if self.lr is not None else 2e-4 / (self.d_sae / 2**14) ** 0.5
+
+
+class Origin(FrozenConfig):
+    """Where the activations a dictionary was trained on come from."""
+
+    model: str | None = Field(None, description="Model name, Hub id or folder.")
+    revision: str | None = Field(None, description="Commit of the model.")
+    model_class: str | None = Field(None, description="transformers class of the model.")
+    hook: str | None = Field(None, description="transformer-lens hook name.")
+    n_ctx: int | None = Field(None, description="Tokens in a row.")
+    prepend_bos: bool | None = Field(None, description="Whether each row begins with the BOS token.")
+    text: str | None = Field(None, description="What the text was.")
+    excluded_positions: tuple[int, ...] = Field((0,), description="Positions never trained on.")
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The whole product on the embedded model: text → hook → cache → three dictionaries → numbers → features → a folder to publish."""
+"""The whole product on the embedded model: text → hook → cache → dictionaries → numbers → features → a folder to publish."""
 
 import time
 from collections.abc import Callable

@@ -8,41 +8,23 @@ architecture has no place for in plugin.safetensors.
 """
 
 import importlib.metadata
-import json
-import struct
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor, nn
 
 from saelens_lite.codes import SparseCodes, Support
-from saelens_lite.config import FrozenConfig
+from saelens_lite.config import Origin
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, ShapeError
-from saelens_lite.files import new_folder, read_json, write_json
+from saelens_lite.files import DTYPES, new_folder, read_json, read_tensors, write_json
 from saelens_lite.sparsity import Sparsity, registry
 
 FORMAT = 1
 CONFIG_FILE, WEIGHTS_FILE, SPARSITY_FILE, PLUGIN_FILE = (
     "cfg.json", "sae_weights.safetensors", "sparsity.safetensors", "plugin.safetensors",
 )  # fmt: skip
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
-MAX_HEADER_BYTES = 16 << 20
-
-
-class Origin(FrozenConfig):
-    """Where the activations a dictionary was trained on come from."""
-
-    model: str | None = Field(None, description="Model name, Hub id or folder.")
-    revision: str | None = Field(None, description="Commit of the model.")
-    model_class: str | None = Field(None, description="transformers class of the model.")
-    hook: str | None = Field(None, description="transformer-lens hook name.")
-    n_ctx: int | None = Field(None, description="Tokens in a row.")
-    prepend_bos: bool | None = Field(None, description="Whether each row begins with the BOS token.")
-    text: str | None = Field(None, description="What the text was.")
-    excluded_positions: tuple[int, ...] = Field((0,), description="Positions never trained on.")
 
 
 class Dictionary(nn.Module):
@@ -104,7 +86,9 @@ class Dictionary(nn.Module):
     def check_input(self, x: Tensor) -> None:
         """Raise ShapeError unless the last axis of x has d_in entries."""
         if x.ndim == 0 or x.shape[-1] != self.d_in:
-            raise ShapeError(f"x has shape {tuple(x.shape)}; this dictionary takes [..., {self.d_in}] ({self.origin.hook or 'no hook named'})")
+            raise ShapeError(
+                f"x has shape {tuple(x.shape)}; this dictionary takes [..., {self.d_in}] ({self.origin.hook or 'any hook'})"
+            )
 
     def pre(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape d_sae"]:
         """Pre-activations h = (x − b_dec) W_enc + b_enc."""
@@ -264,7 +248,8 @@ class Dictionary(nn.Module):
         return self.to(device)
 
     def extra_repr(self) -> str:
-        return f"d_in={self.d_in}, d_sae={self.d_sae}, sparsity={getattr(self.rule, 'plugin_name', '?')!r}, hook={self.origin.hook!r}"
+        rule = getattr(self.rule, "plugin_name", "?")
+        return f"d_in={self.d_in}, d_sae={self.d_sae}, sparsity={rule!r}, hook={self.origin.hook!r}"
 
 
 def codes_at(rule: Sparsity, pre: Float[Tensor, "batch d_sae"], support: Support) -> SparseCodes:
@@ -275,43 +260,14 @@ def codes_at(rule: Sparsity, pre: Float[Tensor, "batch d_sae"], support: Support
     return SparseCodes.of(support, value, pre.shape[1])
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, sizes checked against the header before anything is allocated.
-
-    Raises:
-        CorruptFileError: missing, truncated, not safetensors, an odd dtype, or NaN or infinity inside.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            start = file.read(8)
-            header_size = struct.unpack("<Q", start)[0] if len(start) == 8 else MAX_HEADER_BYTES + 1
-            if header_size > min(size, MAX_HEADER_BYTES):
-                raise CorruptFileError(f"{path}: not a safetensors file, or truncated ({size:,} bytes)")
-            header = json.loads(file.read(header_size))
-        end = max((int(t["data_offsets"][1]) for name, t in header.items() if name != "__metadata__"), default=0)
-        if 8 + header_size + end != size:
-            raise CorruptFileError(f"{path}: header announces {8 + header_size + end:,} bytes, the file has {size:,}; it is truncated or damaged")
-        tensors = load_file(path)
-    except FileNotFoundError:
-        raise CorruptFileError(f"{path} is missing; is {path.parent} the folder you meant?") from None
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise CorruptFileError(f"{path} is damaged: {error}") from None
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise CorruptFileError(f"{path}: tensor {name!r} holds NaN or infinity")
-    return tensors
-
-
 def _check_state(folder: Path, found: dict[str, Tensor], expected: dict[str, Tensor], optional: set[str]) -> None:
     """Raise CorruptFileError unless names and shapes fit; a published tensor may be derived rather than stored."""
     missing = expected.keys() - found.keys()
     surplus = {k for k in found.keys() - expected.keys() if k.removeprefix("rule.") not in optional}
     if missing or surplus:
-        raise CorruptFileError(f"{folder}: tensors missing: {sorted(missing) or 'none'}; not expected: {sorted(surplus) or 'none'}")
+        raise CorruptFileError(
+            f"{folder}: tensors missing: {sorted(missing) or 'none'}; not expected: {sorted(surplus) or 'none'}"
+        )
     for name, tensor in expected.items():
         if found[name].shape != tensor.shape:
             raise CorruptFileError(f"{folder}: {name} has shape {tuple(found[name].shape)}, expected {tuple(tensor.shape)}")

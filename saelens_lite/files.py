@@ -3,15 +3,21 @@
 import json
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from saelens_lite.errors import ConfigError, CorruptFileError, OutputExistsError
 
 MAX_JSON_BYTES = 64 << 20
+MAX_HEADER_BYTES = 16 << 20
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
@@ -87,3 +93,36 @@ def refuse_existing(path: Path, exists: str, choices: tuple[str, ...] = ("error"
     if exists == "error" and path.exists() and (not path.is_dir() or any(path.iterdir())):
         others = " or ".join(f"exists={choice!r}" for choice in choices[1:])
         raise OutputExistsError(f"{path} already exists and is not empty; choose another place or say {others}")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, sizes checked against the header before anything is allocated.
+
+    Raises:
+        CorruptFileError: missing, truncated, not safetensors, an odd dtype, or NaN or infinity inside.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            start = file.read(8)
+            header_size = struct.unpack("<Q", start)[0] if len(start) == 8 else MAX_HEADER_BYTES + 1
+            if header_size > min(size, MAX_HEADER_BYTES):
+                raise CorruptFileError(f"{path}: not a safetensors file, or truncated ({size:,} bytes)")
+            header = json.loads(file.read(header_size))
+        end = max((int(t["data_offsets"][1]) for name, t in header.items() if name != "__metadata__"), default=0)
+        if 8 + header_size + end != size:
+            raise CorruptFileError(
+                f"{path}: header announces {8 + header_size + end:,} bytes, the file has {size:,}; it is truncated or damaged"
+            )
+        tensors = load_file(path)
+    except FileNotFoundError:
+        raise CorruptFileError(f"{path} is missing; is {path.parent} the folder you meant?") from None
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise CorruptFileError(f"{path} is damaged: {error}") from None
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CorruptFileError(f"{path}: tensor {name!r} holds NaN or infinity")
+    return tensors

@@ -44,7 +44,7 @@ SETTINGS = {
     "d_model": 192,
     "n_layer": 4,
     "n_head": 6,
-    "n_steps": 2400,
+    "n_steps": 2000,
     "rows_per_step": 32,
     "rows_per_microbatch": 16,
     "docs_repeats": 10,
@@ -259,11 +259,11 @@ def main() -> None:
     per_step = settings["rows_per_step"]
     order = row_order(len(rows), settings["n_steps"] * per_step, settings["seed"])
     history: list[dict] = []
-    start = 0
+    start, since = 0, 0.0  # since: sum of the losses after the last line of the history
     state_file, history_file = args.work / "state.safetensors", args.work / "history.json"
     if state_file.exists():
         state = load_file(state_file)
-        start = int(state["step"])
+        start, since = int(state["step"]), float(state["since"])
         for k, p in named.items():
             p.data.copy_(state[f"model.{k}"])
         for k, b in muon.buffers.items():
@@ -274,7 +274,7 @@ def main() -> None:
         log.info("going on from step %d", start)
 
     def save_state(step: int) -> None:
-        state = {"step": torch.tensor(step)}
+        state = {"step": torch.tensor(step), "since": torch.tensor(since, dtype=torch.float64)}
         state |= {f"model.{k}": p.detach().clone() for k, p in named.items()}
         state |= {f"muon.{k}": b for k, b in muon.buffers.items()}
         state |= {f"adam.{k}.{s}": v for k, p in others.items() for s, v in adam.state[p].items()}
@@ -287,7 +287,7 @@ def main() -> None:
         return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
 
     n_micro = per_step // settings["rows_per_microbatch"]
-    since, began = 0.0, time.perf_counter()
+    began = time.perf_counter()
     for step in range(start, settings["n_steps"]):
         batch = rows[order[step * per_step : (step + 1) * per_step]]
         total = 0.0
@@ -315,7 +315,7 @@ def main() -> None:
                 {
                     "step": done,
                     "tokens": done * per_step * n_ctx,
-                    "train_loss_nats": round(since / (done - (history[-1]["step"] if history else start)), 4),
+                    "train_loss_nats": round(since / (done - (history[-1]["step"] if history else 0)), 4),
                     **{f"{k}_bits_per_byte": round(v, 4) for k, v in few.items()},
                 }
             )
@@ -334,7 +334,7 @@ def main() -> None:
     ).save_pretrained(args.out)
     model.float()
     torch.manual_seed(settings["seed"])
-    prompt = torch.tensor([[0] + tokenizer.encode("The old man looked at").ids])
+    prompt = torch.tensor([[0, *tokenizer.encode("The old man looked at").ids]])
     sample = model.generate(prompt, max_new_tokens=60, do_sample=True, temperature=0.8, top_k=50, pad_token_id=0)
     report = {
         "parameters": n_params,

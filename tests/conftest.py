@@ -25,12 +25,20 @@ def lm():
 @pytest.fixture(scope="session")
 def random_lm(lm):
     """A GPT-2 of three blocks and random weights, biases and norms, with the embedded tokenizer."""
-    import saelens_lite as sl
     from transformers import GPT2Config, GPT2LMHeadModel
+
+    import saelens_lite as sl
 
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=lm.d_vocab, n_positions=40, n_embd=48, n_layer=3, n_head=4, initializer_range=0.1, bos_token_id=0, eos_token_id=0
+        vocab_size=lm.d_vocab,
+        n_positions=40,
+        n_embd=48,
+        n_layer=3,
+        n_head=4,
+        initializer_range=0.1,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     module = GPT2LMHeadModel(config)
     for parameter in module.parameters():

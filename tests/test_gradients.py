@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from saelens_lite.codes import SparseCodes
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.train.step import DenseStep
@@ -102,7 +103,9 @@ def reference_losses(rule: str, p: dict[str, torch.Tensor], x: torch.Tensor, dea
         assert not aux[:, ~dead].any(), "the auxiliary term used a latent that is alive"
         assert_largest(aux[:, dead], h.detach()[:, dead], min(options.get("aux_k", x.shape[1] // 2), int(dead.sum())))
         error = (x - x_hat).detach()
-        losses["aux"] = options.get("aux_coefficient", 1 / 32) * ((error - (aux * torch.relu(h)) @ p["W_dec"]) ** 2).sum(1).mean()
+        losses["aux"] = (
+            options.get("aux_coefficient", 1 / 32) * ((error - (aux * torch.relu(h)) @ p["W_dec"]) ** 2).sum(1).mean()
+        )
     return losses
 
 
@@ -122,7 +125,9 @@ def check(rule: str, dictionary: Dictionary, x: torch.Tensor) -> SpiedStep:
 
     assert losses.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(losses[name].double(), value, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"loss {name}: {m}")
+        torch.testing.assert_close(
+            losses[name].double(), value, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"loss {name}: {m}"
+        )
     for name, parameter in dictionary.named_parameters():
         found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         wanted = torch.zeros_like(reference[name]) if reference[name].grad is None else reference[name].grad
@@ -231,7 +236,9 @@ def test_aux_k_is_absent_without_dead_latents_or_weight():
 def test_gate_error_leaves_the_decoder_alone():
     """W_dec gets nothing; b_dec only what comes through the centring of h, which is −W_enc · dL/db_gate."""
     dictionary = make_dictionary("gated", d_in=8, d_sae=24, seed=5, grid=False)
-    step = DenseStep(dictionary, make_x(32, 8, seed=5, grid=False), dead=torch.zeros(24, dtype=torch.bool), progress=0.5, warmup=1.0)
+    step = DenseStep(
+        dictionary, make_x(32, 8, seed=5, grid=False), dead=torch.zeros(24, dtype=torch.bool), progress=0.5, warmup=1.0
+    )
     wanted = [dictionary.W_dec, dictionary.b_dec, dictionary.rule.b_gate, dictionary.W_enc]
     of_W_dec, of_b_dec, of_b_gate, of_W_enc = torch.autograd.grad(step.losses()["gate_error"], wanted, allow_unused=True)
     assert of_W_dec is None or not of_W_dec.any()

@@ -3,8 +3,9 @@
 from types import SimpleNamespace
 
 import pytest
-import saelens_lite as sl
 import torch
+
+import saelens_lite as sl
 from saelens_lite.errors import ConfigError, HookError
 
 TEXTS = ["The old man said that he would not go.", "import os", "It was the best of times, it was the worst of times, it was"]
@@ -76,7 +77,9 @@ def test_other_hooks_of_transformer_lens_are_served_too(random_lm):
     transformer = random_lm.module.transformer
     tokens = random_lm.to_tokens(TEXTS).tokens
     torch.testing.assert_close(acts["embed.hook_out"], transformer.wte(tokens))
-    torch.testing.assert_close(acts["blocks.0.ln1.hook_in"], transformer.wte(tokens) + transformer.wpe.weight[: tokens.shape[1]])
+    torch.testing.assert_close(
+        acts["blocks.0.ln1.hook_in"], transformer.wte(tokens) + transformer.wpe.weight[: tokens.shape[1]]
+    )
     torch.testing.assert_close(acts["ln_final.hook_out"], transformer(tokens).last_hidden_state)
 
 

@@ -11,7 +11,6 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from saelens_lite.codes import SparseCodes
 from saelens_lite.sparsity import PublishedForm, RuleConfig, Sparsity, Step, Support, normalise_decoder_, support_of_mask
 
 

@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelens_lite.dictionary import DTYPES, Origin, read_tensors
+from saelens_lite.config import Origin
 from saelens_lite.errors import ConfigError, CorruptFileError, HookError, NonFiniteError, ShapeError, near_matches
-from saelens_lite.files import new_folder, read_json, write_json
+from saelens_lite.files import DTYPES, new_folder, read_json, read_tensors, write_json
 from saelens_lite.model import LanguageModel
 from saelens_lite.progress import progress_bar
 from saelens_lite.tokens import Text, TokenRows, text_hash, token_rows
@@ -162,7 +162,9 @@ class ActivationCache:
     def _hook(self, hook: str) -> dict:
         if hook not in self.manifest["hooks"]:
             known = list(self.manifest["hooks"])
-            raise HookError(f"{self.path} has no activations of {hook!r}{near_matches(hook, known) or '; it has ' + ', '.join(known)}")
+            raise HookError(
+                f"{self.path} has no activations of {hook!r}{near_matches(hook, known) or '; it has ' + ', '.join(known)}"
+            )
         return self.manifest["hooks"][hook]
 
     def read_shard(self, number: int) -> dict[str, Tensor]:
@@ -175,7 +177,9 @@ class ActivationCache:
         file = self.path / shard["file"]
         if shard["file"] not in self._checked:
             if not file.is_file() or _sha256(file) != shard["sha256"]:
-                raise CorruptFileError(f"{file} is missing or its contents do not match the checksum in {MANIFEST}; capture again")
+                raise CorruptFileError(
+                    f"{file} is missing or its contents do not match the checksum in {MANIFEST}; capture again"
+                )
             self._checked.add(shard["file"])
         return read_tensors(file)
 
@@ -256,7 +260,9 @@ def capture(
         lm.hook_point(name)
     if dtype not in DTYPES:
         raise ConfigError(f"dtype = {dtype!r}; expected float16, bfloat16 or float32")
-    rows = text if isinstance(text, TokenRows) else token_rows(lm, text, n_ctx=n_ctx, n_tokens=n_tokens, prepend_bos=prepend_bos)
+    rows = (
+        text if isinstance(text, TokenRows) else token_rows(lm, text, n_ctx=n_ctx, n_tokens=n_tokens, prepend_bos=prepend_bos)
+    )
     order = torch.randperm(len(rows.tokens), generator=torch.Generator().manual_seed(0))  # neighbours in a shard differ
     per_batch = max(1, batch_tokens // rows.tokens.shape[1])
     moments: dict[str, _Moments] = {}
@@ -319,7 +325,8 @@ def capture(
                 "text_sha256": text_hash(rows),
                 "n_rows": len(rows.tokens),
                 "hooks": {
-                    name: {"d_in": len(s.mean), "rms_norm": s.rms_norm, "mean": s.mean.tolist()} for name, s in statistics.items()
+                    name: {"d_in": len(s.mean), "rms_norm": s.rms_norm, "mean": s.mean.tolist()}
+                    for name, s in statistics.items()
                 },
                 "shards": shards,
             },

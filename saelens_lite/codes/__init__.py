@@ -95,7 +95,9 @@ class SparseCodes(NamedTuple):
             raise ShapeError(f"codes over {self.d_sae} latents cannot be decoded by a W_dec of shape {tuple(W_dec.shape)}")
         if not len(self.value):  # embedding_bag refuses an empty bag list
             return W_dec.new_zeros(*self.shape, W_dec.shape[1])
-        bags = F.embedding_bag(self.latent, W_dec, self.crow, mode="sum", per_sample_weights=self.value, include_last_offset=True)
+        bags = F.embedding_bag(
+            self.latent, W_dec, self.crow, mode="sum", per_sample_weights=self.value, include_last_offset=True
+        )
         return bags.reshape(*self.shape, W_dec.shape[1])
 
     def without_zeros(self) -> Self:
@@ -110,9 +112,7 @@ class SparseCodes(NamedTuple):
         """The codes of rows start … stop − 1, as a flat batch."""
         crow = self.crow[start : stop + 1]
         piece = slice(int(crow[0]), int(crow[-1]))
-        return self._replace(
-            crow=crow - crow[0], latent=self.latent[piece], value=self.value[piece], shape=(len(crow) - 1,)
-        )
+        return self._replace(crow=crow - crow[0], latent=self.latent[piece], value=self.value[piece], shape=(len(crow) - 1,))
 
     def to(self, *args, **kwargs) -> Self:
         """Moved to a device, values cast to a dtype, as in torch.Tensor.to."""

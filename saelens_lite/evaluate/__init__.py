@@ -74,14 +74,18 @@ class EvalReport:
     def __str__(self) -> str:
         lines = [f"{name:30} {metric}" for name, metric in self.metrics.items()]
         lines += [f"{'frac_alive':30} {self.frac_alive:.4g}", f"{'frac_dense':30} {self.frac_dense:.4g}"]
-        where = f"{self.n_tokens:,} tokens in {self.n_sequences:,} sequences, {self.model}, {self.hook}, without {self.excluded}"
+        where = (
+            f"{self.n_tokens:,} tokens in {self.n_sequences:,} sequences, {self.model}, {self.hook}, without {self.excluded}"
+        )
         return "\n".join([where, *lines])
 
 
 @overload
 def evaluate(dictionary: Dictionary, lm: LanguageModel, text: Text | TokenRows, **settings: Any) -> EvalReport: ...
 @overload
-def evaluate(dictionary: Sequence[Dictionary], lm: LanguageModel, text: Text | TokenRows, **settings: Any) -> list[EvalReport]: ...
+def evaluate(
+    dictionary: Sequence[Dictionary], lm: LanguageModel, text: Text | TokenRows, **settings: Any
+) -> list[EvalReport]: ...
 @torch.no_grad()
 def evaluate(
     dictionary: Dictionary | Sequence[Dictionary],
@@ -108,7 +112,9 @@ def evaluate(
     hook = _common_hook(dictionaries, hook)
     prepend_bos = dictionaries[0].origin.prepend_bos is not False
     n_ctx = min(dictionaries[0].origin.n_ctx or lm.n_ctx, lm.n_ctx)
-    rows = text if isinstance(text, TokenRows) else token_rows(lm, text, n_ctx=n_ctx, n_tokens=n_tokens, prepend_bos=prepend_bos)
+    rows = (
+        text if isinstance(text, TokenRows) else token_rows(lm, text, n_ctx=n_ctx, n_tokens=n_tokens, prepend_bos=prepend_bos)
+    )
     sums = metrics.PooledSums(n_bootstrap, seed)
     counts = [torch.zeros(d.d_sae, dtype=torch.long) for d in dictionaries]
     per_batch = max(1, batch_tokens // rows.tokens.shape[1])
@@ -134,7 +140,12 @@ def evaluate(
 
 
 def _add_batch(
-    sums: metrics.PooledSums, counts: list[Tensor], dictionaries: list[Dictionary], lm: LanguageModel, batch: TokenRows, hook: str
+    sums: metrics.PooledSums,
+    counts: list[Tensor],
+    dictionaries: list[Dictionary],
+    lm: LanguageModel,
+    batch: TokenRows,
+    hook: str,
 ) -> None:
     """Collect one batch: the clean pass, the zeroed pass, and a pass for each dictionary."""
     tokens, keep = batch.tokens.to(lm.device), batch.keep.to(lm.device)
@@ -145,7 +156,7 @@ def _add_batch(
             return lm.logits(tokens)
 
     sums.next_sequences(len(tokens))
-    metrics.add_cross_entropy(sums, "clean", logits_with(lambda x: clean.append(x)), tokens, keep)
+    metrics.add_cross_entropy(sums, "clean", logits_with(clean.append), tokens, keep)
     x = clean[0]
     metrics.add_activations(sums, x, keep)
     metrics.add_cross_entropy(sums, "zero", logits_with(torch.zeros_like), tokens, keep)
@@ -164,7 +175,9 @@ def _common_hook(dictionaries: list[Dictionary], hook: str | None) -> str:
     hooks = {hook} if hook else {d.origin.hook for d in dictionaries}
     if len(hooks) != 1 or None in hooks:
         found = sorted(str(h) for h in hooks)
-        raise ConfigError(f"dictionaries evaluated together need one hook; found {', '.join(found) or 'no dictionary'}; give hook=")
+        raise ConfigError(
+            f"dictionaries evaluated together need one hook; found {', '.join(found) or 'no dictionary'}; give hook="
+        )
     return hooks.pop()
 
 

@@ -8,7 +8,9 @@ from saelens_lite.evaluate import EvalReport
 from saelens_lite.files import write_text
 
 
-def write_card(folder: str | Path, dictionary: Dictionary, report: EvalReport | None = None, *, text: str | None = None) -> Path:
+def write_card(
+    folder: str | Path, dictionary: Dictionary, report: EvalReport | None = None, *, text: str | None = None
+) -> Path:
     """The README.md of a dictionary folder, written with eval.json beside it; `text` says what it was evaluated on."""
     from jinja2 import Environment, PackageLoader
 

@@ -1,7 +1,6 @@
 """A frozen language model whose residual stream can be read and written by transformer-lens hook names."""
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property

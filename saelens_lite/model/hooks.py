@@ -91,7 +91,9 @@ def _n_blocks(module: nn.Module, mapping: dict[str, Any]) -> int:
     return len(module.get_submodule(blocks.name)) if blocks is not None else 0
 
 
-def _walk(parts: list[str], children: dict[str, Any], aliases: dict[str, Any], module: nn.Module) -> tuple[nn.Module, str] | None:
+def _walk(
+    parts: list[str], children: dict[str, Any], aliases: dict[str, Any], module: nn.Module
+) -> tuple[nn.Module, str] | None:
     """Follow a dotted name through components, their aliases and list indices; None where it leads nowhere."""
     head, rest = parts[0], parts[1:]
     if head in children and rest:

@@ -10,6 +10,8 @@ The smallest useful rule is one method:
             return pre.relu()
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -46,8 +48,8 @@ class PublishedForm(NamedTuple):
     """The architecture other tools know that computes the same codes: its name, extra tensors, extra settings."""
 
     architecture: str
-    tensors: dict[str, Tensor] = {}
-    settings: dict[str, Any] = {}
+    tensors: Mapping[str, Tensor] = MappingProxyType({})
+    settings: Mapping[str, Any] = MappingProxyType({})
 
 
 class Step(Protocol):

@@ -48,7 +48,9 @@ class Trainer:
         elif statistics.rms_norm > 0 and math.isfinite(statistics.rms_norm):
             self.scale = d_in**0.5 / statistics.rms_norm
         else:
-            raise NonFiniteError(f"activations of {self.hook!r} have a root mean square norm of {statistics.rms_norm}; nothing to train on")
+            raise NonFiniteError(
+                f"activations of {self.hook!r} have a root mean square norm of {statistics.rms_norm}; nothing to train on"
+            )
         self.dictionary = Dictionary.create(
             config.sparsity,
             d_in=d_in,
@@ -61,7 +63,9 @@ class Trainer:
         with torch.no_grad():
             self.dictionary.rule.after_step(self.dictionary)
         self.variance = self.scale**2 * (statistics.rms_norm**2 - float(statistics.mean.double().square().sum()))
-        self.optimizer = torch.optim.Adam(self.dictionary.parameters(), lr=config.peak_lr, betas=config.betas, eps=1e-8, fused=True)
+        self.optimizer = torch.optim.Adam(
+            self.dictionary.parameters(), lr=config.peak_lr, betas=config.betas, eps=1e-8, fused=True
+        )
         self.n_seen = 0
         self.n_steps = 0
         self.since_fired = torch.zeros(config.d_sae, dtype=torch.long, device=device)
@@ -102,7 +106,9 @@ class Trainer:
         total = torch.stack(list(losses.values())).sum()
         if not math.isfinite(total.item()):
             cause = "the loss" if bool(torch.isfinite(x).all()) else "the activations"
-            raise NonFiniteError(f"step {self.n_steps + 1} ({self.n_seen:,} tokens) of {c.sparsity} on {self.hook}: {cause} became NaN or infinite")
+            raise NonFiniteError(
+                f"{cause} became NaN or infinite in step {self.n_steps + 1}, {c.sparsity} on {self.hook}"
+            )
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         if c.clip_grad_norm is not None:
@@ -150,7 +156,9 @@ class Trainer:
         rule = type(d.rule)(d.rule.config, d_in=d.d_in, d_sae=d.d_sae)
         density = self.fire_count.float() / self.fire_tokens if self.fire_tokens else None
         record = {"config": self.config.model_dump(mode="json"), "tokens": self.n_seen, "steps": self.n_steps}
-        copy = Dictionary(rule, d_in=d.d_in, d_sae=d.d_sae, origin=d.origin, density=density, training=record).to(d.W_enc.device)
+        copy = Dictionary(rule, d_in=d.d_in, d_sae=d.d_sae, origin=d.origin, density=density, training=record).to(
+            d.W_enc.device
+        )
         copy.load_state_dict(d.state_dict())
         return copy.fold_decoder_norms_().fold_scale_(self.scale).eval()
 

@@ -15,7 +15,13 @@ class DenseStep:
     """
 
     def __init__(
-        self, dictionary: Dictionary, x: Float[Tensor, "batch d_in"], *, dead: Bool[Tensor, " d_sae"], progress: float, warmup: float
+        self,
+        dictionary: Dictionary,
+        x: Float[Tensor, "batch d_in"],
+        *,
+        dead: Bool[Tensor, " d_sae"],
+        progress: float,
+        warmup: float,
     ):
         self.dictionary, self.x, self.dead = dictionary, x, dead
         self.progress, self.warmup = progress, warmup

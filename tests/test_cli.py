@@ -1,0 +1,171 @@
+"""The command line: every verb once, and one-line errors with the right exit code."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from saelens_lite import cli
+
+HOOK = "blocks.1.hook_resid_pre"
+
+
+def run(*args: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "saelens_lite.cli", *map(str, args)], capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+def call(monkeypatch, capsys, *args: object) -> tuple[int, str, str]:
+    """The command in this process: (exit code, standard output, standard error)."""
+    monkeypatch.setattr(sys, "argv", ["saelens-lite", *map(str, args)])
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with a text, a cache and a trained dictionary, all made by commands."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "book.txt").write_text("It was the best of times, it was the worst of times. " * 200)
+    capture = run("capture", folder / "book.txt", "--hooks", HOOK, "--out", folder / "cache", "--n-tokens", 2000)
+    assert capture.returncode == 0, capture.stderr
+    train = run(
+        "train", folder / "cache", "--sparsity", "topk", "--options.k", 8, "--d-sae", 64,
+        "--n-tokens", 4000, "--batch-size", 256, "--out", folder / "run",
+    )  # fmt: skip
+    assert train.returncode == 0, train.stderr
+    return folder
+
+
+def test_capture_and_train_leave_what_they_say(work):
+    config = json.loads((work / "run/dictionary/cfg.json").read_text())
+    assert (config["architecture"], config["k"], config["d_sae"]) == ("topk", 8, 64)
+    assert config["metadata"]["hook_name"] == HOOK
+    assert load_file(work / "run/dictionary/sae_weights.safetensors")["W_dec"].shape == (64, config["d_in"])
+    assert [json.loads(line)["tokens"] for line in (work / "run/log.jsonl").read_text().splitlines()] == [4096]
+
+
+def test_eval_writes_json(work, monkeypatch, capsys):
+    code, out, err = call(
+        monkeypatch, capsys, "eval", work / "run/dictionary", "--text", work / "book.txt", "--n-tokens", 1500, "--json", work / "e.json"
+    )
+    assert code == 0, err
+    assert "CE recovered" in out
+    (report,) = json.loads((work / "e.json").read_text()).values()
+    assert report["n_tokens"] == 1500
+    assert report["metrics"]["l0"]["value"] <= 8
+
+
+def test_features_writes_one_page(work, monkeypatch, capsys):
+    html = work / "features.html"
+    code, out, err = call(monkeypatch, capsys, "features", work / "run/dictionary", "--text", work / "book.txt", "--html", html)
+    assert code == 0, err
+    assert "64 latents" in out
+    assert html.read_text().lower().startswith("<!doctype html>")
+    code, _, err = call(monkeypatch, capsys, "features", work / "run/dictionary", "--text", work / "book.txt", "--html", html)
+    assert code == 2
+    assert "already exists" in err
+
+
+def test_train_reads_toml_and_flags_win(work, monkeypatch, capsys):
+    (work / "run.toml").write_text(
+        'd_sae = 32\nn_tokens = 512\nbatch_size = 256\n\n[[dictionary]]\nsparsity = "l1"\noptions = {coefficient = 1.0}\n\n'
+        '[[dictionary]]\nsparsity = "topk"\noptions = {k = 4}\n'
+    )
+    code, out, err = call(
+        monkeypatch, capsys, "train", work / "cache", "--config", work / "run.toml", "--d-sae", 48, "--out", work / "two"
+    )
+    assert code == 0, err
+    assert out.count("fvu") == 2
+    for name, k in (("0-l1", None), ("1-topk", 4)):
+        config = json.loads((work / "two" / name / "dictionary/cfg.json").read_text())
+        assert config["d_sae"] == 48
+        assert config.get("k") == k
+
+
+def test_inspect(work, monkeypatch, capsys):
+    code, out, _ = call(monkeypatch, capsys, "inspect", work / "run")
+    assert code == 0
+    assert json.loads(out)["metadata"]["saelens_lite"]["sparsity"] == "topk"
+    code, out, _ = call(monkeypatch, capsys, "inspect", work / "cache")
+    assert code == 0
+    assert json.loads(out)["activations"] == 2000
+
+
+def test_plugins(monkeypatch, capsys):
+    code, out, _ = call(monkeypatch, capsys, "plugins")
+    assert code == 0
+    for name in ("l1", "topk", "gated"):
+        assert name in out
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["trainn"], 'Did you mean "train"'),
+        (["train", "CACHE", "--d-saee", "4"], "--d-sae"),
+        (["train", "CACHE", "--d-sae", "-4"], "greater than 0"),
+        (["train", "CACHE", "--sparsity", "topkk"], "did you mean topk"),
+        (["train", "CACHE", "--options.kk", "3"], "unknown key 'kk'; did you mean k"),
+        (["train", "CACHE", "--hook", "blocks.1.hook_resid_prre"], "did you mean blocks.1.hook_resid_pre"),
+        (["train", "CACHE", "--config", "nowhere.toml"], "no such settings file"),
+        (["train", "nowhere"], "manifest.json is missing"),
+        (["capture", "nowhere.txt", "--hooks", HOOK], "no text file at nowhere.txt"),
+        (["capture", "BOOK", "--hooks", "blocks.9.hook_resid_pre", "--out", "elsewhere"], "no hook 'blocks.9.hook_resid_pre'"),
+        (["capture", "BOOK", "--hooks", HOOK, "--out", "CACHE"], "already exists"),
+        (["capture", "BOOK", "--hooks", HOOK, "--model", "./nowhere"], "no model folder at ./nowhere"),
+        (["eval", "nowhere"], "cfg.json is missing"),
+        (["inspect", "nowhere"], "is missing"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(work, monkeypatch, capsys, args, says):
+    places = {"CACHE": work / "cache", "BOOK": work / "book.txt"}
+    monkeypatch.chdir(work)
+    code, out, err = call(monkeypatch, capsys, *(places.get(arg, arg) for arg in args))
+    assert code == 2
+    assert says in err
+    assert err.startswith("saelens-lite: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in out + err
+
+
+def test_a_diverged_run_exits_1_and_keeps_the_last_good_dictionary(work, monkeypatch, capsys):
+    from saelens_lite.train import Trainer
+
+    real = Trainer.step
+
+    def poisoned(self, x):
+        real(self, x if self.n_steps < 2 else x * torch.nan)
+
+    monkeypatch.setattr(Trainer, "step", poisoned)
+    code, _, err = call(monkeypatch, capsys, "train", work / "cache", "--d-sae", 16, "--batch-size", 64, "--out", work / "nan")
+    assert code == 1
+    assert "the activations became NaN or infinite in step 3" in err
+    assert (work / "nan/last_good/cfg.json").exists()
+    assert not (work / "nan/dictionary").exists()
+
+
+def test_traceback_on_request():
+    failed = run("inspect", "nowhere", "--traceback")
+    assert failed.returncode == 1
+    assert "Traceback" in failed.stderr
+    assert "CorruptFileError" in failed.stderr
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['saelens-lite', 'train', '--help']\nfrom saelens_lite import cli\ntry:\n    cli.main()\n"
+        "except SystemExit:\n    pass\nassert not {'torch', 'transformers', 'transformer_lens'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--d-sae" in done.stdout
