@@ -6,7 +6,7 @@ A settings object is data: no I/O, no ids, no devices. An unknown key is an erro
 import json
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -24,7 +24,7 @@ class FrozenConfig(BaseModel):
         except ValidationError as error:
             raise ConfigError(_explain(type(self), error)) from None
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self, **changes: Any) -> "FrozenConfig":
         """A copy with some fields changed, validated like a new one."""
         return type(self)(**{**self.model_dump(), **changes})
 

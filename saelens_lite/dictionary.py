@@ -9,7 +9,7 @@ architecture has no place for in plugin.safetensors.
 
 import importlib.metadata
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -67,7 +67,7 @@ class Dictionary(nn.Module):
         options: dict[str, Any] | None = None,
         seed: int = 0,
         origin: Origin | None = None,
-    ) -> Self:
+    ) -> "Dictionary":
         """A fresh dictionary: random directions of one norm, W_enc = W_decᵀ, biases zero.
 
         Raises:
@@ -117,7 +117,7 @@ class Dictionary(nn.Module):
         return self.decode(self.encode(x)).to(x.dtype)
 
     @torch.no_grad()
-    def fold_scale_(self, scale: float) -> Self:
+    def fold_scale_(self, scale: float) -> "Dictionary":
         """Turn a dictionary of scale·x into one of x, with the same codes."""
         self.W_enc.mul_(scale)
         self.W_dec.div_(scale)
@@ -125,7 +125,7 @@ class Dictionary(nn.Module):
         return self
 
     @torch.no_grad()
-    def fold_decoder_norms_(self) -> Self:
+    def fold_decoder_norms_(self) -> "Dictionary":
         """Make decoder rows unit vectors and put their norms into the codes; x_hat stays the same.
 
         Rules whose codes do not scale latent by latent (top-k) are left as they are.
@@ -204,7 +204,7 @@ class Dictionary(nn.Module):
         }
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> Self:
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Dictionary":
         """The dictionary in a folder written by `save`.
 
         Raises:

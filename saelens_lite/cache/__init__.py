@@ -9,7 +9,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, Self
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -34,6 +34,7 @@ class Statistics(NamedTuple):
     rms_norm: float
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where training gets its activations."""
 
@@ -113,7 +114,7 @@ class ActivationCache:
         self._checked: set[str] = set()
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
+    def open(cls, path: str | Path) -> "ActivationCache":
         """The cache in a folder.
 
         Raises:
@@ -253,87 +254,98 @@ def capture(
         OutputExistsError: `out` holds something and `exists` is "error".
         NonFiniteError: the model produced NaN or infinity, or numbers too large for `dtype`.
     """
-    from safetensors.torch import save_file
-
     names = [hooks] if isinstance(hooks, str) else list(dict.fromkeys(hooks))
     for name in names:
         lm.hook_point(name)
-    if dtype not in DTYPES:
+    if dtype not in ("float16", "bfloat16", "float32"):
         raise ConfigError(f"dtype = {dtype!r}; expected float16, bfloat16 or float32")
-    rows = (
-        text if isinstance(text, TokenRows) else token_rows(lm, text, n_ctx=n_ctx, n_tokens=n_tokens, prepend_bos=prepend_bos)
+    if isinstance(text, TokenRows):
+        rows = text
+    else:
+        rows = token_rows(lm, text, n_ctx=n_ctx, n_tokens=n_tokens, prepend_bos=prepend_bos)
+    origin = Origin(
+        model=lm.name,
+        revision=lm.revision,
+        model_class=type(lm.module).__name__,
+        n_ctx=rows.tokens.shape[1],
+        prepend_bos=prepend_bos,
+        text=text_name or (text.name if isinstance(text, Path) else None),
     )
-    order = torch.randperm(len(rows.tokens), generator=torch.Generator().manual_seed(0))  # neighbours in a shard differ
-    per_batch = max(1, batch_tokens // rows.tokens.shape[1])
-    moments: dict[str, _Moments] = {}
-    shards: list[dict] = []
-    pending: list[dict[str, Tensor]] = []
-
+    order = torch.randperm(len(rows.tokens), generator=torch.Generator().manual_seed(0))  # so that neighbours differ
     with new_folder(Path(out), exists) as folder, progress_bar("capture", rows.n_kept) as advance:
-
-        def write_shard(tensors: dict[str, Tensor]) -> None:
-            file = folder / f"shard-{len(shards):05d}.safetensors"
-            save_file(tensors, file)
-            shards.append(
-                {"file": file.name, "n_tokens": len(tensors["tokens"]), "bytes": file.stat().st_size, "sha256": _sha256(file)}
-            )
-
-        def write_pending(at_least: int) -> None:
-            nonlocal pending
-            n = sum(len(piece["tokens"]) for piece in pending)
-            if n < at_least:
-                return
-            whole = {key: torch.cat([piece[key] for piece in pending]) for key in pending[0]}
-            stops = list(range(shard_tokens, n + 1, shard_tokens))
-            for stop in stops:
-                write_shard({key: x[stop - shard_tokens : stop].contiguous() for key, x in whole.items()})
-            rest = n - (stops[-1] if stops else 0)
-            pending = [{key: x[n - rest :] for key, x in whole.items()}] if rest else []
-
-        for start in range(0, len(order), per_batch):
-            batch = rows.take(order[start : start + per_batch])
+        writer = _ShardWriter(folder, shard_tokens)
+        moments: dict[str, _Moments] = {}
+        for batch_order in order.split(max(1, batch_tokens // rows.tokens.shape[1])):
+            batch = rows.take(batch_order)
             acts = lm.run(batch.tokens, names)
             piece = {"tokens": batch.tokens[batch.keep].to(torch.int32)}
             for name in names:
                 x = acts[name][batch.keep.to(lm.device)]
                 moments.setdefault(name, _Moments(x.shape[1])).add(x)
-                piece[name] = x.to(DTYPES[dtype]).cpu()
-                if not torch.isfinite(piece[name]).all():
-                    raise NonFiniteError(
-                        f"{name}: NaN, infinity or a number too large for {dtype} (largest {x.abs().max():.3g}); "
-                        f"store float32 or look at the model"
-                    )
-            pending.append(piece)
-            write_pending(shard_tokens)
+                piece[name] = _stored(x, DTYPES[dtype], name)
+            writer.add(piece)
             advance(len(piece["tokens"]), "")
-        if pending:
-            write_shard({key: torch.cat([piece[key] for piece in pending]).contiguous() for key in pending[0]})
+        writer.close()
         statistics = {name: moments[name].statistics() for name in names}
-        write_json(
-            folder / MANIFEST,
-            {
-                "format": FORMAT,
-                "origin": Origin(
-                    model=lm.name,
-                    revision=lm.revision,
-                    model_class=type(lm.module).__name__,
-                    n_ctx=rows.tokens.shape[1],
-                    prepend_bos=prepend_bos,
-                    text=text_name or (text.name if isinstance(text, Path) else None),
-                ).model_dump(exclude={"hook"}),
-                "dtype": dtype,
-                "text_sha256": text_hash(rows),
-                "n_rows": len(rows.tokens),
-                "hooks": {
-                    name: {"d_in": len(s.mean), "rms_norm": s.rms_norm, "mean": s.mean.tolist()}
-                    for name, s in statistics.items()
-                },
-                "shards": shards,
-            },
-        )
+        manifest = {
+            "format": FORMAT,
+            "origin": origin.model_dump(exclude={"hook"}),
+            "dtype": dtype,
+            "text_sha256": text_hash(rows),
+            "n_rows": len(rows.tokens),
+            "hooks": {n: {"d_in": len(s.mean), "rms_norm": s.rms_norm, "mean": s.mean.tolist()} for n, s in statistics.items()},
+            "shards": writer.shards,
+        }
+        write_json(folder / MANIFEST, manifest)
     cache = ActivationCache.open(out)
     log.info("captured %s", cache)
     return cache
+
+
+class _ShardWriter:
+    """Collects pieces of activations and writes a shard whenever there is enough for one."""
+
+    def __init__(self, folder: Path, shard_tokens: int):
+        self.folder, self.shard_tokens = folder, shard_tokens
+        self.shards: list[dict] = []  # as in the manifest
+        self._pieces: list[dict[str, Tensor]] = []
+        self._n = 0
+
+    def add(self, piece: dict[str, Tensor]) -> None:
+        """Take in a piece: a tensor [n …] for each key, the same keys each time."""
+        self._pieces.append(piece)
+        self._n += len(piece["tokens"])
+        if self._n >= self.shard_tokens:
+            whole = self._joined()
+            stop = self._n - self._n % self.shard_tokens
+            for start in range(0, stop, self.shard_tokens):
+                self._write({key: x[start : start + self.shard_tokens] for key, x in whole.items()})
+            self._pieces, self._n = [{key: x[stop:] for key, x in whole.items()}], self._n - stop
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self._n:
+            self._write(self._joined())
+
+    def _joined(self) -> dict[str, Tensor]:
+        return {key: torch.cat([piece[key] for piece in self._pieces]) for key in self._pieces[0]}
+
+    def _write(self, tensors: dict[str, Tensor]) -> None:
+        from safetensors.torch import save_file
+
+        file = self.folder / f"shard-{len(self.shards):05d}.safetensors"
+        save_file({key: x.contiguous() for key, x in tensors.items()}, file)
+        facts = {"file": file.name, "n_tokens": len(tensors["tokens"]), "bytes": file.stat().st_size, "sha256": _sha256(file)}
+        self.shards.append(facts)
+
+
+def _stored(x: Float[Tensor, "n d_in"], dtype: torch.dtype, hook: str) -> Float[Tensor, "n d_in"]:
+    """Activations as they are stored; NonFiniteError when they are not finite, or not any more."""
+    stored = x.to(dtype).cpu()
+    if not torch.isfinite(stored).all():
+        largest = x.abs().max()
+        raise NonFiniteError(f"{hook}: NaN, infinity or a number too large for {dtype} (largest {largest:.3g}); store float32")
+    return stored
 
 
 def _sha256(file: Path) -> str:

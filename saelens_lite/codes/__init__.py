@@ -1,6 +1,6 @@
 """SparseCodes: which latents fire for each activation, and how strongly."""
 
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,12 +52,14 @@ class SparseCodes(NamedTuple):
     shape: tuple[int, ...]
 
     @classmethod
-    def of(cls, support: Support, value: Float[Tensor, " nnz"], d_sae: int, shape: tuple[int, ...] | None = None) -> Self:
+    def of(
+        cls, support: Support, value: Float[Tensor, " nnz"], d_sae: int, shape: tuple[int, ...] | None = None
+    ) -> "SparseCodes":
         """Codes with `value` at `support`."""
         return cls(support.crow, support.latent, value, d_sae, (len(support.crow) - 1,) if shape is None else shape)
 
     @classmethod
-    def from_dense(cls, acts: Float[Tensor, "*shape d_sae"]) -> Self:
+    def from_dense(cls, acts: Float[Tensor, "*shape d_sae"]) -> "SparseCodes":
         """Codes of the non-zero entries of `acts`; differentiable in them."""
         flat = acts.reshape(-1, acts.shape[-1])
         support = support_of_mask(flat != 0)
@@ -100,7 +102,7 @@ class SparseCodes(NamedTuple):
         )
         return bags.reshape(*self.shape, W_dec.shape[1])
 
-    def without_zeros(self) -> Self:
+    def without_zeros(self) -> "SparseCodes":
         """The same codes with stored zeros dropped."""
         keep = self.value != 0
         if bool(keep.all()):
@@ -108,17 +110,17 @@ class SparseCodes(NamedTuple):
         crow = F.pad(keep.long().cumsum(0), (1, 0))[self.crow]
         return self._replace(crow=crow, latent=self.latent[keep], value=self.value[keep])
 
-    def rows(self, start: int, stop: int) -> Self:
+    def rows(self, start: int, stop: int) -> "SparseCodes":
         """The codes of rows start … stop − 1, as a flat batch."""
         crow = self.crow[start : stop + 1]
         piece = slice(int(crow[0]), int(crow[-1]))
         return self._replace(crow=crow - crow[0], latent=self.latent[piece], value=self.value[piece], shape=(len(crow) - 1,))
 
-    def to(self, *args, **kwargs) -> Self:
+    def to(self, *args, **kwargs) -> "SparseCodes":
         """Moved to a device, values cast to a dtype, as in torch.Tensor.to."""
         value = self.value.to(*args, **kwargs)
         return self._replace(crow=self.crow.to(value.device), latent=self.latent.to(value.device), value=value)
 
-    def detach(self) -> Self:
+    def detach(self) -> "SparseCodes":
         """The same codes without gradient."""
         return self._replace(value=self.value.detach())

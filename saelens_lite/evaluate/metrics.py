@@ -9,7 +9,7 @@ Source: Chamandy, Muralidharan, Najmi and Naidu 2012, Estimating uncertainty for
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Num
 from torch import Tensor
 
 from saelens_lite.codes import SparseCodes
@@ -40,7 +40,7 @@ class PooledSums:
         drawn = torch.poisson(torch.ones(self.n_bootstrap, n), generator=self._generator)
         self._weights = torch.cat([torch.ones(1, n), drawn]).double()
 
-    def add(self, name: str, per_sequence: Float[Tensor, "n ..."]) -> None:
+    def add(self, name: str, per_sequence: Num[Tensor, "n ..."]) -> None:
         """Add sums over the tokens of each sequence (scalars or vectors)."""
         values = per_sequence.double().cpu()
         pooled = self._weights @ values

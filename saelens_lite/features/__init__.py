@@ -2,7 +2,7 @@
 
 import hashlib
 from pathlib import Path
-from typing import Literal, NamedTuple, Self
+from typing import Literal, NamedTuple
 
 from jaxtyping import Bool, Float, jaxtyped
 from torch import Tensor
@@ -69,7 +69,7 @@ class FeatureStore:
         n_tokens: int | None = None,
         batch_tokens: int = 8192,
         exists: Literal["error", "overwrite"] = "error",
-    ) -> Self:
+    ) -> "FeatureStore":
         """The store of a dictionary, from one pass over the text; also written to the folder `out` when given.
 
         Text is cut into rows as the dictionary's training text was. Each of the `top_n` contexts of a latent comes from
@@ -188,7 +188,7 @@ class FeatureStore:
         return Path(folder)
 
     @classmethod
-    def load(cls, folder: str | Path) -> Self:
+    def load(cls, folder: str | Path) -> "FeatureStore":
         """The store in a folder written by `save`.
 
         Raises:

@@ -168,8 +168,9 @@ class _Firing:
         merged = torch.arange(N_BINS, device=exponent.device) >> (exponent - self.exponent).clamp(0, N_BINS)[:, None]
         self.histogram = torch.zeros_like(self.histogram).scatter_add_(1, merged, self.histogram)
         self.exponent = exponent
-        place = (entries.value.double() * N_BINS * 2.0 ** -exponent[entries.latent].double()).long()  # powers of 2: exact
-        added = torch.bincount(entries.latent * N_BINS + place, minlength=self.histogram.numel())
+        scale = N_BINS * 2.0 ** -exponent.double()  # a power of 2: the product is exact, and so is every merge
+        cell = entries.latent * N_BINS + (entries.value * scale[entries.latent]).long()
+        added = torch.bincount(cell, minlength=self.histogram.numel())
         self.histogram += added.reshape(self.histogram.shape)
 
     def tensors(self) -> tuple[Tensor, ...]:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,6 +25,7 @@ EMBEDDED = {"tiny": files("saelens_lite") / "data" / "tiny"}
 log = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class Reconstructor(Protocol):
     """What `LanguageModel.splice` needs of a dictionary."""
 

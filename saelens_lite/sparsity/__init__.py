@@ -12,7 +12,7 @@ The smallest useful rule is one method:
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -52,6 +52,7 @@ class PublishedForm(NamedTuple):
     settings: Mapping[str, Any] = MappingProxyType({})
 
 
+@runtime_checkable
 class Step(Protocol):
     """What a rule may look at in one training step. Shapes: x [batch d_in], pre [batch d_sae], dead [d_sae]."""
 

@@ -5,7 +5,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -33,10 +33,10 @@ class TokenRows(NamedTuple):
         """Number of positions that count."""
         return int(self.keep.sum())
 
-    def __getitem__(self, rows: slice) -> Self:  # type: ignore[override]
+    def __getitem__(self, rows: slice) -> "TokenRows":  # type: ignore[override]
         return type(self)(self.tokens[rows], self.keep[rows]) if isinstance(rows, slice) else tuple.__getitem__(self, rows)
 
-    def take(self, rows: Tensor | slice) -> Self:
+    def take(self, rows: Tensor | slice) -> "TokenRows":
         """Some of the rows."""
         return type(self)(self.tokens[rows], self.keep[rows])
 

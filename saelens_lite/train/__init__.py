@@ -106,9 +106,7 @@ class Trainer:
         total = torch.stack(list(losses.values())).sum()
         if not math.isfinite(total.item()):
             cause = "the loss" if bool(torch.isfinite(x).all()) else "the activations"
-            raise NonFiniteError(
-                f"{cause} became NaN or infinite in step {self.n_steps + 1}, {c.sparsity} on {self.hook}"
-            )
+            raise NonFiniteError(f"{cause} became NaN or infinite in step {self.n_steps + 1}, {c.sparsity} on {self.hook}")
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         if c.clip_grad_norm is not None:
