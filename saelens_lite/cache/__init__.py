@@ -268,7 +268,7 @@ def capture(
         revision=lm.revision,
         model_class=type(lm.module).__name__,
         n_ctx=rows.tokens.shape[1],
-        prepend_bos=prepend_bos,
+        prepend_bos=lm.bos_id is not None and bool((rows.tokens[:, 0] == lm.bos_id).all()),
         text=text_name or (text.name if isinstance(text, Path) else None),
     )
     order = torch.randperm(len(rows.tokens), generator=torch.Generator().manual_seed(0))  # so that neighbours differ

@@ -36,7 +36,7 @@ def page_data(store: FeatureStore) -> dict[str, Any]:
     def number(token: str) -> int:
         return numbers.setdefault(token, len(numbers))
 
-    def effects(pairs: list[tuple[str, float]]) -> list[list[float]]:
+    def effects(pairs: list[tuple[str, float]]) -> list[list[float | int]]:
         return [[number(token), rounded(effect)] for token, effect in pairs]
 
     def context(example: Example) -> list[Any]:
@@ -64,7 +64,7 @@ def page_data(store: FeatureStore) -> dict[str, Any]:
     return {"n_tokens": store.info.n_tokens, "bos": bos, "vocabulary": list(numbers), "latents": latents}
 
 
-def rounded(value: float) -> float:
+def rounded(value: float) -> float | int:
     """The value to three significant digits, as an integer where it is one."""
     short = float(f"{value:.3g}")
     return int(short) if short == int(short) else short

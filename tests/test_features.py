@@ -1,0 +1,372 @@
+"""The feature store against plain loops over dense codes, its files, and what its page may and may not contain."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import saelens_lite as sl
+from saelens_lite.errors import (
+    ConfigError,
+    CorruptFileError,
+    HookError,
+    NonFiniteError,
+    OutputExistsError,
+    TextError,
+    UserError,
+)
+from saelens_lite.features.store import N_BINS, weights_hash
+from saelens_lite.sparsity.registry import unregister
+from saelens_lite.tokens import TokenRows, token_rows
+
+HOOK = "blocks.1.hook_resid_pre"
+D_SAE, N_TOKENS = 64, 700
+WINDOW = (5, 2)
+HOSTILE = "</script><img onerror>"
+
+
+@pytest.fixture(scope="module")
+def small(lm) -> sl.LanguageModel:
+    """Two random blocks under the embedded tokenizer."""
+    torch.manual_seed(1)
+    config = GPT2Config(
+        vocab_size=lm.d_vocab,
+        n_positions=24,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return sl.LanguageModel(GPT2LMHeadModel(config), lm.tokenizer, name="small")
+
+
+@pytest.fixture(scope="module")
+def rule_with_ties():
+    """A rule whose codes are whole numbers, so that many activations are equal; its name."""
+
+    @sl.register("rounded")
+    class Rounded(sl.Sparsity):
+        def activation(self, pre):
+            return (pre - 2).relu().round()
+
+    yield "rounded"
+    unregister("rounded")
+
+
+@pytest.fixture(scope="module")
+def dictionaries(rule_with_ties) -> dict[str, sl.Dictionary]:
+    """One of every kind; latents 3 and 40 never fire."""
+    made = {}
+    for rule, options in (("topk", {"k": 8}), (rule_with_ties, {})):
+        d = sl.Dictionary.create(rule, d_in=16, d_sae=D_SAE, options=options, origin=sl.Origin(hook=HOOK, n_ctx=20))
+        d.b_enc.data[[3, 40]] = -1e4
+        d.W_enc.data[:, 7] *= 40  # a latent of another scale
+        made[rule] = d
+    return made
+
+
+@pytest.fixture(scope="module")
+def rows(small, documents) -> TokenRows:
+    """Rows of 20 tokens, some of them twice, the last of each document padded; the count is reached inside a row."""
+    return token_rows(small, [*documents, documents[1], HOSTILE, HOSTILE * 3], n_ctx=20, n_tokens=N_TOKENS)
+
+
+@pytest.fixture(scope="module", params=["topk", "rounded"])
+def built(request, dictionaries, small, rows) -> tuple[sl.Dictionary, sl.FeatureStore]:
+    dictionary = dictionaries[request.param]
+    return dictionary, sl.FeatureStore.build(dictionary, small, rows, top_n=4, window=WINDOW, batch_tokens=100)
+
+
+@pytest.fixture(scope="module")
+def store(dictionaries, small, rows) -> sl.FeatureStore:
+    return sl.FeatureStore.build(dictionaries["topk"], small, rows, top_n=4, window=WINDOW, batch_tokens=100)
+
+
+@torch.no_grad()
+def dense_codes(dictionary, lm, rows, per_batch: int) -> torch.Tensor:
+    """Codes of every position [n_seq n_ctx d_sae], zero where a position does not count."""
+    out = torch.zeros(*rows.tokens.shape, D_SAE)
+    for start in range(0, len(rows.tokens), per_batch):
+        batch = rows[start : start + per_batch]
+        x = lm.run(batch.tokens, HOOK)[HOOK]
+        out[start : start + per_batch][batch.keep] = dictionary.encode(x[batch.keep]).to_dense()
+    return out
+
+
+def test_counts_and_contexts_equal_plain_loops(built, small, rows):
+    dictionary, store = built
+    acts = dense_codes(dictionary, small, rows, per_batch=5).tolist()
+    strings, tokens, keep = small.token_strings(), rows.tokens.tolist(), rows.keep.tolist()
+    n_seq, n_ctx = rows.tokens.shape
+    assert n_seq > 40
+    assert store.info.n_tokens == N_TOKENS
+    for latent in range(D_SAE):
+        fired = [(-acts[r][p][latent], r, p) for r in range(n_seq) for p in range(n_ctx) if acts[r][p][latent] > 0]
+        summary = store.latent(latent)
+        assert summary.count == len(fired)
+        assert summary.density == pytest.approx(len(fired) / N_TOKENS)
+        assert float(store.density[latent]) == pytest.approx(len(fired) / N_TOKENS)
+        values = [-v for v, _, _ in fired]
+        assert summary.max == max(values, default=0)
+        assert summary.mean == pytest.approx(sum(values) / len(values) if values else 0, rel=1e-6)
+        if values:
+            assert summary.bin_width == 2.0 ** (math.floor(math.log2(max(values))) + 1) / N_BINS
+        assert summary.histogram == [sum(v // summary.bin_width == b for v in values) for b in range(N_BINS)]
+
+        best_of_row = {}
+        for entry in sorted(fired):
+            best_of_row.setdefault(entry[1], entry)
+        expected = sorted(best_of_row.values())[:4]
+        examples = store.top_examples(latent)
+        assert [(-e.value, e.row, e.position) for e in examples] == expected
+        for e in examples:
+            last = max(p for p in range(n_ctx) if keep[e.row][p])
+            shown = range(max(0, e.position - WINDOW[0]), min(last, e.position + WINDOW[1]) + 1)
+            assert list(e.tokens) == [strings[tokens[e.row][p]] for p in shown]
+            assert list(e.values) == [acts[e.row][p][latent] for p in shown]
+            assert shown[e.peak] == e.position
+            assert e.values[e.peak] == e.value
+
+
+def test_rule_with_ties_has_ties(dictionaries, small, rows):
+    """The loop test above means something for ties only if there are some, also between rows."""
+    store = sl.FeatureStore.build(dictionaries["rounded"], small, rows, top_n=4)
+    values = store.tensors.top_value
+    assert int(((values[:, 0] == values[:, 1]) & (values[:, 0] > 0)).sum()) > 10
+
+
+def test_batches_do_not_matter(store, dictionaries, small, rows):
+    other = sl.FeatureStore.build(dictionaries["topk"], small, rows, top_n=4, window=WINDOW, batch_tokens=1_000_000)
+    assert torch.equal(other.tensors.count, store.tensors.count)
+    torch.testing.assert_close(other.tensors.top_value, store.tensors.top_value)
+    torch.testing.assert_close(other.tensors.mean, store.tensors.mean)
+
+
+def test_silent_latents_have_no_examples(store):
+    for latent in (3, 40):
+        summary = store.latent(latent)
+        assert (summary.count, summary.max, summary.mean, summary.bin_width, summary.examples) == (0, 0, 0, 0, [])
+        assert sum(summary.histogram) == 0
+    assert store.never_fires.nonzero().flatten().tolist() == [i for i in range(D_SAE) if store.latent(i).count == 0]
+    assert all(e.value > 0 for i in range(D_SAE) for e in store.top_examples(i))
+
+
+def test_promoted_tokens_are_the_matrix_product(store, dictionaries, small, monkeypatch):
+    logits = dictionaries["topk"].W_dec.detach() @ small.unembedding().T
+    order = logits.argsort(dim=1)
+    strings = small.token_strings()
+    for latent in (0, 7, 63):
+        promoted, suppressed = store.promoted(latent), store.suppressed(latent)
+        best, worst = order[latent].flip(0)[:10].tolist(), order[latent][:10].tolist()
+        assert [effect for _, effect in promoted] == pytest.approx(logits[latent][best].tolist(), rel=1e-5)
+        assert [effect for _, effect in suppressed] == pytest.approx(logits[latent][worst].tolist(), rel=1e-5)
+        assert [text for text, _ in promoted if "\\x" not in text] == [strings[i] for i in best if "\ufffd" not in strings[i]]
+    monkeypatch.setattr("saelens_lite.features.store.MAX_LOGITS", 3 * small.d_vocab)  # 3 latents at a time
+    again = sl.FeatureStore.build(dictionaries["topk"], small, "some text")
+    assert torch.equal(again.tensors.promoted, store.tensors.promoted)
+    torch.testing.assert_close(again.tensors.suppressed_effect, store.tensors.suppressed_effect)
+
+
+def test_bytes_that_are_no_characters_are_visible(store, small):
+    ids = small.tokenizer("日 ï")["input_ids"]
+    assert "".join(store.vocabulary[i] for i in ids).startswith("\\xe6")
+    assert not any("\ufffd" in text or text == "" for text in store.vocabulary)
+
+
+def test_text_and_rows_give_the_same_store(dictionaries, small, documents):
+    d = dictionaries["topk"]
+    from_text = sl.FeatureStore.build(d, small, documents, n_tokens=300)
+    from_rows = sl.FeatureStore.build(d, small, token_rows(small, documents, n_ctx=20, n_tokens=300))
+    assert from_text.info == from_rows.info
+    assert all(torch.equal(a, b) for a, b in zip(from_text.tensors, from_rows.tensors, strict=True))
+
+
+def test_hook_of_another_width_promotes_nothing(small, documents):
+    d = sl.Dictionary.create("topk", d_in=64, d_sae=32, options={"k": 4}, origin=sl.Origin(hook="blocks.0.mlp.out.hook_in"))
+    store = sl.FeatureStore.build(d, small, documents[0])
+    assert store.promoted(0) == store.suppressed(0) == []
+    assert int(store.tensors.count.sum()) > 0
+
+
+def test_save_and_load(store, tmp_path):
+    folder = store.save(tmp_path / "store")
+    loaded = sl.FeatureStore.load(folder)
+    assert loaded.info == store.info
+    assert loaded.vocabulary == store.vocabulary
+    assert all(torch.equal(a, b) for a, b in zip(loaded.tensors, store.tensors, strict=True))
+    assert all(loaded.latent(i) == store.latent(i) for i in range(D_SAE))
+
+
+def test_same_input_same_bytes(dictionaries, small, rows, tmp_path):
+    for name in ("a", "b"):
+        store = sl.FeatureStore.build(dictionaries["topk"], small, rows, out=tmp_path / name)
+        store.dashboard(tmp_path / f"{name}.html")
+    for file in ("features.json", "features.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+
+
+def test_weights_hash_sees_every_weight(dictionaries, store):
+    d = dictionaries["topk"]
+    assert store.info.dictionary_sha256 == weights_hash(d)
+    with torch.no_grad():
+        d.b_dec[5] += 1e-6
+    assert weights_hash(d) != store.info.dictionary_sha256
+    with torch.no_grad():
+        d.b_dec[5] = 0
+    assert weights_hash(d) == store.info.dictionary_sha256
+
+
+@pytest.mark.parametrize("file", ["features.json", "features.safetensors"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "one byte"])
+def test_damaged_files_are_refused(store, tmp_path, file, damage):
+    path = store.save(tmp_path / "store") / file
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        middle = len(content) // 2 if file.endswith("safetensors") else content.index(b'"d_sae"') + 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    with pytest.raises(CorruptFileError):
+        sl.FeatureStore.load(tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokens": lambda t: t["tokens"] + 100_000},
+        {"top_place": lambda t: t["top_place"] - 1},
+        {"count": lambda t: t["count"].float()},
+        {"mean": lambda t: t["mean"][1:]},
+        {"histogram": lambda t: t["histogram"][:, :7].contiguous()},
+        {"surplus": lambda t: t["mean"]},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_tensors_that_do_not_fit_are_refused(store, tmp_path, change):
+    """Even when the checksum has been adapted to them."""
+    folder = store.save(tmp_path / "store")
+    tensors = load_file(folder / "features.safetensors")
+    save_file(tensors | {name: make(tensors) for name, make in change.items()}, folder / "features.safetensors")
+    info = json.loads((folder / "features.json").read_text())
+    from saelens_lite.features import _sha256
+
+    (folder / "features.json").write_text(json.dumps(info | {"tensors_sha256": _sha256(folder / "features.safetensors")}))
+    with pytest.raises(CorruptFileError):
+        sl.FeatureStore.load(folder)
+
+
+def test_existing_outputs_are_kept(store, dictionaries, small, tmp_path):
+    page, folder = tmp_path / "sub" / "features.html", tmp_path / "store"
+    assert store.dashboard(page) == page
+    with pytest.raises(OutputExistsError):
+        store.dashboard(page)
+    store.dashboard(page, exists="overwrite")
+    with pytest.raises(OutputExistsError, match="folder"):
+        store.dashboard(page.parent, exists="overwrite")
+    store.save(folder)
+    with pytest.raises(OutputExistsError):
+        store.save(folder)
+    with pytest.raises(OutputExistsError):  # before the text is read
+        sl.FeatureStore.build(dictionaries["topk"], small, "", out=folder)
+    sl.FeatureStore.build(dictionaries["topk"], small, "text", out=folder, exists="overwrite")
+    assert sl.FeatureStore.load(folder).info.n_tokens < store.info.n_tokens
+
+
+@pytest.mark.parametrize("latent", [-1, D_SAE, 10**9])
+@pytest.mark.parametrize("method", ["top_examples", "promoted", "suppressed", "latent"])
+def test_latents_out_of_range(store, latent, method):
+    with pytest.raises(UserError, match="0 to 63"):
+        getattr(store, method)(latent)
+
+
+def test_requests_that_cannot_be_met(dictionaries, small, rows):
+    d, build = dictionaries["topk"], sl.FeatureStore.build
+
+    def other(d_in: int = 16, hook: str | None = HOOK) -> sl.Dictionary:
+        return sl.Dictionary.create("topk", d_in=d_in, d_sae=32, options={"k": 4}, origin=sl.Origin(hook=hook))
+
+    with pytest.raises(ConfigError, match="hook="):
+        build(other(hook=None), small, "text")
+    assert build(other(hook=None), small, "text", hook=HOOK).info.hook == HOOK
+    with pytest.raises(HookError, match="resid_pre"):
+        build(other(hook="blocks.1.hook_resid_prae"), small, "text")
+    with pytest.raises(sl.errors.ShapeError, match="16"):
+        build(other(d_in=24), small, "text")
+    with pytest.raises(TextError):
+        build(d, small, "")
+    with pytest.raises(TextError):
+        build(d, small, TokenRows(rows.tokens, torch.zeros_like(rows.keep)))
+    for bad in ({"top_n": 0}, {"window": (-1, 3)}):
+        with pytest.raises(ConfigError, match=next(iter(bad))):
+            build(d, small, "text", **bad)
+    with pytest.raises(ConfigError, match="n_tokens"):
+        build(d, small, rows, n_tokens=10)
+    broken = other()
+    broken.W_enc.data[0, 0] = torch.inf
+    with pytest.raises(NonFiniteError, match="codes"):
+        build(broken, small, "text")
+
+
+class Page(HTMLParser):
+    """Tags, attributes that could load something, and the content of the data script, as a browser would split them."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.tags, self.sources, self.data, self._in_data = [], [], "", False
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.sources += [
+            value for name, value in attrs if name in ("src", "href", "srcset", "data") and not value.startswith("#")
+        ]
+        self._in_data = ("id", "data") in attrs
+
+    def handle_data(self, text):
+        if self._in_data:
+            self.data += text
+
+    def handle_endtag(self, tag):
+        self._in_data = False
+
+
+def test_page_is_self_contained_and_holds_the_data(store, tmp_path):
+    html = store.dashboard(tmp_path / "features.html").read_text()
+    page = Page(html)
+    assert page.sources == []
+    assert not re.search(r"https?://|@import|url\(|innerHTML|outerHTML|insertAdjacentHTML|document\.write|fetch\(", html)
+    data = json.loads(page.data)
+    assert data["n_tokens"] == N_TOKENS
+    assert len(data["latents"]) == D_SAE
+    for i, shown in enumerate(data["latents"]):
+        latent = store.latent(i)
+        assert shown["count"] == latent.count
+        assert shown["max"] == pytest.approx(latent.max, rel=5e-3)
+        assert [data["vocabulary"][t] for t, _ in shown["promoted"]] == [text for text, _ in latent.promoted]
+        for (tokens, values, peak, row, position), example in zip(shown["contexts"], latent.examples, strict=True):
+            assert tuple(data["vocabulary"][t] for t in tokens) == example.tokens
+            assert values == pytest.approx(example.values, rel=5e-3)
+            assert (peak, row, position) == example[2:3] + example[4:]
+    assert len(set(data["vocabulary"])) == len(data["vocabulary"])
+
+
+def test_hostile_tokens_and_names_stay_text(store, tmp_path):
+    vocabulary = [HOSTILE + text for text in store.vocabulary]
+    info = store.info.replace(model=HOSTILE, hook="'\"&<b>")
+    hostile = sl.FeatureStore(info, store.tensors, vocabulary)
+    html = hostile.dashboard(tmp_path / "features.html").read_text()
+    assert "<img" not in html
+    assert html.count("</script>") == 2  # the data's and the program's own
+    page, plain = Page(html), Page(store.dashboard(tmp_path / "plain.html").read_text())
+    assert page.tags == plain.tags
+    assert all(text.startswith(HOSTILE) for text in json.loads(page.data)["vocabulary"])
