@@ -111,14 +111,21 @@ def train_configs(tables: dict[str, Any], overrides: dict[str, Any] | None = Non
     are merged key by key.
     """
     shared = {key: value for key, value in tables.items() if key != "dictionary"}
-    layers = [[shared, table, overrides or {}] for table in tables.get("dictionary", [{}])]
-    return [
-        TrainConfig(**{
-            **{key: value for layer in three for key, value in layer.items()},
-            "options": {key: value for layer in three for key, value in layer.get("options", {}).items()},
-        })
-        for three in layers
-    ]  # fmt: skip
+    listed = tables.get("dictionary", [{}])
+    if not isinstance(listed, list) or not all(isinstance(table, dict) for table in listed):
+        raise ConfigError("dictionary: write each as a [[dictionary]] table, with double brackets")
+    return [_merged(shared, table, overrides or {}) for table in listed]
+
+
+def _merged(*layers: dict[str, Any]) -> TrainConfig:
+    """The settings of several tables, later ones winning, `options` key by key."""
+    options: dict[str, Any] = {}
+    for layer in layers:
+        given = layer.get("options", {})
+        if not isinstance(given, dict):
+            raise ConfigError(f"options = {given!r}: expected a table, such as options = {{k = 32}}")
+        options |= given
+    return TrainConfig(**{key: value for layer in layers for key, value in layer.items() if key != "options"}, options=options)
 
 
 def parse_options(options: dict[str, Any]) -> dict[str, Any]:

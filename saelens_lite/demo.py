@@ -15,7 +15,11 @@ from saelens_lite.model import load_model
 from saelens_lite.tokens import is_held_out, python_docs
 from saelens_lite.train import train
 
-RULES: dict[str, dict[str, Any]] = {"topk": {"k": 32}, "l1": {"coefficient": 2.5}, "gated": {"coefficient": 2.5}}
+RULES: dict[str, dict[str, Any]] = {
+    "topk": {"options": {"k": 32}, "lr": 2e-3},
+    "l1": {"options": {"coefficient": 1.2}, "lr": 4e-3},
+    "gated": {"options": {"coefficient": 1.2}, "lr": 2e-3},
+}
 
 
 class DemoResult(NamedTuple):
@@ -32,7 +36,7 @@ def demo(
     *,
     model: str = "tiny",
     d_sae: int = 1536,
-    n_tokens: int = 1_000_000,
+    n_tokens: int = 600_000,
     exists: Literal["error", "overwrite"] = "error",
     say: Callable[[str], None] = lambda _: None,
 ) -> DemoResult:
@@ -64,8 +68,8 @@ def demo(
     lap("capture")
 
     configs = [
-        TrainConfig(sparsity=name, options=options, d_sae=d_sae, n_tokens=n_tokens, batch_size=1024, lr=1e-3)
-        for name, options in RULES.items()
+        TrainConfig(sparsity=name, d_sae=d_sae, n_tokens=n_tokens, batch_size=1024, **settings)
+        for name, settings in RULES.items()
     ]
     runs = train(cache, configs, out / "runs", exists="overwrite")
     lap("train")

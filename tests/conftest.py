@@ -1,6 +1,7 @@
 """What several test files share: the embedded model, a small random one, text, a cache, planted activations."""
 
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 import torch
@@ -49,10 +50,8 @@ def random_lm(lm):
 
 @pytest.fixture(scope="session")
 def documents() -> list[str]:
-    """A few pieces of Python's documentation, of uneven length."""
-    from saelens_lite.tokens import python_docs
-
-    return [document.text[: 150 + 170 * i] for i, document in enumerate(python_docs()[:6])]
+    """A few of Python's help topics, of uneven length."""
+    return [text[: 150 + 170 * i] for i, (_, text) in enumerate(sorted(topics.items())[:6])]
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,10 @@ import json
 import shutil
 
 import pytest
-import saelens_lite as sl
 import torch
 from safetensors.torch import load_file, save_file
+
+import saelens_lite as sl
 from saelens_lite.cache import TensorSource
 from saelens_lite.config import read_toml, train_configs
 from saelens_lite.errors import (
@@ -79,7 +80,10 @@ def test_unknown_hook(lm, tmp_path):
     assert not names(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["", ".", "blocks", "blocks.1", "blocks.-1.hook_resid_pre", "blocks.1.attn", "hook_resid_pre", "blocks.1.hook_resid_pre.x"])
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "blocks", "blocks.1", "blocks.-1.hook_resid_pre", "blocks.1.attn", "hook_resid_pre", "blocks.1.hook_resid_pre.x"],
+)
 def test_names_that_are_no_hooks(lm, name):
     with pytest.raises(HookError, match="no hook"):
         lm.hook_point(name)
@@ -284,7 +288,9 @@ def test_a_truncated_shard(copied):
     shard = copied / "shard-00001.safetensors"
     content = shard.read_bytes()
     shard.write_bytes(content[: len(content) // 2])
-    with pytest.raises(CorruptFileError, match=rf"{shard}: expected {len(content):,} bytes, found {len(content) // 2}; capture again"):
+    with pytest.raises(
+        CorruptFileError, match=rf"{shard}: expected {len(content):,} bytes, found {len(content) // 2}; capture again"
+    ):
         sl.ActivationCache.open(copied)
     shard.unlink()
     with pytest.raises(CorruptFileError, match=rf"{shard}: expected {len(content):,} bytes, found None"):
@@ -342,7 +348,11 @@ def test_a_truncated_weights_file(saved, left):
 
 def test_weights_that_are_no_safetensors(saved):
     file = saved / "sae_weights.safetensors"
-    for content in (b"PK\x03\x04" + bytes(500), (20).to_bytes(8, "little") + b"{not json at all...}", (2).to_bytes(8, "little") + b"[]"):
+    for content in (
+        b"PK\x03\x04" + bytes(500),
+        (20).to_bytes(8, "little") + b"{not json at all...}",
+        (2).to_bytes(8, "little") + b"[]",
+    ):
         file.write_bytes(content)
         with pytest.raises(CorruptFileError, match=r"sae_weights\.safetensors"):
             sl.Dictionary.load(saved)
@@ -433,18 +443,24 @@ def test_a_folder_that_is_no_dictionary(tmp_path):
 
 def test_a_hub_id_without_a_network(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelNotFoundError, match=r"cannot load the model 'nobody/nothing-of-that-name': without a network use 'tiny' or"):
+    with pytest.raises(
+        ModelNotFoundError, match=r"cannot load the model 'nobody/nothing-of-that-name': without a network use 'tiny' or"
+    ):
         sl.load_model("nobody/nothing-of-that-name")
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "~/nowhere", "a/b/c"])
 def test_a_missing_model_folder(name):
-    with pytest.raises(ModelNotFoundError, match=rf"no model folder at {name}; give a folder with config\.json, a Hub id, or 'tiny'"):
+    with pytest.raises(
+        ModelNotFoundError, match=rf"no model folder at {name}; give a folder with config\.json, a Hub id, or 'tiny'"
+    ):
         sl.load_model(name)
 
 
 def test_a_model_folder_that_is_empty_or_damaged(random_lm, tmp_path):
-    with pytest.raises(ModelNotFoundError, match=rf"cannot load the model '{tmp_path}': check the folder\. transformers says: "):
+    with pytest.raises(
+        ModelNotFoundError, match=rf"cannot load the model '{tmp_path}': check the folder\. transformers says: "
+    ):
         sl.load_model(tmp_path)
     random_lm.module.save_pretrained(tmp_path)
     random_lm.tokenizer.save_pretrained(tmp_path)

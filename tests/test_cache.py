@@ -7,13 +7,14 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import saelens_lite as sl
 import torch
 from safetensors.torch import load_file
+from scipy.optimize import linear_sum_assignment
+
+import saelens_lite as sl
 from saelens_lite.cache import TensorSource
 from saelens_lite.errors import ConfigError, HookError, NonFiniteError, ShapeError
 from saelens_lite.tokens import token_rows
-from scipy.optimize import linear_sum_assignment
 
 HOOKS = ["blocks.1.hook_resid_pre", "blocks.2.hook_mlp_out"]
 
@@ -132,9 +133,11 @@ def test_the_cache_answers_for_its_hooks(cache):
         model="tiny", model_class="GPT2LMHeadModel", hook=HOOKS[1], n_ctx=32, prepend_bos=True, text="some docs"
     )
     assert f"{cache.n_tokens:,} tokens" in repr(cache)
-    with pytest.raises(HookError, match=r"has no activations of 'blocks\.1\.hook_resid_post'; did you mean blocks\.1\.hook_resid_pre"):
+    with pytest.raises(
+        HookError, match=r"has no activations of 'blocks\.1\.hook_resid_post'; did you mean blocks\.1\.hook_resid_pre"
+    ):
         cache.d_in("blocks.1.hook_resid_post")
-    with pytest.raises(HookError, match="blocks.1.resid"):
+    with pytest.raises(HookError, match=r"blocks\.1\.resid"):
         cache.batches(["blocks.1.resid"], 8, 0)
 
 
@@ -186,7 +189,7 @@ def test_what_cannot_be_captured(lm, random_lm, tmp_path):
         sl.capture(lm, "text", HOOKS, out, n_ctx=1000)
     with (
         random_lm.replace("blocks.1.hook_resid_pre", lambda x: x * 1e6),
-        pytest.raises(NonFiniteError, match=r"blocks\.2\.hook_resid_pre: NaN, infinity or a number too large for float16"),
+        pytest.raises(NonFiniteError, match=r"blocks\.2\.hook_resid_pre: NaN, infinity or a number too large for .*float16"),
     ):
         sl.capture(random_lm, "text", "blocks.2.hook_resid_pre", out)
     assert not list(tmp_path.iterdir())

@@ -56,7 +56,16 @@ def test_capture_and_train_leave_what_they_say(work):
 
 def test_eval_writes_json(work, monkeypatch, capsys):
     code, out, err = call(
-        monkeypatch, capsys, "eval", work / "run/dictionary", "--text", work / "book.txt", "--n-tokens", 1500, "--json", work / "e.json"
+        monkeypatch,
+        capsys,
+        "eval",
+        work / "run/dictionary",
+        "--text",
+        work / "book.txt",
+        "--n-tokens",
+        1500,
+        "--json",
+        work / "e.json",
     )
     assert code == 0, err
     assert "CE recovered" in out

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from saelens_lite.codes import SparseCodes, Support, support_of_indices, support_of_mask
 from saelens_lite.errors import ShapeError
 

@@ -7,14 +7,15 @@ architecture is defined.
 import json
 
 import pytest
-import saelens_lite as sl
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch import nn
+
+import saelens_lite as sl
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, PluginError, ShapeError
 from saelens_lite.sparsity import registry
-from torch import nn
 
 D_IN, D_SAE = 12, 40
 RULES = {
@@ -180,7 +181,9 @@ def test_files_and_tensors_of_the_published_format(dictionary, tmp_path):
 
 
 def test_cfg_json_of_the_published_format(dictionary, tmp_path):
-    dictionary.origin = sl.Origin(model="tiny", model_class="GPT2LMHeadModel", hook="h", n_ctx=64, prepend_bos=True, text="docs")
+    dictionary.origin = sl.Origin(
+        model="tiny", model_class="GPT2LMHeadModel", hook="h", n_ctx=64, prepend_bos=True, text="docs"
+    )
     rule = dictionary.rule.plugin_name
     config = json.loads((dictionary.save(tmp_path / "d") / "cfg.json").read_text())
     top = {

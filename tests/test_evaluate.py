@@ -36,7 +36,9 @@ def dictionary(lm, name="topk", **options):
 
 def cross_entropy(lm, rows, new=None):
     """Mean nats per prediction between two kept positions, with `new(x)` in place of the stream."""
-    handle = lm.module.transformer.h[1].register_forward_pre_hook(lambda _m, args: (args[0] if new is None else new(args[0]), *args[1:]))
+    handle = lm.module.transformer.h[1].register_forward_pre_hook(
+        lambda _m, args: (args[0] if new is None else new(args[0]), *args[1:])
+    )
     with torch.no_grad():
         log_p = lm.module(rows.tokens).logits.double().log_softmax(-1)
     handle.remove()

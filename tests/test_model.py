@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import saelens_lite as sl
-from saelens_lite.errors import ConfigError, HookError
+from saelens_lite.errors import ConfigError
 
 TEXTS = ["The old man said that he would not go.", "import os", "It was the best of times, it was the worst of times, it was"]
 
@@ -36,6 +36,13 @@ def identity(x):
     return x
 
 
+def assert_near(found: torch.Tensor, wanted: torch.Tensor, what: str = "") -> None:
+    """Equal to 1e-5 of the largest entry of each activation (at least 1): float32 in another order of summation."""
+    error = (found - wanted).abs().amax(-1) / wanted.abs().amax(-1).clamp_min(1)
+    assert found.shape == wanted.shape
+    assert error.max() <= 1e-5, f"{what}: off by {error.max():.1e}"
+
+
 def test_every_usual_hook_is_transformer_lens_own(model):
     names = [
         f"blocks.{i}.{hook}"
@@ -50,8 +57,8 @@ def test_every_usual_hook_is_transformer_lens_own(model):
     assert list(ours) == names
     for name in names:
         assert ours[name].shape == (*rows.tokens.shape, model.d_model)
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
-    torch.testing.assert_close(model.logits(rows), logits, rtol=1e-4, atol=1e-4)
+        assert_near(ours[name], theirs[name], name)
+    assert_near(model.logits(rows), logits, "logits")
 
 
 def test_hooks_of_one_block_are_five_different_places(random_lm):
@@ -66,8 +73,8 @@ def test_a_block_ends_where_the_next_begins_and_its_parts_add_up(model):
     acts = model.run(TEXTS, model.hook_names)
     for i in range(model.n_layers):
         pre, mid, post, attn, mlp = (acts[n] for n in model.hook_names[5 * i : 5 * i + 5])
-        torch.testing.assert_close(mid, pre + attn, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(post, mid + mlp, rtol=1e-5, atol=1e-5)
+        assert_near(mid, pre + attn)
+        assert_near(post, mid + mlp)
         if i + 1 < model.n_layers:
             assert torch.equal(post, acts[f"blocks.{i + 1}.hook_resid_pre"])
 
@@ -83,13 +90,10 @@ def test_other_hooks_of_transformer_lens_are_served_too(random_lm):
     torch.testing.assert_close(acts["ln_final.hook_out"], transformer(tokens).last_hidden_state)
 
 
-def test_a_hook_behind_the_last_block_is_served_or_refused_by_name(random_lm):
-    try:
-        acts = random_lm.run(TEXTS, "unembed.hook_out")
-    except HookError as error:
-        assert "unembed.hook_out" in str(error)
-    else:
-        torch.testing.assert_close(acts["unembed.hook_out"], random_lm.logits(TEXTS))
+def test_hooks_behind_the_last_block(random_lm):
+    acts = random_lm.run(TEXTS, ["unembed.hook_in", "unembed.hook_out"])
+    torch.testing.assert_close(acts["unembed.hook_in"], random_lm.module.transformer(random_lm.to_tokens(TEXTS).tokens)[0])
+    torch.testing.assert_close(acts["unembed.hook_out"], random_lm.logits(TEXTS))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +136,7 @@ def test_padding_does_not_change_what_comes_before_it(model):
         n = int(rows.keep[i].sum()) + 1
         for name in model.hook_names:
             assert alone[name].shape[:2] == (1, n)
-            torch.testing.assert_close(together[name][i, :n], alone[name][0], rtol=1e-5, atol=1e-5)
+            assert_near(together[name][i, :n], alone[name][0], name)
 
 
 def test_texts_tokens_and_token_rows_mean_the_same(random_lm):

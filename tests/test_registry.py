@@ -3,8 +3,9 @@
 import sys
 
 import pytest
-import saelens_lite as sl
 import torch
+
+import saelens_lite as sl
 from saelens_lite.errors import PluginError
 from saelens_lite.sparsity import registry
 
@@ -99,7 +100,9 @@ def test_an_unknown_name_lists_near_matches():
 
 
 def test_who_wrote_it_is_named():
-    with pytest.raises(PluginError, match=r"'top_k'; did you mean topk\?; the file was written with top-k-sae 0\.3, which supplies it"):
+    with pytest.raises(
+        PluginError, match=r"'top_k'; did you mean topk\?; the file was written with top-k-sae 0\.3, which supplies it"
+    ):
         registry.load("top_k", written_by="top-k-sae 0.3")
 
 
@@ -124,7 +127,9 @@ def test_another_distributions_rule_is_loaded_when_asked_for(distribution, tmp_p
 def test_a_name_claimed_twice_names_both(distribution):
     distribution("other-sparsity", "1.0", {"topk": "other_sparsity:TopK"})
     assert registry.names().count("topk") == 1
-    both = r"'topk' is supplied by other-sparsity \(other_sparsity:TopK\) and saelens-lite \(saelens_lite_plugins\..*\); uninstall one"
+    both = (
+        r"'topk' is supplied by other-sparsity \(other_sparsity:TopK\) and saelens-lite \(saelens_lite_plugins\..*\); uninstall"
+    )
     with pytest.raises(PluginError, match=both):
         registry.load("topk")
     assert registry.load("l1").plugin_name == "l1"
@@ -132,7 +137,7 @@ def test_a_name_claimed_twice_names_both(distribution):
 
 def test_a_name_of_this_session_that_is_installed_later(distribution, relu):
     distribution("relu-sparsity", "1.0", {"relu": "relu_sparsity:Relu"})
-    with pytest.raises(PluginError, match="is supplied by relu-sparsity .* and this session"):
+    with pytest.raises(PluginError, match=r"is supplied by relu-sparsity .* and this session"):
         registry.load("relu")
 
 

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+
 from saelens_lite.errors import ConfigError, TextError
 from saelens_lite.tokens import Document, TokenRows, is_held_out, python_docs, read_texts, text_hash, token_rows
 
@@ -178,7 +179,7 @@ def test_python_docs():
 
 def test_python_docs_of_a_made_up_library(tmp_path, monkeypatch):
     files = {
-        "b.py": '"""Module b."""\n\nclass C:\n    """A class."""\n    def m(self):\n        """A method."""\n\ndef f():\n    pass\n',
+        "b.py": '"""Module b."""\nclass C:\n    """A class."""\n    def m(self):\n        """A method."""\ndef f():\n    0\n',
         "a.py": 'def g():\n    """Only a function."""\n',
         "package/inner.py": '"""Inner."""\n',
         "silent.py": "x = 1\n",

@@ -183,10 +183,13 @@ def _common_hook(dictionaries: list[Dictionary], hook: str | None) -> str:
 
 def table(reports: dict[str, EvalReport]) -> Any:
     """A rich table of several reports, a row each."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    columns = {"l0": "L0", "fvu": "FVU", "ce_loss_score": "CE recovered", "cossim": "cosine"}
-    grid = Table("dictionary", *columns.values(), "alive", "dense", caption="± half of the 95 % interval")
+    columns = {"l0": "L0", "fvu": "FVU", "ce_loss_score": "CE recovered"}
+    grid = Table(box=SIMPLE_HEAD, caption="± half of the 95 % interval", caption_justify="left")
+    for title in ("dictionary", *columns.values(), "alive", "dense"):
+        grid.add_column(title, no_wrap=title != "dictionary")
     for name, report in reports.items():
         chosen = [report.metrics[key] for key in columns]
         cells = [f"{m.value:.4g} ±{(m.high - m.low) / 2:.1g}" for m in chosen]
