@@ -48,7 +48,7 @@ def main() -> None:
     """Run a command. Errors are one line on standard error: exit code 2 for the user's mistakes, 1 for the rest."""
     wants_traceback = "--traceback" in sys.argv
     try:
-        app.meta(exit_on_error=False, print_error=False)
+        app.meta(sys.argv[1:], exit_on_error=False, print_error=False)
     except SaelensLiteError as error:
         _fail(error, str(error), error.exit_code, wants_traceback)
     except CycloptsError as error:

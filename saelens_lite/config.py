@@ -63,7 +63,7 @@ class TrainConfig(FrozenConfig):
     sparsity_warmup: float = Field(
         0.1, ge=0, le=1, description="Share of the tokens over which sparsity penalties rise linearly."
     )
-    clip_grad_norm: float | None = Field(1.0, gt=0, description="Largest norm of the whole gradient; none: no clipping.")
+    clip_grad_norm: float = Field(1.0, ge=0, description="Largest norm of the whole gradient; 0: no clipping.")
     normalize: Literal["sqrt_d", "none"] = Field(
         "sqrt_d", description="Scale activations to a root mean square norm of sqrt(d_in) while training; folded in when saved."
     )

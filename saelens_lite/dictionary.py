@@ -213,7 +213,8 @@ class Dictionary(nn.Module):
         """
         folder = Path(path)
         config = read_json(folder / CONFIG_FILE)
-        ours = (config.get("metadata") or {}).get("saelens_lite")
+        metadata = config.get("metadata")
+        ours = metadata.get("saelens_lite") if isinstance(metadata, dict) else None
         if not isinstance(ours, dict) or ours.get("format") != FORMAT:
             raise CorruptFileError(
                 f"{folder / CONFIG_FILE} was not written by this version of saelens_lite (metadata.saelens_lite.format is "

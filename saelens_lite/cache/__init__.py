@@ -131,7 +131,9 @@ class ActivationCache:
                 size = file.stat().st_size if file.is_file() else None
                 if size != shard["bytes"]:
                     raise CorruptFileError(f"{file}: expected {shard['bytes']:,} bytes, found {size}; capture again")
-            _ = self.hooks, self.n_tokens, [self.statistics(h) for h in self.hooks], [self.origin(h) for h in self.hooks]
+            if not self.n_tokens or not self.hooks:
+                raise CorruptFileError(f"{path / MANIFEST}: no shards or no hooks; there are no activations to read")
+            _ = [self.statistics(h) for h in self.hooks], [self.origin(h) for h in self.hooks]
         except (KeyError, TypeError, ValueError, ConfigError) as error:
             raise CorruptFileError(f"{path / MANIFEST} is damaged: {type(error).__name__}: {error}") from None
         return self
@@ -211,7 +213,7 @@ def _batches(
     to the front of the next group, across epochs too."""
     left: dict[str, Tensor] = {}
     for epoch in itertools.count():
-        generator = torch.Generator().manual_seed((seed << 32) + epoch)
+        generator = torch.Generator().manual_seed(_mixed(seed, epoch))
         order = torch.randperm(len(shards), generator=generator).tolist()
         for start in range(0, len(order), mixed):
             group = [shards[i]() for i in order[start : start + mixed]]
@@ -346,6 +348,11 @@ def _stored(x: Float[Tensor, "n d_in"], dtype: torch.dtype, hook: str) -> Float[
         largest = x.abs().max()
         raise NonFiniteError(f"{hook}: NaN, infinity or a number too large for {dtype} (largest {largest:.3g}); store float32")
     return stored
+
+
+def _mixed(*numbers: int) -> int:
+    """A seed for each tuple of numbers; torch's CPU generator looks at the lower 32 bits only."""
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:4], "big")
 
 
 def _sha256(file: Path) -> str:

@@ -68,10 +68,10 @@ def load_model(
     try:
         module = AutoModelForCausalLM.from_pretrained(str(where), dtype=dtype, revision=revision)
         tokenizer = AutoTokenizer.from_pretrained(str(where), revision=revision)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers raises errors of many kinds for a damaged folder
         reason = " ".join(str(error).split())
         help_ = "check the folder" if local else "without a network use 'tiny' or a local folder with the model's files"
-        raise ModelNotFoundError(f"cannot load the model {str(name)!r}: {help_}. transformers says: {reason[:400]}") from None
+        raise ModelNotFoundError(f"cannot load the model {str(name)!r}: {help_}. transformers says: {reason[:400]}") from error
     finally:
         if bars:
             hf_logging.enable_progress_bar()
@@ -178,7 +178,9 @@ class LanguageModel:
 
         handles = [point.on_value(keep(point.name)) for point in points]
         try:
-            self.module.base_model(tokens, use_cache=False)
+            inner = set(self.module.base_model.modules())
+            stop_early = all(point.module in inner for point in points)  # the unembedding lies outside
+            (self.module.base_model if stop_early else self.module)(tokens, use_cache=False)
         except _Enough:
             pass
         finally:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Document", "TokenRows", "is_held_out", "python_docs", "read_texts", "text_hash", "token_rows"]
 
-Text = str | Path | Iterable[str]
+Text = str | Path | Iterable[str | Document]
 
 
 class TokenRows(NamedTuple):
@@ -48,8 +48,8 @@ def read_texts(text: Text) -> Iterator[str]:
         TextError: the file is missing or empty, or a line has no text.
         ConfigError: a kind of file that is not read.
     """
-    if isinstance(text, str):
-        yield text
+    if isinstance(text, str | Document):
+        yield text if isinstance(text, str) else text.text
     elif isinstance(text, Path):
         yield from _read_file(text)
     else:
@@ -64,9 +64,12 @@ def _read_file(path: Path) -> Iterator[str]:
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 try:
-                    yield json.loads(line)["text"]
+                    text = json.loads(line)["text"]
                 except (ValueError, KeyError, TypeError):
-                    raise TextError(f"{path}, line {number}: expected a JSON object with a key 'text'") from None
+                    text = None
+                if not isinstance(text, str):
+                    raise TextError(f"{path}, line {number}: expected a JSON object with a key 'text'")
+                yield text
     elif path.suffix in (".txt", ".md", ""):
         try:
             yield path.read_text(encoding="utf-8")
@@ -98,6 +101,8 @@ def token_rows(
     n_ctx = lm.n_ctx if n_ctx is None else n_ctx
     if not 2 <= n_ctx <= lm.n_ctx:
         raise ConfigError(f"n_ctx = {n_ctx}; {lm.name} takes rows of 2 to {lm.n_ctx} tokens")
+    if n_tokens is not None and n_tokens < 1:
+        raise ConfigError(f"n_tokens = {n_tokens}; expected at least 1")
     if prepend_bos and lm.bos_id is None:
         raise ConfigError(f"the tokenizer of {lm.name} has no BOS token; say prepend_bos=False")
     body = n_ctx - 1 if prepend_bos else n_ctx

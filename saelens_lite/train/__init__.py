@@ -43,14 +43,11 @@ class Trainer:
         self.hook = _choose_hook(config, source)
         statistics = source.statistics(self.hook)
         d_in = source.d_in(self.hook)
-        if config.normalize == "none":
-            self.scale = 1.0
-        elif statistics.rms_norm > 0 and math.isfinite(statistics.rms_norm):
-            self.scale = d_in**0.5 / statistics.rms_norm
-        else:
-            raise NonFiniteError(
-                f"activations of {self.hook!r} have a root mean square norm of {statistics.rms_norm}; nothing to train on"
-            )
+        if not math.isfinite(statistics.rms_norm):
+            raise NonFiniteError(f"the activations of {self.hook!r} hold NaN or infinity; nothing was trained")
+        if not statistics.rms_norm > 0:
+            raise NonFiniteError(f"the activations of {self.hook!r} have a root mean square norm of 0.0; nothing to train on")
+        self.scale = d_in**0.5 / statistics.rms_norm if config.normalize == "sqrt_d" else 1.0
         self.dictionary = Dictionary.create(
             config.sparsity,
             d_in=d_in,
@@ -104,18 +101,24 @@ class Trainer:
         )
         losses = step.losses()
         total = torch.stack(list(losses.values())).sum()
-        if not math.isfinite(total.item()):
-            cause = "the loss" if bool(torch.isfinite(x).all()) else "the activations"
-            raise NonFiniteError(f"{cause} became NaN or infinite in step {self.n_steps + 1}, {c.sparsity} on {self.hook}")
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
-        if c.clip_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.dictionary.parameters(), c.clip_grad_norm)
-        self.optimizer.param_groups[0]["lr"] = self.lr_at((self.n_seen + len(x) / 2) / c.n_tokens)
+        norm = self._clip_gradient()
+        if not math.isfinite(total.item() + norm):
+            cause = "the activations" if not torch.isfinite(x).all() else "the loss" if math.isfinite(norm) else "the gradient"
+            raise NonFiniteError(f"{cause} became NaN or infinite in step {self.n_steps + 1}, {c.sparsity} on {self.hook}")
+        self.optimizer.param_groups[0]["lr"] = self.lr_at((self.n_steps + 0.5) / math.ceil(c.n_tokens / c.batch_size))
         self.optimizer.step()
         with torch.no_grad():
             self.dictionary.rule.after_step(self.dictionary)
         self._count(step, losses, total)
+
+    def _clip_gradient(self) -> float:
+        """The norm of the whole gradient, which is scaled down to `clip_grad_norm` if it is longer."""
+        parameters = list(self.dictionary.parameters())
+        if self.config.clip_grad_norm:
+            return float(torch.nn.utils.clip_grad_norm_(parameters, self.config.clip_grad_norm))
+        return float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
 
     def _count(self, step: DenseStep, losses: dict[str, Tensor], total: Tensor) -> None:
         """Dead latents, firing frequencies and the sums that the log averages."""
@@ -123,7 +126,7 @@ class Trainer:
         fired = step.codes.latent[step.codes.value.detach() != 0]
         counts = torch.bincount(fired, minlength=self.config.d_sae)
         self.since_fired = torch.where(counts > 0, 0, self.since_fired + n)
-        if self.n_seen >= (1 - max(self.config.decay, 0.1)) * self.config.n_tokens:
+        if self.n_seen + n > (1 - max(self.config.decay, 0.1)) * self.config.n_tokens:
             self.fire_count += counts
             self.fire_tokens += n
         self.n_seen += n
@@ -254,15 +257,17 @@ def fit(
     """A dictionary trained on activations in memory: encode, decode, update, repeat.
 
     `settings` are the fields of TrainConfig: d_sae, n_tokens, batch_size, lr, seed, …; n_tokens defaults to ten passes
-    over x.
+    over x, and a batch is never larger than x unless told.
 
     Raises:
         ShapeError: x is not [n d_in] floating-point numbers.
         ConfigError, PluginError: a setting or rule that does not exist, or a bad value.
         NonFiniteError: x holds NaN, or training diverged.
     """
-    config = TrainConfig(**{"n_tokens": 10 * len(x), **settings, "sparsity": sparsity, "options": options or {}})
-    return train(TensorSource(x), config, device=x.device, data_seed=config.seed)[0].dictionary
+    source = TensorSource(x)
+    defaults = {"n_tokens": 10 * len(x), "batch_size": min(2048, len(x))}
+    config = TrainConfig(**{**defaults, **settings, "sparsity": sparsity, "options": options or {}})
+    return train(source, config, device=x.device, data_seed=config.seed)[0].dictionary
 
 
 def _choose_hook(config: TrainConfig, source: Source) -> str:
