@@ -52,7 +52,7 @@ class Dictionary(nn.Module):
         self.density = density
         self.training_record = training or {}
         self.rule = rule
-        self.W_enc = nn.Parameter(torch.zeros(d_in, d_sae))
+        self.W_enc = nn.Parameter(torch.zeros(d_sae, d_in).T)  # in memory a row a latent, like W_dec
         self.b_enc = nn.Parameter(torch.zeros(d_sae)) if rule.encoder_bias else None
         self.W_dec = nn.Parameter(torch.zeros(d_sae, d_in))
         self.b_dec = nn.Parameter(torch.zeros(d_in))

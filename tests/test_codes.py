@@ -131,5 +131,5 @@ def test_support_of_a_mask(shape):
     back[support.row, support.latent] = True
     assert torch.equal(back, mask)
     assert len(support.crow) == shape[0] + 1
-    codes = SparseCodes.of(Support(*support), torch.ones(len(support.latent)), shape[1])
+    codes = SparseCodes.of(Support(support.crow, support.latent), torch.ones(len(support.latent)), shape[1])
     assert torch.equal(codes.to_dense(), mask.float())

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from saelens_lite.codes import SparseCodes
 from saelens_lite.dictionary import Dictionary
-from saelens_lite.train.step import DenseStep
+from saelens_lite.train.step import DenseStep, SparseStep
 
 WARMUP = 0.75
 RULES = {
@@ -23,12 +23,22 @@ RULES = {
 }
 
 
-class SpiedStep(DenseStep):
+@pytest.fixture(scope="module", autouse=True, params=[DenseStep, SparseStep], ids=["dense", "sparse"])
+def step_class(request):
+    """Every test of this file runs with both ways to compute a step."""
+    SpiedStep.__bases__ = (Spy, request.param)
+
+
+class Spy:
     """A step that remembers which codes were decoded: first those of x_hat, then those of an auxiliary term."""
 
     def decode(self, codes, frozen=False):
         self.__dict__.setdefault("decoded", []).append(codes)
         return super().decode(codes, frozen)
+
+
+class SpiedStep(Spy, DenseStep):
+    """The step under test; `step_class` puts its base in place."""
 
 
 def make_dictionary(rule: str, d_in: int, d_sae: int, seed: int, grid: bool) -> Dictionary:
@@ -214,7 +224,7 @@ def test_larger_than_a_tile_of_anything():
 def test_aux_k_reaches_the_encoder_of_dead_latents_only():
     dictionary = make_dictionary("topk, dead latents", d_in=8, d_sae=24, seed=1, grid=False)
     dead = torch.arange(24) % 3 == 0
-    step = DenseStep(dictionary, make_x(32, 8, seed=1, grid=False), dead=dead, progress=0.5, warmup=1.0)
+    step = SpiedStep(dictionary, make_x(32, 8, seed=1, grid=False), dead=dead, progress=0.5, warmup=1.0)
     of_encoder, of_decoder = torch.autograd.grad(step.losses()["aux"], [dictionary.W_enc, dictionary.W_dec])
     assert (of_encoder[:, dead].norm(dim=0) > 0).all()
     assert (of_decoder[dead].norm(dim=1) > 0).all()
@@ -225,18 +235,18 @@ def test_aux_k_reaches_the_encoder_of_dead_latents_only():
 def test_aux_k_is_absent_without_dead_latents_or_weight():
     x = make_x(8, 6, seed=2, grid=False)
     dictionary = make_dictionary("topk, dead latents", d_in=6, d_sae=12, seed=2, grid=False)
-    alive = DenseStep(dictionary, x, dead=torch.zeros(12, dtype=torch.bool), progress=0.5, warmup=1.0)
+    alive = SpiedStep(dictionary, x, dead=torch.zeros(12, dtype=torch.bool), progress=0.5, warmup=1.0)
     assert alive.losses().keys() == {"mse"}
     for options in ({"k": 2, "aux_coefficient": 0.0}, {"k": 2, "aux_k": 0}):
         without = Dictionary.create("topk", d_in=6, d_sae=12, options=options)
-        step = DenseStep(without, x, dead=torch.ones(12, dtype=torch.bool), progress=0.5, warmup=1.0)
+        step = SpiedStep(without, x, dead=torch.ones(12, dtype=torch.bool), progress=0.5, warmup=1.0)
         assert step.losses().keys() == {"mse"}
 
 
 def test_gate_error_leaves_the_decoder_alone():
     """W_dec gets nothing; b_dec only what comes through the centring of h, which is −W_enc · dL/db_gate."""
     dictionary = make_dictionary("gated", d_in=8, d_sae=24, seed=5, grid=False)
-    step = DenseStep(
+    step = SpiedStep(
         dictionary, make_x(32, 8, seed=5, grid=False), dead=torch.zeros(24, dtype=torch.bool), progress=0.5, warmup=1.0
     )
     wanted = [dictionary.W_dec, dictionary.b_dec, dictionary.rule.b_gate, dictionary.W_enc]
@@ -250,7 +260,7 @@ def test_gate_error_leaves_the_decoder_alone():
 def test_penalty_follows_the_warm_up_and_reconstruction_does_not(rule):
     dictionary = make_dictionary(rule, d_in=8, d_sae=24, seed=5, grid=False)
     x, dead = make_x(32, 8, seed=5, grid=False), torch.zeros(24, dtype=torch.bool)
-    none, half, full = (DenseStep(dictionary, x, dead=dead, progress=0.0, warmup=w).losses() for w in (0.0, 0.5, 1.0))
+    none, half, full = (SpiedStep(dictionary, x, dead=dead, progress=0.0, warmup=w).losses() for w in (0.0, 0.5, 1.0))
     penalty = {"l1": "l1", "gated": "gate_l1"}[rule]
     assert none[penalty] == 0
     assert full[penalty] > 0

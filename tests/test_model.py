@@ -280,6 +280,14 @@ def test_generation_under_a_splice(model):
     assert spliced != model.generate("The old man", 15, temperature=0.0)
 
 
+def test_generation_leaves_no_position_behind(model):
+    after = "blocks.1.hook_resid_pre"
+    first = model.run(TEXTS, after)[after][:, 0]
+    model.generate("The old man", 5)
+    with model.splice(Stub(torch.zeros_like, hook="blocks.0.hook_resid_post")):
+        assert torch.equal(model.run(TEXTS, after)[after][:, 0], first)
+
+
 def test_unembedding_gives_the_logits_up_to_a_shift_and_a_factor(model):
     x = model.run(TEXTS[0], f"blocks.{model.n_layers - 1}.hook_resid_post")[f"blocks.{model.n_layers - 1}.hook_resid_post"][0]
     centred = x - x.mean(-1, keepdim=True)

@@ -35,7 +35,7 @@ class Gated(Sparsity):
         return (pre + self.b_gate > 0) * (pre * self.r_mag.exp() + self.b_mag).relu()
 
     def support(self, pre) -> Support:
-        return support_of_mask(pre + self.b_gate > 0)
+        return support_of_mask(pre > -self.b_gate)
 
     def values(self, pre, latent):
         return (pre * self.r_mag.exp()[latent] + self.b_mag[latent]).relu()

@@ -1,7 +1,10 @@
 """SparseCodes: which latents fire for each activation, and how strongly."""
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -10,22 +13,64 @@ from torch import Tensor
 from saelens_lite.errors import ShapeError
 
 
-class Support(NamedTuple):
-    """The (row, latent) pairs that fire, in compressed rows: row r owns latent[crow[r]:crow[r+1]]."""
+@dataclass(frozen=True, eq=False)
+class Support:
+    """The (row, latent) pairs that fire, in compressed rows: row r owns latent[crow[r]:crow[r+1]].
+
+    What the products of a training step need of it is derived once, on first use.
+    """
 
     crow: Int[Tensor, " rows_plus_1"]
     latent: Int[Tensor, " nnz"]
 
     @property
+    def n_rows(self) -> int:
+        """Number of rows, empty ones included."""
+        return len(self.crow) - 1
+
+    @cached_property
     def row(self) -> Int[Tensor, " nnz"]:
         """The row of each pair."""
-        counts = self.crow.diff()
-        return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts, output_size=len(self.latent))
+        rows = torch.arange(self.n_rows, device=self.crow.device)
+        return torch.repeat_interleave(rows, self.crow.diff(), output_size=len(self.latent))
+
+    def flat(self, d_sae: int) -> Int[Tensor, " nnz"]:
+        """row · d_sae + latent: where the pair stands in a flattened [rows d_sae] tensor."""
+        return self.row * d_sae + self.latent
+
+    @cached_property
+    def crow32(self) -> Int[Tensor, " rows_plus_1"]:
+        """`crow` as int32, which sparse products read without converting."""
+        return self.crow.int()
+
+    @cached_property
+    def latent32(self) -> Int[Tensor, " nnz"]:
+        """`latent` as int32."""
+        return self.latent.int()
+
+    @cached_property
+    def order(self) -> Int[Tensor, " nnz"]:
+        """What sorts the pairs by latent, rows ascending within a latent."""
+        return self.latent32.argsort(stable=True)
+
+    @cached_property
+    def row_by_latent(self) -> Int[Tensor, " nnz"]:
+        """The rows of the pairs sorted by latent, int32."""
+        return self.row[self.order].int()
+
+    def by_latent(self, d_sae: int) -> Int[Tensor, " d_sae_plus_1"]:
+        """Where each latent begins among the pairs sorted by latent, int32."""
+        return _pointers(torch.bincount(self.latent, minlength=d_sae)).int()
 
 
 def support_of_mask(mask: Bool[Tensor, "batch d_sae"]) -> Support:
     """The pairs at which `mask` is true, latents ascending within a row."""
-    row, latent = mask.nonzero(as_tuple=True)
+    if mask.device.type == "cpu":  # numpy finds them several times faster
+        flat = torch.from_numpy(np.flatnonzero(mask.contiguous().numpy()))
+        row = flat // max(1, mask.shape[1])
+        latent = flat - row * mask.shape[1]
+    else:
+        row, latent = mask.nonzero(as_tuple=True)
     return Support(_pointers(torch.bincount(row, minlength=len(mask))), latent)
 
 
@@ -45,8 +90,7 @@ class SparseCodes(NamedTuple):
     `shape` is the leading shape of the activations they came from; rows run over it in C order.
     """
 
-    crow: Int[Tensor, " rows_plus_1"]
-    latent: Int[Tensor, " nnz"]
+    support: Support
     value: Float[Tensor, " nnz"]
     d_sae: int
     shape: tuple[int, ...]
@@ -56,7 +100,7 @@ class SparseCodes(NamedTuple):
         cls, support: Support, value: Float[Tensor, " nnz"], d_sae: int, shape: tuple[int, ...] | None = None
     ) -> "SparseCodes":
         """Codes with `value` at `support`."""
-        return cls(support.crow, support.latent, value, d_sae, (len(support.crow) - 1,) if shape is None else shape)
+        return cls(support, value, d_sae, (support.n_rows,) if shape is None else shape)
 
     @classmethod
     def from_dense(cls, acts: Float[Tensor, "*shape d_sae"]) -> "SparseCodes":
@@ -66,9 +110,14 @@ class SparseCodes(NamedTuple):
         return cls.of(support, flat[support.row, support.latent], acts.shape[-1], tuple(acts.shape[:-1]))
 
     @property
-    def support(self) -> Support:
-        """The (row, latent) pairs."""
-        return Support(self.crow, self.latent)
+    def crow(self) -> Int[Tensor, " rows_plus_1"]:
+        """Where each row begins among the entries."""
+        return self.support.crow
+
+    @property
+    def latent(self) -> Int[Tensor, " nnz"]:
+        """The latent of each entry."""
+        return self.support.latent
 
     @property
     def row(self) -> Int[Tensor, " nnz"]:
@@ -78,7 +127,7 @@ class SparseCodes(NamedTuple):
     @property
     def n_rows(self) -> int:
         """Number of activations coded."""
-        return len(self.crow) - 1
+        return self.support.n_rows
 
     @property
     def l0(self) -> Int[Tensor, "*shape"]:
@@ -89,7 +138,7 @@ class SparseCodes(NamedTuple):
     def to_dense(self) -> Float[Tensor, "*shape d_sae"]:
         """The same codes as a dense tensor; differentiable."""
         flat = self.value.new_zeros(self.n_rows * self.d_sae)
-        return flat.index_put((self.row * self.d_sae + self.latent,), self.value).reshape(*self.shape, self.d_sae)
+        return flat.index_put((self.support.flat(self.d_sae),), self.value).reshape(*self.shape, self.d_sae)
 
     def decode(self, W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "*shape d_in"]:
         """Σ value · W_dec[latent] for each activation, without bias; differentiable."""
@@ -108,18 +157,21 @@ class SparseCodes(NamedTuple):
         if bool(keep.all()):
             return self
         crow = F.pad(keep.long().cumsum(0), (1, 0))[self.crow]
-        return self._replace(crow=crow, latent=self.latent[keep], value=self.value[keep])
+        return self._replace(support=Support(crow, self.latent[keep]), value=self.value[keep])
 
     def rows(self, start: int, stop: int) -> "SparseCodes":
         """The codes of rows start … stop − 1, as a flat batch."""
         crow = self.crow[start : stop + 1]
         piece = slice(int(crow[0]), int(crow[-1]))
-        return self._replace(crow=crow - crow[0], latent=self.latent[piece], value=self.value[piece], shape=(len(crow) - 1,))
+        support = Support(crow - crow[0], self.latent[piece])
+        return self._replace(support=support, value=self.value[piece], shape=(support.n_rows,))
 
     def to(self, *args, **kwargs) -> "SparseCodes":
         """Moved to a device, values cast to a dtype, as in torch.Tensor.to."""
         value = self.value.to(*args, **kwargs)
-        return self._replace(crow=self.crow.to(value.device), latent=self.latent.to(value.device), value=value)
+        if value.device == self.crow.device:
+            return self._replace(value=value)
+        return self._replace(support=Support(self.crow.to(value.device), self.latent.to(value.device)), value=value)
 
     def detach(self) -> "SparseCodes":
         """The same codes without gradient."""

@@ -19,7 +19,7 @@ from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, NonFiniteError
 from saelens_lite.files import refuse_existing, write_text
 from saelens_lite.progress import progress_bar
-from saelens_lite.train.step import DenseStep
+from saelens_lite.train.step import DenseStep, SparseStep
 
 __all__ = ["Run", "Trainer", "fit", "train"]
 
@@ -37,6 +37,8 @@ class Run(NamedTuple):
 
 class Trainer:
     """The state of one dictionary in training. The dictionary sees activations multiplied by `scale`."""
+
+    step_class: type[DenseStep] = SparseStep
 
     def __init__(self, config: TrainConfig, source: Source, device: str | torch.device = "cpu"):
         self.config = config
@@ -92,7 +94,7 @@ class Trainer:
         c = self.config
         progress = self.n_seen / c.n_tokens
         x = x.to(self.dictionary.W_enc.device, self.dictionary.W_enc.dtype) * self.scale
-        step = DenseStep(
+        step = self.step_class(
             self.dictionary,
             x,
             dead=self.since_fired >= c.dead_after,

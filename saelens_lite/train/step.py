@@ -1,11 +1,14 @@
-"""One training step in plain, dense autograd: the definition that faster paths must agree with."""
+"""One training step. `DenseStep` is the definition, in plain dense autograd; `SparseStep` computes the same losses and
+gradients with one dense product, and is what training uses."""
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saelens_lite.codes import SparseCodes, Support
+from saelens_lite.codes.products import Decode, PreAt, PreDense
 from saelens_lite.dictionary import Dictionary, codes_at
+from saelens_lite.sparsity import Sparsity
 
 
 class DenseStep:
@@ -25,10 +28,14 @@ class DenseStep:
     ):
         self.dictionary, self.x, self.dead = dictionary, x, dead
         self.progress, self.warmup = progress, warmup
-        self._h = dictionary.pre(x)
-        self.pre = self._h.detach()
-        self.codes = codes_at(dictionary.rule, self._h, dictionary.rule.support(self.pre))
+        self.pre, self.codes = self._encode()
         self.x_hat = self.decode(self.codes) + dictionary.b_dec
+
+    def _encode(self) -> tuple[Float[Tensor, "batch d_sae"], SparseCodes]:
+        """Pre-activations without gradient, and the codes."""
+        self._h = self.dictionary.pre(self.x)
+        rule = self.dictionary.rule
+        return self._h.detach(), codes_at(rule, self._h, rule.support(self._h.detach()))
 
     def losses(self) -> dict[str, Float[Tensor, ""]]:
         """mse = mean over the batch of Σ_d (x − x̂)², and what the rule adds; training minimises their sum."""
@@ -51,3 +58,36 @@ class DenseStep:
     def bias(self, frozen: bool = False) -> Float[Tensor, " d_in"]:
         """b_dec; frozen: without gradient."""
         return self.dictionary.b_dec.detach() if frozen else self.dictionary.b_dec
+
+
+class SparseStep(DenseStep):
+    """The same with one dense product: the encoder runs without autograd, and everything after it sees only the support."""
+
+    _known_pre_at: tuple[Support | None, Tensor | None] = (None, None)
+
+    def _encode(self) -> tuple[Float[Tensor, "batch d_sae"], SparseCodes]:
+        d, rule = self.dictionary, self.dictionary.rule
+        with torch.no_grad():
+            self._centred = self.x - d.b_dec
+            self.pre = torch.mm(self._centred, d.W_enc) if d.b_enc is None else torch.addmm(d.b_enc, self._centred, d.W_enc)
+            support = rule.support(self.pre)
+        if type(rule).values is not Sparsity.values:
+            value = rule.values(self.pre_at(support), support.latent)
+        else:
+            acts = rule.activation(PreDense.apply(d.W_enc, d.b_enc, d.b_dec, self.pre, self._centred))
+            value = acts.flatten()[support.flat(d.d_sae)]
+        return self.pre, SparseCodes.of(support, value, d.d_sae)
+
+    def pre_at(self, support: Support) -> Float[Tensor, " nnz"]:
+        """Pre-activations at chosen pairs; differentiable."""
+        known_support, known = self._known_pre_at
+        if support is not known_support:  # asked twice, a support costs one backward pass
+            d = self.dictionary
+            known = PreAt.apply(d.W_enc, d.b_enc, d.b_dec, self.pre, self._centred, support)
+            self._known_pre_at = support, known
+        return known
+
+    def decode(self, codes: SparseCodes, frozen: bool = False) -> Float[Tensor, "batch d_in"]:
+        """Σ value · W_dec[latent], without bias; differentiable. frozen: no gradient reaches W_dec."""
+        weight = self.dictionary.W_dec
+        return Decode.apply(codes.value, weight.detach() if frozen else weight, codes.support)
