@@ -68,7 +68,7 @@ class TrainConfig(FrozenConfig):
         "sqrt_d", description="Scale activations to a root mean square norm of sqrt(d_in) while training; folded in when saved."
     )
     dead_after: int = Field(200_000, gt=0, description="Tokens without firing after which a latent counts as dead.")
-    seed: int = Field(0, ge=0, description="Seed of the initial parameters.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of the initial parameters.")
     log_every: int = Field(65_536, gt=0, description="Tokens between two lines of log.jsonl.")
 
     @property

@@ -195,7 +195,7 @@ class Dictionary(nn.Module):
                     "format": FORMAT,
                     "sparsity": self.rule.plugin_name,
                     "options": self.rule.config.model_dump(),
-                    "distribution": f"{plugin.distribution} {plugin.version}".strip(),
+                    "distribution": f"{plugin.distribution} {plugin.version}" if plugin.entry_point else None,
                     "version": importlib.metadata.version("saelens-lite"),
                     "origin": self.origin.model_dump(),
                     "training": self.training_record,

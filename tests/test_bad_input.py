@@ -22,6 +22,7 @@ from saelens_lite.errors import (
     TextError,
 )
 from saelens_lite.sparsity import registry
+from saelens_lite.train.step import SparseStep
 
 HOOK = "blocks.1.hook_resid_pre"
 QUICK = {"d_sae": 16, "batch_size": 20, "n_tokens": 200, "options": {"k": 2}}
@@ -480,3 +481,56 @@ def test_every_error_is_ours_and_says_how_to_exit():
             assert error.__doc__
             assert error.exit_code == (2 if issubclass(error, sl.errors.UserError) else 1)
             assert name in sl.errors.__doc__
+
+
+def test_capture_of_nothing_that_counts(lm, tmp_path):
+    rows = lm.to_tokens("some words")
+    with pytest.raises(TextError, match="none of the positions of the token rows counts"):
+        sl.capture(lm, rows._replace(keep=torch.zeros_like(rows.keep)), HOOK, tmp_path / "cache")
+    with pytest.raises(ConfigError, match="shard_tokens = 0"):
+        sl.capture(lm, rows, HOOK, tmp_path / "cache", shard_tokens=0)
+    with pytest.raises(TextError, match="nothing was left"):
+        sl.capture(lm, "<|endoftext|>", HOOK, tmp_path / "cache")
+    assert names(tmp_path) == []
+
+
+def test_a_separator_in_the_text_does_not_count(lm):
+    rows = lm.to_tokens("one<|endoftext|>two")
+    assert (rows.tokens[0, 1:] == lm.bos_id).any()
+    assert torch.equal(rows.keep, rows.tokens != lm.bos_id)
+
+
+def test_a_manifest_that_disagrees_with_its_shards(copied):
+    manifest = json.loads((copied / "manifest.json").read_text())
+    manifest["hooks"][HOOK]["d_in"] += 1
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CorruptFileError, match=r"manifest\.json says"):
+        sl.ActivationCache.open(copied).read_shard(0)
+
+
+def test_overwriting_a_file_with_a_run(x, tmp_path):
+    (tmp_path / "run").write_text("not a folder")
+    with pytest.raises(OutputExistsError):
+        sl.train(TensorSource(x), sl.TrainConfig(**QUICK), tmp_path / "run")
+    (run,) = sl.train(TensorSource(x), sl.TrainConfig(**QUICK), tmp_path / "run", exists="overwrite")
+    assert sl.Dictionary.load(run.folder / "dictionary").d_sae == run.config.d_sae
+
+
+def test_seeds_are_32_bits():
+    with pytest.raises(ConfigError, match="seed = 4294967296: input should be less than 4294967296"):
+        sl.TrainConfig(seed=2**32)
+
+
+def test_generation_that_cannot_be(lm):
+    with pytest.raises(ConfigError, match="temperature = -1"):
+        lm.generate("text", temperature=-1)
+    with pytest.raises(ShapeError, match=r"the prompt has .* tokens; tiny reads at most 256"):
+        lm.generate("word " * 600)
+
+
+def test_p_below_one_survives_a_decoder_row_of_zeros():
+    d = sl.Dictionary.create("l1", d_in=4, d_sae=8, options={"p": 0.5})
+    d.W_dec.data[0] = 0
+    step = SparseStep(d, torch.ones(3, 4), dead=torch.zeros(8, dtype=torch.bool), progress=0.5, warmup=1.0)
+    sum(step.losses().values()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in d.parameters())

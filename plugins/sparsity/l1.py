@@ -34,7 +34,7 @@ class L1(Sparsity):
     def losses(self, step: Step):
         weighted = step.codes.value * step.decoder_norms[step.codes.latent]
         if self.config.p != 1:
-            weighted = weighted.pow(self.config.p)
+            weighted = weighted.clamp_min(1e-12).pow(self.config.p)  # the slope at 0 is infinite for p < 1
         return {"l1": step.warmup * self.config.coefficient * weighted.sum() / len(step.x)}
 
     def initial_decoder_norm(self) -> float:

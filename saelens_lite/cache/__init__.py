@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelens_lite.config import Origin
-from saelens_lite.errors import ConfigError, CorruptFileError, HookError, NonFiniteError, ShapeError, near_matches
+from saelens_lite.errors import ConfigError, CorruptFileError, HookError, NonFiniteError, ShapeError, TextError, near_matches
 from saelens_lite.files import DTYPES, new_folder, read_json, read_tensors, write_json
 from saelens_lite.model import LanguageModel
 from saelens_lite.progress import progress_bar
@@ -127,7 +127,7 @@ class ActivationCache:
         self = cls(path, manifest)
         try:
             for shard in manifest["shards"]:
-                file = path / shard["file"]
+                file = path / Path(shard["file"]).name
                 size = file.stat().st_size if file.is_file() else None
                 if size != shard["bytes"]:
                     raise CorruptFileError(f"{file}: expected {shard['bytes']:,} bytes, found {size}; capture again")
@@ -177,14 +177,19 @@ class ActivationCache:
             CorruptFileError: truncated, damaged, or other contents than the manifest says.
         """
         shard = self.manifest["shards"][number]
-        file = self.path / shard["file"]
+        file = self.path / Path(shard["file"]).name
         if shard["file"] not in self._checked:
             if not file.is_file() or _sha256(file) != shard["sha256"]:
                 raise CorruptFileError(
                     f"{file} is missing or its contents do not match the checksum in {MANIFEST}; capture again"
                 )
             self._checked.add(shard["file"])
-        return read_tensors(file)
+        tensors = read_tensors(file)
+        expected = {"tokens": (shard["n_tokens"],), **{h: (shard["n_tokens"], self.d_in(h)) for h in self.hooks}}
+        found = {name: tuple(x.shape) for name, x in tensors.items()}
+        if found != expected:
+            raise CorruptFileError(f"{file} holds {found}; {MANIFEST} says {expected}")
+        return tensors
 
     def batches(self, hooks: Sequence[str], batch_size: int, seed: int) -> Iterator[dict[str, Float[Tensor, "batch d_in"]]]:
         """Shuffled batches, epoch after epoch without end; the same seed gives the same batches.
@@ -261,10 +266,14 @@ def capture(
         lm.hook_point(name)
     if dtype not in ("float16", "bfloat16", "float32"):
         raise ConfigError(f"dtype = {dtype!r}; expected float16, bfloat16 or float32")
+    if min(batch_tokens, shard_tokens) < 1:
+        raise ConfigError(f"batch_tokens = {batch_tokens}, shard_tokens = {shard_tokens}; expected at least 1")
     if isinstance(text, TokenRows):
         rows = text
     else:
         rows = token_rows(lm, text, n_ctx=n_ctx, n_tokens=n_tokens, prepend_bos=prepend_bos)
+    if not rows.n_kept:
+        raise TextError("none of the positions of the token rows counts; there is nothing to capture")
     origin = Origin(
         model=lm.name,
         revision=lm.revision,

@@ -58,7 +58,7 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as hf_logging
 
-    where = EMBEDDED.get(str(name), name)
+    where = EMBEDDED.get(str(name)) or (Path(name).expanduser() if str(name).startswith("~") else name)
     local = Path(str(where)).is_dir()
     if not local and (isinstance(name, Path) or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1):
         raise ModelNotFoundError(f"no model folder at {name}; give a folder with config.json, a Hub id, or 'tiny'")
@@ -237,9 +237,19 @@ class LanguageModel:
 
     @torch.no_grad()
     def generate(
-        self, prompt: str, max_new_tokens: int = 50, *, temperature: float = 0.8, top_k: int | None = 50, seed: int = 0
+        self, prompt: str, max_new_tokens: int = 50, *, temperature: float | int = 0.8, top_k: int | None = 50, seed: int = 0
     ) -> str:
-        """The prompt and its continuation; temperature 0 takes the likeliest token each time."""
+        """The prompt and its continuation; temperature 0 takes the likeliest token each time.
+
+        Raises:
+            ConfigError: a negative temperature.
+            TextError, ShapeError: an empty prompt, or one that fills the model's context.
+        """
+        if temperature < 0:
+            raise ConfigError(f"temperature = {temperature}; expected 0 or more")
+        length = len(self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
+        if length >= self.n_ctx:
+            raise ShapeError(f"the prompt has {length} tokens; {self.name} reads at most {self.n_ctx} with the BOS token")
         tokens = self._as_tokens(prompt)
         n_new = min(max_new_tokens, self.n_ctx - tokens.shape[1])
         generator = torch.Generator(self.device).manual_seed(seed)

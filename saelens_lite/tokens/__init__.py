@@ -120,7 +120,7 @@ def token_rows(
                     n_kept += len(row) - (not prepend_bos)
         if n_tokens is not None and n_kept >= n_tokens:
             break
-    if not rows or n_kept == 0:
+    if not rows:
         raise TextError("no text: nothing was left after tokenising")
     length = max(len(row) for row in rows)
     tokens = torch.full((len(rows), length), pad)
@@ -133,6 +133,10 @@ def token_rows(
         keep = torch.nn.functional.pad(keep, (1, 0), value=False)
     else:
         keep[:, 0] = False
+    if lm.bos_id is not None:
+        keep &= tokens != lm.bos_id  # a separator written out in the text
+    if not keep.any():
+        raise TextError("no text: nothing was left after tokenising")
     if n_tokens is not None:  # stop inside the row where the count is reached
         keep &= (keep.flatten().cumsum(0) <= n_tokens).reshape(keep.shape)
         last = int(keep.any(1).nonzero().max()) + 1

@@ -16,7 +16,7 @@ from torch import Tensor
 from saelens_lite.cache import Source, TensorSource
 from saelens_lite.config import TrainConfig
 from saelens_lite.dictionary import Dictionary
-from saelens_lite.errors import ConfigError, NonFiniteError
+from saelens_lite.errors import ConfigError, NonFiniteError, SaelensLiteError
 from saelens_lite.files import refuse_existing, write_text
 from saelens_lite.progress import progress_bar
 from saelens_lite.train.step import DenseStep, SparseStep
@@ -200,13 +200,15 @@ def train(
             refuse_existing(folder, exists)
     for config, folder in zip(configs, folders, strict=True):
         if folder:
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder.is_dir():
+                shutil.rmtree(folder)
+            folder.unlink(missing_ok=True)
             folder.mkdir(parents=True)
             write_text(folder / "config.toml", tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
     histories: list[list[dict[str, Any]]] = [[] for _ in trainers]
     try:
         _loop(source, trainers, histories, folders, data_seed)
-    except (NonFiniteError, KeyboardInterrupt):
+    except (SaelensLiteError, KeyboardInterrupt):
         for trainer, folder in zip(trainers, folders, strict=True):
             if folder and trainer.n_steps:
                 log.warning("stopped; the dictionary after step %d is in %s", trainer.n_steps, folder / "last_good")
