@@ -1,0 +1,88 @@
+"""The sparse step against the dense one, where tests/test_gradients.py (float64, rule by rule) does not look."""
+
+import pytest
+import torch
+from torch import nn
+
+from saelens_lite.cache import TensorSource
+from saelens_lite.codes import support_of_mask
+from saelens_lite.codes.products import DENSE_ABOVE, Decode, pair_products, transposed_product
+from saelens_lite.config import TrainConfig
+from saelens_lite.dictionary import Dictionary
+from saelens_lite.sparsity import Sparsity, register, registry
+from saelens_lite.train import Trainer
+from saelens_lite.train.step import DenseStep, SparseStep
+
+
+@pytest.fixture
+def activation_only():
+    """A rule that supplies an activation function with a parameter, and nothing else."""
+
+    @register("shifted_square")
+    class ShiftedSquare(Sparsity):
+        def __init__(self, config, *, d_in, d_sae):
+            super().__init__(config, d_in=d_in, d_sae=d_sae)
+            self.shift = nn.Parameter(torch.linspace(0.5, 1.5, d_sae))
+
+        def activation(self, pre):
+            return (pre - self.shift).relu().square()
+
+    yield "shifted_square"
+    registry.unregister("shifted_square")
+
+
+@pytest.mark.parametrize("bias", [-1.5, 0.0, 2.0], ids=["few fire", "some fire", "most fire"])
+def test_a_rule_with_only_an_activation_gets_exact_gradients(activation_only, bias):
+    d = Dictionary.create(activation_only, d_in=12, d_sae=50)
+    d.b_enc.data.fill_(bias)
+    x = torch.randn(40, 12, generator=torch.Generator().manual_seed(1))
+    p = {name: q.detach().double().requires_grad_() for name, q in d.named_parameters()}
+    h = (x.double() - p["b_dec"]) @ p["W_enc"] + p["b_enc"]
+    f = torch.relu(h - p["rule.shift"]) ** 2
+    ((x.double() - f @ p["W_dec"] - p["b_dec"]) ** 2).sum(1).mean().backward()
+    step = SparseStep(d, x, dead=torch.zeros(50, dtype=torch.bool), progress=0.5, warmup=1.0)
+    assert len(step.codes.value) == int((f != 0).sum())
+    step.losses()["mse"].backward()
+    for name, q in d.named_parameters():
+        reference = p[name].grad
+        assert (q.grad.double() - reference).abs().max() <= 1e-5 * reference.abs().max(), name
+
+
+@pytest.mark.parametrize("density", [0.0, 0.02, DENSE_ABOVE - 0.01, DENSE_ABOVE + 0.02, 1.0])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (33, 50), (8, 129)])
+def test_products_of_a_support(shape, density):
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(shape, generator=generator) < density
+    support, value = support_of_mask(mask), torch.randn(int(mask.sum()), generator=generator)
+    dense = torch.zeros(shape).masked_scatter(mask, value)
+    left, weight = torch.randn(shape[0], 5, generator=generator), torch.randn(shape[1], 5, generator=generator)
+    torch.testing.assert_close(Decode.apply(value, weight, support), dense @ weight)
+    if len(value):
+        torch.testing.assert_close(transposed_product(support, value, left, shape[1]), dense.T @ left)
+        torch.testing.assert_close(pair_products(support, left, weight), (left @ weight.T)[mask])
+
+
+@pytest.mark.parametrize(
+    ("rule", "options"), [("topk", {"k": 4}), ("l1", {"coefficient": 2.0}), ("gated", {"coefficient": 2.0})]
+)
+def test_two_hundred_steps_end_where_the_dense_definition_ends(planted, rule, options):
+    x, _ = planted(8_000, d_in=32, n_directions=64)
+    config = TrainConfig(
+        sparsity=rule, options=options, d_sae=96, n_tokens=200 * 128, batch_size=128, lr=2e-3, dead_after=4_000, log_every=10**9
+    )
+    lines = []
+    for step_class in (DenseStep, SparseStep):
+        source = TensorSource(x)
+        trainer = Trainer(config, source)
+        trainer.step_class = step_class
+        for batch in source.batches(["x"], config.batch_size, 0):
+            if trainer.n_steps == 180:
+                trainer.log_line()  # compare the mean of the last twenty steps
+            trainer.step(batch["x"])
+            if trainer.done:
+                break
+        lines.append(trainer.log_line())
+    dense, sparse = lines
+    assert sparse["step"] == dense["step"] == 200
+    assert sparse["loss"] == pytest.approx(dense["loss"], rel=1e-3)
+    assert sparse["fvu"] < 0.6
