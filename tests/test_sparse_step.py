@@ -86,3 +86,19 @@ def test_two_hundred_steps_end_where_the_dense_definition_ends(planted, rule, op
     assert sparse["step"] == dense["step"] == 200
     assert sparse["loss"] == pytest.approx(dense["loss"], rel=1e-3)
     assert sparse["fvu"] < 0.6
+
+
+@pytest.mark.parametrize(("rule", "options"), [("topk", {"k": 16}), ("l1", {}), ("l1", {"p": 0.5}), ("gated", {})])
+def test_the_same_seed_gives_the_same_bytes_at_a_size_that_runs_in_parallel(rule, options):
+    x = torch.randn(1024, 64, generator=torch.Generator().manual_seed(0))
+    config = TrainConfig(sparsity=rule, options=options, d_sae=1024, n_tokens=10_240, batch_size=1024, lr=1e-3, warmup=0)
+
+    def weights() -> dict[str, torch.Tensor]:
+        trainer = Trainer(config, TensorSource(x))
+        for _ in range(4):
+            trainer.step(x)
+        return {name: p.detach().clone() for name, p in trainer.dictionary.named_parameters()}
+
+    first = weights()
+    for _ in range(3):
+        assert all(torch.equal(p, first[name]) for name, p in weights().items())

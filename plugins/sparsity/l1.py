@@ -32,7 +32,7 @@ class L1(Sparsity):
         return pre
 
     def losses(self, step: Step):
-        weighted = step.codes.value * step.decoder_norms[step.codes.latent]
+        weighted = step.codes.value * step.decoder_norms.index_select(0, step.codes.latent)
         if self.config.p != 1:
             weighted = weighted.clamp_min(1e-12).pow(self.config.p)  # the slope at 0 is infinite for p < 1
         return {"l1": step.warmup * self.config.coefficient * weighted.sum() / len(step.x)}

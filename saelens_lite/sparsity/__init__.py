@@ -105,7 +105,11 @@ class Sparsity(nn.Module):
         return support_of_mask(self.activation(pre) != 0)
 
     def values(self, pre: Float[Tensor, " nnz"], latent: Int[Tensor, " nnz"]) -> Float[Tensor, " nnz"] | None:
-        """Codes at the support from the pre-activations there; differentiable. None: read them off `activation`."""
+        """Codes at the support from the pre-activations there; differentiable. None: read them off `activation`.
+
+        Read per-latent parameters as `parameter.index_select(0, latent)`: the gradient of `parameter[latent]` is summed in
+        no fixed order, so that the same seed would not give the same bytes.
+        """
         return None
 
     def losses(self, step: Step) -> dict[str, Float[Tensor, ""]]:
