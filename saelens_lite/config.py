@@ -67,6 +67,11 @@ class TrainConfig(FrozenConfig):
     normalize: Literal["sqrt_d", "none"] = Field(
         "sqrt_d", description="Scale activations to a root mean square norm of sqrt(d_in) while training; folded in when saved."
     )
+    encoder_precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Numbers from which the latents that fire are chosen; codes and gradients are float32. auto: bfloat16 on a "
+        "CUDA device.",
+    )
     dead_after: int = Field(200_000, gt=0, description="Tokens without firing after which a latent counts as dead.")
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of the initial parameters.")
     log_every: int = Field(65_536, gt=0, description="Tokens between two lines of log.jsonl.")

@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from saelens_lite.codes import SparseCodes, Support
+from saelens_lite.codes import SparseCodes
+from saelens_lite.codes.encoder import Encoder
 from saelens_lite.config import Origin
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, ShapeError
 from saelens_lite.files import DTYPES, new_folder, read_json, read_tensors, write_json
@@ -81,7 +82,7 @@ class Dictionary(nn.Module):
         directions /= directions.norm(dim=1, keepdim=True)
         self.W_dec.data.copy_(directions * rule.initial_decoder_norm())
         self.W_enc.data.copy_(self.W_dec.data.T)
-        return self
+        return self.eval()
 
     def check_input(self, x: Tensor) -> None:
         """Raise ShapeError unless the last axis of x has d_in entries."""
@@ -97,13 +98,14 @@ class Dictionary(nn.Module):
         return h if self.b_enc is None else h + self.b_enc
 
     def encode(self, x: Float[Tensor, "*shape d_in"]) -> SparseCodes:
-        """Which latents fire for each activation, and how strongly; differentiable in x.
+        """Which latents fire for each activation, and how strongly; differentiable in x and the parameters.
 
         Raises:
             ShapeError: the last axis of x is not d_in.
         """
-        h = self.pre(x).flatten(0, -2) if x.ndim != 1 else self.pre(x)[None]
-        codes = codes_at(self.rule, h, self.rule.support(h.detach()))
+        self.check_input(x)
+        flat = x.reshape(-1, self.d_in).to(self.W_enc.dtype)
+        codes = sparse_codes(self.rule, Encoder(self.W_enc, self.b_enc, self.b_dec, flat))
         return codes._replace(shape=tuple(x.shape[:-1])).without_zeros()
 
     def decode(self, codes: SparseCodes | Float[Tensor, "*shape d_sae"]) -> Float[Tensor, "*shape d_in"]:
@@ -253,12 +255,16 @@ class Dictionary(nn.Module):
         return f"d_in={self.d_in}, d_sae={self.d_sae}, sparsity={rule!r}, hook={self.origin.hook!r}"
 
 
-def codes_at(rule: Sparsity, pre: Float[Tensor, "batch d_sae"], support: Support) -> SparseCodes:
-    """The rule's codes at a support, from dense pre-activations; differentiable in them."""
-    value = rule.values(pre[support.row, support.latent], support.latent)
-    if value is None:
-        value = rule.activation(pre)[support.row, support.latent]
-    return SparseCodes.of(support, value, pre.shape[1])
+def sparse_codes(rule: Sparsity, encoder: Encoder) -> SparseCodes:
+    """The rule's codes of what an encoder holds; differentiable."""
+    if type(rule).values is not Sparsity.values:
+        support = encoder.choose(rule.support, whole=rule.training and not rule.row_wise)
+        value = rule.values(encoder.at(support), support.latent)
+    else:
+        pre = encoder.dense()
+        support = rule.support(pre.detach())
+        value = rule.activation(pre).flatten()[support.flat(encoder.d_sae)]
+    return SparseCodes.of(support, value, encoder.d_sae)
 
 
 def _check_state(folder: Path, found: dict[str, Tensor], expected: dict[str, Tensor], optional: set[str]) -> None:

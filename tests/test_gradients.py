@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saelens_lite.codes import SparseCodes
+from saelens_lite.codes import SparseCodes, encoder
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.train.step import DenseStep, SparseStep
 
@@ -23,10 +23,17 @@ RULES = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True, params=[DenseStep, SparseStep], ids=["dense", "sparse"])
+STEPS = {"dense": (DenseStep, 2**27), "sparse": (SparseStep, 2**27), "sparse, in tiles": (SparseStep, 4 * 100)}
+
+
+@pytest.fixture(scope="module", autouse=True, params=STEPS)
 def step_class(request):
-    """Every test of this file runs with both ways to compute a step."""
-    SpiedStep.__bases__ = (Spy, request.param)
+    """Every test of this file runs with all ways to compute a step."""
+    base, tile_bytes = STEPS[request.param]
+    SpiedStep.__bases__ = (Spy, base)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoder, "TILE_BYTES", tile_bytes)  # a few rows of a few latents
+        yield
 
 
 class Spy:

@@ -1,11 +1,13 @@
 """The sparse step against the dense one, where tests/test_gradients.py (float64, rule by rule) does not look."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import nn
 
 from saelens_lite.cache import TensorSource
-from saelens_lite.codes import support_of_mask
+from saelens_lite.codes import encoder, support_of_mask
 from saelens_lite.codes.products import DENSE_ABOVE, Decode, pair_products, transposed_product
 from saelens_lite.config import TrainConfig
 from saelens_lite.dictionary import Dictionary
@@ -102,3 +104,97 @@ def test_the_same_seed_gives_the_same_bytes_at_a_size_that_runs_in_parallel(rule
     first = weights()
     for _ in range(3):
         assert all(torch.equal(p, first[name]) for name, p in weights().items())
+
+
+@pytest.mark.parametrize(("rule", "options"), [("topk", {"k": 3}), ("l1", {}), ("gated", {})])
+def test_encode_is_differentiable_in_x(rule, options):
+    d = Dictionary.create(rule, d_in=8, d_sae=30, options=options)
+    for parameter in d.parameters():
+        parameter.data.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)), alpha=0.2)
+    x = torch.randn(12, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    weights = torch.randn(12, 30, generator=torch.Generator().manual_seed(2))
+    (of_sparse,) = torch.autograd.grad((d.encode(x).to_dense() * weights).sum(), x)
+    (of_dense,) = torch.autograd.grad((d.rule.activation(d.pre(x)) * weights).sum(), x)
+    torch.testing.assert_close(of_sparse, of_dense)
+
+
+class FirstOfBatch(Sparsity):
+    """Fires where a pre-activation is the largest of its latent in the batch while training, where it is positive after."""
+
+    sizes: ClassVar[list[int]] = []
+
+    def support(self, pre):
+        self.sizes.append(len(pre))
+        return support_of_mask(pre == pre.amax(0) if self.training else pre > 0)
+
+    def values(self, pre, latent):
+        return pre
+
+    def activation(self, pre):
+        return pre * (pre == pre.amax(0))
+
+
+class RowWise(FirstOfBatch):
+    """The same, wrongly declared to look at single rows."""
+
+    row_wise = True
+
+
+@pytest.mark.parametrize(
+    ("rule_class", "training", "largest"), [(FirstOfBatch, True, 24), (RowWise, True, 5), (FirstOfBatch, False, 5)]
+)
+def test_only_row_wise_rules_are_given_parts_of_a_training_batch(monkeypatch, rule_class, training, largest):
+    monkeypatch.setattr(encoder, "TILE_BYTES", 5 * 40 * 4)
+    d = Dictionary(rule_class(rule_class.Config(), d_in=6, d_sae=40), d_in=6, d_sae=40).train(training)
+    d.W_enc.data.normal_(generator=torch.Generator().manual_seed(0))
+    rule_class.sizes.clear()
+    x = torch.randn(24, 6, generator=torch.Generator().manual_seed(1))
+    codes = d.encode(x)
+    assert max(rule_class.sizes) == largest
+    if largest == 24:
+        assert len(codes.value) == 40
+    if not training:
+        torch.testing.assert_close(codes.to_dense(), d.pre(x).relu())
+
+
+def test_an_encoder_of_halves_chooses_by_halves_and_codes_in_float32():
+    d = Dictionary.create("topk", d_in=64, d_sae=512, options={"k": 20})
+    x = torch.randn(100, 64, generator=torch.Generator().manual_seed(0))
+    step = SparseStep(d, x, dead=torch.zeros(512, dtype=torch.bool), progress=0.5, warmup=1.0, halves=True)
+    rounded = x.bfloat16().double() @ d.W_enc.detach().bfloat16().double()
+    kth = rounded.topk(20, dim=1).values[:, -1:]
+    chosen = step.codes.to_dense() != 0
+    assert (chosen == (rounded >= kth - 1e-6)).float().mean() > 0.9999
+    exact = (x.double() @ d.W_enc.detach().double())[chosen]
+    torch.testing.assert_close(step.codes.to_dense().detach()[chosen].double(), exact, rtol=1e-5, atol=1e-6)
+    assert ((rounded >= kth) != (d.pre(x) >= d.pre(x).topk(20, dim=1).values[:, -1:])).any(), "the two choose the same here"
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.05, 1e6])
+def test_clipping_is_that_of_a_gradient_scaled_down_before_adam(planted, limit):
+    x, _ = planted(256, d_in=16, n_directions=32)
+    config = TrainConfig(
+        sparsity="l1",
+        d_sae=64,
+        n_tokens=25_600,
+        batch_size=256,
+        clip_grad_norm=limit,
+        warmup=0,
+        decay=0,
+        lr=1e-2,
+        normalize="none",
+    )
+    trainer, copy = Trainer(config, TensorSource(x)), Trainer(config, TensorSource(x)).dictionary
+    adam = torch.optim.Adam(copy.parameters(), lr=1e-2, betas=config.betas, eps=1e-8)
+    norms = []
+    for i in range(3):
+        trainer.step(x)
+        warmup = min(1.0, i / 100 / config.sparsity_warmup)
+        step = DenseStep(copy, x, dead=torch.zeros(64, dtype=torch.bool), progress=i / 100, warmup=warmup)
+        adam.zero_grad()
+        sum(step.losses().values()).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(copy.parameters(), limit or 1e9)))
+        adam.step()
+    assert min(norms) > 0.05
+    for found, wanted in zip(trainer.dictionary.parameters(), copy.parameters(), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)

@@ -5,6 +5,7 @@
 e = x − x̂ (a constant), ê = what the aux_k largest dead latents of the token decode to.
 """
 
+import torch
 from pydantic import Field
 
 from saelens_lite.codes import SparseCodes
@@ -16,6 +17,7 @@ class TopK(Sparsity):
 
     paper = "Gao et al. 2024, Scaling and evaluating sparse autoencoders, arXiv:2406.04093, sections 2.3 and A.2"
     homogeneous = False  # scaling one pre-activation may push another out of the k largest
+    row_wise = True
 
     class Config(RuleConfig):
         k: int = Field(32, gt=0, description="Latents kept per token.")
@@ -39,7 +41,7 @@ class TopK(Sparsity):
         aux_k = min(self.config.aux_k if self.config.aux_k is not None else self.d_in // 2, len(dead))
         if aux_k == 0 or self.config.aux_coefficient == 0:
             return {}
-        best = step.pre[:, dead].topk(aux_k, dim=1, sorted=False).indices
+        best = torch.cat([pre.topk(aux_k, dim=1, sorted=False).indices for pre in step.pre_tiles(dead)])
         support = support_of_indices(dead[best])
         error = (step.x - step.x_hat).detach()
         explained = step.decode(SparseCodes.of(support, step.pre_at(support).relu(), self.d_sae))

@@ -1,5 +1,6 @@
 """SparseCodes: which latents fire for each activation, and how strongly."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -58,9 +59,19 @@ class Support:
         """The rows of the pairs sorted by latent, int32."""
         return self.row[self.order].int()
 
+    @cached_property
+    def counts(self) -> Int[Tensor, " latents"]:
+        """How many rows each latent fires in, up to the last one that fires."""
+        return torch.bincount(self.latent)
+
+    @cached_property
+    def used(self) -> Int[Tensor, " n_used"]:
+        """The latents that fire in some row, ascending."""
+        return self.counts.nonzero().squeeze(1)
+
     def by_latent(self, d_sae: int) -> Int[Tensor, " d_sae_plus_1"]:
         """Where each latent begins among the pairs sorted by latent, int32."""
-        return _pointers(torch.bincount(self.latent, minlength=d_sae)).int()
+        return _pointers(F.pad(self.counts, (0, d_sae - len(self.counts)))).int()
 
 
 def support_of_mask(mask: Bool[Tensor, "batch d_sae"]) -> Support:
@@ -78,6 +89,12 @@ def support_of_indices(latent: Int[Tensor, "batch k"]) -> Support:
     """The pairs of a table with the same number of latents in each row."""
     n, k = latent.shape
     return Support(torch.arange(0, n * k + 1, k, device=latent.device) if k else latent.new_zeros(n + 1), latent.flatten())
+
+
+def concatenated(supports: Sequence[Support]) -> Support:
+    """The rows of several supports, one after the other."""
+    counts = torch.cat([support.crow.diff() for support in supports])
+    return Support(_pointers(counts), torch.cat([support.latent for support in supports]))
 
 
 def _pointers(counts: Int[Tensor, " rows"]) -> Int[Tensor, " rows_plus_1"]:

@@ -14,6 +14,7 @@ import warnings
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -27,23 +28,55 @@ with warnings.catch_warnings():  # torch says once in a process that its compres
     torch.sparse_csr_tensor([0, 0], [], torch.empty(0), (1, 1), check_invariants=False)
 
 
-def is_dense(support: Support, d_sae: int) -> bool:
-    """Whether dense products are faster for a support."""
-    return len(support.latent) > DENSE_ABOVE * support.n_rows * d_sae
+def is_dense(support: Support) -> bool:
+    """Whether dense products over the latents that fire anywhere are faster for a support."""
+    n_pairs = len(support.latent)
+    return n_pairs > 0 and n_pairs > DENSE_ABOVE * support.n_rows * len(support.used)
 
 
-def to_dense(support: Support, value: Float[Tensor, " nnz"], d_sae: int) -> Float[Tensor, "batch d_sae"]:
-    """The values at their pairs, zeros elsewhere; without gradient."""
-    flat = value.new_zeros(support.n_rows * d_sae)
-    return flat.index_copy_(0, support.flat(d_sae), value).reshape(support.n_rows, d_sae)
+class _Dense:
+    """A support as a dense matrix over the latents that fire anywhere."""
+
+    def __init__(self, support: Support):
+        self.n_rows, self.used = support.n_rows, support.used
+        place = torch.empty_like(support.counts)
+        place[self.used] = torch.arange(len(self.used), device=place.device)
+        self.flat = support.row * len(self.used) + place[support.latent]
+
+    def matrix(self, value: Float[Tensor, " nnz"]) -> Float[Tensor, "batch n_used"]:
+        """The values at their pairs, zeros elsewhere."""
+        zeros = value.new_zeros(self.n_rows * len(self.used))
+        return rearrange(zeros.index_copy_(0, self.flat, value), "(batch used) -> batch used", batch=self.n_rows)
+
+    def rows_of(self, weight: Float[Tensor, "d_sae d"]) -> Float[Tensor, "n_used d"]:
+        """The rows of a weight that belong to latents that fire."""
+        return weight if len(self.used) == len(weight) else weight.index_select(0, self.used)
+
+
+def sparse_product(
+    support: Support, value: Float[Tensor, " nnz"], weight: Float[Tensor, "d_sae d"]
+) -> Float[Tensor, "batch d"]:
+    """S weight."""
+    if not len(value):
+        return weight.new_zeros(support.n_rows, weight.shape[1])
+    if is_dense(support):
+        dense = _Dense(support)
+        return dense.matrix(value) @ dense.rows_of(weight)
+    return F.embedding_bag(
+        support.latent32, weight, support.crow32, mode="sum", per_sample_weights=value, include_last_offset=True
+    )
 
 
 def transposed_product(
     support: Support, value: Float[Tensor, " nnz"], right: Float[Tensor, "batch d"], d_sae: int
 ) -> Float[Tensor, "d_sae d"]:
     """Sᵀ right."""
-    if is_dense(support, d_sae):
-        return to_dense(support, value, d_sae).T @ right
+    if not len(value):
+        return right.new_zeros(d_sae, right.shape[1])
+    if is_dense(support):
+        dense = _Dense(support)
+        product = dense.matrix(value).T @ right
+        return product if len(product) == d_sae else right.new_zeros(d_sae, right.shape[1]).index_copy_(0, dense.used, product)
     shape = (d_sae, support.n_rows)
     matrix = torch.sparse_csr_tensor(
         support.by_latent(d_sae), support.row_by_latent, value[support.order], shape, check_invariants=False
@@ -53,10 +86,13 @@ def transposed_product(
 
 def pair_products(support: Support, left: Float[Tensor, "batch d"], right: Float[Tensor, "d_sae d"]) -> Float[Tensor, " nnz"]:
     """⟨left[row], right[latent]⟩ at each pair."""
-    shape = (support.n_rows, len(right))
-    if is_dense(support, len(right)):
-        return (left @ right.T).flatten()[support.flat(len(right))]
+    if not len(support.latent):
+        return left.new_zeros(0)
+    if is_dense(support):
+        dense = _Dense(support)
+        return (left @ dense.rows_of(right).T).flatten()[dense.flat]
     zeros = left.new_zeros(len(support.latent))
+    shape = (support.n_rows, len(right))
     pattern = torch.sparse_csr_tensor(support.crow32, support.latent32, zeros, shape, check_invariants=False)
     return torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values()
 
@@ -68,61 +104,50 @@ class Decode(torch.autograd.Function):
     def forward(ctx, value, W_dec, support):
         ctx.support = support
         ctx.save_for_backward(value, W_dec)
-        if not len(value):
-            return W_dec.new_zeros(support.n_rows, W_dec.shape[1])
-        if is_dense(support, len(W_dec)):
-            return to_dense(support, value, len(W_dec)) @ W_dec
-        return F.embedding_bag(
-            support.latent32, W_dec, support.crow32, mode="sum", per_sample_weights=value, include_last_offset=True
-        )
+        return sparse_product(support, value, W_dec)
 
     @staticmethod
     def backward(ctx, e):
         value, W_dec = ctx.saved_tensors
-        if not len(value):
-            return torch.zeros_like(value), torch.zeros_like(W_dec) if ctx.needs_input_grad[1] else None, None
         e = e.contiguous()
         dv = pair_products(ctx.support, e, W_dec) if ctx.needs_input_grad[0] else None
         dW_dec = transposed_product(ctx.support, value, e, len(W_dec)) if ctx.needs_input_grad[1] else None
         return dv, dW_dec, None
 
 
-def _encoder_gradients(support: Support, g: Tensor, W_enc: Tensor, centred: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(dW_enc, db_enc, db_dec) of gradients g at the pre-activations of a support."""
+def _encoder_gradients(ctx, support: Support, g: Float[Tensor, " nnz"]) -> tuple[Tensor | None, ...]:
+    """Gradients of (W_enc, b_enc, b_dec, x), from gradients g at the pre-activations of a support."""
+    W_enc, centred = ctx.saved_tensors
     d_sae = W_enc.shape[1]
     db_enc = g.new_zeros(d_sae).index_add_(0, support.latent, g)
-    if not len(g):
-        return torch.zeros_like(W_enc), db_enc, torch.zeros_like(W_enc[:, 0])
-    return transposed_product(support, g, centred, d_sae).T, db_enc, -(W_enc @ db_enc)
+    dW_enc = transposed_product(support, g, centred, d_sae).T if ctx.needs_input_grad[0] else None
+    dx = sparse_product(support, g, W_enc.T) if ctx.needs_input_grad[3] else None
+    return dW_enc, db_enc if ctx.needs_input_grad[1] else None, -(W_enc @ db_enc), dx
 
 
 class PreAt(torch.autograd.Function):
-    """Pre-activations at a support, read from the dense ones that are known already."""
+    """Pre-activations at a support, which are known already."""
 
     @staticmethod
-    def forward(ctx, W_enc, b_enc, b_dec, pre, centred, support):
-        ctx.support, ctx.has_bias = support, b_enc is not None
+    def forward(ctx, W_enc, b_enc, b_dec, x, value, centred, support):
+        ctx.support = support
         ctx.save_for_backward(W_enc, centred)
-        return pre.flatten()[support.flat(pre.shape[1])]
+        return value.view_as(value)
 
     @staticmethod
     def backward(ctx, g):
-        dW_enc, db_enc, db_dec = _encoder_gradients(ctx.support, g, *ctx.saved_tensors)
-        return dW_enc, db_enc if ctx.has_bias else None, db_dec, None, None, None
+        return *_encoder_gradients(ctx, ctx.support, g), None, None, None
 
 
 class PreDense(torch.autograd.Function):
-    """All pre-activations, known already; for rules that only say what their activation function is."""
+    """All pre-activations, which are known already; for rules that only say what their activation function is."""
 
     @staticmethod
-    def forward(ctx, W_enc, b_enc, b_dec, pre, centred):
-        ctx.has_bias = b_enc is not None
+    def forward(ctx, W_enc, b_enc, b_dec, x, pre, centred):
         ctx.save_for_backward(W_enc, centred)
-        return pre.clone()
+        return pre.view_as(pre)
 
     @staticmethod
     def backward(ctx, g):
         support = support_of_mask(g != 0)
-        value = g.flatten()[support.flat(g.shape[1])]
-        dW_enc, db_enc, db_dec = _encoder_gradients(support, value, *ctx.saved_tensors)
-        return dW_enc, db_enc if ctx.has_bias else None, db_dec, None, None
+        return *_encoder_gradients(ctx, support, g.flatten()[support.flat(g.shape[1])]), None, None

@@ -10,7 +10,7 @@ The smallest useful rule is one method:
             return pre.relu()
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -54,12 +54,11 @@ class PublishedForm(NamedTuple):
 
 @runtime_checkable
 class Step(Protocol):
-    """What a rule may look at in one training step. Shapes: x [batch d_in], pre [batch d_sae], dead [d_sae]."""
+    """What a rule may look at in one training step."""
 
     x: Float[Tensor, "batch d_in"]
     x_hat: Float[Tensor, "batch d_in"]
     codes: SparseCodes
-    pre: Float[Tensor, "batch d_sae"]  # without gradient
     dead: Bool[Tensor, " d_sae"]  # has not fired for the configured number of tokens
     progress: float  # share of training done, 0 … 1
     warmup: float  # factor for penalties: rises 0 → 1 over the sparsity warm-up
@@ -67,6 +66,13 @@ class Step(Protocol):
     @property
     def decoder_norms(self) -> Float[Tensor, " d_sae"]:
         """‖W_dec[i]‖; differentiable."""
+        ...
+
+    def pre_tiles(self, latents: Int[Tensor, " n"]) -> Iterator[Float[Tensor, "rows n"]]:
+        """Pre-activations of some latents, without gradient, a tile of rows after the other.
+
+        A tile is good until the next one is asked for.
+        """
         ...
 
     def pre_at(self, support: Support) -> Float[Tensor, " nnz"]:
@@ -88,6 +94,7 @@ class Sparsity(nn.Module):
     paper: ClassVar[str] = ""
     encoder_bias: ClassVar[bool] = True  # False: the rule has biases of its own, h = (x − b_dec) W_enc
     homogeneous: ClassVar[bool] = True  # scaling h_i (and the rule by `rescale_`) scales code i and changes no other
+    row_wise: ClassVar[bool] = False  # in training too, `support` looks at each row alone: it may be given parts of a batch
     Config: ClassVar[type[RuleConfig]] = RuleConfig
     plugin_name: ClassVar[str]  # set by the registry
 
@@ -101,7 +108,11 @@ class Sparsity(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define activation(pre)")
 
     def support(self, pre: Float[Tensor, "batch d_sae"]) -> Support:
-        """The pairs that fire, chosen without gradient; may look at the whole batch."""
+        """The pairs that fire, chosen without gradient.
+
+        While `self.training`, it may look at the whole batch (say so by `row_wise` if it does not: that saves memory). Else
+        the codes of an activation must not depend on what else is in its batch.
+        """
         return support_of_mask(self.activation(pre) != 0)
 
     def values(self, pre: Float[Tensor, " nnz"], latent: Int[Tensor, " nnz"]) -> Float[Tensor, " nnz"] | None:

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import tomli_w
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelens_lite.cache import Source, TensorSource
@@ -58,6 +58,7 @@ class Trainer:
             seed=config.seed,
             origin=source.origin(self.hook),
         ).to(device)
+        self.dictionary.train()
         self.dictionary.b_dec.data.copy_(statistics.mean * self.scale)
         with torch.no_grad():
             self.dictionary.rule.after_step(self.dictionary)
@@ -65,6 +66,8 @@ class Trainer:
         self.optimizer = torch.optim.Adam(
             self.dictionary.parameters(), lr=config.peak_lr, betas=config.betas, eps=1e-8, fused=True
         )
+        device_type = self.dictionary.W_enc.device.type
+        self.halves = {"auto": device_type == "cuda", "float32": False, "bfloat16": True}[config.encoder_precision]
         self.n_seen = 0
         self.n_steps = 0
         self.since_fired = torch.zeros(config.d_sae, dtype=torch.long, device=device)
@@ -100,32 +103,33 @@ class Trainer:
             dead=self.since_fired >= c.dead_after,
             progress=progress,
             warmup=min(1.0, progress / c.sparsity_warmup) if c.sparsity_warmup else 1.0,
+            halves=self.halves,
         )
         losses = step.losses()
         total = torch.stack(list(losses.values())).sum()
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
-        norm = self._clip_gradient()
-        if not math.isfinite(total.item() + norm):
-            cause = "the activations" if not torch.isfinite(x).all() else "the loss" if math.isfinite(norm) else "the gradient"
-            raise NonFiniteError(f"{cause} became NaN or infinite in step {self.n_steps + 1}, {c.sparsity} on {self.hook}")
-        self.optimizer.param_groups[0]["lr"] = self.lr_at((self.n_steps + 0.5) / math.ceil(c.n_tokens / c.batch_size))
-        self.optimizer.step()
         with torch.no_grad():
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.dictionary.parameters() if p.grad is not None])
+            fired = step.codes.latent[step.codes.value != 0]
+            values = torch.stack([*losses.values(), total, norm]).tolist()  # the one time the host waits for the step
+            if not math.isfinite(values[-2] + values[-1]):
+                raise NonFiniteError(self._explain(x, values[-2], values[-1]))
+            if c.clip_grad_norm:  # the optimiser divides while it reads
+                self.optimizer.grad_scale = (norm / c.clip_grad_norm).clamp(min=1.0)
+            self.optimizer.param_groups[0]["lr"] = self.lr_at((self.n_steps + 0.5) / math.ceil(c.n_tokens / c.batch_size))
+            self.optimizer.step()
             self.dictionary.rule.after_step(self.dictionary)
-        self._count(step, losses, total)
+            self._count(len(x), fired, dict(zip([*losses, "loss"], values, strict=False)))
 
-    def _clip_gradient(self) -> float:
-        """The norm of the whole gradient, which is scaled down to `clip_grad_norm` if it is longer."""
-        parameters = list(self.dictionary.parameters())
-        if self.config.clip_grad_norm:
-            return float(torch.nn.utils.clip_grad_norm_(parameters, self.config.clip_grad_norm))
-        return float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    def _explain(self, x: Float[Tensor, "batch d_in"], loss: float, norm: float) -> str:
+        """What became NaN or infinite."""
+        finite = bool(torch.isfinite(x).all())
+        cause = "the activations" if not finite else "the loss" if math.isfinite(norm) else "the gradient"
+        return f"{cause} became NaN or infinite in step {self.n_steps + 1}, {self.config.sparsity} on {self.hook}"
 
-    def _count(self, step: DenseStep, losses: dict[str, Tensor], total: Tensor) -> None:
+    def _count(self, n: int, fired: Int[Tensor, " nnz"], values: dict[str, float]) -> None:
         """Dead latents, firing frequencies and the sums that the log averages."""
-        n = len(step.x)
-        fired = step.codes.latent[step.codes.value.detach() != 0]
         counts = torch.bincount(fired, minlength=self.config.d_sae)
         self.since_fired = torch.where(counts > 0, 0, self.since_fired + n)
         if self.n_seen + n > (1 - max(self.config.decay, 0.1)) * self.config.n_tokens:
@@ -133,10 +137,8 @@ class Trainer:
             self.fire_tokens += n
         self.n_seen += n
         self.n_steps += 1
-        values = {"loss": total, **losses}
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.item()
-        self._sums["l0"] = self._sums.get("l0", 0.0) + len(fired) / n
+        for name, value in {**values, "l0": len(fired) / n}.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
         self._n_sums += 1
 
     def log_line(self) -> dict[str, Any]:

@@ -1,20 +1,22 @@
 """One training step. `DenseStep` is the definition, in plain dense autograd; `SparseStep` computes the same losses and
 gradients with one dense product, and is what training uses."""
 
+from collections.abc import Iterator
+
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelens_lite.codes import SparseCodes, Support
-from saelens_lite.codes.products import Decode, PreAt, PreDense
-from saelens_lite.dictionary import Dictionary, codes_at
-from saelens_lite.sparsity import Sparsity
+from saelens_lite.codes.encoder import Encoder
+from saelens_lite.codes.products import Decode
+from saelens_lite.dictionary import Dictionary, sparse_codes
 
 
 class DenseStep:
     """What a rule is offered in a training step (see `saelens_lite.sparsity.Step`), and the step's losses.
 
-    x: Float[batch d_in] is scaled as the dictionary expects it.
+    x: Float[batch d_in] is scaled as the dictionary expects it. `halves` is for the sparse step.
     """
 
     def __init__(
@@ -25,17 +27,21 @@ class DenseStep:
         dead: Bool[Tensor, " d_sae"],
         progress: float,
         warmup: float,
+        halves: bool = False,
     ):
         self.dictionary, self.x, self.dead = dictionary, x, dead
-        self.progress, self.warmup = progress, warmup
-        self.pre, self.codes = self._encode()
+        self.progress, self.warmup, self.halves = progress, warmup, halves
+        self.codes = self._encode()
         self.x_hat = self.decode(self.codes) + dictionary.b_dec
 
-    def _encode(self) -> tuple[Float[Tensor, "batch d_sae"], SparseCodes]:
-        """Pre-activations without gradient, and the codes."""
-        self._h = self.dictionary.pre(self.x)
+    def _encode(self) -> SparseCodes:
         rule = self.dictionary.rule
-        return self._h.detach(), codes_at(rule, self._h, rule.support(self._h.detach()))
+        self._h = self.dictionary.pre(self.x)
+        support = rule.support(self._h.detach())
+        value = rule.values(self.pre_at(support), support.latent)
+        if value is None:
+            value = rule.activation(self._h)[support.row, support.latent]
+        return SparseCodes.of(support, value, self.dictionary.d_sae)
 
     def losses(self) -> dict[str, Float[Tensor, ""]]:
         """mse = mean over the batch of Σ_d (x − x̂)², and what the rule adds; training minimises their sum."""
@@ -45,6 +51,10 @@ class DenseStep:
     def decoder_norms(self) -> Float[Tensor, " d_sae"]:
         """‖W_dec[i]‖; differentiable."""
         return torch.linalg.vector_norm(self.dictionary.W_dec, dim=1)
+
+    def pre_tiles(self, latents: Int[Tensor, " n"]) -> Iterator[Float[Tensor, "rows n"]]:
+        """Pre-activations of some latents, without gradient, a tile of rows after the other."""
+        yield self._h.detach()[:, latents]
 
     def pre_at(self, support: Support) -> Float[Tensor, " nnz"]:
         """Pre-activations at chosen pairs; differentiable."""
@@ -63,29 +73,18 @@ class DenseStep:
 class SparseStep(DenseStep):
     """The same with one dense product: the encoder runs without autograd, and everything after it sees only the support."""
 
-    _known_pre_at: tuple[Support | None, Tensor | None] = (None, None)
+    def _encode(self) -> SparseCodes:
+        d = self.dictionary
+        self._encoder = Encoder(d.W_enc, d.b_enc, d.b_dec, self.x, self.halves)
+        return sparse_codes(d.rule, self._encoder)
 
-    def _encode(self) -> tuple[Float[Tensor, "batch d_sae"], SparseCodes]:
-        d, rule = self.dictionary, self.dictionary.rule
-        with torch.no_grad():
-            self._centred = self.x - d.b_dec
-            self.pre = torch.mm(self._centred, d.W_enc) if d.b_enc is None else torch.addmm(d.b_enc, self._centred, d.W_enc)
-            support = rule.support(self.pre)
-        if type(rule).values is not Sparsity.values:
-            value = rule.values(self.pre_at(support), support.latent)
-        else:
-            acts = rule.activation(PreDense.apply(d.W_enc, d.b_enc, d.b_dec, self.pre, self._centred))
-            value = acts.flatten()[support.flat(d.d_sae)]
-        return self.pre, SparseCodes.of(support, value, d.d_sae)
+    def pre_tiles(self, latents: Int[Tensor, " n"]) -> Iterator[Float[Tensor, "rows n"]]:
+        """Pre-activations of some latents, without gradient, a tile of rows after the other."""
+        return self._encoder.tiles(latents)
 
     def pre_at(self, support: Support) -> Float[Tensor, " nnz"]:
         """Pre-activations at chosen pairs; differentiable."""
-        known_support, known = self._known_pre_at
-        if support is not known_support:  # asked twice, a support costs one backward pass
-            d = self.dictionary
-            known = PreAt.apply(d.W_enc, d.b_enc, d.b_dec, self.pre, self._centred, support)
-            self._known_pre_at = support, known
-        return known
+        return self._encoder.at(support)
 
     def decode(self, codes: SparseCodes, frozen: bool = False) -> Float[Tensor, "batch d_in"]:
         """Σ value · W_dec[latent], without bias; differentiable. frozen: no gradient reaches W_dec."""

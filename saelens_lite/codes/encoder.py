@@ -1,0 +1,127 @@
+"""The encoder product of a batch, of which only what a sparsity rule asks for is kept.
+
+    h = (x − b_dec) W_enc + b_enc
+
+It is the one dense product of a training step. It runs without autograd, a tile of rows at a time where all of [batch d_sae]
+would be large; gradients are attached to the few entries that a rule chose.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saelens_lite.codes import Support, concatenated
+from saelens_lite.codes.products import PreAt, PreDense, pair_products
+
+TILE_BYTES = 2**27  # of pre-activations held at a time
+
+
+class Encoder:
+    """Pre-activations of x: Float[batch d_in], computed when asked for.
+
+    halves: the support is chosen from a product of bfloat16 numbers with float32 sums; the values at it are computed again
+    from the float32 numbers.
+    """
+
+    def __init__(
+        self,
+        W_enc: Float[Tensor, "d_in d_sae"],
+        b_enc: Float[Tensor, " d_sae"] | None,
+        b_dec: Float[Tensor, " d_in"],
+        x: Float[Tensor, "batch d_in"],
+        halves: bool = False,
+    ):
+        self.W_enc, self.b_enc, self.b_dec, self.x = W_enc, b_enc, b_dec, x
+        self.halves = halves and W_enc.dtype == torch.float32
+        self.centred = (x - b_dec).detach()
+        self._pre: Tensor | None = None  # all pre-activations, if they fitted into one tile
+        self._known: tuple[Support | None, Tensor | None] = (None, None)
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return self.W_enc.shape[1]
+
+    def tiles(self, latents: Int[Tensor, " n"] | None = None, whole: bool = False) -> Iterator[Float[Tensor, "rows n"]]:
+        """Pre-activations of all latents or some, without gradient, a tile of rows after the other.
+
+        A tile is good until the next one is asked for. whole: one tile, whatever its size.
+        """
+        if self._pre is not None:
+            yield self._pre if latents is None else self._pre.index_select(1, latents)
+            return
+        weight, bias = self.W_enc.detach(), None if self.b_enc is None else self.b_enc.detach()
+        if latents is not None:
+            weight = weight.T.index_select(0, latents).T
+            bias = None if bias is None else bias.index_select(0, latents)
+        n_rows = tile_rows(weight.shape[1], self.centred.element_size())
+        pieces = (self.centred,) if whole else self.centred.split(n_rows)
+        product = _product(weight, bias, self.halves)
+        buffer = self.centred.new_empty(len(pieces[0]), weight.shape[1])
+        for piece in pieces:
+            yield product(piece, buffer[: len(piece)])
+        if latents is None and len(self.centred) <= n_rows:
+            self._pre = buffer
+
+    def choose(self, rule_support: Callable[[Tensor], Support], whole: bool = False) -> Support:
+        """The support a rule chooses, tile by tile; what it was chosen from is remembered there."""
+        supports, values = [], []
+        with torch.no_grad():
+            for pre in self.tiles(whole=whole):
+                supports.append(rule_support(pre))
+                values.append(pre.flatten()[supports[-1].flat(self.d_sae)])
+        support = supports[0] if len(supports) == 1 else concatenated(supports)
+        if not self.halves:
+            self._known = support, self._attach(support, torch.cat(values))
+        return support
+
+    def at(self, support: Support) -> Float[Tensor, " nnz"]:
+        """Pre-activations at chosen pairs; differentiable."""
+        known_support, known = self._known
+        if known is None or support is not known_support:  # asked twice, a support costs one backward pass
+            known = self._attach(support, self._values(support))
+            self._known = support, known
+        return known
+
+    def dense(self) -> Float[Tensor, "batch d_sae"]:
+        """All pre-activations; differentiable, with gradients that are cheap where few are not zero."""
+        (pre,) = self.tiles(whole=True)
+        return PreDense.apply(self.W_enc, self.b_enc, self.b_dec, self.x, pre, self.centred)
+
+    def _attach(self, support: Support, value: Float[Tensor, " nnz"]) -> Float[Tensor, " nnz"]:
+        return PreAt.apply(self.W_enc, self.b_enc, self.b_dec, self.x, value, self.centred, support)
+
+    @torch.no_grad()
+    def _values(self, support: Support) -> Float[Tensor, " nnz"]:
+        """Pre-activations at chosen pairs, without gradient."""
+        if self._pre is not None and not self.halves:
+            return self._pre.flatten()[support.flat(self.d_sae)]
+        value = pair_products(support, self.centred, self.W_enc.T)
+        return value if self.b_enc is None else value + self.b_enc.index_select(0, support.latent)
+
+
+def tile_rows(width: int, element_size: int = 4) -> int:
+    """Rows of a tile so that it stays within TILE_BYTES; at least one."""
+    return max(1, TILE_BYTES // max(1, width * element_size))
+
+
+def _product(
+    weight: Float[Tensor, "d_in n"], bias: Float[Tensor, " n"] | None, halves: bool
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """(rows of x, buffer for the result) → x · weight + bias."""
+    if not halves:
+        if bias is None:
+            return lambda x, out: torch.mm(x, weight, out=out)
+        return lambda x, out: torch.addmm(bias, x, weight, out=out)
+    rounded = weight.T.bfloat16().T
+
+    def of_halves(x: Tensor, out: Tensor) -> Tensor:
+        if x.is_cuda:
+            torch.mm(x.bfloat16(), rounded, out_dtype=torch.float32, out=out)
+        else:  # products of halves are slow on a CPU; the same numbers as float32
+            torch.mm(x.bfloat16().float(), rounded.float(), out=out)
+        return out if bias is None else out.add_(bias)
+
+    return of_halves
