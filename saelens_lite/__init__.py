@@ -17,6 +17,7 @@ _HOME = {
     "EvalReport": "evaluate",
     "FeatureStore": "features",
     "LanguageModel": "model",
+    "Logger": "loggers",
     "Origin": "config",
     "PublishedForm": "sparsity",
     "RuleConfig": "sparsity",
@@ -30,7 +31,7 @@ _HOME = {
     "fit": "train",
     "load_model": "model",
     "python_docs": "tokens",
-    "register": "sparsity",
+    "register": "registry",
     "train": "train",
 }
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "EvalReport",
     "FeatureStore",
     "LanguageModel",
+    "Logger",
     "Origin",
     "PublishedForm",
     "RuleConfig",
@@ -66,8 +68,10 @@ if TYPE_CHECKING:
     from saelens_lite.errors import SaelensLiteError
     from saelens_lite.evaluate import EvalReport, evaluate
     from saelens_lite.features import FeatureStore
+    from saelens_lite.loggers import Logger
     from saelens_lite.model import LanguageModel, load_model
-    from saelens_lite.sparsity import PublishedForm, RuleConfig, Sparsity, register
+    from saelens_lite.registry import register
+    from saelens_lite.sparsity import PublishedForm, RuleConfig, Sparsity
     from saelens_lite.tokens import python_docs
     from saelens_lite.train import fit, train
 

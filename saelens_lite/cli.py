@@ -13,6 +13,9 @@ from saelens_lite.errors import SaelensLiteError, TextError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
+
+    from saelens_lite.registry import Finding
 
 app = App(
     name="saelens-lite",
@@ -163,6 +166,7 @@ def train(
     out: Path = Path("runs/dictionary"),
     data_seed: int = 0,
     device: str = "cpu",
+    loggers: str = "jsonl",
     exists: Exists = "error",
 ) -> None:
     """Train one or several dictionaries on a cache.
@@ -179,6 +183,8 @@ def train(
         Seed of the order of the data.
     device
         Where to train, e.g. cuda.
+    loggers
+        Where metrics go, comma-separated: jsonl (log.jsonl in the run folder), tensorboard, wandb, trackio, or one of your own.
     exists
         What to do when the folder is not empty.
     """
@@ -189,7 +195,9 @@ def train(
     if "options" in flags:
         flags["options"] = parse_options(flags["options"])
     configs = train_configs(read_toml(config) if config else {}, flags)
-    for run in sl.train(sl.ActivationCache.open(cache), configs, out, data_seed=data_seed, device=device, exists=exists):
+    names = [name.strip() for name in loggers.split(",") if name.strip()]
+    source = sl.ActivationCache.open(cache)
+    for run in sl.train(source, configs, out, data_seed=data_seed, device=device, loggers=names, exists=exists):
         last = run.history[-1]
         _console().print(
             f"{run.folder}/dictionary: {run.config.sparsity}, l0 {last['l0']:.1f}, fvu {last['fvu']:.4f}", markup=False
@@ -304,17 +312,45 @@ def inspect(path: Path) -> None:
 
 
 @app.command
-def plugins() -> None:
-    """List the plugins that are installed."""
+def plugins(*, as_json: Annotated[bool, Parameter(name="--json", negative="")] = False) -> None:
+    """List the plugins that are installed, and whether each can be loaded.
+
+    The environment variable SAELENS_LITE_PLUGINS restricts which may be: a comma-separated list of distributions and
+    kind:name pairs, e.g. SAELENS_LITE_PLUGINS=my-rules,loggers:my_logger. Built-in plugins always may; unset, all may.
+
+    Parameters
+    ----------
+    as_json
+        Print JSON instead of a table.
+    """
+    from saelens_lite import registry
+
+    found = [registry.check(plugin) for kind in registry.KINDS for plugin in registry.plugins(kind)]
+    if as_json:
+        print(json.dumps([_facts(finding) for finding in found], indent=2, ensure_ascii=False))
+    else:
+        _console().print(_plugin_table(found))
+
+
+def _facts(finding: "Finding") -> dict[str, str]:
+    """A finding as flat JSON."""
+    p = finding.plugin
+    origin = {"name": p.name, "kind": p.kind, "distribution": p.distribution, "version": p.version, "target": p.target}
+    return origin | {"paper": finding.paper, "summary": finding.summary, "status": finding.status, "why": finding.why}
+
+
+def _plugin_table(findings: "list[Finding]") -> "Table":
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text
 
-    from saelens_lite.sparsity import registry
-
-    grid = Table("kind", "name", "distribution", "version", "where")
-    for kind in registry.KINDS:
-        for p in registry.plugins(kind):
-            grid.add_row(kind, p.name, p.distribution, p.version, p.target)
-    _console().print(grid)
+    grid = Table(box=SIMPLE_HEAD)
+    for title in ("name", "kind", "distribution", "version", "paper", "status"):
+        grid.add_column(title, overflow="fold", no_wrap=title not in ("paper", "status"))
+    for finding in findings:
+        p, status = finding.plugin, f"{finding.status}: {finding.why}" if finding.why else finding.status
+        grid.add_row(*(Text(cell) for cell in (p.name, p.kind, p.distribution, p.version, finding.paper, status)))
+    return grid
 
 
 if __name__ == "__main__":

@@ -15,12 +15,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from saelens_lite import registry
 from saelens_lite.codes import SparseCodes
 from saelens_lite.codes.encoder import Encoder
 from saelens_lite.config import Origin
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, ShapeError
 from saelens_lite.files import DTYPES, new_folder, read_json, read_tensors, write_json
-from saelens_lite.sparsity import Sparsity, registry
+from saelens_lite.sparsity import Sparsity
 
 FORMAT = 1
 CONFIG_FILE, WEIGHTS_FILE, SPARSITY_FILE, PLUGIN_FILE = (

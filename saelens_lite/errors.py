@@ -7,7 +7,7 @@ SaelensLiteError                 everything this library raises on purpose
 │   ├── HookError                the model has no hook of that name
 │   ├── TextError                no text, or nothing left of it after tokenising
 │   ├── ShapeError               a tensor whose shape does not fit
-│   ├── PluginError              a plugin that is unknown, broken, or claimed twice
+│   ├── PluginError              a plugin that is unknown, broken, restricted, or claimed twice
 │   ├── OutputExistsError        the output is already there
 │   └── CorruptFileError         a file that is damaged, truncated or not what it claims to be
 └── NonFiniteError               NaN or infinity where numbers were expected
@@ -50,7 +50,7 @@ class ShapeError(UserError):
 
 
 class PluginError(UserError):
-    """A plugin is unknown, cannot be imported, or its name is claimed twice."""
+    """A plugin is unknown, cannot be imported or started, may not be loaded, or its name is claimed twice."""
 
 
 class OutputExistsError(UserError):

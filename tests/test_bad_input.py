@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import saelens_lite as sl
+from saelens_lite import registry
 from saelens_lite.cache import TensorSource
 from saelens_lite.config import read_toml, train_configs
 from saelens_lite.errors import (
@@ -21,7 +22,6 @@ from saelens_lite.errors import (
     ShapeError,
     TextError,
 )
-from saelens_lite.sparsity import registry
 from saelens_lite.train.step import SparseStep
 
 HOOK = "blocks.1.hook_resid_pre"

@@ -113,8 +113,19 @@ def test_inspect(work, monkeypatch, capsys):
 def test_plugins(monkeypatch, capsys):
     code, out, _ = call(monkeypatch, capsys, "plugins")
     assert code == 0
-    for name in ("l1", "topk", "gated"):
+    for name in ("l1", "topk", "gated", "jsonl", "tensorboard"):
         assert name in out
+
+
+def test_train_with_loggers(work, monkeypatch, capsys):
+    args = ("train", work / "cache", "--d-sae", 16, "--n-tokens", 512, "--batch-size", 256)
+    code, _, err = call(monkeypatch, capsys, *args, "--loggers", "tensorboard, jsonl", "--out", work / "logged")
+    assert code == 0, err
+    assert (work / "logged/log.jsonl").stat().st_size > 0
+    assert list((work / "logged/tensorboard").glob("events.out.tfevents.*"))
+    code, _, err = call(monkeypatch, capsys, *args, "--loggers", "", "--out", work / "unlogged")
+    assert code == 0, err
+    assert sorted(path.name for path in (work / "unlogged").iterdir()) == ["config.toml", "dictionary"]
 
 
 @pytest.mark.parametrize(
@@ -127,6 +138,7 @@ def test_plugins(monkeypatch, capsys):
         (["train", "CACHE", "--options.kk", "3"], "unknown key 'kk'; did you mean k"),
         (["train", "CACHE", "--hook", "blocks.1.hook_resid_prre"], "did you mean blocks.1.hook_resid_pre"),
         (["train", "CACHE", "--config", "nowhere.toml"], "no such settings file"),
+        (["train", "CACHE", "--loggers", "jsonl,tensorbord"], "did you mean tensorboard"),
         (["train", "nowhere"], "manifest.json is missing"),
         (["capture", "nowhere.txt", "--hooks", HOOK], "no text file at nowhere.txt"),
         (["capture", "BOOK", "--hooks", "blocks.9.hook_resid_pre", "--out", "elsewhere"], "no hook 'blocks.9.hook_resid_pre'"),

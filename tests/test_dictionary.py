@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import saelens_lite as sl
+from saelens_lite import registry
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, PluginError, ShapeError
-from saelens_lite.sparsity import registry
 
 D_IN, D_SAE = 12, 40
 RULES = {

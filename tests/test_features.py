@@ -21,7 +21,7 @@ from saelens_lite.errors import (
     UserError,
 )
 from saelens_lite.features.store import N_BINS, weights_hash
-from saelens_lite.sparsity.registry import unregister
+from saelens_lite.registry import unregister
 from saelens_lite.tokens import TokenRows, token_rows
 
 HOOK = "blocks.1.hook_resid_pre"

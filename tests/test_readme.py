@@ -1,11 +1,15 @@
 """What the README shows works, and its plugin table is complete."""
 
 import re
+import runpy
+import sys
 from pathlib import Path
+from types import ModuleType
 
+import pytest
 import torch
 
-from saelens_lite.sparsity import registry
+from saelens_lite import registry
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.S)
@@ -28,11 +32,42 @@ def test_the_python_blocks_run_in_order(monkeypatch, tmp_path, capsys):
     assert (known["codes"].l0 <= 32).all()
 
 
-def test_the_plugin_table_lists_every_rule():
-    section = README.split("## Sparsity rules are plugins")[1].split("##")[0]
-    assert sorted(re.findall(r"^\| `(\w+)` \|", section, flags=re.M)) == [
-        p.name for p in registry.plugins() if p.distribution == "saelens-lite"
+@pytest.fixture
+def plugin_table(monkeypatch):
+    """plugin_table(arguments) runs the script that writes the table; its complaint, or None."""
+    monkeypatch.setitem(sys.modules, "trackio", ModuleType("trackio"))
+    monkeypatch.delitem(sys.modules, "saelens_lite_plugins.loggers.trackio", raising=False)
+
+    def run(*args: object) -> str | None:
+        monkeypatch.setattr(sys, "argv", ["plugin_table.py", *map(str, args)])
+        try:
+            runpy.run_path(str(Path(__file__).parent.parent / "scripts/plugin_table.py"), run_name="__main__")
+        except SystemExit as stop:
+            return stop.code
+        return None
+
+    yield run
+    sys.modules.pop("saelens_lite_plugins.loggers.trackio", None)
+
+
+def test_the_plugin_table_is_what_the_plugins_say(plugin_table):
+    assert plugin_table("--check") is None
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| \S.* \| (.*?) ?\|$", README, flags=re.M)
+    own = [(p.name, kind) for kind in registry.KINDS for p in registry.plugins(kind) if p.distribution == "saelens-lite"]
+    assert [row[:2] for row in rows] == own
+    assert [paper for _, kind, paper in rows if kind == "sparsity"] == [
+        registry.load(n).paper for n, k in own if k == "sparsity"
     ]
+
+
+def test_a_stale_plugin_table_is_found_and_written_anew(plugin_table, tmp_path):
+    copy = tmp_path / "README.md"
+    copy.write_text(re.sub(r"^\| `topk` .*\n", "", README, flags=re.M), encoding="utf-8")
+    assert plugin_table("--check", copy) == f"the plugin table of {copy} is stale: run python scripts/plugin_table.py"
+    assert plugin_table(copy) is None
+    assert copy.read_text(encoding="utf-8") == README
+    copy.write_text("# No place for it")
+    assert plugin_table(copy) == f"{copy} has 0 places for the table; expected one"
 
 
 def test_the_tree_names_what_is_there():

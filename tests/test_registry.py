@@ -1,13 +1,15 @@
 """Plugins by name: built-in, of other distributions (real metadata on the path), and of this session."""
 
+import json
+import subprocess
 import sys
 
 import pytest
 import torch
 
 import saelens_lite as sl
+from saelens_lite import cli, registry
 from saelens_lite.errors import PluginError
-from saelens_lite.sparsity import registry
 
 
 @pytest.fixture
@@ -15,14 +17,28 @@ def distribution(tmp_path, monkeypatch):
     """distribution(name, version, entry points) puts an installed package's metadata on the path."""
     monkeypatch.syspath_prepend(tmp_path)
 
-    def install(name: str, version: str, points: dict[str, str], kind: str = "sparsity") -> None:
+    def install(name: str, version: str, points: dict[str, str], kind: str = "sparsity", extras: tuple[str, ...] = ()) -> None:
         info = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
         info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        provides = "".join(f"Provides-Extra: {extra}\n" for extra in extras)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{provides}")
         lines = "".join(f"{plugin} = {target}\n" for plugin, target in points.items())
         (info / "entry_points.txt").write_text(f"[saelens_lite.{kind}]\n{lines}")
 
     return install
+
+
+@pytest.fixture
+def stranger(distribution, tmp_path):
+    """A package "stranger-sparsity" 2.1 with the rule "stranger"."""
+    (tmp_path / "stranger_of_tests.py").write_text(
+        "import saelens_lite as sl\n\nclass Rule(sl.Sparsity):\n"
+        "    'Positive ones.\\n\\nMore.'\n    paper = 'Nobody 2020'\n"
+        "    def activation(self, pre):\n        return pre.relu()\n"
+    )
+    distribution("stranger-sparsity", "2.1", {"stranger": "stranger_of_tests:Rule"})
+    yield
+    sys.modules.pop("stranger_of_tests", None)
 
 
 @pytest.fixture
@@ -45,6 +61,20 @@ def test_built_in_rules_come_by_entry_points():
     assert found["topk"].target == "saelens_lite_plugins.sparsity.topk:TopK"
     assert {plugin.distribution for plugin in found.values()} == {"saelens-lite"}
     assert {plugin.version for plugin in found.values()} == {sl.__version__}
+
+
+def test_built_in_loggers_come_by_entry_points():
+    assert {"jsonl", "tensorboard", "trackio", "wandb"} <= set(registry.names("loggers"))
+    assert {plugin.distribution for plugin in registry.plugins("loggers")} == {"saelens-lite"}
+
+
+def test_listing_imports_nothing():
+    code = (
+        "import sys\nfrom saelens_lite import registry\nfor kind in registry.KINDS: registry.names(kind)\n"
+        "print([m for m in sys.modules if m.startswith(('torch', 'wandb', 'saelens_lite_plugins'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_every_built_in_rule_loads_and_cites_its_paper():
@@ -82,14 +112,43 @@ def test_registering_again_replaces_ones_own(relu):
 
 
 def test_a_built_in_name_cannot_be_registered():
+    built_in = registry.load("topk")
     with pytest.raises(PluginError, match="sparsity plugin 'topk' is already supplied by saelens-lite"):
-        sl.register("topk")
+        sl.register("topk")(sl.Sparsity)
+    assert registry.load("topk") is built_in
 
 
-def test_kinds_are_kept_apart(relu):
-    assert "relu" not in registry.names("formats")
+def test_a_class_is_registered_under_the_kind_of_its_base(relu):
+    assert "relu" not in registry.names("loggers")
+    try:
+
+        @sl.register("relu")
+        class Log(sl.Logger):
+            pass
+
+        assert registry.load("relu", "loggers") is Log
+        assert registry.load("relu") is relu
+    finally:
+        registry.unregister("relu", "loggers")
+
+
+@pytest.mark.parametrize("target", [object, torch.nn.Module])
+def test_what_is_no_plugin_cannot_be_registered(target):
+    with pytest.raises(PluginError, match="cannot be registered as 'x': derive it from the base class of its kind of plugin"):
+        sl.register("x")(target)
+    assert "x" not in registry.names()
+
+
+@pytest.mark.parametrize("ask", [registry.plugins, registry.names, lambda kind: registry.load("topk", kind)])
+def test_an_unknown_kind(ask):
     with pytest.raises(PluginError, match=r"unknown kind of plugin 'rules'; kinds are sparsity, formats, loggers"):
-        sl.register("x", kind="rules")
+        ask("rules")
+
+
+def test_a_kind_without_plugins(monkeypatch):
+    monkeypatch.setattr(registry, "entry_points", lambda **_: [])
+    with pytest.raises(PluginError, match="no loggers plugin is called 'jsonl'; none is known: reinstall saelens-lite"):
+        registry.load("jsonl", "loggers")
 
 
 def test_an_unknown_name_lists_near_matches():
@@ -106,22 +165,15 @@ def test_who_wrote_it_is_named():
         registry.load("top_k", written_by="top-k-sae 0.3")
 
 
-def test_another_distributions_rule_is_loaded_when_asked_for(distribution, tmp_path):
-    (tmp_path / "stranger_of_tests.py").write_text(
-        "import saelens_lite as sl\n\nclass Rule(sl.Sparsity):\n    def activation(self, pre):\n        return pre.relu()\n"
-    )
-    distribution("stranger-sparsity", "2.1", {"stranger": "stranger_of_tests:Rule"})
-    try:
-        assert "stranger" in registry.names()
-        found = registry.find("stranger")
-        assert (found.distribution, found.version, found.target) == ("stranger-sparsity", "2.1", "stranger_of_tests:Rule")
-        assert "stranger_of_tests" not in sys.modules
-        d = sl.Dictionary.create("stranger", d_in=4, d_sae=6)
-        assert type(d.rule).__module__ == "stranger_of_tests"
-        d.save(tmp_path / "d")
-        assert '"stranger-sparsity 2.1"' in (tmp_path / "d" / "cfg.json").read_text()
-    finally:
-        sys.modules.pop("stranger_of_tests", None)
+def test_another_distributions_rule_is_loaded_when_asked_for(stranger, tmp_path):
+    assert "stranger" in registry.names()
+    found = registry.find("stranger")
+    assert (found.distribution, found.version, found.target) == ("stranger-sparsity", "2.1", "stranger_of_tests:Rule")
+    assert "stranger_of_tests" not in sys.modules
+    d = sl.Dictionary.create("stranger", d_in=4, d_sae=6)
+    assert type(d.rule).__module__ == "stranger_of_tests"
+    d.save(tmp_path / "d")
+    assert '"stranger-sparsity 2.1"' in (tmp_path / "d" / "cfg.json").read_text()
 
 
 def test_a_name_claimed_twice_names_both(distribution):
@@ -148,6 +200,7 @@ def test_a_name_of_this_session_that_is_installed_later(distribution, relu):
         ("import nothing_of_that_name", "ModuleNotFoundError: No module named 'nothing_of_that_name'"),
         ("raise RuntimeError('no GPU')", "RuntimeError: no GPU"),
         ("def f(:", "SyntaxError: "),
+        ("raise SystemExit(3)", "SystemExit: 3"),
         ("x = 1", "AttributeError: module 'broken_of_tests' has no attribute 'Rule'"),
     ],
 )
@@ -165,3 +218,160 @@ def test_a_broken_plugin_fails_only_when_asked_for(distribution, tmp_path, sourc
         assert cause in message
     finally:
         sys.modules.pop("broken_of_tests", None)
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["Rule = 3", "class Rule: pass", "from saelens_lite import Logger as Rule"],
+)
+def test_what_is_no_rule_is_not_usable(distribution, tmp_path, source):
+    (tmp_path / "no_rule_of_tests.py").write_text(source)
+    distribution("odd-sparsity", "0.9", {"odd": "no_rule_of_tests:Rule"})
+    try:
+        with pytest.raises(PluginError) as caught:
+            sl.Dictionary.create("odd", d_in=4, d_sae=6)
+    finally:
+        sys.modules.pop("no_rule_of_tests", None)
+    assert str(caught.value) == (
+        "sparsity plugin 'odd' of odd-sparsity 0.9 is not usable: no_rule_of_tests:Rule is not a class derived from the base "
+        "of sparsity plugins"
+    )
+
+
+@pytest.mark.parametrize(("extras", "remedy"), [(("needy", "docs"), "; pip install 'needy-log[needy]'"), (("docs",), "")])
+def test_a_missing_package_that_an_extra_supplies(distribution, tmp_path, extras, remedy):
+    (tmp_path / "needy_of_tests.py").write_text("import a_package_of_nobody")
+    distribution("needy-log", "1.0", {"needy": "needy_of_tests:Log"}, kind="loggers", extras=extras)
+    with pytest.raises(PluginError) as caught:
+        registry.load("needy", "loggers")
+    assert str(caught.value) == (
+        "loggers plugin 'needy' of needy-log 1.0 cannot be loaded from needy_of_tests:Log: "
+        f"ModuleNotFoundError: No module named 'a_package_of_nobody'{remedy}"
+    )
+
+
+# SAELENS_LITE_PLUGINS
+
+
+@pytest.mark.parametrize(
+    ("value", "allowed"),
+    [
+        (None, True),
+        ("stranger-sparsity", True),
+        ("Stranger_Sparsity", True),
+        ("sparsity:stranger", True),
+        ("other, stranger.sparsity ,loggers:x", True),
+        ("", False),
+        (" , ", False),
+        ("other", False),
+        ("stranger", False),
+        ("loggers:stranger", False),
+        ("stranger-sparsity-extra", False),
+    ],
+)
+def test_the_variable_restricts_what_is_loaded(stranger, monkeypatch, value, allowed):
+    if value is None:
+        monkeypatch.delenv("SAELENS_LITE_PLUGINS", raising=False)
+    else:
+        monkeypatch.setenv("SAELENS_LITE_PLUGINS", value)
+    assert ("stranger" in registry.names()) == allowed
+    assert "stranger" in [plugin.name for plugin in registry.plugins()]
+    if allowed:
+        assert registry.load("stranger").plugin_name == "stranger"
+    else:
+        with pytest.raises(PluginError) as caught:
+            registry.load("stranger")
+        assert str(caught.value) == (
+            f"sparsity plugin 'stranger' of stranger-sparsity 2.1 may not be loaded: SAELENS_LITE_PLUGINS is {value!r}; "
+            "add stranger-sparsity or sparsity:stranger to it"
+        )
+        assert "stranger_of_tests" not in sys.modules
+
+
+@pytest.mark.parametrize("value", ["", "somebody-else"])
+def test_built_in_plugins_and_those_of_this_session_are_never_restricted(relu, monkeypatch, value):
+    monkeypatch.setenv("SAELENS_LITE_PLUGINS", value)
+    assert registry.load("relu") is relu
+    assert {"gated", "l1", "relu", "topk"} <= set(registry.names())
+    assert registry.load("jsonl", "loggers").plugin_name == "jsonl"
+
+
+def test_the_variable_decides_between_two_distributions(distribution, monkeypatch):
+    distribution("other-sparsity", "1.0", {"topk": "other_sparsity:TopK"})
+    monkeypatch.setenv("SAELENS_LITE_PLUGINS", "")
+    assert registry.find("topk").distribution == "saelens-lite"
+    monkeypatch.setenv("SAELENS_LITE_PLUGINS", "other-sparsity")
+    with pytest.raises(PluginError, match="uninstall one of them or restrict SAELENS_LITE_PLUGINS"):
+        registry.load("topk")
+
+
+# The list of plugins, with all that can be wrong with one
+
+
+@pytest.fixture
+def all_sorts(stranger, distribution, tmp_path, monkeypatch):
+    """Beside the built-in plugins: a good, a broken, a noisy, a doubled and a restricted one, and one without metadata."""
+    (tmp_path / "broken_of_tests.py").write_text("raise RuntimeError('[red]no GPU[/red]\\nat all')")
+    distribution("broken-sparsity", "0.9", {"broken": "broken_of_tests:Rule"})
+    distribution("double-a", "1", {"double": "double_a:Rule"})
+    distribution("double-b", "2", {"double": "double_b:Rule"})
+    distribution("secret-log", "3", {"secret": "secret_of_tests:Log"}, kind="loggers")
+    (tmp_path / "bare-1.0.dist-info").mkdir()
+    (tmp_path / "bare-1.0.dist-info/entry_points.txt").write_text("[saelens_lite.formats]\nbare = bare_of_tests:Format\n")
+    allowed = "stranger-sparsity,broken-sparsity,double-a,double-b,formats:bare"
+    monkeypatch.setenv("SAELENS_LITE_PLUGINS", allowed)
+    return allowed
+
+
+def listed(monkeypatch, capsys, *args: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["saelens-lite", "plugins", *args])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_the_list_as_json(all_sorts, relu, monkeypatch, capsys):
+    rows = json.loads(listed(monkeypatch, capsys, "--json"))
+    assert [(row["kind"], row["name"]) for row in rows] == [
+        (kind, plugin.name) for kind in registry.KINDS for plugin in registry.plugins(kind)
+    ]
+    found = {row["name"]: row for row in rows}
+    assert found["stranger"] == {
+        "name": "stranger",
+        "kind": "sparsity",
+        "distribution": "stranger-sparsity",
+        "version": "2.1",
+        "target": "stranger_of_tests:Rule",
+        "paper": "Nobody 2020",
+        "summary": "Positive ones.",
+        "status": "ok",
+        "why": "",
+    }
+    assert found["topk"]["paper"] == registry.load("topk").paper
+    assert (found["relu"]["distribution"], found["relu"]["version"], found["relu"]["status"]) == ("this session", "", "ok")
+    assert found["broken"]["status"] == "broken"
+    assert found["broken"]["why"] == "cannot be loaded from broken_of_tests:Rule: RuntimeError: [red]no GPU[/red] at all"
+    doubles = [row for row in rows if row["name"] == "double"]
+    assert [row["distribution"] for row in doubles] == ["double-a", "double-b"]
+    for row in doubles:
+        assert row["status"] == "broken"
+        assert "is supplied by double-a (double_a:Rule) and double-b (double_b:Rule); uninstall one of them" in row["why"]
+    assert found["secret"]["status"] == "restricted"
+    assert found["secret"]["why"] == (
+        f"may not be loaded: SAELENS_LITE_PLUGINS is {all_sorts!r}; add secret-log or loggers:secret to it"
+    )
+    assert (found["bare"]["distribution"], found["bare"]["version"], found["bare"]["status"]) == ("?", "?", "broken")
+
+
+def test_the_list_as_a_table(all_sorts, monkeypatch, capsys):
+    lines = listed(monkeypatch, capsys).splitlines()
+    rows = {line.split()[0]: " ".join(line.split()) for line in lines if line.strip()}
+    assert rows["name"] == "name kind distribution version paper status"
+    assert rows["stranger"] == "stranger sparsity stranger-sparsity 2.1 Nobody 2020 ok"
+    assert rows["jsonl"].startswith("jsonl loggers saelens-lite ")
+    assert rows["jsonl"].endswith(" ok")
+    assert rows["broken"].startswith("broken sparsity broken-sparsity 0.9 broken: cannot be loaded from")
+    assert "[red]no GPU[/red]" in "".join(lines)
+    assert rows["secret"].startswith("secret loggers secret-log 3 restricted: may not be loaded")

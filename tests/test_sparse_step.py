@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from saelens_lite import registry
 from saelens_lite.cache import TensorSource
 from saelens_lite.codes import encoder, support_of_mask
 from saelens_lite.codes.products import DENSE_ABOVE, Decode, pair_products, transposed_product
 from saelens_lite.config import TrainConfig
 from saelens_lite.dictionary import Dictionary
-from saelens_lite.sparsity import Sparsity, register, registry
+from saelens_lite.sparsity import Sparsity, register
 from saelens_lite.train import Trainer
 from saelens_lite.train.step import DenseStep, SparseStep
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from saelens_lite.codes import SparseCodes, Support, support_of_indices, support_of_mask
 from saelens_lite.config import FrozenConfig
-from saelens_lite.sparsity.registry import load, names, plugins, register
+from saelens_lite.registry import load, names, plugins, register
 
 if TYPE_CHECKING:
     from saelens_lite.dictionary import Dictionary
@@ -96,6 +96,7 @@ class Sparsity(nn.Module):
     homogeneous: ClassVar[bool] = True  # scaling h_i (and the rule by `rescale_`) scales code i and changes no other
     row_wise: ClassVar[bool] = False  # in training too, `support` looks at each row alone: it may be given parts of a batch
     Config: ClassVar[type[RuleConfig]] = RuleConfig
+    plugin_kind: ClassVar[str] = "sparsity"
     plugin_name: ClassVar[str]  # set by the registry
 
     def __init__(self, config: RuleConfig, *, d_in: int, d_sae: int):

@@ -1,10 +1,10 @@
 """Training: one loop for all rules, and for many dictionaries over one pass of the data."""
 
-import json
 import logging
 import math
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +18,7 @@ from saelens_lite.config import TrainConfig
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, NonFiniteError, SaelensLiteError
 from saelens_lite.files import refuse_existing, write_text
+from saelens_lite.loggers import DEFAULT_LOGGERS, RunLog, load_loggers, open_log
 from saelens_lite.progress import progress_bar
 from saelens_lite.train.step import DenseStep, SparseStep
 
@@ -175,17 +176,18 @@ def train(
     *,
     data_seed: int = 0,
     device: str | torch.device = "cpu",
+    loggers: str | Sequence[str] = DEFAULT_LOGGERS,
     exists: Literal["error", "overwrite"] = "error",
 ) -> list[Run]:
     """Train dictionaries, all on the same batches in one pass over the source.
 
     With `out`, each gets a folder (`out` itself for one dictionary, `out`/<number>-<rule> for several) with config.toml,
-    log.jsonl and dictionary/. The order of the data comes from `data_seed` alone, so each dictionary is what it would be
-    if it were trained by itself.
+    dictionary/ and what `loggers` (names of plugins) write there: log.jsonl by default. The order of the data comes from
+    `data_seed` alone, so each dictionary is what it would be if it were trained by itself.
 
     Raises:
-        ConfigError: no dictionary asked for, or batch sizes that differ.
-        PluginError, HookError: a rule or hook that does not exist.
+        ConfigError: no dictionary asked for, batch sizes that differ, or loggers without `out`.
+        PluginError, HookError: a rule, logger or hook that does not exist, or a logger that cannot start.
         OutputExistsError: an output folder holds something and `exists` is "error".
         NonFiniteError: activations or loss became NaN; the last good dictionary is in the folder's last_good/.
     """
@@ -195,6 +197,9 @@ def train(
     sizes = {c.batch_size for c in configs}
     if len(sizes) > 1:
         raise ConfigError(f"dictionaries trained together need the same batch_size; found {sorted(sizes)}")
+    if out is None and loggers and loggers != DEFAULT_LOGGERS:
+        raise ConfigError(f"loggers = {loggers!r} need a run folder: say `out`")
+    logger_classes = {} if out is None else load_loggers(loggers)
     trainers = [Trainer(c, source, device) for c in configs]
     folders = [None] * len(configs) if out is None else run_folders(Path(out), configs)
     for folder in folders:
@@ -209,12 +214,19 @@ def train(
             write_text(folder / "config.toml", tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
     histories: list[list[dict[str, Any]]] = [[] for _ in trainers]
     try:
-        _loop(source, trainers, histories, folders, data_seed)
+        with ExitStack() as stack:
+            logs = [
+                stack.enter_context(open_log(logger_classes, folder, trainer.config, trainer.n_seen))
+                for trainer, folder in zip(trainers, folders, strict=True)
+            ]
+            _loop(source, trainers, histories, logs, data_seed)
     except (SaelensLiteError, KeyboardInterrupt):
         for trainer, folder in zip(trainers, folders, strict=True):
             if folder and trainer.n_steps:
                 log.warning("stopped; the dictionary after step %d is in %s", trainer.n_steps, folder / "last_good")
                 trainer.result().save(folder / "last_good", exists="overwrite")
+            elif folder:
+                shutil.rmtree(folder)  # not one step: nothing worth keeping, and nothing in the way of another try
         raise
     runs = [Run(*parts) for parts in zip(configs, (t.result() for t in trainers), histories, folders, strict=True)]
     for run in runs:
@@ -224,7 +236,7 @@ def train(
 
 
 def _loop(
-    source: Source, trainers: list[Trainer], histories: list[list[dict[str, Any]]], folders: list[Path | None], data_seed: int
+    source: Source, trainers: list[Trainer], histories: list[list[dict[str, Any]]], logs: list[RunLog], data_seed: int
 ) -> None:
     """Feed every trainer the same batches until each has seen the tokens it asked for."""
     hooks = list(dict.fromkeys(trainer.hook for trainer in trainers))
@@ -240,9 +252,7 @@ def _loop(
                     line = trainer.log_line()
                     histories[i].append(line)
                     log.info("%s %s", trainer.config.sparsity, line)
-                    if folder := folders[i]:
-                        with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
-                            file.write(json.dumps(line) + "\n")
+                    logs[i].log(line)
                     next_line[i] += trainer.config.log_every
             latest = [h[-1] for h in histories if h]
             advance(len(batch[hooks[0]]), "  ".join(f"fvu {line['fvu']:.3f} l0 {line['l0']:.0f}" for line in latest))

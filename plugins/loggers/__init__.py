@@ -1,0 +1,1 @@
+"""The loggers that come with saelens_lite; each imports its tool when it is asked for."""
