@@ -9,8 +9,12 @@ SaelensLiteError                 everything this library raises on purpose
 │   ├── ShapeError               a tensor whose shape does not fit
 │   ├── PluginError              a plugin that is unknown, broken, restricted, or claimed twice
 │   ├── OutputExistsError        the output is already there
-│   └── CorruptFileError         a file that is damaged, truncated or not what it claims to be
-└── NonFiniteError               NaN or infinity where numbers were expected
+│   ├── CorruptFileError         a file that is damaged, truncated or not what it claims to be
+│   └── LockedError              another process is at work on the same output
+├── NonFiniteError               NaN or infinity where numbers were expected
+└── DiskFullError                no room left for what is being written
+
+Stopped                          Ctrl-C or SIGTERM, after the state was saved; a KeyboardInterrupt
 """
 
 import difflib
@@ -61,8 +65,24 @@ class CorruptFileError(UserError):
     """A file is damaged, truncated or not what it claims to be."""
 
 
+class LockedError(UserError):
+    """Another process is at work on the same output."""
+
+
 class NonFiniteError(SaelensLiteError):
     """NaN or infinity where finite numbers were expected."""
+
+
+class DiskFullError(SaelensLiteError):
+    """There is no room left for what is being written."""
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM ended the work after its state was saved; the message says how to go on."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.exit_code = 128 + number
 
 
 def near_matches(asked: str, names: Iterable[str], most: int = 3) -> str:

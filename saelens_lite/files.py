@@ -28,8 +28,27 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_folder(path: Path) -> None:
+    """Have the names in a folder on the disk, where the system can."""
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Have one more line at the end of a file, on the disk."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_text(path: Path, text: str) -> None:
@@ -75,15 +94,21 @@ def new_folder(path: Path, exists: Literal["error", "overwrite"] = "error") -> I
     temporary.chmod(0o755)
     try:
         yield temporary
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-            os.replace(path, old / path.name)
-            os.replace(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, path)
+        replace_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Put the folder `new` in place of `path`."""
+    if path.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+        os.replace(path, old / path.name)
+        os.replace(new, path)
+        shutil.rmtree(old)
+    else:
+        os.replace(new, path)
+    sync_folder(path.parent)
 
 
 def refuse_existing(path: Path, exists: str, choices: tuple[str, ...] = ("error", "overwrite")) -> None:
@@ -95,15 +120,12 @@ def refuse_existing(path: Path, exists: str, choices: tuple[str, ...] = ("error"
         raise OutputExistsError(f"{path} already exists and is not empty; choose another place or say {others}")
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, sizes checked against the header before anything is allocated.
+def check_header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file whose size is what the header says.
 
     Raises:
-        CorruptFileError: missing, truncated, not safetensors, an odd dtype, or NaN or infinity inside.
+        CorruptFileError: missing, truncated, or not safetensors.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -113,14 +135,30 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                 raise CorruptFileError(f"{path}: not a safetensors file, or truncated ({size:,} bytes)")
             header = json.loads(file.read(header_size))
         end = max((int(t["data_offsets"][1]) for name, t in header.items() if name != "__metadata__"), default=0)
-        if 8 + header_size + end != size:
-            raise CorruptFileError(
-                f"{path}: header announces {8 + header_size + end:,} bytes, the file has {size:,}; it is truncated or damaged"
-            )
-        tensors = load_file(path)
     except FileNotFoundError:
         raise CorruptFileError(f"{path} is missing; is {path.parent} the folder you meant?") from None
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise CorruptFileError(f"{path} is damaged: {error}") from None
+    if 8 + header_size + end != size:
+        raise CorruptFileError(
+            f"{path}: header announces {8 + header_size + end:,} bytes, the file has {size:,}; it is truncated or damaged"
+        )
+    return header
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, sizes checked against the header before anything is allocated.
+
+    Raises:
+        CorruptFileError: missing, truncated, not safetensors, an odd dtype, or NaN or infinity inside.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    check_header(path)
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CorruptFileError(f"{path} is damaged: {error}") from None
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():

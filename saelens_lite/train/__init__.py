@@ -1,28 +1,31 @@
 """Training: one loop for all rules, and for many dictionaries over one pass of the data."""
 
 import logging
-import math
 import shutil
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import tomli_w
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from saelens_lite.cache import Source, TensorSource
+from saelens_lite.cache import Source, TensorSource, open_source
 from saelens_lite.config import TrainConfig
 from saelens_lite.dictionary import Dictionary
-from saelens_lite.errors import ConfigError, NonFiniteError, SaelensLiteError
+from saelens_lite.errors import ConfigError, CorruptFileError, SaelensLiteError
 from saelens_lite.files import refuse_existing, write_text
 from saelens_lite.loggers import DEFAULT_LOGGERS, RunLog, load_loggers, open_log
 from saelens_lite.progress import progress_bar
-from saelens_lite.train.step import DenseStep, SparseStep
+from saelens_lite.train.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
+from saelens_lite.train.stopping import Stopping
+from saelens_lite.train.trainer import Trainer
 
-__all__ = ["Run", "Trainer", "fit", "train"]
+__all__ = ["Run", "Trainer", "fit", "resume", "train"]
 
 log = logging.getLogger(__name__)
 
@@ -36,145 +39,14 @@ class Run(NamedTuple):
     folder: Path | None
 
 
-class Trainer:
-    """The state of one dictionary in training. The dictionary sees activations multiplied by `scale`."""
-
-    step_class: type[DenseStep] = SparseStep
-
-    def __init__(self, config: TrainConfig, source: Source, device: str | torch.device = "cpu"):
-        self.config = config
-        self.hook = _choose_hook(config, source)
-        statistics = source.statistics(self.hook)
-        d_in = source.d_in(self.hook)
-        if not math.isfinite(statistics.rms_norm):
-            raise NonFiniteError(f"the activations of {self.hook!r} hold NaN or infinity; nothing was trained")
-        if not statistics.rms_norm > 0:
-            raise NonFiniteError(f"the activations of {self.hook!r} have a root mean square norm of 0.0; nothing to train on")
-        self.scale = d_in**0.5 / statistics.rms_norm if config.normalize == "sqrt_d" else 1.0
-        self.dictionary = Dictionary.create(
-            config.sparsity,
-            d_in=d_in,
-            d_sae=config.d_sae,
-            options=config.options,
-            seed=config.seed,
-            origin=source.origin(self.hook),
-        ).to(device)
-        self.dictionary.train()
-        self.dictionary.b_dec.data.copy_(statistics.mean * self.scale)
-        with torch.no_grad():
-            self.dictionary.rule.after_step(self.dictionary)
-        self.variance = self.scale**2 * (statistics.rms_norm**2 - float(statistics.mean.double().square().sum()))
-        self.optimizer = torch.optim.Adam(
-            self.dictionary.parameters(), lr=config.peak_lr, betas=config.betas, eps=1e-8, fused=True
-        )
-        device_type = self.dictionary.W_enc.device.type
-        self.halves = {"auto": device_type == "cuda", "float32": False, "bfloat16": True}[config.encoder_precision]
-        self.n_seen = 0
-        self.n_steps = 0
-        self.since_fired = torch.zeros(config.d_sae, dtype=torch.long, device=device)
-        self.fire_count = torch.zeros(config.d_sae, dtype=torch.long, device=device)
-        self.fire_tokens = 0
-        self._sums: dict[str, float] = {}
-        self._n_sums = 0
-
-    @property
-    def done(self) -> bool:
-        """Whether all tokens asked for have been seen."""
-        return self.n_seen >= self.config.n_tokens
-
-    def lr_at(self, progress: float) -> float:
-        """Learning rate: linear warm-up, plateau, linear decay to zero at the end."""
-        c = self.config
-        rise = progress / c.warmup if c.warmup else 1.0
-        fall = (1 - progress) / c.decay if c.decay else 1.0
-        return c.peak_lr * max(0.0, min(1.0, rise, fall))
-
-    def step(self, x: Float[Tensor, "batch d_in"]) -> None:
-        """One optimiser step on raw activations.
-
-        Raises:
-            NonFiniteError: the activations or the loss are NaN or infinite; the parameters are those before the step.
-        """
-        c = self.config
-        progress = self.n_seen / c.n_tokens
-        x = x.to(self.dictionary.W_enc.device, self.dictionary.W_enc.dtype) * self.scale
-        step = self.step_class(
-            self.dictionary,
-            x,
-            dead=self.since_fired >= c.dead_after,
-            progress=progress,
-            warmup=min(1.0, progress / c.sparsity_warmup) if c.sparsity_warmup else 1.0,
-            halves=self.halves,
-        )
-        losses = step.losses()
-        total = torch.stack(list(losses.values())).sum()
-        self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        with torch.no_grad():
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.dictionary.parameters() if p.grad is not None])
-            fired = step.codes.latent[step.codes.value != 0]
-            values = torch.stack([*losses.values(), total, norm]).tolist()  # the one time the host waits for the step
-            if not math.isfinite(values[-2] + values[-1]):
-                raise NonFiniteError(self._explain(x, values[-2], values[-1]))
-            if c.clip_grad_norm:  # the optimiser divides while it reads
-                self.optimizer.grad_scale = (norm / c.clip_grad_norm).clamp(min=1.0)
-            self.optimizer.param_groups[0]["lr"] = self.lr_at((self.n_steps + 0.5) / math.ceil(c.n_tokens / c.batch_size))
-            self.optimizer.step()
-            self.dictionary.rule.after_step(self.dictionary)
-            self._count(len(x), fired, dict(zip([*losses, "loss"], values, strict=False)))
-
-    def _explain(self, x: Float[Tensor, "batch d_in"], loss: float, norm: float) -> str:
-        """What became NaN or infinite."""
-        finite = bool(torch.isfinite(x).all())
-        cause = "the activations" if not finite else "the loss" if math.isfinite(norm) else "the gradient"
-        return f"{cause} became NaN or infinite in step {self.n_steps + 1}, {self.config.sparsity} on {self.hook}"
-
-    def _count(self, n: int, fired: Int[Tensor, " nnz"], values: dict[str, float]) -> None:
-        """Dead latents, firing frequencies and the sums that the log averages."""
-        counts = torch.bincount(fired, minlength=self.config.d_sae)
-        self.since_fired = torch.where(counts > 0, 0, self.since_fired + n)
-        if self.n_seen + n > (1 - max(self.config.decay, 0.1)) * self.config.n_tokens:
-            self.fire_count += counts
-            self.fire_tokens += n
-        self.n_seen += n
-        self.n_steps += 1
-        for name, value in {**values, "l0": len(fired) / n}.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-        self._n_sums += 1
-
-    def log_line(self) -> dict[str, Any]:
-        """Means since the last line, and where training stands; losses are of scaled activations."""
-        means = {name: value / self._n_sums for name, value in self._sums.items()}
-        self._sums, self._n_sums = {}, 0
-        return {
-            "step": self.n_steps,
-            "tokens": self.n_seen,
-            **{name: round(value, 6) for name, value in means.items()},
-            "fvu": round(means["mse"] / self.variance, 6),
-            "dead": round(float((self.since_fired >= self.config.dead_after).float().mean()), 6),
-            "lr": self.optimizer.param_groups[0]["lr"],
-        }
-
-    @torch.no_grad()
-    def result(self) -> Dictionary:
-        """The dictionary as it is now, for raw activations: scale and decoder norms folded in."""
-        d = self.dictionary
-        rule = type(d.rule)(d.rule.config, d_in=d.d_in, d_sae=d.d_sae)
-        density = self.fire_count.float() / self.fire_tokens if self.fire_tokens else None
-        record = {"config": self.config.model_dump(mode="json"), "tokens": self.n_seen, "steps": self.n_steps}
-        copy = Dictionary(rule, d_in=d.d_in, d_sae=d.d_sae, origin=d.origin, density=density, training=record).to(
-            d.W_enc.device
-        )
-        copy.load_state_dict(d.state_dict())
-        return copy.fold_decoder_norms_().fold_scale_(self.scale).eval()
-
-
 def train(
     source: Source,
     configs: Sequence[TrainConfig] | TrainConfig,
     out: str | Path | None = None,
     *,
     data_seed: int = 0,
+    validation_tokens: int = 0,
+    checkpoint_seconds: float = 600.0,
     device: str | torch.device = "cpu",
     loggers: str | Sequence[str] = DEFAULT_LOGGERS,
     exists: Literal["error", "overwrite"] = "error",
@@ -185,11 +57,15 @@ def train(
     dictionary/ and what `loggers` (names of plugins) write there: log.jsonl by default. The order of the data comes from
     `data_seed` alone, so each dictionary is what it would be if it were trained by itself.
 
+    Every `checkpoint_seconds`, and on Ctrl-C and SIGTERM, the state goes to `out`/checkpoints/, from which `resume` goes on
+    to the same bytes. `validation_tokens` activations are never trained on; val_fvu and val_l0 in the log are of them.
+
     Raises:
         ConfigError: no dictionary asked for, batch sizes that differ, or loggers without `out`.
         PluginError, HookError: a rule, logger or hook that does not exist, or a logger that cannot start.
         OutputExistsError: an output folder holds something and `exists` is "error".
         NonFiniteError: activations or loss became NaN; the last good dictionary is in the folder's last_good/.
+        Stopped: after Ctrl-C or SIGTERM.
     """
     configs = [configs] if isinstance(configs, TrainConfig) else list(configs)
     if not configs:
@@ -199,65 +75,186 @@ def train(
         raise ConfigError(f"dictionaries trained together need the same batch_size; found {sorted(sizes)}")
     if out is None and loggers and loggers != DEFAULT_LOGGERS:
         raise ConfigError(f"loggers = {loggers!r} need a run folder: say `out`")
-    logger_classes = {} if out is None else load_loggers(loggers)
-    trainers = [Trainer(c, source, device) for c in configs]
-    folders = [None] * len(configs) if out is None else run_folders(Path(out), configs)
-    for folder in folders:
+    load_loggers([] if out is None else loggers)
+    description = source.describe()
+    validation, source = source.hold_out(validation_tokens) if validation_tokens else (None, source)
+    job = _Job(
+        trainers=[Trainer(c, source, device) for c in configs],
+        folders=[None] * len(configs) if out is None else run_folders(Path(out), configs),
+        out=None if out is None else Path(out),
+        data_seed=data_seed,
+        validation=validation,
+        loggers=[loggers] if isinstance(loggers, str) else list(loggers),
+        checkpoint_seconds=checkpoint_seconds,
+        request={"source": description, "validation_tokens": validation_tokens, "data_seed": data_seed},
+    )
+    for folder in job.folders:
         if folder:
             refuse_existing(folder, exists)
-    for config, folder in zip(configs, folders, strict=True):
+    for config, folder in zip(configs, job.folders, strict=True):
         if folder:
             if folder.is_dir():
                 shutil.rmtree(folder)
             folder.unlink(missing_ok=True)
             folder.mkdir(parents=True)
             write_text(folder / "config.toml", tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
-    histories: list[list[dict[str, Any]]] = [[] for _ in trainers]
+    if job.out:
+        remove_checkpoints(job.out)
+    return _run(job, source)
+
+
+def resume(
+    run: str | Path,
+    source: Source | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    loggers: str | Sequence[str] | None = None,
+    checkpoint_seconds: float = 600.0,
+) -> list[Run]:
+    """Go on with a run that was interrupted, from its newest checkpoint; the result is what it would have been.
+
+    run: the folder given to `train` as `out`. source: the activations it was trained on; a cache or a stream of a text file
+    is found again by itself.
+
+    Raises:
+        ConfigError: the run has no checkpoints, or its source has to be given.
+        CorruptFileError: a checkpoint is damaged.
+    """
+    run = Path(run)
+    states, loop = load_checkpoint(run)
+    try:
+        configs = [TrainConfig(**c) for c in loop["configs"]]
+        request, histories, n_batches = loop["request"], loop["histories"], int(loop["n_batches"])
+        if source is None:
+            source = open_source(request["source"])
+        n_held = request["validation_tokens"]
+        validation, source = source.hold_out(n_held) if n_held else (None, source)
+        trainers = [Trainer(c, source, device) for c in configs]
+        for trainer, state in zip(trainers, states, strict=True):
+            trainer.restore(*state)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CorruptFileError(f"the newest checkpoint of {run} is damaged: {type(error).__name__}: {error}") from None
+    chosen = loop["loggers"] if loggers is None else [loggers] if isinstance(loggers, str) else list(loggers)
+    load_loggers(chosen)
+    folders = run_folders(run, configs)
+    log.info("going on with %s behind batch %d", run, n_batches)
+    return _run(
+        _Job(trainers, folders, run, request["data_seed"], validation, chosen, checkpoint_seconds, request, histories, n_batches),
+        source,
+    )
+
+
+@dataclass
+class _Job:
+    """Dictionaries in training together, where they go, and how far they are."""
+
+    trainers: list[Trainer]
+    folders: list[Path | None]
+    out: Path | None
+    data_seed: int
+    validation: TensorSource | None
+    loggers: list[str]
+    checkpoint_seconds: float
+    request: dict[str, Any]
+    histories: list[list[dict[str, Any]]] = field(default_factory=list)
+    n_batches: int = 0
+
+    def __post_init__(self) -> None:
+        self.histories = self.histories or [[] for _ in self.trainers]
+
+    @property
+    def n_seen(self) -> int:
+        """Tokens of the dictionary that has seen most."""
+        return max(trainer.n_seen for trainer in self.trainers)
+
+    def save(self) -> None:
+        """Write a checkpoint, if there is a folder for it."""
+        if self.out:
+            loop = {
+                "configs": [trainer.config.model_dump(mode="json") for trainer in self.trainers],
+                "request": self.request,
+                "loggers": self.loggers,
+                "histories": self.histories,
+                "n_batches": self.n_batches,
+            }
+            save_checkpoint(self.out, self.n_seen, [trainer.state() for trainer in self.trainers], loop)
+
+    def log_line(self, i: int) -> dict[str, Any]:
+        """The next line of one dictionary's log."""
+        trainer = self.trainers[i]
+        line = trainer.log_line()
+        if self.validation:
+            line |= trainer.validate(self.validation.x[trainer.hook])
+        self.histories[i].append(line)
+        log.info("%s %s", trainer.config.sparsity, line)
+        return line
+
+
+def _run(job: _Job, source: Source) -> list[Run]:
+    """Train to the end and write the dictionaries; what ends training early leaves a checkpoint."""
+    classes = load_loggers(job.loggers) if job.out else {}
     try:
         with ExitStack() as stack:
             logs = [
-                stack.enter_context(open_log(logger_classes, folder, trainer.config, trainer.n_seen))
-                for trainer, folder in zip(trainers, folders, strict=True)
+                stack.enter_context(open_log(classes, folder, trainer.config, trainer.n_seen))
+                for trainer, folder in zip(job.trainers, job.folders, strict=True)
             ]
-            _loop(source, trainers, histories, logs, data_seed)
-    except (SaelensLiteError, KeyboardInterrupt):
-        for trainer, folder in zip(trainers, folders, strict=True):
-            if folder and trainer.n_steps:
-                log.warning("stopped; the dictionary after step %d is in %s", trainer.n_steps, folder / "last_good")
-                trainer.result().save(folder / "last_good", exists="overwrite")
-            elif folder:
-                shutil.rmtree(folder)  # not one step: nothing worth keeping, and nothing in the way of another try
+            _loop(source, job, logs)
+    except SaelensLiteError:
+        _keep_what_is_good(job)
         raise
-    runs = [Run(*parts) for parts in zip(configs, (t.result() for t in trainers), histories, folders, strict=True)]
+    runs = [
+        Run(trainer.config, trainer.result(), history, folder)
+        for trainer, history, folder in zip(job.trainers, job.histories, job.folders, strict=True)
+    ]
     for run in runs:
         if run.folder:
             run.dictionary.save(run.folder / "dictionary", exists="overwrite")
+    if job.out:
+        remove_checkpoints(job.out)
     return runs
 
 
-def _loop(
-    source: Source, trainers: list[Trainer], histories: list[list[dict[str, Any]]], logs: list[RunLog], data_seed: int
-) -> None:
+def _keep_what_is_good(job: _Job) -> None:
+    """After an error: the dictionaries as they were before it; folders without one step go."""
+    for trainer, folder in zip(job.trainers, job.folders, strict=True):
+        if folder and trainer.n_steps:
+            log.warning("stopped; the dictionary after step %d is in %s", trainer.n_steps, folder / "last_good")
+            trainer.result().save(folder / "last_good", exists="overwrite")
+        elif folder:
+            shutil.rmtree(folder)  # nothing worth keeping, and nothing in the way of another try
+
+
+def _loop(source: Source, job: _Job, logs: list[RunLog]) -> None:
     """Feed every trainer the same batches until each has seen the tokens it asked for."""
+    trainers = job.trainers
     hooks = list(dict.fromkeys(trainer.hook for trainer in trainers))
-    longest = max(t.config.n_tokens for t in trainers)
-    next_line = [t.config.log_every for t in trainers]
-    with progress_bar("train", longest) as advance:
-        for batch in source.batches(hooks, trainers[0].config.batch_size, data_seed):
+    due = [(trainer.n_seen // trainer.config.log_every + 1) * trainer.config.log_every for trainer in trainers]
+    batches = source.batches(hooks, trainers[0].config.batch_size, job.data_seed, job.n_batches)
+    saved = time.monotonic()
+    with Stopping() if job.out else ExitStack() as stopping, progress_bar("train", max(t.config.n_tokens for t in trainers)) as bar:
+        bar(job.n_seen, "")
+        while not all(trainer.done for trainer in trainers):
+            try:
+                batch = next(batches)
+            except SaelensLiteError:
+                job.save()  # all trainers are at the same batch
+                raise
             for i, trainer in enumerate(trainers):
                 if trainer.done:
                     continue
                 trainer.step(batch[trainer.hook])
-                if trainer.n_seen >= next_line[i] or trainer.done:
-                    line = trainer.log_line()
-                    histories[i].append(line)
-                    log.info("%s %s", trainer.config.sparsity, line)
-                    logs[i].log(line)
-                    next_line[i] += trainer.config.log_every
-            latest = [h[-1] for h in histories if h]
-            advance(len(batch[hooks[0]]), "  ".join(f"fvu {line['fvu']:.3f} l0 {line['l0']:.0f}" for line in latest))
-            if all(trainer.done for trainer in trainers):
-                return
+                if trainer.n_seen >= due[i] or trainer.done:
+                    logs[i].log(job.log_line(i))
+                    due[i] += trainer.config.log_every
+            job.n_batches += 1
+            latest = [h[-1] for h in job.histories if h]
+            bar(len(batch[hooks[0]]), "  ".join(f"fvu {line['fvu']:.3f} l0 {line['l0']:.0f}" for line in latest))
+            if job.out and (stopping.signal or time.monotonic() - saved > job.checkpoint_seconds):
+                job.save()
+                saved = time.monotonic()
+                if stopping.signal:
+                    raise stopping.error(f"stopped after {job.n_seen:,} tokens; go on with: saelens-lite train --resume {job.out}")
 
 
 def run_folders(out: Path, configs: Sequence[TrainConfig]) -> list[Path]:
@@ -284,13 +281,3 @@ def fit(
     defaults = {"n_tokens": 10 * len(x), "batch_size": min(2048, len(x))}
     config = TrainConfig(**{**defaults, **settings, "sparsity": sparsity, "options": options or {}})
     return train(source, config, device=x.device, data_seed=config.seed)[0].dictionary
-
-
-def _choose_hook(config: TrainConfig, source: Source) -> str:
-    """The hook to train on; ConfigError when there are several and none is named."""
-    if config.hook is not None:
-        source.d_in(config.hook)
-        return config.hook
-    if len(source.hooks) > 1:
-        raise ConfigError(f"the activations come from several hooks; say which: hook = one of {', '.join(source.hooks)}")
-    return source.hooks[0]

@@ -1,0 +1,323 @@
+"""Running a model over a text and keeping what its hooks see: once, and never again for work already done.
+
+An unfinished capture lives in a hidden folder beside its destination: capture.json says what was asked, journal.jsonl has
+a line for each shard that is whole. The same call continues it, batch for batch as if nothing had happened.
+"""
+
+import dataclasses
+import errno
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from filelock import FileLock, Timeout
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saelens_lite.ahead import ahead
+from saelens_lite.cache.order import permutation
+from saelens_lite.cache.shards import write_shard
+from saelens_lite.cache.source import Moments
+from saelens_lite.cache.stored import FORMAT, MANIFEST, ActivationCache
+from saelens_lite.config import Origin, TextConfig
+from saelens_lite.errors import ConfigError, DiskFullError, LockedError, NonFiniteError, OutputExistsError
+from saelens_lite.files import DTYPES, append_line, read_json, read_tensors, refuse_existing, replace_folder, write_json
+from saelens_lite.model import LanguageModel
+from saelens_lite.progress import progress_bar
+from saelens_lite.tokens import RowBlocks, Text, TokenRows, hub_name, text_config_of
+
+REQUEST, JOURNAL, LOCK = "capture.json", "journal.jsonl", ".lock"
+log = logging.getLogger(__name__)
+
+
+def activations(
+    lm: LanguageModel,
+    blocks: Iterable[TokenRows],
+    hooks: Sequence[str],
+    batch_tokens: int,
+    skip: int = 0,
+    skipped: Callable[[Int[Tensor, " n"]], None] = lambda _: None,
+) -> Iterator[dict[str, Tensor]]:
+    """What the hooks see at the positions that count, and "tokens", batch after batch.
+
+    The first `skip` positions are left out, `skipped` is told their tokens, and batches they fill are not run. Rows are
+    shuffled within their block, so that neighbours differ.
+    """
+    with ahead(blocks) as ready:
+        for number, rows in enumerate(ready):
+            for batch_rows in permutation(len(rows.tokens), "rows", number).split(max(1, batch_tokens // rows.tokens.shape[1])):
+                batch = rows.take(batch_rows)
+                tokens = batch.tokens[batch.keep].to(torch.int32)
+                n_skipped = min(skip, len(tokens))
+                skip -= n_skipped
+                skipped(tokens[:n_skipped])
+                if n_skipped < len(tokens):
+                    acts = lm.run(batch.tokens, hooks)
+                    keep = batch.keep.to(lm.device)
+                    piece = {"tokens": tokens, **{hook: acts[hook][keep] for hook in hooks}}
+                    yield {key: x[n_skipped:] for key, x in piece.items()}
+
+
+def capture(
+    lm: LanguageModel,
+    text: Text | TokenRows,
+    hooks: Sequence[str] | str,
+    out: str | Path,
+    *,
+    n_tokens: int | None = None,
+    n_ctx: int | None = None,
+    prepend_bos: bool | None = None,
+    text_config: TextConfig | None = None,
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16",
+    batch_tokens: int = 8192,
+    shard_tokens: int = 65_536,
+    text_name: str | None = None,
+    exists: Literal["error", "overwrite"] = "error",
+) -> ActivationCache:
+    """Activations of a text at hooks, written to a cache folder, which appears when it is complete.
+
+    The model runs once over the text, up to the deepest hook, `batch_tokens` tokens at a time, while a thread reads and
+    tokenises the text in advance; only a block of it is in memory. Special tokens and padding are not stored, nor position
+    0. `text_config` has the settings of how text is read and cut, for which `n_ctx` and `prepend_bos` are shorthands.
+    Activations are stored as `dtype` and computed in the model's. Shards are written one by one: after an interruption the
+    same call goes on behind the last one.
+
+    Raises:
+        HookError, TextError, ConfigError: an unknown hook, no text, settings that do not fit the model.
+        OutputExistsError: `out` holds something, or an unfinished capture with other settings, and `exists` is "error".
+        NonFiniteError: the model produced NaN or infinity, or numbers too large for `dtype`.
+        LockedError: another process is writing the same cache.
+        DiskFullError: the cache does not fit on the disk; what is written stays.
+    """
+    names = [hooks] if isinstance(hooks, str) else list(dict.fromkeys(hooks))
+    for name in names:
+        lm.hook_point(name)
+    if dtype not in ("float16", "bfloat16", "float32"):
+        raise ConfigError(f"dtype = {dtype!r}; expected float16, bfloat16 or float32")
+    if min(batch_tokens, shard_tokens) < 1:
+        raise ConfigError(f"batch_tokens = {batch_tokens}, shard_tokens = {shard_tokens}; expected at least 1")
+    blocks = RowBlocks(lm, text, text_config_of(text_config, n_ctx, prepend_bos), n_tokens=n_tokens)
+    out = Path(out)
+    refuse_existing(out, exists)
+    request = {
+        "model": lm.name, "revision": lm.revision, "processing": lm.processing, "tokenizer": lm.tokenizer_hash, "hooks": names,
+        "n_tokens": n_tokens, "text_config": blocks.config.model_dump(mode="json"), "dtype": dtype,
+        "batch_tokens": batch_tokens, "shard_tokens": shard_tokens,
+    }  # fmt: skip
+    with _unfinished(out, request, exists) as folder:
+        writer = _ShardWriter(folder, shard_tokens, DTYPES[dtype])
+        if writer.n_done:
+            log.info("continuing in %s behind %d tokens", folder, writer.n_done)
+        with progress_bar("capture", blocks.n_expected) as advance:
+            advance(writer.n_done, "")
+            read_again = hashlib.sha256()
+            skipped = lambda tokens: read_again.update(tokens.numpy().tobytes())  # noqa: E731
+            for piece in activations(lm, blocks, names, batch_tokens, writer.n_done, skipped):
+                if not writer.n_added:
+                    _check_text(folder, writer, read_again.digest())
+                    _check_space(folder, piece, blocks.n_expected, writer)
+                writer.add(piece)
+                advance(len(piece["tokens"]), "")
+        writer.close()
+        manifest = {
+            "format": FORMAT,
+            "origin": origin_of(lm, blocks, text_name).model_dump(exclude={"hook"}),
+            "tokenizer_sha256": lm.tokenizer_hash,
+            "dtype": dtype,
+            **blocks.record(),
+            "hooks": {name: writer.statistics(name) for name in names},
+            "shards": [shard.facts for shard in writer.shards],
+        }
+        write_json(folder / MANIFEST, manifest)
+    cache = ActivationCache.open(out)
+    log.info("captured %s", cache)
+    return cache
+
+
+def origin_of(lm: LanguageModel, blocks: RowBlocks, text_name: str | None) -> Origin:
+    """What later evaluations need to know of rows that have been read."""
+    text, config = blocks.text, blocks.config
+    if isinstance(text, Path):
+        text_name = text_name or text.name
+    elif isinstance(text, str) and hub_name(text):
+        text_name = text_name or text
+    return Origin(
+        model=lm.name,
+        revision=lm.revision,
+        model_class=type(lm.module).__name__,
+        processing=lm.processing,
+        n_ctx=blocks.width,
+        prepend_bos=blocks.every_row_begins_with_bos if blocks.are_rows else config.bos != "none",
+        text=text_name,
+        excluded_positions=config.exclude_positions,
+    )
+
+
+@contextmanager
+def _unfinished(out: Path, request: dict[str, Any], exists: str) -> Iterator[Path]:
+    """The folder of a capture that is not finished, locked; it becomes `out` when the block ends well, and stays if not."""
+    folder = out.with_name(f".{out.name}.unfinished")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            _agree(folder, request, exists)
+            try:
+                yield folder
+            except BaseException:
+                if not (folder / JOURNAL).stat().st_size:  # nothing to go on from
+                    shutil.rmtree(folder)
+                raise
+            for name in (REQUEST, JOURNAL):
+                (folder / name).unlink()
+            (folder / LOCK).unlink(missing_ok=True)
+            replace_folder(folder, out)
+    except Timeout:
+        raise LockedError(f"another process is capturing into {out}; wait for it or choose another place") from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(f"{folder}: the disk is full; make room and run the same again: whole shards stay") from error
+        raise
+
+
+def _agree(folder: Path, request: dict[str, Any], exists: str) -> None:
+    """Note what was asked; what an earlier call left must have been asked for in the same words."""
+    file = folder / REQUEST
+    found = read_json(file) if file.exists() else {}
+    other = [key for key in request if found.get(key) != json.loads(json.dumps(request[key]))]
+    if found and not other:
+        return
+    if found and exists == "error":
+        said = ", ".join(f"{key} = {found.get(key)!r} (now {request[key]!r})" for key in other)
+        raise OutputExistsError(
+            f"{folder} holds an unfinished capture with other settings: {said}; ask for the same, delete it, or say "
+            "exists='overwrite'"
+        )
+    for old in folder.iterdir():
+        if old.name != LOCK:
+            old.unlink()
+    write_json(file, request)
+
+
+def _check_text(folder: Path, writer: "_ShardWriter", read_again: bytes) -> None:
+    """Raise OutputExistsError unless the text begins with the tokens that are in the shards already."""
+    written = hashlib.sha256()
+    for shard in writer.shards:
+        written.update(read_tensors(folder / shard.facts["file"])["tokens"].numpy().tobytes())
+    if written.digest() != read_again:
+        raise OutputExistsError(
+            f"{folder} holds an unfinished capture of another text; give the same text, delete it, or say exists='overwrite'"
+        )
+
+
+def _check_space(folder: Path, piece: dict[str, Tensor], n_expected: int | None, writer: "_ShardWriter") -> None:
+    """Raise DiskFullError before the work when its result cannot fit."""
+    width = sum(x.shape[1] for key, x in piece.items() if key != "tokens")
+    a_token = width * writer.dtype.itemsize + 4
+    if n_expected is None:
+        log.info("the cache takes %.2f GB for a million tokens", a_token / 1000)
+        return
+    need, free = (n_expected - writer.n_done) * a_token, shutil.disk_usage(folder).free
+    log.info("the cache will take %.2f GB; %.2f GB are free", need / 1e9, free / 1e9)
+    if need > free:
+        raise DiskFullError(
+            f"{n_expected:,} tokens take {need / 1e9:.2f} GB more, {folder.parent} has {free / 1e9:.2f} GB free; ask for fewer tokens "
+            "or hooks, or another place"
+        )
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A shard that is whole: its facts for the manifest, and Σx and Σ‖x‖² of each hook."""
+
+    facts: dict[str, Any]
+    moments: dict[str, tuple[list[float], float]] = field(default_factory=dict)
+
+
+class _ShardWriter:
+    """Collects pieces of activations and writes a shard whenever there is enough for one.
+
+    A line of the journal is written when its shard is whole on the disk, so that a restart knows where to go on.
+    """
+
+    def __init__(self, folder: Path, shard_tokens: int, dtype: torch.dtype):
+        self.folder, self.shard_tokens, self.dtype = folder, shard_tokens, dtype
+        self.shards = self._written_before()
+        self.n_done = sum(shard.facts["n_tokens"] for shard in self.shards)
+        self.n_added = 0
+        self._pieces: list[dict[str, Tensor]] = []
+        self._n = 0
+
+    def _written_before(self) -> list[_Written]:
+        """The shards of the journal that are there, up to the first that is not."""
+        journal = self.folder / JOURNAL
+        shards = []
+        for line in journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []:
+            try:
+                shard = _Written(**json.loads(line))
+                whole = (self.folder / shard.facts["file"]).stat().st_size == shard.facts["bytes"]
+            except (ValueError, TypeError, KeyError, OSError):  # the line or its shard never became whole
+                break
+            if not whole or shard.facts["n_tokens"] != self.shard_tokens:  # a shorter one was the last of an older text
+                break
+            shards.append(shard)
+        write_lines = "".join(json.dumps(dataclasses.asdict(shard)) + "\n" for shard in shards)
+        journal.write_text(write_lines, encoding="utf-8")
+        return shards
+
+    def add(self, piece: dict[str, Tensor]) -> None:
+        """Take in a piece: a tensor [n …] for each key, the same keys each time."""
+        n = len(piece["tokens"])
+        self._pieces.append({key: x if key == "tokens" else _stored(x, self.dtype, key) for key, x in piece.items()})
+        self._n += n
+        self.n_added += n
+        if self._n >= self.shard_tokens:
+            whole = self._joined()
+            stop = self._n - self._n % self.shard_tokens
+            for start in range(0, stop, self.shard_tokens):
+                self._write({key: x[start : start + self.shard_tokens] for key, x in whole.items()})
+            self._pieces, self._n = [{key: x[stop:].clone() for key, x in whole.items()}], self._n - stop
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self._n:
+            self._write(self._joined())
+
+    def statistics(self, hook: str) -> dict[str, Any]:
+        """Width, mean and root mean square norm of what was written."""
+        n = sum(shard.facts["n_tokens"] for shard in self.shards)
+        total = torch.zeros(len(self.shards[0].moments[hook][0]), dtype=torch.float64)
+        square = 0.0
+        for shard in self.shards:
+            total += torch.tensor(shard.moments[hook][0], dtype=torch.float64)
+            square += shard.moments[hook][1]
+        mean = (total / n).float().tolist()
+        return {"d_in": len(mean), "rms_norm": (square / n) ** 0.5, "mean": mean}
+
+    def _joined(self) -> dict[str, Tensor]:
+        return {key: torch.cat([piece[key] for piece in self._pieces]) for key in self._pieces[0]}
+
+    def _write(self, tensors: dict[str, Tensor]) -> None:
+        facts = write_shard(self.folder / f"shard-{len(self.shards):05d}.safetensors", tensors)
+        moments = {}
+        for hook in tensors.keys() - {"tokens"}:
+            sums = Moments(tensors[hook].shape[1])
+            sums.add(tensors[hook])
+            moments[hook] = (sums.total.tolist(), sums.square)
+        self.shards.append(_Written(facts, moments))
+        append_line(self.folder / JOURNAL, json.dumps(dataclasses.asdict(self.shards[-1])))
+
+
+def _stored(x: Float[Tensor, "n d_in"], dtype: torch.dtype, hook: str) -> Float[Tensor, "n d_in"]:
+    """Activations as they are stored; NonFiniteError when they are not finite, or not any more."""
+    stored = x.to(dtype).cpu()
+    if not torch.isfinite(stored).all():
+        largest = x.abs().max()
+        raise NonFiniteError(f"{hook}: NaN, infinity or a number too large for {dtype} (largest {largest:.3g}); store float32")
+    return stored

@@ -1,0 +1,186 @@
+"""Activations straight from the model, without a disk in between, mixed in a ring buffer.
+
+The buffer has two halves. A block of activations fills one of them; half of the block, chosen at random, is trained on
+together with what is left of the block before, then the older half is overwritten by the next block. So each activation
+is used once an epoch and meets activations of its neighbour blocks, no memory is ever moved or allocated, and what the
+buffer held at any time can be computed again.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from saelens_lite.cache.capture import activations, origin_of
+from saelens_lite.cache.order import Pool, cut_into_batches, permutation
+from saelens_lite.cache.source import Batch, Moments, Statistics, TensorSource
+from saelens_lite.config import Origin, TextConfig
+from saelens_lite.errors import ConfigError, HookError, TextError, near_matches
+from saelens_lite.model import LanguageModel
+from saelens_lite.tokens import RowBlocks, Text, TokenRows, hub_name
+
+
+class ActivationStream:
+    """The activations of a text at hooks, computed while training goes on; the text is read again when it ends.
+
+    buffer_tokens activations of each hook are in memory, in the model's dtype. Statistics are those of the first half
+    buffer.
+
+    Raises:
+        HookError, ConfigError: an unknown hook, settings that do not fit the model.
+        TextError: while reading: no text, or a text that cannot be read again.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        text: Text | TokenRows,
+        hooks: Sequence[str] | str,
+        *,
+        text_config: TextConfig | None = None,
+        buffer_tokens: int = 65_536,
+        batch_tokens: int = 8192,
+        text_name: str | None = None,
+    ):
+        if buffer_tokens < 4 or batch_tokens < 1:
+            raise ConfigError(f"buffer_tokens = {buffer_tokens}, batch_tokens = {batch_tokens}; expected at least 4 and 1")
+        self.lm, self.text, self.text_config, self.text_name = lm, text, text_config, text_name
+        self.hooks: Sequence[str] = (hooks,) if isinstance(hooks, str) else tuple(dict.fromkeys(hooks))
+        for hook in self.hooks:
+            lm.hook_point(hook)
+        if isinstance(text, Iterator):
+            raise ConfigError("a stream reads its text more than once: give a string, a list, a file or a dataset, not an iterator")
+        self.block, self.batch_tokens = buffer_tokens // 2, batch_tokens
+        self.n_tokens: int | None = None
+        self._n_held_out = 0
+        self._origin = origin_of(lm, self._rows(), text_name)
+        self._first: dict[str, Tensor] | None = None  # the first block, if it was looked at and not yet trained on
+
+    def _rows(self) -> RowBlocks:
+        return RowBlocks(self.lm, self.text, self.text_config)
+
+    def _pieces(self, skip: int) -> Iterator[dict[str, Tensor]]:
+        """Activations behind the first `skip` that are trained on, epoch after epoch; held-out ones are left out of each."""
+        while True:
+            n = 0
+
+            def count(tokens: Tensor) -> None:
+                nonlocal n
+                n += len(tokens)
+
+            for piece in activations(
+                self.lm, self._rows(), self.hooks, self.batch_tokens, self._n_held_out + skip, skipped=count
+            ):
+                count(piece.pop("tokens"))
+                yield piece
+            if n <= self._n_held_out:
+                raise TextError(f"the text has {n:,} positions that count; {self._n_held_out:,} are held out, none is left")
+            skip = max(0, skip - (n - self._n_held_out))
+
+    def _first_block(self) -> dict[str, Tensor]:
+        if self._first is None:
+            self._first = _Filler(self._pieces(0)).fill(None, self.block, slice(0, self.block))
+        return self._first
+
+    def d_in(self, hook: str) -> int:
+        """Width of the activations at a hook; HookError when the stream does not read it."""
+        if hook not in self.hooks:
+            raise HookError(f"the stream reads {', '.join(self.hooks)}, not {hook!r}{near_matches(hook, self.hooks)}")
+        return self._first_block()[hook].shape[1]
+
+    def statistics(self, hook: str) -> Statistics:
+        """Mean and root mean square norm of the first half buffer."""
+        moments = Moments(self.d_in(hook))
+        moments.add(self._first_block()[hook])
+        return moments.statistics()
+
+    def origin(self, hook: str) -> Origin:
+        """Model, hook and text the activations come from."""
+        return self._origin.model_copy(update={"hook": hook})
+
+    def batches(self, hooks: Sequence[str], batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
+        """Batches from the buffer, epoch after epoch without end, from number `start` on; the same seed gives the same ones."""
+        for hook in hooks:
+            self.d_in(hook)
+        position, of_first_round = start * batch_size, self.block // 2
+        if position < of_first_round:
+            return cut_into_batches(self._rounds(hooks, seed, 0, position), batch_size)
+        before, skip = divmod(position - of_first_round, self.block)
+        return cut_into_batches(self._rounds(hooks, seed, 1 + before, skip), batch_size)
+
+    def _rounds(self, hooks: Sequence[str], seed: int, first: int, skip: int) -> Iterator[Pool]:
+        """The ring buffer and the rows of it that are trained on, round after round, from `first` on without `skip` rows."""
+        start, ring = max(0, first - 1), None
+        if start == 0 and self._first is not None:
+            filler, self._first = _Filler(itertools.chain([self._first], self._pieces(self.block))), None
+        else:
+            filler = _Filler(self._pieces(start * self.block))
+        for number in itertools.count(start):
+            place = number % 2 * self.block
+            ring = filler.fill(ring, 2 * self.block, slice(place, place + self.block))
+            if number >= first:
+                yield {hook: ring[hook] for hook in hooks}, self._round(seed, number)[skip:]
+                skip = 0
+
+    def _round(self, seed: int, number: int) -> Int[Tensor, " n"]:
+        """Rows of the buffer for one round: half of the newest block and the other half of the one before, mixed."""
+        half = self.block // 2
+        rows = permutation(self.block, seed, "block", number)[:half] + number % 2 * self.block
+        if number:
+            old = permutation(self.block, seed, "block", number - 1)[half:] + (number - 1) % 2 * self.block
+            rows = torch.cat([rows, old])
+        return rows[permutation(len(rows), seed, "round", number)]
+
+    def hold_out(self, n_tokens: int) -> tuple[TensorSource, "ActivationStream"]:
+        """The activations of the text's first n_tokens positions that count, and the stream without them."""
+        held = _Filler(self._pieces(0)).fill(None, n_tokens, slice(0, n_tokens))
+        rest = type(self)(
+            self.lm, self.text, self.hooks, text_config=self.text_config, buffer_tokens=2 * self.block,
+            batch_tokens=self.batch_tokens, text_name=self.text_name,
+        )  # fmt: skip
+        rest._n_held_out = n_tokens
+        return TensorSource(held, origin=self._origin), rest
+
+    def describe(self) -> dict[str, Any] | None:
+        """How to open the stream again; None when its text is only in memory."""
+        is_file = isinstance(self.text, Path)
+        if not is_file and not (isinstance(self.text, str) and hub_name(self.text)):
+            return None
+        model = {"name": self.lm.name, "revision": self.lm.revision, "center_writing_weights": bool(self.lm.processing)}
+        return {
+            "stream": {
+                "model": model | {"device": str(self.lm.device), "dtype": str(self.lm.dtype).removeprefix("torch.")},
+                "text": (str(self.text.resolve()) if is_file else self.text, is_file),
+                "text_config": (self.text_config or TextConfig()).model_dump(mode="json"),
+                "text_name": self.text_name,
+                "hooks": list(self.hooks),
+                "buffer_tokens": 2 * self.block,
+                "batch_tokens": self.batch_tokens,
+            }
+        }
+
+
+class _Filler:
+    """Puts pieces of activations of any size into stretches of a buffer, one after the other."""
+
+    def __init__(self, pieces: Iterator[dict[str, Tensor]]):
+        self._pieces = pieces
+        self._left: dict[str, Tensor] = {}
+
+    def fill(self, buffer: dict[str, Tensor] | None, size: int, place: slice) -> dict[str, Tensor]:
+        """Fill a stretch of a buffer of `size` rows, which is made if there is none yet."""
+        done = place.start
+        while done < place.stop:
+            piece = self._left or next(self._pieces)
+            if buffer is None:
+                buffer = {hook: x.new_empty(size, x.shape[1]) for hook, x in piece.items()}
+            n = min(place.stop - done, len(next(iter(piece.values()))))
+            for hook, x in piece.items():
+                buffer[hook][done : done + n] = x[:n]
+            self._left = {hook: x[n:] for hook, x in piece.items() if n < len(x)}
+            done += n
+        return buffer

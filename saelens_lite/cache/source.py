@@ -1,0 +1,121 @@
+"""What training reads activations from: the protocol, and activations that are in memory already."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saelens_lite.cache.order import shuffled_batches
+from saelens_lite.config import Origin
+from saelens_lite.errors import ConfigError, ShapeError
+
+
+class Statistics(NamedTuple):
+    """Mean activation and root mean square norm, over activations of a hook."""
+
+    mean: Float[Tensor, " d_in"]
+    rms_norm: float
+
+
+Batch = dict[str, Float[Tensor, "batch d_in"]]
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where training gets its activations."""
+
+    @property
+    def hooks(self) -> Sequence[str]: ...
+
+    @property
+    def n_tokens(self) -> int | None:
+        """Activations of each hook in one pass; None when only reading can tell."""
+        ...
+
+    def d_in(self, hook: str) -> int: ...
+
+    def statistics(self, hook: str) -> Statistics: ...
+
+    def origin(self, hook: str) -> Origin: ...
+
+    def batches(self, hooks: Sequence[str], batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
+        """Shuffled batches, epoch after epoch without end, from number `start` on; the same seed gives the same batches."""
+        ...
+
+    def hold_out(self, n_tokens: int) -> tuple["TensorSource", "Source"]:
+        """Activations to validate on, and a source of the others. ConfigError when there are not that many."""
+        ...
+
+    def describe(self) -> dict | None:
+        """How to open the source again, as plain data; None when only its maker can."""
+        ...
+
+
+class Moments:
+    """Running Σx and Σ‖x‖² in float64."""
+
+    def __init__(self, d_in: int):
+        self.n, self.total, self.square = 0, torch.zeros(d_in, dtype=torch.float64), 0.0
+
+    def add(self, x: Float[Tensor, "n d_in"]) -> None:
+        """Take in more activations."""
+        for piece in x.split(8192):
+            wide = piece.double()
+            self.n += len(wide)
+            self.total += wide.sum(0).cpu()
+            self.square += float(wide.square().sum())
+
+    def statistics(self) -> Statistics:
+        """Mean and root mean square norm of what was added."""
+        return Statistics((self.total / self.n).float(), (self.square / self.n) ** 0.5)
+
+
+class TensorSource:
+    """Activations already in memory: x [n d_in] of one hook, or of several with the same n."""
+
+    def __init__(
+        self,
+        x: Float[Tensor, "n d_in"] | dict[str, Float[Tensor, "n _"]],
+        hook: str = "x",
+        origin: Origin | None = None,
+    ):
+        self.x = {name: t.detach() for name, t in (x if isinstance(x, dict) else {hook: x}).items()}
+        for t in self.x.values():
+            if t.ndim != 2 or not len(t):
+                raise ShapeError(f"x has shape {tuple(t.shape)}; expected [n d_in] with at least one row")
+            if not t.is_floating_point():
+                raise ShapeError(f"x holds {t.dtype}; expected floating-point numbers")
+        self.hooks: Sequence[str] = tuple(self.x)
+        self.n_tokens: int | None = len(next(iter(self.x.values())))
+        self._origin = origin or Origin(excluded_positions=())
+
+    def d_in(self, hook: str) -> int:
+        """Width of the activations."""
+        return self.x[hook].shape[1]
+
+    def statistics(self, hook: str) -> Statistics:
+        """Mean and root mean square norm."""
+        moments = Moments(self.d_in(hook))
+        moments.add(self.x[hook])
+        return moments.statistics()
+
+    def origin(self, hook: str) -> Origin:
+        """Where they come from, as far as the caller said."""
+        return self._origin
+
+    def batches(self, hooks: Sequence[str], batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
+        """Shuffled batches, epoch after epoch without end, from number `start` on."""
+        return shuffled_batches([self.n_tokens], 1, lambda _: {hook: self.x[hook] for hook in hooks}, batch_size, seed, start)
+
+    def hold_out(self, n_tokens: int) -> tuple["TensorSource", "TensorSource"]:
+        """The last rows, and the others."""
+        if not 0 < n_tokens < self.n_tokens:
+            raise ConfigError(f"{n_tokens:,} activations to validate on; there are {self.n_tokens:,}, and some must be left")
+        cut = self.n_tokens - n_tokens
+        held, rest = ({name: t[part] for name, t in self.x.items()} for part in (slice(cut, None), slice(cut)))
+        return TensorSource(held, origin=self._origin), TensorSource(rest, origin=self._origin)
+
+    def describe(self) -> None:
+        """Tensors in memory cannot be opened again."""

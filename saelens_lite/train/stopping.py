@@ -1,0 +1,40 @@
+"""Ctrl-C and SIGTERM in the middle of training: noticed after the step at hand, so that its state can be saved."""
+
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from saelens_lite.errors import Stopped
+
+
+class Stopping:
+    """Within the block, the first of the two signals is only remembered in `signal`; a second one acts as always.
+
+    Outside the main thread, where Python delivers no signals, nothing changes.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._before: dict[signal.Signals, Callable | int | None] = {}
+
+    def __enter__(self) -> "Stopping":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._restore()
+
+    def _remember(self, number: int, _frame: Any) -> None:
+        self.signal = signal.Signals(number)
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+    def error(self, said: str) -> Stopped:
+        """What to raise once the state is saved."""
+        return Stopped(said, self.signal)
