@@ -23,6 +23,7 @@ _HOME = {
     "SaelensLiteError": "errors",
     "SparseCodes": "codes",
     "Sparsity": "sparsity",
+    "TextConfig": "config",
     "TrainConfig": "config",
     "capture": "cache",
     "errors": "",
@@ -45,6 +46,7 @@ __all__ = [
     "SaelensLiteError",
     "SparseCodes",
     "Sparsity",
+    "TextConfig",
     "TrainConfig",
     "__version__",
     "capture",
@@ -61,7 +63,7 @@ if TYPE_CHECKING:
     from saelens_lite import errors
     from saelens_lite.cache import ActivationCache, capture
     from saelens_lite.codes import SparseCodes
-    from saelens_lite.config import Origin, TrainConfig
+    from saelens_lite.config import Origin, TextConfig, TrainConfig
     from saelens_lite.dictionary import Dictionary
     from saelens_lite.errors import SaelensLiteError
     from saelens_lite.evaluate import EvalReport, evaluate

@@ -15,12 +15,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelens_lite.config import Origin
-from saelens_lite.errors import ConfigError, CorruptFileError, HookError, NonFiniteError, ShapeError, TextError, near_matches
+from saelens_lite.config import Origin, TextConfig
+from saelens_lite.errors import ConfigError, CorruptFileError, HookError, NonFiniteError, ShapeError, near_matches
 from saelens_lite.files import DTYPES, new_folder, read_json, read_tensors, write_json
 from saelens_lite.model import LanguageModel
 from saelens_lite.progress import progress_bar
-from saelens_lite.tokens import Text, TokenRows, text_hash, token_rows
+from saelens_lite.tokens import RowBlocks, Text, TokenRows, ahead, hub_name, text_config_of
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -244,7 +244,8 @@ def capture(
     *,
     n_tokens: int | None = None,
     n_ctx: int | None = None,
-    prepend_bos: bool = True,
+    prepend_bos: bool | None = None,
+    text_config: TextConfig | None = None,
     dtype: Literal["float16", "bfloat16", "float32"] = "float16",
     batch_tokens: int = 8192,
     shard_tokens: int = 65_536,
@@ -253,8 +254,10 @@ def capture(
 ) -> ActivationCache:
     """Activations of a text at hooks, written to a cache folder, which appears when it is complete.
 
-    The model runs once over the text, up to the deepest hook, `batch_tokens` tokens at a time. BOS and padding are not
-    stored, nor position 0. Activations are stored as `dtype` and computed in the model's.
+    The model runs once over the text, up to the deepest hook, `batch_tokens` tokens at a time, while a thread reads and
+    tokenises the text in advance; only a block of it is in memory. Special tokens and padding are not stored, nor position
+    0. `text_config` has the settings of how text is read and cut, for which `n_ctx` and `prepend_bos` are shorthands.
+    Activations are stored as `dtype` and computed in the model's.
 
     Raises:
         HookError, TextError, ConfigError: an unknown hook, no text, settings that do not fit the model.
@@ -268,42 +271,34 @@ def capture(
         raise ConfigError(f"dtype = {dtype!r}; expected float16, bfloat16 or float32")
     if min(batch_tokens, shard_tokens) < 1:
         raise ConfigError(f"batch_tokens = {batch_tokens}, shard_tokens = {shard_tokens}; expected at least 1")
-    if isinstance(text, TokenRows):
-        rows = text
-    else:
-        rows = token_rows(lm, text, n_ctx=n_ctx, n_tokens=n_tokens, prepend_bos=prepend_bos)
-    if not rows.n_kept:
-        raise TextError("none of the positions of the token rows counts; there is nothing to capture")
-    origin = Origin(
-        model=lm.name,
-        revision=lm.revision,
-        model_class=type(lm.module).__name__,
-        n_ctx=rows.tokens.shape[1],
-        prepend_bos=lm.bos_id is not None and bool((rows.tokens[:, 0] == lm.bos_id).all()),
-        text=text_name or (text.name if isinstance(text, Path) else None),
-    )
-    order = torch.randperm(len(rows.tokens), generator=torch.Generator().manual_seed(0))  # so that neighbours differ
-    with new_folder(Path(out), exists) as folder, progress_bar("capture", rows.n_kept) as advance:
+    blocks = RowBlocks(lm, text, text_config_of(text_config, n_ctx, prepend_bos), n_tokens=n_tokens)
+    generator = torch.Generator().manual_seed(0)
+    with (
+        new_folder(Path(out), exists) as folder,
+        progress_bar("capture", blocks.n_expected) as advance,
+        ahead(blocks) as rows_in_advance,
+    ):
         writer = _ShardWriter(folder, shard_tokens)
         moments: dict[str, _Moments] = {}
-        for batch_order in order.split(max(1, batch_tokens // rows.tokens.shape[1])):
-            batch = rows.take(batch_order)
-            acts = lm.run(batch.tokens, names)
-            piece = {"tokens": batch.tokens[batch.keep].to(torch.int32)}
-            for name in names:
-                x = acts[name][batch.keep.to(lm.device)]
-                moments.setdefault(name, _Moments(x.shape[1])).add(x)
-                piece[name] = _stored(x, DTYPES[dtype], name)
-            writer.add(piece)
-            advance(len(piece["tokens"]), "")
+        for rows in rows_in_advance:
+            order = torch.randperm(len(rows.tokens), generator=generator)  # so that neighbours differ
+            for batch_order in order.split(max(1, batch_tokens // rows.tokens.shape[1])):
+                batch = rows.take(batch_order)
+                acts = lm.run(batch.tokens, names)
+                piece = {"tokens": batch.tokens[batch.keep].to(torch.int32)}
+                for name in names:
+                    x = acts[name][batch.keep.to(lm.device)]
+                    moments.setdefault(name, _Moments(x.shape[1])).add(x)
+                    piece[name] = _stored(x, DTYPES[dtype], name)
+                writer.add(piece)
+                advance(len(piece["tokens"]), "")
         writer.close()
         statistics = {name: moments[name].statistics() for name in names}
         manifest = {
             "format": FORMAT,
-            "origin": origin.model_dump(exclude={"hook"}),
+            "origin": _origin(lm, blocks, text_name).model_dump(exclude={"hook"}),
             "dtype": dtype,
-            "text_sha256": text_hash(rows),
-            "n_rows": len(rows.tokens),
+            **blocks.record(),
             "hooks": {n: {"d_in": len(s.mean), "rms_norm": s.rms_norm, "mean": s.mean.tolist()} for n, s in statistics.items()},
             "shards": writer.shards,
         }
@@ -311,6 +306,24 @@ def capture(
     cache = ActivationCache.open(out)
     log.info("captured %s", cache)
     return cache
+
+
+def _origin(lm: LanguageModel, blocks: RowBlocks, text_name: str | None) -> Origin:
+    """What later evaluations need to know of rows that have been read."""
+    text, config = blocks.text, blocks.config
+    if isinstance(text, Path):
+        text_name = text_name or text.name
+    elif isinstance(text, str) and hub_name(text):
+        text_name = text_name or text
+    return Origin(
+        model=lm.name,
+        revision=lm.revision,
+        model_class=type(lm.module).__name__,
+        n_ctx=blocks.width,
+        prepend_bos=blocks.every_row_begins_with_bos if blocks.are_rows else config.bos != "none",
+        text=text_name,
+        excluded_positions=config.exclude_positions,
+    )
 
 
 class _ShardWriter:
