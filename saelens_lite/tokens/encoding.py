@@ -84,9 +84,7 @@ def _border(tokenizer: "PreTrainedTokenizerBase", text: str, stretch: int, conte
         alone, both = _ids(tokenizer, [before, before + text[cut : cut + context]])
         if both[: len(alone)] == alone:
             return cut, len(alone)
-    log.warning(
-        "a document of %d characters has no border between tokens; it is cut behind %r", len(text), text[stretch - 20 :]
-    )
+    log.warning("%d characters without a sure border between tokens; they are cut behind %r", stretch, text[:stretch][-20:])
     return stretch, 0
 
 

@@ -169,7 +169,7 @@ def _parquet(path: Path, config: TextConfig) -> Iterator[Piece]:
         raise ConfigError(f"reading {path} needs pyarrow: pip install 'saelens-lite[parquet]'") from None
     column = config.token_column or config.column
     try:
-        with ParquetFile(path) as file:
+        with ParquetFile(path, pre_buffer=False) as file:  # buffering would hold the whole column in memory
             names = file.schema_arrow.names
             if column not in names:
                 option = "token_column" if config.token_column else "column"
