@@ -24,7 +24,9 @@ _HOME = {
     "SaelensLiteError": "errors",
     "SparseCodes": "codes",
     "Sparsity": "sparsity",
+    "TextConfig": "config",
     "TrainConfig": "config",
+    "ActivationStream": "cache",
     "capture": "cache",
     "errors": "",
     "evaluate": "evaluate",
@@ -32,10 +34,12 @@ _HOME = {
     "load_model": "model",
     "python_docs": "tokens",
     "register": "registry",
+    "resume": "train",
     "train": "train",
 }
 __all__ = [
     "ActivationCache",
+    "ActivationStream",
     "Dictionary",
     "EvalReport",
     "FeatureStore",
@@ -47,6 +51,7 @@ __all__ = [
     "SaelensLiteError",
     "SparseCodes",
     "Sparsity",
+    "TextConfig",
     "TrainConfig",
     "__version__",
     "capture",
@@ -56,14 +61,15 @@ __all__ = [
     "load_model",
     "python_docs",
     "register",
+    "resume",
     "train",
 ]
 
 if TYPE_CHECKING:
     from saelens_lite import errors
-    from saelens_lite.cache import ActivationCache, capture
+    from saelens_lite.cache import ActivationCache, ActivationStream, capture
     from saelens_lite.codes import SparseCodes
-    from saelens_lite.config import Origin, TrainConfig
+    from saelens_lite.config import Origin, TextConfig, TrainConfig
     from saelens_lite.dictionary import Dictionary
     from saelens_lite.errors import SaelensLiteError
     from saelens_lite.evaluate import EvalReport, evaluate
@@ -73,7 +79,7 @@ if TYPE_CHECKING:
     from saelens_lite.registry import register
     from saelens_lite.sparsity import PublishedForm, RuleConfig, Sparsity
     from saelens_lite.tokens import python_docs
-    from saelens_lite.train import fit, train
+    from saelens_lite.train import fit, resume, train
 
     __version__: str
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
-from saelens_lite.config import TrainConfig, read_toml, train_configs
+from saelens_lite.config import TextConfig, TrainConfig, read_toml, train_configs
 from saelens_lite.errors import SaelensLiteError, TextError
 
 if TYPE_CHECKING:
@@ -79,8 +79,10 @@ def _console() -> "Console":
 
 def _text(source: str) -> Any:
     """The documents `--text` names."""
-    from saelens_lite.tokens import is_held_out, python_docs
+    from saelens_lite.tokens import hub_name, is_held_out, python_docs
 
+    if hub_name(source):
+        return source
     corpus, _, part = source.partition(":")
     if corpus != "python-docs":
         return Path(source)
@@ -119,8 +121,8 @@ def capture(
     hooks: list[str],
     model: str = "tiny",
     out: Path = Path("cache"),
+    text_config: Annotated[TextConfig, Parameter(name="*")] = TextConfig(),  # noqa: B008 (frozen)
     n_tokens: int | None = None,
-    n_ctx: int | None = None,
     dtype: Literal["float16", "bfloat16", "float32"] = "float16",
     device: str | None = None,
     exists: Exists = "error",
@@ -130,7 +132,8 @@ def capture(
     Parameters
     ----------
     text
-        A .txt or .jsonl file, or "python-docs", "python-docs:train", "python-docs:held-out" for the embedded corpus.
+        A .txt, .md, .jsonl or .parquet file; hf:org/name:config:split for a dataset of the Hugging Face Hub; or "python-docs",
+        "python-docs:train", "python-docs:held-out" for the embedded corpus.
     hooks
         transformer-lens hook names, e.g. blocks.2.hook_resid_pre.
     model
@@ -139,8 +142,6 @@ def capture(
         Folder for the cache.
     n_tokens
         Activations to store; default: all of the text.
-    n_ctx
-        Tokens in a row; default: the model's context.
     dtype
         How activations are stored.
     device
@@ -151,8 +152,9 @@ def capture(
     import saelens_lite as sl
 
     lm = sl.load_model(model, device=device)
+    name = text if isinstance(_text(text), str) else Path(text).name
     cache = sl.capture(
-        lm, _text(text), hooks, out, n_tokens=n_tokens, n_ctx=n_ctx, dtype=dtype, exists=exists, text_name=Path(text).name
+        lm, _text(text), hooks, out, n_tokens=n_tokens, text_config=text_config, dtype=dtype, exists=exists, text_name=name
     )
     _console().print(str(cache), markup=False)
 
@@ -209,8 +211,10 @@ def evaluate(
     dictionaries: list[Path],
     *,
     text: str = "python-docs:held-out",
+    text_config: Annotated[TextConfig, Parameter(name="*")] = TextConfig(),  # noqa: B008 (frozen)
     model: str | None = None,
     n_tokens: int = 100_000,
+    by_frequency: Annotated[bool, Parameter(negative="")] = False,
     device: str | None = None,
     json_out: Annotated[Path | None, Parameter(name="--json")] = None,
 ) -> None:
@@ -221,27 +225,39 @@ def evaluate(
     dictionaries
         Dictionary folders.
     text
-        A .txt or .jsonl file, or "python-docs", "python-docs:train", "python-docs:held-out" for the embedded corpus.
+        A .txt, .md, .jsonl or .parquet file; hf:org/name:config:split for a dataset of the Hugging Face Hub; or "python-docs",
+        "python-docs:train", "python-docs:held-out" for the embedded corpus.
     model
         The model; default: the one the dictionary was trained on.
     n_tokens
         Tokens to read.
+    by_frequency
+        Show the reconstruction error of rare and frequent tokens as well.
     device
         Where to run, e.g. cuda.
     json_out
         File for the full reports.
     """
     import saelens_lite as sl
-    from saelens_lite.evaluate import table
+    from saelens_lite.evaluate import frequency_table, table
     from saelens_lite.files import write_json
 
     loaded = [sl.Dictionary.load(path) for path in dictionaries]
     lm = sl.load_model(model or loaded[0].origin.model or "tiny", device=device)
-    reports = sl.evaluate([d.to(lm.device) for d in loaded], lm, _text(text), n_tokens=n_tokens)
+    reports = sl.evaluate(
+        [d.to(lm.device) for d in loaded],
+        lm,
+        _text(text),
+        n_tokens=n_tokens,
+        text_config=text_config,
+        by_frequency=by_frequency,
+    )
     named = {str(path): report for path, report in zip(dictionaries, reports, strict=True)}
     if json_out:
         write_json(json_out, {path: report.to_dict() for path, report in named.items()})
     _console().print(table(named))
+    if by_frequency:
+        _console().print(frequency_table(named))
 
 
 @app.command
@@ -262,7 +278,8 @@ def features(
     dictionary
         Dictionary folder.
     text
-        A .txt or .jsonl file, or "python-docs", "python-docs:train", "python-docs:held-out" for the embedded corpus.
+        A .txt, .md, .jsonl or .parquet file; hf:org/name:config:split for a dataset of the Hugging Face Hub; or "python-docs",
+        "python-docs:train", "python-docs:held-out" for the embedded corpus.
     model
         The model; default: the one the dictionary was trained on.
     n_tokens

@@ -6,7 +6,7 @@ A settings object is data: no I/O, no ids, no devices. An unknown key is an erro
 import json
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -26,7 +26,7 @@ class FrozenConfig(BaseModel):
 
     def replace(self, **changes: Any) -> "FrozenConfig":
         """A copy with some fields changed, validated like a new one."""
-        return type(self)(**{**self.model_dump(), **changes})
+        return type(self)(**{**self.model_dump(exclude_unset=True), **changes})
 
 
 def _explain(config: type[BaseModel], error: ValidationError) -> str:
@@ -41,6 +41,39 @@ def _explain(config: type[BaseModel], error: ValidationError) -> str:
         else:
             lines.append(f"{key} = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")
     return f"{config.__qualname__.replace('.Config', '')}: {'; '.join(lines)}"
+
+
+class TextConfig(FrozenConfig):
+    """How text is read and cut into token rows."""
+
+    column: str = Field("text", description="Column or key that holds the text, in .jsonl, .parquet and datasets.")
+    token_column: str | None = Field(
+        None, description="Column or key that holds token ids, which are then read instead of text."
+    )
+    split: str | None = Field(None, description="Split of a dataset; default: train.")
+    n_ctx: int | None = Field(None, description="Tokens in a row, BOS included; default: the model's context.")
+    bos: Literal["row", "document", "none"] = Field(
+        "row", description="Where BOS stands: at the head of every row, before every document, or nowhere."
+    )
+    pack: bool = Field(
+        False, description="Fill rows with one document after another, a separator between them; only the last row is padded."
+    )
+    separator: Literal["eos", "bos"] = Field("eos", description="Token between two documents of a packed row.")
+    min_context: int = Field(
+        0,
+        ge=0,
+        description="Repeat this many tokens of a document at the head of each row that continues it; they count only once.",
+    )
+    truncate: bool = Field(False, description="Read only the beginning of each document, as much as fits into one row.")
+    exclude_positions: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (0,), description="Positions of a row that do not count; by default the first, whose norm is an outlier."
+    )
+    max_token_share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Largest share of the counted positions that one token id may have; the rest is thinned out.",
+    )
 
 
 class TrainConfig(FrozenConfig):

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def progress_bar(what: str, total: int, unit: str = "tokens") -> Iterator[Callable[[int, str], None]]:
-    """Within the block, `advance(n, note)` moves the bar by n units and shows a short note behind it."""
+def progress_bar(what: str, total: int | None, unit: str = "tokens") -> Iterator[Callable[[int, str], None]]:
+    """Within the block, `advance(n, note)` moves the bar by n units and shows a short note behind it; total None: unknown."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 

@@ -161,9 +161,10 @@ def test_the_names_and_training_load_no_heavy_library():
 
 def test_the_package_offers_these_names():
     assert sl.__all__ == sorted([
-        "ActivationCache", "Dictionary", "EvalReport", "FeatureStore", "LanguageModel", "Logger", "Origin", "PublishedForm",
-        "RuleConfig", "SaelensLiteError", "SparseCodes", "Sparsity", "TrainConfig", "__version__", "capture", "errors",
-        "evaluate", "fit", "load_model", "python_docs", "register", "train",
+        "ActivationCache", "ActivationStream", "Dictionary", "EvalReport", "FeatureStore", "LanguageModel", "Logger", "Origin",
+        "PublishedForm", "RuleConfig", "SaelensLiteError", "SparseCodes", "Sparsity", "TextConfig", "TrainConfig", "__version__",
+        "capture", "errors",
+        "evaluate", "fit", "load_model", "python_docs", "register", "resume", "train",
     ])  # fmt: skip
     assert dir(sl) == sl.__all__
 

@@ -80,7 +80,8 @@ def test_token_rows_and_text_give_the_same_cache(lm, documents, tmp_path):
     b = sl.capture(lm, documents, HOOKS, tmp_path / "b", n_ctx=32, n_tokens=150)
     assert a.n_tokens == 150
     assert {shard["sha256"] for shard in a.manifest["shards"]} == {shard["sha256"] for shard in b.manifest["shards"]}
-    assert a.manifest == b.manifest
+    assert a.manifest == b.manifest | {"text_config": None}
+    assert b.manifest["text_config"] == json.loads(sl.TextConfig(n_ctx=32).model_dump_json())
 
 
 def test_statistics_are_those_of_all_activations(cache):

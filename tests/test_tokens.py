@@ -6,8 +6,9 @@ import json
 import pytest
 import torch
 
-from saelens_lite.errors import ConfigError, TextError
-from saelens_lite.tokens import Document, TokenRows, is_held_out, python_docs, read_texts, text_hash, token_rows
+from saelens_lite.config import TextConfig
+from saelens_lite.errors import ConfigError
+from saelens_lite.tokens import Document, TokenRows, is_held_out, python_docs, text_hash, token_rows
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog. " * 5,
@@ -66,7 +67,7 @@ def test_no_more_is_read_than_asked_for(lm):
 
 
 def test_one_row_each(lm):
-    rows = token_rows(lm, TEXTS, n_ctx=8, one_row_each=True)
+    rows = token_rows(lm, TEXTS, n_ctx=8, text_config=TextConfig(truncate=True))
     assert len(rows.tokens) == len(TEXTS)
     for tokens, keep, text in zip(rows.tokens, rows.keep, TEXTS, strict=True):
         assert tokens[keep].tolist() == ids_of(lm, text)[:7]
@@ -103,31 +104,6 @@ def test_a_document_is_its_text(lm):
     wanted = token_rows(lm, TEXTS[0], n_ctx=16)
     assert torch.equal(token_rows(lm, [document], n_ctx=16).tokens, wanted.tokens)
     assert torch.equal(token_rows(lm, document, n_ctx=16).tokens, wanted.tokens)
-
-
-def test_text_files(lm, tmp_path):
-    text_file, lines = tmp_path / "a.txt", tmp_path / "a.jsonl"
-    text_file.write_text("".join(TEXTS), encoding="utf-8")
-    lines.write_text("".join(json.dumps({"text": text, "other": 1}) + "\n" for text in TEXTS), encoding="utf-8")
-    assert list(read_texts(text_file)) == ["".join(TEXTS)]
-    assert list(read_texts(lines)) == TEXTS
-    assert torch.equal(token_rows(lm, lines, n_ctx=16).tokens, token_rows(lm, TEXTS, n_ctx=16).tokens)
-
-
-def test_text_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(TextError, match=r"no text file at .*nowhere\.txt"):
-        list(read_texts(tmp_path / "nowhere.txt"))
-    for line in ("not json", '{"words": "no key"}', '["a list"]', '{"text": 3}', '{"text": null}'):
-        lines = tmp_path / "bad.jsonl"
-        lines.write_text('{"text": "good"}\n' + line + "\n")
-        with pytest.raises(TextError, match=r"bad\.jsonl, line 2: expected a JSON object with a key 'text'"):
-            list(read_texts(lines))
-    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
-    with pytest.raises(TextError, match=r"latin\.txt is not UTF-8 text"):
-        list(read_texts(tmp_path / "latin.txt"))
-    (tmp_path / "a.pdf").write_bytes(b"%PDF")
-    with pytest.raises(ConfigError, match=r"cannot read \.pdf files; give \.txt or \.jsonl"):
-        list(read_texts(tmp_path / "a.pdf"))
 
 
 @pytest.mark.parametrize("n_ctx", [0, 1, 257])

@@ -9,7 +9,8 @@ Source: Chamandy, Muralidharan, Najmi and Naidu 2012, Estimating uncertainty for
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Num
+from einops import rearrange
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
 from saelens_lite.codes import SparseCodes
@@ -107,6 +108,45 @@ def reconstruction_metrics(sums: PooledSums, name: str) -> dict[str, Metric]:
         "relative_reconstruction_bias": sums[f"{name}.norm_hat"] / sums[f"{name}.dot"],
     }
     return {key: sums.metric(value) for key, value in values.items()}
+
+
+def membership(band: Int[Tensor, "n pos"], n_bands: int, keep: Bool[Tensor, "n pos"]) -> Float[Tensor, "n pos n_bands"]:
+    """1 where a kept token belongs to a band, else 0."""
+    return (torch.nn.functional.one_hot(band, n_bands) * keep[..., None]).double()
+
+
+def add_bands(sums: PooledSums, x: Float[Tensor, "n pos d"], member: Float[Tensor, "n pos n_bands"]) -> None:
+    """Collect what depends on the activations alone, for each band of tokens."""
+    x = x.double()
+    sums.add("band.n", member.sum(1))
+    sums.add("band.x", rearrange(torch.einsum("npb,npd->nbd", member, x), "n b d -> n (b d)"))
+    sums.add("band.x_square", torch.einsum("npb,np->nb", member, x.square().sum(-1)))
+
+
+def add_band_errors(
+    sums: PooledSums,
+    name: str,
+    x: Float[Tensor, "n pos d"],
+    x_hat: Float[Tensor, "n pos d"],
+    member: Float[Tensor, "n pos n_bands"],
+) -> None:
+    """Collect a dictionary's squared errors for each band of tokens."""
+    error = (x.double() - x_hat.double()).square().sum(-1)
+    sums.add(f"{name}.band.error", torch.einsum("npb,np->nb", member, error))
+
+
+def band_fvu(sums: PooledSums, name: str) -> list[Metric]:
+    """The fvu of each band b of tokens.
+
+    fvu_b = Σ_b ‖x − x̂‖² / Σ_b ‖x − m‖², where m is the mean over all kept tokens: the fvu of the whole text is the mean of
+    the bands' weighted by their share of its variance, and predicting m scores exactly 1 in each.
+    """
+    n = sums["band.n"]  # [replicates n_bands]
+    x = rearrange(sums["band.x"], "r (b d) -> r b d", b=n.shape[1])
+    mean = sums["x"] / sums["n"][:, None]
+    variance = sums["band.x_square"] - 2 * torch.einsum("rbd,rd->rb", x, mean) + n * mean.square().sum(-1, keepdim=True)
+    fvu = sums[f"{name}.band.error"] / variance
+    return [sums.metric(column) for column in fvu.unbind(1)]
 
 
 def add_cross_entropy(

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from saelens_lite.config import TextConfig
 from saelens_lite.errors import ConfigError, ModelNotFoundError, ShapeError, TextError
 from saelens_lite.model import hooks as _hooks
 from saelens_lite.tokens import TokenRows, token_rows
@@ -130,7 +131,7 @@ class LanguageModel:
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts or not all(text for text in texts):
             raise TextError("empty text: every text needs at least one character")
-        return token_rows(self, texts, n_ctx=self.n_ctx, prepend_bos=prepend_bos, one_row_each=True)
+        return token_rows(self, texts, prepend_bos=prepend_bos, text_config=TextConfig(truncate=True))
 
     def _as_tokens(self, texts: "str | Sequence[str] | Tensor | TokenRows") -> Int[Tensor, "batch pos"]:
         if isinstance(texts, TokenRows):

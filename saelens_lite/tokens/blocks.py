@@ -1,0 +1,194 @@
+"""A text as blocks of token rows, one after another: read, tokenised, cut, thinned out and counted as they are asked for."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from saelens_lite.config import TextConfig
+from saelens_lite.errors import ConfigError, ShapeError, TextError
+from saelens_lite.tokens.balance import TokenBalance
+from saelens_lite.tokens.encoding import encode
+from saelens_lite.tokens.rows import Row, SpecialTokens, TextHash, TokenRows, countable, cut_rows, padded
+from saelens_lite.tokens.sources import Piece, Text, check_file, read_pieces
+
+if TYPE_CHECKING:
+    from saelens_lite.model import LanguageModel
+
+BLOCK_TOKENS = 1 << 18
+
+
+class RowBlocks:
+    """The rows of a text in blocks of up to `block_tokens` tokens, each padded to its longest row; iterate once.
+
+    Only the block at hand is in memory, with the stretch of text it came from. Token ids [n_seq n_ctx] and TokenRows are
+    rows as they stand: of `config`, only `exclude_positions` (for bare ids) and `max_token_share` apply to them. Ids from
+    `token_column` are documents, cut like text; a BOS at their head is not doubled.
+
+    Raises:
+        ConfigError: settings that do not fit the model or contradict each other.
+        ShapeError: rows the model cannot take.
+        TextError: a file that is not there; while iterating: a text that cannot be read, or nothing that counts in it.
+    """
+
+    def __init__(
+        self,
+        lm: "LanguageModel",
+        text: Text | TokenRows,
+        config: TextConfig | None = None,
+        *,
+        n_tokens: int | None = None,
+        block_tokens: int = BLOCK_TOKENS,
+    ):
+        self.lm, self.text, self.config, self.n_tokens = lm, text, config or TextConfig(), n_tokens
+        if n_tokens is not None and n_tokens < 1:
+            raise ConfigError(f"n_tokens = {n_tokens}; expected at least 1")
+        if isinstance(text, Path):
+            check_file(text, self.config)
+        self.are_rows = isinstance(text, TokenRows | Tensor)
+        self.n_ctx = _rows_n_ctx(lm, text, self.config) if self.are_rows else _text_n_ctx(lm, self.config)
+        self.block_rows = max(1, block_tokens // self.n_ctx)
+        self.special = _special_tokens(lm, self.config)
+        self.special_ids = {*lm.tokenizer.all_special_ids, *(i for i in (lm.bos_id, *self.special) if i is not None)}
+        self.pad = lm.bos_id if lm.bos_id is not None else 0
+        self.balance = TokenBalance(self.config.max_token_share, lm.d_vocab) if self.config.max_token_share else None
+        self.n_rows = self.n_kept = self.width = 0
+        self.every_row_begins_with_bos = True
+        self._hash = TextHash()
+
+    @property
+    def n_expected(self) -> int | None:
+        """How many positions will count, at most; None when only reading can tell."""
+        if isinstance(self.text, TokenRows):
+            return min(self.text.n_kept, self.n_tokens or self.text.n_kept)
+        return self.n_tokens
+
+    def __iter__(self) -> Iterator[TokenRows]:
+        for candidates in self._rows_as_they_stand() if self.are_rows else self._rows_of_text():
+            yield self._chosen(candidates)
+            if self.n_kept == self.n_tokens:
+                return
+        if not self.n_kept:
+            what = "none of the positions of the token rows counts" if self.are_rows else "nothing was left after tokenising"
+            raise TextError(f"no text: {what}")
+
+    def _chosen(self, candidates: TokenRows) -> TokenRows:
+        """The rows with those of the candidate positions that count in the end; they are added to the record."""
+        rows = candidates._replace(keep=self.balance.thin(*candidates)) if self.balance else candidates
+        if self.n_tokens is not None and self.n_kept + rows.n_kept >= self.n_tokens:
+            rows, candidates = _cut_off(rows, candidates, self.n_tokens - self.n_kept)
+        if self.balance:
+            self.balance.count(candidates.tokens[candidates.keep], rows.tokens[rows.keep])
+        self.n_rows += len(rows.tokens)
+        self.n_kept += rows.n_kept
+        self.width = max(self.width, rows.tokens.shape[1])
+        self.every_row_begins_with_bos &= set(rows.tokens[:, 0].tolist()) <= {self.lm.bos_id}
+        self._hash.add(rows)
+        return rows
+
+    def record(self) -> dict[str, Any]:
+        """What was read so far, as plain data."""
+        return {
+            "text_sha256": self._hash.hexdigest(),
+            "n_rows": self.n_rows,
+            "text_config": None if self.are_rows else self.config.model_dump(mode="json"),
+            "balance": self.balance.record(self.lm.tokenizer.decode) if self.balance else None,
+        }
+
+    def _rows_as_they_stand(self) -> Iterator[TokenRows]:
+        """Blocks of the rows that were given, with the positions that may count."""
+        whole = self.text.tokens if isinstance(self.text, TokenRows) else self.text
+        for start in range(0, len(whole), self.block_rows):
+            block = slice(start, start + self.block_rows)
+            tokens = whole[block].cpu().long()
+            given = isinstance(self.text, TokenRows)
+            yield TokenRows(tokens, self.text.keep[block].cpu() if given else self._countable(tokens))
+
+    def _rows_of_text(self) -> Iterator[TokenRows]:
+        """Blocks of rows cut from documents, with the positions that may count."""
+        rows = cut_rows(self._documents(), self.config, self.n_ctx, self.special)
+        while block := self._enough(rows):
+            tokens, new = padded(block, self.pad)
+            yield TokenRows(tokens, new & self._countable(tokens))
+
+    def _countable(self, tokens: Int[Tensor, "n_seq n_ctx"]) -> Bool[Tensor, "n_seq n_ctx"]:
+        return countable(tokens, self.special_ids, self.config.exclude_positions)
+
+    def _enough(self, rows: Iterator[Row]) -> list[Row]:
+        """The next block of rows: no more of them than are needed for n_tokens, if all their new tokens count."""
+        block: list[Row] = []
+        n_new = 0
+        for row in itertools.islice(rows, self.block_rows):
+            block.append(row)
+            n_new += len(row.ids) - row.start
+            if self.n_tokens is not None and self.n_kept + n_new >= self.n_tokens:
+                break
+        return block
+
+    def _documents(self) -> Iterator[Piece]:
+        """Documents as token ids."""
+        pieces = read_pieces(self.text, self.config)
+        if self.config.token_column is None:
+            yield from encode(self.lm.tokenizer, pieces)
+            return
+        for number, (ids, first) in enumerate(pieces):
+            if ids and (min(ids) < 0 or max(ids) >= self.lm.d_vocab):
+                raise TextError(
+                    f"document {number} has token ids from {min(ids)} to {max(ids)}; {self.lm.name} knows 0 to "
+                    f"{self.lm.d_vocab - 1}; was it tokenised for another model?"
+                )
+            has_bos = bool(ids) and ids[0] == self.special.bos
+            yield Piece(ids[1:] if has_bos else ids, first)
+
+
+def _text_n_ctx(lm: "LanguageModel", config: TextConfig) -> int:
+    """The length of rows cut from text; ConfigError when the model cannot take it or it leaves no room."""
+    n_ctx = lm.n_ctx if config.n_ctx is None else config.n_ctx
+    if not 2 <= n_ctx <= lm.n_ctx:
+        raise ConfigError(f"n_ctx = {n_ctx}; {lm.name} takes rows of 2 to {lm.n_ctx} tokens")
+    most = n_ctx - 1 - (config.bos != "none")
+    if config.min_context > most:
+        raise ConfigError(
+            f"min_context = {config.min_context} leaves no room for new tokens; {most} is the most for n_ctx = {n_ctx}"
+        )
+    return n_ctx
+
+
+def _rows_n_ctx(lm: "LanguageModel", rows: Any, config: TextConfig) -> int:
+    """The length of rows as they stand; ShapeError when the model cannot take them, ConfigError when `config` cuts."""
+    tokens = rows.tokens if isinstance(rows, TokenRows) else rows
+    if tokens.ndim != 2 or not tokens.numel() or tokens.is_floating_point() or tokens.dtype == torch.bool:
+        raise ShapeError(f"token rows are {tokens.dtype} of shape {tuple(tokens.shape)}; expected integers [n_seq n_ctx]")
+    n_ctx = tokens.shape[1]
+    if n_ctx > lm.n_ctx:
+        raise ShapeError(f"rows of {n_ctx} tokens; {lm.name} takes at most {lm.n_ctx}")
+    if int(tokens.min()) < 0 or int(tokens.max()) >= lm.d_vocab:
+        raise ShapeError(f"token ids must be integers from 0 to {lm.d_vocab - 1}; found {tokens.min()} … {tokens.max()}")
+    if config.pack or config.min_context or config.truncate or (config.n_ctx is not None and config.n_ctx < n_ctx):
+        raise ConfigError(
+            f"token rows of {n_ctx} are taken as they stand: pack, min_context, truncate and a smaller n_ctx are for text"
+        )
+    return n_ctx
+
+
+def _special_tokens(lm: "LanguageModel", config: TextConfig) -> SpecialTokens:
+    """The ids `config` asks for; ConfigError when the tokenizer lacks one."""
+    if config.bos != "none" and lm.bos_id is None:
+        raise ConfigError(f"the tokenizer of {lm.name} has no BOS token; say bos='none'")
+    separator = lm.bos_id if config.separator == "bos" else lm.tokenizer.eos_token_id
+    if config.pack and separator is None:
+        raise ConfigError(f"the tokenizer of {lm.name} has no {config.separator.upper()} token to put between packed documents")
+    return SpecialTokens(lm.bos_id if config.bos != "none" else None, separator)
+
+
+def _cut_off(rows: TokenRows, candidates: TokenRows, n_tokens: int) -> tuple[TokenRows, TokenRows]:
+    """The rows, and the candidates, up to the n_tokens-th position that counts."""
+    running = rows.keep.flatten().cumsum(0).reshape(rows.keep.shape)
+    keep = rows.keep & (running <= n_tokens)
+    n_rows = int(keep.any(1).nonzero().max()) + 1
+    considered = candidates.keep & (keep | (running < n_tokens))
+    return TokenRows(rows.tokens[:n_rows], keep[:n_rows]), TokenRows(rows.tokens[:n_rows], considered[:n_rows])

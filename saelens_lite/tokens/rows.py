@@ -1,0 +1,177 @@
+"""Token rows: documents cut or packed into rows of n_ctx tokens, and the positions of them that count."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from saelens_lite.config import TextConfig
+from saelens_lite.tokens.sources import Piece
+
+
+class TokenRows(NamedTuple):
+    """Token ids in rows, and the positions that count: neither special tokens nor padding nor repeated context."""
+
+    tokens: Int[Tensor, "n_seq n_ctx"]
+    keep: Bool[Tensor, "n_seq n_ctx"]
+
+    @property
+    def n_kept(self) -> int:
+        """Number of positions that count."""
+        return int(self.keep.sum())
+
+    def __getitem__(self, rows: slice) -> "TokenRows":  # type: ignore[override]
+        return type(self)(self.tokens[rows], self.keep[rows]) if isinstance(rows, slice) else tuple.__getitem__(self, rows)
+
+    def take(self, rows: Tensor | slice) -> "TokenRows":
+        """Some of the rows."""
+        return type(self)(self.tokens[rows], self.keep[rows])
+
+
+class Row(NamedTuple):
+    """Token ids of one row, and where its new tokens begin: behind BOS and repeated context."""
+
+    ids: list[int]
+    start: int
+
+
+class SpecialTokens(NamedTuple):
+    """What stands at the head of rows or documents and between documents; None: nothing."""
+
+    bos: int | None
+    separator: int | None
+
+
+def cut_rows(pieces: Iterable[Piece], config: TextConfig, n_ctx: int, special: SpecialTokens) -> Iterator[Row]:
+    """Rows of at most n_ctx tokens that hold the documents' tokens in order, each token once as a new one.
+
+    A row that continues a document repeats the last `min_context` tokens of it at its head, so that every token sees that
+    many before it, or all there are. Packed rows are full but for the last.
+    """
+    limit = n_ctx - (special.bos is not None) if config.truncate else None
+    cutter = _Cutter(config, n_ctx, special)
+    n_document = 0
+    begun = False
+    for piece in pieces:
+        if piece.first:
+            n_document, begun = 0, False
+        ids = piece.content if limit is None else piece.content[: limit - n_document]
+        if not ids:
+            continue
+        if not begun:
+            yield from cutter.begin_document()
+            begun = True
+        n_document += len(ids)
+        yield from cutter.add(ids)
+    yield from cutter.flush()
+
+
+class _Cutter:
+    """The row being filled, and the end of the current document that the next row may have to repeat."""
+
+    def __init__(self, config: TextConfig, n_ctx: int, special: SpecialTokens):
+        self.config, self.n_ctx, self.special = config, n_ctx, special
+        self.ids: list[int] = []
+        self.start = 0
+        self.tail: list[int] = []  # the last min_context tokens of the document, as far as they are in rows
+        self.in_document = False
+
+    def begin_document(self) -> Iterator[Row]:
+        """Leave the last document: behind a separator in packed rows, else in a row of its own."""
+        self.tail, self.in_document = [], False
+        if not self.config.pack:
+            yield from self.flush()
+        if self.ids:
+            self.ids.append(self.special.separator)
+            yield from self._flush_full()
+        if self.ids and self.config.bos == "document" and self.special.bos != self.special.separator:
+            self.ids.append(self.special.bos)
+            yield from self._flush_full()
+
+    def add(self, ids: list[int]) -> Iterator[Row]:
+        """Put tokens of the current document into rows; the rows that are full."""
+        done = 0
+        while done < len(ids):
+            if not self.ids:
+                self._open()
+            new = ids[done : done + self.n_ctx - len(self.ids)]
+            self.ids += new
+            done += len(new)
+            self.in_document = True
+            if self.config.min_context:
+                self.tail = (self.tail + new)[-self.config.min_context :]
+            yield from self._flush_full()
+
+    def _open(self) -> None:
+        """The head of a row: BOS where it belongs, and the end of the document that goes on."""
+        wants_bos = self.config.bos == "row" or (self.config.bos == "document" and not self.in_document)
+        self.ids = ([self.special.bos] if wants_bos else []) + self.tail
+        self.start = len(self.ids)
+
+    def _flush_full(self) -> Iterator[Row]:
+        if len(self.ids) == self.n_ctx:
+            yield from self.flush()
+
+    def flush(self) -> Iterator[Row]:
+        """The row as far as it is filled."""
+        if self.ids:
+            yield Row(self.ids, self.start)
+        self.ids = []
+
+
+def padded(rows: list[Row], pad: int) -> tuple[Int[Tensor, "n_seq width"], Bool[Tensor, "n_seq width"]]:
+    """The rows as one tensor, padded on the right to the longest of them, and where their new tokens are."""
+    width = max(len(row.ids) for row in rows)
+    tokens = torch.tensor([row.ids + [pad] * (width - len(row.ids)) for row in rows])
+    start, stop = (torch.tensor(ends)[:, None] for ends in zip(*((row.start, len(row.ids)) for row in rows), strict=True))
+    position = torch.arange(width)
+    return tokens, (position >= start) & (position < stop)
+
+
+def countable(
+    tokens: Int[Tensor, "n_seq n_ctx"], special_ids: Iterable[int], exclude_positions: Iterable[int]
+) -> Bool[Tensor, "n_seq n_ctx"]:
+    """Which positions hold an ordinary token and are not excluded."""
+    excluded = torch.isin(torch.arange(tokens.shape[1]), torch.tensor(list(exclude_positions), dtype=torch.long))
+    return ~torch.isin(tokens, torch.tensor(sorted(special_ids), dtype=tokens.dtype)) & ~excluded
+
+
+def joined(blocks: list[TokenRows], pad: int) -> TokenRows:
+    """Blocks of rows one after another, padded to the same width."""
+    width = max(block.tokens.shape[1] for block in blocks)
+
+    def widened(x: Tensor, value: int) -> Tensor:
+        return torch.nn.functional.pad(x, (0, width - x.shape[1]), value=value)
+
+    return TokenRows(
+        torch.cat([widened(block.tokens, pad) for block in blocks]), torch.cat([widened(block.keep, 0) for block in blocks])
+    )
+
+
+class TextHash:
+    """SHA-256 over the token ids and kept positions of rows, fed a block at a time; padding and block size do not matter."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, rows: TokenRows) -> None:
+        """Take in more rows. Each is its tokens up to the last that counts, with a mark on those that do, and an end."""
+        marked = torch.nn.functional.pad(rows.tokens.long() * 2 + rows.keep, (0, 1))
+        position = torch.arange(marked.shape[1])
+        length = (torch.nn.functional.pad(rows.keep, (0, 1)) * (position + 1)).amax(1, keepdim=True)
+        marked = marked.masked_fill(position == length, -1)
+        self._digest.update(marked[position <= length].cpu().numpy().tobytes())
+
+    def hexdigest(self) -> str:
+        """The hash of all rows so far."""
+        return self._digest.hexdigest()
+
+
+def text_hash(rows: TokenRows) -> str:
+    """SHA-256 over token ids and kept positions: what exactly was read."""
+    digest = TextHash()
+    digest.add(rows)
+    return digest.hexdigest()

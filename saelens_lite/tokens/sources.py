@@ -1,0 +1,206 @@
+"""Where text comes from: strings, files, datasets; each read a piece at a time."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from saelens_lite.config import TextConfig
+from saelens_lite.errors import ConfigError, CorruptFileError, SaelensLiteError, TextError, near_matches
+from saelens_lite.tokens.python_docs import Document
+
+Record = Mapping[str, Any]
+Text = str | Path | Int[Tensor, "n_seq n_ctx"] | Mapping[str, Any] | Iterable[str | Document | Path | Record]
+
+READ_CHARS = 1 << 16
+PARQUET_ROWS = 64
+_HUB_NAME = re.compile(r"hf:([^\s:]+)(?::([^\s:]*))?(?::([^\s:]*))?")
+
+
+class Piece(NamedTuple):
+    """A stretch of a document, text or token ids; `first` says that a document begins with it."""
+
+    content: str | list[int]
+    first: bool
+
+
+class HubName(NamedTuple):
+    """A dataset on the Hugging Face Hub."""
+
+    name: str
+    config: str | None
+    split: str | None
+
+
+def hub_name(text: str) -> HubName | None:
+    """What `hf:org/name`, `hf:org/name:config`, `hf:org/name:config:split` or `hf:org/name::split` stands for; None for any
+    other string."""
+    match = _HUB_NAME.fullmatch(text)
+    return HubName(match[1], match[2] or None, match[3] or None) if match else None
+
+
+def read_pieces(text: Text, config: TextConfig) -> Iterator[Piece]:
+    """The documents of a text, whose long ones come in several pieces. Nothing is read before it is asked for.
+
+    A string is a document, unless it names a dataset ("hf:org/name:config:split"). A Path is a file: .txt and .md are one
+    document, each line of a .jsonl and each row of a .parquet is one. A mapping holds the splits of a dataset. Anything
+    else is a sequence of documents: strings, Documents, Paths, or records with the column `config` names.
+
+    Raises:
+        TextError: a file or dataset cannot be read, or a record has no text.
+        ConfigError: a kind of file that is not read, a column or split that does not exist.
+        CorruptFileError: a .parquet that is none.
+    """
+    if isinstance(text, str) and (name := hub_name(text)):
+        yield from _hub(name, config)
+    elif isinstance(text, str | Document | Path):
+        yield from _item(text, "the text", config)
+    elif isinstance(text, Mapping):
+        yield from read_pieces(_split(text, config), config)
+    else:
+        for number, item in enumerate(text):
+            yield from _item(item, f"item {number}", config)
+
+
+def _split(splits: Mapping[str, Any], config: TextConfig) -> Any:
+    """One of the splits of a dataset."""
+    asked = config.split or "train"
+    if asked not in splits:
+        raise ConfigError(
+            f"no split {asked!r}{near_matches(asked, splits)}; there are {', '.join(map(str, splits))}; say which with split="
+        )
+    return splits[asked]
+
+
+def _item(item: Any, place: str, config: TextConfig) -> Iterator[Piece]:
+    """The pieces of one document, or of the documents in a file."""
+    if isinstance(item, Path):
+        yield from _file(item, config)
+    elif isinstance(item, Mapping):
+        yield Piece(_content(item, place, config), True)
+    elif config.token_column is not None:
+        raise ConfigError(f"token_column = {config.token_column!r} is for records; {place} is a {type(item).__name__}")
+    elif isinstance(item, str | Document):
+        yield Piece(item if isinstance(item, str) else item.text, True)
+    else:
+        raise TextError(f"{place} is a {type(item).__name__}; expected a string, a Document, a Path or a record")
+
+
+def _content(record: Any, place: str, config: TextConfig) -> str | list[int]:
+    """The text of a record, or its token ids where `config` names their column."""
+    column = config.token_column or config.column
+    option = "token_column" if config.token_column else "column"
+    wanted = f"{place}: expected a record with the key {column!r}"
+    if not isinstance(record, Mapping):
+        raise TextError(f"{wanted}; found a {type(record).__name__}")
+    if column not in record:
+        names = [str(name) for name in record]
+        raise TextError(f"{wanted}{near_matches(column, names)}; it has {', '.join(names)}; say which with {option}=")
+    value = record[column]
+    if config.token_column is None:
+        if not isinstance(value, str):
+            raise TextError(f"{wanted} that holds text; found {value!r:.40}")
+        return value
+    try:
+        ids = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        ids = None
+    if ids is None or ids.ndim != 1 or (ids.is_floating_point() and len(ids)) or ids.dtype == torch.bool:
+        raise TextError(f"{wanted} that holds a list of token ids; found {value!r:.40}")
+    return ids.tolist()
+
+
+def check_file(path: Path, config: TextConfig) -> None:
+    """Raise unless the file is there and of a kind that can be read as `config` says."""
+    if not path.is_file():
+        raise TextError(f"no text file at {path}")
+    if path.suffix not in (".txt", ".md", "", ".jsonl", ".parquet"):
+        raise ConfigError(f"{path}: cannot read {path.suffix} files; give .txt, .md, .jsonl or .parquet")
+    if config.token_column is not None and path.suffix not in (".jsonl", ".parquet"):
+        raise ConfigError(f"token_column = {config.token_column!r} is for .jsonl and .parquet; {path} has no columns")
+
+
+def _file(path: Path, config: TextConfig) -> Iterator[Piece]:
+    check_file(path, config)
+    if path.suffix == ".jsonl":
+        return _jsonl(path, config)
+    return _parquet(path, config) if path.suffix == ".parquet" else _plain(path)
+
+
+def _plain(path: Path) -> Iterator[Piece]:
+    """One document, a block of characters at a time."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            first = True
+            while block := file.read(READ_CHARS):
+                yield Piece(block, first)
+                first = False
+    except UnicodeDecodeError as error:
+        raise TextError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def _jsonl(path: Path, config: TextConfig) -> Iterator[Piece]:
+    """A document a line; blank lines are passed over."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.isspace():
+                continue
+            place = f"{path}, line {number}"
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise TextError(
+                    f"{place}: expected a record with the key {config.token_column or config.column!r}; {error}"
+                ) from None
+            yield Piece(_content(record, place, config), True)
+
+
+def _parquet(path: Path, config: TextConfig) -> Iterator[Piece]:
+    """A document a row; only the one column is read, a few rows at a time."""
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise ConfigError(f"reading {path} needs pyarrow: pip install 'saelens-lite[parquet]'") from None
+    column = config.token_column or config.column
+    try:
+        with ParquetFile(path, pre_buffer=False) as file:  # buffering would hold the whole column in memory
+            names = file.schema_arrow.names
+            if column not in names:
+                option = "token_column" if config.token_column else "column"
+                raise ConfigError(
+                    f"{path} has no column {column!r}{near_matches(column, names)}; it has {', '.join(names)}; "
+                    f"say which with {option}="
+                )
+            number = 0
+            for batch in file.iter_batches(PARQUET_ROWS, columns=[column]):
+                for record in batch.to_pylist():
+                    yield Piece(_content(record, f"{path}, row {number}", config), True)
+                    number += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        raise CorruptFileError(f"{path} is damaged or no parquet file: {error}") from None
+
+
+def _hub(dataset: HubName, config: TextConfig) -> Iterator[Piece]:
+    """A dataset of the Hub, streamed."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ConfigError(f"reading hf:{dataset.name} needs datasets: pip install 'saelens-lite[datasets]'") from None
+    if config.split and dataset.split and config.split != dataset.split:
+        raise ConfigError(f"split = {config.split!r}, but the text names the split {dataset.split!r}; say it once")
+    split = dataset.split or config.split or "train"
+    try:
+        yield from read_pieces(load_dataset(dataset.name, dataset.config, split=split, streaming=True), config)
+    except SaelensLiteError:
+        raise
+    except Exception as error:  # datasets raises errors of many kinds, also in the middle of a stream
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+        raise TextError(
+            f"cannot read the dataset {dataset.name!r}, config {dataset.config!r}, split {split!r}: {reason}"
+        ) from error
