@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 _HOME = {
     "ActivationCache": "cache",
+    "ActivationStream": "cache",
     "Dictionary": "dictionary",
     "EvalReport": "evaluate",
     "FeatureStore": "features",
@@ -26,7 +27,6 @@ _HOME = {
     "Sparsity": "sparsity",
     "TextConfig": "config",
     "TrainConfig": "config",
-    "ActivationStream": "cache",
     "capture": "cache",
     "errors": "",
     "evaluate": "evaluate",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import App, CycloptsError, Parameter
 
 from saelens_lite.config import TextConfig, TrainConfig, read_toml, train_configs
-from saelens_lite.errors import SaelensLiteError, TextError
+from saelens_lite.errors import ConfigError, SaelensLiteError, Stopped, TextError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,6 +56,8 @@ def main() -> None:
         _fail(error, str(error), error.exit_code, wants_traceback)
     except CycloptsError as error:
         _fail(error, str(error), 2, wants_traceback)
+    except Stopped as error:
+        _fail(error, str(error), error.exit_code, wants_traceback)
     except KeyboardInterrupt as error:
         _fail(error, "interrupted", 130, wants_traceback)
     except BrokenPipeError:
@@ -161,17 +163,24 @@ def capture(
 
 @app.command
 def train(
-    cache: Path,
+    cache: Path | None = None,
     settings: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig(),  # noqa: B008 (frozen)
     *,
     config: Path | None = None,
     out: Path = Path("runs/dictionary"),
+    resume: Path | None = None,
+    text: str | None = None,
+    model: str = "tiny",
+    text_config: Annotated[TextConfig, Parameter(name="*")] = TextConfig(),  # noqa: B008 (frozen)
+    buffer_tokens: int = 65_536,
     data_seed: int = 0,
+    validation_tokens: int = 0,
+    checkpoint_seconds: float = 600.0,
     device: str = "cpu",
     loggers: str = "jsonl",
     exists: Exists = "error",
 ) -> None:
-    """Train one or several dictionaries on a cache.
+    """Train one or several dictionaries on a cache, or on a text without one; go on with a run that was interrupted.
 
     Parameters
     ----------
@@ -181,8 +190,20 @@ def train(
         TOML file with the same settings, and a [[dictionary]] table for each of several; flags win over it.
     out
         Folder for the run.
+    resume
+        Folder of an interrupted run: its settings hold, and its source, unless a cache or text is given.
+    text
+        Instead of a cache: text as for `capture`, from which activations are computed while training goes on.
+    model
+        With --text: "tiny", a Hugging Face Hub id, or a folder.
+    buffer_tokens
+        With --text: activations of each hook that are mixed in memory.
     data_seed
         Seed of the order of the data.
+    validation_tokens
+        Activations never trained on; val_fvu and val_l0 in the log are of them.
+    checkpoint_seconds
+        Seconds between two checkpoints.
     device
         Where to train, e.g. cuda.
     loggers
@@ -192,18 +213,54 @@ def train(
     """
     import saelens_lite as sl
     from saelens_lite.config import parse_options
+    from saelens_lite.train.checkpoint import configs_of
 
+    names = [name.strip() for name in loggers.split(",") if name.strip()]
+    common = {"device": device, "loggers": names, "checkpoint_seconds": checkpoint_seconds}
     flags = {name: getattr(settings, name) for name in settings.model_fields_set}
     if "options" in flags:
         flags["options"] = parse_options(flags["options"])
-    configs = train_configs(read_toml(config) if config else {}, flags)
-    names = [name.strip() for name in loggers.split(",") if name.strip()]
-    source = sl.ActivationCache.open(cache)
-    for run in sl.train(source, configs, out, data_seed=data_seed, device=device, loggers=names, exists=exists):
+    if resume and (flags or config):
+        given = ", ".join(["--config"] * bool(config) + list(flags))
+        raise ConfigError(f"--resume keeps the settings of {resume}; leave out {given}")
+    configs = configs_of(resume) if resume else train_configs(read_toml(config) if config else {}, flags)
+    source = _source(cache, text, model, text_config, [c.hook for c in configs], buffer_tokens, device)
+    if resume:
+        runs = sl.resume(resume, source, **common)
+    elif source is None:
+        raise ConfigError("nothing to train on: give the folder of a cache, or --text with --hook")
+    else:
+        more = {"data_seed": data_seed, "validation_tokens": validation_tokens, "exists": exists}
+        runs = sl.train(source, configs, out, **common, **more)
+    for run in runs:
         last = run.history[-1]
         _console().print(
             f"{run.folder}/dictionary: {run.config.sparsity}, l0 {last['l0']:.1f}, fvu {last['fvu']:.4f}", markup=False
         )
+
+
+def _source(
+    cache: Path | None,
+    text: str | None,
+    model: str,
+    text_config: TextConfig,
+    hooks: list[str | None],
+    buffer_tokens: int,
+    device: str,
+) -> Any:
+    """The activations to train on: a cache, a stream, or None where neither was given."""
+    import saelens_lite as sl
+
+    if cache and text:
+        raise ConfigError(f"both a cache ({cache}) and --text ({text}) were given; training reads one of them")
+    if cache:
+        return sl.ActivationCache.open(cache)
+    if not text:
+        return None
+    if None in hooks:
+        raise ConfigError("with --text, say which hook to train on: --hook, or hook = in each [[dictionary]]")
+    lm = sl.load_model(model, device=device)
+    return sl.ActivationStream(lm, _text(text), hooks, text_config=text_config, buffer_tokens=buffer_tokens, text_name=text)
 
 
 @app.command(name="eval")

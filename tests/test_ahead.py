@@ -5,8 +5,8 @@ import threading
 
 import pytest
 
-from saelens_lite.errors import TextError
 from saelens_lite.ahead import ahead
+from saelens_lite.errors import TextError
 
 
 @pytest.fixture(autouse=True)

@@ -33,6 +33,7 @@ ORDER = [
     "testing",
 ]
 LEAVES = {
+    "ahead",
     "errors",
     "config",
     "files",
@@ -162,9 +163,8 @@ def test_the_names_and_training_load_no_heavy_library():
 def test_the_package_offers_these_names():
     assert sl.__all__ == sorted([
         "ActivationCache", "ActivationStream", "Dictionary", "EvalReport", "FeatureStore", "LanguageModel", "Logger", "Origin",
-        "PublishedForm", "RuleConfig", "SaelensLiteError", "SparseCodes", "Sparsity", "TextConfig", "TrainConfig", "__version__",
-        "capture", "errors",
-        "evaluate", "fit", "load_model", "python_docs", "register", "resume", "train",
+        "PublishedForm", "RuleConfig", "SaelensLiteError", "SparseCodes", "Sparsity", "TextConfig", "TrainConfig",
+        "__version__", "capture", "errors", "evaluate", "fit", "load_model", "python_docs", "register", "resume", "train",
     ])  # fmt: skip
     assert dir(sl) == sl.__all__
 

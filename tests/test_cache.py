@@ -13,6 +13,7 @@ from scipy.optimize import linear_sum_assignment
 
 import saelens_lite as sl
 from saelens_lite.cache import TensorSource
+from saelens_lite.cache.shards import CHUNK
 from saelens_lite.errors import ConfigError, HookError, NonFiniteError, ShapeError
 from saelens_lite.tokens import token_rows
 
@@ -86,7 +87,7 @@ def test_token_rows_and_text_give_the_same_cache(lm, documents, tmp_path):
 
 def test_statistics_are_those_of_all_activations(cache):
     for name, x in whole(cache).items():
-        if name != "tokens":
+        if name in HOOKS:
             x64 = x.numpy().astype(np.float64)
             found = cache.statistics(name)
             np.testing.assert_allclose(found.mean.numpy(), x64.mean(0), rtol=1e-5, atol=1e-6)
@@ -104,13 +105,14 @@ def test_statistics_of_a_tensor():
 def test_the_manifest_says_what_is_there(cache, lm, documents):
     manifest = json.loads((cache.path / "manifest.json").read_text())
     rows = token_rows(lm, documents, n_ctx=32)
-    assert manifest["format"] == 1
+    assert manifest["format"] == 2
     assert manifest["dtype"] == "float32"
     assert manifest["n_rows"] == len(rows.tokens)
     assert manifest["origin"] == {
         "model": "tiny",
         "revision": None,
         "model_class": "GPT2LMHeadModel",
+        "processing": [],
         "n_ctx": 32,
         "prepend_bos": True,
         "text": "some docs",
@@ -149,7 +151,7 @@ def row_keys(x: torch.Tensor) -> list[bytes]:
 @pytest.mark.parametrize("batch_size", [1, 17, 100, 333])
 @pytest.mark.parametrize("mixed", [1, 2, 8])
 def test_every_activation_once_an_epoch(cache, monkeypatch, batch_size, mixed):
-    monkeypatch.setattr(sl.ActivationCache, "SHARDS_MIXED", mixed)
+    monkeypatch.setattr(sl.ActivationCache, "POOL_TOKENS", mixed * CHUNK)
     stored = whole(cache)
     n = cache.n_tokens
     pairs = Counter(zip(*(row_keys(stored[name]) for name in HOOKS), strict=True))

@@ -227,8 +227,8 @@ def _check_space(folder: Path, piece: dict[str, Tensor], n_expected: int | None,
     log.info("the cache will take %.2f GB; %.2f GB are free", need / 1e9, free / 1e9)
     if need > free:
         raise DiskFullError(
-            f"{n_expected:,} tokens take {need / 1e9:.2f} GB more, {folder.parent} has {free / 1e9:.2f} GB free; ask for fewer tokens "
-            "or hooks, or another place"
+            f"{n_expected:,} tokens take {need / 1e9:.2f} GB more, {folder.parent} has {free / 1e9:.2f} GB free; ask for fewer "
+            "tokens or hooks, or another place"
         )
 
 

@@ -53,7 +53,7 @@ class ActivationStream:
         for hook in self.hooks:
             lm.hook_point(hook)
         if isinstance(text, Iterator):
-            raise ConfigError("a stream reads its text more than once: give a string, a list, a file or a dataset, not an iterator")
+            raise ConfigError("a stream reads its text more than once: give a string, list, file or dataset, not an iterator")
         self.block, self.batch_tokens = buffer_tokens // 2, batch_tokens
         self.n_tokens: int | None = None
         self._n_held_out = 0

@@ -141,7 +141,9 @@ class ActivationCache:
         from_end = torch.tensor([self._length(chunk) for chunk in reversed(self._chunks)]).cumsum(0)
         n_chunks = int((from_end < n_tokens).sum()) + 1
         if n_tokens < 1 or n_chunks >= len(self._chunks):
-            raise ConfigError(f"{n_tokens:,} activations to validate on; {self.path} has {self.n_tokens:,}, and some must be left")
+            raise ConfigError(
+                f"{n_tokens:,} activations to validate on; {self.path} has {self.n_tokens:,}, and some must be left"
+            )
         held = self._read(self._chunks[-n_chunks:], self.hooks)
         rest = type(self)(self.path, self.manifest, n_chunks)
         return TensorSource({hook: x.float() for hook, x in held.items()}, origin=Origin(**self.manifest["origin"])), rest
@@ -153,4 +155,3 @@ class ActivationCache:
     def __repr__(self) -> str:
         hooks = ", ".join(f"{hook} [{self.d_in(hook)}]" for hook in self.hooks)
         return f"ActivationCache({str(self.path)!r}, {self.n_tokens:,} tokens, {hooks}, {self.manifest['dtype']})"
-

@@ -1,13 +1,12 @@
 """From text to token rows: what the model reads, and which positions count.
 
 sources.py reads documents piece by piece, encoding.py makes token ids of them, rows.py cuts or packs these into rows,
-balance.py thins out what is too frequent, blocks.py strings all of it together, and ahead.py lets it run in advance.
+balance.py thins out what is too frequent, and blocks.py strings all of it together.
 """
 
 from typing import TYPE_CHECKING
 
 from saelens_lite.config import TextConfig
-from saelens_lite.ahead import ahead
 from saelens_lite.tokens.blocks import RowBlocks
 from saelens_lite.tokens.python_docs import Document, is_held_out, python_docs
 from saelens_lite.tokens.rows import TokenRows, joined, text_hash
@@ -21,7 +20,6 @@ __all__ = [
     "RowBlocks",
     "Text",
     "TokenRows",
-    "ahead",
     "hub_name",
     "is_held_out",
     "python_docs",

@@ -138,10 +138,9 @@ def resume(
     load_loggers(chosen)
     folders = run_folders(run, configs)
     log.info("going on with %s behind batch %d", run, n_batches)
-    return _run(
-        _Job(trainers, folders, run, request["data_seed"], validation, chosen, checkpoint_seconds, request, histories, n_batches),
-        source,
-    )
+    seed = request["data_seed"]
+    job = _Job(trainers, folders, run, seed, validation, chosen, checkpoint_seconds, request, histories, n_batches)
+    return _run(job, source)
 
 
 @dataclass
@@ -232,7 +231,10 @@ def _loop(source: Source, job: _Job, logs: list[RunLog]) -> None:
     due = [(trainer.n_seen // trainer.config.log_every + 1) * trainer.config.log_every for trainer in trainers]
     batches = source.batches(hooks, trainers[0].config.batch_size, job.data_seed, job.n_batches)
     saved = time.monotonic()
-    with Stopping() if job.out else ExitStack() as stopping, progress_bar("train", max(t.config.n_tokens for t in trainers)) as bar:
+    with (
+        Stopping() if job.out else ExitStack() as stopping,
+        progress_bar("train", max(t.config.n_tokens for t in trainers)) as bar,
+    ):
         bar(job.n_seen, "")
         while not all(trainer.done for trainer in trainers):
             try:
@@ -254,7 +256,9 @@ def _loop(source: Source, job: _Job, logs: list[RunLog]) -> None:
                 job.save()
                 saved = time.monotonic()
                 if stopping.signal:
-                    raise stopping.error(f"stopped after {job.n_seen:,} tokens; go on with: saelens-lite train --resume {job.out}")
+                    raise stopping.error(
+                        f"stopped after {job.n_seen:,} tokens; go on with: saelens-lite train --resume {job.out}"
+                    )
 
 
 def run_folders(out: Path, configs: Sequence[TrainConfig]) -> list[Path]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from saelens_lite.config import TrainConfig
 from saelens_lite.errors import ConfigError, CorruptFileError
 from saelens_lite.files import new_folder, read_json, read_tensors, write_json
 
@@ -18,7 +19,10 @@ KEPT = 2
 STATE = "state.json"
 
 
-def save_checkpoint(run: Path, n_tokens: int, states: list[tuple[dict[str, Tensor], dict[str, Any]]], loop: dict[str, Any]) -> None:
+State = tuple[dict[str, Tensor], dict[str, Any]]  # of one dictionary: tensors and plain data
+
+
+def save_checkpoint(run: Path, n_tokens: int, states: list[State], loop: dict[str, Any]) -> None:
     """Write a checkpoint and drop all but the last KEPT."""
     from safetensors.torch import save_file
 
@@ -35,8 +39,8 @@ def _checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in (run / "checkpoints").glob("[0-9]*") if (path / STATE).is_file())
 
 
-def load_checkpoint(run: Path) -> tuple[list[tuple[dict[str, Tensor], dict[str, Any]]], dict[str, Any]]:
-    """The newest checkpoint of a run: the dictionaries' states, and the loop's.
+def read_loop(run: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder of a run's newest checkpoint, and the loop's state in it.
 
     Raises:
         ConfigError: the run has none: it never began, or it is finished.
@@ -48,11 +52,21 @@ def load_checkpoint(run: Path) -> tuple[list[tuple[dict[str, Tensor], dict[str, 
     loop = read_json(found[-1] / STATE)
     if loop.get("format") != FORMAT:
         raise CorruptFileError(f"{found[-1] / STATE}: format {loop.get('format')!r}, this version reads {FORMAT}")
-    try:
-        numbers = loop["dictionaries"]
-        return [(read_tensors(found[-1] / f"{i}.safetensors"), n) for i, n in enumerate(numbers)], loop
-    except (KeyError, TypeError) as error:
-        raise CorruptFileError(f"{found[-1] / STATE} is damaged: {error!r}") from None
+    missing = {"configs", "request", "loggers", "histories", "n_batches", "dictionaries"} - loop.keys()
+    if missing:
+        raise CorruptFileError(f"{found[-1] / STATE} is damaged: {', '.join(sorted(missing))} missing")
+    return found[-1], loop
+
+
+def load_checkpoint(run: Path) -> tuple[list[State], dict[str, Any]]:
+    """The newest checkpoint of a run: the dictionaries' states, and the loop's. Raises what `read_loop` does."""
+    folder, loop = read_loop(run)
+    return [(read_tensors(folder / f"{i}.safetensors"), numbers) for i, numbers in enumerate(loop["dictionaries"])], loop
+
+
+def configs_of(run: Path) -> list[TrainConfig]:
+    """The settings of the dictionaries of an interrupted run. Raises what `read_loop` does."""
+    return [TrainConfig(**config) for config in read_loop(run)[1]["configs"]]
 
 
 def remove_checkpoints(run: Path) -> None:

@@ -15,7 +15,6 @@ from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, NonFiniteError
 from saelens_lite.train.step import DenseStep, SparseStep
 
-
 _NUMBERS = ("scale", "variance", "n_seen", "n_steps", "fire_tokens")
 
 
