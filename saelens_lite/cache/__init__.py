@@ -278,6 +278,7 @@ def capture(
         model=lm.name,
         revision=lm.revision,
         model_class=type(lm.module).__name__,
+        processing=lm.processing,
         n_ctx=rows.tokens.shape[1],
         prepend_bos=lm.bos_id is not None and bool((rows.tokens[:, 0] == lm.bos_id).all()),
         text=text_name or (text.name if isinstance(text, Path) else None),

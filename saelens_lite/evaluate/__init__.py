@@ -104,12 +104,14 @@ def evaluate(
     positions that count. BOS, padding and position 0 do not count and keep their activation.
 
     Raises:
-        ConfigError: dictionaries of different hooks, or none that names its hook.
+        ConfigError: dictionaries of different hooks, none that names its hook, or of a model with other processing.
         HookError, ShapeError, TextError: a hook the model lacks, a width that does not fit, no text.
     """
     several = not isinstance(dictionary, Dictionary)
     dictionaries = list(dictionary) if several else [dictionary]
     hook = _common_hook(dictionaries, hook)
+    for one in dictionaries:
+        lm.check_origin(one.origin)
     prepend_bos = dictionaries[0].origin.prepend_bos is not False
     n_ctx = min(dictionaries[0].origin.n_ctx or lm.n_ctx, lm.n_ctx)
     rows = (
