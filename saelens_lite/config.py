@@ -121,6 +121,7 @@ class Origin(FrozenConfig):
     model: str | None = Field(None, description="Model name, Hub id or folder.")
     revision: str | None = Field(None, description="Commit of the model.")
     model_class: str | None = Field(None, description="transformers class of the model.")
+    processing: tuple[str, ...] = Field((), description="What was done to the weights when the model was loaded.")
     hook: str | None = Field(None, description="transformer-lens hook name.")
     n_ctx: int | None = Field(None, description="Tokens in a row.")
     prepend_bos: bool | None = Field(None, description="Whether each row begins with the BOS token.")

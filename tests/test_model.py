@@ -1,6 +1,6 @@
 """Hooks, splices and generation against transformer-lens, plain PyTorch hooks and recomputation."""
 
-from types import SimpleNamespace
+import copy
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ class Stub:
 
     def __init__(self, reconstruct, hook: str = "blocks.1.hook_resid_pre", excluded: tuple[int, ...] = (0,)):
         self.reconstruct = reconstruct
-        self.origin = SimpleNamespace(hook=hook, excluded_positions=excluded)
+        self.origin = sl.Origin(hook=hook, excluded_positions=excluded)
         self.seen: list[tuple[int, ...]] = []
 
     def check_input(self, x):
@@ -217,7 +217,7 @@ def test_hook_argument_of_a_splice(random_lm):
         acts = random_lm.run(TEXTS, ["blocks.1.hook_resid_post", "blocks.2.ln1.hook_in"])
     assert acts["blocks.1.hook_resid_post"].abs().max() > 0
     assert not acts["blocks.2.ln1.hook_in"][:, 1:].any()
-    stub.origin.hook = None
+    stub.origin = sl.Origin()
     with pytest.raises(ConfigError, match="does not say which hook it belongs to; give hook="), random_lm.splice(stub):
         pass
 
@@ -302,6 +302,28 @@ def test_token_strings_are_what_the_tokenizer_decodes(lm):
     ids = lm.to_tokens("The old man").tokens[0, 1:].tolist()
     assert "".join(strings[i] for i in ids) == "The old man"
     assert strings[lm.bos_id] == "<|endoftext|>"
+
+
+def test_tokenizer_hash_is_that_of_the_rules_not_of_the_last_call(lm, tmp_path):
+    wanted = lm.tokenizer_hash
+    assert len(wanted) == 64
+    tokenizer = copy.deepcopy(lm.tokenizer)
+    same = sl.LanguageModel(lm.module, tokenizer, name="same")
+    tokenizer("a longer text", max_length=2, truncation=True)
+    assert tokenizer.backend_tokenizer.to_str() != lm.tokenizer.backend_tokenizer.to_str()
+    assert same.tokenizer_hash == wanted
+    tokenizer.save_pretrained(tmp_path)
+    assert sl.LanguageModel(lm.module, type(tokenizer).from_pretrained(tmp_path), name="read").tokenizer_hash == wanted
+    tokenizer.add_tokens(["unheard-of"])
+    assert same.tokenizer_hash != wanted
+
+
+def test_a_tokenizer_written_in_python_has_a_hash_too(lm):
+    from transformers import ByT5Tokenizer
+
+    one, other = (sl.LanguageModel(lm.module, ByT5Tokenizer(extra_ids=n), name="bytes").tokenizer_hash for n in (125, 100))
+    assert one != other
+    assert one == sl.LanguageModel(lm.module, ByT5Tokenizer(), name="bytes").tokenizer_hash
 
 
 def test_repr_says_what_it_is(random_lm):

@@ -116,12 +116,14 @@ def evaluate(
     and frequent tokens.
 
     Raises:
-        ConfigError: dictionaries of different hooks, or none that names its hook.
+        ConfigError: dictionaries of different hooks, none that names its hook, or of a model with other processing.
         HookError, ShapeError, TextError: a hook the model lacks, a width that does not fit, no text.
     """
     several = not isinstance(dictionary, Dictionary)
     dictionaries = list(dictionary) if several else [dictionary]
     hook = _common_hook(dictionaries, hook)
+    for one in dictionaries:
+        lm.check_origin(one.origin)
     rows = _rows(dictionaries[0], lm, text, n_tokens, text_config)
     bands = frequency_bands(rows) if by_frequency else None
     sums = metrics.PooledSums(n_bootstrap, seed)

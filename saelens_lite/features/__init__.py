@@ -76,7 +76,7 @@ class FeatureStore:
         another row; of equal activations the earlier is taken. `window` counts the tokens shown before and after.
 
         Raises:
-            ConfigError: no hook is named; a bad `top_n` or `window`; `n_tokens` with token rows.
+            ConfigError: no hook is named; another processing of the model; a bad `top_n` or `window`; `n_tokens` with rows.
             HookError, ShapeError, TextError: a hook the model lacks, a width that does not fit, no text.
             OutputExistsError: `out` holds something and `exists` is "error".
             NonFiniteError: activations or codes are NaN or infinite.
@@ -87,6 +87,7 @@ class FeatureStore:
         if hook is None:
             raise ConfigError("the dictionary does not say which hook it belongs to; give hook=")
         lm.hook_point(hook)
+        lm.check_origin(dictionary.origin)
         rows = _rows(dictionary, lm, text, n_tokens)
         info = StoreInfo(
             model=lm.name,

@@ -1,5 +1,7 @@
 """A frozen language model whose residual stream can be read and written by transformer-lens hook names."""
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from saelens_lite.config import TextConfig
-from saelens_lite.errors import ConfigError, ModelNotFoundError, ShapeError, TextError
+from saelens_lite.config import Origin, TextConfig
+from saelens_lite.errors import ConfigError, HookError, ModelNotFoundError, ShapeError, TextError
 from saelens_lite.model import hooks as _hooks
+from saelens_lite.model import processing as _processing
 from saelens_lite.tokens import TokenRows, token_rows
 
 if TYPE_CHECKING:
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["EMBEDDED", "LanguageModel", "load_model"]
 
 EMBEDDED = {"tiny": files("saelens_lite") / "data" / "tiny"}
+UNLIMITED_N_CTX = 2048  # for models without position embeddings (ALiBi, recurrent), which name no longest row
 log = logging.getLogger(__name__)
 
 
@@ -30,7 +35,7 @@ log = logging.getLogger(__name__)
 class Reconstructor(Protocol):
     """What `LanguageModel.splice` needs of a dictionary."""
 
-    origin: Any
+    origin: Origin
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
@@ -47,14 +52,16 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
+    center_writing_weights: bool = False,
 ) -> "LanguageModel":
     """A causal language model, frozen, in evaluation mode.
 
     `name` is "tiny" (embedded, no network), a local folder, or a Hugging Face Hub id such as "gpt2". `device` defaults to
-    CUDA where there is one.
+    CUDA where there is one. `center_writing_weights`: see `LanguageModel.center_writing_weights_`.
 
     Raises:
         ModelNotFoundError: no such model, no network, or an architecture transformers does not know.
+        ConfigError: the writing weights of this model cannot be centred.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as hf_logging
@@ -77,22 +84,26 @@ def load_model(
         if bars:
             hf_logging.enable_progress_bar()
     commit = getattr(module.config, "_commit_hash", None) or revision
-    return LanguageModel(module.to(device), tokenizer, name=str(name), revision=commit)
+    lm = LanguageModel(module.to(device), tokenizer, name=str(name), revision=commit)
+    return lm.center_writing_weights_() if center_writing_weights else lm
 
 
 class LanguageModel:
-    """A transformers model and its tokenizer; make one with `load_model`, or wrap a module of your own."""
+    """A transformers model and its tokenizer; make one with `load_model`, or wrap a module of your own, which is frozen by it
+    and gets torch's fused GELU."""
 
     def __init__(
         self, module: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", *, name: str, revision: str | None = None
     ):
         self.module = module.eval().requires_grad_(False)
+        _processing.use_fused_gelu_(self.module)
         self.tokenizer = tokenizer
         self.name, self.revision = name, revision
+        self.processing: tuple[str, ...] = ()  # what was done to the weights, which the activations therefore depend on
         config = module.config.get_text_config()
         self.d_model: int = config.hidden_size
         self.n_layers: int = config.num_hidden_layers
-        self.n_ctx: int = config.max_position_embeddings
+        self.n_ctx: int = getattr(config, "max_position_embeddings", None) or UNLIMITED_N_CTX
         self.d_vocab: int = config.vocab_size
         self.bos_id: int | None = next(
             (i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None
@@ -109,18 +120,53 @@ class LanguageModel:
         """What the weights are stored in."""
         return self.module.dtype
 
+    @property
+    def tokenizer_hash(self) -> str:
+        """sha256 of the tokenizer: vocabulary, merges and rules; the same text gives the same ids where it is the same."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:  # written in Python: its vocabulary has to do
+            content = {"class": type(self.tokenizer).__name__, "vocabulary": self.tokenizer.get_vocab()}
+        else:
+            content = json.loads(backend.to_str()) | {"padding": None, "truncation": None}  # those change from call to call
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
     @cached_property
-    def _mapping(self) -> dict[str, Any]:
-        return _hooks.component_mapping(self.module, self.name)
+    def _architecture(self) -> _hooks.Architecture:
+        return _hooks.architecture(self.module, self.name)
 
     @property
     def hook_names(self) -> list[str]:
         """The residual-stream and sublayer hooks, in the order of the forward pass."""
-        return _hooks.all_names(self.module, self._mapping)
+        return _hooks.usual_names(self.module, self._architecture)
 
     def hook_point(self, name: str) -> _hooks.HookPoint:
         """The module and side a hook name stands for; HookError with near matches when there is none."""
-        return _hooks.resolve(name, self.module, self._mapping)
+        return _hooks.resolve(name, self.module, self._architecture)
+
+    def center_writing_weights_(self) -> "LanguageModel":
+        """This model, with the mean over d_model taken out of everything that is added to the residual stream: the
+        embeddings, and the output weights and biases of attention and MLP. Its logits stay the same, because each LayerNorm
+        takes the mean out anyway; its stream has mean zero. `processing` tells, and is kept with caches and dictionaries.
+
+        Raises:
+            ConfigError: a norm of the model is no LayerNorm, or transformer-lens does not say what writes to the stream.
+        """
+        _processing.center_writing_weights_(self.module, self._architecture)
+        self.processing = (_processing.CENTER_WRITING_WEIGHTS,)
+        return self
+
+    def check_origin(self, origin: Origin) -> None:
+        """Raise ConfigError when activations of this origin come from a model whose weights were processed otherwise.
+
+        An origin that names no model says nothing about its processing.
+        """
+        if origin.processing == self.processing or (origin.model is None and not origin.processing):
+            return
+        wanted = _processing.CENTER_WRITING_WEIGHTS in origin.processing
+        raise ConfigError(
+            f"the dictionary belongs to {origin.model or 'a model'} with processing {list(origin.processing)}; {self.name} was "
+            f"loaded with {list(self.processing)}: use load_model(..., center_writing_weights={wanted})"
+        )
 
     def to_tokens(self, texts: str | Sequence[str], *, prepend_bos: bool = True) -> TokenRows:
         """One row a text, right-padded, cut at n_ctx.
@@ -159,7 +205,7 @@ class LanguageModel:
         `to_tokens(texts).keep` tells which those are.
 
         Raises:
-            HookError: a hook the model does not have (near matches listed).
+            HookError: a hook the model does not have (near matches listed), or whose value is not [batch pos d].
             TextError, ShapeError: empty text; token ids or lengths the model cannot take.
         """
         names = [hooks] if isinstance(hooks, str) else list(dict.fromkeys(hooks))
@@ -169,24 +215,26 @@ class LanguageModel:
         tokens = self._as_tokens(texts)
         found: dict[str, Tensor] = {}
 
-        def keep(name: str) -> Callable[[Tensor], None]:
-            def visit(value: Tensor) -> None:
-                found[name] = value.detach()
-                if len(found) == len(points):
+        def keep(name: str) -> Callable[[Any], None]:
+            def visit(value: Any) -> None:
+                x = _activation(name, value, tokens)
+                if len(found.keys() | {name}) == len(points):
+                    found[name] = x
                     raise _Enough
+                found[name] = x.clone()  # some models go on to overwrite it: Falcon adds the attention's output to the MLP's
 
             return visit
 
         handles = [point.on_value(keep(point.name)) for point in points]
         try:
-            inner = set(self.module.base_model.modules())
-            stop_early = all(point.module in inner for point in points)  # the unembedding lies outside
-            (self.module.base_model if stop_early else self.module)(tokens, use_cache=False)
+            self.module(tokens, use_cache=False)
         except _Enough:
             pass
         finally:
             for handle in handles:
                 handle.remove()
+        if missing := names - found.keys():
+            raise HookError(f"the forward pass of {type(self.module).__name__} never came to {', '.join(sorted(missing))}")
         return {name: found[name] for name in names}
 
     @torch.no_grad()
@@ -196,8 +244,20 @@ class LanguageModel:
 
     @contextmanager
     def replace(self, hook: str, new: Callable[[Float[Tensor, "batch pos d"]], Float[Tensor, "batch pos d"]]) -> Iterator[None]:
-        """Within the block, the activation at `hook` is replaced by `new(activation)`."""
-        handle = self.hook_point(hook).on_value(new)
+        """Within the block, the activation at `hook` is replaced by `new(activation)`.
+
+        Raises:
+            HookError: no such hook, or its value is not [batch pos d].
+        """
+
+        def visit(value: Any) -> Tensor | None:
+            if not isinstance(value, Tensor) or value.ndim != 3:
+                raise HookError(
+                    f"{hook} of {type(self.module).__name__} is {_shape(value)}; only [batch pos d] can be replaced"
+                )
+            return new(value)
+
+        handle = self.hook_point(hook).on_value(visit)
         try:
             yield
         finally:
@@ -218,8 +278,10 @@ class LanguageModel:
 
         Raises:
             HookError: neither the dictionary nor `hook` names a hook of this model.
+            ConfigError: the dictionary belongs to a model whose weights were processed otherwise.
             ShapeError: the dictionary has another width than the hook.
         """
+        self.check_origin(dictionary.origin)
         name = hook or dictionary.origin.hook
         if name is None:
             raise ConfigError("the dictionary does not say which hook it belongs to; give hook=")
@@ -277,7 +339,7 @@ class LanguageModel:
         """W_U with the final norm's scale folded in, so that a direction's dot product with a row is its effect on that
         token's logit, up to the positive factor the norm divides by and a shift common to all tokens."""
         head = self.module.get_output_embeddings().weight.float()
-        final_norm = self._mapping.get("ln_final")
+        final_norm = self._architecture.components.get("ln_final")
         if final_norm is None:
             return head
         norm: nn.Module = self.module.get_submodule(final_norm.name)
@@ -297,14 +359,33 @@ class LanguageModel:
 
         from transformer_lens.model_bridge import TransformerBridge
 
+        module = copy.deepcopy(self.module)  # it is switched to eager attention and its blocks are wrapped
+        module.config.architectures = [type(module).__name__]
         where = str(EMBEDDED.get(self.name, self.name))
         return TransformerBridge.boot_transformers(
-            where, hf_model=copy.deepcopy(self.module), tokenizer=copy.deepcopy(self.tokenizer), device=str(self.device)
+            where, hf_model=module, tokenizer=copy.deepcopy(self.tokenizer), device=str(self.device)
         )
 
     def __repr__(self) -> str:
         n = sum(p.numel() for p in self.module.parameters())
         return (
             f"LanguageModel({self.name!r}, {type(self.module).__name__}, {n / 1e6:.1f} M parameters, {self.n_layers} layers, "
-            f"d_model {self.d_model}, n_ctx {self.n_ctx}, {self.d_vocab} tokens, {self.device}, {str(self.dtype)[6:]})"
+            f"d_model {self.d_model}, n_ctx {self.n_ctx}, {self.d_vocab} tokens, {self.device}, {str(self.dtype)[6:]}"
+            f"{''.join(f', {done}' for done in self.processing)})"
         )
+
+
+def _activation(name: str, value: Any, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d"]:
+    """The value at a hook as activations; HookError when it holds none."""
+    batch, pos = tokens.shape
+    if isinstance(value, Tensor) and value.is_floating_point():
+        if value.ndim == 3 and value.shape[:2] in ((batch, pos), (1, pos)):  # position embeddings lack the batch
+            return value.expand(batch, pos, -1)
+        if value.ndim == 2 and len(value) == batch * pos:  # OPT's MLP
+            return rearrange(value, "(batch pos) d -> batch pos d", batch=batch)
+    raise HookError(f"{name} is {_shape(value)} for tokens [{batch} {pos}]; only activations [batch pos d] are captured")
+
+
+def _shape(value: Any) -> str:
+    """What a hook saw, for an error message."""
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
