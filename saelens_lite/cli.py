@@ -368,7 +368,7 @@ def inspect(path: Path) -> None:
     path
         A folder written by `train` or `capture`.
     """
-    from saelens_lite.cache import MANIFEST, ActivationCache
+    from saelens_lite.cache.stored import MANIFEST, ActivationCache
     from saelens_lite.dictionary import CONFIG_FILE
     from saelens_lite.files import read_json
 
