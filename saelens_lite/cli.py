@@ -154,9 +154,10 @@ def capture(
     import saelens_lite as sl
 
     lm = sl.load_model(model, device=device)
-    name = text if isinstance(_text(text), str) else Path(text).name
+    documents = _text(text)
+    name = text if isinstance(documents, str) else Path(text).name
     cache = sl.capture(
-        lm, _text(text), hooks, out, n_tokens=n_tokens, text_config=text_config, dtype=dtype, exists=exists, text_name=name
+        lm, documents, hooks, out, n_tokens=n_tokens, text_config=text_config, dtype=dtype, exists=exists, text_name=name
     )
     _console().print(str(cache), markup=False)
 

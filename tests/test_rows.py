@@ -270,6 +270,7 @@ def test_a_tokenizer_without_bos(lm):
     bare.bos_id = None
     with pytest.raises(ConfigError, match="the tokenizer of tiny has no BOS token; say bos='none'"):
         token_rows(bare, TEXTS)
+    assert token_rows(bare, torch.tensor([[5, 6, 7]])).n_kept == 2  # rows as they stand need none
     with pytest.raises(ConfigError, match="has no BOS token to put between packed documents"):
         token_rows(bare, TEXTS, text_config=TextConfig(bos="none", pack=True, separator="bos"))
     rows = token_rows(bare, TEXTS, text_config=TextConfig(bos="none", exclude_positions=()))

@@ -156,7 +156,7 @@ def test_what_cannot_be_read(files, monkeypatch):
     for text in ("a string", ["a string"], Document("a", "b"), files / "a.txt"):
         with pytest.raises(ConfigError, match="token_column = 'ids' is for "):
             read(text, token_column="ids")
-    with pytest.raises(TextError, match="item 1 is a int; expected a string, a Document, a Path or a record"):
+    with pytest.raises(TextError, match="item 1: expected a string, a Document, a Path or a record; found int"):
         list(read_pieces(iter(["a", 1]), TextConfig()))
     for package, text in {"pyarrow": files / "a.parquet", "datasets": "hf:org/name"}.items():
         with monkeypatch.context() as patch:

@@ -112,8 +112,8 @@ def evaluate(
 
     The model runs over the text as it is, with zeros at the hook everywhere, and with each reconstruction at the
     positions that count. Special tokens, padding and position 0 do not count and keep their activation. Text is cut into
-    rows as the training text was, a document at a time; `text_config` says otherwise. `by_frequency` adds the fvu of rare
-    and frequent tokens.
+    rows as the training text was, a document at a time; `text_config` says otherwise. `by_frequency` adds the fvu of tokens
+    that occur 1 to 9, 10 to 99, … times among those that count.
 
     Raises:
         ConfigError: dictionaries of different hooks, none that names its hook, or of a model with other processing.

@@ -52,7 +52,7 @@ class RowBlocks:
         self.are_rows = isinstance(text, TokenRows | Tensor)
         self.n_ctx = _rows_n_ctx(lm, text, self.config) if self.are_rows else _text_n_ctx(lm, self.config)
         self.block_rows = max(1, block_tokens // self.n_ctx)
-        self.special = _special_tokens(lm, self.config)
+        self.special = SpecialTokens(None, None) if self.are_rows else _special_tokens(lm, self.config)
         self.special_ids = {*lm.tokenizer.all_special_ids, *(i for i in (lm.bos_id, *self.special) if i is not None)}
         self.pad = lm.bos_id if lm.bos_id is not None else 0
         self.balance = TokenBalance(self.config.max_token_share, lm.d_vocab) if self.config.max_token_share else None

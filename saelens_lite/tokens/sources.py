@@ -84,11 +84,11 @@ def _item(item: Any, place: str, config: TextConfig) -> Iterator[Piece]:
     elif isinstance(item, Mapping):
         yield Piece(_content(item, place, config), True)
     elif config.token_column is not None:
-        raise ConfigError(f"token_column = {config.token_column!r} is for records; {place} is a {type(item).__name__}")
+        raise ConfigError(f"token_column = {config.token_column!r} is for records; {place} is of type {type(item).__name__}")
     elif isinstance(item, str | Document):
         yield Piece(item if isinstance(item, str) else item.text, True)
     else:
-        raise TextError(f"{place} is a {type(item).__name__}; expected a string, a Document, a Path or a record")
+        raise TextError(f"{place}: expected a string, a Document, a Path or a record; found {type(item).__name__}")
 
 
 def _content(record: Any, place: str, config: TextConfig) -> str | list[int]:
