@@ -4,6 +4,7 @@ import functools
 import json
 import sys
 import threading
+from importlib import import_module
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ SETTINGS = {"n_ctx": 32, "pack": True, "min_context": 4, "exclude_positions": (0
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Captures whose text comes in blocks of 6 rows."""
-    monkeypatch.setattr("saelens_lite.cache.RowBlocks", functools.partial(RowBlocks, block_tokens=6 * 32))
+    module = import_module("saelens_lite.cache.capture")
+    monkeypatch.setattr(module, "RowBlocks", functools.partial(RowBlocks, block_tokens=6 * 32))
 
 
 def stored(cache, key):
