@@ -102,7 +102,9 @@ class Stop(Exception):
 def random_gpt2() -> "GPT2LMHeadModel":
     """transformers' model of GPT-2 small's shape with random weights, the same each time."""
     from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.manual_seed(0)
     return GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0)).eval()
 
