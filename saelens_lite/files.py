@@ -120,8 +120,8 @@ def refuse_existing(path: Path, exists: str, choices: tuple[str, ...] = ("error"
         raise OutputExistsError(f"{path} already exists and is not empty; choose another place or say {others}")
 
 
-def check_header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file whose size is what the header says.
+def check_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file whose size is what the header says, and where in the file the tensors begin.
 
     Raises:
         CorruptFileError: missing, truncated, or not safetensors.
@@ -143,7 +143,7 @@ def check_header(path: Path) -> dict[str, Any]:
         raise CorruptFileError(
             f"{path}: header announces {8 + header_size + end:,} bytes, the file has {size:,}; it is truncated or damaged"
         )
-    return header
+    return header, 8 + header_size
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

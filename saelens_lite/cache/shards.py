@@ -5,10 +5,13 @@ each CHUNK rows of each of the others, their names in order.
 """
 
 import hashlib
+import math
 import zlib
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +41,16 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I32": torch.int32, "I64": torch.int64}
+
+
+class _Stored(NamedTuple):
+    """Where the numbers of a tensor begin in a file, and what they are."""
+
+    first: int
+    dtype: torch.dtype
+
+
 class Shard:
     """A shard that is read chunk by chunk through a memory map.
 
@@ -58,18 +71,38 @@ class Shard:
             raise CorruptFileError(f"{self.path}: expected {self.n_bytes:,} bytes, found {size}; capture again")
 
     @cached_property
-    def _file(self):
-        from safetensors import safe_open
-
-        header = check_header(self.path)
+    def _stored(self) -> dict[str, _Stored]:
+        header, start = check_header(self.path)
         found = {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
         if found != self.shapes:
             raise CorruptFileError(f"{self.path} holds {found}; the manifest says {self.shapes}")
-        return safe_open(self.path, framework="pt")
+        try:
+            stored = {key: _Stored(start + header[key]["data_offsets"][0], _DTYPES[header[key]["dtype"]]) for key in found}
+        except KeyError as error:
+            raise CorruptFileError(f"{self.path}: numbers of kind {error}; expected one of {', '.join(_DTYPES)}") from None
+        n_bytes = sum(math.prod(shape) * stored[key].dtype.itemsize for key, shape in found.items())
+        if start + n_bytes != self.n_bytes:
+            raise CorruptFileError(
+                f"{self.path}: its tensors take {n_bytes:,} bytes, its header leaves {self.n_bytes - start:,}"
+            )
+        return stored
+
+    @cached_property
+    def _bytes(self) -> np.ndarray:
+        """The file, mapped into memory for reading only."""
+        return np.memmap(self.path, np.uint8, "r")
+
+    def _rows(self, key: str, start: int, stop: int) -> Tensor:
+        """A copy of some rows of a tensor."""
+        first, dtype = self._stored[key]
+        n, *width = self.shapes[key]
+        row = math.prod(width) * dtype.itemsize
+        content = bytearray(self._bytes[first + start * row : first + min(stop, n) * row])
+        return torch.frombuffer(content, dtype=dtype).reshape(-1, *width)
 
     @cached_property
     def _checksums(self) -> Tensor:
-        return self._file.get_tensor("checksums")
+        return self._rows("checksums", 0, len(self._keys))
 
     def chunk(self, key: str, number: int) -> Tensor:
         """The rows of one chunk, checked the first time.
@@ -77,7 +110,7 @@ class Shard:
         Raises:
             CorruptFileError: they are not what was written.
         """
-        rows = self._file.get_slice(key)[number * CHUNK : (number + 1) * CHUNK]
+        rows = self._rows(key, number * CHUNK, (number + 1) * CHUNK)
         if (key, number) not in self._seen:
             if _crc(rows) != int(self._checksums[self._keys.index(key), number]):
                 raise CorruptFileError(

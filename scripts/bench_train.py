@@ -1,0 +1,153 @@
+"""Text to dictionary, end to end: ours and (with --peer-python) SAELens, each in its own process, in turn.
+
+    python scripts/bench_train.py --peer-python /path/to/venv-with-sae-lens/bin/python
+
+A model of GPT-2 small's shape with random weights runs over random tokens; top-k dictionaries are trained on what enters
+block 8, straight from the model, through a buffer of the same size. Both tools also train four dictionaries of different k on
+one pass: ours by one `train`, SAELens by its MultiSAETrainingRunner. What counts is the time from the end of the second
+optimiser step to the end of the last: language model, buffer and dictionary, without start-up. Prints tokens a second and
+ratios of medians.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from bench_capture import HOOK, N_CTX, random_gpt2
+from safetensors.torch import save_file
+
+import saelens_lite as sl
+
+CLOCK = """
+import json, sys, time, torch
+a = json.loads(sys.argv[1])
+torch.set_num_threads(a["threads"])
+ends = []
+adam_step = torch.optim.Adam.step
+def timed_step(self, *args, **kwargs):
+    out = adam_step(self, *args, **kwargs)
+    ends.append(time.perf_counter())
+    return out
+torch.optim.Adam.step = timed_step
+from safetensors.torch import load_file
+tokens = load_file(a["folder"] + "/tokens.safetensors")["tokens"]
+"""
+
+OURS = """
+import saelens_lite as sl
+from saelens_lite.tokens import TokenRows
+lm = sl.load_model(a["folder"], device="cpu")
+stream = sl.ActivationStream(lm, TokenRows(tokens, torch.ones_like(tokens, dtype=torch.bool)), a["hook"],
+                             buffer_tokens=a["buffer"], batch_tokens=a["lm_batch"])
+configs = [sl.TrainConfig(d_sae=a["d_sae"], options={"k": k}, batch_size=a["batch"], n_tokens=a["steps"] * a["batch"])
+           for k in a["ks"]]
+sl.train(stream, configs)
+"""
+
+SAELENS = """
+import tempfile
+from datasets import Dataset
+from transformers import GPT2LMHeadModel
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
+from sae_lens import (LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig, MultiSAETrainingRunner,
+                      MultiSAETrainingRunnerConfig, TopKTrainingSAEConfig)
+theirs = GPT2LMHeadModel.from_pretrained(a["folder"])
+c = theirs.config
+cfg = HookedTransformerConfig(
+    n_layers=c.n_layer, d_model=c.n_embd, n_heads=c.n_head, d_head=c.n_embd // c.n_head, d_mlp=4 * c.n_embd, device="cpu",
+    n_ctx=c.n_positions, d_vocab=c.vocab_size, act_fn="gelu_new", normalization_type="LN", eps=c.layer_norm_epsilon)
+model = HookedTransformer(cfg)
+model.load_state_dict(convert_gpt2_weights(theirs, cfg), strict=False)
+data = Dataset.from_dict({"tokens": tokens.tolist()})
+n_ctx = tokens.shape[1]
+rows = a["lm_batch"] // n_ctx
+common = dict(
+    model_name="random", streaming=False, context_size=n_ctx, n_batches_in_buffer=a["buffer"] // n_ctx,
+    store_batch_size_prompts=rows, training_tokens=a["steps"] * a["batch"], train_batch_size_tokens=a["batch"],
+    prepend_bos=False, device="cpu", n_eval_batches=0, logger=LoggingConfig(log_to_wandb=False), output_path=None,
+    checkpoint_path=None)
+def sae(k):
+    return TopKTrainingSAEConfig(d_in=768, d_sae=a["d_sae"], k=k, device="cpu")
+if len(a["ks"]) == 1:
+    runner = LanguageModelSAETrainingRunner(
+        LanguageModelSAERunnerConfig(sae=sae(a["ks"][0]), hook_name=a["hook"], dataset_path="", **common), data, model)
+else:
+    runner = MultiSAETrainingRunner(
+        MultiSAETrainingRunnerConfig(saes={f"k{k}": sae(k) for k in a["ks"]}, hook_names=a["hook"], **common), data, model)
+runner.run()
+"""
+
+REPORT = """
+n = len(a["ks"])
+whole = ends[n - 1 :: n]
+print("RESULT", json.dumps({"seconds": whole[-1] - whole[1], "steps": len(whole) - 2}), flush=True)
+"""
+
+
+def tokens_per_second(python: str, code: str, settings: dict) -> float:
+    """Tokens a second of one contestant, run to its end in a process of its own."""
+    command = [python, "-c", CLOCK + code + REPORT, json.dumps(settings)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [line for line in process.stdout.splitlines() if line.startswith("RESULT ")]
+    if process.returncode or not lines:
+        raise SystemExit(f"{python} failed:\n{process.stderr[-4000:]}")
+    found = json.loads(lines[-1].removeprefix("RESULT "))
+    return found["steps"] * settings["batch"] / found["seconds"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--d-sae", type=int, default=24_576)
+    parser.add_argument("--batch", type=int, default=4096)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument(
+        "--ks", type=int, nargs="+", default=[16, 32, 64, 128], help="of each dictionary; the second alone, too"
+    )
+    parser.add_argument("--buffer", type=int, default=16_384)
+    parser.add_argument("--lm-batch", type=int, default=4096, help="tokens in a forward pass")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--peer-python", help="Python of an environment with sae-lens")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    speeds: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        random_gpt2().save_pretrained(folder)
+        sl.load_model("tiny").tokenizer.save_pretrained(folder)
+        n_rows = ((args.steps + 2) * args.batch + 4 * args.buffer) // N_CTX
+        tokens = torch.randint(50_257, (n_rows, N_CTX), generator=torch.Generator().manual_seed(0))
+        save_file({"tokens": tokens}, f"{folder}/tokens.safetensors")
+        settings = {
+            "folder": folder, "hook": HOOK, "d_sae": args.d_sae, "batch": args.batch, "steps": args.steps,
+            "buffer": args.buffer, "lm_batch": args.lm_batch, "threads": args.threads,
+        }  # fmt: skip
+        contestants = {"ours": (sys.executable, OURS)}
+        if args.peer_python:
+            contestants["SAELens"] = (args.peer_python, SAELENS)
+        for _ in range(args.rounds):
+            for name, (python, code) in contestants.items():
+                for ks in (args.ks[1:2], args.ks):
+                    label = name if len(ks) == 1 else f"{name}, {len(ks)} at once"
+                    speeds.setdefault(label, []).append(tokens_per_second(python, code, settings | {"ks": ks}))
+                    print(f"{label:24} {speeds[label][-1]:10,.0f} tokens/s", flush=True)
+    median = {name: statistics.median(values) for name, values in speeds.items()}
+    n = len(args.ks)
+    ratios = {f"one pass for {n} / {n} runs of ours": n * median[f"ours, {n} at once"] / median["ours"]}
+    if args.peer_python:
+        ratios["ours / SAELens"] = median["ours"] / median["SAELens"]
+        ratios[f"ours / SAELens, {n} at once"] = median[f"ours, {n} at once"] / median[f"SAELens, {n} at once"]
+    for name, value in ratios.items():
+        print(f"{name:42} {value:6.2f}")
+    if args.json:
+        report = {"settings": {k: str(v) for k, v in vars(args).items()}, "tokens per second": speeds, "ratios": ratios}
+        args.json.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
