@@ -13,11 +13,11 @@ class Jsonl(Logger):
 
     def start(self, folder: Path, config: TrainConfig, tokens: int = 0) -> None:
         self.path = folder / "log.jsonl"
-        self.path.touch()
-        os.truncate(self.path, _length_up_to(self.path, tokens))
+        if self.path.exists():
+            os.truncate(self.path, _length_up_to(self.path, tokens))
 
     def log(self, line: dict[str, Any]) -> None:
-        length = self.path.stat().st_size
+        length = self.path.stat().st_size if self.path.exists() else 0
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")

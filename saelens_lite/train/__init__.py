@@ -17,7 +17,7 @@ from torch import Tensor
 from saelens_lite.cache import Source, TensorSource, open_source
 from saelens_lite.config import TrainConfig
 from saelens_lite.dictionary import Dictionary
-from saelens_lite.errors import ConfigError, CorruptFileError, SaelensLiteError
+from saelens_lite.errors import ConfigError, CorruptFileError, PluginError, SaelensLiteError
 from saelens_lite.files import refuse_existing, write_text
 from saelens_lite.loggers import DEFAULT_LOGGERS, RunLog, load_loggers, open_log
 from saelens_lite.progress import progress_bar
@@ -199,8 +199,8 @@ def _run(job: _Job, source: Source) -> list[Run]:
                 for trainer, folder in zip(job.trainers, job.folders, strict=True)
             ]
             _loop(source, job, logs)
-    except SaelensLiteError:
-        _keep_what_is_good(job)
+    except SaelensLiteError as error:
+        _keep_what_is_good(job, error)
         raise
     runs = [
         Run(trainer.config, trainer.result(), history, folder)
@@ -214,14 +214,14 @@ def _run(job: _Job, source: Source) -> list[Run]:
     return runs
 
 
-def _keep_what_is_good(job: _Job) -> None:
-    """After an error: the dictionaries as they were before it; folders without one step go."""
+def _keep_what_is_good(job: _Job, error: SaelensLiteError) -> None:
+    """After an error: the dictionaries as they were before it."""
     for trainer, folder in zip(job.trainers, job.folders, strict=True):
         if folder and trainer.n_steps:
             log.warning("stopped; the dictionary after step %d is in %s", trainer.n_steps, folder / "last_good")
             trainer.result().save(folder / "last_good", exists="overwrite")
-        elif folder:
-            shutil.rmtree(folder)  # nothing worth keeping, and nothing in the way of another try
+        elif folder and isinstance(error, PluginError):
+            shutil.rmtree(folder)  # a logger could not start: leave nothing in the way of another try
 
 
 def _loop(source: Source, job: _Job, logs: list[RunLog]) -> None:
