@@ -92,29 +92,38 @@ class Shard:
         """The file, mapped into memory for reading only."""
         return np.memmap(self.path, np.uint8, "r")
 
-    def _rows(self, key: str, start: int, stop: int) -> Tensor:
-        """A copy of some rows of a tensor."""
-        first, dtype = self._stored[key]
+    def _place(self, key: str, number: int) -> slice:
+        """Where in the file the rows of a chunk are."""
         n, *width = self.shapes[key]
+        first, dtype = self._stored[key]
         row = math.prod(width) * dtype.itemsize
-        content = bytearray(self._bytes[first + start * row : first + min(stop, n) * row])
-        return torch.frombuffer(content, dtype=dtype).reshape(-1, *width)
+        return slice(first + number * CHUNK * row, first + min((number + 1) * CHUNK, n) * row)
 
     @cached_property
-    def _checksums(self) -> Tensor:
-        return self._rows("checksums", 0, len(self._keys))
+    def _checksums(self) -> np.ndarray:
+        first = self._stored["checksums"].first
+        size = 8 * len(self._keys) * self.n_chunks
+        return self._bytes[first : first + size].view(np.int64).reshape(len(self._keys), self.n_chunks)
 
-    def chunk(self, key: str, number: int) -> Tensor:
-        """The rows of one chunk, checked the first time.
+    def dtype(self, key: str) -> torch.dtype:
+        """What the numbers of a tensor are."""
+        return self._stored[key].dtype
+
+    def n_bytes_of(self, key: str, number: int) -> int:
+        """How long a chunk is."""
+        place = self._place(key, number)
+        return place.stop - place.start
+
+    def read(self, key: str, number: int, out: np.ndarray) -> None:
+        """Copy the bytes of one chunk, which are checked the first time.
 
         Raises:
             CorruptFileError: they are not what was written.
         """
-        rows = self._rows(key, number * CHUNK, (number + 1) * CHUNK)
+        out[:] = self._bytes[self._place(key, number)]
         if (key, number) not in self._seen:
-            if _crc(rows) != int(self._checksums[self._keys.index(key), number]):
+            if zlib.crc32(out) != self._checksums[self._keys.index(key), number]:
                 raise CorruptFileError(
                     f"{self.path} is damaged: rows {number * CHUNK} … of {key!r} do not match their checksum; capture again"
                 )
             self._seen.add((key, number))
-        return rows

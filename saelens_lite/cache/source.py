@@ -62,10 +62,9 @@ class Moments:
     def add(self, x: Float[Tensor, "n d_in"]) -> None:
         """Take in more activations."""
         for piece in x.split(8192):
-            wide = piece.double()
-            self.n += len(wide)
-            self.total += wide.sum(0).cpu()
-            self.square += float(wide.square().sum())
+            self.n += len(piece)
+            self.total += piece.sum(0, dtype=torch.float64).cpu()
+            self.square += float(torch.linalg.vector_norm(piece, dtype=torch.float64).square())
 
     def statistics(self) -> Statistics:
         """Mean and root mean square norm of what was added."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -101,7 +102,17 @@ class ActivationCache:
 
     def _read(self, chunks: Sequence[tuple[int, int]], keys: Sequence[str]) -> dict[str, Tensor]:
         """The rows of some chunks, one after the other."""
-        return {key: torch.cat([self._shards[shard].chunk(key, number) for shard, number in chunks]) for key in keys}
+        return {key: self._read_one(chunks, key) for key in keys}
+
+    def _read_one(self, chunks: Sequence[tuple[int, int]], key: str) -> Tensor:
+        sizes = [self._shards[shard].n_bytes_of(key, number) for shard, number in chunks]
+        content = np.empty(sum(sizes), np.uint8)
+        stop = 0
+        for (shard, number), size in zip(chunks, sizes, strict=True):
+            start, stop = stop, stop + size
+            self._shards[shard].read(key, number, content[start:stop])
+        shard = self._shards[chunks[0][0]]
+        return torch.from_numpy(content).view(shard.dtype(key)).reshape(-1, *shard.shapes[key][1:])
 
     def read_shard(self, number: int) -> dict[str, Tensor]:
         """The tensors of one shard: a hook each, and "tokens".
