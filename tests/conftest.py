@@ -1,5 +1,7 @@
 """What several test files share: the embedded model, a small random one, text, a cache, planted activations."""
 
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -11,6 +13,13 @@ from hypothesis import settings
 
 settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=15, database=None)
 settings.load_profile("fixed")
+
+# Without a GPU, Triton's interpreter runs the kernels. That is settled when triton is imported, which torch and transformers
+# do unasked while tests are collected: so it is imported before them. The variable goes again, or training would use it too.
+if find_spec("triton") and not torch.cuda.is_available():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        import_module("triton")
 
 HOOKS = ("blocks.1.hook_resid_pre", "blocks.2.hook_mlp_out")
 

@@ -1,0 +1,28 @@
+"""Where the Triton kernels can run. Importing this imports neither them nor Triton, which only Linux has."""
+
+import os
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16)  # sums are in float32
+OLDEST = (8, 0)  # compute capability from which a GPU has bfloat16
+
+
+@cache
+def _triton_is_installed() -> bool:
+    return find_spec("triton") is not None
+
+
+def available(tensor: Tensor) -> bool:
+    """Whether `saelens_lite.codes.triton_kernels` can be imported and run on a tensor of this device and dtype.
+
+    TRITON_INTERPRET=1 lets the kernels run on a CPU too, slowly, which is for tests.
+    """
+    if tensor.dtype not in DTYPES or not _triton_is_installed():
+        return False
+    if tensor.is_cuda and torch.version.hip is None:
+        return torch.cuda.get_device_capability(tensor.device) >= OLDEST
+    return tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
