@@ -345,3 +345,27 @@ for d, dtype in [(768, torch.float32), (1, torch.bfloat16)]:
 def test_the_kernels_compile_for_an_h100(tmp_path):
     compiled = in_a_fresh_process(COMPILE, TRITON_CACHE_DIR=str(tmp_path)).split()
     assert compiled == ["_select"] * 3 + ["_sum_rows", "_dot_rows", "_sum_rows", "_sum_rows"] * 2
+
+
+@pytest.mark.parametrize(("rule", "options"), [("topk", {"k": 3}), ("l1", {}), ("gated", {})])
+def test_a_training_step_goes_through_the_kernels(monkeypatch, rule, options):
+    from saelens_lite.codes import products
+    from saelens_lite.dictionary import Dictionary
+    from saelens_lite.train.step import DenseStep, SparseStep
+
+    called = set()
+    for name in ("topk", "decode", "pair_products", "transposed_product"):
+        original = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *a, name=name, original=original: (called.add(name), original(*a))[1])
+    monkeypatch.setattr(products, "DENSE_ABOVE", 1.0)
+    d = Dictionary.create(rule, d_in=12, d_sae=40, options=options).to(DEVICE)
+    gradients = []
+    for step_class in (SparseStep, DenseStep):
+        d.zero_grad()
+        dead = (torch.arange(40) % 2 == 0).to(DEVICE)
+        step = step_class(d, randn(9, 12), dead=dead, progress=0.5, warmup=1.0)
+        sum(step.losses().values()).backward()
+        gradients.append({name: p.grad for name, p in d.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-5)
+    assert called == {"decode", "pair_products", "transposed_product"} | ({"topk"} if rule == "topk" else set())

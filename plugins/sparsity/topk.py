@@ -9,7 +9,16 @@ import torch
 from pydantic import Field
 
 from saelens_lite.codes import SparseCodes
-from saelens_lite.sparsity import PublishedForm, RuleConfig, Sparsity, Step, Support, normalise_decoder_, support_of_indices
+from saelens_lite.sparsity import (
+    PublishedForm,
+    RuleConfig,
+    Sparsity,
+    Step,
+    Support,
+    largest,
+    normalise_decoder_,
+    support_of_indices,
+)  # fmt: skip
 
 
 class TopK(Sparsity):
@@ -31,7 +40,7 @@ class TopK(Sparsity):
         return pre.new_zeros(pre.shape).scatter(1, latent, values)
 
     def support(self, pre) -> Support:
-        return support_of_indices(pre.topk(min(self.config.k, self.d_sae), dim=1, sorted=False).indices)
+        return support_of_indices(largest(pre, min(self.config.k, self.d_sae)))
 
     def values(self, pre, latent):
         return pre.relu()
@@ -41,7 +50,7 @@ class TopK(Sparsity):
         aux_k = min(self.config.aux_k if self.config.aux_k is not None else self.d_in // 2, len(dead))
         if aux_k == 0 or self.config.aux_coefficient == 0:
             return {}
-        best = torch.cat([pre.topk(aux_k, dim=1, sorted=False).indices for pre in step.pre_tiles(dead)])
+        best = torch.cat([largest(pre, aux_k) for pre in step.pre_tiles(dead)])
         support = support_of_indices(dead[best])
         error = (step.x - step.x_hat).detach()
         explained = step.decode(SparseCodes.of(support, step.pre_at(support).relu(), self.d_sae))

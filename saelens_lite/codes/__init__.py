@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from saelens_lite.codes import gpu
 from saelens_lite.errors import ShapeError
 
 
@@ -89,6 +90,13 @@ def support_of_indices(latent: Int[Tensor, "batch k"]) -> Support:
     """The pairs of a table with the same number of latents in each row."""
     n, k = latent.shape
     return Support(torch.arange(0, n * k + 1, k, device=latent.device) if k else latent.new_zeros(n + 1), latent.flatten())
+
+
+def largest(pre: Float[Tensor, "batch d_sae"], k: int) -> Int[Tensor, "batch k"]:
+    """The latents of the k largest pre-activations of each row, in no particular order."""
+    if kernels := gpu.kernels(pre):
+        return kernels.topk(pre, k)
+    return pre.topk(k, dim=1, sorted=False).indices
 
 
 def concatenated(supports: Sequence[Support]) -> Support:

@@ -3,6 +3,7 @@
 import os
 from functools import cache
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -26,3 +27,12 @@ def available(tensor: Tensor) -> bool:
     if tensor.is_cuda and torch.version.hip is None:
         return torch.cuda.get_device_capability(tensor.device) >= OLDEST
     return tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def kernels(tensor: Tensor) -> ModuleType | None:
+    """`saelens_lite.codes.triton_kernels`, where it can run on a tensor."""
+    if not available(tensor):
+        return None
+    from saelens_lite.codes import triton_kernels
+
+    return triton_kernels

@@ -18,7 +18,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from saelens_lite.codes import Support, support_of_mask
+from saelens_lite.codes import Support, gpu, support_of_mask
 
 DENSE_ABOVE = 0.15  # share of the pairs above which dense products are faster on a CPU
 
@@ -62,6 +62,8 @@ def sparse_product(
     if is_dense(support):
         dense = _Dense(support)
         return dense.matrix(value) @ dense.rows_of(weight)
+    if kernels := gpu.kernels(weight):
+        return kernels.decode(support, value, weight)
     return F.embedding_bag(
         support.latent32, weight, support.crow32, mode="sum", per_sample_weights=value, include_last_offset=True
     )
@@ -77,6 +79,8 @@ def transposed_product(
         dense = _Dense(support)
         product = dense.matrix(value).T @ right
         return product if len(product) == d_sae else right.new_zeros(d_sae, right.shape[1]).index_copy_(0, dense.used, product)
+    if kernels := gpu.kernels(right):
+        return kernels.transposed_product(support, value, right, d_sae)
     shape = (d_sae, support.n_rows)
     matrix = torch.sparse_csr_tensor(
         support.by_latent(d_sae), support.row_by_latent, value[support.order], shape, check_invariants=False
@@ -91,10 +95,19 @@ def pair_products(support: Support, left: Float[Tensor, "batch d"], right: Float
     if is_dense(support):
         dense = _Dense(support)
         return (left @ dense.rows_of(right).T).flatten()[dense.flat]
+    if kernels := gpu.kernels(left):
+        return kernels.pair_products(support, left, right)
     zeros = left.new_zeros(len(support.latent))
     shape = (support.n_rows, len(right))
     pattern = torch.sparse_csr_tensor(support.crow32, support.latent32, zeros, shape, check_invariants=False)
     return torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values()
+
+
+def latent_sums(support: Support, value: Float[Tensor, " nnz"], d_sae: int) -> Float[Tensor, " d_sae"]:
+    """Σ of the values of each latent, in a fixed order."""
+    if value.is_cuda:  # where index_add_ sums in any order
+        return transposed_product(support, value, value.new_ones(support.n_rows, 1), d_sae)[:, 0]
+    return value.new_zeros(d_sae).index_add_(0, support.latent, value)
 
 
 class Decode(torch.autograd.Function):
@@ -119,7 +132,7 @@ def _encoder_gradients(ctx, support: Support, g: Float[Tensor, " nnz"]) -> tuple
     """Gradients of (W_enc, b_enc, b_dec, x), from gradients g at the pre-activations of a support."""
     W_enc, centred = ctx.saved_tensors
     d_sae = W_enc.shape[1]
-    db_enc = g.new_zeros(d_sae).index_add_(0, support.latent, g)
+    db_enc = latent_sums(support, g, d_sae)
     dW_enc = transposed_product(support, g, centred, d_sae).T if ctx.needs_input_grad[0] else None
     dx = sparse_product(support, g, W_enc.T) if ctx.needs_input_grad[3] else None
     return dW_enc, db_enc if ctx.needs_input_grad[1] else None, -(W_enc @ db_enc), dx

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from saelens_lite.codes import SparseCodes, Support, support_of_indices, support_of_mask
+from saelens_lite.codes import SparseCodes, Support, largest, support_of_indices, support_of_mask
 from saelens_lite.config import FrozenConfig
 from saelens_lite.registry import load, names, plugins, register
 
@@ -31,6 +31,7 @@ __all__ = [
     "Sparsity",
     "Step",
     "Support",
+    "largest",
     "load",
     "names",
     "plugins",
