@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from saelens_lite.dictionary import Dictionary
+    from saelens_lite.model import LanguageModel
     from saelens_lite.registry import Finding
 
 app = App(
@@ -127,6 +129,7 @@ def capture(
     n_tokens: int | None = None,
     dtype: Literal["float16", "bfloat16", "float32"] = "float16",
     device: str | None = None,
+    center_writing_weights: Annotated[bool, Parameter(negative="")] = False,
     exists: Exists = "error",
 ) -> None:
     """Run a model over text once and store activations.
@@ -148,12 +151,14 @@ def capture(
         How activations are stored.
     device
         Where the model runs, e.g. cuda.
+    center_writing_weights
+        Take the mean out of all that is written to the residual stream first; for models whose norms are LayerNorm.
     exists
         What to do when the folder is not empty.
     """
     import saelens_lite as sl
 
-    lm = sl.load_model(model, device=device)
+    lm = sl.load_model(model, device=device, center_writing_weights=center_writing_weights)
     documents = _text(text)
     name = text if isinstance(documents, str) else Path(text).name
     cache = sl.capture(
@@ -264,6 +269,15 @@ def _source(
     return sl.ActivationStream(lm, _text(text), hooks, text_config=text_config, buffer_tokens=buffer_tokens, text_name=text)
 
 
+def _model_of(dictionary: "Dictionary", model: str | None, device: str | None = None) -> "LanguageModel":
+    """The model a dictionary belongs to, or the one asked for, with its weights processed as they were."""
+    import saelens_lite as sl
+
+    origin = dictionary.origin
+    processing = dict.fromkeys(origin.processing, True)
+    return sl.load_model(model or origin.model or "tiny", device=device, **processing)
+
+
 @app.command(name="eval")
 def evaluate(
     dictionaries: list[Path],
@@ -301,7 +315,7 @@ def evaluate(
     from saelens_lite.files import write_json
 
     loaded = [sl.Dictionary.load(path) for path in dictionaries]
-    lm = sl.load_model(model or loaded[0].origin.model or "tiny", device=device)
+    lm = _model_of(loaded[0], model, device)
     reports = sl.evaluate(
         [d.to(lm.device) for d in loaded],
         lm,
@@ -354,7 +368,7 @@ def features(
 
     refuse_existing(html, exists)
     loaded = sl.Dictionary.load(dictionary)
-    lm = sl.load_model(model or loaded.origin.model or "tiny")
+    lm = _model_of(loaded, model)
     store = sl.FeatureStore.build(loaded, lm, _text(text), n_tokens=n_tokens, out=out, exists=exists)
     store.dashboard(html, exists=exists)
     _console().print(f"{html}: {loaded.d_sae} latents, {html.stat().st_size / 1e6:.1f} MB", markup=False)

@@ -193,7 +193,7 @@ class Dictionary(nn.Module):
                 "context_size": self.origin.n_ctx,
                 "prepend_bos": self.origin.prepend_bos,
                 "dataset_path": self.origin.text,
-                "model_from_pretrained_kwargs": {},
+                "model_from_pretrained_kwargs": dict.fromkeys(self.origin.processing, True),
                 "saelens_lite": {
                     "format": FORMAT,
                     "sparsity": self.rule.plugin_name,

@@ -50,7 +50,7 @@ def assert_same_multiset(found: dict[str, torch.Tensor], wanted: dict[str, torch
     ("dtype", "tolerance", "shard_tokens", "batch_tokens"),
     [
         ("float32", 1e-6, 101, 128),
-        ("float32", 1e-6, 10_000, 1),
+        ("float32", 3e-6, 10_000, 1),  # the model runs on shorter rows
         ("float16", 2**-11 + 1e-6, 7, 64),
         ("bfloat16", 2**-8 + 1e-6, 50, 8192),
     ],

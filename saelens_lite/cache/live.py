@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from saelens_lite.cache.capture import activations, origin_of
+from saelens_lite.cache.capture import activations, default_batch_tokens, origin_of
 from saelens_lite.cache.order import Pool, cut_into_batches, permutation
 from saelens_lite.cache.source import Batch, Moments, Statistics, TensorSource
 from saelens_lite.config import Origin, TextConfig
@@ -43,9 +43,10 @@ class ActivationStream:
         *,
         text_config: TextConfig | None = None,
         buffer_tokens: int = 65_536,
-        batch_tokens: int = 8192,
+        batch_tokens: int | None = None,
         text_name: str | None = None,
     ):
+        batch_tokens = default_batch_tokens(lm) if batch_tokens is None else batch_tokens
         if buffer_tokens < 4 or batch_tokens < 1:
             raise ConfigError(f"buffer_tokens = {buffer_tokens}, batch_tokens = {batch_tokens}; expected at least 4 and 1")
         self.lm, self.text, self.text_config, self.text_name = lm, text, text_config, text_name
