@@ -1,0 +1,110 @@
+"""The frontier of every sparsity rule: L0 against FVU and CE recovered, all rules on the same activations in one pass.
+
+    python scripts/frontier.py --out frontier                     # the embedded model
+    python scripts/frontier.py --out frontier --model gpt2 --text hf:org/name --hook blocks.8.hook_resid_pre
+
+Activations are captured once into OUT/cache (or taken from --cache); each rule is trained at three levels of sparsity, all of
+them in one sweep; held-out text is read once for all. Writes OUT/frontier.json, frontier.md and frontier.png.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import saelens_lite as sl
+from saelens_lite.evaluate import EvalReport
+from saelens_lite.registry import names
+from saelens_lite.tokens import hub_name, is_held_out
+
+LEVELS = {  # options of a rule at three levels of sparsity; rules that count latents take --ks
+    "l1": [{"coefficient": c} for c in (2.0, 4.0, 8.0)],
+    "gated": [{"coefficient": c} for c in (1.0, 2.0, 4.0)],
+    "p_anneal": [{"coefficient": c} for c in (2.0, 4.0, 8.0)],
+    "jumprelu": [{"target_l0": k} for k in (16, 32, 64)],
+}
+
+
+def levels(rule: str, ks: list[int]) -> list[dict]:
+    """Options of a rule, sparsest last or first, whatever the rule calls them."""
+    return LEVELS.get(rule) or [{"k": k} for k in ks]
+
+
+def texts(source: str) -> tuple[object, object]:
+    """Text to train on and to evaluate on: the parts of the embedded corpus, or a file or dataset for both."""
+    if source == "python-docs":
+        pages = list(sl.python_docs())
+        return [p.text for p in pages if not is_held_out(p.name)], [p.text for p in pages if is_held_out(p.name)]
+    text = source if hub_name(source) else Path(source)
+    return text, text
+
+
+def plot(rows: list[dict], file: Path) -> None:
+    """Two panels over L0: FVU and CE recovered, a line a rule."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for rule in dict.fromkeys(row["rule"] for row in rows):
+        points = sorted((row["l0"], row["fvu"], row["ce_loss_score"]) for row in rows if row["rule"] == rule)
+        for axis, column in zip(axes, (1, 2), strict=True):
+            axis.plot([p[0] for p in points], [p[column] for p in points], "o-", label=rule, markersize=4)
+    for axis, title in zip(axes, ("FVU", "CE recovered"), strict=True):
+        axis.set(xlabel="L0", ylabel=title, xscale="log")
+    axes[1].legend(fontsize="small")
+    figure.savefig(file, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--hook", default="blocks.2.hook_resid_pre")
+    parser.add_argument("--text", default="python-docs", help="python-docs, a text file, or hf:org/name")
+    parser.add_argument("--cache", type=Path, help="activations captured before")
+    parser.add_argument("--n-ctx", type=int, default=128)
+    parser.add_argument("--n-tokens", type=int, default=2_000_000, help="activations each dictionary is trained on")
+    parser.add_argument("--capture-tokens", type=int, help="activations captured; default: n-tokens")
+    parser.add_argument("--eval-tokens", type=int, default=20_000)
+    parser.add_argument("--d-sae", type=int, default=1536)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--rules", nargs="+", default=None, help="default: all that are installed")
+    parser.add_argument("--ks", type=int, nargs="+", default=[16, 32, 64])
+    args = parser.parse_args()
+    lm = sl.load_model(args.model)
+    train_text, eval_text = texts(args.text)
+    cache = (
+        sl.ActivationCache.open(args.cache)
+        if args.cache
+        else sl.capture(
+            lm, train_text, args.hook, args.out / "cache", n_tokens=args.capture_tokens or args.n_tokens, n_ctx=args.n_ctx
+        )
+    )
+    configs = [
+        sl.TrainConfig(hook=args.hook, sparsity=rule, options=options, d_sae=args.d_sae, n_tokens=args.n_tokens, lr=args.lr)
+        for rule in args.rules or names("sparsity")
+        for options in levels(rule, args.ks)
+    ]
+    runs = sl.train(cache, configs, args.out / "runs", exists="overwrite")
+    reports = sl.evaluate([run.dictionary for run in runs], lm, eval_text, n_tokens=args.eval_tokens)
+    rows = [row(run.config, report) for run, report in zip(runs, reports, strict=True)]
+    (args.out / "frontier.json").write_text(json.dumps(rows, indent=1))
+    lines = ["| rule | options | L0 | FVU | CE recovered | alive |", "| --- | --- | --- | --- | --- | --- |"]
+    lines += [
+        f"| {r['rule']} | {r['options']} | {r['l0']:.1f} | {r['fvu']:.4f} | {r['ce_loss_score']:.4f} | {r['alive']:.1%} |"
+        for r in rows
+    ]
+    (args.out / "frontier.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    plot(rows, args.out / "frontier.png")
+
+
+def row(config: sl.TrainConfig, report: EvalReport) -> dict:
+    """One point of the frontier."""
+    found = {name: report[name] for name in ("l0", "fvu", "ce_loss_score")}
+    return {"rule": config.sparsity, "options": config.options, **found, "alive": report.frac_alive}
+
+
+if __name__ == "__main__":
+    main()
