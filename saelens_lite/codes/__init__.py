@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -70,9 +71,36 @@ class Support:
         """The latents that fire in some row, ascending."""
         return self.counts.nonzero().squeeze(1)
 
+    @cached_property
+    def as_dense(self) -> "DensePairs":
+        """Where the pairs stand in a dense matrix over the latents that are used."""
+        return DensePairs(self)
+
     def by_latent(self, d_sae: int) -> Int[Tensor, " d_sae_plus_1"]:
         """Where each latent begins among the pairs sorted by latent, int32."""
         return _pointers(F.pad(self.counts, (0, d_sae - len(self.counts)))).int()
+
+
+class DensePairs:
+    """The pairs of a support as entries of a dense matrix [rows n_used]."""
+
+    def __init__(self, support: Support):
+        self.n_rows, self.used = support.n_rows, support.used
+        column = support.latent
+        if len(self.used) < len(support.counts):
+            place = torch.empty_like(support.counts)
+            place[self.used] = torch.arange(len(self.used), device=place.device)
+            column = place[column]
+        self.flat = support.row * len(self.used) + column
+
+    def matrix(self, value: Float[Tensor, " nnz"]) -> Float[Tensor, "batch n_used"]:
+        """The values at their pairs, zeros elsewhere; without gradient."""
+        zeros = value.new_zeros(self.n_rows * len(self.used))
+        return rearrange(zeros.index_copy_(0, self.flat, value), "(batch used) -> batch used", batch=self.n_rows)
+
+    def rows_of(self, weight: Float[Tensor, "d_sae d"]) -> Float[Tensor, "n_used d"]:
+        """The rows of a weight that belong to latents that are used."""
+        return weight if len(self.used) == len(weight) else weight.index_select(0, self.used)
 
 
 def support_of_mask(mask: Bool[Tensor, "batch d_sae"]) -> Support:
@@ -83,7 +111,9 @@ def support_of_mask(mask: Bool[Tensor, "batch d_sae"]) -> Support:
         latent = flat - row * mask.shape[1]
     else:
         row, latent = mask.nonzero(as_tuple=True)
-    return Support(_pointers(torch.bincount(row, minlength=len(mask))), latent)
+    support = Support(_pointers(torch.bincount(row, minlength=len(mask))), latent)
+    support.__dict__["row"] = row  # what the cached property would compute again
+    return support
 
 
 def support_of_indices(latent: Int[Tensor, "batch k"]) -> Support:

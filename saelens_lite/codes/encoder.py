@@ -71,10 +71,10 @@ class Encoder:
         with torch.no_grad():
             for pre in self.tiles(whole=whole):
                 supports.append(rule_support(pre))
-                values.append(pre.flatten()[supports[-1].flat(self.d_sae)])
+                values.append(pre.flatten().index_select(0, supports[-1].flat(self.d_sae)))
         support = supports[0] if len(supports) == 1 else concatenated(supports)
         if not self.halves:
-            self._known = support, self._attach(support, torch.cat(values))
+            self._known = support, self._attach(support, values[0] if len(values) == 1 else torch.cat(values))
         return support
 
     def at(self, support: Support) -> Float[Tensor, " nnz"]:
@@ -97,7 +97,7 @@ class Encoder:
     def _values(self, support: Support) -> Float[Tensor, " nnz"]:
         """Pre-activations at chosen pairs, without gradient."""
         if self._pre is not None and not self.halves:
-            return self._pre.flatten()[support.flat(self.d_sae)]
+            return self._pre.flatten().index_select(0, support.flat(self.d_sae))
         value = pair_products(support, self.centred, self.W_enc.T)
         return value if self.b_enc is None else value + self.b_enc.index_select(0, support.latent)
 

@@ -14,7 +14,6 @@ import warnings
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -34,25 +33,6 @@ def is_dense(support: Support) -> bool:
     return n_pairs > 0 and n_pairs > DENSE_ABOVE * support.n_rows * len(support.used)
 
 
-class _Dense:
-    """A support as a dense matrix over the latents that fire anywhere."""
-
-    def __init__(self, support: Support):
-        self.n_rows, self.used = support.n_rows, support.used
-        place = torch.empty_like(support.counts)
-        place[self.used] = torch.arange(len(self.used), device=place.device)
-        self.flat = support.row * len(self.used) + place[support.latent]
-
-    def matrix(self, value: Float[Tensor, " nnz"]) -> Float[Tensor, "batch n_used"]:
-        """The values at their pairs, zeros elsewhere."""
-        zeros = value.new_zeros(self.n_rows * len(self.used))
-        return rearrange(zeros.index_copy_(0, self.flat, value), "(batch used) -> batch used", batch=self.n_rows)
-
-    def rows_of(self, weight: Float[Tensor, "d_sae d"]) -> Float[Tensor, "n_used d"]:
-        """The rows of a weight that belong to latents that fire."""
-        return weight if len(self.used) == len(weight) else weight.index_select(0, self.used)
-
-
 def sparse_product(
     support: Support, value: Float[Tensor, " nnz"], weight: Float[Tensor, "d_sae d"]
 ) -> Float[Tensor, "batch d"]:
@@ -60,7 +40,7 @@ def sparse_product(
     if not len(value):
         return weight.new_zeros(support.n_rows, weight.shape[1])
     if is_dense(support):
-        dense = _Dense(support)
+        dense = support.as_dense
         return dense.matrix(value) @ dense.rows_of(weight)
     if kernels := gpu.kernels(weight):
         return kernels.decode(support, value, weight)
@@ -76,7 +56,7 @@ def transposed_product(
     if not len(value):
         return right.new_zeros(d_sae, right.shape[1])
     if is_dense(support):
-        dense = _Dense(support)
+        dense = support.as_dense
         product = dense.matrix(value).T @ right
         return product if len(product) == d_sae else right.new_zeros(d_sae, right.shape[1]).index_copy_(0, dense.used, product)
     if kernels := gpu.kernels(right):
@@ -93,8 +73,8 @@ def pair_products(support: Support, left: Float[Tensor, "batch d"], right: Float
     if not len(support.latent):
         return left.new_zeros(0)
     if is_dense(support):
-        dense = _Dense(support)
-        return (left @ dense.rows_of(right).T).flatten()[dense.flat]
+        dense = support.as_dense
+        return (left @ dense.rows_of(right).T).flatten().index_select(0, dense.flat)
     if kernels := gpu.kernels(left):
         return kernels.pair_products(support, left, right)
     zeros = left.new_zeros(len(support.latent))
