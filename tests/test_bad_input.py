@@ -198,6 +198,11 @@ def test_nan_activations_stop_training_and_leave_the_last_good_dictionary(x, tmp
     assert torch.isfinite(good(x)).all()
 
 
+def test_activations_that_are_all_the_same():
+    with pytest.raises(NonFiniteError, match="are all the same"):
+        sl.fit(torch.ones(100, 4) * torch.arange(1.0, 5.0), d_sae=8)
+
+
 def test_nan_in_the_first_batch_leaves_no_dictionary(x, tmp_path):
     with pytest.raises(NonFiniteError, match="step 1"):
         sl.train(Spoilt(x, at=1), sl.TrainConfig(**QUICK), tmp_path / "run")

@@ -32,6 +32,9 @@ class Trainer:
             raise NonFiniteError(f"the activations of {self.hook!r} hold NaN or infinity; nothing was trained")
         if not statistics.rms_norm > 0:
             raise NonFiniteError(f"the activations of {self.hook!r} have a root mean square norm of 0.0; nothing to train on")
+        variance = statistics.rms_norm**2 - float(statistics.mean.double().square().sum())
+        if not variance > 1e-9 * statistics.rms_norm**2:
+            raise NonFiniteError(f"the activations of {self.hook!r} are all the same; there is nothing to train on")
         self.scale = d_in**0.5 / statistics.rms_norm if config.normalize == "sqrt_d" else 1.0
         self._random_state = torch.Generator().manual_seed(config.seed).get_state()
         with self._own_randomness():
@@ -47,7 +50,7 @@ class Trainer:
         self.dictionary.b_dec.data.copy_(statistics.mean * self.scale)
         with torch.no_grad():
             self.dictionary.rule.after_step(self.dictionary)
-        self.variance = self.scale**2 * (statistics.rms_norm**2 - float(statistics.mean.double().square().sum()))
+        self.variance = self.scale**2 * variance
         self.optimizer = torch.optim.Adam(
             self.dictionary.parameters(), lr=config.peak_lr, betas=config.betas, eps=1e-8, fused=True
         )
