@@ -125,8 +125,8 @@ class Shard:
             self._checked[key][number] = True
 
 
-def read_chunks(shards: Sequence[Shard], chunks: Iterable[tuple[int, int]], key: str) -> Tensor:
-    """The rows of some chunks, (shard, chunk) each, one after the other. CorruptFileError where they are damaged."""
+def read_chunks(shards: Sequence[Shard], chunks: Iterable[Sequence[int]], key: str) -> Tensor:
+    """The rows of some chunks, [shard, chunk] each, one after the other. CorruptFileError where they are damaged."""
     places = [(shards[shard], number) for shard, number in chunks]
     first = places[0][0]
     rows = sum(shard.rows(number) for shard, number in places)
