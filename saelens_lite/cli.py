@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import App, CycloptsError, Parameter
 
 from saelens_lite.config import TextConfig, TrainConfig, read_toml, train_configs
-from saelens_lite.errors import ConfigError, SaelensLiteError, Stopped, TextError
+from saelens_lite.errors import ConfigError, SaelensLiteError, Stopped
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,20 +81,6 @@ def _console() -> "Console":
     return Console(highlight=False, soft_wrap=True)
 
 
-def _text(source: str) -> Any:
-    """The documents `--text` names."""
-    from saelens_lite.tokens import hub_name, is_held_out, python_docs
-
-    if hub_name(source):
-        return source
-    corpus, _, part = source.partition(":")
-    if corpus != "python-docs":
-        return Path(source)
-    if part not in ("", "train", "held-out"):
-        raise TextError(f"the embedded corpus has no part {part!r}; say python-docs, python-docs:train or python-docs:held-out")
-    return [d.text for d in python_docs() if not part or is_held_out(d.name) == (part == "held-out")]
-
-
 @app.command
 def demo(out: Path = Path("demo"), *, exists: Exists = "error") -> None:
     """See everything once, on the embedded model, without a network.
@@ -157,9 +143,10 @@ def capture(
         What to do when the folder is not empty.
     """
     import saelens_lite as sl
+    from saelens_lite.tokens import named_text
 
     lm = sl.load_model(model, device=device, center_writing_weights=center_writing_weights)
-    documents = _text(text)
+    documents = named_text(text)
     name = text if isinstance(documents, str) else Path(text).name
     cache = sl.capture(
         lm, documents, hooks, out, n_tokens=n_tokens, text_config=text_config, dtype=dtype, exists=exists, text_name=name
@@ -173,18 +160,18 @@ def train(
     settings: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig(),  # noqa: B008 (frozen)
     *,
     config: Path | None = None,
-    out: Path = Path("runs/dictionary"),
+    out: Path | None = None,
     resume: Path | None = None,
     text: str | None = None,
     model: str = "tiny",
     text_config: Annotated[TextConfig, Parameter(name="*")] = TextConfig(),  # noqa: B008 (frozen)
     buffer_tokens: int = 65_536,
-    data_seed: int = 0,
-    validation_tokens: int = 0,
-    checkpoint_seconds: float = 600.0,
-    device: str = "cpu",
-    loggers: str = "jsonl",
-    exists: Exists = "error",
+    data_seed: int | None = None,
+    validation_tokens: int | None = None,
+    checkpoint_seconds: float | None = None,
+    device: str | None = None,
+    loggers: str | None = None,
+    exists: Exists | None = None,
 ) -> None:
     """Train one or several dictionaries on a cache, or on a text without one; go on with a run that was interrupted.
 
@@ -195,9 +182,9 @@ def train(
     config
         TOML file with the same settings, and a [[dictionary]] table for each of several; flags win over it.
     out
-        Folder for the run.
+        Folder for the run; default: runs/dictionary.
     resume
-        Folder of an interrupted run: its settings hold, and its source, unless a cache or text is given.
+        Folder of an interrupted run. Its settings hold; a cache need only be named if it has moved.
     text
         Instead of a cache: text as for `capture`, from which activations are computed while training goes on.
     model
@@ -205,44 +192,46 @@ def train(
     buffer_tokens
         With --text: activations of each hook that are mixed in memory.
     data_seed
-        Seed of the order of the data.
+        Seed of the order of the data; default: 0.
     validation_tokens
-        Activations never trained on; val_fvu and val_l0 in the log are of them.
+        Activations never trained on; val_fvu and val_l0 in the log are of them. Default: 0.
     checkpoint_seconds
-        Seconds between two checkpoints.
+        Seconds between two checkpoints; default: 600.
     device
-        Where to train, e.g. cuda.
+        Where to train, e.g. cuda; default: cpu.
     loggers
         Where metrics go, comma-separated: jsonl (log.jsonl in the run folder), tensorboard, wandb, trackio, or one of your own.
+        Default: jsonl.
     exists
-        What to do when the folder is not empty.
+        What to do when the folder is not empty; default: error.
     """
     import saelens_lite as sl
     from saelens_lite.config import parse_options
-    from saelens_lite.train.checkpoint import configs_of
 
-    names = [name.strip() for name in loggers.split(",") if name.strip()]
-    common = {"device": device, "loggers": names, "checkpoint_seconds": checkpoint_seconds}
+    names = None if loggers is None else [name.strip() for name in loggers.split(",") if name.strip()]
+    common = _given(device=device, loggers=names, checkpoint_seconds=checkpoint_seconds)
+    only_new = _given(data_seed=data_seed, validation_tokens=validation_tokens, exists=exists)
     flags = {name: getattr(settings, name) for name in settings.model_fields_set}
     if "options" in flags:
         flags["options"] = parse_options(flags["options"])
-    if resume and (flags or config):
-        given = ", ".join(["--config"] * bool(config) + list(flags))
-        raise ConfigError(f"--resume keeps the settings of {resume}; leave out {given}")
-    configs = configs_of(resume) if resume else train_configs(read_toml(config) if config else {}, flags)
-    source = _source(cache, text, model, text_config, [c.hook for c in configs], buffer_tokens, device)
     if resume:
-        runs = sl.resume(resume, source, **common)
-    elif source is None:
-        raise ConfigError("nothing to train on: give the folder of a cache, or --text with --hook")
+        if surplus := flags | only_new | _given(config=config, out=out, text=text):
+            raise ConfigError(f"--resume keeps the settings of {resume}; leave out {', '.join(surplus)}")
+        runs = sl.resume(resume, cache and sl.ActivationCache.open(cache), **common)
     else:
-        more = {"data_seed": data_seed, "validation_tokens": validation_tokens, "exists": exists}
-        runs = sl.train(source, configs, out, **common, **more)
+        configs = train_configs(read_toml(config) if config else {}, flags)
+        source = _source(cache, text, model, text_config, [c.hook for c in configs], buffer_tokens, device)
+        runs = sl.train(source, configs, out or Path("runs/dictionary"), **common, **only_new)
     for run in runs:
         last = run.history[-1]
         _console().print(
             f"{run.folder}/dictionary: {run.config.sparsity}, l0 {last['l0']:.1f}, fvu {last['fvu']:.4f}", markup=False
         )
+
+
+def _given(**flags: Any) -> dict[str, Any]:
+    """The flags that have a value."""
+    return {name: value for name, value in flags.items() if value is not None}
 
 
 def _source(
@@ -252,21 +241,24 @@ def _source(
     text_config: TextConfig,
     hooks: list[str | None],
     buffer_tokens: int,
-    device: str,
+    device: str | None,
 ) -> Any:
-    """The activations to train on: a cache, a stream, or None where neither was given."""
+    """The activations to train on: a cache or a stream."""
     import saelens_lite as sl
+    from saelens_lite.tokens import named_text
 
     if cache and text:
         raise ConfigError(f"both a cache ({cache}) and --text ({text}) were given; training reads one of them")
     if cache:
         return sl.ActivationCache.open(cache)
     if not text:
-        return None
+        raise ConfigError("nothing to train on: give the folder of a cache, or --text with --hook")
     if None in hooks:
         raise ConfigError("with --text, say which hook to train on: --hook, or hook = in each [[dictionary]]")
     lm = sl.load_model(model, device=device)
-    return sl.ActivationStream(lm, _text(text), hooks, text_config=text_config, buffer_tokens=buffer_tokens, text_name=text)
+    return sl.ActivationStream(
+        lm, named_text(text), hooks, text_config=text_config, buffer_tokens=buffer_tokens, text_name=text
+    )
 
 
 def _model_of(dictionary: "Dictionary", model: str | None, device: str | None = None) -> "LanguageModel":
@@ -313,13 +305,14 @@ def evaluate(
     import saelens_lite as sl
     from saelens_lite.evaluate import frequency_table, table
     from saelens_lite.files import write_json
+    from saelens_lite.tokens import named_text
 
     loaded = [sl.Dictionary.load(path) for path in dictionaries]
     lm = _model_of(loaded[0], model, device)
     reports = sl.evaluate(
         [d.to(lm.device) for d in loaded],
         lm,
-        _text(text),
+        named_text(text),
         n_tokens=n_tokens,
         text_config=text_config,
         by_frequency=by_frequency,
@@ -365,11 +358,12 @@ def features(
     """
     import saelens_lite as sl
     from saelens_lite.files import refuse_existing
+    from saelens_lite.tokens import named_text
 
     refuse_existing(html, exists)
     loaded = sl.Dictionary.load(dictionary)
     lm = _model_of(loaded, model)
-    store = sl.FeatureStore.build(loaded, lm, _text(text), n_tokens=n_tokens, out=out, exists=exists)
+    store = sl.FeatureStore.build(loaded, lm, named_text(text), n_tokens=n_tokens, out=out, exists=exists)
     store.dashboard(html, exists=exists)
     _console().print(f"{html}: {loaded.d_sae} latents, {html.stat().st_size / 1e6:.1f} MB", markup=False)
 

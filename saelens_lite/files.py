@@ -1,5 +1,7 @@
 """Writing so that a reader never meets half a file: temporary name, fsync, rename."""
 
+import errno
+import glob
 import json
 import os
 import shutil
@@ -13,22 +15,39 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from saelens_lite.errors import ConfigError, CorruptFileError, OutputExistsError
+from saelens_lite.errors import ConfigError, CorruptFileError, DiskFullError, OutputExistsError
 
 MAX_JSON_BYTES = 64 << 20
 MAX_HEADER_BYTES = 16 << 20
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
+@contextmanager
+def disk_full_is_typed(path: Path) -> Iterator[None]:
+    """Within the block, a full disk is a DiskFullError that names `path`."""
+    try:
+        yield
+    except Exception as error:
+        codes = (errno.ENOSPC, errno.EDQUOT)
+        if getattr(error, "errno", None) in codes or any(f"os error {code})" in str(error) for code in codes):
+            raise DiskFullError(f"{path} cannot be written: the disk is full") from error
+        raise
+
+
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary neighbour, then put it in place of `path` in one step."""
+    """Let `write` fill a temporary neighbour, then put it in place of `path` in one step.
+
+    Raises:
+        DiskFullError: there is no room for it; what was at `path` is still there.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        with disk_full_is_typed(path):
+            write(temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -44,11 +63,19 @@ def sync_folder(path: Path) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Have one more line at the end of a file, on the disk."""
-    with open(path, "a", encoding="utf-8") as file:
+    """Have one more line at the end of a file, on the disk. DiskFullError when there is no room for it."""
+    with disk_full_is_typed(path), open(path, "a", encoding="utf-8") as file:
         file.write(line + "\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Put tensors in a safetensors file in one step."""
+    from safetensors.torch import save_file
+
+    whole = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    write_file(path, lambda temporary: save_file(whole, temporary))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -87,14 +114,16 @@ def new_folder(path: Path, exists: Literal["error", "overwrite"] = "error") -> I
     Raises:
         OutputExistsError: `path` holds something and `exists` is "error".
         ConfigError: `exists` is neither "error" nor "overwrite".
+        DiskFullError: there is no room for it; what was at `path` is still there.
     """
     refuse_existing(path, exists)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     temporary.chmod(0o755)
     try:
-        yield temporary
-        replace_folder(temporary, path)
+        with disk_full_is_typed(path):
+            yield temporary
+            replace_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -102,13 +131,23 @@ def new_folder(path: Path, exists: Literal["error", "overwrite"] = "error") -> I
 def replace_folder(new: Path, path: Path) -> None:
     """Put the folder `new` in place of `path`."""
     if path.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
         os.replace(path, old / path.name)
         os.replace(new, path)
         shutil.rmtree(old)
     else:
         os.replace(new, path)
     sync_folder(path.parent)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what processes that were killed while they wrote `path` left beside it. Nobody may be writing it now."""
+    for kind in ("tmp", "old"):
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.{kind}"):
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
 
 
 def refuse_existing(path: Path, exists: str, choices: tuple[str, ...] = ("error", "overwrite")) -> None:

@@ -54,7 +54,7 @@ for size in sizes:
 def write_cache(folder: Path, pieces: Iterator[dict[str, torch.Tensor]], dtype: torch.dtype) -> None:
     """A cache of made-up activations of the hook "x"."""
     folder.mkdir()
-    writer = _ShardWriter(folder, 65_536, dtype)
+    writer = _ShardWriter(folder, folder / "journal.jsonl", 65_536, dtype)
     for piece in pieces:
         writer.add(piece)
     writer.close()

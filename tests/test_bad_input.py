@@ -516,6 +516,7 @@ def test_a_separator_in_the_text_does_not_count(lm):
 def test_a_manifest_that_disagrees_with_its_shards(copied):
     manifest = json.loads((copied / "manifest.json").read_text())
     manifest["hooks"][HOOK]["d_in"] += 1
+    manifest["hooks"][HOOK]["mean"].append(0.0)
     (copied / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CorruptFileError, match="the manifest says"):
         sl.ActivationCache.open(copied).read_shard(0)

@@ -1,17 +1,17 @@
 """Running a model over a text and keeping what its hooks see: once, and never again for work already done.
 
 An unfinished capture lives in a hidden folder beside its destination: capture.json says what was asked, journal.jsonl has
-a line for each shard that is whole. The same call continues it, batch for batch as if nothing had happened.
+a line for each shard that is whole, and shards/ becomes the cache. The same call continues it, batch for batch as if nothing
+had happened.
 """
 
 import dataclasses
-import errno
 import hashlib
 import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,18 +23,31 @@ from torch import Tensor
 
 from saelens_lite.ahead import ahead
 from saelens_lite.cache.order import permutation
-from saelens_lite.cache.shards import write_shard
+from saelens_lite.cache.shards import Shard, read_chunks, write_shard
 from saelens_lite.cache.source import Moments
 from saelens_lite.cache.stored import FORMAT, MANIFEST, ActivationCache
 from saelens_lite.config import Origin, TextConfig
 from saelens_lite.errors import ConfigError, DiskFullError, LockedError, NonFiniteError, OutputExistsError
-from saelens_lite.files import DTYPES, append_line, read_json, read_tensors, refuse_existing, replace_folder, write_json
+from saelens_lite.files import (
+    DTYPES,
+    append_line,
+    read_json,
+    refuse_existing,
+    remove_leftovers,
+    replace_folder,
+    write_json,
+    write_text,
+)
 from saelens_lite.model import LanguageModel
 from saelens_lite.progress import progress_bar
 from saelens_lite.tokens import RowBlocks, Text, TokenRows, hub_name, text_config_of
 
-REQUEST, JOURNAL, LOCK = "capture.json", "journal.jsonl", ".lock"
+REQUEST, JOURNAL, LOCK, SHARDS = "capture.json", "journal.jsonl", ".lock", "shards"
 log = logging.getLogger(__name__)
+
+
+class _OtherTextError(OutputExistsError):
+    """What is in the shards is of another text."""
 
 
 def activations(
@@ -100,7 +113,7 @@ def capture(
 
     Raises:
         HookError, TextError, ConfigError: an unknown hook, no text, settings that do not fit the model.
-        OutputExistsError: `out` holds something, or an unfinished capture with other settings, and `exists` is "error".
+        OutputExistsError: `out` holds something, or an unfinished capture of something else, and `exists` is "error".
         NonFiniteError: the model produced NaN or infinity, or numbers too large for `dtype`.
         LockedError: another process is writing the same cache.
         DiskFullError: the cache does not fit on the disk; what is written stays.
@@ -113,29 +126,24 @@ def capture(
     batch_tokens = default_batch_tokens(lm) if batch_tokens is None else batch_tokens
     if min(batch_tokens, shard_tokens) < 1:
         raise ConfigError(f"batch_tokens = {batch_tokens}, shard_tokens = {shard_tokens}; expected at least 1")
-    blocks = RowBlocks(lm, text, text_config_of(text_config, n_ctx, prepend_bos), n_tokens=n_tokens)
+    config = text_config_of(text_config, n_ctx, prepend_bos)
+    blocks = RowBlocks(lm, text, config, n_tokens=n_tokens)
     out = Path(out)
-    refuse_existing(out, exists)
     request = {
         "model": lm.name, "revision": lm.revision, "processing": lm.processing, "tokenizer": lm.tokenizer_hash, "hooks": names,
-        "n_tokens": n_tokens, "text_config": blocks.config.model_dump(mode="json"), "dtype": dtype,
+        "model_dtype": str(lm.dtype), "n_tokens": n_tokens, "text_config": config.model_dump(mode="json"), "dtype": dtype,
         "batch_tokens": batch_tokens, "shard_tokens": shard_tokens,
     }  # fmt: skip
     with _unfinished(out, request, exists) as folder:
-        writer = _ShardWriter(folder, shard_tokens, DTYPES[dtype])
-        if writer.n_done:
-            log.info("continuing in %s behind %d tokens", folder, writer.n_done)
-        with progress_bar("capture", blocks.n_expected) as advance:
-            advance(writer.n_done, "")
-            read_again = hashlib.sha256()
-            skipped = lambda tokens: read_again.update(tokens.numpy().tobytes())  # noqa: E731
-            for piece in activations(lm, blocks, names, batch_tokens, writer.n_done, skipped):
-                if not writer.n_added:
-                    _check_text(folder, writer, read_again.digest())
-                    _check_space(folder, piece, blocks.n_expected, writer)
-                writer.add(piece)
-                advance(len(piece["tokens"]), "")
-        writer.close()
+        try:
+            writer = _write_shards(folder, lm, blocks, names, batch_tokens, shard_tokens, DTYPES[dtype])
+        except _OtherTextError:
+            if exists == "error" or isinstance(text, Iterator):
+                raise
+            log.warning("%s holds an unfinished capture of another text; starting over", folder)
+            _start_over(folder, request)
+            blocks = RowBlocks(lm, text, config, n_tokens=n_tokens)
+            writer = _write_shards(folder, lm, blocks, names, batch_tokens, shard_tokens, DTYPES[dtype])
         manifest = {
             "format": FORMAT,
             "origin": origin_of(lm, blocks, text_name).model_dump(exclude={"hook"}),
@@ -145,7 +153,7 @@ def capture(
             "hooks": {name: writer.statistics(name) for name in names},
             "shards": [shard.facts for shard in writer.shards],
         }
-        write_json(folder / MANIFEST, manifest)
+        write_json(folder / SHARDS / MANIFEST, manifest)
     cache = ActivationCache.open(out)
     log.info("captured %s", cache)
     return cache
@@ -154,6 +162,37 @@ def capture(
 def default_batch_tokens(lm: LanguageModel) -> int:
     """Tokens in a forward pass: more does not run faster on a CPU, less leaves a GPU idle."""
     return 2048 if lm.device.type == "cpu" else 16_384
+
+
+def _write_shards(
+    folder: Path,
+    lm: LanguageModel,
+    blocks: RowBlocks,
+    hooks: list[str],
+    batch_tokens: int,
+    shard_tokens: int,
+    dtype: torch.dtype,
+) -> "_ShardWriter":
+    """Write the shards that are not there yet."""
+    writer = _ShardWriter(folder / SHARDS, folder / JOURNAL, shard_tokens, dtype)
+    if writer.n_done:
+        log.info("continuing in %s behind %d tokens", folder, writer.n_done)
+    read_again = hashlib.sha256()
+    pieces = activations(
+        lm, blocks, hooks, batch_tokens, writer.n_done, lambda tokens: read_again.update(tokens.numpy().tobytes())
+    )
+    with progress_bar("capture", blocks.n_expected) as advance, closing(pieces):
+        advance(writer.n_done, "")
+        for piece in pieces:
+            if not writer.n_added:
+                writer.check_text(read_again.digest())
+                _check_space(folder, piece, blocks.n_expected, writer)
+            writer.add(piece)
+            advance(len(piece["tokens"]), "")
+    if not writer.n_added:
+        writer.check_text(read_again.digest())
+    writer.close()
+    return writer
 
 
 def origin_of(lm: LanguageModel, blocks: RowBlocks, text_name: str | None) -> Origin:
@@ -177,58 +216,57 @@ def origin_of(lm: LanguageModel, blocks: RowBlocks, text_name: str | None) -> Or
 
 @contextmanager
 def _unfinished(out: Path, request: dict[str, Any], exists: str) -> Iterator[Path]:
-    """The folder of a capture that is not finished, locked; it becomes `out` when the block ends well, and stays if not."""
+    """The folder of a capture that is not finished, locked. Its shards become `out` when the block ends well; if not, they
+    stay, and without any the folder goes."""
     folder = out.with_name(f".{out.name}.unfinished")
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / LOCK, timeout=0):
-            _agree(folder, request, exists)
             try:
+                refuse_existing(out, exists)
+                _agree(folder, request, exists)
                 yield folder
-            except BaseException:
-                if not (folder / JOURNAL).stat().st_size:  # nothing to go on from
+                replace_folder(folder / SHARDS, out)
+                remove_leftovers(out)
+            finally:
+                if not _has_shards(folder):
                     shutil.rmtree(folder)
-                raise
-            for name in (REQUEST, JOURNAL):
-                (folder / name).unlink()
-            (folder / LOCK).unlink(missing_ok=True)
-            replace_folder(folder, out)
     except Timeout:
         raise LockedError(f"another process is capturing into {out}; wait for it or choose another place") from None
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFullError(f"{folder}: the disk is full; make room and run the same again: whole shards stay") from error
-        raise
+    except DiskFullError as error:
+        if not folder.exists():
+            raise
+        raise DiskFullError(f"{error}; make room and run the same again: the whole shards in {folder} stay") from error
+
+
+def _has_shards(folder: Path) -> bool:
+    return any((folder / SHARDS).glob("shard-*"))
 
 
 def _agree(folder: Path, request: dict[str, Any], exists: str) -> None:
     """Note what was asked; what an earlier call left must have been asked for in the same words."""
     file = folder / REQUEST
-    found = read_json(file) if file.exists() else {}
-    other = [key for key in request if found.get(key) != json.loads(json.dumps(request[key]))]
-    if found and not other:
+    if not file.exists() or not _has_shards(folder):
+        _start_over(folder, request)
         return
-    if found and exists == "error":
+    found = read_json(file)
+    other = [key for key in request if found.get(key) != json.loads(json.dumps(request[key]))]
+    if other and exists == "error":
         said = ", ".join(f"{key} = {found.get(key)!r} (now {request[key]!r})" for key in other)
         raise OutputExistsError(
             f"{folder} holds an unfinished capture with other settings: {said}; ask for the same, delete it, or say "
             "exists='overwrite'"
         )
-    for old in folder.iterdir():
-        if old.name != LOCK:
-            old.unlink()
-    write_json(file, request)
+    if other:
+        _start_over(folder, request)
 
 
-def _check_text(folder: Path, writer: "_ShardWriter", read_again: bytes) -> None:
-    """Raise OutputExistsError unless the text begins with the tokens that are in the shards already."""
-    written = hashlib.sha256()
-    for shard in writer.shards:
-        written.update(read_tensors(folder / shard.facts["file"])["tokens"].numpy().tobytes())
-    if written.digest() != read_again:
-        raise OutputExistsError(
-            f"{folder} holds an unfinished capture of another text; give the same text, delete it, or say exists='overwrite'"
-        )
+def _start_over(folder: Path, request: dict[str, Any]) -> None:
+    """Forget the shards, and note what was asked."""
+    if (folder / SHARDS).exists():
+        shutil.rmtree(folder / SHARDS)
+    (folder / JOURNAL).unlink(missing_ok=True)
+    write_json(folder / REQUEST, request)
 
 
 def _check_space(folder: Path, piece: dict[str, Tensor], n_expected: int | None, writer: "_ShardWriter") -> None:
@@ -261,8 +299,9 @@ class _ShardWriter:
     A line of the journal is written when its shard is whole on the disk, so that a restart knows where to go on.
     """
 
-    def __init__(self, folder: Path, shard_tokens: int, dtype: torch.dtype):
-        self.folder, self.shard_tokens, self.dtype = folder, shard_tokens, dtype
+    def __init__(self, folder: Path, journal: Path, shard_tokens: int, dtype: torch.dtype):
+        self.folder, self.journal, self.shard_tokens, self.dtype = folder, journal, shard_tokens, dtype
+        folder.mkdir(exist_ok=True)
         self.shards = self._written_before()
         self.n_done = sum(shard.facts["n_tokens"] for shard in self.shards)
         self.n_added = 0
@@ -270,10 +309,10 @@ class _ShardWriter:
         self._n = 0
 
     def _written_before(self) -> list[_Written]:
-        """The shards of the journal that are there, up to the first that is not."""
-        journal = self.folder / JOURNAL
+        """The shards of the journal that are there, up to the first that is not; whatever else is there goes."""
+        lines = self.journal.read_text(encoding="utf-8").splitlines(keepends=True) if self.journal.exists() else []
         shards = []
-        for line in journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []:
+        for line in lines:
             try:
                 shard = _Written(**json.loads(line))
                 whole = (self.folder / shard.facts["file"]).stat().st_size == shard.facts["bytes"]
@@ -282,9 +321,25 @@ class _ShardWriter:
             if not whole or shard.facts["n_tokens"] != self.shard_tokens:  # a shorter one was the last of an older text
                 break
             shards.append(shard)
-        write_lines = "".join(json.dumps(dataclasses.asdict(shard)) + "\n" for shard in shards)
-        journal.write_text(write_lines, encoding="utf-8")
+        if len(shards) < len(lines):
+            write_text(self.journal, "".join(lines[: len(shards)]))
+        for path in self.folder.iterdir():
+            if path.name not in {shard.facts["file"] for shard in shards}:
+                path.unlink()
         return shards
+
+    def check_text(self, read_again: bytes) -> None:
+        """Raise _OtherTextError unless the tokens in the shards have this SHA-256."""
+        written = hashlib.sha256()
+        for shard in self.shards:
+            facts, widths = shard.facts, {hook: len(total) for hook, (total, _) in shard.moments.items()}
+            stored = Shard(self.folder / facts["file"], facts["bytes"], facts["n_tokens"], widths, self.dtype)
+            tokens = read_chunks([stored], [(0, number) for number in range(stored.n_chunks)], "tokens")
+            written.update(tokens.numpy().tobytes())
+        if written.digest() != read_again:
+            raise _OtherTextError(
+                f"{self.folder.parent} holds an unfinished capture of another text; give the same text or delete it"
+            )
 
     def add(self, piece: dict[str, Tensor]) -> None:
         """Take in a piece: a tensor [n …] for each key, the same keys each time."""
@@ -326,7 +381,7 @@ class _ShardWriter:
             sums.add(tensors[hook])
             moments[hook] = (sums.total.tolist(), sums.square)
         self.shards.append(_Written(facts, moments))
-        append_line(self.folder / JOURNAL, json.dumps(dataclasses.asdict(self.shards[-1])))
+        append_line(self.journal, json.dumps(dataclasses.asdict(self.shards[-1])))
 
 
 def _stored(x: Float[Tensor, "n d_in"], dtype: torch.dtype, hook: str) -> Float[Tensor, "n d_in"]:

@@ -8,6 +8,7 @@ buffer held at any time can be computed again.
 
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from saelens_lite.cache.order import Pool, cut_into_batches, permutation
 from saelens_lite.cache.source import Batch, Moments, Statistics, TensorSource
 from saelens_lite.config import Origin, TextConfig
 from saelens_lite.errors import ConfigError, HookError, TextError, near_matches
-from saelens_lite.model import LanguageModel
-from saelens_lite.tokens import RowBlocks, Text, TokenRows, hub_name
+from saelens_lite.files import DTYPES
+from saelens_lite.model import EMBEDDED, LanguageModel, load_model
+from saelens_lite.tokens import RowBlocks, Text, TokenRows, check_file, name_of, named_text
 
 
 class ActivationStream:
@@ -78,9 +80,10 @@ class ActivationStream:
             ):
                 count(piece.pop("tokens"))
                 yield piece
-            if n <= self._n_held_out:
-                raise TextError(f"the text has {n:,} positions that count; {self._n_held_out:,} are held out, none is left")
-            skip = max(0, skip - (n - self._n_held_out))
+            n -= self._n_held_out
+            if n <= 0:
+                raise TextError(f"{self._n_held_out:,} positions of the text are held out; none is left to train on")
+            skip = max(0, skip - n) % n  # whole epochs need not be read to be skipped
 
     def _first_block(self) -> dict[str, Tensor]:
         if self._first is None:
@@ -116,10 +119,11 @@ class ActivationStream:
     def _rounds(self, hooks: Sequence[str], seed: int, first: int, skip: int) -> Iterator[Pool]:
         """The ring buffer and the rows of it that are trained on, round after round, from `first` on without `skip` rows."""
         start, ring = max(0, first - 1), None
-        if start == 0 and self._first is not None:
-            filler, self._first = _Filler(itertools.chain([self._first], self._pieces(self.block))), None
-        else:
+        known, self._first = self._first, None
+        if start or known is None:
             filler = _Filler(self._pieces(start * self.block))
+        else:
+            filler = _Filler(itertools.chain([known], self._pieces(self.block)))
         for number in itertools.count(start):
             place = number % 2 * self.block
             ring = filler.fill(ring, 2 * self.block, slice(place, place + self.block))
@@ -138,31 +142,72 @@ class ActivationStream:
 
     def hold_out(self, n_tokens: int) -> tuple[TensorSource, "ActivationStream"]:
         """The activations of the text's first n_tokens positions that count, and the stream without them."""
-        held = _Filler(self._pieces(0)).fill(None, n_tokens, slice(0, n_tokens))
+        held, n = [], 0
+        with closing(activations(self.lm, self._rows(), self.hooks, self.batch_tokens, self._n_held_out)) as pieces:
+            while n < n_tokens and (piece := next(pieces, None)):
+                held.append({hook: piece[hook][: n_tokens - n] for hook in self.hooks})
+                n += len(held[-1][self.hooks[0]])
+        if not 0 < n == n_tokens:
+            raise ConfigError(f"{n_tokens:,} activations to validate on; the text has {n:,}, and some must be left")
+        whole = {hook: torch.cat([piece[hook] for piece in held]) for hook in self.hooks}
+        return TensorSource(whole, origin=self._origin), self._without(self._n_held_out + n_tokens)
+
+    def _without(self, n_held_out: int) -> "ActivationStream":
+        """The stream without the first positions that count."""
         rest = type(self)(
             self.lm, self.text, self.hooks, text_config=self.text_config, buffer_tokens=2 * self.block,
             batch_tokens=self.batch_tokens, text_name=self.text_name,
         )  # fmt: skip
-        rest._n_held_out = n_tokens
-        return TensorSource(held, origin=self._origin), rest
+        rest._n_held_out = n_held_out
+        return rest
 
     def describe(self) -> dict[str, Any] | None:
         """How to open the stream again; None when its text is only in memory."""
-        is_file = isinstance(self.text, Path)
-        if not is_file and not (isinstance(self.text, str) and hub_name(self.text)):
+        text = name_of(self.text)
+        if text is None:
             return None
-        model = {"name": self.lm.name, "revision": self.lm.revision, "center_writing_weights": bool(self.lm.processing)}
+        folder = self.lm.name not in EMBEDDED and Path(self.lm.name).expanduser().is_dir()
         return {
+            "text": text,
+            "text_bytes": _n_bytes(self.text),
+            "text_config": (self.text_config or TextConfig()).model_dump(mode="json"),
+            "held_out": self._n_held_out,
+            "model": {
+                "name": str(Path(self.lm.name).expanduser().resolve()) if folder else self.lm.name,
+                "revision": self.lm.revision,
+                "center_writing_weights": bool(self.lm.processing),
+                "device": str(self.lm.device),
+                "dtype": str(self.lm.dtype).removeprefix("torch."),
+            },
             "stream": {
-                "model": model | {"device": str(self.lm.device), "dtype": str(self.lm.dtype).removeprefix("torch.")},
-                "text": (str(self.text.resolve()) if is_file else self.text, is_file),
-                "text_config": (self.text_config or TextConfig()).model_dump(mode="json"),
-                "text_name": self.text_name,
                 "hooks": list(self.hooks),
                 "buffer_tokens": 2 * self.block,
                 "batch_tokens": self.batch_tokens,
-            }
+                "text_name": self.text_name,
+            },
         }
+
+    @classmethod
+    def reopen(cls, description: dict[str, Any], device: str | torch.device | None = None) -> "ActivationStream":
+        """The stream that described itself so, its model on another device if one is given.
+
+        Raises:
+            ModelNotFoundError, TextError: the model or the text is not there.
+            ConfigError: the text has another size now.
+        """
+        text = named_text(description["text"])
+        if isinstance(text, Path):
+            check_file(text, TextConfig(**description["text_config"]))
+        if _n_bytes(text) != description["text_bytes"]:
+            raise ConfigError(f"{text} is not the text the run was trained on: it has {_n_bytes(text):,} bytes now")
+        model = description["model"]
+        lm = load_model(**model | {"dtype": DTYPES[model["dtype"]], "device": device or model["device"]})
+        config = TextConfig(**description["text_config"])
+        return cls(lm, text, text_config=config, **description["stream"])._without(description["held_out"])
+
+
+def _n_bytes(text: Any) -> int | None:
+    return text.stat().st_size if isinstance(text, Path) else None
 
 
 class _Filler:

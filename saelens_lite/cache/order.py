@@ -7,7 +7,7 @@ of this follows from its number alone, so a reader can begin anywhere.
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ def permutation(n: int, *seed: int | str) -> Int[Tensor, " n"]:
 
 
 def shuffled_batches(
-    lengths: Sequence[int],
+    lengths: Int[np.ndarray, " n_chunks"],
     pool_rows: int,
     load: Callable[[list[int]], dict[str, Tensor]],
     batch_size: int,
@@ -41,13 +41,12 @@ def shuffled_batches(
 
     lengths: rows of each chunk. load: the rows of some chunks, one after the other, which a thread asks for in advance.
     """
-    sizes = np.asarray(lengths)
 
     def pools() -> Iterator[Pool]:
-        epoch, skip = divmod(start * batch_size, int(sizes.sum()))
+        epoch, skip = divmod(start * batch_size, int(lengths.sum()))
         for epoch_number in itertools.count(epoch):
-            for number, chunks in enumerate(_groups(sizes, pool_rows, seed, epoch_number)):
-                n = int(sizes[chunks].sum())
+            for number, chunks in enumerate(_groups(lengths, pool_rows, seed, epoch_number)):
+                n = int(lengths[chunks].sum())
                 if skip >= n:
                     skip -= n
                     continue
@@ -58,10 +57,10 @@ def shuffled_batches(
         yield from cut_into_batches(ready, batch_size)
 
 
-def _groups(sizes: np.ndarray, pool_rows: int, seed: int, epoch: int) -> list[np.ndarray]:
+def _groups(lengths: Int[np.ndarray, " n_chunks"], pool_rows: int, seed: int, epoch: int) -> list[np.ndarray]:
     """Chunks in the order of an epoch, in groups of about `pool_rows` rows; a chunk stays whole."""
-    order = permutation(len(sizes), seed, epoch).numpy()
-    before = np.cumsum(sizes[order]) - sizes[order]
+    order = permutation(len(lengths), seed, epoch).numpy()
+    before = np.cumsum(lengths[order]) - lengths[order]
     return np.split(order, np.flatnonzero(np.diff(before // pool_rows)) + 1)
 
 

@@ -7,27 +7,24 @@ each CHUNK rows of each of the others, their names in order.
 import hashlib
 import math
 import zlib
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from saelens_lite.errors import CorruptFileError
-from saelens_lite.files import check_header, write_file
+from saelens_lite.files import check_header, write_tensors
 
 CHUNK = 128
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> dict:
     """Write a shard in one step; its facts for the manifest: file, n_tokens, bytes, sha256."""
-    from safetensors.torch import save_file
-
     checksums = torch.tensor([[_crc(piece) for piece in tensors[key].split(CHUNK)] for key in sorted(tensors)])
-    whole = {key: x.contiguous() for key, x in tensors.items()} | {"checksums": checksums}
-    write_file(path, lambda temporary: save_file(whole, temporary))
+    write_tensors(path, tensors | {"checksums": checksums})
     return {"file": path.name, "n_tokens": len(tensors["tokens"]), "bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
@@ -41,28 +38,27 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I32": torch.int32, "I64": torch.int64}
-
-
-class _Stored(NamedTuple):
-    """Where the numbers of a tensor begin in a file, and what they are."""
-
-    first: int
-    dtype: torch.dtype
+_NAMES = {  # as safetensors calls them
+    torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.int32: "I32",
+    torch.int64: "I64",
+}  # fmt: skip
 
 
 class Shard:
-    """A shard that is read chunk by chunk through a memory map.
+    """A shard that is read chunk by chunk; nothing of it stays open or mapped.
 
-    shapes: what the manifest says it holds, name by name. Raises CorruptFileError when the file holds something else.
+    widths: d_in of each hook. What the file holds is checked before anything else of it is read.
     """
 
-    def __init__(self, path: Path, n_bytes: int, shapes: dict[str, tuple[int, ...]]):
-        self.path, self.n_bytes = path, n_bytes
-        self.n_chunks = -(-shapes["tokens"][0] // CHUNK)
-        self.shapes = shapes | {"checksums": (len(shapes), self.n_chunks)}
-        self._keys = sorted(shapes)
-        self._seen: set[tuple[str, int]] = set()
+    def __init__(self, path: Path, n_bytes: int, n_tokens: int, widths: dict[str, int], dtype: torch.dtype):
+        if not 0 < 4 * n_tokens < n_bytes:
+            raise ValueError(f"{path.name} cannot hold {n_tokens:,} tokens in {n_bytes:,} bytes")
+        self.path, self.n_bytes, self.n_tokens = path, n_bytes, n_tokens
+        self.n_chunks = -(-n_tokens // CHUNK)
+        self.shapes = {"tokens": (n_tokens,), **{hook: (n_tokens, d_in) for hook, d_in in widths.items()}}
+        self.dtypes = {"tokens": torch.int32, **dict.fromkeys(widths, dtype)}
+        self._keys = sorted(self.shapes)
+        self._checked = {key: bytearray(self.n_chunks) for key in self._keys}
 
     def check_size(self) -> None:
         """Raise CorruptFileError unless the file is there with the size the manifest says."""
@@ -71,59 +67,72 @@ class Shard:
             raise CorruptFileError(f"{self.path}: expected {self.n_bytes:,} bytes, found {size}; capture again")
 
     @cached_property
-    def _stored(self) -> dict[str, _Stored]:
+    def _first(self) -> dict[str, int]:
+        """Where in the file each tensor begins. CorruptFileError when the header is not that of such a shard."""
         header, start = check_header(self.path)
-        found = {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-        if found != self.shapes:
-            raise CorruptFileError(f"{self.path} holds {found}; the manifest says {self.shapes}")
-        try:
-            stored = {key: _Stored(start + header[key]["data_offsets"][0], _DTYPES[header[key]["dtype"]]) for key in found}
-        except KeyError as error:
-            raise CorruptFileError(f"{self.path}: numbers of kind {error}; expected one of {', '.join(_DTYPES)}") from None
-        n_bytes = sum(math.prod(shape) * stored[key].dtype.itemsize for key, shape in found.items())
-        if start + n_bytes != self.n_bytes:
-            raise CorruptFileError(
-                f"{self.path}: its tensors take {n_bytes:,} bytes, its header leaves {self.n_bytes - start:,}"
-            )
-        return stored
-
-    @cached_property
-    def _bytes(self) -> np.ndarray:
-        """The file, mapped into memory for reading only."""
-        return np.memmap(self.path, np.uint8, "r")
-
-    def _place(self, key: str, number: int) -> slice:
-        """Where in the file the rows of a chunk are."""
-        n, *width = self.shapes[key]
-        first, dtype = self._stored[key]
-        row = math.prod(width) * dtype.itemsize
-        return slice(first + number * CHUNK * row, first + min((number + 1) * CHUNK, n) * row)
+        shapes = self.shapes | {"checksums": (len(self._keys), self.n_chunks)}
+        dtypes = self.dtypes | {"checksums": torch.int64}
+        first = {}
+        for key in sorted(header.keys() | shapes.keys()):
+            wanted = {"dtype": _NAMES[dtypes[key]], "shape": list(shapes[key])} if key in shapes else {}
+            found = dict(header.get(key, {}))
+            place = found.pop("data_offsets", None)
+            if found != wanted:
+                raise CorruptFileError(f"{self.path}: {key!r} is {found or 'missing'}; the manifest says {wanted or 'nothing'}")
+            size = dtypes[key].itemsize * math.prod(shapes[key])
+            if not (isinstance(place, list) and isinstance(place[0], int) and place == [place[0], place[0] + size]):
+                raise CorruptFileError(f"{self.path} is damaged: {key!r} takes {size:,} bytes and cannot be at {place}")
+            first[key] = start + place[0]
+        return first
 
     @cached_property
     def _checksums(self) -> np.ndarray:
-        first = self._stored["checksums"].first
-        size = 8 * len(self._keys) * self.n_chunks
-        return self._bytes[first : first + size].view(np.int64).reshape(len(self._keys), self.n_chunks)
+        checksums = np.empty((len(self._keys), self.n_chunks), np.int64)
+        self._fill(checksums.reshape(-1).view(np.uint8), self._first["checksums"])
+        return checksums
 
-    def dtype(self, key: str) -> torch.dtype:
-        """What the numbers of a tensor are."""
-        return self._stored[key].dtype
+    def _fill(self, out: np.ndarray, first: int) -> None:
+        """Read bytes from place `first` of the file on."""
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(first)
+                n = file.readinto(out)
+        except OSError as error:
+            raise CorruptFileError(f"{self.path} cannot be read: {error}") from error
+        if n != len(out):
+            raise CorruptFileError(f"{self.path} is truncated: {n:,} of {len(out):,} bytes at {first:,}; capture again")
 
-    def n_bytes_of(self, key: str, number: int) -> int:
-        """How long a chunk is."""
-        place = self._place(key, number)
-        return place.stop - place.start
+    def rows(self, number: int) -> int:
+        """How many rows a chunk has."""
+        return min(CHUNK, self.n_tokens - number * CHUNK)
+
+    def row_bytes(self, key: str) -> int:
+        """How long a row of a tensor is."""
+        return self.dtypes[key].itemsize * math.prod(self.shapes[key][1:])
 
     def read(self, key: str, number: int, out: np.ndarray) -> None:
-        """Copy the bytes of one chunk, which are checked the first time.
+        """Put the bytes of one chunk into `out`; they are checked the first time.
 
         Raises:
-            CorruptFileError: they are not what was written.
+            CorruptFileError: they are not what was written, or cannot be read.
         """
-        out[:] = self._bytes[self._place(key, number)]
-        if (key, number) not in self._seen:
+        self._fill(out, self._first[key] + number * CHUNK * self.row_bytes(key))
+        if not self._checked[key][number]:
             if zlib.crc32(out) != self._checksums[self._keys.index(key), number]:
                 raise CorruptFileError(
                     f"{self.path} is damaged: rows {number * CHUNK} … of {key!r} do not match their checksum; capture again"
                 )
-            self._seen.add((key, number))
+            self._checked[key][number] = True
+
+
+def read_chunks(shards: Sequence[Shard], chunks: Iterable[Sequence[int]], key: str) -> Tensor:
+    """The rows of some chunks, [shard, chunk] each, one after the other. CorruptFileError where they are damaged."""
+    places = [(shards[shard], number) for shard, number in chunks]
+    first = places[0][0]
+    rows = sum(shard.rows(number) for shard, number in places)
+    content = np.empty(rows * first.row_bytes(key), np.uint8)
+    stop = 0
+    for shard, number in places:
+        start, stop = stop, stop + shard.rows(number) * shard.row_bytes(key)
+        shard.read(key, number, content[start:stop])
+    return torch.from_numpy(content).view(first.dtypes[key]).reshape(rows, *first.shapes[key][1:])

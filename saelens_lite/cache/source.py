@@ -3,13 +3,14 @@
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from saelens_lite.cache.order import shuffled_batches
 from saelens_lite.config import Origin
-from saelens_lite.errors import ConfigError, ShapeError
+from saelens_lite.errors import ConfigError, HookError, ShapeError, near_matches
 
 
 class Statistics(NamedTuple):
@@ -86,13 +87,22 @@ class TensorSource:
                 raise ShapeError(f"x has shape {tuple(t.shape)}; expected [n d_in] with at least one row")
             if not t.is_floating_point():
                 raise ShapeError(f"x holds {t.dtype}; expected floating-point numbers")
+        if len({len(t) for t in self.x.values()}) != 1:
+            raise ShapeError(
+                f"x has {[len(t) for t in self.x.values()]} rows at its hooks; expected the same number, and a hook"
+            )
         self.hooks: Sequence[str] = tuple(self.x)
         self.n_tokens: int | None = len(next(iter(self.x.values())))
         self._origin = origin or Origin(excluded_positions=())
 
     def d_in(self, hook: str) -> int:
-        """Width of the activations."""
-        return self.x[hook].shape[1]
+        """Width of the activations; HookError when there are none of that hook."""
+        return self._of(hook).shape[1]
+
+    def _of(self, hook: str) -> Float[Tensor, "n _"]:
+        if hook not in self.x:
+            raise HookError(f"there are activations of {', '.join(self.x)}, not of {hook!r}{near_matches(hook, self.x)}")
+        return self.x[hook]
 
     def statistics(self, hook: str) -> Statistics:
         """Mean and root mean square norm."""
@@ -106,7 +116,8 @@ class TensorSource:
 
     def batches(self, hooks: Sequence[str], batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
         """Shuffled batches, epoch after epoch without end, from number `start` on."""
-        return shuffled_batches([self.n_tokens], 1, lambda _: {hook: self.x[hook] for hook in hooks}, batch_size, seed, start)
+        chosen = {hook: self._of(hook) for hook in hooks}
+        return shuffled_batches(np.array([self.n_tokens]), 1, lambda _: chosen, batch_size, seed, start)
 
     def hold_out(self, n_tokens: int) -> tuple["TensorSource", "TensorSource"]:
         """The last rows, and the others."""

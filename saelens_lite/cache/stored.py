@@ -2,17 +2,19 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from saelens_lite.cache.order import shuffled_batches
-from saelens_lite.cache.shards import CHUNK, Shard, sha256
+from saelens_lite.cache.shards import CHUNK, Shard, read_chunks, sha256
 from saelens_lite.cache.source import Batch, Statistics, TensorSource
 from saelens_lite.config import Origin
 from saelens_lite.errors import ConfigError, CorruptFileError, HookError, near_matches
-from saelens_lite.files import read_json
+from saelens_lite.files import DTYPES, read_json
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -29,15 +31,14 @@ class ActivationCache:
 
     def __init__(self, path: Path, manifest: dict, n_held_out: int = 0):
         self.path, self.manifest = path, manifest
-        self._n_held_out = n_held_out  # chunks at the end that are not trained on
+        widths = {hook: entry["d_in"] for hook, entry in manifest["hooks"].items()}
         self._shards = [
-            Shard(path / Path(entry["file"]).name, entry["bytes"], self._shapes(entry["n_tokens"]))
+            Shard(path / Path(entry["file"]).name, entry["bytes"], entry["n_tokens"], widths, DTYPES[manifest["dtype"]])
             for entry in manifest["shards"]
         ]
-        self._chunks = [(number, chunk) for number, shard in enumerate(self._shards) for chunk in range(shard.n_chunks)]
-
-    def _shapes(self, n_tokens: int) -> dict[str, tuple[int, ...]]:
-        return {"tokens": (n_tokens,), **{hook: (n_tokens, entry["d_in"]) for hook, entry in self.manifest["hooks"].items()}}
+        places = [np.stack([np.full(shard.n_chunks, i), np.arange(shard.n_chunks)], 1) for i, shard in enumerate(self._shards)]
+        self._chunks: Int[np.ndarray, "n_chunks 2"] = np.concatenate(places or [np.empty((0, 2), int)])  # (shard, chunk in it)
+        self._n_held_out = n_held_out  # chunks at the end that are not trained on
 
     @classmethod
     def open(cls, path: str | Path) -> "ActivationCache":
@@ -56,7 +57,10 @@ class ActivationCache:
                 shard.check_size()
             if not self.n_tokens or not self.hooks:
                 raise CorruptFileError(f"{path / MANIFEST}: no shards or no hooks; there are no activations to read")
-            _ = [self.statistics(h) for h in self.hooks], [self.origin(h) for h in self.hooks]
+            for hook in self.hooks:
+                self.origin(hook)
+                if len(self.statistics(hook).mean) != self.d_in(hook):
+                    raise ValueError(f"the mean of {hook!r} has another width than {self.d_in(hook)}")
         except (KeyError, TypeError, ValueError, ConfigError) as error:
             raise CorruptFileError(f"{path / MANIFEST} is damaged: {type(error).__name__}: {error}") from None
         return self
@@ -69,7 +73,7 @@ class ActivationCache:
     @property
     def n_tokens(self) -> int:
         """Number of activations of each hook."""
-        return sum(self._length(chunk) for chunk in self._training_chunks())
+        return int(self._lengths.sum())
 
     def d_in(self, hook: str) -> int:
         """Width of the activations at a hook; HookError when it was not captured."""
@@ -93,26 +97,20 @@ class ActivationCache:
             )
         return self.manifest["hooks"][hook]
 
-    def _training_chunks(self) -> list[tuple[int, int]]:
+    @property
+    def _training_chunks(self) -> Int[np.ndarray, "n_chunks 2"]:
         return self._chunks[: len(self._chunks) - self._n_held_out]
 
-    def _length(self, chunk: tuple[int, int]) -> int:
-        shard, number = chunk
-        return min(CHUNK, self._shards[shard].shapes["tokens"][0] - number * CHUNK)
+    @property
+    def _lengths(self) -> Int[np.ndarray, " n_chunks"]:
+        """Rows of each chunk that is trained on."""
+        shard, number = self._training_chunks.T
+        n_tokens = np.array([shard.n_tokens for shard in self._shards], int)
+        return np.minimum(CHUNK, n_tokens[shard] - number * CHUNK)
 
-    def _read(self, chunks: Sequence[tuple[int, int]], keys: Sequence[str]) -> dict[str, Tensor]:
+    def _read(self, chunks: Int[np.ndarray, "n_chunks 2"], keys: Sequence[str]) -> dict[str, Tensor]:
         """The rows of some chunks, one after the other."""
-        return {key: self._read_one(chunks, key) for key in keys}
-
-    def _read_one(self, chunks: Sequence[tuple[int, int]], key: str) -> Tensor:
-        sizes = [self._shards[shard].n_bytes_of(key, number) for shard, number in chunks]
-        content = np.empty(sum(sizes), np.uint8)
-        stop = 0
-        for (shard, number), size in zip(chunks, sizes, strict=True):
-            start, stop = stop, stop + size
-            self._shards[shard].read(key, number, content[start:stop])
-        shard = self._shards[chunks[0][0]]
-        return torch.from_numpy(content).view(shard.dtype(key)).reshape(-1, *shard.shapes[key][1:])
+        return {key: read_chunks(self._shards, chunks.tolist(), key) for key in keys}
 
     def read_shard(self, number: int) -> dict[str, Tensor]:
         """The tensors of one shard: a hook each, and "tokens".
@@ -120,8 +118,7 @@ class ActivationCache:
         Raises:
             CorruptFileError: truncated, damaged, or other contents than the manifest says.
         """
-        chunks = [(number, chunk) for chunk in range(self._shards[number].n_chunks)]
-        return self._read(chunks, ["tokens", *self.hooks])
+        return self._read(self._chunks[self._chunks[:, 0] == number], ["tokens", *self.hooks])
 
     def verify(self) -> None:
         """Raise CorruptFileError unless every shard is what was written, to the byte."""
@@ -139,29 +136,43 @@ class ActivationCache:
         """
         for hook in hooks:
             self._hook(hook)
-        chunks = self._training_chunks()
-        lengths = [self._length(chunk) for chunk in chunks]
-
-        def load(numbers: list[int]) -> dict[str, Tensor]:
-            return self._read([chunks[i] for i in numbers], hooks)
-
-        return shuffled_batches(lengths, self.POOL_TOKENS, load, batch_size, seed, start)
+        chunks = self._training_chunks
+        return shuffled_batches(
+            self._lengths, self.POOL_TOKENS, lambda numbers: self._read(chunks[numbers], hooks), batch_size, seed, start
+        )
 
     def hold_out(self, n_tokens: int) -> tuple[TensorSource, "ActivationCache"]:
         """At least n_tokens activations from the end of the text, and the cache without them."""
-        from_end = torch.tensor([self._length(chunk) for chunk in reversed(self._chunks)]).cumsum(0)
-        n_chunks = int((from_end < n_tokens).sum()) + 1
-        if n_tokens < 1 or n_chunks >= len(self._chunks):
+        n_chunks = int((self._lengths[::-1].cumsum() < n_tokens).sum()) + 1
+        if n_tokens < 1 or n_chunks >= len(self._training_chunks):
             raise ConfigError(
                 f"{n_tokens:,} activations to validate on; {self.path} has {self.n_tokens:,}, and some must be left"
             )
-        held = self._read(self._chunks[-n_chunks:], self.hooks)
-        rest = type(self)(self.path, self.manifest, n_chunks)
+        held = self._read(self._training_chunks[-n_chunks:], self.hooks)
+        rest = type(self)(self.path, self.manifest, self._n_held_out + n_chunks)
         return TensorSource({hook: x.float() for hook, x in held.items()}, origin=Origin(**self.manifest["origin"])), rest
 
-    def describe(self) -> dict:
+    def describe(self) -> dict[str, Any]:
         """How to open the cache again."""
-        return {"cache": str(self.path.resolve()), "manifest_sha256": sha256(self.path / MANIFEST)}
+        return {
+            "cache": str(self.path.resolve()),
+            "manifest_sha256": sha256(self.path / MANIFEST),
+            "held_out_chunks": self._n_held_out,
+        }
+
+    @classmethod
+    def reopen(cls, description: dict[str, Any]) -> "ActivationCache":
+        """The cache that described itself so.
+
+        Raises:
+            CorruptFileError: it is not there, or damaged.
+            ConfigError: another one is there now.
+        """
+        found = cls.open(description["cache"])
+        cache = cls(found.path, found.manifest, description["held_out_chunks"])
+        if cache.describe() != description:
+            raise ConfigError(f"{cache.path} is not the cache the run was trained on: its manifest has changed")
+        return cache
 
     def __repr__(self) -> str:
         hooks = ", ".join(f"{hook} [{self.d_in(hook)}]" for hook in self.hooks)

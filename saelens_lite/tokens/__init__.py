@@ -8,20 +8,24 @@ from typing import TYPE_CHECKING
 
 from saelens_lite.config import TextConfig
 from saelens_lite.tokens.blocks import RowBlocks
-from saelens_lite.tokens.python_docs import Document, is_held_out, python_docs
+from saelens_lite.tokens.python_docs import Document, PythonDocs, is_held_out, python_docs
 from saelens_lite.tokens.rows import TokenRows, joined, text_hash
-from saelens_lite.tokens.sources import Text, hub_name
+from saelens_lite.tokens.sources import Text, check_file, hub_name, name_of, named_text
 
 if TYPE_CHECKING:
     from saelens_lite.model import LanguageModel
 
 __all__ = [
     "Document",
+    "PythonDocs",
     "RowBlocks",
     "Text",
     "TokenRows",
+    "check_file",
     "hub_name",
     "is_held_out",
+    "name_of",
+    "named_text",
     "python_docs",
     "text_config_of",
     "text_hash",

@@ -7,9 +7,12 @@ A package cannot assume a network, so the demonstration and the tests read the r
 import ast
 import hashlib
 import sysconfig
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
+
+from saelens_lite.errors import TextError
 
 # Test suites, generated tables and vendored third-party code are not documentation.
 _LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "__pycache__", "pydoc_data", "_vendor"}
@@ -65,3 +68,23 @@ def python_docs() -> tuple[Document, ...]:
 def is_held_out(name: str, percent: int = 10) -> bool:
     """Whether a document belongs to the held-out part: decided by a hash of its name, so it never moves."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 100 < percent
+
+
+class PythonDocs:
+    """The embedded corpus as a text with a name: "python-docs", or its part "python-docs:train" or "python-docs:held-out".
+
+    Raises:
+        TextError: another name.
+    """
+
+    NAMES = ("python-docs", "python-docs:train", "python-docs:held-out")
+
+    def __init__(self, name: str = "python-docs"):
+        if name not in self.NAMES:
+            raise TextError(f"the embedded corpus has no part {name!r}; say {', '.join(self.NAMES[:-1])} or {self.NAMES[-1]}")
+        self.name = name
+
+    def __iter__(self) -> Iterator[Document]:
+        for document in python_docs():
+            if self.name == "python-docs" or is_held_out(document.name) == self.name.endswith("held-out"):
+                yield document

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saelens_lite.config import TextConfig
 from saelens_lite.errors import ConfigError, CorruptFileError, SaelensLiteError, TextError, near_matches
-from saelens_lite.tokens.python_docs import Document
+from saelens_lite.tokens.python_docs import Document, PythonDocs
 
 Record = Mapping[str, Any]
 Text = str | Path | Int[Tensor, "n_seq n_ctx"] | Mapping[str, Any] | Iterable[str | Document | Path | Record]
@@ -42,6 +42,26 @@ def hub_name(text: str) -> HubName | None:
     other string."""
     match = _HUB_NAME.fullmatch(text)
     return HubName(match[1], match[2] or None, match[3] or None) if match else None
+
+
+def named_text(name: str) -> Text:
+    """The text that a name stands for: "hf:…" a dataset of the Hub, "python-docs…" the embedded corpus, else a file.
+
+    Raises:
+        TextError: the embedded corpus has no such part.
+    """
+    if hub_name(name):
+        return name
+    return PythonDocs(name) if name.partition(":")[0] == "python-docs" else Path(name)
+
+
+def name_of(text: Any) -> str | None:
+    """The name by which `named_text` finds a text again; None when it is only in memory."""
+    if isinstance(text, Path):
+        return str(text.resolve())
+    if isinstance(text, PythonDocs):
+        return text.name
+    return text if isinstance(text, str) and hub_name(text) else None
 
 
 def read_pieces(text: Text, config: TextConfig) -> Iterator[Piece]:

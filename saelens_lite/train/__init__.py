@@ -1,10 +1,11 @@
 """Training: one loop for all rules, and for many dictionaries over one pass of the data."""
 
 import logging
+import shlex
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,11 +18,11 @@ from torch import Tensor
 from saelens_lite.cache import Source, TensorSource, open_source
 from saelens_lite.config import TrainConfig
 from saelens_lite.dictionary import Dictionary
-from saelens_lite.errors import ConfigError, CorruptFileError, PluginError, SaelensLiteError
-from saelens_lite.files import refuse_existing, write_text
+from saelens_lite.errors import ConfigError, DiskFullError, OutputExistsError, PluginError, SaelensLiteError
+from saelens_lite.files import refuse_existing, remove_leftovers, write_text
 from saelens_lite.loggers import DEFAULT_LOGGERS, RunLog, load_loggers, open_log
 from saelens_lite.progress import progress_bar
-from saelens_lite.train.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
+from saelens_lite.train.checkpoint import is_interrupted, load_checkpoint, remove_checkpoints, save_checkpoint
 from saelens_lite.train.stopping import Stopping
 from saelens_lite.train.trainer import Trainer
 
@@ -76,21 +77,28 @@ def train(
     if out is None and loggers and loggers != DEFAULT_LOGGERS:
         raise ConfigError(f"loggers = {loggers!r} need a run folder: say `out`")
     load_loggers([] if out is None else loggers)
+    folders = [None] * len(configs) if out is None else run_folders(Path(out), configs)
+    _refuse_existing_runs(None if out is None else Path(out), folders, exists)
     description = source.describe()
     validation, source = source.hold_out(validation_tokens) if validation_tokens else (None, source)
     job = _Job(
         trainers=[Trainer(c, source, device) for c in configs],
-        folders=[None] * len(configs) if out is None else run_folders(Path(out), configs),
+        folders=folders,
         out=None if out is None else Path(out),
         data_seed=data_seed,
         validation=validation,
         loggers=[loggers] if isinstance(loggers, str) else list(loggers),
         checkpoint_seconds=checkpoint_seconds,
-        request={"source": description, "validation_tokens": validation_tokens, "data_seed": data_seed},
+        request={
+            "source": description,
+            "validation_tokens": validation_tokens,
+            "data_seed": data_seed,
+            "device": str(device),
+            "checkpoint_seconds": checkpoint_seconds,
+        },
     )
-    for folder in job.folders:
-        if folder:
-            refuse_existing(folder, exists)
+    if job.out:
+        remove_checkpoints(job.out)
     for config, folder in zip(configs, job.folders, strict=True):
         if folder:
             if folder.is_dir():
@@ -98,49 +106,73 @@ def train(
             folder.unlink(missing_ok=True)
             folder.mkdir(parents=True)
             write_text(folder / "config.toml", tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
-    if job.out:
-        remove_checkpoints(job.out)
     return _run(job, source)
+
+
+def _refuse_existing_runs(out: Path | None, folders: list[Path | None], exists: str) -> None:
+    """Raise OutputExistsError where there is something and `exists` is "error"; an interrupted run, above all."""
+    if out and exists == "error" and is_interrupted(out):
+        raise OutputExistsError(
+            f"{out} holds a run that was interrupted; resume it, choose another place or say exists='overwrite'"
+        )
+    for folder in folders:
+        if folder:
+            refuse_existing(folder, exists)
 
 
 def resume(
     run: str | Path,
     source: Source | None = None,
     *,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     loggers: str | Sequence[str] | None = None,
-    checkpoint_seconds: float = 600.0,
+    checkpoint_seconds: float | None = None,
 ) -> list[Run]:
-    """Go on with a run that was interrupted, from its newest checkpoint; the result is what it would have been.
+    """Go on with a run that was interrupted, from its newest checkpoint that is whole; the result is what it would have been.
 
-    run: the folder given to `train` as `out`. source: the activations it was trained on; a cache or a stream of a text file
-    is found again by itself.
+    run: the folder given to `train` as `out`. source: the activations it was trained on; a cache, or a stream of a file, a
+    dataset or the embedded corpus is found again by itself. What else is not said is as it was.
 
     Raises:
-        ConfigError: the run has no checkpoints, or its source has to be given.
-        CorruptFileError: a checkpoint is damaged.
+        ConfigError: the run has no checkpoints, its source has to be given, or the source is not the one it was.
+        CorruptFileError: all checkpoints are damaged.
+        Stopped: after Ctrl-C or SIGTERM.
     """
     run = Path(run)
     states, loop = load_checkpoint(run)
+    request = loop["request"]
+    if source is None:
+        source = open_source(request["source"], device)
+    _check_source(source.describe(), request["source"])
+    validation, source = source.hold_out(n) if (n := request["validation_tokens"]) else (None, source)
+    trainers = [Trainer(TrainConfig(**c), source, device or request["device"]) for c in loop["configs"]]
     try:
-        configs = [TrainConfig(**c) for c in loop["configs"]]
-        request, histories, n_batches = loop["request"], loop["histories"], int(loop["n_batches"])
-        if source is None:
-            source = open_source(request["source"])
-        n_held = request["validation_tokens"]
-        validation, source = source.hold_out(n_held) if n_held else (None, source)
-        trainers = [Trainer(c, source, device) for c in configs]
         for trainer, state in zip(trainers, states, strict=True):
             trainer.restore(*state)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CorruptFileError(f"the newest checkpoint of {run} is damaged: {type(error).__name__}: {error}") from None
+    except (KeyError, RuntimeError) as error:
+        raise ConfigError(f"the checkpoint of {run} does not fit: {error}; was it written with another plugin?") from error
     chosen = loop["loggers"] if loggers is None else [loggers] if isinstance(loggers, str) else list(loggers)
     load_loggers(chosen)
-    folders = run_folders(run, configs)
-    log.info("going on with %s behind batch %d", run, n_batches)
-    seed = request["data_seed"]
-    job = _Job(trainers, folders, run, seed, validation, chosen, checkpoint_seconds, request, histories, n_batches)
+    job = _Job(
+        trainers=trainers,
+        folders=run_folders(run, [trainer.config for trainer in trainers]),
+        out=run,
+        data_seed=request["data_seed"],
+        validation=validation,
+        loggers=chosen,
+        checkpoint_seconds=request["checkpoint_seconds"] if checkpoint_seconds is None else checkpoint_seconds,
+        request=request,
+        histories=loop["histories"],
+        n_batches=loop["n_batches"],
+    )
+    log.info("going on with %s behind batch %d", run, job.n_batches)
     return _run(job, source)
+
+
+def _check_source(found: dict[str, Any] | None, wanted: dict[str, Any] | None) -> None:
+    """Raise ConfigError when both are caches, and not the same, wherever they are."""
+    if found and wanted and "cache" in found and "cache" in wanted and found | {"cache": None} != wanted | {"cache": None}:
+        raise ConfigError(f"{found['cache']} is not the cache the run was trained on, which was {wanted['cache']}")
 
 
 @dataclass
@@ -165,6 +197,13 @@ class _Job:
     def n_seen(self) -> int:
         """Tokens of the dictionary that has seen most."""
         return max(trainer.n_seen for trainer in self.trainers)
+
+    @property
+    def how_to_go_on(self) -> str:
+        """What to type after an interruption."""
+        if self.request["source"]:
+            return f"saelens-lite train --resume {shlex.quote(str(self.out))}"
+        return f"saelens_lite.resume({str(self.out)!r}, source)"
 
     def save(self) -> None:
         """Write a checkpoint, if there is a folder for it."""
@@ -199,16 +238,28 @@ def _run(job: _Job, source: Source) -> list[Run]:
                 for trainer, folder in zip(job.trainers, job.folders, strict=True)
             ]
             _loop(source, job, logs)
+        return _results(job)
+    except DiskFullError as error:
+        if job.out is None or not is_interrupted(job.out):
+            raise
+        raise DiskFullError(f"{error}; make room and go on with: {job.how_to_go_on}") from error
     except SaelensLiteError as error:
         _keep_what_is_good(job, error)
         raise
+
+
+def _results(job: _Job) -> list[Run]:
+    """The dictionaries, written where there is a folder for them; nothing else of the work stays there."""
     runs = [
         Run(trainer.config, trainer.result(), history, folder)
         for trainer, history, folder in zip(job.trainers, job.histories, job.folders, strict=True)
     ]
     for run in runs:
         if run.folder:
+            remove_leftovers(run.folder / "dictionary")
             run.dictionary.save(run.folder / "dictionary", exists="overwrite")
+            remove_leftovers(run.folder / "last_good")
+            shutil.rmtree(run.folder / "last_good", ignore_errors=True)  # of an error that was overcome
     if job.out:
         remove_checkpoints(job.out)
     return runs
@@ -232,15 +283,18 @@ def _loop(source: Source, job: _Job, logs: list[RunLog]) -> None:
     batches = source.batches(hooks, trainers[0].config.batch_size, job.data_seed, job.n_batches)
     saved = time.monotonic()
     with (
-        Stopping() if job.out else ExitStack() as stopping,
+        ExitStack() as stack,
+        Stopping() if job.out else nullcontext() as stopping,
         progress_bar("train", max(t.config.n_tokens for t in trainers)) as bar,
     ):
+        stack.callback(getattr(batches, "close", lambda: None))  # ends the thread that reads ahead
         bar(job.n_seen, "")
         while not all(trainer.done for trainer in trainers):
             try:
                 batch = next(batches)
-            except SaelensLiteError:
-                job.save()  # all trainers are at the same batch
+            except Exception:
+                if job.n_batches:
+                    job.save()  # all trainers are at the same batch
                 raise
             for i, trainer in enumerate(trainers):
                 if trainer.done:
@@ -252,13 +306,11 @@ def _loop(source: Source, job: _Job, logs: list[RunLog]) -> None:
             job.n_batches += 1
             latest = [h[-1] for h in job.histories if h]
             bar(len(batch[hooks[0]]), "  ".join(f"fvu {line['fvu']:.3f} l0 {line['l0']:.0f}" for line in latest))
-            if job.out and (stopping.signal or time.monotonic() - saved > job.checkpoint_seconds):
+            if stopping and (stopping.signal or time.monotonic() - saved > job.checkpoint_seconds):
                 job.save()
                 saved = time.monotonic()
                 if stopping.signal:
-                    raise stopping.error(
-                        f"stopped after {job.n_seen:,} tokens; go on with: saelens-lite train --resume {job.out}"
-                    )
+                    raise stopping.error(f"stopped after {job.n_seen:,} tokens; go on with: {job.how_to_go_on}")
 
 
 def run_folders(out: Path, configs: Sequence[TrainConfig]) -> list[Path]:

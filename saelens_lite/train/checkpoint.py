@@ -1,74 +1,100 @@
 """Checkpoints of a run: everything that training needs to go on as if nothing had happened; safetensors and JSON.
 
-`<run>/checkpoints/<tokens>/` holds state.json and a safetensors file a dictionary. A folder appears when it is whole; the
-last two are kept.
+`<run>/checkpoints/<tokens>/` holds state.json, a safetensors file a dictionary, and checksums.json with the SHA-256 of each.
+A folder appears when it is whole; the last two are kept, and a damaged one is passed over.
 """
 
+import hashlib
+import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from saelens_lite.config import TrainConfig
 from saelens_lite.errors import ConfigError, CorruptFileError
-from saelens_lite.files import new_folder, read_json, read_tensors, write_json
+from saelens_lite.files import new_folder, read_json, read_tensors, write_json, write_tensors
 
-FORMAT = 1
+FORMAT = 2
 KEPT = 2
-STATE = "state.json"
-
+FOLDER, STATE, CHECKSUMS = "checkpoints", "state.json", "checksums.json"
+log = logging.getLogger(__name__)
 
 State = tuple[dict[str, Tensor], dict[str, Any]]  # of one dictionary: tensors and plain data
 
 
 def save_checkpoint(run: Path, n_tokens: int, states: list[State], loop: dict[str, Any]) -> None:
     """Write a checkpoint and drop all but the last KEPT."""
-    from safetensors.torch import save_file
-
-    folder = run / "checkpoints"
-    with new_folder(folder / f"{n_tokens:012d}", "overwrite") as new:
+    with new_folder(run / FOLDER / f"{n_tokens:012d}", "overwrite") as new:
         for i, (tensors, _) in enumerate(states):
-            save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, new / f"{i}.safetensors")
-        write_json(new / STATE, {"format": FORMAT, **loop, "dictionaries": [numbers for _, numbers in states]})
-    for old in _checkpoints(run)[:-KEPT]:
+            write_tensors(new / f"{i}.safetensors", tensors)
+        write_json(new / STATE, {**loop, "dictionaries": [numbers for _, numbers in states]})
+        checksums = {path.name: _sha256(path) for path in sorted(new.iterdir())}
+        write_json(new / CHECKSUMS, {"format": FORMAT, "sha256": checksums})
+    for old in _checkpoints(run)[KEPT:]:
         shutil.rmtree(old)
 
 
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _checkpoints(run: Path) -> list[Path]:
-    return sorted(path for path in (run / "checkpoints").glob("[0-9]*") if (path / STATE).is_file())
+    """The folders of a run's checkpoints, the newest first."""
+    return sorted((run / FOLDER).glob("[0-9]*"), reverse=True)
 
 
-def read_loop(run: Path) -> tuple[Path, dict[str, Any]]:
-    """The folder of a run's newest checkpoint, and the loop's state in it.
-
-    Raises:
-        ConfigError: the run has none: it never began, or it is finished.
-        CorruptFileError: it is damaged.
-    """
-    found = _checkpoints(run)
-    if not found:
-        raise ConfigError(f"{run} has no checkpoints: there is nothing to resume, or the run is finished")
-    loop = read_json(found[-1] / STATE)
-    if loop.get("format") != FORMAT:
-        raise CorruptFileError(f"{found[-1] / STATE}: format {loop.get('format')!r}, this version reads {FORMAT}")
-    missing = {"configs", "request", "loggers", "histories", "n_batches", "dictionaries"} - loop.keys()
-    if missing:
-        raise CorruptFileError(f"{found[-1] / STATE} is damaged: {', '.join(sorted(missing))} missing")
-    return found[-1], loop
+def is_interrupted(run: Path) -> bool:
+    """Whether there is a run that can be resumed."""
+    return bool(_checkpoints(run))
 
 
 def load_checkpoint(run: Path) -> tuple[list[State], dict[str, Any]]:
-    """The newest checkpoint of a run: the dictionaries' states, and the loop's. Raises what `read_loop` does."""
-    folder, loop = read_loop(run)
-    return [(read_tensors(folder / f"{i}.safetensors"), numbers) for i, numbers in enumerate(loop["dictionaries"])], loop
+    """The newest checkpoint of a run that is not damaged: the dictionaries' states, and the loop's.
+
+    Raises:
+        ConfigError: the run has none: it never began, or it is finished.
+        CorruptFileError: all are damaged.
+    """
+    error = None
+    for folder in _checkpoints(run):
+        try:
+            return _read(folder)
+        except CorruptFileError as found:
+            log.warning("passing over a damaged checkpoint: %s", found)
+            error = error or found
+    if error:
+        raise CorruptFileError(f"{run} has no checkpoint that is not damaged: {error}")
+    _remove_leftovers(run)
+    raise ConfigError(f"{run} has no checkpoints: there is nothing to resume, or the run is finished")
 
 
-def configs_of(run: Path) -> list[TrainConfig]:
-    """The settings of the dictionaries of an interrupted run. Raises what `read_loop` does."""
-    return [TrainConfig(**config) for config in read_loop(run)[1]["configs"]]
+def _read(folder: Path) -> tuple[list[State], dict[str, Any]]:
+    """A checkpoint; CorruptFileError when it is not what was written."""
+    content = read_json(folder / CHECKSUMS)
+    if content.get("format") != FORMAT:
+        raise CorruptFileError(f"{folder / CHECKSUMS}: format {content.get('format')!r}, this version reads {FORMAT}")
+    checksums = content.get("sha256", {})
+    if STATE not in checksums or checksums != {name: _sha256_or_none(folder / name) for name in checksums}:
+        raise CorruptFileError(f"{folder} is damaged: its files do not match {CHECKSUMS}")
+    loop = read_json(folder / STATE)
+    states = loop.pop("dictionaries")
+    return [(read_tensors(folder / f"{i}.safetensors"), numbers) for i, numbers in enumerate(states)], loop
+
+
+def _sha256_or_none(path: Path) -> str | None:
+    return _sha256(path) if path.is_file() else None
 
 
 def remove_checkpoints(run: Path) -> None:
-    """Drop the checkpoints of a run that is finished."""
-    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    """Drop the checkpoints of a run that is finished: all at once, for nobody is to find half of them."""
+    _remove_leftovers(run)
+    if (run / FOLDER).exists():
+        os.replace(run / FOLDER, run / f".{FOLDER}.old")
+    _remove_leftovers(run)
+
+
+def _remove_leftovers(run: Path) -> None:
+    shutil.rmtree(run / f".{FOLDER}.old", ignore_errors=True)

@@ -33,7 +33,8 @@ class Stopping:
 
     def _restore(self) -> None:
         while self._before:
-            signal.signal(*self._before.popitem())
+            number, handler = self._before.popitem()
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not one of Python's
 
     def error(self, said: str) -> Stopped:
         """What to raise once the state is saved."""

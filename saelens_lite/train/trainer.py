@@ -36,7 +36,8 @@ class Trainer:
         if not variance > 1e-9 * statistics.rms_norm**2:
             raise NonFiniteError(f"the activations of {self.hook!r} are all the same; there is nothing to train on")
         self.scale = d_in**0.5 / statistics.rms_norm if config.normalize == "sqrt_d" else 1.0
-        self._random_state = torch.Generator().manual_seed(config.seed).get_state()
+        self._cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
+        self._random = [torch.Generator(d).manual_seed(config.seed).get_state() for d in ("cpu", *self._cuda)]
         with self._own_randomness():
             self.dictionary = Dictionary.create(
                 config.sparsity,
@@ -150,26 +151,30 @@ class Trainer:
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:
         """A rule that draws random numbers gets the same ones whatever else the process does."""
-        outer = torch.get_rng_state()
-        torch.set_rng_state(self._random_state)
-        try:
-            yield
-        finally:
-            self._random_state = torch.get_rng_state()
-            torch.set_rng_state(outer)
+        with torch.random.fork_rng(self._cuda):
+            torch.set_rng_state(self._random[0])
+            for device, state in zip(self._cuda, self._random[1:], strict=True):
+                torch.cuda.set_rng_state(state, device)
+            try:
+                yield
+            finally:
+                self._random = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._cuda)]
 
     @torch.no_grad()
     def validate(self, x: Float[Tensor, "n d_in"]) -> dict[str, float]:
         """Loss figures on raw activations that were not trained on: val_fvu = Σ‖x − x̂‖² / Σ‖x − mean‖², and val_l0."""
         self.dictionary.eval()
-        error, l0 = 0.0, 0
-        for piece in x.split(self.config.batch_size):
-            scaled = piece.to(self.dictionary.W_enc.device, self.dictionary.W_enc.dtype) * self.scale
-            codes = self.dictionary.encode(scaled)
-            error += float((scaled - self.dictionary.decode(codes)).square().sum(dtype=torch.float64))
-            l0 += len(codes.value)
+        mean = x.mean(0, dtype=torch.float64)
+        error = spread = 0.0
+        l0 = 0
+        with self._own_randomness():
+            for piece in x.split(self.config.batch_size):
+                scaled = piece.to(self.dictionary.W_enc.device, self.dictionary.W_enc.dtype) * self.scale
+                codes = self.dictionary.encode(scaled)
+                error += float((scaled - self.dictionary.decode(codes)).square().sum(dtype=torch.float64))
+                spread += float((piece - mean).square().sum()) * self.scale**2
+                l0 += len(codes.value)
         self.dictionary.train()
-        spread = float((x.double() - x.double().mean(0)).square().sum()) * self.scale**2
         return {"val_fvu": round(error / spread, 6), "val_l0": round(l0 / len(x), 6)}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -177,23 +182,37 @@ class Trainer:
         tensors = {f"dictionary.{name}": x for name, x in self.dictionary.state_dict().items()}
         for name, parameter in self.dictionary.named_parameters():
             tensors |= {f"adam.{name}.{key}": x for key, x in self.optimizer.state[parameter].items()}
-        tensors |= {"since_fired": self.since_fired, "fire_count": self.fire_count, "random_state": self._random_state}
+        tensors |= {"since_fired": self.since_fired, "fire_count": self.fire_count}
+        tensors |= {f"random.{i}": state for i, state in enumerate(self._random)}
         numbers = {name: getattr(self, name) for name in _NUMBERS} | {"sums": self._sums, "n_sums": self._n_sums}
         return tensors, numbers
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-        """Take up a state. KeyError or RuntimeError when it is not one of this trainer."""
+        """Take up a state.
+
+        Raises:
+            ConfigError: it is of training on other activations.
+            KeyError, RuntimeError: it is not one of this trainer.
+        """
+        for name in ("scale", "variance"):
+            if not math.isclose(numbers[name], getattr(self, name), rel_tol=1e-4):
+                raise ConfigError(
+                    f"the activations of {self.hook!r} are not those the run was trained on: their {name} is "
+                    f"{getattr(self, name):.6g}, it was {numbers[name]:.6g}"
+                )
         state = self.dictionary.state_dict()
         for name, x in state.items():
             x.copy_(tensors[f"dictionary.{name}"])
         for name, parameter in self.dictionary.named_parameters():
             found = {key.rsplit(".", 1)[1]: x for key, x in tensors.items() if key.startswith(f"adam.{name}.")}
-            moments = {key: torch.empty_like(parameter if x.ndim else x).copy_(x) for key, x in found.items()}  # in its layout
-            self.optimizer.state[parameter] = moments
+            self.optimizer.state[parameter] = {
+                key: torch.empty_like(parameter).copy_(x) if x.ndim else x.to(parameter.device)  # in the layout it had
+                for key, x in found.items()
+            }
         self.since_fired.copy_(tensors["since_fired"])
         self.fire_count.copy_(tensors["fire_count"])
-        self._random_state = tensors["random_state"].cpu()
+        self._random = [tensors[f"random.{i}"] for i in range(len(self._random))]
         for name in _NUMBERS:
             setattr(self, name, numbers[name])
         self._sums, self._n_sums = numbers["sums"], numbers["n_sums"]
