@@ -318,11 +318,11 @@ def evaluate(
         by_frequency=by_frequency,
     )
     named = {str(path): report for path, report in zip(dictionaries, reports, strict=True)}
-    if json_out:
-        write_json(json_out, {path: report.to_dict() for path, report in named.items()})
     _console().print(table(named))
     if by_frequency:
         _console().print(frequency_table(named))
+    if json_out:
+        write_json(json_out, {path: report.to_dict() for path, report in named.items()})
 
 
 @app.command

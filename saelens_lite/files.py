@@ -185,11 +185,11 @@ def check_header(path: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + header_size
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, finite: bool = True) -> dict[str, Tensor]:
     """All tensors of a safetensors file, sizes checked against the header before anything is allocated.
 
     Raises:
-        CorruptFileError: missing, truncated, not safetensors, an odd dtype, or NaN or infinity inside.
+        CorruptFileError: missing, truncated, not safetensors, an odd dtype, or (`finite`) NaN or infinity inside.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -200,6 +200,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CorruptFileError(f"{path} is damaged: {error}") from None
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if finite and tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CorruptFileError(f"{path}: tensor {name!r} holds NaN or infinity")
     return tensors

@@ -199,3 +199,18 @@ def test_clipping_is_that_of_a_gradient_scaled_down_before_adam(planted, limit):
     assert min(norms) > 0.05
     for found, wanted in zip(trainer.dictionary.parameters(), copy.parameters(), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_an_activation_function_is_given_float32_numbers_whatever_the_support_is_chosen_from(activation_only):
+    d = Dictionary.create(activation_only, d_in=64, d_sae=256)
+    x = 3 * torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
+    step = SparseStep(d, x, dead=torch.zeros(256, dtype=torch.bool), progress=0.5, warmup=1.0, halves=True)
+    torch.testing.assert_close(step.codes.to_dense(), d.rule.activation(d.pre(x)), rtol=1e-4, atol=1e-5)
+
+
+def test_second_derivatives_are_refused_rather_than_wrong():
+    d = Dictionary.create("topk", d_in=8, d_sae=24, options={"k": 4})
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    (gradient,) = torch.autograd.grad(d(x).square().sum(), d.W_enc, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()

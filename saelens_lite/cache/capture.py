@@ -207,7 +207,7 @@ def origin_of(lm: LanguageModel, blocks: RowBlocks, text_name: str | None) -> Or
         revision=lm.revision,
         model_class=type(lm.module).__name__,
         processing=lm.processing,
-        n_ctx=blocks.width,
+        n_ctx=blocks.width or blocks.n_ctx,
         prepend_bos=blocks.every_row_begins_with_bos if blocks.are_rows else config.bos != "none",
         text=text_name,
         excluded_positions=config.exclude_positions,

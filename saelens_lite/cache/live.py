@@ -141,7 +141,8 @@ class ActivationStream:
         return rows[permutation(len(rows), seed, "round", number)]
 
     def hold_out(self, n_tokens: int) -> tuple[TensorSource, "ActivationStream"]:
-        """The activations of the text's first n_tokens positions that count, and the stream without them."""
+        """The first n_tokens activations the model computes, from random rows near the beginning of the text, and the stream
+        without them."""
         held, n = [], 0
         with closing(activations(self.lm, self._rows(), self.hooks, self.batch_tokens, self._n_held_out)) as pieces:
             while n < n_tokens and (piece := next(pieces, None)):

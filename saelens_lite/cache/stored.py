@@ -142,7 +142,7 @@ class ActivationCache:
         )
 
     def hold_out(self, n_tokens: int) -> tuple[TensorSource, "ActivationCache"]:
-        """At least n_tokens activations from the end of the text, and the cache without them."""
+        """At least n_tokens activations, the last that were captured, and the cache without them."""
         n_chunks = int((self._lengths[::-1].cumsum() < n_tokens).sum()) + 1
         if n_tokens < 1 or n_chunks >= len(self._training_chunks):
             raise ConfigError(

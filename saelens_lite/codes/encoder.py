@@ -44,7 +44,9 @@ class Encoder:
         """Number of latents."""
         return self.W_enc.shape[1]
 
-    def tiles(self, latents: Int[Tensor, " n"] | None = None, whole: bool = False) -> Iterator[Float[Tensor, "rows n"]]:
+    def tiles(
+        self, latents: Int[Tensor, " n"] | None = None, whole: bool = False, halves: bool | None = None
+    ) -> Iterator[Float[Tensor, "rows n"]]:
         """Pre-activations of all latents or some, without gradient, a tile of rows after the other.
 
         A tile is good until the next one is asked for. whole: one tile, whatever its size.
@@ -58,7 +60,7 @@ class Encoder:
             bias = None if bias is None else bias.index_select(0, latents)
         n_rows = tile_rows(weight.shape[1], self.centred.element_size())
         pieces = (self.centred,) if whole else self.centred.split(n_rows)
-        product = _product(weight, bias, self.halves)
+        product = _product(weight, bias, self.halves if halves is None else halves)
         buffer = self.centred.new_empty(len(pieces[0]), weight.shape[1])
         for piece in pieces:
             yield product(piece, buffer[: len(piece)])
@@ -87,7 +89,7 @@ class Encoder:
 
     def dense(self) -> Float[Tensor, "batch d_sae"]:
         """All pre-activations; differentiable, with gradients that are cheap where few are not zero."""
-        (pre,) = self.tiles(whole=True)
+        (pre,) = self.tiles(whole=True, halves=False)
         return PreDense.apply(self.W_enc, self.b_enc, self.b_dec, self.x, pre, self.centred)
 
     def _attach(self, support: Support, value: Float[Tensor, " nnz"]) -> Float[Tensor, " nnz"]:

@@ -24,9 +24,14 @@ def available(tensor: Tensor) -> bool:
     """
     if tensor.dtype not in DTYPES or not _triton_is_installed():
         return False
-    if tensor.is_cuda and torch.version.hip is None:
-        return torch.cuda.get_device_capability(tensor.device) >= OLDEST
+    if tensor.is_cuda:
+        return has_bfloat16(tensor.device)
     return tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether products of bfloat16 numbers are fast there."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= OLDEST
 
 
 def kernels(tensor: Tensor) -> ModuleType | None:

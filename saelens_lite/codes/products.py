@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from saelens_lite.codes import Support, gpu, support_of_mask
 
@@ -100,6 +101,7 @@ class Decode(torch.autograd.Function):
         return sparse_product(support, value, W_dec)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, e):
         value, W_dec = ctx.saved_tensors
         e = e.contiguous()
@@ -128,6 +130,7 @@ class PreAt(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
         return *_encoder_gradients(ctx, ctx.support, g), None, None, None
 
@@ -141,6 +144,7 @@ class PreDense(torch.autograd.Function):
         return pre.view_as(pre)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
         support = support_of_mask(g != 0)
         return *_encoder_gradients(ctx, support, g.flatten()[support.flat(g.shape[1])]), None, None

@@ -2,6 +2,7 @@
 reconstruction instead of its own activations."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,13 +64,13 @@ class EvalReport:
         """Everything but the per-latent densities, as plain data."""
         content = {
             "format": FORMAT,
-            "metrics": {name: m._asdict() for name, m in self.metrics.items()},
+            "metrics": {name: _finite(m._asdict()) for name, m in self.metrics.items()},
             "frac_alive": self.frac_alive,
             "frac_dense": self.frac_dense,
             **{key: getattr(self, key) for key in ("n_tokens", "n_sequences", "text_sha256", "model", "hook", "excluded")},
         }
         if self.by_frequency is not None:
-            content["by_frequency"] = [band._asdict() | {"fvu": band.fvu._asdict()} for band in self.by_frequency]
+            content["by_frequency"] = [band._asdict() | {"fvu": _finite(band.fvu._asdict())} for band in self.by_frequency]
         return content
 
     def to_json(self, path: str | Path | None = None) -> str:
@@ -86,6 +87,11 @@ class EvalReport:
             f"{self.n_tokens:,} tokens in {self.n_sequences:,} sequences, {self.model}, {self.hook}, without {self.excluded}"
         )
         return "\n".join([where, *lines])
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """The values, None where there is no number: JSON has no NaN."""
+    return {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in values.items()}
 
 
 @overload

@@ -57,8 +57,15 @@ class RowBlocks:
         self.pad = lm.bos_id if lm.bos_id is not None else 0
         self.balance = TokenBalance(self.config.max_token_share, lm.d_vocab) if self.config.max_token_share else None
         self.n_rows = self.n_kept = self.width = 0
-        self.every_row_begins_with_bos = True
+        self.every_row_begins_with_bos = self.are_rows and bool(
+            (self._given[:, 0] == (-1 if lm.bos_id is None else lm.bos_id)).all()
+        )
         self._hash = TextHash()
+
+    @property
+    def _given(self) -> Int[Tensor, "n_seq n_ctx"]:
+        """The token ids of rows that are taken as they stand."""
+        return self.text.tokens if isinstance(self.text, TokenRows) else self.text
 
     @property
     def n_expected(self) -> int | None:
@@ -86,7 +93,6 @@ class RowBlocks:
         self.n_rows += len(rows.tokens)
         self.n_kept += rows.n_kept
         self.width = max(self.width, rows.tokens.shape[1])
-        self.every_row_begins_with_bos &= set(rows.tokens[:, 0].tolist()) <= {self.lm.bos_id}
         self._hash.add(rows)
         return rows
 
@@ -101,7 +107,7 @@ class RowBlocks:
 
     def _rows_as_they_stand(self) -> Iterator[TokenRows]:
         """Blocks of the rows that were given, with the positions that may count."""
-        whole = self.text.tokens if isinstance(self.text, TokenRows) else self.text
+        whole = self._given
         for start in range(0, len(whole), self.block_rows):
             block = slice(start, start + self.block_rows)
             tokens = whole[block].cpu().long()

@@ -76,6 +76,8 @@ def train(
         raise ConfigError(f"dictionaries trained together need the same batch_size; found {sorted(sizes)}")
     if out is None and loggers and loggers != DEFAULT_LOGGERS:
         raise ConfigError(f"loggers = {loggers!r} need a run folder: say `out`")
+    if validation_tokens < 0 or validation_tokens == 1:
+        raise ConfigError(f"validation_tokens = {validation_tokens}; expected 0 or at least 2")
     load_loggers([] if out is None else loggers)
     folders = [None] * len(configs) if out is None else run_folders(Path(out), configs)
     _refuse_existing_runs(None if out is None else Path(out), folders, exists)

@@ -81,7 +81,7 @@ def _read(folder: Path) -> tuple[list[State], dict[str, Any]]:
         raise CorruptFileError(f"{folder} is damaged: its files do not match {CHECKSUMS}")
     loop = read_json(folder / STATE)
     states = loop.pop("dictionaries")
-    return [(read_tensors(folder / f"{i}.safetensors"), numbers) for i, numbers in enumerate(states)], loop
+    return [(read_tensors(folder / f"{i}.safetensors", finite=False), numbers) for i, numbers in enumerate(states)], loop
 
 
 def _sha256_or_none(path: Path) -> str | None:

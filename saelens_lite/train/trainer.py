@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelens_lite.cache import Source
+from saelens_lite.codes import gpu
 from saelens_lite.config import TrainConfig
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, NonFiniteError
@@ -55,8 +56,8 @@ class Trainer:
         self.optimizer = torch.optim.Adam(
             self.dictionary.parameters(), lr=config.peak_lr, betas=config.betas, eps=1e-8, fused=True
         )
-        device_type = self.dictionary.W_enc.device.type
-        self.halves = {"auto": device_type == "cuda", "float32": False, "bfloat16": True}[config.encoder_precision]
+        by_itself = gpu.has_bfloat16(self.dictionary.W_enc.device)
+        self.halves = {"auto": by_itself, "float32": False, "bfloat16": True}[config.encoder_precision]
         self.n_seen = 0
         self.n_steps = 0
         self.since_fired = torch.zeros(config.d_sae, dtype=torch.long, device=device)
