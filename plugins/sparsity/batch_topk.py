@@ -32,7 +32,7 @@ class BatchTopK(Sparsity):
 
     class Config(DeadLatentsConfig):
         k: int = Field(32, gt=0, description="Latents kept per token, on average over a batch.")
-        threshold_decay: float = Field(0.95, ge=0, lt=1, description="What a step leaves of the running estimate of θ.")
+        threshold_decay: float = Field(0.8, ge=0, lt=1, description="What a step leaves of the running estimate of θ.")
 
     config: Config
 

@@ -13,7 +13,7 @@ from einops import rearrange
 from pydantic import Field
 
 from saelens_lite.codes import SparseCodes, largest
-from saelens_lite.sparsity import PublishedForm, RuleConfig, Sparsity, Support, normalise_decoder_, support_of_indices
+from saelens_lite.sparsity import PublishedForm, RuleConfig, Sparsity, Support, normalise_decoder_
 
 LARGEST_GRAM = 16_384  # latents up to which all inner products of W_dec are held, 1 GiB
 CHUNK = 64  # rows pursued at a time on a CPU, so that h stays in its cache
@@ -34,18 +34,19 @@ class MatchingPursuit(Sparsity):
     config: Config
 
     def encode(self, encoder) -> SparseCodes:
-        W_dec = encoder.W_enc.T
-        latent, explains = self._pursue(encoder, W_dec.detach())
-        support = support_of_indices(latent)
-        h = rearrange(encoder.at(support), "(batch step) -> batch step 1", step=self.config.k)
-        chosen = rearrange(W_dec.index_select(0, support.latent), "(batch step) d_in -> batch step d_in", step=self.config.k)
+        W_dec, n_rows = encoder.W_enc.T, len(encoder.x)
+        latent, explains = self.pursue(encoder, W_dec.detach())
+        support, place = distinct(latent, self.d_sae)
+        h = rearrange(encoder.at(support).index_select(0, place), "(batch step) -> batch step 1", batch=n_rows)
+        chosen = rearrange(W_dec.index_select(0, latent.flatten()), "(batch step) d_in -> batch step d_in", batch=n_rows)
         overlap = torch.einsum("bsd,btd->bst", chosen, chosen)
         v = torch.linalg.solve_triangular(overlap, h, upper=False, unitriangular=True).squeeze(2)
-        return summed(support, (v * explains).flatten(), self.d_sae)
+        value = v.new_zeros(len(support.latent)).index_add(0, place, (v * explains).flatten())
+        return SparseCodes.of(support, value, self.d_sae)
 
     @torch.no_grad()
-    def _pursue(self, encoder, W_dec):
-        """(latent of each step, whether its ReLU is active), both [batch k]."""
+    def pursue(self, encoder, W_dec):
+        """(the latent of each step, whether it explains anything), both [batch step]."""
         n_rows = len(encoder.x)
         gram = W_dec @ W_dec.T if self.d_sae <= min(n_rows * (self.config.k - 1), LARGEST_GRAM) else None
         found = []
@@ -69,9 +70,8 @@ class MatchingPursuit(Sparsity):
         return PublishedForm("matching_pursuit", settings=settings)
 
 
-def summed(support: Support, value, d_sae: int) -> SparseCodes:
-    """Codes of pairs that may occur more than once."""
-    flat, place = support.flat(d_sae).unique(return_inverse=True)
-    begins = torch.searchsorted(flat, d_sae * torch.arange(support.n_rows + 1, device=flat.device))
-    total = value.new_zeros(len(flat)).index_add(0, place, value)
-    return SparseCodes.of(Support(begins, flat % d_sae), total, d_sae)
+def distinct(latent, d_sae: int) -> tuple[Support, torch.Tensor]:
+    """The pairs of a table [batch step] in which a row may hold a latent more than once, and where each entry is among them."""
+    rows = torch.arange(len(latent) + 1, device=latent.device)
+    flat, place = (rows[:-1, None] * d_sae + latent).flatten().unique(return_inverse=True)
+    return Support(torch.searchsorted(flat, rows * d_sae), flat % d_sae), place
