@@ -32,7 +32,7 @@ CONFIG_FILE, WEIGHTS_FILE, SPARSITY_FILE, PLUGIN_FILE = (
 class Dictionary(nn.Module):
     """An overcomplete set of directions and a sparse code over them, for the activations of one hook.
 
-    Calling it on x: Float[... d_in] returns the reconstruction x_hat.
+    Calling it on x: Float[... d_in] returns the reconstruction x_hat. Where the rule is tied, W_enc is no parameter but W_decᵀ.
     """
 
     W_enc: Float[Tensor, "d_in d_sae"]
@@ -54,10 +54,16 @@ class Dictionary(nn.Module):
         self.density = density
         self.training_record = training or {}
         self.rule = rule
-        self.W_enc = nn.Parameter(torch.zeros(d_sae, d_in).T)  # in memory a row a latent, like W_dec
+        if not rule.tied:
+            self.W_enc = nn.Parameter(torch.zeros(d_sae, d_in).T)  # in memory a row a latent, like W_dec
         self.b_enc = nn.Parameter(torch.zeros(d_sae)) if rule.encoder_bias else None
         self.W_dec = nn.Parameter(torch.zeros(d_sae, d_in))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "W_enc" and self.rule.tied:
+            return self.W_dec.T
+        return super().__getattr__(name)
 
     @classmethod
     def create(
@@ -82,7 +88,8 @@ class Dictionary(nn.Module):
         directions = torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(seed))
         directions /= directions.norm(dim=1, keepdim=True)
         self.W_dec.data.copy_(directions * rule.initial_decoder_norm())
-        self.W_enc.data.copy_(self.W_dec.data.T)
+        if not rule.tied:
+            self.W_enc.data.copy_(self.W_dec.data.T)
         return self.eval()
 
     def check_input(self, x: Tensor) -> None:
@@ -106,7 +113,7 @@ class Dictionary(nn.Module):
         """
         self.check_input(x)
         flat = x.reshape(-1, self.d_in).to(self.W_enc.dtype)
-        codes = sparse_codes(self.rule, Encoder(self.W_enc, self.b_enc, self.b_dec, flat))
+        codes = self.rule.encode(Encoder(self.W_enc, self.b_enc, self.b_dec, flat))
         return codes._replace(shape=tuple(x.shape[:-1])).without_zeros()
 
     def decode(self, codes: SparseCodes | Float[Tensor, "*shape d_sae"]) -> Float[Tensor, "*shape d_in"]:
@@ -121,9 +128,10 @@ class Dictionary(nn.Module):
 
     @torch.no_grad()
     def fold_scale_(self, scale: float) -> "Dictionary":
-        """Turn a dictionary of scale·x into one of x, with the same codes."""
-        self.W_enc.mul_(scale)
-        self.W_dec.div_(scale)
+        """Turn a dictionary of scale·x into one of x, with the same codes (where the rule is tied: codes of x)."""
+        if not self.rule.tied:
+            self.W_enc.mul_(scale)
+            self.W_dec.div_(scale)
         self.b_dec.div_(scale)
         return self
 
@@ -231,10 +239,9 @@ class Dictionary(nn.Module):
         except (KeyError, TypeError, ValueError, ConfigError) as error:
             raise CorruptFileError(f"{folder / CONFIG_FILE}: {type(error).__name__}: {error}") from None
         tensors = read_tensors(folder / WEIGHTS_FILE)
-        expected = tensors["W_enc"].shape if "W_enc" in tensors else None
-        if expected != (d_in, d_sae):
-            found = None if expected is None else tuple(expected)
-            raise CorruptFileError(f"{folder / WEIGHTS_FILE}: W_enc has shape {found}, cfg.json says {(d_in, d_sae)}")
+        found = tuple(tensors["W_dec"].shape) if "W_dec" in tensors else None
+        if found != (d_sae, d_in):  # else a forged size would be allocated
+            raise CorruptFileError(f"{folder / WEIGHTS_FILE}: W_dec has shape {found}, cfg.json says {(d_sae, d_in)}")
         rule = rule_class(rule_config, d_in=d_in, d_sae=d_sae)
         self = cls(rule, d_in=d_in, d_sae=d_sae, origin=origin, training=ours.get("training"))
         if (folder / PLUGIN_FILE).exists():
@@ -249,23 +256,11 @@ class Dictionary(nn.Module):
             if log_density is None or log_density.shape != (d_sae,):
                 raise CorruptFileError(f"{folder / SPARSITY_FILE}: expected a tensor 'sparsity' of shape {(d_sae,)}")
             self.density = (10.0 ** log_density.double() - 1e-10).clamp(min=0).float()
-        return self.to(device)
+        return self.to(device).eval()
 
     def extra_repr(self) -> str:
         rule = getattr(self.rule, "plugin_name", "?")
         return f"d_in={self.d_in}, d_sae={self.d_sae}, sparsity={rule!r}, hook={self.origin.hook!r}"
-
-
-def sparse_codes(rule: Sparsity, encoder: Encoder) -> SparseCodes:
-    """The rule's codes of what an encoder holds; differentiable."""
-    if type(rule).values is not Sparsity.values:
-        support = encoder.choose(rule.support, whole=rule.training and not rule.row_wise)
-        value = rule.values(encoder.at(support), support.latent)
-    else:
-        pre = encoder.dense()
-        support = rule.support(pre.detach())
-        value = rule.activation(pre).flatten()[support.flat(encoder.d_sae)]
-    return SparseCodes.of(support, value, encoder.d_sae)
 
 
 def _check_state(folder: Path, found: dict[str, Tensor], expected: dict[str, Tensor], optional: set[str]) -> None:

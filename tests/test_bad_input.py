@@ -388,12 +388,13 @@ def test_weights_with_nan(saved, value):
 @pytest.mark.parametrize(
     ("change", "wanted"),
     [
-        (lambda t: t.update(W_enc=torch.zeros(9, 16)), r"W_enc has shape \(9, 16\), cfg\.json says \(8, 16\)"),
-        (lambda t: t.update(W_dec=torch.zeros(8, 16)), r"W_dec has shape \(8, 16\), expected \(16, 8\)"),
+        (lambda t: t.update(W_dec=torch.zeros(16, 9)), r"W_dec has shape \(16, 9\), cfg\.json says \(16, 8\)"),
+        (lambda t: t.update(W_enc=torch.zeros(16, 8)), r"W_enc has shape \(16, 8\), expected \(8, 16\)"),
         (lambda t: t.update(b_enc=torch.zeros(1)), r"b_enc has shape \(1,\), expected \(16,\)"),
         (lambda t: t.update(b_dec=torch.zeros(8, dtype=torch.int32)), r"b_dec has dtype torch\.int32; expected one of float32"),
         (lambda t: t.pop("b_enc"), r"tensors missing: \['b_enc'\]; not expected: none"),
-        (lambda t: t.pop("W_enc"), r"W_enc has shape None, cfg\.json says \(8, 16\)"),
+        (lambda t: t.pop("W_enc"), r"tensors missing: \['W_enc'\]; not expected: none"),
+        (lambda t: t.pop("W_dec"), r"W_dec has shape None, cfg\.json says \(16, 8\)"),
         (lambda t: t.update(threshold=torch.zeros(16)), r"tensors missing: none; not expected: \['rule\.threshold'\]"),
     ],
 )
@@ -432,7 +433,7 @@ def test_a_cfg_json_that_is_none(saved, content, wanted):
         (lambda c: c["metadata"]["saelens_lite"].update(format=2), "metadata.saelens_lite.format is 2, expected 1"),
         (lambda c: c["metadata"]["saelens_lite"].update(options={"k": -1}), "cfg.json: ConfigError: TopK: k = -1"),
         (lambda c: c["metadata"]["saelens_lite"].update(options=[1]), "cfg.json: TypeError"),
-        (lambda c: c.update(d_sae=10**12), r"W_enc has shape \(8, 16\), cfg\.json says \(8, 1000000000000\)"),
+        (lambda c: c.update(d_sae=10**12), r"W_dec has shape \(16, 8\), cfg\.json says \(1000000000000, 8\)"),
     ],
 )
 def test_a_cfg_json_that_makes_no_sense(saved, change, wanted):

@@ -5,20 +5,19 @@
 e = x − x̂ (a constant), ê = what the aux_k largest dead latents of the token decode to.
 """
 
-import torch
 from pydantic import Field
 
-from saelens_lite.codes import SparseCodes
 from saelens_lite.sparsity import (
+    DeadLatentsConfig,
     PublishedForm,
-    RuleConfig,
     Sparsity,
     Step,
     Support,
+    dead_latents_explain,
     largest,
     normalise_decoder_,
     support_of_indices,
-)  # fmt: skip
+)
 
 
 class TopK(Sparsity):
@@ -28,10 +27,8 @@ class TopK(Sparsity):
     homogeneous = False  # scaling one pre-activation may push another out of the k largest
     row_wise = True
 
-    class Config(RuleConfig):
+    class Config(DeadLatentsConfig):
         k: int = Field(32, gt=0, description="Latents kept per token.")
-        aux_k: int | None = Field(None, ge=0, description="Dead latents that explain the error; default d_in / 2.")
-        aux_coefficient: float = Field(1 / 32, ge=0, description="α, weight of the auxiliary error.")
 
     config: Config
 
@@ -46,15 +43,7 @@ class TopK(Sparsity):
         return pre.relu()
 
     def losses(self, step: Step):
-        dead = step.dead.nonzero().squeeze(1)
-        aux_k = min(self.config.aux_k if self.config.aux_k is not None else self.d_in // 2, len(dead))
-        if aux_k == 0 or self.config.aux_coefficient == 0:
-            return {}
-        best = torch.cat([largest(pre, aux_k) for pre in step.pre_tiles(dead)])
-        support = support_of_indices(dead[best])
-        error = (step.x - step.x_hat).detach()
-        explained = step.decode(SparseCodes.of(support, step.pre_at(support).relu(), self.d_sae))
-        return {"aux": self.config.aux_coefficient * (error - explained).square().sum(1).mean()}
+        return dead_latents_explain(step, self.config)
 
     def after_step(self, dictionary) -> None:
         normalise_decoder_(dictionary)

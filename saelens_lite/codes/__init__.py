@@ -37,6 +37,10 @@ class Support:
         rows = torch.arange(self.n_rows, device=self.crow.device)
         return torch.repeat_interleave(rows, self.crow.diff(), output_size=len(self.latent))
 
+    def where(self, keep: Bool[Tensor, " nnz"]) -> "Support":
+        """The pairs at which `keep` is true."""
+        return Support(F.pad(keep.long().cumsum(0), (1, 0))[self.crow], self.latent[keep])
+
     def flat(self, d_sae: int) -> Int[Tensor, " nnz"]:
         """row · d_sae + latent: where the pair stands in a flattened [rows d_sae] tensor."""
         return self.row * d_sae + self.latent
@@ -129,6 +133,13 @@ def largest(pre: Float[Tensor, "batch d_sae"], k: int) -> Int[Tensor, "batch k"]
     return pre.topk(k, dim=1, sorted=False).indices
 
 
+def argmax(x: Float[Tensor, "*shape n"]) -> Int[Tensor, "*shape"]:
+    """Where the largest entry along the last axis is, the first of equals."""
+    if x.device.type == "cpu" and x.dtype != torch.bfloat16:  # numpy finds it several times faster
+        return torch.from_numpy(np.asarray(x.detach().numpy().argmax(-1)))
+    return x.argmax(-1)
+
+
 def concatenated(supports: Sequence[Support]) -> Support:
     """The rows of several supports, one after the other."""
     counts = torch.cat([support.crow.diff() for support in supports])
@@ -211,8 +222,7 @@ class SparseCodes(NamedTuple):
         keep = self.value != 0
         if bool(keep.all()):
             return self
-        crow = F.pad(keep.long().cumsum(0), (1, 0))[self.crow]
-        return self._replace(support=Support(crow, self.latent[keep]), value=self.value[keep])
+        return self._replace(support=self.support.where(keep), value=self.value[keep])
 
     def rows(self, start: int, stop: int) -> "SparseCodes":
         """The codes of rows start … stop − 1, as a flat batch."""

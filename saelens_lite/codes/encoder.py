@@ -49,7 +49,7 @@ class Encoder:
     ) -> Iterator[Float[Tensor, "rows n"]]:
         """Pre-activations of all latents or some, without gradient, a tile of rows after the other.
 
-        A tile is good until the next one is asked for. whole: one tile, whatever its size.
+        A tile is good until the next one is asked for, and not to be written to. whole: one tile, whatever its size.
         """
         if self._pre is not None:
             yield self._pre if latents is None else self._pre.index_select(1, latents)

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_c
 
 import torch
 from jaxtyping import Bool, Float, Int
+from pydantic import Field
 from torch import Tensor, nn
 
 from saelens_lite.codes import SparseCodes, Support, largest, support_of_indices, support_of_mask
+from saelens_lite.codes.encoder import Encoder
 from saelens_lite.config import FrozenConfig
 from saelens_lite.registry import load, names, plugins, register
 
@@ -26,14 +28,17 @@ if TYPE_CHECKING:
     from saelens_lite.dictionary import Dictionary
 
 __all__ = [
+    "DeadLatentsConfig",
     "PublishedForm",
     "RuleConfig",
     "Sparsity",
     "Step",
     "Support",
+    "dead_latents_explain",
     "largest",
     "load",
     "names",
+    "normalise_decoder_",
     "plugins",
     "register",
     "support_of_indices",
@@ -43,6 +48,13 @@ __all__ = [
 
 class RuleConfig(FrozenConfig):
     """Base of a rule's settings; its defaults are the paper's."""
+
+
+class DeadLatentsConfig(RuleConfig):
+    """Settings of rules that revive dead latents by `dead_latents_explain`."""
+
+    aux_k: int | None = Field(None, ge=0, description="Dead latents that explain the error of a token; default d_in / 2.")
+    aux_coefficient: float = Field(1 / 32, ge=0, description="α, weight of the auxiliary error.")
 
 
 class PublishedForm(NamedTuple):
@@ -95,6 +107,7 @@ class Sparsity(nn.Module):
     paper: ClassVar[str] = ""
     encoder_bias: ClassVar[bool] = True  # False: the rule has biases of its own, h = (x − b_dec) W_enc
     homogeneous: ClassVar[bool] = True  # scaling h_i (and the rule by `rescale_`) scales code i and changes no other
+    tied: ClassVar[bool] = False  # W_enc is W_decᵀ, rows of W_dec are unit vectors, and codes are in the units of x
     row_wise: ClassVar[bool] = False  # in training too, `support` looks at each row alone: it may be given parts of a batch
     Config: ClassVar[type[RuleConfig]] = RuleConfig
     plugin_kind: ClassVar[str] = "sparsity"
@@ -125,9 +138,26 @@ class Sparsity(nn.Module):
         """
         return None
 
+    def encode(self, encoder: Encoder) -> SparseCodes:
+        """Codes of a batch, differentiable; for rules whose codes are no function of the pre-activations alone.
+
+        `encoder` offers what `Step` calls pre_tiles and pre_at as `tiles` and `at`, and the weights.
+        """
+        if type(self).values is not Sparsity.values:
+            support = encoder.choose(self.support, whole=self.training and not self.row_wise)
+            value = self.values(encoder.at(support), support.latent)
+        else:
+            pre = encoder.dense()
+            support = self.support(pre.detach())
+            value = self.activation(pre).flatten()[support.flat(encoder.d_sae)]
+        return SparseCodes.of(support, value, encoder.d_sae)
+
     def losses(self, step: Step) -> dict[str, Float[Tensor, ""]]:
         """What the rule adds to the reconstruction error, by name; means over the batch."""
         return {}
+
+    def observe(self, step: Step) -> None:
+        """Called without gradient after each optimiser step, with what it was computed from: for running estimates."""
 
     def after_step(self, dictionary: "Dictionary") -> None:
         """Called without gradient after each optimiser step and once before the first."""
@@ -149,3 +179,21 @@ def normalise_decoder_(dictionary: "Dictionary") -> None:
     """Make every row of W_dec a unit vector, in place."""
     weight = dictionary.W_dec.data
     weight.div_(torch.linalg.vector_norm(weight, dim=1, keepdim=True).clamp_min_(torch.finfo(weight.dtype).tiny))
+
+
+def dead_latents_explain(step: Step, config: DeadLatentsConfig) -> dict[str, Float[Tensor, ""]]:
+    """{"aux": α · ‖e − ê‖²}, a mean over the batch, or nothing where no latent is dead.
+
+    e = x − x̂ (a constant); ê = what the aux_k largest dead latents of the token decode to.
+
+    Source: Gao et al. 2024, arXiv:2406.04093, section A.2.
+    """
+    dead = step.dead.nonzero().squeeze(1)
+    aux_k = min(config.aux_k if config.aux_k is not None else step.x.shape[1] // 2, len(dead))
+    if aux_k == 0 or config.aux_coefficient == 0:
+        return {}
+    best = torch.cat([largest(pre, aux_k) for pre in step.pre_tiles(dead)])
+    support = support_of_indices(dead[best])
+    error = (step.x - step.x_hat).detach()
+    explained = step.decode(SparseCodes.of(support, step.pre_at(support).relu(), len(step.dead)))
+    return {"aux": config.aux_coefficient * (error - explained).square().sum(1).mean()}

@@ -1,7 +1,8 @@
 """One training step. `DenseStep` is the definition, in plain dense autograd; `SparseStep` computes the same losses and
 gradients with one dense product, and is what training uses."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,7 +11,32 @@ from torch import Tensor
 from saelens_lite.codes import SparseCodes, Support
 from saelens_lite.codes.encoder import Encoder
 from saelens_lite.codes.products import Decode
-from saelens_lite.dictionary import Dictionary, sparse_codes
+from saelens_lite.dictionary import Dictionary
+
+
+class DenseEncoder(Encoder):
+    """Pre-activations in plain dense autograd."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        h = (self.x - self.b_dec) @ self.W_enc
+        self._h = h if self.b_enc is None else h + self.b_enc
+
+    def tiles(self, latents: Int[Tensor, " n"] | None = None, whole: bool = False) -> Iterator[Float[Tensor, "rows n"]]:
+        """Pre-activations of all latents or some, without gradient, in one tile."""
+        yield self._h.detach() if latents is None else self._h.detach()[:, latents]
+
+    def choose(self, rule_support: Callable[[Tensor], Support], whole: bool = False) -> Support:
+        """The support a rule chooses."""
+        return rule_support(self._h.detach())
+
+    def at(self, support: Support) -> Float[Tensor, " nnz"]:
+        """Pre-activations at chosen pairs; differentiable."""
+        return self._h[support.row, support.latent]
+
+    def dense(self) -> Float[Tensor, "batch d_sae"]:
+        """All pre-activations; differentiable."""
+        return self._h
 
 
 class DenseStep:
@@ -18,6 +44,8 @@ class DenseStep:
 
     x: Float[batch d_in] is scaled as the dictionary expects it. `halves` is for the sparse step.
     """
+
+    encoder_class: ClassVar[type[Encoder]] = DenseEncoder
 
     def __init__(
         self,
@@ -30,18 +58,10 @@ class DenseStep:
         halves: bool = False,
     ):
         self.dictionary, self.x, self.dead = dictionary, x, dead
-        self.progress, self.warmup, self.halves = progress, warmup, halves
-        self.codes = self._encode()
+        self.progress, self.warmup = progress, warmup
+        self._encoder = self.encoder_class(dictionary.W_enc, dictionary.b_enc, dictionary.b_dec, x, halves)
+        self.codes = dictionary.rule.encode(self._encoder)
         self.x_hat = self.decode(self.codes) + dictionary.b_dec
-
-    def _encode(self) -> SparseCodes:
-        rule = self.dictionary.rule
-        self._h = self.dictionary.pre(self.x)
-        support = rule.support(self._h.detach())
-        value = rule.values(self.pre_at(support), support.latent)
-        if value is None:
-            value = rule.activation(self._h)[support.row, support.latent]
-        return SparseCodes.of(support, value, self.dictionary.d_sae)
 
     def losses(self) -> dict[str, Float[Tensor, ""]]:
         """mse = mean over the batch of Σ_d (x − x̂)², and what the rule adds; training minimises their sum."""
@@ -54,11 +74,11 @@ class DenseStep:
 
     def pre_tiles(self, latents: Int[Tensor, " n"]) -> Iterator[Float[Tensor, "rows n"]]:
         """Pre-activations of some latents, without gradient, a tile of rows after the other."""
-        yield self._h.detach()[:, latents]
+        return self._encoder.tiles(latents)
 
     def pre_at(self, support: Support) -> Float[Tensor, " nnz"]:
         """Pre-activations at chosen pairs; differentiable."""
-        return self._h[support.row, support.latent]
+        return self._encoder.at(support)
 
     def decode(self, codes: SparseCodes, frozen: bool = False) -> Float[Tensor, "batch d_in"]:
         """Σ value · W_dec[latent], without bias; differentiable. frozen: no gradient reaches W_dec."""
@@ -73,18 +93,7 @@ class DenseStep:
 class SparseStep(DenseStep):
     """The same with one dense product: the encoder runs without autograd, and everything after it sees only the support."""
 
-    def _encode(self) -> SparseCodes:
-        d = self.dictionary
-        self._encoder = Encoder(d.W_enc, d.b_enc, d.b_dec, self.x, self.halves)
-        return sparse_codes(d.rule, self._encoder)
-
-    def pre_tiles(self, latents: Int[Tensor, " n"]) -> Iterator[Float[Tensor, "rows n"]]:
-        """Pre-activations of some latents, without gradient, a tile of rows after the other."""
-        return self._encoder.tiles(latents)
-
-    def pre_at(self, support: Support) -> Float[Tensor, " nnz"]:
-        """Pre-activations at chosen pairs; differentiable."""
-        return self._encoder.at(support)
+    encoder_class = Encoder
 
     def decode(self, codes: SparseCodes, frozen: bool = False) -> Float[Tensor, "batch d_in"]:
         """Σ value · W_dec[latent], without bias; differentiable. frozen: no gradient reaches W_dec."""

@@ -114,6 +114,7 @@ class Trainer:
                 self.optimizer.grad_scale = (norm / c.clip_grad_norm).clamp(min=1.0)
             self.optimizer.param_groups[0]["lr"] = self.lr_at((self.n_steps + 0.5) / math.ceil(c.n_tokens / c.batch_size))
             self.optimizer.step()
+            self.dictionary.rule.observe(step)
             self.dictionary.rule.after_step(self.dictionary)
             self._count(len(x), fired, dict(zip([*losses, "loss"], values, strict=False)))
 

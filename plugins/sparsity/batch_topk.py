@@ -1,0 +1,89 @@
+"""Keep the k·n largest pre-activations of a batch of n tokens: easy tokens get fewer latents, hard ones more.
+
+    training:   f = BatchTopK(ReLU(h))       L = ‖x − x̂‖² + α · ‖e − ê‖²
+    inference:  f = h · 1[h > θ]             θ = E[smallest positive entry of f in a training batch]
+
+e = x − x̂ (a constant), ê = what the aux_k largest dead latents of the token decode to. The expectation is a running one, so
+that θ belongs to the weights as they are at the end of training.
+"""
+
+import torch
+from pydantic import Field
+
+from saelens_lite.sparsity import (
+    DeadLatentsConfig,
+    PublishedForm,
+    Sparsity,
+    Step,
+    Support,
+    dead_latents_explain,
+    normalise_decoder_,
+    support_of_mask,
+)
+
+SAMPLED_ROWS = 64  # rows of a batch from which the search for the largest entries starts
+
+
+class BatchTopK(Sparsity):
+    """The k largest positive pre-activations per token on average; a threshold after training."""
+
+    paper = "Bussmann et al. 2024, BatchTopK sparse autoencoders, arXiv:2412.06410"
+    homogeneous = False  # scaling one pre-activation may push another out of the largest
+
+    class Config(DeadLatentsConfig):
+        k: int = Field(32, gt=0, description="Latents kept per token, on average over a batch.")
+        threshold_decay: float = Field(0.8, ge=0, lt=1, description="What a step leaves of the running estimate of θ.")
+
+    config: Config
+
+    def __init__(self, config: Config, *, d_in: int, d_sae: int):
+        super().__init__(config, d_in=d_in, d_sae=d_sae)
+        self.register_buffer("threshold", torch.zeros(d_sae))  # θ, the same for all latents; 0: nothing observed yet
+
+    def activation(self, pre):
+        chosen = self.support(pre.detach())
+        kept = torch.zeros_like(pre, dtype=torch.bool)
+        kept[chosen.row, chosen.latent] = True
+        return pre * kept
+
+    def support(self, pre) -> Support:
+        return largest_positive(pre, self.config.k * len(pre)) if self.training else support_of_mask(pre > self.threshold)
+
+    def values(self, pre, latent):
+        return pre.relu()
+
+    def losses(self, step: Step):
+        return dead_latents_explain(step, self.config)
+
+    def observe(self, step: Step) -> None:
+        positive = step.codes.value[step.codes.value > 0]
+        if len(positive):
+            kept = torch.where(self.threshold > 0, self.config.threshold_decay, 0.0)
+            self.threshold.lerp_(positive.min(), 1 - kept)
+
+    def after_step(self, dictionary) -> None:
+        normalise_decoder_(dictionary)
+
+    def inference_form(self) -> PublishedForm:
+        return PublishedForm("jumprelu", {"threshold": self.threshold})
+
+
+def largest_positive(pre, n: int) -> Support:
+    """The n largest positive entries of a whole batch, or all positive ones if there are fewer; of equals the first."""
+    candidates = support_of_mask(pre > _lower_bound(pre, n))
+    if len(candidates.latent) < n:
+        candidates = support_of_mask(pre > 0)
+    value = pre[candidates.row, candidates.latent]
+    if len(value) <= n:
+        return candidates
+    nth = value.kthvalue(len(value) - n + 1).values
+    keep = value > nth
+    keep[(value == nth).nonzero().squeeze(1)[: n - int(keep.sum())]] = True
+    return candidates.where(keep)
+
+
+def _lower_bound(pre, n: int):
+    """A number ≥ 0 that about 2n entries exceed, as some of the rows have it: sorting a whole batch would take long."""
+    sample = pre[:: max(1, len(pre) // SAMPLED_ROWS)].flatten()
+    above = 2 * n * len(sample) // pre.numel()
+    return sample.topk(min(above, len(sample) - 1) + 1, sorted=True).values[-1].clamp(min=0)

@@ -1,0 +1,82 @@
+"""Explain a token step by step: take the latent that fits the residual best, subtract what it explains, repeat.
+
+    r_0 = x − b_dec       i_t = argmax_i ⟨W_dec[i], r_{t−1}⟩       v_t = ReLU(⟨W_dec[i_t], r_{t−1}⟩)
+    r_t = r_{t−1} − v_t W_dec[i_t]       f_i = Σ_{t: i_t = i} v_t       L = ‖x − x̂‖² = ‖r_k‖²
+
+A latent sees what those before it have left, so two similar latents do not both fire. Encoder and decoder are one matrix, of
+unit rows. The residual is never formed: with h = (x − b_dec) W_decᵀ, each step takes v_t W_dec[i_t] W_decᵀ off h. Given the
+latents, v solves a triangular system in their inner products, through which the gradient of all steps goes.
+"""
+
+import torch
+from einops import rearrange
+from pydantic import Field
+
+from saelens_lite.codes import SparseCodes, argmax
+from saelens_lite.sparsity import PublishedForm, RuleConfig, Sparsity, Support, normalise_decoder_
+
+LARGEST_GRAM = 16_384  # latents up to which all inner products of W_dec are held, 1 GiB
+CHUNK = 64  # rows pursued at a time on a CPU, so that h stays in its cache
+
+
+class MatchingPursuit(Sparsity):
+    """k steps of matching pursuit."""
+
+    paper = (
+        "Costa et al. 2025, From flat to hierarchical: extracting sparse representations with matching pursuit, "
+        "arXiv:2506.03093"
+    )
+    encoder_bias = False
+    homogeneous = False  # a longer row of W_dec would win more steps
+    row_wise = True
+    tied = True
+
+    class Config(RuleConfig):
+        k: int = Field(32, gt=0, description="Steps; at most as many latents fire.")
+
+    config: Config
+
+    def encode(self, encoder) -> SparseCodes:
+        W_dec, k = encoder.W_enc.T, self.config.k
+        latent, explains = self.pursue(encoder, W_dec.detach())
+        support, place = distinct(latent, self.d_sae)
+        h = rearrange(encoder.at(support).index_select(0, place), "(batch step) -> batch step 1", step=k)
+        chosen = rearrange(W_dec.index_select(0, latent.flatten()), "(batch step) d_in -> batch step d_in", step=k)
+        overlap = torch.einsum("bsd,btd->bst", chosen, chosen)
+        dtype = torch.promote_types(h.dtype, torch.float32)  # halves cannot be solved for
+        v = torch.linalg.solve_triangular(overlap.to(dtype), h.to(dtype), upper=False, unitriangular=True)
+        v = v.to(h.dtype).squeeze(2)
+        value = v.new_zeros(len(support.latent)).index_add(0, place, (v * explains).flatten())
+        return SparseCodes.of(support, value, self.d_sae)
+
+    @torch.no_grad()
+    def pursue(self, encoder, W_dec):
+        """(the latent of each step, whether it explains anything), both [batch step]."""
+        n_rows = len(encoder.x)
+        gram = W_dec @ W_dec.T if self.d_sae <= min(n_rows * (self.config.k - 1), LARGEST_GRAM) else None
+        found = []
+        for tile in encoder.tiles():
+            for rows in tile.split(CHUNK if tile.device.type == "cpu" else len(tile)):
+                h, steps = rows.clone(), []
+                for _ in range(self.config.k):
+                    best = argmax(h)
+                    v = h.gather(1, best.unsqueeze(1)).relu_()
+                    explained = gram.index_select(0, best) if gram is not None else W_dec.index_select(0, best) @ W_dec.T
+                    h.addcmul_(explained, v, value=-1)
+                    steps.append((best, v.squeeze(1) > 0))
+                found.append([torch.stack(part, 1) for part in zip(*steps, strict=True)])
+        return [torch.cat(part) for part in zip(*found, strict=True)]
+
+    def after_step(self, dictionary) -> None:
+        normalise_decoder_(dictionary)
+
+    def inference_form(self) -> PublishedForm:
+        settings = {"max_iterations": self.config.k, "residual_threshold": 0.0, "stop_on_duplicate_support": False}
+        return PublishedForm("matching_pursuit", settings=settings)
+
+
+def distinct(latent, d_sae: int) -> tuple[Support, torch.Tensor]:
+    """The pairs of a table [batch step] in which a row may hold a latent more than once, and where each entry is among them."""
+    rows = torch.arange(len(latent) + 1, device=latent.device)
+    flat, place = (rows[:-1, None] * d_sae + latent).flatten().unique(return_inverse=True)
+    return Support(torch.searchsorted(flat, rows * d_sae), flat % d_sae), place

@@ -1,0 +1,58 @@
+"""Nested dictionaries in one: every prefix of the latents has to reconstruct on its own, so the general ones come first.
+
+    f = BatchTopK(ReLU(h))       x̂_m = Σ_{i < m} f_i W_dec[i] + b_dec
+    L = Σ_m ‖x − x̂_m‖² + α · ‖e − ê‖²
+
+over the lengths m of the prefixes, the last of which is d_sae. The rest is as in batch_topk.
+"""
+
+import torch
+from einops import rearrange
+from pydantic import Field, field_validator
+
+from saelens_lite.codes import SparseCodes, Support
+from saelens_lite.sparsity import Step
+from saelens_lite_plugins.sparsity.batch_topk import BatchTopK
+
+
+class Matryoshka(BatchTopK):
+    """BatchTopK codes of which every prefix reconstructs."""
+
+    paper = "Bussmann et al. 2025, Learning multi-level features with matryoshka sparse autoencoders, arXiv:2503.17547"
+
+    class Config(BatchTopK.Config):
+        prefixes: tuple[float, ...] = Field(
+            (1 / 32, 3 / 32, 7 / 32, 15 / 32), description="Lengths of all prefixes but the last, as shares of d_sae."
+        )
+
+        @field_validator("prefixes")
+        @classmethod
+        def _increasing_shares(cls, prefixes: tuple[float, ...]) -> tuple[float, ...]:
+            if any(not 0 < share < 1 for share in prefixes) or list(prefixes) != sorted(set(prefixes)):
+                raise ValueError("prefixes are shares between 0 and 1, in increasing order")
+            return prefixes
+
+    config: Config
+
+    def lengths(self) -> list[int]:
+        """m of all prefixes but the last."""
+        lengths = {max(1, round(share * self.d_sae)) for share in self.config.prefixes}
+        return sorted(lengths - {self.d_sae})
+
+    def losses(self, step: Step):
+        lengths = self.lengths()
+        if not lengths:
+            return super().losses(step)
+        x_hat = step.bias() + self._decode_slices(step, lengths).cumsum(1)
+        error = rearrange(step.x, "batch d_in -> batch 1 d_in") - x_hat
+        return {"prefixes": error.square().sum((1, 2)).mean(), **super().losses(step)}
+
+    def _decode_slices(self, step: Step, lengths: list[int]):
+        """[batch prefix d_in]: what each prefix adds to the one before it; every latent is decoded once."""
+        inner = (step.codes.latent < lengths[-1]).nonzero().squeeze(1)
+        latent, row = step.codes.latent[inner], step.codes.row[inner]
+        ends = torch.tensor(lengths, device=latent.device)
+        piece = row * len(ends) + torch.bucketize(latent, ends, right=True)  # ascending, as latents are within a row
+        begins = torch.searchsorted(piece, torch.arange(len(step.x) * len(ends) + 1, device=piece.device))
+        codes = SparseCodes.of(Support(begins, latent), step.codes.value.index_select(0, inner), self.d_sae)
+        return rearrange(step.decode(codes), "(batch prefix) d_in -> batch prefix d_in", prefix=len(ends))

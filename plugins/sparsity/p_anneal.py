@@ -1,0 +1,66 @@
+"""ReLU with a p-norm penalty whose p falls during training: from L1, which is easy to minimise, towards counting latents.
+
+    f = ReLU(h)          L = ‖x − x̂‖² + λ_t · Σ_i f_i^p
+
+p is 1 at first and then falls linearly to p_end. Whenever p becomes p', λ_t is multiplied by Σ f^p / Σ f^p' over the batch, so
+that the penalty keeps its value. Decoder rows are unit vectors.
+"""
+
+import torch
+from pydantic import Field
+
+from saelens_lite.sparsity import PublishedForm, RuleConfig, Sparsity, Step, Support, normalise_decoder_, support_of_mask
+
+
+class PAnneal(Sparsity):
+    """ReLU codes, penalised by λ Σ f^p with p falling from 1 to p_end."""
+
+    paper = (
+        "Karvonen et al. 2024, Measuring progress in dictionary learning for language model interpretability, arXiv:2408.00113"
+    )
+    row_wise = True
+
+    class Config(RuleConfig):
+        coefficient: float = Field(1.0, ge=0, description="λ while p is 1, for activations of norm sqrt(d_in).")
+        p_end: float = Field(0.2, gt=0, le=1, description="Exponent at the end of training.")
+        start: float = Field(0.25, ge=0, lt=1, description="Share of training after which the exponent begins to fall.")
+
+    config: Config
+
+    def __init__(self, config: Config, *, d_in: int, d_sae: int):
+        super().__init__(config, d_in=d_in, d_sae=d_sae)
+        self.register_buffer("p", torch.tensor(1.0))
+        self.register_buffer("growth", torch.tensor(1.0))  # λ_t / λ
+
+    def activation(self, pre):
+        return pre.relu()
+
+    def support(self, pre) -> Support:
+        return support_of_mask(pre > 0)
+
+    def values(self, pre, latent):
+        return pre
+
+    def losses(self, step: Step):
+        penalty = self.growth * power_sum(step.codes.value, self.p) / len(step.x)
+        return {"lp": step.warmup * self.config.coefficient * penalty}
+
+    def observe(self, step: Step) -> None:
+        if step.progress <= self.config.start:
+            return
+        annealed = (step.progress - self.config.start) / (1 - self.config.start)
+        p = 1 - annealed * (1 - self.config.p_end)
+        before, after = power_sum(step.codes.value, self.p), power_sum(step.codes.value, p)
+        self.growth.mul_(torch.where(after > 0, before / after, 1.0))
+        self.p.fill_(p)
+
+    def after_step(self, dictionary) -> None:
+        normalise_decoder_(dictionary)
+
+    def inference_form(self) -> PublishedForm:
+        return PublishedForm("standard")
+
+
+def power_sum(value, p):
+    """Σ f^p over all codes of a batch."""
+    return value.clamp_min(1e-12).pow(p).sum()  # the slope at 0 is infinite for p < 1
