@@ -1,7 +1,7 @@
 """The conformance kit: whether a plugin keeps its contract. Needs no test framework.
 
-    def test_my_rule():
-        check_plugin(MyRule, options={"k": 4}).raise_if_failed()
+def test_my_rule():
+    check_plugin(MyRule, options={"k": 4}).raise_if_failed()
 """
 
 import os
@@ -28,24 +28,26 @@ def check_plugin(
     options: dict[str, Any] | None = None,
     d_in: int = 32,
     d_sae: int = 96,
-    planted: float | None = 0.7,
+    planted: float | None = 0.5,
 ) -> PluginReport:
     """What holds and what does not of the contract of a plugin; takes seconds.
 
-    plugin: the class, registered or not. options: what its Config is made of. planted: the mean cosine between directions
-    hidden in the data and the nearest rows of W_dec that a rule has to reach in a short training; None leaves that out, for
-    rules or options that do not suit the data: 96 directions, of which 3 make up each activation.
+    plugin: the class, registered or not. options: what its Config is made of. planted: how far, from what an untrained
+    dictionary has by chance (0) to 1, the cosine has to come between rows of W_dec and 96 directions of which 3 make up each
+    activation; less where more latents fire than that takes. None leaves this out, for rules that do not suit such data.
 
     A logger is started as it is configured on this machine: set WANDB_MODE=offline or the like before.
 
     Raises:
-        PluginError: it is neither a sparsity rule nor a logger.
+        PluginError: it is neither a sparsity rule nor a logger, or options were given for a logger.
     """
     if isinstance(plugin, type) and issubclass(plugin, Sparsity):
         with _known_by_name(plugin) as name:
             lab = rules.Lab(plugin, name, options or {}, d_in, d_sae, planted)
             return PluginReport(f"sparsity rule {plugin.__qualname__}", _results(rules.CHECKS, lab))
     if isinstance(plugin, type) and issubclass(plugin, Logger):
+        if options:
+            raise PluginError(f"options = {options!r} were given for {plugin.__qualname__}; loggers have none")
         with _known_by_name(plugin) as name:
             return PluginReport(f"logger {plugin.__qualname__}", _results(loggers.CHECKS, loggers.Bench(plugin, name)))
     raise PluginError(f"{plugin!r} cannot be checked: give a class derived from saelens_lite.Sparsity or saelens_lite.Logger")
