@@ -2,7 +2,6 @@
 
 import json
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +9,14 @@ from torch import nn
 
 import saelens_lite as sl
 from saelens_lite import cli, registry
+from saelens_lite.config import FrozenConfig
 from saelens_lite.errors import PluginError
 from saelens_lite.sparsity import support_of_mask
 from saelens_lite.testing import check_plugin, loggers, rules
+from saelens_lite.train import Trainer
 
+LR_AT = Trainer.lr_at
+SMALL = {"batch": 64, "d_in": 32, "d_sae": 96}
 BUILT_IN = [plugin.name for plugin in registry.plugins() if plugin.distribution == registry.OWN_DISTRIBUTION]
 
 
@@ -58,8 +61,8 @@ class NoDefaults(Relu):
 
 
 class OtherConfig(Relu):
-    class Config(SimpleNamespace):
-        model_fields = ()
+    class Config(FrozenConfig):
+        pass
 
 
 class NameTaken(Relu):
@@ -218,7 +221,7 @@ class NeverLearns(Relu):
 
 BROKEN = [
     (NoDefaults, "config", r"Config\(\) should work without arguments, and raises: NoDefaults: 'gain' is required"),
-    (OtherConfig, "config", r"Config derives from SimpleNamespace; derive it from saelens_lite\.RuleConfig"),
+    (OtherConfig, "config", r"Config is no saelens_lite\.RuleConfig; derive it from that"),
     (NameTaken, "losses", r"a loss is called 'l0', which names something else in a log"),
     (PerRow, "losses", r"loss 'norm' should be .* without axes, and is a tensor \(48,\) of torch\.float32"),
     (NotATensor, "losses", r"loss 'constant' should be a floating-point tensor without axes, and is 1\.0"),
@@ -228,8 +231,8 @@ BROKEN = [
     (Float32Values, "dtypes", r"a step in float64 raises .*; make tensors like those given"),
     (Float32Loss, "dtypes", r"loss l1 of a float64 step should be float64, and is torch\.float32"),
     (LargestOfBatch, "row_wise", r"row_wise = True, but \d+ pairs change when a batch is given in halves"),
-    (StraightThrough, "gradients", r"gradient of .* is \d.*\(relative\) off dense float64 autograd; let nothing depend on"),
-    (FirstTile, "gradients in tiles", r"loss level is .* off dense float64 autograd; read all of `step\.pre_tiles`"),
+    (StraightThrough, "gradients", r"gradient of .* is \d.* off dense float64 autograd .*; let nothing depend on"),
+    (FirstTile, "gradients in tiles", r"loss level is .* off dense float64 autograd .*; read all of `step\.pre_tiles`"),
     (TwoDefinitions, "definitions", r"codes by support and values are .* \(relative\) off activation; make them agree"),
     (LooksAtTheBatch, "eval codes", r"codes in eval mode change by .* with the rest of the batch; look at single rows"),
     (WrongThreshold, "published form", r"codes in eval mode are .* off those of the published jumprelu; return None, or"),
@@ -249,7 +252,9 @@ def test_there_is_a_broken_rule_for_every_check():
 
 
 @pytest.mark.parametrize(("rule", "check", "found"), BROKEN, ids=lambda value: getattr(value, "__name__", None))
-def test_a_broken_rule_fails_its_check_and_no_other(rule, check, found):
+def test_a_broken_rule_fails_its_check_and_no_other(rule, check, found, monkeypatch):
+    if check != "same bytes":
+        monkeypatch.setattr(rules, "PARALLEL", SMALL)
     options = {"gain": 1.0} if rule is NoDefaults else None
     report = check_plugin(rule, options=options, planted=0.5 if check == "planted truth" else None)
     assert [failed.name for failed in report.failed] == [check], str(report)
@@ -298,14 +303,6 @@ def test_a_hint_when_row_wise_could_be_declared():
     assert check_plugin(Modest, planted=None)["row_wise"].found.startswith("hint: declare row_wise = True")
 
 
-def test_more_latents_firing_lowers_the_bar():
-    bars = {}
-    for k in (3, 32):
-        found = check_plugin(registry.load("topk"), options={"k": k})["planted truth"].found
-        bars[k] = float(found.rsplit("needed ", 1)[1])
-    assert bars[3] > 0.7 > bars[32] > 0.46
-
-
 # The report, names, and the command line
 
 
@@ -333,7 +330,7 @@ def test_a_registered_rule_keeps_its_name():
         del Relu.plugin_name
 
 
-@pytest.mark.parametrize("thing", [object, 3, nn.Linear])
+@pytest.mark.parametrize("thing", [object, nn.Linear, sl.FeatureStore])
 def test_what_is_no_plugin_cannot_be_checked(thing):
     with pytest.raises(PluginError, match="cannot be checked: give a class derived from"):
         check_plugin(thing)
@@ -424,22 +421,18 @@ class OnlyOnce(Quiet):
 
 
 class SpoilsHistory(Quiet):
-    """Changes what torch computes."""
+    """Changes the dictionaries that are trained while it is open."""
 
     def start(self, folder, config, tokens=0):
-        self.usual = nn.functional.embedding_bag
-        nn.functional.embedding_bag = lambda *args, **kwargs: 1.5 * self.usual(*args, **kwargs)
+        Trainer.lr_at = lambda self, progress: 0.5
 
     def close(self):
-        nn.functional.embedding_bag = self.usual
+        Trainer.lr_at = LR_AT
 
 
 class SpoilsSettings(Quiet):
     def start(self, folder, config, tokens=0):
         config.options["k"] = config.options["k"] + 1
-
-    def close(self):
-        loggers.CONFIG.options["k"] = 2
 
 
 @pytest.mark.parametrize(
@@ -459,8 +452,7 @@ def test_a_broken_logger_fails_its_check_and_no_other(logger, check, found):
         report.raise_if_failed()
 
 
-def test_a_logger_that_changes_its_settings_fails(monkeypatch):
-    monkeypatch.delattr(SpoilsSettings, "close")
+def test_a_logger_that_changes_its_settings_fails():
     try:
         report = check_plugin(SpoilsSettings)
     finally:

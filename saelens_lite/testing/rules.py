@@ -26,6 +26,7 @@ BATCH = 48
 TILE_ROWS = 5
 CLOSE = 1e-6  # relative, in float64
 RESERVED = {"mse", "loss", "l0", "step", "tokens", "fvu", "dead", "lr", "val_fvu", "val_l0"}  # names in a log line
+PARALLEL = {"batch": 1024, "d_in": 64, "d_sae": 1024}  # a size at which torch works in several threads
 N_PLANTED, ACTIVE = 96, 3
 
 
@@ -158,7 +159,7 @@ def says_what_it_is(lab: Lab) -> str:
 def config(lab: Lab) -> str:
     """`Config()` works: defaults are settings one can train with."""
     if not issubclass(lab.rule.Config, RuleConfig):
-        raise CheckFailed(f"Config derives from {lab.rule.Config.__mro__[1].__name__}; derive it from saelens_lite.RuleConfig")
+        raise CheckFailed(f"Config is no saelens_lite.RuleConfig; derive it from that")
     try:
         lab.rule.Config()
     except Exception as error:
@@ -406,10 +407,10 @@ def empty_and_full(lab: Lab) -> str:
 
 def same_bytes(lab: Lab) -> str:
     """Trained again, at a size that runs in parallel, everything is the same to the bit."""
-    x = torch.randn(1024, 64, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(PARALLEL["batch"], PARALLEL["d_in"], generator=torch.Generator().manual_seed(0))
 
     def train() -> dict[str, Tensor]:
-        trainer = lab.trainer(x, d_sae=1024, lr=1e-3)
+        trainer = lab.trainer(x, d_sae=PARALLEL["d_sae"], lr=1e-3)
         for _ in range(3):
             trainer.step(x)
         return trainer.dictionary.state_dict()
@@ -455,9 +456,9 @@ def planted_truth(lab: Lab) -> str:
     if lab.planted is None:
         raise NotChecked("planted = None")
     x = lab.data(16_384, seed=7)
-    trainer = lab.trainer(x, d_sae=2 * N_PLANTED, batch_size=256, n_tokens=5 * len(x), lr=4e-3, decay=0.3, dead_after=4096)
+    trainer = lab.trainer(x, d_sae=2 * N_PLANTED, batch_size=512, n_tokens=4 * len(x), lr=8e-3, decay=0.3, dead_after=4096)
     chance = _nearest(lab.directions, trainer.dictionary.W_dec.detach())
-    for batch in TensorSource(x).batches(["x"], 256, seed=0):
+    for batch in TensorSource(x).batches(["x"], 512, seed=0):
         trainer.step(batch["x"])
         if trainer.done:
             break
