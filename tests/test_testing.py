@@ -9,7 +9,6 @@ from torch import nn
 
 import saelens_lite as sl
 from saelens_lite import cli, registry
-from saelens_lite.config import FrozenConfig
 from saelens_lite.errors import PluginError
 from saelens_lite.sparsity import support_of_mask
 from saelens_lite.testing import check_plugin, loggers, rules
@@ -58,11 +57,6 @@ class Relu(sl.Sparsity):
 class NoDefaults(Relu):
     class Config(sl.RuleConfig):
         gain: float
-
-
-class OtherConfig(Relu):
-    class Config(FrozenConfig):
-        pass
 
 
 class NameTaken(Relu):
@@ -221,7 +215,6 @@ class NeverLearns(Relu):
 
 BROKEN = [
     (NoDefaults, "config", r"Config\(\) should work without arguments, and raises: NoDefaults: 'gain' is required"),
-    (OtherConfig, "config", r"Config is no saelens_lite\.RuleConfig; derive it from that"),
     (NameTaken, "losses", r"a loss is called 'l0', which names something else in a log"),
     (PerRow, "losses", r"loss 'norm' should be .* without axes, and is a tensor \(48,\) of torch\.float32"),
     (NotATensor, "losses", r"loss 'constant' should be a floating-point tensor without axes, and is 1\.0"),
