@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import App, CycloptsError, Parameter
 
 from saelens_lite.config import TextConfig, TrainConfig, read_toml, train_configs
-from saelens_lite.errors import ConfigError, SaelensLiteError, Stopped
+from saelens_lite.errors import ConfigError, PluginError, SaelensLiteError, Stopped
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from saelens_lite.dictionary import Dictionary
     from saelens_lite.model import LanguageModel
     from saelens_lite.registry import Finding
+    from saelens_lite.testing import PluginReport
 
 app = App(
     name="saelens-lite",
@@ -392,27 +393,90 @@ def inspect(path: Path) -> None:
         if (path / "eval.json").exists():
             facts["eval"] = read_json(path / "eval.json")["metrics"]
     print(json.dumps(facts, indent=2, ensure_ascii=False))
+    _say_if_rule_is_missing(facts)
+
+
+def _say_if_rule_is_missing(facts: dict[str, Any]) -> None:
+    """One line on standard error when a dictionary cannot be loaded for want of its sparsity rule."""
+    from saelens_lite import registry
+
+    ours = (facts.get("metadata") or {}).get("saelens_lite")
+    if isinstance(ours, dict) and "sparsity" in ours:
+        try:
+            registry.find(ours["sparsity"], written_by=ours.get("distribution"))
+        except PluginError as error:
+            print(f"saelens-lite: this dictionary cannot be loaded here: {error}", file=sys.stderr)
 
 
 @app.command
-def plugins(*, as_json: Annotated[bool, Parameter(name="--json", negative="")] = False) -> None:
-    """List the plugins that are installed, and whether each can be loaded.
+def plugins(
+    *,
+    check: str | None = None,
+    options: dict[str, str] | None = None,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> None:
+    """List the plugins that are installed, and whether each can be loaded; or check that one keeps its contract.
 
     The environment variable SAELENS_LITE_PLUGINS restricts which may be: a comma-separated list of distributions and
     kind:name pairs, e.g. SAELENS_LITE_PLUGINS=my-rules,loggers:my_logger. Built-in plugins always may; unset, all may.
 
     Parameters
     ----------
+    check
+        Name of a sparsity rule or logger, or kind:name, to check: a line for each thing that was looked at; exit code 1 if
+        anything fails. A logger writes where it is configured to: set WANDB_MODE=offline or the like before.
+    options
+        With --check: options of the sparsity rule, e.g. --options.k 4.
     as_json
         Print JSON instead of a table.
     """
     from saelens_lite import registry
 
+    if options and not check:
+        raise ConfigError("--options are those of a rule to check; say which: --check NAME")
+    if check:
+        _check(check, options or {}, as_json)
+        return
     found = [registry.check(plugin) for kind in registry.KINDS for plugin in registry.plugins(kind)]
     if as_json:
         print(json.dumps([_facts(finding) for finding in found], indent=2, ensure_ascii=False))
     else:
         _console().print(_plugin_table(found))
+
+
+def _check(asked: str, options: dict[str, str], as_json: bool) -> None:
+    """Print what the conformance kit finds of a plugin; exit code 1 if a check fails."""
+    from saelens_lite import registry
+    from saelens_lite.config import parse_options
+    from saelens_lite.testing import check_plugin
+
+    kind, _, name = asked.rpartition(":")
+    kinds = [kind] if kind else [k for k in registry.KINDS if any(p.name == asked for p in registry.plugins(k))]
+    if len(kinds) > 1:
+        raise PluginError(f"{asked!r} is the name of several plugins; say which: {' or '.join(f'{k}:{name}' for k in kinds)}")
+    report = check_plugin(registry.load(name, *kinds), options=parse_options(options))
+    if as_json:
+        print(
+            json.dumps({"plugin": report.plugin, "checks": [c._asdict() for c in report.checks]}, indent=2, ensure_ascii=False)
+        )
+    else:
+        _console().print(_check_table(report))
+    if not report.ok:
+        sys.exit(1)
+
+
+def _check_table(report: "PluginReport") -> "Table":
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    colours = {"ok": "green", "failed": "red", "warning": "yellow", "not checked": "dim"}
+    grid = Table(box=SIMPLE_HEAD, title=f"{report.plugin}: {report.summary()}", title_justify="left")
+    for title in ("check", "status", "found"):
+        grid.add_column(title, overflow="fold", no_wrap=title != "found")
+    for name, status, found in report.checks:
+        grid.add_row(Text(name), Text(status, style=colours[status]), Text(found))
+    return grid
 
 
 def _facts(finding: "Finding") -> dict[str, str]:

@@ -122,7 +122,7 @@ def find(name: str, kind: str = "sparsity", *, written_by: str | None = None) ->
         raise PluginError(f"{kind} plugin {name!r} is supplied by {claims}; uninstall one of them or restrict {VARIABLE}")
     if named:
         raise PluginError(_restriction(named[0]))
-    origin = f"; the file was written with {written_by}, which supplies it" if written_by else ""
+    origin = f"; the file was written with {written_by}, which supplies it{_install(written_by)}" if written_by else ""
     known = names(kind)
     hint = near_matches(name, known) or (
         f"; known: {', '.join(known)}" if known else f"; none is known: reinstall {OWN_DISTRIBUTION}"
@@ -178,6 +178,12 @@ def _restriction(plugin: Plugin) -> str:
         f"{plugin} may not be loaded: {VARIABLE} is {os.environ.get(VARIABLE)!r}; "
         f"add {plugin.distribution} or {plugin.kind}:{plugin.name} to it"
     )
+
+
+def _install(written_by: str) -> str:
+    """The pip command for a distribution as files name it: «name version»."""
+    pair = re.fullmatch(r"([\w.-]+) ([\w.+!-]+)", written_by)
+    return f": pip install '{pair[1]}=={pair[2]}'" if pair else ""
 
 
 def _remedy(plugin: Plugin, error: BaseException) -> str:

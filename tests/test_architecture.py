@@ -29,8 +29,8 @@ ORDER = [
     "interventions",
     "hub",
     "demo",
-    "cli",
     "testing",
+    "cli",
 ]
 LEAVES = {
     "ahead",

@@ -384,3 +384,9 @@ def test_x_of_another_width(dictionary):
 
 def test_repr_says_what_it_is(dictionary):
     assert f"d_in=12, d_sae=40, sparsity='{dictionary.rule.plugin_name}'" in repr(dictionary)
+
+
+def test_a_loaded_dictionary_is_one_to_use_not_to_train(tmp_path):
+    d = sl.Dictionary.create("topk", d_in=4, d_sae=8).train()
+    d.save(tmp_path / "d")
+    assert not sl.Dictionary.load(tmp_path / "d").training

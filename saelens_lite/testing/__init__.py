@@ -1,0 +1,110 @@
+"""The conformance kit: whether a plugin keeps its contract. Needs no test framework.
+
+def test_my_rule():
+    check_plugin(MyRule, options={"k": 4}).raise_if_failed()
+"""
+
+import os
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from saelens_lite import registry
+from saelens_lite.errors import PluginError
+from saelens_lite.loggers import Logger
+from saelens_lite.sparsity import Sparsity
+from saelens_lite.testing import loggers, rules
+from saelens_lite.testing.report import Check, CheckFailed, NotChecked, PluginReport, Warned
+
+__all__ = ["Check", "PluginReport", "check_plugin"]
+
+
+def check_plugin(
+    plugin: type,
+    *,
+    options: dict[str, Any] | None = None,
+    d_in: int = 32,
+    d_sae: int = 96,
+    planted: float | None = 0.5,
+) -> PluginReport:
+    """What holds and what does not of the contract of a plugin; takes seconds.
+
+    plugin: the class of a sparsity rule or a logger, registered or not. options: what its Config is made of. planted: how far,
+    from what an untrained dictionary has by chance (0) to 1, the cosine has to come between rows of W_dec and 96 directions
+    of which 3 make up each activation; less where more latents fire than that takes. None leaves this out, for rules that do
+    not suit such data.
+
+    A logger is started as it is configured on this machine: set WANDB_MODE=offline or the like before.
+
+    Raises:
+        PluginError: it is neither a sparsity rule nor a logger, or options were given for a logger.
+    """
+    if issubclass(plugin, Sparsity):
+        with _known_by_name(plugin) as name:
+            lab = rules.Lab(plugin, name, options or {}, d_in, d_sae, planted)
+            return PluginReport(f"sparsity rule {plugin.__qualname__}", _results(rules.CHECKS, lab))
+    if issubclass(plugin, Logger):
+        if options:
+            raise PluginError(f"options = {options!r} were given for {plugin.__qualname__}; loggers have none")
+        with _known_by_name(plugin) as name:
+            return PluginReport(f"logger {plugin.__qualname__}", _results(loggers.CHECKS, loggers.Bench(plugin, name)))
+    raise PluginError(f"{plugin!r} cannot be checked: give a class derived from saelens_lite.Sparsity or saelens_lite.Logger")
+
+
+def _results(checks: Sequence[tuple[str, Callable[[Any], str], tuple[str, ...]]], subject: Any) -> tuple[Check, ...]:
+    """Every check's result, in order; one that needs another which failed is not made."""
+    results: dict[str, Check] = {}
+    for name, check, needs in checks:
+        broken = [need for need in needs if results[need].status in ("failed", "not checked")]
+        if broken:
+            results[name] = Check(name, "not checked", f"needs: {', '.join(broken)}")
+        else:
+            results[name] = Check(name, *_verdict(check, subject))
+    return tuple(results.values())
+
+
+def _verdict(check: Callable[[Any], str], subject: Any) -> tuple[str, str]:
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1234)  # no seed that training uses, or what is drawn at random would look as if it were stored
+            return "ok", check(subject)
+    except NotChecked as reason:
+        return "not checked", str(reason)
+    except Warned as warning:
+        return "warning", str(warning)
+    except CheckFailed as verdict:
+        return "failed", str(verdict)
+    except Exception as error:  # whatever a plugin raises is a finding
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{os.path.basename(place.filename)}:{place.lineno}"
+        return "failed", f"raised {type(error).__name__}: {' '.join(str(error).split())} ({where}, {place.name})"
+
+
+@contextmanager
+def _known_by_name(plugin: type) -> Iterator[str]:
+    """The name a plugin can be loaded by; within the block only, if it has none."""
+    own = plugin.__dict__.get("plugin_name")
+    if own is not None and _loads(own, plugin):
+        yield own
+        return
+    name = f"check_plugin.{plugin.__name__}"
+    registry.register(name)(plugin)
+    try:
+        yield name
+    finally:
+        registry.unregister(name, plugin.plugin_kind)
+        if own is None:
+            del plugin.plugin_name
+        else:
+            plugin.plugin_name = own
+
+
+def _loads(name: str, plugin: type) -> bool:
+    """Whether asking for a name gives the plugin itself."""
+    try:
+        return registry.load(name, plugin.plugin_kind) is plugin
+    except PluginError:  # not known here, or not allowed
+        return False

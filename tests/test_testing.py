@@ -1,0 +1,457 @@
+"""The conformance kit passes what is right and, for each of its checks, fails what is wrong in just that respect."""
+
+import json
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import saelens_lite as sl
+from saelens_lite import cli, registry
+from saelens_lite.errors import PluginError
+from saelens_lite.sparsity import support_of_mask
+from saelens_lite.testing import check_plugin, loggers, rules
+from saelens_lite.train import Trainer
+
+LR_AT = Trainer.lr_at
+SMALL = {"batch": 64, "d_in": 32, "d_sae": 96}
+BUILT_IN = [plugin.name for plugin in registry.plugins() if plugin.distribution == registry.OWN_DISTRIBUTION]
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_built_in_rule_passes(name):
+    report = check_plugin(registry.load(name))
+    report.raise_if_failed()
+    assert {check.status for check in report.checks} <= {"ok", "not checked"}
+    assert report["planted truth"].status == "ok"
+    assert [check.name for check in report.checks] == [name for name, _, _ in rules.CHECKS]
+
+
+@pytest.mark.parametrize("name", ["jsonl", "tensorboard"])
+def test_a_built_in_logger_passes(name):
+    report = check_plugin(registry.load(name, "loggers"))
+    report.raise_if_failed()
+    assert {check.status for check in report.checks} == {"ok"}
+
+
+# Rules that break one thing each
+
+
+class Relu(sl.Sparsity):
+    """Positive ones: nothing is wrong with it."""
+
+    paper = "Nobody 2020"
+    row_wise = True
+
+    def activation(self, pre):
+        return pre.relu()
+
+    def support(self, pre):
+        return support_of_mask(pre > 0)
+
+    def values(self, pre, latent):
+        return pre.relu()
+
+
+class NoDefaults(Relu):
+    class Config(sl.RuleConfig):
+        gain: float
+
+
+class NameTaken(Relu):
+    def losses(self, step):
+        return {"l0": step.codes.value.sum() * 1e-3 / len(step.x)}
+
+
+class PerRow(Relu):
+    def losses(self, step):
+        return {"norm": step.x_hat.norm(dim=1)}
+
+
+class NotATensor(Relu):
+    def losses(self, step):
+        return {"constant": 1.0}
+
+
+class NotFinite(Relu):
+    def losses(self, step):
+        return {"log": step.dead.sum().float().log() * 0 + step.codes.value.sum() / 0}
+
+
+class Raises(Relu):
+    def losses(self, step):
+        raise ZeroDivisionError("no luck")
+
+
+class DefinesNothing(sl.Sparsity):
+    """Nothing."""
+
+    paper = "Nobody 2020"
+
+
+class Float32Values(Relu):
+    def values(self, pre, latent):
+        return pre.relu().float()
+
+
+class Float32Loss(Relu):
+    def losses(self, step):
+        return {"l1": step.codes.value.sum().float() * 1e-3 / len(step.x)}
+
+
+class LargestOfBatch(Relu):
+    """The largest tenth of the batch, wrongly said to be chosen row by row."""
+
+    homogeneous = False
+
+    def support(self, pre):
+        return support_of_mask(pre > (pre.flatten().topk(pre.numel() // 10).values[-1].clamp(min=0) if self.training else 0))
+
+    def activation(self, pre):
+        support = self.support(pre)
+        return pre * torch.zeros_like(pre, dtype=torch.bool).index_put((support.row, support.latent), torch.tensor(True))
+
+
+class StraightThrough(Relu):
+    """Zeros with a gradient, which the support does not have."""
+
+    support, values = sl.Sparsity.support, sl.Sparsity.values
+
+    def activation(self, pre):
+        return pre.relu() + 0.1 * (pre - pre.detach()) * (pre < 0)
+
+
+class FirstTile(Relu):
+    def losses(self, step):
+        return {"level": next(iter(step.pre_tiles(torch.arange(self.d_sae)))).square().mean()}
+
+
+class TwoDefinitions(Relu):
+    def activation(self, pre):
+        return 1.1 * pre.relu()
+
+
+class LooksAtTheBatch(Relu):
+    support, values = sl.Sparsity.support, sl.Sparsity.values
+
+    def activation(self, pre):
+        return pre.relu() if self.training else (pre - pre.mean(0)).relu()
+
+
+class WrongThreshold(Relu):
+    def inference_form(self):
+        return sl.PublishedForm("jumprelu", {"threshold": torch.full((self.d_sae,), 0.5, dtype=torch.float64)})
+
+
+class NoK(Relu):
+    def inference_form(self):
+        return sl.PublishedForm("topk")
+
+
+class FixedThreshold(Relu):
+    support, values = sl.Sparsity.support, sl.Sparsity.values
+
+    def activation(self, pre):
+        return (pre - 0.1).relu()
+
+
+class PlainAttribute(Relu):
+    homogeneous = False
+    support, values = sl.Sparsity.support, sl.Sparsity.values
+
+    def __init__(self, config, *, d_in, d_sae):
+        super().__init__(config, d_in=d_in, d_sae=d_sae)
+        self.shift = 0.1 * torch.rand(d_sae)
+
+    def activation(self, pre):
+        return (pre - self.shift.to(pre.dtype)).relu()
+
+
+class WrongTensor(Relu):
+    """Publishes another tensor under the name of its parameter."""
+
+    def __init__(self, config, *, d_in, d_sae):
+        super().__init__(config, d_in=d_in, d_sae=d_sae)
+        self.gain = nn.Parameter(torch.ones(d_sae))
+
+    def inference_form(self):
+        return sl.PublishedForm("unheard of", {"gain": self.gain + 1})
+
+
+class MeanOfCodes(Relu):
+    def losses(self, step):
+        return {"mean": 0.01 * step.codes.value.mean()}
+
+
+class ReadByIndex(Relu):
+    """A parameter read in a way whose gradient is summed in no fixed order."""
+
+    def __init__(self, config, *, d_in, d_sae):
+        super().__init__(config, d_in=d_in, d_sae=d_sae)
+        self.gain = nn.Parameter(torch.ones(d_sae))
+
+    def activation(self, pre):
+        return pre.relu() * self.gain
+
+    def values(self, pre, latent):
+        return pre.relu() * self.gain[latent]
+
+
+class Counts(Relu):
+    n = 0
+
+    def after_step(self, dictionary):
+        self.n += 1
+
+    def losses(self, step):
+        return {"l1": 1e-3 * self.n * step.codes.value.sum() / len(step.x)}
+
+
+class NeverLearns(Relu):
+    def after_step(self, dictionary):
+        dictionary.W_dec.data.copy_(torch.eye(self.d_in).repeat(self.d_sae // self.d_in, 1))
+
+
+BROKEN = [
+    (NoDefaults, "config", r"Config\(\) should work without arguments, and raises: NoDefaults: 'gain' is required"),
+    (NameTaken, "losses", r"a loss is called 'l0', which names something else in a log"),
+    (PerRow, "losses", r"loss 'norm' should be .* without axes, and is a tensor \(48,\) of torch\.float32"),
+    (NotATensor, "losses", r"loss 'constant' should be a floating-point tensor without axes, and is 1\.0"),
+    (NotFinite, "losses", r"loss 'log' is (nan|inf) on ordinary data"),
+    (Raises, "losses", r"raised ZeroDivisionError: no luck \(test_testing\.py:\d+, losses\)"),
+    (DefinesNothing, "losses", r"raised NotImplementedError: DefinesNothing must define activation\(pre\)"),
+    (Float32Values, "dtypes", r"a step in float64 raises .*; make tensors like those given"),
+    (Float32Loss, "dtypes", r"loss l1 of a float64 step should be float64, and is torch\.float32"),
+    (LargestOfBatch, "row_wise", r"row_wise = True, but \d+ pairs change when a batch is given in halves"),
+    (StraightThrough, "gradients", r"gradient of .* is \d.* off dense float64 autograd .*; let nothing depend on"),
+    (FirstTile, "gradients in tiles", r"loss level is .* off dense float64 autograd .*; read all of `step\.pre_tiles`"),
+    (TwoDefinitions, "definitions", r"codes by support and values are .* \(relative\) off activation; make them agree"),
+    (LooksAtTheBatch, "eval codes", r"codes in eval mode change by .* with the rest of the batch; look at single rows"),
+    (WrongThreshold, "published form", r"codes in eval mode are .* off those of the published jumprelu; return None, or"),
+    (NoK, "published form", r"topk needs k; give it in the PublishedForm"),
+    (FixedThreshold, "folding", r"off after fold_decoder_norms_; define rescale_ .* or say homogeneous = False"),
+    (PlainAttribute, "round trip", r"codes change when a dictionary is saved and loaded, .*register_buffer"),
+    (WrongTensor, "round trip", r"rule\.gain change when saved and loaded; inference_form must give them under their own name"),
+    (MeanOfCodes, "empty and full", r"loss mean is NaN or infinite when nothing fires \(L0 0\); divide sums by len\(step\.x\)"),
+    (ReadByIndex, "same bytes", r"differ between two trainings with one seed; .*index_select"),
+    (Counts, "resume", r"differ when training was put away and taken up again; .*step\.progress"),
+    (NeverLearns, "planted truth", r"come to a mean cosine of .* with 96 planted directions at L0"),
+]  # fmt: skip
+
+
+def test_there_is_a_broken_rule_for_every_check():
+    assert {check for _, check, _ in BROKEN} == {name for name, _, _ in rules.CHECKS} - {"described", "trains"}
+
+
+@pytest.mark.parametrize(("rule", "check", "found"), BROKEN, ids=lambda value: getattr(value, "__name__", None))
+def test_a_broken_rule_fails_its_check_and_no_other(rule, check, found, monkeypatch):
+    if check != "same bytes":
+        monkeypatch.setattr(rules, "PARALLEL", SMALL)
+    options = {"gain": 1.0} if rule is NoDefaults else None
+    report = check_plugin(rule, options=options, planted=0.5 if check == "planted truth" else None)
+    assert [failed.name for failed in report.failed] == [check], str(report)
+    with pytest.raises(PluginError, match=found):
+        report.raise_if_failed()
+    assert not report.ok
+
+
+def test_what_is_right_passes_with_reasons_for_what_was_not_checked():
+    report = check_plugin(Relu, planted=None)
+    assert report.ok
+    report.raise_if_failed()
+    assert {check.name: check.found for check in report.checks if check.status != "ok"} == {
+        "published form": "inference_form is not defined: other tools cannot read its dictionaries",
+        "planted truth": "planted = None",
+    }
+    assert report.summary() == "2 not checked, 15 ok"
+
+
+def test_training_that_cannot_begin_fails():
+    class Explodes(Relu):
+        def after_step(self, dictionary):
+            if dictionary.W_dec.grad is not None:
+                raise RuntimeError("behind the first step")
+
+    report = check_plugin(Explodes, planted=None)
+    assert [failed.name for failed in report.failed] == ["trains"]
+    assert "raised RuntimeError: behind the first step" in report["trains"].found
+    assert report["resume"] == ("resume", "not checked", "needs: trains")
+
+
+def test_a_rule_that_says_nothing_of_itself_is_a_warning():
+    class Silent(Relu):
+        paper = ""
+
+    report = check_plugin(Silent, planted=None)
+    assert report.ok
+    assert report["described"].status == "warning"
+    assert report["described"].found.startswith("paper and a docstring missing")
+
+
+def test_a_hint_when_row_wise_could_be_declared():
+    class Modest(Relu):
+        row_wise = False
+
+    assert check_plugin(Modest, planted=None)["row_wise"].found.startswith("hint: declare row_wise = True")
+
+
+# The report, names, and the command line
+
+
+def test_a_report_has_a_line_a_check_and_a_class_is_left_as_it_was():
+    report = check_plugin(FixedThreshold, planted=None)
+    head, *lines = str(report).splitlines()
+    assert head.startswith("sparsity rule FixedThreshold: 1 failed, ")
+    assert [" ".join(line.split()).startswith(f"{c.name} {c.status} ") for c, line in zip(report.checks, lines, strict=True)]
+    assert "plugin_name" not in FixedThreshold.__dict__
+    assert not [name for name in registry.names() if "check_plugin" in name]
+
+
+def test_a_registered_rule_keeps_its_name():
+    sl.register("relu_of_tests")(Relu)
+    try:
+        assert check_plugin(Relu, planted=None).ok
+        assert registry.load("relu_of_tests") is Relu
+        assert Relu.plugin_name == "relu_of_tests"
+        registry.unregister("relu_of_tests")
+        assert check_plugin(Relu, planted=None).ok
+        assert Relu.plugin_name == "relu_of_tests"
+        assert not [name for name in registry.names() if "check_plugin" in name]
+    finally:
+        registry.unregister("relu_of_tests")
+        del Relu.plugin_name
+
+
+@pytest.mark.parametrize("thing", [object, nn.Linear, sl.FeatureStore])
+def test_what_is_no_plugin_cannot_be_checked(thing):
+    with pytest.raises(PluginError, match="cannot be checked: give a class derived from"):
+        check_plugin(thing)
+
+
+def call(monkeypatch, capsys, *args: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["saelens-lite", "plugins", *args])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return stop.value.code, *capsys.readouterr()
+
+
+@pytest.fixture
+def listed():
+    """Two rules to ask for by name, one of them broken."""
+    found = {"relu_of_tests": Relu, "counts_of_tests": Counts}
+    for name, rule in found.items():
+        sl.register(name)(rule)
+    yield
+    for name, rule in found.items():
+        registry.unregister(name)
+        del rule.plugin_name
+
+
+def test_the_command_line_checks_and_says_so_in_its_exit_code(listed, monkeypatch, capsys):
+    code, out, _ = call(monkeypatch, capsys, "--check", "relu_of_tests")
+    assert code == 0
+    assert "sparsity rule Relu: " in out
+    assert "largest relative error" in out
+    code, out, _ = call(monkeypatch, capsys, "--check", "sparsity:counts_of_tests", "--json")
+    assert code == 1
+    assert [c["name"] for c in json.loads(out)["checks"] if c["status"] == "failed"] == ["resume"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--check", "top_k"), "no sparsity plugin is called 'top_k'; did you mean topk?"),
+        (("--check", "jsonl", "--options.k", "3"), "options = {'k': 3} were given for Jsonl; loggers have none"),
+        (("--options.k", "3"), "--options are those of a rule to check; say which: --check NAME"),
+    ],
+)
+def test_the_command_line_refuses(monkeypatch, capsys, args, message):
+    code, _, err = call(monkeypatch, capsys, *args)
+    assert code == 2
+    assert message in err
+
+
+# Loggers that break one thing each
+
+
+class Quiet(sl.Logger):
+    """Nothing is wrong with it."""
+
+    def log(self, line):
+        pass
+
+
+class NoLog(sl.Logger):
+    pass
+
+
+class ClosesItsFile(Quiet):
+    def log(self, line):
+        self.open = True
+
+    def close(self):
+        del self.open
+
+
+class OneAtATime(Quiet):
+    active: object = None
+
+    def start(self, folder, config, tokens=0):
+        type(self).active = self
+
+    def log(self, line):
+        assert type(self).active, "no run is active"
+
+    def close(self):
+        type(self).active = None
+
+
+class OnlyOnce(Quiet):
+    def start(self, folder, config, tokens=0):
+        (folder / "mine").mkdir()
+
+
+class SpoilsHistory(Quiet):
+    """Changes the dictionaries that are trained while it is open."""
+
+    def start(self, folder, config, tokens=0):
+        Trainer.lr_at = lambda self, progress: 0.5
+
+    def close(self):
+        Trainer.lr_at = LR_AT
+
+
+class SpoilsSettings(Quiet):
+    def start(self, folder, config, tokens=0):
+        config.options["k"] = config.options["k"] + 1
+
+
+@pytest.mark.parametrize(
+    ("logger", "check", "found"),
+    [
+        (NoLog, "follows a run", r"raised NotImplementedError: NoLog must define log\(line\)"),
+        (ClosesItsFile, "without lines", r"raised AttributeError"),
+        (OneAtATime, "side by side", r"raised AssertionError: no run is active"),
+        (OnlyOnce, "resume", r"raised FileExistsError"),
+        (SpoilsHistory, "numbers", r"differ from (those|a run) without it"),
+    ],
+)
+def test_a_broken_logger_fails_its_check_and_no_other(logger, check, found):
+    report = check_plugin(logger)
+    assert [failed.name for failed in report.failed] == [check], str(report)
+    with pytest.raises(PluginError, match=found):
+        report.raise_if_failed()
+
+
+def test_a_logger_that_changes_its_settings_fails():
+    try:
+        report = check_plugin(SpoilsSettings)
+    finally:
+        loggers.CONFIG.options["k"] = 2
+    assert "the settings given to start were changed; work on a copy" in report["follows a run"].found
+
+
+def test_a_quiet_logger_passes():
+    assert check_plugin(Quiet).ok
