@@ -92,7 +92,7 @@ class Reference(DenseStep):
     def __init__(self, dictionary: Dictionary, x: Float[Tensor, "batch d_in"], **state: Any):
         super().__init__(dictionary, x, **state)
         if type(dictionary.rule).values is Sparsity.values and type(dictionary.rule).activation is not Sparsity.activation:
-            self.x_hat = dictionary.rule.activation(self._h) @ dictionary.W_dec + dictionary.b_dec
+            self.x_hat = dictionary.rule.activation(self._encoder.dense()) @ dictionary.W_dec + dictionary.b_dec
 
 
 def take_step(
