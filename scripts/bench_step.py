@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 
 import saelens_lite as sl
 from saelens_lite.cache import TensorSource
+from saelens_lite.codes.encoder import buffers_reused
 from saelens_lite.train import Trainer
 from saelens_lite.train.step import DenseStep, SparseStep
 
@@ -49,8 +50,9 @@ def planted(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, torch
 
 def trainer(rule: str, step: type, x: torch.Tensor, directions: torch.Tensor, bias: torch.Tensor, args) -> Trainer:
     """Our trainer at the planted weights, computing its steps by `step`."""
+    options = {"jumprelu": {"threshold": 0.01 / args.d_in**0.5}}.get(rule, {"k": args.k} if rule in NO_BIAS else {})
     config = sl.TrainConfig(
-        sparsity=rule, options={"k": args.k} if rule in NO_BIAS else {}, d_sae=args.d_sae, batch_size=args.batch,
+        sparsity=rule, options=options, d_sae=args.d_sae, batch_size=args.batch,
         n_tokens=10**9, lr=1e-5, normalize="none",
     )  # fmt: skip
     made = Trainer(config, TensorSource(x[0]))
@@ -155,7 +157,8 @@ def main() -> None:
         one = argparse.Namespace(**{**vars(args), "d_sae": d_sae, "k": k})
         data = planted(one)
         for rule in args.rules:
-            rows.append(measure(rule, one, *data))
+            with buffers_reused():  # as in training
+                rows.append(measure(rule, one, *data))
             print(json.dumps(rows[-1]), flush=True)
     if args.json:
         args.json.write_text(json.dumps({"settings": {k: str(v) for k, v in vars(args).items()}, "rows": rows}, indent=1))

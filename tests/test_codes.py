@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saelens_lite.codes import SparseCodes, Support, support_of_indices, support_of_mask
+from saelens_lite.codes import SparseCodes, Support, largest, support_of_indices, support_of_mask
 from saelens_lite.errors import ShapeError
 
 
@@ -133,3 +133,15 @@ def test_support_of_a_mask(shape):
     assert len(support.crow) == shape[0] + 1
     codes = SparseCodes.of(Support(support.crow, support.latent), torch.ones(len(support.latent)), shape[1])
     assert torch.equal(codes.to_dense(), mask.float())
+
+
+@pytest.mark.parametrize("k", [1, 3, 512, 600])
+@pytest.mark.parametrize("width", [4096, 8192, 4100, 2048])
+def test_largest_are_those_of_a_sort(k, width):
+    pre = torch.randn(7, width, generator=torch.Generator().manual_seed(k))
+    pre[0] = 1.0  # ties
+    pre[1] = -pre[1].abs()
+    pre[2, 5:] = -torch.inf
+    found = pre.gather(1, largest(pre, k)).sort(dim=1, descending=True).values
+    assert torch.equal(found, pre.sort(dim=1, descending=True).values[:, :k])
+    assert all(len(set(row)) == k for row in largest(pre, k).tolist())

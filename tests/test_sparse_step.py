@@ -240,3 +240,28 @@ def test_second_derivatives_are_refused_rather_than_wrong():
     (gradient,) = torch.autograd.grad(d(x).square().sum(), d.W_enc, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.square().sum().backward()
+
+
+def test_memory_that_is_used_again_changes_nothing(monkeypatch):
+    x = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
+
+    def weights() -> list[torch.Tensor]:
+        trainer = Trainer(TrainConfig(d_sae=24, options={"k": 3}, batch_size=60, n_tokens=600, dead_after=60), TensorSource(x))
+        for rows in (60, 60, 7, 60):
+            trainer.step(x[:rows])
+        return [p.detach().clone() for p in trainer.dictionary.parameters()]
+
+    fresh = weights()
+    taken = []
+    original = encoder.Encoder._buffer_of
+
+    def noted(self, *size: int) -> torch.Tensor:
+        buffer = original(self, *size)
+        taken.append(buffer.data_ptr())
+        return buffer.fill_(torch.nan)
+
+    monkeypatch.setattr(encoder.Encoder, "_buffer_of", noted)
+    with encoder.buffers_reused():
+        again = weights()
+    assert len(set(taken)) < len(taken)
+    assert all(torch.equal(a, b) for a, b in zip(fresh, again, strict=True))

@@ -62,11 +62,14 @@ def transposed_product(
         return product if len(product) == d_sae else right.new_zeros(d_sae, right.shape[1]).index_copy_(0, dense.used, product)
     if kernels := gpu.kernels(right):
         return kernels.transposed_product(support, value, right, d_sae)
-    shape = (d_sae, support.n_rows)
-    matrix = torch.sparse_csr_tensor(
-        support.by_latent(d_sae), support.row_by_latent, value[support.order], shape, check_invariants=False
+    return F.embedding_bag(
+        support.row_by_latent,
+        right,
+        support.by_latent(d_sae),
+        mode="sum",
+        per_sample_weights=value[support.order],
+        include_last_offset=True,
     )
-    return matrix @ right
 
 
 def pair_products(support: Support, left: Float[Tensor, "batch d"], right: Float[Tensor, "d_sae d"]) -> Float[Tensor, " nnz"]:

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelens_lite.cache import Source, TensorSource, open_source
+from saelens_lite.codes.encoder import buffers_reused
 from saelens_lite.config import TrainConfig
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, DiskFullError, OutputExistsError, PluginError, SaelensLiteError
@@ -285,6 +286,7 @@ def _loop(source: Source, job: _Job, logs: list[RunLog]) -> None:
     batches = source.batches(hooks, trainers[0].config.batch_size, job.data_seed, job.n_batches)
     saved = time.monotonic()
     with (
+        buffers_reused(),
         ExitStack() as stack,
         Stopping() if job.out else nullcontext() as stopping,
         progress_bar("train", max(t.config.n_tokens for t in trainers)) as bar,

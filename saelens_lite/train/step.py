@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -65,7 +66,8 @@ class DenseStep:
 
     def losses(self) -> dict[str, Float[Tensor, ""]]:
         """mse = mean over the batch of Σ_d (x − x̂)², and what the rule adds; training minimises their sum."""
-        return {"mse": (self.x - self.x_hat).square().sum(1).mean(), **self.dictionary.rule.losses(self)}
+        mse = F.mse_loss(self.x_hat, self.x, reduction="sum") / len(self.x)
+        return {"mse": mse, **self.dictionary.rule.losses(self)}
 
     @property
     def decoder_norms(self) -> Float[Tensor, " d_sae"]:

@@ -53,9 +53,11 @@ class Trainer:
         with torch.no_grad():
             self.dictionary.rule.after_step(self.dictionary)
         self.variance = self.scale**2 * variance
-        self.optimizer = torch.optim.Adam(
-            self.dictionary.parameters(), lr=config.peak_lr, betas=config.betas, eps=1e-8, fused=True
-        )
+        # Adam is several times faster on contiguous memory, so it is given W_encᵀ
+        self._updated = {
+            name: p if p.is_contiguous() else p.detach().T.requires_grad_() for name, p in self.dictionary.named_parameters()
+        }
+        self.optimizer = torch.optim.Adam(self._updated.values(), lr=config.peak_lr, betas=config.betas, eps=1e-8, fused=True)
         by_itself = gpu.has_bfloat16(self.dictionary.W_enc.device)
         self.halves = {"auto": by_itself, "float32": False, "bfloat16": True}[config.encoder_precision]
         self.n_seen = 0
@@ -102,7 +104,7 @@ class Trainer:
         )
         losses = step.losses()
         total = torch.stack(list(losses.values())).sum()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.dictionary.zero_grad(set_to_none=True)
         total.backward()
         with torch.no_grad():
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.dictionary.parameters() if p.grad is not None])
@@ -112,6 +114,9 @@ class Trainer:
                 raise NonFiniteError(self._explain(x, values[-2], values[-1]))
             if c.clip_grad_norm:  # the optimiser divides while it reads
                 self.optimizer.grad_scale = (norm / c.clip_grad_norm).clamp(min=1.0)
+            for name, parameter in self.dictionary.named_parameters():
+                if (updated := self._updated[name]) is not parameter:
+                    updated.grad = None if parameter.grad is None else parameter.grad.T
             self.optimizer.param_groups[0]["lr"] = self.lr_at((self.n_steps + 0.5) / math.ceil(c.n_tokens / c.batch_size))
             self.optimizer.step()
             self.dictionary.rule.observe(step)
@@ -182,7 +187,7 @@ class Trainer:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that the next step depends on, as tensors and as plain data."""
         tensors = {f"dictionary.{name}": x for name, x in self.dictionary.state_dict().items()}
-        for name, parameter in self.dictionary.named_parameters():
+        for name, parameter in self._updated.items():
             tensors |= {f"adam.{name}.{key}": x for key, x in self.optimizer.state[parameter].items()}
         tensors |= {"since_fired": self.since_fired, "fire_count": self.fire_count}
         tensors |= {f"random.{i}": state for i, state in enumerate(self._random)}
@@ -206,12 +211,9 @@ class Trainer:
         state = self.dictionary.state_dict()
         for name, x in state.items():
             x.copy_(tensors[f"dictionary.{name}"])
-        for name, parameter in self.dictionary.named_parameters():
+        for name, parameter in self._updated.items():
             found = {key.rsplit(".", 1)[1]: x for key, x in tensors.items() if key.startswith(f"adam.{name}.")}
-            self.optimizer.state[parameter] = {
-                key: torch.empty_like(parameter).copy_(x) if x.ndim else x.to(parameter.device)  # in the layout it had
-                for key, x in found.items()
-            }
+            self.optimizer.state[parameter] = {key: x.to(parameter.device) for key, x in found.items()}
         self.since_fired.copy_(tensors["since_fired"])
         self.fire_count.copy_(tensors["fire_count"])
         self._random = [tensors[f"random.{i}"] for i in range(len(self._random))]
