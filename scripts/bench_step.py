@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -157,7 +158,7 @@ def main() -> None:
         one = argparse.Namespace(**{**vars(args), "d_sae": d_sae, "k": k})
         data = planted(one)
         for rule in args.rules:
-            with buffers_reused():  # as in training
+            with nullcontext() if args.memory else buffers_reused():  # as in training, where it is held between steps
                 rows.append(measure(rule, one, *data))
             print(json.dumps(rows[-1]), flush=True)
     if args.json:
