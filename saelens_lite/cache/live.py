@@ -53,6 +53,8 @@ class ActivationStream:
             raise ConfigError(f"buffer_tokens = {buffer_tokens}, batch_tokens = {batch_tokens}; expected at least 4 and 1")
         self.lm, self.text, self.text_config, self.text_name = lm, text, text_config, text_name
         self.hooks: Sequence[str] = (hooks,) if isinstance(hooks, str) else tuple(dict.fromkeys(hooks))
+        if not self.hooks:
+            raise ConfigError("name at least one hook")
         for hook in self.hooks:
             lm.hook_point(hook)
         if isinstance(text, Iterator):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from saelens_lite.ahead import ahead
 
-Pool = tuple[dict[str, Tensor], Int[Tensor, " n"]]
+Pool = tuple[dict[str, Tensor], Int[Tensor, " _"]]
 
 
 def mixed_seed(*numbers: int | str) -> int:
