@@ -255,7 +255,7 @@ class Dictionary(nn.Module):
             if log_density is None or log_density.shape != (d_sae,):
                 raise CorruptFileError(f"{folder / SPARSITY_FILE}: expected a tensor 'sparsity' of shape {(d_sae,)}")
             self.density = (10.0 ** log_density.double() - 1e-10).clamp(min=0).float()
-        return self.to(device)
+        return self.to(device).eval()
 
     def extra_repr(self) -> str:
         rule = getattr(self.rule, "plugin_name", "?")

@@ -16,6 +16,7 @@ from saelens_lite.dictionary import Dictionary
 from saelens_lite.train.step import DenseStep, SparseStep
 
 WARMUP = 0.75
+JUMP = {"bandwidth": 0.4, "threshold_speed": 2.0}
 RULES = {
     "l1": ("l1", {"coefficient": 3.0}),
     "l1, p = 0.5": ("l1", {"coefficient": 3.0, "p": 0.5}),
@@ -24,10 +25,10 @@ RULES = {
     "gated": ("gated", {"coefficient": 2.0}),
     "batch_topk": ("batch_topk", {"k": 3}),
     "batch_topk, dead latents": ("batch_topk", {"k": 3, "aux_k": 4, "aux_coefficient": 0.25}),
-    "jumprelu, l0": ("jumprelu", {"coefficient": 2.0, "bandwidth": 0.4}),
-    "jumprelu, target_l0": ("jumprelu", {"coefficient": 2.0, "bandwidth": 0.4, "penalty": "target_l0", "target_l0": 5.0}),
-    "jumprelu, tanh": ("jumprelu", {"coefficient": 2.0, "bandwidth": 0.4, "penalty": "tanh"}),
-    "jumprelu, tanh, dead latents": ("jumprelu", {"bandwidth": 0.4, "penalty": "tanh", "dead_coefficient": 0.5}),
+    "jumprelu, l0": ("jumprelu", {**JUMP, "coefficient": 2.0}),
+    "jumprelu, target_l0": ("jumprelu", {**JUMP, "penalty": "target_l0", "target_l0": 5.0}),
+    "jumprelu, tanh": ("jumprelu", {**JUMP, "penalty": "tanh"}),
+    "jumprelu, tanh, dead latents": ("jumprelu", {**JUMP, "penalty": "tanh", "dead_coefficient": 0.5}),
     "matryoshka": ("matryoshka", {"k": 3, "prefixes": (0.125, 0.375, 0.5)}),
     "matryoshka, dead latents": ("matryoshka", {"k": 3, "prefixes": (0.25,), "aux_k": 4, "aux_coefficient": 0.25}),
     "p_anneal": ("p_anneal", {"coefficient": 3.0}),
@@ -52,7 +53,7 @@ def step_class(request):
 
 
 class Spy:
-    """A step that remembers which codes were decoded (first those of x_hat, at last those of an auxiliary term), and pursued."""
+    """A step that remembers which codes were decoded (first x_hat's, last those of an auxiliary term), and what was pursued."""
 
     def __init__(self, dictionary, *args, **kwargs):
         if isinstance(pursue := getattr(dictionary.rule, "pursue", None), MethodType):
@@ -221,7 +222,8 @@ class Jump(Fires):
 
 
 def reference_jumprelu(options, p, x, h, dead, step):
-    threshold, width = p["rule.log_threshold"].exp(), options["bandwidth"] * x.shape[1] ** 0.5
+    threshold = (options["threshold_speed"] * p["rule.scaled_log_threshold"]).exp()
+    width = options["bandwidth"] * x.shape[1] ** 0.5
     f = Jump.apply(h, threshold, width)
     losses = {"mse": mse(x, f @ p["W_dec"] + p["b_dec"])}
     weight = WARMUP * options.get("coefficient", 1.0)
@@ -296,7 +298,9 @@ def check(rule: str, dictionary: Dictionary, x: torch.Tensor) -> SpiedStep:
 def test_random_shapes(rule, batch, d_in, d_sae, seed, grid):
     if "group_max" in rule:
         d_sae += -d_sae % 4  # groups of one size
-    grid = grid or "p = 0.5" in rule or "p_anneal" in rule  # f^(p−1) magnifies float32 rounding of codes near zero; on the grid there is none
+    grid = (
+        grid or "p = 0.5" in rule or "p_anneal" in rule
+    )  # f^(p−1) magnifies float32 rounding of codes near zero; on the grid there is none
     check(rule, make_dictionary(rule, d_in, d_sae, seed, grid), make_x(batch, d_in, seed, grid))
 
 

@@ -65,7 +65,18 @@ def test_products_of_a_support(shape, density):
 
 
 @pytest.mark.parametrize(
-    ("rule", "options"), [("topk", {"k": 4}), ("l1", {"coefficient": 2.0}), ("gated", {"coefficient": 2.0})]
+    ("rule", "options"),
+    [
+        ("topk", {"k": 4}),
+        ("l1", {"coefficient": 2.0}),
+        ("gated", {"coefficient": 2.0}),
+        ("batch_topk", {"k": 4}),
+        ("jumprelu", {"penalty": "target_l0", "target_l0": 4.0}),
+        ("matryoshka", {"k": 4}),
+        ("p_anneal", {"coefficient": 0.5}),
+        ("group_max", {"k": 4}),
+        ("matching_pursuit", {"k": 4}),
+    ],
 )
 def test_two_hundred_steps_end_where_the_dense_definition_ends(planted, rule, options):
     x, _ = planted(8_000, d_in=32, n_directions=64)
@@ -90,7 +101,22 @@ def test_two_hundred_steps_end_where_the_dense_definition_ends(planted, rule, op
     assert sparse["fvu"] < 0.6
 
 
-@pytest.mark.parametrize(("rule", "options"), [("topk", {"k": 16}), ("l1", {}), ("l1", {"p": 0.5}), ("gated", {})])
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [
+        ("topk", {"k": 16}),
+        ("l1", {}),
+        ("l1", {"p": 0.5}),
+        ("gated", {}),
+        ("batch_topk", {"k": 16}),
+        ("jumprelu", {}),
+        ("jumprelu", {"penalty": "tanh"}),
+        ("matryoshka", {"k": 16}),
+        ("p_anneal", {"start": 0.0}),
+        ("group_max", {"k": 16}),
+        ("matching_pursuit", {"k": 16}),
+    ],
+)
 def test_the_same_seed_gives_the_same_bytes_at_a_size_that_runs_in_parallel(rule, options):
     x = torch.randn(1024, 64, generator=torch.Generator().manual_seed(0))
     config = TrainConfig(sparsity=rule, options=options, d_sae=1024, n_tokens=10_240, batch_size=1024, lr=1e-3, warmup=0)
@@ -99,7 +125,7 @@ def test_the_same_seed_gives_the_same_bytes_at_a_size_that_runs_in_parallel(rule
         trainer = Trainer(config, TensorSource(x))
         for _ in range(4):
             trainer.step(x)
-        return {name: p.detach().clone() for name, p in trainer.dictionary.named_parameters()}
+        return {name: tensor.clone() for name, tensor in trainer.dictionary.state_dict().items()}
 
     first = weights()
     for _ in range(3):

@@ -59,7 +59,18 @@ def test_a_sweep_gives_what_each_gives_alone(cache):
 
 @pytest.mark.parametrize(
     ("rule", "options", "least"),
-    [("topk", {"k": 4}, 0.95), ("l1", {"coefficient": 3.0}, 0.9), ("gated", {"coefficient": 4.0}, 0.9)],
+    [
+        ("topk", {"k": 4}, 0.95),
+        ("l1", {"coefficient": 3.0}, 0.9),
+        ("gated", {"coefficient": 4.0}, 0.9),
+        ("batch_topk", {"k": 4}, 0.95),
+        ("jumprelu", {}, 0.95),
+        ("jumprelu", {"penalty": "target_l0", "target_l0": 4.0}, 0.95),
+        ("jumprelu", {"penalty": "tanh"}, 0.95),
+        ("matryoshka", {"k": 4}, 0.95),
+        ("p_anneal", {}, 0.95),
+        ("matching_pursuit", {"k": 4}, 0.95),
+    ],
 )
 def test_planted_directions_are_found(planted, rule, options, least):
     x, directions = planted(50_000)
@@ -125,8 +136,9 @@ def test_five_steps_by_hand():
 
 def test_the_scale_of_the_activations_does_not_matter():
     x = x_like(400, 8)
-    for rule in ("l1", "topk", "gated"):
-        settings = {"d_sae": 24, "n_tokens": 2000, "batch_size": 50, "lr": 1e-2, "options": {"k": 3} if rule == "topk" else {}}
+    for rule in ("l1", "topk", "gated", "batch_topk", "jumprelu", "matryoshka", "p_anneal", "group_max"):
+        options = {"k": 3} if rule in ("topk", "batch_topk", "matryoshka", "group_max") else {}
+        settings = {"d_sae": 24, "n_tokens": 2000, "batch_size": 50, "lr": 1e-2, "options": options}
         small, large = sl.fit(x, rule, **settings), sl.fit(x * 64, rule, **settings)
         torch.testing.assert_close(large(x * 64), small(x) * 64, rtol=1e-4, atol=1e-3)
         torch.testing.assert_close(large.encode(x * 64).to_dense(), small.encode(x).to_dense(), rtol=1e-4, atol=1e-4)

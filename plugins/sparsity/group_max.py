@@ -25,7 +25,7 @@ from saelens_lite.sparsity import (
 class GroupMax(Sparsity):
     """The largest pre-activation of each of k groups of neighbouring latents, where it is positive."""
 
-    paper = "EleutherAI 2024, sparsify, activation 'groupmax'; a winner per group: Makhzani & Frey 2015, arXiv:1409.2752"
+    paper = "Srivastava et al. 2013, Compete to compute (local winner-take-all), NIPS; for dictionaries: EleutherAI's sparsify"
     homogeneous = False  # scaling one pre-activation may make it the largest of its group
     row_wise = True
 
@@ -37,7 +37,9 @@ class GroupMax(Sparsity):
     def __init__(self, config: Config, *, d_in: int, d_sae: int):
         super().__init__(config, d_in=d_in, d_sae=d_sae)
         if d_sae % config.k:
-            raise errors.ConfigError(f"{d_sae} latents cannot be split into k = {config.k} groups of one size; change d_sae or k")
+            raise errors.ConfigError(
+                f"{d_sae} latents cannot be split into k = {config.k} groups of one size; change d_sae or k"
+            )
 
     def activation(self, pre):
         groups = rearrange(pre, "batch (group latent) -> batch group latent", group=self.config.k)

@@ -9,7 +9,10 @@ with S one of
 
 Neither f nor the count has a gradient in θ. Straight-through estimates stand in for it, in which the step at θ has width ε:
     ∂1[h > θ]/∂θ = −K((h − θ)/ε) / ε       ∂f/∂θ = −θ K((h − θ)/ε) / ε       K(u) = 1[|u| < 1/2]
-so that θ feels the pairs just below it too. θ is stored as its logarithm. Decoder rows are unit vectors except with tanh.
+so that θ feels the pairs just below it too. What is learned is ln θ. Decoder rows are unit vectors except with tanh.
+
+Adam changes ln θ by at most the learning rate in a step. The paper, which starts from θ = ε = 0.001, takes very many steps; in
+the few hundred of a short training θ would stay where it is. So ln θ is stored divided by threshold_speed, and θ starts higher.
 """
 
 import math
@@ -44,26 +47,33 @@ class JumpReLU(Sparsity):
         penalty: Literal["l0", "target_l0", "tanh"] = Field("l0", description="What S is.")
         coefficient: float = Field(1.0, ge=0, description="λ, for activations of norm sqrt(d_in).")
         target_l0: float = Field(32.0, gt=0, description="Latents per token that the penalty target_l0 aims at.")
-        threshold: float = Field(1e-3, gt=0, description="θ before training, for activations of norm 1.")
-        bandwidth: float = Field(1e-3, gt=0, description="ε, for activations of norm 1.")
+        threshold: float = Field(0.05, gt=0, description="θ before training, for activations of norm 1; in the paper 0.001.")
+        bandwidth: float = Field(0.01, gt=0, description="ε, for activations of norm 1; in the paper 0.001.")
+        threshold_speed: float = Field(10.0, gt=0, description="How much faster ln θ is learned than the rest; in the paper 1.")
         dead_coefficient: float = Field(3e-6, ge=0, description="μ.")
 
     config: Config
 
     def __init__(self, config: Config, *, d_in: int, d_sae: int):
         super().__init__(config, d_in=d_in, d_sae=d_sae)
-        self.log_threshold = nn.Parameter(torch.full((d_sae,), math.log(config.threshold * d_in**0.5)))
+        log_threshold = math.log(config.threshold * d_in**0.5)
+        self.scaled_log_threshold = nn.Parameter(torch.full((d_sae,), log_threshold / config.threshold_speed))
         self.width = config.bandwidth * d_in**0.5
 
+    @property
+    def threshold(self):
+        """θ [d_sae]; differentiable."""
+        return (self.config.threshold_speed * self.scaled_log_threshold).exp()
+
     def activation(self, pre):
-        return pre * (pre > self.log_threshold.exp())
+        return pre * (pre > self.threshold)
 
     def support(self, pre) -> Support:
         below = self.width / 2 if self.training else 0.0
-        return support_of_mask(pre > self.log_threshold.exp() - below)
+        return support_of_mask(pre > self.threshold - below)
 
     def values(self, pre, latent):
-        threshold = self._threshold(latent)
+        threshold = self.threshold.index_select(0, latent)
         return pre * (pre > threshold) + threshold.detach() * self._edge(pre, threshold)
 
     def losses(self, step: Step):
@@ -72,14 +82,11 @@ class JumpReLU(Sparsity):
             norms = step.decoder_norms.index_select(0, step.codes.latent)
             count = (4 * step.codes.value * norms).tanh().sum() / len(step.x)
             return {"tanh": weight * count, **self._lift_dead(step)}
-        pre, threshold = step.pre_at(step.codes.support).detach(), self._threshold(step.codes.latent)
+        pre, threshold = step.pre_at(step.codes.support).detach(), self.threshold.index_select(0, step.codes.latent)
         l0 = ((pre > threshold) + self._edge(pre, threshold)).sum() / len(step.x)
         if self.config.penalty == "l0":
             return {"l0_penalty": weight * l0}
         return {"l0_penalty": weight * self.d_in * (l0 / self.config.target_l0 - 1).square()}
-
-    def _threshold(self, latent):
-        return self.log_threshold.exp().index_select(0, latent)
 
     def _edge(self, pre, threshold):
         """0 everywhere, with the gradient in θ that the step 1[h > θ] is given."""
@@ -92,7 +99,7 @@ class JumpReLU(Sparsity):
         if not len(dead) or self.config.dead_coefficient == 0:
             return {}
         support = support_of_indices(dead.expand(len(step.x), -1))
-        missing = (self._threshold(support.latent) - step.pre_at(support)).relu()
+        missing = (self.threshold.index_select(0, support.latent) - step.pre_at(support)).relu()
         norms = step.decoder_norms.index_select(0, support.latent)
         return {"lift": self.config.dead_coefficient * (missing * norms).sum() / len(step.x)}
 
@@ -101,7 +108,7 @@ class JumpReLU(Sparsity):
             normalise_decoder_(dictionary)
 
     def rescale_(self, scale) -> None:
-        self.log_threshold.data.add_(scale.log())
+        self.scaled_log_threshold.data.add_(scale.log() / self.config.threshold_speed)
 
     def inference_form(self) -> PublishedForm:
-        return PublishedForm("jumprelu", {"threshold": self.log_threshold.exp()})
+        return PublishedForm("jumprelu", {"threshold": self.threshold})

@@ -22,7 +22,10 @@ CHUNK = 64  # rows pursued at a time on a CPU, so that h stays in its cache
 class MatchingPursuit(Sparsity):
     """k steps of matching pursuit."""
 
-    paper = "Costa et al. 2025, From flat to hierarchical: extracting sparse representations with matching pursuit, arXiv:2506.03093"
+    paper = (
+        "Costa et al. 2025, From flat to hierarchical: extracting sparse representations with matching pursuit, "
+        "arXiv:2506.03093"
+    )
     encoder_bias = False
     homogeneous = False  # a longer row of W_dec would win more steps
     row_wise = True
@@ -34,13 +37,15 @@ class MatchingPursuit(Sparsity):
     config: Config
 
     def encode(self, encoder) -> SparseCodes:
-        W_dec, n_rows = encoder.W_enc.T, len(encoder.x)
+        W_dec, k = encoder.W_enc.T, self.config.k
         latent, explains = self.pursue(encoder, W_dec.detach())
         support, place = distinct(latent, self.d_sae)
-        h = rearrange(encoder.at(support).index_select(0, place), "(batch step) -> batch step 1", batch=n_rows)
-        chosen = rearrange(W_dec.index_select(0, latent.flatten()), "(batch step) d_in -> batch step d_in", batch=n_rows)
+        h = rearrange(encoder.at(support).index_select(0, place), "(batch step) -> batch step 1", step=k)
+        chosen = rearrange(W_dec.index_select(0, latent.flatten()), "(batch step) d_in -> batch step d_in", step=k)
         overlap = torch.einsum("bsd,btd->bst", chosen, chosen)
-        v = torch.linalg.solve_triangular(overlap, h, upper=False, unitriangular=True).squeeze(2)
+        dtype = torch.promote_types(h.dtype, torch.float32)  # halves cannot be solved for
+        v = torch.linalg.solve_triangular(overlap.to(dtype), h.to(dtype), upper=False, unitriangular=True)
+        v = v.to(h.dtype).squeeze(2)
         value = v.new_zeros(len(support.latent)).index_add(0, place, (v * explains).flatten())
         return SparseCodes.of(support, value, self.d_sae)
 

@@ -15,11 +15,13 @@ from saelens_lite.sparsity import PublishedForm, RuleConfig, Sparsity, Step, Sup
 class PAnneal(Sparsity):
     """ReLU codes, penalised by λ Σ f^p with p falling from 1 to p_end."""
 
-    paper = "Karvonen et al. 2024, Measuring progress in dictionary learning for language model interpretability, arXiv:2408.00113"
+    paper = (
+        "Karvonen et al. 2024, Measuring progress in dictionary learning for language model interpretability, arXiv:2408.00113"
+    )
     row_wise = True
 
     class Config(RuleConfig):
-        coefficient: float = Field(5.0, ge=0, description="λ while p is 1, for activations of norm sqrt(d_in).")
+        coefficient: float = Field(1.0, ge=0, description="λ while p is 1, for activations of norm sqrt(d_in).")
         p_end: float = Field(0.2, gt=0, le=1, description="Exponent at the end of training.")
         start: float = Field(0.25, ge=0, lt=1, description="Share of training after which the exponent begins to fall.")
 
