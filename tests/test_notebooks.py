@@ -7,6 +7,16 @@ import pytest
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+PRINTED = {  # by notebook: what it prints, and at least how often
+    "1-hook-gpt2": {"ce_loss_score": 1, "fires on": 3, ">>": 3, "The old man looked at": 2},
+    "4-write-a-plugin": {
+        "ce_loss_score": 2,
+        "latents a token": 2,
+        "largest relative error": 2,
+        "define rescale_": 1,
+        "status='ok', found='standard": 1,
+    },
+}
 
 
 @pytest.mark.slow
@@ -22,10 +32,8 @@ def test_notebook_runs(path, monkeypatch, tmp_path):
         for output in cell.get("outputs", [])
         if output.output_type == "stream"
     )
-    assert "ce_loss_score" in printed
-    assert printed.count("fires on") == 3
-    assert printed.count(">>") >= 3  # every latent shown has a context
-    assert printed.count("The old man looked at") == 2
+    for text, times in PRINTED[path.stem].items():
+        assert printed.count(text) >= times, text
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
