@@ -74,7 +74,7 @@ def test_products_of_a_support(shape, density):
         ("batch_topk", {"k": 4}),
         ("jumprelu", {"penalty": "target_l0", "target_l0": 4.0}),
         ("matryoshka", {"k": 4}),
-        ("p_anneal", {"coefficient": 0.5}),
+        ("p_anneal", {"coefficient": 0.5, "p_end": 0.6}),  # near 0.2 the slope at zero magnifies rounding to 0.3 % of the loss
         ("group_max", {"k": 4}),
         ("matching_pursuit", {"k": 4}),
     ],
