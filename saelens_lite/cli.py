@@ -22,12 +22,16 @@ if TYPE_CHECKING:
 
 app = App(
     name="saelens-lite",
+    suppress_keyboard_interrupt=False,  # `main` says what was saved
     help="Hook a transformer, cache its residual stream, train sparse dictionaries, read them and publish them.",
     help_format="plaintext",
 )
 app.meta.group_parameters = app.meta["--help"].group = "Global options"
 
 Exists = Literal["error", "overwrite"]
+
+
+app.meta.suppress_keyboard_interrupt = False
 
 
 @app.meta.default

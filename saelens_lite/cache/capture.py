@@ -290,7 +290,7 @@ class _Written:
     """A shard that is whole: its facts for the manifest, and Σx and Σ‖x‖² of each hook."""
 
     facts: dict[str, Any]
-    moments: dict[str, tuple[list[float], float]] = field(default_factory=dict)
+    moments: dict[str, Sequence[Any]] = field(default_factory=dict)
 
 
 class _ShardWriter:
