@@ -6,6 +6,7 @@ import logging
 import resource
 import struct
 import sys
+from contextlib import contextmanager
 from types import ModuleType
 from typing import ClassVar
 
@@ -223,17 +224,20 @@ def test_a_class_without_log_says_so(logger, source, tmp_path, caplog):
 # jsonl
 
 
-@pytest.fixture
-def largest_file():
-    """largest_file(n) makes every write beyond n bytes of a file fail, as on a full disk."""
+@contextmanager
+def largest_file(n: int):
+    """Within the block every write beyond n bytes of a file fails, as on a full disk."""
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda n: resource.setrlimit(resource.RLIMIT_FSIZE, (n, old[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)  # before pytest writes to its own output, which may be a file
 
 
-def test_a_full_disk_costs_the_log_and_not_the_run(source, tmp_path, caplog, largest_file):
-    largest_file(6000)  # every other file of this run is smaller
-    (run,) = sl.train(source, TOPK.replace(n_tokens=9000, log_every=100), tmp_path / "run")
+def test_a_full_disk_costs_the_log_and_not_the_run(source, tmp_path, caplog):
+    with largest_file(6000):  # every other file of this run is smaller
+        (run,) = sl.train(source, TOPK.replace(n_tokens=9000, log_every=100), tmp_path / "run")
     assert len(run.history) == 90
     written = lines_of(tmp_path / "run/log.jsonl")
     assert 30 < len(written) < 60
