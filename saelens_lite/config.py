@@ -80,6 +80,10 @@ class TrainConfig(FrozenConfig):
     """One dictionary to train. Horizons are counted in tokens."""
 
     hook: str | None = Field(None, description="Hook to read activations from; may be left out when there is only one.")
+    target_hook: str | None = Field(
+        None, description="Hook whose activations are predicted from those of `hook`, which makes a transcoder."
+    )
+    skip: bool = Field(False, description="Give a transcoder a skip connection: a linear map of its input is added.")
     sparsity: str = Field("topk", description="Sparsity rule: the name of a plugin (see `saelens-lite plugins`).")
     options: dict[str, Any] = Field({}, description="Options of the sparsity rule, e.g. --options.k 32.")
     d_sae: int = Field(2048, gt=0, description="Number of latents.")
@@ -98,7 +102,9 @@ class TrainConfig(FrozenConfig):
     )
     clip_grad_norm: float = Field(1.0, ge=0, description="Largest norm of the whole gradient; 0: no clipping.")
     normalize: Literal["sqrt_d", "none"] = Field(
-        "sqrt_d", description="Scale activations to a root mean square norm of sqrt(d_in) while training; folded in when saved."
+        "sqrt_d",
+        description="While training, scale activations to a root mean square norm of sqrt(d_in), of a transcoder around their "
+        "mean; folded in when saved.",
     )
     encoder_precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
@@ -123,6 +129,7 @@ class Origin(FrozenConfig):
     model_class: str | None = Field(None, description="transformers class of the model.")
     processing: tuple[str, ...] = Field((), description="What was done to the weights when the model was loaded.")
     hook: str | None = Field(None, description="transformer-lens hook name.")
+    target_hook: str | None = Field(None, description="Hook a transcoder predicts; none for an autoencoder.")
     n_ctx: int | None = Field(None, description="Tokens in a row.")
     prepend_bos: bool | None = Field(None, description="Whether each row begins with the BOS token.")
     text: str | None = Field(None, description="What the text was.")

@@ -2,6 +2,11 @@
 
     h = (x − b_dec) W_enc + b_enc        codes = rule(h)        x_hat = codes W_dec + b_dec
 
+A transcoder (Dunefsky et al. 2024, arXiv:2406.11944) predicts the activation y at another hook, with or without a skip
+connection (Paulo et al. 2025, arXiv:2501.18823):
+
+    h = x W_enc + b_enc                  codes = rule(h)        y_hat = codes W_dec + b_dec + x W_skipᵀ
+
 On disk it is a folder that SAELens 6 loads as it stands: cfg.json, sae_weights.safetensors, sparsity.safetensors.
 What SAELens does not know stands under `metadata.saelens_lite` in cfg.json, and a rule's tensors that the published
 architecture has no place for in plugin.safetensors.
@@ -21,7 +26,7 @@ from saelens_lite.codes.encoder import Encoder
 from saelens_lite.config import Origin
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, ShapeError
 from saelens_lite.files import DTYPES, new_folder, read_json, read_tensors, write_json
-from saelens_lite.sparsity import Sparsity
+from saelens_lite.sparsity import PublishedForm, Sparsity
 
 FORMAT = 1
 CONFIG_FILE, WEIGHTS_FILE, SPARSITY_FILE, PLUGIN_FILE = (
@@ -32,11 +37,13 @@ CONFIG_FILE, WEIGHTS_FILE, SPARSITY_FILE, PLUGIN_FILE = (
 class Dictionary(nn.Module):
     """An overcomplete set of directions and a sparse code over them, for the activations of one hook.
 
-    Calling it on x: Float[... d_in] returns the reconstruction x_hat. Where the rule is tied, W_enc is no parameter but W_decᵀ.
+    Calling it on x: Float[... d_in] returns the reconstruction x_hat, or, of a transcoder, y_hat: Float[... d_out]. Where the
+    rule is tied, W_enc is no parameter but W_decᵀ.
     """
 
     W_enc: Float[Tensor, "d_in d_sae"]
-    W_dec: Float[Tensor, "d_sae d_in"]
+    W_dec: Float[Tensor, "d_sae d_out"]
+    W_skip: Float[Tensor, "d_out d_in"] | None
 
     def __init__(
         self,
@@ -44,21 +51,30 @@ class Dictionary(nn.Module):
         *,
         d_in: int,
         d_sae: int,
+        d_out: int | None = None,
+        skip: bool = False,
         origin: Origin | None = None,
         density: Float[Tensor, " d_sae"] | None = None,
         training: dict[str, Any] | None = None,
     ):
         super().__init__()
         self.d_in, self.d_sae = d_in, d_sae
+        self.is_transcoder = d_out is not None
+        self.d_out = d_in if d_out is None else d_out
+        if self.is_transcoder and rule.tied:
+            raise ConfigError(f"{rule.plugin_name} encodes with the directions it decodes with; it makes no transcoder")
+        if skip and not self.is_transcoder:
+            raise ConfigError("skip = True is for transcoders, which have a target_hook")
         self.origin = origin or Origin()
         self.density = density
         self.training_record = training or {}
         self.rule = rule
         if not rule.tied:
             self.W_enc = nn.Parameter(torch.zeros(d_sae, d_in).T)  # in memory a row a latent, like W_dec
-        self.b_enc = nn.Parameter(torch.zeros(d_sae)) if rule.encoder_bias else None
-        self.W_dec = nn.Parameter(torch.zeros(d_sae, d_in))
-        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.b_enc = nn.Parameter(torch.zeros(d_sae)) if rule.encoder_bias or self.is_transcoder else None
+        self.W_dec = nn.Parameter(torch.zeros(d_sae, self.d_out))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out))
+        self.W_skip = nn.Parameter(torch.zeros(self.d_out, d_in)) if skip else None
 
     def __getattr__(self, name: str) -> Any:
         if name == "W_enc" and self.rule.tied:
@@ -72,25 +88,34 @@ class Dictionary(nn.Module):
         *,
         d_in: int,
         d_sae: int,
+        d_out: int | None = None,
+        skip: bool = False,
         options: dict[str, Any] | None = None,
         seed: int = 0,
         origin: Origin | None = None,
     ) -> "Dictionary":
         """A fresh dictionary: random directions of one norm, W_enc = W_decᵀ, biases zero.
 
+        With `d_out` it is a transcoder: directions of its input and of its output are drawn independently, W_skip is zero.
+
         Raises:
             PluginError: no such sparsity rule.
-            ConfigError: an option the rule does not have, or a bad value.
+            ConfigError: an option the rule does not have, a bad value, or a transcoder of a rule that makes none.
         """
         rule_class = registry.load(sparsity)
         rule = rule_class(rule_class.Config(**(options or {})), d_in=d_in, d_sae=d_sae)
-        self = cls(rule, d_in=d_in, d_sae=d_sae, origin=origin)
-        directions = torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(seed))
-        directions /= directions.norm(dim=1, keepdim=True)
-        self.W_dec.data.copy_(directions * rule.initial_decoder_norm())
+        self = cls(rule, d_in=d_in, d_sae=d_sae, d_out=d_out, skip=skip, origin=origin)
+        generator, norm = torch.Generator().manual_seed(seed), rule.initial_decoder_norm()
+        directions = norm * _unit_rows(d_sae, d_in, generator)
+        self.W_dec.data.copy_(norm * _unit_rows(d_sae, self.d_out, generator) if self.is_transcoder else directions)
         if not rule.tied:
-            self.W_enc.data.copy_(self.W_dec.data.T)
+            self.W_enc.data.copy_(directions.T)
         return self.eval()
+
+    @property
+    def input_bias(self) -> Float[Tensor, " d_in"] | None:
+        """What is taken off x before it is encoded: b_dec, or nothing where the output is another activation."""
+        return None if self.is_transcoder else self.b_dec
 
     def check_input(self, x: Tensor) -> None:
         """Raise ShapeError unless the last axis of x has d_in entries."""
@@ -100,9 +125,10 @@ class Dictionary(nn.Module):
             )
 
     def pre(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape d_sae"]:
-        """Pre-activations h = (x − b_dec) W_enc + b_enc."""
+        """Pre-activations h = (x − b_dec) W_enc + b_enc; of a transcoder, x W_enc + b_enc."""
         self.check_input(x)
-        h = (x.to(self.W_enc.dtype) - self.b_dec) @ self.W_enc
+        x = x.to(self.W_enc.dtype)
+        h = (x if self.input_bias is None else x - self.input_bias) @ self.W_enc
         return h if self.b_enc is None else h + self.b_enc
 
     def encode(self, x: Float[Tensor, "*shape d_in"]) -> SparseCodes:
@@ -113,26 +139,50 @@ class Dictionary(nn.Module):
         """
         self.check_input(x)
         flat = x.reshape(-1, self.d_in).to(self.W_enc.dtype)
-        codes = self.rule.encode(Encoder(self.W_enc, self.b_enc, self.b_dec, flat))
+        codes = self.rule.encode(Encoder(self.W_enc, self.b_enc, self.input_bias, flat))
         return codes._replace(shape=tuple(x.shape[:-1])).without_zeros()
 
-    def decode(self, codes: SparseCodes | Float[Tensor, "*shape d_sae"]) -> Float[Tensor, "*shape d_in"]:
-        """x_hat of sparse or dense codes."""
-        if isinstance(codes, SparseCodes):
-            return codes.decode(self.W_dec) + self.b_dec
-        return codes @ self.W_dec + self.b_dec
+    def decode(
+        self, codes: SparseCodes | Float[Tensor, "*shape d_sae"], x: Float[Tensor, "*shape d_in"] | None = None
+    ) -> Float[Tensor, "*shape d_out"]:
+        """x_hat of sparse or dense codes.
 
-    def forward(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape d_in"]:
+        x: what was encoded; only a skip connection needs it, and is left out without.
+        """
+        x_hat = codes.decode(self.W_dec) if isinstance(codes, SparseCodes) else codes @ self.W_dec
+        return x_hat + self.base(x)
+
+    def base(self, x: Float[Tensor, "*shape d_in"] | None = None) -> Float[Tensor, "*shape_or_none d_out"]:
+        """What decoded codes are added to: b_dec, and x W_skipᵀ where there is a skip connection."""
+        if self.W_skip is None or x is None:
+            return self.b_dec
+        return self.b_dec + x.to(self.W_skip.dtype) @ self.W_skip.T
+
+    def forward(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape d_out"]:
         """x_hat, in the dtype of x."""
-        return self.decode(self.encode(x)).to(x.dtype)
+        return self.decode(self.encode(x), x).to(x.dtype)
 
     @torch.no_grad()
-    def fold_scale_(self, scale: float) -> "Dictionary":
-        """Turn a dictionary of scale·x into one of x, with the same codes (where the rule is tied: codes of x)."""
+    def fold_scale_(self, scale: float, target_scale: float | None = None) -> "Dictionary":
+        """Turn a dictionary of scale·x into one of x, with the same codes (where the rule is tied: codes of x).
+
+        target_scale: of a transcoder, what its output is to be divided by; else `scale`.
+        """
+        out = scale if target_scale is None else target_scale
         if not self.rule.tied:
             self.W_enc.mul_(scale)
-            self.W_dec.div_(scale)
-        self.b_dec.div_(scale)
+            self.W_dec.div_(out)
+        self.b_dec.div_(out)
+        if self.W_skip is not None:
+            self.W_skip.mul_(scale / out)
+        return self
+
+    @torch.no_grad()
+    def fold_shift_(self, shift: Float[Tensor, " d_in"]) -> "Dictionary":
+        """Turn a transcoder of x − shift into one of x, with the same codes and output."""
+        self.b_enc.sub_(shift @ self.W_enc)
+        if self.W_skip is not None:
+            self.b_dec.sub_(self.W_skip @ shift)
         return self
 
     @torch.no_grad()
@@ -178,17 +228,27 @@ class Dictionary(nn.Module):
             write_json(folder / CONFIG_FILE, self._config())
         return Path(path)
 
+    def _architecture(self, form: PublishedForm | None) -> str:
+        """What other tools call it; the rule's own name where they have none."""
+        if not self.is_transcoder:
+            return form.architecture if form else self.rule.plugin_name
+        kind = "transcoder" if self.W_skip is None else "skip_transcoder"
+        if form and form.architecture in ("standard", "jumprelu"):
+            return kind if form.architecture == "standard" else f"jumprelu_{kind}"
+        return f"{self.rule.plugin_name}_{kind}"
+
     def _config(self) -> dict[str, Any]:
         """The content of cfg.json."""
         form = self.rule.inference_form()
         plugin = registry.find(self.rule.plugin_name)
         return {
-            "architecture": form.architecture if form else self.rule.plugin_name,
+            "architecture": self._architecture(form),
             "d_in": self.d_in,
             "d_sae": self.d_sae,
+            **({"d_out": self.d_out} if self.is_transcoder else {}),
             "dtype": str(self.W_enc.dtype).removeprefix("torch."),
             "device": "cpu",
-            "apply_b_dec_to_input": True,
+            "apply_b_dec_to_input": not self.is_transcoder,
             "normalize_activations": "none",
             "reshape_activations": "none",
             **(form.settings if form else {}),
@@ -197,6 +257,7 @@ class Dictionary(nn.Module):
                 "model_name": self.origin.model,
                 "model_class_name": self.origin.model_class or "AutoModelForCausalLM",
                 "hook_name": self.origin.hook,
+                **({"hook_name_out": self.origin.target_hook} if self.is_transcoder else {}),
                 "hook_head_index": None,
                 "context_size": self.origin.n_ctx,
                 "prepend_bos": self.origin.prepend_bos,
@@ -204,6 +265,7 @@ class Dictionary(nn.Module):
                 "model_from_pretrained_kwargs": dict.fromkeys(self.origin.processing, True),
                 "saelens_lite": {
                     "format": FORMAT,
+                    **({"transcoder": True, "skip": self.W_skip is not None} if self.is_transcoder else {}),
                     "sparsity": self.rule.plugin_name,
                     "options": self.rule.config.model_dump(),
                     "distribution": f"{plugin.distribution} {plugin.version}" if plugin.entry_point else None,
@@ -233,6 +295,7 @@ class Dictionary(nn.Module):
             )
         try:
             d_in, d_sae, dtype = int(config["d_in"]), int(config["d_sae"]), DTYPES[config["dtype"]]
+            d_out, skip = int(config["d_out"]) if ours.get("transcoder") else None, bool(ours.get("skip"))
             rule_class = registry.load(ours["sparsity"], written_by=ours.get("distribution"))
             rule_config = rule_class.Config(**ours.get("options", {}))
             origin = Origin(**ours.get("origin", {}))
@@ -240,14 +303,20 @@ class Dictionary(nn.Module):
             raise CorruptFileError(f"{folder / CONFIG_FILE}: {type(error).__name__}: {error}") from None
         tensors = read_tensors(folder / WEIGHTS_FILE)
         found = tuple(tensors["W_dec"].shape) if "W_dec" in tensors else None
-        if found != (d_sae, d_in):  # else a forged size would be allocated
-            raise CorruptFileError(f"{folder / WEIGHTS_FILE}: W_dec has shape {found}, cfg.json says {(d_sae, d_in)}")
-        rule = rule_class(rule_config, d_in=d_in, d_sae=d_sae)
-        self = cls(rule, d_in=d_in, d_sae=d_sae, origin=origin, training=ours.get("training"))
+        wanted = (d_sae, d_in if d_out is None else d_out)
+        if found != wanted:  # else a forged size would be allocated
+            raise CorruptFileError(f"{folder / WEIGHTS_FILE}: W_dec has shape {found}, cfg.json says {wanted}")
+        if d_out is not None and ("W_enc" not in tensors or tensors["W_enc"].shape != (d_in, d_sae)):
+            raise CorruptFileError(f"{folder / WEIGHTS_FILE}: W_enc is missing or not of shape {(d_in, d_sae)}")
+        try:
+            rule = rule_class(rule_config, d_in=d_in, d_sae=d_sae)
+            self = cls(rule, d_in=d_in, d_sae=d_sae, d_out=d_out, skip=skip, origin=origin, training=ours.get("training"))
+        except ConfigError as error:
+            raise CorruptFileError(f"{folder / CONFIG_FILE}: {error}") from None
         if (folder / PLUGIN_FILE).exists():
             tensors |= {f"rule.{k}": v for k, v in read_tensors(folder / PLUGIN_FILE).items()}
         form = rule.inference_form()
-        own = {"W_enc", "b_enc", "W_dec", "b_dec"}
+        own = {"W_enc", "b_enc", "W_dec", "b_dec", "W_skip"}
         state = {k if k in own or k.startswith("rule.") else f"rule.{k}": v for k, v in tensors.items()}
         _check_state(folder, state, self.to(dtype).state_dict(), optional=set(form.tensors) if form else set())
         self.load_state_dict(state, strict=False)
@@ -260,7 +329,14 @@ class Dictionary(nn.Module):
 
     def extra_repr(self) -> str:
         rule = getattr(self.rule, "plugin_name", "?")
-        return f"d_in={self.d_in}, d_sae={self.d_sae}, sparsity={rule!r}, hook={self.origin.hook!r}"
+        target = f", d_out={self.d_out}, target_hook={self.origin.target_hook!r}" if self.is_transcoder else ""
+        return f"d_in={self.d_in}, d_sae={self.d_sae}, sparsity={rule!r}, hook={self.origin.hook!r}{target}"
+
+
+def _unit_rows(n: int, d: int, generator: torch.Generator) -> Float[Tensor, "n d"]:
+    """Random unit vectors."""
+    rows = torch.randn(n, d, generator=generator)
+    return rows / rows.norm(dim=1, keepdim=True)
 
 
 def _check_state(folder: Path, found: dict[str, Tensor], expected: dict[str, Tensor], optional: set[str]) -> None:

@@ -1,6 +1,6 @@
 """Load our dictionary folders in SAELens and compare encode and decode with ours.
 
-    python scripts/check_saelens.py demo/runs/topk/dictionary … --peer-python /path/to/venv-with-sae-lens/bin/python
+    python scripts/check_saelens.py demo/runs/0-topk/dictionary … --peer-python /path/to/venv-with-sae-lens/bin/python
 
 Prints the largest absolute difference of codes and reconstructions, beside the size of what is compared. Exit code 1
 when one is above 1e-5 times that size.
@@ -26,7 +26,7 @@ folder, where = sys.argv[1:]
 x = load_file(where + "/x.safetensors")["x"]
 sae = SAE.load_from_disk(folder)
 codes = sae.encode(x)
-save_file({"codes": codes.detach().contiguous(), "x_hat": sae.decode(codes).detach().contiguous()}, where + "/peer.safetensors")
+save_file({"codes": codes.detach().contiguous(), "x_hat": sae(x).detach().contiguous()}, where + "/peer.safetensors")
 print(type(sae).__name__, sae.cfg.metadata.hook_name)
 """
 
@@ -50,8 +50,8 @@ def compare(folder: Path, peer_python: str) -> dict[str, object]:
         "loaded as": done.stdout.split("\n")[-2],
         "codes": float((codes - peer["codes"]).abs().max()),
         "largest code": float(codes.abs().max()),
-        "x_hat": float((d.decode(codes) - peer["x_hat"]).abs().max()),
-        "largest x_hat": float(d.decode(codes).abs().max()),
+        "x_hat": float((d(x) - peer["x_hat"]).abs().max()),
+        "largest x_hat": float(d(x).abs().max()),
         "fires elsewhere": int(((codes != 0) != (peer["codes"] != 0)).sum()),
     }
 

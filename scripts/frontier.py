@@ -1,7 +1,7 @@
 """The frontier of every sparsity rule: L0 against FVU and CE recovered, all rules on the same activations in one pass.
 
     python scripts/frontier.py --out frontier                     # the embedded model
-    python scripts/frontier.py --out frontier --model gpt2 --text hf:org/name --hook blocks.8.hook_resid_pre
+    python scripts/frontier.py --out frontier --model gpt2 --text train.jsonl --eval-text held.jsonl --hook blocks.8.hook_resid_pre
 
 Activations are captured once into OUT/cache (or taken from --cache); each rule is trained at three levels of sparsity, all of
 them in one sweep; held-out text is read once for all. Writes OUT/frontier.json, frontier.md and frontier.png.
@@ -14,28 +14,26 @@ from pathlib import Path
 import saelens_lite as sl
 from saelens_lite.evaluate import EvalReport
 from saelens_lite.registry import names
-from saelens_lite.tokens import hub_name, is_held_out
+from saelens_lite.tokens import is_held_out, named_text
 
-LEVELS = {  # options of a rule at three levels of sparsity; rules that count latents take --ks
-    "l1": [{"coefficient": c} for c in (2.0, 4.0, 8.0)],
-    "gated": [{"coefficient": c} for c in (1.0, 2.0, 4.0)],
-    "p_anneal": [{"coefficient": c} for c in (2.0, 4.0, 8.0)],
-    "jumprelu": [{"target_l0": k} for k in (16, 32, 64)],
-}
+PENALTIES = {"l1": (0.06, 0.12, 0.24), "gated": (0.045, 0.09, 0.18), "p_anneal": (0.03, 0.06, 0.12)}  # λ / sqrt(d_in)
 
 
-def levels(rule: str, ks: list[int]) -> list[dict]:
-    """Options of a rule, sparsest last or first, whatever the rule calls them."""
-    return LEVELS.get(rule) or [{"k": k} for k in ks]
+def levels(rule: str, ks: list[int], d_in: int) -> list[dict]:
+    """Options of a rule at several levels of sparsity, whatever the rule calls them."""
+    if rule in PENALTIES:
+        return [{"coefficient": round(c * d_in**0.5, 3)} for c in PENALTIES[rule]]
+    return [{"penalty": "target_l0", "target_l0": k} if rule == "jumprelu" else {"k": k} for k in ks]
 
 
-def texts(source: str) -> tuple[object, object]:
-    """Text to train on and to evaluate on: the parts of the embedded corpus, or a file or dataset for both."""
-    if source == "python-docs":
+def texts(train: str, held_out: str | None) -> tuple[object, object]:
+    """Text to train on and to evaluate on: the parts of the embedded corpus, or files or datasets."""
+    if train == "python-docs":
         pages = list(sl.python_docs())
         return [p.text for p in pages if not is_held_out(p.name)], [p.text for p in pages if is_held_out(p.name)]
-    text = source if hub_name(source) else Path(source)
-    return text, text
+    if held_out is None:
+        raise SystemExit("--text needs --eval-text beside it: numbers on the training text are too good")
+    return named_text(train), named_text(held_out)
 
 
 def plot(rows: list[dict], file: Path) -> None:
@@ -62,6 +60,7 @@ def main() -> None:
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--hook", default="blocks.2.hook_resid_pre")
     parser.add_argument("--text", default="python-docs", help="python-docs, a text file, or hf:org/name")
+    parser.add_argument("--eval-text", help="a text file, or hf:org/name, with other text")
     parser.add_argument("--cache", type=Path, help="activations captured before")
     parser.add_argument("--n-ctx", type=int, default=128)
     parser.add_argument("--n-tokens", type=int, default=2_000_000, help="activations each dictionary is trained on")
@@ -73,7 +72,7 @@ def main() -> None:
     parser.add_argument("--ks", type=int, nargs="+", default=[16, 32, 64])
     args = parser.parse_args()
     lm = sl.load_model(args.model)
-    train_text, eval_text = texts(args.text)
+    train_text, eval_text = texts(args.text, args.eval_text)
     cache = (
         sl.ActivationCache.open(args.cache)
         if args.cache
@@ -84,7 +83,7 @@ def main() -> None:
     configs = [
         sl.TrainConfig(hook=args.hook, sparsity=rule, options=options, d_sae=args.d_sae, n_tokens=args.n_tokens, lr=args.lr)
         for rule in args.rules or names("sparsity")
-        for options in levels(rule, args.ks)
+        for options in levels(rule, args.ks, cache.d_in(args.hook))
     ]
     runs = sl.train(cache, configs, args.out / "runs", exists="overwrite")
     reports = sl.evaluate([run.dictionary for run in runs], lm, eval_text, n_tokens=args.eval_tokens)

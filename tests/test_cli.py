@@ -164,8 +164,8 @@ def test_a_diverged_run_exits_1_and_keeps_the_last_good_dictionary(work, monkeyp
 
     real = Trainer.step
 
-    def poisoned(self, x):
-        real(self, x if self.n_steps < 2 else x * torch.nan)
+    def poisoned(self, x, target):
+        real(self, x if self.n_steps < 2 else x * torch.nan, target)
 
     monkeypatch.setattr(Trainer, "step", poisoned)
     code, _, err = call(monkeypatch, capsys, "train", work / "cache", "--d-sae", 16, "--batch-size", 64, "--out", work / "nan")

@@ -69,10 +69,13 @@ class SpiedStep(Spy, DenseStep):
     """The step under test; `step_class` puts its base in place."""
 
 
-def make_dictionary(rule: str, d_in: int, d_sae: int, seed: int, grid: bool) -> Dictionary:
-    """All parameters random. grid: multiples of 1/8, so that pre-activations are exact in float32 and ties are common."""
+def make_dictionary(rule: str, d_in: int, d_sae: int, seed: int, grid: bool, **kind) -> Dictionary:
+    """All parameters random; `kind` makes it a transcoder.
+
+    grid: multiples of 1/8, so that pre-activations are exact in float32 and ties are common.
+    """
     name, options = RULES[rule]
-    dictionary = Dictionary.create(name, d_in=d_in, d_sae=d_sae, options=options).train()
+    dictionary = Dictionary.create(name, d_in=d_in, d_sae=d_sae, options=options, **kind).train()
     generator = torch.Generator().manual_seed(seed)
     for parameter in dictionary.parameters():
         value = torch.randn(parameter.shape, generator=generator) * (1 if parameter.ndim == 2 else 0.5)
@@ -116,79 +119,79 @@ def assert_largest(chosen: torch.Tensor, scores: torch.Tensor, k: int) -> None:
     assert (worst_in >= best_out - 1e-5).all()
 
 
-def mse(x: torch.Tensor, x_hat: torch.Tensor) -> torch.Tensor:
-    return ((x - x_hat) ** 2).sum(1).mean()
+def mse(y: torch.Tensor, x_hat: torch.Tensor) -> torch.Tensor:
+    return ((y - x_hat) ** 2).sum(1).mean()
 
 
-def reference_l1(options, p, x, h, dead, step):
+def reference_l1(options, p, y, base, h, dead, step):
     fires = h > 0
     strength = torch.where(fires, h, 1.0)
     norms = p["W_dec"].norm(dim=1)
     exponent = options.get("p", 1.0)
     penalty = torch.where(fires, strength**exponent * norms**exponent, 0.0).sum(1).mean()
-    x_hat = torch.where(fires, h, 0.0) @ p["W_dec"] + p["b_dec"]
-    return {"mse": mse(x, x_hat), "l1": WARMUP * options["coefficient"] * penalty}
+    x_hat = torch.where(fires, h, 0.0) @ p["W_dec"] + base
+    return {"mse": mse(y, x_hat), "l1": WARMUP * options["coefficient"] * penalty}
 
 
-def reference_p_anneal(options, p, x, h, dead, step):
+def reference_p_anneal(options, p, y, base, h, dead, step):
     fires = h > 0
     penalty = torch.where(fires, torch.where(fires, h, 1.0) ** P, 0.0).sum(1).mean()
-    x_hat = torch.where(fires, h, 0.0) @ p["W_dec"] + p["b_dec"]
-    return {"mse": mse(x, x_hat), "lp": WARMUP * options["coefficient"] * GROWTH * penalty}
+    x_hat = torch.where(fires, h, 0.0) @ p["W_dec"] + base
+    return {"mse": mse(y, x_hat), "lp": WARMUP * options["coefficient"] * GROWTH * penalty}
 
 
-def reference_gated(options, p, x, h, dead, step):
+def reference_gated(options, p, y, base, h, dead, step):
     pi = h + p["rule.b_gate"]
     f = (pi > 0) * torch.relu(h * p["rule.r_mag"].exp() + p["rule.b_mag"])
-    x_gate = torch.relu(pi) @ p["W_dec"].detach() + p["b_dec"].detach()
+    x_gate = torch.relu(pi) @ p["W_dec"].detach() + base.detach()
     return {
-        "mse": mse(x, f @ p["W_dec"] + p["b_dec"]),
+        "mse": mse(y, f @ p["W_dec"] + base),
         "gate_l1": WARMUP * options["coefficient"] * torch.relu(pi).sum(1).mean(),
-        "gate_error": mse(x, x_gate),
+        "gate_error": mse(y, x_gate),
     }
 
 
-def reference_of_chosen(options, p, x, h, dead, step, chosen):
+def reference_of_chosen(options, p, y, base, h, dead, step, chosen):
     """What all rules share that keep the largest pre-activations of something: x̂, and dead latents that explain the error."""
-    x_hat = (chosen * torch.relu(h)) @ p["W_dec"] + p["b_dec"]
-    losses = {"mse": mse(x, x_hat)}
+    x_hat = (chosen * torch.relu(h)) @ p["W_dec"] + base
+    losses = {"mse": mse(y, x_hat)}
     if dead.any():
         aux = as_mask(step.decoded[-1], *h.shape)
         assert not aux[:, ~dead].any(), "the auxiliary term used a latent that is alive"
-        assert_largest(aux[:, dead], h.detach()[:, dead], min(options.get("aux_k", x.shape[1] // 2), int(dead.sum())))
-        error = (x - x_hat).detach()
+        assert_largest(aux[:, dead], h.detach()[:, dead], min(options.get("aux_k", len(p["W_enc"]) // 2), int(dead.sum())))
+        error = (y - x_hat).detach()
         losses["aux"] = options.get("aux_coefficient", 1 / 32) * mse(error, (aux * torch.relu(h)) @ p["W_dec"])
     return losses
 
 
-def reference_topk(options, p, x, h, dead, step):
+def reference_topk(options, p, y, base, h, dead, step):
     chosen = as_mask(step.decoded[0], *h.shape)
     assert_largest(chosen, h.detach(), min(options["k"], h.shape[1]))
-    return reference_of_chosen(options, p, x, h, dead, step, chosen)
+    return reference_of_chosen(options, p, y, base, h, dead, step, chosen)
 
 
-def reference_group_max(options, p, x, h, dead, step):
+def reference_group_max(options, p, y, base, h, dead, step):
     chosen = as_mask(step.decoded[0], *h.shape)
     size = h.shape[1] // options["k"]
     for begin in range(0, h.shape[1], size):
         assert_largest(chosen[:, begin : begin + size], h.detach()[:, begin : begin + size], 1)
-    return reference_of_chosen(options, p, x, h, dead, step, chosen)
+    return reference_of_chosen(options, p, y, base, h, dead, step, chosen)
 
 
-def reference_batch_topk(options, p, x, h, dead, step):
+def reference_batch_topk(options, p, y, base, h, dead, step):
     chosen = as_mask(step.decoded[0], *h.shape)
     wanted = min(options["k"] * len(h), int((step.decoded[0].value > 0).sum()))
     assert wanted == options["k"] * len(h) or not (h.detach()[~chosen] > 1e-5).any(), "some positive ones were left out"
     assert_largest(chosen.reshape(1, -1), h.detach().reshape(1, -1), wanted)
-    return reference_of_chosen(options, p, x, h, dead, step, chosen)
+    return reference_of_chosen(options, p, y, base, h, dead, step, chosen)
 
 
-def reference_matryoshka(options, p, x, h, dead, step):
-    losses = reference_batch_topk(options, p, x, h, dead, step)
+def reference_matryoshka(options, p, y, base, h, dead, step):
+    losses = reference_batch_topk(options, p, y, base, h, dead, step)
     f = as_mask(step.decoded[0], *h.shape) * torch.relu(h)
     lengths = {max(1, round(share * h.shape[1])) for share in options["prefixes"]} - {h.shape[1]}
     if lengths:
-        losses["prefixes"] = sum(mse(x, f[:, :m] @ p["W_dec"][:m] + p["b_dec"]) for m in lengths)
+        losses["prefixes"] = sum(mse(y, f[:, :m] @ p["W_dec"][:m] + base) for m in lengths)
     return losses
 
 
@@ -221,11 +224,11 @@ class Jump(Fires):
         return (h > threshold) * g, threshold * Fires.backward(ctx, g)[1], None
 
 
-def reference_jumprelu(options, p, x, h, dead, step):
+def reference_jumprelu(options, p, y, base, h, dead, step):
     threshold = (options["threshold_speed"] * p["rule.scaled_log_threshold"]).exp()
-    width = options["bandwidth"] * x.shape[1] ** 0.5
+    width = options["bandwidth"] * len(p["W_enc"]) ** 0.5
     f = Jump.apply(h, threshold, width)
-    losses = {"mse": mse(x, f @ p["W_dec"] + p["b_dec"])}
+    losses = {"mse": mse(y, f @ p["W_dec"] + base)}
     weight = WARMUP * options.get("coefficient", 1.0)
     l0 = Fires.apply(h, threshold, width).sum(1).mean()
     norms = p["W_dec"].norm(dim=1)
@@ -233,7 +236,7 @@ def reference_jumprelu(options, p, x, h, dead, step):
         case "l0":
             losses["l0_penalty"] = weight * l0
         case "target_l0":
-            losses["l0_penalty"] = weight * x.shape[1] * (l0 / options["target_l0"] - 1) ** 2
+            losses["l0_penalty"] = weight * len(p["W_enc"]) * (l0 / options["target_l0"] - 1) ** 2
         case "tanh":
             losses["tanh"] = weight * torch.tanh(4 * f * norms).sum(1).mean()
             if dead.any():
@@ -241,8 +244,8 @@ def reference_jumprelu(options, p, x, h, dead, step):
     return losses
 
 
-def reference_matching_pursuit(options, p, x, h, dead, step):
-    residual = x - p["b_dec"]
+def reference_matching_pursuit(options, p, y, base, h, dead, step):
+    residual = y - base
     for latent, explains in zip(*(part.T for part in step.pursued), strict=True):
         fit = residual @ p["W_dec"].T
         strength = fit.gather(1, latent[:, None])
@@ -253,25 +256,28 @@ def reference_matching_pursuit(options, p, x, h, dead, step):
     return {"mse": (residual**2).sum(1).mean()}
 
 
-def reference_losses(rule: str, p: dict[str, torch.Tensor], x: torch.Tensor, dead: torch.Tensor, step: SpiedStep):
-    """The losses of the plugin files' first lines, dense and in float64."""
+def reference_losses(
+    rule: str, p: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor | None, dead: torch.Tensor, step: SpiedStep
+):
+    """The losses of the plugin files' first lines, dense and in float64; without y, those of an autoencoder."""
     name, options = RULES[rule]
-    h = (x - p["b_dec"]) @ p.get("W_enc", p["W_dec"].T) + p.get("b_enc", 0.0)
-    return globals()[f"reference_{name}"](options, p, x, h, dead, step)
+    h = (x if y is not None else x - p["b_dec"]) @ p.get("W_enc", p["W_dec"].T) + p.get("b_enc", 0.0)
+    base = p["b_dec"] + x @ p["W_skip"].T if "W_skip" in p else p["b_dec"]
+    return globals()[f"reference_{name}"](options, p, x if y is None else y, base, h, dead, step)
 
 
-def check(rule: str, dictionary: Dictionary, x: torch.Tensor) -> SpiedStep:
+def check(rule: str, dictionary: Dictionary, x: torch.Tensor, y: torch.Tensor | None = None) -> SpiedStep:
     """Losses and the gradient of their sum agree with the reference for every parameter."""
     d_sae = dictionary.d_sae
     dead = torch.zeros(d_sae, dtype=torch.bool)
     if "dead latents" in rule:
         dead[::2] = True
-    step = SpiedStep(dictionary, x, dead=dead, progress=0.5, warmup=WARMUP)
+    step = SpiedStep(dictionary, x, y, dead=dead, progress=0.5, warmup=WARMUP)
     losses = step.losses()
     sum(losses.values()).backward()
 
     reference = {name: value.detach().double().requires_grad_() for name, value in dictionary.named_parameters()}
-    expected = reference_losses(rule, reference, x.double(), dead, step)
+    expected = reference_losses(rule, reference, x.double(), None if y is None else y.double(), dead, step)
     sum(expected.values()).backward()
 
     assert losses.keys() == expected.keys()
@@ -302,6 +308,19 @@ def test_random_shapes(rule, batch, d_in, d_sae, seed, grid):
         grid or "p = 0.5" in rule or "p_anneal" in rule
     )  # f^(p−1) magnifies float32 rounding of codes near zero; on the grid there is none
     check(rule, make_dictionary(rule, d_in, d_sae, seed, grid), make_x(batch, d_in, seed, grid))
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "matching_pursuit"])
+@given(
+    batch=st.integers(1, 17),
+    d_in=st.integers(1, 12),
+    d_out=st.integers(1, 12),
+    skip=st.booleans(),
+    seed=st.integers(0, 10_000),
+)
+def test_transcoders(rule, batch, d_in, d_out, skip, seed):
+    dictionary = make_dictionary(rule, d_in, 24, seed, grid=True, d_out=d_out, skip=skip)
+    check(rule, dictionary, make_x(batch, d_in, seed, grid=True), make_x(batch, d_out, seed + 1, grid=True))
 
 
 def ties(dictionary, x):

@@ -111,7 +111,7 @@ def test_the_command_that_is_printed_goes_on(cache, tmp_path):
     run += ["--batch-size", "32", "--log-every", "100"]
     alone, out = tmp_path / "alone", tmp_path / "a run"
     code = "import os, signal, sys; from saelens_lite.train import Trainer; s = Trainer.step\n"
-    code += "def step(self, x):\n    s(self, x)\n    if self.n_steps == 7: os.kill(os.getpid(), signal.SIGINT)\n"
+    code += "def step(self, *batch):\n    s(self, *batch)\n    if self.n_steps == 7: os.kill(os.getpid(), signal.SIGINT)\n"
     code += "Trainer.step = step\nfrom saelens_lite.cli import main; main()"
     subprocess.run([*run, "--n-tokens", "500", "--out", alone], check=True, capture_output=True)
     stopped = subprocess.run(

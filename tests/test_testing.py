@@ -187,6 +187,11 @@ class MeanOfCodes(Relu):
         return {"mean": 0.01 * step.codes.value.mean()}
 
 
+class LooksAtX(Relu):
+    def losses(self, step):
+        return {"twice": (step.x - step.x_hat).square().sum(1).mean()}
+
+
 class ReadByIndex(Relu):
     """A parameter read in a way whose gradient is summed in no fixed order."""
 
@@ -229,6 +234,7 @@ BROKEN = [
     (LargestOfBatch, "row_wise", r"row_wise = True, but \d+ pairs change when a batch is given in halves"),
     (StraightThrough, "gradients", r"gradient of .* is \d.* off dense float64 autograd .*; let nothing depend on"),
     (FirstTile, "gradients in tiles", r"loss level is .* off dense float64 autograd .*; read all of `step\.pre_tiles`"),
+    (LooksAtX, "transcoder", r"a step of a transcoder raises RuntimeError: .*; x_hat is to be step\.target, not step\.x"),
     (TwoDefinitions, "definitions", r"codes by support and values are .* \(relative\) off activation; make them agree"),
     (LooksAtTheBatch, "eval codes", r"codes in eval mode change by .* with the rest of the batch; look at single rows"),
     (WrongThreshold, "published form", r"codes in eval mode are .* off those of the published jumprelu; return None, or"),
@@ -267,7 +273,7 @@ def test_what_is_right_passes_with_reasons_for_what_was_not_checked():
         "published form": "inference_form is not defined: other tools cannot read its dictionaries",
         "planted truth": "planted = None",
     }
-    assert report.summary() == "2 not checked, 15 ok"
+    assert report.summary() == "2 not checked, 16 ok"
 
 
 def test_training_that_cannot_begin_fails():

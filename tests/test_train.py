@@ -207,8 +207,9 @@ def test_several_dictionaries_get_numbered_folders(cache, tmp_path):
 
 def test_config_toml_of_every_field():
     config = sl.TrainConfig(
-        hook="h", sparsity="gated", options={"coefficient": 1.5}, d_sae=3, n_tokens=4, batch_size=5, lr=6e-4, betas=(0.5, 0.6),
-        encoder_precision="float32", warmup=0.1, decay=0.3, sparsity_warmup=0.4, clip_grad_norm=2.0, normalize="none",
+        hook="h", target_hook="t", skip=True, sparsity="gated", options={"coefficient": 1.5}, d_sae=3, n_tokens=4,
+        batch_size=5, lr=6e-4, betas=(0.5, 0.6), encoder_precision="float32", warmup=0.1, decay=0.3, sparsity_warmup=0.4,
+        clip_grad_norm=2.0, normalize="none",
         dead_after=7, seed=8, log_every=9,
     )  # fmt: skip
     assert all(getattr(config, name) != field.default for name, field in sl.TrainConfig.model_fields.items())

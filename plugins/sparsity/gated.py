@@ -44,10 +44,10 @@ class Gated(Sparsity):
     def losses(self, step: Step):
         latent = step.codes.latent
         gate = (step.pre_at(step.codes.support) + self.b_gate.index_select(0, latent)).relu()
-        x_gate = step.decode(step.codes._replace(value=gate), frozen=True) + step.bias(frozen=True)
+        x_gate = step.decode(step.codes._replace(value=gate), frozen=True) + step.base(frozen=True)
         return {
             "gate_l1": step.warmup * self.config.coefficient * gate.sum() / len(step.x),
-            "gate_error": (step.x - x_gate).square().sum(1).mean(),
+            "gate_error": (step.target - x_gate).square().sum(1).mean(),
         }
 
     def after_step(self, dictionary) -> None:

@@ -43,16 +43,16 @@ class Matryoshka(BatchTopK):
         lengths = self.lengths()
         if not lengths:
             return super().losses(step)
-        x_hat = step.bias() + self._decode_slices(step, lengths).cumsum(1)
-        error = rearrange(step.x, "batch d_in -> batch 1 d_in") - x_hat
+        without_codes = rearrange(step.target - step.base(), "batch d_out -> batch 1 d_out")
+        error = without_codes - self._decode_slices(step, lengths).cumsum(1)
         return {"prefixes": error.square().sum((1, 2)).mean(), **super().losses(step)}
 
     def _decode_slices(self, step: Step, lengths: list[int]):
-        """[batch prefix d_in]: what each prefix adds to the one before it; every latent is decoded once."""
+        """[batch prefix d_out]: what each prefix adds to the one before it; every latent is decoded once."""
         inner = (step.codes.latent < lengths[-1]).nonzero().squeeze(1)
         latent, row = step.codes.latent[inner], step.codes.row[inner]
         ends = torch.tensor(lengths, device=latent.device)
         piece = row * len(ends) + torch.bucketize(latent, ends, right=True)  # ascending, as latents are within a row
         begins = torch.searchsorted(piece, torch.arange(len(step.x) * len(ends) + 1, device=piece.device))
         codes = SparseCodes.of(Support(begins, latent), step.codes.value.index_select(0, inner), self.d_sae)
-        return rearrange(step.decode(codes), "(batch prefix) d_in -> batch prefix d_in", prefix=len(ends))
+        return rearrange(step.decode(codes), "(batch prefix) d_out -> batch prefix d_out", prefix=len(ends))

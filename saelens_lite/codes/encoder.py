@@ -1,6 +1,6 @@
 """The encoder product of a batch, of which only what a sparsity rule asks for is kept.
 
-    h = (x − b_dec) W_enc + b_enc
+    h = (x − b_dec) W_enc + b_enc,   of a transcoder x W_enc + b_enc
 
 It is the one dense product of a training step. It runs without autograd, a tile of rows at a time where all of [batch d_sae]
 would be large; gradients are attached to the few entries that a rule chose.
@@ -30,13 +30,13 @@ class Encoder:
         self,
         W_enc: Float[Tensor, "d_in d_sae"],
         b_enc: Float[Tensor, " d_sae"] | None,
-        b_dec: Float[Tensor, " d_in"],
+        input_bias: Float[Tensor, " d_in"] | None,
         x: Float[Tensor, "batch d_in"],
         halves: bool = False,
     ):
-        self.W_enc, self.b_enc, self.b_dec, self.x = W_enc, b_enc, b_dec, x
+        self.W_enc, self.b_enc, self.input_bias, self.x = W_enc, b_enc, input_bias, x
         self.halves = halves and W_enc.dtype == torch.float32
-        self.centred = (x - b_dec).detach()
+        self.centred = x.detach() if input_bias is None else (x - input_bias).detach()
         self._buffer: Tensor | None = None
         self._pre: Tensor | None = None  # all pre-activations, if they fitted into one tile
         self._known: tuple[Support | None, Tensor | None] = (None, None)
@@ -106,10 +106,10 @@ class Encoder:
     def dense(self) -> Float[Tensor, "batch d_sae"]:
         """All pre-activations; differentiable, with gradients that are cheap where few are not zero."""
         (pre,) = self.tiles(whole=True, halves=False)
-        return PreDense.apply(self.W_enc, self.b_enc, self.b_dec, self.x, pre, self.centred)
+        return PreDense.apply(self.W_enc, self.b_enc, self.input_bias, self.x, pre, self.centred)
 
     def _attach(self, support: Support, value: Float[Tensor, " nnz"]) -> Float[Tensor, " nnz"]:
-        return PreAt.apply(self.W_enc, self.b_enc, self.b_dec, self.x, value, self.centred, support)
+        return PreAt.apply(self.W_enc, self.b_enc, self.input_bias, self.x, value, self.centred, support)
 
     @torch.no_grad()
     def _values(self, support: Support) -> Float[Tensor, " nnz"]:

@@ -114,20 +114,21 @@ class Decode(torch.autograd.Function):
 
 
 def _encoder_gradients(ctx, support: Support, g: Float[Tensor, " nnz"]) -> tuple[Tensor | None, ...]:
-    """Gradients of (W_enc, b_enc, b_dec, x), from gradients g at the pre-activations of a support."""
+    """Gradients of (W_enc, b_enc, input bias, x), from gradients g at the pre-activations of a support."""
     W_enc, centred = ctx.saved_tensors
     d_sae = W_enc.shape[1]
     db_enc = latent_sums(support, g, d_sae)
     dW_enc = transposed_product(support, g, centred, d_sae).T if ctx.needs_input_grad[0] else None
     dx = sparse_product(support, g, W_enc.T) if ctx.needs_input_grad[3] else None
-    return dW_enc, db_enc if ctx.needs_input_grad[1] else None, -(W_enc @ db_enc), dx
+    d_input_bias = -(W_enc @ db_enc) if ctx.needs_input_grad[2] else None
+    return dW_enc, db_enc if ctx.needs_input_grad[1] else None, d_input_bias, dx
 
 
 class PreAt(torch.autograd.Function):
     """Pre-activations at a support, which are known already."""
 
     @staticmethod
-    def forward(ctx, W_enc, b_enc, b_dec, x, value, centred, support):
+    def forward(ctx, W_enc, b_enc, input_bias, x, value, centred, support):
         ctx.support = support
         ctx.save_for_backward(W_enc, centred)
         return value.view_as(value)
@@ -142,7 +143,7 @@ class PreDense(torch.autograd.Function):
     """All pre-activations, which are known already; for rules that only say what their activation function is."""
 
     @staticmethod
-    def forward(ctx, W_enc, b_enc, b_dec, x, pre, centred):
+    def forward(ctx, W_enc, b_enc, input_bias, x, pre, centred):
         ctx.save_for_backward(W_enc, centred)
         return pre.view_as(pre)
 

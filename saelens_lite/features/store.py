@@ -198,7 +198,7 @@ def token_effects(dictionary: Dictionary, lm: LanguageModel) -> list[Tensor]:
     Empty [d_sae 0] at a hook of another width than the residual stream, which does not act on the logits directly.
     """
     unembedding = lm.unembedding()
-    n = min(N_EFFECTS, len(unembedding)) if dictionary.d_in == unembedding.shape[1] else 0
+    n = min(N_EFFECTS, len(unembedding)) if dictionary.d_out == unembedding.shape[1] else 0
     chunks = []
     for W_dec in dictionary.W_dec.float().to(unembedding.device).split(max(1, MAX_LOGITS // len(unembedding))):
         logits = W_dec @ unembedding.T if n else W_dec

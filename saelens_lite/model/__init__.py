@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -271,13 +271,14 @@ class LanguageModel:
         hook: str | None = None,
         keep: Bool[Tensor, "batch pos"] | None = None,
     ) -> Iterator[None]:
-        """Within the block, the stream at the dictionary's hook is its reconstruction.
+        """Within the block, the activation at the dictionary's hook is its reconstruction, or, of a transcoder, the activation
+        at its target hook is what it predicts.
 
         Positions the dictionary was never trained on (by default position 0) keep their activation; `keep` chooses the
         replaced positions instead.
 
         Raises:
-            HookError: neither the dictionary nor `hook` names a hook of this model.
+            HookError: neither the dictionary nor `hook` names a hook of this model; a transcoder's target comes first.
             ConfigError: the dictionary belongs to a model whose weights were processed otherwise.
             ShapeError: the dictionary has another width than the hook.
         """
@@ -286,16 +287,28 @@ class LanguageModel:
         if name is None:
             raise ConfigError("the dictionary does not say which hook it belongs to; give hook=")
 
-        def reconstruct(x: Tensor) -> Tensor:
-            dictionary.check_input(x)
-            chosen = keep
-            if chosen is None:
-                position = torch.arange(x.shape[1], device=x.device) + self._offset
-                excluded = torch.tensor(dictionary.origin.excluded_positions, device=x.device, dtype=position.dtype)
-                chosen = ~torch.isin(position, excluded)
-            return torch.where(chosen.to(x.device)[..., None], dictionary(x).to(x.dtype), x)
+        target = dictionary.origin.target_hook or name
+        read: list[Tensor] = []
 
-        with self.replace(name, reconstruct):
+        def reconstruct(y: Tensor) -> Tensor:
+            if target != name and not read:
+                raise HookError(f"the model comes to {target} before {name}, from which the transcoder predicts it")
+            x = y if target == name else read.pop()
+            dictionary.check_input(x)
+            x_hat, chosen = dictionary(x).to(y.dtype), keep
+            if x_hat.shape != y.shape:
+                raise ShapeError(f"the dictionary gives {list(x_hat.shape)}; {target} of this model is {list(y.shape)}")
+            if chosen is None:
+                position = torch.arange(y.shape[1], device=y.device) + self._offset
+                excluded = torch.tensor(dictionary.origin.excluded_positions, device=y.device, dtype=position.dtype)
+                chosen = ~torch.isin(position, excluded)
+            return torch.where(chosen.to(y.device)[..., None], x_hat, y)
+
+        def look(x: Tensor) -> Tensor:
+            read[:] = [x.clone()]  # some models go on to overwrite it
+            return x
+
+        with self.replace(name, look) if target != name else nullcontext(), self.replace(target, reconstruct):
             yield
 
     @torch.no_grad()

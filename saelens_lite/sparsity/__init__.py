@@ -1,7 +1,8 @@
 """The contract of a sparsity rule: what a plugin supplies, and what it is offered.
 
 A rule turns pre-activations h = (x − b_dec) W_enc + b_enc into codes and says what it adds to the reconstruction
-error. Everything else (parameters, training, saving, evaluation, feature views) is the same for all rules.
+error. Everything else (parameters, training, saving, evaluation, feature views) is the same for all rules. The same rule
+makes autoencoders, whose target is x, and transcoders, whose target is another activation.
 The smallest useful rule is one method:
 
     @register("relu")
@@ -70,7 +71,8 @@ class Step(Protocol):
     """What a rule may look at in one training step."""
 
     x: Float[Tensor, "batch d_in"]
-    x_hat: Float[Tensor, "batch d_in"]
+    target: Float[Tensor, "batch d_out"]  # what x_hat is to be: x itself, or of a transcoder the other activation
+    x_hat: Float[Tensor, "batch d_out"]
     codes: SparseCodes
     dead: Bool[Tensor, " d_sae"]  # has not fired for the configured number of tokens
     progress: float  # share of training done, 0 … 1
@@ -92,12 +94,12 @@ class Step(Protocol):
         """Pre-activations at chosen pairs; differentiable."""
         ...
 
-    def decode(self, codes: SparseCodes, frozen: bool = False) -> Float[Tensor, "batch d_in"]:
+    def decode(self, codes: SparseCodes, frozen: bool = False) -> Float[Tensor, "batch d_out"]:
         """Σ value · W_dec[latent], without bias; differentiable. frozen: no gradient reaches W_dec."""
         ...
 
-    def bias(self, frozen: bool = False) -> Float[Tensor, " d_in"]:
-        """b_dec; frozen: without gradient."""
+    def base(self, frozen: bool = False) -> Float[Tensor, "batch_or_one d_out"]:
+        """What decoded codes are added to: b_dec, and of a transcoder its skip connection; frozen: a constant."""
         ...
 
 
@@ -105,7 +107,7 @@ class Sparsity(nn.Module):
     """Base of all rules. Parameters and buffers a rule registers are trained, saved and loaded with the dictionary."""
 
     paper: ClassVar[str] = ""
-    encoder_bias: ClassVar[bool] = True  # False: the rule has biases of its own, h = (x − b_dec) W_enc
+    encoder_bias: ClassVar[bool] = True  # False: the rule has biases of its own; an autoencoder's h = (x − b_dec) W_enc
     homogeneous: ClassVar[bool] = True  # scaling h_i (and the rule by `rescale_`) scales code i and changes no other
     tied: ClassVar[bool] = False  # W_enc is W_decᵀ, rows of W_dec are unit vectors, and codes are in the units of x
     row_wise: ClassVar[bool] = False  # in training too, `support` looks at each row alone: it may be given parts of a batch
@@ -184,7 +186,7 @@ def normalise_decoder_(dictionary: "Dictionary") -> None:
 def dead_latents_explain(step: Step, config: DeadLatentsConfig) -> dict[str, Float[Tensor, ""]]:
     """{"aux": α · ‖e − ê‖²}, a mean over the batch, or nothing where no latent is dead.
 
-    e = x − x̂ (a constant); ê = what the aux_k largest dead latents of the token decode to.
+    e = target − x̂ (a constant); ê = what the aux_k largest dead latents of the token decode to.
 
     Source: Gao et al. 2024, arXiv:2406.04093, section A.2.
     """
@@ -194,6 +196,6 @@ def dead_latents_explain(step: Step, config: DeadLatentsConfig) -> dict[str, Flo
         return {}
     best = torch.cat([largest(pre, aux_k) for pre in step.pre_tiles(dead)])
     support = support_of_indices(dead[best])
-    error = (step.x - step.x_hat).detach()
+    error = (step.target - step.x_hat).detach()
     explained = step.decode(SparseCodes.of(support, step.pre_at(support).relu(), len(step.dead)))
     return {"aux": config.aux_coefficient * (error - explained).square().sum(1).mean()}

@@ -89,14 +89,18 @@ class Lab:
 class Reference(DenseStep):
     """A step in which gradients are those of the whole activation function, where the rule has no `values`."""
 
-    def __init__(self, dictionary: Dictionary, x: Float[Tensor, "batch d_in"], **state: Any):
-        super().__init__(dictionary, x, **state)
+    def __init__(self, dictionary: Dictionary, x: Tensor, target: Tensor | None = None, **state: Any):
+        super().__init__(dictionary, x, target, **state)
         if type(dictionary.rule).values is Sparsity.values and type(dictionary.rule).activation is not Sparsity.activation:
-            self.x_hat = dictionary.rule.activation(self._encoder.dense()) @ dictionary.W_dec + dictionary.b_dec
+            self.x_hat = dictionary.rule.activation(self._encoder.dense()) @ dictionary.W_dec + dictionary.base(x)
 
 
 def take_step(
-    step_class: type[DenseStep], d: Dictionary, x: Float[Tensor, "batch d_in"], dead: Bool[Tensor, " d_sae"] | None = None
+    step_class: type[DenseStep],
+    d: Dictionary,
+    x: Float[Tensor, "batch d_in"],
+    target: Float[Tensor, "batch d_out"] | None = None,
+    dead: Bool[Tensor, " d_sae"] | None = None,
 ) -> tuple[DenseStep, dict[str, Tensor]]:
     """A step of training as far as the gradients, and its losses. By default every other latent counts as dead."""
     if dead is None:
@@ -104,7 +108,7 @@ def take_step(
     d.zero_grad(set_to_none=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # a rule may draw random numbers
-        step = step_class(d, x, dead=dead, progress=0.5, warmup=0.75)
+        step = step_class(d, x, target, dead=dead, progress=0.5, warmup=0.75)
         losses = step.losses()
         torch.stack(list(losses.values())).sum().backward()
     return step, losses
@@ -220,10 +224,29 @@ def gradients_in_tiles(lab: Lab) -> str:
         return _compare_steps(d, lab.x, "read all of `step.pre_tiles`, whose tiles hold a few rows each")
 
 
-def _compare_steps(d: Dictionary, x: Float[Tensor, "batch d_in"], advice: str) -> str:
-    _, expected = take_step(Reference, d, x)
+def transcoder(lab: Lab) -> str:
+    """The same when another activation is predicted, with a skip connection."""
+    if lab.rule.tied:
+        raise NotChecked("tied = True: the rule makes no transcoders")
+    d_out = lab.d_in + 3
+    d = Dictionary.create(lab.name, d_in=lab.d_in, d_sae=lab.d_sae, d_out=d_out, skip=True, options=lab.options).double()
+    d.rule.load_state_dict(lab.dictionary().rule.state_dict())
+    generator = torch.Generator().manual_seed(8)
+    target = torch.randn(BATCH, d_out, generator=generator).double()
+    d.W_skip.data.copy_(torch.randn(d.W_skip.shape, generator=generator) / lab.d_in**0.5)
+    advice = "x_hat is to be step.target, not step.x, and what codes are added to is step.base()"
+    try:
+        return _compare_steps(d.train(), lab.x, advice, target)
+    except RuntimeError as error:
+        raise CheckFailed(f"a step of a transcoder raises {type(error).__name__}: {error}; {advice}") from None
+
+
+def _compare_steps(
+    d: Dictionary, x: Float[Tensor, "batch d_in"], advice: str, target: Float[Tensor, "batch d_out"] | None = None
+) -> str:
+    _, expected = take_step(Reference, d, x, target)
     wanted = {name: p.grad for name, p in d.named_parameters()}
-    _, found = take_step(SparseStep, d, x)
+    _, found = take_step(SparseStep, d, x, target)
     got = {name: p.grad for name, p in d.named_parameters()}
     errors = {f"loss {name}": apart(found[name].detach(), value.detach()) for name, value in expected.items()}
     for name, parameter in d.named_parameters():
@@ -486,6 +509,7 @@ CHECKS: tuple[tuple[str, Callable[[Lab], str], tuple[str, ...]], ...] = (
     ("row_wise", row_wise, ("dtypes",)),
     ("gradients", gradients, ("dtypes",)),
     ("gradients in tiles", gradients_in_tiles, ("gradients", "row_wise")),
+    ("transcoder", transcoder, ("gradients",)),
     ("definitions", definitions, ("dtypes",)),
     ("eval codes", eval_codes, ("dtypes",)),
     ("published form", published_form, ("dtypes",)),

@@ -225,7 +225,7 @@ class _Job:
         trainer = self.trainers[i]
         line = trainer.log_line()
         if self.validation:
-            line |= trainer.validate(self.validation.x[trainer.hook])
+            line |= trainer.validate(self.validation.x)
         self.histories[i].append(line)
         log.info("%s %s", trainer.config.sparsity, line)
         return line
@@ -281,7 +281,7 @@ def _keep_what_is_good(job: _Job, error: SaelensLiteError) -> None:
 def _loop(source: Source, job: _Job, logs: list[RunLog]) -> None:
     """Feed every trainer the same batches until each has seen the tokens it asked for."""
     trainers = job.trainers
-    hooks = list(dict.fromkeys(trainer.hook for trainer in trainers))
+    hooks = list(dict.fromkeys(hook for trainer in trainers for hook in (trainer.hook, trainer.target_hook)))
     due = [(trainer.n_seen // trainer.config.log_every + 1) * trainer.config.log_every for trainer in trainers]
     batches = source.batches(hooks, trainers[0].config.batch_size, job.data_seed, job.n_batches)
     saved = time.monotonic()
@@ -303,7 +303,7 @@ def _loop(source: Source, job: _Job, logs: list[RunLog]) -> None:
             for i, trainer in enumerate(trainers):
                 if trainer.done:
                     continue
-                trainer.step(batch[trainer.hook])
+                trainer.step(batch[trainer.hook], batch[trainer.target_hook])
                 if trainer.n_seen >= due[i] or trainer.done:
                     logs[i].log(job.log_line(i))
                     due[i] += trainer.config.log_every

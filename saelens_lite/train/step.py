@@ -20,7 +20,7 @@ class DenseEncoder(Encoder):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        h = (self.x - self.b_dec) @ self.W_enc
+        h = (self.x if self.input_bias is None else self.x - self.input_bias) @ self.W_enc
         self._h = h if self.b_enc is None else h + self.b_enc
 
     def tiles(self, latents: Int[Tensor, " n"] | None = None, whole: bool = False) -> Iterator[Float[Tensor, "rows n"]]:
@@ -43,7 +43,8 @@ class DenseEncoder(Encoder):
 class DenseStep:
     """What a rule is offered in a training step (see `saelens_lite.sparsity.Step`), and the step's losses.
 
-    x: Float[batch d_in] is scaled as the dictionary expects it. `halves` is for the sparse step.
+    x: Float[batch d_in] and target: Float[batch d_out], by default x itself, are scaled as the dictionary expects them.
+    `halves` is for the sparse step.
     """
 
     encoder_class: ClassVar[type[Encoder]] = DenseEncoder
@@ -52,21 +53,22 @@ class DenseStep:
         self,
         dictionary: Dictionary,
         x: Float[Tensor, "batch d_in"],
+        target: Float[Tensor, "batch d_out"] | None = None,
         *,
         dead: Bool[Tensor, " d_sae"],
         progress: float,
         warmup: float,
         halves: bool = False,
     ):
-        self.dictionary, self.x, self.dead = dictionary, x, dead
+        self.dictionary, self.x, self.target, self.dead = dictionary, x, x if target is None else target, dead
         self.progress, self.warmup = progress, warmup
-        self._encoder = self.encoder_class(dictionary.W_enc, dictionary.b_enc, dictionary.b_dec, x, halves)
+        self._encoder = self.encoder_class(dictionary.W_enc, dictionary.b_enc, dictionary.input_bias, x, halves)
         self.codes = dictionary.rule.encode(self._encoder)
-        self.x_hat = self.decode(self.codes) + dictionary.b_dec
+        self.x_hat = self.decode(self.codes) + dictionary.base(x)
 
     def losses(self) -> dict[str, Float[Tensor, ""]]:
-        """mse = mean over the batch of Σ_d (x − x̂)², and what the rule adds; training minimises their sum."""
-        mse = F.mse_loss(self.x_hat, self.x, reduction="sum") / len(self.x)
+        """mse = mean over the batch of Σ_d (target − x̂)², and what the rule adds; training minimises their sum."""
+        mse = F.mse_loss(self.x_hat, self.target, reduction="sum") / len(self.x)
         return {"mse": mse, **self.dictionary.rule.losses(self)}
 
     @property
@@ -82,14 +84,15 @@ class DenseStep:
         """Pre-activations at chosen pairs; differentiable."""
         return self._encoder.at(support)
 
-    def decode(self, codes: SparseCodes, frozen: bool = False) -> Float[Tensor, "batch d_in"]:
+    def decode(self, codes: SparseCodes, frozen: bool = False) -> Float[Tensor, "batch d_out"]:
         """Σ value · W_dec[latent], without bias; differentiable. frozen: no gradient reaches W_dec."""
         weight = self.dictionary.W_dec
         return codes.to_dense() @ (weight.detach() if frozen else weight)
 
-    def bias(self, frozen: bool = False) -> Float[Tensor, " d_in"]:
-        """b_dec; frozen: without gradient."""
-        return self.dictionary.b_dec.detach() if frozen else self.dictionary.b_dec
+    def base(self, frozen: bool = False) -> Float[Tensor, "batch_or_one d_out"]:
+        """What decoded codes are added to: b_dec, and the skip connection's part where there is one; frozen: a constant."""
+        base = torch.atleast_2d(self.dictionary.base(self.x))
+        return base.detach() if frozen else base
 
 
 class SparseStep(DenseStep):
@@ -97,7 +100,7 @@ class SparseStep(DenseStep):
 
     encoder_class = Encoder
 
-    def decode(self, codes: SparseCodes, frozen: bool = False) -> Float[Tensor, "batch d_in"]:
+    def decode(self, codes: SparseCodes, frozen: bool = False) -> Float[Tensor, "batch d_out"]:
         """Σ value · W_dec[latent], without bias; differentiable. frozen: no gradient reaches W_dec."""
         weight = self.dictionary.W_dec
         return Decode.apply(codes.value, weight.detach() if frozen else weight, codes.support)

@@ -1,7 +1,7 @@
 """The state of one dictionary in training: a step, what is counted, and how to put all of it away and take it up again."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,50 +9,53 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelens_lite.cache import Source
+from saelens_lite.cache import Batch, Source, Statistics
 from saelens_lite.codes import gpu
 from saelens_lite.config import TrainConfig
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, NonFiniteError
 from saelens_lite.train.step import DenseStep, SparseStep
 
-_NUMBERS = ("scale", "variance", "n_seen", "n_steps", "fire_tokens")
+_NUMBERS = ("scale", "target_scale", "variance", "n_seen", "n_steps", "fire_tokens")
 
 
 class Trainer:
-    """The state of one dictionary in training. The dictionary sees activations multiplied by `scale`."""
+    """The state of one dictionary in training.
+
+    The dictionary sees activations multiplied by `scale`. A transcoder has no bias that would centre its input, so `shift` is
+    taken off that, and its target is multiplied by `target_scale`. `result` folds all of this in.
+    """
 
     step_class: type[DenseStep] = SparseStep
 
     def __init__(self, config: TrainConfig, source: Source, device: str | torch.device = "cpu"):
         self.config = config
-        self.hook = _choose_hook(config, source)
-        statistics = source.statistics(self.hook)
-        d_in = source.d_in(self.hook)
-        if not math.isfinite(statistics.rms_norm):
-            raise NonFiniteError(f"the activations of {self.hook!r} hold NaN or infinity; nothing was trained")
-        if not statistics.rms_norm > 0:
-            raise NonFiniteError(f"the activations of {self.hook!r} have a root mean square norm of 0.0; nothing to train on")
-        variance = statistics.rms_norm**2 - float(statistics.mean.double().square().sum())
-        if not variance > 1e-9 * statistics.rms_norm**2:
-            raise NonFiniteError(f"the activations of {self.hook!r} are all the same; there is nothing to train on")
-        self.scale = d_in**0.5 / statistics.rms_norm if config.normalize == "sqrt_d" else 1.0
+        self.hook, self.target_hook = _choose_hooks(config, source)
+        self.is_transcoder = self.target_hook != self.hook
+        statistics, variance = _moments(source, self.hook)
+        self.scale = self._scale_of(statistics, variance)
+        target_statistics, variance = _moments(source, self.target_hook) if self.is_transcoder else (statistics, variance)
+        self.target_scale = self._scale_of(target_statistics, variance)
+        self.variance = self.target_scale**2 * variance
+        self.shift = (statistics.mean * self.scale).to(device) if self.is_transcoder else None
+        origin = source.origin(self.hook)
         self._cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
         self._random = [torch.Generator(d).manual_seed(config.seed).get_state() for d in ("cpu", *self._cuda)]
         with self._own_randomness():
             self.dictionary = Dictionary.create(
                 config.sparsity,
-                d_in=d_in,
+                d_in=source.d_in(self.hook),
                 d_sae=config.d_sae,
+                d_out=source.d_in(self.target_hook) if self.is_transcoder else None,
+                skip=config.skip,
                 options=config.options,
                 seed=config.seed,
-                origin=source.origin(self.hook),
+                origin=origin.replace(target_hook=self.target_hook) if self.is_transcoder else origin,
             ).to(device)
         self.dictionary.train()
-        self.dictionary.b_dec.data.copy_(statistics.mean * self.scale)
+        self.dictionary.b_dec.data.copy_(target_statistics.mean * self.target_scale)
         with torch.no_grad():
             self.dictionary.rule.after_step(self.dictionary)
-        self.variance = self.scale**2 * variance
         # Adam is several times faster on contiguous memory, so it is given W_encᵀ
         self._updated = {
             name: p if p.is_contiguous() else p.detach().T.requires_grad_() for name, p in self.dictionary.named_parameters()
@@ -80,23 +83,39 @@ class Trainer:
         fall = (1 - progress) / c.decay if c.decay else 1.0
         return c.peak_lr * max(0.0, min(1.0, rise, fall))
 
-    def step(self, x: Float[Tensor, "batch d_in"]) -> None:
-        """One optimiser step on raw activations.
+    def _scale_of(self, statistics: Statistics, variance: float) -> float:
+        """What activations are multiplied by: their norm becomes sqrt(d), of a transcoder the norm around the mean."""
+        if self.config.normalize == "none":
+            return 1.0
+        return len(statistics.mean) ** 0.5 / (variance**0.5 if self.is_transcoder else statistics.rms_norm)
+
+    def _prepare(
+        self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"] | None
+    ) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_out"]]:
+        """Raw activations as the dictionary expects them: its input and its target."""
+        weight = self.dictionary.W_dec
+        x = x.to(weight.device, weight.dtype) * self.scale
+        if self.shift is None:
+            return x, x
+        return x - self.shift, target.to(weight.device, weight.dtype) * self.target_scale
+
+    def step(self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"] | None = None) -> None:
+        """One optimiser step on raw activations; a transcoder takes those of its target hook too.
 
         Raises:
             NonFiniteError: the activations or the loss are NaN or infinite; the parameters are those before the step.
         """
         c = self.config
         progress = self.n_seen / c.n_tokens
-        x = x.to(self.dictionary.W_enc.device, self.dictionary.W_enc.dtype) * self.scale
         with self._own_randomness():
-            self._step(x, progress)
+            self._step(*self._prepare(x, target), progress)
 
-    def _step(self, x: Float[Tensor, "batch d_in"], progress: float) -> None:
+    def _step(self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], progress: float) -> None:
         c = self.config
         step = self.step_class(
             self.dictionary,
             x,
+            target,
             dead=self.since_fired >= c.dead_after,
             progress=progress,
             warmup=min(1.0, progress / c.sparsity_warmup) if c.sparsity_warmup else 1.0,
@@ -111,7 +130,7 @@ class Trainer:
             fired = step.codes.latent[step.codes.value != 0]
             values = torch.stack([*losses.values(), total, norm]).tolist()  # the one time the host waits for the step
             if not math.isfinite(values[-2] + values[-1]):
-                raise NonFiniteError(self._explain(x, values[-2], values[-1]))
+                raise NonFiniteError(self._explain((x, target), values[-2], values[-1]))
             if c.clip_grad_norm:  # the optimiser divides while it reads
                 self.optimizer.grad_scale = (norm / c.clip_grad_norm).clamp(min=1.0)
             for name, parameter in self.dictionary.named_parameters():
@@ -123,9 +142,9 @@ class Trainer:
             self.dictionary.rule.after_step(self.dictionary)
             self._count(len(x), fired, dict(zip([*losses, "loss"], values, strict=False)))
 
-    def _explain(self, x: Float[Tensor, "batch d_in"], loss: float, norm: float) -> str:
+    def _explain(self, activations: Sequence[Tensor], loss: float, norm: float) -> str:
         """What became NaN or infinite."""
-        finite = bool(torch.isfinite(x).all())
+        finite = all(bool(torch.isfinite(x).all()) for x in activations)
         cause = "the activations" if not finite else "the loss" if math.isfinite(norm) else "the gradient"
         return f"{cause} became NaN or infinite in step {self.n_steps + 1}, {self.config.sparsity} on {self.hook}"
 
@@ -168,18 +187,22 @@ class Trainer:
                 self._random = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._cuda)]
 
     @torch.no_grad()
-    def validate(self, x: Float[Tensor, "n d_in"]) -> dict[str, float]:
-        """Loss figures on raw activations that were not trained on: val_fvu = Σ‖x − x̂‖² / Σ‖x − mean‖², and val_l0."""
+    def validate(self, batch: Batch) -> dict[str, float]:
+        """Loss figures on raw activations that were not trained on: val_fvu = Σ‖y − ŷ‖² / Σ‖y − mean‖², and val_l0.
+
+        y is the target, of an autoencoder x.
+        """
         self.dictionary.eval()
-        mean = x.mean(0, dtype=torch.float64)
+        x, target = batch[self.hook], batch[self.target_hook]
+        mean = target.mean(0, dtype=torch.float64)
         error = spread = 0.0
         l0 = 0
         with self._own_randomness():
-            for piece in x.split(self.config.batch_size):
-                scaled = piece.to(self.dictionary.W_enc.device, self.dictionary.W_enc.dtype) * self.scale
+            for piece, wanted in zip(x.split(self.config.batch_size), target.split(self.config.batch_size), strict=True):
+                scaled, scaled_target = self._prepare(piece, wanted)
                 codes = self.dictionary.encode(scaled)
-                error += float((scaled - self.dictionary.decode(codes)).square().sum(dtype=torch.float64))
-                spread += float((piece - mean).square().sum()) * self.scale**2
+                error += float((scaled_target - self.dictionary.decode(codes, scaled)).square().sum(dtype=torch.float64))
+                spread += float((wanted - mean).square().sum()) * self.target_scale**2
                 l0 += len(codes.value)
         self.dictionary.train()
         return {"val_fvu": round(error / spread, 6), "val_l0": round(l0 / len(x), 6)}
@@ -202,7 +225,7 @@ class Trainer:
             ConfigError: it is of training on other activations.
             KeyError, RuntimeError: it is not one of this trainer.
         """
-        for name in ("scale", "variance"):
+        for name in ("scale", "target_scale", "variance"):
             if not math.isclose(numbers[name], getattr(self, name), rel_tol=1e-4):
                 raise ConfigError(
                     f"the activations of {self.hook!r} are not those the run was trained on: their {name} is "
@@ -226,20 +249,47 @@ class Trainer:
         """The dictionary as it is now, for raw activations: scale and decoder norms folded in."""
         d = self.dictionary
         rule = type(d.rule)(d.rule.config, d_in=d.d_in, d_sae=d.d_sae)
+        kind = {"d_out": d.d_out, "skip": d.W_skip is not None} if d.is_transcoder else {}
         density = self.fire_count.float() / self.fire_tokens if self.fire_tokens else None
         record = {"config": self.config.model_dump(mode="json"), "tokens": self.n_seen, "steps": self.n_steps}
-        copy = Dictionary(rule, d_in=d.d_in, d_sae=d.d_sae, origin=d.origin, density=density, training=record).to(
-            d.W_enc.device
-        )
-        copy.load_state_dict(d.state_dict())
-        return copy.fold_decoder_norms_().fold_scale_(self.scale).eval()
+        copy = Dictionary(rule, d_in=d.d_in, d_sae=d.d_sae, origin=d.origin, density=density, training=record, **kind)
+        copy.to(d.W_enc.device).load_state_dict(d.state_dict())
+        copy.fold_decoder_norms_()
+        if self.shift is not None:
+            copy.fold_shift_(self.shift)
+        return copy.fold_scale_(self.scale, self.target_scale).eval()
 
 
-def _choose_hook(config: TrainConfig, source: Source) -> str:
-    """The hook to train on; ConfigError when there are several and none is named."""
-    if config.hook is not None:
-        source.d_in(config.hook)
-        return config.hook
-    if len(source.hooks) > 1:
+def _choose_hooks(config: TrainConfig, source: Source) -> tuple[str, str]:
+    """The hook to read and the hook to predict, the same one for an autoencoder.
+
+    Raises:
+        ConfigError: there are several hooks and none is named, or a skip connection from a hook to itself.
+        HookError: there are no activations of a hook.
+    """
+    hook, others = config.hook, [name for name in source.hooks if name != config.target_hook]
+    if hook is None and len(others) != 1:
         raise ConfigError(f"the activations come from several hooks; say which: hook = one of {', '.join(source.hooks)}")
-    return source.hooks[0]
+    hook = hook or others[0]
+    source.d_in(hook)
+    if config.target_hook is None:
+        if config.skip:
+            raise ConfigError("skip = True is for transcoders: say which activations to predict, target_hook = …")
+        return hook, hook
+    if config.target_hook == hook:
+        raise ConfigError(f"hook and target_hook are both {hook!r}; leave out target_hook for an autoencoder")
+    source.d_in(config.target_hook)
+    return hook, config.target_hook
+
+
+def _moments(source: Source, hook: str) -> tuple[Statistics, float]:
+    """Statistics and variance of the activations of a hook; NonFiniteError when there is nothing in them to train on."""
+    statistics = source.statistics(hook)
+    if not math.isfinite(statistics.rms_norm):
+        raise NonFiniteError(f"the activations of {hook!r} hold NaN or infinity; nothing was trained")
+    if not statistics.rms_norm > 0:
+        raise NonFiniteError(f"the activations of {hook!r} have a root mean square norm of 0.0; nothing to train on")
+    variance = statistics.rms_norm**2 - float(statistics.mean.double().square().sum())
+    if not variance > 1e-9 * statistics.rms_norm**2:
+        raise NonFiniteError(f"the activations of {hook!r} are all the same; there is nothing to train on")
+    return statistics, variance

@@ -1,0 +1,231 @@
+"""Transcoders: a dictionary that predicts the activation at another hook."""
+
+import json
+
+import pytest
+import torch
+
+import saelens_lite as sl
+from saelens_lite.cache import TensorSource
+from saelens_lite.errors import ConfigError, CorruptFileError, HookError, ShapeError
+from saelens_lite.train import Trainer
+
+D_IN, D_OUT, D_SAE = 10, 6, 40
+RULES = {
+    "l1": {"coefficient": 0.1},
+    "topk": {"k": 4},
+    "gated": {"coefficient": 0.1},
+    "batch_topk": {"k": 4},
+    "jumprelu": {"coefficient": 0.01},
+    "matryoshka": {"k": 4},
+    "p_anneal": {"coefficient": 0.05},
+    "group_max": {"k": 4},
+}
+HOOKS = ("blocks.1.ln2.hook_out", "blocks.1.hook_mlp_out")
+
+
+def normal(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pairs(n: int, *, linear: float = 0.0) -> TensorSource:
+    """x: sparse sums of planted directions, far from the origin; y: sums of others for the same directions, and linear·x."""
+    codes = (torch.rand(n, 16, generator=torch.Generator().manual_seed(1)) < 0.15) * (0.5 + normal(n, 16, seed=2).abs())
+    x = codes @ torch.nn.functional.normalize(normal(16, D_IN, seed=3), dim=1) * 3 + 20 * normal(D_IN, seed=4)
+    y = codes @ normal(16, D_OUT, seed=5) + 100 * normal(D_OUT, seed=6) + linear * (x @ normal(D_IN, D_OUT, seed=7))
+    return TensorSource({"in": x, "out": y})
+
+
+def trained(source, rule: str = "topk", **settings) -> sl.Dictionary:
+    common = {"d_sae": D_SAE, "n_tokens": 50_000, "batch_size": 256, "lr": 1e-2, "options": RULES[rule]}
+    config = sl.TrainConfig(hook="in", target_hook="out", sparsity=rule, **common | settings)
+    return sl.train(source, config)[0].dictionary
+
+
+def fvu(d: sl.Dictionary, source: TensorSource) -> float:
+    x, y = source.x["in"], source.x["out"]
+    with torch.no_grad():
+        return float((y - d(x)).square().sum() / (y - y.mean(0)).square().sum())
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_predicts_the_other_activation(rule, skip, tmp_path):
+    """On raw activations, whose scales and means are folded in; the best prediction of all, without x, has an fvu of 1."""
+    source = pairs(4096)
+    d = trained(source, rule, skip=skip)
+    assert (d.W_enc.shape, d.W_dec.shape, d.b_dec.shape) == ((D_IN, D_SAE), (D_SAE, D_OUT), (D_OUT,))
+    assert (d.is_transcoder, d.d_out, d.origin.target_hook) == (True, D_OUT, "out")
+    assert fvu(d, source) < 0.25
+    x = source.x["in"][:64]
+    codes = d.encode(x).to_dense()
+    h = x.double() @ d.W_enc.detach().double() + d.b_enc.detach().double()
+    torch.testing.assert_close(d.pre(x).double(), h, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(codes, d.rule.activation(d.pre(x)), rtol=1e-4, atol=1e-4)
+    wanted = codes @ d.W_dec + d.b_dec + (x @ d.W_skip.T if skip else 0)
+    torch.testing.assert_close(d(x), wanted, rtol=1e-4, atol=1e-3)
+    loaded = sl.Dictionary.load(d.save(tmp_path / "d"))
+    assert torch.equal(loaded(x), d(x))
+    assert (loaded.origin, loaded.d_out, loaded.W_skip is not None) == (d.origin, D_OUT, skip)
+
+
+def test_a_skip_connection_takes_over_what_is_linear():
+    source = pairs(4096, linear=1.0)
+    without, with_skip = (fvu(trained(source, skip=skip), source) for skip in (False, True))
+    assert with_skip < 0.5 * without
+
+
+def test_folding_leaves_the_function_as_it_was():
+    """What the trainer's dictionary does to centred, scaled activations, the result does to raw ones."""
+    source = pairs(1024)
+    config = sl.TrainConfig(hook="in", target_hook="out", skip=True, d_sae=D_SAE, options={"k": 4}, n_tokens=10_000, lr=1e-2)
+    trainer = Trainer(config, source)
+    for _ in range(20):
+        trainer.step(source.x["in"], source.x["out"])
+    x = source.x["in"]
+    inside = trainer.dictionary.eval()((x - x.mean(0)) * trainer.scale) / trainer.target_scale
+    torch.testing.assert_close(trainer.result()(x), inside, rtol=1e-4, atol=1e-3)
+
+
+def test_validation_is_of_the_target(tmp_path):
+    source = pairs(4096)
+    config = sl.TrainConfig(
+        hook="in", target_hook="out", d_sae=D_SAE, options={"k": 4}, n_tokens=12_000, batch_size=256, lr=1e-2
+    )
+    (run,) = sl.train(source, config, validation_tokens=512)
+    held, _ = source.hold_out(512)
+    assert run.history[-1]["val_fvu"] == pytest.approx(fvu(run.dictionary, held), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_hook": "in"}, r"hook and target_hook are both 'in'; leave out target_hook"),
+        ({"target_hook": None, "skip": True}, r"skip = True is for transcoders: say which activations to predict"),
+        ({"sparsity": "matching_pursuit", "options": {}}, r"matching_pursuit encodes with the directions it decodes with"),
+        ({"hook": None, "target_hook": None}, r"several hooks; say which: hook = one of in, out"),
+    ],
+)
+def test_settings_that_make_no_transcoder(settings, message):
+    config = sl.TrainConfig(**{"hook": "in", "target_hook": "out", "d_sae": D_SAE, "options": {"k": 4}, **settings})
+    with pytest.raises(ConfigError, match=message):
+        sl.train(pairs(64), config)
+
+
+def test_the_only_other_hook_is_the_input():
+    (run,) = sl.train(pairs(64), sl.TrainConfig(target_hook="out", d_sae=8, options={"k": 2}, n_tokens=64, batch_size=32))
+    assert (run.dictionary.origin.target_hook, run.dictionary.d_in) == ("out", D_IN)
+
+
+def test_a_target_that_was_not_captured():
+    with pytest.raises(HookError, match=r"there are activations of in, out, not of 'ouch'"):
+        sl.train(pairs(64), sl.TrainConfig(hook="in", target_hook="ouch"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"d_out": D_OUT + 1}, r"W_dec has shape \(40, 6\), cfg\.json says \(40, 7\)"),
+        ({"d_out": None}, r"cfg\.json: TypeError"),
+        ({"d_in": 10**12}, r"W_enc is missing or not of shape"),
+    ],
+)
+def test_a_config_that_does_not_fit_its_weights(change, message, tmp_path):
+    folder = sl.Dictionary.create("topk", d_in=D_IN, d_sae=D_SAE, d_out=D_OUT).save(tmp_path / "d")
+    config = json.loads((folder / "cfg.json").read_text())
+    (folder / "cfg.json").write_text(json.dumps(config | change))
+    with pytest.raises(CorruptFileError, match=message):
+        sl.Dictionary.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("rule", "skip", "architecture"),
+    [
+        ("l1", False, "transcoder"),
+        ("l1", True, "skip_transcoder"),
+        ("batch_topk", False, "jumprelu_transcoder"),
+        ("jumprelu", True, "jumprelu_skip_transcoder"),
+        ("topk", False, "topk_transcoder"),
+    ],
+)
+def test_what_other_tools_call_it(rule, skip, architecture, tmp_path):
+    d = sl.Dictionary.create(rule, d_in=D_IN, d_sae=D_SAE, d_out=D_OUT, skip=skip)
+    config = json.loads((d.save(tmp_path / "d") / "cfg.json").read_text())
+    assert (config["architecture"], config["d_out"], config["apply_b_dec_to_input"]) == (architecture, D_OUT, False)
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return sl.load_model("tiny")
+
+
+TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom."
+
+
+def mlp(lm, skip: bool = False) -> sl.Dictionary:
+    """A transcoder that is exactly linear: y = x Aᵀ, by the skip connection alone."""
+    d = sl.Dictionary.create(
+        "topk", d_in=lm.d_model, d_out=lm.d_model, d_sae=8, skip=skip, options={"k": 1},
+        origin=sl.Origin(hook=HOOKS[0], target_hook=HOOKS[1], excluded_positions=(0,)),
+    )  # fmt: skip
+    d.W_dec.data.zero_()
+    if skip:
+        d.W_skip.data.copy_(normal(lm.d_model, lm.d_model, seed=1))
+    return d
+
+
+def test_splice_puts_the_prediction_at_the_target(lm):
+    d = mlp(lm, skip=True)
+    acts = lm.run(TEXT, HOOKS)
+    wanted = acts[HOOKS[0]] @ d.W_skip.T
+    wanted[:, 0] = acts[HOOKS[1]][:, 0]
+    with lm.splice(d):
+        found = lm.run(TEXT, ["blocks.1.hook_mlp_out", "blocks.1.hook_resid_post", "blocks.1.hook_resid_mid"])
+        spliced = lm.logits(TEXT)
+    torch.testing.assert_close(found["blocks.1.hook_mlp_out"], wanted, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        found["blocks.1.hook_resid_post"], found["blocks.1.hook_resid_mid"] + wanted, rtol=1e-4, atol=1e-3
+    )
+    with lm.replace(HOOKS[1], lambda _: wanted):
+        torch.testing.assert_close(spliced, lm.logits(TEXT), rtol=1e-4, atol=1e-3)
+
+
+def test_splice_while_generating_reads_each_new_token(lm):
+    d = mlp(lm, skip=False)
+    with lm.splice(d):
+        ours = lm.generate("The old man", max_new_tokens=12, temperature=0)
+        tokens = lm.to_tokens("The old man").tokens
+        for _ in range(12):
+            tokens = torch.cat([tokens, lm.logits(tokens)[:, -1:].argmax(-1)], dim=1)
+    assert ours == lm.tokenizer.decode(tokens[0, 1:])
+
+
+def test_splice_of_a_target_before_its_hook(lm):
+    d = mlp(lm)
+    d.origin = d.origin.replace(hook=HOOKS[1], target_hook=HOOKS[0])
+    with (
+        lm.splice(d),
+        pytest.raises(HookError, match=r"comes to blocks\.1\.ln2\.hook_out before blocks\.1\.hook_mlp_out"),
+    ):
+        lm.logits(TEXT)
+
+
+def test_splice_of_another_width(lm):
+    d = sl.Dictionary.create("topk", d_in=lm.d_model, d_out=3, d_sae=8, options={"k": 1}, origin=mlp(lm).origin)
+    with lm.splice(d), pytest.raises(ShapeError, match=r"gives \[1, \d+, 3\]; blocks\.1\.hook_mlp_out of this model is"):
+        lm.logits(TEXT)
+
+
+def test_from_capture_to_a_saved_run_and_back(lm, tmp_path):
+    """Cache, stream and resume know the target: the same bytes from a cache taken up again in the middle."""
+    cache = sl.capture(lm, [TEXT * 8] * 6, HOOKS, tmp_path / "cache", n_tokens=600)
+    config = sl.TrainConfig(
+        hook=HOOKS[0], target_hook=HOOKS[1], skip=True, d_sae=32, options={"k": 4}, n_tokens=1200, batch_size=100, lr=1e-2
+    )
+    (run,) = sl.train(cache, config, tmp_path / "run")
+    loaded = sl.Dictionary.load(tmp_path / "run" / "dictionary")
+    assert loaded.origin.target_hook == HOOKS[1]
+    assert run.history[-1]["fvu"] < 0.9
+    stream = sl.ActivationStream(lm, [TEXT * 8] * 6, hooks=HOOKS)
+    (live,) = sl.train(stream, config)
+    assert live.dictionary.origin.target_hook == HOOKS[1]
