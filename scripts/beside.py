@@ -86,14 +86,14 @@ class InOrder:
         """It cannot be opened again."""
 
 
-@torch.no_grad()
 def train_ours(config: sl.TrainConfig, stream: Stored | Planted, x: Tensor) -> Outcome:
     """Our dictionary."""
     start = time.perf_counter()
     dictionary = sl.train(InOrder(stream), config)[0].dictionary
     seconds = time.perf_counter() - start
-    codes = dictionary.encode(x)
-    return Outcome(seconds, codes, dictionary.decode(codes), dictionary.W_dec.detach())
+    with torch.no_grad():
+        codes = dictionary.encode(x)
+        return Outcome(seconds, codes, dictionary.decode(codes), dictionary.W_dec)
 
 
 def train_saelens(
