@@ -105,9 +105,7 @@ def train_saelens(
         save_file({"x": x.contiguous()}, folder / "held_out.safetensors")
         jobs = [_job(config, stream, folder, folder / str(i), threads) for i, config in enumerate(configs)]
         (folder / "jobs.json").write_text(json.dumps(jobs))
-        done = subprocess.run(
-            [python, str(PROGRAM), str(folder / "jobs.json")], capture_output=True, text=True, check=False
-        )
+        done = subprocess.run([python, str(PROGRAM), str(folder / "jobs.json")], capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{python} failed:\n{done.stderr[-4000:]}")
         return [_outcome(folder / str(i) / "result.safetensors", config.d_sae) for i, config in enumerate(configs)]

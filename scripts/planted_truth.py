@@ -1,0 +1,115 @@
+"""How much of a planted dictionary each sparsity rule finds: all of ours, and (with --saelens) SAELens's.
+
+    python scripts/planted_truth.py --json planted.json --saelens /path/to/venv-with-sae-lens/bin/python
+
+Activations are sums of random directions that fire with Zipf frequencies (see streams.py), new ones in every batch, the same
+for all rules and both tools; what else is alike is said in beside.py. Latents are matched with directions one to one such that
+the sum of cosines is largest (Hungarian method). On held-out activations, a matched latent should fire where its direction does.
+
+Penalties are set so that about as many latents fire as directions are active (--l0 of the table says how many did).
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from beside import SAELENS, Outcome, train_ours, train_saelens
+from scipy.optimize import linear_sum_assignment
+from streams import Planted, Sample
+
+import saelens_lite as sl
+from saelens_lite.registry import names
+
+PENALTIES = {  # for 8 active of 1,024 directions in 256 dimensions
+    "l1": {"coefficient": 3.0},
+    "gated": {"coefficient": 1.5},
+    "jumprelu": {"coefficient": 0.5},
+    "p_anneal": {"coefficient": 1.0},
+}
+SAELENS_PENALTIES = {rule: PENALTIES[rule] for rule in ("l1", "gated", "jumprelu")}
+FOUND = 0.9  # cosine from which a direction counts as found
+
+
+def options(rule: str, active: float, penalties: dict[str, dict]) -> dict:
+    """Options of a rule such that about `active` latents fire."""
+    return penalties[rule] if rule in penalties else {"k": round(active)}
+
+
+def figures(outcome: Outcome, truth: Sample, stream: Planted) -> dict[str, float]:
+    """How well a dictionary matches the planted one."""
+    cosine = stream.directions @ F.normalize(outcome.W_dec, dim=1).T
+    direction, latent = map(torch.from_numpy, linear_sum_assignment(cosine.numpy(), maximize=True))
+    matched = torch.zeros(len(cosine), dtype=cosine.dtype).index_copy(0, direction, cosine[direction, latent])
+    true = truth.codes[:, direction] != 0
+    fires = outcome.codes.to_dense()[:, latent] != 0
+    both, either = (true & fires).sum(0).double(), true.sum(0) + fires.sum(0)
+    weight = stream.p / stream.p.sum()
+    return {
+        "l0": outcome.l0,
+        "fvu": outcome.fvu(truth.x),
+        "cosine": float(matched.mean()),
+        "cosine by frequency": float((weight * matched).sum()),
+        "found": int((matched > FOUND).sum()),
+        "f1": float(2 * both.sum() / either.sum()),
+        "f1 of latents": float((2 * both / either.clamp(min=1)).mean()),
+        "seconds": outcome.seconds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--saelens", help="Python of an environment with sae-lens")
+    parser.add_argument("--rules", nargs="+", default=None, help="default: all that are installed")
+    parser.add_argument("--d-in", type=int, default=256)
+    parser.add_argument("--directions", type=int, default=1024)
+    parser.add_argument("--active", type=float, default=8.0, help="directions in an activation, on average")
+    parser.add_argument("--exponent", type=float, default=1.0, help="frequencies fall as rank^−exponent")
+    parser.add_argument("--noise", type=float, default=0.0, help="standard deviation, each coordinate; directions are unit")
+    parser.add_argument("--d-sae", type=int, default=1024)
+    parser.add_argument("--n-tokens", type=int, default=4_000_000)
+    parser.add_argument("--held-out", type=int, default=32_768)
+    parser.add_argument("--batch", type=int, default=2048)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0, help="of directions, data and initial parameters")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    stream = Planted(args.d_in, args.directions, args.active, args.exponent, noise=args.noise, seed=args.seed)
+    truth = stream.held_out(args.held_out)
+    rows = []
+    print("| rule | tool | options | L0 | FVU | cosine | by frequency | > .9 | F1 | mean F1 | s |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for rule in args.rules or names("sparsity"):
+        for tool, penalties in (("ours", PENALTIES), ("SAELens", SAELENS_PENALTIES)):
+            if tool == "SAELens" and not (args.saelens and rule in SAELENS):
+                continue
+            config = sl.TrainConfig(
+                sparsity=rule, options=options(rule, args.active, penalties), d_sae=args.d_sae, seed=args.seed + 1,
+                n_tokens=args.n_tokens // args.batch * args.batch, batch_size=args.batch, lr=args.lr, normalize="none",
+            )  # fmt: skip
+            if tool == "ours":
+                outcome = train_ours(config, stream, truth.x)
+            else:
+                outcome = train_saelens(args.saelens, [config], stream, truth.x, args.threads)[0]
+            rows.append({"rule": rule, "tool": tool, "options": config.options, **figures(outcome, truth, stream)})
+            show(rows[-1])
+    if args.json:
+        settings = {name: str(value) for name, value in vars(args).items()}
+        args.json.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1))
+
+
+def show(r: dict) -> None:
+    """Print a line of the table."""
+    options = ", ".join(f"{name} {value}" for name, value in r["options"].items())
+    print(
+        f"| {r['rule']} | {r['tool']} | {options} | {r['l0']:.2f} | {r['fvu']:.4f} | {r['cosine']:.3f} "
+        f"| {r['cosine by frequency']:.3f} | {r['found']} | {r['f1']:.3f} | {r['f1 of latents']:.3f} | {r['seconds']:.1f} |",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
