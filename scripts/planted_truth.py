@@ -4,9 +4,9 @@
 
 Activations are sums of random directions that fire with Zipf frequencies (see streams.py), new ones in every batch, the same
 for all rules and both tools; what else is alike is said in beside.py. Latents are matched with directions one to one such that
-the sum of cosines is largest (Hungarian method). On held-out activations, a matched latent should fire where its direction does.
-
-Penalties are set so that about as many latents fire as directions are active (--l0 of the table says how many did).
+the sum of cosines is largest (Hungarian method). On held-out activations, a matched latent should fire where its direction is
+active: F1 of all pairs together, and the mean of F1 of the latents. Rules that count latents are given the number of active
+directions; penalties are set so that about as many fire.
 """
 
 import argparse
@@ -29,6 +29,7 @@ PENALTIES = {  # for 8 active of 1,024 directions in 256 dimensions
     "p_anneal": {"coefficient": 1.0},
 }
 SAELENS_PENALTIES = {rule: PENALTIES[rule] for rule in ("l1", "gated", "jumprelu")}
+INITIAL = 1000  # added to --seed for the initial parameters, which would else be the planted directions
 FOUND = 0.9  # cosine from which a direction counts as found
 
 
@@ -87,7 +88,7 @@ def main() -> None:
             if tool == "SAELens" and not (args.saelens and rule in SAELENS):
                 continue
             config = sl.TrainConfig(
-                sparsity=rule, options=options(rule, args.active, penalties), d_sae=args.d_sae, seed=args.seed + 1,
+                sparsity=rule, options=options(rule, args.active, penalties), d_sae=args.d_sae, seed=args.seed + INITIAL,
                 n_tokens=args.n_tokens // args.batch * args.batch, batch_size=args.batch, lr=args.lr, normalize="none",
             )  # fmt: skip
             if tool == "ours":
