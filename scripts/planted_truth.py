@@ -43,7 +43,7 @@ def figures(outcome: Outcome, truth: Sample, stream: Planted) -> dict[str, float
     cosine = stream.directions @ F.normalize(outcome.W_dec, dim=1).T
     direction, latent = map(torch.from_numpy, linear_sum_assignment(cosine.numpy(), maximize=True))
     matched = torch.zeros(len(cosine), dtype=cosine.dtype).index_copy(0, direction, cosine[direction, latent])
-    true = truth.codes[:, direction] != 0
+    true = truth.active[:, direction]
     fires = outcome.codes.to_dense()[:, latent] != 0
     both, either = (true & fires).sum(0).double(), true.sum(0) + fires.sum(0)
     weight = stream.p / stream.p.sum()
