@@ -93,7 +93,7 @@ def train_ours(config: sl.TrainConfig, stream: Stored | Planted, x: Tensor) -> O
     seconds = time.perf_counter() - start
     with torch.no_grad():
         codes = dictionary.encode(x)
-        return Outcome(seconds, codes, dictionary.decode(codes), dictionary.W_dec)
+        return Outcome(seconds, codes, dictionary.decode(codes), dictionary.W_dec.detach())
 
 
 def train_saelens(
