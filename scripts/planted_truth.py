@@ -6,11 +6,14 @@ Activations are sums of random directions that fire with Zipf frequencies (see s
 for all rules and both tools; what else is alike is said in beside.py. Latents are matched with directions one to one such that
 the sum of cosines is largest (Hungarian method). On held-out activations, a matched latent should fire where its direction is
 active: F1 of all pairs together, and the mean of F1 of the latents. Rules that count latents are given the number of active
-directions; penalties are set so that about as many fire.
+directions; of the others, up to --tries coefficients are tried, for each tool, until about as many latents fire.
 """
 
 import argparse
 import json
+import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,20 +25,37 @@ from streams import Planted, Sample
 import saelens_lite as sl
 from saelens_lite.registry import names
 
-PENALTIES = {  # for 8 active of 1,024 directions in 256 dimensions
-    "l1": {"coefficient": 3.0},
-    "gated": {"coefficient": 1.5},
-    "jumprelu": {"coefficient": 0.5},
-    "p_anneal": {"coefficient": 1.0},
-}
-SAELENS_PENALTIES = {rule: PENALTIES[rule] for rule in ("l1", "gated", "jumprelu")}
+COEFFICIENTS = {"l1": 10.0, "gated": 6.0, "jumprelu": 2.0, "p_anneal": 4.0}  # tried first; the other rules have k
 INITIAL = 1000  # added to --seed for the initial parameters, which would else be the planted directions
+CLOSE = 0.1  # of ln L0: near enough to the number of active directions
 FOUND = 0.9  # cosine from which a direction counts as found
 
 
-def options(rule: str, active: float, penalties: dict[str, dict]) -> dict:
-    """Options of a rule such that about `active` latents fire."""
-    return penalties[rule] if rule in penalties else {"k": round(active)}
+def near_l0(train: Callable[[dict], Outcome], rule: str, active: float, tries: int) -> tuple[dict, Outcome]:
+    """Options such that about `active` latents fire, and what was trained with them: the nearest of a few tries."""
+    if rule not in COEFFICIENTS:
+        options = {"k": round(active)}
+        return options, train(options)
+    seen: dict[float, Outcome] = {}
+    coefficient = COEFFICIENTS[rule]
+    for _ in range(tries):
+        seen[coefficient] = train({"coefficient": round(coefficient, 4)})
+        if abs(math.log(max(seen[coefficient].l0, 1e-3) / active)) < CLOSE:
+            break
+        coefficient = _next({c: outcome.l0 for c, outcome in seen.items()}, active)
+    best = min(seen, key=lambda c: abs(math.log(max(seen[c].l0, 1e-3) / active)))
+    return {"coefficient": round(best, 4)}, seen[best]
+
+
+def _next(l0: dict[float, float], active: float) -> float:
+    """The coefficient at which L0 would be `active` if it were a power of the coefficient, as the two nearest have it."""
+    points = sorted((abs(math.log(max(n, 1e-3) / active)), math.log(c), math.log(max(n, 1e-3))) for c, n in l0.items())[:2]
+    slope = -1.0
+    if len(points) == 2:
+        (_, x0, y0), (_, x1, y1) = points
+        slope = min((y1 - y0) / (x1 - x0), -0.3)
+    _, x, y = points[0]
+    return math.exp(x + min(max((math.log(active) - y) / slope, -1.5), 1.5))
 
 
 def figures(outcome: Outcome, truth: Sample, stream: Planted) -> dict[str, float]:
@@ -59,6 +79,17 @@ def figures(outcome: Outcome, truth: Sample, stream: Planted) -> dict[str, float
     }
 
 
+def train_one(rule: str, tool: str, args: argparse.Namespace, stream: Planted, x: torch.Tensor, options: dict) -> Outcome:
+    """A rule with some options, trained by a tool."""
+    config = sl.TrainConfig(
+        sparsity=rule, options=options, d_sae=args.d_sae, seed=args.seed + INITIAL, batch_size=args.batch,
+        n_tokens=args.n_tokens // args.batch * args.batch, lr=args.lr, normalize="none",
+    )  # fmt: skip
+    if tool == "ours":
+        return train_ours(config, stream, x)
+    return train_saelens(args.saelens, [config], stream, x, args.threads)[0]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
@@ -71,6 +102,7 @@ def main() -> None:
     parser.add_argument("--noise", type=float, default=0.0, help="standard deviation, each coordinate; directions are unit")
     parser.add_argument("--d-sae", type=int, default=1024)
     parser.add_argument("--n-tokens", type=int, default=4_000_000)
+    parser.add_argument("--tries", type=int, default=4, help="coefficients of a penalty")
     parser.add_argument("--held-out", type=int, default=32_768)
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -84,18 +116,12 @@ def main() -> None:
     print("| rule | tool | options | L0 | FVU | cosine | by frequency | > .9 | F1 | mean F1 | s |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for rule in args.rules or names("sparsity"):
-        for tool, penalties in (("ours", PENALTIES), ("SAELens", SAELENS_PENALTIES)):
+        for tool in ("ours", "SAELens"):
             if tool == "SAELens" and not (args.saelens and rule in SAELENS):
                 continue
-            config = sl.TrainConfig(
-                sparsity=rule, options=options(rule, args.active, penalties), d_sae=args.d_sae, seed=args.seed + INITIAL,
-                n_tokens=args.n_tokens // args.batch * args.batch, batch_size=args.batch, lr=args.lr, normalize="none",
-            )  # fmt: skip
-            if tool == "ours":
-                outcome = train_ours(config, stream, truth.x)
-            else:
-                outcome = train_saelens(args.saelens, [config], stream, truth.x, args.threads)[0]
-            rows.append({"rule": rule, "tool": tool, "options": config.options, **figures(outcome, truth, stream)})
+            train = partial(train_one, rule, tool, args, stream, truth.x)
+            options, outcome = near_l0(train, rule, args.active, args.tries)
+            rows.append({"rule": rule, "tool": tool, "options": options, **figures(outcome, truth, stream)})
             show(rows[-1])
     if args.json:
         settings = {name: str(value) for name, value in vars(args).items()}
