@@ -25,9 +25,9 @@ from streams import Planted, Sample
 import saelens_lite as sl
 from saelens_lite.registry import names
 
-COEFFICIENTS = {"l1": 10.0, "gated": 6.0, "jumprelu": 2.0, "p_anneal": 4.0}  # tried first; the other rules have k
+COEFFICIENTS = {"l1": 6.0, "gated": 4.0, "jumprelu": 2.0, "p_anneal": 3.0}  # tried first; the other rules have k
 INITIAL = 1000  # added to --seed for the initial parameters, which would else be the planted directions
-CLOSE = 0.1  # of ln L0: near enough to the number of active directions
+CLOSE = 0.1  # relative: an L0 near enough to the number of active directions
 FOUND = 0.9  # cosine from which a direction counts as found
 
 
@@ -39,23 +39,23 @@ def near_l0(train: Callable[[dict], Outcome], rule: str, active: float, tries: i
     seen: dict[float, Outcome] = {}
     coefficient = COEFFICIENTS[rule]
     for _ in range(tries):
-        seen[coefficient] = train({"coefficient": round(coefficient, 4)})
-        if abs(math.log(max(seen[coefficient].l0, 1e-3) / active)) < CLOSE:
+        seen[coefficient] = train({"coefficient": coefficient})
+        if abs(seen[coefficient].l0 / active - 1) < CLOSE:
             break
-        coefficient = _next({c: outcome.l0 for c, outcome in seen.items()}, active)
-    best = min(seen, key=lambda c: abs(math.log(max(seen[c].l0, 1e-3) / active)))
-    return {"coefficient": round(best, 4)}, seen[best]
+        coefficient = round(_next({c: outcome.l0 for c, outcome in seen.items()}, active), 4)
+    best = min(seen, key=lambda c: abs(seen[c].l0 - active))
+    return {"coefficient": best}, seen[best]
 
 
 def _next(l0: dict[float, float], active: float) -> float:
-    """The coefficient at which L0 would be `active` if it were a power of the coefficient, as the two nearest have it."""
-    points = sorted((abs(math.log(max(n, 1e-3) / active)), math.log(c), math.log(max(n, 1e-3))) for c, n in l0.items())[:2]
-    slope = -1.0
-    if len(points) == 2:
-        (_, x0, y0), (_, x1, y1) = points
-        slope = min((y1 - y0) / (x1 - x0), -0.3)
-    _, x, y = points[0]
-    return math.exp(x + min(max((math.log(active) - y) / slope, -1.5), 1.5))
+    """The coefficient to try next: between the nearest on both sides by ln L0, or twice or half of what was tried."""
+    many, few = [c for c in l0 if l0[c] > active], [c for c in l0 if l0[c] <= active]
+    if not many or not few:
+        return 2 * max(many) if many else min(few) / 2
+    low, high = max(many), min(few)
+    drop = math.log(l0[low] / max(l0[high], active / 10))  # a dictionary that went silent says little
+    share = min(max(math.log(l0[low] / active) / drop, 0.2), 0.8)
+    return low ** (1 - share) * high**share
 
 
 def figures(outcome: Outcome, truth: Sample, stream: Planted) -> dict[str, float]:
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--noise", type=float, default=0.0, help="standard deviation, each coordinate; directions are unit")
     parser.add_argument("--d-sae", type=int, default=1024)
     parser.add_argument("--n-tokens", type=int, default=4_000_000)
-    parser.add_argument("--tries", type=int, default=4, help="coefficients of a penalty")
+    parser.add_argument("--tries", type=int, default=6, help="coefficients of a penalty")
     parser.add_argument("--held-out", type=int, default=32_768)
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--lr", type=float, default=1e-3)
