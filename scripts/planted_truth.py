@@ -31,11 +31,11 @@ CLOSE = 0.1  # relative: an L0 near enough to the number of active directions
 FOUND = 0.9  # cosine from which a direction counts as found
 
 
-def near_l0(train: Callable[[dict], Outcome], rule: str, active: float, tries: int) -> tuple[dict, Outcome]:
-    """Options such that about `active` latents fire, and what was trained with them: the nearest of a few tries."""
+def near_l0(train: Callable[[dict], Outcome], rule: str, active: float, tries: int) -> tuple[dict, Outcome, dict[float, float]]:
+    """Options such that about `active` latents fire, what was trained with them, and the L0 of each coefficient tried."""
     if rule not in COEFFICIENTS:
         options = {"k": round(active)}
-        return options, train(options)
+        return options, train(options), {}
     seen: dict[float, Outcome] = {}
     coefficient = COEFFICIENTS[rule]
     for _ in range(tries):
@@ -44,7 +44,7 @@ def near_l0(train: Callable[[dict], Outcome], rule: str, active: float, tries: i
             break
         coefficient = round(_next({c: outcome.l0 for c, outcome in seen.items()}, active), 4)
     best = min(seen, key=lambda c: abs(seen[c].l0 - active))
-    return {"coefficient": best}, seen[best]
+    return {"coefficient": best}, seen[best], {c: outcome.l0 for c, outcome in seen.items()}
 
 
 def _next(l0: dict[float, float], active: float) -> float:
@@ -120,8 +120,8 @@ def main() -> None:
             if tool == "SAELens" and not (args.saelens and rule in SAELENS):
                 continue
             train = partial(train_one, rule, tool, args, stream, truth.x)
-            options, outcome = near_l0(train, rule, args.active, args.tries)
-            rows.append({"rule": rule, "tool": tool, "options": options, **figures(outcome, truth, stream)})
+            options, outcome, tried = near_l0(train, rule, args.active, args.tries)
+            rows.append({"rule": rule, "tool": tool, "options": options, **figures(outcome, truth, stream), "tried": tried})
             show(rows[-1])
     if args.json:
         settings = {name: str(value) for name, value in vars(args).items()}
