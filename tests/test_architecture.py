@@ -165,7 +165,8 @@ def test_the_package_offers_these_names():
     assert sl.__all__ == sorted([
         "ActivationCache", "ActivationStream", "Dictionary", "EvalReport", "FeatureStore", "LanguageModel", "Logger", "Origin",
         "PublishedForm", "RuleConfig", "SaelensLiteError", "SparseCodes", "Sparsity", "TextConfig", "TrainConfig",
-        "__version__", "capture", "errors", "evaluate", "fit", "load_model", "python_docs", "register", "resume", "train",
+        "__version__", "capture", "compare", "errors", "evaluate", "fit", "load_model", "probe", "python_docs", "register",
+        "resume", "stability", "train",
     ])  # fmt: skip
     assert dir(sl) == sl.__all__
 
