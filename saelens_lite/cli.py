@@ -421,8 +421,8 @@ def compare(
     compared = {str(path): sl.compare(loaded, sl.Dictionary.load(path), **settings) for path in others}
     _console().print(comparison_table(compared))
     scores = Stability.of(list(compared.values()))
-    if len(others) > 1:
-        _console().print(f"shared with all {len(others)}: {scores.shared_in_all:.1%}, with none: {scores.shared_in_none:.1%}")
+    if len(compared) > 1:
+        _console().print(f"shared with all {len(compared)}: {scores.shared_in_all:.1%}, with none: {scores.shared_in_none:.1%}")
     if out:
         _console().print(f"{scores.save(out, exists=exists)}: a score for each latent", markup=False)
     if json_out:

@@ -32,7 +32,7 @@ FORMAT = 1
 POOLINGS = ("mean", "max", "last")
 LEAST_TEXTS = 10  # of each class
 N_FOLDS = 5
-INVERSE_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # scikit-learn's C, for inputs of unit variance
+INVERSE_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # scikit-learn's C, for inputs of unit variance
 ALL_LATENTS, ACTIVATIONS = "all latents", "activations"
 
 log = logging.getLogger(__name__)
@@ -137,8 +137,8 @@ def probe(
     `test_share` of each class, drawn with `seed`, is held out. The matrix [texts d_sae] is held in memory.
 
     Raises:
-        ConfigError: not two classes, fewer than 10 texts of one, not a label for each text, a bad setting, no hook, a model with
-            other processing, or no scikit-learn.
+        ConfigError: not two classes, fewer than 10 texts of one, not a label for each text, a bad setting, no hook, a model
+            with other processing, or no scikit-learn.
         TextError: no text, or one of which no token counts.
         HookError, ShapeError, NonFiniteError: a hook the model lacks, a width that does not fit, NaN or infinite activations.
     """
@@ -152,6 +152,9 @@ def probe(
         raise ConfigError("the dictionary does not say which hook it belongs to; give hook=")
     lm.hook_point(hook)
     lm.check_origin(dictionary.origin)
+    for parameter, tensor in dictionary.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise NonFiniteError(f"{parameter} of the dictionary holds NaN or infinity")
     _require_sklearn()
     several = isinstance(texts, Mapping)
     if several and labels is not None:
@@ -159,6 +162,8 @@ def probe(
     given = dict(texts) if several else {"texts": (texts, labels)}
     if not given:
         raise ConfigError("no dataset to probe")
+    if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in given.values()):
+        raise ConfigError("expected a mapping name → (texts, labels)")
     datasets = {name: _checked(name, *pair) for name, pair in given.items()}
     reports = {}
     for name, dataset in datasets.items():
@@ -382,7 +387,7 @@ def probe_table(reports: Mapping[str, ProbeReport]) -> Any:
     caption = "± half of the 95 % interval; AUC of chance: 0.5; shuffled: the same with labels in random order"
     grid = Table(box=SIMPLE_HEAD, caption=caption, caption_justify="left")
     for title in ("dataset", "probe", "accuracy", "AUC", "shuffled AUC", "best latents"):
-        grid.add_column(title, overflow="fold", no_wrap=title != "best latents")
+        grid.add_column(title, overflow="fold", no_wrap=title not in ("dataset", "best latents"))
     for name, report in reports.items():
         for probe_name, found in report.probes.items():
             cells = [f"{m.value:.3f} ±{(m.high - m.low) / 2:.1g}" for m in (found.accuracy, found.auc, found.shuffled_auc)]

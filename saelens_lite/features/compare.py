@@ -435,24 +435,25 @@ def comparison_table(comparisons: dict[str, Comparison]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    first = next(iter(comparisons.values()))
+    thresholds = ", ".join(sorted({str(c.threshold) for c in comparisons.values()}))
+    methods = ", ".join(sorted({c.method for c in comparisons.values()}))
     caption = (
-        f"shared: a partner with decoder and encoder cosine above {first.threshold}; cosines: median and central 90 %; chance: "
-        "against random directions with the second moments of the other dictionary's"
+        f"matched: latents with a partner ({methods}); shared: decoder and encoder cosine with it above {thresholds}; agree: the "
+        "same partner by encoder; mutual: nearest of each other; cosines of partners: median, for decoder with 5 % and 95 % "
+        "quantile; dead: left out; chance: against random directions with the second moments of the other's"
     )
     grid = Table(box=SIMPLE_HEAD, caption=caption, caption_justify="left")
-    titles = ("against", "latents", "shared", "same partner by encoder", "mutual nearest", "decoder cosine", "encoder cosine")
-    for title in (*titles, "dead", "matching"):
-        grid.add_column(title)
+    for title in ("against", "matched", "shared", "agree", "mutual", "decoder", "encoder", "dead"):
+        grid.add_column(title, overflow="fold", no_wrap=title != "against")
     for name, comparison in comparisons.items():
-        dead = " / ".join(map(str, comparison.n_dead))
-        grid.add_row(*map(Text, (name, *_cells(comparison.summary), dead, comparison.method)))
-        grid.add_row(*(Text(cell, style="dim") for cell in ("  chance", *_cells(comparison.chance), "", "")))
+        dead = "/".join(map(str, comparison.n_dead))
+        grid.add_row(*map(Text, (name, *_cells(comparison.summary), dead)))
+        grid.add_row(*(Text(cell, style="dim") for cell in ("  chance", *_cells(comparison.chance), "")))
     return grid
 
 
 def _cells(s: Summary) -> list[str]:
-    """The columns of a summary; cosines as median and the central 90 %."""
+    """The columns of a summary."""
+    low, _, median, _, high = s.decoder.quantiles
     shares = [f"{share:.1%}" for share in (s.shared, s.agree, s.mutual)]
-    spreads = [f"{x.quantiles[2]:.2f} ({x.quantiles[0]:.2f} to {x.quantiles[-1]:.2f})" for x in (s.decoder, s.encoder)]
-    return [f"{s.n_matched} of {s.n_latents}", *shares, *spreads]
+    return [f"{s.n_matched}/{s.n_latents}", *shares, f"{low:.2f} {median:.2f} {high:.2f}", f"{s.encoder.quantiles[2]:.2f}"]
