@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 class Probe(NamedTuple):
-    """One regression on held-out texts, the same with shuffled labels, the penalty 1/C, and its latents (None: all or none)."""
+    """One regression on held-out texts, the same with shuffled labels, the C that cross-validation chose, the best latents."""
 
     accuracy: Metric
     auc: Metric

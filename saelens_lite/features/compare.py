@@ -295,13 +295,14 @@ def _compare_all(
     if method not in METHODS:
         raise ConfigError(f"method = {method!r}; expected one of {', '.join(METHODS)}")
     live = _live(a, include_dead)
-    own, own_hash = _directions(a, live), weights_hash(a)
+    device = a.W_dec.device
+    own, own_hash = _directions(a, live, device), weights_hash(a)
     comparisons = []
     with progress_bar("compare", len(others), "dictionaries") as advance:
         for b in others:
             _check_widths(a, b)
             other_live = _live(b, include_dead)
-            other = _directions(b, other_live)
+            other = _directions(b, other_live, device)
             chosen = method
             if method == "auto":
                 chosen = "hungarian" if max(len(own.decoder), len(other.decoder)) <= MOST_HUNGARIAN else "mutual"
@@ -343,9 +344,9 @@ def _live(d: Dictionary, include_dead: bool) -> Bool[Tensor, " d_sae"]:
 
 
 @torch.no_grad()
-def _directions(d: Dictionary, live: Bool[Tensor, " d_sae"]) -> Directions:
-    """The unit directions of the live latents, float32."""
-    found = Directions(*(F.normalize(rows.float()[live.to(rows.device)], dim=1) for rows in (d.W_dec, d.W_enc.T)))
+def _directions(d: Dictionary, live: Bool[Tensor, " d_sae"], device: torch.device) -> Directions:
+    """The unit directions of the live latents, in float32 on a device."""
+    found = Directions(*(F.normalize(rows[live.to(rows.device)].to(device).float(), dim=1) for rows in (d.W_dec, d.W_enc.T)))
     for name, rows in found._asdict().items():
         if not torch.isfinite(rows).all():
             raise NonFiniteError(f"the {name} of a dictionary ({d.origin.hook or 'no hook named'}) holds NaN or infinity")
@@ -438,9 +439,9 @@ def comparison_table(comparisons: dict[str, Comparison]) -> Any:
     thresholds = ", ".join(sorted({str(c.threshold) for c in comparisons.values()}))
     methods = ", ".join(sorted({c.method for c in comparisons.values()}))
     caption = (
-        f"matched: latents with a partner ({methods}); shared: decoder and encoder cosine with it above {thresholds}; agree: the "
-        "same partner by encoder; mutual: nearest of each other; cosines of partners: median, for decoder with 5 % and 95 % "
-        "quantile; dead: left out; chance: against random directions with the second moments of the other's"
+        f"matched: latents with a partner ({methods}); shared: decoder and encoder cosine with it above {thresholds}; agree: "
+        "the same partner by encoder; mutual: nearest of each other; cosines of partners: median, for decoder between the "
+        "5 % and 95 % quantiles; dead: left out; chance: against random directions with the second moments of the other's"
     )
     grid = Table(box=SIMPLE_HEAD, caption=caption, caption_justify="left")
     for title in ("against", "matched", "shared", "agree", "mutual", "decoder", "encoder", "dead"):
