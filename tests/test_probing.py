@@ -24,9 +24,10 @@ FILLERS = ["time", "house", "water", "people", "king", "night", "hand", "world",
 
 @pytest.fixture(scope="module", autouse=True)
 def few_fits():
-    """Two penalties instead of all: the same code, a third of the regressions."""
+    """Two penalties in three folds: the same code, a fifth of the regressions."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(probing, "INVERSE_PENALTIES", (1e-2, 10.0))
+        patch.setattr(probing, "N_FOLDS", 3)
         yield
 
 
@@ -96,7 +97,7 @@ def test_both_classes_may_be_swapped(planted, random_lm, labelled):
 def test_pooling_and_choice_equal_plain_loops(planted, random_lm, labelled, pooling):
     texts, labels = labelled
     texts, labels = [*texts, "A " + "night " * 40], [*labels, "yes"]  # longer than the 16 tokens of a row
-    rows = probing._rows(planted, random_lm, texts, pooling)
+    rows = probing._rows(planted, random_lm, "texts", texts, pooling)
     pooled = probing._pool(planted, random_lm, rows, HOOK, pooling, batch_tokens=50)
     x, acts = [], []
     for text in texts:
@@ -229,6 +230,8 @@ def test_repeated_texts_are_warned_of(planted, random_lm, labelled, caplog):
         ({"ks": (25,)}, ConfigError, "from 1 to 24"),
         ({"pooling": "sum"}, ConfigError, "pooling = 'sum'; expected one of mean, max, last"),
         ({"test_share": 0.9}, ConfigError, "test_share = 0.9"),
+        ({"seed": -1}, ConfigError, "seed = -1"),
+        ({"n_bootstrap": -1}, ConfigError, "n_bootstrap = -1"),
         ({"hook": "blocks.7.hook_resid_pre"}, HookError, "no hook 'blocks.7.hook_resid_pre'"),
     ],
 )
@@ -237,6 +240,11 @@ def test_mistakes(planted, random_lm, labelled, change, error, says):
     settings = {"texts": texts, "labels": labels} | change
     with pytest.raises(error, match=says):
         sl.probe(planted, random_lm, **settings)
+
+
+def test_a_dataset_is_a_pair():
+    with pytest.raises(ConfigError, match="expected a mapping name → "):
+        probing._datasets({"x": (["a"], [1], 3)}, None)
 
 
 def test_dictionaries_that_do_not_fit(random_lm, labelled):

@@ -34,6 +34,7 @@ LEAST_TEXTS = 10  # of each class
 N_FOLDS = 5
 INVERSE_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # scikit-learn's C, for inputs of unit variance
 ALL_LATENTS, ACTIVATIONS = "all latents", "activations"
+ONLY = "texts"  # the name of a dataset that was given without one
 
 log = logging.getLogger(__name__)
 
@@ -147,34 +148,20 @@ def probe(
         raise ConfigError(f"pooling = {pooling!r}; expected one of {', '.join(POOLINGS)}")
     if not 0.1 <= test_share <= 0.5:
         raise ConfigError(f"test_share = {test_share}; expected 0.1 to 0.5")
-    hook = hook or dictionary.origin.hook
-    if hook is None:
-        raise ConfigError("the dictionary does not say which hook it belongs to; give hook=")
-    lm.hook_point(hook)
-    lm.check_origin(dictionary.origin)
-    for parameter, tensor in dictionary.state_dict().items():
-        if not torch.isfinite(tensor).all():
-            raise NonFiniteError(f"{parameter} of the dictionary holds NaN or infinity")
+    if not 0 <= seed < 2**32 or n_bootstrap < 0:
+        raise ConfigError(f"seed = {seed}, n_bootstrap = {n_bootstrap}; expected a seed of 32 bits, and no negative numbers")
+    hook = _checked_hook(dictionary, lm, hook)
     _require_sklearn()
-    several = isinstance(texts, Mapping)
-    if several and labels is not None:
-        raise ConfigError("a mapping of datasets holds its own labels: name → (texts, labels)")
-    given = dict(texts) if several else {"texts": (texts, labels)}
-    if not given:
-        raise ConfigError("no dataset to probe")
-    if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in given.values()):
-        raise ConfigError("expected a mapping name → (texts, labels)")
-    datasets = {name: _checked(name, *pair) for name, pair in given.items()}
     reports = {}
-    for name, dataset in datasets.items():
-        rows = _rows(dictionary, lm, dataset.texts, pooling)
+    for name, dataset in _datasets(texts, labels).items():
+        rows = _rows(dictionary, lm, name, dataset.texts, pooling)
         pooled = _pool(dictionary, lm, rows, hook, pooling, batch_tokens)
         split = _split(dataset.y, test_share, seed)
-        train_positive = float(dataset.y[split.train].double().mean())
+        mostly_positive = dataset.y[split.train].double().mean() > 0.5
         reports[name] = ProbeReport(
             probes=_probes(pooled, dataset.y, split, ks, n_bootstrap, seed),
             classes=dataset.classes,
-            majority=float((dataset.y[split.test] == (train_positive > 0.5)).double().mean()),
+            majority=float((dataset.y[split.test] == mostly_positive).double().mean()),
             n_train=len(split.train),
             n_test=len(split.test),
             pooling=pooling,
@@ -183,7 +170,31 @@ def probe(
             hook=hook,
             seed=seed,
         )
-    return reports if several else reports["texts"]
+    return reports if isinstance(texts, Mapping) else reports[ONLY]
+
+
+def _checked_hook(dictionary: Dictionary, lm: LanguageModel, hook: str | None) -> str:
+    """The hook to read, if the dictionary can be used with the model there."""
+    hook = hook or dictionary.origin.hook
+    if hook is None:
+        raise ConfigError("the dictionary does not say which hook it belongs to; give hook=")
+    lm.hook_point(hook)
+    lm.check_origin(dictionary.origin)
+    for name, tensor in dictionary.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise NonFiniteError(f"{name} of the dictionary holds NaN or infinity")
+    return hook
+
+
+def _datasets(texts: Sequence[str] | Mapping[str, Any], labels: Iterable[Any] | None) -> dict[str, Labelled]:
+    """The datasets by name, all of them looked at before any is probed."""
+    if not isinstance(texts, Mapping):
+        return {ONLY: _checked(ONLY, texts, labels)}
+    if labels is not None:
+        raise ConfigError("a mapping of datasets holds its own labels: name → (texts, labels)")
+    if not texts or not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in texts.values()):
+        raise ConfigError("no dataset to probe; expected a mapping name → (texts, labels)")
+    return {name: _checked(name, *pair) for name, pair in texts.items()}
 
 
 def best_latents(acts: Float[Tensor, "n d_sae"], y: Bool[Tensor, " n"], k: int) -> Int[Tensor, " k"]:
@@ -295,17 +306,19 @@ def _pool(dictionary: Dictionary, lm: LanguageModel, rows: TokenRows, hook: str,
     return Pooled(x / counts, acts / counts)
 
 
-def _rows(dictionary: Dictionary, lm: LanguageModel, texts: list[str], pooling: str) -> TokenRows:
+def _rows(dictionary: Dictionary, lm: LanguageModel, name: str, texts: list[str], pooling: str) -> TokenRows:
     """A row for each text, and the positions to pool over: for "last" a single one."""
     origin = dictionary.origin
     config = TextConfig(truncate=True, exclude_positions=origin.excluded_positions)
     n_ctx = min(origin.n_ctx or lm.n_ctx, lm.n_ctx)
     rows = token_rows(lm, texts, n_ctx=n_ctx, prepend_bos=origin.prepend_bos is not False, text_config=config)
     if len(rows.tokens) != len(texts):
-        raise TextError(f"{len(texts) - len(rows.tokens)} of {len(texts)} texts have no tokens")
+        raise TextError(f"{name}: {len(texts) - len(rows.tokens)} of {len(texts)} texts have no tokens; leave them out")
     nothing = (~rows.keep.any(1)).nonzero().squeeze(1).tolist()
     if nothing:
-        raise TextError(f"text {nothing[0]} has no token that counts (special tokens and first positions do not); leave it out")
+        raise TextError(
+            f"{name}: text {nothing[0]} has no token that counts, only special ones or first positions; leave it out"
+        )
     keep = rows.keep
     if pooling == "last":
         position = torch.arange(keep.shape[1])
