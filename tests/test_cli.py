@@ -179,6 +179,8 @@ def test_train_with_loggers(work, monkeypatch, capsys):
         (["capture", "BOOK", "--hooks", HOOK, "--out", "CACHE"], "already exists"),
         (["capture", "BOOK", "--hooks", HOOK, "--model", "./nowhere"], "no model folder at ./nowhere"),
         (["eval", "nowhere"], "cfg.json is missing"),
+        (["compare", "nowhere", "elsewhere"], "cfg.json is missing"),
+        (["probe", "nowhere", "--data", "nowhere.csv"], "no labelled texts at nowhere.csv"),
         (["inspect", "nowhere"], "is missing"),
     ],
 )

@@ -443,7 +443,7 @@ def comparison_table(comparisons: dict[str, Comparison]) -> Any:
         "the same partner by encoder; mutual: nearest of each other; cosines of partners: median, for decoder between the "
         "5 % and 95 % quantiles; dead: left out; chance: against random directions with the second moments of the other's"
     )
-    grid = Table(box=SIMPLE_HEAD, caption=caption, caption_justify="left")
+    grid = Table(box=SIMPLE_HEAD, collapse_padding=True, caption=caption, caption_justify="left")
     for title in ("against", "matched", "shared", "agree", "mutual", "decoder", "encoder", "dead"):
         grid.add_column(title, overflow="fold", no_wrap=title != "against")
     for name, comparison in comparisons.items():
