@@ -28,13 +28,16 @@ _HOME = {
     "TextConfig": "config",
     "TrainConfig": "config",
     "capture": "cache",
+    "compare": "features.compare",
     "errors": "",
     "evaluate": "evaluate",
     "fit": "train",
     "load_model": "model",
+    "probe": "evaluate.probing",
     "python_docs": "tokens",
     "register": "registry",
     "resume": "train",
+    "stability": "features.compare",
     "train": "train",
 }
 __all__ = [
@@ -55,13 +58,16 @@ __all__ = [
     "TrainConfig",
     "__version__",
     "capture",
+    "compare",
     "errors",
     "evaluate",
     "fit",
     "load_model",
+    "probe",
     "python_docs",
     "register",
     "resume",
+    "stability",
     "train",
 ]
 
@@ -73,7 +79,9 @@ if TYPE_CHECKING:
     from saelens_lite.dictionary import Dictionary
     from saelens_lite.errors import SaelensLiteError
     from saelens_lite.evaluate import EvalReport, evaluate
+    from saelens_lite.evaluate.probing import probe
     from saelens_lite.features import FeatureStore
+    from saelens_lite.features.compare import compare, stability
     from saelens_lite.loggers import Logger
     from saelens_lite.model import LanguageModel, load_model
     from saelens_lite.registry import register

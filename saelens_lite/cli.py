@@ -374,6 +374,115 @@ def features(
 
 
 @app.command
+def compare(
+    dictionary: Path,
+    others: list[Path],
+    *,
+    threshold: float = 0.7,
+    method: Literal["auto", "hungarian", "mutual"] = "auto",
+    include_dead: Annotated[bool, Parameter(negative="")] = False,
+    seed: int = 0,
+    out: Path | None = None,
+    json_out: Annotated[Path | None, Parameter(name="--json")] = None,
+    exists: Exists = "error",
+) -> None:
+    """See how many latents of a dictionary others have as well, such as those of other seeds.
+
+    Parameters
+    ----------
+    dictionary
+        Dictionary folder.
+    others
+        Dictionary folders to compare it with.
+    threshold
+        Cosine above which matched latents are shared, in decoder and encoder.
+    method
+        How latents are matched: one to one by the Hungarian algorithm, only mutual nearest neighbours, or the former as far as
+        8192 latents.
+    include_dead
+        Count latents that never fired in training.
+    seed
+        Seed of the random dictionary that shows the level of chance.
+    out
+        Folder, of the dictionary or its feature store, for a score of each latent: stability.safetensors.
+    json_out
+        File for all figures.
+    exists
+        What to do when there are scores in the folder already.
+    """
+    import saelens_lite as sl
+    from saelens_lite.features.compare import STABILITY_FILE, Stability, comparison_table
+    from saelens_lite.files import refuse_existing, write_json
+
+    if out:
+        refuse_existing(out / STABILITY_FILE, exists)
+    loaded = sl.Dictionary.load(dictionary)
+    settings = {"threshold": threshold, "method": method, "include_dead": include_dead, "seed": seed}
+    compared = {str(path): sl.compare(loaded, sl.Dictionary.load(path), **settings) for path in others}
+    _console().print(comparison_table(compared))
+    scores = Stability.of(list(compared.values()))
+    if len(compared) > 1:
+        _console().print(f"shared with all {len(compared)}: {scores.shared_in_all:.1%}, with none: {scores.shared_in_none:.1%}")
+    if out:
+        _console().print(f"{scores.save(out, exists=exists)}: a score for each latent", markup=False)
+    if json_out:
+        write_json(json_out, {path: comparison.to_dict() for path, comparison in compared.items()})
+
+
+@app.command
+def probe(
+    dictionary: Path,
+    *,
+    data: list[Path],
+    column: str = "text",
+    label_column: str = "label",
+    ks: tuple[int, ...] = (1, 4, 16),
+    pooling: Literal["mean", "max", "last"] = "mean",
+    model: str | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    json_out: Annotated[Path | None, Parameter(name="--json")] = None,
+) -> None:
+    """Measure how well a few latents tell texts of two classes apart, beside all latents and the raw activations.
+
+    Parameters
+    ----------
+    dictionary
+        Dictionary folder.
+    data
+        Labelled texts: .jsonl or .csv files, each a dataset of its own.
+    column
+        Key or column of the text.
+    label_column
+        Key or column of the label.
+    ks
+        Numbers of latents.
+    pooling
+        How the tokens of a text become one vector.
+    model
+        The model; default: the one the dictionary was trained on.
+    seed
+        Seed of the split into texts to train on and texts held out.
+    device
+        Where to run, e.g. cuda.
+    json_out
+        File for the full reports.
+    """
+    import saelens_lite as sl
+    from saelens_lite.evaluate.labelled import read_labelled
+    from saelens_lite.evaluate.probing import probe_table
+    from saelens_lite.files import write_json
+
+    datasets = {str(path): read_labelled(path, column=column, label_column=label_column) for path in data}
+    loaded = sl.Dictionary.load(dictionary)
+    lm = _model_of(loaded, model, device)
+    reports = sl.probe(loaded.to(lm.device), lm, datasets, ks=ks, pooling=pooling, seed=seed)
+    _console().print(probe_table(reports))
+    if json_out:
+        write_json(json_out, {name: report.to_dict() for name, report in reports.items()})
+
+
+@app.command
 def inspect(path: Path) -> None:
     """Say what a dictionary or cache folder holds, without loading its tensors.
 

@@ -41,7 +41,7 @@ LEAVES = {
     "registry",
 }  # import nothing of ours but each other; everyone may import them
 ONLY_IN = {"transformer_lens": "model", "huggingface_hub": "hub"}
-HEAVY = ["transformer_lens", "transformers", "datasets", "matplotlib", "wandb", "tensorboard", "trackio"]
+HEAVY = ["transformer_lens", "transformers", "datasets", "matplotlib", "scipy", "sklearn", "wandb", "tensorboard", "trackio"]
 
 
 def part_of(path: Path) -> str:
@@ -165,7 +165,8 @@ def test_the_package_offers_these_names():
     assert sl.__all__ == sorted([
         "ActivationCache", "ActivationStream", "Dictionary", "EvalReport", "FeatureStore", "LanguageModel", "Logger", "Origin",
         "PublishedForm", "RuleConfig", "SaelensLiteError", "SparseCodes", "Sparsity", "TextConfig", "TrainConfig",
-        "__version__", "capture", "errors", "evaluate", "fit", "load_model", "python_docs", "register", "resume", "train",
+        "__version__", "capture", "compare", "errors", "evaluate", "fit", "load_model", "probe", "python_docs", "register",
+        "resume", "stability", "train",
     ])  # fmt: skip
     assert dir(sl) == sl.__all__
 

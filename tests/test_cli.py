@@ -1,6 +1,7 @@
 """The command line: every verb once, and one-line errors with the right exit code."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -110,6 +111,39 @@ def test_inspect(work, monkeypatch, capsys):
     assert json.loads(out)["activations"] == 2000
 
 
+def test_compare_prints_figures_and_leaves_scores(work, monkeypatch, capsys):
+    d = work / "run/dictionary"
+    again = shutil.copytree(d, work / "again")
+    args = ("compare", d, d, again, "--include-dead", "--out", work / "scores", "--json", work / "compare.json")
+    code, out, err = call(monkeypatch, capsys, *args)
+    assert code == 0, err
+    assert "shared with all 2: 100.0%, with none: 0.0%" in out
+    assert load_file(work / "scores/stability.safetensors")["n_shared"].tolist() == [2] * 64
+    found = json.loads((work / "compare.json").read_text())
+    assert list(found) == [str(d), str(again)]
+    for figures in found.values():
+        assert figures["summary"]["shared"] == 1 > figures["chance"]["shared"]
+    code, _, err = call(monkeypatch, capsys, *args)
+    assert code == 2
+    assert "already exists" in err
+
+
+def test_probe_prints_a_table(work, monkeypatch, capsys):
+    lines = [f"It was the {'best' if i % 2 else 'worst'} of {i} times,{i % 2}" for i in range(24)]
+    (work / "kinds.csv").write_text("\n".join(["sentence,label", *lines]))
+    args = ("probe", work / "run/dictionary", "--data", work / "kinds.csv", "--ks", 2, "--json", work / "probe.json")
+    code, out, err = call(monkeypatch, capsys, *args, "--column", "sentence")
+    assert code == 0, err
+    assert "k = 2" in out
+    assert "majority" in out
+    (report,) = json.loads((work / "probe.json").read_text()).values()
+    assert (report["n_train"], report["n_test"], report["classes"]) == (18, 6, ["0", "1"])
+    assert len(report["probes"]["k = 2"]["latents"]) == 2
+    code, _, err = call(monkeypatch, capsys, *args)
+    assert code == 2
+    assert "no 'text'" in err
+
+
 def test_plugins(monkeypatch, capsys):
     code, out, _ = call(monkeypatch, capsys, "plugins")
     assert code == 0
@@ -145,6 +179,8 @@ def test_train_with_loggers(work, monkeypatch, capsys):
         (["capture", "BOOK", "--hooks", HOOK, "--out", "CACHE"], "already exists"),
         (["capture", "BOOK", "--hooks", HOOK, "--model", "./nowhere"], "no model folder at ./nowhere"),
         (["eval", "nowhere"], "cfg.json is missing"),
+        (["compare", "nowhere", "elsewhere"], "cfg.json is missing"),
+        (["probe", "nowhere", "--data", "nowhere.csv"], "no labelled texts at nowhere.csv"),
         (["inspect", "nowhere"], "is missing"),
     ],
 )

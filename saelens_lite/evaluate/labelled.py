@@ -1,0 +1,67 @@
+"""Labelled texts from files."""
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from saelens_lite.errors import ConfigError, TextError, near_matches
+
+
+def read_labelled(path: str | Path, *, column: str = "text", label_column: str = "label") -> tuple[list[str], list[Any]]:
+    """The texts and labels of a .jsonl (an object a line) or .csv (with a header) file; labels of a .csv are strings.
+
+    Raises:
+        TextError: the file is missing, damaged or empty, or a record lacks its text or label.
+        ConfigError: another kind of file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise TextError(f"no labelled texts at {path}")
+    if path.suffix not in (".jsonl", ".csv"):
+        raise ConfigError(f"{path}: cannot read {path.suffix or 'such'} files; give labelled texts as .jsonl or .csv")
+    texts, labels = [], []
+    for place, record in _jsonl(path) if path.suffix == ".jsonl" else _csv(path):
+        text, label = _value(record, column, place, "column"), _value(record, label_column, place, "label_column")
+        if not isinstance(text, str):
+            raise TextError(f"{place}: expected text under {column!r}; found {text!r:.40}")
+        if label is None or isinstance(label, list | dict):
+            raise TextError(f"{place}: expected a word or number under {label_column!r}; found {label!r:.40}")
+        texts.append(text)
+        labels.append(label)
+    if not texts:
+        raise TextError(f"{path} holds no texts")
+    return texts, labels
+
+
+def _value(record: Any, key: str, place: str, option: str) -> Any:
+    """The value of a record under a key."""
+    if not isinstance(record, dict):
+        raise TextError(f"{place}: expected a record with the key {key!r}; found a {type(record).__name__}")
+    if key not in record:
+        names = [str(name) for name in record]
+        raise TextError(f"{place}: no {key!r}{near_matches(key, names)}; it has {', '.join(names)}; say which with {option}=")
+    return record[key]
+
+
+def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each line that is not blank, and where it stands."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.isspace():
+                try:
+                    yield f"{path}, line {number}", json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise TextError(f"{path}, line {number}: expected a JSON object; {error}") from None
+
+
+def _csv(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each record, and where it ends; columns that a short line lacks are left out."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            for record in reader:
+                yield f"{path}, line {reader.line_num}", {k: v for k, v in record.items() if None not in (k, v)}
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise TextError(f"{path} is damaged or no UTF-8 CSV file: {error}") from None

@@ -1,0 +1,410 @@
+"""Sparse probing: how well a few latents tell two kinds of text apart, beside all latents and the raw activations.
+
+A text is one vector, the mean over its tokens (of activations, or of codes). The k latents whose class means differ most on
+the training texts go into a logistic regression; accuracy and area under the ROC curve (AUC) are those of texts held out.
+Source: Gurnee et al. 2023, Finding neurons in a haystack, arXiv:2305.01610 (choice by largest mean difference); Karvonen et al.
+2025, SAEBench, arXiv:2503.09532 (mean over tokens); Kantamneni et al. 2025, arXiv:2502.16681 (regularisation of every probe
+chosen by cross-validation, without which the probe on raw activations is too weak an opponent).
+"""
+
+import json
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from saelens_lite.config import TextConfig
+from saelens_lite.dictionary import Dictionary
+from saelens_lite.errors import ConfigError, NonFiniteError, TextError
+from saelens_lite.evaluate.metrics import Metric
+from saelens_lite.files import write_json
+from saelens_lite.model import LanguageModel
+from saelens_lite.progress import progress_bar
+from saelens_lite.tokens import TokenRows, text_hash, token_rows
+
+FORMAT = 1
+POOLINGS = ("mean", "max", "last")
+LEAST_TEXTS = 10  # of each class
+N_FOLDS = 5
+INVERSE_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # scikit-learn's C, for inputs of unit variance
+ALL_LATENTS, ACTIVATIONS = "all latents", "activations"
+ONLY = "texts"  # the name of a dataset that was given without one
+
+log = logging.getLogger(__name__)
+
+
+class Probe(NamedTuple):
+    """One regression on held-out texts, the same with shuffled labels, the C that cross-validation chose, the best latents."""
+
+    accuracy: Metric
+    auc: Metric
+    shuffled_accuracy: Metric
+    shuffled_auc: Metric
+    inverse_penalty: float
+    latents: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """What tells the texts of two classes apart, and how well, with 95 % intervals bootstrapped over the held-out texts.
+
+    `probes` by name: "k = 4" on four latents, "all latents", "activations". The second of `classes` is the positive one.
+    `majority` is the accuracy of always giving the more frequent class; an AUC of chance is 0.5. Shuffled labels are drawn
+    among the training texts and among the held-out ones, and everything is done again with them.
+    """
+
+    probes: dict[str, Probe]
+    classes: tuple[str, str]
+    majority: float
+    n_train: int
+    n_test: int
+    pooling: str
+    text_sha256: str
+    model: str
+    hook: str
+    seed: int
+
+    def __getitem__(self, name: str) -> Probe:
+        """The probe of that name."""
+        return self.probes[name]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        facts = {key: value for key, value in vars(self).items() if key != "probes"}
+        return {"format": FORMAT, **facts, "probes": {name: _plain(probe) for name, probe in self.probes.items()}}
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The report as JSON, also written to `path` when given."""
+        if path is not None:
+            write_json(Path(path), self.to_dict())
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        head = (
+            f"{self.classes[1]!r} against {self.classes[0]!r}: {self.n_train} texts to train, {self.n_test} held out, "
+            f"{self.pooling} over tokens, {self.model}, {self.hook}; majority {self.majority:.3f}"
+        )
+        lines = [f"{n:12} accuracy {p.accuracy}, AUC {p.auc}, shuffled {p.shuffled_auc}" for n, p in self.probes.items()]
+        return "\n".join([head, *lines])
+
+
+class Labelled(NamedTuple):
+    """Texts of two classes that have been looked at; y is true for the second class."""
+
+    texts: list[str]
+    y: Bool[Tensor, " n"]
+    classes: tuple[str, str]
+
+
+class Pooled(NamedTuple):
+    """A vector for each text: its activations, and its codes."""
+
+    x: Float[Tensor, "n d_in"]
+    acts: Float[Tensor, "n d_sae"]
+
+
+class Split(NamedTuple):
+    """The numbers of the texts to train on and of those held out."""
+
+    train: Int[Tensor, " n_train"]
+    test: Int[Tensor, " n_test"]
+
+
+def probe(
+    dictionary: Dictionary,
+    lm: LanguageModel,
+    texts: Sequence[str] | Mapping[str, tuple[Sequence[str], Iterable[Any]]],
+    labels: Iterable[Any] | None = None,
+    *,
+    ks: Sequence[int] = (1, 4, 16),
+    hook: str | None = None,
+    pooling: str = "mean",
+    test_share: float = 0.25,
+    batch_tokens: int = 8192,
+    n_bootstrap: int = 1000,
+    seed: int = 0,
+) -> ProbeReport | dict[str, ProbeReport]:
+    """The report of probes on texts with labels of two classes; of a mapping name → (texts, labels), one for each name.
+
+    More than two classes are not taken: probe one against the rest, labels=[label == "x" for label in labels]. A text is cut at
+    the length the dictionary was trained on; special tokens and positions it was never trained on do not count. `pooling`
+    over the tokens that do: "mean", which needs no token to sum up the text and does not grow with its length; "max"; "last".
+    `test_share` of each class, drawn with `seed`, is held out. The matrix [texts d_sae] is held in memory.
+
+    Raises:
+        ConfigError: not two classes, fewer than 10 texts of one, not a label for each text, a bad setting, no hook, a model
+            with other processing, or no scikit-learn.
+        TextError: no text, or one of which no token counts.
+        HookError, ShapeError, NonFiniteError: a hook the model lacks, a width that does not fit, NaN or infinite activations.
+    """
+    ks = _checked_ks(ks, dictionary.d_sae)
+    if pooling not in POOLINGS:
+        raise ConfigError(f"pooling = {pooling!r}; expected one of {', '.join(POOLINGS)}")
+    if not 0.1 <= test_share <= 0.5:
+        raise ConfigError(f"test_share = {test_share}; expected 0.1 to 0.5")
+    if not 0 <= seed < 2**32 or n_bootstrap < 0:
+        raise ConfigError(f"seed = {seed}, n_bootstrap = {n_bootstrap}; expected a seed of 32 bits, and no negative numbers")
+    hook = _checked_hook(dictionary, lm, hook)
+    _require_sklearn()
+    reports = {}
+    for name, dataset in _datasets(texts, labels).items():
+        rows = _rows(dictionary, lm, name, dataset.texts, pooling)
+        pooled = _pool(dictionary, lm, rows, hook, pooling, batch_tokens)
+        split = _split(dataset.y, test_share, seed)
+        mostly_positive = dataset.y[split.train].double().mean() > 0.5
+        reports[name] = ProbeReport(
+            probes=_probes(pooled, dataset.y, split, ks, n_bootstrap, seed),
+            classes=dataset.classes,
+            majority=float((dataset.y[split.test] == mostly_positive).double().mean()),
+            n_train=len(split.train),
+            n_test=len(split.test),
+            pooling=pooling,
+            text_sha256=text_hash(rows),
+            model=lm.name,
+            hook=hook,
+            seed=seed,
+        )
+    return reports if isinstance(texts, Mapping) else reports[ONLY]
+
+
+def _checked_hook(dictionary: Dictionary, lm: LanguageModel, hook: str | None) -> str:
+    """The hook to read, if the dictionary can be used with the model there."""
+    hook = hook or dictionary.origin.hook
+    if hook is None:
+        raise ConfigError("the dictionary does not say which hook it belongs to; give hook=")
+    lm.hook_point(hook)
+    lm.check_origin(dictionary.origin)
+    for name, tensor in dictionary.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise NonFiniteError(f"{name} of the dictionary holds NaN or infinity")
+    return hook
+
+
+def _datasets(texts: Sequence[str] | Mapping[str, Any], labels: Iterable[Any] | None) -> dict[str, Labelled]:
+    """The datasets by name, all of them looked at before any is probed."""
+    if not isinstance(texts, Mapping):
+        return {ONLY: _checked(ONLY, texts, labels)}
+    if labels is not None:
+        raise ConfigError("a mapping of datasets holds its own labels: name → (texts, labels)")
+    if not texts or not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in texts.values()):
+        raise ConfigError("no dataset to probe; expected a mapping name → (texts, labels)")
+    return {name: _checked(name, *pair) for name, pair in texts.items()}
+
+
+def best_latents(acts: Float[Tensor, "n d_sae"], y: Bool[Tensor, " n"], k: int) -> Int[Tensor, " k"]:
+    """The k latents with the largest |mean over the second class − mean over the first|, largest first, the first of equals."""
+    difference = acts[y].double().mean(0) - acts[~y].double().mean(0)
+    return difference.abs().argsort(descending=True, stable=True)[:k]
+
+
+def _probes(
+    pooled: Pooled, y: Bool[Tensor, " n"], split: Split, ks: list[int], n_bootstrap: int, seed: int
+) -> dict[str, Probe]:
+    """All probes of one dataset."""
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = y.clone()
+    for part in split:
+        shuffled[part] = y[part[torch.randperm(len(part), generator=generator)]]
+    weights = torch.poisson(torch.ones(n_bootstrap, len(split.test)), generator=generator).double()
+    weights = torch.cat([torch.ones(1, len(split.test), dtype=torch.float64), weights])
+    chosen = [best_latents(pooled.acts[split.train], labels[split.train], max(ks)) for labels in (y, shuffled)]
+    inputs: dict[str, tuple[Tensor, Tensor]] = {f"k = {k}": tuple(pooled.acts[:, best[:k]] for best in chosen) for k in ks}
+    inputs |= {ALL_LATENTS: (pooled.acts, pooled.acts), ACTIVATIONS: (pooled.x, pooled.x)}
+    latents = {f"k = {k}": tuple(chosen[0][:k].tolist()) for k in ks}
+    probes = {}
+    with progress_bar("probe", len(inputs), "probes") as advance:
+        for name, (x, x_shuffled) in inputs.items():
+            accuracy, auc, inverse_penalty = _held_out(x, y, split, weights, seed)
+            control = _held_out(x_shuffled, shuffled, split, weights, seed)
+            probes[name] = Probe(accuracy, auc, control[0], control[1], inverse_penalty, latents.get(name))
+            advance(1, name)
+    return probes
+
+
+def _held_out(
+    x: Float[Tensor, "n d"], y: Bool[Tensor, " n"], split: Split, weights: Float[Tensor, "replicates n_test"], seed: int
+) -> tuple[Metric, Metric, float]:
+    """Accuracy and AUC on held-out texts, and the inverse penalty that cross-validation on the training texts chose."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV, StratifiedKFold
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    search = GridSearchCV(
+        make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)),
+        {"logisticregression__C": list(INVERSE_PENALTIES)},
+        scoring="neg_log_loss",
+        cv=StratifiedKFold(N_FOLDS, shuffle=True, random_state=seed),
+    )
+    search.fit(x[split.train].numpy(), y[split.train].numpy())
+    score = torch.from_numpy(search.decision_function(x[split.test].numpy())).double()
+    truth = y[split.test]
+    correct = ((score > 0) == truth).double()
+    accuracy = weights @ correct / weights.sum(1)
+    return _metric(accuracy), _metric(weighted_auc(score, truth, weights)), search.best_params_["logisticregression__C"]
+
+
+def weighted_auc(
+    score: Float[Tensor, " n"], y: Bool[Tensor, " n"], weights: Float[Tensor, "replicates n"]
+) -> Float[Tensor, " replicates"]:
+    """The area under the ROC curve with each row of weights: how often a positive scores above a negative, ties half."""
+    level = score.unique(return_inverse=True)[1]
+    empty = weights.new_zeros(len(weights), int(level.max()) + 1)
+    positive, negative = (empty.index_add(1, level, weights * side) for side in (y, ~y))
+    below = negative.cumsum(1) - negative / 2
+    return (positive * below).sum(1) / (positive.sum(1) * negative.sum(1))
+
+
+def _metric(values: Float[Tensor, " replicates"]) -> Metric:
+    """Entry 0 and the central 95 % of the others, without those that lack a class."""
+    replicates = values[1:][torch.isfinite(values[1:])]
+    if not len(replicates):
+        return Metric(float(values[0]), math.nan, math.nan)
+    low, high = torch.quantile(replicates, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Metric(float(values[0]), low, high)
+
+
+@torch.no_grad()
+def _pool(dictionary: Dictionary, lm: LanguageModel, rows: TokenRows, hook: str, pooling: str, batch_tokens: int) -> Pooled:
+    """The pooled activations and codes of each row. A code that is 0 somewhere in a text has a maximum of at least 0."""
+    n, device = len(rows.tokens), dictionary.W_enc.device
+    x = torch.zeros(n, dictionary.d_in)
+    acts = torch.zeros(n * dictionary.d_sae)
+    if pooling == "max":
+        x.fill_(-torch.inf)
+    per_batch = max(1, batch_tokens // rows.tokens.shape[1])
+    with progress_bar("read", n, "texts") as advance:
+        for start in range(0, n, per_batch):
+            batch = rows.take(slice(start, start + per_batch))
+            width = int(batch.keep.any(0).nonzero().max()) + 1
+            found = lm.run(batch.tokens[:, :width], hook)[hook].to(device)
+            dictionary.check_input(found)
+            keep = batch.keep[:, :width]
+            kept, text = found[keep.to(device)], keep.nonzero()[:, 0] + start
+            codes = dictionary.encode(kept).to("cpu")
+            kept = kept.float().cpu()
+            if not (torch.isfinite(kept).all() and torch.isfinite(codes.value).all()):
+                raise NonFiniteError(f"activations at {hook} or their codes are NaN or infinite in texts {start} and after")
+            cell, value = text[codes.row] * dictionary.d_sae + codes.latent, codes.value.float()
+            if pooling == "max":
+                x.scatter_reduce_(0, text[:, None].expand_as(kept), kept, "amax")
+                acts.scatter_reduce_(0, cell, value, "amax")
+            else:
+                x.index_add_(0, text, kept)
+                acts.index_add_(0, cell, value)
+            advance(len(batch.tokens))
+    acts = acts.reshape(n, dictionary.d_sae)
+    if pooling == "max":
+        return Pooled(x, acts)
+    counts = rows.keep.sum(1, keepdim=True)
+    return Pooled(x / counts, acts / counts)
+
+
+def _rows(dictionary: Dictionary, lm: LanguageModel, name: str, texts: list[str], pooling: str) -> TokenRows:
+    """A row for each text, and the positions to pool over: for "last" a single one."""
+    origin = dictionary.origin
+    config = TextConfig(truncate=True, exclude_positions=origin.excluded_positions)
+    n_ctx = min(origin.n_ctx or lm.n_ctx, lm.n_ctx)
+    rows = token_rows(lm, texts, n_ctx=n_ctx, prepend_bos=origin.prepend_bos is not False, text_config=config)
+    if len(rows.tokens) != len(texts):
+        raise TextError(f"{name}: {len(texts) - len(rows.tokens)} of {len(texts)} texts have no tokens; leave them out")
+    nothing = (~rows.keep.any(1)).nonzero().squeeze(1).tolist()
+    if nothing:
+        raise TextError(
+            f"{name}: text {nothing[0]} has no token that counts, only special ones or first positions; leave it out"
+        )
+    keep = rows.keep
+    if pooling == "last":
+        position = torch.arange(keep.shape[1])
+        keep = position == (keep * position).amax(1, keepdim=True)
+    return TokenRows(rows.tokens.cpu(), keep.cpu())
+
+
+def _split(y: Bool[Tensor, " n"], test_share: float, seed: int) -> Split:
+    """A share of each class held out."""
+    from sklearn.model_selection import train_test_split
+
+    parts = train_test_split(range(len(y)), test_size=test_share, stratify=y.numpy(), random_state=seed)
+    return Split(*(torch.tensor(part) for part in parts))
+
+
+def _checked(name: str, texts: Sequence[str], labels: Iterable[Any] | None) -> Labelled:
+    """The texts and labels of a dataset, if they can be probed."""
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise TextError(f"{name}: expected a list of strings")
+    texts = list(texts)
+    labels = labels.tolist() if hasattr(labels, "tolist") else list(() if labels is None else labels)
+    if len(texts) != len(labels):
+        raise ConfigError(f"{name}: {len(texts)} texts and {len(labels)} labels; give a label for each text")
+    for number, (text, label) in enumerate(zip(texts, labels, strict=True)):
+        if not text.strip():
+            raise TextError(f"{name}: text {number} is empty")
+        if label is None or label != label:  # noqa: PLR0124 (NaN)
+            raise ConfigError(f"{name}: text {number} has no label ({label})")
+    try:
+        classes = sorted(set(labels))
+    except TypeError:
+        raise ConfigError(f"{name}: labels must all be of one kind, words or numbers") from None
+    if len(classes) != 2:
+        shown = ", ".join(map(repr, classes[:5]))
+        raise ConfigError(
+            f"{name}: {len(classes)} classes ({shown}); expected two. Of several, probe one against the rest: "
+            'labels=[label == "x" for label in labels]'
+        )
+    y = torch.tensor([label == classes[1] for label in labels])
+    for label, count in zip(classes, (int((~y).sum()), int(y.sum())), strict=True):
+        if count < LEAST_TEXTS:
+            raise ConfigError(f"{name}: {count} texts of class {label!r}; each class needs at least {LEAST_TEXTS}")
+    if repeated := len(texts) - len(set(texts)):
+        log.warning(
+            "%s: %d texts are repetitions; a text both trained on and held out makes every probe look better", name, repeated
+        )
+    return Labelled(texts, y, (str(classes[0]), str(classes[1])))
+
+
+def _checked_ks(ks: Sequence[int], d_sae: int) -> list[int]:
+    """The numbers of latents, ascending."""
+    if not ks or min(ks) < 1 or max(ks) > d_sae:
+        raise ConfigError(f"ks = {list(ks)}; expected numbers of latents from 1 to {d_sae}")
+    return sorted(set(ks))
+
+
+def _require_sklearn() -> None:
+    try:
+        import sklearn  # noqa: F401
+    except ImportError:
+        raise ConfigError("probing needs scikit-learn: pip install 'saelens-lite[analysis]'") from None
+
+
+def _plain(found: Probe) -> dict[str, Any]:
+    """A probe as plain data; None where there is no number, for JSON has no NaN."""
+
+    def plain(metric: Metric) -> dict[str, float | None]:
+        return {key: value if math.isfinite(value) else None for key, value in metric._asdict().items()}
+
+    return {key: plain(value) if isinstance(value, Metric) else value for key, value in found._asdict().items()}
+
+
+def probe_table(reports: Mapping[str, ProbeReport]) -> Any:
+    """A rich table of several reports: a row for each probe, with its first four latents, and one for the majority."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    caption = "± half of the 95 % interval; AUC of chance: 0.5; shuffled: the same with labels in random order"
+    grid = Table(box=SIMPLE_HEAD, caption=caption, caption_justify="left")
+    for title in ("dataset", "probe", "accuracy", "AUC", "shuffled AUC", "best latents"):
+        grid.add_column(title, overflow="fold", no_wrap=title not in ("dataset", "best latents"))
+    for name, report in reports.items():
+        for probe_name, found in report.probes.items():
+            cells = [f"{m.value:.3f} ±{(m.high - m.low) / 2:.1g}" for m in (found.accuracy, found.auc, found.shuffled_auc)]
+            latents = ", ".join(map(str, (found.latents or ())[:4]))
+            grid.add_row(*map(Text, (name, probe_name, *cells, latents)))
+        grid.add_row(Text(name), "majority", f"{report.majority:.3f}", "0.500", "", "", end_section=True)
+    return grid

@@ -1,0 +1,460 @@
+"""Which latents of one dictionary another has as well: matched by the directions they write (decoder) and read (encoder).
+
+    cos(i, j) = W_dec[i] · W_dec′[j] / (‖W_dec[i]‖ ‖W_dec′[j]‖)        and in the same way for the columns of W_enc
+
+Latents are matched one to one, by decoder, so that the sum of cosines is largest (the Hungarian algorithm). A latent is
+shared when its partner is closer than the threshold in decoder and encoder both. A row of zeros has cosine 0 with everything.
+Source: Paulo and Belrose 2025, Sparse autoencoders trained on the same data learn different features, arXiv:2501.16615
+(threshold 0.7). We differ in leaving out dead latents, and in the control beside each figure.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from saelens_lite.dictionary import Dictionary
+from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, ShapeError
+from saelens_lite.features.store import weights_hash
+from saelens_lite.files import check_header, read_tensors, refuse_existing, write_file, write_json
+from saelens_lite.progress import progress_bar
+
+FORMAT = 1
+STABILITY_FILE = "stability.safetensors"
+THRESHOLD = 0.7
+MOST_HUNGARIAN = 8192  # latents on either side; time grows with the cube, memory with the square (8192: ten seconds, 1.5 GB)
+TILE = 1024  # latents whose cosines with all others are held at once
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+N_BINS = 20  # of a histogram of cosines, from −1 to 1
+
+METHODS = ("auto", "hungarian", "mutual")
+NONE = -1  # in place of a latent: there is no partner
+
+
+class Directions(NamedTuple):
+    """Unit vectors of some latents: what each writes and what each reads; rows of zeros stay zero."""
+
+    decoder: Float[Tensor, "n d_out"]
+    encoder: Float[Tensor, "n d_in"]
+
+
+class Pairs(NamedTuple):
+    """For each latent of a dictionary: its partners in the other one (−1: none) and the cosines with them (0 without one).
+
+    `match` and `encoder_match` are one to one, by decoder and by encoder; both cosines are those of `match`. `nearest` has the
+    largest decoder cosine of all, `nearest_cosine`, and may be the nearest of several; `mutual`: each is the other's nearest.
+    """
+
+    match: Int[Tensor, " n"]
+    decoder_cosine: Float[Tensor, " n"]
+    encoder_cosine: Float[Tensor, " n"]
+    encoder_match: Int[Tensor, " n"]
+    nearest: Int[Tensor, " n"]
+    nearest_cosine: Float[Tensor, " n"]
+    mutual: Bool[Tensor, " n"]
+
+    def shared(self, threshold: float) -> Bool[Tensor, " n"]:
+        """Which latents have a partner whose decoder and encoder cosine are both above the threshold."""
+        return (self.match != NONE) & (self.decoder_cosine > threshold) & (self.encoder_cosine > threshold)
+
+
+class Spread(NamedTuple):
+    """Cosines in figures: mean, quantiles (QUANTILES), and counts in N_BINS bins of equal width from −1 to 1."""
+
+    mean: float
+    quantiles: tuple[float, ...]
+    histogram: tuple[int, ...]
+
+    @classmethod
+    def of(cls, cosines: Float[Tensor, " n"]) -> "Spread":
+        """The figures of at least one cosine."""
+        values = cosines.double().clamp(-1, 1)  # rounding carries the cosine of equal vectors beyond 1
+        quantiles = torch.quantile(values, torch.tensor(QUANTILES, dtype=torch.float64))
+        counts = torch.histc(values, N_BINS, -1, 1).long()
+        return cls(float(values.mean()), tuple(quantiles.tolist()), tuple(counts.tolist()))
+
+
+class Summary(NamedTuple):
+    """Shares of the latents that count, and the cosines of those that have a partner."""
+
+    n_latents: int
+    n_matched: int
+    shared: float  # partner above the threshold in decoder and encoder
+    agree: float  # decoder and encoder matching give the same partner
+    mutual: float  # nearest of each other, by decoder
+    decoder: Spread
+    encoder: Spread
+    nearest: Spread  # of all latents that count: the largest decoder cosine with any of the other dictionary
+
+    @classmethod
+    def of(cls, pairs: Pairs, threshold: float) -> "Summary":
+        """The figures of some latents, all of which count."""
+        matched = pairs.match != NONE
+        return cls(
+            n_latents=len(matched),
+            n_matched=int(matched.sum()),
+            shared=_share(pairs.shared(threshold)),
+            agree=_share(matched & (pairs.match == pairs.encoder_match)),
+            mutual=_share(pairs.mutual),
+            decoder=Spread.of(pairs.decoder_cosine[matched]),
+            encoder=Spread.of(pairs.encoder_cosine[matched]),
+            nearest=Spread.of(pairs.nearest_cosine),
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How the latents of a dictionary are matched with those of another, `chance` being the same figures for a random one.
+
+    `pairs` has an entry for each latent of the dictionary; only those that are `live` count. The random dictionary has as
+    many latents as the other, drawn from a normal distribution with its second moments: directions that prefer the same
+    subspace, in which high cosines are more frequent than among directions without preference.
+    """
+
+    pairs: Pairs
+    live: Bool[Tensor, " d_sae"]
+    n_dead: tuple[int, int]
+    summary: Summary
+    chance: Summary
+    threshold: float
+    method: str
+    sha256: tuple[str, str]
+
+    @property
+    def shared(self) -> Bool[Tensor, " d_sae"]:
+        """Which latents the other dictionary has as well."""
+        return self.pairs.shared(self.threshold)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the entries of single latents, as plain data."""
+        return {
+            "format": FORMAT,
+            "summary": _plain(self.summary),
+            "chance": _plain(self.chance),
+            "quantiles": QUANTILES,
+            **{key: getattr(self, key) for key in ("threshold", "method", "n_dead", "sha256")},
+        }
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The figures as JSON, also written to `path` when given."""
+        if path is not None:
+            write_json(Path(path), self.to_dict())
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        s, c = self.summary, self.chance
+        return (
+            f"{s.shared:.1%} of {s.n_latents} latents shared (chance {c.shared:.1%}): decoder and encoder cosine above "
+            f"{self.threshold}, {self.method}; {s.mutual:.1%} mutual nearest neighbours (chance {c.mutual:.1%}); mean cosine "
+            f"of partners {s.decoder.mean:.3f} decoder, {s.encoder.mean:.3f} encoder (chance {c.decoder.mean:.3f}, "
+            f"{c.encoder.mean:.3f}); left out as dead: {self.n_dead[0]} and {self.n_dead[1]}"
+        )
+
+
+@dataclass(frozen=True)
+class Stability:
+    """How far other dictionaries have the latents of one.
+
+    `score` is the mean over the other dictionaries of the largest decoder cosine with any of their live latents; it does not
+    depend on how latents are matched. `n_shared` counts the dictionaries in which a latent is shared. Both are 0 where a latent
+    is not `live`. `sha256` are hashes of weights (`weights_hash`), as a feature store records them.
+    """
+
+    score: Float[Tensor, " d_sae"]
+    n_shared: Int[Tensor, " d_sae"]
+    live: Bool[Tensor, " d_sae"]
+    sha256: str
+    other_sha256: tuple[str, ...]
+    threshold: float
+    method: str
+
+    @classmethod
+    def of(cls, comparisons: Sequence[Comparison]) -> "Stability":
+        """The scores that follow from comparisons of one dictionary with others, made with the same settings.
+
+        Raises:
+            ConfigError: no comparisons, or of different dictionaries or settings.
+        """
+        if len({(c.sha256[0], c.threshold, c.method, c.n_dead[0]) for c in comparisons}) != 1:
+            raise ConfigError("stability needs comparisons of one dictionary with others, all with the same settings")
+        first = comparisons[0]
+        return cls(
+            score=torch.stack([c.pairs.nearest_cosine for c in comparisons]).mean(0),
+            n_shared=torch.stack([c.shared for c in comparisons]).sum(0),
+            live=first.live,
+            sha256=first.sha256[0],
+            other_sha256=tuple(c.sha256[1] for c in comparisons),
+            threshold=first.threshold,
+            method=first.method,
+        )
+
+    @property
+    def shared_in_all(self) -> float:
+        """Share of the live latents that every other dictionary has."""
+        return _share(self.n_shared[self.live] == len(self.other_sha256))
+
+    @property
+    def shared_in_none(self) -> float:
+        """Share of the live latents that no other dictionary has."""
+        return _share(self.n_shared[self.live] == 0)
+
+    def save(self, folder: str | Path, *, exists: Literal["error", "overwrite"] = "error") -> Path:
+        """Write stability.safetensors into a folder, of the dictionary or its feature store; the path of the file.
+
+        Raises:
+            OutputExistsError: it is there already and `exists` is "error".
+            DiskFullError: there is no room for it.
+        """
+        from safetensors.torch import save_file
+
+        path = Path(folder) / STABILITY_FILE
+        refuse_existing(path, exists)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        facts = {key: value for key, value in vars(self).items() if not isinstance(value, Tensor)}
+        tensors = {key: value.contiguous() for key, value in vars(self).items() if isinstance(value, Tensor)}
+        metadata = {"stability": json.dumps({"format": FORMAT, **facts})}
+        write_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+        return path
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Stability":
+        """The scores in a folder written by `save`; whether they are of the dictionary at hand, its hash tells.
+
+        Raises:
+            CorruptFileError: the file is missing, damaged or of another format.
+        """
+        path = Path(folder) / STABILITY_FILE
+        tensors = read_tensors(path)
+        try:
+            facts = json.loads(check_header(path)[0]["__metadata__"]["stability"])
+            if facts.pop("format") != FORMAT:
+                raise CorruptFileError(f"{path}: this version reads format {FORMAT}")
+            loaded = cls(**tensors, **facts | {"other_sha256": tuple(facts["other_sha256"])})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CorruptFileError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+        shapes = {tuple(tensor.shape) for tensor in tensors.values()}
+        kinds = (loaded.score.is_floating_point(), loaded.n_shared.dtype, loaded.live.dtype)
+        if len(shapes) != 1 or len(shapes.pop()) != 1 or kinds != (True, torch.int64, torch.bool):
+            raise CorruptFileError(f"{path}: expected score, n_shared and live, an entry for each latent")
+        return loaded
+
+
+def compare(
+    a: Dictionary,
+    b: Dictionary,
+    *,
+    threshold: float = THRESHOLD,
+    method: str = "auto",
+    include_dead: bool = False,
+    seed: int = 0,
+) -> Comparison:
+    """How the latents of `a` are matched with those of `b`, which may have another number of them.
+
+    `method` "hungarian" matches one to one; "mutual" only latents that are each other's nearest, in memory and time for any
+    size. "auto" is the former up to 8192 live latents on either side, which of the two is in the result. Latents whose recorded
+    density is 0 are dead: they are left out on both sides unless `include_dead`. `seed` draws the random dictionary.
+
+    Raises:
+        ShapeError: the dictionaries are of different widths.
+        NonFiniteError: weights are NaN or infinite.
+        ConfigError: a bad threshold or method, all latents dead, or "hungarian" without scipy.
+    """
+    return _compare_all(a, [b], threshold, method, include_dead, seed)[0]
+
+
+def stability(
+    dictionary: Dictionary,
+    others: Dictionary | Sequence[Dictionary],
+    *,
+    threshold: float = THRESHOLD,
+    method: str = "auto",
+    include_dead: bool = False,
+    seed: int = 0,
+) -> Stability:
+    """How far other dictionaries, such as those of other seeds, have each latent of this one; settings as for `compare`.
+
+    Raises:
+        ShapeError, NonFiniteError, ConfigError: as for `compare`, and when there are no others.
+    """
+    several = [others] if isinstance(others, Dictionary) else list(others)
+    return Stability.of(_compare_all(dictionary, several, threshold, method, include_dead, seed))
+
+
+def _compare_all(
+    a: Dictionary, others: Sequence[Dictionary], threshold: float, method: str, include_dead: bool, seed: int
+) -> list[Comparison]:
+    """A comparison of `a` with each of the others."""
+    if not -1 <= threshold < 1:
+        raise ConfigError(f"threshold = {threshold}; expected a cosine from -1 to below 1")
+    if method not in METHODS:
+        raise ConfigError(f"method = {method!r}; expected one of {', '.join(METHODS)}")
+    live = _live(a, include_dead)
+    device = a.W_dec.device
+    own, own_hash = _directions(a, live, device), weights_hash(a)
+    comparisons = []
+    with progress_bar("compare", len(others), "dictionaries") as advance:
+        for b in others:
+            _check_widths(a, b)
+            other_live = _live(b, include_dead)
+            other = _directions(b, other_live, device)
+            chosen = method
+            if method == "auto":
+                chosen = "hungarian" if max(len(own.decoder), len(other.decoder)) <= MOST_HUNGARIAN else "mutual"
+            pairs = _pairs(own, other, chosen)
+            comparisons.append(
+                Comparison(
+                    pairs=_of_all_latents(pairs, live, other_live),
+                    live=live,
+                    n_dead=(int((~live).sum()), int((~other_live).sum())),
+                    summary=Summary.of(pairs, threshold),
+                    chance=Summary.of(_pairs(own, random_like(other, seed), chosen), threshold),
+                    threshold=threshold,
+                    method=chosen,
+                    sha256=(own_hash, weights_hash(b)),
+                )
+            )
+            advance(1)
+    return comparisons
+
+
+def _check_widths(a: Dictionary, b: Dictionary) -> None:
+    """Raise ShapeError unless both read, and both write, vectors of one width."""
+    widths = [(d.W_enc.shape[0], d.W_dec.shape[1]) for d in (a, b)]
+    if widths[0] != widths[1]:
+        raise ShapeError(
+            f"dictionaries of widths {widths[0]} and {widths[1]} (read, written) have no directions in common; compare "
+            "dictionaries of one hook, or of hooks of one width"
+        )
+
+
+def _live(d: Dictionary, include_dead: bool) -> Bool[Tensor, " d_sae"]:
+    """Which latents count. A dictionary without recorded densities has no dead ones."""
+    if include_dead or d.density is None:
+        return torch.ones(d.d_sae, dtype=torch.bool)
+    live = d.density.cpu() > 0
+    if not live.any():
+        raise ConfigError(f"no latent to compare: all {d.d_sae} have density 0; include_dead=True compares them nevertheless")
+    return live
+
+
+@torch.no_grad()
+def _directions(d: Dictionary, live: Bool[Tensor, " d_sae"], device: torch.device) -> Directions:
+    """The unit directions of the live latents, in float32 on a device."""
+    found = Directions(*(F.normalize(rows[live.to(rows.device)].to(device).float(), dim=1) for rows in (d.W_dec, d.W_enc.T)))
+    for name, rows in found._asdict().items():
+        if not torch.isfinite(rows).all():
+            raise NonFiniteError(f"the {name} of a dictionary ({d.origin.hook or 'no hook named'}) holds NaN or infinity")
+    return found
+
+
+def random_like(directions: Directions, seed: int) -> Directions:
+    """As many random directions, normal with the second moments that decoder and encoder rows together have."""
+    joint = torch.cat(directions, 1).double().cpu()
+    values, vectors = torch.linalg.eigh(joint.T @ joint / len(joint))
+    root = vectors * values.clamp(min=0).sqrt()
+    drawn = torch.randn(joint.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) @ root.T
+    halves = drawn.split([rows.shape[1] for rows in directions], dim=1)
+    return Directions(*(F.normalize(half, dim=1).to(directions.decoder) for half in halves))
+
+
+@torch.no_grad()
+def _pairs(a: Directions, b: Directions, method: str) -> Pairs:
+    """The partners of the latents of `a` in `b`."""
+    nearest, nearest_cosine, mutual = _nearest(a.decoder, b.decoder)
+    if method == "hungarian":
+        match, encoder_match = _hungarian(a.decoder, b.decoder), _hungarian(a.encoder, b.encoder)
+    else:
+        encoder_nearest, _, encoder_mutual = _nearest(a.encoder, b.encoder)
+        match, encoder_match = nearest.where(mutual, NONE), encoder_nearest.where(encoder_mutual, NONE)
+    partner = match.clamp(min=0).to(a.decoder.device)
+    cosines = ((x * y.index_select(0, partner)).sum(1).cpu().where(match != NONE, 0) for x, y in zip(a, b, strict=True))
+    return Pairs(match, *cosines, encoder_match, nearest, nearest_cosine, mutual)
+
+
+def _nearest(
+    a: Float[Tensor, "n_a d"], b: Float[Tensor, "n_b d"]
+) -> tuple[Int[Tensor, " n_a"], Float[Tensor, " n_a"], Bool[Tensor, " n_a"]]:
+    """Of each unit vector of `a`: the nearest of `b` (the first of equals), the cosine, and whether it is so both ways."""
+    to_b = []
+    best, to_a = a.new_full((len(b),), -torch.inf), torch.zeros(len(b), dtype=torch.long, device=a.device)
+    for start in range(0, len(a), TILE):
+        cosines = a[start : start + TILE] @ b.T
+        to_b.append(cosines.max(1))
+        column = cosines.max(0)
+        better = column.values > best
+        best, to_a = column.values.where(better, best), (column.indices + start).where(better, to_a)
+    cosine, index = torch.cat([tile.values for tile in to_b]), torch.cat([tile.indices for tile in to_b])
+    mutual = to_a[index] == torch.arange(len(a), device=a.device)
+    return index.cpu(), cosine.cpu(), mutual.cpu()
+
+
+def _hungarian(a: Float[Tensor, "n_a d"], b: Float[Tensor, "n_b d"]) -> Int[Tensor, " n_a"]:
+    """The one-to-one matching of largest summed cosine; of the more numerous side some stay without partner."""
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError:
+        raise ConfigError(
+            "the Hungarian algorithm needs scipy: pip install 'saelens-lite[analysis]', or say method='mutual'"
+        ) from None
+    rows, columns = linear_sum_assignment((a @ b.T).cpu().numpy(), maximize=True)
+    match = torch.full((len(a),), NONE)
+    match[torch.from_numpy(rows)] = torch.from_numpy(columns)
+    return match
+
+
+def _of_all_latents(pairs: Pairs, live: Bool[Tensor, " d_sae"], other_live: Bool[Tensor, " d_other"]) -> Pairs:
+    """Pairs among live latents, by the numbers that the latents have in their dictionaries."""
+    own, number = live.nonzero().squeeze(1), other_live.nonzero().squeeze(1)
+
+    def full(column: Tensor) -> Tensor:
+        if column.dtype != torch.long:
+            return column.new_zeros(len(live)).index_copy(0, own, column)
+        numbers = number[column.clamp(min=0)].where(column != NONE, NONE)
+        return torch.full((len(live),), NONE).index_copy(0, own, numbers)
+
+    return Pairs(*map(full, pairs))
+
+
+def _share(chosen: Bool[Tensor, " n"]) -> float:
+    return float(chosen.double().mean())
+
+
+def _plain(summary: Summary) -> dict[str, Any]:
+    """A summary as plain data."""
+    return {key: value._asdict() if isinstance(value, Spread) else value for key, value in summary._asdict().items()}
+
+
+def comparison_table(comparisons: dict[str, Comparison]) -> Any:
+    """A rich table of one dictionary against several, a row each and one for chance below it."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    thresholds = ", ".join(sorted({str(c.threshold) for c in comparisons.values()}))
+    methods = ", ".join(sorted({c.method for c in comparisons.values()}))
+    caption = (
+        f"matched: latents with a partner ({methods}); shared: decoder and encoder cosine with it above {thresholds}; agree: "
+        "the same partner by encoder; mutual: nearest of each other; cosines of partners: median, for decoder between the "
+        "5 % and 95 % quantiles; dead: left out; chance: against random directions with the second moments of the other's"
+    )
+    grid = Table(box=SIMPLE_HEAD, collapse_padding=True, caption=caption, caption_justify="left")
+    for title in ("against", "matched", "shared", "agree", "mutual", "decoder", "encoder", "dead"):
+        grid.add_column(title, overflow="fold", no_wrap=title != "against")
+    for name, comparison in comparisons.items():
+        dead = "/".join(map(str, comparison.n_dead))
+        grid.add_row(*map(Text, (name, *_cells(comparison.summary), dead)))
+        grid.add_row(*(Text(cell, style="dim") for cell in ("  chance", *_cells(comparison.chance), "")))
+    return grid
+
+
+def _cells(s: Summary) -> list[str]:
+    """The columns of a summary."""
+    low, _, median, _, high = s.decoder.quantiles
+    shares = [f"{share:.1%}" for share in (s.shared, s.agree, s.mutual)]
+    return [f"{s.n_matched}/{s.n_latents}", *shares, f"{low:.2f} {median:.2f} {high:.2f}", f"{s.encoder.quantiles[2]:.2f}"]
