@@ -1,7 +1,7 @@
 """The frontier of every sparsity rule: L0 against FVU and CE recovered, all rules on the same activations in one pass.
 
     python scripts/frontier.py --out frontier                     # the embedded model
-    python scripts/frontier.py --out frontier --model gpt2 --text train.jsonl --eval-text held.jsonl --hook blocks.8.hook_resid_pre
+    python scripts/frontier.py --out frontier --model gpt2 --hook blocks.8.hook_resid_pre --text a.jsonl --eval-text b.jsonl
 
 Activations are captured once into OUT/cache (or taken from --cache); each rule is trained at three levels of sparsity, all of
 them in one sweep; held-out text is read once for all. Writes OUT/frontier.json, frontier.md and frontier.png.

@@ -61,7 +61,7 @@ def test_a_sweep_gives_what_each_gives_alone(cache):
     ("rule", "options", "least"),
     [
         ("topk", {"k": 4}, 0.95),
-        ("l1", {"coefficient": 3.0}, 0.9),
+        ("l1", {"coefficient": 2.5}, 0.9),
         ("gated", {"coefficient": 4.0}, 0.9),
         ("batch_topk", {"k": 4}, 0.95),
         ("jumprelu", {}, 0.95),
@@ -104,6 +104,9 @@ def test_five_steps_by_hand():
     first, second = ({name: torch.zeros_like(value) for name, value in p.items()} for _ in range(2))
     for t, batch in enumerate(itertools.islice(source.batches(["x"], size, 0), n // size), 1):
         y = batch["x"].double() * scale
+        if t == 1:  # codes start at the factor that fits best
+            part = torch.relu((y - p["b_dec"]) @ p["W_enc"]) @ p["W_dec"]
+            p["W_enc"] = p["W_enc"] * ((y - p["b_dec"]) * part).sum() / part.square().sum()
         p = {name: value.requires_grad_() for name, value in p.items()}
         f = torch.relu((y - p["b_dec"]) @ p["W_enc"] + p["b_enc"])
         x_hat = f @ p["W_dec"] + p["b_dec"]
@@ -233,6 +236,8 @@ def test_logged_numbers_of_the_first_step():
     centred = (x.double() - x.double().mean(0)) * scale
     start = sl.Dictionary.create("l1", d_in=6, d_sae=12)
     codes = torch.relu(centred @ start.W_enc.double())
+    part = codes @ start.W_dec.double()
+    codes = codes * (centred * part).sum() / part.square().sum()  # what training begins with
     mse = (centred - codes @ start.W_dec.double()).square().sum(1).mean().item()
     line = run.history[0]
     assert line["mse"] == pytest.approx(mse, rel=1e-4)
@@ -332,3 +337,35 @@ def test_what_cannot_be_trained(cache, tmp_path):
 def test_fit_of_nothing():
     with pytest.raises(ShapeError, match=r"x has shape \(0, 3\); expected \[n d_in\] with at least one row"):
         sl.fit(torch.zeros(0, 3), d_sae=8)
+
+
+@pytest.mark.parametrize("rule", ["l1", "topk", "gated", "batch_topk", "matryoshka", "p_anneal", "group_max"])
+def test_training_begins_where_the_codes_fit_best(rule):
+    """At the best common factor of all codes, what is left of x is orthogonal to what they decode to; no support changes."""
+    x = 3 + torch.randn(256, 24, generator=torch.Generator().manual_seed(1))
+    options = {} if rule in ("l1", "gated", "p_anneal") else {"k": 8}
+    config = sl.TrainConfig(sparsity=rule, options=options, d_sae=96, n_tokens=2560, batch_size=256, lr=1e-12)
+    trainer = Trainer(config, TensorSource(x))
+    d, scaled = trainer.dictionary, x * trainer.scale
+    before = d.encode(scaled)
+    trainer.step(x)
+    d = trainer.dictionary.double()
+    with torch.no_grad():
+        codes = d.encode(scaled.double())
+        part = codes.decode(d.W_dec)
+        left = scaled.double() - d.b_dec - part
+        assert abs(float((left * part).sum())) < 1e-4 * float(part.square().sum())
+        ratio = codes.value / before.value
+    assert torch.equal(codes.latent, before.latent)
+    assert not 0.9 < float(ratio.mean()) < 1.1
+    torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("rule", ["jumprelu", "matching_pursuit"])
+def test_codes_that_do_not_scale_with_what_they_are_chosen_from_are_left_alone(rule):
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+    config = sl.TrainConfig(sparsity=rule, d_sae=16, n_tokens=640, batch_size=64, lr=1e-12)
+    trainer = Trainer(config, TensorSource(x))
+    before = trainer.dictionary.W_enc.detach().clone()
+    trainer.step(x)
+    torch.testing.assert_close(trainer.dictionary.W_enc.detach(), before, rtol=0, atol=1e-9)

@@ -108,7 +108,24 @@ class Trainer:
         c = self.config
         progress = self.n_seen / c.n_tokens
         with self._own_randomness():
-            self._step(*self._prepare(x, target), progress)
+            x, target = self._prepare(x, target)
+            if self.n_steps == 0 and self.dictionary.rule.scale_invariant and not self.is_transcoder:
+                self._scale_codes(x)
+            self._step(x, target, progress)
+
+    @torch.no_grad()
+    def _scale_codes(self, x: Float[Tensor, "batch d_in"]) -> None:
+        """Multiply codes by the number at which the untrained dictionary reconstructs x best.
+
+        Random directions overlap, so that their codes add up to too much of x or, where rows are short, too little; else
+        hundreds of steps go by until learning has put that right. (Gao et al. 2024, section A.1, match norms instead.)
+        """
+        d = self.dictionary
+        part = d.encode(x).decode(d.W_dec).double()
+        factor = float(((x - d.b_dec) * part).sum() / part.square().sum())
+        if math.isfinite(factor) and factor > 0:
+            d.W_enc.mul_(factor)
+            d.rule.rescale_(d.W_enc.new_full((d.d_sae,), factor))
 
     def _step(self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], progress: float) -> None:
         c = self.config
