@@ -98,7 +98,7 @@ class Tail:
             return self._whole(tokens, new)
 
     def _whole(self, tokens: Tensor, new: Tensor) -> Tensor:
-        with self.lm.replace(self.hook, lambda _: new):
+        with self.lm.replace(self.hook, lambda _: new.clone()):  # Falcon goes on to overwrite it
             return self.lm.logits(tokens)
 
 
