@@ -21,7 +21,7 @@ from saelens_lite.evaluate.frequency import FrequencyBand, frequency_bands, freq
 from saelens_lite.evaluate.measure import Grouping, Hooks, measure
 from saelens_lite.evaluate.metrics import Metric
 from saelens_lite.evaluate.overlap import overlap
-from saelens_lite.evaluate.positions import PositionBand, position_bands
+from saelens_lite.evaluate.positions import PositionBand, position_bands, position_table
 from saelens_lite.evaluate.report import EvalReport, markdown, table
 from saelens_lite.model import LanguageModel
 from saelens_lite.tokens import Text, TokenRows, source_name, text_hash, token_rows
@@ -35,6 +35,7 @@ __all__ = [
     "frequency_markdown",
     "frequency_table",
     "markdown",
+    "position_table",
     "table",
 ]
 

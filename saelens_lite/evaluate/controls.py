@@ -47,9 +47,7 @@ def pca_dictionary(found: Spread, n_components: int, origin: Origin) -> Dictiona
     return dictionary
 
 
-def random_dictionary(
-    found: Spread, x: Float[Tensor, "n d"], d_sae: int, k: int, origin: Origin, seed: int
-) -> Dictionary:
+def random_dictionary(found: Spread, x: Float[Tensor, "n d"], d_sae: int, k: int, origin: Origin, seed: int) -> Dictionary:
     """Random unit directions, of which the k that fit each token best fire; the decoder has the one norm that gives the least
     squared error on x, or random directions that overlap would add up to too much."""
     d_in = len(found.mean)

@@ -251,10 +251,8 @@ class Predictions(NamedTuple):
     kept: Kept
 
     @classmethod
-    def of(
-        cls, logits: Float[Tensor, "n pos d_vocab"], tokens: Int[Tensor, "n pos"], n_ctx: int, kept: Kept
-    ) -> "Predictions":
-        """The predictions of a clean pass over rows of n_ctx tokens, of which `tokens` is the beginning; overwrites the logits."""
+    def of(cls, logits: Float[Tensor, "n pos d_vocab"], tokens: Int[Tensor, "n pos"], n_ctx: int, kept: Kept) -> "Predictions":
+        """The predictions of a clean pass over rows of n_ctx tokens that begin with `tokens`; overwrites the logits."""
         log_p = logits.float()
         for row in log_p.flatten(0, 1).split(_chunk(log_p)):
             row.copy_(row.log_softmax(-1))
@@ -265,9 +263,7 @@ class Predictions(NamedTuple):
         found = -self.log_p[self.kept.row, self.kept.position, self.target].double()
         return found * self.has_target
 
-    def losses(
-        self, logits: Float[Tensor, "n_or_1 pos d_vocab"]
-    ) -> tuple[Float[Tensor, " n_kept"], Float[Tensor, " n_kept"]]:
+    def losses(self, logits: Float[Tensor, "n_or_1 pos d_vocab"]) -> tuple[Float[Tensor, " n_kept"], Float[Tensor, " n_kept"]]:
         """Cross-entropy of the next token and KL(clean ‖ new) for other logits (nats); a single row stands for all."""
         cross_entropy, kl = [], []
         for some in torch.arange(len(self.target), device=logits.device).split(_chunk(logits)):
@@ -309,7 +305,9 @@ def prediction_metrics(sums: PooledSums, name: str) -> dict[str, Metric]:
     KL is of the clean predictions from the new, at all kept tokens, those at the end of a row too.
     """
     n, n_kept = sums["n_predictions"], sums["n"]
-    ce = {key: sums[f"{source}.ce"] / n for key, source in (("clean", "clean"), ("sae", name), ("zero", "zero"), ("mean", "mean"))}
+    ce = {
+        key: sums[f"{source}.ce"] / n for key, source in (("clean", "clean"), ("sae", name), ("zero", "zero"), ("mean", "mean"))
+    }
     kl = {key: sums[f"{source}.kl"] / n_kept for key, source in (("sae", name), ("zero", "zero"), ("mean", "mean"))}
     values = {
         "ce_loss_score": (ce["zero"] - ce["sae"]) / (ce["zero"] - ce["clean"]),

@@ -30,8 +30,9 @@ def overlap(origin: Origin, source: str | None, sha256: str) -> Overlap:
         return Overlap(True, f"{names}: parts without a document in common")
     trained, evaluated = hub_name(origin.text), hub_name(source)
     if trained and evaluated and trained[:2] == evaluated[:2]:
-        splits = trained.split or "train", evaluated.split or "train"
-        return Overlap(splits[0] != splits[1] or None, f"{names}: {'different splits' if splits[0] != splits[1] else 'the same split'}")
+        if (trained.split or "train") != (evaluated.split or "train"):
+            return Overlap(True, f"{names}: different splits of one dataset")
+        return Overlap(None, f"{names}: the same split, maybe the same part of it")
     if origin.text in PythonDocs.NAMES and source in PythonDocs.NAMES:
         return Overlap(False, f"{names}: one holds documents of the other")
     if origin.text == source:

@@ -117,7 +117,8 @@ class EvalReport:
         found = list(self.metrics.items())
         found += [(f"fvu of tokens that occur {band.label} here", band.fvu) for band in self.by_frequency or ()]
         for band in self.by_position or ():
-            found += [(f"fvu at position {band.label}", band.fvu), (f"ce_sae − ce_clean at position {band.label}", band.ce_increase)]
+            found.append((f"fvu at position {band.label}", band.fvu))
+            found.append((f"ce_sae − ce_clean at position {band.label}", band.ce_increase))
         return found
 
     @property
