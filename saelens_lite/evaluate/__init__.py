@@ -19,7 +19,7 @@ from saelens_lite.evaluate import metrics
 from saelens_lite.evaluate.controls import REDRAWN, untrained
 from saelens_lite.evaluate.frequency import FrequencyBand, frequency_bands, frequency_markdown, frequency_table
 from saelens_lite.evaluate.measure import Grouping, Hooks, measure
-from saelens_lite.evaluate.metrics import Metric
+from saelens_lite.evaluate.metrics import Metric, PooledSums
 from saelens_lite.evaluate.overlap import overlap
 from saelens_lite.evaluate.positions import PositionBand, position_bands, position_table
 from saelens_lite.evaluate.report import EvalReport, markdown, table
@@ -98,7 +98,9 @@ def evaluate(
         text=text_name or source_name(text, text_config),
         sha256=text_hash(rows),
         excluded=_excluded(text, text_config),
-        settings={"batch_tokens": batch_tokens, "n_bootstrap": n_bootstrap, "seed": seed},
+        batch_tokens=batch_tokens,
+        n_bootstrap=n_bootstrap,
+        seed=seed,
     )
     reports = _reports(job, dictionaries, lm, by_frequency, by_position)
     for report in reports:
@@ -117,7 +119,9 @@ class _Job(NamedTuple):
     text: str | None
     sha256: str
     excluded: str
-    settings: dict[str, Any]
+    batch_tokens: int | None
+    n_bootstrap: int
+    seed: int
 
 
 def _reports(
@@ -129,7 +133,8 @@ def _reports(
     positions = position_bands(rows) if by_position else None
     groupings = [Grouping("frequency", frequencies.band, len(frequencies.exponent))] if frequencies else []
     groupings += [Grouping("position", positions.band, len(positions.low))] if positions else []
-    sums = measure(dictionaries, lm, rows, job.hooks, groupings=groupings, **job.settings)
+    sums = PooledSums(job.n_bootstrap, job.seed)
+    measure(dictionaries, lm, rows, job.hooks, sums=sums, groupings=groupings, batch_tokens=job.batch_tokens)
     reports = []
     for i, dictionary in enumerate(dictionaries):
         name = str(i)
@@ -165,9 +170,9 @@ def _with_controls(
 ) -> list[EvalReport]:
     """The reports with those of their controls."""
     sizes = [report["l0"] for report in reports]
-    others = untrained(lm, job.rows, job.hooks.write, dictionaries, sizes, job.settings["batch_tokens"])
+    others = untrained(lm, job.rows, job.hooks.write, dictionaries, sizes, job.batch_tokens)
     found = iter(_reports(job, [d for controls in others for d in controls.values()], lm))
-    redrawn = _reports(job, dictionaries, lm.redrawn(job.settings["seed"]))
+    redrawn = _reports(job, dictionaries, lm.redrawn(job.seed))
     return [
         replace(report, controls={**{name: next(found) for name in controls}, REDRAWN: without_knowledge})
         for report, controls, without_knowledge in zip(reports, others, redrawn, strict=True)

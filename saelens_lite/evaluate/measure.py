@@ -90,12 +90,11 @@ def measure(
     rows: TokenRows,
     hooks: Hooks,
     *,
+    sums: PooledSums,
     groupings: Sequence[Grouping] = (),
-    batch_tokens: int | None,
-    n_bootstrap: int,
-    seed: int,
-) -> PooledSums:
-    """Sums over the rows, those of dictionary number i under names that begin with it.
+    batch_tokens: int | None = None,
+) -> None:
+    """Add sums over the rows to `sums`, those of dictionary number i under names that begin with it.
 
     What is in memory does not depend on the amount of text: two sets of logits of a batch, and the bootstrap's sums.
     """
@@ -106,7 +105,6 @@ def measure(
     if tail.is_whole_stream:  # any row gives the same
         row = rows.tokens[:1].to(lm.device)
         fixed = {name: tail.logits(row, _everywhere(value, row, lm)) for name, value in ablations.items()}
-    sums = PooledSums(n_bootstrap, seed)
     with progress_bar("evaluate", rows.n_kept) as advance:
         for batch in batches(lm, rows, batch_tokens):
             kept = Kept.of(batch.keep)
@@ -134,7 +132,6 @@ def measure(
                     metrics.add_band_values(sums, f"{i}.{name}.error", error, member, kept)
                     metrics.add_band_values(sums, f"{i}.{name}.ce", ce - ce_clean, member, kept)
             advance(len(x), "")
-    return sums
 
 
 def _everywhere(value: Float[Tensor, " d"], tokens: Int[Tensor, "n pos"], lm: LanguageModel) -> Float[Tensor, "n pos d"]:

@@ -21,10 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FORMAT = 2
-COLUMNS = {
-    "l0": "L0", "fvu": "FVU", "ce_loss_score": "CE recovered", "kl_div_score": "KL recovered", "frac_alive": "alive",
-    "frac_dense": "dense",
-}  # fmt: skip
+COLUMNS = {"l0": "L0", "fvu": "FVU", "ce_loss_score": "CE recovered", "kl_div_score": "KL recovered"}
 
 
 @dataclass(frozen=True)
@@ -190,12 +187,12 @@ def _bands(kind: Any, content: list[dict[str, Any]] | None) -> tuple[Any, ...] |
 
 
 def _comparison(reports: Mapping[str, EvalReport]) -> list[tuple[str, ...]]:
-    """A line for each report and for each of its controls: its name, and value ± half the interval of the chief metrics."""
-    found = []
+    """The head, and a line for each report and each of its controls: value ± half the interval of the chief metrics."""
+    found = [("dictionary", *COLUMNS.values(), "alive")]
     for name, report in reports.items():
-        found.append((name, *(report.metrics[key].short for key in COLUMNS)))
-        for control, measured in (report.controls or {}).items():
-            found.append((f"– {control}", *(measured.metrics[key].short for key in COLUMNS)))
+        named = {name: report} | {f"– {control}": measured for control, measured in (report.controls or {}).items()}
+        for title, one in named.items():
+            found.append((title, *(one.metrics[key].short for key in COLUMNS), f"{one.frac_alive:.1%}"))
     return found
 
 
@@ -205,16 +202,19 @@ def table(reports: Mapping[str, EvalReport]) -> "Table":
     from rich.table import Table
 
     grid = Table(box=SIMPLE_HEAD, caption="± half of the 95 % interval", caption_justify="left")
-    for title in ("dictionary", *COLUMNS.values()):
-        grid.add_column(title, no_wrap=title != "dictionary")
-    for line in _comparison(reports):
+    head, *lines = _comparison(reports)
+    grid.add_column(head[0], min_width=12, overflow="fold")
+    for title in head[1:]:
+        grid.add_column(title, no_wrap=True)
+    for line in lines:
         grid.add_row(*line)
     return grid
 
 
 def markdown(reports: Mapping[str, EvalReport]) -> str:
-    """The same table in Markdown."""
-    lines = [("± half of the 95 % interval", *COLUMNS.values()), ("---",) * (1 + len(COLUMNS)), *_comparison(reports)]
+    """The same table in Markdown; ± is half of the 95 % interval."""
+    head, *lines = _comparison(reports)
+    lines = [head, ("---",) * len(head), *lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
