@@ -344,3 +344,26 @@ def test_bad_input(lm, rows, random_lm):
     broken.module.transformer.wte.weight[5] = torch.nan
     with pytest.raises(NonFiniteError, match="hold NaN"):
         sl.evaluate(dictionary(broken), broken, torch.randint(1, 9, (3, 20)))
+
+
+@pytest.mark.parametrize("hook", ["blocks.1.hook_mlp_out", "blocks.2.hook_resid_pre"])
+def test_a_transcoder_is_measured_at_its_target(lm, rows, hook):
+    origin = sl.Origin(hook="blocks.1.mlp.hook_in", target_hook=hook)
+    d = sl.Dictionary.create(
+        "topk", d_in=lm.d_model, d_out=lm.d_model, d_sae=64, skip=True, options={"k": 4}, origin=origin, seed=1
+    )
+    torch.nn.init.normal_(d.W_skip, std=0.05, generator=torch.Generator().manual_seed(0))
+    report = sl.evaluate(d, lm, rows, n_bootstrap=5, controls=True)
+    acts = lm.run(rows, [origin.hook, hook])
+    x, y = acts[origin.hook], acts[hook]
+    with torch.no_grad():
+        y_hat = d(x)
+    kept = rows.keep
+    fvu = (y - y_hat)[kept].double().square().sum() / (y[kept].double() - y[kept].double().mean(0)).square().sum()
+    assert report["fvu"] == pytest.approx(float(fvu), rel=1e-5)
+    assert report.hook == hook
+    with lm.replace(hook, lambda y: torch.where(kept[..., None], y_hat, y)):
+        assert report["ce_sae"] == pytest.approx(cross_entropy(rows, lm.logits(rows).double().log_softmax(-1)), rel=1e-5)
+    assert report.controls["PCA"]["explained_variance"] > 0
+    with pytest.raises(ConfigError, match=f"found blocks.1.hook_resid_pre, blocks.1.mlp.hook_in to {hook}"):
+        sl.evaluate([d, dictionary(lm)], lm, rows)

@@ -68,8 +68,9 @@ def evaluate(
     """The report of a dictionary; of several dictionaries of one hook in one pass, a list of reports.
 
     The model runs over the text as it is, with zeros at the hook everywhere, with the mean activation everywhere, and with
-    each reconstruction at the positions that count. Special tokens, padding and position 0 do not count and keep their
-    activation. Text is cut into rows as the training text was, a document at a time; `text_config` says otherwise.
+    each reconstruction at the positions that count; the hook of a transcoder is its target. Special tokens, padding and
+    position 0 do not count and keep their activation. Text is cut into rows as the training text was, a document at a time;
+    `text_config` says otherwise.
 
     `by_frequency` adds the fvu of tokens that occur 1 to 9, 10 to 99, … times among those that count, `by_position` fvu and
     loss at positions 1, 2 to 3, 4 to 7, …. `controls` adds the same metrics for a random dictionary of the same size and L0,
@@ -86,7 +87,7 @@ def evaluate(
     """
     several = not isinstance(dictionary, Dictionary)
     dictionaries = list(dictionary) if several else [dictionary]
-    hook = _common_hook(dictionaries, hook)
+    hooks = _common_hooks(dictionaries, hook)
     for one in dictionaries:
         lm.check_origin(one.origin)
     if batch_tokens is not None and batch_tokens < 1:
@@ -94,7 +95,7 @@ def evaluate(
     rows = _rows(dictionaries[0], lm, text, n_tokens, text_config)
     job = _Job(
         rows=rows,
-        hooks=Hooks(read=hook, write=hook),
+        hooks=hooks,
         text=text_name or source_name(text, text_config),
         sha256=text_hash(rows),
         excluded=_excluded(text, text_config),
@@ -170,8 +171,9 @@ def _with_controls(
 ) -> list[EvalReport]:
     """The reports with those of their controls."""
     sizes = [report["l0"] for report in reports]
+    there = job._replace(hooks=Hooks(job.hooks.write, job.hooks.write))  # for a transcoder, autoencoders of its target
     others = untrained(lm, job.rows, job.hooks.write, dictionaries, sizes, job.batch_tokens)
-    found = iter(_reports(job, [d for controls in others for d in controls.values()], lm))
+    found = iter(_reports(there, [d for controls in others for d in controls.values()], lm))
     redrawn = _reports(job, dictionaries, lm.redrawn(job.seed))
     return [
         replace(report, controls={**{name: next(found) for name in controls}, REDRAWN: without_knowledge})
@@ -202,12 +204,13 @@ def _excluded(text: Text | TokenRows, config: TextConfig | None) -> str:
     return f"BOS, padding{several}" if positions else "BOS and padding"
 
 
-def _common_hook(dictionaries: list[Dictionary], hook: str | None) -> str:
-    """The hook all dictionaries belong to."""
-    hooks = {hook} if hook else {d.origin.hook for d in dictionaries}
-    if len(hooks) != 1 or None in hooks:
-        found = sorted(str(h) for h in hooks)
+def _common_hooks(dictionaries: list[Dictionary], hook: str | None) -> Hooks:
+    """Where all the dictionaries read, and where their output belongs; `hook` says where they read."""
+    found = {(hook or d.origin.hook, d.origin.target_hook) for d in dictionaries}
+    (read, target), *others = found or {(None, None)}
+    if read is None or others:
+        named = sorted(f"{read}{f' to {target}' if target else ''}" for read, target in found)
         raise ConfigError(
-            f"dictionaries evaluated together need one hook; found {', '.join(found) or 'no dictionary'}; give hook="
+            f"dictionaries evaluated together need one hook; found {', '.join(named) or 'no dictionary'}; give hook="
         )
-    return hooks.pop()
+    return Hooks(read, target or read)

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelens_lite.dictionary import Dictionary
-from saelens_lite.errors import NonFiniteError
+from saelens_lite.errors import NonFiniteError, ShapeError
 from saelens_lite.evaluate import metrics
 from saelens_lite.evaluate.metrics import Kept, PooledSums, Predictions
 from saelens_lite.model import LanguageModel
@@ -21,7 +21,7 @@ MAX_TOKENS = {"cpu": 2048, "cuda": 16_384}  # more does not run faster on a CPU
 
 
 class Hooks(NamedTuple):
-    """Where a dictionary reads its input, and where its output belongs."""
+    """Where a dictionary reads its input, and where its output belongs: for an autoencoder the same."""
 
     read: str
     write: str
@@ -122,8 +122,10 @@ def measure(
                 metrics.add_bands(sums, name, wanted, mean, square, member, kept)
                 metrics.add_band_values(sums, f"{name}.predictions", clean.has_target.double(), member, kept)
             for i, dictionary in enumerate(dictionaries):
+                if dictionary.d_out != y.shape[-1]:
+                    raise ShapeError(f"a dictionary gives [..., {dictionary.d_out}]; {hooks.write} is {list(y.shape)}")
                 codes = dictionary.encode(x)
-                x_hat = dictionary.decode(codes).float()
+                x_hat = dictionary.decode(codes, x).float()
                 metrics.add_codes(sums, str(i), codes, kept)
                 error = metrics.add_reconstruction(sums, str(i), wanted, x_hat, square, kept)
                 spliced = y.index_put((kept.row, kept.position), x_hat.to(y.dtype))
