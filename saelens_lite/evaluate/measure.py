@@ -122,9 +122,9 @@ def measure(
                 metrics.add_bands(sums, name, wanted, mean, square, member, kept)
                 metrics.add_band_values(sums, f"{name}.predictions", clean.has_target.double(), member, kept)
             for i, dictionary in enumerate(dictionaries):
+                codes = dictionary.encode(x)
                 if dictionary.d_out != y.shape[-1]:
                     raise ShapeError(f"a dictionary gives [..., {dictionary.d_out}]; {hooks.write} is {list(y.shape)}")
-                codes = dictionary.encode(x)
                 x_hat = dictionary.decode(codes, x).float()
                 metrics.add_codes(sums, str(i), codes, kept)
                 error = metrics.add_reconstruction(sums, str(i), wanted, x_hat, square, kept)
