@@ -284,10 +284,14 @@ def evaluate(
     model: str | None = None,
     n_tokens: int = 100_000,
     by_frequency: Annotated[bool, Parameter(negative="")] = False,
+    by_position: Annotated[bool, Parameter(negative="")] = False,
+    controls: Annotated[bool, Parameter(negative="")] = False,
     device: str | None = None,
     json_out: Annotated[Path | None, Parameter(name="--json")] = None,
 ) -> None:
     """Measure dictionaries of one hook: sparsity, reconstruction, and what the model loses.
+
+    Each report goes to eval.json in its dictionary's folder, in place of an earlier one.
 
     Parameters
     ----------
@@ -302,13 +306,18 @@ def evaluate(
         Tokens to read.
     by_frequency
         Show the reconstruction error of rare and frequent tokens as well.
+    by_position
+        Report reconstruction and loss by position in a row as well.
+    controls
+        Measure the same of a random dictionary of the same size and L0, of PCA with L0 components, and of the dictionary on the
+        model with its weights re-drawn.
     device
         Where to run, e.g. cuda.
     json_out
-        File for the full reports.
+        File for all the reports together.
     """
     import saelens_lite as sl
-    from saelens_lite.evaluate import frequency_table, table
+    from saelens_lite.evaluate import frequency_table, position_table, table
     from saelens_lite.files import write_json
     from saelens_lite.tokens import named_text
 
@@ -321,11 +330,17 @@ def evaluate(
         n_tokens=n_tokens,
         text_config=text_config,
         by_frequency=by_frequency,
+        by_position=by_position,
+        controls=controls,
     )
     named = {str(path): report for path, report in zip(dictionaries, reports, strict=True)}
     _console().print(table(named))
     if by_frequency:
         _console().print(frequency_table(named))
+    if by_position:
+        _console().print(position_table(named))
+    for path, report in named.items():
+        report.to_json(Path(path) / "eval.json")
     if json_out:
         write_json(json_out, {path: report.to_dict() for path, report in named.items()})
 

@@ -133,6 +133,7 @@ class Origin(FrozenConfig):
     n_ctx: int | None = Field(None, description="Tokens in a row.")
     prepend_bos: bool | None = Field(None, description="Whether each row begins with the BOS token.")
     text: str | None = Field(None, description="What the text was.")
+    text_sha256: str | None = Field(None, description="SHA-256 of the token rows, where all of them are known.")
     excluded_positions: tuple[int, ...] = Field((0,), description="Positions never trained on.")
 
 

@@ -12,7 +12,7 @@ from saelens_lite.features import FeatureStore
 from saelens_lite.files import refuse_existing
 from saelens_lite.hub import write_card
 from saelens_lite.model import load_model
-from saelens_lite.tokens import is_held_out, python_docs
+from saelens_lite.tokens import PythonDocs
 from saelens_lite.train import train
 
 RULES: dict[str, dict[str, Any]] = {
@@ -58,12 +58,10 @@ def demo(
     hook = f"blocks.{lm.n_layers // 2}.hook_resid_pre"
     sample = lm.generate("The old man looked at", max_new_tokens=60)
     say(f"{lm}\n  It writes: {sample!r}\n  Hook: {hook}")
-    documents = python_docs()
-    training = [d.text for d in documents if not is_held_out(d.name)]
-    held_out = [d.text for d in documents if is_held_out(d.name)]
+    training, held_out = PythonDocs("python-docs:train"), PythonDocs("python-docs:held-out")
     lap("load")
 
-    cache = capture(lm, training, hook, out / "cache", text_name="Python's documentation", exists="overwrite")
+    cache = capture(lm, training, hook, out / "cache", exists="overwrite")
     say(str(cache))
     lap("capture")
 
@@ -76,7 +74,7 @@ def demo(
 
     reports = evaluate([run.dictionary for run in runs], lm, held_out, n_tokens=60_000)
     for run, report in zip(runs, reports, strict=True):
-        write_card(run.folder / "dictionary", run.dictionary, report, text="held-out pages of Python's documentation")
+        write_card(run.folder / "dictionary", run.dictionary, report)
     lap("evaluate")
 
     for run in runs:

@@ -113,9 +113,11 @@ def test_the_manifest_says_what_is_there(cache, lm, documents):
         "revision": None,
         "model_class": "GPT2LMHeadModel",
         "processing": [],
+        "target_hook": None,
         "n_ctx": 32,
         "prepend_bos": True,
         "text": "some docs",
+        "text_sha256": manifest["text_sha256"],
         "excluded_positions": [0],
     }
     assert {name: entry["d_in"] for name, entry in manifest["hooks"].items()} == dict.fromkeys(HOOKS, 192)
@@ -133,7 +135,13 @@ def test_the_cache_answers_for_its_hooks(cache):
     assert list(cache.hooks) == HOOKS
     assert cache.d_in(HOOKS[1]) == 192
     assert cache.origin(HOOKS[1]) == sl.Origin(
-        model="tiny", model_class="GPT2LMHeadModel", hook=HOOKS[1], n_ctx=32, prepend_bos=True, text="some docs"
+        model="tiny",
+        model_class="GPT2LMHeadModel",
+        hook=HOOKS[1],
+        n_ctx=32,
+        prepend_bos=True,
+        text="some docs",
+        text_sha256=cache.manifest["text_sha256"],
     )
     assert f"{cache.n_tokens:,} tokens" in repr(cache)
     with pytest.raises(

@@ -73,6 +73,21 @@ def test_eval_writes_json(work, monkeypatch, capsys):
     (report,) = json.loads((work / "e.json").read_text()).values()
     assert report["n_tokens"] == 1500
     assert report["metrics"]["l0"]["value"] <= 8
+    assert report["text"] == "book.txt"
+    assert report["disjoint"] is None
+    assert "the same source" in report["disjoint_why"]
+    assert json.loads((work / "run/dictionary/eval.json").read_text()) == report
+
+
+def test_eval_shows_controls_and_positions(work, monkeypatch, capsys):
+    code, out, err = call(
+        monkeypatch, capsys, "eval", work / "run/dictionary", "--n-tokens", 600, "--controls", "--by-position"
+    )  # fmt: skip
+    assert code == 0, err
+    assert all(word in out for word in ("random", "PCA", "re-drawn", "position", "2 – 3"))
+    report = json.loads((work / "run/dictionary/eval.json").read_text())
+    assert set(report["controls"]) == {"random", "PCA", "re-drawn weights"}
+    assert report["disjoint"] is True
 
 
 def test_features_writes_one_page(work, monkeypatch, capsys):

@@ -1,14 +1,18 @@
 """Metrics against their formulas, computed here token by token on the plain transformers module."""
 
+import io
 import json
 
 import pytest
 import torch
+from rich.console import Console
 
 import saelens_lite as sl
-from saelens_lite.errors import ConfigError, HookError, ShapeError, TextError
-from saelens_lite.evaluate.metrics import PooledSums
-from saelens_lite.tokens import token_rows
+from saelens_lite.errors import ConfigError, CorruptFileError, HookError, NonFiniteError, ShapeError, TextError
+from saelens_lite.evaluate import EvalReport, position_table, table
+from saelens_lite.evaluate.metrics import PooledSums, latent_metrics
+from saelens_lite.evaluate.overlap import overlap
+from saelens_lite.tokens import PythonDocs, TokenRows, token_rows
 
 HOOK = "blocks.1.hook_resid_pre"
 
@@ -34,21 +38,26 @@ def dictionary(lm, name="topk", **options):
     return sl.Dictionary.create(name, d_in=lm.d_model, d_sae=96, options=options, origin=sl.Origin(hook=HOOK), seed=3)
 
 
-def cross_entropy(lm, rows, new=None):
-    """Mean nats per prediction between two kept positions, with `new(x)` in place of the stream."""
+def log_p(lm, rows, new=None):
+    """Log-probabilities [n pos d_vocab] in float64, with `new(x)` in place of the stream."""
     handle = lm.module.transformer.h[1].register_forward_pre_hook(
         lambda _m, args: (args[0] if new is None else new(args[0]), *args[1:])
     )
     with torch.no_grad():
-        log_p = lm.module(rows.tokens).logits.double().log_softmax(-1)
+        found = lm.module(rows.tokens).logits.double().log_softmax(-1)
     handle.remove()
-    losses = [
-        -log_p[s, t, rows.tokens[s, t + 1]]
-        for s in range(rows.tokens.shape[0])
-        for t in range(rows.tokens.shape[1] - 1)
-        if rows.keep[s, t] and rows.keep[s, t + 1]
-    ]
-    return float(torch.stack(losses).mean())
+    return found
+
+
+def cross_entropy(rows, log_p):
+    """Mean nats over the predictions made from kept positions; the last position of a row makes none."""
+    places = [(s, t) for s, t in rows.keep.nonzero().tolist() if t < rows.tokens.shape[1] - 1]
+    return float(torch.stack([-log_p[s, t, rows.tokens[s, t + 1]] for s, t in places]).mean())
+
+
+def divergence(rows, log_p, log_q):
+    """Mean KL(p ‖ q) over all kept positions."""
+    return float((log_p.exp() * (log_p - log_q)).sum(-1)[rows.keep].mean())
 
 
 def test_every_metric_is_its_formula(lm, rows, stream):
@@ -59,30 +68,59 @@ def test_every_metric_is_its_formula(lm, rows, stream):
         f = d.encode(x.float()).to_dense().double()
         x_hat = f @ d.W_dec.double() + d.b_dec.double()
     error = (x - x_hat).square().sum(1)
-    fvu = error.sum() / (x - x.mean(0)).square().sum()
-    keep = rows.keep[..., None]
-    clean, zero = cross_entropy(lm, rows), cross_entropy(lm, rows, torch.zeros_like)
-    spliced = cross_entropy(lm, rows, lambda s: torch.where(keep, d(s).detach(), s))
+    spread = (x - x.mean(0)).square().sum(1)
+    fvu = error.sum() / spread.sum()
+    clean = log_p(lm, rows)
+    new = {
+        "sae": log_p(lm, rows, lambda s: torch.where(rows.keep[..., None], d(s).detach(), s)),
+        "zero": log_p(lm, rows, torch.zeros_like),
+        "mean": log_p(lm, rows, lambda s: x.mean(0).float().expand_as(s)),
+    }
+    ce = {name: cross_entropy(rows, found) for name, found in {"clean": clean, **new}.items()}
+    kl = {name: divergence(rows, clean, found) for name, found in new.items()}
+    fired = (f != 0).double().mean(0)
     expected = {
         "l0": (f != 0).sum(1).double().mean(),
         "l1": f.abs().sum(1).mean(),
         "mse": error.mean(),
         "fvu": fvu,
         "explained_variance": 1 - fvu,
+        "explained_variance_legacy": (1 - error / spread).mean(),
         "cossim": torch.cosine_similarity(x, x_hat).mean(),
         "l2_ratio": (x_hat.norm(dim=1) / x.norm(dim=1)).mean(),
         "relative_reconstruction_bias": x_hat.square().sum(1).mean() / (x * x_hat).sum(1).mean(),
-        "ce_clean": clean,
-        "ce_zero": zero,
-        "ce_sae": spliced,
-        "ce_loss_score": (zero - spliced) / (zero - clean),
+        "frac_alive": (fired > 0).double().mean(),
+        "frac_dense": (fired > 0.1).double().mean(),
+        **{f"ce_{name}": value for name, value in ce.items()},
+        **{f"kl_{name}": value for name, value in kl.items()},
+        "ce_loss_score": (ce["zero"] - ce["sae"]) / (ce["zero"] - ce["clean"]),
+        "ce_loss_score_mean": (ce["mean"] - ce["sae"]) / (ce["mean"] - ce["clean"]),
+        "kl_div_score": 1 - kl["sae"] / kl["zero"],
+        "kl_div_score_mean": 1 - kl["sae"] / kl["mean"],
     }
     assert set(report.metrics) == set(expected)
     for name, value in expected.items():
         assert report[name] == pytest.approx(float(value), rel=2e-5), name
-    torch.testing.assert_close(report.density.double(), (f != 0).double().mean(0), atol=1e-7, rtol=0)
-    assert report.frac_alive == pytest.approx(float((f != 0).any(0).double().mean()))
+        assert report.metrics[name].low <= report[name] <= report.metrics[name].high or name == "frac_dense", name
+    torch.testing.assert_close(report.density.double(), fired, atol=1e-7, rtol=0)
     assert report.n_tokens == len(x)
+
+
+@pytest.mark.parametrize("hook", ["blocks.1.hook_mlp_out", "blocks.2.attn.hook_z", "blocks.3.hook_resid_post", "hook_embed"])
+def test_any_hook(lm, rows, hook):
+    """Against whole passes, in which the value at the hook is replaced by hand."""
+    d = dictionary(lm)
+    report = sl.evaluate(d, lm, rows, hook=hook, n_bootstrap=5, batch_tokens=300)
+    x = lm.run(rows, hook)[hook]
+    mean = x[rows.keep].double().mean(0).float()
+    clean = lm.logits(rows).double().log_softmax(-1)
+    with torch.no_grad():
+        spliced = torch.where(rows.keep[..., None], d(x), x)
+    for name, value in {"sae": spliced, "zero": torch.zeros_like(x), "mean": mean.expand_as(x)}.items():
+        with lm.replace(hook, lambda _, value=value: value.clone()):
+            found = lm.logits(rows).double().log_softmax(-1)
+        assert report[f"ce_{name}"] == pytest.approx(cross_entropy(rows, found), rel=1e-5)
+        assert report[f"kl_{name}"] == pytest.approx(divergence(rows, clean, found), rel=1e-4)
 
 
 def test_mean_predictor_explains_nothing_and_identity_everything(lm, rows, stream):
@@ -97,16 +135,18 @@ def test_mean_predictor_explains_nothing_and_identity_everything(lm, rows, strea
     assert no["explained_variance"] == pytest.approx(0, abs=1e-6)
     assert all_["explained_variance"] == pytest.approx(1, abs=1e-6)
     assert all_["ce_loss_score"] == pytest.approx(1, abs=1e-5)
+    assert all_["kl_div_score"] == pytest.approx(1, abs=1e-5)
     assert all_["l0"] == pytest.approx(lm.d_model, rel=0.01)
 
 
 def test_batch_size_does_not_matter_and_several_equal_each_alone(lm, rows):
     pair = [dictionary(lm), dictionary(lm, "gated", coefficient=1.0)]
-    together = sl.evaluate(pair, lm, rows, batch_tokens=64, n_bootstrap=20)
+    settings = {"n_bootstrap": 20, "by_position": True, "by_frequency": True}
+    together = sl.evaluate(pair, lm, rows, batch_tokens=64, **settings)
     for d, report in zip(pair, together, strict=True):
-        alone = sl.evaluate(d, lm, rows, batch_tokens=10_000, n_bootstrap=20)
-        for name in alone.metrics:
-            assert report[name] == pytest.approx(alone[name], rel=1e-6), name
+        alone = sl.evaluate(d, lm, rows, batch_tokens=10_000, **settings)
+        for (name, metric), (_, other) in zip(alone.lines(), report.lines(), strict=True):
+            assert tuple(metric) == pytest.approx(tuple(other), rel=1e-6, abs=1e-9), name
 
 
 def test_tokens_with_zero_reconstruction_count_as_cosine_zero(lm, rows):
@@ -134,12 +174,159 @@ def test_intervals_have_the_width_of_the_standard_error():
 def test_same_seed_same_report_and_json_round_trip(lm, rows, tmp_path):
     first, second = (sl.evaluate(dictionary(lm), lm, rows, n_bootstrap=30) for _ in range(2))
     assert first.to_json() == second.to_json(tmp_path / "eval.json")
+    again = EvalReport.from_json(tmp_path / "eval.json")
+    assert again == first
+    assert again.density is None
     read = json.loads((tmp_path / "eval.json").read_text())
     assert read["metrics"]["fvu"]["value"] == first["fvu"]
     assert read["hook"] == HOOK
 
 
-def test_bad_input(lm, rows):
+def test_positions_are_bands_of_their_own_formula(lm, rows, stream):
+    d = dictionary(lm)
+    report = sl.evaluate(d, lm, rows, by_position=True, n_bootstrap=30)
+    assert [(band.low, band.high) for band in report.by_position] == [(1, 1), (2, 3), (4, 7), (8, 15), (16, 31), (32, 47)]
+    mean = stream[rows.keep].mean(0)
+    clean = log_p(lm, rows)
+    spliced = log_p(lm, rows, lambda s: torch.where(rows.keep[..., None], d(s).detach(), s))
+    with torch.no_grad():
+        error = (stream - d(stream.float()).double()).square().sum(-1)
+    for band in report.by_position:
+        inside = rows.keep.clone()
+        inside[:, : band.low] = False
+        inside[:, band.high + 1 :] = False
+        here = rows._replace(keep=inside)
+        assert band.n_tokens == here.n_kept
+        assert band.fvu.value == pytest.approx(float(error[inside].sum() / (stream - mean)[inside].square().sum()), rel=1e-4)
+        assert band.ce_increase.value == pytest.approx(cross_entropy(here, spliced) - cross_entropy(here, clean), rel=1e-4)
+    assert "fvu at position 2 – 3" in str(report)
+    with pytest.raises(ConfigError, match="by_position=True"):
+        position_table({"a": sl.evaluate(d, lm, rows, n_bootstrap=5)})
+
+
+def test_alive_and_dense_have_intervals():
+    """Of 40 latents, each fires in one sequence of 400, half of them also everywhere."""
+    sums = PooledSums(300, seed=0)
+    sums.next_sequences(400)
+    fired = torch.zeros(400, 40)
+    fired[torch.arange(40), torch.arange(40)] = 1
+    fired[:, :20] = 5
+    sums.add("n", torch.full((400,), 10))
+    sums.add("0.fired", fired, replicates=100)
+    found = latent_metrics(sums, "0")
+    assert found["frac_alive"].value == 1
+    assert 0.8 < found["frac_alive"].low < 1 == found["frac_alive"].high
+    assert tuple(found["frac_dense"]) == (0.5, 0.5, 0.5)
+
+
+def test_controls(lm, rows, stream):
+    """A random dictionary of the same size and L0; PCA by singular values; weights in another order."""
+    d = dictionary(lm)
+    report = sl.evaluate(d, lm, rows, controls=True, n_bootstrap=20)
+    random, pca, redrawn = (report.controls[name] for name in ("random", "PCA", "re-drawn weights"))
+    assert random["l0"] == pytest.approx(report["l0"], abs=0.5)
+    assert len(random.density) == d.d_sae
+    assert 0 < random["explained_variance"] < pca["explained_variance"]
+    x = stream[rows.keep]
+    values = torch.linalg.svdvals(x - x.mean(0)).square()
+    assert pca["l0"] == pytest.approx(8, abs=1e-9)
+    assert pca["fvu"] == pytest.approx(float(values[8:].sum() / values.sum()), rel=1e-4)
+    assert redrawn["ce_clean"] > report["ce_clean"] + 1
+    assert "re-drawn" in redrawn.model
+    assert report.metrics == sl.evaluate(d, lm, rows, n_bootstrap=20).metrics
+    shown = io.StringIO()
+    Console(width=200, file=shown).print(table({"mine": report}))
+    assert all(name in shown.getvalue() for name in ("mine", "random", "PCA", "re-drawn weights"))
+    assert "| – PCA |" in report.to_markdown()
+    assert EvalReport.from_dict(json.loads(report.to_json())) == report
+
+
+def test_redrawn_weights_have_the_same_entries(lm):
+    redrawn = lm.redrawn(seed=1)
+    before, after = dict(lm.module.named_parameters()), dict(redrawn.module.named_parameters())
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        assert torch.equal(weight.flatten().sort().values, after[name].flatten().sort().values)
+    name = "transformer.wte.weight"
+    assert not torch.equal(before[name], after[name])
+    assert redrawn.module.lm_head.weight is after[name]
+    assert torch.equal(after[name], lm.redrawn(seed=1).module.transformer.wte.weight)
+
+
+@pytest.mark.parametrize(
+    ("trained", "text", "disjoint", "why"),
+    [
+        ("python-docs:train", PythonDocs("python-docs:held-out"), True, "without a document in common"),
+        ("python-docs", PythonDocs("python-docs:held-out"), False, "holds documents of the other"),
+        ("python-docs:train", PythonDocs("python-docs:train"), False, "holds documents"),
+        ("book.txt", PythonDocs("python-docs"), True, "sources of different names"),
+        ("book.txt", ["no name"], None, "has no name to compare with book.txt"),
+        (None, PythonDocs("python-docs"), None, "does not say what it was trained on"),
+    ],
+)
+def test_whether_the_text_was_trained_on(lm, trained, text, disjoint, why, caplog):
+    d = dictionary(lm)
+    d.origin = d.origin.replace(text=trained)
+    report = sl.evaluate(d, lm, text, n_tokens=300, n_bootstrap=5)
+    assert report.disjoint is disjoint
+    assert why in report.disjoint_why
+    assert (why in caplog.text) == (disjoint is not True)
+    assert (report.caution in str(report)) == bool(report.caution or disjoint)
+
+
+@pytest.mark.parametrize(
+    ("trained", "evaluated", "disjoint"),
+    [
+        ("hf:a/b", "hf:a/b::train", None),
+        ("hf:a/b", "hf:a/b::test", True),
+        ("hf:a/b:x:train", "hf:a/b:y:train", True),
+        ("same.txt", "same.txt", None),
+    ],
+)
+def test_names_of_sources(trained, evaluated, disjoint):
+    assert overlap(sl.Origin(text=trained), evaluated, "1").disjoint is disjoint
+    assert overlap(sl.Origin(text=trained, text_sha256="1"), evaluated, "1").disjoint is False
+
+
+def test_a_file_that_was_captured_is_known_again(lm, tmp_path, documents):
+    (tmp_path / "book.txt").write_text(documents[-1])
+    cache = sl.capture(lm, tmp_path / "book.txt", HOOK, tmp_path / "cache", n_ctx=32)
+    (run,) = sl.train(cache, sl.TrainConfig(d_sae=32, n_tokens=200, batch_size=100, options={"k": 4}))
+    (tmp_path / "copy.txt").write_text(documents[-1])
+    report = sl.evaluate(run.dictionary, lm, tmp_path / "copy.txt", n_tokens=None, n_bootstrap=5)
+    assert report.disjoint is False
+    assert "token for token" in report.caution
+    assert sl.evaluate(run.dictionary, lm, tmp_path / "book.txt", n_tokens=50, n_bootstrap=5).disjoint is None
+
+
+def test_report_as_text_html_and_markdown(lm, rows):
+    report = sl.evaluate(dictionary(lm), lm, rows, n_bootstrap=20, text_name="a <b> text")
+    assert "a <b> text" in report.to_markdown()
+    assert f"| fvu | {report['fvu']:.4g} | " in report.to_markdown()
+    assert "<td>fvu</td>" in report._repr_html_()
+    assert "a &lt;b&gt; text" in report._repr_html_()
+    shown = io.StringIO()
+    Console(width=200, file=shown).print(report)
+    assert "kl_div_score_mean" in shown.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "evaluation of format None, this version reads 2"),
+        ('{"format": 2}', "is no evaluation: KeyError"),
+        ('{"format": 2, "metrics": {"l0": 3}}', "is no evaluation"),
+        ("[1]", "holds a list"),
+        ("{", "not valid JSON"),
+    ],
+)
+def test_files_that_are_no_report(tmp_path, content, message):
+    (tmp_path / "eval.json").write_text(content)
+    with pytest.raises(CorruptFileError, match=message):
+        EvalReport.from_json(tmp_path / "eval.json")
+
+
+def test_bad_input(lm, rows, random_lm):
     narrow = sl.Dictionary.create("l1", d_in=7, d_sae=16, origin=sl.Origin(hook=HOOK))
     with pytest.raises(ShapeError, match=rf"{lm.d_model}.*takes \[\.\.\., 7\]"):
         sl.evaluate(narrow, lm, rows)
@@ -149,3 +336,34 @@ def test_bad_input(lm, rows):
         sl.evaluate(dictionary(lm), lm, rows, hook="blocks.1.hook_resid_prr")
     with pytest.raises(TextError, match="no text"):
         sl.evaluate(dictionary(lm), lm, [""])
+    with pytest.raises(TextError, match="none of the positions"):
+        sl.evaluate(dictionary(lm), lm, TokenRows(rows.tokens, torch.zeros_like(rows.keep)))
+    with pytest.raises(ConfigError, match="batch_tokens = 0"):
+        sl.evaluate(dictionary(lm), lm, rows, batch_tokens=0)
+    broken = random_lm.redrawn()
+    broken.module.transformer.wte.weight[5] = torch.nan
+    with pytest.raises(NonFiniteError, match="hold NaN"):
+        sl.evaluate(dictionary(broken), broken, torch.randint(1, 9, (3, 20)))
+
+
+@pytest.mark.parametrize("hook", ["blocks.1.hook_mlp_out", "blocks.2.hook_resid_pre"])
+def test_a_transcoder_is_measured_at_its_target(lm, rows, hook):
+    origin = sl.Origin(hook="blocks.1.mlp.hook_in", target_hook=hook)
+    d = sl.Dictionary.create(
+        "topk", d_in=lm.d_model, d_out=lm.d_model, d_sae=64, skip=True, options={"k": 4}, origin=origin, seed=1
+    )
+    torch.nn.init.normal_(d.W_skip, std=0.05, generator=torch.Generator().manual_seed(0))
+    report = sl.evaluate(d, lm, rows, n_bootstrap=5, controls=True)
+    acts = lm.run(rows, [origin.hook, hook])
+    x, y = acts[origin.hook], acts[hook]
+    with torch.no_grad():
+        y_hat = d(x)
+    kept = rows.keep
+    fvu = (y - y_hat)[kept].double().square().sum() / (y[kept].double() - y[kept].double().mean(0)).square().sum()
+    assert report["fvu"] == pytest.approx(float(fvu), rel=1e-5)
+    assert report.hook == hook
+    with lm.replace(hook, lambda y: torch.where(kept[..., None], y_hat, y)):
+        assert report["ce_sae"] == pytest.approx(cross_entropy(rows, lm.logits(rows).double().log_softmax(-1)), rel=1e-5)
+    assert report.controls["PCA"]["explained_variance"] > 0
+    with pytest.raises(ConfigError, match=f"found blocks.1.hook_resid_pre, blocks.1.mlp.hook_in to {hook}"):
+        sl.evaluate([d, dictionary(lm)], lm, rows)

@@ -9,6 +9,7 @@ import torch
 import saelens_lite as sl
 from saelens_lite.errors import HookError, ModelNotFoundError
 from saelens_lite.model.hooks import HookPoint
+from saelens_lite.model.tail import Tail
 
 D_MODEL, N_VOCAB = 32, 97
 USUAL = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
@@ -230,6 +231,47 @@ def test_a_replaced_value_is_what_the_rest_reads(family_lm, family, hook):
         assert torch.equal(model.run(TOKENS, hook)[hook], before * 2)
         assert (model.logits(TOKENS) - logits).abs().max() > 1e-3
     assert torch.equal(model.logits(TOKENS), logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tail_gives_the_logits_of_a_whole_pass(family_lm, family):
+    """Without running the blocks in front of the hook again, and for other activations than those it was tried on."""
+    model = family_lm(family)
+    flat = {hook for hook in model.hook_names if family == "OPT" and hook.endswith(("mlp_out", "resid_mid"))}
+    for hook in set(model.hook_names) - flat:
+        tail = Tail(model, hook, TOKENS)
+        (x,), clean = tail.read(TOKENS, hook)
+        assert torch.equal(clean, model.logits(TOKENS))
+        new = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+        with model.replace(hook, lambda _, new=new: new.clone()):
+            wanted = model.logits(TOKENS)
+        first = model.blocks[0]
+        ran = []
+        handle = next(first.children()).register_forward_hook(lambda *_, ran=ran: ran.append("first block"))
+        assert_near(tail.logits(TOKENS, new), wanted, hook)
+        handle.remove()
+        behind = "blocks.1" in hook or hook == "blocks.0.hook_resid_post"
+        assert tail.n_skipped == behind + (hook == "blocks.1.hook_resid_post"), hook
+        assert bool(ran) == (not behind), hook
+        assert tail.is_whole_stream == hook.endswith(("resid_pre", "resid_post"))
+    assert torch.equal(model.logits(TOKENS), clean)
+
+
+@pytest.mark.parametrize(("take", "n_skipped"), [(lambda memory: memory[-1], 1), (list.pop, 0)])
+def test_a_model_whose_blocks_read_more_than_the_stream(family_lm, take, n_skipped):
+    """The second block adds what the first one's attention gave, and in one case it can be had only once."""
+    model = sl.LanguageModel(copy.deepcopy(family_lm("Llama").module), family_lm("Llama").tokenizer, name="remembering")
+    first, second = model.blocks
+    memory = []
+    first.self_attn.register_forward_hook(lambda _module, _args, out: memory.append(out[0]))
+    second.register_forward_hook(lambda _module, _args, out: out + take(memory))
+    hook = "blocks.1.hook_resid_pre"
+    tail = Tail(model, hook, TOKENS)
+    assert (tail.n_skipped, tail.is_whole_stream) == (n_skipped, False)
+    (x,), _ = tail.read(TOKENS, hook)
+    found = tail.logits(TOKENS, x / 2)
+    with model.replace(hook, lambda x: x / 2):
+        assert_near(found, model.logits(TOKENS))
 
 
 def test_an_architecture_nobody_knows(family_lm):

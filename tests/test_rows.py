@@ -1,5 +1,6 @@
 """Rows cut, packed and overlapping: every token once, in order, with the context that was promised."""
 
+import copy
 import itertools
 
 import pytest
@@ -296,3 +297,15 @@ def test_the_hash_is_of_what_counts(lm):
     assert text_hash(rows.take(torch.tensor([1, 0]))) != text_hash(rows[:2])
     merged = TokenRows(rows.tokens[:2].reshape(1, -1), rows.keep[:2].reshape(1, -1))
     assert text_hash(merged) != text_hash(rows[:2])
+
+
+def test_rows_are_padded_with_what_ends_a_document(lm):
+    """So that a prediction made from its last token is compared with its end."""
+    other = copy.copy(lm)
+    other.tokenizer = copy.deepcopy(lm.tokenizer)
+    other.tokenizer.eos_token = other.tokenizer.convert_ids_to_tokens(700)
+    rows = token_rows(other, ["short", "a text of more tokens than the other one has"])
+    length = int(rows.keep[0].nonzero().max()) + 1
+    assert rows.tokens[0, 0] == lm.bos_id
+    assert set(rows.tokens[0, length:].tolist()) == {700}
+    assert not rows.keep[0, length:].any()

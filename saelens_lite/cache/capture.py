@@ -40,7 +40,7 @@ from saelens_lite.files import (
 )
 from saelens_lite.model import LanguageModel
 from saelens_lite.progress import progress_bar
-from saelens_lite.tokens import RowBlocks, Text, TokenRows, hub_name, text_config_of
+from saelens_lite.tokens import RowBlocks, Text, TokenRows, source_name, text_config_of
 
 REQUEST, JOURNAL, LOCK, SHARDS = "capture.json", "journal.jsonl", ".lock", "shards"
 log = logging.getLogger(__name__)
@@ -197,11 +197,7 @@ def _write_shards(
 
 def origin_of(lm: LanguageModel, blocks: RowBlocks, text_name: str | None) -> Origin:
     """What later evaluations need to know of rows that have been read."""
-    text, config = blocks.text, blocks.config
-    if isinstance(text, Path):
-        text_name = text_name or text.name
-    elif isinstance(text, str) and hub_name(text):
-        text_name = text_name or text
+    config = blocks.config
     return Origin(
         model=lm.name,
         revision=lm.revision,
@@ -209,7 +205,8 @@ def origin_of(lm: LanguageModel, blocks: RowBlocks, text_name: str | None) -> Or
         processing=lm.processing,
         n_ctx=blocks.width or blocks.n_ctx,
         prepend_bos=blocks.every_row_begins_with_bos if blocks.are_rows else config.bos != "none",
-        text=text_name,
+        text=text_name or source_name(blocks.text, config),
+        text_sha256=blocks.record()["text_sha256"] if blocks.n_rows else None,
         excluded_positions=config.exclude_positions,
     )
 

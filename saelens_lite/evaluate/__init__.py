@@ -1,97 +1,45 @@
 """Evaluation: how sparse a dictionary is, how much it reconstructs, and what the model loses when it reads the
-reconstruction instead of its own activations."""
+reconstruction instead of its own activations.
 
-import json
-import math
+metrics.py has the definitions, measure.py the pass over the text, controls.py what to compare with, report.py the result.
+"""
+
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, overload
+from dataclasses import replace
+from typing import Any, NamedTuple, overload
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from saelens_lite.config import TextConfig
 from saelens_lite.dictionary import Dictionary
-from saelens_lite.errors import ConfigError
+from saelens_lite.errors import ConfigError, TextError
 from saelens_lite.evaluate import metrics
-from saelens_lite.evaluate.frequency import Bands, FrequencyBand, frequency_bands, frequency_markdown, frequency_table
-from saelens_lite.evaluate.metrics import Metric
-from saelens_lite.files import write_json
+from saelens_lite.evaluate.controls import REDRAWN, untrained
+from saelens_lite.evaluate.frequency import FrequencyBand, frequency_bands, frequency_markdown, frequency_table
+from saelens_lite.evaluate.measure import Grouping, Hooks, measure
+from saelens_lite.evaluate.metrics import Metric, PooledSums
+from saelens_lite.evaluate.overlap import overlap
+from saelens_lite.evaluate.positions import PositionBand, position_bands, position_table
+from saelens_lite.evaluate.report import EvalReport, markdown, table
 from saelens_lite.model import LanguageModel
-from saelens_lite.progress import progress_bar
-from saelens_lite.tokens import Text, TokenRows, text_hash, token_rows
+from saelens_lite.tokens import Text, TokenRows, source_name, text_hash, token_rows
 
-__all__ = ["EvalReport", "FrequencyBand", "Metric", "evaluate", "frequency_markdown", "frequency_table", "table"]
+__all__ = [
+    "EvalReport",
+    "FrequencyBand",
+    "Metric",
+    "PositionBand",
+    "evaluate",
+    "frequency_markdown",
+    "frequency_table",
+    "markdown",
+    "position_table",
+    "table",
+]
 
-FORMAT = 1
-
-
-@dataclass(frozen=True)
-class EvalReport:
-    """Metrics of one dictionary with 95 % confidence intervals, and the text they were measured on.
-
-    `metrics` by name (saelens_lite.evaluate.metrics has the formulas), `density` [d_sae] = firing frequency of each latent,
-    `by_frequency` = fvu by how often a token occurs in the text, if it was asked for.
-    """
-
-    metrics: dict[str, Metric]
-    density: Float[Tensor, " d_sae"]
-    n_tokens: int
-    n_sequences: int
-    text_sha256: str
-    model: str
-    hook: str
-    excluded: str
-    by_frequency: tuple[FrequencyBand, ...] | None = None
-
-    def __getitem__(self, name: str) -> float:
-        """The value of a metric."""
-        return self.metrics[name].value
-
-    @property
-    def frac_alive(self) -> float:
-        """Share of latents that fired at least once."""
-        return float((self.density > 0).double().mean())
-
-    @property
-    def frac_dense(self) -> float:
-        """Share of latents that fired on more than 10 % of the tokens."""
-        return float((self.density > 0.1).double().mean())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the per-latent densities, as plain data."""
-        content = {
-            "format": FORMAT,
-            "metrics": {name: _finite(m._asdict()) for name, m in self.metrics.items()},
-            "frac_alive": self.frac_alive,
-            "frac_dense": self.frac_dense,
-            **{key: getattr(self, key) for key in ("n_tokens", "n_sequences", "text_sha256", "model", "hook", "excluded")},
-        }
-        if self.by_frequency is not None:
-            content["by_frequency"] = [band._asdict() | {"fvu": _finite(band.fvu._asdict())} for band in self.by_frequency]
-        return content
-
-    def to_json(self, path: str | Path | None = None) -> str:
-        """The report as JSON, also written to `path` when given."""
-        if path is not None:
-            write_json(Path(path), self.to_dict())
-        return json.dumps(self.to_dict(), indent=2)
-
-    def __str__(self) -> str:
-        lines = [f"{name:30} {metric}" for name, metric in self.metrics.items()]
-        lines += [f"{'frac_alive':30} {self.frac_alive:.4g}", f"{'frac_dense':30} {self.frac_dense:.4g}"]
-        lines += [f"{f'fvu of tokens seen {band.label}':50} {band.fvu}" for band in self.by_frequency or ()]
-        where = (
-            f"{self.n_tokens:,} tokens in {self.n_sequences:,} sequences, {self.model}, {self.hook}, without {self.excluded}"
-        )
-        return "\n".join([where, *lines])
-
-
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """The values, None where there is no number: JSON has no NaN."""
-    return {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in values.items()}
+log = logging.getLogger(__name__)
 
 
 @overload
@@ -110,90 +58,127 @@ def evaluate(
     n_tokens: int | None = 100_000,
     text_config: TextConfig | None = None,
     by_frequency: bool = False,
-    batch_tokens: int = 8192,
+    by_position: bool = False,
+    controls: bool = False,
+    text_name: str | None = None,
+    batch_tokens: int | None = None,
     n_bootstrap: int = 1000,
     seed: int = 0,
 ) -> EvalReport | list[EvalReport]:
     """The report of a dictionary; of several dictionaries of one hook in one pass, a list of reports.
 
-    The model runs over the text as it is, with zeros at the hook everywhere, and with each reconstruction at the
-    positions that count. Special tokens, padding and position 0 do not count and keep their activation. Text is cut into
-    rows as the training text was, a document at a time; `text_config` says otherwise. `by_frequency` adds the fvu of tokens
-    that occur 1 to 9, 10 to 99, … times among those that count.
+    The model runs over the text as it is, with zeros at the hook everywhere, with the mean activation everywhere, and with
+    each reconstruction at the positions that count; the hook of a transcoder is its target. Special tokens, padding and
+    position 0 do not count and keep their activation. Text is cut into rows as the training text was, a document at a time;
+    `text_config` says otherwise.
+
+    `by_frequency` adds the fvu of tokens that occur 1 to 9, 10 to 99, … times among those that count, `by_position` fvu and
+    loss at positions 1, 2 to 3, 4 to 7, …. `controls` adds the same metrics for a random dictionary of the same size and L0,
+    for PCA with L0 components fitted on this text, and for the dictionary on the model with its weights re-drawn. The report
+    says whether the text is other than what was trained on, as far as names and hashes tell; if not, a warning is logged.
+
+    `batch_tokens` bounds the memory, and changes no number: by default 2,048 on a CPU and 16,384 on a GPU, fewer where the
+    vocabulary is large.
 
     Raises:
         ConfigError: dictionaries of different hooks, none that names its hook, or of a model with other processing.
         HookError, ShapeError, TextError: a hook the model lacks, a width that does not fit, no text.
+        NonFiniteError: the activations hold NaN or infinity.
     """
     several = not isinstance(dictionary, Dictionary)
     dictionaries = list(dictionary) if several else [dictionary]
-    hook = _common_hook(dictionaries, hook)
+    hooks = _common_hooks(dictionaries, hook)
     for one in dictionaries:
         lm.check_origin(one.origin)
+    if batch_tokens is not None and batch_tokens < 1:
+        raise ConfigError(f"batch_tokens = {batch_tokens}; expected at least 1")
     rows = _rows(dictionaries[0], lm, text, n_tokens, text_config)
-    bands = frequency_bands(rows) if by_frequency else None
-    sums = metrics.PooledSums(n_bootstrap, seed)
-    counts = [torch.zeros(d.d_sae, dtype=torch.long) for d in dictionaries]
-    per_batch = max(1, batch_tokens // rows.tokens.shape[1])
-    with progress_bar("evaluate", rows.n_kept) as advance:
-        for start in range(0, len(rows.tokens), per_batch):
-            chosen = slice(start, start + per_batch)
-            batch = rows.take(chosen)
-            in_batch = bands._replace(band=bands.band[chosen]) if bands else None
-            _add_batch(sums, counts, dictionaries, lm, batch, hook, in_batch)
-            advance(batch.n_kept, "")
-    reports = [
-        EvalReport(
-            metrics=metrics.reconstruction_metrics(sums, str(i)) | metrics.cross_entropy_metrics(sums, str(i)),
-            density=counts[i].float() / rows.n_kept,
-            n_tokens=rows.n_kept,
-            n_sequences=len(rows.tokens),
-            text_sha256=text_hash(rows),
-            model=lm.name,
-            hook=hook,
-            excluded=_excluded(text, text_config),
-            by_frequency=tuple(bands.report(metrics.band_fvu(sums, str(i)))) if bands else None,
-        )
-        for i in range(len(dictionaries))
-    ]
+    job = _Job(
+        rows=rows,
+        hooks=hooks,
+        text=text_name or source_name(text, text_config),
+        sha256=text_hash(rows),
+        excluded=_excluded(text, text_config),
+        batch_tokens=batch_tokens,
+        n_bootstrap=n_bootstrap,
+        seed=seed,
+    )
+    reports = _reports(job, dictionaries, lm, by_frequency, by_position)
+    for report in reports:
+        if report.caution:
+            log.warning("%s", report.caution)
+    if controls:
+        reports = _with_controls(job, dictionaries, lm, reports)
     return reports if several else reports[0]
 
 
-def _add_batch(
-    sums: metrics.PooledSums,
-    counts: list[Tensor],
-    dictionaries: list[Dictionary],
-    lm: LanguageModel,
-    batch: TokenRows,
-    hook: str,
-    bands: Bands | None,
-) -> None:
-    """Collect one batch: the clean pass, the zeroed pass, and a pass for each dictionary."""
-    tokens, keep = batch.tokens.to(lm.device), batch.keep.to(lm.device)
-    membership = metrics.membership(bands.band.to(lm.device), len(bands.exponent), keep) if bands else None
-    clean: list[Tensor] = []
+class _Job(NamedTuple):
+    """What an evaluation and its controls have in common."""
 
-    def logits_with(new) -> Tensor:
-        with lm.replace(hook, new):
-            return lm.logits(tokens)
+    rows: TokenRows
+    hooks: Hooks
+    text: str | None
+    sha256: str
+    excluded: str
+    batch_tokens: int | None
+    n_bootstrap: int
+    seed: int
 
-    sums.next_sequences(len(tokens))
-    metrics.add_cross_entropy(sums, "clean", logits_with(clean.append), tokens, keep)
-    x = clean[0]
-    metrics.add_activations(sums, x, keep)
-    if membership is not None:
-        metrics.add_bands(sums, x, membership)
-    metrics.add_cross_entropy(sums, "zero", logits_with(torch.zeros_like), tokens, keep)
+
+def _reports(
+    job: _Job, dictionaries: Sequence[Dictionary], lm: LanguageModel, by_frequency: bool = False, by_position: bool = False
+) -> list[EvalReport]:
+    """One pass, and a report of each dictionary."""
+    rows = job.rows
+    frequencies = frequency_bands(rows) if by_frequency else None
+    positions = position_bands(rows) if by_position else None
+    groupings = [Grouping("frequency", frequencies.band, len(frequencies.exponent))] if frequencies else []
+    groupings += [Grouping("position", positions.band, len(positions.low))] if positions else []
+    sums = PooledSums(job.n_bootstrap, job.seed)
+    measure(dictionaries, lm, rows, job.hooks, sums=sums, groupings=groupings, batch_tokens=job.batch_tokens)
+    reports = []
     for i, dictionary in enumerate(dictionaries):
-        codes = dictionary.encode(x)
-        x_hat = dictionary.decode(codes).to(x.dtype)
-        spliced = torch.where(keep[..., None], x_hat, x)
-        metrics.add_reconstruction(sums, str(i), x, x_hat, codes, keep)
-        if membership is not None:
-            metrics.add_band_errors(sums, str(i), x, x_hat, membership)
-        metrics.add_cross_entropy(sums, str(i), logits_with(lambda _, spliced=spliced: spliced), tokens, keep)
-        kept = codes.latent[keep.flatten()[codes.row]]
-        counts[i] += torch.bincount(kept, minlength=dictionary.d_sae).cpu()
+        name = str(i)
+        found = overlap(dictionary.origin, job.text, job.sha256)
+        reports.append(
+            EvalReport(
+                metrics=metrics.reconstruction_metrics(sums, name)
+                | metrics.latent_metrics(sums, name)
+                | metrics.prediction_metrics(sums, name),
+                n_tokens=rows.n_kept,
+                n_sequences=len(rows.tokens),
+                text=job.text,
+                text_sha256=job.sha256,
+                disjoint=found.disjoint,
+                disjoint_why=found.why,
+                model=lm.name,
+                hook=job.hooks.write,
+                excluded=job.excluded,
+                density=metrics.density(sums, name),
+                by_frequency=tuple(frequencies.report(metrics.band_fvu(sums, "frequency", name))) if frequencies else None,
+                by_position=tuple(
+                    positions.report(metrics.band_fvu(sums, "position", name), metrics.band_ce(sums, "position", name))
+                )
+                if positions
+                else None,
+            )
+        )
+    return reports
+
+
+def _with_controls(
+    job: _Job, dictionaries: Sequence[Dictionary], lm: LanguageModel, reports: Sequence[EvalReport]
+) -> list[EvalReport]:
+    """The reports with those of their controls."""
+    sizes = [report["l0"] for report in reports]
+    there = job._replace(hooks=Hooks(job.hooks.write, job.hooks.write))  # for a transcoder, autoencoders of its target
+    others = untrained(lm, job.rows, job.hooks.write, dictionaries, sizes, job.batch_tokens)
+    found = iter(_reports(there, [d for controls in others for d in controls.values()], lm))
+    redrawn = _reports(job, dictionaries, lm.redrawn(job.seed))
+    return [
+        replace(report, controls={**{name: next(found) for name in controls}, REDRAWN: without_knowledge})
+        for report, controls, without_knowledge in zip(reports, others, redrawn, strict=True)
+    ]
 
 
 def _rows(
@@ -201,6 +186,8 @@ def _rows(
 ) -> TokenRows:
     """Token rows like those the dictionary was trained on, but for what `config` says."""
     if isinstance(text, TokenRows):
+        if not text.n_kept:
+            raise TextError("no text: none of the positions of the token rows counts")
         return text
     config, origin = config or TextConfig(), dictionary.origin
     if "bos" not in config.model_fields_set and origin.prepend_bos is False:
@@ -217,28 +204,13 @@ def _excluded(text: Text | TokenRows, config: TextConfig | None) -> str:
     return f"BOS, padding{several}" if positions else "BOS and padding"
 
 
-def _common_hook(dictionaries: list[Dictionary], hook: str | None) -> str:
-    """The hook all dictionaries belong to."""
-    hooks = {hook} if hook else {d.origin.hook for d in dictionaries}
-    if len(hooks) != 1 or None in hooks:
-        found = sorted(str(h) for h in hooks)
+def _common_hooks(dictionaries: list[Dictionary], hook: str | None) -> Hooks:
+    """Where all the dictionaries read, and where their output belongs; `hook` says where they read."""
+    found = {(hook or d.origin.hook, d.origin.target_hook) for d in dictionaries}
+    (read, target), *others = found or {(None, None)}
+    if read is None or others:
+        named = sorted(f"{read}{f' to {target}' if target else ''}" for read, target in found)
         raise ConfigError(
-            f"dictionaries evaluated together need one hook; found {', '.join(found) or 'no dictionary'}; give hook="
+            f"dictionaries evaluated together need one hook; found {', '.join(named) or 'no dictionary'}; give hook="
         )
-    return hooks.pop()
-
-
-def table(reports: dict[str, EvalReport]) -> Any:
-    """A rich table of several reports, a row each."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    columns = {"l0": "L0", "fvu": "FVU", "ce_loss_score": "CE recovered"}
-    grid = Table(box=SIMPLE_HEAD, caption="± half of the 95 % interval", caption_justify="left")
-    for title in ("dictionary", *columns.values(), "alive", "dense"):
-        grid.add_column(title, no_wrap=title != "dictionary")
-    for name, report in reports.items():
-        chosen = [report.metrics[key] for key in columns]
-        cells = [f"{m.value:.4g} ±{(m.high - m.low) / 2:.1g}" for m in chosen]
-        grid.add_row(name, *cells, f"{report.frac_alive:.1%}", f"{report.frac_dense:.1%}")
-    return grid
+    return Hooks(read, target or read)

@@ -12,7 +12,7 @@ from saelens_lite.evaluate.metrics import Metric
 from saelens_lite.tokens import TokenRows
 
 if TYPE_CHECKING:
-    from saelens_lite.evaluate import EvalReport
+    from saelens_lite.evaluate.report import EvalReport
 
 
 class FrequencyBand(NamedTuple):
@@ -95,7 +95,7 @@ def _cells(reports: Mapping[str, "EvalReport"]) -> list[list[str]]:
             same[0].label,
             f"{same[0].n_ids:,}",
             f"{same[0].n_tokens / total:.1%}",
-            *(f"{b.fvu.value:.4g} ±{(b.fvu.high - b.fvu.low) / 2:.1g}" for b in same),
+            *(b.fvu.short for b in same),
         ]
         for same in zip(*bands, strict=True)
     ]

@@ -9,11 +9,16 @@ Source: Chamandy, Muralidharan, Najmi and Naidu 2012, Estimating uncertainty for
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float, Int, Num
+from jaxtyping import Bool, Float, Int, Num, Shaped
 from torch import Tensor
 
 from saelens_lite.codes import SparseCodes
+
+CHUNK_LOGITS = 1 << 23  # logits that are worked on at a time
+DENSE = 0.1  # a latent that fires on a larger share of the tokens is dense
+DENSITY_REPLICATES = 100  # bootstrap replicates of each latent's firing count, of which there is one a latent
 
 
 class Metric(NamedTuple):
@@ -26,9 +31,17 @@ class Metric(NamedTuple):
     def __str__(self) -> str:
         return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
+    @property
+    def short(self) -> str:
+        """The value and half of the interval."""
+        return f"{self.value:.4g} ±{(self.high - self.low) / 2:.1g}"
+
 
 class PooledSums:
-    """Weighted sums over sequences: entry 0 weighs each once, entries 1 … n are bootstrap replicates."""
+    """Weighted sums over sequences: entry 0 weighs each once, entries 1 … n are bootstrap replicates.
+
+    The weights depend on the seed and on the order of the sequences, not on how many come at a time.
+    """
 
     def __init__(self, n_bootstrap: int, seed: int):
         self.n_bootstrap = n_bootstrap
@@ -38,14 +51,14 @@ class PooledSums:
 
     def next_sequences(self, n: int) -> None:
         """Draw the weights of the next n sequences."""
-        drawn = torch.poisson(torch.ones(self.n_bootstrap, n), generator=self._generator)
-        self._weights = torch.cat([torch.ones(1, n), drawn]).double()
+        drawn = torch.poisson(torch.ones(n, self.n_bootstrap), generator=self._generator)
+        self._weights = torch.cat([torch.ones(n, 1), drawn], dim=1).T.double()
 
-    def add(self, name: str, per_sequence: Num[Tensor, "n ..."]) -> None:
-        """Add sums over the tokens of each sequence (scalars or vectors)."""
-        values = per_sequence.double().cpu()
-        pooled = self._weights @ values
-        self._sums[name] = self._sums[name] + pooled if name in self._sums else pooled
+    def add(self, name: str, per_sequence: Num[Tensor, "n ..."], replicates: int | None = None) -> None:
+        """Add sums over the tokens of each sequence (scalars or vectors); `replicates`: for no more than so many of them."""
+        weights = self._weights if replicates is None else self._weights[: replicates + 1]
+        pooled = weights @ per_sequence.double().cpu()
+        self._sums[name] = self._sums[name].add_(pooled) if name in self._sums else pooled
 
     def __getitem__(self, name: str) -> Float[Tensor, "replicates ..."]:
         return self._sums[name]
@@ -59,39 +72,85 @@ class PooledSums:
         return Metric(float(values[0]), low, high)
 
 
-def add_activations(sums: PooledSums, x: Float[Tensor, "n pos d"], keep: Bool[Tensor, "n pos"]) -> None:
-    """Collect what depends on the activations alone."""
-    kept = x.double() * keep[..., None]
-    sums.add("n", keep.sum(1))
-    sums.add("x", kept.sum(1))
-    sums.add("x_square", kept.square().sum((1, 2)))
+class Kept(NamedTuple):
+    """The tokens of a batch that count: where they are, and the number of sequences."""
+
+    row: Int[Tensor, " n_kept"]
+    position: Int[Tensor, " n_kept"]
+    n: int
+
+    @classmethod
+    def of(cls, keep: Bool[Tensor, "n pos"]) -> "Kept":
+        """The places at which `keep` is true."""
+        return cls(*keep.nonzero(as_tuple=True), len(keep))
+
+    def of_each(self, x: Shaped[Tensor, "n pos ..."]) -> Shaped[Tensor, "n_kept ..."]:
+        """What x holds for these tokens."""
+        return x[self.row, self.position]
+
+    def per_sequence(self, values: Shaped[Tensor, "n_kept ..."]) -> Float[Tensor, "n ..."]:
+        """Sums over the tokens of each sequence."""
+        zeros = values.new_zeros(self.n, *values.shape[1:], dtype=torch.float64)
+        return zeros.index_add_(0, self.row, values.double())
+
+
+def add_activations(
+    sums: PooledSums, x: Float[Tensor, "n_kept d"], center: Float[Tensor, " d"], kept: Kept
+) -> Float[Tensor, " n_kept"]:
+    """Collect what depends on the activations alone, and return ‖x − center‖² of each.
+
+    Sums are of x − center: with a center near the mean, the variance is no difference of large numbers.
+    """
+    shifted = x - center
+    square = shifted.square().sum(-1, dtype=torch.float64)
+    sums.add("n", kept.per_sequence(torch.ones_like(square)))
+    sums.add("x", kept.per_sequence(shifted))
+    sums.add("x_square", kept.per_sequence(square))
+    return square
 
 
 def add_reconstruction(
     sums: PooledSums,
     name: str,
-    x: Float[Tensor, "n pos d"],
-    x_hat: Float[Tensor, "n pos d"],
-    codes: SparseCodes,
-    keep: Bool[Tensor, "n pos"],
-) -> None:
-    """Collect what a dictionary's codes and reconstruction give; tokens with x_hat = 0 count as cosine 0."""
-    x, x_hat = x.double(), x_hat.double()
-    norm, norm_hat, dot = x.norm(dim=-1), x_hat.norm(dim=-1), (x * x_hat).sum(-1)
+    x: Float[Tensor, "n_kept d"],
+    x_hat: Float[Tensor, "n_kept d"],
+    square: Float[Tensor, " n_kept"],
+    kept: Kept,
+) -> Float[Tensor, " n_kept"]:
+    """Collect what a reconstruction gives, and return its squared errors; tokens with x_hat = 0 count as cosine 0.
+
+    `square` is ‖x − mean‖² of each token, as `add_activations` returns it.
+    """
+    error = (x - x_hat).square().sum(-1, dtype=torch.float64)
+    dot = (x * x_hat).sum(-1, dtype=torch.float64)
+    norm, norm_hat = (torch.linalg.vector_norm(t, dim=-1, dtype=torch.float64) for t in (x, x_hat))
     cosine = torch.where((norm > 0) & (norm_hat > 0), dot / (norm * norm_hat).clamp_min(1e-300), 0)
     ratio = torch.where(norm > 0, norm_hat / norm.clamp_min(1e-300), 0)
-    l1 = codes._replace(value=codes.value.abs()).to_dense().double().sum(-1)
+    legacy = 1 - error / square.clamp_min(1e-300)
     for key, value in {
-        "error": (x - x_hat).square().sum(-1), "cosine": cosine, "ratio": ratio, "dot": dot, "norm_hat": norm_hat.square(),
-        "l0": codes.l0, "l1": l1,
+        "error": error, "legacy": legacy, "cosine": cosine, "ratio": ratio, "dot": dot, "norm_hat": norm_hat.square(),
     }.items():  # fmt: skip
-        sums.add(f"{name}.{key}", (value * keep).sum(1))
+        sums.add(f"{name}.{key}", kept.per_sequence(value))
+    return error
+
+
+def add_codes(sums: PooledSums, name: str, codes: SparseCodes, kept: Kept) -> None:
+    """Collect how many latents fire for the kept tokens, how strongly, and which."""
+    sequence = kept.row[codes.row]
+    count = torch.bincount(sequence, minlength=kept.n)
+    strength = torch.zeros(kept.n, dtype=torch.float64, device=sequence.device)
+    fired = torch.bincount(sequence * codes.d_sae + codes.latent, minlength=kept.n * codes.d_sae)
+    sums.add(f"{name}.l0", count)
+    sums.add(f"{name}.l1", strength.index_add_(0, sequence, codes.value.double().abs()))
+    sums.add(f"{name}.fired", rearrange(fired, "(n d_sae) -> n d_sae", n=kept.n), replicates=DENSITY_REPLICATES)
 
 
 def reconstruction_metrics(sums: PooledSums, name: str) -> dict[str, Metric]:
     """Metrics of the codes and the reconstruction.
 
     fvu = Σ‖x − x̂‖² / (N (E‖x‖² − ‖E x‖²)), so that predicting the mean scores exactly 1; explained_variance = 1 − fvu.
+    explained_variance_legacy = mean over tokens of 1 − ‖x − x̂‖² / ‖x − E x‖²: other tools take the mean of each batch for E x,
+    here it is that of all kept tokens, so that batches do not matter.
     mse = mean over tokens of Σ_d (x − x̂)². relative_reconstruction_bias = E‖x̂‖² / E x·x̂ (Rajamanoharan et al. 2024).
     """
     n = sums["n"]
@@ -103,6 +162,7 @@ def reconstruction_metrics(sums: PooledSums, name: str) -> dict[str, Metric]:
         "mse": sums[f"{name}.error"] / n,
         "fvu": fvu,
         "explained_variance": 1 - fvu,
+        "explained_variance_legacy": sums[f"{name}.legacy"] / n,
         "cossim": sums[f"{name}.cosine"] / n,
         "l2_ratio": sums[f"{name}.ratio"] / n,
         "relative_reconstruction_bias": sums[f"{name}.norm_hat"] / sums[f"{name}.dot"],
@@ -110,59 +170,151 @@ def reconstruction_metrics(sums: PooledSums, name: str) -> dict[str, Metric]:
     return {key: sums.metric(value) for key, value in values.items()}
 
 
-def membership(band: Int[Tensor, "n pos"], n_bands: int, keep: Bool[Tensor, "n pos"]) -> Float[Tensor, "n pos n_bands"]:
-    """1 where a kept token belongs to a band, else 0."""
-    return (torch.nn.functional.one_hot(band, n_bands) * keep[..., None]).double()
+def density(sums: PooledSums, name: str) -> Float[Tensor, " d_sae"]:
+    """Share of the tokens on which each latent fires."""
+    return (sums[f"{name}.fired"][0] / sums["n"][0]).float()
 
 
-def add_bands(sums: PooledSums, x: Float[Tensor, "n pos d"], member: Float[Tensor, "n pos n_bands"]) -> None:
-    """Collect what depends on the activations alone, for each band of tokens."""
-    x = x.double()
-    sums.add("band.n", member.sum(1))
-    sums.add("band.x", rearrange(torch.einsum("npb,npd->nbd", member, x), "n b d -> n (b d)"))
-    sums.add("band.x_square", torch.einsum("npb,np->nb", member, x.square().sum(-1)))
+def latent_metrics(sums: PooledSums, name: str) -> dict[str, Metric]:
+    """frac_alive: latents that fire at least once in the text; frac_dense: those that fire on more than a tenth of the tokens.
+
+    A replicate leaves sequences out, and with them latents that fire nowhere else, so that its frac_alive is too low; the
+    interval of frac_alive is therefore value ± 1.96 standard deviations of the replicates.
+    """
+    fired = sums[f"{name}.fired"]
+    alive = (fired > 0).double().mean(1)
+    dense = (fired > DENSE * sums["n"][: len(fired), None]).double().mean(1)
+    value, spread = float(alive[0]), 1.96 * float(alive[1:].std(correction=0)) if len(alive) > 1 else float("nan")
+    return {
+        "frac_alive": Metric(value, max(0.0, value - spread), min(1.0, value + spread)),
+        "frac_dense": sums.metric(dense),
+    }
 
 
-def add_band_errors(
+def membership(band: Int[Tensor, " n_kept"], n_bands: int) -> Float[Tensor, "n_kept n_bands"]:
+    """1 where a token belongs to a band, else 0."""
+    return F.one_hot(band, n_bands).double()
+
+
+def add_bands(
     sums: PooledSums,
     name: str,
-    x: Float[Tensor, "n pos d"],
-    x_hat: Float[Tensor, "n pos d"],
-    member: Float[Tensor, "n pos n_bands"],
+    x: Float[Tensor, "n_kept d"],
+    center: Float[Tensor, " d"],
+    square: Float[Tensor, " n_kept"],
+    member: Float[Tensor, "n_kept n_bands"],
+    kept: Kept,
 ) -> None:
-    """Collect a dictionary's squared errors for each band of tokens."""
-    error = (x.double() - x_hat.double()).square().sum(-1)
-    sums.add(f"{name}.band.error", torch.einsum("npb,np->nb", member, error))
+    """Collect what depends on the activations alone, for each band of tokens; `center`, `square` as in `add_activations`."""
+    x_of_band = torch.stack([kept.per_sequence((x - center) * column[:, None]) for column in member.unbind(1)], dim=1)
+    sums.add(f"{name}.n", kept.per_sequence(member))
+    sums.add(f"{name}.x", rearrange(x_of_band, "n band d -> n (band d)"))
+    sums.add(f"{name}.x_square", kept.per_sequence(member * square[:, None]))
 
 
-def band_fvu(sums: PooledSums, name: str) -> list[Metric]:
+def add_band_values(
+    sums: PooledSums, name: str, values: Float[Tensor, " n_kept"], member: Float[Tensor, "n_kept n_bands"], kept: Kept
+) -> None:
+    """Collect a value of each token for each band."""
+    sums.add(name, kept.per_sequence(member * values[:, None]))
+
+
+def band_fvu(sums: PooledSums, bands: str, name: str) -> list[Metric]:
     """The fvu of each band b of tokens.
 
     fvu_b = Σ_b ‖x − x̂‖² / Σ_b ‖x − m‖², where m is the mean over all kept tokens: the fvu of the whole text is the mean of
     the bands' weighted by their share of its variance, and predicting m scores exactly 1 in each.
     """
-    n = sums["band.n"]  # [replicates n_bands]
-    x = rearrange(sums["band.x"], "r (b d) -> r b d", b=n.shape[1])
+    n = sums[f"{bands}.n"]  # [replicates n_bands]
+    x = rearrange(sums[f"{bands}.x"], "r (b d) -> r b d", b=n.shape[1])
     mean = sums["x"] / sums["n"][:, None]
-    variance = sums["band.x_square"] - 2 * torch.einsum("rbd,rd->rb", x, mean) + n * mean.square().sum(-1, keepdim=True)
-    fvu = sums[f"{name}.band.error"] / variance
-    return [sums.metric(column) for column in fvu.unbind(1)]
+    variance = sums[f"{bands}.x_square"] - 2 * torch.einsum("rbd,rd->rb", x, mean) + n * mean.square().sum(-1, keepdim=True)
+    return [sums.metric(column) for column in (sums[f"{name}.{bands}.error"] / variance).unbind(1)]
 
 
-def add_cross_entropy(
-    sums: PooledSums, name: str, logits: Float[Tensor, "n pos d_vocab"], tokens: Tensor, keep: Bool[Tensor, "n pos"]
-) -> None:
-    """Collect the cross-entropy (nats) of each next token; a prediction counts when source and target both count."""
-    counted = keep[:, :-1] & keep[:, 1:]
-    losses = torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), tokens[:, 1:], reduction="none")
-    sums.add(f"{name}.ce", (losses.double() * counted).sum(1))
-    if name == "clean":
-        sums.add("n_predictions", counted.sum(1))
+def band_ce(sums: PooledSums, bands: str, name: str) -> list[Metric]:
+    """CE_sae − CE_clean of the predictions made from each band of tokens, in nats."""
+    increase = sums[f"{name}.{bands}.ce"] / sums[f"{bands}.predictions"]
+    return [sums.metric(column) for column in increase.unbind(1)]
 
 
-def cross_entropy_metrics(sums: PooledSums, name: str) -> dict[str, Metric]:
-    """Cross-entropies in nats, and ce_loss_score = (CE_zero − CE_sae) / (CE_zero − CE_clean), a ratio of pooled means."""
-    n = sums["n_predictions"]
-    clean, zero, spliced = (sums[f"{key}.ce"] / n for key in ("clean", "zero", name))
-    values = {"ce_loss_score": (zero - spliced) / (zero - clean), "ce_clean": clean, "ce_sae": spliced, "ce_zero": zero}
+class Predictions(NamedTuple):
+    """What the model says without any replacement, and the tokens that follow.
+
+    log_p [n pos d_vocab]. A prediction counts when the token it is made from does; the last position of a row has none to
+    be compared with.
+    """
+
+    log_p: Float[Tensor, "n pos d_vocab"]
+    target: Int[Tensor, " n_kept"]
+    has_target: Bool[Tensor, " n_kept"]
+    kept: Kept
+
+    @classmethod
+    def of(cls, logits: Float[Tensor, "n pos d_vocab"], tokens: Int[Tensor, "n pos"], n_ctx: int, kept: Kept) -> "Predictions":
+        """The predictions of a clean pass over rows of n_ctx tokens that begin with `tokens`; overwrites the logits."""
+        log_p = logits.float()
+        for row in log_p.flatten(0, 1).split(_chunk(log_p)):
+            row.copy_(row.log_softmax(-1))
+        return cls(log_p, kept.of_each(tokens.roll(-1, 1)), kept.position < n_ctx - 1, kept)
+
+    def clean_losses(self) -> Float[Tensor, " n_kept"]:
+        """−log p of the next token (nats); 0 where there is none."""
+        found = -self.log_p[self.kept.row, self.kept.position, self.target].double()
+        return found * self.has_target
+
+    def losses(self, logits: Float[Tensor, "n_or_1 pos d_vocab"]) -> tuple[Float[Tensor, " n_kept"], Float[Tensor, " n_kept"]]:
+        """Cross-entropy of the next token and KL(clean ‖ new) for other logits (nats); a single row stands for all."""
+        cross_entropy, kl = [], []
+        for some in torch.arange(len(self.target), device=logits.device).split(_chunk(logits)):
+            row, position = self.kept.row[some], self.kept.position[some]
+            new = logits[row if len(logits) == self.kept.n else torch.zeros_like(row), position].float().log_softmax(-1)
+            cross_entropy.append(-new.gather(1, self.target[some, None]).squeeze(1).double())
+            divergence = F.kl_div(new, self.log_p[row, position], reduction="none", log_target=True)
+            kl.append(divergence.sum(-1, dtype=torch.float64))
+        return torch.cat(cross_entropy) * self.has_target, torch.cat(kl)
+
+
+def _chunk(logits: Tensor) -> int:
+    return max(1, CHUNK_LOGITS // logits.shape[-1])
+
+
+def add_clean(sums: PooledSums, predictions: Predictions) -> Float[Tensor, " n_kept"]:
+    """Collect and return the cross-entropies of a clean pass."""
+    found = predictions.clean_losses()
+    sums.add("clean.ce", predictions.kept.per_sequence(found))
+    sums.add("n_predictions", predictions.kept.per_sequence(predictions.has_target))
+    return found
+
+
+def add_losses(
+    sums: PooledSums, name: str, predictions: Predictions, logits: Float[Tensor, "n_or_1 pos d_vocab"]
+) -> Float[Tensor, " n_kept"]:
+    """Collect what a replacement does to the predictions, and return the cross-entropies."""
+    cross_entropy, kl = predictions.losses(logits)
+    sums.add(f"{name}.ce", predictions.kept.per_sequence(cross_entropy))
+    sums.add(f"{name}.kl", predictions.kept.per_sequence(kl))
+    return cross_entropy
+
+
+def prediction_metrics(sums: PooledSums, name: str) -> dict[str, Metric]:
+    """What the model loses, in nats, and as a share of what it loses when the hook is ablated, a ratio of pooled means.
+
+    ce_loss_score = (CE_zero − CE_sae) / (CE_zero − CE_clean), kl_div_score = (KL_zero − KL_sae) / KL_zero, with zeros at all
+    positions of the hook; ce_loss_score_mean and kl_div_score_mean the same with the mean of the kept tokens at all positions.
+    KL is of the clean predictions from the new, at all kept tokens, those at the end of a row too.
+    """
+    n, n_kept = sums["n_predictions"], sums["n"]
+    ce = {
+        key: sums[f"{source}.ce"] / n for key, source in (("clean", "clean"), ("sae", name), ("zero", "zero"), ("mean", "mean"))
+    }
+    kl = {key: sums[f"{source}.kl"] / n_kept for key, source in (("sae", name), ("zero", "zero"), ("mean", "mean"))}
+    values = {
+        "ce_loss_score": (ce["zero"] - ce["sae"]) / (ce["zero"] - ce["clean"]),
+        "ce_loss_score_mean": (ce["mean"] - ce["sae"]) / (ce["mean"] - ce["clean"]),
+        "kl_div_score": (kl["zero"] - kl["sae"]) / kl["zero"],
+        "kl_div_score_mean": (kl["mean"] - kl["sae"]) / kl["mean"],
+        **{f"ce_{key}": value for key, value in ce.items()},
+        **{f"kl_{key}": value for key, value in kl.items()},
+    }
     return {key: sums.metric(value) for key, value in values.items()}

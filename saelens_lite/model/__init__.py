@@ -1,5 +1,6 @@
 """A frozen language model whose residual stream can be read and written by transformer-lens hook names."""
 
+import copy
 import hashlib
 import json
 import logging
@@ -139,6 +140,12 @@ class LanguageModel:
         """The residual-stream and sublayer hooks, in the order of the forward pass."""
         return _hooks.usual_names(self.module, self._architecture)
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of the model, in order."""
+        component = self._architecture.components.get("blocks")
+        return [] if component is None else list(self.module.get_submodule(component.name))
+
     def hook_point(self, name: str) -> _hooks.HookPoint:
         """The module and side a hook name stands for; HookError with near matches when there is none."""
         return _hooks.resolve(name, self.module, self._architecture)
@@ -154,6 +161,19 @@ class LanguageModel:
         _processing.center_writing_weights_(self.module, self._architecture)
         self.processing = (_processing.CENTER_WRITING_WEIGHTS,)
         return self
+
+    def redrawn(self, seed: int = 0) -> "LanguageModel":
+        """A copy of this model that has learned nothing: the entries of each of its weight tensors in random order.
+
+        Each tensor keeps its scale and distribution, and weights that were shared still are.
+
+        Source: Heap, Lawson, Farnik and Aitchison 2025, Sparse autoencoders can interpret randomly initialized transformers,
+        arXiv:2501.17727, whose re-randomised models draw each tensor from a Gaussian of its mean and variance instead.
+        """
+        module = copy.deepcopy(self.module)
+        _processing.shuffle_weights_(module, seed)
+        redrawn = LanguageModel(module, self.tokenizer, name=f"{self.name}, weights re-drawn")
+        return redrawn.center_writing_weights_() if self.processing else redrawn
 
     def check_origin(self, origin: Origin) -> None:
         """Raise ConfigError when activations of this origin come from a model whose weights were processed otherwise.
@@ -368,8 +388,6 @@ class LanguageModel:
 
     def bridge(self) -> Any:
         """transformer-lens's TransformerBridge on a copy of this model, for everything hooks here do not cover."""
-        import copy
-
         from transformer_lens.model_bridge import TransformerBridge
 
         module = copy.deepcopy(self.module)  # it is switched to eager attention and its blocks are wrapped

@@ -1,4 +1,4 @@
-"""Changes to a model that leave its logits as they are: faster kernels, and weights whose activations are easier to read."""
+"""Changes to a model: faster kernels, weights whose activations are easier to read, and weights that know nothing."""
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,15 @@ def center_writing_weights_(module: nn.Module, known: Architecture) -> None:
         _center_(writer.weight, out)
         if getattr(writer, "bias", None) is not None:
             _center_(writer.bias, -1)
+
+
+@torch.no_grad()
+def shuffle_weights_(module: nn.Module, seed: int) -> None:
+    """Put the entries of each weight tensor in random order."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():  # each shared one once
+        order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+        parameter.copy_(parameter.flatten()[order].reshape(parameter.shape))
 
 
 def _center_(weight: Tensor, axis: int) -> None:

@@ -10,7 +10,7 @@ from saelens_lite.config import TextConfig
 from saelens_lite.tokens.blocks import RowBlocks
 from saelens_lite.tokens.python_docs import Document, PythonDocs, is_held_out, python_docs
 from saelens_lite.tokens.rows import TokenRows, joined, text_hash
-from saelens_lite.tokens.sources import Text, check_file, hub_name, name_of, named_text
+from saelens_lite.tokens.sources import Text, check_file, hub_name, name_of, named_text, source_name
 
 if TYPE_CHECKING:
     from saelens_lite.model import LanguageModel
@@ -27,6 +27,7 @@ __all__ = [
     "name_of",
     "named_text",
     "python_docs",
+    "source_name",
     "text_config_of",
     "text_hash",
     "token_rows",

@@ -54,7 +54,8 @@ class RowBlocks:
         self.block_rows = max(1, block_tokens // self.n_ctx)
         self.special = SpecialTokens(None, None) if self.are_rows else _special_tokens(lm, self.config)
         self.special_ids = {*lm.tokenizer.all_special_ids, *(i for i in (lm.bos_id, *self.special) if i is not None)}
-        self.pad = lm.bos_id if lm.bos_id is not None else 0
+        ends = (lm.tokenizer.eos_token_id, lm.bos_id, 0)  # a row is padded where a document ends
+        self.pad = next(i for i in ends if i is not None)
         self.balance = TokenBalance(self.config.max_token_share, lm.d_vocab) if self.config.max_token_share else None
         self.n_rows = self.n_kept = self.width = 0
         self.every_row_begins_with_bos = self.are_rows and bool(

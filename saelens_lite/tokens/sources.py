@@ -64,6 +64,17 @@ def name_of(text: Any) -> str | None:
     return text if isinstance(text, str) and hub_name(text) else None
 
 
+def source_name(text: Any, config: TextConfig | None = None) -> str | None:
+    """What a text is called where it is mentioned: a file without its folder, a dataset with its split; None when it has no
+    name."""
+    if isinstance(text, Path | PythonDocs):
+        return text.name
+    found = hub_name(text) if isinstance(text, str) else None
+    if found and config and config.split and not found.split:
+        return f"hf:{found.name}:{found.config or ''}:{config.split}"
+    return text if found else None
+
+
 def read_pieces(text: Text, config: TextConfig) -> Iterator[Piece]:
     """The documents of a text, whose long ones come in several pieces. Nothing is read before it is asked for.
 

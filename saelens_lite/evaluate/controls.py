@@ -1,0 +1,75 @@
+"""What a dictionary's numbers have to be compared with: dictionaries that nobody trained, of the same size or sparsity."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saelens_lite.config import Origin
+from saelens_lite.dictionary import Dictionary
+from saelens_lite.evaluate.measure import kept_activations
+from saelens_lite.model import LanguageModel
+from saelens_lite.tokens import TokenRows
+
+RANDOM, PCA, REDRAWN = "random", "PCA", "re-drawn weights"
+
+
+class Spread(NamedTuple):
+    """Mean and covariance of activations."""
+
+    mean: Float[Tensor, " d"]
+    covariance: Float[Tensor, "d d"]
+
+
+def spread(lm: LanguageModel, rows: TokenRows, hook: str, batch_tokens: int | None) -> Spread:
+    """Mean and covariance of the kept tokens' activations at a hook, in float64."""
+    total, products = 0.0, 0.0
+    for x in kept_activations(lm, rows, hook, batch_tokens, "covariance"):
+        exact = x.double()
+        total, products = total + exact.sum(0), products + exact.T @ exact
+    mean = total / rows.n_kept
+    return Spread(mean, products / rows.n_kept - torch.outer(mean, mean))
+
+
+def pca_dictionary(found: Spread, n_components: int, origin: Origin) -> Dictionary:
+    """x̂ = mean + the projection on the first principal components, as a dictionary of each component and its opposite: for
+    every token one of the two fires, so that L0 is the number of components."""
+    d_in = len(found.mean)
+    n = max(1, min(n_components, d_in))
+    directions = torch.linalg.eigh(found.covariance).eigenvectors[:, -n:].float()
+    both = torch.cat([directions, -directions], dim=1)
+    dictionary = Dictionary.create("l1", d_in=d_in, d_sae=2 * n, origin=origin).to(both.device)
+    dictionary.W_enc.data.copy_(both)
+    dictionary.W_dec.data.copy_(both.T)
+    dictionary.b_dec.data.copy_(found.mean)
+    return dictionary
+
+
+def random_dictionary(found: Spread, x: Float[Tensor, "n d"], d_sae: int, k: int, origin: Origin, seed: int) -> Dictionary:
+    """Random unit directions, of which the k that fit each token best fire; the decoder has the one norm that gives the least
+    squared error on x, or random directions that overlap would add up to too much."""
+    d_in = len(found.mean)
+    k = max(1, min(k, d_sae))
+    dictionary = Dictionary.create("topk", d_in=d_in, d_sae=d_sae, options={"k": k}, seed=seed, origin=origin).to(x.device)
+    dictionary.b_dec.data.copy_(found.mean)
+    centred, part = x - dictionary.b_dec, dictionary(x) - dictionary.b_dec
+    dictionary.W_dec.data.mul_((centred * part).sum() / part.square().sum())
+    return dictionary
+
+
+def untrained(
+    lm: LanguageModel, rows: TokenRows, hook: str, trained: Sequence[Dictionary], l0: Sequence[float], batch_tokens: int | None
+) -> list[dict[str, Dictionary]]:
+    """For each dictionary, whose L0 is known: a random one of its size and L0, and PCA with L0 components."""
+    found = spread(lm, rows, hook, batch_tokens)
+    with torch.no_grad():
+        x = next(iter(kept_activations(lm, rows, hook, batch_tokens, "random")))
+        return [
+            {
+                RANDOM: random_dictionary(found, x, d.d_sae, round(n), d.origin, seed=i),
+                PCA: pca_dictionary(found, round(n), d.origin),
+            }
+            for i, (d, n) in enumerate(zip(trained, l0, strict=True))
+        ]

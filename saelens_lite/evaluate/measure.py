@@ -1,0 +1,149 @@
+"""One pass of a model over token rows, and all that is collected on the way for several dictionaries of one hook."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from saelens_lite.dictionary import Dictionary
+from saelens_lite.errors import NonFiniteError, ShapeError
+from saelens_lite.evaluate import metrics
+from saelens_lite.evaluate.metrics import Kept, PooledSums, Predictions
+from saelens_lite.model import LanguageModel
+from saelens_lite.model.tail import Tail
+from saelens_lite.progress import progress_bar
+from saelens_lite.tokens import TokenRows
+
+MAX_LOGITS = {"cpu": 1 << 27, "cuda": 1 << 29}  # logits of a forward pass, unless told
+MAX_TOKENS = {"cpu": 2048, "cuda": 16_384}  # more does not run faster on a CPU
+
+
+class Hooks(NamedTuple):
+    """Where a dictionary reads its input, and where its output belongs: for an autoencoder the same."""
+
+    read: str
+    write: str
+
+
+class Grouping(NamedTuple):
+    """Tokens in bands: the band number of every position of the rows, and how many bands there are."""
+
+    name: str
+    band: Int[Tensor, "n_seq n_ctx"]
+    n_bands: int
+
+
+class Batch(NamedTuple):
+    """Rows that go through the model together, cut behind the last position that counts and the token after it."""
+
+    tokens: Int[Tensor, "n pos"]
+    keep: Bool[Tensor, "n pos"]
+    rows: Int[Tensor, " n"]
+
+
+def batches(lm: LanguageModel, rows: TokenRows, batch_tokens: int | None) -> Iterator[Batch]:
+    """The rows in batches on the model's device, the longest first; rows in which nothing counts are left out."""
+    n_ctx = rows.tokens.shape[1]
+    if batch_tokens is None:
+        kind = "cpu" if lm.device.type == "cpu" else "cuda"
+        batch_tokens = min(MAX_TOKENS[kind], MAX_LOGITS[kind] // lm.d_vocab)
+    length = (rows.keep * torch.arange(1, n_ctx + 1)).amax(1)
+    order = length.argsort(stable=True, descending=True)
+    order = order[length[order] > 0]
+    start = 0
+    while start < len(order):
+        width = min(int(length[order[start]]) + 1, n_ctx)
+        chosen = order[start : start + max(1, batch_tokens // width)]
+        start += len(chosen)
+        tokens, keep = (t[chosen, :width].to(lm.device) for t in rows)
+        yield Batch(tokens, keep, chosen)
+
+
+def kept_activations(
+    lm: LanguageModel, rows: TokenRows, hook: str, batch_tokens: int | None, what: str
+) -> Iterator[Float[Tensor, "n_kept d"]]:
+    """The activations of the kept tokens at a hook, batch by batch; the forward passes end there."""
+    with progress_bar(what, rows.n_kept) as advance:
+        for batch in batches(lm, rows, batch_tokens):
+            x = lm.run(batch.tokens, hook)[hook][batch.keep].float()
+            yield x
+            advance(len(x), "")
+
+
+def mean_activation(lm: LanguageModel, rows: TokenRows, hook: str, batch_tokens: int | None) -> Float[Tensor, " d"]:
+    """The mean activation at a hook over the kept tokens.
+
+    Raises:
+        NonFiniteError: an activation is NaN or infinite.
+    """
+    total = sum(x.sum(0, dtype=torch.float64) for x in kept_activations(lm, rows, hook, batch_tokens, "mean"))
+    if not torch.isfinite(total).all():
+        raise NonFiniteError(f"the activations of {hook} in {lm.name} hold NaN or infinity; there is nothing to measure")
+    return (total / rows.n_kept).float()
+
+
+def measure(
+    dictionaries: Sequence[Dictionary],
+    lm: LanguageModel,
+    rows: TokenRows,
+    hooks: Hooks,
+    *,
+    sums: PooledSums,
+    groupings: Sequence[Grouping] = (),
+    batch_tokens: int | None = None,
+) -> None:
+    """Add sums over the rows to `sums`, those of dictionary number i under names that begin with it.
+
+    What is in memory does not depend on the amount of text: two sets of logits of a batch, and the bootstrap's sums.
+    """
+    mean = mean_activation(lm, rows, hooks.write, batch_tokens)
+    tail = Tail(lm, hooks.write, rows.tokens.to(lm.device))
+    ablations = {"zero": torch.zeros_like(mean), "mean": mean}
+    fixed = {}
+    if tail.is_whole_stream:  # any row gives the same
+        row = rows.tokens[:1].to(lm.device)
+        fixed = {name: tail.logits(row, _everywhere(value, row, lm)) for name, value in ablations.items()}
+    with progress_bar("evaluate", rows.n_kept) as advance:
+        for batch in batches(lm, rows, batch_tokens):
+            kept = Kept.of(batch.keep)
+            (x, y), logits = tail.read(batch.tokens, *hooks)
+            clean = Predictions.of(logits, batch.tokens, rows.tokens.shape[1], kept)
+            sums.next_sequences(kept.n)
+            ce_clean = metrics.add_clean(sums, clean)
+            for name, value in ablations.items():
+                new = fixed[name] if name in fixed else tail.logits(batch.tokens, _everywhere(value, batch.tokens, lm))
+                metrics.add_losses(sums, name, clean, new)
+            x, wanted = kept.of_each(x), kept.of_each(y).float()
+            square = metrics.add_activations(sums, wanted, mean, kept)
+            members = _members(groupings, batch, kept)
+            for name, member in members.items():
+                metrics.add_bands(sums, name, wanted, mean, square, member, kept)
+                metrics.add_band_values(sums, f"{name}.predictions", clean.has_target.double(), member, kept)
+            for i, dictionary in enumerate(dictionaries):
+                codes = dictionary.encode(x)
+                if dictionary.d_out != y.shape[-1]:
+                    raise ShapeError(f"a dictionary gives [..., {dictionary.d_out}]; {hooks.write} is {list(y.shape)}")
+                x_hat = dictionary.decode(codes, x).float()
+                metrics.add_codes(sums, str(i), codes, kept)
+                error = metrics.add_reconstruction(sums, str(i), wanted, x_hat, square, kept)
+                spliced = y.index_put((kept.row, kept.position), x_hat.to(y.dtype))
+                ce = metrics.add_losses(sums, str(i), clean, tail.logits(batch.tokens, spliced))
+                for name, member in members.items():
+                    metrics.add_band_values(sums, f"{i}.{name}.error", error, member, kept)
+                    metrics.add_band_values(sums, f"{i}.{name}.ce", ce - ce_clean, member, kept)
+            advance(len(x), "")
+
+
+def _everywhere(value: Float[Tensor, " d"], tokens: Int[Tensor, "n pos"], lm: LanguageModel) -> Float[Tensor, "n pos d"]:
+    return value.to(lm.dtype).expand(*tokens.shape, -1)
+
+
+def _members(groupings: Sequence[Grouping], batch: Batch, kept: Kept) -> dict[str, Float[Tensor, "n_kept _"]]:
+    """Of each grouping, which band the kept tokens of a batch belong to."""
+    found = {}
+    for grouping in groupings:
+        band = grouping.band[batch.rows, : batch.tokens.shape[1]].to(batch.tokens.device)
+        found[grouping.name] = metrics.membership(kept.of_each(band), grouping.n_bands)
+    return found

@@ -1,0 +1,40 @@
+"""Whether a dictionary is evaluated on text it was trained on, as far as records can tell."""
+
+from typing import NamedTuple
+
+from saelens_lite.config import Origin
+from saelens_lite.tokens import PythonDocs, hub_name
+
+
+class Overlap(NamedTuple):
+    """`disjoint`: True, False, or None where it cannot be told; `why`, in words."""
+
+    disjoint: bool | None
+    why: str
+
+
+def overlap(origin: Origin, source: str | None, sha256: str) -> Overlap:
+    """What is known of the text of an origin and a text called `source`, whose token rows have this hash.
+
+    Names of sources are compared, and the hashes of the token rows; two texts of different names may still have passages in
+    common.
+    """
+    if origin.text_sha256 == sha256:
+        return Overlap(False, "it is the text the dictionary was trained on, token for token")
+    if origin.text is None:
+        return Overlap(None, "the dictionary does not say what it was trained on")
+    if source is None:
+        return Overlap(None, f"the text evaluated on has no name to compare with {origin.text}")
+    names = f"trained on {origin.text}, evaluated on {source}"
+    if {origin.text, source} == {"python-docs:train", "python-docs:held-out"}:
+        return Overlap(True, f"{names}: parts without a document in common")
+    trained, evaluated = hub_name(origin.text), hub_name(source)
+    if trained and evaluated and trained[:2] == evaluated[:2]:
+        if (trained.split or "train") != (evaluated.split or "train"):
+            return Overlap(True, f"{names}: different splits of one dataset")
+        return Overlap(None, f"{names}: the same split, maybe the same part of it")
+    if origin.text in PythonDocs.NAMES and source in PythonDocs.NAMES:
+        return Overlap(False, f"{names}: one holds documents of the other")
+    if origin.text == source:
+        return Overlap(None, f"{names}: the same source, maybe the same part of it")
+    return Overlap(True, f"{names}: sources of different names")

@@ -1,0 +1,130 @@
+"""A model from a hook onwards: the blocks in front of a replaced activation need not be run again."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from saelens_lite.model import LanguageModel
+
+PROBE_TOKENS = 16
+TOLERANCE = 1e-5
+log = logging.getLogger(__name__)
+
+
+class Tail:
+    """Logits of one model with one hook replaced, again and again on the same tokens.
+
+    `read` runs the whole model; `logits` then runs what lies behind the hook. For that, each block in front is made to hand on
+    what it is given, and where the hook is inside a block, what entered that block is put back. Whether this gives the
+    logits of a whole pass is tried on two rows first; where it does not, or the hook belongs to no block, passes are whole.
+
+    `n_skipped` is the number of blocks that are passed over. `is_whole_stream`: the hook is all that the rest of the model
+    reads, so that a constant in its place gives every row the same logits.
+    """
+
+    def __init__(self, lm: "LanguageModel", hook: str, tokens: Int[Tensor, "n pos"]):
+        self.lm, self.hook = lm, hook
+        point = lm.hook_point(hook)
+        blocks = lm.blocks
+        holding = next((i for i, block in enumerate(blocks) if any(part is point.module for part in block.modules())), 0)
+        at_boundary = bool(blocks) and blocks[holding] is point.module
+        self.n_skipped = holding + (at_boundary and point.side == "out")
+        self.is_whole_stream = at_boundary
+        self._enters = blocks[holding] if self.n_skipped and not at_boundary else None
+        self._entered: Tensor | None = None
+        self._hand_on: list[tuple[nn.Module, Callable[..., Any]]] = []
+        if self.n_skipped or at_boundary:
+            row = tokens[:1, :PROBE_TOKENS]
+            self._try_out(blocks[: self.n_skipped], torch.cat([row, row.flip(1)]))
+
+    def _try_out(self, skipped: list[nn.Module], tokens: Int[Tensor, "two pos"]) -> None:
+        """Keep to whole passes unless shortened ones give their logits."""
+        (x,), _ = self._run(tokens, (self.hook,), skipped)
+        new, zeros = x.flip(0) / 2, torch.zeros_like(x)
+        wanted, wanted_zero = self._whole(tokens, new), self._whole(tokens, zeros)
+        try:
+            same = _near(self.logits(tokens, new), wanted) and _near(self.logits(tokens, zeros), wanted_zero)
+        except Exception as error:  # a block that takes or gives something else than the usual
+            log.debug("%s: %s", type(error).__name__, error)
+            same = False
+        if not same:
+            log.info("%s is run as a whole for each replacement of %s", type(self.lm.module).__name__, self.hook)
+            self.n_skipped, self._enters, self._hand_on = 0, None, []
+        self.is_whole_stream = self.is_whole_stream and _near(wanted_zero[:1], wanted_zero[1:])
+
+    def read(
+        self, tokens: Int[Tensor, "n pos"], *hooks: str
+    ) -> tuple[list[Float[Tensor, "n pos _"]], Float[Tensor, "n pos d_vocab"]]:
+        """Activations at the hooks named, and the logits, of a whole pass."""
+        return self._run(tokens, hooks, [])
+
+    def _run(self, tokens: Tensor, hooks: tuple[str, ...], learn: list[nn.Module]) -> tuple[list[Tensor], Tensor]:
+        """A whole pass that also notes what enters the block of the hook, and how the blocks to `learn` give their output."""
+        found: dict[str, Tensor] = {}
+        with ExitStack() as stack:
+            for hook in dict.fromkeys(hooks):
+                stack.enter_context(self.lm.replace(hook, lambda x, hook=hook: found.setdefault(hook, x.clone())))
+            if self._enters is not None:
+                handle = self._enters.register_forward_pre_hook(self._note_entry, with_kwargs=True)
+                stack.callback(handle.remove)
+            for block in learn:
+                handle = block.register_forward_hook(lambda block, _, out: self._hand_on.append((block, _handing_on(out))))
+                stack.callback(handle.remove)
+            logits = self.lm.logits(tokens)
+        return [found[hook] for hook in hooks], logits
+
+    def _note_entry(self, _block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._entered = (args[0] if args else kwargs["hidden_states"]).clone()
+
+    def _put_entry_back(self, _block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return ((self._entered, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": self._entered})
+
+    def logits(self, tokens: Int[Tensor, "n pos"], new: Float[Tensor, "n pos d"]) -> Float[Tensor, "n pos d_vocab"]:
+        """Logits with `new` at the hook, for the tokens last read; for others only where `is_whole_stream`."""
+        if not self.n_skipped:
+            return self._whole(tokens, new)
+        with ExitStack() as stack:
+            for block, hand_on in self._hand_on:
+                stack.enter_context(_forward_of(block, hand_on))
+            if self._enters is not None:
+                handle = self._enters.register_forward_pre_hook(self._put_entry_back, with_kwargs=True)
+                stack.callback(handle.remove)
+            return self._whole(tokens, new)
+
+    def _whole(self, tokens: Tensor, new: Tensor) -> Tensor:
+        with self.lm.replace(self.hook, lambda _: new.clone()):  # Falcon goes on to overwrite it
+            return self.lm.logits(tokens)
+
+
+def _handing_on(output: Any) -> Callable[..., Any]:
+    """A block's forward that gives back the stream as it is, in the form of a true output."""
+    rest = output[1:] if isinstance(output, tuple | list) else None
+
+    def forward(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
+        return hidden_states if rest is None else (hidden_states, *rest)
+
+    return forward
+
+
+@contextmanager
+def _forward_of(block: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within the block, `forward` takes the place of the module's own."""
+    own = block.__dict__.get("forward")  # accelerate puts one there
+    block.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del block.forward
+        else:
+            block.forward = own
+
+
+def _near(found: Tensor, wanted: Tensor) -> bool:
+    return bool((found - wanted).abs().max() <= TOLERANCE * wanted.abs().max().clamp(min=1))

@@ -1,0 +1,84 @@
+"""How often the 95 % intervals of an evaluation hold the truth: it should be 95 % of the time.
+
+    python scripts/coverage.py --corpora 200 --sequences 300
+
+The population is the sequences of a text as the embedded model and a small dictionary see them, so that the truth is known.
+Corpora of so many sequences are drawn from it with replacement; each gets its metrics and their intervals. Nothing is run
+again: a metric only depends on sums over the tokens of each sequence, which are recorded once. Exit code 1 when a coverage
+is outside 92 to 98 %.
+"""
+
+import argparse
+import json
+import sys
+
+import torch
+from torch import Tensor
+
+import saelens_lite as sl
+from saelens_lite.evaluate import metrics
+from saelens_lite.evaluate.measure import Hooks, measure
+from saelens_lite.evaluate.metrics import Metric, PooledSums
+from saelens_lite.tokens import PythonDocs, TokenRows, token_rows
+
+HOOK = "blocks.2.hook_resid_pre"
+
+
+class Recorder(PooledSums):
+    """Keeps the sums of every sequence."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 0)
+        self.recorded: dict[str, list[Tensor]] = {}
+
+    def add(self, name: str, per_sequence: Tensor, replicates: int | None = None) -> None:
+        self.recorded.setdefault(name, []).append(per_sequence.double())
+
+
+def population(rows: TokenRows, lm: sl.LanguageModel, d: sl.Dictionary) -> dict[str, Tensor]:
+    """Of every sequence, all that metrics are computed from."""
+    recorder = Recorder()
+    measure([d], lm, rows, Hooks(HOOK, HOOK), sums=recorder)
+    return {name: torch.cat(found) for name, found in recorder.recorded.items() if not name.endswith("fired")}
+
+
+def estimate(sequences: dict[str, Tensor], n_bootstrap: int, seed: int) -> dict[str, Metric]:
+    """The metrics of some sequences."""
+    sums = PooledSums(n_bootstrap, seed)
+    sums.next_sequences(len(sequences["n"]))
+    for name, values in sequences.items():
+        sums.add(name, values)
+    return metrics.reconstruction_metrics(sums, "0") | metrics.prediction_metrics(sums, "0")
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpora", type=int, default=200)
+    parser.add_argument("--sequences", type=int, default=300, help="in each corpus")
+    parser.add_argument("--tokens", type=int, default=120_000, help="in the population")
+    parser.add_argument("--n-ctx", type=int, default=64)
+    parser.add_argument("--n-bootstrap", type=int, default=1000)
+    args = parser.parse_args()
+    lm = sl.load_model("tiny", device="cpu")
+    rows = token_rows(lm, PythonDocs("python-docs:train"), n_ctx=args.n_ctx, n_tokens=args.tokens)
+    x = lm.run(rows[:200], HOOK)[HOOK][rows.keep[:200]]
+    with torch.enable_grad():
+        d = sl.fit(x, d_sae=768, n_tokens=100_000, batch_size=1024, lr=2e-3, options={"k": 16})
+    everything = population(rows, lm, d)
+    truth = estimate(everything, 0, 0)
+    generator = torch.Generator().manual_seed(0)
+    n = len(everything["n"])
+    hits = dict.fromkeys(truth, 0)
+    for seed in range(args.corpora):
+        drawn = torch.randint(n, (args.sequences,), generator=generator)
+        found = estimate({name: values[drawn] for name, values in everything.items()}, args.n_bootstrap, seed)
+        for name in hits:
+            hits[name] += found[name].low <= truth[name].value <= found[name].high
+    coverage = {name: hit / args.corpora for name, hit in hits.items() if found[name].high > found[name].low}
+    print(json.dumps({"population": n, **vars(args), "coverage": coverage}, indent=2))
+    sys.exit(not all(0.92 <= share <= 0.98 for share in coverage.values()))
+
+
+if __name__ == "__main__":
+    main()
