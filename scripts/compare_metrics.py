@@ -2,8 +2,8 @@
 
     python scripts/compare_metrics.py demo/runs/topk/dictionary … --peer-python /path/to/venv-with-sae-bench/bin/python
 
-The peer environment needs this package with the extra `saebench`. Rows are held-out pages of Python's documentation that fill
-the model's context, so that BOS is the only token left out, on every side. Prints a table for each dictionary and exits with
+The peer environment needs this package with the extra `saebench`. Rows are held-out pages of Python's documentation,
+packed; special tokens are left out, on every side. Prints a table for each dictionary and exits with
 code 1 when a metric differs by more than 1e-4 of its size (or of 1, where it is smaller), but for those with a known reason.
 """
 
@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 import saelens_lite as sl
-from saelens_lite.tokens import TokenRows, is_held_out
+from saelens_lite.tokens import TokenRows, is_held_out, token_rows
 
 TOLERANCE = 1e-4
 THEIR_NAME = {
@@ -37,12 +37,12 @@ REASONS = {
 }
 
 
-def full_rows(lm: sl.LanguageModel, n_rows: int) -> TokenRows:
-    """Rows of held-out text that fill the context; everything but BOS counts."""
+def packed_rows(lm: sl.LanguageModel, n_rows: int) -> TokenRows:
+    """Rows of held-out text, one document after another with a special token between; everything but those counts."""
     pages = [page.text for page in sl.python_docs() if is_held_out(page.name)]
-    rows = lm.to_tokens(pages).tokens
-    rows = rows[(rows == lm.bos_id).sum(1) == 1][:n_rows]
-    return TokenRows(rows, rows != lm.bos_id)
+    tokens = token_rows(lm, pages, text_config=sl.TextConfig(pack=True)).tokens[:n_rows]
+    special = {lm.tokenizer.bos_token_id, lm.tokenizer.eos_token_id, lm.tokenizer.pad_token_id} - {None}
+    return TokenRows(tokens, ~torch.isin(tokens, torch.tensor(sorted(special))))
 
 
 def ours(d: sl.Dictionary, lm: sl.LanguageModel, rows: TokenRows, batch_rows: int) -> dict[str, float]:
@@ -98,7 +98,7 @@ def main() -> None:
     torch.set_num_threads(1)
     dictionaries = [sl.Dictionary.load(folder) for folder in args.dictionaries]
     lm = sl.load_model(dictionaries[0].origin.model, device="cpu")
-    rows = full_rows(lm, args.rows)
+    rows = packed_rows(lm, args.rows)
     if len(rows.tokens) % args.batch_rows:
         raise SystemExit(f"{len(rows.tokens)} rows are no whole number of batches of {args.batch_rows}")
     agree = True
