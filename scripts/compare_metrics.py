@@ -9,6 +9,7 @@ code 1 when a metric differs by more than 1e-4 of its size (or of 1, where it is
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -28,12 +29,12 @@ THEIR_NAME = {
     "kl_sae": "kl_div_with_sae",
     "kl_zero": "kl_div_with_ablation",
 }
+OF_EACH_BATCH = "the judges take the mean activation of each batch for the mean of the text; with one batch it is the same"
 REASONS = {
-    (
-        "SAEBench",
-        "explained_variance",
-    ): "SAEBench takes the mean of x², not of x, and squares it",
+    ("SAEBench", "explained_variance"): "from E‖x‖² SAEBench takes the squared mean of all x², where ‖E x‖² belongs",
     ("SAEBench", "mse"): "SAEBench divides the mean error of a token by the number of tokens in its batch",
+    ("SAELens", "explained_variance_legacy"): OF_EACH_BATCH,
+    ("SAEBench", "explained_variance_legacy"): OF_EACH_BATCH,
 }
 
 
@@ -67,24 +68,19 @@ def theirs(folder: Path, dictionary: Path, batch_rows: int, peer_python: str) ->
 def compare(title: str, own: dict[str, float], judges: dict[str, dict[str, float]]) -> bool:
     """Print the table of one dictionary; whether all agree."""
     print(f"\n{title}\n{'metric':28}{'ours':>14}" + "".join(f"{judge:>24}" for judge in judges))
-    agree, notes = True, []
-    for name, value in own.items():
+    agree, notes = True, {}
+    for name in [name for name in own if any(name in values for values in judges.values())]:
         cells = []
         for judge, values in judges.items():
-            if name not in values:
-                cells.append(f"{'–':>24}")
-                continue
-            difference = abs(values[name] - value)
-            apart = not difference <= TOLERANCE * max(1, abs(value))
-            reason = REASONS.get((judge, name))
-            if apart and reason:
-                notes.append(f"{name}: {reason}")
+            difference = abs(values.get(name, math.nan) - own[name])
+            apart = difference > TOLERANCE * max(1, abs(own[name]))
+            reason = REASONS.get((judge.split(",")[0], name)) if apart else None
+            if reason:
+                notes[name] = reason
             agree &= not apart or reason is not None
-            mark = "" if not apart else "*" if reason else "!"
-            cells.append(f"{values[name]:>14.6g} ({difference:.0e}){mark or ' '}".rjust(24))
-        if any("(" in cell for cell in cells):
-            print(f"{name:28}{value:>14.6g}" + "".join(cells))
-    print("\n".join(f"* {note}" for note in notes))
+            cells.append(f"{values.get(name, math.nan):>15.6g} ({difference:.0e}){'*' if reason else '!' if apart else ' '}")
+        print(f"{name:28}{own[name]:>14.6g}" + "".join(cells))
+    print("\n".join(f"* {name}: {reason}" for name, reason in notes.items()))
     return agree
 
 
@@ -92,8 +88,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dictionaries", type=Path, nargs="+", help="dictionary folders, all of one model")
     parser.add_argument("--peer-python", required=True, help="Python of an environment with sae-bench and this package")
-    parser.add_argument("--rows", type=int, default=64, help="rows of text")
-    parser.add_argument("--batch-rows", type=int, default=16, help="rows in a batch, on every side")
+    parser.add_argument("--rows", type=int, default=32, help="rows of text")
+    parser.add_argument("--batch-rows", type=int, default=32, help="rows in a batch, on every side")
     args = parser.parse_args()
     torch.set_num_threads(1)
     dictionaries = [sl.Dictionary.load(folder) for folder in args.dictionaries]
