@@ -40,12 +40,11 @@ class DenseSAEConfig:
     normalize_activations: str = "none"
     reshape_activations: str = "none"
     architecture_str: str = field(init=False)
-    metadata: SimpleNamespace = field(init=False)
+    metadata: SimpleNamespace = field(init=False, default_factory=SimpleNamespace)
 
     def __post_init__(self) -> None:
         self.architecture_str = self.architecture
-        self.metadata = SimpleNamespace()
-        self.metadata = SimpleNamespace(**self.to_dict())
+        vars(self.metadata).update(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain data, but for `metadata`, which repeats them."""

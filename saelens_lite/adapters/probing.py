@@ -1,9 +1,9 @@
 """Sparse probing: how well the k most telling latents of a dictionary tell the classes of labelled texts apart.
 
-sae-probes does the work: its 113 two-class data sets, its choice of latents (largest difference of class means in the
-training half), its logistic regressions. A probe reads the activation, or its latents, at the last token of a text.
+sae-probes does the work: its 113 two-class data sets, its choice of latents (largest difference between the classes' means over
+the training texts), its logistic regressions. A probe reads the activation, or the latents, at the last token of a text.
 
-Source: Kantamneni et al. 2025, arXiv:2502.16681, section 3, the setting with balanced classes ("normal").
+Source: Kantamneni et al. 2025, arXiv:2502.16681; the setting in which both classes are equally frequent ("normal").
 """
 
 import io
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class Probe(NamedTuple):
-    """What one probe reached on the held-out half of a data set; k None: a probe of the whole activation."""
+    """What one probe reached on the test texts of a data set; k None: a probe of the whole activation."""
 
     dataset: str
     k: int | None
