@@ -107,6 +107,16 @@ def test_a_hook_the_judges_cannot_use():
     assert sae_bench(dictionary(hook=None), hook="blocks.0.hook_mlp_out").cfg.hook_name == "blocks.0.hook_mlp_out"
 
 
+def transcoder(d_in: int) -> sl.Dictionary:
+    origin = sl.Origin(hook="blocks.2.ln2.hook_out", target_hook="blocks.2.hook_mlp_out")
+    return sl.Dictionary.create("topk", d_in=d_in, d_out=d_in, d_sae=64, options={"k": 3}, origin=origin)
+
+
+def test_a_transcoder_is_not_given_to_judges_of_autoencoders():
+    with pytest.raises(ConfigError, match=r"a transcoder from blocks.2.ln2.hook_out to blocks.2.hook_mlp_out: SAEBench"):
+        sae_bench(transcoder(12))
+
+
 @torch.no_grad()
 def judged_as_saelens_does(sae: DenseSAE, lm: sl.LanguageModel, tokens: torch.Tensor) -> dict[str, float]:
     """A few metrics from what an evaluation does with the object: dense codes of [batch pos d_in], special tokens left out."""
@@ -214,6 +224,12 @@ def test_the_activation_is_that_of_the_last_token_of_the_end_of_the_text(lm, jud
         torch.testing.assert_close(found, lm.run(ids, HOOK)[HOOK][0, -1], rtol=1e-4, atol=1e-5)
 
 
+def test_codes_of_a_transcoder_can_be_probed(lm, judge):
+    report = sae_probes(transcoder(lm.d_model), lm, datasets=["5_hist_fig_ismale"], ks=[1])
+    assert report.hook == "blocks.2.ln2.hook_out"
+    assert report.mean_auc(1) == pytest.approx(9 / 1000)  # three texts, three latents each
+
+
 def test_what_cannot_be_probed(lm, judge):
     d = sl.Dictionary.create("topk", d_in=lm.d_model, d_sae=8, options={"k": 2}, origin=sl.Origin(hook=HOOK))
     with pytest.raises(ConfigError, match="no data set '5_hist_fig_ismail'; did you mean 5_hist_fig_ismale"):
@@ -236,6 +252,6 @@ def test_what_cannot_be_probed(lm, judge):
 def test_without_sae_probes(lm, monkeypatch):
     monkeypatch.setitem(sys.modules, "sae_probes", None)
     d = sl.Dictionary.create("topk", d_in=lm.d_model, d_sae=64, origin=sl.Origin(hook=HOOK))
-    with pytest.raises(ConfigError, match=r"needs sae-probes \(.*\): pip install 'saelens-lite\[probes\]'"):
+    with pytest.raises(ConfigError, match=r"needs sae-probes \(.*\): pip install 'saelens-lite\[saeprobes\]'"):
         sl.adapters.sae_probes(d, lm)
     assert probing.CHANCE == 0.5

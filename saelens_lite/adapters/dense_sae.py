@@ -70,7 +70,7 @@ class DenseSAE(nn.Module):
         return self.dictionary.W_enc
 
     @property
-    def W_dec(self) -> Float[Tensor, "d_sae d_in"]:
+    def W_dec(self) -> Float[Tensor, "d_sae d_out"]:
         """Decoder directions, as rows."""
         return self.dictionary.W_dec
 
@@ -81,7 +81,7 @@ class DenseSAE(nn.Module):
         return self.W_dec.new_zeros(self.dictionary.d_sae) if own is None else own
 
     @property
-    def b_dec(self) -> Float[Tensor, " d_in"]:
+    def b_dec(self) -> Float[Tensor, " d_out"]:
         """Decoder bias."""
         return self.dictionary.b_dec
 
@@ -99,11 +99,11 @@ class DenseSAE(nn.Module):
         """The dictionary's codes of x, dense, in the dtype of the weights."""
         return self.dictionary.encode(x).to_dense()
 
-    def decode(self, acts: Float[Tensor, "*shape d_sae"]) -> Float[Tensor, "*shape d_in"]:
+    def decode(self, acts: Float[Tensor, "*shape d_sae"]) -> Float[Tensor, "*shape d_out"]:
         """x_hat of dense codes."""
         return self.dictionary.decode(acts)
 
-    def forward(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape d_in"]:
+    def forward(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape d_out"]:
         """x_hat, in the dtype of the weights."""
         return self.decode(self.encode(x))
 
@@ -119,12 +119,23 @@ class DenseSAE(nn.Module):
 def sae_bench(dictionary: Dictionary, *, hook: str | None = None) -> DenseSAE:
     """The dictionary as an SAE object that SAEBench's core `run_evals` and SAELens's `run_evals` take as it is.
 
-    Its codes are dense tensors of the dictionary's codes. Decoder rows keep their norms; evaluations that want unit rows
-    are given them by `dictionary.fold_decoder_norms_()`, where the rule allows it.
+    Its codes are the dictionary's, as dense tensors. Decoder rows keep their norms; for evaluations that want unit rows, call
+    `dictionary.fold_decoder_norms_()` first.
 
     Raises:
-        ConfigError: the dictionary names no hook and none is given, or the hook is outside the model's blocks.
+        ConfigError: a transcoder, which those evaluations do not know; the dictionary names no hook and none is given, or the
+            hook is outside the model's blocks.
     """
+    if dictionary.is_transcoder:
+        raise ConfigError(
+            f"a transcoder from {dictionary.origin.hook} to {dictionary.origin.target_hook}: SAEBench and SAELens evaluate "
+            "dictionaries that reconstruct their input; use saelens_lite.evaluate"
+        )
+    return dense_sae(dictionary, hook)
+
+
+def dense_sae(dictionary: Dictionary, hook: str | None = None) -> DenseSAE:
+    """A dictionary or transcoder with dense codes and a config; ConfigError without a hook inside a block."""
     origin = dictionary.origin
     hook = hook or origin.hook
     if hook is None:

@@ -22,7 +22,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from saelens_lite.adapters.dense_sae import DenseSAE, sae_bench
+from saelens_lite.adapters.dense_sae import DenseSAE, dense_sae
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, near_matches
 from saelens_lite.model import LanguageModel
@@ -97,7 +97,7 @@ def sae_probes(
     judge = _judge()
     several = not isinstance(dictionary, Dictionary)
     dictionaries = list(dictionary) if several else [dictionary]
-    saes = [sae_bench(one, hook=hook).to(lm.device) for one in dictionaries]
+    saes = [dense_sae(one, hook).to(lm.device) for one in dictionaries]
     for one in dictionaries:
         lm.check_origin(one.origin)
     hook_name = _check(saes, ks)
@@ -121,7 +121,7 @@ def _judge() -> ModuleType:
     try:
         return import_module("sae_probes")
     except ModuleNotFoundError as error:
-        raise ConfigError(f"sparse probing needs sae-probes ({error}): pip install 'saelens-lite[probes]'") from None
+        raise ConfigError(f"sparse probing needs sae-probes ({error}): pip install 'saelens-lite[saeprobes]'") from None
 
 
 def _check(saes: Sequence[DenseSAE], ks: Sequence[int]) -> str:
