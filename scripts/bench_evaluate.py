@@ -5,7 +5,8 @@
 Both read the same rows of random tokens with the same model (a GPT-2 of random weights, of the size asked for) and the same
 dictionary (top-k, random), and say all they say by default: ours every metric with its confidence interval, SAELens every
 metric of `get_eval_everything_config` over as many tokens. Loading is not timed. Prints a line of JSON for each number of
-rows: medians of tokens per second, and how far each process's memory rose above what it was before.
+rows: medians of tokens per second, or with --memory how far each process's memory rose above what it was before; freed memory
+is then returned at once, which makes both slower.
 """
 
 import argparse
@@ -121,10 +122,12 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--memory", action="store_true", help="peak memory instead of speed")
     args = parser.parse_args()
     if any(n % args.batch_rows for n in args.rows):
         parser.error(f"--rows must be multiples of --batch-rows {args.batch_rows}")
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "1048576"  # freed memory goes back at once, or a peak would show only the first time
+    if args.memory:
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     with tempfile.TemporaryDirectory() as where:
         prepare(Path(where), args)
         contestants = {
@@ -136,14 +139,14 @@ def main() -> None:
             for _ in range(args.rounds):
                 for name, contestant in contestants.items():
                     answers[name].append(contestant.ask(n))
-            seconds = {name: statistics.median(a["seconds"] for a in found) for name, found in answers.items()}
-            row = {
-                "tokens": n * args.n_ctx,
-                "tokens/s": {name: round(n * args.n_ctx / s) for name, s in seconds.items()},
-                "SAELens / ours": round(seconds["SAELens"] / seconds["ours"], 2),
-                "extra MiB": {name: round(max(a["extra_bytes"] for a in found) / 2**20) for name, found in answers.items()},
-                "ce_loss_score": {name: found[0]["ce_loss_score"] for name, found in answers.items()},
-            }
+            row = {"tokens": n * args.n_ctx, "ce_loss_score": {name: a[0]["ce_loss_score"] for name, a in answers.items()}}
+            if args.memory:
+                extra = {name: max(a["extra_bytes"] for a in found) for name, found in answers.items()}
+                row["extra MiB"] = {name: round(n_bytes / 2**20) for name, n_bytes in extra.items()}
+            else:
+                seconds = {name: statistics.median(a["seconds"] for a in found) for name, found in answers.items()}
+                row["tokens/s"] = {name: round(n * args.n_ctx / s) for name, s in seconds.items()}
+                row["ours / SAELens"] = round(seconds["SAELens"] / seconds["ours"], 2)
             print(json.dumps(row), flush=True)
         for contestant in contestants.values():
             contestant.close()
