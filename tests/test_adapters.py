@@ -10,7 +10,7 @@ import torch
 
 import saelens_lite as sl
 from saelens_lite.adapters import DenseSAE, probing, sae_bench, sae_probes
-from saelens_lite.errors import ConfigError, HookError
+from saelens_lite.errors import ConfigError, HookError, ShapeError
 
 RULES = ["topk", "l1", "gated", "batch_topk", "jumprelu", "matryoshka", "p_anneal", "group_max", "matching_pursuit"]
 HOOK = "blocks.2.hook_resid_pre"
@@ -234,6 +234,8 @@ def test_what_cannot_be_probed(lm, judge):
     d = sl.Dictionary.create("topk", d_in=lm.d_model, d_sae=8, options={"k": 2}, origin=sl.Origin(hook=HOOK))
     with pytest.raises(ConfigError, match="no data set '5_hist_fig_ismail'; did you mean 5_hist_fig_ismale"):
         sae_probes(d, lm, datasets=["5_hist_fig_ismail"], ks=[1])
+    with pytest.raises(ConfigError, match="datasets is empty: name at least one"):
+        sae_probes(d, lm, ks=[1], datasets=[])
     for ks in ([1, 9], [0], []):
         with pytest.raises(ConfigError, match=r"ks = .*: expected numbers of latents from 1 to 8"):
             sae_probes(d, lm, ks=ks)
@@ -244,6 +246,9 @@ def test_what_cannot_be_probed(lm, judge):
         sae_probes([], lm, ks=[1])
     with pytest.raises(HookError, match="blocks"):
         sae_probes(d, lm, ks=[1], hook="blocks.9.hook_resid_pre")
+    with pytest.raises(ShapeError, match=rf"\[\.\.\., {lm.d_model + 1}\]"):
+        sae_probes(sl.Dictionary.create("topk", d_in=lm.d_model + 1, d_sae=64, origin=d.origin), lm)
+    assert not judge.generated
     report = sae_probes(d, lm, ks=[1])
     with pytest.raises(ConfigError, match=r"k = 3: no such probe; there are \[1\]"):
         report.mean_auc(3)

@@ -90,8 +90,8 @@ def sae_probes(
     takes. Probes of latents are L1-regularised, those of the activation L2-regularised, as in the package's own reports.
 
     Raises:
-        ConfigError: sae-probes is not installed, has no such data set, k is not from 1 to d_sae; dictionaries of different
-            hooks, none that names its hook, or of a model with other processing.
+        ConfigError: sae-probes is not installed, has no such data set, none is asked for, k is not from 1 to d_sae;
+            dictionaries of different hooks, none that names its hook, or of a model with other processing.
         HookError, ShapeError: a hook the model lacks, or a width that does not fit.
     """
     judge = _judge()
@@ -102,15 +102,18 @@ def sae_probes(
         lm.check_origin(one.origin)
     hook_name = _check(saes, ks)
     chosen = _known(datasets, judge.DATASETS)
+    for one in dictionaries:  # before anything that takes long
+        one.check_input(lm.run(torch.tensor([[0]]), hook_name)[hook_name])
     model = _ProbedModel(lm, prepend_bos=dictionaries[0].origin.prepend_bos is not False)
     probes: list[list[Probe]] = [[] for _ in saes]
-    with TemporaryDirectory() as folder, progress_bar("probe", len(chosen), "data sets") as advance:
+    with progress_bar("probe", len(chosen), "data sets") as advance:
         for dataset in chosen:
-            task = _Task(judge, dataset, hook_name, model, Path(folder))
-            task.read_texts(batch_size)
-            of_activation = task.probe_activation()
-            for sae, found in zip(saes, probes, strict=True):
-                found += [*task.probe_latents(sae, ks), *of_activation]
+            with TemporaryDirectory() as folder:
+                task = _Task(judge, dataset, hook_name, model, Path(folder))
+                task.read_texts(batch_size)
+                of_activation = task.probe_activation()
+                for sae, found in zip(saes, probes, strict=True):
+                    found += [*task.probe_latents(sae, ks), *of_activation]
             advance(1, dataset)
     reports = [ProbeReport(lm.name, hook_name, tuple(found)) for found in probes]
     return reports if several else reports[0]
@@ -136,7 +139,9 @@ def _check(saes: Sequence[DenseSAE], ks: Sequence[int]) -> str:
 
 
 def _known(asked: Sequence[str] | None, known: Sequence[str]) -> list[str]:
-    """The data sets asked for, or all; ConfigError for a name that is not known."""
+    """The data sets asked for, or all; ConfigError for a name that is not known, or no name."""
+    if asked is not None and not asked:
+        raise ConfigError("datasets is empty: name at least one, or leave it out for all")
     for name in asked or ():
         if name not in known:
             raise ConfigError(f"sae-probes has no data set {name!r}{near_matches(name, known)}")
