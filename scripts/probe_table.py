@@ -3,7 +3,8 @@
     python scripts/probe_table.py demo/runs/topk/dictionary … --datasets 12
 
 Needs the extra `saeprobes`. The data sets are spread evenly over the 113 of sae-probes. Prints a table for each dictionary and
-for the random one (fresh directions, the same rule and options), then the mean areas under the curve.
+for the random one (fresh directions, the same rule and options; only of topk is its L0 sure to be the same), then the mean
+areas under the curve.
 """
 
 import argparse
