@@ -27,6 +27,7 @@ _HOME = {
     "Sparsity": "sparsity",
     "TextConfig": "config",
     "TrainConfig": "config",
+    "adapters": "",
     "capture": "cache",
     "compare": "features.compare",
     "errors": "",
@@ -57,6 +58,7 @@ __all__ = [
     "TextConfig",
     "TrainConfig",
     "__version__",
+    "adapters",
     "capture",
     "compare",
     "errors",
@@ -72,7 +74,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from saelens_lite import errors
+    from saelens_lite import adapters, errors
     from saelens_lite.cache import ActivationCache, ActivationStream, capture
     from saelens_lite.codes import SparseCodes
     from saelens_lite.config import Origin, TextConfig, TrainConfig

@@ -28,6 +28,7 @@ ORDER = [
     "features",
     "interventions",
     "hub",
+    "adapters",
     "demo",
     "testing",
     "cli",
@@ -165,8 +166,8 @@ def test_the_package_offers_these_names():
     assert sl.__all__ == sorted([
         "ActivationCache", "ActivationStream", "Dictionary", "EvalReport", "FeatureStore", "LanguageModel", "Logger", "Origin",
         "PublishedForm", "RuleConfig", "SaelensLiteError", "SparseCodes", "Sparsity", "TextConfig", "TrainConfig",
-        "__version__", "capture", "compare", "errors", "evaluate", "fit", "load_model", "probe", "python_docs", "register",
-        "resume", "stability", "train",
+        "__version__", "adapters", "capture", "compare", "errors", "evaluate", "fit", "load_model", "probe", "python_docs",
+        "register", "resume", "stability", "train",
     ])  # fmt: skip
     assert dir(sl) == sl.__all__
 
@@ -175,7 +176,7 @@ def test_the_package_offers_these_names():
 def test_every_name_resolves(name):
     value = getattr(sl, name)
     assert value == getattr(sl, name)
-    if name not in ("__version__", "errors"):
+    if name not in ("__version__", "adapters", "errors"):
         assert callable(value)
         assert value.__doc__
 

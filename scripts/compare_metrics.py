@@ -1,0 +1,112 @@
+"""Our evaluation beside SAELens's `run_evals` and SAEBench's core, on the same dictionaries, model and tokens.
+
+    python scripts/compare_metrics.py demo/runs/topk/dictionary … --peer-python /path/to/venv-with-sae-bench/bin/python
+
+The peer environment needs this package with the extra `saebench`. Rows are held-out pages of Python's documentation,
+packed; special tokens are left out, on every side. Prints a table for each dictionary and exits with
+code 1 when a metric differs by more than 1e-4 of its size (or of 1, where it is smaller), but for those with a known reason.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+import saelens_lite as sl
+from saelens_lite.tokens import TokenRows, is_held_out, token_rows
+
+TOLERANCE = 1e-4
+THEIR_NAME = {
+    "ce_clean": "ce_loss_without_sae",
+    "ce_sae": "ce_loss_with_sae",
+    "ce_zero": "ce_loss_with_ablation",
+    "kl_sae": "kl_div_with_sae",
+    "kl_zero": "kl_div_with_ablation",
+}
+OF_EACH_BATCH = "the judges take the mean activation of each batch for the mean of the text; with one batch it is the same"
+REASONS = {
+    ("SAEBench", "explained_variance"): "from E‖x‖² SAEBench takes the squared mean of all x², where ‖E x‖² belongs",
+    ("SAEBench", "mse"): "SAEBench divides the mean error of a token by the number of tokens in its batch",
+    ("SAELens", "explained_variance_legacy"): OF_EACH_BATCH,
+    ("SAEBench", "explained_variance_legacy"): OF_EACH_BATCH,
+}
+
+
+def packed_rows(lm: sl.LanguageModel, n_rows: int) -> TokenRows:
+    """Rows of held-out text, one document after another with a special token between; everything but those counts."""
+    pages = [page.text for page in sl.python_docs() if is_held_out(page.name)]
+    tokens = token_rows(lm, pages, text_config=sl.TextConfig(pack=True)).tokens[:n_rows]
+    special = {lm.tokenizer.bos_token_id, lm.tokenizer.eos_token_id, lm.tokenizer.pad_token_id} - {None}
+    return TokenRows(tokens, ~torch.isin(tokens, torch.tensor(sorted(special))))
+
+
+def ours(d: sl.Dictionary, lm: sl.LanguageModel, rows: TokenRows, batch_rows: int) -> dict[str, float]:
+    """Our metrics."""
+    report = sl.evaluate(d, lm, rows, n_tokens=None, batch_tokens=batch_rows * rows.tokens.shape[1])
+    values = {name: metric.value for name, metric in report.metrics.items()}
+    return values | {"frac_alive": report.frac_alive, "frac_dense": report.frac_dense}
+
+
+def theirs(folder: Path, dictionary: Path, batch_rows: int, peer_python: str) -> dict[str, dict[str, float]]:
+    """The judges' metrics, under our names."""
+    script = Path(__file__).with_name("judge_metrics.py")
+    command = [peer_python, str(script), str(folder), str(dictionary), "--batch-rows", str(batch_rows)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"the judges stopped:\n{done.stderr}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    our_name = {theirs: ours for ours, theirs in THEIR_NAME.items()}
+    return {judge: {our_name.get(name, name): value for name, value in values.items()} for judge, values in found.items()}
+
+
+def compare(title: str, own: dict[str, float], judges: dict[str, dict[str, float]]) -> bool:
+    """Print the table of one dictionary; whether all agree."""
+    print(f"\n{title}\n{'metric':28}{'ours':>14}" + "".join(f"{judge:>24}" for judge in judges))
+    agree, notes = True, {}
+    for name in [name for name in own if any(name in values for values in judges.values())]:
+        cells = []
+        for judge, values in judges.items():
+            difference = abs(values.get(name, math.nan) - own[name])
+            apart = difference > TOLERANCE * max(1, abs(own[name]))
+            reason = REASONS.get((judge.split(",")[0], name)) if apart else None
+            if reason:
+                notes[name] = reason
+            agree &= not apart or reason is not None
+            cells.append(f"{values.get(name, math.nan):>15.6g} ({difference:.0e}){'*' if reason else '!' if apart else ' '}")
+        print(f"{name:28}{own[name]:>14.6g}" + "".join(cells))
+    print("\n".join(f"* {name}: {reason}" for name, reason in notes.items()))
+    return agree
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dictionaries", type=Path, nargs="+", help="dictionary folders, all of one model")
+    parser.add_argument("--peer-python", required=True, help="Python of an environment with sae-bench and this package")
+    parser.add_argument("--rows", type=int, default=32, help="rows of text")
+    parser.add_argument("--batch-rows", type=int, default=32, help="rows in a batch, on every side")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    dictionaries = [sl.Dictionary.load(folder) for folder in args.dictionaries]
+    lm = sl.load_model(dictionaries[0].origin.model, device="cpu")
+    rows = packed_rows(lm, args.rows)
+    if len(rows.tokens) % args.batch_rows:
+        raise SystemExit(f"{len(rows.tokens)} rows are no whole number of batches of {args.batch_rows}")
+    agree = True
+    with tempfile.TemporaryDirectory() as where:
+        lm.module.save_pretrained(f"{where}/model")
+        lm.tokenizer.save_pretrained(f"{where}/model")
+        save_file({"tokens": rows.tokens}, f"{where}/tokens.safetensors")
+        for folder, d in zip(args.dictionaries, dictionaries, strict=True):
+            judges = theirs(Path(where), folder, args.batch_rows, args.peer_python)
+            agree &= compare(f"{folder}, {rows.n_kept} tokens", ours(d, lm, rows, args.batch_rows), judges)
+    sys.exit(not agree)
+
+
+if __name__ == "__main__":
+    main()
