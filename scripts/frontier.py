@@ -23,6 +23,8 @@ def levels(rule: str, ks: list[int], d_in: int) -> list[dict]:
     """Options of a rule at several levels of sparsity, whatever the rule calls them."""
     if rule in PENALTIES:
         return [{"coefficient": round(c * d_in**0.5, 3)} for c in PENALTIES[rule]]
+    if rule == "matching_pursuit":  # reaches the same FVU with half the latents, and its steps cost the more of them
+        return [{"k": k // 2} for k in ks]
     return [{"penalty": "target_l0", "target_l0": k} if rule == "jumprelu" else {"k": k} for k in ks]
 
 
