@@ -12,8 +12,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 _HOME = {
+    "Ablate": "interventions.edits",
     "ActivationCache": "cache",
     "ActivationStream": "cache",
+    "Add": "interventions.edits",
+    "Clamp": "interventions.edits",
     "Dictionary": "dictionary",
     "EvalReport": "evaluate",
     "FeatureStore": "features",
@@ -23,13 +26,16 @@ _HOME = {
     "PublishedForm": "sparsity",
     "RuleConfig": "sparsity",
     "SaelensLiteError": "errors",
+    "Scale": "interventions.edits",
     "SparseCodes": "codes",
     "Sparsity": "sparsity",
     "TextConfig": "config",
     "TrainConfig": "config",
     "adapters": "",
+    "attribute": "interventions.attribution",
     "capture": "cache",
     "compare": "features.compare",
+    "dose_response": "interventions.doses",
     "errors": "",
     "evaluate": "evaluate",
     "fit": "train",
@@ -42,8 +48,11 @@ _HOME = {
     "train": "train",
 }
 __all__ = [
+    "Ablate",
     "ActivationCache",
     "ActivationStream",
+    "Add",
+    "Clamp",
     "Dictionary",
     "EvalReport",
     "FeatureStore",
@@ -53,14 +62,17 @@ __all__ = [
     "PublishedForm",
     "RuleConfig",
     "SaelensLiteError",
+    "Scale",
     "SparseCodes",
     "Sparsity",
     "TextConfig",
     "TrainConfig",
     "__version__",
     "adapters",
+    "attribute",
     "capture",
     "compare",
+    "dose_response",
     "errors",
     "evaluate",
     "fit",
@@ -84,6 +96,9 @@ if TYPE_CHECKING:
     from saelens_lite.evaluate.probing import probe
     from saelens_lite.features import FeatureStore
     from saelens_lite.features.compare import compare, stability
+    from saelens_lite.interventions.attribution import attribute
+    from saelens_lite.interventions.doses import dose_response
+    from saelens_lite.interventions.edits import Ablate, Add, Clamp, Scale
     from saelens_lite.loggers import Logger
     from saelens_lite.model import LanguageModel, load_model
     from saelens_lite.registry import register

@@ -13,15 +13,17 @@ architecture has no place for in plugin.safetensors.
 """
 
 import importlib.metadata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from saelens_lite import registry
 from saelens_lite.codes import SparseCodes
+from saelens_lite.codes.change import Edit, offsets, scaled
 from saelens_lite.codes.encoder import Encoder
 from saelens_lite.config import Origin
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, ShapeError
@@ -157,6 +159,34 @@ class Dictionary(nn.Module):
         if self.W_skip is None or x is None:
             return self.b_dec
         return self.b_dec + x.to(self.W_skip.dtype) @ self.W_skip.T
+
+    def check_edits(self, edits: Sequence[Edit]) -> None:
+        """Raise ConfigError when an edit is of a latent that the dictionary does not have."""
+        largest = max((latent for edit in edits for latent in edit.latents), default=0)
+        if largest >= self.d_sae:
+            raise ConfigError(f"no latent {largest}; this dictionary has latents 0 to {self.d_sae - 1}")
+
+    def change(
+        self, x: Float[Tensor, "*shape d_in"], edits: Sequence[Edit], at: Sequence[Bool[Tensor, "..."]] | None = None
+    ) -> Float[Tensor, "*shape d_out"]:
+        """What edits of the codes of x, one after the other, add to the output: Σ_i (new_i − old_i) W_dec[i].
+
+        at: for each edit the activations it is for, to be broadcast to the leading shape of x; default: all of them.
+
+        Raises:
+            ConfigError: an edit of a latent that the dictionary does not have.
+            ShapeError: the last axis of x is not d_in.
+        """
+        self.check_input(x)
+        self.check_edits(edits)
+        shape = x.shape[:-1]
+        at = torch.broadcast_tensors(*at) if at is not None else [torch.ones(shape, dtype=torch.bool, device=x.device)] * len(edits)
+        total = self.W_dec.new_zeros(*shape, self.d_out)
+        if any(edit.offset for edit in edits):
+            total = total + offsets(edits, at, self.W_dec)
+        if any(edit.gain != 1 for edit in edits):  # else no code need be known
+            total = total + scaled(self.encode(x), edits, at).decode(self.W_dec)
+        return total
 
     def forward(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape d_out"]:
         """x_hat, in the dtype of x."""

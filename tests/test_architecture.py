@@ -164,10 +164,10 @@ def test_the_names_and_training_load_no_heavy_library():
 
 def test_the_package_offers_these_names():
     assert sl.__all__ == sorted([
-        "ActivationCache", "ActivationStream", "Dictionary", "EvalReport", "FeatureStore", "LanguageModel", "Logger", "Origin",
-        "PublishedForm", "RuleConfig", "SaelensLiteError", "SparseCodes", "Sparsity", "TextConfig", "TrainConfig",
-        "__version__", "adapters", "capture", "compare", "errors", "evaluate", "fit", "load_model", "probe", "python_docs",
-        "register", "resume", "stability", "train",
+        "Ablate", "ActivationCache", "ActivationStream", "Add", "Clamp", "Dictionary", "EvalReport", "FeatureStore",
+        "LanguageModel", "Logger", "Origin", "PublishedForm", "RuleConfig", "SaelensLiteError", "Scale", "SparseCodes",
+        "Sparsity", "TextConfig", "TrainConfig", "__version__", "adapters", "attribute", "capture", "compare", "dose_response",
+        "errors", "evaluate", "fit", "load_model", "probe", "python_docs", "register", "resume", "stability", "train",
     ])  # fmt: skip
     assert dir(sl) == sl.__all__
 

@@ -43,6 +43,23 @@ class Reconstructor(Protocol):
     def check_input(self, x: Tensor) -> None: ...
 
 
+@runtime_checkable
+class Editable(Reconstructor, Protocol):
+    """What it needs in addition when there are edits."""
+
+    def check_edits(self, edits: Sequence[Any]) -> None: ...
+
+    def change(self, x: Tensor, edits: Sequence[Any], at: Sequence[Tensor]) -> Tensor: ...
+
+
+@runtime_checkable
+class PositionedEdit(Protocol):
+    """What it needs of an edit: where it acts. What it does there is between the edit and the dictionary."""
+
+    @property
+    def positions(self) -> tuple[int, ...] | slice | None: ...
+
+
 class _Enough(Exception):
     """Raised inside a hook to end a forward pass whose remaining blocks nobody needs."""
 
@@ -110,6 +127,7 @@ class LanguageModel:
             (i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None
         )  # GPT-2's tokenizer has <|endoftext|> for both
         self._offset = 0  # position of the first token of the current forward pass; not 0 while generating with a cache
+        self._n_positions: int | None = None  # while generating: of the prompt and all that may follow
 
     @property
     def device(self) -> torch.device:
@@ -257,10 +275,16 @@ class LanguageModel:
             raise HookError(f"the forward pass of {type(self.module).__name__} never came to {', '.join(sorted(missing))}")
         return {name: found[name] for name in names}
 
-    @torch.no_grad()
-    def logits(self, texts: "str | Sequence[str] | Tensor | TokenRows") -> Float[Tensor, "batch pos d_vocab"]:
-        """Next-token logits; a splice in force is seen by them."""
-        return self.module(self._as_tokens(texts), use_cache=False).logits
+    def logits(
+        self, texts: "str | Sequence[str] | Tensor | TokenRows", *, differentiable: bool = False
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """Next-token logits; a splice in force is seen by them.
+
+        differentiable: with the graph that leads to what a `replace` in force put in. The weights are frozen and get no
+        gradient.
+        """
+        with torch.set_grad_enabled(differentiable):
+            return self.module(self._as_tokens(texts), use_cache=False).logits
 
     @contextmanager
     def replace(self, hook: str, new: Callable[[Float[Tensor, "batch pos d"]], Float[Tensor, "batch pos d"]]) -> Iterator[None]:
@@ -287,49 +311,76 @@ class LanguageModel:
     def splice(
         self,
         dictionary: "Reconstructor",
+        edits: "Sequence[PositionedEdit]" = (),
         *,
+        error_term: bool | None = None,
         hook: str | None = None,
         keep: Bool[Tensor, "batch pos"] | None = None,
     ) -> Iterator[None]:
-        """Within the block, the activation at the dictionary's hook is its reconstruction, or, of a transcoder, the activation
-        at its target hook is what it predicts.
+        """Within the block, the model reads the dictionary's reconstruction, or its own activation with some codes edited.
 
-        Positions the dictionary was never trained on (by default position 0) keep their activation; `keep` chooses the
-        replaced positions instead.
+        Without edits, the activation at the dictionary's hook is its reconstruction, or, of a transcoder, the activation at
+        its target hook is what it predicts. With edits (`saelens_lite.interventions.edits`) the activation y there keeps its
+        error term by default, y + Σ_i (new_i − old_i) W_dec[i], so that nothing but the edits changes the model;
+        error_term=False edits the reconstruction instead.
+
+        Positions the dictionary was never trained on (by default position 0) keep their activation, unless an edit names
+        them; `keep` chooses the positions that may change instead.
 
         Raises:
             HookError: neither the dictionary nor `hook` names a hook of this model; a transcoder's target comes first.
-            ConfigError: the dictionary belongs to a model whose weights were processed otherwise.
-            ShapeError: the dictionary has another width than the hook.
+            ConfigError: the dictionary belongs to a model whose weights were processed otherwise; an edit of a latent that the
+                dictionary does not have.
+            ShapeError: the dictionary has another width than the hook; an edit names a position behind the end of the row.
         """
         self.check_origin(dictionary.origin)
         name = hook or dictionary.origin.hook
         if name is None:
             raise ConfigError("the dictionary does not say which hook it belongs to; give hook=")
-
+        error_term = bool(edits) if error_term is None else error_term
+        if edits:
+            dictionary.check_edits(edits)
         target = dictionary.origin.target_hook or name
         read: list[Tensor] = []
 
-        def reconstruct(y: Tensor) -> Tensor:
+        def rewrite(y: Tensor) -> Tensor:
             if target != name and not read:
                 raise HookError(f"the model comes to {target} before {name}, from which the transcoder predicts it")
             x = y if target == name else read.pop()
             dictionary.check_input(x)
-            x_hat, chosen = dictionary(x).to(y.dtype), keep
-            if x_hat.shape != y.shape:
-                raise ShapeError(f"the dictionary gives {list(x_hat.shape)}; {target} of this model is {list(y.shape)}")
-            if chosen is None:
-                position = torch.arange(y.shape[1], device=y.device) + self._offset
-                excluded = torch.tensor(dictionary.origin.excluded_positions, device=y.device, dtype=position.dtype)
-                chosen = ~torch.isin(position, excluded)
-            return torch.where(chosen.to(y.device)[..., None], x_hat, y)
+            position = torch.arange(y.shape[1], device=y.device) + self._offset
+            trained_on = ~torch.isin(position, position.new_tensor(dictionary.origin.excluded_positions))
+            chosen = trained_on if keep is None else keep.to(y.device)
+            new = y
+            if not error_term:
+                new = torch.where(chosen[..., None], _as(y, dictionary(x), target), y)
+            if edits:
+                at = [self._named_positions(edit, position, chosen, keep is not None) for edit in edits]
+                new = new + _as(y, dictionary.change(x, edits, at), target)
+            return new
 
         def look(x: Tensor) -> Tensor:
             read[:] = [x.clone()]  # some models go on to overwrite it
             return x
 
-        with self.replace(name, look) if target != name else nullcontext(), self.replace(target, reconstruct):
+        with self.replace(name, look) if target != name else nullcontext(), self.replace(target, rewrite):
             yield
+
+    def _named_positions(
+        self, edit: "PositionedEdit", position: Int[Tensor, " pos"], chosen: Bool[Tensor, "*batch pos"], only_chosen: bool
+    ) -> Bool[Tensor, "*_batch pos"]:
+        """Where an edit acts: at the positions it names, or, if it names none, at the chosen ones."""
+        named = edit.positions
+        if named is None:
+            return chosen
+        if isinstance(named, slice):
+            named = tuple(range(*named.indices(self.n_ctx)))
+        else:
+            n = self._n_positions or len(position)
+            if beyond := [i for i in named if i >= n]:
+                raise ShapeError(f"{edit} names position {beyond[0]}; this row has positions 0 to {n - 1}")
+        here = torch.isin(position, position.new_tensor(named))
+        return here & chosen if only_chosen else here
 
     @torch.no_grad()
     def generate(
@@ -350,6 +401,7 @@ class LanguageModel:
         n_new = min(max_new_tokens, self.n_ctx - tokens.shape[1])
         generator = torch.Generator(self.device).manual_seed(seed)
         past, step_input = None, tokens
+        self._n_positions = tokens.shape[1] + n_new
         try:
             for _ in range(n_new):
                 out = self.module(step_input, past_key_values=past, use_cache=True)
@@ -364,7 +416,7 @@ class LanguageModel:
                     step_input = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
                 tokens = torch.cat([tokens, step_input], dim=1)
         finally:
-            self._offset = 0
+            self._offset, self._n_positions = 0, None
         ids = tokens[0].tolist()
         return self.tokenizer.decode(ids[1:] if ids[0] == self.bos_id else ids)
 
@@ -415,6 +467,13 @@ def _activation(name: str, value: Any, tokens: Int[Tensor, "batch pos"]) -> Floa
         if value.ndim == 2 and len(value) == batch * pos:  # OPT's MLP
             return rearrange(value, "(batch pos) d -> batch pos d", batch=batch)
     raise HookError(f"{name} is {_shape(value)} for tokens [{batch} {pos}]; only activations [batch pos d] are captured")
+
+
+def _as(y: Float[Tensor, "batch pos d"], new: Tensor, hook: str) -> Float[Tensor, "batch pos d"]:
+    """What a dictionary gives for an activation, in its dtype; ShapeError when it has another shape."""
+    if new.shape != y.shape:
+        raise ShapeError(f"the dictionary gives {list(new.shape)}; {hook} of this model is {list(y.shape)}")
+    return new.to(y.dtype)
 
 
 def _shape(value: Any) -> str:
