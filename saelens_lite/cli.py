@@ -498,6 +498,121 @@ def probe(
 
 
 @app.command
+def steer(
+    dictionary: Path,
+    *,
+    prompt: str,
+    ablate: list[int] | None = None,
+    scale: list[str] | None = None,
+    clamp: list[str] | None = None,
+    add: list[str] | None = None,
+    max_new_tokens: int = 50,
+    temperature: float = 0.8,
+    seed: int = 0,
+    model: str | None = None,
+    device: str | None = None,
+) -> None:
+    """See what a model writes when latents are changed, beside what it writes without, and what that costs.
+
+    Parameters
+    ----------
+    dictionary
+        Dictionary folder.
+    prompt
+        Beginning of the text.
+    ablate
+        Latent that is kept from firing; this and the next three may be given several times, and are applied in this order.
+    scale
+        LATENT=FACTOR: multiply its code, e.g. 9=0.5.
+    clamp
+        LATENT=VALUE: set its code, e.g. 7=8.0.
+    add
+        LATENT=AMOUNT: add to its code, e.g. 3=2.
+    max_new_tokens
+        Tokens to write.
+    temperature
+        0 takes the likeliest token each time.
+    seed
+        Seed of the draws.
+    model
+        The model; default: the one the dictionary was trained on.
+    device
+        Where to run, e.g. cuda.
+    """
+    import saelens_lite as sl
+    from saelens_lite.interventions.steering import steer as run_steer
+    from saelens_lite.interventions.steering import table
+
+    edits = [sl.Ablate(latent) for latent in ablate or ()]
+    for kind, flag, given in ((sl.Scale, "scale", scale), (sl.Clamp, "clamp", clamp), (sl.Add, "add", add)):
+        edits += [kind(*_latent_and_value(flag, text)) for text in given or ()]
+    loaded = sl.Dictionary.load(dictionary)
+    lm = _model_of(loaded, model, device)
+    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    _console().print(table(run_steer(lm, loaded.to(lm.device), prompt, edits, **settings)))
+
+
+def _latent_and_value(flag: str, text: str) -> tuple[int, float]:
+    """The two sides of "7=8.0"."""
+    latent, _, value = text.partition("=")
+    try:
+        return int(latent), float(value)
+    except ValueError:
+        raise ConfigError(f"--{flag} {text}: expected LATENT=NUMBER, such as --{flag} 7=0.5") from None
+
+
+@app.command
+def attribute(
+    dictionary: Path,
+    *,
+    prompt: str,
+    token: str | None = None,
+    against: str | None = None,
+    top: int = 15,
+    ablation: bool = True,
+    model: str | None = None,
+    device: str | None = None,
+    json_out: Annotated[Path | None, Parameter(name="--json")] = None,
+) -> None:
+    """See which latents make the model say what it says: by exact ablation, by gradient, and directly.
+
+    Parameters
+    ----------
+    dictionary
+        Dictionary folder.
+    prompt
+        The text; latents are those that fire on it.
+    token
+        With --against: the effect is on the logit of this token minus that of the other, at the end of the prompt. Mind the
+        space in front of words. Without the two: on the mean loss over the prompt.
+    against
+        The other token.
+    top
+        Rows to show.
+    ablation
+        Also ablate each latent, a forward pass each.
+    model
+        The model; default: the one the dictionary was trained on.
+    device
+        Where to run, e.g. cuda.
+    json_out
+        File for all effects.
+    """
+    import saelens_lite as sl
+    from saelens_lite.files import write_json
+
+    if (token is None) != (against is None):
+        raise ConfigError("--token and --against go together: the difference of their logits is what is explained")
+    loaded = sl.Dictionary.load(dictionary)
+    lm = _model_of(loaded, model, device)
+    metric = "loss" if token is None else (token, against)
+    found = sl.attribute(lm, loaded.to(lm.device), prompt, metric, ablation=ablation)
+    _console().print(found.table(top))
+    if json_out:
+        write_json(json_out, found.to_dict())
+
+
+@app.command
 def inspect(path: Path) -> None:
     """Say what a dictionary or cache folder holds, without loading its tensors.
 

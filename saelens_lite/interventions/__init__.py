@@ -7,7 +7,7 @@ ones, attribution.py says how much each active latent contributes to a metric, s
 from saelens_lite.interventions.attribution import Attribution, attribute
 from saelens_lite.interventions.doses import DoseResponse, dose_response
 from saelens_lite.interventions.edits import Ablate, Add, Clamp, Edit, Scale
-from saelens_lite.interventions.metrics import LogProb, LogitDifference, Metric
+from saelens_lite.interventions.metrics import LogitDifference, LogProb, Metric
 from saelens_lite.interventions.steering import Steered, kl_cost, steer
 
 __all__ = [

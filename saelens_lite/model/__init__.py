@@ -424,15 +424,32 @@ class LanguageModel:
         """W_U with the final norm's scale folded in, so that a direction's dot product with a row is its effect on that
         token's logit, up to the positive factor the norm divides by and a shift common to all tokens."""
         head = self.module.get_output_embeddings().weight.float()
-        final_norm = self._architecture.components.get("ln_final")
-        if final_norm is None:
+        norm = self._final_norm
+        if norm is None:
             return head
-        norm: nn.Module = self.module.get_submodule(final_norm.name)
         scale = norm.weight.float()
         if "gemma" in type(self.module).__name__.lower():  # Gemma's norm multiplies by 1 + weight
             scale = 1 + scale
         head = head * scale
         return head - head.mean(1, keepdim=True) if isinstance(norm, nn.LayerNorm) else head
+
+    def final_norm_divisor(self, x: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape"]:
+        """The positive factor by which the final norm divides the residual stream that reaches it; 1 without such a norm.
+
+        `x @ unembedding().T / final_norm_divisor(x)` are the logits up to what does not depend on x.
+        """
+        norm = self._final_norm
+        if norm is None:
+            return x.new_ones(x.shape[:-1])
+        x = x.float()
+        centred = x - x.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else x
+        eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon  # Llama and its kin
+        return (centred.square().mean(-1) + eps).sqrt()
+
+    @property
+    def _final_norm(self) -> nn.Module | None:
+        found = self._architecture.components.get("ln_final")
+        return None if found is None else self.module.get_submodule(found.name)
 
     def token_strings(self) -> list[str]:
         """The text of every token id."""

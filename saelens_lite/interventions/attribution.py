@@ -1,0 +1,275 @@
+"""Attribution: how much each latent that fires contributes to a metric of the logits, found in three ways.
+
+With y = Σ_i f_i W_dec[i] + b + error at the dictionary's place in the model, and the error held constant, the effect of an
+active latent i at a position is what the metric m loses without it:
+
+    ablation   m(y) − m(y − f_i W_dec[i])                                          exact, a forward pass each
+    gradient   f_i ∂m/∂f_i = f_i ⟨W_dec[i], ∂m/∂y⟩                                  first order, one backward pass for all
+    direct     f_i ⟨W_dec[i], W_Uᵀ ∂m/∂logits⟩ / σ                                 what goes past all later layers
+
+where W_U has the final norm's scale folded in and σ is what that norm divides by. Direct effects exist on the residual stream.
+
+Source: Marks et al. 2024, Sparse feature circuits, arXiv:2403.19647, section 3 (gradient, with error nodes; their patch is 0
+here, and signs are turned round: a contribution is positive); Elhage et al. 2021, A mathematical framework for transformer
+circuits (direct).
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from saelens_lite.codes import SparseCodes
+from saelens_lite.codes.products import pair_products
+from saelens_lite.dictionary import Dictionary
+from saelens_lite.errors import ConfigError, HookError
+from saelens_lite.interventions.metrics import Metric, metric_of, name_of, values_of
+from saelens_lite.interventions.site import Reading, Site, pieces
+from saelens_lite.model import LanguageModel
+from saelens_lite.progress import progress_bar
+from saelens_lite.tokens import TokenRows
+
+LAST_STREAM = "ln_final.hook_in"
+ON_STREAM = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
+WAYS = ("ablation", "gradient", "direct")
+
+
+class Agreement(NamedTuple):
+    """Correlation of two ways' effects over all entries; NaN where one of them is constant."""
+
+    spearman: float
+    pearson: float
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Effects on a metric: entry j is of `latent[j]`, which fires with `activation[j]` at `position[j]` of row `row[j]`.
+
+    Effects are in the metric's unit. `value` is the metric of each row, `error` the effect by gradient of what the dictionary
+    does not reconstruct at the same positions. `direct` is None off the residual stream, and 0 at positions whose logits the
+    metric does not read; `ablation` is None where it was not asked for.
+    """
+
+    metric: str
+    hook: str
+    tokens: tuple[tuple[str, ...], ...]
+    value: Float[Tensor, " rows"]
+    error: Float[Tensor, " rows"]
+    row: Int[Tensor, " n"]
+    position: Int[Tensor, " n"]
+    latent: Int[Tensor, " n"]
+    activation: Float[Tensor, " n"]
+    gradient: Float[Tensor, " n"]
+    direct: Float[Tensor, " n"] | None
+    ablation: Float[Tensor, " n"] | None
+
+    @property
+    def effects(self) -> dict[str, Float[Tensor, " n"]]:
+        """The effects in each way that there is, the most exact first."""
+        return {way: getattr(self, way) for way in WAYS if getattr(self, way) is not None}
+
+    @property
+    def agreement(self) -> dict[tuple[str, str], Agreement]:
+        """How each two ways agree."""
+        found = list(self.effects.items())
+        return {(a, b): _agreement(x, y) for i, (a, x) in enumerate(found) for b, y in found[i + 1 :]}
+
+    def strongest(self, n: int = 10) -> Int[Tensor, " k"]:
+        """The entries of the n largest effects of either sign, by ablation if there is one, else by gradient."""
+        effect = next(iter(self.effects.values()))
+        return effect.abs().argsort(descending=True, stable=True)[:n]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain data."""
+        entries = {"row": self.row, "position": self.position, "latent": self.latent, "activation": self.activation}
+        return {
+            "metric": self.metric,
+            "hook": self.hook,
+            "tokens": [list(row) for row in self.tokens],
+            "value": self.value.tolist(),
+            "error": self.error.tolist(),
+            **{name: x.tolist() for name, x in (entries | self.effects).items()},
+            "agreement": {
+                f"{a}, {b}": {key: x if math.isfinite(x) else None for key, x in both._asdict().items()}
+                for (a, b), both in self.agreement.items()
+            },
+        }
+
+    def table(self, n: int = 10) -> Any:
+        """A rich table of the n strongest effects, with the agreement of the ways below it."""
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+        from rich.text import Text
+
+        grid = Table(box=SIMPLE_HEAD, caption="\n".join(self._remarks()), caption_justify="left")
+        several = len(self.tokens) > 1
+        for title in (*(("row",) if several else ()), "position", "token", "latent", "activation", *self.effects):
+            grid.add_column(title, justify="left" if title == "token" else "right")
+        for j in self.strongest(n).tolist():
+            row, position = int(self.row[j]), int(self.position[j])
+            place = [str(row)] * several + [str(position), repr(self.tokens[row][position]), str(int(self.latent[j]))]
+            numbers = [f"{float(self.activation[j]):.3g}", *(f"{float(effect[j]):+.4f}" for effect in self.effects.values())]
+            grid.add_row(*(Text(cell) for cell in (*place, *numbers)))
+        return grid
+
+    def _remarks(self) -> list[str]:
+        """The figures of the whole, in words."""
+        rest = f"what is not reconstructed {float(self.error.mean()):+.4f} by gradient"
+        return [
+            f"{self.metric} {float(self.value.mean()):.4f}; {len(self.latent)} active latents; {rest}",
+            *(f"{a} and {b}: Spearman {x.spearman:.3f}, Pearson {x.pearson:.3f}" for (a, b), x in self.agreement.items()),
+        ]
+
+
+def attribute(
+    lm: LanguageModel,
+    dictionary: Dictionary,
+    text: str | Sequence[str] | Tensor | TokenRows,
+    metric: Any = "loss",
+    *,
+    position: int | None = None,
+    at: Iterable[int] | int | None = None,
+    ablation: bool = True,
+    hook: str | None = None,
+    batch_tokens: int = 2048,
+) -> Attribution:
+    """The effect of each latent that fires on a metric of the logits of its row.
+
+    `text`: strings, or token ids [batch pos] or [pos]. `metric`: "loss" (mean cross-entropy of the next token, nats); a pair of
+    tokens, as text or ids, for the difference of their logits; or a differentiable function that gives a number [n] for the
+    logits [n pos d_vocab] of n variants of one row. `position`: where the metric is taken (all for the loss, the last for a
+    difference). `at`: the positions whose latents are looked at; by default all that the dictionary was trained on.
+    `ablation`: also ablate each of them, one at a time, in batches of `batch_tokens` tokens.
+
+    Raises:
+        ConfigError: an unknown metric, one without gradient, or a position that is not in the row; no hook is named; a model
+            with other processing.
+        HookError, ShapeError, TextError: a hook the model lacks, a width that does not fit, no text.
+        NonFiniteError: the metric is NaN or infinite.
+    """
+    site = Site(lm, dictionary, hook)
+    unembedding = lm.unembedding() if _has_direct_effects(site) else None
+    rows = [_Row(site, tokens, metric, position, at, unembedding) for tokens in site.rows(text)]
+    ablated = None
+    if ablation:
+        with progress_bar("ablate", sum(len(row.codes.latent) for row in rows), "latents") as advance:
+            ablated = torch.cat([row.ablation(batch_tokens, advance) for row in rows])
+    return Attribution(
+        metric=name_of(metric, lm),
+        hook=site.target,
+        tokens=tuple(tuple(lm.tokenizer.decode([i]) for i in row.reading.tokens.tolist()) for row in rows),
+        value=torch.stack([row.value for row in rows]).cpu(),
+        error=torch.stack([row.error for row in rows]).cpu(),
+        row=torch.repeat_interleave(torch.tensor([len(row.codes.latent) for row in rows])),
+        position=torch.cat([row.codes.row for row in rows]).cpu(),
+        latent=torch.cat([row.codes.latent for row in rows]).cpu(),
+        activation=torch.cat([row.codes.value for row in rows]).cpu(),
+        gradient=torch.cat([row.gradient for row in rows]).cpu(),
+        direct=torch.cat([row.direct for row in rows]).cpu() if unembedding is not None else None,
+        ablation=ablated,
+    )
+
+
+class _Row:
+    """One row: the codes at the positions that are looked at, and their effects by gradient."""
+
+    def __init__(
+        self,
+        site: Site,
+        tokens: Int[Tensor, " pos"],
+        metric: Any,
+        position: int | None,
+        at: Iterable[int] | int | None,
+        unembedding: Float[Tensor, "d_vocab d_model"] | None,
+    ):
+        self.site, self.metric = site, metric_of(metric, site.lm, tokens.to(site.lm.device), position)
+        self.reading = site.read(tokens, *([] if unembedding is None else [LAST_STREAM]))
+        here = _chosen(at, site.counted(len(tokens)))
+        self.codes = _at_positions(self.reading.codes, here)
+        at_target, at_logits, self.value = _gradients(site, self.reading, self.metric)
+        self.gradient = self._products(at_target)
+        self.error = (at_target * self.reading.error)[here].sum()
+        if unembedding is not None:
+            divisor = site.lm.final_norm_divisor(self.reading.acts[LAST_STREAM])
+            self.direct = self._products(at_logits.float() @ unembedding / divisor[:, None])
+
+    def _products(self, gradient: Float[Tensor, "pos d_out"]) -> Float[Tensor, " n"]:
+        """f_i ⟨W_dec[i], gradient⟩ of each entry."""
+        W_dec = self.site.dictionary.W_dec.detach()
+        return self.codes.value * pair_products(self.codes.support, gradient.to(W_dec.dtype), W_dec)
+
+    @torch.no_grad()
+    def ablation(self, batch_tokens: int, advance: Any) -> Float[Tensor, " n"]:
+        """The effect of each entry by a forward pass without it."""
+        tokens, codes, W_dec = self.reading.tokens, self.codes, self.site.dictionary.W_dec
+        effects = [codes.value.new_zeros(0).cpu()]
+        for piece in pieces(len(codes.latent), tokens, batch_tokens):
+            latent, place, value = codes.latent[piece], codes.row[piece], codes.value[piece]
+            added = W_dec.new_zeros(len(latent), len(tokens), W_dec.shape[1])
+            added[torch.arange(len(latent), device=place.device), place] = -value[:, None] * W_dec.index_select(0, latent)
+            effects.append((self.value - values_of(self.metric, self.site.logits(tokens, added))).cpu())
+            advance(len(latent), "")
+        return torch.cat(effects)
+
+
+def _has_direct_effects(site: Site) -> bool:
+    """Whether the dictionary writes to the residual stream, and its model has one norm between that and the unembedding."""
+    try:
+        site.lm.hook_point(LAST_STREAM)
+    except HookError:
+        return False
+    return site.target.endswith(ON_STREAM)
+
+
+def _chosen(at: Iterable[int] | int | None, counted: Bool[Tensor, " pos"]) -> Bool[Tensor, " pos"]:
+    """The positions whose latents are looked at; ConfigError when one is not in the row."""
+    if at is None:
+        return counted
+    n, named = len(counted), [at] if isinstance(at, int) else list(at)
+    if not named or not all(isinstance(i, int) and -n <= i < n for i in named):
+        raise ConfigError(f"at = {at!r}; expected positions of the row, which has {n} tokens")
+    here = torch.zeros_like(counted)
+    here[named] = True
+    return here
+
+
+def _at_positions(codes: SparseCodes, here: Bool[Tensor, " pos"]) -> SparseCodes:
+    """The codes at some positions."""
+    keep = here[codes.row]
+    return codes._replace(support=codes.support.where(keep), value=codes.value[keep])
+
+
+def _gradients(
+    site: Site, reading: Reading, metric: Metric
+) -> tuple[Float[Tensor, "pos d_out"], Float[Tensor, "pos d_vocab"], Float[Tensor, ""]]:
+    """∂m/∂y at the target, ∂m/∂logits, and m."""
+    added = torch.zeros_like(reading.error)[None].requires_grad_()
+    logits = site.logits(reading.tokens, added, differentiable=True)
+    with torch.enable_grad():
+        (value,) = values_of(metric, logits)
+    if not value.requires_grad:
+        raise ConfigError(f"the metric {metric} has no gradient; it must be a differentiable function of the logits")
+    at_target, at_logits = torch.autograd.grad(value, (added, logits))
+    return at_target[0], at_logits[0], value.detach()
+
+
+def _agreement(a: Float[Tensor, " n"], b: Float[Tensor, " n"]) -> Agreement:
+    x, y = a.double().numpy(), b.double().numpy()
+    return Agreement(_correlation(_ranks(x), _ranks(y)), _correlation(x, y))
+
+
+def _correlation(x: np.ndarray, y: np.ndarray) -> float:
+    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return math.nan
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def _ranks(x: np.ndarray) -> np.ndarray:
+    """Ranks from 1 on, equal values sharing the mean of theirs."""
+    _, place, count = np.unique(x, return_inverse=True, return_counts=True)
+    return (count.cumsum() - (count - 1) / 2)[place]

@@ -1,0 +1,236 @@
+"""Dose–response: what more and more of a latent does to the model, what it costs, and what random latents do instead.
+
+A dose a adds a · W_dec[latent] to the activation at every position that counts, error term kept. Each control is a latent
+that fires on the same text, dosed such that what it adds has the same norm. The cost is KL(clean ‖ edited), nats per token.
+
+Source: Turner et al. 2023, Steering language models with activation engineering, arXiv:2308.10248 (adding a direction; random
+ones of equal norm for comparison).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saelens_lite.dictionary import Dictionary
+from saelens_lite.errors import ConfigError
+from saelens_lite.interventions.edits import Add
+from saelens_lite.interventions.metrics import LogProb, Metric, kl_divergence, metric_of, name_of, values_of
+from saelens_lite.interventions.site import Reading, Site, pieces
+from saelens_lite.model import LanguageModel
+from saelens_lite.progress import progress_bar
+from saelens_lite.tokens import TokenRows
+
+N_PROMOTED = 10
+
+
+@dataclass(frozen=True)
+class DoseResponse:
+    """What doses of a latent do: along `latents`, the first is the one asked for, the others are controls of equal norm.
+
+    `effect` is the change of the metric, `kl` the cost in nats per token, for each dose, latent and row of text.
+    `max_activation` is the largest code of the latent on the text: the scale of a natural dose.
+    """
+
+    latent: int
+    controls: tuple[int, ...]
+    doses: tuple[float, ...]
+    metric: str
+    hook: str
+    n_tokens: int
+    max_activation: float
+    clean: Float[Tensor, " rows"]
+    effect: Float[Tensor, "doses latents rows"]
+    kl: Float[Tensor, "doses latents rows"]
+
+    def summary(self) -> list[dict[str, float]]:
+        """A line for each dose: means over rows, their standard error, and mean and standard deviation over controls.
+
+        `beaten` is the number of controls whose effect goes less far in the direction of the latent's.
+        """
+        effects, costs = self.effect.mean(-1), self.kl.mean(-1)
+        n_rows, n_controls = self.effect.shape[-1], len(self.controls)
+        lines = []
+        for dose, effect, cost, by_row in zip(self.doses, effects, costs, self.effect[:, 0], strict=True):
+            line = {"dose": dose, "effect": float(effect[0]), "kl": float(cost[0])}
+            if n_rows > 1:
+                line["effect_se"] = float(by_row.std() / n_rows**0.5)
+            if n_controls:
+                line["beaten"] = int((effect[1:] * effect[0].sign() < effect[0].abs()).sum())
+                line |= {"control_effect": float(effect[1:].mean()), "control_kl": float(cost[1:].mean())}
+            if n_controls > 1:
+                line["control_effect_sd"] = float(effect[1:].std())
+            lines.append(line)
+        return lines
+
+    def to_dict(self) -> dict[str, Any]:
+        """The summary and what it is of, as plain data."""
+        facts = ("latent", "metric", "hook", "n_tokens", "max_activation")
+        return {
+            **{key: getattr(self, key) for key in facts},
+            "controls": list(self.controls),
+            "n_rows": len(self.clean),
+            "clean": float(self.clean.mean()),
+            "doses": self.summary(),
+        }
+
+    def table(self) -> Any:
+        """A rich table, a row for each dose."""
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+
+        caption = (
+            f"change of {self.metric} (clean {float(self.clean.mean()):.4f}) and KL in nats per token; {self.n_tokens:,} "
+            f"tokens in {len(self.clean)} rows; largest activation {self.max_activation:.3g}; ± standard error over rows, of controls "
+            "standard deviation"
+        )
+        grid = Table(box=SIMPLE_HEAD, caption=caption, caption_justify="left")
+        for title in ("dose", "effect", "KL", f"{len(self.controls)} controls", "KL of controls", "beaten"):
+            grid.add_column(title, justify="right", no_wrap=True)
+        for line in self.summary():
+            cells = [f"{line['dose']:g}", _plus_minus(line, "effect", "effect_se"), f"{line['kl']:.4f}"]
+            if self.controls:
+                cells += [_plus_minus(line, "control_effect", "control_effect_sd"), f"{line['control_kl']:.4f}"]
+                cells.append(f"{line['beaten']}/{len(self.controls)}")
+            grid.add_row(*cells)
+        return grid
+
+    def plot(self) -> Any:
+        """A matplotlib figure: effect over dose and over cost, the controls in grey.
+
+        Raises:
+            ConfigError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise ConfigError("plots need matplotlib: pip install 'saelens-lite[notebooks]'") from None
+        figure = Figure(figsize=(9, 3.5), layout="constrained")
+        by_dose, by_cost = figure.subplots(1, 2, sharey=True)
+        order = sorted(range(len(self.doses)), key=self.doses.__getitem__)
+        doses = [self.doses[i] for i in order]
+        effects, costs = self.effect.mean(-1)[order], self.kl.mean(-1)[order]
+        for j in reversed(range(effects.shape[1])):  # the latent on top
+            style = {"color": "tab:red", "marker": "o", "label": f"latent {self.latent}"} if j == 0 else {"color": "0.75"}
+            label = {"label": "controls of equal norm"} if j == 1 else {}
+            by_dose.plot(doses, effects[:, j].tolist(), **style | label)
+            by_cost.plot(costs[:, j].tolist(), effects[:, j].tolist(), **style | label)
+        by_dose.set(xlabel="dose", ylabel=f"change of {self.metric}"[:60])
+        by_cost.set(xlabel="KL(clean ‖ edited), nats per token")
+        by_dose.legend(frameon=False)
+        return figure
+
+
+def dose_response(
+    lm: LanguageModel,
+    dictionary: Dictionary,
+    latent: int,
+    doses: Sequence[float | int],
+    text: str | Sequence[str] | Tensor | TokenRows,
+    *,
+    metric: Any = "promoted",
+    position: int | None = None,
+    n_controls: int = 8,
+    seed: int = 0,
+    hook: str | None = None,
+    batch_tokens: int = 2048,
+) -> DoseResponse:
+    """The effect of each dose of a latent on a metric, and its cost, beside those of random live latents.
+
+    `metric`: "promoted" is the log-probability, nats, that the next token is one of the 10 whose logits the latent's direction
+    raises most, mean over all positions but the first; or one that `attribute` takes. `position`: where it is taken.
+    `text`: strings, or token ids [batch pos] or [pos]. `seed` draws the controls among latents that fire on the text.
+
+    Raises:
+        ConfigError: no such latent, no doses or one that is not finite, an unknown metric, or fewer live latents than controls.
+        HookError, ShapeError, TextError: a hook the model lacks, a width that does not fit, no text.
+        NonFiniteError: the metric is NaN or infinite.
+    """
+    given = tuple(Add(latent, dose).amount for dose in doses)
+    if not given or n_controls < 0:
+        raise ConfigError(
+            f"doses = {list(doses)}, n_controls = {n_controls}; expected at least one dose, and no control or more"
+        )
+    site = Site(lm, dictionary, hook)
+    dictionary.check_edits([Add(latent, 0.0)])
+    readings = [site.read(tokens) for tokens in site.rows(text)]
+    controls = _controls(site, readings, latent, n_controls, seed)
+    directions = _of_equal_norm(dictionary, [latent, *controls])
+    added = (torch.tensor(given, device=lm.device)[:, None, None] * directions).flatten(0, 1)  # [(doses latents) d_out]
+    asked = LogProb(_promoted(lm, directions[0])) if isinstance(metric, str) and metric == "promoted" else metric
+    clean, effect, kl = [], [], []
+    with progress_bar("doses", len(readings), "rows") as advance:
+        for reading in readings:
+            tokens = reading.tokens
+            measure = metric_of(asked, lm, tokens, position)
+            before, changes, costs = _respond(site, tokens, added, measure, batch_tokens)
+            clean.append(before)
+            effect.append(changes.unflatten(0, (len(given), -1)))
+            kl.append(costs.unflatten(0, (len(given), -1)))
+            advance(1, "")
+    return DoseResponse(
+        latent=latent,
+        controls=tuple(controls),
+        doses=given,
+        metric=name_of(asked, lm),
+        hook=site.target,
+        n_tokens=sum(int(site.counted(len(reading.tokens)).sum()) for reading in readings),
+        max_activation=float(max([0.0, *(v for r in readings for v in r.codes.value[r.codes.latent == latent].tolist())])),
+        clean=torch.stack(clean),
+        effect=torch.stack(effect, -1),
+        kl=torch.stack(kl, -1),
+    )
+
+
+@torch.no_grad()
+def _respond(
+    site: Site, tokens: Int[Tensor, " pos"], added: Float[Tensor, "n d_out"], measure: Metric, batch_tokens: int
+) -> tuple[Float[Tensor, ""], Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """The metric of one row, how it changes with each vector added to the positions that count, and the KL of that."""
+    counted = site.counted(len(tokens))
+    clean = site.lm.logits(tokens)
+    before = values_of(measure, clean)
+    changes, costs = [], []
+    for piece in pieces(len(added), tokens, batch_tokens):
+        logits = site.logits(tokens, added[piece, None] * counted[:, None])
+        changes.append(values_of(measure, logits) - before)
+        costs.append(kl_divergence(clean[0], logits, counted))
+    return before[0].cpu(), torch.cat(changes).cpu(), torch.cat(costs).cpu()
+
+
+def _controls(site: Site, readings: list[Reading], latent: int, n: int, seed: int) -> list[int]:
+    """Random latents, other than the one asked for, that fire where positions count and have a direction."""
+    W_dec = site.dictionary.W_dec
+    fires = torch.zeros(len(W_dec), dtype=torch.bool, device=W_dec.device)
+    for reading in readings:
+        fires[reading.codes.latent[site.counted(len(reading.tokens))[reading.codes.row]]] = True
+    fires &= W_dec.norm(dim=1) > 0
+    fires[latent] = False
+    live = fires.nonzero().squeeze(1).tolist()
+    if len(live) < n:
+        raise ConfigError(f"{len(live)} other latents fire on the text; give more text, or n_controls below {n}")
+    order = torch.randperm(len(live), generator=torch.Generator().manual_seed(seed))
+    return [live[i] for i in order[:n].tolist()]
+
+
+def _of_equal_norm(dictionary: Dictionary, latents: list[int]) -> Float[Tensor, "n d_out"]:
+    """Directions of latents, scaled to the norm of the first."""
+    directions = dictionary.W_dec.detach()[latents]
+    norm = directions.norm(dim=1, keepdim=True)
+    if not norm[0] > 0:
+        raise ConfigError(f"latent {latents[0]} has no direction: its row of W_dec is zero")
+    return directions * (norm[0] / norm)
+
+
+def _promoted(lm: LanguageModel, direction: Float[Tensor, " d_out"]) -> tuple[int, ...]:
+    """The tokens whose logits a direction of the residual stream raises most."""
+    if len(direction) != lm.d_model:
+        raise ConfigError(f"directions of width {len(direction)} promote no tokens (d_model is {lm.d_model}); give metric=")
+    return tuple((lm.unembedding() @ direction.float()).topk(N_PROMOTED).indices.tolist())
+
+
+def _plus_minus(line: dict[str, float], value: str, spread: str) -> str:
+    return f"{line[value]:+.4f}" + (f" ±{line[spread]:.2g}" if spread in line else "")

@@ -1,0 +1,131 @@
+"""What an intervention is measured by: a number for each of several variants of one row of logits."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from saelens_lite.errors import ConfigError, NonFiniteError, ShapeError
+from saelens_lite.model import LanguageModel
+
+Metric = Callable[[Float[Tensor, "n pos d_vocab"]], Float[Tensor, " n"]]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Cross-entropy of the tokens that follow, nats: mean over the row, or after one position."""
+
+    tokens: Int[Tensor, " pos"]
+    position: int | None = None
+
+    def __call__(self, logits: Float[Tensor, "n pos d_vocab"]) -> Float[Tensor, " n"]:
+        """The loss of each variant."""
+        wanted = self.tokens[1:].expand(len(logits), -1)
+        losses = F.cross_entropy(rearrange(logits[:, :-1].float(), "n pos vocab -> n vocab pos"), wanted, reduction="none")
+        return losses.mean(1) if self.position is None else losses[:, self.position]
+
+
+@dataclass(frozen=True)
+class LogitDifference:
+    """Logit of token a minus logit of token b at a position."""
+
+    a: int
+    b: int
+    position: int = -1
+
+    def __call__(self, logits: Float[Tensor, "n pos d_vocab"]) -> Float[Tensor, " n"]:
+        """The difference for each variant."""
+        return logits[:, self.position, self.a].float() - logits[:, self.position, self.b].float()
+
+
+@dataclass(frozen=True)
+class LogProb:
+    """Log of the probability, nats, that the next token is one of some: at a position, or the mean over all but the first."""
+
+    tokens: tuple[int, ...]
+    position: int | None = None
+
+    def __call__(self, logits: Float[Tensor, "n pos d_vocab"]) -> Float[Tensor, " n"]:
+        """The log-probability for each variant."""
+        chosen = logits[:, 1:] if self.position is None else logits[:, [self.position]]
+        return chosen.float().log_softmax(-1)[..., list(self.tokens)].logsumexp(-1).mean(1)
+
+
+def metric_of(asked: Any, lm: LanguageModel, tokens: Int[Tensor, " pos"], position: int | None = None) -> Metric:
+    """The metric asked for, on a row of tokens: "loss", two tokens whose logits are compared, or a function of logits.
+
+    position: where it is taken; negative ones count from the end. Default: all positions for the loss, the last one for a
+    difference of logits.
+
+    Raises:
+        ConfigError: no such metric, a text that is not one token, or a position that is not in the row.
+    """
+    if isinstance(asked, LogProb):
+        return asked if position is None else replace(asked, position=_place(position, len(tokens)))
+    if callable(asked):
+        if position is not None:
+            raise ConfigError("a function of logits takes them at positions of its own choice; leave out position=")
+        return asked
+    if isinstance(asked, str) and asked == "loss":
+        if len(tokens) < 2:
+            raise ConfigError("the loss of a row of one token: nothing follows it")
+        return Loss(tokens, None if position is None else _place(position, len(tokens), last=len(tokens) - 2))
+    if isinstance(asked, tuple | list) and len(asked) == 2:
+        a, b = (token_id(lm, token) for token in asked)
+        return LogitDifference(a, b, _place(-1 if position is None else position, len(tokens)))
+    raise ConfigError(f"metric = {asked!r}; expected 'loss', a pair of tokens (a, b), or a function of logits [n pos d_vocab]")
+
+
+def _place(position: int, n: int, last: int | None = None) -> int:
+    """A position counted from the beginning of a row of n tokens; ConfigError unless the metric exists there."""
+    last = n - 1 if last is None else last
+    if not -n <= position < n or position % n > last:
+        raise ConfigError(f"position = {position}: the row has {n} tokens, and this metric positions 0 to {last}")
+    return position % n
+
+
+def token_id(lm: LanguageModel, token: str | int) -> int:
+    """The id of a token given as text or id; ConfigError when the text is not exactly one token."""
+    ids = [token] if isinstance(token, int) else lm.tokenizer(token, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1 or not 0 <= ids[0] < lm.d_vocab:
+        pieces = [lm.tokenizer.decode([i]) for i in ids] if isinstance(token, str) else f"ids go to {lm.d_vocab - 1}"
+        raise ConfigError(f"{token!r} is not one token of {lm.name}: {pieces}; mind the space in front of words")
+    return ids[0]
+
+
+def name_of(metric: Any, lm: LanguageModel) -> str:
+    """A metric in words."""
+    if isinstance(metric, LogProb):
+        return f"log-probability of {', '.join(repr(lm.tokenizer.decode([i])) for i in metric.tokens)}"
+    if isinstance(metric, tuple | list):
+        return " − ".join(f"logit of {lm.tokenizer.decode([token_id(lm, token)])!r}" for token in metric)
+    return metric if isinstance(metric, str) else getattr(metric, "__name__", repr(metric))
+
+
+def values_of(metric: Metric, logits: Float[Tensor, "n pos d_vocab"]) -> Float[Tensor, " n"]:
+    """The metric of each variant.
+
+    Raises:
+        ShapeError: the metric does not give a number for each.
+        NonFiniteError: it gives NaN or infinity.
+    """
+    values = metric(logits)
+    if not isinstance(values, Tensor) or values.shape != logits.shape[:1]:
+        found = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ShapeError(f"the metric of logits {list(logits.shape)} is {found}; expected a number for each: [{len(logits)}]")
+    if not torch.isfinite(values).all():
+        raise NonFiniteError(f"the metric {metric} is NaN or infinite")
+    return values
+
+
+def kl_divergence(
+    clean: Float[Tensor, "pos d_vocab"], logits: Float[Tensor, "n pos d_vocab"], counted: Bool[Tensor, " pos"]
+) -> Float[Tensor, " n"]:
+    """KL(clean ‖ variant), nats per token: mean over the positions that count."""
+    log_p, log_q = clean[counted].float().log_softmax(-1), logits[:, counted].float().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean(1)

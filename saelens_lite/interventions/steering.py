@@ -1,0 +1,90 @@
+"""Text with and without edits, side by side, and what the edits cost."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from saelens_lite.dictionary import Dictionary
+from saelens_lite.errors import ConfigError
+from saelens_lite.interventions.edits import Edit
+from saelens_lite.interventions.metrics import kl_divergence
+from saelens_lite.interventions.site import Site
+from saelens_lite.model import LanguageModel
+from saelens_lite.tokens import TokenRows
+
+
+class Steered(NamedTuple):
+    """The continuations of a prompt by the model as it is and with edits; `kl`: see `kl_cost`, of the plain text."""
+
+    plain: str
+    edited: str
+    kl: float
+
+
+def steer(
+    lm: LanguageModel,
+    dictionary: Dictionary,
+    prompt: str,
+    edits: Sequence[Edit],
+    *,
+    max_new_tokens: int = 50,
+    temperature: float | int = 0.8,
+    seed: int = 0,
+    hook: str | None = None,
+) -> Steered:
+    """What the model writes with edits in force, beside what it writes from the same seed without, and the cost.
+
+    Raises:
+        ConfigError: no edits, an edit of a latent that does not exist, a negative temperature.
+        TextError, ShapeError: an empty prompt, or one that fills the model's context.
+    """
+    if not edits:
+        raise ConfigError("nothing to steer with: give at least one edit")
+    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    with lm.splice(dictionary, edits, hook=hook):
+        edited = lm.generate(prompt, **settings)
+    plain = lm.generate(prompt, **settings)
+    return Steered(plain, edited, kl_cost(lm, dictionary, edits, plain, hook=hook))
+
+
+@torch.no_grad()
+def kl_cost(
+    lm: LanguageModel,
+    dictionary: Dictionary,
+    edits: Sequence[Edit],
+    text: str | Sequence[str] | Tensor | TokenRows,
+    *,
+    hook: str | None = None,
+) -> float:
+    """KL(clean ‖ edited) of the model's predictions, nats per token: mean over the positions that count.
+
+    Raises:
+        ConfigError, HookError, ShapeError, TextError: as `LanguageModel.splice`; no text.
+    """
+    site = Site(lm, dictionary, hook)
+    total, n = 0.0, 0
+    for tokens in site.rows(text):
+        counted = site.counted(len(tokens))
+        clean = lm.logits(tokens)[0]
+        with lm.splice(dictionary, edits, hook=hook):
+            edited = lm.logits(tokens)
+        n_counted = int(counted.sum())
+        if n_counted:
+            total, n = total + n_counted * float(kl_divergence(clean, edited, counted)), n + n_counted
+    return total / n
+
+
+def table(steered: Steered) -> Any:
+    """A rich table of the two texts side by side, the cost below."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    caption = f"KL(plain ‖ edited) on the plain text: {steered.kl:.4f} nats per token"
+    grid = Table(box=SIMPLE_HEAD, caption=caption, caption_justify="left", expand=True)
+    for title in ("plain", "edited"):
+        grid.add_column(title, overflow="fold", ratio=1)
+    grid.add_row(Text(steered.plain), Text(steered.edited))
+    return grid
