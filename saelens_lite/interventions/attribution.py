@@ -210,9 +210,10 @@ class _Row:
         effects = [codes.value.new_zeros(0).cpu()]
         for piece in pieces(len(codes.latent), tokens, batch_tokens):
             latent, place, value = codes.latent[piece], codes.row[piece], codes.value[piece]
-            added = W_dec.new_zeros(len(latent), len(tokens), W_dec.shape[1])
+            added = W_dec.new_zeros(len(latent) + 1, len(tokens), W_dec.shape[1])  # the last is clean: rounded like the others
             added[torch.arange(len(latent), device=place.device), place] = -value[:, None] * W_dec.index_select(0, latent)
-            effects.append((self.value - values_of(self.metric, self.site.logits(tokens, added))).cpu())
+            values = values_of(self.metric, self.site.logits(tokens, added))
+            effects.append((values[-1] - values[:-1]).cpu())
             advance(len(latent), "")
         return torch.cat(effects)
 

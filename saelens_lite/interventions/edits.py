@@ -13,7 +13,7 @@ from typing import Any
 
 from saelens_lite.errors import ConfigError
 
-Positions = int | Iterable[int] | slice | None
+Positions = int | Iterable[Any] | slice | None
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Edit:
         ConfigError: latents or positions that are no whole numbers from 0 on, or a value that is no finite number.
     """
 
-    latents: int | Iterable[int]
+    latents: int | Iterable[Any]
     positions: Positions = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:

@@ -1,0 +1,351 @@
+"""Edits of codes against a dense float64 formula, dose–response against plain splices, and steering."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import saelens_lite as sl
+from saelens_lite.errors import ConfigError, NonFiniteError, ShapeError, TextError
+from saelens_lite.interventions import LogProb, kl_cost, steer
+
+TEXTS = ["The old man said that he would not go.", "import os", "It was the best of times, it was the worst of times, it was"]
+PROMPT = "The old man"
+HOOK, AFTER = "blocks.0.hook_resid_post", "blocks.1.hook_resid_pre"
+MLP_IN, MLP_OUT = "blocks.1.ln2.hook_out", "blocks.1.hook_mlp_out"
+
+
+@pytest.fixture(scope="module")
+def topk():
+    """An autoencoder of random directions whose codes are of the size of the activations."""
+    return sl.Dictionary.create("topk", d_in=48, d_sae=96, options={"k": 6}, origin=sl.Origin(hook=HOOK))
+
+
+@pytest.fixture(scope="module")
+def transcoder():
+    """A skip transcoder of random weights."""
+    d = sl.Dictionary.create(
+        "topk", d_in=48, d_out=48, d_sae=96, skip=True, options={"k": 6}, seed=1,
+        origin=sl.Origin(hook=MLP_IN, target_hook=MLP_OUT),
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(2)
+    for parameter in (d.b_dec, d.W_skip):
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+    return d
+
+
+@pytest.fixture(params=["topk", "transcoder"])
+def dictionary(request):
+    """Each of the two dictionaries in turn."""
+    return request.getfixturevalue(request.param)
+
+
+def activations(lm, d) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the dictionary reads, and what stands where its output goes."""
+    target = d.origin.target_hook or d.origin.hook
+    acts = lm.run(TEXTS, [d.origin.hook, target])
+    return acts[d.origin.hook], acts[target]
+
+
+def edited_activation(lm, d, edits, **settings) -> torch.Tensor:
+    """What the model reads within a splice."""
+    seen = []
+    with lm.splice(d, edits, **settings), lm.replace(d.origin.target_hook or AFTER, lambda y: seen.append(y.clone()) or y):
+        lm.logits(TEXTS)
+    return seen[0]
+
+
+def busiest(lm, d, n: int) -> list[int]:
+    """The latents that fire most often."""
+    codes = d.encode(activations(lm, d)[0])
+    return torch.bincount(codes.latent, minlength=d.d_sae).topk(n).indices.tolist()
+
+
+def dense(d, codes: torch.Tensor, edits) -> torch.Tensor:
+    """Codes [batch pos d_sae] after edits, one latent and position at a time."""
+    codes = codes.clone()
+    n = codes.shape[1]
+    for edit in edits:
+        if edit.positions is None:
+            positions = [p for p in range(n) if p not in d.origin.excluded_positions]
+        else:
+            positions = range(n)[edit.positions] if isinstance(edit.positions, slice) else edit.positions
+        for latent in edit.latents:
+            for p in positions:
+                old = codes[:, p, latent]
+                new = {
+                    sl.Ablate: lambda _, old=old: 0 * old,
+                    sl.Clamp: lambda edit, old=old: 0 * old + edit.value,
+                    sl.Scale: lambda edit, old=old: edit.factor * old,
+                    sl.Add: lambda edit, old=old: old + edit.amount,
+                }[type(edit)](edit)
+                codes[:, p, latent] = new
+    return codes
+
+
+EDITS = {
+    "ablate": lambda a, b, c: [sl.Ablate([a, b, c])],
+    "clamp": lambda a, b, c: [sl.Clamp(a, 8.0)],
+    "clamp to a negative value": lambda a, b, c: [sl.Clamp([b, 95], -3)],
+    "scale": lambda a, b, c: [sl.Scale((a, c), 2.5)],
+    "add": lambda a, b, c: [sl.Add([a, 0], 1.5)],
+    "positions": lambda a, b, c: [sl.Clamp(a, 8.0, positions=[0, 2]), sl.Add(b, -1, positions=slice(1, None, 2))],
+    "one after the other": lambda a, b, c: [
+        sl.Add(a, 2.0), sl.Scale([a, b], 3.0), sl.Clamp(c, 1.0), sl.Add([c, a], 0.5), sl.Ablate(b, positions=slice(2, 4)),
+    ],
+    "nothing": lambda a, b, c: [sl.Ablate([])],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("error_term", [True, False])
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_is_the_dense_formula(random_lm, dictionary, name, error_term):
+    d, edits = dictionary, EDITS[name](*busiest(random_lm, dictionary, 3))
+    x, y = (a.double() for a in activations(random_lm, d))
+    old = d.encode(x.float()).to_dense().detach().double()
+    W_dec, b_dec = d.W_dec.detach().double(), d.b_dec.detach().double()
+    base = y.clone()
+    if not error_term:
+        skip = x @ d.W_skip.detach().double().T if d.W_skip is not None else 0
+        base[:, 1:] = (old @ W_dec + b_dec + skip)[:, 1:]
+    wanted = base + (dense(d, old, edits) - old) @ W_dec
+    found = edited_activation(random_lm, d, edits, error_term=error_term)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+    assert (name == "nothing") == torch.allclose(found, base.float(), atol=1e-4)
+
+
+def test_with_edits_the_error_term_is_kept_by_default(random_lm, topk):
+    edits = [sl.Clamp(3, 8.0)]
+    kept, dropped = (edited_activation(random_lm, topk, edits, error_term=choice) for choice in (True, False))
+    assert torch.equal(edited_activation(random_lm, topk, edits), kept)
+    assert not torch.allclose(kept, dropped, atol=1e-2)
+    reconstruction = edited_activation(random_lm, topk, [])
+    torch.testing.assert_close(reconstruction[:, 1:], topk(activations(random_lm, topk)[0])[:, 1:].detach())
+
+
+@pytest.mark.parametrize("edits", [[], [sl.Scale(range(96), 1.0)], [sl.Add([1, 2], 0.0)]])
+def test_edits_that_change_no_code_change_no_logit(random_lm, dictionary, edits):
+    clean = random_lm.logits(TEXTS)
+    with random_lm.splice(dictionary, edits, error_term=True):
+        assert torch.equal(random_lm.logits(TEXTS), clean)
+
+
+def test_ablating_all_latents_takes_what_they_decode_to_out_of_the_stream(random_lm, topk):
+    x, _ = activations(random_lm, topk)
+    decoded = topk.encode(x).to_dense() @ topk.W_dec
+    found = edited_activation(random_lm, topk, [sl.Ablate(range(96))])
+    torch.testing.assert_close(found[:, 1:], (x - decoded)[:, 1:].detach(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(found[:, 0], x[:, 0])
+    assert torch.equal(edited_activation(random_lm, topk, [sl.Scale(range(96), 0)]), found)
+
+
+def test_keep_bounds_where_edits_act(random_lm, topk):
+    rows = random_lm.to_tokens(TEXTS)
+    x, _ = activations(random_lm, topk)
+    found = edited_activation(random_lm, topk, [sl.Add(5, 2.0), sl.Add(6, 3.0, positions=[0, 1])], keep=rows.keep)
+    wanted = x + 2 * topk.W_dec[5].detach() * rows.keep[..., None]
+    wanted[:, 1] += 3 * topk.W_dec[6].detach()
+    torch.testing.assert_close(found, wanted)
+
+
+def test_edits_change_activations_of_any_shape(topk):
+    x = torch.randn(2, 3, 4, 48, generator=torch.Generator().manual_seed(0))
+    change = topk.change(x, [sl.Clamp(7, 2.0)])
+    old = topk.encode(x).to_dense()[..., 7:8]
+    torch.testing.assert_close(change, (2 - old) * topk.W_dec[7])
+    assert topk.change(x[0, 0, 0], [sl.Ablate(7)]).shape == (48,)
+
+
+def greedy(lm, prompt: str, n: int) -> str:
+    """n likeliest tokens in a row, each from a full forward pass."""
+    tokens = lm.to_tokens(prompt).tokens
+    for _ in range(n):
+        tokens = torch.cat([tokens, lm.logits(tokens)[:, -1].argmax(-1, keepdim=True)], dim=1)
+    return lm.tokenizer.decode(tokens[0, 1:])
+
+
+@pytest.mark.parametrize("positions", [None, slice(6, None), slice(0, 3)])
+@pytest.mark.parametrize("target", [None, MLP_OUT])
+def test_generation_with_a_cache_is_generation_without(lm, target, positions):
+    hook = MLP_IN if target else HOOK
+    d = sl.Dictionary.create(
+        "topk", d_in=lm.d_model, d_out=lm.d_model if target else None, d_sae=96, options={"k": 6},
+        origin=sl.Origin(hook=hook, target_hook=target),
+    )  # fmt: skip
+    fires = d.encode(lm.run(PROMPT, hook)[hook]).latent.unique()
+    edits = [sl.Clamp(fires, 6.0, positions=positions), sl.Add(90, 40.0, positions=positions)]
+    plain = lm.generate(PROMPT, 14, temperature=0)
+    with lm.splice(d, edits):
+        assert lm.generate(PROMPT, 14, temperature=0) == greedy(lm, PROMPT, 14) != plain
+    assert lm.generate(PROMPT, 14, temperature=0) == plain
+
+
+def test_a_position_that_is_still_to_be_generated(random_lm, topk):
+    n = random_lm.to_tokens(PROMPT).tokens.shape[1]
+    plain = random_lm.generate(PROMPT, 8, temperature=0)
+    with random_lm.splice(topk, [sl.Add(7, 60.0, positions=n + 3)]):
+        edited = random_lm.generate(PROMPT, 8, temperature=0)
+        with pytest.raises(ShapeError, match=rf"names position {n + 3}; this row has positions 0 to {n - 1}"):
+            random_lm.logits(PROMPT)
+        with pytest.raises(ShapeError, match=rf"names position {n + 3}; this row has positions 0 to {n + 1}"):
+            random_lm.generate(PROMPT, 2)
+    shared = random_lm.generate(PROMPT, 4, temperature=0)
+    assert edited.startswith(shared)
+    assert plain.startswith(shared)
+    assert edited != plain
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: sl.Ablate(-1), r"Ablate: latents = -1; expected whole numbers from 0 on"),
+        (lambda: sl.Ablate(torch.tensor([1.0])), r"Ablate: latents = \[1\.0\]; expected whole numbers"),
+        (lambda: sl.Ablate("7"), r"Ablate: latents = '7'; expected whole numbers"),
+        (lambda: sl.Ablate(torch.tensor([True, False])), r"latents = \[True, False\]; expected whole numbers"),
+        (lambda: sl.Clamp(1, float("nan")), r"Clamp: value = nan; expected a finite number"),
+        (lambda: sl.Scale(1, float("inf")), r"Scale: factor = inf; expected a finite number"),
+        (lambda: sl.Add(1, True), r"Add: amount = True; expected a finite number"),
+        (lambda: sl.Add(1, 1, positions=[-1]), r"Add: positions = \[-1\]; expected whole numbers from 0 on"),
+        (lambda: sl.Add(1, 1, positions=slice(-3, None)), r"Add: positions = \[-3\]; expected whole numbers from 0 on"),
+        (lambda: sl.Add(1, 1, positions=slice(None, None, 0)), r"a slice cannot have a step of 0"),
+    ],
+)
+def test_edits_that_make_no_sense(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_edits_are_plain_frozen_values():
+    assert sl.Clamp(torch.tensor([7, 7, 3]), 8) == sl.Clamp((7, 3), 8.0)
+    assert repr(sl.Add(3, 2, positions=5)) == "Add(latents=(3,), positions=(5,), amount=2.0)"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        sl.Add(3, 2).amount = 3
+
+
+def test_a_latent_that_does_not_exist(random_lm, topk):
+    with (
+        pytest.raises(ConfigError, match=r"no latent 96; this dictionary has latents 0 to 95"),
+        random_lm.splice(topk, [sl.Ablate([1, 96])]),
+    ):
+        pass
+
+
+@pytest.fixture(scope="module")
+def response(random_lm, topk):
+    """Doses of one latent on texts of uneven length."""
+    return sl.dose_response(random_lm, topk, 7, [-2, 0, 3.0], TEXTS, n_controls=4, seed=3, batch_tokens=50)
+
+
+def test_each_dose_is_a_splice_of_its_own(random_lm, topk, response):
+    """By splicing every dose of every latent into each text alone."""
+    assert response.effect.shape == response.kl.shape == (3, 5, 3)
+    promoted = (random_lm.unembedding() @ topk.W_dec[7].detach()).topk(10).indices
+    norms = topk.W_dec.detach().norm(dim=1)
+    for r, text in enumerate(TEXTS):
+        clean = random_lm.logits(text)[0].double().log_softmax(-1)
+        before = clean[1:, promoted].exp().sum(-1).log().mean()
+        assert float(response.clean[r]) == pytest.approx(float(before), abs=1e-5)
+        for i, dose in enumerate(response.doses):
+            for j, latent in enumerate([7, *response.controls]):
+                with random_lm.splice(topk, [sl.Add(latent, dose * float(norms[7] / norms[latent]))]):
+                    new = random_lm.logits(text)[0].double().log_softmax(-1)
+                after = new[1:, promoted].exp().sum(-1).log().mean()
+                kl = F.kl_div(new[1:], clean[1:], reduction="none", log_target=True).sum(-1).mean()
+                assert float(response.effect[i, j, r]) == pytest.approx(float(after - before), abs=2e-5)
+                assert float(response.kl[i, j, r]) == pytest.approx(float(kl), abs=2e-5)
+
+
+def test_what_a_dose_response_says(random_lm, topk, response):
+    again = sl.dose_response(random_lm, topk, 7, [-2, 0, 3.0], TEXTS, n_controls=4, seed=3, batch_tokens=50)
+    assert torch.equal(again.effect, response.effect)
+    fires = set(torch.cat([topk.encode(random_lm.run(t, HOOK)[HOOK][0, 1:]).latent for t in TEXTS]).tolist())
+    assert set(response.controls) <= fires - {7}
+    assert len(set(response.controls)) == 4
+    assert response.controls != sl.dose_response(random_lm, topk, 7, [1], TEXTS, n_controls=4, seed=4).controls
+    down, none, up = response.to_dict()["doses"]
+    assert down["effect"] < none["effect"] == pytest.approx(0, abs=1e-5)
+    assert up["effect"] > 0.01
+    assert [none["kl"], none["control_kl"]] == pytest.approx([0, 0], abs=1e-6)
+    assert up["effect"] == pytest.approx(float(response.effect[2, 0].mean()))
+    assert up["effect_se"] == pytest.approx(float(response.effect[2, 0].std() / 3**0.5))
+    assert up["beaten"] == int((response.effect[2, 1:].mean(-1) < up["effect"]).sum())
+    assert response.table().row_count == 3
+
+
+def test_the_plot_shows_the_latent_and_its_controls(response):
+    by_dose, by_cost = response.plot().axes
+    assert len(by_dose.lines) == len(by_cost.lines) == 5
+    assert list(by_dose.lines[-1].get_xdata()) == [-2, 0, 3]
+    assert by_dose.lines[-1].get_ydata() == pytest.approx(response.effect[:, 0].mean(-1).tolist())
+    assert by_cost.lines[-1].get_xdata() == pytest.approx(response.kl[:, 0].mean(-1).tolist())
+
+
+@pytest.mark.parametrize("metric", ["loss", (5, 9), LogProb((3,), position=2), lambda logits: logits[:, -1, 11]])
+def test_metrics_of_a_dose(random_lm, transcoder, metric):
+    found = sl.dose_response(random_lm, transcoder, 7, [2], TEXTS[0], metric=metric, n_controls=0)
+    tokens = random_lm.to_tokens(TEXTS[0]).tokens[0]
+
+    def value() -> float:
+        logits = random_lm.logits(TEXTS[0])[0].double()
+        if metric == "loss":
+            return float(F.cross_entropy(logits[:-1], tokens[1:]))
+        if metric == (5, 9):
+            return float(logits[-1, 5] - logits[-1, 9])
+        return float(logits.log_softmax(-1)[2, 3]) if isinstance(metric, LogProb) else float(logits[-1, 11])
+
+    before = value()
+    with random_lm.splice(transcoder, [sl.Add(7, 2)]):
+        assert float(found.effect) == pytest.approx(value() - before, abs=1e-5)
+    assert "control_effect" not in found.summary()[0]
+    assert found.table().row_count == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"latent": 96}, ConfigError, r"no latent 96"),
+        ({"doses": []}, ConfigError, r"expected at least one dose"),
+        ({"doses": [1, float("nan")]}, ConfigError, r"amount = nan; expected a finite number"),
+        ({"n_controls": 96}, ConfigError, r"other latents fire on the text; give more text, or n_controls below 96"),
+        ({"metric": "los"}, ConfigError, r"metric = 'los'; expected 'loss', a pair of tokens"),
+        ({"metric": ("The old", " man")}, ConfigError, r"'The old' is not one token of random: \['The', ' old'\]"),
+        ({"metric": (5, 10**6)}, ConfigError, r"1000000 is not one token of random: ids go to"),
+        ({"metric": "loss", "position": 12}, ConfigError, r"position = 12: the row has \d+ tokens"),
+        ({"metric": "promoted", "position": 99}, ConfigError, r"position = 99: the row has \d+ tokens"),
+        ({"metric": lambda logits: logits[:, 0]}, ShapeError, r"the metric of logits \[1, \d+, \d+\] is \[1, \d+\]; expected"),
+        ({"metric": lambda logits: logits[:, 0, 0] / 0}, NonFiniteError, r"is NaN or infinite"),
+        ({"text": ""}, TextError, r"empty text"),
+        ({"text": torch.tensor([[0]])}, TextError, r"a row without any position that the dictionary was trained on"),
+    ],
+)
+def test_dose_responses_that_cannot_be(random_lm, topk, change, error, message):
+    asked = {"latent": 7, "doses": [1], "text": TEXTS[0], "n_controls": 2} | change
+    with pytest.raises(error, match=message):
+        sl.dose_response(random_lm, topk, **asked)
+
+
+def test_a_latent_without_direction(random_lm):
+    d = sl.Dictionary.create("topk", d_in=48, d_sae=8, options={"k": 2}, origin=sl.Origin(hook=HOOK))
+    d.W_dec.data[3] = 0
+    with pytest.raises(ConfigError, match=r"latent 3 has no direction"):
+        sl.dose_response(random_lm, d, 3, [1], TEXTS, n_controls=0)
+
+
+def test_steering_shows_both_texts_and_the_cost(random_lm, topk):
+    edits = [sl.Add(7, 30.0)]
+    found = steer(random_lm, topk, PROMPT, edits, max_new_tokens=10, seed=5)
+    assert found.plain == random_lm.generate(PROMPT, 10, seed=5)
+    with random_lm.splice(topk, edits):
+        assert found.edited == random_lm.generate(PROMPT, 10, seed=5) != found.plain
+    assert found.kl == kl_cost(random_lm, topk, edits, found.plain) > 0.1
+    with pytest.raises(ConfigError, match="at least one edit"):
+        steer(random_lm, topk, PROMPT, [])
+
+
+def test_the_cost_counts_every_token_once(random_lm, topk):
+    edits = [sl.Clamp(7, 3.0)]
+    n = [int(random_lm.to_tokens(text).keep.sum()) for text in TEXTS]
+    each = [kl_cost(random_lm, topk, edits, text) for text in TEXTS]
+    pooled = sum(a * b for a, b in zip(n, each, strict=True)) / sum(n)
+    assert kl_cost(random_lm, topk, edits, TEXTS) == pytest.approx(pooled, rel=1e-5)
