@@ -159,6 +159,33 @@ def test_probe_prints_a_table(work, monkeypatch, capsys):
     assert "no 'text'" in err
 
 
+def test_steer_shows_both_texts(work, monkeypatch, capsys):
+    args = ("steer", work / "run/dictionary", "--prompt", "It was", "--max-new-tokens", 8, "--seed", 3, "--temperature", 1)
+    edits = ("--clamp", "7=80.0", "--clamp", "8=-2", "--add", "3=20", "--ablate", 5, "--ablate", 6, "--scale", "9=0.5")
+    code, out, err = call(monkeypatch, capsys, *args, *edits)
+    assert code == 0, err
+    assert "plain" in out
+    assert "nats per token" in out
+    assert out.count("It was") == 2
+    code, again, _ = call(monkeypatch, capsys, *args, "--add", "3=0")
+    plain, edited = next(line for line in again.splitlines() if "It was" in line).split("It was")[1:]
+    assert plain.strip() == edited.strip()
+    assert "0.0000 nats per token" in again
+
+
+def test_attribute_prints_a_table(work, monkeypatch, capsys):
+    args = ("attribute", work / "run/dictionary", "--prompt", "It was the best of", "--json", work / "attribution.json")
+    code, out, err = call(monkeypatch, capsys, *args, "--token", " times", "--against", " the", "--top", 3)
+    assert code == 0, err
+    assert "ablation and gradient: Spearman" in out
+    found = json.loads((work / "attribution.json").read_text())
+    assert found["metric"] == "logit of ' times' − logit of ' the'"
+    assert len(found["ablation"]) == len(found["gradient"]) == len(found["latent"]) > 3
+    code, out, err = call(monkeypatch, capsys, *args, "--no-ablation")
+    assert code == 0, err
+    assert "ablation" not in json.loads((work / "attribution.json").read_text())
+
+
 def test_plugins(monkeypatch, capsys):
     code, out, _ = call(monkeypatch, capsys, "plugins")
     assert code == 0
@@ -196,11 +223,19 @@ def test_train_with_loggers(work, monkeypatch, capsys):
         (["eval", "nowhere"], "cfg.json is missing"),
         (["compare", "nowhere", "elsewhere"], "cfg.json is missing"),
         (["probe", "nowhere", "--data", "nowhere.csv"], "no labelled texts at nowhere.csv"),
+        (["steer", "nowhere", "--prompt", "It", "--ablate", "3"], "cfg.json is missing"),
+        (["steer", "DICT", "--prompt", "It"], "at least one edit"),
+        (["steer", "DICT", "--prompt", "It", "--clamp", "7"], "--clamp 7: expected LATENT=NUMBER, such as --clamp 7=0.5"),
+        (["steer", "DICT", "--prompt", "It", "--add", "7=nan"], "Add: amount = nan; expected a finite number"),
+        (["steer", "DICT", "--prompt", "It", "--ablate", "64"], "no latent 64; this dictionary has latents 0 to 63"),
+        (["steer", "DICT", "--prompt", "", "--ablate", "3"], "empty text"),
+        (["attribute", "DICT", "--prompt", "It was", "--token", " he"], "--token and --against go together"),
+        (["attribute", "DICT", "--prompt", "It was", "--token", " he", "--against", " she and"], "is not one token of tiny"),
         (["inspect", "nowhere"], "is missing"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(work, monkeypatch, capsys, args, says):
-    places = {"CACHE": work / "cache", "BOOK": work / "book.txt"}
+    places = {"CACHE": work / "cache", "BOOK": work / "book.txt", "DICT": work / "run/dictionary"}
     monkeypatch.chdir(work)
     code, out, err = call(monkeypatch, capsys, *(places.get(arg, arg) for arg in args))
     assert code == 2

@@ -52,8 +52,8 @@ class Site:
         else:
             if not isinstance(text, TokenRows):
                 text = self.lm.to_tokens(text, prepend_bos=self.dictionary.origin.prepend_bos is not False)
-            last = (text.keep.long() * torch.arange(1, text.keep.shape[1] + 1)).amax(1)
-            rows = [tokens[:n] for tokens, n in zip(text.tokens, last.tolist(), strict=True)]
+            length = text.keep.shape[1] - text.keep.int().flip(1).argmax(1)  # as far as the last position that counts
+            rows = [tokens[:n] for tokens, n in zip(text.tokens, length.tolist(), strict=True)]
         if not rows or not all(self.counted(len(row)).any() for row in rows):
             raise TextError("no text, or a row without any position that the dictionary was trained on")
         return rows
