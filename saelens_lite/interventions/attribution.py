@@ -16,7 +16,7 @@ circuits (direct).
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,6 +78,11 @@ class Attribution:
         """How each two ways agree."""
         found = list(self.effects.items())
         return {(a, b): _agreement(x, y) for i, (a, x) in enumerate(found) for b, y in found[i + 1 :]}
+
+    def only(self, keep: Bool[Tensor, " n"]) -> "Attribution":
+        """The entries at which `keep` is true."""
+        entries = {"row": self.row, "position": self.position, "latent": self.latent, "activation": self.activation}
+        return replace(self, **{name: x[keep] for name, x in (entries | self.effects).items()})
 
     def strongest(self, n: int = 10) -> Int[Tensor, " k"]:
         """The entries of the n largest effects of either sign, by ablation if there is one, else by gradient."""
