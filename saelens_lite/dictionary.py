@@ -180,11 +180,9 @@ class Dictionary(nn.Module):
         self.check_input(x)
         self.check_edits(edits)
         shape = x.shape[:-1]
-        at = (
-            torch.broadcast_tensors(*at)
-            if at is not None
-            else [torch.ones(shape, dtype=torch.bool, device=x.device)] * len(edits)
-        )
+        if at is None:
+            at = [torch.ones(shape, dtype=torch.bool, device=x.device)] * len(edits)
+        at = torch.broadcast_tensors(*at) if edits else ()
         total = self.W_dec.new_zeros(*shape, self.d_out)
         if any(edit.offset for edit in edits):
             total = total + offsets(edits, at, self.W_dec)

@@ -4,9 +4,9 @@
     python scripts/steering.py --out steering --dictionary runs/topk/dictionary --texts 8 --tokens 32
 
 Texts are the beginnings of held-out pages of Python's documentation. Metrics of each: its mean loss, and the logit of the token
-the model finds likeliest at the end minus that of the second. Correlations are over all active latents of a text, then the median
-over texts; "without dense" leaves out latents that fire on more than a tenth of the tokens. The dose–response is of the rarer
-latent whose ablation changes the loss most. Writes steering.json and doses.png.
+the model finds likeliest at the end minus that of the second. Correlations are over all active latents of a text, then the
+median over texts; "without dense" leaves out latents that fire on more than a tenth of the tokens. The dose–response is of the
+rarer latent whose ablation changes the loss most. Writes steering.json and doses.png.
 """
 
 import argparse

@@ -225,6 +225,7 @@ def test_what_an_attribution_says(random_lm, dictionary):
     strongest = found.strongest(3)
     assert found.ablation[strongest].abs().tolist() == found.ablation.abs().topk(3).values.tolist()
     assert found.table(4).row_count == 4
+    assert found.only(found.ablation > 0).latent.tolist() == found.latent[found.ablation > 0].tolist()
     assert "Spearman" in found.table().caption
     plain = json.loads(json.dumps(found.to_dict()))
     assert plain["ablation"] == found.ablation.tolist()

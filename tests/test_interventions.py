@@ -271,6 +271,8 @@ def test_what_a_dose_response_says(random_lm, topk, response):
     assert up["effect_se"] == pytest.approx(float(response.effect[2, 0].std() / 3**0.5))
     assert up["beaten"] == int((response.effect[2, 1:].mean(-1) < up["effect"]).sum())
     assert response.table().row_count == 3
+    codes = [topk.encode(random_lm.run(text, HOOK)[HOOK]).to_dense().detach()[..., 7] for text in TEXTS]
+    assert response.max_activation == pytest.approx(max(float(code.max()) for code in codes), abs=1e-5)
 
 
 def test_the_plot_shows_the_latent_and_its_controls(response):
@@ -281,7 +283,7 @@ def test_the_plot_shows_the_latent_and_its_controls(response):
     assert by_cost.lines[-1].get_xdata() == pytest.approx(response.kl[:, 0].mean(-1).tolist())
 
 
-@pytest.mark.parametrize("metric", ["loss", (5, 9), LogProb((3,), position=2), lambda logits: logits[:, -1, 11]])
+@pytest.mark.parametrize("metric", ["loss", (5, 9), LogProb(("It",), position=2), lambda logits: logits[:, -1, 11]])
 def test_metrics_of_a_dose(random_lm, transcoder, metric):
     found = sl.dose_response(random_lm, transcoder, 7, [2], TEXTS[0], metric=metric, n_controls=0)
     tokens = random_lm.to_tokens(TEXTS[0]).tokens[0]
@@ -292,7 +294,8 @@ def test_metrics_of_a_dose(random_lm, transcoder, metric):
             return float(F.cross_entropy(logits[:-1], tokens[1:]))
         if metric == (5, 9):
             return float(logits[-1, 5] - logits[-1, 9])
-        return float(logits.log_softmax(-1)[2, 3]) if isinstance(metric, LogProb) else float(logits[-1, 11])
+        word = random_lm.tokenizer("It")["input_ids"][-1]
+        return float(logits.log_softmax(-1)[2, word]) if isinstance(metric, LogProb) else float(logits[-1, 11])
 
     before = value()
     with random_lm.splice(transcoder, [sl.Add(7, 2)]):

@@ -63,16 +63,40 @@ def family_lm(lm):
     return make
 
 
-def assert_near(found: torch.Tensor, wanted: torch.Tensor, what: str = "") -> None:
-    """Equal to 1e-5 of the largest entry of each activation (at least 1): float32 in another order of summation."""
+def assert_near(found: torch.Tensor, wanted: torch.Tensor, what: str = "", near: float = 1e-5) -> None:
+    """Equal to `near` of the largest entry of each activation (at least 1): float32 in another order of summation."""
     assert found.shape == wanted.shape, what
     error = (found - wanted).abs().amax(-1) / wanted.abs().amax(-1).clamp_min(1)
-    assert error.max() <= 1e-5, f"{what}: off by {error.max():.1e}"
+    assert error.max() <= near, f"{what}: off by {error.max():.1e}"
 
 
 def attentions(model: sl.LanguageModel) -> set[str]:
     """The kinds of attention that a model's parts are set to."""
     return {part.config._attn_implementation for part in model.module.modules() if hasattr(part, "config")}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_stream_becomes_logits_by_unembedding_and_divisor(family_lm, family):
+    """Up to what is the same at all positions: the biases of norm and head."""
+    model = family_lm(family)
+    stream, logits = model.run(TOKENS, "ln_final.hook_in")["ln_final.hook_in"], model.logits(TOKENS)
+    if cap := getattr(model.module.config, "final_logit_softcapping", None):
+        logits = cap * (logits / cap).atanh()
+    rest = logits - stream @ model.unembedding().T / model.final_norm_divisor(stream)[..., None]
+    assert_near(rest, rest[:1, :1].expand_as(rest))
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma2", "Falcon", "GPTNeoX"])
+def test_attribution_by_gradient_is_ablation_of_small_codes(family_lm, family):
+    model = family_lm(family)
+    exact = sl.LanguageModel(copy.deepcopy(model.module).double(), model.tokenizer, name="exact")
+    d = sl.Dictionary.create(
+        "topk", d_in=D_MODEL, d_sae=64, options={"k": 3}, origin=sl.Origin(hook="blocks.1.hook_mlp_out")
+    ).double()
+    d.W_dec.data.mul_(3e-3)
+    found = sl.attribute(exact, d, TOKENS)
+    assert found.gradient.abs().max() > 1e-5
+    assert_near(found.ablation / found.gradient.abs().max(), found.gradient / found.gradient.abs().max(), near=5e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,7 +7,8 @@ active latent i at a position is what the metric m loses without it:
     gradient   f_i ∂m/∂f_i = f_i ⟨W_dec[i], ∂m/∂y⟩                                  first order, one backward pass for all
     direct     f_i ⟨W_dec[i], W_Uᵀ ∂m/∂logits⟩ / σ                                 what goes past all later layers
 
-where W_U has the final norm's scale folded in and σ is what that norm divides by. Direct effects exist on the residual stream.
+where W_U has the final norm's scale folded in and σ, held constant as well, is what that norm divides by. Direct effects exist
+on the residual stream; a cap on the logits (Gemma 2) counts as the identity in them.
 
 Source: Marks et al. 2024, Sparse feature circuits, arXiv:2403.19647, section 3 (gradient, with error nodes; their patch is 0
 here, and signs are turned round: a contribution is positive); Elhage et al. 2021, A mathematical framework for transformer

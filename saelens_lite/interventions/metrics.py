@@ -1,7 +1,8 @@
 """What an intervention is measured by: a number for each of several variants of one row of logits."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class Loss:
     def __call__(self, logits: Float[Tensor, "n pos d_vocab"]) -> Float[Tensor, " n"]:
         """The loss of each variant."""
         wanted = self.tokens[1:].expand(len(logits), -1)
-        losses = F.cross_entropy(rearrange(logits[:, :-1].float(), "n pos vocab -> n vocab pos"), wanted, reduction="none")
+        losses = F.cross_entropy(rearrange(_precise(logits[:, :-1]), "n pos vocab -> n vocab pos"), wanted, reduction="none")
         return losses.mean(1) if self.position is None else losses[:, self.position]
 
 
@@ -40,20 +41,23 @@ class LogitDifference:
 
     def __call__(self, logits: Float[Tensor, "n pos d_vocab"]) -> Float[Tensor, " n"]:
         """The difference for each variant."""
-        return logits[:, self.position, self.a].float() - logits[:, self.position, self.b].float()
+        return _precise(logits[:, self.position, self.a]) - _precise(logits[:, self.position, self.b])
 
 
 @dataclass(frozen=True)
 class LogProb:
-    """Log of the probability, nats, that the next token is one of some: at a position, or the mean over all but the first."""
+    """Log of the probability, nats, that the next token is one of some: at a position, or the mean over all but the first.
 
-    tokens: tuple[int, ...]
+    `tokens` are ids; where a model is at hand to look them up (`attribute`, `dose_response`), texts as well.
+    """
+
+    tokens: tuple[int | str, ...]
     position: int | None = None
 
     def __call__(self, logits: Float[Tensor, "n pos d_vocab"]) -> Float[Tensor, " n"]:
         """The log-probability for each variant."""
         chosen = logits[:, 1:] if self.position is None else logits[:, [self.position]]
-        return chosen.float().log_softmax(-1)[..., list(self.tokens)].logsumexp(-1).mean(1)
+        return _precise(chosen).log_softmax(-1)[..., list(self.tokens)].logsumexp(-1).mean(1)
 
 
 def metric_of(asked: Any, lm: LanguageModel, tokens: Int[Tensor, " pos"], position: int | None = None) -> Metric:
@@ -66,7 +70,9 @@ def metric_of(asked: Any, lm: LanguageModel, tokens: Int[Tensor, " pos"], positi
         ConfigError: no such metric, a text that is not one token, or a position that is not in the row.
     """
     if isinstance(asked, LogProb):
-        return asked if position is None else replace(asked, position=_place(position, len(tokens)))
+        place = asked.position if position is None else position
+        ids = tuple(token_id(lm, token) for token in asked.tokens)
+        return LogProb(ids, None if place is None else _place(place, len(tokens)))
     if callable(asked):
         if position is not None:
             raise ConfigError("a function of logits takes them at positions of its own choice; leave out position=")
@@ -91,20 +97,24 @@ def _place(position: int, n: int, last: int | None = None) -> int:
 
 def token_id(lm: LanguageModel, token: str | int) -> int:
     """The id of a token given as text or id; ConfigError when the text is not exactly one token."""
-    ids = [token] if isinstance(token, int) else lm.tokenizer(token, add_special_tokens=False)["input_ids"]
-    if len(ids) != 1 or not 0 <= ids[0] < lm.d_vocab:
-        pieces = [lm.tokenizer.decode([i]) for i in ids] if isinstance(token, str) else f"ids go to {lm.d_vocab - 1}"
-        raise ConfigError(f"{token!r} is not one token of {lm.name}: {pieces}; mind the space in front of words")
-    return ids[0]
+    ids = lm.tokenizer(token, add_special_tokens=False)["input_ids"] if isinstance(token, str) else [token]
+    if len(ids) != 1 or not isinstance(ids[0], Integral) or not 0 <= ids[0] < lm.d_vocab:
+        found = [lm.tokenizer.decode([i]) for i in ids] if isinstance(token, str) else f"ids go to {lm.d_vocab - 1}"
+        raise ConfigError(f"{token!r} is not one token of {lm.name}: {found}; mind the space in front of words")
+    return int(ids[0])
 
 
 def name_of(metric: Any, lm: LanguageModel) -> str:
     """A metric in words."""
     if isinstance(metric, LogProb):
-        return f"log-probability of {', '.join(repr(lm.tokenizer.decode([i])) for i in metric.tokens)}"
+        return f"log-probability of {', '.join(_shown(lm, token) for token in metric.tokens)}"
     if isinstance(metric, tuple | list):
-        return " − ".join(f"logit of {lm.tokenizer.decode([token_id(lm, token)])!r}" for token in metric)
+        return " − ".join(f"logit of {_shown(lm, token)}" for token in metric)
     return metric if isinstance(metric, str) else getattr(metric, "__name__", repr(metric))
+
+
+def _shown(lm: LanguageModel, token: str | int) -> str:
+    return repr(lm.tokenizer.decode([token_id(lm, token)]))
 
 
 def values_of(metric: Metric, logits: Float[Tensor, "n pos d_vocab"]) -> Float[Tensor, " n"]:
@@ -127,5 +137,10 @@ def kl_divergence(
     clean: Float[Tensor, "pos d_vocab"], logits: Float[Tensor, "n pos d_vocab"], counted: Bool[Tensor, " pos"]
 ) -> Float[Tensor, " n"]:
     """KL(clean ‖ variant), nats per token: mean over the positions that count."""
-    log_p, log_q = clean[counted].float().log_softmax(-1), logits[:, counted].float().log_softmax(-1)
+    log_p, log_q = (_precise(x).log_softmax(-1) for x in (clean[counted], logits[:, counted]))
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean(1)
+
+
+def _precise(logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """The logits in float32, or as they are where they are more precise."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
