@@ -247,7 +247,7 @@ def test_what_an_attribution_says(random_lm, dictionary):
         ({"metric": lambda logits: logits[:, -1, 0], "position": 1}, ConfigError, r"leave out position="),
         ({"position": -1}, ConfigError, r"position = -1: the row has \d+ tokens, and this metric positions 0 to"),
         ({"text": torch.tensor([1, 2]), "at": 2}, ConfigError, r"at = 2; expected positions of the row, which has 2 tokens"),
-        ({"at": []}, ConfigError, r"at = \[\]; expected positions"),
+        ({"at": []}, ConfigError, r"at = \(\); expected positions"),
         ({"text": ""}, TextError, r"empty text"),
         ({"hook": "blocks.9.hook_resid_pre"}, HookError, r"no hook 'blocks\.9"),
     ],

@@ -283,7 +283,7 @@ def test_the_plot_shows_the_latent_and_its_controls(response):
     assert by_cost.lines[-1].get_xdata() == pytest.approx(response.kl[:, 0].mean(-1).tolist())
 
 
-@pytest.mark.parametrize("metric", ["loss", (5, 9), LogProb(("It",), position=2), lambda logits: logits[:, -1, 11]])
+@pytest.mark.parametrize("metric", ["loss", (5, 9), LogProb("It", position=2), lambda logits: logits[:, -1, 11]])
 def test_metrics_of_a_dose(random_lm, transcoder, metric):
     found = sl.dose_response(random_lm, transcoder, 7, [2], TEXTS[0], metric=metric, n_controls=0)
     tokens = random_lm.to_tokens(TEXTS[0]).tokens[0]

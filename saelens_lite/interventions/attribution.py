@@ -147,8 +147,8 @@ def attribute(
     """The effect of each latent that fires on a metric of the logits of its row.
 
     `text`: strings, or token ids [batch pos] or [pos]. `metric`: "loss" (mean cross-entropy of the next token, nats); a pair of
-    tokens, as text or ids, for the difference of their logits; or a differentiable function that gives a number [n] for the
-    logits [n pos d_vocab] of n variants of one row. `position`: where the metric is taken (all for the loss, the last for a
+    tokens, as text or ids, for the difference of their logits; `saelens_lite.interventions.LogProb`; or a differentiable
+    function that gives a number [n] for the logits [n pos d_vocab] of n variants of one row. `position`: where the metric is taken (all for the loss, the last for a
     difference). `at`: the positions whose latents are looked at; by default all that the dictionary was trained on.
     `ablation`: also ablate each of them, one at a time, in batches of `batch_tokens` tokens.
 
@@ -159,6 +159,7 @@ def attribute(
         NonFiniteError: the metric is NaN or infinite.
     """
     site = Site(lm, dictionary, hook)
+    at = at if at is None or isinstance(at, int) else tuple(at)
     unembedding = lm.unembedding() if _has_direct_effects(site) else None
     rows = [_Row(site, tokens, metric, position, at, unembedding) for tokens in site.rows(text)]
     ablated = None
@@ -190,7 +191,7 @@ class _Row:
         tokens: Int[Tensor, " pos"],
         metric: Any,
         position: int | None,
-        at: Iterable[int] | int | None,
+        at: tuple[int, ...] | int | None,
         unembedding: Float[Tensor, "d_vocab d_model"] | None,
     ):
         self.site, self.metric = site, metric_of(metric, site.lm, tokens.to(site.lm.device), position)
@@ -233,7 +234,7 @@ def _has_direct_effects(site: Site) -> bool:
     return site.target.endswith(ON_STREAM)
 
 
-def _chosen(at: Iterable[int] | int | None, counted: Bool[Tensor, " pos"]) -> Bool[Tensor, " pos"]:
+def _chosen(at: tuple[int, ...] | int | None, counted: Bool[Tensor, " pos"]) -> Bool[Tensor, " pos"]:
     """The positions whose latents are looked at; ConfigError when one is not in the row."""
     if at is None:
         return counted

@@ -51,8 +51,12 @@ class LogProb:
     `tokens` are ids; where a model is at hand to look them up (`attribute`, `dose_response`), texts as well.
     """
 
-    tokens: tuple[int | str, ...]
+    tokens: tuple[int | str, ...] | int | str
     position: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tokens, int | str):
+            object.__setattr__(self, "tokens", (self.tokens,))
 
     def __call__(self, logits: Float[Tensor, "n pos d_vocab"]) -> Float[Tensor, " n"]:
         """The log-probability for each variant."""
@@ -61,10 +65,10 @@ class LogProb:
 
 
 def metric_of(asked: Any, lm: LanguageModel, tokens: Int[Tensor, " pos"], position: int | None = None) -> Metric:
-    """The metric asked for, on a row of tokens: "loss", two tokens whose logits are compared, or a function of logits.
+    """The metric asked for, on a row of tokens: "loss", two tokens whose logits are compared, LogProb, or a function of logits.
 
     position: where it is taken; negative ones count from the end. Default: all positions for the loss, the last one for a
-    difference of logits.
+    difference of logits, what LogProb itself says.
 
     Raises:
         ConfigError: no such metric, a text that is not one token, or a position that is not in the row.
@@ -84,7 +88,9 @@ def metric_of(asked: Any, lm: LanguageModel, tokens: Int[Tensor, " pos"], positi
     if isinstance(asked, tuple | list) and len(asked) == 2:
         a, b = (token_id(lm, token) for token in asked)
         return LogitDifference(a, b, _place(-1 if position is None else position, len(tokens)))
-    raise ConfigError(f"metric = {asked!r}; expected 'loss', a pair of tokens (a, b), or a function of logits [n pos d_vocab]")
+    raise ConfigError(
+        f"metric = {asked!r}; expected 'loss', a pair of tokens (a, b), LogProb, or a function of logits [n pos d_vocab]"
+    )
 
 
 def _place(position: int, n: int, last: int | None = None) -> int:
