@@ -103,8 +103,9 @@ def test_entries_are_the_latents_that_fire_where_the_dictionary_was_trained(rand
     assert [entry[:3] for entry in sorted(ours)] == [entry[:3] for entry in sorted(wanted)]
     assert [e[3] for e in sorted(ours)] == pytest.approx([e[3] for e in sorted(wanted)], abs=1e-5)
     assert "".join(found.tokens[0][1:]) == TEXTS[0]
-    at_zero = sl.attribute(random_lm, dictionary, TEXTS[0], ablation=False, at=[0, -1])
-    assert set(at_zero.position.tolist()) == {0, len(found.tokens[0]) - 1}
+    ends = sl.attribute(random_lm, dictionary, TEXTS, ablation=False, at=iter([0, -1]))
+    lengths = [len(tokens) for tokens in found.tokens]
+    assert {entry[:2] for entry in entries(ends)} == {(row, p) for row, n in enumerate(lengths) for p in (0, n - 1)}
 
 
 def test_direct_effects_go_through_the_final_norm_alone(exact_lm, dictionary):

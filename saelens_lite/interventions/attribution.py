@@ -148,8 +148,9 @@ def attribute(
 
     `text`: strings, or token ids [batch pos] or [pos]. `metric`: "loss" (mean cross-entropy of the next token, nats); a pair of
     tokens, as text or ids, for the difference of their logits; `saelens_lite.interventions.LogProb`; or a differentiable
-    function that gives a number [n] for the logits [n pos d_vocab] of n variants of one row. `position`: where the metric is taken (all for the loss, the last for a
-    difference). `at`: the positions whose latents are looked at; by default all that the dictionary was trained on.
+    function that gives a number [n] for the logits [n pos d_vocab] of n variants of one row. `position`: where the metric is
+    taken (all for the loss, the last for a difference). `at`: the positions whose latents are looked at; by default all that
+    the dictionary was trained on.
     `ablation`: also ablate each of them, one at a time, in batches of `batch_tokens` tokens.
 
     Raises:
