@@ -331,8 +331,16 @@ class Dictionary(nn.Module):
             rule_class = registry.load(ours["sparsity"], written_by=ours.get("distribution"))
             rule_config = rule_class.Config(**ours.get("options", {}))
             origin = Origin(**ours.get("origin", {}))
-        except (KeyError, TypeError, ValueError, ConfigError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, ConfigError) as error:
             raise CorruptFileError(f"{folder / CONFIG_FILE}: {type(error).__name__}: {error}") from None
+        if min(d_in, d_sae, d_in if d_out is None else d_out) < 1:
+            raise CorruptFileError(
+                f"{folder / CONFIG_FILE}: d_in = {d_in}, d_sae = {d_sae}, d_out = {d_out}; expected at least 1"
+            )
+        if not isinstance(ours.get("training", {}), dict):
+            raise CorruptFileError(f"{folder / CONFIG_FILE}: metadata.saelens_lite.training is no table")
+        if d_out is None and origin.target_hook is not None:
+            raise CorruptFileError(f"{folder / CONFIG_FILE} names a target hook, but d_out is missing")
         tensors = read_tensors(folder / WEIGHTS_FILE)
         found = tuple(tensors["W_dec"].shape) if "W_dec" in tensors else None
         wanted = (d_sae, d_in if d_out is None else d_out)

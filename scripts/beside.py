@@ -2,7 +2,8 @@
 
 What both have an option for is set alike: penalties and their warm-up, learning rate with warm-up and decay, clipping (1.0 in
 both), when a latent is dead, the weight of the auxiliary error, the running estimate of BatchTopK's threshold, θ and ε of
-JumpReLU. What is left of each tool's own is how it defines the loss and its gradient.
+JumpReLU. What is left of each tool's own is how it defines the loss and its gradient, and that we multiply the codes by one
+number at the first step, so that they fit best.
 """
 
 import json

@@ -5,7 +5,8 @@
 Activations are sums of random directions that fire with Zipf frequencies (see streams.py), new ones in every batch, the same
 for all rules and both tools; what else is alike is said in beside.py. Latents are matched with directions one to one such that
 the sum of cosines is largest (Hungarian method). On held-out activations, a matched latent should fire where its direction is
-active: F1 of all pairs together, and the mean of F1 of the latents. Rules that count latents are given the number of active
+active: F1 of all pairs together, where what unmatched latents and directions do counts as wrong, and the mean of F1 of the
+matched ones. Rules that count latents are given the number of active
 directions; of the others, up to --tries coefficients are tried, for each tool, until about as many latents fire.
 """
 
@@ -66,6 +67,7 @@ def figures(outcome: Outcome, truth: Sample, stream: Planted) -> dict[str, float
     true = truth.active[:, direction]
     fires = outcome.codes.to_dense()[:, latent] != 0
     both, either = (true & fires).sum(0).double(), true.sum(0) + fires.sum(0)
+    everything = len(outcome.codes.value) + int(truth.active.sum())
     weight = stream.p / stream.p.sum()
     return {
         "l0": outcome.l0,
@@ -73,7 +75,7 @@ def figures(outcome: Outcome, truth: Sample, stream: Planted) -> dict[str, float
         "cosine": float(matched.mean()),
         "cosine by frequency": float((weight * matched).sum()),
         "found": int((matched > FOUND).sum()),
-        "f1": float(2 * both.sum() / either.sum()),
+        "f1": float(2 * both.sum() / everything),
         "f1 of latents": float((2 * both / either.clamp(min=1)).mean()),
         "seconds": outcome.seconds,
     }

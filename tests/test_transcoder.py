@@ -1,13 +1,15 @@
 """Transcoders: a dictionary that predicts the activation at another hook."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
 
 import saelens_lite as sl
 from saelens_lite.cache import TensorSource
-from saelens_lite.errors import ConfigError, CorruptFileError, HookError, ShapeError
+from saelens_lite.errors import ConfigError, CorruptFileError, HookError, ShapeError, Stopped
 from saelens_lite.train import Trainer
 
 D_IN, D_OUT, D_SAE = 10, 6, 40
@@ -127,6 +129,8 @@ def test_a_target_that_was_not_captured():
     [
         ({"d_out": D_OUT + 1}, r"W_dec has shape \(40, 6\), cfg\.json says \(40, 7\)"),
         ({"d_out": None}, r"cfg\.json: TypeError"),
+        ({"d_in": 0}, r"d_in = 0, d_sae = 40, d_out = 6; expected at least 1"),
+        ({"d_in": float("inf")}, r"OverflowError"),
         ({"d_in": 10**12}, r"W_enc is missing or not of shape"),
     ],
 )
@@ -216,8 +220,29 @@ def test_splice_of_another_width(lm):
         lm.logits(TEXT)
 
 
-def test_from_capture_to_a_saved_run_and_back(lm, tmp_path):
-    """Cache, stream and resume know the target: the same bytes from a cache taken up again in the middle."""
+def interrupted_after(n: int, step):
+    def interrupted(self, *batch):
+        step(self, *batch)
+        if self.n_steps == n:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return interrupted
+
+
+def test_state_of_other_activations_is_refused():
+    source = pairs(256)
+    moved = TensorSource({"in": source.x["in"] + 5, "out": source.x["out"]})
+    config = sl.TrainConfig(hook="in", target_hook="out", d_sae=8, options={"k": 2}, n_tokens=1000, batch_size=64)
+    trainer = Trainer(config, source)
+    trainer.step(source.x["in"][:64], source.x["out"][:64])
+    with pytest.raises(ConfigError, match=r"are not those the run was trained on: their mean is another"):
+        Trainer(config, moved).restore(*trainer.state())
+    with pytest.raises(ShapeError, match=r"needs the activations of 'out'"):
+        trainer.step(source.x["in"][:64])
+
+
+def test_from_capture_to_a_saved_run_and_back(lm, tmp_path, monkeypatch):
+    """Cache, stream and checkpoint know the target; a run that is taken up again in the middle ends at the same bytes."""
     cache = sl.capture(lm, [TEXT * 8] * 6, HOOKS, tmp_path / "cache", n_tokens=600)
     config = sl.TrainConfig(
         hook=HOOKS[0], target_hook=HOOKS[1], skip=True, d_sae=32, options={"k": 4}, n_tokens=1200, batch_size=100, lr=1e-2
@@ -226,6 +251,13 @@ def test_from_capture_to_a_saved_run_and_back(lm, tmp_path):
     loaded = sl.Dictionary.load(tmp_path / "run" / "dictionary")
     assert loaded.origin.target_hook == HOOKS[1]
     assert run.history[-1]["fvu"] < 0.9
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", interrupted_after(6, Trainer.step))
+        with pytest.raises(Stopped):
+            sl.train(cache, config, tmp_path / "stopped")
+    (resumed,) = sl.resume(tmp_path / "stopped")
+    for name, value in run.dictionary.state_dict().items():
+        assert torch.equal(resumed.dictionary.state_dict()[name], value), name
     stream = sl.ActivationStream(lm, [TEXT * 8] * 6, hooks=HOOKS)
     (live,) = sl.train(stream, config)
     assert live.dictionary.origin.target_hook == HOOKS[1]

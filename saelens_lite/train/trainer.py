@@ -13,7 +13,7 @@ from saelens_lite.cache import Batch, Source, Statistics
 from saelens_lite.codes import gpu
 from saelens_lite.config import TrainConfig
 from saelens_lite.dictionary import Dictionary
-from saelens_lite.errors import ConfigError, NonFiniteError
+from saelens_lite.errors import ConfigError, NonFiniteError, ShapeError
 from saelens_lite.train.step import DenseStep, SparseStep
 
 _NUMBERS = ("scale", "target_scale", "variance", "n_seen", "n_steps", "fire_tokens")
@@ -103,13 +103,19 @@ class Trainer:
         """One optimiser step on raw activations; a transcoder takes those of its target hook too.
 
         Raises:
+            ShapeError: a transcoder is given no target.
             NonFiniteError: the activations or the loss are NaN or infinite; the parameters are those before the step.
         """
+        if self.is_transcoder and target is None:
+            raise ShapeError(
+                f"a step of this transcoder needs the activations of {self.target_hook!r} beside those of its input"
+            )
         c = self.config
         progress = self.n_seen / c.n_tokens
         with self._own_randomness():
             x, target = self._prepare(x, target)
-            if self.n_steps == 0 and self.dictionary.rule.scale_invariant and not self.is_transcoder:
+            rule = self.dictionary.rule
+            if self.n_steps == 0 and rule.scale_invariant and not rule.tied and not self.is_transcoder:
                 self._scale_codes(x)
             self._step(x, target, progress)
 
@@ -231,6 +237,8 @@ class Trainer:
             tensors |= {f"adam.{name}.{key}": x for key, x in self.optimizer.state[parameter].items()}
         tensors |= {"since_fired": self.since_fired, "fire_count": self.fire_count}
         tensors |= {f"random.{i}": state for i, state in enumerate(self._random)}
+        if self.shift is not None:
+            tensors["shift"] = self.shift
         numbers = {name: getattr(self, name) for name in _NUMBERS} | {"sums": self._sums, "n_sums": self._n_sums}
         return tensors, numbers
 
@@ -248,6 +256,12 @@ class Trainer:
                     f"the activations of {self.hook!r} are not those the run was trained on: their {name} is "
                     f"{getattr(self, name):.6g}, it was {numbers[name]:.6g}"
                 )
+        if self.shift is not None:
+            if not torch.allclose(self.shift.cpu(), tensors["shift"].cpu(), rtol=1e-3, atol=1e-3):
+                raise ConfigError(
+                    f"the activations of {self.hook!r} are not those the run was trained on: their mean is another"
+                )
+            self.shift.copy_(tensors["shift"])
         state = self.dictionary.state_dict()
         for name, x in state.items():
             x.copy_(tensors[f"dictionary.{name}"])
