@@ -29,7 +29,6 @@ class BatchTopK(Sparsity):
 
     paper = "Bussmann et al. 2024, BatchTopK sparse autoencoders, arXiv:2412.06410"
     homogeneous = False  # scaling one pre-activation may push another out of the largest
-    scale_invariant = True
 
     class Config(DeadLatentsConfig):
         k: int = Field(32, gt=0, description="Latents kept per token, on average over a batch.")

@@ -20,7 +20,6 @@ class Gated(Sparsity):
     paper = "Rajamanoharan et al. 2024, Improving dictionary learning with gated sparse autoencoders, arXiv:2404.16014"
     encoder_bias = False
     row_wise = True
-    scale_invariant = True
 
     class Config(RuleConfig):
         coefficient: float = Field(5.0, ge=0, description="λ, for activations of norm sqrt(d_in).")

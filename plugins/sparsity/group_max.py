@@ -28,7 +28,6 @@ class GroupMax(Sparsity):
     paper = "Srivastava et al. 2013, Compete to compute (local winner-take-all), NIPS; for dictionaries: EleutherAI's sparsify"
     homogeneous = False  # scaling one pre-activation may make it the largest of its group
     row_wise = True
-    scale_invariant = True
 
     class Config(DeadLatentsConfig):
         k: int = Field(32, gt=0, description="Groups; d_sae is a multiple of it.")

@@ -16,7 +16,6 @@ class L1(Sparsity):
 
     paper = "Bricken et al. 2023, Towards Monosemanticity; decoder-norm weighting: Conerly et al. 2024, April update"
     row_wise = True
-    scale_invariant = True
 
     class Config(RuleConfig):
         coefficient: float = Field(5.0, ge=0, description="λ, for activations of norm sqrt(d_in).")

@@ -19,7 +19,6 @@ class PAnneal(Sparsity):
         "Karvonen et al. 2024, Measuring progress in dictionary learning for language model interpretability, arXiv:2408.00113"
     )
     row_wise = True
-    scale_invariant = True
 
     class Config(RuleConfig):
         coefficient: float = Field(1.0, ge=0, description="λ while p is 1, for activations of norm sqrt(d_in).")

@@ -26,7 +26,6 @@ class TopK(Sparsity):
     paper = "Gao et al. 2024, Scaling and evaluating sparse autoencoders, arXiv:2406.04093, sections 2.3 and A.2"
     homogeneous = False  # scaling one pre-activation may push another out of the k largest
     row_wise = True
-    scale_invariant = True
 
     class Config(DeadLatentsConfig):
         k: int = Field(32, gt=0, description="Latents kept per token.")

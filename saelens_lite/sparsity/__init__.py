@@ -110,7 +110,6 @@ class Sparsity(nn.Module):
     encoder_bias: ClassVar[bool] = True  # False: the rule has biases of its own; an autoencoder's h = (x − b_dec) W_enc
     homogeneous: ClassVar[bool] = True  # scaling h_i (and the rule by `rescale_`) scales code i and changes no other
     tied: ClassVar[bool] = False  # W_enc is W_decᵀ, rows of W_dec are unit vectors, and codes are in the units of x
-    scale_invariant: ClassVar[bool] = False  # before training, multiplying all h by one number multiplies all codes by it
     row_wise: ClassVar[bool] = False  # in training too, `support` looks at each row alone: it may be given parts of a batch
     Config: ClassVar[type[RuleConfig]] = RuleConfig
     plugin_kind: ClassVar[str] = "sparsity"

@@ -287,29 +287,6 @@ def _fires(d: Dictionary, x: Float[Tensor, "batch d_in"]) -> Bool[Tensor, "batch
     return torch.zeros(len(x), d.d_sae, dtype=torch.bool).index_put((support.row, support.latent), torch.tensor(True))
 
 
-def scale(lab: Lab) -> str:
-    """`scale_invariant` says whether, before training, pre-activations multiplied by one number give codes multiplied by it."""
-    if lab.rule.tied:
-        if lab.rule.scale_invariant:
-            raise CheckFailed("scale_invariant = True, but tied: encoder and decoder cannot be scaled apart; remove it")
-        return "tied = True: nothing is scaled"
-    factor = 0.3
-    d = Dictionary.create(lab.name, d_in=lab.d_in, d_sae=lab.d_sae, options=lab.options).double().train()
-    with torch.no_grad():
-        before = dense_codes(d, lab.x)
-        d.W_enc.mul_(factor)
-        d.rule.rescale_(d.W_enc.new_full((lab.d_sae,), factor))
-        error = apart(dense_codes(d, lab.x), factor * before)
-    if lab.rule.scale_invariant and not error <= CLOSE:
-        raise CheckFailed(
-            f"scale_invariant = True, but codes of {factor} · h are {error:.1e} (relative) off {factor} · codes of h on an "
-            "untrained rule; remove it, or define rescale_"
-        )
-    if not lab.rule.scale_invariant and error <= CLOSE:
-        return "hint: declare scale_invariant = True, and training begins where the codes fit best"
-    return f"scale_invariant = {lab.rule.scale_invariant}"
-
-
 def eval_codes(lab: Lab) -> str:
     """After training, the codes of an activation depend neither on the rest of the batch nor on the order of its rows."""
     d = lab.dictionary()
@@ -533,7 +510,6 @@ CHECKS: tuple[tuple[str, Callable[[Lab], str], tuple[str, ...]], ...] = (
     ("gradients", gradients, ("dtypes",)),
     ("gradients in tiles", gradients_in_tiles, ("gradients", "row_wise")),
     ("transcoder", transcoder, ("gradients",)),
-    ("scale", scale, ("dtypes",)),
     ("definitions", definitions, ("dtypes",)),
     ("eval codes", eval_codes, ("dtypes",)),
     ("published form", published_form, ("dtypes",)),

@@ -16,6 +16,7 @@ from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, NonFiniteError, ShapeError
 from saelens_lite.train.step import DenseStep, SparseStep
 
+MAX_SCALINGS, SAME = 12, 1e-3  # of the untrained encoder
 _NUMBERS = ("scale", "target_scale", "variance", "n_seen", "n_steps", "fire_tokens")
 
 
@@ -114,24 +115,42 @@ class Trainer:
         progress = self.n_seen / c.n_tokens
         with self._own_randomness():
             x, target = self._prepare(x, target)
-            rule = self.dictionary.rule
-            if self.n_steps == 0 and rule.scale_invariant and not rule.tied and not self.is_transcoder:
-                self._scale_codes(x)
+            if self.n_steps == 0 and not self.dictionary.rule.tied and not self.is_transcoder:
+                self._scale_encoder(x)
             self._step(x, target, progress)
 
     @torch.no_grad()
-    def _scale_codes(self, x: Float[Tensor, "batch d_in"]) -> None:
-        """Multiply codes by the number at which the untrained dictionary reconstructs x best.
+    def _scale_encoder(self, x: Float[Tensor, "batch d_in"]) -> None:
+        """Multiply W_enc by the number at which the untrained dictionary reconstructs x best.
 
         Random directions overlap, so that their codes add up to too much of x or, where rows are short, too little; else
         hundreds of steps go by until learning has put that right. (Gao et al. 2024, section A.1, match norms instead.)
         """
         d = self.dictionary
-        part = d.encode(x).decode(d.W_dec).double()
-        factor = float(((x - d.b_dec) * part).sum() / part.square().sum())
-        if math.isfinite(factor) and factor > 0:
-            d.W_enc.mul_(factor)
-            d.rule.rescale_(d.W_enc.new_full((d.d_sae,), factor))
+        centred, before = x - d.b_dec, d.W_enc.clone()
+
+        def fit() -> tuple[float, float, float]:
+            """(squared error, the best factor of the codes as they are, the error it gives)."""
+            part = d.encode(x).decode(d.W_dec).double()
+            overlap, norm, total = (centred * part).sum(), part.square().sum(), centred.double().square().sum()
+            return tuple((torch.stack([total - 2 * overlap + norm, overlap / norm, total - overlap**2 / norm])).tolist())
+
+        least, factor, expected = fit()
+        if not 0 < factor < math.inf:
+            return
+        d.W_enc.mul_(factor)
+        if abs(fit()[0] - expected) <= SAME * expected:
+            return
+        d.W_enc.copy_(before)  # not only strengths changed but also what fires: go half the way, again and again
+        for _ in range(MAX_SCALINGS):
+            d.W_enc.mul_(factor**0.5)
+            error, factor, _ = fit()
+            if not error < least:
+                d.W_enc.copy_(before)
+                return
+            if abs(factor - 1) < SAME or not 0 < factor < math.inf:
+                return
+            least, before = error, d.W_enc.clone()
 
     def _step(self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], progress: float) -> None:
         c = self.config
