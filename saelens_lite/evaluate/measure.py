@@ -99,7 +99,7 @@ def measure(
     What is in memory does not depend on the amount of text: two sets of logits of a batch, and the bootstrap's sums.
     """
     mean = mean_activation(lm, rows, hooks.write, batch_tokens)
-    tail = Tail(lm, hooks.write, rows.tokens.to(lm.device))
+    tail = Tail(lm, hooks.write, rows.tokens[:1].to(lm.device))
     ablations = {"zero": torch.zeros_like(mean), "mean": mean}
     fixed = {}
     if tail.is_whole_stream:  # any row gives the same
