@@ -131,7 +131,7 @@ class EvalReport:
         """What a reader has to be told about the text, or nothing."""
         if self.disjoint:
             return ""
-        start = "This text was trained on" if self.disjoint is False else "It cannot be told whether this text was trained on"
+        start = "This text was trained on" if self.disjoint is False else "Not known to be new text"
         return f"{start}: {self.disjoint_why}."
 
     def to_markdown(self) -> str:
