@@ -10,8 +10,8 @@ from rich.console import Console
 
 import saelens_lite as sl
 from saelens_lite.errors import ConfigError, CorruptFileError, HookError, NonFiniteError, ShapeError, TextError
-from saelens_lite.evaluate import EvalReport, position_table, table
-from saelens_lite.evaluate.metrics import Kept, Predictions, PooledSums, latent_metrics
+from saelens_lite.evaluate import EvalReport, frequency_table, position_table, table
+from saelens_lite.evaluate.metrics import Kept, PooledSums, Predictions, latent_metrics
 from saelens_lite.evaluate.overlap import overlap
 from saelens_lite.tokens import PythonDocs, TokenRows, text_hash, token_rows
 
@@ -289,6 +289,10 @@ def test_controls(lm, rows, stream):
     Console(width=200, file=shown).print(table({"mine": report}))
     assert all(name in shown.getvalue() for name in ("mine", "random", "PCA", "re-drawn weights"))
     assert "| – PCA |" in report.to_markdown()
+    assert "– PCA" in str(report)
+    assert "<td>– PCA</td>" in report._repr_html_()
+    Console(width=200, file=shown).print(report)
+    assert shown.getvalue().count("– PCA") == 2
     assert EvalReport.from_dict(json.loads(report.to_json())) == report
 
 
@@ -369,6 +373,7 @@ def test_report_as_text_html_and_markdown(lm, rows):
         ("{}", "evaluation of format None, this version reads 2"),
         ('{"format": 2}', "is no evaluation: KeyError"),
         ('{"format": 2, "metrics": {"l0": 3}}', "is no evaluation"),
+        ('{"format": 2, "metrics": {"l0": {"value": "oops", "low": 1, "high": 2}}}', "value is 'oops'"),
         ("[1]", "holds a list"),
         ("{", "not valid JSON"),
     ],
@@ -377,6 +382,29 @@ def test_files_that_are_no_report(tmp_path, content, message):
     (tmp_path / "eval.json").write_text(content)
     with pytest.raises(CorruptFileError, match=message):
         EvalReport.from_json(tmp_path / "eval.json")
+
+
+def test_content_that_is_no_report(lm, rows):
+    good = sl.evaluate(dictionary(lm), lm, rows, n_bootstrap=0, by_position=True).to_dict()
+    deep = good
+    for _ in range(5000):
+        deep = good | {"controls": {"a": deep}}
+    band = good | {"by_position": [good["by_position"][0] | {"low": "x"}]}
+    for content in ([], good | {"n_tokens": "many"}, good | {"disjoint": "no"}, band, deep):
+        with pytest.raises(CorruptFileError, match="the report is no evaluation"):
+            EvalReport.from_dict(content)
+    earlier = {key: value for key, value in good.items() if key != "read_hook"}
+    assert EvalReport.from_dict(earlier).read_hook is None
+
+
+def test_names_are_not_taken_for_markup(lm, rows):
+    report = sl.evaluate(dictionary(lm), lm, rows, n_bootstrap=0, text_name="[/b].txt", by_frequency=True, by_position=True)
+    named = {"x[/old]/d": report}
+    shown = io.StringIO()
+    for grid in (table(named), frequency_table(named), position_table(named), report):
+        Console(width=200, file=shown).print(grid)
+    assert shown.getvalue().count("x[/old]/d") == 4
+    assert "[/b].txt" in shown.getvalue()
 
 
 def test_bad_input(lm, rows, random_lm):
@@ -420,7 +448,9 @@ def test_a_transcoder_is_measured_at_its_target(lm, rows, hook):
     kept = rows.keep
     fvu = (y - y_hat)[kept].double().square().sum() / (y[kept].double() - y[kept].double().mean(0)).square().sum()
     assert report["fvu"] == pytest.approx(float(fvu), rel=1e-5)
-    assert report.hook == hook
+    assert (report.read_hook, report.hook) == (origin.hook, hook)
+    assert EvalReport.from_dict(report.to_dict()).read_hook == origin.hook
+    assert f"{origin.hook} → {hook}" in str(report)
     with lm.replace(hook, lambda y: torch.where(kept[..., None], y_hat, y)):
         assert report["ce_sae"] == pytest.approx(cross_entropy(rows, lm.logits(rows).double().log_softmax(-1)), rel=1e-5)
     assert report.controls["PCA"]["explained_variance"] > 0
