@@ -18,7 +18,6 @@ from saelens_lite.evaluate.positions import PositionBand
 from saelens_lite.files import read_json, write_json
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
     from rich.table import Table
 
 FORMAT = 2
@@ -95,7 +94,7 @@ class EvalReport:
         return cls.from_dict(read_json(Path(path)), str(path))
 
     @classmethod
-    def from_dict(cls, content: dict[str, Any], place: str = "the report") -> "EvalReport":
+    def from_dict(cls, content: Any, place: str = "the report") -> "EvalReport":
         """The report that `to_dict` made plain data of; CorruptFileError, which names `place`, when it is none."""
         if not isinstance(content, dict):
             raise CorruptFileError(f"{place} is no evaluation: a {type(content).__name__}, not an object")
@@ -160,7 +159,7 @@ class EvalReport:
             lines += ["", *("".join(f"{cell:20}" for cell in line).rstrip() for line in _comparison({"this dictionary": self}))]
         return "\n".join([self.where, *([self.caution] if self.caution else []), *lines])
 
-    def __rich__(self) -> "RenderableType":
+    def __rich__(self) -> Any:
         from rich.console import Group
 
         grid = self._rich_table()
@@ -208,11 +207,11 @@ def _checked(value: Any, kind: Any, name: str) -> Any:
     return value
 
 
-def _metric(content: dict[str, float | None]) -> Metric:
+def _metric(content: Any) -> Metric:
     return Metric(**{key: math.nan if x is None else float(_checked(x, int | float, key)) for key, x in content.items()})
 
 
-def _bands(kind: Any, content: list[dict[str, Any]] | None) -> tuple[Any, ...] | None:
+def _bands(kind: Any, content: Any) -> tuple[Any, ...] | None:
     if content is None:
         return None
     return tuple(
