@@ -334,15 +334,15 @@ def evaluate(
         controls=controls,
     )
     named = {str(path): report for path, report in zip(dictionaries, reports, strict=True)}
+    for path, report in named.items():
+        report.to_json(Path(path) / "eval.json")
+    if json_out:
+        write_json(json_out, {path: report.to_dict() for path, report in named.items()})
     _console().print(table(named))
     if by_frequency:
         _console().print(frequency_table(named))
     if by_position:
         _console().print(position_table(named))
-    for path, report in named.items():
-        report.to_json(Path(path) / "eval.json")
-    if json_out:
-        write_json(json_out, {path: report.to_dict() for path, report in named.items()})
 
 
 @app.command
@@ -426,22 +426,23 @@ def compare(
         What to do when there are scores in the folder already.
     """
     import saelens_lite as sl
-    from saelens_lite.features.compare import STABILITY_FILE, Stability, comparison_table
+    from saelens_lite.features.compare import STABILITY_FILE, Stability, compare_all, comparison_table
     from saelens_lite.files import refuse_existing, write_json
 
     if out:
         refuse_existing(out / STABILITY_FILE, exists)
     loaded = sl.Dictionary.load(dictionary)
     settings = {"threshold": threshold, "method": method, "include_dead": include_dead, "seed": seed}
-    compared = {str(path): sl.compare(loaded, sl.Dictionary.load(path), **settings) for path in others}
+    found = compare_all(loaded, [sl.Dictionary.load(path) for path in others], **settings)
+    compared = dict(zip(map(str, others), found, strict=True))
+    if json_out:
+        write_json(json_out, {path: comparison.to_dict() for path, comparison in compared.items()})
     _console().print(comparison_table(compared))
     scores = Stability.of(list(compared.values()))
     if len(compared) > 1:
         _console().print(f"shared with all {len(compared)}: {scores.shared_in_all:.1%}, with none: {scores.shared_in_none:.1%}")
     if out:
         _console().print(f"{scores.save(out, exists=exists)}: a score for each latent", markup=False)
-    if json_out:
-        write_json(json_out, {path: comparison.to_dict() for path, comparison in compared.items()})
 
 
 @app.command

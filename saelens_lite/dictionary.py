@@ -126,6 +126,12 @@ class Dictionary(nn.Module):
                 f"x has shape {tuple(x.shape)}; this dictionary takes [..., {self.d_in}] ({self.origin.hook or 'any hook'})"
             )
 
+    def check_finite(self) -> None:
+        """Raise NonFiniteError when a parameter is NaN or infinite."""
+        for name, tensor in self.state_dict().items():
+            if not torch.isfinite(tensor).all():
+                raise NonFiniteError(f"{name} of the dictionary holds NaN or infinity")
+
     def pre(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape d_sae"]:
         """Pre-activations h = (x − b_dec) W_enc + b_enc; of a transcoder, x W_enc + b_enc."""
         self.check_input(x)

@@ -4,12 +4,12 @@
 
 The peer environment needs this package with the extra `saebench`. Rows are held-out pages of Python's documentation,
 packed; special tokens are left out, on every side. Prints a table for each dictionary and exits with
-code 1 when a metric differs by more than 1e-4 of its size (or of 1, where it is smaller), but for those with a known reason.
+code 1 when a metric differs by more than 1e-4 of its size (or of 1, where it is smaller). Where a judge has another formula for
+a known reason (*), its value is compared with what that formula gives here.
 """
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 import tempfile
@@ -65,20 +65,52 @@ def theirs(folder: Path, dictionary: Path, batch_rows: int, peer_python: str) ->
     return {judge: {our_name.get(name, name): value for name, value in values.items()} for judge, values in found.items()}
 
 
-def compare(title: str, own: dict[str, float], judges: dict[str, dict[str, float]]) -> bool:
-    """Print the table of one dictionary; whether all agree."""
+@torch.no_grad()
+def by_their_formulas(d: sl.Dictionary, lm: sl.LanguageModel, rows: TokenRows, batch_rows: int) -> dict[tuple[str, str], float]:
+    """What the formulas in REASONS give, computed here over the same batches."""
+    errors, variances, squares, mse = [], [], [], []
+    for start in range(0, len(rows.tokens), batch_rows):
+        batch = rows[start : start + batch_rows]
+        x = lm.run(batch, d.origin.hook)[d.origin.hook][batch.keep].double()
+        errors.append((x - d(x.float()).double()).square().sum(1))
+        variances.append((x - x.mean(0)).square().sum(1))
+        squares.append(x.square().mean(0))
+        mse.append(errors[-1] / len(x))
+    legacy = float((1 - torch.cat(errors) / torch.cat(variances)).mean())
+    each_square = torch.stack(squares)  # [batch d]
+    variance = each_square.sum(1).mean() - each_square.mean() ** 2
+    return {
+        ("SAEBench", "explained_variance"): float(1 - torch.stack([error.mean() for error in errors]).mean() / variance),
+        ("SAEBench", "mse"): float(torch.cat(mse).mean()),
+        ("SAELens", "explained_variance_legacy"): legacy,
+        ("SAEBench", "explained_variance_legacy"): legacy,
+    }
+
+
+def near(value: float, expected: float) -> bool:
+    """Whether two numbers agree; NaN agrees with nothing."""
+    return abs(value - expected) <= TOLERANCE * max(1, abs(expected))
+
+
+def compare(
+    title: str, own: dict[str, float], judges: dict[str, dict[str, float]], formulas: dict[tuple[str, str], float]
+) -> bool:
+    """Print the table of one dictionary; whether all agree, where there is a reason with the judge's formula computed here."""
     print(f"\n{title}\n{'metric':28}{'ours':>14}" + "".join(f"{judge:>24}" for judge in judges))
     agree, notes = True, {}
     for name in [name for name in own if any(name in values for values in judges.values())]:
         cells = []
         for judge, values in judges.items():
-            difference = abs(values.get(name, math.nan) - own[name])
-            apart = difference > TOLERANCE * max(1, abs(own[name]))
-            reason = REASONS.get((judge.split(",")[0], name)) if apart else None
-            if reason:
-                notes[name] = reason
-            agree &= not apart or reason is not None
-            cells.append(f"{values.get(name, math.nan):>15.6g} ({difference:.0e}){'*' if reason else '!' if apart else ' '}")
+            if name not in values:
+                cells.append(f"{'–':>24}")
+                continue
+            key, mark = (judge.split(",")[0], name), " "
+            if not near(values[name], own[name]):
+                mark = "*" if key in REASONS and near(values[name], formulas[key]) else "!"
+            if mark == "*":
+                notes[name] = REASONS[key]
+            agree &= mark != "!"
+            cells.append(f"{values[name]:>15.6g} ({abs(values[name] - own[name]):.0e}){mark}")
         print(f"{name:28}{own[name]:>14.6g}" + "".join(cells))
     print("\n".join(f"* {name}: {reason}" for name, reason in notes.items()))
     return agree
@@ -104,7 +136,8 @@ def main() -> None:
         save_file({"tokens": rows.tokens}, f"{where}/tokens.safetensors")
         for folder, d in zip(args.dictionaries, dictionaries, strict=True):
             judges = theirs(Path(where), folder, args.batch_rows, args.peer_python)
-            agree &= compare(f"{folder}, {rows.n_kept} tokens", ours(d, lm, rows, args.batch_rows), judges)
+            formulas = by_their_formulas(d, lm, rows, args.batch_rows)
+            agree &= compare(f"{folder}, {rows.n_kept} tokens", ours(d, lm, rows, args.batch_rows), judges, formulas)
     sys.exit(not agree)
 
 

@@ -16,15 +16,14 @@ import saelens_lite as sl
 from saelens_lite.demo import RULES
 from saelens_lite.features.compare import N_BINS, Comparison, Stability, comparison_table
 from saelens_lite.files import write_json
-from saelens_lite.tokens import is_held_out
+from saelens_lite.tokens import PythonDocs
 
 
 def trained(args: argparse.Namespace) -> list[sl.Dictionary]:
     """A dictionary for each seed."""
     lm = sl.load_model("tiny")
     hook = f"blocks.{lm.n_layers // 2}.hook_resid_pre"
-    pages = [page.text for page in sl.python_docs() if not is_held_out(page.name)]
-    cache = sl.capture(lm, pages, hook, args.out / "cache", text_name="Python's documentation", exists="overwrite")
+    cache = sl.capture(lm, PythonDocs("python-docs:train"), hook, args.out / "cache", exists="overwrite")
     configs = [
         sl.TrainConfig(
             sparsity=args.rule, d_sae=args.d_sae, n_tokens=args.n_tokens, batch_size=1024, seed=seed, **RULES[args.rule]
@@ -53,6 +52,8 @@ def main() -> None:
     parser.add_argument("--d-sae", type=int, default=1536)
     parser.add_argument("--n-tokens", type=int, default=600_000, help="activations each dictionary is trained on")
     args = parser.parse_args()
+    if len(args.seeds) < 2:
+        parser.error("--seeds: give at least two, the first to be compared with the others")
     first, *others = trained(args)
     comparisons = {f"seed {seed}": sl.compare(first, other) for seed, other in zip(args.seeds[1:], others, strict=True)}
     console = Console(highlight=False)

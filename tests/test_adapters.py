@@ -78,6 +78,7 @@ def test_a_change_of_dtype_leaves_the_dictionary_alone():
     d, x = dictionary(), activations(5, 12)
     sae = sae_bench(d).to(device="cpu", dtype=torch.float64)
     assert (sae.dtype, sae.cfg.dtype, d.W_dec.dtype) == (torch.float64, "float64", torch.float32)
+    assert (sae.cfg.metadata.dtype, sae.cfg.metadata.device) == ("float64", "cpu")
     assert sae.encode(x).dtype == sae(x).dtype == torch.float64
     torch.testing.assert_close(sae(x).float(), d(x), rtol=1e-5, atol=1e-6)
     sae.W_dec.zero_()
@@ -90,6 +91,13 @@ def test_a_dictionary_in_training_is_judged_as_it_will_be_used():
     d.train()
     assert torch.equal(sae_bench(d).encode(x), expected)
     assert d.training
+
+
+def test_a_skip_connection_is_part_of_the_output():
+    d = sl.Dictionary.create("l1", d_in=12, d_out=6, d_sae=32, skip=True, origin=sl.Origin(hook=HOOK))
+    torch.nn.init.normal_(d.W_skip, generator=torch.Generator().manual_seed(0))
+    x = activations(5, 12)
+    torch.testing.assert_close(probing.dense_sae(d)(x), d(x), rtol=1e-5, atol=1e-6)
 
 
 def test_hook_z_is_not_reshaped():

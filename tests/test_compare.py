@@ -184,6 +184,32 @@ def test_large_dictionaries_are_matched_by_mutual_neighbours(monkeypatch):
     assert sl.compare(a, make(40, seed=1)).method == "hungarian"
 
 
+def test_others_of_all_sizes_are_matched_by_one_method(monkeypatch):
+    monkeypatch.setattr(module, "MOST_HUNGARIAN", 65)
+    assert sl.stability(make(), [make(40, seed=1), make(70, seed=2)]).method == "mutual"
+    assert sl.stability(make(), [make(40, seed=1), make(65, seed=2)]).method == "hungarian"
+
+
+def test_the_random_dictionary_is_drawn_in_tiles(monkeypatch):
+    """Its moments are those of all rows, whatever the tiles."""
+    unit = torch.nn.functional.normalize(torch.randn(200, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+    whole = random_like(Directions(unit, -unit), seed=1)
+    monkeypatch.setattr(module, "TILE", 64)
+    tiled = random_like(Directions(unit, -unit), seed=1)
+    torch.testing.assert_close(tiled.decoder, -tiled.encoder)
+    torch.testing.assert_close(tiled.decoder[:192], whole.decoder[:192])  # numbers are drawn 16 at a time
+
+
+def test_different_hooks_are_compared_with_a_warning(caplog):
+    a, b = make(), make(seed=1)
+    a.origin, b.origin = sl.Origin(model="m", hook="one"), sl.Origin(hook="one")
+    sl.compare(a, b)
+    assert not caplog.text
+    b.origin = sl.Origin(model="m", hook="two")
+    sl.compare(a, b)
+    assert "hook one and two" in caplog.text
+
+
 def test_what_cannot_be_compared():
     a = make()
     with pytest.raises(ShapeError, match=r"widths \(32, 32\) and \(16, 16\) \(read, written\)"):
@@ -299,6 +325,17 @@ def test_scores_that_do_not_fit_together(scores, tmp_path, spoil):
         metadata = file.metadata()
     save_file(load_file(path) | spoil, path, metadata=metadata)
     with pytest.raises(CorruptFileError, match=r"stability\.safetensors"):
+        Stability.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "spoil", [{"sha256": 3}, {"other_sha256": "abc"}, {"other_sha256": [1]}, {"threshold": "x"}, {"method": []}, "[" * 200_000]
+)
+def test_metadata_of_wrong_types(scores, tmp_path, spoil):
+    facts = {"format": 1, "sha256": "a", "other_sha256": ["b"], "threshold": 0.7, "method": "mutual"}
+    metadata = {"stability": spoil if isinstance(spoil, str) else json.dumps(facts | spoil)}
+    save_file(load_file(scores.save(tmp_path)), tmp_path / "stability.safetensors", metadata=metadata)
+    with pytest.raises(CorruptFileError, match="is damaged"):
         Stability.load(tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 
 import pytest
 import torch
@@ -9,10 +10,10 @@ from rich.console import Console
 
 import saelens_lite as sl
 from saelens_lite.errors import ConfigError, CorruptFileError, HookError, NonFiniteError, ShapeError, TextError
-from saelens_lite.evaluate import EvalReport, position_table, table
-from saelens_lite.evaluate.metrics import PooledSums, latent_metrics
+from saelens_lite.evaluate import EvalReport, frequency_table, position_table, table
+from saelens_lite.evaluate.metrics import Kept, PooledSums, Predictions, latent_metrics
 from saelens_lite.evaluate.overlap import overlap
-from saelens_lite.tokens import PythonDocs, TokenRows, token_rows
+from saelens_lite.tokens import PythonDocs, TokenRows, text_hash, token_rows
 
 HOOK = "blocks.1.hook_resid_pre"
 
@@ -219,6 +220,56 @@ def test_alive_and_dense_have_intervals():
     assert tuple(found["frac_dense"]) == (0.5, 0.5, 0.5)
 
 
+def test_without_replicates_or_with_one_sequence_there_is_no_interval(lm, rows):
+    for given, n_bootstrap in ((rows, 0), (rows[:1], 20)):
+        report = sl.evaluate(dictionary(lm), lm, given, n_bootstrap=n_bootstrap)
+        assert all(math.isnan(m.low) and math.isnan(m.high) for m in report.metrics.values())
+        assert math.isfinite(report["fvu"])
+
+
+def test_one_token_has_no_variance_to_explain(lm, rows):
+    keep = torch.zeros_like(rows.keep)
+    keep[0, 3] = True
+    assert math.isnan(sl.evaluate(dictionary(lm), lm, TokenRows(rows.tokens, keep), n_bootstrap=5)["explained_variance_legacy"])
+
+
+def test_logits_in_any_layout():
+    logits = torch.randn(3, 5, 11, generator=torch.Generator().manual_seed(0))
+    other = logits.transpose(0, 1).contiguous().transpose(0, 1)
+    tokens, kept = torch.zeros(3, 5, dtype=torch.long), Kept.of(torch.ones(3, 5, dtype=torch.bool))
+    expected = -logits.log_softmax(-1)[:, :4, 0].double()
+    found = Predictions.of(other, tokens, 5, kept).clean_losses().reshape(3, 5)
+    torch.testing.assert_close(found[:, :4], expected)
+
+
+def test_sums_of_each_sequence():
+    keep = torch.rand(6, 9, generator=torch.Generator().manual_seed(0)) > 0.5
+    keep[2] = False
+    values = torch.randn(6, 9, 4, generator=torch.Generator().manual_seed(1)).double()
+    kept = Kept.of(keep)
+    torch.testing.assert_close(kept.per_sequence(kept.of_each(values)), (values * keep[..., None]).sum(1))
+
+
+def test_what_a_mask_leaves_out(lm, rows):
+    everything = TokenRows(rows.tokens, torch.ones_like(rows.keep))
+    assert "not always position 0" in sl.evaluate(dictionary(lm), lm, everything, n_bootstrap=0).excluded
+    assert "position 0 always" in sl.evaluate(dictionary(lm), lm, rows, n_bootstrap=0).excluded
+
+
+def test_rows_are_those_of_the_training_text(lm, documents):
+    ours, other = dictionary(lm), dictionary(lm)
+    ours.origin = ours.origin.replace(n_ctx=16, excluded_positions=(0, 1, 2))
+    report = sl.evaluate(ours, lm, documents, n_bootstrap=0)
+    wanted = token_rows(lm, documents, text_config=sl.TextConfig(n_ctx=16, exclude_positions=(0, 1, 2)))
+    assert (report.n_tokens, report.text_sha256) == (wanted.n_kept, text_hash(wanted))
+    assert report.excluded == "BOS, padding and positions 0, 1, 2"
+    with pytest.raises(ConfigError, match=rf"n_ctx = 16, {lm.n_ctx}; exclude_positions = \(0, 1, 2\), \(0,\); evaluate them"):
+        sl.evaluate([ours, other], lm, documents)
+    config = sl.TextConfig(n_ctx=16, exclude_positions=(0,))
+    reports = sl.evaluate([ours, other], lm, documents, text_config=config, n_bootstrap=0)
+    assert [r.excluded for r in reports] == ["BOS, padding and position 0"] * 2
+
+
 def test_controls(lm, rows, stream):
     """A random dictionary of the same size and L0; PCA by singular values; weights in another order."""
     d = dictionary(lm)
@@ -238,6 +289,10 @@ def test_controls(lm, rows, stream):
     Console(width=200, file=shown).print(table({"mine": report}))
     assert all(name in shown.getvalue() for name in ("mine", "random", "PCA", "re-drawn weights"))
     assert "| – PCA |" in report.to_markdown()
+    assert "– PCA" in str(report)
+    assert "<td>– PCA</td>" in report._repr_html_()
+    Console(width=200, file=shown).print(report)
+    assert shown.getvalue().count("– PCA") == 2
     assert EvalReport.from_dict(json.loads(report.to_json())) == report
 
 
@@ -259,7 +314,7 @@ def test_redrawn_weights_have_the_same_entries(lm):
         ("python-docs:train", PythonDocs("python-docs:held-out"), True, "without a document in common"),
         ("python-docs", PythonDocs("python-docs:held-out"), False, "holds documents of the other"),
         ("python-docs:train", PythonDocs("python-docs:train"), False, "holds documents"),
-        ("book.txt", PythonDocs("python-docs"), True, "sources of different names"),
+        ("book.txt", PythonDocs("python-docs"), None, "sources of different names; passages may be shared"),
         ("book.txt", ["no name"], None, "has no name to compare with book.txt"),
         (None, PythonDocs("python-docs"), None, "does not say what it was trained on"),
     ],
@@ -279,7 +334,9 @@ def test_whether_the_text_was_trained_on(lm, trained, text, disjoint, why, caplo
     [
         ("hf:a/b", "hf:a/b::train", None),
         ("hf:a/b", "hf:a/b::test", True),
-        ("hf:a/b:x:train", "hf:a/b:y:train", True),
+        ("hf:a/b:x:train", "hf:a/b:y:test", None),
+        ("hf:a/b:x:train", "hf:a/b:x:test", True),
+        ("book.txt", "copy.txt", None),
         ("same.txt", "same.txt", None),
     ],
 )
@@ -316,6 +373,7 @@ def test_report_as_text_html_and_markdown(lm, rows):
         ("{}", "evaluation of format None, this version reads 2"),
         ('{"format": 2}', "is no evaluation: KeyError"),
         ('{"format": 2, "metrics": {"l0": 3}}', "is no evaluation"),
+        ('{"format": 2, "metrics": {"l0": {"value": "oops", "low": 1, "high": 2}}}', "value is 'oops'"),
         ("[1]", "holds a list"),
         ("{", "not valid JSON"),
     ],
@@ -324,6 +382,29 @@ def test_files_that_are_no_report(tmp_path, content, message):
     (tmp_path / "eval.json").write_text(content)
     with pytest.raises(CorruptFileError, match=message):
         EvalReport.from_json(tmp_path / "eval.json")
+
+
+def test_content_that_is_no_report(lm, rows):
+    good = sl.evaluate(dictionary(lm), lm, rows, n_bootstrap=0, by_position=True).to_dict()
+    deep = good
+    for _ in range(5000):
+        deep = good | {"controls": {"a": deep}}
+    band = good | {"by_position": [good["by_position"][0] | {"low": "x"}]}
+    for content in ([], good | {"n_tokens": "many"}, good | {"disjoint": "no"}, band, deep):
+        with pytest.raises(CorruptFileError, match="the report is no evaluation"):
+            EvalReport.from_dict(content)
+    earlier = {key: value for key, value in good.items() if key != "read_hook"}
+    assert EvalReport.from_dict(earlier).read_hook is None
+
+
+def test_names_are_not_taken_for_markup(lm, rows):
+    report = sl.evaluate(dictionary(lm), lm, rows, n_bootstrap=0, text_name="[/b].txt", by_frequency=True, by_position=True)
+    named = {"x[/old]/d": report}
+    shown = io.StringIO()
+    for grid in (table(named), frequency_table(named), position_table(named), report):
+        Console(width=200, file=shown).print(grid)
+    assert shown.getvalue().count("x[/old]/d") == 4
+    assert "[/b].txt" in shown.getvalue()
 
 
 def test_bad_input(lm, rows, random_lm):
@@ -340,6 +421,12 @@ def test_bad_input(lm, rows, random_lm):
         sl.evaluate(dictionary(lm), lm, TokenRows(rows.tokens, torch.zeros_like(rows.keep)))
     with pytest.raises(ConfigError, match="batch_tokens = 0"):
         sl.evaluate(dictionary(lm), lm, rows, batch_tokens=0)
+    with pytest.raises(ConfigError, match="n_bootstrap = -1"):
+        sl.evaluate(dictionary(lm), lm, rows, n_bootstrap=-1)
+    spoilt = dictionary(lm)
+    spoilt.W_dec.data[3] = torch.nan
+    with pytest.raises(NonFiniteError, match="W_dec of the dictionary holds NaN"):
+        sl.evaluate(spoilt, lm, rows)
     broken = random_lm.redrawn()
     broken.module.transformer.wte.weight[5] = torch.nan
     with pytest.raises(NonFiniteError, match="hold NaN"):
@@ -361,9 +448,27 @@ def test_a_transcoder_is_measured_at_its_target(lm, rows, hook):
     kept = rows.keep
     fvu = (y - y_hat)[kept].double().square().sum() / (y[kept].double() - y[kept].double().mean(0)).square().sum()
     assert report["fvu"] == pytest.approx(float(fvu), rel=1e-5)
-    assert report.hook == hook
+    assert (report.read_hook, report.hook) == (origin.hook, hook)
+    assert EvalReport.from_dict(report.to_dict()).read_hook == origin.hook
+    assert f"{origin.hook} → {hook}" in str(report)
     with lm.replace(hook, lambda y: torch.where(kept[..., None], y_hat, y)):
         assert report["ce_sae"] == pytest.approx(cross_entropy(rows, lm.logits(rows).double().log_softmax(-1)), rel=1e-5)
     assert report.controls["PCA"]["explained_variance"] > 0
     with pytest.raises(ConfigError, match=f"found blocks.1.hook_resid_pre, blocks.1.mlp.hook_in to {hook}"):
         sl.evaluate([d, dictionary(lm)], lm, rows)
+
+
+def test_transcoders_that_cannot_be_measured(lm, rows):
+    def made(**origin):
+        return sl.Dictionary.create(
+            "topk", d_in=lm.d_model, d_out=lm.d_model, d_sae=16, options={"k": 4}, origin=sl.Origin(**origin)
+        )
+
+    backwards = made(hook="blocks.2.hook_mlp_out", target_hook="blocks.1.hook_mlp_out")
+    with pytest.raises(HookError, match=r"the model comes to blocks\.1\.hook_mlp_out before blocks\.2\.hook_mlp_out"):
+        sl.evaluate(backwards, lm, rows)
+    aimless = made(hook="blocks.1.mlp.hook_in")
+    with pytest.raises(ConfigError, match="does not say which hook it predicts"):
+        sl.evaluate(aimless, lm, rows)
+    with pytest.raises(ConfigError, match="does not say which hook it predicts"), lm.splice(aimless):
+        pass

@@ -266,6 +266,7 @@ def test_a_tail_gives_the_logits_of_a_whole_pass(family_lm, family):
         tail = Tail(model, hook, TOKENS)
         (x,), clean = tail.read(TOKENS, hook)
         assert torch.equal(clean, model.logits(TOKENS))
+        assert torch.equal(x, model.run(TOKENS, hook)[hook]), hook
         new = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
         with model.replace(hook, lambda _, new=new: new.clone()):
             wanted = model.logits(TOKENS)
@@ -281,8 +282,9 @@ def test_a_tail_gives_the_logits_of_a_whole_pass(family_lm, family):
     assert torch.equal(model.logits(TOKENS), clean)
 
 
+@pytest.mark.parametrize("probe", [TOKENS, torch.full_like(TOKENS, 5), TOKENS[:, :1]], ids=["text", "constant", "one token"])
 @pytest.mark.parametrize(("take", "n_skipped"), [(lambda memory: memory[-1], 1), (list.pop, 0)])
-def test_a_model_whose_blocks_read_more_than_the_stream(family_lm, take, n_skipped):
+def test_a_model_whose_blocks_read_more_than_the_stream(family_lm, take, n_skipped, probe):
     """The second block adds what the first one's attention gave, and in one case it can be had only once."""
     model = sl.LanguageModel(copy.deepcopy(family_lm("Llama").module), family_lm("Llama").tokenizer, name="remembering")
     first, second = model.blocks
@@ -290,7 +292,7 @@ def test_a_model_whose_blocks_read_more_than_the_stream(family_lm, take, n_skipp
     first.self_attn.register_forward_hook(lambda _module, _args, out: memory.append(out[0]))
     second.register_forward_hook(lambda _module, _args, out: out + take(memory))
     hook = "blocks.1.hook_resid_pre"
-    tail = Tail(model, hook, TOKENS)
+    tail = Tail(model, hook, probe)
     assert (tail.n_skipped, tail.is_whole_stream) == (n_skipped, False)
     (x,), _ = tail.read(TOKENS, hook)
     found = tail.logits(TOKENS, x / 2)

@@ -285,6 +285,8 @@ def test_labelled_files(tmp_path):
     (tmp_path / "a.csv").write_text('\ufeffsentence,kind\n"one, or ""1""",x\n"two\nlines",y\n', encoding="utf-8")
     read = read_labelled(tmp_path / "a.csv", column="sentence", label_column="kind")
     assert read == (['one, or "1"', "two\nlines"], ["x", "y"])
+    (tmp_path / "long.csv").write_text(f"text,label\n{'a ' * 100_000},1\n")
+    assert len(read_labelled(tmp_path / "long.csv")[0][0]) == 200_000
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ class DenseSAE(nn.Module):
 
     def forward(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape d_out"]:
         """x_hat, in the dtype of the weights."""
-        return self.decode(self.encode(x))
+        return self.dictionary.decode(self.encode(x), x)
 
     def turn_off_forward_pass_hook_z_reshaping(self) -> None:
         """Nothing to do: it is never on."""
@@ -113,6 +113,7 @@ class DenseSAE(nn.Module):
     def _apply(self, fn, recurse: bool = True) -> "DenseSAE":
         super()._apply(fn, recurse)
         self.cfg.dtype, self.cfg.device = str(self.dtype).removeprefix("torch."), str(self.device)
+        self.cfg.metadata.dtype, self.cfg.metadata.device = self.cfg.dtype, self.cfg.device
         return self
 
 

@@ -33,7 +33,7 @@ LONGEST = 1024  # tokens of a text that are read, its last ones, as far as the m
 log = logging.getLogger(__name__)
 
 
-class Probe(NamedTuple):
+class SparseProbe(NamedTuple):
     """What one probe reached on the test texts of a data set; k None: a probe of the whole activation."""
 
     dataset: str
@@ -43,12 +43,12 @@ class Probe(NamedTuple):
     f1: float
 
 
-class ProbeReport(NamedTuple):
+class SparseProbeReport(NamedTuple):
     """The probes of one dictionary, and beside them those of the activations it reads."""
 
     model: str
     hook: str
-    probes: tuple[Probe, ...]
+    probes: tuple[SparseProbe, ...]
 
     def mean_auc(self, k: int | None) -> float:
         """Mean over data sets of the area under the curve of probes of k latents; None: of the whole activation."""
@@ -71,9 +71,9 @@ class ProbeReport(NamedTuple):
 
 
 @overload
-def sae_probes(dictionary: Dictionary, lm: LanguageModel, **settings: Any) -> ProbeReport: ...
+def sae_probes(dictionary: Dictionary, lm: LanguageModel, **settings: Any) -> SparseProbeReport: ...
 @overload
-def sae_probes(dictionary: Sequence[Dictionary], lm: LanguageModel, **settings: Any) -> list[ProbeReport]: ...
+def sae_probes(dictionary: Sequence[Dictionary], lm: LanguageModel, **settings: Any) -> list[SparseProbeReport]: ...
 def sae_probes(
     dictionary: Dictionary | Sequence[Dictionary],
     lm: LanguageModel,
@@ -82,7 +82,7 @@ def sae_probes(
     ks: Sequence[int] = (1, 4, 16),
     hook: str | None = None,
     batch_size: int = 32,
-) -> ProbeReport | list[ProbeReport]:
+) -> SparseProbeReport | list[SparseProbeReport]:
     """What probes of the k most telling latents reach, and what one of the whole activation does; a report a dictionary.
 
     `datasets` are names of sae-probes' data sets, by default all 113. Texts are read with the BOS token in front unless the
@@ -105,7 +105,7 @@ def sae_probes(
     for one in dictionaries:  # before anything that takes long
         one.check_input(lm.run(torch.tensor([[0]]), hook_name)[hook_name])
     model = _ProbedModel(lm, prepend_bos=dictionaries[0].origin.prepend_bos is not False)
-    probes: list[list[Probe]] = [[] for _ in saes]
+    probes: list[list[SparseProbe]] = [[] for _ in saes]
     with progress_bar("probe", len(chosen), "data sets") as advance:
         for dataset in chosen:
             with TemporaryDirectory() as folder:
@@ -115,7 +115,7 @@ def sae_probes(
                 for sae, found in zip(saes, probes, strict=True):
                     found += [*task.probe_latents(sae, ks), *of_activation]
             advance(1, dataset)
-    reports = [ProbeReport(lm.name, hook_name, tuple(found)) for found in probes]
+    reports = [SparseProbeReport(lm.name, hook_name, tuple(found)) for found in probes]
     return reports if several else reports[0]
 
 
@@ -169,21 +169,21 @@ class _Task:
                 **self.where,
             )
 
-    def probe_activation(self) -> list[Probe]:
+    def probe_activation(self) -> list[SparseProbe]:
         """The probe of the whole activation."""
         return self._results(self.judge.run_baseline_evals)
 
-    def probe_latents(self, sae: DenseSAE, ks: Sequence[int]) -> list[Probe]:
+    def probe_latents(self, sae: DenseSAE, ks: Sequence[int]) -> list[SparseProbe]:
         """The probes of k latents, for each k."""
         return self._results(self.judge.run_sae_evals, sae=sae, reg_type="l1", ks=list(ks))
 
-    def _results(self, run: Callable[..., Any], **settings: Any) -> list[Probe]:
+    def _results(self, run: Callable[..., Any], **settings: Any) -> list[SparseProbe]:
         """The probes one of the package's functions fits; results go to a new folder, for it skips what it finds there."""
         with TemporaryDirectory() as results, _into_log():
             run(setting="normal", datasets=[self.dataset], hook_name=self.hook, results_path=results, **settings, **self.where)
             (file,) = Path(results).rglob("*.json")
             found = json.loads(file.read_text(encoding="utf-8"))
-        return [Probe(self.dataset, one.get("k"), one["test_auc"], one["test_acc"], one["test_f1"]) for one in found]
+        return [SparseProbe(self.dataset, one.get("k"), one["test_auc"], one["test_acc"], one["test_f1"]) for one in found]
 
 
 class _ProbedModel:

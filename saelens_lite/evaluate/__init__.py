@@ -69,8 +69,9 @@ def evaluate(
 
     The model runs over the text as it is, with zeros at the hook everywhere, with the mean activation everywhere, and with
     each reconstruction at the positions that count; the hook of a transcoder is its target. Special tokens, padding and
-    position 0 do not count and keep their activation. Text is cut into rows as the training text was, a document at a time;
-    `text_config` says otherwise.
+    positions never trained on, such as position 0, do not count and keep their activation. Text is cut into rows as long as
+    those of the training text, a document at a time; `text_config` says otherwise, and has to where the training text was
+    packed or had a `min_context`, which dictionaries do not record.
 
     `by_frequency` adds the fvu of tokens that occur 1 to 9, 10 to 99, … times among those that count, `by_position` fvu and
     loss at positions 1, 2 to 3, 4 to 7, …. `controls` adds the same metrics for a random dictionary of the same size and L0,
@@ -81,24 +82,37 @@ def evaluate(
     vocabulary is large.
 
     Raises:
-        ConfigError: dictionaries of different hooks, none that names its hook, or of a model with other processing.
-        HookError, ShapeError, TextError: a hook the model lacks, a width that does not fit, no text.
-        NonFiniteError: the activations hold NaN or infinity.
+        ConfigError: dictionaries of different hooks, none that names its hook, or of a model with other processing; trained on
+            rows of different kinds, while `text_config` does not say which; a transcoder that names no target; a bad setting.
+        HookError, ShapeError, TextError: a hook the model lacks, a transcoder's target before its hook, a width that does not
+            fit, no text.
+        NonFiniteError: the activations or a dictionary hold NaN or infinity.
     """
     several = not isinstance(dictionary, Dictionary)
     dictionaries = list(dictionary) if several else [dictionary]
     hooks = _common_hooks(dictionaries, hook)
     for one in dictionaries:
         lm.check_origin(one.origin)
+        one.check_finite()
+    if hooks.read != hooks.write:
+        lm.check_order(*hooks)
     if batch_tokens is not None and batch_tokens < 1:
         raise ConfigError(f"batch_tokens = {batch_tokens}; expected at least 1")
-    rows = _rows(dictionaries[0], lm, text, n_tokens, text_config)
+    if n_bootstrap < 0:
+        raise ConfigError(f"n_bootstrap = {n_bootstrap}; expected 0 or more")
+    if isinstance(text, TokenRows):
+        rows, excluded = text, _excluded_by_mask(text)
+    else:
+        config = _as_trained(dictionaries, lm, text, text_config or TextConfig())
+        rows, excluded = token_rows(lm, text, n_tokens=n_tokens, text_config=config), _excluded(config)
+    if not rows.n_kept:
+        raise TextError("no text: none of the positions of the token rows counts")
     job = _Job(
         rows=rows,
         hooks=hooks,
         text=text_name or source_name(text, text_config),
         sha256=text_hash(rows),
-        excluded=_excluded(text, text_config),
+        excluded=excluded,
         batch_tokens=batch_tokens,
         n_bootstrap=n_bootstrap,
         seed=seed,
@@ -153,6 +167,7 @@ def _reports(
                 disjoint_why=found.why,
                 model=lm.name,
                 hook=job.hooks.write,
+                read_hook=job.hooks.read,
                 excluded=job.excluded,
                 density=metrics.density(sums, name),
                 by_frequency=tuple(frequencies.report(metrics.band_fvu(sums, "frequency", name))) if frequencies else None,
@@ -181,31 +196,42 @@ def _with_controls(
     ]
 
 
-def _rows(
-    dictionary: Dictionary, lm: LanguageModel, text: Text | TokenRows, n_tokens: int | None, config: TextConfig | None
-) -> TokenRows:
-    """Token rows like those the dictionary was trained on, but for what `config` says."""
-    if isinstance(text, TokenRows):
-        if not text.n_kept:
-            raise TextError("no text: none of the positions of the token rows counts")
-        return text
-    config, origin = config or TextConfig(), dictionary.origin
-    if "bos" not in config.model_fields_set and origin.prepend_bos is False:
-        config = config.replace(bos="none")
-    if config.n_ctx is None and not isinstance(text, Tensor):
-        config = config.replace(n_ctx=min(origin.n_ctx or lm.n_ctx, lm.n_ctx))
-    return token_rows(lm, text, n_tokens=n_tokens, text_config=config)
+def _as_trained(dictionaries: Sequence[Dictionary], lm: LanguageModel, text: Text, config: TextConfig) -> TextConfig:
+    """The settings, and where they say nothing, those of the rows that all the dictionaries were trained on."""
+    recorded = {
+        "n_ctx": [min(d.origin.n_ctx or lm.n_ctx, lm.n_ctx) for d in dictionaries],
+        "bos": ["none" if d.origin.prepend_bos is False else "row" for d in dictionaries],
+        "exclude_positions": [tuple(sorted(d.origin.excluded_positions)) for d in dictionaries],
+    }
+    given = config.model_fields_set - ({"n_ctx"} if config.n_ctx is None else set())
+    if isinstance(text, Tensor):
+        given = given | {"n_ctx"}  # rows as they are
+    unsaid = {name: values for name, values in recorded.items() if name not in given}
+    if differ := [f"{name} = {', '.join(map(str, values))}" for name, values in unsaid.items() if len(set(values)) > 1]:
+        raise ConfigError(
+            f"the dictionaries were trained on rows of different kinds, {'; '.join(differ)}; evaluate them one by one, or say "
+            "which in text_config"
+        )
+    return config.replace(**{name: values[0] for name, values in unsaid.items()})
 
 
-def _excluded(text: Text | TokenRows, config: TextConfig | None) -> str:
+def _excluded(config: TextConfig) -> str:
     """The positions that do not count, in words."""
-    positions = (0,) if config is None or isinstance(text, TokenRows) else config.exclude_positions
+    positions = config.exclude_positions
     several = f" and position{'s' * (len(positions) > 1)} {', '.join(map(str, positions))}"
     return f"BOS, padding{several}" if positions else "BOS and padding"
 
 
+def _excluded_by_mask(rows: TokenRows) -> str:
+    """The same for rows that came with a mask."""
+    first = "not always position 0" if rows.keep[:, 0].any() else "position 0 always"
+    return f"what the mask of the rows leaves out ({first})"
+
+
 def _common_hooks(dictionaries: list[Dictionary], hook: str | None) -> Hooks:
     """Where all the dictionaries read, and where their output belongs; `hook` says where they read."""
+    if any(d.is_transcoder and d.origin.target_hook is None for d in dictionaries):
+        raise ConfigError("the transcoder does not say which hook it predicts; set origin.target_hook")
     found = {(hook or d.origin.hook, d.origin.target_hook) for d in dictionaries}
     (read, target), *others = found or {(None, None)}
     if read is None or others:

@@ -16,24 +16,24 @@ from saelens_lite.tokens import TokenRows
 RANDOM, PCA, REDRAWN = "random", "PCA", "re-drawn weights"
 
 
-class Spread(NamedTuple):
+class Moments(NamedTuple):
     """Mean and covariance of activations."""
 
     mean: Float[Tensor, " d"]
     covariance: Float[Tensor, "d d"]
 
 
-def spread(lm: LanguageModel, rows: TokenRows, hook: str, batch_tokens: int | None) -> Spread:
+def moments(lm: LanguageModel, rows: TokenRows, hook: str, batch_tokens: int | None) -> Moments:
     """Mean and covariance of the kept tokens' activations at a hook, in float64."""
     total, products = 0.0, 0.0
     for x in kept_activations(lm, rows, hook, batch_tokens, "covariance"):
         exact = x.double()
         total, products = total + exact.sum(0), products + exact.T @ exact
     mean = total / rows.n_kept
-    return Spread(mean, products / rows.n_kept - torch.outer(mean, mean))
+    return Moments(mean, products / rows.n_kept - torch.outer(mean, mean))
 
 
-def pca_dictionary(found: Spread, n_components: int, origin: Origin) -> Dictionary:
+def pca_dictionary(found: Moments, n_components: int, origin: Origin) -> Dictionary:
     """x̂ = mean + the projection on the first principal components, as a dictionary of each component and its opposite: for
     every token one of the two fires, so that L0 is the number of components."""
     d_in = len(found.mean)
@@ -47,7 +47,7 @@ def pca_dictionary(found: Spread, n_components: int, origin: Origin) -> Dictiona
     return dictionary
 
 
-def random_dictionary(found: Spread, x: Float[Tensor, "n d"], d_sae: int, k: int, origin: Origin, seed: int) -> Dictionary:
+def random_dictionary(found: Moments, x: Float[Tensor, "n d"], d_sae: int, k: int, origin: Origin, seed: int) -> Dictionary:
     """Random unit directions, of which the k that fit each token best fire; the decoder has the one norm that gives the least
     squared error on x, or random directions that overlap would add up to too much."""
     d_in = len(found.mean)
@@ -63,7 +63,7 @@ def untrained(
     lm: LanguageModel, rows: TokenRows, hook: str, trained: Sequence[Dictionary], l0: Sequence[float], batch_tokens: int | None
 ) -> list[dict[str, Dictionary]]:
     """For each dictionary, whose L0 is known: a random one of its size and L0, and PCA with L0 components."""
-    found = spread(lm, rows, hook, batch_tokens)
+    found = moments(lm, rows, hook, batch_tokens)
     with torch.no_grad():
         x = next(iter(kept_activations(lm, rows, hook, batch_tokens, "random")))
         return [

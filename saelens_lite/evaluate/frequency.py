@@ -67,12 +67,13 @@ def frequency_table(reports: Mapping[str, "EvalReport"]) -> Any:
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text
 
     grid = Table(
         box=SIMPLE_HEAD, caption="FVU by how often a token occurs; ± half of the 95 % interval", caption_justify="left"
     )
     for title in ("occurs", "ids", "tokens", *reports):
-        grid.add_column(title)
+        grid.add_column(Text(title))
     for cells in _cells(reports):
         grid.add_row(*cells)
     return grid

@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,20 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
                     raise TextError(f"{path}, line {number}: expected a JSON object; {error}") from None
 
 
+@contextmanager
+def _fields_of_any_length() -> Iterator[None]:
+    """Within the block, a field may be longer than the 131,072 characters that the csv module allows."""
+    before = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:
     """Each record, and where it ends; columns that a short line lacks are left out."""
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file, _fields_of_any_length():
             reader = csv.DictReader(file, strict=True)
             for record in reader:
                 yield f"{path}, line {reader.line_num}", {k: v for k, v in record.items() if None not in (k, v)}

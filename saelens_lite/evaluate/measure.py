@@ -99,7 +99,7 @@ def measure(
     What is in memory does not depend on the amount of text: two sets of logits of a batch, and the bootstrap's sums.
     """
     mean = mean_activation(lm, rows, hooks.write, batch_tokens)
-    tail = Tail(lm, hooks.write, rows.tokens.to(lm.device))
+    tail = Tail(lm, hooks.write, rows.tokens[:1].to(lm.device))
     ablations = {"zero": torch.zeros_like(mean), "mean": mean}
     fixed = {}
     if tail.is_whole_stream:  # any row gives the same
@@ -122,11 +122,12 @@ def measure(
                 metrics.add_bands(sums, name, wanted, mean, square, member, kept)
                 metrics.add_band_values(sums, f"{name}.predictions", clean.has_target.double(), member, kept)
             for i, dictionary in enumerate(dictionaries):
-                codes = dictionary.encode(x)
+                here = x.to(dictionary.W_enc.device)
+                codes = dictionary.encode(here)
                 if dictionary.d_out != y.shape[-1]:
                     raise ShapeError(f"a dictionary gives [..., {dictionary.d_out}]; {hooks.write} is {list(y.shape)}")
-                x_hat = dictionary.decode(codes, x).float()
-                metrics.add_codes(sums, str(i), codes, kept)
+                x_hat = dictionary.decode(codes, here).float().to(x.device)
+                metrics.add_codes(sums, str(i), codes.to(x.device), kept)
                 error = metrics.add_reconstruction(sums, str(i), wanted, x_hat, square, kept)
                 spliced = y.index_put((kept.row, kept.position), x_hat.to(y.dtype))
                 ce = metrics.add_losses(sums, str(i), clean, tail.logits(batch.tokens, spliced))

@@ -6,6 +6,7 @@ Poisson(1) draw, so that only the weighted sums have to be kept, whatever the am
 Source: Chamandy, Muralidharan, Najmi and Naidu 2012, Estimating uncertainty for massive data streams.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -46,11 +47,13 @@ class PooledSums:
     def __init__(self, n_bootstrap: int, seed: int):
         self.n_bootstrap = n_bootstrap
         self._generator = torch.Generator().manual_seed(seed)
+        self._n_sequences = 0
         self._sums: dict[str, Tensor] = {}
         self._weights = torch.empty(0)
 
     def next_sequences(self, n: int) -> None:
         """Draw the weights of the next n sequences."""
+        self._n_sequences += n
         drawn = torch.poisson(torch.ones(n, self.n_bootstrap), generator=self._generator)
         self._weights = torch.cat([torch.ones(n, 1), drawn], dim=1).T.double()
 
@@ -64,12 +67,17 @@ class PooledSums:
         return self._sums[name]
 
     def metric(self, values: Float[Tensor, " replicates"]) -> Metric:
-        """Entry 0 and the central 95 % of the replicates."""
-        replicates = values[1:][torch.isfinite(values[1:])]
-        if not len(replicates):
-            return Metric(float(values[0]), float("nan"), float("nan"))
-        low, high = torch.quantile(replicates, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        return Metric(float(values[0]), low, high)
+        """Entry 0 and the central 95 % of the replicates; of a single sequence, which says nothing of others, no interval."""
+        return with_interval(values if self._n_sequences > 1 else values[:1])
+
+
+def with_interval(values: Float[Tensor, " replicates"]) -> Metric:
+    """Entry 0 and the central 95 % of the others that are finite; NaN for an interval without any."""
+    replicates = values[1:][torch.isfinite(values[1:])]
+    if not len(replicates):
+        return Metric(float(values[0]), math.nan, math.nan)
+    low, high = torch.quantile(replicates, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Metric(float(values[0]), low, high)
 
 
 class Kept(NamedTuple):
@@ -90,8 +98,12 @@ class Kept(NamedTuple):
 
     def per_sequence(self, values: Shaped[Tensor, "n_kept ..."]) -> Float[Tensor, "n ..."]:
         """Sums over the tokens of each sequence."""
-        zeros = values.new_zeros(self.n, *values.shape[1:], dtype=torch.float64)
-        return zeros.index_add_(0, self.row, values.double())
+        return _sums_of_runs(values.double(), torch.bincount(self.row, minlength=self.n))
+
+
+def _sums_of_runs(values: Float[Tensor, "n_values ..."], lengths: Int[Tensor, " n"]) -> Float[Tensor, "n ..."]:
+    """Sums over consecutive runs of the values, in their order: unlike those of index_add_, the same each time on a GPU."""
+    return torch.segment_reduce(values, "sum", lengths=lengths, axis=0)
 
 
 def add_activations(
@@ -126,7 +138,7 @@ def add_reconstruction(
     norm, norm_hat = (torch.linalg.vector_norm(t, dim=-1, dtype=torch.float64) for t in (x, x_hat))
     cosine = torch.where((norm > 0) & (norm_hat > 0), dot / (norm * norm_hat).clamp_min(1e-300), 0)
     ratio = torch.where(norm > 0, norm_hat / norm.clamp_min(1e-300), 0)
-    legacy = 1 - error / square.clamp_min(1e-300)
+    legacy = 1 - torch.where(square > 0, error / square, math.nan)
     for key, value in {
         "error": error, "legacy": legacy, "cosine": cosine, "ratio": ratio, "dot": dot, "norm_hat": norm_hat.square(),
     }.items():  # fmt: skip
@@ -138,10 +150,9 @@ def add_codes(sums: PooledSums, name: str, codes: SparseCodes, kept: Kept) -> No
     """Collect how many latents fire for the kept tokens, how strongly, and which."""
     sequence = kept.row[codes.row]
     count = torch.bincount(sequence, minlength=kept.n)
-    strength = torch.zeros(kept.n, dtype=torch.float64, device=sequence.device)
     fired = torch.bincount(sequence * codes.d_sae + codes.latent, minlength=kept.n * codes.d_sae)
     sums.add(f"{name}.l0", count)
-    sums.add(f"{name}.l1", strength.index_add_(0, sequence, codes.value.double().abs()))
+    sums.add(f"{name}.l1", _sums_of_runs(codes.value.double().abs(), count))
     sums.add(f"{name}.fired", rearrange(fired, "(n d_sae) -> n d_sae", n=kept.n), replicates=DENSITY_REPLICATES)
 
 
@@ -150,7 +161,7 @@ def reconstruction_metrics(sums: PooledSums, name: str) -> dict[str, Metric]:
 
     fvu = Σ‖x − x̂‖² / (N (E‖x‖² − ‖E x‖²)), so that predicting the mean scores exactly 1; explained_variance = 1 − fvu.
     explained_variance_legacy = mean over tokens of 1 − ‖x − x̂‖² / ‖x − E x‖²: other tools take the mean of each batch for E x,
-    here it is that of all kept tokens, so that batches do not matter.
+    here it is that of all kept tokens, so that batches do not matter; NaN when a token has no variance.
     mse = mean over tokens of Σ_d (x − x̂)². relative_reconstruction_bias = E‖x̂‖² / E x·x̂ (Rajamanoharan et al. 2024).
     """
     n = sums["n"]
@@ -184,9 +195,12 @@ def latent_metrics(sums: PooledSums, name: str) -> dict[str, Metric]:
     fired = sums[f"{name}.fired"]
     alive = (fired > 0).double().mean(1)
     dense = (fired > DENSE * sums["n"][: len(fired), None]).double().mean(1)
-    value, spread = float(alive[0]), 1.96 * float(alive[1:].std(correction=0)) if len(alive) > 1 else float("nan")
+    value, low, high = sums.metric(alive)
+    if math.isfinite(low):
+        spread = 1.96 * float(alive[1:].std(correction=0))
+        low, high = max(0.0, value - spread), min(1.0, value + spread)
     return {
-        "frac_alive": Metric(value, max(0.0, value - spread), min(1.0, value + spread)),
+        "frac_alive": Metric(value, low, high),
         "frac_dense": sums.metric(dense),
     }
 
@@ -253,7 +267,7 @@ class Predictions(NamedTuple):
     @classmethod
     def of(cls, logits: Float[Tensor, "n pos d_vocab"], tokens: Int[Tensor, "n pos"], n_ctx: int, kept: Kept) -> "Predictions":
         """The predictions of a clean pass over rows of n_ctx tokens that begin with `tokens`; overwrites the logits."""
-        log_p = logits.float()
+        log_p = logits.float().contiguous()  # of others, flatten would give a copy
         for row in log_p.flatten(0, 1).split(_chunk(log_p)):
             row.copy_(row.log_softmax(-1))
         return cls(log_p, kept.of_each(tokens.roll(-1, 1)), kept.position < n_ctx - 1, kept)

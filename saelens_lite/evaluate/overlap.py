@@ -16,8 +16,8 @@ class Overlap(NamedTuple):
 def overlap(origin: Origin, source: str | None, sha256: str) -> Overlap:
     """What is known of the text of an origin and a text called `source`, whose token rows have this hash.
 
-    Names of sources are compared, and the hashes of the token rows; two texts of different names may still have passages in
-    common.
+    Names of sources are compared, and the hashes of the token rows. Only parts of one source that are known to have nothing
+    in common are disjoint: two texts of different names may hold the same passages.
     """
     if origin.text_sha256 == sha256:
         return Overlap(False, "it is the text the dictionary was trained on, token for token")
@@ -37,4 +37,4 @@ def overlap(origin: Origin, source: str | None, sha256: str) -> Overlap:
         return Overlap(False, f"{names}: one holds documents of the other")
     if origin.text == source:
         return Overlap(None, f"{names}: the same source, maybe the same part of it")
-    return Overlap(True, f"{names}: sources of different names")
+    return Overlap(None, f"{names}: sources of different names; passages may be shared")

@@ -64,6 +64,7 @@ def position_table(reports: Mapping[str, "EvalReport"]) -> Any:
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text
 
     bands = [report.by_position or () for report in reports.values()]
     if not bands or not bands[0] or any([b[:3] for b in other] != [b[:3] for b in bands[0]] for other in bands):
@@ -74,7 +75,7 @@ def position_table(reports: Mapping[str, "EvalReport"]) -> Any:
         caption_justify="left",
     )
     for title in ("position", "tokens", *(f"{what}, {name}" for name in reports for what in ("FVU", "CE added"))):
-        grid.add_column(title)
+        grid.add_column(Text(title))
     for same in zip(*bands, strict=True):
         cells = [metric.short for band in same for metric in (band.fvu, band.ce_increase)]
         grid.add_row(same[0].label, f"{same[0].n_tokens:,}", *cells)

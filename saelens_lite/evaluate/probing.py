@@ -22,7 +22,7 @@ from torch import Tensor
 from saelens_lite.config import TextConfig
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, NonFiniteError, TextError
-from saelens_lite.evaluate.metrics import Metric
+from saelens_lite.evaluate.metrics import Metric, with_interval
 from saelens_lite.files import write_json
 from saelens_lite.model import LanguageModel
 from saelens_lite.progress import progress_bar
@@ -180,9 +180,7 @@ def _checked_hook(dictionary: Dictionary, lm: LanguageModel, hook: str | None) -
         raise ConfigError("the dictionary does not say which hook it belongs to; give hook=")
     lm.hook_point(hook)
     lm.check_origin(dictionary.origin)
-    for name, tensor in dictionary.state_dict().items():
-        if not torch.isfinite(tensor).all():
-            raise NonFiniteError(f"{name} of the dictionary holds NaN or infinity")
+    dictionary.check_finite()
     return hook
 
 
@@ -247,7 +245,8 @@ def _held_out(
     truth = y[split.test]
     correct = ((score > 0) == truth).double()
     accuracy = weights @ correct / weights.sum(1)
-    return _metric(accuracy), _metric(weighted_auc(score, truth, weights)), search.best_params_["logisticregression__C"]
+    auc = weighted_auc(score, truth, weights)  # NaN where a replicate lacks a class
+    return with_interval(accuracy), with_interval(auc), search.best_params_["logisticregression__C"]
 
 
 def weighted_auc(
@@ -259,15 +258,6 @@ def weighted_auc(
     positive, negative = (empty.index_add(1, level, weights * side) for side in (y, ~y))
     below = negative.cumsum(1) - negative / 2
     return (positive * below).sum(1) / (positive.sum(1) * negative.sum(1))
-
-
-def _metric(values: Float[Tensor, " replicates"]) -> Metric:
-    """Entry 0 and the central 95 % of the others, without those that lack a class."""
-    replicates = values[1:][torch.isfinite(values[1:])]
-    if not len(replicates):
-        return Metric(float(values[0]), math.nan, math.nan)
-    low, high = torch.quantile(replicates, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Metric(float(values[0]), low, high)
 
 
 @torch.no_grad()

@@ -32,7 +32,8 @@ class EvalReport:
     None in a report read from a file. `text` is the name of the text, if it has one; `disjoint` says whether it is other text
     than the dictionary was trained on, None where that cannot be told, and `disjoint_why` why. Where asked for: `by_frequency`
     = fvu by how often a token occurs in the text, `by_position` = fvu and loss by position in a row, `controls` = reports of
-    a random dictionary, PCA, and a model with its weights re-drawn.
+    a random dictionary, PCA, and a model with its weights re-drawn. `hook` is where the output belongs; `read_hook`, where the
+    input is read, is another one for a transcoder, and None in reports of earlier versions.
     """
 
     metrics: dict[str, Metric]
@@ -49,6 +50,7 @@ class EvalReport:
     by_frequency: tuple[FrequencyBand, ...] | None = None
     by_position: tuple[PositionBand, ...] | None = None
     controls: "dict[str, EvalReport] | None" = None
+    read_hook: str | None = None
 
     def __getitem__(self, name: str) -> float:
         """The value of a metric."""
@@ -92,21 +94,24 @@ class EvalReport:
         return cls.from_dict(read_json(Path(path)), str(path))
 
     @classmethod
-    def from_dict(cls, content: dict[str, Any], place: str = "the report") -> "EvalReport":
+    def from_dict(cls, content: Any, place: str = "the report") -> "EvalReport":
         """The report that `to_dict` made plain data of; CorruptFileError, which names `place`, when it is none."""
+        if not isinstance(content, dict):
+            raise CorruptFileError(f"{place} is no evaluation: a {type(content).__name__}, not an object")
         if content.get("format") != FORMAT:
             raise CorruptFileError(f"{place}: an evaluation of format {content.get('format')!r}, this version reads {FORMAT}")
+        content = {"read_hook": None, **content}
         try:
             return cls(
                 metrics={name: _metric(m) for name, m in content["metrics"].items()},
-                **{name: content[name] for name in _FACTS},
+                **{name: _checked(content[name], kind, name) for name, kind in _FACTS.items()},
                 by_frequency=_bands(FrequencyBand, content.get("by_frequency")),
                 by_position=_bands(PositionBand, content.get("by_position")),
                 controls={name: cls.from_dict(report, place) for name, report in content["controls"].items()}
                 if "controls" in content
                 else None,
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise CorruptFileError(f"{place} is no evaluation: {type(error).__name__}: {error}") from None
 
     def lines(self) -> list[tuple[str, Metric]]:
@@ -123,15 +128,19 @@ class EvalReport:
         """What was measured, in a sentence."""
         return (
             f"{self.n_tokens:,} tokens in {self.n_sequences:,} sequences of {self.text or 'a text without a name'}, without "
-            f"{self.excluded}; {self.model}, {self.hook}"
+            f"{self.excluded}; {self.model}, {self._hooks}"
         )
+
+    @property
+    def _hooks(self) -> str:
+        return self.hook if self.read_hook in (None, self.hook) else f"{self.read_hook} → {self.hook}"
 
     @property
     def caution(self) -> str:
         """What a reader has to be told about the text, or nothing."""
         if self.disjoint:
             return ""
-        start = "This text was trained on" if self.disjoint is False else "It cannot be told whether this text was trained on"
+        start = "This text was trained on" if self.disjoint is False else "Not known to be new text"
         return f"{start}: {self.disjoint_why}."
 
     def to_markdown(self) -> str:
@@ -146,25 +155,40 @@ class EvalReport:
 
     def __str__(self) -> str:
         lines = [f"{name:50} {metric}" for name, metric in self.lines()]
+        if self.controls:
+            lines += ["", *("".join(f"{cell:20}" for cell in line).rstrip() for line in _comparison({"this dictionary": self}))]
         return "\n".join([self.where, *([self.caution] if self.caution else []), *lines])
 
-    def __rich__(self) -> "Table":
+    def __rich__(self) -> Any:
+        from rich.console import Group
+
+        grid = self._rich_table()
+        return Group(grid, table({"this dictionary": self})) if self.controls else grid
+
+    def _rich_table(self) -> "Table":
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
+        from rich.text import Text
 
-        grid = Table(box=SIMPLE_HEAD, title=self.where, caption=self.caution, title_justify="left", caption_justify="left")
+        title, caption = Text(self.where), Text(self.caution)
+        grid = Table(box=SIMPLE_HEAD, title=title, caption=caption, title_justify="left", caption_justify="left")
         for title in ("metric", "value", "95 % interval"):
             grid.add_column(title, no_wrap=True)
         for name, m in self.lines():
-            grid.add_row(name, f"{m.value:.4g}", f"{m.low:.4g} … {m.high:.4g}")
+            grid.add_row(Text(name), f"{m.value:.4g}", f"{m.low:.4g} … {m.high:.4g}")
         return grid
 
     def _repr_html_(self) -> str:
         rows = [(name, f"{m.value:.4g}", f"{m.low:.4g} … {m.high:.4g}") for name, m in self.lines()]
-        return f"<p>{escape(self.where)}. {escape(self.caution)}</p>{_html_table(('metric', 'value', '95 % interval'), rows)}"
+        found = f"<p>{escape(self.where)}. {escape(self.caution)}</p>{_html_table(('metric', 'value', '95 % interval'), rows)}"
+        if self.controls:
+            head, *lines = _comparison({"this dictionary": self})
+            found += _html_table(head, lines)
+        return found
 
 
-_FACTS = [f.name for f in fields(EvalReport) if f.name not in ("metrics", "density", "by_frequency", "by_position", "controls")]
+_PARTS = ("metrics", "density", "by_frequency", "by_position", "controls")
+_FACTS = {f.name: f.type for f in fields(EvalReport) if f.name not in _PARTS}
 
 
 def _plain(values: Any) -> dict[str, Any]:
@@ -176,14 +200,24 @@ def _plain(values: Any) -> dict[str, Any]:
     return found
 
 
-def _metric(content: dict[str, float | None]) -> Metric:
-    return Metric(**{key: math.nan if x is None else x for key, x in content.items()})
+def _checked(value: Any, kind: Any, name: str) -> Any:
+    """A value from a file, if it is of its kind."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is {value!r:.40}")
+    return value
 
 
-def _bands(kind: Any, content: list[dict[str, Any]] | None) -> tuple[Any, ...] | None:
+def _metric(content: Any) -> Metric:
+    return Metric(**{key: math.nan if x is None else float(_checked(x, int | float, key)) for key, x in content.items()})
+
+
+def _bands(kind: Any, content: Any) -> tuple[Any, ...] | None:
     if content is None:
         return None
-    return tuple(kind(**{key: _metric(x) if isinstance(x, dict) else x for key, x in band.items()}) for band in content)
+    return tuple(
+        kind(**{key: _metric(x) if isinstance(x, dict) else _checked(x, int, key) for key, x in band.items()})
+        for band in content
+    )
 
 
 def _comparison(reports: Mapping[str, EvalReport]) -> list[tuple[str, ...]]:
@@ -200,6 +234,7 @@ def table(reports: Mapping[str, EvalReport]) -> "Table":
     """A rich table of several reports: a row each, and one for each of its controls."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text
 
     grid = Table(box=SIMPLE_HEAD, caption="± half of the 95 % interval", caption_justify="left")
     head, *lines = _comparison(reports)
@@ -207,7 +242,7 @@ def table(reports: Mapping[str, EvalReport]) -> "Table":
     for title in head[1:]:
         grid.add_column(title, no_wrap=True)
     for line in lines:
-        grid.add_row(*line)
+        grid.add_row(*map(Text, line))  # a name may hold what rich would take for markup
     return grid
 
 

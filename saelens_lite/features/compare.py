@@ -9,6 +9,7 @@ Source: Paulo and Belrose 2025, Sparse autoencoders trained on the same data lea
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ TILE = 1024  # latents whose cosines with all others are held at once
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 N_BINS = 20  # of a histogram of cosines, from −1 to 1
 
+log = logging.getLogger(__name__)
 METHODS = ("auto", "hungarian", "mutual")
 NONE = -1  # in place of a latent: there is no partner
 
@@ -64,7 +66,7 @@ class Pairs(NamedTuple):
         return (self.match != NONE) & (self.decoder_cosine > threshold) & (self.encoder_cosine > threshold)
 
 
-class Spread(NamedTuple):
+class Cosines(NamedTuple):
     """Cosines in figures: mean, quantiles (QUANTILES), and counts in N_BINS bins of equal width from −1 to 1."""
 
     mean: float
@@ -72,7 +74,7 @@ class Spread(NamedTuple):
     histogram: tuple[int, ...]
 
     @classmethod
-    def of(cls, cosines: Float[Tensor, " n"]) -> "Spread":
+    def of(cls, cosines: Float[Tensor, " n"]) -> "Cosines":
         """The figures of at least one cosine."""
         values = cosines.double().clamp(-1, 1)  # rounding carries the cosine of equal vectors beyond 1
         quantiles = torch.quantile(values, torch.tensor(QUANTILES, dtype=torch.float64))
@@ -88,9 +90,9 @@ class Summary(NamedTuple):
     shared: float  # partner above the threshold in decoder and encoder
     agree: float  # decoder and encoder matching give the same partner
     mutual: float  # nearest of each other, by decoder
-    decoder: Spread
-    encoder: Spread
-    nearest: Spread  # of all latents that count: the largest decoder cosine with any of the other dictionary
+    decoder: Cosines
+    encoder: Cosines
+    nearest: Cosines  # of all latents that count: the largest decoder cosine with any of the other dictionary
 
     @classmethod
     def of(cls, pairs: Pairs, threshold: float) -> "Summary":
@@ -102,9 +104,9 @@ class Summary(NamedTuple):
             shared=_share(pairs.shared(threshold)),
             agree=_share(matched & (pairs.match == pairs.encoder_match)),
             mutual=_share(pairs.mutual),
-            decoder=Spread.of(pairs.decoder_cosine[matched]),
-            encoder=Spread.of(pairs.encoder_cosine[matched]),
-            nearest=Spread.of(pairs.nearest_cosine),
+            decoder=Cosines.of(pairs.decoder_cosine[matched]),
+            encoder=Cosines.of(pairs.encoder_cosine[matched]),
+            nearest=Cosines.of(pairs.nearest_cosine),
         )
 
 
@@ -233,16 +235,27 @@ class Stability:
         tensors = read_tensors(path)
         try:
             facts = json.loads(check_header(path)[0]["__metadata__"]["stability"])
+            _check_facts(facts)
             if facts.pop("format") != FORMAT:
                 raise CorruptFileError(f"{path}: this version reads format {FORMAT}")
             loaded = cls(**tensors, **facts | {"other_sha256": tuple(facts["other_sha256"])})
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise CorruptFileError(f"{path} is damaged: {type(error).__name__}: {error}") from None
         shapes = {tuple(tensor.shape) for tensor in tensors.values()}
         kinds = (loaded.score.is_floating_point(), loaded.n_shared.dtype, loaded.live.dtype)
         if len(shapes) != 1 or len(shapes.pop()) != 1 or kinds != (True, torch.int64, torch.bool):
             raise CorruptFileError(f"{path}: expected score, n_shared and live, an entry for each latent")
         return loaded
+
+
+def _check_facts(facts: dict[str, Any]) -> None:
+    """Raise TypeError unless what the metadata of a file of scores says is of the right types."""
+    kinds = {"sha256": str, "other_sha256": list, "threshold": int | float, "method": str}
+    for name, kind in kinds.items():
+        if not isinstance(facts[name], kind):
+            raise TypeError(f"{name} is {facts[name]!r:.40}")
+    if not all(isinstance(one, str) for one in facts["other_sha256"]):
+        raise TypeError("other_sha256 holds something else than hashes")
 
 
 def compare(
@@ -256,16 +269,17 @@ def compare(
 ) -> Comparison:
     """How the latents of `a` are matched with those of `b`, which may have another number of them.
 
-    `method` "hungarian" matches one to one; "mutual" only latents that are each other's nearest, in memory and time for any
-    size. "auto" is the former up to 8192 live latents on either side, which of the two is in the result. Latents whose recorded
-    density is 0 are dead: they are left out on both sides unless `include_dead`. `seed` draws the random dictionary.
+    `method` "hungarian" matches one to one; "mutual" only latents that are each other's nearest, with no more in memory than
+    the directions and the cosines of 1024 latents with all others. "auto" is the former up to 8192 live latents on either side,
+    which of the two is in the result. Latents whose recorded density is 0 are dead: they are left out on both sides unless
+    `include_dead`. `seed` draws the random dictionary. Dictionaries of different models or hooks are compared with a warning.
 
     Raises:
         ShapeError: the dictionaries are of different widths.
         NonFiniteError: weights are NaN or infinite.
         ConfigError: a bad threshold or method, all latents dead, or "hungarian" without scipy.
     """
-    return _compare_all(a, [b], threshold, method, include_dead, seed)[0]
+    return compare_all(a, [b], threshold=threshold, method=method, include_dead=include_dead, seed=seed)[0]
 
 
 def stability(
@@ -283,13 +297,20 @@ def stability(
         ShapeError, NonFiniteError, ConfigError: as for `compare`, and when there are no others.
     """
     several = [others] if isinstance(others, Dictionary) else list(others)
-    return Stability.of(_compare_all(dictionary, several, threshold, method, include_dead, seed))
+    settings = {"threshold": threshold, "method": method, "include_dead": include_dead, "seed": seed}
+    return Stability.of(compare_all(dictionary, several, **settings))
 
 
-def _compare_all(
-    a: Dictionary, others: Sequence[Dictionary], threshold: float, method: str, include_dead: bool, seed: int
+def compare_all(
+    a: Dictionary,
+    others: Sequence[Dictionary],
+    *,
+    threshold: float = THRESHOLD,
+    method: str = "auto",
+    include_dead: bool = False,
+    seed: int = 0,
 ) -> list[Comparison]:
-    """A comparison of `a` with each of the others."""
+    """A comparison of `a` with each of the others, all by one method: "auto" is what fits the largest. Raises as `compare`."""
     if not -1 <= threshold < 1:
         raise ConfigError(f"threshold = {threshold}; expected a cosine from -1 to below 1")
     if method not in METHODS:
@@ -297,25 +318,26 @@ def _compare_all(
     live = _live(a, include_dead)
     device = a.W_dec.device
     own, own_hash = _directions(a, live, device), weights_hash(a)
+    others_live = [_live(b, include_dead) for b in others]
+    if method == "auto":
+        most = max(int(mask.sum()) for mask in (live, *others_live))
+        method = "hungarian" if most <= MOST_HUNGARIAN else "mutual"
     comparisons = []
     with progress_bar("compare", len(others), "dictionaries") as advance:
-        for b in others:
+        for b, other_live in zip(others, others_live, strict=True):
             _check_widths(a, b)
-            other_live = _live(b, include_dead)
+            _warn_of_other_hooks(a, b)
             other = _directions(b, other_live, device)
-            chosen = method
-            if method == "auto":
-                chosen = "hungarian" if max(len(own.decoder), len(other.decoder)) <= MOST_HUNGARIAN else "mutual"
-            pairs = _pairs(own, other, chosen)
+            pairs = _pairs(own, other, method)
             comparisons.append(
                 Comparison(
                     pairs=_of_all_latents(pairs, live, other_live),
                     live=live,
                     n_dead=(int((~live).sum()), int((~other_live).sum())),
                     summary=Summary.of(pairs, threshold),
-                    chance=Summary.of(_pairs(own, random_like(other, seed), chosen), threshold),
+                    chance=Summary.of(_pairs(own, random_like(other, seed), method), threshold),
                     threshold=threshold,
-                    method=chosen,
+                    method=method,
                     sha256=(own_hash, weights_hash(b)),
                 )
             )
@@ -331,6 +353,14 @@ def _check_widths(a: Dictionary, b: Dictionary) -> None:
             f"dictionaries of widths {widths[0]} and {widths[1]} (read, written) have no directions in common; compare "
             "dictionaries of one hook, or of hooks of one width"
         )
+
+
+def _warn_of_other_hooks(a: Dictionary, b: Dictionary) -> None:
+    """Log a warning when the two are known to be of different models or hooks."""
+    for name in ("model", "hook", "target_hook"):
+        values = [getattr(d.origin, name) for d in (a, b)]
+        if None not in values and values[0] != values[1]:
+            log.warning("dictionaries of different origin are compared: %s %s and %s", name, *values)
 
 
 def _live(d: Dictionary, include_dead: bool) -> Bool[Tensor, " d_sae"]:
@@ -355,12 +385,21 @@ def _directions(d: Dictionary, live: Bool[Tensor, " d_sae"], device: torch.devic
 
 def random_like(directions: Directions, seed: int) -> Directions:
     """As many random directions, normal with the second moments that decoder and encoder rows together have."""
-    joint = torch.cat(directions, 1).double().cpu()
-    values, vectors = torch.linalg.eigh(joint.T @ joint / len(joint))
+    widths, n = [rows.shape[1] for rows in directions], len(directions.decoder)
+    tiles = [slice(start, start + TILE) for start in range(0, n, TILE)]
+    moments = torch.zeros(sum(widths), sum(widths), dtype=torch.float64)
+    for tile in tiles:
+        joint = torch.cat([rows[tile] for rows in directions], 1).double().cpu()
+        moments.addmm_(joint.T, joint)
+    values, vectors = torch.linalg.eigh(moments / n)
     root = vectors * values.clamp(min=0).sqrt()
-    drawn = torch.randn(joint.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) @ root.T
-    halves = drawn.split([rows.shape[1] for rows in directions], dim=1)
-    return Directions(*(F.normalize(half, dim=1).to(directions.decoder) for half in halves))
+    found, generator = Directions(*map(torch.empty_like, directions)), torch.Generator().manual_seed(seed)
+    for tile in tiles:
+        size = len(directions.decoder[tile])
+        drawn = torch.randn(size, sum(widths), generator=generator, dtype=torch.float64) @ root.T
+        for rows, part in zip(found, drawn.split(widths, dim=1), strict=True):
+            rows[tile] = F.normalize(part, dim=1).to(rows)
+    return found
 
 
 @torch.no_grad()
@@ -427,7 +466,7 @@ def _share(chosen: Bool[Tensor, " n"]) -> float:
 
 def _plain(summary: Summary) -> dict[str, Any]:
     """A summary as plain data."""
-    return {key: value._asdict() if isinstance(value, Spread) else value for key, value in summary._asdict().items()}
+    return {key: value._asdict() if isinstance(value, Cosines) else value for key, value in summary._asdict().items()}
 
 
 def comparison_table(comparisons: dict[str, Comparison]) -> Any:

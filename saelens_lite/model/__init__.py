@@ -329,8 +329,8 @@ class LanguageModel:
 
         Raises:
             HookError: neither the dictionary nor `hook` names a hook of this model; a transcoder's target comes first.
-            ConfigError: the dictionary belongs to a model whose weights were processed otherwise; an edit of a latent that the
-                dictionary does not have.
+            ConfigError: the dictionary belongs to a model whose weights were processed otherwise; a transcoder that names no
+                target; an edit of a latent that the dictionary does not have.
             ShapeError: the dictionary has another width than the hook; an edit names a position behind the end of the row.
         """
         self.check_origin(dictionary.origin)
@@ -340,12 +340,14 @@ class LanguageModel:
         error_term = bool(edits) if error_term is None else error_term
         if edits:
             dictionary.check_edits(edits)
+        if getattr(dictionary, "is_transcoder", False) and dictionary.origin.target_hook is None:
+            raise ConfigError("the transcoder does not say which hook it predicts; set origin.target_hook")
         target = dictionary.origin.target_hook or name
         read: list[Tensor] = []
 
         def rewrite(y: Tensor) -> Tensor:
             if target != name and not read:
-                raise HookError(f"the model comes to {target} before {name}, from which the transcoder predicts it")
+                raise _target_first(name, target)
             x = y if target == name else read.pop()
             dictionary.check_input(x)
             position = torch.arange(y.shape[1], device=y.device) + self._offset
@@ -365,6 +367,18 @@ class LanguageModel:
 
         with self.replace(name, look) if target != name else nullcontext(), self.replace(target, rewrite):
             yield
+
+    def check_order(self, hook: str, target: str) -> None:
+        """Raise HookError when the model comes to `target` before `hook`, from which a transcoder is to predict it."""
+        met: list[str] = []
+
+        def noting(name: str) -> Callable[[Tensor], Tensor]:
+            return lambda x: (met.append(name), x)[1]
+
+        with self.replace(hook, noting(hook)), self.replace(target, noting(target)):
+            self.logits(torch.zeros(1, 1, dtype=torch.long))
+        if met[:1] != [hook]:
+            raise _target_first(hook, target)
 
     def _named_positions(
         self, edit: "PositionedEdit", position: Int[Tensor, " pos"], chosen: Bool[Tensor, "*batch pos"], only_chosen: bool
@@ -484,6 +498,10 @@ def _activation(name: str, value: Any, tokens: Int[Tensor, "batch pos"]) -> Floa
         if value.ndim == 2 and len(value) == batch * pos:  # OPT's MLP
             return rearrange(value, "(batch pos) d -> batch pos d", batch=batch)
     raise HookError(f"{name} is {_shape(value)} for tokens [{batch} {pos}]; only activations [batch pos d] are captured")
+
+
+def _target_first(hook: str, target: str) -> HookError:
+    return HookError(f"the model comes to {target} before {hook}, from which the transcoder predicts it")
 
 
 def _as(y: Float[Tensor, "batch pos d"], new: Tensor, hook: str) -> Float[Tensor, "batch pos d"]:

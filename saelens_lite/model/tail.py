@@ -41,7 +41,7 @@ class Tail:
         self._hand_on: list[tuple[nn.Module, Callable[..., Any]]] = []
         if self.n_skipped or at_boundary:
             row = tokens[:1, :PROBE_TOKENS]
-            self._try_out(blocks[: self.n_skipped], torch.cat([row, row.flip(1)]))
+            self._try_out(blocks[: self.n_skipped], torch.cat([row, (row + 1) % lm.d_vocab]))
 
     def _try_out(self, skipped: list[nn.Module], tokens: Int[Tensor, "two pos"]) -> None:
         """Keep to whole passes unless shortened ones give their logits."""
@@ -69,7 +69,7 @@ class Tail:
         found: dict[str, Tensor] = {}
         with ExitStack() as stack:
             for hook in dict.fromkeys(hooks):
-                stack.enter_context(self.lm.replace(hook, lambda x, hook=hook: found.setdefault(hook, x.clone())))
+                stack.enter_context(self.lm.replace(hook, _noting(hook, found)))
             if self._enters is not None:
                 handle = self._enters.register_forward_pre_hook(self._note_entry, with_kwargs=True)
                 stack.callback(handle.remove)
@@ -100,6 +100,16 @@ class Tail:
     def _whole(self, tokens: Tensor, new: Tensor) -> Tensor:
         with self.lm.replace(self.hook, lambda _: new.clone()):  # Falcon goes on to overwrite it
             return self.lm.logits(tokens)
+
+
+def _noting(hook: str, found: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    """A replacement that changes nothing and keeps a copy of what it sees."""
+
+    def note(x: Tensor) -> Tensor:
+        found[hook] = x.clone()  # the model goes on with its own, which Falcon overwrites
+        return x
+
+    return note
 
 
 def _handing_on(output: Any) -> Callable[..., Any]:
