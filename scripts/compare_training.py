@@ -27,7 +27,7 @@ import saelens_lite as sl
 from saelens_lite.tokens import is_held_out
 
 LEVELS = {  # options of each rule, from many latents to few
-    "l1": [{"coefficient": c} for c in (0.8, 1.6, 3.2)],
+    "l1": [{"coefficient": c} for c in (0.2, 0.8, 3.2)],
     "topk": [{"k": 32}],
     "gated": [{"coefficient": c} for c in (0.7, 1.2, 2.2)],
     "batch_topk": [{"k": k} for k in (40, 32, 26)],

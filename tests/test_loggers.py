@@ -123,10 +123,10 @@ def test_loggers_are_closed_when_training_stops(source, recorder, tmp_path, monk
 
     real = Trainer.step
 
-    def step(self, x):
+    def step(self, *batch):
         if self.n_steps == 4:
             raise stop("enough")
-        real(self, x)
+        real(self, *batch)
 
     monkeypatch.setattr(Trainer, "step", step)
     with pytest.raises(stop):
