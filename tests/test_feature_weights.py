@@ -25,10 +25,10 @@ def dictionary() -> sl.Dictionary:
     return d
 
 
-@pytest.fixture(params=[None, 7], ids=["one tile", "7 latents a tile"])
+@pytest.fixture(params=[None, 7], ids=["one tile", "7 latents a tile of cosines, 1 of effects"])
 def found(request, dictionary, random_lm, monkeypatch) -> LatentWeights:
     if request.param:
-        monkeypatch.setattr(weights, "MAX_NUMBERS", request.param * random_lm.d_vocab)
+        monkeypatch.setattr(weights, "MAX_NUMBERS", request.param * D_SAE)
     return latent_weights(dictionary, random_lm)
 
 

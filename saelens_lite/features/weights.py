@@ -96,10 +96,9 @@ def logit_effects(
         return Effects(none.int(), none, none.int(), none, none.int(), *[none.new_zeros(0)] * 4)
     n = min(n, len(unembedding))
     directions = directions.to(unembedding.device)
-    tiles = [
-        _effects(directions[tile] @ unembedding.T, n) for tile in _tiles(directions, len(unembedding), "effects on logits")
-    ]
-    return Effects(*(torch.cat(parts) for parts in zip(*tiles, strict=True)))
+    tiles = _tiles(directions, len(unembedding), "effects on logits")
+    found = [_effects(directions[tile] @ unembedding.T, n) for tile in tiles]
+    return Effects(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
 def _effects(logits: Float[Tensor, "tile d_vocab"], n: int) -> Effects:
