@@ -1,0 +1,85 @@
+// The data: one block of parts, of which the first three are opened at the start and the others when they are asked for.
+const $ = id => document.getElementById(id);
+const layout = JSON.parse($("layout").textContent);
+const block = $("data").textContent;
+$("data").remove();
+const KINDS = {uint8: Uint8Array, uint16: Uint16Array, uint32: Uint32Array, float32: Float32Array, float64: Float64Array};
+const MOST_CHUNKS = 32;  // kept open
+
+async function open(part) {
+  const packed = atob(block.slice(layout.starts[part], layout.starts[part + 1])), bytes = new Uint8Array(packed.length);
+  for (let j = 0; j < bytes.length; j++) bytes[j] = packed.charCodeAt(j);
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate")));
+}
+
+// Columns of numbers by name, with `width` numbers a row.
+class Columns {
+  constructor(buffer, described) {
+    const size = ([, kind, width]) => KINDS[kind].BYTES_PER_ELEMENT * width;
+    this.length = Math.round(buffer.byteLength / described.reduce((sum, column) => sum + size(column), 0)) || 0;
+    this.columns = new Map();
+    let offset = 0;
+    for (const column of described) {
+      const [name, kind, width] = column, end = offset + size(column) * this.length;
+      this.columns.set(name, {width, numbers: new KINDS[kind](buffer.slice(offset, end))});
+      offset = end;
+    }
+  }
+  has(name) { return this.columns.get(name)?.width > 0; }
+  all(name) { return this.columns.get(name).numbers; }
+  row(name, i) {
+    const {width, numbers} = this.columns.get(name);
+    return numbers.subarray(i * width, (i + 1) * width);
+  }
+  get(name, i) { return this.columns.get(name).numbers[i]; }
+}
+
+const [WORDS, TOKENS, SPANS, INDEX, FIRST_CHUNK] = [0, 1, 2, 3, 4];
+const openColumns = async (part, what) => new Columns(await (await open(part)).arrayBuffer(), layout.columns[what]);
+let vocabulary, labels, tokens, spans, index;
+async function openAll() {
+  let columns;
+  [{vocabulary, labels}, columns, spans, index] = await Promise.all([
+    open(WORDS).then(part => part.json()), openColumns(TOKENS, "tokens"), openColumns(SPANS, "spans"), openColumns(INDEX, "index")]);
+  tokens = columns.all("token");
+}
+
+// The details of a latent: the columns that hold them, and its row there.
+const chunks = new Map();
+async function details(i) {
+  const number = Math.floor(i / layout.chunk);
+  const found = chunks.get(number) ?? openColumns(FIRST_CHUNK + number, "details");
+  chunks.delete(number);  // the last asked for stands last
+  chunks.set(number, found);
+  if (chunks.size > MOST_CHUNKS) chunks.delete(chunks.keys().next().value);
+  const columns = await found, row = i % layout.chunk;
+  return {has: name => columns.has(name), row: name => columns.row(name, row), get: name => columns.get(name, row)};
+}
+
+// A context: the tokens around the peak, which is the shown token `at`, as far as the span that it stands in goes.
+function context(at, nearby) {
+  const starts = spans.all("at");
+  let low = 0, high = starts.length;
+  while (high - low > 1) {
+    const middle = (low + high) >> 1;
+    if (starts[middle] <= at) low = middle; else high = middle;
+  }
+  const begin = Math.max(starts[low], at - layout.before), end = Math.min(starts[low + 1] ?? tokens.length, at + layout.after + 1);
+  const first = layout.before - (at - begin);
+  return {
+    ids: tokens.subarray(begin, end),
+    values: nearby.subarray(first, first + end - begin),
+    peak: at - begin,
+    value: nearby[layout.before],
+    row: spans.get("row", low),
+    position: spans.get("position", low) + at - starts[low],
+  };
+}
+function contexts(places, nearby) {
+  const width = layout.before + 1 + layout.after, found = [];
+  places.forEach((at, j) => {
+    const values = nearby.subarray(j * width, (j + 1) * width);
+    if (values[layout.before] > 0) found.push(context(at, values));
+  });
+  return found;
+}
