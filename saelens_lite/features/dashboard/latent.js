@@ -36,15 +36,16 @@ function effects(title, ids, values, kind) {
   return section;
 }
 
-function others(title, ids, figures) {
-  return ids.length && card(title, ...Array.from(ids, (j, place) => make("div", {class: "other"},
+function others(title, unit, ids, figures) {
+  if (!ids.length) return undefined;
+  return card(title, make("p", {class: "unit"}, unit), ...Array.from(ids, (j, place) => make("div", {class: "other"},
     make("a", {href: `#f=${j}`}, String(j)),
     label(j) ? make("span", {class: "named"}, label(j)) : make("span", {class: "named"}, ...topTokens(j, 4).map(chip)),
     make("span", {class: "figure"}, figures(place)))));
 }
 function neighbours(found, side) {
   const name = `${side}_neighbours`;
-  return found.has(name) && others(`Nearest by ${side}`, found.row(name), j => fixed(found.row(`${side}_cosine`)[j]));
+  return found.has(name) && others(`Nearest by ${side}`, "cosine", found.row(name), j => fixed(found.row(`${side}_cosine`)[j]));
 }
 // Latents that fire on the same tokens: how many of these, and the pointwise mutual information in nats.
 function partners(i, found, kind, title) {
@@ -52,18 +53,18 @@ function partners(i, found, kind, title) {
   if (!found.has(name)) return undefined;
   const counts = found.row(name).filter(count => count > 0), ids = found.row(kind).subarray(0, counts.length);
   const pmi = j => Math.log(counts[j] * layout.n_tokens / (index.get("count", i) * index.get("count", ids[j])));
-  return others(title, ids, j => `${whole(counts[j])} · ${fixed(pmi(j))}`);
+  return others(title, "tokens · PMI in nats", ids, j => `${whole(counts[j])} · ${fixed(pmi(j))}`);
 }
 
 function groups(i, found, max) {
   const places = found.row("group"), nearby = found.row("group_nearby"), counts = found.row("group_count");
   const size = places.length / counts.length, width = nearby.length / counts.length;
-  return Array.from(counts, (count, j) => {
+  return card("Contexts by activation", make("div", {class: "groups"}, ...Array.from(counts, (count, j) => {
     const shown = contexts(places.subarray(j * size, (j + 1) * size), nearby.subarray(j * width, (j + 1) * width));
     const [low, high] = ["group_low", "group_high"].map(name => number(found.row(name)[j]));
-    const title = `Activation ${low} to ${high} · ${percent(count / index.get("count", i))} of where it fires`;
-    return shown.length ? card(title, ...lines(shown, max)) : undefined;
-  });
+    const title = make("h3", {}, `${low} to ${high}`, make("span", {class: "soft"}, `${percent(count / index.get("count", i))} of its activations`));
+    return shown.length ? make("section", {}, title, ...lines(shown, max)) : "";
+  })));
 }
 
 function control(found) {
@@ -90,12 +91,12 @@ function latentPage(i, found) {
     parts.push(grid("halves",
       card("Strongest contexts", ...lines(contexts(index.row("top", i), found.row("top_nearby")), max)),
       card("Random contexts in which it fires", ...lines(contexts(found.row("random"), found.row("random_nearby")), max)),
-      ...groups(i, found, max)));
+      groups(i, found, max)));
   }
   parts.push(grid("quarters", neighbours(found, "decoder"), neighbours(found, "encoder"),
     partners(i, found, "frequent", "Fire most often with it"), partners(i, found, "specific", "Fire with it beyond chance")));
   const spread = Object.entries(distributions).filter(([name]) => name === "density" || index.has(name));
-  parts.push(grid("quarters",
+  parts.push(grid("fifths",
     acts && card("Effects on all logits", logitChart(found), make("p", {class: "soft"},
       `skew ${fixed(found.get("logit_skew"))}, excess kurtosis ${fixed(found.get("logit_kurtosis"))}; log scale`)),
     count && card("Firing rate by position", profileChart(found.row("band_rate"), found.row("band_mean"))),
