@@ -1,8 +1,8 @@
 """The feature dashboard: a whole feature store as one HTML page that works from a file, without a network.
 
-The page holds its data in one block of compressed columns (see `block`), of which the browser opens what it shows. Names
-in the page's markup are escaped by the template; tokens and labels stand in the block alone and become text nodes.
-Only the page's own script and style may run: the Content-Security-Policy names them by their hashes.
+The page holds its data as compressed columns (see `block`), of which the browser opens what it shows. Names in the page's
+markup are escaped by the template; tokens and labels stand in the blocks alone and become text nodes. Only the page's own
+script and style may run: the Content-Security-Policy names them by their hashes.
 """
 
 import hashlib
@@ -22,8 +22,7 @@ def render(store: FeatureStore) -> str:
     from jinja2 import Environment, PackageLoader
     from markupsafe import Markup
 
-    shown = content(store)
-    layout, block = pack(shown)
+    packed = pack(content(store))
     style, script = _source(STYLE), "\n".join(map(_source, SCRIPTS))
     loader = PackageLoader("saelens_lite", "features/dashboard")
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, keep_trailing_newline=True)
@@ -36,8 +35,9 @@ def render(store: FeatureStore) -> str:
         style_hash=_hash(style),
         script=Markup(script),
         script_hash=_hash(script),
-        layout=layout,  # the template's tojson filter writes <, >, & and ' as \u003c, …: no name can end the script
-        block=Markup(block),
+        layout=packed.layout,  # plain numbers and names of ours, of which the tojson filter leaves no < to the markup
+        list_block=Markup(packed.list_block),
+        details_block=Markup(packed.details_block),
     )
 
 

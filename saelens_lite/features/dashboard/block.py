@@ -1,14 +1,15 @@
 """The page's data: columns of numbers, compressed in parts, so that a browser opens only what it shows.
 
-The block is the base64 of several parts, one behind the other, each compressed by itself: the words, the tokens, the spans,
-the columns of the list for all latents, and the other columns for CHUNK latents at a time. A part of columns is their
-numbers one column behind the other, little-endian, in the order and of the types that the layout names.
+A block is the base64 of several parts, one behind the other, each compressed by itself. The first block of the page holds
+what the list needs: the words, the tokens, the spans and the columns of the list. The second holds the columns of the
+latents' own pages, CHUNK latents a part; a browser need not have read it to show the list. A part of columns is their
+numbers, one column behind the other, little-endian, in the order and of the types that the layout names.
 """
 
 import json
 import zlib
 from base64 import b64encode
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,27 +20,39 @@ LEVEL = 6
 DROPPED_BITS = 12  # of a float32's 23 behind the leading one; the rest are three digits
 
 
-def pack(content: Content) -> tuple[dict[str, Any], str]:
-    """The layout, which is plain data, and the block that it describes."""
+class Packed(NamedTuple):
+    """The data of a page; `layout` is plain data that says where in the blocks what is."""
+
+    layout: dict[str, Any]
+    list_block: str
+    details_block: str
+
+
+def pack(content: Content) -> Packed:
+    """The content as blocks."""
     columns = {name: _compact(getattr(content, name)) for name in ("tokens", "spans", "index", "details")}
-    details = columns["details"]
-    chunks = [
-        {name: column[start : start + CHUNK] for name, column in details.items()}
-        for start in range(0, content.facts["n_latents"], CHUNK)
-    ]
-    whole = [columns["tokens"], columns["spans"], columns["index"]]
     words = {"vocabulary": content.vocabulary, "labels": content.labels}
-    parts = [
-        _encoded(json.dumps(words, separators=(",", ":")).encode()),
-        *(_encoded(b"".join(column.tobytes() for column in part.values())) for part in (*whole, *chunks)),
+    whole = [
+        json.dumps(words, separators=(",", ":")).encode(),
+        *(_bytes(columns[name]) for name in ("tokens", "spans", "index")),
     ]
+    chunks = (
+        _bytes({name: column[start : start + CHUNK] for name, column in columns["details"].items()})
+        for start in range(0, content.facts["n_latents"], CHUNK)
+    )
+    parts, chunk_parts = (list(map(_encoded, several)) for several in (whole, chunks))
     layout = {
         **content.facts,
         "chunk": CHUNK,
         "columns": {name: _described(described) for name, described in columns.items()},
-        "starts": np.cumsum([0, *map(len, parts)]).tolist(),
+        "list_starts": np.cumsum([0, *map(len, parts)]).tolist(),
+        "details_starts": np.cumsum([0, *map(len, chunk_parts)]).tolist(),
     }
-    return layout, "".join(parts)
+    return Packed(layout, "".join(parts), "".join(chunk_parts))
+
+
+def _bytes(columns: Columns) -> bytes:
+    return b"".join(column.tobytes() for column in columns.values())
 
 
 def _encoded(part: bytes) -> str:

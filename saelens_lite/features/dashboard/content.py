@@ -78,7 +78,10 @@ def content(store: FeatureStore) -> Content:
 
     promoted, suppressed = _array(weights.promoted), _array(weights.suppressed)
     bos = [] if store.info.bos_id is None else [store.info.bos_id]
-    ids = np.unique(np.concatenate([text.tokens, promoted.ravel(), suppressed.ravel(), np.array(bos, dtype=np.int64)]))
+    appears = np.zeros(len(store.vocabulary), dtype=bool)
+    for some in (text.tokens, promoted, suppressed, bos):
+        appears[some] = True
+    ids = np.flatnonzero(appears)
     row, position = np.divmod(text.start, t.tokens.shape[1])
     return Content(
         facts={

@@ -1,13 +1,21 @@
-// The data: one block of parts, of which the first three are opened at the start and the others when they are asked for.
+// The data: two blocks of compressed parts. The list's is opened at the start; that of the latents' own pages stands behind
+// this script, may still be on its way, and is opened part by part.
 const $ = id => document.getElementById(id);
 const layout = JSON.parse($("layout").textContent);
-const block = $("data").textContent;
-$("data").remove();
 const KINDS = {uint8: Uint8Array, uint16: Uint16Array, uint32: Uint32Array, float32: Float32Array, float64: Float64Array};
 const MOST_CHUNKS = 32;  // kept open
 
-async function open(part) {
-  const packed = atob(block.slice(layout.starts[part], layout.starts[part + 1])), bytes = new Uint8Array(packed.length);
+function takeBlock(id) {
+  const element = $(id), block = element.textContent;
+  element.remove();
+  return block;
+}
+const whenRead = new Promise(resolve => document.addEventListener("DOMContentLoaded", resolve));
+const detailsBlock = whenRead.then(() => takeBlock("details-block"));
+
+// Part number `part` of a block, as a response that can be read as JSON or as bytes.
+function open(block, starts, part) {
+  const packed = atob(block.slice(starts[part], starts[part + 1])), bytes = new Uint8Array(packed.length);
   for (let j = 0; j < bytes.length; j++) bytes[j] = packed.charCodeAt(j);
   return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate")));
 }
@@ -34,21 +42,23 @@ class Columns {
   get(name, i) { return this.columns.get(name).numbers[i]; }
 }
 
-const [WORDS, TOKENS, SPANS, INDEX, FIRST_CHUNK] = [0, 1, 2, 3, 4];
-const openColumns = async (part, what) => new Columns(await (await open(part)).arrayBuffer(), layout.columns[what]);
 let vocabulary, labels, tokens, spans, index;
-async function openAll() {
-  let columns;
-  [{vocabulary, labels}, columns, spans, index] = await Promise.all([
-    open(WORDS).then(part => part.json()), openColumns(TOKENS, "tokens"), openColumns(SPANS, "spans"), openColumns(INDEX, "index")]);
-  tokens = columns.all("token");
+async function openList() {
+  const block = takeBlock("list-block"), part = number => open(block, layout.list_starts, number);
+  const columns = async (number, name) => new Columns(await part(number).arrayBuffer(), layout.columns[name]);
+  let shown;
+  [{vocabulary, labels}, shown, spans, index] = await Promise.all([
+    part(0).json(), columns(1, "tokens"), columns(2, "spans"), columns(3, "index")]);
+  tokens = shown.all("token");
 }
 
-// The details of a latent: the columns that hold them, and its row there.
+// The details of a latent: its row in the columns of the chunk it is in.
 const chunks = new Map();
+async function openChunk(number) {
+  return new Columns(await open(await detailsBlock, layout.details_starts, number).arrayBuffer(), layout.columns.details);
+}
 async function details(i) {
-  const number = Math.floor(i / layout.chunk);
-  const found = chunks.get(number) ?? openColumns(FIRST_CHUNK + number, "details");
+  const number = Math.floor(i / layout.chunk), found = chunks.get(number) ?? openChunk(number);
   chunks.delete(number);  // the last asked for stands last
   chunks.set(number, found);
   if (chunks.size > MOST_CHUNKS) chunks.delete(chunks.keys().next().value);

@@ -38,10 +38,12 @@ function effects(title, ids, values, kind) {
 
 function others(title, unit, ids, figures) {
   if (!ids.length) return undefined;
-  return card(title, make("p", {class: "unit"}, unit), ...Array.from(ids, (j, place) => make("div", {class: "other"},
+  const section = card(title, ...Array.from(ids, (j, place) => make("div", {class: "other"},
     make("a", {href: `#f=${j}`}, String(j)),
     label(j) ? make("span", {class: "named"}, label(j)) : make("span", {class: "named"}, ...topTokens(j, 4).map(chip)),
     make("span", {class: "figure"}, figures(place)))));
+  section.firstChild.append(make("span", {class: "unit"}, unit));
+  return section;
 }
 function neighbours(found, side) {
   const name = `${side}_neighbours`;
@@ -53,7 +55,7 @@ function partners(i, found, kind, title) {
   if (!found.has(name)) return undefined;
   const counts = found.row(name).filter(count => count > 0), ids = found.row(kind).subarray(0, counts.length);
   const pmi = j => Math.log(counts[j] * layout.n_tokens / (index.get("count", i) * index.get("count", ids[j])));
-  return others(title, "tokens · PMI in nats", ids, j => `${whole(counts[j])} · ${fixed(pmi(j))}`);
+  return others(title, "tokens · PMI", ids, j => `${whole(counts[j])} · ${fixed(pmi(j))}`);
 }
 
 function groups(i, found, max) {
@@ -90,11 +92,11 @@ function latentPage(i, found) {
   if (count) {
     parts.push(grid("halves",
       card("Strongest contexts", ...lines(contexts(index.row("top", i), found.row("top_nearby")), max)),
-      card("Random contexts in which it fires", ...lines(contexts(found.row("random"), found.row("random_nearby")), max)),
+      card("Random contexts in which it fires", ...lines(contexts(found.row("random"), found.row("random_nearby")).sort((a, b) => b.value - a.value), max)),
       groups(i, found, max)));
   }
   parts.push(grid("quarters", neighbours(found, "decoder"), neighbours(found, "encoder"),
-    partners(i, found, "frequent", "Fire most often with it"), partners(i, found, "specific", "Fire with it beyond chance")));
+    partners(i, found, "frequent", "Most often together"), partners(i, found, "specific", "Together beyond chance")));
   const spread = Object.entries(distributions).filter(([name]) => name === "density" || index.has(name));
   parts.push(grid("fifths",
     acts && card("Effects on all logits", logitChart(found), make("p", {class: "soft"},

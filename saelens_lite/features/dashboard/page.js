@@ -41,7 +41,7 @@ function fail(error) {
 }
 
 async function start() {
-  await openAll();
+  await openList();
   head();
   $("overview").append(make("h2", {}, distributions.density.title), amongAll("density"));
   arrange();
