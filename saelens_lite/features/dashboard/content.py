@@ -83,6 +83,7 @@ def content(store: FeatureStore) -> Content:
         appears[some] = True
     ids = np.flatnonzero(appears)
     row, position = np.divmod(text.start, t.tokens.shape[1])
+    bands = zip(t.band_low.tolist(), t.band_high.tolist(), strict=True)
     return Content(
         facts={
             "n_latents": store.info.d_sae,
@@ -90,7 +91,7 @@ def content(store: FeatureStore) -> Content:
             "before": store.info.window[0],
             "after": store.info.window[1],
             "bos": int(ids.searchsorted(bos[0])) if bos else None,
-            "bands": list(zip(t.band_low.tolist(), t.band_high.tolist(), strict=True)),
+            "bands": [band for band, n in zip(bands, t.band_tokens.tolist(), strict=True) if n],
             "control_tokens": None if control is None else control.info.n_tokens,
         },
         vocabulary=[store.vocabulary[i] for i in ids.tolist()],
@@ -123,11 +124,12 @@ def _index(store: FeatureStore, top: np.ndarray, promoted: np.ndarray) -> Column
 def _details(store: FeatureStore, shown: Columns, suppressed: np.ndarray) -> Columns:
     """The columns of a latent's own page."""
     t, w = store.tensors, store.weights
+    read = t.band_tokens > 0
     columns = {
         "histogram": t.histogram,
         "bin_width": t.bin_width,
-        "band_rate": t.band_count / t.band_tokens.clamp(min=1),
-        "band_mean": t.band_mean,
+        "band_rate": t.band_count[:, read] / t.band_tokens[read],
+        "band_mean": t.band_mean[:, read],
         "top_nearby": t.top_nearby,
         "group": shown["group"],
         "group_nearby": t.group_nearby,
