@@ -82,7 +82,7 @@ def query(path: Path, sql: str, vocabulary: Sequence[str]) -> "pyarrow.Table":
             statements = db.extract_statements(sql)
             if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
                 raise UserError("codes can only be read: give one SELECT statement")
-            return db.execute(statements[0]).to_arrow_table()
+            return db.sql(statements[0]).to_arrow_table()
         except duckdb.Error as error:
             raise UserError(f"DuckDB: {error}") from None
 

@@ -20,8 +20,10 @@ from saelens_lite.features.build import Job, reduced
 from saelens_lite.features.codes import CODES_FILE
 from saelens_lite.features.collect import collect, unfinished
 from saelens_lite.features.compare import STABILITY_FILE, Stability
+from saelens_lite.features.detection import Detection, Scorer, detection
 from saelens_lite.features.info import StoreInfo, weights_hash
 from saelens_lite.features.labels import LABELS_FILE, read_labels, write_labels
+from saelens_lite.features.neuronpedia import export_neuronpedia
 from saelens_lite.features.reduce import N_BINS
 from saelens_lite.features.summary import Example, ExampleGroup, LatentSummary, Partner, PositionBin
 from saelens_lite.features.tensors import NONE, OF_TEXT, FeatureTensors
@@ -368,6 +370,20 @@ class FeatureStore:
             ConfigError: they are of another dictionary.
         """
         self.labels |= read_labels(Path(path), self.info.dictionary_sha256, self.info.d_sae)
+
+    def detection(self, latent: int, scorer: Scorer | None = None) -> Detection:
+        """How well the label of a latent tells contexts in which it fires from others, beside the tokens alone.
+
+        scorer: who reads the label, such as a client of a language model; default: its words are looked for.
+
+        Raises:
+            UserError: no such latent; too few contexts; a scorer that does not give a finite number a context.
+        """
+        return detection(self, latent, scorer)
+
+    def export_neuronpedia(self, folder: str | Path, *, set_name: str, creator_id: str, **settings: Any) -> Path:
+        """Write the store for Neuronpedia below `folder`, see `neuronpedia.export_neuronpedia`; the folder of its source."""
+        return export_neuronpedia(self, folder, set_name=set_name, creator_id=creator_id, **settings)
 
     def save(self, folder: str | Path, *, exists: Literal["error", "overwrite"] = "error") -> Path:
         """Write the store as a folder, which appears whole or not at all; its path.
