@@ -178,8 +178,12 @@ def exercise(checked: Checked) -> None:
         checked.open_latent("open a latent", f"location.hash = 'f={i}'", i)
         page.evaluate("location.hash = ''")
         checked.wait("!$('index').hidden")
-    first = n // 3 - n // 3 % 8  # one with a label
+    fires = "(_, i) => i >= layout.n_latents / 3 && index.get('count', i) > 0 && (label(i) || !Object.keys(labels).length)"
+    first = page.evaluate(f"Array.from({{length: layout.n_latents}}).findIndex({fires})")
     checked.open_latent("open a latent", f"location.hash = 'f={first}'", first)
+    for token in page.query_selector_all("#latent .right .peak")[:5]:
+        token.hover()
+    checked.wait("!$('tip').hidden")
     for j in range(5):
         link = f"document.querySelectorAll('.other a')[{j}]"
         checked.open_latent("follow a link", f"{link}.click()", page.evaluate(f"Number({link}.textContent)"))
@@ -189,9 +193,6 @@ def exercise(checked: Checked) -> None:
             checked.open_latent(
                 what, f"document.body.dispatchEvent(new KeyboardEvent('keydown', {{key: '{key}', bubbles: true}}))", latent
             )
-    for token in page.query_selector_all(".tokens [data-tip]")[:5]:
-        token.hover()
-    checked.wait("!$('tip').hidden")
     checked.time("back to the list", "location.hash = ''", "!$('index').hidden")
 
 
