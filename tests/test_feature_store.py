@@ -112,25 +112,22 @@ def failing(monkeypatch):
 def test_interrupted_and_continued_is_uninterrupted(folder, dictionaries, random_lm, rows, tmp_path, failing):
     out, settings = tmp_path / "store", {"codes": True, "control": True, "batch_tokens": 96}
     unfinished = tmp_path / ".store.unfinished"
-    n_batches = len(failing(None))
-    sl.FeatureStore.build(dictionaries[0], random_lm, rows, **{**settings, "codes": False})
-    n_batches = len(failing(None)) or n_batches
-    for n_more in (4, 3):
-        failing(n_more)
+    for call in (4, 3):  # after 3 batches, and after 2 more
+        failing(call)
         with pytest.raises(Interruption):
             sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out, **settings)
         assert not out.exists()
-        with open(unfinished / "0" / "latents.bin", "ab") as file:  # a batch that never became whole
-            file.write(b"half of a batch")
+        with open(unfinished / "0" / "latents.bin", "ab") as file:
+            file.write(b"a batch that never became whole")
     assert json.loads((unfinished / "progress.json").read_text())["n_batches"] == 5
-    calls = failing(None)
+    n_left = failing(None)
     sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out, **settings)
-    whole = failing(None)
+    n_left = len(n_left)
+    n_all = failing(None)
     sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=tmp_path / "again", **settings)
+    assert n_left == len(n_all) - 5 > 5
     assert contents(out) == contents(folder) == contents(tmp_path / "again")
     assert not unfinished.exists()
-    assert len(whole) > 12
-    assert len(calls) == 0 or len(calls) != len(whole)
 
 
 def test_interrupted_in_the_control_or_the_reduction(folder, dictionaries, random_lm, rows, tmp_path, failing, monkeypatch):
@@ -143,9 +140,10 @@ def test_interrupted_in_the_control_or_the_reduction(folder, dictionaries, rando
     def fail(*args, **kwargs):
         raise Interruption
 
-    with monkeypatch.context() as patch, pytest.raises(Interruption):
+    with monkeypatch.context() as patch:
         patch.setattr("saelens_lite.features.store.latent_weights", fail)
-        sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out, **settings)
+        with pytest.raises(Interruption):
+            sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out, **settings)
     calls = failing(1)  # every batch is there by now
     sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out, **settings)
     assert calls == []
@@ -181,8 +179,8 @@ def test_a_store_in_the_making_is_locked(dictionaries, random_lm, rows, tmp_path
 
 
 def test_what_cannot_be_begun_leaves_nothing(dictionaries, random_lm, rows, tmp_path):
-    with pytest.raises(sl.errors.ShapeError, match="48"):
-        narrow = sl.Dictionary.create("topk", d_in=16, d_sae=8, options={"k": 2}, origin=sl.Origin(hook=HOOK))
+    narrow = sl.Dictionary.create("topk", d_in=16, d_sae=8, options={"k": 2}, origin=sl.Origin(hook=HOOK))
+    with pytest.raises(sl.errors.ShapeError, match="16"):
         sl.FeatureStore.build([dictionaries[0], narrow], random_lm, rows, out=tmp_path / "store")
     mute = sl.Dictionary.create("topk", d_in=48, d_sae=8, options={"k": 2}, origin=sl.Origin(hook=HOOK))
     mute.b_enc.data.fill_(-1e6)
@@ -418,9 +416,8 @@ def test_held_out_contexts_are_not_shown_and_truly_fire_or_not(store):
 
 
 def lines(path) -> list[dict]:
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
-    with opened as file:
-        return [json.loads(line) for line in file]
+    content = path.read_bytes()
+    return [json.loads(line) for line in (gzip.decompress(content) if path.suffix == ".gz" else content).splitlines()]
 
 
 def test_neuronpedia_export(store, dictionaries, tmp_path, monkeypatch):

@@ -73,7 +73,7 @@ class Spill:
             path = self.folder / name
             found = path.stat().st_size if path.exists() else 0
             if found < size:
-                raise CorruptFileError(f"{path}: {found:,} bytes of {size:,} are left")
+                raise CorruptFileError(f"{path}: {found:,} bytes of {size:,} are left; delete {self.folder.parent}")
             self._files[name] = open(path, "ab")  # noqa: SIM115 (closed by `close`)
             self._files[name].truncate(size)
 

@@ -162,8 +162,8 @@ class FeatureStore:
                 others = collect(job.hooked, redrawn, job.rows, batch_tokens, work / "control", "features of the control")
             words, stores = vocabulary(lm), []
             with nullcontext() if out is None else new_folder(out, exists) as new:
-                for i, (one, info) in enumerate(zip(job.hooked, job.infos, strict=True)):
-                    name = f"{i}-{info.rule}" if several else "."
+                names = folder_names(dictionaries) if several else ["."]
+                for i, (one, info, name) in enumerate(zip(job.hooked, job.infos, names, strict=True)):
                     folder = None if new is None else new / name
                     if folder is not None:
                         folder.mkdir(exist_ok=True)
@@ -495,6 +495,11 @@ class FeatureStore:
         i = self.info
         silent = int(self.never_fires.sum())
         return f"FeatureStore({i.d_sae} latents, {i.rule}, {i.model}, {i.hook}, {i.n_tokens:,} tokens, {silent} never fire)"
+
+
+def folder_names(dictionaries: Sequence[Dictionary]) -> list[str]:
+    """What the folders of several stores are called: the number and the rule of each dictionary."""
+    return [f"{i}-{d.rule.plugin_name}" for i, d in enumerate(dictionaries)]
 
 
 def _scores_of_each(
