@@ -36,11 +36,16 @@ function effects(title, ids, values, kind) {
   return section;
 }
 
+// What another latent is about, in a few words.
+function about(j) {
+  if (label(j)) return [label(j)];
+  return index.get("count", j) ? topTokens(j, 4).map(chip) : [make("span", {class: "soft"}, "never fires")];
+}
 function others(title, unit, ids, figures) {
   if (!ids.length) return undefined;
   const section = card(title, ...Array.from(ids, (j, place) => make("div", {class: "other"},
     make("a", {href: `#f=${j}`}, String(j)),
-    label(j) ? make("span", {class: "named"}, label(j)) : make("span", {class: "named"}, ...topTokens(j, 4).map(chip)),
+    make("span", {class: "named"}, ...about(j)),
     make("span", {class: "figure"}, figures(place)))));
   section.firstChild.append(make("span", {class: "unit"}, unit));
   return section;

@@ -50,7 +50,7 @@ function snippet(i) {
 }
 
 // Which words of the vocabulary hold the query, and which shown tokens it stands on.
-let lower, whole_text, ends;
+let lower, shownText, ends;
 function prepareSearch() {
   lower = vocabulary.map(word => word.toLowerCase());
   const begins = new Set(spans.all("at")), parts = new Array(tokens.length);
@@ -60,13 +60,13 @@ function prepareSearch() {
     parts[j] = begins.has(j) ? "\u0000" + lower[tokens[j]] : lower[tokens[j]];
     ends[j] = length += parts[j].length;
   }
-  whole_text = parts.join("");
+  shownText = parts.join("");
 }
 function search(query) {
   if (!lower) prepareSearch();
   const hits = {words: Uint8Array.from(lower, word => word.includes(query)), tokens: new Uint8Array(tokens.length)};
   let j = 0;
-  for (let at = whole_text.indexOf(query); at >= 0; at = whole_text.indexOf(query, at + 1)) {
+  for (let at = shownText.indexOf(query); at >= 0; at = shownText.indexOf(query, at + 1)) {
     while (ends[j] <= at) j++;
     for (let k = j; k < tokens.length; k++) {
       hits.tokens[k] = 1;

@@ -1,8 +1,10 @@
 // Which of the two is shown, and what keys do.
 const TITLE = document.title;
 
+const asked = () => /^#f=(\d+)$/.exec(location.hash);
+
 async function route() {
-  const match = /^#f=(\d+)$/.exec(location.hash), i = match ? Number(match[1]) : -1;
+  const match = asked(), i = match ? Number(match[1]) : -1;
   tip.hidden = true;
   if (!match) {
     const returning = $("index").hidden;
@@ -43,6 +45,7 @@ function fail(error) {
 async function start() {
   await openList();
   head();
+  $("index").hidden = asked() !== null;
   $("overview").append(make("h2", {}, distributions.density.title), amongAll("density"));
   arrange();
   let pause, frame;
