@@ -42,7 +42,10 @@ LEAVES = {
     "registry",
 }  # import nothing of ours but each other; everyone may import them
 ONLY_IN = {"transformer_lens": "model", "huggingface_hub": "hub"}
-HEAVY = ["transformer_lens", "transformers", "datasets", "matplotlib", "scipy", "sklearn", "wandb", "tensorboard", "trackio"]
+HEAVY = [
+    *("transformer_lens", "transformers", "datasets", "matplotlib", "scipy", "sklearn", "wandb", "tensorboard", "trackio"),
+    *("pyarrow", "duckdb"),
+]
 
 
 def part_of(path: Path) -> str:

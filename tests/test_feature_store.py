@@ -120,12 +120,12 @@ def test_interrupted_and_continued_is_uninterrupted(folder, dictionaries, random
         with open(unfinished / "0" / "latents.bin", "ab") as file:
             file.write(b"a batch that never became whole")
     assert json.loads((unfinished / "progress.json").read_text())["n_batches"] == 5
-    n_left = failing(None)
+    calls = failing(None)
     sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out, **settings)
-    n_left = len(n_left)
-    n_all = failing(None)
+    n_left = len(calls)
+    calls = failing(None)
     sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=tmp_path / "again", **settings)
-    assert n_left == len(n_all) - 5 > 5
+    assert n_left == len(calls) - 5 > 5
     assert contents(out) == contents(folder) == contents(tmp_path / "again")
     assert not unfinished.exists()
 
@@ -385,7 +385,8 @@ def test_detection_on_a_latent_of_one_token(random_lm, rows):
     found = store.detection(0)
     assert found.label is None
     assert found.score is None
-    assert found.baseline == (1.0, 1.0, found.baseline.recall_by_group, 1.0)
+    assert found.baseline.auroc > 0.9  # at some positions the token is not enough
+    assert found.baseline.recall_of_top == 1
     assert set(found.baseline.recall_by_group) <= {1.0, None}
     store.label(0, "nothing of the kind")
     assert store.detection(0).score[:2] == (0.5, 0.5)
@@ -475,8 +476,8 @@ def test_neuronpedia_refuses(store, dictionaries, tmp_path):
         store.export_neuronpedia(tmp_path / "x", **good)
 
 
-def test_no_query_loops_over_other_latents(store):
-    """The summary of a latent is what the single questions answer."""
+def test_a_summary_is_what_single_questions_answer(store):
+    """And partners have the mutual information that their counts say."""
     latent = int(store.tensors.count.argmax())
     summary = store.latent(latent)
     assert summary.examples == store.top_examples(latent)
@@ -491,6 +492,5 @@ def test_no_query_loops_over_other_latents(store):
         for partner in store.partners(latent, by):
             n, n_other = int(store.tensors.count[latent]), int(store.tensors.count[partner.latent])
             assert partner.pmi == pytest.approx(math.log(partner.count / n / (n_other / N_TOKENS)))
-            assert partner in [*store.partners(partner.latent, by), partner]
     with pytest.raises(ConfigError, match="pmi or count"):
         store.partners(latent, "size")

@@ -17,6 +17,7 @@ from saelens_lite.errors import (
     TextError,
     UserError,
 )
+from saelens_lite.evaluate.measure import batches
 from saelens_lite.features import weights_hash
 from saelens_lite.features.reduce import N_BINS
 from saelens_lite.files import file_hash
@@ -89,19 +90,20 @@ def store(dictionaries, small, rows) -> sl.FeatureStore:
 
 
 @torch.no_grad()
-def dense_codes(dictionary, lm, rows, per_batch: int) -> torch.Tensor:
+def dense_codes(dictionary, lm, rows, batch_tokens: int) -> torch.Tensor:
     """Codes of every position [n_seq n_ctx d_sae], zero where a position does not count."""
     out = torch.zeros(*rows.tokens.shape, D_SAE)
-    for start in range(0, len(rows.tokens), per_batch):
-        batch = rows[start : start + per_batch]
+    for batch in batches(lm, rows, batch_tokens):  # other batches change the last bits of activations
         x = lm.run(batch.tokens, HOOK)[HOOK]
-        out[start : start + per_batch][batch.keep] = dictionary.encode(x[batch.keep]).to_dense()
+        codes = torch.zeros(*batch.keep.shape, D_SAE)
+        codes[batch.keep] = dictionary.encode(x[batch.keep]).to_dense()
+        out[batch.rows, : codes.shape[1]] = codes
     return out
 
 
 def test_counts_and_contexts_equal_plain_loops(built, small, rows):
     dictionary, store = built
-    acts = dense_codes(dictionary, small, rows, per_batch=5).tolist()
+    acts = dense_codes(dictionary, small, rows, batch_tokens=100).tolist()
     strings, tokens, keep = store.vocabulary, rows.tokens.tolist(), rows.keep.tolist()
     n_seq, n_ctx = rows.tokens.shape
     assert n_seq > 30
@@ -343,7 +345,7 @@ def test_requests_that_cannot_be_met(dictionaries, small, rows):
     with pytest.raises(NonFiniteError, match="W_enc"):
         build(broken, small, "text")
     huge = other()
-    huge.W_enc.data.fill_(3e38)
+    huge.W_enc.data[:, 0], huge.W_enc.data[:, 1] = 3e38, -3e38
     with pytest.raises(NonFiniteError, match="codes"):
         build(huge, small, "text")
     mute = other()

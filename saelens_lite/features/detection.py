@@ -149,5 +149,5 @@ def _score(scorer: Scorer, task: DetectionTask, held_out: Sequence[_HeldOut], n_
     )
 
 
-def _mean(values: Sequence[float]) -> float:
+def _mean(values: Sequence[float | int]) -> float:
     return sum(values) / len(values)

@@ -227,7 +227,7 @@ def _id(names: _Names, latent: int, number: int) -> str:
     return f"c{digest.hexdigest()[:24]}"
 
 
-def _short(value: float) -> float:
+def _short(value: float | int) -> float:
     return round(float(value), DECIMALS)
 
 

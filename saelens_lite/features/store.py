@@ -273,11 +273,9 @@ class FeatureStore:
             if n
         ]
 
-    def partners(self, latent: int, by: Literal["pmi", "count"] = "pmi") -> list[Partner]:
-        """The latents that fire together with one: those whose pointwise mutual information with it is largest, or those that
-        do so on most tokens.
-
-        Partners by "pmi" are together with it on at least 5 tokens.
+    def partners(self, latent: int, by: str = "pmi") -> list[Partner]:
+        """The latents that fire together with one: by "pmi" those whose pointwise mutual information with it is largest, of
+        those that do so on at least 5 tokens, or by "count" those that do so on most tokens.
 
         Raises:
             UserError: there is no such latent.
