@@ -507,6 +507,7 @@ def steer(
     scale: list[str] | None = None,
     clamp: list[str] | None = None,
     add: list[str] | None = None,
+    positions: list[int] | None = None,
     max_new_tokens: int = 50,
     temperature: float = 0.8,
     seed: int = 0,
@@ -529,6 +530,8 @@ def steer(
         LATENT=VALUE: set its code, e.g. 7=8.0.
     add
         LATENT=AMOUNT: add to its code, e.g. 3=2.
+    positions
+        Positions that change, counted from BOS, which is 0; default: all that the dictionary was trained on.
     max_new_tokens
         Tokens to write.
     temperature
@@ -544,9 +547,9 @@ def steer(
     from saelens_lite.interventions.steering import steer as run_steer
     from saelens_lite.interventions.steering import table
 
-    edits = [sl.Ablate(latent) for latent in ablate or ()]
+    edits = [sl.Ablate(latent, positions=positions) for latent in ablate or ()]
     for kind, flag, given in ((sl.Scale, "scale", scale), (sl.Clamp, "clamp", clamp), (sl.Add, "add", add)):
-        edits += [kind(*_latent_and_value(flag, text)) for text in given or ()]
+        edits += [kind(*_latent_and_value(flag, text), positions=positions) for text in given or ()]
     loaded = sl.Dictionary.load(dictionary)
     lm = _model_of(loaded, model, device)
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}

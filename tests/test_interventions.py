@@ -119,6 +119,7 @@ def test_with_edits_the_error_term_is_kept_by_default(random_lm, topk):
     edits = [sl.Clamp(3, 8.0)]
     kept, dropped = (edited_activation(random_lm, topk, edits, error_term=choice) for choice in (True, False))
     assert torch.equal(edited_activation(random_lm, topk, edits), kept)
+    assert torch.equal(edited_activation(random_lm, topk, sl.Clamp(3, 8.0)), kept)  # one edit needs no list
     assert not torch.allclose(kept, dropped, atol=1e-2)
     reconstruction = edited_activation(random_lm, topk, [])
     torch.testing.assert_close(reconstruction[:, 1:], topk(activations(random_lm, topk)[0])[:, 1:].detach())
