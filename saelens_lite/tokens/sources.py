@@ -118,7 +118,7 @@ def _item(item: Any, place: str, config: TextConfig) -> Iterator[Piece]:
         yield Piece(_content(item, place, config), True)
     elif config.token_column is not None:
         raise ConfigError(f"token_column = {config.token_column!r} is for records; {place} is of type {type(item).__name__}")
-    elif isinstance(item, str) and item.endswith(SUFFIXES) and os.path.isfile(item):  # of a long text too
+    elif isinstance(item, str) and item.endswith(SUFFIXES) and os.path.isfile(item):
         raise ConfigError(f"{place}, {item!r:.200}, names a file; a string is text itself: give Path({item!r:.200}) to read it")
     elif isinstance(item, str | Document):
         yield Piece(item if isinstance(item, str) else item.text, True)
