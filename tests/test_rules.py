@@ -225,7 +225,7 @@ def test_p_anneal_of_nothing_that_fires():
 
 def test_p_falls_to_its_end_in_training_and_fewer_latents_fire(planted):
     x, _ = planted(5_000, d_in=32, n_directions=64)
-    settings = {"d_sae": 64, "n_tokens": 30_000, "batch_size": 250, "lr": 5e-3}
+    settings = {"d_sae": 64, "n_tokens": 60_000, "batch_size": 250, "lr": 5e-3}
     annealed, constant = (sl.fit(x, "p_anneal", options={"coefficient": 0.5, "p_end": p}, **settings) for p in (0.2, 1.0))
     assert float(annealed.rule.p) == pytest.approx(0.2, abs=0.01)
     assert float(constant.rule.growth) == 1
