@@ -100,6 +100,8 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CorruptFileError(f"{path} is missing; is {path.parent} the folder you meant?") from None
+    except OSError as error:
+        raise CorruptFileError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
@@ -176,7 +178,9 @@ def check_header(path: Path) -> tuple[dict[str, Any], int]:
         end = max((int(t["data_offsets"][1]) for name, t in header.items() if name != "__metadata__"), default=0)
     except FileNotFoundError:
         raise CorruptFileError(f"{path} is missing; is {path.parent} the folder you meant?") from None
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+    except OSError as error:
+        raise CorruptFileError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise CorruptFileError(f"{path} is damaged: {error}") from None
     if 8 + header_size + end != size:
         raise CorruptFileError(
