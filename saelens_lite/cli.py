@@ -642,7 +642,7 @@ def inspect(path: Path, *, format: str | None = None) -> None:
         if not _is_ours(facts):
             facts = formats.inspect(path, format)
         if (path / "eval.json").exists():
-            facts["eval"] = read_json(path / "eval.json")["metrics"]
+            facts["eval"] = read_json(path / "eval.json").get("metrics")
     print(json.dumps(facts, indent=2, ensure_ascii=False))
     _say_if_rule_is_missing(facts)
 

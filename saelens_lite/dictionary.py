@@ -178,6 +178,12 @@ class Dictionary(nn.Module):
         mean, scale = self._statistics(x.to(x_hat.dtype))
         return x_hat * scale + mean
 
+    def output_scale(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape_or_none 1"]:
+        """What Σ_i f_i W_dec[i] is multiplied by for each x: 1, unless each activation is normalised by itself."""
+        if self.token_norm is None:
+            return self.W_dec.new_ones(1)
+        return self._statistics(x.to(self.W_dec.dtype))[1]
+
     def _statistics(self, x: Float[Tensor, "*shape d_in"]) -> tuple[Tensor, Tensor]:
         """(mean, scale) of each activation, by which it is normalised."""
         if self.token_norm == "constant_norm":
@@ -206,7 +212,7 @@ class Dictionary(nn.Module):
     def change(
         self, x: Float[Tensor, "*shape d_in"], edits: Sequence[Edit], at: Sequence[Bool[Tensor, "..."]] | None = None
     ) -> Float[Tensor, "*shape d_out"]:
-        """What edits of the codes of x, one after the other, add to the output: Σ_i (new_i − old_i) W_dec[i].
+        """What edits of the codes of x, one after the other, add to the output: output_scale · Σ_i (new_i − old_i) W_dec[i].
 
         at: for each edit the activations it is for, to be broadcast to the leading shape of x; default: all of them.
 
@@ -225,7 +231,7 @@ class Dictionary(nn.Module):
             total = total + offsets(edits, at, self.W_dec)
         if any(edit.gain != 1 for edit in edits):  # else no code need be known
             total = total + scaled(self.encode(x), edits, at).decode(self.W_dec)
-        return total
+        return total * self.output_scale(x)
 
     def forward(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape d_out"]:
         """x_hat, in the dtype of x."""
@@ -411,11 +417,7 @@ class Dictionary(nn.Module):
         _check_state(folder, state, self.to(dtype).state_dict(), optional=set(form.tensors) if form else set())
         self._check_published(folder, config, state)
         self.load_state_dict(state, strict=False)
-        if (folder / SPARSITY_FILE).exists():
-            log_density = read_tensors(folder / SPARSITY_FILE).get("sparsity")
-            if log_density is None or log_density.shape != (d_sae,):
-                raise CorruptFileError(f"{folder / SPARSITY_FILE}: expected a tensor 'sparsity' of shape {(d_sae,)}")
-            self.density = (10.0 ** log_density.double() - 1e-10).clamp(0, 1).float()
+        self.density = read_density(folder, d_sae)
         return self
 
     def _check_published(self, folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:
@@ -435,6 +437,20 @@ class Dictionary(nn.Module):
         rule = getattr(self.rule, "plugin_name", "?")
         target = f", d_out={self.d_out}, target_hook={self.origin.target_hook!r}" if self.is_transcoder else ""
         return f"d_in={self.d_in}, d_sae={self.d_sae}, sparsity={rule!r}, hook={self.origin.hook!r}{target}"
+
+
+def read_density(folder: Path, d_sae: int) -> Float[Tensor, " d_sae"] | None:
+    """How often each latent fires, from sparsity.safetensors; None where there is none.
+
+    Raises:
+        CorruptFileError: it is damaged, or not about d_sae latents.
+    """
+    if not (folder / SPARSITY_FILE).exists():
+        return None
+    log_density = read_tensors(folder / SPARSITY_FILE).get("sparsity")
+    if log_density is None or log_density.shape != (d_sae,):
+        raise CorruptFileError(f"{folder / SPARSITY_FILE}: expected a tensor 'sparsity' of shape {(d_sae,)}")
+    return (10.0 ** log_density.double() - 1e-10).clamp(0, 1).float()
 
 
 def format_of(path: Path, name: str | None = None) -> Any:

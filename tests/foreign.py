@@ -388,13 +388,6 @@ def sparsify_cases() -> dict[str, Case]:
         "sparsify skip": case(
             topk(K), "topk", skip, tensors=names | {"W_skip": p["W_skip"]}, target_hook="blocks.3.hook_mlp_out"
         ),
-        "sparsify by expansion_factor": case(
-            topk(K),
-            "topk",
-            {"activation": "topk", "num_latents": 0, "expansion_factor": D_SAE // D_IN},
-        )
-        if D_SAE % D_IN == 0
-        else case(topk(K), "topk", {"activation": "topk"}),
     }
 
 
@@ -623,6 +616,44 @@ def llamascopium_cases() -> dict[str, Case]:
     }
 
 
+def circuit_tracer_cases() -> dict[str, Case]:
+    p = parameters()
+    names = {"W_enc": p["W_enc"].T, "b_enc": p["b_enc"], "W_dec": p["W_dec"], "b_dec": p["b_dec"]}
+    above_it = {"activation_function.threshold": p["threshold"]}
+
+    def case(activation, rule, act, tensors, said="", layer=3, skip=False, the_file=False):
+        config = (
+            "model_name: google/gemma-2-2b\nmodel_kind: transcoder_set\n# where it stands\n"
+            f"feature_input_hook: ln2.hook_normalized\nfeature_output_hook: 'hook_mlp_out'\nscan: null\n{said}"
+        )
+
+        def write(folder: Path) -> Path:
+            folder.mkdir(parents=True)
+            (folder / "config.yaml").write_text(config)
+            whole = {key: tensor.contiguous() for key, tensor in (tensors | ({"W_skip": p["W_skip"]} if skip else {})).items()}
+            save_file(whole, folder / f"layer_{layer}.safetensors")
+            if the_file:
+                save_file(whole, folder / "layer_0.safetensors")
+            return folder / f"layer_{layer}.safetensors" if the_file else folder
+
+        origin = {
+            "model": "google/gemma-2-2b",
+            "hook": f"blocks.{layer}.ln2.hook_normalized",
+            "target_hook": f"blocks.{layer}.hook_mlp_out",
+        }
+        exact = pick(p, *FOUR, *(["W_skip"] if skip else []))
+        own = functions(p, act, subtract=False, skip=skip)
+        return Case("circuit_tracer", rule, write, *own, f"{activation} transcoder", exact=exact, origin=origin)
+
+    return {
+        "circuit-tracer relu": case("relu", "l1", relu, names),
+        "circuit-tracer skip": case("relu", "l1", relu, names, "activation: relu\n", skip=True),
+        "circuit-tracer topk": case("topk", "topk", topk(K), names, f"activation: topk\nk: {K}\n"),
+        "circuit-tracer jumprelu": case("jumprelu", "jumprelu", above(p["threshold"]), names | above_it, skip=True),
+        "circuit-tracer, one of two files": case("relu", "l1", relu, names, layer=1, the_file=True),
+    }
+
+
 CASES = (
     saelens_cases()
     | sparsify_cases()
@@ -630,4 +661,5 @@ CASES = (
     | openai_cases()
     | gemma_scope_cases()
     | llamascopium_cases()
+    | circuit_tracer_cases()
 )

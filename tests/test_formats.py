@@ -117,13 +117,92 @@ def test_written_and_read_again(format, rule, tmp_path):
             assert file.read_bytes() == (written_again / file.name).read_bytes()
 
 
+TRANSCODERS = {  # format → rules whose transcoders it has a place for
+    "saelens": ["batch_topk", "jumprelu", "l1", "matryoshka", "p_anneal"],
+    "sparsify": ["group_max", "topk"],
+    "circuit_tracer": ["batch_topk", "jumprelu", "l1", "matryoshka", "p_anneal", "topk"],
+}
+
+
 @pytest.mark.parametrize("skip", [False, True])
-@pytest.mark.parametrize(("format", "rule"), [("saelens", "l1"), ("saelens", "jumprelu"), ("sparsify", "topk")])
+@pytest.mark.parametrize(("format", "rule"), [(format, rule) for format, rules in TRANSCODERS.items() for rule in rules])
 def test_transcoders_written_and_read_again(format, rule, skip, tmp_path):
     d = make(rule, d_out=D_IN, skip=skip)
     again = sl.Dictionary.load(sl.convert(d.save(tmp_path / "own"), tmp_path / "theirs", format))
+    assert again.rule.plugin_name == (rule if format == "sparsify" else ALIKE.get(rule, rule))
     assert again.is_transcoder
+    assert torch.equal(again.encode(X.float()).to_dense(), d.encode(X.float()).to_dense())
     assert torch.equal(again(X.float()), d(X.float()))
+    assert (again.W_skip is None) != skip
+    if format != "sparsify":  # whose files name no hooks
+        wanted = (d.origin.model, d.origin.hook, d.origin.target_hook)
+        assert (again.origin.model, again.origin.hook, again.origin.target_hook) == wanted
+
+
+@pytest.mark.parametrize("rule", ["l1", "jumprelu"])
+def test_saelens_transcoders_of_another_width(rule, tmp_path):
+    d = make(rule, d_out=7, skip=True)
+    path = sl.convert(d.save(tmp_path / "own"), tmp_path / "theirs", "saelens")
+    config = json.loads((path / "cfg.json").read_text())
+    assert config["architecture"] == {"l1": "skip_transcoder", "jumprelu": "jumprelu_skip_transcoder"}[rule]
+    assert (config["d_out"], config["apply_b_dec_to_input"]) == (7, False)
+    assert config["metadata"]["hook_name_out"] == "blocks.2.hook_mlp_out"
+    assert torch.equal(sl.Dictionary.load(path)(X.float()), d(X.float()))
+
+
+def test_densities_are_kept_by_saelens(tmp_path):
+    d = make("topk")
+    d.density = torch.linspace(0, 1, D_SAE)
+    again = sl.Dictionary.load(sl.convert(d.save(tmp_path / "own"), tmp_path / "theirs", "saelens"))
+    torch.testing.assert_close(again.density, d.density, rtol=1e-5, atol=1e-9)
+
+
+def test_sparsify_widths_by_expansion_factor(tmp_path):
+    d = sl.Dictionary.create("topk", d_in=D_IN, d_sae=2 * D_IN, options={"k": 3})
+    path = sl.convert(d.save(tmp_path / "own"), tmp_path / "theirs", "sparsify")
+    config = json.loads((path / "cfg.json").read_text())
+    for factor, fits in ((2, True), (3, False)):
+        (path / "cfg.json").write_text(json.dumps(config | {"num_latents": 0, "expansion_factor": factor}))
+        if fits:
+            assert torch.equal(sl.Dictionary.load(path)(X.float()), d(X.float()))
+        else:
+            with pytest.raises(CorruptFileError, match=r"encoder\.weight has shape \(20, 10\), expected .* d_sae = 30"):
+                sl.Dictionary.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "reason"),
+    [
+        (("transcoder_set", "cross_layer_transcoder"), ConfigError, "a cross_layer_transcoder writes to several layers"),
+        (("scan: null", "activation: tanh"), ConfigError, "no rule here computes 'tanh'"),
+        (("scan: null", "activation: topk"), CorruptFileError, "k = None; expected a whole number"),
+        (("scan: null", "activation: topk\nk: many"), CorruptFileError, "k is 'many'; expected int"),
+        (("scan: null", "activation: jumprelu"), CorruptFileError, r"missing: \['activation_function\.threshold'\]"),
+        (("feature_input_hook", "hook"), CorruptFileError, "feature_input_hook is missing"),
+        (("scan: null", "scan: &a [1]\nb: *a"), CorruptFileError, "repeated by aliases"),
+        (("scan: null", "scan: [1"), CorruptFileError, "is not valid YAML"),
+        (("scan: null", "scan: " + "[" * 5000), CorruptFileError, "is not valid YAML"),
+        (("scan: null", "scan: " + "a" * 70_000), CorruptFileError, "too large for a settings file"),
+        (("scan: null", "scan: !!python/object/apply:os.getcwd []"), None, ""),
+    ],
+)
+def test_settings_of_circuit_tracer(change, error, reason, tmp_path):
+    path = CASES["circuit-tracer relu"].write(tmp_path / "foreign")
+    (path / "config.yaml").write_text((path / "config.yaml").read_text().replace(*change))
+    if error is None:
+        d = sl.Dictionary.load(path)
+        assert d.training_record["read_from"]["config"]["scan"] == []
+    else:
+        with pytest.raises(error, match=reason):
+            sl.Dictionary.load(path, format="circuit_tracer")
+
+
+def test_a_folder_of_several_layers(tmp_path):
+    path = CASES["circuit-tracer, one of two files"].write(tmp_path / "foreign").parent
+    with pytest.raises(
+        ConfigError, match=r"holds transcoders of 2 layers; name the file of one, such as .*layer_0\.safetensors"
+    ):
+        sl.Dictionary.load(path)
 
 
 def test_every_dtype_is_kept(tmp_path):
@@ -242,7 +321,7 @@ def edited(case: str, folder, name: str = "cfg.json", inner: str | None = None, 
         ("before 6", {"activation_fn": "tanh-relu"}, "architecture 'standard' with 'tanh-relu'"),
         ("matching_pursuit", {"residual_threshold": 0.01}, "stops early"),
         ("matching_pursuit", {"apply_b_dec_to_input": False}, "starts from x − b_dec"),
-        ("transcoder", {"normalize_activations": "layer_norm"}, "a transcoder whose input has layer_norm"),
+        ("transcoder", {"normalize_activations": "layer_norm"}, "a transcoder whose input has layer_norm has no place"),
         ("sparsify topk", {"signed": True}, "keeps negative codes"),
         ("sparsify skip", {"transcode": False}, "an autoencoder with a skip connection"),
         ("llamascopium relu", {"act_fn": "batchtopk"}, "codes by 'batchtopk' depend on the rest of their batch"),
@@ -275,6 +354,30 @@ def test_settings_and_tensors_have_to_agree(tmp_path):
             sl.Dictionary.load(edited("standard", tmp_path / str(changes), **changes))
     with pytest.raises(CorruptFileError, match=r"k = 3, but .* has trainer\.k = 4"):
         sl.Dictionary.load(edited("BatchTopKSAE", tmp_path, "config.json", "trainer", k=4), format="dictionary_learning")
+
+
+@pytest.mark.parametrize(
+    ("trainer", "hook"),
+    [
+        ({"submodule_name": "mlp_out_layer_2"}, "blocks.2.hook_mlp_out"),
+        ({"submodule_name": "gpt_neox.layers.4"}, "blocks.4.hook_resid_post"),
+        ({"submodule_name": "somewhere"}, None),
+        ({"submodule_name": None}, "blocks.3.hook_resid_post"),
+        ({"submodule_name": None, "layer": None}, None),
+    ],
+)
+def test_hooks_of_dictionary_learning(trainer, hook, tmp_path):
+    path = edited("AutoEncoder", tmp_path, "config.json", "trainer", **trainer)
+    assert sl.Dictionary.load(path, format="dictionary_learning").origin.hook == hook
+
+
+def test_groups_that_do_not_add_up(tmp_path):
+    path = edited("MatryoshkaBatchTopKSAE", tmp_path, "config.json")
+    state = torch.load(path / "ae.pt", weights_only=True)
+    for sizes in ([4, 8], [4, -4, 24], []):
+        torch.save(state | {"group_sizes": torch.tensor(sizes, dtype=torch.int64)}, path / "ae.pt")
+        with pytest.raises(CorruptFileError, match="group_sizes are to be positive and to add up to dict_size"):
+            sl.Dictionary.load(path, format="dictionary_learning")
 
 
 def test_settings_that_are_no_json_do_not_keep_a_dictionary_from_being_saved(tmp_path):

@@ -2,11 +2,14 @@
 
 import io
 import json
+import os
 import pickle
 import shutil
 import signal
 import struct
+import tracemalloc
 import zipfile
+import zlib
 from collections import OrderedDict
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,6 +115,34 @@ def test_a_pickle_that_would_create_a_file_does_not(format, protocol, wrapped, t
     assert target.exists(), "the pickle is harmless; the test proves nothing"
 
 
+def again_and_again(depth: int) -> bytes:
+    """A dictionary whose key is a tuple of twice the same tuple of twice the same tuple …"""
+    return b"\x80\x02}N" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(depth)) + b"Ns."
+
+
+def within_each_other(depth: int) -> bytes:
+    """A dictionary of 200 times the same dictionary of 200 times the same dictionary …"""
+    state = {}
+    for _ in range(depth):
+        state = {str(i): state for i in range(200)}
+    return pickle.dumps(state, protocol=2)
+
+
+@pytest.mark.parametrize(
+    ("pickled", "reason"),
+    [
+        (again_and_again(60), "uses a tuple twice or changes a tensor"),
+        (within_each_other(4), "holds more than 1,000 tensors and settings"),
+        (pickle.dumps({f"{i}": i for i in range(2000)}, protocol=2), "holds more than 1,000 tensors and settings"),
+        (pickle.dumps([1], protocol=2), "is a list; expected tensors by name"),
+        (pickle.dumps({"a" * 2_000_000: 1}, protocol=2), "it is no dictionary"),
+    ],
+)
+def test_small_pickles_of_very_much(pickled, reason, tmp_path):
+    with within(20), pytest.raises(CorruptFileError, match=reason):
+        sl.Dictionary.load(torch_zip(tmp_path / "v5.pt", pickled), format="openai")
+
+
 def test_an_array_of_objects_is_not_unpickled(tmp_path):
     target, good = tmp_path / "created", CASES["gemma scope"].write(tmp_path / "foreign") / "params.npz"
     arrays = dict(np.load(good)) | {"threshold": np.array([Runs(target)] * D_SAE, dtype=object)}
@@ -135,6 +166,13 @@ class Forged:
     def __reduce__(self):
         size, stride, numel, key, offset = self.arguments
         return torch._utils._rebuild_tensor_v2, (Stored(key, numel), offset, size, stride, False, OrderedDict())
+
+
+class Changed(Forged):
+    """A tensor that is given other numbers after it was made."""
+
+    def __reduce__(self):
+        return *super().__reduce__(), (Stored("0", 1), 0, (10**9,), (1,))
 
 
 class Stored:
@@ -163,6 +201,7 @@ class TensorPickler(pickle.Pickler):
         Forged((D_SAE, D_IN), (-D_IN, 1), D_SAE * D_IN),
         Forged((D_SAE, D_IN), (D_IN, 1), D_SAE * D_IN, offset=10**12),
         Forged((D_SAE, D_IN), (D_IN, 1), D_SAE * D_IN, offset=-8),
+        Changed((D_SAE, D_IN), (D_IN, 1), D_SAE * D_IN),
     ],
 )
 def test_forged_tensors_of_a_pickle(tensor, tmp_path):
@@ -226,6 +265,58 @@ def test_arrays_that_unpack_to_far_more_than_the_file(tmp_path):
     np.savez_compressed(tmp_path / "params.npz", W_enc=zeros, W_dec=zeros, b_enc=small, b_dec=small, threshold=small)
     with pytest.raises(CorruptFileError, match="announces far more than fits into them"):
         sl.Dictionary.load(tmp_path, format="gemma_scope")
+
+
+def test_arrays_that_hold_far_more_than_they_announce(tmp_path):
+    """They are unpacked as far as announced."""
+    arrays = dict(np.load(CASES["gemma scope"].write(tmp_path / "foreign") / "params.npz"))
+    with zipfile.ZipFile(tmp_path / "params.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in arrays.items():
+            buffer = io.BytesIO()
+            np.save(buffer, array)
+            archive.writestr(f"{name}.npy", buffer.getvalue() + bytes(64 << 20))
+            member = archive.getinfo(f"{name}.npy")
+            member.file_size, member.CRC = len(buffer.getvalue()), zlib.crc32(buffer.getvalue())
+    tracemalloc.start()
+    d = sl.Dictionary.load(tmp_path / "params.npz")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.array_equal(d.W_enc.detach().numpy(), arrays["W_enc"])
+    assert peak < 16 << 20
+
+
+@pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors"])
+def test_what_is_no_file_is_not_waited_for(name, tmp_path):
+    path = CASES["standard"].write(tmp_path / "foreign")
+    for make in (os.mkfifo, os.mkdir, lambda file: file.symlink_to("/dev/zero"), lambda file: file.symlink_to(file)):
+        (path / name).unlink() if (path / name).is_symlink() or not (path / name).is_dir() else (path / name).rmdir()
+        make(path / name)
+        for format in (None, "saelens"):
+            with within(20), pytest.raises(SaelensLiteError):
+                sl.Dictionary.load(path, format=format)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ('{"lr": "\\ud800"}', "surrogates not allowed"),
+        ('{"\\ud83d\\ude00": "\\\\ud800"}', None),
+        ('{"lr": ' + "[" * 99 + "]" * 99 + "}", "settings are nested deeper than 50 levels"),
+        ('{"lr": ' + "[" * 101 + "]" * 101 + "}", "is not valid JSON: nested deeper than 100 levels"),
+        ('{"lr": "' + "a" * (1 << 20) + '"}', "bytes of settings; 1,048,576 are read"),
+        ('{"lr": ' + "1" * 5000 + "}", "is not valid JSON"),
+    ],
+)
+def test_settings_that_could_not_be_written_again(settings, reason, tmp_path):
+    path = CASES["standard"].write(tmp_path / "foreign")
+    given = (path / "cfg.json").read_text()
+    (path / "cfg.json").write_text(given.rstrip()[:-1] + ", " + settings[1:])
+    if reason is None:
+        own = sl.Dictionary.load(sl.Dictionary.load(path).save(tmp_path / "own"))
+        assert own.training_record["read_from"]["config"]["😀"] == "\\ud800"
+    else:
+        with pytest.raises(CorruptFileError, match=reason):
+            sl.Dictionary.load(path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -22,6 +22,7 @@ from saelens_lite.formats import (
     TorchFile,
     cannot_write,
     find_file,
+    hook_of_module,
     strings_in_pickle,
     write_json,
     write_torch,
@@ -58,6 +59,7 @@ WRITTEN = {"l1": "AutoEncoder", "p_anneal": "AutoEncoder"} | {
     rule: name for name, (rule, _) in CLASSES.items() if name not in ("AutoEncoder", "AutoEncoderNew")
 }
 KEEP_B_DEC = ("AutoEncoderNew", "JumpReluAutoEncoder")
+UNSET = torch.tensor(-1.0)  # a threshold
 KEYS = {"lm_name", "dict_class", "trainer_class"}
 
 
@@ -101,28 +103,13 @@ class DictionaryLearning(Format):
         )
 
     def write(self, dictionary: Dictionary, folder: Path) -> None:
-        rule = dictionary.rule.plugin_name
-        if rule not in WRITTEN or dictionary.is_transcoder or dictionary.token_norm:
-            lost = (
-                f"the {dictionary.token_norm} of each activation would be lost"
-                if dictionary.token_norm
-                else "no class computes it"
-            )
-            raise cannot_write(dictionary, self.plugin_name, lost)
-        name = WRITTEN[rule]
-        weights = dict(dictionary.named_parameters()) | {"W_enc": dictionary.W_enc}
-        form = dictionary.rule.inference_form()
-        threshold = form.tensors.get("threshold") if form else None
-        if name in KEEP_B_DEC:
-            shift = dictionary.b_dec.double() @ dictionary.W_enc.double()
-            weights |= {
-                "b_enc": (dictionary.b_enc.double() - shift).to(dictionary.b_enc.dtype),
-                "rule.plain_threshold": threshold,
-            }
-        if "rule.threshold" in CLASSES[name][1]:
-            if (threshold != threshold[0]).any():
-                raise cannot_write(dictionary, self.plugin_name, f"{name} has one threshold, and those of latents differ here")
-            weights["rule.threshold"] = threshold[0]
+        rule = dictionary.rule
+        if rule.plugin_name not in WRITTEN or dictionary.is_transcoder:
+            raise cannot_write(dictionary, self.plugin_name, "no class computes it")
+        if dictionary.token_norm:
+            raise cannot_write(dictionary, self.plugin_name, f"the {dictionary.token_norm} of each activation would be lost")
+        name = WRITTEN[rule.plugin_name]
+        weights = self._weights(dictionary, name)
         tensors = {theirs: _ordered(weights[ours], ours, axes) for ours, (theirs, axes) in CLASSES[name][1].items()}
         trainer = {
             "dict_class": name,
@@ -132,15 +119,28 @@ class DictionaryLearning(Format):
             "layer": _layer(dictionary.origin.hook),
             "submodule_name": dictionary.origin.hook,
         }
-        if hasattr(dictionary.rule.config, "k"):
-            trainer["k"] = min(dictionary.rule.config.k, dictionary.d_sae)
-            tensors["k"] = torch.tensor(trainer["k"], dtype=torch.int32)
-            tensors.setdefault("threshold", torch.tensor(-1.0))
-        if rule == "matryoshka":
-            ends = [0, *dictionary.rule.lengths(), dictionary.d_sae]
+        if "TopK" in name:
+            trainer["k"] = min(rule.config.k, dictionary.d_sae)
+            tensors = {"threshold": UNSET} | tensors | {"k": torch.tensor(trainer["k"], dtype=torch.int32)}
+        if name == "MatryoshkaBatchTopKSAE":
+            ends = [0, *rule.lengths(), dictionary.d_sae]
             tensors["group_sizes"] = torch.tensor([b - a for a, b in pairwise(ends)])
         write_torch(folder / WEIGHTS, tensors)
         write_json(folder / CONFIG, {"trainer": trainer, "buffer": {"ctx_len": dictionary.origin.n_ctx}})
+
+    def _weights(self, dictionary: Dictionary, name: str) -> dict[str, torch.Tensor]:
+        """The parameters by our names, as their class of that name has them."""
+        weights = dict(dictionary.named_parameters()) | {"W_enc": dictionary.W_enc}
+        threshold = dictionary.rule.inference_form().tensors.get("threshold")
+        if name == "JumpReluAutoEncoder":  # encodes x itself
+            shift = dictionary.b_dec.double() @ dictionary.W_enc.double()
+            b_enc = (dictionary.b_enc.double() - shift).to(dictionary.b_enc.dtype)
+            weights |= {"b_enc": b_enc, "rule.plain_threshold": threshold}
+        elif threshold is not None:
+            if (threshold != threshold[0]).any():
+                raise cannot_write(dictionary, self.plugin_name, f"{name} has one threshold, and those of latents differ here")
+            weights["rule.threshold"] = threshold[0]
+        return weights
 
 
 def _options(name: str, trainer: Settings, file: TorchFile, at: str) -> dict:
@@ -156,18 +156,20 @@ def _options(name: str, trainer: Settings, file: TorchFile, at: str) -> dict:
     if f"{at}group_sizes" not in file.specs:
         raise CorruptFileError(f"{file.path}: tensor 'group_sizes' is missing")
     ends = file.read([f"{at}group_sizes"])[f"{at}group_sizes"].flatten().cumsum(0).tolist()
-    if not ends or ends != sorted(set(ends)) or ends[0] <= 0:
-        raise CorruptFileError(f"{file.path}: group_sizes are to be positive")
+    if not ends or ends != sorted(set(ends)) or ends[0] <= 0 or ends[-1] != trainer.whole("dict_size", ends[-1]):
+        raise CorruptFileError(f"{file.path}: group_sizes are to be positive and to add up to dict_size")
     return {"k": k, "prefixes": tuple(end / ends[-1] for end in ends[:-1])}
 
 
 def _origin(trainer: Settings, buffer: Settings) -> Origin:
-    place = re.fullmatch(r"(resid_post|resid_pre|mlp_out|attn_out)_layer_(\d+)", trainer.text("submodule_name") or "")
-    hook = trainer.text("submodule_name")
+    module = trainer.text("submodule_name")
+    place = re.fullmatch(r"(resid_post|resid_pre|mlp_out|attn_out)_layer_(\d+)", module or "")
     if place:
         hook = f"blocks.{place[2]}.hook_{place[1]}"
-    elif not (hook or "").startswith("blocks.") and "layer" in trainer:
-        hook = f"blocks.{trainer.whole('layer')}.hook_resid_post"
+    elif module is not None:
+        hook = module if module.startswith("blocks.") else hook_of_module(module)
+    else:
+        hook = f"blocks.{trainer.whole('layer')}.hook_resid_post" if "layer" in trainer else None
     n_ctx = buffer.whole("ctx_len") if "ctx_len" in buffer else None
     return Origin(model=trainer.text("lm_name"), hook=hook, n_ctx=n_ctx, excluded_positions=())
 

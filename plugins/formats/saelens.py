@@ -17,6 +17,7 @@ from saelens_lite.formats import (
     Settings,
     cannot_write,
     open_tensors,
+    read_density,
     read_json,
     tensor_names,
     write_json,
@@ -50,7 +51,7 @@ class SAELens(Format):
         return {"W_dec", "b_dec"} <= tensor_names(path / WEIGHTS) and (path / CONFIG).is_file()
 
     def outline(self, path: Path) -> Outline:
-        config = Settings(path / CONFIG, read_json(path / CONFIG))
+        config = Settings.read(path / CONFIG)
         file = open_tensors(path / WEIGHTS)
         architecture = self._architecture(config)
         rule, names = RULES[architecture]
@@ -83,6 +84,11 @@ class SAELens(Format):
             config=config.values,
             architecture=architecture,
         )
+
+    def read(self, path: Path) -> Dictionary:
+        dictionary = super().read(path)
+        dictionary.density = read_density(path, dictionary.d_sae)
+        return dictionary
 
     def _architecture(self, config: Settings) -> str:
         architecture = config.text("architecture", "standard")

@@ -73,11 +73,16 @@ class Sparsify(Format):
             raise cannot_write(dictionary, self.plugin_name, f"the {dictionary.token_norm} of each activation would be lost")
         k = min(dictionary.rule.config.k, dictionary.d_sae)
         config = {
-            "activation": activation, "expansion_factor": dictionary.d_sae / dictionary.d_in, "normalize_decoder": True,
-            "num_latents": dictionary.d_sae, "k": k, "multi_topk": False, "skip_connection": dictionary.W_skip is not None,
-            "transcode": dictionary.is_transcoder, "d_in": dictionary.d_in,
-        }  # fmt: skip
-        config["expansion_factor"] = max(1, round(config["expansion_factor"]))
+            "activation": activation,
+            "expansion_factor": max(1, round(dictionary.d_sae / dictionary.d_in)),
+            "normalize_decoder": True,
+            "num_latents": dictionary.d_sae,
+            "k": k,
+            "multi_topk": False,
+            "skip_connection": dictionary.W_skip is not None,
+            "transcode": dictionary.is_transcoder,
+            "d_in": dictionary.d_in,
+        }
         tensors = {"encoder.weight": dictionary.W_enc.T, "encoder.bias": dictionary.b_enc, "W_dec": dictionary.W_dec}
         tensors |= {"b_dec": dictionary.b_dec} | ({} if dictionary.W_skip is None else {"W_skip": dictionary.W_skip})
         write_tensors(folder / WEIGHTS, tensors)

@@ -28,9 +28,19 @@ from torch import Tensor
 
 from saelens_lite import registry
 from saelens_lite.config import Origin
-from saelens_lite.dictionary import Dictionary, format_of
-from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, SaelensLiteError
-from saelens_lite.files import DTYPES, new_folder, read_json, write_file, write_json, write_tensors, write_text
+from saelens_lite.dictionary import Dictionary, format_of, read_density
+from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError
+from saelens_lite.files import (
+    DTYPES,
+    file_size,
+    nesting,
+    new_folder,
+    read_json,
+    write_file,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from saelens_lite.formats.containers import (
     TensorFile,
     TorchFile,
@@ -48,11 +58,13 @@ __all__ = [
     "TorchFile",
     "cannot_write",
     "convert",
+    "file_size",
     "find_file",
     "format_of",
     "hook_of_module",
     "inspect",
     "open_tensors",
+    "read_density",
     "read_json",
     "strings_in_pickle",
     "tensor_names",
@@ -71,6 +83,7 @@ AXES = {  # of the parameters; those of rules that are not named here have one e
     "mean": "d_in",
 }
 MAX_LATENTS = 2**31 - 1
+MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH = 1 << 20, 50  # of settings, which cfg.json then holds beside our own
 BLOCK = r"(?:.*\.)?(?:layers|h|blocks)\.(\d+)"
 MODULES = (  # of transformers models, and transformer-lens's names for what enters and leaves them
     (rf"{BLOCK}", "blocks.{}.hook_resid_pre", "blocks.{}.hook_resid_post"),
@@ -143,7 +156,7 @@ class Outline:
     architecture: str = ""  # what the other tool calls it
 
     def __post_init__(self) -> None:
-        self.config = json.loads(json.dumps(dict(self.config)), parse_constant=str)  # NaN, which JSON does not have, as text
+        self.config = self._kept_settings()
         there = self.file.specs.keys()
         wanted = {name for name, _ in self.names.values()}
         missing, surplus = wanted - there, there - wanted - self.unused
@@ -151,14 +164,32 @@ class Outline:
             raise CorruptFileError(
                 f"{self.file.path}: tensors missing: {sorted(missing) or 'none'}; not expected: {_shortened(surplus)}"
             )
-        if self.token_norm and self.transcoder:
-            raise ConfigError(f"{self.file.path}: a transcoder whose input has {self.token_norm} has no place here")
+        if self.token_norm and (self.transcoder or "mean" in self.names or self._scaled):
+            kind = "a transcoder" if self.transcoder else "a dictionary with scales of its own"
+            raise ConfigError(f"{self.file.path}: {kind} whose input has {self.token_norm} has no place here")
         self.dims = self._check_shapes()
         self.rule_class = registry.load(self.rule)
         try:
             self.rule_config = self.rule_class.Config(**self.options)
         except ConfigError as error:
             raise CorruptFileError(f"{self.file.path.parent}: {error}") from None
+
+    @property
+    def _scaled(self) -> bool:
+        return (self.scale, self.target_scale) != (1.0, None)
+
+    def _kept_settings(self) -> dict[str, Any]:
+        """The settings as JSON that can be written again; NaN, which JSON does not have, becomes text."""
+        if nesting(self.config) > MAX_CONFIG_DEPTH:
+            raise CorruptFileError(f"{self.file.path.parent}: settings are nested deeper than {MAX_CONFIG_DEPTH} levels")
+        text = json.dumps(dict(self.config), ensure_ascii=False)
+        try:
+            size = len(text.encode())
+        except UnicodeEncodeError as error:
+            raise CorruptFileError(f"{self.file.path.parent}: the settings hold what is no text: {error}") from None
+        if size > MAX_CONFIG_BYTES:
+            raise CorruptFileError(f"{self.file.path.parent}: {size:,} bytes of settings; {MAX_CONFIG_BYTES:,} are read")
+        return json.loads(text, parse_constant=str)
 
     def _check_shapes(self) -> dict[str, int]:
         """The length of every axis, once all tensors and the settings agree on it."""
@@ -223,7 +254,7 @@ class Outline:
             weights["b_enc"] = torch.zeros(dims["d_sae"])
         for name, tensor in own.items():
             tensor.copy_(weights[name])
-        if (self.scale, self.target_scale) != (1.0, None):
+        if self._scaled:
             dictionary.fold_scale_(self.scale, self.target_scale)
         for name, tensor in own.items():
             if not torch.isfinite(tensor).all():
@@ -235,28 +266,30 @@ class Outline:
         read = self.file.read(name for name, _ in self.names.values())
         weights = {own: self._in_order(own, read[name], axes) for own, (name, axes) in self.names.items()}
         dtype = reduce(torch.promote_types, (weight.dtype for weight in weights.values()))
-        scaled = (self.scale, self.target_scale) != (1.0, None)
-        if scaled or self.adjust or "mean" in weights or not (self.subtracts_b_dec or self.transcoder):
+        if self._scaled or self.adjust or "mean" in weights or not (self.subtracts_b_dec or self.transcoder):
             dtype = torch.promote_types(dtype, torch.float32)
-            weights = {name: weight.double() for name, weight in weights.items()}
             self._fold(weights)
         for name in weights.keys() & {"rule.threshold", "rule.plain_threshold"}:
             weights[name] = weights[name].clamp(min=0)  # below zero it is a ReLU, whatever it is
         return {name: weight.to(dtype) for name, weight in weights.items()}
 
     def _fold(self, weights: dict[str, Tensor]) -> None:
+        """Put into the weights what is done to activations, and to codes, beside our equation; computed in float64."""
+        for name, weight in weights.items():
+            if self.adjust is not None or weight.ndim == 1:
+                weights[name] = weight.double()
         if self.adjust is not None:
             self.adjust(weights)
         if not self.transcoder and not self.subtracts_b_dec and "W_enc" in weights:
-            shift = weights["b_dec"] @ weights["W_enc"]  # h = x W_enc + b_enc = (x − b_dec) W_enc + (b_enc + b_dec W_enc)
+            # h = x W_enc + b_enc = (x − b_dec) W_enc + (b_enc + b_dec W_enc)
+            shift = weights["b_dec"] @ weights["W_enc"].double()
             if "rule.b_gate" in weights:
-                weights["rule.b_gate"] += shift
-                weights["rule.b_mag"] += shift * weights["rule.r_mag"].exp()
+                weights["rule.b_gate"] = weights["rule.b_gate"] + shift
+                weights["rule.b_mag"] = weights["rule.b_mag"] + shift * weights["rule.r_mag"].exp()
             else:
                 weights["b_enc"] = weights.get("b_enc", 0) + shift
-        mean = weights.pop("mean", None)
-        if mean is not None:
-            weights["b_dec"] = weights["b_dec"] + mean
+        if "mean" in weights:
+            weights["b_dec"] = weights["b_dec"] + weights.pop("mean")
 
     def _in_order(self, own: str, tensor: Tensor, axes: str) -> Tensor:
         ours = AXES.get(own, "d_sae")
@@ -382,14 +415,9 @@ def write(dictionary: Dictionary, out: str | Path, writer: Format, *, exists: Li
 
 
 def inspect(path: str | Path, format: str | None = None) -> dict[str, Any]:
-    """What a file or folder of another tool holds, without reading its weights."""
+    """What a file or folder of another tool holds, without reading its weights; raises what `Dictionary.load` raises."""
     reader = format_of(Path(path), format)
-    try:
-        return {"format": reader.plugin_name, **reader.outline(Path(path)).facts()}
-    except SaelensLiteError:
-        raise
-    except Exception as error:  # a plugin's own fault, which is not the user's
-        raise CorruptFileError(f"{path}: the {reader.plugin_name} format failed: {type(error).__name__}: {error}") from error
+    return {"format": reader.plugin_name, **reader.outline(Path(path)).facts()}
 
 
 def _shortened(names: set[str], most: int = 8) -> str:

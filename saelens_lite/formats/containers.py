@@ -5,7 +5,6 @@ come from headers, whose sizes have to agree with the size of the file.
 """
 
 import hashlib
-import io
 import math
 import pickletools
 import zipfile
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from saelens_lite.errors import CorruptFileError
-from saelens_lite.files import check_header
+from saelens_lite.files import check_header, file_size
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -31,13 +30,14 @@ MAX_COMPRESSION = 16  # numbers that are worth keeping are compressed far less
 GLOBALS = {  # what a pickle of tensors may name; torch's own list is longer
     "torch._utils _rebuild_tensor_v2",
     "torch._utils _rebuild_parameter",
-    "torch.storage UntypedStorage",
     "collections OrderedDict",
     *(
         f"torch {kind}Storage"
         for kind in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
     ),
 }
+
+MAKE_DICTS = ("EMPTY_DICT", "SETITEM", "SETITEMS")
 
 
 class Spec(NamedTuple):
@@ -123,10 +123,15 @@ class NpzFile(TensorFile):
     def _load(self, names: list[str]) -> dict[str, Tensor]:
         with _open_zip(self.path) as archive:
             try:
-                arrays = {name: np.lib.format.read_array(io.BytesIO(archive.read(f"{name}.npy"))) for name in names}
-                return {name: torch.from_numpy(array) for name, array in arrays.items()}
+                return {name: _array(archive, f"{name}.npy") for name in names}
             except Exception as error:  # whatever zipfile and numpy make of a damaged file
                 raise CorruptFileError(f"{self.path} is damaged: {type(error).__name__}: {error}") from None
+
+
+def _array(archive: zipfile.ZipFile, name: str) -> Tensor:
+    """An array, unpacked piece by piece: more than its header announced is not."""
+    with archive.open(name) as file:
+        return torch.from_numpy(np.lib.format.read_array(file))
 
 
 def _npy_spec(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Spec:
@@ -164,6 +169,7 @@ class TorchFile(TensorFile):
             raise CorruptFileError(f"{path} cannot be read: {type(error).__name__}: {reason}") from None
         self.tensors: dict[str, Tensor] = {}
         self.values: dict[str, Any] = {}
+        self._met = 0
         self._flatten(path, "", loaded, depth=0)
         for name, tensor in self.tensors.items():
             if tensor.layout != torch.strided or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.itemsize:
@@ -171,6 +177,9 @@ class TorchFile(TensorFile):
         super().__init__(path, {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in self.tensors.items()})
 
     def _flatten(self, path: Path, prefix: str, value: Any, depth: int) -> None:
+        self._met += 1
+        if self._met > MAX_TENSORS:  # one dictionary, met again and again inside others, makes very many out of few
+            raise CorruptFileError(f"{path} holds more than {MAX_TENSORS:,} tensors and settings; a dictionary has a dozen")
         if isinstance(value, Mapping) and depth < 4:
             for key, inner in value.items():
                 self._flatten(path, f"{prefix}.{key}" if prefix else str(key), inner, depth + 1)
@@ -196,14 +205,24 @@ def strings_in_pickle(path: Path) -> set[str]:
 
 
 def _scan_pickle(path: Path) -> None:
-    """Raise CorruptFileError if unpickling would need anything but `GLOBALS`."""
+    """Raise CorruptFileError if unpickling would need more than `GLOBALS`, or does what state dicts never do.
+
+    A tuple met again and again inside others takes forever as the key of a dictionary; a tensor that is changed after it was
+    made can be made to allocate what the file does not hold.
+    """
+    made_by, tuples = "", set()  # the last value; where in the memo there are tuples
     for operation, argument, _ in _pickle_operations(path):
-        if operation.name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4") or (
-            operation.name == "GLOBAL" and argument not in GLOBALS
-        ):
+        name = operation.name
+        if name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4") or (name == "GLOBAL" and argument not in GLOBALS):
             raise CorruptFileError(
                 f"{path} is a pickle that would import {str(argument)[:80]!r}; only tensors, numbers and strings are read"
             )
+        if name in ("BINPUT", "LONG_BINPUT"):
+            (tuples.add if "TUPLE" in made_by else tuples.discard)(argument)
+            continue
+        if (name in ("BINGET", "LONG_BINGET") and argument in tuples) or (name == "BUILD" and made_by not in MAKE_DICTS):
+            raise CorruptFileError(f"{path} is a pickle that uses a tuple twice or changes a tensor; no state dict does")
+        made_by = name
 
 
 def _pickle_operations(path: Path) -> list[tuple[Any, Any, int | None]]:
@@ -215,12 +234,14 @@ def _pickle_operations(path: Path) -> list[tuple[Any, Any, int | None]]:
         if pickles[0].file_size > MAX_PICKLE_BYTES:
             raise CorruptFileError(f"{path}: its pickle has {pickles[0].file_size:,} bytes; it is no dictionary")
         try:
-            return list(pickletools.genops(archive.read(pickles[0])))
+            with archive.open(pickles[0]) as file:
+                return list(pickletools.genops(file.read(pickles[0].file_size)))
         except Exception as error:  # whatever a damaged pickle makes of it
             raise CorruptFileError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
 
 def _open_zip(path: Path) -> zipfile.ZipFile:
+    file_size(path)
     try:
         return zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
@@ -230,7 +251,7 @@ def _open_zip(path: Path) -> zipfile.ZipFile:
 def _members(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     """The files in an archive, which together are no larger than it could hold."""
     members = [m for m in archive.infolist() if not m.is_dir()]
-    size = path.stat().st_size
+    size = file_size(path)
     if len(members) > MAX_TENSORS or sum(m.file_size for m in members) > MAX_COMPRESSION * size:
         raise CorruptFileError(f"{path} has {size:,} bytes and announces far more than fits into them")
     return members
@@ -242,6 +263,7 @@ def open_tensors(path: Path) -> TensorFile:
     Raises:
         CorruptFileError: it is none, or damaged.
     """
+    file_size(path)
     return NpzFile(path) if zipfile.is_zipfile(path) else SafetensorsFile(path)
 
 
@@ -249,7 +271,7 @@ def tensor_names(path: Path) -> set[str]:
     """The names of the tensors in a safetensors or npz file; empty if it is none."""
     try:
         return set(open_tensors(path).specs)
-    except (CorruptFileError, OSError):
+    except CorruptFileError:
         return set()
 
 

@@ -95,6 +95,7 @@ def junk(bench: Bench) -> str:
     return f"{len(places)} places that hold nothing"
 
 
+@torch.no_grad()
 def comes_back(bench: Bench) -> str:
     """What it writes it detects, alone of all formats, and reads as the same numbers."""
     if not (bench.reads and bench.writes):
