@@ -4,7 +4,8 @@
 
 Also circuit_tracer and llamascopium. Each Python is that of an environment with the tool; what it imports beside and is not
 installed is replaced by something empty. --path FOLDER adds a folder to theirs, such as an unpacked wheel.
-Prints, for each file, the largest difference relative to the largest number; exit code 1 when one is above 1e-5.
+Prints, for each file, the largest difference relative to the largest number; exit code 1 when one is above 1e-5, or when one
+tool has latents fire that do not in the other.
 """
 
 import argparse
@@ -84,6 +85,7 @@ for folder in sorted((where / "ours").iterdir()):
     sae = SAE.load_from_disk(folder)
     answer(folder, sae.encode(x), sae(x))
 common, RESCALED = dict(d_in=D_IN, d_sae=D_SAE, device="cpu"), "constant_norm_rescale"
+pursuit = dict(max_iterations=K, residual_threshold=0.0, stop_on_duplicate_support=False)
 through = dict(common, d_out=9, apply_b_dec_to_input=False)
 from sae_lens.saes.transcoder import (Transcoder, TranscoderConfig, SkipTranscoder, SkipTranscoderConfig, JumpReLUTranscoder,
     JumpReLUTranscoderConfig, JumpReLUSkipTranscoder, JumpReLUSkipTranscoderConfig)
@@ -96,12 +98,15 @@ for name, make in {
     "topk, layer norm": lambda: s.TopKSAE(s.TopKSAEConfig(**common, k=K, normalize_activations="layer_norm")),
     "jumprelu": lambda: s.JumpReLUSAE(s.JumpReLUSAEConfig(**common)),
     "gated": lambda: s.GatedSAE(s.GatedSAEConfig(**common)),
+    "matching pursuit": lambda: s.MatchingPursuitSAE(s.MatchingPursuitSAEConfig(**common, **pursuit)),
     "transcoder": lambda: Transcoder(TranscoderConfig(**through)),
     "skip transcoder": lambda: SkipTranscoder(SkipTranscoderConfig(**through)),
     "jumprelu transcoder": lambda: JumpReLUTranscoder(JumpReLUTranscoderConfig(**through)),
     "jumprelu skip transcoder": lambda: JumpReLUSkipTranscoder(JumpReLUSkipTranscoderConfig(**through)),
 }.items():
     sae = randomise(make())
+    if name == "matching pursuit":
+        sae.W_dec.data /= sae.W_dec.norm(dim=1, keepdim=True)
     sae.save_model(theirs / name)
     answer(theirs / name, sae.encode(x), sae(x))
 """
@@ -155,16 +160,34 @@ for name, cls in CLASSES.items():
 """
 
 CIRCUIT_TRACER = """
+import inspect
 sys.meta_path.append(Stubs())
 without_its_init("circuit_tracer")
 sys.modules["circuit_tracer.utils"] = types.SimpleNamespace(get_default_device=lambda: torch.device("cpu"))
-from circuit_tracer.transcoder.single_layer_transcoder import load_transcoder_set
+from circuit_tracer.transcoder.activation_functions import JumpReLU, TopK
+from circuit_tracer.transcoder.single_layer_transcoder import SingleLayerTranscoder, load_transcoder_set
+takes = inspect.signature(load_transcoder_set).parameters
 for folder in sorted((where / "ours").iterdir()):
     config = {k: json.loads(v) for k, v in (line.split(": ", 1) for line in (folder / "config.yaml").read_text().splitlines())}
+    settings = {name: config.get(name) for name in ("activation", "k") if name in takes}
     (t,) = load_transcoder_set({0: str(folder / "layer_0.safetensors")}, "scan", config["feature_input_hook"],
-                               config["feature_output_hook"], activation=config["activation"], k=config.get("k"),
-                               device=torch.device("cpu"), lazy_encoder=False, lazy_decoder=False)
+                               config["feature_output_hook"], device=torch.device("cpu"), lazy_encoder=False,
+                               lazy_decoder=False, **settings)
+    if config["activation"] == "topk" and not settings:  # its loader knows TopK from another version on
+        t.activation_function = TopK(config["k"])
     answer(folder, t.encode(x), t(x))
+for name, (activation, settings, skip) in {
+    "relu": (torch.relu, "", False), "skip": (torch.relu, "activation: relu", True),
+    "topk": (TopK(K), f"activation: topk\\nk: {K}", False),
+    "jumprelu skip": (JumpReLU(torch.rand(D_SAE), 0.1), "", True),
+}.items():
+    t = SingleLayerTranscoder(D_IN, D_SAE, activation, 0, skip, device=torch.device("cpu"), dtype=torch.float32)
+    randomise(t)
+    (theirs / name).mkdir(parents=True)
+    t.to_safetensors(theirs / name / "layer_0.safetensors")
+    (theirs / name / "config.yaml").write_text("model_kind: transcoder_set\\nfeature_input_hook: mlp.hook_in\\n"
+                                               f"feature_output_hook: mlp.hook_out\\n{settings}\\n")
+    answer(theirs / name, t.encode(x), t(x))
 """
 
 LLAMASCOPIUM = """
@@ -270,7 +293,7 @@ def main() -> None:
     for peer in args.peers:
         for row in check(*peer.split("=", 1), args.path):
             print(json.dumps(row, ensure_ascii=False), flush=True)
-            failed |= row["codes"] > 1e-5 or row["x_hat"] > 1e-5
+            failed |= row["codes"] > 1e-5 or row["x_hat"] > 1e-5 or row["fires elsewhere"] > 0
     sys.exit(failed)
 
 

@@ -2,8 +2,9 @@
 
     python scripts/fuzz_formats.py --n 5000
 
-Readers are processes that may take 1 GiB of data memory and 20 s a file; one that crashes, hangs, runs out of memory or raises
-anything else is a failure, named by its case and seed. Exit code 1 when there are any.
+Readers are processes that may take 1 GiB of data memory and 20 s of computing a file; one that crashes, hangs, runs out of
+memory or raises anything else is a failure, named by its case and seed. Exit code 1 when there are any. The peak is of what
+such a process has in memory, torch included, and of what it had before the first file.
 """
 
 import argparse
@@ -51,13 +52,15 @@ def attempt(originals: dict[str, Path], seed: int, where: Path) -> str:
     case, copy = CASES.get(name), Path(tempfile.mkdtemp(dir=where)) / originals[name].name
     (shutil.copytree if originals[name].is_dir() else shutil.copy)(originals[name], copy)
     what = damage(copy, seed)
-    signal.alarm(SECONDS)
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+    signal.alarm(10 * SECONDS)
     try:
         return read(copy, case.format if case and (case.pickled or seed % 3 == 0) else None)
     except BaseException:
         print(f"FAILED {name}, seed {seed}: {what}\n{traceback.format_exc(limit=-4)}", flush=True)
         return "failed"
     finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.alarm(0)
         shutil.rmtree(copy.parent)
 
@@ -68,6 +71,7 @@ def child(originals: dict[str, Path], seeds: range, out: int) -> None:
     def hang(*_: object) -> None:
         raise TimeoutError(f"more than {SECONDS} s")
 
+    signal.signal(signal.SIGVTALRM, hang)
     signal.signal(signal.SIGALRM, hang)
     resource.setrlimit(resource.RLIMIT_DATA, (1 << 30, 1 << 30))
     with tempfile.TemporaryDirectory() as where:
@@ -81,7 +85,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="where to start; a failure's seed with --n 1 repeats it")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    totals, start = Counter(), time.monotonic()
+    totals, start, peak = Counter(), time.monotonic(), 0
     with tempfile.TemporaryDirectory() as folder:
         originals = {name: case.write(Path(folder) / str(i)) for i, (name, case) in enumerate(CASES.items())}
         originals["ours"] = sl.Dictionary.create("topk", d_in=8, d_sae=16, options={"k": 2}).save(Path(folder) / "ours")
@@ -99,12 +103,15 @@ def main() -> None:
             os.close(sending)
             with os.fdopen(receiving) as pipe:
                 letters = pipe.read()
-            _, status = os.waitpid(pid, 0)
+            _, status, used = os.wait4(pid, 0)
+            peak = max(peak, used.ru_maxrss)
             totals.update(letters)
             if status or len(letters) < len(seeds):
                 print(f"FAILED seed {first + len(letters)}: the process ended with status {status}", flush=True)
                 totals["f"] += 1
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"{args.n} files, {time.monotonic() - start:.0f} s: {totals['e']} errors, {totals['l']} loaded, {totals['f']} failed")
+    print(f"peak of a reading process {peak / 1024:.0f} MiB, of which {before / 1024:.0f} MiB before the first file")
     sys.exit(bool(totals["f"]))
 
 
