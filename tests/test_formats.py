@@ -426,6 +426,13 @@ def test_files_are_known_by_what_they_hold(tmp_path):
     assert found == {name: [case.format] for name, case in CASES.items()}
 
 
+def test_weights_without_their_settings_are_not_taken_for_another_tools(tmp_path):
+    """Tensors of these names belong to Gemma Scope in an npz file alone."""
+    path = CASES["jumprelu"].write(tmp_path / "foreign")
+    with pytest.raises(CorruptFileError, match="holds no dictionary"):
+        sl.Dictionary.load(path / "sae_weights.safetensors")
+
+
 def test_a_broken_format_of_a_stranger_disturbs_nobody(tmp_path, monkeypatch):
     plugins, point = registry.plugins, EntryPoint("broken", "nowhere_of_tests:Nothing", "saelens_lite.formats")
     broken = registry.Plugin("broken", "formats", "stranger", "1", point.value, point)

@@ -6,6 +6,7 @@ A, affine_skip_connection, stands in the files as [d_in d_out]. Files of the fir
 to nor whether they are transcoders; nothing in the equation depends on that.
 """
 
+import zipfile
 from pathlib import Path
 
 from saelens_lite import Origin
@@ -23,7 +24,8 @@ class GemmaScope(Format):
 
     def detect(self, path: Path) -> bool:
         file = find_file(path, *FILES)
-        return file is not None and tensor_names(file) - {SKIP} in (FIRST, SECOND)
+        names = tensor_names(file) - {SKIP} if file else set()
+        return names == SECOND or (names == FIRST and zipfile.is_zipfile(file))
 
     def outline(self, path: Path) -> Outline:
         file = open_tensors(find_file(path, *FILES) or path / FILES[0])
