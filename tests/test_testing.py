@@ -537,6 +537,19 @@ def test_built_in_formats_pass(name):
     assert report["reads or writes"].found
 
 
+class NamesTooMuch(OwnFiles):
+    def outline(self, path):
+        names = {name: (name, axes) for name, axes in AXES.items() if name in ("W_enc", "W_dec", "b_dec")}
+        return Outline(open_tensors(path / "own.safetensors"), "l1", names | {"rule.b_enc": ("b_enc", "d_sae")})
+
+
+def test_a_format_that_names_parameters_the_rule_lacks(tmp_path):
+    d = sl.Dictionary.create("l1", d_in=8, d_sae=16)
+    NamesTooMuch().write(d, tmp_path)
+    with pytest.raises(PluginError, match=r"format own names \['W_dec', 'W_enc', .*'rule\.b_enc'\]; a l1 dictionary has"):
+        NamesTooMuch().outline(tmp_path).build("own")
+
+
 def test_a_format_without_fault_passes_and_has_no_options():
     assert check_plugin(OwnFiles).summary() == "4 ok"
     with pytest.raises(PluginError, match="were given for OwnFiles; formats have none"):

@@ -29,7 +29,7 @@ from torch import Tensor
 from saelens_lite import registry
 from saelens_lite.config import Origin
 from saelens_lite.dictionary import Dictionary, format_of, read_density
-from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError
+from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, PluginError
 from saelens_lite.files import (
     DTYPES,
     file_size,
@@ -252,6 +252,8 @@ class Outline:
         own = dictionary.state_dict()
         if own.keys() - weights.keys() == {"b_enc"}:
             weights["b_enc"] = torch.zeros(dims["d_sae"])
+        if own.keys() != weights.keys():
+            raise PluginError(f"format {format_name} names {sorted(weights)}; a {self.rule} dictionary has {sorted(own)}")
         for name, tensor in own.items():
             tensor.copy_(weights[name])
         if self._scaled:

@@ -26,6 +26,7 @@ DTYPES = {
 NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 MAX_TENSORS = 1000
 MAX_PICKLE_BYTES = 1 << 20  # of which state dicts of dictionaries have a few thousand
+MAX_REPEATS = 30  # of tuples in a pickle; n of them unfold to no more than exp(n / e)
 MAX_COMPRESSION = 16  # numbers that are worth keeping are compressed far less
 GLOBALS = {  # what a pickle of tensors may name; torch's own list is longer
     "torch._utils _rebuild_tensor_v2",
@@ -210,7 +211,7 @@ def _scan_pickle(path: Path) -> None:
     A tuple met again and again inside others takes forever as the key of a dictionary; a tensor that is changed after it was
     made can be made to allocate what the file does not hold.
     """
-    made_by, tuples = "", set()  # the last value; where in the memo there are tuples
+    made_by, tuples, repeats = "", set(), 0  # the last value; where in the memo there are tuples, and how often they are used
     for operation, argument, _ in _pickle_operations(path):
         name = operation.name
         if name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4") or (name == "GLOBAL" and argument not in GLOBALS):
@@ -220,8 +221,9 @@ def _scan_pickle(path: Path) -> None:
         if name in ("BINPUT", "LONG_BINPUT"):
             (tuples.add if "TUPLE" in made_by else tuples.discard)(argument)
             continue
-        if (name in ("BINGET", "LONG_BINGET") and argument in tuples) or (name == "BUILD" and made_by not in MAKE_DICTS):
-            raise CorruptFileError(f"{path} is a pickle that uses a tuple twice or changes a tensor; no state dict does")
+        repeats += name in ("BINGET", "LONG_BINGET") and argument in tuples
+        if repeats > MAX_REPEATS or (name == "BUILD" and made_by not in MAKE_DICTS):
+            raise CorruptFileError(f"{path} is a pickle that repeats tuples or changes a tensor; no state dict does")
         made_by = name
 
 
