@@ -103,6 +103,23 @@ def jumprelu(d_in: int, d_sae: int, **options) -> sl.Dictionary:
     return d
 
 
+def test_a_threshold_stored_as_it_is_has_the_gradient_of_its_logarithm_over_itself():
+    log = jumprelu(8, 32, bandwidth=0.1)
+    theta = log.rule.threshold.detach()
+    plain = sl.Dictionary.create("jumprelu", d_in=8, d_sae=32, options={"bandwidth": 0.1, "parameter": "plain"}).train()
+    torch.testing.assert_close(plain.rule.threshold, torch.full((32,), 0.05 * 8**0.5))
+    plain.rule.plain_threshold.data.copy_(theta)
+    x = normal(500, 8)
+    (by_log,) = torch.autograd.grad(a_step(log, x).losses()["l0_penalty"], log.rule.scaled_log_threshold)
+    (by_itself,) = torch.autograd.grad(a_step(plain, x).losses()["l0_penalty"], plain.rule.plain_threshold)
+    torch.testing.assert_close(by_itself, by_log / theta)
+    assert by_itself.any()
+    norms = plain.W_dec.norm(dim=1).mul_(3).detach()
+    plain.W_dec.data.mul_(3)
+    plain.fold_decoder_norms_()
+    torch.testing.assert_close(plain.rule.threshold, theta * norms)
+
+
 def test_the_gradient_of_l0_is_its_finite_difference_over_the_bandwidth():
     """With a rectangular kernel, the estimate (Rajamanoharan et al., section 4) is exactly that."""
     d = jumprelu(8, 32, bandwidth=0.1)
