@@ -20,6 +20,7 @@ _HOME = {
     "Dictionary": "dictionary",
     "EvalReport": "evaluate",
     "FeatureStore": "features",
+    "Format": "formats",
     "LanguageModel": "model",
     "Logger": "loggers",
     "Origin": "config",
@@ -35,6 +36,7 @@ _HOME = {
     "attribute": "interventions.attribution",
     "capture": "cache",
     "compare": "features.compare",
+    "convert": "formats",
     "dose_response": "interventions.doses",
     "errors": "",
     "evaluate": "evaluate",
@@ -56,6 +58,7 @@ __all__ = [
     "Dictionary",
     "EvalReport",
     "FeatureStore",
+    "Format",
     "LanguageModel",
     "Logger",
     "Origin",
@@ -72,6 +75,7 @@ __all__ = [
     "attribute",
     "capture",
     "compare",
+    "convert",
     "dose_response",
     "errors",
     "evaluate",
@@ -96,6 +100,7 @@ if TYPE_CHECKING:
     from saelens_lite.evaluate.probing import probe
     from saelens_lite.features import FeatureStore
     from saelens_lite.features.compare import compare, stability
+    from saelens_lite.formats import Format, convert
     from saelens_lite.interventions.attribution import attribute
     from saelens_lite.interventions.doses import dose_response
     from saelens_lite.interventions.edits import Ablate, Add, Clamp, Scale

@@ -556,6 +556,7 @@ def steer(
     scale: list[str] | None = None,
     clamp: list[str] | None = None,
     add: list[str] | None = None,
+    positions: list[int] | None = None,
     max_new_tokens: int = 50,
     temperature: float = 0.8,
     seed: int = 0,
@@ -578,6 +579,8 @@ def steer(
         LATENT=VALUE: set its code, e.g. 7=8.0.
     add
         LATENT=AMOUNT: add to its code, e.g. 3=2.
+    positions
+        Positions that change, counted from BOS, which is 0; default: all that the dictionary was trained on.
     max_new_tokens
         Tokens to write.
     temperature
@@ -593,9 +596,9 @@ def steer(
     from saelens_lite.interventions.steering import steer as run_steer
     from saelens_lite.interventions.steering import table
 
-    edits = [sl.Ablate(latent) for latent in ablate or ()]
+    edits = [sl.Ablate(latent, positions=positions) for latent in ablate or ()]
     for kind, flag, given in ((sl.Scale, "scale", scale), (sl.Clamp, "clamp", clamp), (sl.Add, "add", add)):
-        edits += [kind(*_latent_and_value(flag, text)) for text in given or ()]
+        edits += [kind(*_latent_and_value(flag, text), positions=positions) for text in given or ()]
     loaded = sl.Dictionary.load(dictionary)
     lm = _model_of(loaded, model, device)
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
@@ -663,14 +666,17 @@ def attribute(
 
 
 @app.command
-def inspect(path: Path) -> None:
-    """Say what a dictionary or cache folder holds, without loading its tensors.
+def inspect(path: Path, *, format: str | None = None) -> None:
+    """Say what a dictionary or cache holds, ours or another tool's, without loading its tensors.
 
     Parameters
     ----------
     path
-        A folder written by `train` or `capture`.
+        A folder written by `train` or `capture`, or a file or folder of another tool.
+    format
+        Name of the format plugin to read it with; only needed for pickles.
     """
+    from saelens_lite import formats
     from saelens_lite.cache.stored import MANIFEST, ActivationCache
     from saelens_lite.dictionary import CONFIG_FILE
     from saelens_lite.files import read_json
@@ -680,20 +686,50 @@ def inspect(path: Path) -> None:
         facts = {"activations": cache.n_tokens, **cache.manifest, "hooks": {h: cache.d_in(h) for h in cache.hooks}}
         facts["shards"] = len(cache.manifest["shards"])
     else:
-        facts = read_json(
-            next((f for f in (path / CONFIG_FILE, path / "dictionary" / CONFIG_FILE) if f.exists()), path / CONFIG_FILE)
-        )
+        config = next((f for f in (path / CONFIG_FILE, path / "dictionary" / CONFIG_FILE) if f.exists()), path / CONFIG_FILE)
+        facts = read_json(config) if format is None and config.exists() else {}
+        if not _is_ours(facts):
+            facts = formats.inspect(path, format)
         if (path / "eval.json").exists():
-            facts["eval"] = read_json(path / "eval.json")["metrics"]
+            facts["eval"] = read_json(path / "eval.json").get("metrics")
     print(json.dumps(facts, indent=2, ensure_ascii=False))
     _say_if_rule_is_missing(facts)
+
+
+@app.command
+def convert(source: Path, out: Path, *, format: str, source_format: str | None = None, exists: Exists = "error") -> None:
+    """Write a dictionary, ours or another tool's, in a format.
+
+    Parameters
+    ----------
+    source
+        A dictionary folder, or a file or folder of another tool.
+    out
+        Folder to write.
+    format
+        saelens_lite, our own, or the name of a format plugin: saelens, sparsify, dictionary_learning, circuit_tracer.
+    source_format
+        Name of the format plugin to read the source with; only needed for pickles.
+    exists
+        What to do when the folder is not empty.
+    """
+    import saelens_lite as sl
+
+    _console().print(str(sl.convert(source, out, format, source_format=source_format, exists=exists)), markup=False)
+
+
+def _is_ours(facts: dict[str, Any]) -> bool:
+    """Whether a cfg.json or manifest is one of ours."""
+    metadata = facts.get("metadata")
+    return isinstance(metadata, dict) and "saelens_lite" in metadata
 
 
 def _say_if_rule_is_missing(facts: dict[str, Any]) -> None:
     """One line on standard error when a dictionary cannot be loaded for want of its sparsity rule."""
     from saelens_lite import registry
 
-    ours = (facts.get("metadata") or {}).get("saelens_lite")
+    metadata = facts.get("metadata")
+    ours = metadata.get("saelens_lite") if isinstance(metadata, dict) else None
     if isinstance(ours, dict) and "sparsity" in ours:
         try:
             registry.find(ours["sparsity"], written_by=ours.get("distribution"))
@@ -716,8 +752,8 @@ def plugins(
     Parameters
     ----------
     check
-        Name of a sparsity rule or logger, or kind:name, to check: a line for each thing that was looked at; exit code 1 if
-        anything fails. A logger writes where it is configured to: set WANDB_MODE=offline or the like before.
+        Name of a sparsity rule, format or logger, or kind:name, to check: a line for each thing that was looked at; exit code 1
+        if anything fails. A logger writes where it is configured to: set WANDB_MODE=offline or the like before.
     options
         With --check: options of the sparsity rule, e.g. --options.k 4.
     as_json

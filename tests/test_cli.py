@@ -188,6 +188,10 @@ def test_steer_shows_both_texts(work, monkeypatch, capsys):
     plain, edited = next(line for line in again.splitlines() if "It was" in line).split("It was")[1:]
     assert plain.strip() == edited.strip()
     assert "0.0000 nats per token" in again
+    _, early, _ = call(monkeypatch, capsys, *args, "--add", "3=20", "--positions", 1)
+    assert "0.0000 nats per token" not in early
+    code, _, err = call(monkeypatch, capsys, *args, "--add", "3=20", "--positions", -1)
+    assert (code, "positions = [-1]; expected whole numbers from 0 on" in err) == (2, True)
 
 
 def test_attribute_prints_a_table(work, monkeypatch, capsys):

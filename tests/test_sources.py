@@ -113,6 +113,15 @@ def test_documents_and_strings():
     assert read(iter(["a", Document("name", "b")])) == ["a", "b"]
 
 
+def test_a_string_that_names_a_file(files, monkeypatch):
+    monkeypatch.chdir(files)
+    for text in (str(files / "a.jsonl"), ["first", "a.txt"]):
+        with pytest.raises(ConfigError, match=r"names a file; a string is text itself: give Path\("):
+            read(text)
+    for text in ("nowhere.txt", "a\0.txt", "long " * 1000 + ".txt"):
+        assert read(text) == [text]
+
+
 @pytest.mark.parametrize(
     "line", ["not json", '{"words": "no key"}', '["a list"]', '{"text": 3}', '{"text": null}', "[" * 100_000]
 )

@@ -27,7 +27,7 @@ def steer(
     lm: LanguageModel,
     dictionary: Dictionary,
     prompt: str,
-    edits: Sequence[Edit],
+    edits: Edit | Sequence[Edit],
     *,
     max_new_tokens: int = 50,
     temperature: float | int = 0.8,
@@ -53,7 +53,7 @@ def steer(
 def kl_cost(
     lm: LanguageModel,
     dictionary: Dictionary,
-    edits: Sequence[Edit],
+    edits: Edit | Sequence[Edit],
     text: str | Sequence[str] | Tensor | TokenRows,
     *,
     hook: str | None = None,

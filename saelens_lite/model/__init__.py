@@ -311,7 +311,7 @@ class LanguageModel:
     def splice(
         self,
         dictionary: "Reconstructor",
-        edits: "Sequence[PositionedEdit]" = (),
+        edits: "PositionedEdit | Sequence[PositionedEdit]" = (),
         *,
         error_term: bool | None = None,
         hook: str | None = None,
@@ -337,6 +337,7 @@ class LanguageModel:
         name = hook or dictionary.origin.hook
         if name is None:
             raise ConfigError("the dictionary does not say which hook it belongs to; give hook=")
+        edits = [edits] if isinstance(edits, PositionedEdit) else edits
         error_term = bool(edits) if error_term is None else error_term
         if edits:
             dictionary.check_edits(edits)

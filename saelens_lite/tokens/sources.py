@@ -1,6 +1,7 @@
 """Where text comes from: strings, files, datasets; each read a piece at a time."""
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ Text = str | Path | Int[Tensor, "n_seq n_ctx"] | Mapping[str, Any] | Iterable[st
 
 READ_CHARS = 1 << 16
 PARQUET_ROWS = 64
+SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 _HUB_NAME = re.compile(r"hf:([^\s:]+)(?::([^\s:]*))?(?::([^\s:]*))?")
 
 
@@ -84,7 +86,7 @@ def read_pieces(text: Text, config: TextConfig) -> Iterator[Piece]:
 
     Raises:
         TextError: a file or dataset cannot be read, or a record has no text.
-        ConfigError: a kind of file that is not read, a column or split that does not exist.
+        ConfigError: a kind of file that is not read, a column or split that does not exist, a string that names a file.
         CorruptFileError: a .parquet that is none.
     """
     if isinstance(text, str) and (name := hub_name(text)):
@@ -116,6 +118,8 @@ def _item(item: Any, place: str, config: TextConfig) -> Iterator[Piece]:
         yield Piece(_content(item, place, config), True)
     elif config.token_column is not None:
         raise ConfigError(f"token_column = {config.token_column!r} is for records; {place} is of type {type(item).__name__}")
+    elif isinstance(item, str) and item.endswith(SUFFIXES) and os.path.isfile(item):
+        raise ConfigError(f"{place}, {item!r:.200}, names a file; a string is text itself: give Path({item!r:.200}) to read it")
     elif isinstance(item, str | Document):
         yield Piece(item if isinstance(item, str) else item.text, True)
     else:
@@ -150,7 +154,7 @@ def check_file(path: Path, config: TextConfig) -> None:
     """Raise unless the file is there and of a kind that can be read as `config` says."""
     if not path.is_file():
         raise TextError(f"no text file at {path}")
-    if path.suffix not in (".txt", ".md", "", ".jsonl", ".parquet"):
+    if path.suffix not in (*SUFFIXES, ""):
         raise ConfigError(f"{path}: cannot read {path.suffix} files; give .txt, .md, .jsonl or .parquet")
     if config.token_column is not None and path.suffix not in (".jsonl", ".parquet"):
         raise ConfigError(f"token_column = {config.token_column!r} is for .jsonl and .parquet; {path} has no columns")
