@@ -94,7 +94,8 @@ tokenizer = PreTrainedTokenizerFast(tokenizer_file=folder + "/model/tokenizer.js
 cfg = HookedTransformerConfig(n_layers=c.n_layer, d_model=c.n_embd, d_head=c.n_embd // c.n_head, n_heads=c.n_head,
                               d_mlp=4 * c.n_embd, n_ctx=c.n_positions, d_vocab=c.vocab_size, act_fn="gelu_new",
                               normalization_type="LN", eps=c.layer_norm_epsilon, device="cpu", model_name="gpt2")
-model = HookedTransformer(cfg, tokenizer)
+model = HookedTransformer(cfg)
+model.tokenizer = tokenizer
 model.load_state_dict(convert_gpt2_weights(hf, cfg), strict=False)
 del hf
 

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+import torch
 from jaxtyping import Bool, Float, jaxtyped
 from torch import Tensor
 
@@ -15,13 +16,14 @@ from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, CorruptFileError, OutputExistsError, UserError
 from saelens_lite.features.build import Job, reduced
 from saelens_lite.features.codes import CODES_FILE, CodesTable, check_extra
-from saelens_lite.features.collect import collect, unfinished
+from saelens_lite.features.collect import unfinished
 from saelens_lite.features.compare import STABILITY_FILE, Stability
 from saelens_lite.features.detection import Detection, Scorer, detection
 from saelens_lite.features.info import StoreInfo, weights_hash
 from saelens_lite.features.labels import LABELS_FILE, read_labels, write_labels
 from saelens_lite.features.neuronpedia import export_neuronpedia
 from saelens_lite.features.reduce import N_BINS
+from saelens_lite.features.spill import Spill
 from saelens_lite.features.summary import Example, ExampleGroup, LatentSummary, Partner, PositionBin
 from saelens_lite.features.tensors import NONE, OF_TEXT, FeatureTensors
 from saelens_lite.features.vocabulary import vocabulary
@@ -69,8 +71,6 @@ class FeatureStore:
     ):
         self.info, self.tensors, self.weights, self.vocabulary = info, tensors, weights, vocabulary
         self.codes, self.scores, self.control, self.labels, self.folder = codes, scores, control, labels or {}, folder
-        if scores is not None and scores.sha256 != info.dictionary_sha256:
-            raise ConfigError("the stability scores are of another dictionary; compute them anew with sl.stability")
 
     @overload
     @classmethod
@@ -154,32 +154,51 @@ class FeatureStore:
             raw_unembedding=raw_unembedding,
         )
         scores = _scores_of_each(stability, job.infos)
+        names = folder_names(dictionaries) if several else ["."]
         with unfinished(out, job.request(lm, batch_tokens, control), exists) as work:
-            spills = collect(job.hooked, lm, job.rows, batch_tokens, work, "features")
-            others = []
+            spills = job.collected(lm, batch_tokens, work, "features")
+            others: list[Spill | None] = [None] * len(names)
             if control:
-                redrawn = lm.redrawn(seed)
-                others = collect(job.hooked, redrawn, job.rows, batch_tokens, work / "control", "features of the control")
-            words, stores = vocabulary(lm), []
+                others = job.collected(lm.redrawn(seed), batch_tokens, work / "control", "features of the control")
+            words = vocabulary(lm)
             with nullcontext() if out is None else new_folder(out, exists) as new:
-                names = folder_names(dictionaries) if several else ["."]
-                for i, (one, info, name) in enumerate(zip(job.hooked, job.infos, names, strict=True)):
-                    folder = None if new is None else new / name
-                    if folder is not None:
-                        folder.mkdir(exist_ok=True)
-                    table = folder / CODES_FILE if folder is not None and codes else None
-                    tensors = reduced(spills[i], job.rows, info, table)
-                    weights = latent_weights(one.dictionary, lm, raw_unembedding=raw_unembedding)
-                    kept = None if table is None else CodesTable.of(table)
-                    store = cls(info, tensors, weights, words, codes=kept, scores=scores[i])
-                    if control:
-                        other = info.replace(model=redrawn.name, revision=None)
-                        store.control = cls(other, reduced(others[i], job.rows, other, must_fire=False), weights, words)
-                    if folder is not None:
-                        store._write(folder)
-                        store._is_in(out / name)
-                    stores.append(store)
+                stores = [
+                    cls._made(job, i, lm, words, spills[i], others[i], scores[i], None if new is None else new / name, codes)
+                    for i, name in enumerate(names)
+                ]
+        if out is not None:
+            for store, name in zip(stores, names, strict=True):
+                store._is_in(out / name)
         return stores if several else stores[0]
+
+    @classmethod
+    def _made(
+        cls,
+        job: Job,
+        i: int,
+        lm: LanguageModel,
+        words: list[str],
+        spill: Spill,
+        other: Spill | None,
+        scores: Stability | None,
+        folder: Path | None,
+        codes: bool,
+    ) -> "FeatureStore":
+        """The store of the i-th dictionary from its codes, those of the control beside them; with a folder it is written."""
+        info = job.infos[i]
+        table = None
+        if folder is not None:
+            folder.mkdir(exist_ok=True)
+            table = folder / CODES_FILE if codes else None
+        tensors = reduced(spill, job.rows, info, table)
+        weights = latent_weights(job.hooked[i].dictionary, lm, raw_unembedding=info.raw_unembedding)
+        store = cls(info, tensors, weights, words, codes=None if table is None else CodesTable.of(table), scores=scores)
+        if other is not None:
+            redrawn = info.replace(model=f"{info.model}, weights re-drawn", revision=None)
+            store.control = cls(redrawn, reduced(other, job.rows, redrawn, must_fire=False), weights, words)
+        if folder is not None:
+            store._write(folder)
+        return store
 
     @property
     def densities(self) -> Float[Tensor, " d_sae"]:
@@ -448,7 +467,8 @@ class FeatureStore:
                 f"{folder / INFO_FILE}: format {content.get('format')!r}, this version reads {FORMAT}; build the store again"
             )
         try:
-            files = {name: _checked(folder / name, sha256) for name, sha256 in content["sha256"].items()}
+            names = [TENSORS_FILE, WEIGHTS_FILE] + [CONTROL_FILE] * (content["control"] is not None)
+            files = {name: _checked(folder / name, content["sha256"][name]) for name in names}
             codes = None if content["codes"] is None else CodesTable(folder / CODES_FILE, **content["codes"])
             if codes is not None:
                 codes.check_size()
@@ -541,7 +561,18 @@ def _fits(store: FeatureStore) -> bool:
         *((latent, 0, info.d_sae) for latent in (w.decoder_neighbours, w.encoder_neighbours)),
     ]
     inside = all(int(ids.min()) >= low and int(ids.max()) < high for ids, low, high in limits if ids.numel())
-    return inside and all(isinstance(text, str) for text in store.vocabulary)
+    return inside and _counts_agree(t) and all(isinstance(text, str) for text in store.vocabulary)
+
+
+def _counts_agree(t: FeatureTensors) -> bool:
+    """Whether groups hold all activations, and no latent fires together with another more often than each of them does."""
+    if not torch.equal(t.group_count.sum(1), t.count):
+        return False
+    for partner, together in ((t.frequent_partner, t.frequent_count), (t.specific_partner, t.specific_count)):
+        most = torch.minimum(t.count[:, None], t.count[partner.clamp(min=0).long()])
+        if not torch.where(partner == NONE, True, (together > 0) & (together <= most)).all():
+            return False
+    return True
 
 
 def _typed(tensors: FeatureTensors | LatentWeights) -> bool:
