@@ -21,6 +21,7 @@ _HOME = {
     "EvalReport": "evaluate",
     "FeatureStore": "features",
     "LanguageModel": "model",
+    "LivePrompt": "views.live",
     "Logger": "loggers",
     "Origin": "config",
     "PublishedForm": "sparsity",
@@ -41,6 +42,7 @@ _HOME = {
     "fit": "train",
     "load_model": "model",
     "probe": "evaluate.probing",
+    "prompt_view": "views.prompt",
     "python_docs": "tokens",
     "register": "registry",
     "resume": "train",
@@ -57,6 +59,7 @@ __all__ = [
     "EvalReport",
     "FeatureStore",
     "LanguageModel",
+    "LivePrompt",
     "Logger",
     "Origin",
     "PublishedForm",
@@ -78,6 +81,7 @@ __all__ = [
     "fit",
     "load_model",
     "probe",
+    "prompt_view",
     "python_docs",
     "register",
     "resume",
@@ -105,6 +109,8 @@ if TYPE_CHECKING:
     from saelens_lite.sparsity import PublishedForm, RuleConfig, Sparsity
     from saelens_lite.tokens import python_docs
     from saelens_lite.train import fit, resume, train
+    from saelens_lite.views.live import LivePrompt
+    from saelens_lite.views.prompt import prompt_view
 
     __version__: str
 

@@ -27,6 +27,7 @@ ORDER = [
     "evaluate",
     "features",
     "interventions",
+    "views",
     "hub",
     "adapters",
     "demo",
@@ -42,7 +43,18 @@ LEAVES = {
     "registry",
 }  # import nothing of ours but each other; everyone may import them
 ONLY_IN = {"transformer_lens": "model", "huggingface_hub": "hub"}
-HEAVY = ["transformer_lens", "transformers", "datasets", "matplotlib", "scipy", "sklearn", "wandb", "tensorboard", "trackio"]
+HEAVY = [
+    "transformer_lens",
+    "transformers",
+    "datasets",
+    "matplotlib",
+    "scipy",
+    "sklearn",
+    "anywidget",
+    "wandb",
+    "tensorboard",
+    "trackio",
+]
 
 
 def part_of(path: Path) -> str:
@@ -165,9 +177,10 @@ def test_the_names_and_training_load_no_heavy_library():
 def test_the_package_offers_these_names():
     assert sl.__all__ == sorted([
         "Ablate", "ActivationCache", "ActivationStream", "Add", "Clamp", "Dictionary", "EvalReport", "FeatureStore",
-        "LanguageModel", "Logger", "Origin", "PublishedForm", "RuleConfig", "SaelensLiteError", "Scale", "SparseCodes",
-        "Sparsity", "TextConfig", "TrainConfig", "__version__", "adapters", "attribute", "capture", "compare", "dose_response",
-        "errors", "evaluate", "fit", "load_model", "probe", "python_docs", "register", "resume", "stability", "train",
+        "LanguageModel", "LivePrompt", "Logger", "Origin", "PublishedForm", "RuleConfig", "SaelensLiteError", "Scale",
+        "SparseCodes", "Sparsity", "TextConfig", "TrainConfig", "__version__", "adapters", "attribute", "capture", "compare",
+        "dose_response", "errors", "evaluate", "fit", "load_model", "probe", "prompt_view", "python_docs", "register", "resume",
+        "stability", "train",
     ])  # fmt: skip
     assert dir(sl) == sl.__all__
 
