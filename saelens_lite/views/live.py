@@ -74,7 +74,7 @@ class LivePrompt:
 
     @contextmanager
     def _answering(self) -> Iterator[None]:
-        """Within the block the page says that it waits; what goes wrong is shown there, and raised when it is not the user's."""
+        """Within the block the page says that it waits. Errors are shown there; those of no kind of ours are raised as well."""
         self.widget.error, self.widget.busy = "", True
         try:
             yield

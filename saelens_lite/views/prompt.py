@@ -7,7 +7,7 @@ attribution    its effect on a metric of the model's output: what matters here
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -117,19 +117,20 @@ def prompt_view(
     dictionary: Dictionary,
     lm: LanguageModel,
     text: str | Int[Tensor, " pos"],
-    by: Literal["activation", "relative", "attribution"] = "activation",
+    by: str = "activation",
     *,
     store: FeatureStore | None = None,
     metric: Any = None,
-    way: Literal["ablation", "gradient", "direct"] = "gradient",
+    way: str = "gradient",
     hook: str | None = None,
     top: int = 5,
 ) -> PromptView:
-    """Which latents fire at each token of a text, the `top` best of each token, ranked by activation, relative or attribution.
+    """Which latents fire at each token of a text, the `top` best of each token, ranked as ORDERS has it.
 
-    `text`: a string, cut at the model's context, or token ids. `store`: of this dictionary; it knows the largest activations,
+    `by`: "activation", "relative" or "attribution". `text`: a string, cut at the model's context, or token ids. `store`: of this dictionary; it knows the largest activations,
     labels and promoted tokens. `metric`: what attributions are about, as `attribute` takes it ("loss" by default); with one,
-    rows have attributions in any order, found in the given `way`. Latents are looked at where the dictionary was trained.
+    rows have attributions in any order, found in a `way`: "gradient", "ablation" or "direct". Latents are looked at where the
+    dictionary was trained.
 
     Raises:
         ConfigError: no such order or way, by="relative" without a store, a store of another dictionary, `top` below 1, or as
