@@ -1,5 +1,6 @@
 """The prompt view against dense codes, its table and page with hostile tokens, and the live prompt without a browser."""
 
+import copy
 import re
 import sys
 from html.parser import HTMLParser
@@ -148,10 +149,11 @@ def test_errors(dictionary, random_lm, store):
         sl.prompt_view(made("transcoder"), random_lm, PROMPT, store=store)
     with pytest.raises(ConfigError, match="not on the residual stream"):
         sl.prompt_view(made("transcoder"), random_lm, PROMPT, "attribution", way="direct")
-    broken = made("autoencoder")
-    broken.W_enc.data[:, 3] = torch.inf
-    with pytest.raises(NonFiniteError, match="codes of the prompt"):
-        sl.prompt_view(broken, random_lm, PROMPT)
+    broken = copy.deepcopy(random_lm.module)
+    broken.transformer.h[0].mlp.c_proj.bias.data[3] = torch.inf
+    for metric in (None, "loss"):
+        with pytest.raises(NonFiniteError, match="activations or codes of the prompt"):
+            sl.prompt_view(dictionary, sl.LanguageModel(broken, random_lm.tokenizer, name="broken"), PROMPT, metric=metric)
 
 
 HOSTILE = [

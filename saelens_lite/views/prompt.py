@@ -127,10 +127,10 @@ def prompt_view(
 ) -> PromptView:
     """Which latents fire at each token of a text, the `top` best of each token, ranked as ORDERS has it.
 
-    `by`: "activation", "relative" or "attribution". `text`: a string, cut at the model's context, or token ids. `store`: of this dictionary; it knows the largest activations,
-    labels and promoted tokens. `metric`: what attributions are about, as `attribute` takes it ("loss" by default); with one,
-    rows have attributions in any order, found in a `way`: "gradient", "ablation" or "direct". Latents are looked at where the
-    dictionary was trained.
+    `by`: "activation", "relative" or "attribution". `text`: a string, cut at the model's context, or token ids. `store`: of
+    this dictionary; it knows the largest activations, labels and promoted tokens. `metric`: what attributions are about, as
+    `attribute` takes it ("loss" by default); with one, rows have attributions in any order, found in a `way`: "gradient",
+    "ablation" or "direct". Latents are looked at where the dictionary was trained.
 
     Raises:
         ConfigError: no such order or way, by="relative" without a store, a store of another dictionary, `top` below 1, or as
@@ -153,8 +153,6 @@ def prompt_view(
         raise ConfigError(f"{len(rows)} rows of text; a prompt view shows one")
     metric = "loss" if by == "attribution" and metric is None else metric
     firing = _firing(site, rows[0], metric, way)
-    if not torch.isfinite(firing.activation).all():
-        raise NonFiniteError(f"{site.hook}: NaN or infinity among the codes of the prompt")
     relative = None
     if store is not None:
         relative = firing.activation / store.tensors.top_value[:, 0].index_select(0, firing.latent)  # infinite where it is 0
@@ -206,8 +204,11 @@ class _Firing(NamedTuple):
 
 def _firing(site: Site, tokens: Int[Tensor, " pos"], metric: Any, way: str) -> _Firing:
     """What fires at the positions that count; with a metric, what it does there."""
+    reading = site.read(tokens)
+    codes = reading.codes
+    if not (torch.isfinite(reading.acts[site.hook]).all() and torch.isfinite(codes.value).all()):
+        raise NonFiniteError(f"{site.hook}: NaN or infinity among the activations or codes of the prompt")
     if metric is None:
-        codes = site.read(tokens).codes
         numbers, effect = (codes.row, codes.latent, codes.value.detach()), None
         keep = site.counted(len(tokens))[codes.row] & (codes.value > 0)
     else:
