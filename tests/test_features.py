@@ -20,7 +20,8 @@ from saelens_lite.errors import (
     TextError,
     UserError,
 )
-from saelens_lite.features.store import N_BINS, weights_hash
+from saelens_lite.features import weights_hash
+from saelens_lite.features.reduce import N_BINS
 from saelens_lite.registry import unregister
 from saelens_lite.tokens import TokenRows, token_rows
 
