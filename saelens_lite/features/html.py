@@ -1,5 +1,6 @@
 """What the views in notebooks share: templates that escape everything, visible whitespace, shades that suit light and dark."""
 
+from functools import partial
 from typing import Any
 
 MARKS = {"\n": "↵", "\t": "⇥", "\r": "␍"}
@@ -13,6 +14,7 @@ def render(part: str, template: str, **values: Any) -> str:
 
     loader = PackageLoader("saelens_lite", part)
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment.globals["zip"] = partial(zip, strict=True)
     environment.filters |= {"visible": visible, "shade": shade, "short": short}
     return environment.get_template(template).render(values)
 

@@ -17,7 +17,7 @@ from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, NonFiniteError, near_matches
 from saelens_lite.features import FeatureStore, weights_hash
 from saelens_lite.features.html import render, short, visible
-from saelens_lite.features.store import vocabulary
+from saelens_lite.features.vocabulary import vocabulary
 from saelens_lite.interventions import attribute
 from saelens_lite.interventions.attribution import WAYS
 from saelens_lite.interventions.metrics import name_of
