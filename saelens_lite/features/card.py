@@ -32,7 +32,7 @@ def store_card(store: "FeatureStore") -> str:
     density, fires = store.densities, ~store.never_fires
     lists = [("most frequent", _largest(store, density, fires, "{:.1%}"))]
     if len(store.weights.logit_kurtosis):
-        lists.append(("fewest tokens affected (kurtosis)", _largest(store, store.weights.logit_kurtosis, fires, "{:.0f}")))
+        lists.append(("act on few tokens (kurtosis)", _largest(store, store.weights.logit_kurtosis, fires, "{:.0f}")))
     if store.stability is not None:
         lists.append(("most stable", _largest(store, store.stability, fires, "{:.2f}")))
     decades, histogram = _by_decade(density[fires])

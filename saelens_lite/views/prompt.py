@@ -91,7 +91,7 @@ class PromptView:
     def _repr_html_(self) -> str:
         shaded = enumerate(zip(self.tokens, self.shades, strict=True))
         lines = [(visible(token), share, self.at(position)) for position, (token, share) in shaded]
-        return render("views", "prompt.html.j2", view=self, lines=lines, words=words, about=about)
+        return render("views", "prompt.html.j2", view=self, lines=lines, words=words, about=about, shown=_shown)
 
     def __rich__(self) -> Any:
         from rich.box import SIMPLE_HEAD
