@@ -44,16 +44,8 @@ LEAVES = {
 }  # import nothing of ours but each other; everyone may import them
 ONLY_IN = {"transformer_lens": "model", "huggingface_hub": "hub"}
 HEAVY = [
-    "transformer_lens",
-    "transformers",
-    "datasets",
-    "matplotlib",
-    "scipy",
-    "sklearn",
-    "anywidget",
-    "wandb",
-    "tensorboard",
-    "trackio",
+    *("transformer_lens", "transformers", "datasets", "matplotlib", "scipy", "sklearn", "wandb", "tensorboard", "trackio"),
+    *("pyarrow", "duckdb", "anywidget"),
 ]
 
 

@@ -4,6 +4,7 @@ collect.py runs the model and spill.py keeps the codes on disk; reduce.py and co
 which store.py answers questions from (summary.py) together with weights.py, what the weights alone say.
 """
 
+from saelens_lite.features.detection import Detection, DetectionTask, Score, Scorer, token_baseline, words_of_label
 from saelens_lite.features.info import StoreInfo, weights_hash
 from saelens_lite.features.store import FeatureStore
 from saelens_lite.features.summary import Example, ExampleGroup, LatentSummary, Partner, PositionBin
@@ -11,6 +12,8 @@ from saelens_lite.features.tensors import FeatureTensors
 from saelens_lite.features.weights import LatentWeights, latent_weights
 
 __all__ = [
+    "Detection",
+    "DetectionTask",
     "Example",
     "ExampleGroup",
     "FeatureStore",
@@ -19,7 +22,11 @@ __all__ = [
     "LatentWeights",
     "Partner",
     "PositionBin",
+    "Score",
+    "Scorer",
     "StoreInfo",
     "latent_weights",
+    "token_baseline",
     "weights_hash",
+    "words_of_label",
 ]

@@ -6,16 +6,17 @@ Table codes has a row for each activation: latent, row, position, token, value. 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jaxtyping import Int
 from torch import Tensor
 
 from saelens_lite.errors import ConfigError, CorruptFileError, UserError
 from saelens_lite.features.reduce import Block
-from saelens_lite.files import disk_full_is_typed
+from saelens_lite.files import disk_full_is_typed, file_hash
 
 if TYPE_CHECKING:
+    import duckdb
     import pyarrow
 
 CODES_FILE = "codes.parquet"
@@ -64,46 +65,65 @@ def codes_file(path: Path | None, tokens: Int[Tensor, "n_seq n_ctx"]) -> Iterato
         yield add
 
 
-def query(path: Path, sql: str, vocabulary: Sequence[str]) -> "pyarrow.Table":
-    """What a SELECT over the tables codes and tokens gives.
+class CodesTable:
+    """A file of codes that was written before, and the queries of it."""
 
-    Raises:
-        UserError: not one statement that only reads, or one that DuckDB refuses, such as for reading any other file.
-        CorruptFileError: the codes are damaged.
-        ConfigError: DuckDB is not installed.
-    """
-    check_extra()
-    import duckdb
-    import pyarrow as pa
+    def __init__(self, path: Path, n_bytes: int, sha256: str):
+        self.path, self.n_bytes, self.sha256 = path, n_bytes, sha256
+        self._is_whole = False
 
-    with duckdb.connect(config={"allow_unsigned_extensions": False}) as db:
-        _open(db, path, pa.table({"token": range(len(vocabulary)), "text": list(vocabulary)}))
-        try:
-            statements = db.extract_statements(sql)
-            if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
-                raise UserError("codes can only be read: give one SELECT statement")
-            return db.execute(statements[0]).to_arrow_table()
-        except duckdb.Error as error:
-            raise UserError(f"DuckDB: {error}") from None
+    @classmethod
+    def of(cls, path: Path) -> "CodesTable":
+        """The table in a file that has just been written."""
+        return cls(path, path.stat().st_size, file_hash(path))
+
+    def check_size(self) -> None:
+        """Raise CorruptFileError unless the file is as long as it was."""
+        found = self.path.stat().st_size if self.path.exists() else 0
+        if found != self.n_bytes:
+            raise CorruptFileError(
+                f"{self.path}: {found:,} bytes of {self.n_bytes:,}; it is missing or truncated, build the store again"
+            )
+
+    def _check(self) -> None:
+        """Raise CorruptFileError unless the file is what it was; its content is looked at once."""
+        self.check_size()
+        if not self._is_whole and file_hash(self.path) != self.sha256:
+            raise CorruptFileError(f"{self.path} does not match its checksum; build the store again")
+        self._is_whole = True
+
+    def query(self, sql: str, vocabulary: Sequence[str]) -> "pyarrow.Table":
+        """What a SELECT over the tables codes and tokens gives.
+
+        Raises:
+            UserError: not one statement that only reads, or one that DuckDB refuses, such as for reading any other file.
+            CorruptFileError: the file is damaged.
+            ConfigError: DuckDB is not installed.
+        """
+        check_extra()
+        self._check()
+        import duckdb
+        import pyarrow as pa
+
+        with duckdb.connect() as db:
+            _open(db, self.path, pa.table({"token": range(len(vocabulary)), "text": list(vocabulary)}))
+            try:
+                statements = db.extract_statements(sql)
+                if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
+                    raise UserError("codes can only be read: give one SELECT statement")
+                return db.sql(statements[0]).to_arrow_table()
+            except duckdb.Error as error:
+                raise UserError(f"DuckDB: {error}") from None
 
 
-def _open(db: Any, path: Path, tokens: "pyarrow.Table") -> None:
-    """Make the two tables, and close everything else off."""
-    import duckdb
-
+def _open(db: "duckdb.DuckDBPyConnection", path: Path, tokens: "pyarrow.Table") -> None:
+    """Make the two tables, and close everything else off: no other file, no file for intermediate results, no way back."""
     where = str(path.resolve())
-    try:
-        db.register("given_tokens", tokens)
-        db.execute("create table tokens as select * from given_tokens")
-        db.unregister("given_tokens")
-        db.read_parquet(where).create_view("codes")
-        db.execute("set allowed_paths = [$1]".replace("$1", _quoted(where)))
-        db.execute("set temp_directory = ''")
-        db.execute("set enable_external_access = false")
-        db.execute("set lock_configuration = true")
-    except duckdb.Error as error:
-        raise CorruptFileError(f"{path} cannot be read: {error}") from None
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
+    db.register("given_tokens", tokens)
+    db.execute("create table tokens as select * from given_tokens")
+    db.unregister("given_tokens")
+    db.read_parquet(where).create_view("codes")
+    quoted = where.replace("'", "''")
+    db.execute(f"set allowed_paths = ['{quoted}']")
+    for setting in ("temp_directory = ''", "enable_external_access = false", "lock_configuration = true"):
+        db.execute(f"set {setting}")

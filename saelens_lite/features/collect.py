@@ -18,7 +18,14 @@ import torch
 from filelock import FileLock, Timeout
 
 from saelens_lite.dictionary import Dictionary
-from saelens_lite.errors import ConfigError, DiskFullError, LockedError, NonFiniteError, OutputExistsError
+from saelens_lite.errors import (
+    ConfigError,
+    CorruptFileError,
+    DiskFullError,
+    LockedError,
+    NonFiniteError,
+    OutputExistsError,
+)
 from saelens_lite.evaluate.measure import Batch, batches
 from saelens_lite.features.spill import Spill
 from saelens_lite.files import read_json, refuse_existing, remove_leftovers, write_json
@@ -87,7 +94,10 @@ class _Progress:
         self.n_batches, sizes = 0, [{}] * len(d_sae)
         if self.file.exists():
             found = read_json(self.file)
-            self.n_batches, sizes = found["n_batches"], found["sizes"]
+            try:
+                self.n_batches, sizes = int(found["n_batches"]), [dict(size) for size in found["sizes"]]
+            except (KeyError, TypeError, ValueError):
+                raise CorruptFileError(f"{self.file} is damaged; delete {folder}") from None
             log.info("continuing in %s behind %d batches", folder, self.n_batches)
         self.spills = [Spill(folder / str(i), n, size) for i, (n, size) in enumerate(zip(d_sae, sizes, strict=True))]
         self._saved = time.monotonic()
@@ -118,7 +128,9 @@ class _Progress:
             self.save()
 
     def save(self) -> None:
-        """Have the batches that are whole on the disk, and say so there."""
+        """Have the batches that are whole on the disk, and say so there; nothing is said of none."""
+        if not self._state["n_batches"]:
+            return
         for spill in self.spills:
             spill.sync()
         write_json(self.file, self._state)

@@ -5,6 +5,7 @@ pmi(i, j) = ln( n_ij · n_tokens / (n_i · n_j) )        how much more often tha
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -16,8 +17,8 @@ from saelens_lite.features.tensors import NONE
 N_PARTNERS = 10
 MIN_TOGETHER = 5  # tokens on which a specific partner fires too: of rarer company the mutual information is all noise
 MAX_CELLS = 1 << 22  # counts of pairs in memory at once
-MAX_PAIRS = 1 << 22  # pairs that are listed at once
-DENSE_GAIN = 100  # a product of matrices costs so much less for a cell than a list for a pair
+MAX_PAIRS = 1 << 17  # pairs that are listed at once
+DENSE_GAIN = 128  # a cell of a product of matrices costs so much less than a pair of a list
 RATIO_BITS = 40
 
 
@@ -65,17 +66,21 @@ def _by_list(
     lists: Lists,
     d_sae: int,
 ) -> Int[Tensor, "n d_sae"]:
-    """Counts from a list of all pairs, in pieces."""
-    together = torch.zeros(n * d_sae, dtype=torch.long)
-    pieces = torch.bincount(n_here.cumsum(0) // MAX_PAIRS).tolist()
-    for tokens, latents, sizes in zip(token.split(pieces), latent.split(pieces), n_here.split(pieces), strict=True):
-        total = int(sizes.sum())
-        begin = lists.crow[tokens] - (sizes.cumsum(0) - sizes)
-        index = begin.repeat_interleave(sizes, output_size=total) + torch.arange(total)
-        other = torch.from_numpy(lists.latent[index.numpy()].astype("int64"))
-        other += (latents * d_sae).repeat_interleave(sizes, output_size=total)
-        together += torch.bincount(other, minlength=n * d_sae)
-    return together.reshape(n, d_sae)
+    """Counts from a list of all pairs, in pieces that stay in the processor's cache."""
+    together = np.zeros((n, d_sae), np.int64)
+    sizes, begins = n_here.numpy(), lists.crow[token].numpy()
+    ends = n_here.cumsum(0) // MAX_PAIRS
+    stops = ends.unique_consecutive(return_counts=True)[1].cumsum(0).tolist()
+    for piece in (slice(start, stop) for start, stop in zip([0, *stops], stops, strict=False)):
+        size, latents = sizes[piece], latent.numpy()[piece]
+        index = np.repeat(begins[piece] - (size.cumsum() - size), size)
+        index += np.arange(len(index))
+        first, last = latents[0], latents[-1] + 1
+        cell = np.repeat((latents - first) * d_sae, size)
+        cell += lists.latent[index]
+        counts = np.bincount(cell, minlength=(last - first) * d_sae)
+        together[first:last] += counts.reshape(last - first, d_sae)
+    return torch.from_numpy(together)
 
 
 def _by_product(n: int, first: int, lists: Lists, d_sae: int) -> Int[Tensor, "n d_sae"]:

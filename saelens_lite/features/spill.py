@@ -73,7 +73,7 @@ class Spill:
             path = self.folder / name
             found = path.stat().st_size if path.exists() else 0
             if found < size:
-                raise CorruptFileError(f"{path}: {found:,} bytes of {size:,} are left")
+                raise CorruptFileError(f"{path}: {found:,} bytes of {size:,} are left; delete {self.folder.parent}")
             self._files[name] = open(path, "ab")  # noqa: SIM115 (closed by `close`)
             self._files[name].truncate(size)
 
@@ -122,7 +122,7 @@ class Spill:
     def _mapped(self, name: str, dtype: np.dtype) -> np.ndarray:
         """A file as an array that stays on disk."""
         path = self.folder / name
-        return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
+        return np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.empty(0, dtype)
 
     def pieces(self, count: Int[Tensor, " d_sae"]) -> Iterator[Piece]:
         """The entries of all latents, as many latents at a time as memory has room for; `count`: entries of each."""

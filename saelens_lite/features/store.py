@@ -1,7 +1,5 @@
 """The feature store: everything collected of one dictionary, its files, and the questions it answers."""
 
-import hashlib
-import logging
 import math
 import shutil
 from collections.abc import Sequence
@@ -15,19 +13,29 @@ from torch import Tensor
 from saelens_lite.config import TextConfig
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, CorruptFileError, OutputExistsError, UserError
-from saelens_lite.features import codes as codes_table
 from saelens_lite.features.build import Job, reduced
-from saelens_lite.features.codes import CODES_FILE
+from saelens_lite.features.codes import CODES_FILE, CodesTable, check_extra
 from saelens_lite.features.collect import collect, unfinished
 from saelens_lite.features.compare import STABILITY_FILE, Stability
+from saelens_lite.features.detection import Detection, Scorer, detection
 from saelens_lite.features.info import StoreInfo, weights_hash
 from saelens_lite.features.labels import LABELS_FILE, read_labels, write_labels
+from saelens_lite.features.neuronpedia import export_neuronpedia
 from saelens_lite.features.reduce import N_BINS
 from saelens_lite.features.summary import Example, ExampleGroup, LatentSummary, Partner, PositionBin
 from saelens_lite.features.tensors import NONE, OF_TEXT, FeatureTensors
 from saelens_lite.features.vocabulary import vocabulary
 from saelens_lite.features.weights import LatentWeights, latent_weights
-from saelens_lite.files import new_folder, read_json, read_tensors, refuse_existing, write_json, write_tensors, write_text
+from saelens_lite.files import (
+    file_hash,
+    new_folder,
+    read_json,
+    read_tensors,
+    refuse_existing,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from saelens_lite.model import LanguageModel
 from saelens_lite.tokens import Text, TokenRows
 
@@ -37,8 +45,6 @@ if TYPE_CHECKING:
 FORMAT = 2
 INFO_FILE = "features.json"
 TENSORS_FILE, WEIGHTS_FILE, CONTROL_FILE = "features.safetensors", "weights.safetensors", "control.safetensors"
-
-log = logging.getLogger(__name__)
 
 
 class FeatureStore:
@@ -55,13 +61,14 @@ class FeatureStore:
         weights: LatentWeights,
         vocabulary: list[str],
         *,
+        codes: CodesTable | None = None,
         scores: Stability | None = None,
         control: "FeatureStore | None" = None,
         labels: dict[int, str] | None = None,
         folder: Path | None = None,
     ):
         self.info, self.tensors, self.weights, self.vocabulary = info, tensors, weights, vocabulary
-        self.scores, self.control, self.labels, self.folder = scores, control, labels or {}, folder
+        self.codes, self.scores, self.control, self.labels, self.folder = codes, scores, control, labels or {}, folder
         if scores is not None and scores.sha256 != info.dictionary_sha256:
             raise ConfigError("the stability scores are of another dictionary; compute them anew with sl.stability")
 
@@ -127,7 +134,7 @@ class FeatureStore:
         if out is not None:
             refuse_existing(out, exists)
         if codes:
-            codes_table.check_extra()
+            check_extra()
             if out is None:
                 raise ConfigError("codes=True writes a table; give out=, the folder for it")
         job = Job.of(
@@ -155,20 +162,22 @@ class FeatureStore:
                 others = collect(job.hooked, redrawn, job.rows, batch_tokens, work / "control", "features of the control")
             words, stores = vocabulary(lm), []
             with nullcontext() if out is None else new_folder(out, exists) as new:
-                for i, (one, info) in enumerate(zip(job.hooked, job.infos, strict=True)):
-                    name = f"{i}-{info.rule}" if several else "."
+                names = folder_names(dictionaries) if several else ["."]
+                for i, (one, info, name) in enumerate(zip(job.hooked, job.infos, names, strict=True)):
                     folder = None if new is None else new / name
                     if folder is not None:
                         folder.mkdir(exist_ok=True)
-                    tensors = reduced(spills[i], job.rows, info, folder / CODES_FILE if folder and codes else None)
+                    table = folder / CODES_FILE if folder is not None and codes else None
+                    tensors = reduced(spills[i], job.rows, info, table)
                     weights = latent_weights(one.dictionary, lm, raw_unembedding=raw_unembedding)
-                    store = cls(info, tensors, weights, words, scores=scores[i])
+                    kept = None if table is None else CodesTable.of(table)
+                    store = cls(info, tensors, weights, words, codes=kept, scores=scores[i])
                     if control:
                         other = info.replace(model=redrawn.name, revision=None)
                         store.control = cls(other, reduced(others[i], job.rows, other, must_fire=False), weights, words)
                     if folder is not None:
                         store._write(folder)
-                        store.folder = out / name
+                        store._is_in(out / name)
                     stores.append(store)
         return stores if several else stores[0]
 
@@ -264,11 +273,9 @@ class FeatureStore:
             if n
         ]
 
-    def partners(self, latent: int, by: Literal["pmi", "count"] = "pmi") -> list[Partner]:
-        """The latents that fire together with one: those whose pointwise mutual information with it is largest, or those that
-        do so on most tokens.
-
-        Partners by "pmi" are together with it on at least 5 tokens.
+    def partners(self, latent: int, by: str = "pmi") -> list[Partner]:
+        """The latents that fire together with one: by "pmi" those whose pointwise mutual information with it is largest, of
+        those that do so on at least 5 tokens, or by "count" those that do so on most tokens.
 
         Raises:
             UserError: there is no such latent.
@@ -332,10 +339,9 @@ class FeatureStore:
             CorruptFileError: the table is damaged.
             ConfigError: DuckDB is not installed.
         """
-        path = None if self.folder is None else self.folder / CODES_FILE
-        if path is None or not path.exists():
+        if self.codes is None:
             raise UserError("this store has no table of its codes; build it with codes=True and out=")
-        return codes_table.query(path, query, self.vocabulary)
+        return self.codes.query(query, self.vocabulary)
 
     def label(self, latent: int, text: str) -> None:
         """Say what a latent stands for; an empty text takes the label away. `write_labels` keeps it.
@@ -369,6 +375,20 @@ class FeatureStore:
         """
         self.labels |= read_labels(Path(path), self.info.dictionary_sha256, self.info.d_sae)
 
+    def detection(self, latent: int, scorer: Scorer | None = None) -> Detection:
+        """How well the label of a latent tells contexts in which it fires from others, beside the tokens alone.
+
+        scorer: who reads the label, such as a client of a language model; default: its words are looked for.
+
+        Raises:
+            UserError: no such latent; too few contexts; a scorer that does not give a finite number a context.
+        """
+        return detection(self, latent, scorer)
+
+    def export_neuronpedia(self, folder: str | Path, *, set_name: str, creator_id: str, **settings: Any) -> Path:
+        """Write the store for Neuronpedia below `folder`, see `neuronpedia.export_neuronpedia`; the folder of its source."""
+        return export_neuronpedia(self, folder, set_name=set_name, creator_id=creator_id, **settings)
+
     def save(self, folder: str | Path, *, exists: Literal["error", "overwrite"] = "error") -> Path:
         """Write the store as a folder, which appears whole or not at all; its path.
 
@@ -377,11 +397,17 @@ class FeatureStore:
             DiskFullError: there is no room for it.
         """
         with new_folder(Path(folder), exists) as new:
-            if self.folder is not None and (self.folder / CODES_FILE).exists():
-                shutil.copyfile(self.folder / CODES_FILE, new / CODES_FILE)
+            if self.codes is not None:
+                shutil.copyfile(self.codes.path, new / CODES_FILE)
             self._write(new)
-        self.folder = Path(folder)
-        return self.folder
+        self._is_in(Path(folder))
+        return Path(folder)
+
+    def _is_in(self, folder: Path) -> None:
+        """Note where the files are now."""
+        self.folder = folder
+        if self.codes is not None:
+            self.codes = CodesTable(folder / CODES_FILE, self.codes.n_bytes, self.codes.sha256)
 
     def _write(self, folder: Path) -> None:
         """Fill a fresh folder, in which the codes are already."""
@@ -395,11 +421,10 @@ class FeatureStore:
         if self.labels:
             self.write_labels(folder / LABELS_FILE)
         checked = [path for path in sorted(folder.glob("*.safetensors")) if path.name != STABILITY_FILE]
-        codes = folder / CODES_FILE
         content = {
             "format": FORMAT,
-            "sha256": {path.name: _sha256(path) for path in checked},
-            "codes_bytes": codes.stat().st_size if codes.exists() else None,
+            "sha256": {path.name: file_hash(path) for path in checked},
+            "codes": None if self.codes is None else {"n_bytes": self.codes.n_bytes, "sha256": self.codes.sha256},
             "info": self.info.model_dump(mode="json"),
             "control": None if self.control is None else self.control.info.model_dump(mode="json"),
             "vocabulary": self.vocabulary,
@@ -424,16 +449,18 @@ class FeatureStore:
             )
         try:
             files = {name: _checked(folder / name, sha256) for name, sha256 in content["sha256"].items()}
-            _check_codes(folder / CODES_FILE, content["codes_bytes"])
+            codes = None if content["codes"] is None else CodesTable(folder / CODES_FILE, **content["codes"])
+            if codes is not None:
+                codes.check_size()
             info, words = StoreInfo(**content["info"]), list(content["vocabulary"])
             tensors, weights = FeatureTensors(**files[TENSORS_FILE]), LatentWeights(**files[WEIGHTS_FILE])
-            store = cls(info, tensors, weights, words, folder=folder)
+            store = cls(info, tensors, weights, words, codes=codes, folder=folder)
             if content["control"] is not None:
                 shared = {name: getattr(tensors, name) for name in OF_TEXT}
                 store.control = cls(
                     StoreInfo(**content["control"]), FeatureTensors(**shared, **files[CONTROL_FILE]), weights, words
                 )
-        except (KeyError, TypeError, AttributeError, ConfigError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
             raise CorruptFileError(f"{folder} is damaged: {type(error).__name__}: {error}") from None
         if not all(_fits(one) for one in (store, store.control) if one is not None):
             raise CorruptFileError(f"{folder}: the tensors and {INFO_FILE} do not fit together; build the store again")
@@ -473,6 +500,11 @@ class FeatureStore:
         return f"FeatureStore({i.d_sae} latents, {i.rule}, {i.model}, {i.hook}, {i.n_tokens:,} tokens, {silent} never fire)"
 
 
+def folder_names(dictionaries: Sequence[Dictionary]) -> list[str]:
+    """What the folders of several stores are called: the number and the rule of each dictionary."""
+    return [f"{i}-{d.rule.plugin_name}" for i, d in enumerate(dictionaries)]
+
+
 def _scores_of_each(
     stability: Stability | Sequence[Stability | None] | None, infos: Sequence[StoreInfo]
 ) -> list[Stability | None]:
@@ -491,21 +523,9 @@ def _scores_of_each(
 def _checked(path: Path, sha256: str) -> dict[str, Tensor]:
     """The tensors of a file that has this hash."""
     tensors = read_tensors(path)
-    if _sha256(path) != sha256:
+    if file_hash(path) != sha256:
         raise CorruptFileError(f"{path} does not match the checksum in {INFO_FILE}; build the store again")
     return tensors
-
-
-def _check_codes(path: Path, size: int | None) -> None:
-    """Raise CorruptFileError unless the table of codes is as long as it was."""
-    found = path.stat().st_size if path.exists() else None
-    if size is not None and found != size:
-        raise CorruptFileError(f"{path}: {found} bytes of {size:,}; it is missing or truncated, build the store again")
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fits(store: FeatureStore) -> bool:
