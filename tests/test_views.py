@@ -199,6 +199,7 @@ def test_hostile_strings_stay_text(by):
     for shown in [*HOSTILE[:3], "\\u202eevil\\x1b[31m", "↵"]:
         assert page.text.count(shown) >= 2
         assert any(shown in title for title in page.titles)
+    assert not re.search(r"\b0%", page.text)  # a share that is not known
     assert not re.search("[\u202e\x1b]", page.text + "".join(page.titles))
 
 

@@ -17,7 +17,7 @@ from saelens_lite.features.html import visible
 from saelens_lite.interventions import Add, steer
 from saelens_lite.interventions.steering import Steered
 from saelens_lite.model import LanguageModel
-from saelens_lite.views.prompt import ORDERS, PromptView, about, prompt_view
+from saelens_lite.views.prompt import ORDERS, PromptRow, PromptView, about, prompt_view
 
 REACH = 3  # a slider goes to this many times the largest activation known of a latent
 
@@ -108,7 +108,8 @@ class LivePrompt:
         ]
         return {"title": view.title, "tokens": [visible(token) for token in view.tokens], "shades": view.shades, "rows": rows}
 
-    def _reach(self, row: Any) -> float:
+    def _reach(self, row: PromptRow) -> float:
+        """How far the slider of a latent goes."""
         largest = 0.0 if self.store is None else float(self.store.tensors.top_value[row.latent, 0])
         return REACH * max(row.activation, largest)
 

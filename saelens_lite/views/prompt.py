@@ -7,6 +7,7 @@ attribution    its effect on a metric of the model's output: what matters here
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -64,7 +65,15 @@ class PromptView:
 
     def at(self, position: int) -> list[PromptRow]:
         """The rows of one token, best first."""
-        return [row for row in self.rows if row.position == position]
+        return self._lines[position]
+
+    @cached_property
+    def _lines(self) -> list[list[PromptRow]]:
+        """The rows of each token."""
+        lines: list[list[PromptRow]] = [[] for _ in self.tokens]
+        for row in self.rows:
+            lines[row.position].append(row)
+        return lines
 
     def strongest(self, n: int = 10) -> list[PromptRow]:
         """The n best rows of all tokens, best first."""
@@ -73,9 +82,9 @@ class PromptView:
     @property
     def shades(self) -> list[float]:
         """For each token its best row's score as a share of the best of all: −1 to 1, 0 where nothing fires."""
-        best = {row.position: self.score(row) for row in reversed(self.rows)}
-        largest = max(map(abs, best.values()), default=0.0) or 1.0
-        return [best.get(position, 0.0) / largest for position in range(len(self.tokens))]
+        best = [self.score(rows[0]) if rows else 0.0 for rows in self._lines]
+        largest = max(map(abs, best), default=0.0) or 1.0
+        return [score / largest for score in best]
 
     @property
     def title(self) -> str:
@@ -89,8 +98,7 @@ class PromptView:
         return facts | {"rows": [row._asdict() for row in self.rows]}
 
     def _repr_html_(self) -> str:
-        shaded = enumerate(zip(self.tokens, self.shades, strict=True))
-        lines = [(visible(token), share, self.at(position)) for position, (token, share) in shaded]
+        lines = list(zip(map(visible, self.tokens), self.shades, self._lines, strict=True))
         return render("views", "prompt.html.j2", view=self, lines=lines, words=words, about=about, shown=_shown)
 
     def __rich__(self) -> Any:
@@ -103,10 +111,9 @@ class PromptView:
         grid = Table(box=SIMPLE_HEAD, caption=self.title, caption_justify="left")
         for title in ("position", "token", "latent", *shown, *["about"] * described):
             grid.add_column(title, justify="left" if title in ("token", "about") else "right", no_wrap=title != "about")
-        for position, token in enumerate(self.tokens):
-            rows = self.at(position)
+        for rows in self._lines:
             for i, row in enumerate(rows):
-                place = (str(position), repr(token)) if i == 0 else ("", "")
+                place = (str(row.position), repr(row.token)) if i == 0 else ("", "")
                 numbers = [_shown(name, getattr(row, name)) for name in shown]
                 cells = (*place, str(row.latent), *numbers, *[about(row)] * described)
                 grid.add_row(*(Text(cell) for cell in cells), end_section=i == len(rows) - 1)
@@ -144,7 +151,7 @@ def prompt_view(
     if top < 1:
         raise ConfigError(f"top = {top}; expected 1 or more latents for each token")
     if by == "relative" and store is None:
-        raise ConfigError("by='relative' needs the largest activation of each latent: give store=, a FeatureStore of this text")
+        raise ConfigError("by='relative' needs the largest activation of each latent: give store=, a FeatureStore")
     if store is not None:
         check_store(store, dictionary)
     site = Site(lm, dictionary, hook)
@@ -163,7 +170,7 @@ def prompt_view(
     position, latent, activation = (x[best].tolist() for x in firing[:3])
     return PromptView(
         model=lm.name,
-        hook=site.target,
+        hook=site.hook,
         by=by,
         metric=None if metric is None else name_of(metric, lm),
         tokens=tokens,
@@ -176,8 +183,7 @@ def prompt_view(
                 activation,
                 _numbers(relative, best),
                 _numbers(firing.attribution, best),
-                [store and store.labels.get(i) for i in latent],
-                [store and next((token for token, _ in store.promoted(i)), None) for i in latent],
+                *_texts(store, latent),
                 strict=True,
             )
         ),
@@ -234,6 +240,13 @@ def _numbers(values: Float[Tensor, " n"] | None, chosen: Int[Tensor, " chosen"])
     if values is None:
         return [None] * len(chosen)
     return [x if math.isfinite(x) else None for x in values[chosen].tolist()]
+
+
+def _texts(store: FeatureStore | None, latents: list[int]) -> tuple[list[str | None], list[str | None]]:
+    """The label of each latent and the token it promotes most."""
+    if store is None:
+        return [None] * len(latents), [None] * len(latents)
+    return [store.labels.get(i) for i in latents], [next((token for token, _ in store.promoted(i)), None) for i in latents]
 
 
 def words(row: PromptRow) -> str:
