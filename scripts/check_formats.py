@@ -38,6 +38,7 @@ class Empty(type):
     def __getattr__(cls, name): return cls
     def __call__(cls, *args, **kwargs): return args[0] if len(args) == 1 and callable(args[0]) else cls
     def __getitem__(cls, item): return cls
+    def __iter__(cls): return iter(())
 
 class Nothing(metaclass=Empty): pass
 
@@ -47,8 +48,11 @@ class Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.machinery.ModuleSpec(name, self, is_package=True)
     def create_module(self, spec):
         module = types.ModuleType(spec.name)
-        module.__getattr__ = lambda name: Nothing
+        module.__getattr__ = self.anything
         return module
+    def anything(self, name):
+        if name.startswith("__"): raise AttributeError(name)
+        return Nothing
     def exec_module(self, module): pass
 
 OWN = {"dictionary_learning", "circuit_tracer", "llamascopium", "sae_lens", "sparsify", "torch", "transformers", "numpy"}
