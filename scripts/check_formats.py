@@ -43,8 +43,11 @@ class Empty(type):
 class Nothing(metaclass=Empty): pass
 
 class Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    "Something empty for what a tool imports and is not installed; not for what its libraries would use if it were."
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in OWN: return None
+        importer = sys._getframe(1)
+        while importer.f_globals["__name__"].startswith(("importlib", "_frozen_importlib")): importer = importer.f_back
+        if top(importer.f_globals["__name__"]) not in TOOLS or top(name) in TOOLS | REAL: return None
         return importlib.machinery.ModuleSpec(name, self, is_package=True)
     def create_module(self, spec):
         module = types.ModuleType(spec.name)
@@ -55,7 +58,8 @@ class Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return Nothing
     def exec_module(self, module): pass
 
-OWN = {"dictionary_learning", "circuit_tracer", "llamascopium", "sae_lens", "sparsify", "torch", "transformers", "numpy"}
+TOOLS, REAL = {"dictionary_learning", "circuit_tracer", "llamascopium", "sparsify"}, {"torch", "transformers", "numpy"}
+def top(name): return name.partition(".")[0]
 def without_its_init(package):
     "Import modules of a package, but not all that it imports itself."
     module = types.ModuleType(package)
