@@ -347,21 +347,27 @@ def evaluate(
 
 @app.command
 def features(
-    dictionary: Path,
+    dictionaries: list[Path],
     *,
     text: str = "python-docs:held-out",
+    text_config: Annotated[TextConfig, Parameter(name="*")] = TextConfig(),  # noqa: B008 (frozen)
     model: str | None = None,
     n_tokens: int | None = None,
     out: Path | None = None,
+    codes: Annotated[bool, Parameter(negative="")] = False,
+    control: Annotated[bool, Parameter(negative="")] = False,
     html: Path = Path("features.html"),
+    device: str | None = None,
     exists: Exists = "error",
 ) -> None:
-    """See what each latent responds to: one HTML file.
+    """See what each latent responds to: one HTML file a dictionary, from one pass of the model.
+
+    Stability scores that `compare --out` left in the folder of a dictionary are shown as well.
 
     Parameters
     ----------
-    dictionary
-        Dictionary folder.
+    dictionaries
+        Dictionary folders, of one model.
     text
         A .txt, .md, .jsonl or .parquet file; hf:org/name:config:split for a dataset of the Hugging Face Hub; or "python-docs",
         "python-docs:train", "python-docs:held-out" for the embedded corpus.
@@ -370,22 +376,65 @@ def features(
     n_tokens
         Tokens to read; default: all.
     out
-        Folder for the collected data, to be loaded again.
+        Folder for the collected data, to be loaded again; several dictionaries have folders 0-topk, 1-l1, … in it (number and
+        rule). After an interruption the same command goes on.
+    codes
+        Keep all activations in --out as a Parquet table, for queries in SQL.
+    control
+        Collect the same on the model with its weights re-drawn.
     html
-        The file to write.
+        The file to write; several dictionaries have files features-0-topk.html, ….
+    device
+        Where to run, e.g. cuda.
     exists
         What to do when an output exists.
     """
     import saelens_lite as sl
+    from saelens_lite.features.compare import STABILITY_FILE, Stability
+    from saelens_lite.features.store import folder_names
     from saelens_lite.files import refuse_existing
     from saelens_lite.tokens import named_text
 
-    refuse_existing(html, exists)
-    loaded = sl.Dictionary.load(dictionary)
-    lm = _model_of(loaded, model)
-    store = sl.FeatureStore.build(loaded, lm, named_text(text), n_tokens=n_tokens, out=out, exists=exists)
-    store.dashboard(html, exists=exists)
-    _console().print(f"{html}: {loaded.d_sae} latents, {html.stat().st_size / 1e6:.1f} MB", markup=False)
+    loaded = [sl.Dictionary.load(path) for path in dictionaries]
+    pages = [html] if len(loaded) == 1 else [html.with_stem(f"{html.stem}-{name}") for name in folder_names(loaded)]
+    for page in pages:
+        refuse_existing(page, exists)
+    lm = _model_of(loaded[0], model, device)
+    stores = sl.FeatureStore.build(
+        [d.to(lm.device) for d in loaded] if len(loaded) > 1 else loaded[0].to(lm.device),
+        lm,
+        named_text(text),
+        n_tokens=n_tokens,
+        text_config=text_config,
+        out=out,
+        codes=codes,
+        control=control,
+        stability=[Stability.load(path) if (path / STABILITY_FILE).exists() else None for path in dictionaries],
+        exists=exists,
+    )
+    for store, page in zip(stores if isinstance(stores, list) else [stores], pages, strict=True):
+        store.dashboard(page, exists=exists)
+        _console().print(f"{page}: {store.info.d_sae} latents, {page.stat().st_size / 1e6:.1f} MB", markup=False)
+
+
+@app.command
+def dashboard(store: Path, *, html: Path = Path("features.html"), exists: Exists = "error") -> None:
+    """Write the page of a store that `features --out` collected, with the labels that were given since.
+
+    Parameters
+    ----------
+    store
+        Folder of the store.
+    html
+        The file to write.
+    exists
+        What to do when the file exists.
+    """
+    import saelens_lite as sl
+
+    loaded = sl.FeatureStore.load(store)
+    loaded.dashboard(html, exists=exists)
+    _console().print(f"{html}: {loaded.info.d_sae} latents, {html.stat().st_size / 1e6:.1f} MB", markup=False)
 
 
 @app.command

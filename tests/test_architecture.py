@@ -44,7 +44,10 @@ LEAVES = {
 }  # import nothing of ours but each other; everyone may import them
 ONLY_IN = {"transformer_lens": "model", "huggingface_hub": "hub"}
 DOORS = {"saelens_lite", "sparsity", "codes", "formats", "errors"}  # what a plugin may import from
-HEAVY = ["transformer_lens", "transformers", "datasets", "matplotlib", "scipy", "sklearn", "wandb", "tensorboard", "trackio"]
+HEAVY = [
+    *("transformer_lens", "transformers", "datasets", "matplotlib", "scipy", "sklearn", "wandb", "tensorboard", "trackio"),
+    *("pyarrow", "duckdb"),
+]
 
 
 def part_of(path: Path) -> str:

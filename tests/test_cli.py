@@ -100,6 +100,24 @@ def test_features_writes_one_page(work, monkeypatch, capsys):
     assert "already exists" in err
 
 
+def test_features_of_several_are_kept_and_shown_again(work, monkeypatch, capsys):
+    d, html, out = work / "run/dictionary", work / "both.html", work / "stores"
+    asked = ("features", d, d, "--text", work / "book.txt", "--html", html, "--out", out, "--codes", "--control")
+    code, printed, err = call(monkeypatch, capsys, *asked)
+    assert code == 0, err
+    assert printed.count("64 latents") == 2
+    assert sorted(path.name for path in out.iterdir()) == ["0-topk", "1-topk"]
+    assert {"codes.parquet", "control.safetensors"} <= {path.name for path in (out / "1-topk").iterdir()}
+    pages = [work / "both-0-topk.html", work / "both-1-topk.html"]
+    assert pages[0].read_bytes() == pages[1].read_bytes()
+    code, _, err = call(monkeypatch, capsys, "dashboard", out / "0-topk", "--html", html)
+    assert code == 0, err
+    assert html.read_bytes() == pages[0].read_bytes()
+    code, _, err = call(monkeypatch, capsys, "dashboard", out, "--html", work / "other.html")
+    assert code == 2
+    assert "features.json is missing" in err
+
+
 def test_train_reads_toml_and_flags_win(work, monkeypatch, capsys):
     (work / "run.toml").write_text(
         'd_sae = 32\nn_tokens = 512\nbatch_size = 256\n\n[[dictionary]]\nsparsity = "l1"\noptions = {coefficient = 1.0}\n\n'

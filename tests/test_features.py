@@ -1,9 +1,6 @@
-"""The feature store against plain loops over dense codes, its files, and what its page may and may not contain."""
+"""The feature store against plain loops over dense codes, and its files."""
 
 import json
-import math
-import re
-from html.parser import HTMLParser
 
 import pytest
 import torch
@@ -20,7 +17,10 @@ from saelens_lite.errors import (
     TextError,
     UserError,
 )
-from saelens_lite.features.store import N_BINS, weights_hash
+from saelens_lite.evaluate.measure import batches
+from saelens_lite.features import weights_hash
+from saelens_lite.features.reduce import N_BINS
+from saelens_lite.files import file_hash
 from saelens_lite.registry import unregister
 from saelens_lite.tokens import TokenRows, token_rows
 
@@ -90,19 +90,20 @@ def store(dictionaries, small, rows) -> sl.FeatureStore:
 
 
 @torch.no_grad()
-def dense_codes(dictionary, lm, rows, per_batch: int) -> torch.Tensor:
+def dense_codes(dictionary, lm, rows, batch_tokens: int) -> torch.Tensor:
     """Codes of every position [n_seq n_ctx d_sae], zero where a position does not count."""
     out = torch.zeros(*rows.tokens.shape, D_SAE)
-    for start in range(0, len(rows.tokens), per_batch):
-        batch = rows[start : start + per_batch]
+    for batch in batches(lm, rows, batch_tokens):  # other batches change the last bits of activations
         x = lm.run(batch.tokens, HOOK)[HOOK]
-        out[start : start + per_batch][batch.keep] = dictionary.encode(x[batch.keep]).to_dense()
+        codes = torch.zeros(*batch.keep.shape, D_SAE)
+        codes[batch.keep] = dictionary.encode(x[batch.keep]).to_dense()
+        out[batch.rows, : codes.shape[1]] = codes
     return out
 
 
 def test_counts_and_contexts_equal_plain_loops(built, small, rows):
     dictionary, store = built
-    acts = dense_codes(dictionary, small, rows, per_batch=5).tolist()
+    acts = dense_codes(dictionary, small, rows, batch_tokens=100).tolist()
     strings, tokens, keep = store.vocabulary, rows.tokens.tolist(), rows.keep.tolist()
     n_seq, n_ctx = rows.tokens.shape
     assert n_seq > 30
@@ -116,9 +117,9 @@ def test_counts_and_contexts_equal_plain_loops(built, small, rows):
         values = [-v for v, _, _ in fired]
         assert summary.max == max(values, default=0)
         assert summary.mean == pytest.approx(sum(values) / len(values) if values else 0, rel=1e-6)
-        if values:
-            assert summary.bin_width == 2.0 ** (math.floor(math.log2(max(values))) + 1) / N_BINS
-        assert summary.histogram == [sum(v // summary.bin_width == b for v in values) for b in range(N_BINS)]
+        assert summary.bin_width == pytest.approx(max(values, default=0) / N_BINS)
+        bins = [min(int(v * N_BINS / max(values)), N_BINS - 1) for v in values]
+        assert summary.histogram == [bins.count(b) for b in range(N_BINS)]
 
         best_of_row = {}
         for entry in sorted(fired):
@@ -169,10 +170,10 @@ def test_promoted_tokens_are_the_matrix_product(store, dictionaries, small, monk
         assert [effect for _, effect in promoted] == pytest.approx(logits[latent][best].tolist(), rel=1e-5)
         assert [effect for _, effect in suppressed] == pytest.approx(logits[latent][worst].tolist(), rel=1e-5)
         assert [text for text, _ in promoted if "\\x" not in text] == [strings[i] for i in best if "\ufffd" not in strings[i]]
-    monkeypatch.setattr("saelens_lite.features.store.MAX_LOGITS", 3 * small.d_vocab)  # 3 latents at a time
+    monkeypatch.setattr("saelens_lite.features.weights.MAX_NUMBERS", 3 * small.d_vocab)  # 3 latents at a time
     again = sl.FeatureStore.build(dictionaries["topk"], small, "some text")
-    assert torch.equal(again.tensors.promoted, store.tensors.promoted)
-    torch.testing.assert_close(again.tensors.suppressed_effect, store.tensors.suppressed_effect)
+    assert torch.equal(again.weights.promoted, store.weights.promoted)
+    torch.testing.assert_close(again.weights.suppressed_effect, store.weights.suppressed_effect)
 
 
 def test_bytes_that_are_no_characters_are_visible(store, small):
@@ -204,6 +205,7 @@ def test_save_and_load(store, tmp_path):
     assert loaded.info == store.info
     assert loaded.vocabulary == store.vocabulary
     assert all(torch.equal(a, b) for a, b in zip(loaded.tensors, store.tensors, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(loaded.weights, store.weights, strict=True))
     assert all(loaded.latent(i) == store.latent(i) for i in range(D_SAE))
 
 
@@ -211,7 +213,7 @@ def test_same_input_same_bytes(dictionaries, small, rows, tmp_path):
     for name in ("a", "b"):
         store = sl.FeatureStore.build(dictionaries["topk"], small, rows, out=tmp_path / name)
         store.dashboard(tmp_path / f"{name}.html")
-    for file in ("features.json", "features.safetensors"):
+    for file in ("features.json", "features.safetensors", "weights.safetensors"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
 
@@ -227,7 +229,7 @@ def test_weights_hash_sees_every_weight(dictionaries, store):
     assert weights_hash(d) == store.info.dictionary_sha256
 
 
-@pytest.mark.parametrize("file", ["features.json", "features.safetensors"])
+@pytest.mark.parametrize("file", ["features.json", "features.safetensors", "weights.safetensors"])
 @pytest.mark.parametrize("damage", ["missing", "truncated", "one byte"])
 def test_damaged_files_are_refused(store, tmp_path, file, damage):
     path = store.save(tmp_path / "store") / file
@@ -247,7 +249,10 @@ def test_damaged_files_are_refused(store, tmp_path, file, damage):
     "change",
     [
         {"tokens": lambda t: t["tokens"] + 100_000},
-        {"top_place": lambda t: t["top_place"] - 1},
+        {"top_place": lambda t: t["top_place"] - 2},
+        {"random_place": lambda t: t["random_place"][:, 1:].contiguous()},
+        {"group_nearby": lambda t: t["group_nearby"][..., 1:].contiguous()},
+        {"specific_partner": lambda t: t["specific_partner"] + D_SAE},
         {"count": lambda t: t["count"].float()},
         {"mean": lambda t: t["mean"][1:]},
         {"histogram": lambda t: t["histogram"][:, :7].contiguous()},
@@ -260,10 +265,9 @@ def test_tensors_that_do_not_fit_are_refused(store, tmp_path, change):
     folder = store.save(tmp_path / "store")
     tensors = load_file(folder / "features.safetensors")
     save_file(tensors | {name: make(tensors) for name, make in change.items()}, folder / "features.safetensors")
-    info = json.loads((folder / "features.json").read_text())
-    from saelens_lite.features import _sha256
-
-    (folder / "features.json").write_text(json.dumps(info | {"tensors_sha256": _sha256(folder / "features.safetensors")}))
+    content = json.loads((folder / "features.json").read_text())
+    content["sha256"]["features.safetensors"] = file_hash(folder / "features.safetensors")
+    (folder / "features.json").write_text(json.dumps(content))
     with pytest.raises(CorruptFileError):
         sl.FeatureStore.load(folder)
 
@@ -286,7 +290,21 @@ def test_existing_outputs_are_kept(store, dictionaries, small, tmp_path):
 
 
 @pytest.mark.parametrize("latent", [-1, D_SAE, 10**9])
-@pytest.mark.parametrize("method", ["top_examples", "promoted", "suppressed", "latent"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "top_examples",
+        "quantile_examples",
+        "random_examples",
+        "silent_examples",
+        "position_profile",
+        "partners",
+        "promoted",
+        "suppressed",
+        "latent",
+        "detection",
+    ],
+)
 def test_latents_out_of_range(store, latent, method):
     with pytest.raises(UserError, match="0 to 63"):
         getattr(store, method)(latent)
@@ -309,67 +327,28 @@ def test_requests_that_cannot_be_met(dictionaries, small, rows):
         build(d, small, "")
     with pytest.raises(TextError):
         build(d, small, TokenRows(rows.tokens, torch.zeros_like(rows.keep)))
-    for bad in ({"top_n": 0}, {"window": (-1, 3)}):
+    for bad in ({"top_n": 0}, {"window": (-1, 3)}, {"n_groups": 0}, {"seed": -1}):
         with pytest.raises(ConfigError, match=next(iter(bad))):
             build(d, small, "text", **bad)
     with pytest.raises(ConfigError, match="n_tokens"):
         build(d, small, rows, n_tokens=10)
+    with pytest.raises(ConfigError, match="out="):
+        build(d, small, rows, codes=True)
+    with pytest.raises(ConfigError, match="no dictionary"):
+        build([], small, rows)
+    with pytest.raises(UserError, match="codes=True"):
+        build(d, small, "text").sql("select 1")
+    with pytest.raises(ConfigError, match="say where"):
+        build(d, small, "text").write_labels()
     broken = other()
     broken.W_enc.data[0, 0] = torch.nan
-    with pytest.raises(NonFiniteError, match="codes"):
+    with pytest.raises(NonFiniteError, match="W_enc"):
         build(broken, small, "text")
-
-
-class Page(HTMLParser):
-    """Tags, attributes that could load something, and the content of the data script, as a browser would split them."""
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.tags, self.sources, self.data, self._in_data = [], [], "", False
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.sources += [
-            value for name, value in attrs if name in ("src", "href", "srcset", "data") and not value.startswith("#")
-        ]
-        self._in_data = ("id", "data") in attrs
-
-    def handle_data(self, text):
-        if self._in_data:
-            self.data += text
-
-    def handle_endtag(self, tag):
-        self._in_data = False
-
-
-def test_page_is_self_contained_and_holds_the_data(store, tmp_path):
-    html = store.dashboard(tmp_path / "features.html").read_text()
-    page = Page(html)
-    assert page.sources == []
-    assert not re.search(r"https?://|@import|url\(|innerHTML|outerHTML|insertAdjacentHTML|document\.write|fetch\(", html)
-    data = json.loads(page.data)
-    assert data["n_tokens"] == N_TOKENS
-    assert len(data["latents"]) == D_SAE
-    for i, shown in enumerate(data["latents"]):
-        latent = store.latent(i)
-        assert shown["count"] == latent.count
-        assert shown["max"] == pytest.approx(latent.max, rel=5e-3)
-        assert [data["vocabulary"][t] for t, _ in shown["promoted"]] == [text for text, _ in latent.promoted]
-        for (tokens, values, peak, row, position), example in zip(shown["contexts"], latent.examples, strict=True):
-            assert tuple(data["vocabulary"][t] for t in tokens) == example.tokens
-            assert values == pytest.approx(example.values, rel=5e-3)
-            assert (peak, row, position) == example[2:3] + example[4:]
-    assert len(set(data["vocabulary"])) == len(data["vocabulary"])
-
-
-def test_hostile_tokens_and_names_stay_text(store, tmp_path):
-    vocabulary = [HOSTILE + text for text in store.vocabulary]
-    info = store.info.replace(model=HOSTILE, hook="'\"&<b>")
-    hostile = sl.FeatureStore(info, store.tensors, vocabulary)
-    html = hostile.dashboard(tmp_path / "features.html").read_text()
-    assert "<img" not in html
-    assert html.count("</script>") == 2  # the data's and the program's own
-    page, plain = Page(html), Page(store.dashboard(tmp_path / "plain.html").read_text())
-    assert page.tags == plain.tags
-    assert all(text.startswith(HOSTILE) for text in json.loads(page.data)["vocabulary"])
+    huge = other()
+    huge.W_enc.data[:, 0], huge.W_enc.data[:, 1] = 3e38, -3e38
+    with pytest.raises(NonFiniteError, match="codes"):
+        build(huge, small, "text")
+    mute = other()
+    mute.b_enc.data.fill_(-1e6)
+    with pytest.raises(TextError, match="none of the 32 latents fires"):
+        build(mute, small, "text")

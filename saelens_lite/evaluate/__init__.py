@@ -103,7 +103,7 @@ def evaluate(
     if isinstance(text, TokenRows):
         rows, excluded = text, _excluded_by_mask(text)
     else:
-        config = _as_trained(dictionaries, lm, text, text_config or TextConfig())
+        config = as_trained(dictionaries, lm, text, text_config or TextConfig())
         rows, excluded = token_rows(lm, text, n_tokens=n_tokens, text_config=config), _excluded(config)
     if not rows.n_kept:
         raise TextError("no text: none of the positions of the token rows counts")
@@ -195,7 +195,7 @@ def _with_controls(
     ]
 
 
-def _as_trained(dictionaries: Sequence[Dictionary], lm: LanguageModel, text: Text, config: TextConfig) -> TextConfig:
+def as_trained(dictionaries: Sequence[Dictionary], lm: LanguageModel, text: Text, config: TextConfig) -> TextConfig:
     """The settings, and where they say nothing, those of the rows that all the dictionaries were trained on."""
     recorded = {
         "n_ctx": [min(d.origin.n_ctx or lm.n_ctx, lm.n_ctx) for d in dictionaries],
@@ -208,7 +208,7 @@ def _as_trained(dictionaries: Sequence[Dictionary], lm: LanguageModel, text: Tex
     unsaid = {name: values for name, values in recorded.items() if name not in given}
     if differ := [f"{name} = {', '.join(map(str, values))}" for name, values in unsaid.items() if len(set(values)) > 1]:
         raise ConfigError(
-            f"the dictionaries were trained on rows of different kinds, {'; '.join(differ)}; evaluate them one by one, or say "
+            f"the dictionaries were trained on rows of different kinds, {'; '.join(differ)}; take them one by one, or say "
             "which in text_config"
         )
     return config.replace(**{name: values[0] for name, values in unsaid.items()})

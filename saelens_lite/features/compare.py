@@ -22,7 +22,7 @@ from torch import Tensor
 
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, ShapeError
-from saelens_lite.features.store import weights_hash
+from saelens_lite.features.info import weights_hash
 from saelens_lite.files import check_header, read_tensors, refuse_existing, write_file, write_json
 from saelens_lite.progress import progress_bar
 

@@ -1,238 +1,581 @@
-"""What a feature store holds, and how it is collected: one pass over the text for everything that depends on activations,
-and the weights alone for the tokens that a latent promotes or suppresses.
+"""The feature store: everything collected of one dictionary, its files, and the questions it answers."""
 
-    effect of latent i on the logits = W_dec[i] · W_Uᵀ        (W_U with the final norm's scale folded in)
-"""
-
-import hashlib
-from functools import cache
-from typing import NamedTuple
+import math
+import shutil
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
-from jaxtyping import Bool, Float, Int
-from pydantic import Field, NonNegativeInt
+from jaxtyping import Bool, Float, jaxtyped
 from torch import Tensor
 
-from saelens_lite.codes import SparseCodes
-from saelens_lite.config import FrozenConfig
+from saelens_lite.config import TextConfig
 from saelens_lite.dictionary import Dictionary
-from saelens_lite.errors import NonFiniteError
+from saelens_lite.errors import ConfigError, CorruptFileError, OutputExistsError, UserError
+from saelens_lite.features.build import Job, reduced
+from saelens_lite.features.codes import CODES_FILE, CodesTable, check_extra
+from saelens_lite.features.collect import unfinished
+from saelens_lite.features.compare import STABILITY_FILE, Stability
+from saelens_lite.features.detection import Detection, Scorer, detection
+from saelens_lite.features.info import StoreInfo, weights_hash
+from saelens_lite.features.labels import LABELS_FILE, read_labels, write_labels
+from saelens_lite.features.neuronpedia import export_neuronpedia
+from saelens_lite.features.reduce import N_BINS
+from saelens_lite.features.spill import Spill
+from saelens_lite.features.summary import Example, ExampleGroup, LatentSummary, Partner, PositionBin
+from saelens_lite.features.tensors import NONE, OF_TEXT, FeatureTensors
+from saelens_lite.features.vocabulary import vocabulary
+from saelens_lite.features.weights import LatentWeights, latent_weights
+from saelens_lite.files import (
+    file_hash,
+    new_folder,
+    read_json,
+    read_tensors,
+    refuse_existing,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from saelens_lite.model import LanguageModel
-from saelens_lite.progress import progress_bar
-from saelens_lite.tokens import TokenRows
+from saelens_lite.tokens import Text, TokenRows
 
-N_BINS = 32  # of a histogram; the largest activation lies in the upper half
-N_EFFECTS = 10  # tokens kept at either end of a latent's effect on the logits
-MAX_LOGITS = 1 << 25  # numbers held at once while effects are computed
+if TYPE_CHECKING:
+    import pyarrow
 
-
-class StoreInfo(FrozenConfig):
-    """What a feature store was made of."""
-
-    model: str = Field(description="Model name, Hub id or folder.")
-    revision: str | None = Field(description="Commit of the model.")
-    hook: str = Field(description="transformer-lens hook name.")
-    rule: str = Field(description="Sparsity rule of the dictionary.")
-    d_sae: int = Field(gt=0, description="Number of latents.")
-    n_tokens: int = Field(gt=0, description="Activations encoded.")
-    top_n: int = Field(gt=0, description="Most contexts kept for a latent.")
-    window: tuple[NonNegativeInt, NonNegativeInt] = Field(description="Tokens shown before and after the peak.")
-    bos_id: int | None = Field(description="Token that begins a row.")
-    text_sha256: str = Field(description="Hash of token ids and kept positions.")
-    dictionary_sha256: str = Field(description="Hash of the dictionary's weights, see `weights_hash`.")
+FORMAT = 2
+INFO_FILE = "features.json"
+TENSORS_FILE, WEIGHTS_FILE, CONTROL_FILE = "features.safetensors", "weights.safetensors", "control.safetensors"
 
 
-class FeatureTensors(NamedTuple):
-    """The numbers of a store. The contexts of a latent come best first; where top_value is 0 there is none.
+class FeatureStore:
+    """Everything there is to show about the latents of one dictionary; make one with `build` or `load`.
 
-    Bin j of a histogram counts activations in [j · bin_width, (j + 1) · bin_width); a place is row · n_ctx + position.
+    A latent fires where its code is above zero. `control` is the store of the same dictionary on the model with its weights
+    re-drawn, or None; `labels` are what people think that latents stand for.
     """
 
-    tokens: Int[Tensor, "n_seq n_ctx"]
-    length: Int[Tensor, " n_seq"]  # positions of a row up to the last that counts
-    count: Int[Tensor, " d_sae"]
-    mean: Float[Tensor, " d_sae"]
-    histogram: Int[Tensor, "d_sae n_bins"]
-    bin_width: Float[Tensor, " d_sae"]
-    top_value: Float[Tensor, "d_sae top_n"]
-    top_place: Int[Tensor, "d_sae top_n"]
-    top_nearby: Float[Tensor, "d_sae top_n window"]  # activations from window[0] before the peak to window[1] after it
-    promoted: Int[Tensor, "d_sae n_effects"]
-    promoted_effect: Float[Tensor, "d_sae n_effects"]
-    suppressed: Int[Tensor, "d_sae n_effects"]
-    suppressed_effect: Float[Tensor, "d_sae n_effects"]
+    def __init__(
+        self,
+        info: StoreInfo,
+        tensors: FeatureTensors,
+        weights: LatentWeights,
+        vocabulary: list[str],
+        *,
+        codes: CodesTable | None = None,
+        scores: Stability | None = None,
+        control: "FeatureStore | None" = None,
+        labels: dict[int, str] | None = None,
+        folder: Path | None = None,
+    ):
+        self.info, self.tensors, self.weights, self.vocabulary = info, tensors, weights, vocabulary
+        self.codes, self.scores, self.control, self.labels, self.folder = codes, scores, control, labels or {}, folder
+
+    @overload
+    @classmethod
+    def build(cls, dictionary: Dictionary, lm: LanguageModel, text: Text | TokenRows, **settings: Any) -> "FeatureStore": ...
+    @overload
+    @classmethod
+    def build(
+        cls, dictionary: Sequence[Dictionary], lm: LanguageModel, text: Text | TokenRows, **settings: Any
+    ) -> "list[FeatureStore]": ...
+    @classmethod
+    def build(
+        cls,
+        dictionary: Dictionary | Sequence[Dictionary],
+        lm: LanguageModel,
+        text: Text | TokenRows,
+        *,
+        hook: str | None = None,
+        out: str | Path | None = None,
+        top_n: int = 10,
+        n_groups: int = 5,
+        group_size: int = 5,
+        n_random: int = 10,
+        n_silent: int = 20,
+        window: tuple[int, int] = (12, 6),
+        codes: bool = False,
+        control: bool = False,
+        stability: Stability | Sequence[Stability | None] | None = None,
+        raw_unembedding: bool = False,
+        n_tokens: int | None = None,
+        text_config: TextConfig | None = None,
+        batch_tokens: int | None = None,
+        seed: int = 0,
+        exists: Literal["error", "overwrite"] = "error",
+    ) -> "FeatureStore | list[FeatureStore]":
+        """The store of a dictionary; of several dictionaries, of one hook or more, in one pass of the model, a list of stores.
+
+        With `out` it is also written to that folder, several to the folders 0-topk, 1-l1, … (number and rule) in it; an
+        interrupted pass is then gone on with by the same call. Text is cut into rows as the dictionary's training text was;
+        `text_config` says otherwise. Codes go to disk while they are collected, 12 to 14 bytes each: what is in memory is a
+        batch, the token ids, and afterwards the activations of some latents.
+
+        Each of the `top_n` contexts of a latent comes from another row; of equal activations the earlier is taken. `group_size`
+        more are drawn from each of `n_groups` groups of equally many activations, `n_random` from all of them, and `n_silent`
+        from places where the latent does not fire. `window` counts the tokens shown before and after.
+
+        `codes` keeps all activations as a table for `sql` (needs `out`). `control` adds the same of the model with its weights
+        re-drawn. `stability` are scores of `sl.stability`. `raw_unembedding`: effects on logits by W_U as it is.
+
+        Raises:
+            ConfigError: no hook is named; another processing of the model; a setting out of range; `codes` without `out` or
+                without DuckDB; stability scores of another dictionary.
+            HookError, ShapeError: a hook the model lacks, a width that does not fit.
+            TextError: no text, or nothing fires on it.
+            OutputExistsError: `out` holds something, or an unfinished pass of something else, and `exists` is "error".
+            NonFiniteError: a dictionary or activations are NaN or infinite.
+            LockedError, DiskFullError: another process is writing `out`; there is no room.
+        """
+        several = not isinstance(dictionary, Dictionary)
+        dictionaries = list(dictionary) if several else [dictionary]
+        out = None if out is None else Path(out)
+        if out is not None:
+            refuse_existing(out, exists)
+        if codes:
+            check_extra()
+            if out is None:
+                raise ConfigError("codes=True writes a table; give out=, the folder for it")
+        job = Job.of(
+            dictionaries,
+            lm,
+            text,
+            hook,
+            n_tokens,
+            text_config,
+            top_n=top_n,
+            n_groups=n_groups,
+            group_size=group_size,
+            n_random=n_random,
+            n_silent=n_silent,
+            window=window,
+            seed=seed,
+            raw_unembedding=raw_unembedding,
+        )
+        scores = _scores_of_each(stability, job.infos)
+        names = folder_names(dictionaries) if several else ["."]
+        with unfinished(out, job.request(lm, batch_tokens, control), exists) as work:
+            spills = job.collected(lm, batch_tokens, work, "features")
+            others: list[Spill | None] = [None] * len(names)
+            if control:
+                others = job.collected(lm.redrawn(seed), batch_tokens, work / "control", "features of the control")
+            words = vocabulary(lm)
+            with nullcontext() if out is None else new_folder(out, exists) as new:
+                stores = [
+                    cls._made(job, i, lm, words, spills[i], others[i], scores[i], None if new is None else new / name, codes)
+                    for i, name in enumerate(names)
+                ]
+        if out is not None:
+            for store, name in zip(stores, names, strict=True):
+                store._is_in(out / name)
+        return stores if several else stores[0]
+
+    @classmethod
+    def _made(
+        cls,
+        job: Job,
+        i: int,
+        lm: LanguageModel,
+        words: list[str],
+        spill: Spill,
+        other: Spill | None,
+        scores: Stability | None,
+        folder: Path | None,
+        codes: bool,
+    ) -> "FeatureStore":
+        """The store of the i-th dictionary from its codes, those of the control beside them; with a folder it is written."""
+        info = job.infos[i]
+        table = None
+        if folder is not None:
+            folder.mkdir(exist_ok=True)
+            table = folder / CODES_FILE if codes else None
+        tensors = reduced(spill, job.rows, info, table)
+        weights = latent_weights(job.hooked[i].dictionary, lm, raw_unembedding=info.raw_unembedding)
+        store = cls(info, tensors, weights, words, codes=None if table is None else CodesTable.of(table), scores=scores)
+        if other is not None:
+            redrawn = info.replace(model=f"{info.model}, weights re-drawn", revision=None)
+            store.control = cls(redrawn, reduced(other, job.rows, redrawn, must_fire=False), weights, words)
+        if folder is not None:
+            store._write(folder)
+        return store
+
+    @property
+    def densities(self) -> Float[Tensor, " d_sae"]:
+        """Share of the tokens on which each latent fires."""
+        return (self.tensors.count.double() / self.info.n_tokens).float()
+
+    @property
+    def density(self) -> Float[Tensor, " d_sae"]:
+        """The same as `densities`."""
+        return self.densities
+
+    @property
+    def never_fires(self) -> Bool[Tensor, " d_sae"]:
+        """Which latents did not fire once on the text."""
+        return self.tensors.count == 0
+
+    @property
+    def stability(self) -> Float[Tensor, " d_sae"] | None:
+        """How far other dictionaries have each latent (`sl.stability`), where that is known."""
+        return None if self.scores is None else self.scores.score
+
+    def top_examples(self, latent: int) -> list[Example]:
+        """The contexts in which a latent fires most, best first; empty when it never fires.
+
+        Raises:
+            UserError: there is no such latent.
+        """
+        self._check(latent)
+        return self._examples(self.tensors.top_place[latent], self.tensors.top_nearby[latent])
+
+    def quantile_examples(self, latent: int) -> list[ExampleGroup]:
+        """Contexts drawn from groups of equally many activations, the group of the largest first.
+
+        Raises:
+            UserError: there is no such latent.
+        """
+        self._check(latent)
+        t = self.tensors
+        n, numbers = int(t.count[latent]), (t.group_count, t.group_low, t.group_high, t.group_place, t.group_nearby)
+        return [
+            ExampleGroup(float(low), float(high), int(count) / n, self._examples(place, nearby))
+            for count, low, high, place, nearby in zip(*(x[latent] for x in numbers), strict=True)
+            if count > 0
+        ]
+
+    def random_examples(self, latent: int) -> list[Example]:
+        """Contexts drawn from all in which a latent fires, in the order of the text.
+
+        Raises:
+            UserError: there is no such latent.
+        """
+        self._check(latent)
+        return self._examples(self.tensors.random_place[latent], self.tensors.random_nearby[latent])
+
+    def silent_examples(self, latent: int) -> list[Example]:
+        """Contexts drawn from those in which a latent does not fire; fewer than asked for where it nearly always does.
+
+        Raises:
+            UserError: there is no such latent.
+        """
+        self._check(latent)
+        place = self.tensors.silent_place[latent]
+        return self._examples(place, self.tensors.top_nearby.new_zeros(len(place), sum(self.info.window) + 1))
+
+    def _examples(self, places: Tensor, nearby: Tensor) -> list[Example]:
+        """The contexts at places, and what the latent does there."""
+        t, (before, after) = self.tensors, self.info.window
+        examples = []
+        for place, around in zip(places.tolist(), nearby.tolist(), strict=True):
+            if place != NONE:
+                row, position = divmod(place, t.tokens.shape[1])
+                start, stop = max(0, position - before), min(int(t.length[row]), position + after + 1)
+                tokens = tuple(self.vocabulary[i] for i in t.tokens[row, start:stop].tolist())
+                first = start - (position - before)
+                values = tuple(around[first : first + len(tokens)])
+                examples.append(Example(tokens, values, position - start, around[before], row, position))
+        return examples
+
+    def position_profile(self, latent: int) -> list[PositionBin]:
+        """How often and how strongly a latent fires at positions 1, 2 to 3, 4 to 7, …, as far as tokens count there.
+
+        Raises:
+            UserError: there is no such latent.
+        """
+        self._check(latent)
+        t = self.tensors
+        columns = (t.band_low, t.band_high, t.band_tokens, t.band_count[latent], t.band_mean[latent])
+        return [
+            PositionBin(low, high, count / n, mean)
+            for low, high, n, count, mean in zip(*(x.tolist() for x in columns), strict=True)
+            if n
+        ]
+
+    def partners(self, latent: int, by: str = "pmi") -> list[Partner]:
+        """The latents that fire together with one: by "pmi" those whose pointwise mutual information with it is largest, of
+        those that do so on at least 5 tokens, or by "count" those that do so on most tokens.
+
+        Raises:
+            UserError: there is no such latent.
+            ConfigError: another `by`.
+        """
+        self._check(latent)
+        t = self.tensors
+        lists = {"pmi": (t.specific_partner, t.specific_count), "count": (t.frequent_partner, t.frequent_count)}
+        if by not in lists:
+            raise ConfigError(f"by = {by!r}; expected pmi or count")
+        own = int(t.count[latent])
+        return [
+            Partner(other, n, math.log(n * self.info.n_tokens / (own * int(t.count[other]))))
+            for other, n in zip(*(x[latent].tolist() for x in lists[by]), strict=True)
+            if other != NONE
+        ]
+
+    def promoted(self, latent: int) -> list[tuple[str, float]]:
+        """The tokens whose logits a latent raises most, and by how much for each unit of its activation."""
+        return self._effects(latent, self.weights.promoted, self.weights.promoted_effect)
+
+    def suppressed(self, latent: int) -> list[tuple[str, float]]:
+        """The tokens whose logits a latent lowers most, and by how much for each unit of its activation."""
+        return self._effects(latent, self.weights.suppressed, self.weights.suppressed_effect)
+
+    def _effects(self, latent: int, ids: Tensor, effects: Tensor) -> list[tuple[str, float]]:
+        self._check(latent)
+        return [(self.vocabulary[i], effect) for i, effect in zip(ids[latent].tolist(), effects[latent].tolist(), strict=True)]
+
+    def latent(self, latent: int) -> LatentSummary:
+        """All there is to know about one latent; UserError when there is no such latent."""
+        self._check(latent)
+        t = self.tensors
+        return LatentSummary(
+            latent=latent,
+            label=self.labels.get(latent),
+            count=int(t.count[latent]),
+            density=int(t.count[latent]) / self.info.n_tokens,
+            max=float(t.top_value[latent, 0]),
+            **{name: float(getattr(t, name)[latent]) for name in ("mean", "std", "skew", "kurtosis", "bin_width")},
+            histogram=t.histogram[latent].tolist(),
+            promoted=self.promoted(latent),
+            suppressed=self.suppressed(latent),
+            examples=self.top_examples(latent),
+            groups=self.quantile_examples(latent),
+            random=self.random_examples(latent),
+            positions=self.position_profile(latent),
+            partners=self.partners(latent),
+            stability=None if self.scores is None else float(self.scores.score[latent]),
+        )
+
+    def _check(self, latent: int) -> None:
+        if not 0 <= latent < self.info.d_sae:
+            raise UserError(f"no latent {latent}; this dictionary has latents 0 to {self.info.d_sae - 1}")
+
+    def sql(self, query: str) -> "pyarrow.Table":
+        """What a SELECT over the tables codes (latent, row, position, token, value) and tokens (token, text) gives.
+
+        Raises:
+            UserError: the store was built without codes, or the query is no SELECT, or DuckDB refuses it.
+            CorruptFileError: the table is damaged.
+            ConfigError: DuckDB is not installed.
+        """
+        if self.codes is None:
+            raise UserError("this store has no table of its codes; build it with codes=True and out=")
+        return self.codes.query(query, self.vocabulary)
+
+    def label(self, latent: int, text: str) -> None:
+        """Say what a latent stands for; an empty text takes the label away. `write_labels` keeps it.
+
+        Raises:
+            UserError: there is no such latent.
+        """
+        self._check(latent)
+        self.labels.pop(latent, None)
+        if text:
+            self.labels[latent] = text
+
+    def write_labels(self, path: str | Path | None = None) -> Path:
+        """Put the labels in a JSON file, by default the one in the store's folder; its path.
+
+        Raises:
+            ConfigError: neither a path nor a folder.
+        """
+        if path is None and self.folder is None:
+            raise ConfigError("the store is in no folder; say where the labels should go")
+        path = self.folder / LABELS_FILE if path is None else Path(path)
+        write_labels(path, self.labels, self.info.dictionary_sha256)
+        return path
+
+    def read_labels(self, path: str | Path) -> None:
+        """Add the labels in a JSON file to those there are; they win.
+
+        Raises:
+            CorruptFileError: the file is missing or damaged.
+            ConfigError: they are of another dictionary.
+        """
+        self.labels |= read_labels(Path(path), self.info.dictionary_sha256, self.info.d_sae)
+
+    def detection(self, latent: int, scorer: Scorer | None = None) -> Detection:
+        """How well the label of a latent tells contexts in which it fires from others, beside the tokens alone.
+
+        scorer: who reads the label, such as a client of a language model; default: its words are looked for.
+
+        Raises:
+            UserError: no such latent; too few contexts; a scorer that does not give a finite number a context.
+        """
+        return detection(self, latent, scorer)
+
+    def export_neuronpedia(self, folder: str | Path, *, set_name: str, creator_id: str, **settings: Any) -> Path:
+        """Write the store for Neuronpedia below `folder`, see `neuronpedia.export_neuronpedia`; the folder of its source."""
+        return export_neuronpedia(self, folder, set_name=set_name, creator_id=creator_id, **settings)
+
+    def save(self, folder: str | Path, *, exists: Literal["error", "overwrite"] = "error") -> Path:
+        """Write the store as a folder, which appears whole or not at all; its path.
+
+        Raises:
+            OutputExistsError: the folder holds something and `exists` is "error".
+            DiskFullError: there is no room for it.
+        """
+        with new_folder(Path(folder), exists) as new:
+            if self.codes is not None:
+                shutil.copyfile(self.codes.path, new / CODES_FILE)
+            self._write(new)
+        self._is_in(Path(folder))
+        return Path(folder)
+
+    def _is_in(self, folder: Path) -> None:
+        """Note where the files are now."""
+        self.folder = folder
+        if self.codes is not None:
+            self.codes = CodesTable(folder / CODES_FILE, self.codes.n_bytes, self.codes.sha256)
+
+    def _write(self, folder: Path) -> None:
+        """Fill a fresh folder, in which the codes are already."""
+        write_tensors(folder / TENSORS_FILE, self.tensors._asdict())
+        write_tensors(folder / WEIGHTS_FILE, self.weights._asdict())
+        if self.control is not None:
+            own = {name: x for name, x in self.control.tensors._asdict().items() if name not in OF_TEXT}
+            write_tensors(folder / CONTROL_FILE, own)
+        if self.scores is not None:
+            self.scores.save(folder)
+        if self.labels:
+            self.write_labels(folder / LABELS_FILE)
+        checked = [path for path in sorted(folder.glob("*.safetensors")) if path.name != STABILITY_FILE]
+        content = {
+            "format": FORMAT,
+            "sha256": {path.name: file_hash(path) for path in checked},
+            "codes": None if self.codes is None else {"n_bytes": self.codes.n_bytes, "sha256": self.codes.sha256},
+            "info": self.info.model_dump(mode="json"),
+            "control": None if self.control is None else self.control.info.model_dump(mode="json"),
+            "vocabulary": self.vocabulary,
+        }
+        write_json(folder / INFO_FILE, content)
+
+    @classmethod
+    def load(cls, folder: str | Path, dictionary: Dictionary | None = None) -> "FeatureStore":
+        """The store in a folder written by `save` or `build`, with the labels and stability scores that are there.
+
+        dictionary: the one that the store must be of.
+
+        Raises:
+            CorruptFileError: a file is missing, truncated or damaged, or they do not belong together.
+            ConfigError: the store, its labels or its stability scores are of another dictionary.
+        """
+        folder = Path(folder)
+        content = read_json(folder / INFO_FILE)
+        if content.get("format") != FORMAT:
+            raise CorruptFileError(
+                f"{folder / INFO_FILE}: format {content.get('format')!r}, this version reads {FORMAT}; build the store again"
+            )
+        try:
+            names = [TENSORS_FILE, WEIGHTS_FILE] + [CONTROL_FILE] * (content["control"] is not None)
+            files = {name: _checked(folder / name, content["sha256"][name]) for name in names}
+            codes = None if content["codes"] is None else CodesTable(folder / CODES_FILE, **content["codes"])
+            if codes is not None:
+                codes.check_size()
+            info, words = StoreInfo(**content["info"]), list(content["vocabulary"])
+            tensors, weights = FeatureTensors(**files[TENSORS_FILE]), LatentWeights(**files[WEIGHTS_FILE])
+            store = cls(info, tensors, weights, words, codes=codes, folder=folder)
+            if content["control"] is not None:
+                shared = {name: getattr(tensors, name) for name in OF_TEXT}
+                store.control = cls(
+                    StoreInfo(**content["control"]), FeatureTensors(**shared, **files[CONTROL_FILE]), weights, words
+                )
+        except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
+            raise CorruptFileError(f"{folder} is damaged: {type(error).__name__}: {error}") from None
+        if not all(_fits(one) for one in (store, store.control) if one is not None):
+            raise CorruptFileError(f"{folder}: the tensors and {INFO_FILE} do not fit together; build the store again")
+        if dictionary is not None and weights_hash(dictionary) != info.dictionary_sha256:
+            raise ConfigError(f"{folder} is the store of another dictionary; build one of this dictionary")
+        if (folder / STABILITY_FILE).exists():
+            store.scores = _scores_of_each(Stability.load(folder), [info])[0]
+        if (folder / LABELS_FILE).exists():
+            store.read_labels(folder / LABELS_FILE)
+        return store
+
+    def dashboard(self, path: str | Path = "features.html", *, exists: Literal["error", "overwrite"] = "error") -> Path:
+        """Write the store as one HTML page that needs no network; its path.
+
+        Raises:
+            OutputExistsError: the file exists and `exists` is "error", or it is a folder.
+        """
+        from saelens_lite.features.dashboard import render
+
+        path = Path(path)
+        if path.is_dir():
+            raise OutputExistsError(f"{path} is a folder; name a file, such as {path / 'features.html'}")
+        refuse_existing(path, exists)
+        page = render(self)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, page)
+        return path
+
+    def __repr__(self) -> str:
+        i = self.info
+        silent = int(self.never_fires.sum())
+        return f"FeatureStore({i.d_sae} latents, {i.rule}, {i.model}, {i.hook}, {i.n_tokens:,} tokens, {silent} never fire)"
 
 
-@torch.no_grad()
-def collect(dictionary: Dictionary, lm: LanguageModel, rows: TokenRows, info: StoreInfo, batch_tokens: int) -> FeatureTensors:
-    """The numbers of a store, from one pass over the rows.
-
-    Raises:
-        HookError, ShapeError: the model lacks the hook, or the dictionary has another width.
-        NonFiniteError: activations or codes are NaN or infinite.
-    """
-    device = dictionary.W_enc.device
-    firing = _Firing(info, rows.tokens.shape, device)
-    per_batch = max(1, batch_tokens // rows.tokens.shape[1])
-    with progress_bar("features", rows.n_kept) as advance:
-        for start in range(0, len(rows.tokens), per_batch):
-            batch = rows.take(slice(start, start + per_batch))
-            keep = batch.keep.to(device)
-            x = lm.run(batch.tokens, info.hook)[info.hook].to(device)[keep]
-            codes = dictionary.encode(x)
-            for what, numbers in (("activations", x), ("codes", codes.value)):
-                if not torch.isfinite(numbers).all():
-                    raise NonFiniteError(
-                        f"{info.hook}, rows {start} to {start + len(keep) - 1}: NaN or infinity among the {what}"
-                    )
-            firing.add(codes, start * rows.tokens.shape[1] + keep.flatten().nonzero().squeeze(1))
-            advance(batch.n_kept, "")
-    length = (rows.keep * torch.arange(1, rows.keep.shape[1] + 1)).amax(1)
-    numbers = (*firing.tensors(), *token_effects(dictionary, lm))
-    return FeatureTensors(rows.tokens.int(), length.int(), *(x.cpu() for x in numbers))
+def folder_names(dictionaries: Sequence[Dictionary]) -> list[str]:
+    """What the folders of several stores are called: the number and the rule of each dictionary."""
+    return [f"{i}-{d.rule.plugin_name}" for i, d in enumerate(dictionaries)]
 
 
-class _Entries(NamedTuple):
-    """The codes above zero of a batch: place in the text, latent, activation; places ascending."""
-
-    place: Int[Tensor, " n"]
-    latent: Int[Tensor, " n"]
-    value: Float[Tensor, " n"]
-
-
-class _Best(NamedTuple):
-    """The strongest contexts so far of each latent, best first; value 0 where there is none."""
-
-    value: Float[Tensor, "d_sae top_n"]
-    place: Int[Tensor, "d_sae top_n"]
-    nearby: Float[Tensor, "d_sae top_n window"]
-
-
-class _Firing:
-    """What the pass has seen of each latent so far."""
-
-    def __init__(self, info: StoreInfo, shape: tuple[int, int], device: torch.device):
-        d_sae, top_n = info.d_sae, info.top_n
-        self.n_seq, self.n_ctx = shape
-        self.offsets = torch.arange(-info.window[0], info.window[1] + 1, device=device)
-        self.count = torch.zeros(d_sae, dtype=torch.long, device=device)
-        self.total = torch.zeros(d_sae, dtype=torch.float64, device=device)
-        self.histogram = torch.zeros(d_sae, N_BINS, dtype=torch.long, device=device)
-        self.exponent = torch.zeros(d_sae, dtype=torch.int32, device=device)  # a histogram ends at 2^exponent
-        value = torch.zeros(d_sae, top_n, device=device)
-        self.best = _Best(value, value.long(), value.new_zeros(d_sae, top_n, len(self.offsets)))
-
-    def add(self, codes: SparseCodes, place: Int[Tensor, " batch"]) -> None:
-        """Take in the codes at some places; a batch has whole rows, and batches come in the order of the text."""
-        fires = codes.value > 0
-        entries = _Entries(place[codes.row[fires]], codes.latent[fires], codes.value[fires].float())
-        self.count += torch.bincount(entries.latent, minlength=len(self.count))
-        self.total.index_add_(0, entries.latent, entries.value.double())
-        self._add_best(entries)
-        self._add_to_histogram(entries)
-
-    def _add_best(self, entries: _Entries) -> None:
-        """Merge the best entry of each latent in each row into the lists of the latents that gain from it."""
-        place, latent, value = entries
-        gains = (value > self.best.value[latent, -1]).nonzero().squeeze(1)  # a later row must be better, not equal
-        pair = latent[gains] * self.n_seq + place[gains] // self.n_ctx
-        order = _best_first(pair, value[gains])
-        chosen = gains[order[_starts(pair[order])]]
-        chosen = chosen[_best_first(latent[chosen], value[chosen])]
-        changed, group, size = latent[chosen].unique_consecutive(return_inverse=True, return_counts=True)
-        rank = torch.arange(len(chosen), device=group.device) - (size.cumsum(0) - size)[group]
-        fits = rank < self.best.value.shape[1]
-        chosen, slot = chosen[fits], (group[fits], rank[fits])
-        tables = []
-        for old, new in zip(self.best, (value[chosen], place[chosen], self._nearby(entries, chosen)), strict=True):
-            table = old.new_zeros(len(changed), *old.shape[1:]).index_put_(slot, new)
-            tables.append(torch.cat([old[changed], table], 1))
-        order = tables[0].argsort(dim=1, descending=True, stable=True)[:, : self.best.value.shape[1]]
-        for old, table in zip(self.best, tables, strict=True):
-            old[changed] = torch.take_along_dim(table, order if table.ndim == 2 else order[..., None], 1)
-
-    def _nearby(self, entries: _Entries, chosen: Int[Tensor, " chosen"]) -> Float[Tensor, "chosen window"]:
-        """What the latent of each chosen entry does around it: 0 where it does not fire or the row is over."""
-        n_places = self.n_seq * self.n_ctx
-        keys, order = (entries.latent * n_places + entries.place).sort()
-        place = entries.place[chosen, None]
-        wanted = entries.latent[chosen, None] * n_places + place + self.offsets
-        found = torch.searchsorted(keys, wanted).clamp_(max=len(keys) - 1)
-        position = place % self.n_ctx + self.offsets
-        there = (keys[found] == wanted) & (position >= 0) & (position < self.n_ctx)
-        return torch.where(there, entries.value[order[found]], 0)
-
-    def _add_to_histogram(self, entries: _Entries) -> None:
-        """Count into bins of equal width; where a new maximum widens the range, neighbouring bins merge first."""
-        exponent = torch.frexp(self.best.value[:, 0]).exponent
-        merged = torch.arange(N_BINS, device=exponent.device) >> (exponent - self.exponent).clamp(0, N_BINS)[:, None]
-        self.histogram = torch.zeros_like(self.histogram).scatter_add_(1, merged, self.histogram)
-        self.exponent = exponent
-        scale = N_BINS * 2.0 ** -exponent.double()  # a power of 2: the product is exact, and so is every merge
-        cell = entries.latent * N_BINS + (entries.value * scale[entries.latent]).long()
-        added = torch.bincount(cell, minlength=self.histogram.numel())
-        self.histogram += added.reshape(self.histogram.shape)
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """From `count` to `top_nearby`, in the order of FeatureTensors."""
-        fired = self.count > 0
-        mean = torch.where(fired, self.total / self.count, 0).float()
-        width = torch.where(fired, 2.0 ** self.exponent.double() / N_BINS, 0).float()
-        return self.count, mean, self.histogram, width, *self.best
+def _scores_of_each(
+    stability: Stability | Sequence[Stability | None] | None, infos: Sequence[StoreInfo]
+) -> list[Stability | None]:
+    """The scores of each dictionary, where there are any."""
+    given = [stability] if stability is None or isinstance(stability, Stability) else list(stability)
+    if stability is None:
+        given *= len(infos)
+    if len(given) != len(infos):
+        raise ConfigError(f"{len(given)} stability scores for {len(infos)} dictionaries; give as many, or None among them")
+    for scores, info in zip(given, infos, strict=True):
+        if scores is not None and scores.sha256 != info.dictionary_sha256:
+            raise ConfigError("the stability scores are of another dictionary; compute them anew with sl.stability")
+    return given
 
 
-def _best_first(key: Int[Tensor, " n"], value: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """The order by key, then by falling value, then as they came."""
-    order = value.argsort(descending=True, stable=True)
-    return order[key[order].argsort(stable=True)]
+def _checked(path: Path, sha256: str) -> dict[str, Tensor]:
+    """The tensors of a file that has this hash."""
+    tensors = read_tensors(path)
+    if file_hash(path) != sha256:
+        raise CorruptFileError(f"{path} does not match the checksum in {INFO_FILE}; build the store again")
+    return tensors
 
 
-def _starts(key: Int[Tensor, " n"]) -> Bool[Tensor, " n"]:
-    """Where a run of equal keys begins."""
-    return torch.cat([torch.ones_like(key[:1], dtype=torch.bool), key[1:] != key[:-1]])
+def _fits(store: FeatureStore) -> bool:
+    """Whether types and shapes agree with each other and with the info, and every token id, place and latent exists."""
+    info, t, w, n_vocab = store.info, store.tensors, store.weights, len(store.vocabulary)
+    consistent = _typed(t) and _typed(w) and len(t.count) == len(w.promoted) == info.d_sae
+    shapes = (t.top_nearby.shape[1:], t.group_nearby.shape[1:], t.random_nearby.shape[1:], t.silent_place.shape[1:])
+    width = sum(info.window) + 1
+    wanted = ((info.top_n, width), (info.n_groups, info.group_size, width), (info.n_random, width), (info.n_silent,))
+    if not consistent or shapes != wanted or t.histogram.shape[1] != N_BINS:
+        return False
+    places = (t.top_place, t.group_place, t.random_place, t.silent_place)
+    latents = (t.frequent_partner, t.specific_partner)
+    limits = [
+        *((ids, 0, n_vocab) for ids in (t.tokens, w.promoted, w.suppressed)),
+        *((place, NONE, t.tokens.numel()) for place in places),
+        *((latent, NONE, info.d_sae) for latent in latents),
+        *((latent, 0, info.d_sae) for latent in (w.decoder_neighbours, w.encoder_neighbours)),
+    ]
+    inside = all(int(ids.min()) >= low and int(ids.max()) < high for ids, low, high in limits if ids.numel())
+    return inside and _counts_agree(t) and all(isinstance(text, str) for text in store.vocabulary)
 
 
-def token_effects(dictionary: Dictionary, lm: LanguageModel) -> list[Tensor]:
-    """Promoted token ids and effects [d_sae N_EFFECTS], then suppressed ones, strongest first.
-
-    Empty [d_sae 0] at a hook of another width than the residual stream, which does not act on the logits directly.
-    """
-    unembedding = lm.unembedding()
-    n = min(N_EFFECTS, len(unembedding)) if dictionary.d_out == unembedding.shape[1] else 0
-    chunks = []
-    for W_dec in dictionary.W_dec.float().to(unembedding.device).split(max(1, MAX_LOGITS // len(unembedding))):
-        logits = W_dec @ unembedding.T if n else W_dec
-        high, low = logits.topk(n, dim=1), logits.topk(n, dim=1, largest=False)
-        chunks.append((high.indices.int(), high.values, low.indices.int(), low.values))
-    return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
+def _counts_agree(t: FeatureTensors) -> bool:
+    """Whether groups hold all activations, and no latent fires together with another more often than each of them does."""
+    if not torch.equal(t.group_count.sum(1), t.count):
+        return False
+    for partner, together in ((t.frequent_partner, t.frequent_count), (t.specific_partner, t.specific_count)):
+        most = torch.minimum(t.count[:, None], t.count[partner.clamp(min=0).long()])
+        if not torch.where(partner == NONE, True, (together > 0) & (together <= most)).all():
+            return False
+    return True
 
 
-@cache
-def _byte_of() -> dict[str, int]:
-    """GPT-2's alphabet of bytes: printable ones stand for themselves, the others for characters from U+0100 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-def vocabulary(lm: LanguageModel) -> list[str]:
-    r"""The text of every token: bytes that make no whole character as \xe2, a token without text as <its number>."""
-
-    def shown(i: int, text: str) -> str:
-        if "\ufffd" not in text:
-            return text or f"<{i}>"
-        name = lm.tokenizer.convert_ids_to_tokens(i)
-        if not all(char in _byte_of() for char in name):
-            return name
-        return "".join(chr(byte) if 32 <= byte < 127 else f"\\x{byte:02x}" for byte in (_byte_of()[char] for char in name))
-
-    return [shown(i, text) for i, text in enumerate(lm.token_strings())]
-
-
-def weights_hash(dictionary: Dictionary) -> str:
-    """SHA-256 over the names, types, shapes and values of a dictionary's parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(dictionary.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def _typed(tensors: FeatureTensors | LatentWeights) -> bool:
+    """Whether every tensor is of the type of its field, axes of one name being equally long."""
+    with jaxtyped("context"):
+        return all(isinstance(x, type(tensors).__annotations__[name]) for name, x in tensors._asdict().items())

@@ -435,12 +435,12 @@ class LanguageModel:
         ids = tokens[0].tolist()
         return self.tokenizer.decode(ids[1:] if ids[0] == self.bos_id else ids)
 
-    def unembedding(self) -> Float[Tensor, "d_vocab d_model"]:
+    def unembedding(self, *, fold_norm: bool = True) -> Float[Tensor, "d_vocab d_model"]:
         """W_U with the final norm's scale folded in, so that a direction's dot product with a row is its effect on that
-        token's logit, up to the positive factor the norm divides by and a shift common to all tokens."""
+        token's logit, up to the positive factor the norm divides by and a shift common to all tokens; else W_U as it is."""
         head = self.module.get_output_embeddings().weight.float()
         norm = self._final_norm
-        if norm is None:
+        if norm is None or not fold_norm:
             return head
         scale = norm.weight.float()
         if "gemma" in type(self.module).__name__.lower():  # Gemma's norm multiplies by 1 + weight

@@ -1,0 +1,144 @@
+"""From dictionaries, a model and a text to the numbers of their feature stores."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from saelens_lite.config import TextConfig
+from saelens_lite.dictionary import Dictionary
+from saelens_lite.errors import ConfigError, TextError
+from saelens_lite.evaluate import as_trained
+from saelens_lite.features.codes import codes_file
+from saelens_lite.features.collect import Hooked, collect
+from saelens_lite.features.cooccurrence import partners
+from saelens_lite.features.info import StoreInfo, weights_hash
+from saelens_lite.features.reduce import Block, TextFacts
+from saelens_lite.features.spill import Spill
+from saelens_lite.features.tensors import FeatureTensors
+from saelens_lite.model import LanguageModel
+from saelens_lite.progress import progress_bar
+from saelens_lite.tokens import Text, TokenRows, source_name, text_hash, token_rows
+
+
+class Job(NamedTuple):
+    """Dictionaries with the hooks they read, the text, and what is to be said of each in its store."""
+
+    hooked: list[Hooked]
+    rows: TokenRows
+    infos: list[StoreInfo]
+
+    @classmethod
+    def of(
+        cls,
+        dictionaries: Sequence[Dictionary],
+        lm: LanguageModel,
+        text: Text | TokenRows,
+        hook: str | None,
+        n_tokens: int | None,
+        text_config: TextConfig | None,
+        **settings: Any,
+    ) -> "Job":
+        """What is asked for, checked as far as that is possible without running the model."""
+        if not dictionaries:
+            raise ConfigError("no dictionary to collect features of")
+        hooked = [_hooked(d, lm, hook) for d in dictionaries]
+        rows = _rows(dictionaries, lm, text, n_tokens, text_config)
+        common = {
+            "model": lm.name,
+            "revision": lm.revision,
+            "n_tokens": rows.n_kept,
+            "bos_id": lm.bos_id,
+            "text": source_name(text, text_config),
+            "text_sha256": text_hash(rows),
+            **settings,
+        }
+        infos = [
+            StoreInfo(
+                hook=one.hook,
+                target_hook=one.dictionary.origin.target_hook,
+                rule=one.dictionary.rule.plugin_name,
+                d_sae=one.dictionary.d_sae,
+                dictionary_sha256=weights_hash(one.dictionary),
+                **common,
+            )
+            for one in hooked
+        ]
+        return cls(hooked, rows, infos)
+
+    def request(self, lm: LanguageModel, batch_tokens: int | None, control: bool) -> dict[str, Any]:
+        """What an unfinished pass has to agree with to go on."""
+        of_each = {f"{i}: {key}": x for i, info in enumerate(self.infos) for key, x in info.model_dump(mode="json").items()}
+        return {
+            "processing": lm.processing,
+            "tokenizer": lm.tokenizer_hash,
+            "model_dtype": str(lm.dtype),
+            "batch_tokens": batch_tokens,
+            "control": control,
+            "n_dictionaries": len(self.infos),
+            **of_each,
+        }
+
+    def collected(self, lm: LanguageModel, batch_tokens: int | None, folder: Path, what: str) -> list[Spill]:
+        """The codes of each dictionary, on disk below `folder`, from one pass of the model."""
+        return collect(self.hooked, lm, self.rows, batch_tokens, folder, what)
+
+
+def _hooked(dictionary: Dictionary, lm: LanguageModel, hook: str | None) -> Hooked:
+    """A dictionary with its hook, both fit for the model."""
+    hook = hook or dictionary.origin.hook
+    if hook is None:
+        raise ConfigError("the dictionary does not say which hook it belongs to; give hook=")
+    lm.hook_point(hook)
+    lm.check_origin(dictionary.origin)
+    dictionary.check_finite()
+    return Hooked(dictionary, hook)
+
+
+def _rows(
+    dictionaries: Sequence[Dictionary],
+    lm: LanguageModel,
+    text: Text | TokenRows,
+    n_tokens: int | None,
+    text_config: TextConfig | None,
+) -> TokenRows:
+    """Token rows like those the dictionaries were trained on, on the CPU."""
+    if not isinstance(text, TokenRows):
+        config = as_trained(dictionaries, lm, text, text_config or TextConfig())
+        return token_rows(lm, text, n_tokens=n_tokens, text_config=config)
+    if n_tokens is not None or text_config is not None:
+        raise ConfigError("n_tokens and text_config are for text that is still to be cut into rows; give fewer rows instead")
+    if not text.n_kept:
+        raise TextError("none of the positions of the token rows counts")
+    return TokenRows(text.tokens.cpu(), text.keep.cpu())
+
+
+def reduced(
+    spill: Spill, rows: TokenRows, info: StoreInfo, codes: Path | None = None, must_fire: bool = True
+) -> FeatureTensors:
+    """The numbers of a store from the codes on disk; with `codes` these also go to that file, sorted.
+
+    Raises:
+        TextError: nothing fires anywhere, and `must_fire`.
+    """
+    text = TextFacts.of(rows)
+    lists = spill.lists(text.n_places)
+    count = lists.count(info.d_sae)
+    if must_fire and not count.any():
+        raise TextError(f"none of the {info.d_sae} latents fires on the text ({info.n_tokens:,} tokens); is it the right hook?")
+    parts = []
+    with codes_file(codes, rows.tokens) as write, progress_bar("latents", info.d_sae, "latents") as advance:
+        for piece in spill.pieces(count):
+            block = Block(piece.entries, piece.first, piece.n, text, info)
+            write(block)
+            parts.append(block.reduced() | partners(block, lists, count)._asdict())
+            advance(piece.n, "")
+    of_text = {
+        "tokens": rows.tokens.int(),
+        "length": text.length.int(),
+        "band_low": torch.tensor(text.bands.low),
+        "band_high": torch.tensor(text.bands.high),
+        "band_tokens": torch.tensor(text.bands.n_tokens),
+    }
+    return FeatureTensors(**of_text, **{name: torch.cat([part[name] for part in parts]) for name in parts[0]})

@@ -1,0 +1,129 @@
+"""All activations of a text as a Parquet file sorted by latent, and DuckDB over it.
+
+Table codes has a row for each activation: latent, row, position, token, value. Table tokens has the text of each token.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jaxtyping import Int
+from torch import Tensor
+
+from saelens_lite.errors import ConfigError, CorruptFileError, UserError
+from saelens_lite.features.reduce import Block
+from saelens_lite.files import disk_full_is_typed, file_hash
+
+if TYPE_CHECKING:
+    import duckdb
+    import pyarrow
+
+CODES_FILE = "codes.parquet"
+GROUP = 1 << 20  # activations of a row group, which a query reads or leaves out as a whole
+WHAT_TO_INSTALL = "pip install 'saelens-lite[sql]'"
+
+
+def check_extra() -> None:
+    """Raise ConfigError unless DuckDB and pyarrow are there."""
+    try:
+        import duckdb  # noqa: F401
+        import pyarrow.parquet  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"codes as a table need {error.name}: {WHAT_TO_INSTALL}") from None
+
+
+@contextmanager
+def codes_file(path: Path | None, tokens: Int[Tensor, "n_seq n_ctx"]) -> Iterator[Callable[[Block], None]]:
+    """Within the block, a function that appends the activations of a block of latents to the file; without a path it does
+    nothing."""
+    if path is None:
+        yield lambda block: None
+        return
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    whole, n_ctx = pa.int32(), tokens.shape[1]
+    schema = pa.schema([*((name, whole) for name in ("latent", "row", "position", "token")), ("value", pa.float32())])
+    encodings = {"row": "DELTA_BINARY_PACKED", "position": "PLAIN", "value": "BYTE_STREAM_SPLIT"}
+    settings = {"compression": "zstd", "use_dictionary": ["latent", "token"], "column_encoding": encodings}
+    with disk_full_is_typed(path), pq.ParquetWriter(path, schema, **settings) as writer:
+
+        def add(block: Block) -> None:
+            columns = (
+                block.first + block.latent,
+                block.place // n_ctx,
+                block.place % n_ctx,
+                tokens.flatten()[block.place],
+                block.value,
+            )
+            for start in range(0, len(block.value), GROUP):
+                part = (x[start : start + GROUP].numpy() for x in columns)
+                arrays = [pa.array(x).cast(field.type) for x, field in zip(part, schema, strict=True)]
+                writer.write_table(pa.Table.from_arrays(arrays, schema=schema), row_group_size=GROUP)
+
+        yield add
+
+
+class CodesTable:
+    """A file of codes that was written before, and the queries of it."""
+
+    def __init__(self, path: Path, n_bytes: int, sha256: str):
+        self.path, self.n_bytes, self.sha256 = path, n_bytes, sha256
+        self._is_whole = False
+
+    @classmethod
+    def of(cls, path: Path) -> "CodesTable":
+        """The table in a file that has just been written."""
+        return cls(path, path.stat().st_size, file_hash(path))
+
+    def check_size(self) -> None:
+        """Raise CorruptFileError unless the file is as long as it was."""
+        found = self.path.stat().st_size if self.path.exists() else 0
+        if found != self.n_bytes:
+            raise CorruptFileError(
+                f"{self.path}: {found:,} bytes of {self.n_bytes:,}; it is missing or truncated, build the store again"
+            )
+
+    def _check(self) -> None:
+        """Raise CorruptFileError unless the file is what it was; its content is looked at once."""
+        self.check_size()
+        if not self._is_whole and file_hash(self.path) != self.sha256:
+            raise CorruptFileError(f"{self.path} does not match its checksum; build the store again")
+        self._is_whole = True
+
+    def query(self, sql: str, vocabulary: Sequence[str]) -> "pyarrow.Table":
+        """What a SELECT over the tables codes and tokens gives.
+
+        Raises:
+            UserError: not one statement that only reads, or one that DuckDB refuses, such as for reading any other file.
+            CorruptFileError: the file is damaged.
+            ConfigError: DuckDB is not installed.
+        """
+        check_extra()
+        self._check()
+        import duckdb
+        import pyarrow as pa
+
+        with duckdb.connect() as db:
+            _open(db, self.path, pa.table({"token": range(len(vocabulary)), "text": list(vocabulary)}))
+            try:
+                statements = db.extract_statements(sql)
+                if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
+                    raise UserError("codes can only be read: give one SELECT statement")
+                return db.sql(statements[0]).to_arrow_table()
+            except duckdb.Error as error:
+                raise UserError(f"DuckDB: {error}") from None
+
+
+def _open(db: "duckdb.DuckDBPyConnection", path: Path, tokens: "pyarrow.Table") -> None:
+    """Make the two tables, and close everything else off: no other file, no file for intermediate results, no way back."""
+    where = str(path.resolve())
+    db.register("tokens", tokens)
+    db.read_parquet(where).create_view("codes")
+    quoted = where.replace("'", "''")
+    db.execute(f"set allowed_paths = ['{quoted}']")
+    db.execute("set temp_directory = ''")
+    for setting in ("python_enable_replacements", "enable_external_access"):
+        db.execute(f"set {setting} = false")
+    db.execute("set lock_configuration = true")

@@ -1,0 +1,197 @@
+"""The pass of the model over the text: what fires goes to disk as it comes.
+
+An unfinished pass lives in a hidden folder beside its destination: request.json says what was asked, progress.json how many
+batches are on the disk and how long the files were then. The same call goes on behind them.
+"""
+
+import json
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from filelock import FileLock, Timeout
+
+from saelens_lite.dictionary import Dictionary
+from saelens_lite.errors import (
+    ConfigError,
+    CorruptFileError,
+    DiskFullError,
+    LockedError,
+    NonFiniteError,
+    OutputExistsError,
+)
+from saelens_lite.evaluate.measure import Batch, batches
+from saelens_lite.features.spill import Spill
+from saelens_lite.files import read_json, refuse_existing, remove_leftovers, write_json
+from saelens_lite.model import LanguageModel
+from saelens_lite.progress import progress_bar
+from saelens_lite.tokens import TokenRows
+
+REQUEST, PROGRESS, LOCK = "request.json", "progress.json", ".lock"
+MAX_PLACES = 1 << 31
+SYNC_SECONDS = 30
+
+log = logging.getLogger(__name__)
+
+
+class Hooked(NamedTuple):
+    """A dictionary and the hook it reads."""
+
+    dictionary: Dictionary
+    hook: str
+
+
+@torch.no_grad()
+def collect(
+    dictionaries: Sequence[Hooked], lm: LanguageModel, rows: TokenRows, batch_tokens: int | None, folder: Path, what: str
+) -> list[Spill]:
+    """The codes of the kept tokens by each dictionary, on disk below `folder`, from one pass of the model.
+
+    Raises:
+        HookError, ShapeError: the model lacks a hook, or a dictionary has another width.
+        NonFiniteError: activations or codes are NaN or infinite.
+        ConfigError: there is too much text for a store.
+        DiskFullError: there is no room for the codes.
+    """
+    n_ctx = rows.tokens.shape[1]
+    if rows.tokens.numel() > MAX_PLACES:
+        raise ConfigError(f"{rows.tokens.numel():,} positions; a store is of at most {MAX_PLACES:,}")
+    progress = _Progress(folder, [one.dictionary.d_sae for one in dictionaries])
+    hooks = list(dict.fromkeys(one.hook for one in dictionaries))
+    with progress.writing() as spills, progress_bar(what, rows.n_kept) as advance:
+        for number, batch in enumerate(batches(lm, rows, batch_tokens)):
+            if number >= progress.n_batches:
+                acts = lm.run(batch.tokens, hooks)
+                place = (batch.rows[:, None] * n_ctx + torch.arange(batch.tokens.shape[1]))[batch.keep.cpu()]
+                kept = {hook: acts[hook][batch.keep] for hook in hooks}
+                for one, spill in zip(dictionaries, spills, strict=True):
+                    spill.add(place, _codes(one, kept[one.hook], batch))
+                progress.add()
+            advance(int(batch.keep.sum()), "")
+    return spills
+
+
+def _codes(one: Hooked, x: torch.Tensor, batch: Batch) -> Any:
+    """The codes of activations; NonFiniteError where there are none."""
+    codes = one.dictionary.encode(x.to(one.dictionary.W_enc.device))
+    for what, numbers in (("activations", x), ("codes", codes.value)):
+        if not torch.isfinite(numbers).all():
+            raise NonFiniteError(f"{one.hook}, row {int(batch.rows[0])} or near it: NaN or infinity among the {what}")
+    return codes
+
+
+class _Progress:
+    """How far a pass has come, and the files it writes."""
+
+    def __init__(self, folder: Path, d_sae: list[int]):
+        self.folder, self.file = folder, folder / PROGRESS
+        self.n_batches, sizes = 0, [{}] * len(d_sae)
+        if self.file.exists():
+            found = read_json(self.file)
+            try:
+                self.n_batches, sizes = int(found["n_batches"]), [dict(size) for size in found["sizes"]]
+            except (KeyError, TypeError, ValueError):
+                raise CorruptFileError(f"{self.file} is damaged; delete {folder}") from None
+            log.info("continuing in %s behind %d batches", folder, self.n_batches)
+        self.spills = [Spill(folder / str(i), n, size) for i, (n, size) in enumerate(zip(d_sae, sizes, strict=True))]
+        self._saved = time.monotonic()
+
+    @contextmanager
+    def writing(self) -> Iterator[list[Spill]]:
+        """Within the block the files are open; however it ends, the batches that are whole count."""
+        try:
+            for spill in self.spills:
+                spill.open()
+            self._state = self._now()
+            try:
+                yield self.spills
+            finally:
+                self.save()
+        finally:
+            for spill in self.spills:
+                spill.close()
+
+    def _now(self) -> dict[str, Any]:
+        return {"n_batches": self.n_batches, "sizes": [spill.sizes for spill in self.spills]}
+
+    def add(self) -> None:
+        """Note that another batch is whole."""
+        self.n_batches += 1
+        self._state = self._now()
+        if time.monotonic() - self._saved > SYNC_SECONDS:
+            self.save()
+
+    def save(self) -> None:
+        """Have the batches that are whole on the disk, and say so there; nothing is said of none."""
+        if not self._state["n_batches"]:
+            return
+        for spill in self.spills:
+            spill.sync()
+        write_json(self.file, self._state)
+        self._saved = time.monotonic()
+
+
+@contextmanager
+def unfinished(out: Path | None, request: dict[str, Any], exists: str) -> Iterator[Path]:
+    """The folder of a pass that is not finished, locked; it goes when the block ends well, or when nothing is in it yet.
+
+    Raises:
+        OutputExistsError: `out`, or an unfinished pass of something else, is there and `exists` is "error".
+        LockedError: another process is writing the same store.
+    """
+    if out is None:
+        with tempfile.TemporaryDirectory(prefix="saelens-lite-") as folder:
+            yield Path(folder)
+        return
+    folder = out.with_name(f".{out.name}.unfinished")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            try:
+                refuse_existing(out, exists)
+                _agree(folder, request, exists)
+                yield folder
+                remove_leftovers(out)
+                shutil.rmtree(folder)
+            finally:
+                if folder.exists() and not (folder / PROGRESS).exists():
+                    shutil.rmtree(folder)
+    except Timeout:
+        raise LockedError(f"another process is writing {out}; wait for it or choose another place") from None
+    except DiskFullError as error:
+        if not folder.exists():
+            raise
+        raise DiskFullError(f"{error}; make room and run the same again: what is in {folder} stays") from error
+
+
+def _agree(folder: Path, request: dict[str, Any], exists: str) -> None:
+    """Note what was asked; what an earlier call left must have been asked for in the same words."""
+    if not (folder / PROGRESS).exists():
+        return _start_over(folder, request)
+    found = read_json(folder / REQUEST)
+    other = [key for key in request if found.get(key) != json.loads(json.dumps(request[key]))]
+    if other and exists == "error":
+        said = ", ".join(f"{key} = {found.get(key)!r} (now {request[key]!r})" for key in other)
+        raise OutputExistsError(
+            f"{folder} holds an unfinished store with other settings: {said}; ask for the same, delete it, or say "
+            "exists='overwrite'"
+        )
+    if other:
+        _start_over(folder, request)
+    return None
+
+
+def _start_over(folder: Path, request: dict[str, Any]) -> None:
+    """Forget what is there, and note what was asked."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+    write_json(folder / REQUEST, request)

@@ -1,0 +1,42 @@
+"""What a feature store was made of, and which dictionary it belongs to."""
+
+import hashlib
+
+import torch
+from pydantic import Field, NonNegativeInt
+
+from saelens_lite.config import FrozenConfig
+from saelens_lite.dictionary import Dictionary
+
+
+class StoreInfo(FrozenConfig):
+    """What a feature store was made of."""
+
+    model: str = Field(description="Model name, Hub id or folder.")
+    revision: str | None = Field(description="Commit of the model.")
+    hook: str = Field(description="transformer-lens hook name.")
+    target_hook: str | None = Field(None, description="Hook a transcoder predicts; none for an autoencoder.")
+    rule: str = Field(description="Sparsity rule of the dictionary.")
+    d_sae: int = Field(gt=0, description="Number of latents.")
+    n_tokens: int = Field(gt=0, description="Activations encoded.")
+    top_n: int = Field(gt=0, description="Most contexts kept for a latent of those in which it fires most.")
+    n_groups: int = Field(gt=0, description="Groups of equally many of a latent's activations, by size.")
+    group_size: int = Field(gt=0, description="Contexts drawn from each group.")
+    n_random: int = Field(gt=0, description="Contexts drawn from all activations of a latent.")
+    n_silent: int = Field(gt=0, description="Contexts drawn from those in which a latent does not fire.")
+    window: tuple[NonNegativeInt, NonNegativeInt] = Field(description="Tokens shown before and after the peak.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of what is drawn.")
+    raw_unembedding: bool = Field(False, description="Whether effects on logits leave out the final norm's scale.")
+    bos_id: int | None = Field(description="Token that begins a row.")
+    text: str | None = Field(None, description="What the text was.")
+    text_sha256: str = Field(description="Hash of token ids and kept positions.")
+    dictionary_sha256: str = Field(description="Hash of the dictionary's weights, see `weights_hash`.")
+
+
+def weights_hash(dictionary: Dictionary) -> str:
+    """SHA-256 over the names, types, shapes and values of a dictionary's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(dictionary.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

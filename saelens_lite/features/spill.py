@@ -1,0 +1,152 @@
+"""The codes of a text on disk while they are collected: appended batch by batch, read again a block of latents at a time.
+
+A file for each block of latents has their activations: place, latent (from the block's first), value, 10 bytes. What fires
+together at each place is kept once more, because no block knows of the others: lists.bin has each place and how many latents
+fire there, latents.bin which.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int
+from torch import Tensor
+
+from saelens_lite.codes import SparseCodes
+from saelens_lite.errors import CorruptFileError
+from saelens_lite.features.reduce import Entries
+from saelens_lite.files import disk_full_is_typed
+
+BLOCK = 1024  # latents of a file, more where there would be too many files
+MAX_FILES = 64
+MAX_ENTRIES = 1 << 22  # activations in memory at once, besides those of one latent
+ENTRY = np.dtype([("place", "<u4"), ("latent", "<u2"), ("value", "<f4")])
+LIST = np.dtype([("place", "<u4"), ("n", "<u4")])
+
+
+class Lists(NamedTuple):
+    """Which latents fire at each place: those of place p are latent[crow[number[p]] : crow[number[p] + 1]]."""
+
+    number: Int[Tensor, " n_places"]
+    crow: Int[Tensor, " n_tokens_plus_1"]
+    latent: np.ndarray  # on disk
+
+    def count(self, d_sae: int) -> Int[Tensor, " d_sae"]:
+        """How often each latent fires."""
+        counts = np.zeros(d_sae, dtype=np.int64)
+        for start in range(0, len(self.latent), MAX_ENTRIES):
+            counts += np.bincount(self.latent[start : start + MAX_ENTRIES], minlength=d_sae)
+        return torch.from_numpy(counts)
+
+
+class Piece(NamedTuple):
+    """The entries of latents `first` to `first + n − 1`, numbered from `first`."""
+
+    first: int
+    n: int
+    entries: Entries
+
+
+class Spill:
+    """The files of one dictionary; `sizes` are their lengths in bytes after the last whole batch."""
+
+    def __init__(self, folder: Path, d_sae: int, sizes: dict[str, int] | None = None):
+        self.folder, self.d_sae = folder, d_sae
+        self.block = max(BLOCK, -(-d_sae // MAX_FILES))
+        self.list_dtype = np.dtype("<u2" if d_sae <= 1 << 16 else "<u4")
+        names = ["lists.bin", "latents.bin", *(f"block-{i:05d}.bin" for i in range(-(-d_sae // self.block)))]
+        self.sizes = {name: (sizes or {}).get(name, 0) for name in names}
+        self._files: dict[str, BinaryIO] = {}
+
+    def open(self) -> None:
+        """Make the files ready for more, at the lengths known.
+
+        Raises:
+            CorruptFileError: a file is shorter.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name, size in self.sizes.items():
+            path = self.folder / name
+            found = path.stat().st_size if path.exists() else 0
+            if found < size:
+                raise CorruptFileError(f"{path}: {found:,} bytes of {size:,} are left; delete {self.folder.parent}")
+            self._files[name] = open(path, "ab")  # noqa: SIM115 (closed by `close`)
+            self._files[name].truncate(size)
+
+    def add(self, place: Int[Tensor, " batch"], codes: SparseCodes) -> None:
+        """Append what fires at some places, which have not come before."""
+        fires = codes.value > 0
+        row, latent, value = (x[fires].cpu() for x in (codes.row, codes.latent, codes.value))
+        n_here = torch.bincount(row, minlength=len(place))
+        lists = np.empty(len(place), LIST)
+        lists["place"], lists["n"] = place.numpy(), n_here.numpy()
+        order = (latent // self.block).argsort(stable=True)
+        entries = np.empty(len(latent), ENTRY)
+        latent_of, place_of = latent[order], place[row[order]]
+        entries["place"], entries["latent"] = place_of.numpy(), (latent_of % self.block).numpy()
+        entries["value"] = value[order].float().numpy()
+        bounds = torch.bincount(latent_of // self.block, minlength=len(self.sizes) - 2).cumsum(0).tolist()
+        blocks = (entries[start:stop] for start, stop in zip([0, *bounds], bounds, strict=False))
+        self._append([lists, latent.numpy().astype(self.list_dtype), *blocks])
+
+    def _append(self, pieces: list[np.ndarray]) -> None:
+        with disk_full_is_typed(self.folder):
+            for name, piece in zip(self.sizes, pieces, strict=True):
+                self._files[name].write(memoryview(piece).cast("B") if len(piece) else b"")
+        self.sizes = {name: size + piece.nbytes for (name, size), piece in zip(self.sizes.items(), pieces, strict=True)}
+
+    def sync(self) -> None:
+        """Have everything appended on the disk."""
+        with disk_full_is_typed(self.folder):
+            for file in self._files.values():
+                file.flush()
+                os.fsync(file.fileno())
+
+    def close(self) -> None:
+        """Close the files."""
+        with disk_full_is_typed(self.folder):
+            while self._files:
+                self._files.popitem()[1].close()
+
+    def lists(self, n_places: int) -> Lists:
+        """Which latents fire where."""
+        lists = np.fromfile(self.folder / "lists.bin", LIST)
+        number = torch.zeros(n_places, dtype=torch.int32)
+        number[torch.from_numpy(lists["place"].astype(np.int64))] = torch.arange(len(lists), dtype=torch.int32)
+        crow = F.pad(torch.from_numpy(lists["n"].astype(np.int64)).cumsum(0), (1, 0))
+        return Lists(number, crow, self._mapped("latents.bin", self.list_dtype))
+
+    def _mapped(self, name: str, dtype: np.dtype) -> np.ndarray:
+        """A file as an array that stays on disk."""
+        path = self.folder / name
+        return np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.empty(0, dtype)
+
+    def pieces(self, count: Int[Tensor, " d_sae"]) -> Iterator[Piece]:
+        """The entries of all latents, as many latents at a time as memory has room for; `count`: entries of each."""
+        for number, name in enumerate(list(self.sizes)[2:]):
+            entries = self._mapped(name, ENTRY)
+            before = number * self.block
+            for start, stop in _ranges(count[before : before + self.block]):
+                yield Piece(before + start, stop - start, _within(entries, start, stop))
+
+
+def _ranges(count: Int[Tensor, " latents"]) -> Iterator[tuple[int, int]]:
+    """Ranges of latents that have about MAX_ENTRIES entries at most, or are a single latent."""
+    number = (count.cumsum(0) - count) // MAX_ENTRIES
+    stops = number.unique_consecutive(return_counts=True)[1].cumsum(0).tolist()
+    yield from zip([0, *stops], stops, strict=False)
+
+
+def _within(entries: np.ndarray, start: int, stop: int) -> Entries:
+    """The entries whose latent is in a range, numbered from its start."""
+    found = []
+    for first in range(0, len(entries), MAX_ENTRIES):
+        piece = entries[first : first + MAX_ENTRIES]
+        found.append(piece[(piece["latent"] >= start) & (piece["latent"] < stop)])
+    chosen = np.concatenate(found) if found else np.empty(0, ENTRY)
+    place, latent = (torch.from_numpy(chosen[name].astype(np.int64)) for name in ("place", "latent"))
+    return Entries(place, latent - start, torch.from_numpy(chosen["value"].astype(np.float32)))

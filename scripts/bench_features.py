@@ -1,0 +1,221 @@
+"""What a feature store and its dashboard cost: time, memory and disk, over the bare pass of the model, and beside SAEDashboard.
+
+    python scripts/bench_features.py --saedashboard /path/to/venv-with-sae-dashboard/bin/python
+    python scripts/bench_features.py --d-model 768 --layers 12 --d-vocab 50257 --d-sae 24576 --tokens 1000000 --train-tokens 0
+
+By default the model is `tiny`, the text Python's documentation, and the dictionary batch-top-k, trained before on so many
+tokens of it; with --d-model it is a GPT-2 of random weights and that shape, and the tokens are random. Each tool runs in a
+process of its own, in alternation, on the same rows with the same weights. Loading is not timed. SAEDashboard runs SaeVisRunner
+and save_feature_centric_vis as its README shows, for the first --peer-latents latents. Prints a line of JSON for each tool:
+medians over the rounds; "extra MiB" is how far the process's memory rose above what it was before (with --memory freed memory
+is returned at once, which makes all slower: take speed from a run without).
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from peers import Peer
+from safetensors.torch import save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import saelens_lite as sl
+from saelens_lite.tokens import named_text, token_rows
+
+START = """
+import contextlib, sys, time, json, warnings, logging
+from pathlib import Path
+import torch
+from safetensors.torch import load_file
+warnings.simplefilter("ignore")
+logging.disable(logging.WARNING)
+folder, hook, threads, n_latents = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+torch.set_num_threads(threads)
+tokens = load_file(folder + "/tokens.safetensors")["tokens"].long()
+
+def size(path):
+    path = Path(path)
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
+"""
+
+OURS = """
+import shutil
+import saelens_lite as sl
+from saelens_lite.evaluate.measure import batches
+from saelens_lite.tokens import TokenRows
+lm = sl.load_model(folder + "/model", device="cpu")
+d = sl.Dictionary.load(folder + "/dictionary")
+lm.hook_point(hook)
+
+@torch.no_grad()
+def bare(rows, encode):
+    start = time.perf_counter()
+    for batch in batches(lm, rows, None):
+        x = lm.run(batch.tokens, hook)[hook][batch.keep]
+        if encode:
+            d.encode(x)
+    return time.perf_counter() - start
+
+def measure(codes):
+    rows = TokenRows(tokens, tokens != 0)
+    out, html = folder + "/store", folder + "/ours.html"
+    facts = {"lm_seconds": bare(rows, False), "lm_and_encode_seconds": bare(rows, True)}
+    start = time.perf_counter()
+    store = sl.FeatureStore.build(d, lm, rows, out=out, codes=codes, exists="overwrite")
+    facts["store_seconds"] = time.perf_counter() - start
+    start = time.perf_counter()
+    store.dashboard(html, exists="overwrite")
+    facts["dashboard_seconds"] = time.perf_counter() - start
+    facts |= {"latents": d.d_sae, "store_bytes": size(out), "dashboard_bytes": size(html),
+              "entries": int(store.tensors.count.sum()), "fire": int((store.tensors.count > 0).sum())}
+    if codes:
+        facts["codes_bytes"] = size(out + "/codes.parquet")
+    return facts
+"""
+
+SAEDASHBOARD = """
+from sae_dashboard.data_writing_fns import save_feature_centric_vis
+from sae_dashboard.sae_vis_data import SaeVisConfig
+from sae_dashboard.sae_vis_runner import SaeVisRunner
+from sae_lens import SAE
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+hf = GPT2LMHeadModel.from_pretrained(folder + "/model", torch_dtype=torch.float32)
+c = hf.config
+tokenizer = PreTrainedTokenizerFast(tokenizer_file=folder + "/model/tokenizer.json", bos_token="<|endoftext|>",
+                                    eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+cfg = HookedTransformerConfig(n_layers=c.n_layer, d_model=c.n_embd, d_head=c.n_embd // c.n_head, n_heads=c.n_head,
+                              d_mlp=4 * c.n_embd, n_ctx=c.n_positions, d_vocab=c.vocab_size, act_fn="gelu_new",
+                              normalization_type="LN", eps=c.layer_norm_epsilon, device="cpu", model_name="gpt2")
+model = HookedTransformer(cfg)
+model.tokenizer = tokenizer
+model.load_state_dict(convert_gpt2_weights(hf, cfg), strict=False)
+del hf
+
+def measure(_):
+    sae = SAE.load_from_disk(folder + "/dictionary")
+    settings = SaeVisConfig(hook_point=hook, features=list(range(n_latents)), minibatch_size_features=256,
+                            minibatch_size_tokens=64, device="cpu", dtype="float32")
+    start = time.perf_counter()
+    data = SaeVisRunner(settings).run(encoder=sae, model=model, tokens=tokens)
+    facts = {"store_seconds": time.perf_counter() - start}
+    html = folder + "/theirs.html"
+    data.model = model
+    start = time.perf_counter()
+    save_feature_centric_vis(sae_vis_data=data, filename=html)
+    facts["dashboard_seconds"] = time.perf_counter() - start
+    return facts | {"latents": n_latents, "dashboard_bytes": size(html)}
+"""
+
+SERVE = """
+def memory(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) * 1024
+
+print("ready", flush=True)
+for line in sys.stdin:
+    open("/proc/self/clear_refs", "w").write("5")
+    before = memory("VmRSS")
+    with contextlib.redirect_stdout(sys.stderr):
+        facts = measure(json.loads(line))
+    print(json.dumps({**facts, "extra_bytes": memory("VmHWM") - before}), flush=True)
+"""
+
+
+def prepare(folder: Path, args: argparse.Namespace) -> str:
+    """Write model/, dictionary/ and tokens.safetensors; the hook."""
+    lm = sl.load_model("tiny", device="cpu")
+    if args.d_model:
+        torch.manual_seed(0)
+        config = GPT2Config(
+            vocab_size=args.d_vocab, n_positions=args.n_ctx, n_embd=args.d_model, n_layer=args.layers,
+            n_head=args.d_model // 64, bos_token_id=0, eos_token_id=0,
+        )  # fmt: skip
+        lm = sl.LanguageModel(GPT2LMHeadModel(config), lm.tokenizer, name="random")
+        tokens = torch.randint(1, args.d_vocab, (-(-args.tokens // (args.n_ctx - 1)), args.n_ctx))
+        tokens[:, 0] = 0
+    else:
+        rows = token_rows(lm, named_text("python-docs:train"), n_ctx=args.n_ctx, n_tokens=2 * args.tokens)
+        full = rows.tokens[rows.keep.sum(1) == args.n_ctx - 1]
+        tokens = full[: -(-args.tokens // (args.n_ctx - 1))]
+    hook = f"blocks.{lm.n_layers // 2}.hook_resid_pre"
+    lm.module.save_pretrained(folder / "model")
+    lm.tokenizer.save_pretrained(folder / "model")
+    save_file({"tokens": tokens.int().contiguous()}, folder / "tokens.safetensors")
+    origin = sl.Origin(model="model", hook=hook, n_ctx=args.n_ctx, prepend_bos=True)
+    if args.train_tokens:
+        x = torch.cat([lm.run(part, hook)[hook][:, 1:].flatten(0, 1) for part in tokens.split(16)])
+        # published as JumpReLU, which SAEDashboard can rescale; top-k it cannot
+        d = sl.fit(x, sparsity="batch_topk", d_sae=args.d_sae, n_tokens=args.train_tokens, options={"k": args.k})
+        d.origin = origin
+    else:
+        d = sl.Dictionary.create("topk", d_in=lm.d_model, d_sae=args.d_sae, options={"k": args.k}, origin=origin)
+    d.save(folder / "dictionary")
+    return hook
+
+
+def summary(name: str, answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over the rounds, by latent."""
+    middle = {key: statistics.median(answer[key] for answer in answers) for key in answers[0]}
+    n, line = middle["latents"], {"tool": name, "latents": middle["latents"]}
+    for what in ("store", "dashboard"):
+        line[f"{what} ms a latent"] = round(1000 * middle[f"{what}_seconds"] / n, 2)
+        if f"{what}_bytes" in middle:
+            line[f"{what} bytes a latent"] = round(middle[f"{what}_bytes"] / n)
+    if "lm_seconds" in middle:
+        line["seconds"] = {key.removesuffix("_seconds"): round(middle[key], 2) for key in middle if key.endswith("_seconds")}
+        line["store over bare pass"] = round(middle["store_seconds"] / middle["lm_seconds"], 3)
+        line["store over pass and encoder"] = round(middle["store_seconds"] / middle["lm_and_encode_seconds"], 3)
+        line |= {"entries": middle["entries"], "latents that fire": middle["fire"]}
+    if "codes_bytes" in middle:
+        line["codes bytes an entry"] = round(middle["codes_bytes"] / middle["entries"], 2)
+    line["extra MiB"] = round(max(answer["extra_bytes"] for answer in answers) / 2**20)
+    return line
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--saedashboard", help="Python of an environment with sae-dashboard 0.8.0")
+    parser.add_argument("--peer-latents", type=int, default=256, help="latents that SAEDashboard shows")
+    parser.add_argument("--tokens", type=int, default=65_536)
+    parser.add_argument("--n-ctx", type=int, default=128)
+    parser.add_argument("--d-sae", type=int, default=2048)
+    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--train-tokens", type=int, default=500_000, help="0: a random top-k dictionary")
+    parser.add_argument("--d-model", type=int, help="of a random GPT-2; default: the embedded model")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--d-vocab", type=int, default=4096)
+    parser.add_argument("--codes", action="store_true", help="keep all codes as Parquet as well")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--memory", action="store_true", help="peak memory instead of speed")
+    args = parser.parse_args()
+    if args.memory:
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    with tempfile.TemporaryDirectory() as where:
+        hook = prepare(Path(where), args)
+        programs = {"ours": (sys.executable, OURS)}
+        if args.saedashboard:
+            programs["SAEDashboard"] = (args.saedashboard, SAEDASHBOARD)
+        contestants = {
+            name: Peer(python, START + program + SERVE, where, hook, args.threads, args.peer_latents)
+            for name, (python, program) in programs.items()
+        }
+        answers: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
+        for _ in range(args.rounds):
+            for name, contestant in contestants.items():
+                answers[name].append(contestant.ask(json.dumps(args.codes)))
+        for name, found in answers.items():
+            print(json.dumps(summary(name, found)), flush=True)
+        for contestant in contestants.values():
+            contestant.close()
+
+
+if __name__ == "__main__":
+    main()
