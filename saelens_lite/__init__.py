@@ -43,6 +43,8 @@ _HOME = {
     "fit": "train",
     "load_model": "model",
     "probe": "evaluate.probing",
+    "pull": "hub",
+    "push": "hub",
     "python_docs": "tokens",
     "register": "registry",
     "resume": "train",
@@ -82,6 +84,8 @@ __all__ = [
     "fit",
     "load_model",
     "probe",
+    "pull",
+    "push",
     "python_docs",
     "register",
     "resume",
@@ -101,6 +105,7 @@ if TYPE_CHECKING:
     from saelens_lite.features import FeatureStore
     from saelens_lite.features.compare import compare, stability
     from saelens_lite.formats import Format, convert
+    from saelens_lite.hub import pull, push
     from saelens_lite.interventions.attribution import attribute
     from saelens_lite.interventions.doses import dose_response
     from saelens_lite.interventions.edits import Ablate, Add, Clamp, Scale

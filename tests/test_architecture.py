@@ -39,6 +39,7 @@ LEAVES = {
     "errors",
     "config",
     "files",
+    "places",
     "progress",
     "registry",
 }  # import nothing of ours but each other; everyone may import them
@@ -172,8 +173,8 @@ def test_the_package_offers_these_names():
         "Ablate", "ActivationCache", "ActivationStream", "Add", "Clamp", "Dictionary", "EvalReport", "FeatureStore", "Format",
         "LanguageModel", "Logger", "Origin", "PublishedForm", "RuleConfig", "SaelensLiteError", "Scale", "SparseCodes",
         "Sparsity", "TextConfig", "TrainConfig", "__version__", "adapters", "attribute", "capture", "compare", "convert",
-        "dose_response", "errors", "evaluate", "fit", "load_model", "probe", "python_docs", "register", "resume", "stability",
-        "train",
+        "dose_response", "errors", "evaluate", "fit", "load_model", "probe", "pull", "push", "python_docs", "register",
+        "resume", "stability", "train",
     ])  # fmt: skip
     assert dir(sl) == sl.__all__
 
