@@ -252,6 +252,8 @@ def test_damaged_files_are_refused(store, tmp_path, file, damage):
         {"top_place": lambda t: t["top_place"] - 2},
         {"random_place": lambda t: t["random_place"][:, 1:].contiguous()},
         {"group_nearby": lambda t: t["group_nearby"][..., 1:].contiguous()},
+        {"group_count": lambda t: t["group_count"] + 1},
+        {"frequent_count": lambda t: t["frequent_count"] * 1000},
         {"specific_partner": lambda t: t["specific_partner"] + D_SAE},
         {"count": lambda t: t["count"].float()},
         {"mean": lambda t: t["mean"][1:]},
