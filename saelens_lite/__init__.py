@@ -20,6 +20,7 @@ _HOME = {
     "Dictionary": "dictionary",
     "EvalReport": "evaluate",
     "FeatureStore": "features",
+    "Format": "formats",
     "LanguageModel": "model",
     "LivePrompt": "views.live",
     "Logger": "loggers",
@@ -36,6 +37,7 @@ _HOME = {
     "attribute": "interventions.attribution",
     "capture": "cache",
     "compare": "features.compare",
+    "convert": "formats",
     "dose_response": "interventions.doses",
     "errors": "",
     "evaluate": "evaluate",
@@ -43,6 +45,8 @@ _HOME = {
     "load_model": "model",
     "probe": "evaluate.probing",
     "prompt_view": "views.prompt",
+    "pull": "hub",
+    "push": "hub",
     "python_docs": "tokens",
     "register": "registry",
     "resume": "train",
@@ -58,6 +62,7 @@ __all__ = [
     "Dictionary",
     "EvalReport",
     "FeatureStore",
+    "Format",
     "LanguageModel",
     "LivePrompt",
     "Logger",
@@ -75,6 +80,7 @@ __all__ = [
     "attribute",
     "capture",
     "compare",
+    "convert",
     "dose_response",
     "errors",
     "evaluate",
@@ -82,6 +88,8 @@ __all__ = [
     "load_model",
     "probe",
     "prompt_view",
+    "pull",
+    "push",
     "python_docs",
     "register",
     "resume",
@@ -100,6 +108,8 @@ if TYPE_CHECKING:
     from saelens_lite.evaluate.probing import probe
     from saelens_lite.features import FeatureStore
     from saelens_lite.features.compare import compare, stability
+    from saelens_lite.formats import Format, convert
+    from saelens_lite.hub import pull, push
     from saelens_lite.interventions.attribution import attribute
     from saelens_lite.interventions.doses import dose_response
     from saelens_lite.interventions.edits import Ablate, Add, Clamp, Scale

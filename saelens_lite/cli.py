@@ -727,37 +727,178 @@ def show_prompt(
 
 
 @app.command
-def inspect(path: Path) -> None:
-    """Say what a dictionary or cache folder holds, without loading its tensors.
+def push(
+    path: Path,
+    repo: str,
+    *,
+    folder: str | None = None,
+    revision: str | None = None,
+    private: Annotated[bool, Parameter(negative="")] = False,
+    license: str | None = None,
+    tags: list[str] | None = None,
+    message: str | None = None,
+    parent_commit: str | None = None,
+    dry_run: Annotated[bool, Parameter(negative="")] = False,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> None:
+    """Publish dictionaries on the Hugging Face Hub, in one commit. Log in first: `hf auth login`, or set HF_TOKEN.
 
     Parameters
     ----------
     path
-        A folder written by `train` or `capture`.
+        A dictionary folder, or the folder of a run with several.
+    repo
+        The repository, user/name; it is created if there is none.
+    folder
+        Name of the dictionary's folder in the repository; default: its hook.
+    revision
+        Branch to push to; default: main.
+    private
+        Let nobody else see the repository, if it is created.
+    license
+        Licence of the repository, e.g. mit.
+    tags
+        Further tags of the card.
+    message
+        Message of the commit.
+    parent_commit
+        Push only if this is the last commit there.
+    dry_run
+        Send nothing; show what would be sent.
+    as_json
+        Print JSON instead of text.
     """
+    import saelens_lite as sl
+
+    pushed = sl.push(
+        {folder: path} if folder else path,
+        repo,
+        revision=revision,
+        private=private,
+        license=license,
+        tags=tags or (),
+        message=message,
+        parent_commit=parent_commit,
+        dry_run=dry_run,
+    )
+    facts = pushed._asdict() | {"files": [file._asdict() for file in pushed.files]}
+    print(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else pushed)
+
+
+@app.command
+def pull(
+    repo: str,
+    folder: str | None = None,
+    *,
+    revision: str | None = None,
+    out: Path | None = None,
+    max_bytes: int | None = None,
+    format: str | None = None,
+    exists: Exists = "error",
+) -> None:
+    """Fetch a dictionary from the Hugging Face Hub.
+
+    Parameters
+    ----------
+    repo
+        The repository, user/name; or an address, hf://user/name/folder@revision.
+    folder
+        The dictionary's folder in the repository; it may be left out if there is only one.
+    revision
+        Branch, tag or commit; default: main.
+    out
+        Folder to put it in; default: only huggingface_hub's cache.
+    max_bytes
+        Refuse to fetch more; default: 32 GiB.
+    format
+        Name of the format plugin to read it with; only needed for pickles.
+    exists
+        What to do when the folder is not empty.
+    """
+    import saelens_lite as sl
+    from saelens_lite.files import refuse_existing
+    from saelens_lite.hub import Address, copy_to, fetch
+
+    if out:
+        refuse_existing(out, exists)
+    if repo.startswith("hf://") and (folder or revision):
+        raise ConfigError(f"{repo} says which folder and revision; leave out the rest")
+    address = Address.parse(repo) if repo.startswith("hf://") else Address.of(repo, folder, revision)
+    fetched = fetch(address, **_given(max_bytes=max_bytes))
+    loaded = sl.Dictionary.load(fetched.folder, format=format)
+    place = copy_to(fetched, out, exists) if out else fetched.folder
+    _console().print(f"{place}: {loaded.rule.plugin_name}, {loaded.d_sae} latents, {fetched.address}", markup=False)
+
+
+@app.command
+def inspect(path: Path, *, format: str | None = None) -> None:
+    """Say what a dictionary or cache holds, ours or another tool's, without loading its tensors.
+
+    Parameters
+    ----------
+    path
+        A folder written by `train` or `capture`, a file or folder of another tool, or a dictionary on the Hub,
+        hf://user/repo/folder@revision, whose weights are not fetched.
+    format
+        Name of the format plugin to read it with; only needed for pickles.
+    """
+    from saelens_lite import formats
     from saelens_lite.cache.stored import MANIFEST, ActivationCache
     from saelens_lite.dictionary import CONFIG_FILE
     from saelens_lite.files import read_json
+    from saelens_lite.places import describe, is_address
 
-    if (path / MANIFEST).exists():
+    if is_address(path):
+        facts = describe(path)
+    elif (path / MANIFEST).exists():
         cache = ActivationCache.open(path)
         facts = {"activations": cache.n_tokens, **cache.manifest, "hooks": {h: cache.d_in(h) for h in cache.hooks}}
         facts["shards"] = len(cache.manifest["shards"])
     else:
-        facts = read_json(
-            next((f for f in (path / CONFIG_FILE, path / "dictionary" / CONFIG_FILE) if f.exists()), path / CONFIG_FILE)
-        )
+        config = next((f for f in (path / CONFIG_FILE, path / "dictionary" / CONFIG_FILE) if f.exists()), path / CONFIG_FILE)
+        facts = read_json(config) if format is None and config.exists() else {}
+        if not _is_ours(facts):
+            facts = formats.inspect(path, format)
         if (path / "eval.json").exists():
-            facts["eval"] = read_json(path / "eval.json")["metrics"]
+            facts["eval"] = read_json(path / "eval.json").get("metrics")
     print(json.dumps(facts, indent=2, ensure_ascii=False))
     _say_if_rule_is_missing(facts)
+
+
+@app.command
+def convert(source: Path, out: Path, *, format: str, source_format: str | None = None, exists: Exists = "error") -> None:
+    """Write a dictionary, ours or another tool's, in a format.
+
+    Parameters
+    ----------
+    source
+        A dictionary folder, or a file or folder of another tool.
+    out
+        Folder to write.
+    format
+        saelens_lite, our own, or the name of a format plugin: saelens, sparsify, dictionary_learning, circuit_tracer.
+    source_format
+        Name of the format plugin to read the source with; only needed for pickles.
+    exists
+        What to do when the folder is not empty.
+    """
+    import saelens_lite as sl
+
+    _console().print(str(sl.convert(source, out, format, source_format=source_format, exists=exists)), markup=False)
+
+
+def _is_ours(facts: dict[str, Any]) -> bool:
+    """Whether a cfg.json or manifest is one of ours."""
+    metadata = facts.get("metadata")
+    return isinstance(metadata, dict) and "saelens_lite" in metadata
 
 
 def _say_if_rule_is_missing(facts: dict[str, Any]) -> None:
     """One line on standard error when a dictionary cannot be loaded for want of its sparsity rule."""
     from saelens_lite import registry
 
-    ours = (facts.get("metadata") or {}).get("saelens_lite")
+    metadata = facts.get("metadata")
+    ours = metadata.get("saelens_lite") if isinstance(metadata, dict) else None
     if isinstance(ours, dict) and "sparsity" in ours:
         try:
             registry.find(ours["sparsity"], written_by=ours.get("distribution"))
@@ -780,8 +921,8 @@ def plugins(
     Parameters
     ----------
     check
-        Name of a sparsity rule or logger, or kind:name, to check: a line for each thing that was looked at; exit code 1 if
-        anything fails. A logger writes where it is configured to: set WANDB_MODE=offline or the like before.
+        Name of a sparsity rule, format or logger, or kind:name, to check: a line for each thing that was looked at; exit code 1
+        if anything fails. A logger writes where it is configured to: set WANDB_MODE=offline or the like before.
     options
         With --check: options of the sparsity rule, e.g. --options.k 4.
     as_json

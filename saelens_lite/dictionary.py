@@ -7,6 +7,8 @@ connection (Paulo et al. 2025, arXiv:2501.18823):
 
     h = x W_enc + b_enc                  codes = rule(h)        y_hat = codes W_dec + b_dec + x W_skipᵀ
 
+Dictionaries of other tools may normalise each activation by itself, which no weights can take over: `token_norm`.
+
 On disk it is a folder that SAELens 6 loads as it stands: cfg.json, sae_weights.safetensors, sparsity.safetensors.
 What SAELens does not know stands under `metadata.saelens_lite` in cfg.json, and a rule's tensors that the published
 architecture has no place for in plugin.safetensors.
@@ -27,10 +29,12 @@ from saelens_lite.codes.change import Edit, offsets, scaled
 from saelens_lite.codes.encoder import Encoder
 from saelens_lite.config import Origin
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, ShapeError
-from saelens_lite.files import DTYPES, new_folder, read_json, read_tensors, write_json
+from saelens_lite.files import DTYPES, check_header, new_folder, read_json, read_tensors, write_json
+from saelens_lite.places import local_folder
 from saelens_lite.sparsity import PublishedForm, Sparsity
 
 FORMAT = 1
+TOKEN_NORMS = {None: "none", "layer_norm": "layer_norm", "constant_norm": "constant_norm_rescale"}  # as SAELens calls them
 CONFIG_FILE, WEIGHTS_FILE, SPARSITY_FILE, PLUGIN_FILE = (
     "cfg.json", "sae_weights.safetensors", "sparsity.safetensors", "plugin.safetensors",
 )  # fmt: skip
@@ -58,6 +62,7 @@ class Dictionary(nn.Module):
         origin: Origin | None = None,
         density: Float[Tensor, " d_sae"] | None = None,
         training: dict[str, Any] | None = None,
+        token_norm: str | None = None,
     ):
         super().__init__()
         self.d_in, self.d_sae = d_in, d_sae
@@ -67,9 +72,15 @@ class Dictionary(nn.Module):
             raise ConfigError(f"{rule.plugin_name} encodes with the directions it decodes with; it makes no transcoder")
         if skip and not self.is_transcoder:
             raise ConfigError("skip = True is for transcoders, which have a target_hook")
+        if token_norm not in TOKEN_NORMS:
+            raise ConfigError(f"token_norm = {token_norm!r}; expected one of {', '.join(map(str, TOKEN_NORMS))}")
+        if token_norm and self.is_transcoder:
+            raise ConfigError(f"token_norm = {token_norm!r} is for autoencoders: a transcoder's output has a norm of its own")
+        self.token_norm = token_norm
         self.origin = origin or Origin()
         self.density = density
         self.training_record = training or {}
+        self.source: str | None = None  # the address it was read from, with its revision; not stored
         self.rule = rule
         if not rule.tied:
             self.W_enc = nn.Parameter(torch.zeros(d_sae, d_in).T)  # in memory a row a latent, like W_dec
@@ -135,7 +146,7 @@ class Dictionary(nn.Module):
     def pre(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape d_sae"]:
         """Pre-activations h = (x − b_dec) W_enc + b_enc; of a transcoder, x W_enc + b_enc."""
         self.check_input(x)
-        x = x.to(self.W_enc.dtype)
+        x = self._normalised(x.to(self.W_enc.dtype))
         h = (x if self.input_bias is None else x - self.input_bias) @ self.W_enc
         return h if self.b_enc is None else h + self.b_enc
 
@@ -146,7 +157,7 @@ class Dictionary(nn.Module):
             ShapeError: the last axis of x is not d_in.
         """
         self.check_input(x)
-        flat = x.reshape(-1, self.d_in).to(self.W_enc.dtype)
+        flat = self._normalised(x.reshape(-1, self.d_in).to(self.W_enc.dtype))
         codes = self.rule.encode(Encoder(self.W_enc, self.b_enc, self.input_bias, flat))
         return codes._replace(shape=tuple(x.shape[:-1])).without_zeros()
 
@@ -155,10 +166,38 @@ class Dictionary(nn.Module):
     ) -> Float[Tensor, "*shape d_out"]:
         """x_hat of sparse or dense codes.
 
-        x: what was encoded; only a skip connection needs it, and is left out without.
+        x: what was encoded. A skip connection is left out without it; where there is a token_norm it is required.
+
+        Raises:
+            ConfigError: the dictionary normalises each activation, and x was not given.
         """
         x_hat = codes.decode(self.W_dec) if isinstance(codes, SparseCodes) else codes @ self.W_dec
-        return x_hat + self.base(x)
+        x_hat = x_hat + self.base(x)
+        if self.token_norm is None:
+            return x_hat
+        if x is None:
+            raise ConfigError(f"decode(codes, x) needs x: this dictionary undoes the {self.token_norm} of each activation")
+        mean, scale = self._statistics(x.to(x_hat.dtype))
+        return x_hat * scale + mean
+
+    def output_scale(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape_or_none 1"]:
+        """What Σ_i f_i W_dec[i] is multiplied by for each x: 1, unless each activation is normalised by itself."""
+        if self.token_norm is None:
+            return self.W_dec.new_ones(1)
+        return self._statistics(x.to(self.W_dec.dtype))[1]
+
+    def _statistics(self, x: Float[Tensor, "*shape d_in"]) -> tuple[Tensor, Tensor]:
+        """(mean, scale) of each activation, by which it is normalised."""
+        if self.token_norm == "constant_norm":
+            return x.new_zeros(()), x.norm(dim=-1, keepdim=True) / self.d_in**0.5
+        return x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
+
+    def _normalised(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape d_in"]:
+        """What is encoded in the place of x: (x − mean) / (std + 1e-5) with layer_norm, √d_in x / ‖x‖ with constant_norm."""
+        if self.token_norm is None:
+            return x
+        mean, scale = self._statistics(x)
+        return (x - mean) / (scale + 1e-5 if self.token_norm == "layer_norm" else scale)
 
     def base(self, x: Float[Tensor, "*shape d_in"] | None = None) -> Float[Tensor, "*shape_or_none d_out"]:
         """What decoded codes are added to: b_dec, and x W_skipᵀ where there is a skip connection."""
@@ -175,7 +214,7 @@ class Dictionary(nn.Module):
     def change(
         self, x: Float[Tensor, "*shape d_in"], edits: Sequence[Edit], at: Sequence[Bool[Tensor, "..."]] | None = None
     ) -> Float[Tensor, "*shape d_out"]:
-        """What edits of the codes of x, one after the other, add to the output: Σ_i (new_i − old_i) W_dec[i].
+        """What edits of the codes of x, one after the other, add to the output: output_scale · Σ_i (new_i − old_i) W_dec[i].
 
         at: for each edit the activations it is for, to be broadcast to the leading shape of x; default: all of them.
 
@@ -194,7 +233,7 @@ class Dictionary(nn.Module):
             total = total + offsets(edits, at, self.W_dec)
         if any(edit.gain != 1 for edit in edits):  # else no code need be known
             total = total + scaled(self.encode(x), edits, at).decode(self.W_dec)
-        return total
+        return total * self.output_scale(x)
 
     def forward(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape d_out"]:
         """x_hat, in the dtype of x."""
@@ -287,7 +326,7 @@ class Dictionary(nn.Module):
             "dtype": str(self.W_enc.dtype).removeprefix("torch."),
             "device": "cpu",
             "apply_b_dec_to_input": not self.is_transcoder,
-            "normalize_activations": "none",
+            "normalize_activations": TOKEN_NORMS[self.token_norm],
             "reshape_activations": "none",
             **(form.settings if form else {}),
             "metadata": {
@@ -304,6 +343,7 @@ class Dictionary(nn.Module):
                 "saelens_lite": {
                     "format": FORMAT,
                     **({"transcoder": True, "skip": self.W_skip is not None} if self.is_transcoder else {}),
+                    **({"token_norm": self.token_norm} if self.token_norm else {}),
                     "sparsity": self.rule.plugin_name,
                     "options": self.rule.config.model_dump(),
                     "distribution": f"{plugin.distribution} {plugin.version}" if plugin.entry_point else None,
@@ -315,17 +355,28 @@ class Dictionary(nn.Module):
         }
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Dictionary":
-        """The dictionary in a folder written by `save`.
+    def load(cls, path: str | Path, device: str | torch.device = "cpu", format: str | None = None) -> "Dictionary":
+        """The dictionary in a folder written by `save`, in a file or folder of another tool, or in either on the Hub:
+        hf://user/repo/folder@revision.
+
+        format: name of the format plugin to read it with; only needed where the files are pickles.
 
         Raises:
-            CorruptFileError: a file is missing, damaged, or does not fit cfg.json.
+            CorruptFileError: a file is missing, damaged, contradicts another, or is of no known format.
+            ConfigError: what another tool's file holds cannot be represented here, or is a pickle and `format` was not given.
             PluginError: its sparsity rule is not installed; the message names the distribution that wrote it.
+            HubError: it cannot be fetched from the Hub.
         """
-        folder = Path(path)
+        folder, source = local_folder(path)
+        own = format is None and is_own_folder(folder)
+        loaded = cls._load_own(folder) if own else format_of(folder, format).read(folder)
+        loaded.source = source
+        return loaded.to(device).eval()
+
+    @classmethod
+    def _load_own(cls, folder: Path) -> "Dictionary":
         config = read_json(folder / CONFIG_FILE)
-        metadata = config.get("metadata")
-        ours = metadata.get("saelens_lite") if isinstance(metadata, dict) else None
+        ours = config["metadata"]["saelens_lite"]
         if not isinstance(ours, dict) or ours.get("format") != FORMAT:
             raise CorruptFileError(
                 f"{folder / CONFIG_FILE} was not written by this version of saelens_lite (metadata.saelens_lite.format is "
@@ -337,6 +388,7 @@ class Dictionary(nn.Module):
             rule_class = registry.load(ours["sparsity"], written_by=ours.get("distribution"))
             rule_config = rule_class.Config(**ours.get("options", {}))
             origin = Origin(**ours.get("origin", {}))
+            token_norm = str(ours["token_norm"]) if ours.get("token_norm") else None
         except (KeyError, TypeError, ValueError, OverflowError, ConfigError) as error:
             raise CorruptFileError(f"{folder / CONFIG_FILE}: {type(error).__name__}: {error}") from None
         if min(d_in, d_sae, d_in if d_out is None else d_out) < 1:
@@ -356,7 +408,8 @@ class Dictionary(nn.Module):
             raise CorruptFileError(f"{folder / WEIGHTS_FILE}: W_enc is missing or not of shape {(d_in, d_sae)}")
         try:
             rule = rule_class(rule_config, d_in=d_in, d_sae=d_sae)
-            self = cls(rule, d_in=d_in, d_sae=d_sae, d_out=d_out, skip=skip, origin=origin, training=ours.get("training"))
+            sizes = {"d_in": d_in, "d_sae": d_sae, "d_out": d_out}
+            self = cls(rule, **sizes, skip=skip, origin=origin, training=ours.get("training"), token_norm=token_norm)
         except ConfigError as error:
             raise CorruptFileError(f"{folder / CONFIG_FILE}: {error}") from None
         if (folder / PLUGIN_FILE).exists():
@@ -365,18 +418,84 @@ class Dictionary(nn.Module):
         own = {"W_enc", "b_enc", "W_dec", "b_dec", "W_skip"}
         state = {k if k in own or k.startswith("rule.") else f"rule.{k}": v for k, v in tensors.items()}
         _check_state(folder, state, self.to(dtype).state_dict(), optional=set(form.tensors) if form else set())
+        self._check_published(folder, config, state)
         self.load_state_dict(state, strict=False)
-        if (folder / SPARSITY_FILE).exists():
-            log_density = read_tensors(folder / SPARSITY_FILE).get("sparsity")
-            if log_density is None or log_density.shape != (d_sae,):
-                raise CorruptFileError(f"{folder / SPARSITY_FILE}: expected a tensor 'sparsity' of shape {(d_sae,)}")
-            self.density = (10.0 ** log_density.double() - 1e-10).clamp(min=0).float()
-        return self.to(device).eval()
+        self.density = read_density(folder, d_sae)
+        return self
+
+    def _check_published(self, folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:
+        """Raise CorruptFileError where cfg.json tells other tools something else than us."""
+        expected = self._config()
+        del expected["metadata"], expected["device"]
+        for key, value in expected.items():
+            if key in config and config[key] != value:
+                raise CorruptFileError(
+                    f"{folder / CONFIG_FILE}: {key} is {config[key]!r}, but metadata.saelens_lite makes it {value!r}"
+                )
+        for name in ("W_dec", "b_dec"):
+            if state[name].dtype != self.W_dec.dtype:
+                raise CorruptFileError(f"{folder}: {name} is of {state[name].dtype}, cfg.json says {config['dtype']}")
 
     def extra_repr(self) -> str:
         rule = getattr(self.rule, "plugin_name", "?")
         target = f", d_out={self.d_out}, target_hook={self.origin.target_hook!r}" if self.is_transcoder else ""
         return f"d_in={self.d_in}, d_sae={self.d_sae}, sparsity={rule!r}, hook={self.origin.hook!r}{target}"
+
+
+def read_density(folder: Path, d_sae: int) -> Float[Tensor, " d_sae"] | None:
+    """How often each latent fires, from sparsity.safetensors; None where there is none.
+
+    Raises:
+        CorruptFileError: it is damaged, or not about d_sae latents.
+    """
+    if not (folder / SPARSITY_FILE).exists():
+        return None
+    log_density = read_tensors(folder / SPARSITY_FILE).get("sparsity")
+    if log_density is None or log_density.shape != (d_sae,):
+        raise CorruptFileError(f"{folder / SPARSITY_FILE}: expected a tensor 'sparsity' of shape {(d_sae,)}")
+    return (10.0 ** log_density.double() - 1e-10).clamp(0, 1).float()
+
+
+def is_own_folder(folder: Path) -> bool:
+    """Whether a folder was written by `Dictionary.save`, of whatever version."""
+    if not (folder / CONFIG_FILE).is_file():
+        return False
+    metadata = read_json(folder / CONFIG_FILE).get("metadata")
+    return isinstance(metadata, dict) and "saelens_lite" in metadata
+
+
+def format_of(path: Path, name: str | None = None) -> Any:
+    """The format plugin that reads a file or folder: the one of that name, else the one that detects it.
+
+    Raises:
+        CorruptFileError: none does, or several do; what was looked for is listed.
+        ConfigError: its files are pickles, which are only read on request.
+        PluginError: there is no format of that name.
+    """
+    if not path.exists():
+        raise CorruptFileError(f"{path / CONFIG_FILE} is missing; is {path} the folder you meant?")
+    if name is not None:
+        return registry.load(name, "formats")()
+    usable = [plugin for plugin in registry.plugins("formats") if registry.check(plugin).status == "ok"]
+    formats = [registry.load(plugin.name, "formats")() for plugin in usable]
+    found = [reader for reader in formats if reader.detect(path)]
+    names = ", ".join(reader.plugin_name for reader in found or formats)
+    if not found:
+        for file in sorted(path.glob("*.safetensors")):
+            check_header(file)  # a damaged file should be called that
+        if path.is_dir() and not (path / CONFIG_FILE).exists():
+            raise CorruptFileError(
+                f"{path / CONFIG_FILE} is missing; is {path} the folder you meant? Nothing of {names} was found there either"
+            )
+        raise CorruptFileError(f"{path} holds no dictionary of saelens_lite, and nothing of {names}")
+    if len(found) > 1:
+        raise CorruptFileError(f"{path} could be any of {names}; say which by format=")
+    if found[0].pickled:
+        raise ConfigError(
+            f"{path} looks like {names}, whose files are pickles, which are read only on request: say format={names!r} "
+            "(tensors only; nothing in it is executed)"
+        )
+    return found[0]
 
 
 def _unit_rows(n: int, d: int, generator: torch.Generator) -> Float[Tensor, "n d"]:

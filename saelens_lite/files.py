@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import struct
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from torch import Tensor
 from saelens_lite.errors import ConfigError, CorruptFileError, DiskFullError, OutputExistsError
 
 MAX_JSON_BYTES = 64 << 20
+MAX_JSON_DEPTH = 100
 MAX_HEADER_BYTES = 16 << 20
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -95,18 +97,58 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def file_size(path: Path) -> int:
+    """Bytes of a file.
+
+    Raises:
+        CorruptFileError: it is missing, or no file: a folder, or a pipe, which reading would wait for.
+    """
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        raise CorruptFileError(f"{path} is missing; is {path.parent} the folder you meant?") from None
+    except OSError as error:
+        raise CorruptFileError(f"{path} cannot be read: {error.strerror}") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise CorruptFileError(f"{path} is no file")
+    return found.st_size
+
+
+def nesting(value: Any) -> int:
+    """How deep the tables and lists of a JSON value are nested."""
+    depth, level = 0, [value]
+    while level := [inner for outer in level if isinstance(outer, dict | list) for inner in _inside(outer)]:
+        depth += 1
+    return depth
+
+
+def _inside(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
+
+
+def _parsed(text: str) -> Any:
+    """A JSON value that can be written again, with bounds on its depth; ValueError or RecursionError where it is none."""
+    value = json.loads(text)
+    if nesting(value) > MAX_JSON_DEPTH:
+        raise ValueError(f"nested deeper than {MAX_JSON_DEPTH} levels")
+    if "\\u" in text:
+        json.dumps(value, ensure_ascii=False).encode()  # halves of characters are an error
+    return value
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
         CorruptFileError: the file is missing, too large, not JSON, or not an object.
     """
+    size = file_size(path)
+    if size > MAX_JSON_BYTES:
+        raise CorruptFileError(f"{path}: {size:,} bytes is too large for a settings file")
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CorruptFileError(f"{path}: {path.stat().st_size:,} bytes is too large for a settings file")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CorruptFileError(f"{path} is missing; is {path.parent} the folder you meant?") from None
+        value = _parsed(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CorruptFileError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
@@ -172,18 +214,18 @@ def check_header(path: Path) -> tuple[dict[str, Any], int]:
     Raises:
         CorruptFileError: missing, truncated, or not safetensors.
     """
+    size = file_size(path)
     try:
-        size = path.stat().st_size
         with open(path, "rb") as file:
             start = file.read(8)
             header_size = struct.unpack("<Q", start)[0] if len(start) == 8 else MAX_HEADER_BYTES + 1
             if header_size > min(size, MAX_HEADER_BYTES):
                 raise CorruptFileError(f"{path}: not a safetensors file, or truncated ({size:,} bytes)")
-            header = json.loads(file.read(header_size))
+            header = _parsed(file.read(header_size).decode())
         end = max((int(t["data_offsets"][1]) for name, t in header.items() if name != "__metadata__"), default=0)
-    except FileNotFoundError:
-        raise CorruptFileError(f"{path} is missing; is {path.parent} the folder you meant?") from None
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+    except OSError as error:
+        raise CorruptFileError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise CorruptFileError(f"{path} is damaged: {error}") from None
     if 8 + header_size + end != size:
         raise CorruptFileError(

@@ -3,12 +3,12 @@
     python scripts/bench_features.py --saedashboard /path/to/venv-with-sae-dashboard/bin/python
     python scripts/bench_features.py --d-model 768 --layers 12 --d-vocab 50257 --d-sae 24576 --tokens 1000000 --train-tokens 0
 
-By default the model is `tiny`, the text Python's documentation, and the dictionary top-k, trained before on --train-tokens of
-it; with --d-model it is a GPT-2 of random weights and that shape, and the tokens are random. Each tool runs in a process of its
-own, in alternation, on the same rows with the same weights. Loading is not timed. SAEDashboard runs SaeVisRunner and
-save_feature_centric_vis as its README shows, for the first --peer-latents latents. Prints a line of JSON for each tool: medians
-over the rounds; "extra MiB" is how far the process's memory rose above what it was before (with --memory freed memory is
-returned at once, which makes all slower: take speed from a run without).
+By default the model is `tiny`, the text Python's documentation, and the dictionary batch-top-k, trained before on so many
+tokens of it; with --d-model it is a GPT-2 of random weights and that shape, and the tokens are random. Each tool runs in a
+process of its own, in alternation, on the same rows with the same weights. Loading is not timed. SAEDashboard runs SaeVisRunner
+and save_feature_centric_vis as its README shows, for the first --peer-latents latents. Prints a line of JSON for each tool:
+medians over the rounds; "extra MiB" is how far the process's memory rose above what it was before (with --memory freed memory
+is returned at once, which makes all slower: take speed from a run without).
 """
 
 import argparse
@@ -94,7 +94,8 @@ tokenizer = PreTrainedTokenizerFast(tokenizer_file=folder + "/model/tokenizer.js
 cfg = HookedTransformerConfig(n_layers=c.n_layer, d_model=c.n_embd, d_head=c.n_embd // c.n_head, n_heads=c.n_head,
                               d_mlp=4 * c.n_embd, n_ctx=c.n_positions, d_vocab=c.vocab_size, act_fn="gelu_new",
                               normalization_type="LN", eps=c.layer_norm_epsilon, device="cpu", model_name="gpt2")
-model = HookedTransformer(cfg, tokenizer)
+model = HookedTransformer(cfg)
+model.tokenizer = tokenizer
 model.load_state_dict(convert_gpt2_weights(hf, cfg), strict=False)
 del hf
 
@@ -150,7 +151,8 @@ def prepare(folder: Path, args: argparse.Namespace) -> str:
     origin = sl.Origin(model="model", hook=hook, n_ctx=args.n_ctx, prepend_bos=True)
     if args.train_tokens:
         x = torch.cat([lm.run(part, hook)[hook][:, 1:].flatten(0, 1) for part in tokens.split(16)])
-        d = sl.fit(x, sparsity="topk", d_sae=args.d_sae, n_tokens=args.train_tokens, options={"k": args.k})
+        # published as JumpReLU, which SAEDashboard can rescale; top-k it cannot
+        d = sl.fit(x, sparsity="batch_topk", d_sae=args.d_sae, n_tokens=args.train_tokens, options={"k": args.k})
         d.origin = origin
     else:
         d = sl.Dictionary.create("topk", d_in=lm.d_model, d_sae=args.d_sae, options={"k": args.k}, origin=origin)
@@ -185,7 +187,7 @@ def main() -> None:
     parser.add_argument("--n-ctx", type=int, default=128)
     parser.add_argument("--d-sae", type=int, default=2048)
     parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--train-tokens", type=int, default=500_000, help="0: a random dictionary")
+    parser.add_argument("--train-tokens", type=int, default=500_000, help="0: a random top-k dictionary")
     parser.add_argument("--d-model", type=int, help="of a random GPT-2; default: the embedded model")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--d-vocab", type=int, default=4096)

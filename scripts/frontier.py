@@ -16,7 +16,7 @@ from saelens_lite.evaluate import EvalReport
 from saelens_lite.registry import names
 from saelens_lite.tokens import is_held_out, named_text
 
-PENALTIES = {"l1": (0.06, 0.12, 0.24), "gated": (0.045, 0.09, 0.18), "p_anneal": (0.03, 0.06, 0.12)}  # λ / sqrt(d_in)
+PENALTIES = {"l1": (0.03, 0.06, 0.12), "gated": (0.045, 0.09, 0.18), "p_anneal": (0.015, 0.03, 0.06)}  # λ / sqrt(d_in)
 
 
 def levels(rule: str, ks: list[int], d_in: int) -> list[dict]:
@@ -44,6 +44,7 @@ def plot(rows: list[dict], file: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     for rule in dict.fromkeys(row["rule"] for row in rows):
@@ -51,7 +52,10 @@ def plot(rows: list[dict], file: Path) -> None:
         for axis, column in zip(axes, (1, 2), strict=True):
             axis.plot([p[0] for p in points], [p[column] for p in points], "o-", label=rule, markersize=4)
     for axis, title in zip(axes, ("FVU", "CE recovered"), strict=True):
-        axis.set(xlabel="L0", ylabel=title, xscale="log")
+        axis.set(xlabel="L0", ylabel=title)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.xaxis.set_minor_formatter(NullFormatter())
     axes[1].legend(fontsize="small")
     figure.savefig(file, dpi=150)
 

@@ -35,6 +35,14 @@ def transcoder():
 
 
 @pytest.fixture(scope="module")
+def normalised(dictionary):
+    """An autoencoder that normalises each activation by itself."""
+    d = sl.Dictionary(dictionary.rule, d_in=48, d_sae=96, origin=dictionary.origin, token_norm="layer_norm")
+    d.load_state_dict(dictionary.state_dict())
+    return d.eval()
+
+
+@pytest.fixture(scope="module")
 def exact_lm(random_lm):
     """The random model in float64."""
     return sl.LanguageModel(copy.deepcopy(random_lm.module).double(), random_lm.tokenizer, name="exact")
@@ -56,19 +64,20 @@ def rows(lm, texts) -> list[torch.Tensor]:
     return [lm.to_tokens(text).tokens[0] for text in texts]
 
 
-@pytest.mark.parametrize("name", ["dictionary", "transcoder"])
+@pytest.mark.parametrize("name", ["dictionary", "transcoder", "normalised"])
 @pytest.mark.parametrize("metric", ["loss", PAIR])
 def test_the_gradient_is_the_slope_of_each_code(exact_lm, random_lm, name, metric, request):
     """By central differences of the code, in float64; the float32 model agrees."""
     d = copy.deepcopy(request.getfixturevalue(name)).double()
     target, tokens = d.origin.target_hook or HOOK, rows(exact_lm, TEXTS)
     found = sl.attribute(exact_lm, d, TEXTS, metric, ablation=False)
+    scales = [exact_lm.run(t, HOOK)[HOOK][0].std(-1) if d.token_norm else torch.ones(len(t)) for t in tokens]
     step = 1e-4
     for j, (row, position, latent) in list(enumerate(entries(found)))[::7]:
         ends = []
         for change in (step, -step):
             added = torch.zeros(len(tokens[row]), 48, dtype=torch.float64)
-            added[position] = change * d.W_dec[latent].detach()
+            added[position] = change * scales[row][position] * d.W_dec[latent].detach()
             with exact_lm.replace(target, lambda y, added=added: y + added):
                 ends.append(metric_value(exact_lm, tokens[row], metric))
         slope = (ends[0] - ends[1]) / (2 * step)
@@ -79,7 +88,7 @@ def test_the_gradient_is_the_slope_of_each_code(exact_lm, random_lm, name, metri
     assert found.ablation is None
 
 
-@pytest.mark.parametrize("name", ["dictionary", "transcoder"])
+@pytest.mark.parametrize("name", ["dictionary", "transcoder", "normalised"])
 @pytest.mark.parametrize("metric", ["loss", PAIR])
 def test_ablation_is_a_forward_pass_without_the_latent(random_lm, name, metric, request):
     d = request.getfixturevalue(name)

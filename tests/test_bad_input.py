@@ -414,8 +414,8 @@ def test_weights_that_do_not_fit(saved, change, wanted):
         ("", r"cfg\.json is not valid JSON: "),
         ("[1, 2]", r"cfg\.json holds a list, not an object"),
         ("[" * 100_000, r"cfg\.json is not valid JSON: "),
-        ('{"architecture": "topk"}', r"was not written by this version of saelens_lite .*absent, expected 1"),
-        ('{"metadata": 5}', r"was not written by this version of saelens_lite"),
+        ('{"architecture": "topk"}', r"cfg\.json: d_in = None; expected a whole number"),
+        ('{"metadata": 5}', r"cfg\.json: metadata is '5'; expected dict"),
     ],
 )
 def test_a_cfg_json_that_is_none(saved, content, wanted):

@@ -87,7 +87,7 @@ def test_a_card_has_the_figures():
     shaded = [span["style"] for span in page.each("span") if "background" in span.get("style", "")]
     assert [re.search(r"[\d.]+\)", style)[0] for style in shaded[:2]] == ["0.16)", "0.33)"]
     assert ["underline" in style for style in shaded[:2]] == [False, True]
-    assert "b↵" in page.text
+    assert "b⏎" in page.text
     assert "c⇥" in page.text
 
 
@@ -101,7 +101,7 @@ def test_a_card_of_a_latent_that_never_fires_or_acts_on_no_token():
 
 
 @pytest.mark.parametrize(
-    ("token", "shown"), [(" a", " a"), ("\n\n", "↵↵"), ("\x00", "\\x00"), ("\u200b", "\\u200b"), ("é", "é"), ("\xa0", "\\xa0")]
+    ("token", "shown"), [(" a", " a"), ("\n\n", "⏎⏎"), ("\x00", "\\x00"), ("\u200b", "\\u200b"), ("é", "é"), ("\xa0", "␣")]
 )
 def test_what_does_not_show_is_made_visible(token, shown):
     assert visible(token) == shown

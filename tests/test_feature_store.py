@@ -1,18 +1,29 @@
 """Feature stores of several dictionaries, with a control, interrupted, continued, as a table, labelled, exported."""
 
+import errno
 import gzip
 import json
 import math
+import sys
 from datetime import UTC, datetime
 
 import pytest
 import torch
 
 import saelens_lite as sl
-from saelens_lite.errors import ConfigError, CorruptFileError, LockedError, OutputExistsError, TextError, UserError
+from saelens_lite.errors import (
+    ConfigError,
+    CorruptFileError,
+    DiskFullError,
+    LockedError,
+    OutputExistsError,
+    TextError,
+    UserError,
+)
 from saelens_lite.features import DetectionTask, Example, Scorer, collect, token_baseline, words_of_label
 from saelens_lite.features.compare import Stability
 from saelens_lite.features.draws import uniform
+from saelens_lite.features.spill import Spill
 from saelens_lite.tokens import TokenRows, token_rows
 
 HOOK, OTHER_HOOK = "blocks.1.hook_resid_pre", "blocks.0.hook_mlp_out"
@@ -159,7 +170,7 @@ def test_an_unfinished_store_is_not_gone_on_with_by_others(dictionaries, random_
     failing(None)
     with pytest.raises(OutputExistsError, match="batch_tokens = 96"):
         sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out, batch_tokens=48)
-    with pytest.raises(OutputExistsError, match="stores"):
+    with pytest.raises(OutputExistsError, match=r"rule = 'topk' \(now 'l1'"):
         sl.FeatureStore.build(dictionaries[1], random_lm, rows, out=out, batch_tokens=96)
     (unfinished / "0" / "lists.bin").write_bytes(b"")
     with pytest.raises(CorruptFileError, match="delete"):
@@ -167,6 +178,34 @@ def test_an_unfinished_store_is_not_gone_on_with_by_others(dictionaries, random_
     again = sl.FeatureStore.build(dictionaries[1], random_lm, rows, out=out, exists="overwrite")
     assert same(again, sl.FeatureStore.build(dictionaries[1], random_lm, rows))
     assert not unfinished.exists()
+
+
+def test_a_full_disk_keeps_what_is_whole(folder, dictionaries, random_lm, rows, tmp_path, monkeypatch):
+    out, settings = tmp_path / "store", {"codes": True, "control": True, "batch_tokens": 96}
+    append, n_left = Spill._append, iter(range(4))
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def write(self, _):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def filling(self, pieces):
+        if next(n_left, None) is None:
+            self._files["latents.bin"] = Full(self._files["latents.bin"])
+        append(self, pieces)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Spill, "_append", filling)
+        with pytest.raises(DiskFullError, match="make room"):
+            sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out, **settings)
+    assert json.loads((tmp_path / ".store.unfinished/progress.json").read_text())["n_batches"] == 4
+    sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out, **settings)
+    assert contents(out) == contents(folder)
 
 
 def test_a_store_in_the_making_is_locked(dictionaries, random_lm, rows, tmp_path):
@@ -223,6 +262,8 @@ def test_questions_in_sql(store):
         "create table x as select 1",
         "insert into tokens values (1, 'a')",
         "delete from tokens",
+        "with gone as (delete from tokens returning *) select * from gone",
+        "with gone as (delete from codes returning *) select * from gone",
         "copy codes to '{}/stolen.csv'",
         "copy (select 1) to '{}/stolen.csv'",
         "export database '{}/stolen'",
@@ -261,7 +302,7 @@ def test_sql_cannot_write_over_the_codes(store, folder):
 
 
 def test_sql_needs_an_extra(store, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "duckdb", None)
+    monkeypatch.setitem(sys.modules, "duckdb", None)
     with pytest.raises(ConfigError, match=r"saelens-lite\[sql\]"):
         store.sql("select 1")
 

@@ -35,9 +35,18 @@ def transcoder():
     return d
 
 
-@pytest.fixture(params=["topk", "transcoder"])
+@pytest.fixture(scope="module")
+def normalised(topk):
+    """An autoencoder that normalises each activation by itself, of the same directions."""
+    d = sl.Dictionary(topk.rule, d_in=48, d_sae=96, origin=topk.origin, token_norm="layer_norm")
+    d.load_state_dict(topk.state_dict())
+    d.b_dec.data.copy_(torch.linspace(-1, 1, 48))
+    return d.eval()
+
+
+@pytest.fixture(params=["topk", "transcoder", "normalised"])
 def dictionary(request):
-    """Each of the two dictionaries in turn."""
+    """Each of the three dictionaries in turn."""
     return request.getfixturevalue(request.param)
 
 
@@ -105,11 +114,12 @@ def test_an_edit_is_the_dense_formula(random_lm, dictionary, name, error_term):
     x, y = (a.double() for a in activations(random_lm, d))
     old = d.encode(x.float()).to_dense().detach().double()
     W_dec, b_dec = d.W_dec.detach().double(), d.b_dec.detach().double()
+    mean, scale = (x.mean(-1, keepdim=True), x.std(-1, keepdim=True)) if d.token_norm else (0, 1)
     base = y.clone()
     if not error_term:
         skip = x @ d.W_skip.detach().double().T if d.W_skip is not None else 0
-        base[:, 1:] = (old @ W_dec + b_dec + skip)[:, 1:]
-    wanted = base + (dense(d, old, edits) - old) @ W_dec
+        base[:, 1:] = ((old @ W_dec + b_dec + skip) * scale + mean)[:, 1:]
+    wanted = base + (dense(d, old, edits) - old) @ W_dec * scale
     found = edited_activation(random_lm, d, edits, error_term=error_term)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
     assert (name == "nothing") == torch.allclose(found, base.float(), atol=1e-4)
@@ -255,6 +265,17 @@ def test_each_dose_is_a_splice_of_its_own(random_lm, topk, response):
                 kl = F.kl_div(new[1:], clean[1:], reduction="none", log_target=True).sum(-1).mean()
                 assert float(response.effect[i, j, r]) == pytest.approx(float(after - before), abs=2e-5)
                 assert float(response.kl[i, j, r]) == pytest.approx(float(kl), abs=2e-5)
+
+
+def test_a_dose_counts_in_the_units_of_what_is_decoded(random_lm, normalised):
+    found = sl.dose_response(random_lm, normalised, 7, [2.0], TEXTS[0], metric="loss", n_controls=0)
+    before = random_lm.logits(TEXTS[0])
+    with random_lm.splice(normalised, [sl.Add(7, 2.0)]):
+        after = random_lm.logits(TEXTS[0])
+    tokens = random_lm.to_tokens(TEXTS[0]).tokens[0]
+    loss = [F.cross_entropy(logits[0, :-1].double(), tokens[1:]) for logits in (before, after)]
+    assert float(found.effect) == pytest.approx(float(loss[1] - loss[0]), abs=2e-5)
+    assert abs(float(found.effect)) > 1e-3
 
 
 def test_what_a_dose_response_says(random_lm, topk, response):

@@ -103,6 +103,23 @@ def jumprelu(d_in: int, d_sae: int, **options) -> sl.Dictionary:
     return d
 
 
+def test_a_threshold_stored_as_it_is_has_the_gradient_of_its_logarithm_over_itself():
+    log = jumprelu(8, 32, bandwidth=0.1)
+    theta = log.rule.threshold.detach()
+    plain = sl.Dictionary.create("jumprelu", d_in=8, d_sae=32, options={"bandwidth": 0.1, "parameter": "plain"}).train()
+    torch.testing.assert_close(plain.rule.threshold, torch.full((32,), 0.05 * 8**0.5))
+    plain.rule.plain_threshold.data.copy_(theta)
+    x = normal(500, 8)
+    (by_log,) = torch.autograd.grad(a_step(log, x).losses()["l0_penalty"], log.rule.scaled_log_threshold)
+    (by_itself,) = torch.autograd.grad(a_step(plain, x).losses()["l0_penalty"], plain.rule.plain_threshold)
+    torch.testing.assert_close(by_itself, by_log / theta)
+    assert by_itself.any()
+    norms = plain.W_dec.norm(dim=1).mul_(3).detach()
+    plain.W_dec.data.mul_(3)
+    plain.fold_decoder_norms_()
+    torch.testing.assert_close(plain.rule.threshold, theta * norms)
+
+
 def test_the_gradient_of_l0_is_its_finite_difference_over_the_bandwidth():
     """With a rectangular kernel, the estimate (Rajamanoharan et al., section 4) is exactly that."""
     d = jumprelu(8, 32, bandwidth=0.1)
@@ -225,7 +242,7 @@ def test_p_anneal_of_nothing_that_fires():
 
 def test_p_falls_to_its_end_in_training_and_fewer_latents_fire(planted):
     x, _ = planted(5_000, d_in=32, n_directions=64)
-    settings = {"d_sae": 64, "n_tokens": 30_000, "batch_size": 250, "lr": 5e-3}
+    settings = {"d_sae": 64, "n_tokens": 60_000, "batch_size": 250, "lr": 5e-3}
     annealed, constant = (sl.fit(x, "p_anneal", options={"coefficient": 0.5, "p_end": p}, **settings) for p in (0.2, 1.0))
     assert float(annealed.rule.p) == pytest.approx(0.2, abs=0.01)
     assert float(constant.rule.growth) == 1

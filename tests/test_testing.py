@@ -5,11 +5,13 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import saelens_lite as sl
-from saelens_lite import cli, registry
+from saelens_lite import cli, errors, registry
 from saelens_lite.errors import PluginError
+from saelens_lite.formats import AXES, Outline, cannot_write, open_tensors, tensor_names, write_tensors
 from saelens_lite.sparsity import support_of_mask
 from saelens_lite.testing import check_plugin, loggers, rules
 from saelens_lite.train import Trainer
@@ -464,3 +466,91 @@ def test_a_logger_that_changes_its_settings_fails():
 
 def test_a_quiet_logger_passes():
     assert check_plugin(Quiet).ok
+
+
+# Formats that break one thing each
+
+
+class OwnFiles(sl.Format):
+    """A file of the parameters by our names; nothing is wrong with it."""
+
+    def detect(self, path):
+        return {"W_enc", "b_enc", "W_dec", "b_dec"} == tensor_names(path / "own.safetensors")
+
+    def outline(self, path):
+        file = open_tensors(path / "own.safetensors")
+        names = {name: (name, axes) for name, axes in AXES.items() if name in file.specs}
+        return Outline(file, "l1", names | {"b_enc": ("b_enc", "d_sae")})
+
+    def write(self, dictionary, folder):
+        if dictionary.rule.plugin_name != "l1" or dictionary.is_transcoder:
+            raise cannot_write(dictionary, "own", "it is for l1")
+        write_tensors(folder / "own.safetensors", dict(dictionary.named_parameters()) | {"W_enc": dictionary.W_enc})
+
+
+class DoesNothing(sl.Format):
+    pass
+
+
+class DetectsEverything(OwnFiles):
+    def detect(self, path):
+        return True
+
+
+class ForgetsBias(OwnFiles):
+    def write(self, dictionary, folder):
+        super().write(dictionary, folder)
+        tensors = load_file(folder / "own.safetensors")
+        write_tensors(folder / "own.safetensors", tensors | {"b_dec": tensors["b_dec"] * 0})
+
+
+class BelievesWhatIsLeft(OwnFiles):
+    def read(self, path):
+        try:
+            return super().read(path)
+        except errors.CorruptFileError:
+            if not (path / "own.safetensors").exists():
+                raise
+            return sl.Dictionary.create("l1", d_in=8, d_sae=32)
+
+
+@pytest.mark.parametrize(
+    ("format", "check", "found"),
+    [
+        (DoesNothing, "reads or writes", r"neither outline\(path\) nor write\(dictionary, folder\) is defined"),
+        (DetectsEverything, "junk", "detect says yes to empty, which holds nothing"),
+        (ForgetsBias, "round trip", r"x_hat of l1 are .* \(relative\) off when read again"),
+        (BelievesWhatIsLeft, "damage", r"own\.safetensors cut to 0 of .* bytes is read without CorruptFileError"),
+    ],
+)
+def test_a_broken_format_fails_its_check_and_no_other(format, check, found):
+    report = check_plugin(format)
+    assert [failed.name for failed in report.failed] == [check], str(report)
+    with pytest.raises(PluginError, match=found):
+        report.raise_if_failed()
+
+
+@pytest.mark.parametrize("name", registry.names("formats"))
+def test_built_in_formats_pass(name):
+    report = check_plugin(registry.load(name, "formats"))
+    report.raise_if_failed()
+    assert report["reads or writes"].found
+
+
+class NamesTooMuch(OwnFiles):
+    def outline(self, path):
+        names = {name: (name, axes) for name, axes in AXES.items() if name in ("W_enc", "W_dec", "b_dec")}
+        return Outline(open_tensors(path / "own.safetensors"), "l1", names | {"rule.b_enc": ("b_enc", "d_sae")})
+
+
+def test_a_format_that_names_parameters_the_rule_lacks(tmp_path):
+    d = sl.Dictionary.create("l1", d_in=8, d_sae=16)
+    NamesTooMuch().write(d, tmp_path)
+    with pytest.raises(PluginError, match=r"format own names \['W_dec', 'W_enc', .*'rule\.b_enc'\]; a l1 dictionary has"):
+        NamesTooMuch().outline(tmp_path).build("own")
+
+
+def test_a_format_without_fault_passes_and_has_no_options():
+    assert check_plugin(OwnFiles).summary() == "4 ok"
+    with pytest.raises(PluginError, match="were given for OwnFiles; formats have none"):
+        check_plugin(OwnFiles, options={"k": 3})

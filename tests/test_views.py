@@ -196,7 +196,7 @@ def test_hostile_strings_stay_text(by):
     page = Page(hostile_view(by)._repr_html_())
     assert page.tags == {"div", "span", "table", "tr", "td", "b"}
     assert page.attributes == {"style", "title"}
-    for shown in [*HOSTILE[:3], "\\u202eevil\\x1b[31m", "↵"]:
+    for shown in [*HOSTILE[:3], "\\u202eevil\\x1b[31m", "⏎"]:
         assert page.text.count(shown) >= 2
         assert any(shown in title for title in page.titles)
     assert not re.search(r"\b0%", page.text)  # a share that is not known
@@ -242,7 +242,7 @@ def test_a_live_prompt_shows_the_view_of_its_text(live, dictionary, random_lm):
     assert live.view == sl.prompt_view(dictionary, random_lm, PROMPT, top=2)
     shown = live.widget.view
     assert [row["score"] for row in shown["rows"]] == [row.activation for row in live.view.rows]
-    assert shown["tokens"][4] == "↵"
+    assert shown["tokens"][4] == "⏎"
     assert shown["shades"] == live.view.shades
     assert live.widget.orders == ["activation", "attribution"]
     live.widget.prompt = "It was"

@@ -13,6 +13,7 @@ so that θ feels the pairs just below it too. What is learned is ln θ. Decoder 
 
 Adam changes ln θ by at most the learning rate in a step. The paper, which starts from θ = ε = 0.001, takes very many steps; in
 the few hundred of a short training θ would stay where it is. So ln θ is stored divided by threshold_speed, and θ starts higher.
+Dictionaries of other tools are read with θ itself as the parameter, since no logarithm gives back the same number, or zero.
 """
 
 import math
@@ -51,18 +52,24 @@ class JumpReLU(Sparsity):
         bandwidth: float = Field(0.01, gt=0, description="ε, for activations of norm 1; in the paper 0.001.")
         threshold_speed: float = Field(10.0, gt=0, description="How much faster ln θ is learned than the rest; in the paper 1.")
         dead_coefficient: float = Field(3e-6, ge=0, description="μ.")
+        parameter: Literal["log", "plain"] = Field("log", description="What is stored: ln θ / threshold_speed, or θ itself.")
 
     config: Config
 
     def __init__(self, config: Config, *, d_in: int, d_sae: int):
         super().__init__(config, d_in=d_in, d_sae=d_sae)
-        log_threshold = math.log(config.threshold * d_in**0.5)
-        self.scaled_log_threshold = nn.Parameter(torch.full((d_sae,), log_threshold / config.threshold_speed))
+        threshold = config.threshold * d_in**0.5
+        if config.parameter == "plain":
+            self.plain_threshold = nn.Parameter(torch.full((d_sae,), threshold))
+        else:
+            self.scaled_log_threshold = nn.Parameter(torch.full((d_sae,), math.log(threshold) / config.threshold_speed))
         self.width = config.bandwidth * d_in**0.5
 
     @property
     def threshold(self):
         """θ [d_sae]; differentiable."""
+        if self.config.parameter == "plain":
+            return self.plain_threshold
         return (self.config.threshold_speed * self.scaled_log_threshold).exp()
 
     def activation(self, pre):
@@ -108,7 +115,10 @@ class JumpReLU(Sparsity):
             normalise_decoder_(dictionary)
 
     def rescale_(self, scale) -> None:
-        self.scaled_log_threshold.data.add_(scale.log() / self.config.threshold_speed)
+        if self.config.parameter == "plain":
+            self.plain_threshold.data.mul_(scale)
+        else:
+            self.scaled_log_threshold.data.add_(scale.log() / self.config.threshold_speed)
 
     def inference_form(self) -> PublishedForm:
         return PublishedForm("jumprelu", {"threshold": self.threshold})

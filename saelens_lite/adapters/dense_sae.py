@@ -63,6 +63,7 @@ class DenseSAE(nn.Module):
         super().__init__()
         self.dictionary = deepcopy(dictionary).eval().requires_grad_(False)
         self.cfg = cfg
+        self._encoded: Tensor | None = None  # what a dictionary that normalises each activation decodes by
 
     @property
     def W_enc(self) -> Float[Tensor, "d_in d_sae"]:
@@ -97,11 +98,21 @@ class DenseSAE(nn.Module):
 
     def encode(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape d_sae"]:
         """The dictionary's codes of x, dense, in the dtype of the weights."""
+        self._encoded = x if self.dictionary.token_norm else None
         return self.dictionary.encode(x).to_dense()
 
     def decode(self, acts: Float[Tensor, "*shape d_sae"]) -> Float[Tensor, "*shape d_out"]:
-        """x_hat of dense codes."""
-        return self.dictionary.decode(acts)
+        """x_hat of dense codes; where each activation is normalised by itself, they are to be codes of the x encoded last.
+
+        Raises:
+            ConfigError: they cannot be, as their shape shows.
+        """
+        if self.dictionary.token_norm and (self._encoded is None or self._encoded.shape[:-1] != acts.shape[:-1]):
+            raise ConfigError(
+                f"codes of shape {tuple(acts.shape)} cannot be decoded: this dictionary undoes the "
+                f"{self.dictionary.token_norm} of each activation, and the activations encoded last have another shape"
+            )
+        return self.dictionary.decode(acts, self._encoded)
 
     def forward(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape d_out"]:
         """x_hat, in the dtype of the weights."""

@@ -118,9 +118,8 @@ def evaluate(
         seed=seed,
     )
     reports = _reports(job, dictionaries, lm, by_frequency, by_position)
-    for report in reports:
-        if report.caution:
-            log.warning("%s", report.caution)
+    for caution in dict.fromkeys(report.caution for report in reports if report.caution):
+        log.warning("%s", caution)
     if controls:
         reports = _with_controls(job, dictionaries, lm, reports)
     return reports if several else reports[0]

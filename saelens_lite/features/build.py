@@ -10,12 +10,11 @@ from saelens_lite.config import TextConfig
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, TextError
 from saelens_lite.evaluate import as_trained
-from saelens_lite.evaluate.positions import position_bands
 from saelens_lite.features.codes import codes_file
-from saelens_lite.features.collect import Hooked
+from saelens_lite.features.collect import Hooked, collect
 from saelens_lite.features.cooccurrence import partners
 from saelens_lite.features.info import StoreInfo, weights_hash
-from saelens_lite.features.reduce import Block, TextFacts, row_lengths
+from saelens_lite.features.reduce import Block, TextFacts
 from saelens_lite.features.spill import Spill
 from saelens_lite.features.tensors import FeatureTensors
 from saelens_lite.model import LanguageModel
@@ -70,14 +69,20 @@ class Job(NamedTuple):
 
     def request(self, lm: LanguageModel, batch_tokens: int | None, control: bool) -> dict[str, Any]:
         """What an unfinished pass has to agree with to go on."""
+        of_each = {f"{i}: {key}": x for i, info in enumerate(self.infos) for key, x in info.model_dump(mode="json").items()}
         return {
             "processing": lm.processing,
             "tokenizer": lm.tokenizer_hash,
             "model_dtype": str(lm.dtype),
             "batch_tokens": batch_tokens,
             "control": control,
-            "stores": [info.model_dump(mode="json") for info in self.infos],
+            "n_dictionaries": len(self.infos),
+            **of_each,
         }
+
+    def collected(self, lm: LanguageModel, batch_tokens: int | None, folder: Path, what: str) -> list[Spill]:
+        """The codes of each dictionary, on disk below `folder`, from one pass of the model."""
+        return collect(self.hooked, lm, self.rows, batch_tokens, folder, what)
 
 
 def _hooked(dictionary: Dictionary, lm: LanguageModel, hook: str | None) -> Hooked:
@@ -129,12 +134,11 @@ def reduced(
             write(block)
             parts.append(block.reduced() | partners(block, lists, count)._asdict())
             advance(piece.n, "")
-    bands = position_bands(rows)
     of_text = {
         "tokens": rows.tokens.int(),
-        "length": row_lengths(rows).int(),
-        "band_low": torch.tensor(bands.low),
-        "band_high": torch.tensor(bands.high),
-        "band_tokens": torch.tensor(bands.n_tokens),
+        "length": text.length.int(),
+        "band_low": torch.tensor(text.bands.low),
+        "band_high": torch.tensor(text.bands.high),
+        "band_tokens": torch.tensor(text.bands.n_tokens),
     }
     return FeatureTensors(**of_text, **{name: torch.cat([part[name] for part in parts]) for name in parts[0]})

@@ -119,11 +119,11 @@ class CodesTable:
 def _open(db: "duckdb.DuckDBPyConnection", path: Path, tokens: "pyarrow.Table") -> None:
     """Make the two tables, and close everything else off: no other file, no file for intermediate results, no way back."""
     where = str(path.resolve())
-    db.register("given_tokens", tokens)
-    db.execute("create table tokens as select * from given_tokens")
-    db.unregister("given_tokens")
+    db.register("tokens", tokens)
     db.read_parquet(where).create_view("codes")
     quoted = where.replace("'", "''")
     db.execute(f"set allowed_paths = ['{quoted}']")
-    for setting in ("temp_directory = ''", "enable_external_access = false", "lock_configuration = true"):
-        db.execute(f"set {setting}")
+    db.execute("set temp_directory = ''")
+    for setting in ("python_enable_replacements", "enable_external_access"):
+        db.execute(f"set {setting} = false")
+    db.execute("set lock_configuration = true")

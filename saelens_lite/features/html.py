@@ -3,7 +3,7 @@
 from functools import partial
 from typing import Any
 
-MARKS = {"\n": "↵", "\t": "⇥", "\r": "␍"}
+MARKS = {"\n": "⏎", "\t": "⇥", "\r": "␍", "\u00a0": "␣"}  # as in the dashboard
 WARM, COLD = "240, 130, 0", "40, 120, 255"  # what adds, what takes away
 MOST = 0.65  # opacity of the strongest shade: text in the notebook's own colour stays readable on it
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from saelens_lite.evaluate.positions import position_bands
+from saelens_lite.evaluate.positions import PositionBands, position_bands
 from saelens_lite.features.draws import distinct, uniform
 from saelens_lite.features.info import StoreInfo
 from saelens_lite.features.tensors import NONE
@@ -34,26 +34,19 @@ class TextFacts(NamedTuple):
     n_ctx: int
     kept: Int[Tensor, " n_tokens"]  # the places that count, ascending
     length: Int[Tensor, " n_seq"]  # positions of a row up to the last that counts
-    band: Int[Tensor, " n_ctx"]
-    n_bands: int
+    bands: PositionBands
 
     @classmethod
     def of(cls, rows: TokenRows) -> "TextFacts":
         """The facts of some rows."""
-        n_seq, n_ctx = rows.tokens.shape
-        bands = position_bands(rows)
         kept = rows.keep.flatten().nonzero().squeeze(1)
-        return cls(n_seq, n_ctx, kept, row_lengths(rows), bands.band[0], len(bands.low))
+        length = (rows.keep * torch.arange(1, rows.keep.shape[1] + 1)).amax(1)
+        return cls(*rows.tokens.shape, kept, length, position_bands(rows))
 
     @property
     def n_places(self) -> int:
         """Number of places, those that do not count included."""
         return self.n_seq * self.n_ctx
-
-
-def row_lengths(rows: TokenRows) -> Int[Tensor, " n_seq"]:
-    """Positions of each row up to the last that counts."""
-    return (rows.keep * torch.arange(1, rows.keep.shape[1] + 1)).amax(1)
 
 
 class Block:
@@ -114,8 +107,9 @@ class Block:
 
     def _bands(self) -> dict[str, Tensor]:
         """How often each latent fires in each band of positions, and how strongly."""
-        shape = (self.n, self.text.n_bands)
-        cell = self.latent * self.text.n_bands + self.text.band[self.place % self.text.n_ctx]
+        bands = self.text.bands
+        shape = (self.n, len(bands.low))
+        cell = self.latent * shape[1] + bands.band[0, self.place % self.text.n_ctx]
         count = torch.bincount(cell, minlength=shape[0] * shape[1]).reshape(shape)
         total = torch.bincount(cell, self.value.double(), shape[0] * shape[1]).reshape(shape)
         return {"band_count": count.int(), "band_mean": (total / count.clamp(min=1)).float()}

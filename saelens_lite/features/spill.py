@@ -108,8 +108,9 @@ class Spill:
 
     def close(self) -> None:
         """Close the files."""
-        while self._files:
-            self._files.popitem()[1].close()
+        with disk_full_is_typed(self.folder):
+            while self._files:
+                self._files.popitem()[1].close()
 
     def lists(self, n_places: int) -> Lists:
         """Which latents fire where."""

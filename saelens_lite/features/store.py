@@ -1,4 +1,4 @@
-"""The feature store: everything collected of one dictionary, its files, and the questions it answers."""
+"""The feature store: everything collected of one dictionary, and the questions it answers."""
 
 import math
 import shutil
@@ -7,44 +7,32 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from jaxtyping import Bool, Float, jaxtyped
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saelens_lite.config import TextConfig
 from saelens_lite.dictionary import Dictionary
-from saelens_lite.errors import ConfigError, CorruptFileError, OutputExistsError, UserError
+from saelens_lite.errors import ConfigError, OutputExistsError, UserError
+from saelens_lite.features import stored
 from saelens_lite.features.build import Job, reduced
 from saelens_lite.features.codes import CODES_FILE, CodesTable, check_extra
-from saelens_lite.features.collect import collect, unfinished
+from saelens_lite.features.collect import unfinished
 from saelens_lite.features.compare import STABILITY_FILE, Stability
 from saelens_lite.features.detection import Detection, Scorer, detection
 from saelens_lite.features.info import StoreInfo, weights_hash
 from saelens_lite.features.labels import LABELS_FILE, read_labels, write_labels
 from saelens_lite.features.neuronpedia import export_neuronpedia
-from saelens_lite.features.reduce import N_BINS
+from saelens_lite.features.spill import Spill
 from saelens_lite.features.summary import Example, ExampleGroup, LatentSummary, Partner, PositionBin
-from saelens_lite.features.tensors import NONE, OF_TEXT, FeatureTensors
+from saelens_lite.features.tensors import NONE, FeatureTensors
 from saelens_lite.features.vocabulary import vocabulary
 from saelens_lite.features.weights import LatentWeights, latent_weights
-from saelens_lite.files import (
-    file_hash,
-    new_folder,
-    read_json,
-    read_tensors,
-    refuse_existing,
-    write_json,
-    write_tensors,
-    write_text,
-)
+from saelens_lite.files import new_folder, refuse_existing, write_text
 from saelens_lite.model import LanguageModel
 from saelens_lite.tokens import Text, TokenRows
 
 if TYPE_CHECKING:
     import pyarrow
-
-FORMAT = 2
-INFO_FILE = "features.json"
-TENSORS_FILE, WEIGHTS_FILE, CONTROL_FILE = "features.safetensors", "weights.safetensors", "control.safetensors"
 
 
 class FeatureStore:
@@ -69,8 +57,6 @@ class FeatureStore:
     ):
         self.info, self.tensors, self.weights, self.vocabulary = info, tensors, weights, vocabulary
         self.codes, self.scores, self.control, self.labels, self.folder = codes, scores, control, labels or {}, folder
-        if scores is not None and scores.sha256 != info.dictionary_sha256:
-            raise ConfigError("the stability scores are of another dictionary; compute them anew with sl.stability")
 
     @overload
     @classmethod
@@ -154,32 +140,51 @@ class FeatureStore:
             raw_unembedding=raw_unembedding,
         )
         scores = _scores_of_each(stability, job.infos)
+        names = folder_names(dictionaries) if several else ["."]
         with unfinished(out, job.request(lm, batch_tokens, control), exists) as work:
-            spills = collect(job.hooked, lm, job.rows, batch_tokens, work, "features")
-            others = []
+            spills = job.collected(lm, batch_tokens, work, "features")
+            others: list[Spill | None] = [None] * len(names)
             if control:
-                redrawn = lm.redrawn(seed)
-                others = collect(job.hooked, redrawn, job.rows, batch_tokens, work / "control", "features of the control")
-            words, stores = vocabulary(lm), []
+                others = job.collected(lm.redrawn(seed), batch_tokens, work / "control", "features of the control")
+            words = vocabulary(lm)
             with nullcontext() if out is None else new_folder(out, exists) as new:
-                names = folder_names(dictionaries) if several else ["."]
-                for i, (one, info, name) in enumerate(zip(job.hooked, job.infos, names, strict=True)):
-                    folder = None if new is None else new / name
-                    if folder is not None:
-                        folder.mkdir(exist_ok=True)
-                    table = folder / CODES_FILE if folder is not None and codes else None
-                    tensors = reduced(spills[i], job.rows, info, table)
-                    weights = latent_weights(one.dictionary, lm, raw_unembedding=raw_unembedding)
-                    kept = None if table is None else CodesTable.of(table)
-                    store = cls(info, tensors, weights, words, codes=kept, scores=scores[i])
-                    if control:
-                        other = info.replace(model=redrawn.name, revision=None)
-                        store.control = cls(other, reduced(others[i], job.rows, other, must_fire=False), weights, words)
-                    if folder is not None:
-                        store._write(folder)
-                        store._is_in(out / name)
-                    stores.append(store)
+                stores = [
+                    cls._made(job, i, lm, words, spills[i], others[i], scores[i], None if new is None else new / name, codes)
+                    for i, name in enumerate(names)
+                ]
+        if out is not None:
+            for store, name in zip(stores, names, strict=True):
+                store._is_in(out / name)
         return stores if several else stores[0]
+
+    @classmethod
+    def _made(
+        cls,
+        job: Job,
+        i: int,
+        lm: LanguageModel,
+        words: list[str],
+        spill: Spill,
+        other: Spill | None,
+        scores: Stability | None,
+        folder: Path | None,
+        codes: bool,
+    ) -> "FeatureStore":
+        """The store of the i-th dictionary from its codes, those of the control beside them; with a folder it is written."""
+        info = job.infos[i]
+        table = None
+        if folder is not None:
+            folder.mkdir(exist_ok=True)
+            table = folder / CODES_FILE if codes else None
+        tensors = reduced(spill, job.rows, info, table)
+        weights = latent_weights(job.hooked[i].dictionary, lm, raw_unembedding=info.raw_unembedding)
+        store = cls(info, tensors, weights, words, codes=None if table is None else CodesTable.of(table), scores=scores)
+        if other is not None:
+            redrawn = info.replace(model=f"{info.model}, weights re-drawn", revision=None)
+            store.control = cls(redrawn, reduced(other, job.rows, redrawn, must_fire=False), weights, words)
+        if folder is not None:
+            store._write(folder)
+        return store
 
     @property
     def densities(self) -> Float[Tensor, " d_sae"]:
@@ -411,25 +416,12 @@ class FeatureStore:
 
     def _write(self, folder: Path) -> None:
         """Fill a fresh folder, in which the codes are already."""
-        write_tensors(folder / TENSORS_FILE, self.tensors._asdict())
-        write_tensors(folder / WEIGHTS_FILE, self.weights._asdict())
-        if self.control is not None:
-            own = {name: x for name, x in self.control.tensors._asdict().items() if name not in OF_TEXT}
-            write_tensors(folder / CONTROL_FILE, own)
+        control = None if self.control is None else stored.Control(self.control.info, self.control.tensors)
+        stored.write(folder, stored.Parts(self.info, self.tensors, self.weights, self.vocabulary, self.codes, control))
         if self.scores is not None:
             self.scores.save(folder)
         if self.labels:
             self.write_labels(folder / LABELS_FILE)
-        checked = [path for path in sorted(folder.glob("*.safetensors")) if path.name != STABILITY_FILE]
-        content = {
-            "format": FORMAT,
-            "sha256": {path.name: file_hash(path) for path in checked},
-            "codes": None if self.codes is None else {"n_bytes": self.codes.n_bytes, "sha256": self.codes.sha256},
-            "info": self.info.model_dump(mode="json"),
-            "control": None if self.control is None else self.control.info.model_dump(mode="json"),
-            "vocabulary": self.vocabulary,
-        }
-        write_json(folder / INFO_FILE, content)
 
     @classmethod
     def load(cls, folder: str | Path, dictionary: Dictionary | None = None) -> "FeatureStore":
@@ -442,30 +434,12 @@ class FeatureStore:
             ConfigError: the store, its labels or its stability scores are of another dictionary.
         """
         folder = Path(folder)
-        content = read_json(folder / INFO_FILE)
-        if content.get("format") != FORMAT:
-            raise CorruptFileError(
-                f"{folder / INFO_FILE}: format {content.get('format')!r}, this version reads {FORMAT}; build the store again"
-            )
-        try:
-            files = {name: _checked(folder / name, sha256) for name, sha256 in content["sha256"].items()}
-            codes = None if content["codes"] is None else CodesTable(folder / CODES_FILE, **content["codes"])
-            if codes is not None:
-                codes.check_size()
-            info, words = StoreInfo(**content["info"]), list(content["vocabulary"])
-            tensors, weights = FeatureTensors(**files[TENSORS_FILE]), LatentWeights(**files[WEIGHTS_FILE])
-            store = cls(info, tensors, weights, words, codes=codes, folder=folder)
-            if content["control"] is not None:
-                shared = {name: getattr(tensors, name) for name in OF_TEXT}
-                store.control = cls(
-                    StoreInfo(**content["control"]), FeatureTensors(**shared, **files[CONTROL_FILE]), weights, words
-                )
-        except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
-            raise CorruptFileError(f"{folder} is damaged: {type(error).__name__}: {error}") from None
-        if not all(_fits(one) for one in (store, store.control) if one is not None):
-            raise CorruptFileError(f"{folder}: the tensors and {INFO_FILE} do not fit together; build the store again")
+        info, tensors, weights, words, codes, control = stored.read(folder)
         if dictionary is not None and weights_hash(dictionary) != info.dictionary_sha256:
             raise ConfigError(f"{folder} is the store of another dictionary; build one of this dictionary")
+        store = cls(info, tensors, weights, words, codes=codes, folder=folder)
+        if control is not None:
+            store.control = cls(control.info, control.tensors, weights, words)
         if (folder / STABILITY_FILE).exists():
             store.scores = _scores_of_each(Stability.load(folder), [info])[0]
         if (folder / LABELS_FILE).exists():
@@ -518,38 +492,3 @@ def _scores_of_each(
         if scores is not None and scores.sha256 != info.dictionary_sha256:
             raise ConfigError("the stability scores are of another dictionary; compute them anew with sl.stability")
     return given
-
-
-def _checked(path: Path, sha256: str) -> dict[str, Tensor]:
-    """The tensors of a file that has this hash."""
-    tensors = read_tensors(path)
-    if file_hash(path) != sha256:
-        raise CorruptFileError(f"{path} does not match the checksum in {INFO_FILE}; build the store again")
-    return tensors
-
-
-def _fits(store: FeatureStore) -> bool:
-    """Whether types and shapes agree with each other and with the info, and every token id, place and latent exists."""
-    info, t, w, n_vocab = store.info, store.tensors, store.weights, len(store.vocabulary)
-    consistent = _typed(t) and _typed(w) and len(t.count) == len(w.promoted) == info.d_sae
-    shapes = (t.top_nearby.shape[1:], t.group_nearby.shape[1:], t.random_nearby.shape[1:], t.silent_place.shape[1:])
-    width = sum(info.window) + 1
-    wanted = ((info.top_n, width), (info.n_groups, info.group_size, width), (info.n_random, width), (info.n_silent,))
-    if not consistent or shapes != wanted or t.histogram.shape[1] != N_BINS:
-        return False
-    places = (t.top_place, t.group_place, t.random_place, t.silent_place)
-    latents = (t.frequent_partner, t.specific_partner)
-    limits = [
-        *((ids, 0, n_vocab) for ids in (t.tokens, w.promoted, w.suppressed)),
-        *((place, NONE, t.tokens.numel()) for place in places),
-        *((latent, NONE, info.d_sae) for latent in latents),
-        *((latent, 0, info.d_sae) for latent in (w.decoder_neighbours, w.encoder_neighbours)),
-    ]
-    inside = all(int(ids.min()) >= low and int(ids.max()) < high for ids, low, high in limits if ids.numel())
-    return inside and all(isinstance(text, str) for text in store.vocabulary)
-
-
-def _typed(tensors: FeatureTensors | LatentWeights) -> bool:
-    """Whether every tensor is of the type of its field, axes of one name being equally long."""
-    with jaxtyped("context"):
-        return all(isinstance(x, type(tensors).__annotations__[name]) for name, x in tensors._asdict().items())

@@ -8,7 +8,8 @@ active latent i at a position is what the metric m loses without it:
     direct     f_i ⟨W_dec[i], W_Uᵀ ∂m/∂logits⟩ / σ                                 what goes past all later layers
 
 where W_U has the final norm's scale folded in and σ, held constant as well, is what that norm divides by. Direct effects exist
-on the residual stream; a cap on the logits (Gemma 2) counts as the identity in them.
+on the residual stream; a cap on the logits (Gemma 2) counts as the identity in them. Where the dictionary normalises each
+activation by itself, f_i counts times that activation's scale.
 
 Source: Marks et al. 2024, Sparse feature circuits, arXiv:2403.19647, section 3 (gradient, with error nodes; their patch is 0
 here, and signs are turned round: a contribution is positive); Elhage et al. 2021, A mathematical framework for transformer
@@ -199,6 +200,7 @@ class _Row:
         self.reading = site.read(tokens, *([] if unembedding is None else [LAST_STREAM]))
         here = _chosen(at, site.counted(len(tokens)))
         self.codes = _at_positions(self.reading.codes, here)
+        self.written = self.codes.value * self.reading.scale[self.codes.row, 0]  # f_i in the units of y
         at_target, at_logits, self.value = _gradients(site, self.reading, self.metric)
         self.gradient = self._products(at_target)
         self.error = (at_target * self.reading.error)[here].sum()
@@ -209,7 +211,7 @@ class _Row:
     def _products(self, gradient: Float[Tensor, "pos d_out"]) -> Float[Tensor, " n"]:
         """f_i ⟨W_dec[i], gradient⟩ of each entry."""
         W_dec = self.site.dictionary.W_dec.detach()
-        return self.codes.value * pair_products(self.codes.support, gradient.to(W_dec.dtype), W_dec)
+        return self.written * pair_products(self.codes.support, gradient.to(W_dec.dtype), W_dec)
 
     @torch.no_grad()
     def ablation(self, batch_tokens: int, advance: Any) -> Float[Tensor, " n"]:
@@ -217,7 +219,7 @@ class _Row:
         tokens, codes, W_dec = self.reading.tokens, self.codes, self.site.dictionary.W_dec
         effects = [codes.value.new_zeros(0).cpu()]
         for piece in pieces(len(codes.latent), tokens, batch_tokens):
-            latent, place, value = codes.latent[piece], codes.row[piece], codes.value[piece]
+            latent, place, value = codes.latent[piece], codes.row[piece], self.written[piece]
             added = W_dec.new_zeros(len(latent) + 1, len(tokens), W_dec.shape[1])  # the last is clean: rounded like the others
             added[torch.arange(len(latent), device=place.device), place] = -value[:, None] * W_dec.index_select(0, latent)
             values = values_of(self.metric, self.site.logits(tokens, added))

@@ -1,7 +1,8 @@
 """Dose–response: what more and more of a latent does to the model, what it costs, and what random latents do instead.
 
-A dose a adds a · W_dec[latent] to the activation at every position that counts, error term kept. Each control is a latent
-that fires on the same text, dosed such that what it adds has the same norm. The cost is KL(clean ‖ edited), nats per token.
+A dose a adds a · W_dec[latent] to the activation at every position that counts, error term kept; times the scale of each
+activation where the dictionary normalises by it. Each control is a latent that fires on the same text, dosed such that what it
+adds has the same norm. The cost is KL(clean ‖ edited), nats per token.
 
 Source: Turner et al. 2023, Steering language models with activation engineering, arXiv:2308.10248 (adding a direction; random
 ones of equal norm for comparison).
@@ -13,7 +14,7 @@ from textwrap import fill
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from saelens_lite.dictionary import Dictionary
@@ -165,9 +166,8 @@ def dose_response(
     clean, effect, kl = [], [], []
     with progress_bar("doses", len(readings), "rows") as advance:
         for reading in readings:
-            tokens = reading.tokens
-            measure = metric_of(asked, lm, tokens, position)
-            before, changes, costs = _respond(site, tokens, added, measure, batch_tokens)
+            measure = metric_of(asked, lm, reading.tokens, position)
+            before, changes, costs = _respond(site, reading, added, measure, batch_tokens)
             clean.append(before)
             effect.append(changes.unflatten(0, (len(given), -1)))
             kl.append(costs.unflatten(0, (len(given), -1)))
@@ -188,15 +188,15 @@ def dose_response(
 
 @torch.no_grad()
 def _respond(
-    site: Site, tokens: Int[Tensor, " pos"], added: Float[Tensor, "n d_out"], measure: Metric, batch_tokens: int
+    site: Site, reading: Reading, added: Float[Tensor, "n d_out"], measure: Metric, batch_tokens: int
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " n"], Float[Tensor, " n"]]:
     """The metric of one row, how it changes with each vector added to the positions that count, and the KL of that."""
-    counted = site.counted(len(tokens))
+    tokens, counted = reading.tokens, site.counted(len(reading.tokens))
     clean = site.lm.logits(tokens)
     before = values_of(measure, clean)
     changes, costs = [], []
     for piece in pieces(len(added), tokens, batch_tokens):
-        logits = site.logits(tokens, added[piece, None] * counted[:, None])
+        logits = site.logits(tokens, added[piece, None] * reading.scale * counted[:, None])
         changes.append(values_of(measure, logits) - before)
         costs.append(kl_divergence(clean[0], logits, counted))
     return before[0].cpu(), torch.cat(changes).cpu(), torch.cat(costs).cpu()

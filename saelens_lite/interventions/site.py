@@ -20,6 +20,7 @@ class Reading(NamedTuple):
     tokens: Int[Tensor, " pos"]
     codes: SparseCodes
     error: Float[Tensor, "pos d_out"]
+    scale: Float[Tensor, "pos 1"]  # what the codes' sum of directions is multiplied by
     acts: dict[str, Float[Tensor, "pos _"]]
 
 
@@ -76,7 +77,8 @@ class Site:
         y_hat = self.dictionary.decode(codes, x)
         if y_hat.shape != y.shape:
             raise ShapeError(f"the dictionary gives {list(y_hat.shape)}; {self.target} of this model is {list(y.shape)}")
-        return Reading(tokens.to(self.lm.device), codes, y.to(y_hat.dtype) - y_hat, acts)
+        scale = self.dictionary.output_scale(x).expand(len(x), 1)
+        return Reading(tokens.to(self.lm.device), codes, y.to(y_hat.dtype) - y_hat, scale, acts)
 
     def logits(
         self, tokens: Int[Tensor, " pos"], added: Float[Tensor, "n pos d_out"], *, differentiable: bool = False

@@ -14,9 +14,10 @@ import torch
 
 from saelens_lite import registry
 from saelens_lite.errors import PluginError
+from saelens_lite.formats import Format
 from saelens_lite.loggers import Logger
 from saelens_lite.sparsity import Sparsity
-from saelens_lite.testing import loggers, rules
+from saelens_lite.testing import formats, loggers, rules
 from saelens_lite.testing.report import Check, CheckFailed, NotChecked, PluginReport, Warned
 
 __all__ = ["Check", "PluginReport", "check_plugin"]
@@ -32,26 +33,27 @@ def check_plugin(
 ) -> PluginReport:
     """What holds and what does not of the contract of a plugin; takes seconds.
 
-    plugin: the class of a sparsity rule or a logger, registered or not. options: what its Config is made of. planted: how far,
-    from what an untrained dictionary has by chance (0) to 1, the cosine has to come between rows of W_dec and 96 directions
-    of which 3 make up each activation; less where more latents fire than that takes. None leaves this out, for rules that do
-    not suit such data.
+    plugin: the class of a sparsity rule, a file format or a logger, registered or not. options: what the Config of a rule is
+    made of. planted: how far, from what an untrained dictionary has by chance (0) to 1, the cosine has to come between rows of
+    W_dec and 96 directions of which 3 make up each activation; less where more latents fire than that takes. None leaves this
+    out, for rules that do not suit such data.
 
     A logger is started as it is configured on this machine: set WANDB_MODE=offline or the like before.
 
     Raises:
-        PluginError: it is neither a sparsity rule nor a logger, or options were given for a logger.
+        PluginError: it is none of the three, or options were given for a format or logger.
     """
     if issubclass(plugin, Sparsity):
         with _known_by_name(plugin) as name:
             lab = rules.Lab(plugin, name, options or {}, d_in, d_sae, planted)
             return PluginReport(f"sparsity rule {plugin.__qualname__}", _results(rules.CHECKS, lab))
-    if issubclass(plugin, Logger):
-        if options:
-            raise PluginError(f"options = {options!r} were given for {plugin.__qualname__}; loggers have none")
-        with _known_by_name(plugin) as name:
-            return PluginReport(f"logger {plugin.__qualname__}", _results(loggers.CHECKS, loggers.Bench(plugin, name)))
-    raise PluginError(f"{plugin!r} cannot be checked: give a class derived from saelens_lite.Sparsity or saelens_lite.Logger")
+    for base, kind, module in ((Format, "format", formats), (Logger, "logger", loggers)):
+        if issubclass(plugin, base):
+            if options:
+                raise PluginError(f"options = {options!r} were given for {plugin.__qualname__}; {kind}s have none")
+            with _known_by_name(plugin) as name:
+                return PluginReport(f"{kind} {plugin.__qualname__}", _results(module.CHECKS, module.Bench(plugin, name)))
+    raise PluginError(f"{plugin!r} cannot be checked: give a class derived from saelens_lite.Sparsity, .Format or .Logger")
 
 
 def _results(checks: Sequence[tuple[str, Callable[[Any], str], tuple[str, ...]]], subject: Any) -> tuple[Check, ...]:

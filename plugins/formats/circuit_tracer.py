@@ -1,0 +1,152 @@
+"""circuit-tracer: config.yaml, and a file for each layer's transcoder.
+
+    codes = act(x W_encᵀ + b_enc)        y = codes W_dec + b_dec + x W_skipᵀ
+
+W_enc stands in the file as [d_sae d_in]. Without an activation in config.yaml it is a JumpReLU where the file has thresholds,
+else a ReLU. circuit-tracer wants all layers from 0 on: put the layer files of several dictionaries of one kind into one folder.
+"""
+
+import json
+import logging
+import re
+from pathlib import Path
+
+import yaml
+
+from saelens_lite import Dictionary, Origin
+from saelens_lite.errors import ConfigError, CorruptFileError
+from saelens_lite.formats import (
+    Format,
+    Outline,
+    Settings,
+    cannot_write,
+    file_size,
+    open_tensors,
+    tensor_names,
+    write_tensors,
+    write_text,
+)
+
+CONFIG, LAYERS = "config.yaml", "layer_*.safetensors"
+MAX_YAML_BYTES = 1 << 16
+ACTIVATIONS = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu"}  # of a published architecture
+RULES = {"relu": "l1", "topk": "topk", "jumprelu": "jumprelu"}
+THRESHOLD, SKIP = "activation_function.threshold", "W_skip"
+NAMES = {
+    "W_enc": ("W_enc", "d_sae d_in"),
+    "b_enc": ("b_enc", "d_sae"),
+    "W_dec": ("W_dec", "d_sae d_out"),
+    "b_dec": ("b_dec", "d_out"),
+}
+
+
+class CircuitTracer(Format):
+    """circuit-tracer's transcoders, a file for each layer; read and written."""
+
+    def detect(self, path: Path) -> bool:
+        files = [path] if path.is_file() else sorted(path.glob(LAYERS))[:1]
+        return any(
+            (file.parent / CONFIG).is_file() and tensor_names(file) - {THRESHOLD, SKIP} == NAMES.keys() for file in files
+        )
+
+    def outline(self, path: Path) -> Outline:
+        file = open_tensors(_layer_file(path))
+        config = _settings(file.path.parent / CONFIG)
+        kind = config.text("model_kind", "transcoder_set")
+        if kind != "transcoder_set":
+            raise ConfigError(f"{config.path}: a {kind} writes to several layers, which has no place here")
+        activation = config.text("activation", "jumprelu" if THRESHOLD in file.specs else "relu").lower()
+        if activation not in RULES:
+            raise ConfigError(f"{config.path}: no rule here computes {activation!r}; those of {', '.join(RULES)} are read")
+        k = config.whole("k") if activation == "topk" else None
+        if k is not None:
+            _say_what_differs(k)
+        layer = re.fullmatch(r"layer_(\d+)\.safetensors", file.path.name)
+        hook, target = (_hook(config, f"feature_{side}_hook", layer) for side in ("input", "output"))
+        return Outline(
+            file,
+            RULES[activation],
+            NAMES
+            | ({"rule.plain_threshold": (THRESHOLD, "d_sae")} if activation == "jumprelu" else {})
+            | ({SKIP: (SKIP, "d_out d_in")} if SKIP in file.specs else {}),
+            options={"topk": {"k": k}, "jumprelu": {"parameter": "plain"}}.get(activation, {}),
+            origin=Origin(model=config.text("model_name"), hook=hook, target_hook=target, excluded_positions=()),
+            transcoder=True,
+            config=config.values,
+            architecture=f"{activation} transcoder",
+        )
+
+    def write(self, dictionary: Dictionary, folder: Path) -> None:
+        form = dictionary.rule.inference_form()
+        place = re.fullmatch(r"blocks\.(\d+)\.(.+)", dictionary.origin.hook or "")
+        target = re.fullmatch(r"blocks\.(\d+)\.(.+)", dictionary.origin.target_hook or "")
+        if not dictionary.is_transcoder or dictionary.d_in != dictionary.d_out:
+            raise cannot_write(dictionary, self.plugin_name, "it reads transcoders whose output is as wide as their input")
+        if form is None or form.architecture not in ACTIVATIONS:
+            raise cannot_write(dictionary, self.plugin_name, f"its codes are {', '.join(RULES)} only")
+        if not place or not target or place[1] != target[1]:
+            raise cannot_write(dictionary, self.plugin_name, "hook and target_hook of one layer, blocks.<i>.…, are needed")
+        activation = ACTIVATIONS[form.architecture]
+        config = {
+            "model_kind": "transcoder_set",
+            "model_name": dictionary.origin.model,
+            "feature_input_hook": place[2],
+            "feature_output_hook": target[2],
+            "scan": None,
+            "activation": activation,
+        }
+        tensors = {"W_enc": dictionary.W_enc.T, "W_dec": dictionary.W_dec, "b_enc": dictionary.b_enc, "b_dec": dictionary.b_dec}
+        if dictionary.W_skip is not None:
+            tensors[SKIP] = dictionary.W_skip
+        if activation == "jumprelu":
+            tensors[THRESHOLD] = form.tensors["threshold"]
+        if activation == "topk":
+            config["k"] = form.settings["k"]
+            _say_what_differs(config["k"])
+        lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in config.items()]
+        write_tensors(folder / f"layer_{place[1]}.safetensors", tensors)
+        write_text(folder / CONFIG, "".join(lines))
+
+
+def _layer_file(path: Path) -> Path:
+    """The file itself, or the only one of a folder."""
+    if path.is_file():
+        return path
+    files = sorted(path.glob(LAYERS))
+    if len(files) > 1:
+        raise ConfigError(f"{path} holds transcoders of {len(files)} layers; name the file of one, such as {files[0]}")
+    return files[0] if files else path / LAYERS.replace("*", "0")
+
+
+def _settings(path: Path) -> Settings:
+    """What config.yaml says; all of it is text, but for k."""
+    size = file_size(path)
+    if size > MAX_YAML_BYTES:
+        raise CorruptFileError(f"{path}: {size:,} bytes is too large for a settings file")
+    try:
+        text = path.read_text(encoding="utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise ValueError("parts of it are repeated by aliases")
+        values = yaml.load(text, Loader=yaml.BaseLoader)  # makes nothing but text, lists and tables
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise CorruptFileError(f"{path} is not valid YAML: {str(error)[:200]}") from None
+    if not isinstance(values, dict):
+        raise CorruptFileError(f"{path} holds a {type(values).__name__}, not a table")
+    values = {key: value for key, value in values.items() if value not in ("", "null", "~")}
+    if re.fullmatch(r"\d{1,9}", str(values.get("k"))):
+        values["k"] = int(values["k"])
+    return Settings(path, values)
+
+
+def _hook(config: Settings, key: str, layer: re.Match | None) -> str | None:
+    """transformer-lens's name for a hook of a layer; None where no layer is known."""
+    name = config.text(key)
+    if name is None:
+        raise CorruptFileError(f"{config.path}: {key} is missing")
+    return f"blocks.{int(layer[1])}.{name}" if layer else None
+
+
+def _say_what_differs(k: int) -> None:
+    logging.getLogger(__name__).warning(
+        "circuit-tracer keeps negative codes where fewer than k = %d pre-activations are positive; here they are 0", k
+    )

@@ -1,0 +1,184 @@
+"""dictionary_learning: ae.pt, a pickle, and config.json.
+
+    h = (x − b_dec) W_enc + b_enc     AutoEncoder, AutoEncoderTopK, BatchTopKSAE, MatryoshkaBatchTopKSAE, GatedAutoEncoder
+    h = x W_enc + b_enc               JumpReluAutoEncoder, AutoEncoderNew
+
+A state dict may lie one level deeper, beside act_mean, which is taken off activations first. AutoEncoderTopK keeps a threshold
+as well; like that tool, we take the k largest.
+"""
+
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from saelens_lite import Dictionary, Origin
+from saelens_lite.errors import ConfigError, CorruptFileError
+from saelens_lite.formats import (
+    Format,
+    Outline,
+    Settings,
+    TorchFile,
+    cannot_write,
+    find_file,
+    hook_of_module,
+    strings_in_pickle,
+    write_json,
+    write_torch,
+)
+
+WEIGHTS, CONFIG = "ae.pt", "config.json"
+LINEAR = {"W_enc": ("encoder.weight", "d_sae d_in"), "W_dec": ("decoder.weight", "d_out d_sae")}
+BIASED = LINEAR | {"b_enc": ("encoder.bias", "d_sae"), "b_dec": ("b_dec", "d_out")}
+PLAIN = {
+    "W_enc": ("W_enc", "d_in d_sae"),
+    "b_enc": ("b_enc", "d_sae"),
+    "W_dec": ("W_dec", "d_sae d_out"),
+    "b_dec": ("b_dec", "d_out"),
+}
+CLASSES = {  # their class → (our rule, its tensors)
+    "AutoEncoder": ("l1", BIASED | {"b_dec": ("bias", "d_out")}),
+    "AutoEncoderNew": ("l1", BIASED | {"b_dec": ("decoder.bias", "d_out")}),
+    "AutoEncoderTopK": ("topk", BIASED),
+    "BatchTopKSAE": ("batch_topk", BIASED | {"rule.threshold": ("threshold", "")}),
+    "MatryoshkaBatchTopKSAE": ("matryoshka", PLAIN | {"rule.threshold": ("threshold", "")}),
+    "JumpReluAutoEncoder": ("jumprelu", PLAIN | {"rule.plain_threshold": ("threshold", "d_sae")}),
+    "GatedAutoEncoder": (
+        "gated",
+        LINEAR
+        | {
+            "b_dec": ("decoder_bias", "d_out"),
+            "rule.r_mag": ("r_mag", "d_sae"),
+            "rule.b_gate": ("gate_bias", "d_sae"),
+            "rule.b_mag": ("mag_bias", "d_sae"),
+        },
+    ),
+}
+WRITTEN = {"l1": "AutoEncoder", "p_anneal": "AutoEncoder"} | {
+    rule: name for name, (rule, _) in CLASSES.items() if name not in ("AutoEncoder", "AutoEncoderNew")
+}
+KEEP_B_DEC = ("AutoEncoderNew", "JumpReluAutoEncoder")
+UNSET = torch.tensor(-1.0)  # a threshold
+KEYS = {"lm_name", "dict_class", "trainer_class"}
+
+
+class DictionaryLearning(Format):
+    """dictionary_learning's ae.pt and config.json, seven classes; read (on request, as it is a pickle) and written."""
+
+    pickled = True
+
+    def detect(self, path: Path) -> bool:
+        file = find_file(path, WEIGHTS)
+        held = strings_in_pickle(file) if file else set()
+        return any(any(name == key or name.endswith(f".{key}") for name in held) for key in ("decoder.weight", "W_dec")) and (
+            "latent_bias" not in held and (file.parent / CONFIG).is_file()
+        )
+
+    def outline(self, path: Path) -> Outline:
+        file = TorchFile(find_file(path, WEIGHTS) or path / WEIGHTS)
+        config = Settings.read(file.path.parent / CONFIG)
+        trainer = config.part("trainer")
+        name = trainer.text("dict_class")
+        if name not in CLASSES:
+            raise ConfigError(f"{config.path}: trainer.dict_class is {name!r}; those of {', '.join(CLASSES)} are read")
+        rule, names = CLASSES[name]
+        at = next((key.removesuffix(names["W_dec"][0]) for key in file.specs if key.endswith(names["W_dec"][0])), "")
+        mean = next((key for key in (f"{at}act_mean", "act_mean") if key in file.specs), None)
+        return Outline(
+            file,
+            rule,
+            {ours: (at + theirs, axes) for ours, (theirs, axes) in names.items()} | ({"mean": (mean, "d_in")} if mean else {}),
+            options=_options(name, trainer, file, at),
+            origin=_origin(trainer, config.part("buffer")),
+            subtracts_b_dec=name not in KEEP_B_DEC,
+            unused=frozenset({f"{at}k", f"{at}group_sizes"} | ({f"{at}threshold"} if name == "AutoEncoderTopK" else set())),
+            sizes={
+                ours: trainer.whole(theirs)
+                for ours, theirs in (("d_in", "activation_dim"), ("d_sae", "dict_size"))
+                if theirs in trainer
+            },
+            config=config.values,
+            architecture=name,
+        )
+
+    def write(self, dictionary: Dictionary, folder: Path) -> None:
+        rule = dictionary.rule
+        if rule.plugin_name not in WRITTEN or dictionary.is_transcoder:
+            raise cannot_write(dictionary, self.plugin_name, "no class computes it")
+        if dictionary.token_norm:
+            raise cannot_write(dictionary, self.plugin_name, f"the {dictionary.token_norm} of each activation would be lost")
+        name = WRITTEN[rule.plugin_name]
+        weights = self._weights(dictionary, name)
+        tensors = {theirs: _ordered(weights[ours], ours, axes) for ours, (theirs, axes) in CLASSES[name][1].items()}
+        trainer = {
+            "dict_class": name,
+            "activation_dim": dictionary.d_in,
+            "dict_size": dictionary.d_sae,
+            "lm_name": dictionary.origin.model,
+            "layer": _layer(dictionary.origin.hook),
+            "submodule_name": dictionary.origin.hook,
+        }
+        if "TopK" in name:
+            trainer["k"] = min(rule.config.k, dictionary.d_sae)
+            tensors = {"threshold": UNSET} | tensors | {"k": torch.tensor(trainer["k"], dtype=torch.int32)}
+        if name == "MatryoshkaBatchTopKSAE":
+            ends = [0, *rule.lengths(), dictionary.d_sae]
+            tensors["group_sizes"] = torch.tensor([b - a for a, b in pairwise(ends)])
+        write_torch(folder / WEIGHTS, tensors)
+        write_json(folder / CONFIG, {"trainer": trainer, "buffer": {"ctx_len": dictionary.origin.n_ctx}})
+
+    def _weights(self, dictionary: Dictionary, name: str) -> dict[str, torch.Tensor]:
+        """The parameters by our names, as their class of that name has them."""
+        weights = dict(dictionary.named_parameters()) | {"W_enc": dictionary.W_enc}
+        threshold = dictionary.rule.inference_form().tensors.get("threshold")
+        if name == "JumpReluAutoEncoder":  # encodes x itself
+            shift = dictionary.b_dec.double() @ dictionary.W_enc.double()
+            b_enc = (dictionary.b_enc.double() - shift).to(dictionary.b_enc.dtype)
+            weights |= {"b_enc": b_enc, "rule.plain_threshold": threshold}
+        elif threshold is not None:
+            if (threshold != threshold[0]).any():
+                raise cannot_write(dictionary, self.plugin_name, f"{name} has one threshold, and those of latents differ here")
+            weights["rule.threshold"] = threshold[0]
+        return weights
+
+
+def _options(name: str, trainer: Settings, file: TorchFile, at: str) -> dict:
+    if name == "JumpReluAutoEncoder":
+        return {"parameter": "plain"}
+    if "TopK" not in name:
+        return {}
+    k = int(file.read([f"{at}k"])[f"{at}k"]) if file.specs.get(f"{at}k", (None, None))[1] == () else trainer.whole("k")
+    if k != trainer.whole("k", k):
+        raise CorruptFileError(f"{file.path}: k = {k}, but {trainer.path} has trainer.k = {trainer.whole('k')}")
+    if name != "MatryoshkaBatchTopKSAE":
+        return {"k": k}
+    if f"{at}group_sizes" not in file.specs:
+        raise CorruptFileError(f"{file.path}: tensor 'group_sizes' is missing")
+    ends = file.read([f"{at}group_sizes"])[f"{at}group_sizes"].flatten().cumsum(0).tolist()
+    if not ends or ends != sorted(set(ends)) or ends[0] <= 0 or ends[-1] != trainer.whole("dict_size", ends[-1]):
+        raise CorruptFileError(f"{file.path}: group_sizes are to be positive and to add up to dict_size")
+    return {"k": k, "prefixes": tuple(end / ends[-1] for end in ends[:-1])}
+
+
+def _origin(trainer: Settings, buffer: Settings) -> Origin:
+    module = trainer.text("submodule_name")
+    place = re.fullmatch(r"(resid_post|resid_pre|mlp_out|attn_out)_layer_(\d+)", module or "")
+    if place:
+        hook = f"blocks.{place[2]}.hook_{place[1]}"
+    elif module is not None:
+        hook = module if module.startswith("blocks.") else hook_of_module(module)
+    else:
+        hook = f"blocks.{trainer.whole('layer')}.hook_resid_post" if "layer" in trainer else None
+    n_ctx = buffer.whole("ctx_len") if "ctx_len" in buffer else None
+    return Origin(model=trainer.text("lm_name"), hook=hook, n_ctx=n_ctx, excluded_positions=())
+
+
+def _layer(hook: str | None) -> int | None:
+    found = re.match(r"blocks\.(\d+)\.", hook or "")
+    return int(found[1]) if found else None
+
+
+def _ordered(tensor: torch.Tensor, ours: str, axes: str) -> torch.Tensor:
+    """A parameter with the axes it has in their files."""
+    return tensor.T if (ours, axes) in (("W_enc", "d_sae d_in"), ("W_dec", "d_out d_sae")) else tensor

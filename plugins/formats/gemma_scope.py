@@ -1,0 +1,68 @@
+"""Gemma Scope: params.npz of the first release, params.safetensors and config.json of the second.
+
+    codes = ReLU(h) · 1[h > threshold],   h = x W_enc + b_enc        y = codes W_dec + b_dec + x A
+
+A, affine_skip_connection, stands in the files as [d_in d_out]. Files of the first release say neither which model they belong
+to nor whether they are transcoders; nothing in the equation depends on that.
+"""
+
+import zipfile
+from pathlib import Path
+
+from saelens_lite import Origin
+from saelens_lite.errors import ConfigError
+from saelens_lite.formats import Format, Outline, Settings, find_file, hook_of_module, open_tensors, tensor_names
+
+FILES = ("params.npz", "params.safetensors")
+FIRST = {"W_enc", "W_dec", "b_enc", "b_dec", "threshold"}
+SECOND = {name.lower() for name in FIRST}
+SKIP = "affine_skip_connection"
+
+
+class GemmaScope(Format):
+    """Google DeepMind's JumpReLU dictionaries of Gemma, first and second release; read."""
+
+    def detect(self, path: Path) -> bool:
+        file = find_file(path, *FILES)
+        names = tensor_names(file) - {SKIP} if file else set()
+        return names == SECOND or (names == FIRST and zipfile.is_zipfile(file))
+
+    def outline(self, path: Path) -> Outline:
+        file = open_tensors(find_file(path, *FILES) or path / FILES[0])
+        W = "w" if "w_enc" in file.specs else "W"
+        settings = file.path.parent / "config.json"
+        config = Settings.read(settings) if W == "w" and settings.is_file() else Settings(settings, {})
+        if len(file.specs.get(f"{W}_dec", ((), ()))[1]) == 3:
+            raise ConfigError(f"{file.path}: a transcoder that writes to several layers has no place here")
+        inside, outside = config.text("hf_hook_point_in"), config.text("hf_hook_point_out")
+        transcoder = SKIP in file.specs or (outside is not None and outside != inside)
+        return Outline(
+            file,
+            "jumprelu",
+            {
+                "W_enc": (f"{W}_enc", "d_in d_sae"),
+                "b_enc": ("b_enc", "d_sae"),
+                "W_dec": (f"{W}_dec", "d_sae d_out"),
+                "b_dec": ("b_dec", "d_out"),
+                "rule.plain_threshold": ("threshold", "d_sae"),
+                **({"W_skip": (SKIP, "d_in d_out")} if SKIP in file.specs else {}),
+            },
+            options={"parameter": "plain"},
+            origin=Origin(
+                model=config.text("model_name"),
+                hook=_hook(inside),
+                target_hook=_hook(outside) if transcoder else None,
+                prepend_bos=True,
+                excluded_positions=(),
+            ),
+            transcoder=transcoder,
+            subtracts_b_dec=False,
+            config=config.values,
+            architecture=config.text("architecture", "jump_relu"),
+        )
+
+
+def _hook(point: str | None) -> str | None:
+    """transformer-lens's name for "model.layers.3.output"."""
+    module, _, side = (point or "").rpartition(".")
+    return hook_of_module(module, side) if side in ("input", "output") else None

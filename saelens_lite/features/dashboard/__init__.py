@@ -1,0 +1,50 @@
+"""The feature dashboard: a whole feature store as one HTML page that works from a file, without a network.
+
+The page holds its data as compressed columns (see `block`), of which the browser opens what it shows. Names in the page's
+markup are escaped by the template; tokens and labels stand in the blocks alone and become text nodes. Only the page's own
+script and style may run: the Content-Security-Policy names them by their hashes.
+"""
+
+import hashlib
+from base64 import b64encode
+from importlib.resources import files
+
+from saelens_lite.features import FeatureStore
+from saelens_lite.features.dashboard.block import pack
+from saelens_lite.features.dashboard.content import content
+
+TEMPLATE, STYLE = "page.html.j2", "page.css"
+SCRIPTS = ("data.js", "parts.js", "charts.js", "list.js", "latent.js", "page.js")
+
+
+def render(store: FeatureStore) -> str:
+    """The page."""
+    from jinja2 import Environment, PackageLoader
+    from markupsafe import Markup
+
+    packed = pack(content(store))
+    style, script = _source(STYLE), "\n".join(map(_source, SCRIPTS))
+    loader = PackageLoader("saelens_lite", "features/dashboard")
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, keep_trailing_newline=True)
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False, "allow_nan": False}
+    return environment.get_template(TEMPLATE).render(
+        info=store.info,
+        l0=f"{int(store.tensors.count.sum()) / store.info.n_tokens:.3g}",
+        n_silent=int(store.never_fires.sum()),
+        style=Markup(style),
+        style_hash=_hash(style),
+        script=Markup(script),
+        script_hash=_hash(script),
+        layout=packed.layout,  # plain numbers and names of ours, of which the tojson filter leaves no < to the markup
+        list_block=Markup(packed.list_block),
+        details_block=Markup(packed.details_block),
+    )
+
+
+def _source(name: str) -> str:
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _hash(source: str) -> str:
+    """How a Content-Security-Policy names a source."""
+    return f"sha256-{b64encode(hashlib.sha256(source.encode()).digest()).decode()}"

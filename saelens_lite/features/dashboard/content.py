@@ -1,0 +1,177 @@
+"""What the page shows of a feature store, as columns of numbers: a row a latent, or a row a token of the text shown."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+from torch import Tensor
+
+from saelens_lite.features import FeatureStore
+
+N_CONTROL = 5  # contexts of a latent on the model with re-drawn weights
+
+Columns = dict[str, np.ndarray]
+
+
+class Content(NamedTuple):
+    """All that the page shows. `facts` is plain data; the rows of the columns are what is said of each.
+
+    A context is the place of its peak among the tokens shown, and the activations of the latent around it (columns whose
+    name ends in _nearby), which are 0 where there is no context.
+    """
+
+    facts: dict[str, Any]
+    vocabulary: list[str]  # of the tokens that appear
+    labels: dict[int, str]
+    tokens: Columns  # token: those that stand in a context
+    spans: Columns  # span of the text: its first place among the tokens shown, its row, its position
+    index: Columns  # latent: what the list shows and searches
+    details: Columns  # latent: what only its own page shows
+
+
+class ShownText(NamedTuple):
+    """The parts of a text that stand in contexts, one behind the other: span j begins at `start[j]` of the flattened text
+    and at `at[j]` here."""
+
+    tokens: Int[np.ndarray, " n_shown"]
+    start: Int[np.ndarray, " n_spans"]
+    at: Int[np.ndarray, " n_spans"]
+
+    @classmethod
+    def of(
+        cls,
+        tokens: Int[np.ndarray, "n_seq n_ctx"],
+        length: Int[np.ndarray, " n_seq"],
+        places: Int[np.ndarray, " n"],
+        window: tuple[int, int],
+    ) -> "ShownText":
+        """The union of the windows around places; a window ends where its row does."""
+        places = np.unique(places)
+        row, position = np.divmod(places, tokens.shape[1])
+        start = places - np.minimum(position, window[0])
+        stop = places + np.minimum(length[row] - position, window[1] + 1)
+        opens = np.ones(len(places), dtype=bool)
+        opens[1:] = start[1:] >= stop[:-1]  # windows that only touch stay apart: they may be of two rows
+        size = stop[np.roll(opens, -1)] - start[opens]
+        at = size.cumsum() - size
+        flat = np.arange(size.sum()) + np.repeat(start[opens] - at, size)
+        return cls(tokens.reshape(-1)[flat], start[opens], at)
+
+    def index(self, places: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
+        """Where places of the text are among the tokens shown; 0 for those below 0."""
+        if not len(self.start):
+            return np.zeros_like(places)
+        span = self.start.searchsorted(places, side="right") - 1
+        return np.where(places < 0, 0, places - self.start[span] + self.at[span])
+
+
+def content(store: FeatureStore) -> Content:
+    """What the page shows of a store."""
+    t, weights, control = store.tensors, store.weights, store.control
+    places = {"top": t.top_place, "group": t.group_place.flatten(1), "random": t.random_place}
+    if control is not None:
+        places["control"] = control.tensors.top_place[:, :N_CONTROL]
+    places = {name: _array(x) for name, x in places.items()}
+    wanted = np.concatenate([x[x >= 0] for x in places.values()])
+    text = ShownText.of(_array(t.tokens), _array(t.length), wanted, store.info.window)
+    shown = {name: text.index(x) for name, x in places.items()}
+
+    promoted, suppressed = _array(weights.promoted), _array(weights.suppressed)
+    bos = [] if store.info.bos_id is None else [store.info.bos_id]
+    appears = np.zeros(len(store.vocabulary), dtype=bool)
+    for some in (text.tokens, promoted, suppressed, bos):
+        appears[some] = True
+    ids = np.flatnonzero(appears)
+    row, position = np.divmod(text.start, t.tokens.shape[1])
+    bands = zip(t.band_low.tolist(), t.band_high.tolist(), strict=True)
+    return Content(
+        facts={
+            "n_latents": store.info.d_sae,
+            "n_tokens": store.info.n_tokens,
+            "before": store.info.window[0],
+            "after": store.info.window[1],
+            "bos": int(ids.searchsorted(bos[0])) if bos else None,
+            "bands": [band for band, n in zip(bands, t.band_tokens.tolist(), strict=True) if n],
+            "control_tokens": None if control is None else control.info.n_tokens,
+        },
+        vocabulary=[store.vocabulary[i] for i in ids.tolist()],
+        labels=store.labels,
+        tokens={"token": ids.searchsorted(text.tokens)},
+        spans={"at": text.at, "row": row, "position": position},
+        index=_index(store, shown["top"], ids.searchsorted(promoted)),
+        details=_details(store, shown, ids.searchsorted(suppressed)),
+    )
+
+
+def _index(store: FeatureStore, top: np.ndarray, promoted: np.ndarray) -> Columns:
+    """The columns of the list."""
+    t = store.tensors
+    columns = {
+        "count": t.count,
+        "max": t.top_value[:, 0],
+        "mean": t.mean,
+        "top": top,
+        "n_top": (t.top_place >= 0).sum(1),
+        "first_nearby": t.top_nearby[:, 0],
+        "promoted": promoted,
+        "cosine": store.weights.encoder_decoder_cosine,
+    }
+    if store.stability is not None:
+        columns["stability"] = store.stability
+    return _there(columns)
+
+
+def _details(store: FeatureStore, shown: Columns, suppressed: np.ndarray) -> Columns:
+    """The columns of a latent's own page."""
+    t, w = store.tensors, store.weights
+    read = t.band_tokens > 0
+    columns = {
+        "histogram": t.histogram,
+        "bin_width": t.bin_width,
+        "band_rate": t.band_count[:, read] / t.band_tokens[read],
+        "band_mean": t.band_mean[:, read],
+        "top_nearby": t.top_nearby,
+        "group": shown["group"],
+        "group_nearby": t.group_nearby,
+        "group_count": t.group_count,
+        "group_low": t.group_low,
+        "group_high": t.group_high,
+        "random": shown["random"],
+        "random_nearby": t.random_nearby,
+        "frequent": t.frequent_partner.clamp(min=0),
+        "frequent_count": t.frequent_count,
+        "specific": t.specific_partner.clamp(min=0),
+        "specific_count": t.specific_count,
+        "promoted_effect": w.promoted_effect,
+        "suppressed": suppressed,
+        "suppressed_effect": w.suppressed_effect,
+        "logit_histogram": w.logit_histogram,
+        "logit_low": w.logit_low,
+        "logit_width": w.logit_width,
+        "logit_skew": w.logit_skew,
+        "logit_kurtosis": w.logit_kurtosis,
+        "decoder_neighbours": w.decoder_neighbours,
+        "decoder_cosine": w.decoder_cosine,
+        "encoder_neighbours": w.encoder_neighbours,
+        "encoder_cosine": w.encoder_cosine,
+    }
+    if store.control is not None:
+        c = store.control.tensors
+        columns |= {
+            "control": shown["control"],
+            "control_nearby": c.top_nearby[:, :N_CONTROL],
+            "control_count": c.count,
+            "control_max": c.top_value[:, 0],
+            "control_mean": c.mean,
+        }
+    return _there(columns)
+
+
+def _there(columns: dict[str, Tensor | np.ndarray]) -> Columns:
+    """The columns as arrays, without those that have no entries."""
+    arrays = {name: _array(column) for name, column in columns.items()}
+    return {name: array for name, array in arrays.items() if array.size}
+
+
+def _array(x: Tensor | np.ndarray) -> np.ndarray:
+    return x if isinstance(x, np.ndarray) else x.cpu().numpy()

@@ -1,0 +1,141 @@
+// The list: an order of latents, of which only the rows in sight are in the document.
+const MARGIN = 12;  // rows kept above and below the window
+const view = {key: "latent", down: false, query: "", order: [], hits: null, scroll: 0};
+const rows = $("rows"), drawn = new Map();
+
+const cosineOf = i => index.get("cosine", i), stabilityOf = i => index.get("stability", i);
+const firing = (i, value) => index.get("count", i) ? value : NaN;  // silent latents have nothing to be compared by
+const COLUMNS = [
+  {key: "latent", width: "4.5rem", value: i => i, cell: i => [make("a", {href: `#f=${i}`}, String(i))]},
+  {key: "label", width: "minmax(6rem, 1.1fr)", there: () => Object.keys(labels).length, cell: i => [label(i)]},
+  {key: "density", width: "6.2rem", numeric: true, value: i => firing(i, density(i)), cell: i => [index.get("count", i) ? percent(density(i)) : "never fires"]},
+  {key: "max", width: "4.2rem", numeric: true, value: i => firing(i, index.get("max", i)), cell: i => [index.get("count", i) ? number(index.get("max", i)) : ""]},
+  {key: "stability", width: "5.6rem", numeric: true, there: () => index.has("stability"), value: stabilityOf, cell: i => [fixed(stabilityOf(i))]},
+  {key: "cosine", title: "enc·dec", tip: "cosine of encoder and decoder direction", width: "5.2rem", numeric: true, there: () => index.has("cosine"), value: cosineOf, cell: i => [fixed(cosineOf(i))]},
+  {title: "promotes", width: "minmax(0, 1.3fr)", there: () => index.has("promoted"), cell: i => Array.from(index.row("promoted", i).subarray(0, 4), chip)},
+  {title: "strongest context", name: "tokens", width: "minmax(0, 2fr)", cell: snippet},
+];
+let columns;
+
+function head() {
+  columns = COLUMNS.filter(column => column.there?.() ?? true);
+  $("list").style.setProperty("--columns", columns.map(column => column.width).join(" "));
+  $("list").setAttribute("aria-rowcount", layout.n_latents + 1);
+  $("head").append(...columns.map(column => {
+    const {key, title = key, numeric, tip} = column;
+    const cell = make("div", {role: "columnheader", class: numeric ? "number" : ""}, make(key ? "button" : "span", tip ? {"data-tip": tip} : {}, title));
+    if (key) cell.firstChild.onclick = () => sortBy(key);
+    column.head = cell;
+    return cell;
+  }));
+}
+
+function row(i) {
+  const line = make("div", {role: "row"}, ...columns.map(({key, title, name, numeric, cell}) =>
+    make("div", {role: "cell", class: `${numeric ? "number " : ""}${name ?? key ?? title}`, "data-name": title ?? key}, ...cell(i))));
+  if (!index.get("count", i)) line.className = "silent";
+  line.onclick = event => { if (!event.target.closest("a")) location.hash = `f=${i}`; };
+  return line;
+}
+
+// The strongest context, or the first whose peak the search has found.
+function snippet(i) {
+  const places = index.row("top", i).subarray(0, index.get("n_top", i));
+  if (!places.length) return [];
+  const found = view.hits ? places.findIndex(at => view.hits.tokens[at]) : 0, j = Math.max(0, found);
+  let nearby = index.row("first_nearby", i);
+  if (j > 0) (nearby = new Float32Array(nearby.length))[layout.before] = index.get("max", i);  // of the others, only the peak is known here
+  const one = context(places[j], nearby);
+  return strip(one, Math.max(0, one.peak - 5), Math.min(one.ids.length, one.peak + 8), index.get("max", i));
+}
+
+// Which words of the vocabulary hold the query, and which shown tokens it stands on.
+let lower, shownText, ends;
+function prepareSearch() {
+  lower = vocabulary.map(word => word.toLowerCase());
+  const begins = new Set(spans.all("at")), parts = new Array(tokens.length);
+  ends = new Uint32Array(tokens.length);
+  let length = 0;
+  for (let j = 0; j < tokens.length; j++) {
+    parts[j] = begins.has(j) ? "\u0000" + lower[tokens[j]] : lower[tokens[j]];
+    ends[j] = length += parts[j].length;
+  }
+  shownText = parts.join("");
+}
+function search(query) {
+  if (!lower) prepareSearch();
+  const hits = {words: Uint8Array.from(lower, word => word.includes(query)), tokens: new Uint8Array(tokens.length)};
+  let j = 0;
+  for (let at = shownText.indexOf(query); at >= 0; at = shownText.indexOf(query, at + 1)) {
+    while (ends[j] <= at) j++;
+    for (let k = j; k < tokens.length; k++) {
+      hits.tokens[k] = 1;
+      if (ends[k] >= at + query.length) break;
+    }
+  }
+  return hits;
+}
+function isHit(i) {
+  const {words, tokens: found} = view.hits, places = index.row("top", i), n = index.get("n_top", i);
+  for (let j = 0; j < n; j++) if (found[places[j]]) return true;
+  if (index.has("promoted")) for (const id of index.row("promoted", i)) if (words[id]) return true;
+  return labels[i]?.toLowerCase().includes(view.query) ?? false;
+}
+
+function arrange() {
+  const asked = /^\s*#?(\d+)\s*$/.exec(view.query)?.[1], exact = asked === undefined ? -1 : Number(asked);
+  view.hits = view.query ? search(view.query) : null;
+  const chosen = [];
+  for (let i = 0; i < layout.n_latents; i++) if (!view.hits || i === exact || isHit(i)) chosen.push(i);
+  const {value} = COLUMNS.find(column => column.key === view.key), sign = view.down ? -1 : 1;
+  if (value) {
+    const keys = Float64Array.from(chosen, value).map(key => Number.isNaN(key) ? Infinity : sign * key);
+    const places = Array.from(chosen.keys()).sort((a, b) => keys[a] === keys[b] ? a - b : keys[a] - keys[b]);
+    view.order = places.map(place => chosen[place]);
+  } else {  // by label; those without come last
+    const compare = new Intl.Collator().compare;
+    view.order = chosen.sort((a, b) => (labels[a] === undefined) - (labels[b] === undefined) || sign * compare(labels[a] ?? "", labels[b] ?? "") || a - b);
+  }
+  const first = view.order.indexOf(exact);
+  if (first > 0) view.order.unshift(...view.order.splice(first, 1));
+  for (const {key, head} of columns) {
+    if (key === view.key) head.setAttribute("aria-sort", view.down ? "descending" : "ascending");
+    else head.removeAttribute("aria-sort");
+  }
+  $("found").textContent = view.query ? `${whole(view.order.length)} of ${whole(layout.n_latents)}` : "";
+  drawn.clear();
+  draw();
+}
+
+function draw() {
+  if ($("index").hidden) return;
+  const height = parseFloat(getComputedStyle(rows).gridAutoRows), above = -rows.getBoundingClientRect().top;
+  const first = Math.max(0, Math.floor(above / height) - MARGIN);
+  const last = Math.min(view.order.length, Math.ceil((above + innerHeight) / height) + MARGIN);
+  const shown = view.order.slice(Math.min(first, last), last);
+  for (const i of drawn.keys()) if (!shown.includes(i)) drawn.delete(i);
+  shown.forEach((i, j) => {
+    if (!drawn.has(i)) drawn.set(i, row(i));
+    drawn.get(i).setAttribute("aria-rowindex", first + j + 2);
+  });
+  rows.style.height = `${height * view.order.length}px`;
+  rows.style.paddingTop = `${height * Math.min(first, last)}px`;
+  rows.replaceChildren(...shown.map(i => drawn.get(i)));
+}
+
+function sortBy(key) {
+  view.down = key === view.key ? !view.down : key !== "latent" && key !== "label";
+  view.key = key;
+  toTop();
+  arrange();
+}
+function lookFor(query) {
+  view.query = query.toLowerCase();
+  toTop();
+  arrange();
+}
+// A new order is read from its beginning.
+function toTop() {
+  const top = $("bar").getBoundingClientRect().top + scrollY;
+  if (scrollY > top) scrollTo(0, top);
+}

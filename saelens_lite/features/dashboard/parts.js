@@ -1,0 +1,68 @@
+// Pieces of the page. All text reaches it as text nodes and attributes; nothing is ever parsed as HTML.
+function make(tag, attributes, ...children) {
+  const element = document.createElement(tag);
+  for (const name in attributes) element.setAttribute(name, attributes[name]);
+  element.append(...children);
+  return element;
+}
+const three = new Intl.NumberFormat("en", {minimumSignificantDigits: 3, maximumSignificantDigits: 3});
+const integer = new Intl.NumberFormat("en");
+const number = value => three.format(value).replace("-", "−");
+const whole = value => integer.format(value);
+const fixed = value => value.toFixed(2).replace("-", "−");
+const percent = share => `${number(100 * share)} %`;
+const density = i => index.get("count", i) / layout.n_tokens;
+
+// Characters that cannot be seen are named; spaces are dots where nothing else would show them.
+const UNSEEN = {"\n": "⏎", "\t": "⇥", "\r": "␍", "\u00a0": "␣"};
+const named = word => word.replace(/[\p{C}\p{Zl}\p{Zp}\u00a0]/gu, c => UNSEEN[c] ?? `\\u{${c.codePointAt(0).toString(16)}}`);
+const dotted = id => id === layout.bos ? "start of text" : named(vocabulary[id]).replaceAll(" ", "·");
+
+function token(id, value, isPeak, max) {
+  const word = vocabulary[id], blank = !word.trim();
+  const element = make("span", {}, id === layout.bos ? "⟨start⟩" : blank ? dotted(id) : named(word));
+  if (blank || id === layout.bos) element.className = "blank";
+  if (isPeak) element.classList.add("peak");
+  if (value > 0) {
+    element.dataset.tip = `${dotted(id)}   ${number(value)}`;
+    element.style.backgroundColor = `color-mix(in srgb, var(--accent) ${Math.round(6 + 44 * Math.min(1, value / max))}%, transparent)`;
+  }
+  return element;
+}
+// Tokens [from, to) of a context.
+function strip({ids, values, peak}, from, to, max) {
+  const shown = [];
+  for (let j = from; j < to; j++) shown.push(token(ids[j], values[j], j === peak, max));
+  return shown;
+}
+const chip = id => make("span", {class: "chip"}, dotted(id));
+const label = i => labels[i] === undefined ? "" : named(labels[i]);
+
+// The tokens on which a latent fires most, each once.
+function topTokens(i, most) {
+  const places = index.row("top", i).subarray(0, index.get("n_top", i));
+  return [...new Set(Array.from(places, at => tokens[at]))].slice(0, most);
+}
+
+const card = (title, ...content) => make("section", {class: "card"}, make("h2", {}, title), ...content);
+const facts = pairs => make("dl", {class: "facts"}, ...pairs.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
+
+function line(one, max) {
+  const {ids, peak, value, row, position} = one;
+  return make("div", {class: "context"},
+    make("span", {"data-tip": `row ${whole(row)}, position ${whole(position)}`}, number(value)),
+    make("div", {class: "tokens left"}, make("span", {}, ...strip(one, 0, peak, max))),
+    make("div", {class: "tokens right"}, ...strip(one, peak, ids.length, max)));
+}
+const lines = (found, max) => found.map(one => line(one, max));
+
+const tip = $("tip");
+function showTip({target}) {
+  const said = target.dataset?.tip;
+  tip.hidden = !said;
+  if (!said) return;
+  const box = target.getBoundingClientRect();
+  tip.textContent = said;
+  tip.style.left = `${Math.max(4, Math.min(box.left, innerWidth - tip.offsetWidth - 4))}px`;
+  tip.style.top = `${box.top > 34 ? box.top - 28 : box.bottom + 6}px`;
+}

@@ -1,0 +1,143 @@
+"""The files of a feature store.
+
+features.json says what it was made of, what a token reads like, and the hashes of the tensors: features.safetensors,
+weights.safetensors, and control.safetensors where there is a control. codes.parquet is the table of all codes; labels.json and
+stability.safetensors may come later and belong to others.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import jaxtyped
+from torch import Tensor
+
+from saelens_lite.errors import ConfigError, CorruptFileError
+from saelens_lite.features.codes import CODES_FILE, CodesTable
+from saelens_lite.features.info import StoreInfo
+from saelens_lite.features.reduce import N_BINS
+from saelens_lite.features.tensors import NONE, OF_TEXT, FeatureTensors
+from saelens_lite.features.weights import LatentWeights
+from saelens_lite.files import file_hash, read_json, read_tensors, write_json, write_tensors
+
+FORMAT = 2
+INFO_FILE = "features.json"
+TENSORS_FILE, WEIGHTS_FILE, CONTROL_FILE = "features.safetensors", "weights.safetensors", "control.safetensors"
+
+
+class Control(NamedTuple):
+    """What the store of the same dictionary on a re-drawn model has of its own."""
+
+    info: StoreInfo
+    tensors: FeatureTensors
+
+
+class Parts(NamedTuple):
+    """What the files of a store hold."""
+
+    info: StoreInfo
+    tensors: FeatureTensors
+    weights: LatentWeights
+    vocabulary: list[str]
+    codes: CodesTable | None
+    control: Control | None
+
+
+def write(folder: Path, parts: Parts) -> None:
+    """Fill a fresh folder, in which the codes are already."""
+    files = {TENSORS_FILE: parts.tensors._asdict(), WEIGHTS_FILE: parts.weights._asdict()}
+    if parts.control is not None:
+        own = {name: x for name, x in parts.control.tensors._asdict().items() if name not in OF_TEXT}
+        files[CONTROL_FILE] = own
+    for name, tensors in files.items():
+        write_tensors(folder / name, tensors)
+    content = {
+        "format": FORMAT,
+        "sha256": {name: file_hash(folder / name) for name in files},
+        "codes": None if parts.codes is None else {"n_bytes": parts.codes.n_bytes, "sha256": parts.codes.sha256},
+        "info": parts.info.model_dump(mode="json"),
+        "control": None if parts.control is None else parts.control.info.model_dump(mode="json"),
+        "vocabulary": parts.vocabulary,
+    }
+    write_json(folder / INFO_FILE, content)
+
+
+def read(folder: Path) -> Parts:
+    """What the files in a folder hold.
+
+    Raises:
+        CorruptFileError: a file is missing, truncated or damaged, or they do not belong together.
+    """
+    content = read_json(folder / INFO_FILE)
+    if content.get("format") != FORMAT:
+        raise CorruptFileError(
+            f"{folder / INFO_FILE}: format {content.get('format')!r}, this version reads {FORMAT}; build the store again"
+        )
+    try:
+        parts = _parts(folder, content)
+    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
+        raise CorruptFileError(f"{folder} is damaged: {type(error).__name__}: {error}") from None
+    controls = [] if parts.control is None else [parts.control]
+    if not all(_fits(one.info, one.tensors, parts.weights, parts.vocabulary) for one in (parts, *controls)):
+        raise CorruptFileError(f"{folder}: the tensors and {INFO_FILE} do not fit together; build the store again")
+    return parts
+
+
+def _parts(folder: Path, content: dict[str, Any]) -> Parts:
+    """The parts as they are in the files, of which only the hashes have been compared."""
+    tensors = FeatureTensors(**_checked(folder / TENSORS_FILE, content))
+    codes, control = content["codes"], content["control"]
+    if codes is not None:
+        codes = CodesTable(folder / CODES_FILE, int(codes["n_bytes"]), str(codes["sha256"]))
+        codes.check_size()
+    if control is not None:
+        shared = {name: getattr(tensors, name) for name in OF_TEXT}
+        control = Control(StoreInfo(**control), FeatureTensors(**shared, **_checked(folder / CONTROL_FILE, content)))
+    weights = LatentWeights(**_checked(folder / WEIGHTS_FILE, content))
+    return Parts(StoreInfo(**content["info"]), tensors, weights, list(content["vocabulary"]), codes, control)
+
+
+def _checked(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a file that has the hash noted for it."""
+    tensors = read_tensors(path)
+    if file_hash(path) != content["sha256"][path.name]:
+        raise CorruptFileError(f"{path} does not match the checksum in {INFO_FILE}; build the store again")
+    return tensors
+
+
+def _fits(info: StoreInfo, t: FeatureTensors, w: LatentWeights, vocabulary: list[str]) -> bool:
+    """Whether types and shapes agree with each other and with the info, and every token id, place and latent exists."""
+    n_vocab = len(vocabulary)
+    consistent = _typed(t) and _typed(w) and len(t.count) == len(w.promoted) == info.d_sae
+    shapes = (t.top_nearby.shape[1:], t.group_nearby.shape[1:], t.random_nearby.shape[1:], t.silent_place.shape[1:])
+    width = sum(info.window) + 1
+    wanted = ((info.top_n, width), (info.n_groups, info.group_size, width), (info.n_random, width), (info.n_silent,))
+    if not consistent or shapes != wanted or t.histogram.shape[1] != N_BINS:
+        return False
+    places = (t.top_place, t.group_place, t.random_place, t.silent_place)
+    latents = (t.frequent_partner, t.specific_partner)
+    limits = [
+        *((ids, 0, n_vocab) for ids in (t.tokens, w.promoted, w.suppressed)),
+        *((place, NONE, t.tokens.numel()) for place in places),
+        *((latent, NONE, info.d_sae) for latent in latents),
+        *((latent, 0, info.d_sae) for latent in (w.decoder_neighbours, w.encoder_neighbours)),
+    ]
+    inside = all(int(ids.min()) >= low and int(ids.max()) < high for ids, low, high in limits if ids.numel())
+    return inside and _counts_agree(t) and all(isinstance(text, str) for text in vocabulary)
+
+
+def _counts_agree(t: FeatureTensors) -> bool:
+    """Whether groups hold all activations, and no latent fires together with another more often than each of them does."""
+    if not (t.group_count.sum(1) == t.count).all():
+        return False
+    for partner, together in ((t.frequent_partner, t.frequent_count), (t.specific_partner, t.specific_count)):
+        most = torch.minimum(t.count[:, None], t.count[partner.clamp(min=0).long()])
+        if not torch.where(partner == NONE, True, (together > 0) & (together <= most)).all():
+            return False
+    return True
+
+
+def _typed(tensors: FeatureTensors | LatentWeights) -> bool:
+    """Whether every tensor is of the type of its field, axes of one name being equally long."""
+    with jaxtyped("context"):
+        return all(isinstance(x, type(tensors).__annotations__[name]) for name, x in tensors._asdict().items())

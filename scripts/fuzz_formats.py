@@ -1,0 +1,119 @@
+"""Damage other tools' files, and ours, at random, and read them: each has to give a typed error or a sound dictionary.
+
+    python scripts/fuzz_formats.py --n 5000
+
+Readers are processes that may take 1 GiB of data memory and 20 s of computing a file; one that crashes, hangs, runs out of
+memory or raises anything else is a failure, named by its case and seed. Exit code 1 when there are any. The peak is of what
+such a process has in memory, torch included, and of what it had before the first file.
+"""
+
+import argparse
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+import saelens_lite as sl
+from saelens_lite import formats
+from saelens_lite.errors import SaelensLiteError
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from foreign import CASES
+from hostile import damage
+
+BATCH = 100  # files a process reads
+SECONDS = 20
+
+
+def read(path: Path, format: str | None) -> str:
+    """What came of a file: "error" or "loaded"; anything else is raised."""
+    try:
+        formats.inspect(path, format)
+        d = sl.Dictionary.load(path, format=format)
+    except SaelensLiteError:
+        return "error"
+    x_hat = d(torch.ones(2, d.d_in))
+    if x_hat.shape != (2, d.d_out) or not all(torch.isfinite(tensor).all() for tensor in d.state_dict().values()):
+        raise AssertionError("a dictionary that is not sound")
+    return "loaded"
+
+
+def attempt(originals: dict[str, Path], seed: int, where: Path) -> str:
+    """Damage a copy of one case and read it."""
+    name = sorted(originals)[seed % len(originals)]
+    case, copy = CASES.get(name), Path(tempfile.mkdtemp(dir=where)) / originals[name].name
+    (shutil.copytree if originals[name].is_dir() else shutil.copy)(originals[name], copy)
+    what = damage(copy, seed)
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+    signal.alarm(10 * SECONDS)
+    try:
+        return read(copy, case.format if case and (case.pickled or seed % 3 == 0) else None)
+    except BaseException:
+        print(f"FAILED {name}, seed {seed}: {what}\n{traceback.format_exc(limit=-4)}", flush=True)
+        return "failed"
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.alarm(0)
+        shutil.rmtree(copy.parent)
+
+
+def child(originals: dict[str, Path], seeds: range, out: int) -> None:
+    """Read a batch under limits; writes a letter a file: e, l or f."""
+
+    def hang(*_: object) -> None:
+        raise TimeoutError(f"more than {SECONDS} s")
+
+    signal.signal(signal.SIGVTALRM, hang)
+    signal.signal(signal.SIGALRM, hang)
+    resource.setrlimit(resource.RLIMIT_DATA, (1 << 30, 1 << 30))
+    with tempfile.TemporaryDirectory() as where:
+        for seed in seeds:
+            os.write(out, attempt(originals, seed, Path(where))[0].encode())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n", type=int, default=5000, help="files to read")
+    parser.add_argument("--seed", type=int, default=0, help="where to start; a failure's seed with --n 1 repeats it")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    totals, start, peak = Counter(), time.monotonic(), 0
+    with tempfile.TemporaryDirectory() as folder:
+        originals = {name: case.write(Path(folder) / str(i)) for i, (name, case) in enumerate(CASES.items())}
+        originals["ours"] = sl.Dictionary.create("topk", d_in=8, d_sae=16, options={"k": 2}).save(Path(folder) / "ours")
+        for first in range(args.seed, args.seed + args.n, BATCH):
+            seeds = range(first, min(first + BATCH, args.seed + args.n))
+            receiving, sending = os.pipe()
+            pid = os.fork()
+            if pid == 0:
+                status = 1
+                try:
+                    child(originals, seeds, sending)
+                    status = 0
+                finally:
+                    os._exit(status)
+            os.close(sending)
+            with os.fdopen(receiving) as pipe:
+                letters = pipe.read()
+            _, status, used = os.wait4(pid, 0)
+            peak = max(peak, used.ru_maxrss)
+            totals.update(letters)
+            if status or len(letters) < len(seeds):
+                print(f"FAILED seed {first + len(letters)}: the process ended with status {status}", flush=True)
+                totals["f"] += 1
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"{args.n} files, {time.monotonic() - start:.0f} s: {totals['e']} errors, {totals['l']} loaded, {totals['f']} failed")
+    print(f"peak of a reading process {peak / 1024:.0f} MiB, of which {before / 1024:.0f} MiB before the first file")
+    sys.exit(bool(totals["f"]))
+
+
+if __name__ == "__main__":
+    main()
