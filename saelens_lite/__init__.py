@@ -22,6 +22,7 @@ _HOME = {
     "FeatureStore": "features",
     "Format": "formats",
     "LanguageModel": "model",
+    "LivePrompt": "views.live",
     "Logger": "loggers",
     "Origin": "config",
     "PublishedForm": "sparsity",
@@ -43,6 +44,7 @@ _HOME = {
     "fit": "train",
     "load_model": "model",
     "probe": "evaluate.probing",
+    "prompt_view": "views.prompt",
     "pull": "hub",
     "push": "hub",
     "python_docs": "tokens",
@@ -62,6 +64,7 @@ __all__ = [
     "FeatureStore",
     "Format",
     "LanguageModel",
+    "LivePrompt",
     "Logger",
     "Origin",
     "PublishedForm",
@@ -84,6 +87,7 @@ __all__ = [
     "fit",
     "load_model",
     "probe",
+    "prompt_view",
     "pull",
     "push",
     "python_docs",
@@ -115,6 +119,8 @@ if TYPE_CHECKING:
     from saelens_lite.sparsity import PublishedForm, RuleConfig, Sparsity
     from saelens_lite.tokens import python_docs
     from saelens_lite.train import fit, resume, train
+    from saelens_lite.views.live import LivePrompt
+    from saelens_lite.views.prompt import prompt_view
 
     __version__: str
 

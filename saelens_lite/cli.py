@@ -654,15 +654,76 @@ def attribute(
     import saelens_lite as sl
     from saelens_lite.files import write_json
 
-    if (token is None) != (against is None):
-        raise ConfigError("--token and --against go together: the difference of their logits is what is explained")
+    metric = _pair(token, against) or "loss"
     loaded = sl.Dictionary.load(dictionary)
     lm = _model_of(loaded, model, device)
-    metric = "loss" if token is None else (token, against)
     found = sl.attribute(lm, loaded.to(lm.device), prompt, metric, ablation=ablation)
     _console().print(found.table(top))
     if json_out:
         write_json(json_out, found.to_dict())
+
+
+def _pair(token: str | None, against: str | None) -> tuple[str, str] | None:
+    """Two tokens whose logits are compared, if they were given."""
+    if token is not None and against is not None:
+        return token, against
+    if token is None and against is None:
+        return None
+    raise ConfigError("--token and --against go together: the difference of their logits is what is explained")
+
+
+@app.command(name="prompt")
+def show_prompt(
+    dictionary: Path,
+    *,
+    prompt: str,
+    by: Literal["activation", "relative", "attribution"] = "activation",
+    store: Path | None = None,
+    token: str | None = None,
+    against: str | None = None,
+    top: int = 5,
+    model: str | None = None,
+    device: str | None = None,
+    json_out: Annotated[Path | None, Parameter(name="--json")] = None,
+) -> None:
+    """See which latents fire at each token of a text.
+
+    Parameters
+    ----------
+    dictionary
+        Dictionary folder.
+    prompt
+        The text.
+    by
+        What comes first at a token: the largest activation, the largest share of the latent's largest activation (needs
+        --store), or the largest effect on what the model says, by gradient.
+    store
+        Folder written by `features --out`, for labels and promoted tokens.
+    token
+        With --against: effects are on the logit of this token minus that of the other, at the end of the prompt. Mind the
+        space in front of words. Without the two: on the mean loss over the prompt.
+    against
+        The other token.
+    top
+        Latents of each token.
+    model
+        The model; default: the one the dictionary was trained on.
+    device
+        Where to run, e.g. cuda.
+    json_out
+        File for what is shown.
+    """
+    import saelens_lite as sl
+    from saelens_lite.files import write_json
+
+    metric = _pair(token, against)
+    loaded = sl.Dictionary.load(dictionary)
+    collected = None if store is None else sl.FeatureStore.load(store, loaded)
+    lm = _model_of(loaded, model, device)
+    view = sl.prompt_view(loaded.to(lm.device), lm, prompt, by, store=collected, metric=metric, top=top)
+    _console().print(view)
+    if json_out:
+        write_json(json_out, view.to_dict())
 
 
 @app.command

@@ -9,7 +9,7 @@ from nbclient import NotebookClient
 
 REPO, TOKEN = "me/first-dictionary", "hf_ofnotebookstests"
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
-PRINTED = {  # by notebook: what it prints, and at least how often
+PRINTED = {  # by notebook: what it prints or shows as HTML, and at least how often
     "1-hook-gpt2": {"ce_loss_score": 1, "fires on": 3, ">>": 3, "The old man looked at": 2},
     "2-train-and-publish": {
         "ce_loss_score": 2,
@@ -18,6 +18,17 @@ PRINTED = {  # by notebook: what it prints, and at least how often
         f"{REPO}: 0 bytes new or changed, commit ": 1,
         "the same weights: True": 1,
         f"hf://{REPO}/blocks.2.hook_resid_pre@": 1,
+    },
+    "3-analyse-and-steer": {
+        "1,024 latents on": 1,
+        "latents by activation": 1,
+        "latents by activation / largest activation": 1,
+        "latents by effect on logit of": 1,
+        "Spearman": 3,
+        "strongest</summary>": 1,
+        "clamped: This function opens the file and": 1,
+        "controls": 1,
+        "features.html: 1024 latents": 1,
     },
     "4-write-a-plugin": {
         "ce_loss_score": 2,
@@ -48,10 +59,9 @@ def test_notebook_runs(path, hub, monkeypatch, tmp_path):
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
     printed = "".join(
-        output.get("text", "")
+        output.get("text", "") + output.get("data", {}).get("text/html", "")
         for cell in notebook.cells
         for output in cell.get("outputs", [])
-        if output.output_type == "stream"
     )
     for text, times in PRINTED[path.stem].items():
         assert printed.count(text) >= times, text
