@@ -93,7 +93,7 @@ def metadata(
 
     `sae_lens`: whether SAELens can load it.
     """
-    kinds = [SAE_LENS] * sae_lens + ["transcoder"] * any(o.target_hook for o in origins)
+    kinds = [*([SAE_LENS] if sae_lens else []), *(["transcoder"] if any(o.target_hook for o in origins) else [])]
     models = _unique(o.model for o in origins if o.model and _is_hub_model(o.model))
     datasets = _unique(dataset for o in origins if (dataset := _dataset(o.text)))
     return ModelCardData(
