@@ -22,6 +22,7 @@ _HOME = {
     "FeatureStore": "features",
     "Format": "formats",
     "LanguageModel": "model",
+    "LivePrompt": "views.live",
     "Logger": "loggers",
     "Origin": "config",
     "PublishedForm": "sparsity",
@@ -43,6 +44,9 @@ _HOME = {
     "fit": "train",
     "load_model": "model",
     "probe": "evaluate.probing",
+    "prompt_view": "views.prompt",
+    "pull": "hub",
+    "push": "hub",
     "python_docs": "tokens",
     "register": "registry",
     "resume": "train",
@@ -60,6 +64,7 @@ __all__ = [
     "FeatureStore",
     "Format",
     "LanguageModel",
+    "LivePrompt",
     "Logger",
     "Origin",
     "PublishedForm",
@@ -82,6 +87,9 @@ __all__ = [
     "fit",
     "load_model",
     "probe",
+    "prompt_view",
+    "pull",
+    "push",
     "python_docs",
     "register",
     "resume",
@@ -101,6 +109,7 @@ if TYPE_CHECKING:
     from saelens_lite.features import FeatureStore
     from saelens_lite.features.compare import compare, stability
     from saelens_lite.formats import Format, convert
+    from saelens_lite.hub import pull, push
     from saelens_lite.interventions.attribution import attribute
     from saelens_lite.interventions.doses import dose_response
     from saelens_lite.interventions.edits import Ablate, Add, Clamp, Scale
@@ -110,6 +119,8 @@ if TYPE_CHECKING:
     from saelens_lite.sparsity import PublishedForm, RuleConfig, Sparsity
     from saelens_lite.tokens import python_docs
     from saelens_lite.train import fit, resume, train
+    from saelens_lite.views.live import LivePrompt
+    from saelens_lite.views.prompt import prompt_view
 
     __version__: str
 

@@ -654,15 +654,180 @@ def attribute(
     import saelens_lite as sl
     from saelens_lite.files import write_json
 
-    if (token is None) != (against is None):
-        raise ConfigError("--token and --against go together: the difference of their logits is what is explained")
+    metric = _pair(token, against) or "loss"
     loaded = sl.Dictionary.load(dictionary)
     lm = _model_of(loaded, model, device)
-    metric = "loss" if token is None else (token, against)
     found = sl.attribute(lm, loaded.to(lm.device), prompt, metric, ablation=ablation)
     _console().print(found.table(top))
     if json_out:
         write_json(json_out, found.to_dict())
+
+
+def _pair(token: str | None, against: str | None) -> tuple[str, str] | None:
+    """Two tokens whose logits are compared, if they were given."""
+    if token is not None and against is not None:
+        return token, against
+    if token is None and against is None:
+        return None
+    raise ConfigError("--token and --against go together: the difference of their logits is what is explained")
+
+
+@app.command(name="prompt")
+def show_prompt(
+    dictionary: Path,
+    *,
+    prompt: str,
+    by: Literal["activation", "relative", "attribution"] = "activation",
+    store: Path | None = None,
+    token: str | None = None,
+    against: str | None = None,
+    top: int = 5,
+    model: str | None = None,
+    device: str | None = None,
+    json_out: Annotated[Path | None, Parameter(name="--json")] = None,
+) -> None:
+    """See which latents fire at each token of a text.
+
+    Parameters
+    ----------
+    dictionary
+        Dictionary folder.
+    prompt
+        The text.
+    by
+        What comes first at a token: the largest activation, the largest share of the latent's largest activation (needs
+        --store), or the largest effect on what the model says, by gradient.
+    store
+        Folder written by `features --out`, for labels and promoted tokens.
+    token
+        With --against: effects are on the logit of this token minus that of the other, at the end of the prompt. Mind the
+        space in front of words. Without the two: on the mean loss over the prompt.
+    against
+        The other token.
+    top
+        Latents of each token.
+    model
+        The model; default: the one the dictionary was trained on.
+    device
+        Where to run, e.g. cuda.
+    json_out
+        File for what is shown.
+    """
+    import saelens_lite as sl
+    from saelens_lite.files import write_json
+
+    metric = _pair(token, against)
+    loaded = sl.Dictionary.load(dictionary)
+    collected = None if store is None else sl.FeatureStore.load(store, loaded)
+    lm = _model_of(loaded, model, device)
+    view = sl.prompt_view(loaded.to(lm.device), lm, prompt, by, store=collected, metric=metric, top=top)
+    _console().print(view)
+    if json_out:
+        write_json(json_out, view.to_dict())
+
+
+@app.command
+def push(
+    path: Path,
+    repo: str,
+    *,
+    folder: str | None = None,
+    revision: str | None = None,
+    private: Annotated[bool, Parameter(negative="")] = False,
+    license: str | None = None,
+    tags: list[str] | None = None,
+    message: str | None = None,
+    parent_commit: str | None = None,
+    dry_run: Annotated[bool, Parameter(negative="")] = False,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> None:
+    """Publish dictionaries on the Hugging Face Hub, in one commit. Log in first: `hf auth login`, or set HF_TOKEN.
+
+    Parameters
+    ----------
+    path
+        A dictionary folder, or the folder of a run with several.
+    repo
+        The repository, user/name; it is created if there is none.
+    folder
+        Name of the dictionary's folder in the repository; default: its hook.
+    revision
+        Branch to push to; default: main.
+    private
+        Let nobody else see the repository, if it is created.
+    license
+        Licence of the repository, e.g. mit.
+    tags
+        Further tags of the card.
+    message
+        Message of the commit.
+    parent_commit
+        Push only if this is the last commit there.
+    dry_run
+        Send nothing; show what would be sent.
+    as_json
+        Print JSON instead of text.
+    """
+    import saelens_lite as sl
+
+    pushed = sl.push(
+        {folder: path} if folder else path,
+        repo,
+        revision=revision,
+        private=private,
+        license=license,
+        tags=tags or (),
+        message=message,
+        parent_commit=parent_commit,
+        dry_run=dry_run,
+    )
+    facts = pushed._asdict() | {"files": [file._asdict() for file in pushed.files]}
+    print(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else pushed)
+
+
+@app.command
+def pull(
+    repo: str,
+    folder: str | None = None,
+    *,
+    revision: str | None = None,
+    out: Path | None = None,
+    max_bytes: int | None = None,
+    format: str | None = None,
+    exists: Exists = "error",
+) -> None:
+    """Fetch a dictionary from the Hugging Face Hub.
+
+    Parameters
+    ----------
+    repo
+        The repository, user/name; or an address, hf://user/name/folder@revision.
+    folder
+        The dictionary's folder in the repository; it may be left out if there is only one.
+    revision
+        Branch, tag or commit; default: main.
+    out
+        Folder to put it in; default: only huggingface_hub's cache.
+    max_bytes
+        Refuse to fetch more; default: 32 GiB.
+    format
+        Name of the format plugin to read it with; only needed for pickles.
+    exists
+        What to do when the folder is not empty.
+    """
+    import saelens_lite as sl
+    from saelens_lite.files import refuse_existing
+    from saelens_lite.hub import Address, copy_to, fetch
+
+    if out:
+        refuse_existing(out, exists)
+    if repo.startswith("hf://") and (folder or revision):
+        raise ConfigError(f"{repo} says which folder and revision; leave out the rest")
+    address = Address.parse(repo) if repo.startswith("hf://") else Address.of(repo, folder, revision)
+    fetched = fetch(address, **_given(max_bytes=max_bytes))
+    loaded = sl.Dictionary.load(fetched.folder, format=format)
+    place = copy_to(fetched, out, exists) if out else fetched.folder
+    _console().print(f"{place}: {loaded.rule.plugin_name}, {loaded.d_sae} latents, {fetched.address}", markup=False)
 
 
 @app.command
@@ -672,7 +837,8 @@ def inspect(path: Path, *, format: str | None = None) -> None:
     Parameters
     ----------
     path
-        A folder written by `train` or `capture`, or a file or folder of another tool.
+        A folder written by `train` or `capture`, a file or folder of another tool, or a dictionary on the Hub,
+        hf://user/repo/folder@revision, whose weights are not fetched.
     format
         Name of the format plugin to read it with; only needed for pickles.
     """
@@ -680,8 +846,11 @@ def inspect(path: Path, *, format: str | None = None) -> None:
     from saelens_lite.cache.stored import MANIFEST, ActivationCache
     from saelens_lite.dictionary import CONFIG_FILE
     from saelens_lite.files import read_json
+    from saelens_lite.places import describe, is_address
 
-    if (path / MANIFEST).exists():
+    if is_address(path):
+        facts = describe(path)
+    elif (path / MANIFEST).exists():
         cache = ActivationCache.open(path)
         facts = {"activations": cache.n_tokens, **cache.manifest, "hooks": {h: cache.d_in(h) for h in cache.hooks}}
         facts["shards"] = len(cache.manifest["shards"])

@@ -30,6 +30,7 @@ from saelens_lite.codes.encoder import Encoder
 from saelens_lite.config import Origin
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, ShapeError
 from saelens_lite.files import DTYPES, check_header, new_folder, read_json, read_tensors, write_json
+from saelens_lite.places import local_folder
 from saelens_lite.sparsity import PublishedForm, Sparsity
 
 FORMAT = 1
@@ -79,6 +80,7 @@ class Dictionary(nn.Module):
         self.origin = origin or Origin()
         self.density = density
         self.training_record = training or {}
+        self.source: str | None = None  # the address it was read from, with its revision; not stored
         self.rule = rule
         if not rule.tied:
             self.W_enc = nn.Parameter(torch.zeros(d_sae, d_in).T)  # in memory a row a latent, like W_dec
@@ -354,7 +356,8 @@ class Dictionary(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu", format: str | None = None) -> "Dictionary":
-        """The dictionary in a folder written by `save`, or in a file or folder of another tool.
+        """The dictionary in a folder written by `save`, in a file or folder of another tool, or in either on the Hub:
+        hf://user/repo/folder@revision.
 
         format: name of the format plugin to read it with; only needed where the files are pickles.
 
@@ -362,13 +365,13 @@ class Dictionary(nn.Module):
             CorruptFileError: a file is missing, damaged, contradicts another, or is of no known format.
             ConfigError: what another tool's file holds cannot be represented here, or is a pickle and `format` was not given.
             PluginError: its sparsity rule is not installed; the message names the distribution that wrote it.
+            HubError: it cannot be fetched from the Hub.
         """
-        path = Path(path)
-        if format is None and (path / CONFIG_FILE).is_file():
-            metadata = read_json(path / CONFIG_FILE).get("metadata")
-            if isinstance(metadata, dict) and "saelens_lite" in metadata:
-                return cls._load_own(path).to(device).eval()
-        return format_of(path, format).read(path).to(device).eval()
+        folder, source = local_folder(path)
+        own = format is None and is_own_folder(folder)
+        loaded = cls._load_own(folder) if own else format_of(folder, format).read(folder)
+        loaded.source = source
+        return loaded.to(device).eval()
 
     @classmethod
     def _load_own(cls, folder: Path) -> "Dictionary":
@@ -451,6 +454,14 @@ def read_density(folder: Path, d_sae: int) -> Float[Tensor, " d_sae"] | None:
     if log_density is None or log_density.shape != (d_sae,):
         raise CorruptFileError(f"{folder / SPARSITY_FILE}: expected a tensor 'sparsity' of shape {(d_sae,)}")
     return (10.0 ** log_density.double() - 1e-10).clamp(0, 1).float()
+
+
+def is_own_folder(folder: Path) -> bool:
+    """Whether a folder was written by `Dictionary.save`, of whatever version."""
+    if not (folder / CONFIG_FILE).is_file():
+        return False
+    metadata = read_json(folder / CONFIG_FILE).get("metadata")
+    return isinstance(metadata, dict) and "saelens_lite" in metadata
 
 
 def format_of(path: Path, name: str | None = None) -> Any:

@@ -11,6 +11,11 @@ SaelensLiteError                 everything this library raises on purpose
 │   ├── OutputExistsError        the output is already there
 │   ├── CorruptFileError         a file that is damaged, truncated or not what it claims to be
 │   └── LockedError              another process is at work on the same output
+├── HubError                     the Hugging Face Hub did not do what it was asked
+│   ├── HubNotFoundError         no such repository, revision or folder in it, or none this account may see
+│   ├── HubAccessError           no token, or one that may not do this
+│   ├── HubConflictError         the repository has changed in the meantime
+│   └── HubUnreachableError      no network, no answer, or a Hub in trouble
 ├── NonFiniteError               NaN or infinity where numbers were expected
 └── DiskFullError                no room left for what is being written
 
@@ -67,6 +72,30 @@ class CorruptFileError(UserError):
 
 class LockedError(UserError):
     """Another process is at work on the same output."""
+
+
+class HubError(SaelensLiteError):
+    """The Hugging Face Hub did not do what it was asked."""
+
+
+class HubNotFoundError(HubError):
+    """The Hub has no such repository, revision or folder, or shows none to this account."""
+
+    exit_code = 2
+
+
+class HubAccessError(HubError):
+    """The Hub needs a token, or the token may not do this."""
+
+    exit_code = 2
+
+
+class HubConflictError(HubError):
+    """The repository on the Hub has changed in the meantime."""
+
+
+class HubUnreachableError(HubError):
+    """The Hub cannot be reached, or does not answer as it should."""
 
 
 class NonFiniteError(SaelensLiteError):

@@ -38,20 +38,28 @@ class Empty(type):
     def __getattr__(cls, name): return cls
     def __call__(cls, *args, **kwargs): return args[0] if len(args) == 1 and callable(args[0]) else cls
     def __getitem__(cls, item): return cls
+    def __iter__(cls): return iter(())
 
 class Nothing(metaclass=Empty): pass
 
 class Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    "Something empty for what a tool imports and is not installed; not for what its libraries would use if it were."
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in OWN: return None
+        importer = sys._getframe(1)
+        while importer.f_globals["__name__"].startswith(("importlib", "_frozen_importlib")): importer = importer.f_back
+        if top(importer.f_globals["__name__"]) not in TOOLS or top(name) in TOOLS | REAL: return None
         return importlib.machinery.ModuleSpec(name, self, is_package=True)
     def create_module(self, spec):
         module = types.ModuleType(spec.name)
-        module.__getattr__ = lambda name: Nothing
+        module.__getattr__ = self.anything
         return module
+    def anything(self, name):
+        if name.startswith("__"): raise AttributeError(name)
+        return Nothing
     def exec_module(self, module): pass
 
-OWN = {"dictionary_learning", "circuit_tracer", "llamascopium", "sae_lens", "sparsify", "torch", "transformers", "numpy"}
+TOOLS, REAL = {"dictionary_learning", "circuit_tracer", "llamascopium", "sparsify"}, {"torch", "transformers", "numpy"}
+def top(name): return name.partition(".")[0]
 def without_its_init(package):
     "Import modules of a package, but not all that it imports itself."
     module = types.ModuleType(package)

@@ -8,6 +8,7 @@ such a process has in memory, torch included, and of what it had before the firs
 """
 
 import argparse
+import logging
 import os
 import resource
 import shutil
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 
 import saelens_lite as sl
-from saelens_lite import formats
+from saelens_lite import formats, registry
 from saelens_lite.errors import SaelensLiteError
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -85,6 +86,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="where to start; a failure's seed with --n 1 repeats it")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    logging.disable(logging.WARNING)  # what is said of some files whenever they are read
+    for name in registry.names("formats"):
+        registry.load(name, "formats")
     totals, start, peak = Counter(), time.monotonic(), 0
     with tempfile.TemporaryDirectory() as folder:
         originals = {name: case.write(Path(folder) / str(i)) for i, (name, case) in enumerate(CASES.items())}

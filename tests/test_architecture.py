@@ -28,6 +28,7 @@ ORDER = [
     "evaluate",
     "features",
     "interventions",
+    "views",
     "hub",
     "adapters",
     "demo",
@@ -39,6 +40,7 @@ LEAVES = {
     "errors",
     "config",
     "files",
+    "places",
     "progress",
     "registry",
 }  # import nothing of ours but each other; everyone may import them
@@ -46,7 +48,7 @@ ONLY_IN = {"transformer_lens": "model", "huggingface_hub": "hub"}
 DOORS = {"saelens_lite", "sparsity", "codes", "formats", "errors"}  # what a plugin may import from
 HEAVY = [
     *("transformer_lens", "transformers", "datasets", "matplotlib", "scipy", "sklearn", "wandb", "tensorboard", "trackio"),
-    *("pyarrow", "duckdb"),
+    *("pyarrow", "duckdb", "anywidget"),
 ]
 
 
@@ -170,10 +172,10 @@ def test_the_names_and_training_load_no_heavy_library():
 def test_the_package_offers_these_names():
     assert sl.__all__ == sorted([
         "Ablate", "ActivationCache", "ActivationStream", "Add", "Clamp", "Dictionary", "EvalReport", "FeatureStore", "Format",
-        "LanguageModel", "Logger", "Origin", "PublishedForm", "RuleConfig", "SaelensLiteError", "Scale", "SparseCodes",
-        "Sparsity", "TextConfig", "TrainConfig", "__version__", "adapters", "attribute", "capture", "compare", "convert",
-        "dose_response", "errors", "evaluate", "fit", "load_model", "probe", "python_docs", "register", "resume", "stability",
-        "train",
+        "LanguageModel", "LivePrompt", "Logger", "Origin", "PublishedForm", "RuleConfig", "SaelensLiteError", "Scale",
+        "SparseCodes", "Sparsity", "TextConfig", "TrainConfig", "__version__", "adapters", "attribute", "capture", "compare",
+        "convert", "dose_response", "errors", "evaluate", "fit", "load_model", "probe", "prompt_view", "pull", "push",
+        "python_docs", "register", "resume", "stability", "train",
     ])  # fmt: skip
     assert dir(sl) == sl.__all__
 

@@ -493,7 +493,8 @@ def test_every_error_is_ours_and_says_how_to_exit():
         if isinstance(error, type) and issubclass(error, Exception):
             assert issubclass(error, sl.SaelensLiteError)
             assert error.__doc__
-            assert error.exit_code == (2 if issubclass(error, sl.errors.UserError) else 1)
+            asked_wrongly = (sl.errors.UserError, sl.errors.HubNotFoundError, sl.errors.HubAccessError)
+            assert error.exit_code == (2 if issubclass(error, asked_wrongly) else 1)
             assert name in sl.errors.__doc__
 
 

@@ -207,6 +207,25 @@ def test_attribute_prints_a_table(work, monkeypatch, capsys):
     assert "ablation" not in json.loads((work / "attribution.json").read_text())
 
 
+def test_prompt_prints_what_fires_where(work, monkeypatch, capsys):
+    args = ("prompt", work / "run/dictionary", "--prompt", "It was the", "--json", work / "prompt.json", "--top", 2)
+    code, out, err = call(monkeypatch, capsys, *args, "--by", "attribution", "--token", " times", "--against", " the")
+    assert code == 0, err
+    assert "latents by effect on logit of ' times' − logit of ' the'" in " ".join(out.split())
+    rows = json.loads((work / "prompt.json").read_text())["rows"]
+    assert [row["token"] for row in rows] == ["It", "It", " was", " was", " the", " the"]
+    assert all(f"{row['attribution']:+.4f}" in out for row in rows)
+    features = ("features", work / "run/dictionary", "--text", work / "book.txt", "--n-tokens", 500)
+    code, out, err = call(monkeypatch, capsys, *features, "--out", work / "store", "--html", work / "few.html")
+    assert code == 0, err
+    code, out, err = call(monkeypatch, capsys, *args, "--by", "relative", "--store", work / "store")
+    assert code == 0, err
+    assert "promotes" in out
+    code, _, err = call(monkeypatch, capsys, *args, "--by", "relative")
+    assert code == 2
+    assert "give store=" in err
+
+
 def test_plugins(monkeypatch, capsys):
     code, out, _ = call(monkeypatch, capsys, "plugins")
     assert code == 0
@@ -251,6 +270,7 @@ def test_train_with_loggers(work, monkeypatch, capsys):
         (["steer", "DICT", "--prompt", "It", "--ablate", "64"], "no latent 64; this dictionary has latents 0 to 63"),
         (["steer", "DICT", "--prompt", "", "--ablate", "3"], "empty text"),
         (["attribute", "DICT", "--prompt", "It was", "--token", " he"], "--token and --against go together"),
+        (["prompt", "DICT", "--prompt", ""], "empty text"),
         (["attribute", "DICT", "--prompt", "It was", "--token", " he", "--against", " she and"], "is not one token of tiny"),
         (["inspect", "nowhere"], "is missing"),
     ],

@@ -8,7 +8,7 @@ from importlib.metadata import EntryPoint
 import pytest
 import torch
 from foreign import CASES, D_IN, D_SAE, normal
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import saelens_lite as sl
 from saelens_lite import cli, registry
@@ -369,6 +369,19 @@ def test_settings_and_tensors_have_to_agree(tmp_path):
 def test_hooks_of_dictionary_learning(trainer, hook, tmp_path):
     path = edited("AutoEncoder", tmp_path, "config.json", "trainer", **trainer)
     assert sl.Dictionary.load(path, format="dictionary_learning").origin.hook == hook
+
+
+def test_llamascopium_without_an_encoder_or_with_several(tmp_path):
+    path = CASES["llamascopium relu"].write(tmp_path / "foreign")
+    tensors = load_file(path / "sae_weights.safetensors")
+    W_E = tensors.pop("W_E")
+    for change, error, reason in (
+        ({}, CorruptFileError, r"tensors missing: \['W_E'\]"),
+        ({"W_E": W_E[None]}, ConfigError, "a gated encoder, or one of several layers, has no place here"),
+    ):
+        save_file(tensors | change, path / "sae_weights.safetensors")
+        with pytest.raises(error, match=reason):
+            sl.Dictionary.load(path, format="llamascopium")
 
 
 def test_groups_that_do_not_add_up(tmp_path):

@@ -148,7 +148,7 @@ def _options(name: str, trainer: Settings, file: TorchFile, at: str) -> dict:
         return {"parameter": "plain"}
     if "TopK" not in name:
         return {}
-    k = int(file.read([f"{at}k"])[f"{at}k"]) if file.specs.get(f"{at}k", (None, None))[1] == () else trainer.whole("k")
+    k = int(file.read([f"{at}k"])[f"{at}k"]) if file.ndim(f"{at}k") == 0 else trainer.whole("k")
     if k != trainer.whole("k", k):
         raise CorruptFileError(f"{file.path}: k = {k}, but {trainer.path} has trainer.k = {trainer.whole('k')}")
     if name != "MatryoshkaBatchTopKSAE":

@@ -32,7 +32,7 @@ class GemmaScope(Format):
         W = "w" if "w_enc" in file.specs else "W"
         settings = file.path.parent / "config.json"
         config = Settings.read(settings) if W == "w" and settings.is_file() else Settings(settings, {})
-        if len(file.specs.get(f"{W}_dec", ((), ()))[1]) == 3:
+        if file.ndim(f"{W}_dec") == 3:
             raise ConfigError(f"{file.path}: a transcoder that writes to several layers has no place here")
         inside, outside = config.text("hf_hook_point_in"), config.text("hf_hook_point_out")
         transcoder = SKIP in file.specs or (outside is not None and outside != inside)

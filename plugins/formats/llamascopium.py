@@ -31,7 +31,7 @@ class Llamascopium(Format):
         target = config.text("hook_point_out", hook)
         if function not in RULES:
             raise ConfigError(f"{config.path}: codes by {function!r} depend on the rest of their batch, which is lost here")
-        if config.flag("use_glu_encoder") or len(file.specs["W_E"].shape) != 2:
+        if config.flag("use_glu_encoder") or file.ndim("W_E") == 3:
             raise ConfigError(f"{config.path}: a gated encoder, or one of several layers, has no place here")
         by_norm = config.flag("sparsity_include_decoder_norm", True)
 
@@ -80,7 +80,7 @@ class Llamascopium(Format):
         if kind != "dataset-wise":
             raise ConfigError(f"{config.path}: norm_activation {kind!r} is computed from each batch or token; it would be lost")
         names = [f"{NORM}{point}" for point in (hook, target)]
-        if missing := [name for name in names if name not in file.specs or file.specs[name].shape != ()]:
+        if missing := [name for name in names if file.ndim(name) != 0]:
             raise CorruptFileError(f"{file.path}: norm_activation is 'dataset-wise', but {missing[0]!r} is no number in it")
         norms = [float(value) for value in map(file.read(names).get, names)]
         if min(norms) <= 0:

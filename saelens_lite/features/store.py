@@ -463,6 +463,11 @@ class FeatureStore:
         write_text(path, page)
         return path
 
+    def _repr_html_(self) -> str:
+        from saelens_lite.features.card import store_card
+
+        return store_card(self)
+
     def __repr__(self) -> str:
         i = self.info
         silent = int(self.never_fires.sum())

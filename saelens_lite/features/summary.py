@@ -63,3 +63,8 @@ class LatentSummary(NamedTuple):
     positions: list[PositionBin]
     partners: list[Partner]
     stability: float | None
+
+    def _repr_html_(self) -> str:
+        from saelens_lite.features.card import latent_card
+
+        return latent_card(self)

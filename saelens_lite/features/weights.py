@@ -22,6 +22,7 @@ N_EFFECTS = 10  # tokens kept at either end of a latent's effects
 N_LOGIT_BINS = 48
 N_NEIGHBOURS = 10
 MAX_NUMBERS = 1 << 24  # effects or cosines held at once
+IN_CACHE = 8  # latents whose effects a processor's cache holds while they are counted
 
 
 class LatentWeights(NamedTuple):
@@ -97,12 +98,12 @@ def logit_effects(
     n = min(n, len(unembedding))
     directions = directions.to(unembedding.device)
     tiles = _tiles(directions, len(unembedding), "effects on logits")
-    found = [_effects(directions[tile] @ unembedding.T, n) for tile in tiles]
+    found = [_effects(few, n) for tile in tiles for few in (directions[tile] @ unembedding.T).split(IN_CACHE)]
     return Effects(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
-def _effects(logits: Float[Tensor, "tile d_vocab"], n: int) -> Effects:
-    """The effects of the latents of a tile, of which all logits are given (and overwritten)."""
+def _effects(logits: Float[Tensor, "few d_vocab"], n: int) -> Effects:
+    """The effects of a few latents, of which all logits are given (and overwritten)."""
     high, low = logits.topk(n, dim=1), logits.topk(n, dim=1, largest=False)
     smallest, largest = low.values[:, 0], high.values[:, 0]
     width = (largest - smallest) / N_LOGIT_BINS
@@ -116,8 +117,8 @@ def _histogram(
 ) -> Int[Tensor, "rows n_bins"]:
     """The numbers of each row counted into bins from `low` on; all into the first where they are all equal."""
     per_unit = torch.where(width > 0, 1 / width, 0)
-    cell = ((x - low[:, None]) * per_unit[:, None]).long().clamp_(max=N_LOGIT_BINS - 1)
-    cell += N_LOGIT_BINS * torch.arange(len(x), device=x.device)[:, None]
+    cell = ((x - low[:, None]) * per_unit[:, None]).int().clamp_(max=N_LOGIT_BINS - 1)
+    cell += N_LOGIT_BINS * torch.arange(len(x), dtype=torch.int32, device=x.device)[:, None]
     counts = torch.bincount(cell.flatten(), minlength=len(x) * N_LOGIT_BINS)
     return rearrange(counts.int(), "(rows n_bins) -> rows n_bins", rows=len(x))
 

@@ -63,6 +63,10 @@ class TensorFile:
             raise CorruptFileError(f"{path} holds {len(specs):,} tensors; a dictionary has a dozen")
         self.path, self.specs = path, dict(specs)
 
+    def ndim(self, name: str) -> int | None:
+        """How many axes a tensor has; None where there is no such tensor."""
+        return len(self.specs[name].shape) if name in self.specs else None
+
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Those tensors.
 

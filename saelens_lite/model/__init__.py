@@ -17,9 +17,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from saelens_lite.config import Origin, TextConfig
-from saelens_lite.errors import ConfigError, HookError, ModelNotFoundError, ShapeError, TextError
+from saelens_lite.errors import ConfigError, HookError, HubError, HubUnreachableError, ModelNotFoundError, ShapeError, TextError
 from saelens_lite.model import hooks as _hooks
 from saelens_lite.model import processing as _processing
+from saelens_lite.places import find_model
 from saelens_lite.tokens import TokenRows, token_rows
 
 if TYPE_CHECKING:
@@ -88,22 +89,38 @@ def load_model(
     local = Path(str(where)).is_dir()
     if not local and (isinstance(name, Path) or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1):
         raise ModelNotFoundError(f"no model folder at {name}; give a folder with config.json, a Hub id, or 'tiny'")
+    commit, only_cached = (revision, True) if local else _on_hub(str(name), revision)
+    source = {"revision": revision, "local_files_only": only_cached}
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     bars = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
-        module = AutoModelForCausalLM.from_pretrained(str(where), dtype=dtype, revision=revision)
-        tokenizer = AutoTokenizer.from_pretrained(str(where), revision=revision)
+        module = AutoModelForCausalLM.from_pretrained(str(where), dtype=dtype, **source)
+        tokenizer = AutoTokenizer.from_pretrained(str(where), **source)
     except Exception as error:  # transformers raises errors of many kinds for a damaged folder
         reason = " ".join(str(error).split())
-        help_ = "check the folder" if local else "without a network use 'tiny' or a local folder with the model's files"
-        raise ModelNotFoundError(f"cannot load the model {str(name)!r}: {help_}. transformers says: {reason[:400]}") from error
+        help_ = "check the folder." if local else "is it a causal language model that transformers knows?"
+        raise ModelNotFoundError(f"cannot load the model {str(name)!r}: {help_} transformers says: {reason[:400]}") from error
     finally:
         if bars:
             hf_logging.enable_progress_bar()
-    commit = getattr(module.config, "_commit_hash", None) or revision
     lm = LanguageModel(module.to(device), tokenizer, name=str(name), revision=commit)
     return lm.center_writing_weights_() if center_writing_weights else lm
+
+
+def _on_hub(name: str, revision: str | None) -> tuple[str, bool]:
+    """The commit of a model on the Hub, and whether only the cache has its files.
+
+    transformers alone would try to reach the Hub for half a minute before it looks into the cache.
+    """
+    try:
+        return find_model(name, revision)
+    except HubUnreachableError as error:
+        raise ModelNotFoundError(
+            f"cannot load the model {name!r}: without a network use 'tiny' or a local folder with the model's files. {error}"
+        ) from None
+    except HubError as error:
+        raise ModelNotFoundError(f"cannot load the model {name!r}, which is no folder here: {error}") from None
 
 
 class LanguageModel:

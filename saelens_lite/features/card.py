@@ -1,0 +1,66 @@
+"""A latent and a whole store as HTML for notebooks: no script, nothing but inline style, all text escaped."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saelens_lite.features.html import render
+from saelens_lite.features.summary import LatentSummary
+
+if TYPE_CHECKING:
+    from saelens_lite.features.store import FeatureStore
+
+N_LISTED = 5  # latents of each list in the overview of a store
+BINS_PER_DECADE = 4
+
+
+def latent_card(latent: LatentSummary) -> str:
+    """A latent: its figures, histogram, tokens, and the contexts it fires in, groups folded up below the strongest."""
+    groups = [("strongest", latent.examples)]
+    groups += [
+        (f"{group.low:.3g} to {group.high:.3g}, {group.share:.0%} of its activations", group.examples)
+        for group in latent.groups
+    ]
+    groups.append(("drawn from all", latent.random))
+    return render("features", "latent.html.j2", latent=latent, groups=[(title, found) for title, found in groups if found])
+
+
+def store_card(store: "FeatureStore") -> str:
+    """A store: how dense its latents are, and some worth a look."""
+    density, fires = store.densities, ~store.never_fires
+    lists = [("most frequent", _largest(store, density, fires, "{:.1%}"))]
+    if len(store.weights.logit_kurtosis):
+        lists.append(("act on few tokens (kurtosis)", _largest(store, store.weights.logit_kurtosis, fires, "{:.0f}")))
+    if store.stability is not None:
+        lists.append(("most stable", _largest(store, store.stability, fires, "{:.2f}")))
+    decades, histogram = _by_decade(density[fires])
+    return render(
+        "features",
+        "store.html.j2",
+        info=store.info,
+        l0=float(store.tensors.count.sum()) / store.info.n_tokens,
+        n_silent=int(store.never_fires.sum()),
+        n_labels=len(store.labels),
+        histogram=histogram,
+        low=f"{100 * 10.0**-decades:g} %",
+        lists=lists,
+    )
+
+
+def _largest(store: "FeatureStore", score: Float[Tensor, " d_sae"], among: Tensor, form: str) -> list[tuple[int, str, str]]:
+    """The latents of largest score among some: number, score, and the label or the token that is promoted most."""
+    order = torch.where(among, score, -torch.inf).argsort(descending=True, stable=True)
+    return [
+        (i, form.format(float(score[i])), store.labels.get(i) or next((repr(token) for token, _ in store.promoted(i)), ""))
+        for i in order[: min(N_LISTED, int(among.sum()))].tolist()
+    ]
+
+
+def _by_decade(density: Float[Tensor, " n"]) -> tuple[int, list[int]]:
+    """How many decades below 1 the densities go down to, and their histogram over the logarithm from there to 1."""
+    exponent = -density.double().log10()
+    decades = max(1, int(exponent.max().ceil())) if len(density) else 1
+    counts = torch.histc(-exponent, decades * BINS_PER_DECADE, -decades, 0)
+    return decades, counts.int().tolist()

@@ -1,0 +1,284 @@
+"""The card of a dictionary: a README.md that says what it is, how to load it, how good it is and where it ends."""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from saelens_lite.config import Origin
+from saelens_lite.dictionary import CONFIG_FILE, Dictionary
+from saelens_lite.evaluate import EvalReport
+from saelens_lite.files import read_json, write_file
+from saelens_lite.hub.client import NAME, Address
+from saelens_lite.hub.plots import density_plot, log_plot
+
+CARD_FILE, EVALUATION_FILE = "README.md", "eval.json"
+OWN_LIBRARY, SAE_LENS = "saelens_lite", "saelens"
+TAGS = (OWN_LIBRARY, "sparse-autoencoder", "interpretability")
+SAE_LENS_ARCHITECTURES = {
+    "standard", "topk", "jumprelu", "gated", "matching_pursuit", "transcoder", "skip_transcoder", "jumprelu_transcoder",
+    "jumprelu_skip_transcoder",
+}  # fmt: skip
+FIGURES = {
+    "density.png": "How often the latents fire",
+    "training.png": "Error and sparsity in the course of training",
+}
+
+
+def write_card(
+    folder: str | Path,
+    dictionary: Dictionary,
+    report: EvalReport | None = None,
+    *,
+    text: str | None = None,
+    license: str | None = None,
+    tags: Sequence[str] = (),
+) -> Path:
+    """The README.md of a dictionary folder, written with eval.json and figures beside it.
+
+    `text` names what the dictionary was evaluated on, in place of what the report says. Figures need matplotlib.
+    """
+    folder = Path(folder)
+    if report is not None:
+        report = report if text is None else dataclasses.replace(report, text=text)
+        report.to_json(folder / EVALUATION_FILE)
+    for name, content in card_files(folder, dictionary, report, license=license, tags=tags).items():
+        write_file(folder / name, lambda path, content=content: path.write_bytes(content))
+    return folder / CARD_FILE
+
+
+def card_files(
+    folder: Path,
+    dictionary: Dictionary,
+    report: EvalReport | None = None,
+    *,
+    license: str | None = None,
+    tags: Sequence[str] = (),
+) -> dict[str, bytes]:
+    """The card of a dictionary folder and its figures, by name; the report is that in the folder unless given."""
+    report = report or stored_report(folder)
+    density = dictionary.density if report is None or report.density is None else report.density
+    log = folder.resolve().parent / "log.jsonl"  # where the dictionary is that of a run
+    drawn = {"density.png": density_plot(density), "training.png": log_plot(log)}
+    figures = {name: png for name, png in drawn.items() if png is not None}
+    results = evaluation_results(str(dictionary.origin.hook), report.to_dict()) if report is not None else []
+    name = f"{dictionary.rule.plugin_name} {dictionary.origin.hook}"
+    sae_lens = loads_in_sae_lens(folder)
+    data = metadata([dictionary.origin], results, name=name, sae_lens=sae_lens, license=license, tags=tags)
+    body = _template("card.md.j2").render(
+        **_facts(dictionary),
+        load=section("load", load_text(folder, dictionary)),
+        evaluation=section("evaluation", evaluation_text(report)),
+        figures=[(name, FIGURES[name]) for name in figures],
+    )
+    return {CARD_FILE: f"---\n{data.to_yaml()}\n---\n{body}\n".encode(), **figures}
+
+
+def metadata(
+    origins: Sequence[Origin],
+    results: list[EvalResult],
+    *,
+    name: str,
+    sae_lens: bool,
+    license: str | None = None,
+    tags: Sequence[str] = (),
+) -> ModelCardData:
+    """What the Hub is told: the library whose page lists it, the models and datasets it belongs to, the evaluation.
+
+    `sae_lens`: whether SAELens can load it.
+    """
+    kinds = [*([SAE_LENS] if sae_lens else []), *(["transcoder"] if any(o.target_hook for o in origins) else [])]
+    models = _unique(o.model for o in origins if o.model and _is_hub_model(o.model))
+    datasets = _unique(dataset for o in origins if (dataset := _dataset(o.text)))
+    return ModelCardData(
+        library_name=SAE_LENS if sae_lens else OWN_LIBRARY,
+        license=license,
+        base_model=models or None,
+        datasets=datasets or None,
+        tags=[*TAGS, *kinds, *map(_line, tags)],
+        model_name=_line(name) if results else None,
+        eval_results=results or None,
+    )
+
+
+def metric_values(evaluation: dict[str, Any]) -> dict[str, float]:
+    """The metrics of an eval.json that are numbers."""
+    metrics = evaluation.get("metrics")
+    values = {name: m.get("value") for name, m in metrics.items() if isinstance(m, dict)} if isinstance(metrics, dict) else {}
+    return {name: value for name, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
+
+
+def evaluation_results(name: str, evaluation: dict[str, Any]) -> list[EvalResult]:
+    """The metrics of an eval.json, for the model-index; `name` tells those of one dictionary from those of another.
+
+    huggingface_hub merges results of one type of dataset, whatever its name, so that the type has to be the name.
+    """
+    text = _line(evaluation.get("text") or "text without a name")
+    return [
+        EvalResult(
+            task_type="feature-extraction",
+            task_name="Sparse dictionary of activations",
+            dataset_type=_dataset(text) or re.sub(r"\W+", "-", text.lower()).strip("-") or "text",
+            dataset_name=text,
+            metric_type=metric,
+            metric_name=f"{_line(name)}: {metric}",
+            metric_value=float(f"{value:.6g}"),
+        )
+        for metric, value in metric_values(evaluation).items()
+    ]
+
+
+def stored_report(folder: Path) -> EvalReport | None:
+    """The evaluation in a dictionary folder, if there is one.
+
+    Raises:
+        CorruptFileError: eval.json is there, but cannot be read.
+    """
+    return EvalReport.from_json(folder / EVALUATION_FILE) if (folder / EVALUATION_FILE).exists() else None
+
+
+def evaluation_text(report: EvalReport | None) -> str:
+    """The metrics of a report as Markdown, with intervals and what they were measured on."""
+    if report is None:
+        return "## Evaluation\nNone yet."
+    names = ("text", "model", "hook", "read_hook", "disjoint_why")
+    shown = dataclasses.replace(report, **{key: _line(value) for key in names if (value := getattr(report, key)) is not None})
+    notes = [f"It was not trained on this text: {shown.disjoint_why}."] if report.disjoint else []
+    if "ce_loss_score" in report.metrics:
+        notes.append("`ce_loss_score` is the share of the loss added by zeroing the hook that the reconstruction recovers.")
+    return "\n\n".join([f"## Evaluation\n{shown.to_markdown()}", *notes])
+
+
+def load_text(folder: Path, dictionary: Dictionary, address: Address | None = None) -> str:
+    """How to load a dictionary folder, or what is at an address once it has been pushed."""
+    origin = dictionary.origin
+    return _template("load.md.j2").render(
+        address=address,
+        load_model=_load_model_call(origin),
+        d_in=dictionary.d_in,
+        d_out=dictionary.d_out,
+        target=_target(dictionary),
+        architecture=_architecture(folder),
+        sae_lens=loads_in_sae_lens(folder),
+    )
+
+
+def loads_in_sae_lens(folder: Path) -> bool:
+    """Whether SAELens knows the architecture of a dictionary folder."""
+    return _architecture(folder) in SAE_LENS_ARCHITECTURES
+
+
+def _architecture(folder: Path) -> str:
+    return str(read_json(folder / CONFIG_FILE).get("architecture"))
+
+
+def _load_model_call(origin: Origin) -> str | None:
+    """The line of code that loads the model a dictionary belongs to; None where nobody else could load it by that name."""
+    if not origin.model or not origin.hook or not (origin.model == "tiny" or _is_hub_model(origin.model)):
+        return None
+    options = {"revision": json.dumps(origin.revision)} if origin.revision else {}
+    options |= dict.fromkeys(filter(str.isidentifier, origin.processing), "True")
+    arguments = [json.dumps(origin.model), *(f"{key}={value}" for key, value in options.items())]
+    inside = "".join(f"\n    {argument}," for argument in arguments) + "\n" if options else arguments[0]
+    return f"sl.load_model({inside})"
+
+
+def _target(dictionary: Dictionary) -> str | None:
+    """What a transcoder predicts; None for an autoencoder."""
+    return dictionary.origin.target_hook or "another hook" if dictionary.is_transcoder else None
+
+
+def section(name: str, text: str) -> str:
+    """A part of a card that is written anew when the dictionary is pushed, between marks that Markdown does not show."""
+    return f"<!-- saelens_lite: {name} -->\n{text.strip()}\n<!-- /saelens_lite: {name} -->"
+
+
+def find_section(card: str, name: str) -> re.Match[str] | None:
+    """Where in a card the section of that name is."""
+    return re.search(rf"<!-- saelens_lite: {name} -->\r?\n(.*?)\r?\n<!-- /saelens_lite: {name} -->", card, re.DOTALL)
+
+
+def with_section(card: str, name: str, text: str) -> str:
+    """A card with the section of that name replaced; a card without it as it is."""
+    found = find_section(card, name)
+    return card if found is None else card[: found.start()] + section(name, text) + card[found.end() :]
+
+
+def _facts(dictionary: Dictionary) -> dict[str, Any]:
+    """What the template is told of a dictionary."""
+    origin, rule = dictionary.origin, dictionary.rule
+    config = dictionary.training_record.get("config")
+    config = config if isinstance(config, dict) else {}
+    settings = {key: value for key, value in config.items() if value not in (None, {}, []) and value is not False}
+    return {
+        "title": _title(dictionary),
+        "model": origin.model or "a model without a name",
+        "revision": origin.revision,
+        "hook": origin.hook or "a hook without a name",
+        "target": _target(dictionary),
+        "skip": dictionary.W_skip is not None,
+        "d_in": dictionary.d_in,
+        "d_out": dictionary.d_out,
+        "d_sae": dictionary.d_sae,
+        "rule": rule.plugin_name,
+        "options": _listed(rule.config.model_dump(exclude_none=True)),
+        "paper": rule.paper,
+        "tokens": dictionary.training_record.get("tokens"),
+        "settings": {key: _listed(value) if isinstance(value, dict) else value for key, value in settings.items()},
+        "processing": ", ".join(origin.processing),
+        "excluded": ", ".join(map(str, origin.excluded_positions)) or "none",
+        "trained_text": origin.text,
+    }
+
+
+def _listed(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key} = {value}" for key, value in values.items())
+
+
+def _title(dictionary: Dictionary) -> str:
+    origin, kind = dictionary.origin, "transcoder" if dictionary.is_transcoder else "dictionary"
+    hooks = [origin.hook or "unnamed hook", *([target] if (target := _target(dictionary)) else [])]
+    return _line(f"{dictionary.rule.plugin_name} {kind} of {origin.model or 'a model'}, {' → '.join(hooks)}")
+
+
+def _template(name: str) -> Any:
+    """A template of this package; what comes from users goes through its filters, so that it breaks no table and no line."""
+    environment = Environment(loader=PackageLoader("saelens_lite", "hub"), autoescape=False, undefined=StrictUndefined)
+    environment.filters.update(cell=cell, line=_line, code=_code)
+    return environment.get_template(name)
+
+
+def _line(value: Any) -> str:
+    """A value as text in one line that neither opens HTML nor ends a section."""
+    return " ".join(str(value).split()).replace("<", "&lt;")
+
+
+def cell(value: Any) -> str:
+    """A value as a cell of a Markdown table."""
+    return _line(value).replace("\\", "\\\\").replace("|", "\\|")
+
+
+def _code(value: Any) -> str:
+    """A value between backticks."""
+    return f"`{' '.join(str(value).split()).replace('`', chr(39))}`"
+
+
+def _unique(values: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(values))
+
+
+def _is_hub_model(model: str) -> bool:
+    """Whether a model's name can be an id on the Hub, rather than the embedded model or a folder here."""
+    return bool(re.fullmatch(rf"{NAME}(/{NAME})?", model)) and model not in ("tiny", "random") and not Path(model).exists()
+
+
+def _dataset(text: str | None) -> str | None:
+    """The Hub's id of the dataset that a text named hf:org/name:config:split comes from."""
+    found = re.match(rf"hf:({NAME}(?:/{NAME})?)", text or "")
+    return found[1] if found else None

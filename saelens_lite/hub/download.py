@@ -1,0 +1,193 @@
+"""Fetching a dictionary from the Hub: only its own files, of one commit, and never more than was agreed to."""
+
+import glob
+import logging
+import shutil
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import Literal, NamedTuple
+
+import torch
+from huggingface_hub.hf_api import RepoFile
+
+from saelens_lite.dictionary import CONFIG_FILE, PLUGIN_FILE, SPARSITY_FILE, WEIGHTS_FILE, Dictionary
+from saelens_lite.errors import ConfigError, HubError, HubNotFoundError, HubUnreachableError, near_matches
+from saelens_lite.files import MAX_JSON_BYTES, new_folder
+from saelens_lite.hub.client import SECONDS_TO_ANSWER, Address, bars_on_terminals_only, client, typed_errors
+
+logger = logging.getLogger(__name__)
+
+MAX_BYTES = 32 << 30
+SETTINGS = (".json", ".yaml", ".yml", ".md")
+WEIGHTS = (".safetensors", ".npz", ".pt")  # of several kinds in one folder, the first is fetched
+CONFIG_FILES = ("cfg.json", "config.json", "config.yaml")
+DICTIONARY_FILES = (CONFIG_FILE, WEIGHTS_FILE, SPARSITY_FILE, PLUGIN_FILE)
+
+
+class Fetched(NamedTuple):
+    """A dictionary of the Hub in the local cache, and the address, with its commit, that always gives the same bytes."""
+
+    folder: Path
+    address: Address
+
+
+def pull(
+    repo: str,
+    folder: str | None = None,
+    *,
+    revision: str | None = None,
+    device: str | torch.device = "cpu",
+    max_bytes: int = MAX_BYTES,
+    format: str | None = None,
+) -> Dictionary:
+    """The dictionary in a folder of a Hub repository; `source` of it is its address with the commit it was read from.
+
+    `folder` may be left out where the repository holds one dictionary. `revision` is a branch, a tag or a commit. What was
+    fetched once is read from huggingface_hub's cache, also without a network. `format` names the format plugin to read it with,
+    which is only needed for another tool's pickles.
+
+    Raises:
+        ConfigError: `repo` or `folder` is no such name, or it is a pickle and `format` was not given.
+        HubError: it is not there, may not be read, cannot be reached, or is larger than `max_bytes`.
+        CorruptFileError: it is no dictionary, or does not fit its settings.
+    """
+    fetched = fetch(Address.of(repo, folder, revision), max_bytes=max_bytes)
+    dictionary = Dictionary.load(fetched.folder, device, format)
+    dictionary.source = str(fetched.address)
+    return dictionary
+
+
+def fetch(address: Address | str, *, max_bytes: int = MAX_BYTES) -> Fetched:
+    """A dictionary's folder in the local cache, with the files of one commit.
+
+    Raises:
+        ConfigError, HubError: as `pull`.
+    """
+    address = Address.parse(address) if isinstance(address, str) else address
+    try:
+        return _from_hub(address, max_bytes)
+    except HubUnreachableError as error:
+        cached = _from_cache(address, error)
+        logger.warning("%s: the Hub cannot be asked; taken from the cache: %s", address, cached.address)
+        return cached
+
+
+def copy_to(fetched: Fetched, out: Path, exists: Literal["error", "overwrite"] = "error") -> Path:
+    """A folder of one's own with the files of a fetched dictionary; it appears whole or not at all.
+
+    Raises:
+        OutputExistsError: `out` holds something and `exists` is "error".
+    """
+    names = dictionary_files({path.name: path.stat().st_size for path in fetched.folder.iterdir() if path.is_file()}, "")
+    with new_folder(out, exists) as folder:
+        for name in names:
+            shutil.copyfile(fetched.folder / name, folder / name)
+    return out
+
+
+def _from_hub(address: Address, max_bytes: int) -> Fetched:
+    """What the Hub has now."""
+    commit, there = listing(address)
+    files = {path: file.size for path, file in there.items()}
+    folder = choose_folder(address, files)
+    chosen = dictionary_files(files, folder)
+    check_sizes(address, chosen, max_bytes)
+    patterns = [glob.escape(path) for path in chosen]
+    with typed_errors(address.repo), bars_on_terminals_only():
+        # by its name, so that the cache knows the revision without a network
+        snapshot = Path(client().snapshot_download(address.repo, revision=address.revision, allow_patterns=patterns))
+    if snapshot.name != commit:
+        raise HubError(f"{address} moved from {commit} to {snapshot.name} while it was fetched; fetch it again")
+    for path, size in chosen.items():
+        if (snapshot / path).stat().st_size != size:
+            raise HubError(f"{snapshot / path} is not the {size:,} bytes that the Hub announces; delete it and fetch it again")
+    return Fetched(snapshot / folder, Address(address.repo, folder or None, commit))
+
+
+def _from_cache(address: Address, why: HubUnreachableError) -> Fetched:
+    """What was fetched before; `why` again if that was not all of it."""
+
+    def snapshot(*needed: str) -> Path:
+        revision = address.revision
+        return Path(hub.snapshot_download(address.repo, revision=revision, allow_patterns=[*needed], local_files_only=True))
+
+    hub = client()
+    try:
+        with typed_errors(address.repo):
+            found = snapshot()
+            files = {p.relative_to(found).as_posix(): p.stat().st_size for p in found.rglob("*") if p.is_file()}
+            folder = choose_folder(address, files)
+            snapshot(*(glob.escape(f"{folder}/{name}".lstrip("/")) for name in DICTIONARY_FILES))  # raises if one is missing
+    except HubNotFoundError as error:
+        raise (HubUnreachableError(f"{why}. In the cache: {error}") if dictionary_folders(files) else why) from None
+    except HubError:
+        raise why from None
+    return Fetched(found / folder, Address(address.repo, folder or None, found.name))
+
+
+def listing(address: Address) -> tuple[str, dict[str, RepoFile]]:
+    """The commit a revision stands for, and the files in it by their paths."""
+    hub = client()
+    try:
+        with typed_errors(address.repo):
+            commit = hub.model_info(address.repo, revision=address.revision, timeout=SECONDS_TO_ANSWER).sha
+            tree = hub.list_repo_tree(address.repo, revision=commit, recursive=True)
+            return str(commit), {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+    except HubNotFoundError:
+        raise _no_such_revision(address) from None
+
+
+def _no_such_revision(address: Address) -> HubNotFoundError:
+    """What to say of a revision that is not there; if the repository is not, that is raised instead."""
+    with typed_errors(address.repo):
+        refs = client().list_repo_refs(address.repo)
+    names = [ref.name for ref in (*refs.branches, *refs.tags)]
+    hint = near_matches(address.revision or "main", names) or f"; it has {', '.join(names) or 'none'}"
+    return HubNotFoundError(f"{address.repo} has no revision {address.revision or 'main'!r}{hint}")
+
+
+def dictionary_folders(files: Iterable[str]) -> list[str]:
+    """The folders that look like dictionaries: settings and weights side by side, or weights that need no settings."""
+    suffixes: dict[str, set[str]] = {}
+    for path in map(PurePosixPath, files):
+        found = suffixes.setdefault("" if str(path.parent) == "." else str(path.parent), set())
+        found.add("settings" if path.name in CONFIG_FILES else path.suffix)
+    settings, alone = "settings", (".npz", ".pt")
+    return sorted(
+        folder
+        for folder, found in suffixes.items()
+        if (settings in found and found.intersection(WEIGHTS)) or found.intersection(alone)
+    )
+
+
+def choose_folder(address: Address, files: Iterable[str]) -> str:
+    """The folder asked for, or the only one that holds a dictionary."""
+    known = dictionary_folders(files)
+    listed = "; it has " + (", ".join(name or "(its root)" for name in known[:20]) or "none")
+    listed += f" and {len(known) - 20} more" if len(known) > 20 else ""
+    if address.folder is None:
+        if "" in known or len(known) == 1:
+            return "" if "" in known else known[0]
+        raise HubNotFoundError(f"{address.repo}: say which dictionary{listed}")
+    if address.folder not in known:
+        close = near_matches(address.folder, known)
+        raise HubNotFoundError(f"{address.repo} has no dictionary {address.folder!r}{close}{listed}")
+    return address.folder
+
+
+def dictionary_files(files: dict[str, int], folder: str) -> dict[str, int]:
+    """The files of the folder itself that a dictionary is read from, and the card."""
+    own = {path: size for path, size in files.items() if path.rpartition("/")[0] == folder}
+    kind = next((suffix for suffix in WEIGHTS if any(path.endswith(suffix) for path in own)), WEIGHTS[0])
+    return {path: size for path, size in sorted(own.items()) if path.endswith((*SETTINGS, kind))}
+
+
+def check_sizes(address: Address, files: dict[str, int], max_bytes: int) -> None:
+    """Raise before anything is fetched that is too large to be meant."""
+    if max_bytes < 1:
+        raise ConfigError(f"max_bytes = {max_bytes}; expected a positive number")
+    for path, size in files.items():
+        if path.endswith(SETTINGS) and size > MAX_JSON_BYTES:
+            raise HubError(f"{address.repo}: {path} has {size:,} bytes; that is too large for a settings file")
+    if sum(files.values()) > max_bytes:
+        raise HubError(f"{address} has {sum(files.values()):,} bytes, more than max_bytes = {max_bytes:,}; nothing was fetched")

@@ -1,0 +1,140 @@
+"""The card at the root of a repository: its metadata, and a table of all dictionaries in it, old and new.
+
+Only the metadata and the marked section are written; whatever else its owner has put there stays.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from saelens_lite.config import Origin
+from saelens_lite.dictionary import Dictionary
+from saelens_lite.errors import HubError
+from saelens_lite.hub.card import (
+    CARD_FILE,
+    OWN_LIBRARY,
+    cell,
+    evaluation_results,
+    find_section,
+    metadata,
+    metric_values,
+    section,
+    with_section,
+)
+from saelens_lite.hub.plots import frontier_plot
+
+FRONTIER_FILE = "frontier.png"
+SECTION = "dictionaries"
+COLUMNS = ("dictionary", "hook", "rule", "latents", "L0", "FVU", "loss recovered")
+
+
+class Row(NamedTuple):
+    """A line of the table, as the text of its cells."""
+
+    name: str
+    hook: str
+    rule: str
+    latents: str
+    l0: str
+    fvu: str
+    ce_loss_score: str
+
+    @classmethod
+    def of(cls, name: str, d: Dictionary, evaluation: dict[str, Any]) -> "Row":
+        """The line of a dictionary."""
+        values = metric_values(evaluation)
+        hook = f"{d.origin.hook} → {d.origin.target_hook}" if d.is_transcoder else d.origin.hook or ""
+        numbers = [f"{values[key]:.4g}" if key in values else "" for key in ("l0", "fvu", "ce_loss_score")]
+        return cls(name, cell(hook), cell(d.rule.plugin_name), str(d.d_sae), *numbers)
+
+    @classmethod
+    def parse(cls, line: str) -> "Row | None":
+        """The line that `str` wrote; None for any other."""
+        cells = [part.strip() for part in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
+        link = re.fullmatch(r"\[(.+)\]\(\S+\)", cells[0]) if len(cells) == len(COLUMNS) else None
+        return cls(link[1], *cells[1:]) if link else None
+
+    @property
+    def point(self) -> tuple[str, str, float, float] | None:
+        """Name, hook, L0 and FVU; None where one of the two is no number."""
+        try:
+            return self.name, self.hook, float(self.l0), float(self.fvu)
+        except ValueError:
+            return None
+
+    def __str__(self) -> str:
+        return "| " + " | ".join([f"[{self.name}](./{self.name})", *self[1:]]) + " |"
+
+
+class Entry(NamedTuple):
+    """What the card of the repository says of a dictionary that is being pushed."""
+
+    row: Row
+    origin: Origin
+    load: str  # how to load it
+    sae_lens: bool  # whether SAELens can
+    evaluation: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Its folder in the repository."""
+        return self.row.name
+
+
+def index_files(
+    card: str | None, repo: str, entries: Sequence[Entry], *, license: str | None, tags: Sequence[str]
+) -> dict[str, bytes]:
+    """The files at the root of the repository; `card` is what its README.md holds now.
+
+    Raises:
+        HubError: the metadata of `card` cannot be read, so that it would be lost.
+    """
+    old = find_section(card or "", SECTION)
+    rows = {row.name: row for line in (old[1] if old else "").splitlines() if (row := Row.parse(line))}
+    rows |= {entry.name: entry.row for entry in entries}
+    frontier = frontier_plot([row.point for row in sorted(rows.values()) if row.point])
+    text = _section_text(entries[0].load, sorted(rows.values()), with_frontier=frontier is not None)
+    page = _page(card, repo)
+    page.text = with_section(page.text, SECTION, text) if old else f"{page.text.rstrip()}\n\n{section(SECTION, text)}\n"
+    results = [result for entry in entries for result in evaluation_results(entry.name, entry.evaluation)]
+    origins, sae_lens = [entry.origin for entry in entries], any(entry.sae_lens for entry in entries)
+    _update(page, metadata(origins, results, name=repo, sae_lens=sae_lens, license=license, tags=tags))
+    return {CARD_FILE: str(page).encode()} | ({FRONTIER_FILE: frontier} if frontier else {})
+
+
+def _section_text(load: str, rows: Sequence[Row], *, with_frontier: bool) -> str:
+    """The table, the frontier, and how to load one of the dictionaries."""
+    header = ["| " + " | ".join(COLUMNS) + " |", "| --- | --- | --- " + "| ---: " * 4 + "|"]
+    figure = [f"![FVU over L0]({FRONTIER_FILE})", ""] if with_frontier else []
+    return "\n".join(["## Dictionaries", *header, *map(str, rows), "", *figure, load])
+
+
+def _page(card: str | None, repo: str) -> ModelCard:
+    """The card as huggingface_hub sees it; a new one where there is none."""
+    body = card or f"# {repo.partition('/')[2]}\n\nSparse dictionaries of activations, trained with saelens_lite.\n"
+    try:
+        return ModelCard(body if body.lstrip().startswith("---") else f"---\n\n---\n{body}")
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        why = " ".join(str(error).split())
+        raise HubError(f"{repo}: the metadata of its README.md cannot be read; mend it on the Hub first: {why}") from None
+
+
+def _update(page: ModelCard, new: ModelCardData) -> None:
+    """Add to the metadata of a card; what it has already stays, but results of the same dictionaries are replaced."""
+    data = page.data
+    for key in ("tags", "base_model", "datasets"):
+        setattr(data, key, list(dict.fromkeys([*_as_list(data.get(key)), *_as_list(new.get(key))])) or None)
+    data.library_name = new.library_name if data.library_name in (None, OWN_LIBRARY) else data.library_name
+    data.license = new.license or data.license
+    results = new.eval_results or []
+    pushed = {str(result.metric_name).rpartition(": ")[0] for result in results}
+    kept = [old for old in data.eval_results or [] if str(old.metric_name).rpartition(": ")[0] not in pushed]
+    data.eval_results = [*kept, *results] or None
+    data.model_name = data.model_name or new.model_name
+
+
+def _as_list(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else value or []

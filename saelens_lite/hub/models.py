@@ -1,0 +1,34 @@
+"""Language models on the Hub: which commit a name stands for, and whether the Hub can be asked for its files."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import try_to_load_from_cache
+
+from saelens_lite.errors import HubUnreachableError
+from saelens_lite.hub.client import SECONDS_TO_ANSWER, client, typed_errors
+
+
+class HubModel(NamedTuple):
+    """A model that is on the Hub or in the cache."""
+
+    commit: str
+    only_cached: bool
+
+
+def find_model(name: str, revision: str | None = None) -> HubModel:
+    """What the Hub says of a model; it is asked once, and where it cannot be reached the cache is.
+
+    Raises:
+        HubUnreachableError: it cannot be reached, and the cache does not have the model.
+        HubError: it has no such model, or shows it to nobody without a token.
+    """
+    try:
+        with typed_errors(name):
+            commit = client().model_info(name, revision=revision, timeout=SECONDS_TO_ANSWER).sha
+        return HubModel(str(commit), only_cached=False)
+    except HubUnreachableError:
+        config = try_to_load_from_cache(name, "config.json", revision=revision)
+        if not isinstance(config, str):
+            raise
+        return HubModel(Path(config).parent.name, only_cached=True)

@@ -1,0 +1,354 @@
+"""Pushing dictionaries to the Hub: everything is prepared and compared first, then one commit holds it or nothing is changed.
+
+The commit names the one it was compared with as its parent, so that the Hub refuses it if somebody else was faster.
+"""
+
+import hashlib
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+from huggingface_hub.hf_api import RepoFile
+
+from saelens_lite.dictionary import CONFIG_FILE, Dictionary, is_own_folder
+from saelens_lite.errors import (
+    ConfigError,
+    CorruptFileError,
+    HubConflictError,
+    HubError,
+    HubNotFoundError,
+    HubUnreachableError,
+)
+from saelens_lite.hub.card import (
+    CARD_FILE,
+    EVALUATION_FILE,
+    card_files,
+    evaluation_text,
+    load_text,
+    loads_in_sae_lens,
+    stored_report,
+    with_section,
+)
+from saelens_lite.hub.client import SECONDS_TO_ANSWER, Address, bars_on_terminals_only, check_folder, client, typed_errors
+from saelens_lite.hub.index import Entry, Row, index_files
+from saelens_lite.places import local_folder
+
+logger = logging.getLogger(__name__)
+
+OWN_NAMES = (CONFIG_FILE, EVALUATION_FILE, CARD_FILE)
+OWN_SUFFIXES = (".safetensors", ".png")
+Source = Dictionary | str | Path
+
+
+class PushFile(NamedTuple):
+    """A file of the repository and what becomes of it; size in bytes."""
+
+    path: str
+    size: int
+    sha256: str | None  # None: of a deleted file
+    status: Literal["new", "changed", "unchanged", "deleted"]
+
+
+class Push(NamedTuple):
+    """What was pushed, or, where `commit` is None, what would be."""
+
+    repo: str
+    files: tuple[PushFile, ...]
+    parent: str | None  # the commit it was compared with; None: there is no repository yet
+    commit: str | None
+    url: str
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the files that are new or changed."""
+        return sum(file.size for file in self.files if file.status in ("new", "changed"))
+
+    def __str__(self) -> str:
+        what = f"commit {self.commit}" if self.commit else "nothing was sent"
+        lines = [f"{f.status:9} {f.size:>13,}  {f.sha256[:12] if f.sha256 else '':12}  {f.path}" for f in self.files]
+        return "\n".join([*lines, f"{self.url}: {self.n_bytes:,} bytes new or changed, {what}"])
+
+
+class _Remote(NamedTuple):
+    """The files of a repository at its head."""
+
+    commit: str | None  # None: there is no repository
+    files: dict[str, RepoFile]
+    private: bool = True
+
+
+def push(
+    dictionaries: Source | Mapping[str, Source],
+    repo: str,
+    *,
+    revision: str | None = None,
+    private: bool = False,
+    license: str | None = None,
+    tags: Sequence[str] = (),
+    message: str | None = None,
+    parent_commit: str | None = None,
+    dry_run: bool = False,
+) -> Push:
+    """What was pushed to the Hub repository "user/name", in one commit.
+
+    `dictionaries` is a dictionary or its folder, named after its hook; the folder of a run with several; or a mapping from
+    folders in the repository to dictionaries or their folders. A folder may also be an hf:// address. Each dictionary is pushed
+    with its card, eval.json and figures, and listed in the card of the repository, which is created where it is missing. What
+    an earlier, interrupted push has uploaded is not sent again. `private` is for a new repository, `license` replaces an old
+    one, `revision` is the branch. `dry_run` sends nothing.
+
+    Raises:
+        ConfigError: a name that cannot be used, no dictionary, or `private` for a repository that is public.
+        CorruptFileError: a dictionary that cannot be read.
+        HubConflictError: the repository has changed since `parent_commit`, or while it was compared; nothing was written.
+        HubError: the Hub refuses or cannot be reached; the repository is as it was, or new and empty.
+    """
+    Address.of(repo)
+    named = _named(dictionaries)
+    with tempfile.TemporaryDirectory(prefix="saelens_lite-push-") as scratch:
+        entries, files = _prepare(named, repo, Path(scratch), license=license, tags=tags)
+        remote = _remote(repo, revision)
+        if parent_commit is not None and remote.commit != parent_commit:
+            raise HubConflictError(
+                f"{repo} is at {remote.commit or 'no commit at all'}, not at {parent_commit}; nothing was sent. "
+                "Look at what has changed, then push onto that commit"
+            )
+        if remote.commit is None and not dry_run:
+            _create(repo, private)
+            remote = _remote(repo, revision)
+        if private and not remote.private:
+            raise ConfigError(
+                f"{repo} exists and is public; nothing was sent. Make it private on the Hub, or leave out private"
+            )
+        files |= index_files(_remote_card(repo, remote), repo, entries, license=license, tags=tags)
+        planned = _compare(files, remote, [entry.name for entry in entries])
+        url = f"{client().endpoint}/{repo}"
+        if dry_run:
+            return Push(repo, planned, remote.commit, None, url)
+        commit = _commit(repo, revision, planned, files, remote, message or _message(list(named)))
+        return Push(repo, planned, remote.commit, commit, url)
+
+
+def _named(dictionaries: Source | Mapping[str, Source]) -> dict[str, Source]:
+    """The dictionaries by their folder in the repository."""
+    if isinstance(dictionaries, Mapping):
+        named = {check_folder(name): source for name, source in dictionaries.items()}
+        if len(named) < len(dictionaries):
+            raise ConfigError(f"two dictionaries would have the same folder: {', '.join(dictionaries)}")
+    elif isinstance(dictionaries, Dictionary):
+        named = {_hook_name(dictionaries): dictionaries}
+    else:
+        named = _named_folders(local_folder(dictionaries)[0])
+    if not named:
+        raise ConfigError("no dictionary to push was given")
+    return named
+
+
+def _named_folders(folder: Path) -> dict[str, Source]:
+    """The dictionary in a folder, named after its hook, or those of a run, named after their own folders."""
+    for one in (folder, folder / "dictionary"):
+        if (one / CONFIG_FILE).is_file():
+            return {_hook_name(Dictionary.load(one)): one}
+    several = sorted({path.parent for pattern in ("*/", "*/dictionary/") for path in folder.glob(pattern + CONFIG_FILE)})
+    if not several:
+        raise CorruptFileError(f"{folder} holds no dictionary: neither {CONFIG_FILE} nor folders with one")
+    return {check_folder(path.relative_to(folder).parts[0]): path for path in several}
+
+
+def _hook_name(dictionary: Dictionary) -> str:
+    if not dictionary.origin.hook:
+        raise ConfigError("the dictionary does not know its hook; name its folder: push({'name': dictionary}, …)")
+    return check_folder(dictionary.origin.hook)
+
+
+def _message(names: Sequence[str]) -> str:
+    """What the commit is called unless its author says so."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"Push {', '.join(names[:5])}{more}"
+
+
+def _prepare(
+    named: dict[str, Source], repo: str, scratch: Path, *, license: str | None, tags: Sequence[str]
+) -> tuple[list[Entry], dict[str, Path | bytes]]:
+    """The dictionaries, read and therefore whole, and what their folders in the repository will hold."""
+    entries, files = [], {}
+    for i, (name, source) in enumerate(named.items()):
+        folder = source.save(scratch / str(i)) if isinstance(source, Dictionary) else _dictionary_folder(source)
+        dictionary = source if isinstance(source, Dictionary) else Dictionary.load(folder)
+        folder = folder if is_own_folder(folder) else dictionary.save(scratch / str(i))  # what another tool wrote
+        load, report = load_text(folder, dictionary, Address(repo, name)), stored_report(folder)
+        card, own = _published_files(folder, dictionary, license=license, tags=tags)
+        card = with_section(with_section(card, "load", load), "evaluation", evaluation_text(report))
+        files |= {f"{name}/{file}": content for file, content in (own | {CARD_FILE: card.encode()}).items()}
+        evaluation = report.to_dict() if report else {}
+        entries.append(
+            Entry(Row.of(name, dictionary, evaluation), dictionary.origin, load, loads_in_sae_lens(folder), evaluation)
+        )
+    return entries, files
+
+
+def _published_files(
+    folder: Path, dictionary: Dictionary, *, license: str | None, tags: Sequence[str]
+) -> tuple[str, dict[str, Path | bytes]]:
+    """The card in a dictionary folder and what else of it is published; where there is no card, a new one with figures."""
+    own: dict[str, Path | bytes] = {path.name: path for path in sorted(folder.iterdir()) if _is_published(path)}
+    if own.pop(CARD_FILE, None):
+        return _read_card(folder / CARD_FILE), own
+    made = card_files(folder, dictionary, license=license, tags=tags)
+    return made.pop(CARD_FILE).decode(), own | made
+
+
+def _read_card(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CorruptFileError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def _dictionary_folder(source: str | Path) -> Path:
+    """The folder itself, or the dictionary in the folder of a run."""
+    folder, _ = local_folder(source)
+    return folder / "dictionary" if (folder / "dictionary" / CONFIG_FILE).is_file() else folder
+
+
+def _is_published(path: Path) -> bool:
+    """Whether a file belongs to a dictionary; whatever else lies in its folder is nobody's business."""
+    return path.is_file() and not path.name.startswith(".") and (path.name in OWN_NAMES or path.suffix in OWN_SUFFIXES)
+
+
+def _remote(repo: str, revision: str | None) -> _Remote:
+    """What the Hub has now."""
+    hub = client()
+    try:
+        with typed_errors(repo):
+            info = hub.model_info(repo, revision=revision, timeout=SECONDS_TO_ANSWER)
+            tree = hub.list_repo_tree(repo, revision=info.sha, recursive=True)
+            return _Remote(info.sha, {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}, bool(info.private))
+    except HubNotFoundError:
+        if revision not in (None, "main"):
+            raise
+        return _Remote(None, {})
+
+
+def _create(repo: str, private: bool) -> None:
+    """Have an empty repository; one that somebody has made in the meantime will do."""
+    with typed_errors(repo):
+        client().create_repo(repo, private=private, exist_ok=True)
+
+
+def _remote_card(repo: str, remote: _Remote) -> str | None:
+    """The card of the repository as it is."""
+    if CARD_FILE not in remote.files:
+        return None
+    with typed_errors(repo), bars_on_terminals_only():
+        return Path(client().hf_hub_download(repo, CARD_FILE, revision=remote.commit)).read_text(encoding="utf-8")
+
+
+def _compare(files: Mapping[str, Path | bytes], remote: _Remote, folders: Sequence[str]) -> tuple[PushFile, ...]:
+    """What becomes of each file; files of an earlier dictionary in the same folder that are no more are deleted."""
+    compared = []
+    for path, content in sorted(files.items()):
+        there, size, sha256 = remote.files.get(path), _size(content), _digest(content, "sha256")
+        same = there is not None and there.size == size and _is_same(content, sha256, there)
+        compared.append(PushFile(path, size, sha256, "unchanged" if same else "changed" if there else "new"))
+    for path, there in sorted(remote.files.items()):
+        folder, _, name = path.rpartition("/")
+        if path not in files and folder in folders and (name in OWN_NAMES or name.endswith(OWN_SUFFIXES)):
+            compared.append(PushFile(path, there.size, None, "deleted"))
+    return tuple(compared)
+
+
+def _is_same(content: Path | bytes, sha256: str, there: RepoFile) -> bool:
+    """Whether the Hub has these bytes; it knows large files by sha256, small ones by git's hash."""
+    if there.lfs is not None:
+        return there.lfs.sha256 == sha256
+    return there.blob_id == _digest(content, "sha1", prefix=f"blob {there.size}\0".encode())
+
+
+def _size(content: Path | bytes) -> int:
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def _digest(content: Path | bytes, algorithm: str, prefix: bytes = b"") -> str:
+    """A hash of the content, in hexadecimal."""
+    hashed = hashlib.new(algorithm, prefix)
+    if isinstance(content, bytes):
+        hashed.update(content)
+    else:
+        with open(content, "rb") as file:
+            while chunk := file.read(1 << 20):
+                hashed.update(chunk)
+    return hashed.hexdigest()
+
+
+def _commit(
+    repo: str,
+    revision: str | None,
+    planned: Sequence[PushFile],
+    files: Mapping[str, Path | bytes],
+    remote: _Remote,
+    message: str,
+) -> str:
+    """The commit that holds what was planned."""
+    sent = [CommitOperationAdd(f.path, files[f.path]) for f in planned if f.status in ("new", "changed")]
+    operations: list[Any] = sent + [CommitOperationDelete(f.path) for f in planned if f.status == "deleted"]
+    if not operations:
+        return str(remote.commit)
+    try:
+        with typed_errors(repo), bars_on_terminals_only():
+            done = client().create_commit(
+                repo, operations, commit_message=message, revision=revision, parent_commit=remote.commit
+            )
+        commit = done.oid
+    except HubConflictError as error:
+        raise HubConflictError(
+            f"{error}. Push again: it is compared with what is there now, and no upload is repeated"
+        ) from None
+    except HubUnreachableError as error:
+        commit = _arrived(repo, revision, planned, files, remote, error)
+    _check_arrived(repo, commit, planned, files)
+    return commit
+
+
+def _arrived(
+    repo: str,
+    revision: str | None,
+    planned: Sequence[PushFile],
+    files: Mapping[str, Path | bytes],
+    before: _Remote,
+    error: HubUnreachableError,
+) -> str:
+    """The commit, where only the answer to it was lost; else the repository is as before, and that is said."""
+    again = f"{error}. The repository is as it was; push again, what was uploaded is not sent twice"
+    try:
+        now = _remote(repo, revision)
+    except HubError:
+        raise HubUnreachableError(f"{error}. Whether it arrived cannot be seen; push again, it changes nothing then") from None
+    if now.commit in (None, before.commit) or _missing(planned, files, now):
+        raise HubUnreachableError(again) from None
+    logger.warning("%s: the answer of the Hub was lost, but commit %s holds everything", repo, now.commit)
+    return now.commit
+
+
+def _check_arrived(repo: str, commit: str, planned: Sequence[PushFile], files: Mapping[str, Path | bytes]) -> None:
+    """Raise if the commit lacks planned files, which rules of the repository such as .gitignore can keep out."""
+    try:
+        found = _remote(repo, commit)
+    except HubUnreachableError as error:
+        logger.warning("commit %s was made but could not be looked at: %s", commit, error)
+        return
+    if missing := _missing(planned, files, found):
+        raise HubError(f"{repo}: commit {commit} lacks {', '.join(missing)}; does a .gitignore there exclude them?")
+
+
+def _missing(planned: Sequence[PushFile], files: Mapping[str, Path | bytes], remote: _Remote) -> list[str]:
+    """The planned files that the Hub does not have as planned."""
+
+    def arrived(file: PushFile) -> bool:
+        there = remote.files.get(file.path)
+        return there is None if file.sha256 is None else there is not None and _is_same(files[file.path], file.sha256, there)
+
+    return [file.path for file in planned if not arrived(file)]

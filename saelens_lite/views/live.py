@@ -1,0 +1,154 @@
+"""A prompt to play with in a notebook: type, see which latents fire, pull sliders, read what the model then writes.
+
+The page (live.js) only shows and asks: it sets `prompt`, `by`, `edits` and `asked`, and Python answers with `view`,
+`continuation` or `error`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from saelens_lite.dictionary import Dictionary
+from saelens_lite.errors import ConfigError, SaelensLiteError
+from saelens_lite.features import FeatureStore
+from saelens_lite.features.html import visible
+from saelens_lite.interventions import Add, steer
+from saelens_lite.interventions.steering import Steered
+from saelens_lite.model import LanguageModel
+from saelens_lite.views.prompt import ORDERS, PromptRow, PromptView, about, prompt_view
+
+REACH = 3  # a slider goes to this many times the largest activation known of a latent
+
+
+class LivePrompt:
+    """A prompt whose latents can be looked at and steered in a notebook, where it shows itself.
+
+    A slider adds to the code of a latent at every position that counts, in the prompt and in what the model writes, with the
+    error term kept. `view` and `steered` hold in Python what the page shows.
+
+    Raises:
+        ConfigError: anywidget is not installed, a store of another dictionary, or as `prompt_view` raises it.
+        HookError, ShapeError, TextError: a hook the model lacks, a width that does not fit, no text.
+    """
+
+    view: PromptView
+    steered: Steered | None = None
+
+    def __init__(
+        self,
+        dictionary: Dictionary,
+        lm: LanguageModel,
+        store: FeatureStore | None = None,
+        *,
+        prompt: str = "The old man looked at",
+        metric: Any = "loss",
+        hook: str | None = None,
+        top: int = 8,
+        max_new_tokens: int = 30,
+        temperature: float | int = 0.8,
+        seed: int = 0,
+    ):
+        self.dictionary, self.lm, self.store = dictionary, lm, store
+        self._viewing = {"store": store, "hook": hook, "top": top}
+        self._metric = metric
+        self._writing = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        self.widget = _widget_class()(prompt=prompt, orders=[by for by in ORDERS if by != "relative" or store is not None])
+        self._look()
+        self.widget.observe(self._on_prompt, ["prompt", "by"])
+        self.widget.observe(self._on_request, ["edits", "asked"])
+
+    @property
+    def edits(self) -> list[Add]:
+        """The edits that the sliders stand for."""
+        return [Add(int(latent), amount) for latent, amount in self.widget.edits if amount]
+
+    def _on_prompt(self, _: Any) -> None:
+        with self._answering():
+            self._look()
+
+    def _on_request(self, _: Any) -> None:
+        with self._answering():
+            self._write()
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        """Within the block the page says that it waits. Errors are shown there; those of no kind of ours are raised as well."""
+        self.widget.error, self.widget.busy = "", True
+        try:
+            yield
+        except SaelensLiteError as error:
+            self.widget.error = str(error)
+        except Exception as error:
+            self.widget.error = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            self.widget.busy = False
+
+    def _look(self) -> None:
+        """Have the page show the latents of the prompt."""
+        widget = self.widget
+        metric = self._metric if widget.by == "attribution" else None
+        self.view = prompt_view(self.dictionary, self.lm, widget.prompt, widget.by, metric=metric, **self._viewing)
+        widget.view = self._shown(self.view)
+        self.steered, widget.continuation = None, {}
+
+    def _shown(self, view: PromptView) -> dict[str, Any]:
+        """What the page is told of a view."""
+        rows = [
+            {
+                "position": row.position,
+                "latent": row.latent,
+                "score": view.score(row),
+                "about": about(row),
+                "reach": self._reach(row),
+            }
+            for row in view.rows
+        ]
+        return {"title": view.title, "tokens": [visible(token) for token in view.tokens], "shades": view.shades, "rows": rows}
+
+    def _reach(self, row: PromptRow) -> float:
+        """How far the slider of a latent goes."""
+        largest = 0.0 if self.store is None else float(self.store.tensors.top_value[row.latent, 0])
+        return REACH * max(row.activation, largest)
+
+    def _write(self) -> None:
+        """Have the page show how the model goes on."""
+        prompt, edits = self.widget.prompt, self.edits
+        if edits:
+            self.steered = steer(self.lm, self.dictionary, prompt, edits, hook=self._viewing["hook"], **self._writing)
+        else:
+            plain = self.lm.generate(prompt, **self._writing)
+            self.steered = Steered(plain, plain, 0.0)
+        self.widget.continuation = self.steered._asdict()
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
+        return self.widget._repr_mimebundle_(**kwargs)
+
+
+@cache
+def _widget_class() -> type:
+    """The widget: the state that Python and the page share."""
+    try:
+        import anywidget
+        import traitlets
+    except ImportError:
+        raise ConfigError("a live prompt needs anywidget: pip install 'saelens-lite[widget]'") from None
+
+    here = files("saelens_lite") / "views"
+
+    class LivePromptWidget(anywidget.AnyWidget):
+        _esm = (here / "live.js").read_text(encoding="utf-8")
+        _css = (here / "live.css").read_text(encoding="utf-8")
+        prompt = traitlets.Unicode().tag(sync=True)
+        by = traitlets.Unicode("activation").tag(sync=True)
+        orders = traitlets.List().tag(sync=True)
+        edits = traitlets.List().tag(sync=True)  # [latent, amount] of each slider
+        asked = traitlets.Int().tag(sync=True)  # how often "Continue" was pressed
+        view = traitlets.Dict().tag(sync=True)
+        continuation = traitlets.Dict().tag(sync=True)
+        error = traitlets.Unicode().tag(sync=True)
+        busy = traitlets.Bool().tag(sync=True)
+
+    return LivePromptWidget

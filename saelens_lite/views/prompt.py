@@ -1,0 +1,271 @@
+"""The prompt view: which latents fire at which token of a text, ranked by what is asked about them.
+
+activation     the code itself: what is loudest here; latents that are loud everywhere come first
+relative       code / largest code of the latent in a feature store: what is unusual for the latent
+attribution    its effect on a metric of the model's output: what matters here
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saelens_lite.dictionary import Dictionary
+from saelens_lite.errors import ConfigError, NonFiniteError, near_matches
+from saelens_lite.features import FeatureStore, weights_hash
+from saelens_lite.features.html import render, short, visible
+from saelens_lite.features.vocabulary import vocabulary
+from saelens_lite.interventions import attribute
+from saelens_lite.interventions.attribution import WAYS
+from saelens_lite.interventions.metrics import name_of
+from saelens_lite.interventions.site import Site
+from saelens_lite.model import LanguageModel
+
+ORDERS = ("activation", "relative", "attribution")
+
+
+class PromptRow(NamedTuple):
+    """A latent that fires at a token.
+
+    `relative` is activation / largest activation in the store; `promoted` is the token whose logit the latent raises most.
+    They and `label` are None without a store or where it has none, `attribution` is None where it was not asked for.
+    """
+
+    position: int
+    token: str
+    latent: int
+    activation: float
+    relative: float | None
+    attribution: float | None
+    label: str | None
+    promoted: str | None
+
+
+@dataclass(frozen=True)
+class PromptView:
+    """The latents that fire at each token: `rows` by position, best first, the `top` best of each.
+
+    A notebook shows it as shaded tokens, `rich.print` as a table. `metric` is what attributions are about, in words.
+    """
+
+    model: str
+    hook: str
+    by: str
+    metric: str | None
+    tokens: tuple[str, ...]
+    rows: tuple[PromptRow, ...]
+
+    def score(self, row: PromptRow) -> float:
+        """What a row is ranked by; 0 where the store never saw its latent fire."""
+        return getattr(row, self.by) or 0.0
+
+    def at(self, position: int) -> list[PromptRow]:
+        """The rows of one token, best first."""
+        return self._lines[position]
+
+    @cached_property
+    def _lines(self) -> list[list[PromptRow]]:
+        """The rows of each token."""
+        lines: list[list[PromptRow]] = [[] for _ in self.tokens]
+        for row in self.rows:
+            lines[row.position].append(row)
+        return lines
+
+    def strongest(self, n: int = 10) -> list[PromptRow]:
+        """The n best rows of all tokens, best first."""
+        return sorted(self.rows, key=lambda row: -abs(self.score(row)))[:n]
+
+    @property
+    def shades(self) -> list[float]:
+        """For each token its best row's score as a share of the best of all: −1 to 1, 0 where nothing fires."""
+        best = [self.score(rows[0]) if rows else 0.0 for rows in self._lines]
+        largest = max(map(abs, best), default=0.0) or 1.0
+        return [score / largest for score in best]
+
+    @property
+    def title(self) -> str:
+        """What is shown, in words."""
+        ranked = {"relative": "activation / largest activation", "attribution": f"effect on {self.metric}"}
+        return f"{self.model}, {self.hook}: latents by {ranked.get(self.by, self.by)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain data."""
+        facts = {"model": self.model, "hook": self.hook, "by": self.by, "metric": self.metric, "tokens": list(self.tokens)}
+        return facts | {"rows": [row._asdict() for row in self.rows]}
+
+    def _repr_html_(self) -> str:
+        lines = list(zip(map(visible, self.tokens), self.shades, self._lines, strict=True))
+        return render("views", "prompt.html.j2", view=self, lines=lines, words=words, about=about, shown=_shown)
+
+    def __rich__(self) -> Any:
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+        from rich.text import Text
+
+        shown = [name for name in ORDERS if any(getattr(row, name) is not None for row in self.rows)] or ["activation"]
+        described = any(row.label or row.promoted for row in self.rows)
+        grid = Table(box=SIMPLE_HEAD, caption=self.title, caption_justify="left")
+        for title in ("position", "token", "latent", *shown, *["about"] * described):
+            grid.add_column(title, justify="left" if title in ("token", "about") else "right", no_wrap=title != "about")
+        for rows in self._lines:
+            for i, row in enumerate(rows):
+                place = (str(row.position), repr(row.token)) if i == 0 else ("", "")
+                numbers = [_shown(name, getattr(row, name)) for name in shown]
+                cells = (*place, str(row.latent), *numbers, *[about(row)] * described)
+                grid.add_row(*(Text(cell) for cell in cells), end_section=i == len(rows) - 1)
+        return grid
+
+
+def prompt_view(
+    dictionary: Dictionary,
+    lm: LanguageModel,
+    text: str | Int[Tensor, " pos"],
+    by: str = "activation",
+    *,
+    store: FeatureStore | None = None,
+    metric: Any = None,
+    way: str = "gradient",
+    hook: str | None = None,
+    top: int = 5,
+) -> PromptView:
+    """Which latents fire at each token of a text, the `top` best of each token, ranked as ORDERS has it.
+
+    `by`: "activation", "relative" or "attribution". `text`: a string, cut at the model's context, or token ids. `store`: of
+    this dictionary; it knows the largest activations, labels and promoted tokens. `metric`: what attributions are about, as
+    `attribute` takes it ("loss" by default); with one, rows have attributions in any order, found in a `way`: "gradient",
+    "ablation" or "direct". Latents are looked at where the dictionary was trained.
+
+    Raises:
+        ConfigError: no such order or way, by="relative" without a store, a store of another dictionary, `top` below 1, or as
+            `attribute` raises it.
+        HookError, ShapeError, TextError: a hook the model lacks, a width that does not fit, no text.
+        NonFiniteError: codes or the metric are NaN or infinite.
+    """
+    for name, given, choices in (("by", by, ORDERS), ("way", way, WAYS)):
+        if given not in choices:
+            raise ConfigError(f"{name} = {given!r}; expected one of {', '.join(choices)}{near_matches(str(given), choices)}")
+    if top < 1:
+        raise ConfigError(f"top = {top}; expected 1 or more latents for each token")
+    if by == "relative" and store is None:
+        raise ConfigError("by='relative' needs the largest activation of each latent: give store=, a FeatureStore")
+    if store is not None:
+        check_store(store, dictionary)
+    site = Site(lm, dictionary, hook)
+    rows = site.rows(text)
+    if len(rows) != 1:
+        raise ConfigError(f"{len(rows)} rows of text; a prompt view shows one")
+    metric = "loss" if by == "attribution" and metric is None else metric
+    firing = _firing(site, rows[0], metric, way)
+    relative = None
+    if store is not None:
+        relative = firing.activation / store.tensors.top_value[:, 0].index_select(0, firing.latent)  # infinite where it is 0
+    score = {"activation": firing.activation, "relative": relative, "attribution": firing.attribution}[by]
+    best = _best(firing.position, torch.where(score.isfinite(), score.abs(), -1), top)
+    texts = vocabulary(lm) if store is None else store.vocabulary
+    tokens = tuple(texts[i] for i in rows[0].tolist())
+    position, latent, activation = (x[best].tolist() for x in firing[:3])
+    return PromptView(
+        model=lm.name,
+        hook=site.hook,
+        by=by,
+        metric=None if metric is None else name_of(metric, lm),
+        tokens=tokens,
+        rows=tuple(
+            PromptRow(*cells)
+            for cells in zip(
+                position,
+                [tokens[i] for i in position],
+                latent,
+                activation,
+                _numbers(relative, best),
+                _numbers(firing.attribution, best),
+                *_texts(store, latent),
+                strict=True,
+            )
+        ),
+    )
+
+
+def check_store(store: FeatureStore, dictionary: Dictionary) -> None:
+    """Raise ConfigError unless the store is of this dictionary."""
+    if store.info.dictionary_sha256 != weights_hash(dictionary):
+        raise ConfigError(
+            f"the store is of another dictionary ({store.info.rule}, {store.info.d_sae} latents, {store.info.hook}): its "
+            "weights have another hash; build a store of this one, or load the dictionary that it was built from"
+        )
+
+
+class _Firing(NamedTuple):
+    """The codes above zero of one row of text, on the CPU, positions ascending."""
+
+    position: Int[Tensor, " n"]
+    latent: Int[Tensor, " n"]
+    activation: Float[Tensor, " n"]
+    attribution: Float[Tensor, " n"] | None
+
+
+def _firing(site: Site, tokens: Int[Tensor, " pos"], metric: Any, way: str) -> _Firing:
+    """What fires at the positions that count; with a metric, what it does there."""
+    reading = site.read(tokens)
+    codes = reading.codes
+    if not (torch.isfinite(reading.acts[site.hook]).all() and torch.isfinite(codes.value).all()):
+        raise NonFiniteError(f"{site.hook}: NaN or infinity among the activations or codes of the prompt")
+    if metric is None:
+        numbers, effect = (codes.row, codes.latent, codes.value.detach()), None
+        keep = site.counted(len(tokens))[codes.row] & (codes.value > 0)
+    else:
+        found = attribute(site.lm, site.dictionary, tokens, metric, ablation=way == "ablation", hook=site.hook)
+        if way not in found.effects:
+            raise ConfigError(f"way = {way!r}: {site.target} is not on the residual stream, which direct effects go through")
+        numbers, effect = (found.position, found.latent, found.activation), found.effects[way]
+        keep = found.activation > 0
+    return _Firing(*(x[keep].cpu() for x in numbers), None if effect is None else effect[keep].cpu())
+
+
+def _best(position: Int[Tensor, " n"], score: Float[Tensor, " n"], top: int) -> Int[Tensor, " chosen"]:
+    """The entries with the `top` largest scores of each position, by position, best first; of equals the earlier."""
+    order = score.argsort(descending=True, stable=True)
+    order = order[position[order].argsort(stable=True)]
+    place = position[order]
+    rank = torch.arange(len(place)) - torch.searchsorted(place, place)
+    return order[rank < top]
+
+
+def _numbers(values: Float[Tensor, " n"] | None, chosen: Int[Tensor, " chosen"]) -> list[float | None]:
+    """The chosen values; None where they are not finite or there are none."""
+    if values is None:
+        return [None] * len(chosen)
+    return [x if math.isfinite(x) else None for x in values[chosen].tolist()]
+
+
+def _texts(store: FeatureStore | None, latents: list[int]) -> tuple[list[str | None], list[str | None]]:
+    """The label of each latent and the token it promotes most."""
+    if store is None:
+        return [None] * len(latents), [None] * len(latents)
+    return [store.labels.get(i) for i in latents], [next((token for token, _ in store.promoted(i)), None) for i in latents]
+
+
+def words(row: PromptRow) -> str:
+    """What is known of a row, in one line."""
+    known = [f"latent {row.latent}", f"activation {short(row.activation)}"]
+    if row.relative is not None:
+        known.append(f"{row.relative:.0%} of its largest")
+    if row.attribution is not None:
+        known.append(f"attribution {row.attribution:+.3g}")
+    return "; ".join([", ".join(known), *[about(row)] * bool(about(row))])
+
+
+def about(row: PromptRow) -> str:
+    """The label of a row's latent and the token it promotes, as far as they are known."""
+    promotes = None if row.promoted is None else f"promotes {row.promoted!r}"
+    return "; ".join(visible(known) for known in (row.label, promotes) if known)
+
+
+def _shown(order: str, value: float | None) -> str:
+    """A number of a row for a table."""
+    form = {"activation": ".3g", "relative": ".0%", "attribution": "+.4f"}[order]
+    return "" if value is None else format(value, form)

@@ -1,0 +1,135 @@
+"""Have SAELens load dictionaries by the code on their cards, from a Hub on this machine, and compare it with ours.
+
+    python scripts/hub_saelens.py --peer-python /path/to/venv-with-sae-lens/bin/python
+
+One dictionary of each rule is trained for a moment on random data, and all are pushed in one commit. SAELens then runs the
+Python block of each card, which calls its SAE.from_pretrained, with its own unmodified downloader. Prints the largest
+absolute differences of codes and outputs beside the largest values; exits with 1 when one is above 1e-5 times that.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+from hub_server import Account, Hub, running_hub
+
+REPO, D_IN, D_SAE = "me/dictionaries", 64, 256
+RULES = {
+    "topk": {"k": 8},
+    "l1": {"coefficient": 0.5},
+    "p_anneal": {},
+    "gated": {},
+    "jumprelu": {},
+    "batch_topk": {"k": 8},
+    "matryoshka": {"k": 8},
+    "matching_pursuit": {"k": 8},
+    "group_max": {"k": 8},
+}
+ACROSS = ("l1", "jumprelu", "batch_topk")  # rules whose transcoders SAELens knows
+PEER = """
+import json, sys
+from safetensors.torch import load_file, save_file
+where = sys.argv[1]
+tensors, loaded = load_file(where + "/x.safetensors"), {}
+for name, code in json.load(open(where + "/code.json")).items():
+    names = {"activations": tensors["x"]}
+    exec(code, names)
+    tensors[name + " codes"] = names["feature_acts"].detach().contiguous()
+    tensors[name + " output"] = names.get("x_hat", names.get("y_hat")).detach().contiguous()
+    loaded[name] = [type(names["sae"]).__name__, names["sae"].cfg.metadata.hook_name]
+save_file(tensors, where + "/peer.safetensors")
+json.dump(loaded, open(where + "/loaded.json", "w"))
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--peer-python", required=True, help="Python of an environment with sae-lens")
+    peer_python = parser.parse_args().peer_python
+    with tempfile.TemporaryDirectory() as home, running_hub() as hub:
+        hub.accounts["hf_onthismachine"] = Account("me")
+        own = {"HF_ENDPOINT": hub.url, "HF_HOME": home, "HF_TOKEN": "hf_onthismachine", "HF_HUB_DISABLE_XET": "1"}
+        os.environ |= own  # before huggingface_hub is imported
+        return 0 if all([agrees for agrees in compare(hub, Path(home), peer_python)]) else 1
+
+
+def compare(hub: Hub, where: Path, peer_python: str) -> list[bool]:
+    """Whether SAELens computes what we do, for each dictionary; prints a line of a table for each."""
+    import saelens_lite as sl
+
+    x = data(1)
+    trained = {rule: fit(rule) for rule in RULES} | {f"{rule}-across": transcoder(rule) for rule in ACROSS}
+    sl.push(trained, REPO)
+    code = {name: block for name in trained if (block := sae_lens_block(hub, name))}
+    (where / "code.json").write_text(json.dumps(code))
+    save_file({"x": x}, where / "x.safetensors")
+    subprocess.run([peer_python, "-c", PEER, str(where)], check=True)
+    theirs, loaded = load_file(where / "peer.safetensors"), json.loads((where / "loaded.json").read_text())
+    print("| dictionary | in SAELens | codes differ by | of at most | output differs by | of at most | fires elsewhere |")
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    verdicts = []
+    for name in trained:
+        if name not in code:
+            print(f"| {name} | cannot, as its card says | | | | | |")
+            continue
+        ours = sl.pull(REPO, name)
+        codes, output = ours.encode(x).to_dense().detach(), ours(x).detach()
+        row = [*differences(codes, theirs[f"{name} codes"]), *differences(output, theirs[f"{name} output"])]
+        elsewhere = int(((codes != 0) != (theirs[f"{name} codes"] != 0)).sum())
+        print(f"| {name} | {loaded[name][0]} | " + " | ".join(f"{value:.2g}" for value in row) + f" | {elsewhere} |")
+        verdicts.append(row[0] <= 1e-5 * row[1] and row[2] <= 1e-5 * row[3])
+    return verdicts
+
+
+def data(seed: int) -> torch.Tensor:
+    """2048 sums of a few of 128 random directions."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.nn.functional.normalize(torch.randn(128, D_IN, generator=torch.Generator().manual_seed(0)), dim=1)
+    chosen = (torch.rand(2048, 128, generator=generator) < 0.04) * (torch.rand(2048, 128, generator=generator) + 0.5)
+    return chosen @ directions + 0.01 * torch.randn(2048, D_IN, generator=generator)
+
+
+def fit(rule: str):
+    """A dictionary that has begun to learn."""
+    import saelens_lite as sl
+
+    settings = {"d_sae": D_SAE, "n_tokens": 40_000, "batch_size": 512, "lr": 1e-3, "options": RULES[rule]}
+    return sl.fit(data(0), sparsity=rule, **settings)
+
+
+def transcoder(rule: str):
+    """A transcoder with random weights."""
+    import saelens_lite as sl
+
+    origin = sl.Origin(hook="blocks.0.hook_resid_mid", target_hook="blocks.0.hook_mlp_out")
+    d = sl.Dictionary.create(rule, d_in=D_IN, d_out=48, skip=True, d_sae=D_SAE, options=RULES[rule], origin=origin)
+    generator = torch.Generator().manual_seed(2)
+    for parameter in d.parameters():
+        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    return d
+
+
+def sae_lens_block(hub: Hub, name: str) -> str | None:
+    """The code for SAELens on a card, if it has any."""
+    card = hub.repositories[REPO].head.files[f"{name}/README.md"].content.decode()
+    found = re.search(r"```python\n(from sae_lens.*?)```", card, re.DOTALL)
+    return found[1] if found else None
+
+
+def differences(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float]:
+    """The largest difference and the largest value."""
+    return float((ours - theirs).abs().max()), float(ours.abs().max())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
