@@ -16,7 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
+from jaxtyping import Float
+from torch import Tensor
 
+from saelens_lite.codes import SparseCodes
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import (
     ConfigError,
@@ -25,6 +28,7 @@ from saelens_lite.errors import (
     LockedError,
     NonFiniteError,
     OutputExistsError,
+    TextError,
 )
 from saelens_lite.evaluate.measure import Batch, batches
 from saelens_lite.features.spill import Spill
@@ -77,12 +81,14 @@ def collect(
     return spills
 
 
-def _codes(one: Hooked, x: torch.Tensor, batch: Batch) -> Any:
-    """The codes of activations; NonFiniteError where there are none."""
+def _codes(one: Hooked, x: Float[Tensor, "n_kept d"], batch: Batch) -> SparseCodes:
+    """The codes of the activations of a batch; NonFiniteError where one of either is not finite."""
     codes = one.dictionary.encode(x.to(one.dictionary.W_enc.device))
     for what, numbers in (("activations", x), ("codes", codes.value)):
         if not torch.isfinite(numbers).all():
-            raise NonFiniteError(f"{one.hook}, row {int(batch.rows[0])} or near it: NaN or infinity among the {what}")
+            raise NonFiniteError(
+                f"{one.hook}: NaN or infinity among the {what} of row {int(batch.rows[0])} or another of its batch"
+            )
     return codes
 
 
@@ -156,7 +162,11 @@ def unfinished(out: Path | None, request: dict[str, Any], exists: str) -> Iterat
             try:
                 refuse_existing(out, exists)
                 _agree(folder, request, exists)
-                yield folder
+                try:
+                    yield folder
+                except TextError:  # nothing fires: what was collected is of no use
+                    shutil.rmtree(folder)
+                    raise
                 remove_leftovers(out)
                 shutil.rmtree(folder)
             finally:
