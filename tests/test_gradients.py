@@ -288,7 +288,7 @@ def check(rule: str, dictionary: Dictionary, x: torch.Tensor, y: torch.Tensor | 
     for name, parameter in dictionary.named_parameters():
         found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         wanted = torch.zeros_like(reference[name]) if reference[name].grad is None else reference[name].grad
-        error = (found.double() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-3)
+        error = (found.double() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-2)  # 1e-6 is float32 rounding
         assert error <= 1e-4, f"gradient of {name}: relative error {error:.2e}"
     return step
 
