@@ -4,7 +4,7 @@
 
 Readers are processes that may take 1 GiB of data memory and 20 s of computing a file; one that crashes, hangs, runs out of
 memory or raises anything else is a failure, named by its case and seed. Exit code 1 when there are any. The peak is of what
-such a process has in memory, torch included, and of what it had before the first file.
+such a process has in memory; it is forked from one that has imported everything.
 """
 
 import argparse
@@ -113,9 +113,9 @@ def main() -> None:
             if status or len(letters) < len(seeds):
                 print(f"FAILED seed {first + len(letters)}: the process ended with status {status}", flush=True)
                 totals["f"] += 1
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    parent = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"{args.n} files, {time.monotonic() - start:.0f} s: {totals['e']} errors, {totals['l']} loaded, {totals['f']} failed")
-    print(f"peak of a reading process {peak / 1024:.0f} MiB, of which {before / 1024:.0f} MiB before the first file")
+    print(f"peak of a reading process {peak / 1024:.0f} MiB; of the process they were forked from {parent / 1024:.0f} MiB")
     sys.exit(bool(totals["f"]))
 
 
