@@ -30,7 +30,7 @@ from saelens_lite.codes.encoder import buffers_reused
 from saelens_lite.train import Trainer
 from saelens_lite.train.step import DenseStep, SparseStep
 
-NO_BIAS = ("topk", "batch_topk")  # rules that count latents; the others need biases to be as sparse
+COUNTING = ("topk", "batch_topk", "matryoshka", "group_max", "matching_pursuit")  # the others need biases to be as sparse
 
 
 def planted(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -51,7 +51,7 @@ def planted(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, torch
 
 def trainer(rule: str, step: type, x: torch.Tensor, directions: torch.Tensor, bias: torch.Tensor, args) -> Trainer:
     """Our trainer at the planted weights, computing its steps by `step`."""
-    options = {"jumprelu": {"threshold": 0.01 / args.d_in**0.5}}.get(rule, {"k": args.k} if rule in NO_BIAS else {})
+    options = {"jumprelu": {"threshold": 0.01 / args.d_in**0.5}}.get(rule, {"k": args.k} if rule in COUNTING else {})
     config = sl.TrainConfig(
         sparsity=rule, options=options, d_sae=args.d_sae, batch_size=args.batch,
         n_tokens=10**9, lr=1e-5, normalize="none",
@@ -61,7 +61,7 @@ def trainer(rule: str, step: type, x: torch.Tensor, directions: torch.Tensor, bi
     d.W_dec.data.copy_(directions)
     d.W_enc.data.copy_(directions.T)
     d.b_dec.data.zero_()
-    if rule not in NO_BIAS:
+    if rule not in COUNTING:
         (d.rule.b_gate if rule == "gated" else d.b_enc).data.copy_(bias)
     made.step_class = step
     return made
@@ -100,7 +100,7 @@ def measure(rule: str, args: argparse.Namespace, x: torch.Tensor, directions: to
         contestants["dense"] = Ours(trainer(rule, DenseStep, x, directions, bias, args), x)
     with tempfile.TemporaryDirectory() as folder:
         if args.peer_python:
-            start = torch.zeros_like(bias) if rule in NO_BIAS else bias
+            start = torch.zeros_like(bias) if rule in COUNTING else bias
             tensors = {"x": x, "W_enc": directions.T.contiguous(), "W_dec": directions, "b_enc": start}
             save_file({**tensors, "b_dec": torch.zeros(args.d_in)}, f"{folder}/data.safetensors")
             for name in ("SAELens", "sparsify") if rule == "topk" else ("SAELens",):
