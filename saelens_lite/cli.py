@@ -282,6 +282,7 @@ def evaluate(
     text: str = "python-docs:held-out",
     text_config: Annotated[TextConfig, Parameter(name="*")] = TextConfig(),  # noqa: B008 (frozen)
     model: str | None = None,
+    hook: str | None = None,
     n_tokens: int = 100_000,
     by_frequency: Annotated[bool, Parameter(negative="")] = False,
     by_position: Annotated[bool, Parameter(negative="")] = False,
@@ -291,17 +292,20 @@ def evaluate(
 ) -> None:
     """Measure dictionaries of one hook: sparsity, reconstruction, and what the model loses.
 
-    Each report goes to eval.json in its dictionary's folder, in place of an earlier one.
+    Each report goes to eval.json in its dictionary's folder, in place of an earlier one; where there is no such folder, only
+    --json keeps it.
 
     Parameters
     ----------
     dictionaries
-        Dictionary folders.
+        Dictionary folders, folders or files of other tools, or addresses such as hf://user/repo/folder@revision.
     text
         A .txt, .md, .jsonl or .parquet file; hf:org/name:config:split for a dataset of the Hugging Face Hub; or "python-docs",
         "python-docs:train", "python-docs:held-out" for the embedded corpus.
     model
         The model; default: the one the dictionary was trained on.
+    hook
+        The hook, for dictionaries that do not say theirs.
     n_tokens
         Tokens to read.
     by_frequency
@@ -327,6 +331,7 @@ def evaluate(
         [d.to(lm.device) for d in loaded],
         lm,
         named_text(text),
+        hook=hook,
         n_tokens=n_tokens,
         text_config=text_config,
         by_frequency=by_frequency,
@@ -335,7 +340,8 @@ def evaluate(
     )
     named = {str(path): report for path, report in zip(dictionaries, reports, strict=True)}
     for path, report in named.items():
-        report.to_json(Path(path) / "eval.json")
+        if Path(path).is_dir():
+            report.to_json(Path(path) / "eval.json")
     if json_out:
         write_json(json_out, {path: report.to_dict() for path, report in named.items()})
     _console().print(table(named))

@@ -925,6 +925,24 @@ def test_commands(hub, folder, tmp_path, monkeypatch, capsys):
     assert (code, "has no dictionary 'c'; it has a" in err) == (2, True)
 
 
+def test_evaluation_by_address_and_of_a_foreign_folder(hub, tmp_path, monkeypatch, capsys):
+    hook = "blocks.2.hook_resid_pre"
+    d = sl.Dictionary.create("topk", d_in=192, d_sae=64, options={"k": 8}, origin=sl.Origin(model="tiny", hook=hook))
+    sl.push({"a": d.save(tmp_path / "made")}, REPO)
+    sl.convert(tmp_path / "made", tmp_path / "foreign", format="sparsify")
+    monkeypatch.chdir(tmp_path)
+    for place in (f"hf://{REPO}/a", tmp_path / "foreign"):
+        code, out, err = call(
+            monkeypatch, capsys, "eval", place, "--model", "tiny", "--hook", hook, "--n-tokens", 300, "--json", "all.json"
+        )
+        assert code == 0, err
+        assert "FVU" in out
+        (found,) = json.loads((tmp_path / "all.json").read_text()).values()
+        assert found["metrics"]["l0"]["value"] == 8
+    assert (tmp_path / "foreign/eval.json").exists()
+    assert not (tmp_path / "hf:").exists()
+
+
 def test_the_unmodified_client_in_a_process_of_its_own(hub, folder, tmp_path):
     own = {
         "HF_ENDPOINT": hub.url,
