@@ -150,7 +150,8 @@ def probe(
         raise ConfigError(f"test_share = {test_share}; expected 0.1 to 0.5")
     if not 0 <= seed < 2**32 or n_bootstrap < 0:
         raise ConfigError(f"seed = {seed}, n_bootstrap = {n_bootstrap}; expected a seed of 32 bits, and no negative numbers")
-    hook = _checked_hook(dictionary, lm, hook)
+    hook = lm.hook_of(dictionary.origin, hook)
+    dictionary.check_finite()
     _require_sklearn()
     reports = {}
     for name, dataset in _datasets(texts, labels).items():
@@ -171,17 +172,6 @@ def probe(
             seed=seed,
         )
     return reports if isinstance(texts, Mapping) else reports[ONLY]
-
-
-def _checked_hook(dictionary: Dictionary, lm: LanguageModel, hook: str | None) -> str:
-    """The hook to read, if the dictionary can be used with the model there."""
-    hook = hook or dictionary.origin.hook
-    if hook is None:
-        raise ConfigError("the dictionary does not say which hook it belongs to; give hook=")
-    lm.hook_point(hook)
-    lm.check_origin(dictionary.origin)
-    dictionary.check_finite()
-    return hook
 
 
 def _datasets(texts: Sequence[str] | Mapping[str, Any], labels: Iterable[Any] | None) -> dict[str, Labelled]:

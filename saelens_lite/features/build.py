@@ -87,13 +87,8 @@ class Job(NamedTuple):
 
 def _hooked(dictionary: Dictionary, lm: LanguageModel, hook: str | None) -> Hooked:
     """A dictionary with its hook, both fit for the model."""
-    hook = hook or dictionary.origin.hook
-    if hook is None:
-        raise ConfigError("the dictionary does not say which hook it belongs to; give hook=")
-    lm.hook_point(hook)
-    lm.check_origin(dictionary.origin)
     dictionary.check_finite()
-    return Hooked(dictionary, hook)
+    return Hooked(dictionary, lm.hook_of(dictionary.origin, hook))
 
 
 def _rows(

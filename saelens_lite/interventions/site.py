@@ -9,7 +9,7 @@ from torch import Tensor
 
 from saelens_lite.codes import SparseCodes
 from saelens_lite.dictionary import Dictionary
-from saelens_lite.errors import ConfigError, ShapeError, TextError
+from saelens_lite.errors import ShapeError, TextError
 from saelens_lite.model import LanguageModel
 from saelens_lite.tokens import TokenRows
 
@@ -33,14 +33,9 @@ class Site:
     """
 
     def __init__(self, lm: LanguageModel, dictionary: Dictionary, hook: str | None = None):
-        lm.check_origin(dictionary.origin)
-        named = hook or dictionary.origin.hook
-        if named is None:
-            raise ConfigError("the dictionary does not say which hook it belongs to; give hook=")
-        self.lm, self.dictionary, self.hook = lm, dictionary, named
-        self.target = dictionary.origin.target_hook or named
-        for name in (self.hook, self.target):
-            lm.hook_point(name)
+        self.lm, self.dictionary, self.hook = lm, dictionary, lm.hook_of(dictionary.origin, hook)
+        self.target = dictionary.origin.target_hook or self.hook
+        lm.hook_point(self.target)
 
     def rows(self, text: str | Sequence[str] | Tensor | TokenRows) -> list[Int[Tensor, " pos"]]:
         """Token ids of each text or row, without padding.

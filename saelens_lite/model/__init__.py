@@ -223,6 +223,20 @@ class LanguageModel:
             f"loaded with {list(self.processing)}: use load_model(..., center_writing_weights={wanted})"
         )
 
+    def hook_of(self, origin: Origin, hook: str | None = None) -> str:
+        """The hook at which a dictionary of this origin is used here: `hook`, or else its own.
+
+        Raises:
+            ConfigError: neither is named; the model's weights were processed otherwise.
+            HookError: this model lacks it.
+        """
+        self.check_origin(origin)
+        name = hook or origin.hook
+        if name is None:
+            raise ConfigError("the dictionary does not say which hook it belongs to; give hook=")
+        self.hook_point(name)
+        return name
+
     def to_tokens(self, texts: str | Sequence[str], *, prepend_bos: bool = True) -> TokenRows:
         """One row a text, right-padded, cut at n_ctx.
 
@@ -350,10 +364,7 @@ class LanguageModel:
                 target; an edit of a latent that the dictionary does not have.
             ShapeError: the dictionary has another width than the hook; an edit names a position behind the end of the row.
         """
-        self.check_origin(dictionary.origin)
-        name = hook or dictionary.origin.hook
-        if name is None:
-            raise ConfigError("the dictionary does not say which hook it belongs to; give hook=")
+        name = self.hook_of(dictionary.origin, hook)
         edits = [edits] if isinstance(edits, PositionedEdit) else edits
         error_term = bool(edits) if error_term is None else error_term
         if edits:
