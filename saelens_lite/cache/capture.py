@@ -31,10 +31,10 @@ from saelens_lite.errors import ConfigError, DiskFullError, LockedError, NonFini
 from saelens_lite.files import (
     DTYPES,
     append_line,
-    read_json,
     refuse_existing,
     remove_leftovers,
     replace_folder,
+    same_request,
     write_json,
     write_text,
 )
@@ -243,18 +243,8 @@ def _has_shards(folder: Path) -> bool:
 def _agree(folder: Path, request: dict[str, Any], exists: str) -> None:
     """Note what was asked; what an earlier call left must have been asked for in the same words."""
     file = folder / REQUEST
-    if not file.exists() or not _has_shards(folder):
-        _start_over(folder, request)
-        return
-    found = read_json(file)
-    other = [key for key in request if found.get(key) != json.loads(json.dumps(request[key]))]
-    if other and exists == "error":
-        said = ", ".join(f"{key} = {found.get(key)!r} (now {request[key]!r})" for key in other)
-        raise OutputExistsError(
-            f"{folder} holds an unfinished capture with other settings: {said}; ask for the same, delete it, or say "
-            "exists='overwrite'"
-        )
-    if other:
+    begun = file.exists() and _has_shards(folder)
+    if not begun or not same_request(file, request, "capture", exists):
         _start_over(folder, request)
 
 

@@ -4,7 +4,6 @@ An unfinished pass lives in a hidden folder beside its destination: request.json
 batches are on the disk and how long the files were then. The same call goes on behind them.
 """
 
-import json
 import logging
 import shutil
 import tempfile
@@ -27,12 +26,11 @@ from saelens_lite.errors import (
     DiskFullError,
     LockedError,
     NonFiniteError,
-    OutputExistsError,
     TextError,
 )
 from saelens_lite.evaluate.measure import Batch, batches
 from saelens_lite.features.spill import Spill
-from saelens_lite.files import read_json, refuse_existing, remove_leftovers, write_json
+from saelens_lite.files import read_json, refuse_existing, remove_leftovers, same_request, write_json
 from saelens_lite.model import LanguageModel
 from saelens_lite.progress import progress_bar
 from saelens_lite.tokens import TokenRows
@@ -182,19 +180,9 @@ def unfinished(out: Path | None, request: dict[str, Any], exists: str) -> Iterat
 
 def _agree(folder: Path, request: dict[str, Any], exists: str) -> None:
     """Note what was asked; what an earlier call left must have been asked for in the same words."""
-    if not (folder / PROGRESS).exists():
-        return _start_over(folder, request)
-    found = read_json(folder / REQUEST)
-    other = [key for key in request if found.get(key) != json.loads(json.dumps(request[key]))]
-    if other and exists == "error":
-        said = ", ".join(f"{key} = {found.get(key)!r} (now {request[key]!r})" for key in other)
-        raise OutputExistsError(
-            f"{folder} holds an unfinished store with other settings: {said}; ask for the same, delete it, or say "
-            "exists='overwrite'"
-        )
-    if other:
+    begun = (folder / PROGRESS).exists()
+    if not begun or not same_request(folder / REQUEST, request, "store", exists):
         _start_over(folder, request)
-    return None
 
 
 def _start_over(folder: Path, request: dict[str, Any]) -> None:
