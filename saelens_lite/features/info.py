@@ -7,6 +7,7 @@ from pydantic import Field, NonNegativeInt
 
 from saelens_lite.config import FrozenConfig
 from saelens_lite.dictionary import Dictionary
+from saelens_lite.errors import ConfigError
 
 
 class StoreInfo(FrozenConfig):
@@ -31,6 +32,14 @@ class StoreInfo(FrozenConfig):
     text: str | None = Field(None, description="What the text was.")
     text_sha256: str = Field(description="Hash of token ids and kept positions.")
     dictionary_sha256: str = Field(description="Hash of the dictionary's weights, see `weights_hash`.")
+
+    def check_dictionary(self, dictionary: Dictionary) -> None:
+        """Raise ConfigError unless the store was built from this dictionary."""
+        if weights_hash(dictionary) != self.dictionary_sha256:
+            raise ConfigError(
+                f"the store is of another dictionary ({self.rule}, {self.d_sae} latents, {self.hook}): its weights have "
+                "another hash; build a store of this one, or load the dictionary that it was built from"
+            )
 
 
 def weights_hash(dictionary: Dictionary) -> str:

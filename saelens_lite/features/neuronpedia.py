@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError
-from saelens_lite.features.info import weights_hash
 from saelens_lite.features.summary import Example
 from saelens_lite.files import disk_full_is_typed, new_folder, refuse_existing
 from saelens_lite.progress import progress_bar
@@ -71,8 +70,8 @@ def export_neuronpedia(
     """
     created = created or datetime.now(UTC)
     names = _names(store, set_name, creator_id, model_id, created)
-    if dictionary is not None and weights_hash(dictionary) != store.info.dictionary_sha256:
-        raise ConfigError("this is not the dictionary that the store was built from")
+    if dictionary is not None:
+        store.info.check_dictionary(dictionary)
     out = Path(folder) / names.model / names.source
     refuse_existing(out, exists)
     release = release or set_name

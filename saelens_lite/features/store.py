@@ -19,7 +19,7 @@ from saelens_lite.features.codes import CODES_FILE, CodesTable, check_extra
 from saelens_lite.features.collect import unfinished
 from saelens_lite.features.compare import STABILITY_FILE, Stability
 from saelens_lite.features.detection import Detection, Scorer, detection
-from saelens_lite.features.info import StoreInfo, weights_hash
+from saelens_lite.features.info import StoreInfo
 from saelens_lite.features.labels import LABELS_FILE, read_labels, write_labels
 from saelens_lite.features.neuronpedia import export_neuronpedia
 from saelens_lite.features.spill import Spill
@@ -435,8 +435,8 @@ class FeatureStore:
         """
         folder = Path(folder)
         info, tensors, weights, words, codes, control = stored.read(folder)
-        if dictionary is not None and weights_hash(dictionary) != info.dictionary_sha256:
-            raise ConfigError(f"{folder} is the store of another dictionary; build one of this dictionary")
+        if dictionary is not None:
+            info.check_dictionary(dictionary)
         store = cls(info, tensors, weights, words, codes=codes, folder=folder)
         if control is not None:
             store.control = cls(control.info, control.tensors, weights, words)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, NonFiniteError, near_matches
-from saelens_lite.features import FeatureStore, weights_hash
+from saelens_lite.features import FeatureStore
 from saelens_lite.features.html import render, short, visible
 from saelens_lite.features.vocabulary import vocabulary
 from saelens_lite.interventions import attribute
@@ -153,7 +153,7 @@ def prompt_view(
     if by == "relative" and store is None:
         raise ConfigError("by='relative' needs the largest activation of each latent: give store=, a FeatureStore")
     if store is not None:
-        check_store(store, dictionary)
+        store.info.check_dictionary(dictionary)
     site = Site(lm, dictionary, hook)
     rows = site.rows(text)
     if len(rows) != 1:
@@ -188,15 +188,6 @@ def prompt_view(
             )
         ),
     )
-
-
-def check_store(store: FeatureStore, dictionary: Dictionary) -> None:
-    """Raise ConfigError unless the store is of this dictionary."""
-    if store.info.dictionary_sha256 != weights_hash(dictionary):
-        raise ConfigError(
-            f"the store is of another dictionary ({store.info.rule}, {store.info.d_sae} latents, {store.info.hook}): its "
-            "weights have another hash; build a store of this one, or load the dictionary that it was built from"
-        )
 
 
 class _Firing(NamedTuple):
