@@ -8,6 +8,7 @@ import hashlib
 import math
 import pickletools
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -53,7 +54,7 @@ class Spec(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class TensorFile:
+class TensorFile(ABC):
     """A file of named tensors, known by its header. `specs` says what it holds; `read` reads some of it."""
 
     kind: ClassVar[str]
@@ -79,8 +80,9 @@ class TensorFile:
                 raise CorruptFileError(f"{self.path}: tensor {name!r} holds NaN or infinity")
         return tensors
 
+    @abstractmethod
     def _load(self, names: list[str]) -> dict[str, Tensor]:
-        raise NotImplementedError
+        """Those tensors, unchecked."""
 
 
 class SafetensorsFile(TensorFile):
