@@ -8,7 +8,8 @@ tokens of it; with --d-model it is a GPT-2 of random weights and that shape, and
 process of its own, in alternation, on the same rows with the same weights. Loading is not timed. SAEDashboard runs SaeVisRunner
 and save_feature_centric_vis as its README shows, for the first --peer-latents latents. Prints a line of JSON for each tool:
 medians over the rounds; "extra MiB" is how far the process's memory rose above what it was before (with --memory freed memory
-is returned at once, which makes all slower: take speed from a run without).
+is returned at once, which makes all slower: take speed from a run without). The bare passes are run before the store and again
+behind it, on the first --bare-tokens tokens: to the hook, to the hook with the encoder, and through the whole model.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import os
 import statistics
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ import torch
 from safetensors.torch import load_file
 warnings.simplefilter("ignore")
 logging.disable(logging.WARNING)
-folder, hook, threads, n_latents = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+folder, hook, threads, n_latents, bare_tokens = sys.argv[1], sys.argv[2], *(int(x) for x in sys.argv[3:])
 torch.set_num_threads(threads)
 tokens = load_file(folder + "/tokens.safetensors")["tokens"].long()
 
@@ -54,24 +56,33 @@ d = sl.Dictionary.load(folder + "/dictionary")
 lm.hook_point(hook)
 
 @torch.no_grad()
-def bare(rows, encode):
-    start = time.perf_counter()
-    for batch in batches(lm, rows, None):
-        x = lm.run(batch.tokens, hook)[hook][batch.keep]
-        if encode:
-            d.encode(x)
-    return time.perf_counter() - start
+def bare(rows):
+    # seconds of all the text by each kind of pass, from what the first rows take
+    part = TokenRows(*(x[: -(-bare_tokens // x.shape[1])] for x in rows)) if bare_tokens else rows
+    def to_hook(batch):
+        return lm.run(batch.tokens, hook)[hook][batch.keep]
+    kinds = {"to_hook": to_hook, "to_hook_and_encode": lambda batch: d.encode(to_hook(batch)),
+             "whole": lambda batch: lm.logits(batch.tokens)}
+    seconds = {}
+    for name, visit in kinds.items():
+        start = time.perf_counter()
+        for batch in batches(lm, part, None):
+            visit(batch)
+        seconds[name] = (time.perf_counter() - start) * rows.n_kept / part.n_kept
+    return seconds
 
 def measure(codes):
     rows = TokenRows(tokens, tokens != 0)
     out, html = folder + "/store", folder + "/ours.html"
-    facts = {"lm_seconds": bare(rows, False), "lm_and_encode_seconds": bare(rows, True)}
+    before = bare(rows)
     start = time.perf_counter()
     store = sl.FeatureStore.build(d, lm, rows, out=out, codes=codes, exists="overwrite")
-    facts["store_seconds"] = time.perf_counter() - start
+    facts = {"store_seconds": time.perf_counter() - start}
     start = time.perf_counter()
     store.dashboard(html, exists="overwrite")
     facts["dashboard_seconds"] = time.perf_counter() - start
+    after = bare(rows)
+    facts |= {f"{name}_seconds": (before[name] + after[name]) / 2 for name in before}
     facts |= {"latents": d.d_sae, "store_bytes": size(out), "dashboard_bytes": size(html),
               "entries": int(store.tensors.count.sum()), "fire": int((store.tensors.count > 0).sum())}
     if codes:
@@ -168,10 +179,10 @@ def summary(name: str, answers: list[dict[str, Any]]) -> dict[str, Any]:
         line[f"{what} ms a latent"] = round(1000 * middle[f"{what}_seconds"] / n, 2)
         if f"{what}_bytes" in middle:
             line[f"{what} bytes a latent"] = round(middle[f"{what}_bytes"] / n)
-    if "lm_seconds" in middle:
+    if "whole_seconds" in middle:
         line["seconds"] = {key.removesuffix("_seconds"): round(middle[key], 2) for key in middle if key.endswith("_seconds")}
-        line["store over bare pass"] = round(middle["store_seconds"] / middle["lm_seconds"], 3)
-        line["store over pass and encoder"] = round(middle["store_seconds"] / middle["lm_and_encode_seconds"], 3)
+        for pass_, name in (("whole", "pass"), ("to_hook", "pass to the hook"), ("to_hook_and_encode", "that and the encoder")):
+            line[f"store over {name}"] = round(middle["store_seconds"] / middle[f"{pass_}_seconds"], 3)
         line |= {"entries": middle["entries"], "latents that fire": middle["fire"]}
     if "codes_bytes" in middle:
         line["codes bytes an entry"] = round(middle["codes_bytes"] / middle["entries"], 2)
@@ -193,18 +204,20 @@ def main() -> None:
     parser.add_argument("--d-vocab", type=int, default=4096)
     parser.add_argument("--codes", action="store_true", help="keep all codes as Parquet as well")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--bare-tokens", type=int, default=0, help="of the bare passes; default: all")
+    parser.add_argument("--keep", type=Path, help="a folder for what is made, the page among it; default: none is kept")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--memory", action="store_true", help="peak memory instead of speed")
     args = parser.parse_args()
     if args.memory:
         os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    with tempfile.TemporaryDirectory() as where:
+    with tempfile.TemporaryDirectory() if args.keep is None else nullcontext(args.keep) as where:
         hook = prepare(Path(where), args)
         programs = {"ours": (sys.executable, OURS)}
         if args.saedashboard:
             programs["SAEDashboard"] = (args.saedashboard, SAEDASHBOARD)
         contestants = {
-            name: Peer(python, START + program + SERVE, where, hook, args.threads, args.peer_latents)
+            name: Peer(python, START + program + SERVE, where, hook, args.threads, args.peer_latents, args.bare_tokens)
             for name, (python, program) in programs.items()
         }
         answers: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
