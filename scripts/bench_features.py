@@ -41,6 +41,12 @@ folder, hook, threads, n_latents, bare_tokens = sys.argv[1], sys.argv[2], *(int(
 torch.set_num_threads(threads)
 tokens = load_file(folder + "/tokens.safetensors")["tokens"].long()
 
+def memory(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) * 1024
+
+def forget_peak():
+    open("/proc/self/clear_refs", "w").write("5")
+
 def size(path):
     path = Path(path)
     return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
@@ -75,12 +81,15 @@ def measure(codes):
     rows = TokenRows(tokens, tokens != 0)
     out, html = folder + "/store", folder + "/ours.html"
     before = bare(rows)
+    forget_peak()
+    start_memory = memory("VmRSS")
     start = time.perf_counter()
     store = sl.FeatureStore.build(d, lm, rows, out=out, codes=codes, exists="overwrite")
     facts = {"store_seconds": time.perf_counter() - start}
     start = time.perf_counter()
     store.dashboard(html, exists="overwrite")
     facts["dashboard_seconds"] = time.perf_counter() - start
+    facts["extra_bytes"] = memory("VmHWM") - start_memory
     after = bare(rows)
     facts |= {f"{name}_seconds": (before[name] + after[name]) / 2 for name in before}
     facts |= {"latents": d.d_sae, "store_bytes": size(out), "dashboard_bytes": size(html),
@@ -114,6 +123,8 @@ def measure(_):
     sae = SAE.load_from_disk(folder + "/dictionary")
     settings = SaeVisConfig(hook_point=hook, features=list(range(n_latents)), minibatch_size_features=256,
                             minibatch_size_tokens=64, device="cpu", dtype="float32")
+    forget_peak()
+    start_memory = memory("VmRSS")
     start = time.perf_counter()
     data = SaeVisRunner(settings).run(encoder=sae, model=model, tokens=tokens)
     facts = {"store_seconds": time.perf_counter() - start}
@@ -122,20 +133,16 @@ def measure(_):
     start = time.perf_counter()
     save_feature_centric_vis(sae_vis_data=data, filename=html)
     facts["dashboard_seconds"] = time.perf_counter() - start
+    facts["extra_bytes"] = memory("VmHWM") - start_memory
     return facts | {"latents": n_latents, "dashboard_bytes": size(html)}
 """
 
 SERVE = """
-def memory(name):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) * 1024
-
 print("ready", flush=True)
 for line in sys.stdin:
-    open("/proc/self/clear_refs", "w").write("5")
-    before = memory("VmRSS")
     with contextlib.redirect_stdout(sys.stderr):
         facts = measure(json.loads(line))
-    print(json.dumps({**facts, "extra_bytes": memory("VmHWM") - before}), flush=True)
+    print(json.dumps(facts), flush=True)
 """
 
 
@@ -181,8 +188,8 @@ def summary(name: str, answers: list[dict[str, Any]]) -> dict[str, Any]:
             line[f"{what} bytes a latent"] = round(middle[f"{what}_bytes"] / n)
     if "whole_seconds" in middle:
         line["seconds"] = {key.removesuffix("_seconds"): round(middle[key], 2) for key in middle if key.endswith("_seconds")}
-        for pass_, name in (("whole", "pass"), ("to_hook", "pass to the hook"), ("to_hook_and_encode", "that and the encoder")):
-            line[f"store over {name}"] = round(middle["store_seconds"] / middle[f"{pass_}_seconds"], 3)
+        for kind, title in (("whole", "pass"), ("to_hook", "pass to the hook"), ("to_hook_and_encode", "that and the encoder")):
+            line[f"store over {title}"] = round(middle["store_seconds"] / middle[f"{kind}_seconds"], 3)
         line |= {"entries": middle["entries"], "latents that fire": middle["fire"]}
     if "codes_bytes" in middle:
         line["codes bytes an entry"] = round(middle["codes_bytes"] / middle["entries"], 2)

@@ -1,9 +1,12 @@
 """What several test files share: the embedded model, a small random one, text, a cache, planted activations."""
 
+import os
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -13,6 +16,12 @@ from hypothesis import settings
 
 settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=15, database=None)
 settings.load_profile("fixed")
+
+# Processes that test side by side share the cores; those that tests start take over the variable.
+if n_workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    n_threads = max(1, (os.cpu_count() or 1) // int(n_workers))
+    os.environ["OMP_NUM_THREADS"] = str(n_threads)
+    torch.set_num_threads(n_threads)
 
 # Without a GPU, Triton's interpreter runs the kernels. That is settled when triton is imported, which torch and transformers
 # do unasked while tests are collected: so it is imported before them. The variable goes again, or training would use it too.
@@ -93,3 +102,30 @@ def planted():
         return torch.zeros(n, n_directions).scatter_(1, chosen, strength) @ directions, directions
 
     return make
+
+
+class Said(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """A command of the command line, run in this process."""
+
+    def run(*args: object) -> Said:
+        from saelens_lite import cli
+
+        monkeypatch.setattr(sys, "argv", ["saelens-lite", *map(str, args)])
+        monkeypatch.setenv("COLUMNS", "200")
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        return Said(code, *capsys.readouterr())
+
+    return run

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import sys
 import threading
 from importlib import import_module
 
@@ -11,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 import saelens_lite as sl
-from saelens_lite import cli
 from saelens_lite.errors import TextError
 from saelens_lite.tokens import RowBlocks, token_rows
 
@@ -100,13 +98,10 @@ def test_a_failing_model_ends_the_thread(lm, tmp_path, small_blocks):
     assert threading.enumerate() == before
 
 
-def test_the_command_line_has_the_same_settings(tmp_path, monkeypatch, capsys):
+def test_the_command_line_has_the_same_settings(tmp_path, command):
     def call(*args):
-        monkeypatch.setattr(sys, "argv", ["saelens-lite", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
-        assert not stop.value.code, err
+        code, out, err = command(*args)
+        assert code == 0, err
         return out
 
     page = {"body": "It was the best of times, it was the worst of times. " * 40}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from saelens_lite import cli
+import saelens_lite as sl
 
 HOOK = "blocks.1.hook_resid_pre"
 
@@ -18,18 +18,6 @@ def run(*args: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "saelens_lite.cli", *map(str, args)], capture_output=True, text=True, check=False, timeout=300
     )
-
-
-def call(monkeypatch, capsys, *args: object) -> tuple[int, str, str]:
-    """The command in this process: (exit code, standard output, standard error)."""
-    monkeypatch.setattr(sys, "argv", ["saelens-lite", *map(str, args)])
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code or 0
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +43,8 @@ def test_capture_and_train_leave_what_they_say(work):
     assert [json.loads(line)["tokens"] for line in (work / "run/log.jsonl").read_text().splitlines()] == [4096]
 
 
-def test_eval_writes_json(work, monkeypatch, capsys):
-    code, out, err = call(
-        monkeypatch,
-        capsys,
+def test_eval_writes_json(work, command):
+    code, out, err = command(
         "eval",
         work / "run/dictionary",
         "--text",
@@ -79,9 +65,9 @@ def test_eval_writes_json(work, monkeypatch, capsys):
     assert json.loads((work / "run/dictionary/eval.json").read_text()) == report
 
 
-def test_eval_shows_controls_and_positions(work, monkeypatch, capsys):
+def test_eval_shows_controls_and_positions(work, command):
     folder = shutil.copytree(work / "run/dictionary", work / "x[" / "b]")  # rich's closing tag of nothing
-    code, out, err = call(monkeypatch, capsys, "eval", folder, "--n-tokens", 600, "--controls", "--by-position")
+    code, out, err = command("eval", folder, "--n-tokens", 600, "--controls", "--by-position")
     assert code == 0, err
     assert all(word in out for word in ("random", "PCA", "re-drawn", "position", "2 – 3"))
     report = json.loads((folder / "eval.json").read_text())
@@ -89,43 +75,41 @@ def test_eval_shows_controls_and_positions(work, monkeypatch, capsys):
     assert report["disjoint"] is None
 
 
-def test_features_writes_one_page(work, monkeypatch, capsys):
+def test_features_writes_one_page(work, command):
     html = work / "features.html"
-    code, out, err = call(monkeypatch, capsys, "features", work / "run/dictionary", "--text", work / "book.txt", "--html", html)
+    code, out, err = command("features", work / "run/dictionary", "--text", work / "book.txt", "--html", html)
     assert code == 0, err
     assert "64 latents" in out
     assert html.read_text().lower().startswith("<!doctype html>")
-    code, _, err = call(monkeypatch, capsys, "features", work / "run/dictionary", "--text", work / "book.txt", "--html", html)
+    code, _, err = command("features", work / "run/dictionary", "--text", work / "book.txt", "--html", html)
     assert code == 2
     assert "already exists" in err
 
 
-def test_features_of_several_are_kept_and_shown_again(work, monkeypatch, capsys):
+def test_features_of_several_are_kept_and_shown_again(work, command):
     d, html, out = work / "run/dictionary", work / "both.html", work / "stores"
     asked = ("features", d, d, "--text", work / "book.txt", "--html", html, "--out", out, "--codes", "--control")
-    code, printed, err = call(monkeypatch, capsys, *asked)
+    code, printed, err = command(*asked)
     assert code == 0, err
     assert printed.count("64 latents") == 2
     assert sorted(path.name for path in out.iterdir()) == ["0-topk", "1-topk"]
     assert {"codes.parquet", "control.safetensors"} <= {path.name for path in (out / "1-topk").iterdir()}
     pages = [work / "both-0-topk.html", work / "both-1-topk.html"]
     assert pages[0].read_bytes() == pages[1].read_bytes()
-    code, _, err = call(monkeypatch, capsys, "dashboard", out / "0-topk", "--html", html)
+    code, _, err = command("dashboard", out / "0-topk", "--html", html)
     assert code == 0, err
     assert html.read_bytes() == pages[0].read_bytes()
-    code, _, err = call(monkeypatch, capsys, "dashboard", out, "--html", work / "other.html")
+    code, _, err = command("dashboard", out, "--html", work / "other.html")
     assert code == 2
     assert "features.json is missing" in err
 
 
-def test_train_reads_toml_and_flags_win(work, monkeypatch, capsys):
+def test_train_reads_toml_and_flags_win(work, command):
     (work / "run.toml").write_text(
         'd_sae = 32\nn_tokens = 512\nbatch_size = 256\n\n[[dictionary]]\nsparsity = "l1"\noptions = {coefficient = 1.0}\n\n'
         '[[dictionary]]\nsparsity = "topk"\noptions = {k = 4}\n'
     )
-    code, out, err = call(
-        monkeypatch, capsys, "train", work / "cache", "--config", work / "run.toml", "--d-sae", 48, "--out", work / "two"
-    )
+    code, out, err = command("train", work / "cache", "--config", work / "run.toml", "--d-sae", 48, "--out", work / "two")
     assert code == 0, err
     assert out.count("fvu") == 2
     for name, k in (("0-l1", None), ("1-topk", 4)):
@@ -134,20 +118,20 @@ def test_train_reads_toml_and_flags_win(work, monkeypatch, capsys):
         assert config.get("k") == k
 
 
-def test_inspect(work, monkeypatch, capsys):
-    code, out, _ = call(monkeypatch, capsys, "inspect", work / "run")
+def test_inspect(work, command):
+    code, out, _ = command("inspect", work / "run")
     assert code == 0
     assert json.loads(out)["metadata"]["saelens_lite"]["sparsity"] == "topk"
-    code, out, _ = call(monkeypatch, capsys, "inspect", work / "cache")
+    code, out, _ = command("inspect", work / "cache")
     assert code == 0
     assert json.loads(out)["activations"] == 2000
 
 
-def test_compare_prints_figures_and_leaves_scores(work, monkeypatch, capsys):
+def test_compare_prints_figures_and_leaves_scores(work, command):
     d = work / "run/dictionary"
     again = shutil.copytree(d, work / "again")
     args = ("compare", d, d, again, "--include-dead", "--out", work / "scores", "--json", work / "compare.json")
-    code, out, err = call(monkeypatch, capsys, *args)
+    code, out, err = command(*args)
     assert code == 0, err
     assert "shared with all 2: 100.0%, with none: 0.0%" in out
     assert load_file(work / "scores/stability.safetensors")["n_shared"].tolist() == [2] * 64
@@ -155,91 +139,126 @@ def test_compare_prints_figures_and_leaves_scores(work, monkeypatch, capsys):
     assert list(found) == [str(d), str(again)]
     for figures in found.values():
         assert figures["summary"]["shared"] == 1 > figures["chance"]["shared"]
-    code, _, err = call(monkeypatch, capsys, *args)
+    code, _, err = command(*args)
     assert code == 2
     assert "already exists" in err
 
 
-def test_probe_prints_a_table(work, monkeypatch, capsys):
+def test_probe_prints_a_table(work, command):
     lines = [f"It was the {'best' if i % 2 else 'worst'} of {i} times,{i % 2}" for i in range(24)]
     (work / "kinds.csv").write_text("\n".join(["sentence,label", *lines]))
     args = ("probe", work / "run/dictionary", "--data", work / "kinds.csv", "--ks", 2, "--json", work / "probe.json")
-    code, out, err = call(monkeypatch, capsys, *args, "--column", "sentence")
+    code, out, err = command(*args, "--column", "sentence")
     assert code == 0, err
     assert "k = 2" in out
     assert "majority" in out
     (report,) = json.loads((work / "probe.json").read_text()).values()
     assert (report["n_train"], report["n_test"], report["classes"]) == (18, 6, ["0", "1"])
     assert len(report["probes"]["k = 2"]["latents"]) == 2
-    code, _, err = call(monkeypatch, capsys, *args)
+    code, _, err = command(*args)
     assert code == 2
     assert "no 'text'" in err
 
 
-def test_steer_shows_both_texts(work, monkeypatch, capsys):
+def test_steer_shows_both_texts(work, command):
     args = ("steer", work / "run/dictionary", "--prompt", "It was", "--max-new-tokens", 8, "--seed", 3, "--temperature", 1)
     edits = ("--clamp", "7=80.0", "--clamp", "8=-2", "--add", "3=20", "--ablate", 5, "--ablate", 6, "--scale", "9=0.5")
-    code, out, err = call(monkeypatch, capsys, *args, *edits)
+    code, out, err = command(*args, *edits)
     assert code == 0, err
     assert "plain" in out
     assert "nats per token" in out
     assert out.count("It was") == 2
-    code, again, _ = call(monkeypatch, capsys, *args, "--add", "3=0")
+    code, again, _ = command(*args, "--add", "3=0")
     plain, edited = next(line for line in again.splitlines() if "It was" in line).split("It was")[1:]
     assert plain.strip() == edited.strip()
     assert "0.0000 nats per token" in again
-    _, early, _ = call(monkeypatch, capsys, *args, "--add", "3=20", "--positions", 1)
+    _, early, _ = command(*args, "--add", "3=20", "--positions", 1)
     assert "0.0000 nats per token" not in early
-    code, _, err = call(monkeypatch, capsys, *args, "--add", "3=20", "--positions", -1)
+    code, _, err = command(*args, "--add", "3=20", "--positions", -1)
     assert (code, "positions = [-1]; expected whole numbers from 0 on" in err) == (2, True)
 
 
-def test_attribute_prints_a_table(work, monkeypatch, capsys):
+def test_doses_prints_a_row_for_each(work, command):
+    args = ("doses", work / "run/dictionary", 7, "--prompt", "It was the best", "--prompt", "of times", "--controls", 2)
+    code, out, err = command(*args, "--doses", -3, 0, 12.5, "--json", work / "doses.json")
+    assert code == 0, err
+    rows = json.loads((work / "doses.json").read_text())["doses"]
+    assert [row["dose"] for row in rows] == [-3, 0, 12.5]
+    assert all(f"{row['effect']:+.4f}".lstrip("+") in out for row in rows)
+    assert (rows[1]["kl"], rows[1]["effect"]) == pytest.approx((0, 0), abs=1e-5)
+    assert rows[2]["kl"] > 0.01
+
+
+def test_a_dictionary_that_does_not_say_its_hook(work, command):
+    """Every command that runs the model takes it, and says so where it is missing."""
+    d = sl.Dictionary.load(work / "run/dictionary")
+    d.origin = sl.Origin()
+    folder = d.save(work / "homeless")
+    (work / "labelled.csv").write_text("text,label\n" + "good,1\nbad,0\n" * 12)
+    prompt = ("--prompt", "It was the best of times")
+    commands = [
+        ("eval", folder, "--text", work / "book.txt", "--n-tokens", 100),
+        ("features", folder, "--text", work / "book.txt", "--n-tokens", 100, "--html", work / "homeless.html"),
+        ("probe", folder, "--data", work / "labelled.csv", "--ks", 1),
+        ("steer", folder, *prompt, "--add", "7=9", "--max-new-tokens", 2),
+        ("doses", folder, 7, *prompt, "--doses", 1, "--controls", 0),
+        ("attribute", folder, *prompt),
+        ("prompt", folder, *prompt),
+    ]
+    for args in commands:
+        code, _, err = command(*args, "--model", "tiny")
+        assert (code, "hook" in err) == (2, True), (args[0], err)
+        code, out, err = command(*args, "--model", "tiny", "--hook", HOOK)
+        assert code == 0, (args[0], err)
+        assert out
+
+
+def test_attribute_prints_a_table(work, command):
     args = ("attribute", work / "run/dictionary", "--prompt", "It was the best of", "--json", work / "attribution.json")
-    code, out, err = call(monkeypatch, capsys, *args, "--token", " times", "--against", " the", "--top", 3)
+    code, out, err = command(*args, "--token", " times", "--against", " the", "--top", 3)
     assert code == 0, err
     assert "ablation and gradient: Spearman" in out
     found = json.loads((work / "attribution.json").read_text())
     assert found["metric"] == "logit of ' times' − logit of ' the'"
     assert len(found["ablation"]) == len(found["gradient"]) == len(found["latent"]) > 3
-    code, out, err = call(monkeypatch, capsys, *args, "--no-ablation")
+    code, out, err = command(*args, "--no-ablation")
     assert code == 0, err
     assert "ablation" not in json.loads((work / "attribution.json").read_text())
 
 
-def test_prompt_prints_what_fires_where(work, monkeypatch, capsys):
+def test_prompt_prints_what_fires_where(work, command):
     args = ("prompt", work / "run/dictionary", "--prompt", "It was the", "--json", work / "prompt.json", "--top", 2)
-    code, out, err = call(monkeypatch, capsys, *args, "--by", "attribution", "--token", " times", "--against", " the")
+    code, out, err = command(*args, "--by", "attribution", "--token", " times", "--against", " the")
     assert code == 0, err
     assert "latents by effect on logit of ' times' − logit of ' the'" in " ".join(out.split())
     rows = json.loads((work / "prompt.json").read_text())["rows"]
     assert [row["token"] for row in rows] == ["It", "It", " was", " was", " the", " the"]
     assert all(f"{row['attribution']:+.4f}" in out for row in rows)
     features = ("features", work / "run/dictionary", "--text", work / "book.txt", "--n-tokens", 500)
-    code, out, err = call(monkeypatch, capsys, *features, "--out", work / "store", "--html", work / "few.html")
+    code, out, err = command(*features, "--out", work / "store", "--html", work / "few.html")
     assert code == 0, err
-    code, out, err = call(monkeypatch, capsys, *args, "--by", "relative", "--store", work / "store")
+    code, out, err = command(*args, "--by", "relative", "--store", work / "store")
     assert code == 0, err
     assert "promotes" in out
-    code, _, err = call(monkeypatch, capsys, *args, "--by", "relative")
+    code, _, err = command(*args, "--by", "relative")
     assert code == 2
     assert "give store=" in err
 
 
-def test_plugins(monkeypatch, capsys):
-    code, out, _ = call(monkeypatch, capsys, "plugins")
+def test_plugins(command):
+    code, out, _ = command("plugins")
     assert code == 0
     for name in ("l1", "topk", "gated", "jsonl", "tensorboard"):
         assert name in out
 
 
-def test_train_with_loggers(work, monkeypatch, capsys):
+def test_train_with_loggers(work, command):
     args = ("train", work / "cache", "--d-sae", 16, "--n-tokens", 512, "--batch-size", 256)
-    code, _, err = call(monkeypatch, capsys, *args, "--loggers", "tensorboard, jsonl", "--out", work / "logged")
+    code, _, err = command(*args, "--loggers", "tensorboard, jsonl", "--out", work / "logged")
     assert code == 0, err
     assert (work / "logged/log.jsonl").stat().st_size > 0
     assert list((work / "logged/tensorboard").glob("events.out.tfevents.*"))
-    code, _, err = call(monkeypatch, capsys, *args, "--loggers", "", "--out", work / "unlogged")
+    code, _, err = command(*args, "--loggers", "", "--out", work / "unlogged")
     assert code == 0, err
     assert sorted(path.name for path in (work / "unlogged").iterdir()) == ["config.toml", "dictionary"]
 
@@ -275,10 +294,10 @@ def test_train_with_loggers(work, monkeypatch, capsys):
         (["inspect", "nowhere"], "is missing"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_2(work, monkeypatch, capsys, args, says):
+def test_mistakes_are_one_line_and_exit_2(work, monkeypatch, args, says, command):
     places = {"CACHE": work / "cache", "BOOK": work / "book.txt", "DICT": work / "run/dictionary"}
     monkeypatch.chdir(work)
-    code, out, err = call(monkeypatch, capsys, *(places.get(arg, arg) for arg in args))
+    code, out, err = command(*(places.get(arg, arg) for arg in args))
     assert code == 2
     assert says in err
     assert err.startswith("saelens-lite: ")
@@ -286,7 +305,7 @@ def test_mistakes_are_one_line_and_exit_2(work, monkeypatch, capsys, args, says)
     assert "Traceback" not in out + err
 
 
-def test_a_diverged_run_exits_1_and_keeps_the_last_good_dictionary(work, monkeypatch, capsys):
+def test_a_diverged_run_exits_1_and_keeps_the_last_good_dictionary(work, monkeypatch, command):
     from saelens_lite.train import Trainer
 
     real = Trainer.step
@@ -295,7 +314,7 @@ def test_a_diverged_run_exits_1_and_keeps_the_last_good_dictionary(work, monkeyp
         real(self, x if self.n_steps < 2 else x * torch.nan, target)
 
     monkeypatch.setattr(Trainer, "step", poisoned)
-    code, _, err = call(monkeypatch, capsys, "train", work / "cache", "--d-sae", 16, "--batch-size", 64, "--out", work / "nan")
+    code, _, err = command("train", work / "cache", "--d-sae", 16, "--batch-size", 64, "--out", work / "nan")
     assert code == 1
     assert "the activations became NaN or infinite in step 3" in err
     assert (work / "nan/last_good/cfg.json").exists()

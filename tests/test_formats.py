@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 from importlib.metadata import EntryPoint
 
 import pytest
@@ -11,7 +10,7 @@ from foreign import CASES, D_IN, D_SAE, normal
 from safetensors.torch import load_file, save_file
 
 import saelens_lite as sl
-from saelens_lite import cli, registry
+from saelens_lite import registry
 from saelens_lite.errors import ConfigError, CorruptFileError, OutputExistsError, PluginError
 from saelens_lite.formats import TensorFile
 
@@ -467,19 +466,12 @@ def test_our_cfg_json_says_the_same_to_everybody(tmp_path):
 # The command line
 
 
-def call(monkeypatch, capsys, *args: object) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["saelens-lite", *map(str, args)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return stop.value.code, *capsys.readouterr()
-
-
 @pytest.mark.parametrize("name", ["topk, layer_norm", "AutoEncoderTopK", "openai TopK", "gemma scope", "sparsify skip"])
-def test_inspect_reads_no_weights(name, tmp_path, monkeypatch, capsys):
+def test_inspect_reads_no_weights(name, tmp_path, monkeypatch, command):
     case = CASES[name]
     path = case.write(tmp_path / "foreign")
     monkeypatch.setattr(TensorFile, "read", lambda self, names: {n: torch.tensor(3) for n in names})
-    code, out, err = call(monkeypatch, capsys, "inspect", path, *(["--format", case.format] if case.pickled else []))
+    code, out, err = command("inspect", path, *(["--format", case.format] if case.pickled else []))
     assert (code, err) == (0, "")
     facts = json.loads(out)
     assert (facts["format"], facts["architecture"], facts["sparsity"]) == (case.format, case.architecture, case.rule)
@@ -490,14 +482,14 @@ def test_inspect_reads_no_weights(name, tmp_path, monkeypatch, capsys):
     assert facts["origin"].items() >= json.loads(json.dumps(case.origin)).items()
 
 
-def test_convert_on_the_command_line(tmp_path, monkeypatch, capsys):
+def test_convert_on_the_command_line(tmp_path, command):
     path = CASES["AutoEncoderTopK"].write(tmp_path / "foreign")
-    code, _, err = call(monkeypatch, capsys, "convert", path, tmp_path / "out", "--format", "saelens")
+    code, _, err = command("convert", path, tmp_path / "out", "--format", "saelens")
     assert (code, (tmp_path / "out").exists()) == (2, False)
     assert "read only on request: say format='dictionary_learning'" in err
     request = ("--source-format", "dictionary_learning")
-    code, out, _ = call(monkeypatch, capsys, "convert", path, tmp_path / "out", "--format", "saelens_lite", *request)
+    code, out, _ = command("convert", path, tmp_path / "out", "--format", "saelens_lite", *request)
     assert (code, out.strip()) == (0, str(tmp_path / "out"))
     assert sl.Dictionary.load(tmp_path / "out").rule.config.k == 3
-    code, out, _ = call(monkeypatch, capsys, "inspect", tmp_path / "out")
+    code, out, _ = command("inspect", tmp_path / "out")
     assert json.loads(out)["metadata"]["saelens_lite"]["sparsity"] == "topk"

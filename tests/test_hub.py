@@ -19,7 +19,6 @@ from huggingface_hub import HfApi, close_session
 from safetensors.torch import load_file, save_file
 
 import saelens_lite as sl
-from saelens_lite import cli
 from saelens_lite.errors import (
     ConfigError,
     CorruptFileError,
@@ -889,52 +888,40 @@ def test_figures_are_the_same_for_the_same_numbers(tmp_path):
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def call(monkeypatch, capsys, *args: object) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["saelens-lite", *map(str, args)])
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code or 0
-    return code, *capsys.readouterr()
-
-
-def test_commands(hub, folder, tmp_path, monkeypatch, capsys):
-    code, out, _ = call(monkeypatch, capsys, "push", folder, REPO, "--folder", "a", "--dry-run", "--json")
+def test_commands(hub, folder, tmp_path, command):
+    code, out, _ = command("push", folder, REPO, "--folder", "a", "--dry-run", "--json")
     assert code == 0
     planned = json.loads(out)
     assert planned["commit"] is None
-    code, out, _ = call(monkeypatch, capsys, "push", folder, REPO, "--folder", "a", "--license", "mit", "--tags", "x")
+    code, out, _ = command("push", folder, REPO, "--folder", "a", "--license", "mit", "--tags", "x")
     assert code == 0
     assert f"commit {hub.repositories[REPO].head.id}" in out
     assert [line.split()[-1] for line in out.splitlines()[:-1]] == [file["path"] for file in planned["files"]]
-    code, out, _ = call(monkeypatch, capsys, "pull", REPO, "a", "--out", tmp_path / "got")
+    code, out, _ = command("pull", REPO, "a", "--out", tmp_path / "got")
     assert code == 0
     assert f"{tmp_path / 'got'}: topk, 32 latents, hf://{REPO}/a@{hub.repositories[REPO].head.id}" in out
     assert (tmp_path / "got/cfg.json").read_bytes() == (folder / "cfg.json").read_bytes()
     assert sl.Dictionary.load(tmp_path / "got").d_sae == 32
-    code, _, err = call(monkeypatch, capsys, "pull", REPO, "a", "--out", tmp_path / "got")
+    code, _, err = command("pull", REPO, "a", "--out", tmp_path / "got")
     assert code == OutputExistsError.exit_code
     assert "already exists" in err
-    assert call(monkeypatch, capsys, "pull", f"hf://{REPO}/a")[0] == 0
-    code, _, err = call(monkeypatch, capsys, "pull", f"hf://{REPO}/a", "b")
+    assert command("pull", f"hf://{REPO}/a")[0] == 0
+    code, _, err = command("pull", f"hf://{REPO}/a", "b")
     assert (code, "says which folder and revision" in err) == (2, True)
-    code, out, _ = call(monkeypatch, capsys, "inspect", f"hf://{REPO}/a")
+    code, out, _ = command("inspect", f"hf://{REPO}/a")
     assert (code, json.loads(out)["d_sae"]) == (0, 32)
-    code, _, err = call(monkeypatch, capsys, "pull", REPO, "c")
+    code, _, err = command("pull", REPO, "c")
     assert (code, "has no dictionary 'c'; it has a" in err) == (2, True)
 
 
-def test_evaluation_by_address_and_of_a_foreign_folder(hub, tmp_path, monkeypatch, capsys):
+def test_evaluation_by_address_and_of_a_foreign_folder(hub, tmp_path, monkeypatch, command):
     hook = "blocks.2.hook_resid_pre"
     d = sl.Dictionary.create("topk", d_in=192, d_sae=64, options={"k": 8}, origin=sl.Origin(model="tiny", hook=hook))
     sl.push({"a": d.save(tmp_path / "made")}, REPO)
     sl.convert(tmp_path / "made", tmp_path / "foreign", format="sparsify")
     monkeypatch.chdir(tmp_path)
     for place in (f"hf://{REPO}/a", tmp_path / "foreign"):
-        code, out, err = call(
-            monkeypatch, capsys, "eval", place, "--model", "tiny", "--hook", hook, "--n-tokens", 300, "--json", "all.json"
-        )
+        code, out, err = command("eval", place, "--model", "tiny", "--hook", hook, "--n-tokens", 300, "--json", "all.json")
         assert code == 0, err
         assert "FVU" in out
         (found,) = json.loads((tmp_path / "all.json").read_text()).values()

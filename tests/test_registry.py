@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import saelens_lite as sl
-from saelens_lite import cli, registry
+from saelens_lite import registry
 from saelens_lite.errors import PluginError
 
 
@@ -323,17 +323,8 @@ def all_sorts(stranger, distribution, tmp_path, monkeypatch):
     return allowed
 
 
-def listed(monkeypatch, capsys, *args: str) -> str:
-    monkeypatch.setattr(sys, "argv", ["saelens-lite", "plugins", *args])
-    monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 0
-    return capsys.readouterr().out
-
-
-def test_the_list_as_json(all_sorts, relu, monkeypatch, capsys):
-    rows = json.loads(listed(monkeypatch, capsys, "--json"))
+def test_the_list_as_json(all_sorts, relu, command):
+    rows = json.loads(command("plugins", "--json").out)
     assert [(row["kind"], row["name"]) for row in rows] == [
         (kind, plugin.name) for kind in registry.KINDS for plugin in registry.plugins(kind)
     ]
@@ -365,8 +356,8 @@ def test_the_list_as_json(all_sorts, relu, monkeypatch, capsys):
     assert (found["bare"]["distribution"], found["bare"]["version"], found["bare"]["status"]) == ("?", "?", "broken")
 
 
-def test_the_list_as_a_table(all_sorts, monkeypatch, capsys):
-    lines = listed(monkeypatch, capsys).splitlines()
+def test_the_list_as_a_table(all_sorts, command):
+    lines = command("plugins").out.splitlines()
     rows = {line.split()[0]: " ".join(line.split()) for line in lines if line.strip()}
     assert rows["name"] == "name kind distribution version paper status"
     assert rows["stranger"] == "stranger sparsity stranger-sparsity 2.1 Nobody 2020 ok"

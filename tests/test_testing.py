@@ -1,7 +1,6 @@
 """The conformance kit passes what is right and, for each of its checks, fails what is wrong in just that respect."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import saelens_lite as sl
-from saelens_lite import cli, errors, registry
+from saelens_lite import errors, registry
 from saelens_lite.errors import PluginError
 from saelens_lite.formats import AXES, Outline, cannot_write, open_tensors, tensor_names, write_tensors
 from saelens_lite.sparsity import support_of_mask
@@ -340,14 +339,6 @@ def test_what_is_no_plugin_cannot_be_checked(thing):
         check_plugin(thing)
 
 
-def call(monkeypatch, capsys, *args: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["saelens-lite", "plugins", *args])
-    monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return stop.value.code, *capsys.readouterr()
-
-
 @pytest.fixture
 def listed():
     """Two rules to ask for by name, one of them broken."""
@@ -360,12 +351,12 @@ def listed():
         del rule.plugin_name
 
 
-def test_the_command_line_checks_and_says_so_in_its_exit_code(listed, monkeypatch, capsys):
-    code, out, _ = call(monkeypatch, capsys, "--check", "relu_of_tests")
+def test_the_command_line_checks_and_says_so_in_its_exit_code(listed, command):
+    code, out, _ = command("plugins", "--check", "relu_of_tests")
     assert code == 0
     assert "sparsity rule Relu: " in out
     assert "largest relative error" in out
-    code, out, _ = call(monkeypatch, capsys, "--check", "sparsity:counts_of_tests", "--json")
+    code, out, _ = command("plugins", "--check", "sparsity:counts_of_tests", "--json")
     assert code == 1
     assert [c["name"] for c in json.loads(out)["checks"] if c["status"] == "failed"] == ["resume"]
 
@@ -378,8 +369,8 @@ def test_the_command_line_checks_and_says_so_in_its_exit_code(listed, monkeypatc
         (("--options.k", "3"), "--options are those of a rule to check; say which: --check NAME"),
     ],
 )
-def test_the_command_line_refuses(monkeypatch, capsys, args, message):
-    code, _, err = call(monkeypatch, capsys, *args)
+def test_the_command_line_refuses(args, message, command):
+    code, _, err = command("plugins", *args)
     assert code == 2
     assert message in err
 

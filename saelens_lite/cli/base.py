@@ -1,0 +1,72 @@
+"""What all commands share: the app they register with, how it starts, and how a command that fails says so."""
+
+import logging
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App, CycloptsError, Parameter
+
+from saelens_lite.errors import SaelensLiteError, Stopped
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = App(
+    name="saelens-lite",
+    suppress_keyboard_interrupt=False,  # `main` says what was saved
+    help="Hook a transformer, cache its residual stream, train sparse dictionaries, read them and publish them.",
+    help_format="plaintext",
+)
+app.meta.group_parameters = app.meta["--help"].group = "Global options"
+app.meta.suppress_keyboard_interrupt = False
+
+
+@app.meta.default
+def _launch(
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    verbose: Annotated[bool, Parameter(negative="")] = False,
+    traceback: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Hook a transformer, cache its residual stream, train sparse dictionaries, read them and publish them.
+
+    Parameters
+    ----------
+    verbose
+        Log what the library does.
+    traceback
+        Show the whole traceback of an error.
+    """
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
+    command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
+    command(*bound.args, **bound.kwargs)
+
+
+def main() -> None:
+    """Run a command. Errors are one line on standard error: exit code 2 for the user's mistakes, 1 for the rest."""
+    wants_traceback = "--traceback" in sys.argv
+    try:
+        app.meta(sys.argv[1:], exit_on_error=False, print_error=False)
+    except (SaelensLiteError, Stopped) as error:
+        _fail(error, str(error), error.exit_code, wants_traceback)
+    except CycloptsError as error:
+        _fail(error, str(error), 2, wants_traceback)
+    except KeyboardInterrupt as error:
+        _fail(error, "interrupted", 130, wants_traceback)
+    except BrokenPipeError:
+        sys.exit(1)
+    except Exception as error:
+        _fail(error, f"{type(error).__name__}: {error} (add --traceback to see where)", 1, wants_traceback)
+
+
+def _fail(error: BaseException, message: str, code: int, wants_traceback: bool) -> None:
+    if wants_traceback:
+        raise error
+    print(f"saelens-lite: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def console() -> "Console":
+    """Where tables and results go."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True)

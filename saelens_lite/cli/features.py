@@ -1,0 +1,86 @@
+"""Commands that show what latents respond to."""
+
+from pathlib import Path
+
+from saelens_lite.cli.base import app, console
+from saelens_lite.cli.options import THE_MODEL, DictionaryPaths, Exists, Flag, ModelOptions, TextName, TextOptions
+from saelens_lite.config import TextConfig
+
+
+@app.command
+def features(
+    dictionaries: DictionaryPaths,
+    *,
+    text: TextName = "python-docs:held-out",
+    text_config: TextOptions = TextConfig(),  # noqa: B008 (frozen)
+    of: ModelOptions = THE_MODEL,
+    n_tokens: int | None = None,
+    out: Path | None = None,
+    codes: Flag = False,
+    control: Flag = False,
+    html: Path = Path("features.html"),
+    exists: Exists = "error",
+) -> None:
+    """See what each latent responds to: one HTML file a dictionary, from one pass of the model.
+
+    Stability scores that `compare --out` left in the folder of a dictionary are shown as well.
+
+    Parameters
+    ----------
+    n_tokens
+        Tokens to read; default: all.
+    out
+        Folder for the collected data, to be loaded again; several dictionaries have folders 0-topk, 1-l1, … in it (number and
+        rule). After an interruption the same command goes on.
+    codes
+        Keep all activations in --out as a Parquet table, for queries in SQL.
+    control
+        Collect the same on the model with its weights re-drawn.
+    html
+        The file to write; several dictionaries have files features-0-topk.html, ….
+    """
+    import saelens_lite as sl
+    from saelens_lite.features.compare import STABILITY_FILE, Stability
+    from saelens_lite.features.store import folder_names
+    from saelens_lite.files import refuse_existing
+    from saelens_lite.tokens import named_text
+
+    loaded = [sl.Dictionary.load(path) for path in dictionaries]
+    pages = [html] if len(loaded) == 1 else [html.with_stem(f"{html.stem}-{name}") for name in folder_names(loaded)]
+    for page in pages:
+        refuse_existing(page, exists)
+    lm = of.model_of(loaded[0])
+    stores = sl.FeatureStore.build(
+        [d.to(lm.device) for d in loaded] if len(loaded) > 1 else loaded[0].to(lm.device),
+        lm,
+        named_text(text),
+        hook=of.hook,
+        n_tokens=n_tokens,
+        text_config=text_config,
+        out=out,
+        codes=codes,
+        control=control,
+        stability=[Stability.load(path) if (path / STABILITY_FILE).exists() else None for path in dictionaries],
+        exists=exists,
+    )
+    for store, page in zip(stores if isinstance(stores, list) else [stores], pages, strict=True):
+        store.dashboard(page, exists=exists)
+        console().print(f"{page}: {store.info.d_sae} latents, {page.stat().st_size / 1e6:.1f} MB", markup=False)
+
+
+@app.command
+def dashboard(store: Path, *, html: Path = Path("features.html"), exists: Exists = "error") -> None:
+    """Write the page of a store that `features --out` collected, with the labels that were given since.
+
+    Parameters
+    ----------
+    store
+        Folder of the store.
+    html
+        The file to write.
+    """
+    import saelens_lite as sl
+
+    loaded = sl.FeatureStore.load(store)
+    loaded.dashboard(html, exists=exists)
+    console().print(f"{html}: {loaded.info.d_sae} latents, {html.stat().st_size / 1e6:.1f} MB", markup=False)

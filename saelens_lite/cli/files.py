@@ -1,0 +1,78 @@
+"""Commands that read and write the files of dictionaries and caches."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from saelens_lite.cli.base import app, console
+from saelens_lite.cli.options import DictionaryPath, Exists, ReadAs
+from saelens_lite.errors import PluginError
+
+
+@app.command
+def inspect(path: Path, *, format: ReadAs = None) -> None:
+    """Say what a dictionary or cache holds, ours or another tool's, without loading its tensors.
+
+    Parameters
+    ----------
+    path
+        A folder written by `train` or `capture`, a file or folder of another tool, or a dictionary on the Hub,
+        hf://user/repo/folder@revision, whose weights are not fetched.
+    """
+    from saelens_lite import formats
+    from saelens_lite.cache.stored import MANIFEST, ActivationCache
+    from saelens_lite.dictionary import CONFIG_FILE
+    from saelens_lite.files import read_json
+    from saelens_lite.places import describe, is_address
+
+    if is_address(path):
+        facts = describe(path)
+    elif (path / MANIFEST).exists():
+        cache = ActivationCache.open(path)
+        facts = {"activations": cache.n_tokens, **cache.manifest, "hooks": {h: cache.d_in(h) for h in cache.hooks}}
+        facts["shards"] = len(cache.manifest["shards"])
+    else:
+        config = next((f for f in (path / CONFIG_FILE, path / "dictionary" / CONFIG_FILE) if f.exists()), path / CONFIG_FILE)
+        facts = read_json(config) if format is None and config.exists() else {}
+        if not _is_ours(facts):
+            facts = formats.inspect(path, format)
+        if (path / "eval.json").exists():
+            facts["eval"] = read_json(path / "eval.json").get("metrics")
+    print(json.dumps(facts, indent=2, ensure_ascii=False))
+    _say_if_rule_is_missing(facts)
+
+
+@app.command
+def convert(source: DictionaryPath, out: Path, *, format: str, source_format: ReadAs = None, exists: Exists = "error") -> None:
+    """Write a dictionary, ours or another tool's, in a format.
+
+    Parameters
+    ----------
+    out
+        Folder to write.
+    format
+        saelens_lite, our own, or the name of a format plugin: saelens, sparsify, dictionary_learning, circuit_tracer.
+    """
+    import saelens_lite as sl
+
+    console().print(str(sl.convert(source, out, format, source_format=source_format, exists=exists)), markup=False)
+
+
+def _is_ours(facts: dict[str, Any]) -> bool:
+    """Whether a cfg.json or manifest is one of ours."""
+    metadata = facts.get("metadata")
+    return isinstance(metadata, dict) and "saelens_lite" in metadata
+
+
+def _say_if_rule_is_missing(facts: dict[str, Any]) -> None:
+    """One line on standard error when a dictionary cannot be loaded for want of its sparsity rule."""
+    from saelens_lite import registry
+
+    metadata = facts.get("metadata")
+    ours = metadata.get("saelens_lite") if isinstance(metadata, dict) else None
+    if isinstance(ours, dict) and "sparsity" in ours:
+        try:
+            registry.find(ours["sparsity"], written_by=ours.get("distribution"))
+        except PluginError as error:
+            print(f"saelens-lite: this dictionary cannot be loaded here: {error}", file=sys.stderr)

@@ -1,0 +1,74 @@
+"""Options that several commands have."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from saelens_lite.config import TextConfig
+
+if TYPE_CHECKING:
+    from saelens_lite.dictionary import Dictionary
+    from saelens_lite.model import LanguageModel
+
+DICTIONARY = "a folder of ours, a folder or file of another tool, or an address such as hf://user/repo/folder@revision."
+
+Flag = Annotated[bool, Parameter(negative="")]
+Exists = Annotated[Literal["error", "overwrite"], Parameter(help="What to do when an output exists.")]
+DictionaryPath = Annotated[Path, Parameter(help=f"The dictionary: {DICTIONARY}")]
+DictionaryPaths = Annotated[list[Path], Parameter(help=f"Dictionaries, each {DICTIONARY}")]
+TextName = Annotated[
+    str,
+    Parameter(
+        help="A .txt, .md, .jsonl or .parquet file; hf:org/name:config:split for a dataset of the Hugging Face Hub; or "
+        '"python-docs", "python-docs:train", "python-docs:held-out" for the embedded corpus.'
+    ),
+]
+TextOptions = Annotated[TextConfig, Parameter(name="*")]
+ReadAs = Annotated[str | None, Parameter(help="Name of the format plugin to read it with; only needed for pickles.")]
+JsonFile = Annotated[Path | None, Parameter(name="--json", help="File for all figures.")]
+PrintJson = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON instead of text.")]
+
+
+@dataclass(frozen=True)
+class OfModel:
+    """Where in which model dictionaries are used.
+
+    Parameters
+    ----------
+    model
+        "tiny", a Hugging Face Hub id, or a folder; default: the model the dictionary was trained on.
+    hook
+        The hook, for dictionaries that do not say theirs.
+    device
+        Where to run, e.g. cuda.
+    """
+
+    model: str | None = None
+    hook: str | None = None
+    device: str | None = None
+
+    def model_of(self, dictionary: "Dictionary") -> "LanguageModel":
+        """The model that was asked for, or the one of a dictionary, with its weights processed as they were."""
+        import saelens_lite as sl
+
+        processing = dict.fromkeys(dictionary.origin.processing, True)
+        return sl.load_model(self.model or dictionary.origin.model or "tiny", device=self.device, **processing)
+
+    def load(self, path: Path) -> "tuple[Dictionary, LanguageModel]":
+        """A dictionary and its model, on one device."""
+        import saelens_lite as sl
+
+        dictionary = sl.Dictionary.load(path)
+        lm = self.model_of(dictionary)
+        return dictionary.to(lm.device), lm
+
+
+ModelOptions = Annotated[OfModel, Parameter(name="*")]
+THE_MODEL = OfModel()
+
+
+def given(**flags: Any) -> dict[str, Any]:
+    """The flags that have a value."""
+    return {name: value for name, value in flags.items() if value is not None}

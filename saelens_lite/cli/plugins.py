@@ -1,0 +1,105 @@
+"""The command that lists plugins and checks them."""
+
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from saelens_lite.cli.base import app, console
+from saelens_lite.cli.options import PrintJson
+from saelens_lite.errors import ConfigError, PluginError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from saelens_lite.registry import Finding
+    from saelens_lite.testing import PluginReport
+
+
+@app.command
+def plugins(
+    *,
+    check: str | None = None,
+    options: dict[str, str] | None = None,
+    as_json: PrintJson = False,
+) -> None:
+    """List the plugins that are installed, and whether each can be loaded; or check that one keeps its contract.
+
+    The environment variable SAELENS_LITE_PLUGINS restricts which may be: a comma-separated list of distributions and
+    kind:name pairs, e.g. SAELENS_LITE_PLUGINS=my-rules,loggers:my_logger. Built-in plugins always may; unset, all may.
+
+    Parameters
+    ----------
+    check
+        Name of a sparsity rule, format or logger, or kind:name, to check: a line for each thing that was looked at; exit code 1
+        if anything fails. A logger writes where it is configured to: set WANDB_MODE=offline or the like before.
+    options
+        With --check: options of the sparsity rule, e.g. --options.k 4.
+    """
+    from saelens_lite import registry
+
+    if options and not check:
+        raise ConfigError("--options are those of a rule to check; say which: --check NAME")
+    if check:
+        _check(check, options or {}, as_json)
+        return
+    found = [registry.check(plugin) for kind in registry.KINDS for plugin in registry.plugins(kind)]
+    if as_json:
+        print(json.dumps([_facts(finding) for finding in found], indent=2, ensure_ascii=False))
+    else:
+        console().print(_plugin_table(found))
+
+
+def _check(asked: str, options: dict[str, str], as_json: bool) -> None:
+    """Print what the conformance kit finds of a plugin; exit code 1 if a check fails."""
+    from saelens_lite import registry
+    from saelens_lite.config import parse_options
+    from saelens_lite.testing import check_plugin
+
+    kind, _, name = asked.rpartition(":")
+    kinds = [kind] if kind else [k for k in registry.KINDS if any(p.name == asked for p in registry.plugins(k))]
+    if len(kinds) > 1:
+        raise PluginError(f"{asked!r} is the name of several plugins; say which: {' or '.join(f'{k}:{name}' for k in kinds)}")
+    report = check_plugin(registry.load(name, *kinds), options=parse_options(options))
+    if as_json:
+        print(
+            json.dumps({"plugin": report.plugin, "checks": [c._asdict() for c in report.checks]}, indent=2, ensure_ascii=False)
+        )
+    else:
+        console().print(_check_table(report))
+    if not report.ok:
+        sys.exit(1)
+
+
+def _check_table(report: "PluginReport") -> "Table":
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    colours = {"ok": "green", "failed": "red", "warning": "yellow", "not checked": "dim"}
+    grid = Table(box=SIMPLE_HEAD, title=f"{report.plugin}: {report.summary()}", title_justify="left")
+    for title in ("check", "status", "found"):
+        grid.add_column(title, overflow="fold", no_wrap=title != "found")
+    for name, status, found in report.checks:
+        grid.add_row(Text(name), Text(status, style=colours[status]), Text(found))
+    return grid
+
+
+def _facts(finding: "Finding") -> dict[str, str]:
+    """A finding as flat JSON."""
+    p = finding.plugin
+    origin = {"name": p.name, "kind": p.kind, "distribution": p.distribution, "version": p.version, "target": p.target}
+    return origin | {"paper": finding.paper, "summary": finding.summary, "status": finding.status, "why": finding.why}
+
+
+def _plugin_table(findings: "list[Finding]") -> "Table":
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=SIMPLE_HEAD)
+    for title in ("name", "kind", "distribution", "version", "paper", "status"):
+        grid.add_column(title, overflow="fold", no_wrap=title not in ("paper", "status"))
+    for finding in findings:
+        p, status = finding.plugin, f"{finding.status}: {finding.why}" if finding.why else finding.status
+        grid.add_row(*(Text(cell) for cell in (p.name, p.kind, p.distribution, p.version, finding.paper, status)))
+    return grid

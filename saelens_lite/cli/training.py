@@ -1,0 +1,158 @@
+"""Commands that make activations and dictionaries."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from saelens_lite.cli.base import app, console
+from saelens_lite.cli.options import Exists, Flag, TextName, TextOptions, given
+from saelens_lite.config import TextConfig, TrainConfig, read_toml, train_configs
+from saelens_lite.errors import ConfigError
+
+
+@app.command
+def capture(
+    text: TextName,
+    *,
+    hooks: list[str],
+    model: str = "tiny",
+    out: Path = Path("cache"),
+    text_config: TextOptions = TextConfig(),  # noqa: B008 (frozen)
+    n_tokens: int | None = None,
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16",
+    device: str | None = None,
+    center_writing_weights: Flag = False,
+    exists: Exists = "error",
+) -> None:
+    """Run a model over text once and store activations.
+
+    Parameters
+    ----------
+    hooks
+        transformer-lens hook names, e.g. blocks.2.hook_resid_pre.
+    model
+        "tiny", a Hugging Face Hub id, or a folder.
+    out
+        Folder for the cache.
+    n_tokens
+        Activations to store; default: all of the text.
+    dtype
+        How activations are stored.
+    device
+        Where the model runs, e.g. cuda.
+    center_writing_weights
+        Take the mean out of all that is written to the residual stream first; for models whose norms are LayerNorm.
+    """
+    import saelens_lite as sl
+    from saelens_lite.tokens import named_text
+
+    lm = sl.load_model(model, device=device, center_writing_weights=center_writing_weights)
+    documents = named_text(text)
+    name = text if isinstance(documents, str) else Path(text).name
+    cache = sl.capture(
+        lm, documents, hooks, out, n_tokens=n_tokens, text_config=text_config, dtype=dtype, exists=exists, text_name=name
+    )
+    console().print(str(cache), markup=False)
+
+
+@app.command
+def train(
+    cache: Path | None = None,
+    settings: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig(),  # noqa: B008 (frozen)
+    *,
+    config: Path | None = None,
+    out: Path | None = None,
+    resume: Path | None = None,
+    text: str | None = None,
+    model: str = "tiny",
+    text_config: TextOptions = TextConfig(),  # noqa: B008 (frozen)
+    buffer_tokens: int = 65_536,
+    data_seed: int | None = None,
+    validation_tokens: int | None = None,
+    checkpoint_seconds: float | None = None,
+    device: str | None = None,
+    loggers: str | None = None,
+    exists: Exists | None = None,
+) -> None:
+    """Train one or several dictionaries on a cache, or on a text without one; go on with a run that was interrupted.
+
+    Parameters
+    ----------
+    cache
+        Folder written by `capture`.
+    config
+        TOML file with the same settings, and a [[dictionary]] table for each of several; flags win over it.
+    out
+        Folder for the run; default: runs/dictionary.
+    resume
+        Folder of an interrupted run. Its settings hold; a cache need only be named if it has moved.
+    text
+        Instead of a cache: text as for `capture`, from which activations are computed while training goes on.
+    model
+        With --text: "tiny", a Hugging Face Hub id, or a folder.
+    buffer_tokens
+        With --text: activations of each hook that are mixed in memory.
+    data_seed
+        Seed of the order of the data; default: 0.
+    validation_tokens
+        Activations never trained on; val_fvu and val_l0 in the log are of them. Default: 0.
+    checkpoint_seconds
+        Seconds between two checkpoints; default: 600.
+    device
+        Where to train, e.g. cuda; default: cpu.
+    loggers
+        Where metrics go, comma-separated: jsonl (log.jsonl in the run folder), tensorboard, wandb, trackio, or one of your own.
+        Default: jsonl.
+    exists
+        What to do when the folder is not empty; default: error.
+    """
+    import saelens_lite as sl
+    from saelens_lite.config import parse_options
+
+    names = None if loggers is None else [name.strip() for name in loggers.split(",") if name.strip()]
+    common = given(device=device, loggers=names, checkpoint_seconds=checkpoint_seconds)
+    only_new = given(data_seed=data_seed, validation_tokens=validation_tokens, exists=exists)
+    flags = {name: getattr(settings, name) for name in settings.model_fields_set}
+    if "options" in flags:
+        flags["options"] = parse_options(flags["options"])
+    if resume:
+        if surplus := flags | only_new | given(config=config, out=out, text=text):
+            raise ConfigError(f"--resume keeps the settings of {resume}; leave out {', '.join(surplus)}")
+        runs = sl.resume(resume, cache and sl.ActivationCache.open(cache), **common)
+    else:
+        configs = train_configs(read_toml(config) if config else {}, flags)
+        source = _source(cache, text, model, text_config, [c.hook for c in configs], buffer_tokens, device)
+        runs = sl.train(source, configs, out or Path("runs/dictionary"), **common, **only_new)
+    for run in runs:
+        last = run.history[-1]
+        console().print(
+            f"{run.folder}/dictionary: {run.config.sparsity}, l0 {last['l0']:.1f}, fvu {last['fvu']:.4f}", markup=False
+        )
+
+
+def _source(
+    cache: Path | None,
+    text: str | None,
+    model: str,
+    text_config: TextConfig,
+    hooks: list[str | None],
+    buffer_tokens: int,
+    device: str | None,
+) -> Any:
+    """The activations to train on: a cache or a stream."""
+    import saelens_lite as sl
+    from saelens_lite.tokens import named_text
+
+    if cache and text:
+        raise ConfigError(f"both a cache ({cache}) and --text ({text}) were given; training reads one of them")
+    if cache:
+        return sl.ActivationCache.open(cache)
+    if not text:
+        raise ConfigError("nothing to train on: give the folder of a cache, or --text with --hook")
+    if None in hooks:
+        raise ConfigError("with --text, say which hook to train on: --hook, or hook = in each [[dictionary]]")
+    lm = sl.load_model(model, device=device)
+    return sl.ActivationStream(
+        lm, named_text(text), hooks, text_config=text_config, buffer_tokens=buffer_tokens, text_name=text
+    )
