@@ -16,6 +16,7 @@ app = App(
     suppress_keyboard_interrupt=False,  # `main` says what was saved
     help="Hook a transformer, cache its residual stream, train sparse dictionaries, read them and publish them.",
     help_format="plaintext",
+    default_parameter=Parameter(negative_iterable=()),
 )
 app.meta.group_parameters = app.meta["--help"].group = "Global options"
 app.meta.suppress_keyboard_interrupt = False
