@@ -1,5 +1,6 @@
 """Commands that change latents, or trace what they do in a prompt."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -8,6 +9,35 @@ from cyclopts import Parameter
 from saelens_lite.cli.base import app, console
 from saelens_lite.cli.options import THE_MODEL, DictionaryPath, JsonFile, ModelOptions
 from saelens_lite.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TokenPair:
+    """What effects are measured on.
+
+    Parameters
+    ----------
+    token
+        With --against: effects are on the logit of this token minus that of the other, at the end of the prompt. Mind the
+        space in front of words. Without the two: on the mean loss over the prompt.
+    against
+        The other token.
+    """
+
+    token: str | None = None
+    against: str | None = None
+
+    def metric(self) -> tuple[str, str] | None:
+        """The two tokens, if they were given."""
+        if self.token is not None and self.against is not None:
+            return self.token, self.against
+        if self.token is None and self.against is None:
+            return None
+        raise ConfigError("--token and --against go together: the difference of their logits is what is explained")
+
+
+TokenPairOptions = Annotated[TokenPair, Parameter(name="*")]
+NO_PAIR = TokenPair()
 
 
 @app.command
@@ -111,8 +141,7 @@ def attribute(
     dictionary: DictionaryPath,
     *,
     prompt: str,
-    token: str | None = None,
-    against: str | None = None,
+    pair: TokenPairOptions = NO_PAIR,
     top: int = 15,
     ablation: bool = True,
     of: ModelOptions = THE_MODEL,
@@ -124,11 +153,6 @@ def attribute(
     ----------
     prompt
         The text; latents are those that fire on it.
-    token
-        With --against: the effect is on the logit of this token minus that of the other, at the end of the prompt. Mind the
-        space in front of words. Without the two: on the mean loss over the prompt.
-    against
-        The other token.
     top
         Rows to show.
     ablation
@@ -137,21 +161,12 @@ def attribute(
     import saelens_lite as sl
     from saelens_lite.files import write_json
 
-    metric = _pair(token, against) or "loss"
+    metric = pair.metric() or "loss"
     loaded, lm = of.load(dictionary)
     found = sl.attribute(lm, loaded, prompt, metric, ablation=ablation, hook=of.hook)
     console().print(found.table(top))
     if json_out:
         write_json(json_out, found.to_dict())
-
-
-def _pair(token: str | None, against: str | None) -> tuple[str, str] | None:
-    """Two tokens whose logits are compared, if they were given."""
-    if token is not None and against is not None:
-        return token, against
-    if token is None and against is None:
-        return None
-    raise ConfigError("--token and --against go together: the difference of their logits is what is explained")
 
 
 @app.command(name="prompt")
@@ -161,8 +176,7 @@ def show_prompt(
     prompt: str,
     by: Literal["activation", "relative", "attribution"] = "activation",
     store: Path | None = None,
-    token: str | None = None,
-    against: str | None = None,
+    pair: TokenPairOptions = NO_PAIR,
     top: int = 5,
     of: ModelOptions = THE_MODEL,
     json_out: JsonFile = None,
@@ -178,18 +192,13 @@ def show_prompt(
         --store), or the largest effect on what the model says, by gradient.
     store
         Folder written by `features --out`, for labels and promoted tokens.
-    token
-        With --against: effects are on the logit of this token minus that of the other, at the end of the prompt. Mind the
-        space in front of words. Without the two: on the mean loss over the prompt.
-    against
-        The other token.
     top
         Latents of each token.
     """
     import saelens_lite as sl
     from saelens_lite.files import write_json
 
-    metric = _pair(token, against)
+    metric = pair.metric()
     loaded, lm = of.load(dictionary)
     collected = None if store is None else sl.FeatureStore.load(store, loaded)
     view = sl.prompt_view(loaded, lm, prompt, by, store=collected, metric=metric, top=top, hook=of.hook)
