@@ -35,11 +35,17 @@ def facts(store: sl.FeatureStore) -> Table:
         "latents that fire on a token": lambda s: f"{int(s.tensors.count.sum()) / s.info.n_tokens:.1f}",
         "latents that never fire": lambda s: f"{int(s.never_fires.sum()):,} of {s.info.d_sae:,}",
         "latents that fire on more than a tenth of the tokens": lambda s: f"{int((s.densities > 0.1).sum()):,}",
-        "median share of tokens": lambda s: f"{100 * float(s.densities[~s.never_fires].median()):.3g} %",
+        "median share of tokens of those that fire": median_density,
     }
     for title, figure in rows.items():
         grid.add_row(title, *(figure(s) for s in stores))
     return grid
+
+
+def median_density(store: sl.FeatureStore) -> str:
+    """The share of tokens that half of the latents that fire at all fire on."""
+    fire = store.densities[~store.never_fires]
+    return f"{100 * float(fire.median()):.3g} %" if len(fire) else "none fires"
 
 
 def examples(store: sl.FeatureStore, n: int) -> Table:
@@ -73,14 +79,13 @@ def plots(store: sl.FeatureStore, dictionary: sl.Dictionary) -> dict[str, Figure
         there = t.band_tokens > 0
         l0 = t.band_count.sum(0)[there] / t.band_tokens[there]
         positions.plot(t.band_low[there].tolist(), l0.tolist(), marker="o", label=name)
-    positions.set(
-        xscale="log", xlabel="position in the row (first of a band)", ylabel="latents that fire on a token", ylim=(0, None)
-    )
+    positions.set_xscale("symlog", linthresh=1)  # position 0 counts where rows begin without a special token
+    positions.set(xlabel="position in the row (first of a band)", ylabel="latents that fire on a token", ylim=(0, None))
 
     random = torch.randn(dictionary.W_dec.shape, generator=torch.Generator().manual_seed(0))
     _, chance = nearest(torch.nn.functional.normalize(random))
     for name, cosine in (("dictionary", store.weights.decoder_cosine), ("random directions", chance)):
-        neighbours.hist(cosine[:, 0].tolist(), bins=40, histtype="step", label=name)
+        neighbours.hist(cosine[:, :1].flatten().tolist(), bins=40, histtype="step", label=name)
     neighbours.set(xlabel="cosine with the nearest other direction", ylabel="latents")
 
     for axes in (density, positions, neighbours):
@@ -98,7 +103,7 @@ def main() -> None:
     parser.add_argument("--control", action="store_true", help="do the same on the model with its weights re-drawn")
     parser.add_argument("--examples", type=int, default=10, help="latents in the table")
     args = parser.parse_args()
-    console = Console()
+    console = Console(markup=False)  # names and paths may have brackets
 
     d = sl.Dictionary.load(args.dictionary)
     lm = sl.load_model(args.model or d.origin.model or "tiny", **dict.fromkeys(d.origin.processing, True))

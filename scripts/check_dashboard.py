@@ -31,6 +31,7 @@ HOSTILE = [
     "line\u2028separator",
     "\u202eright to left\u200f",
     "\x00\x1b",
+    "\u0301accent",
 ]
 SCREENS = {"light": ("light", 1440, 900), "dark": ("dark", 1440, 900), "phone": ("light", 390, 844)}
 
@@ -76,7 +77,7 @@ def random_page(n_latents: int, n_tokens: int, out: Path) -> Path:
     scores = Stability(
         score=torch.rand(n_latents, generator=torch.Generator().manual_seed(0)),
         n_shared=torch.zeros(n_latents, dtype=torch.long),
-        live=torch.ones(n_latents, dtype=torch.bool),
+        live=torch.arange(n_latents) % 10 != 3,
         sha256=weights_hash(d),
         other_sha256=("0" * 64,),
         threshold=0.7,
@@ -196,6 +197,76 @@ def exercise(checked: Checked) -> None:
     checked.time("back to the list", "location.hash = ''", "!$('index').hidden")
 
 
+TRUTHS = {
+    "what is nearly zero is short": "number(4.4e-16) === '4.40e−16' && edge(-2.64, 0.11, 24) === 0 && number(0) === '0.00'",
+    "zero has no sign, the unknown is a dash": "fixed(-0.001) === '0.00' && fixed(-0.5) === '−0.50' && fixed(NaN) === '–'",
+    "a mark gets a ring, wide spaces are named": "named('\\u0301s') === '◌\\u0301s' && named('\\u3000') === '\\\\u{3000}'",
+}
+
+
+def behave(checked: Checked) -> None:
+    """What has to be so, as it is not to be seen in pictures; failures are noted."""
+    page, n = checked.page, checked.page.evaluate("layout.n_latents")
+
+    def expect(what: str, expression: str) -> None:
+        if not page.evaluate(expression):
+            checked.failures.append(f"not so: {what}")
+
+    def look_for(query: str) -> None:
+        page.evaluate(f"$('search').value = {query!r}; lookFor({query!r})")
+
+    for what, expression in TRUTHS.items():
+        expect(what, expression)
+    look_for("\\u{2028}")
+    expect("what is named in a token can be looked for", "view.order.length > 0")
+    look_for("·the")
+    by_dot = page.evaluate("view.order.join()")
+    look_for(" the")
+    expect("a dot is a space to the search", f"view.order.length > 0 && view.order.join() === {by_dot!r}")
+    expect("rows are counted", "$('list').getAttribute('aria-rowcount') == view.order.length + 1")
+    others = "[...drawn].filter(([i]) => index.row('top', i).findIndex(at => view.hits.tokens[at]) > 0)"
+    expect("there are latents of which another context than the strongest is found", f"{others}.length")
+    expect("no activation is told of these", f"{others}.every(([, line]) => !line.querySelector('.tokens [data-tip]'))")
+    look_for("(nothing like .* this")
+    expect("nothing is found", "!view.order.length && rows.classList.contains('none') && !rows.children.length")
+    look_for("")
+    page.evaluate("sortBy('latent'); if (view.down) sortBy('latent')")
+    expect("what is not known comes last", "sortBy('stability') ?? Number.isNaN(stabilityOf(view.order.at(-1)))")
+    expect("in both directions", "sortBy('stability') ?? Number.isNaN(stabilityOf(view.order.at(-1)))")
+    page.evaluate("sortBy('latent')")
+
+    page.evaluate("scrollTo(0, 0); rows.querySelector('a').focus()")
+    for _ in range(n_tabs := min(40, n - 1)):
+        page.keyboard.press("Tab")
+        page.evaluate("new Promise(resolve => requestAnimationFrame(() => setTimeout(resolve)))")
+    expect("Tab goes from row to row", f"document.activeElement.textContent === '{n_tabs}'")
+
+    page.evaluate("scrollTo(0, 900)")
+    there = page.evaluate("new Promise(resolve => setTimeout(() => resolve(scrollY), 100))")
+    page.evaluate(f"location.hash = 'f={n_tabs}'")
+    checked.wait("!$('latent').hidden")
+    expect("a latent's title has the focus", "document.activeElement.tagName === 'H1' && scrollY === 0")
+    for step in ("back", "forward", "back"):
+        page.evaluate(f"history.{step}()")
+        checked.wait("$('latent').hidden" if step == "back" else "!$('latent').hidden")
+        page.evaluate("new Promise(resolve => setTimeout(resolve, 200))")
+    expect("back leads to where the list was", f"Math.abs(scrollY - {there}) < 2")
+    expect("to the row", f"document.activeElement.textContent === '{n_tabs}'")
+
+    page.evaluate("scrollTo(0, 0)")
+    page.focus("#search")
+    page.keyboard.type("17")
+    page.keyboard.press("Enter")
+    checked.wait("!$('latent').hidden")
+    expect("Enter opens the first that is found", "location.hash === '#f=17'")
+    page.evaluate(f"location.hash = 'f={n}'")
+    checked.wait("document.title.startsWith('No latent')")
+    expect("what does not exist is said not to", f"$('latent').textContent.includes('There is no latent {n}')")
+    page.evaluate("location.hash = ''")
+    checked.wait("!$('index').hidden")
+    look_for("")
+
+
 def screenshots(checked: Checked, screen: str, out: Path) -> None:
     """Pictures of the list and of a latent."""
     if not checked.times:
@@ -237,6 +308,8 @@ def main() -> int:
             checked = Checked(browser, path, screen)
             if screen == "light":
                 exercise(checked)
+                if options.page is None:
+                    behave(checked)
                 n = checked.page.evaluate("layout.n_latents")
                 print(f"{path.stat().st_size / n / 1e3:.2f} KB a latent")
                 Console().print(table(checked.times))

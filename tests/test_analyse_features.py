@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import saelens_lite as sl
 
@@ -42,3 +43,12 @@ def test_it_writes_store_plots_and_dashboard(dictionary, monkeypatch, tmp_path, 
     assert (tmp_path / "out/dashboard.html").stat().st_size > 10_000
     with pytest.raises(SystemExit, match="already exists"):
         run(monkeypatch, *args)
+
+
+def test_a_store_in_which_nothing_fires_has_no_median(dictionary, lm):
+    median = runpy.run_path(str(SCRIPT))["median_density"]
+    store = sl.FeatureStore.build(sl.Dictionary.load(dictionary), lm, "It was the best of times.")
+    firing = store.densities[~store.never_fires]
+    assert median(store) == f"{100 * float(firing.median()):.3g} %"
+    store.tensors = store.tensors._replace(count=torch.zeros(64, dtype=torch.int64))
+    assert median(store) == "none fires"

@@ -101,7 +101,16 @@ def test_a_card_of_a_latent_that_never_fires_or_acts_on_no_token():
 
 
 @pytest.mark.parametrize(
-    ("token", "shown"), [(" a", " a"), ("\n\n", "⏎⏎"), ("\x00", "\\x00"), ("\u200b", "\\u200b"), ("é", "é"), ("\xa0", "␣")]
+    ("token", "shown"),
+    [
+        (" a", " a"),
+        ("\n\n", "⏎⏎"),
+        ("\x00", "\\x00"),
+        ("\u200b", "\\u200b"),
+        ("é", "é"),
+        ("\xa0", "␣"),
+        ("\u0301s", "◌\u0301s"),
+    ],
 )
 def test_what_does_not_show_is_made_visible(token, shown):
     assert visible(token) == shown

@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import zlib
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 
@@ -21,6 +22,7 @@ from saelens_lite.tokens import token_rows
 HOOK, D_MODEL, D_SAE = "blocks.1.hook_resid_pre", 48, CHUNK + 20
 WINDOW = (5, 2)
 SILENT = 70
+DEAD = 33  # in the comparison with another seed: nothing is known of it, which is not 0
 HOSTILE = [
     "</script><script>alert(1)</script>",
     "<img src=x onerror=alert(2)>",
@@ -48,6 +50,7 @@ def store(random_lm, documents) -> sl.FeatureStore:
     d = made(0)
     rows = token_rows(random_lm, documents, n_ctx=20, n_tokens=600)
     scores = sl.stability(d, made(1))
+    scores = replace(scores, live=torch.arange(D_SAE) != DEAD, score=scores.score.index_fill(0, torch.tensor(DEAD), 0))
     store = sl.FeatureStore.build(d, random_lm, rows, top_n=7, window=WINDOW, control=True, stability=scores)
     store.labels |= {3: "the third", 65: "naïve"}
     return store
@@ -151,7 +154,8 @@ def test_list_says_what_the_store_says(store, data):
     assert data.layout["n_tokens"] == store.info.n_tokens
     assert data.words["labels"] == {"3": "the third", "65": "naïve"}
     assert data.index["count"][:, 0].tolist() == store.tensors.count.tolist()
-    assert data.index["stability"][:, 0] == pytest.approx(store.stability.numpy(), rel=3e-4)
+    stability = [np.nan if i == DEAD else float(x) for i, x in enumerate(store.stability)]
+    np.testing.assert_allclose(data.index["stability"][:, 0], stability, rtol=3e-4)
     assert data.index["cosine"][:, 0] == pytest.approx(store.weights.encoder_decoder_cosine.numpy(), rel=3e-4)
     for i in range(D_SAE):
         latent = store.latent(i)
@@ -252,11 +256,14 @@ def test_hostile_tokens_labels_and_names_stay_text(store, html, tmp_path):
     n = len(store.vocabulary)
     words = [HOSTILE[i % len(HOSTILE)] + str(i) for i in range(n)]
     labels = {i: HOSTILE[i % len(HOSTILE)] for i in range(D_SAE)}
-    info = store.info.replace(model=HOSTILE[0], revision=HOSTILE[1], hook=HOSTILE[2], rule=HOSTILE[3], target_hook=HOSTILE[9])
+    info = store.info.replace(
+        text=HOSTILE[6], model=HOSTILE[0], revision=HOSTILE[1], hook=HOSTILE[2], rule=HOSTILE[3], target_hook=HOSTILE[9]
+    )
     hostile = sl.FeatureStore(info, store.tensors, store.weights, words, labels=labels, control=store.control)
     found = hostile.dashboard(tmp_path / "features.html").read_text(encoding="utf-8")
     assert Page(found).elements == Page(html).elements
     assert found.count("</script>") == 4
+    assert not re.search("[\u202e\u200f]", found)
     assert not re.search("<img|<svg|49", found.split("<script", 1)[0])
     shown = Data(Page(found)).words
     assert shown["labels"] == {str(i): label for i, label in labels.items()}

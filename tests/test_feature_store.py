@@ -23,6 +23,7 @@ from saelens_lite.errors import (
 from saelens_lite.features import DetectionTask, Example, Scorer, collect, token_baseline, words_of_label
 from saelens_lite.features.compare import Stability
 from saelens_lite.features.draws import uniform
+from saelens_lite.features.neuronpedia import _context
 from saelens_lite.features.spill import Spill
 from saelens_lite.tokens import TokenRows, token_rows
 
@@ -329,7 +330,7 @@ def test_everything_survives_saving(store, folder, tmp_path):
     store.scores = Stability(
         score=torch.rand(D_SAE),
         n_shared=torch.ones(D_SAE, dtype=torch.long),
-        live=torch.ones(D_SAE, dtype=torch.bool),
+        live=torch.arange(D_SAE) != 4,
         sha256=store.info.dictionary_sha256,
         other_sha256=("x",),
         threshold=0.7,
@@ -342,6 +343,7 @@ def test_everything_survives_saving(store, folder, tmp_path):
     assert torch.equal(again.stability, store.scores.score)
     assert again.latent(3).label == store.labels[3]
     assert again.latent(3).stability == pytest.approx(store.scores.score[3].item())
+    assert again.latent(4).stability is None  # dead when dictionaries were compared
     assert again.sql("select count(*) from codes") == store.sql("select count(*) from codes")
     assert set(contents(tmp_path / "copy")) == {*contents(folder), "labels.json", "stability.safetensors"}
     assert sl.FeatureStore.load(folder).stability is None
@@ -375,12 +377,17 @@ def test_labels(store, tmp_path):
     store.label(1, "one")
     store.read_labels(path)
     assert store.labels == {1: "one", 7: "better", 30: "thirty"}
+    path.write_text(path.read_text().replace("better", ""))
+    store.read_labels(path)
+    assert store.labels == {1: "one", 30: "thirty"}
     with pytest.raises(UserError, match="0 to 39"):
         store.label(D_SAE, "too far")
 
 
 @pytest.mark.parametrize(
-    "labels", [{"-1": "x"}, {"40": "x"}, {"x": "x"}, {"3": 5}, {"²": "x"}, ["x"], None], ids=lambda labels: str(labels)
+    "labels",
+    [{"-1": "x"}, {"40": "x"}, {"07": "x"}, {"9" * 5000: "x"}, {"x": "x"}, {"3": 5}, {"²": "x"}, ["x"], None],
+    ids=lambda labels: str(labels)[:20],
 )
 def test_damaged_labels(store, tmp_path, labels):
     path = tmp_path / "labels.json"
@@ -500,6 +507,15 @@ def test_neuronpedia_export(store, dictionaries, tmp_path, monkeypatch):
                 assert (shown["binMin"], shown["binMax"], shown["binContains"]) == (round(low, 3), round(high, 3), share)
     again = store.export_neuronpedia(tmp_path / "again", model_id="gpt2-small", **settings)
     assert contents(again) == contents(out)
+
+
+def test_the_largest_value_is_found_before_rounding():
+    example = Example(("a", "b", "c"), (0.5001, 0.0, 0.5004), 2, 0.5004, 7, 2)
+    found = _context(example)
+    assert found["values"] == [0.5, 0, 0.5]
+    assert (found["maxValue"], found["maxValueTokenIndex"], found["qualifyingTokenIndex"]) == (0.5, 2, 2)
+    tiny = _context(Example(("a", "b"), (0.0, 1e-5), 1, 1e-5, 0, 1))
+    assert tiny["maxValueTokenIndex"] == 1
 
 
 def test_neuronpedia_refuses(store, dictionaries, tmp_path):

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from tokenizers import Tokenizer, decoders, models
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import saelens_lite as sl
 from saelens_lite.errors import (
@@ -20,6 +21,7 @@ from saelens_lite.errors import (
 from saelens_lite.evaluate.measure import batches
 from saelens_lite.features import weights_hash
 from saelens_lite.features.reduce import N_BINS
+from saelens_lite.features.vocabulary import vocabulary
 from saelens_lite.files import file_hash
 from saelens_lite.registry import unregister
 from saelens_lite.tokens import TokenRows, token_rows
@@ -182,6 +184,20 @@ def test_bytes_that_are_no_characters_are_visible(store, small):
     assert not any("\ufffd" in text or text == "" for text in store.vocabulary)
     pairs = zip(store.vocabulary, small.token_strings(), strict=True)
     assert all(shown == text for shown, text in pairs if "\ufffd" not in text)
+
+
+def test_tokens_of_sentencepiece_keep_their_spaces():
+    """Of a token by itself, such tokenizers leave out the first space."""
+    words = ["<s>", "▁", "▁▁", "▁cat", "s", "<0xC3>", "▁▁x"]
+    inner = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", left=1)]
+    )
+    config = GPT2Config(vocab_size=len(words) + 1, n_positions=8, n_embd=8, n_layer=1, n_head=1, bos_token_id=0)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>")
+    lm = sl.LanguageModel(GPT2LMHeadModel(config), tokenizer, name="pieces")
+    assert lm.token_strings()[3] == "cat"
+    assert vocabulary(lm) == ["<s>", " ", "  ", " cat", "s", "<0xC3>", "  x", "<7>"]
 
 
 def test_text_and_rows_give_the_same_store(dictionaries, small, documents):

@@ -171,7 +171,7 @@ def hostile_view(by: str = "attribution") -> PromptView:
         PromptRow(i, token, 10 + i, 1.5, None if i == 1 else 0.5, (-1) ** i * 0.25, token, token)
         for i, token in enumerate(HOSTILE)
     ]
-    return PromptView(HOSTILE[0], HOSTILE[1], by, HOSTILE[2], tuple(HOSTILE), tuple(rows))
+    return PromptView(HOSTILE[0], HOSTILE[1], by, HOSTILE[3], tuple(HOSTILE), tuple(rows))
 
 
 class Page(HTMLParser):
@@ -203,6 +203,13 @@ def test_hostile_strings_stay_text(by):
     assert not re.search("[\u202e\x1b]", page.text + "".join(page.titles))
 
 
+def test_small_effects_are_not_shown_as_none():
+    row = PromptRow(0, "a", 3, 1.0, None, -2.5e-6, None, None)
+    view = PromptView("model", "hook", "attribution", "loss", ("a",), (row,))
+    assert "-2.5e-06" in Page(view._repr_html_()).text
+    assert "-2.5e-06" in printed(view)
+
+
 def printed(view: PromptView) -> str:
     out = StringIO()
     Console(file=out, width=200, force_terminal=False).print(view)
@@ -217,7 +224,7 @@ def test_the_table_has_the_numbers_that_are_known(dictionary, random_lm, store):
     table = printed(view)
     for row in view.rows:
         share = "" if row.relative is None else rf"{row.relative:.0%}\s+"
-        assert re.search(rf"\b{row.latent}\s+{row.activation:.3g}\s+{share}\{row.attribution:+.4f}", table)
+        assert re.search(rf"\b{row.latent}\s+{row.activation:.3g}\s+{share}\{row.attribution:+.3g}", table)
     assert r"'\n'" in table
     assert not re.search("[\u202e\x1b]", printed(hostile_view()))
 

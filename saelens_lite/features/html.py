@@ -2,6 +2,7 @@
 
 from functools import partial
 from typing import Any
+from unicodedata import category
 
 MARKS = {"\n": "⏎", "\t": "⇥", "\r": "␍", "\u00a0": "␣"}  # as in the dashboard
 WARM, COLD = "240, 130, 0", "40, 120, 255"  # what adds, what takes away
@@ -20,8 +21,10 @@ def render(part: str, template: str, **values: Any) -> str:
 
 
 def visible(token: str) -> str:
-    """A token with characters that do not show, or that change how others show, in visible form."""
-    return "".join(
+    """A token with characters that do not show, or that change how others show, in visible form; a mark that would sit on what
+    stands before the token gets a ring of its own."""
+    ring = "◌" if token and category(token[0]).startswith("M") else ""
+    return ring + "".join(
         char if char.isprintable() else MARKS.get(char) or char.encode("unicode_escape").decode("ascii") for char in token
     )
 

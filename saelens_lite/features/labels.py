@@ -29,9 +29,8 @@ def read_labels(path: Path, dictionary_sha256: str, d_sae: int) -> dict[int, str
         raise CorruptFileError(f"{path} holds no labels of format {FORMAT}")
     if content.get("dictionary_sha256") != dictionary_sha256:
         raise ConfigError(f"{path} has the labels of another dictionary")
-    labels = {}
+    numbers = {str(latent): latent for latent in range(d_sae)}
     for latent, text in found.items():
-        if not (latent.isdecimal() and latent.isascii() and int(latent) < d_sae and isinstance(text, str)):
-            raise CorruptFileError(f"{path}: {latent!r} is no latent of 0 to {d_sae - 1}, or its label no text")
-        labels[int(latent)] = text
-    return labels
+        if latent not in numbers or not isinstance(text, str):
+            raise CorruptFileError(f"{path}: {latent[:40]!r} is no latent of 0 to {d_sae - 1}, or its label no text")
+    return {numbers[latent]: text for latent, text in found.items()}

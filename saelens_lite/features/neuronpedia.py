@@ -208,13 +208,13 @@ def _activations(store: "FeatureStore", names: _Names, latent: int) -> Iterator[
 
 def _context(example: Example) -> dict[str, Any]:
     """The keys that a context alone decides."""
-    values = _rounded(example.values)
+    largest = max(example.values)
     return {
         "tokens": list(example.tokens),
-        "values": values,
-        "maxValue": max(values),
-        "maxValueTokenIndex": values.index(max(values)),
-        "minValue": min(values),
+        "values": _rounded(example.values),
+        "maxValue": _short(largest),
+        "maxValueTokenIndex": example.values.index(largest),  # of those that are equal but for the rounding, the largest
+        "minValue": _short(min(example.values)),
         "qualifyingTokenIndex": example.peak,
         "dataIndex": str(example.row),
     }

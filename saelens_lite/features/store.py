@@ -203,7 +203,7 @@ class FeatureStore:
 
     @property
     def stability(self) -> Float[Tensor, " d_sae"] | None:
-        """How far other dictionaries have each latent (`sl.stability`), where that is known."""
+        """How far other dictionaries have each latent (`sl.stability`), 0 for the dead; None where that is not known."""
         return None if self.scores is None else self.scores.score
 
     def top_examples(self, latent: int) -> list[Example]:
@@ -329,8 +329,12 @@ class FeatureStore:
             random=self.random_examples(latent),
             positions=self.position_profile(latent),
             partners=self.partners(latent),
-            stability=None if self.scores is None else float(self.scores.score[latent]),
+            stability=self._stability(latent),
         )
+
+    def _stability(self, latent: int) -> float | None:
+        """The score of a latent, None where there is none: no scores at all, or the latent was dead when they were made."""
+        return float(self.scores.score[latent]) if self.scores is not None and self.scores.live[latent] else None
 
     def _check(self, latent: int) -> None:
         if not 0 <= latent < self.info.d_sae:
@@ -372,13 +376,14 @@ class FeatureStore:
         return path
 
     def read_labels(self, path: str | Path) -> None:
-        """Add the labels in a JSON file to those there are; they win.
+        """Add the labels in a JSON file to those there are; they win, and an empty one takes a label away.
 
         Raises:
             CorruptFileError: the file is missing or damaged.
             ConfigError: they are of another dictionary.
         """
-        self.labels |= read_labels(Path(path), self.info.dictionary_sha256, self.info.d_sae)
+        for latent, text in read_labels(Path(path), self.info.dictionary_sha256, self.info.d_sae).items():
+            self.label(latent, text)
 
     def detection(self, latent: int, scorer: Scorer | None = None) -> Detection:
         """How well the label of a latent tells contexts in which it fires from others, beside the tokens alone.

@@ -4,6 +4,8 @@ from functools import cache
 
 from saelens_lite.model import LanguageModel
 
+SPACE = "\u2581"  # how SentencePiece writes it
+
 
 @cache
 def _byte_of() -> dict[str, int]:
@@ -16,12 +18,16 @@ def _byte_of() -> dict[str, int]:
 def vocabulary(lm: LanguageModel) -> list[str]:
     r"""The text of every token: bytes that make no whole character as \xe2, a token without text as <its number>."""
 
-    def shown(i: int, text: str) -> str:
+    def shown(i: int, text: str, name: str | None) -> str:
+        if name and name.startswith(SPACE):  # the text of a token by itself may lack the first space
+            n_spaces = len(name) - len(name.lstrip(SPACE))
+            return " " * n_spaces + text.lstrip(" ")
         if "\ufffd" not in text:
             return text or f"<{i}>"
-        name = lm.tokenizer.convert_ids_to_tokens(i)
         if not all(char in _byte_of() for char in name):
             return name
         return "".join(chr(byte) if 32 <= byte < 127 else f"\\x{byte:02x}" for byte in (_byte_of()[char] for char in name))
 
-    return [shown(i, text) for i, text in enumerate(lm.token_strings())]
+    texts = lm.token_strings()
+    names = lm.tokenizer.convert_ids_to_tokens(list(range(len(texts))))
+    return [shown(i, *token) for i, token in enumerate(zip(texts, names, strict=True))]

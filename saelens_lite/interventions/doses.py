@@ -83,13 +83,14 @@ class DoseResponse:
         """A rich table, a row for each dose."""
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
+        from rich.text import Text
 
         caption = (
             f"change of {self.metric} (clean {float(self.clean.mean()):.4f}) and KL in nats per token; {self.n_tokens:,} "
             f"tokens in {len(self.clean)} rows; largest activation {self.max_activation:.3g}; ± standard error over rows, of "
             "controls standard deviation"
         )
-        grid = Table(box=SIMPLE_HEAD, caption=caption, caption_justify="left")
+        grid = Table(box=SIMPLE_HEAD, caption=Text(caption), caption_justify="left")
         for title in ("dose", "effect", "KL", f"{len(self.controls)} controls", "KL of controls", "beaten"):
             grid.add_column(title, justify="right", no_wrap=True)
         for line in self.summary():

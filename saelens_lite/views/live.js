@@ -122,9 +122,12 @@ function render({ model, el }) {
     problem.textContent = model.get("error");
   }
 
+  function showPrompt() {
+    prompt.value = model.get("prompt");
+  }
+
   function showView() {
     chosen = null;
-    prompt.value = model.get("prompt");
     order.value = model.get("by");
     showTokens();
     showLatents();
@@ -141,7 +144,13 @@ function render({ model, el }) {
   order.onchange = () => send({ by: order.value });
   go.onclick = () => send({ prompt: prompt.value, asked: model.get("asked") + 1 });
 
-  const watched = { "change:view": showView, "change:continuation": showTexts, "change:error": showState, "change:busy": showState };
+  const watched = {
+    "change:prompt": showPrompt,
+    "change:view": showView,
+    "change:continuation": showTexts,
+    "change:error": showState,
+    "change:busy": showState,
+  };
   Object.entries(watched).forEach(([event, show]) => model.on(event, show));
   showView();
   showSliders();

@@ -108,7 +108,7 @@ class PromptView:
 
         shown = [name for name in ORDERS if any(getattr(row, name) is not None for row in self.rows)] or ["activation"]
         described = any(row.label or row.promoted for row in self.rows)
-        grid = Table(box=SIMPLE_HEAD, caption=self.title, caption_justify="left")
+        grid = Table(box=SIMPLE_HEAD, caption=Text(visible(self.title)), caption_justify="left")
         for title in ("position", "token", "latent", *shown, *["about"] * described):
             grid.add_column(title, justify="left" if title in ("token", "about") else "right", no_wrap=title != "about")
         for rows in self._lines:
@@ -258,5 +258,5 @@ def about(row: PromptRow) -> str:
 
 def _shown(order: str, value: float | None) -> str:
     """A number of a row for a table."""
-    form = {"activation": ".3g", "relative": ".0%", "attribution": "+.4f"}[order]
+    form = {"activation": ".3g", "relative": ".0%", "attribution": "+.3g"}[order]
     return "" if value is None else format(value, form)

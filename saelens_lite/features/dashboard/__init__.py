@@ -12,6 +12,7 @@ from importlib.resources import files
 from saelens_lite.features import FeatureStore
 from saelens_lite.features.dashboard.block import pack
 from saelens_lite.features.dashboard.content import content
+from saelens_lite.features.html import visible
 
 TEMPLATE, STYLE = "page.html.j2", "page.css"
 SCRIPTS = ("data.js", "parts.js", "charts.js", "list.js", "latent.js", "page.js")
@@ -26,6 +27,7 @@ def render(store: FeatureStore) -> str:
     style, script = _source(STYLE), "\n".join(map(_source, SCRIPTS))
     loader = PackageLoader("saelens_lite", "features/dashboard")
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, keep_trailing_newline=True)
+    environment.filters["visible"] = visible
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False, "allow_nan": False}
     return environment.get_template(TEMPLATE).render(
         info=store.info,

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -116,8 +117,8 @@ def _index(store: FeatureStore, top: np.ndarray, promoted: np.ndarray) -> Column
         "promoted": promoted,
         "cosine": store.weights.encoder_decoder_cosine,
     }
-    if store.stability is not None:
-        columns["stability"] = store.stability
+    if store.scores is not None:
+        columns["stability"] = store.scores.score.masked_fill(~store.scores.live, torch.nan)  # there is nothing to compare
     return _there(columns)
 
 

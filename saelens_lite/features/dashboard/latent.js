@@ -8,26 +8,28 @@ function navigation(i) {
   const [before, after] = [neighbour(i, -1), neighbour(i, 1)];
   const bar = make("nav", {}, make("a", {href: "#"}, "All latents"), make("span", {class: "gap"}),
     make("span", {class: "keys soft"}, "← → to move, Esc for the list"));
-  if (before !== undefined) bar.append(make("a", {href: `#f=${before}`, rel: "prev"}, `← ${before}`));
-  if (after !== undefined) bar.append(make("a", {href: `#f=${after}`, rel: "next"}, `${after} →`));
+  if (before !== undefined) bar.append(make("a", {href: `#f=${before}`, rel: "prev", "aria-label": `previous: latent ${before}`}, `← ${before}`));
+  if (after !== undefined) bar.append(make("a", {href: `#f=${after}`, rel: "next", "aria-label": `next: latent ${after}`}, `${after} →`));
   return bar;
 }
 
+const firings = (count, n_tokens) => `${percent(count / n_tokens)} of tokens (${whole(count)})`;
 function summary(i) {
   const count = index.get("count", i);
   const pairs = count
-    ? [["fires on", `${percent(density(i))} (${whole(count)} tokens)`], ["max", number(index.get("max", i))], ["mean", number(index.get("mean", i))]]
+    ? [["fires on", firings(count, layout.n_tokens)], ["max", number(index.get("max", i))], ["mean where it fires", number(index.get("mean", i))]]
     : [["", "never fires on this text"]];
   if (index.has("stability")) pairs.push(["stability", fixed(stabilityOf(i))]);
   if (index.has("cosine")) pairs.push(["encoder–decoder cosine", fixed(cosineOf(i))]);
-  const title = make("h1", {}, `Latent ${i}`);
+  const title = make("h1", {tabindex: -1}, `Latent ${i}`);
   if (label(i)) title.append(make("span", {class: "label"}, label(i)));
   return make("div", {class: "title"}, title, facts(pairs));
 }
 
+const PER_UNIT = "what an activation of 1 adds to the logit";
 function effects(title, ids, values, kind) {
   const most = Math.max(...values.map(Math.abs)) || 1;
-  const section = card(title, ...Array.from(ids, (id, j) => {
+  const section = measured(title, "logits per unit", PER_UNIT, ...Array.from(ids, (id, j) => {
     const bar = make("i", {});
     bar.style.width = `${100 * Math.abs(values[j]) / most}%`;
     return make("div", {class: "effect"}, make("span", {}, dotted(id)), bar, make("span", {}, number(values[j])));
@@ -41,43 +43,53 @@ function about(j) {
   if (label(j)) return [label(j)];
   return index.get("count", j) ? topTokens(j, 4).map(chip) : [make("span", {class: "soft"}, "never fires")];
 }
-function others(title, unit, ids, figures) {
+function others(title, unit, meaning, ids, figures) {
   if (!ids.length) return undefined;
-  const section = card(title, ...Array.from(ids, (j, place) => make("div", {class: "other"},
+  return measured(title, unit, meaning, ...Array.from(ids, (j, place) => make("div", {class: "other"},
     make("a", {href: `#f=${j}`}, String(j)),
     make("span", {class: "named"}, ...about(j)),
     make("span", {class: "figure"}, figures(place)))));
-  section.firstChild.append(make("span", {class: "unit"}, unit));
-  return section;
 }
 function neighbours(found, side) {
   const name = `${side}_neighbours`;
-  return found.has(name) && others(`Nearest by ${side}`, "cosine", found.row(name), j => fixed(found.row(`${side}_cosine`)[j]));
+  return found.has(name)
+    && others(`Nearest by ${side}`, "cosine", `cosine of the ${side} directions`, found.row(name), j => fixed(found.row(`${side}_cosine`)[j]));
 }
-// Latents that fire on the same tokens: how many of these, and the pointwise mutual information in nats.
+// Latents that fire on the same tokens: on how many, and the pointwise mutual information.
 function partners(i, found, kind, title) {
   const name = `${kind}_count`;
   if (!found.has(name)) return undefined;
   const counts = found.row(name).filter(count => count > 0), ids = found.row(kind).subarray(0, counts.length);
   const pmi = j => Math.log(counts[j] * layout.n_tokens / (index.get("count", i) * index.get("count", ids[j])));
-  return others(title, "tokens · PMI", ids, j => `${whole(counts[j])} · ${fixed(pmi(j))}`);
+  return others(title, "tokens · PMI", "tokens on which both fire · pointwise mutual information in nats", ids, j => `${whole(counts[j])} · ${fixed(pmi(j))}`);
 }
 
 function groups(i, found, max) {
   const places = found.row("group"), nearby = found.row("group_nearby"), counts = found.row("group_count");
   const size = places.length / counts.length, width = nearby.length / counts.length;
-  return card("Contexts by activation", make("div", {class: "groups"}, ...Array.from(counts, (count, j) => {
+  const section = card("Contexts by activation", make("div", {class: "groups"}, ...Array.from(counts, (count, j) => {
     const shown = contexts(places.subarray(j * size, (j + 1) * size), nearby.subarray(j * width, (j + 1) * width));
     const [low, high] = ["group_low", "group_high"].map(name => number(found.row(name)[j]));
     const title = make("h3", {}, `${low} to ${high}`, make("span", {class: "soft"}, `${percent(count / index.get("count", i))} of its activations`));
     return shown.length ? make("section", {}, title, ...lines(shown, max)) : "";
   })));
+  section.classList.add("wide");
+  return section;
+}
+
+// The strongest contexts, and a button that has all contexts on the page broken into lines instead of cut at the card's edge.
+function strongest(i, found, max) {
+  const section = card("Strongest contexts", ...lines(contexts(index.row("top", i), found.row("top_nearby")), max));
+  const page = $("latent").classList, button = make("button", {class: "unit", "aria-pressed": page.contains("whole")}, "whole contexts");
+  button.onclick = () => button.setAttribute("aria-pressed", page.toggle("whole"));
+  section.firstChild.append(button);
+  return section;
 }
 
 function control(found) {
-  const count = found.get("control_count"), n_tokens = layout.control_tokens;
+  const count = found.get("control_count");
   const pairs = count
-    ? [["fires on", `${percent(count / n_tokens)} (${whole(count)} tokens)`], ["max", number(found.get("control_max"))], ["mean", number(found.get("control_mean"))]]
+    ? [["fires on", firings(count, layout.control_tokens)], ["max", number(found.get("control_max"))], ["mean where it fires", number(found.get("control_mean"))]]
     : [["", "never fires"]];
   const section = card("Control: on the model with its weights re-drawn", facts(pairs),
     make("p", {class: "soft"}, "What this latent answers to in a model that has learned nothing. Contexts as telling as those above would be the text's doing, not the model's."));
@@ -96,7 +108,7 @@ function latentPage(i, found) {
     acts && effects("Suppressed tokens", found.row("suppressed"), found.row("suppressed_effect"), "down")));
   if (count) {
     parts.push(grid("halves",
-      card("Strongest contexts", ...lines(contexts(index.row("top", i), found.row("top_nearby")), max)),
+      strongest(i, found, max),
       card("Random contexts in which it fires", ...lines(contexts(found.row("random"), found.row("random_nearby")).sort((a, b) => b.value - a.value), max)),
       groups(i, found, max)));
   }
@@ -104,10 +116,15 @@ function latentPage(i, found) {
     partners(i, found, "frequent", "Most often together"), partners(i, found, "specific", "Together beyond chance")));
   const spread = Object.entries(distributions).filter(([name]) => name === "density" || index.has(name));
   parts.push(grid("fifths",
-    acts && card("Effects on all logits", logitChart(found), make("p", {class: "soft"},
-      `skew ${fixed(found.get("logit_skew"))}, excess kurtosis ${fixed(found.get("logit_kurtosis"))}; log scale`)),
+    acts && measured("Effects on all logits", "per unit", PER_UNIT, logitChart(found), make("p", {class: "soft"},
+      `counts on a log scale; skew ${fixed(found.get("logit_skew"))}, excess kurtosis ${fixed(found.get("logit_kurtosis"))}`)),
     count && card("Firing rate by position", profileChart(found.row("band_rate"), found.row("band_mean"))),
     ...spread.map(([name, {title}]) => card(title, amongAll(name, i)))));
   if (found.has("control_count")) parts.push(control(found));
   $("latent").replaceChildren(...parts);
+}
+
+function noLatent(i) {
+  $("latent").replaceChildren(make("h1", {tabindex: -1}, `There is no latent ${i}`),
+    make("p", {}, `They are numbered 0 to ${layout.n_latents - 1}. `, make("a", {href: "#"}, "All latents")));
 }

@@ -8,10 +8,10 @@ const firing = (i, value) => index.get("count", i) ? value : NaN;  // silent lat
 const COLUMNS = [
   {key: "latent", width: "4.5rem", value: i => i, cell: i => [make("a", {href: `#f=${i}`}, String(i))]},
   {key: "label", width: "minmax(6rem, 1.1fr)", there: () => Object.keys(labels).length, cell: i => [label(i)]},
-  {key: "density", width: "6.2rem", numeric: true, value: i => firing(i, density(i)), cell: i => [index.get("count", i) ? percent(density(i)) : "never fires"]},
-  {key: "max", width: "4.2rem", numeric: true, value: i => firing(i, index.get("max", i)), cell: i => [index.get("count", i) ? number(index.get("max", i)) : ""]},
-  {key: "stability", width: "5.6rem", numeric: true, there: () => index.has("stability"), value: stabilityOf, cell: i => [fixed(stabilityOf(i))]},
-  {key: "cosine", title: "enc·dec", tip: "cosine of encoder and decoder direction", width: "5.2rem", numeric: true, there: () => index.has("cosine"), value: cosineOf, cell: i => [fixed(cosineOf(i))]},
+  {key: "density", tip: "density: share of tokens it fires on", width: "6.2rem", numeric: true, value: i => firing(i, density(i)), cell: i => [index.get("count", i) ? percent(density(i)) : "never fires"]},
+  {key: "max", tip: "max: largest activation", width: "4.2rem", numeric: true, value: i => firing(i, index.get("max", i)), cell: i => [index.get("count", i) ? number(index.get("max", i)) : ""]},
+  {key: "stability", tip: "stability: largest decoder cosine in dictionaries of other seeds, mean", width: "5.6rem", numeric: true, there: () => index.has("stability"), value: stabilityOf, cell: i => [fixed(stabilityOf(i))]},
+  {key: "cosine", title: "enc·dec", tip: "enc·dec: cosine of encoder and decoder direction", width: "5.2rem", numeric: true, there: () => index.has("cosine"), value: cosineOf, cell: i => [fixed(cosineOf(i))]},
   {title: "promotes", width: "minmax(0, 1.3fr)", there: () => index.has("promoted"), cell: i => Array.from(index.row("promoted", i).subarray(0, 4), chip)},
   {title: "strongest context", name: "tokens", width: "minmax(0, 2fr)", cell: snippet},
 ];
@@ -20,10 +20,9 @@ let columns;
 function head() {
   columns = COLUMNS.filter(column => column.there?.() ?? true);
   $("list").style.setProperty("--columns", columns.map(column => column.width).join(" "));
-  $("list").setAttribute("aria-rowcount", layout.n_latents + 1);
   $("head").append(...columns.map(column => {
-    const {key, title = key, numeric, tip} = column;
-    const cell = make("div", {role: "columnheader", class: numeric ? "number" : ""}, make(key ? "button" : "span", tip ? {"data-tip": tip} : {}, title));
+    const {key, title = key, numeric, tip} = column, told = tip ? {"data-tip": tip, "aria-label": tip} : {};
+    const cell = make("div", {role: "columnheader", class: numeric ? "number" : ""}, make(key ? "button" : "span", told, title));
     if (key) cell.firstChild.onclick = () => sortBy(key);
     column.head = cell;
     return cell;
@@ -34,25 +33,26 @@ function row(i) {
   const line = make("div", {role: "row"}, ...columns.map(({key, title, name, numeric, cell}) =>
     make("div", {role: "cell", class: `${numeric ? "number " : ""}${name ?? key ?? title}`, "data-name": title ?? key}, ...cell(i))));
   if (!index.get("count", i)) line.className = "silent";
-  line.onclick = event => { if (!event.target.closest("a")) location.hash = `f=${i}`; };
+  line.onclick = event => { if (!event.target.closest("a") && getSelection().isCollapsed) location.hash = `f=${i}`; };
   return line;
 }
 
-// The strongest context, or the first whose peak the search has found.
+// The strongest context, or the first whose peak the search has found; of the others no activation is known here.
 function snippet(i) {
   const places = index.row("top", i).subarray(0, index.get("n_top", i));
   if (!places.length) return [];
   const found = view.hits ? places.findIndex(at => view.hits.tokens[at]) : 0, j = Math.max(0, found);
-  let nearby = index.row("first_nearby", i);
-  if (j > 0) (nearby = new Float32Array(nearby.length))[layout.before] = index.get("max", i);  // of the others, only the peak is known here
-  const one = context(places[j], nearby);
+  const nearby = index.row("first_nearby", i), one = context(places[j], j ? new Float32Array(nearby.length) : nearby);
   return strip(one, Math.max(0, one.peak - 5), Math.min(one.ids.length, one.peak + 8), index.get("max", i));
 }
+
+// What is searched is what is shown, capitals or not; a dot and a space are the same.
+const folded = text => spelled(text).toLowerCase().replaceAll("·", " ");
 
 // Which words of the vocabulary hold the query, and which shown tokens it stands on.
 let lower, shownText, ends;
 function prepareSearch() {
-  lower = vocabulary.map(word => word.toLowerCase());
+  lower = vocabulary.map(folded);
   const begins = new Set(spans.all("at")), parts = new Array(tokens.length);
   ends = new Uint32Array(tokens.length);
   let length = 0;
@@ -79,7 +79,7 @@ function isHit(i) {
   const {words, tokens: found} = view.hits, places = index.row("top", i), n = index.get("n_top", i);
   for (let j = 0; j < n; j++) if (found[places[j]]) return true;
   if (index.has("promoted")) for (const id of index.row("promoted", i)) if (words[id]) return true;
-  return labels[i]?.toLowerCase().includes(view.query) ?? false;
+  return labels[i] !== undefined && folded(labels[i]).includes(view.query);
 }
 
 function arrange() {
@@ -103,6 +103,8 @@ function arrange() {
     else head.removeAttribute("aria-sort");
   }
   $("found").textContent = view.query ? `${whole(view.order.length)} of ${whole(layout.n_latents)}` : "";
+  $("list").setAttribute("aria-rowcount", view.order.length + 1);
+  rows.classList.toggle("none", !view.order.length);
   drawn.clear();
   draw();
 }
@@ -120,7 +122,13 @@ function draw() {
   });
   rows.style.height = `${height * view.order.length}px`;
   rows.style.paddingTop = `${height * Math.min(first, last)}px`;
-  rows.replaceChildren(...shown.map(i => drawn.get(i)));
+  place(shown.map(i => drawn.get(i)));
+}
+// Has these rows in the document. Those that are there already stay where they are: the focus may be in one of them.
+function place(lines) {
+  const wanted = new Set(lines);
+  for (const line of [...rows.children]) if (!wanted.has(line)) line.remove();
+  lines.forEach((line, j) => { if (rows.children[j] !== line) rows.insertBefore(line, rows.children[j] ?? null); });
 }
 
 function sortBy(key) {
@@ -129,8 +137,10 @@ function sortBy(key) {
   toTop();
   arrange();
 }
-function lookFor(query) {
-  view.query = query.toLowerCase();
+function lookFor(text) {
+  const query = folded(text);
+  if (query === view.query) return;
+  view.query = query;
   toTop();
   arrange();
 }

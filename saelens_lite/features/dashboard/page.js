@@ -4,25 +4,25 @@ const TITLE = document.title;
 const asked = () => /^#f=(\d+)$/.exec(location.hash);
 
 async function route() {
-  const match = asked(), i = match ? Number(match[1]) : -1;
+  const match = asked();
   tip.hidden = true;
-  if (!match) {
-    const returning = $("index").hidden;
-    [$("index").hidden, $("latent").hidden, document.title] = [false, true, TITLE];
-    if (returning) scrollTo(0, view.scroll);
-    return draw();
-  }
+  if (!match) return showList();
   if (!$("index").hidden) view.scroll = scrollY;
-  if (i < layout.n_latents) {
-    const found = await details(i), hash = location.hash;
-    if (hash !== match[0]) return undefined;  // another was asked for meanwhile
-    latentPage(i, found);
-  } else {
-    $("latent").replaceChildren(make("p", {}, `There is no latent ${i}; they are numbered 0 to ${layout.n_latents - 1}. `, make("a", {href: "#"}, "All latents")));
-  }
-  [$("index").hidden, $("latent").hidden, document.title] = [true, false, `Latent ${i} · ${TITLE}`];
+  const i = Number(match[1]), there = i < layout.n_latents, found = there && await details(i);
+  if (location.hash !== match[0]) return undefined;  // another was asked for meanwhile
+  if (there) latentPage(i, found); else noLatent(match[1]);
+  view.last = i;
+  [$("index").hidden, $("latent").hidden, document.title] = [true, false, `${there ? `Latent ${i}` : `No latent ${match[1]}`} · ${TITLE}`];
   scrollTo(0, 0);
+  $("latent").querySelector("h1").focus({preventScroll: true});  // so that readers of the screen hear what came
   return undefined;
+}
+function showList() {
+  const returning = $("index").hidden;
+  [$("index").hidden, $("latent").hidden, document.title] = [false, true, TITLE];
+  if (returning) scrollTo(0, view.scroll);
+  draw();
+  if (returning) drawn.get(view.last)?.querySelector("a").focus({preventScroll: true});
 }
 
 function onKey(event) {
@@ -31,8 +31,12 @@ function onKey(event) {
   const link = {ArrowLeft: "prev", ArrowRight: "next"}[event.key];
   if (event.key === "Escape" && onLatent) location.hash = "";
   else if (event.key === "/" && !typing && !onLatent) { event.preventDefault(); $("search").focus(); }
-  else if (event.key === "Enter" && typing && view.order.length) location.hash = `f=${view.order[0]}`;
+  else if (event.key === "Enter" && typing) openFirst();
   else if (link && onLatent) $("latent").querySelector(`a[rel=${link}]`)?.click();
+}
+function openFirst() {
+  lookFor($("search").value);
+  if (view.order.length) location.hash = `f=${view.order[0]}`;
 }
 
 function fail(error) {
@@ -51,11 +55,12 @@ async function start() {
   let pause, frame;
   $("search").oninput = event => { clearTimeout(pause); pause = setTimeout(() => lookFor(event.target.value), 120); };
   const redraw = () => { frame ??= requestAnimationFrame(() => { frame = undefined; draw(); }); };
-  addEventListener("scroll", redraw, {passive: true});
+  addEventListener("scroll", () => { tip.hidden = true; redraw(); }, {passive: true});
   addEventListener("resize", redraw);
   addEventListener("keydown", onKey);
   addEventListener("hashchange", () => route().catch(fail));
   document.addEventListener("mouseover", showTip);
+  document.addEventListener("focusin", showTip);
   await route();
 }
 start().catch(fail);

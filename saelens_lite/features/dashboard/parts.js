@@ -7,17 +7,22 @@ function make(tag, attributes, ...children) {
 }
 const three = new Intl.NumberFormat("en", {minimumSignificantDigits: 3, maximumSignificantDigits: 3});
 const integer = new Intl.NumberFormat("en");
-const number = value => three.format(value).replace("-", "−");
+const SMALL = 1e-4;  // what is less takes an exponent
+const number = value => (value && Math.abs(value) < SMALL ? value.toExponential(2) : three.format(value)).replaceAll("-", "−");
 const whole = value => integer.format(value);
-const fixed = value => value.toFixed(2).replace("-", "−");
+// Two decimals, a dash where nothing is known; zero has no sign.
+const fixed = value => Number.isNaN(value) ? "–" : (Math.round(100 * value) / 100 || 0).toFixed(2).replace("-", "−");
 const percent = share => `${number(100 * share)} %`;
 const density = i => index.get("count", i) / layout.n_tokens;
 
-// Characters that cannot be seen are named; spaces are dots where nothing else would show them.
+// Characters that cannot be seen are named, marks that would sit on what stands before get a ring of their own, and spaces are
+// dots where nothing else would show them.
 const UNSEEN = {"\n": "⏎", "\t": "⇥", "\r": "␍", "\u00a0": "␣"};
-const named = word => word.replace(/[\p{C}\p{Zl}\p{Zp}\u00a0]/gu, c => UNSEEN[c] ?? `\\u{${c.codePointAt(0).toString(16)}}`);
+const spelled = text => text.replace(/(?! )[\p{C}\p{Z}]/gu, c => UNSEEN[c] ?? `\\u{${c.codePointAt(0).toString(16)}}`);
+const named = text => spelled(text).replace(/^\p{M}/u, "◌$&");
 const dotted = id => id === layout.bos ? "start of text" : named(vocabulary[id]).replaceAll(" ", "·");
 
+// A token; where the latent fires on it, it is shaded and its activation shows beside the pointer.
 function token(id, value, isPeak, max) {
   const word = vocabulary[id], blank = !word.trim();
   const element = make("span", {}, id === layout.bos ? "⟨start⟩" : blank ? dotted(id) : named(word));
@@ -45,6 +50,12 @@ function topTokens(i, most) {
 }
 
 const card = (title, ...content) => make("section", {class: "card"}, make("h2", {}, title), ...content);
+// A card of numbers: of what unit they are, and more of that beside the pointer.
+function measured(title, unit, meaning, ...content) {
+  const section = card(title, ...content);
+  section.firstChild.append(make("span", {class: "unit", "data-tip": meaning}, unit));
+  return section;
+}
 const facts = pairs => make("dl", {class: "facts"}, ...pairs.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
 
 function line(one, max) {
