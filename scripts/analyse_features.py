@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 import saelens_lite as sl
-from saelens_lite.features.html import visible
+from saelens_lite.features.html import quoted, visible
 from saelens_lite.features.weights import nearest
 from saelens_lite.tokens import named_text
 
@@ -56,7 +56,7 @@ def examples(store: sl.FeatureStore, n: int) -> Table:
     grid = Table("latent", "% of tokens", "largest", "promotes", "strongest context", box=SIMPLE_HEAD)
     for i in order.tolist():
         latent = store.latent(i)
-        context, promoted = latent.examples[0], " ".join(repr(token) for token, _ in latent.promoted[:4])
+        context, promoted = latent.examples[0], " ".join(quoted(token) for token, _ in latent.promoted[:4])
         ends = (max(0, context.peak - 6), context.peak, context.peak + 1, context.peak + 4)
         before, peak, after = (visible("".join(context.tokens[slice(*part)])) for part in pairwise(ends))
         shown = Text.assemble(before, (peak, "reverse"), after)

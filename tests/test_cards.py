@@ -7,7 +7,7 @@ import pytest
 
 import saelens_lite as sl
 from saelens_lite.features import Example, ExampleGroup, LatentSummary, Partner
-from saelens_lite.features.html import shade, visible
+from saelens_lite.features.html import quoted, shade, visible
 
 HOSTILE = [
     "</script><script>alert(1)</script>",
@@ -110,10 +110,18 @@ def test_a_card_of_a_latent_that_never_fires_or_acts_on_no_token():
         ("é", "é"),
         ("\xa0", "␣"),
         ("\u0301s", "◌\u0301s"),
+        (" ", "·"),
+        ("\n  ", "⏎··"),
+        ("", ""),
     ],
 )
 def test_what_does_not_show_is_made_visible(token, shown):
     assert visible(token) == shown
+
+
+def test_bytes_that_are_no_characters_read_the_same_everywhere():
+    assert quoted(r"\xc3") == r"'\xc3'"
+    assert quoted(" \n") == "'·⏎'"
 
 
 def test_shades_have_a_sign_and_an_end():

@@ -12,6 +12,7 @@ from rich.console import Console
 
 import saelens_lite as sl
 from saelens_lite.errors import ConfigError, NonFiniteError, TextError
+from saelens_lite.features.html import quoted
 from saelens_lite.interventions import LogProb
 from saelens_lite.views import PromptRow, PromptView
 from saelens_lite.views.live import _widget_class
@@ -225,7 +226,7 @@ def test_the_table_has_the_numbers_that_are_known(dictionary, random_lm, store):
     for row in view.rows:
         share = "" if row.relative is None else rf"{row.relative:.0%}\s+"
         assert re.search(rf"\b{row.latent}\s+{row.activation:.3g}\s+{share}\{row.attribution:+.3g}", table)
-    assert r"'\n'" in table
+    assert "'⏎'" in table
     assert not re.search("[\u202e\x1b]", printed(hostile_view()))
 
 
@@ -265,7 +266,7 @@ def test_a_live_prompt_with_a_store(dictionary, random_lm, store):
     assert live.view == sl.prompt_view(dictionary, random_lm, PROMPT, "relative", store=store, top=8)
     for row, shown in zip(live.view.rows, live.widget.view["rows"], strict=True):
         assert shown["reach"] == pytest.approx(3 * max(row.activation, store.latent(row.latent).max))
-        assert shown["about"].endswith(f"promotes {row.promoted!r}")
+        assert shown["about"].endswith(f"promotes {quoted(row.promoted)}")
 
 
 def test_sliders_steer_as_edits_do(live, dictionary, random_lm):

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelens_lite.features.html import render
+from saelens_lite.features.html import quoted, render
 from saelens_lite.features.summary import LatentSummary
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def _largest(store: "FeatureStore", score: Float[Tensor, " d_sae"], among: Tenso
     """The latents of largest score among some: number, score, and the label or the token that is promoted most."""
     order = torch.where(among, score, -torch.inf).argsort(descending=True, stable=True)
     return [
-        (i, form.format(float(score[i])), store.labels.get(i) or next((repr(token) for token, _ in store.promoted(i)), ""))
+        (i, form.format(float(score[i])), store.labels.get(i) or next((quoted(token) for token, _ in store.promoted(i)), ""))
         for i in order[: min(N_LISTED, int(among.sum()))].tolist()
     ]
 

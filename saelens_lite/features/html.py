@@ -21,12 +21,19 @@ def render(part: str, template: str, **values: Any) -> str:
 
 
 def visible(token: str) -> str:
-    """A token with characters that do not show, or that change how others show, in visible form; a mark that would sit on what
-    stands before the token gets a ring of its own."""
-    ring = "◌" if token and category(token[0]).startswith("M") else ""
-    return ring + "".join(
+    """A token with characters that do not show, or that change how others show, in visible form: spaces of a token of nothing
+    else as dots, a mark that would sit on what stands before it with a ring of its own."""
+    shown = "".join(
         char if char.isprintable() else MARKS.get(char) or char.encode("unicode_escape").decode("ascii") for char in token
     )
+    if token.isspace():
+        return shown.replace(" ", "·")
+    return "◌" + shown if category(shown[:1] or " ").startswith("M") else shown
+
+
+def quoted(token: str) -> str:
+    """A token in visible form and quotation marks, which show where it begins and ends."""
+    return f"'{visible(token)}'"
 
 
 def shade(share: float) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, NonFiniteError, near_matches
 from saelens_lite.features import FeatureStore
-from saelens_lite.features.html import render, short, visible
+from saelens_lite.features.html import quoted, render, short, visible
 from saelens_lite.features.vocabulary import vocabulary
 from saelens_lite.interventions import attribute
 from saelens_lite.interventions.attribution import WAYS
@@ -113,7 +113,7 @@ class PromptView:
             grid.add_column(title, justify="left" if title in ("token", "about") else "right", no_wrap=title != "about")
         for rows in self._lines:
             for i, row in enumerate(rows):
-                place = (str(row.position), repr(row.token)) if i == 0 else ("", "")
+                place = (str(row.position), quoted(row.token)) if i == 0 else ("", "")
                 numbers = [_shown(name, getattr(row, name)) for name in shown]
                 cells = (*place, str(row.latent), *numbers, *[about(row)] * described)
                 grid.add_row(*(Text(cell) for cell in cells), end_section=i == len(rows) - 1)
@@ -252,7 +252,7 @@ def words(row: PromptRow) -> str:
 
 def about(row: PromptRow) -> str:
     """The label of a row's latent and the token it promotes, as far as they are known."""
-    promotes = None if row.promoted is None else f"promotes {row.promoted!r}"
+    promotes = None if row.promoted is None else f"promotes {quoted(row.promoted)}"
     return "; ".join(visible(known) for known in (row.label, promotes) if known)
 
 

@@ -53,7 +53,7 @@ function profileChart(rates, means) {
 // How a number is distributed over all latents; the bar of latent i is marked.
 const N_BARS = 36;
 const distributions = {
-  density: {title: "Share of tokens latents fire on, log scale", of: i => index.get("count", i) ? Math.log10(density(i)) : NaN, shown: x => percent(10 ** x)},
+  density: {title: "Density of latents, log scale", of: i => index.get("count", i) ? Math.log10(density(i)) : NaN, shown: x => percent(10 ** x)},
   cosine: {title: "Encoder–decoder cosine", of: i => index.get("cosine", i), shown: fixed},
   stability: {title: "Stability across seeds", of: i => index.get("stability", i), shown: fixed},
 };

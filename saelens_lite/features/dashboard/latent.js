@@ -18,7 +18,7 @@ function summary(i) {
   const count = index.get("count", i);
   const pairs = count
     ? [["fires on", firings(count, layout.n_tokens)], ["max", number(index.get("max", i))], ["mean where it fires", number(index.get("mean", i))]]
-    : [["", "never fires on this text"]];
+    : [["fires on", "no token of this text"]];
   if (index.has("stability")) pairs.push(["stability", fixed(stabilityOf(i))]);
   if (index.has("cosine")) pairs.push(["encoder–decoder cosine", fixed(cosineOf(i))]);
   const title = make("h1", {tabindex: -1}, `Latent ${i}`);
@@ -90,10 +90,12 @@ function control(found) {
   const count = found.get("control_count");
   const pairs = count
     ? [["fires on", firings(count, layout.control_tokens)], ["max", number(found.get("control_max"))], ["mean where it fires", number(found.get("control_mean"))]]
-    : [["", "never fires"]];
-  const section = card("Control: on the model with its weights re-drawn", facts(pairs),
-    make("p", {class: "soft"}, "What this latent answers to in a model that has learned nothing. Contexts as telling as those above would be the text's doing, not the model's."));
-  if (count) section.append(...lines(contexts(found.row("control"), found.row("control_nearby")), found.get("control_max")));
+    : [["fires on", "no token"]];
+  const section = card("Control: on the model with its weights re-drawn", facts(pairs));
+  if (count) {
+    section.append(make("p", {class: "soft"}, "What this latent answers to in a model that has learned nothing. Contexts as telling as those above would be the text's doing, not the model's."),
+      ...lines(contexts(found.row("control"), found.row("control_nearby")), found.get("control_max")));
+  }
   return section;
 }
 
@@ -118,7 +120,7 @@ function latentPage(i, found) {
   parts.push(grid("fifths",
     acts && measured("Effects on all logits", "per unit", PER_UNIT, logitChart(found), make("p", {class: "soft"},
       `counts on a log scale; skew ${fixed(found.get("logit_skew"))}, excess kurtosis ${fixed(found.get("logit_kurtosis"))}`)),
-    count && card("Firing rate by position", profileChart(found.row("band_rate"), found.row("band_mean"))),
+    count && measured("Firing rate by position", "log scale", "a bar is a band of positions: 1, 2 to 3, 4 to 7, and so on", profileChart(found.row("band_rate"), found.row("band_mean"))),
     ...spread.map(([name, {title}]) => card(title, amongAll(name, i)))));
   if (found.has("control_count")) parts.push(control(found));
   $("latent").replaceChildren(...parts);

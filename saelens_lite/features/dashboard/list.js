@@ -12,7 +12,7 @@ const COLUMNS = [
   {key: "max", tip: "max: largest activation", width: "4.2rem", numeric: true, value: i => firing(i, index.get("max", i)), cell: i => [index.get("count", i) ? number(index.get("max", i)) : ""]},
   {key: "stability", tip: "stability: largest decoder cosine in dictionaries of other seeds, mean", width: "5.6rem", numeric: true, there: () => index.has("stability"), value: stabilityOf, cell: i => [fixed(stabilityOf(i))]},
   {key: "cosine", title: "enc·dec", tip: "enc·dec: cosine of encoder and decoder direction", width: "5.2rem", numeric: true, there: () => index.has("cosine"), value: cosineOf, cell: i => [fixed(cosineOf(i))]},
-  {title: "promotes", width: "minmax(0, 1.3fr)", there: () => index.has("promoted"), cell: i => Array.from(index.row("promoted", i).subarray(0, 4), chip)},
+  {title: "promotes", width: "minmax(0, 1.3fr)", there: () => index.has("promoted"), cell: promotes},
   {title: "strongest context", name: "tokens", width: "minmax(0, 2fr)", cell: snippet},
 ];
 let columns;
@@ -35,6 +35,14 @@ function row(i) {
   if (!index.get("count", i)) line.className = "silent";
   line.onclick = event => { if (!event.target.closest("a") && getSelection().isCollapsed) location.hash = `f=${i}`; };
   return line;
+}
+
+// The tokens it promotes most; those that the search has found come first, so that one sees why a latent is listed.
+function promotes(i) {
+  const found = id => view.hits?.words[id] ? 1 : 0, ids = Array.from(index.row("promoted", i));
+  const shown = ids.sort((a, b) => found(b) - found(a)).slice(0, 4).map(id => [id, chip(id)]);
+  for (const [id, element] of shown) element.classList.toggle("found", found(id) === 1);
+  return shown.map(([, element]) => element);
 }
 
 // The strongest context, or the first whose peak the search has found; of the others no activation is known here.

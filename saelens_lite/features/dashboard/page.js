@@ -50,7 +50,7 @@ async function start() {
   await openList();
   head();
   $("index").hidden = asked() !== null;
-  $("overview").append(make("h2", {}, distributions.density.title), amongAll("density"));
+  $("overview").append(make("h2", {}, "Density of latents: the share of tokens they fire on, log scale"), amongAll("density"));
   arrange();
   let pause, frame;
   $("search").oninput = event => { clearTimeout(pause); pause = setTimeout(() => lookFor(event.target.value), 120); };
