@@ -17,7 +17,10 @@ from saelens_lite.features.dashboard.content import Columns, Content
 
 CHUNK = 64  # latents
 LEVEL = 6
-DROPPED_BITS = 12  # of a float32's 23 behind the leading one; the rest are three digits
+DROPPED_BITS = 12  # of a float32's 23 behind the leading one; the rest are three decimal digits
+FINE_BITS = 8  # dropped of the columns in FINE, which are computed with before they are shown, or shown with two decimals
+FINE = {"bin_width", "logit_low", "logit_width", "logit_skew", "logit_kurtosis"}
+FINE |= {"cosine", "stability", "decoder_cosine", "encoder_cosine"}
 
 
 class Packed(NamedTuple):
@@ -65,13 +68,27 @@ def _described(columns: Columns) -> list[tuple[str, str, int]]:
 
 
 def _compact(columns: Columns) -> Columns:
-    return {name: _short(column) if column.dtype.kind == "f" else _small(column) for name, column in columns.items()}
+    return {name: _float(name, column) if column.dtype.kind == "f" else _small(column) for name, column in columns.items()}
 
 
-def _short(column: np.ndarray) -> np.ndarray:
-    """Numbers rounded to the three digits that are shown, as float32: the zero bits at their ends compress well."""
+def _float(name: str, column: np.ndarray) -> np.ndarray:
+    return _short(column, FINE_BITS) if name in FINE else _short(_three_digits(column), DROPPED_BITS)
+
+
+def _three_digits(column: np.ndarray) -> np.ndarray:
+    """Numbers rounded to three decimal digits, so that the page shows those of the exact number."""
+    rounded = column.astype("<f4")
+    there = np.isfinite(rounded) & (rounded != 0)
+    exact = rounded[there].astype("<f8")
+    unit = 10 ** (np.floor(np.log10(np.abs(exact))) - 2)
+    rounded[there] = np.round(exact / unit) * unit
+    return rounded
+
+
+def _short(column: np.ndarray, dropped: int) -> np.ndarray:
+    """Numbers without so many of their last bits, as float32: the zeros at their ends compress well."""
     bits = np.ascontiguousarray(column, dtype="<f4").view("<u4")
-    return ((bits + (1 << DROPPED_BITS - 1)) >> DROPPED_BITS << DROPPED_BITS).view("<f4")
+    return ((bits + (1 << dropped - 1)) >> dropped << dropped).view("<f4")
 
 
 def _small(column: np.ndarray) -> np.ndarray:

@@ -120,7 +120,7 @@ function latentPage(i, found) {
   parts.push(grid("fifths",
     acts && measured("Effects on all logits", "per unit", PER_UNIT, logitChart(found), make("p", {class: "soft"},
       `counts on a log scale; skew ${fixed(found.get("logit_skew"))}, excess kurtosis ${fixed(found.get("logit_kurtosis"))}`)),
-    count && measured("Firing rate by position", "log scale", "a bar is a band of positions: 1, 2 to 3, 4 to 7, and so on", profileChart(found.row("band_rate"), found.row("band_mean"))),
+    count && card("Firing rate by position", profileChart(found.row("band_rate"), found.row("band_mean")), make("p", {class: "soft"}, "positions on a log scale")),
     ...spread.map(([name, {title}]) => card(title, amongAll(name, i)))));
   if (found.has("control_count")) parts.push(control(found));
   $("latent").replaceChildren(...parts);
