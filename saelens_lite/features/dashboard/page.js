@@ -49,6 +49,7 @@ function fail(error) {
 async function start() {
   await openList();
   head();
+  history.scrollRestoration = "manual";  // else Forward scrolls the list before `route` notes where it was read
   $("index").hidden = asked() !== null;
   $("overview").append(make("h2", {}, "Density of latents: the share of tokens they fire on, log scale"), amongAll("density"));
   arrange();
