@@ -1,10 +1,13 @@
 """Attribution against finite differences, forward passes one at a time, scipy, and a model in which all ways agree."""
 
 import copy
+import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 
 import saelens_lite as sl
 from saelens_lite.errors import ConfigError, HookError, TextError
@@ -236,7 +239,10 @@ def test_what_an_attribution_says(random_lm, dictionary):
     assert found.ablation[strongest].abs().tolist() == found.ablation.abs().topk(3).values.tolist()
     assert found.table(4).row_count == 4
     assert found.only(found.ablation > 0).latent.tolist() == found.latent[found.ablation > 0].tolist()
-    assert "Spearman" in found.table().caption
+    assert "Spearman" in found.table().caption.plain
+    bracketed = io.StringIO()
+    Console(file=bracketed).print(replace(found, metric="logit of '[/b]'").table())  # a token that reads like markup
+    assert "logit of '[/b]'" in bracketed.getvalue()
     plain = json.loads(json.dumps(found.to_dict()))
     assert plain["ablation"] == found.ablation.tolist()
     assert plain["agreement"]["ablation, gradient"]["pearson"] == found.agreement["ablation", "gradient"].pearson

@@ -233,7 +233,7 @@ def test_prompt_prints_what_fires_where(work, command):
     assert "latents by effect on logit of ' times' − logit of ' the'" in " ".join(out.split())
     rows = json.loads((work / "prompt.json").read_text())["rows"]
     assert [row["token"] for row in rows] == ["It", "It", " was", " was", " the", " the"]
-    assert all(f"{row['attribution']:+.4f}" in out for row in rows)
+    assert all(f"{row['attribution']:+.3g}" in out for row in rows)
     features = ("features", work / "run/dictionary", "--text", work / "book.txt", "--n-tokens", 500)
     code, out, err = command(*features, "--out", work / "store", "--html", work / "few.html")
     assert code == 0, err

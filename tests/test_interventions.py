@@ -293,6 +293,7 @@ def test_what_a_dose_response_says(random_lm, topk, response):
     assert up["effect_se"] == pytest.approx(float(response.effect[2, 0].std() / 3**0.5))
     assert up["beaten"] == int((response.effect[2, 1:].mean(-1) < up["effect"]).sum())
     assert response.table().row_count == 3
+    assert dataclasses.replace(response, metric="logit of '[/b]'").table().caption.plain.startswith("change of logit of '[/b]'")
     codes = [topk.encode(random_lm.run(text, HOOK)[HOOK]).to_dense().detach()[..., 7] for text in TEXTS]
     assert response.max_activation == pytest.approx(max(float(code.max()) for code in codes), abs=1e-5)
 

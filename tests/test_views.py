@@ -161,7 +161,7 @@ HOSTILE = [
     "</script><script>alert(1)</script>",
     '" onmouseover="alert(1)',
     "<img src=x onerror=alert(1)>",
-    "\u202eevil\x1b[31m",
+    "\u202eevil\x1b[31m [/b]",
     "\n",
 ]
 
@@ -197,7 +197,7 @@ def test_hostile_strings_stay_text(by):
     page = Page(hostile_view(by)._repr_html_())
     assert page.tags == {"div", "span", "table", "tr", "td", "b"}
     assert page.attributes == {"style", "title"}
-    for shown in [*HOSTILE[:3], "\\u202eevil\\x1b[31m", "⏎"]:
+    for shown in [*HOSTILE[:3], "\\u202eevil\\x1b[31m [/b]", "⏎"]:
         assert page.text.count(shown) >= 2
         assert any(shown in title for title in page.titles)
     assert not re.search(r"\b0%", page.text)  # a share that is not known

@@ -113,7 +113,7 @@ class Attribution:
         from rich.table import Table
         from rich.text import Text
 
-        grid = Table(box=SIMPLE_HEAD, caption="\n".join(self._remarks()), caption_justify="left")
+        grid = Table(box=SIMPLE_HEAD, caption=Text("\n".join(self._remarks())), caption_justify="left")
         several = len(self.tokens) > 1
         for title in (*(("row",) if several else ()), "position", "token", "latent", "activation", *self.effects):
             grid.add_column(title, justify="left" if title == "token" else "right")
