@@ -7,7 +7,8 @@
 
 The random dictionary is one of the embedded model, with scores of stability, a control on the re-drawn model, and some tokens
 and labels that would run as scripts if anything were taken for markup. Times are in milliseconds from the request until the
-result is painted. CPU times are those of the page's main thread. Any console message, request or dialog is a failure.
+result is painted. CPU times are those of the page's main thread. Any console message, request or dialog is a failure, and what is
+not so of a random page that should be.
 """
 
 import argparse
@@ -32,6 +33,7 @@ HOSTILE = [
     "\u202eright to left\u200f",
     "\x00\x1b",
     "\u0301accent",
+    "long" * 500,
 ]
 SCREENS = {"light": ("light", 1440, 900), "dark": ("dark", 1440, 900), "phone": ("light", 390, 844)}
 
@@ -155,6 +157,13 @@ class Checked:
     def note(self, what: str, wall: float, cpu: float) -> None:
         self.times.setdefault(what, []).append((wall, cpu))
 
+    def expect(self, what: str, expression: str) -> None:
+        if not self.page.evaluate(expression):
+            self.failures.append(f"not so: {what}")
+
+    def look_for(self, query: str) -> None:
+        self.page.evaluate(f"$('search').value = {query!r}; lookFor({query!r})")
+
     def open_latent(self, what: str, act: str, latent: int) -> None:
         self.time(what, act, f"document.title.startsWith('Latent {latent} ')")
 
@@ -204,37 +213,35 @@ TRUTHS = {
 }
 
 
-def behave(checked: Checked) -> None:
-    """What has to be so, as it is not to be seen in pictures; failures are noted."""
-    page, n = checked.page, checked.page.evaluate("layout.n_latents")
-
-    def expect(what: str, expression: str) -> None:
-        if not page.evaluate(expression):
-            checked.failures.append(f"not so: {what}")
-
-    def look_for(query: str) -> None:
-        page.evaluate(f"$('search').value = {query!r}; lookFor({query!r})")
-
+def check_list(checked: Checked) -> None:
+    """What has to be so of the list but is not to be seen in pictures; failures are noted."""
+    page, expect = checked.page, checked.expect
     for what, expression in TRUTHS.items():
         expect(what, expression)
-    look_for("\\u{2028}")
+    checked.look_for("\\u{2028}")
     expect("what is named in a token can be looked for", "view.order.length > 0")
-    look_for("·the")
+    checked.look_for("·the")
     by_dot = page.evaluate("view.order.join()")
-    look_for(" the")
+    checked.look_for(" the")
     expect("a dot is a space to the search", f"view.order.length > 0 && view.order.join() === {by_dot!r}")
     expect("rows are counted", "$('list').getAttribute('aria-rowcount') == view.order.length + 1")
     others = "[...drawn].filter(([i]) => index.row('top', i).findIndex(at => view.hits.tokens[at]) > 0)"
     expect("there are latents of which another context than the strongest is found", f"{others}.length")
     expect("no activation is told of these", f"{others}.every(([, line]) => !line.querySelector('.tokens [data-tip]'))")
-    look_for("(nothing like .* this")
+    checked.look_for("(nothing like .* this")
     expect("nothing is found", "!view.order.length && rows.classList.contains('none') && !rows.children.length")
-    look_for("")
-    page.evaluate("sortBy('latent'); if (view.down) sortBy('latent')")
-    expect("what is not known comes last", "sortBy('stability') ?? Number.isNaN(stabilityOf(view.order.at(-1)))")
-    expect("in both directions", "sortBy('stability') ?? Number.isNaN(stabilityOf(view.order.at(-1)))")
+    checked.look_for("")
+    ahead = "shown => shown.slice(0, shown.findIndex(token => token.matches('.peak'))).map(token => token.textContent).join('')"
+    expect("the peaks are in sight", f"view.order.map(snippet).map({ahead}).every(text => text.length < 200)")
+    for direction in ("down", "up"):
+        page.evaluate("sortBy('stability')")
+        expect(f"what is not known comes last, {direction}", "Number.isNaN(stabilityOf(view.order.at(-1)))")
     page.evaluate("sortBy('latent')")
 
+
+def check_ways(checked: Checked) -> None:
+    """What has to be so of the ways between the list and the latents; failures are noted."""
+    page, expect, n = checked.page, checked.expect, checked.page.evaluate("layout.n_latents")
     page.evaluate("scrollTo(0, 0); rows.querySelector('a').focus()")
     for _ in range(n_tabs := min(40, n - 1)):
         page.keyboard.press("Tab")
@@ -253,7 +260,6 @@ def behave(checked: Checked) -> None:
     expect("back leads to where the list was", f"Math.abs(scrollY - {there}) < 2")
     expect("to the row", f"document.activeElement.textContent === '{n_tabs}'")
 
-    page.evaluate("scrollTo(0, 0)")
     page.focus("#search")
     page.keyboard.type("17")
     page.keyboard.press("Enter")
@@ -264,7 +270,7 @@ def behave(checked: Checked) -> None:
     expect("what does not exist is said not to", f"$('latent').textContent.includes('There is no latent {n}')")
     page.evaluate("location.hash = ''")
     checked.wait("!$('index').hidden")
-    look_for("")
+    checked.look_for("")
 
 
 def screenshots(checked: Checked, screen: str, out: Path) -> None:
@@ -309,7 +315,8 @@ def main() -> int:
             if screen == "light":
                 exercise(checked)
                 if options.page is None:
-                    behave(checked)
+                    check_list(checked)
+                    check_ways(checked)
                 n = checked.page.evaluate("layout.n_latents")
                 print(f"{path.stat().st_size / n / 1e3:.2f} KB a latent")
                 Console().print(table(checked.times))

@@ -64,7 +64,8 @@ function render({ model, el }) {
     const rows = (model.get("view").rows ?? []).filter((row) => chosen === null || row.position === chosen);
     list.replaceChildren(
       ...strongest(rows).slice(0, 12).map((row) => {
-        const add = element("button", { textContent: "steer", type: "button", disabled: steered.has(row.latent) });
+        const add = element("button", { textContent: "steer", type: "button", ariaLabel: `steer latent ${row.latent}` });
+        add.disabled = steered.has(row.latent);
         add.onclick = () => {
           steered.set(row.latent, { amount: 0, reach: row.reach, about: row.about });
           showSliders();

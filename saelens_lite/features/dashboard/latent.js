@@ -8,17 +8,19 @@ function navigation(i) {
   const [before, after] = [neighbour(i, -1), neighbour(i, 1)];
   const bar = make("nav", {}, make("a", {href: "#"}, "All latents"), make("span", {class: "gap"}),
     make("span", {class: "keys soft"}, "← → to move, Esc for the list"));
-  if (before !== undefined) bar.append(make("a", {href: `#f=${before}`, rel: "prev", "aria-label": `previous: latent ${before}`}, `← ${before}`));
-  if (after !== undefined) bar.append(make("a", {href: `#f=${after}`, rel: "next", "aria-label": `next: latent ${after}`}, `${after} →`));
+  const link = (j, rel, text) => make("a", {href: `#f=${j}`, rel, "aria-label": `${rel === "prev" ? "previous" : "next"}: latent ${j}`}, text);
+  if (before !== undefined) bar.append(link(before, "prev", `← ${before}`));
+  if (after !== undefined) bar.append(link(after, "next", `${after} →`));
   return bar;
 }
 
-const firings = (count, n_tokens) => `${percent(count / n_tokens)} of tokens (${whole(count)})`;
+function firingFacts(count, n_tokens, max, mean) {
+  if (!count) return [["fires on", "no token of this text"]];
+  return [["fires on", `${percent(count / n_tokens)} of tokens (${whole(count)})`], ["max", number(max)], ["mean where it fires", number(mean)]];
+}
 function summary(i) {
   const count = index.get("count", i);
-  const pairs = count
-    ? [["fires on", firings(count, layout.n_tokens)], ["max", number(index.get("max", i))], ["mean where it fires", number(index.get("mean", i))]]
-    : [["fires on", "no token of this text"]];
+  const pairs = firingFacts(count, layout.n_tokens, index.get("max", i), index.get("mean", i));
   if (index.has("stability")) pairs.push(["stability", fixed(stabilityOf(i))]);
   if (index.has("cosine")) pairs.push(["encoder–decoder cosine", fixed(cosineOf(i))]);
   const title = make("h1", {tabindex: -1}, `Latent ${i}`);
@@ -88,9 +90,7 @@ function strongest(i, found, max) {
 
 function control(found) {
   const count = found.get("control_count");
-  const pairs = count
-    ? [["fires on", firings(count, layout.control_tokens)], ["max", number(found.get("control_max"))], ["mean where it fires", number(found.get("control_mean"))]]
-    : [["fires on", "no token"]];
+  const pairs = firingFacts(count, layout.control_tokens, found.get("control_max"), found.get("control_mean"));
   const section = card("Control: on the model with its weights re-drawn", facts(pairs));
   if (count) {
     section.append(make("p", {class: "soft"}, "What this latent answers to in a model that has learned nothing. Contexts as telling as those above would be the text's doing, not the model's."),

@@ -51,7 +51,9 @@ function snippet(i) {
   if (!places.length) return [];
   const found = view.hits ? places.findIndex(at => view.hits.tokens[at]) : 0, j = Math.max(0, found);
   const nearby = index.row("first_nearby", i), one = context(places[j], j ? new Float32Array(nearby.length) : nearby);
-  return strip(one, Math.max(0, one.peak - 5), Math.min(one.ids.length, one.peak + 8), index.get("max", i));
+  let from = one.peak;  // so much before the peak that it stays in sight
+  for (let length = 0; from > 0 && one.peak - from < 5; from--) if ((length += vocabulary[one.ids[from - 1]].length) > 24) break;
+  return strip(one, from, Math.min(one.ids.length, one.peak + 8), index.get("max", i));
 }
 
 // What is searched is what is shown, capitals or not; a dot and a space are the same.
