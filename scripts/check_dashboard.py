@@ -206,7 +206,7 @@ def exercise(checked: Checked) -> None:
     checked.time("back to the list", "location.hash = ''", "!$('index').hidden")
 
 
-TRUTHS = {
+TRUTHS = {  # expressions of the page's own functions
     "what is nearly zero is short": "number(4.4e-16) === '4.40e−16' && edge(-2.64, 0.11, 24) === 0 && number(0) === '0.00'",
     "zero has no sign, the unknown is a dash": "fixed(-0.001) === '0.00' && fixed(-0.5) === '−0.50' && fixed(NaN) === '–'",
     "a mark gets a ring, wide spaces are named": "named('\\u0301s') === '◌\\u0301s' && named('\\u3000') === '\\\\u{3000}'",

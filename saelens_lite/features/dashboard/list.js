@@ -1,6 +1,6 @@
 // The list: an order of latents, of which only the rows in sight are in the document.
 const MARGIN = 12;  // rows kept above and below the window
-const view = {key: "latent", down: false, query: "", order: [], hits: null, scroll: 0};
+const view = {key: "latent", down: false, query: "", order: [], hits: null, scroll: 0, last: -1};  // last: the latent looked at
 const rows = $("rows"), drawn = new Map();
 
 const cosineOf = i => index.get("cosine", i), stabilityOf = i => index.get("stability", i);
