@@ -7,8 +7,8 @@
 
 The random dictionary is one of the embedded model, with scores of stability, a control on the re-drawn model, and some tokens
 and labels that would run as scripts if anything were taken for markup. Times are in milliseconds from the request until the
-result is painted. CPU times are those of the page's main thread. Any console message, request or dialog is a failure, and what is
-not so of a random page that should be.
+result is painted. CPU times are those of the page's main thread. Any console message, request or dialog is a failure, and what
+is not so of a random page that should be.
 """
 
 import argparse
