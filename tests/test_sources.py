@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from saelens_lite.config import TextConfig
 from saelens_lite.errors import ConfigError, CorruptFileError, TextError
-from saelens_lite.tokens import Document, hub_name, token_rows
+from saelens_lite.tokens import Document, PythonDocs, hub_name, name_of, source_name, token_rows
 from saelens_lite.tokens.encoding import encode
 from saelens_lite.tokens.sources import Piece, read_pieces
 
@@ -106,6 +106,17 @@ def test_which_strings_name_a_dataset():
         assert hub_name(text) is None
     assert read("hf: a note") == ["hf: a note"]
     assert read(["hf:org/name"]) == ["hf:org/name"]  # in a list, a string is always a document
+
+
+def test_the_embedded_corpus_by_its_name():
+    for name in PythonDocs.NAMES:
+        assert read(name) == [document.text for document in PythonDocs(name)]
+        assert name_of(name) == source_name(name) == name
+    with pytest.raises(TextError, match="no part 'python-docs:tset'"):
+        read("python-docs:tset")
+    assert read("python-docs: a note") == ["python-docs: a note"]
+    assert read(["python-docs"]) == ["python-docs"]
+    assert name_of("python-docs: a note") is source_name("python-docs: a note") is None
 
 
 def test_documents_and_strings():

@@ -22,6 +22,7 @@ READ_CHARS = 1 << 16
 PARQUET_ROWS = 64
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 _HUB_NAME = re.compile(r"hf:([^\s:]+)(?::([^\s:]*))?(?::([^\s:]*))?")
+_CORPUS_NAME = re.compile(r"python-docs(:\S*)?")
 
 
 class Piece(NamedTuple):
@@ -54,7 +55,12 @@ def named_text(name: str) -> Text:
     """
     if hub_name(name):
         return name
-    return PythonDocs(name) if name.partition(":")[0] == "python-docs" else Path(name)
+    return PythonDocs(name) if _names_corpus(name) else Path(name)
+
+
+def _names_corpus(text: Any) -> bool:
+    """Whether a text is the name of the embedded corpus, or of a part of it."""
+    return isinstance(text, str) and _CORPUS_NAME.fullmatch(text) is not None
 
 
 def name_of(text: Any) -> str | None:
@@ -63,7 +69,7 @@ def name_of(text: Any) -> str | None:
         return str(text.resolve())
     if isinstance(text, PythonDocs):
         return text.name
-    return text if isinstance(text, str) and hub_name(text) else None
+    return text if _names_corpus(text) or (isinstance(text, str) and hub_name(text)) else None
 
 
 def source_name(text: Any, config: TextConfig | None = None) -> str | None:
@@ -74,23 +80,26 @@ def source_name(text: Any, config: TextConfig | None = None) -> str | None:
     found = hub_name(text) if isinstance(text, str) else None
     if found and config and config.split and not found.split:
         return f"hf:{found.name}:{found.config or ''}:{config.split}"
-    return text if found else None
+    return text if found or _names_corpus(text) else None
 
 
 def read_pieces(text: Text, config: TextConfig) -> Iterator[Piece]:
     """The documents of a text, whose long ones come in several pieces. Nothing is read before it is asked for.
 
-    A string is a document, unless it names a dataset ("hf:org/name:config:split"). A Path is a file: .txt and .md are one
-    document, each line of a .jsonl and each row of a .parquet is one. A mapping holds the splits of a dataset. Anything
-    else is a sequence of documents: strings, Documents, Paths, or records with the column `config` names.
+    A string is a document, unless it names a dataset ("hf:org/name:config:split") or a part of the embedded corpus
+    ("python-docs:train"). A Path is a file: .txt and .md are one document, each line of a .jsonl and each row of a .parquet is
+    one. A mapping holds the splits of a dataset. Anything else is a sequence of documents: strings, Documents, Paths, or
+    records with the column `config` names.
 
     Raises:
-        TextError: a file or dataset cannot be read, or a record has no text.
+        TextError: a file or dataset cannot be read, the embedded corpus has no such part, or a record has no text.
         ConfigError: a kind of file that is not read, a column or split that does not exist, a string that names a file.
         CorruptFileError: a .parquet that is none.
     """
     if isinstance(text, str) and (name := hub_name(text)):
         yield from _hub(name, config)
+    elif _names_corpus(text):
+        yield from read_pieces(PythonDocs(text), config)
     elif isinstance(text, str | Document | Path):
         yield from _item(text, "the text", config)
     elif isinstance(text, Mapping):
