@@ -14,6 +14,7 @@ from typing import Any
 from saelens_lite.errors import ConfigError
 
 Positions = int | Iterable[Any] | slice | None
+LAST = "; the last of a prompt is lm.to_tokens(prompt).tokens.shape[1] - 1"
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Edit:
     """A change of the codes of `latents`: one, or several, of which each counts once.
 
     `positions` are counted from the beginning of the row, in generation too: one, several, or a slice, whose stop may be
-    open. Named ones are edited even where the dictionary was never trained; by default those are left out.
+    open. Position 0 is BOS, and the last of a prompt is lm.to_tokens(prompt).tokens.shape[1] - 1. Named ones are edited even
+    where the dictionary was never trained; by default those are left out.
 
     Raises:
         ConfigError: latents or positions that are no whole numbers from 0 on, or a value that is no finite number.
@@ -98,20 +100,20 @@ class Add(Edit):
         return self.amount
 
 
-def _whole_numbers(what: str, given: Any) -> tuple[int, ...]:
-    """The numbers given, each once, in their order."""
+def _whole_numbers(what: str, given: Any, meaning: str = "") -> tuple[int, ...]:
+    """The numbers given, each once, in their order; `meaning` ends the message of an error."""
     if hasattr(given, "tolist"):  # tensors and arrays
         given = given.tolist()
     numbers = list(given) if isinstance(given, Iterable) else [given]
     if not all(isinstance(i, Integral) and not isinstance(i, bool) and i >= 0 for i in numbers):
-        raise ConfigError(f"{what} = {given!r}; expected whole numbers from 0 on")
+        raise ConfigError(f"{what} = {given!r}; expected whole numbers from 0 on{meaning}")
     return tuple(dict.fromkeys(int(i) for i in numbers))
 
 
 def _positions(what: str, given: Any) -> tuple[int, ...] | slice | None:
     if given is None or not isinstance(given, slice):
-        return None if given is None else _whole_numbers(what, given)
-    _whole_numbers(what, [bound for bound in (given.start, given.stop, given.step) if bound is not None])
+        return None if given is None else _whole_numbers(what, given, LAST)
+    _whole_numbers(what, [bound for bound in (given.start, given.stop, given.step) if bound is not None], LAST)
     if given.step == 0:
         raise ConfigError(f"{what} = {given}; a slice cannot have a step of 0")
     return given

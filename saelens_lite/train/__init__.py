@@ -53,7 +53,7 @@ def train(
     loggers: str | Sequence[str] = DEFAULT_LOGGERS,
     exists: Literal["error", "overwrite"] = "error",
 ) -> list[Run]:
-    """Train dictionaries, all on the same batches in one pass over the source.
+    """The run of each dictionary, all trained on the same batches in one pass over the source.
 
     With `out`, each gets a folder (`out` itself for one dictionary, `out`/<number>-<rule> for several) with config.toml,
     dictionary/ and what `loggers` (names of plugins) write there: log.jsonl by default. The order of the data comes from
