@@ -20,15 +20,15 @@ PRINTED = {  # by notebook: what it prints or shows as HTML, and at least how of
         f"hf://{REPO}/blocks.2.hook_resid_pre@": 1,
     },
     "3-analyse-and-steer": {
-        "1,024 latents on": 1,
+        "1,536 latents on": 1,
         "latents by activation": 1,
         "latents by activation / largest activation": 1,
         "latents by effect on logit of": 1,
-        "Spearman": 3,
+        "Spearman": 6,
         "strongest</summary>": 1,
         "clamped: This function opens the file and": 1,
         "controls": 1,
-        "features.html: 1024 latents": 1,
+        "features.html: 1536 latents": 1,
     },
     "4-write-a-plugin": {
         "ce_loss_score": 2,
