@@ -108,7 +108,7 @@ class Attribution:
         }
 
     def table(self, n: int = 10) -> Any:
-        """A rich table of the n strongest effects, with the agreement of the ways below it."""
+        """A rich table, which notebooks and `rich.print` show, of the n strongest effects and of how the ways agree."""
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
         from rich.text import Text
@@ -128,7 +128,7 @@ class Attribution:
         """The figures of the whole, in words."""
         rest = f"what is not reconstructed {float(self.error.mean()):+.4f} by gradient"
         return [
-            f"{self.metric} {float(self.value.mean()):.4f}; {len(self.latent)} active latents; {rest}",
+            f"{self.metric} = {float(self.value.mean()):.4f}; {len(self.latent)} active latents; {rest}",
             *(f"{a} and {b}: Spearman {x.spearman:.3f}, Pearson {x.pearson:.3f}" for (a, b), x in self.agreement.items()),
         ]
 

@@ -80,14 +80,14 @@ class DoseResponse:
         }
 
     def table(self) -> Any:
-        """A rich table, a row for each dose."""
+        """A rich table, which notebooks and `rich.print` show: a row for each dose."""
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
         from rich.text import Text
 
         caption = (
             f"change of {self.metric} (clean {float(self.clean.mean()):.4f}) and KL in nats per token; {self.n_tokens:,} "
-            f"tokens in {len(self.clean)} rows; largest activation {self.max_activation:.3g}; ± standard error over rows, of "
+            f"tokens in {len(self.clean)} rows; largest activation there {self.max_activation:.3g}; ± standard error over rows, of "
             "controls standard deviation"
         )
         grid = Table(box=SIMPLE_HEAD, caption=Text(caption), caption_justify="left")

@@ -81,7 +81,8 @@ class RowBlocks:
             if self.n_kept == self.n_tokens:
                 return
         if not self.n_kept:
-            what = "none of the positions of the token rows counts" if self.are_rows else "nothing was left after tokenising"
+            rest = "nothing was left after tokenising that counts; special tokens and excluded positions, such as 0, do not"
+            what = "none of the positions of the token rows counts" if self.are_rows else rest
             raise TextError(f"no text: {what}")
 
     def _chosen(self, candidates: TokenRows) -> TokenRows:
