@@ -87,8 +87,8 @@ class DoseResponse:
 
         caption = (
             f"change of {self.metric} (clean {float(self.clean.mean()):.4f}) and KL in nats per token; {self.n_tokens:,} "
-            f"tokens in {len(self.clean)} rows; largest activation there {self.max_activation:.3g}; ± standard error over rows, of "
-            "controls standard deviation"
+            f"tokens in {len(self.clean)} rows, with activations up to {self.max_activation:.3g}; ± standard error over rows, "
+            "of controls standard deviation"
         )
         grid = Table(box=SIMPLE_HEAD, caption=Text(caption), caption_justify="left")
         for title in ("dose", "effect", "KL", f"{len(self.controls)} controls", "KL of controls", "beaten"):

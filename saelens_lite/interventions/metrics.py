@@ -89,8 +89,8 @@ def metric_of(asked: Any, lm: LanguageModel, tokens: Int[Tensor, " pos"], positi
         a, b = (token_id(lm, token) for token in asked)
         return LogitDifference(a, b, _place(-1 if position is None else position, len(tokens)))
     raise ConfigError(
-        f"metric = {asked!r}; expected 'loss', a pair of tokens (a, b), saelens_lite.interventions.LogProb(token), or a function "
-        "of logits [n pos d_vocab]"
+        f"metric = {asked!r}; expected 'loss', a pair of tokens (a, b), saelens_lite.interventions.LogProb(token), or a "
+        "function of logits [n pos d_vocab]"
     )
 
 
