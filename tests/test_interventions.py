@@ -217,7 +217,7 @@ def test_a_position_that_is_still_to_be_generated(random_lm, topk):
         (lambda: sl.Clamp(1, float("nan")), r"Clamp: value = nan; expected a finite number"),
         (lambda: sl.Scale(1, float("inf")), r"Scale: factor = inf; expected a finite number"),
         (lambda: sl.Add(1, True), r"Add: amount = True; expected a finite number"),
-        (lambda: sl.Add(1, 1, positions=[-1]), r"Add: positions = \[-1\]; expected whole numbers from 0 on"),
+        (lambda: sl.Add(1, 1, positions=[-1]), r"= \[-1\]; expected whole numbers from 0 on; the last of a prompt is lm"),
         (lambda: sl.Add(1, 1, positions=slice(-3, None)), r"Add: positions = \[-3\]; expected whole numbers from 0 on"),
         (lambda: sl.Add(1, 1, positions=slice(None, None, 0)), r"a slice cannot have a step of 0"),
     ],

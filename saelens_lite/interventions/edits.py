@@ -14,7 +14,7 @@ from typing import Any
 from saelens_lite.errors import ConfigError
 
 Positions = int | Iterable[Any] | slice | None
-LAST = "; the last of a prompt is lm.to_tokens(prompt).tokens.shape[1] - 1"
+END_OF_PROMPT = "; the last of a prompt is lm.to_tokens(prompt).tokens.shape[1] - 1"
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ def _whole_numbers(what: str, given: Any, meaning: str = "") -> tuple[int, ...]:
 
 def _positions(what: str, given: Any) -> tuple[int, ...] | slice | None:
     if given is None or not isinstance(given, slice):
-        return None if given is None else _whole_numbers(what, given, LAST)
-    _whole_numbers(what, [bound for bound in (given.start, given.stop, given.step) if bound is not None], LAST)
+        return None if given is None else _whole_numbers(what, given, END_OF_PROMPT)
+    _whole_numbers(what, [bound for bound in (given.start, given.stop, given.step) if bound is not None], END_OF_PROMPT)
     if given.step == 0:
         raise ConfigError(f"{what} = {given}; a slice cannot have a step of 0")
     return given
