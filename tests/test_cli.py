@@ -187,6 +187,8 @@ def test_doses_prints_a_row_for_each(work, command):
     assert all(f"{row['effect']:+.4f}".lstrip("+") in out for row in rows)
     assert (rows[1]["kl"], rows[1]["effect"]) == pytest.approx((0, 0), abs=1e-5)
     assert rows[2]["kl"] > 0.01
+    code, out, err = command(*args, "--doses", 1, "--token", " of", "--against", " the")
+    assert (code, "logit of ' of' − logit of ' the'" in " ".join(out.split())) == (0, True), err
 
 
 def test_a_dictionary_that_does_not_say_its_hook(work, command):

@@ -66,6 +66,8 @@ def features(
     for store, page in zip(stores if isinstance(stores, list) else [stores], pages, strict=True):
         store.dashboard(page, exists=exists)
         console().print(f"{page}: {store.info.d_sae} latents, {page.stat().st_size / 1e6:.1f} MB", markup=False)
+    if out:
+        console().print(f"{out}: collected data, for `dashboard` and `prompt --store`", markup=False)
 
 
 @app.command

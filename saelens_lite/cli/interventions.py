@@ -13,13 +13,13 @@ from saelens_lite.errors import ConfigError
 
 @dataclass(frozen=True)
 class TokenPair:
-    """What effects are measured on.
+    """What effects are measured on, if not on what the command says.
 
     Parameters
     ----------
     token
         With --against: effects are on the logit of this token minus that of the other, at the end of the prompt. Mind the
-        space in front of words. Without the two: on the mean loss over the prompt.
+        space in front of words.
     against
         The other token.
     """
@@ -106,12 +106,15 @@ def doses(
     *,
     prompt: list[str],
     doses: Annotated[list[float], Parameter(consume_multiple=True)],
+    pair: TokenPairOptions = NO_PAIR,
     controls: int = 8,
     seed: int = 0,
     of: ModelOptions = THE_MODEL,
     json_out: JsonFile = None,
 ) -> None:
-    """Measure what amounts of a latent do to the tokens it promotes and what they cost, beside random latents of equal norm.
+    """Measure what amounts of a latent do and what they cost, beside random latents of equal norm.
+
+    Without --token and --against: what they do to the log-probability of the ten tokens that the latent promotes most.
 
     Parameters
     ----------
@@ -129,8 +132,9 @@ def doses(
     import saelens_lite as sl
     from saelens_lite.files import write_json
 
+    metric = pair.metric() or "promoted"
     loaded, lm = of.load(dictionary)
-    found = sl.dose_response(lm, loaded, latent, doses, prompt, n_controls=controls, seed=seed, hook=of.hook)
+    found = sl.dose_response(lm, loaded, latent, doses, prompt, metric=metric, n_controls=controls, seed=seed, hook=of.hook)
     console().print(found.table())
     if json_out:
         write_json(json_out, found.to_dict())
@@ -148,6 +152,8 @@ def attribute(
     json_out: JsonFile = None,
 ) -> None:
     """See which latents make the model say what it says: by exact ablation, by gradient, and directly.
+
+    Without --token and --against: effects are on the mean loss over the prompt.
 
     Parameters
     ----------
@@ -182,6 +188,8 @@ def show_prompt(
     json_out: JsonFile = None,
 ) -> None:
     """See which latents fire at each token of a text.
+
+    Without --token and --against: effects are on the mean loss over the text.
 
     Parameters
     ----------
