@@ -172,9 +172,21 @@ def new_folder(path: Path, exists: Literal["error", "overwrite"] = "error") -> I
     try:
         with disk_full_is_typed(path):
             yield temporary
+            _sync_tree(temporary)
             replace_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    """Have all files below a folder on the disk."""
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)
 
 
 def replace_folder(new: Path, path: Path) -> None:
@@ -259,8 +271,14 @@ def same_request(file: Path, request: dict[str, Any], what: str, exists: str) ->
 
     Raises:
         OutputExistsError: it was not, and `exists` is "error".
+        CorruptFileError: what was asked cannot be read, and `exists` is "error".
     """
-    found = read_json(file)
+    try:
+        found = read_json(file)
+    except CorruptFileError as error:
+        if exists == "error":
+            raise CorruptFileError(f"unfinished {what}: {error}; delete {file.parent} or say exists='overwrite'") from None
+        return False
     other = [key for key in request if found.get(key) != json.loads(json.dumps(request[key]))]
     if other and exists == "error":
         said = ", ".join(f"{key} = {found.get(key)!r} (now {request[key]!r})" for key in other)

@@ -20,11 +20,13 @@ from saelens_lite.errors import (
     TextError,
     UserError,
 )
+from saelens_lite.evaluate import measure
 from saelens_lite.features import DetectionTask, Example, Scorer, collect, token_baseline, words_of_label
 from saelens_lite.features.compare import Stability
 from saelens_lite.features.draws import uniform
 from saelens_lite.features.neuronpedia import _context
 from saelens_lite.features.spill import Spill
+from saelens_lite.files import file_hash
 from saelens_lite.tokens import TokenRows, token_rows
 
 HOOK, OTHER_HOOK = "blocks.1.hook_resid_pre", "blocks.0.hook_mlp_out"
@@ -181,6 +183,65 @@ def test_an_unfinished_store_is_not_gone_on_with_by_others(dictionaries, random_
     assert not unfinished.exists()
 
 
+def test_an_unfinished_store_is_of_its_batches_and_of_its_rule(dictionaries, random_lm, rows, tmp_path, failing, monkeypatch):
+    """Another device has other batches by default; dictionaries of other options may have the same weights."""
+    out = tmp_path / "store"
+    monkeypatch.setitem(measure.MAX_TOKENS, "cpu", 96)
+    failing(3)
+    with pytest.raises(Interruption):
+        sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out)
+    failing(None)
+    other = sl.Dictionary.create("topk", d_in=48, d_sae=D_SAE, options={"k": 7}, origin=dictionaries[0].origin)
+    other.load_state_dict(dictionaries[0].state_dict())
+    with pytest.raises(OutputExistsError, match=r"options = .*'k': 6.* \(now .*'k': 7"):
+        sl.FeatureStore.build(other, random_lm, rows, out=out)
+    monkeypatch.setitem(measure.MAX_TOKENS, "cpu", 192)
+    with pytest.raises(OutputExistsError, match=r"batch_tokens = 96 \(now 192\)"):
+        sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out)
+    found = sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out, batch_tokens=96)
+    assert same(found, sl.FeatureStore.build(dictionaries[0], random_lm, rows, batch_tokens=96))
+
+
+@pytest.mark.parametrize(
+    "progress",
+    [
+        {},
+        {"n_batches": 2},
+        {"n_batches": "x", "sizes": [{}]},
+        {"n_batches": 2, "sizes": []},
+        {"n_batches": 2, "sizes": [{}, {}]},
+        {"n_batches": 2, "sizes": [5]},
+        {"n_batches": 2, "sizes": [{"lists.bin": "x"}]},
+        {"n_batches": 2, "sizes": [{}]},  # batches that are said to be whole, but are not there
+        {"n_batches": 1000, "sizes": [{}]},
+    ],
+    ids=str,
+)
+def test_a_damaged_note_of_progress(dictionaries, random_lm, rows, tmp_path, failing, progress):
+    out, file = tmp_path / "store", tmp_path / ".store.unfinished" / "progress.json"
+    failing(3)
+    with pytest.raises(Interruption):
+        sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out, batch_tokens=96)
+    failing(None)
+    file.write_text(json.dumps(progress))
+    with pytest.raises(CorruptFileError, match="delete"):
+        sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out, batch_tokens=96)
+    assert not out.exists()
+
+
+def test_a_damaged_request_can_be_overwritten(dictionaries, random_lm, rows, tmp_path, failing):
+    out, file = tmp_path / "store", tmp_path / ".store.unfinished" / "request.json"
+    failing(3)
+    with pytest.raises(Interruption):
+        sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out, batch_tokens=96)
+    failing(None)
+    file.write_text("{")
+    with pytest.raises(CorruptFileError, match=r"unfinished store.*delete .*unfinished or say exists='overwrite'"):
+        sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out, batch_tokens=96)
+    found = sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out, batch_tokens=96, exists="overwrite")
+    assert same(found, sl.FeatureStore.build(dictionaries[0], random_lm, rows, batch_tokens=96))
+
+
 def test_a_full_disk_keeps_what_is_whole(folder, dictionaries, random_lm, rows, tmp_path, monkeypatch):
     out, settings = tmp_path / "store", {"codes": True, "control": True, "batch_tokens": 96}
     append, n_left = Spill._append, iter(range(4))
@@ -325,6 +386,25 @@ def test_damaged_codes(store, tmp_path, damage):
         sl.FeatureStore.load(tmp_path / "store").sql("select sum(value) from codes")
 
 
+def test_codes_that_are_no_table(store, tmp_path):
+    """Even when the checksum has been adapted to them."""
+    folder = store.save(tmp_path / "store")
+    (folder / "codes.parquet").write_bytes(b"no table at all")
+    content = json.loads((folder / "features.json").read_text())
+    content["codes"] = {"n_bytes": 15, "sha256": file_hash(folder / "codes.parquet")}
+    (folder / "features.json").write_text(json.dumps(content))
+    with pytest.raises(CorruptFileError, match="no table"):
+        sl.FeatureStore.load(folder).sql("select 1")
+
+
+def test_codes_that_are_gone_cannot_be_saved(store, tmp_path):
+    again = sl.FeatureStore.load(store.save(tmp_path / "store"))
+    (tmp_path / "store" / "codes.parquet").unlink()
+    with pytest.raises(CorruptFileError, match=r"codes\.parquet"):
+        again.save(tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
 def test_everything_survives_saving(store, folder, tmp_path):
     store.label(3, "brackets <b> \" ' ümlaut")
     store.scores = Stability(
@@ -371,7 +451,7 @@ def test_stores_labels_and_scores_of_other_dictionaries(store, dictionaries, ran
 def test_labels(store, tmp_path):
     for latent, text in ((7, "seven"), (30, "thirty"), (7, "better"), (8, "eight"), (8, "")):
         store.label(latent, text)
-    path = store.write_labels(tmp_path / "labels.json")
+    path = store.write_labels(tmp_path / "new" / "labels.json")
     store.labels.clear()
     store.label(30, "other")
     store.label(1, "one")

@@ -37,6 +37,14 @@ FAMILIES = {
     "Mixtral": GROUPED | {"num_local_experts": 4},
     "Bloom": {"vocab_size": N_VOCAB, "hidden_size": D_MODEL, "n_layer": 2, "n_head": 4},  # no position embeddings
 }
+NORMS = {
+    "Olmo": COMMON,  # no weight
+    "Cohere": COMMON | {"logit_scale": 1.0},  # a LayerNorm of its own
+    "Nemotron": GROUPED,  # a LayerNorm that multiplies by 1 + weight
+    "Gemma": HEADS,  # 1 + weight
+    "Gemma4": HEADS | {"sliding_window": 8},  # the weight itself
+    "Qwen3_5": HEADS,  # 1 + weight
+}
 PARALLEL = {"GPTNeoX", "Phi", "Falcon"}
 EAGER = {"Gemma2", "Bloom"}  # transformers has no SDPA for them
 MASKED = {"Gemma3", "Mistral", "Falcon"}  # sliding windows need a mask; transformers always makes one for Falcon
@@ -51,9 +59,9 @@ def family_lm(lm):
     @functools.cache
     def make(family: str) -> sl.LanguageModel:
         name = family.removesuffix(" sequential")
-        config_class = getattr(transformers, "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config")
+        config_class = getattr(transformers, f"{name}TextConfig", None) or getattr(transformers, f"{name}Config")
         torch.manual_seed(0)
-        module = getattr(transformers, f"{name}ForCausalLM")(config_class(**FAMILIES[family]))
+        module = getattr(transformers, f"{name}ForCausalLM")(config_class(**(FAMILIES | NORMS)[family]))
         for parameter in module.parameters():
             is_vector = parameter.ndim == 1  # biases and norms, which start at 0 and 1
             mean = float(parameter.detach().mean()) if is_vector else 0.0
@@ -75,7 +83,7 @@ def attentions(model: sl.LanguageModel) -> set[str]:
     return {part.config._attn_implementation for part in model.module.modules() if hasattr(part, "config")}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *NORMS])
 def test_the_last_stream_becomes_logits_by_unembedding_and_divisor(family_lm, family):
     """Up to what is the same at all positions: the biases of norm and head."""
     model = family_lm(family)

@@ -13,6 +13,7 @@ from torch import Tensor
 from saelens_lite.config import TextConfig
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, OutputExistsError, UserError
+from saelens_lite.evaluate.measure import default_batch_tokens
 from saelens_lite.features import stored
 from saelens_lite.features.build import Job, reduced
 from saelens_lite.features.codes import CODES_FILE, CodesTable, check_extra
@@ -123,6 +124,9 @@ class FeatureStore:
             check_extra()
             if out is None:
                 raise ConfigError("codes=True writes a table; give out=, the folder for it")
+        batch_tokens = default_batch_tokens(lm) if batch_tokens is None else batch_tokens
+        if batch_tokens < 1:
+            raise ConfigError(f"batch_tokens = {batch_tokens}; expected at least 1")
         job = Job.of(
             dictionaries,
             lm,
@@ -372,6 +376,7 @@ class FeatureStore:
         if path is None and self.folder is None:
             raise ConfigError("the store is in no folder; say where the labels should go")
         path = self.folder / LABELS_FILE if path is None else Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_labels(path, self.labels, self.info.dictionary_sha256)
         return path
 
@@ -404,10 +409,12 @@ class FeatureStore:
 
         Raises:
             OutputExistsError: the folder holds something and `exists` is "error".
+            CorruptFileError: the table of codes, which is copied, is missing or damaged.
             DiskFullError: there is no room for it.
         """
         with new_folder(Path(folder), exists) as new:
             if self.codes is not None:
+                self.codes.check()
                 shutil.copyfile(self.codes.path, new / CODES_FILE)
             self._write(new)
         self._is_in(Path(folder))
@@ -494,6 +501,6 @@ def _scores_of_each(
     if len(given) != len(infos):
         raise ConfigError(f"{len(given)} stability scores for {len(infos)} dictionaries; give as many, or None among them")
     for scores, info in zip(given, infos, strict=True):
-        if scores is not None and scores.sha256 != info.dictionary_sha256:
+        if scores is not None and (scores.sha256, len(scores.score)) != (info.dictionary_sha256, info.d_sae):
             raise ConfigError("the stability scores are of another dictionary; compute them anew with sl.stability")
     return given
