@@ -20,7 +20,7 @@ from saelens_lite.errors import (
     TextError,
     UserError,
 )
-from saelens_lite.evaluate import measure
+from saelens_lite.evaluate.measure import MAX_TOKENS
 from saelens_lite.features import DetectionTask, Example, Scorer, collect, token_baseline, words_of_label
 from saelens_lite.features.compare import Stability
 from saelens_lite.features.draws import uniform
@@ -186,7 +186,7 @@ def test_an_unfinished_store_is_not_gone_on_with_by_others(dictionaries, random_
 def test_an_unfinished_store_is_of_its_batches_and_of_its_rule(dictionaries, random_lm, rows, tmp_path, failing, monkeypatch):
     """Another device has other batches by default; dictionaries of other options may have the same weights."""
     out = tmp_path / "store"
-    monkeypatch.setitem(measure.MAX_TOKENS, "cpu", 96)
+    monkeypatch.setitem(MAX_TOKENS, "cpu", 96)
     failing(3)
     with pytest.raises(Interruption):
         sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out)
@@ -195,7 +195,7 @@ def test_an_unfinished_store_is_of_its_batches_and_of_its_rule(dictionaries, ran
     other.load_state_dict(dictionaries[0].state_dict())
     with pytest.raises(OutputExistsError, match=r"options = .*'k': 6.* \(now .*'k': 7"):
         sl.FeatureStore.build(other, random_lm, rows, out=out)
-    monkeypatch.setitem(measure.MAX_TOKENS, "cpu", 192)
+    monkeypatch.setitem(MAX_TOKENS, "cpu", 192)
     with pytest.raises(OutputExistsError, match=r"batch_tokens = 96 \(now 192\)"):
         sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out)
     found = sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out, batch_tokens=96)

@@ -133,8 +133,9 @@ class Spill:
         entries = self._mapped("entries.bin", ENTRY)
         sizes = np.fromfile(self.folder / "blocks.bin", COUNT).astype(np.int64).reshape(-1, self.n_blocks)
         stops = sizes.cumsum().reshape(sizes.shape)
+        starts = stops - sizes
         for number in range(self.n_blocks):
-            runs = list(zip((stops - sizes)[:, number], stops[:, number], strict=True))
+            runs = list(zip(starts[:, number].tolist(), stops[:, number].tolist(), strict=True))
             before = number * self.block
             for start, stop in _ranges(count[before : before + self.block]):
                 yield Piece(before + start, stop - start, _within(entries, runs, start, stop))
