@@ -162,9 +162,10 @@ def new_folder(path: Path, exists: Literal["error", "overwrite"] = "error") -> I
 
     Raises:
         OutputExistsError: `path` holds something and `exists` is "error".
-        ConfigError: `exists` is neither "error" nor "overwrite".
+        ConfigError: `exists` is neither "error" nor "overwrite", or `path` is a folder such as . that cannot be replaced.
         DiskFullError: there is no room for it; what was at `path` is still there.
     """
+    refuse_nameless(path)
     refuse_existing(path, exists)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
@@ -209,6 +210,12 @@ def remove_leftovers(path: Path) -> None:
                 shutil.rmtree(left)
             else:
                 left.unlink()
+
+
+def refuse_nameless(path: Path) -> None:
+    """Raise ConfigError for a folder such as . that nothing can be put in place of."""
+    if path.name in ("", ".."):
+        raise ConfigError(f"{str(path)!r} cannot be written as a whole; name a new folder in it")
 
 
 def refuse_existing(path: Path, exists: str, choices: tuple[str, ...] = ("error", "overwrite")) -> None:

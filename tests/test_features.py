@@ -266,6 +266,7 @@ def test_damaged_files_are_refused(store, tmp_path, file, damage):
     [
         {"tokens": lambda t: t["tokens"] + 100_000},
         {"top_place": lambda t: t["top_place"] - 2},
+        {"top_value": lambda t: t["top_value"] * 0},
         {"length": lambda t: t["length"] - 15},
         {"length": lambda t: t["length"] + 15},
         {"random_place": lambda t: t["random_place"][:, 1:].contiguous()},

@@ -28,7 +28,7 @@ from saelens_lite.features.summary import Example, ExampleGroup, LatentSummary, 
 from saelens_lite.features.tensors import NONE, FeatureTensors
 from saelens_lite.features.vocabulary import vocabulary
 from saelens_lite.features.weights import LatentWeights, latent_weights
-from saelens_lite.files import new_folder, refuse_existing, write_text
+from saelens_lite.files import new_folder, refuse_existing, refuse_nameless, write_text
 from saelens_lite.model import LanguageModel
 from saelens_lite.tokens import Text, TokenRows
 
@@ -119,6 +119,7 @@ class FeatureStore:
         dictionaries = list(dictionary) if several else [dictionary]
         out = None if out is None else Path(out)
         if out is not None:
+            refuse_nameless(out)
             refuse_existing(out, exists)
         if codes:
             check_extra()

@@ -116,6 +116,8 @@ def _fits(info: StoreInfo, t: FeatureTensors, w: LatentWeights, vocabulary: list
         return False
     if not {len(w.logit_low), len(w.encoder_decoder_cosine)} <= {0, info.d_sae}:
         return False
+    if info.bos_id is not None and not 0 <= info.bos_id < n_vocab:
+        return False
     latents = (t.frequent_partner, t.specific_partner)
     limits = [
         *((ids, 0, n_vocab) for ids in (t.tokens, w.promoted, w.suppressed)),
@@ -127,9 +129,11 @@ def _fits(info: StoreInfo, t: FeatureTensors, w: LatentWeights, vocabulary: list
 
 
 def _places_exist(t: FeatureTensors) -> bool:
-    """Whether every place is one that its row has."""
+    """Whether every place is one that its row has, and the latent fires at those of the strongest contexts."""
     n_seq, n_ctx = t.tokens.shape
     if not ((t.length >= 0) & (t.length <= n_ctx)).all():
+        return False
+    if not ((t.top_place != NONE) == (t.top_value > 0)).all():
         return False
     for place in (t.top_place, t.group_place, t.random_place, t.silent_place):
         at = place[place != NONE].long()
