@@ -39,7 +39,8 @@ FAMILIES = {
 }
 NORMS = {
     "Olmo": COMMON,  # no weight
-    "Cohere": COMMON | {"logit_scale": 1.0},  # a LayerNorm of its own
+    "Cohere": COMMON,  # a LayerNorm of its own; logits are scaled
+    "Granite": COMMON | {"logits_scaling": 4.0},  # logits are scaled
     "Nemotron": GROUPED,  # a LayerNorm that multiplies by 1 + weight
     "Gemma": HEADS,  # 1 + weight
     "Gemma4": HEADS | {"sliding_window": 8},  # the weight itself
@@ -88,7 +89,9 @@ def test_the_last_stream_becomes_logits_by_unembedding_and_divisor(family_lm, fa
     """Up to what is the same at all positions: the biases of norm and head."""
     model = family_lm(family)
     stream, logits = model.run(TOKENS, "ln_final.hook_in")["ln_final.hook_in"], model.logits(TOKENS)
-    if cap := getattr(model.module.config, "final_logit_softcapping", None):
+    config = model.module.config
+    logits = logits / getattr(config, "logit_scale", 1) * getattr(config, "logits_scaling", 1)
+    if cap := getattr(config, "final_logit_softcapping", None):
         logits = cap * (logits / cap).atanh()
     rest = logits - stream @ model.unembedding().T / model.final_norm_divisor(stream)[..., None]
     assert_near(rest, rest[:1, :1].expand_as(rest))
@@ -105,6 +108,33 @@ def test_attribution_by_gradient_is_ablation_of_small_codes(family_lm, family):
     found = sl.attribute(exact, d, TOKENS)
     assert found.gradient.abs().max() > 1e-5
     assert_near(found.ablation / found.gradient.abs().max(), found.gradient / found.gradient.abs().max(), near=5e-3)
+
+
+@pytest.mark.parametrize("family", ["Gemma2", "Cohere", "Granite"])
+def test_direct_effects_are_those_on_logits_as_they_are(family_lm, family):
+    """A cap and a scale of the logits count: the metric's slope when the last stream changes, its norm's divisor held."""
+    model = family_lm(family)
+    exact = sl.LanguageModel(copy.deepcopy(model.module).double(), model.tokenizer, name="exact")
+    last = "blocks.1.hook_resid_post"
+    d = sl.Dictionary.create("topk", d_in=D_MODEL, d_sae=64, options={"k": 3}, origin=sl.Origin(hook=last)).double()
+    tokens = TOKENS[0]
+    found = sl.attribute(exact, d, tokens, (5, 9), ablation=False)
+    stream, config = exact.run(tokens, last)[last][0, -1], exact.module.config
+    raw = exact.module.get_output_embeddings()(exact.module.model.norm(stream))
+    divisor = exact.final_norm_divisor(stream)
+
+    def metric(u: torch.Tensor) -> torch.Tensor:
+        u = u * getattr(config, "logit_scale", 1) / getattr(config, "logits_scaling", 1)
+        if cap := getattr(config, "final_logit_softcapping", None):
+            u = cap * (u / cap).tanh()
+        return u[5] - u[9]
+
+    at_end = found.position == len(tokens) - 1
+    assert at_end.sum() == 3
+    for j in at_end.nonzero().flatten().tolist():
+        added = found.activation[j] * d.W_dec[found.latent[j]].detach() @ exact.unembedding().double().T / divisor
+        slope = (metric(raw + 1e-4 * added) - metric(raw - 1e-4 * added)) / 2e-4
+        assert float(found.direct[j]) == pytest.approx(float(slope), rel=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -97,7 +97,7 @@ class FeatureStore:
         With `out` it is also written to that folder, several to the folders 0-topk, 1-l1, … (number and rule) in it; an
         interrupted pass is then gone on with by the same call. Text is cut into rows as the dictionary's training text was;
         `text_config` says otherwise. Codes go to disk while they are collected, 12 to 14 bytes each: what is in memory is a
-        batch, the token ids, and afterwards the activations of some latents.
+        batch, the token ids with a few numbers for each, and afterwards the activations of some latents.
 
         Each of the `top_n` contexts of a latent comes from another row; of equal activations the earlier is taken. `group_size`
         more are drawn from each of `n_groups` groups of equally many activations, `n_random` from all of them, and `n_silent`
