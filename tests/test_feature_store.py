@@ -20,9 +20,9 @@ from saelens_lite.errors import (
     TextError,
     UserError,
 )
-from saelens_lite.evaluate.measure import MAX_TOKENS
 from saelens_lite.features import DetectionTask, Example, Scorer, collect, token_baseline, words_of_label
 from saelens_lite.features.compare import Stability
+from saelens_lite.features.detection import TOP, _HeldOut, _score
 from saelens_lite.features.draws import uniform
 from saelens_lite.features.neuronpedia import _context
 from saelens_lite.features.spill import Spill
@@ -186,7 +186,7 @@ def test_an_unfinished_store_is_not_gone_on_with_by_others(dictionaries, random_
 def test_an_unfinished_store_is_of_its_batches_and_of_its_rule(dictionaries, random_lm, rows, tmp_path, failing, monkeypatch):
     """Another device has other batches by default; dictionaries of other options may have the same weights."""
     out = tmp_path / "store"
-    monkeypatch.setitem(MAX_TOKENS, "cpu", 96)
+    monkeypatch.setattr("saelens_lite.features.store.default_batch_tokens", lambda lm: 96)
     failing(3)
     with pytest.raises(Interruption):
         sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out)
@@ -195,7 +195,7 @@ def test_an_unfinished_store_is_of_its_batches_and_of_its_rule(dictionaries, ran
     other.load_state_dict(dictionaries[0].state_dict())
     with pytest.raises(OutputExistsError, match=r"options = .*'k': 6.* \(now .*'k': 7"):
         sl.FeatureStore.build(other, random_lm, rows, out=out)
-    monkeypatch.setitem(MAX_TOKENS, "cpu", 192)
+    monkeypatch.setattr("saelens_lite.features.store.default_batch_tokens", lambda lm: 192)
     with pytest.raises(OutputExistsError, match=r"batch_tokens = 96 \(now 192\)"):
         sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out)
     found = sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out, batch_tokens=96)
@@ -486,6 +486,21 @@ def test_token_baseline_counts_peaks():
     shown = [context("a", "x", "y"), context("a", "x", "y"), context("b", "x", "y")]
     contexts = [("a", "z", "z"), ("z", "b", "z"), ("x", "y", "z"), ("b", "a", "x")]
     assert token_baseline(DetectionTask(None, shown, contexts)) == [0.75, 0.5, 0, 0.75]
+
+
+def test_scores_are_those_of_scikit_learn():
+    """Of guesses with ties among them."""
+    from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+
+    groups = [None, 0, None, 1, TOP, None, 0, 1, None, None, TOP, 0]
+    held_out = [_HeldOut(context("a", "x", "y", row=i), group) for i, group in enumerate(groups)]
+    given = [0.2, 0.9, 0.5, 0.5, 0.7, 0.1, 0.2, 0.4, 0.4, 0.9, 0.5, 0.6]
+    found = _score(lambda task: given, DetectionTask(None, [], []), held_out, n_groups=3)
+    fires = [group is not None for group in groups]
+    assert found.auroc == pytest.approx(roc_auc_score(fires, given))
+    assert found.balanced_accuracy == pytest.approx(balanced_accuracy_score(fires, [value >= 0.5 for value in given]))
+    assert found.recall_by_group == (pytest.approx(2 / 3), 0.5, None)
+    assert found.recall_of_top == 1
 
 
 def test_words_of_a_label():

@@ -43,16 +43,12 @@ class Batch(NamedTuple):
     rows: Int[Tensor, " n"]
 
 
-def default_batch_tokens(lm: LanguageModel) -> int:
-    """Tokens of a forward pass with logits: as many as are of use on the model's device, fewer for a large vocabulary."""
-    kind = "cpu" if lm.device.type == "cpu" else "cuda"
-    return min(MAX_TOKENS[kind], MAX_LOGITS[kind] // lm.d_vocab)
-
-
 def batches(lm: LanguageModel, rows: TokenRows, batch_tokens: int | None) -> Iterator[Batch]:
     """The rows in batches on the model's device, the longest first; rows in which nothing counts are left out."""
     n_ctx = rows.tokens.shape[1]
-    batch_tokens = default_batch_tokens(lm) if batch_tokens is None else batch_tokens
+    if batch_tokens is None:
+        kind = "cpu" if lm.device.type == "cpu" else "cuda"
+        batch_tokens = min(MAX_TOKENS[kind], MAX_LOGITS[kind] // lm.d_vocab)
     length = (rows.keep * torch.arange(1, n_ctx + 1)).amax(1)
     order = length.argsort(stable=True, descending=True)
     order = order[length[order] > 0]

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from saelens_lite.cache.capture import default_batch_tokens
 from saelens_lite.config import TextConfig
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, OutputExistsError, UserError
-from saelens_lite.evaluate.measure import default_batch_tokens
 from saelens_lite.features import stored
 from saelens_lite.features.build import Job, reduced
 from saelens_lite.features.codes import CODES_FILE, CodesTable, check_extra
@@ -104,7 +104,8 @@ class FeatureStore:
         from places where the latent does not fire. `window` counts the tokens shown before and after.
 
         `codes` keeps all activations as a table for `sql` (needs `out`). `control` adds the same of the model with its weights
-        re-drawn. `stability` are scores of `sl.stability`. `raw_unembedding`: effects on logits by W_U as it is.
+        re-drawn. `stability` are scores of `sl.stability`. `raw_unembedding`: effects on logits by W_U as it is. `batch_tokens`:
+        tokens of a forward pass (2,048 on a CPU, 16,384 on a GPU).
 
         Raises:
             ConfigError: no hook is named; another processing of the model; a setting out of range; `codes` without `out` or

@@ -478,7 +478,7 @@ class LanguageModel:
         norm = self._final_norm
         if norm is None or not fold_norm:
             return head
-        head = head * norm.scale.float()
+        head = head * norm.scale.float().to(head.device)
         return head - head.mean(1, keepdim=True) if norm.centres else head
 
     def final_norm_divisor(self, x: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape"]:
@@ -489,14 +489,12 @@ class LanguageModel:
         norm = self._final_norm
         if norm is None:
             return x.new_ones(x.shape[:-1])
-        return norm.divisor(x).to(torch.promote_types(x.dtype, torch.float32))
+        return norm.divisor(x).to(torch.promote_types(x.dtype, torch.float32)).to(x.device)
 
     @property
     def _final_norm(self) -> _norms.FinalNorm | None:
         found = self._architecture.components.get("ln_final")
-        if found is None:
-            return None
-        return _norms.FinalNorm.of(self.module.get_submodule(found.name), self.d_model, self.device)
+        return None if found is None else _norms.FinalNorm.of(self.module.get_submodule(found.name), self.d_model)
 
     def token_strings(self) -> list[str]:
         """The text of every token id."""

@@ -16,7 +16,7 @@ PROBE = 2.0**40  # ε is nothing beside its square, which float32 still holds
 
 
 class FinalNorm(NamedTuple):
-    """A norm in float64: what it multiplies by, and whether it takes the mean off first."""
+    """A norm in float64 on the CPU: what it multiplies by, and whether it takes the mean off first."""
 
     module: nn.Module
     scale: Float[Tensor, " d"]
@@ -24,10 +24,10 @@ class FinalNorm(NamedTuple):
 
     @classmethod
     @torch.no_grad()
-    def of(cls, module: nn.Module, d: int, device: torch.device) -> "FinalNorm":
-        """What a norm of d numbers does; `device`: where its weights are, if it has any."""
-        exact = copy.deepcopy(module).double()
-        x = torch.full((d,), PROBE, dtype=torch.float64, device=device)
+    def of(cls, module: nn.Module, d: int) -> "FinalNorm":
+        """What a norm of d numbers does."""
+        exact = copy.deepcopy(module).cpu().double()
+        x = torch.full((d,), PROBE, dtype=torch.float64)
         x[1::2] = -PROBE
         normed = _odd_part(exact, x)
         centres = bool((_odd_part(exact, x + PROBE) - normed).abs().max() <= 1e-3 * normed.abs().max())
@@ -37,7 +37,7 @@ class FinalNorm(NamedTuple):
     @torch.no_grad()
     def divisor(self, x: Float[Tensor, "*shape d"]) -> Float[Tensor, "*shape"]:
         """√(mean (x − m)² + ε), float64; 1 where x − m is zero."""
-        x = x.double()
+        x = x.cpu().double()
         scaled = self.scale * (x - x.mean(-1, keepdim=True) if self.centres else x)
         square, product = scaled.square().sum(-1), (scaled * _odd_part(self.module, x)).sum(-1)
         return torch.where(square > 0, square / product, 1)
