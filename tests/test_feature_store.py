@@ -1,5 +1,6 @@
 """Feature stores of several dictionaries, with a control, interrupted, continued, as a table, labelled, exported."""
 
+import copy
 import errno
 import gzip
 import json
@@ -200,6 +201,20 @@ def test_an_unfinished_store_is_of_its_batches_and_of_its_rule(dictionaries, ran
         sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out)
     found = sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out, batch_tokens=96)
     assert same(found, sl.FeatureStore.build(dictionaries[0], random_lm, rows, batch_tokens=96))
+
+
+def test_an_unfinished_store_is_of_the_weights_of_its_model(dictionaries, random_lm, rows, tmp_path, failing):
+    """A model that was trained in the meantime has the same name."""
+    out = tmp_path / "store"
+    failing(3)
+    with pytest.raises(Interruption):
+        sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out, batch_tokens=96)
+    failing(None)
+    trained = sl.LanguageModel(copy.deepcopy(random_lm.module), random_lm.tokenizer, name=random_lm.name)
+    assert trained.fingerprint() == random_lm.fingerprint()
+    trained.module.transformer.h[0].mlp.c_fc.weight.data.mul_(1.001)
+    with pytest.raises(OutputExistsError, match=r"settings: weights = '[0-9a-f]{64}' \(now '[0-9a-f]{64}'\);"):
+        sl.FeatureStore.build(dictionaries[0], trained, rows, out=out, batch_tokens=96)
 
 
 @pytest.mark.parametrize(

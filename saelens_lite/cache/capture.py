@@ -133,7 +133,7 @@ def capture(
     request = {
         "model": lm.name, "revision": lm.revision, "processing": lm.processing, "tokenizer": lm.tokenizer_hash, "hooks": names,
         "model_dtype": str(lm.dtype), "n_tokens": n_tokens, "text_config": config.model_dump(mode="json"), "dtype": dtype,
-        "batch_tokens": batch_tokens, "shard_tokens": shard_tokens,
+        "batch_tokens": batch_tokens, "shard_tokens": shard_tokens, "weights": lm.fingerprint(),
     }  # fmt: skip
     with _unfinished(out, request, exists) as folder:
         try:

@@ -75,6 +75,7 @@ class Job(NamedTuple):
         ]
         return {
             "processing": lm.processing,
+            "weights": lm.fingerprint(),
             "tokenizer": lm.tokenizer_hash,
             "model_dtype": str(lm.dtype),
             "batch_tokens": batch_tokens,

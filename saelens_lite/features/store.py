@@ -104,8 +104,8 @@ class FeatureStore:
         from places where the latent does not fire. `window` counts the tokens shown before and after.
 
         `codes` keeps all activations as a table for `sql` (needs `out`). `control` adds the same of the model with its weights
-        re-drawn. `stability` are scores of `sl.stability`. `raw_unembedding`: effects on logits by W_U as it is. `batch_tokens`:
-        tokens of a forward pass (2,048 on a CPU, 16,384 on a GPU).
+        re-drawn. `stability` are scores of `sl.stability`. `raw_unembedding`: effects on logits by W_U as it is.
+        `batch_tokens`: tokens of a forward pass (2,048 on a CPU, 16,384 on a GPU).
 
         Raises:
             ConfigError: no hook is named; another processing of the model; a setting out of range; `codes` without `out` or

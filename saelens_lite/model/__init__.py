@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["EMBEDDED", "LanguageModel", "load_model"]
 
 EMBEDDED = {"tiny": files("saelens_lite") / "data" / "tiny"}
+FINGERPRINT_ENTRIES = 256  # of each weight
 UNLIMITED_N_CTX = 2048  # for models without position embeddings (ALiBi, recurrent), which name no longest row
 log = logging.getLogger(__name__)
 
@@ -166,6 +167,16 @@ class LanguageModel:
         else:
             content = json.loads(backend.to_str()) | {"padding": None, "truncation": None}  # those change from call to call
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def fingerprint(self) -> str:
+        """sha256 over some entries of each weight: tells apart models of one name, of which one was trained further."""
+        digest = hashlib.sha256()
+        for name, weight in self.module.named_parameters():
+            entries = weight.detach().flatten()
+            entries = entries[:: max(1, len(entries) // FINGERPRINT_ENTRIES)].cpu().contiguous()
+            digest.update(f"{name} {tuple(weight.shape)}\n".encode())
+            digest.update(entries.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     @cached_property
     def _architecture(self) -> _hooks.Architecture:
