@@ -265,7 +265,7 @@ def _gradients(
     unembedded: list[Tensor] = []
 
     def note(u: Tensor) -> Tensor:
-        unembedded.append(u)
+        unembedded[:] = [u]
         return u
 
     with site.lm.replace(UNEMBEDDED, note) if direct else nullcontext():
