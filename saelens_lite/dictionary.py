@@ -131,10 +131,14 @@ class Dictionary(nn.Module):
         return None if self.is_transcoder else self.b_dec
 
     def check_input(self, x: Tensor) -> None:
-        """Raise ShapeError unless the last axis of x has d_in entries."""
+        """Raise ShapeError unless the last axis of x has d_in entries, ConfigError unless x is where the parameters are."""
         if x.ndim == 0 or x.shape[-1] != self.d_in:
             raise ShapeError(
                 f"x has shape {tuple(x.shape)}; this dictionary takes [..., {self.d_in}] ({self.origin.hook or 'any hook'})"
+            )
+        if x.device != self.W_dec.device:
+            raise ConfigError(
+                f"x is on {x.device}, the dictionary on {self.W_dec.device}; move one of them: dictionary.to({str(x.device)!r})"
             )
 
     def check_finite(self) -> None:

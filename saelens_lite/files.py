@@ -162,9 +162,10 @@ def new_folder(path: Path, exists: Literal["error", "overwrite"] = "error") -> I
 
     Raises:
         OutputExistsError: `path` holds something and `exists` is "error".
-        ConfigError: `exists` is neither "error" nor "overwrite".
+        ConfigError: `exists` is neither "error" nor "overwrite", or `path` is a folder such as . that cannot be replaced.
         DiskFullError: there is no room for it; what was at `path` is still there.
     """
+    refuse_nameless(path)
     refuse_existing(path, exists)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
@@ -172,9 +173,21 @@ def new_folder(path: Path, exists: Literal["error", "overwrite"] = "error") -> I
     try:
         with disk_full_is_typed(path):
             yield temporary
+            _sync_tree(temporary)
             replace_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    """Have all files below a folder on the disk."""
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)
 
 
 def replace_folder(new: Path, path: Path) -> None:
@@ -197,6 +210,12 @@ def remove_leftovers(path: Path) -> None:
                 shutil.rmtree(left)
             else:
                 left.unlink()
+
+
+def refuse_nameless(path: Path) -> None:
+    """Raise ConfigError for a folder such as . that nothing can be put in place of."""
+    if path.name in ("", ".."):
+        raise ConfigError(f"{str(path)!r} cannot be written as a whole; name a new folder in it")
 
 
 def refuse_existing(path: Path, exists: str, choices: tuple[str, ...] = ("error", "overwrite")) -> None:
@@ -259,8 +278,14 @@ def same_request(file: Path, request: dict[str, Any], what: str, exists: str) ->
 
     Raises:
         OutputExistsError: it was not, and `exists` is "error".
+        CorruptFileError: what was asked cannot be read, and `exists` is "error".
     """
-    found = read_json(file)
+    try:
+        found = read_json(file)
+    except CorruptFileError as error:
+        if exists == "error":
+            raise CorruptFileError(f"unfinished {what}: {error}; delete {file.parent} or say exists='overwrite'") from None
+        return False
     other = [key for key in request if found.get(key) != json.loads(json.dumps(request[key]))]
     if other and exists == "error":
         said = ", ".join(f"{key} = {found.get(key)!r} (now {request[key]!r})" for key in other)

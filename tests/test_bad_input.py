@@ -278,6 +278,22 @@ def test_an_existing_output_is_refused_or_replaced(lm, x, tmp_path):
     assert names(tmp_path) == ["0", "1", "2", "file"]
 
 
+@pytest.mark.parametrize("out", ["", ".", ".."])
+def test_an_output_without_a_name_of_its_own(lm, saved, tmp_path, monkeypatch, out):
+    """An empty working folder is no place for what is put there as a whole."""
+    d = sl.Dictionary.load(saved)
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    for write in (
+        lambda: d.save(out, exists="overwrite"),
+        lambda: sl.capture(lm, "some text", HOOK, out, exists="overwrite"),
+        lambda: sl.FeatureStore.build(d, lm, "some text", out=out, exists="overwrite"),
+    ):
+        with pytest.raises(ConfigError, match="cannot be written as a whole"):
+            write()
+    assert [path.name for path in (tmp_path / "a").rglob("*")] == ["b"]
+
+
 def test_overwriting_that_fails_leaves_the_old_folder(lm, saved):
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     d = sl.Dictionary.load(saved)
@@ -540,6 +556,8 @@ def test_seeds_are_32_bits():
 def test_generation_that_cannot_be(lm):
     with pytest.raises(ConfigError, match="temperature = -1"):
         lm.generate("text", temperature=-1)
+    with pytest.raises(ConfigError, match="top_k = 0; expected 1 or more"):
+        lm.generate("text", top_k=0)
     with pytest.raises(ShapeError, match=r"the prompt has .* tokens; tiny reads at most 256"):
         lm.generate("word " * 600)
 

@@ -224,7 +224,6 @@ def test_what_is_drawn_follows_the_seed(found, tmp_path, acts, rows, info):
 
 def test_many_latents_in_few_files(tmp_path):
     wide = Spill(tmp_path, 200_000)
-    assert len(wide.sizes) - 2 <= spill.MAX_FILES
     wide.open()
     codes = SparseCodes.from_dense(torch.zeros(2, 200_000).index_fill(1, torch.tensor([0, 70_000, 199_999]), 1.5))
     wide.add(torch.tensor([9, 4]), codes)
@@ -238,6 +237,16 @@ def test_many_latents_in_few_files(tmp_path):
     ]
     assert sorted(entries) == [(latent, place, 1.5) for latent in (0, 70_000, 199_999) for place in (4, 9)]
     wide.close()
+    assert len(list(tmp_path.iterdir())) == 4  # a pass over many dictionaries has all their files open
+
+
+def test_codes_count_as_they_are_stored(tmp_path):
+    """A code that float32 rounds to zero does not fire."""
+    made = Spill(tmp_path, 3)
+    made.open()
+    made.add(torch.tensor([0]), SparseCodes.from_dense(torch.tensor([[1e-60, -1.0, 0.5]], dtype=torch.float64)))
+    made.close()
+    assert made.lists(1).count(3).tolist() == [0, 0, 1]
 
 
 def test_uniform_numbers_are_those_of_splitmix64():

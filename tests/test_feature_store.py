@@ -1,5 +1,6 @@
 """Feature stores of several dictionaries, with a control, interrupted, continued, as a table, labelled, exported."""
 
+import copy
 import errno
 import gzip
 import json
@@ -22,9 +23,11 @@ from saelens_lite.errors import (
 )
 from saelens_lite.features import DetectionTask, Example, Scorer, collect, token_baseline, words_of_label
 from saelens_lite.features.compare import Stability
+from saelens_lite.features.detection import TOP, _HeldOut, _score
 from saelens_lite.features.draws import uniform
 from saelens_lite.features.neuronpedia import _context
 from saelens_lite.features.spill import Spill
+from saelens_lite.files import file_hash
 from saelens_lite.tokens import TokenRows, token_rows
 
 HOOK, OTHER_HOOK = "blocks.1.hook_resid_pre", "blocks.0.hook_mlp_out"
@@ -181,6 +184,79 @@ def test_an_unfinished_store_is_not_gone_on_with_by_others(dictionaries, random_
     assert not unfinished.exists()
 
 
+def test_an_unfinished_store_is_of_its_batches_and_of_its_rule(dictionaries, random_lm, rows, tmp_path, failing, monkeypatch):
+    """Another device has other batches by default; dictionaries of other options may have the same weights."""
+    out = tmp_path / "store"
+    monkeypatch.setattr("saelens_lite.features.store.default_batch_tokens", lambda lm: 96)
+    failing(3)
+    with pytest.raises(Interruption):
+        sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out)
+    failing(None)
+    other = sl.Dictionary.create("topk", d_in=48, d_sae=D_SAE, options={"k": 7}, origin=dictionaries[0].origin)
+    other.load_state_dict(dictionaries[0].state_dict())
+    with pytest.raises(OutputExistsError, match=r"options = .*'k': 6.* \(now .*'k': 7"):
+        sl.FeatureStore.build(other, random_lm, rows, out=out)
+    monkeypatch.setattr("saelens_lite.features.store.default_batch_tokens", lambda lm: 192)
+    with pytest.raises(OutputExistsError, match=r"batch_tokens = 96 \(now 192\)"):
+        sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out)
+    found = sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out, batch_tokens=96)
+    assert same(found, sl.FeatureStore.build(dictionaries[0], random_lm, rows, batch_tokens=96))
+
+
+def test_an_unfinished_store_is_of_the_weights_of_its_model(dictionaries, random_lm, rows, tmp_path, failing):
+    """A model that was trained in the meantime has the same name."""
+    out = tmp_path / "store"
+    failing(3)
+    with pytest.raises(Interruption):
+        sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out, batch_tokens=96)
+    failing(None)
+    trained = sl.LanguageModel(copy.deepcopy(random_lm.module), random_lm.tokenizer, name=random_lm.name)
+    assert trained.fingerprint() == random_lm.fingerprint()
+    trained.module.transformer.h[0].mlp.c_fc.weight.data.mul_(1.001)
+    with pytest.raises(OutputExistsError, match=r"settings: weights = '[0-9a-f]{64}' \(now '[0-9a-f]{64}'\);"):
+        sl.FeatureStore.build(dictionaries[0], trained, rows, out=out, batch_tokens=96)
+
+
+@pytest.mark.parametrize(
+    "progress",
+    [
+        {},
+        {"n_batches": 2},
+        {"n_batches": "x", "sizes": [{}]},
+        {"n_batches": 2, "sizes": []},
+        {"n_batches": 2, "sizes": [{}, {}]},
+        {"n_batches": 2, "sizes": [5]},
+        {"n_batches": 2, "sizes": [{"lists.bin": "x"}]},
+        {"n_batches": 2, "sizes": [{}]},  # batches that are said to be whole, but are not there
+        {"n_batches": 1000, "sizes": [{}]},
+    ],
+    ids=str,
+)
+def test_a_damaged_note_of_progress(dictionaries, random_lm, rows, tmp_path, failing, progress):
+    out, file = tmp_path / "store", tmp_path / ".store.unfinished" / "progress.json"
+    failing(3)
+    with pytest.raises(Interruption):
+        sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out, batch_tokens=96)
+    failing(None)
+    file.write_text(json.dumps(progress))
+    with pytest.raises(CorruptFileError, match="delete"):
+        sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out, batch_tokens=96)
+    assert not out.exists()
+
+
+def test_a_damaged_request_can_be_overwritten(dictionaries, random_lm, rows, tmp_path, failing):
+    out, file = tmp_path / "store", tmp_path / ".store.unfinished" / "request.json"
+    failing(3)
+    with pytest.raises(Interruption):
+        sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out, batch_tokens=96)
+    failing(None)
+    file.write_text("{")
+    with pytest.raises(CorruptFileError, match=r"unfinished store.*delete .*unfinished or say exists='overwrite'"):
+        sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out, batch_tokens=96)
+    found = sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out, batch_tokens=96, exists="overwrite")
+    assert same(found, sl.FeatureStore.build(dictionaries[0], random_lm, rows, batch_tokens=96))
+
+
 def test_a_full_disk_keeps_what_is_whole(folder, dictionaries, random_lm, rows, tmp_path, monkeypatch):
     out, settings = tmp_path / "store", {"codes": True, "control": True, "batch_tokens": 96}
     append, n_left = Spill._append, iter(range(4))
@@ -325,6 +401,25 @@ def test_damaged_codes(store, tmp_path, damage):
         sl.FeatureStore.load(tmp_path / "store").sql("select sum(value) from codes")
 
 
+def test_codes_that_are_no_table(store, tmp_path):
+    """Even when the checksum has been adapted to them."""
+    folder = store.save(tmp_path / "store")
+    (folder / "codes.parquet").write_bytes(b"no table at all")
+    content = json.loads((folder / "features.json").read_text())
+    content["codes"] = {"n_bytes": 15, "sha256": file_hash(folder / "codes.parquet")}
+    (folder / "features.json").write_text(json.dumps(content))
+    with pytest.raises(CorruptFileError, match="no table"):
+        sl.FeatureStore.load(folder).sql("select 1")
+
+
+def test_codes_that_are_gone_cannot_be_saved(store, tmp_path):
+    again = sl.FeatureStore.load(store.save(tmp_path / "store"))
+    (tmp_path / "store" / "codes.parquet").unlink()
+    with pytest.raises(CorruptFileError, match=r"codes\.parquet"):
+        again.save(tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
 def test_everything_survives_saving(store, folder, tmp_path):
     store.label(3, "brackets <b> \" ' ümlaut")
     store.scores = Stability(
@@ -371,7 +466,7 @@ def test_stores_labels_and_scores_of_other_dictionaries(store, dictionaries, ran
 def test_labels(store, tmp_path):
     for latent, text in ((7, "seven"), (30, "thirty"), (7, "better"), (8, "eight"), (8, "")):
         store.label(latent, text)
-    path = store.write_labels(tmp_path / "labels.json")
+    path = store.write_labels(tmp_path / "new" / "labels.json")
     store.labels.clear()
     store.label(30, "other")
     store.label(1, "one")
@@ -406,6 +501,21 @@ def test_token_baseline_counts_peaks():
     shown = [context("a", "x", "y"), context("a", "x", "y"), context("b", "x", "y")]
     contexts = [("a", "z", "z"), ("z", "b", "z"), ("x", "y", "z"), ("b", "a", "x")]
     assert token_baseline(DetectionTask(None, shown, contexts)) == [0.75, 0.5, 0, 0.75]
+
+
+def test_scores_are_those_of_scikit_learn():
+    """Of guesses with ties among them."""
+    from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+
+    groups = [None, 0, None, 1, TOP, None, 0, 1, None, None, TOP, 0]
+    held_out = [_HeldOut(context("a", "x", "y", row=i), group) for i, group in enumerate(groups)]
+    given = [0.2, 0.9, 0.5, 0.5, 0.7, 0.1, 0.2, 0.4, 0.4, 0.9, 0.5, 0.6]
+    found = _score(lambda task: given, DetectionTask(None, [], []), held_out, n_groups=3)
+    fires = [group is not None for group in groups]
+    assert found.auroc == pytest.approx(roc_auc_score(fires, given))
+    assert found.balanced_accuracy == pytest.approx(balanced_accuracy_score(fires, [value >= 0.5 for value in given]))
+    assert found.recall_by_group == (pytest.approx(2 / 3), 0.5, None)
+    assert found.recall_of_top == 1
 
 
 def test_words_of_a_label():

@@ -93,6 +93,15 @@ def test_a_latent_without_direction_has_no_shape(found, random_lm):
     assert float(found.encoder_decoder_cosine[8]) == 0
 
 
+def test_a_latent_of_almost_no_direction(random_lm):
+    """Weight decay leaves numbers so small that their inverse overflows."""
+    d = sl.Dictionary.create("topk", d_in=D_MODEL, d_sae=3, options={"k": 1})
+    d.W_dec.data[1] *= 1e-38
+    found = latent_weights(d, random_lm)
+    assert found.logit_histogram.sum(1).tolist() == [random_lm.d_vocab] * 3
+    assert all(torch.isfinite(x).all() for x in found if x.is_floating_point())
+
+
 def exact_cosines(rows: torch.Tensor) -> torch.Tensor:
     unit = torch.nn.functional.normalize(rows.detach().double(), dim=1)
     return unit @ unit.T

@@ -266,9 +266,16 @@ def test_damaged_files_are_refused(store, tmp_path, file, damage):
     [
         {"tokens": lambda t: t["tokens"] + 100_000},
         {"top_place": lambda t: t["top_place"] - 2},
+        {"top_value": lambda t: t["top_value"] * 0},
+        {"length": lambda t: t["length"] - 15},
+        {"length": lambda t: t["length"] + 15},
         {"random_place": lambda t: t["random_place"][:, 1:].contiguous()},
         {"group_nearby": lambda t: t["group_nearby"][..., 1:].contiguous()},
         {"group_count": lambda t: t["group_count"] + 1},
+        {"group_count": lambda t: t["group_count"] + torch.tensor([1000, -1000, 0, 0, 0], dtype=torch.int32)},
+        {"band_tokens": lambda t: t["band_tokens"] * 2},
+        {"band_count": lambda t: t["band_count"].flip(1).contiguous()},
+        {"histogram": lambda t: t["histogram"] * 2},
         {"frequent_count": lambda t: t["frequent_count"] * 1000},
         {"specific_partner": lambda t: t["specific_partner"] + D_SAE},
         {"count": lambda t: t["count"].float()},
@@ -287,6 +294,19 @@ def test_tensors_that_do_not_fit_are_refused(store, tmp_path, change):
     content["sha256"]["features.safetensors"] = file_hash(folder / "features.safetensors")
     (folder / "features.json").write_text(json.dumps(content))
     with pytest.raises(CorruptFileError):
+        sl.FeatureStore.load(folder)
+
+
+@pytest.mark.parametrize("name", ["logit_low logit_width logit_skew logit_kurtosis", "encoder_decoder_cosine"])
+def test_weights_of_fewer_latents_are_refused(store, tmp_path, name):
+    """What all latents have or none has."""
+    folder = store.save(tmp_path / "store")
+    tensors = load_file(folder / "weights.safetensors")
+    save_file(tensors | {one: tensors[one][:3].clone() for one in name.split()}, folder / "weights.safetensors")
+    content = json.loads((folder / "features.json").read_text())
+    content["sha256"]["weights.safetensors"] = file_hash(folder / "weights.safetensors")
+    (folder / "features.json").write_text(json.dumps(content))
+    with pytest.raises(CorruptFileError, match="do not fit together"):
         sl.FeatureStore.load(folder)
 
 
@@ -350,6 +370,8 @@ def test_requests_that_cannot_be_met(dictionaries, small, rows):
             build(d, small, "text", **bad)
     with pytest.raises(ConfigError, match="n_tokens"):
         build(d, small, rows, n_tokens=10)
+    with pytest.raises(ConfigError, match="batch_tokens = 0; expected at least 1"):
+        build(d, small, rows, batch_tokens=0)
     with pytest.raises(ConfigError, match="out="):
         build(d, small, rows, codes=True)
     with pytest.raises(ConfigError, match="no dictionary"):

@@ -1,5 +1,6 @@
 """Edits of codes against a dense float64 formula, dose–response against plain splices, and steering."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 import saelens_lite as sl
 from saelens_lite.errors import ConfigError, NonFiniteError, ShapeError, TextError
 from saelens_lite.interventions import LogProb, kl_cost, steer
+from saelens_lite.tokens import TokenRows
 
 TEXTS = ["The old man said that he would not go.", "import os", "It was the best of times, it was the worst of times, it was"]
 PROMPT = "The old man"
@@ -294,8 +296,16 @@ def test_what_a_dose_response_says(random_lm, topk, response):
     assert up["beaten"] == int((response.effect[2, 1:].mean(-1) < up["effect"]).sum())
     assert response.table().row_count == 3
     assert dataclasses.replace(response, metric="logit of '[/b]'").table().caption.plain.startswith("change of logit of '[/b]'")
-    codes = [topk.encode(random_lm.run(text, HOOK)[HOOK]).to_dense().detach()[..., 7] for text in TEXTS]
-    assert response.max_activation == pytest.approx(max(float(code.max()) for code in codes), abs=1e-5)
+
+
+def test_the_largest_activation_is_that_of_the_positions_that_count(random_lm, topk):
+    """The first position of a row does not count, however strongly a latent fires there."""
+    codes = [topk.encode(random_lm.run(text, HOOK)[HOOK]).to_dense()[0].detach() for text in TEXTS]
+    first, later = codes[0][0], torch.cat([code[1:] for code in codes]).amax(0)
+    latent = int((first - later).argmax())
+    assert first[latent] > later[latent]
+    found = sl.dose_response(random_lm, topk, latent, [1.0], TEXTS, n_controls=0)
+    assert found.max_activation == pytest.approx(float(later[latent]), abs=1e-5)
 
 
 def test_the_plot_shows_the_latent_and_its_controls(response):
@@ -349,6 +359,43 @@ def test_dose_responses_that_cannot_be(random_lm, topk, change, error, message):
     asked = {"latent": 7, "doses": [1], "text": TEXTS[0], "n_controls": 2} | change
     with pytest.raises(error, match=message):
         sl.dose_response(random_lm, topk, **asked)
+
+
+def test_a_transcoder_that_names_no_target(random_lm, transcoder):
+    d = copy.deepcopy(transcoder)
+    d.origin = d.origin.replace(target_hook=None)
+    for ask in (
+        lambda: sl.dose_response(random_lm, d, 7, [1.0], TEXTS[0], n_controls=0),
+        lambda: sl.attribute(random_lm, d, TEXTS[0]),
+        lambda: kl_cost(random_lm, d, [sl.Ablate(7)], TEXTS[0]),
+    ):
+        with pytest.raises(ConfigError, match="which hook it predicts"):
+            ask()
+
+
+def test_rows_in_which_nothing_counts(random_lm, topk):
+    rows = random_lm.to_tokens(TEXTS)
+    keep = rows.keep.clone()
+    keep[1] = False
+    with pytest.raises(TextError, match="without any position"):
+        sl.attribute(random_lm, topk, TokenRows(rows.tokens, keep))
+
+
+def test_a_dictionary_on_another_device(random_lm, topk):
+    d = copy.deepcopy(topk).to("meta")
+    with random_lm.splice(d), pytest.raises(ConfigError, match=r"x is on cpu, the dictionary on meta.*dictionary\.to\('cpu'\)"):
+        random_lm.logits(TEXTS[0])
+    with pytest.raises(ConfigError, match="the dictionary on meta"):
+        sl.attribute(random_lm, d, TEXTS[0])
+
+
+def test_a_keep_of_another_shape(random_lm, topk):
+    keep = random_lm.to_tokens(TEXTS[0]).keep
+    with random_lm.splice(topk, [sl.Add(5, 2.0)], keep=keep):
+        with pytest.raises(ShapeError, match=r"keep is \[1, \d+\]; blocks\.0\.hook_resid_post is \[batch pos d\] = \[3, "):
+            random_lm.logits(TEXTS)
+        with pytest.raises(ShapeError, match=r"= \[1, 1, 48\]"):
+            random_lm.generate(TEXTS[0], 3)
 
 
 def test_a_latent_without_direction(random_lm):

@@ -37,6 +37,15 @@ FAMILIES = {
     "Mixtral": GROUPED | {"num_local_experts": 4},
     "Bloom": {"vocab_size": N_VOCAB, "hidden_size": D_MODEL, "n_layer": 2, "n_head": 4},  # no position embeddings
 }
+NORMS = {
+    "Olmo": COMMON,  # no weight
+    "Cohere": COMMON,  # a LayerNorm of its own; logits are scaled
+    "Granite": COMMON | {"logits_scaling": 4.0},  # logits are scaled
+    "Nemotron": GROUPED,  # a LayerNorm that multiplies by 1 + weight
+    "Gemma": HEADS,  # 1 + weight
+    "Gemma4": HEADS | {"sliding_window": 8},  # the weight itself
+    "Qwen3_5": HEADS,  # 1 + weight
+}
 PARALLEL = {"GPTNeoX", "Phi", "Falcon"}
 EAGER = {"Gemma2", "Bloom"}  # transformers has no SDPA for them
 MASKED = {"Gemma3", "Mistral", "Falcon"}  # sliding windows need a mask; transformers always makes one for Falcon
@@ -51,9 +60,9 @@ def family_lm(lm):
     @functools.cache
     def make(family: str) -> sl.LanguageModel:
         name = family.removesuffix(" sequential")
-        config_class = getattr(transformers, "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config")
+        config_class = getattr(transformers, f"{name}TextConfig", None) or getattr(transformers, f"{name}Config")
         torch.manual_seed(0)
-        module = getattr(transformers, f"{name}ForCausalLM")(config_class(**FAMILIES[family]))
+        module = getattr(transformers, f"{name}ForCausalLM")(config_class(**(FAMILIES | NORMS)[family]))
         for parameter in module.parameters():
             is_vector = parameter.ndim == 1  # biases and norms, which start at 0 and 1
             mean = float(parameter.detach().mean()) if is_vector else 0.0
@@ -75,12 +84,14 @@ def attentions(model: sl.LanguageModel) -> set[str]:
     return {part.config._attn_implementation for part in model.module.modules() if hasattr(part, "config")}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *NORMS])
 def test_the_last_stream_becomes_logits_by_unembedding_and_divisor(family_lm, family):
     """Up to what is the same at all positions: the biases of norm and head."""
     model = family_lm(family)
     stream, logits = model.run(TOKENS, "ln_final.hook_in")["ln_final.hook_in"], model.logits(TOKENS)
-    if cap := getattr(model.module.config, "final_logit_softcapping", None):
+    config = model.module.config
+    logits = logits / getattr(config, "logit_scale", 1) * getattr(config, "logits_scaling", 1)
+    if cap := getattr(config, "final_logit_softcapping", None):
         logits = cap * (logits / cap).atanh()
     rest = logits - stream @ model.unembedding().T / model.final_norm_divisor(stream)[..., None]
     assert_near(rest, rest[:1, :1].expand_as(rest))
@@ -97,6 +108,33 @@ def test_attribution_by_gradient_is_ablation_of_small_codes(family_lm, family):
     found = sl.attribute(exact, d, TOKENS)
     assert found.gradient.abs().max() > 1e-5
     assert_near(found.ablation / found.gradient.abs().max(), found.gradient / found.gradient.abs().max(), near=5e-3)
+
+
+@pytest.mark.parametrize("family", ["Gemma2", "Cohere", "Granite"])
+def test_direct_effects_are_those_on_logits_as_they_are(family_lm, family):
+    """A cap and a scale of the logits count: the metric's slope when the last stream changes, its norm's divisor held."""
+    model = family_lm(family)
+    exact = sl.LanguageModel(copy.deepcopy(model.module).double(), model.tokenizer, name="exact")
+    last = "blocks.1.hook_resid_post"
+    d = sl.Dictionary.create("topk", d_in=D_MODEL, d_sae=64, options={"k": 3}, origin=sl.Origin(hook=last)).double()
+    tokens = TOKENS[0]
+    found = sl.attribute(exact, d, tokens, (5, 9), ablation=False)
+    stream, config = exact.run(tokens, last)[last][0, -1], exact.module.config
+    raw = exact.module.get_output_embeddings()(exact.module.model.norm(stream))
+    divisor = exact.final_norm_divisor(stream)
+
+    def metric(u: torch.Tensor) -> torch.Tensor:
+        u = u * getattr(config, "logit_scale", 1) / getattr(config, "logits_scaling", 1)
+        if cap := getattr(config, "final_logit_softcapping", None):
+            u = cap * (u / cap).tanh()
+        return u[5] - u[9]
+
+    at_end = found.position == len(tokens) - 1
+    assert at_end.sum() == 3
+    for j in at_end.nonzero().flatten().tolist():
+        added = found.activation[j] * d.W_dec[found.latent[j]].detach() @ exact.unembedding().double().T / divisor
+        slope = (metric(raw + 1e-4 * added) - metric(raw - 1e-4 * added)) / 2e-4
+        assert float(found.direct[j]) == pytest.approx(float(slope), rel=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

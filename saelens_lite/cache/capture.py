@@ -32,6 +32,7 @@ from saelens_lite.files import (
     DTYPES,
     append_line,
     refuse_existing,
+    refuse_nameless,
     remove_leftovers,
     replace_folder,
     same_request,
@@ -132,7 +133,7 @@ def capture(
     request = {
         "model": lm.name, "revision": lm.revision, "processing": lm.processing, "tokenizer": lm.tokenizer_hash, "hooks": names,
         "model_dtype": str(lm.dtype), "n_tokens": n_tokens, "text_config": config.model_dump(mode="json"), "dtype": dtype,
-        "batch_tokens": batch_tokens, "shard_tokens": shard_tokens,
+        "batch_tokens": batch_tokens, "shard_tokens": shard_tokens, "weights": lm.fingerprint(),
     }  # fmt: skip
     with _unfinished(out, request, exists) as folder:
         try:
@@ -215,6 +216,7 @@ def origin_of(lm: LanguageModel, blocks: RowBlocks, text_name: str | None) -> Or
 def _unfinished(out: Path, request: dict[str, Any], exists: str) -> Iterator[Path]:
     """The folder of a capture that is not finished, locked. Its shards become `out` when the block ends well; if not, they
     stay, and without any the folder goes."""
+    refuse_nameless(out)
     folder = out.with_name(f".{out.name}.unfinished")
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -51,7 +51,7 @@ def position_bands(rows: TokenRows) -> PositionBands:
     number = torch.tensor([position.bit_length() for position in range(n_ctx)])
     low = [0, *(1 << e for e in range(int(number.max())))]
     high = [0, *(min(2 * p, n_ctx) - 1 for p in low[1:])]
-    band = number.expand(rows.tokens.shape).clone()
+    band = number.expand(rows.tokens.shape)
     n_tokens = torch.bincount(band[rows.keep], minlength=len(low)).tolist()
     return PositionBands(band, low, high, n_tokens)
 

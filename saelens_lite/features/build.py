@@ -8,7 +8,7 @@ import torch
 
 from saelens_lite.config import TextConfig
 from saelens_lite.dictionary import Dictionary
-from saelens_lite.errors import ConfigError, TextError
+from saelens_lite.errors import ConfigError, CorruptFileError, TextError
 from saelens_lite.evaluate import as_trained
 from saelens_lite.features.codes import codes_file
 from saelens_lite.features.collect import Hooked, collect
@@ -67,20 +67,24 @@ class Job(NamedTuple):
         ]
         return cls(hooked, rows, infos)
 
-    def request(self, lm: LanguageModel, batch_tokens: int | None, control: bool) -> dict[str, Any]:
+    def request(self, lm: LanguageModel, batch_tokens: int, control: bool) -> dict[str, Any]:
         """What an unfinished pass has to agree with to go on."""
-        of_each = {f"{i}: {key}": x for i, info in enumerate(self.infos) for key, x in info.model_dump(mode="json").items()}
+        facts = [
+            info.model_dump(mode="json") | {"options": d.rule.config.model_dump(mode="json"), "token_norm": d.token_norm}
+            for info, (d, _) in zip(self.infos, self.hooked, strict=True)
+        ]
         return {
             "processing": lm.processing,
+            "weights": lm.fingerprint(),
             "tokenizer": lm.tokenizer_hash,
             "model_dtype": str(lm.dtype),
             "batch_tokens": batch_tokens,
             "control": control,
             "n_dictionaries": len(self.infos),
-            **of_each,
+            **{f"{i}: {key}": x for i, of_one in enumerate(facts) for key, x in of_one.items()},
         }
 
-    def collected(self, lm: LanguageModel, batch_tokens: int | None, folder: Path, what: str) -> list[Spill]:
+    def collected(self, lm: LanguageModel, batch_tokens: int, folder: Path, what: str) -> list[Spill]:
         """The codes of each dictionary, on disk below `folder`, from one pass of the model."""
         return collect(self.hooked, lm, self.rows, batch_tokens, folder, what)
 
@@ -116,9 +120,15 @@ def reduced(
 
     Raises:
         TextError: nothing fires anywhere, and `must_fire`.
+        CorruptFileError: the codes are not those of all tokens.
     """
     text = TextFacts.of(rows)
     lists = spill.lists(text.n_places)
+    n_listed = len(lists.crow) - 1
+    if n_listed != info.n_tokens:
+        raise CorruptFileError(
+            f"{spill.folder} has the codes of {n_listed:,} tokens of {info.n_tokens:,}; delete {spill.folder.parent}"
+        )
     count = lists.count(info.d_sae)
     if must_fire and not count.any():
         raise TextError(f"none of the {info.d_sae} latents fires on the text ({info.n_tokens:,} tokens); is it the right hook?")

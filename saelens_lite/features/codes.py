@@ -85,7 +85,7 @@ class CodesTable:
                 f"{self.path}: {found:,} bytes of {self.n_bytes:,}; it is missing or truncated, build the store again"
             )
 
-    def _check(self) -> None:
+    def check(self) -> None:
         """Raise CorruptFileError unless the file is what it was; its content is looked at once."""
         self.check_size()
         if not self._is_whole and file_hash(self.path) != self.sha256:
@@ -101,12 +101,15 @@ class CodesTable:
             ConfigError: DuckDB is not installed.
         """
         check_extra()
-        self._check()
+        self.check()
         import duckdb
         import pyarrow as pa
 
         with duckdb.connect() as db:
-            _open(db, self.path, pa.table({"token": range(len(vocabulary)), "text": list(vocabulary)}))
+            try:
+                _open(db, self.path, pa.table({"token": range(len(vocabulary)), "text": list(vocabulary)}))
+            except duckdb.Error as error:
+                raise CorruptFileError(f"{self.path} is no table that DuckDB can read: {error}") from None
             try:
                 statements = db.extract_statements(sql)
                 if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,7 +82,7 @@ def collect(
 def _codes(one: Hooked, x: Float[Tensor, "n_kept d"], batch: Batch) -> SparseCodes:
     """The codes of the activations of a batch; NonFiniteError where one of either is not finite."""
     codes = one.dictionary.encode(x.to(one.dictionary.W_enc.device))
-    for what, numbers in (("activations", x), ("codes", codes.value)):
+    for what, numbers in (("activations", x), ("codes", codes.value.float())):
         if not torch.isfinite(numbers).all():
             raise NonFiniteError(
                 f"{one.hook}: NaN or infinity among the {what} of row {int(batch.rows[0])} or another of its batch"
@@ -97,29 +97,34 @@ class _Progress:
         self.folder, self.file = folder, folder / PROGRESS
         self.n_batches, sizes = 0, [{}] * len(d_sae)
         if self.file.exists():
-            found = read_json(self.file)
-            try:
-                self.n_batches, sizes = int(found["n_batches"]), [dict(size) for size in found["sizes"]]
-            except (KeyError, TypeError, ValueError):
-                raise CorruptFileError(f"{self.file} is damaged; delete {folder}") from None
+            self.n_batches, sizes = self._read(len(d_sae))
             log.info("continuing in %s behind %d batches", folder, self.n_batches)
         self.spills = [Spill(folder / str(i), n, size) for i, (n, size) in enumerate(zip(d_sae, sizes, strict=True))]
         self._saved = time.monotonic()
 
+    def _read(self, n: int) -> tuple[int, list[dict[str, int]]]:
+        """The number of batches that are whole, and the lengths of the files of each of n dictionaries."""
+        found = read_json(self.file)
+        try:
+            n_batches, sizes = int(found["n_batches"]), [{k: int(size) for k, size in one.items()} for one in found["sizes"]]
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+            sizes = []
+        if len(sizes) != n:
+            raise CorruptFileError(f"{self.file} is damaged; delete {self.folder}")
+        return n_batches, sizes
+
     @contextmanager
     def writing(self) -> Iterator[list[Spill]]:
         """Within the block the files are open; however it ends, the batches that are whole count."""
-        try:
+        with ExitStack() as stack:
             for spill in self.spills:
+                stack.callback(spill.close)
                 spill.open()
             self._state = self._now()
             try:
                 yield self.spills
             finally:
                 self.save()
-        finally:
-            for spill in self.spills:
-                spill.close()
 
     def _now(self) -> dict[str, Any]:
         return {"n_batches": self.n_batches, "sizes": [spill.sizes for spill in self.spills]}

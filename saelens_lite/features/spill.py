@@ -1,12 +1,13 @@
 """The codes of a text on disk while they are collected: appended batch by batch, read again a block of latents at a time.
 
-A file for each block of latents has their activations: place, latent (from the block's first), value, 10 bytes. What fires
-together at each place is kept once more, because no block knows of the others: lists.bin has each place and how many latents
-fire there, latents.bin which.
+entries.bin has the activations: place, latent (from its block's first), value, 10 bytes. Those of a batch are sorted by block,
+and blocks.bin says how many each block has. What fires together at each place is kept once more, because no block knows of the
+others: lists.bin has each place and how many latents fire there, latents.bin which.
 """
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -21,11 +22,13 @@ from saelens_lite.errors import CorruptFileError
 from saelens_lite.features.reduce import Entries
 from saelens_lite.files import disk_full_is_typed
 
-BLOCK = 1024  # latents of a file, more where there would be too many files
-MAX_FILES = 64
+BLOCK = 1024  # latents of a block, more where there would be too many blocks
+MAX_BLOCKS = 64
 MAX_ENTRIES = 1 << 22  # activations in memory at once, besides those of one latent
 ENTRY = np.dtype([("place", "<u4"), ("latent", "<u2"), ("value", "<f4")])
 LIST = np.dtype([("place", "<u4"), ("n", "<u4")])
+COUNT = np.dtype("<u4")
+FILES = ("lists.bin", "latents.bin", "entries.bin", "blocks.bin")
 
 
 class Lists(NamedTuple):
@@ -56,10 +59,10 @@ class Spill:
 
     def __init__(self, folder: Path, d_sae: int, sizes: dict[str, int] | None = None):
         self.folder, self.d_sae = folder, d_sae
-        self.block = max(BLOCK, -(-d_sae // MAX_FILES))
+        self.block = max(BLOCK, -(-d_sae // MAX_BLOCKS))
+        self.n_blocks = -(-d_sae // self.block)
         self.list_dtype = np.dtype("<u2" if d_sae <= 1 << 16 else "<u4")
-        names = ["lists.bin", "latents.bin", *(f"block-{i:05d}.bin" for i in range(-(-d_sae // self.block)))]
-        self.sizes = {name: (sizes or {}).get(name, 0) for name in names}
+        self.sizes = {name: (sizes or {}).get(name, 0) for name in FILES}
         self._files: dict[str, BinaryIO] = {}
 
     def open(self) -> None:
@@ -79,19 +82,19 @@ class Spill:
 
     def add(self, place: Int[Tensor, " batch"], codes: SparseCodes) -> None:
         """Append what fires at some places, which have not come before."""
-        fires = codes.value > 0
-        row, latent, value = (x[fires].cpu() for x in (codes.row, codes.latent, codes.value))
+        values = codes.value.float()  # as they are stored
+        fires = values > 0
+        row, latent, value = (x[fires].cpu() for x in (codes.row, codes.latent, values))
         n_here = torch.bincount(row, minlength=len(place))
         lists = np.empty(len(place), LIST)
         lists["place"], lists["n"] = place.numpy(), n_here.numpy()
-        order = (latent // self.block).argsort(stable=True)
+        block = latent // self.block
+        order = block.argsort(stable=True)
         entries = np.empty(len(latent), ENTRY)
-        latent_of, place_of = latent[order], place[row[order]]
-        entries["place"], entries["latent"] = place_of.numpy(), (latent_of % self.block).numpy()
-        entries["value"] = value[order].float().numpy()
-        bounds = torch.bincount(latent_of // self.block, minlength=len(self.sizes) - 2).cumsum(0).tolist()
-        blocks = (entries[start:stop] for start, stop in zip([0, *bounds], bounds, strict=False))
-        self._append([lists, latent.numpy().astype(self.list_dtype), *blocks])
+        entries["place"], entries["latent"] = place[row[order]].numpy(), (latent[order] % self.block).numpy()
+        entries["value"] = value[order].numpy()
+        n_of_block = torch.bincount(block, minlength=self.n_blocks).numpy().astype(COUNT)
+        self._append([lists, latent.numpy().astype(self.list_dtype), entries, n_of_block])
 
     def _append(self, pieces: list[np.ndarray]) -> None:
         with disk_full_is_typed(self.folder):
@@ -108,9 +111,9 @@ class Spill:
 
     def close(self) -> None:
         """Close the files."""
-        with disk_full_is_typed(self.folder):
+        with disk_full_is_typed(self.folder), ExitStack() as stack:
             while self._files:
-                self._files.popitem()[1].close()
+                stack.callback(self._files.popitem()[1].close)
 
     def lists(self, n_places: int) -> Lists:
         """Which latents fire where."""
@@ -127,11 +130,15 @@ class Spill:
 
     def pieces(self, count: Int[Tensor, " d_sae"]) -> Iterator[Piece]:
         """The entries of all latents, as many latents at a time as memory has room for; `count`: entries of each."""
-        for number, name in enumerate(list(self.sizes)[2:]):
-            entries = self._mapped(name, ENTRY)
+        entries = self._mapped("entries.bin", ENTRY)
+        sizes = np.fromfile(self.folder / "blocks.bin", COUNT).astype(np.int64).reshape(-1, self.n_blocks)
+        stops = sizes.cumsum().reshape(sizes.shape)
+        starts = stops - sizes
+        for number in range(self.n_blocks):
+            runs = list(zip(starts[:, number].tolist(), stops[:, number].tolist(), strict=True))
             before = number * self.block
             for start, stop in _ranges(count[before : before + self.block]):
-                yield Piece(before + start, stop - start, _within(entries, start, stop))
+                yield Piece(before + start, stop - start, _within(entries, runs, start, stop))
 
 
 def _ranges(count: Int[Tensor, " latents"]) -> Iterator[tuple[int, int]]:
@@ -141,12 +148,12 @@ def _ranges(count: Int[Tensor, " latents"]) -> Iterator[tuple[int, int]]:
     yield from zip([0, *stops], stops, strict=False)
 
 
-def _within(entries: np.ndarray, start: int, stop: int) -> Entries:
-    """The entries whose latent is in a range, numbered from its start."""
-    found = []
-    for first in range(0, len(entries), MAX_ENTRIES):
-        piece = entries[first : first + MAX_ENTRIES]
-        found.append(piece[(piece["latent"] >= start) & (piece["latent"] < stop)])
-    chosen = np.concatenate(found) if found else np.empty(0, ENTRY)
+def _within(entries: np.ndarray, runs: list[tuple[int, int]], start: int, stop: int) -> Entries:
+    """The entries in the runs of a block whose latent is in a range, numbered from its start."""
+    found = [np.empty(0, ENTRY)]
+    for first, last in runs:
+        run = entries[first:last]
+        found.append(run[(run["latent"] >= start) & (run["latent"] < stop)])
+    chosen = np.concatenate(found)
     place, latent = (torch.from_numpy(chosen[name].astype(np.int64)) for name in ("place", "latent"))
     return Entries(place, latent - start, torch.from_numpy(chosen["value"].astype(np.float32)))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from saelens_lite.cache.capture import default_batch_tokens
 from saelens_lite.config import TextConfig
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, OutputExistsError, UserError
@@ -27,7 +28,7 @@ from saelens_lite.features.summary import Example, ExampleGroup, LatentSummary, 
 from saelens_lite.features.tensors import NONE, FeatureTensors
 from saelens_lite.features.vocabulary import vocabulary
 from saelens_lite.features.weights import LatentWeights, latent_weights
-from saelens_lite.files import new_folder, refuse_existing, write_text
+from saelens_lite.files import new_folder, refuse_existing, refuse_nameless, write_text
 from saelens_lite.model import LanguageModel
 from saelens_lite.tokens import Text, TokenRows
 
@@ -96,7 +97,7 @@ class FeatureStore:
         With `out` it is also written to that folder, several to the folders 0-topk, 1-l1, … (number and rule) in it; an
         interrupted pass is then gone on with by the same call. Text is cut into rows as the dictionary's training text was;
         `text_config` says otherwise. Codes go to disk while they are collected, 12 to 14 bytes each: what is in memory is a
-        batch, the token ids, and afterwards the activations of some latents.
+        batch, the token ids with a few numbers for each, and afterwards the activations of some latents.
 
         Each of the `top_n` contexts of a latent comes from another row; of equal activations the earlier is taken. `group_size`
         more are drawn from each of `n_groups` groups of equally many activations, `n_random` from all of them, and `n_silent`
@@ -104,6 +105,7 @@ class FeatureStore:
 
         `codes` keeps all activations as a table for `sql` (needs `out`). `control` adds the same of the model with its weights
         re-drawn. `stability` are scores of `sl.stability`. `raw_unembedding`: effects on logits by W_U as it is.
+        `batch_tokens`: tokens of a forward pass (2,048 on a CPU, 16,384 on a GPU).
 
         Raises:
             ConfigError: no hook is named; another processing of the model; a setting out of range; `codes` without `out` or
@@ -118,11 +120,15 @@ class FeatureStore:
         dictionaries = list(dictionary) if several else [dictionary]
         out = None if out is None else Path(out)
         if out is not None:
+            refuse_nameless(out)
             refuse_existing(out, exists)
         if codes:
             check_extra()
             if out is None:
                 raise ConfigError("codes=True writes a table; give out=, the folder for it")
+        batch_tokens = default_batch_tokens(lm) if batch_tokens is None else batch_tokens
+        if batch_tokens < 1:
+            raise ConfigError(f"batch_tokens = {batch_tokens}; expected at least 1")
         job = Job.of(
             dictionaries,
             lm,
@@ -372,6 +378,7 @@ class FeatureStore:
         if path is None and self.folder is None:
             raise ConfigError("the store is in no folder; say where the labels should go")
         path = self.folder / LABELS_FILE if path is None else Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_labels(path, self.labels, self.info.dictionary_sha256)
         return path
 
@@ -404,10 +411,12 @@ class FeatureStore:
 
         Raises:
             OutputExistsError: the folder holds something and `exists` is "error".
+            CorruptFileError: the table of codes, which is copied, is missing or damaged.
             DiskFullError: there is no room for it.
         """
         with new_folder(Path(folder), exists) as new:
             if self.codes is not None:
+                self.codes.check()
                 shutil.copyfile(self.codes.path, new / CODES_FILE)
             self._write(new)
         self._is_in(Path(folder))
@@ -494,6 +503,6 @@ def _scores_of_each(
     if len(given) != len(infos):
         raise ConfigError(f"{len(given)} stability scores for {len(infos)} dictionaries; give as many, or None among them")
     for scores, info in zip(given, infos, strict=True):
-        if scores is not None and scores.sha256 != info.dictionary_sha256:
+        if scores is not None and (scores.sha256, len(scores.score)) != (info.dictionary_sha256, info.d_sae):
             raise ConfigError("the stability scores are of another dictionary; compute them anew with sl.stability")
     return given

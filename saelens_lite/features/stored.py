@@ -114,21 +114,42 @@ def _fits(info: StoreInfo, t: FeatureTensors, w: LatentWeights, vocabulary: list
     wanted = ((info.top_n, width), (info.n_groups, info.group_size, width), (info.n_random, width), (info.n_silent,))
     if not consistent or shapes != wanted or t.histogram.shape[1] != N_BINS:
         return False
-    places = (t.top_place, t.group_place, t.random_place, t.silent_place)
+    if not {len(w.logit_low), len(w.encoder_decoder_cosine)} <= {0, info.d_sae}:
+        return False
+    if info.bos_id is not None and not 0 <= info.bos_id < n_vocab:
+        return False
     latents = (t.frequent_partner, t.specific_partner)
     limits = [
         *((ids, 0, n_vocab) for ids in (t.tokens, w.promoted, w.suppressed)),
-        *((place, NONE, t.tokens.numel()) for place in places),
         *((latent, NONE, info.d_sae) for latent in latents),
         *((latent, 0, info.d_sae) for latent in (w.decoder_neighbours, w.encoder_neighbours)),
     ]
     inside = all(int(ids.min()) >= low and int(ids.max()) < high for ids, low, high in limits if ids.numel())
-    return inside and _counts_agree(t) and all(isinstance(text, str) for text in vocabulary)
+    return inside and _places_exist(t) and _counts_agree(info, t) and all(isinstance(text, str) for text in vocabulary)
 
 
-def _counts_agree(t: FeatureTensors) -> bool:
-    """Whether groups hold all activations, and no latent fires together with another more often than each of them does."""
-    if not (t.group_count.sum(1) == t.count).all():
+def _places_exist(t: FeatureTensors) -> bool:
+    """Whether every place is one that its row has, and the latent fires at those of the strongest contexts."""
+    n_seq, n_ctx = t.tokens.shape
+    if not ((t.length >= 0) & (t.length <= n_ctx)).all():
+        return False
+    if not ((t.top_place != NONE) == (t.top_value > 0)).all():
+        return False
+    for place in (t.top_place, t.group_place, t.random_place, t.silent_place):
+        at = place[place != NONE].long()
+        if not ((at >= 0) & (at < n_seq * n_ctx)).all() or not (at % n_ctx < t.length[at // n_ctx]).all():
+            return False
+    return True
+
+
+def _counts_agree(info: StoreInfo, t: FeatureTensors) -> bool:
+    """Whether groups, bins and bands hold all activations, and no latent fires on more tokens, alone or with another, than
+    there are."""
+    if not all((x >= 0).all() for x in (t.count, t.group_count, t.histogram, t.band_count)):
+        return False
+    if not all((x.sum(1) == t.count).all() for x in (t.group_count, t.histogram, t.band_count)):
+        return False
+    if t.band_tokens.sum() != info.n_tokens or not (t.band_count <= t.band_tokens).all():
         return False
     for partner, together in ((t.frequent_partner, t.frequent_count), (t.specific_partner, t.specific_count)):
         most = torch.minimum(t.count[:, None], t.count[partner.clamp(min=0).long()])

@@ -115,8 +115,8 @@ def _effects(logits: Float[Tensor, "few d_vocab"], n: int) -> Effects:
 def _histogram(
     x: Float[Tensor, "rows columns"], low: Float[Tensor, " rows"], width: Float[Tensor, " rows"]
 ) -> Int[Tensor, "rows n_bins"]:
-    """The numbers of each row counted into bins from `low` on; all into the first where they are all equal."""
-    per_unit = torch.where(width > 0, 1 / width, 0)
+    """The numbers of each row counted into bins from `low` on; all into the first where they are all but equal."""
+    per_unit = (1 / width).nan_to_num(posinf=0)  # of widths near zero too
     cell = ((x - low[:, None]) * per_unit[:, None]).int().clamp_(max=N_LOGIT_BINS - 1)
     cell += N_LOGIT_BINS * torch.arange(len(x), dtype=torch.int32, device=x.device)[:, None]
     counts = torch.bincount(cell.flatten(), minlength=len(x) * N_LOGIT_BINS)

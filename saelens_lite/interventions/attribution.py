@@ -5,11 +5,11 @@ active latent i at a position is what the metric m loses without it:
 
     ablation   m(y) − m(y − f_i W_dec[i])                                          exact, a forward pass each
     gradient   f_i ∂m/∂f_i = f_i ⟨W_dec[i], ∂m/∂y⟩                                  first order, one backward pass for all
-    direct     f_i ⟨W_dec[i], W_Uᵀ ∂m/∂logits⟩ / σ                                 what goes past all later layers
+    direct     f_i ⟨W_dec[i], W_Uᵀ ∂m/∂u⟩ / σ                                      what goes past all later layers
 
-where W_U has the final norm's scale folded in and σ, held constant as well, is what that norm divides by. Direct effects exist
-on the residual stream; a cap on the logits (Gemma 2) counts as the identity in them. Where the dictionary normalises each
-activation by itself, f_i counts times that activation's scale.
+where u is what the unembedding gives (the logits, before some models scale or cap them), W_U has the final norm's scale folded
+in and σ, held constant as well, is what that norm divides by. Direct effects exist on the residual stream. Where the dictionary
+normalises each activation by itself, f_i counts times that activation's scale.
 
 Source: Marks et al. 2024, Sparse feature circuits, arXiv:2403.19647, section 3 (gradient, with error nodes; their patch is 0
 here, and signs are turned round: a contribution is positive); Elhage et al. 2021, A mathematical framework for transformer
@@ -18,6 +18,7 @@ circuits (direct).
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ from saelens_lite.model import LanguageModel
 from saelens_lite.progress import progress_bar
 from saelens_lite.tokens import TokenRows
 
-LAST_STREAM = "ln_final.hook_in"
+LAST_STREAM, UNEMBEDDED = "ln_final.hook_in", "unembed.hook_out"
 ON_STREAM = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
 WAYS = ("ablation", "gradient", "direct")
 
@@ -201,12 +202,12 @@ class _Row:
         here = _chosen(at, site.counted(len(tokens)))
         self.codes = _at_positions(self.reading.codes, here)
         self.written = self.codes.value * self.reading.scale[self.codes.row, 0]  # f_i in the units of y
-        at_target, at_logits, self.value = _gradients(site, self.reading, self.metric)
+        at_target, at_unembedded, self.value = _gradients(site, self.reading, self.metric, direct=unembedding is not None)
         self.gradient = self._products(at_target)
         self.error = (at_target * self.reading.error)[here].sum()
         if unembedding is not None:
             divisor = site.lm.final_norm_divisor(self.reading.acts[LAST_STREAM])
-            self.direct = self._products(at_logits.float() @ unembedding / divisor[:, None])
+            self.direct = self._products(at_unembedded.float() @ unembedding / divisor[:, None])
 
     def _products(self, gradient: Float[Tensor, "pos d_out"]) -> Float[Tensor, " n"]:
         """f_i ⟨W_dec[i], gradient⟩ of each entry."""
@@ -231,7 +232,8 @@ class _Row:
 def _has_direct_effects(site: Site) -> bool:
     """Whether the dictionary writes to the residual stream, and its model has one norm between that and the unembedding."""
     try:
-        site.lm.hook_point(LAST_STREAM)
+        for hook in (LAST_STREAM, UNEMBEDDED):
+            site.lm.hook_point(hook)
     except HookError:
         return False
     return site.target.endswith(ON_STREAM)
@@ -256,17 +258,24 @@ def _at_positions(codes: SparseCodes, here: Bool[Tensor, " pos"]) -> SparseCodes
 
 
 def _gradients(
-    site: Site, reading: Reading, metric: Metric
-) -> tuple[Float[Tensor, "pos d_out"], Float[Tensor, "pos d_vocab"], Float[Tensor, ""]]:
-    """∂m/∂y at the target, ∂m/∂logits, and m."""
+    site: Site, reading: Reading, metric: Metric, direct: bool
+) -> tuple[Float[Tensor, "pos d_out"], Float[Tensor, "pos d_vocab"] | None, Float[Tensor, ""]]:
+    """∂m/∂y at the target, with `direct` ∂m/∂u at what the unembedding gives, and m."""
     added = torch.zeros_like(reading.error)[None].requires_grad_()
-    logits = site.logits(reading.tokens, added, differentiable=True)
+    unembedded: list[Tensor] = []
+
+    def note(u: Tensor) -> Tensor:
+        unembedded[:] = [u]
+        return u
+
+    with site.lm.replace(UNEMBEDDED, note) if direct else nullcontext():
+        logits = site.logits(reading.tokens, added, differentiable=True)
     with torch.enable_grad():
         (value,) = values_of(metric, logits)
     if not value.requires_grad:
         raise ConfigError(f"the metric {metric} has no gradient; it must be a differentiable function of the logits")
-    at_target, at_logits = torch.autograd.grad(value, (added, logits))
-    return at_target[0], at_logits[0], value.detach()
+    at_target, *at_unembedded = torch.autograd.grad(value, (added, *unembedded))
+    return at_target[0], at_unembedded[0][0] if direct else None, value.detach()
 
 
 def _agreement(a: Float[Tensor, " n"], b: Float[Tensor, " n"]) -> Agreement:

@@ -34,7 +34,7 @@ class DoseResponse:
     """What doses of a latent do: along `latents`, the first is the one asked for, the others are controls of equal norm.
 
     `effect` is the change of the metric, `kl` the cost in nats per token, for each dose, latent and row of text.
-    `max_activation` is the largest code of the latent on the text: the scale of a natural dose.
+    `max_activation` is the largest code of the latent at the positions that count: the scale of a natural dose.
     """
 
     latent: int
@@ -180,7 +180,7 @@ def dose_response(
         metric=name_of(asked, lm),
         hook=site.target,
         n_tokens=sum(int(site.counted(len(reading.tokens)).sum()) for reading in readings),
-        max_activation=float(max([0.0, *(v for r in readings for v in r.codes.value[r.codes.latent == latent].tolist())])),
+        max_activation=max(_largest_code(site, reading, latent) for reading in readings),
         clean=torch.stack(clean),
         effect=torch.stack(effect, -1),
         kl=torch.stack(kl, -1),
@@ -216,6 +216,13 @@ def _controls(site: Site, readings: list[Reading], latent: int, n: int, seed: in
         raise ConfigError(f"{len(live)} other latents fire on the text; give more text, or n_controls below {n}")
     order = torch.randperm(len(live), generator=torch.Generator().manual_seed(seed))
     return [live[i] for i in order[:n].tolist()]
+
+
+def _largest_code(site: Site, reading: Reading, latent: int) -> float:
+    """The largest code of a latent at the positions that count; 0 where it does not fire."""
+    codes = reading.codes
+    counts = site.counted(len(reading.tokens))[codes.row] & (codes.latent == latent)
+    return max([0.0, *codes.value[counts].tolist()])
 
 
 def _of_equal_norm(dictionary: Dictionary, latents: list[int]) -> Float[Tensor, "n d_out"]:

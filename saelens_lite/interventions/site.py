@@ -9,7 +9,7 @@ from torch import Tensor
 
 from saelens_lite.codes import SparseCodes
 from saelens_lite.dictionary import Dictionary
-from saelens_lite.errors import ShapeError, TextError
+from saelens_lite.errors import ConfigError, ShapeError, TextError
 from saelens_lite.model import LanguageModel
 from saelens_lite.tokens import TokenRows
 
@@ -28,12 +28,14 @@ class Site:
     """A dictionary at its hook of a model. `target` is where its output stands: the hook itself, or a transcoder's target.
 
     Raises:
-        ConfigError: no hook is named; a model with other processing.
+        ConfigError: no hook is named; a transcoder that names no target; a model with other processing.
         HookError: a hook the model lacks.
     """
 
     def __init__(self, lm: LanguageModel, dictionary: Dictionary, hook: str | None = None):
         self.lm, self.dictionary, self.hook = lm, dictionary, lm.hook_of(dictionary.origin, hook)
+        if dictionary.is_transcoder and dictionary.origin.target_hook is None:
+            raise ConfigError("the transcoder does not say which hook it predicts; set origin.target_hook")
         self.target = dictionary.origin.target_hook or self.hook
         lm.hook_point(self.target)
 
@@ -48,7 +50,8 @@ class Site:
         else:
             if not isinstance(text, TokenRows):
                 text = self.lm.to_tokens(text, prepend_bos=self.dictionary.origin.prepend_bos is not False)
-            length = text.keep.shape[1] - text.keep.int().flip(1).argmax(1)  # as far as the last position that counts
+            position = torch.arange(text.keep.shape[1], device=text.keep.device)
+            length = (text.keep * (position + 1)).amax(1)  # as far as the last position that counts
             rows = [tokens[:n] for tokens, n in zip(text.tokens, length.tolist(), strict=True)]
         if not rows or not all(self.counted(len(row)).any() for row in rows):
             raise TextError("no text, or a row without any position that the dictionary was trained on")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from saelens_lite.config import Origin, TextConfig
 from saelens_lite.errors import ConfigError, HookError, HubError, HubUnreachableError, ModelNotFoundError, ShapeError, TextError
 from saelens_lite.model import hooks as _hooks
+from saelens_lite.model import norms as _norms
 from saelens_lite.model import processing as _processing
 from saelens_lite.places import find_model
 from saelens_lite.tokens import TokenRows, token_rows
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["EMBEDDED", "LanguageModel", "load_model"]
 
 EMBEDDED = {"tiny": files("saelens_lite") / "data" / "tiny"}
+FINGERPRINT_ENTRIES = 256  # of each weight
 UNLIMITED_N_CTX = 2048  # for models without position embeddings (ALiBi, recurrent), which name no longest row
 log = logging.getLogger(__name__)
 
@@ -165,6 +167,16 @@ class LanguageModel:
         else:
             content = json.loads(backend.to_str()) | {"padding": None, "truncation": None}  # those change from call to call
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def fingerprint(self) -> str:
+        """sha256 over some entries of each weight: tells apart models of one name, of which one was trained further."""
+        digest = hashlib.sha256()
+        for name, weight in self.module.named_parameters():
+            entries = weight.detach().flatten()
+            entries = entries[:: max(1, len(entries) // FINGERPRINT_ENTRIES)].cpu().contiguous()
+            digest.update(f"{name} {tuple(weight.shape)}\n".encode())
+            digest.update(entries.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     @cached_property
     def _architecture(self) -> _hooks.Architecture:
@@ -362,7 +374,8 @@ class LanguageModel:
             HookError: neither the dictionary nor `hook` names a hook of this model; a transcoder's target comes first.
             ConfigError: the dictionary belongs to a model whose weights were processed otherwise; a transcoder that names no
                 target; an edit of a latent that the dictionary does not have.
-            ShapeError: the dictionary has another width than the hook; an edit names a position behind the end of the row.
+            ShapeError: the dictionary has another width than the hook; an edit names a position behind the end of the row;
+                `keep` is of another shape than the tokens.
         """
         name = self.hook_of(dictionary.origin, hook)
         edits = [edits] if isinstance(edits, PositionedEdit) else edits
@@ -381,6 +394,10 @@ class LanguageModel:
             dictionary.check_input(x)
             position = torch.arange(y.shape[1], device=y.device) + self._offset
             trained_on = ~torch.isin(position, position.new_tensor(dictionary.origin.excluded_positions))
+            if keep is not None and keep.shape != y.shape[:2]:
+                raise ShapeError(
+                    f"keep is {list(keep.shape)}; {target} is [batch pos d] = {list(y.shape)} in this forward pass"
+                )
             chosen = trained_on if keep is None else keep.to(y.device)
             new = y
             if not error_term:
@@ -432,11 +449,13 @@ class LanguageModel:
         """The prompt and its continuation; temperature 0 takes the likeliest token each time.
 
         Raises:
-            ConfigError: a negative temperature.
+            ConfigError: a negative temperature, top_k below 1.
             TextError, ShapeError: an empty prompt, or one that fills the model's context.
         """
         if temperature < 0:
             raise ConfigError(f"temperature = {temperature}; expected 0 or more")
+        if top_k is not None and top_k < 1:
+            raise ConfigError(f"top_k = {top_k}; expected 1 or more, or None for all tokens")
         length = len(self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
         if length >= self.n_ctx:
             raise ShapeError(f"the prompt has {length} tokens; {self.name} reads at most {self.n_ctx} with the BOS token")
@@ -470,11 +489,8 @@ class LanguageModel:
         norm = self._final_norm
         if norm is None or not fold_norm:
             return head
-        scale = norm.weight.float()
-        if "gemma" in type(self.module).__name__.lower():  # Gemma's norm multiplies by 1 + weight
-            scale = 1 + scale
-        head = head * scale
-        return head - head.mean(1, keepdim=True) if isinstance(norm, nn.LayerNorm) else head
+        head = head * norm.scale.float().to(head.device)
+        return head - head.mean(1, keepdim=True) if norm.centres else head
 
     def final_norm_divisor(self, x: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape"]:
         """The positive factor by which the final norm divides the residual stream that reaches it; 1 without such a norm.
@@ -484,15 +500,12 @@ class LanguageModel:
         norm = self._final_norm
         if norm is None:
             return x.new_ones(x.shape[:-1])
-        x = x.float()
-        centred = x - x.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else x
-        eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon  # Llama and its kin
-        return (centred.square().mean(-1) + eps).sqrt()
+        return norm.divisor(x).to(torch.promote_types(x.dtype, torch.float32)).to(x.device)
 
     @property
-    def _final_norm(self) -> nn.Module | None:
+    def _final_norm(self) -> _norms.FinalNorm | None:
         found = self._architecture.components.get("ln_final")
-        return None if found is None else self.module.get_submodule(found.name)
+        return None if found is None else _norms.FinalNorm.of(self.module.get_submodule(found.name), self.d_model)
 
     def token_strings(self) -> list[str]:
         """The text of every token id."""
