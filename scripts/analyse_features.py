@@ -34,7 +34,7 @@ def facts(store: sl.FeatureStore) -> Table:
     rows = {
         "latents that fire on a token": lambda s: f"{int(s.tensors.count.sum()) / s.info.n_tokens:.1f}",
         "latents that never fire": lambda s: f"{int(s.never_fires.sum()):,} of {s.info.d_sae:,}",
-        "latents that fire on more than a tenth of the tokens": lambda s: f"{int((s.densities > 0.1).sum()):,}",
+        "latents that fire on more than a tenth of the tokens": lambda s: f"{int((s.density > 0.1).sum()):,}",
         "median share of tokens of those that fire": median_density,
     }
     for title, figure in rows.items():
@@ -44,13 +44,13 @@ def facts(store: sl.FeatureStore) -> Table:
 
 def median_density(store: sl.FeatureStore) -> str:
     """The share of tokens that half of the latents that fire at all fire on."""
-    fire = store.densities[~store.never_fires]
+    fire = store.density[~store.never_fires]
     return f"{100 * float(fire.median()):.3g} %" if len(fire) else "none fires"
 
 
 def examples(store: sl.FeatureStore, n: int) -> Table:
     """Rare latents whose effect on the logits is most concentrated on few tokens, else those that fire most strongly."""
-    rare = (store.densities < RARE) & ~store.never_fires
+    rare = (store.density < RARE) & ~store.never_fires
     score = store.weights.logit_kurtosis if len(store.weights.logit_kurtosis) else store.tensors.top_value[:, 0]
     order = torch.where(rare, score, -torch.inf).argsort(descending=True, stable=True)[: min(n, int(rare.sum()))]
     grid = Table("latent", "% of tokens", "largest", "promotes", "strongest context", box=SIMPLE_HEAD)
@@ -71,7 +71,7 @@ def plots(store: sl.FeatureStore, dictionary: sl.Dictionary) -> dict[str, Figure
     density, positions, neighbours = (figure.subplots() for figure in named.values())
 
     for name, one in stores.items():
-        density.hist(one.densities[~one.never_fires].log10().tolist(), bins=40, histtype="step", label=name)
+        density.hist(one.density[~one.never_fires].log10().tolist(), bins=40, histtype="step", label=name)
     density.set(xlabel="log10 of the share of tokens a latent fires on", ylabel="latents")
 
     for name, one in stores.items():

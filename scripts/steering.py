@@ -48,7 +48,7 @@ def attributions(lm: sl.LanguageModel, d: sl.Dictionary, rows: torch.Tensor) -> 
     for tokens in rows:
         likeliest = tuple(lm.logits(tokens)[0, -1].topk(2).indices.tolist())
         for name, metric in zip(METRICS, ("loss", likeliest), strict=True):
-            found[name].append(sl.attribute(lm, d, tokens, metric))
+            found[name].append(sl.attribute(d, lm, tokens, metric))
     return found
 
 
@@ -93,7 +93,7 @@ def main() -> None:
     for one in found["loss"]:
         total += torch.zeros(d.d_sae).index_add_(0, one.latent, one.ablation)
     latent = int(torch.where(rare, total.abs(), 0).argmax())
-    response = sl.dose_response(lm, d, latent, args.doses, rows)
+    response = sl.dose_response(d, lm, latent, args.doses, rows)
     console.print(response.table())
     response.plot().savefig(args.out / "doses.png", dpi=120)
     write_json(args.out / "steering.json", {"agreement": figures, "dose_response": response.to_dict()})

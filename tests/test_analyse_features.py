@@ -48,7 +48,7 @@ def test_it_writes_store_plots_and_dashboard(dictionary, monkeypatch, tmp_path, 
 def test_a_store_in_which_nothing_fires_has_no_median(dictionary, lm):
     median = runpy.run_path(str(SCRIPT))["median_density"]
     store = sl.FeatureStore.build(sl.Dictionary.load(dictionary), lm, "It was the best of times.")
-    firing = store.densities[~store.never_fires]
+    firing = store.density[~store.never_fires]
     assert median(store) == f"{100 * float(firing.median()):.3g} %"
     store.tensors = store.tensors._replace(count=torch.zeros(64, dtype=torch.int64))
     assert median(store) == "none fires"

@@ -73,7 +73,7 @@ def test_the_gradient_is_the_slope_of_each_code(exact_lm, random_lm, name, metri
     """By central differences of the code, in float64; the float32 model agrees."""
     d = copy.deepcopy(request.getfixturevalue(name)).double()
     target, tokens = d.origin.target_hook or HOOK, rows(exact_lm, TEXTS)
-    found = sl.attribute(exact_lm, d, TEXTS, metric, ablation=False)
+    found = sl.attribute(d, exact_lm, TEXTS, metric, ablation=False)
     scales = [exact_lm.run(t, HOOK)[HOOK][0].std(-1) if d.token_norm else torch.ones(len(t)) for t in tokens]
     step = 1e-4
     for j, (row, position, latent) in list(enumerate(entries(found)))[::7]:
@@ -85,7 +85,7 @@ def test_the_gradient_is_the_slope_of_each_code(exact_lm, random_lm, name, metri
                 ends.append(metric_value(exact_lm, tokens[row], metric))
         slope = (ends[0] - ends[1]) / (2 * step)
         assert float(found.gradient[j]) == pytest.approx(float(found.activation[j] * slope), rel=1e-5, abs=1e-9)
-    single = sl.attribute(random_lm, request.getfixturevalue(name), TEXTS, metric, ablation=False)
+    single = sl.attribute(request.getfixturevalue(name), random_lm, TEXTS, metric, ablation=False)
     assert entries(single) == entries(found)
     torch.testing.assert_close(single.gradient.double(), found.gradient, rtol=1e-3, atol=1e-5)
     assert found.ablation is None
@@ -95,7 +95,7 @@ def test_the_gradient_is_the_slope_of_each_code(exact_lm, random_lm, name, metri
 @pytest.mark.parametrize("metric", ["loss", PAIR])
 def test_ablation_is_a_forward_pass_without_the_latent(random_lm, name, metric, request):
     d = request.getfixturevalue(name)
-    found = sl.attribute(random_lm, d, TEXTS, metric, batch_tokens=100)
+    found = sl.attribute(d, random_lm, TEXTS, metric, batch_tokens=100)
     tokens = rows(random_lm, TEXTS)
     for j, (row, position, latent) in list(enumerate(entries(found)))[::5]:
         clean = metric_value(random_lm, tokens[row], metric)
@@ -106,7 +106,7 @@ def test_ablation_is_a_forward_pass_without_the_latent(random_lm, name, metric, 
 
 
 def test_entries_are_the_latents_that_fire_where_the_dictionary_was_trained(random_lm, dictionary):
-    found = sl.attribute(random_lm, dictionary, TEXTS, ablation=False)
+    found = sl.attribute(dictionary, random_lm, TEXTS, ablation=False)
     wanted = []
     for row, text in enumerate(TEXTS):
         codes = dictionary.encode(random_lm.run(text, HOOK)[HOOK][0]).to_dense().detach()
@@ -115,7 +115,7 @@ def test_entries_are_the_latents_that_fire_where_the_dictionary_was_trained(rand
     assert [entry[:3] for entry in sorted(ours)] == [entry[:3] for entry in sorted(wanted)]
     assert [e[3] for e in sorted(ours)] == pytest.approx([e[3] for e in sorted(wanted)], abs=1e-5)
     assert "".join(found.tokens[0][1:]) == TEXTS[0]
-    ends = sl.attribute(random_lm, dictionary, TEXTS, ablation=False, at=iter([0, -1]))
+    ends = sl.attribute(dictionary, random_lm, TEXTS, ablation=False, at=iter([0, -1]))
     lengths = [len(tokens) for tokens in found.tokens]
     assert {entry[:2] for entry in entries(ends)} == {(row, p) for row, n in enumerate(lengths) for p in (0, n - 1)}
 
@@ -123,7 +123,7 @@ def test_entries_are_the_latents_that_fire_where_the_dictionary_was_trained(rand
 def test_direct_effects_go_through_the_final_norm_alone(exact_lm, dictionary):
     """f W_dec through ln_f with its divisor held, and the two rows of the head."""
     d = copy.deepcopy(dictionary).double()
-    found = sl.attribute(exact_lm, d, TEXTS, PAIR, ablation=False)
+    found = sl.attribute(d, exact_lm, TEXTS, PAIR, ablation=False)
     transformer, head = exact_lm.module.transformer, exact_lm.module.lm_head.weight
     for row, tokens in enumerate(rows(exact_lm, TEXTS)):
         last = f"blocks.{exact_lm.n_layers - 1}.hook_resid_post"
@@ -139,7 +139,7 @@ def test_direct_effects_go_through_the_final_norm_alone(exact_lm, dictionary):
 
 
 def test_there_is_no_direct_effect_off_the_stream(random_lm, transcoder):
-    found = sl.attribute(random_lm, transcoder, TEXTS[0], PAIR, ablation=False)
+    found = sl.attribute(transcoder, random_lm, TEXTS[0], PAIR, ablation=False)
     assert found.direct is None
     assert list(found.effects) == ["gradient"]
     assert found.agreement == {}
@@ -158,7 +158,7 @@ def linear(lm) -> sl.LanguageModel:
 
 def test_in_a_linear_model_all_ways_agree(random_lm, dictionary):
     lm = linear(random_lm)
-    found = sl.attribute(lm, dictionary, TEXTS, PAIR)
+    found = sl.attribute(dictionary, lm, TEXTS, PAIR)
     torch.testing.assert_close(found.gradient, found.ablation, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.gradient, found.direct, rtol=1e-4, atol=1e-5)
     assert found.ablation.abs().max() > 0.1
@@ -171,7 +171,7 @@ def test_in_a_linear_model_all_ways_agree(random_lm, dictionary):
 def test_latents_bias_and_error_make_up_the_linear_metric(random_lm, dictionary):
     """At the last position, Σ effects + error + bias is the difference of logits but for the final norm's bias."""
     lm = linear(random_lm)
-    found = sl.attribute(lm, dictionary, TEXTS[0], PAIR, ablation=False)
+    found = sl.attribute(dictionary, lm, TEXTS[0], PAIR, ablation=False)
     direction = lm.unembedding()[PAIR[0]] - lm.unembedding()[PAIR[1]]
     ln_f, head = lm.module.transformer.ln_f, lm.module.lm_head.weight
     constant = (ln_f.bias @ head.T)[PAIR[0]] - (ln_f.bias @ head.T)[PAIR[1]]
@@ -180,7 +180,7 @@ def test_latents_bias_and_error_make_up_the_linear_metric(random_lm, dictionary)
 
 
 def test_nothing_is_left_on_the_parameters(random_lm, dictionary):
-    sl.attribute(random_lm, dictionary, TEXTS[0], ablation=False)
+    sl.attribute(dictionary, random_lm, TEXTS[0], ablation=False)
     for module in (random_lm.module, dictionary):
         assert all(p.grad is None for p in module.parameters())
     assert not any(p.requires_grad for p in random_lm.module.parameters())
@@ -190,34 +190,34 @@ def test_nothing_is_left_on_the_parameters(random_lm, dictionary):
 
 def test_texts_together_are_texts_alone(random_lm, dictionary):
     """Padding changes nothing, nor do rows of token ids in place of text."""
-    together = sl.attribute(random_lm, dictionary, TEXTS)
+    together = sl.attribute(dictionary, random_lm, TEXTS)
     for row, tokens in enumerate(rows(random_lm, TEXTS)):
-        alone = sl.attribute(random_lm, dictionary, tokens)
+        alone = sl.attribute(dictionary, random_lm, tokens)
         here = together.row == row
         assert alone.tokens[0] == together.tokens[row]
         for name in ("position", "latent", "activation", "gradient", "direct", "ablation"):
             torch.testing.assert_close(getattr(together, name)[here], getattr(alone, name), msg=name)
-    as_rows = sl.attribute(random_lm, dictionary, random_lm.to_tokens(TEXTS), ablation=False)
+    as_rows = sl.attribute(dictionary, random_lm, random_lm.to_tokens(TEXTS), ablation=False)
     assert torch.equal(as_rows.gradient, together.gradient)
 
 
 def test_the_metric_at_a_position(random_lm, dictionary):
     tokens = rows(random_lm, TEXTS)[0]
-    loss = sl.attribute(random_lm, dictionary, tokens, position=3, ablation=False)
+    loss = sl.attribute(dictionary, random_lm, tokens, position=3, ablation=False)
     logits = random_lm.logits(tokens)[0]
     assert float(loss.value) == pytest.approx(float(-logits[3].log_softmax(-1)[tokens[4]]), abs=1e-5)
     assert not loss.gradient[loss.position > 3].any()
     assert loss.gradient[loss.position == 3].any()
-    own = sl.attribute(random_lm, dictionary, tokens, lambda x: -x[:, 3].log_softmax(-1)[:, int(tokens[4])], ablation=False)
+    own = sl.attribute(dictionary, random_lm, tokens, lambda x: -x[:, 3].log_softmax(-1)[:, int(tokens[4])], ablation=False)
     torch.testing.assert_close(own.gradient, loss.gradient)
-    same = sl.attribute(random_lm, dictionary, tokens, position=3 - len(tokens), ablation=False)
+    same = sl.attribute(dictionary, random_lm, tokens, position=3 - len(tokens), ablation=False)
     assert torch.equal(same.gradient, loss.gradient)
 
 
 def test_tokens_are_named_by_text(random_lm, dictionary):
     ids = tuple(random_lm.tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in (" he", " she"))
-    by_text = sl.attribute(random_lm, dictionary, TEXTS[0], (" he", " she"), ablation=False)
-    by_id = sl.attribute(random_lm, dictionary, TEXTS[0], ids, ablation=False)
+    by_text = sl.attribute(dictionary, random_lm, TEXTS[0], (" he", " she"), ablation=False)
+    by_id = sl.attribute(dictionary, random_lm, TEXTS[0], ids, ablation=False)
     assert torch.equal(by_text.gradient, by_id.gradient)
     assert by_text.metric == by_id.metric == "logit of ' he' − logit of ' she'"
 
@@ -225,7 +225,7 @@ def test_tokens_are_named_by_text(random_lm, dictionary):
 def test_agreement_is_that_of_scipy(random_lm, dictionary):
     from scipy.stats import pearsonr, spearmanr
 
-    found = sl.attribute(random_lm, dictionary, TEXTS, PAIR)
+    found = sl.attribute(dictionary, random_lm, TEXTS, PAIR)
     assert (found.direct == 0).sum() > 10  # ties
     for (a, b), both in found.agreement.items():
         x, y = getattr(found, a).double(), getattr(found, b).double()
@@ -234,7 +234,7 @@ def test_agreement_is_that_of_scipy(random_lm, dictionary):
 
 
 def test_what_an_attribution_says(random_lm, dictionary):
-    found = sl.attribute(random_lm, dictionary, TEXTS)
+    found = sl.attribute(dictionary, random_lm, TEXTS)
     strongest = found.strongest(3)
     assert found.ablation[strongest].abs().tolist() == found.ablation.abs().topk(3).values.tolist()
     assert found.table(4).row_count == 4
@@ -248,7 +248,7 @@ def test_what_an_attribution_says(random_lm, dictionary):
     assert plain["agreement"]["ablation, gradient"]["pearson"] == found.agreement["ablation", "gradient"].pearson
     silent = autoencoder()
     silent.W_enc.data.zero_()
-    nothing = sl.attribute(random_lm, silent, TEXTS)
+    nothing = sl.attribute(silent, random_lm, TEXTS)
     assert len(nothing.latent) == 0
     assert nothing.to_dict()["agreement"]["ablation, gradient"] == {"spearman": None, "pearson": None}
     assert nothing.table().row_count == 0
@@ -270,4 +270,4 @@ def test_what_an_attribution_says(random_lm, dictionary):
 )
 def test_attributions_that_cannot_be(random_lm, dictionary, change, error, message):
     with pytest.raises(error, match=message):
-        sl.attribute(random_lm, dictionary, **{"text": TEXTS[0], "ablation": False} | change)
+        sl.attribute(dictionary, random_lm, **{"text": TEXTS[0], "ablation": False} | change)

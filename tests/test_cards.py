@@ -133,7 +133,7 @@ def test_an_overview_of_a_store(random_lm):
     d = sl.Dictionary.create("topk", d_in=48, d_sae=96, options={"k": 6}, origin=sl.Origin(hook="blocks.1.hook_resid_pre"))
     d.b_enc.data[50:] = -1e4
     store = sl.FeatureStore.build(d, random_lm, ["It was the best of times, it was the worst"])
-    densest = int(store.densities.argmax())
+    densest = int(store.density.argmax())
     store.label(densest, HOSTILE[0])
     html = store._repr_html_()
     page = Page(html).check()
@@ -151,7 +151,7 @@ def test_an_overview_of_a_store(random_lm):
 def test_the_card_of_a_real_latent(random_lm):
     d = sl.Dictionary.create("topk", d_in=48, d_sae=96, options={"k": 6}, origin=sl.Origin(hook="blocks.1.hook_resid_pre"))
     store = sl.FeatureStore.build(d, random_lm, ["It was the best of times, it was the worst"])
-    latent = store.latent(int(store.densities.argmax()))
+    latent = store.latent(int(store.density.argmax()))
     page = Page(latent._repr_html_()).check()
     assert page.text.count("".join(latent.examples[0].tokens)) >= 1
     assert len(page.each("details")) == 2 + len(latent.groups)

@@ -56,6 +56,7 @@ def info(rows) -> StoreInfo:
     return StoreInfo(
         model="none", revision=None, hook="none", rule="none", d_sae=D_SAE, n_tokens=rows.n_kept, top_n=6, n_groups=4,
         group_size=3, n_random=5, n_silent=8, window=WINDOW, seed=5, bos_id=None, text_sha256="", dictionary_sha256="",
+        options={}, token_norm=None,
     )  # fmt: skip
 
 
@@ -287,7 +288,7 @@ def test_bins_do_not_depend_on_rounding():
     rows = TokenRows(torch.zeros(1, n, dtype=torch.long), torch.ones(1, n, dtype=torch.bool))
     info = StoreInfo(
         model="", revision=None, hook="", rule="", d_sae=1, n_tokens=n, top_n=1, n_groups=1, group_size=1, n_random=1,
-        n_silent=1, window=(0, 0), bos_id=None, text_sha256="", dictionary_sha256="",
+        n_silent=1, window=(0, 0), bos_id=None, text_sha256="", dictionary_sha256="", options={}, token_norm=None,
     )  # fmt: skip
     entries = reduce.Entries(torch.arange(n), torch.zeros(n, dtype=torch.long), value)
     histogram = reduce.Block(entries, 0, 1, reduce.TextFacts.of(rows), info).reduced()["histogram"]

@@ -448,6 +448,10 @@ def test_stores_labels_and_scores_of_other_dictionaries(store, dictionaries, ran
     assert sl.FeatureStore.load(folder, dictionaries[0]).info == store.info
     with pytest.raises(ConfigError, match="another dictionary"):
         sl.FeatureStore.load(folder, dictionaries[1])
+    fewer = copy.deepcopy(dictionaries[0])
+    fewer.rule.config = fewer.rule.config.replace(k=1)  # the same weights, other codes
+    with pytest.raises(ConfigError, match="another options"):
+        sl.FeatureStore.load(folder, fewer)
     other = sl.FeatureStore.build(dictionaries[1], random_lm, rows)
     other.label(2, "something")
     path = other.write_labels(tmp_path / "labels.json")

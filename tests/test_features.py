@@ -178,6 +178,23 @@ def test_promoted_tokens_are_the_matrix_product(store, dictionaries, small, monk
     torch.testing.assert_close(again.weights.suppressed_effect, store.weights.suppressed_effect)
 
 
+def test_latents_that_promote_a_token(store, dictionaries, small):
+    logits = dictionaries["topk"].W_dec.detach() @ small.unembedding().T
+    least = logits.topk(10, dim=1).values[:, -1]
+    token = store.promoted(7)[3][0]
+    if token not in small.token_strings():
+        token = store.promoted(7)[0][0]
+    effect = logits[:, small.token_strings().index(token)]
+    wanted = sorted((i for i in range(D_SAE) if effect[i] >= least[i]), key=lambda i: -effect[i])
+    found = store.promoting(token)
+    assert [latent for latent, _ in found] == wanted
+    assert [value for _, value in found] == pytest.approx(effect[wanted].tolist(), rel=1e-5)
+    with pytest.raises(UserError, match="did you mean ' constructor'"):
+        store.promoting("constructor")
+    with pytest.raises(UserError, match="'no such token' is no token of"):
+        store.promoting("no such token")
+
+
 def test_bytes_that_are_no_characters_are_visible(store, small):
     ids = small.tokenizer("日 ï")["input_ids"]
     assert "".join(store.vocabulary[i] for i in ids).startswith("\\xe6")

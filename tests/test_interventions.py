@@ -247,7 +247,7 @@ def test_a_latent_that_does_not_exist(random_lm, topk):
 @pytest.fixture(scope="module")
 def response(random_lm, topk):
     """Doses of one latent on texts of uneven length."""
-    return sl.dose_response(random_lm, topk, 7, [-2, 0, 3.0], TEXTS, n_controls=4, seed=3, batch_tokens=50)
+    return sl.dose_response(topk, random_lm, 7, [-2, 0, 3.0], TEXTS, n_controls=4, seed=3, batch_tokens=50)
 
 
 def test_each_dose_is_a_splice_of_its_own(random_lm, topk, response):
@@ -270,7 +270,7 @@ def test_each_dose_is_a_splice_of_its_own(random_lm, topk, response):
 
 
 def test_a_dose_counts_in_the_units_of_what_is_decoded(random_lm, normalised):
-    found = sl.dose_response(random_lm, normalised, 7, [2.0], TEXTS[0], metric="loss", n_controls=0)
+    found = sl.dose_response(normalised, random_lm, 7, [2.0], TEXTS[0], metric="loss", n_controls=0)
     before = random_lm.logits(TEXTS[0])
     with random_lm.splice(normalised, [sl.Add(7, 2.0)]):
         after = random_lm.logits(TEXTS[0])
@@ -281,12 +281,12 @@ def test_a_dose_counts_in_the_units_of_what_is_decoded(random_lm, normalised):
 
 
 def test_what_a_dose_response_says(random_lm, topk, response):
-    again = sl.dose_response(random_lm, topk, 7, [-2, 0, 3.0], TEXTS, n_controls=4, seed=3, batch_tokens=50)
+    again = sl.dose_response(topk, random_lm, 7, [-2, 0, 3.0], TEXTS, n_controls=4, seed=3, batch_tokens=50)
     assert torch.equal(again.effect, response.effect)
     fires = set(torch.cat([topk.encode(random_lm.run(t, HOOK)[HOOK][0, 1:]).latent for t in TEXTS]).tolist())
     assert set(response.controls) <= fires - {7}
     assert len(set(response.controls)) == 4
-    assert response.controls != sl.dose_response(random_lm, topk, 7, [1], TEXTS, n_controls=4, seed=4).controls
+    assert response.controls != sl.dose_response(topk, random_lm, 7, [1], TEXTS, n_controls=4, seed=4).controls
     down, none, up = response.to_dict()["doses"]
     assert down["effect"] < none["effect"] == pytest.approx(0, abs=1e-5)
     assert up["effect"] > 0.01
@@ -304,7 +304,7 @@ def test_the_largest_activation_is_that_of_the_positions_that_count(random_lm, t
     first, later = codes[0][0], torch.cat([code[1:] for code in codes]).amax(0)
     latent = int((first - later).argmax())
     assert first[latent] > later[latent]
-    found = sl.dose_response(random_lm, topk, latent, [1.0], TEXTS, n_controls=0)
+    found = sl.dose_response(topk, random_lm, latent, [1.0], TEXTS, n_controls=0)
     assert found.max_activation == pytest.approx(float(later[latent]), abs=1e-5)
 
 
@@ -318,7 +318,7 @@ def test_the_plot_shows_the_latent_and_its_controls(response):
 
 @pytest.mark.parametrize("metric", ["loss", (5, 9), LogProb("It", position=2), lambda logits: logits[:, -1, 11]])
 def test_metrics_of_a_dose(random_lm, transcoder, metric):
-    found = sl.dose_response(random_lm, transcoder, 7, [2], TEXTS[0], metric=metric, n_controls=0)
+    found = sl.dose_response(transcoder, random_lm, 7, [2], TEXTS[0], metric=metric, n_controls=0)
     tokens = random_lm.to_tokens(TEXTS[0]).tokens[0]
 
     def value() -> float:
@@ -358,16 +358,16 @@ def test_metrics_of_a_dose(random_lm, transcoder, metric):
 def test_dose_responses_that_cannot_be(random_lm, topk, change, error, message):
     asked = {"latent": 7, "doses": [1], "text": TEXTS[0], "n_controls": 2} | change
     with pytest.raises(error, match=message):
-        sl.dose_response(random_lm, topk, **asked)
+        sl.dose_response(topk, random_lm, **asked)
 
 
 def test_a_transcoder_that_names_no_target(random_lm, transcoder):
     d = copy.deepcopy(transcoder)
     d.origin = d.origin.replace(target_hook=None)
     for ask in (
-        lambda: sl.dose_response(random_lm, d, 7, [1.0], TEXTS[0], n_controls=0),
-        lambda: sl.attribute(random_lm, d, TEXTS[0]),
-        lambda: kl_cost(random_lm, d, [sl.Ablate(7)], TEXTS[0]),
+        lambda: sl.dose_response(d, random_lm, 7, [1.0], TEXTS[0], n_controls=0),
+        lambda: sl.attribute(d, random_lm, TEXTS[0]),
+        lambda: kl_cost(d, random_lm, [sl.Ablate(7)], TEXTS[0]),
     ):
         with pytest.raises(ConfigError, match="which hook it predicts"):
             ask()
@@ -378,7 +378,7 @@ def test_rows_in_which_nothing_counts(random_lm, topk):
     keep = rows.keep.clone()
     keep[1] = False
     with pytest.raises(TextError, match="without any position"):
-        sl.attribute(random_lm, topk, TokenRows(rows.tokens, keep))
+        sl.attribute(topk, random_lm, TokenRows(rows.tokens, keep))
 
 
 def test_a_dictionary_on_another_device(random_lm, topk):
@@ -386,7 +386,7 @@ def test_a_dictionary_on_another_device(random_lm, topk):
     with random_lm.splice(d), pytest.raises(ConfigError, match=r"x is on cpu, the dictionary on meta.*dictionary\.to\('cpu'\)"):
         random_lm.logits(TEXTS[0])
     with pytest.raises(ConfigError, match="the dictionary on meta"):
-        sl.attribute(random_lm, d, TEXTS[0])
+        sl.attribute(d, random_lm, TEXTS[0])
 
 
 def test_a_keep_of_another_shape(random_lm, topk):
@@ -402,23 +402,23 @@ def test_a_latent_without_direction(random_lm):
     d = sl.Dictionary.create("topk", d_in=48, d_sae=8, options={"k": 2}, origin=sl.Origin(hook=HOOK))
     d.W_dec.data[3] = 0
     with pytest.raises(ConfigError, match=r"latent 3 has no direction"):
-        sl.dose_response(random_lm, d, 3, [1], TEXTS, n_controls=0)
+        sl.dose_response(d, random_lm, 3, [1], TEXTS, n_controls=0)
 
 
 def test_steering_shows_both_texts_and_the_cost(random_lm, topk):
     edits = [sl.Add(7, 30.0)]
-    found = steer(random_lm, topk, PROMPT, edits, max_new_tokens=10, seed=5)
+    found = steer(topk, random_lm, PROMPT, edits, max_new_tokens=10, seed=5)
     assert found.plain == random_lm.generate(PROMPT, 10, seed=5)
     with random_lm.splice(topk, edits):
         assert found.edited == random_lm.generate(PROMPT, 10, seed=5) != found.plain
-    assert found.kl == kl_cost(random_lm, topk, edits, found.plain) > 0.1
+    assert found.kl == kl_cost(topk, random_lm, edits, found.plain) > 0.1
     with pytest.raises(ConfigError, match="at least one edit"):
-        steer(random_lm, topk, PROMPT, [])
+        steer(topk, random_lm, PROMPT, [])
 
 
 def test_the_cost_counts_every_token_once(random_lm, topk):
     edits = [sl.Clamp(7, 3.0)]
     n = [int(random_lm.to_tokens(text).keep.sum()) for text in TEXTS]
-    each = [kl_cost(random_lm, topk, edits, text) for text in TEXTS]
+    each = [kl_cost(topk, random_lm, edits, text) for text in TEXTS]
     pooled = sum(a * b for a, b in zip(n, each, strict=True)) / sum(n)
-    assert kl_cost(random_lm, topk, edits, TEXTS) == pytest.approx(pooled, rel=1e-5)
+    assert kl_cost(topk, random_lm, edits, TEXTS) == pytest.approx(pooled, rel=1e-5)

@@ -105,7 +105,7 @@ def test_attribution_by_gradient_is_ablation_of_small_codes(family_lm, family):
         "topk", d_in=D_MODEL, d_sae=64, options={"k": 3}, origin=sl.Origin(hook="blocks.1.hook_mlp_out")
     ).double()
     d.W_dec.data.mul_(3e-3)
-    found = sl.attribute(exact, d, TOKENS)
+    found = sl.attribute(d, exact, TOKENS)
     assert found.gradient.abs().max() > 1e-5
     assert_near(found.ablation / found.gradient.abs().max(), found.gradient / found.gradient.abs().max(), near=5e-3)
 
@@ -118,7 +118,7 @@ def test_direct_effects_are_those_on_logits_as_they_are(family_lm, family):
     last = "blocks.1.hook_resid_post"
     d = sl.Dictionary.create("topk", d_in=D_MODEL, d_sae=64, options={"k": 3}, origin=sl.Origin(hook=last)).double()
     tokens = TOKENS[0]
-    found = sl.attribute(exact, d, tokens, (5, 9), ablation=False)
+    found = sl.attribute(d, exact, tokens, (5, 9), ablation=False)
     stream, config = exact.run(tokens, last)[last][0, -1], exact.module.config
     raw = exact.module.get_output_embeddings()(exact.module.model.norm(stream))
     divisor = exact.final_norm_divisor(stream)

@@ -100,7 +100,7 @@ def test_relative_is_the_share_of_the_largest_activation_in_the_store(dictionary
 def test_by_attribution_the_largest_effects_of_either_sign_come_first(dictionary, random_lm, way):
     metric = LogProb((3, 5))
     view = sl.prompt_view(dictionary, random_lm, PROMPT, "attribution", metric=metric, way=way, top=TOP)
-    found = sl.attribute(random_lm, dictionary, PROMPT, metric)
+    found = sl.attribute(dictionary, random_lm, PROMPT, metric)
     for position in range(1, len(view.tokens)):
         here = [
             (latent, effect)

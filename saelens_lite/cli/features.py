@@ -15,6 +15,7 @@ def features(
     text_config: TextOptions = TextConfig(),  # noqa: B008 (frozen)
     of: ModelOptions = THE_MODEL,
     n_tokens: int | None = None,
+    batch_tokens: int | None = None,
     out: Path | None = None,
     codes: Flag = False,
     control: Flag = False,
@@ -29,6 +30,8 @@ def features(
     ----------
     n_tokens
         Tokens to read; default: all.
+    batch_tokens
+        Tokens that go through the model together; default: what suits the device.
     out
         Folder for the collected data, to be loaded again; several dictionaries have folders 0-topk, 1-l1, … in it (number and
         rule). After an interruption the same command goes on.
@@ -56,6 +59,7 @@ def features(
         named_text(text),
         hook=of.hook,
         n_tokens=n_tokens,
+        batch_tokens=batch_tokens,
         text_config=text_config,
         out=out,
         codes=codes,

@@ -87,7 +87,7 @@ def steer(
         edits += [kind(*_latent_and_value(flag, text), positions=positions) for text in given or ()]
     loaded, lm = of.load(dictionary)
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    console().print(table(run_steer(lm, loaded, prompt, edits, hook=of.hook, **settings)))
+    console().print(table(run_steer(loaded, lm, prompt, edits, hook=of.hook, **settings)))
 
 
 def _latent_and_value(flag: str, text: str) -> tuple[int, float]:
@@ -134,7 +134,7 @@ def doses(
 
     metric = pair.metric() or "promoted"
     loaded, lm = of.load(dictionary)
-    found = sl.dose_response(lm, loaded, latent, doses, prompt, metric=metric, n_controls=controls, seed=seed, hook=of.hook)
+    found = sl.dose_response(loaded, lm, latent, doses, prompt, metric=metric, n_controls=controls, seed=seed, hook=of.hook)
     console().print(found.table())
     if json_out:
         write_json(json_out, found.to_dict())
@@ -169,7 +169,7 @@ def attribute(
 
     metric = pair.metric() or "loss"
     loaded, lm = of.load(dictionary)
-    found = sl.attribute(lm, loaded, prompt, metric, ablation=ablation, hook=of.hook)
+    found = sl.attribute(loaded, lm, prompt, metric, ablation=ablation, hook=of.hook)
     console().print(found.table(top))
     if json_out:
         write_json(json_out, found.to_dict())

@@ -13,7 +13,7 @@ from saelens_lite.evaluate import as_trained
 from saelens_lite.features.codes import codes_file
 from saelens_lite.features.collect import Hooked, collect
 from saelens_lite.features.cooccurrence import partners
-from saelens_lite.features.info import StoreInfo, weights_hash
+from saelens_lite.features.info import StoreInfo, facts_of
 from saelens_lite.features.reduce import Block, TextFacts
 from saelens_lite.features.spill import Spill
 from saelens_lite.features.tensors import FeatureTensors
@@ -58,9 +58,7 @@ class Job(NamedTuple):
             StoreInfo(
                 hook=one.hook,
                 target_hook=one.dictionary.origin.target_hook,
-                rule=one.dictionary.rule.plugin_name,
-                d_sae=one.dictionary.d_sae,
-                dictionary_sha256=weights_hash(one.dictionary),
+                **facts_of(one.dictionary),
                 **common,
             )
             for one in hooked
@@ -69,10 +67,7 @@ class Job(NamedTuple):
 
     def request(self, lm: LanguageModel, batch_tokens: int, control: bool) -> dict[str, Any]:
         """What an unfinished pass has to agree with to go on."""
-        facts = [
-            info.model_dump(mode="json") | {"options": d.rule.config.model_dump(mode="json"), "token_norm": d.token_norm}
-            for info, (d, _) in zip(self.infos, self.hooked, strict=True)
-        ]
+        of_each = {f"{i}: {key}": x for i, info in enumerate(self.infos) for key, x in info.model_dump(mode="json").items()}
         return {
             "processing": lm.processing,
             "weights": lm.fingerprint(),
@@ -81,7 +76,7 @@ class Job(NamedTuple):
             "batch_tokens": batch_tokens,
             "control": control,
             "n_dictionaries": len(self.infos),
-            **{f"{i}: {key}": x for i, of_one in enumerate(facts) for key, x in of_one.items()},
+            **of_each,
         }
 
     def collected(self, lm: LanguageModel, batch_tokens: int, folder: Path, what: str) -> list[Spill]:

@@ -29,7 +29,7 @@ def latent_card(latent: LatentSummary) -> str:
 
 def store_card(store: "FeatureStore") -> str:
     """A store: how dense its latents are, and some worth a look."""
-    density, fires = store.densities, ~store.never_fires
+    density, fires = store.density, ~store.never_fires
     lists = [("most frequent", _largest(store, density, fires, "{:.1%}"))]
     if len(store.weights.logit_kurtosis):
         lists.append(("act on few tokens (kurtosis)", _largest(store, store.weights.logit_kurtosis, fires, "{:.0f}")))

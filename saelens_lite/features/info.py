@@ -1,6 +1,7 @@
 """What a feature store was made of, and which dictionary it belongs to."""
 
 import hashlib
+from typing import Any
 
 import torch
 from pydantic import Field, NonNegativeInt
@@ -32,14 +33,28 @@ class StoreInfo(FrozenConfig):
     text: str | None = Field(None, description="What the text was.")
     text_sha256: str = Field(description="Hash of token ids and kept positions.")
     dictionary_sha256: str = Field(description="Hash of the dictionary's weights, see `weights_hash`.")
+    options: dict[str, Any] = Field(description="Options of the dictionary's rule.")
+    token_norm: str | None = Field(description="How the dictionary normalises each activation; none for ours.")
 
     def check_dictionary(self, dictionary: Dictionary) -> None:
         """Raise ConfigError unless the store was built from this dictionary."""
-        if weights_hash(dictionary) != self.dictionary_sha256:
+        found = facts_of(dictionary)
+        if differs := [name for name, value in found.items() if value != getattr(self, name)]:
             raise ConfigError(
-                f"the store is of another dictionary ({self.rule}, {self.d_sae} latents, {self.hook}): its weights have "
-                "another hash; build a store of this one, or load the dictionary that it was built from"
+                f"the store is of another dictionary ({self.rule}, {self.d_sae} latents, {self.hook}): it has another "
+                f"{' and '.join(differs)}; build a store of this one, or load the dictionary that it was built from"
             )
+
+
+def facts_of(dictionary: Dictionary) -> dict[str, Any]:
+    """What codes depend on, as fields of a StoreInfo."""
+    return {
+        "rule": dictionary.rule.plugin_name,
+        "d_sae": dictionary.d_sae,
+        "options": dictionary.rule.config.model_dump(mode="json"),
+        "token_norm": dictionary.token_norm,
+        "dictionary_sha256": weights_hash(dictionary),
+    }
 
 
 def weights_hash(dictionary: Dictionary) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, isin, tensor
 
 from saelens_lite.cache.capture import default_batch_tokens
 from saelens_lite.config import TextConfig
@@ -193,14 +193,9 @@ class FeatureStore:
         return store
 
     @property
-    def densities(self) -> Float[Tensor, " d_sae"]:
+    def density(self) -> Float[Tensor, " d_sae"]:
         """Share of the tokens on which each latent fires."""
         return (self.tensors.count.double() / self.info.n_tokens).float()
-
-    @property
-    def density(self) -> Float[Tensor, " d_sae"]:
-        """The same as `densities`."""
-        return self.densities
 
     @property
     def never_fires(self) -> Bool[Tensor, " d_sae"]:
@@ -305,12 +300,29 @@ class FeatureStore:
         ]
 
     def promoted(self, latent: int) -> list[tuple[str, float]]:
-        """The tokens whose logits a latent raises most, and by how much for each unit of its activation."""
+        """The tokens whose logits a latent raises most, and by how much for each unit of its activation.
+
+        Directly, past all later layers, and but for the positive factor by which the final norm divides.
+        """
         return self._effects(latent, self.weights.promoted, self.weights.promoted_effect)
 
     def suppressed(self, latent: int) -> list[tuple[str, float]]:
-        """The tokens whose logits a latent lowers most, and by how much for each unit of its activation."""
+        """The tokens whose logits a latent lowers most, as `promoted`."""
         return self._effects(latent, self.weights.suppressed, self.weights.suppressed_effect)
+
+    def promoting(self, token: str) -> list[tuple[int, float]]:
+        """The latents among whose `promoted` a token is, with the effect on its logit, largest first.
+
+        Raises:
+            UserError: the model has no such token; mind the space in front of words.
+        """
+        ids = [i for i, text in enumerate(self.vocabulary) if text == token]
+        if not ids:
+            spaced = f"; did you mean {' ' + token!r}?" if " " + token in self.vocabulary else ""
+            raise UserError(f"{token!r} is no token of {self.info.model}{spaced}")
+        latent, rank = isin(self.weights.promoted, tensor(ids)).nonzero(as_tuple=True)
+        found = zip(latent.tolist(), self.weights.promoted_effect[latent, rank].tolist(), strict=True)
+        return sorted(found, key=lambda pair: -pair[1])
 
     def _effects(self, latent: int, ids: Tensor, effects: Tensor) -> list[tuple[str, float]]:
         self._check(latent)

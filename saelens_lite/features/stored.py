@@ -20,7 +20,7 @@ from saelens_lite.features.tensors import NONE, OF_TEXT, FeatureTensors
 from saelens_lite.features.weights import LatentWeights
 from saelens_lite.files import file_hash, read_json, read_tensors, write_json, write_tensors
 
-FORMAT = 2
+FORMAT = 3
 INFO_FILE = "features.json"
 TENSORS_FILE, WEIGHTS_FILE, CONTROL_FILE = "features.safetensors", "weights.safetensors", "control.safetensors"
 

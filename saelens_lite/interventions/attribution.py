@@ -135,8 +135,8 @@ class Attribution:
 
 
 def attribute(
-    lm: LanguageModel,
     dictionary: Dictionary,
+    lm: LanguageModel,
     text: str | Sequence[str] | Tensor | TokenRows,
     metric: Any = "loss",
     *,
@@ -161,7 +161,7 @@ def attribute(
         HookError, ShapeError, TextError: a hook the model lacks, a width that does not fit, no text.
         NonFiniteError: the metric is NaN or infinite.
     """
-    site = Site(lm, dictionary, hook)
+    site = Site(dictionary, lm, hook)
     at = at if at is None or isinstance(at, int) else tuple(at)
     unembedding = lm.unembedding() if _has_direct_effects(site) else None
     rows = [_Row(site, tokens, metric, position, at, unembedding) for tokens in site.rows(text)]

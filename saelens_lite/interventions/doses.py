@@ -128,8 +128,8 @@ class DoseResponse:
 
 
 def dose_response(
-    lm: LanguageModel,
     dictionary: Dictionary,
+    lm: LanguageModel,
     latent: int,
     doses: Sequence[float | int],
     text: str | Sequence[str] | Tensor | TokenRows,
@@ -157,7 +157,7 @@ def dose_response(
         raise ConfigError(
             f"doses = {list(doses)}, n_controls = {n_controls}; expected at least one dose, and no control or more"
         )
-    site = Site(lm, dictionary, hook)
+    site = Site(dictionary, lm, hook)
     dictionary.check_edits([Add(latent, 0.0)])
     readings = [site.read(tokens) for tokens in site.rows(text)]
     controls = _controls(site, readings, latent, n_controls, seed)

@@ -32,7 +32,7 @@ class Site:
         HookError: a hook the model lacks.
     """
 
-    def __init__(self, lm: LanguageModel, dictionary: Dictionary, hook: str | None = None):
+    def __init__(self, dictionary: Dictionary, lm: LanguageModel, hook: str | None = None):
         self.lm, self.dictionary, self.hook = lm, dictionary, lm.hook_of(dictionary.origin, hook)
         if dictionary.is_transcoder and dictionary.origin.target_hook is None:
             raise ConfigError("the transcoder does not say which hook it predicts; set origin.target_hook")

@@ -24,8 +24,8 @@ class Steered(NamedTuple):
 
 
 def steer(
-    lm: LanguageModel,
     dictionary: Dictionary,
+    lm: LanguageModel,
     prompt: str,
     edits: Edit | Sequence[Edit],
     *,
@@ -46,13 +46,13 @@ def steer(
     with lm.splice(dictionary, edits, hook=hook):
         edited = lm.generate(prompt, **settings)
     plain = lm.generate(prompt, **settings)
-    return Steered(plain, edited, kl_cost(lm, dictionary, edits, plain, hook=hook))
+    return Steered(plain, edited, kl_cost(dictionary, lm, edits, plain, hook=hook))
 
 
 @torch.no_grad()
 def kl_cost(
-    lm: LanguageModel,
     dictionary: Dictionary,
+    lm: LanguageModel,
     edits: Edit | Sequence[Edit],
     text: str | Sequence[str] | Tensor | TokenRows,
     *,
@@ -63,7 +63,7 @@ def kl_cost(
     Raises:
         ConfigError, HookError, ShapeError, TextError: as `LanguageModel.splice`; no text.
     """
-    site = Site(lm, dictionary, hook)
+    site = Site(dictionary, lm, hook)
     total, n = 0.0, 0
     for tokens in site.rows(text):
         counted = site.counted(len(tokens))

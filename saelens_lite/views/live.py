@@ -117,7 +117,7 @@ class LivePrompt:
         """Have the page show how the model goes on."""
         prompt, edits = self.widget.prompt, self.edits
         if edits:
-            self.steered = steer(self.lm, self.dictionary, prompt, edits, hook=self._viewing["hook"], **self._writing)
+            self.steered = steer(self.dictionary, self.lm, prompt, edits, hook=self._viewing["hook"], **self._writing)
         else:
             plain = self.lm.generate(prompt, **self._writing)
             self.steered = Steered(plain, plain, 0.0)

@@ -154,7 +154,7 @@ def prompt_view(
         raise ConfigError("by='relative' needs the largest activation of each latent: give store=, a FeatureStore")
     if store is not None:
         store.info.check_dictionary(dictionary)
-    site = Site(lm, dictionary, hook)
+    site = Site(dictionary, lm, hook)
     rows = site.rows(text)
     if len(rows) != 1:
         raise ConfigError(f"{len(rows)} rows of text; a prompt view shows one")
@@ -209,7 +209,7 @@ def _firing(site: Site, tokens: Int[Tensor, " pos"], metric: Any, way: str) -> _
         numbers, effect = (codes.row, codes.latent, codes.value.detach()), None
         keep = site.counted(len(tokens))[codes.row] & (codes.value > 0)
     else:
-        found = attribute(site.lm, site.dictionary, tokens, metric, ablation=way == "ablation", hook=site.hook)
+        found = attribute(site.dictionary, site.lm, tokens, metric, ablation=way == "ablation", hook=site.hook)
         if way not in found.effects:
             raise ConfigError(f"way = {way!r}: {site.target} is not on the residual stream, which direct effects go through")
         numbers, effect = (found.position, found.latent, found.activation), found.effects[way]
