@@ -271,26 +271,3 @@ def read_tensors(path: Path, finite: bool = True) -> dict[str, Tensor]:
         if finite and tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CorruptFileError(f"{path}: tensor {name!r} holds NaN or infinity")
     return tensors
-
-
-def same_request(file: Path, request: dict[str, Any], what: str, exists: str) -> bool:
-    """Whether the unfinished work whose request is in a file was asked for in the same words.
-
-    Raises:
-        OutputExistsError: it was not, and `exists` is "error".
-        CorruptFileError: what was asked cannot be read, and `exists` is "error".
-    """
-    try:
-        found = read_json(file)
-    except CorruptFileError as error:
-        if exists == "error":
-            raise CorruptFileError(f"unfinished {what}: {error}; delete {file.parent} or say exists='overwrite'") from None
-        return False
-    other = [key for key in request if found.get(key) != json.loads(json.dumps(request[key]))]
-    if other and exists == "error":
-        said = ", ".join(f"{key} = {found.get(key)!r} (now {request[key]!r})" for key in other)
-        raise OutputExistsError(
-            f"{file.parent} holds an unfinished {what} with other settings: {said}; ask for the same, delete it, or say "
-            "exists='overwrite'"
-        )
-    return not other

@@ -43,6 +43,7 @@ LEAVES = {
     "places",
     "progress",
     "registry",
+    "unfinished",
 }  # import nothing of ours but each other; everyone may import them
 ONLY_IN = {"transformer_lens": "model", "huggingface_hub": "hub"}
 DOORS = {"saelens_lite", "sparsity", "codes", "formats", "errors"}  # what a plugin may import from

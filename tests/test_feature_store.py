@@ -287,9 +287,9 @@ def test_a_full_disk_keeps_what_is_whole(folder, dictionaries, random_lm, rows, 
 
 def test_a_store_in_the_making_is_locked(dictionaries, random_lm, rows, tmp_path):
     with (
-        collect.unfinished(tmp_path / "store", {}, "error"),
+        collect.working_folder(tmp_path / "store", {}, "error"),
         pytest.raises(LockedError),
-        collect.unfinished(tmp_path / "store", {}, "error"),
+        collect.working_folder(tmp_path / "store", {}, "error"),
     ):
         pass
 

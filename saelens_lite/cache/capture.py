@@ -1,8 +1,7 @@
 """Running a model over a text and keeping what its hooks see: once, and never again for work already done.
 
-An unfinished capture lives in a hidden folder beside its destination: capture.json says what was asked, journal.jsonl has
-a line for each shard that is whole, and shards/ becomes the cache. The same call continues it, batch for batch as if nothing
-had happened.
+In the folder of an unfinished capture (`saelens_lite.unfinished`), journal.jsonl has a line for each shard that is whole, and
+shards/ becomes the cache. The same call continues it, batch for batch as if nothing had happened.
 """
 
 import dataclasses
@@ -11,13 +10,12 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from filelock import FileLock, Timeout
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -27,23 +25,20 @@ from saelens_lite.cache.shards import Shard, read_chunks, write_shard
 from saelens_lite.cache.source import Moments
 from saelens_lite.cache.stored import FORMAT, MANIFEST, ActivationCache
 from saelens_lite.config import Origin, TextConfig
-from saelens_lite.errors import ConfigError, DiskFullError, LockedError, NonFiniteError, OutputExistsError
+from saelens_lite.errors import ConfigError, DiskFullError, NonFiniteError, OutputExistsError
 from saelens_lite.files import (
     DTYPES,
     append_line,
-    refuse_existing,
-    refuse_nameless,
-    remove_leftovers,
     replace_folder,
-    same_request,
     write_json,
     write_text,
 )
 from saelens_lite.model import LanguageModel
 from saelens_lite.progress import progress_bar
 from saelens_lite.tokens import RowBlocks, Text, TokenRows, source_name, text_config_of
+from saelens_lite.unfinished import REQUEST, start_over, unfinished
 
-REQUEST, JOURNAL, LOCK, SHARDS = "capture.json", "journal.jsonl", ".lock", "shards"
+JOURNAL, SHARDS = "journal.jsonl", "shards"
 log = logging.getLogger(__name__)
 
 
@@ -135,14 +130,14 @@ def capture(
         "model_dtype": str(lm.dtype), "n_tokens": n_tokens, "text_config": config.model_dump(mode="json"), "dtype": dtype,
         "batch_tokens": batch_tokens, "shard_tokens": shard_tokens, "weights": lm.fingerprint(),
     }  # fmt: skip
-    with _unfinished(out, request, exists) as folder:
+    with unfinished(out, request, "capture", _has_shards, exists) as folder:
         try:
             writer = _write_shards(folder, lm, blocks, names, batch_tokens, shard_tokens, DTYPES[dtype])
         except _OtherTextError:
             if exists == "error" or isinstance(text, Iterator):
                 raise
             log.warning("%s holds an unfinished capture of another text; starting over", folder)
-            _start_over(folder, request)
+            start_over(folder, request)
             blocks = RowBlocks(lm, text, config, n_tokens=n_tokens)
             writer = _write_shards(folder, lm, blocks, names, batch_tokens, shard_tokens, DTYPES[dtype])
         manifest = {
@@ -155,6 +150,7 @@ def capture(
             "shards": [shard.facts for shard in writer.shards],
         }
         write_json(folder / SHARDS / MANIFEST, manifest)
+        replace_folder(folder / SHARDS, out)
     cache = ActivationCache.open(out)
     log.info("captured %s", cache)
     return cache
@@ -212,50 +208,8 @@ def origin_of(lm: LanguageModel, blocks: RowBlocks, text_name: str | None) -> Or
     )
 
 
-@contextmanager
-def _unfinished(out: Path, request: dict[str, Any], exists: str) -> Iterator[Path]:
-    """The folder of a capture that is not finished, locked. Its shards become `out` when the block ends well; if not, they
-    stay, and without any the folder goes."""
-    refuse_nameless(out)
-    folder = out.with_name(f".{out.name}.unfinished")
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / LOCK, timeout=0):
-            try:
-                refuse_existing(out, exists)
-                _agree(folder, request, exists)
-                yield folder
-                replace_folder(folder / SHARDS, out)
-                remove_leftovers(out)
-            finally:
-                if not _has_shards(folder):
-                    shutil.rmtree(folder)
-    except Timeout:
-        raise LockedError(f"another process is capturing into {out}; wait for it or choose another place") from None
-    except DiskFullError as error:
-        if not folder.exists():
-            raise
-        raise DiskFullError(f"{error}; make room and run the same again: the whole shards in {folder} stay") from error
-
-
 def _has_shards(folder: Path) -> bool:
-    return any((folder / SHARDS).glob("shard-*"))
-
-
-def _agree(folder: Path, request: dict[str, Any], exists: str) -> None:
-    """Note what was asked; what an earlier call left must have been asked for in the same words."""
-    file = folder / REQUEST
-    begun = file.exists() and _has_shards(folder)
-    if not begun or not same_request(file, request, "capture", exists):
-        _start_over(folder, request)
-
-
-def _start_over(folder: Path, request: dict[str, Any]) -> None:
-    """Forget the shards, and note what was asked."""
-    if (folder / SHARDS).exists():
-        shutil.rmtree(folder / SHARDS)
-    (folder / JOURNAL).unlink(missing_ok=True)
-    write_json(folder / REQUEST, request)
+    return (folder / REQUEST).exists() and any((folder / SHARDS).glob("shard-*"))
 
 
 def _check_space(folder: Path, piece: dict[str, Tensor], n_expected: int | None, writer: "_ShardWriter") -> None:

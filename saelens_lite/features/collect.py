@@ -1,11 +1,10 @@
 """The pass of the model over the text: what fires goes to disk as it comes.
 
-An unfinished pass lives in a hidden folder beside its destination: request.json says what was asked, progress.json how many
-batches are on the disk and how long the files were then. The same call goes on behind them.
+In the folder of an unfinished pass (`saelens_lite.unfinished`), progress.json says how many batches are on the disk and how
+long the files were then. The same call goes on behind them.
 """
 
 import logging
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from filelock import FileLock, Timeout
 from jaxtyping import Float
 from torch import Tensor
 
@@ -23,19 +21,18 @@ from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import (
     ConfigError,
     CorruptFileError,
-    DiskFullError,
-    LockedError,
     NonFiniteError,
     TextError,
 )
 from saelens_lite.evaluate.measure import Batch, batches
 from saelens_lite.features.spill import Spill
-from saelens_lite.files import read_json, refuse_existing, remove_leftovers, same_request, write_json
+from saelens_lite.files import read_json, write_json
 from saelens_lite.model import LanguageModel
 from saelens_lite.progress import progress_bar
 from saelens_lite.tokens import TokenRows
+from saelens_lite.unfinished import unfinished
 
-REQUEST, PROGRESS, LOCK = "request.json", "progress.json", ".lock"
+PROGRESS = "progress.json"
 MAX_PLACES = 1 << 31
 SYNC_SECONDS = 30
 
@@ -147,54 +144,15 @@ class _Progress:
 
 
 @contextmanager
-def unfinished(out: Path | None, request: dict[str, Any], exists: str) -> Iterator[Path]:
-    """The folder of a pass that is not finished, locked; it goes when the block ends well, or when nothing is in it yet.
-
-    Raises:
-        OutputExistsError: `out`, or an unfinished pass of something else, is there and `exists` is "error".
-        LockedError: another process is writing the same store.
-    """
+def working_folder(out: Path | None, request: dict[str, Any], exists: str) -> Iterator[Path]:
+    """Where the codes of a store at `out` go until it is whole; see `unfinished`. Without `out` nothing of it stays."""
     if out is None:
         with tempfile.TemporaryDirectory(prefix="saelens-lite-") as folder:
             yield Path(folder)
         return
-    folder = out.with_name(f".{out.name}.unfinished")
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / LOCK, timeout=0):
-            try:
-                refuse_existing(out, exists)
-                _agree(folder, request, exists)
-                try:
-                    yield folder
-                except TextError:  # nothing fires: what was collected is of no use
-                    shutil.rmtree(folder)
-                    raise
-                remove_leftovers(out)
-                shutil.rmtree(folder)
-            finally:
-                if folder.exists() and not (folder / PROGRESS).exists():
-                    shutil.rmtree(folder)
-    except Timeout:
-        raise LockedError(f"another process is writing {out}; wait for it or choose another place") from None
-    except DiskFullError as error:
-        if not folder.exists():
+    with unfinished(out, request, "store", lambda folder: (folder / PROGRESS).exists(), exists) as folder:
+        try:
+            yield folder
+        except TextError:  # nothing fires: what was collected is of no use
+            (folder / PROGRESS).unlink(missing_ok=True)
             raise
-        raise DiskFullError(f"{error}; make room and run the same again: what is in {folder} stays") from error
-
-
-def _agree(folder: Path, request: dict[str, Any], exists: str) -> None:
-    """Note what was asked; what an earlier call left must have been asked for in the same words."""
-    begun = (folder / PROGRESS).exists()
-    if not begun or not same_request(folder / REQUEST, request, "store", exists):
-        _start_over(folder, request)
-
-
-def _start_over(folder: Path, request: dict[str, Any]) -> None:
-    """Forget what is there, and note what was asked."""
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != LOCK:
-            path.unlink()
-    write_json(folder / REQUEST, request)

@@ -17,7 +17,7 @@ from saelens_lite.errors import ConfigError, OutputExistsError, UserError
 from saelens_lite.features import stored
 from saelens_lite.features.build import Job, reduced
 from saelens_lite.features.codes import CODES_FILE, CodesTable, check_extra
-from saelens_lite.features.collect import unfinished
+from saelens_lite.features.collect import working_folder
 from saelens_lite.features.compare import STABILITY_FILE, Stability
 from saelens_lite.features.detection import Detection, Scorer, detection
 from saelens_lite.features.info import StoreInfo
@@ -147,7 +147,7 @@ class FeatureStore:
         )
         scores = _scores_of_each(stability, job.infos)
         names = folder_names(dictionaries) if several else ["."]
-        with unfinished(out, job.request(lm, batch_tokens, control), exists) as work:
+        with working_folder(out, job.request(lm, batch_tokens, control), exists) as work:
             spills = job.collected(lm, batch_tokens, work, "features")
             others: list[Spill | None] = [None] * len(names)
             if control:
