@@ -10,7 +10,6 @@ ones of equal norm for comparison).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from textwrap import fill
 from typing import Any
 
 import torch
@@ -121,7 +120,7 @@ class DoseResponse:
             label = {"label": "controls of equal norm"} if j == 1 else {}
             by_dose.plot(doses, effects[:, j].tolist(), **style | label)
             by_cost.plot(costs[:, j].tolist(), effects[:, j].tolist(), **style | label)
-        by_dose.set(xlabel="dose", ylabel=fill(f"change of {self.metric}", 40))
+        by_dose.set(xlabel="dose", ylabel=f"change of\n{self.metric}")
         by_cost.set(xlabel="KL(clean ‖ edited), nats per token")
         by_dose.legend(frameon=False)
         return figure

@@ -15,6 +15,7 @@ from saelens_lite.errors import ConfigError, NonFiniteError, ShapeError
 from saelens_lite.model import LanguageModel
 
 Metric = Callable[[Float[Tensor, "n pos d_vocab"]], Float[Tensor, " n"]]
+MOST_NAMED = 3  # tokens of a metric that its name lists
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,9 @@ def token_id(lm: LanguageModel, token: str | int) -> int:
 def name_of(metric: Any, lm: LanguageModel) -> str:
     """A metric in words."""
     if isinstance(metric, LogProb):
-        return f"log-probability of {', '.join(_shown(lm, token) for token in metric.tokens)}"
+        named, n_others = metric.tokens[:MOST_NAMED], len(metric.tokens) - MOST_NAMED
+        others = f" or {n_others} others" if n_others > 0 else ""
+        return f"log-probability of {', '.join(_shown(lm, token) for token in named)}{others}"
     if isinstance(metric, tuple | list):
         return " − ".join(f"logit of {_shown(lm, token)}" for token in metric)
     return metric if isinstance(metric, str) else getattr(metric, "__name__", repr(metric))
