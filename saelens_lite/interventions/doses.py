@@ -120,7 +120,8 @@ class DoseResponse:
             label = {"label": "controls of equal norm"} if j == 1 else {}
             by_dose.plot(doses, effects[:, j].tolist(), **style | label)
             by_cost.plot(costs[:, j].tolist(), effects[:, j].tolist(), **style | label)
-        by_dose.set(xlabel="dose", ylabel=f"change of\n{self.metric}")
+        figure.suptitle(self.metric, size="medium")
+        by_dose.set(xlabel="dose", ylabel="change")
         by_cost.set(xlabel="KL(clean ‖ edited), nats per token")
         by_dose.legend(frameon=False)
         return figure
