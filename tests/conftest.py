@@ -1,6 +1,7 @@
 """What several test files share: the embedded model, a small random one, text, a cache, planted activations."""
 
 import os
+import signal
 import sys
 from importlib import import_module
 from importlib.util import find_spec
@@ -16,6 +17,10 @@ from hypothesis import settings
 
 settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=15, database=None)
 settings.load_profile("fixed")
+
+# Tests interrupt themselves, also where the shell has told its background jobs to ignore that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Processes that test side by side share the cores; those that tests start take over the variable.
 if n_workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
