@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 import saelens_lite as sl
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, OutputExistsError, ShapeError
 from saelens_lite.features import compare as module
-from saelens_lite.features.compare import NONE, Comparison, Directions, Stability, random_like
+from saelens_lite.features.compare import Comparison, Directions, Stability, random_like
 from saelens_lite.features.info import weights_hash
+from saelens_lite.features.tensors import NONE
 
 D_IN, D_SAE = 32, 60
 METHODS = ["hungarian", "mutual"]

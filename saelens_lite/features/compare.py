@@ -23,6 +23,7 @@ from torch import Tensor
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, ShapeError
 from saelens_lite.features.info import weights_hash
+from saelens_lite.features.tensors import NONE
 from saelens_lite.files import check_header, read_tensors, refuse_existing, write_file, write_json
 from saelens_lite.progress import progress_bar
 
@@ -36,7 +37,6 @@ N_BINS = 20  # of a histogram of cosines, from −1 to 1
 
 log = logging.getLogger(__name__)
 METHODS = ("auto", "hungarian", "mutual")
-NONE = -1  # in place of a latent: there is no partner
 
 
 class Directions(NamedTuple):
