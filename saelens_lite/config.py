@@ -68,6 +68,9 @@ class TextConfig(FrozenConfig):
     exclude_positions: tuple[Annotated[int, Field(ge=0)], ...] = Field(
         (0,), description="Positions of a row that do not count; by default the first, whose norm is an outlier."
     )
+    exclude_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (), description="Token ids that do not count, in addition to the tokenizer's special tokens."
+    )
     max_token_share: float | None = Field(
         None,
         gt=0,
@@ -135,6 +138,9 @@ class Origin(FrozenConfig):
     text: str | None = Field(None, description="What the text was.")
     text_sha256: str | None = Field(None, description="SHA-256 of the token rows, where all of them are known.")
     excluded_positions: tuple[int, ...] = Field((0,), description="Positions never trained on.")
+    excluded_token_ids: tuple[int, ...] = Field(
+        (), description="Token ids never trained on, in addition to the tokenizer's special tokens."
+    )
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
