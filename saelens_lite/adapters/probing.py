@@ -27,6 +27,7 @@ from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, near_matches
 from saelens_lite.model import LanguageModel
 from saelens_lite.progress import progress_bar
+from saelens_lite.tokens.encoding import after_bos
 
 CHANCE = 0.5  # area under the curve, and accuracy, of guessing: both classes are equally frequent
 LONGEST = 1024  # tokens of a text that are read, its last ones, as far as the model's context goes
@@ -202,13 +203,15 @@ class _Tokenizer:
     """A tokenizer as sae-probes calls it: BOS in front, and of a text that is too long the last tokens."""
 
     def __init__(self, lm: LanguageModel, prepend_bos: bool):
-        self.tokenizer = lm.tokenizer
+        self.tokenizer = lm.text_tokenizer
         self.front = [lm.bos_id] if prepend_bos and lm.bos_id is not None else []
 
     def __call__(self, text: str | list[str], *, max_length: int | None = None, **_: Any) -> Any:
         from transformers import BatchEncoding
 
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        bos = self.front[0] if self.front else None
+        ids = after_bos(bos, ids) if isinstance(text, str) else [after_bos(bos, row) for row in ids]
         if isinstance(text, str):
             return BatchEncoding({"input_ids": self.front + ids})
         n = None if max_length is None else max_length - len(self.front)

@@ -35,7 +35,7 @@ from saelens_lite.files import (
 )
 from saelens_lite.model import LanguageModel
 from saelens_lite.progress import progress_bar
-from saelens_lite.tokens import RowBlocks, Text, TokenRows, source_name, text_config_of
+from saelens_lite.tokens import RowBlocks, Text, TokenRows, source_name, text_config_of, with_mask
 from saelens_lite.unfinished import REQUEST, start_over, unfinished
 
 JOURNAL, SHARDS = "journal.jsonl", "shards"
@@ -60,27 +60,25 @@ def activations(
     """
     with ahead(blocks) as ready:
         for number, rows in enumerate(ready):
-            for batch in _batches(rows, batch_tokens, number):
+            for batch in _batches(rows, lm.read_lengths(rows), batch_tokens, number):
                 tokens = batch.tokens[batch.keep].to(torch.int32)
                 n_skipped = min(skip, len(tokens))
                 skip -= n_skipped
                 skipped(tokens[:n_skipped])
                 if n_skipped < len(tokens):
-                    acts = lm.run(batch.tokens, hooks)
+                    acts = lm.run(batch, hooks)
                     keep = batch.keep.to(lm.device)
                     piece = {"tokens": tokens, **{hook: acts[hook][keep] for hook in hooks}}
                     yield {key: x[n_skipped:] for key, x in piece.items()}
 
 
-def _batches(rows: TokenRows, batch_tokens: int, number: int) -> Iterator[TokenRows]:
-    """The rows of a block in random batches; rows of like length go together, cut where nothing that counts follows."""
-    lengths = (rows.keep * torch.arange(1, rows.keep.shape[1] + 1)).amax(1)
+def _batches(rows: TokenRows, lengths: Int[Tensor, " n_seq"], batch_tokens: int, number: int) -> Iterator[TokenRows]:
+    """The rows of a block in random batches; rows of like length go together, cut where nothing that has to be read follows."""
     order = permutation(len(lengths), "rows", number)
     batches = order[lengths[order].argsort(stable=True)].split(max(1, batch_tokens // rows.tokens.shape[1]))
     for i in permutation(len(batches), "batches", number).tolist():
         width = max(1, int(lengths[batches[i]].max()))
-        batch = rows.take(batches[i])
-        yield TokenRows(batch.tokens[:, :width], batch.keep[:, :width])
+        yield rows.take(batches[i]).narrowed(width)
 
 
 def capture(
@@ -93,6 +91,7 @@ def capture(
     n_ctx: int | None = None,
     prepend_bos: bool | None = None,
     text_config: TextConfig | None = None,
+    attention_mask: Any = None,
     dtype: Literal["float16", "bfloat16", "float32"] = "float16",
     batch_tokens: int | None = None,
     shard_tokens: int = 65_536,
@@ -103,7 +102,8 @@ def capture(
 
     The model runs once over the text, up to the deepest hook, `batch_tokens` tokens at a time (2,048 on a CPU, 16,384 on a
     GPU), while a thread reads and tokenises the text in advance; only a block of it is in memory. Special tokens and padding
-    are not stored, nor position 0. `text_config` has the settings of how text is read and cut, for which `n_ctx` and
+    are not stored, nor position 0. `text` may be token ids in any form that `LanguageModel.to_tokens` takes, with their
+    `attention_mask`. `text_config` has the settings of how text is read and cut, for which `n_ctx` and
     `prepend_bos` are shorthands. Activations are stored as `dtype` and computed in the model's. Shards are written one by
     one: after an interruption the same call goes on behind the last one.
 
@@ -122,7 +122,7 @@ def capture(
     batch_tokens = default_batch_tokens(lm) if batch_tokens is None else batch_tokens
     if min(batch_tokens, shard_tokens) < 1:
         raise ConfigError(f"batch_tokens = {batch_tokens}, shard_tokens = {shard_tokens}; expected at least 1")
-    config = text_config_of(text_config, n_ctx, prepend_bos)
+    config, text = text_config_of(text_config, n_ctx, prepend_bos), with_mask(text, attention_mask)
     blocks = RowBlocks(lm, text, config, n_tokens=n_tokens)
     out = Path(out)
     request = {
@@ -205,6 +205,7 @@ def origin_of(lm: LanguageModel, blocks: RowBlocks, text_name: str | None) -> Or
         text=text_name or source_name(blocks.text, config),
         text_sha256=blocks.record()["text_sha256"] if blocks.n_rows else None,
         excluded_positions=config.exclude_positions,
+        excluded_token_ids=config.exclude_token_ids,
     )
 
 

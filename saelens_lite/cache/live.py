@@ -23,7 +23,7 @@ from saelens_lite.config import Origin, TextConfig
 from saelens_lite.errors import ConfigError, HookError, TextError, near_matches
 from saelens_lite.files import DTYPES
 from saelens_lite.model import EMBEDDED, LanguageModel, load_model
-from saelens_lite.tokens import RowBlocks, Text, TokenRows, check_file, name_of, named_text
+from saelens_lite.tokens import RowBlocks, Text, TokenRows, check_file, name_of, named_text, with_mask
 
 
 class ActivationStream:
@@ -44,6 +44,7 @@ class ActivationStream:
         hooks: Sequence[str] | str,
         *,
         text_config: TextConfig | None = None,
+        attention_mask: Any = None,
         buffer_tokens: int = 65_536,
         batch_tokens: int | None = None,
         text_name: str | None = None,
@@ -51,7 +52,7 @@ class ActivationStream:
         batch_tokens = default_batch_tokens(lm) if batch_tokens is None else batch_tokens
         if buffer_tokens < 4 or batch_tokens < 1:
             raise ConfigError(f"buffer_tokens = {buffer_tokens}, batch_tokens = {batch_tokens}; expected at least 4 and 1")
-        self.lm, self.text, self.text_config, self.text_name = lm, text, text_config, text_name
+        self.lm, self.text, self.text_config, self.text_name = lm, with_mask(text, attention_mask), text_config, text_name
         self.hooks: Sequence[str] = (hooks,) if isinstance(hooks, str) else tuple(dict.fromkeys(hooks))
         if not self.hooks:
             raise ConfigError("name at least one hook")

@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple, overload
 
 import torch
-from torch import Tensor
 
 from saelens_lite.config import TextConfig
 from saelens_lite.dictionary import Dictionary
@@ -24,7 +23,7 @@ from saelens_lite.evaluate.overlap import overlap
 from saelens_lite.evaluate.positions import PositionBand, position_bands, position_table
 from saelens_lite.evaluate.report import EvalReport, markdown, table
 from saelens_lite.model import LanguageModel
-from saelens_lite.tokens import Text, TokenRows, source_name, text_hash, token_rows
+from saelens_lite.tokens import Text, TokenRows, source_name, text_hash, token_ids, token_rows, with_mask
 
 __all__ = [
     "EvalReport",
@@ -57,6 +56,7 @@ def evaluate(
     hook: str | None = None,
     n_tokens: int | None = 100_000,
     text_config: TextConfig | None = None,
+    attention_mask: Any = None,
     by_frequency: bool = False,
     by_position: bool = False,
     controls: bool = False,
@@ -71,7 +71,8 @@ def evaluate(
     each reconstruction at the positions that count; the hook of a transcoder is its target. Special tokens, padding and
     positions never trained on, such as position 0, do not count and keep their activation. Text is cut into rows as long as
     those of the training text, a document at a time; `text_config` says otherwise, and has to where the training text was
-    packed or had a `min_context`, which dictionaries do not record.
+    packed or had a `min_context`, which dictionaries do not record. `text` may be token ids in any form that
+    `LanguageModel.to_tokens` takes, with their `attention_mask`.
 
     `by_frequency` adds the fvu of tokens that occur 1 to 9, 10 to 99, … times among those that count, `by_position` fvu and
     loss at positions 1, 2 to 3, 4 to 7, …. `controls` adds the same metrics for a random dictionary of the same size and L0,
@@ -94,12 +95,14 @@ def evaluate(
     for one in dictionaries:
         lm.check_origin(one.origin)
         one.check_finite()
+    lm.check_causal("evaluate, which measures the loss of the next token,")
     if hooks.read != hooks.write:
         lm.check_order(*hooks)
     if batch_tokens is not None and batch_tokens < 1:
         raise ConfigError(f"batch_tokens = {batch_tokens}; expected at least 1")
     if n_bootstrap < 0:
         raise ConfigError(f"n_bootstrap = {n_bootstrap}; expected 0 or more")
+    text = with_mask(text, attention_mask)
     if isinstance(text, TokenRows):
         rows, excluded = text, _excluded_by_mask(text)
     else:
@@ -199,11 +202,12 @@ def as_trained(dictionaries: Sequence[Dictionary], lm: LanguageModel, text: Text
     """The settings, and where they say nothing, those of the rows that all the dictionaries were trained on."""
     recorded = {
         "n_ctx": [min(d.origin.n_ctx or lm.n_ctx, lm.n_ctx) for d in dictionaries],
-        "bos": ["none" if d.origin.prepend_bos is False else "row" for d in dictionaries],
+        "bos": ["row" if lm.wants_bos(d.origin) else "none" for d in dictionaries],
         "exclude_positions": [tuple(sorted(d.origin.excluded_positions)) for d in dictionaries],
+        "exclude_token_ids": [tuple(sorted(d.origin.excluded_token_ids)) for d in dictionaries],
     }
     given = config.model_fields_set - ({"n_ctx"} if config.n_ctx is None else set())
-    if isinstance(text, Tensor):
+    if token_ids(text) is not None:
         given = given | {"n_ctx"}  # rows as they are
     unsaid = {name: values for name, values in recorded.items() if name not in given}
     if differ := [f"{name} = {', '.join(map(str, values))}" for name, values in unsaid.items() if len(set(values)) > 1]:
@@ -218,7 +222,8 @@ def _excluded(config: TextConfig) -> str:
     """The positions that do not count, in words."""
     positions = config.exclude_positions
     several = f" and position{'s' * (len(positions) > 1)} {', '.join(map(str, positions))}"
-    return f"BOS, padding{several}" if positions else "BOS and padding"
+    special = f"BOS, token ids {', '.join(map(str, ids))}" if (ids := config.exclude_token_ids) else "BOS"
+    return f"{special}, padding{several}" if positions else f"{special} and padding"
 
 
 def _excluded_by_mask(rows: TokenRows) -> str:

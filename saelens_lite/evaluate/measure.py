@@ -38,27 +38,34 @@ class Grouping(NamedTuple):
 class Batch(NamedTuple):
     """Rows that go through the model together, cut behind the last position that counts and the token after it."""
 
-    tokens: Int[Tensor, "n pos"]
-    keep: Bool[Tensor, "n pos"]
+    given: TokenRows
     rows: Int[Tensor, " n"]
+
+    @property
+    def tokens(self) -> Int[Tensor, "n pos"]:
+        """Token ids."""
+        return self.given.tokens
+
+    @property
+    def keep(self) -> Bool[Tensor, "n pos"]:
+        """The positions that count."""
+        return self.given.keep
 
 
 def batches(lm: LanguageModel, rows: TokenRows, batch_tokens: int | None) -> Iterator[Batch]:
     """The rows in batches on the model's device, the longest first; rows in which nothing counts are left out."""
-    n_ctx = rows.tokens.shape[1]
+    n_ctx, lengths = rows.tokens.shape[1], lm.read_lengths(rows).cpu()
     if batch_tokens is None:
         kind = "cpu" if lm.device.type == "cpu" else "cuda"
         batch_tokens = min(MAX_TOKENS[kind], MAX_LOGITS[kind] // lm.d_vocab)
-    length = (rows.keep * torch.arange(1, n_ctx + 1)).amax(1)
-    order = length.argsort(stable=True, descending=True)
-    order = order[length[order] > 0]
+    order = lengths.argsort(stable=True, descending=True)
+    order = order[lengths[order] > 0]
     start = 0
     while start < len(order):
-        width = min(int(length[order[start]]) + 1, n_ctx)
+        width = min(int(lengths[order[start]]) + 1, n_ctx)
         chosen = order[start : start + max(1, batch_tokens // width)]
         start += len(chosen)
-        tokens, keep = (t[chosen, :width].to(lm.device) for t in rows)
-        yield Batch(tokens, keep, chosen)
+        yield Batch(rows.take(chosen).narrowed(width).to(lm.device), chosen)
 
 
 def kept_activations(
@@ -67,7 +74,7 @@ def kept_activations(
     """The activations of the kept tokens at a hook, batch by batch; the forward passes end there."""
     with progress_bar(what, rows.n_kept) as advance:
         for batch in batches(lm, rows, batch_tokens):
-            x = lm.run(batch.tokens, hook)[hook][batch.keep].float()
+            x = lm.run(batch.given, hook)[hook][batch.keep].float()
             yield x
             advance(len(x), "")
 

@@ -19,14 +19,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saelens_lite.config import TextConfig
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, NonFiniteError, TextError
 from saelens_lite.evaluate.metrics import Metric, with_interval
 from saelens_lite.files import write_json
 from saelens_lite.model import LanguageModel
 from saelens_lite.progress import progress_bar
-from saelens_lite.tokens import TokenRows, text_hash, token_rows
+from saelens_lite.tokens import TokenRows, text_hash
 
 FORMAT = 1
 POOLINGS = ("mean", "max", "last")
@@ -262,8 +261,8 @@ def _pool(dictionary: Dictionary, lm: LanguageModel, rows: TokenRows, hook: str,
     with progress_bar("read", n, "texts") as advance:
         for start in range(0, n, per_batch):
             batch = rows.take(slice(start, start + per_batch))
-            width = int(batch.keep.any(0).nonzero().max()) + 1
-            found = lm.run(batch.tokens[:, :width], hook)[hook].to(device)
+            width = int(lm.read_lengths(batch).max())
+            found = lm.run(batch.narrowed(width), hook)[hook].to(device)
             dictionary.check_input(found)
             keep = batch.keep[:, :width]
             kept, text = found[keep.to(device)], keep.nonzero()[:, 0] + start
@@ -289,11 +288,13 @@ def _pool(dictionary: Dictionary, lm: LanguageModel, rows: TokenRows, hook: str,
 def _rows(dictionary: Dictionary, lm: LanguageModel, name: str, texts: list[str], pooling: str) -> TokenRows:
     """A row for each text, and the positions to pool over: for "last" a single one."""
     origin = dictionary.origin
-    config = TextConfig(truncate=True, exclude_positions=origin.excluded_positions)
     n_ctx = min(origin.n_ctx or lm.n_ctx, lm.n_ctx)
-    rows = token_rows(lm, texts, n_ctx=n_ctx, prepend_bos=origin.prepend_bos is not False, text_config=config)
-    if len(rows.tokens) != len(texts):
-        raise TextError(f"{name}: {len(texts) - len(rows.tokens)} of {len(texts)} texts have no tokens; leave them out")
+    try:
+        rows = lm.to_tokens(texts, prepend_bos=lm.wants_bos(origin)).narrowed(n_ctx)
+    except TextError as error:
+        raise TextError(f"{name}: {error}; leave it out") from None
+    counted = lm.countable(rows.tokens, origin)
+    rows = rows._replace(keep=counted if rows.holds_token is None else counted & rows.holds_token)
     nothing = (~rows.keep.any(1)).nonzero().squeeze(1).tolist()
     if nothing:
         raise TextError(
@@ -303,7 +304,7 @@ def _rows(dictionary: Dictionary, lm: LanguageModel, name: str, texts: list[str]
     if pooling == "last":
         position = torch.arange(keep.shape[1])
         keep = position == (keep * position).amax(1, keepdim=True)
-    return TokenRows(rows.tokens.cpu(), keep.cpu())
+    return rows._replace(keep=keep).to("cpu")
 
 
 def _split(y: Bool[Tensor, " n"], test_share: float, seed: int) -> Split:

@@ -105,7 +105,7 @@ def _rows(
         raise ConfigError("n_tokens and text_config are for text that is still to be cut into rows; give fewer rows instead")
     if not text.n_kept:
         raise TextError("none of the positions of the token rows counts")
-    return TokenRows(text.tokens.cpu(), text.keep.cpu())
+    return text.to("cpu")
 
 
 def reduced(

@@ -66,7 +66,7 @@ def collect(
     with progress.writing() as spills, progress_bar(what, rows.n_kept) as advance:
         for number, batch in enumerate(batches(lm, rows, batch_tokens)):
             if number >= progress.n_batches:
-                acts = lm.run(batch.tokens, hooks)
+                acts = lm.run(batch.given, hooks)
                 place = (batch.rows[:, None] * n_ctx + torch.arange(batch.tokens.shape[1]))[batch.keep.cpu()]
                 kept = {hook: acts[hook][batch.keep] for hook in hooks}
                 for one, spill in zip(dictionaries, spills, strict=True):

@@ -30,7 +30,7 @@ from saelens_lite.features.vocabulary import vocabulary
 from saelens_lite.features.weights import LatentWeights, latent_weights
 from saelens_lite.files import new_folder, refuse_existing, refuse_nameless, write_text
 from saelens_lite.model import LanguageModel
-from saelens_lite.tokens import Text, TokenRows
+from saelens_lite.tokens import Text, TokenRows, with_mask
 
 if TYPE_CHECKING:
     import pyarrow
@@ -88,6 +88,7 @@ class FeatureStore:
         raw_unembedding: bool = False,
         n_tokens: int | None = None,
         text_config: TextConfig | None = None,
+        attention_mask: Any = None,
         batch_tokens: int | None = None,
         seed: int = 0,
         exists: Literal["error", "overwrite"] = "error",
@@ -96,7 +97,8 @@ class FeatureStore:
 
         With `out` it is also written to that folder, several to the folders 0-topk, 1-l1, … (number and rule) in it; an
         interrupted pass is then gone on with by the same call. Text is cut into rows as the dictionary's training text was;
-        `text_config` says otherwise. Codes go to disk while they are collected, 12 to 14 bytes each: what is in memory is a
+        `text_config` says otherwise. `text` may be token ids in any form that `LanguageModel.to_tokens` takes, with their
+        `attention_mask`. Codes go to disk while they are collected, 12 to 14 bytes each: what is in memory is a
         batch, the token ids with a few numbers for each, and afterwards the activations of some latents.
 
         Each of the `top_n` contexts of a latent comes from another row; of equal activations the earlier is taken. `group_size`
@@ -132,7 +134,7 @@ class FeatureStore:
         job = Job.of(
             dictionaries,
             lm,
-            text,
+            with_mask(text, attention_mask),
             hook,
             n_tokens,
             text_config,

@@ -17,7 +17,7 @@ circuits (direct).
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -32,10 +32,10 @@ from saelens_lite.codes.products import pair_products
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, HookError
 from saelens_lite.interventions.metrics import Metric, metric_of, name_of, values_of
-from saelens_lite.interventions.site import Reading, Site, pieces
+from saelens_lite.interventions.site import Reading, Row, Site, pieces
 from saelens_lite.model import LanguageModel
 from saelens_lite.progress import progress_bar
-from saelens_lite.tokens import TokenRows
+from saelens_lite.tokens import Given
 
 LAST_STREAM, UNEMBEDDED = "ln_final.hook_in", "unembed.hook_out"
 ON_STREAM = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
@@ -137,9 +137,10 @@ class Attribution:
 def attribute(
     dictionary: Dictionary,
     lm: LanguageModel,
-    text: str | Sequence[str] | Tensor | TokenRows,
+    text: Given,
     metric: Any = "loss",
     *,
+    attention_mask: Any = None,
     position: int | None = None,
     at: Iterable[int] | int | None = None,
     ablation: bool = True,
@@ -148,7 +149,8 @@ def attribute(
 ) -> Attribution:
     """The effect of each latent that fires on a metric of the logits of its row.
 
-    `text`: strings, or token ids [batch pos] or [pos]. `metric`: "loss" (mean cross-entropy of the next token, nats); a pair of
+    `text`, `attention_mask`: text or token ids, as `LanguageModel.to_tokens` takes them.
+    `metric`: "loss" (mean cross-entropy of the next token, nats); a pair of
     tokens, as text or ids, for the difference of their logits; `saelens_lite.interventions.LogProb`; or a differentiable
     function that gives a number [n] for the logits [n pos d_vocab] of n variants of one row. `position`: where the metric is
     taken (all for the loss, the last for a difference). `at`: the positions whose latents are looked at; by default all that
@@ -164,7 +166,7 @@ def attribute(
     site = Site(dictionary, lm, hook)
     at = at if at is None or isinstance(at, int) else tuple(at)
     unembedding = lm.unembedding() if _has_direct_effects(site) else None
-    rows = [_Row(site, tokens, metric, position, at, unembedding) for tokens in site.rows(text)]
+    rows = [_Row(site, row, metric, position, at, unembedding) for row in site.rows(text, attention_mask)]
     ablated = None
     if ablation:
         with progress_bar("ablate", sum(len(row.codes.latent) for row in rows), "latents") as advance:
@@ -172,7 +174,7 @@ def attribute(
     return Attribution(
         metric=name_of(metric, lm),
         hook=site.target,
-        tokens=tuple(tuple(lm.tokenizer.decode([i]) for i in row.reading.tokens.tolist()) for row in rows),
+        tokens=tuple(tuple(lm.decode([i]) for i in row.reading.tokens.tolist()) for row in rows),
         value=torch.stack([row.value for row in rows]).cpu(),
         error=torch.stack([row.error for row in rows]).cpu(),
         row=torch.repeat_interleave(torch.tensor([len(row.codes.latent) for row in rows])),
@@ -191,15 +193,15 @@ class _Row:
     def __init__(
         self,
         site: Site,
-        tokens: Int[Tensor, " pos"],
+        row: Row,
         metric: Any,
         position: int | None,
         at: tuple[int, ...] | int | None,
         unembedding: Float[Tensor, "d_vocab d_model"] | None,
     ):
-        self.site, self.metric = site, metric_of(metric, site.lm, tokens.to(site.lm.device), position)
-        self.reading = site.read(tokens, *([] if unembedding is None else [LAST_STREAM]))
-        here = _chosen(at, site.counted(len(tokens)))
+        self.site, self.metric = site, metric_of(metric, site.lm, row.tokens, position, row.counted)
+        self.reading = site.read(row, *([] if unembedding is None else [LAST_STREAM]))
+        here = _chosen(at, row.counted)
         self.codes = _at_positions(self.reading.codes, here)
         self.written = self.codes.value * self.reading.scale[self.codes.row, 0]  # f_i in the units of y
         at_target, at_unembedded, self.value = _gradients(site, self.reading, self.metric, direct=unembedding is not None)

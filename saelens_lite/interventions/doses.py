@@ -23,7 +23,7 @@ from saelens_lite.interventions.metrics import LogProb, Metric, kl_divergence, m
 from saelens_lite.interventions.site import Reading, Site, pieces
 from saelens_lite.model import LanguageModel
 from saelens_lite.progress import progress_bar
-from saelens_lite.tokens import TokenRows
+from saelens_lite.tokens import Given
 
 N_PROMOTED = 10
 
@@ -132,8 +132,9 @@ def dose_response(
     lm: LanguageModel,
     latent: int,
     doses: Sequence[float | int],
-    text: str | Sequence[str] | Tensor | TokenRows,
+    text: Given,
     *,
+    attention_mask: Any = None,
     metric: Any = "promoted",
     position: int | None = None,
     n_controls: int = 8,
@@ -144,8 +145,9 @@ def dose_response(
     """The effect of each dose of a latent on a metric, and its cost, beside those of random live latents.
 
     `metric`: "promoted" is the log-probability, nats, that the next token is one of the 10 whose logits the latent's direction
-    raises most, mean over all positions but the first; or one that `attribute` takes. `position`: where it is taken.
-    `text`: strings, or token ids [batch pos] or [pos]. `seed` draws the controls among latents that fire on the text.
+    raises most, mean over the positions that count; or one that `attribute` takes. `position`: where it is taken.
+    `text`, `attention_mask`: text or token ids, as `LanguageModel.to_tokens` takes them.
+    `seed` draws the controls among latents that fire on the text.
 
     Raises:
         ConfigError: no such latent, no doses or one that is not finite, an unknown metric, or fewer live latents than controls.
@@ -159,7 +161,7 @@ def dose_response(
         )
     site = Site(dictionary, lm, hook)
     dictionary.check_edits([Add(latent, 0.0)])
-    readings = [site.read(tokens) for tokens in site.rows(text)]
+    readings = [site.read(row) for row in site.rows(text, attention_mask)]
     controls = _controls(site, readings, latent, n_controls, seed)
     directions = _of_equal_norm(dictionary, [latent, *controls])
     added = (torch.tensor(given, device=lm.device)[:, None, None] * directions).flatten(0, 1)  # [(doses latents) d_out]
@@ -167,7 +169,7 @@ def dose_response(
     clean, effect, kl = [], [], []
     with progress_bar("doses", len(readings), "rows") as advance:
         for reading in readings:
-            measure = metric_of(asked, lm, reading.tokens, position)
+            measure = metric_of(asked, lm, reading.tokens, position, reading.counted)
             before, changes, costs = _respond(site, reading, added, measure, batch_tokens)
             clean.append(before)
             effect.append(changes.unflatten(0, (len(given), -1)))
@@ -179,8 +181,8 @@ def dose_response(
         doses=given,
         metric=name_of(asked, lm),
         hook=site.target,
-        n_tokens=sum(int(site.counted(len(reading.tokens)).sum()) for reading in readings),
-        max_activation=max(_largest_code(site, reading, latent) for reading in readings),
+        n_tokens=sum(int(reading.counted.sum()) for reading in readings),
+        max_activation=max(_largest_code(reading, latent) for reading in readings),
         clean=torch.stack(clean),
         effect=torch.stack(effect, -1),
         kl=torch.stack(kl, -1),
@@ -192,8 +194,8 @@ def _respond(
     site: Site, reading: Reading, added: Float[Tensor, "n d_out"], measure: Metric, batch_tokens: int
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " n"], Float[Tensor, " n"]]:
     """The metric of one row, how it changes with each vector added to the positions that count, and the KL of that."""
-    tokens, counted = reading.tokens, site.counted(len(reading.tokens))
-    clean = site.lm.logits(tokens)
+    tokens, counted = reading.tokens, reading.counted
+    clean = site.clean_logits(tokens)
     before = values_of(measure, clean)
     changes, costs = [], []
     for piece in pieces(len(added), tokens, batch_tokens):
@@ -208,7 +210,7 @@ def _controls(site: Site, readings: list[Reading], latent: int, n: int, seed: in
     W_dec = site.dictionary.W_dec
     fires = torch.zeros(len(W_dec), dtype=torch.bool, device=W_dec.device)
     for reading in readings:
-        fires[reading.codes.latent[site.counted(len(reading.tokens))[reading.codes.row]]] = True
+        fires[reading.codes.latent[reading.counted[reading.codes.row]]] = True
     fires &= W_dec.norm(dim=1) > 0
     fires[latent] = False
     live = fires.nonzero().squeeze(1).tolist()
@@ -218,10 +220,10 @@ def _controls(site: Site, readings: list[Reading], latent: int, n: int, seed: in
     return [live[i] for i in order[:n].tolist()]
 
 
-def _largest_code(site: Site, reading: Reading, latent: int) -> float:
+def _largest_code(reading: Reading, latent: int) -> float:
     """The largest code of a latent at the positions that count; 0 where it does not fire."""
     codes = reading.codes
-    counts = site.counted(len(reading.tokens))[codes.row] & (codes.latent == latent)
+    counts = reading.counted[codes.row] & (codes.latent == latent)
     return max([0.0, *codes.value[counts].tolist()])
 
 

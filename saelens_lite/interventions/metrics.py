@@ -47,13 +47,14 @@ class LogitDifference:
 
 @dataclass(frozen=True)
 class LogProb:
-    """Log of the probability, nats, that the next token is one of some: at a position, or the mean over all but the first.
+    """Log of the probability, nats, that the next token is one of some: at a position, or the mean over several.
 
-    `tokens` are ids; where a model is at hand to look them up (`attribute`, `dose_response`), texts as well.
+    `tokens` are ids; where a model is at hand to look them up (`attribute`, `dose_response`), texts as well. Without a
+    position, these two take the mean over the positions that count; a call takes it over all but the first.
     """
 
     tokens: tuple[int | str, ...] | int | str
-    position: int | None = None
+    position: int | tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.tokens, int | str):
@@ -61,15 +62,22 @@ class LogProb:
 
     def __call__(self, logits: Float[Tensor, "n pos d_vocab"]) -> Float[Tensor, " n"]:
         """The log-probability for each variant."""
-        chosen = logits[:, 1:] if self.position is None else logits[:, [self.position]]
+        places = [self.position] if isinstance(self.position, int) else self.position
+        chosen = logits[:, 1:] if places is None else logits[:, list(places)]
         return _precise(chosen).log_softmax(-1)[..., list(self.tokens)].logsumexp(-1).mean(1)
 
 
-def metric_of(asked: Any, lm: LanguageModel, tokens: Int[Tensor, " pos"], position: int | None = None) -> Metric:
+def metric_of(
+    asked: Any,
+    lm: LanguageModel,
+    tokens: Int[Tensor, " pos"],
+    position: int | None = None,
+    counted: Bool[Tensor, " pos"] | None = None,
+) -> Metric:
     """The metric asked for, on a row of tokens: "loss", two tokens whose logits are compared, LogProb, or a function of logits.
 
     position: where it is taken; negative ones count from the end. Default: all positions for the loss, the last one for a
-    difference of logits, what LogProb itself says.
+    difference of logits, what LogProb itself says, else those that are `counted`.
 
     Raises:
         ConfigError: no such metric, a text that is not one token, or a position that is not in the row.
@@ -77,12 +85,16 @@ def metric_of(asked: Any, lm: LanguageModel, tokens: Int[Tensor, " pos"], positi
     if isinstance(asked, LogProb):
         place = asked.position if position is None else position
         ids = tuple(token_id(lm, token) for token in asked.tokens)
-        return LogProb(ids, None if place is None else _place(place, len(tokens)))
+        if place is None:
+            return LogProb(ids, None if counted is None else tuple(counted.nonzero().squeeze(1).tolist()))
+        places = tuple(_place(i, len(tokens)) for i in (place if isinstance(place, tuple) else (place,)))
+        return LogProb(ids, places)
     if callable(asked):
         if position is not None:
             raise ConfigError("a function of logits takes them at positions of its own choice; leave out position=")
         return asked
     if isinstance(asked, str) and asked == "loss":
+        lm.check_causal("the loss of the next token")
         if len(tokens) < 2:
             raise ConfigError("the loss of a row of one token: nothing follows it")
         return Loss(tokens, None if position is None else _place(position, len(tokens), last=len(tokens) - 2))

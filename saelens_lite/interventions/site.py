@@ -1,7 +1,7 @@
 """Where a dictionary stands in a model: what it reads there, and logits with something added to what it writes."""
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,13 +11,22 @@ from saelens_lite.codes import SparseCodes
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, ShapeError, TextError
 from saelens_lite.model import LanguageModel
-from saelens_lite.tokens import TokenRows
+from saelens_lite.tokens import Given, TokenRows
+from saelens_lite.tokens.inputs import Ids
+
+
+class Row(NamedTuple):
+    """Token ids without padding, and the positions that count: those at which the dictionary was trained."""
+
+    tokens: Int[Tensor, " pos"]
+    counted: Bool[Tensor, " pos"]
 
 
 class Reading(NamedTuple):
-    """One row without padding: its codes, and what they leave over of the activation the dictionary predicts."""
+    """A row's codes, and what they leave over of the activation the dictionary predicts."""
 
     tokens: Int[Tensor, " pos"]
+    counted: Bool[Tensor, " pos"]
     codes: SparseCodes
     error: Float[Tensor, "pos d_out"]
     scale: Float[Tensor, "pos 1"]  # what the codes' sum of directions is multiplied by
@@ -39,51 +48,60 @@ class Site:
         self.target = dictionary.origin.target_hook or self.hook
         lm.hook_point(self.target)
 
-    def rows(self, text: str | Sequence[str] | Tensor | TokenRows) -> list[Int[Tensor, " pos"]]:
-        """Token ids of each text or row, without padding.
+    def rows(self, text: Given, attention_mask: Any = None) -> list[Row]:
+        """Return each text or row of token ids without padding; the positions of TokenRows that count are their own.
 
         Raises:
             TextError: no text, or a row in which no position counts.
+            ShapeError: token ids or a mask that do not fit the model.
         """
-        if isinstance(text, Tensor):
-            rows = list(text if text.ndim == 2 else text[None])
-        else:
-            if not isinstance(text, TokenRows):
-                text = self.lm.to_tokens(text, prepend_bos=self.dictionary.origin.prepend_bos is not False)
-            position = torch.arange(text.keep.shape[1], device=text.keep.device)
-            length = (text.keep * (position + 1)).amax(1)  # as far as the last position that counts
-            rows = [tokens[:n] for tokens, n in zip(text.tokens, length.tolist(), strict=True)]
-        if not rows or not all(self.counted(len(row)).any() for row in rows):
-            raise TextError("no text, or a row without any position that the dictionary was trained on")
+        found = self.lm.to_tokens(text, attention_mask=attention_mask, prepend_bos=self.lm.wants_bos(self.dictionary.origin))
+        if not isinstance(text, TokenRows):
+            counted = self.lm.countable(found.tokens, self.dictionary.origin)
+            found = found._replace(keep=counted if found.holds_token is None else counted & found.holds_token)
+        elif found.length is None:
+            found = found._replace(length=self.lm.read_lengths(found))
+        widths = [found.tokens.shape[1]] * len(found.tokens) if found.length is None else found.length.tolist()
+        rows = [Row(*(x[:n].to(self.lm.device) for x in row)) for *row, n in zip(found.tokens, found.keep, widths, strict=True)]
+        nothing = [number for number, row in enumerate(rows) if not row.counted.any()]
+        if nothing or not rows:
+            raise TextError(
+                f"row {nothing[0] if nothing else 0} has no position that counts: special tokens and positions that the "
+                "dictionary was never trained on are left out"
+            )
         return rows
 
-    def counted(self, n: int) -> Bool[Tensor, " n"]:
-        """Which of n positions the dictionary was trained on."""
-        position = torch.arange(n, device=self.lm.device)
-        return ~torch.isin(position, position.new_tensor(self.dictionary.origin.excluded_positions))
-
     @torch.no_grad()
-    def read(self, tokens: Int[Tensor, " pos"], *more_hooks: str) -> Reading:
-        """What the dictionary makes of one row, and activations at more hooks.
+    def read(self, row: Row, *more_hooks: str) -> Reading:
+        """Return what the dictionary makes of one row, and activations at more hooks.
 
         Raises:
             ShapeError: the dictionary has another width than the hook.
         """
-        acts = {name: x[0] for name, x in self.lm.run(tokens[None], [self.hook, self.target, *more_hooks]).items()}
+        acts = {name: x[0] for name, x in self.lm.run(_as_given(row.tokens), [self.hook, self.target, *more_hooks]).items()}
         x, y = acts[self.hook], acts[self.target]
         codes = self.dictionary.encode(x)
         y_hat = self.dictionary.decode(codes, x)
         if y_hat.shape != y.shape:
             raise ShapeError(f"the dictionary gives {list(y_hat.shape)}; {self.target} of this model is {list(y.shape)}")
         scale = self.dictionary.output_scale(x).expand(len(x), 1)
-        return Reading(tokens.to(self.lm.device), codes, y.to(y_hat.dtype) - y_hat, scale, acts)
+        return Reading(*row, codes, y.to(y_hat.dtype) - y_hat, scale, acts)
 
     def logits(
         self, tokens: Int[Tensor, " pos"], added: Float[Tensor, "n pos d_out"], *, differentiable: bool = False
     ) -> Float[Tensor, "n pos d_vocab"]:
         """Logits of n variants of one row, each with something added to the activation at the target."""
         with self.lm.replace(self.target, lambda y: y + added.to(y.dtype)):
-            return self.lm.logits(tokens.expand(len(added), -1), differentiable=differentiable)
+            return self.lm.logits(_as_given(tokens, len(added)), differentiable=differentiable)
+
+    def clean_logits(self, tokens: Int[Tensor, " pos"]) -> Float[Tensor, "1 pos d_vocab"]:
+        """Logits of one row as the model gives them; a splice in force is seen by them."""
+        return self.lm.logits(_as_given(tokens))
+
+
+def _as_given(tokens: Int[Tensor, " pos"], n: int = 1) -> Ids:
+    """Return n copies of a row, which has been checked before."""
+    return Ids(tokens.expand(n, -1), None)
 
 
 def pieces(n: int, tokens: Int[Tensor, " pos"], batch_tokens: int) -> Iterator[slice]:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError
@@ -12,7 +11,7 @@ from saelens_lite.interventions.edits import Edit
 from saelens_lite.interventions.metrics import kl_divergence
 from saelens_lite.interventions.site import Site
 from saelens_lite.model import LanguageModel
-from saelens_lite.tokens import TokenRows
+from saelens_lite.tokens import Given
 
 
 class Steered(NamedTuple):
@@ -54,25 +53,26 @@ def kl_cost(
     dictionary: Dictionary,
     lm: LanguageModel,
     edits: Edit | Sequence[Edit],
-    text: str | Sequence[str] | Tensor | TokenRows,
+    text: Given,
     *,
+    attention_mask: Any = None,
     hook: str | None = None,
 ) -> float:
     """KL(clean ‖ edited) of the model's predictions, nats per token: mean over the positions that count.
+
+    `text`, `attention_mask`: text or token ids, as `LanguageModel.to_tokens` takes them.
 
     Raises:
         ConfigError, HookError, ShapeError, TextError: as `LanguageModel.splice`; no text.
     """
     site = Site(dictionary, lm, hook)
     total, n = 0.0, 0
-    for tokens in site.rows(text):
-        counted = site.counted(len(tokens))
-        clean = lm.logits(tokens)[0]
+    for tokens, counted in site.rows(text, attention_mask):
+        clean = site.clean_logits(tokens)[0]
         with lm.splice(dictionary, edits, hook=hook):
-            edited = lm.logits(tokens)
+            edited = site.clean_logits(tokens)
         n_counted = int(counted.sum())
-        if n_counted:
-            total, n = total + n_counted * float(kl_divergence(clean, edited, counted)), n + n_counted
+        total, n = total + n_counted * float(kl_divergence(clean, edited, counted)), n + n_counted
     return total / n
 
 

@@ -16,13 +16,15 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from saelens_lite.config import Origin, TextConfig
+from saelens_lite.config import Origin
 from saelens_lite.errors import ConfigError, HookError, HubError, HubUnreachableError, ModelNotFoundError, ShapeError, TextError
 from saelens_lite.model import hooks as _hooks
 from saelens_lite.model import norms as _norms
 from saelens_lite.model import processing as _processing
 from saelens_lite.places import find_model
-from saelens_lite.tokens import TokenRows, token_rows
+from saelens_lite.tokens import Given, TokenRows, prompt_rows
+from saelens_lite.tokens.inputs import Aligned, Ids, aligned, n_leading_pads, token_ids
+from saelens_lite.tokens.rows import countable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -98,7 +100,9 @@ def load_model(
     hf_logging.disable_progress_bar()
     try:
         module = AutoModelForCausalLM.from_pretrained(str(where), dtype=dtype, **source)
-        tokenizer = AutoTokenizer.from_pretrained(str(where), **source)
+        tokenizer = None
+        if not local or _has_tokenizer(Path(str(where))):
+            tokenizer = AutoTokenizer.from_pretrained(str(where), **source)
     except Exception as error:  # transformers raises errors of many kinds for a damaged folder
         reason = " ".join(str(error).split())
         help_ = "check the folder." if local else "is it a causal language model that transformers knows?"
@@ -106,8 +110,17 @@ def load_model(
     finally:
         if bars:
             hf_logging.enable_progress_bar()
+    if tokenizer is None or set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
+        log.warning("%s has no tokenizer: it takes token ids, and text is refused", name)
+        tokenizer = None  # transformers makes up one that knows only special tokens
     lm = LanguageModel(module.to(device), tokenizer, name=str(name), revision=commit)
     return lm.center_writing_weights_() if center_writing_weights else lm
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    """Return whether a model folder has any of the files that tokenizers are kept in."""
+    patterns = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.spm", "*.tiktoken", "tekken.json")
+    return any(any(folder.glob(pattern)) for pattern in patterns)
 
 
 def _on_hub(name: str, revision: str | None) -> tuple[str, bool]:
@@ -127,10 +140,10 @@ def _on_hub(name: str, revision: str | None) -> tuple[str, bool]:
 
 class LanguageModel:
     """A transformers model and its tokenizer; make one with `load_model`, or wrap a module of your own, which is frozen by it
-    and gets torch's fused GELU."""
+    and gets torch's fused GELU. With tokenizer=None it takes token ids only."""
 
     def __init__(
-        self, module: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", *, name: str, revision: str | None = None
+        self, module: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", *, name: str, revision: str | None = None
     ):
         self.module = module.eval().requires_grad_(False)
         _processing.use_fused_gelu_(self.module)
@@ -140,13 +153,14 @@ class LanguageModel:
         config = module.config.get_text_config()
         self.d_model: int = config.hidden_size
         self.n_layers: int = config.num_hidden_layers
-        self.n_ctx: int = getattr(config, "max_position_embeddings", None) or UNLIMITED_N_CTX
+        self.n_ctx: int = _n_positions(self.module) or getattr(config, "max_position_embeddings", None) or UNLIMITED_N_CTX
         self.d_vocab: int = config.vocab_size
-        self.bos_id: int | None = next(
-            (i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None
-        )  # GPT-2's tokenizer has <|endoftext|> for both
+        self.eos_id: int | None = None if tokenizer is None else tokenizer.eos_token_id
+        bos_id = None if tokenizer is None else tokenizer.bos_token_id
+        self.bos_id: int | None = self.eos_id if bos_id is None else bos_id  # GPT-2 has <|endoftext|> for both
         self._offset = 0  # position of the first token of the current forward pass; not 0 while generating with a cache
         self._n_positions: int | None = None  # while generating: of the prompt and all that may follow
+        self._aligned: Aligned | None = None  # what the current forward pass reads, where its rows were moved
 
     @property
     def device(self) -> torch.device:
@@ -162,7 +176,9 @@ class LanguageModel:
     def tokenizer_hash(self) -> str:
         """sha256 of the tokenizer: vocabulary, merges and rules; the same text gives the same ids where it is the same."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is None:  # written in Python: its vocabulary has to do
+        if self.tokenizer is None:
+            content = {"class": None}
+        elif backend is None:  # written in Python: its vocabulary has to do
             content = {"class": type(self.tokenizer).__name__, "vocabulary": self.tokenizer.get_vocab()}
         else:
             content = json.loads(backend.to_str()) | {"padding": None, "truncation": None}  # those change from call to call
@@ -249,56 +265,166 @@ class LanguageModel:
         self.hook_point(name)
         return name
 
-    def to_tokens(self, texts: str | Sequence[str], *, prepend_bos: bool = True) -> TokenRows:
-        """One row a text, right-padded, cut at n_ctx.
+    @property
+    def text_tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer; TextError when the model has none."""
+        if self.tokenizer is None:
+            raise TextError(f"{self.name} has no tokenizer, so it cannot read text; give token ids")
+        return self.tokenizer
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Token ids that stand for no text, such as BOS, EOS and padding; none without a tokenizer."""
+        special = [] if self.tokenizer is None else self.tokenizer.all_special_ids
+        return frozenset(special) | ({self.bos_id} if self.bos_id is not None else set())
+
+    @property
+    def pad_id(self) -> int:
+        """The token id that rows are padded with: EOS, else BOS, else 0."""
+        return next(i for i in (self.eos_id, self.bos_id, 0) if i is not None)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids; without a tokenizer, the ids with spaces between them."""
+        return " ".join(map(str, ids)) if self.tokenizer is None else self.tokenizer.decode(list(ids))
+
+    def begin_with_bos(self, ids: Ids) -> bool:
+        """Return whether every row begins with the BOS token."""
+        first = aligned(Ids(ids.tokens, ids.mask), self.pad_id).tokens[:, 0] if ids.mask is not None else ids.tokens[:, 0]
+        return self.bos_id is not None and bool((first == self.bos_id).all())
+
+    def wants_bos(self, origin: Origin) -> bool:
+        """Return whether texts for a dictionary of this origin begin with BOS: unless it says no, or there is none."""
+        return origin.prepend_bos is not False and self.bos_id is not None
+
+    def to_tokens(self, texts: Given, *, attention_mask: Any = None, prepend_bos: bool | None = None) -> TokenRows:
+        """Return one row for each text, with padding on the right, cut at n_ctx; or token ids as rows.
+
+        Args:
+            texts: A string, strings, or a Path; or token ids [batch pos] or [pos] as tensor, array, lists, or a tokenizer's
+                output, which are taken as they stand. Padding on the left is removed where a mask tells about it.
+            attention_mask: Of token ids: 1 where there is a token, 0 where there is padding.
+            prepend_bos: Whether texts get a BOS token in front. Default: where the tokenizer has one. A text that begins
+                with the BOS token gets no second one.
 
         Raises:
-            TextError: a text is empty.
+            TextError: a text is empty or has no tokens; the model has no tokenizer; no text and no token ids were given.
+            ShapeError: token ids, lengths or a mask the model cannot take.
+            ConfigError: prepend_bos is true and the tokenizer has no BOS token.
         """
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        if not texts or not all(text for text in texts):
-            raise TextError("empty text: every text needs at least one character")
-        return token_rows(self, texts, prepend_bos=prepend_bos, text_config=TextConfig(truncate=True))
+        if isinstance(texts, TokenRows) and attention_mask is None:
+            return texts
+        ids = token_ids(texts, attention_mask)
+        if ids is None:
+            return prompt_rows(self, texts, prepend_bos=prepend_bos)
+        self.check_ids(ids)
+        rows = aligned(ids, self.pad_id)
+        found = TokenRows(rows.tokens, self.countable(rows.tokens), rows.length)
+        return found if rows.length is None else found._replace(keep=found.keep & found.holds_token)
 
-    def _as_tokens(self, texts: "str | Sequence[str] | Tensor | TokenRows") -> Int[Tensor, "batch pos"]:
-        if isinstance(texts, TokenRows):
-            tokens = texts.tokens
-        elif isinstance(texts, Tensor):
-            tokens = texts[None] if texts.ndim == 1 else texts
-        else:
-            tokens = self.to_tokens(texts).tokens
-        if tokens.ndim != 2 or not tokens.numel():
-            raise ShapeError(f"tokens have shape {tuple(tokens.shape)}; expected [batch pos] with at least one token")
+    def countable(self, tokens: Int[Tensor, "batch pos"], origin: Origin | None = None) -> Bool[Tensor, "batch pos"]:
+        """Return the positions that a dictionary of this origin was trained on, by default all but position 0.
+
+        Special tokens are left out everywhere, which includes padding with one of them.
+        """
+        origin = origin or Origin()
+        return countable(tokens, self.special_ids | set(origin.excluded_token_ids), origin.excluded_positions)
+
+    def check_ids(self, ids: Ids) -> None:
+        """Raise ShapeError unless the model can take these token ids."""
+        tokens = ids.tokens
         if tokens.shape[1] > self.n_ctx:
             raise ShapeError(f"rows of {tokens.shape[1]} tokens; {self.name} takes at most {self.n_ctx}")
-        if tokens.is_floating_point() or int(tokens.max()) >= self.d_vocab or int(tokens.min()) < 0:
-            raise ShapeError(f"token ids must be integers from 0 to {self.d_vocab - 1}; found {tokens.min()} … {tokens.max()}")
-        return tokens.to(self.device)
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.d_vocab:
+            raise ShapeError(f"token ids must be integers from 0 to {self.d_vocab - 1}; found {low} … {high}")
+
+    def _read(self, given: Given, attention_mask: Any, prepend_bos: bool | None) -> Aligned:
+        """Return what was given as rows of token ids on the device of the model."""
+        ids = given if isinstance(given, Ids) else token_ids(given, attention_mask)
+        if ids is None:
+            rows = self.to_tokens(given, prepend_bos=prepend_bos)
+            ids = Ids(rows.tokens, rows.holds_token)
+        else:
+            self.check_ids(ids)
+            if ids.mask is None and not isinstance(given, Ids | TokenRows):
+                self._warn_of_leading_pads(ids)
+        return aligned(Ids(ids.tokens.to(self.device), ids.mask), self.pad_id)
+
+    def _warn_of_leading_pads(self, ids: Ids) -> None:
+        pad = None if self.tokenizer is None else self.tokenizer.pad_token_id
+        pads = [i for i in {pad, self.bos_id, self.eos_id} if i is not None]
+        if found := n_leading_pads(ids.tokens, pads):
+            row, n = found
+            log.warning(
+                "row %d of the token ids begins with token %d %d times, which looks like padding and is read as text; give "
+                "attention_mask= to leave it out",
+                row, int(ids.tokens[row, 0]), n + 1,
+            )  # fmt: skip
+
+    def _forward(self, rows: Aligned, **settings: Any) -> Any:
+        """Run the module on rows; what a splice has to know of them is known to it meanwhile."""
+        if rows.length is not None and not self.is_causal:
+            holds = torch.arange(rows.tokens.shape[1], device=self.device) < rows.length[:, None]
+            settings["attention_mask"] = holds.long()
+        before, self._aligned = self._aligned, rows
+        try:
+            return self.module(rows.tokens, use_cache=False, **settings)
+        finally:
+            self._aligned = before
+
+    @cached_property
+    def is_causal(self) -> bool:
+        """Whether each position reads only those before it, found by trying out what another last token changes."""
+        last = torch.arange(self.d_vocab)[-2:]
+        tokens = torch.stack([torch.cat([torch.arange(3) % self.d_vocab, i[None]]) for i in last]).to(self.device)
+        tokens = tokens[:, -self.n_ctx :]
+        with torch.no_grad(), _no_hooks(self.module):
+            a, b = self.module(tokens, use_cache=False).logits[:, :-1].float()
+        return bool((a - b).abs().max() <= 1e-3 * a.abs().max()) if a.numel() else True
+
+    def check_causal(self, what: str) -> None:
+        """Raise ConfigError when positions read those after them, so that there is no prediction of a next token."""
+        if not self.is_causal:
+            raise ConfigError(
+                f"{what} needs a model that predicts the next token; in {type(self.module).__name__} every position reads the "
+                "whole row"
+            )
+
+    def read_lengths(self, rows: TokenRows) -> Int[Tensor, " n_seq"]:
+        """Return how much of each row has to be read for the activations at the positions that count."""
+        if self.is_causal:
+            return rows.counted_lengths
+        full = torch.full((len(rows.tokens),), rows.tokens.shape[1], device=rows.tokens.device)
+        return (full if rows.length is None else rows.length) * rows.keep.any(1)
 
     @torch.no_grad()
     def run(
-        self, texts: "str | Sequence[str] | Tensor | TokenRows", hooks: Sequence[str] | str
+        self, texts: Given, hooks: Sequence[str] | str, *, attention_mask: Any = None, prepend_bos: bool | None = None
     ) -> dict[str, Float[Tensor, "batch pos d"]]:
-        """Activations at hooks; the forward pass ends at the deepest of them.
+        """Return the activations at hooks; the forward pass ends at the deepest of them.
 
-        `texts` are strings (tokenised with a BOS token in front, right-padded) or token ids [batch pos]. Attention is
-        causal, so padding on the right changes nothing before it; activations at padded positions mean nothing, and
-        `to_tokens(texts).keep` tells which those are.
+        Activations at padded positions mean nothing; `to_tokens(texts).keep` tells where there are tokens that count. With an
+        attention_mask, the other activations are those of the row without its padding, wherever that stands.
+
+        Args:
+            texts: Text or token ids, as `to_tokens` takes them.
+            hooks: Names of hooks, as transformer-lens has them.
+            attention_mask, prepend_bos: As `to_tokens` takes them.
 
         Raises:
             HookError: a hook the model does not have (near matches listed), or whose value is not [batch pos d].
-            TextError, ShapeError: empty text; token ids or lengths the model cannot take.
+            TextError, ShapeError, ConfigError: as `to_tokens`.
         """
         names = [hooks] if isinstance(hooks, str) else list(dict.fromkeys(hooks))
         points = [self.hook_point(name) for name in names]
         if not points:
             raise ConfigError("name at least one hook")
-        tokens = self._as_tokens(texts)
+        rows = self._read(texts, attention_mask, prepend_bos)
         found: dict[str, Tensor] = {}
 
         def keep(name: str) -> Callable[[Any], None]:
             def visit(value: Any) -> None:
-                x = _activation(name, value, tokens)
+                x = _activation(name, value, rows.tokens)
                 if len(found.keys() | {name}) == len(points):
                     found[name] = x
                     raise _Enough
@@ -308,7 +434,7 @@ class LanguageModel:
 
         handles = [point.on_value(keep(point.name)) for point in points]
         try:
-            self.module(tokens, use_cache=False)
+            self._forward(rows)
         except _Enough:
             pass
         finally:
@@ -316,18 +442,30 @@ class LanguageModel:
                 handle.remove()
         if missing := names - found.keys():
             raise HookError(f"the forward pass of {type(self.module).__name__} never came to {', '.join(sorted(missing))}")
-        return {name: found[name] for name in names}
+        return {name: rows.restored(found[name]) for name in names}
 
     def logits(
-        self, texts: "str | Sequence[str] | Tensor | TokenRows", *, differentiable: bool = False
+        self,
+        texts: Given,
+        *,
+        attention_mask: Any = None,
+        prepend_bos: bool | None = None,
+        differentiable: bool = False,
     ) -> Float[Tensor, "batch pos d_vocab"]:
-        """Next-token logits; a splice in force is seen by them.
+        """Return next-token logits; a splice in force is seen by them.
 
-        differentiable: with the graph that leads to what a `replace` in force put in. The weights are frozen and get no
-        gradient.
+        Args:
+            texts: Text or token ids, as `to_tokens` takes them.
+            attention_mask, prepend_bos: As `to_tokens` takes them. Logits at masked positions mean nothing.
+            differentiable: Keep the graph that leads to what a `replace` in force put in. The weights are frozen and get no
+                gradient.
+
+        Raises:
+            TextError, ShapeError, ConfigError: as `to_tokens`.
         """
+        rows = self._read(texts, attention_mask, prepend_bos)
         with torch.set_grad_enabled(differentiable):
-            return self.module(self._as_tokens(texts), use_cache=False).logits
+            return rows.restored(self._forward(rows).logits)
 
     @contextmanager
     def replace(self, hook: str, new: Callable[[Float[Tensor, "batch pos d"]], Float[Tensor, "batch pos d"]]) -> Iterator[None]:
@@ -367,8 +505,9 @@ class LanguageModel:
         error term by default, y + Σ_i (new_i − old_i) W_dec[i], so that nothing but the edits changes the model;
         error_term=False edits the reconstruction instead.
 
-        Positions the dictionary was never trained on (by default position 0) keep their activation, unless an edit names
-        them; `keep` chooses the positions that may change instead.
+        Positions the dictionary was never trained on keep their activation, unless an edit names them: special tokens
+        wherever they stand, padding, and the positions its origin excludes, by default position 0. `keep` chooses the positions
+        that may change instead.
 
         Raises:
             HookError: neither the dictionary nor `hook` names a hook of this model; a transcoder's target comes first.
@@ -386,6 +525,10 @@ class LanguageModel:
             raise ConfigError("the transcoder does not say which hook it predicts; set origin.target_hook")
         target = dictionary.origin.target_hook or name
         read: list[Tensor] = []
+        ids: list[Tensor | None] = [None]
+
+        def note_ids(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            ids[0] = args[0] if args else kwargs.get("input_ids")
 
         def rewrite(y: Tensor) -> Tensor:
             if target != name and not read:
@@ -393,12 +536,16 @@ class LanguageModel:
             x = y if target == name else read.pop()
             dictionary.check_input(x)
             position = torch.arange(y.shape[1], device=y.device) + self._offset
-            trained_on = ~torch.isin(position, position.new_tensor(dictionary.origin.excluded_positions))
-            if keep is not None and keep.shape != y.shape[:2]:
-                raise ShapeError(
-                    f"keep is {list(keep.shape)}; {target} is [batch pos d] = {list(y.shape)} in this forward pass"
-                )
-            chosen = trained_on if keep is None else keep.to(y.device)
+            chosen = ~torch.isin(position, position.new_tensor(dictionary.origin.excluded_positions))
+            if keep is not None:
+                if keep.shape != y.shape[:2]:
+                    raise ShapeError(
+                        f"keep is {list(keep.shape)}; {target} is [batch pos d] = {list(y.shape)} in this forward pass"
+                    )
+                chosen = keep.to(y.device) if self._aligned is None else self._aligned.moved(keep.to(y.device))
+            elif ids[0] is not None and ids[0].shape == y.shape[:2]:
+                special = sorted(self.special_ids | set(dictionary.origin.excluded_token_ids))
+                chosen = chosen & ~torch.isin(ids[0].to(y.device), position.new_tensor(special))
             new = y
             if not error_term:
                 new = torch.where(chosen[..., None], _as(y, dictionary(x), target), y)
@@ -411,8 +558,12 @@ class LanguageModel:
             read[:] = [x.clone()]  # some models go on to overwrite it
             return x
 
-        with self.replace(name, look) if target != name else nullcontext(), self.replace(target, rewrite):
-            yield
+        noting = self.module.register_forward_pre_hook(note_ids, with_kwargs=True)
+        try:
+            with self.replace(name, look) if target != name else nullcontext(), self.replace(target, rewrite):
+                yield
+        finally:
+            noting.remove()
 
     def check_order(self, hook: str, target: str) -> None:
         """Raise HookError when the model comes to `target` before `hook`, from which a transcoder is to predict it."""
@@ -459,7 +610,7 @@ class LanguageModel:
         length = len(self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
         if length >= self.n_ctx:
             raise ShapeError(f"the prompt has {length} tokens; {self.name} reads at most {self.n_ctx} with the BOS token")
-        tokens = self._as_tokens(prompt)
+        tokens = self._read(prompt, None, None).tokens
         n_new = min(max_new_tokens, self.n_ctx - tokens.shape[1])
         generator = torch.Generator(self.device).manual_seed(seed)
         past, step_input = None, tokens
@@ -480,7 +631,7 @@ class LanguageModel:
         finally:
             self._offset, self._n_positions = 0, None
         ids = tokens[0].tolist()
-        return self.tokenizer.decode(ids[1:] if ids[0] == self.bos_id else ids)
+        return self.decode(ids[1:] if ids[0] == self.bos_id else ids)
 
     def unembedding(self, *, fold_norm: bool = True) -> Float[Tensor, "d_vocab d_model"]:
         """W_U with the final norm's scale folded in, so that a direction's dot product with a row is its effect on that
@@ -508,7 +659,9 @@ class LanguageModel:
         return None if found is None else _norms.FinalNorm.of(self.module.get_submodule(found.name), self.d_model)
 
     def token_strings(self) -> list[str]:
-        """The text of every token id."""
+        """The text of every token id; without a tokenizer, the ids."""
+        if self.tokenizer is None:
+            return [str(i) for i in range(self.d_vocab)]
         return self.tokenizer.batch_decode([[i] for i in range(self.d_vocab)], clean_up_tokenization_spaces=False)
 
     def bridge(self) -> Any:
@@ -529,6 +682,34 @@ class LanguageModel:
             f"d_model {self.d_model}, n_ctx {self.n_ctx}, {self.d_vocab} tokens, {self.device}, {str(self.dtype)[6:]}"
             f"{''.join(f', {done}' for done in self.processing)})"
         )
+
+
+def _n_positions(module: nn.Module) -> int | None:
+    """Return how many tokens the position embeddings reach, where some of them are set aside for padding; else None.
+
+    RoBERTa counts positions from padding_idx + 1 on, so the last rows of its table are never used for more tokens.
+    """
+    for name, part in module.named_modules():
+        if name.endswith("position_embeddings") and isinstance(part, nn.Embedding) and part.padding_idx is not None:
+            return part.num_embeddings - part.padding_idx - 1
+    return None
+
+
+@contextmanager
+def _no_hooks(module: nn.Module) -> Iterator[None]:
+    """Within the block, the hooks on a module and its parts are not called."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks")
+    parts = [part for part in module.modules() if any(getattr(part, kind) for kind in kinds)]
+    saved = [[getattr(part, kind) for kind in kinds] for part in parts]
+    for part in parts:
+        for kind in kinds:
+            setattr(part, kind, type(getattr(part, kind))())
+    try:
+        yield
+    finally:
+        for part, hooks in zip(parts, saved, strict=True):
+            for kind, found in zip(kinds, hooks, strict=True):
+                setattr(part, kind, found)
 
 
 def _activation(name: str, value: Any, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d"]:

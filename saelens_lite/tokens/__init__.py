@@ -1,22 +1,29 @@
 """From text to token rows: what the model reads, and which positions count.
 
-sources.py reads documents piece by piece, encoding.py makes token ids of them, rows.py cuts or packs these into rows,
-balance.py thins out what is too frequent, and blocks.py strings all of it together.
+inputs.py decides whether an input is text or token ids. sources.py reads documents piece by piece, encoding.py makes token
+ids of them, rows.py cuts or packs these into rows, balance.py thins out what is too frequent, and blocks.py strings all of it
+together.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from saelens_lite.config import TextConfig
+from saelens_lite.errors import ConfigError, TextError
 from saelens_lite.tokens.blocks import RowBlocks
+from saelens_lite.tokens.encoding import after_bos, encode
+from saelens_lite.tokens.inputs import Given, described, token_ids
 from saelens_lite.tokens.python_docs import Document, PythonDocs, is_held_out, python_docs
-from saelens_lite.tokens.rows import TokenRows, joined, text_hash
-from saelens_lite.tokens.sources import Text, check_file, hub_name, name_of, named_text, source_name
+from saelens_lite.tokens.rows import Row, TokenRows, joined, padded, text_hash
+from saelens_lite.tokens.sources import Piece, Text, check_file, hub_name, name_of, named_text, read_pieces, source_name
 
 if TYPE_CHECKING:
     from saelens_lite.model import LanguageModel
 
 __all__ = [
     "Document",
+    "Given",
     "PythonDocs",
     "RowBlocks",
     "Text",
@@ -26,12 +33,71 @@ __all__ = [
     "is_held_out",
     "name_of",
     "named_text",
+    "prompt_rows",
     "python_docs",
     "source_name",
     "text_config_of",
     "text_hash",
+    "token_ids",
     "token_rows",
+    "with_mask",
 ]
+
+
+def prompt_rows(lm: "LanguageModel", text: Any, *, prepend_bos: bool | None = None) -> TokenRows:
+    """Return one row for each text, with padding on the right, cut at the model's context.
+
+    prepend_bos: Whether texts get a BOS token in front, of which none gets a second one; default: where the tokenizer has one.
+
+    Raises:
+        TextError: no text; a text is empty or has no tokens; the model has no tokenizer.
+        ConfigError: prepend_bos is true and the tokenizer has no BOS token.
+    """
+    tokenizer = lm.text_tokenizer
+    if isinstance(text, str | Path | Document):
+        text = [text]
+    if isinstance(text, Mapping) or not isinstance(text, Iterable):
+        raise TextError(f"expected text or token ids; found {described(text)}")
+    if prepend_bos and lm.bos_id is None:
+        raise ConfigError(f"the tokenizer of {lm.name} has no BOS token; leave out prepend_bos, or say False")
+    bos = lm.bos_id if prepend_bos in (None, True) else None
+    head = [] if bos is None else [bos]
+    rows, n_read = [], []
+    for ids, first in encode(tokenizer, _not_empty(list(text))):
+        if first:
+            rows.append(Row([*head], len(head)))
+            n_read.append(0)
+        n_read[-1] += len(ids)
+        new = after_bos(bos, ids) if len(rows[-1].ids) == len(head) else ids
+        rows[-1].ids.extend(new[: lm.n_ctx - len(rows[-1].ids)])
+    if not rows:
+        raise TextError("empty text: give at least one text that has a character")
+    if 0 in n_read:
+        raise TextError(f"text {n_read.index(0)} of {len(rows)} has no tokens: the tokenizer of {lm.name} makes nothing of it")
+    found = padded(rows, lm.pad_id)
+    return found._replace(keep=found.keep & lm.countable(found.tokens))
+
+
+def _not_empty(texts: list[Any]) -> Iterator[Piece]:
+    """Pass on the pieces of texts, each of which has to have a character."""
+    number = -1
+    for piece in read_pieces(texts, TextConfig()):
+        number += piece.first
+        if piece.first and not piece.content:
+            raise TextError(f"empty text: text {number} has no characters")
+        yield piece
+
+
+def with_mask(text: Any, attention_mask: Any = None) -> Any:
+    """Return token ids together with their attention mask, as a tokenizer gives them; text as it is.
+
+    Raises:
+        ShapeError: the mask does not fit the token ids, or there are none.
+    """
+    if attention_mask is None:
+        return text
+    found = token_ids(text, attention_mask)
+    return {"input_ids": found.tokens, "attention_mask": found.mask}
 
 
 def token_rows(

@@ -5,14 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from saelens_lite.config import TextConfig
-from saelens_lite.errors import ConfigError, ShapeError, TextError
+from saelens_lite.errors import ConfigError, TextError
 from saelens_lite.tokens.balance import TokenBalance
-from saelens_lite.tokens.encoding import encode
+from saelens_lite.tokens.encoding import encode, without_leading
+from saelens_lite.tokens.inputs import Ids, aligned, token_ids
 from saelens_lite.tokens.rows import Row, SpecialTokens, TextHash, TokenRows, countable, cut_rows, padded
 from saelens_lite.tokens.sources import Piece, Text, check_file, read_pieces
 
@@ -49,24 +49,17 @@ class RowBlocks:
             raise ConfigError(f"n_tokens = {n_tokens}; expected at least 1")
         if isinstance(text, Path):
             check_file(text, self.config)
-        self.are_rows = isinstance(text, TokenRows | Tensor)
-        self.n_ctx = _rows_n_ctx(lm, text, self.config) if self.are_rows else _text_n_ctx(lm, self.config)
+        self._given = token_ids(text)
+        self.are_rows = self._given is not None
+        self.n_ctx = _text_n_ctx(lm, self.config) if self._given is None else _rows_n_ctx(lm, self._given, self.config)
         self.block_rows = max(1, block_tokens // self.n_ctx)
         self.special = SpecialTokens(None, None) if self.are_rows else _special_tokens(lm, self.config)
-        self.special_ids = {*lm.tokenizer.all_special_ids, *(i for i in (lm.bos_id, *self.special) if i is not None)}
-        ends = (lm.tokenizer.eos_token_id, lm.bos_id, 0)  # a row is padded where a document ends
-        self.pad = next(i for i in ends if i is not None)
+        self.special_ids = {*lm.special_ids, *self.config.exclude_token_ids, *(i for i in self.special if i is not None)}
+        self.pad = lm.pad_id
         self.balance = TokenBalance(self.config.max_token_share, lm.d_vocab) if self.config.max_token_share else None
         self.n_rows = self.n_kept = self.width = 0
-        self.every_row_begins_with_bos = self.are_rows and bool(
-            (self._given[:, 0] == (-1 if lm.bos_id is None else lm.bos_id)).all()
-        )
+        self.every_row_begins_with_bos = self._given is not None and lm.begin_with_bos(self._given)
         self._hash = TextHash()
-
-    @property
-    def _given(self) -> Int[Tensor, "n_seq n_ctx"]:
-        """The token ids of rows that are taken as they stand."""
-        return self.text.tokens if isinstance(self.text, TokenRows) else self.text
 
     @property
     def n_expected(self) -> int | None:
@@ -87,7 +80,7 @@ class RowBlocks:
 
     def _chosen(self, candidates: TokenRows) -> TokenRows:
         """The rows with those of the candidate positions that count in the end; they are added to the record."""
-        rows = candidates._replace(keep=self.balance.thin(*candidates)) if self.balance else candidates
+        rows = candidates._replace(keep=self.balance.thin(candidates.tokens, candidates.keep)) if self.balance else candidates
         if self.n_tokens is not None and self.n_kept + rows.n_kept >= self.n_tokens:
             rows, candidates = _cut_off(rows, candidates, self.n_tokens - self.n_kept)
         if self.balance:
@@ -104,24 +97,29 @@ class RowBlocks:
             "text_sha256": self._hash.hexdigest(),
             "n_rows": self.n_rows,
             "text_config": None if self.are_rows else self.config.model_dump(mode="json"),
-            "balance": self.balance.record(self.lm.tokenizer.decode) if self.balance else None,
+            "balance": self.balance.record(self.lm.decode) if self.balance else None,
         }
 
     def _rows_as_they_stand(self) -> Iterator[TokenRows]:
         """Blocks of the rows that were given, with the positions that may count."""
         whole = self._given
-        for start in range(0, len(whole), self.block_rows):
+        for start in range(0, len(whole.tokens), self.block_rows):
             block = slice(start, start + self.block_rows)
-            tokens = whole[block].cpu().long()
-            given = isinstance(self.text, TokenRows)
-            yield TokenRows(tokens, self.text.keep[block].cpu() if given else self._countable(tokens))
+            if isinstance(self.text, TokenRows):
+                rows = self.text[block].to("cpu")
+                yield rows._replace(tokens=rows.tokens.long())
+            else:
+                mask = None if whole.mask is None else whole.mask[block].cpu()
+                tokens, length, _ = aligned(Ids(whole.tokens[block].cpu(), mask), self.pad)
+                rows = TokenRows(tokens, self._countable(tokens), length)
+                yield rows if length is None else rows._replace(keep=rows.keep & rows.holds_token)
 
     def _rows_of_text(self) -> Iterator[TokenRows]:
         """Blocks of rows cut from documents, with the positions that may count."""
         rows = cut_rows(self._documents(), self.config, self.n_ctx, self.special)
         while block := self._enough(rows):
-            tokens, new = padded(block, self.pad)
-            yield TokenRows(tokens, new & self._countable(tokens))
+            new = padded(block, self.pad)
+            yield new._replace(keep=new.keep & self._countable(new.tokens))
 
     def _countable(self, tokens: Int[Tensor, "n_seq n_ctx"]) -> Bool[Tensor, "n_seq n_ctx"]:
         return countable(tokens, self.special_ids, self.config.exclude_positions)
@@ -140,17 +138,18 @@ class RowBlocks:
     def _documents(self) -> Iterator[Piece]:
         """Documents as token ids."""
         pieces = read_pieces(self.text, self.config)
-        if self.config.token_column is None:
-            yield from encode(self.lm.tokenizer, pieces)
-            return
+        ids = self._checked(pieces) if self.config.token_column is not None else encode(self.lm.text_tokenizer, pieces)
+        return without_leading(self.special.bos, ids)
+
+    def _checked(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        """Pass on the token ids of documents that the model knows."""
         for number, (ids, first) in enumerate(pieces):
             if ids and (min(ids) < 0 or max(ids) >= self.lm.d_vocab):
                 raise TextError(
                     f"document {number} has token ids from {min(ids)} to {max(ids)}; {self.lm.name} knows 0 to "
                     f"{self.lm.d_vocab - 1}; was it tokenised for another model?"
                 )
-            has_bos = bool(ids) and ids[0] == self.special.bos
-            yield Piece(ids[1:] if has_bos else ids, first)
+            yield Piece(ids, first)
 
 
 def _text_n_ctx(lm: "LanguageModel", config: TextConfig) -> int:
@@ -166,16 +165,10 @@ def _text_n_ctx(lm: "LanguageModel", config: TextConfig) -> int:
     return n_ctx
 
 
-def _rows_n_ctx(lm: "LanguageModel", rows: Any, config: TextConfig) -> int:
+def _rows_n_ctx(lm: "LanguageModel", ids: Ids, config: TextConfig) -> int:
     """The length of rows as they stand; ShapeError when the model cannot take them, ConfigError when `config` cuts."""
-    tokens = rows.tokens if isinstance(rows, TokenRows) else rows
-    if tokens.ndim != 2 or not tokens.numel() or tokens.is_floating_point() or tokens.dtype == torch.bool:
-        raise ShapeError(f"token rows are {tokens.dtype} of shape {tuple(tokens.shape)}; expected integers [n_seq n_ctx]")
-    n_ctx = tokens.shape[1]
-    if n_ctx > lm.n_ctx:
-        raise ShapeError(f"rows of {n_ctx} tokens; {lm.name} takes at most {lm.n_ctx}")
-    if int(tokens.min()) < 0 or int(tokens.max()) >= lm.d_vocab:
-        raise ShapeError(f"token ids must be integers from 0 to {lm.d_vocab - 1}; found {tokens.min()} … {tokens.max()}")
+    lm.check_ids(ids)
+    n_ctx = ids.tokens.shape[1]
     if config.pack or config.min_context or config.truncate or (config.n_ctx is not None and config.n_ctx < n_ctx):
         raise ConfigError(
             f"token rows of {n_ctx} are taken as they stand: pack, min_context, truncate and a smaller n_ctx are for text"
@@ -187,7 +180,7 @@ def _special_tokens(lm: "LanguageModel", config: TextConfig) -> SpecialTokens:
     """The ids `config` asks for; ConfigError when the tokenizer lacks one."""
     if config.bos != "none" and lm.bos_id is None:
         raise ConfigError(f"the tokenizer of {lm.name} has no BOS token; say bos='none'")
-    separator = lm.bos_id if config.separator == "bos" else lm.tokenizer.eos_token_id
+    separator = lm.bos_id if config.separator == "bos" else lm.eos_id
     if config.pack and separator is None:
         raise ConfigError(f"the tokenizer of {lm.name} has no {config.separator.upper()} token to put between packed documents")
     return SpecialTokens(lm.bos_id if config.bos != "none" else None, separator)
@@ -199,4 +192,4 @@ def _cut_off(rows: TokenRows, candidates: TokenRows, n_tokens: int) -> tuple[Tok
     keep = rows.keep & (running <= n_tokens)
     n_rows = int(keep.any(1).nonzero().max()) + 1
     considered = candidates.keep & (keep | (running < n_tokens))
-    return TokenRows(rows.tokens[:n_rows], keep[:n_rows]), TokenRows(rows.tokens[:n_rows], considered[:n_rows])
+    return rows._replace(keep=keep)[:n_rows], rows._replace(keep=considered)[:n_rows]

@@ -39,6 +39,21 @@ def encode(
             yield Piece(ids[span.n_context :], span.first)
 
 
+def without_leading(bos: int | None, pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """Leave out the BOS tokens at the head of each document, which rows add themselves where they are asked for."""
+    at_head = True
+    for ids, first in pieces:
+        at_head = at_head or first
+        rest = after_bos(bos, ids) if at_head else ids
+        at_head = at_head and not rest
+        yield Piece(rest, first)
+
+
+def after_bos(bos: int | None, ids: list[int]) -> list[int]:
+    """Return what follows the BOS tokens at the head of some ids."""
+    return ids[next((n for n, i in enumerate(ids) if i != bos), len(ids)) :]
+
+
 def _ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False, verbose=False, return_attention_mask=False)["input_ids"]
 

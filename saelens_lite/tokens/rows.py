@@ -13,22 +13,47 @@ from saelens_lite.tokens.sources import Piece
 
 
 class TokenRows(NamedTuple):
-    """Token ids in rows, and the positions that count: neither special tokens nor padding nor repeated context."""
+    """Token ids in rows, and the positions that count: neither special tokens nor padding nor repeated context.
+
+    `length` is the number of tokens in each row, the rest is padding; None: rows without padding.
+    """
 
     tokens: Int[Tensor, "n_seq n_ctx"]
     keep: Bool[Tensor, "n_seq n_ctx"]
+    length: Int[Tensor, " n_seq"] | None = None
 
     @property
     def n_kept(self) -> int:
         """Number of positions that count."""
         return int(self.keep.sum())
 
+    @property
+    def holds_token(self) -> Bool[Tensor, "n_seq n_ctx"] | None:
+        """Where there is a token rather than padding; None: everywhere."""
+        if self.length is None:
+            return None
+        return torch.arange(self.tokens.shape[1], device=self.tokens.device) < self.length[:, None].to(self.tokens.device)
+
+    @property
+    def counted_lengths(self) -> Int[Tensor, " n_seq"]:
+        """Number of positions of each row up to the last that counts."""
+        return (self.keep * torch.arange(1, self.keep.shape[1] + 1, device=self.keep.device)).amax(1)
+
     def __getitem__(self, rows: slice) -> "TokenRows":  # type: ignore[override]
-        return type(self)(self.tokens[rows], self.keep[rows]) if isinstance(rows, slice) else tuple.__getitem__(self, rows)
+        return self.take(rows) if isinstance(rows, slice) else tuple.__getitem__(self, rows)
 
     def take(self, rows: Tensor | slice) -> "TokenRows":
-        """Some of the rows."""
-        return type(self)(self.tokens[rows], self.keep[rows])
+        """Return some of the rows."""
+        return type(self)(*(None if x is None else x[rows] for x in (self.tokens, self.keep, self.length)))
+
+    def narrowed(self, width: int) -> "TokenRows":
+        """Return the first `width` positions of each row."""
+        length = None if self.length is None else self.length.clamp(max=width)
+        return type(self)(self.tokens[:, :width], self.keep[:, :width], length)
+
+    def to(self, device: torch.device | str) -> "TokenRows":
+        """Return the rows on a device."""
+        return type(self)(*(None if x is None else x.to(device) for x in (self.tokens, self.keep, self.length)))
 
 
 class Row(NamedTuple):
@@ -122,21 +147,22 @@ class _Cutter:
         self.ids = []
 
 
-def padded(rows: list[Row], pad: int) -> tuple[Int[Tensor, "n_seq width"], Bool[Tensor, "n_seq width"]]:
-    """The rows as one tensor, padded on the right to the longest of them, and where their new tokens are."""
+def padded(rows: list[Row], pad: int) -> TokenRows:
+    """Return the rows as one tensor, padded on the right to the longest of them; new tokens count."""
     width = max(len(row.ids) for row in rows)
     tokens = torch.tensor([row.ids + [pad] * (width - len(row.ids)) for row in rows])
     start, stop = (torch.tensor(ends)[:, None] for ends in zip(*((row.start, len(row.ids)) for row in rows), strict=True))
     position = torch.arange(width)
-    return tokens, (position >= start) & (position < stop)
+    return TokenRows(tokens, (position >= start) & (position < stop), stop.squeeze(1))
 
 
 def countable(
     tokens: Int[Tensor, "n_seq n_ctx"], special_ids: Iterable[int], exclude_positions: Iterable[int]
 ) -> Bool[Tensor, "n_seq n_ctx"]:
-    """Which positions hold an ordinary token and are not excluded."""
-    excluded = torch.isin(torch.arange(tokens.shape[1]), torch.tensor(list(exclude_positions), dtype=torch.long))
-    return ~torch.isin(tokens, torch.tensor(sorted(special_ids), dtype=tokens.dtype)) & ~excluded
+    """Return which positions hold an ordinary token and are not excluded."""
+    position = torch.arange(tokens.shape[1], device=tokens.device)
+    excluded = torch.isin(position, position.new_tensor(list(exclude_positions)))
+    return ~torch.isin(tokens, tokens.new_tensor(sorted(special_ids))) & ~excluded
 
 
 def joined(blocks: list[TokenRows], pad: int) -> TokenRows:
@@ -146,8 +172,13 @@ def joined(blocks: list[TokenRows], pad: int) -> TokenRows:
     def widened(x: Tensor, value: int) -> Tensor:
         return torch.nn.functional.pad(x, (0, width - x.shape[1]), value=value)
 
+    lengths = None
+    if any(block.length is not None or block.tokens.shape[1] < width for block in blocks):
+        lengths = torch.cat([torch.full((len(b.tokens),), b.tokens.shape[1]) if b.length is None else b.length for b in blocks])
     return TokenRows(
-        torch.cat([widened(block.tokens, pad) for block in blocks]), torch.cat([widened(block.keep, 0) for block in blocks])
+        torch.cat([widened(block.tokens, pad) for block in blocks]),
+        torch.cat([widened(block.keep, 0) for block in blocks]),
+        lengths,
     )
 
 
@@ -160,8 +191,7 @@ class TextHash:
     def add(self, rows: TokenRows) -> None:
         """Take in more rows. Each is its tokens up to the last that counts, with a mark on those that do, and an end."""
         marked = torch.nn.functional.pad(rows.tokens.long() * 2 + rows.keep, (0, 1))
-        position = torch.arange(marked.shape[1])
-        length = (torch.nn.functional.pad(rows.keep, (0, 1)) * (position + 1)).amax(1, keepdim=True)
+        position, length = torch.arange(marked.shape[1]), rows.counted_lengths[:, None]
         marked = marked.masked_fill(position == length, -1)
         self._digest.update(marked[position <= length].cpu().numpy().tobytes())
 

@@ -22,8 +22,9 @@ from saelens_lite.features.vocabulary import vocabulary
 from saelens_lite.interventions import attribute
 from saelens_lite.interventions.attribution import WAYS
 from saelens_lite.interventions.metrics import name_of
-from saelens_lite.interventions.site import Site
+from saelens_lite.interventions.site import Row, Site
 from saelens_lite.model import LanguageModel
+from saelens_lite.tokens import Given, TokenRows
 
 ORDERS = ("activation", "relative", "attribution")
 
@@ -123,9 +124,10 @@ class PromptView:
 def prompt_view(
     dictionary: Dictionary,
     lm: LanguageModel,
-    text: str | Int[Tensor, " pos"],
+    text: Given,
     by: str = "activation",
     *,
+    attention_mask: Any = None,
     store: FeatureStore | None = None,
     metric: Any = None,
     way: str = "gradient",
@@ -134,7 +136,8 @@ def prompt_view(
 ) -> PromptView:
     """Which latents fire at each token of a text, the `top` best of each token, ranked as ORDERS has it.
 
-    `by`: "activation", "relative" or "attribution". `text`: a string, cut at the model's context, or token ids. `store`: of
+    `by`: "activation", "relative" or "attribution". `text`, `attention_mask`: one text or row of token ids, as
+    `LanguageModel.to_tokens` takes them. `store`: of
     this dictionary; it knows the largest activations, labels and promoted tokens. `metric`: what attributions are about, as
     `attribute` takes it ("loss" by default); with one, rows have attributions in any order, found in a `way`: "gradient",
     "ablation" or "direct". Latents are looked at where the dictionary was trained.
@@ -155,7 +158,7 @@ def prompt_view(
     if store is not None:
         store.info.check_dictionary(dictionary)
     site = Site(dictionary, lm, hook)
-    rows = site.rows(text)
+    rows = site.rows(text, attention_mask)
     if len(rows) != 1:
         raise ConfigError(f"{len(rows)} rows of text; a prompt view shows one")
     metric = "loss" if by == "attribution" and metric is None else metric
@@ -166,7 +169,7 @@ def prompt_view(
     score = {"activation": firing.activation, "relative": relative, "attribution": firing.attribution}[by]
     best = _best(firing.position, torch.where(score.isfinite(), score.abs(), -1), top)
     texts = vocabulary(lm) if store is None else store.vocabulary
-    tokens = tuple(texts[i] for i in rows[0].tolist())
+    tokens = tuple(texts[i] for i in rows[0].tokens.tolist())
     position, latent, activation = (x[best].tolist() for x in firing[:3])
     return PromptView(
         model=lm.name,
@@ -199,17 +202,20 @@ class _Firing(NamedTuple):
     attribution: Float[Tensor, " n"] | None
 
 
-def _firing(site: Site, tokens: Int[Tensor, " pos"], metric: Any, way: str) -> _Firing:
+def _firing(site: Site, row: Row, metric: Any, way: str) -> _Firing:
     """What fires at the positions that count; with a metric, what it does there."""
-    reading = site.read(tokens)
+    reading = site.read(row)
     codes = reading.codes
     if not (torch.isfinite(reading.acts[site.hook]).all() and torch.isfinite(codes.value).all()):
         raise NonFiniteError(f"{site.hook}: NaN or infinity among the activations or codes of the prompt")
     if metric is None:
         numbers, effect = (codes.row, codes.latent, codes.value.detach()), None
-        keep = site.counted(len(tokens))[codes.row] & (codes.value > 0)
+        keep = row.counted[codes.row] & (codes.value > 0)
     else:
-        found = attribute(site.dictionary, site.lm, tokens, metric, ablation=way == "ablation", hook=site.hook)
+        found = attribute(
+            site.dictionary, site.lm, TokenRows(row.tokens[None], row.counted[None]), metric,
+            ablation=way == "ablation", hook=site.hook,
+        )  # fmt: skip
         if way not in found.effects:
             raise ConfigError(f"way = {way!r}: {site.target} is not on the residual stream, which direct effects go through")
         numbers, effect = (found.position, found.latent, found.activation), found.effects[way]
