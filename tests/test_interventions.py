@@ -73,25 +73,25 @@ def busiest(lm, d, n: int) -> list[int]:
     return torch.bincount(codes.latent, minlength=d.d_sae).topk(n).indices.tolist()
 
 
-def dense(d, codes: torch.Tensor, edits) -> torch.Tensor:
+def dense(keep: torch.Tensor, codes: torch.Tensor, edits) -> torch.Tensor:
     """Codes [batch pos d_sae] after edits, one latent and position at a time."""
     codes = codes.clone()
     n = codes.shape[1]
     for edit in edits:
         if edit.positions is None:
-            positions = [p for p in range(n) if p not in d.origin.excluded_positions]
+            positions = range(n)
         else:
             positions = range(n)[edit.positions] if isinstance(edit.positions, slice) else edit.positions
         for latent in edit.latents:
             for p in positions:
-                old = codes[:, p, latent]
+                old = codes[:, p, latent].clone()
                 new = {
                     sl.Ablate: lambda _, old=old: 0 * old,
                     sl.Clamp: lambda edit, old=old: 0 * old + edit.value,
                     sl.Scale: lambda edit, old=old: edit.factor * old,
                     sl.Add: lambda edit, old=old: old + edit.amount,
                 }[type(edit)](edit)
-                codes[:, p, latent] = new
+                codes[:, p, latent] = torch.where(keep[:, p], new, old) if edit.positions is None else new
     return codes
 
 
@@ -113,6 +113,7 @@ EDITS = {
 @pytest.mark.parametrize("name", EDITS)
 def test_an_edit_is_the_dense_formula(random_lm, dictionary, name, error_term):
     d, edits = dictionary, EDITS[name](*busiest(random_lm, dictionary, 3))
+    keep = random_lm.to_tokens(TEXTS).keep
     x, y = (a.double() for a in activations(random_lm, d))
     old = d.encode(x.float()).to_dense().detach().double()
     W_dec, b_dec = d.W_dec.detach().double(), d.b_dec.detach().double()
@@ -120,8 +121,8 @@ def test_an_edit_is_the_dense_formula(random_lm, dictionary, name, error_term):
     base = y.clone()
     if not error_term:
         skip = x @ d.W_skip.detach().double().T if d.W_skip is not None else 0
-        base[:, 1:] = ((old @ W_dec + b_dec + skip) * scale + mean)[:, 1:]
-    wanted = base + (dense(d, old, edits) - old) @ W_dec * scale
+        base[keep] = ((old @ W_dec + b_dec + skip) * scale + mean)[keep]
+    wanted = base + (dense(keep, old, edits) - old) @ W_dec * scale
     found = edited_activation(random_lm, d, edits, error_term=error_term)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
     assert (name == "nothing") == torch.allclose(found, base.float(), atol=1e-4)
@@ -134,7 +135,8 @@ def test_with_edits_the_error_term_is_kept_by_default(random_lm, topk):
     assert torch.equal(edited_activation(random_lm, topk, sl.Clamp(3, 8.0)), kept)  # one edit needs no list
     assert not torch.allclose(kept, dropped, atol=1e-2)
     reconstruction = edited_activation(random_lm, topk, [])
-    torch.testing.assert_close(reconstruction[:, 1:], topk(activations(random_lm, topk)[0])[:, 1:].detach())
+    keep = random_lm.to_tokens(TEXTS).keep
+    torch.testing.assert_close(reconstruction[keep], topk(activations(random_lm, topk)[0])[keep].detach())
 
 
 @pytest.mark.parametrize("edits", [[], [sl.Scale(range(96), 1.0)], [sl.Add([1, 2], 0.0)]])
@@ -148,7 +150,8 @@ def test_ablating_all_latents_takes_what_they_decode_to_out_of_the_stream(random
     x, _ = activations(random_lm, topk)
     decoded = topk.encode(x).to_dense() @ topk.W_dec
     found = edited_activation(random_lm, topk, [sl.Ablate(range(96))])
-    torch.testing.assert_close(found[:, 1:], (x - decoded)[:, 1:].detach(), rtol=1e-5, atol=1e-5)
+    keep = random_lm.to_tokens(TEXTS).keep
+    torch.testing.assert_close(found[keep], (x - decoded)[keep].detach(), rtol=1e-5, atol=1e-5)
     assert torch.equal(found[:, 0], x[:, 0])
     assert torch.equal(edited_activation(random_lm, topk, [sl.Scale(range(96), 0)]), found)
 
@@ -352,7 +355,7 @@ def test_metrics_of_a_dose(random_lm, transcoder, metric):
         ({"metric": lambda logits: logits[:, 0]}, ShapeError, r"the metric of logits \[1, \d+, \d+\] is \[1, \d+\]; expected"),
         ({"metric": lambda logits: logits[:, 0, 0] / 0}, NonFiniteError, r"is NaN or infinite"),
         ({"text": ""}, TextError, r"empty text"),
-        ({"text": torch.tensor([[0]])}, TextError, r"a row without any position that the dictionary was trained on"),
+        ({"text": torch.tensor([[0]])}, TextError, r"row 0 has no position that counts"),
     ],
 )
 def test_dose_responses_that_cannot_be(random_lm, topk, change, error, message):
@@ -377,7 +380,7 @@ def test_rows_in_which_nothing_counts(random_lm, topk):
     rows = random_lm.to_tokens(TEXTS)
     keep = rows.keep.clone()
     keep[1] = False
-    with pytest.raises(TextError, match="without any position"):
+    with pytest.raises(TextError, match="row 1 has no position that counts"):
         sl.attribute(topk, random_lm, TokenRows(rows.tokens, keep))
 
 

@@ -178,9 +178,11 @@ def test_an_identity_splice_changes_nothing(model):
 
 @pytest.mark.parametrize("excluded", [(0,), (), (0, 3)])
 @pytest.mark.parametrize("hook", ["blocks.1.hook_resid_pre", "blocks.0.hook_resid_post"])
-def test_a_zero_splice_is_a_forward_with_zeros_at_the_other_positions(model, hook, excluded):
-    n = model.to_tokens(TEXTS).tokens.shape[1]
-    kept = torch.tensor([float(i in excluded) for i in range(n)])[:, None]
+def test_a_zero_splice_is_a_forward_with_zeros_at_the_positions_that_count(model, hook, excluded):
+    ids = model.to_tokens(TEXTS).tokens
+    position = torch.arange(ids.shape[1])
+    special = torch.isin(ids, torch.tensor(model.tokenizer.all_special_ids))  # BOS and padding
+    kept = (special | torch.isin(position, torch.tensor(excluded, dtype=torch.long)))[..., None].float()
     block = model.module.transformer.h[1]
     handle = block.register_forward_pre_hook(lambda _, args: (args[0] * kept, *args[1:]))
     try:
@@ -193,13 +195,14 @@ def test_a_zero_splice_is_a_forward_with_zeros_at_the_other_positions(model, hoo
     assert not torch.allclose(found, model.logits(TEXTS), atol=1e-3)
 
 
-def test_a_splice_leaves_position_0_alone(model):
-    after = "blocks.1.hook_resid_pre"
+def test_a_splice_leaves_bos_and_padding_alone(model):
+    after, keep = "blocks.1.hook_resid_pre", model.to_tokens(TEXTS).keep
     before = model.run(TEXTS, after)[after]
     with model.splice(Stub(lambda x: x + 1, hook="blocks.0.hook_resid_post")):
         inside = model.run(TEXTS, after)[after]
-    assert torch.equal(inside[:, 0], before[:, 0])
-    assert torch.equal(inside[:, 1:], before[:, 1:] + 1)
+    assert not keep.all(1).any()
+    assert torch.equal(inside[~keep], before[~keep])
+    assert torch.equal(inside[keep], before[keep] + 1)
 
 
 def test_keep_chooses_the_replaced_positions(random_lm):
@@ -216,7 +219,7 @@ def test_hook_argument_of_a_splice(random_lm):
     with random_lm.splice(stub, hook="blocks.2.hook_resid_pre"):
         acts = random_lm.run(TEXTS, ["blocks.1.hook_resid_post", "blocks.2.ln1.hook_in"])
     assert acts["blocks.1.hook_resid_post"].abs().max() > 0
-    assert not acts["blocks.2.ln1.hook_in"][:, 1:].any()
+    assert not acts["blocks.2.ln1.hook_in"][random_lm.to_tokens(TEXTS).keep].any()
     stub.origin = sl.Origin()
     with pytest.raises(ConfigError, match="does not say which hook it belongs to; give hook="), random_lm.splice(stub):
         pass
@@ -235,8 +238,9 @@ def test_a_dictionary_splices_its_reconstruction(random_lm):
     before = random_lm.run(TEXTS, hook)[hook]
     with random_lm.splice(d):
         inside = random_lm.run(TEXTS, "blocks.1.hook_resid_pre")["blocks.1.hook_resid_pre"]
-    torch.testing.assert_close(inside[:, 1:], d(before)[:, 1:].detach())
-    assert torch.equal(inside[:, 0], before[:, 0])
+    keep = random_lm.to_tokens(TEXTS).keep
+    torch.testing.assert_close(inside[keep], d(before)[keep].detach())
+    assert torch.equal(inside[~keep], before[~keep])
 
 
 def test_generation_repeats_by_seed(lm):

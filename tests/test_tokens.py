@@ -124,8 +124,8 @@ def test_taking_rows(lm):
     assert torch.equal(rows.take(order).tokens, rows.tokens[[2, 0]])
     assert torch.equal(rows[1:3].keep, rows.keep[1:3])
     assert isinstance(rows[1:3], TokenRows)
-    tokens, keep = rows
-    assert (tokens is rows.tokens, keep is rows.keep) == (True, True)
+    tokens, keep, length = rows
+    assert (tokens is rows.tokens, keep is rows.keep, length is rows.length) == (True, True, True)
 
 
 def test_text_hash_sees_tokens_and_kept_positions(lm):

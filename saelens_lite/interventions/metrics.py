@@ -117,9 +117,9 @@ def _place(position: int, n: int, last: int | None = None) -> int:
 
 def token_id(lm: LanguageModel, token: str | int) -> int:
     """The id of a token given as text or id; ConfigError when the text is not exactly one token."""
-    ids = lm.tokenizer(token, add_special_tokens=False)["input_ids"] if isinstance(token, str) else [token]
+    ids = lm.text_tokenizer(token, add_special_tokens=False)["input_ids"] if isinstance(token, str) else [token]
     if len(ids) != 1 or not isinstance(ids[0], Integral) or not 0 <= ids[0] < lm.d_vocab:
-        found = [lm.tokenizer.decode([i]) for i in ids] if isinstance(token, str) else f"ids go to {lm.d_vocab - 1}"
+        found = [lm.decode([i]) for i in ids] if isinstance(token, str) else f"ids go to {lm.d_vocab - 1}"
         raise ConfigError(f"{token!r} is not one token of {lm.name}: {found}; mind the space in front of words")
     return int(ids[0])
 
@@ -136,7 +136,7 @@ def name_of(metric: Any, lm: LanguageModel) -> str:
 
 
 def _shown(lm: LanguageModel, token: str | int) -> str:
-    return repr(lm.tokenizer.decode([token_id(lm, token)]))
+    return repr(lm.decode([token_id(lm, token)]))
 
 
 def values_of(metric: Metric, logits: Float[Tensor, "n pos d_vocab"]) -> Float[Tensor, " n"]:

@@ -155,7 +155,6 @@ class LanguageModel:
         self.n_layers: int = config.num_hidden_layers
         self.n_ctx: int = _n_positions(self.module) or getattr(config, "max_position_embeddings", None) or UNLIMITED_N_CTX
         self.d_vocab: int = config.vocab_size
-        self.eos_id: int | None = None if tokenizer is None else tokenizer.eos_token_id
         bos_id = None if tokenizer is None else tokenizer.bos_token_id
         self.bos_id: int | None = self.eos_id if bos_id is None else bos_id  # GPT-2 has <|endoftext|> for both
         self._offset = 0  # position of the first token of the current forward pass; not 0 while generating with a cache
@@ -272,7 +271,12 @@ class LanguageModel:
             raise TextError(f"{self.name} has no tokenizer, so it cannot read text; give token ids")
         return self.tokenizer
 
-    @cached_property
+    @property
+    def eos_id(self) -> int | None:
+        """The token id that ends a text; None where the tokenizer has none."""
+        return None if self.tokenizer is None else self.tokenizer.eos_token_id
+
+    @property
     def special_ids(self) -> frozenset[int]:
         """Token ids that stand for no text, such as BOS, EOS and padding; none without a tokenizer."""
         special = [] if self.tokenizer is None else self.tokenizer.all_special_ids
@@ -317,6 +321,7 @@ class LanguageModel:
         if ids is None:
             return prompt_rows(self, texts, prepend_bos=prepend_bos)
         self.check_ids(ids)
+        self.warn_of_leading_pads(ids)
         rows = aligned(ids, self.pad_id)
         found = TokenRows(rows.tokens, self.countable(rows.tokens), rows.length)
         return found if rows.length is None else found._replace(keep=found.keep & found.holds_token)
@@ -346,14 +351,15 @@ class LanguageModel:
             ids = Ids(rows.tokens, rows.holds_token)
         else:
             self.check_ids(ids)
-            if ids.mask is None and not isinstance(given, Ids | TokenRows):
-                self._warn_of_leading_pads(ids)
+            if not isinstance(given, Ids | TokenRows):
+                self.warn_of_leading_pads(ids)
         return aligned(Ids(ids.tokens.to(self.device), ids.mask), self.pad_id)
 
-    def _warn_of_leading_pads(self, ids: Ids) -> None:
+    def warn_of_leading_pads(self, ids: Ids) -> None:
+        """Log a warning when token ids that came without a mask look padded on the left."""
         pad = None if self.tokenizer is None else self.tokenizer.pad_token_id
         pads = [i for i in {pad, self.bos_id, self.eos_id} if i is not None]
-        if found := n_leading_pads(ids.tokens, pads):
+        if ids.mask is None and (found := n_leading_pads(ids.tokens, pads)):
             row, n = found
             log.warning(
                 "row %d of the token ids begins with token %d %d times, which looks like padding and is read as text; give "

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from saelens_lite.tokens.inputs import Ids
+
 if TYPE_CHECKING:
     from saelens_lite.model import LanguageModel
 
@@ -76,7 +78,7 @@ class Tail:
             for block in learn:
                 handle = block.register_forward_hook(lambda block, _, out: self._hand_on.append((block, _handing_on(out))))
                 stack.callback(handle.remove)
-            logits = self.lm.logits(tokens)
+            logits = self.lm.logits(Ids(tokens, None))
         return [found[hook] for hook in hooks], logits
 
     def _note_entry(self, _block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -99,7 +101,7 @@ class Tail:
 
     def _whole(self, tokens: Tensor, new: Tensor) -> Tensor:
         with self.lm.replace(self.hook, lambda _: new.clone()):  # Falcon goes on to overwrite it
-            return self.lm.logits(tokens)
+            return self.lm.logits(Ids(tokens, None))
 
 
 def _noting(hook: str, found: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:

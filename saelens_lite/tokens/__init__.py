@@ -56,7 +56,7 @@ def prompt_rows(lm: "LanguageModel", text: Any, *, prepend_bos: bool | None = No
     tokenizer = lm.text_tokenizer
     if isinstance(text, str | Path | Document):
         text = [text]
-    if isinstance(text, Mapping) or not isinstance(text, Iterable):
+    if isinstance(text, Mapping | bytes | set | frozenset) or not isinstance(text, Iterable):
         raise TextError(f"expected text or token ids; found {described(text)}")
     if prepend_bos and lm.bos_id is None:
         raise ConfigError(f"the tokenizer of {lm.name} has no BOS token; leave out prepend_bos, or say False")

@@ -51,6 +51,8 @@ class RowBlocks:
             check_file(text, self.config)
         self._given = token_ids(text)
         self.are_rows = self._given is not None
+        if self.are_rows and not isinstance(text, TokenRows):
+            lm.warn_of_leading_pads(self._given)
         self.n_ctx = _text_n_ctx(lm, self.config) if self._given is None else _rows_n_ctx(lm, self._given, self.config)
         self.block_rows = max(1, block_tokens // self.n_ctx)
         self.special = SpecialTokens(None, None) if self.are_rows else _special_tokens(lm, self.config)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Integer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -31,7 +31,7 @@ Given = Any  # text or token ids, in any of the forms above
 class Ids(NamedTuple):
     """Token ids as they were given, of any integer dtype; `mask` is true where a position holds a token (None: everywhere)."""
 
-    tokens: Int[Tensor, "batch pos"]
+    tokens: Integer[Tensor, "batch pos"]
     mask: Bool[Tensor, "batch pos"] | None
 
 
@@ -95,7 +95,7 @@ def aligned(ids: Ids, pad: int) -> Aligned:
     return Aligned(tokens.gather(1, order).masked_fill(~holds, pad), length, order)
 
 
-def n_leading_pads(tokens: Int[Tensor, "batch pos"], pads: Sequence[int]) -> tuple[int, int] | None:
+def n_leading_pads(tokens: Integer[Tensor, "batch pos"], pads: Sequence[int]) -> tuple[int, int] | None:
     """Return the first row that seems to be padded on the left, and by how many tokens; None where there is none.
 
     A row does when it begins with a token of `pads` and the same token follows. One alone may be the BOS token.

@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from saelens_lite.config import TextConfig
 from saelens_lite.errors import ConfigError, CorruptFileError, SaelensLiteError, TextError, near_matches
 from saelens_lite.tokens.python_docs import Document, PythonDocs
 
-Record = Mapping[str, Any]
-Text = str | Path | Int[Tensor, "n_seq n_ctx"] | Mapping[str, Any] | Iterable[str | Document | Path | Record]
+Text = str | Path | Mapping[str, Any] | Iterable[Any]  # of strings, Documents, Paths, records; or token ids, see inputs.py
 
 READ_CHARS = 1 << 16
 PARQUET_ROWS = 64
