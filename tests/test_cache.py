@@ -119,6 +119,7 @@ def test_the_manifest_says_what_is_there(cache, lm, documents):
         "text": "some docs",
         "text_sha256": manifest["text_sha256"],
         "excluded_positions": [0],
+        "excluded_token_ids": [],
     }
     assert {name: entry["d_in"] for name, entry in manifest["hooks"].items()} == dict.fromkeys(HOOKS, 192)
     assert sorted(p.name for p in cache.path.iterdir()) == ["manifest.json", *(shard["file"] for shard in manifest["shards"])]

@@ -223,7 +223,7 @@ def test_every_function_that_takes_ids_takes_their_mask(random_lm, topk, tmp_pat
             "attribute": lambda x, **s: sl.attribute(topk, random_lm, x, **s).gradient,
             "dose": lambda x, **s: sl.dose_response(topk, random_lm, 3, [1.0], x, metric="loss", n_controls=0, **s).kl,
             "view": lambda x, **s: torch.tensor([r.activation for r in sl.prompt_view(topk, random_lm, x, **s).rows]),
-            "evaluate": lambda x, **s: torch.tensor(sl.evaluate(topk, random_lm, x, n_bootstrap=0, **s)["ce_loss_score"].value),
+            "evaluate": lambda x, **s: torch.tensor(sl.evaluate(topk, random_lm, x, n_bootstrap=0, **s)["ce_loss_score"]),
             "store": lambda x, **s: sl.FeatureStore.build(topk, random_lm, x, **s).density,
             "capture": lambda x, **s: next(
                 sl.capture(random_lm, x, HOOK, tmp_path / "c", dtype="float32", exists="overwrite", **s).batches([HOOK], 6, 0)
