@@ -115,7 +115,7 @@ def detection(store: "FeatureStore", latent: int, scorer: Scorer | None = None) 
 
 
 def _by_token(store: "FeatureStore", example: Example) -> Example:
-    """A context with the texts that its tokens have by themselves, by which parts of characters can be told apart."""
+    """Return a context with the texts that its tokens have by themselves, which tell parts of characters apart."""
     start = example.position - example.peak
     ids = store.tensors.tokens[example.row, start : start + len(example.tokens)].tolist()
     return example._replace(tokens=tuple(store.vocabulary[i] for i in ids))

@@ -23,9 +23,12 @@ def render(part: str, template: str, **values: Any) -> str:
 
 
 def visible(token: str) -> str:
-    """A token with characters that do not show, or that change how others show, in visible form: spaces of a token of nothing
-    else as dots, a mark that would sit on what stands before it with a ring of its own. A token that shows nothing, because a
-    later one completes its character, is two dots."""
+    """Write a token so that all of it can be seen.
+
+    Characters that do not show, or that change how others show, are named. Spaces of a token of nothing else are dots. A mark
+    that would sit on the character before it gets a ring of its own. A token without text, whose character a later token
+    completes, is two dots.
+    """
     if not token:
         return PART
     shown = "".join(
@@ -37,7 +40,7 @@ def visible(token: str) -> str:
 
 
 def quoted(token: str) -> str:
-    """A token in visible form and quotation marks, which show where it begins and ends."""
+    """Write a token in visible form and in quotation marks, which show where it begins and ends."""
     return f"'{visible(token)}'" if token else PART
 
 

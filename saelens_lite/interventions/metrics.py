@@ -124,13 +124,15 @@ def token_id(lm: LanguageModel, token: str | int) -> int:
 
     Raises:
         ConfigError: the id does not exist, or the text is not exactly one token.
+        TextError: a text, and the model has no tokenizer.
     """
     if not isinstance(token, str):
         if not isinstance(token, Integral) or not 0 <= token < lm.d_vocab:
             raise ConfigError(f"{token!r} is not one token of {lm.name}: ids go to {lm.d_vocab - 1}")
         return int(token)
     texts, ids = lm.vocabulary, _tokenised(lm, token)
-    alone = ids[0] if len(ids) == 1 and (ids[0] != lm.tokenizer.unk_token_id or token == lm.tokenizer.unk_token) else None
+    unknown = lm.tokenizer.unk_token_id if token != lm.tokenizer.unk_token else None
+    alone = ids[0] if len(ids) == 1 and ids[0] != unknown and ids[0] < lm.d_vocab else None
     found = texts.ids_of(token)
     if len(found) > 1:  # "A" and a token for the byte 0x41: the one that the tokenizer uses
         used = {i for start in ("a", ".", "\n") for i in _tokenised(lm, start + token)[-1:]}
@@ -138,14 +140,14 @@ def token_id(lm: LanguageModel, token: str | int) -> int:
     candidates = list(dict.fromkeys([*found, *([] if alone is None else [alone])]))
     if len(candidates) > 1:
         listed = " or ".join(f"{i} ({texts[i]!r})" for i in candidates)
-        raise ConfigError(f"{token!r} may be several tokens of {lm.name}: {listed}; give the id, or the text as listed")
+        raise ConfigError(f"{token!r} may be several tokens of {lm.name}: {listed}; give the id, or the text with its space")
     if not candidates:
-        raise ConfigError(f"{token!r} is not one token of {lm.name}: {texts.row(ids)}{texts.hint(token)}")
+        raise ConfigError(f"{token!r} is not one token of {lm.name}: {texts.row(i for i in ids if i < lm.d_vocab)}{texts.hint(token)}")
     return int(candidates[0])
 
 
 def _tokenised(lm: LanguageModel, text: str) -> list[int]:
-    return lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return lm.text_tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def name_of(metric: Any, lm: LanguageModel) -> str:

@@ -667,7 +667,7 @@ class LanguageModel:
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        """The text of every token id inside a text; `vocabulary.row(ids)` is what the tokens of a row show."""
+        """The texts of all token ids as people can read them; `vocabulary.row(ids)` is what the tokens of a row show."""
         return Vocabulary.of(self.tokenizer, self.d_vocab)
 
     def token_strings(self) -> list[str]:

@@ -31,7 +31,7 @@ class Vocabulary(list[str]):
 
     @classmethod
     def of(cls, tokenizer: "PreTrainedTokenizerBase | None", d_vocab: int) -> "Vocabulary":
-        """The vocabulary of a model: a token without text, or that the tokenizer does not know, reads <its number>."""
+        """Read the vocabulary of a model. A token without text, or that the tokenizer does not know, reads <its number>."""
         if tokenizer is None:
             return cls(f"<{i}>" for i in range(d_vocab))
         names = {i: name for name, i in tokenizer.get_vocab().items() if i < d_vocab}
@@ -47,7 +47,7 @@ class Vocabulary(list[str]):
 
     @classmethod
     def from_json(cls, texts: Sequence[str], parts: Mapping[str, str] | None) -> "Vocabulary":
-        r"""The vocabulary whose `to_json` this is; without `parts`, of an older store, which wrote bytes as \xe8."""
+        r"""Return the vocabulary that `to_json` wrote; without `parts` that of an older store, which wrote bytes as \xe8."""
         if parts is not None:
             return cls(texts, {int(i): bytes.fromhex(raw) for i, raw in parts.items()})
         found = {i: _old_bytes(text) for i, text in enumerate(texts) if text.isascii() and OLD_BYTES.search(text)}
@@ -55,11 +55,11 @@ class Vocabulary(list[str]):
         return cls(("".join(_texts_of([found[i]])) if i in found else text for i, text in enumerate(texts)), found)
 
     def to_json(self) -> dict[str, Any]:
-        """The arguments of `from_json`, as plain data."""
+        """Return the arguments of `from_json` as plain data."""
         return {"texts": list(self), "parts": {str(i): raw.hex() for i, raw in self.parts.items()}}
 
     def row(self, ids: Iterable[int]) -> list[str]:
-        """What each token of a row shows; joined, they are the text, as far as its bytes are characters."""
+        """Return what each token of a row shows. Joined, this is the text as far as its bytes are characters."""
         ids = list(ids)
         texts = [self[i] for i in ids]
         if self.parts.keys().isdisjoint(ids):
@@ -71,16 +71,16 @@ class Vocabulary(list[str]):
         return texts
 
     def window(self, ids: Any, start: int, stop: int) -> list[str]:
-        """What the tokens [start, stop) of a row show, which is a tensor or an array of ids, characters across its ends too."""
+        """Return what the tokens [start, stop) of a row, a tensor or array of ids, show; both may be inside a character."""
         first = max(0, start - REACH)
         return self.row(ids[first : stop + REACH].tolist())[start - first : stop - first]
 
     def ids_of(self, text: str) -> list[int]:
-        """The ids of the tokens that read like a text, spaces included."""
+        """Return the ids of the tokens whose text this is, spaces included."""
         return [i for i, own in enumerate(self) if own == text]
 
     def hint(self, text: str) -> str:
-        """What to add to an error: the tokens whose texts differ from one in the space before it or its capitals alone."""
+        """Suggest, for an error message, tokens whose texts differ from one only in the space before it or in capitals."""
         word = text.strip()
         forms = dict.fromkeys((f" {word}", word, f" {word.lower()}", word.lower(), f" {word.capitalize()}", word.capitalize()))
         near = set(forms).intersection(self) - {text, ""}
@@ -88,7 +88,7 @@ class Vocabulary(list[str]):
 
 
 def _texts_inside(tokenizer: "PreTrainedTokenizerBase", names: Mapping[int, str | bytes]) -> dict[int, str]:
-    """What each token adds behind another one: by itself it may lose a space, or be shown as its name."""
+    """Return what each token adds after another token: decoded alone, it may lose a space or keep the marks of its name."""
     ids = list(names)
     alone = dict(zip(ids, _decoded(tokenizer, [[i] for i in ids]), strict=True))
     texts, special = alone, set(tokenizer.all_special_ids)
@@ -106,7 +106,7 @@ def _texts_inside(tokenizer: "PreTrainedTokenizerBase", names: Mapping[int, str 
 
 
 def _plain_token(tokenizer: "PreTrainedTokenizerBase", alone: Mapping[int, str], special: set[int]) -> int | None:
-    """A token with a short text, if possible one that no space separates from the next."""
+    """Choose a token with a short text, if possible one that no space separates from the next."""
     plain = [i for i, text in alone.items() if text.isascii() and text.isalnum() and i not in special]
     plain = sorted(plain, key=lambda i: len(alone[i]))[:100]
     twice = _decoded(tokenizer, [[i, i] for i in plain])
@@ -120,15 +120,18 @@ def _decoded(tokenizer: "PreTrainedTokenizerBase", rows: list[list[int]]) -> lis
 
 @cache
 def _alphabet() -> dict[str, int]:
-    """The byte of each character in the names of byte-level tokens: GPT-2 writes printable bytes as the character of that
-    number and the others as characters from U+0100 on; ByT5 writes all of them as the former."""
+    """Return the byte that each character stands for in the names of byte-level tokens.
+
+    GPT-2 writes printable bytes as the characters of the same number and the others as characters from U+0100 on. ByT5 writes
+    every byte as the character of the same number.
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in range(256)} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def _bytes_of(name: str | bytes) -> bytes | None:
-    """The bytes that the name of a token stands for; None when it does not stand for bytes."""
+    """Return the bytes that the name of a token stands for, None when it does not stand for bytes."""
     if isinstance(name, bytes):
         return name
     if found := BYTE_NAME.fullmatch(name):
@@ -137,7 +140,7 @@ def _bytes_of(name: str | bytes) -> bytes | None:
 
 
 def _old_bytes(text: str) -> bytes:
-    r"""The bytes of a text in which some are written \xe8."""
+    r"""Return the bytes of a text in which some are written \xe8."""
     return OLD_BYTES.sub(lambda found: bytes.fromhex(found[0].replace("\\x", "")).decode("latin-1"), text).encode("latin-1")
 
 
@@ -150,7 +153,7 @@ def _is_text(raw: bytes) -> bool:
 
 
 def _texts_of(pieces: Sequence[bytes]) -> list[str]:
-    """What each piece of a run of bytes shows: the characters that end in it, and bytes that belong to none as ‹e8›."""
+    """Return what each piece of a run of bytes shows: the characters that end in it, and bytes that belong to none as ‹e8›."""
     run = b"".join(pieces)
     owner = [number for number, piece in enumerate(pieces) for _ in piece]
     texts = [""] * len(pieces)

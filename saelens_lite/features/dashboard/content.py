@@ -108,7 +108,7 @@ def content(store: FeatureStore) -> Content:
 def _words(
     store: FeatureStore, text: ShownText, ids: Int[np.ndarray, " n_ids"]
 ) -> tuple[list[str], Int[np.ndarray, " n_shown"]]:
-    """The texts of ids and of shown parts of characters where they stand, and which of them each token shown has."""
+    """Return the texts of ids and of the parts of characters where they stand, and which of them each token shown has."""
     words, word = [store.vocabulary[i] for i in ids.tolist()], ids.searchsorted(text.tokens)
     parts = np.isin(text.tokens, list(store.vocabulary.parts))
     if not parts.any():
