@@ -142,7 +142,8 @@ def token_id(lm: LanguageModel, token: str | int) -> int:
         listed = " or ".join(f"{i} ({texts[i]!r})" for i in candidates)
         raise ConfigError(f"{token!r} may be several tokens of {lm.name}: {listed}; give the id, or the text with its space")
     if not candidates:
-        raise ConfigError(f"{token!r} is not one token of {lm.name}: {texts.row(i for i in ids if i < lm.d_vocab)}{texts.hint(token)}")
+        pieces = texts.row(i for i in ids if i < lm.d_vocab)
+        raise ConfigError(f"{token!r} is not one token of {lm.name}: {pieces}{texts.hint(token)}")
     return int(candidates[0])
 
 
