@@ -332,3 +332,17 @@ def test_other_numbers_keep_the_digits_that_are_shown():
     assert not (fine.view(np.uint32) & 0xFF).any()
     unknown = np.array([np.nan, 0.5], np.float32)
     np.testing.assert_array_equal(block._float("stability", unknown), unknown)
+
+
+def test_the_page_shows_characters_of_several_tokens(random_lm, tmp_path):
+    """Windows that begin or end inside a character, too; a query finds it in the text of the page."""
+    text = "老人看着大海，说：สวัสดี👩‍💻é"
+    store = sl.FeatureStore.build(made(0), random_lm, [text[i:] + text[:i] for i in range(8)], window=(3, 1), control=True)
+    assert store.vocabulary.parts
+    data = Data(Page(store.dashboard(tmp_path / "features.html").read_text(encoding="utf-8")))
+    for latent in range(D_SAE):
+        check_contexts(data.contexts(data.index["top"][latent], data.details["top_nearby"][latent]), store.top_examples(latent))
+    shown = "".join(data.words["vocabulary"][i] for i in data.tokens["token"][:, 0].tolist())
+    assert set(text) <= set(shown)
+    assert "老人看" in shown
+    assert not re.search(r"\\x[89a-f]|\ufffd", shown)

@@ -21,7 +21,6 @@ from saelens_lite.errors import (
 from saelens_lite.evaluate.measure import batches
 from saelens_lite.features import weights_hash
 from saelens_lite.features.reduce import N_BINS
-from saelens_lite.features.vocabulary import vocabulary
 from saelens_lite.files import file_hash
 from saelens_lite.registry import unregister
 from saelens_lite.tokens import TokenRows, token_rows
@@ -171,7 +170,7 @@ def test_promoted_tokens_are_the_matrix_product(store, dictionaries, small, monk
         best, worst = order[latent].flip(0)[:10].tolist(), order[latent][:10].tolist()
         assert [effect for _, effect in promoted] == pytest.approx(logits[latent][best].tolist(), rel=1e-5)
         assert [effect for _, effect in suppressed] == pytest.approx(logits[latent][worst].tolist(), rel=1e-5)
-        assert [text for text, _ in promoted if "\\x" not in text] == [strings[i] for i in best if "\ufffd" not in strings[i]]
+        assert [text for text, _ in promoted if "‹" not in text] == [strings[i] for i in best if "\ufffd" not in strings[i]]
     monkeypatch.setattr("saelens_lite.features.weights.MAX_NUMBERS", 3 * small.d_vocab)  # 3 latents at a time
     again = sl.FeatureStore.build(dictionaries["topk"], small, "some text")
     assert torch.equal(again.weights.promoted, store.weights.promoted)
@@ -197,7 +196,7 @@ def test_latents_that_promote_a_token(store, dictionaries, small):
 
 def test_bytes_that_are_no_characters_are_visible(store, small):
     ids = small.tokenizer("日 ï")["input_ids"]
-    assert "".join(store.vocabulary[i] for i in ids).startswith("\\xe6")
+    assert "".join(store.vocabulary[i] for i in ids).startswith("‹e6")
     assert not any("\ufffd" in text or text == "" for text in store.vocabulary)
     pairs = zip(store.vocabulary, small.token_strings(), strict=True)
     assert all(shown == text for shown, text in pairs if "\ufffd" not in text)
@@ -214,7 +213,7 @@ def test_tokens_of_sentencepiece_keep_their_spaces():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>")
     lm = sl.LanguageModel(GPT2LMHeadModel(config), tokenizer, name="pieces")
     assert lm.token_strings()[3] == "cat"
-    assert vocabulary(lm) == ["<s>", " ", "  ", " cat", "s", "<0xC3>", "  x", "<7>"]
+    assert lm.vocabulary == ["<s>", " ", "  ", " cat", "s", "‹c3›", "  x", "<7>"]
 
 
 def test_text_and_rows_give_the_same_store(dictionaries, small, documents):

@@ -62,7 +62,7 @@ def test_by_activation_the_largest_codes_come_first(any_dictionary, random_lm):
     view = sl.prompt_view(any_dictionary, random_lm, PROMPT, top=TOP)
     codes = dense(any_dictionary, random_lm, PROMPT)
     tokens = random_lm.to_tokens(PROMPT).tokens[0].tolist()
-    assert "".join(view.tokens[1:]) == PROMPT.replace("é", r"\xc3\xa9")
+    assert "".join(view.tokens[1:]) == PROMPT
     assert len(view.tokens) == len(tokens) == len(codes)
     assert view.at(0) == []
     for position in range(1, len(tokens)):

@@ -100,6 +100,9 @@ def detection(store: "FeatureStore", latent: int, scorer: Scorer | None = None) 
         )
     label = store.labels.get(latent)
     task = DetectionTask(label, shown, [one.example.tokens for one in held_out])
+    by_token = DetectionTask(
+        label, [_by_token(store, one) for one in shown], [_by_token(store, one.example).tokens for one in held_out]
+    )
     scorer = scorer or (words_of_label if label else None)
     return Detection(
         latent,
@@ -107,8 +110,15 @@ def detection(store: "FeatureStore", latent: int, scorer: Scorer | None = None) 
         n_firing,
         len(held_out) - n_firing,
         None if scorer is None else _score(scorer, task, held_out, store.info.n_groups),
-        _score(token_baseline, task, held_out, store.info.n_groups),
+        _score(token_baseline, by_token, held_out, store.info.n_groups),
     )
+
+
+def _by_token(store: "FeatureStore", example: Example) -> Example:
+    """Return a context with the texts that its tokens have by themselves, which tell parts of characters apart."""
+    start = example.position - example.peak
+    ids = store.tensors.tokens[example.row, start : start + len(example.tokens)].tolist()
+    return example._replace(tokens=tuple(store.vocabulary[i] for i in ids))
 
 
 def _split(store: "FeatureStore", latent: int) -> tuple[list[Example], list[_HeldOut]]:

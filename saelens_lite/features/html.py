@@ -4,6 +4,8 @@ from functools import partial
 from typing import Any
 from unicodedata import category
 
+from saelens_lite.tokens.display import PART
+
 MARKS = {"\n": "⏎", "\t": "⇥", "\r": "␍", "\u00a0": "␣"}  # as in the dashboard
 WARM, COLD = "240, 130, 0", "40, 120, 255"  # what adds, what takes away
 MOST = 0.65  # opacity of the strongest shade: text in the notebook's own colour stays readable on it
@@ -21,8 +23,14 @@ def render(part: str, template: str, **values: Any) -> str:
 
 
 def visible(token: str) -> str:
-    """A token with characters that do not show, or that change how others show, in visible form: spaces of a token of nothing
-    else as dots, a mark that would sit on what stands before it with a ring of its own."""
+    """Write a token so that all of it can be seen.
+
+    Characters that do not show, or that change how others show, are named. Spaces of a token of nothing else are dots. A mark
+    that would sit on the character before it gets a ring of its own. A token without text, whose character a later token
+    completes, is two dots.
+    """
+    if not token:
+        return PART
     shown = "".join(
         char if char.isprintable() else MARKS.get(char) or char.encode("unicode_escape").decode("ascii") for char in token
     )
@@ -32,8 +40,8 @@ def visible(token: str) -> str:
 
 
 def quoted(token: str) -> str:
-    """A token in visible form and quotation marks, which show where it begins and ends."""
-    return f"'{visible(token)}'"
+    """Write a token in visible form and in quotation marks, which show where it begins and ends."""
+    return f"'{visible(token)}'" if token else PART
 
 
 def shade(share: float) -> str:

@@ -18,6 +18,7 @@ from saelens_lite.errors import ConfigError
 from saelens_lite.features.summary import Example
 from saelens_lite.files import disk_full_is_typed, new_folder, refuse_existing
 from saelens_lite.progress import progress_bar
+from saelens_lite.tokens.display import PART
 
 if TYPE_CHECKING:
     from saelens_lite.features.store import FeatureStore
@@ -210,7 +211,7 @@ def _context(example: Example) -> dict[str, Any]:
     """The keys that a context alone decides."""
     largest = max(example.values)
     return {
-        "tokens": list(example.tokens),
+        "tokens": [token or PART for token in example.tokens],  # texts to show; an activation on an empty one cannot be seen
         "values": _rounded(example.values),
         "maxValue": _short(largest),
         "maxValueTokenIndex": example.values.index(largest),  # of those that are equal but for the rounding, the largest

@@ -26,11 +26,11 @@ from saelens_lite.features.neuronpedia import export_neuronpedia
 from saelens_lite.features.spill import Spill
 from saelens_lite.features.summary import Example, ExampleGroup, LatentSummary, Partner, PositionBin
 from saelens_lite.features.tensors import NONE, FeatureTensors
-from saelens_lite.features.vocabulary import vocabulary
 from saelens_lite.features.weights import LatentWeights, latent_weights
 from saelens_lite.files import new_folder, refuse_existing, refuse_nameless, write_text
 from saelens_lite.model import LanguageModel
 from saelens_lite.tokens import Text, TokenRows, with_mask
+from saelens_lite.tokens.display import Vocabulary
 
 if TYPE_CHECKING:
     import pyarrow
@@ -56,7 +56,8 @@ class FeatureStore:
         labels: dict[int, str] | None = None,
         folder: Path | None = None,
     ):
-        self.info, self.tensors, self.weights, self.vocabulary = info, tensors, weights, vocabulary
+        self.info, self.tensors, self.weights = info, tensors, weights
+        self.vocabulary = vocabulary if isinstance(vocabulary, Vocabulary) else Vocabulary(vocabulary)
         self.codes, self.scores, self.control, self.labels, self.folder = codes, scores, control, labels or {}, folder
 
     @overload
@@ -154,7 +155,7 @@ class FeatureStore:
             others: list[Spill | None] = [None] * len(names)
             if control:
                 others = job.collected(lm.redrawn(seed), batch_tokens, work / "control", "features of the control")
-            words = vocabulary(lm)
+            words = Vocabulary(lm.vocabulary, lm.vocabulary.parts)  # the store's own, for it may be changed
             with nullcontext() if out is None else new_folder(out, exists) as new:
                 stores = [
                     cls._made(job, i, lm, words, spills[i], others[i], scores[i], None if new is None else new / name, codes)
@@ -171,7 +172,7 @@ class FeatureStore:
         job: Job,
         i: int,
         lm: LanguageModel,
-        words: list[str],
+        words: Vocabulary,
         spill: Spill,
         other: Spill | None,
         scores: Stability | None,
@@ -260,7 +261,7 @@ class FeatureStore:
             if place != NONE:
                 row, position = divmod(place, t.tokens.shape[1])
                 start, stop = max(0, position - before), min(int(t.length[row]), position + after + 1)
-                tokens = tuple(self.vocabulary[i] for i in t.tokens[row, start:stop].tolist())
+                tokens = tuple(self.vocabulary.window(t.tokens[row, : int(t.length[row])], start, stop))
                 first = start - (position - before)
                 values = tuple(around[first : first + len(tokens)])
                 examples.append(Example(tokens, values, position - start, around[before], row, position))
@@ -318,10 +319,9 @@ class FeatureStore:
         Raises:
             UserError: the model has no such token; mind the space in front of words.
         """
-        ids = [i for i, text in enumerate(self.vocabulary) if text == token]
+        ids = self.vocabulary.ids_of(token)
         if not ids:
-            spaced = f"; did you mean {' ' + token!r}?" if " " + token in self.vocabulary else ""
-            raise UserError(f"{token!r} is no token of {self.info.model}{spaced}")
+            raise UserError(f"{token!r} is no token of {self.info.model}{self.vocabulary.hint(token)}")
         latent, rank = isin(self.weights.promoted, tensor(ids)).nonzero(as_tuple=True)
         found = zip(latent.tolist(), self.weights.promoted_effect[latent, rank].tolist(), strict=True)
         return sorted(found, key=lambda pair: -pair[1])

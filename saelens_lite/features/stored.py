@@ -1,8 +1,9 @@
 """The files of a feature store.
 
-features.json says what it was made of, what a token reads like, and the hashes of the tensors: features.safetensors,
-weights.safetensors, and control.safetensors where there is a control. codes.parquet is the table of all codes; labels.json and
-stability.safetensors may come later and belong to others.
+features.json says what it was made of, what a token reads like, the bytes of the tokens that are parts of characters (older
+stores have them in the texts), and the hashes of the tensors: features.safetensors, weights.safetensors, and
+control.safetensors where there is a control. codes.parquet is the table of all codes; labels.json and stability.safetensors may
+come later and belong to others.
 """
 
 from pathlib import Path
@@ -19,6 +20,7 @@ from saelens_lite.features.reduce import N_BINS
 from saelens_lite.features.tensors import NONE, OF_TEXT, FeatureTensors
 from saelens_lite.features.weights import LatentWeights
 from saelens_lite.files import file_hash, read_json, read_tensors, write_json, write_tensors
+from saelens_lite.tokens.display import Vocabulary
 
 FORMAT = 3
 INFO_FILE = "features.json"
@@ -38,7 +40,7 @@ class Parts(NamedTuple):
     info: StoreInfo
     tensors: FeatureTensors
     weights: LatentWeights
-    vocabulary: list[str]
+    vocabulary: Vocabulary
     codes: CodesTable | None
     control: Control | None
 
@@ -51,13 +53,15 @@ def write(folder: Path, parts: Parts) -> None:
         files[CONTROL_FILE] = own
     for name, tensors in files.items():
         write_tensors(folder / name, tensors)
+    words = parts.vocabulary.to_json()
     content = {
         "format": FORMAT,
         "sha256": {name: file_hash(folder / name) for name in files},
         "codes": None if parts.codes is None else {"n_bytes": parts.codes.n_bytes, "sha256": parts.codes.sha256},
         "info": parts.info.model_dump(mode="json"),
         "control": None if parts.control is None else parts.control.info.model_dump(mode="json"),
-        "vocabulary": parts.vocabulary,
+        "vocabulary": words["texts"],
+        "parts": words["parts"],
     }
     write_json(folder / INFO_FILE, content)
 
@@ -94,7 +98,8 @@ def _parts(folder: Path, content: dict[str, Any]) -> Parts:
         shared = {name: getattr(tensors, name) for name in OF_TEXT}
         control = Control(StoreInfo(**control), FeatureTensors(**shared, **_checked(folder / CONTROL_FILE, content)))
     weights = LatentWeights(**_checked(folder / WEIGHTS_FILE, content))
-    return Parts(StoreInfo(**content["info"]), tensors, weights, list(content["vocabulary"]), codes, control)
+    words = Vocabulary.from_json(content["vocabulary"], content.get("parts"))
+    return Parts(StoreInfo(**content["info"]), tensors, weights, words, codes, control)
 
 
 def _checked(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:

@@ -31,6 +31,7 @@ from saelens_lite.codes import SparseCodes
 from saelens_lite.codes.products import pair_products
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, HookError
+from saelens_lite.features.html import quoted
 from saelens_lite.interventions.metrics import Metric, metric_of, name_of, values_of
 from saelens_lite.interventions.site import Reading, Row, Site, pieces
 from saelens_lite.model import LanguageModel
@@ -120,7 +121,7 @@ class Attribution:
             grid.add_column(title, justify="left" if title == "token" else "right")
         for j in self.strongest(n).tolist():
             row, position = int(self.row[j]), int(self.position[j])
-            place = [str(row)] * several + [str(position), repr(self.tokens[row][position]), str(int(self.latent[j]))]
+            place = [str(row)] * several + [str(position), quoted(self.tokens[row][position]), str(int(self.latent[j]))]
             numbers = [f"{float(self.activation[j]):.3g}", *(f"{float(effect[j]):+.4f}" for effect in self.effects.values())]
             grid.add_row(*(Text(cell) for cell in (*place, *numbers)))
         return grid
@@ -174,7 +175,7 @@ def attribute(
     return Attribution(
         metric=name_of(metric, lm),
         hook=site.target,
-        tokens=tuple(tuple(lm.decode([i]) for i in row.reading.tokens.tolist()) for row in rows),
+        tokens=tuple(tuple(lm.vocabulary.row(row.reading.tokens.tolist())) for row in rows),
         value=torch.stack([row.value for row in rows]).cpu(),
         error=torch.stack([row.error for row in rows]).cpu(),
         row=torch.repeat_interleave(torch.tensor([len(row.codes.latent) for row in rows])),

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelens_lite.errors import ConfigError, NonFiniteError, ShapeError
+from saelens_lite.features.html import quoted
 from saelens_lite.model import LanguageModel
 
 Metric = Callable[[Float[Tensor, "n pos d_vocab"]], Float[Tensor, " n"]]
@@ -116,12 +117,38 @@ def _place(position: int, n: int, last: int | None = None) -> int:
 
 
 def token_id(lm: LanguageModel, token: str | int) -> int:
-    """The id of a token given as text or id; ConfigError when the text is not exactly one token."""
-    ids = lm.text_tokenizer(token, add_special_tokens=False)["input_ids"] if isinstance(token, str) else [token]
-    if len(ids) != 1 or not isinstance(ids[0], Integral) or not 0 <= ids[0] < lm.d_vocab:
-        found = [lm.decode([i]) for i in ids] if isinstance(token, str) else f"ids go to {lm.d_vocab - 1}"
-        raise ConfigError(f"{token!r} is not one token of {lm.name}: {found}; mind the space in front of words")
-    return int(ids[0])
+    """Return the id of a token given as id or as its text inside a sentence, " he" with the space.
+
+    Some tokenizers put a space in front of every text, or split " he" into a space and "he". The token is therefore looked up
+    by its text in the vocabulary; what the tokenizer makes of the text is taken where no token reads like it.
+
+    Raises:
+        ConfigError: the id does not exist, or the text is not exactly one token.
+        TextError: a text, and the model has no tokenizer.
+    """
+    if not isinstance(token, str):
+        if not isinstance(token, Integral) or not 0 <= token < lm.d_vocab:
+            raise ConfigError(f"{token!r} is not one token of {lm.name}: ids go to {lm.d_vocab - 1}")
+        return int(token)
+    texts, ids = lm.vocabulary, _tokenised(lm, token)
+    unknown = lm.tokenizer.unk_token_id if token != lm.tokenizer.unk_token else None
+    alone = ids[0] if len(ids) == 1 and ids[0] != unknown and ids[0] < lm.d_vocab else None
+    found = texts.ids_of(token)
+    if len(found) > 1:  # "A" and a token for the byte 0x41: the one that the tokenizer uses
+        used = {i for start in ("a", ".", "\n") for i in _tokenised(lm, start + token)[-1:]}
+        found = [i for i in found if i == alone] or [i for i in found if i in used] or found
+    candidates = list(dict.fromkeys([*found, *([] if alone is None else [alone])]))
+    if len(candidates) > 1:
+        listed = " or ".join(f"{i} ({texts[i]!r})" for i in candidates)
+        raise ConfigError(f"{token!r} may be several tokens of {lm.name}: {listed}; give the id, or the text with its space")
+    if not candidates:
+        pieces = texts.row(i for i in ids if i < lm.d_vocab)
+        raise ConfigError(f"{token!r} is not one token of {lm.name}: {pieces}{texts.hint(token)}")
+    return int(candidates[0])
+
+
+def _tokenised(lm: LanguageModel, text: str) -> list[int]:
+    return lm.text_tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def name_of(metric: Any, lm: LanguageModel) -> str:
@@ -136,7 +163,7 @@ def name_of(metric: Any, lm: LanguageModel) -> str:
 
 
 def _shown(lm: LanguageModel, token: str | int) -> str:
-    return repr(lm.decode([token_id(lm, token)]))
+    return quoted(lm.vocabulary[token_id(lm, token)])
 
 
 def values_of(metric: Metric, logits: Float[Tensor, "n pos d_vocab"]) -> Float[Tensor, " n"]:

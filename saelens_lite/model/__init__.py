@@ -23,6 +23,7 @@ from saelens_lite.model import norms as _norms
 from saelens_lite.model import processing as _processing
 from saelens_lite.places import find_model
 from saelens_lite.tokens import Given, TokenRows, prompt_rows
+from saelens_lite.tokens.display import Vocabulary
 from saelens_lite.tokens.inputs import Aligned, Ids, aligned, n_leading_pads, token_ids
 from saelens_lite.tokens.rows import countable
 
@@ -667,8 +668,13 @@ class LanguageModel:
         found = self._architecture.components.get("ln_final")
         return None if found is None else _norms.FinalNorm.of(self.module.get_submodule(found.name), self.d_model)
 
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The texts of all token ids as people can read them; `vocabulary.row(ids)` is what the tokens of a row show."""
+        return Vocabulary.of(self.tokenizer, self.d_vocab)
+
     def token_strings(self) -> list[str]:
-        """The text of every token id; without a tokenizer, the ids."""
+        """Decode every token id by itself; without a tokenizer, the ids. `vocabulary` has texts to show."""
         if self.tokenizer is None:
             return [str(i) for i in range(self.d_vocab)]
         return self.tokenizer.batch_decode([[i] for i in range(self.d_vocab)], clean_up_tokenization_spaces=False)

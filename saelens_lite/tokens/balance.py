@@ -6,7 +6,7 @@ and where in a row or in the text a token stands makes no difference. The draws 
 in order: the same text gives the same positions, and a longer text those of the shorter one first.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -63,8 +63,8 @@ class TokenBalance:
                 f"{np.count_nonzero(self.seen):,} different tokens; raise the share"
             )
 
-    def record(self, decode: Callable[[list[int]], str]) -> dict[str, Any]:
-        """What was left out, as plain data: totals, and the tokens that lost most."""
+    def record(self, texts: Sequence[str]) -> dict[str, Any]:
+        """Return what was left out as plain data: totals, and the tokens that lost most with their texts."""
         lost = self.seen - self.kept
         n_kept = int(self.kept.sum())
         worst = sorted(np.flatnonzero(lost).tolist(), key=lambda i: (-lost[i], i))
@@ -75,6 +75,6 @@ class TokenBalance:
             "largest_share": float(self.kept.max()) / max(1, n_kept),
             "n_capped_ids": len(worst),
             "most_capped": [
-                {"id": i, "token": decode([i]), "seen": int(self.seen[i]), "kept": int(self.kept[i])} for i in worst[:LISTED]
+                {"id": i, "token": texts[i], "seen": int(self.seen[i]), "kept": int(self.kept[i])} for i in worst[:LISTED]
             ],
         }

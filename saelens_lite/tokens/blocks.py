@@ -99,7 +99,7 @@ class RowBlocks:
             "text_sha256": self._hash.hexdigest(),
             "n_rows": self.n_rows,
             "text_config": None if self.are_rows else self.config.model_dump(mode="json"),
-            "balance": self.balance.record(self.lm.decode) if self.balance else None,
+            "balance": self.balance.record(self.lm.vocabulary) if self.balance else None,
         }
 
     def _rows_as_they_stand(self) -> Iterator[TokenRows]:

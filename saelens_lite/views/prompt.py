@@ -18,7 +18,6 @@ from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, NonFiniteError, near_matches
 from saelens_lite.features import FeatureStore
 from saelens_lite.features.html import quoted, render, short, visible
-from saelens_lite.features.vocabulary import vocabulary
 from saelens_lite.interventions import attribute
 from saelens_lite.interventions.attribution import WAYS
 from saelens_lite.interventions.metrics import name_of
@@ -168,8 +167,7 @@ def prompt_view(
         relative = firing.activation / store.tensors.top_value[:, 0].index_select(0, firing.latent)  # infinite where it is 0
     score = {"activation": firing.activation, "relative": relative, "attribution": firing.attribution}[by]
     best = _best(firing.position, torch.where(score.isfinite(), score.abs(), -1), top)
-    texts = vocabulary(lm) if store is None else store.vocabulary
-    tokens = tuple(texts[i] for i in rows[0].tokens.tolist())
+    tokens = tuple((lm if store is None else store).vocabulary.row(rows[0].tokens.tolist()))
     position, latent, activation = (x[best].tolist() for x in firing[:3])
     return PromptView(
         model=lm.name,

@@ -36,7 +36,7 @@ def pack(content: Content) -> Packed:
     columns = {name: _compact(getattr(content, name)) for name in ("tokens", "spans", "index", "details")}
     words = {"vocabulary": content.vocabulary, "labels": content.labels}
     whole = [
-        json.dumps(words, separators=(",", ":")).encode(),
+        json.dumps(words, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "backslashreplace"),  # lone surrogates
         *(_bytes(columns[name]) for name in ("tokens", "spans", "index")),
     ]
     chunks = (

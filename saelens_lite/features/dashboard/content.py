@@ -22,7 +22,7 @@ class Content(NamedTuple):
     """
 
     facts: dict[str, Any]
-    vocabulary: list[str]  # of the tokens that appear
+    vocabulary: list[str]  # of the tokens that appear, then what parts of characters show where they stand
     labels: dict[int, str]
     tokens: Columns  # token: those that stand in a context
     spans: Columns  # span of the text: its first place among the tokens shown, its row, its position
@@ -84,6 +84,7 @@ def content(store: FeatureStore) -> Content:
         appears[some] = True
     ids = np.flatnonzero(appears)
     row, position = np.divmod(text.start, t.tokens.shape[1])
+    words, word = _words(store, text, ids)
     bands = zip(t.band_low.tolist(), t.band_high.tolist(), strict=True)
     return Content(
         facts={
@@ -95,13 +96,33 @@ def content(store: FeatureStore) -> Content:
             "bands": [band for band, n in zip(bands, t.band_tokens.tolist(), strict=True) if n],
             "control_tokens": None if control is None else control.info.n_tokens,
         },
-        vocabulary=[store.vocabulary[i] for i in ids.tolist()],
+        vocabulary=words,
         labels=store.labels,
-        tokens={"token": ids.searchsorted(text.tokens)},
+        tokens={"token": word},
         spans={"at": text.at, "row": row, "position": position},
         index=_index(store, shown["top"], ids.searchsorted(promoted)),
         details=_details(store, shown, ids.searchsorted(suppressed)),
     )
+
+
+def _words(
+    store: FeatureStore, text: ShownText, ids: Int[np.ndarray, " n_ids"]
+) -> tuple[list[str], Int[np.ndarray, " n_shown"]]:
+    """Return the texts of ids and of the parts of characters where they stand, and which of them each token shown has."""
+    words, word = [store.vocabulary[i] for i in ids.tolist()], ids.searchsorted(text.tokens)
+    parts = np.isin(text.tokens, list(store.vocabulary.parts))
+    if not parts.any():
+        return words, word
+    tokens, length = _array(store.tensors.tokens), _array(store.tensors.length)
+    numbers: dict[str, int] = {}
+    stops = np.append(text.at[1:], len(text.tokens))
+    for start, at, stop in zip(text.start.tolist(), text.at.tolist(), stops.tolist(), strict=True):
+        if parts[at:stop].any():
+            row, position = divmod(start, tokens.shape[1])
+            shown = store.vocabulary.window(tokens[row, : length[row]], position, position + stop - at)
+            for place in np.flatnonzero(parts[at:stop]).tolist():
+                word[at + place] = numbers.setdefault(shown[place], len(words) + len(numbers))
+    return words + list(numbers), word
 
 
 def _index(store: FeatureStore, top: np.ndarray, promoted: np.ndarray) -> Columns:

@@ -59,7 +59,7 @@ function snippet(i) {
 // What is searched is what is shown, capitals or not; a dot and a space are the same.
 const folded = text => spelled(text).toLowerCase().replaceAll("·", " ");
 
-// Which words of the vocabulary hold the query, and which shown tokens it stands on.
+// Which words of the vocabulary hold the query, and which shown tokens it stands on, with the parts of its first character.
 let lower, shownText, ends;
 function prepareSearch() {
   lower = vocabulary.map(folded);
@@ -78,6 +78,7 @@ function search(query) {
   let j = 0;
   for (let at = shownText.indexOf(query); at >= 0; at = shownText.indexOf(query, at + 1)) {
     while (ends[j] <= at) j++;
+    for (let k = j; k > 0 && ends[k] - ends[k - 1] === lower[tokens[k]].length && !lower[tokens[k - 1]]; k--) hits.tokens[k - 1] = 1;
     for (let k = j; k < tokens.length; k++) {
       hits.tokens[k] = 1;
       if (ends[k] >= at + query.length) break;

@@ -16,11 +16,12 @@ const percent = share => `${number(100 * share)} %`;
 const density = i => index.get("count", i) / layout.n_tokens;
 
 // Characters that cannot be seen are named, marks that would sit on what stands before get a ring of their own, and spaces are
-// dots where nothing else would show them.
+// dots where nothing else would show them. A token without text is a part of the character that a later one completes.
 const UNSEEN = {"\n": "⏎", "\t": "⇥", "\r": "␍", "\u00a0": "␣"};
 const spelled = text => text.replace(/(?! )[\p{C}\p{Z}]/gu, c => UNSEEN[c] ?? `\\u{${c.codePointAt(0).toString(16)}}`);
 const named = text => spelled(text).replace(/^\p{M}/u, "◌$&");
-const dotted = id => id === layout.bos ? "start of text" : named(vocabulary[id]).replaceAll(" ", "·");
+const PART = "‥";
+const dotted = id => id === layout.bos ? "start of text" : named(vocabulary[id]).replaceAll(" ", "·") || PART;
 
 // A token; where the latent fires on it, it is shaded and its activation shows beside the pointer.
 function token(id, value, isPeak, max) {
