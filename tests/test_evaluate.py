@@ -238,7 +238,7 @@ def test_logits_in_any_layout():
     other = logits.transpose(0, 1).contiguous().transpose(0, 1)
     tokens, kept = torch.zeros(3, 5, dtype=torch.long), Kept.of(torch.ones(3, 5, dtype=torch.bool))
     expected = -logits.log_softmax(-1)[:, :4, 0].double()
-    found = Predictions.of(other, tokens, 5, kept).clean_losses().reshape(3, 5)
+    found = Predictions.of(other, tokens, torch.full((3,), 5), kept).clean_losses().reshape(3, 5)
     torch.testing.assert_close(found[:, :4], expected)
 
 

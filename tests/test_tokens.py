@@ -124,7 +124,7 @@ def test_taking_rows(lm):
     assert torch.equal(rows.take(order).tokens, rows.tokens[[2, 0]])
     assert torch.equal(rows[1:3].keep, rows.keep[1:3])
     assert isinstance(rows[1:3], TokenRows)
-    tokens, keep, length = rows
+    tokens, keep, length, _ = rows
     assert (tokens is rows.tokens, keep is rows.keep, length is rows.length) == (True, True, True)
 
 

@@ -40,6 +40,7 @@ class Batch(NamedTuple):
 
     given: TokenRows
     rows: Int[Tensor, " n"]
+    predicted: Int[Tensor, " n"]  # how many tokens of each row can be compared with what the model predicts
 
     @property
     def tokens(self) -> Int[Tensor, "n pos"]:
@@ -65,7 +66,9 @@ def batches(lm: LanguageModel, rows: TokenRows, batch_tokens: int | None) -> Ite
         width = min(int(lengths[order[start]]) + 1, n_ctx)
         chosen = order[start : start + max(1, batch_tokens // width)]
         start += len(chosen)
-        yield Batch(rows.take(chosen).narrowed(width).to(lm.device), chosen)
+        ends = rows.length is not None and not rows.ends_text
+        predicted = rows.length[chosen] if ends else torch.full((len(chosen),), n_ctx)
+        yield Batch(rows.take(chosen).narrowed(width).to(lm.device), chosen, predicted)
 
 
 def kept_activations(
@@ -116,7 +119,7 @@ def measure(
         for batch in batches(lm, rows, batch_tokens):
             kept = Kept.of(batch.keep)
             (x, y), logits = tail.read(batch.tokens, *hooks)
-            clean = Predictions.of(logits, batch.tokens, rows.tokens.shape[1], kept)
+            clean = Predictions.of(logits, batch.tokens, batch.predicted.to(logits.device), kept)
             sums.next_sequences(kept.n)
             ce_clean = metrics.add_clean(sums, clean)
             for name, value in ablations.items():

@@ -265,12 +265,14 @@ class Predictions(NamedTuple):
     kept: Kept
 
     @classmethod
-    def of(cls, logits: Float[Tensor, "n pos d_vocab"], tokens: Int[Tensor, "n pos"], n_ctx: int, kept: Kept) -> "Predictions":
-        """The predictions of a clean pass over rows of n_ctx tokens that begin with `tokens`; overwrites the logits."""
+    def of(
+        cls, logits: Float[Tensor, "n pos d_vocab"], tokens: Int[Tensor, "n pos"], length: Int[Tensor, " n"], kept: Kept
+    ) -> "Predictions":
+        """The predictions of a clean pass over rows of some length that begin with `tokens`; overwrites the logits."""
         log_p = logits.float().contiguous()  # of others, flatten would give a copy
         for row in log_p.flatten(0, 1).split(_chunk(log_p)):
             row.copy_(row.log_softmax(-1))
-        return cls(log_p, kept.of_each(tokens.roll(-1, 1)), kept.position < n_ctx - 1, kept)
+        return cls(log_p, kept.of_each(tokens.roll(-1, 1)), kept.position < length[kept.row] - 1, kept)
 
     def clean_losses(self) -> Float[Tensor, " n_kept"]:
         """−log p of the next token (nats); 0 where there is none."""

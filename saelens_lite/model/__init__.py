@@ -324,7 +324,7 @@ class LanguageModel:
         self.check_ids(ids)
         self.warn_of_leading_pads(ids)
         rows = aligned(ids, self.pad_id)
-        found = TokenRows(rows.tokens, self.countable(rows.tokens), rows.length)
+        found = TokenRows(rows.tokens, self.countable(rows.tokens), rows.length, ends_text=False)
         return found if rows.length is None else found._replace(keep=found.keep & found.holds_token)
 
     def countable(self, tokens: Int[Tensor, "batch pos"], origin: Origin | None = None) -> Bool[Tensor, "batch pos"]:

@@ -113,7 +113,7 @@ class RowBlocks:
             else:
                 mask = None if whole.mask is None else whole.mask[block].cpu()
                 tokens, length, _ = aligned(Ids(whole.tokens[block].cpu(), mask), self.pad)
-                rows = TokenRows(tokens, self._countable(tokens), length)
+                rows = TokenRows(tokens, self._countable(tokens), length, ends_text=False)
                 yield rows if length is None else rows._replace(keep=rows.keep & rows.holds_token)
 
     def _rows_of_text(self) -> Iterator[TokenRows]:

@@ -15,12 +15,14 @@ from saelens_lite.tokens.sources import Piece
 class TokenRows(NamedTuple):
     """Token ids in rows, and the positions that count: neither special tokens nor padding nor repeated context.
 
-    `length` is the number of tokens in each row, the rest is padding; None: rows without padding.
+    `length` is the number of tokens in each row, the rest is padding; None: rows without padding. `ends_text`: a text ends
+    where its row does, so that the padding behind it, an EOS token, is what the model should predict there.
     """
 
     tokens: Int[Tensor, "n_seq n_ctx"]
     keep: Bool[Tensor, "n_seq n_ctx"]
     length: Int[Tensor, " n_seq"] | None = None
+    ends_text: bool = True
 
     @property
     def n_kept(self) -> int:
@@ -44,16 +46,16 @@ class TokenRows(NamedTuple):
 
     def take(self, rows: Tensor | slice) -> "TokenRows":
         """Return some of the rows."""
-        return type(self)(*(None if x is None else x[rows] for x in (self.tokens, self.keep, self.length)))
+        return self._replace(**{name: x[rows] for name, x in self._asdict().items() if isinstance(x, Tensor)})
 
     def narrowed(self, width: int) -> "TokenRows":
         """Return the first `width` positions of each row."""
         length = None if self.length is None else self.length.clamp(max=width)
-        return type(self)(self.tokens[:, :width], self.keep[:, :width], length)
+        return self._replace(tokens=self.tokens[:, :width], keep=self.keep[:, :width], length=length)
 
     def to(self, device: torch.device | str) -> "TokenRows":
         """Return the rows on a device."""
-        return type(self)(*(None if x is None else x.to(device) for x in (self.tokens, self.keep, self.length)))
+        return self._replace(**{name: x.to(device) for name, x in self._asdict().items() if isinstance(x, Tensor)})
 
 
 class Row(NamedTuple):
@@ -179,6 +181,7 @@ def joined(blocks: list[TokenRows], pad: int) -> TokenRows:
         torch.cat([widened(block.tokens, pad) for block in blocks]),
         torch.cat([widened(block.keep, 0) for block in blocks]),
         lengths,
+        all(block.ends_text for block in blocks),
     )
 
 
