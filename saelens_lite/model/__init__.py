@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from saelens_lite.config import Origin
 from saelens_lite.errors import ConfigError, HookError, HubError, HubUnreachableError, ModelNotFoundError, ShapeError, TextError
+from saelens_lite.model import generation as _generation
 from saelens_lite.model import hooks as _hooks
 from saelens_lite.model import norms as _norms
 from saelens_lite.model import processing as _processing
@@ -607,41 +608,28 @@ class LanguageModel:
     def generate(
         self, prompt: str, max_new_tokens: int = 50, *, temperature: float | int = 0.8, top_k: int | None = 50, seed: int = 0
     ) -> str:
-        """The prompt and its continuation; temperature 0 takes the likeliest token each time.
+        """Return the prompt and its continuation, up to `max_new_tokens`, the end of the model's context or an EOS token.
+
+        EOS tokens are the tokenizer's and those of the module's `generation_config`; the text does not include them.
+        Temperature 0 takes the likeliest token each time. A splice in force acts on every position as in a single pass over
+        the whole text, whether the model has a key-value cache or not.
 
         Raises:
-            ConfigError: a negative temperature, top_k below 1.
+            ConfigError: a temperature that is negative or not finite; top_k or max_new_tokens below 1.
             TextError, ShapeError: an empty prompt, or one that fills the model's context.
+            NonFiniteError: the logits are NaN or infinite.
         """
-        if temperature < 0:
-            raise ConfigError(f"temperature = {temperature}; expected 0 or more")
-        if top_k is not None and top_k < 1:
-            raise ConfigError(f"top_k = {top_k}; expected 1 or more, or None for all tokens")
-        length = len(self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
-        if length >= self.n_ctx:
-            raise ShapeError(f"the prompt has {length} tokens; {self.name} reads at most {self.n_ctx} with the BOS token")
-        tokens = self._read(prompt, None, None).tokens
-        n_new = min(max_new_tokens, self.n_ctx - tokens.shape[1])
-        generator = torch.Generator(self.device).manual_seed(seed)
-        past, step_input = None, tokens
-        self._n_positions = tokens.shape[1] + n_new
-        try:
-            for _ in range(n_new):
-                out = self.module(step_input, past_key_values=past, use_cache=True)
-                past, logits = out.past_key_values, out.logits[:, -1].float()
-                self._offset += step_input.shape[1]
-                if temperature == 0:
-                    step_input = logits.argmax(-1, keepdim=True)
-                else:
-                    if top_k is not None:
-                        floor = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-                        logits = logits.masked_fill(logits < floor, -torch.inf)
-                    step_input = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-                tokens = torch.cat([tokens, step_input], dim=1)
-        finally:
-            self._offset, self._n_positions = 0, None
-        ids = tokens[0].tolist()
-        return self.decode(ids[1:] if ids[0] == self.bos_id else ids)
+        return _generation.generate(self, prompt, max_new_tokens, temperature=temperature, top_k=top_k, seed=seed)
+
+    @cached_property
+    def has_usable_cache(self) -> bool:
+        """Whether the model's key-value cache gives the logits of a whole pass, tried on a few tokens; else generation
+        recomputes the row for each new token."""
+        with _no_hooks(self.module):
+            usable = _generation.cache_is_usable(self)
+        if not usable:
+            log.info("%s generates without a key-value cache: each new token takes a pass over the whole row", self.name)
+        return usable
 
     def unembedding(self, *, fold_norm: bool = True) -> Float[Tensor, "d_vocab d_model"]:
         """W_U with the final norm's scale folded in, so that a direction's dot product with a row is its effect on that
