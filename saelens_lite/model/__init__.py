@@ -155,7 +155,9 @@ class LanguageModel:
         config = module.config.get_text_config()
         self.d_model: int = config.hidden_size
         self.n_layers: int = config.num_hidden_layers
-        self.n_ctx: int = _n_positions(self.module) or getattr(config, "max_position_embeddings", None) or UNLIMITED_N_CTX
+        named = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))  # the latter: MPT, DBRX
+        longest = (n for n in (_n_positions(self.module), *named) if n and n > 0)  # XLNet says −1
+        self.n_ctx: int = next(longest, UNLIMITED_N_CTX)
         self.d_vocab: int = config.vocab_size
         bos_id = None if tokenizer is None else tokenizer.bos_token_id
         self.bos_id: int | None = self.eos_id if bos_id is None else bos_id  # GPT-2 has <|endoftext|> for both
@@ -596,12 +598,13 @@ class LanguageModel:
         if named is None:
             return chosen
         if isinstance(named, slice):
-            named = tuple(range(*named.indices(self.n_ctx)))
+            span = range(*named.indices(self.n_ctx))  # of millions of positions, for some models
+            here = (position >= span.start) & (position < span.stop) & ((position - span.start) % span.step == 0)
         else:
             n = self._n_positions or len(position)
             if beyond := [i for i in named if i >= n]:
                 raise ShapeError(f"{edit} names position {beyond[0]}; this row has positions 0 to {n - 1}")
-        here = torch.isin(position, position.new_tensor(named))
+            here = torch.isin(position, position.new_tensor(named))
         return here & chosen if only_chosen else here
 
     @torch.no_grad()

@@ -23,7 +23,7 @@ def generate(
 ) -> str:
     """Return the prompt and its continuation; see `LanguageModel.generate`."""
     if not 0 <= temperature < math.inf:
-        raise ConfigError(f"temperature = {temperature}; expected 0 or more")
+        raise ConfigError(f"temperature = {temperature}; expected a finite number, 0 or more")
     if top_k is not None and top_k < 1:
         raise ConfigError(f"top_k = {top_k}; expected 1 or more, or None for all tokens")
     if max_new_tokens < 1:
@@ -33,8 +33,8 @@ def generate(
     if tokens.shape[1] >= lm.n_ctx:
         length = len(lm.text_tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
         raise ShapeError(
-            f"the prompt has {length} tokens; {lm.name} reads at most {lm.n_ctx} with the BOS token, and the continuation needs "
-            "room as well: shorten the prompt"
+            f"the prompt has {length} tokens; {lm.name} reads at most {lm.n_ctx} with the BOS token and the continuation: "
+            "shorten the prompt"
         )
     n_new = min(max_new_tokens, lm.n_ctx - tokens.shape[1])
     generator = torch.Generator(lm.device).manual_seed(seed)
