@@ -51,7 +51,11 @@ class TextConfig(FrozenConfig):
         None, description="Column or key that holds token ids, which are then read instead of text."
     )
     split: str | None = Field(None, description="Split of a dataset; default: train.")
-    n_ctx: int | None = Field(None, description="Tokens in a row, BOS included; default: the model's context.")
+    n_ctx: int | None = Field(
+        None,
+        description="Tokens in a row, BOS included; default: those the dictionary was trained on, or the model's context, but "
+        "no more than 1,024.",
+    )
     bos: Literal["row", "document", "none"] = Field(
         "row", description="Where BOS stands: at the head of every row, before every document, or nowhere."
     )

@@ -124,6 +124,7 @@ def capture(
         raise ConfigError(f"batch_tokens = {batch_tokens}, shard_tokens = {shard_tokens}; expected at least 1")
     config, text = text_config_of(text_config, n_ctx, prepend_bos), with_mask(text, attention_mask)
     blocks = RowBlocks(lm, text, config, n_tokens=n_tokens)
+    config = blocks.config
     out = Path(out)
     request = {
         "model": lm.name, "revision": lm.revision, "processing": lm.processing, "tokenizer": lm.tokenizer_hash, "hooks": names,

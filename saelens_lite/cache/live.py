@@ -52,7 +52,7 @@ class ActivationStream:
         batch_tokens = default_batch_tokens(lm) if batch_tokens is None else batch_tokens
         if buffer_tokens < 4 or batch_tokens < 1:
             raise ConfigError(f"buffer_tokens = {buffer_tokens}, batch_tokens = {batch_tokens}; expected at least 4 and 1")
-        self.lm, self.text, self.text_config, self.text_name = lm, with_mask(text, attention_mask), text_config, text_name
+        self.lm, self.text, self.text_name = lm, with_mask(text, attention_mask), text_name
         self.hooks: Sequence[str] = (hooks,) if isinstance(hooks, str) else tuple(dict.fromkeys(hooks))
         if not self.hooks:
             raise ConfigError("name at least one hook")
@@ -63,7 +63,9 @@ class ActivationStream:
         self.block, self.batch_tokens = buffer_tokens // 2, batch_tokens
         self.n_tokens: int | None = None
         self._n_held_out = 0
-        self._origin = origin_of(lm, self._rows(), text_name)
+        rows = RowBlocks(lm, self.text, text_config)
+        self.text_config = rows.config  # with the length of rows, where that is not the model's context
+        self._origin = origin_of(lm, rows, text_name)
         self._first: dict[str, Tensor] | None = None  # the first block, if it was looked at and not yet trained on
 
     def _rows(self) -> RowBlocks:
@@ -174,7 +176,7 @@ class ActivationStream:
         return {
             "text": text,
             "text_bytes": _n_bytes(self.text),
-            "text_config": (self.text_config or TextConfig()).model_dump(mode="json"),
+            "text_config": self.text_config.model_dump(mode="json"),
             "held_out": self._n_held_out,
             "model": {
                 "name": str(Path(self.lm.name).expanduser().resolve()) if folder else self.lm.name,
@@ -207,6 +209,8 @@ class ActivationStream:
         model = description["model"]
         lm = load_model(**model | {"dtype": DTYPES[model["dtype"]], "device": device or model["device"]})
         config = TextConfig(**description["text_config"])
+        if config.n_ctx is None:
+            config = config.replace(n_ctx=lm.n_ctx)
         return cls(lm, text, text_config=config, **description["stream"])._without(description["held_out"])
 
 

@@ -23,7 +23,7 @@ from saelens_lite.evaluate.overlap import overlap
 from saelens_lite.evaluate.positions import PositionBand, position_bands, position_table
 from saelens_lite.evaluate.report import EvalReport, markdown, table
 from saelens_lite.model import LanguageModel
-from saelens_lite.tokens import Text, TokenRows, source_name, text_hash, token_ids, token_rows, with_mask
+from saelens_lite.tokens import DEFAULT_N_CTX, Text, TokenRows, source_name, text_hash, token_ids, token_rows, with_mask
 
 __all__ = [
     "EvalReport",
@@ -201,14 +201,14 @@ def _with_controls(
 def as_trained(dictionaries: Sequence[Dictionary], lm: LanguageModel, text: Text, config: TextConfig) -> TextConfig:
     """The settings, and where they say nothing, those of the rows that all the dictionaries were trained on."""
     recorded = {
-        "n_ctx": [min(d.origin.n_ctx or lm.n_ctx, lm.n_ctx) for d in dictionaries],
+        "n_ctx": [min(d.origin.n_ctx or DEFAULT_N_CTX, lm.n_ctx) for d in dictionaries],
         "bos": ["row" if lm.wants_bos(d.origin) else "none" for d in dictionaries],
         "exclude_positions": [tuple(sorted(d.origin.excluded_positions)) for d in dictionaries],
         "exclude_token_ids": [tuple(sorted(d.origin.excluded_token_ids)) for d in dictionaries],
     }
     given = config.model_fields_set - ({"n_ctx"} if config.n_ctx is None else set())
-    if token_ids(text) is not None:
-        given = given | {"n_ctx"}  # rows as they are
+    if token_ids(text) is not None or not any(d.origin.n_ctx for d in dictionaries):
+        given = given | {"n_ctx"}  # rows as they are; the default length
     unsaid = {name: values for name, values in recorded.items() if name not in given}
     if differ := [f"{name} = {', '.join(map(str, values))}" for name, values in unsaid.items() if len(set(values)) > 1]:
         raise ConfigError(

@@ -25,7 +25,7 @@ from saelens_lite.evaluate.metrics import Metric, with_interval
 from saelens_lite.files import write_json
 from saelens_lite.model import LanguageModel
 from saelens_lite.progress import progress_bar
-from saelens_lite.tokens import TokenRows, text_hash
+from saelens_lite.tokens import DEFAULT_N_CTX, TokenRows, prompt_rows, text_hash
 
 FORMAT = 1
 POOLINGS = ("mean", "max", "last")
@@ -288,9 +288,9 @@ def _pool(dictionary: Dictionary, lm: LanguageModel, rows: TokenRows, hook: str,
 def _rows(dictionary: Dictionary, lm: LanguageModel, name: str, texts: list[str], pooling: str) -> TokenRows:
     """A row for each text, and the positions to pool over: for "last" a single one."""
     origin = dictionary.origin
-    n_ctx = min(origin.n_ctx or lm.n_ctx, lm.n_ctx)
+    n_ctx = min(origin.n_ctx or DEFAULT_N_CTX, lm.n_ctx)
     try:
-        rows = lm.to_tokens(texts, prepend_bos=lm.wants_bos(origin)).narrowed(n_ctx)
+        rows = prompt_rows(lm, texts, n_ctx=n_ctx, prepend_bos=lm.wants_bos(origin))
     except TextError as error:
         raise TextError(f"{name}: {error}; leave it out") from None
     counted = lm.countable(rows.tokens, origin)

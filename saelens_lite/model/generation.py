@@ -124,4 +124,5 @@ def cache_is_usable(lm: "LanguageModel") -> bool:
     except Exception as why:  # each family has its own for a cache that is not there
         log.debug("%s with a cache: %s: %s", type(lm.module).__name__, type(why).__name__, why)
         return False
-    return bool(error <= torch.finfo(lm.dtype).eps ** 0.5 * recomputed.abs().max())
+    eps = max(torch.finfo(dtype).eps for dtype in (lm.dtype, torch.float32))
+    return bool(error <= eps**0.5 * recomputed.abs().max())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from saelens_lite.config import TextConfig
 from saelens_lite.errors import ConfigError, TextError
-from saelens_lite.tokens.blocks import RowBlocks
+from saelens_lite.tokens.blocks import DEFAULT_N_CTX, RowBlocks
 from saelens_lite.tokens.encoding import after_bos, encode
 from saelens_lite.tokens.inputs import Given, described, token_ids
 from saelens_lite.tokens.python_docs import Document, PythonDocs, is_held_out, python_docs
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from saelens_lite.model import LanguageModel
 
 __all__ = [
+    "DEFAULT_N_CTX",
     "Document",
     "Given",
     "PythonDocs",
@@ -44,9 +45,10 @@ __all__ = [
 ]
 
 
-def prompt_rows(lm: "LanguageModel", text: Any, *, prepend_bos: bool | None = None) -> TokenRows:
-    """Return one row for each text, with padding on the right, cut at the model's context.
+def prompt_rows(lm: "LanguageModel", text: Any, *, n_ctx: int | None = None, prepend_bos: bool | None = None) -> TokenRows:
+    """Return one row for each text, with padding on the right, cut at n_ctx.
 
+    n_ctx: Length of the longest row; default: the model's context.
     prepend_bos: Whether texts get a BOS token in front, of which none gets a second one; default: where the tokenizer has one.
 
     Raises:
@@ -69,7 +71,7 @@ def prompt_rows(lm: "LanguageModel", text: Any, *, prepend_bos: bool | None = No
             n_read.append(0)
         n_read[-1] += len(ids)
         new = after_bos(bos, ids) if len(rows[-1].ids) == len(head) else ids
-        rows[-1].ids.extend(new[: lm.n_ctx - len(rows[-1].ids)])
+        rows[-1].ids.extend(new[: (n_ctx or lm.n_ctx) - len(rows[-1].ids)])
     if not rows:
         raise TextError("empty text: give at least one text that has a character")
     if 0 in n_read:
@@ -112,9 +114,9 @@ def token_rows(
     """Token rows of documents, all at once; RowBlocks gives the same rows block by block.
 
     By default each document is cut into rows of n_ctx tokens, every row beginning with BOS, its last one padded on the
-    right. A position counts (`keep`) when it holds neither a special token nor padding and is not position 0, whose
-    activation is an outlier in GPT-2 and its kin. Reading stops once `n_tokens` positions count. `text_config` has more
-    settings, of which `n_ctx` and `prepend_bos` are the most used.
+    right; n_ctx is the model's context, but no more than 1,024. A position counts (`keep`) when it holds neither a special
+    token nor padding and is not position 0, whose activation is an outlier in GPT-2 and its kin. Reading stops once
+    `n_tokens` positions count. `text_config` has more settings, of which `n_ctx` and `prepend_bos` are the most used.
 
     Raises:
         TextError: nothing is left to read, or a source cannot be read.

@@ -1,6 +1,7 @@
 """A text as blocks of token rows, one after another: read, tokenised, cut, thinned out and counted as they are asked for."""
 
 import itertools
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from saelens_lite.model import LanguageModel
 
 BLOCK_TOKENS = 1 << 18
+DEFAULT_N_CTX = 1024  # tokens in a row of a corpus unless told, for models that can read more
+log = logging.getLogger(__name__)
 
 
 class RowBlocks:
@@ -53,6 +56,8 @@ class RowBlocks:
         self.are_rows = self._given is not None
         if self.are_rows and not isinstance(text, TokenRows):
             lm.warn_of_leading_pads(self._given)
+        if not self.are_rows:
+            self.config = _with_default_n_ctx(lm, self.config)
         self.n_ctx = _text_n_ctx(lm, self.config) if self._given is None else _rows_n_ctx(lm, self._given, self.config)
         self.block_rows = max(1, block_tokens // self.n_ctx)
         self.special = SpecialTokens(None, None) if self.are_rows else _special_tokens(lm, self.config)
@@ -152,6 +157,14 @@ class RowBlocks:
                     f"{self.lm.d_vocab - 1}; was it tokenised for another model?"
                 )
             yield Piece(ids, first)
+
+
+def _with_default_n_ctx(lm: "LanguageModel", config: TextConfig) -> TextConfig:
+    """Return the settings with a length of rows, where they name none and the model reads more than DEFAULT_N_CTX."""
+    if config.n_ctx is not None or lm.n_ctx <= DEFAULT_N_CTX:
+        return config
+    log.info("rows of %s tokens; %s reads up to %s: say n_ctx= for longer ones", f"{DEFAULT_N_CTX:,}", lm.name, f"{lm.n_ctx:,}")
+    return config.replace(n_ctx=DEFAULT_N_CTX)
 
 
 def _text_n_ctx(lm: "LanguageModel", config: TextConfig) -> int:
