@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import saelens_lite as sl
-from saelens_lite.errors import ConfigError, NonFiniteError, ShapeError
+from saelens_lite.errors import ConfigError, NonFiniteError, ShapeError, TextError
 from saelens_lite.model import generation
 
 PROMPT, D_MODEL, HOOK = "The old man", 32, "blocks.1.hook_resid_pre"
@@ -116,25 +116,24 @@ def test_recomputing_gives_the_continuation_of_the_cache(make, kind, temperature
     assert model.generate(PROMPT, 20, temperature=1.5, seed=4) != cached
 
 
-def test_a_cache_that_gives_other_logits_is_found_out(shared, caplog):
+def test_a_cache_that_gives_other_logits_is_found_out(make, caplog):
     """Not by its name: the same model with a cache that forgets its first token."""
-    model = sl.LanguageModel(shared("LlamaForCausalLM").module, shared("LlamaForCausalLM").tokenizer, name="forgetful")
+    model = make("LlamaForCausalLM")
     attention = model.module.model.layers[0].self_attn
+    attend = attention.forward
     assert model.has_usable_cache
     del model.has_usable_cache
 
-    def forget(_module, _args, kwargs):
-        if kwargs.get("past_key_values") is not None and kwargs["past_key_values"].get_seq_length():
-            kwargs["past_key_values"].layers[0].keys[:, :, 0] = 0
+    def forget(*args, past_key_values=None, **kwargs):
+        if past_key_values is not None and past_key_values.get_seq_length():
+            past_key_values.layers[0].keys[:, :, 0] = 0
+        return attend(*args, past_key_values=past_key_values, **kwargs)
 
-    handle = attention.register_forward_pre_hook(forget, with_kwargs=True)
-    try:
-        with caplog.at_level(logging.INFO, logger="saelens_lite.model"):
-            assert model.generate(PROMPT, 6, temperature=0) == greedy(model, 6)
-    finally:
-        handle.remove()
+    attention.forward = forget
+    with caplog.at_level(logging.INFO, logger="saelens_lite.model"):
+        assert model.generate(PROMPT, 6, temperature=0) == greedy(model, 6)
     assert not model.has_usable_cache
-    assert "forgetful generates without a key-value cache" in caplog.text
+    assert "random-LlamaForCausalLM generates without a key-value cache" in caplog.text
 
 
 def test_trying_out_the_cache_calls_no_replacement_in_force(make):
@@ -257,3 +256,20 @@ def test_end_tokens_are_those_of_the_tokenizer_and_of_the_settings(make):
         settings.eos_token_id = named
         found.append(generation.end_ids(model))
     assert found == [{0}, {0, 5}, {0, 5, 6}]
+
+
+def test_a_model_whose_positions_read_later_ones_does_not_generate(lm):
+    from transformers import BertConfig, BertLMHeadModel
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    bert = BertLMHeadModel(BertConfig(vocab_size=lm.d_vocab, initializer_range=0.2, **sizes))
+    model = sl.LanguageModel(bert, lm.tokenizer, name="bert")
+    with pytest.raises(ConfigError, match="generate needs a model that predicts the next token"):
+        model.generate(PROMPT, 3)
+
+
+@pytest.mark.parametrize("prompt", [["one", "two"], torch.tensor([[1, 2]])])
+def test_one_text_is_continued(shared, prompt):
+    with pytest.raises(TextError, match=f"a prompt is one string; found a {type(prompt).__name__}"):
+        generation.generate(shared("GPT2LMHeadModel"), prompt, 3, temperature=0, top_k=None, seed=0)

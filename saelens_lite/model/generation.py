@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelens_lite.errors import ConfigError, NonFiniteError, ShapeError
+from saelens_lite.errors import ConfigError, NonFiniteError, ShapeError, TextError
 
 if TYPE_CHECKING:
     from saelens_lite.model import LanguageModel
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 def generate(
-    lm: "LanguageModel", prompt: str, max_new_tokens: int, *, temperature: float | int, top_k: int | None, seed: int
+    lm: "LanguageModel", prompt: Any, max_new_tokens: int, *, temperature: float | int, top_k: int | None, seed: int
 ) -> str:
     """Return the prompt and its continuation; see `LanguageModel.generate`."""
     if not 0 <= temperature < math.inf:
@@ -28,6 +28,8 @@ def generate(
         raise ConfigError(f"top_k = {top_k}; expected 1 or more, or None for all tokens")
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens = {max_new_tokens}; expected 1 or more")
+    if not isinstance(prompt, str):
+        raise TextError(f"a prompt is one string; found a {type(prompt).__name__}")
     lm.check_causal("generate")
     tokens = lm._read(prompt, None, None).tokens
     if tokens.shape[1] >= lm.n_ctx:
