@@ -1,5 +1,6 @@
 """One pass of a model over token rows, and all that is collected on the way for several dictionaries of one hook."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -17,7 +18,10 @@ from saelens_lite.progress import progress_bar
 from saelens_lite.tokens import TokenRows
 
 MAX_LOGITS = {"cpu": 1 << 27, "cuda": 1 << 29}  # logits of a forward pass, unless told
+MAX_ROW_LOGITS = 1 << 29  # logits of a row that is longer than a batch; of a longer one, they are computed in parts
 MAX_TOKENS = {"cpu": 2048, "cuda": 16_384}  # more does not run faster on a CPU
+
+log = logging.getLogger(__name__)
 
 
 class Hooks(NamedTuple):
@@ -36,11 +40,17 @@ class Grouping(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Rows that go through the model together, cut behind the last position that counts and the token after it."""
+    """Rows that go through the model together, cut behind the last position that counts and the token after it.
+
+    A long row may come in several batches, one part of its positions in each: `keep` is true in that part, which begins with
+    position `first`, and `earlier` at the positions that count before it.
+    """
 
     given: TokenRows
     rows: Int[Tensor, " n"]
     predicted: Int[Tensor, " n"]  # how many tokens of each row can be compared with what the model predicts
+    first: int = 0
+    earlier: Bool[Tensor, "n pos"] | None = None
 
     @property
     def tokens(self) -> Int[Tensor, "n pos"]:
@@ -69,6 +79,21 @@ def batches(lm: LanguageModel, rows: TokenRows, batch_tokens: int | None) -> Ite
         ends = rows.length is not None and not rows.ends_text
         predicted = rows.length[chosen] if ends else torch.full((len(chosen),), n_ctx)
         yield Batch(rows.take(chosen).narrowed(width).to(lm.device), chosen, predicted)
+
+
+def _in_parts(batches: Iterator[Batch], n_positions: int) -> Iterator[Batch]:
+    """Pass on batches; a row by itself that is longer than n_positions in parts, but for parts in which nothing counts."""
+    for batch in batches:
+        n, width = batch.tokens.shape
+        if n > 1 or width <= n_positions:
+            yield batch
+            continue
+        for first in range(0, width, n_positions):
+            part = batch.given.narrowed(first + n_positions + 1)
+            position = torch.arange(part.keep.shape[1], device=part.keep.device)
+            keep = part.keep & (position >= first) & (position < first + n_positions)
+            if keep.any():
+                yield Batch(part._replace(keep=keep), batch.rows, batch.predicted, first, part.keep & (position < first))
 
 
 def kept_activations(
@@ -106,25 +131,33 @@ def measure(
 ) -> None:
     """Add sums over the rows to `sums`, those of dictionary number i under names that begin with it.
 
-    What is in memory does not depend on the amount of text: two sets of logits of a batch, and the bootstrap's sums.
+    What is in memory does not depend on the amount of text: two sets of logits of a batch, and the bootstrap's sums. Of a row
+    with too many logits, they are computed in parts, each in passes of its own.
     """
     mean = mean_activation(lm, rows, hooks.write, batch_tokens)
     tail = Tail(lm, hooks.write, rows.tokens[:1].to(lm.device))
     ablations = {"zero": torch.zeros_like(mean), "mean": mean}
     fixed = {}
-    if tail.is_whole_stream:  # any row gives the same
-        row = rows.tokens[:1].to(lm.device)
+    width = min(int(rows.counted_lengths.max()) + 1, rows.tokens.shape[1])
+    most = max(batch_tokens or 1, MAX_ROW_LOGITS // lm.d_vocab)
+    if width > most:
+        log.info("rows of %s tokens: the model runs once for every %s positions", f"{width:,}", f"{most:,}")
+    elif tail.is_whole_stream:  # any row gives the same
+        row = rows.tokens[:1, :width].to(lm.device)
         fixed = {name: tail.logits(row, _everywhere(value, row, lm)) for name, value in ablations.items()}
     with progress_bar("evaluate", rows.n_kept) as advance:
-        for batch in batches(lm, rows, batch_tokens):
-            kept = Kept.of(batch.keep)
-            (x, y), logits = tail.read(batch.tokens, *hooks)
-            clean = Predictions.of(logits, batch.tokens, batch.predicted.to(logits.device), kept)
-            sums.next_sequences(kept.n)
+        for batch in _in_parts(batches(lm, rows, batch_tokens), most):
+            kept, first = Kept.of(batch.keep), batch.first
+            earlier = None if batch.earlier is None else Kept.of(batch.earlier)
+            (x, y), logits = tail.read(batch.tokens, *hooks, first=first)
+            clean = Predictions.of(logits, batch.tokens, batch.predicted.to(logits.device), kept, first)
+            if earlier is None or not len(earlier.row):
+                sums.next_sequences(kept.n)
             ce_clean = metrics.add_clean(sums, clean)
             for name, value in ablations.items():
-                new = fixed[name] if name in fixed else tail.logits(batch.tokens, _everywhere(value, batch.tokens, lm))
+                new = fixed[name] if name in fixed else tail.logits(batch.tokens, _everywhere(value, batch.tokens, lm), first)
                 metrics.add_losses(sums, name, clean, new)
+            before = None if earlier is None else earlier.of_each(x)
             x, wanted = kept.of_each(x), kept.of_each(y).float()
             square = metrics.add_activations(sums, wanted, mean, kept)
             members = _members(groupings, batch, kept)
@@ -140,7 +173,10 @@ def measure(
                 metrics.add_codes(sums, str(i), codes.to(x.device), kept)
                 error = metrics.add_reconstruction(sums, str(i), wanted, x_hat, square, kept)
                 spliced = y.index_put((kept.row, kept.position), x_hat.to(y.dtype))
-                ce = metrics.add_losses(sums, str(i), clean, tail.logits(batch.tokens, spliced))
+                if earlier is not None:
+                    x_hat = dictionary(before.to(dictionary.W_enc.device)).to(y)
+                    spliced = spliced.index_put((earlier.row, earlier.position), x_hat)
+                ce = metrics.add_losses(sums, str(i), clean, tail.logits(batch.tokens, spliced, first))
                 for name, member in members.items():
                     metrics.add_band_values(sums, f"{i}.{name}.error", error, member, kept)
                     metrics.add_band_values(sums, f"{i}.{name}.ce", ce - ce_clean, member, kept)

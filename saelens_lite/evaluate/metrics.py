@@ -255,35 +255,43 @@ def band_ce(sums: PooledSums, bands: str, name: str) -> list[Metric]:
 class Predictions(NamedTuple):
     """What the model says without any replacement, and the tokens that follow.
 
-    log_p [n pos d_vocab]. A prediction counts when the token it is made from does; the last position of a row has none to
-    be compared with.
+    log_p [n n_logits d_vocab] begins with position `first`, and so do the logits it is compared with. A prediction counts when
+    the token it is made from does; the last position of a row has none to be compared with.
     """
 
-    log_p: Float[Tensor, "n pos d_vocab"]
+    log_p: Float[Tensor, "n n_logits d_vocab"]
     target: Int[Tensor, " n_kept"]
     has_target: Bool[Tensor, " n_kept"]
     kept: Kept
+    first: int = 0
 
     @classmethod
     def of(
-        cls, logits: Float[Tensor, "n pos d_vocab"], tokens: Int[Tensor, "n pos"], length: Int[Tensor, " n"], kept: Kept
+        cls,
+        logits: Float[Tensor, "n n_logits d_vocab"],
+        tokens: Int[Tensor, "n pos"],
+        length: Int[Tensor, " n"],
+        kept: Kept,
+        first: int = 0,
     ) -> "Predictions":
         """The predictions of a clean pass over rows of some length that begin with `tokens`; overwrites the logits."""
         log_p = logits.float().contiguous()  # of others, flatten would give a copy
         for row in log_p.flatten(0, 1).split(_chunk(log_p)):
             row.copy_(row.log_softmax(-1))
-        return cls(log_p, kept.of_each(tokens.roll(-1, 1)), kept.position < length[kept.row] - 1, kept)
+        return cls(log_p, kept.of_each(tokens.roll(-1, 1)), kept.position < length[kept.row] - 1, kept, first)
 
     def clean_losses(self) -> Float[Tensor, " n_kept"]:
         """−log p of the next token (nats); 0 where there is none."""
-        found = -self.log_p[self.kept.row, self.kept.position, self.target].double()
+        found = -self.log_p[self.kept.row, self.kept.position - self.first, self.target].double()
         return found * self.has_target
 
-    def losses(self, logits: Float[Tensor, "n_or_1 pos d_vocab"]) -> tuple[Float[Tensor, " n_kept"], Float[Tensor, " n_kept"]]:
+    def losses(
+        self, logits: Float[Tensor, "n_or_1 n_logits d_vocab"]
+    ) -> tuple[Float[Tensor, " n_kept"], Float[Tensor, " n_kept"]]:
         """Cross-entropy of the next token and KL(clean ‖ new) for other logits (nats); a single row stands for all."""
         cross_entropy, kl = [], []
         for some in torch.arange(len(self.target), device=logits.device).split(_chunk(logits)):
-            row, position = self.kept.row[some], self.kept.position[some]
+            row, position = self.kept.row[some], self.kept.position[some] - self.first
             new = logits[row if len(logits) == self.kept.n else torch.zeros_like(row), position].float().log_softmax(-1)
             cross_entropy.append(-new.gather(1, self.target[some, None]).squeeze(1).double())
             divergence = F.kl_div(new, self.log_p[row, position], reduction="none", log_target=True)
@@ -304,7 +312,7 @@ def add_clean(sums: PooledSums, predictions: Predictions) -> Float[Tensor, " n_k
 
 
 def add_losses(
-    sums: PooledSums, name: str, predictions: Predictions, logits: Float[Tensor, "n_or_1 pos d_vocab"]
+    sums: PooledSums, name: str, predictions: Predictions, logits: Float[Tensor, "n_or_1 n_logits d_vocab"]
 ) -> Float[Tensor, " n_kept"]:
     """Collect what a replacement does to the predictions, and return the cross-entropies."""
     cross_entropy, kl = predictions.losses(logits)

@@ -61,12 +61,14 @@ class Tail:
         self.is_whole_stream = self.is_whole_stream and _near(wanted_zero[:1], wanted_zero[1:])
 
     def read(
-        self, tokens: Int[Tensor, "n pos"], *hooks: str
-    ) -> tuple[list[Float[Tensor, "n pos _"]], Float[Tensor, "n pos d_vocab"]]:
-        """Activations at the hooks named, and the logits, of a whole pass."""
-        return self._run(tokens, hooks, [])
+        self, tokens: Int[Tensor, "n pos"], *hooks: str, first: int = 0
+    ) -> tuple[list[Float[Tensor, "n pos _"]], Float[Tensor, "n n_logits d_vocab"]]:
+        """Return the activations at the hooks named, and the logits from position `first` on, of a whole pass."""
+        return self._run(tokens, hooks, [], first)
 
-    def _run(self, tokens: Tensor, hooks: tuple[str, ...], learn: list[nn.Module]) -> tuple[list[Tensor], Tensor]:
+    def _run(
+        self, tokens: Tensor, hooks: tuple[str, ...], learn: list[nn.Module], first: int = 0
+    ) -> tuple[list[Tensor], Tensor]:
         """A whole pass that also notes what enters the block of the hook, and how the blocks to `learn` give their output."""
         found: dict[str, Tensor] = {}
         with ExitStack() as stack:
@@ -78,7 +80,7 @@ class Tail:
             for block in learn:
                 handle = block.register_forward_hook(lambda block, _, out: self._hand_on.append((block, _handing_on(out))))
                 stack.callback(handle.remove)
-            logits = self.lm.logits(Ids(tokens, None))
+            logits = self._logits(tokens, first)
         return [found[hook] for hook in hooks], logits
 
     def _note_entry(self, _block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -87,21 +89,34 @@ class Tail:
     def _put_entry_back(self, _block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         return ((self._entered, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": self._entered})
 
-    def logits(self, tokens: Int[Tensor, "n pos"], new: Float[Tensor, "n pos d"]) -> Float[Tensor, "n pos d_vocab"]:
-        """Logits with `new` at the hook, for the tokens last read; for others only where `is_whole_stream`."""
+    def logits(
+        self, tokens: Int[Tensor, "n pos"], new: Float[Tensor, "n pos d"], first: int = 0
+    ) -> Float[Tensor, "n n_logits d_vocab"]:
+        """Return the logits from position `first` on with `new` at the hook, for the tokens last read; for others only where
+        `is_whole_stream`."""
         if not self.n_skipped:
-            return self._whole(tokens, new)
+            return self._whole(tokens, new, first)
         with ExitStack() as stack:
             for block, hand_on in self._hand_on:
                 stack.enter_context(_forward_of(block, hand_on))
             if self._enters is not None:
                 handle = self._enters.register_forward_pre_hook(self._put_entry_back, with_kwargs=True)
                 stack.callback(handle.remove)
-            return self._whole(tokens, new)
+            return self._whole(tokens, new, first)
 
-    def _whole(self, tokens: Tensor, new: Tensor) -> Tensor:
+    def _whole(self, tokens: Tensor, new: Tensor, first: int = 0) -> Tensor:
         with self.lm.replace(self.hook, lambda _: new.clone()):  # Falcon goes on to overwrite it
-            return self.lm.logits(Ids(tokens, None))
+            return self._logits(tokens, first)
+
+    def _logits(self, tokens: Tensor, first: int) -> Tensor:
+        """Return the logits from position `first` on; only those are computed where the unembedding is a module."""
+        head = self.lm.module.get_output_embeddings()
+        if not first or head is None:
+            return self.lm.logits(Ids(tokens, None))[:, first:]
+        unembed = head.forward
+        with _forward_of(head, lambda x: unembed(x[:, first:] if x.ndim == 3 else x)):
+            logits = self.lm.logits(Ids(tokens, None))
+        return logits[:, first - tokens.shape[1] :]
 
 
 def _noting(hook: str, found: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
