@@ -23,7 +23,7 @@ from saelens_lite.evaluate.overlap import overlap
 from saelens_lite.evaluate.positions import PositionBand, position_bands, position_table
 from saelens_lite.evaluate.report import EvalReport, markdown, table
 from saelens_lite.model import LanguageModel
-from saelens_lite.tokens import DEFAULT_N_CTX, Text, TokenRows, source_name, text_hash, token_ids, token_rows, with_mask
+from saelens_lite.tokens import DEFAULT_N_CTX, RowBlocks, Text, TokenRows, joined, source_name, text_hash, token_ids, with_mask
 
 __all__ = [
     "EvalReport",
@@ -107,7 +107,7 @@ def evaluate(
         rows, excluded = text, _excluded_by_mask(text)
     else:
         config = as_trained(dictionaries, lm, text, text_config or TextConfig())
-        rows, excluded = token_rows(lm, text, n_tokens=n_tokens, text_config=config), _excluded(config)
+        rows, excluded = _rows(lm, text, n_tokens, config), _excluded(config)
     if not rows.n_kept:
         raise TextError("no text: none of the positions of the token rows counts")
     job = _Job(
@@ -126,6 +126,12 @@ def evaluate(
     if controls:
         reports = _with_controls(job, dictionaries, lm, reports)
     return reports if several else reports[0]
+
+
+def _rows(lm: LanguageModel, text: Text, n_tokens: int | None, config: TextConfig) -> TokenRows:
+    """Return the rows of a text, as wide as what counts and one token more, however long the row it ends in goes on."""
+    blocks = RowBlocks(lm, text, config, n_tokens=n_tokens)
+    return joined([rows.narrowed(int(rows.counted_lengths.max()) + 1) for rows in blocks], blocks.pad)
 
 
 class _Job(NamedTuple):
