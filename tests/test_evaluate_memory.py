@@ -55,7 +55,7 @@ def dictionary(hook, seed=0, **origin):
 def test_memory_does_not_grow_with_the_longest_document(models, settings):
     """A thousand tokens of short documents and one of a million characters, for any length of rows."""
     model = models["Llama"]
-    text = [SENTENCE] * 30 + [SENTENCE * 20_000]
+    text = [SENTENCE] * 60 + [SENTENCE * 20_000]
     with Largest(model.d_vocab) as largest:
         report = sl.evaluate(
             dictionary("blocks.1.hook_resid_pre"),
@@ -68,6 +68,16 @@ def test_memory_does_not_grow_with_the_longest_document(models, settings):
     assert report.n_tokens == 1000
     assert 0 < largest.n_logits <= 2048 * model.d_vocab
     assert largest.n_bytes <= 4 * 2048 * model.d_vocab
+
+
+def test_rows_are_read_as_far_as_they_count(models):
+    """Of the 100,000 tokens of a row that was given, 400 count."""
+    model = models["Llama"]
+    tokens = torch.randint(1, model.d_vocab, (1, 100_000), generator=torch.Generator().manual_seed(0))
+    rows = TokenRows(tokens, (torch.arange(100_000) > 0)[None] & (torch.arange(100_000) <= 400))
+    with Largest(model.d_vocab) as largest:
+        assert sl.evaluate(dictionary("blocks.1.hook_resid_pre"), model, rows, n_bootstrap=0).n_tokens == 400
+    assert 0 < largest.n_logits <= 402 * model.d_vocab
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mamba"])
