@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from saelens_lite.config import Origin, TextConfig
 from saelens_lite.errors import ConfigError, HookError, HubError, HubUnreachableError, ModelNotFoundError, ShapeError, TextError
 from saelens_lite.model import hooks as _hooks
+from saelens_lite.model import identities as _identities
 from saelens_lite.model import norms as _norms
 from saelens_lite.model import processing as _processing
 from saelens_lite.places import find_model
@@ -182,10 +183,14 @@ class LanguageModel:
     def _architecture(self) -> _hooks.Architecture:
         return _hooks.architecture(self.module, self.name)
 
+    @cached_property
+    def _identities(self) -> _identities.Identities:
+        return _identities.Identities(self.module, self._architecture)
+
     @property
     def hook_names(self) -> list[str]:
         """The residual-stream and sublayer hooks, in the order of the forward pass."""
-        return _hooks.usual_names(self.module, self._architecture)
+        return [name for name in _hooks.usual_names(self.module, self._architecture) if self._identities.holds(name)]
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -194,8 +199,15 @@ class LanguageModel:
         return [] if component is None else list(self.module.get_submodule(component.name))
 
     def hook_point(self, name: str) -> _hooks.HookPoint:
-        """The module and side a hook name stands for; HookError with near matches when there is none."""
-        return _hooks.resolve(name, self.module, self._architecture)
+        """Return the module and side that a hook name stands for.
+
+        hook_resid_mid, hook_attn_out, hook_mlp_out, hook_embed and hook_pos_embed promise that tensors add up; the first use
+        of one checks this on a forward pass over four tokens.
+
+        Raises:
+            HookError: the model has no such hook, or none whose tensors add up; the message says what to use instead.
+        """
+        return self._identities.point(name)
 
     def center_writing_weights_(self) -> "LanguageModel":
         """This model, with the mean over d_model taken out of everything that is added to the residual stream: the
