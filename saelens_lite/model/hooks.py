@@ -20,18 +20,26 @@ from saelens_lite.errors import HookError, ModelNotFoundError, near_matches
 USUAL_HOOKS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
 
 
-EQUIVALENT = {  # names of transformer-lens that no module's input or output is: another name, and how the two are related
-    "hook_mlp_in": ("hook_resid_mid", "is the residual stream that the MLP's norm reads"),
-    "hook_attn_in": ("hook_resid_pre", "is the residual stream that the attention's norm reads"),
-    "hook_q_input": ("hook_resid_pre", "is the residual stream that the attention's norm reads"),
-    "hook_k_input": ("hook_resid_pre", "is the residual stream that the attention's norm reads"),
-    "hook_v_input": ("hook_resid_pre", "is the residual stream that the attention's norm reads"),
-    "ln1.hook_normalized": ("ln1.hook_out", "is the norm's output before its weight and bias"),
-    "ln2.hook_normalized": ("ln2.hook_out", "is the norm's output before its weight and bias"),
-    "ln_final.hook_normalized": ("ln_final.hook_out", "is the norm's output before its weight and bias"),
-    "attn.hook_result": ("attn.hook_z", "is each head's part of the attention's output, W_O times its part of hook_z"),
-    "attn.hook_attn_in": ("attn.hook_in", "is what the attention reads"),
-    "attn.hook_hidden_states": ("attn.hook_out", "is the attention's output"),
+STREAM_OF_ATTENTION = ("the residual stream that the norm before attention reads", "hook_resid_pre")
+NORMALIZED = "the norm's output before its weight and bias, which come with"
+RELATED = {  # names of transformer-lens that are no module's input or output: how each is related to other names, and these
+    "hook_mlp_in": (
+        "the residual stream that the MLP's norm reads",
+        "hook_resid_mid",
+        "ln2.hook_in",
+        "mlp.hook_in",
+        "mlp.in.hook_in",
+    ),
+    "hook_attn_in": STREAM_OF_ATTENTION,
+    "hook_q_input": STREAM_OF_ATTENTION,
+    "hook_k_input": STREAM_OF_ATTENTION,
+    "hook_v_input": STREAM_OF_ATTENTION,
+    "attn.hook_attn_in": ("what the attention reads", "attn.hook_in"),
+    "ln1.hook_normalized": (f"{NORMALIZED} ln1.hook_out", "ln1.hook_out"),
+    "ln2.hook_normalized": (f"{NORMALIZED} ln2.hook_out", "ln2.hook_out"),
+    "ln_final.hook_normalized": (f"{NORMALIZED} ln_final.hook_out", "ln_final.hook_out"),
+    "attn.hook_result": ("the output of each head, whose sum is hook_attn_out", "attn.hook_z", "hook_attn_out"),
+    "attn.hook_hidden_states": ("the attention's output", "attn.hook_out"),
 }
 _in_force: ContextVar[object] = ContextVar("in_force", default=None)
 
@@ -136,7 +144,7 @@ def resolve(name: str, module: nn.Module, known: Architecture) -> HookPoint:
     """
     point = find(name, module, known)
     if point is None:
-        raise no_such_hook(name, module, known, near_matches(name, _spelled_names(module, known)))
+        raise no_such_hook(name, module, known, lambda other: find(other, module, known) is not None)
     return point
 
 
@@ -146,17 +154,14 @@ def find(name: str, module: nn.Module, known: Architecture) -> HookPoint | None:
     return None if place is None else HookPoint(name, *place)
 
 
-def no_such_hook(name: str, module: nn.Module, known: Architecture, hint: str) -> HookError:
-    """Say that the model has no such hook, why, and which one to use instead."""
-    if _is_middle_of_parallel_block(name, known):
-        hint = "; its attention and MLP read the same stream, so there is none between them" + hint
-    elif _is_inside_experts(name, module, known):
-        hint = "; its MLP is a mixture of experts, each with a tensor of its own there: use " + (
-            f"{name.rpartition('.')[0]}.hook_in or {name.rpartition('.')[0]}.hook_out"
-        )
-    elif other := _equivalent(name, module, known):
-        hint = f"; it {other[1]}: use {other[0]}"
-    hint = hint or f"; for example {', '.join(usual_names(module, known)[:5])}"
+def no_such_hook(name: str, module: nn.Module, known: Architecture, exists: Callable[[str], bool]) -> HookError:
+    """Say that the model has no such hook, and which of those that exist to use instead."""
+    if not (hint := _related(name, module, known, exists)):
+        spelled = [other for other in _spelled_names(module, known) if exists(other)]
+        usual = [other for other in usual_names(module, known) if exists(other)]
+        hint = near_matches(name, spelled) or f"; for example {', '.join(usual[:5])}"
+        if _is_middle_of_parallel_block(name, known):
+            hint = "; its attention and MLP read the same stream, so there is none between them" + hint
     return HookError(f"no hook {name!r} in {type(module).__name__} with {_n_blocks(module, known)} blocks{hint}")
 
 
@@ -201,24 +206,22 @@ def _spelled_names(module: nn.Module, known: Architecture) -> list[str]:
     return [name for name in names if find(name, module, known) is not None]
 
 
-def _equivalent(name: str, module: nn.Module, known: Architecture) -> tuple[str, str] | None:
-    """Return a hook that holds nearly the same tensor, and how the tensors are related."""
-    for suffix, (other, relation) in EQUIVALENT.items():
+def _related(name: str, module: nn.Module, known: Architecture, exists: Callable[[str], bool]) -> str:
+    """Name a hook that holds nearly the tensor asked for, and say how the two are related; else an empty string."""
+    parent, _, last = name.rpartition(".")
+    if last in DENSE and parent.endswith("mlp") and exists(f"{parent}.hook_out"):
+        return f"; its MLP is a mixture of experts, each with tensors of its own: use {parent}.hook_in or {parent}.hook_out"
+    for suffix, (relation, *others) in RELATED.items():
         if name == suffix or name.endswith("." + suffix):
-            instead = name.removesuffix(suffix) + other
-            return (instead, relation) if find(instead, module, known) is not None else None
-    return None
+            instead = [near for other in others if exists(near := name.removesuffix(suffix) + other)]
+            return f"; {name} is {relation}: use {instead[0]}" if instead else ""
+    return ""
 
 
 def _is_middle_of_parallel_block(name: str, known: Architecture) -> bool:
     blocks = known.components.get("blocks")
     middle = "hook_resid_mid"
     return name.startswith("blocks.") and name.endswith(middle) and blocks is not None and middle not in blocks.hook_aliases
-
-
-def _is_inside_experts(name: str, module: nn.Module, known: Architecture) -> bool:
-    parent, _, last = name.rpartition(".")
-    return last in DENSE and parent.endswith("mlp") and find(f"{parent}.hook_out", module, known) is not None
 
 
 def _n_blocks(module: nn.Module, known: Architecture) -> int:
@@ -243,9 +246,7 @@ DENSE = {  # hooks of an MLP that is one of a mixture's dense layers
 }
 
 
-def _aliases(
-    component: Any, aliases: dict[str, Any], inside: dict[str, Any], module: nn.Module
-) -> dict[str, Alias]:
+def _aliases(component: Any, aliases: dict[str, Any], inside: dict[str, Any], module: nn.Module) -> dict[str, Alias]:
     """Return the names that stand for other names in a component, as they are at this very module."""
     aliases = dict(aliases)
     if hasattr(component, "DENSE_SUBMODULE_KEYS"):  # a mixture of experts, in some layers of which there is one plain MLP
@@ -258,15 +259,16 @@ def _aliases(
             del aliases["hook_pre_linear"]
     scale = getattr(component, "residual_contribution_scale", None)
     if scale is not None:
-        for name, part in (("hook_attn_out", component.scaled_attn_submodule), ("hook_mlp_out", component.scaled_mlp_submodule)):
+        for name, part in (
+            ("hook_attn_out", component.scaled_attn_submodule),
+            ("hook_mlp_out", component.scaled_mlp_submodule),
+        ):
             if part is not None:
                 aliases[name] = (f"{part}.hook_out", scale)
     return aliases
 
 
-def _walk(
-    path: list[str], children: dict[str, Any], aliases: dict[str, Alias], module: nn.Module
-) -> Place | None:
+def _walk(path: list[str], children: dict[str, Any], aliases: dict[str, Alias], module: nn.Module) -> Place | None:
     """Follow a dotted name through components, their aliases and list indices; None where it leads nowhere."""
     head, rest = path[0], path[1:]
     if head in children and rest:

@@ -9,7 +9,6 @@ through a norm or add a third part to the sum; the module's output is then anoth
 when such a name is first asked for. It takes four tokens, and hooks in force do not act on it.
 """
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cached_property
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from saelens_lite.errors import HookError
-from saelens_lite.model.hooks import Architecture, HookPoint, alone, find, parts, resolve
+from saelens_lite.model.hooks import Architecture, HookPoint, alone, find, no_such_hook, parts
 
 N_TOKENS = 4
 ROUNDINGS = 8  # a sum may be off by this many times the rounding error of its terms
@@ -49,8 +48,10 @@ class Identities:
             HookError: the model has no such hook, or no tensor that satisfies the name's equation.
         """
         point = self.find(name)
-        if point is None or not self._is_checked(name):
-            return resolve(name, self.module, self.known)
+        if point is None:
+            raise no_such_hook(name, self.module, self.known, self.holds)
+        if not self._is_checked(name):
+            return point
         block = ".".join(name.split(".")[:2])
         verdict = self._verdicts.get(block) or self._verdicts.get(name, point)
         if isinstance(verdict, HookPoint):
@@ -59,6 +60,8 @@ class Identities:
 
     def holds(self, name: str) -> bool:
         """Return whether the model has a hook of this name."""
+        if self.find(name) is None:
+            return False
         try:
             self.point(name)
         except HookError:
@@ -73,7 +76,7 @@ class Identities:
         """Return whether a name promises an equation, or is in a stack of blocks that may run more than once in a pass."""
         stack, *path = name.split(".")
         is_stack = getattr(self.known.components.get(stack), "is_list_item", False)
-        return name in (EMBED, POS_EMBED) or (is_stack and (stack != "blocks" or path[-1] in INSTEAD and len(path) == 2))
+        return name in (EMBED, POS_EMBED) or (is_stack and (stack != "blocks" or (path[-1] in INSTEAD and len(path) == 2)))
 
     def _blocks(self) -> Iterator[tuple[str, nn.Module, list[nn.Module]]]:
         """Yield the name of each block, its module, and the modules inside that transformer-lens names."""
@@ -86,7 +89,9 @@ class Identities:
     def _verdicts(self) -> dict[str, Verdict]:
         """The verdict on each name that is checked, and the reason why no name of a block can be served."""
         noted, verdicts = Noted(), dict[str, Verdict]()
-        embeddings = {key: self.known.components[key] for key in ("embed", "embed_ln", "pos_embed") if key in self.known.components}
+        embeddings = {
+            key: self.known.components[key] for key in ("embed", "embed_ln", "pos_embed") if key in self.known.components
+        }
         blocks = list(self._blocks())
         n_vocab = self.module.config.get_text_config().vocab_size
         tokens = (n_vocab // 3 + torch.arange(N_TOKENS, device=self.module.device))[None] % n_vocab
@@ -130,9 +135,13 @@ class Identities:
                 return {EMBED: point, POS_EMBED: reason}
             if added is not None and positions is not None and is_sum(first, embedding, positions):
                 return {EMBED: point, POS_EMBED: added}
-        reason = "what enters the first block is not the embedding as it is, nor its sum with that of the position; use {} for {}"
+        reason = (
+            "what enters the first block is not the embedding as it is, nor its sum with that of the position; use {} for {}"
+        )
         return {
-            EMBED: reason.format("embed.hook_out", "the embedding itself, blocks.0.hook_resid_pre for what enters the first block"),
+            EMBED: reason.format(
+                "embed.hook_out", "the embedding itself, blocks.0.hook_resid_pre for what enters the first block"
+            ),
             POS_EMBED: reason.format("pos_embed.hook_out", "the embedding of the position itself"),
         }
 
@@ -143,7 +152,9 @@ class BlockIdentities:
     def __init__(self, of: Identities, prefix: str, block: nn.Module, inside: list[nn.Module], noted: "Noted"):
         self.of, self.prefix, self.noted = of, prefix, noted
         self.pre, self.post = noted.of(block, "in"), noted.of(block, "out")
-        self.entering, self.leaving = ([x for part in inside if (x := noted.of(part, side)) is not None] for side in ("in", "out"))
+        self.entering, self.leaving = (
+            [x for part in inside if (x := noted.of(part, side)) is not None] for side in ("in", "out")
+        )
         self.last_norms = [
             x
             for part in inside
@@ -174,7 +185,8 @@ class BlockIdentities:
         )
         chosen = {MID: mid, ATTN: attn, MLP: mlp}
         return {
-            f"{self.prefix}.{hook}": found[0] if found else self._reason(hook, attn and attn[1]) for hook, found in chosen.items()
+            f"{self.prefix}.{hook}": found[0] if found else self._reason(hook, attn and attn[1])
+            for hook, found in chosen.items()
         }
 
     def _candidates(self, hook: str) -> list[tuple[HookPoint, Tensor]]:
@@ -203,7 +215,9 @@ class BlockIdentities:
             return f"{why}{read + ' for what the MLP reads, or ' if read else ''}{self.prefix}.hook_resid_post"
         part = "attention" if hook == ATTN else "MLP"
         own = self._first(("attn.hook_out", "attn.o.hook_out") if hook == ATTN else ("mlp.hook_out", "mlp.out.hook_out"))
-        why = f"no sum in the block adds just the {part}'s output to the residual stream, which may be scaled or have other terms"
+        why = (
+            f"no sum in the block adds just the {part}'s output to the residual stream, which may be scaled or have other terms"
+        )
         return why + (f"; use {own} for that output as it is" if own else "; the forward pass never comes to it")
 
 
