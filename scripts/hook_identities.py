@@ -256,7 +256,7 @@ def main() -> None:
             continue
         try:
             found = check(module, tokenizer)
-        except (ModelNotFoundError, ValueError) as error:
+        except (ModelNotFoundError, ValueError, AttributeError, RuntimeError) as error:
             unbuilt[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             continue
         table.append([name, *(str(found[check]) for check in CHECKS)])

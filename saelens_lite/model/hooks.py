@@ -128,8 +128,10 @@ def architecture(module: nn.Module, name: str) -> Architecture:
         try:
             config = build_bridge_config_from_hf(module.config, known_as, name, module.dtype)
             components = ArchitectureAdapterFactory.select_architecture_adapter(config).component_mapping
-        except ValueError as error:
+        except (ValueError, ImportError) as error:  # it may need torchvision for a model that sees
             raise ModelNotFoundError(f"transformer-lens has no hooks for {known_as} ({name}): {error}") from None
+    if "blocks" in components and _enter(components["blocks"], module) is None:
+        raise ModelNotFoundError(f"{known_as} ({name}) has no {components['blocks'].name}, where transformer-lens looks for blocks")
     no_activations = {"rotary_emb"}  # its output is a pair of tables
     return Architecture(
         {key: component for key, component in components.items() if key not in no_activations}, TransformerBridge.hook_aliases
