@@ -31,7 +31,7 @@ from saelens_lite.errors import HookError, ModelNotFoundError
 D_MODEL, N_VOCAB, N_LAYERS, TOLERANCE = 32, 97, 2, 1e-5
 TOKENS = torch.randint(20, N_VOCAB, (2, 6), generator=torch.Generator().manual_seed(0))
 CHECKS = ("embed", "mid", "post", "hidden")
-DOWN = {"down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "w2", "wo", "dense", "value"}
+DOWN = {"down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "w2", "wo", "dense", "value", "Wo"}
 ATTENTION = re.compile(r"attn|attention|mixer|mamba|conv|rec|temporal|ssm|gate$|expert")
 SMALL = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "kv_lora_rank"), D_MODEL),
@@ -49,11 +49,16 @@ SMALL = {
 }  # fmt: skip
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8}
 DENSE_FIRST = {"first_k_dense_replace": 1}
+LATENT = DENSE_FIRST | {"num_key_value_heads": 4, "head_dim": 8}
 FAMILIES: dict[str, dict[str, Any]] = {  # settings that the defaults need to be small or to differ where it matters
     "BambaForCausalLM": MAMBA,
     "CodeGenForCausalLM": {"n_ctx": 64},
-    "DeepseekV2ForCausalLM": DENSE_FIRST,
-    "DeepseekV3ForCausalLM": DENSE_FIRST,
+    "DeepseekV2ForCausalLM": LATENT,
+    "DeepseekV3ForCausalLM": LATENT,
+    "Glm4MoeLiteForCausalLM": LATENT,
+    "GlmMoeDsaForCausalLM": LATENT,
+    "YoutuForCausalLM": LATENT,
+    "Zamba2ForCausalLM": {"layers_block_type": ["mamba", "hybrid"], "layer_types": ["mamba", "hybrid"]},
     "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 1]]},
     "Gemma4ForCausalLM": {"vocab_size_per_layer_input": N_VOCAB, "hidden_size_per_layer_input": 8, "global_head_dim": 8},
     "GraniteForCausalLM": {"embedding_multiplier": 12.0, "residual_multiplier": 0.22},
@@ -130,7 +135,11 @@ def build(name: str, settings: dict[str, Any]) -> nn.Module:
 def small(kind: Any, settings: dict[str, Any]) -> Any:
     """Return a config of a class with small sizes."""
     keys = set(inspect.signature(kind.__init__).parameters) | set(getattr(kind, "__dataclass_fields__", {}))
-    inner = {key: small(sub, settings) for key, sub in getattr(kind, "sub_configs", {}).items() if inspect.isclass(sub) and key in keys}
+    inner = {
+        key: small(sub, settings)
+        for key, sub in getattr(kind, "sub_configs", {}).items()
+        if inspect.isclass(sub) and key in keys
+    }
     sizes = {key: value for key, value in (SMALL | settings).items() if key in keys or key in settings and not inner}
     return kind(**(sizes | inner))
 
@@ -149,7 +158,8 @@ def tensors_of(module: nn.Module) -> Iterator[dict[tuple[str, str], list[Tensor]
     for name, part in module.named_modules():
         handles += [
             part.register_forward_pre_hook(
-                lambda _, args, kwargs, name=name: note(name, "in", args[0] if args else kwargs.get("hidden_states")), with_kwargs=True
+                lambda _, args, kwargs, name=name: note(name, "in", args[0] if args else kwargs.get("hidden_states")),
+                with_kwargs=True,
             ),
             part.register_forward_hook(lambda _, args, out, name=name: note(name, "out", out)),
         ]
@@ -210,14 +220,23 @@ def check(module: nn.Module, tokenizer: Any) -> dict[str, Found]:
             if not isinstance(attn, str) and near(post, pre, attn, mlp):
                 add("post", [], lambda: True)
             else:
-                ends = [post, *(inside[name, "in"] for name, side in inside if side == "out" and near(post, inside[name, side]))]
-                add("post", [], lambda ends=ends, mlp=mlp, all_=inside.values(): any(near(e, s, mlp) for e in ends for s in all_))
+                ends = [
+                    post,
+                    *(inside[name, "in"] for name, side in inside if side == "out" and near(post, inside[name, side])),
+                ]
+                add(
+                    "post",
+                    [],
+                    lambda ends=ends, mlp=mlp, all_=inside.values(): any(near(e, s, mlp) for e in ends for s in all_),
+                )
         else:
             add("post", [mid, mlp], lambda mid=mid, mlp=mlp, post=post: near(post, mid, mlp))
         downs = [
             value
             for (name, side), value in inside.items()
-            if side == "in" and name.split(".")[-1] in DOWN and not ATTENTION.search(name.removeprefix(f"{blocks}.{i}.").lower())
+            if side == "in"
+            and name.split(".")[-1] in DOWN
+            and not ATTENTION.search(name.removeprefix(f"{blocks}.{i}.").lower())
         ]
         hidden = served(f"blocks.{i}.mlp.hook_post")
         add("hidden", [hidden], lambda downs=downs, hidden=hidden: bool(downs) and near(downs[-1], hidden))

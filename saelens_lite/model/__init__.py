@@ -22,6 +22,7 @@ from saelens_lite.model import hooks as _hooks
 from saelens_lite.model import identities as _identities
 from saelens_lite.model import norms as _norms
 from saelens_lite.model import processing as _processing
+from saelens_lite.model import readout as _readout
 from saelens_lite.places import find_model
 from saelens_lite.tokens import TokenRows, token_rows
 
@@ -495,29 +496,42 @@ class LanguageModel:
         return self.tokenizer.decode(ids[1:] if ids[0] == self.bos_id else ids)
 
     def unembedding(self, *, fold_norm: bool = True) -> Float[Tensor, "d_vocab d_model"]:
-        """W_U with the final norm's scale folded in, so that a direction's dot product with a row is its effect on that
-        token's logit, up to the positive factor the norm divides by and a shift common to all tokens; else W_U as it is."""
-        head = self.module.get_output_embeddings().weight.float()
+        """Return W_U with the final norm's scale folded in, or, without fold_norm, as it is.
+
+        A direction's dot product with a row is its effect on that token's logit, up to the positive factor the norm divides
+        by and a shift common to all tokens. A projection between norm and head is multiplied in. Post-norm models have no
+        final norm: there, effects are those of the last block's output, and the norms inside blocks do not count.
+
+        Raises:
+            ConfigError: there is more than a norm and a projection between the last block and the head.
+        """
+        weight = self._readout.weight()
         norm = self._final_norm
+        if norm is None:
+            log.warning("%s has no final norm: effects on logits are those of its last block's output", self.name)
         if norm is None or not fold_norm:
-            return head
-        head = head * norm.scale.float().to(head.device)
-        return head - head.mean(1, keepdim=True) if norm.centres else head
+            return weight
+        weight = weight * norm.scale.float().to(weight.device)
+        return weight - weight.mean(1, keepdim=True) if norm.centres else weight
 
     def final_norm_divisor(self, x: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape"]:
-        """The positive factor by which the final norm divides the residual stream that reaches it; 1 without such a norm.
+        """Return the positive factor by which the final norm divides the last block's output; 1 without such a norm.
 
         `x @ unembedding().T / final_norm_divisor(x)` are the logits up to what does not depend on x.
         """
-        norm = self._final_norm
+        norm, before = self._final_norm, self._readout.before
         if norm is None:
             return x.new_ones(x.shape[:-1])
-        return norm.divisor(x).to(torch.promote_types(x.dtype, torch.float32)).to(x.device)
+        return (norm.divisor(x * before) / before).to(torch.promote_types(x.dtype, torch.float32)).to(x.device)
+
+    @cached_property
+    def _readout(self) -> _readout.Readout:
+        return _readout.Readout.of(self.module, self._architecture)
 
     @property
     def _final_norm(self) -> _norms.FinalNorm | None:
-        found = self._architecture.components.get("ln_final")
-        return None if found is None else _norms.FinalNorm.of(self.module.get_submodule(found.name), self.d_model)
+        norm = self._readout.norm
+        return None if norm is None else _norms.FinalNorm.of(norm, self.d_model)
 
     def token_strings(self) -> list[str]:
         """The text of every token id."""

@@ -131,7 +131,9 @@ def architecture(module: nn.Module, name: str) -> Architecture:
         except (ValueError, ImportError) as error:  # it may need torchvision for a model that sees
             raise ModelNotFoundError(f"transformer-lens has no hooks for {known_as} ({name}): {error}") from None
     if "blocks" in components and _enter(components["blocks"], module) is None:
-        raise ModelNotFoundError(f"{known_as} ({name}) has no {components['blocks'].name}, where transformer-lens looks for blocks")
+        raise ModelNotFoundError(
+            f"{known_as} ({name}) has no {components['blocks'].name}, where transformer-lens looks for blocks"
+        )
     no_activations = {"rotary_emb"}  # its output is a pair of tables
     return Architecture(
         {key: component for key, component in components.items() if key not in no_activations}, TransformerBridge.hook_aliases

@@ -24,8 +24,8 @@ N_TOKENS = 4
 ROUNDINGS = 8  # a sum may be off by this many times the rounding error of its terms
 MID, ATTN, MLP = "hook_resid_mid", "hook_attn_out", "hook_mlp_out"
 INSTEAD = {  # where the output of a sublayer may be instead, if transformer-lens names another tensor
-    MID: (),
-    ATTN: ("ln1_post.hook_out", "attn.hook_out", "attn.o.hook_out"),
+    MID: ("mlp.hook_in",),
+    ATTN: ("ln1_post.hook_out", "attn.hook_out", "attn.o.hook_out", "ln2.hook_out"),
     MLP: ("ln2_post.hook_out", "mlp.hook_out", "mlp.out.hook_out"),
 }
 EMBED, POS_EMBED = "hook_embed", "hook_pos_embed"
@@ -93,8 +93,6 @@ class Identities:
             key: self.known.components[key] for key in ("embed", "embed_ln", "pos_embed") if key in self.known.components
         }
         blocks = list(self._blocks())
-        n_vocab = self.module.config.get_text_config().vocab_size
-        tokens = (n_vocab // 3 + torch.arange(N_TOKENS, device=self.module.device))[None] % n_vocab
 
         def judge(prefix: str, block: nn.Module, inside: list[nn.Module]) -> Callable[..., None]:
             def leave(*_: Any) -> None:
@@ -113,7 +111,7 @@ class Identities:
                 noted.note([*inside, block], stack)
                 stack.callback(block.register_forward_hook(judge(prefix, block, inside)).remove)
             try:
-                self.module(tokens, use_cache=False)
+                self.module(probe_tokens(self.module), use_cache=False)
             except Exception as error:  # a model that reads more than token ids
                 reason = f"a forward pass on token ids, to check what it is, fails ({' '.join(str(error).split())[:200]})"
                 names = [EMBED, POS_EMBED, *(f"{prefix}.{hook}" for prefix, *_ in blocks for hook in INSTEAD)]
@@ -214,11 +212,13 @@ class BlockIdentities:
                 return f"{why}{summed} for that sum, or {read} for what the MLP reads"
             return f"{why}{read + ' for what the MLP reads, or ' if read else ''}{self.prefix}.hook_resid_post"
         part = "attention" if hook == ATTN else "MLP"
-        own = self._first(("attn.hook_out", "attn.o.hook_out") if hook == ATTN else ("mlp.hook_out", "mlp.out.hook_out"))
+        own = self._first(INSTEAD[hook])
         why = (
             f"no sum in the block adds just the {part}'s output to the residual stream, which may be scaled or have other terms"
         )
-        return why + (f"; use {own} for that output as it is" if own else "; the forward pass never comes to it")
+        return why + (
+            f"; use {own} for that output as the model computes it" if own else "; the forward pass never comes to it"
+        )
 
 
 class Noted:
@@ -250,6 +250,12 @@ class Noted:
         for module in modules:
             for side in ("in", "out"):
                 self._values[module, side].clear()
+
+
+def probe_tokens(module: nn.Module) -> Tensor:
+    """Return one row of a few ordinary token ids."""
+    n_vocab = module.config.get_text_config().vocab_size
+    return (n_vocab // 3 + torch.arange(N_TOKENS, device=module.device))[None] % n_vocab
 
 
 def is_sum(total: Tensor | None, *terms: Tensor | None) -> bool:
