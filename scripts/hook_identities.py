@@ -83,7 +83,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3Next, one dense layer": ("Qwen3NextForCausalLM", {"mlp_only_layers": [1]}),
     "Ernie4_5_Moe, one dense layer": ("Ernie4_5_MoeForCausalLM", {"moe_layer_start_index": 1, "moe_layer_end_index": 1}),
     "Llama4, one dense layer": ("Llama4ForCausalLM", {"moe_layers": [1]}),
-    "Gemma, scaled": ("GemmaForCausalLM", {}),
 }
 
 
@@ -94,9 +93,10 @@ class Found(NamedTuple):
     reasons: dict[str, str]
 
     def __str__(self) -> str:
-        if len(self.outcomes) == 1:
-            return next(iter(self.outcomes))
-        return ", ".join(f"{n} {outcome}" for outcome, n in sorted(self.outcomes.items()))
+        outcomes = +self.outcomes
+        if len(outcomes) == 1:
+            return next(iter(outcomes))
+        return ", ".join(f"{n} {outcome}" for outcome, n in sorted(outcomes.items()))
 
 
 def families() -> dict[str, tuple[str, dict[str, Any]]]:
@@ -140,7 +140,7 @@ def small(kind: Any, settings: dict[str, Any]) -> Any:
         for key, sub in getattr(kind, "sub_configs", {}).items()
         if inspect.isclass(sub) and key in keys
     }
-    sizes = {key: value for key, value in (SMALL | settings).items() if key in keys or key in settings and not inner}
+    sizes = {key: value for key, value in (SMALL | settings).items() if key in keys or (key in settings and not inner)}
     return kind(**(sizes | inner))
 
 
@@ -175,29 +175,36 @@ def check(module: nn.Module, tokenizer: Any) -> dict[str, Found]:
     lm = sl.LanguageModel(module, tokenizer, name="random")
     with tensors_of(module) as noted, torch.no_grad():
         module(TOKENS, use_cache=False)
-    (blocks,) = [
-        name
-        for name, part in module.named_modules()
-        if isinstance(part, nn.ModuleList) and len(part) == len(lm.blocks) and part[0] is lm.blocks[0]
-    ]
     found = {check: Found(Counter(), {}) for check in CHECKS}
 
     def served(name: str) -> Tensor | str:
+        """Return the tensor at a hook, or why it is refused; "none" where the family has no such part."""
         try:
             return lm.run(TOKENS, name)[name]
         except HookError as error:
             return "none" if str(error).startswith("no hook") and "experts" not in str(error) else str(error)
 
-    def add(which: str, values: list[Tensor | str], holds: Callable[[], bool]) -> None:
+    def add(which: str, values: list[Tensor | str], holds: Callable[[], bool] = lambda: True) -> None:
+        """Count the outcome of one check of one layer; a refusal must name hooks that can be served."""
         refusals = [value for value in values if isinstance(value, str)]
-        if not refusals:
-            outcome = "holds" if holds() else "WRONG"
-        else:
-            outcome = "none" if "none" in refusals else "refused"
-            if outcome == "refused":
-                found[which].reasons.setdefault(re.sub(r"blocks\.\d+", "blocks.N", refusals[0]), "")
+        outcome = ("holds" if holds() else "WRONG") if not refusals else "none" if "none" in refusals else "refused"
+        if outcome == "refused":
+            found[which].reasons.setdefault(re.sub(r"blocks\.\d+", "blocks.N", refusals[0]), "")
+            instead = re.findall(r"[\w.]*hook_\w+", refusals[0].partition("use ")[2])
+            if (lm.blocks and not instead) or any(isinstance(served(name), str) for name in instead):
+                outcome = "WRONG"
         found[which].outcomes[outcome] += 1
 
+    if not lm.blocks:  # several stacks, each of which runs more than once
+        for which in CHECKS[1:]:
+            add(which, [served(f"{stack}_blocks.{i}.hook_resid_pre") for stack in "HL" for i in range(N_LAYERS)])
+        add("embed", [served("hook_embed")], lambda: False)
+        return found
+    (blocks,) = [
+        name
+        for name, part in module.named_modules()
+        if isinstance(part, nn.ModuleList) and len(part) == len(lm.blocks) and part[0] is lm.blocks[0]
+    ]
     entering = [noted.get((f"{blocks}.{i}", "in"), [None])[0] for i in range(len(lm.blocks))]
     leaving = [noted.get((f"{blocks}.{i}", "out"), [None])[0] for i in range(len(lm.blocks))]
     embed, positions = served("hook_embed"), served("hook_pos_embed")
@@ -209,28 +216,24 @@ def check(module: nn.Module, tokenizer: Any) -> dict[str, Found]:
         inside = {key: value for key, (value, *_) in noted.items() if key[0].startswith(f"{blocks}.{i}.")}
         ins = [value for (_, side), value in inside.items() if side == "in"]
         mid, attn, mlp = (served(f"blocks.{i}.hook_{part}") for part in ("resid_mid", "attn_out", "mlp_out"))
-        if isinstance(mid, str) and not isinstance(attn, str):
-            only = "parallel" if not isinstance(mlp, str) and near(post, pre, attn, mlp) else "sum inside"
-            add("mid", [mid], lambda: False)
-            if only == "sum inside" and not any(near(value, pre, attn) for value in ins):
-                found["mid"].outcomes["WRONG"] += 1
-        else:
+        if isinstance(attn, str) or isinstance(mlp, str) or not near(post, pre, attn, mlp):
             add("mid", [attn, mid], lambda pre=pre, attn=attn, mid=mid: near(mid, pre, attn))
-        if isinstance(mid, str) and not isinstance(mlp, str):
-            if not isinstance(attn, str) and near(post, pre, attn, mlp):
-                add("post", [], lambda: True)
-            else:
-                ends = [
-                    post,
-                    *(inside[name, "in"] for name, side in inside if side == "out" and near(post, inside[name, side])),
-                ]
-                add(
-                    "post",
-                    [],
-                    lambda ends=ends, mlp=mlp, all_=inside.values(): any(near(e, s, mlp) for e in ends for s in all_),
-                )
         else:
-            add("post", [mid, mlp], lambda mid=mid, mlp=mlp, post=post: near(post, mid, mlp))
+            add("mid", [mid], lambda pre=pre, attn=attn, mid=mid: near(mid, pre, attn))  # parallel, unless there is a middle
+        if isinstance(mid, Tensor):
+            add("post", [mlp], lambda mid=mid, mlp=mlp, post=post: near(post, mid, mlp))
+        else:  # in parallel, or the sums go through norms
+            ends = [post, *(inside[name, "in"] for name, side in inside if side == "out" and near(post, inside[name, side]))]
+            if isinstance(attn, Tensor) and not any(near(value, pre, attn) for value in ins):
+                parallel = isinstance(mlp, Tensor) and near(post, pre, attn, mlp)
+                found["mid"].outcomes["WRONG"] += int(not parallel)
+
+            def holds(pre=pre, post=post, attn=attn, mlp=mlp, ends=ends, inside=inside) -> bool:
+                if isinstance(attn, Tensor) and near(post, pre, attn, mlp):
+                    return True
+                return any(near(end, stream, mlp) for end in ends for stream in inside.values())
+
+            add("post", [mlp], holds)
         downs = [
             value
             for (name, side), value in inside.items()
@@ -251,6 +254,11 @@ def near(total: Tensor | None, *terms: Tensor) -> bool:
     if any(term.shape != total.shape for term in terms):
         return False
     return bool((sum(terms) - total).abs().max() <= TOLERANCE * total.abs().max())
+
+
+def check_family(name: str, tokenizer: Any) -> dict[str, Found]:
+    """Build a family and check its hooks."""
+    return check(build(*families()[name]), tokenizer)
 
 
 def main() -> None:

@@ -36,7 +36,8 @@ class LatentWeights(NamedTuple):
     the last bin also the largest. Kurtosis is that in excess of the normal distribution's. Neighbours come nearest first.
 
     What does not exist has no entries: n_effects, n_bins and n_acting are 0 where the output is not as wide as the residual
-    stream, or the model's logits are not linear in its normalised stream, so that there are no direct effects; n_both is 0 where encoder and decoder are of different widths.
+    stream, or the logits are not linear in the normalised stream, so that there are no direct effects on them; n_both is 0
+    where encoder and decoder are of different widths.
     """
 
     promoted: Int[Tensor, "d_sae n_effects"]

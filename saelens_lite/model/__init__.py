@@ -344,24 +344,34 @@ class LanguageModel:
 
     @contextmanager
     def replace(self, hook: str, new: Callable[[Float[Tensor, "batch pos d"]], Float[Tensor, "batch pos d"]]) -> Iterator[None]:
-        """Within the block, the activation at `hook` is replaced by `new(activation)`.
+        """Replace the activation at `hook` by `new(activation)` within the block.
+
+        Some parts of some models, such as OPT's MLP, see the rows of a batch as one long row: `new` gets them apart.
 
         Raises:
             HookError: no such hook, or its value is not [batch pos d].
         """
+        shape: list[int] = []  # [batch pos] of the forward pass under way
+
+        def note_shape(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            token_ids = args[0] if args else next(iter(kwargs.values()))
+            shape[:] = token_ids.shape
 
         def visit(value: Any) -> Tensor | None:
-            if not isinstance(value, Tensor) or value.ndim != 3:
-                raise HookError(
-                    f"{hook} of {type(self.module).__name__} is {_shape(value)}; only [batch pos d] can be replaced"
-                )
-            return new(value)
+            if isinstance(value, Tensor) and value.ndim == 3:
+                return new(value)
+            if isinstance(value, Tensor) and value.ndim == 2 and len(shape) == 2 and len(value) == shape[0] * shape[1]:
+                apart = new(rearrange(value, "(batch pos) d -> batch pos d", batch=shape[0]))
+                return rearrange(apart, "batch pos d -> (batch pos) d")
+            raise HookError(f"{hook} of {type(self.module).__name__} is {_shape(value)}; only [batch pos d] can be replaced")
 
-        handle = self.hook_point(hook).on_value(visit)
+        point, embeddings = self.hook_point(hook), self.module.get_input_embeddings()
+        handles = [point.on_value(visit), embeddings.register_forward_pre_hook(note_shape, with_kwargs=True)]
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     @contextmanager
     def splice(

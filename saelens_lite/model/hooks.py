@@ -20,26 +20,18 @@ from saelens_lite.errors import HookError, ModelNotFoundError, near_matches
 USUAL_HOOKS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
 
 
-STREAM_OF_ATTENTION = ("the residual stream that the norm before attention reads", "hook_resid_pre")
-NORMALIZED = "the norm's output before its weight and bias, which come with"
-RELATED = {  # names of transformer-lens that are no module's input or output: how each is related to other names, and these
-    "hook_mlp_in": (
-        "the residual stream that the MLP's norm reads",
-        "hook_resid_mid",
-        "ln2.hook_in",
-        "mlp.hook_in",
-        "mlp.in.hook_in",
-    ),
-    "hook_attn_in": STREAM_OF_ATTENTION,
-    "hook_q_input": STREAM_OF_ATTENTION,
-    "hook_k_input": STREAM_OF_ATTENTION,
-    "hook_v_input": STREAM_OF_ATTENTION,
-    "attn.hook_attn_in": ("what the attention reads", "attn.hook_in"),
-    "ln1.hook_normalized": (f"{NORMALIZED} ln1.hook_out", "ln1.hook_out"),
-    "ln2.hook_normalized": (f"{NORMALIZED} ln2.hook_out", "ln2.hook_out"),
-    "ln_final.hook_normalized": (f"{NORMALIZED} ln_final.hook_out", "ln_final.hook_out"),
-    "attn.hook_result": ("the output of each head, whose sum is hook_attn_out", "attn.hook_z", "hook_attn_out"),
-    "attn.hook_hidden_states": ("the attention's output", "attn.hook_out"),
+STREAM = "the residual stream that the norm before attention reads"
+PLAIN = "the norm's output before its weight and bias"
+RELATED = {  # names of transformer-lens that are no module's input or output: how each is related to other hooks
+    "hook_mlp_in": {
+        "the residual stream that the MLP's norm reads": ("hook_resid_mid",),
+        "the residual stream before the norm whose output the MLP reads": ("mlp.hook_in", "mlp.in.hook_in"),
+    },
+    **{f"hook_{part}": {STREAM: ("hook_resid_pre",)} for part in ("attn_in", "q_input", "k_input", "v_input")},
+    "attn.hook_attn_in": {"what the attention reads": ("attn.hook_in",)},
+    "attn.hook_hidden_states": {"the attention's output": ("attn.hook_out",)},
+    "attn.hook_result": {"each head's part of hook_attn_out": ("attn.hook_z",)},
+    **{f"{norm}.hook_normalized": {PLAIN: (f"{norm}.hook_out",)} for norm in ("ln1", "ln2", "ln_final")},
 }
 _in_force: ContextVar[object] = ContextVar("in_force", default=None)
 
@@ -215,11 +207,21 @@ def _related(name: str, module: nn.Module, known: Architecture, exists: Callable
     parent, _, last = name.rpartition(".")
     if last in DENSE and parent.endswith("mlp") and exists(f"{parent}.hook_out"):
         return f"; its MLP is a mixture of experts, each with tensors of its own: use {parent}.hook_in or {parent}.hook_out"
-    for suffix, (relation, *others) in RELATED.items():
-        if name == suffix or name.endswith("." + suffix):
-            instead = [near for other in others if exists(near := name.removesuffix(suffix) + other)]
-            return f"; {name} is {relation}: use {instead[0]}" if instead else ""
+    for suffix, relations in RELATED.items():
+        if name != suffix and not name.endswith("." + suffix):
+            continue
+        for relation, others in relations.items():
+            for other in others:
+                instead = name.removesuffix(suffix) + other
+                if exists(instead):
+                    return f"; {name} is {relation}: use {instead}{_difference(relation, other)}"
     return ""
+
+
+def _difference(relation: str, other: str) -> str:
+    if relation == PLAIN:
+        return ", which has them"
+    return ", what W_O multiplies" if other == "attn.hook_z" else ""
 
 
 def _is_middle_of_parallel_block(name: str, known: Architecture) -> bool:

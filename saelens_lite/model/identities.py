@@ -99,7 +99,7 @@ class Identities:
                 if f"{prefix}.{MID}" in verdicts:
                     verdicts[prefix] = "its block runs more than once in a forward pass, so the name stands for several tensors"
                 elif not verdicts:
-                    verdicts.update(self._of_embeddings(noted, noted.of(block, "in")))
+                    verdicts.update(self._of_embeddings(noted, prefix, noted.of(block, "in")))
                 verdicts.update(BlockIdentities(self, prefix, block, inside, noted).verdicts())
                 noted.forget([block, *inside])
 
@@ -118,8 +118,8 @@ class Identities:
                 return dict.fromkeys(names, f"{reason}: {type(error).__name__}")
         return verdicts
 
-    def _of_embeddings(self, noted: "Noted", first: Tensor | None) -> dict[str, Verdict]:
-        """Return the verdicts on hook_embed and hook_pos_embed, given what enters the first block."""
+    def _of_embeddings(self, noted: "Noted", prefix: str, first: Tensor | None) -> dict[str, Verdict]:
+        """Return the verdicts on hook_embed and hook_pos_embed, given the first block's name and what enters it."""
         added = self.find(POS_EMBED)
         positions = noted.at(added)
         for name in EMBEDDINGS:
@@ -133,15 +133,11 @@ class Identities:
                 return {EMBED: point, POS_EMBED: reason}
             if added is not None and positions is not None and is_sum(first, embedding, positions):
                 return {EMBED: point, POS_EMBED: added}
-        reason = (
-            "what enters the first block is not the embedding as it is, nor its sum with that of the position; use {} for {}"
-        )
-        return {
-            EMBED: reason.format(
-                "embed.hook_out", "the embedding itself, blocks.0.hook_resid_pre for what enters the first block"
-            ),
-            POS_EMBED: reason.format("pos_embed.hook_out", "the embedding of the position itself"),
-        }
+        reason = "what enters the first block is not the embedding as it is, nor its sum with that of the position; use "
+        itself = "embed.hook_out for the embedding itself"
+        if prefix == "blocks.0" and first is not None and len(first) == N_TOKENS:
+            itself += ", blocks.0.hook_resid_pre for what enters the first block"
+        return {EMBED: reason + itself, POS_EMBED: f"{reason}pos_embed.hook_out for the embedding of the position itself"}
 
 
 class BlockIdentities:
