@@ -47,11 +47,12 @@ SMALL = {
     "topk_group": 1, "rotary_dim": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
     "linear_value_head_dim": 8, "expert_ffn_hidden_size": 16, "index_head_dim": 8, "index_n_heads": 2,
 }  # fmt: skip
+HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8}
 DENSE_FIRST = {"first_k_dense_replace": 1}
 LATENT = DENSE_FIRST | {"num_key_value_heads": 4, "head_dim": 8}
 FAMILIES: dict[str, dict[str, Any]] = {  # settings that the defaults need to be small or to differ where it matters
-    "BambaForCausalLM": MAMBA,
+    "BambaForCausalLM": MAMBA | {"attn_layer_indices": [1]},
     "CodeGenForCausalLM": {"n_ctx": 64},
     "DeepseekV2ForCausalLM": LATENT,
     "DeepseekV3ForCausalLM": LATENT,
@@ -63,10 +64,18 @@ FAMILIES: dict[str, dict[str, Any]] = {  # settings that the defaults need to be
     "Gemma4ForCausalLM": {"vocab_size_per_layer_input": N_VOCAB, "hidden_size_per_layer_input": 8, "global_head_dim": 8},
     "GraniteForCausalLM": {"embedding_multiplier": 12.0, "residual_multiplier": 0.22},
     "GraniteMoeForCausalLM": {"embedding_multiplier": 12.0, "residual_multiplier": 0.22},
-    "GraniteMoeHybridForCausalLM": MAMBA | {"embedding_multiplier": 12.0, "residual_multiplier": 0.22},
+    "GraniteMoeHybridForCausalLM": MAMBA
+    | {"layer_types": ["mamba", "attention"], "embedding_multiplier": 12.0, "residual_multiplier": 0.22},
     "Glm4MoeForCausalLM": DENSE_FIRST,
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "Mamba2ForCausalLM": {"num_heads": 8, "head_dim": 8, "state_size": 8},
+    "JambaForCausalLM": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "NemotronHForCausalLM": {"layers_block_type": ["mamba", "attention"]},
+    "OlmoHybridForCausalLM": HYBRID,
+    "Qwen3NextForCausalLM": HYBRID,
+    "Qwen3_5ForCausalLM": HYBRID,
+    "Qwen3_5MoeForCausalLM": HYBRID,
+    "RecurrentGemmaForCausalLM": {"block_types": ["recurrent", "attention"]},
     "RobertaForMaskedLM": {"pad_token_id": 1},
 }
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -80,7 +89,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "Bloom, stream behind the norm": ("BloomForCausalLM", {"apply_residual_connection_post_layernorm": True}),
     "Qwen2Moe, one dense layer": ("Qwen2MoeForCausalLM", {"mlp_only_layers": [0]}),
     "Qwen3Moe, one dense layer": ("Qwen3MoeForCausalLM", {"mlp_only_layers": [0]}),
-    "Qwen3Next, one dense layer": ("Qwen3NextForCausalLM", {"mlp_only_layers": [1]}),
+    "Qwen3Next, one dense layer": ("Qwen3NextForCausalLM", HYBRID | {"mlp_only_layers": [1]}),
     "Ernie4_5_Moe, one dense layer": ("Ernie4_5_MoeForCausalLM", {"moe_layer_start_index": 1, "moe_layer_end_index": 1}),
     "Llama4, one dense layer": ("Llama4ForCausalLM", {"moe_layers": [1]}),
 }
@@ -216,7 +225,10 @@ def check(module: nn.Module, tokenizer: Any) -> dict[str, Found]:
         inside = {key: value for key, (value, *_) in noted.items() if key[0].startswith(f"{blocks}.{i}.")}
         ins = [value for (_, side), value in inside.items() if side == "in"]
         mid, attn, mlp = (served(f"blocks.{i}.hook_{part}") for part in ("resid_mid", "attn_out", "mlp_out"))
-        if isinstance(attn, str) or isinstance(mlp, str) or not near(post, pre, attn, mlp):
+        outs = [value for (_, side), value in inside.items() if side == "out"]
+        if attn == "none" and isinstance(mid, Tensor):  # a layer with another mixer in place of attention
+            add("mid", [], lambda pre=pre, mid=mid, outs=outs: any(near(mid, pre, out) for out in outs))
+        elif isinstance(attn, str) or isinstance(mlp, str) or not near(post, pre, attn, mlp):
             add("mid", [attn, mid], lambda pre=pre, attn=attn, mid=mid: near(mid, pre, attn))
         else:
             add("mid", [mid], lambda pre=pre, attn=attn, mid=mid: near(mid, pre, attn))  # parallel, unless there is a middle
@@ -293,7 +305,7 @@ def main() -> None:
                 reasons.setdefault(reason, []).append(name)
     width = max(len(row[0]) for row in table)
     for row in [["family", *CHECKS], *table]:
-        print(f"{row[0]:{width}s}", *(f"{cell:22s}" for cell in row[1:]))
+        print(f"{row[0]:{width}s} ", *(f"{cell:22s}" for cell in row[1:]))
     print(f"\n{len(table)} families built; {n_wrong} wrong\n\nRefused:")
     for reason, names in reasons.items():
         print(f"- {reason}  [{', '.join(names)}]")

@@ -257,7 +257,11 @@ def test_values_are_the_callers_own(family_lm):
         ("Llama", "blocks.1.ln2.hook_normalized", r"before its weight and bias: use blocks\.1\.ln2\.hook_out, which has them$"),
         ("Llama", "ln_final.hook_normalized", r"before its weight and bias: use ln_final\.hook_out, which has them$"),
         ("Llama", "blocks.1.attn.hook_result", r"each head's part of hook_attn_out: use blocks\.1\.attn\.hook_z, what W_O"),
-        ("Mixtral", "blocks.1.mlp.hook_post", r"; its MLP is a mixture of experts, .*: use blocks\.1\.mlp\.hook_in or blocks\.1"),
+        (
+            "Mixtral",
+            "blocks.1.mlp.hook_post",
+            r"; its MLP is a mixture of experts, .*: use blocks\.1\.mlp\.hook_in or blocks\.1",
+        ),
         ("Llama", "blocks.1.attn.hook_zz", r"; did you mean blocks\.1\.attn\.hook_z, "),
         ("Llama", "hook_pos_embed", r"no hook 'hook_pos_embed' in LlamaForCausalLM"),
         ("Llama", "rotary_emb.hook_out", r"no hook 'rotary_emb\.hook_out'"),
