@@ -37,7 +37,7 @@ OUTCOMES = {  # of embed, mid, post and hidden
         "FalconMamba; Mamba2; Mamba; NemotronH; Zamba2"
     ),
     ("refused", "holds", "holds", "holds"): (
-        "NanoChat; XGLM; OPT, projected, norms before"
+        "NanoChat; XGLMForCausalLM; OPT, projected, norms before"
     ),
     ("holds", "1 holds, 1 none", "none", "none"): (
         "GraniteMoeHybrid; Rwkv"

@@ -297,7 +297,7 @@ def test_values_of_another_shape_are_not_replaced(family_lm):
         model.logits(TOKENS)
 
 
-@pytest.mark.parametrize("hook", ["hook_resid_mid", "hook_mlp_out", "mlp.hook_post"])
+@pytest.mark.parametrize("hook", ["ln2.hook_out", "hook_mlp_out", "mlp.hook_post"])
 def test_rows_of_a_sublayer_on_one_long_row_are_told_apart(family_lm, hook):
     """OPT's MLP works on [batch·pos d]; a replacement sees [batch pos d], and what it gives arrives in the right rows."""
     model = family_lm("OPT")
@@ -330,6 +330,24 @@ def test_a_replaced_value_is_what_the_rest_reads(family_lm, family, hook):
         assert torch.equal(model.run(TOKENS, hook)[hook], before * 2)
         assert (model.logits(TOKENS) - logits).abs().max() > 1e-3
     assert torch.equal(model.logits(TOKENS), logits)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - PARALLEL))
+def test_a_replaced_middle_of_a_block_reaches_its_mlp_and_its_output(family_lm, family):
+    """resid_post = resid_mid + mlp_out, also of a resid_mid that was put there; other positions keep theirs to the bit."""
+    model = family_lm(family)
+    names = ["blocks.0.hook_resid_mid", "blocks.0.hook_mlp_out", "blocks.0.hook_resid_post"]
+    before = model.run(TOKENS, names[-1])[names[-1]]
+    new = torch.randn(*TOKENS.shape, D_MODEL, generator=torch.Generator().manual_seed(2))
+    new[1] = model.run(TOKENS, names[0])[names[0]][1]
+    with model.replace(names[0], lambda _: new.clone()):
+        mid, mlp, post = model.run(TOKENS, names).values()
+        logits = model.logits(TOKENS)
+    assert torch.equal(mid, new)
+    assert_near(post, new + mlp)
+    assert torch.equal(post[1], before[1])
+    with model.replace(names[2], lambda _: post.clone()):
+        assert_near(model.logits(TOKENS), logits)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

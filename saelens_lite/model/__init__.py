@@ -361,8 +361,9 @@ class LanguageModel:
             if isinstance(value, Tensor) and value.ndim == 3:
                 return new(value)
             if isinstance(value, Tensor) and value.ndim == 2 and len(shape) == 2 and len(value) == shape[0] * shape[1]:
-                apart = new(rearrange(value, "(batch pos) d -> batch pos d", batch=shape[0]))
-                return rearrange(apart, "batch pos d -> (batch pos) d")
+                apart = rearrange(value, "(batch pos) d -> batch pos d", batch=shape[0])
+                changed = new(apart)
+                return value if changed is apart else rearrange(changed, "batch pos d -> (batch pos) d")
             raise HookError(f"{hook} of {type(self.module).__name__} is {_shape(value)}; only [batch pos d] can be replaced")
 
         point, embeddings = self.hook_point(hook), self.module.get_input_embeddings()

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from saelens_lite.errors import HookError, ModelNotFoundError, near_matches
@@ -46,19 +46,64 @@ def alone() -> Iterator[None]:
         _in_force.reset(token)
 
 
+class Handles(list[RemovableHandle]):
+    """Hooks that are removed together."""
+
+    def remove(self) -> None:
+        """Take the hooks off their modules."""
+        for handle in self:
+            handle.remove()
+
+
 class HookPoint(NamedTuple):
     """A place in the model: the tensor that enters or leaves a module, times `scale`.
 
-    The scale is not 1 where the model multiplies a module's output before it adds it to the residual stream.
+    The scale is not 1 where the model multiplies a module's output before it adds it to the residual stream. `block`: the
+    block whose output is this tensor plus what the module and those after it make of it, so that a change goes to both.
+    `read_only`: why the tensor cannot be replaced, if it cannot.
     """
 
     name: str
     module: nn.Module
     side: str  # "in" or "out"
     scale: float = 1.0
+    block: nn.Module | None = None
+    read_only: str = ""
 
-    def on_value(self, visit: Callable[[Any], Any]) -> RemovableHandle:
+    def on_value(self, visit: Callable[[Any], Any]) -> RemovableHandle | Handles:
         """Call `visit` with the value on each forward; what it returns, unless None, takes the value's place."""
+        if self.read_only:
+            visit = self._refusing(visit)
+        if self.block is None:
+            return self._on_value(visit)
+        changes: list[Tensor] = []  # of the forward pass under way
+        own = _in_force.get()
+
+        def note_change(value: Any) -> Any:
+            new = visit(value)
+            changes[:] = [] if new is None or new is value else [new - value]
+            return new
+
+        def carry(_module: nn.Module, _args: tuple, output: Any) -> Any:
+            if _in_force.get() is not own or not changes:
+                return None
+            if isinstance(output, tuple | list):
+                return (output[0] + changes.pop().reshape(output[0].shape), *output[1:])
+            return output + changes.pop().reshape(output.shape)
+
+        return Handles([self._on_value(note_change), self.block.register_forward_hook(carry, prepend=True)])
+
+    def _refusing(self, visit: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """Raise HookError when `visit` returns another tensor."""
+
+        def look(value: Any) -> None:
+            new = visit(value)
+            if new is not None and new is not value:
+                raise HookError(f"{self.name} can be read but not replaced: {self.read_only}")
+
+        return look
+
+    def _on_value(self, visit: Callable[[Any], Any]) -> RemovableHandle:
         visit, own = self._scaled(visit), _in_force.get()
         if self.side == "in":
 

@@ -144,7 +144,7 @@ class BlockIdentities:
     """The hooks of one block whose sums are the tensors that its residual stream goes through."""
 
     def __init__(self, of: Identities, prefix: str, block: nn.Module, inside: list[nn.Module], noted: "Noted"):
-        self.of, self.prefix, self.noted = of, prefix, noted
+        self.of, self.prefix, self.block, self.noted = of, prefix, block, noted
         self.pre, self.post = noted.of(block, "in"), noted.of(block, "out")
         self.entering, self.leaving = (
             [x for part in inside if (x := noted.of(part, side)) is not None] for side in ("in", "out")
@@ -177,11 +177,19 @@ class BlockIdentities:
             ),
             None,
         )
+        if mid is not None:
+            mid = (self._replaceable(*mid, [mlp[1]] if mlp else self.leaving), mid[1])
         chosen = {MID: mid, ATTN: attn, MLP: mlp}
         return {
             f"{self.prefix}.{hook}": found[0] if found else self._reason(hook, attn and attn[1])
             for hook, found in chosen.items()
         }
+
+    def _replaceable(self, point: HookPoint, mid: Tensor, added: list[Tensor]) -> HookPoint:
+        """Return the place of hook_resid_mid with what a change there has to reach: the MLP, and the block's output."""
+        if any(is_sum(self.post, mid, x) for x in added):
+            return point._replace(block=self.block)
+        return point._replace(read_only="its block's output is not its sum with the MLP's output")
 
     def _candidates(self, hook: str) -> list[tuple[HookPoint, Tensor]]:
         """Return the places that may be what a name means, with the tensors there."""
