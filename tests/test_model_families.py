@@ -142,7 +142,8 @@ def test_hooks_are_transformer_lens_own(family_lm, family):
     """All at once and one by one; neither model disturbs the other."""
     model = family_lm(family)
     attention, logits = attentions(model), model.logits(TOKENS)
-    others = ["hook_embed", "blocks.1.attn.hook_in", "blocks.1.mlp.hook_in", "blocks.1.mlp.hook_post", "ln_final.hook_out"]
+    others = ["hook_embed", "blocks.1.attn.hook_in", "blocks.1.mlp.hook_in", "ln_final.hook_out"]
+    others += [] if family == "Mixtral" else ["blocks.1.mlp.hook_post"]  # theirs is the output of the mixture
     hooks = model.hook_names + others + (["hook_pos_embed"] if family == "OPT" else [])
     before = model.run(TOKENS, hooks)
     bridge = model.bridge()
@@ -248,7 +249,19 @@ def test_values_are_the_callers_own(family_lm):
         ("Phi", "blocks.1.hook_resid_mid", r"; its attention and MLP read the same stream, so there is none between them"),
         ("Llama", "blocks.1.hook_resid_midd", r"2 blocks; did you mean blocks\.1\.hook_resid_mid, "),
         ("Llama", "hook_embedd", r"; did you mean hook_embed, "),
-        ("Llama", "ln_final.hook_normalized", r"; did you mean ln_final\.hook_"),
+        ("Llama", "blocks.1.hook_mlp_in", r"is the residual stream that the MLP's norm reads: use blocks\.1\.hook_resid_mid$"),
+        ("Phi", "blocks.1.hook_mlp_in", r"before the norm whose output the MLP reads: use blocks\.1\.mlp\.hook_in$"),
+        ("OPT", "blocks.1.hook_attn_in", r"that the norm before attention reads: use blocks\.1\.hook_resid_pre$"),
+        ("Llama", "blocks.1.hook_q_input", r"that the norm before attention reads: use blocks\.1\.hook_resid_pre$"),
+        ("Llama", "blocks.1.ln1.hook_normalized", r"before its weight and bias: use blocks\.1\.ln1\.hook_out, which has them$"),
+        ("Llama", "blocks.1.ln2.hook_normalized", r"before its weight and bias: use blocks\.1\.ln2\.hook_out, which has them$"),
+        ("Llama", "ln_final.hook_normalized", r"before its weight and bias: use ln_final\.hook_out, which has them$"),
+        ("Llama", "blocks.1.attn.hook_result", r"each head's part of hook_attn_out: use blocks\.1\.attn\.hook_z, what W_O"),
+        (
+            "Mixtral",
+            "blocks.1.mlp.hook_post",
+            r"; its MLP is a mixture of experts, .*: use blocks\.1\.mlp\.hook_in or blocks\.1",
+        ),
         ("Llama", "blocks.1.attn.hook_zz", r"; did you mean blocks\.1\.attn\.hook_z, "),
         ("Llama", "hook_pos_embed", r"no hook 'hook_pos_embed' in LlamaForCausalLM"),
         ("Llama", "rotary_emb.hook_out", r"no hook 'rotary_emb\.hook_out'"),
@@ -276,11 +289,35 @@ def test_a_hook_that_the_forward_pass_never_reaches(family_lm, monkeypatch):
 
 
 def test_values_of_another_shape_are_not_replaced(family_lm):
-    """OPT's MLP works on [batch·pos d], where a splice could not tell the positions apart."""
-    model = family_lm("OPT")
-    wanted = r"blocks.1.hook_mlp_out of OPTForCausalLM is torch.float32 \[60, 32\]; only \[batch pos d\] can be replaced"
-    with model.replace("blocks.1.hook_mlp_out", lambda x: x), pytest.raises(HookError, match=wanted):
+    """The norm of each query, which is apart for each head."""
+    hook = "blocks.1.attn.q_norm.hook_out"
+    model = family_lm("Qwen3")
+    wanted = r"q_norm.hook_out of Qwen3ForCausalLM is torch.float32 \[3, 20, 4, 8\]; only \[batch pos d\] can be replaced"
+    with model.replace(hook, lambda x: x), pytest.raises(HookError, match=wanted):
         model.logits(TOKENS)
+
+
+@pytest.mark.parametrize("hook", ["ln2.hook_out", "hook_mlp_out", "mlp.hook_post"])
+def test_rows_of_a_sublayer_on_one_long_row_are_told_apart(family_lm, hook):
+    """OPT's MLP works on [batch·pos d]; a replacement sees [batch pos d], and what it gives arrives in the right rows."""
+    model = family_lm("OPT")
+    hook = f"blocks.0.{hook}"
+    x, point = model.run(TOKENS, hook)[hook], model.hook_point(hook)
+    factor = torch.rand(*TOKENS.shape, 1, generator=torch.Generator().manual_seed(3))
+
+    def new(value: torch.Tensor) -> torch.Tensor:
+        assert torch.equal(value, x)
+        return value * factor
+
+    if point.side == "in":
+        handle = point.module.register_forward_pre_hook(lambda _, args: (args[0] * factor.flatten()[:, None],))
+    else:
+        handle = point.module.register_forward_hook(lambda _, args, out: out * factor.flatten()[:, None])
+    wanted = model.logits(TOKENS)
+    handle.remove()
+    with model.replace(hook, new):
+        assert_near(model.logits(TOKENS), wanted)
+    assert (wanted - model.logits(TOKENS)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("family", ["Llama", "GPTNeoX", "Gemma2"])
@@ -295,12 +332,29 @@ def test_a_replaced_value_is_what_the_rest_reads(family_lm, family, hook):
     assert torch.equal(model.logits(TOKENS), logits)
 
 
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - PARALLEL))
+def test_a_replaced_middle_of_a_block_reaches_its_mlp_and_its_output(family_lm, family):
+    """resid_post = resid_mid + mlp_out, also of a resid_mid that was put there; other positions keep theirs to the bit."""
+    model = family_lm(family)
+    names = ["blocks.0.hook_resid_mid", "blocks.0.hook_mlp_out", "blocks.0.hook_resid_post"]
+    before = model.run(TOKENS, names[-1])[names[-1]]
+    new = torch.randn(*TOKENS.shape, D_MODEL, generator=torch.Generator().manual_seed(2))
+    new[1] = model.run(TOKENS, names[0])[names[0]][1]
+    with model.replace(names[0], lambda _: new.clone()):
+        mid, mlp, post = model.run(TOKENS, names).values()
+        logits = model.logits(TOKENS)
+    assert torch.equal(mid, new)
+    assert_near(post, new + mlp)
+    assert torch.equal(post[1], before[1])
+    with model.replace(names[2], lambda _: post.clone()):
+        assert_near(model.logits(TOKENS), logits)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_tail_gives_the_logits_of_a_whole_pass(family_lm, family):
     """Without running the blocks in front of the hook again, and for other activations than those it was tried on."""
     model = family_lm(family)
-    flat = {hook for hook in model.hook_names if family == "OPT" and hook.endswith(("mlp_out", "resid_mid"))}
-    for hook in set(model.hook_names) - flat:
+    for hook in model.hook_names:
         tail = Tail(model, hook, TOKENS)
         (x,), clean = tail.read(TOKENS, hook)
         assert torch.equal(clean, model.logits(TOKENS))

@@ -5,6 +5,7 @@
 Everything goes tile by tile: neither all effects nor all cosines are ever held at once.
 """
 
+import logging
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelens_lite.dictionary import Dictionary
+from saelens_lite.errors import ConfigError
 from saelens_lite.model import LanguageModel
 from saelens_lite.progress import progress_bar
 
@@ -23,6 +25,7 @@ N_LOGIT_BINS = 48
 N_NEIGHBOURS = 10
 MAX_NUMBERS = 1 << 24  # effects or cosines held at once
 IN_CACHE = 8  # latents whose effects a processor's cache holds while they are counted
+log = logging.getLogger(__name__)
 
 
 class LatentWeights(NamedTuple):
@@ -33,7 +36,8 @@ class LatentWeights(NamedTuple):
     the last bin also the largest. Kurtosis is that in excess of the normal distribution's. Neighbours come nearest first.
 
     What does not exist has no entries: n_effects, n_bins and n_acting are 0 where the output is not as wide as the residual
-    stream and so has no direct effect on the logits; n_both is 0 where encoder and decoder are of different widths.
+    stream, or the logits are not linear in the normalised stream, so that there are no direct effects on them; n_both is 0
+    where encoder and decoder are of different widths.
     """
 
     promoted: Int[Tensor, "d_sae n_effects"]
@@ -78,7 +82,7 @@ def latent_weights(dictionary: Dictionary, lm: LanguageModel, *, raw_unembedding
     dictionary.check_finite()
     decoder, encoder = F.normalize(dictionary.W_dec.float()), F.normalize(dictionary.W_enc.T.float())
     same_width = decoder.shape == encoder.shape
-    effects = logit_effects(dictionary.W_dec.float(), lm.unembedding(fold_norm=not raw_unembedding))
+    effects = logit_effects(dictionary.W_dec.float(), _unembedding(lm, raw_unembedding))
     numbers = (
         *effects,
         *nearest(decoder, "decoder neighbours"),
@@ -86,6 +90,15 @@ def latent_weights(dictionary: Dictionary, lm: LanguageModel, *, raw_unembedding
         (decoder * encoder).sum(1) if same_width else decoder.new_zeros(0),
     )
     return LatentWeights(*(x.cpu() for x in numbers))
+
+
+def _unembedding(lm: LanguageModel, raw: bool) -> Float[Tensor, "d_vocab d_model"]:
+    """Return W_U, without rows or columns where the model has none that directions can be multiplied by."""
+    try:
+        return lm.unembedding(fold_norm=not raw)
+    except ConfigError as error:
+        log.warning("no effects on logits: %s", error)
+        return torch.zeros(0, 0, device=lm.device)
 
 
 def logit_effects(

@@ -166,7 +166,7 @@ def attribute(
     """
     site = Site(dictionary, lm, hook)
     at = at if at is None or isinstance(at, int) else tuple(at)
-    unembedding = lm.unembedding() if _has_direct_effects(site) else None
+    unembedding = _direct_unembedding(site)
     rows = [_Row(site, row, metric, position, at, unembedding) for row in site.rows(text, attention_mask)]
     ablated = None
     if ablation:
@@ -232,14 +232,16 @@ class _Row:
         return torch.cat(effects)
 
 
-def _has_direct_effects(site: Site) -> bool:
-    """Whether the dictionary writes to the residual stream, and its model has one norm between that and the unembedding."""
+def _direct_unembedding(site: Site) -> Float[Tensor, "d_vocab d_model"] | None:
+    """Return W_U where the dictionary writes to the residual stream and one norm lies between that and W_U; else None."""
+    if not site.target.endswith(ON_STREAM):
+        return None
     try:
         for hook in (LAST_STREAM, UNEMBEDDED):
             site.lm.hook_point(hook)
-    except HookError:
-        return False
-    return site.target.endswith(ON_STREAM)
+        return site.lm.unembedding()
+    except (HookError, ConfigError):
+        return None
 
 
 def _chosen(at: tuple[int, ...] | int | None, counted: Bool[Tensor, " pos"]) -> Bool[Tensor, " pos"]:

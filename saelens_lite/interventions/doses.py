@@ -237,7 +237,11 @@ def _of_equal_norm(dictionary: Dictionary, latents: list[int]) -> Float[Tensor, 
 
 
 def _promoted(lm: LanguageModel, direction: Float[Tensor, " d_out"]) -> tuple[int, ...]:
-    """The tokens whose logits a direction of the residual stream raises most."""
+    """Return the tokens whose logits a direction of the residual stream raises most."""
+    if lm.d_vocab <= N_PROMOTED:
+        raise ConfigError(
+            f"'promoted' is the probability of {N_PROMOTED} tokens; {lm.name} has {lm.d_vocab} in all; give metric="
+        )
     if len(direction) != lm.d_model:
         raise ConfigError(f"directions of width {len(direction)} promote no tokens (d_model is {lm.d_model}); give metric=")
     return tuple((lm.unembedding() @ direction.float()).topk(N_PROMOTED).indices.tolist())

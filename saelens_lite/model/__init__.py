@@ -20,8 +20,10 @@ from saelens_lite.config import Origin
 from saelens_lite.errors import ConfigError, HookError, HubError, HubUnreachableError, ModelNotFoundError, ShapeError, TextError
 from saelens_lite.model import generation as _generation
 from saelens_lite.model import hooks as _hooks
+from saelens_lite.model import identities as _identities
 from saelens_lite.model import norms as _norms
 from saelens_lite.model import processing as _processing
+from saelens_lite.model import readout as _readout
 from saelens_lite.places import find_model
 from saelens_lite.tokens import Given, TokenRows, prompt_rows
 from saelens_lite.tokens.display import Vocabulary
@@ -201,10 +203,14 @@ class LanguageModel:
     def _architecture(self) -> _hooks.Architecture:
         return _hooks.architecture(self.module, self.name)
 
+    @cached_property
+    def _identities(self) -> _identities.Identities:
+        return _identities.Identities(self.module, self._architecture)
+
     @property
     def hook_names(self) -> list[str]:
         """The residual-stream and sublayer hooks, in the order of the forward pass."""
-        return _hooks.usual_names(self.module, self._architecture)
+        return [name for name in _hooks.usual_names(self.module, self._architecture) if self._identities.holds(name)]
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -213,8 +219,15 @@ class LanguageModel:
         return [] if component is None else list(self.module.get_submodule(component.name))
 
     def hook_point(self, name: str) -> _hooks.HookPoint:
-        """The module and side a hook name stands for; HookError with near matches when there is none."""
-        return _hooks.resolve(name, self.module, self._architecture)
+        """Return the module and side that a hook name stands for.
+
+        hook_resid_mid, hook_attn_out, hook_mlp_out, hook_embed and hook_pos_embed promise that tensors add up; the first use
+        of one checks this on a forward pass over four tokens.
+
+        Raises:
+            HookError: the model has no such hook, or none whose tensors add up; the message says what to use instead.
+        """
+        return self._identities.point(name)
 
     def center_writing_weights_(self) -> "LanguageModel":
         """This model, with the mean over d_model taken out of everything that is added to the residual stream: the
@@ -482,24 +495,35 @@ class LanguageModel:
 
     @contextmanager
     def replace(self, hook: str, new: Callable[[Float[Tensor, "batch pos d"]], Float[Tensor, "batch pos d"]]) -> Iterator[None]:
-        """Within the block, the activation at `hook` is replaced by `new(activation)`.
+        """Replace the activation at `hook` by `new(activation)` within the block.
+
+        Some parts of some models, such as OPT's MLP, see the rows of a batch as one long row: `new` gets them apart.
 
         Raises:
             HookError: no such hook, or its value is not [batch pos d].
         """
+        shape: list[int] = []  # [batch pos] of the forward pass under way
+
+        def note_shape(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            token_ids = args[0] if args else next(iter(kwargs.values()))
+            shape[:] = token_ids.shape
 
         def visit(value: Any) -> Tensor | None:
-            if not isinstance(value, Tensor) or value.ndim != 3:
-                raise HookError(
-                    f"{hook} of {type(self.module).__name__} is {_shape(value)}; only [batch pos d] can be replaced"
-                )
-            return new(value)
+            if isinstance(value, Tensor) and value.ndim == 3:
+                return new(value)
+            if isinstance(value, Tensor) and value.ndim == 2 and len(shape) == 2 and len(value) == shape[0] * shape[1]:
+                apart = rearrange(value, "(batch pos) d -> batch pos d", batch=shape[0])
+                changed = new(apart)
+                return value if changed is apart else rearrange(changed, "batch pos d -> (batch pos) d")
+            raise HookError(f"{hook} of {type(self.module).__name__} is {_shape(value)}; only [batch pos d] can be replaced")
 
-        handle = self.hook_point(hook).on_value(visit)
+        point, embeddings = self.hook_point(hook), self.module.get_input_embeddings()
+        handles = [point.on_value(visit), embeddings.register_forward_pre_hook(note_shape, with_kwargs=True)]
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     @contextmanager
     def splice(
@@ -635,29 +659,42 @@ class LanguageModel:
         return usable
 
     def unembedding(self, *, fold_norm: bool = True) -> Float[Tensor, "d_vocab d_model"]:
-        """W_U with the final norm's scale folded in, so that a direction's dot product with a row is its effect on that
-        token's logit, up to the positive factor the norm divides by and a shift common to all tokens; else W_U as it is."""
-        head = self.module.get_output_embeddings().weight.float()
+        """Return W_U with the final norm's scale folded in, or, without fold_norm, as it is.
+
+        A direction's dot product with a row is its effect on that token's logit, up to the positive factor the norm divides
+        by and a shift common to all tokens. A projection between norm and head is multiplied in. Post-norm models have no
+        final norm: there, effects are those of the last block's output, and the norms inside blocks do not count.
+
+        Raises:
+            ConfigError: there is more than a norm and a projection between the last block and the head.
+        """
+        weight = self._readout.weight()
         norm = self._final_norm
+        if norm is None:
+            log.warning("%s has no final norm: effects on logits are those of its last block's output", self.name)
         if norm is None or not fold_norm:
-            return head
-        head = head * norm.scale.float().to(head.device)
-        return head - head.mean(1, keepdim=True) if norm.centres else head
+            return weight
+        weight = weight * norm.scale.float().to(weight.device)
+        return weight - weight.mean(1, keepdim=True) if norm.centres else weight
 
     def final_norm_divisor(self, x: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape"]:
-        """The positive factor by which the final norm divides the residual stream that reaches it; 1 without such a norm.
+        """Return the positive factor by which the final norm divides the last block's output; 1 without such a norm.
 
         `x @ unembedding().T / final_norm_divisor(x)` are the logits up to what does not depend on x.
         """
-        norm = self._final_norm
+        norm, before = self._final_norm, self._readout.before
         if norm is None:
             return x.new_ones(x.shape[:-1])
-        return norm.divisor(x).to(torch.promote_types(x.dtype, torch.float32)).to(x.device)
+        return (norm.divisor(x * before) / before).to(torch.promote_types(x.dtype, torch.float32)).to(x.device)
+
+    @cached_property
+    def _readout(self) -> _readout.Readout:
+        return _readout.Readout.of(self.module, self._architecture)
 
     @property
     def _final_norm(self) -> _norms.FinalNorm | None:
-        found = self._architecture.components.get("ln_final")
-        return None if found is None else _norms.FinalNorm.of(self.module.get_submodule(found.name), self.d_model)
+        norm = self._readout.norm
+        return None if norm is None else _norms.FinalNorm.of(norm, self.d_model)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:

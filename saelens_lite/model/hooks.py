@@ -7,10 +7,12 @@ This is the one place that imports transformer_lens.
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from saelens_lite.errors import HookError, ModelNotFoundError, near_matches
@@ -18,18 +20,96 @@ from saelens_lite.errors import HookError, ModelNotFoundError, near_matches
 USUAL_HOOKS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
 
 
+STREAM = "the residual stream that the norm before attention reads"
+PLAIN = "the norm's output before its weight and bias"
+RELATED = {  # names of transformer-lens that are no module's input or output: how each is related to other hooks
+    "hook_mlp_in": {
+        "the residual stream that the MLP's norm reads": ("hook_resid_mid",),
+        "the residual stream before the norm whose output the MLP reads": ("mlp.hook_in", "mlp.in.hook_in"),
+    },
+    **{f"hook_{part}": {STREAM: ("hook_resid_pre",)} for part in ("attn_in", "q_input", "k_input", "v_input")},
+    "attn.hook_attn_in": {"what the attention reads": ("attn.hook_in",)},
+    "attn.hook_hidden_states": {"the attention's output": ("attn.hook_out",)},
+    "attn.hook_result": {"each head's part of hook_attn_out": ("attn.hook_z",)},
+    **{f"{norm}.hook_normalized": {PLAIN: (f"{norm}.hook_out",)} for norm in ("ln1", "ln2", "ln_final")},
+}
+_in_force: ContextVar[object] = ContextVar("in_force", default=None)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within the block, only hook points that are put there act; those in force before stay silent."""
+    token = _in_force.set(object())
+    try:
+        yield
+    finally:
+        _in_force.reset(token)
+
+
+class Handles(list[RemovableHandle]):
+    """Hooks that are removed together."""
+
+    def remove(self) -> None:
+        """Take the hooks off their modules."""
+        for handle in self:
+            handle.remove()
+
+
 class HookPoint(NamedTuple):
-    """A place in the model: the tensor that enters or leaves a module."""
+    """A place in the model: the tensor that enters or leaves a module, times `scale`.
+
+    The scale is not 1 where the model multiplies a module's output before it adds it to the residual stream. `block`: the
+    block whose output is this tensor plus what the module and those after it make of it, so that a change goes to both.
+    `read_only`: why the tensor cannot be replaced, if it cannot.
+    """
 
     name: str
     module: nn.Module
     side: str  # "in" or "out"
+    scale: float = 1.0
+    block: nn.Module | None = None
+    read_only: str = ""
 
-    def on_value(self, visit: Callable[[Any], Any]) -> RemovableHandle:
+    def on_value(self, visit: Callable[[Any], Any]) -> RemovableHandle | Handles:
         """Call `visit` with the value on each forward; what it returns, unless None, takes the value's place."""
+        if self.read_only:
+            visit = self._refusing(visit)
+        if self.block is None:
+            return self._on_value(visit)
+        changes: list[Tensor] = []  # of the forward pass under way
+        own = _in_force.get()
+
+        def note_change(value: Any) -> Any:
+            new = visit(value)
+            changes[:] = [] if new is None or new is value else [new - value]
+            return new
+
+        def carry(_module: nn.Module, _args: tuple, output: Any) -> Any:
+            if _in_force.get() is not own or not changes:
+                return None
+            if isinstance(output, tuple | list):
+                return (output[0] + changes.pop().reshape(output[0].shape), *output[1:])
+            return output + changes.pop().reshape(output.shape)
+
+        return Handles([self._on_value(note_change), self.block.register_forward_hook(carry, prepend=True)])
+
+    def _refusing(self, visit: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """Raise HookError when `visit` returns another tensor."""
+
+        def look(value: Any) -> None:
+            new = visit(value)
+            if new is not None and new is not value:
+                raise HookError(f"{self.name} can be read but not replaced: {self.read_only}")
+
+        return look
+
+    def _on_value(self, visit: Callable[[Any], Any]) -> RemovableHandle:
+        visit, own = self._scaled(visit), _in_force.get()
         if self.side == "in":
 
             def before(_module, args, kwargs):
+                if _in_force.get() is not own:
+                    return None
                 if args:
                     new = visit(args[0])
                     return None if new is None else ((new, *args[1:]), kwargs)
@@ -41,12 +121,25 @@ class HookPoint(NamedTuple):
             return self.module.register_forward_pre_hook(before, with_kwargs=True)
 
         def after(_module, _args, output):
+            if _in_force.get() is not own:
+                return None
             if isinstance(output, tuple | list):
                 new = visit(output[0])
                 return None if new is None else (new, *output[1:])
             return visit(output)
 
         return self.module.register_forward_hook(after)
+
+    def _scaled(self, visit: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """Show `visit` the value times the scale, and divide what it returns by the scale."""
+        if self.scale == 1:
+            return visit
+
+        def scaled(value: Any) -> Any:
+            new = visit(value * self.scale)
+            return None if new is None else new / self.scale
+
+        return scaled
 
 
 class Architecture(NamedTuple):
@@ -72,8 +165,12 @@ def architecture(module: nn.Module, name: str) -> Architecture:
         try:
             config = build_bridge_config_from_hf(module.config, known_as, name, module.dtype)
             components = ArchitectureAdapterFactory.select_architecture_adapter(config).component_mapping
-        except ValueError as error:
+        except (ValueError, ImportError) as error:  # it may need torchvision for a model that sees
             raise ModelNotFoundError(f"transformer-lens has no hooks for {known_as} ({name}): {error}") from None
+    if "blocks" in components and _enter(components["blocks"], module) is None:
+        raise ModelNotFoundError(
+            f"{known_as} ({name}) has no {components['blocks'].name}, where transformer-lens looks for blocks"
+        )
     no_activations = {"rotary_emb"}  # its output is a pair of tables
     return Architecture(
         {key: component for key, component in components.items() if key not in no_activations}, TransformerBridge.hook_aliases
@@ -81,40 +178,95 @@ def architecture(module: nn.Module, name: str) -> Architecture:
 
 
 def resolve(name: str, module: nn.Module, known: Architecture) -> HookPoint:
-    """The place a hook name stands for.
+    """Return the place that a hook name stands for, as transformer-lens describes the model.
 
     Raises:
         HookError: the model has no such hook; near matches are listed.
     """
-    found = _walk(name.split("."), known.components, known.aliases, module)
-    if found is None:
-        hint = near_matches(name, _spelled_names(module, known)) or f"; for example {', '.join(usual_names(module, known)[:5])}"
+    point = find(name, module, known)
+    if point is None:
+        raise no_such_hook(name, module, known, lambda other: find(other, module, known) is not None)
+    return point
+
+
+def find(name: str, module: nn.Module, known: Architecture) -> HookPoint | None:
+    """Return the place that a hook name stands for; None where the model has no such hook."""
+    place = _walk(name.split("."), known.components, known.aliases, module)
+    return None if place is None else HookPoint(name, *place)
+
+
+def no_such_hook(name: str, module: nn.Module, known: Architecture, exists: Callable[[str], bool]) -> HookError:
+    """Say that the model has no such hook, and which of those that exist to use instead."""
+    if not (hint := _related(name, module, known, exists)):
+        spelled = [other for other in _spelled_names(module, known) if exists(other)]
+        usual = [other for other in usual_names(module, known) if exists(other)]
+        hint = near_matches(name, spelled) or f"; for example {', '.join(usual[:5])}"
         if _is_middle_of_parallel_block(name, known):
             hint = "; its attention and MLP read the same stream, so there is none between them" + hint
-        raise HookError(f"no hook {name!r} in {type(module).__name__} with {_n_blocks(module, known)} blocks{hint}")
-    return HookPoint(name, *found)
+    return HookError(f"no hook {name!r} in {type(module).__name__} with {_n_blocks(module, known)} blocks{hint}")
 
 
 def usual_names(module: nn.Module, known: Architecture) -> list[str]:
-    """The residual-stream and sublayer hooks of every block, in the order of the forward pass."""
+    """Return the residual-stream and sublayer hooks of every block, in the order of the forward pass."""
     names = [f"blocks.{i}.{hook}" for i in range(_n_blocks(module, known)) for hook in USUAL_HOOKS]
-    return [name for name in names if _walk(name.split("."), known.components, {}, module) is not None]
+    return [name for name in names if find(name, module, known) is not None]
+
+
+def parts(module: nn.Module, components: dict[str, Any]) -> Iterator[nn.Module]:
+    """Yield the modules that transformer-lens names inside another, at any depth."""
+    for component in components.values():
+        try:
+            inner = module.get_submodule(component.name) if component.name else module
+        except AttributeError:
+            continue
+        if getattr(component, "is_list_item", False):
+            continue
+        if inner is not module:
+            yield inner
+        yield from parts(inner, component.submodules or {})
 
 
 def _spelled_names(module: nn.Module, known: Architecture) -> list[str]:
-    """Every name that `resolve` accepts."""
+    """Return every name that `resolve` accepts."""
 
-    def spelled(prefix: str, components: dict[str, Any], aliases: Iterable[str]) -> Iterator[str]:
-        yield from (f"{prefix}{alias}" for alias in aliases)
+    def spelled(prefix: str, components: dict[str, Any], inner: nn.Module) -> Iterator[str]:
         for key, component in components.items():
-            numbers = [f".{i}" for i in range(_n_blocks(module, known))] if component.is_list_item else [""]
-            for number in numbers:
-                inner = f"{prefix}{key}{number}."
-                names = ["hook_in", "hook_out", *(component.hook_aliases or {})]
-                yield from spelled(inner, component.submodules or {}, names)
+            entered = _enter(component, inner)
+            numbered = {"": entered}
+            if component.is_list_item and entered is not None:
+                numbered = {f".{i}": item for i, item in enumerate(entered)}  # type: ignore[arg-type]
+            for number, item in numbered.items():
+                if item is not None:
+                    start = f"{prefix}{key}{number}."
+                    inside = component.submodules or {}
+                    aliases = _aliases(component, component.hook_aliases or {}, inside, item)
+                    yield from (f"{start}{hook}" for hook in ("hook_in", "hook_out", *aliases))
+                    yield from spelled(start, inside, item)
 
-    names = spelled("", known.components, known.aliases)
-    return [name for name in names if _walk(name.split("."), known.components, known.aliases, module) is not None]
+    names = [*known.aliases, *spelled("", known.components, module)]
+    return [name for name in names if find(name, module, known) is not None]
+
+
+def _related(name: str, module: nn.Module, known: Architecture, exists: Callable[[str], bool]) -> str:
+    """Name a hook that holds nearly the tensor asked for, and say how the two are related; else an empty string."""
+    parent, _, last = name.rpartition(".")
+    if last in DENSE and parent.endswith("mlp") and exists(f"{parent}.hook_out"):
+        return f"; its MLP is a mixture of experts, each with tensors of its own: use {parent}.hook_in or {parent}.hook_out"
+    for suffix, relations in RELATED.items():
+        if name != suffix and not name.endswith("." + suffix):
+            continue
+        for relation, others in relations.items():
+            for other in others:
+                instead = name.removesuffix(suffix) + other
+                if exists(instead):
+                    return f"; {name} is {relation}: use {instead}{_difference(relation, other)}"
+    return ""
+
+
+def _difference(relation: str, other: str) -> str:
+    if relation == PLAIN:
+        return ", which has them"
+    return ", what W_O multiplies" if other == "attn.hook_z" else ""
 
 
 def _is_middle_of_parallel_block(name: str, known: Architecture) -> bool:
@@ -128,34 +280,72 @@ def _n_blocks(module: nn.Module, known: Architecture) -> int:
     return len(module.get_submodule(blocks.name)) if blocks is not None else 0
 
 
-def _walk(
-    parts: list[str], children: dict[str, Any], aliases: dict[str, Any], module: nn.Module
-) -> tuple[nn.Module, str] | None:
+def _enter(component: Any, module: nn.Module) -> nn.Module | None:
+    """Return the module that a component stands for inside another; None where that lacks it."""
+    try:
+        return module.get_submodule(component.name) if component.name else module
+    except AttributeError:
+        return None
+
+
+Place = tuple[nn.Module, str, float]  # module, side, scale
+Alias = str | list[str] | tuple[str, float]  # another name, the first that exists of several, or one and a scale
+DENSE = {  # hooks of an MLP that is one of a mixture's dense layers
+    "hook_pre": ["dense_gate.hook_out", "dense_in.hook_out"],
+    "hook_pre_linear": ["dense_in.hook_out"],
+    "hook_post": ["dense_out.hook_in"],
+}
+
+
+def _aliases(component: Any, aliases: dict[str, Any], inside: dict[str, Any], module: nn.Module) -> dict[str, Alias]:
+    """Return the names that stand for other names in a component, as they are at this very module."""
+    aliases = dict(aliases)
+    if hasattr(component, "DENSE_SUBMODULE_KEYS"):  # a mixture of experts, in some layers of which there is one plain MLP
+        is_dense = "dense_out" in inside and _enter(inside["dense_out"], module) is not None
+        for name, targets in DENSE.items():
+            aliases.pop(name, None)
+            if is_dense:
+                aliases[name] = targets
+        if is_dense and not ("dense_gate" in inside and _enter(inside["dense_gate"], module) is not None):
+            del aliases["hook_pre_linear"]
+    scale = getattr(component, "residual_contribution_scale", None)
+    if scale is not None:
+        for name, part in (
+            ("hook_attn_out", component.scaled_attn_submodule),
+            ("hook_mlp_out", component.scaled_mlp_submodule),
+        ):
+            if part is not None:
+                aliases[name] = (f"{part}.hook_out", scale)
+    return aliases
+
+
+def _walk(path: list[str], children: dict[str, Any], aliases: dict[str, Alias], module: nn.Module) -> Place | None:
     """Follow a dotted name through components, their aliases and list indices; None where it leads nowhere."""
-    head, rest = parts[0], parts[1:]
+    head, rest = path[0], path[1:]
     if head in children and rest:
         component = children[head]
-        try:
-            inner = module.get_submodule(component.name) if component.name else module
-            if getattr(component, "is_list_item", False):
-                if not re.fullmatch(r"\d+", rest[0]) or int(rest[0]) >= len(inner):  # type: ignore[arg-type]
-                    return None
-                inner, rest = inner[int(rest[0])], rest[1:]  # type: ignore[index]
-        except AttributeError:
+        inner = _enter(component, module)
+        if inner is None:
             return None
+        if getattr(component, "is_list_item", False):
+            if not re.fullmatch(r"\d+", rest[0]) or int(rest[0]) >= len(inner):  # type: ignore[arg-type]
+                return None
+            inner, rest = inner[int(rest[0])], rest[1:]  # type: ignore[index]
         inside = component.submodules or {}
         if rest in (["hook_in"], ["hook_out"]):
             side = rest[0].removeprefix("hook_")
             if component.name is None:  # parts without a module around them: what enters the first and leaves the last
                 return _walk([side, *rest], inside, {}, inner)
-            return inner, side
-        return _walk(rest, inside, component.hook_aliases or {}, inner) if rest else None
+            return inner, side, getattr(component, "_output_contribution_scale", 1.0) if side == "out" else 1.0
+        return _walk(rest, inside, _aliases(component, component.hook_aliases or {}, inside, inner), inner) if rest else None
     if head in aliases and not rest:
-        targets = aliases[head] if isinstance(aliases[head], list) else [aliases[head]]
-        for target in targets:
-            if target in ("hook_in", "hook_out"):
-                return module, target.removeprefix("hook_")
-            found = _walk(target.split("."), children, {}, module)
-            if found is not None:
-                return found
+        target, scale = aliases[head], 1.0
+        if isinstance(target, tuple):
+            target, scale = target
+        for name in target if isinstance(target, list) else [target]:
+            if name in ("hook_in", "hook_out"):
+                return module, name.removeprefix("hook_"), scale
+            place = _walk(name.split("."), children, {}, module)
+            if place is not None:
+                return place[0], place[1], place[2] * scale
     return None
