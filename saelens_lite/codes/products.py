@@ -112,7 +112,7 @@ def _row_sums(latent: Int[Tensor, " nnz"], rows: Float[Tensor, "nnz d"], n: int)
     return transposed_product(pairs, rows.new_ones(len(latent)), rows, n)
 
 
-def read_at(tensor: Float[Tensor, "n *shape"], index: Int[Tensor, " nnz"]) -> Float[Tensor, "nnz *shape"]:
+def read_at(tensor: Float[Tensor, "n ..."], index: Int[Tensor, " nnz"]) -> Float[Tensor, "nnz ..."]:
     """Return tensor[index]; differentiable, and its gradient is summed in a fixed order on every device.
 
     Indexing and index_select sum theirs by atomics on a GPU, so that the same seed would not give the same bytes. Where

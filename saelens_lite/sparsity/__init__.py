@@ -148,7 +148,7 @@ class Sparsity(nn.Module):
         return None
 
     @staticmethod
-    def at(tensor: Float[Tensor, "d_sae *shape"], latent: Int[Tensor, " nnz"]) -> Float[Tensor, "nnz *shape"]:
+    def at(tensor: Float[Tensor, "d_sae ..."], latent: Int[Tensor, " nnz"]) -> Float[Tensor, "nnz ..."]:
         """Return tensor[latent], the row of each latent; differentiable.
 
         The gradient is summed in a fixed order on every device. Those of `tensor[latent]` and `tensor.index_select(0, latent)`

@@ -208,12 +208,12 @@ def losses(lab: Lab) -> str:
 
 
 def trains(lab: Lab) -> str:
-    """A few steps of training go through, and no code is negative, not even where the support was chosen from coarse numbers."""
+    """A few steps of training go through; no code is negative, not even where the support was chosen from rounded numbers."""
     try:
-        lab.trained
+        d = lab.dictionary(training=True, dtype=torch.float32)
     except PluginError as error:
         raise CheckFailed(str(error)) from None
-    step, _ = take_step(RoundedStep, lab.dictionary(training=True), lab.x)
+    step, _ = take_step(RoundedStep, d, lab.x.float())
     if len(step.codes.value) and (smallest := float(step.codes.value.detach().amin())) < 0:
         raise CheckFailed(
             f"a code is negative ({smallest:.2g}) where the support was chosen from rounded pre-activations, as "
@@ -483,8 +483,8 @@ def same_bytes(lab: Lab) -> str:
             d.rule.after_step(d)
     if sums.found:
         raise CheckFailed(
-            f"a step sums floats in no fixed order on a GPU, by {', '.join(dict.fromkeys(sums.found))}; read per-latent tensors "
-            "by self.at(tensor, latent), not tensor[latent] or tensor.index_select(0, latent)"
+            f"a step sums floats in no fixed order on a GPU, by {', '.join(dict.fromkeys(sums.found))}; read per-latent "
+            "tensors by self.at(tensor, latent), not tensor[latent] or tensor.index_select(0, latent)"
         )
     x = torch.randn(PARALLEL["batch"], PARALLEL["d_in"], generator=torch.Generator().manual_seed(0))
 

@@ -1,6 +1,7 @@
 """Sums whose order is not fixed on a GPU: several floats that one operation adds to one cell by atomics."""
 
 import traceback
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,11 +71,13 @@ def _cells_repeat(indices: list[Tensor]) -> bool:
 
 
 def _place() -> str:
-    """The line outside torch and this file that called, or that this is a backward pass."""
-    for frame in reversed(traceback.extract_stack()):
-        file = frame.filename.replace("\\", "/")
-        if file.endswith("/torch/autograd/graph.py"):
-            return "backward pass"
-        if "/torch/" not in file and file != __file__.replace("\\", "/"):
-            return f"{file.rsplit('/', 1)[-1]}:{frame.lineno}"
-    return "unknown place"
+    """The line that called an operation, or that it is a gradient's."""
+    frames = [frame for frame in traceback.extract_stack() if frame.filename != __file__]
+    if any(frame.filename.replace("\\", "/").endswith("torch/autograd/graph.py") for frame in frames):
+        return "backward pass"
+    own = [
+        frame
+        for frame in frames
+        if not frame.filename.startswith("<") and not {"torch", "jaxtyping"} & {*Path(frame.filename).parts}
+    ]
+    return f"{Path(own[-1].filename).name}:{own[-1].lineno}"
