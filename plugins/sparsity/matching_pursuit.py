@@ -14,8 +14,7 @@ from einops import rearrange
 from pydantic import Field
 
 from saelens_lite.codes import SparseCodes, argmax
-from saelens_lite.codes.products import sum_at
-from saelens_lite.sparsity import PublishedForm, RuleConfig, Sparsity, Support, normalise_decoder_
+from saelens_lite.sparsity import PublishedForm, RuleConfig, Sparsity, Support, normalise_decoder_, sum_at
 
 LARGEST_GRAM = 16_384  # latents up to which all inner products of W_dec are held, 1 GiB
 CHUNK = 64  # rows pursued at a time on a CPU, so that h stays in its cache

@@ -12,7 +12,8 @@ The smallest useful rule is one method:
 
 Codes are never negative: 0 means that a latent does not fire, and every count of firing latents (L0, density, dead latents,
 the feature store) counts codes that are not zero. A direction that is used with both signs is two latents.
-Tensors with a row per latent are read by `self.at(tensor, latent)`, also in `losses`.
+Tensors with a row per latent are read by `self.at(tensor, latent)`, also in `losses`, and values are summed by index with
+`sum_at`: both sum in a fixed order on every device, so that the same seed gives the same bytes.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from saelens_lite.codes import SparseCodes, Support, largest, picked, support_of_indices, support_of_mask
 from saelens_lite.codes.encoder import Encoder
-from saelens_lite.codes.products import read_at
+from saelens_lite.codes.products import read_at, sum_at
 from saelens_lite.config import FrozenConfig
 from saelens_lite.errors import PluginError
 from saelens_lite.registry import load, names, plugins, register
@@ -48,6 +49,7 @@ __all__ = [
     "normalise_decoder_",
     "plugins",
     "register",
+    "sum_at",
     "support_of_indices",
     "support_of_mask",
 ]
