@@ -159,11 +159,16 @@ class Dictionary(nn.Module):
 
         Raises:
             ShapeError: the last axis of x is not d_in.
+            PluginError: the sparsity rule gives negative codes.
         """
         self.check_input(x)
         flat = self._normalised(x.reshape(-1, self.d_in).to(self.W_enc.dtype))
         codes = self.rule.encode(Encoder(self.W_enc, self.b_enc, self.input_bias, flat))
-        return codes._replace(shape=tuple(x.shape[:-1])).without_zeros()
+        codes = codes._replace(shape=tuple(x.shape[:-1]))
+        if bool((codes.value > 0).all()):
+            return codes
+        self.rule.check_codes(float(codes.value.detach().amin()))
+        return codes.without_zeros()
 
     def decode(
         self, codes: SparseCodes | Float[Tensor, "*shape d_sae"], x: Float[Tensor, "*shape d_in"] | None = None

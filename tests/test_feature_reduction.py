@@ -245,9 +245,9 @@ def test_codes_count_as_they_are_stored(tmp_path):
     """A code that float32 rounds to zero does not fire."""
     made = Spill(tmp_path, 3)
     made.open()
-    made.add(torch.tensor([0]), SparseCodes.from_dense(torch.tensor([[1e-60, -1.0, 0.5]], dtype=torch.float64)))
+    made.add(torch.tensor([0]), SparseCodes.from_dense(torch.tensor([[1e-60, 2.0, 0.5]], dtype=torch.float64)))
     made.close()
-    assert made.lists(1).count(3).tolist() == [0, 0, 1]
+    assert made.lists(1).count(3).tolist() == [0, 1, 1]
 
 
 def test_uniform_numbers_are_those_of_splitmix64():

@@ -155,10 +155,10 @@ class FirstOfBatch(Sparsity):
         return support_of_mask(pre == pre.amax(0) if self.training else pre > 0)
 
     def values(self, pre, latent):
-        return pre
+        return pre.relu()
 
     def activation(self, pre):
-        return pre * (pre == pre.amax(0))
+        return pre.relu() * (pre == pre.amax(0))
 
 
 class RowWise(FirstOfBatch):

@@ -347,8 +347,21 @@ def test_the_kernels_compile_for_an_h100(tmp_path):
     assert compiled == ["_select"] * 3 + ["_sum_rows", "_dot_rows", "_sum_rows", "_sum_rows"] * 2
 
 
-@pytest.mark.parametrize(("rule", "options"), [("topk", {"k": 3}), ("l1", {}), ("gated", {})])
-def test_a_training_step_goes_through_the_kernels(monkeypatch, rule, options):
+RULES = {
+    "topk": {"k": 3},
+    "l1": {},
+    "gated": {},
+    "p_anneal": {},
+    "batch_topk": {"k": 3},
+    "matryoshka": {"k": 3, "prefixes": (0.5,)},
+    "group_max": {"k": 4},
+    "jumprelu": {"bandwidth": 0.1},
+    "matching_pursuit": {"k": 3},
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_training_step_goes_through_the_kernels(monkeypatch, rule):
     from saelens_lite.codes import products
     from saelens_lite.dictionary import Dictionary
     from saelens_lite.train.step import DenseStep, SparseStep
@@ -358,7 +371,8 @@ def test_a_training_step_goes_through_the_kernels(monkeypatch, rule, options):
         original = getattr(kernels, name)
         monkeypatch.setattr(kernels, name, lambda *a, name=name, original=original: (called.add(name), original(*a))[1])
     monkeypatch.setattr(products, "DENSE_ABOVE", 1.0)
-    d = Dictionary.create(rule, d_in=12, d_sae=40, options=options).to(DEVICE)
+    monkeypatch.setattr(products, "latent_sums", products._sorted_sums)  # as on a GPU
+    d = Dictionary.create(rule, d_in=12, d_sae=40, options=RULES[rule]).to(DEVICE)
     gradients = []
     for step_class in (SparseStep, DenseStep):
         d.zero_grad()
@@ -368,4 +382,19 @@ def test_a_training_step_goes_through_the_kernels(monkeypatch, rule, options):
         gradients.append({name: p.grad for name, p in d.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-5)
-    assert called == {"decode", "pair_products", "transposed_product"} | ({"topk"} if rule == "topk" else set())
+    revives = rule in ("topk", "batch_topk", "matryoshka", "group_max")  # dead latents, the largest of them
+    assert called == {"decode", "pair_products", "transposed_product"} | ({"topk"} if revives else set())
+
+
+def test_tensors_are_read_at_latents_through_the_kernels(monkeypatch):
+    from saelens_lite.codes import products
+
+    monkeypatch.setattr(products, "DENSE_ABOVE", 1.0)
+    monkeypatch.setattr(products, "latent_sums", products._sorted_sums)  # as on a GPU
+    support = support_of_mask(randn(9, 40) > 0.5)
+    for latent in (support.latent, support.latent.flip(0)):
+        for shape in ((40,), (40, 12)):
+            tensor, weights = randn(*shape, seed=1).requires_grad_(), randn(len(latent), *shape[1:], seed=2)
+            (found,) = torch.autograd.grad((products.read_at(tensor, latent) * weights).sum(), tensor)
+            wanted = torch.zeros(shape, dtype=torch.double, device=DEVICE).index_add(0, latent, weights.double())
+            torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)

@@ -39,11 +39,12 @@ class Gated(Sparsity):
         return support_of_mask(pre > -self.b_gate)
 
     def values(self, pre, latent):
-        return (pre * self.r_mag.exp().index_select(0, latent) + self.b_mag.index_select(0, latent)).relu()
+        gate = pre > -self.at(self.b_gate.detach(), latent)
+        return gate * (pre * self.at(self.r_mag.exp(), latent) + self.at(self.b_mag, latent)).relu()
 
     def losses(self, step: Step):
         latent = step.codes.latent
-        gate = (step.pre_at(step.codes.support) + self.b_gate.index_select(0, latent)).relu()
+        gate = (step.pre_at(step.codes.support) + self.at(self.b_gate, latent)).relu()
         x_gate = step.decode(step.codes._replace(value=gate), frozen=True) + step.base(frozen=True)
         return {
             "gate_l1": step.warmup * self.config.coefficient * gate.sum() / len(step.x),

@@ -1,6 +1,6 @@
 """A threshold for each latent, learned from the number of latents that fire itself.
 
-    f = h · 1[h > θ]       L = ‖x − x̂‖² + S
+    f = ReLU(h) · 1[h > θ]       L = ‖x − x̂‖² + S
 
 with S one of
     l0:         λ · Σ_i 1[h_i > θ_i]
@@ -73,23 +73,23 @@ class JumpReLU(Sparsity):
         return (self.config.threshold_speed * self.scaled_log_threshold).exp()
 
     def activation(self, pre):
-        return pre * (pre > self.threshold)
+        return pre.relu() * (pre > self.threshold)
 
     def support(self, pre) -> Support:
         below = self.width / 2 if self.training else 0.0
         return support_of_mask(pre > self.threshold - below)
 
     def values(self, pre, latent):
-        threshold = self.threshold.index_select(0, latent)
-        return pre * (pre > threshold) + threshold.detach() * self._edge(pre, threshold)
+        threshold = self.at(self.threshold, latent)
+        return pre.relu() * (pre > threshold) + threshold.detach() * self._edge(pre, threshold)
 
     def losses(self, step: Step):
         weight = step.warmup * self.config.coefficient
         if self.config.penalty == "tanh":
-            norms = step.decoder_norms.index_select(0, step.codes.latent)
+            norms = self.at(step.decoder_norms, step.codes.latent)
             count = (4 * step.codes.value * norms).tanh().sum() / len(step.x)
             return {"tanh": weight * count, **self._lift_dead(step)}
-        pre, threshold = step.pre_at(step.codes.support).detach(), self.threshold.index_select(0, step.codes.latent)
+        pre, threshold = step.pre_at(step.codes.support).detach(), self.at(self.threshold, step.codes.latent)
         l0 = ((pre > threshold) + self._edge(pre, threshold)).sum() / len(step.x)
         if self.config.penalty == "l0":
             return {"l0_penalty": weight * l0}
@@ -106,13 +106,15 @@ class JumpReLU(Sparsity):
         if not len(dead) or self.config.dead_coefficient == 0:
             return {}
         support = support_of_indices(dead.expand(len(step.x), -1))
-        missing = (self.threshold.index_select(0, support.latent) - step.pre_at(support)).relu()
-        norms = step.decoder_norms.index_select(0, support.latent)
+        missing = (self.at(self.threshold, support.latent) - step.pre_at(support)).relu()
+        norms = self.at(step.decoder_norms, support.latent)
         return {"lift": self.config.dead_coefficient * (missing * norms).sum() / len(step.x)}
 
     def after_step(self, dictionary) -> None:
         if self.config.penalty != "tanh":
             normalise_decoder_(dictionary)
+        if self.config.parameter == "plain":
+            self.plain_threshold.data.clamp_(min=0)  # below, nothing would change but the gradient
 
     def rescale_(self, scale) -> None:
         if self.config.parameter == "plain":

@@ -30,12 +30,12 @@ class L1(Sparsity):
         return support_of_mask(pre > 0)
 
     def values(self, pre, latent):
-        return pre
+        return pre.relu()
 
     def losses(self, step: Step):
-        weighted = step.codes.value * step.decoder_norms.index_select(0, step.codes.latent)
-        if self.config.p != 1:
-            weighted = weighted.clamp_min(1e-12).pow(self.config.p)  # the slope at 0 is infinite for p < 1
+        weighted = step.codes.value * self.at(step.decoder_norms, step.codes.latent)
+        if self.config.p != 1:  # the slope at 0 is infinite for p < 1
+            weighted = step.codes.fires * weighted.clamp_min(1e-12).pow(self.config.p)
         return {"l1": step.warmup * self.config.coefficient * weighted.sum() / len(step.x)}
 
     def initial_decoder_norm(self) -> float:

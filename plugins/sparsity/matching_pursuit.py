@@ -5,7 +5,8 @@
 
 A latent sees what those before it have left, so two similar latents do not both fire. Encoder and decoder are one matrix, of
 unit rows. The residual is never formed: with h = (x − b_dec) W_decᵀ, each step takes v_t W_dec[i_t] W_decᵀ off h. Given the
-latents, v solves a triangular system in their inner products, through which the gradient of all steps goes.
+latents, v solves a triangular system in their inner products, through which the gradient of all steps goes; a step whose v is
+zero is left out of it. The latents may be chosen from rounded numbers, v is not.
 """
 
 import torch
@@ -13,7 +14,7 @@ from einops import rearrange
 from pydantic import Field
 
 from saelens_lite.codes import SparseCodes, argmax
-from saelens_lite.sparsity import PublishedForm, RuleConfig, Sparsity, Support, normalise_decoder_
+from saelens_lite.sparsity import PublishedForm, RuleConfig, Sparsity, Support, normalise_decoder_, sum_at
 
 LARGEST_GRAM = 16_384  # latents up to which all inner products of W_dec are held, 1 GiB
 CHUNK = 64  # rows pursued at a time on a CPU, so that h stays in its cache
@@ -40,14 +41,16 @@ class MatchingPursuit(Sparsity):
         W_dec, k = encoder.W_enc.T, self.config.k
         latent, explains = self.pursue(encoder, W_dec.detach())
         support, place = distinct(latent, self.d_sae)
-        h = rearrange(encoder.at(support).index_select(0, place), "(batch step) -> batch step 1", step=k)
-        chosen = rearrange(W_dec.index_select(0, latent.flatten()), "(batch step) d_in -> batch step d_in", step=k)
+        h = rearrange(self.at(encoder.at(support), place), "(batch step) -> batch step", step=k)
+        chosen = rearrange(self.at(W_dec, latent.flatten()), "(batch step) d_in -> batch step d_in", step=k)
         overlap = torch.einsum("bsd,btd->bst", chosen, chosen)
         dtype = torch.promote_types(h.dtype, torch.float32)  # halves cannot be solved for
-        v = torch.linalg.solve_triangular(overlap.to(dtype), h.to(dtype), upper=False, unitriangular=True)
-        v = v.to(h.dtype).squeeze(2)
-        value = v.new_zeros(len(support.latent)).index_add(0, place, (v * explains).flatten())
-        return SparseCodes.of(support, value, self.d_sae)
+        h, overlap = h.to(dtype), overlap.to(dtype)
+        explains = explains & (fits(h.detach(), overlap.detach()) > 0)
+        h, overlap = rearrange(h, "batch step -> batch step 1"), overlap * explains[:, None, :]
+        v = torch.linalg.solve_triangular(overlap, h, upper=False, unitriangular=True).squeeze(2)
+        v = (v * explains).relu().to(encoder.x.dtype)
+        return SparseCodes.of(support, sum_at(v.flatten(), place, len(support.latent)), self.d_sae)
 
     @torch.no_grad()
     def pursue(self, encoder, W_dec):
@@ -73,6 +76,15 @@ class MatchingPursuit(Sparsity):
     def inference_form(self) -> PublishedForm:
         settings = {"max_iterations": self.config.k, "residual_threshold": 0.0, "stop_on_duplicate_support": False}
         return PublishedForm("matching_pursuit", settings=settings)
+
+
+def fits(h, overlap):
+    """v [batch step]: what is left of h at each step after those before it, or 0 where that is negative."""
+    v = torch.zeros_like(h)
+    for step in range(h.shape[1]):
+        explained = (overlap[:, step, :step] * v[:, :step]).sum(1)
+        v[:, step] = (h[:, step] - explained).relu()
+    return v
 
 
 def distinct(latent, d_sae: int) -> tuple[Support, torch.Tensor]:

@@ -49,10 +49,10 @@ class Matryoshka(BatchTopK):
 
     def _decode_slices(self, step: Step, lengths: list[int]):
         """[batch prefix d_out]: what each prefix adds to the one before it; every latent is decoded once."""
-        inner = (step.codes.latent < lengths[-1]).nonzero().squeeze(1)
-        latent, row = step.codes.latent[inner], step.codes.row[inner]
+        inner = step.codes.where(step.codes.latent < lengths[-1])
+        latent = inner.latent
         ends = torch.tensor(lengths, device=latent.device)
-        piece = row * len(ends) + torch.bucketize(latent, ends, right=True)  # ascending, as latents are within a row
+        piece = inner.row * len(ends) + torch.bucketize(latent, ends, right=True)  # ascending, as latents are within a row
         begins = torch.searchsorted(piece, torch.arange(len(step.x) * len(ends) + 1, device=piece.device))
-        codes = SparseCodes.of(Support(begins, latent), step.codes.value.index_select(0, inner), self.d_sae)
+        codes = SparseCodes.of(Support(begins, latent), inner.value, self.d_sae)
         return rearrange(step.decode(codes), "(batch prefix) d_out -> batch prefix d_out", prefix=len(ends))

@@ -39,7 +39,7 @@ class PAnneal(Sparsity):
         return support_of_mask(pre > 0)
 
     def values(self, pre, latent):
-        return pre
+        return pre.relu()
 
     def losses(self, step: Step):
         penalty = self.growth * power_sum(step.codes.value, self.p) / len(step.x)
@@ -63,4 +63,4 @@ class PAnneal(Sparsity):
 
 def power_sum(value, p):
     """Σ f^p over all codes of a batch."""
-    return value.clamp_min(1e-12).pow(p).sum()  # the slope at 0 is infinite for p < 1
+    return ((value > 0) * value.clamp_min(1e-12).pow(p)).sum()  # the slope at 0 is infinite for p < 1

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -27,6 +28,17 @@ class Support:
 
     crow: Int[Tensor, " rows_plus_1"]
     latent: Int[Tensor, " nnz"]
+
+    def __post_init__(self) -> None:
+        _of_latent.setdefault(id(self.latent), self)
+
+    @classmethod
+    def of_latent(cls, latent: Int[Tensor, " nnz"]) -> "Support":
+        """Return the support whose `latent` is this very tensor, so that its order is computed once; else a pair a row."""
+        known = _of_latent.get(id(latent))
+        if known is not None and known.latent is latent:
+            return known
+        return cls(torch.arange(len(latent) + 1, device=latent.device), latent)
 
     @property
     def n_rows(self) -> int:
@@ -85,6 +97,9 @@ class Support:
     def by_latent(self, d_sae: int) -> Int[Tensor, " d_sae_plus_1"]:
         """Where each latent begins among the pairs sorted by latent, int32."""
         return _pointers(F.pad(self.counts, (0, d_sae - len(self.counts)))).int()
+
+
+_of_latent: WeakValueDictionary[int, Support] = WeakValueDictionary()  # by the identity of a support's `latent`
 
 
 class DensePairs:
@@ -159,9 +174,28 @@ def _pointers(counts: Int[Tensor, " rows"]) -> Int[Tensor, " rows_plus_1"]:
     return F.pad(counts.cumsum(0), (1, 0))
 
 
-class SparseCodes(NamedTuple):
-    """Codes of any number of activations, zeros left out (a stored zero is allowed and counts as not firing).
+def picked(x: Float[Tensor, " n"], place: Int[Tensor, " n_picked"]) -> Float[Tensor, " n_picked"]:
+    """Return x[place] for places that are all different; differentiable, without the atomic sums that indexing would do."""
+    return _Picked.apply(x, place)
 
+
+class _Picked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, place):
+        ctx.n = len(x)
+        ctx.save_for_backward(place)
+        return x.index_select(0, place)
+
+    @staticmethod
+    def backward(ctx, g):
+        (place,) = ctx.saved_tensors
+        return g.new_zeros(ctx.n).index_copy(0, place, g), None
+
+
+class SparseCodes(NamedTuple):
+    """Codes of any number of activations, zeros left out.
+
+    A latent fires where its code is not zero (see `fires`). The codes of a dictionary are never negative.
     `shape` is the leading shape of the activations they came from; rows run over it in C order.
     """
 
@@ -182,7 +216,8 @@ class SparseCodes(NamedTuple):
         """Codes of the non-zero entries of `acts`; differentiable in them."""
         flat = acts.reshape(-1, acts.shape[-1])
         support = support_of_mask(flat != 0)
-        return cls.of(support, flat[support.row, support.latent], acts.shape[-1], tuple(acts.shape[:-1]))
+        value = picked(flat.flatten(), support.flat(acts.shape[-1]))
+        return cls.of(support, value, acts.shape[-1], tuple(acts.shape[:-1]))
 
     @property
     def crow(self) -> Int[Tensor, " rows_plus_1"]:
@@ -205,9 +240,14 @@ class SparseCodes(NamedTuple):
         return self.support.n_rows
 
     @property
+    def fires(self) -> Bool[Tensor, " nnz"]:
+        """Entries at which the latent fires: those that are not zero. All counts of firing latents are counts of these."""
+        return self.value != 0
+
+    @property
     def l0(self) -> Int[Tensor, "*shape"]:
         """Number of latents that fire for each activation."""
-        fires = F.pad((self.value != 0).long().cumsum(0), (1, 0))
+        fires = F.pad(self.fires.long().cumsum(0), (1, 0))
         return fires[self.crow].diff().reshape(self.shape)
 
     def to_dense(self) -> Float[Tensor, "*shape d_sae"]:
@@ -228,10 +268,12 @@ class SparseCodes(NamedTuple):
 
     def without_zeros(self) -> "SparseCodes":
         """The same codes with stored zeros dropped."""
-        keep = self.value != 0
-        if bool(keep.all()):
-            return self
-        return self._replace(support=self.support.where(keep), value=self.value[keep])
+        keep = self.fires
+        return self if bool(keep.all()) else self.where(keep)
+
+    def where(self, keep: Bool[Tensor, " nnz"]) -> "SparseCodes":
+        """The entries at which `keep` is true; differentiable."""
+        return self._replace(support=self.support.where(keep), value=picked(self.value, keep.nonzero().squeeze(1)))
 
     def rows(self, start: int, stop: int) -> "SparseCodes":
         """The codes of rows start … stop − 1, as a flat batch."""

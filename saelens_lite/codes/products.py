@@ -8,13 +8,19 @@ With x the centred input, S the codes (value v at the support) and e the gradien
 where G holds the gradient at h on the support. Both weight gradients go through one index, the support sorted by latent.
 Where the support is dense, the same quantities come from dense products. W_enc is expected as the transpose of a
 contiguous [d_sae d_in] tensor, so that its gradient needs no copy.
+
+Every sum is in an order that follows from the support alone, on every device: nothing here adds by atomics. The pairs are
+sorted by latent, and segments of them are summed: by Triton kernels, by embedding_bag's forward pass, or one after the other
+by numpy. Dense products and torch.sparse.sampled_addmm are those of BLAS, cuBLAS and cuSPARSE, which repeat their results on
+one device and stream.
 """
 
 import warnings
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -89,9 +95,62 @@ def pair_products(support: Support, left: Float[Tensor, "batch d"], right: Float
 
 def latent_sums(support: Support, value: Float[Tensor, " nnz"], d_sae: int) -> Float[Tensor, " d_sae"]:
     """Σ of the values of each latent, in a fixed order."""
-    if value.is_cuda:  # where index_add_ sums in any order
-        return transposed_product(support, value, value.new_ones(support.n_rows, 1), d_sae)[:, 0]
-    return value.new_zeros(d_sae).index_add_(0, support.latent, value)
+    if value.device.type == "cpu":
+        sums = np.bincount(support.latent.numpy(), value.double().numpy(), d_sae)
+        return torch.from_numpy(sums).to(value.dtype)
+    return _sorted_sums(support, value, d_sae)
+
+
+def _sorted_sums(support: Support, value: Float[Tensor, " nnz"], d_sae: int) -> Float[Tensor, " d_sae"]:
+    """The same by segments of the pairs sorted by latent."""
+    return transposed_product(support, value, value.new_ones(support.n_rows, 1), d_sae)[:, 0]
+
+
+def _row_sums(latent: Int[Tensor, " nnz"], rows: Float[Tensor, "nnz d"], n: int) -> Float[Tensor, "n d"]:
+    """Σ of the rows of each latent, in a fixed order."""
+    pairs = Support(torch.arange(len(latent) + 1, device=latent.device), latent)
+    return transposed_product(pairs, rows.new_ones(len(latent)), rows, n)
+
+
+def read_at(tensor: Float[Tensor, "n ..."], index: Int[Tensor, " nnz"]) -> Float[Tensor, "nnz ..."]:
+    """Return tensor[index]; differentiable, and its gradient is summed in a fixed order on every device.
+
+    Indexing and index_select sum theirs by atomics on a GPU, so that the same seed would not give the same bytes. Where
+    `index` is the `latent` of a support, the order of that support is used again.
+    """
+    return _ReadAt.apply(tensor, index)
+
+
+def sum_at(value: Float[Tensor, " nnz"], index: Int[Tensor, " nnz"], n: int) -> Float[Tensor, " n"]:
+    """Return the sum of the values that belong to each of n indices; differentiable, in a fixed order on every device."""
+    return _SumAt.apply(value, index, n)
+
+
+class _ReadAt(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor, index):
+        ctx.n, ctx.support = len(tensor), Support.of_latent(index)
+        return tensor.index_select(0, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        if g.ndim == 1:
+            return latent_sums(ctx.support, g.contiguous(), ctx.n), None
+        return _row_sums(ctx.support.latent, g.flatten(1), ctx.n).reshape(ctx.n, *g.shape[1:]), None
+
+
+class _SumAt(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value, index, n):
+        ctx.save_for_backward(index)
+        return latent_sums(Support.of_latent(index), value.contiguous(), n)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        (index,) = ctx.saved_tensors
+        return g.index_select(0, index), None, None
 
 
 class Decode(torch.autograd.Function):

@@ -148,6 +148,7 @@ def add_reconstruction(
 
 def add_codes(sums: PooledSums, name: str, codes: SparseCodes, kept: Kept) -> None:
     """Collect how many latents fire for the kept tokens, how strongly, and which."""
+    codes = codes.without_zeros()
     sequence = kept.row[codes.row]
     count = torch.bincount(sequence, minlength=kept.n)
     fired = torch.bincount(sequence * codes.d_sae + codes.latent, minlength=kept.n * codes.d_sae)

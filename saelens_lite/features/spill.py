@@ -82,9 +82,8 @@ class Spill:
 
     def add(self, place: Int[Tensor, " batch"], codes: SparseCodes) -> None:
         """Append what fires at some places, which have not come before."""
-        values = codes.value.float()  # as they are stored
-        fires = values > 0
-        row, latent, value = (x[fires].cpu() for x in (codes.row, codes.latent, values))
+        codes = codes.to(torch.float32)  # as they are stored
+        row, latent, value = (x[codes.fires].cpu() for x in (codes.row, codes.latent, codes.value))
         n_here = torch.bincount(row, minlength=len(place))
         lists = np.empty(len(place), LIST)
         lists["place"], lists["n"] = place.numpy(), n_here.numpy()

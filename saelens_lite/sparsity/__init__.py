@@ -9,6 +9,11 @@ The smallest useful rule is one method:
     class Relu(Sparsity):
         def activation(self, pre):
             return pre.relu()
+
+Codes are never negative: 0 means that a latent does not fire, and every count of firing latents (L0, density, dead latents,
+the feature store) counts codes that are not zero. A direction that is used with both signs is two latents.
+Tensors with a row per latent are read by `self.at(tensor, latent)`, also in `losses`, and values are summed by index with
+`sum_at`: both sum in a fixed order on every device, so that the same seed gives the same bytes.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,9 +25,11 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from saelens_lite.codes import SparseCodes, Support, largest, support_of_indices, support_of_mask
+from saelens_lite.codes import SparseCodes, Support, largest, picked, support_of_indices, support_of_mask
 from saelens_lite.codes.encoder import Encoder
+from saelens_lite.codes.products import read_at, sum_at
 from saelens_lite.config import FrozenConfig
+from saelens_lite.errors import PluginError
 from saelens_lite.registry import load, names, plugins, register
 
 if TYPE_CHECKING:
@@ -42,6 +49,7 @@ __all__ = [
     "normalise_decoder_",
     "plugins",
     "register",
+    "sum_at",
     "support_of_indices",
     "support_of_mask",
 ]
@@ -121,7 +129,7 @@ class Sparsity(nn.Module):
         self.d_in, self.d_sae = d_in, d_sae
 
     def activation(self, pre: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
-        """Codes of dense pre-activations. Enough on its own: the support is where it is not zero."""
+        """Codes of dense pre-activations, none negative. Enough on its own: the support is where they are not zero."""
         raise NotImplementedError(f"{type(self).__name__} must define activation(pre)")
 
     def support(self, pre: Float[Tensor, "batch d_sae"]) -> Support:
@@ -135,10 +143,20 @@ class Sparsity(nn.Module):
     def values(self, pre: Float[Tensor, " nnz"], latent: Int[Tensor, " nnz"]) -> Float[Tensor, " nnz"] | None:
         """Codes at the support from the pre-activations there; differentiable. None: read them off `activation`.
 
-        Read per-latent parameters as `parameter.index_select(0, latent)`: the gradient of `parameter[latent]` is summed in
-        no fixed order, so that the same seed would not give the same bytes.
+        The support may have been chosen from rounded pre-activations (`encoder_precision`), while `pre` is exact. So give what
+        `activation` gives for `pre`, also where that is on the other side of a threshold: `pre.relu()`, not `pre`.
+        Read per-latent parameters by `self.at(parameter, latent)`.
         """
         return None
+
+    @staticmethod
+    def at(tensor: Float[Tensor, "d_sae ..."], latent: Int[Tensor, " nnz"]) -> Float[Tensor, "nnz ..."]:
+        """Return tensor[latent], the row of each latent; differentiable.
+
+        The gradient is summed in a fixed order on every device. Those of `tensor[latent]` and `tensor.index_select(0, latent)`
+        are not on a GPU, where the same seed would not give the same bytes.
+        """
+        return read_at(tensor, latent)
 
     def encode(self, encoder: Encoder) -> SparseCodes:
         """Codes of a batch, differentiable; for rules whose codes are no function of the pre-activations alone.
@@ -151,12 +169,21 @@ class Sparsity(nn.Module):
         else:
             pre = encoder.dense()
             support = self.support(pre.detach())
-            value = self.activation(pre).flatten()[support.flat(encoder.d_sae)]
+            value = picked(self.activation(pre).flatten(), support.flat(encoder.d_sae))
         return SparseCodes.of(support, value, encoder.d_sae)
 
     def losses(self, step: Step) -> dict[str, Float[Tensor, ""]]:
         """What the rule adds to the reconstruction error, by name; means over the batch."""
         return {}
+
+    def check_codes(self, smallest: float) -> None:
+        """Raise PluginError when the smallest code of a batch is negative."""
+        if smallest < 0:
+            name = getattr(self, "plugin_name", type(self).__name__)
+            raise PluginError(
+                f"sparsity rule {name} gave a negative code ({smallest:.3g}); codes are never negative, 0 means that a latent "
+                "does not fire. End `activation` and `values` with .relu(), or give each sign a latent of its own"
+            )
 
     def observe(self, step: Step) -> None:
         """Called without gradient after each optimiser step, with what it was computed from: for running estimates."""

@@ -14,11 +14,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saelens_lite.cache import TensorSource
-from saelens_lite.codes import encoder
+from saelens_lite.codes import Support, encoder
 from saelens_lite.config import TrainConfig
 from saelens_lite.dictionary import Dictionary
+from saelens_lite.errors import PluginError
 from saelens_lite.sparsity import Sparsity
 from saelens_lite.testing.report import CheckFailed, NotChecked, Warned
+from saelens_lite.testing.unordered import UnorderedSums
 from saelens_lite.train import Trainer
 from saelens_lite.train.step import DenseStep, SparseStep
 
@@ -28,6 +30,7 @@ CLOSE = 1e-6  # relative, in float64
 RESERVED = {"mse", "loss", "l0", "step", "tokens", "fvu", "dead", "lr", "val_fvu", "val_l0"}  # names in a log line
 PARALLEL = {"batch": 1024, "d_in": 64, "d_sae": 1024}  # a size at which torch works in several threads
 N_PLANTED, ACTIVE = 96, 3
+ROUNDING = 0.1  # of pre-activations from which a support is chosen, in their standard deviation; bfloat16's is 0.004
 
 
 @dataclass
@@ -60,13 +63,13 @@ class Lab:
         """Activations that were not trained on, float64."""
         return self.data(BATCH, seed=3).double()
 
-    def trainer(self, x: Float[Tensor, "n d_in"], d_sae: int | None = None, **settings: Any) -> Trainer:
+    def trainer(self, x: Float[Tensor, "n d_in"], d_sae: int | None = None, device: str = "cpu", **settings: Any) -> Trainer:
         """A fresh trainer on x, which it does not scale."""
         common = {"batch_size": len(x), "n_tokens": 10 * len(x), "warmup": 0.0, "decay": 0.0, "normalize": "none"}
         config = TrainConfig(
             sparsity=self.name, options=self.options, d_sae=d_sae or self.d_sae, **{**common, "lr": 3e-3, **settings}
         )
-        return Trainer(config, TensorSource(x))
+        return Trainer(config, TensorSource(x), device)
 
     @cached_property
     def trained(self) -> Dictionary:
@@ -93,6 +96,22 @@ class Reference(DenseStep):
         super().__init__(dictionary, x, target, **state)
         if type(dictionary.rule).values is Sparsity.values and type(dictionary.rule).activation is not Sparsity.activation:
             self.x_hat = dictionary.rule.activation(self._encoder.dense()) @ dictionary.W_dec + dictionary.base(x)
+
+
+class RoundedEncoder(encoder.Encoder):
+    """An encoder whose support is chosen from coarse pre-activations and whose values are exact, as encoder_precision does."""
+
+    def choose(self, rule_support: Callable[[Tensor], Support], whole: bool = False) -> Support:
+        """The support a rule chooses from pre-activations that are a little off."""
+        (pre,) = self.tiles(whole=True)
+        with torch.no_grad():
+            return rule_support(pre + ROUNDING * pre.std() * torch.randn_like(pre))
+
+
+class RoundedStep(SparseStep):
+    """A step whose support is chosen from coarse pre-activations."""
+
+    encoder_class = RoundedEncoder
 
 
 def take_step(
@@ -189,7 +208,17 @@ def losses(lab: Lab) -> str:
 
 
 def trains(lab: Lab) -> str:
-    """A few steps of training go through."""
+    """A few steps of training go through; no code is negative, not even where the support was chosen from rounded numbers."""
+    try:
+        d = lab.dictionary(training=True, dtype=torch.float32)
+    except PluginError as error:
+        raise CheckFailed(str(error)) from None
+    step, _ = take_step(RoundedStep, d, lab.x.float())
+    if len(step.codes.value) and (smallest := float(step.codes.value.detach().amin())) < 0:
+        raise CheckFailed(
+            f"a code is negative ({smallest:.2g}) where the support was chosen from rounded pre-activations, as "
+            "encoder_precision = bfloat16 does; end `values` with .relu()"
+        )
     l0 = dense_codes(lab.dictionary(dtype=torch.float32), lab.x.float()).count_nonzero() / BATCH
     return f"L0 {l0:.1f} of {lab.d_sae} after 12 steps"
 
@@ -304,7 +333,9 @@ def eval_codes(lab: Lab) -> str:
 
 
 def definitions(lab: Lab) -> str:
-    """`activation` and `support` with `values` are two definitions of the same codes."""
+    """`activation` and `support` with `values` are two definitions of the same codes, also if the support was chosen from
+    rounded numbers: then those of `activation` when all pre-activations off the support are very low.
+    """
     if not lab.defines("activation"):
         raise NotChecked("activation is not defined")
     errors = {}
@@ -319,6 +350,20 @@ def definitions(lab: Lab) -> str:
             f"in {worst} mode, codes by support and values are {errors[worst]:.1e} (relative) off activation; make them agree, "
             "or leave out the one not needed"
         )
+    if lab.defines("values"):
+        d = lab.dictionary(training=True)
+        with torch.no_grad():
+            codes = d.rule.encode(RoundedEncoder(d.W_enc, d.b_enc, d.input_bias, lab.x))
+            pre = d.pre(lab.x)
+            at = codes.row, codes.latent
+            alone = torch.full_like(pre, -1e3 * float(pre.abs().max())).index_put(at, pre[at])
+            error = apart(codes.value, d.rule.activation(alone)[at])
+        if not error <= CLOSE:
+            raise CheckFailed(
+                f"codes by values are {error:.1e} (relative) off activation where the support was chosen from rounded "
+                "pre-activations, as encoder_precision = bfloat16 does; `values` should give what `activation` gives for the "
+                "pre-activations it is handed, 0 where they do not reach the threshold"
+            )
     return f"the same codes within {errors[worst]:.0e}"
 
 
@@ -354,7 +399,7 @@ def _topk(h: Tensor, form: dict[str, Any]) -> Tensor:
 
 
 def _jumprelu(h: Tensor, form: dict[str, Any]) -> Tensor:
-    return h * (h > form["threshold"])
+    return h.relu() * (h > form["threshold"])
 
 
 def _gated(h: Tensor, form: dict[str, Any]) -> Tensor:
@@ -414,7 +459,7 @@ def empty_and_full(lab: Lab) -> str:
         with torch.no_grad():
             d.rule.after_step(d)
         step, found = take_step(SparseStep, d, x, dead=torch.full((lab.d_sae,), case == "empty"))
-        fired[case] = int((step.codes.value != 0).sum()) / len(x)
+        fired[case] = int(step.codes.fires.sum()) / len(x)
         values = {f"loss {name}": value for name, value in found.items()}
         values |= {f"the gradient of {name}": p.grad for name, p in d.named_parameters() if p.grad is not None}
         for name, value in values.items():
@@ -427,25 +472,40 @@ def empty_and_full(lab: Lab) -> str:
 
 
 def same_bytes(lab: Lab) -> str:
-    """Trained again, at a size that runs in parallel, everything is the same to the bit."""
+    """Trained again, at a size that runs in parallel, everything is the same to the bit; no sum is in an order that a GPU
+    would leave open.
+    """
+    d = lab.dictionary(training=True, dtype=torch.float32)
+    with UnorderedSums() as sums:
+        step, _ = take_step(SparseStep, d, lab.x.float())
+        with torch.no_grad():
+            d.rule.observe(step)
+            d.rule.after_step(d)
+    if sums.found:
+        raise CheckFailed(
+            f"a step sums floats in no fixed order on a GPU, by {', '.join(dict.fromkeys(sums.found))}; read per-latent "
+            "tensors by self.at(tensor, latent), not tensor[latent] or tensor.index_select(0, latent)"
+        )
     x = torch.randn(PARALLEL["batch"], PARALLEL["d_in"], generator=torch.Generator().manual_seed(0))
 
-    def train() -> dict[str, Tensor]:
-        trainer = lab.trainer(x, d_sae=PARALLEL["d_sae"], lr=1e-3)
+    def train(device: str) -> dict[str, Tensor]:
+        trainer = lab.trainer(x, d_sae=PARALLEL["d_sae"], device=device, lr=1e-3)
         for _ in range(3):
             trainer.step(x)
         return trainer.dictionary.state_dict()
 
-    with threads(4):
-        first = train()
-        for _ in range(3):
-            differ = [name for name, value in train().items() if not torch.equal(value, first[name])]
-            if differ:
-                raise CheckFailed(
-                    f"{', '.join(differ)} differ between two trainings with one seed; read parameters by index with "
-                    "parameter.index_select(0, latent), not parameter[latent], and draw random numbers from torch alone"
-                )
-    return "4 trainings, the same to the bit"
+    devices = ["cpu", *["cuda"] * torch.cuda.is_available()]
+    for device in devices:
+        with threads(4):
+            first = train(device)
+            for _ in range(3):
+                differ = [name for name, value in train(device).items() if not torch.equal(value, first[name])]
+                if differ:
+                    raise CheckFailed(
+                        f"{', '.join(differ)} differ between two trainings with one seed on {device}; read per-latent tensors "
+                        "by self.at(tensor, latent), and draw random numbers from torch alone"
+                    )
+    return f"4 trainings on {' and on '.join(devices)}, the same to the bit"
 
 
 def resume(lab: Lab) -> str:

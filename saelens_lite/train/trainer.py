@@ -105,6 +105,7 @@ class Trainer:
 
         Raises:
             ShapeError: a transcoder is given no target.
+            PluginError: the sparsity rule gives negative codes; the parameters are those before the step.
             NonFiniteError: the activations or the loss are NaN or infinite; the parameters are those before the step.
         """
         if self.is_transcoder and target is None:
@@ -169,10 +170,13 @@ class Trainer:
         total.backward()
         with torch.no_grad():
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.dictionary.parameters() if p.grad is not None])
-            fired = step.codes.latent[step.codes.value != 0]
-            values = torch.stack([*losses.values(), total, norm]).tolist()  # the one time the host waits for the step
-            if not math.isfinite(values[-2] + values[-1]):
-                raise NonFiniteError(self._explain((x, target), values[-2], values[-1]))
+            fired = step.codes.latent[step.codes.fires]
+            smallest = step.codes.value.amin() if len(step.codes.value) else torch.zeros_like(norm)
+            # The one time the host waits for the step
+            *values, norm_found, smallest = torch.stack([*losses.values(), total, norm, smallest.to(norm.dtype)]).tolist()
+            if not math.isfinite(values[-1] + norm_found):
+                raise NonFiniteError(self._explain((x, target), values[-1], norm_found))
+            self.dictionary.rule.check_codes(smallest)
             if c.clip_grad_norm:  # the optimiser divides while it reads
                 self.optimizer.grad_scale = (norm / c.clip_grad_norm).clamp(min=1.0)
             for name, parameter in self.dictionary.named_parameters():
@@ -245,7 +249,7 @@ class Trainer:
                 codes = self.dictionary.encode(scaled)
                 error += float((scaled_target - self.dictionary.decode(codes, scaled)).square().sum(dtype=torch.float64))
                 spread += float((wanted - mean).square().sum()) * self.target_scale**2
-                l0 += len(codes.value)
+                l0 += int(codes.fires.sum())
         self.dictionary.train()
         return {"val_fvu": round(error / spread, 6), "val_l0": round(l0 / len(x), 6)}
 

@@ -208,7 +208,7 @@ def _firing(site: Site, row: Row, metric: Any, way: str) -> _Firing:
         raise NonFiniteError(f"{site.hook}: NaN or infinity among the activations or codes of the prompt")
     if metric is None:
         numbers, effect = (codes.row, codes.latent, codes.value.detach()), None
-        keep = row.counted[codes.row] & (codes.value > 0)
+        keep = row.counted[codes.row] & codes.fires
     else:
         found = attribute(
             site.dictionary, site.lm, TokenRows(row.tokens[None], row.counted[None]), metric,
@@ -217,7 +217,7 @@ def _firing(site: Site, row: Row, metric: Any, way: str) -> _Firing:
         if way not in found.effects:
             raise ConfigError(f"way = {way!r}: {site.target} is not on the residual stream, which direct effects go through")
         numbers, effect = (found.position, found.latent, found.activation), found.effects[way]
-        keep = found.activation > 0
+        keep = found.activation != 0
     return _Firing(*(x[keep].cpu() for x in numbers), None if effect is None else effect[keep].cpu())
 
 

@@ -14,6 +14,6 @@ class LogSum(sl.Sparsity):
         return pre.relu()
 
     def losses(self, step):
-        strength = step.codes.value * step.decoder_norms.index_select(0, step.codes.latent)
+        strength = step.codes.value * self.at(step.decoder_norms, step.codes.latent)
         penalty = (strength / self.config.epsilon).log1p().sum() / len(step.x)
         return {"log_sum": step.warmup * self.config.coefficient * penalty}

@@ -1,0 +1,83 @@
+"""Sums whose order is not fixed on a GPU: several floats that one operation adds to one cell by atomics."""
+
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ALWAYS = ("embedding_dense_backward", "_embedding_bag_backward", "_embedding_bag_dense_backward", "index_reduce")
+ORDERLESS = ("amax", "amin")  # reductions that give the same in any order
+
+
+class UnorderedSums(TorchDispatchMode):
+    """Within the block, the operations that sum floats in no fixed order are noted in `found`, with where they were called.
+
+    Operations of a backward pass have no place in the code; those are named "backward pass".
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.removeprefix("aten::").rstrip("_")
+        given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+        if _sums_floats(given) and _may_collide(name, given):
+            self.found.append(f"{name} ({_place()})")
+        return func(*args, **kwargs)
+
+
+def _sums_floats(given: dict[str, Any]) -> bool:
+    """Whether a tensor of floats is among the arguments."""
+    return any(isinstance(value, Tensor) and value.is_floating_point() for value in given.values())
+
+
+def _may_collide(name: str, given: dict[str, Any]) -> bool:
+    """Whether an operation adds several numbers to one cell in an order that a GPU leaves open."""
+    if name in ALWAYS:
+        return True
+    if name == "bincount":
+        return given.get("weights") is not None
+    if name == "index_add":
+        return _repeats(given["index"].unsqueeze(0), 1)
+    if name == "scatter_add" or (name == "scatter" and given.get("reduce") is not None):
+        return _repeats(given["index"], given["dim"])
+    if name == "scatter_reduce":
+        return given["reduce"] not in ORDERLESS and _repeats(given["index"], given["dim"])
+    if name == "put":
+        return bool(given.get("accumulate")) and _repeats(given["index"].flatten().unsqueeze(0), 1)
+    if name in ("index_put", "_index_put_impl", "_unsafe_index_put"):
+        return bool(given.get("accumulate")) and _cells_repeat([index for index in given["indices"] if index is not None])
+    return False
+
+
+def _repeats(index: Tensor, dim: int) -> bool:
+    """Whether an index occurs twice along a dimension."""
+    if not index.ndim or index.shape[dim] < 2:
+        return False
+    return bool((index.sort(dim=dim).values.diff(dim=dim) == 0).any())
+
+
+def _cells_repeat(indices: list[Tensor]) -> bool:
+    """Whether the indices of several axes name a cell twice; a mask cannot."""
+    if any(index.dtype in (torch.bool, torch.uint8) for index in indices):
+        return False
+    cells = torch.stack([index.flatten() for index in torch.broadcast_tensors(*indices)], dim=1)
+    return len(cells.unique(dim=0)) < len(cells)
+
+
+def _place() -> str:
+    """The line that called an operation, or that it is a gradient's."""
+    frames = [frame for frame in traceback.extract_stack() if frame.filename != __file__]
+    if any(frame.filename.replace("\\", "/").endswith("torch/autograd/graph.py") for frame in frames):
+        return "backward pass"
+    own = [
+        frame
+        for frame in frames
+        if not frame.filename.startswith("<") and not {"torch", "jaxtyping"} & {*Path(frame.filename).parts}
+    ]
+    return f"{Path(own[-1].filename).name}:{own[-1].lineno}"
