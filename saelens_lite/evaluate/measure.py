@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from saelens_lite.devices import float64_device, where_float64_is
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import NonFiniteError, ShapeError
 from saelens_lite.evaluate import metrics
@@ -88,7 +89,7 @@ def mean_activation(lm: LanguageModel, rows: TokenRows, hook: str, batch_tokens:
     Raises:
         NonFiniteError: an activation is NaN or infinite.
     """
-    total = sum(x.sum(0, dtype=torch.float64) for x in kept_activations(lm, rows, hook, batch_tokens, "mean"))
+    total = sum(where_float64_is(x).sum(0, dtype=torch.float64) for x in kept_activations(lm, rows, hook, batch_tokens, "mean"))
     if not torch.isfinite(total).all():
         raise NonFiniteError(f"the activations of {hook} in {lm.name} hold NaN or infinity; there is nothing to measure")
     return (total / rows.n_kept).float()
@@ -110,20 +111,26 @@ def measure(
     """
     mean = mean_activation(lm, rows, hooks.write, batch_tokens)
     tail = Tail(lm, hooks.write, rows.tokens[:1].to(lm.device))
+    where = float64_device(lm.device)  # of the sums
+
+    def logits_of(tokens: Int[Tensor, "n pos"], y: Float[Tensor, "n pos d"]) -> Float[Tensor, "n pos d_vocab"]:
+        return tail.logits(tokens, y.to(lm.device)).to(where)
+
     ablations = {"zero": torch.zeros_like(mean), "mean": mean}
     fixed = {}
     if tail.is_whole_stream:  # any row gives the same
         row = rows.tokens[:1].to(lm.device)
-        fixed = {name: tail.logits(row, _everywhere(value, row, lm)) for name, value in ablations.items()}
+        fixed = {name: logits_of(row, _everywhere(value, row, lm)) for name, value in ablations.items()}
     with progress_bar("evaluate", rows.n_kept) as advance:
         for batch in batches(lm, rows, batch_tokens):
-            kept = Kept.of(batch.keep)
+            kept = Kept.of(batch.keep.to(where))
             (x, y), logits = tail.read(batch.tokens, *hooks)
-            clean = Predictions.of(logits, batch.tokens, batch.predicted.to(logits.device), kept)
+            x, y, logits = x.to(where), y.to(where), logits.to(where)
+            clean = Predictions.of(logits, batch.tokens.to(where), batch.predicted.to(where), kept)
             sums.next_sequences(kept.n)
             ce_clean = metrics.add_clean(sums, clean)
             for name, value in ablations.items():
-                new = fixed[name] if name in fixed else tail.logits(batch.tokens, _everywhere(value, batch.tokens, lm))
+                new = fixed[name] if name in fixed else logits_of(batch.tokens, _everywhere(value, batch.tokens, lm))
                 metrics.add_losses(sums, name, clean, new)
             x, wanted = kept.of_each(x), kept.of_each(y).float()
             square = metrics.add_activations(sums, wanted, mean, kept)
@@ -140,7 +147,7 @@ def measure(
                 metrics.add_codes(sums, str(i), codes.to(x.device), kept)
                 error = metrics.add_reconstruction(sums, str(i), wanted, x_hat, square, kept)
                 spliced = y.index_put((kept.row, kept.position), x_hat.to(y.dtype))
-                ce = metrics.add_losses(sums, str(i), clean, tail.logits(batch.tokens, spliced))
+                ce = metrics.add_losses(sums, str(i), clean, logits_of(batch.tokens, spliced))
                 for name, member in members.items():
                     metrics.add_band_values(sums, f"{i}.{name}.error", error, member, kept)
                     metrics.add_band_values(sums, f"{i}.{name}.ce", ce - ce_clean, member, kept)
@@ -155,6 +162,6 @@ def _members(groupings: Sequence[Grouping], batch: Batch, kept: Kept) -> dict[st
     """Of each grouping, which band the kept tokens of a batch belong to."""
     found = {}
     for grouping in groupings:
-        band = grouping.band[batch.rows, : batch.tokens.shape[1]].to(batch.tokens.device)
+        band = grouping.band[batch.rows, : batch.tokens.shape[1]].to(kept.row.device)
         found[grouping.name] = metrics.membership(kept.of_each(band), grouping.n_bands)
     return found
