@@ -15,13 +15,18 @@ ArrayLike = Any  # whatever `as_tensor` takes: a tensor, an array of numpy, a Da
 def as_tensor(x: ArrayLike, name: str = "x", device: torch.device | None = None) -> Tensor:
     """Return activations as a tensor: tensors as they are, everything else copied to `device` (default: the CPU).
 
-    Arrays keep their dtype. Lists of Python numbers become float32, as in torch.
+    Arrays keep their dtype, lists of Python numbers become float32, and lists of tensors are stacked where they are.
 
     Raises:
         ShapeError: x holds something other than numbers, its rows differ in length, or it is of a type not known here.
     """
     if isinstance(x, Tensor):
         return x
+    if isinstance(x, list | tuple) and x and all(isinstance(row, Tensor) for row in x):
+        try:
+            return torch.stack(tuple(x))
+        except RuntimeError as error:
+            raise ShapeError(f"{name} is {described(x)}, tensors that do not fit together: {error}") from None
     array = _numbers(x, name)
     if isinstance(x, list | tuple) and not _holds_arrays(x):
         array = array.astype(np.float32)
@@ -38,8 +43,6 @@ def _numbers(x: ArrayLike, name: str) -> np.ndarray:
     if isinstance(x, Mapping):
         keys = ", ".join(map(repr, list(x)[:3]))
         raise ShapeError(f"{name} is a {type(x).__name__} with the keys {keys}; {wanted}: give one of its values")
-    if isinstance(x, list | tuple) and any(isinstance(row, Tensor) for row in x):
-        x = [row.detach().cpu().numpy() if isinstance(row, Tensor) else row for row in x]
     if not (isinstance(x, np.ndarray | list | tuple) or hasattr(x, "__array__")):
         raise ShapeError(f"{name} is {described(x)}; {wanted}")
     try:
@@ -63,9 +66,8 @@ def described(x: Any) -> str:
     facts = [f"{key} {tuple(value) if key == 'shape' else value}" for key in ("shape", "dtype") if (value := _fact(x, key))]
     if isinstance(x, list | tuple):
         facts = [f"{len(x):,} entries"]
-    return f"a {type(x).__module__.partition('.')[0]}.{type(x).__qualname__}".replace("a builtins.", "a ") + (
-        f" of {', '.join(facts)}" if facts else ""
-    )
+    name = f"{type(x).__module__.partition('.')[0]}.{type(x).__qualname__}".removeprefix("builtins.")
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}" + (f" of {', '.join(facts)}" if facts else "")
 
 
 def _fact(x: Any, key: str) -> Any:

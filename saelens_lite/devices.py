@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saelens_lite.errors import ConfigError
+
 WITHOUT_FLOAT64 = frozenset({"mps"})  # types of devices
 CLOSE = 1e-4  # relative to the largest entry, for float32
 
@@ -23,16 +25,45 @@ def natural_device() -> torch.device:
 
 
 def chosen_device(device: str | torch.device | None) -> torch.device:
-    """Return the device that was named, or the natural one for None."""
-    return natural_device() if device is None else torch.device(device)
+    """Return the device that was named, or the natural one for None.
+
+    Raises:
+        ConfigError: the name is not that of a device, or this computer has no such device.
+    """
+    if device is None:
+        return natural_device()
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device = {device!r}: {str(error).partition(chr(10))[0]}") from None
+    if not is_available(found):
+        raise ConfigError(
+            f"device = {str(device)!r}: torch finds no such device here; leave device out to use {natural_device()}"
+        )
+    return found
 
 
 def is_available(device: str | torch.device) -> bool:
-    """Return whether a device, as a checkpoint names it, is there."""
-    kind, index = torch.device(device).type, torch.device(device).index or 0
-    if kind == "cuda":
-        return index < torch.cuda.device_count()
-    return torch.backends.mps.is_available() if kind == "mps" else True
+    """Return whether torch finds a device here."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return (device.index or 0) < torch.cuda.device_count()
+    return device.type != "mps" or torch.backends.mps.is_available()
+
+
+def device_to_train_on(device: str | torch.device | None) -> torch.device:
+    """Return the device that was named, or the natural one for None.
+
+    Raises:
+        ConfigError: as for `chosen_device`, or the device lacks operations that training needs.
+    """
+    found = chosen_device(device)
+    if found.type == "mps" and not works("mps"):
+        raise ConfigError(
+            f"device = {str(device)!r}: torch {torch.__version__} lacks operations there that training needs, or computes "
+            "them wrong; leave device out to train on the CPU"
+        )
+    return found
 
 
 @cache
@@ -65,7 +96,7 @@ def _sample(device: torch.device) -> list[Tensor]:
         pattern = torch.sparse_csr_tensor(crow, latent, torch.zeros(8, device=device), (4, 8), check_invariants=False)
     parameter = weight.clone().requires_grad_()
     optimizer = torch.optim.Adam([parameter], lr=0.1, fused=True)
-    parameter.grad, optimizer.grad_scale = x, torch.ones((), device=device)
+    parameter.grad, optimizer.grad_scale = x, torch.full((), 2.0, device=device)
     optimizer.step()
     return [
         x @ weight.T,

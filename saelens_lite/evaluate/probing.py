@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from saelens_lite.arrays import described
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, NonFiniteError, TextError
 from saelens_lite.evaluate.metrics import Metric, with_interval
@@ -317,7 +318,9 @@ def _split(y: Bool[Tensor, " n"], test_share: float, seed: int) -> Split:
 
 def _checked(name: str, texts: Sequence[str], labels: Iterable[Any] | None) -> Labelled:
     """The texts and labels of a dataset, if they can be probed."""
-    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+    if getattr(texts, "ndim", 1) != 1 or isinstance(texts, str | set | frozenset | Mapping):
+        raise TextError(f"{name}: the texts are {described(texts)}; expected a list of strings, or one column of a table")
+    if not all(isinstance(text, str) for text in texts):
         raise TextError(f"{name}: expected a list of strings")
     texts = list(texts)
     labels = labels.tolist() if hasattr(labels, "tolist") else list(() if labels is None else labels)

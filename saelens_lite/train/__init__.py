@@ -19,7 +19,7 @@ from saelens_lite.arrays import ArrayLike, as_tensor
 from saelens_lite.cache import Source, TensorSource, open_source
 from saelens_lite.codes.encoder import buffers_reused
 from saelens_lite.config import TrainConfig
-from saelens_lite.devices import chosen_device, is_available, natural_device
+from saelens_lite.devices import device_to_train_on, is_available, natural_device
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import (
     ConfigError,
@@ -95,7 +95,7 @@ def train(
     if validation_tokens < 0 or validation_tokens == 1:
         raise ConfigError(f"validation_tokens = {validation_tokens}; expected 0 or at least 2")
     load_loggers([] if out is None else loggers)
-    device = chosen_device(device)
+    device = device_to_train_on(device)
     folders = [None] * len(configs) if out is None else run_folders(Path(out), configs)
     _refuse_existing_runs(None if out is None else Path(out), folders, exists)
     description = source.describe()
@@ -193,8 +193,10 @@ def resume(
 
 def _device_of(request: dict[str, Any], device: str | torch.device | None) -> str | torch.device | None:
     """The device to resume on where it is not the one of the run; None where it is."""
-    if device is not None or is_available(request["device"]):
-        return device
+    if device is not None:
+        return device_to_train_on(device)
+    if is_available(request["device"]):
+        return None
     found = natural_device()
     log.warning("the run was trained on %s, which is not here; resuming on %s", request["device"], found)
     return found
