@@ -103,7 +103,7 @@ def write_text(path: Path, text: str) -> None:
     write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
 
 
-def write_json(path: Path, value: Any, limit: float | None = None) -> None:
+def write_json(path: Path, value: Any, limit: int | float | None = None) -> None:
     """Put `value` in the file as indented JSON in one step; NaN and infinity are refused.
 
     limit: as for `read_json`, so that what is written can be read; infinite for files that only other tools read.
@@ -181,7 +181,7 @@ def _parsed(text: str) -> Any:
     return value
 
 
-def read_json(path: Path, limit: float | None = None) -> dict[str, Any]:
+def read_json(path: Path, limit: int | float | None = None) -> dict[str, Any]:
     """Return the object in a JSON file of at most `limit` bytes (default MAX_JSON_BYTES).
 
     Raises:

@@ -5,10 +5,9 @@ the folder. Its lock is a file beside the folder, because Windows removes no fol
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +55,26 @@ def unfinished(out: Path, request: dict[str, Any], what: str, has_work: Callable
 
 
 @contextmanager
-def _locked(lock: Path) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[None]:
     """Hold a lock for the length of a block; its file is removed afterwards. Timeout when another process holds it."""
-    with FileLock(lock, timeout=0):
-        try:
-            yield
-        finally:
-            with suppress(OSError):  # Windows removes no open file
-                lock.unlink()
-    with suppress(OSError):  # it is there no more, or another process holds it by now
-        if os.name == "nt":
-            lock.unlink()
+    lock = FileLock(path, timeout=0)
+    lock.acquire()
+    try:
+        yield
+    finally:
+        removed = _removed(path)  # while it is held, so that nobody else can hold it yet
+        lock.release()
+        if not removed:  # Windows removes no open file
+            _removed(path)
+
+
+def _removed(path: Path) -> bool:
+    """Remove a file, and return whether that worked."""
+    try:
+        path.unlink(missing_ok=True)
+    except PermissionError:
+        return False
+    return True
 
 
 def start_over(folder: Path, request: dict[str, Any]) -> None:

@@ -1,15 +1,14 @@
 """Work that is interrupted and goes on ends with the same bytes as work that was left alone."""
 
 import itertools
-import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from interrupted import Interrupted
 
 import saelens_lite as sl
 from saelens_lite import TrainConfig
@@ -42,26 +41,6 @@ SWEEP = [
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-class Interrupted:
-    """A source whose batch number `at` comes with a signal."""
-
-    def __init__(self, source, at: int, number: signal.Signals = signal.SIGTERM):
-        self.source, self.at, self.number = source, at, number
-
-    def __getattr__(self, name):
-        return getattr(self.source, name)
-
-    def hold_out(self, n_tokens):
-        held, rest = self.source.hold_out(n_tokens)
-        return held, Interrupted(rest, self.at, self.number)
-
-    def batches(self, hooks, batch_size, seed, start=0):
-        for number, batch in enumerate(self.source.batches(hooks, batch_size, seed, start), start):
-            if number == self.at:
-                os.kill(os.getpid(), self.number)
-            yield batch
 
 
 def stream(lm, documents):
@@ -110,8 +89,8 @@ def test_the_command_that_is_printed_goes_on(cache, tmp_path):
     ]
     run += ["--batch-size", "32", "--log-every", "100"]
     alone, out = tmp_path / "alone", tmp_path / "a run"
-    code = "import os, signal, sys; from saelens_lite.train import Trainer; s = Trainer.step\n"
-    code += "def step(self, *batch):\n    s(self, *batch)\n    if self.n_steps == 7: os.kill(os.getpid(), signal.SIGINT)\n"
+    code = "import signal; from saelens_lite.train import Trainer; s = Trainer.step\n"
+    code += "def step(self, *batch):\n    s(self, *batch)\n    if self.n_steps == 7: signal.raise_signal(signal.SIGINT)\n"
     code += "Trainer.step = step\nfrom saelens_lite.cli import main; main()"
     subprocess.run([*run, "--n-tokens", "500", "--out", alone], check=True, capture_output=True)
     stopped = subprocess.run(

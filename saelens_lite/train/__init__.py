@@ -23,7 +23,6 @@ from saelens_lite.devices import device_to_train_on, is_available, natural_devic
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import (
     ConfigError,
-    CorruptFileError,
     DiskFullError,
     NonFiniteError,
     OutputExistsError,
@@ -33,7 +32,13 @@ from saelens_lite.errors import (
 from saelens_lite.files import refuse_existing, remove_leftovers, write_text
 from saelens_lite.loggers import DEFAULT_LOGGERS, RunLog, load_loggers, open_log
 from saelens_lite.progress import progress_bar
-from saelens_lite.train.checkpoint import is_interrupted, load_checkpoint, remove_checkpoints, save_checkpoint
+from saelens_lite.train.checkpoint import (
+    earlier_states,
+    is_interrupted,
+    load_checkpoint,
+    remove_checkpoints,
+    save_checkpoint,
+)
 from saelens_lite.train.stopping import Stopping
 from saelens_lite.train.trainer import Trainer
 
@@ -338,20 +343,17 @@ def _keep_what_is_good(job: _Job, error: SaelensLiteError) -> None:
 
 
 def _kept(job: _Job, i: int, cause: SaelensLiteError) -> str:
-    """Write the last good state of a dictionary to last_good/: that before the failed step, or of the newest checkpoint where
-    that is not finite either. Returns the end of a sentence that says so."""
+    """Write the last good state of a dictionary to last_good/: that before the failed step or, where that is not finite
+    either, of the newest checkpoint in which it is. Returns the end of a sentence that says so."""
     trainer, folder = job.trainers[i], job.folders[i]
     if folder is None or not trainer.n_steps:
         return ""
-    good = trainer.result()
-    if good.not_finite():
-        try:
-            trainer.restore(*load_checkpoint(job.out)[0][i])
-            good = trainer.result()
-        except (ConfigError, CorruptFileError):
-            pass
-    if bad := good.not_finite():
-        return f"; {bad} is not finite after step {trainer.n_steps} either, so there is no last good dictionary"
+    good, states = trainer.result(), earlier_states(job.out, i)
+    while bad := good.not_finite():
+        if (state := next(states, None)) is None:
+            return f"; {bad} is not finite after step {trainer.n_steps} either, so there is no last good dictionary"
+        trainer.restore(*state)
+        good = trainer.result()
     good.training_record["stopped"] = str(cause)
     good.save(folder / "last_good", exists="overwrite")
     return f"; the dictionary after step {trainer.n_steps} is in {folder / 'last_good'}"

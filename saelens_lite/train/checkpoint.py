@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,16 +74,31 @@ def load_checkpoint(run: Path) -> tuple[list[State], dict[str, Any]]:
         CorruptFileError: all are damaged.
     """
     error = None
-    for folder in _checkpoints(run):
-        try:
-            return _read(folder)
-        except CorruptFileError as found:
-            log.warning("passing over a damaged checkpoint: %s", found)
-            error = error or found
+    for found in _whole_checkpoints(run):
+        if not isinstance(found, CorruptFileError):
+            return found
+        error = error or found
     if error:
         raise CorruptFileError(f"{run} has no checkpoint that is not damaged: {error}")
     _remove_leftovers(run)
     raise ConfigError(f"{run} has no checkpoints: there is nothing to resume, or the run is finished")
+
+
+def _whole_checkpoints(run: Path) -> Iterator[tuple[list[State], dict[str, Any]] | CorruptFileError]:
+    """The checkpoints of a run, the newest first; an error for each that is damaged."""
+    for folder in _checkpoints(run):
+        try:
+            yield _read(folder)
+        except CorruptFileError as found:
+            log.warning("passing over a damaged checkpoint: %s", found)
+            yield found
+
+
+def earlier_states(run: Path, i: int) -> Iterator[State]:
+    """The states of dictionary number i in the checkpoints of a run that are whole, the newest first."""
+    for found in _whole_checkpoints(run):
+        if not isinstance(found, CorruptFileError):
+            yield found[0][i]
 
 
 def _read(folder: Path) -> tuple[list[State], dict[str, Any]]:
