@@ -312,7 +312,7 @@ def _results(job: _Job) -> list[Run]:
     runs = []
     for i, (trainer, history, folder) in enumerate(zip(job.trainers, job.histories, job.folders, strict=True)):
         dictionary = trainer.result()
-        if job.dropped[i] is None and (bad := dictionary.not_finite()):
+        if job.dropped[i] is None and (bad := trainer.dictionary.not_finite() or dictionary.not_finite()):
             job.drop(i, NonFiniteError(f"{bad} became NaN or infinite in the last step, {trainer.described}"))
         if job.dropped[i] is None:
             runs.append(Run(trainer.config, dictionary, history, folder))
@@ -349,9 +349,9 @@ def _kept(job: _Job, i: int, cause: SaelensLiteError) -> str:
     if folder is None or not trainer.n_steps:
         return ""
     good, states = trainer.result(), earlier_states(job.out, i)
-    while bad := good.not_finite():
+    while good.not_finite():
         if (state := next(states, None)) is None:
-            return f"; {bad} is not finite after step {trainer.n_steps} either, so there is no last good dictionary"
+            return f"; after step {trainer.n_steps} it is not finite either, so there is no last good dictionary"
         trainer.restore(*state)
         good = trainer.result()
     good.training_record["stopped"] = str(cause)
