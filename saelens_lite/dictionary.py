@@ -142,7 +142,7 @@ class Dictionary(nn.Module):
         self.check_input(x)
         return x
 
-    def check_input(self, x: Tensor) -> None:
+    def check_input(self, x: Tensor | ArrayLike) -> None:
         """Raise ShapeError unless x is a tensor whose last axis has d_in entries, ConfigError unless it is where the
         parameters are."""
         if not isinstance(x, Tensor):

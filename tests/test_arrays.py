@@ -1,4 +1,4 @@
-"""Activations as people hold them: what a tensor gives, every other form of the same numbers gives too, or is refused by name."""
+"""Activations as people hold them: other forms of the same numbers give what the tensor gives."""
 
 import numpy as np
 import pandas as pd
@@ -76,7 +76,7 @@ def test_one_activation_and_many_axes(dictionary):
 
 
 def test_dense_codes_may_be_an_array(dictionary):
-    codes = dictionary.encode(NUMBERS).to_dense()
+    codes = dictionary.encode(NUMBERS).to_dense().detach()
     assert torch.equal(dictionary.decode(codes.numpy()), dictionary.decode(codes))
     assert torch.equal(dictionary.decode(codes.tolist()), dictionary.decode(codes))
     with pytest.raises(ShapeError, match=r"codes have shape \(40, 11\); this dictionary takes \[\.\.\., 12\]"):

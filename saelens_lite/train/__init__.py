@@ -19,7 +19,7 @@ from saelens_lite.arrays import ArrayLike, as_tensor
 from saelens_lite.cache import Source, TensorSource, open_source
 from saelens_lite.codes.encoder import buffers_reused
 from saelens_lite.config import TrainConfig
-from saelens_lite.devices import device_to_train_on, is_available, natural_device
+from saelens_lite.devices import chosen_device, device_to_train_on, is_available
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import (
     ConfigError,
@@ -202,7 +202,7 @@ def _device_of(request: dict[str, Any], device: str | torch.device | None) -> st
         return device_to_train_on(device)
     if is_available(request["device"]):
         return None
-    found = natural_device()
+    found = chosen_device(None)
     log.warning("the run was trained on %s, which is not here; resuming on %s", request["device"], found)
     return found
 
