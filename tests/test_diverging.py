@@ -175,3 +175,17 @@ def test_an_error_is_reported_even_if_the_last_good_states_cannot_be_written(x, 
     with pytest.raises(NonFiniteError, match="of the data"):
         sl.train(Spoilt(x), [GOOD, OTHER], tmp_path / "runs")
     assert said(caplog).count("cannot be written: no room") == 2
+
+
+def test_a_last_good_state_that_cannot_be_written_does_not_end_the_sweep(x, tmp_path, monkeypatch, caplog):
+    save = sl.Dictionary.save
+
+    def failing(self, path, **how):
+        if Path(path).name == "last_good":
+            raise sl.errors.DiskFullError("no room")
+        return save(self, path, **how)
+
+    monkeypatch.setattr(sl.Dictionary, "save", failing)
+    assert [run.config for run in sl.train(TensorSource(x), [BAD, GOOD], tmp_path / "runs")] == [GOOD]
+    assert f"the loss (bad) became NaN or infinite in step {AT}" in said(caplog)
+    assert "its last good state cannot be written: no room" in said(caplog)

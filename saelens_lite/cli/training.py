@@ -40,7 +40,7 @@ def capture(
     dtype
         How activations are stored.
     device
-        Where the model runs, e.g. cuda.
+        Where the model runs, e.g. cuda; default: CUDA where there is one, else MPS where it works, else the CPU.
     center_writing_weights
         Take the mean out of all that is written to the residual stream first; for models whose norms are LayerNorm.
     """

@@ -275,7 +275,11 @@ class _Job:
 
     def drop(self, i: int, cause: NonFiniteError) -> None:
         """Train a dictionary no further, and write its last good state."""
-        self.dropped[i] = f"{cause}{_kept(self, i, cause)}"
+        try:
+            kept = _kept(self, i, cause)
+        except SaelensLiteError as error:  # the others are worth more
+            kept = f"; its last good state cannot be written: {error}"
+        self.dropped[i] = f"{cause}{kept}"
         log.warning("%s is trained no further: %s", self.name(i), self.dropped[i])
 
     def name(self, i: int) -> str:
