@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from saelens_lite import registry
+from saelens_lite.arrays import ArrayLike, as_tensor, described
 from saelens_lite.codes import SparseCodes
 from saelens_lite.codes.change import Edit, offsets, scaled
 from saelens_lite.codes.encoder import Encoder
@@ -130,8 +131,22 @@ class Dictionary(nn.Module):
         """What is taken off x before it is encoded: b_dec, or nothing where the output is another activation."""
         return None if self.is_transcoder else self.b_dec
 
-    def check_input(self, x: Tensor) -> None:
-        """Raise ShapeError unless the last axis of x has d_in entries, ConfigError unless x is where the parameters are."""
+    def as_input(self, x: Float[Tensor, "*shape d_in"] | ArrayLike) -> Float[Tensor, "*shape d_in"]:
+        """Return activations as a tensor, arrays and lists on the device of the parameters.
+
+        Raises:
+            ShapeError: x is not an array of numbers, or its last axis has not d_in entries.
+            ConfigError: x is a tensor on another device.
+        """
+        x = as_tensor(x, device=self.W_dec.device)
+        self.check_input(x)
+        return x
+
+    def check_input(self, x: Tensor | ArrayLike) -> None:
+        """Raise ShapeError unless x is a tensor whose last axis has d_in entries, ConfigError unless it is where the
+        parameters are."""
+        if not isinstance(x, Tensor):
+            raise ShapeError(f"x is {described(x)}; expected a tensor [..., {self.d_in}]")
         if x.ndim == 0 or x.shape[-1] != self.d_in:
             raise ShapeError(
                 f"x has shape {tuple(x.shape)}; this dictionary takes [..., {self.d_in}] ({self.origin.hook or 'any hook'})"
@@ -141,27 +156,32 @@ class Dictionary(nn.Module):
                 f"x is on {x.device}, the dictionary on {self.W_dec.device}; move one of them: dictionary.to({str(x.device)!r})"
             )
 
+    def not_finite(self) -> str | None:
+        """Return the name of the first parameter or buffer that holds NaN or infinity; None where all are finite."""
+        return next((name for name, tensor in self.state_dict().items() if not torch.isfinite(tensor).all()), None)
+
     def check_finite(self) -> None:
         """Raise NonFiniteError when a parameter is NaN or infinite."""
-        for name, tensor in self.state_dict().items():
-            if not torch.isfinite(tensor).all():
-                raise NonFiniteError(f"{name} of the dictionary holds NaN or infinity")
+        if name := self.not_finite():
+            raise NonFiniteError(f"{name} of the dictionary holds NaN or infinity")
 
-    def pre(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape d_sae"]:
+    def pre(self, x: Float[Tensor, "*shape d_in"] | ArrayLike) -> Float[Tensor, "*shape d_sae"]:
         """Pre-activations h = (x − b_dec) W_enc + b_enc; of a transcoder, x W_enc + b_enc."""
-        self.check_input(x)
+        x = self.as_input(x)
         x = self._normalised(x.to(self.W_enc.dtype))
         h = (x if self.input_bias is None else x - self.input_bias) @ self.W_enc
         return h if self.b_enc is None else h + self.b_enc
 
-    def encode(self, x: Float[Tensor, "*shape d_in"]) -> SparseCodes:
+    def encode(self, x: Float[Tensor, "*shape d_in"] | ArrayLike) -> SparseCodes:
         """Which latents fire for each activation, and how strongly; differentiable in x and the parameters.
 
+        x: a tensor on the device of the parameters, an array of numpy, a DataFrame or a list of numbers.
+
         Raises:
-            ShapeError: the last axis of x is not d_in.
+            ShapeError: the last axis of x is not d_in, or x holds something other than numbers.
             PluginError: the sparsity rule gives negative codes.
         """
-        self.check_input(x)
+        x = self.as_input(x)
         flat = self._normalised(x.reshape(-1, self.d_in).to(self.W_enc.dtype))
         codes = self.rule.encode(Encoder(self.W_enc, self.b_enc, self.input_bias, flat))
         codes = codes._replace(shape=tuple(x.shape[:-1]))
@@ -171,7 +191,9 @@ class Dictionary(nn.Module):
         return codes.without_zeros()
 
     def decode(
-        self, codes: SparseCodes | Float[Tensor, "*shape d_sae"], x: Float[Tensor, "*shape d_in"] | None = None
+        self,
+        codes: SparseCodes | Float[Tensor, "*shape d_sae"] | ArrayLike,
+        x: Float[Tensor, "*shape d_in"] | ArrayLike | None = None,
     ) -> Float[Tensor, "*shape d_out"]:
         """x_hat of sparse or dense codes.
 
@@ -179,7 +201,11 @@ class Dictionary(nn.Module):
 
         Raises:
             ConfigError: the dictionary normalises each activation, and x was not given.
+            ShapeError: the last axis of dense codes is not d_sae, or that of x not d_in.
         """
+        x = None if x is None else self.as_input(x)
+        if not isinstance(codes, SparseCodes):
+            codes = self._dense_codes(codes)
         x_hat = codes.decode(self.W_dec) if isinstance(codes, SparseCodes) else codes @ self.W_dec
         x_hat = x_hat + self.base(x)
         if self.token_norm is None:
@@ -188,6 +214,14 @@ class Dictionary(nn.Module):
             raise ConfigError(f"decode(codes, x) needs x: this dictionary undoes the {self.token_norm} of each activation")
         mean, scale = self._statistics(x.to(x_hat.dtype))
         return x_hat * scale + mean
+
+    def _dense_codes(self, codes: ArrayLike) -> Float[Tensor, "*shape d_sae"]:
+        """Return dense codes as a tensor of the parameters' dtype where they were an array or a list."""
+        if not isinstance(codes, Tensor):
+            codes = as_tensor(codes, "codes", self.W_dec.device).to(self.W_dec.dtype)
+        if codes.ndim == 0 or codes.shape[-1] != self.d_sae:
+            raise ShapeError(f"codes have shape {tuple(codes.shape)}; this dictionary takes [..., {self.d_sae}]")
+        return codes
 
     def output_scale(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape_or_none 1"]:
         """What Σ_i f_i W_dec[i] is multiplied by for each x: 1, unless each activation is normalised by itself."""
@@ -221,7 +255,10 @@ class Dictionary(nn.Module):
             raise ConfigError(f"no latent {largest}; this dictionary has latents 0 to {self.d_sae - 1}")
 
     def change(
-        self, x: Float[Tensor, "*shape d_in"], edits: Sequence[Edit], at: Sequence[Bool[Tensor, "..."]] | None = None
+        self,
+        x: Float[Tensor, "*shape d_in"] | ArrayLike,
+        edits: Sequence[Edit],
+        at: Sequence[Bool[Tensor, "..."]] | None = None,
     ) -> Float[Tensor, "*shape d_out"]:
         """What edits of the codes of x, one after the other, add to the output: output_scale · Σ_i (new_i − old_i) W_dec[i].
 
@@ -231,7 +268,7 @@ class Dictionary(nn.Module):
             ConfigError: an edit of a latent that the dictionary does not have.
             ShapeError: the last axis of x is not d_in.
         """
-        self.check_input(x)
+        x = self.as_input(x)
         self.check_edits(edits)
         shape = x.shape[:-1]
         if at is None:
@@ -244,8 +281,9 @@ class Dictionary(nn.Module):
             total = total + scaled(self.encode(x), edits, at).decode(self.W_dec)
         return total * self.output_scale(x)
 
-    def forward(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape d_out"]:
+    def forward(self, x: Float[Tensor, "*shape d_in"] | ArrayLike) -> Float[Tensor, "*shape d_out"]:
         """x_hat, in the dtype of x."""
+        x = self.as_input(x)
         return self.decode(self.encode(x), x).to(x.dtype)
 
     @torch.no_grad()
@@ -298,9 +336,8 @@ class Dictionary(nn.Module):
         from safetensors.torch import save_file
 
         own = {k: v for k, v in self.state_dict().items() if not k.startswith("rule.")}
-        for name, tensor in self.state_dict().items():
-            if not torch.isfinite(tensor).all():
-                raise NonFiniteError(f"{name} is not finite; a dictionary with NaN or infinity is not written")
+        if name := self.not_finite():
+            raise NonFiniteError(f"{name} is not finite; a dictionary with NaN or infinity is not written")
         form = self.rule.inference_form()
         published = dict(form.tensors) if form else {}
         extra = {k.removeprefix("rule."): v for k, v in self.state_dict().items() if k.startswith("rule.")}

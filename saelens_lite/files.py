@@ -12,14 +12,15 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import torch
 from torch import Tensor
 
 from saelens_lite.errors import ConfigError, CorruptFileError, DiskFullError, OutputExistsError
 
-MAX_JSON_BYTES = 64 << 20
+MAX_JSON_BYTES = 64 << 20  # of settings files, which may come from strangers
+MAX_LIST_BYTES = 1 << 30  # of JSON files that grow with the data: a line or two for each shard or latent
 MAX_JSON_DEPTH = 100
 MAX_HEADER_BYTES = 16 << 20
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -47,16 +48,27 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
     try:
         with disk_full_is_typed(path):
             write(temporary)
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
+            sync_file(temporary)
             os.replace(temporary, path)
             sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def sync(file: IO) -> None:
+    """Flush an open file to the disk. Windows does that only for files opened for writing."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file that is written and closed to the disk."""
+    with open(path, "r+b") as file:
+        sync(file)
+
+
 def sync_folder(path: Path) -> None:
-    """Have the names in a folder on the disk, where the system can."""
+    """Flush the names in a folder to the disk, where the system can."""
     if os.name == "posix":
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -66,11 +78,10 @@ def sync_folder(path: Path) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Have one more line at the end of a file, on the disk. DiskFullError when there is no room for it."""
-    with disk_full_is_typed(path), open(path, "a", encoding="utf-8") as file:
+    """Append a line to a file and flush it to the disk. DiskFullError when there is no room for it."""
+    with disk_full_is_typed(path), open(path, "a", encoding="utf-8", newline="\n") as file:
         file.write(line + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+        sync(file)
 
 
 def file_hash(path: Path) -> str:
@@ -89,12 +100,46 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Put `text` in the file in one step."""
-    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Put `value` in the file as indented JSON in one step; NaN and infinity are refused."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+def write_json(path: Path, value: Any, limit: int | float | None = None) -> None:
+    """Put `value` in the file as indented JSON in one step; NaN and infinity are refused.
+
+    limit: as for `read_json`, so that what is written can be read; infinite for files that only other tools read.
+
+    Raises:
+        ConfigError: the file would be larger than `limit`, or nested deeper than `read_json` allows.
+        DiskFullError: there is no room for it.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    size, most = len(text.encode()), MAX_JSON_BYTES if limit is None else limit
+    if size > most:
+        raise ConfigError(f"{path} would have {size:,} bytes; at most {most:,} can be read again. Nothing was written")
+    if nesting(value) > MAX_JSON_DEPTH:
+        raise ConfigError(f"{path} would be nested deeper than {MAX_JSON_DEPTH} levels, which cannot be read again")
+    write_text(path, text)
+
+
+def write_lines(path: Path, values: Iterable[dict[str, Any]]) -> None:
+    """Write a file with a JSON object on each line; it may be as long as the disk has room for."""
+    with disk_full_is_typed(path), open(path, "w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(value) + "\n" for value in values)
+        sync(file)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects in a file of `write_lines`. CorruptFileError when it is missing or a line is not an object."""
+    file_size(path)
+    values = []
+    with open(path, encoding="utf-8") as file:
+        try:
+            values += map(json.loads, file)
+        except (ValueError, RecursionError) as error:
+            raise CorruptFileError(f"{path}, line {len(values) + 1}: not valid JSON: {error}") from None
+    if not all(isinstance(value, dict) for value in values):
+        raise CorruptFileError(f"{path}: a line holds something other than a JSON object")
+    return values
 
 
 def file_size(path: Path) -> int:
@@ -136,14 +181,14 @@ def _parsed(text: str) -> Any:
     return value
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+def read_json(path: Path, limit: int | float | None = None) -> dict[str, Any]:
+    """Return the object in a JSON file of at most `limit` bytes (default MAX_JSON_BYTES).
 
     Raises:
         CorruptFileError: the file is missing, too large, not JSON, or not an object.
     """
     size = file_size(path)
-    if size > MAX_JSON_BYTES:
+    if size > (MAX_JSON_BYTES if limit is None else limit):
         raise CorruptFileError(f"{path}: {size:,} bytes is too large for a settings file")
     try:
         value = _parsed(path.read_text(encoding="utf-8"))
@@ -180,13 +225,12 @@ def new_folder(path: Path, exists: Literal["error", "overwrite"] = "error") -> I
 
 
 def _sync_tree(folder: Path) -> None:
-    """Have all files below a folder on the disk."""
+    """Flush all files below a folder to the disk."""
     for path in folder.rglob("*"):
         if path.is_dir():
             sync_folder(path)
         else:
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+            sync_file(path)
     sync_folder(folder)
 
 
@@ -254,7 +298,9 @@ def check_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def read_tensors(path: Path, finite: bool = True) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, sizes checked against the header before anything is allocated.
+    """Return all tensors of a safetensors file, copied to memory: the file may be replaced or removed afterwards.
+
+    Sizes are checked against the header before anything is allocated.
 
     Raises:
         CorruptFileError: missing, truncated, not safetensors, an odd dtype, or (`finite`) NaN or infinity inside.
@@ -264,7 +310,7 @@ def read_tensors(path: Path, finite: bool = True) -> dict[str, Tensor]:
 
     check_header(path)
     try:
-        tensors = load_file(path)
+        tensors = {name: x.clone() for name, x in load_file(path).items()}  # a mapped file cannot be removed on Windows
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CorruptFileError(f"{path} is damaged: {error}") from None
     for name, tensor in tensors.items():

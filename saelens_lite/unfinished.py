@@ -1,6 +1,7 @@
-"""Work that goes on where it stopped: what is not finished lies in a hidden folder beside its destination.
+"""Work that can be resumed: until it is finished it lies in a hidden folder beside its destination.
 
-request.json says there what was asked; the same call goes on, another one is refused. One process at a time has the folder.
+request.json in the folder says what was asked; the same call resumes, another one is refused. One process at a time works in
+the folder. Its lock is a file beside the folder, because Windows removes no folder in which a file is open.
 """
 
 import json
@@ -15,7 +16,7 @@ from filelock import FileLock, Timeout
 from saelens_lite.errors import CorruptFileError, DiskFullError, LockedError, OutputExistsError
 from saelens_lite.files import read_json, refuse_existing, refuse_nameless, remove_leftovers, write_json
 
-REQUEST, LOCK = "request.json", ".lock"
+REQUEST, LOCK = "request.json", ".lock"  # LOCK: the ending of the lock beside the folder
 
 
 @contextmanager
@@ -31,10 +32,11 @@ def unfinished(out: Path, request: dict[str, Any], what: str, has_work: Callable
     """
     refuse_nameless(out)
     folder = out.with_name(f".{out.name}.unfinished")
-    folder.mkdir(parents=True, exist_ok=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / LOCK, timeout=0):
+        with _locked(folder.with_name(folder.name + LOCK)):
             try:
+                folder.mkdir(exist_ok=True)
                 refuse_existing(out, exists)
                 if not has_work(folder) or not _same_request(folder / REQUEST, request, what, exists):
                     start_over(folder, request)
@@ -52,12 +54,35 @@ def unfinished(out: Path, request: dict[str, Any], what: str, has_work: Callable
         raise DiskFullError(f"{error}; make room and run the same again: what is whole in {folder} stays") from error
 
 
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock for the length of a block; its file is removed afterwards. Timeout when another process holds it."""
+    lock = FileLock(path, timeout=0)
+    lock.acquire()
+    try:
+        yield
+    finally:
+        removed = _removed(path)  # while it is held, so that nobody else can hold it yet
+        lock.release()
+        if not removed:  # Windows removes no open file
+            _removed(path)
+
+
+def _removed(path: Path) -> bool:
+    """Remove a file, and return whether that worked."""
+    try:
+        path.unlink(missing_ok=True)
+    except PermissionError:
+        return False
+    return True
+
+
 def start_over(folder: Path, request: dict[str, Any]) -> None:
-    """Forget what is in the folder, and note what was asked."""
+    """Remove what is in the folder, and note what was asked."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name != LOCK:
+        else:
             path.unlink()
     write_json(folder / REQUEST, request)
 

@@ -38,6 +38,15 @@ if find_spec("triton") and not torch.cuda.is_available():
 HOOKS = ("blocks.1.hook_resid_pre", "blocks.2.hook_mlp_out")
 
 
+@pytest.fixture(autouse=True)
+def unnamed_device_is_the_cpu(monkeypatch, request):
+    """Tests compare with tensors on the CPU, so work runs there, also where there is a GPU, unless a device is named."""
+    if request.node.path.name != "test_devices.py":
+        from saelens_lite import devices
+
+        monkeypatch.setattr(devices, "natural_device", lambda: torch.device("cpu"))
+
+
 @pytest.fixture(scope="session")
 def lm():
     """The embedded model."""

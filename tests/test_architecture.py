@@ -37,6 +37,8 @@ ORDER = [
 ]
 LEAVES = {
     "ahead",
+    "arrays",
+    "devices",
     "errors",
     "config",
     "files",

@@ -1,18 +1,18 @@
 """Work that is interrupted and goes on ends with the same bytes as work that was left alone."""
 
 import itertools
-import os
+import json
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from interrupted import Interrupted
 
 import saelens_lite as sl
-from saelens_lite import TrainConfig
+from saelens_lite import TrainConfig, devices, files
 from saelens_lite.cache import TensorSource
 from saelens_lite.cache.capture import _ShardWriter
 from saelens_lite.errors import (
@@ -42,26 +42,6 @@ SWEEP = [
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-class Interrupted:
-    """A source whose batch number `at` comes with a signal."""
-
-    def __init__(self, source, at: int, number: signal.Signals = signal.SIGTERM):
-        self.source, self.at, self.number = source, at, number
-
-    def __getattr__(self, name):
-        return getattr(self.source, name)
-
-    def hold_out(self, n_tokens):
-        held, rest = self.source.hold_out(n_tokens)
-        return held, Interrupted(rest, self.at, self.number)
-
-    def batches(self, hooks, batch_size, seed, start=0):
-        for number, batch in enumerate(self.source.batches(hooks, batch_size, seed, start), start):
-            if number == self.at:
-                os.kill(os.getpid(), self.number)
-            yield batch
 
 
 def stream(lm, documents):
@@ -110,8 +90,8 @@ def test_the_command_that_is_printed_goes_on(cache, tmp_path):
     ]
     run += ["--batch-size", "32", "--log-every", "100"]
     alone, out = tmp_path / "alone", tmp_path / "a run"
-    code = "import os, signal, sys; from saelens_lite.train import Trainer; s = Trainer.step\n"
-    code += "def step(self, *batch):\n    s(self, *batch)\n    if self.n_steps == 7: os.kill(os.getpid(), signal.SIGINT)\n"
+    code = "import signal; from saelens_lite.train import Trainer; s = Trainer.step\n"
+    code += "def step(self, *batch):\n    s(self, *batch)\n    if self.n_steps == 7: signal.raise_signal(signal.SIGINT)\n"
     code += "Trainer.step = step\nfrom saelens_lite.cli import main; main()"
     subprocess.run([*run, "--n-tokens", "500", "--out", alone], check=True, capture_output=True)
     stopped = subprocess.run(
@@ -259,3 +239,70 @@ def test_an_error_before_the_first_shard_leaves_nothing(lm, documents, tmp_path,
     with pytest.raises(NonFiniteError):
         sl.capture(lm, documents, HOOKS, tmp_path / "cache", **settings())
     assert not list(tmp_path.iterdir())
+
+
+# --- the log of a run --------------------------------------------------------------------------------------------------------
+
+LONG = TrainConfig(sparsity="topk", options={"k": 3}, d_sae=12, batch_size=16, n_tokens=16 * 60, log_every=16, lr=1e-3)
+
+
+@pytest.mark.parametrize("loggers", [["jsonl"], []], ids=["logged", "not logged"])
+@pytest.mark.parametrize("damage", [None, "removed", "edited"])
+def test_a_log_longer_than_a_settings_file_comes_back_whole(x, tmp_path, monkeypatch, loggers, damage):
+    """Whatever loggers there are, and whatever happens to their files."""
+    (alone,) = sl.train(TensorSource(x), [LONG], tmp_path / "alone", loggers=loggers)
+    assert len(alone.history) == 60
+    assert len(json.dumps(alone.history)) > 7000
+    monkeypatch.setattr(files, "MAX_JSON_BYTES", 7000)
+    out = tmp_path / "run"
+    with pytest.raises(Stopped):
+        sl.train(Interrupted(TensorSource(x), 50), LONG, out, loggers=loggers)
+    if loggers and damage:
+        (out / "log.jsonl").unlink() if damage == "removed" else (out / "log.jsonl").write_text("{}\n")
+    (run,) = sl.resume(out, TensorSource(x))
+    assert run.history == alone.history
+    if not damage:
+        assert contents(out) == contents(tmp_path / "alone")
+
+
+def test_a_checkpoint_whose_log_is_damaged_is_passed_over(x, tmp_path):
+    out = interrupted_run(x, tmp_path / "run")
+    older, newest = sorted((out / "checkpoints").iterdir())
+    with open(newest / "0.jsonl", "a", encoding="utf-8") as file:
+        file.write("{}\n")
+    assert checkpoint.load_checkpoint(out)[1]["n_batches"] == int(older.name) // 32
+
+
+def test_a_checkpoint_with_its_log_in_state_json_is_resumed(x, tmp_path, monkeypatch):
+    """As versions before this one wrote them, whatever the size."""
+    sl.train(TensorSource(x), LONG, tmp_path / "alone")
+    out = tmp_path / "run"
+    with pytest.raises(Stopped):
+        sl.train(Interrupted(TensorSource(x), 50), LONG, out)
+    (folder,) = (out / "checkpoints").iterdir()
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    del state["dropped"]
+    state["histories"] = [files.read_lines(folder / "0.jsonl")]
+    (folder / "0.jsonl").unlink()
+    (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    checksums = {name: files.file_hash(folder / name) for name in ("0.safetensors", "state.json")}
+    (folder / "checksums.json").write_text(json.dumps({"format": 2, "sha256": checksums}), encoding="utf-8")
+    monkeypatch.setattr(files, "MAX_JSON_BYTES", 5000)
+    assert (folder / "state.json").stat().st_size > 5000
+    (run,) = sl.resume(out, TensorSource(x))
+    assert len(run.history) == 60
+    assert contents(out) == contents(tmp_path / "alone")
+
+
+def test_a_run_whose_device_is_missing_is_resumed_on_another(x, tmp_path, caplog):
+    out = interrupted_run(x, tmp_path / "run")
+    for folder in (out / "checkpoints").iterdir():
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        state["request"]["device"] = "cuda:99"
+        (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        content = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))
+        content["sha256"]["state.json"] = files.file_hash(folder / "state.json")
+        (folder / "checksums.json").write_text(json.dumps(content), encoding="utf-8")
+    (run,) = sl.resume(out, TensorSource(x))
+    assert run.dictionary.W_dec.device == devices.natural_device()
+    assert "the run was trained on cuda:99, which is not here; resuming on" in caplog.text

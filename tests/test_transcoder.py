@@ -1,7 +1,6 @@
 """Transcoders: a dictionary that predicts the activation at another hook."""
 
 import json
-import os
 import signal
 
 import pytest
@@ -224,7 +223,7 @@ def interrupted_after(n: int, step):
     def interrupted(self, *batch):
         step(self, *batch)
         if self.n_steps == n:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     return interrupted
 

@@ -133,8 +133,8 @@ class DictionaryLearning(Format):
         weights = dict(dictionary.named_parameters()) | {"W_enc": dictionary.W_enc}
         threshold = dictionary.rule.inference_form().tensors.get("threshold")
         if name == "JumpReluAutoEncoder":  # encodes x itself
-            shift = dictionary.b_dec.double() @ dictionary.W_enc.double()
-            b_enc = (dictionary.b_enc.double() - shift).to(dictionary.b_enc.dtype)
+            b_dec, W_enc, b_enc = (x.cpu().double() for x in (dictionary.b_dec, dictionary.W_enc, dictionary.b_enc))
+            b_enc = (b_enc - b_dec @ W_enc).to(dictionary.b_enc.dtype)
             weights |= {"b_enc": b_enc, "rule.plain_threshold": threshold}
         elif threshold is not None:
             if (threshold != threshold[0]).any():

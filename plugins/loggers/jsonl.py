@@ -19,7 +19,7 @@ class Jsonl(Logger):
     def log(self, line: dict[str, Any]) -> None:
         length = self.path.stat().st_size if self.path.exists() else 0
         try:
-            with open(self.path, "a", encoding="utf-8") as file:
+            with open(self.path, "a", encoding="utf-8", newline="\n") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError:
             os.truncate(self.path, length)  # a full disk may have taken half of the line

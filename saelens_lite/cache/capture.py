@@ -28,6 +28,7 @@ from saelens_lite.config import Origin, TextConfig
 from saelens_lite.errors import ConfigError, DiskFullError, NonFiniteError, OutputExistsError
 from saelens_lite.files import (
     DTYPES,
+    MAX_LIST_BYTES,
     append_line,
     replace_folder,
     write_json,
@@ -150,7 +151,7 @@ def capture(
             "hooks": {name: writer.statistics(name) for name in names},
             "shards": [shard.facts for shard in writer.shards],
         }
-        write_json(folder / SHARDS / MANIFEST, manifest)
+        write_json(folder / SHARDS / MANIFEST, manifest, MAX_LIST_BYTES)
         replace_folder(folder / SHARDS, out)
     cache = ActivationCache.open(out)
     log.info("captured %s", cache)

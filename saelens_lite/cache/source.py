@@ -8,8 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saelens_lite.arrays import ArrayLike, as_tensor
 from saelens_lite.cache.order import shuffled_batches
 from saelens_lite.config import Origin
+from saelens_lite.devices import where_float64_is
 from saelens_lite.errors import ConfigError, HookError, ShapeError, near_matches
 
 
@@ -62,7 +64,7 @@ class Moments:
 
     def add(self, x: Float[Tensor, "n d_in"]) -> None:
         """Take in more activations."""
-        for piece in x.split(8192):
+        for piece in map(where_float64_is, x.split(8192)):
             self.n += len(piece)
             self.total += piece.sum(0, dtype=torch.float64).cpu()
             self.square += float(torch.linalg.vector_norm(piece, dtype=torch.float64).square())
@@ -73,15 +75,18 @@ class Moments:
 
 
 class TensorSource:
-    """Activations already in memory: x [n d_in] of one hook, or of several with the same n."""
+    """Activations already in memory: x [n d_in] of one hook, or of several with the same n.
+
+    x: a tensor, or whatever `arrays.as_tensor` makes one of.
+    """
 
     def __init__(
         self,
-        x: Float[Tensor, "n d_in"] | dict[str, Float[Tensor, "n _"]],
+        x: Float[Tensor, "n d_in"] | dict[str, Float[Tensor, "n _"]] | ArrayLike,
         hook: str = "x",
         origin: Origin | None = None,
     ):
-        self.x = {name: t.detach() for name, t in (x if isinstance(x, dict) else {hook: x}).items()}
+        self.x = {name: as_tensor(t).detach() for name, t in (x if isinstance(x, dict) else {hook: x}).items()}
         for t in self.x.values():
             if t.ndim != 2 or not len(t):
                 raise ShapeError(f"x has shape {tuple(t.shape)}; expected [n d_in] with at least one row")

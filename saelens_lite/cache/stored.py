@@ -14,7 +14,7 @@ from saelens_lite.cache.shards import CHUNK, Shard, read_chunks, sha256
 from saelens_lite.cache.source import Batch, Statistics, TensorSource
 from saelens_lite.config import Origin
 from saelens_lite.errors import ConfigError, CorruptFileError, HookError, near_matches
-from saelens_lite.files import DTYPES, read_json
+from saelens_lite.files import DTYPES, MAX_LIST_BYTES, read_json
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -48,7 +48,7 @@ class ActivationCache:
             CorruptFileError: the manifest is missing or damaged, or a shard is missing or has another size than it says.
         """
         path = Path(path)
-        manifest = read_json(path / MANIFEST)
+        manifest = read_json(path / MANIFEST, MAX_LIST_BYTES)
         if manifest.get("format") != FORMAT:
             raise CorruptFileError(f"{path / MANIFEST}: format {manifest.get('format')!r}, this version reads {FORMAT}")
         try:
@@ -105,7 +105,7 @@ class ActivationCache:
     def _lengths(self) -> Int[np.ndarray, " n_chunks"]:
         """Rows of each chunk that is trained on."""
         shard, number = self._training_chunks.T
-        n_tokens = np.array([shard.n_tokens for shard in self._shards], int)
+        n_tokens = np.array([shard.n_tokens for shard in self._shards], np.int64)
         return np.minimum(CHUNK, n_tokens[shard] - number * CHUNK)
 
     def _read(self, chunks: Int[np.ndarray, "n_chunks 2"], keys: Sequence[str]) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """Commands that change latents, or trace what they do in a prompt."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -137,7 +138,7 @@ def doses(
     found = sl.dose_response(loaded, lm, latent, doses, prompt, metric=metric, n_controls=controls, seed=seed, hook=of.hook)
     console().print(found.table())
     if json_out:
-        write_json(json_out, found.to_dict())
+        write_json(json_out, found.to_dict(), limit=math.inf)
 
 
 @app.command
@@ -172,7 +173,7 @@ def attribute(
     found = sl.attribute(loaded, lm, prompt, metric, ablation=ablation, hook=of.hook)
     console().print(found.table(top))
     if json_out:
-        write_json(json_out, found.to_dict())
+        write_json(json_out, found.to_dict(), limit=math.inf)
 
 
 @app.command(name="prompt")
@@ -212,4 +213,4 @@ def show_prompt(
     view = sl.prompt_view(loaded, lm, prompt, by, store=collected, metric=metric, top=top, hook=of.hook)
     console().print(view)
     if json_out:
-        write_json(json_out, view.to_dict())
+        write_json(json_out, view.to_dict(), limit=math.inf)

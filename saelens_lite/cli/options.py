@@ -42,7 +42,7 @@ class OfModel:
     hook
         The hook, for dictionaries that do not say theirs.
     device
-        Where to run, e.g. cuda.
+        Where to run, e.g. cuda; default: CUDA where there is one, else MPS where it works, else the CPU.
     """
 
     model: str | None = None

@@ -40,7 +40,7 @@ def capture(
     dtype
         How activations are stored.
     device
-        Where the model runs, e.g. cuda.
+        Where the model runs, e.g. cuda; default: CUDA where there is one, else MPS where it works, else the CPU.
     center_writing_weights
         Take the mean out of all that is written to the residual stream first; for models whose norms are LayerNorm.
     """
@@ -100,7 +100,8 @@ def train(
     checkpoint_seconds
         Seconds between two checkpoints; default: 600.
     device
-        Where to train, e.g. cuda; default: cpu.
+        Where to train, e.g. cuda; default: CUDA where there is one, else MPS where it works, else the CPU. With --resume:
+        where the run was trained.
     loggers
         Where metrics go, comma-separated: jsonl (log.jsonl in the run folder), tensorboard, wandb, trackio, or one of your own.
         Default: jsonl.

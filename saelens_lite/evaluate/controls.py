@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelens_lite.config import Origin
+from saelens_lite.devices import wide
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.evaluate.measure import kept_activations
 from saelens_lite.model import LanguageModel
@@ -27,7 +28,7 @@ def moments(lm: LanguageModel, rows: TokenRows, hook: str, batch_tokens: int | N
     """Mean and covariance of the kept tokens' activations at a hook, in float64."""
     total, products = 0.0, 0.0
     for x in kept_activations(lm, rows, hook, batch_tokens, "covariance"):
-        exact = x.double()
+        exact = wide(x)
         total, products = total + exact.sum(0), products + exact.T @ exact
     mean = total / rows.n_kept
     return Moments(mean, products / rows.n_kept - torch.outer(mean, mean))

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from saelens_lite.devices import float64_device, where_float64_is
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import NonFiniteError, ShapeError
 from saelens_lite.evaluate import metrics
@@ -113,7 +114,7 @@ def mean_activation(lm: LanguageModel, rows: TokenRows, hook: str, batch_tokens:
     Raises:
         NonFiniteError: an activation is NaN or infinite.
     """
-    total = sum(x.sum(0, dtype=torch.float64) for x in kept_activations(lm, rows, hook, batch_tokens, "mean"))
+    total = sum(where_float64_is(x).sum(0, dtype=torch.float64) for x in kept_activations(lm, rows, hook, batch_tokens, "mean"))
     if not torch.isfinite(total).all():
         raise NonFiniteError(f"the activations of {hook} in {lm.name} hold NaN or infinity; there is nothing to measure")
     return (total / rows.n_kept).float()
@@ -136,6 +137,11 @@ def measure(
     """
     mean = mean_activation(lm, rows, hooks.write, batch_tokens)
     tail = Tail(lm, hooks.write, rows.tokens[:1].to(lm.device))
+    where = float64_device(lm.device)  # of the sums
+
+    def logits_of(tokens: Int[Tensor, "n pos"], y: Float[Tensor, "n pos d"], first: int = 0) -> Float[Tensor, "n _ d_vocab"]:
+        return tail.logits(tokens, y.to(lm.device), first).to(where)
+
     ablations = {"zero": torch.zeros_like(mean), "mean": mean}
     fixed = {}
     width = min(int(rows.counted_lengths.max()) + 1, rows.tokens.shape[1])
@@ -144,18 +150,19 @@ def measure(
         log.info("rows of %s tokens: the model runs once for every %s positions", f"{width:,}", f"{most:,}")
     elif tail.is_whole_stream:  # any row gives the same
         row = rows.tokens[:1, :width].to(lm.device)
-        fixed = {name: tail.logits(row, _everywhere(value, row, lm)) for name, value in ablations.items()}
+        fixed = {name: logits_of(row, _everywhere(value, row, lm)) for name, value in ablations.items()}
     with progress_bar("evaluate", rows.n_kept) as advance:
         for batch in _in_parts(batches(lm, rows, batch_tokens), most):
-            kept, first = Kept.of(batch.keep), batch.first
-            earlier = None if batch.earlier is None else Kept.of(batch.earlier)
+            kept, first = Kept.of(batch.keep.to(where)), batch.first
+            earlier = None if batch.earlier is None else Kept.of(batch.earlier.to(where))
             (x, y), logits = tail.read(batch.tokens, *hooks, first=first)
-            clean = Predictions.of(logits, batch.tokens, batch.predicted.to(logits.device), kept, first)
+            x, y, logits = x.to(where), y.to(where), logits.to(where)
+            clean = Predictions.of(logits, batch.tokens.to(where), batch.predicted.to(where), kept, first)
             if earlier is None or not len(earlier.row):
                 sums.next_sequences(kept.n)
             ce_clean = metrics.add_clean(sums, clean)
             for name, value in ablations.items():
-                new = fixed[name] if name in fixed else tail.logits(batch.tokens, _everywhere(value, batch.tokens, lm), first)
+                new = fixed[name] if name in fixed else logits_of(batch.tokens, _everywhere(value, batch.tokens, lm), first)
                 metrics.add_losses(sums, name, clean, new)
             before = None if earlier is None else earlier.of_each(x)
             x, wanted = kept.of_each(x), kept.of_each(y).float()
@@ -176,7 +183,7 @@ def measure(
                 if earlier is not None:
                     x_hat = dictionary(before.to(dictionary.W_enc.device)).to(y)
                     spliced = spliced.index_put((earlier.row, earlier.position), x_hat)
-                ce = metrics.add_losses(sums, str(i), clean, tail.logits(batch.tokens, spliced, first))
+                ce = metrics.add_losses(sums, str(i), clean, logits_of(batch.tokens, spliced, first))
                 for name, member in members.items():
                     metrics.add_band_values(sums, f"{i}.{name}.error", error, member, kept)
                     metrics.add_band_values(sums, f"{i}.{name}.ce", ce - ce_clean, member, kept)
@@ -191,6 +198,6 @@ def _members(groupings: Sequence[Grouping], batch: Batch, kept: Kept) -> dict[st
     """Of each grouping, which band the kept tokens of a batch belong to."""
     found = {}
     for grouping in groupings:
-        band = grouping.band[batch.rows, : batch.tokens.shape[1]].to(batch.tokens.device)
+        band = grouping.band[batch.rows, : batch.tokens.shape[1]].to(kept.row.device)
         found[grouping.name] = metrics.membership(kept.of_each(band), grouping.n_bands)
     return found

@@ -60,7 +60,7 @@ class PooledSums:
     def add(self, name: str, per_sequence: Num[Tensor, "n ..."], replicates: int | None = None) -> None:
         """Add sums over the tokens of each sequence (scalars or vectors); `replicates`: for no more than so many of them."""
         weights = self._weights if replicates is None else self._weights[: replicates + 1]
-        pooled = weights @ per_sequence.double().cpu()
+        pooled = weights @ per_sequence.cpu().double()
         self._sums[name] = self._sums[name].add_(pooled) if name in self._sums else pooled
 
     def __getitem__(self, name: str) -> Float[Tensor, "replicates ..."]:

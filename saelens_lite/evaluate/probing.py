@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from saelens_lite.arrays import described
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, NonFiniteError, TextError
 from saelens_lite.evaluate.metrics import Metric, with_interval
@@ -118,7 +119,7 @@ class Split(NamedTuple):
 def probe(
     dictionary: Dictionary,
     lm: LanguageModel,
-    texts: Sequence[str] | Mapping[str, tuple[Sequence[str], Iterable[Any]]],
+    texts: Iterable[str] | Mapping[str, tuple[Iterable[str], Iterable[Any]]],
     labels: Iterable[Any] | None = None,
     *,
     ks: Sequence[int] = (1, 4, 16),
@@ -173,7 +174,7 @@ def probe(
     return reports if isinstance(texts, Mapping) else reports[ONLY]
 
 
-def _datasets(texts: Sequence[str] | Mapping[str, Any], labels: Iterable[Any] | None) -> dict[str, Labelled]:
+def _datasets(texts: Iterable[str] | Mapping[str, Any], labels: Iterable[Any] | None) -> dict[str, Labelled]:
     """The datasets by name, all of them looked at before any is probed."""
     if not isinstance(texts, Mapping):
         return {ONLY: _checked(ONLY, texts, labels)}
@@ -315,11 +316,13 @@ def _split(y: Bool[Tensor, " n"], test_share: float, seed: int) -> Split:
     return Split(*(torch.tensor(part) for part in parts))
 
 
-def _checked(name: str, texts: Sequence[str], labels: Iterable[Any] | None) -> Labelled:
+def _checked(name: str, texts: Iterable[str], labels: Iterable[Any] | None) -> Labelled:
     """The texts and labels of a dataset, if they can be probed."""
-    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-        raise TextError(f"{name}: expected a list of strings")
+    if getattr(texts, "ndim", 1) != 1 or isinstance(texts, str | set | frozenset | Mapping):
+        raise TextError(f"{name}: the texts are {described(texts)}; expected a list of strings, or one column of a table")
     texts = list(texts)
+    if not all(isinstance(text, str) for text in texts):
+        raise TextError(f"{name}: expected a list of strings")
     labels = labels.tolist() if hasattr(labels, "tolist") else list(() if labels is None else labels)
     if len(texts) != len(labels):
         raise ConfigError(f"{name}: {len(texts)} texts and {len(labels)} labels; give a label for each text")

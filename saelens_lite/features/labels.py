@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from saelens_lite.errors import ConfigError, CorruptFileError
-from saelens_lite.files import read_json, write_json
+from saelens_lite.files import MAX_LIST_BYTES, read_json, write_json
 
 LABELS_FILE = "labels.json"
 FORMAT = 1
@@ -13,7 +13,7 @@ FORMAT = 1
 def write_labels(path: Path, labels: Mapping[int, str], dictionary_sha256: str) -> None:
     """Put labels and the dictionary they are of in a file."""
     named = {str(latent): labels[latent] for latent in sorted(labels)}
-    write_json(path, {"format": FORMAT, "dictionary_sha256": dictionary_sha256, "labels": named})
+    write_json(path, {"format": FORMAT, "dictionary_sha256": dictionary_sha256, "labels": named}, MAX_LIST_BYTES)
 
 
 def read_labels(path: Path, dictionary_sha256: str, d_sae: int) -> dict[int, str]:
@@ -23,7 +23,7 @@ def read_labels(path: Path, dictionary_sha256: str, d_sae: int) -> dict[int, str
         CorruptFileError: the file is missing, damaged or of another format.
         ConfigError: they are of another dictionary.
     """
-    content = read_json(path)
+    content = read_json(path, MAX_LIST_BYTES)
     found = content.get("labels")
     if content.get("format") != FORMAT or not isinstance(found, dict):
         raise CorruptFileError(f"{path} holds no labels of format {FORMAT}")

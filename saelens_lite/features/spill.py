@@ -5,7 +5,6 @@ and blocks.bin says how many each block has. What fires together at each place i
 others: lists.bin has each place and how many latents fire there, latents.bin which.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 from saelens_lite.codes import SparseCodes
 from saelens_lite.errors import CorruptFileError
 from saelens_lite.features.reduce import Entries
-from saelens_lite.files import disk_full_is_typed
+from saelens_lite.files import disk_full_is_typed, sync
 
 BLOCK = 1024  # latents of a block, more where there would be too many blocks
 MAX_BLOCKS = 64
@@ -105,8 +104,7 @@ class Spill:
         """Have everything appended on the disk."""
         with disk_full_is_typed(self.folder):
             for file in self._files.values():
-                file.flush()
-                os.fsync(file.fileno())
+                sync(file)
 
     def close(self) -> None:
         """Close the files."""

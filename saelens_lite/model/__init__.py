@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from saelens_lite.config import Origin
+from saelens_lite.devices import chosen_device
 from saelens_lite.errors import ConfigError, HookError, HubError, HubUnreachableError, ModelNotFoundError, ShapeError, TextError
 from saelens_lite.model import generation as _generation
 from saelens_lite.model import hooks as _hooks
@@ -84,7 +85,8 @@ def load_model(
     """A causal language model, frozen, in evaluation mode.
 
     `name` is "tiny" (embedded, no network), a local folder, or a Hugging Face Hub id such as "gpt2". `device` defaults to
-    CUDA where there is one. `center_writing_weights`: see `LanguageModel.center_writing_weights_`.
+    CUDA where there is one, else MPS where it works, else the CPU. `center_writing_weights`: see
+    `LanguageModel.center_writing_weights_`.
 
     Raises:
         ModelNotFoundError: no such model, no network, or an architecture transformers does not know.
@@ -99,7 +101,7 @@ def load_model(
         raise ModelNotFoundError(f"no model folder at {name}; give a folder with config.json, a Hub id, or 'tiny'")
     commit, only_cached = (revision, True) if local else _on_hub(str(name), revision)
     source = {"revision": revision, "local_files_only": only_cached}
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = chosen_device(device)
     bars = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:

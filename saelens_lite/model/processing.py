@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from saelens_lite.devices import wide
 from saelens_lite.errors import ConfigError, HookError
 from saelens_lite.model.hooks import Architecture, resolve
 
@@ -50,8 +51,8 @@ def shuffle_weights_(module: nn.Module, seed: int) -> None:
 
 
 def _center_(weight: Tensor, axis: int) -> None:
-    exact = weight.double()
-    weight.copy_(exact - exact.mean(axis, keepdim=True))
+    exact = wide(weight)
+    weight.copy_((exact - exact.mean(axis, keepdim=True)).to(weight.dtype))
 
 
 def _writers(module: nn.Module, known: Architecture) -> list[nn.Module]:

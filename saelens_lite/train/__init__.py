@@ -15,15 +15,30 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saelens_lite.arrays import ArrayLike, as_tensor
 from saelens_lite.cache import Source, TensorSource, open_source
 from saelens_lite.codes.encoder import buffers_reused
 from saelens_lite.config import TrainConfig
+from saelens_lite.devices import chosen_device, device_to_train_on, is_available
 from saelens_lite.dictionary import Dictionary
-from saelens_lite.errors import ConfigError, DiskFullError, OutputExistsError, PluginError, SaelensLiteError
+from saelens_lite.errors import (
+    ConfigError,
+    DiskFullError,
+    NonFiniteError,
+    OutputExistsError,
+    PluginError,
+    SaelensLiteError,
+)
 from saelens_lite.files import refuse_existing, remove_leftovers, write_text
 from saelens_lite.loggers import DEFAULT_LOGGERS, RunLog, load_loggers, open_log
 from saelens_lite.progress import progress_bar
-from saelens_lite.train.checkpoint import is_interrupted, load_checkpoint, remove_checkpoints, save_checkpoint
+from saelens_lite.train.checkpoint import (
+    earlier_states,
+    is_interrupted,
+    load_checkpoint,
+    remove_checkpoints,
+    save_checkpoint,
+)
 from saelens_lite.train.stopping import Stopping
 from saelens_lite.train.trainer import Trainer
 
@@ -49,15 +64,19 @@ def train(
     data_seed: int = 0,
     validation_tokens: int = 0,
     checkpoint_seconds: float = 600.0,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     loggers: str | Sequence[str] = DEFAULT_LOGGERS,
     exists: Literal["error", "overwrite"] = "error",
 ) -> list[Run]:
-    """The run of each dictionary, all trained on the same batches in one pass over the source.
+    """Train each dictionary, all of them on the same batches in one pass over the source, and return their runs.
 
     With `out`, each gets a folder (`out` itself for one dictionary, `out`/<number>-<rule> for several) with config.toml,
     dictionary/ and what `loggers` (names of plugins) write there: log.jsonl by default. The order of the data comes from
-    `data_seed` alone, so each dictionary is what it would be if it were trained by itself.
+    `data_seed` alone, so each dictionary is what it would be if it were trained by itself. `device` defaults to CUDA where
+    there is one, else MPS where it works, else the CPU.
+
+    A dictionary of several whose loss or parameters become NaN or infinite is dropped: a warning names it and the cause, its
+    last good state is in the folder's last_good/, it has no run in the list, and the others finish.
 
     Every `checkpoint_seconds`, and on Ctrl-C and SIGTERM, the state goes to `out`/checkpoints/, from which `resume` goes on
     to the same bytes. `validation_tokens` activations are never trained on; val_fvu and val_l0 in the log are of them.
@@ -66,7 +85,8 @@ def train(
         ConfigError: no dictionary asked for, batch sizes that differ, or loggers without `out`.
         PluginError, HookError: a rule, logger or hook that does not exist, or a logger that cannot start.
         OutputExistsError: an output folder holds something and `exists` is "error".
-        NonFiniteError: activations or loss became NaN; the last good dictionary is in the folder's last_good/.
+        NonFiniteError: activations became NaN or infinite, or all dictionaries did; what was good of each is in its folder's
+            last_good/.
         Stopped: after Ctrl-C or SIGTERM.
     """
     configs = [configs] if isinstance(configs, TrainConfig) else list(configs)
@@ -80,6 +100,7 @@ def train(
     if validation_tokens < 0 or validation_tokens == 1:
         raise ConfigError(f"validation_tokens = {validation_tokens}; expected 0 or at least 2")
     load_loggers([] if out is None else loggers)
+    device = device_to_train_on(device)
     folders = [None] * len(configs) if out is None else run_folders(Path(out), configs)
     _refuse_existing_runs(None if out is None else Path(out), folders, exists)
     description = source.describe()
@@ -131,10 +152,11 @@ def resume(
     loggers: str | Sequence[str] | None = None,
     checkpoint_seconds: float | None = None,
 ) -> list[Run]:
-    """Go on with a run that was interrupted, from its newest checkpoint that is whole; the result is what it would have been.
+    """Resume a run that was interrupted, from its newest checkpoint that is whole; the result is what it would have been.
 
     run: the folder given to `train` as `out`. source: the activations it was trained on; a cache, or a stream of a file, a
-    dataset or the embedded corpus is found again by itself. What else is not said is as it was.
+    dataset or the embedded corpus is found again by itself. Whatever is not given is as it was; where the run's device is
+    missing, the default of `train` replaces it, with a warning. A dictionary that was dropped stays dropped.
 
     Raises:
         ConfigError: the run has no checkpoints, its source has to be given, or the source is not the one it was.
@@ -144,6 +166,7 @@ def resume(
     run = Path(run)
     states, loop = load_checkpoint(run)
     request = loop["request"]
+    device = _device_of(request, device)
     if source is None:
         source = open_source(request["source"], device)
     _check_source(source.describe(), request["source"])
@@ -167,9 +190,21 @@ def resume(
         request=request,
         histories=loop["histories"],
         n_batches=loop["n_batches"],
+        dropped=loop.get("dropped", []),
     )
-    log.info("going on with %s behind batch %d", run, job.n_batches)
+    log.info("resuming %s after batch %d", run, job.n_batches)
     return _run(job, source)
+
+
+def _device_of(request: dict[str, Any], device: str | torch.device | None) -> str | torch.device | None:
+    """The device to resume on where it is not the one of the run; None where it is."""
+    if device is not None:
+        return device_to_train_on(device)
+    if is_available(request["device"]):
+        return None
+    found = chosen_device(None)
+    log.warning("the run was trained on %s, which is not here; resuming on %s", request["device"], found)
+    return found
 
 
 def _check_source(found: dict[str, Any] | None, wanted: dict[str, Any] | None) -> None:
@@ -192,9 +227,16 @@ class _Job:
     request: dict[str, Any]
     histories: list[list[dict[str, Any]]] = field(default_factory=list)
     n_batches: int = 0
+    dropped: list[str | None] = field(default_factory=list)  # of each dictionary, why it is not trained any more
 
     def __post_init__(self) -> None:
         self.histories = self.histories or [[] for _ in self.trainers]
+        self.dropped = self.dropped or [None] * len(self.trainers)
+
+    @property
+    def at_work(self) -> list[int]:
+        """The numbers of the dictionaries that are still trained."""
+        return [i for i, trainer in enumerate(self.trainers) if self.dropped[i] is None and not trainer.done]
 
     @property
     def n_seen(self) -> int:
@@ -217,6 +259,7 @@ class _Job:
                 "loggers": self.loggers,
                 "histories": self.histories,
                 "n_batches": self.n_batches,
+                "dropped": self.dropped,
             }
             save_checkpoint(self.out, self.n_seen, [trainer.state() for trainer in self.trainers], loop)
 
@@ -229,6 +272,19 @@ class _Job:
         self.histories[i].append(line)
         log.info("%s %s", trainer.config.sparsity, line)
         return line
+
+    def drop(self, i: int, cause: NonFiniteError) -> None:
+        """Train a dictionary no further, and write its last good state."""
+        try:
+            kept = _kept(self, i, cause)
+        except SaelensLiteError as error:  # the others are worth more
+            kept = f"; its last good state cannot be written: {error}"
+        self.dropped[i] = f"{cause}{kept}"
+        log.warning("%s is trained no further: %s", self.name(i), self.dropped[i])
+
+    def name(self, i: int) -> str:
+        """What to call a dictionary: its folder, or its number and rule."""
+        return str(self.folders[i] or f"{i}-{self.trainers[i].config.sparsity}")
 
 
 def _run(job: _Job, source: Source) -> list[Run]:
@@ -252,11 +308,21 @@ def _run(job: _Job, source: Source) -> list[Run]:
 
 
 def _results(job: _Job) -> list[Run]:
-    """The dictionaries, written where there is a folder for them; nothing else of the work stays there."""
-    runs = [
-        Run(trainer.config, trainer.result(), history, folder)
-        for trainer, history, folder in zip(job.trainers, job.histories, job.folders, strict=True)
-    ]
+    """Write the dictionaries where there is a folder for them, and return their runs; other files of the work are removed.
+
+    Raises:
+        NonFiniteError: all dictionaries were dropped.
+    """
+    runs = []
+    for i, (trainer, history, folder) in enumerate(zip(job.trainers, job.histories, job.folders, strict=True)):
+        dictionary = trainer.result()
+        if job.dropped[i] is None and (bad := trainer.dictionary.not_finite() or dictionary.not_finite()):
+            job.drop(i, NonFiniteError(f"{bad} became NaN or infinite in the last step, {trainer.described}"))
+        if job.dropped[i] is None:
+            runs.append(Run(trainer.config, dictionary, history, folder))
+    if not runs:
+        causes = [cause if len(job.trainers) == 1 else f"{job.name(i)}: {cause}" for i, cause in enumerate(job.dropped)]
+        raise NonFiniteError("; ".join(causes))
     for run in runs:
         if run.folder:
             remove_leftovers(run.folder / "dictionary")
@@ -270,12 +336,31 @@ def _results(job: _Job) -> list[Run]:
 
 def _keep_what_is_good(job: _Job, error: SaelensLiteError) -> None:
     """After an error: the dictionaries as they were before it."""
-    for trainer, folder in zip(job.trainers, job.folders, strict=True):
-        if folder and trainer.n_steps:
-            log.warning("stopped; the dictionary after step %d is in %s", trainer.n_steps, folder / "last_good")
-            trainer.result().save(folder / "last_good", exists="overwrite")
+    for i, (trainer, folder) in enumerate(zip(job.trainers, job.folders, strict=True)):
+        if folder and trainer.n_steps and job.dropped[i] is None:
+            try:
+                log.warning("stopped%s", _kept(job, i, error))
+            except SaelensLiteError as another:  # the first error is the one to report
+                log.warning("the last good state of %s cannot be written: %s", job.name(i), another)
         elif folder and isinstance(error, PluginError):
             shutil.rmtree(folder)  # a logger could not start: leave nothing in the way of another try
+
+
+def _kept(job: _Job, i: int, cause: SaelensLiteError) -> str:
+    """Write the last good state of a dictionary to last_good/: that before the failed step or, where that is not finite
+    either, of the newest checkpoint in which it is. Returns the end of a sentence that says so."""
+    trainer, folder = job.trainers[i], job.folders[i]
+    if folder is None or not trainer.n_steps:
+        return ""
+    good, states = trainer.result(), earlier_states(job.out, i)
+    while good.not_finite():
+        if (state := next(states, None)) is None:
+            return f"; after step {trainer.n_steps} it is not finite either, so there is no last good dictionary"
+        trainer.restore(*state)
+        good = trainer.result()
+    good.training_record["stopped"] = str(cause)
+    good.save(folder / "last_good", exists="overwrite")
+    return f"; the dictionary after step {trainer.n_steps} is in {folder / 'last_good'}"
 
 
 def _loop(source: Source, job: _Job, logs: list[RunLog]) -> None:
@@ -293,17 +378,22 @@ def _loop(source: Source, job: _Job, logs: list[RunLog]) -> None:
     ):
         stack.callback(getattr(batches, "close", lambda: None))  # ends the thread that reads ahead
         bar(job.n_seen, "")
-        while not all(trainer.done for trainer in trainers):
+        while job.at_work:
             try:
                 batch = next(batches)
             except Exception:
                 if job.n_batches:
                     job.save()  # all trainers are at the same batch
                 raise
-            for i, trainer in enumerate(trainers):
-                if trainer.done:
+            for i in job.at_work:
+                trainer = trainers[i]
+                try:
+                    trainer.step(batch[trainer.hook], batch[trainer.target_hook])
+                except NonFiniteError as error:
+                    if not all(bool(torch.isfinite(x).all()) for x in batch.values()):
+                        raise  # the data is bad, for all of them
+                    job.drop(i, error)
                     continue
-                trainer.step(batch[trainer.hook], batch[trainer.target_hook])
                 if trainer.n_seen >= due[i] or trainer.done:
                     logs[i].log(job.log_line(i))
                     due[i] += trainer.config.log_every
@@ -325,19 +415,28 @@ def run_folders(out: Path, configs: Sequence[TrainConfig]) -> list[Path]:
 
 
 def fit(
-    x: Float[Tensor, "n d_in"], sparsity: str = "topk", *, options: dict[str, Any] | None = None, **settings: Any
+    x: Float[Tensor, "n d_in"] | ArrayLike,
+    sparsity: str = "topk",
+    *,
+    options: dict[str, Any] | None = None,
+    device: str | torch.device | None = None,
+    **settings: Any,
 ) -> Dictionary:
-    """A dictionary trained on activations in memory: encode, decode, update, repeat.
+    """Train a dictionary on activations in memory: encode, decode, update, repeat.
 
-    `settings` are the fields of TrainConfig: d_sae, n_tokens, batch_size, lr, seed, …; n_tokens defaults to ten passes
-    over x, and a batch is never larger than x unless told.
+    x: a tensor, an array of numpy, a DataFrame or a list of rows. `settings` are the fields of TrainConfig: d_sae, n_tokens,
+    batch_size, lr, seed, …; n_tokens defaults to ten passes over x, and a batch is never larger than x unless told. Training
+    runs on `device`, by default that of x where it is on an accelerator, else the default of `train`; without `device` the
+    dictionary is returned on the device of x.
 
     Raises:
-        ShapeError: x is not [n d_in] floating-point numbers.
+        ShapeError: x is not [n d_in] floating-point numbers; the message says what was given.
         ConfigError, PluginError: a setting or rule that does not exist, or a bad value.
         NonFiniteError: x holds NaN, or training diverged.
     """
-    source = TensorSource(x)
+    source = TensorSource(x := as_tensor(x))
     defaults = {"n_tokens": 10 * len(x), "batch_size": min(2048, len(x))}
     config = TrainConfig(**{**defaults, **settings, "sparsity": sparsity, "options": options or {}})
-    return train(source, config, device=x.device, data_seed=config.seed)[0].dictionary
+    where = x.device if device is None and x.device.type != "cpu" else device
+    found = train(source, config, device=where, data_seed=config.seed)[0].dictionary
+    return found.to(x.device) if device is None else found

@@ -12,6 +12,7 @@ from torch import Tensor
 from saelens_lite.cache import Batch, Source, Statistics
 from saelens_lite.codes import gpu
 from saelens_lite.config import TrainConfig
+from saelens_lite.devices import where_float64_is, wide
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, NonFiniteError, ShapeError
 from saelens_lite.train.step import DenseStep, SparseStep
@@ -132,8 +133,9 @@ class Trainer:
 
         def fit() -> tuple[float, float, float]:
             """(squared error, the best factor of the codes as they are, the error it gives)."""
-            part = d.encode(x).decode(d.W_dec).double()
-            overlap, norm, total = (centred * part).sum(), part.square().sum(), centred.double().square().sum()
+            part = wide(d.encode(x).decode(d.W_dec))
+            exact = wide(centred)
+            overlap, norm, total = (exact * part).sum(), part.square().sum(), exact.square().sum()
             return tuple((torch.stack([total - 2 * overlap + norm, overlap / norm, total - overlap**2 / norm])).tolist())
 
         least, factor, expected = fit()
@@ -175,7 +177,7 @@ class Trainer:
             # The one time the host waits for the step
             *values, norm_found, smallest = torch.stack([*losses.values(), total, norm, smallest.to(norm.dtype)]).tolist()
             if not math.isfinite(values[-1] + norm_found):
-                raise NonFiniteError(self._explain((x, target), values[-1], norm_found))
+                raise NonFiniteError(self._explain((x, target), losses))
             self.dictionary.rule.check_codes(smallest)
             if c.clip_grad_norm:  # the optimiser divides while it reads
                 self.optimizer.grad_scale = (norm / c.clip_grad_norm).clamp(min=1.0)
@@ -188,11 +190,27 @@ class Trainer:
             self.dictionary.rule.after_step(self.dictionary)
             self._count(len(x), fired, dict(zip([*losses, "loss"], values, strict=False)))
 
-    def _explain(self, activations: Sequence[Tensor], loss: float, norm: float) -> str:
-        """What became NaN or infinite."""
-        finite = all(bool(torch.isfinite(x).all()) for x in activations)
-        cause = "the activations" if not finite else "the loss" if math.isfinite(norm) else "the gradient"
-        return f"{cause} became NaN or infinite in step {self.n_steps + 1}, {self.config.sparsity} on {self.hook}"
+    @property
+    def described(self) -> str:
+        """The rule, the hook, and how far training is, for messages."""
+        return f"{self.config.sparsity} on {self.hook} (after {self.n_seen:,} tokens)"
+
+    def _explain(self, activations: Sequence[Tensor], losses: dict[str, Tensor]) -> str:
+        """Say what became NaN or infinite first: the data, a parameter, a part of the loss, or a gradient."""
+        parameters = dict(self.dictionary.named_parameters())
+        gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+        step = self.n_steps + 1
+        if _not_finite(dict(enumerate(activations))):
+            cause = "the activations"
+        elif names := _not_finite(parameters):
+            cause, step = ", ".join(names), self.n_steps
+        elif names := _not_finite(losses):
+            cause = f"the loss ({', '.join(names)})"
+        elif names := _not_finite(gradients):
+            cause = f"the gradient of {', '.join(names)}"
+        else:
+            cause = "the sum of the losses, or the norm of the gradient,"
+        return f"{cause} became NaN or infinite in step {step}, {self.described}"
 
     def _count(self, n: int, fired: Int[Tensor, " nnz"], values: dict[str, float]) -> None:
         """Dead latents, firing frequencies and the sums that the log averages."""
@@ -240,18 +258,19 @@ class Trainer:
         """
         self.dictionary.eval()
         x, target = batch[self.hook], batch[self.target_hook]
-        mean = target.mean(0, dtype=torch.float64)
+        mean = where_float64_is(target).mean(0, dtype=torch.float64)
         error = spread = 0.0
         l0 = 0
         with self._own_randomness():
             for piece, wanted in zip(x.split(self.config.batch_size), target.split(self.config.batch_size), strict=True):
                 scaled, scaled_target = self._prepare(piece, wanted)
                 codes = self.dictionary.encode(scaled)
-                error += float((scaled_target - self.dictionary.decode(codes, scaled)).square().sum(dtype=torch.float64))
-                spread += float((wanted - mean).square().sum()) * self.target_scale**2
+                squares = (scaled_target - self.dictionary.decode(codes, scaled)).square()
+                error += float(where_float64_is(squares).sum(dtype=torch.float64))
+                spread += float((where_float64_is(wanted) - mean).square().sum()) * self.target_scale**2
                 l0 += int(codes.fires.sum())
         self.dictionary.train()
-        return {"val_fvu": round(error / spread, 6), "val_l0": round(l0 / len(x), 6)}
+        return {"val_fvu": round(error / spread, 6) if spread else math.nan, "val_l0": round(l0 / len(x), 6)}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that the next step depends on, as tensors and as plain data."""
@@ -314,6 +333,11 @@ class Trainer:
         return copy.fold_scale_(self.scale, self.target_scale).eval()
 
 
+def _not_finite(tensors: dict[Any, Tensor]) -> list[Any]:
+    """The names of the tensors that hold NaN or infinity."""
+    return [name for name, x in tensors.items() if not bool(torch.isfinite(x).all())]
+
+
 def _choose_hooks(config: TrainConfig, source: Source) -> tuple[str, str]:
     """The hook to read and the hook to predict, the same one for an autoencoder.
 
@@ -343,7 +367,7 @@ def _moments(source: Source, hook: str) -> tuple[Statistics, float]:
         raise NonFiniteError(f"the activations of {hook!r} hold NaN or infinity; nothing was trained")
     if not statistics.rms_norm > 0:
         raise NonFiniteError(f"the activations of {hook!r} have a root mean square norm of 0.0; nothing to train on")
-    variance = statistics.rms_norm**2 - float(statistics.mean.double().square().sum())
+    variance = statistics.rms_norm**2 - float(wide(statistics.mean).square().sum())
     if not variance > 1e-9 * statistics.rms_norm**2:
         raise NonFiniteError(f"the activations of {hook!r} are all the same; there is nothing to train on")
     return statistics, variance

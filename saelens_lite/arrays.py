@@ -1,0 +1,76 @@
+"""Activations in the forms that people hold them in, turned into tensors."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saelens_lite.errors import ShapeError
+
+ArrayLike = Any  # whatever `as_tensor` takes: a tensor, an array of numpy, a DataFrame, a list or tuple of numbers or of those
+
+
+def as_tensor(x: ArrayLike, name: str = "x", device: torch.device | None = None) -> Tensor:
+    """Return activations as a tensor: tensors as they are, everything else copied to `device` (default: the CPU).
+
+    Arrays keep their dtype, lists of Python numbers become float32, and lists of tensors are stacked where they are.
+
+    Raises:
+        ShapeError: x holds something other than numbers, its rows differ in length, or it is of a type not known here.
+    """
+    if isinstance(x, Tensor):
+        return x
+    if isinstance(x, list | tuple) and x and all(isinstance(row, Tensor) for row in x):
+        try:
+            return torch.stack(tuple(x))
+        except RuntimeError as error:
+            raise ShapeError(f"{name} is {described(x)}, tensors that do not fit together: {error}") from None
+    array = _numbers(x, name)
+    if isinstance(x, list | tuple) and not _holds_arrays(x):
+        array = array.astype(np.float32)
+    array = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")  # torch takes no other strides or byte orders
+    try:
+        return torch.from_numpy(array).to(device)
+    except TypeError as error:  # of unsigned types that torch lacks, or MPS of float64
+        raise ShapeError(f"{name} is {described(x)}, which torch cannot hold: {error}") from None
+
+
+def _numbers(x: ArrayLike, name: str) -> np.ndarray:
+    """Return an array of numbers."""
+    wanted = "expected a tensor of activations, an array of numpy, a DataFrame, or a list of rows of numbers"
+    if isinstance(x, Mapping):
+        keys = ", ".join(map(repr, list(x)[:3]))
+        raise ShapeError(f"{name} is a {type(x).__name__} with the keys {keys}; {wanted}: give one of its values")
+    if not (isinstance(x, np.ndarray | list | tuple) or hasattr(x, "__array__")):
+        raise ShapeError(f"{name} is {described(x)}; {wanted}")
+    try:
+        array = np.asarray(x)
+    except Exception as error:  # numpy raises ValueError for rows of different lengths, other libraries what they like
+        raise ShapeError(f"{name} is {described(x)}, and not an array of numbers: {error}; {wanted}") from None
+    if array.dtype.kind not in "fiub":
+        raise ShapeError(f"{name} is {described(x)}, which holds {array.dtype} and not real numbers; {wanted}")
+    return array
+
+
+def _holds_arrays(x: list | tuple) -> bool:
+    """Return whether the innermost lists hold arrays, which have a dtype, and not Python numbers."""
+    while isinstance(x, list | tuple) and x:
+        x = x[0]
+    return hasattr(x, "dtype")
+
+
+def described(x: Any) -> str:
+    """Return what something is, for a message: its type, and its shape and dtype where it has them."""
+    facts = [f"{key} {tuple(value) if key == 'shape' else value}" for key in ("shape", "dtype") if (value := _fact(x, key))]
+    if isinstance(x, list | tuple):
+        facts = [f"{len(x):,} entries"]
+    name = f"{type(x).__module__.partition('.')[0]}.{type(x).__qualname__}".removeprefix("builtins.")
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}" + (f" of {', '.join(facts)}" if facts else "")
+
+
+def _fact(x: Any, key: str) -> Any:
+    """Return an attribute; None where it is missing or is a method."""
+    value = getattr(x, key, None)
+    return None if callable(value) else value
