@@ -6,6 +6,7 @@
     mid     resid_pre + attn_out = resid_mid
     post    resid_mid + mlp_out = resid_post, or resid_pre + attn_out + mlp_out = resid_post for parallel blocks
     hidden  mlp.hook_post = what enters the down projection
+    write   what replaces resid_mid is read by the MLP and is in what leaves the block: new + mlp_out = resid_post
 
 Each model has random weights. What enters and leaves its blocks and their parts is taken with plain torch hooks. An entry is
 «holds», «refused» (a HookError; the reasons are below the table), «none» (the family has no such part) or «WRONG»; layers that
@@ -20,6 +21,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +32,7 @@ from saelens_lite.errors import HookError, ModelNotFoundError
 
 D_MODEL, N_VOCAB, N_LAYERS, TOLERANCE = 32, 97, 2, 1e-5
 TOKENS = torch.randint(20, N_VOCAB, (2, 6), generator=torch.Generator().manual_seed(0))
-CHECKS = ("embed", "mid", "post", "hidden")
+CHECKS = ("embed", "mid", "post", "hidden", "write")
 DOWN = {"down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "w2", "wo", "dense", "value", "Wo"}
 ATTENTION = re.compile(r"attn|attention|mixer|mamba|conv|rec|temporal|ssm|gate$|expert")
 SMALL = {
@@ -254,8 +256,18 @@ def check(module: nn.Module, tokenizer: Any) -> dict[str, Found]:
             and not ATTENTION.search(name.removeprefix(f"{blocks}.{i}.").lower())
         ]
         hidden = served(f"blocks.{i}.mlp.hook_post")
+        add("write", [mid, mlp], partial(writes, lm, i))
         add("hidden", [hidden], lambda downs=downs, hidden=hidden: bool(downs) and near(downs[-1], hidden))
     return found
+
+
+def writes(lm: sl.LanguageModel, i: int) -> bool:
+    """Return whether a new hook_resid_mid of a block is a term of what leaves the block."""
+    names = [f"blocks.{i}.hook_mlp_out", f"blocks.{i}.hook_resid_post"]
+    new = torch.randn(*TOKENS.shape, D_MODEL, generator=torch.Generator().manual_seed(1))
+    with lm.replace(f"blocks.{i}.hook_resid_mid", lambda _: new.clone()):
+        mlp, post = lm.run(TOKENS, names).values()
+    return near(post, new, mlp)
 
 
 def near(total: Tensor | None, *terms: Tensor) -> bool:

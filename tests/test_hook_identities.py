@@ -10,51 +10,53 @@ import torch
 import saelens_lite as sl
 from saelens_lite.errors import HookError
 
-OUTCOMES = {  # of embed, mid, post and hidden
-    ("holds", "holds", "holds", "holds"): (
+OUTCOMES = {  # of embed, mid, post, hidden and write
+    ("holds", "holds", "holds", "holds", "holds"): (
         "Apertus; Arcee; Bamba; BitNet; Bloom; Ernie4_5; Exaone4; GPT2LMHeadModel; GPTBigCode; GPTNeo; Gemma2; Gemma3; "
         "Gemma; Glm4; Glm; Granite; HunYuanDenseV1; Jais2; Lfm2; Llama; Ministral3; Mistral; ModernBertDecoder; Mpt; "
         "Nemotron; OPT; Olmo2; Olmo3; Olmo; OlmoHybrid; Phi3; Qwen2; Qwen3; Qwen3_5; SeedOss; SmolLM3; StableLm; "
         "Starcoder2; VaultGemma; Youtu; GPTNeoX, sequential; Falcon, sequential"
     ),
-    ("holds", "holds", "holds", "1 holds, 1 refused"): (
+    ("holds", "holds", "holds", "1 holds, 1 refused", "holds"): (
         "Afmoe; DeepseekV2; DeepseekV3; Ernie4_5_Moe; Glm4Moe; Glm4MoeLite; GlmMoeDsa; Jamba; Laguna; Lfm2Moe; "
         "Qwen2Moe, one dense layer; Qwen3Moe, one dense layer; Qwen3Next, one dense layer; Ernie4_5_Moe, one dense "
         "layer; Llama4, one dense layer"
     ),
-    ("holds", "holds", "holds", "refused"): (
+    ("holds", "holds", "holds", "refused", "holds"): (
         "FlexOlmo; GptOss; GraniteMoe; JetMoe; Llama4; MiniMaxM2; Mixtral; Olmoe; Qwen2Moe; Qwen3Moe; Qwen3Next; "
         "Qwen3_5Moe"
     ),
-    ("holds", "none", "holds", "holds"): (
+    ("holds", "none", "holds", "holds", "none"): (
         "CodeGen; Cohere2; Cohere; Falcon; GPTJ; GPTNeoX; Phi; Falcon, two norms; StableLm, parallel"
     ),
-    ("holds", "refused", "holds", "holds"): (
-        "BertForMaskedLM; BertLMHeadModel; FalconH1; OpenAIGPTLMHeadModel; RobertaForMaskedLM; OPT, norms behind; "
-        "Bloom, stream behind the norm"
+    ("holds", "refused", "holds", "holds", "refused"): (
+        "BertForMaskedLM; BertLMHeadModel; OpenAIGPTLMHeadModel; RobertaForMaskedLM; OPT, norms behind"
     ),
-    ("holds", "none", "none", "none"): (
+    ("holds", "none", "none", "none", "none"): (
         "FalconMamba; Mamba2; Mamba; NemotronH; Zamba2"
     ),
-    ("refused", "holds", "holds", "holds"): (
+    ("refused", "holds", "holds", "holds", "holds"): (
         "NanoChat; XGLMForCausalLM; OPT, projected, norms before"
     ),
-    ("holds", "1 holds, 1 none", "none", "none"): (
+    ("holds", "refused", "holds", "holds", "holds"): (
+        "FalconH1; Bloom, stream behind the norm"
+    ),
+    ("holds", "1 holds, 1 none", "none", "none", "none"): (
         "GraniteMoeHybrid; Rwkv"
     ),
-    ("refused", "none", "none", "refused"): (
+    ("refused", "none", "none", "refused", "none"): (
         "DeepseekV4"
     ),
-    ("holds", "holds", "refused", "holds"): (
+    ("holds", "holds", "refused", "holds", "refused"): (
         "Gemma4"
     ),
-    ("refused", "refused", "refused", "refused"): (
+    ("refused", "refused", "refused", "refused", "refused"): (
         "HrmText"
     ),
-    ("refused", "none", "none", "none"): (
+    ("refused", "none", "none", "none", "none"): (
         "RecurrentGemma"
     ),
-    ("refused", "refused", "holds", "holds"): (
+    ("refused", "refused", "holds", "holds", "refused"): (
         "OPT, projected"
     ),
 }  # fmt: skip
@@ -98,7 +100,7 @@ def test_a_wrong_tensor_is_called_wrong(script, lm, monkeypatch):
         return hooks.resolve(name, self.module, self.known)
 
     monkeypatch.setattr(identities.Identities, "point", unchecked)
-    for family in ("OPT, norms behind", "FalconH1ForCausalLM", "NanoChatForCausalLM"):
+    for family in ("OPT, norms behind", "Bloom, stream behind the norm", "NanoChatForCausalLM"):
         assert any(found.outcomes["WRONG"] for found in script.check_family(family, lm.tokenizer).values()), family
 
 
@@ -138,6 +140,19 @@ def test_rounding_in_half_precision_is_no_reason_to_refuse(make, kind, dtype):
     half.get_input_embeddings().weight.data[:, 3] = 300.0
     assert sl.LanguageModel(half, model.tokenizer, name="half").hook_names == exact
     assert {"blocks.0.hook_attn_out", "blocks.1.hook_mlp_out"} <= set(exact)
+
+
+def test_a_middle_whose_change_cannot_reach_the_output_is_only_read(make):
+    """Gemma 4 multiplies the sum of a block by a number of its own before it hands it on."""
+    model, hook = make("Gemma4ForCausalLM"), "blocks.0.hook_resid_mid"
+    logits = model.logits(TOKENS)
+    with model.replace(hook, lambda x: x):
+        assert torch.equal(model.logits(TOKENS), logits)
+    with (
+        model.replace(hook, lambda x: x + 1),
+        pytest.raises(HookError, match=f"{hook} can be read but not replaced: its block's"),
+    ):
+        model.logits(TOKENS)
 
 
 def test_hooks_in_force_neither_see_nor_change_the_check(make):
