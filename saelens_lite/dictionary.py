@@ -385,6 +385,7 @@ class Dictionary(nn.Module):
                 "context_size": self.origin.n_ctx,
                 "prepend_bos": self.origin.prepend_bos,
                 "dataset_path": self.origin.text,
+                **self._tokens_left_out(),
                 "model_from_pretrained_kwargs": dict.fromkeys(self.origin.processing, True),
                 "saelens_lite": {
                     "format": FORMAT,
@@ -399,6 +400,12 @@ class Dictionary(nn.Module):
                 },
             },
         }
+
+    def _tokens_left_out(self) -> dict[str, Any]:
+        """Excluded positions and token ids as SAELens says them; positions that are no slice of a row are left out."""
+        kept = slice_without(self.origin.excluded_positions, self.origin.n_ctx)
+        token_ids = list(self.origin.excluded_token_ids)
+        return ({"seqpos_slice": kept} if kept else {}) | ({"exclude_special_tokens": token_ids} if token_ids else {})
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu", format: str | None = None) -> "Dictionary":
@@ -500,6 +507,25 @@ def read_density(folder: Path, d_sae: int) -> Float[Tensor, " d_sae"] | None:
     if log_density is None or log_density.shape != (d_sae,):
         raise CorruptFileError(f"{folder / SPARSITY_FILE}: expected a tensor 'sparsity' of shape {(d_sae,)}")
     return (10.0 ** log_density.double() - 1e-10).clamp(0, 1).float()
+
+
+def slice_without(excluded: Sequence[int], n_ctx: int | None) -> list[int | None] | None:
+    """The [start, stop, step] of `row[start:stop:step]` that leaves out those positions and no others.
+
+    None where nothing is left out, where no slice does it, or where it depends on a row's length that is not known.
+    """
+    excluded = sorted({position for position in excluded if n_ctx is None or position < n_ctx})
+    if not excluded:
+        return None
+    if excluded == list(range(len(excluded))) and len(excluded) != n_ctx:
+        return [len(excluded), None]
+    if n_ctx is None:
+        return None
+    kept = sorted(set(range(n_ctx)) - set(excluded))
+    step = kept[1] - kept[0] if len(kept) > 1 else 1
+    if not kept or kept != list(range(kept[0], kept[-1] + 1, step)):
+        return None
+    return [kept[0], None if kept[-1] + step >= n_ctx else kept[-1] + 1, *([step] if step > 1 else [])]
 
 
 def is_own_folder(folder: Path) -> bool:

@@ -339,7 +339,7 @@ def saelens_cases() -> dict[str, Case]:
             "l1",
             (*FOUR, "scaling_factor"),
             relu,
-            settings=old,
+            settings=old | {"finetuning_scaling_factor": True},
             p=scaled,
             x_hat=lambda x: functions(p, relu)[0](x) * scaled["scaling_factor"].double() @ w["W_dec"] + w["b_dec"],
         ),

@@ -59,6 +59,7 @@ __all__ = [
     "cannot_write",
     "convert",
     "file_size",
+    "fill_layer",
     "find_file",
     "format_of",
     "hook_of_module",
@@ -369,6 +370,22 @@ def hook_of_module(module: str, side: Literal["input", "output"] = "output") -> 
             hook = before if side == "input" else after
             return hook and hook.format(*match.groups())
     return None
+
+
+def fill_layer(path: Path, hook: str | None, layer: int | None) -> str | None:
+    """Put the number of the layer into a hook's name: "blocks.{layer}.hook_mlp_out" of layer 3 is blocks.3.hook_mlp_out.
+
+    Raises:
+        ConfigError: the name has a placeholder, and the layer is not known or the placeholder is another one.
+    """
+    if hook is None or not re.search(r"[{}]", hook):
+        return hook
+    filled = hook.replace("{layer}", str(layer))
+    if layer is None or re.search(r"[{}]", filled):
+        raise ConfigError(
+            f"{path}: the hook {hook!r} names no layer, nor does anything beside it; write the layer's number there"
+        )
+    return filled
 
 
 def cannot_write(dictionary: Dictionary, format_name: str, loss: str) -> ConfigError:
