@@ -33,6 +33,7 @@ from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, S
 from saelens_lite.files import DTYPES, check_header, new_folder, read_json, read_tensors, write_json
 from saelens_lite.places import local_folder
 from saelens_lite.sparsity import PublishedForm, Sparsity
+from saelens_lite.state_dicts import float_tensors, in_order, sizes_of
 
 FORMAT = 1
 TOKEN_NORMS = {None: "none", "layer_norm": "layer_norm", "constant_norm": "constant_norm_rescale"}  # as SAELens calls them
@@ -124,6 +125,86 @@ class Dictionary(nn.Module):
         self.W_dec.data.copy_(norm * _unit_rows(d_sae, self.d_out, generator) if self.is_transcoder else directions)
         if not rule.tied:
             self.W_enc.data.copy_(directions.T)
+        return self.eval()
+
+    @classmethod
+    @torch.no_grad()
+    def from_tensors(
+        cls,
+        *,
+        W_dec: Any,
+        W_enc: Any = None,
+        b_enc: Any = None,
+        b_dec: Any = None,
+        W_skip: Any = None,
+        rule: str = "l1",
+        options: dict[str, Any] | None = None,
+        hook: str | None = None,
+        target_hook: str | None = None,
+        origin: Origin | None = None,
+        **rule_tensors: Any,
+    ) -> "Dictionary":
+        """Make a dictionary of the tensors of a state dict.
+
+            h = (x − b_dec) W_enc + b_enc        codes = rule(h)        x_hat = codes W_dec + b_dec
+
+        Where the encoder takes x itself, give b_enc + b_dec @ W_enc as b_enc. With target_hook or W_skip it is a transcoder.
+
+        Args:
+            W_enc: [d_in d_sae] or [d_sae d_in]; W_dec: [d_sae d_out] or [d_out d_sae]. Sizes decide which. A square matrix is
+                taken in the first of these orders, and a warning is logged. A rule that encodes with W_decᵀ takes no W_enc.
+            W_skip: [d_out d_in], or the other way round where the sizes differ; x W_skipᵀ is added to the output.
+            b_enc, b_dec: zeros where they are not given.
+            rule: name of the sparsity rule; options: its settings, such as {"k": 32}.
+            rule_tensors: its other tensors, such as threshold= of jumprelu; a number counts for all latents.
+            origin: where the activations come from; `hook` and `target_hook` replace those in it.
+
+        Everything is converted to float32.
+
+        Raises:
+            ShapeError: a tensor has another shape than the others demand, or is no tensor.
+            NonFiniteError: a tensor holds NaN or infinity.
+            ConfigError: an option is unknown, or a tensor is missing or unknown to the rule.
+            PluginError: there is no such rule.
+        """
+        hooks = {name: value for name, value in (("hook", hook), ("target_hook", target_hook)) if value is not None}
+        origin = Origin(**((origin or Origin(excluded_positions=())).model_dump() | hooks))
+        transcoder = origin.target_hook is not None or W_skip is not None
+        rule_class = registry.load(rule)
+        own, settings = rule_class.from_published(float_tensors(rule_tensors), options or {})
+        given = float_tensors({"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec, "W_skip": W_skip})
+        if missing := {"W_dec", *(() if rule_class.tied else ("W_enc",))} - given.keys():
+            raise ConfigError(f"{rule} needs {' and '.join(sorted(missing))}")
+        sizes = sizes_of(given | own, transcoder=transcoder)
+        d_in, d_sae, d_out = sizes["d_in"], sizes["d_sae"], sizes["d_out"]
+        self = cls(
+            rule_class(rule_class.Config(**settings), d_in=d_in, d_sae=d_sae),
+            d_in=d_in,
+            d_sae=d_sae,
+            d_out=d_out if transcoder else None,
+            skip=W_skip is not None,
+            origin=origin,
+        )
+        state, given = self.state_dict(), given | {f"rule.{name}": tensor for name, tensor in own.items()}
+        form = self.rule.inference_form()
+        needed = {f"rule.{name}" for name, _ in self.rule.named_parameters()}
+        needed |= {f"rule.{name}" for name in (form.tensors if form else ()) if f"rule.{name}" in state}
+        unknown, missing = given.keys() - state.keys(), needed - given.keys()
+        if unknown or missing:
+            names = form.tensors if form else [name.removeprefix("rule.") for name in needed]
+            missing = missing and ({name for name in names if f"rule.{name}" not in given} or missing)
+            lists = [{name for name in state if not name.startswith("rule.")}, set(names), unknown, missing]
+            taken, own_names, surplus, absent = (
+                ", ".join(sorted(n.removeprefix("rule.") for n in some)) or "none" for some in lists
+            )
+            raise ConfigError(
+                f"{rule} takes {taken} and, of its own, {own_names}; tensors missing: {absent}; not expected: {surplus}"
+            )
+        for name, tensor in given.items():
+            state[name].copy_(in_order(name.removeprefix("rule."), tensor, *state[name].shape))
+        norms = torch.linalg.vector_norm(self.W_dec, dim=1)
+        if rule_class.tied and (norms - 1).abs().max() > 1e-3:
+            raise ConfigError(f"rows of W_dec have norms {norms.min():.3g} to {norms.max():.3g}; {rule} needs unit vectors")
         return self.eval()
 
     @property
