@@ -30,16 +30,15 @@ from saelens_lite.codes.change import Edit, offsets, scaled
 from saelens_lite.codes.encoder import Encoder
 from saelens_lite.config import Origin
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, ShapeError
-from saelens_lite.files import DTYPES, check_header, new_folder, read_json, read_tensors, write_json
+from saelens_lite.files import DTYPES, new_folder, read_json, read_tensors, write_json
+from saelens_lite.format_detection import CONFIG_FILE, OWN, format_of, is_own_folder
 from saelens_lite.places import local_folder
 from saelens_lite.sparsity import PublishedForm, Sparsity
 from saelens_lite.state_dicts import float_tensors, in_order, sizes_of
 
 FORMAT = 1
 TOKEN_NORMS = {None: "none", "layer_norm": "layer_norm", "constant_norm": "constant_norm_rescale"}  # as SAELens calls them
-CONFIG_FILE, WEIGHTS_FILE, SPARSITY_FILE, PLUGIN_FILE = (
-    "cfg.json", "sae_weights.safetensors", "sparsity.safetensors", "plugin.safetensors",
-)  # fmt: skip
+WEIGHTS_FILE, SPARSITY_FILE, PLUGIN_FILE = "sae_weights.safetensors", "sparsity.safetensors", "plugin.safetensors"
 
 
 class Dictionary(nn.Module):
@@ -493,7 +492,7 @@ class Dictionary(nn.Module):
         """The dictionary in a folder written by `save`, in a file or folder of another tool, or in either on the Hub:
         hf://user/repo/folder@revision.
 
-        format: name of the format plugin to read it with; only needed where the files are pickles.
+        format: name of the format plugin to read it with, or "saelens_lite"; only needed where the files are pickles.
 
         Raises:
             CorruptFileError: a file is missing, damaged, contradicts another, or is of no known format.
@@ -502,7 +501,7 @@ class Dictionary(nn.Module):
             HubError: it cannot be fetched from the Hub.
         """
         folder, source = local_folder(path)
-        own = format is None and is_own_folder(folder)
+        own = format in (None, OWN) and is_own_folder(folder)
         loaded = cls._load_own(folder) if own else format_of(folder, format).read(folder)
         loaded.source = source
         return loaded.to(device).eval()
@@ -607,48 +606,6 @@ def slice_without(excluded: Sequence[int], n_ctx: int | None) -> list[int | None
     if not kept or kept != list(range(kept[0], kept[-1] + 1, step)):
         return None
     return [kept[0], None if kept[-1] + step >= n_ctx else kept[-1] + 1, *([step] if step > 1 else [])]
-
-
-def is_own_folder(folder: Path) -> bool:
-    """Whether a folder was written by `Dictionary.save`, of whatever version."""
-    if not (folder / CONFIG_FILE).is_file():
-        return False
-    metadata = read_json(folder / CONFIG_FILE).get("metadata")
-    return isinstance(metadata, dict) and "saelens_lite" in metadata
-
-
-def format_of(path: Path, name: str | None = None) -> Any:
-    """The format plugin that reads a file or folder: the one of that name, else the one that detects it.
-
-    Raises:
-        CorruptFileError: none does, or several do; what was looked for is listed.
-        ConfigError: its files are pickles, which are only read on request.
-        PluginError: there is no format of that name.
-    """
-    if not path.exists():
-        raise CorruptFileError(f"{path / CONFIG_FILE} is missing; is {path} the folder you meant?")
-    if name is not None:
-        return registry.load(name, "formats")()
-    usable = [plugin for plugin in registry.plugins("formats") if registry.check(plugin).status == "ok"]
-    formats = [registry.load(plugin.name, "formats")() for plugin in usable]
-    found = [reader for reader in formats if reader.detect(path)]
-    names = ", ".join(reader.plugin_name for reader in found or formats)
-    if not found:
-        for file in sorted(path.glob("*.safetensors")):
-            check_header(file)  # a damaged file should be called that
-        if path.is_dir() and not (path / CONFIG_FILE).exists():
-            raise CorruptFileError(
-                f"{path / CONFIG_FILE} is missing; is {path} the folder you meant? Nothing of {names} was found there either"
-            )
-        raise CorruptFileError(f"{path} holds no dictionary of saelens_lite, and nothing of {names}")
-    if len(found) > 1:
-        raise CorruptFileError(f"{path} could be any of {names}; say which by format=")
-    if found[0].pickled:
-        raise ConfigError(
-            f"{path} looks like {names}, whose files are pickles, which are read only on request: say format={names!r} "
-            "(tensors only; nothing in it is executed)"
-        )
-    return found[0]
 
 
 def _unit_rows(n: int, d: int, generator: torch.Generator) -> Float[Tensor, "n d"]:

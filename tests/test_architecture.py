@@ -42,6 +42,7 @@ LEAVES = {
     "errors",
     "config",
     "files",
+    "format_detection",
     "places",
     "progress",
     "registry",

@@ -48,6 +48,8 @@ NAMES = {
 class CircuitTracer(Format):
     """circuit-tracer's transcoders, a file for each layer; read and written."""
 
+    files = (CONFIG, LAYERS)
+
     def detect(self, path: Path) -> bool:
         files = [path] if path.is_file() else sorted(path.glob(LAYERS))[:1]
         return any(

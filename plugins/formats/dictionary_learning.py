@@ -67,6 +67,7 @@ class DictionaryLearning(Format):
     """dictionary_learning's ae.pt and config.json, seven classes; read (on request, as it is a pickle) and written."""
 
     pickled = True
+    files = (CONFIG, WEIGHTS)
 
     def detect(self, path: Path) -> bool:
         file = find_file(path, WEIGHTS)

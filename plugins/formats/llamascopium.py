@@ -22,6 +22,9 @@ THRESHOLD = "activation_function.log_jumprelu_threshold"
 class Llamascopium(Format):
     """Llama Scope's config.json and sae_weights.safetensors, autoencoders and transcoders; read."""
 
+    folders = True
+    files = (CONFIG, WEIGHTS)
+
     def detect(self, path: Path) -> bool:
         return {"W_E", "b_E", "W_D"} <= tensor_names(path / WEIGHTS) and (path / CONFIG).is_file()
 

@@ -65,6 +65,9 @@ MAX_EXCLUDED = 1 << 20
 class SAELens(Format):
     """cfg.json and sae_weights.safetensors, of version 6 and before; read and written."""
 
+    folders = True
+    files = (CONFIG, WEIGHTS)
+
     def detect(self, path: Path) -> bool:
         return {"W_dec", "b_dec"} <= tensor_names(path / WEIGHTS) and (path / CONFIG).is_file()
 

@@ -41,6 +41,9 @@ NAMES = {
 class Sparsify(Format):
     """sparsify's cfg.json and sae.safetensors, autoencoders and transcoders; read and written."""
 
+    folders = True
+    files = (CONFIG, WEIGHTS)
+
     def detect(self, path: Path) -> bool:
         return {"encoder.weight", "W_dec", "b_dec"} <= tensor_names(path / WEIGHTS) and (path / CONFIG).is_file()
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from saelens_lite import registry
 from saelens_lite.config import Origin
-from saelens_lite.dictionary import Dictionary, format_of, read_density
+from saelens_lite.dictionary import Dictionary, read_density
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, PluginError
 from saelens_lite.files import (
     DTYPES,
@@ -41,6 +41,7 @@ from saelens_lite.files import (
     write_tensors,
     write_text,
 )
+from saelens_lite.format_detection import format_of
 from saelens_lite.formats.containers import (
     TensorFile,
     TorchFile,
@@ -103,6 +104,8 @@ class Format:
     plugin_kind: ClassVar[str] = "formats"
     plugin_name: ClassVar[str]  # set by the registry
     pickled: ClassVar[bool] = False  # its files are pickles: they are read only where the format is asked for by name
+    folders: ClassVar[bool] = False  # it reads folders, not single files
+    files: ClassVar[tuple[str, ...]] = ()  # patterns of the files that have to lie together in a folder, for error messages
 
     def detect(self, path: Path) -> bool:
         """Whether a file or folder is of this format, judged by what it holds. Never raises, never unpickles."""
