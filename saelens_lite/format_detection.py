@@ -63,6 +63,7 @@ def _named(path: Path, name: str) -> Any:
     if elsewhere := _elsewhere(path, formats):
         raise CorruptFileError(elsewhere)
     if reader is None:
+        _nearest(path, formats)
         raise CorruptFileError(
             f"{path} holds no dictionary written by saelens_lite; leave out format= to have its format found"
         )
@@ -121,8 +122,8 @@ def _elsewhere(path: Path, formats: list[Any]) -> str | None:
     return None
 
 
-def _below(folder: Path, depth: int = 2) -> Iterator[Path]:
-    """Files and folders in a folder, and in the folders in it; those nearer come first."""
+def _below(folder: Path, depth: int = 3) -> Iterator[Path]:
+    """Files and folders in a folder, and in folders in it, as deep as run/hook/seed."""
     try:
         inner = sorted(folder.iterdir())
     except OSError:

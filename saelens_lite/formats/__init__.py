@@ -41,7 +41,7 @@ from saelens_lite.files import (
     write_tensors,
     write_text,
 )
-from saelens_lite.format_detection import format_of
+from saelens_lite.format_detection import OWN, format_of
 from saelens_lite.formats.containers import (
     TensorFile,
     TorchFile,
@@ -438,7 +438,7 @@ def write(dictionary: Dictionary, out: str | Path, writer: Format, *, exists: Li
 
 def inspect(path: str | Path, format: str | None = None) -> dict[str, Any]:
     """What a file or folder of another tool holds, without reading its weights; raises what `Dictionary.load` raises."""
-    reader = format_of(Path(path), format)
+    reader = format_of(Path(path), None if format == OWN else format)
     return {"format": reader.plugin_name, **reader.outline(Path(path)).facts()}
 
 
