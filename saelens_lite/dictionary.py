@@ -30,15 +30,15 @@ from saelens_lite.codes.change import Edit, offsets, scaled
 from saelens_lite.codes.encoder import Encoder
 from saelens_lite.config import Origin
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, ShapeError
-from saelens_lite.files import DTYPES, check_header, new_folder, read_json, read_tensors, write_json
+from saelens_lite.files import DTYPES, new_folder, read_json, read_tensors, write_json
+from saelens_lite.format_detection import CONFIG_FILE, OWN, format_of, is_own_folder
 from saelens_lite.places import local_folder
 from saelens_lite.sparsity import PublishedForm, Sparsity
+from saelens_lite.state_dicts import float_tensors, in_order, sizes_of
 
 FORMAT = 1
 TOKEN_NORMS = {None: "none", "layer_norm": "layer_norm", "constant_norm": "constant_norm_rescale"}  # as SAELens calls them
-CONFIG_FILE, WEIGHTS_FILE, SPARSITY_FILE, PLUGIN_FILE = (
-    "cfg.json", "sae_weights.safetensors", "sparsity.safetensors", "plugin.safetensors",
-)  # fmt: skip
+WEIGHTS_FILE, SPARSITY_FILE, PLUGIN_FILE = "sae_weights.safetensors", "sparsity.safetensors", "plugin.safetensors"
 
 
 class Dictionary(nn.Module):
@@ -124,6 +124,86 @@ class Dictionary(nn.Module):
         self.W_dec.data.copy_(norm * _unit_rows(d_sae, self.d_out, generator) if self.is_transcoder else directions)
         if not rule.tied:
             self.W_enc.data.copy_(directions.T)
+        return self.eval()
+
+    @classmethod
+    @torch.no_grad()
+    def from_tensors(
+        cls,
+        *,
+        W_dec: Any,
+        W_enc: Any = None,
+        b_enc: Any = None,
+        b_dec: Any = None,
+        W_skip: Any = None,
+        rule: str = "l1",
+        options: dict[str, Any] | None = None,
+        hook: str | None = None,
+        target_hook: str | None = None,
+        origin: Origin | None = None,
+        **rule_tensors: Any,
+    ) -> "Dictionary":
+        """Make a dictionary of the tensors of a state dict.
+
+            h = (x − b_dec) W_enc + b_enc        codes = rule(h)        x_hat = codes W_dec + b_dec
+
+        Where the encoder takes x itself, give b_enc + b_dec @ W_enc as b_enc. With target_hook or W_skip it is a transcoder.
+
+        Args:
+            W_enc: [d_in d_sae] or [d_sae d_in]; W_dec: [d_sae d_out] or [d_out d_sae]. Sizes decide which. A square matrix is
+                taken in the first of these orders, and a warning is logged. A rule that encodes with W_decᵀ takes no W_enc.
+            W_skip: [d_out d_in], or the other way round where the sizes differ; x W_skipᵀ is added to the output.
+            b_enc, b_dec: zeros where they are not given.
+            rule: name of the sparsity rule; options: its settings, such as {"k": 32}.
+            rule_tensors: its other tensors, such as threshold= of jumprelu; a number counts for all latents.
+            origin: where the activations come from; `hook` and `target_hook` replace those in it.
+
+        Everything is converted to float32.
+
+        Raises:
+            ShapeError: a tensor has another shape than the others demand, or is no tensor.
+            NonFiniteError: a tensor holds NaN or infinity.
+            ConfigError: an option is unknown, or a tensor is missing or unknown to the rule.
+            PluginError: there is no such rule.
+        """
+        hooks = {name: value for name, value in (("hook", hook), ("target_hook", target_hook)) if value is not None}
+        origin = Origin(**((origin or Origin(excluded_positions=())).model_dump() | hooks))
+        transcoder = origin.target_hook is not None or W_skip is not None
+        rule_class = registry.load(rule)
+        own, settings = rule_class.from_published(float_tensors(rule_tensors), options or {})
+        given = float_tensors({"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec, "W_skip": W_skip})
+        if missing := {"W_dec", *(() if rule_class.tied else ("W_enc",))} - given.keys():
+            raise ConfigError(f"{rule} needs {' and '.join(sorted(missing))}")
+        sizes = sizes_of(given | own, transcoder=transcoder)
+        d_in, d_sae, d_out = sizes["d_in"], sizes["d_sae"], sizes["d_out"]
+        self = cls(
+            rule_class(rule_class.Config(**settings), d_in=d_in, d_sae=d_sae),
+            d_in=d_in,
+            d_sae=d_sae,
+            d_out=d_out if transcoder else None,
+            skip=W_skip is not None,
+            origin=origin,
+        )
+        state, given = self.state_dict(), given | {f"rule.{name}": tensor for name, tensor in own.items()}
+        form = self.rule.inference_form()
+        needed = {f"rule.{name}" for name, _ in self.rule.named_parameters()}
+        needed |= {f"rule.{name}" for name in (form.tensors if form else ()) if f"rule.{name}" in state}
+        unknown, missing = given.keys() - state.keys(), needed - given.keys()
+        if unknown or missing:
+            names = form.tensors if form else [name.removeprefix("rule.") for name in needed]
+            missing = missing and ({name for name in names if f"rule.{name}" not in given} or missing)
+            lists = [{name for name in state if not name.startswith("rule.")}, set(names), unknown, missing]
+            taken, own_names, surplus, absent = (
+                ", ".join(sorted(n.removeprefix("rule.") for n in some)) or "none" for some in lists
+            )
+            raise ConfigError(
+                f"{rule} takes {taken} and, of its own, {own_names}; tensors missing: {absent}; not expected: {surplus}"
+            )
+        for name, tensor in given.items():
+            state[name].copy_(in_order(name.removeprefix("rule."), tensor, *state[name].shape))
+        norms = torch.linalg.vector_norm(self.W_dec, dim=1)
+        if rule_class.tied and (norms - 1).abs().max() > 1e-3:
+            raise ConfigError(f"rows of W_dec have norms {norms.min():.3g} to {norms.max():.3g}; {rule} needs unit vectors")
         return self.eval()
 
     @property
@@ -385,6 +465,7 @@ class Dictionary(nn.Module):
                 "context_size": self.origin.n_ctx,
                 "prepend_bos": self.origin.prepend_bos,
                 "dataset_path": self.origin.text,
+                **self._tokens_left_out(),
                 "model_from_pretrained_kwargs": dict.fromkeys(self.origin.processing, True),
                 "saelens_lite": {
                     "format": FORMAT,
@@ -400,12 +481,18 @@ class Dictionary(nn.Module):
             },
         }
 
+    def _tokens_left_out(self) -> dict[str, Any]:
+        """Excluded positions and token ids as SAELens says them; positions that are no slice of a row are left out."""
+        kept = slice_without(self.origin.excluded_positions, self.origin.n_ctx)
+        token_ids = list(self.origin.excluded_token_ids)
+        return ({"seqpos_slice": kept} if kept else {}) | ({"exclude_special_tokens": token_ids} if token_ids else {})
+
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu", format: str | None = None) -> "Dictionary":
         """The dictionary in a folder written by `save`, in a file or folder of another tool, or in either on the Hub:
         hf://user/repo/folder@revision.
 
-        format: name of the format plugin to read it with; only needed where the files are pickles.
+        format: name of the format plugin to read it with, or "saelens_lite"; only needed where the files are pickles.
 
         Raises:
             CorruptFileError: a file is missing, damaged, contradicts another, or is of no known format.
@@ -414,7 +501,7 @@ class Dictionary(nn.Module):
             HubError: it cannot be fetched from the Hub.
         """
         folder, source = local_folder(path)
-        own = format is None and is_own_folder(folder)
+        own = format in (None, OWN) and is_own_folder(folder)
         loaded = cls._load_own(folder) if own else format_of(folder, format).read(folder)
         loaded.source = source
         return loaded.to(device).eval()
@@ -502,46 +589,23 @@ def read_density(folder: Path, d_sae: int) -> Float[Tensor, " d_sae"] | None:
     return (10.0 ** log_density.double() - 1e-10).clamp(0, 1).float()
 
 
-def is_own_folder(folder: Path) -> bool:
-    """Whether a folder was written by `Dictionary.save`, of whatever version."""
-    if not (folder / CONFIG_FILE).is_file():
-        return False
-    metadata = read_json(folder / CONFIG_FILE).get("metadata")
-    return isinstance(metadata, dict) and "saelens_lite" in metadata
+def slice_without(excluded: Sequence[int], n_ctx: int | None) -> list[int | None] | None:
+    """The [start, stop, step] of `row[start:stop:step]` that leaves out those positions and no others.
 
-
-def format_of(path: Path, name: str | None = None) -> Any:
-    """The format plugin that reads a file or folder: the one of that name, else the one that detects it.
-
-    Raises:
-        CorruptFileError: none does, or several do; what was looked for is listed.
-        ConfigError: its files are pickles, which are only read on request.
-        PluginError: there is no format of that name.
+    None where nothing is left out, where no slice does it, or where it depends on a row's length that is not known.
     """
-    if not path.exists():
-        raise CorruptFileError(f"{path / CONFIG_FILE} is missing; is {path} the folder you meant?")
-    if name is not None:
-        return registry.load(name, "formats")()
-    usable = [plugin for plugin in registry.plugins("formats") if registry.check(plugin).status == "ok"]
-    formats = [registry.load(plugin.name, "formats")() for plugin in usable]
-    found = [reader for reader in formats if reader.detect(path)]
-    names = ", ".join(reader.plugin_name for reader in found or formats)
-    if not found:
-        for file in sorted(path.glob("*.safetensors")):
-            check_header(file)  # a damaged file should be called that
-        if path.is_dir() and not (path / CONFIG_FILE).exists():
-            raise CorruptFileError(
-                f"{path / CONFIG_FILE} is missing; is {path} the folder you meant? Nothing of {names} was found there either"
-            )
-        raise CorruptFileError(f"{path} holds no dictionary of saelens_lite, and nothing of {names}")
-    if len(found) > 1:
-        raise CorruptFileError(f"{path} could be any of {names}; say which by format=")
-    if found[0].pickled:
-        raise ConfigError(
-            f"{path} looks like {names}, whose files are pickles, which are read only on request: say format={names!r} "
-            "(tensors only; nothing in it is executed)"
-        )
-    return found[0]
+    excluded = sorted({position for position in excluded if n_ctx is None or position < n_ctx})
+    if not excluded:
+        return None
+    if excluded == list(range(len(excluded))) and len(excluded) != n_ctx:
+        return [len(excluded), None]
+    if n_ctx is None:
+        return None
+    kept = sorted(set(range(n_ctx)) - set(excluded))
+    step = kept[1] - kept[0] if len(kept) > 1 else 1
+    if not kept or kept != list(range(kept[0], kept[-1] + 1, step)):
+        return None
+    return [kept[0], None if kept[-1] + step >= n_ctx else kept[-1] + 1, *([step] if step > 1 else [])]
 
 
 def _unit_rows(n: int, d: int, generator: torch.Generator) -> Float[Tensor, "n d"]:

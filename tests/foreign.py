@@ -339,10 +339,29 @@ def saelens_cases() -> dict[str, Case]:
             "l1",
             (*FOUR, "scaling_factor"),
             relu,
-            settings=old,
+            settings=old | {"finetuning_scaling_factor": True},
             p=scaled,
             x_hat=lambda x: functions(p, relu)[0](x) * scaled["scaling_factor"].double() @ w["W_dec"] + w["b_dec"],
         ),
+        "before 6, finetuning_scaling_factor": saelens(
+            "standard",
+            "l1",
+            (*FOUR, "finetuning_scaling_factor"),
+            relu,
+            settings=old | {"finetuning_scaling_factor": True},
+            p=p | {"finetuning_scaling_factor": scaled["scaling_factor"]},
+            x_hat=lambda x: functions(p, relu)[0](x) * scaled["scaling_factor"].double() @ w["W_dec"] + w["b_dec"],
+        ),
+        "before 6, a factor of one": saelens(
+            "standard",
+            "l1",
+            (*FOUR, "scaling_factor"),
+            relu,
+            settings=old | {"finetuning_scaling_factor": False},
+            p=p | {"scaling_factor": torch.ones(D_SAE)},
+            exact=FOUR,
+        ),
+        "topk without k": saelens("topk", "topk", FOUR, relu, exact=FOUR),  # 100, of 24 latents
     }
 
 
@@ -358,11 +377,11 @@ def sparsify_cases() -> dict[str, Case]:
         "d_in": D_IN,
     }
 
-    def case(act, rule, settings, tensors=names, name="layers.3.mlp", **origin):
+    def case(act, rule, settings, tensors=names, name="layers.3.mlp", exact=FOUR, **origin):
         transcode, skip = settings.get("transcode", False), settings.get("skip_connection", False)
         write = safetensors(tensors, "sae.safetensors", common | settings, "cfg.json")
         codes, x_hat = functions(p, act, subtract=not transcode, skip=skip)
-        architecture = f"{settings['activation']}{' transcoder' if transcode else ''}"
+        architecture = f"{settings['activation']}{' transcoder' if transcode or skip else ''}"
         return Case(
             "sparsify",
             rule,
@@ -370,7 +389,7 @@ def sparsify_cases() -> dict[str, Case]:
             codes,
             x_hat,
             architecture,
-            exact=pick(p, *FOUR),
+            exact=pick(p, *exact),
             origin=origin,
         )
 
@@ -382,6 +401,15 @@ def sparsify_cases() -> dict[str, Case]:
             topk(K),
             "topk",
             {"activation": "topk", "transcode": True},
+            hook="blocks.3.mlp.hook_in",
+            target_hook="blocks.3.hook_mlp_out",
+        ),
+        "sparsify skip, no transcode": case(
+            topk(K),
+            "topk",
+            {"activation": "topk", "skip_connection": True},
+            tensors=names | {"W_skip": p["W_skip"]},
+            exact=("W_enc", "W_dec", "b_dec", "W_skip"),
             hook="blocks.3.mlp.hook_in",
             target_hook="blocks.3.hook_mlp_out",
         ),
@@ -561,7 +589,7 @@ def llamascopium_cases() -> dict[str, Case]:
     log_threshold = {"activation_function.log_jumprelu_threshold": p["threshold"].log()}
     here, there = "blocks.5.ln2.hook_normalized", "blocks.5.hook_mlp_out"
 
-    def case(act, rule, settings, tensors, norms=(None, None), by_norm=True, times_norms=False):
+    def case(act, rule, settings, tensors, norms=(None, None), by_norm=True, times_norms=False, subtract=False):
         target = there if len(norms) == 2 and settings.get("out") else here
         config = {
             "sae_type": "sae",
@@ -583,7 +611,7 @@ def llamascopium_cases() -> dict[str, Case]:
         n = w["W_dec"].norm(dim=1) if by_norm else torch.ones(D_SAE, dtype=torch.float64)
 
         def codes(x):
-            return act((c_in * x @ w["W_enc"] + w["b_enc"]) * n) / n
+            return act(((c_in * x - subtract * w["b_dec"]) @ w["W_enc"] + w["b_enc"]) * n) / n
 
         def x_hat(x):
             return (codes(x) @ w["W_dec"] + (w["b_dec"] if "b_D" in tensors else 0)) / c_out
@@ -604,6 +632,9 @@ def llamascopium_cases() -> dict[str, Case]:
     jump = {"act_fn": "jumprelu"}
     return {
         "llamascopium relu": case(relu, "l1", {"act_fn": "relu"}, four),
+        "llamascopium, b_D subtracted": case(
+            relu, "l1", {"act_fn": "relu", "apply_decoder_bias_to_pre_encoder": True}, four, norms=(7.0, 7.0), subtract=True
+        ),
         "llamascopium topk": case(topk(K), "topk", {"act_fn": "topk"}, four, norms=(7.0, 7.0), times_norms=True),
         "llamascopium topk, no norms": case(topk(K), "topk", {"act_fn": "topk"}, four, by_norm=False),
         "llamascopium jumprelu": case(above(p["threshold"]), "jumprelu", jump, four | log_threshold, norms=(7.0, 7.0)),
@@ -621,10 +652,10 @@ def circuit_tracer_cases() -> dict[str, Case]:
     names = {"W_enc": p["W_enc"].T, "b_enc": p["b_enc"], "W_dec": p["W_dec"], "b_dec": p["b_dec"]}
     above_it = {"activation_function.threshold": p["threshold"]}
 
-    def case(activation, rule, act, tensors, said="", layer=3, skip=False, the_file=False):
+    def case(activation, rule, act, tensors, said="", layer=3, skip=False, the_file=False, at=""):
         config = (
             "model_name: google/gemma-2-2b\nmodel_kind: transcoder_set\n# where it stands\n"
-            f"feature_input_hook: ln2.hook_normalized\nfeature_output_hook: 'hook_mlp_out'\nscan: null\n{said}"
+            f"feature_input_hook: '{at}ln2.hook_normalized'\nfeature_output_hook: 'hook_mlp_out'\nscan: null\n{said}"
         )
 
         def write(folder: Path) -> Path:
@@ -650,6 +681,8 @@ def circuit_tracer_cases() -> dict[str, Case]:
         "circuit-tracer skip": case("relu", "l1", relu, names, "activation: relu\n", skip=True),
         "circuit-tracer topk": case("topk", "topk", topk(K), names, f"activation: topk\nk: {K}\n"),
         "circuit-tracer jumprelu": case("jumprelu", "jumprelu", above(p["threshold"]), names | above_it, skip=True),
+        "circuit-tracer, k in the file": case("topk", "topk", topk(K), names | {"k": torch.tensor(K)}, "activation: topk\n"),
+        "circuit-tracer, a placeholder": case("relu", "l1", relu, names, at="blocks.{layer}."),
         "circuit-tracer, one of two files": case("relu", "l1", relu, names, layer=1, the_file=True),
     }
 
@@ -663,3 +696,12 @@ CASES = (
     | llamascopium_cases()
     | circuit_tracer_cases()
 )
+
+
+def edited(case: str, folder: Path, name: str = "cfg.json", inner: str | None = None, **changes: Any) -> Path:
+    """A case's files with other settings."""
+    path = CASES[case].write(folder / "foreign")
+    config = json.loads((path / name).read_text())
+    (config[inner] if inner else config).update(changes)
+    (path / name).write_text(json.dumps(config))
+    return path

@@ -42,9 +42,11 @@ LEAVES = {
     "errors",
     "config",
     "files",
+    "format_detection",
     "places",
     "progress",
     "registry",
+    "state_dicts",
     "unfinished",
 }  # import nothing of ours but each other; everyone may import them
 ONLY_IN = {"transformer_lens": "model", "huggingface_hub": "hub"}

@@ -260,6 +260,7 @@ def test_cfg_json_of_the_published_format(dictionary, tmp_path):
         "hook_head_index": None,
         "context_size": 64,
         "prepend_bos": True,
+        "seqpos_slice": [1, None],  # position 0 is not trained on
         "dataset_path": "docs",
         "model_from_pretrained_kwargs": {},
     }

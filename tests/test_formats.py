@@ -6,7 +6,7 @@ from importlib.metadata import EntryPoint
 
 import pytest
 import torch
-from foreign import CASES, D_IN, D_SAE, normal
+from foreign import CASES, D_IN, D_SAE, edited, normal
 from safetensors.torch import load_file, save_file
 
 import saelens_lite as sl
@@ -300,15 +300,6 @@ def test_an_output_that_exists_is_kept(tmp_path):
     assert sl.Dictionary.load(sl.convert(own, own, "sparsify", exists="overwrite")).rule.plugin_name == "topk"
     with pytest.raises(PluginError, match="no formats plugin is called 'sparsfy'; did you mean sparsify"):
         sl.convert(own, tmp_path / "x", "sparsfy")
-
-
-def edited(case: str, folder, name: str = "cfg.json", inner: str | None = None, **changes):
-    """A case's files with other settings."""
-    path = CASES[case].write(folder / "foreign")
-    config = json.loads((path / name).read_text())
-    (config[inner] if inner else config).update(changes)
-    (path / name).write_text(json.dumps(config))
-    return path
 
 
 @pytest.mark.parametrize(

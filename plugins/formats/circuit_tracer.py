@@ -3,13 +3,15 @@
     codes = act(x W_encᵀ + b_enc)        y = codes W_dec + b_dec + x W_skipᵀ
 
 W_enc stands in the file as [d_sae d_in]. Without an activation in config.yaml it is a JumpReLU where the file has thresholds,
-else a ReLU. circuit-tracer wants all layers from 0 on: put the layer files of several dictionaries of one kind into one folder.
+else a ReLU. Hooks are named within their layer, or with {layer} in the place of its number. circuit-tracer wants all layers
+from 0 on: put the layer files of several dictionaries of one kind into one folder.
 """
 
 import json
 import logging
 import re
 from pathlib import Path
+from typing import Literal
 
 import yaml
 
@@ -19,8 +21,11 @@ from saelens_lite.formats import (
     Format,
     Outline,
     Settings,
+    TensorFile,
     cannot_write,
     file_size,
+    fill_layer,
+    hook_of_module,
     open_tensors,
     tensor_names,
     write_tensors,
@@ -31,7 +36,7 @@ CONFIG, LAYERS = "config.yaml", "layer_*.safetensors"
 MAX_YAML_BYTES = 1 << 16
 ACTIVATIONS = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu"}  # of a published architecture
 RULES = {"relu": "l1", "topk": "topk", "jumprelu": "jumprelu"}
-THRESHOLD, SKIP = "activation_function.threshold", "W_skip"
+THRESHOLD, SKIP, K = "activation_function.threshold", "W_skip", "k"
 NAMES = {
     "W_enc": ("W_enc", "d_sae d_in"),
     "b_enc": ("b_enc", "d_sae"),
@@ -43,10 +48,12 @@ NAMES = {
 class CircuitTracer(Format):
     """circuit-tracer's transcoders, a file for each layer; read and written."""
 
+    files = (CONFIG, LAYERS)
+
     def detect(self, path: Path) -> bool:
         files = [path] if path.is_file() else sorted(path.glob(LAYERS))[:1]
         return any(
-            (file.parent / CONFIG).is_file() and tensor_names(file) - {THRESHOLD, SKIP} == NAMES.keys() for file in files
+            (file.parent / CONFIG).is_file() and tensor_names(file) - {THRESHOLD, SKIP, K} == NAMES.keys() for file in files
         )
 
     def outline(self, path: Path) -> Outline:
@@ -55,14 +62,13 @@ class CircuitTracer(Format):
         kind = config.text("model_kind", "transcoder_set")
         if kind != "transcoder_set":
             raise ConfigError(f"{config.path}: a {kind} writes to several layers, which has no place here")
-        activation = config.text("activation", "jumprelu" if THRESHOLD in file.specs else "relu").lower()
+        found = next((name for tensor, name in ((THRESHOLD, "jumprelu"), (K, "topk")) if tensor in file.specs), "relu")
+        activation = config.text("activation", found).lower()
         if activation not in RULES:
             raise ConfigError(f"{config.path}: no rule here computes {activation!r}; those of {', '.join(RULES)} are read")
-        k = config.whole("k") if activation == "topk" else None
-        if k is not None:
-            _say_what_differs(k)
+        k = _k(config, file) if activation == "topk" else None
         layer = re.fullmatch(r"layer_(\d+)\.safetensors", file.path.name)
-        hook, target = (_hook(config, f"feature_{side}_hook", layer) for side in ("input", "output"))
+        hook, target = (_hook(config, side, layer and int(layer[1])) for side in ("input", "output"))
         return Outline(
             file,
             RULES[activation],
@@ -72,6 +78,7 @@ class CircuitTracer(Format):
             options={"topk": {"k": k}, "jumprelu": {"parameter": "plain"}}.get(activation, {}),
             origin=Origin(model=config.text("model_name"), hook=hook, target_hook=target, excluded_positions=()),
             transcoder=True,
+            unused=frozenset({K} if activation == "topk" else ()),
             config=config.values,
             architecture=f"{activation} transcoder",
         )
@@ -138,12 +145,36 @@ def _settings(path: Path) -> Settings:
     return Settings(path, values)
 
 
-def _hook(config: Settings, key: str, layer: re.Match | None) -> str | None:
+def _k(config: Settings, file: TensorFile) -> int:
+    """k of config.yaml, or of the file where only that has it."""
+    stored = int(file.read([K])[K]) if file.ndim(K) == 0 else None
+    k = config.whole("k", stored)
+    if stored not in (None, k):
+        raise CorruptFileError(f"{file.path}: k = {stored}, but {config.path} has k = {k}")
+    _say_what_differs(k)
+    return k
+
+
+def _hook(config: Settings, side: Literal["input", "output"], layer: int | None) -> str | None:
     """transformer-lens's name for a hook of a layer; None where no layer is known."""
+    key = f"feature_{side}_hook"
     name = config.text(key)
     if name is None:
         raise CorruptFileError(f"{config.path}: {key} is missing")
-    return f"blocks.{int(layer[1])}.{name}" if layer else None
+    name = fill_layer(config.path, name, layer)
+    if numbered := re.match(r"blocks\.(\d+)\.", name):
+        if layer not in (None, int(numbered[1])):
+            raise CorruptFileError(f"{config.path}: {key} is {name!r}, but the file is that of layer {layer}")
+        return name
+    if re.match(r"(model|transformer|gpt_neox|layers|h)\.", name):
+        hook = hook_of_module(name, side)
+        if hook is None:
+            raise ConfigError(
+                f"{config.path}: {key} is {name!r}, the {side} of a module for which no hook is known here; write "
+                "transformer-lens's name there, such as mlp.hook_in or hook_mlp_out"
+            )
+        return hook
+    return None if layer is None else f"blocks.{layer}.{name}"
 
 
 def _say_what_differs(k: int) -> None:

@@ -67,6 +67,7 @@ class DictionaryLearning(Format):
     """dictionary_learning's ae.pt and config.json, seven classes; read (on request, as it is a pickle) and written."""
 
     pickled = True
+    files = (CONFIG, WEIGHTS)
 
     def detect(self, path: Path) -> bool:
         file = find_file(path, WEIGHTS)
@@ -162,14 +163,24 @@ def _options(name: str, trainer: Settings, file: TorchFile, at: str) -> dict:
 
 
 def _origin(trainer: Settings, buffer: Settings) -> Origin:
-    module = trainer.text("submodule_name")
+    module, side = trainer.text("submodule_name"), buffer.text("io", "out")
+    if side not in ("in", "out"):
+        raise ConfigError(
+            f"{buffer.path}: buffer.io is {side!r}: what goes in and what comes out differ, which no class here has"
+        )
+    if "layer" in buffer and "io" not in buffer:
+        raise ConfigError(f"{buffer.path}: the buffer is one of attention heads; dictionaries of single heads are not read")
     place = re.fullmatch(r"(resid_post|resid_pre|mlp_out|attn_out)_layer_(\d+)", module or "")
     if place:
         hook = f"blocks.{place[2]}.hook_{place[1]}"
     elif module is not None:
-        hook = module if module.startswith("blocks.") else hook_of_module(module)
+        hook = module if module.startswith("blocks.") else hook_of_module(module, "input" if side == "in" else "output")
     else:
-        hook = f"blocks.{trainer.whole('layer')}.hook_resid_post" if "layer" in trainer else None
+        hook = f"blocks.{trainer.whole('layer')}.hook_resid_{'pre' if side == 'in' else 'post'}" if "layer" in trainer else None
+    if side == "in" and (place or (module or "").startswith("blocks.")):
+        raise ConfigError(
+            f"{buffer.path}: buffer.io is 'in', but submodule_name is {module!r}, an activation; remove one of them"
+        )
     n_ctx = buffer.whole("ctx_len") if "ctx_len" in buffer else None
     return Origin(model=trainer.text("lm_name"), hook=hook, n_ctx=n_ctx, excluded_positions=())
 

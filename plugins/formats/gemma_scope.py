@@ -6,11 +6,12 @@ A, affine_skip_connection, stands in the files as [d_in d_out]. Files of the fir
 to nor whether they are transcoders; nothing in the equation depends on that.
 """
 
+import logging
 import zipfile
 from pathlib import Path
 
 from saelens_lite import Origin
-from saelens_lite.errors import ConfigError
+from saelens_lite.errors import ConfigError, CorruptFileError
 from saelens_lite.formats import Format, Outline, Settings, find_file, hook_of_module, open_tensors, tensor_names
 
 FILES = ("params.npz", "params.safetensors")
@@ -32,10 +33,21 @@ class GemmaScope(Format):
         W = "w" if "w_enc" in file.specs else "W"
         settings = file.path.parent / "config.json"
         config = Settings.read(settings) if W == "w" and settings.is_file() else Settings(settings, {})
-        if file.ndim(f"{W}_dec") == 3:
-            raise ConfigError(f"{file.path}: a transcoder that writes to several layers has no place here")
+        kind, architecture = config.text("type"), config.text("architecture", "jump_relu")
+        if file.ndim(f"{W}_dec") == 3 or kind in ("clt", "crosscoder"):
+            raise ConfigError(f"{file.path}: a {kind or 'transcoder'} that reads or writes several layers has no place here")
+        if kind not in (None, "sae", "transcoder") or architecture not in ("jump_relu", "jumprelu"):
+            raise ConfigError(
+                f"{config.path}: type {kind!r} with architecture {architecture!r}; sae and transcoder with jump_relu are read"
+            )
+        if config.flag("affine_connection") and SKIP not in file.specs:
+            raise CorruptFileError(f"{file.path}: affine_connection is true, but tensor {SKIP!r} is missing")
         inside, outside = config.text("hf_hook_point_in"), config.text("hf_hook_point_out")
-        transcoder = SKIP in file.specs or (outside is not None and outside != inside)
+        transcoder = SKIP in file.specs or kind == "transcoder" or (outside is not None and outside != inside)
+        if kind == "sae" and transcoder:
+            raise CorruptFileError(
+                f"{config.path}: type is 'sae', but there is a skip connection, or hf_hook_point_out is not hf_hook_point_in"
+            )
         return Outline(
             file,
             "jumprelu",
@@ -58,11 +70,14 @@ class GemmaScope(Format):
             transcoder=transcoder,
             subtracts_b_dec=False,
             config=config.values,
-            architecture=config.text("architecture", "jump_relu"),
+            architecture=architecture,
         )
 
 
 def _hook(point: str | None) -> str | None:
-    """transformer-lens's name for "model.layers.3.output"."""
+    """transformer-lens's name for "model.layers.3.output"; None where none is known, which is logged."""
     module, _, side = (point or "").rpartition(".")
-    return hook_of_module(module, side) if side in ("input", "output") else None
+    hook = hook_of_module(module, side) if side in ("input", "output") else None
+    if point is not None and hook is None:
+        logging.getLogger(__name__).warning("no hook is known for %s; the dictionary's origin names none", point[:80])
+    return hook

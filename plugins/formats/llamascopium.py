@@ -22,6 +22,9 @@ THRESHOLD = "activation_function.log_jumprelu_threshold"
 class Llamascopium(Format):
     """Llama Scope's config.json and sae_weights.safetensors, autoencoders and transcoders; read."""
 
+    folders = True
+    files = (CONFIG, WEIGHTS)
+
     def detect(self, path: Path) -> bool:
         return {"W_E", "b_E", "W_D"} <= tensor_names(path / WEIGHTS) and (path / CONFIG).is_file()
 
@@ -31,6 +34,12 @@ class Llamascopium(Format):
         target = config.text("hook_point_out", hook)
         if function not in RULES:
             raise ConfigError(f"{config.path}: codes by {function!r} depend on the rest of their batch, which is lost here")
+        kind = config.text("sae_type", "sae")
+        if kind not in ("sae", "transcoder"):
+            raise ConfigError(f"{config.path}: sae_type {kind!r} has no place here; sae and transcoder are read")
+        subtracted = config.flag("apply_decoder_bias_to_pre_encoder")
+        if subtracted and target != hook:
+            raise ConfigError(f"{config.path}: apply_decoder_bias_to_pre_encoder of a transcoder has no place here")
         if config.flag("use_glu_encoder") or file.ndim("W_E") == 3:
             raise ConfigError(f"{config.path}: a gated encoder, or one of several layers, has no place here")
         by_norm = config.flag("sparsity_include_decoder_norm", True)
@@ -62,14 +71,14 @@ class Llamascopium(Format):
             options={"topk": {"k": config.whole("top_k", 50)}, "jumprelu": {"parameter": "plain"}}.get(function, {}),
             origin=Origin(hook=hook, target_hook=target if target != hook else None, excluded_positions=()),
             transcoder=target != hook,
-            subtracts_b_dec=False,
+            subtracts_b_dec=subtracted,
             scale=scale,
             target_scale=target_scale,
             adjust=adjust,
             unused=frozenset(name for name in file.specs if name.startswith(NORM)),
-            sizes={"d_in": config.whole("d_model")},
+            sizes={"d_in": config.whole("d_model")} | ({"d_sae": config.whole("d_sae")} if "d_sae" in config else {}),
             config=config.values,
-            architecture=f"{config.text('sae_type', 'sae')} {function}",
+            architecture=f"{kind} {function}",
         )
 
     def _scales(self, config: Settings, file, hook: str | None, target: str | None) -> tuple[float, float | None]:

@@ -5,17 +5,27 @@
 Our own folders are SAELens folders already; what is written here is the same without what only we read. Before version 6,
 settings stand at the top level of cfg.json, and where no loading options are mentioned, GPT-2 was loaded by HookedTransformer's
 defaults, which take the mean out of what is written to the residual stream.
+
+Settings that change the codes, the output, or the tokens that count are translated or refused. `seqpos_slice` becomes excluded
+positions, a list in `exclude_special_tokens` excluded token ids (true adds nothing: special tokens are always left out here).
 """
 
+import logging
+import re
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from saelens_lite import Dictionary, Origin
-from saelens_lite.errors import ConfigError
+from saelens_lite.errors import ConfigError, CorruptFileError
 from saelens_lite.formats import (
     Format,
     Outline,
     Settings,
     cannot_write,
+    fill_layer,
+    hook_of_module,
     open_tensors,
     read_density,
     read_json,
@@ -42,10 +52,21 @@ RULES = {  # architecture → (our rule, its tensors)
 }
 TOKEN_NORMS = {"none": None, "layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm"}
 CENTERED = "center_writing_weights"
+FACTORS = ("scaling_factor", "finetuning_scaling_factor")  # of each latent: codes are multiplied by it when they are decoded
+HEADS = ("hook_head_index", "hook_point_head_index", "hook_head_index_out", "hook_point_head_index_out")
+LOADING = {  # options of a model's loading that leave its activations as they are, or stand in the origin
+    *(CENTERED, "revision", "dtype", "torch_dtype", "device", "n_devices", "device_map", "move_to_device", "trust_remote_code"),
+    *("attn_implementation", "token", "cache_dir", "center_unembed", "low_cpu_mem_usage", "local_files_only"),
+}
+DEFAULT_K = 100  # of SAELens, where a top-k file does not say it
+MAX_EXCLUDED = 1 << 20
 
 
 class SAELens(Format):
     """cfg.json and sae_weights.safetensors, of version 6 and before; read and written."""
+
+    folders = True
+    files = (CONFIG, WEIGHTS)
 
     def detect(self, path: Path) -> bool:
         return {"W_dec", "b_dec"} <= tensor_names(path / WEIGHTS) and (path / CONFIG).is_file()
@@ -56,12 +77,21 @@ class SAELens(Format):
         architecture = self._architecture(config)
         rule, names = RULES[architecture]
         transcoder = "transcoder" in architecture
-        scaled = {"finetuning": ("scaling_factor", "d_sae")} if "scaling_factor" in file.specs else {}
+        self._refuse_what_is_not_computed(config, transcoder)
+        scaled = config.flag("finetuning_scaling_factor")
+        name = next((name for name in FACTORS if name in file.specs), FACTORS[0])
+        factor = {"finetuning": (name, "d_sae")} if scaled or name in file.specs else {}
         rescaled = architecture == "topk" and config.flag("rescale_acts_by_decoder_norm")
 
         def adjust(weights):
-            if scaled:  # codes are multiplied by it when they are decoded
-                weights["W_dec"] *= weights.pop("finetuning")[:, None]
+            factors = weights.pop("finetuning", None)
+            if scaled:
+                weights["W_dec"] *= factors[:, None]
+            elif factors is not None and not torch.allclose(factors, torch.ones_like(factors)):
+                raise ConfigError(
+                    f"{file.path} holds {name}, which is not one everywhere, but finetuning_scaling_factor in {config.path} is "
+                    "not true; set it to true if codes are to be multiplied by it before they are decoded, or remove the tensor"
+                )
             if not weights.keys() & {"W_enc"} and (weights["W_dec"].norm(dim=1) - 1).abs().max() > 1e-3:
                 raise ConfigError(f"{config.path}: rows of W_dec are no unit vectors, on which matching pursuit here depends")
             if rescaled:  # the largest are chosen after multiplying by the norms of W_dec, and divided by them when decoded
@@ -73,13 +103,13 @@ class SAELens(Format):
         return Outline(
             file,
             rule,
-            names | scaled,
+            names | factor,
             options=self._options(architecture, config),
             origin=self._origin(config, transcoder),
             transcoder=transcoder,
             subtracts_b_dec=config.flag("apply_b_dec_to_input", True) and not transcoder,
             token_norm=self._token_norm(config),
-            adjust=adjust if scaled or rescaled or architecture == "matching_pursuit" else None,
+            adjust=adjust if factor or rescaled or architecture == "matching_pursuit" else None,
             sizes={name: config.whole(name) for name in ("d_in", "d_sae", *(["d_out"] if transcoder else []))},
             config=config.values,
             architecture=architecture,
@@ -93,18 +123,46 @@ class SAELens(Format):
     def _architecture(self, config: Settings) -> str:
         architecture = config.text("architecture", "standard")
         function = config.text("activation_fn") or config.text("activation_fn_str") or "relu"
-        if architecture == "standard" and function == "topk":
+        if function == "topk" and architecture in ("standard", "topk"):
+            if architecture == "standard" and "k" not in config and "k" not in config.part("activation_fn_kwargs"):
+                raise CorruptFileError(
+                    f"{config.path}: activation_fn is 'topk', but k is missing (activation_fn_kwargs.k); add it"
+                )
             return "topk"
-        if architecture not in RULES or (architecture == "standard" and function != "relu"):
+        if architecture not in RULES or function != "relu":
             raise ConfigError(
                 f"{config.path}: no rule here computes the codes of architecture {architecture!r} with {function!r}; those of "
                 f"{', '.join(RULES)} are read"
             )
         return architecture
 
+    def _refuse_what_is_not_computed(self, config: Settings, transcoder: bool) -> None:
+        """Raise ConfigError for settings that change the function and have no equivalent here."""
+        for settings in (config, config.part("metadata")):
+            for key in HEADS:
+                if key in settings:
+                    raise ConfigError(
+                        f"{config.path}: {key} = {settings.values[key]!r}, so the dictionary belongs to one attention head; "
+                        "only dictionaries of all heads are read. Dictionary.from_tensors takes its tensors, for activations "
+                        "that you cut out of that head yourself"
+                    )
+        reshaped = config.text("reshape_activations", "none")
+        if reshaped not in ("none", "hook_z"):
+            raise ConfigError(f"{config.path}: reshape_activations is {reshaped!r}; 'none' and 'hook_z' are read")
+        if transcoder and config.flag("apply_b_dec_to_input"):
+            raise ConfigError(f"{config.path}: apply_b_dec_to_input is true; in a transcoder b_dec belongs to the output alone")
+
+    def _k(self, config: Settings) -> int:
+        said = [part.whole("k") for part in (config, config.part("activation_fn_kwargs")) if "k" in part]
+        if len(set(said)) > 1:
+            raise CorruptFileError(f"{config.path}: k is {said[0]}, but activation_fn_kwargs.k is {said[1]}")
+        if not said:
+            logging.getLogger(__name__).warning("%s does not say k; %d is used, as in SAELens", config.path, DEFAULT_K)
+        return said[0] if said else DEFAULT_K
+
     def _options(self, architecture: str, config: Settings) -> dict:
         if architecture == "topk":
-            return {"k": config.whole("k", config.part("activation_fn_kwargs").whole("k", 100))}
+            return {"k": self._k(config)}
         if "jumprelu" in architecture:
             return {"parameter": "plain"}
         if architecture == "matching_pursuit":
@@ -130,22 +188,27 @@ class SAELens(Format):
         return TOKEN_NORMS[name]
 
     def _origin(self, config: Settings, transcoder: bool) -> Origin:
-        metadata = config.part("metadata") if "metadata" in config else config
-        if "sae_lens_version" not in metadata:
+        metadata = config.part("metadata")
+        version = re.match(r"\d{1,9}", config.text("sae_lens_version") or metadata.text("sae_lens_version") or "0")
+        if "metadata" not in config or version is None or int(version[0]) < 6:
             metadata = config
-        model, hook = metadata.text("model_name"), metadata.text("hook_name") or metadata.text("hook_point")
-        processing = metadata.part("model_from_pretrained_kwargs").values
+        model = metadata.text("model_name")
+        loading = metadata.part("model_from_pretrained_kwargs")
         old_default = metadata is config and "model_from_pretrained_kwargs" not in config and str(model).startswith("gpt2")
+        _say_what_is_not_applied(loading)
+        n_ctx = metadata.whole("context_size") if "context_size" in metadata else None
         return Origin(
             model={"gpt2-small": "gpt2"}.get(model, model),
+            revision=loading.text("revision"),
             model_class=metadata.text("model_class_name"),
-            processing=(CENTERED,) if processing.get(CENTERED) is True or old_default else (),
-            hook=hook,
-            target_hook=metadata.text("hook_name_out") if transcoder else None,
-            n_ctx=metadata.whole("context_size") if "context_size" in metadata else None,
+            processing=(CENTERED,) if loading.values.get(CENTERED) is True or old_default else (),
+            hook=_hook(metadata, "hook_name", "hook_point"),
+            target_hook=_hook(metadata, "hook_name_out") if transcoder else None,
+            n_ctx=n_ctx,
             prepend_bos=metadata.flag("prepend_bos") if "prepend_bos" in metadata else None,
             text=metadata.text("dataset_path"),
-            excluded_positions=(),
+            excluded_positions=_excluded_positions(metadata, n_ctx),
+            excluded_token_ids=_excluded_token_ids(metadata),
         )
 
     def write(self, dictionary: Dictionary, folder: Path) -> None:
@@ -159,3 +222,67 @@ class SAELens(Format):
         del config["metadata"]["saelens_lite"]
         write_json(folder / CONFIG, config)
         (folder / "plugin.safetensors").unlink(missing_ok=True)
+
+
+def _hook(metadata: Settings, *keys: str) -> str | None:
+    """transformer-lens's name for the hook that stands under one of those keys."""
+    name = next((name for name in map(metadata.text, keys) if name), None)
+    if name is None or name.startswith(("blocks.", "hook_")):
+        layer = next((metadata.whole(key) for key in ("hook_layer", "hook_point_layer") if key in metadata), None)
+        return fill_layer(metadata.path, name, layer)
+    return hook_of_module(name) or name
+
+
+def _excluded_positions(metadata: Settings, n_ctx: int | None) -> tuple[int, ...]:
+    """The positions of a row that `seqpos_slice` leaves out: SAELens trains on activations[:, slice(*seqpos_slice)]."""
+    bounds: Any = metadata.values.get("seqpos_slice")
+    if bounds is None:
+        return ()
+    if (
+        not isinstance(bounds, list)
+        or not 1 <= len(bounds) <= 3
+        or not all(bound is None or type(bound) is int for bound in bounds)
+    ):
+        raise CorruptFileError(
+            f"{metadata.path}: seqpos_slice is {str(bounds)[:80]}; expected up to three whole numbers or nulls"
+        )
+    kept = slice(*bounds)
+    start, step = kept.start or 0, 1 if kept.step is None else kept.step
+    if step < 1:
+        raise CorruptFileError(f"{metadata.path}: seqpos_slice is {bounds}; its step is to be at least 1")
+    if n_ctx is None and (start < 0 or kept.stop is not None or step > 1):
+        raise CorruptFileError(f"{metadata.path}: seqpos_slice is {bounds}, but context_size, on which it depends, is missing")
+    row = range(start if n_ctx is None else n_ctx)
+    trained_on = row[kept]
+    if len(row) - len(trained_on) > MAX_EXCLUDED or (n_ctx is not None and not trained_on):
+        raise CorruptFileError(
+            f"{metadata.path}: seqpos_slice is {bounds}, which leaves {len(trained_on):,} of {len(row):,} positions"
+        )
+    if not trained_on:
+        return tuple(row)
+    first, end = trained_on[0], trained_on[-1] + 1
+    between = (position for position in range(first, end) if position not in trained_on) if step > 1 else ()
+    return (*row[:first], *between, *row[end:])
+
+
+def _excluded_token_ids(metadata: Settings) -> tuple[int, ...]:
+    """The ids that `exclude_special_tokens` lists; true and false add none."""
+    said: Any = metadata.values.get("exclude_special_tokens")
+    if said is None or isinstance(said, bool):
+        return ()
+    if not isinstance(said, list) or not all(type(token) is int and token >= 0 for token in said):
+        raise CorruptFileError(
+            f"{metadata.path}: exclude_special_tokens is {str(said)[:80]}; expected true, false or token ids"
+        )
+    return tuple(sorted(set(said)))
+
+
+def _say_what_is_not_applied(loading: Settings) -> None:
+    """Warn about options by which the model's activations may be others than those of `load_model`."""
+    others = {key: value for key, value in loading.values.items() if key not in LOADING and value not in (None, False)}
+    if others:
+        logging.getLogger(__name__).warning(
+            "%s: the model was loaded with %s, which load_model does not apply; its activations may differ",
+            loading.path,
+            ", ".join(f"{str(key)[:40]} = {str(value)[:40]}" for key, value in sorted(others.items())[:8]),
+        )

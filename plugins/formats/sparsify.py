@@ -2,12 +2,17 @@
 
 h = ReLU((x − b_dec) encoder.weightᵀ + encoder.bias)        of a transcoder  h = ReLU(x encoder.weightᵀ + encoder.bias)
 codes = the k largest of h, or the largest of each of k groups        y = codes W_dec + b_dec + x W_skipᵀ
+
+A run with several seeds has a folder for each below the module's: layers.5/seed0. Skip transcoders older than the setting
+`transcode` take b_dec off their input too. The run's config.json, above the folders, says which token ids training left out.
 """
 
+import logging
+import re
 from pathlib import Path
 
 from saelens_lite import Dictionary, Origin
-from saelens_lite.errors import ConfigError
+from saelens_lite.errors import ConfigError, CorruptFileError
 from saelens_lite.formats import (
     Format,
     Outline,
@@ -15,12 +20,15 @@ from saelens_lite.formats import (
     cannot_write,
     hook_of_module,
     open_tensors,
+    read_json,
     tensor_names,
     write_json,
     write_tensors,
 )
 
-CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+CONFIG, WEIGHTS, RUN = "cfg.json", "sae.safetensors", "config.json"
+DEFAULT_K, DEFAULT_FACTOR = 32, 32
+NOT_COMPUTED = ("signed", "embed_skip", "gram_lookup")  # negative codes; terms that depend on the tokens
 RULES = {"topk": "topk", "groupmax": "group_max"}
 NAMES = {
     "W_enc": ("encoder.weight", "d_sae d_in"),
@@ -33,6 +41,9 @@ NAMES = {
 class Sparsify(Format):
     """sparsify's cfg.json and sae.safetensors, autoencoders and transcoders; read and written."""
 
+    folders = True
+    files = (CONFIG, WEIGHTS)
+
     def detect(self, path: Path) -> bool:
         return {"encoder.weight", "W_dec", "b_dec"} <= tensor_names(path / WEIGHTS) and (path / CONFIG).is_file()
 
@@ -40,27 +51,45 @@ class Sparsify(Format):
         config, file = Settings.read(path / CONFIG), open_tensors(path / WEIGHTS)
         activation, transcoder = config.text("activation", "topk"), config.flag("transcode")
         skip = {"W_skip": ("W_skip", "d_out d_in")} if "W_skip" in file.specs else {}
-        if activation not in RULES or config.flag("signed"):
-            raise ConfigError(f"{config.path}: activation {activation!r}, or one that keeps negative codes, has no rule here")
-        if skip and not transcoder:
+        if activation not in RULES:
+            raise ConfigError(
+                f"{config.path}: no rule here computes activation {activation!r}; those of {', '.join(RULES)} are read"
+            )
+        for key in NOT_COMPUTED:
+            if config.flag(key):
+                kept = (
+                    "it keeps negative codes" if key == "signed" else "its output depends on tokens, not on activations alone"
+                )
+                raise ConfigError(f"{config.path}: {key} is true ({kept}), which has no rule here")
+        if skip and "transcode" in config and not transcoder:
             raise ConfigError(f"{config.path}: an autoencoder with a skip connection has no place here; it would be left out")
-        d_in = config.whole("d_in")
-        name = path.resolve().name
-        hook = hook_of_module(name, "input" if transcoder else "output")
+        older = bool(skip) and not transcoder
+
+        def adjust(weights):
+            weights["b_enc"] -= weights["b_dec"] @ weights["W_enc"]
+
+        d_in, name = config.whole("d_in"), _module(path)
+        hook = hook_of_module(name, "input" if transcoder or older else "output")
         return Outline(
             file,
             RULES[activation],
             NAMES | skip,
-            options={"k": config.whole("k")},
-            origin=Origin(hook=hook, target_hook=hook_of_module(name) if transcoder else None, excluded_positions=()),
-            transcoder=transcoder,
+            options={"k": _k(config)},
+            origin=Origin(
+                hook=hook,
+                target_hook=hook_of_module(name) if transcoder or older else None,
+                excluded_positions=(),
+                excluded_token_ids=_excluded_token_ids(path),
+            ),
+            transcoder=transcoder or older,
+            adjust=adjust if older else None,
             sizes={
                 "d_in": d_in,
                 "d_out": d_in,
-                "d_sae": config.whole("num_latents", 0) or d_in * config.whole("expansion_factor"),
+                "d_sae": config.whole("num_latents", 0) or d_in * config.whole("expansion_factor", DEFAULT_FACTOR),
             },
             config=config.values,
-            architecture=f"{activation}{' transcoder' if transcoder else ''}",
+            architecture=f"{activation}{' transcoder' if transcoder or older else ''}",
         )
 
     def write(self, dictionary: Dictionary, folder: Path) -> None:
@@ -87,3 +116,32 @@ class Sparsify(Format):
         tensors |= {"b_dec": dictionary.b_dec} | ({} if dictionary.W_skip is None else {"W_skip": dictionary.W_skip})
         write_tensors(folder / WEIGHTS, tensors)
         write_json(folder / CONFIG, config)
+
+
+def _module(path: Path) -> str:
+    """The module that a folder is called like: its own name, or that of the folder above a seed's."""
+    folder = path.resolve()
+    while re.fullmatch(r"seed_?\d+", folder.name):
+        folder = folder.parent
+    return folder.name
+
+
+def _k(config: Settings) -> int:
+    if "k" not in config:
+        logging.getLogger(__name__).warning("%s does not say k; %d is used, as in sparsify", config.path, DEFAULT_K)
+    return config.whole("k", DEFAULT_K)
+
+
+def _excluded_token_ids(path: Path) -> tuple[int, ...]:
+    """The ids that the run's config.json, one or two folders above, lists as `exclude_tokens`; none where it is not there."""
+    for folder in path.resolve().parents[:3]:
+        if not (folder / RUN).is_file():
+            continue
+        run = read_json(folder / RUN)
+        if "exclude_tokens" not in run or not isinstance(run.get("sae"), dict):
+            return ()  # the settings of something else
+        said = run["exclude_tokens"] or []
+        if not isinstance(said, list) or not all(type(token) is int and token >= 0 for token in said):
+            raise CorruptFileError(f"{folder / RUN}: exclude_tokens is {str(said)[:80]}; expected token ids")
+        return tuple(sorted(set(said)))
+    return ()

@@ -67,6 +67,11 @@ class BatchTopK(Sparsity):
     def inference_form(self) -> PublishedForm:
         return PublishedForm("jumprelu", {"threshold": self.threshold})
 
+    @classmethod
+    def from_published(cls, tensors, options):
+        tensors, options = super().from_published(tensors, options)
+        return {name: value.clamp(min=0) if name == "threshold" else value for name, value in tensors.items()}, options
+
 
 def largest_positive(pre, n: int) -> Support:
     """The n largest positive entries of a whole batch, or all positive ones if there are fewer; of equals the first."""

@@ -124,3 +124,11 @@ class JumpReLU(Sparsity):
 
     def inference_form(self) -> PublishedForm:
         return PublishedForm("jumprelu", {"threshold": self.threshold})
+
+    @classmethod
+    def from_published(cls, tensors, options):
+        tensors, options = dict(tensors), dict(options)
+        if "threshold" in tensors:  # below zero it is a ReLU, whatever it is
+            tensors["plain_threshold"] = tensors.pop("threshold").clamp(min=0)
+            options["parameter"] = "plain"
+        return tensors, options

@@ -24,6 +24,7 @@ def inspect(path: Path, *, format: ReadAs = None) -> None:
     from saelens_lite.cache.stored import MANIFEST, ActivationCache
     from saelens_lite.dictionary import CONFIG_FILE
     from saelens_lite.files import read_json
+    from saelens_lite.format_detection import OWN
     from saelens_lite.places import describe, is_address
 
     if is_address(path):
@@ -34,7 +35,7 @@ def inspect(path: Path, *, format: ReadAs = None) -> None:
         facts["shards"] = len(cache.manifest["shards"])
     else:
         config = next((f for f in (path / CONFIG_FILE, path / "dictionary" / CONFIG_FILE) if f.exists()), path / CONFIG_FILE)
-        facts = read_json(config) if format is None and config.exists() else {}
+        facts = read_json(config) if format in (None, OWN) and config.exists() else {}
         if not _is_ours(facts):
             facts = formats.inspect(path, format)
         if (path / "eval.json").exists():

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from saelens_lite import registry
 from saelens_lite.config import Origin
-from saelens_lite.dictionary import Dictionary, format_of, read_density
+from saelens_lite.dictionary import Dictionary, read_density
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, PluginError
 from saelens_lite.files import (
     DTYPES,
@@ -41,6 +41,7 @@ from saelens_lite.files import (
     write_tensors,
     write_text,
 )
+from saelens_lite.format_detection import OWN, format_of
 from saelens_lite.formats.containers import (
     TensorFile,
     TorchFile,
@@ -59,6 +60,7 @@ __all__ = [
     "cannot_write",
     "convert",
     "file_size",
+    "fill_layer",
     "find_file",
     "format_of",
     "hook_of_module",
@@ -102,6 +104,8 @@ class Format:
     plugin_kind: ClassVar[str] = "formats"
     plugin_name: ClassVar[str]  # set by the registry
     pickled: ClassVar[bool] = False  # its files are pickles: they are read only where the format is asked for by name
+    folders: ClassVar[bool] = False  # it reads folders, not single files
+    files: ClassVar[tuple[str, ...]] = ()  # patterns of the files that have to lie together in a folder, for error messages
 
     def detect(self, path: Path) -> bool:
         """Whether a file or folder is of this format, judged by what it holds. Never raises, never unpickles."""
@@ -371,6 +375,22 @@ def hook_of_module(module: str, side: Literal["input", "output"] = "output") -> 
     return None
 
 
+def fill_layer(path: Path, hook: str | None, layer: int | None) -> str | None:
+    """Put the number of the layer into a hook's name: "blocks.{layer}.hook_mlp_out" of layer 3 is blocks.3.hook_mlp_out.
+
+    Raises:
+        ConfigError: the name has a placeholder, and the layer is not known or the placeholder is another one.
+    """
+    if hook is None or not re.search(r"[{}]", hook):
+        return hook
+    filled = hook.replace("{layer}", str(layer))
+    if layer is None or re.search(r"[{}]", filled):
+        raise ConfigError(
+            f"{path}: the hook {hook!r} names no layer, nor does anything beside it; write the layer's number there"
+        )
+    return filled
+
+
 def cannot_write(dictionary: Dictionary, format_name: str, loss: str) -> ConfigError:
     """The error of a format that has no place for something."""
     kind = "transcoder" if dictionary.is_transcoder else "dictionary"
@@ -418,7 +438,7 @@ def write(dictionary: Dictionary, out: str | Path, writer: Format, *, exists: Li
 
 def inspect(path: str | Path, format: str | None = None) -> dict[str, Any]:
     """What a file or folder of another tool holds, without reading its weights; raises what `Dictionary.load` raises."""
-    reader = format_of(Path(path), format)
+    reader = format_of(Path(path), None if format == OWN else format)
     return {"format": reader.plugin_name, **reader.outline(Path(path)).facts()}
 
 

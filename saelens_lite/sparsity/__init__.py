@@ -202,6 +202,13 @@ class Sparsity(nn.Module):
         """The published architecture with the same codes, or None when there is none."""
         return None
 
+    @classmethod
+    def from_published(
+        cls, tensors: Mapping[str, Tensor], options: Mapping[str, Any]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the rule's own tensors and options for tensors that may have the names of its published form."""
+        return dict(tensors), dict(options)
+
 
 @torch.no_grad()
 def normalise_decoder_(dictionary: "Dictionary") -> None:

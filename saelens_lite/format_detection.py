@@ -1,0 +1,171 @@
+"""The format of a file or folder; where there is none, what was found instead and the one thing to do.
+
+Formats are asked whether they detect a path. Nothing is unpickled and no weights are read.
+"""
+
+import zipfile
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from saelens_lite import registry
+from saelens_lite.errors import ConfigError, CorruptFileError
+from saelens_lite.files import check_header, read_json
+
+OWN, CONFIG_FILE = "saelens_lite", "cfg.json"
+MAX_LOOKED_AT = 200  # files and folders below one that holds no dictionary itself
+
+
+def is_own_folder(folder: Path) -> bool:
+    """Whether a folder was written by `Dictionary.save`, of whatever version."""
+    if not (folder / CONFIG_FILE).is_file():
+        return False
+    metadata = read_json(folder / CONFIG_FILE).get("metadata")
+    return isinstance(metadata, dict) and OWN in metadata
+
+
+def format_of(path: Path, name: str | None = None) -> Any:
+    """Return the format plugin that reads a file or folder: the one of that name, else the one that detects it.
+
+    Raises:
+        CorruptFileError: none does, or several do, or another than the named one does; the message says what was found.
+        ConfigError: its files are pickles, which are only read on request.
+        PluginError: there is no format of that name.
+    """
+    if not path.exists():
+        raise CorruptFileError(f"{path / CONFIG_FILE} is missing; is {path} the folder you meant?")
+    if name is not None:
+        return _named(path, name)
+    formats = _formats()
+    found = [reader for reader in formats if reader.detect(path)]
+    if not found:
+        return _nearest(path, formats)
+    if len(found) > 1:
+        names = ", ".join(reader.plugin_name for reader in found)
+        raise CorruptFileError(f"{path} could be any of {names}; say which by format=")
+    if found[0].pickled:
+        raise ConfigError(
+            f"{path} looks like {found[0].plugin_name}, whose files are pickles, which are read only on request: say "
+            f"format={found[0].plugin_name!r} (tensors only; nothing in it is executed)"
+        )
+    return found[0]
+
+
+def _named(path: Path, name: str) -> Any:
+    """The format of that name, unless the path is of another one."""
+    reader = None if name == OWN else registry.load(name, "formats")()
+    if reader is not None and reader.detect(path):
+        return reader
+    formats = _formats()
+    if other := _detected(path, formats):
+        raise CorruptFileError(f"{path} holds a dictionary of {other[0]}, not of {name}; say format={other[0]!r}")
+    if elsewhere := _elsewhere(path, formats):
+        raise CorruptFileError(elsewhere)
+    if reader is None:
+        _nearest(path, formats)
+        raise CorruptFileError(
+            f"{path} holds no dictionary written by saelens_lite; leave out format= to have its format found"
+        )
+    if reader.folders and path.is_file():
+        raise CorruptFileError(f"{path} is a file; a dictionary of {name} is a folder with {' and '.join(reader.files)}")
+    return reader  # its own errors say what is missing
+
+
+def _nearest(path: Path, formats: list[Any]) -> Any:
+    """The format whose files are all there, though what they hold is not its own; else an error that says what was found."""
+    if elsewhere := _elsewhere(path, formats):
+        raise CorruptFileError(elsewhere)
+    for file in sorted(path.glob("*.safetensors")):
+        check_header(file)  # a damaged file should be called that
+    if path.is_file():
+        raise CorruptFileError(f"{path} holds no dictionary of saelens_lite, and nothing of {_names(formats)}{_tensors(path)}")
+    present = {reader: [bool(next(path.glob(file), None)) for file in reader.files] for reader in formats}
+    whole = [reader for reader in formats if reader.files and all(present[reader])]
+    if len(whole) == 1 and not whole[0].pickled:
+        return whole[0]
+    if whole:
+        raise CorruptFileError(
+            f"{path} has the files of {_names(whole)}, but not their content; say which by format= to see why"
+        )
+    partly = [reader for reader in formats if any(present[reader])]
+    missing: dict[str, list[str]] = {}
+    for reader in partly:
+        for file, there in zip(reader.files, present[reader], strict=True):
+            if not there:
+                missing.setdefault(file, []).append(reader.plugin_name)
+    if missing:
+        there = sorted(
+            {file for reader in partly for file, is_there in zip(reader.files, present[reader], strict=True) if is_there}
+        )
+        wanted = " or ".join(f"{file} ({', '.join(names)})" for file, names in missing.items())
+        raise CorruptFileError(f"{path} holds {', '.join(there)}, but {wanted} is missing; put it there")
+    raise CorruptFileError(
+        f"{path / CONFIG_FILE} is missing; is {path} the folder you meant? Nothing of {_names(formats)} was found there either"
+    )
+
+
+def _elsewhere(path: Path, formats: list[Any]) -> str | None:
+    """Where the dictionary is that somebody meant by a path: the folder of the file, inside the folder, or above it."""
+    if path.is_file() and (found := _detected(path.parent, formats)):
+        where = f"{path} holds no dictionary by itself; it belongs to the one of {found[0]} in its folder"
+        return f"{where}: {_load(path.parent, found)}"
+    if path.is_dir():
+        below = {inner: found for inner in islice(_below(path), MAX_LOOKED_AT) if (found := _detected(inner, formats))}
+        whole = [inner for inner in below if inner.parent not in below]  # not a folder's single files as well
+        if whole:
+            count = "a dictionary" if len(whole) == 1 else "several dictionaries, which are read one by one,"
+            where = f"{path} holds no dictionary itself, but below it {count} of {below[whole[0]][0]}"
+            return f"{where}: {_load(whole[0], below[whole[0]])}"
+        if found := _detected(path.resolve().parent, formats):
+            return f"{path} holds no dictionary; the folder above it does, of {found[0]}: {_load(path.resolve().parent, found)}"
+    return None
+
+
+def _below(folder: Path, depth: int = 3) -> Iterator[Path]:
+    """Files and folders in a folder, and in folders in it, as deep as run/hook/seed."""
+    try:
+        inner = sorted(folder.iterdir())
+    except OSError:
+        return
+    yield from inner
+    if depth > 1:
+        for path in inner:
+            if path.is_dir() and not path.is_symlink():
+                yield from _below(path, depth - 1)
+
+
+def _detected(path: Path, formats: list[Any]) -> list[str]:
+    """The names of the formats of a path; ours alone where it is ours."""
+    try:
+        if is_own_folder(path):
+            return [OWN]
+    except CorruptFileError:
+        return []
+    return [reader.plugin_name for reader in formats if reader.detect(path)]
+
+
+def _load(path: Path, names: list[str]) -> str:
+    """What to do to load the dictionary there."""
+    pickled = names != [OWN] and registry.load(names[0], "formats").pickled
+    return f"load {path}" + (f" with format={names[0]!r}" if pickled else "")
+
+
+def _tensors(path: Path) -> str:
+    """What to do with a file of tensors of no known format."""
+    try:
+        names = ", ".join(sorted(str(name)[:40] for name in check_header(path)[0] if name != "__metadata__")[:6])
+    except CorruptFileError:
+        if not zipfile.is_zipfile(path):
+            return ""
+        names = "a PyTorch or numpy archive"
+    return f"; it holds tensors ({names}): read them and give them to Dictionary.from_tensors"
+
+
+def _formats() -> list[Any]:
+    usable = [plugin for plugin in registry.plugins("formats") if registry.check(plugin).status == "ok"]
+    return [registry.load(plugin.name, "formats")() for plugin in usable]
+
+
+def _names(formats: list[Any]) -> str:
+    return ", ".join(reader.plugin_name for reader in formats)

@@ -1,0 +1,380 @@
+"""Settings of other tools beside the weights: hooks, heads, factors, positions and tokens left out are honoured or refused."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from foreign import CASES, D_IN, D_SAE, METADATA, edited
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import saelens_lite as sl
+from saelens_lite.dictionary import slice_without
+from saelens_lite.errors import ConfigError, CorruptFileError, SaelensLiteError
+
+
+def saelens(folder: Path, **metadata) -> sl.Origin:
+    """The origin of a SAELens file with that metadata, which the file's own format keeps when it is written again."""
+    path = edited("standard", folder, metadata=METADATA | metadata)
+    origin = sl.Dictionary.load(path).origin
+    assert sl.Dictionary.load(sl.convert(path, folder / "again", "saelens")).origin == origin
+    return origin
+
+
+# Positions and tokens that do not count
+
+
+@pytest.mark.parametrize(
+    ("bounds", "n_ctx"),
+    [
+        (None, 16),
+        ([None], 16),
+        ([1, None], 16),
+        ([5, -5], 16),
+        ([3], 16),
+        ([-4, None], 16),
+        ([0, None, 2], 16),
+        ([1, 12, 3], 16),
+        ([2, 100], 16),
+        ([3, None], None),
+        ([0, None], None),
+        ([None, None, 1], None),
+    ],
+)
+def test_positions_outside_of_seqpos_slice_are_excluded(bounds, n_ctx, tmp_path):
+    row = list(range(16))
+    wanted = set(row) - set(row[slice(*(bounds or [None]))])
+    assert saelens(tmp_path, seqpos_slice=bounds, context_size=n_ctx).excluded_positions == tuple(sorted(wanted))
+
+
+def test_seqpos_slice_before_version_6_stands_at_the_top(tmp_path):
+    path = edited("before 6", tmp_path, seqpos_slice=[2, None])
+    assert sl.Dictionary.load(path).origin.excluded_positions == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "n_ctx", "reason"),
+    [
+        ([5, -5], None, r"seqpos_slice is \[5, -5\], but context_size, on which it depends, is missing"),
+        ([-5, None], None, "context_size, on which it depends"),
+        ([0, None, 2], None, "context_size, on which it depends"),
+        ([5, 5], 16, "which leaves 0 of 16 positions"),
+        ([20, None], 16, "which leaves 0 of 16 positions"),
+        ([0, None, 0], 16, "its step is to be at least 1"),
+        ([None, None, -1], 16, "its step is to be at least 1"),
+        ([], 16, "expected up to three whole numbers"),
+        ([1, 2, 3, 4], 16, "expected up to three whole numbers"),
+        ([True], 16, "expected up to three whole numbers"),
+        ([1.5], 16, "expected up to three whole numbers"),
+        ("1:", 16, "expected up to three whole numbers"),
+        ([2**30, None], None, "which leaves 0 of 1,073,741,824"),
+        ([0, 1], 2**31 - 1, "which leaves 1 of 2,147,483,647"),
+    ],
+)
+def test_slices_that_say_nothing_certain_are_refused(bounds, n_ctx, reason, tmp_path):
+    path = edited("standard", tmp_path, metadata=METADATA | {"seqpos_slice": bounds, "context_size": n_ctx})
+    with pytest.raises(CorruptFileError, match=reason):
+        sl.Dictionary.load(path)
+
+
+@given(
+    n_ctx=st.integers(1, 12),
+    bounds=st.tuples(*[st.none() | st.integers(-13, 13)] * 2, st.none() | st.integers(1, 5)),
+)
+def test_a_slice_is_found_again_from_what_it_leaves_out(n_ctx, bounds):
+    row = list(range(n_ctx))
+    kept = row[slice(*bounds)]
+    found = slice_without([p for p in row if p not in kept], n_ctx)
+    if kept == row or not kept:
+        assert found is None
+    else:
+        assert row[slice(*found)] == kept
+
+
+def test_positions_that_are_no_slice_stay_in_our_own_metadata(tmp_path):
+    assert slice_without((1, 2), 8) is None
+    assert slice_without((0, 1), None) == [2, None]
+    assert slice_without((1,), None) is None
+    origin = sl.Origin(hook="blocks.1.hook_resid_pre", n_ctx=8, excluded_positions=(0, 3), excluded_token_ids=(7, 5))
+    d = sl.Dictionary.create("topk", d_in=D_IN, d_sae=D_SAE, options={"k": 3}, origin=origin)
+    folder = d.save(tmp_path / "d")
+    metadata = json.loads((folder / "cfg.json").read_text())["metadata"]
+    assert "seqpos_slice" not in metadata
+    assert metadata["exclude_special_tokens"] == [7, 5]
+    assert sl.Dictionary.load(folder).origin == origin
+
+
+@pytest.mark.parametrize(("said", "ids"), [(None, ()), (True, ()), (False, ()), ([], ()), ([50256, 13, 13], (13, 50256))])
+def test_special_tokens_that_saelens_lists_are_excluded(said, ids, tmp_path):
+    assert saelens(tmp_path, exclude_special_tokens=said).excluded_token_ids == ids
+
+
+@pytest.mark.parametrize("said", ["bos", [1.5], [-1], [True], {"ids": []}])
+def test_special_tokens_that_are_no_ids_are_refused(said, tmp_path):
+    with pytest.raises(CorruptFileError, match=r"exclude_special_tokens is .*; expected true, false or token ids"):
+        saelens(tmp_path, exclude_special_tokens=said)
+
+
+def test_tokens_that_a_run_of_sparsify_left_out_are_excluded(tmp_path):
+    path = CASES["sparsify topk"].write(tmp_path / "run")
+    assert sl.Dictionary.load(path).origin.excluded_token_ids == ()
+    run = path.parent / "config.json"
+    for said, ids in (([3, 1], (1, 3)), ([], ()), (None, ())):
+        run.write_text(json.dumps({"sae": {"k": 3}, "exclude_tokens": said}))
+        assert sl.Dictionary.load(path).origin.excluded_token_ids == ids
+    run.write_text(json.dumps({"exclude_tokens": [3]}))  # no run of sparsify
+    assert sl.Dictionary.load(path).origin.excluded_token_ids == ()
+    run.write_text(json.dumps({"sae": {}, "exclude_tokens": ["a"]}))
+    with pytest.raises(CorruptFileError, match=r"exclude_tokens is \['a'\]; expected token ids"):
+        sl.Dictionary.load(path)
+
+
+# Hooks
+
+
+@pytest.mark.parametrize("case", ["standard", "before 6"])
+@pytest.mark.parametrize("key", ["hook_head_index", "hook_point_head_index", "hook_head_index_out"])
+@pytest.mark.parametrize("head", [0, 2])
+def test_dictionaries_of_one_attention_head_are_refused(case, key, head, tmp_path):
+    path = edited(case, tmp_path, **{key: head})
+    with pytest.raises(ConfigError, match=rf"{key} = {head}, so the dictionary belongs to one attention head"):
+        sl.Dictionary.load(path)
+    config = json.loads((path / "cfg.json").read_text())
+    config[key] = None
+    (path / "cfg.json").write_text(json.dumps(config | {"metadata": METADATA | {key: head}}))
+    with pytest.raises(ConfigError, match="belongs to one attention head"):
+        sl.Dictionary.load(path)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "hook"),
+    [
+        ({"hook_name": "blocks.{layer}.hook_mlp_out", "hook_layer": 4}, "blocks.4.hook_mlp_out"),
+        ({"hook_name": "model.layers.10", "model_class_name": "AutoModelForCausalLM"}, "blocks.10.hook_resid_post"),
+        ({"hook_name": "transformer.h.3.mlp"}, "blocks.3.hook_mlp_out"),
+        ({"hook_name": "somewhere.else"}, "somewhere.else"),
+        ({"hook_name": "hook_embed"}, "hook_embed"),
+    ],
+)
+def test_hooks_of_saelens(metadata, hook, tmp_path):
+    assert saelens(tmp_path, **metadata).hook == hook
+
+
+def test_hooks_before_version_6_have_their_layer_beside_them(tmp_path):
+    path = edited("before 6", tmp_path, hook_point="blocks.{layer}.hook_resid_pre", hook_point_layer=7)
+    assert sl.Dictionary.load(path).origin.hook == "blocks.7.hook_resid_pre"
+
+
+def test_metadata_of_a_version_before_6_is_not_what_saelens_reads(tmp_path):
+    top = {"hook_name": "blocks.1.hook_resid_pre", "context_size": 64}
+    for version, hook in (("5.9.1", "blocks.1.hook_resid_pre"), ("6.0.0-rc.1", METADATA["hook_name"])):
+        path = edited("standard", tmp_path / version, metadata=METADATA | {"sae_lens_version": version}, **top)
+        assert sl.Dictionary.load(path).origin.hook == hook
+
+
+@pytest.mark.parametrize("hook", ["blocks.{layer}.hook_resid_pre", "blocks.{all}.hook_resid_pre"])
+def test_a_placeholder_that_nothing_fills_is_refused(hook, tmp_path):
+    with pytest.raises(ConfigError, match="names no layer, nor does anything beside it"):
+        saelens(tmp_path, hook_name=hook)
+
+
+def test_the_models_revision_is_kept_and_other_loading_options_are_said(tmp_path, caplog):
+    options = {
+        "revision": "abc",
+        "dtype": "bfloat16",
+        "center_writing_weights": False,
+        "fold_ln": True,
+        "fold_value_biases": None,
+    }
+    path = edited("standard", tmp_path, metadata=METADATA | {"model_from_pretrained_kwargs": options})
+    origin = sl.Dictionary.load(path).origin
+    assert (origin.revision, origin.processing) == ("abc", ())
+    assert "the model was loaded with fold_ln = True, which load_model does not apply" in caplog.text
+
+
+@pytest.mark.parametrize("seed", ["", "seed0", "seed_12", "seed1/seed2"])
+@pytest.mark.parametrize(
+    ("module", "hook"),
+    [
+        ("layers.5", "blocks.5.hook_resid_post"),
+        ("layers.5.mlp", "blocks.5.hook_mlp_out"),
+        ("transformer.h.2.attn", "blocks.2.hook_attn_out"),
+        ("embed_tokens", "hook_embed"),
+        ("somewhere", None),
+    ],
+)
+def test_hooks_of_sparsify_are_those_of_the_module_whatever_the_seed(module, hook, seed, tmp_path):
+    path = CASES["sparsify topk"].write(tmp_path / "foreign")
+    folder = tmp_path / "run" / module / seed
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path.rename(folder)
+    assert sl.Dictionary.load(folder).origin.hook == hook
+
+
+@pytest.mark.parametrize(
+    ("inside", "outside", "hooks"),
+    [
+        ("blocks.{layer}.hook_resid_mid", "blocks.{layer}.hook_mlp_out", ("blocks.3.hook_resid_mid", "blocks.3.hook_mlp_out")),
+        ("blocks.3.hook_resid_mid", "mlp.hook_out", ("blocks.3.hook_resid_mid", "blocks.3.mlp.hook_out")),
+        ("layers.{layer}.mlp", "model.layers.{layer}.mlp", ("blocks.3.mlp.hook_in", "blocks.3.hook_mlp_out")),
+    ],
+)
+def test_hooks_of_circuit_tracer(inside, outside, hooks, tmp_path):
+    origin = sl.Dictionary.load(circuit_tracer(tmp_path, inside, outside)).origin
+    assert (origin.hook, origin.target_hook) == hooks
+
+
+@pytest.mark.parametrize(
+    ("inside", "error", "reason"),
+    [
+        ("layers.{layer}.post_attention_layernorm", ConfigError, "a module for which no hook is known here; write"),
+        ("blocks.{all}.hook_resid_mid", ConfigError, "names no layer"),
+        ("blocks.4.hook_resid_mid", CorruptFileError, "but the file is that of layer 3"),
+    ],
+)
+def test_hooks_of_circuit_tracer_that_are_not_known_are_refused(inside, error, reason, tmp_path):
+    with pytest.raises(error, match=reason):
+        sl.Dictionary.load(circuit_tracer(tmp_path, inside, "hook_mlp_out"), format="circuit_tracer")
+
+
+def test_a_placeholder_of_a_file_without_a_number_is_refused(tmp_path):
+    path = circuit_tracer(tmp_path, "blocks.{layer}.hook_resid_mid", "hook_mlp_out")
+    file = (path / "layer_3.safetensors").rename(path / "mine.safetensors")
+    with pytest.raises(ConfigError, match="names no layer"):
+        sl.Dictionary.load(file)
+
+
+def circuit_tracer(folder: Path, inside: str, outside: str) -> Path:
+    path = CASES["circuit-tracer relu"].write(folder / "foreign")
+    text = (path / "config.yaml").read_text().replace("'ln2.hook_normalized'", f"'{inside}'")
+    (path / "config.yaml").write_text(text.replace("'hook_mlp_out'", f"'{outside}'"))
+    return path
+
+
+def buffer(folder: Path, submodule: str, **changes) -> Path:
+    """Files of dictionary_learning with another buffer."""
+    path = edited("AutoEncoder", folder, "config.json", "trainer", submodule_name=submodule)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"buffer": {"ctx_len": 128} | changes}))
+    return path
+
+
+def test_what_enters_a_module_is_not_what_leaves_it(tmp_path):
+    for io, hook in (("in", "blocks.4.mlp.hook_in"), ("out", "blocks.4.hook_mlp_out")):
+        path = buffer(tmp_path / io, "gpt_neox.layers.4.mlp", io=io)
+        assert sl.Dictionary.load(path, format="dictionary_learning").origin.hook == hook
+    for number, (submodule, changes, reason) in enumerate(
+        (
+            ("gpt_neox.layers.4.mlp", {"io": "in_and_out"}, "what goes in and what comes out differ"),
+            ("resid_post_layer_3", {"io": "in"}, "'resid_post_layer_3', an activation"),
+            ("attn_out_layer_3", {"layer": 3}, "one of attention heads"),
+        )
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            sl.Dictionary.load(buffer(tmp_path / str(number), submodule, **changes), format="dictionary_learning")
+
+
+# Settings that change the function
+
+
+def with_factor(folder: Path, said: bool | None, name: str = "scaling_factor", value: float = 2.0) -> Path:
+    """A SAELens folder with a scaling factor of each latent."""
+    path = edited("standard", folder, finetuning_scaling_factor=said)
+    tensors = load_file(path / "sae_weights.safetensors")
+    save_file(tensors | {name: torch.full((D_SAE,), value)}, path / "sae_weights.safetensors")
+    return path
+
+
+@pytest.mark.parametrize("said", [False, None])
+@pytest.mark.parametrize("name", ["scaling_factor", "finetuning_scaling_factor"])
+def test_a_factor_that_the_settings_deny_is_refused_unless_it_is_one(said, name, tmp_path):
+    with pytest.raises(ConfigError, match=f"holds {name}, which is not one everywhere, but finetuning_scaling_factor"):
+        sl.Dictionary.load(with_factor(tmp_path / "two", said, name))
+    d = sl.Dictionary.load(with_factor(tmp_path / "one", said, name, 1.0))
+    assert torch.equal(d.W_dec, CASES["standard"].exact["W_dec"])
+
+
+def test_a_factor_leaves_the_codes_and_multiplies_what_they_decode_to(tmp_path):
+    d, plain = sl.Dictionary.load(with_factor(tmp_path, True)), CASES["standard"].exact
+    x = torch.ones(3, D_IN)
+    codes = ((x - plain["b_dec"]) @ plain["W_enc"] + plain["b_enc"]).clamp(min=0)
+    torch.testing.assert_close(d.encode(x).to_dense(), codes)
+    torch.testing.assert_close(d(x), 2 * codes @ plain["W_dec"] + plain["b_dec"])
+
+
+def test_a_factor_that_is_promised_is_there_once(tmp_path):
+    with pytest.raises(CorruptFileError, match=r"missing: \['scaling_factor'\]"):
+        sl.Dictionary.load(edited("standard", tmp_path / "none", finetuning_scaling_factor=True))
+    path = with_factor(tmp_path / "two", True)
+    tensors = load_file(path / "sae_weights.safetensors")
+    save_file(tensors | {"finetuning_scaling_factor": tensors["scaling_factor"].clone()}, path / "sae_weights.safetensors")
+    with pytest.raises(CorruptFileError, match=r"not expected: \['finetuning_scaling_factor'\]"):
+        sl.Dictionary.load(path)
+
+
+def test_k_is_said_once_or_the_tools_own_default_is_taken_and_said(tmp_path, caplog):
+    assert sl.Dictionary.load(CASES["topk without k"].write(tmp_path / "saelens")).rule.config.k == 100
+    assert "does not say k; 100 is used, as in SAELens" in caplog.text
+    assert sl.Dictionary.load(edited("sparsify topk", tmp_path, k=None)).rule.config.k == 32
+    assert "does not say k; 32 is used, as in sparsify" in caplog.text
+    caplog.clear()
+    path = edited("topk", tmp_path / "kwargs", k=None, activation_fn_kwargs={"k": 5})
+    assert sl.Dictionary.load(path).rule.config.k == 5
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    with pytest.raises(CorruptFileError, match=r"k is 3, but activation_fn_kwargs\.k is 5"):
+        sl.Dictionary.load(edited("topk", tmp_path / "both", activation_fn_kwargs={"k": 5}))
+    with pytest.raises(CorruptFileError, match="activation_fn is 'topk', but k is missing"):  # SAELens 6 would take a ReLU
+        sl.Dictionary.load(edited("before 6, topk", tmp_path / "neither", activation_fn_kwargs={}))
+
+
+def test_k_of_circuit_tracer_is_the_same_in_both_places(tmp_path):
+    path = CASES["circuit-tracer, k in the file"].write(tmp_path / "foreign")
+    config = path / "config.yaml"
+    config.write_text(config.read_text() + "k: 4\n")
+    with pytest.raises(CorruptFileError, match=r"k = 3, but .*config\.yaml has k = 4"):
+        sl.Dictionary.load(path)
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "reason"),
+    [
+        ("standard", {"reshape_activations": "hook_q"}, "reshape_activations is 'hook_q'"),
+        ("transcoder", {"apply_b_dec_to_input": True}, "in a transcoder b_dec belongs to the output alone"),
+        ("jumprelu", {"activation_fn": "tanh-relu"}, "architecture 'jumprelu' with 'tanh-relu'"),
+        ("gated", {"activation_fn_str": "topk"}, "architecture 'gated' with 'topk'"),
+        ("sparsify topk", {"embed_skip": True}, "embed_skip is true .its output depends on tokens"),
+        ("sparsify topk", {"gram_lookup": True}, "gram_lookup is true"),
+        ("sparsify topk", {"activation": "relu"}, "no rule here computes activation 'relu'"),
+        ("gemma scope 2", {"type": "clt"}, "a clt that reads or writes several layers"),
+        ("gemma scope 2", {"type": "crosscoder"}, "a crosscoder that reads or writes several layers"),
+        ("gemma scope 2", {"type": "other"}, "type 'other' with architecture 'jump_relu'"),
+        ("gemma scope 2", {"architecture": "topk"}, "with architecture 'topk'"),
+        ("gemma scope 2", {"affine_connection": True}, "affine_connection is true, but tensor"),
+        ("gemma scope 2 skip", {"type": "sae"}, "type is 'sae', but there is a skip connection"),
+        ("llamascopium relu", {"sae_type": "lorsa"}, "sae_type 'lorsa' has no place here"),
+        ("llamascopium relu", {"d_sae": 25}, "d_sae = 25"),
+        (
+            "llamascopium transcoder",
+            {"apply_decoder_bias_to_pre_encoder": True},
+            "apply_decoder_bias_to_pre_encoder of a transcoder",
+        ),
+    ],
+)
+def test_settings_that_are_not_computed_are_refused(case, changes, reason, tmp_path):
+    ours = case.startswith(("gemma", "llama"))
+    with pytest.raises(SaelensLiteError, match=reason):
+        sl.Dictionary.load(edited(case, tmp_path, "config.json" if ours else "cfg.json", **changes))
+
+
+def test_a_transcoder_of_gemma_scope_is_one_where_its_settings_say_so(tmp_path):
+    d = sl.Dictionary.load(edited("gemma scope 2", tmp_path, "config.json", type="transcoder"))
+    assert d.is_transcoder
+
+
+def test_a_module_of_gemma_scope_without_a_hook_is_said(tmp_path, caplog):
+    d = sl.Dictionary.load(edited("gemma scope 2", tmp_path, "config.json", hf_hook_point_in="model.layers.7.odd.output"))
+    assert d.origin.hook is None
+    assert "no hook is known for model.layers.7.odd.output" in caplog.text

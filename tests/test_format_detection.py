@@ -1,0 +1,153 @@
+"""Loading by the wrong name, from the wrong place, without a file: the error says what was found, and its advice works."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from foreign import CASES, normal
+from safetensors.torch import save_file
+
+import saelens_lite as sl
+from saelens_lite import registry
+from saelens_lite.errors import ConfigError, CorruptFileError, SaelensLiteError
+from saelens_lite.formats import inspect
+
+CASE = {case.format: name for name, case in reversed(CASES.items())}  # one of each format
+FORMATS = [*sorted(CASE), "saelens_lite"]
+
+
+def write(format: str, folder: Path) -> Path:
+    """A file or folder of a format."""
+    if format == "saelens_lite":
+        return sl.Dictionary.create("group_max", d_in=10, d_sae=24, options={"k": 3}).save(folder)
+    return CASES[CASE[format]].write(folder)
+
+
+def follow(path: Path, format: str | None = None) -> tuple[sl.Dictionary, int]:
+    """Load, doing what each error says; and how many errors there were."""
+    for errors in range(3):
+        try:
+            return sl.Dictionary.load(path, format=format), errors
+        except SaelensLiteError as error:
+            load, say = (re.findall(pattern, str(error)) for pattern in (r": load (\S+)", r"(?:say|with) format='(\w+)'"))
+            if not load and not say:
+                raise
+            path, format = Path(load[0]) if load else path, say[0] if say else None
+    raise AssertionError(f"in a circle: {path} {format}")
+
+
+@pytest.mark.parametrize("named", FORMATS)
+@pytest.mark.parametrize("held", FORMATS)
+def test_the_wrong_name_is_answered_by_the_right_one(held, named, tmp_path):
+    path = write(held, tmp_path / "foreign")
+    if held == named:
+        assert follow(path, named)[1] == 0
+    elif (held, named) == ("saelens_lite", "saelens"):  # ours are SAELens folders
+        assert follow(sl.Dictionary.create("topk", d_in=4, d_sae=8).save(tmp_path / "topk"), named)[1] == 0
+    else:
+        with pytest.raises(CorruptFileError, match=f"holds a dictionary of {held}, not of {named}; say format='{held}'"):
+            sl.Dictionary.load(path, format=named)
+        assert follow(path, named)[1] == 1
+
+
+@pytest.mark.parametrize("held", FORMATS)
+def test_from_one_or_two_folders_above_the_advice_leads_to_the_dictionary(held, tmp_path):
+    write(held, tmp_path / "run" / "inner" / "foreign")
+    for folder in (tmp_path / "run" / "inner", tmp_path / "run"):
+        with pytest.raises(CorruptFileError, match=f"holds no dictionary itself, but below it .* of {held}: load "):
+            sl.Dictionary.load(folder)
+        for format in (None, held):
+            assert follow(folder, format)[1] == 1
+
+
+@pytest.mark.parametrize("held", FORMATS)
+def test_from_a_single_file_the_advice_leads_to_its_folder(held, tmp_path):
+    path = write(held, tmp_path / "foreign")
+    for file in sorted(path.iterdir()) if path.is_dir() else ():
+        for format in (None, held):
+            assert follow(file, format)[1] <= 1
+
+
+def test_from_a_folder_inside_the_advice_leads_above(tmp_path):
+    path = write("saelens", tmp_path / "foreign")
+    (path / "checkpoints").mkdir()
+    with pytest.raises(CorruptFileError, match="the folder above it does, of saelens: load"):
+        sl.Dictionary.load(path / "checkpoints")
+    assert follow(path / "checkpoints")[1] == 1
+
+
+def test_one_of_several_dictionaries_is_named(tmp_path):
+    for layer in (3, 4):
+        write("sparsify", tmp_path / "run" / str(layer))
+    with pytest.raises(
+        CorruptFileError, match=r"several dictionaries, which are read one by one, of sparsify: load \S+/3/\S+$"
+    ):
+        sl.Dictionary.load(tmp_path / "run")
+
+
+@pytest.mark.parametrize("held", [format for format in FORMATS if format not in ("openai", "gemma_scope")])
+def test_a_file_that_is_missing_is_named(held, tmp_path):
+    path = write(held, tmp_path / "foreign")
+    for file in sorted(path.iterdir()):
+        content = file.read_bytes()
+        file.unlink()
+        pattern = re.sub(r"\d", ".", file.name).replace("layer_.", r"layer_[0*]")
+        for format in (None, held):
+            with pytest.raises(CorruptFileError, match=rf"{pattern}.* is missing"):
+                sl.Dictionary.load(path, format=format)
+        file.write_bytes(content)
+
+
+def test_a_format_of_folders_refuses_a_file(tmp_path):
+    (tmp_path / "notes").write_text("x")
+    with pytest.raises(
+        CorruptFileError, match=r"is a file; a dictionary of sparsify is a folder with cfg\.json and sae\.safet"
+    ):
+        sl.Dictionary.load(tmp_path / "notes", format="sparsify")
+
+
+def test_files_of_a_format_with_other_tensors_are_told_what_is_expected(tmp_path):
+    (tmp_path / "d").mkdir()
+    config = {"architecture": "standard", "d_in": 10, "d_sae": 24}
+    (tmp_path / "d" / "cfg.json").write_text(json.dumps(config))
+    save_file({"encoder.weight": normal(24, 10, seed=1)}, tmp_path / "d" / "sae_weights.safetensors")
+    with pytest.raises(CorruptFileError, match=r"missing: \['W_dec', 'W_enc', 'b_dec', 'b_enc'\]; not expected: \['encoder"):
+        sl.Dictionary.load(tmp_path / "d")
+
+
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+def test_tensors_of_no_format_are_shown_the_way_in(kind, tmp_path):
+    tensors = {"encoder_linear.weight": normal(24, 10, seed=1), "decoder_linear.weight": normal(10, 24, seed=2)}
+    path = tmp_path / f"d.{kind}"
+    torch.save(tensors, path) if kind == "pt" else save_file(tensors, path)
+    with pytest.raises(CorruptFileError, match=r"it holds tensors .*: read them and give them to Dictionary\.from_tensors"):
+        sl.Dictionary.load(path)
+
+
+def test_pickles_in_folders_are_not_read_on_the_way(tmp_path, monkeypatch):
+    write("openai", tmp_path / "run")
+    monkeypatch.setattr(torch, "load", None)
+    with pytest.raises(CorruptFileError, match=r"load \S+\.pt with format='openai'$"):
+        sl.Dictionary.load(tmp_path / "run")
+    with pytest.raises(ConfigError, match="read only on request: say format='openai'"):
+        sl.Dictionary.load(next((tmp_path / "run").iterdir()))
+
+
+def test_our_own_name_is_taken_wherever_a_format_is_named(tmp_path, command):
+    path = sl.Dictionary.create("topk", d_in=4, d_sae=8).save(tmp_path / "d")
+    assert sl.Dictionary.load(path, format="saelens_lite").rule.plugin_name == "topk"
+    assert inspect(path, "saelens_lite")["sparsity"] == "topk"
+    code, out, _ = command("inspect", path, "--format", "saelens_lite")
+    assert (code, json.loads(out)["metadata"]["saelens_lite"]["sparsity"]) == (0, "topk")
+    (path / "cfg.json").write_text("{}")
+    with pytest.raises(CorruptFileError, match="holds a dictionary of saelens, not of saelens_lite; say format='saelens'"):
+        sl.Dictionary.load(path, format="saelens_lite")
+    save_file({}, path / "sae_weights.safetensors")
+    with pytest.raises(CorruptFileError, match="holds no dictionary written by saelens_lite; leave out format="):
+        sl.Dictionary.load(path, format="saelens_lite")
+
+
+def test_every_built_in_format_is_tried_here():
+    assert set(registry.names("formats")) == set(FORMATS) - {"saelens_lite"}
