@@ -273,3 +273,17 @@ def test_a_model_whose_positions_read_later_ones_does_not_generate(lm):
 def test_one_text_is_continued(shared, prompt):
     with pytest.raises(TextError, match=f"a prompt is one string; found a {type(prompt).__name__}"):
         generation.generate(shared("GPT2LMHeadModel"), prompt, 3, temperature=0, top_k=None, seed=0)
+
+
+@pytest.mark.parametrize("kind", ["GPT2LMHeadModel", "LlamaForCausalLM"])
+@pytest.mark.parametrize("edits", [[], [sl.Add(7, 90.0)], [sl.Add(7, 90.0, positions=[3])]])
+def test_a_splice_acts_on_new_tokens_of_the_modules_own_generation_too(shared, kind, edits):
+    """Which runs with a cache, one position at a time, so that each pass seems to begin at position 0."""
+    model = shared(kind)
+    d = sl.Dictionary.create("topk", d_in=D_MODEL, d_sae=64, options={"k": 4}, origin=sl.Origin(hook=HOOK))
+    ids = model.to_tokens(PROMPT).tokens
+    with model.splice(d, edits):
+        wanted = model.generate(PROMPT, 8, temperature=0)
+        found = model.module.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+    assert model.tokenizer.decode(found[0, 1:], skip_special_tokens=True) == wanted
+    assert wanted != model.generate(PROMPT, 8, temperature=0)

@@ -165,7 +165,6 @@ class LanguageModel:
         self.d_vocab: int = config.vocab_size
         bos_id = None if tokenizer is None else tokenizer.bos_token_id
         self.bos_id: int | None = self.eos_id if bos_id is None else bos_id  # GPT-2 has <|endoftext|> for both
-        self._offset = 0  # position of the first token of the current forward pass; not 0 while generating with a cache
         self._n_positions: int | None = None  # while generating: of the prompt and all that may follow
         self._aligned: Aligned | None = None  # what the current forward pass reads, where its rows were moved
 
@@ -565,16 +564,18 @@ class LanguageModel:
         target = dictionary.origin.target_hook or name
         read: list[Tensor] = []
         ids: list[Tensor | None] = [None]
+        offset = [0]  # position of the first token of the current forward pass; not 0 while generating with a cache
 
         def note_ids(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             ids[0] = args[0] if args else kwargs.get("input_ids")
+            offset[0] = _n_cached(kwargs.get("past_key_values"))
 
         def rewrite(y: Tensor) -> Tensor:
             if target != name and not read:
                 raise _target_first(name, target)
             x = y if target == name else read.pop()
             dictionary.check_input(x)
-            position = torch.arange(y.shape[1], device=y.device) + self._offset
+            position = torch.arange(y.shape[1], device=y.device) + offset[0]
             chosen = ~torch.isin(position, position.new_tensor(dictionary.origin.excluded_positions))
             if keep is not None:
                 if keep.shape != y.shape[:2]:
@@ -627,7 +628,7 @@ class LanguageModel:
             span = range(*named.indices(self.n_ctx))  # of millions of positions, for some models
             here = (position >= span.start) & (position < span.stop) & ((position - span.start) % span.step == 0)
         else:
-            n = self._n_positions or len(position)
+            n = self._n_positions or int(position[-1]) + 1
             if beyond := [i for i in named if i >= n]:
                 raise ShapeError(f"{edit} names position {beyond[0]}; this row has positions 0 to {n - 1}")
             here = torch.isin(position, position.new_tensor(named))
@@ -727,6 +728,12 @@ class LanguageModel:
             f"d_model {self.d_model}, n_ctx {self.n_ctx}, {self.d_vocab} tokens, {self.device}, {str(self.dtype)[6:]}"
             f"{''.join(f', {done}' for done in self.processing)})"
         )
+
+
+def _n_cached(past: Any) -> int:
+    """Return how many tokens a key-value cache holds."""
+    length = getattr(past, "get_seq_length", None)
+    return 0 if length is None else int(length())
 
 
 def _n_positions(module: nn.Module) -> int | None:

@@ -50,7 +50,7 @@ def generate(
                 break
             tokens = torch.cat([tokens, new], dim=1)
     finally:
-        lm._offset, lm._n_positions = 0, None
+        lm._n_positions = None
     ids = tokens[0].tolist()
     return lm.decode(ids[1:] if ids[0] == lm.bos_id else ids)
 
@@ -84,13 +84,12 @@ def _choose(
 def _cached_logits(lm: "LanguageModel") -> Callable[[Int[Tensor, "one pos"]], Float[Tensor, "one d_vocab"]]:
     """Return a function from a growing row to its next-token logits that runs the model over the new tokens only."""
     past: Any = None
+    n_done = 0
 
     def step(tokens: Tensor) -> Tensor:
-        nonlocal past
-        new = tokens[:, lm._offset :]
-        out = lm.module(new, past_key_values=past, use_cache=True)
-        past = out.past_key_values
-        lm._offset += new.shape[1]
+        nonlocal past, n_done
+        out = lm.module(tokens[:, n_done:], past_key_values=past, use_cache=True)
+        past, n_done = out.past_key_values, tokens.shape[1]
         return out.logits[:, -1].float()
 
     return step
