@@ -46,9 +46,10 @@ class MatchingPursuit(Sparsity):
         overlap = torch.einsum("bsd,btd->bst", chosen, chosen)
         dtype = torch.promote_types(h.dtype, torch.float32)  # halves cannot be solved for
         h, overlap = h.to(dtype), overlap.to(dtype)
-        explains = explains & (fits(h.detach(), overlap.detach()) > 0)
-        h, overlap = rearrange(h, "batch step -> batch step 1"), overlap * explains[:, None, :]
-        v = torch.linalg.solve_triangular(overlap, h, upper=False, unitriangular=True).squeeze(2)
+        v = solve(overlap, h)
+        if bool((explains & (v <= 0)).any()):  # chosen from rounded numbers, or by rounding where nothing is left
+            explains = explains & (fits(h.detach(), overlap.detach()) > 0)
+            v = solve(overlap * explains[:, None, :], h)
         v = (v * explains).relu().to(encoder.x.dtype)
         return SparseCodes.of(support, sum_at(v.flatten(), place, len(support.latent)), self.d_sae)
 
@@ -76,6 +77,12 @@ class MatchingPursuit(Sparsity):
     def inference_form(self) -> PublishedForm:
         settings = {"max_iterations": self.config.k, "residual_threshold": 0.0, "stop_on_duplicate_support": False}
         return PublishedForm("matching_pursuit", settings=settings)
+
+
+def solve(overlap, h):
+    """v [batch step] with h_t = v_t + Σ_{s < t} overlap_ts v_s."""
+    column = rearrange(h, "batch step -> batch step 1")
+    return torch.linalg.solve_triangular(overlap, column, upper=False, unitriangular=True).squeeze(2)
 
 
 def fits(h, overlap):
