@@ -105,7 +105,7 @@ def capture(
     GPU), while a thread reads and tokenises the text in advance; only a block of it is in memory. Special tokens and padding
     are not stored, nor position 0. `text` may be token ids in any form that `LanguageModel.to_tokens` takes, with their
     `attention_mask`. `text_config` has the settings of how text is read and cut, for which `n_ctx` and
-    `prepend_bos` are shorthands. Activations are stored as `dtype` and computed in the model's. Shards are written one by
+    `prepend_bos` are shorthands; rows have at most 1,024 tokens unless n_ctx says otherwise. Activations are stored as `dtype` and computed in the model's. Shards are written one by
     one: after an interruption the same call goes on behind the last one.
 
     Raises:

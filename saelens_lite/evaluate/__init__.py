@@ -70,7 +70,8 @@ def evaluate(
     The model runs over the text as it is, with zeros at the hook everywhere, with the mean activation everywhere, and with
     each reconstruction at the positions that count; the hook of a transcoder is its target. Special tokens, padding and
     positions never trained on, such as position 0, do not count and keep their activation. Text is cut into rows as long as
-    those of the training text, a document at a time; `text_config` says otherwise, and has to where the training text was
+    those of the training text, a document at a time; a dictionary that does not record their length gets rows as long as the
+    model's context, but no longer than 1,024 tokens. `text_config` says otherwise, and has to where the training text was
     packed or had a `min_context`, which dictionaries do not record. `text` may be token ids in any form that
     `LanguageModel.to_tokens` takes, with their `attention_mask`.
 
@@ -80,7 +81,8 @@ def evaluate(
     says whether the text is other than what was trained on, as far as names and hashes tell; if not, a warning is logged.
 
     `batch_tokens` bounds the memory, and changes no number: by default 2,048 on a CPU and 16,384 on a GPU, fewer where the
-    vocabulary is large.
+    vocabulary is large. A longer row goes through the model by itself; if it has more than 2^29 logits, several times, for a
+    part of them each.
 
     Raises:
         ConfigError: dictionaries of different hooks, none that names its hook, or of a model with other processing; trained on
