@@ -104,9 +104,9 @@ def capture(
     The model runs once over the text, up to the deepest hook, `batch_tokens` tokens at a time (2,048 on a CPU, 16,384 on a
     GPU), while a thread reads and tokenises the text in advance; only a block of it is in memory. Special tokens and padding
     are not stored, nor position 0. `text` may be token ids in any form that `LanguageModel.to_tokens` takes, with their
-    `attention_mask`. `text_config` has the settings of how text is read and cut, for which `n_ctx` and
-    `prepend_bos` are shorthands; rows have at most 1,024 tokens unless n_ctx says otherwise. Activations are stored as `dtype` and computed in the model's. Shards are written one by
-    one: after an interruption the same call goes on behind the last one.
+    `attention_mask`. `text_config` has the settings of how text is read and cut, for which `n_ctx` and `prepend_bos` are
+    shorthands; rows have at most 1,024 tokens unless n_ctx says otherwise. Activations are stored as `dtype` and computed in
+    the model's. Shards are written one by one: after an interruption the same call goes on behind the last one.
 
     Raises:
         HookError, TextError, ConfigError: an unknown hook, no text, settings that do not fit the model.
