@@ -41,8 +41,7 @@ def _numbers(x: ArrayLike, name: str) -> np.ndarray:
     """Return an array of numbers."""
     wanted = "expected a tensor of activations, an array of numpy, a DataFrame, or a list of rows of numbers"
     if isinstance(x, Mapping):
-        keys = ", ".join(map(repr, list(x)[:3]))
-        raise ShapeError(f"{name} is a {type(x).__name__} with the keys {keys}; {wanted}: give one of its values")
+        raise ShapeError(f"{name} is {described(x)}; {wanted}: give one of its values")
     if not (isinstance(x, np.ndarray | list | tuple) or hasattr(x, "__array__")):
         raise ShapeError(f"{name} is {described(x)}; {wanted}")
     try:
@@ -66,6 +65,8 @@ def described(x: Any) -> str:
     facts = [f"{key} {tuple(value) if key == 'shape' else value}" for key in ("shape", "dtype") if (value := _fact(x, key))]
     if isinstance(x, list | tuple):
         facts = [f"{len(x):,} entries"]
+    elif isinstance(x, Mapping):
+        facts = [f"keys {', '.join(map(repr, list(x)[:3]))}"]
     name = f"{type(x).__module__.partition('.')[0]}.{type(x).__qualname__}".removeprefix("builtins.")
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}" + (f" of {', '.join(facts)}" if facts else "")
 

@@ -91,7 +91,7 @@ def test_dense_codes_may_be_an_array(dictionary):
         (3.5, "x is a float"),
         (
             {"blocks.1.hook_resid_pre": NUMBERS},
-            "x is a dict with the keys 'blocks.1.hook_resid_pre'; .* give one of its values",
+            "x is a dict of keys 'blocks.1.hook_resid_pre'; .* give one of its values",
         ),
         (np.array(["a", "b"]), r"x is a numpy.ndarray of shape \(2,\), dtype <U1, which holds <U1 and not real numbers"),
         (NUMBERS.astype(complex), "holds complex128 and not real numbers"),

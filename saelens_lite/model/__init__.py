@@ -402,7 +402,7 @@ class LanguageModel:
         last = torch.arange(self.d_vocab)[-2:]
         tokens = torch.stack([torch.cat([torch.arange(3) % self.d_vocab, i[None]]) for i in last]).to(self.device)
         tokens = tokens[:, -self.n_ctx :]
-        with torch.no_grad(), _no_hooks(self.module):
+        with torch.no_grad(), _hooks.alone():
             a, b = self.module(tokens, use_cache=False).logits[:, :-1].float()
         if not a.numel():
             return True
@@ -655,7 +655,7 @@ class LanguageModel:
     def has_usable_cache(self) -> bool:
         """Whether the model's key-value cache gives the logits of a whole pass, tried on a few tokens; else generation
         recomputes the row for each new token."""
-        with _no_hooks(self.module):
+        with _hooks.alone():
             usable = _generation.cache_is_usable(self)
         if not usable:
             log.info("%s generates without a key-value cache: each new token takes a pass over the whole row", self.name)
@@ -745,23 +745,6 @@ def _n_positions(module: nn.Module) -> int | None:
         if name.endswith("position_embeddings") and isinstance(part, nn.Embedding) and part.padding_idx is not None:
             return part.num_embeddings - part.padding_idx - 1
     return None
-
-
-@contextmanager
-def _no_hooks(module: nn.Module) -> Iterator[None]:
-    """Within the block, the hooks on a module and its parts are not called."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks")
-    parts = [part for part in module.modules() if any(getattr(part, kind) for kind in kinds)]
-    saved = [[getattr(part, kind) for kind in kinds] for part in parts]
-    for part in parts:
-        for kind in kinds:
-            setattr(part, kind, type(getattr(part, kind))())
-    try:
-        yield
-    finally:
-        for part, hooks in zip(parts, saved, strict=True):
-            for kind, found in zip(kinds, hooks, strict=True):
-                setattr(part, kind, found)
 
 
 def _activation(name: str, value: Any, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d"]:

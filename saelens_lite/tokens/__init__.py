@@ -9,11 +9,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from saelens_lite.arrays import described
 from saelens_lite.config import TextConfig
 from saelens_lite.errors import ConfigError, TextError
 from saelens_lite.tokens.blocks import DEFAULT_N_CTX, RowBlocks
 from saelens_lite.tokens.encoding import after_bos, encode
-from saelens_lite.tokens.inputs import Given, described, token_ids
+from saelens_lite.tokens.inputs import Given, token_ids
 from saelens_lite.tokens.python_docs import Document, PythonDocs, is_held_out, python_docs
 from saelens_lite.tokens.rows import Row, TokenRows, joined, padded, text_hash
 from saelens_lite.tokens.sources import Piece, Text, check_file, hub_name, name_of, named_text, read_pieces, source_name

@@ -21,6 +21,7 @@ from jaxtyping import Bool, Int, Integer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from saelens_lite.arrays import described
 from saelens_lite.errors import ShapeError
 from saelens_lite.tokens.rows import TokenRows
 
@@ -109,18 +110,6 @@ def n_leading_pads(tokens: Integer[Tensor, "batch pos"], pads: Sequence[int]) ->
         return None
     row = int(rows[0])
     return row, int((tokens[row] == tokens[row, 0]).long().cumprod(0).sum()) - 1
-
-
-def described(given: Any) -> str:
-    """Name the type of an input, with its dtype and shape or its keys, for an error message."""
-    kind = type(given).__name__
-    if isinstance(given, Tensor | np.ndarray):
-        return f"a {kind} of {str(given.dtype).removeprefix('torch.')} {list(given.shape)}"
-    if isinstance(given, Mapping):
-        return f"a {kind} with the keys {', '.join(map(str, list(given)[:6])) or '(none)'}"
-    if isinstance(given, list | tuple) and given:
-        return f"a {kind} of {type(given[0]).__name__}"
-    return f"a {kind}"
 
 
 def _ids(given: Any) -> Ids | None:
