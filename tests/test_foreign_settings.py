@@ -378,3 +378,19 @@ def test_a_module_of_gemma_scope_without_a_hook_is_said(tmp_path, caplog):
     d = sl.Dictionary.load(edited("gemma scope 2", tmp_path, "config.json", hf_hook_point_in="model.layers.7.odd.output"))
     assert d.origin.hook is None
     assert "no hook is known for model.layers.7.odd.output" in caplog.text
+
+
+# Thresholds below zero
+
+
+@pytest.mark.parametrize("name", ["circuit-tracer jumprelu", "JumpReluAutoEncoder"])
+def test_thresholds_below_zero_of_tools_that_do_not_rectify_are_refused(name, tmp_path):
+    """There a code is h where h > θ, which is negative between θ and zero."""
+    path = CASES[name].write(tmp_path / "foreign")
+    file = next(iter(path.glob("layer_*.safetensors")), path / "ae.pt")
+    tensors = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+    key = next(key for key in tensors if key.endswith("threshold"))
+    tensors[key][2] = -0.1
+    save_file(tensors, file) if file.suffix == ".safetensors" else torch.save(tensors, file)
+    with pytest.raises(ConfigError, match="1 thresholds are below zero, where the other tool's codes are negative"):
+        sl.Dictionary.load(path, format=CASES[name].format)

@@ -78,6 +78,7 @@ class CircuitTracer(Format):
             options={"topk": {"k": k}, "jumprelu": {"parameter": "plain"}}.get(activation, {}),
             origin=Origin(model=config.text("model_name"), hook=hook, target_hook=target, excluded_positions=()),
             transcoder=True,
+            rectifies=activation != "jumprelu",
             unused=frozenset({K} if activation == "topk" else ()),
             config=config.values,
             architecture=f"{activation} transcoder",

@@ -154,6 +154,7 @@ class Outline:
     target_scale: float | None = None  # of a transcoder: what its output is to be divided by
     token_norm: str | None = None  # "layer_norm", "constant_norm": what is done to each activation by itself
     adjust: Callable[[dict[str, Tensor]], None] | None = None
+    rectifies: bool = True  # codes are never negative there: a threshold below zero is as good as zero
     unused: frozenset[str] = frozenset()
     sizes: Mapping[str, int] = field(default_factory=dict)  # d_in, d_sae, d_out as the settings have them
     config: Mapping[str, Any] = field(default_factory=dict)  # the settings themselves, which are kept
@@ -276,7 +277,13 @@ class Outline:
             dtype = torch.promote_types(dtype, torch.float32)
             self._fold(weights)
         for name in weights.keys() & {"rule.threshold", "rule.plain_threshold"}:
-            weights[name] = weights[name].clamp(min=0)  # below zero it is a ReLU, whatever it is
+            n_negative = int((weights[name] < 0).sum())
+            if n_negative and not self.rectifies:
+                raise ConfigError(
+                    f"{self.file.path}: {n_negative:,} thresholds are below zero, where the other tool's codes are negative; "
+                    "codes are never negative here, so its function cannot be computed"
+                )
+            weights[name] = weights[name].clamp(min=0)
         return {name: weight.to(dtype) for name, weight in weights.items()}
 
     def _fold(self, weights: dict[str, Tensor]) -> None:

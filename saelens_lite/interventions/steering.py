@@ -42,6 +42,7 @@ def steer(
     if not edits:
         raise ConfigError("nothing to steer with: give at least one edit")
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    settings["prepend_bos"] = lm.wants_bos(dictionary.origin)
     with lm.splice(dictionary, edits, hook=hook):
         edited = lm.generate(prompt, **settings)
     plain = lm.generate(prompt, **settings)

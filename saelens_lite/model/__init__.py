@@ -636,20 +636,29 @@ class LanguageModel:
 
     @torch.no_grad()
     def generate(
-        self, prompt: str, max_new_tokens: int = 50, *, temperature: float | int = 0.8, top_k: int | None = 50, seed: int = 0
+        self,
+        prompt: str,
+        max_new_tokens: int = 50,
+        *,
+        temperature: float | int = 0.8,
+        top_k: int | None = 50,
+        seed: int = 0,
+        prepend_bos: bool | None = None,
     ) -> str:
         """Return the prompt and its continuation, up to `max_new_tokens`, the end of the model's context or an EOS token.
 
         EOS tokens are the tokenizer's and those of the module's `generation_config`; the text does not include them.
         Temperature 0 takes the likeliest token each time. A splice in force acts on every position as in a single pass over
-        the whole text, whether the model has a key-value cache or not.
+        the whole text, whether the model has a key-value cache or not. `prepend_bos`: as `to_tokens` takes it.
 
         Raises:
             ConfigError: a temperature that is negative or not finite; top_k or max_new_tokens below 1.
             TextError, ShapeError: an empty prompt, or one that fills the model's context.
             NonFiniteError: the logits are NaN or infinite.
         """
-        return _generation.generate(self, prompt, max_new_tokens, temperature=temperature, top_k=top_k, seed=seed)
+        return _generation.generate(
+            self, prompt, max_new_tokens, temperature=temperature, top_k=top_k, seed=seed, prepend_bos=prepend_bos
+        )
 
     @cached_property
     def has_usable_cache(self) -> bool:

@@ -19,7 +19,14 @@ log = logging.getLogger(__name__)
 
 
 def generate(
-    lm: "LanguageModel", prompt: Any, max_new_tokens: int, *, temperature: float | int, top_k: int | None, seed: int
+    lm: "LanguageModel",
+    prompt: Any,
+    max_new_tokens: int,
+    *,
+    temperature: float | int,
+    top_k: int | None,
+    seed: int,
+    prepend_bos: bool | None,
 ) -> str:
     """Return the prompt and its continuation; see `LanguageModel.generate`."""
     if not 0 <= temperature < math.inf:
@@ -31,7 +38,7 @@ def generate(
     if not isinstance(prompt, str):
         raise TextError(f"a prompt is one string; found a {type(prompt).__name__}")
     lm.check_causal("generate")
-    tokens = lm._read(prompt, None, None).tokens
+    tokens = lm._read(prompt, None, prepend_bos).tokens
     if tokens.shape[1] >= lm.n_ctx:
         length = len(lm.text_tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
         raise ShapeError(
