@@ -26,7 +26,7 @@ def generate(
     temperature: float | int,
     top_k: int | None,
     seed: int,
-    prepend_bos: bool | None,
+    prepend_bos: bool | None = None,
 ) -> str:
     """Return the prompt and its continuation; see `LanguageModel.generate`."""
     if not 0 <= temperature < math.inf:
