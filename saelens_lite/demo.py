@@ -9,9 +9,9 @@ from saelens_lite.cache import capture
 from saelens_lite.config import TrainConfig
 from saelens_lite.evaluate import EvalReport, evaluate
 from saelens_lite.features import FeatureStore
-from saelens_lite.files import refuse_existing
 from saelens_lite.hub import write_card
 from saelens_lite.model import load_model
+from saelens_lite.outputs import refuse_existing
 from saelens_lite.tokens import PythonDocs
 from saelens_lite.train import train
 

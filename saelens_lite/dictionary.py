@@ -30,8 +30,10 @@ from saelens_lite.codes.change import Edit, offsets, scaled
 from saelens_lite.codes.encoder import Encoder
 from saelens_lite.config import Origin
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, ShapeError
-from saelens_lite.files import DTYPES, new_folder, read_json, read_tensors, write_json
+from saelens_lite.files import DTYPES, read_json, read_tensors, write_json
 from saelens_lite.format_detection import CONFIG_FILE, OWN, format_of, is_own_folder
+from saelens_lite.kinds import DICTIONARY as KIND
+from saelens_lite.outputs import new_folder, restore
 from saelens_lite.places import local_folder
 from saelens_lite.sparsity import PublishedForm, Sparsity
 from saelens_lite.state_dicts import float_tensors, in_order, sizes_of
@@ -422,7 +424,7 @@ class Dictionary(nn.Module):
         published = dict(form.tensors) if form else {}
         extra = {k.removeprefix("rule."): v for k, v in self.state_dict().items() if k.startswith("rule.")}
         extra = {k: v for k, v in extra.items() if k not in published}
-        with new_folder(Path(path), exists) as folder:
+        with new_folder(Path(path), KIND, exists) as folder:
             save_file({k: v.detach().cpu().contiguous() for k, v in (own | published).items()}, folder / WEIGHTS_FILE)
             if extra:
                 save_file({k: v.detach().cpu().contiguous() for k, v in extra.items()}, folder / PLUGIN_FILE)
@@ -501,6 +503,7 @@ class Dictionary(nn.Module):
             HubError: it cannot be fetched from the Hub.
         """
         folder, source = local_folder(path)
+        restore(folder)
         own = format in (None, OWN) and is_own_folder(folder)
         loaded = cls._load_own(folder) if own else format_of(folder, format).read(folder)
         loaded.source = source

@@ -1,23 +1,21 @@
 """Writing so that a reader never meets half a file: temporary name, fsync, rename."""
 
 import errno
-import glob
 import hashlib
 import json
 import os
-import shutil
+import secrets
 import stat
 import struct
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-from saelens_lite.errors import ConfigError, CorruptFileError, DiskFullError, OutputExistsError
+from saelens_lite.errors import ConfigError, CorruptFileError, DiskFullError
 
 MAX_JSON_BYTES = 64 << 20  # of settings files, which may come from strangers
 MAX_LIST_BYTES = 1 << 30  # of JSON files that grow with the data: a line or two for each shard or latent
@@ -44,7 +42,7 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         DiskFullError: there is no room for it; what was at `path` is still there.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.saelens-lite-{secrets.token_hex(8)}.tmp")
     try:
         with disk_full_is_typed(path):
             write(temporary)
@@ -199,76 +197,6 @@ def read_json(path: Path, limit: int | float | None = None) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CorruptFileError(f"{path} holds a {type(value).__name__}, not an object")
     return value
-
-
-@contextmanager
-def new_folder(path: Path, exists: Literal["error", "overwrite"] = "error") -> Iterator[Path]:
-    """A fresh temporary folder that becomes `path` when the block ends well and vanishes when it does not.
-
-    Raises:
-        OutputExistsError: `path` holds something and `exists` is "error".
-        ConfigError: `exists` is neither "error" nor "overwrite", or `path` is a folder such as . that cannot be replaced.
-        DiskFullError: there is no room for it; what was at `path` is still there.
-    """
-    refuse_nameless(path)
-    refuse_existing(path, exists)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    temporary.chmod(0o755)
-    try:
-        with disk_full_is_typed(path):
-            yield temporary
-            _sync_tree(temporary)
-            replace_folder(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sync_tree(folder: Path) -> None:
-    """Flush all files below a folder to the disk."""
-    for path in folder.rglob("*"):
-        if path.is_dir():
-            sync_folder(path)
-        else:
-            sync_file(path)
-    sync_folder(folder)
-
-
-def replace_folder(new: Path, path: Path) -> None:
-    """Put the folder `new` in place of `path`."""
-    if path.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-        os.replace(path, old / path.name)
-        os.replace(new, path)
-        shutil.rmtree(old)
-    else:
-        os.replace(new, path)
-    sync_folder(path.parent)
-
-
-def remove_leftovers(path: Path) -> None:
-    """Remove what processes that were killed while they wrote `path` left beside it. Nobody may be writing it now."""
-    for kind in ("tmp", "old"):
-        for left in path.parent.glob(f".{glob.escape(path.name)}.*.{kind}"):
-            if left.is_dir():
-                shutil.rmtree(left)
-            else:
-                left.unlink()
-
-
-def refuse_nameless(path: Path) -> None:
-    """Raise ConfigError for a folder such as . that nothing can be put in place of."""
-    if path.name in ("", ".."):
-        raise ConfigError(f"{str(path)!r} cannot be written as a whole; name a new folder in it")
-
-
-def refuse_existing(path: Path, exists: str, choices: tuple[str, ...] = ("error", "overwrite")) -> None:
-    """Raise unless `path` is free, empty, or `exists` says what to do with it."""
-    if exists not in choices:
-        raise ConfigError(f"exists = {exists!r}; expected one of {', '.join(choices)}")
-    if exists == "error" and path.exists() and (not path.is_dir() or any(path.iterdir())):
-        others = " or ".join(f"exists={choice!r}" for choice in choices[1:])
-        raise OutputExistsError(f"{path} already exists and is not empty; choose another place or say {others}")
 
 
 def check_header(path: Path) -> tuple[dict[str, Any], int]:

@@ -13,7 +13,8 @@ import saelens_lite as sl
 from saelens_lite import files
 from saelens_lite.errors import ConfigError, CorruptFileError, Stopped
 from saelens_lite.features.labels import read_labels, write_labels
-from saelens_lite.files import new_folder
+from saelens_lite.kinds import DICTIONARY
+from saelens_lite.outputs import new_folder
 
 
 def test_a_new_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
@@ -31,7 +32,7 @@ def test_a_new_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatc
 
     monkeypatch.setattr(os, "fsync", noting)
     monkeypatch.setattr(os, "replace", checking)
-    with new_folder(tmp_path / "out") as new:
+    with new_folder(tmp_path / "out", DICTIONARY) as new:
         (new / "inner").mkdir()
         for name in ("a", "inner/b"):
             (new / name).write_text("content")

@@ -217,7 +217,7 @@ def test_two_captures_into_one_folder(lm, documents, tmp_path, monkeypatch):
 
     def add(self, piece):
         if not refused:
-            with pytest.raises(LockedError, match="another process is writing"):
+            with pytest.raises(LockedError, match="is being written by process"):
                 sl.capture(lm, documents, HOOKS, tmp_path / "cache", **settings())
             refused.append(True)
         original(self, piece)

@@ -75,6 +75,7 @@ def windows_rules() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", synced)
+        patch.setattr("saelens_lite.outputs.exchange", lambda a, b: False)
         patch.setattr(os, "replace", moved(replace, may_replace=True))
         patch.setattr(os, "rename", moved(rename, may_replace=False))
         patch.setattr(os, "unlink", removed(unlink))

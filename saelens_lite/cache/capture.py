@@ -30,13 +30,14 @@ from saelens_lite.files import (
     DTYPES,
     MAX_LIST_BYTES,
     append_line,
-    replace_folder,
     write_json,
     write_text,
 )
+from saelens_lite.kinds import CACHE, UNFINISHED_CAPTURE
 from saelens_lite.model import LanguageModel
+from saelens_lite.outputs import followed, replace_folder
 from saelens_lite.progress import progress_bar
-from saelens_lite.tokens import RowBlocks, Text, TokenRows, source_name, text_config_of, with_mask
+from saelens_lite.tokens import RowBlocks, Text, TokenRows, files_of, source_name, text_config_of, with_mask
 from saelens_lite.unfinished import REQUEST, start_over, unfinished
 
 JOURNAL, SHARDS = "journal.jsonl", "shards"
@@ -126,13 +127,13 @@ def capture(
     config, text = text_config_of(text_config, n_ctx, prepend_bos), with_mask(text, attention_mask)
     blocks = RowBlocks(lm, text, config, n_tokens=n_tokens)
     config = blocks.config
-    out = Path(out)
+    out = followed(Path(out))
     request = {
         "model": lm.name, "revision": lm.revision, "processing": lm.processing, "tokenizer": lm.tokenizer_hash, "hooks": names,
         "model_dtype": str(lm.dtype), "n_tokens": n_tokens, "text_config": config.model_dump(mode="json"), "dtype": dtype,
         "batch_tokens": batch_tokens, "shard_tokens": shard_tokens, "weights": lm.fingerprint(),
     }  # fmt: skip
-    with unfinished(out, request, "capture", _has_shards, exists) as folder:
+    with unfinished(out, CACHE, request, UNFINISHED_CAPTURE, _has_shards, exists, files_of(text)) as folder:
         try:
             writer = _write_shards(folder, lm, blocks, names, batch_tokens, shard_tokens, DTYPES[dtype])
         except _OtherTextError:
@@ -152,7 +153,7 @@ def capture(
             "shards": [shard.facts for shard in writer.shards],
         }
         write_json(folder / SHARDS / MANIFEST, manifest, MAX_LIST_BYTES)
-        replace_folder(folder / SHARDS, out)
+        replace_folder(folder / SHARDS, out, CACHE)
     cache = ActivationCache.open(out)
     log.info("captured %s", cache)
     return cache

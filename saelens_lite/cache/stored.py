@@ -15,6 +15,7 @@ from saelens_lite.cache.source import Batch, Statistics, TensorSource
 from saelens_lite.config import Origin
 from saelens_lite.errors import ConfigError, CorruptFileError, HookError, near_matches
 from saelens_lite.files import DTYPES, MAX_LIST_BYTES, read_json
+from saelens_lite.outputs import restore
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -48,6 +49,7 @@ class ActivationCache:
             CorruptFileError: the manifest is missing or damaged, or a shard is missing or has another size than it says.
         """
         path = Path(path)
+        restore(path)
         manifest = read_json(path / MANIFEST, MAX_LIST_BYTES)
         if manifest.get("format") != FORMAT:
             raise CorruptFileError(f"{path / MANIFEST}: format {manifest.get('format')!r}, this version reads {FORMAT}")

@@ -155,7 +155,8 @@ def compare(
     """
     import saelens_lite as sl
     from saelens_lite.features.compare import STABILITY_FILE, Stability, compare_all, comparison_table
-    from saelens_lite.files import refuse_existing, write_json
+    from saelens_lite.files import write_json
+    from saelens_lite.outputs import refuse_existing
 
     if out:
         refuse_existing(out / STABILITY_FILE, exists)

@@ -45,7 +45,7 @@ def features(
     import saelens_lite as sl
     from saelens_lite.features.compare import STABILITY_FILE, Stability
     from saelens_lite.features.store import folder_names
-    from saelens_lite.files import refuse_existing
+    from saelens_lite.outputs import refuse_existing
     from saelens_lite.tokens import named_text
 
     loaded = [sl.Dictionary.load(path) for path in dictionaries]

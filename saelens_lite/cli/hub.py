@@ -92,8 +92,8 @@ def pull(
         Refuse to fetch more; default: 32 GiB.
     """
     import saelens_lite as sl
-    from saelens_lite.files import refuse_existing
     from saelens_lite.hub import Address, copy_to, fetch
+    from saelens_lite.outputs import refuse_existing
 
     if out:
         refuse_existing(out, exists)

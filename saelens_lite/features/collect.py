@@ -27,6 +27,7 @@ from saelens_lite.errors import (
 from saelens_lite.evaluate.measure import Batch, batches
 from saelens_lite.features.spill import Spill
 from saelens_lite.files import read_json, write_json
+from saelens_lite.kinds import STORE, UNFINISHED_STORE
 from saelens_lite.model import LanguageModel
 from saelens_lite.progress import progress_bar
 from saelens_lite.tokens import TokenRows
@@ -144,13 +145,17 @@ class _Progress:
 
 
 @contextmanager
-def working_folder(out: Path | None, request: dict[str, Any], exists: str) -> Iterator[Path]:
+def working_folder(out: Path | None, request: dict[str, Any], exists: str, inputs: Sequence[Path] = ()) -> Iterator[Path]:
     """Where the codes of a store at `out` go until it is whole; see `unfinished`. Without `out` nothing of it stays."""
     if out is None:
         with tempfile.TemporaryDirectory(prefix="saelens-lite-") as folder:
             yield Path(folder)
         return
-    with unfinished(out, request, "store", lambda folder: (folder / PROGRESS).exists(), exists) as folder:
+
+    def has_work(folder: Path) -> bool:
+        return (folder / PROGRESS).exists()
+
+    with unfinished(out, STORE, request, UNFINISHED_STORE, has_work, exists, inputs) as folder:
         try:
             yield folder
         except TextError:  # nothing fires: what was collected is of no use

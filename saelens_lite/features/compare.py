@@ -24,7 +24,8 @@ from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, ShapeError
 from saelens_lite.features.info import weights_hash
 from saelens_lite.features.tensors import NONE
-from saelens_lite.files import check_header, read_tensors, refuse_existing, write_file, write_json
+from saelens_lite.files import check_header, read_tensors, write_file, write_json
+from saelens_lite.outputs import refuse_existing
 from saelens_lite.progress import progress_bar
 
 FORMAT = 1

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError
 from saelens_lite.features.summary import Example
-from saelens_lite.files import disk_full_is_typed, new_folder, refuse_existing
+from saelens_lite.files import disk_full_is_typed
+from saelens_lite.kinds import NEURONPEDIA
+from saelens_lite.outputs import new_folder
 from saelens_lite.progress import progress_bar
 from saelens_lite.tokens.display import PART
 
@@ -74,10 +76,9 @@ def export_neuronpedia(
     if dictionary is not None:
         store.info.check_dictionary(dictionary)
     out = Path(folder) / names.model / names.source
-    refuse_existing(out, exists)
     release = release or set_name
     common = {"creatorId": names.creator, "createdAt": names.created}
-    with new_folder(out, exists) as new:
+    with new_folder(out, NEURONPEDIA, exists) as new:
         _write_line(
             new / "release.jsonl",
             {"name": release, "description": description or release, "creatorName": creator_name, "urls": [], **common},

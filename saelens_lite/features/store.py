@@ -27,9 +27,11 @@ from saelens_lite.features.spill import Spill
 from saelens_lite.features.summary import Example, ExampleGroup, LatentSummary, Partner, PositionBin
 from saelens_lite.features.tensors import NONE, FeatureTensors
 from saelens_lite.features.weights import LatentWeights, latent_weights
-from saelens_lite.files import new_folder, refuse_existing, refuse_nameless, write_text
+from saelens_lite.files import write_text
+from saelens_lite.kinds import STORE
 from saelens_lite.model import LanguageModel
-from saelens_lite.tokens import Text, TokenRows, with_mask
+from saelens_lite.outputs import followed, new_folder, refuse_existing, restore
+from saelens_lite.tokens import Text, TokenRows, files_of, with_mask
 from saelens_lite.tokens.display import Vocabulary
 
 if TYPE_CHECKING:
@@ -123,8 +125,7 @@ class FeatureStore:
         dictionaries = list(dictionary) if several else [dictionary]
         out = None if out is None else Path(out)
         if out is not None:
-            refuse_nameless(out)
-            refuse_existing(out, exists)
+            refuse_existing(followed(out), exists, STORE)
         if codes:
             check_extra()
             if out is None:
@@ -150,13 +151,13 @@ class FeatureStore:
         )
         scores = _scores_of_each(stability, job.infos)
         names = folder_names(dictionaries) if several else ["."]
-        with working_folder(out, job.request(lm, batch_tokens, control), exists) as work:
+        with working_folder(out, job.request(lm, batch_tokens, control), exists, files_of(text)) as work:
             spills = job.collected(lm, batch_tokens, work, "features")
             others: list[Spill | None] = [None] * len(names)
             if control:
                 others = job.collected(lm.redrawn(seed), batch_tokens, work / "control", "features of the control")
             words = Vocabulary(lm.vocabulary, lm.vocabulary.parts)  # the store's own, for it may be changed
-            with nullcontext() if out is None else new_folder(out, exists) as new:
+            with nullcontext() if out is None else new_folder(out, STORE, exists, lock=False) as new:
                 stores = [
                     cls._made(job, i, lm, words, spills[i], others[i], scores[i], None if new is None else new / name, codes)
                     for i, name in enumerate(names)
@@ -428,7 +429,8 @@ class FeatureStore:
             CorruptFileError: the table of codes, which is copied, is missing or damaged.
             DiskFullError: there is no room for it.
         """
-        with new_folder(Path(folder), exists) as new:
+        kind = STORE.allowing(r"labels\.json") if self.labels else STORE  # labels are somebody's work: replaced, but not lost
+        with new_folder(Path(folder), kind, exists) as new:
             if self.codes is not None:
                 self.codes.check()
                 shutil.copyfile(self.codes.path, new / CODES_FILE)
@@ -462,6 +464,7 @@ class FeatureStore:
             ConfigError: the store, its labels or its stability scores are of another dictionary.
         """
         folder = Path(folder)
+        restore(folder)
         info, tensors, weights, words, codes, control = stored.read(folder)
         if dictionary is not None:
             info.check_dictionary(dictionary)

@@ -34,7 +34,6 @@ from saelens_lite.files import (
     DTYPES,
     file_size,
     nesting,
-    new_folder,
     read_json,
     write_file,
     write_json,
@@ -50,6 +49,9 @@ from saelens_lite.formats.containers import (
     strings_in_pickle,
     tensor_names,
 )
+from saelens_lite.kinds import DICTIONARY as KIND
+from saelens_lite.outputs import new_folder, refuse_inputs_in
+from saelens_lite.places import is_address
 
 __all__ = [
     "Format",
@@ -417,8 +419,10 @@ def convert(
     Raises:
         PluginError: there is no such format.
         ConfigError: something cannot be represented in it.
-        OutputExistsError: the folder holds something and `exists` is "error".
+        OutputExistsError: the folder holds something and `exists` is "error", or holds what would be lost, such as `source`.
     """
+    if not is_address(source):
+        refuse_inputs_in(Path(out), [Path(source)])
     writer = None if format == "saelens_lite" else registry.load(format, "formats")()
     dictionary = Dictionary.load(source, format=source_format)
     if writer is None:
@@ -438,7 +442,7 @@ def write(dictionary: Dictionary, out: str | Path, writer: Format, *, exists: Li
     for name, tensor in dictionary.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise NonFiniteError(f"{name} is not finite; a dictionary with NaN or infinity is not written")
-    with new_folder(Path(out), exists) as folder:
+    with new_folder(Path(out), KIND, exists, any_format=True) as folder:
         writer.write(dictionary, folder)
     return Path(out)
 

@@ -12,8 +12,10 @@ from huggingface_hub.hf_api import RepoFile
 
 from saelens_lite.dictionary import CONFIG_FILE, PLUGIN_FILE, SPARSITY_FILE, WEIGHTS_FILE, Dictionary
 from saelens_lite.errors import ConfigError, HubError, HubNotFoundError, HubUnreachableError, near_matches
-from saelens_lite.files import MAX_JSON_BYTES, new_folder
+from saelens_lite.files import MAX_JSON_BYTES
 from saelens_lite.hub.client import SECONDS_TO_ANSWER, Address, bars_on_terminals_only, client, typed_errors
+from saelens_lite.kinds import DICTIONARY as KIND
+from saelens_lite.outputs import new_folder
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +81,7 @@ def copy_to(fetched: Fetched, out: Path, exists: Literal["error", "overwrite"] =
         OutputExistsError: `out` holds something and `exists` is "error".
     """
     names = dictionary_files({path.name: path.stat().st_size for path in fetched.folder.iterdir() if path.is_file()}, "")
-    with new_folder(out, exists) as folder:
+    with new_folder(out, KIND, exists, any_format=True) as folder:
         for name in names:
             shutil.copyfile(fetched.folder / name, folder / name)
     return out

@@ -17,7 +17,17 @@ from saelens_lite.tokens.encoding import after_bos, encode
 from saelens_lite.tokens.inputs import Given, token_ids
 from saelens_lite.tokens.python_docs import Document, PythonDocs, is_held_out, python_docs
 from saelens_lite.tokens.rows import Row, TokenRows, joined, padded, text_hash
-from saelens_lite.tokens.sources import Piece, Text, check_file, hub_name, name_of, named_text, read_pieces, source_name
+from saelens_lite.tokens.sources import (
+    Piece,
+    Text,
+    check_file,
+    files_of,
+    hub_name,
+    name_of,
+    named_text,
+    read_pieces,
+    source_name,
+)
 
 if TYPE_CHECKING:
     from saelens_lite.model import LanguageModel
@@ -31,6 +41,7 @@ __all__ = [
     "Text",
     "TokenRows",
     "check_file",
+    "files_of",
     "hub_name",
     "is_held_out",
     "name_of",

@@ -69,6 +69,12 @@ def name_of(text: Any) -> str | None:
     return text if _names_corpus(text) or (isinstance(text, str) and hub_name(text)) else None
 
 
+def files_of(text: Any) -> list[Path]:
+    """Return the files that a text is read from, as far as that is known before it is read."""
+    texts = text if isinstance(text, list | tuple) else [text]
+    return [one for one in texts if isinstance(one, Path)]
+
+
 def source_name(text: Any, config: TextConfig | None = None) -> str | None:
     """What a text is called where it is mentioned: a file without its folder, a dataset with its split; None when it has no
     name."""

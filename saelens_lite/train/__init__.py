@@ -1,11 +1,12 @@
 """Training: one loop for all rules, and for many dictionaries over one pass of the data."""
 
 import logging
+import os
+import re
 import shlex
-import shutil
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saelens_lite import registry
 from saelens_lite.arrays import ArrayLike, as_tensor
 from saelens_lite.cache import Source, TensorSource, open_source
 from saelens_lite.codes.encoder import buffers_reused
@@ -26,12 +28,15 @@ from saelens_lite.errors import (
     DiskFullError,
     NonFiniteError,
     OutputExistsError,
-    PluginError,
     SaelensLiteError,
 )
-from saelens_lite.files import refuse_existing, remove_leftovers, write_text
+from saelens_lite.files import write_text
+from saelens_lite.kinds import DICTIONARY, RUN, Kind
+from saelens_lite.locks import locked
 from saelens_lite.loggers import DEFAULT_LOGGERS, RunLog, load_loggers, open_log
+from saelens_lite.outputs import followed, refuse_existing, refuse_inputs_in, remove_own
 from saelens_lite.progress import progress_bar
+from saelens_lite.train.aside import Aside, put_back_runs, remove_replaced
 from saelens_lite.train.checkpoint import (
     earlier_states,
     is_interrupted,
@@ -78,13 +83,17 @@ def train(
     A dictionary of several whose loss or parameters become NaN or infinite is dropped: a warning names it and the cause, its
     last good state is in the folder's last_good/, it has no run in the list, and the others finish.
 
+    With exists="overwrite", a run that is there waits beside its place until the new one is complete, and comes back when the
+    new one fails before it has a checkpoint. A folder that holds anything other than a run is not replaced.
+
     Every `checkpoint_seconds`, and on Ctrl-C and SIGTERM, the state goes to `out`/checkpoints/, from which `resume` goes on
     to the same bytes. `validation_tokens` activations are never trained on; val_fvu and val_l0 in the log are of them.
 
     Raises:
         ConfigError: no dictionary asked for, batch sizes that differ, or loggers without `out`.
         PluginError, HookError: a rule, logger or hook that does not exist, or a logger that cannot start.
-        OutputExistsError: an output folder holds something and `exists` is "error".
+        OutputExistsError: an output folder holds something and `exists` is "error"; or something that overwriting would lose.
+        LockedError: another process trains or resumes in `out`.
         NonFiniteError: activations became NaN or infinite, or all dictionaries did; what was good of each is in its folder's
             last_good/.
         Stopped: after Ctrl-C or SIGTERM.
@@ -101,14 +110,16 @@ def train(
         raise ConfigError(f"validation_tokens = {validation_tokens}; expected 0 or at least 2")
     load_loggers([] if out is None else loggers)
     device = device_to_train_on(device)
-    folders = [None] * len(configs) if out is None else run_folders(Path(out), configs)
-    _refuse_existing_runs(None if out is None else Path(out), folders, exists)
+    out = None if out is None else Path(out) if len(configs) > 1 else followed(Path(out))
+    folders = [None] * len(configs) if out is None else run_folders(out, configs)
     description = source.describe()
+    if out:
+        _refuse_existing_runs(out, folders, exists, description)
     validation, source = source.hold_out(validation_tokens) if validation_tokens else (None, source)
     job = _Job(
         trainers=[Trainer(c, source, device) for c in configs],
         folders=folders,
-        out=None if out is None else Path(out),
+        out=out,
         data_seed=data_seed,
         validation=validation,
         loggers=[loggers] if isinstance(loggers, str) else list(loggers),
@@ -121,27 +132,42 @@ def train(
             "checkpoint_seconds": checkpoint_seconds,
         },
     )
-    if job.out:
-        remove_checkpoints(job.out)
-    for config, folder in zip(configs, job.folders, strict=True):
-        if folder:
-            if folder.is_dir():
-                shutil.rmtree(folder)
-            folder.unlink(missing_ok=True)
-            folder.mkdir(parents=True)
-            write_text(folder / "config.toml", tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
-    return _run(job, source)
+    if out is None:
+        return _run(job, source)
+    with _locked(out, folders):
+        put_back_runs(out, folders, _kind())
+        _refuse_existing_runs(out, folders, exists, description)
+        with Aside(out, folders, _kind()):
+            for config, folder in zip(configs, folders, strict=True):
+                write_text(folder / "config.toml", tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
+            return _run(job, source)
 
 
-def _refuse_existing_runs(out: Path | None, folders: list[Path | None], exists: str) -> None:
-    """Raise OutputExistsError where there is something and `exists` is "error"; an interrupted run, above all."""
-    if out and exists == "error" and is_interrupted(out):
+@contextmanager
+def _locked(out: Path, folders: Sequence[Path]) -> Iterator[None]:
+    """Hold the locks on the folder of a run, or of several runs and each of them."""
+    with ExitStack() as stack:
+        for folder in dict.fromkeys((out, *folders)):
+            stack.enter_context(locked(folder, "run"))
+        yield
+
+
+def _kind() -> Kind:
+    """The kind of a run folder. A logger may have a folder of its own name in it."""
+    return RUN.allowing(*(f"{re.escape(name)}/.*" for name in registry.names("loggers")))
+
+
+def _refuse_existing_runs(out: Path, folders: Sequence[Path], exists: str, description: dict[str, Any] | None) -> None:
+    """Raise OutputExistsError where there is something and `exists` is "error", an interrupted run above all; where there is
+    something other than a run; and where the source lies in a folder that would be replaced."""
+    if exists == "error" and is_interrupted(out):
         raise OutputExistsError(
             f"{out} holds a run that was interrupted; resume it, choose another place or say exists='overwrite'"
         )
+    read = [Path(description[key]) for key in ("cache", "text") if description and key in description]
     for folder in folders:
-        if folder:
-            refuse_existing(folder, exists)
+        refuse_existing(folder, exists, _kind())
+        refuse_inputs_in(folder, read)
 
 
 def resume(
@@ -161,9 +187,28 @@ def resume(
     Raises:
         ConfigError: the run has no checkpoints, its source has to be given, or the source is not the one it was.
         CorruptFileError: all checkpoints are damaged.
+        LockedError: another process trains or resumes this run.
         Stopped: after Ctrl-C or SIGTERM.
     """
     run = Path(run)
+    if not os.path.lexists(run.parent):
+        raise ConfigError(f"{run} has no checkpoints: there is nothing to resume")
+    with locked(run, "run"):
+        put_back_runs(run, [run], _kind())
+        job, source = _interrupted(run, source, device, loggers, checkpoint_seconds)
+        runs = _run(job, source)
+        remove_replaced(run, job.folders)
+    return runs
+
+
+def _interrupted(
+    run: Path,
+    source: Source | None,
+    device: str | torch.device | None,
+    loggers: str | Sequence[str] | None,
+    checkpoint_seconds: float | None,
+) -> "tuple[_Job, Source]":
+    """The work that a checkpoint holds, ready to go on, and its source."""
     states, loop = load_checkpoint(run)
     request = loop["request"]
     device = _device_of(request, device)
@@ -193,7 +238,7 @@ def resume(
         dropped=loop.get("dropped", []),
     )
     log.info("resuming %s after batch %d", run, job.n_batches)
-    return _run(job, source)
+    return job, source
 
 
 def _device_of(request: dict[str, Any], device: str | torch.device | None) -> str | torch.device | None:
@@ -325,10 +370,8 @@ def _results(job: _Job) -> list[Run]:
         raise NonFiniteError("; ".join(causes))
     for run in runs:
         if run.folder:
-            remove_leftovers(run.folder / "dictionary")
             run.dictionary.save(run.folder / "dictionary", exists="overwrite")
-            remove_leftovers(run.folder / "last_good")
-            shutil.rmtree(run.folder / "last_good", ignore_errors=True)  # of an error that was overcome
+            remove_own(run.folder / "last_good", DICTIONARY)  # of an error that was overcome
     if job.out:
         remove_checkpoints(job.out)
     return runs
@@ -342,8 +385,6 @@ def _keep_what_is_good(job: _Job, error: SaelensLiteError) -> None:
                 log.warning("stopped%s", _kept(job, i, error))
             except SaelensLiteError as another:  # the first error is the one to report
                 log.warning("the last good state of %s cannot be written: %s", job.name(i), another)
-        elif folder and isinstance(error, PluginError):
-            shutil.rmtree(folder)  # a logger could not start: leave nothing in the way of another try
 
 
 def _kept(job: _Job, i: int, cause: SaelensLiteError) -> str:

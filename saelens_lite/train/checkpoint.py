@@ -7,9 +7,9 @@ the last two are kept, and a damaged one is passed over.
 
 import logging
 import math
-import os
-import shutil
+import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from torch import Tensor
 from saelens_lite.errors import ConfigError, CorruptFileError
 from saelens_lite.files import (
     file_hash,
-    new_folder,
     read_json,
     read_lines,
     read_tensors,
@@ -26,6 +25,8 @@ from saelens_lite.files import (
     write_lines,
     write_tensors,
 )
+from saelens_lite.kinds import CHECKPOINT, TEMPORARY
+from saelens_lite.outputs import new_folder, remove, remove_own
 
 FORMAT = 3
 WITH_HISTORIES = 2  # the format whose state.json holds the logs
@@ -40,7 +41,7 @@ def save_checkpoint(run: Path, n_tokens: int, states: list[State], loop: dict[st
     """Write a checkpoint and drop all but the last KEPT. `loop`: of all dictionaries; its "histories" hold their log lines."""
     histories = loop["histories"]
     state = {key: value for key, value in loop.items() if key != "histories"}
-    with new_folder(run / FOLDER / f"{n_tokens:012d}", "overwrite") as new:
+    with new_folder(run / FOLDER / f"{n_tokens:012d}", CHECKPOINT, "overwrite", lock=False) as new:
         for i, (tensors, _) in enumerate(states):
             write_tensors(new / f"{i}.safetensors", tensors)
         for i, lines in enumerate(histories):
@@ -49,7 +50,7 @@ def save_checkpoint(run: Path, n_tokens: int, states: list[State], loop: dict[st
         checksums = {path.name: file_hash(path) for path in sorted(new.iterdir())}
         write_json(new / CHECKSUMS, {"format": FORMAT, "sha256": checksums})
     for old in _checkpoints(run)[KEPT:]:
-        shutil.rmtree(old)
+        remove_own(old, CHECKPOINT)
 
 
 def _history_file(folder: Path, i: int) -> Path:
@@ -58,7 +59,8 @@ def _history_file(folder: Path, i: int) -> Path:
 
 def _checkpoints(run: Path) -> list[Path]:
     """The folders of a run's checkpoints, the newest first."""
-    return sorted((run / FOLDER).glob("[0-9]*"), reverse=True)
+    found = [path for path in (run / FOLDER).glob("[0-9]*") if re.fullmatch(r"\d{12,}", path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name), reverse=True)
 
 
 def is_interrupted(run: Path) -> bool:
@@ -80,7 +82,6 @@ def load_checkpoint(run: Path) -> tuple[list[State], dict[str, Any]]:
         error = error or found
     if error:
         raise CorruptFileError(f"{run} has no checkpoint that is not damaged: {error}")
-    _remove_leftovers(run)
     raise ConfigError(f"{run} has no checkpoints: there is nothing to resume, or the run is finished")
 
 
@@ -121,12 +122,13 @@ def _sha256_or_none(path: Path) -> str | None:
 
 
 def remove_checkpoints(run: Path) -> None:
-    """Drop the checkpoints of a run that is finished: all at once, for nobody is to find half of them."""
-    _remove_leftovers(run)
-    if (run / FOLDER).exists():
-        os.replace(run / FOLDER, run / f".{FOLDER}.old")
-    _remove_leftovers(run)
-
-
-def _remove_leftovers(run: Path) -> None:
-    shutil.rmtree(run / f".{FOLDER}.old", ignore_errors=True)
+    """Remove the checkpoints of a run that is finished, the newest last, and their folder where nothing else is in it."""
+    for old in reversed(_checkpoints(run)):
+        remove_own(old, CHECKPOINT)
+    folder = run / FOLDER
+    if folder.is_dir():
+        for left in folder.iterdir():
+            if (match := TEMPORARY.fullmatch(left.name)) and re.fullmatch(r"\d{12,}", match[1]):
+                remove(left)
+        with suppress(OSError):  # not empty
+            folder.rmdir()

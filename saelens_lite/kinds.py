@@ -1,0 +1,123 @@
+"""The kinds of folders that are written, and the files that each may hold.
+
+A folder is replaced or removed only when it holds the files that mark its kind and nothing else: `foreign` lists what else is
+in it. Locks, files of the operating system and temporary names of our own files do not count.
+"""
+
+import os
+import re
+import tomllib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+TEMPORARY = re.compile(r"\.(.+)\.saelens-lite-[0-9a-f]{16}\.(tmp|old)", re.DOTALL)  # of NAME, see `outputs.temporary`
+LOCK = re.compile(r"\.(.+)\.saelens-lite\.lock", re.DOTALL)
+OF_THE_SYSTEM = {".DS_Store", "Thumbs.db", "desktop.ini"}
+MAX_SETTINGS_BYTES = 1 << 20
+RUN_MARK = r"config\.toml"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of folder: its name in messages, regular expressions for the paths of its files, and those that mark it.
+
+    A path is relative to the folder, with slashes. Every expression in `marks` has to match some file.
+    """
+
+    name: str
+    files: tuple[str, ...]
+    marks: tuple[str, ...]
+
+    def allowing(self, *files: str) -> "Kind":
+        """Return the kind with more files that its folders may hold, given as regular expressions."""
+        return replace(self, files=(*self.files, *files))
+
+    def like(self, folder: Path) -> "Kind":
+        """Return the kind of those folders too that hold only files with names of the files in `folder`."""
+        names = [re.escape(name) for name in _names(folder) if name not in ("README.md", "eval.json")]
+        return replace(self.allowing(*names), marks=("|".join([*self.marks, *names]),))
+
+    def below(self, folder: str) -> tuple[str, ...]:
+        """Return expressions for the files of such a folder inside of another; `folder` is an expression too."""
+        return tuple(f"{folder}/{file}" for file in self.files)
+
+
+DICTIONARY = Kind(
+    "dictionary",
+    (
+        *(r"cfg\.json", r"sae_weights\.safetensors", r"plugin\.safetensors", r"sparsity\.safetensors"),
+        *(r"eval\.json", r"README\.md", r"density\.png", r"training\.png", r"stability\.safetensors"),
+    ),
+    (r"cfg\.json",),
+)
+CHECKPOINT = Kind("checkpoint", (r"state\.json", r"checksums\.json", r"\d+\.safetensors", r"\d+\.jsonl"), (r"checksums\.json",))
+CHECKPOINTS = Kind("folder of checkpoints", CHECKPOINT.below(r"\d{12,}"), (r"\d{12,}/.*",))
+RUN = Kind(
+    "run",
+    (
+        *(RUN_MARK, r"log\.jsonl"),
+        *DICTIONARY.below("(dictionary|last_good)"),
+        *CHECKPOINTS.below("checkpoints"),
+    ),
+    (RUN_MARK,),
+)
+CACHE = Kind("cache", (r"manifest\.json", r"shard-\d+\.safetensors"), (r"manifest\.json",))
+_STORE_FILES = (
+    *(r"features\.json", r"features\.safetensors", r"weights\.safetensors", r"control\.safetensors"),
+    *(r"codes\.parquet", r"stability\.safetensors"),
+)
+STORE = Kind("store", (*_STORE_FILES, *(rf"\d+-[^/]+/{file}" for file in _STORE_FILES)), (r"(\d+-[^/]+/)?features\.json",))
+UNFINISHED_CAPTURE = Kind(
+    "folder of an unfinished capture",
+    (r"request\.json", r"journal\.jsonl", *CACHE.below("shards")),
+    (r"request\.json",),
+)
+UNFINISHED_STORE = Kind(
+    "folder of an unfinished store",
+    (r"request\.json", *(rf"(control/)?{file}" for file in (r"progress\.json", r"\d+/[a-z]+\.bin"))),
+    (r"request\.json",),
+)
+NEURONPEDIA = Kind(
+    "Neuronpedia export",
+    (
+        *(r"release\.jsonl", r"model\.jsonl", r"sourceset\.jsonl", r"source\.jsonl"),
+        r"(features|activations|explanations)/batch-\d+\.jsonl\.gz",
+    ),
+    (r"source\.jsonl",),
+)
+
+
+def foreign(folder: Path, kind: Kind) -> list[str]:
+    """Return the paths of the files and links in a folder that a folder of this kind does not have.
+
+    Where the files that mark the kind are missing, every file is foreign. Folders without a file do not count.
+    """
+    names = {name: _meant(name) for name in _names(folder) if name.rpartition("/")[2] not in OF_THE_SYSTEM}
+    marked = all(any(re.fullmatch(mark, meant) for meant in names.values()) for mark in kind.marks)
+    if not marked or (RUN_MARK in kind.marks and not _is_config_of_a_run(folder / "config.toml")):
+        return list(names)
+    return [name for name, meant in names.items() if not any(re.fullmatch(file, meant) for file in kind.files)]
+
+
+def _names(folder: Path) -> list[str]:
+    """Return the paths of all files and links below a folder, relative to it. Links are not followed."""
+    names: list[str] = []
+    for above, folders, files in os.walk(folder):
+        files += [name for name in folders if Path(above, name).is_symlink()]
+        names += [Path(above, name).relative_to(folder).as_posix() for name in files if not LOCK.fullmatch(name)]
+    return sorted(names)
+
+
+def _meant(path: str) -> str:
+    """Return the path that a path stands for while it is written; any other path as it is."""
+    return "/".join(match[1] if (match := TEMPORARY.fullmatch(part)) else part for part in path.split("/"))
+
+
+def _is_config_of_a_run(path: Path) -> bool:
+    """Return whether a file has the settings of a training run; config.toml is a common name."""
+    try:
+        if path.is_symlink() or path.stat().st_size > MAX_SETTINGS_BYTES:
+            return False
+        return {"sparsity", "d_sae"} <= tomllib.loads(path.read_text(encoding="utf-8")).keys()
+    except (OSError, ValueError, RecursionError):
+        return False
