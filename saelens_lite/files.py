@@ -45,12 +45,26 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.saelens-lite-{secrets.token_hex(8)}.tmp")
     try:
         with disk_full_is_typed(path):
+            temporary.touch()
+            mode = file_mode(temporary)
             write(temporary)
+            set_mode(temporary, mode)
             sync_file(temporary)
             os.replace(temporary, path)
             sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def file_mode(path: Path) -> int:
+    """Return the permissions of a file, which are those of the umask for one that was just created."""
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def set_mode(path: Path, mode: int) -> None:
+    """Give a file these permissions; some libraries create files that only their owner can read."""
+    if os.name == "posix" and file_mode(path) != mode:
+        path.chmod(mode)
 
 
 def sync(file: IO) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from saelens_lite.errors import ConfigError, LockedError, OutputExistsError
-from saelens_lite.files import disk_full_is_typed, sync_file, sync_folder
+from saelens_lite.files import disk_full_is_typed, file_mode, set_mode, sync_file, sync_folder
 from saelens_lite.kinds import TEMPORARY, Kind, foreign
 from saelens_lite.locks import locked
 
@@ -46,7 +46,7 @@ def new_folder(path: Path, kind: Kind, exists: str = "error", *, any_format: boo
     refuse_existing(path, exists, None if any_format else kind)
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path, kind.name) if lock else nullcontext():
-        clean_up(path)
+        clean_up(path, kind)
         refuse_existing(path, exists, None if any_format else kind)
         new = temporary(path, "tmp")
         new.mkdir()
@@ -149,11 +149,14 @@ def leftovers(path: Path, ending: Literal["tmp", "old"]) -> list[Path]:
     return sorted(found, key=lambda left: left.lstat().st_mtime_ns)
 
 
-def clean_up(path: Path) -> None:
+def clean_up(path: Path, kind: Kind) -> None:
     """Put back or remove what killed processes left beside `path`. The caller holds the lock on `path`."""
     put_back(path)
     for left in leftovers(path, "tmp"):
         remove(left)
+    for old in leftovers(path, "old"):
+        if not foreign(old, kind):  # one of another kind may be waiting
+            remove_old(old, path)
 
 
 def put_back(path: Path) -> None:
@@ -185,11 +188,13 @@ def restore(path: Path) -> None:
 
 
 def _sync_tree(folder: Path) -> None:
-    """Flush all files below a folder to the disk."""
+    """Flush all files below a new folder to the disk, with the permissions that the umask gives."""
+    mode = file_mode(folder) & 0o666
     for path in folder.rglob("*"):
         if path.is_dir():
             sync_folder(path)
         else:
+            set_mode(path, mode)
             sync_file(path)
     sync_folder(folder)
 

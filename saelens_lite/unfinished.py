@@ -47,7 +47,7 @@ def unfinished(
     out = followed(out)
     folder = out.with_name(f".{out.name}.unfinished")
     with locked(out, kind.name):
-        clean_up(out)
+        clean_up(out, kind)
         refuse_existing(out, exists, kind)
         refuse_existing(folder, "overwrite", work)
         for place in (out, folder):

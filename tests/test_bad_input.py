@@ -209,7 +209,7 @@ def test_activations_that_are_all_the_same():
 def test_nan_in_the_first_batch_leaves_no_dictionary(x, tmp_path):
     with pytest.raises(NonFiniteError, match="step 1"):
         sl.train(Spoilt(x, at=1), sl.TrainConfig(**QUICK), tmp_path / "run")
-    assert names(tmp_path / "run") == ["config.toml"]
+    assert names(tmp_path) == []
 
 
 def test_nan_in_a_sweep_keeps_every_dictionary(x, tmp_path):
@@ -270,7 +270,6 @@ def test_an_existing_output_is_refused_or_replaced(lm, x, tmp_path):
         with pytest.raises(OutputExistsError, match=rf"{out} already exists and is not empty; .* exists='overwrite'"):
             write(out)
         assert {path.name: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
-        (out / "stale").write_text("")
         write(out, exists="overwrite")
         assert {path.name: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     (tmp_path / "file").write_text("precious")
@@ -297,16 +296,19 @@ def test_an_output_without_a_name_of_its_own(lm, saved, tmp_path, monkeypatch, o
     assert [path.name for path in (tmp_path / "a").rglob("*")] == ["b"]
 
 
-def test_overwriting_that_fails_leaves_the_old_folder(lm, saved):
+def test_overwriting_that_fails_leaves_the_old_folder(lm, saved, copied):
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     d = sl.Dictionary.load(saved)
     d.W_enc.data[0, 0] = torch.inf
     with pytest.raises(NonFiniteError, match="W_enc is not finite"):
         d.save(saved, exists="overwrite")
-    with lm.replace("blocks.1.hook_resid_pre", lambda x: x * torch.nan), pytest.raises(NonFiniteError, match="NaN"):
-        sl.capture(lm, "text", "blocks.2.hook_resid_pre", saved, exists="overwrite")
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
-    assert names(saved.parent) == ["dictionary"]
+    assert "dictionary" in names(saved.parent)
+    before = {path.name: path.read_bytes() for path in copied.iterdir()}
+    with lm.replace("blocks.1.hook_resid_pre", lambda x: x * torch.nan), pytest.raises(NonFiniteError, match="NaN"):
+        sl.capture(lm, "text", "blocks.2.hook_resid_pre", copied, exists="overwrite")
+    assert {path.name: path.read_bytes() for path in copied.iterdir()} == before
+    assert not [name for name in names(saved.parent) if name.startswith(".")]
 
 
 def test_a_truncated_shard(copied):
@@ -344,8 +346,7 @@ def test_training_on_a_damaged_cache(copied, tmp_path):
     shard.write_bytes(content)
     with pytest.raises(CorruptFileError, match=r"shard-00001\.safetensors is damaged: rows 0 … of 'blocks.* capture again"):
         sl.train(sl.ActivationCache.open(copied), sl.TrainConfig(hook=HOOK, **QUICK), tmp_path / "run")
-    assert names(tmp_path) == ["cache", "run"]
-    assert "dictionary" not in names(tmp_path / "run")
+    assert names(tmp_path) == ["cache"]
 
 
 @pytest.mark.parametrize(
@@ -543,12 +544,13 @@ def test_a_manifest_that_disagrees_with_its_shards(copied):
         sl.ActivationCache.open(copied).read_shard(0)
 
 
-def test_overwriting_a_file_with_a_run(x, tmp_path):
+def test_a_run_does_not_replace_a_file(x, tmp_path):
     (tmp_path / "run").write_text("not a folder")
     with pytest.raises(OutputExistsError):
         sl.train(TensorSource(x), sl.TrainConfig(**QUICK), tmp_path / "run")
-    (run,) = sl.train(TensorSource(x), sl.TrainConfig(**QUICK), tmp_path / "run", exists="overwrite")
-    assert sl.Dictionary.load(run.folder / "dictionary").d_sae == run.config.d_sae
+    with pytest.raises(OutputExistsError, match="is not a folder"):
+        sl.train(TensorSource(x), sl.TrainConfig(**QUICK), tmp_path / "run", exists="overwrite")
+    assert (tmp_path / "run").read_text() == "not a folder"
 
 
 def test_seeds_are_32_bits():

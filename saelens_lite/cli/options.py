@@ -1,5 +1,7 @@
 """Options that several commands have."""
 
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -7,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from saelens_lite.config import TextConfig
+from saelens_lite.errors import CorruptFileError, OutputExistsError
 
 if TYPE_CHECKING:
     from saelens_lite.dictionary import Dictionary
@@ -27,7 +30,22 @@ TextName = Annotated[
 ]
 TextOptions = Annotated[TextConfig, Parameter(name="*")]
 ReadAs = Annotated[str | None, Parameter(help="Name of the format plugin to read it with; only needed for pickles.")]
-JsonFile = Annotated[Path | None, Parameter(name="--json", help="File for all figures.")]
+
+
+def _check_report(_: Any, path: Path | None) -> None:
+    """Raise OutputExistsError where a report would replace a file that is not JSON, before the work begins."""
+    from saelens_lite.files import read_json
+
+    if path is not None and os.path.lexists(path):
+        try:
+            read_json(path, limit=math.inf)
+        except CorruptFileError as error:
+            raise OutputExistsError(f"{path} exists and is not an earlier report ({error}); choose another file") from None
+
+
+JsonFile = Annotated[
+    Path | None, Parameter(name="--json", validator=_check_report, help="File for all figures. Replaces an earlier report.")
+]
 PrintJson = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON instead of text.")]
 
 

@@ -489,6 +489,8 @@ class FeatureStore:
         if path.is_dir():
             raise OutputExistsError(f"{path} is a folder; name a file, such as {path / 'features.html'}")
         refuse_existing(path, exists)
+        if path.exists():
+            _check_page(path)
         page = render(self)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, page)
@@ -503,6 +505,13 @@ class FeatureStore:
         i = self.info
         silent = int(self.never_fires.sum())
         return f"FeatureStore({i.d_sae} latents, {i.rule}, {i.model}, {i.hook}, {i.n_tokens:,} tokens, {silent} never fire)"
+
+
+def _check_page(path: Path) -> None:
+    """Raise OutputExistsError when a file that would be replaced by a page is not one."""
+    with open(path, "rb") as file:
+        if not file.read(64).lstrip().lower().startswith(b"<!doctype html"):
+            raise OutputExistsError(f"{path} is not an HTML page; choose another file, or delete it yourself")
 
 
 def folder_names(dictionaries: Sequence[Dictionary]) -> list[str]:

@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from saelens_lite.config import Origin
 from saelens_lite.dictionary import CONFIG_FILE, Dictionary
+from saelens_lite.errors import OutputExistsError
 from saelens_lite.evaluate import EvalReport
 from saelens_lite.files import read_json, write_file
 from saelens_lite.hub.client import NAME, Address
@@ -45,6 +46,9 @@ def write_card(
     `text` names what the dictionary was evaluated on, in place of what the report says. Figures need matplotlib.
     """
     folder = Path(folder)
+    card = folder / CARD_FILE
+    if card.exists() and OWN_LIBRARY.encode() not in card.read_bytes():
+        raise OutputExistsError(f"{card} is not a card of a dictionary; move it away, or name the dictionary's own folder")
     if report is not None:
         report = report if text is None else dataclasses.replace(report, text=text)
         report.to_json(folder / EVALUATION_FILE)

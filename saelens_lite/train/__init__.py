@@ -114,7 +114,8 @@ def train(
     folders = [None] * len(configs) if out is None else run_folders(out, configs)
     description = source.describe()
     if out:
-        _refuse_existing_runs(out, folders, exists, description)
+        with _locked(out, folders):
+            _refuse_existing_runs(out, folders, exists, description)
     validation, source = source.hold_out(validation_tokens) if validation_tokens else (None, source)
     job = _Job(
         trainers=[Trainer(c, source, device) for c in configs],
@@ -135,7 +136,6 @@ def train(
     if out is None:
         return _run(job, source)
     with _locked(out, folders):
-        put_back_runs(out, folders, _kind())
         _refuse_existing_runs(out, folders, exists, description)
         with Aside(out, folders, _kind()):
             for config, folder in zip(configs, folders, strict=True):
@@ -158,8 +158,9 @@ def _kind() -> Kind:
 
 
 def _refuse_existing_runs(out: Path, folders: Sequence[Path], exists: str, description: dict[str, Any] | None) -> None:
-    """Raise OutputExistsError where there is something and `exists` is "error", an interrupted run above all; where there is
-    something other than a run; and where the source lies in a folder that would be replaced."""
+    """Put back what a killed process left, and raise OutputExistsError where there is something and `exists` is "error", an
+    interrupted run above all; where there is something other than a run; and where the source would be removed."""
+    put_back_runs(out, folders, _kind())
     if exists == "error" and is_interrupted(out):
         raise OutputExistsError(
             f"{out} holds a run that was interrupted; resume it, choose another place or say exists='overwrite'"
@@ -335,12 +336,14 @@ class _Job:
 def _run(job: _Job, source: Source) -> list[Run]:
     """Train to the end and write the dictionaries; what ends training early leaves a checkpoint."""
     classes = load_loggers(job.loggers) if job.out else {}
+    has_begun = False
     try:
         with ExitStack() as stack:
             logs = [
                 stack.enter_context(open_log(classes, folder, trainer.config, trainer.n_seen))
                 for trainer, folder in zip(job.trainers, job.folders, strict=True)
             ]
+            has_begun = True
             _loop(source, job, logs)
         return _results(job)
     except DiskFullError as error:
@@ -348,7 +351,8 @@ def _run(job: _Job, source: Source) -> list[Run]:
             raise
         raise DiskFullError(f"{error}; make room and go on with: {job.how_to_go_on}") from error
     except SaelensLiteError as error:
-        _keep_what_is_good(job, error)
+        if has_begun:
+            _keep_what_is_good(job, error)
         raise
 
 

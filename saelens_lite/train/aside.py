@@ -17,8 +17,8 @@ class Aside:
     """The folders of a new run, for the length of a block. What was in their place is moved aside.
 
     When the block ends well, what was moved aside is removed. When it fails before the new run has a checkpoint or a
-    dictionary, the old folders come back; the new ones are removed. A new log that replaces nothing stays. Otherwise the new run stays, and the old ones wait until
-    it is resumed and complete.
+    dictionary, the old folders come back, and the new ones are removed unless all they have is a log that replaces nothing.
+    Otherwise the new run stays, and the old ones wait until it is resumed and complete.
 
     Args:
         out: the folder of the run, or of the runs that are trained together.
