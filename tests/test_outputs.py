@@ -8,7 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
-from importlib.machinery import SourceFileLoader
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -436,9 +436,10 @@ class TestLocks:
 
 
 @pytest.mark.parametrize("name", ["save", "capture", "train", "build", "save a store", "convert", "export"])
-def test_interrupts_kills_and_races_touch_nothing_else(random_lm, name, tmp_path):
+def test_interrupts_kills_and_races_touch_nothing_else(random_lm, name, tmp_path, monkeypatch):
     """Fewer of them than the script makes by itself."""
-    attack = SourceFileLoader("attack_outputs", str(Path(__file__).parents[1] / "scripts/attack_outputs.py")).load_module()
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
+    attack = import_module("attack_outputs")
     rng = random.Random(name)
     write = attack.writers(random_lm, tmp_path)[name]
     assert set(attack.nothing_else_is_touched(write, tmp_path / "kills", 1, rng).values()) == {0}
