@@ -43,7 +43,7 @@ Write = Callable[[Path], None]
 
 def writers(lm: sl.LanguageModel, folder: Path) -> dict[str, Write]:
     """Everything that writes an output folder, by name; each replaces what is there."""
-    d = sl.Dictionary.create("topk", d_in=lm.d_model, d_sae=2048, options={"k": 8}, origin=sl.Origin(hook=HOOK, model="m"))
+    d = sl.Dictionary.create("topk", d_in=lm.d_model, d_sae=1024, options={"k": 8}, origin=sl.Origin(hook=HOOK, model="m"))
     x = torch.randn(5000, 16, generator=torch.Generator().manual_seed(0))
     store = sl.FeatureStore.build(d, lm, TEXT[:20])
     d.save(folder / "given")

@@ -208,7 +208,7 @@ def test_every_dtype_is_kept(tmp_path):
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         own = make("topk").to(dtype).save(tmp_path / "own", exists="overwrite")
         for format in WRITTEN:
-            again = sl.Dictionary.load(sl.convert(own, tmp_path / "theirs", format, exists="overwrite"), format=format)
+            again = sl.Dictionary.load(sl.convert(own, tmp_path / format, format, exists="overwrite"), format=format)
             assert again.W_dec.dtype == dtype
             assert torch.equal(again.W_enc, make("topk").to(dtype).W_enc)
 
@@ -297,7 +297,12 @@ def test_an_output_that_exists_is_kept(tmp_path):
     with pytest.raises(OutputExistsError):
         sl.convert(own, own, "sparsify")
     assert sl.Dictionary.load(own).rule.plugin_name == "topk"
-    assert sl.Dictionary.load(sl.convert(own, own, "sparsify", exists="overwrite")).rule.plugin_name == "topk"
+    with pytest.raises(OutputExistsError, match="is read, and would be removed"):
+        sl.convert(own, own, "sparsify", exists="overwrite")
+    theirs = sl.convert(own, tmp_path / "theirs", "sparsify")
+    assert sl.Dictionary.load(sl.convert(own, theirs, "sparsify", exists="overwrite")).rule.plugin_name == "topk"
+    with pytest.raises(OutputExistsError, match=r"sae\.safetensors"):
+        sl.convert(own, theirs, "dictionary_learning", exists="overwrite")
     with pytest.raises(PluginError, match="no formats plugin is called 'sparsfy'; did you mean sparsify"):
         sl.convert(own, tmp_path / "x", "sparsfy")
 
