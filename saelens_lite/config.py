@@ -10,7 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from saelens_lite.errors import ConfigError, near_matches
+from saelens_lite.errors import ConfigError, CorruptFileError, near_matches
+
+MOST = 2**53  # of whole numbers in settings
+MAX_TOML_BYTES = 1 << 20
 
 
 class FrozenConfig(BaseModel):
@@ -93,15 +96,19 @@ class TrainConfig(FrozenConfig):
     skip: bool = Field(False, description="Give a transcoder a skip connection: a linear map of its input is added.")
     sparsity: str = Field("topk", description="Sparsity rule: the name of a plugin (see `saelens-lite plugins`).")
     options: dict[str, Any] = Field({}, description="Options of the sparsity rule, e.g. --options.k 32.")
-    d_sae: int = Field(2048, gt=0, description="Number of latents.")
-    n_tokens: int = Field(1_000_000, gt=0, description="Activations to train on; the data is read again when it is shorter.")
-    batch_size: int = Field(2048, gt=0, description="Activations per optimiser step.")
+    d_sae: int = Field(2048, gt=0, le=MOST, description="Number of latents.")
+    n_tokens: int = Field(
+        1_000_000, gt=0, le=MOST, description="Activations to train on; the data is read again when it is shorter."
+    )
+    batch_size: int = Field(2048, gt=0, le=MOST, description="Activations per optimiser step.")
     lr: float | None = Field(
         None,
         gt=0,
         description="Peak learning rate of Adam; default 2e-4 / sqrt(d_sae / 16384), as for top-k in Gao et al. 2024.",
     )
-    betas: tuple[float, float] = Field((0.9, 0.999), description="Decay rates of Adam's first and second moment.")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.999), description="Decay rates of Adam's first and second moment."
+    )
     warmup: float = Field(0.02, ge=0, le=1, description="Share of the tokens over which the learning rate rises linearly.")
     decay: float = Field(0.2, ge=0, le=1, description="Share of the tokens, at the end, over which it falls linearly to zero.")
     sparsity_warmup: float = Field(
@@ -118,9 +125,9 @@ class TrainConfig(FrozenConfig):
         description="Numbers from which the latents that fire are chosen; codes and gradients are float32. auto: bfloat16 on a "
         "CUDA device.",
     )
-    dead_after: int = Field(200_000, gt=0, description="Tokens without firing after which a latent counts as dead.")
+    dead_after: int = Field(200_000, gt=0, le=MOST, description="Tokens without firing after which a latent counts as dead.")
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of the initial parameters.")
-    log_every: int = Field(65_536, gt=0, description="Tokens between two lines of log.jsonl.")
+    log_every: int = Field(65_536, gt=0, le=MOST, description="Tokens between two lines of log.jsonl.")
 
     @property
     def peak_lr(self) -> float:
@@ -137,12 +144,14 @@ class Origin(FrozenConfig):
     processing: tuple[str, ...] = Field((), description="What was done to the weights when the model was loaded.")
     hook: str | None = Field(None, description="transformer-lens hook name.")
     target_hook: str | None = Field(None, description="Hook a transcoder predicts; none for an autoencoder.")
-    n_ctx: int | None = Field(None, description="Tokens in a row.")
+    n_ctx: int | None = Field(None, ge=0, le=MOST, description="Tokens in a row.")
     prepend_bos: bool | None = Field(None, description="Whether each row begins with the BOS token.")
     text: str | None = Field(None, description="What the text was.")
     text_sha256: str | None = Field(None, description="SHA-256 of the token rows, where all of them are known.")
-    excluded_positions: tuple[int, ...] = Field((0,), description="Positions never trained on.")
-    excluded_token_ids: tuple[int, ...] = Field(
+    excluded_positions: tuple[Annotated[int, Field(ge=0, le=MOST)], ...] = Field(
+        (0,), description="Positions never trained on."
+    )
+    excluded_token_ids: tuple[Annotated[int, Field(ge=0, le=MOST)], ...] = Field(
         (), description="Token ids never trained on, in addition to the tokenizer's special tokens."
     )
 
@@ -153,11 +162,20 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing or is not TOML.
     """
+    from saelens_lite.files import named_file, open_file  # torch comes with it, which settings by themselves do not need
+
+    path = Path(path)
+    if not path.exists():
+        raise ConfigError(f"{path}: no such settings file")
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such settings file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        with open_file(named_file(path)) as file:
+            content = file.read(MAX_TOML_BYTES + 1)
+        if len(content) > MAX_TOML_BYTES:
+            raise ValueError(f"more than {MAX_TOML_BYTES:,} bytes")
+        return tomllib.loads(content.decode().replace("\r\n", "\n"))
+    except CorruptFileError as error:
+        raise ConfigError(str(error)) from None
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not a TOML file: {error}") from None
 
 

@@ -15,12 +15,14 @@ architecture has no place for in plugin.safetensors.
 """
 
 import importlib.metadata
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from saelens_lite import registry
@@ -30,17 +32,67 @@ from saelens_lite.codes.change import Edit, offsets, scaled
 from saelens_lite.codes.encoder import Encoder
 from saelens_lite.config import Origin
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, ShapeError
-from saelens_lite.files import DTYPES, read_json, read_tensors, write_json
+from saelens_lite.files import (
+    DTYPES,
+    Spec,
+    check_fits_memory,
+    read_json,
+    read_tensors,
+    shortened,
+    tensor_specs,
+    write_json,
+)
 from saelens_lite.format_detection import CONFIG_FILE, OWN, format_of, is_own_folder
 from saelens_lite.kinds import DICTIONARY as KIND
 from saelens_lite.outputs import new_folder, restore
 from saelens_lite.places import local_folder
+from saelens_lite.schemas import Checked, Positive, String, checked
 from saelens_lite.sparsity import PublishedForm, Sparsity
 from saelens_lite.state_dicts import float_tensors, in_order, sizes_of
 
 FORMAT = 1
 TOKEN_NORMS = {None: "none", "layer_norm": "layer_norm", "constant_norm": "constant_norm_rescale"}  # as SAELens calls them
 WEIGHTS_FILE, SPARSITY_FILE, PLUGIN_FILE = "sae_weights.safetensors", "sparsity.safetensors", "plugin.safetensors"
+
+
+class _Ours(Checked):
+    """What metadata.saelens_lite of cfg.json holds."""
+
+    format: Literal[1]
+    transcoder: bool = False
+    skip: bool = False
+    token_norm: String | None = None
+    sparsity: String
+    options: dict[str, Any] = Field({})
+    distribution: String | None = None
+    version: String | None = None
+    origin: Origin = Origin()
+    training: dict[str, Any] = Field({})
+
+
+class _Metadata(Checked, extra="ignore"):
+    """What metadata of cfg.json holds; the rest of it is for other tools."""
+
+    saelens_lite: _Ours
+
+
+class _Config(Checked, extra="ignore"):
+    """What cfg.json holds; the rest of it is for other tools."""
+
+    d_in: Positive
+    d_sae: Positive
+    d_out: Positive | None = None
+    dtype: Literal["float32", "float16", "bfloat16", "float64"]
+    metadata: _Metadata
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "_Config":
+        ours = self.metadata.saelens_lite
+        if self.d_out is None and (ours.transcoder or ours.origin.target_hook is not None):
+            raise ValueError("it is of a transcoder, but d_out is missing")
+        if not ours.transcoder and ours.origin.target_hook is not None:
+            raise ValueError("it names a target hook, but is not of a transcoder")
+        return self
 
 
 class Dictionary(nn.Module):
@@ -511,55 +563,41 @@ class Dictionary(nn.Module):
 
     @classmethod
     def _load_own(cls, folder: Path) -> "Dictionary":
-        config = read_json(folder / CONFIG_FILE)
+        config = read_json(folder / CONFIG_FILE, finite=True)
         ours = config["metadata"]["saelens_lite"]
         if not isinstance(ours, dict) or ours.get("format") != FORMAT:
             raise CorruptFileError(
                 f"{folder / CONFIG_FILE} was not written by this version of saelens_lite (metadata.saelens_lite.format is "
-                f"{ours.get('format') if isinstance(ours, dict) else 'absent'}, expected {FORMAT})"
+                f"{ours.get('format') if isinstance(ours, dict) else 'absent'!r:.40}, expected {FORMAT})"
             )
-        try:
-            d_in, d_sae, dtype = int(config["d_in"]), int(config["d_sae"]), DTYPES[config["dtype"]]
-            d_out, skip = int(config["d_out"]) if ours.get("transcoder") else None, bool(ours.get("skip"))
-            rule_class = registry.load(ours["sparsity"], written_by=ours.get("distribution"))
-            rule_config = rule_class.Config(**ours.get("options", {}))
-            origin = Origin(**ours.get("origin", {}))
-            token_norm = str(ours["token_norm"]) if ours.get("token_norm") else None
-        except (KeyError, TypeError, ValueError, OverflowError, ConfigError) as error:
-            raise CorruptFileError(f"{folder / CONFIG_FILE}: {type(error).__name__}: {error}") from None
-        if min(d_in, d_sae, d_in if d_out is None else d_out) < 1:
-            raise CorruptFileError(
-                f"{folder / CONFIG_FILE}: d_in = {d_in}, d_sae = {d_sae}, d_out = {d_out}; expected at least 1"
-            )
-        if not isinstance(ours.get("training", {}), dict):
-            raise CorruptFileError(f"{folder / CONFIG_FILE}: metadata.saelens_lite.training is no table")
-        if d_out is None and origin.target_hook is not None:
-            raise CorruptFileError(f"{folder / CONFIG_FILE} names a target hook, but d_out is missing")
-        tensors = read_tensors(folder / WEIGHTS_FILE)
-        found = tuple(tensors["W_dec"].shape) if "W_dec" in tensors else None
+        said = checked(folder / CONFIG_FILE, config, _Config)
+        ours, d_in, d_sae = said.metadata.saelens_lite, said.d_in, said.d_sae
+        d_out = said.d_out if ours.transcoder else None
+        rule_class = registry.load(ours.sparsity, written_by=ours.distribution)
+        specs = _own_names(folder, tensor_specs)
+        found = specs["W_dec"].shape if "W_dec" in specs else None
         wanted = (d_sae, d_in if d_out is None else d_out)
         if found != wanted:  # else a forged size would be allocated
             raise CorruptFileError(f"{folder / WEIGHTS_FILE}: W_dec has shape {found}, cfg.json says {wanted}")
-        if d_out is not None and ("W_enc" not in tensors or tensors["W_enc"].shape != (d_in, d_sae)):
+        if d_out is not None and ("W_enc" not in specs or specs["W_enc"].shape != (d_in, d_sae)):
             raise CorruptFileError(f"{folder / WEIGHTS_FILE}: W_enc is missing or not of shape {(d_in, d_sae)}")
+        check_fits_memory(folder, sum(spec.nbytes for spec in specs.values()))
         try:
-            rule = rule_class(rule_config, d_in=d_in, d_sae=d_sae)
+            rule = rule_class(rule_class.Config(**ours.options), d_in=d_in, d_sae=d_sae)
             sizes = {"d_in": d_in, "d_sae": d_sae, "d_out": d_out}
-            self = cls(rule, **sizes, skip=skip, origin=origin, training=ours.get("training"), token_norm=token_norm)
-        except ConfigError as error:
+            self = cls(
+                rule, **sizes, skip=ours.skip, origin=ours.origin, training=ours.training, token_norm=ours.token_norm or None
+            )
+        except (ConfigError, TypeError, ValueError) as error:
             raise CorruptFileError(f"{folder / CONFIG_FILE}: {error}") from None
-        if (folder / PLUGIN_FILE).exists():
-            tensors |= {f"rule.{k}": v for k, v in read_tensors(folder / PLUGIN_FILE).items()}
         form = rule.inference_form()
-        own = {"W_enc", "b_enc", "W_dec", "b_dec", "W_skip"}
-        state = {k if k in own or k.startswith("rule.") else f"rule.{k}": v for k, v in tensors.items()}
-        _check_state(folder, state, self.to(dtype).state_dict(), optional=set(form.tensors) if form else set())
-        self._check_published(folder, config, state)
-        self.load_state_dict(state, strict=False)
+        _check_state(folder, specs, self.to(DTYPES[said.dtype]).state_dict(), optional=set(form.tensors) if form else set())
+        self._check_published(folder, config, specs)
+        self.load_state_dict(_own_names(folder, read_tensors), strict=False)
         self.density = read_density(folder, d_sae)
         return self
 
-    def _check_published(self, folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:
+    def _check_published(self, folder: Path, config: dict[str, Any], state: dict[str, Spec]) -> None:
         """Raise CorruptFileError where cfg.json tells other tools something else than us."""
         expected = self._config()
         del expected["metadata"], expected["device"]
@@ -578,17 +616,31 @@ class Dictionary(nn.Module):
         return f"d_in={self.d_in}, d_sae={self.d_sae}, sparsity={rule!r}, hook={self.origin.hook!r}{target}"
 
 
+def _own_names(folder: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """What is read of the tensors of both files, by our names. CorruptFileError where a name is in both."""
+    own = ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip")
+    found = {k if k in own or k.startswith("rule.") else f"rule.{k}": v for k, v in read(folder / WEIGHTS_FILE).items()}
+    if not os.path.lexists(folder / PLUGIN_FILE):
+        return found
+    extra = {f"rule.{k}": v for k, v in read(folder / PLUGIN_FILE).items()}
+    if both := found.keys() & extra.keys():
+        raise CorruptFileError(f"{folder}: {WEIGHTS_FILE} and {PLUGIN_FILE} both hold {shortened(both)}")
+    return found | extra
+
+
 def read_density(folder: Path, d_sae: int) -> Float[Tensor, " d_sae"] | None:
     """How often each latent fires, from sparsity.safetensors; None where there is none.
 
     Raises:
         CorruptFileError: it is damaged, or not about d_sae latents.
     """
-    if not (folder / SPARSITY_FILE).exists():
+    path = folder / SPARSITY_FILE
+    if not os.path.lexists(path):
         return None
-    log_density = read_tensors(folder / SPARSITY_FILE).get("sparsity")
-    if log_density is None or log_density.shape != (d_sae,):
-        raise CorruptFileError(f"{folder / SPARSITY_FILE}: expected a tensor 'sparsity' of shape {(d_sae,)}")
+    found = tensor_specs(path)
+    if found.keys() != {"sparsity"} or found["sparsity"].shape != (d_sae,) or not found["sparsity"].dtype.is_floating_point:
+        raise CorruptFileError(f"{path}: expected a tensor 'sparsity' of shape {(d_sae,)}")
+    log_density = read_tensors(path)["sparsity"]
     return (10.0 ** log_density.double() - 1e-10).clamp(0, 1).float()
 
 
@@ -602,13 +654,15 @@ def slice_without(excluded: Sequence[int], n_ctx: int | None) -> list[int | None
         return None
     if excluded == list(range(len(excluded))) and len(excluded) != n_ctx:
         return [len(excluded), None]
-    if n_ctx is None:
+    left_out = set(excluded)
+    if n_ctx is None or len(left_out) == n_ctx:
         return None
-    kept = sorted(set(range(n_ctx)) - set(excluded))
-    step = kept[1] - kept[0] if len(kept) > 1 else 1
-    if not kept or kept != list(range(kept[0], kept[-1] + 1, step)):
+    first, last = (next(p for p in positions if p not in left_out) for positions in (range(n_ctx), range(n_ctx)[::-1]))
+    step = next((p - first for p in range(first + 1, n_ctx) if p not in left_out), 1)
+    n_kept = n_ctx - len(left_out)
+    if n_kept != (last - first) // step + 1 or any((p - first) % step == 0 for p in excluded if first < p < last):
         return None
-    return [kept[0], None if kept[-1] + step >= n_ctx else kept[-1] + 1, *([step] if step > 1 else [])]
+    return [first, None if last + step >= n_ctx else last + 1, *([step] if step > 1 else [])]
 
 
 def _unit_rows(n: int, d: int, generator: torch.Generator) -> Float[Tensor, "n d"]:
@@ -617,14 +671,12 @@ def _unit_rows(n: int, d: int, generator: torch.Generator) -> Float[Tensor, "n d
     return rows / rows.norm(dim=1, keepdim=True)
 
 
-def _check_state(folder: Path, found: dict[str, Tensor], expected: dict[str, Tensor], optional: set[str]) -> None:
+def _check_state(folder: Path, found: dict[str, Spec], expected: dict[str, Tensor], optional: set[str]) -> None:
     """Raise CorruptFileError unless names and shapes fit; a published tensor may be derived rather than stored."""
     missing = expected.keys() - found.keys()
     surplus = {k for k in found.keys() - expected.keys() if k.removeprefix("rule.") not in optional}
     if missing or surplus:
-        raise CorruptFileError(
-            f"{folder}: tensors missing: {sorted(missing) or 'none'}; not expected: {sorted(surplus) or 'none'}"
-        )
+        raise CorruptFileError(f"{folder}: tensors missing: {sorted(missing) or 'none'}; not expected: {shortened(surplus)}")
     for name, tensor in expected.items():
         if found[name].shape != tensor.shape:
             raise CorruptFileError(f"{folder}: {name} has shape {tuple(found[name].shape)}, expected {tuple(tensor.shape)}")

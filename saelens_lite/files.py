@@ -1,16 +1,22 @@
-"""Writing so that a reader never meets half a file: temporary name, fsync, rename."""
+"""Files: written so that a reader never meets half of one, and read so that a stranger's file decides nothing.
+
+Writing: temporary name, fsync, rename. Reading: only regular files that lie in their folder are opened, and nothing is
+allocated before the size of the file has been compared with what is announced.
+"""
 
 import errno
 import hashlib
 import json
+import math
 import os
 import secrets
 import stat
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +26,15 @@ from saelens_lite.errors import ConfigError, CorruptFileError, DiskFullError
 MAX_JSON_BYTES = 64 << 20  # of settings files, which may come from strangers
 MAX_LIST_BYTES = 1 << 30  # of JSON files that grow with the data: a line or two for each shard or latent
 MAX_JSON_DEPTH = 100
+MAX_JSON_VALUES = 6_000_000  # of one file: small ones take a hundred times the memory that they have bytes
+MAX_LINE_BYTES = 1 << 20
 MAX_HEADER_BYTES = 16 << 20
+PIECE = 1 << 20  # bytes read at once
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+STORED_DTYPES = {  # as safetensors calls them
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 
 @contextmanager
@@ -97,8 +110,8 @@ def append_line(path: Path, line: str) -> None:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits."""
-    with open(path, "rb") as file:
+    """SHA-256 of a file, as hexadecimal digits. CorruptFileError when it cannot be opened."""
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -140,17 +153,25 @@ def write_lines(path: Path, values: Iterable[dict[str, Any]]) -> None:
         sync(file)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects in a file of `write_lines`. CorruptFileError when it is missing or a line is not an object."""
-    file_size(path)
-    values = []
-    with open(path, encoding="utf-8") as file:
-        try:
-            values += map(json.loads, file)
-        except (ValueError, RecursionError) as error:
-            raise CorruptFileError(f"{path}, line {len(values) + 1}: not valid JSON: {error}") from None
-    if not all(isinstance(value, dict) for value in values):
-        raise CorruptFileError(f"{path}: a line holds something other than a JSON object")
+def read_lines(path: Path, most: int | float = math.inf) -> list[dict[str, Any]]:
+    """Return the objects in a file of `write_lines`.
+
+    Raises:
+        CorruptFileError: it is missing, has more than `most` lines, or a line is too long or not an object.
+    """
+    values: list[dict[str, Any]] = []
+    with open_file(path) as file:
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            place = f"{path}, line {len(values) + 1}"
+            if len(line) > MAX_LINE_BYTES or len(values) >= most:
+                raise CorruptFileError(f"{place}: expected at most {most:,} lines of {MAX_LINE_BYTES:,} bytes")
+            try:
+                value = json.loads(line.decode())
+            except (ValueError, RecursionError) as error:
+                raise CorruptFileError(f"{place}: not valid JSON: {error}") from None
+            if not isinstance(value, dict):
+                raise CorruptFileError(f"{path}: a line holds something other than a JSON object")
+            values.append(value)
     return values
 
 
@@ -158,7 +179,8 @@ def file_size(path: Path) -> int:
     """Bytes of a file.
 
     Raises:
-        CorruptFileError: it is missing, or no file: a folder, or a pipe, which reading would wait for.
+        CorruptFileError: it is missing; or no file: a folder, a device, or a pipe, which reading would wait for; or a link to a
+            place outside of its folder.
     """
     try:
         found = path.stat()
@@ -166,9 +188,44 @@ def file_size(path: Path) -> int:
         raise CorruptFileError(f"{path} is missing; is {path.parent} the folder you meant?") from None
     except OSError as error:
         raise CorruptFileError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # a NUL
+        raise CorruptFileError(f"{str(path)!r} cannot be read: {error}") from None
     if not stat.S_ISREG(found.st_mode):
         raise CorruptFileError(f"{path} is no file")
+    check_inside(path)
     return found.st_size
+
+
+def check_inside(path: Path) -> None:
+    """Raise CorruptFileError where a file or folder is a link that leaves the folder it is in.
+
+    Snapshots in the cache of the Hub's client are links to the files in blobs/ beside them, which is allowed.
+    """
+    if not path.is_symlink():
+        return
+    folder, target = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
+    homes = [folder, *(above.parent / "blobs" for above in (folder, *folder.parents) if above.name == "snapshots")]
+    if not any(target.is_relative_to(home) for home in homes):
+        raise CorruptFileError(f"{path} is a link to {target}, outside of its folder; put a copy in its place")
+
+
+def named_file(path: str | Path) -> Path:
+    """The file that a user named, behind links: those are the user's own."""
+    return Path(os.path.realpath(path)) if Path(path).is_file() else Path(path)
+
+
+def open_file(path: Path) -> BufferedReader:
+    """Open a regular file to read its bytes; raises what `file_size` raises."""
+    file_size(path)
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+    try:
+        file = os.fdopen(os.open(path, flags), "rb")
+    except OSError as error:
+        raise CorruptFileError(f"{path} cannot be read: {error.strerror}") from None
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # it was replaced in the meantime
+        file.close()
+        raise CorruptFileError(f"{path} is no file")
+    return file
 
 
 def nesting(value: Any) -> int:
@@ -183,9 +240,15 @@ def _inside(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
     return value.values() if isinstance(value, dict) else value
 
 
-def _parsed(text: str) -> Any:
-    """A JSON value that can be written again, with bounds on its depth; ValueError or RecursionError where it is none."""
-    value = json.loads(text)
+def parsed_json(text: str, finite: bool = False) -> Any:
+    """Return a JSON value that can be written again, with bounds on its depth.
+
+    finite: refuse NaN and infinity, which JSON does not have.
+
+    Raises:
+        ValueError, RecursionError: it is none.
+    """
+    value = json.loads(text, parse_constant=_refused, parse_float=_finite) if finite else json.loads(text)
     if nesting(value) > MAX_JSON_DEPTH:
         raise ValueError(f"nested deeper than {MAX_JSON_DEPTH} levels")
     if "\\u" in text:
@@ -193,17 +256,43 @@ def _parsed(text: str) -> Any:
     return value
 
 
-def read_json(path: Path, limit: int | float | None = None) -> dict[str, Any]:
+def _refused(name: str) -> float:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def _finite(digits: str) -> float:
+    if not math.isfinite(value := float(digits)):
+        raise ValueError(f"{digits[:40]} is too large for a number")
+    return value
+
+
+def _text_of(path: Path, most: int | float) -> str:
+    """The text of a JSON file, read in pieces: a file full of holes or of tiny values is refused before it costs memory."""
+    size = file_size(path)
+    if size > most:
+        raise CorruptFileError(f"{path}: {size:,} bytes is too large for a settings file")
+    pieces, n_values = [], 0
+    with open_file(path) as file:
+        while piece := file.read(PIECE):
+            n_values += sum(map(piece.count, (b",", b"[", b"{")))
+            if b"\0" in piece:
+                raise CorruptFileError(f"{path} is not valid JSON: it holds NUL bytes")
+            if n_values > MAX_JSON_VALUES:
+                raise CorruptFileError(f"{path} holds more than {MAX_JSON_VALUES:,} values, which is too many to read")
+            pieces.append(piece)
+    return b"".join(pieces).decode()
+
+
+def read_json(path: Path, limit: int | float | None = None, finite: bool = False) -> dict[str, Any]:
     """Return the object in a JSON file of at most `limit` bytes (default MAX_JSON_BYTES).
+
+    finite: refuse NaN and infinity, which none of our own files holds.
 
     Raises:
         CorruptFileError: the file is missing, too large, not JSON, or not an object.
     """
-    size = file_size(path)
-    if size > (MAX_JSON_BYTES if limit is None else limit):
-        raise CorruptFileError(f"{path}: {size:,} bytes is too large for a settings file")
     try:
-        value = _parsed(path.read_text(encoding="utf-8"))
+        value = parsed_json(_text_of(path, MAX_JSON_BYTES if limit is None else limit), finite)
     except OSError as error:
         raise CorruptFileError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -213,30 +302,106 @@ def read_json(path: Path, limit: int | float | None = None) -> dict[str, Any]:
     return value
 
 
+class Spec(NamedTuple):
+    """The type and shape of a tensor that has not been read."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its entries."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 def check_header(path: Path) -> tuple[dict[str, Any], int]:
     """The header of a safetensors file whose size is what the header says, and where in the file the tensors begin.
 
     Raises:
-        CorruptFileError: missing, truncated, or not safetensors.
+        CorruptFileError: missing, truncated, or not safetensors; or its tensors overlap or leave gaps.
     """
     size = file_size(path)
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             start = file.read(8)
             header_size = struct.unpack("<Q", start)[0] if len(start) == 8 else MAX_HEADER_BYTES + 1
             if header_size > min(size, MAX_HEADER_BYTES):
                 raise CorruptFileError(f"{path}: not a safetensors file, or truncated ({size:,} bytes)")
-            header = _parsed(file.read(header_size).decode())
-        end = max((int(t["data_offsets"][1]) for name, t in header.items() if name != "__metadata__"), default=0)
+            header = parsed_json(file.read(header_size).decode())
+        places = sorted(tuple(entry["data_offsets"]) for name, entry in header.items() if name != "__metadata__")
+        if not all(len(place) == 2 and all(type(n) is int and n >= 0 for n in place) for place in places):
+            raise ValueError("tensors need a first and a last byte")
     except OSError as error:
         raise CorruptFileError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise CorruptFileError(f"{path} is damaged: {error}") from None
+    end = max((stop for _, stop in places), default=0)
     if 8 + header_size + end != size:
         raise CorruptFileError(
             f"{path}: header announces {8 + header_size + end:,} bytes, the file has {size:,}; it is truncated or damaged"
         )
+    for (first, _), (_, before) in zip(places, [(0, 0), *places], strict=False):
+        if first != before:
+            raise CorruptFileError(f"{path} is damaged: its tensors overlap, or leave a gap, at byte {before:,}")
     return header, 8 + header_size
+
+
+def tensor_specs(path: Path) -> dict[str, Spec]:
+    """The type and shape of each tensor of a safetensors file, once its header agrees with itself and with the file's size.
+
+    Raises:
+        CorruptFileError: missing, truncated, not safetensors, or tensors of a type that is not read.
+    """
+    header = check_header(path)[0]
+    header.pop("__metadata__", None)
+    return {name: _spec(path, name, entry) for name, entry in header.items()}
+
+
+def _spec(path: Path, name: str, entry: Any) -> Spec:
+    """What a safetensors header says of a tensor, once it agrees with itself."""
+    try:
+        begin, end = entry["data_offsets"]
+        spec = Spec(STORED_DTYPES[entry["dtype"]], tuple(entry["shape"]))
+    except (KeyError, TypeError, ValueError):
+        raise CorruptFileError(f"{path}: the header entry of tensor {name[:80]!r} is damaged, or of a type not read") from None
+    if not all(type(n) is int and 0 <= n < 1 << 63 for n in spec.shape) or spec.nbytes != end - begin:
+        raise CorruptFileError(f"{path}: tensor {name[:80]!r} has shape {spec.shape} at bytes {begin!r} to {end!r}")
+    return spec
+
+
+def check_axes(path: Path, specs: Mapping[str, Spec], axes: Mapping[str, str], sizes: Mapping[str, int]) -> None:
+    """Raise CorruptFileError unless a file has exactly these tensors, and axes of one name are equally long everywhere.
+
+    axes: names of each tensor's axes, such as "d_sae top_n"; sizes: the lengths that are known.
+    """
+    if missing := axes.keys() ^ specs.keys():
+        raise CorruptFileError(f"{path}: expected tensors {', '.join(axes)}; missing or not expected: {shortened(missing)}")
+    sizes = dict(sizes)
+    for name, wanted in axes.items():
+        named, shape = wanted.split(), specs[name].shape
+        if len(named) != len(shape) or any(sizes.setdefault(axis, n) != n for axis, n in zip(named, shape, strict=True)):
+            known = ", ".join(f"{axis} = {sizes[axis]}" for axis in named if axis in sizes)
+            raise CorruptFileError(f"{path}: {name} has shape {shape}, expected [{wanted}] with {known}")
+
+
+def shortened(names: Iterable[str], most: int = 8) -> str:
+    """Names for a message, cut where they are many or long."""
+    names = sorted(names)
+    return f"{[name[:80] for name in names[:most]]}{' …' if len(names) > most else ''}" if names else "none"
+
+
+def _memory() -> int | float:
+    """Bytes of memory of this machine; infinite where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
+
+
+def check_fits_memory(what: str | Path, n_bytes: int) -> None:
+    """Raise CorruptFileError for something that says it is larger than the memory of this machine."""
+    if n_bytes > _memory():
+        raise CorruptFileError(f"{what} takes {n_bytes:,} bytes, and this machine has {_memory():,} bytes of memory")
 
 
 def read_tensors(path: Path, finite: bool = True) -> dict[str, Tensor]:
@@ -245,15 +410,17 @@ def read_tensors(path: Path, finite: bool = True) -> dict[str, Tensor]:
     Sizes are checked against the header before anything is allocated.
 
     Raises:
-        CorruptFileError: missing, truncated, not safetensors, an odd dtype, or (`finite`) NaN or infinity inside.
+        CorruptFileError: missing, truncated, not safetensors, an odd dtype, larger than memory, or (`finite`) NaN or infinity
+            inside.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    check_header(path)
+    tensor_specs(path)
+    check_fits_memory(path, file_size(path))
     try:
         tensors = {name: x.clone() for name, x in load_file(path).items()}  # a mapped file cannot be removed on Windows
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
         raise CorruptFileError(f"{path} is damaged: {error}") from None
     for name, tensor in tensors.items():
         if finite and tensor.is_floating_point() and not torch.isfinite(tensor).all():

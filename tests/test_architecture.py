@@ -49,6 +49,7 @@ LEAVES = {
     "places",
     "progress",
     "registry",
+    "schemas",
     "state_dicts",
     "unfinished",
 }  # import nothing of ours but each other; everyone may import them

@@ -353,9 +353,9 @@ def test_training_on_a_damaged_cache(copied, tmp_path):
     ("change", "wanted"),
     [
         (lambda m: m.update(format=99), "format 99, this version reads 2"),
-        (lambda m: m.pop("shards"), "is damaged: KeyError: 'shards'"),
-        (lambda m: m["hooks"][HOOK].pop("mean"), "is damaged: KeyError: 'mean'"),
-        (lambda m: m["origin"].update(colour="red"), "is damaged: ConfigError: Origin: unknown key 'colour'"),
+        (lambda m: m.pop("shards"), "is damaged: 'shards' is required"),
+        (lambda m: m["hooks"][HOOK].pop("mean"), rf"is damaged: 'hooks\.{HOOK}\.mean' is required"),
+        (lambda m: m["origin"].update(colour="red"), "is damaged: Origin: unknown key 'colour'"),
         (lambda m: m.update(shards=[]), "no shards|no activations|shards"),
     ],
 )
@@ -447,12 +447,15 @@ def test_a_cfg_json_that_is_none(saved, content, wanted):
 @pytest.mark.parametrize(
     ("change", "wanted"),
     [
-        (lambda c: c.pop("d_in"), "cfg.json: KeyError: 'd_in'"),
-        (lambda c: c.update(d_sae="wide"), "cfg.json: ValueError: .*'wide'"),
-        (lambda c: c.update(dtype="int4"), "cfg.json: KeyError: 'int4'"),
+        (lambda c: c.pop("d_in"), "cfg.json is damaged: 'd_in' is required"),
+        (lambda c: c.update(d_sae="wide"), "cfg.json is damaged: d_sae = 'wide': input should be a valid integer"),
+        (lambda c: c.update(dtype="int4"), "cfg.json is damaged: dtype = 'int4': input should be 'float32'"),
         (lambda c: c["metadata"]["saelens_lite"].update(format=2), "metadata.saelens_lite.format is 2, expected 1"),
-        (lambda c: c["metadata"]["saelens_lite"].update(options={"k": -1}), "cfg.json: ConfigError: TopK: k = -1"),
-        (lambda c: c["metadata"]["saelens_lite"].update(options=[1]), "cfg.json: TypeError"),
+        (lambda c: c["metadata"]["saelens_lite"].update(options={"k": -1}), "cfg.json: TopK: k = -1"),
+        (
+            lambda c: c["metadata"]["saelens_lite"].update(options=[1]),
+            r"cfg.json is damaged: metadata\.saelens_lite\.options = \[1\]: input should be a valid dict",
+        ),
         (lambda c: c.update(d_sae=10**12), r"W_dec has shape \(16, 8\), cfg\.json says \(1000000000000, 8\)"),
     ],
 )

@@ -310,7 +310,7 @@ def test_damaged_scores_are_found(scores, tmp_path):
     with pytest.raises(CorruptFileError, match="truncated"):
         Stability.load(tmp_path)
     path.write_bytes(whole.replace(b'\\"format\\": 1', b'\\"format\\": 9'))
-    with pytest.raises(CorruptFileError, match="this version reads format 1"):
+    with pytest.raises(CorruptFileError, match="format 9, this version reads 1"):
         Stability.load(tmp_path)
     save_file({"score": torch.zeros(3)}, path)
     with pytest.raises(CorruptFileError, match="is damaged"):

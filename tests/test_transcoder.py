@@ -127,9 +127,9 @@ def test_a_target_that_was_not_captured():
     ("change", "message"),
     [
         ({"d_out": D_OUT + 1}, r"W_dec has shape \(40, 6\), cfg\.json says \(40, 7\)"),
-        ({"d_out": None}, r"cfg\.json: TypeError"),
-        ({"d_in": 0}, r"d_in = 0, d_sae = 40, d_out = 6; expected at least 1"),
-        ({"d_in": float("inf")}, r"OverflowError"),
+        ({"d_out": None}, r"cfg\.json is damaged: it is of a transcoder, but d_out is missing"),
+        ({"d_in": 0}, r"d_in = 0: input should be greater than 0"),
+        ({"d_in": float("inf")}, r"cfg\.json is not valid JSON: Infinity is not a number of JSON"),
         ({"d_in": 10**12}, r"W_enc is missing or not of shape"),
     ],
 )

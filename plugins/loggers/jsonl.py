@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from saelens_lite import Logger, TrainConfig
+from saelens_lite.formats import file_size
+
+MAX_LINE_BYTES = 1 << 20
 
 
 class Jsonl(Logger):
@@ -13,7 +16,8 @@ class Jsonl(Logger):
 
     def start(self, folder: Path, config: TrainConfig, tokens: int = 0) -> None:
         self.path = folder / "log.jsonl"
-        if self.path.exists():
+        if os.path.lexists(self.path):
+            file_size(self.path)  # an error for a link that leaves the folder, or what is no file
             os.truncate(self.path, _length_up_to(self.path, tokens))
 
     def log(self, line: dict[str, Any]) -> None:
@@ -30,11 +34,11 @@ def _length_up_to(path: Path, tokens: int) -> int:
     """Bytes of the whole lines at the beginning that reach no further than `tokens`."""
     length = 0
     with open(path, "rb") as file:
-        for line in file:
+        for line in iter(lambda: file.readline(MAX_LINE_BYTES), b""):
             try:
                 if not line.endswith(b"\n") or json.loads(line)["tokens"] > tokens:
                     break
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 break
             length += len(line)
     return length

@@ -13,23 +13,25 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import Field
 from torch import Tensor
 
 from saelens_lite.ahead import ahead
 from saelens_lite.cache.order import permutation
-from saelens_lite.cache.shards import Shard, read_chunks, write_shard
+from saelens_lite.cache.shards import Facts, Shard, check_size, read_chunks, shard_name, write_shard
 from saelens_lite.cache.source import Moments
 from saelens_lite.cache.stored import FORMAT, MANIFEST, ActivationCache
 from saelens_lite.config import Origin, TextConfig
-from saelens_lite.errors import ConfigError, DiskFullError, NonFiniteError, OutputExistsError
+from saelens_lite.errors import ConfigError, CorruptFileError, DiskFullError, NonFiniteError, OutputExistsError
 from saelens_lite.files import (
     DTYPES,
     MAX_LIST_BYTES,
     append_line,
+    parsed_json,
     write_json,
     write_text,
 )
@@ -37,6 +39,7 @@ from saelens_lite.kinds import CACHE, UNFINISHED_CAPTURE
 from saelens_lite.model import LanguageModel
 from saelens_lite.outputs import followed, replace_folder
 from saelens_lite.progress import progress_bar
+from saelens_lite.schemas import Checked, checked
 from saelens_lite.tokens import RowBlocks, Text, TokenRows, files_of, source_name, text_config_of, with_mask
 from saelens_lite.unfinished import REQUEST, start_over, unfinished
 
@@ -240,6 +243,13 @@ class _Written:
     moments: dict[str, Sequence[Any]] = field(default_factory=dict)
 
 
+class _Line(Checked):
+    """What a line of the journal holds."""
+
+    facts: Facts
+    moments: dict[str, Annotated[list[list[float] | float], Field(min_length=2, max_length=2)]]
+
+
 class _ShardWriter:
     """Collects pieces of activations and writes a shard whenever there is enough for one.
 
@@ -261,11 +271,12 @@ class _ShardWriter:
         shards = []
         for line in lines:
             try:
-                shard = _Written(**json.loads(line))
-                whole = (self.folder / shard.facts["file"]).stat().st_size == shard.facts["bytes"]
-            except (ValueError, TypeError, KeyError, OSError):  # the line or its shard never became whole
+                shard = _Written(**checked(self.journal, parsed_json(line, finite=True), _Line).model_dump())
+                Facts(**shard.facts).check_name(len(shards))
+                check_size(self.folder / shard.facts["file"], shard.facts["bytes"])
+            except (ValueError, RecursionError, CorruptFileError):  # the line or its shard never became whole
                 break
-            if not whole or shard.facts["n_tokens"] != self.shard_tokens:  # a shorter one was the last of an older text
+            if shard.facts["n_tokens"] != self.shard_tokens:  # a shorter one was the last of an older text
                 break
             shards.append(shard)
         if len(shards) < len(lines):
@@ -321,7 +332,7 @@ class _ShardWriter:
         return {key: torch.cat([piece[key] for piece in self._pieces]) for key in self._pieces[0]}
 
     def _write(self, tensors: dict[str, Tensor]) -> None:
-        facts = write_shard(self.folder / f"shard-{len(self.shards):05d}.safetensors", tensors)
+        facts = write_shard(self.folder / shard_name(len(self.shards)), tensors)
         moments = {}
         for hook in tensors.keys() - {"tokens"}:
             sums = Moments(tensors[hook].shape[1])

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
@@ -21,8 +21,9 @@ from saelens_lite.cache.order import Pool, cut_into_batches, permutation
 from saelens_lite.cache.source import Batch, Moments, Statistics, TensorSource
 from saelens_lite.config import Origin, TextConfig
 from saelens_lite.errors import ConfigError, HookError, TextError, near_matches
-from saelens_lite.files import DTYPES
+from saelens_lite.files import DTYPES, check_fits_memory
 from saelens_lite.model import EMBEDDED, LanguageModel, load_model
+from saelens_lite.schemas import Checked, Count, Positive, String, checked
 from saelens_lite.tokens import RowBlocks, Text, TokenRows, check_file, name_of, named_text, with_mask
 
 
@@ -201,6 +202,7 @@ class ActivationStream:
             ModelNotFoundError, TextError: the model or the text is not there.
             ConfigError: the text has another size now.
         """
+        said = checked("the activations of the run", description, _Description)
         text = named_text(description["text"])
         if isinstance(text, Path):
             check_file(text, TextConfig(**description["text_config"]))
@@ -208,10 +210,42 @@ class ActivationStream:
             raise ConfigError(f"{text} is not the text the run was trained on: it has {_n_bytes(text):,} bytes now")
         model = description["model"]
         lm = load_model(**model | {"dtype": DTYPES[model["dtype"]], "device": device or model["device"]})
+        n_bytes = said.stream.buffer_tokens * len(said.stream.hooks) * lm.d_model * lm.dtype.itemsize
+        check_fits_memory(f"a buffer of {said.stream.buffer_tokens:,} activations", n_bytes)
         config = TextConfig(**description["text_config"])
         if config.n_ctx is None:
             config = config.replace(n_ctx=lm.n_ctx)
         return cls(lm, text, text_config=config, **description["stream"])._without(description["held_out"])
+
+
+class _Model(Checked):
+    """How a description names the model."""
+
+    name: String
+    revision: String | None
+    center_writing_weights: bool
+    device: String
+    dtype: Literal["float32", "float16", "bfloat16", "float64"]
+
+
+class _Settings(Checked):
+    """Settings of the stream in a description."""
+
+    hooks: list[String]
+    buffer_tokens: Positive
+    batch_tokens: Positive | None
+    text_name: String | None
+
+
+class _Description(Checked):
+    """How a run says which stream it was trained on."""
+
+    text: String
+    text_bytes: Count | None
+    text_config: TextConfig
+    held_out: Count
+    model: _Model
+    stream: _Settings
 
 
 def _n_bytes(text: Any) -> int | None:

@@ -4,7 +4,6 @@ A shard holds a tensor [n d_in] for each hook, the token ids "tokens" [n], and "
 each CHUNK rows of each of the others, their names in order.
 """
 
-import hashlib
 import math
 import zlib
 from collections.abc import Iterable, Sequence
@@ -16,32 +15,48 @@ import torch
 from torch import Tensor
 
 from saelens_lite.errors import CorruptFileError
-from saelens_lite.files import check_header, write_tensors
+from saelens_lite.files import Spec, check_header, file_hash, file_size, tensor_specs, write_tensors
+from saelens_lite.schemas import Checked, PlainName, Positive, Sha256
 
 CHUNK = 128
+MANIFEST = "manifest.json"
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> dict:
     """Write a shard in one step; its facts for the manifest: file, n_tokens, bytes, sha256."""
     checksums = torch.tensor([[_crc(piece) for piece in tensors[key].split(CHUNK)] for key in sorted(tensors)])
     write_tensors(path, tensors | {"checksums": checksums})
-    return {"file": path.name, "n_tokens": len(tensors["tokens"]), "bytes": path.stat().st_size, "sha256": sha256(path)}
+    return {"file": path.name, "n_tokens": len(tensors["tokens"]), "bytes": path.stat().st_size, "sha256": file_hash(path)}
 
 
 def _crc(x: Tensor) -> int:
     return zlib.crc32(x.contiguous().view(torch.uint8).numpy())
 
 
-def sha256(file: Path) -> str:
-    """The SHA-256 of a file's contents."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+class Facts(Checked):
+    """What a manifest says of a shard."""
+
+    file: PlainName
+    n_tokens: Positive
+    bytes: Positive
+    sha256: Sha256
+
+    def check_name(self, number: int) -> None:
+        """Raise CorruptFileError unless the file is called as the shard of that number is."""
+        if self.file != (wanted := shard_name(number)):
+            raise CorruptFileError(f"shard number {number} is in {self.file!r}, expected {wanted}; capture again")
 
 
-_NAMES = {  # as safetensors calls them
-    torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.int32: "I32",
-    torch.int64: "I64",
-}  # fmt: skip
+def shard_name(number: int) -> str:
+    """The file of a shard."""
+    return f"shard-{number:05d}.safetensors"
+
+
+def check_size(path: Path, n_bytes: int) -> None:
+    """Raise CorruptFileError unless a shard is there with the size the manifest says."""
+    size = file_size(path) if path.exists() else None
+    if size != n_bytes:
+        raise CorruptFileError(f"{path}: expected {n_bytes:,} bytes, found {size}; capture again")
 
 
 class Shard:
@@ -51,8 +66,9 @@ class Shard:
     """
 
     def __init__(self, path: Path, n_bytes: int, n_tokens: int, widths: dict[str, int], dtype: torch.dtype):
-        if not 0 < 4 * n_tokens < n_bytes:
-            raise ValueError(f"{path.name} cannot hold {n_tokens:,} tokens in {n_bytes:,} bytes")
+        a_row = 4 + dtype.itemsize * sum(widths.values())
+        if not 0 < a_row * n_tokens < n_bytes:
+            raise CorruptFileError(f"{path} has {n_bytes:,} bytes; the manifest says {n_tokens:,} tokens of {a_row:,} bytes")
         self.path, self.n_bytes, self.n_tokens = path, n_bytes, n_tokens
         self.n_chunks = -(-n_tokens // CHUNK)
         self.shapes = {"tokens": (n_tokens,), **{hook: (n_tokens, d_in) for hook, d_in in widths.items()}}
@@ -60,30 +76,24 @@ class Shard:
         self._keys = sorted(self.shapes)
         self._checked = {key: bytearray(self.n_chunks) for key in self._keys}
 
-    def check_size(self) -> None:
-        """Raise CorruptFileError unless the file is there with the size the manifest says."""
-        size = self.path.stat().st_size if self.path.is_file() else None
-        if size != self.n_bytes:
-            raise CorruptFileError(f"{self.path}: expected {self.n_bytes:,} bytes, found {size}; capture again")
+    def check_header(self) -> None:
+        """Raise CorruptFileError unless the file holds the tensors that the manifest says."""
+        _ = self._first
 
     @cached_property
     def _first(self) -> dict[str, int]:
         """Where in the file each tensor begins. CorruptFileError when the header is not that of such a shard."""
+        specs = tensor_specs(self.path)
         header, start = check_header(self.path)
         shapes = self.shapes | {"checksums": (len(self._keys), self.n_chunks)}
         dtypes = self.dtypes | {"checksums": torch.int64}
-        first = {}
-        for key in sorted(header.keys() | shapes.keys()):
-            wanted = {"dtype": _NAMES[dtypes[key]], "shape": list(shapes[key])} if key in shapes else {}
-            found = dict(header.get(key, {}))
-            place = found.pop("data_offsets", None)
-            if found != wanted:
-                raise CorruptFileError(f"{self.path}: {key!r} is {found or 'missing'}; the manifest says {wanted or 'nothing'}")
-            size = dtypes[key].itemsize * math.prod(shapes[key])
-            if not (isinstance(place, list) and isinstance(place[0], int) and place == [place[0], place[0] + size]):
-                raise CorruptFileError(f"{self.path} is damaged: {key!r} takes {size:,} bytes and cannot be at {place}")
-            first[key] = start + place[0]
-        return first
+        for key in sorted(specs.keys() | shapes.keys()):
+            wanted = Spec(dtypes[key], shapes[key]) if key in shapes else None
+            if (found := specs.get(key)) != wanted:
+                raise CorruptFileError(
+                    f"{self.path}: {key[:80]!r} is {found or 'missing'}; the manifest says {wanted or 'nothing'}"
+                )
+        return {key: start + header[key]["data_offsets"][0] for key in specs}
 
     @cached_property
     def _checksums(self) -> np.ndarray:

@@ -2,23 +2,67 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Int
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from saelens_lite.cache.order import shuffled_batches
-from saelens_lite.cache.shards import CHUNK, Shard, read_chunks, sha256
+from saelens_lite.cache.shards import CHUNK, MANIFEST, Facts, Shard, check_size, read_chunks
 from saelens_lite.cache.source import Batch, Statistics, TensorSource
 from saelens_lite.config import Origin
 from saelens_lite.errors import ConfigError, CorruptFileError, HookError, near_matches
-from saelens_lite.files import DTYPES, MAX_LIST_BYTES, read_json
+from saelens_lite.files import DTYPES, MAX_LIST_BYTES, file_hash, read_json
 from saelens_lite.outputs import restore
+from saelens_lite.schemas import Checked, Count, Number, Positive, Sha256, String, checked
 
 FORMAT = 2
-MANIFEST = "manifest.json"
+MAX_TOKENS = 2**33  # of a cache: the list of its chunks then takes a gigabyte
+
+
+class _Hook(Checked):
+    """What a manifest says of the activations at a hook."""
+
+    d_in: Positive
+    rms_norm: Annotated[Number, Field(ge=0)]
+    mean: list[Number]
+
+
+class Manifest(Checked):
+    """What manifest.json holds."""
+
+    format: Literal[2]
+    origin: Origin
+    tokenizer_sha256: String | None
+    dtype: Literal["float16", "bfloat16", "float32"]
+    text_sha256: Sha256
+    n_rows: Count
+    text_config: dict[str, Any] | None = None
+    balance: dict[str, Any] | None = None
+    hooks: Annotated[dict[String, _Hook], Field(min_length=1, max_length=10_000)]
+    shards: Annotated[list[Facts], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "Manifest":
+        for name, hook in self.hooks.items():
+            if name in ("tokens", "checksums"):
+                raise ValueError(f"{name!r} is no hook")
+            if len(hook.mean) != hook.d_in:
+                raise ValueError(f"the mean of {name!r} has {len(hook.mean)} entries, expected d_in = {hook.d_in}")
+        if (n_tokens := sum(shard.n_tokens for shard in self.shards)) > MAX_TOKENS:
+            raise ValueError(f"{n_tokens:,} tokens; a cache has at most {MAX_TOKENS:,}")
+        return self
+
+
+class _Description(Checked):
+    """How a run says which cache it was trained on."""
+
+    cache: String
+    manifest_sha256: Sha256
+    held_out_chunks: Count
 
 
 class ActivationCache:
@@ -34,7 +78,7 @@ class ActivationCache:
         self.path, self.manifest = path, manifest
         widths = {hook: entry["d_in"] for hook, entry in manifest["hooks"].items()}
         self._shards = [
-            Shard(path / Path(entry["file"]).name, entry["bytes"], entry["n_tokens"], widths, DTYPES[manifest["dtype"]])
+            Shard(path / entry["file"], entry["bytes"], entry["n_tokens"], widths, DTYPES[manifest["dtype"]])
             for entry in manifest["shards"]
         ]
         places = [np.stack([np.full(shard.n_chunks, i), np.arange(shard.n_chunks)], 1) for i, shard in enumerate(self._shards)]
@@ -50,22 +94,11 @@ class ActivationCache:
         """
         path = Path(path)
         restore(path)
-        manifest = read_json(path / MANIFEST, MAX_LIST_BYTES)
-        if manifest.get("format") != FORMAT:
-            raise CorruptFileError(f"{path / MANIFEST}: format {manifest.get('format')!r}, this version reads {FORMAT}")
-        try:
-            self = cls(path, manifest)
-            for shard in self._shards:
-                shard.check_size()
-            if not self.n_tokens or not self.hooks:
-                raise CorruptFileError(f"{path / MANIFEST}: no shards or no hooks; there are no activations to read")
-            for hook in self.hooks:
-                self.origin(hook)
-                if len(self.statistics(hook).mean) != self.d_in(hook):
-                    raise ValueError(f"the mean of {hook!r} has another width than {self.d_in(hook)}")
-        except (KeyError, TypeError, ValueError, ConfigError) as error:
-            raise CorruptFileError(f"{path / MANIFEST} is damaged: {type(error).__name__}: {error}") from None
-        return self
+        manifest = read_json(path / MANIFEST, MAX_LIST_BYTES, finite=True)
+        for number, shard in enumerate(checked(path / MANIFEST, manifest, Manifest).shards):
+            shard.check_name(number)
+            check_size(path / shard.file, shard.bytes)
+        return cls(path, manifest)
 
     @property
     def hooks(self) -> Sequence[str]:
@@ -125,8 +158,9 @@ class ActivationCache:
     def verify(self) -> None:
         """Raise CorruptFileError unless every shard is what was written, to the byte."""
         for entry, shard in zip(self.manifest["shards"], self._shards, strict=True):
-            shard.check_size()
-            if sha256(shard.path) != entry["sha256"]:
+            check_size(shard.path, shard.n_bytes)
+            shard.check_header()
+            if file_hash(shard.path) != entry["sha256"]:
                 raise CorruptFileError(f"{shard.path} does not match the checksum in {MANIFEST}; capture again")
 
     def batches(self, hooks: Sequence[str], batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
@@ -158,7 +192,7 @@ class ActivationCache:
         """How to open the cache again."""
         return {
             "cache": str(self.path.resolve()),
-            "manifest_sha256": sha256(self.path / MANIFEST),
+            "manifest_sha256": file_hash(self.path / MANIFEST),
             "held_out_chunks": self._n_held_out,
         }
 
@@ -170,8 +204,9 @@ class ActivationCache:
             CorruptFileError: it is not there, or damaged.
             ConfigError: another one is there now.
         """
-        found = cls.open(description["cache"])
-        cache = cls(found.path, found.manifest, description["held_out_chunks"])
+        wanted = checked("the activations of the run", description, _Description)
+        found = cls.open(wanted.cache)
+        cache = cls(found.path, found.manifest, min(wanted.held_out_chunks, len(found._chunks)))
         if cache.describe() != description:
             raise ConfigError(f"{cache.path} is not the cache the run was trained on: its manifest has changed")
         return cache

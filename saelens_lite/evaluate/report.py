@@ -91,7 +91,7 @@ class EvalReport:
         Raises:
             CorruptFileError: the file is missing, damaged, or of another format.
         """
-        return cls.from_dict(read_json(Path(path)), str(path))
+        return cls.from_dict(read_json(Path(path), finite=True), str(path))
 
     @classmethod
     def from_dict(cls, content: Any, place: str = "the report") -> "EvalReport":
@@ -111,7 +111,7 @@ class EvalReport:
                 if "controls" in content
                 else None,
             )
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
             raise CorruptFileError(f"{place} is no evaluation: {type(error).__name__}: {error}") from None
 
     def lines(self) -> list[tuple[str, Metric]]:

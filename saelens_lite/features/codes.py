@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saelens_lite.errors import ConfigError, CorruptFileError, UserError
 from saelens_lite.features.reduce import Block
-from saelens_lite.files import disk_full_is_typed, file_hash
+from saelens_lite.files import disk_full_is_typed, file_hash, file_size
 
 if TYPE_CHECKING:
     import duckdb
@@ -79,7 +79,7 @@ class CodesTable:
 
     def check_size(self) -> None:
         """Raise CorruptFileError unless the file is as long as it was."""
-        found = self.path.stat().st_size if self.path.exists() else 0
+        found = file_size(self.path) if self.path.exists() else 0
         if found != self.n_bytes:
             raise CorruptFileError(
                 f"{self.path}: {found:,} bytes of {self.n_bytes:,}; it is missing or truncated, build the store again"

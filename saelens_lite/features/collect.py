@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -26,10 +26,11 @@ from saelens_lite.errors import (
 )
 from saelens_lite.evaluate.measure import Batch, batches
 from saelens_lite.features.spill import Spill
-from saelens_lite.files import read_json, write_json
+from saelens_lite.files import write_json
 from saelens_lite.kinds import STORE, UNFINISHED_STORE
 from saelens_lite.model import LanguageModel
 from saelens_lite.progress import progress_bar
+from saelens_lite.schemas import Checked, Count, read_checked
 from saelens_lite.tokens import TokenRows
 from saelens_lite.unfinished import unfinished
 
@@ -88,6 +89,13 @@ def _codes(one: Hooked, x: Float[Tensor, "n_kept d"], batch: Batch) -> SparseCod
     return codes
 
 
+class _Noted(Checked):
+    """What progress.json holds: the batches that are whole, and the lengths of the files of each dictionary."""
+
+    n_batches: Count
+    sizes: list[dict[Literal["lists.bin", "latents.bin", "entries.bin", "blocks.bin"], Count]]
+
+
 class _Progress:
     """How far a pass has come, and the files it writes."""
 
@@ -102,14 +110,13 @@ class _Progress:
 
     def _read(self, n: int) -> tuple[int, list[dict[str, int]]]:
         """The number of batches that are whole, and the lengths of the files of each of n dictionaries."""
-        found = read_json(self.file)
         try:
-            n_batches, sizes = int(found["n_batches"]), [{k: int(size) for k, size in one.items()} for one in found["sizes"]]
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-            sizes = []
-        if len(sizes) != n:
+            found = read_checked(self.file, _Noted)
+        except CorruptFileError as error:
+            raise CorruptFileError(f"{error}; delete {self.folder}") from None
+        if len(found.sizes) != n:
             raise CorruptFileError(f"{self.file} is damaged; delete {self.folder}")
-        return n_batches, sizes
+        return found.n_batches, found.sizes
 
     @contextmanager
     def writing(self) -> Iterator[list[Spill]]:

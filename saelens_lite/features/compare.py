@@ -24,9 +24,10 @@ from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, ShapeError
 from saelens_lite.features.info import weights_hash
 from saelens_lite.features.tensors import NONE
-from saelens_lite.files import check_header, read_tensors, write_file, write_json
+from saelens_lite.files import check_axes, check_header, parsed_json, read_tensors, tensor_specs, write_file, write_json
 from saelens_lite.outputs import refuse_existing
 from saelens_lite.progress import progress_bar
+from saelens_lite.schemas import Checked, String, checked
 
 FORMAT = 1
 STABILITY_FILE = "stability.safetensors"
@@ -160,6 +161,16 @@ class Comparison:
         )
 
 
+class _Facts(Checked):
+    """What the metadata of a file of scores holds."""
+
+    format: Literal[1]
+    sha256: String
+    other_sha256: list[String]
+    threshold: float
+    method: String
+
+
 @dataclass(frozen=True)
 class Stability:
     """How far other dictionaries have the latents of one.
@@ -233,30 +244,19 @@ class Stability:
             CorruptFileError: the file is missing, damaged or of another format.
         """
         path = Path(folder) / STABILITY_FILE
-        tensors = read_tensors(path)
+        said = check_header(path)[0].get("__metadata__")
         try:
-            facts = json.loads(check_header(path)[0]["__metadata__"]["stability"])
-            _check_facts(facts)
-            if facts.pop("format") != FORMAT:
-                raise CorruptFileError(f"{path}: this version reads format {FORMAT}")
-            loaded = cls(**tensors, **facts | {"other_sha256": tuple(facts["other_sha256"])})
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            facts = parsed_json(said["stability"], finite=True)
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise CorruptFileError(f"{path} is damaged: {type(error).__name__}: {error}") from None
-        shapes = {tuple(tensor.shape) for tensor in tensors.values()}
-        kinds = (loaded.score.is_floating_point(), loaded.n_shared.dtype, loaded.live.dtype)
-        if len(shapes) != 1 or len(shapes.pop()) != 1 or kinds != (True, torch.int64, torch.bool):
+        checked(path, facts, _Facts)
+        specs = tensor_specs(path)
+        check_axes(path, specs, dict.fromkeys(("score", "n_shared", "live"), "d_sae"), {})
+        dtypes = (specs["score"].dtype.is_floating_point, specs["n_shared"].dtype, specs["live"].dtype)
+        if dtypes != (True, torch.int64, torch.bool):
             raise CorruptFileError(f"{path}: expected score, n_shared and live, an entry for each latent")
-        return loaded
-
-
-def _check_facts(facts: dict[str, Any]) -> None:
-    """Raise TypeError unless what the metadata of a file of scores says is of the right types."""
-    kinds = {"sha256": str, "other_sha256": list, "threshold": int | float, "method": str}
-    for name, kind in kinds.items():
-        if not isinstance(facts[name], kind):
-            raise TypeError(f"{name} is {facts[name]!r:.40}")
-    if not all(isinstance(one, str) for one in facts["other_sha256"]):
-        raise TypeError("other_sha256 holds something else than hashes")
+        del facts["format"]
+        return cls(**read_tensors(path), **facts | {"other_sha256": tuple(facts["other_sha256"])})
 
 
 def compare(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from pydantic import Field, NonNegativeInt
 
-from saelens_lite.config import FrozenConfig
+from saelens_lite.config import MOST, FrozenConfig
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError
 
@@ -19,13 +19,13 @@ class StoreInfo(FrozenConfig):
     hook: str = Field(description="transformer-lens hook name.")
     target_hook: str | None = Field(None, description="Hook a transcoder predicts; none for an autoencoder.")
     rule: str = Field(description="Sparsity rule of the dictionary.")
-    d_sae: int = Field(gt=0, description="Number of latents.")
-    n_tokens: int = Field(gt=0, description="Activations encoded.")
-    top_n: int = Field(gt=0, description="Most contexts kept for a latent of those in which it fires most.")
-    n_groups: int = Field(gt=0, description="Groups of equally many of a latent's activations, by size.")
-    group_size: int = Field(gt=0, description="Contexts drawn from each group.")
-    n_random: int = Field(gt=0, description="Contexts drawn from all activations of a latent.")
-    n_silent: int = Field(gt=0, description="Contexts drawn from those in which a latent does not fire.")
+    d_sae: int = Field(gt=0, le=MOST, description="Number of latents.")
+    n_tokens: int = Field(gt=0, le=MOST, description="Activations encoded.")
+    top_n: int = Field(gt=0, le=MOST, description="Most contexts kept for a latent of those in which it fires most.")
+    n_groups: int = Field(gt=0, le=MOST, description="Groups of equally many of a latent's activations, by size.")
+    group_size: int = Field(gt=0, le=MOST, description="Contexts drawn from each group.")
+    n_random: int = Field(gt=0, le=MOST, description="Contexts drawn from all activations of a latent.")
+    n_silent: int = Field(gt=0, le=MOST, description="Contexts drawn from those in which a latent does not fire.")
     window: tuple[NonNegativeInt, NonNegativeInt] = Field(description="Tokens shown before and after the peak.")
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of what is drawn.")
     raw_unembedding: bool = Field(False, description="Whether effects on logits leave out the final norm's scale.")

@@ -2,12 +2,22 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from saelens_lite.errors import ConfigError, CorruptFileError
-from saelens_lite.files import MAX_LIST_BYTES, read_json, write_json
+from saelens_lite.files import MAX_LIST_BYTES, write_json
+from saelens_lite.schemas import Checked, String, read_checked
 
 LABELS_FILE = "labels.json"
 FORMAT = 1
+
+
+class _Content(Checked):
+    """What a file of labels holds."""
+
+    format: Literal[1]
+    dictionary_sha256: String
+    labels: dict[String, str]
 
 
 def write_labels(path: Path, labels: Mapping[int, str], dictionary_sha256: str) -> None:
@@ -23,14 +33,11 @@ def read_labels(path: Path, dictionary_sha256: str, d_sae: int) -> dict[int, str
         CorruptFileError: the file is missing, damaged or of another format.
         ConfigError: they are of another dictionary.
     """
-    content = read_json(path, MAX_LIST_BYTES)
-    found = content.get("labels")
-    if content.get("format") != FORMAT or not isinstance(found, dict):
-        raise CorruptFileError(f"{path} holds no labels of format {FORMAT}")
-    if content.get("dictionary_sha256") != dictionary_sha256:
+    content = read_checked(path, _Content, MAX_LIST_BYTES)
+    if content.dictionary_sha256 != dictionary_sha256:
         raise ConfigError(f"{path} has the labels of another dictionary")
     numbers = {str(latent): latent for latent in range(d_sae)}
-    for latent, text in found.items():
-        if latent not in numbers or not isinstance(text, str):
-            raise CorruptFileError(f"{path}: {latent[:40]!r} is no latent of 0 to {d_sae - 1}, or its label no text")
-    return {numbers[latent]: text for latent, text in found.items()}
+    for latent in content.labels:
+        if latent not in numbers:
+            raise CorruptFileError(f"{path}: {latent[:40]!r} is no latent of 0 to {d_sae - 1}")
+    return {numbers[latent]: text for latent, text in content.labels.items()}

@@ -5,6 +5,7 @@ and blocks.bin says how many each block has. What fires together at each place i
 others: lists.bin has each place and how many latents fire there, latents.bin which.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 from saelens_lite.codes import SparseCodes
 from saelens_lite.errors import CorruptFileError
 from saelens_lite.features.reduce import Entries
-from saelens_lite.files import disk_full_is_typed, sync
+from saelens_lite.files import disk_full_is_typed, file_size, sync
 
 BLOCK = 1024  # latents of a block, more where there would be too many blocks
 MAX_BLOCKS = 64
@@ -73,7 +74,7 @@ class Spill:
         self.folder.mkdir(parents=True, exist_ok=True)
         for name, size in self.sizes.items():
             path = self.folder / name
-            found = path.stat().st_size if path.exists() else 0
+            found = file_size(path) if os.path.lexists(path) else 0
             if found < size:
                 raise CorruptFileError(f"{path}: {found:,} bytes of {size:,} are left; delete {self.folder.parent}")
             self._files[name] = open(path, "ab")  # noqa: SIM115 (closed by `close`)

@@ -1,6 +1,7 @@
 """The feature store: everything collected of one dictionary, and the questions it answers."""
 
 import math
+import os
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -27,7 +28,7 @@ from saelens_lite.features.spill import Spill
 from saelens_lite.features.summary import Example, ExampleGroup, LatentSummary, Partner, PositionBin
 from saelens_lite.features.tensors import NONE, FeatureTensors
 from saelens_lite.features.weights import LatentWeights, latent_weights
-from saelens_lite.files import write_text
+from saelens_lite.files import named_file, write_text
 from saelens_lite.kinds import STORE
 from saelens_lite.model import LanguageModel
 from saelens_lite.outputs import followed, new_folder, refuse_existing, restore
@@ -404,7 +405,7 @@ class FeatureStore:
             CorruptFileError: the file is missing or damaged.
             ConfigError: they are of another dictionary.
         """
-        for latent, text in read_labels(Path(path), self.info.dictionary_sha256, self.info.d_sae).items():
+        for latent, text in read_labels(named_file(path), self.info.dictionary_sha256, self.info.d_sae).items():
             self.label(latent, text)
 
     def detection(self, latent: int, scorer: Scorer | None = None) -> Detection:
@@ -471,10 +472,11 @@ class FeatureStore:
         store = cls(info, tensors, weights, words, codes=codes, folder=folder)
         if control is not None:
             store.control = cls(control.info, control.tensors, weights, words)
-        if (folder / STABILITY_FILE).exists():
+        if os.path.lexists(folder / STABILITY_FILE):
             store.scores = _scores_of_each(Stability.load(folder), [info])[0]
-        if (folder / LABELS_FILE).exists():
-            store.read_labels(folder / LABELS_FILE)
+        if os.path.lexists(folder / LABELS_FILE):
+            found = read_labels(folder / LABELS_FILE, info.dictionary_sha256, info.d_sae)
+            store.labels = {latent: text for latent, text in found.items() if text}
         return store
 
     def dashboard(self, path: str | Path = "features.html", *, exists: Literal["error", "overwrite"] = "error") -> Path:

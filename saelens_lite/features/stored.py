@@ -7,24 +7,58 @@ come later and belong to others.
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from jaxtyping import jaxtyped
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from saelens_lite.errors import ConfigError, CorruptFileError
+from saelens_lite.errors import CorruptFileError
 from saelens_lite.features.codes import CODES_FILE, CodesTable
 from saelens_lite.features.info import StoreInfo
 from saelens_lite.features.reduce import N_BINS
 from saelens_lite.features.tensors import NONE, OF_TEXT, FeatureTensors
 from saelens_lite.features.weights import LatentWeights
-from saelens_lite.files import file_hash, read_json, read_tensors, write_json, write_tensors
+from saelens_lite.files import check_axes, file_hash, read_tensors, tensor_specs, write_json, write_tensors
+from saelens_lite.schemas import Checked, Count, Sha256, String, read_checked
 from saelens_lite.tokens.display import Vocabulary
 
 FORMAT = 3
 INFO_FILE = "features.json"
 TENSORS_FILE, WEIGHTS_FILE, CONTROL_FILE = "features.safetensors", "weights.safetensors", "control.safetensors"
+
+
+_TokenId = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,9})$")]
+_Bytes = Annotated[str, Field(pattern="^([0-9a-f]{2})*$")]
+
+
+class _Codes(Checked):
+    """What features.json says of the table of codes."""
+
+    n_bytes: Count
+    sha256: Sha256
+
+
+class _Content(Checked):
+    """What features.json holds."""
+
+    format: Literal[3]
+    sha256: dict[String, Sha256]
+    codes: _Codes | None
+    info: StoreInfo
+    control: StoreInfo | None
+    vocabulary: Annotated[list[String], Field(min_length=1)]
+    parts: dict[_TokenId, _Bytes] | None = None  # stores of earlier versions have them in the texts
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "_Content":
+        wanted = {TENSORS_FILE, WEIGHTS_FILE} | (set() if self.control is None else {CONTROL_FILE})
+        if self.sha256.keys() != wanted:
+            raise ValueError(f"it names {', '.join(self.sha256)[:200]}, expected {', '.join(sorted(wanted))}")
+        if any(int(i) >= len(self.vocabulary) for i in self.parts or ()):
+            raise ValueError("parts of characters are of tokens that the vocabulary does not have")
+        return self
 
 
 class Control(NamedTuple):
@@ -72,42 +106,50 @@ def read(folder: Path) -> Parts:
     Raises:
         CorruptFileError: a file is missing, truncated or damaged, or they do not belong together.
     """
-    content = read_json(folder / INFO_FILE)
-    if content.get("format") != FORMAT:
-        raise CorruptFileError(
-            f"{folder / INFO_FILE}: format {content.get('format')!r}, this version reads {FORMAT}; build the store again"
-        )
-    try:
-        parts = _parts(folder, content)
-    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
-        raise CorruptFileError(f"{folder} is damaged: {type(error).__name__}: {error}") from None
+    content = read_checked(folder / INFO_FILE, _Content)
+    parts = _parts(folder, content)
     controls = [] if parts.control is None else [parts.control]
     if not all(_fits(one.info, one.tensors, parts.weights, parts.vocabulary) for one in (parts, *controls)):
         raise CorruptFileError(f"{folder}: the tensors and {INFO_FILE} do not fit together; build the store again")
     return parts
 
 
-def _parts(folder: Path, content: dict[str, Any]) -> Parts:
-    """The parts as they are in the files, of which only the hashes have been compared."""
-    tensors = FeatureTensors(**_checked(folder / TENSORS_FILE, content))
-    codes, control = content["codes"], content["control"]
-    if codes is not None:
-        codes = CodesTable(folder / CODES_FILE, int(codes["n_bytes"]), str(codes["sha256"]))
+def _parts(folder: Path, content: _Content) -> Parts:
+    """The parts as they are in the files, of which only sizes and hashes have been compared."""
+    info, control, codes = content.info, content.control, None
+    if content.codes is not None:
+        codes = CodesTable(folder / CODES_FILE, content.codes.n_bytes, content.codes.sha256)
         codes.check_size()
+    tensors = FeatureTensors(**_checked(folder / TENSORS_FILE, content, _axes(FeatureTensors), _sizes(info)))
     if control is not None:
         shared = {name: getattr(tensors, name) for name in OF_TEXT}
-        control = Control(StoreInfo(**control), FeatureTensors(**shared, **_checked(folder / CONTROL_FILE, content)))
-    weights = LatentWeights(**_checked(folder / WEIGHTS_FILE, content))
-    words = Vocabulary.from_json(content["vocabulary"], content.get("parts"))
-    return Parts(StoreInfo(**content["info"]), tensors, weights, words, codes, control)
+        own = {name: axes for name, axes in _axes(FeatureTensors).items() if name not in shared}
+        found = _checked(folder / CONTROL_FILE, content, own, _sizes(control))
+        control = Control(control, FeatureTensors(**shared, **found))
+    weights = LatentWeights(**_checked(folder / WEIGHTS_FILE, content, _axes(LatentWeights), {"d_sae": info.d_sae}))
+    words = Vocabulary.from_json(content.vocabulary, content.parts)
+    return Parts(info, tensors, weights, words, codes, control)
 
 
-def _checked(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a file that has the hash noted for it."""
-    tensors = read_tensors(path)
-    if file_hash(path) != content["sha256"][path.name]:
+def _axes(kind: type[FeatureTensors] | type[LatentWeights]) -> dict[str, str]:
+    """The axes of each tensor, from its annotation."""
+    return {name: field.dim_str for name, field in kind.__annotations__.items()}
+
+
+def _sizes(info: StoreInfo) -> dict[str, int]:
+    """The lengths of axes that a store's info knows."""
+    return {name: getattr(info, name) for name in ("d_sae", "top_n", "n_groups", "group_size", "n_random", "n_silent")} | {
+        "window": sum(info.window) + 1,
+        "n_bins": N_BINS,
+    }
+
+
+def _checked(path: Path, content: _Content, axes: dict[str, str], sizes: dict[str, int]) -> dict[str, Tensor]:
+    """The tensors of a file that has the hash noted for it, and axes of these lengths."""
+    check_axes(path, tensor_specs(path), axes, sizes)
+    if file_hash(path) != content.sha256[path.name]:
         raise CorruptFileError(f"{path} does not match the checksum in {INFO_FILE}; build the store again")
-    return tensors
+    return read_tensors(path)
 
 
 def _fits(info: StoreInfo, t: FeatureTensors, w: LatentWeights, vocabulary: list[str]) -> bool:

@@ -32,9 +32,11 @@ from saelens_lite.dictionary import Dictionary, read_density
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, PluginError
 from saelens_lite.files import (
     DTYPES,
+    file_hash,
     file_size,
     nesting,
     read_json,
+    shortened,
     write_file,
     write_json,
     write_tensors,
@@ -45,7 +47,6 @@ from saelens_lite.formats.containers import (
     TensorFile,
     TorchFile,
     open_tensors,
-    sha256,
     strings_in_pickle,
     tensor_names,
 )
@@ -169,7 +170,7 @@ class Outline:
         missing, surplus = wanted - there, there - wanted - self.unused
         if missing or surplus:
             raise CorruptFileError(
-                f"{self.file.path}: tensors missing: {sorted(missing) or 'none'}; not expected: {_shortened(surplus)}"
+                f"{self.file.path}: tensors missing: {sorted(missing) or 'none'}; not expected: {shortened(surplus)}"
             )
         if self.token_norm and (self.transcoder or "mean" in self.names or self._scaled):
             kind = "a transcoder" if self.transcoder else "a dictionary with scales of its own"
@@ -228,7 +229,7 @@ class Outline:
             **({"token_norm": self.token_norm} if self.token_norm else {}),
             **({"scale": self.scale} if self.scale != 1 else {}),
             "origin": self.origin.model_dump(),
-            "file": {"name": self.file.path.name, "kind": self.file.kind, "sha256": sha256(self.file.path)},
+            "file": {"name": self.file.path.name, "kind": self.file.kind, "sha256": file_hash(self.file.path)},
             "tensors": {
                 name: {"dtype": str(spec.dtype).removeprefix("torch."), "shape": list(spec.shape)}
                 for name, spec in sorted(self.file.specs.items())
@@ -451,8 +452,3 @@ def inspect(path: str | Path, format: str | None = None) -> dict[str, Any]:
     """What a file or folder of another tool holds, without reading its weights; raises what `Dictionary.load` raises."""
     reader = format_of(Path(path), None if format == OWN else format)
     return {"format": reader.plugin_name, **reader.outline(Path(path)).facts()}
-
-
-def _shortened(names: set[str], most: int = 8) -> str:
-    listed = [name[:80] for name in sorted(names)[:most]]
-    return f"{listed}{' …' if len(names) > most else ''}" if listed else "none"

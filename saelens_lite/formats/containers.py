@@ -4,26 +4,20 @@ Nothing that stands in a file is ever executed, and nothing is allocated that th
 come from headers, whose sizes have to agree with the size of the file.
 """
 
-import hashlib
-import math
 import pickletools
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from saelens_lite.errors import CorruptFileError
-from saelens_lite.files import check_header, file_size
+from saelens_lite.files import Spec, file_size, tensor_specs
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 MAX_TENSORS = 1000
 MAX_PICKLE_BYTES = 1 << 20  # of which state dicts of dictionaries have a few thousand
@@ -40,18 +34,6 @@ GLOBALS = {  # what a pickle of tensors may name; torch's own list is longer
 }
 
 MAKE_DICTS = ("EMPTY_DICT", "SETITEM", "SETITEMS")
-
-
-class Spec(NamedTuple):
-    """The type and shape of a tensor that has not been read."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its entries."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class TensorFile(ABC):
@@ -91,9 +73,7 @@ class SafetensorsFile(TensorFile):
     kind = "safetensors"
 
     def __init__(self, path: Path):
-        header, _ = check_header(path)
-        header.pop("__metadata__", None)
-        super().__init__(path, {name: _spec(path, name, entry) for name, entry in header.items()})
+        super().__init__(path, tensor_specs(path))
 
     def _load(self, names: list[str]) -> dict[str, Tensor]:
         from safetensors import SafetensorError, safe_open
@@ -103,18 +83,6 @@ class SafetensorsFile(TensorFile):
                 return {name: file.get_tensor(name) for name in names}
         except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
             raise CorruptFileError(f"{self.path} is damaged: {error}") from None
-
-
-def _spec(path: Path, name: str, entry: Any) -> Spec:
-    """What a safetensors header says of a tensor, once it agrees with itself."""
-    try:
-        begin, end = entry["data_offsets"]
-        spec = Spec(DTYPES[entry["dtype"]], tuple(entry["shape"]))
-    except (KeyError, TypeError, ValueError):
-        raise CorruptFileError(f"{path}: the header entry of tensor {name[:80]!r} is damaged, or of a type not read") from None
-    if not all(type(n) is int and n >= 0 for n in (begin, end, *spec.shape)) or spec.nbytes != end - begin:
-        raise CorruptFileError(f"{path}: tensor {name[:80]!r} has shape {spec.shape} at bytes {begin!r} to {end!r}")
-    return spec
 
 
 class NpzFile(TensorFile):
@@ -281,9 +249,3 @@ def tensor_names(path: Path) -> set[str]:
         return set(open_tensors(path).specs)
     except CorruptFileError:
         return set()
-
-
-def sha256(path: Path) -> str:
-    """The checksum of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -30,7 +30,7 @@ from saelens_lite.errors import (
     OutputExistsError,
     SaelensLiteError,
 )
-from saelens_lite.files import write_text
+from saelens_lite.files import check_inside, write_text
 from saelens_lite.kinds import DICTIONARY, RUN, Kind
 from saelens_lite.locks import locked
 from saelens_lite.loggers import DEFAULT_LOGGERS, RunLog, load_loggers, open_log
@@ -45,7 +45,7 @@ from saelens_lite.train.checkpoint import (
     save_checkpoint,
 )
 from saelens_lite.train.stopping import Stopping
-from saelens_lite.train.trainer import Trainer
+from saelens_lite.train.trainer import Trainer, check_sizes
 
 __all__ = ["Run", "Trainer", "fit", "resume", "train"]
 
@@ -217,7 +217,12 @@ def _interrupted(
         source = open_source(request["source"], device)
     _check_source(source.describe(), request["source"])
     validation, source = source.hold_out(n) if (n := request["validation_tokens"]) else (None, source)
-    trainers = [Trainer(TrainConfig(**c), source, device or request["device"]) for c in loop["configs"]]
+    configs = [TrainConfig(**c) for c in loop["configs"]]
+    for config, (tensors, _) in zip(configs, states, strict=True):
+        check_sizes(config, source, tensors)
+    for folder in set(run_folders(run, configs)) - {run}:
+        check_inside(folder)
+    trainers = [Trainer(config, source, device or request["device"]) for config in configs]
     try:
         for trainer, state in zip(trainers, states, strict=True):
             trainer.restore(*state)

@@ -15,6 +15,7 @@ from saelens_lite.config import TrainConfig
 from saelens_lite.devices import where_float64_is, wide
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, NonFiniteError, ShapeError
+from saelens_lite.files import check_fits_memory, shortened
 from saelens_lite.train.step import DenseStep, SparseStep
 
 MAX_SCALINGS, SAME = 12, 1e-3  # of the untrained encoder
@@ -304,6 +305,7 @@ class Trainer:
                     f"the activations of {self.hook!r} are not those the run was trained on: their mean is another"
                 )
             self.shift.copy_(tensors["shift"])
+        self._check_tensors(tensors, numbers)
         state = self.dictionary.state_dict()
         for name, x in state.items():
             x.copy_(tensors[f"dictionary.{name}"])
@@ -316,6 +318,32 @@ class Trainer:
         for name in _NUMBERS:
             setattr(self, name, numbers[name])
         self._sums, self._n_sums = numbers["sums"], numbers["n_sums"]
+
+    def _check_tensors(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        """Raise ConfigError unless tensors are those of this trainer, to the shape: a copy would repeat rows of others."""
+        like = {f"dictionary.{name}": x for name, x in self.dictionary.state_dict().items()}
+        for name, parameter in self._updated.items():
+            if any(key.startswith(f"adam.{name}.") for key in tensors):  # it had a gradient
+                moments = {"exp_avg": parameter, "exp_avg_sq": parameter, "step": torch.zeros(())}
+                like |= {f"adam.{name}.{key}": x for key, x in moments.items()}
+        like |= {"since_fired": self.since_fired, "fire_count": self.fire_count}
+        like |= {f"random.{i}": x for i, x in enumerate(self._random)}
+        like |= {} if self.shift is None else {"shift": self.shift}
+        other_devices = {name for name in tensors if name.startswith("random.")}
+        names = shortened(like.keys() ^ (tensors.keys() - (other_devices - like.keys())))
+        if names != "none":
+            raise ConfigError(f"the checkpoint does not fit this run: missing or not expected: {names}")
+        for name, x in like.items():
+            if (found := tensors[name]).shape != x.shape or found.dtype != x.dtype:
+                wanted = f"{tuple(x.shape)} {x.dtype}"
+                raise ConfigError(
+                    f"the checkpoint does not fit this run: {name} is {tuple(found.shape)} {found.dtype}, expected {wanted}"
+                )
+        for name, most in (("since_fired", numbers["n_seen"]), ("fire_count", numbers["fire_tokens"])):
+            if not ((tensors[name] >= 0) & (tensors[name] <= most)).all():
+                raise ConfigError(f"the checkpoint does not fit this run: {name} is below 0 or above {most}")
+        for i, device in enumerate(("cpu", *self._cuda)):
+            torch.Generator(device).set_state(tensors[f"random.{i}"])  # RuntimeError for bytes that are no state
 
     @torch.no_grad()
     def result(self) -> Dictionary:
@@ -336,6 +364,19 @@ class Trainer:
 def _not_finite(tensors: dict[Any, Tensor]) -> list[Any]:
     """The names of the tensors that hold NaN or infinity."""
     return [name for name, x in tensors.items() if not bool(torch.isfinite(x).all())]
+
+
+def check_sizes(config: TrainConfig, source: Source, tensors: dict[str, Tensor]) -> None:
+    """Raise ConfigError or CorruptFileError unless a state is of activations as wide as those of a source and a batch of them
+    fits into memory; all that a trainer allocates follows from these sizes."""
+    hook, target = _choose_hooks(config, source)
+    widths = {"W_dec": (config.d_sae, source.d_in(target)), "W_enc": (source.d_in(hook), config.d_sae)}
+    for name, wanted in widths.items():
+        if (found := tensors.get(f"dictionary.{name}")) is not None and tuple(found.shape) != wanted:
+            raise ConfigError(
+                f"the checkpoint does not fit the activations: {name} has shape {tuple(found.shape)}, expected {wanted}"
+            )
+    check_fits_memory(f"a batch of {config.batch_size:,}", 4 * config.batch_size * (source.d_in(hook) + source.d_in(target)))
 
 
 def _choose_hooks(config: TrainConfig, source: Source) -> tuple[str, str]:
