@@ -25,6 +25,7 @@ _HOME = {
     "LivePrompt": "views.live",
     "Logger": "loggers",
     "Origin": "config",
+    "Port": "ports",
     "PublishedForm": "sparsity",
     "RuleConfig": "sparsity",
     "SaelensLiteError": "errors",
@@ -67,6 +68,7 @@ __all__ = [
     "LivePrompt",
     "Logger",
     "Origin",
+    "Port",
     "PublishedForm",
     "RuleConfig",
     "SaelensLiteError",
@@ -115,6 +117,7 @@ if TYPE_CHECKING:
     from saelens_lite.interventions.edits import Ablate, Add, Clamp, Scale
     from saelens_lite.loggers import Logger
     from saelens_lite.model import LanguageModel, load_model
+    from saelens_lite.ports import Port
     from saelens_lite.registry import register
     from saelens_lite.sparsity import PublishedForm, RuleConfig, Sparsity
     from saelens_lite.tokens import python_docs

@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from saelens_lite.errors import ConfigError, CorruptFileError, near_matches
 
@@ -89,11 +89,12 @@ class TextConfig(FrozenConfig):
 class TrainConfig(FrozenConfig):
     """One dictionary to train. Horizons are counted in tokens."""
 
-    hook: str | None = Field(None, description="Hook to read activations from; may be left out when there is only one.")
-    target_hook: str | None = Field(
-        None, description="Hook whose activations are predicted from those of `hook`, which makes a transcoder."
+    hook: str | None = Field(None, description="Hook to read and write; may be left out when there is only one.")
+    reads: tuple[str, ...] = Field((), description="Hooks to read, in place of `hook`; with several, a crosscoder.")
+    writes: tuple[str, ...] = Field(
+        (), description="Hooks whose activations are predicted; default: those that are read. With another, a transcoder."
     )
-    skip: bool = Field(False, description="Give a transcoder a skip connection: a linear map of its input is added.")
+    skip: bool = Field(False, description="Add a linear map of the input to the output, which is of other hooks.")
     sparsity: str = Field("topk", description="Sparsity rule: the name of a plugin (see `saelens-lite plugins`).")
     options: dict[str, Any] = Field({}, description="Options of the sparsity rule, e.g. --options.k 32.")
     d_sae: int = Field(2048, gt=0, le=MOST, description="Number of latents.")
@@ -129,6 +130,25 @@ class TrainConfig(FrozenConfig):
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of the initial parameters.")
     log_every: int = Field(65_536, gt=0, le=MOST, description="Tokens between two lines of log.jsonl.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_older_files(cls, values: Any) -> Any:
+        """Read the key target_hook of older files as `writes`."""
+        if isinstance(values, dict) and "target_hook" in values:
+            values = dict(values)
+            target = values.pop("target_hook")
+            return values if target is None else values | {"writes": (target,)}
+        return values
+
+    @model_validator(mode="after")
+    def _names_hooks_once(self) -> "TrainConfig":
+        if self.hook is not None and self.reads not in ((), (self.hook,)):
+            raise ValueError(f"hook = {self.hook!r} and reads = {self.reads} contradict each other; leave out hook")
+        for name in ("reads", "writes"):
+            if len(set(hooks := getattr(self, name))) < len(hooks):
+                raise ValueError(f"{name} names a hook twice")
+        return self
+
     @property
     def peak_lr(self) -> float:
         """The learning rate after warm-up."""
@@ -142,8 +162,6 @@ class Origin(FrozenConfig):
     revision: str | None = Field(None, description="Commit of the model.")
     model_class: str | None = Field(None, description="transformers class of the model.")
     processing: tuple[str, ...] = Field((), description="What was done to the weights when the model was loaded.")
-    hook: str | None = Field(None, description="transformer-lens hook name.")
-    target_hook: str | None = Field(None, description="Hook a transcoder predicts; none for an autoencoder.")
     n_ctx: int | None = Field(None, ge=0, le=MOST, description="Tokens in a row.")
     prepend_bos: bool | None = Field(None, description="Whether each row begins with the BOS token.")
     text: str | None = Field(None, description="What the text was.")
@@ -154,6 +172,13 @@ class Origin(FrozenConfig):
     excluded_token_ids: tuple[Annotated[int, Field(ge=0, le=MOST)], ...] = Field(
         (), description="Token ids never trained on, in addition to the tokenizer's special tokens."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_hooks(cls, values: Any) -> Any:
+        """Leave out the hooks that older files have here, where they name none; ports name them now."""
+        older = ("hook", "target_hook")
+        return {k: v for k, v in values.items() if v is not None or k not in older} if isinstance(values, dict) else values
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

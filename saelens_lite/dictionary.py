@@ -2,8 +2,9 @@
 
     h = (x − b_dec) W_enc + b_enc        codes = rule(h)        x_hat = codes W_dec + b_dec
 
-A transcoder (Dunefsky et al. 2024, arXiv:2406.11944) predicts the activation y at another hook, with or without a skip
-connection (Paulo et al. 2025, arXiv:2501.18823):
+x is what its read ports hold, x_hat what its write ports get (see `saelens_lite.ports`). Where these are not the same ports, as
+of a transcoder (Dunefsky et al. 2024, arXiv:2406.11944), with or without a skip connection (Paulo et al. 2025,
+arXiv:2501.18823), b_dec is a bias of the output alone:
 
     h = x W_enc + b_enc                  codes = rule(h)        y_hat = codes W_dec + b_dec + x W_skipᵀ
 
@@ -18,7 +19,7 @@ import importlib.metadata
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -46,11 +47,12 @@ from saelens_lite.format_detection import CONFIG_FILE, OWN, format_of, is_own_fo
 from saelens_lite.kinds import DICTIONARY as KIND
 from saelens_lite.outputs import new_folder, restore
 from saelens_lite.places import local_folder
+from saelens_lite.ports import Port, Ports, apart, as_ports, names, width
 from saelens_lite.schemas import Checked, Positive, String, checked
 from saelens_lite.sparsity import PublishedForm, Sparsity
 from saelens_lite.state_dicts import float_tensors, in_order, sizes_of
 
-FORMAT = 1
+FORMAT = 2  # 1 names hooks in the origin, and whether it is a transcoder
 TOKEN_NORMS = {None: "none", "layer_norm": "layer_norm", "constant_norm": "constant_norm_rescale"}  # as SAELens calls them
 WEIGHTS_FILE, SPARSITY_FILE, PLUGIN_FILE = "sae_weights.safetensors", "sparsity.safetensors", "plugin.safetensors"
 
@@ -58,8 +60,9 @@ WEIGHTS_FILE, SPARSITY_FILE, PLUGIN_FILE = "sae_weights.safetensors", "sparsity.
 class _Ours(Checked):
     """What metadata.saelens_lite of cfg.json holds."""
 
-    format: Literal[1]
-    transcoder: bool = False
+    format: Literal[2]
+    reads: Annotated[list[Port], Field(min_length=1)]
+    writes: list[Port] | None = None
     skip: bool = False
     token_norm: String | None = None
     sparsity: String
@@ -88,18 +91,34 @@ class _Config(Checked, extra="ignore"):
     @model_validator(mode="after")
     def _agrees(self) -> "_Config":
         ours = self.metadata.saelens_lite
-        if self.d_out is None and (ours.transcoder or ours.origin.target_hook is not None):
-            raise ValueError("it is of a transcoder, but d_out is missing")
-        if not ours.transcoder and ours.origin.target_hook is not None:
-            raise ValueError("it names a target hook, but is not of a transcoder")
+        if (ours.writes is None) != (self.d_out is None):
+            raise ValueError("d_out belongs to dictionaries whose write ports are others than their read ports")
+        if width(ours.reads) != self.d_in or width(ours.writes or ()) != (self.d_out or 0):
+            raise ValueError("the widths of the ports do not add up to d_in and d_out")
         return self
 
 
-class Dictionary(nn.Module):
-    """An overcomplete set of directions and a sparse code over them, for the activations of one hook.
+def _of_format_2(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a cfg.json of format 1, which names hooks in the origin, as that of format 2."""
+    ours = config["metadata"]["saelens_lite"]
+    origin = dict(ours["origin"]) if isinstance(ours.get("origin"), dict) else {}
+    hook, target, is_transcoder = origin.pop("hook", None), origin.pop("target_hook", None), ours.get("transcoder", False)
+    if target is not None and is_transcoder is not True:
+        raise CorruptFileError("cfg.json names a target hook, but is not of a transcoder")
+    ports = {
+        "reads": [{"hook": hook, "width": config.get("d_in")}],
+        "writes": [{"hook": target, "width": config.get("d_out")}] if is_transcoder else None,
+    }
+    kept = {key: value for key, value in ours.items() if key != "transcoder"} | ports | {"format": FORMAT, "origin": origin}
+    other = {} if is_transcoder else {"d_out": None}
+    return config | other | {"metadata": config["metadata"] | {"saelens_lite": kept}}
 
-    Calling it on x: Float[... d_in] returns the reconstruction x_hat, or, of a transcoder, y_hat: Float[... d_out]. Where the
-    rule is tied, W_enc is no parameter but W_decᵀ.
+
+class Dictionary(nn.Module):
+    """An overcomplete set of directions and a sparse code over them, for the activations at its ports.
+
+    Calling it on x: Float[... d_in] returns x_hat: Float[... d_out]. Where the rule is tied, W_enc is W_decᵀ, not a parameter of
+    its own.
     """
 
     W_enc: Float[Tensor, "d_in d_sae"]
@@ -110,9 +129,9 @@ class Dictionary(nn.Module):
         self,
         rule: Sparsity,
         *,
-        d_in: int,
+        reads: Ports,
+        writes: Ports | None = None,
         d_sae: int,
-        d_out: int | None = None,
         skip: bool = False,
         origin: Origin | None = None,
         density: Float[Tensor, " d_sae"] | None = None,
@@ -120,17 +139,19 @@ class Dictionary(nn.Module):
         token_norm: str | None = None,
     ):
         super().__init__()
-        self.d_in, self.d_sae = d_in, d_sae
-        self.is_transcoder = d_out is not None
-        self.d_out = d_in if d_out is None else d_out
-        if self.is_transcoder and rule.tied:
-            raise ConfigError(f"{rule.plugin_name} encodes with the directions it decodes with; it makes no transcoder")
-        if skip and not self.is_transcoder:
-            raise ConfigError("skip = True is for transcoders, which have a target_hook")
+        self.reads = as_ports(reads)
+        self.writes = self.reads if writes is None else as_ports(writes)
+        self.d_in, self.d_sae, self.d_out = width(self.reads), d_sae, width(self.writes)
+        is_named = all(port.hook is not None for port in self.reads)
+        self.writes_what_it_reads = writes is None or (self.reads == self.writes and is_named)
+        if rule.tied and not (self.writes_what_it_reads and len(self.reads) == 1):
+            raise ConfigError(f"{rule.plugin_name} encodes with the directions it decodes with, so it has one port for both")
+        if skip and self.writes_what_it_reads:
+            raise ConfigError("skip = True adds a linear map of the input to the output; it needs other write ports")
         if token_norm not in TOKEN_NORMS:
             raise ConfigError(f"token_norm = {token_norm!r}; expected one of {', '.join(map(str, TOKEN_NORMS))}")
-        if token_norm and self.is_transcoder:
-            raise ConfigError(f"token_norm = {token_norm!r} is for autoencoders: a transcoder's output has a norm of its own")
+        if token_norm and not (self.writes_what_it_reads and len(self.reads) == 1):
+            raise ConfigError(f"token_norm = {token_norm!r} is for dictionaries that write the one port they read")
         self.token_norm = token_norm
         self.origin = origin or Origin()
         self.density = density
@@ -138,11 +159,11 @@ class Dictionary(nn.Module):
         self.source: str | None = None  # the address it was read from, with its revision; not stored
         self.rule = rule
         if not rule.tied:
-            self.W_enc = nn.Parameter(torch.zeros(d_sae, d_in).T)  # in memory a row a latent, like W_dec
-        self.b_enc = nn.Parameter(torch.zeros(d_sae)) if rule.encoder_bias or self.is_transcoder else None
+            self.W_enc = nn.Parameter(torch.zeros(d_sae, self.d_in).T)  # in memory a row a latent, like W_dec
+        self.b_enc = nn.Parameter(torch.zeros(d_sae)) if rule.encoder_bias or not self.writes_what_it_reads else None
         self.W_dec = nn.Parameter(torch.zeros(d_sae, self.d_out))
         self.b_dec = nn.Parameter(torch.zeros(self.d_out))
-        self.W_skip = nn.Parameter(torch.zeros(self.d_out, d_in)) if skip else None
+        self.W_skip = nn.Parameter(torch.zeros(self.d_out, self.d_in)) if skip else None
 
     def __getattr__(self, name: str) -> Any:
         if name == "W_enc" and self.rule.tied:
@@ -154,9 +175,9 @@ class Dictionary(nn.Module):
         cls,
         sparsity: str,
         *,
-        d_in: int,
+        reads: Ports,
+        writes: Ports | None = None,
         d_sae: int,
-        d_out: int | None = None,
         skip: bool = False,
         options: dict[str, Any] | None = None,
         seed: int = 0,
@@ -164,18 +185,22 @@ class Dictionary(nn.Module):
     ) -> "Dictionary":
         """A fresh dictionary: random directions of one norm, W_enc = W_decᵀ, biases zero.
 
-        With `d_out` it is a transcoder: directions of its input and of its output are drawn independently, W_skip is zero.
+        With other `writes` than `reads`, directions of the input and of the output are drawn independently; W_skip is zero.
+
+        Args:
+            reads, writes: ports, or the width of a single one whose hook is not known. `writes` defaults to `reads`.
 
         Raises:
             PluginError: no such sparsity rule.
-            ConfigError: an option the rule does not have, a bad value, or a transcoder of a rule that makes none.
+            ConfigError: an option the rule does not have, a bad value, or ports that the rule cannot have.
         """
-        rule_class = registry.load(sparsity)
+        rule_class, d_in = registry.load(sparsity), width(as_ports(reads))
         rule = rule_class(rule_class.Config(**(options or {})), d_in=d_in, d_sae=d_sae)
-        self = cls(rule, d_in=d_in, d_sae=d_sae, d_out=d_out, skip=skip, origin=origin)
+        self = cls(rule, reads=reads, writes=writes, d_sae=d_sae, skip=skip, origin=origin)
         generator, norm = torch.Generator().manual_seed(seed), rule.initial_decoder_norm()
         directions = norm * _unit_rows(d_sae, d_in, generator)
-        self.W_dec.data.copy_(norm * _unit_rows(d_sae, self.d_out, generator) if self.is_transcoder else directions)
+        is_same = self.writes_what_it_reads
+        self.W_dec.data.copy_(directions if is_same else norm * _unit_rows(d_sae, self.d_out, generator))
         if not rule.tied:
             self.W_enc.data.copy_(directions.T)
         return self.eval()
@@ -192,8 +217,8 @@ class Dictionary(nn.Module):
         W_skip: Any = None,
         rule: str = "l1",
         options: dict[str, Any] | None = None,
-        hook: str | None = None,
-        target_hook: str | None = None,
+        reads: str | Ports | None = None,
+        writes: str | Ports | None = None,
         origin: Origin | None = None,
         **rule_tensors: Any,
     ) -> "Dictionary":
@@ -201,7 +226,7 @@ class Dictionary(nn.Module):
 
             h = (x − b_dec) W_enc + b_enc        codes = rule(h)        x_hat = codes W_dec + b_dec
 
-        Where the encoder takes x itself, give b_enc + b_dec @ W_enc as b_enc. With target_hook or W_skip it is a transcoder.
+        Where the encoder takes x itself, give b_enc + b_dec @ W_enc as b_enc.
 
         Args:
             W_enc: [d_in d_sae] or [d_sae d_in]; W_dec: [d_sae d_out] or [d_out d_sae]. Sizes decide which. A square matrix is
@@ -210,7 +235,9 @@ class Dictionary(nn.Module):
             b_enc, b_dec: zeros where they are not given.
             rule: name of the sparsity rule; options: its settings, such as {"k": 32}.
             rule_tensors: its other tensors, such as threshold= of jumprelu; a number counts for all latents.
-            origin: where the activations come from; `hook` and `target_hook` replace those in it.
+            reads, writes: names of hooks, or ports. Without `writes`, and without W_skip, the output is of the ports that are
+                read, and b_dec is taken off x.
+            origin: where the activations come from.
 
         Everything is converted to float32.
 
@@ -220,23 +247,21 @@ class Dictionary(nn.Module):
             ConfigError: an option is unknown, or a tensor is missing or unknown to the rule.
             PluginError: there is no such rule.
         """
-        hooks = {name: value for name, value in (("hook", hook), ("target_hook", target_hook)) if value is not None}
-        origin = Origin(**((origin or Origin(excluded_positions=())).model_dump() | hooks))
-        transcoder = origin.target_hook is not None or W_skip is not None
+        others = writes is not None or W_skip is not None
         rule_class = registry.load(rule)
         own, settings = rule_class.from_published(float_tensors(rule_tensors), options or {})
         given = float_tensors({"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec, "W_skip": W_skip})
         if missing := {"W_dec", *(() if rule_class.tied else ("W_enc",))} - given.keys():
             raise ConfigError(f"{rule} needs {' and '.join(sorted(missing))}")
-        sizes = sizes_of(given | own, transcoder=transcoder)
+        sizes = sizes_of(given | own, transcoder=others)
         d_in, d_sae, d_out = sizes["d_in"], sizes["d_sae"], sizes["d_out"]
         self = cls(
             rule_class(rule_class.Config(**settings), d_in=d_in, d_sae=d_sae),
-            d_in=d_in,
+            reads=_of_width(reads, d_in),
+            writes=_of_width(writes, d_out) if others else None,
             d_sae=d_sae,
-            d_out=d_out if transcoder else None,
             skip=W_skip is not None,
-            origin=origin,
+            origin=origin or Origin(excluded_positions=()),
         )
         state, given = self.state_dict(), given | {f"rule.{name}": tensor for name, tensor in own.items()}
         form = self.rule.inference_form()
@@ -244,9 +269,9 @@ class Dictionary(nn.Module):
         needed |= {f"rule.{name}" for name in (form.tensors if form else ()) if f"rule.{name}" in state}
         unknown, missing = given.keys() - state.keys(), needed - given.keys()
         if unknown or missing:
-            names = form.tensors if form else [name.removeprefix("rule.") for name in needed]
-            missing = missing and ({name for name in names if f"rule.{name}" not in given} or missing)
-            lists = [{name for name in state if not name.startswith("rule.")}, set(names), unknown, missing]
+            of_rule = form.tensors if form else [name.removeprefix("rule.") for name in needed]
+            missing = missing and ({name for name in of_rule if f"rule.{name}" not in given} or missing)
+            lists = [{name for name in state if not name.startswith("rule.")}, set(of_rule), unknown, missing]
             taken, own_names, surplus, absent = (
                 ", ".join(sorted(n.removeprefix("rule.") for n in some)) or "none" for some in lists
             )
@@ -262,8 +287,28 @@ class Dictionary(nn.Module):
 
     @property
     def input_bias(self) -> Float[Tensor, " d_in"] | None:
-        """What is taken off x before it is encoded: b_dec, or nothing where the output is another activation."""
-        return None if self.is_transcoder else self.b_dec
+        """Bias that is subtracted from x before it is encoded: b_dec, or none where the output is of other ports."""
+        return self.b_dec if self.writes_what_it_reads else None
+
+    @property
+    def ports(self) -> dict[str, tuple[Port, ...] | None]:
+        """The arguments reads and writes that give another dictionary the same ports."""
+        return {"reads": self.reads, "writes": None if self.writes_what_it_reads else self.writes}
+
+    @property
+    def hook(self) -> str | None:
+        """The hook that is read; None where there are several, or where it is not known."""
+        return self.reads[0].hook if len(self.reads) == 1 else None
+
+    @property
+    def place(self) -> str:
+        """The hooks of the dictionary in words, such as "blocks.1.hook_resid_pre" or "blocks.1.ln2 → blocks.1.hook_mlp_out"."""
+        return names(self.reads) if self.writes_what_it_reads else f"{names(self.reads)} → {names(self.writes)}"
+
+    def decoder_norms(self) -> Float[Tensor, " d_sae"]:
+        """The norm of each latent's direction: the sum over write ports of ‖W_dec[i, port]‖; differentiable."""
+        first, *others = (torch.linalg.vector_norm(part, dim=1) for part in apart(self.W_dec, self.writes))
+        return sum(others, first)
 
     def as_input(self, x: Float[Tensor, "*shape d_in"] | ArrayLike) -> Float[Tensor, "*shape d_in"]:
         """Return activations as a tensor, arrays and lists on the device of the parameters.
@@ -282,9 +327,7 @@ class Dictionary(nn.Module):
         if not isinstance(x, Tensor):
             raise ShapeError(f"x is {described(x)}; expected a tensor [..., {self.d_in}]")
         if x.ndim == 0 or x.shape[-1] != self.d_in:
-            raise ShapeError(
-                f"x has shape {tuple(x.shape)}; this dictionary takes [..., {self.d_in}] ({self.origin.hook or 'any hook'})"
-            )
+            raise ShapeError(f"x has shape {tuple(x.shape)}; this dictionary takes [..., {self.d_in}] ({names(self.reads)})")
         if x.device != self.W_dec.device:
             raise ConfigError(
                 f"x is on {x.device}, the dictionary on {self.W_dec.device}; move one of them: dictionary.to({str(x.device)!r})"
@@ -421,23 +464,28 @@ class Dictionary(nn.Module):
         return self.decode(self.encode(x), x).to(x.dtype)
 
     @torch.no_grad()
-    def fold_scale_(self, scale: float, target_scale: float | None = None) -> "Dictionary":
-        """Turn a dictionary of scale·x into one of x, with the same codes (where the rule is tied: codes of x).
+    def fold_scales_(self, reads: Sequence[float], writes: Sequence[float]) -> "Dictionary":
+        """Turn a dictionary of scaled activations into one of raw ones, with the same codes (of a tied rule, codes of x).
 
-        target_scale: of a transcoder, what its output is to be divided by; else `scale`.
+        Args:
+            reads: for each read port, the number that its activations were multiplied by.
+            writes: for each write port, the number that the output is divided by.
         """
-        out = scale if target_scale is None else target_scale
         if not self.rule.tied:
-            self.W_enc.mul_(scale)
-            self.W_dec.div_(out)
-        self.b_dec.div_(out)
-        if self.W_skip is not None:
-            self.W_skip.mul_(scale / out)
+            for scale, rows in zip(reads, apart(self.W_enc.T, self.reads), strict=True):
+                rows.mul_(scale)
+        for i, out in enumerate(writes):
+            if not self.rule.tied:
+                apart(self.W_dec, self.writes)[i].div_(out)
+            apart(self.b_dec, self.writes)[i].div_(out)
+            if self.W_skip is not None:
+                for scale, columns in zip(reads, apart(apart(self.W_skip.T, self.writes)[i].T, self.reads), strict=True):
+                    columns.mul_(scale / out)
         return self
 
     @torch.no_grad()
     def fold_shift_(self, shift: Float[Tensor, " d_in"]) -> "Dictionary":
-        """Turn a transcoder of x − shift into one of x, with the same codes and output."""
+        """Turn a dictionary of x − shift into one of x, with the same codes and output. Its output is of other ports."""
         self.b_enc.sub_(shift @ self.W_enc)
         if self.W_skip is not None:
             self.b_dec.sub_(self.W_skip @ shift)
@@ -451,7 +499,7 @@ class Dictionary(nn.Module):
         """
         if not self.rule.homogeneous:
             return self
-        norms = self.W_dec.norm(dim=1)
+        norms = self.decoder_norms()
         norms = torch.where(norms > 0, norms, 1)
         self.W_enc.mul_(norms)
         if self.b_enc is not None:
@@ -487,7 +535,9 @@ class Dictionary(nn.Module):
 
     def _architecture(self, form: PublishedForm | None) -> str:
         """What other tools call it; the rule's own name where they have none."""
-        if not self.is_transcoder:
+        if len(self.reads) + len(self.writes) > 2:
+            return f"{self.rule.plugin_name}_crosscoder"
+        if self.writes_what_it_reads:
             return form.architecture if form else self.rule.plugin_name
         kind = "transcoder" if self.W_skip is None else "skip_transcoder"
         if form and form.architecture in ("standard", "jumprelu"):
@@ -502,10 +552,10 @@ class Dictionary(nn.Module):
             "architecture": self._architecture(form),
             "d_in": self.d_in,
             "d_sae": self.d_sae,
-            **({"d_out": self.d_out} if self.is_transcoder else {}),
+            **({} if self.writes_what_it_reads else {"d_out": self.d_out}),
             "dtype": str(self.W_enc.dtype).removeprefix("torch."),
             "device": "cpu",
-            "apply_b_dec_to_input": not self.is_transcoder,
+            "apply_b_dec_to_input": self.writes_what_it_reads,
             "normalize_activations": TOKEN_NORMS[self.token_norm],
             "reshape_activations": "none",
             **(form.settings if form else {}),
@@ -513,8 +563,8 @@ class Dictionary(nn.Module):
                 "sae_lens_version": "6.0.0",  # without it SAELens reads the file as an old one and drops the metadata
                 "model_name": self.origin.model,
                 "model_class_name": self.origin.model_class or "AutoModelForCausalLM",
-                "hook_name": self.origin.hook,
-                **({"hook_name_out": self.origin.target_hook} if self.is_transcoder else {}),
+                "hook_name": self.reads[0].hook,
+                **({} if self.writes_what_it_reads else {"hook_name_out": self.writes[0].hook}),
                 "hook_head_index": None,
                 "context_size": self.origin.n_ctx,
                 "prepend_bos": self.origin.prepend_bos,
@@ -523,7 +573,9 @@ class Dictionary(nn.Module):
                 "model_from_pretrained_kwargs": dict.fromkeys(self.origin.processing, True),
                 "saelens_lite": {
                     "format": FORMAT,
-                    **({"transcoder": True, "skip": self.W_skip is not None} if self.is_transcoder else {}),
+                    "reads": [port.model_dump() for port in self.reads],
+                    "writes": None if self.writes_what_it_reads else [port.model_dump() for port in self.writes],
+                    "skip": self.W_skip is not None,
                     **({"token_norm": self.token_norm} if self.token_norm else {}),
                     "sparsity": self.rule.plugin_name,
                     "options": self.rule.config.model_dump(),
@@ -565,14 +617,18 @@ class Dictionary(nn.Module):
     def _load_own(cls, folder: Path) -> "Dictionary":
         config = read_json(folder / CONFIG_FILE, finite=True)
         ours = config["metadata"]["saelens_lite"]
-        if not isinstance(ours, dict) or ours.get("format") != FORMAT:
+        if not isinstance(ours, dict) or ours.get("format") not in (1, FORMAT):
             raise CorruptFileError(
                 f"{folder / CONFIG_FILE} was not written by this version of saelens_lite (metadata.saelens_lite.format is "
                 f"{ours.get('format') if isinstance(ours, dict) else 'absent'!r:.40}, expected {FORMAT})"
             )
-        said = checked(folder / CONFIG_FILE, config, _Config)
+        try:
+            newer = config if ours["format"] == FORMAT else _of_format_2(config)
+        except CorruptFileError as error:
+            raise CorruptFileError(f"{folder / CONFIG_FILE} is damaged: {error}") from None
+        said = checked(folder / CONFIG_FILE, newer, _Config)
         ours, d_in, d_sae = said.metadata.saelens_lite, said.d_in, said.d_sae
-        d_out = said.d_out if ours.transcoder else None
+        d_out = said.d_out
         rule_class = registry.load(ours.sparsity, written_by=ours.distribution)
         specs = _own_names(folder, tensor_specs)
         found = specs["W_dec"].shape if "W_dec" in specs else None
@@ -584,9 +640,15 @@ class Dictionary(nn.Module):
         check_fits_memory(folder, sum(spec.nbytes for spec in specs.values()))
         try:
             rule = rule_class(rule_class.Config(**ours.options), d_in=d_in, d_sae=d_sae)
-            sizes = {"d_in": d_in, "d_sae": d_sae, "d_out": d_out}
             self = cls(
-                rule, **sizes, skip=ours.skip, origin=ours.origin, training=ours.training, token_norm=ours.token_norm or None
+                rule,
+                reads=ours.reads,
+                writes=ours.writes,
+                d_sae=d_sae,
+                skip=ours.skip,
+                origin=ours.origin,
+                training=ours.training,
+                token_norm=ours.token_norm or None,
             )
         except (ConfigError, TypeError, ValueError) as error:
             raise CorruptFileError(f"{folder / CONFIG_FILE}: {error}") from None
@@ -612,8 +674,8 @@ class Dictionary(nn.Module):
 
     def extra_repr(self) -> str:
         rule = getattr(self.rule, "plugin_name", "?")
-        target = f", d_out={self.d_out}, target_hook={self.origin.target_hook!r}" if self.is_transcoder else ""
-        return f"d_in={self.d_in}, d_sae={self.d_sae}, sparsity={rule!r}, hook={self.origin.hook!r}{target}"
+        target = "" if self.writes_what_it_reads else f", d_out={self.d_out}"
+        return f"d_in={self.d_in}, d_sae={self.d_sae}, sparsity={rule!r}, {self.place}{target}"
 
 
 def _own_names(folder: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
@@ -626,6 +688,14 @@ def _own_names(folder: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str
     if both := found.keys() & extra.keys():
         raise CorruptFileError(f"{folder}: {WEIGHTS_FILE} and {PLUGIN_FILE} both hold {shortened(both)}")
     return found | extra
+
+
+def _of_width(given: str | Ports | None, d: int) -> tuple[Port, ...]:
+    """Return ports that were given by name, or not at all, with their width."""
+    ports = (Port(hook=given, width=d),) if given is None or isinstance(given, str) else as_ports(given)
+    if width(ports) != d:
+        raise ShapeError(f"the tensors have {d} entries for {names(ports)}, which has {width(ports)}")
+    return ports
 
 
 def read_density(folder: Path, d_sae: int) -> Float[Tensor, " d_sae"] | None:

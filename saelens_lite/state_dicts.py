@@ -64,7 +64,7 @@ def sizes_of(tensors: Mapping[str, Tensor], *, transcoder: bool) -> dict[str, in
     if not transcoder and sizes["d_in"] != sizes["d_out"]:
         raise ShapeError(
             f"W_enc has shape {tuple(W_enc.shape)} and W_dec {tuple(W_dec.shape)}: with {d_sae} latents the input has "
-            f"{sizes['d_in']} entries and the output {sizes['d_out']}; give target_hook= if it is a transcoder"
+            f"{sizes['d_in']} entries and the output {sizes['d_out']}; give writes= if the output is of another hook"
         )
     if min(sizes.values()) < 1:
         raise ShapeError(f"W_enc has shape {tuple(W_enc.shape)} and W_dec {tuple(W_dec.shape)}; expected no empty tensor")

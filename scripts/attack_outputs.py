@@ -43,7 +43,9 @@ Write = Callable[[Path], None]
 
 def writers(lm: sl.LanguageModel, folder: Path) -> dict[str, Write]:
     """Everything that writes an output folder, by name; each replaces what is there."""
-    d = sl.Dictionary.create("topk", d_in=lm.d_model, d_sae=1024, options={"k": 8}, origin=sl.Origin(hook=HOOK, model="m"))
+    d = sl.Dictionary.create(
+        "topk", reads=sl.Port(hook=HOOK, width=lm.d_model), d_sae=1024, options={"k": 8}, origin=sl.Origin(model="m")
+    )
     x = torch.randn(5000, 16, generator=torch.Generator().manual_seed(0))
     store = sl.FeatureStore.build(d, lm, TEXT[:20])
     d.save(folder / "given")
@@ -194,7 +196,7 @@ def overwriting_saves(lm: sl.LanguageModel, folder: Path, kills: int, rng: rando
 
     if not exchange:
         outputs.exchange = lambda a, b: False
-    d = sl.Dictionary.create("topk", d_in=lm.d_model, d_sae=2048, options={"k": 8})
+    d = sl.Dictionary.create("topk", reads=lm.d_model, d_sae=2048, options={"k": 8})
     out = folder / "d"
     start = time.perf_counter()
     d.save(out)

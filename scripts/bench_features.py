@@ -173,7 +173,7 @@ def prepare(folder: Path, args: argparse.Namespace) -> str:
         d = sl.fit(x, sparsity="batch_topk", d_sae=args.d_sae, n_tokens=args.train_tokens, options={"k": args.k})
         d.origin = origin
     else:
-        d = sl.Dictionary.create("topk", d_in=lm.d_model, d_sae=args.d_sae, options={"k": args.k}, origin=origin)
+        d = sl.Dictionary.create("topk", reads=lm.d_model, d_sae=args.d_sae, options={"k": args.k}, origin=origin)
     d.save(folder / "dictionary")
     return hook
 

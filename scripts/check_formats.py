@@ -239,7 +239,7 @@ def random_dictionary(rule: str, transcoder: bool, skip: bool) -> sl.Dictionary:
         model="gpt2", hook="blocks.0.ln2.hook_normalized", target_hook="blocks.0.hook_mlp_out" if transcoder else None
     )
     d_out = D_IN if transcoder else None
-    d = sl.Dictionary.create(rule, d_in=D_IN, d_sae=D_SAE, d_out=d_out, skip=skip, options=RULES[rule], origin=origin)
+    d = sl.Dictionary.create(rule, reads=D_IN, d_sae=D_SAE, writes=d_out, skip=skip, options=RULES[rule], origin=origin)
     for parameter in d.parameters():
         parameter.data.copy_(torch.randn(parameter.shape) * (0.4 if parameter.ndim == 1 else 1))
     for buffer in d.buffers():

@@ -37,7 +37,7 @@ def compare(folder: Path, peer_python: str) -> dict[str, object]:
     d = sl.Dictionary.load(folder)
     lm = sl.load_model(d.origin.model)
     pages = [page.text for page in sl.python_docs()][:64]
-    x = lm.run(lm.to_tokens(pages), d.origin.hook)[d.origin.hook][:, 1:].flatten(0, 1)[:4096]
+    x = lm.run(lm.to_tokens(pages), d.hook)[d.hook][:, 1:].flatten(0, 1)[:4096]
     codes = d.encode(x).to_dense()
     with tempfile.TemporaryDirectory() as where:
         save_file({"x": x.contiguous()}, f"{where}/x.safetensors")

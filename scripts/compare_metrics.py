@@ -71,7 +71,7 @@ def by_their_formulas(d: sl.Dictionary, lm: sl.LanguageModel, rows: TokenRows, b
     errors, variances, squares, mse = [], [], [], []
     for start in range(0, len(rows.tokens), batch_rows):
         batch = rows[start : start + batch_rows]
-        x = lm.run(batch, d.origin.hook)[d.origin.hook][batch.keep].double()
+        x = lm.run(batch, d.hook)[d.hook][batch.keep].double()
         errors.append((x - d(x.float()).double()).square().sum(1))
         variances.append((x - x.mean(0)).square().sum(1))
         squares.append(x.square().mean(0))

@@ -127,7 +127,7 @@ def hashed(tensors: dict[str, torch.Tensor]) -> str:
 def make_run(folder: Path) -> None:
     """A run of an autoencoder and a transcoder that was interrupted."""
     shared = {"d_sae": 12, "batch_size": 16, "n_tokens": 10_000, "log_every": 20, "options": {"k": 2}}
-    configs = [sl.TrainConfig(hook="a", **shared), sl.TrainConfig(hook="a", target_hook="b", skip=True, **shared)]
+    configs = [sl.TrainConfig(hook="a", **shared), sl.TrainConfig(hook="a", writes=("b",), skip=True, **shared)]
     try:
         sl.train(Short(6), configs, folder, validation_tokens=20, checkpoint_seconds=0.0, device="cpu")
     except Enough:
@@ -184,7 +184,7 @@ def make_store(folder: Path) -> None:
     lm = sl.load_model("tiny", device="cpu")
     origin = sl.Origin(model="tiny", hook=HOOKS[0])
     d, other = (
-        sl.Dictionary.create("topk", d_in=lm.d_model, d_sae=20, options={"k": 3}, seed=s, origin=origin) for s in (0, 1)
+        sl.Dictionary.create("topk", reads=lm.d_model, d_sae=20, options={"k": 3}, seed=s, origin=origin) for s in (0, 1)
     )
     scores = sl.stability(d, [other])
     text = ["the quick brown fox jumps over the lazy dog " * 9] * 3
@@ -212,7 +212,7 @@ def sign_store(folder: Path) -> None:
 def make_dictionary(folder: Path) -> None:
     """A dictionary of a rule with tensors of its own, a density and an evaluation."""
     origin = sl.Origin(model="tiny", hook=HOOKS[0], n_ctx=32, excluded_positions=(0, 31))
-    d = sl.Dictionary.create("jumprelu", d_in=6, d_sae=10, origin=origin)
+    d = sl.Dictionary.create("jumprelu", reads=6, d_sae=10, origin=origin)
     d.density = torch.linspace(0, 1, 10)
     d.training_record = {"config": {"lr": 0.1}, "tokens": 5}
     d.save(folder)

@@ -92,7 +92,7 @@ def main() -> None:
     totals, start, peak = Counter(), time.monotonic(), 0
     with tempfile.TemporaryDirectory() as folder:
         originals = {name: case.write(Path(folder) / str(i)) for i, (name, case) in enumerate(CASES.items())}
-        originals["ours"] = sl.Dictionary.create("topk", d_in=8, d_sae=16, options={"k": 2}).save(Path(folder) / "ours")
+        originals["ours"] = sl.Dictionary.create("topk", reads=8, d_sae=16, options={"k": 2}).save(Path(folder) / "ours")
         for first in range(args.seed, args.seed + args.n, BATCH):
             seeds = range(first, min(first + BATCH, args.seed + args.n))
             receiving, sending = os.pipe()

@@ -112,7 +112,7 @@ def transcoder(rule: str):
     import saelens_lite as sl
 
     origin = sl.Origin(hook="blocks.0.hook_resid_mid", target_hook="blocks.0.hook_mlp_out")
-    d = sl.Dictionary.create(rule, d_in=D_IN, d_out=48, skip=True, d_sae=D_SAE, options=RULES[rule], origin=origin)
+    d = sl.Dictionary.create(rule, reads=D_IN, writes=48, skip=True, d_sae=D_SAE, options=RULES[rule], origin=origin)
     generator = torch.Generator().manual_seed(2)
     for parameter in d.parameters():
         parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)

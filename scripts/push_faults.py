@@ -111,7 +111,7 @@ def meet(hub: Hub, faults: Callable[[Hub], list[Fault]], seed: int) -> Outcome:
     import saelens_lite as sl
 
     def dictionary(i: int) -> Any:
-        return sl.Dictionary.create("topk", d_in=8, d_sae=32, seed=10 * seed + i)
+        return sl.Dictionary.create("topk", reads=8, d_sae=32, seed=10 * seed + i)
 
     hub.repositories.clear()
     hub.storage.clear()

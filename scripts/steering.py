@@ -38,7 +38,7 @@ def trained(lm: sl.LanguageModel, out: Path) -> sl.Dictionary:
 
 def density(lm: sl.LanguageModel, d: sl.Dictionary, rows: torch.Tensor) -> torch.Tensor:
     """Share of the tokens on which each latent fires, position 0 left out."""
-    codes = d.encode(lm.run(rows, d.origin.hook)[d.origin.hook][:, 1:])
+    codes = d.encode(lm.run(rows, d.hook)[d.hook][:, 1:])
     return torch.bincount(codes.latent, minlength=d.d_sae) / codes.n_rows
 
 

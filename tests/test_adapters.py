@@ -18,7 +18,7 @@ HOOK = "blocks.2.hook_resid_pre"
 
 def dictionary(rule: str = "topk", d_in: int = 12, **origin) -> sl.Dictionary:
     """A dictionary with random biases and decoder rows of uneven norm, where the rule lets them be."""
-    d = sl.Dictionary.create(rule, d_in=d_in, d_sae=32, seed=3, origin=sl.Origin(**{"hook": HOOK, **origin}))
+    d = sl.Dictionary.create(rule, reads=d_in, d_sae=32, seed=3, origin=sl.Origin(**{"hook": HOOK, **origin}))
     generator = torch.Generator().manual_seed(4)
     for parameter in (d.b_enc, d.b_dec):
         if parameter is not None:
@@ -94,7 +94,7 @@ def test_a_dictionary_in_training_is_judged_as_it_will_be_used():
 
 
 def test_a_skip_connection_is_part_of_the_output():
-    d = sl.Dictionary.create("l1", d_in=12, d_out=6, d_sae=32, skip=True, origin=sl.Origin(hook=HOOK))
+    d = sl.Dictionary.create("l1", reads=sl.Port(hook=HOOK, width=12), writes=6, d_sae=32, skip=True)
     torch.nn.init.normal_(d.W_skip, generator=torch.Generator().manual_seed(0))
     x = activations(5, 12)
     torch.testing.assert_close(probing.dense_sae(d)(x), d(x), rtol=1e-5, atol=1e-6)
@@ -104,7 +104,7 @@ def test_a_skip_connection_is_part_of_the_output():
 def test_a_dictionary_that_normalises_each_activation(token_norm):
     """What is decoded has the norm of what was encoded last, as in SAELens."""
     plain = dictionary()
-    d = sl.Dictionary(plain.rule, d_in=12, d_sae=32, origin=plain.origin, token_norm=token_norm)
+    d = sl.Dictionary(plain.rule, reads=12, d_sae=32, origin=plain.origin, token_norm=token_norm)
     d.load_state_dict(plain.state_dict())
     sae, x = sae_bench(d), activations(4, 7, 12) * 3 + 1
     torch.testing.assert_close(sae.decode(sae.encode(x)), d(x).detach(), rtol=1e-5, atol=1e-5)
@@ -130,7 +130,7 @@ def test_a_hook_the_judges_cannot_use():
 
 def transcoder(d_in: int) -> sl.Dictionary:
     origin = sl.Origin(hook="blocks.2.ln2.hook_out", target_hook="blocks.2.hook_mlp_out")
-    return sl.Dictionary.create("topk", d_in=d_in, d_out=d_in, d_sae=64, options={"k": 3}, origin=origin)
+    return sl.Dictionary.create("topk", reads=d_in, writes=d_in, d_sae=64, options={"k": 3}, origin=origin)
 
 
 def test_a_transcoder_is_not_given_to_judges_of_autoencoders():
@@ -214,8 +214,8 @@ def judge(monkeypatch) -> SimpleNamespace:
 
 
 def test_probes_of_several_dictionaries(lm, judge, capsys):
-    few = sl.Dictionary.create("topk", d_in=lm.d_model, d_sae=64, options={"k": 2}, origin=sl.Origin(hook=HOOK))
-    more = sl.Dictionary.create("topk", d_in=lm.d_model, d_sae=64, options={"k": 5}, origin=sl.Origin(hook=HOOK))
+    few = sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=lm.d_model), d_sae=64, options={"k": 2})
+    more = sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=lm.d_model), d_sae=64, options={"k": 5})
     reports = sae_probes([few, more], lm, ks=(1, 4))
     assert judge.generated == 2  # a data set is read once for all dictionaries
     assert [(sae.dictionary.rule.config.k, *rest) for sae, *rest in judge.saes] == [
@@ -236,7 +236,7 @@ def test_probes_of_several_dictionaries(lm, judge, capsys):
 
 @pytest.mark.parametrize("bos", [True, None, False])
 def test_the_activation_is_that_of_the_last_token_of_the_end_of_the_text(lm, judge, bos):
-    d = sl.Dictionary.create("topk", d_in=lm.d_model, d_sae=64, origin=sl.Origin(hook=HOOK, prepend_bos=bos))
+    d = sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=lm.d_model), d_sae=64, origin=sl.Origin(prepend_bos=bos))
     sae_probes(d, lm, datasets=["5_hist_fig_ismale"], ks=[1])
     front = [] if bos is False else [lm.bos_id]
     for text, found in zip(TEXTS, judge.activations["5_hist_fig_ismale", HOOK], strict=True):
@@ -253,7 +253,7 @@ def test_codes_of_a_transcoder_can_be_probed(lm, judge):
 
 
 def test_what_cannot_be_probed(lm, judge):
-    d = sl.Dictionary.create("topk", d_in=lm.d_model, d_sae=8, options={"k": 2}, origin=sl.Origin(hook=HOOK))
+    d = sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=lm.d_model), d_sae=8, options={"k": 2})
     with pytest.raises(ConfigError, match="no data set '5_hist_fig_ismail'; did you mean 5_hist_fig_ismale"):
         sae_probes(d, lm, datasets=["5_hist_fig_ismail"], ks=[1])
     with pytest.raises(ConfigError, match="datasets is empty: name at least one"):
@@ -261,7 +261,7 @@ def test_what_cannot_be_probed(lm, judge):
     for ks in ([1, 9], [0], []):
         with pytest.raises(ConfigError, match=r"ks = .*: expected numbers of latents from 1 to 8"):
             sae_probes(d, lm, ks=ks)
-    other = sl.Dictionary.create("topk", d_in=lm.d_model, d_sae=8, origin=sl.Origin(hook="blocks.1.hook_resid_pre"))
+    other = sl.Dictionary.create("topk", reads=sl.Port(hook="blocks.1.hook_resid_pre", width=lm.d_model), d_sae=8)
     with pytest.raises(ConfigError, match=r"one hook; found blocks\.1\.hook_resid_pre, blocks\.2\.hook_resid_pre"):
         sae_probes([d, other], lm, ks=[1])
     with pytest.raises(ConfigError, match="one hook; found no dictionary"):
@@ -269,7 +269,7 @@ def test_what_cannot_be_probed(lm, judge):
     with pytest.raises(HookError, match="blocks"):
         sae_probes(d, lm, ks=[1], hook="blocks.9.hook_resid_pre")
     with pytest.raises(ShapeError, match=rf"\[\.\.\., {lm.d_model + 1}\]"):
-        sae_probes(sl.Dictionary.create("topk", d_in=lm.d_model + 1, d_sae=64, origin=d.origin), lm)
+        sae_probes(sl.Dictionary.create("topk", reads=lm.d_model + 1, d_sae=64, origin=d.origin), lm)
     assert not judge.generated
     report = sae_probes(d, lm, ks=[1])
     with pytest.raises(ConfigError, match=r"k = 3: no such probe; there are \[1\]"):
@@ -278,7 +278,7 @@ def test_what_cannot_be_probed(lm, judge):
 
 def test_without_sae_probes(lm, monkeypatch):
     monkeypatch.setitem(sys.modules, "sae_probes", None)
-    d = sl.Dictionary.create("topk", d_in=lm.d_model, d_sae=64, origin=sl.Origin(hook=HOOK))
+    d = sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=lm.d_model), d_sae=64)
     with pytest.raises(ConfigError, match=r"needs sae-probes \(.*\): pip install 'saelens-lite\[saeprobes\]'"):
         sl.adapters.sae_probes(d, lm)
     assert probing.CHANCE == 0.5

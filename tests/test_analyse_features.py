@@ -17,7 +17,7 @@ HOOK = "blocks.1.hook_resid_pre"
 def dictionary(lm, tmp_path_factory):
     """The folder of a dictionary of random directions, one latent of which never fires."""
     d = sl.Dictionary.create(
-        "topk", d_in=lm.d_model, d_sae=64, options={"k": 2}, origin=sl.Origin(model="tiny", hook=HOOK, n_ctx=32)
+        "topk", reads=sl.Port(hook=HOOK, width=lm.d_model), d_sae=64, options={"k": 2}, origin=sl.Origin(model="tiny", n_ctx=32)
     )
     d.b_enc.data[5] = -1e6
     return d.save(tmp_path_factory.mktemp("analysed") / "dictionary")

@@ -47,6 +47,7 @@ LEAVES = {
     "locks",
     "outputs",
     "places",
+    "ports",
     "progress",
     "registry",
     "schemas",

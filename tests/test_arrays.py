@@ -38,7 +38,7 @@ FORMS = {  # of the same numbers
 
 @pytest.fixture
 def dictionary() -> sl.Dictionary:
-    return sl.Dictionary.create("topk", d_in=6, d_sae=12, options={"k": 3})
+    return sl.Dictionary.create("topk", reads=6, d_sae=12, options={"k": 3})
 
 
 @pytest.mark.parametrize("x", FORMS.values(), ids=FORMS)
@@ -132,7 +132,7 @@ def test_an_array_is_never_on_another_device(dictionary):
 def test_probing_refuses_what_is_no_list_of_texts(lm, texts):
     """The columns' names of a table would be read as texts."""
     d = sl.Dictionary.create(
-        "topk", d_in=lm.d_model, d_sae=12, options={"k": 3}, origin=sl.Origin(hook="blocks.1.hook_resid_pre")
+        "topk", reads=sl.Port(hook="blocks.1.hook_resid_pre", width=lm.d_model), d_sae=12, options={"k": 3}
     )
     with pytest.raises(sl.errors.TextError, match="expected a list of strings"):
         sl.probe(d, lm, {"data": (texts, [0, 1])}, ks=(1,))

@@ -19,7 +19,7 @@ PAIR = (5, 9)
 
 
 def autoencoder(hook: str = HOOK) -> sl.Dictionary:
-    d = sl.Dictionary.create("topk", d_in=48, d_sae=96, options={"k": 6}, origin=sl.Origin(hook=hook))
+    d = sl.Dictionary.create("topk", reads=sl.Port(hook=hook, width=48), d_sae=96, options={"k": 6})
     d.b_dec.data.copy_(torch.linspace(-0.1, 0.1, 48))
     return d
 
@@ -34,13 +34,13 @@ def dictionary():
 def transcoder():
     """A transcoder of random directions."""
     origin = sl.Origin(hook=MLP[0], target_hook=MLP[1])
-    return sl.Dictionary.create("topk", d_in=48, d_out=48, d_sae=96, skip=True, options={"k": 6}, origin=origin)
+    return sl.Dictionary.create("topk", reads=48, writes=48, d_sae=96, skip=True, options={"k": 6}, origin=origin)
 
 
 @pytest.fixture(scope="module")
 def normalised(dictionary):
     """An autoencoder that normalises each activation by itself."""
-    d = sl.Dictionary(dictionary.rule, d_in=48, d_sae=96, origin=dictionary.origin, token_norm="layer_norm")
+    d = sl.Dictionary(dictionary.rule, reads=48, d_sae=96, origin=dictionary.origin, token_norm="layer_norm")
     d.load_state_dict(dictionary.state_dict())
     return d.eval()
 

@@ -51,7 +51,7 @@ def x() -> torch.Tensor:
 @pytest.fixture
 def saved(tmp_path):
     """The folder of a sound dictionary."""
-    d = sl.Dictionary.create("topk", d_in=8, d_sae=16, options={"k": 2}, origin=sl.Origin(hook=HOOK))
+    d = sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=8), d_sae=16, options={"k": 2})
     d.density = torch.full((16,), 0.125)
     return d.save(tmp_path / "dictionary")
 
@@ -254,7 +254,7 @@ def test_a_gradient_of_nan_is_caught_before_it_reaches_the_parameters(x, tmp_pat
 
 
 def test_an_existing_output_is_refused_or_replaced(lm, x, tmp_path):
-    d = sl.Dictionary.create("topk", d_in=8, d_sae=16, options={"k": 2})
+    d = sl.Dictionary.create("topk", reads=8, d_sae=16, options={"k": 2})
 
     def train(out, **how):
         sl.train(TensorSource(x), sl.TrainConfig(**QUICK), out, **how)
@@ -571,7 +571,7 @@ def test_generation_that_cannot_be(lm):
 
 
 def test_p_below_one_survives_a_decoder_row_of_zeros():
-    d = sl.Dictionary.create("l1", d_in=4, d_sae=8, options={"p": 0.5})
+    d = sl.Dictionary.create("l1", reads=4, d_sae=8, options={"p": 0.5})
     d.W_dec.data[0] = 0
     step = SparseStep(d, torch.ones(3, 4), dead=torch.zeros(8, dtype=torch.bool), progress=0.5, warmup=1.0)
     sum(step.losses().values()).backward()

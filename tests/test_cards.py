@@ -130,7 +130,7 @@ def test_shades_have_a_sign_and_an_end():
 
 
 def test_an_overview_of_a_store(random_lm):
-    d = sl.Dictionary.create("topk", d_in=48, d_sae=96, options={"k": 6}, origin=sl.Origin(hook="blocks.1.hook_resid_pre"))
+    d = sl.Dictionary.create("topk", reads=sl.Port(hook="blocks.1.hook_resid_pre", width=48), d_sae=96, options={"k": 6})
     d.b_enc.data[50:] = -1e4
     store = sl.FeatureStore.build(d, random_lm, ["It was the best of times, it was the worst"])
     densest = int(store.density.argmax())
@@ -149,7 +149,7 @@ def test_an_overview_of_a_store(random_lm):
 
 
 def test_the_card_of_a_real_latent(random_lm):
-    d = sl.Dictionary.create("topk", d_in=48, d_sae=96, options={"k": 6}, origin=sl.Origin(hook="blocks.1.hook_resid_pre"))
+    d = sl.Dictionary.create("topk", reads=sl.Port(hook="blocks.1.hook_resid_pre", width=48), d_sae=96, options={"k": 6})
     store = sl.FeatureStore.build(d, random_lm, ["It was the best of times, it was the worst"])
     latent = store.latent(int(store.density.argmax()))
     page = Page(latent._repr_html_()).check()

@@ -21,7 +21,7 @@ METHODS = ["hungarian", "mutual"]
 
 def make(d_sae: int = D_SAE, d_in: int = D_IN, seed: int = 0) -> sl.Dictionary:
     """A dictionary whose decoder and encoder directions are random and independent of each other."""
-    d = sl.Dictionary.create("topk", d_in=d_in, d_sae=d_sae, options={"k": 4}, seed=seed)
+    d = sl.Dictionary.create("topk", reads=d_in, d_sae=d_sae, options={"k": 4}, seed=seed)
     d.W_enc.data.copy_(torch.randn(d_in, d_sae, generator=torch.Generator().manual_seed(1000 + seed)))
     return d
 

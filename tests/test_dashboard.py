@@ -39,7 +39,7 @@ HOSTILE = [
 
 def made(seed: int) -> sl.Dictionary:
     origin = sl.Origin(hook=HOOK, n_ctx=20)
-    d = sl.Dictionary.create("topk", d_in=D_MODEL, d_sae=D_SAE, options={"k": 8}, seed=seed, origin=origin)
+    d = sl.Dictionary.create("topk", reads=D_MODEL, d_sae=D_SAE, options={"k": 8}, seed=seed, origin=origin)
     d.b_enc.data[SILENT] = -1e4
     return d
 
@@ -280,7 +280,7 @@ def test_hostile_tokens_labels_and_names_stay_text(store, html, tmp_path):
 def test_what_does_not_exist_has_no_column(random_lm, documents, tmp_path):
     """A hook whose width is not the stream's, no control, no scores, no labels."""
     d = sl.Dictionary.create(
-        "topk", d_in=4 * D_MODEL, d_sae=24, options={"k": 3}, origin=sl.Origin(hook="blocks.0.mlp.out.hook_in")
+        "topk", reads=sl.Port(hook="blocks.0.mlp.out.hook_in", width=4 * D_MODEL), d_sae=24, options={"k": 3}
     )
     store = sl.FeatureStore.build(d, random_lm, documents[:2])
     data = Data(Page(store.dashboard(tmp_path / "features.html").read_text(encoding="utf-8")))

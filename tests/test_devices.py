@@ -157,7 +157,7 @@ def test_training_sums_on_a_device_without_float64(x):
 
 
 def test_an_evaluation_on_a_device_without_float64(lm, documents):
-    d = sl.Dictionary.create("topk", d_in=lm.d_model, d_sae=32, options={"k": 4}, origin=sl.Origin(hook=HOOK))
+    d = sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=lm.d_model), d_sae=32, options={"k": 4})
     how = {"text_config": sl.TextConfig(n_ctx=32), "n_tokens": 120, "n_bootstrap": 10, "controls": True}
     wanted = sl.evaluate(d, lm, documents, **how)
     with without_float64() as device:

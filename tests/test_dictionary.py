@@ -47,7 +47,7 @@ OWN_FILES = {"jumprelu": {"scaled_log_threshold"}, "p_anneal": {"p", "growth"}} 
 
 def make(rule: str, seed: int = 0, **more) -> sl.Dictionary:
     """All parameters random; buffers as some training might leave them."""
-    d = sl.Dictionary.create(rule, d_in=D_IN, d_sae=D_SAE, options=RULES.get(rule), **more)
+    d = sl.Dictionary.create(rule, reads=D_IN, d_sae=D_SAE, options=RULES.get(rule), **more)
     generator = torch.Generator().manual_seed(seed)
     for parameter in d.parameters():
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * (0.5 if parameter.ndim == 1 else 1))
@@ -114,13 +114,13 @@ def published(folder, x):
 def test_a_new_dictionary_is_tied_and_of_one_norm():
     for rule, options in RULES.items():
         norm = 0.1 if rule == "l1" else 1.0
-        d = sl.Dictionary.create(rule, d_in=D_IN, d_sae=D_SAE, options=options, seed=3)
+        d = sl.Dictionary.create(rule, reads=D_IN, d_sae=D_SAE, options=options, seed=3)
         torch.testing.assert_close(d.W_dec.norm(dim=1), torch.full((D_SAE,), norm))
         assert torch.equal(d.W_enc, d.W_dec.T)
         assert all(not p.any() for name, p in d.named_parameters() if p.ndim == 1 and name != "rule.scaled_log_threshold")
-        again = sl.Dictionary.create(rule, d_in=D_IN, d_sae=D_SAE, options=options, seed=3)
+        again = sl.Dictionary.create(rule, reads=D_IN, d_sae=D_SAE, options=options, seed=3)
         assert torch.equal(d.W_dec, again.W_dec)
-        other = sl.Dictionary.create(rule, d_in=D_IN, d_sae=D_SAE, options=options, seed=4)
+        other = sl.Dictionary.create(rule, reads=D_IN, d_sae=D_SAE, options=options, seed=4)
         assert not torch.equal(d.W_dec, other.W_dec)
 
 
@@ -270,7 +270,7 @@ def test_cfg_json_of_the_published_format(dictionary, tmp_path):
 
 
 def test_published_k_is_never_more_than_there_are_latents(tmp_path, x):
-    d = sl.Dictionary.create("topk", d_in=D_IN, d_sae=8, options={"k": 100})
+    d = sl.Dictionary.create("topk", reads=D_IN, d_sae=8, options={"k": 100})
     folder = d.save(tmp_path / "d")
     assert json.loads((folder / "cfg.json").read_text())["k"] == 8
     assert sl.Dictionary.load(folder).rule.config.k == 100
@@ -364,9 +364,9 @@ def test_a_missing_plugin_file_is_noticed(shifted_relu, tmp_path):
 
 def test_options_are_validated():
     with pytest.raises(ConfigError, match=r"TopK: unknown key 'aux_kk'; did you mean aux_k"):
-        sl.Dictionary.create("topk", d_in=4, d_sae=8, options={"aux_kk": 3})
+        sl.Dictionary.create("topk", reads=4, d_sae=8, options={"aux_kk": 3})
     with pytest.raises(ConfigError, match=r"TopK: k = 0: input should be greater than 0"):
-        sl.Dictionary.create("topk", d_in=4, d_sae=8, options={"k": 0})
+        sl.Dictionary.create("topk", reads=4, d_sae=8, options={"k": 0})
 
 
 def test_a_dictionary_with_nan_is_not_written(dictionary, tmp_path):
@@ -388,6 +388,6 @@ def test_repr_says_what_it_is(dictionary):
 
 
 def test_a_loaded_dictionary_is_one_to_use_not_to_train(tmp_path):
-    d = sl.Dictionary.create("topk", d_in=4, d_sae=8).train()
+    d = sl.Dictionary.create("topk", reads=4, d_sae=8).train()
     d.save(tmp_path / "d")
     assert not sl.Dictionary.load(tmp_path / "d").training

@@ -235,7 +235,7 @@ def test_older_stores_have_bytes_in_their_texts(tokenizers, vocabularies):
 @pytest.fixture(scope="module")
 def chinese_store(random_lm) -> tuple[sl.Dictionary, sl.FeatureStore]:
     torch.manual_seed(0)
-    d = sl.Dictionary.create("topk", d_in=48, d_sae=40, options={"k": 4}, origin=sl.Origin(hook="blocks.1.hook_resid_pre"))
+    d = sl.Dictionary.create("topk", reads=sl.Port(hook="blocks.1.hook_resid_pre", width=48), d_sae=40, options={"k": 4})
     text = TEXTS["Chinese"] + TEXTS["emoji"] + TEXTS["Thai"]
     return d, sl.FeatureStore.build(d, random_lm, [text * 2, text[3:] * 2, "plain text", text[1:]], window=(4, 2))
 
@@ -341,7 +341,7 @@ def test_an_unclear_token_is_refused_with_its_pieces_and_what_is_near(name, text
 
 def test_metrics_and_latents_by_the_text_of_a_token(tokenizers):
     lm = model(tokenizers["fallback_bpe"])
-    d = sl.Dictionary.create("topk", d_in=16, d_sae=24, options={"k": 4}, origin=sl.Origin(hook="blocks.1.hook_resid_pre"))
+    d = sl.Dictionary.create("topk", reads=sl.Port(hook="blocks.1.hook_resid_pre", width=16), d_sae=24, options={"k": 4})
     he, she = (tokenizers["fallback_bpe"].get_vocab()[piece] for piece in ("▁he", "▁she"))
     by_text, by_id = (sl.attribute(d, lm, "A he, she", pair, ablation=False) for pair in ((" he", " she"), (he, she)))
     assert by_text.metric == by_id.metric == "logit of ' he' − logit of ' she'"

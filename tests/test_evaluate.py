@@ -36,7 +36,7 @@ def stream(lm, rows):
 
 def dictionary(lm, name="topk", **options):
     options = options or {"k": 8}
-    return sl.Dictionary.create(name, d_in=lm.d_model, d_sae=96, options=options, origin=sl.Origin(hook=HOOK), seed=3)
+    return sl.Dictionary.create(name, reads=sl.Port(hook=HOOK, width=lm.d_model), d_sae=96, options=options, seed=3)
 
 
 def log_p(lm, rows, new=None):
@@ -128,7 +128,7 @@ def test_mean_predictor_explains_nothing_and_identity_everything(lm, rows, strea
     mean = dictionary(lm)
     torch.nn.init.zeros_(mean.W_dec)
     mean.b_dec.data.copy_(stream[rows.keep].mean(0))
-    perfect = sl.Dictionary.create("l1", d_in=lm.d_model, d_sae=2 * lm.d_model, origin=sl.Origin(hook=HOOK))
+    perfect = sl.Dictionary.create("l1", reads=sl.Port(hook=HOOK, width=lm.d_model), d_sae=2 * lm.d_model)
     identity = torch.eye(lm.d_model)
     perfect.W_enc.data.copy_(torch.cat([identity, -identity], dim=1))
     perfect.W_dec.data.copy_(torch.cat([identity, -identity]))
@@ -408,11 +408,11 @@ def test_names_are_not_taken_for_markup(lm, rows):
 
 
 def test_bad_input(lm, rows, random_lm):
-    narrow = sl.Dictionary.create("l1", d_in=7, d_sae=16, origin=sl.Origin(hook=HOOK))
+    narrow = sl.Dictionary.create("l1", reads=sl.Port(hook=HOOK, width=7), d_sae=16)
     with pytest.raises(ShapeError, match=rf"{lm.d_model}.*takes \[\.\.\., 7\]"):
         sl.evaluate(narrow, lm, rows)
     with pytest.raises(ConfigError, match="need one hook"):
-        sl.evaluate(sl.Dictionary.create("l1", d_in=lm.d_model, d_sae=16), lm, rows)
+        sl.evaluate(sl.Dictionary.create("l1", reads=lm.d_model, d_sae=16), lm, rows)
     with pytest.raises(HookError, match="did you mean"):
         sl.evaluate(dictionary(lm), lm, rows, hook="blocks.1.hook_resid_prr")
     with pytest.raises(TextError, match="no text"):
@@ -437,7 +437,7 @@ def test_bad_input(lm, rows, random_lm):
 def test_a_transcoder_is_measured_at_its_target(lm, rows, hook):
     origin = sl.Origin(hook="blocks.1.mlp.hook_in", target_hook=hook)
     d = sl.Dictionary.create(
-        "topk", d_in=lm.d_model, d_out=lm.d_model, d_sae=64, skip=True, options={"k": 4}, origin=origin, seed=1
+        "topk", reads=lm.d_model, writes=lm.d_model, d_sae=64, skip=True, options={"k": 4}, origin=origin, seed=1
     )
     torch.nn.init.normal_(d.W_skip, std=0.05, generator=torch.Generator().manual_seed(0))
     report = sl.evaluate(d, lm, rows, n_bootstrap=5, controls=True)
@@ -461,7 +461,7 @@ def test_a_transcoder_is_measured_at_its_target(lm, rows, hook):
 def test_transcoders_that_cannot_be_measured(lm, rows):
     def made(**origin):
         return sl.Dictionary.create(
-            "topk", d_in=lm.d_model, d_out=lm.d_model, d_sae=16, options={"k": 4}, origin=sl.Origin(**origin)
+            "topk", reads=lm.d_model, writes=lm.d_model, d_sae=16, options={"k": 4}, origin=sl.Origin(**origin)
         )
 
     backwards = made(hook="blocks.2.hook_mlp_out", target_hook="blocks.1.hook_mlp_out")

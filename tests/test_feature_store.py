@@ -41,7 +41,12 @@ def dictionaries(random_lm) -> list[sl.Dictionary]:
     made = []
     for seed, (rule, d_sae, options, hook) in enumerate([("topk", D_SAE, {"k": 6}, HOOK), ("l1", 24, {}, OTHER_HOOK)]):
         d = sl.Dictionary.create(
-            rule, d_in=48, d_sae=d_sae, options=options, seed=seed, origin=sl.Origin(model="random", hook=hook, n_ctx=24)
+            rule,
+            reads=sl.Port(hook=hook, width=48),
+            d_sae=d_sae,
+            options=options,
+            seed=seed,
+            origin=sl.Origin(model="random", n_ctx=24),
         )
         d.b_enc.data[5] = -1e4
         made.append(d)
@@ -192,7 +197,7 @@ def test_an_unfinished_store_is_of_its_batches_and_of_its_rule(dictionaries, ran
     with pytest.raises(Interruption):
         sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out)
     failing(None)
-    other = sl.Dictionary.create("topk", d_in=48, d_sae=D_SAE, options={"k": 7}, origin=dictionaries[0].origin)
+    other = sl.Dictionary.create("topk", reads=48, d_sae=D_SAE, options={"k": 7}, origin=dictionaries[0].origin)
     other.load_state_dict(dictionaries[0].state_dict())
     with pytest.raises(OutputExistsError, match=r"options = .*'k': 6.* \(now .*'k': 7"):
         sl.FeatureStore.build(other, random_lm, rows, out=out)
@@ -295,10 +300,10 @@ def test_a_store_in_the_making_is_locked(dictionaries, random_lm, rows, tmp_path
 
 
 def test_what_cannot_be_begun_leaves_nothing(dictionaries, random_lm, rows, tmp_path):
-    narrow = sl.Dictionary.create("topk", d_in=16, d_sae=8, options={"k": 2}, origin=sl.Origin(hook=HOOK))
+    narrow = sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=16), d_sae=8, options={"k": 2})
     with pytest.raises(sl.errors.ShapeError, match="16"):
         sl.FeatureStore.build([dictionaries[0], narrow], random_lm, rows, out=tmp_path / "store")
-    mute = sl.Dictionary.create("topk", d_in=48, d_sae=8, options={"k": 2}, origin=sl.Origin(hook=HOOK))
+    mute = sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=48), d_sae=8, options={"k": 2})
     mute.b_enc.data.fill_(-1e6)
     with pytest.raises(TextError, match="fires"):
         sl.FeatureStore.build([dictionaries[0], mute], random_lm, rows, out=tmp_path / "store")
@@ -531,7 +536,9 @@ def test_words_of_a_label():
 
 def test_detection_on_a_latent_of_one_token(random_lm, rows):
     """A latent that fires on one token and nothing else: the baseline finds it, a label of another word does not."""
-    d = sl.Dictionary.create("l1", d_in=48, d_sae=2, options={}, origin=sl.Origin(hook="blocks.0.hook_resid_pre", n_ctx=24))
+    d = sl.Dictionary.create(
+        "l1", reads=sl.Port(hook="blocks.0.hook_resid_pre", width=48), d_sae=2, options={}, origin=sl.Origin(n_ctx=24)
+    )
     token = rows.tokens[rows.keep].mode().values
     embedding = random_lm.module.get_input_embeddings().weight
     own = embedding[token] / embedding[token].norm()

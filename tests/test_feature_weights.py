@@ -16,7 +16,7 @@ HOOK = "blocks.1.hook_resid_pre"
 @pytest.fixture(scope="module")
 def dictionary() -> sl.Dictionary:
     """Latent 5 is a copy of 6, 7 points away from it, 8 has no direction, 9 writes skewed effects."""
-    d = sl.Dictionary.create("topk", d_in=D_MODEL, d_sae=D_SAE, options={"k": 4}, seed=3, origin=sl.Origin(hook=HOOK))
+    d = sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=D_MODEL), d_sae=D_SAE, options={"k": 4}, seed=3)
     generator = torch.Generator().manual_seed(4)
     d.W_enc.data += 0.3 * torch.randn(D_MODEL, D_SAE, generator=generator)
     d.W_dec.data[5] = 2 * d.W_dec[6]
@@ -95,7 +95,7 @@ def test_a_latent_without_direction_has_no_shape(found, random_lm):
 
 def test_a_latent_of_almost_no_direction(random_lm):
     """Weight decay leaves numbers so small that their inverse overflows."""
-    d = sl.Dictionary.create("topk", d_in=D_MODEL, d_sae=3, options={"k": 1})
+    d = sl.Dictionary.create("topk", reads=D_MODEL, d_sae=3, options={"k": 1})
     d.W_dec.data[1] *= 1e-38
     found = latent_weights(d, random_lm)
     assert found.logit_histogram.sum(1).tolist() == [random_lm.d_vocab] * 3
@@ -132,7 +132,7 @@ def test_encoder_decoder_cosine(found, dictionary):
 
 def test_a_transcoder_acts_by_its_output(random_lm):
     """Read at a hook of another width, written to the stream."""
-    d = sl.Dictionary.create("topk", d_in=20, d_out=D_MODEL, d_sae=30, options={"k": 4})
+    d = sl.Dictionary.create("topk", reads=20, writes=D_MODEL, d_sae=30, options={"k": 4})
     found = latent_weights(d, random_lm)
     torch.testing.assert_close(
         found.promoted_effect.double(), exact_logits(d, random_lm).topk(10, dim=1).values, rtol=0, atol=1e-5
@@ -144,7 +144,7 @@ def test_a_transcoder_acts_by_its_output(random_lm):
 def test_what_is_not_written_to_the_stream_has_no_effects(random_lm):
     """Among them a transcoder that only reads it."""
     for d_in, d_out in ((64, None), (D_MODEL, 64)):
-        d = sl.Dictionary.create("topk", d_in=d_in, d_out=d_out, d_sae=30, options={"k": 4})
+        d = sl.Dictionary.create("topk", reads=d_in, writes=d_out, d_sae=30, options={"k": 4})
         found = latent_weights(d, random_lm)
         for name in ("promoted", "promoted_effect", "suppressed", "suppressed_effect", "logit_histogram"):
             assert getattr(found, name).shape == (30, 0)
@@ -154,12 +154,12 @@ def test_what_is_not_written_to_the_stream_has_no_effects(random_lm):
 
 
 def test_fewer_latents_than_neighbours(random_lm):
-    d = sl.Dictionary.create("topk", d_in=D_MODEL, d_sae=3, options={"k": 1})
+    d = sl.Dictionary.create("topk", reads=D_MODEL, d_sae=3, options={"k": 1})
     assert latent_weights(d, random_lm).decoder_neighbours.sort(1).values.tolist() == [[1, 2], [0, 2], [0, 1]]
 
 
 def test_weights_must_be_finite(random_lm):
-    d = sl.Dictionary.create("topk", d_in=D_MODEL, d_sae=8, options={"k": 1})
+    d = sl.Dictionary.create("topk", reads=D_MODEL, d_sae=8, options={"k": 1})
     d.W_dec.data[3, 3] = torch.nan
     with pytest.raises(NonFiniteError, match="W_dec"):
         latent_weights(d, random_lm)

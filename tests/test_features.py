@@ -66,7 +66,9 @@ def dictionaries(rule_with_ties) -> dict[str, sl.Dictionary]:
     """One of every kind; latents 3 and 40 never fire."""
     made = {}
     for rule, options in (("topk", {"k": 8}), (rule_with_ties, {})):
-        d = sl.Dictionary.create(rule, d_in=16, d_sae=D_SAE, options=options, origin=sl.Origin(hook=HOOK, n_ctx=20))
+        d = sl.Dictionary.create(
+            rule, reads=sl.Port(hook=HOOK, width=16), d_sae=D_SAE, options=options, origin=sl.Origin(n_ctx=20)
+        )
         d.b_enc.data[[3, 40]] = -1e4
         d.W_enc.data[:, 7] *= 40  # a latent of another scale
         made[rule] = d
@@ -225,7 +227,7 @@ def test_text_and_rows_give_the_same_store(dictionaries, small, documents):
 
 
 def test_hook_of_another_width_promotes_nothing(small, documents):
-    d = sl.Dictionary.create("topk", d_in=64, d_sae=32, options={"k": 4}, origin=sl.Origin(hook="blocks.0.mlp.out.hook_in"))
+    d = sl.Dictionary.create("topk", reads=sl.Port(hook="blocks.0.mlp.out.hook_in", width=64), d_sae=32, options={"k": 4})
     store = sl.FeatureStore.build(d, small, documents[0])
     assert store.promoted(0) == store.suppressed(0) == []
     assert int(store.tensors.count.sum()) > 0
@@ -368,7 +370,7 @@ def test_requests_that_cannot_be_met(dictionaries, small, rows):
     d, build = dictionaries["topk"], sl.FeatureStore.build
 
     def other(d_in: int = 16, hook: str | None = HOOK) -> sl.Dictionary:
-        return sl.Dictionary.create("topk", d_in=d_in, d_sae=32, options={"k": 4}, origin=sl.Origin(hook=hook))
+        return sl.Dictionary.create("topk", reads=sl.Port(hook=hook, width=d_in), d_sae=32, options={"k": 4})
 
     with pytest.raises(ConfigError, match="hook="):
         build(other(hook=None), small, "text")

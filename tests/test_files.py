@@ -46,7 +46,7 @@ HOOK = "blocks.1.hook_resid_pre"
 def test_all_that_is_written_obeys_the_rules_of_windows(lm, tmp_path):
     """Nothing is synced through a handle that only reads; nothing open is removed, renamed or replaced, locks included."""
     text = ["The old man looked at the sea and said nothing."] * 40
-    d = sl.Dictionary.create("topk", d_in=lm.d_model, d_sae=64, options={"k": 4}, origin=sl.Origin(hook=HOOK))
+    d = sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=lm.d_model), d_sae=64, options={"k": 4})
     configs = [sl.TrainConfig(d_sae=32, options={"k": 4}, n_tokens=n, batch_size=64) for n in (640, 320)]
     with windows_rules():
         for _ in range(2):  # the second time in place of the first

@@ -81,7 +81,7 @@ def test_no_step_of_a_rule_adds_by_atomics(rule, transcoder, halves, path, monke
     if path == "as on a GPU":
         monkeypatch.setattr(products, "latent_sums", products._sorted_sums)
     kind = {"d_out": 11, "skip": True} if transcoder else {}
-    d = Dictionary.create(name, d_in=16, d_sae=64, options=options, **kind).train()
+    d = Dictionary.create(name, reads=16, d_sae=64, options=options, **kind).train()
     for i, parameter in enumerate(d.parameters()):
         parameter.data.add_(normal(*parameter.shape, seed=i), alpha=0.1)
     x, target = normal(40, 16, seed=50), normal(40, 11, seed=51) if transcoder else None
@@ -117,7 +117,7 @@ def test_nor_does_a_rule_of_which_only_the_activation_is_known():
             return {"l1": (step.codes.value * self.at(step.decoder_norms, step.codes.latent)).sum()}
 
     try:
-        d = Dictionary.create("plain_relu_of_tests", d_in=16, d_sae=64).train()
+        d = Dictionary.create("plain_relu_of_tests", reads=16, d_sae=64).train()
         with Atomics() as atomics:
             step = SparseStep(d, normal(40, 16), dead=torch.zeros(64, dtype=torch.bool), progress=0.5, warmup=0.75)
             sum(step.losses().values()).backward()

@@ -99,7 +99,7 @@ def test_positions_that_are_no_slice_stay_in_our_own_metadata(tmp_path):
     assert slice_without((0, 1), None) == [2, None]
     assert slice_without((1,), None) is None
     origin = sl.Origin(hook="blocks.1.hook_resid_pre", n_ctx=8, excluded_positions=(0, 3), excluded_token_ids=(7, 5))
-    d = sl.Dictionary.create("topk", d_in=D_IN, d_sae=D_SAE, options={"k": 3}, origin=origin)
+    d = sl.Dictionary.create("topk", reads=D_IN, d_sae=D_SAE, options={"k": 3}, origin=origin)
     folder = d.save(tmp_path / "d")
     metadata = json.loads((folder / "cfg.json").read_text())["metadata"]
     assert "seqpos_slice" not in metadata
@@ -376,7 +376,7 @@ def test_a_transcoder_of_gemma_scope_is_one_where_its_settings_say_so(tmp_path):
 
 def test_a_module_of_gemma_scope_without_a_hook_is_said(tmp_path, caplog):
     d = sl.Dictionary.load(edited("gemma scope 2", tmp_path, "config.json", hf_hook_point_in="model.layers.7.odd.output"))
-    assert d.origin.hook is None
+    assert d.hook is None
     assert "no hook is known for model.layers.7.odd.output" in caplog.text
 
 

@@ -21,7 +21,7 @@ FORMATS = [*sorted(CASE), "saelens_lite"]
 def write(format: str, folder: Path) -> Path:
     """A file or folder of a format."""
     if format == "saelens_lite":
-        return sl.Dictionary.create("group_max", d_in=10, d_sae=24, options={"k": 3}).save(folder)
+        return sl.Dictionary.create("group_max", reads=10, d_sae=24, options={"k": 3}).save(folder)
     return CASES[CASE[format]].write(folder)
 
 
@@ -45,7 +45,7 @@ def test_the_wrong_name_is_answered_by_the_right_one(held, named, tmp_path):
     if held == named:
         assert follow(path, named)[1] == 0
     elif (held, named) == ("saelens_lite", "saelens"):  # ours are SAELens folders
-        assert follow(sl.Dictionary.create("topk", d_in=4, d_sae=8).save(tmp_path / "topk"), named)[1] == 0
+        assert follow(sl.Dictionary.create("topk", reads=4, d_sae=8).save(tmp_path / "topk"), named)[1] == 0
     else:
         with pytest.raises(CorruptFileError, match=f"holds a dictionary of {held}, not of {named}; say format='{held}'"):
             sl.Dictionary.load(path, format=named)
@@ -136,7 +136,7 @@ def test_pickles_in_folders_are_not_read_on_the_way(tmp_path, monkeypatch):
 
 
 def test_our_own_name_is_taken_wherever_a_format_is_named(tmp_path, command):
-    path = sl.Dictionary.create("topk", d_in=4, d_sae=8).save(tmp_path / "d")
+    path = sl.Dictionary.create("topk", reads=4, d_sae=8).save(tmp_path / "d")
     assert sl.Dictionary.load(path, format="saelens_lite").rule.plugin_name == "topk"
     assert inspect(path, "saelens_lite")["sparsity"] == "topk"
     code, out, _ = command("inspect", path, "--format", "saelens_lite")

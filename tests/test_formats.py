@@ -83,7 +83,7 @@ ALIKE = {"p_anneal": "l1", "batch_topk": "jumprelu", "matryoshka": "jumprelu"}  
 def make(rule: str, d_out: int | None = None, skip: bool = False, hook: str = "blocks.2.hook_resid_pre") -> sl.Dictionary:
     """A dictionary of random parameters."""
     origin = sl.Origin(model="gpt2", hook=hook, target_hook="blocks.2.hook_mlp_out" if d_out else None)
-    d = sl.Dictionary.create(rule, d_in=D_IN, d_sae=D_SAE, d_out=d_out, skip=skip, options=RULES[rule], origin=origin)
+    d = sl.Dictionary.create(rule, reads=D_IN, d_sae=D_SAE, writes=d_out, skip=skip, options=RULES[rule], origin=origin)
     for seed, parameter in enumerate(d.parameters()):
         parameter.data.copy_(normal(*parameter.shape, seed=seed) * (0.5 if parameter.ndim == 1 else 1))
     for buffer in d.buffers():
@@ -134,8 +134,8 @@ def test_transcoders_written_and_read_again(format, rule, skip, tmp_path):
     assert torch.equal(again(X.float()), d(X.float()))
     assert (again.W_skip is None) != skip
     if format != "sparsify":  # whose files name no hooks
-        wanted = (d.origin.model, d.origin.hook, d.origin.target_hook)
-        assert (again.origin.model, again.origin.hook, again.origin.target_hook) == wanted
+        wanted = (d.origin.model, d.hook, d.origin.target_hook)
+        assert (again.origin.model, again.hook, again.origin.target_hook) == wanted
 
 
 @pytest.mark.parametrize("rule", ["l1", "jumprelu"])
@@ -157,7 +157,7 @@ def test_densities_are_kept_by_saelens(tmp_path):
 
 
 def test_sparsify_widths_by_expansion_factor(tmp_path):
-    d = sl.Dictionary.create("topk", d_in=D_IN, d_sae=2 * D_IN, options={"k": 3})
+    d = sl.Dictionary.create("topk", reads=D_IN, d_sae=2 * D_IN, options={"k": 3})
     path = sl.convert(d.save(tmp_path / "own"), tmp_path / "theirs", "sparsify")
     config = json.loads((path / "cfg.json").read_text())
     for factor, fits in ((2, True), (3, False)):
@@ -287,9 +287,9 @@ def test_per_token_norms_are_lost_by_other_formats(tmp_path):
     with pytest.raises(ConfigError, match="needs x: this dictionary undoes the layer_norm of each activation"):
         d.decode(d.encode(X.float()))
     with pytest.raises(ConfigError, match="is for autoencoders"):
-        sl.Dictionary(make("topk").rule, d_in=D_IN, d_sae=D_SAE, d_out=7, token_norm="layer_norm")
+        sl.Dictionary(make("topk").rule, reads=D_IN, d_sae=D_SAE, writes=7, token_norm="layer_norm")
     with pytest.raises(ConfigError, match="token_norm = 'rms'; expected one of None, layer_norm, constant_norm"):
-        sl.Dictionary(make("topk").rule, d_in=D_IN, d_sae=D_SAE, token_norm="rms")
+        sl.Dictionary(make("topk").rule, reads=D_IN, d_sae=D_SAE, token_norm="rms")
 
 
 def test_an_output_that_exists_is_kept(tmp_path):

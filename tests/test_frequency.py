@@ -29,7 +29,7 @@ def x(lm, rows):
 
 
 def dictionary(lm, **options):
-    return sl.Dictionary.create("topk", d_in=lm.d_model, d_sae=96, options={"k": 8, **options}, origin=sl.Origin(hook=HOOK))
+    return sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=lm.d_model), d_sae=96, options={"k": 8, **options})
 
 
 def test_each_band_is_its_formula(lm, rows, x):

@@ -51,9 +51,9 @@ def test_either_orientation_gives_the_function(flip_enc, flip_dec, d_sae, tmp_pa
     t = state(d_sae=d_sae)
     codes = pre(t).clamp(min=0)
     given = t | {"W_enc": t["W_enc"].T if flip_enc else t["W_enc"], "W_dec": t["W_dec"].T if flip_dec else t["W_dec"]}
-    d = sl.Dictionary.from_tensors(**given, rule=RELU, hook="blocks.1.hook_resid_pre")
+    d = sl.Dictionary.from_tensors(**given, rule=RELU, reads="blocks.1.hook_resid_pre")
     check(d, codes, codes @ t["W_dec"].double() + t["b_dec"].double(), tmp_path / "d")
-    assert (d.d_in, d.d_sae, d.origin.hook) == (D_IN, d_sae, "blocks.1.hook_resid_pre")
+    assert (d.d_in, d.d_sae, d.hook) == (D_IN, d_sae, "blocks.1.hook_resid_pre")
 
 
 def test_without_biases_they_are_zero_and_the_larger_size_is_that_of_the_latents(tmp_path):
@@ -128,14 +128,14 @@ def test_transcoders(skip, turned, tmp_path):
     y = codes @ w["W_dec"] + w["b_dec"] + (x @ W_skip.double().T if skip else 0)
     given = t | ({"W_skip": W_skip} if skip else {})
     given = {name: tensor.T if turned and tensor.ndim == 2 else tensor for name, tensor in given.items()}
-    d = sl.Dictionary.from_tensors(**given, hook="a", target_hook="b")
+    d = sl.Dictionary.from_tensors(**given, reads="a", writes="b")
     check(d, codes, y, tmp_path / "d")
     assert (d.is_transcoder, d.origin.target_hook) == (True, "b")
 
 
 def test_the_origin_is_kept_and_its_hook_replaced():
     origin = sl.Origin(model="gpt2", hook="a", excluded_positions=(0, 1))
-    d = sl.Dictionary.from_tensors(**state(), origin=origin, hook="b")
+    d = sl.Dictionary.from_tensors(**state(), origin=origin, reads="b")
     assert d.origin == sl.Origin(model="gpt2", hook="b", excluded_positions=(0, 1))
     assert sl.Dictionary.from_tensors(**state()).origin == sl.Origin(excluded_positions=())
 

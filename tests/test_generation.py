@@ -87,7 +87,7 @@ def test_generation_is_the_loop_over_whole_passes(shared, kind):
 def test_an_edit_acts_at_its_position_in_every_pass(shared, kind, position):
     """In the prompt, among the new tokens, or everywhere but at BOS; against a plain torch hook."""
     model = shared(kind)
-    d = sl.Dictionary.create("topk", d_in=D_MODEL, d_sae=64, options={"k": 4}, origin=sl.Origin(hook=HOOK))
+    d = sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=D_MODEL), d_sae=64, options={"k": 4})
     n = len(model.tokenizer(PROMPT)["input_ids"]) + 1
     assert n == 4
     point = model.hook_point(HOOK)
@@ -238,7 +238,7 @@ def test_models_name_their_longest_row_in_several_ways(lm):
 @pytest.mark.parametrize("positions", [slice(2, None), slice(None, None, 2), slice(1, 9, 3), slice(1, 3), slice(60, None)])
 def test_slices_of_positions_are_those_of_a_row_as_long_as_the_context(shared, positions):
     model = shared("GPT2LMHeadModel")
-    d = sl.Dictionary.create("topk", d_in=D_MODEL, d_sae=64, options={"k": 4}, origin=sl.Origin(hook=HOOK))
+    d = sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=D_MODEL), d_sae=64, options={"k": 4})
     tokens = torch.arange(1, 21)[None]
     with model.splice(d, sl.Add(7, 9.0, positions=positions)):
         found = model.run(tokens, "blocks.1.hook_resid_pre")[HOOK]
@@ -280,7 +280,7 @@ def test_one_text_is_continued(shared, prompt):
 def test_a_splice_acts_on_new_tokens_of_the_modules_own_generation_too(shared, kind, edits):
     """Which runs with a cache, one position at a time, so that each pass seems to begin at position 0."""
     model = shared(kind)
-    d = sl.Dictionary.create("topk", d_in=D_MODEL, d_sae=64, options={"k": 4}, origin=sl.Origin(hook=HOOK))
+    d = sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=D_MODEL), d_sae=64, options={"k": 4})
     ids = model.to_tokens(PROMPT).tokens
     with model.splice(d, edits):
         wanted = model.generate(PROMPT, 8, temperature=0)

@@ -75,7 +75,7 @@ def make_dictionary(rule: str, d_in: int, d_sae: int, seed: int, grid: bool, **k
     grid: multiples of 1/8, so that pre-activations are exact in float32 and ties are common.
     """
     name, options = RULES[rule]
-    dictionary = Dictionary.create(name, d_in=d_in, d_sae=d_sae, options=options, **kind).train()
+    dictionary = Dictionary.create(name, reads=d_in, d_sae=d_sae, options=options, **kind).train()
     generator = torch.Generator().manual_seed(seed)
     for parameter in dictionary.parameters():
         value = torch.randn(parameter.shape, generator=generator) * (1 if parameter.ndim == 2 else 0.5)
@@ -410,7 +410,7 @@ def test_aux_k_is_absent_without_dead_latents_or_weight():
     alive = SpiedStep(dictionary, x, dead=torch.zeros(12, dtype=torch.bool), progress=0.5, warmup=1.0)
     assert alive.losses().keys() == {"mse"}
     for options in ({"k": 2, "aux_coefficient": 0.0}, {"k": 2, "aux_k": 0}):
-        without = Dictionary.create("topk", d_in=6, d_sae=12, options=options)
+        without = Dictionary.create("topk", reads=6, d_sae=12, options=options)
         step = SpiedStep(without, x, dead=torch.ones(12, dtype=torch.bool), progress=0.5, warmup=1.0)
         assert step.losses().keys() == {"mse"}
 

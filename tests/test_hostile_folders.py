@@ -59,7 +59,7 @@ def run(x, tmp_path):
 @pytest.fixture
 def saved(tmp_path):
     """The folder of a dictionary with a density and tensors of its own."""
-    d = sl.Dictionary.create("jumprelu", d_in=6, d_sae=10, origin=sl.Origin(hook=HOOK))
+    d = sl.Dictionary.create("jumprelu", reads=sl.Port(hook=HOOK, width=6), d_sae=10)
     d.density = torch.full((10,), 0.125)
     return d.save(tmp_path / "dictionary")
 
@@ -71,8 +71,10 @@ def captured(cache_folder, tmp_path):
 
 @pytest.fixture(scope="session")
 def store_folder(random_lm, documents, tmp_path_factory):
-    d = sl.Dictionary.create("topk", d_in=48, d_sae=20, options={"k": 3}, origin=sl.Origin(model="random", hook=HOOK))
-    scores = sl.stability(d, [sl.Dictionary.create("topk", d_in=48, d_sae=20, options={"k": 3}, seed=1)])
+    d = sl.Dictionary.create(
+        "topk", reads=sl.Port(hook=HOOK, width=48), d_sae=20, options={"k": 3}, origin=sl.Origin(model="random")
+    )
+    scores = sl.stability(d, [sl.Dictionary.create("topk", reads=48, d_sae=20, options={"k": 3}, seed=1)])
     out = tmp_path_factory.mktemp("stores") / "store"
     store = sl.FeatureStore.build(d, random_lm, documents, out=out, stability=scores, control=True, top_n=2, n_silent=2)
     store.label(3, "a label")
@@ -189,7 +191,7 @@ def test_a_snapshot_of_the_hub_is_links_to_its_blobs(saved, tmp_path):
 
 def test_a_link_that_the_user_names_is_the_users(tmp_path):
     file = tmp_path / "file.safetensors"
-    d = sl.Dictionary.create("topk", d_in=6, d_sae=10, options={"k": 2})
+    d = sl.Dictionary.create("topk", reads=6, d_sae=10, options={"k": 2})
     sl.convert(d.save(tmp_path / "d"), tmp_path / "foreign", "saelens")
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "cfg").symlink_to(tmp_path / "d" / "cfg.json")

@@ -48,7 +48,7 @@ def originals(tmp_path_factory) -> dict[str, Path]:
     """The files of every case, and one dictionary of ours, to be copied before they are damaged."""
     folder = tmp_path_factory.mktemp("originals")
     found = {name: case.write(folder / str(i)) for i, (name, case) in enumerate(CASES.items())}
-    return found | {"ours": sl.Dictionary.create("topk", d_in=8, d_sae=16, options={"k": 2}).save(folder / "ours")}
+    return found | {"ours": sl.Dictionary.create("topk", reads=8, d_sae=16, options={"k": 2}).save(folder / "ours")}
 
 
 @settings(max_examples=200)

@@ -67,7 +67,7 @@ def hub(tmp_path, monkeypatch):
 
 def dictionary(seed: int = 0, sparsity: str = "topk", **origin) -> sl.Dictionary:
     known = {"model": "gpt2", "hook": HOOK, "text": "hf:org/books:main:train"} | origin
-    return sl.Dictionary.create(sparsity, d_in=8, d_sae=32, seed=seed, origin=sl.Origin(**known))
+    return sl.Dictionary.create(sparsity, reads=8, d_sae=32, seed=seed, origin=sl.Origin(**known))
 
 
 def report(fvu: float = 0.25, l0: float = 4.0) -> sl.EvalReport:
@@ -784,7 +784,7 @@ def test_the_code_in_the_cards_works(hub, lm, monkeypatch):
     sizes = {"d_in": lm.d_model, "d_sae": 32, "origin": sl.Origin(model="tiny", hook=HOOK)}
     made = {rule: sl.Dictionary.create(rule, **sizes) for rule in RULES}
     sizes["origin"] = sizes["origin"].replace(target_hook=target)
-    made |= {f"{rule}-across": sl.Dictionary.create(rule, d_out=lm.d_model, skip=True, **sizes) for rule in TRANSCODERS}
+    made |= {f"{rule}-across": sl.Dictionary.create(rule, writes=lm.d_model, skip=True, **sizes) for rule in TRANSCODERS}
     sl.push(made, REPO)
     for name, d in made.items():
         card = on_hub(hub)[f"{name}/README.md"].decode()
@@ -852,7 +852,7 @@ def test_nasty_names_break_neither_metadata_nor_table(hub, tmp_path):
 
 def test_a_transcoder_and_a_rule_that_saelens_does_not_know(hub):
     origin = sl.Origin(model="gpt2", hook=HOOK, target_hook="blocks.1.hook_mlp_out")
-    d = sl.Dictionary.create("topk", d_in=8, d_out=6, skip=True, d_sae=32, origin=origin)
+    d = sl.Dictionary.create("topk", reads=8, writes=6, skip=True, d_sae=32, origin=origin)
     sl.push(d, REPO)
     card = on_hub(hub)[f"{HOOK}/README.md"].decode()
     assert "predicts the 6-dimensional\nactivations of `blocks.1.hook_mlp_out` from the 8-dimensional ones" in card
@@ -916,7 +916,9 @@ def test_commands(hub, folder, tmp_path, command):
 
 def test_evaluation_by_address_and_of_a_foreign_folder(hub, tmp_path, monkeypatch, command):
     hook = "blocks.2.hook_resid_pre"
-    d = sl.Dictionary.create("topk", d_in=192, d_sae=64, options={"k": 8}, origin=sl.Origin(model="tiny", hook=hook))
+    d = sl.Dictionary.create(
+        "topk", reads=sl.Port(hook=hook, width=192), d_sae=64, options={"k": 8}, origin=sl.Origin(model="tiny")
+    )
     sl.push({"a": d.save(tmp_path / "made")}, REPO)
     sl.convert(tmp_path / "made", tmp_path / "foreign", format="sparsify")
     monkeypatch.chdir(tmp_path)

@@ -59,7 +59,7 @@ def bert():
 @pytest.fixture(scope="module")
 def topk(random_lm):
     origin = Origin(hook=HOOK)
-    return sl.Dictionary.create("topk", d_in=random_lm.d_model, d_sae=96, options={"k": 5}, origin=origin)
+    return sl.Dictionary.create("topk", reads=random_lm.d_model, d_sae=96, options={"k": 5}, origin=origin)
 
 
 FORMS = {
@@ -293,7 +293,7 @@ def words() -> sl.LanguageModel:
 
 def test_a_text_without_tokens_is_named(words, tmp_path):
     texts = ["the old", "  ", "man"]
-    d = sl.Dictionary.create("topk", d_in=32, d_sae=64, options={"k": 4}, origin=Origin(hook=HOOK))
+    d = sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=32), d_sae=64, options={"k": 4})
     for call in (
         lambda: words.run(texts, HOOK),
         lambda: words.logits(texts),
@@ -380,7 +380,7 @@ def test_token_ids_that_the_origin_excludes_are_left_out_everywhere(random_lm, t
     ids = random_lm.to_tokens(TEXT).tokens
     excluded = int(ids[0, 3])
     d = sl.Dictionary.create(
-        "topk", d_in=48, d_sae=96, options={"k": 5}, origin=Origin(hook=HOOK, excluded_token_ids=(excluded,))
+        "topk", reads=sl.Port(hook=HOOK, width=48), d_sae=96, options={"k": 5}, origin=Origin(excluded_token_ids=(excluded,))
     )
     counted = (ids[0] != excluded) & (torch.arange(ids.shape[1]) > 0)
     assert sl.evaluate(d, random_lm, [TEXT], n_bootstrap=0).n_tokens == int(counted.sum())
@@ -434,7 +434,7 @@ def test_padding_changes_nothing_where_attention_goes_both_ways(bert, tmp_path):
     wanted = torch.cat([alone[1:], bert.run([long], hook)[hook][0, 1:]])
     found = next(cache.batches([hook], len(wanted), 0))[hook]
     torch.testing.assert_close(found[found[:, 0].argsort()], wanted[wanted[:, 0].argsort()])
-    d = sl.Dictionary.create("topk", d_in=32, d_sae=64, options={"k": 4}, origin=Origin(hook=hook))
+    d = sl.Dictionary.create("topk", reads=sl.Port(hook=hook, width=32), d_sae=64, options={"k": 4})
     store = sl.FeatureStore.build(d, bert, [short, long])
     torch.testing.assert_close(store.density, (d.encode(wanted).to_dense() > 0).float().mean(0))
 
@@ -449,7 +449,7 @@ def test_a_row_that_ends_in_tokens_that_do_not_count_is_read_to_its_end(bert, tm
 
 
 def test_predictions_of_a_next_token_are_refused_where_attention_goes_both_ways(bert):
-    d = sl.Dictionary.create("topk", d_in=32, d_sae=64, options={"k": 4}, origin=Origin(hook=HOOK))
+    d = sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=32), d_sae=64, options={"k": 4})
     for call in (lambda: sl.evaluate(d, bert, [[3, 9, 27]]), lambda: sl.attribute(d, bert, [[3, 9, 27]])):
         with pytest.raises(ConfigError, match="in BertLMHeadModel every position reads the whole row"):
             call()
@@ -497,7 +497,7 @@ def test_without_tokenizer_no_id_is_dropped_and_text_is_refused(board, tmp_path)
     lm, _ = board
     ids = torch.randint(1, 61, (10, 59), generator=torch.Generator().manual_seed(0))
     ids[:, 5::6] = 0
-    d = sl.Dictionary.create("topk", d_in=32, d_sae=64, options={"k": 4}, origin=Origin(hook=HOOK))
+    d = sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=32), d_sae=64, options={"k": 4})
     assert sl.evaluate(d, lm, ids, n_bootstrap=0).n_tokens == 10 * 58
     assert sl.capture(lm, ids, HOOK, tmp_path / "c").n_tokens == 10 * 58
     store = sl.FeatureStore.build(d, lm, ids, out=tmp_path / "store")
@@ -528,7 +528,7 @@ def test_a_tokenizer_without_bos_and_eos_reads_text(words):
     assert lm.to_tokens("the old man").tokens.tolist() == [[1, 2, 3]]
     assert lm.run("the old man", HOOK)[HOOK].shape == (1, 3, 32)
     assert lm.generate("the old man", 2, temperature=0).startswith("the old man")
-    d = sl.Dictionary.create("topk", d_in=32, d_sae=64, options={"k": 4}, origin=Origin(hook=HOOK))
+    d = sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=32), d_sae=64, options={"k": 4})
     assert {row.position for row in sl.prompt_view(d, lm, "the old man").rows} == {1, 2}
     assert set(sl.attribute(d, lm, "the old man").position.tolist()) == {1, 2}
     assert sl.evaluate(d, lm, ["the old man"] * 3, n_bootstrap=0).n_tokens == 6

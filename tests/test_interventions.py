@@ -21,16 +21,13 @@ MLP_IN, MLP_OUT = "blocks.1.ln2.hook_out", "blocks.1.hook_mlp_out"
 @pytest.fixture(scope="module")
 def topk():
     """An autoencoder of random directions whose codes are of the size of the activations."""
-    return sl.Dictionary.create("topk", d_in=48, d_sae=96, options={"k": 6}, origin=sl.Origin(hook=HOOK))
+    return sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=48), d_sae=96, options={"k": 6})
 
 
 @pytest.fixture(scope="module")
 def transcoder():
     """A skip transcoder of random weights."""
-    d = sl.Dictionary.create(
-        "topk", d_in=48, d_out=48, d_sae=96, skip=True, options={"k": 6}, seed=1,
-        origin=sl.Origin(hook=MLP_IN, target_hook=MLP_OUT),
-    )  # fmt: skip
+    d = sl.Dictionary.create("topk", reads=sl.Port(hook=MLP_IN, width=48), writes=sl.Port(hook=MLP_OUT, width=48), d_sae=96, skip=True, options={"k": 6}, seed=1)  # fmt: skip
     generator = torch.Generator().manual_seed(2)
     for parameter in (d.b_dec, d.W_skip):
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
@@ -40,7 +37,7 @@ def transcoder():
 @pytest.fixture(scope="module")
 def normalised(topk):
     """An autoencoder that normalises each activation by itself, of the same directions."""
-    d = sl.Dictionary(topk.rule, d_in=48, d_sae=96, origin=topk.origin, token_norm="layer_norm")
+    d = sl.Dictionary(topk.rule, reads=48, d_sae=96, origin=topk.origin, token_norm="layer_norm")
     d.load_state_dict(topk.state_dict())
     d.b_dec.data.copy_(torch.linspace(-1, 1, 48))
     return d.eval()
@@ -54,9 +51,9 @@ def dictionary(request):
 
 def activations(lm, d) -> tuple[torch.Tensor, torch.Tensor]:
     """What the dictionary reads, and what stands where its output goes."""
-    target = d.origin.target_hook or d.origin.hook
-    acts = lm.run(TEXTS, [d.origin.hook, target])
-    return acts[d.origin.hook], acts[target]
+    target = d.origin.target_hook or d.hook
+    acts = lm.run(TEXTS, [d.hook, target])
+    return acts[d.hook], acts[target]
 
 
 def edited_activation(lm, d, edits, **settings) -> torch.Tensor:
@@ -185,10 +182,7 @@ def greedy(lm, prompt: str, n: int) -> str:
 @pytest.mark.parametrize("target", [None, MLP_OUT])
 def test_generation_with_a_cache_is_generation_without(lm, target, positions):
     hook = MLP_IN if target else HOOK
-    d = sl.Dictionary.create(
-        "topk", d_in=lm.d_model, d_out=lm.d_model if target else None, d_sae=96, options={"k": 6},
-        origin=sl.Origin(hook=hook, target_hook=target),
-    )  # fmt: skip
+    d = sl.Dictionary.create("topk", reads=sl.Port(hook=hook, width=lm.d_model), writes=sl.Port(hook=target, width=lm.d_model if target else None), d_sae=96, options={"k": 6})  # fmt: skip
     fires = d.encode(lm.run(PROMPT, hook)[hook]).latent.unique()
     edits = [sl.Clamp(fires, 6.0, positions=positions), sl.Add(90, 40.0, positions=positions)]
     plain = lm.generate(PROMPT, 14, temperature=0)
@@ -402,7 +396,7 @@ def test_a_keep_of_another_shape(random_lm, topk):
 
 
 def test_a_latent_without_direction(random_lm):
-    d = sl.Dictionary.create("topk", d_in=48, d_sae=8, options={"k": 2}, origin=sl.Origin(hook=HOOK))
+    d = sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=48), d_sae=8, options={"k": 2})
     d.W_dec.data[3] = 0
     with pytest.raises(ConfigError, match=r"latent 3 has no direction"):
         sl.dose_response(d, random_lm, 3, [1], TEXTS, n_controls=0)

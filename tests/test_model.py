@@ -234,7 +234,7 @@ def test_a_splice_ends_when_the_block_fails(random_lm):
 
 def test_a_dictionary_splices_its_reconstruction(random_lm):
     hook = "blocks.0.hook_resid_post"
-    d = sl.Dictionary.create("topk", d_in=48, d_sae=96, options={"k": 5}, origin=sl.Origin(hook=hook))
+    d = sl.Dictionary.create("topk", reads=sl.Port(hook=hook, width=48), d_sae=96, options={"k": 5})
     before = random_lm.run(TEXTS, hook)[hook]
     with random_lm.splice(d):
         inside = random_lm.run(TEXTS, "blocks.1.hook_resid_pre")["blocks.1.hook_resid_pre"]

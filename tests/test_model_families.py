@@ -102,7 +102,7 @@ def test_attribution_by_gradient_is_ablation_of_small_codes(family_lm, family):
     model = family_lm(family)
     exact = sl.LanguageModel(copy.deepcopy(model.module).double(), model.tokenizer, name="exact")
     d = sl.Dictionary.create(
-        "topk", d_in=D_MODEL, d_sae=64, options={"k": 3}, origin=sl.Origin(hook="blocks.1.hook_mlp_out")
+        "topk", reads=sl.Port(hook="blocks.1.hook_mlp_out", width=D_MODEL), d_sae=64, options={"k": 3}
     ).double()
     d.W_dec.data.mul_(3e-3)
     found = sl.attribute(d, exact, TOKENS)
@@ -116,7 +116,7 @@ def test_direct_effects_are_those_on_logits_as_they_are(family_lm, family):
     model = family_lm(family)
     exact = sl.LanguageModel(copy.deepcopy(model.module).double(), model.tokenizer, name="exact")
     last = "blocks.1.hook_resid_post"
-    d = sl.Dictionary.create("topk", d_in=D_MODEL, d_sae=64, options={"k": 3}, origin=sl.Origin(hook=last)).double()
+    d = sl.Dictionary.create("topk", reads=sl.Port(hook=last, width=D_MODEL), d_sae=64, options={"k": 3}).double()
     tokens = TOKENS[0]
     found = sl.attribute(d, exact, tokens, (5, 9), ablation=False)
     stream, config = exact.run(tokens, last)[last][0, -1], exact.module.config

@@ -57,7 +57,7 @@ def x() -> torch.Tensor:
 
 @pytest.fixture
 def dictionary() -> sl.Dictionary:
-    return sl.Dictionary.create("topk", d_in=48, d_sae=64, options={"k": 4}, origin=sl.Origin(hook=HOOK))
+    return sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=48), d_sae=64, options={"k": 4})
 
 
 TEXT = ["The old man looked at the sea and said nothing."] * 12

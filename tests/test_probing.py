@@ -48,7 +48,7 @@ def labelled() -> tuple[list[str], list[str]]:
 @pytest.fixture(scope="module")
 def planted(random_lm) -> sl.Dictionary:
     """Random latents, but for one that fires at the token " great" only."""
-    d = sl.Dictionary.create("l1", d_in=random_lm.d_model, d_sae=D_SAE, origin=sl.Origin(hook=HOOK, n_ctx=16))
+    d = sl.Dictionary.create("l1", reads=sl.Port(hook=HOOK, width=random_lm.d_model), d_sae=D_SAE, origin=sl.Origin(n_ctx=16))
     (token,) = random_lm.tokenizer(" great", add_special_tokens=False)["input_ids"]
     direction = random_lm.module.get_input_embeddings().weight[token]
     d.W_enc.data[:, MARKED] = direction
@@ -247,14 +247,14 @@ def test_a_dataset_is_a_pair():
 
 
 def test_dictionaries_that_do_not_fit(random_lm, labelled):
-    narrow = sl.Dictionary.create("l1", d_in=16, d_sae=D_SAE, origin=sl.Origin(hook=HOOK))
+    narrow = sl.Dictionary.create("l1", reads=sl.Port(hook=HOOK, width=16), d_sae=D_SAE)
     with pytest.raises(ShapeError, match=r"this dictionary takes \[\.\.\., 16\]"):
         sl.probe(narrow, random_lm, *labelled)
-    nameless = sl.Dictionary.create("l1", d_in=random_lm.d_model, d_sae=D_SAE)
+    nameless = sl.Dictionary.create("l1", reads=random_lm.d_model, d_sae=D_SAE)
     with pytest.raises(ConfigError, match="give hook="):
         sl.probe(nameless, random_lm, *labelled)
     origin = sl.Origin(hook=HOOK, model="random", processing=("center_writing_weights",))
-    centred = sl.Dictionary.create("l1", d_in=48, d_sae=D_SAE, origin=origin)
+    centred = sl.Dictionary.create("l1", reads=48, d_sae=D_SAE, origin=origin)
     with pytest.raises(ConfigError, match="center_writing_weights=True"):
         sl.probe(centred, random_lm, *labelled)
 
@@ -267,7 +267,7 @@ def test_numbers_that_are_none(planted, random_lm, labelled):
         ),
     ):
         sl.probe(planted, random_lm, *labelled, hook="blocks.1.hook_resid_pre")
-    broken = sl.Dictionary.create("l1", d_in=48, d_sae=D_SAE, origin=planted.origin)
+    broken = sl.Dictionary.create("l1", reads=48, d_sae=D_SAE, origin=planted.origin)
     broken.b_enc.data[3] = torch.nan
     with pytest.raises(NonFiniteError, match="b_enc of the dictionary holds NaN"):
         sl.probe(broken, random_lm, *labelled)

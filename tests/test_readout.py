@@ -70,7 +70,7 @@ def make(lm):
 
 def dictionary(hook: str = "blocks.0.hook_resid_post") -> sl.Dictionary:
     torch.manual_seed(1)
-    return sl.Dictionary.create("topk", d_in=D_MODEL, d_sae=64, options={"k": 4}, origin=sl.Origin(hook=hook))
+    return sl.Dictionary.create("topk", reads=sl.Port(hook=hook, width=D_MODEL), d_sae=64, options={"k": 4})
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_every_built_in_rule_loads_and_cites_its_paper():
 def test_register_use_unregister(relu):
     assert "relu" in registry.names()
     assert registry.find("relu").distribution == "this session"
-    d = sl.Dictionary.create("relu", d_in=4, d_sae=6)
+    d = sl.Dictionary.create("relu", reads=4, d_sae=6)
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(d.encode(x).to_dense(), torch.relu(x @ d.W_enc))
     trained = sl.fit(torch.randn(64, 4, generator=torch.Generator().manual_seed(0)), "relu", d_sae=6, batch_size=16)
@@ -170,7 +170,7 @@ def test_another_distributions_rule_is_loaded_when_asked_for(stranger, tmp_path)
     found = registry.find("stranger")
     assert (found.distribution, found.version, found.target) == ("stranger-sparsity", "2.1", "stranger_of_tests:Rule")
     assert "stranger_of_tests" not in sys.modules
-    d = sl.Dictionary.create("stranger", d_in=4, d_sae=6)
+    d = sl.Dictionary.create("stranger", reads=4, d_sae=6)
     assert type(d.rule).__module__ == "stranger_of_tests"
     d.save(tmp_path / "d")
     assert '"stranger-sparsity 2.1"' in (tmp_path / "d" / "cfg.json").read_text()
@@ -229,7 +229,7 @@ def test_what_is_no_rule_is_not_usable(distribution, tmp_path, source):
     distribution("odd-sparsity", "0.9", {"odd": "no_rule_of_tests:Rule"})
     try:
         with pytest.raises(PluginError) as caught:
-            sl.Dictionary.create("odd", d_in=4, d_sae=6)
+            sl.Dictionary.create("odd", reads=4, d_sae=6)
     finally:
         sys.modules.pop("no_rule_of_tests", None)
     assert str(caught.value) == (

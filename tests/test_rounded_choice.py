@@ -30,7 +30,7 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
 
 def make(rule: str) -> Dictionary:
     """A dictionary in training, with random biases and thresholds; where there is a k, fewer than k latents are positive."""
-    d = Dictionary.create(rule, d_in=D_IN, d_sae=D_SAE, options=RULES[rule]).train()
+    d = Dictionary.create(rule, reads=D_IN, d_sae=D_SAE, options=RULES[rule]).train()
     for i, (name, parameter) in enumerate(d.named_parameters()):
         if parameter.ndim == 1:
             parameter.data.add_(normal(*parameter.shape, seed=i), alpha=0.1)
@@ -127,7 +127,7 @@ def test_codes_that_are_zero_pay_no_penalty():
     value = torch.tensor([0.0, 2.0, 0.0, 0.5])
     for rule in ("l1", "p_anneal"):
         options = {"p": 0.2} if rule == "l1" else {}
-        d = Dictionary.create(rule, d_in=4, d_sae=4, options=options)
+        d = Dictionary.create(rule, reads=4, d_sae=4, options=options)
         d.W_dec.data.copy_(torch.eye(4))
         if rule == "p_anneal":
             d.rule.p.fill_(0.2)
@@ -138,7 +138,7 @@ def test_codes_that_are_zero_pay_no_penalty():
 
 
 def test_a_threshold_stored_as_it_is_stays_above_zero_in_training():
-    d = Dictionary.create("jumprelu", d_in=8, d_sae=16, options={"parameter": "plain"}).train()
+    d = Dictionary.create("jumprelu", reads=8, d_sae=16, options={"parameter": "plain"}).train()
     d.rule.plain_threshold.data.copy_(torch.linspace(-1, 1, 16))
     x = normal(50, 8, seed=0)
     assert (d.encode(x).value > 0).all()

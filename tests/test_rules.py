@@ -98,7 +98,7 @@ def test_after_training_a_threshold_lets_as_many_through(planted, rule):
 def jumprelu(d_in: int, d_sae: int, **options) -> sl.Dictionary:
     """Random weights, and thresholds about which there are many pre-activations."""
     options["threshold_speed"] = 1.0
-    d = sl.Dictionary.create("jumprelu", d_in=d_in, d_sae=d_sae, options=options).train()
+    d = sl.Dictionary.create("jumprelu", reads=d_in, d_sae=d_sae, options=options).train()
     d.rule.scaled_log_threshold.data.copy_(normal(d_sae, seed=3) * 0.2 - 0.5)
     return d
 
@@ -106,7 +106,7 @@ def jumprelu(d_in: int, d_sae: int, **options) -> sl.Dictionary:
 def test_a_threshold_stored_as_it_is_has_the_gradient_of_its_logarithm_over_itself():
     log = jumprelu(8, 32, bandwidth=0.1)
     theta = log.rule.threshold.detach()
-    plain = sl.Dictionary.create("jumprelu", d_in=8, d_sae=32, options={"bandwidth": 0.1, "parameter": "plain"}).train()
+    plain = sl.Dictionary.create("jumprelu", reads=8, d_sae=32, options={"bandwidth": 0.1, "parameter": "plain"}).train()
     torch.testing.assert_close(plain.rule.threshold, torch.full((32,), 0.05 * 8**0.5))
     plain.rule.plain_threshold.data.copy_(theta)
     x = normal(500, 8)
@@ -203,7 +203,7 @@ def test_the_first_prefix_is_worth_more_than_the_best_latents_without_nesting():
 
 
 def test_matryoshka_decodes_every_latent_once():
-    d = sl.Dictionary.create("matryoshka", d_in=8, d_sae=32, options={"k": 6, "prefixes": (0.25, 0.5, 0.75)}).train()
+    d = sl.Dictionary.create("matryoshka", reads=8, d_sae=32, options={"k": 6, "prefixes": (0.25, 0.5, 0.75)}).train()
     step, decoded = a_step(d, normal(20, 8)), []
     decode = step.decode
     step.decode = lambda codes, frozen=False: decoded.append(codes) or decode(codes, frozen)
@@ -250,7 +250,7 @@ def test_p_falls_to_its_end_in_training_and_fewer_latents_fire(planted):
 
 
 def test_group_max_fires_once_in_each_group():
-    d = sl.Dictionary.create("group_max", d_in=8, d_sae=30, options={"k": 5})
+    d = sl.Dictionary.create("group_max", reads=8, d_sae=30, options={"k": 5})
     codes = d.encode(normal(50, 8)).to_dense()
     h = d.pre(normal(50, 8))
     for begin in range(0, 30, 6):
@@ -277,7 +277,7 @@ def pursuit(atoms: torch.Tensor, x: torch.Tensor, k: int) -> torch.Tensor:
 @pytest.mark.parametrize("gram", [0, 10**9], ids=["inner products when needed", "all inner products"])
 def test_matching_pursuit_is_the_textbooks(monkeypatch, gram):
     monkeypatch.setitem(load("matching_pursuit").pursue.__globals__, "LARGEST_GRAM", gram)
-    d = sl.Dictionary.create("matching_pursuit", d_in=6, d_sae=20, options={"k": 9})
+    d = sl.Dictionary.create("matching_pursuit", reads=6, d_sae=20, options={"k": 9})
     d.b_dec.data.copy_(normal(6, seed=2))
     x = normal(150, 6)
     wanted = pursuit(d.W_dec.detach(), x - d.b_dec.detach(), 9)
@@ -290,7 +290,7 @@ def test_each_step_of_the_pursuit_explains_more():
     x = normal(100, 12)
     errors = []
     for k in range(1, 8):
-        d = sl.Dictionary.create("matching_pursuit", d_in=12, d_sae=60, options={"k": k})
+        d = sl.Dictionary.create("matching_pursuit", reads=12, d_sae=60, options={"k": k})
         errors.append((x - d(x)).square().sum(1))
     assert all((after <= before + 1e-6).all() for before, after in itertools.pairwise(errors))
     assert errors[-1].sum() < 0.2 * errors[0].sum()
@@ -300,7 +300,7 @@ def test_of_two_similar_latents_pursuit_fires_one():
     """Top-k gives both to a token that only one of them explains."""
     fired = {}
     for rule in ("topk", "matching_pursuit"):
-        d = sl.Dictionary.create(rule, d_in=3, d_sae=3, options={"k": 2})
+        d = sl.Dictionary.create(rule, reads=3, d_sae=3, options={"k": 2})
         d.W_dec.data.copy_(torch.nn.functional.normalize(torch.tensor([[1.0, 0, 0], [1, 0.1, 0], [0, 0, 1]]), dim=1))
         if rule == "topk":
             d.W_enc.data.copy_(d.W_dec.data.T)

@@ -40,7 +40,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_dictionary_refuses_to_give_negative_codes(signed, training):
-    d = sl.Dictionary.create(signed, d_in=8, d_sae=32).train(training)
+    d = sl.Dictionary.create(signed, reads=8, d_sae=32).train(training)
     with pytest.raises(PluginError, match=NEGATIVE):
         d.encode(normal(20, 8))
     with pytest.raises(PluginError, match=NEGATIVE):
@@ -65,7 +65,7 @@ def test_a_code_of_nan_fires_and_is_not_dropped():
     codes = SparseCodes.from_dense(torch.ones(1, 3))._replace(value=torch.tensor([0.0, torch.nan, 1.0]))
     assert codes.l0.tolist() == [2]
     assert codes.without_zeros().latent.tolist() == [1, 2]
-    d = sl.Dictionary.create("topk", d_in=4, d_sae=4, options={"k": 4})
+    d = sl.Dictionary.create("topk", reads=4, d_sae=4, options={"k": 4})
     d.b_enc.data[1] = torch.nan
     assert d.encode(torch.ones(2, 4)).value.isnan().sum() == 2
 
@@ -87,9 +87,7 @@ def test_evaluation_does_not_count_stored_zeros():
 
 def test_evaluation_and_store_count_the_same_below_a_threshold_of_zero(lm):
     hook, text = "blocks.2.hook_resid_pre", "python-docs:held-out"
-    d = sl.Dictionary.create(
-        "jumprelu", d_in=lm.d_model, d_sae=256, options={"parameter": "plain"}, origin=sl.Origin(hook=hook)
-    )
+    d = sl.Dictionary.create("jumprelu", reads=sl.Port(hook=hook, width=lm.d_model), d_sae=256, options={"parameter": "plain"})
     d.rule.plain_threshold.data.copy_(torch.linspace(-3, 3, 256))
     report = sl.evaluate(d, lm, text, n_tokens=2000)
     store = sl.FeatureStore.build(d, lm, text, n_tokens=2000)

@@ -36,7 +36,7 @@ def activation_only():
 
 @pytest.mark.parametrize("bias", [-1.5, 0.0, 2.0], ids=["few fire", "some fire", "most fire"])
 def test_a_rule_with_only_an_activation_gets_exact_gradients(activation_only, bias):
-    d = Dictionary.create(activation_only, d_in=12, d_sae=50)
+    d = Dictionary.create(activation_only, reads=12, d_sae=50)
     d.b_enc.data.fill_(bias)
     x = torch.randn(40, 12, generator=torch.Generator().manual_seed(1))
     p = {name: q.detach().double().requires_grad_() for name, q in d.named_parameters()}
@@ -135,7 +135,7 @@ def test_the_same_seed_gives_the_same_bytes_at_a_size_that_runs_in_parallel(rule
 
 @pytest.mark.parametrize(("rule", "options"), [("topk", {"k": 3}), ("l1", {}), ("gated", {})])
 def test_encode_is_differentiable_in_x(rule, options):
-    d = Dictionary.create(rule, d_in=8, d_sae=30, options=options)
+    d = Dictionary.create(rule, reads=8, d_sae=30, options=options)
     for parameter in d.parameters():
         parameter.data.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)), alpha=0.2)
     x = torch.randn(12, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
@@ -172,7 +172,7 @@ class RowWise(FirstOfBatch):
 )
 def test_only_row_wise_rules_are_given_parts_of_a_training_batch(monkeypatch, rule_class, training, largest):
     monkeypatch.setattr(encoder, "TILE_BYTES", 5 * 40 * 4)
-    d = Dictionary(rule_class(rule_class.Config(), d_in=6, d_sae=40), d_in=6, d_sae=40).train(training)
+    d = Dictionary(rule_class(rule_class.Config(), d_in=6, d_sae=40), reads=6, d_sae=40).train(training)
     d.W_enc.data.normal_(generator=torch.Generator().manual_seed(0))
     rule_class.sizes.clear()
     x = torch.randn(24, 6, generator=torch.Generator().manual_seed(1))
@@ -185,7 +185,7 @@ def test_only_row_wise_rules_are_given_parts_of_a_training_batch(monkeypatch, ru
 
 
 def test_an_encoder_of_halves_chooses_by_halves_and_codes_in_float32():
-    d = Dictionary.create("topk", d_in=64, d_sae=512, options={"k": 20})
+    d = Dictionary.create("topk", reads=64, d_sae=512, options={"k": 20})
     x = torch.randn(100, 64, generator=torch.Generator().manual_seed(0))
     step = SparseStep(d, x, dead=torch.zeros(512, dtype=torch.bool), progress=0.5, warmup=1.0, halves=True)
     rounded = x.bfloat16().double() @ d.W_enc.detach().bfloat16().double()
@@ -229,14 +229,14 @@ def test_clipping_is_that_of_a_gradient_scaled_down_before_adam(planted, monkeyp
 
 
 def test_an_activation_function_is_given_float32_numbers_whatever_the_support_is_chosen_from(activation_only):
-    d = Dictionary.create(activation_only, d_in=64, d_sae=256)
+    d = Dictionary.create(activation_only, reads=64, d_sae=256)
     x = 3 * torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
     step = SparseStep(d, x, dead=torch.zeros(256, dtype=torch.bool), progress=0.5, warmup=1.0, halves=True)
     torch.testing.assert_close(step.codes.to_dense(), d.rule.activation(d.pre(x)), rtol=1e-4, atol=1e-5)
 
 
 def test_second_derivatives_are_refused_rather_than_wrong():
-    d = Dictionary.create("topk", d_in=8, d_sae=24, options={"k": 4})
+    d = Dictionary.create("topk", reads=8, d_sae=24, options={"k": 4})
     x = torch.randn(6, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
     (gradient,) = torch.autograd.grad(d(x).square().sum(), d.W_enc, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):

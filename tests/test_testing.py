@@ -601,7 +601,7 @@ class BelievesWhatIsLeft(OwnFiles):
         except errors.CorruptFileError:
             if not (path / "own.safetensors").exists():
                 raise
-            return sl.Dictionary.create("l1", d_in=8, d_sae=32)
+            return sl.Dictionary.create("l1", reads=8, d_sae=32)
 
 
 @pytest.mark.parametrize(
@@ -634,7 +634,7 @@ class NamesTooMuch(OwnFiles):
 
 
 def test_a_format_that_names_parameters_the_rule_lacks(tmp_path):
-    d = sl.Dictionary.create("l1", d_in=8, d_sae=16)
+    d = sl.Dictionary.create("l1", reads=8, d_sae=16)
     NamesTooMuch().write(d, tmp_path)
     with pytest.raises(PluginError, match=r"format own names \['W_dec', 'W_enc', .*'rule\.b_enc'\]; a l1 dictionary has"):
         NamesTooMuch().outline(tmp_path).build("own")

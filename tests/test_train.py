@@ -104,7 +104,7 @@ def test_five_steps_by_hand():
 
     x64 = x.double()
     scale = d_in**0.5 / x64.square().sum(1).mean().sqrt()
-    start = sl.Dictionary.create("l1", d_in=d_in, d_sae=20)
+    start = sl.Dictionary.create("l1", reads=d_in, d_sae=20)
     p = {"W_enc": start.W_enc, "b_enc": start.b_enc, "W_dec": start.W_dec, "b_dec": x64.mean(0) * scale}
     p = {name: value.detach().double() for name, value in p.items()}
     first, second = ({name: torch.zeros_like(value) for name, value in p.items()} for _ in range(2))
@@ -214,12 +214,7 @@ def test_several_dictionaries_get_numbered_folders(cache, tmp_path):
 
 
 def test_config_toml_of_every_field():
-    config = sl.TrainConfig(
-        hook="h", target_hook="t", skip=True, sparsity="gated", options={"coefficient": 1.5}, d_sae=3, n_tokens=4,
-        batch_size=5, lr=6e-4, betas=(0.5, 0.6), encoder_precision="float32", warmup=0.1, decay=0.3, sparsity_warmup=0.4,
-        clip_grad_norm=2.0, normalize="none",
-        dead_after=7, seed=8, log_every=9,
-    )  # fmt: skip
+    config = sl.TrainConfig(hook="h", writes=("t",), skip=True, sparsity="gated", options={"coefficient": 1.5}, d_sae=3, n_tokens=4, batch_size=5, lr=6e-4, betas=(0.5, 0.6), encoder_precision="float32", warmup=0.1, decay=0.3, sparsity_warmup=0.4, clip_grad_norm=2.0, normalize="none", dead_after=7, seed=8, log_every=9)  # fmt: skip
     assert all(getattr(config, name) != field.default for name, field in sl.TrainConfig.model_fields.items())
     tables = {**config.model_dump(mode="json"), "dictionary": [{}, {"d_sae": 30, "options": {"coefficient": 2.5}}]}
     first, second = train_configs(tables)
@@ -239,7 +234,7 @@ def test_logged_numbers_of_the_first_step():
     (run,) = sl.train(TensorSource(x), config)
     scale = 6**0.5 / x.double().square().sum(1).mean().sqrt()
     centred = (x.double() - x.double().mean(0)) * scale
-    start = sl.Dictionary.create("l1", d_in=6, d_sae=12)
+    start = sl.Dictionary.create("l1", reads=6, d_sae=12)
     codes = torch.relu(centred @ start.W_enc.double())
     codes = codes * best_scale(
         centred, start.W_enc.detach().double(), start.W_dec.detach().double()
@@ -315,7 +310,7 @@ def test_fit_reads_the_data_ten_times_unless_told():
 def test_fit_learns_from_fewer_rows_than_a_batch():
     x = x_like(60, 6)
     d = sl.fit(x, "l1", d_sae=16, lr=1e-2)
-    start = sl.Dictionary.create("l1", d_in=6, d_sae=16)
+    start = sl.Dictionary.create("l1", reads=6, d_sae=16)
     assert not torch.allclose(
         torch.nn.functional.normalize(d.W_enc.T.detach()), torch.nn.functional.normalize(start.W_enc.T.detach())
     )
@@ -352,7 +347,7 @@ def test_training_begins_where_the_codes_fit_best(rule):
     options = {} if rule in ("l1", "gated", "p_anneal", "jumprelu") else {"k": 8}
     config = sl.TrainConfig(sparsity=rule, options=options, d_sae=96, n_tokens=2560, batch_size=256, lr=1e-12)
     trainer = Trainer(config, TensorSource(x))
-    d, scaled = trainer.dictionary, x * trainer.scale
+    d, scaled = trainer.dictionary, x * trainer.scales[0]
     before = d.encode(scaled)
     trainer.step(x)
     d = trainer.dictionary.double()

@@ -39,7 +39,7 @@ def pairs(n: int, *, linear: float = 0.0) -> TensorSource:
 
 def trained(source, rule: str = "topk", **settings) -> sl.Dictionary:
     common = {"d_sae": D_SAE, "n_tokens": 50_000, "batch_size": 256, "lr": 1e-2, "options": RULES[rule]}
-    config = sl.TrainConfig(hook="in", target_hook="out", sparsity=rule, **common | settings)
+    config = sl.TrainConfig(hook="in", writes=("out",), sparsity=rule, **common | settings)
     return sl.train(source, config)[0].dictionary
 
 
@@ -79,20 +79,18 @@ def test_a_skip_connection_takes_over_what_is_linear():
 def test_folding_leaves_the_function_as_it_was():
     """What the trainer's dictionary does to centred, scaled activations, the result does to raw ones."""
     source = pairs(1024)
-    config = sl.TrainConfig(hook="in", target_hook="out", skip=True, d_sae=D_SAE, options={"k": 4}, n_tokens=10_000, lr=1e-2)
+    config = sl.TrainConfig(hook="in", writes=("out",), skip=True, d_sae=D_SAE, options={"k": 4}, n_tokens=10_000, lr=1e-2)
     trainer = Trainer(config, source)
     for _ in range(20):
         trainer.step(source.x["in"], source.x["out"])
     x = source.x["in"]
-    inside = trainer.dictionary.eval()((x - x.mean(0)) * trainer.scale) / trainer.target_scale
+    inside = trainer.dictionary.eval()((x - x.mean(0)) * trainer.scales[0]) / trainer.target_scales[0]
     torch.testing.assert_close(trainer.result()(x), inside, rtol=1e-4, atol=1e-3)
 
 
 def test_validation_is_of_the_target(tmp_path):
     source = pairs(4096)
-    config = sl.TrainConfig(
-        hook="in", target_hook="out", d_sae=D_SAE, options={"k": 4}, n_tokens=12_000, batch_size=256, lr=1e-2
-    )
+    config = sl.TrainConfig(hook="in", writes=("out",), d_sae=D_SAE, options={"k": 4}, n_tokens=12_000, batch_size=256, lr=1e-2)
     (run,) = sl.train(source, config, validation_tokens=512)
     held, _ = source.hold_out(512)
     assert run.history[-1]["val_fvu"] == pytest.approx(fvu(run.dictionary, held), rel=1e-3)
@@ -114,13 +112,13 @@ def test_settings_that_make_no_transcoder(settings, message):
 
 
 def test_the_only_other_hook_is_the_input():
-    (run,) = sl.train(pairs(64), sl.TrainConfig(target_hook="out", d_sae=8, options={"k": 2}, n_tokens=64, batch_size=32))
+    (run,) = sl.train(pairs(64), sl.TrainConfig(writes=("out",), d_sae=8, options={"k": 2}, n_tokens=64, batch_size=32))
     assert (run.dictionary.origin.target_hook, run.dictionary.d_in) == ("out", D_IN)
 
 
 def test_a_target_that_was_not_captured():
     with pytest.raises(HookError, match=r"there are activations of in, out, not of 'ouch'"):
-        sl.train(pairs(64), sl.TrainConfig(hook="in", target_hook="ouch"))
+        sl.train(pairs(64), sl.TrainConfig(hook="in", writes=("ouch",)))
 
 
 @pytest.mark.parametrize(
@@ -134,7 +132,7 @@ def test_a_target_that_was_not_captured():
     ],
 )
 def test_a_config_that_does_not_fit_its_weights(change, message, tmp_path):
-    folder = sl.Dictionary.create("topk", d_in=D_IN, d_sae=D_SAE, d_out=D_OUT).save(tmp_path / "d")
+    folder = sl.Dictionary.create("topk", reads=D_IN, d_sae=D_SAE, writes=D_OUT).save(tmp_path / "d")
     config = json.loads((folder / "cfg.json").read_text())
     (folder / "cfg.json").write_text(json.dumps(config | change))
     with pytest.raises(CorruptFileError, match=message):
@@ -152,7 +150,7 @@ def test_a_config_that_does_not_fit_its_weights(change, message, tmp_path):
     ],
 )
 def test_what_other_tools_call_it(rule, skip, architecture, tmp_path):
-    d = sl.Dictionary.create(rule, d_in=D_IN, d_sae=D_SAE, d_out=D_OUT, skip=skip)
+    d = sl.Dictionary.create(rule, reads=D_IN, d_sae=D_SAE, writes=D_OUT, skip=skip)
     config = json.loads((d.save(tmp_path / "d") / "cfg.json").read_text())
     assert (config["architecture"], config["d_out"], config["apply_b_dec_to_input"]) == (architecture, D_OUT, False)
 
@@ -167,10 +165,7 @@ TEXT = "It was the best of times, it was the worst of times, it was the age of w
 
 def mlp(lm, skip: bool = False) -> sl.Dictionary:
     """A transcoder that is exactly linear: y = x Aᵀ, by the skip connection alone."""
-    d = sl.Dictionary.create(
-        "topk", d_in=lm.d_model, d_out=lm.d_model, d_sae=8, skip=skip, options={"k": 1},
-        origin=sl.Origin(hook=HOOKS[0], target_hook=HOOKS[1], excluded_positions=(0,)),
-    )  # fmt: skip
+    d = sl.Dictionary.create("topk", reads=sl.Port(hook=HOOKS[0], width=lm.d_model), writes=sl.Port(hook=HOOKS[1], width=lm.d_model), d_sae=8, skip=skip, options={"k": 1}, origin=sl.Origin(excluded_positions=(0,)))  # fmt: skip
     d.W_dec.data.zero_()
     if skip:
         d.W_skip.data.copy_(normal(lm.d_model, lm.d_model, seed=1))
@@ -214,7 +209,7 @@ def test_splice_of_a_target_before_its_hook(lm):
 
 
 def test_splice_of_another_width(lm):
-    d = sl.Dictionary.create("topk", d_in=lm.d_model, d_out=3, d_sae=8, options={"k": 1}, origin=mlp(lm).origin)
+    d = sl.Dictionary.create("topk", reads=lm.d_model, writes=3, d_sae=8, options={"k": 1}, origin=mlp(lm).origin)
     with lm.splice(d), pytest.raises(ShapeError, match=r"gives \[1, \d+, 3\]; blocks\.1\.hook_mlp_out of this model is"):
         lm.logits(TEXT)
 
@@ -231,7 +226,7 @@ def interrupted_after(n: int, step):
 def test_state_of_other_activations_is_refused():
     source = pairs(256)
     moved = TensorSource({"in": source.x["in"] + 5, "out": source.x["out"]})
-    config = sl.TrainConfig(hook="in", target_hook="out", d_sae=8, options={"k": 2}, n_tokens=1000, batch_size=64)
+    config = sl.TrainConfig(hook="in", writes=("out",), d_sae=8, options={"k": 2}, n_tokens=1000, batch_size=64)
     trainer = Trainer(config, source)
     trainer.step(source.x["in"][:64], source.x["out"][:64])
     with pytest.raises(ConfigError, match=r"are not those the run was trained on: their mean is another"):
@@ -244,7 +239,7 @@ def test_from_capture_to_a_saved_run_and_back(lm, tmp_path, monkeypatch):
     """Cache, stream and checkpoint know the target; a run that is taken up again in the middle ends at the same bytes."""
     cache = sl.capture(lm, [TEXT * 8] * 6, HOOKS, tmp_path / "cache", n_tokens=600)
     config = sl.TrainConfig(
-        hook=HOOKS[0], target_hook=HOOKS[1], skip=True, d_sae=32, options={"k": 4}, n_tokens=1200, batch_size=100, lr=1e-2
+        hook=HOOKS[0], writes=(HOOKS[1],), skip=True, d_sae=32, options={"k": 4}, n_tokens=1200, batch_size=100, lr=1e-2
     )
     (run,) = sl.train(cache, config, tmp_path / "run")
     loaded = sl.Dictionary.load(tmp_path / "run" / "dictionary")

@@ -372,7 +372,7 @@ def test_a_training_step_goes_through_the_kernels(monkeypatch, rule):
         monkeypatch.setattr(kernels, name, lambda *a, name=name, original=original: (called.add(name), original(*a))[1])
     monkeypatch.setattr(products, "DENSE_ABOVE", 1.0)
     monkeypatch.setattr(products, "latent_sums", products._sorted_sums)  # as on a GPU
-    d = Dictionary.create(rule, d_in=12, d_sae=40, options=RULES[rule]).to(DEVICE)
+    d = Dictionary.create(rule, reads=12, d_sae=40, options=RULES[rule]).to(DEVICE)
     gradients = []
     for step_class in (SparseStep, DenseStep):
         d.zero_grad()

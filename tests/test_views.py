@@ -26,8 +26,8 @@ TOP = 4
 def made(kind: str) -> sl.Dictionary:
     if kind == "transcoder":
         origin = sl.Origin(hook=HOOK, target_hook=TARGET)
-        return sl.Dictionary.create("topk", d_in=48, d_out=48, d_sae=96, options={"k": 6}, origin=origin)
-    return sl.Dictionary.create("topk", d_in=48, d_sae=96, options={"k": 6}, origin=sl.Origin(hook=STREAM))
+        return sl.Dictionary.create("topk", reads=48, writes=48, d_sae=96, options={"k": 6}, origin=origin)
+    return sl.Dictionary.create("topk", reads=sl.Port(hook=STREAM, width=48), d_sae=96, options={"k": 6})
 
 
 @pytest.fixture(scope="module", params=["autoencoder", "transcoder"])
@@ -53,7 +53,7 @@ def store(dictionary, random_lm):
 @torch.no_grad()
 def dense(dictionary, lm, text: str) -> torch.Tensor:
     """Codes [pos d_sae], position 0 left out by zeros."""
-    hook = dictionary.origin.hook
+    hook = dictionary.hook
     codes = dictionary.encode(lm.run(text, hook)[hook][0]).to_dense()
     return codes * (torch.arange(len(codes)) > 0)[:, None]
 

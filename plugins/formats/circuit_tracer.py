@@ -76,7 +76,9 @@ class CircuitTracer(Format):
             | ({"rule.plain_threshold": (THRESHOLD, "d_sae")} if activation == "jumprelu" else {})
             | ({SKIP: (SKIP, "d_out d_in")} if SKIP in file.specs else {}),
             options={"topk": {"k": k}, "jumprelu": {"parameter": "plain"}}.get(activation, {}),
-            origin=Origin(model=config.text("model_name"), hook=hook, target_hook=target, excluded_positions=()),
+            hook=hook,
+            target=target,
+            origin=Origin(model=config.text("model_name"), excluded_positions=()),
             transcoder=True,
             rectifies=activation != "jumprelu",
             unused=frozenset({K} if activation == "topk" else ()),
@@ -86,14 +88,15 @@ class CircuitTracer(Format):
 
     def write(self, dictionary: Dictionary, folder: Path) -> None:
         form = dictionary.rule.inference_form()
-        place = re.fullmatch(r"blocks\.(\d+)\.(.+)", dictionary.origin.hook or "")
-        target = re.fullmatch(r"blocks\.(\d+)\.(.+)", dictionary.origin.target_hook or "")
-        if not dictionary.is_transcoder or dictionary.d_in != dictionary.d_out:
+        place = re.fullmatch(r"blocks\.(\d+)\.(.+)", dictionary.reads[0].hook or "")
+        target = re.fullmatch(r"blocks\.(\d+)\.(.+)", dictionary.writes[0].hook or "")
+        is_one_to_one = len(dictionary.reads) + len(dictionary.writes) == 2 and dictionary.d_in == dictionary.d_out
+        if dictionary.writes_what_it_reads or not is_one_to_one:
             raise cannot_write(dictionary, self.plugin_name, "it reads transcoders whose output is as wide as their input")
         if form is None or form.architecture not in ACTIVATIONS:
             raise cannot_write(dictionary, self.plugin_name, f"its codes are {', '.join(RULES)} only")
         if not place or not target or place[1] != target[1]:
-            raise cannot_write(dictionary, self.plugin_name, "hook and target_hook of one layer, blocks.<i>.…, are needed")
+            raise cannot_write(dictionary, self.plugin_name, "it needs hooks of one layer, blocks.<i>.…")
         activation = ACTIVATIONS[form.architecture]
         config = {
             "model_kind": "transcoder_set",

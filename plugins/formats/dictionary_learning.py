@@ -10,6 +10,7 @@ as well; like that tool, we take the k largest.
 import re
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -91,7 +92,7 @@ class DictionaryLearning(Format):
             rule,
             {ours: (at + theirs, axes) for ours, (theirs, axes) in names.items()} | ({"mean": (mean, "d_in")} if mean else {}),
             options=_options(name, trainer, file, at),
-            origin=_origin(trainer, config.part("buffer")),
+            **_place(trainer, config.part("buffer")),
             subtracts_b_dec=name not in KEEP_B_DEC,
             rectifies=name != "JumpReluAutoEncoder",
             unused=frozenset({f"{at}k", f"{at}group_sizes"} | ({f"{at}threshold"} if name == "AutoEncoderTopK" else set())),
@@ -106,7 +107,7 @@ class DictionaryLearning(Format):
 
     def write(self, dictionary: Dictionary, folder: Path) -> None:
         rule = dictionary.rule
-        if rule.plugin_name not in WRITTEN or dictionary.is_transcoder:
+        if rule.plugin_name not in WRITTEN or not dictionary.writes_what_it_reads or len(dictionary.reads) > 1:
             raise cannot_write(dictionary, self.plugin_name, "no class computes it")
         if dictionary.token_norm:
             raise cannot_write(dictionary, self.plugin_name, f"the {dictionary.token_norm} of each activation would be lost")
@@ -118,8 +119,8 @@ class DictionaryLearning(Format):
             "activation_dim": dictionary.d_in,
             "dict_size": dictionary.d_sae,
             "lm_name": dictionary.origin.model,
-            "layer": _layer(dictionary.origin.hook),
-            "submodule_name": dictionary.origin.hook,
+            "layer": _layer(dictionary.hook),
+            "submodule_name": dictionary.hook,
         }
         if "TopK" in name:
             trainer["k"] = min(rule.config.k, dictionary.d_sae)
@@ -163,7 +164,8 @@ def _options(name: str, trainer: Settings, file: TorchFile, at: str) -> dict:
     return {"k": k, "prefixes": tuple(end / ends[-1] for end in ends[:-1])}
 
 
-def _origin(trainer: Settings, buffer: Settings) -> Origin:
+def _place(trainer: Settings, buffer: Settings) -> dict[str, Any]:
+    """Return the hook and the origin, as fields of an Outline."""
     module, side = trainer.text("submodule_name"), buffer.text("io", "out")
     if side not in ("in", "out"):
         raise ConfigError(
@@ -183,7 +185,8 @@ def _origin(trainer: Settings, buffer: Settings) -> Origin:
             f"{buffer.path}: buffer.io is 'in', but submodule_name is {module!r}, an activation; remove one of them"
         )
     n_ctx = buffer.whole("ctx_len") if "ctx_len" in buffer else None
-    return Origin(model=trainer.text("lm_name"), hook=hook, n_ctx=n_ctx, excluded_positions=())
+    origin = Origin(model=trainer.text("lm_name"), n_ctx=n_ctx, excluded_positions=())
+    return {"hook": hook, "origin": origin}
 
 
 def _layer(hook: str | None) -> int | None:

@@ -105,7 +105,7 @@ class SAELens(Format):
             rule,
             names | factor,
             options=self._options(architecture, config),
-            origin=self._origin(config, transcoder),
+            **self._place(config, transcoder),
             transcoder=transcoder,
             subtracts_b_dec=config.flag("apply_b_dec_to_input", True) and not transcoder,
             token_norm=self._token_norm(config),
@@ -187,7 +187,8 @@ class SAELens(Format):
             )
         return TOKEN_NORMS[name]
 
-    def _origin(self, config: Settings, transcoder: bool) -> Origin:
+    def _place(self, config: Settings, transcoder: bool) -> dict[str, Any]:
+        """Return the hooks and the origin, as fields of an Outline."""
         metadata = config.part("metadata")
         version = re.match(r"\d{1,9}", config.text("sae_lens_version") or metadata.text("sae_lens_version") or "0")
         if "metadata" not in config or version is None or int(version[0]) < 6:
@@ -197,19 +198,19 @@ class SAELens(Format):
         old_default = metadata is config and "model_from_pretrained_kwargs" not in config and str(model).startswith("gpt2")
         _say_what_is_not_applied(loading)
         n_ctx = metadata.whole("context_size") if "context_size" in metadata else None
-        return Origin(
+        origin = Origin(
             model={"gpt2-small": "gpt2"}.get(model, model),
             revision=loading.text("revision"),
             model_class=metadata.text("model_class_name"),
             processing=(CENTERED,) if loading.values.get(CENTERED) is True or old_default else (),
-            hook=_hook(metadata, "hook_name", "hook_point"),
-            target_hook=_hook(metadata, "hook_name_out") if transcoder else None,
             n_ctx=n_ctx,
             prepend_bos=metadata.flag("prepend_bos") if "prepend_bos" in metadata else None,
             text=metadata.text("dataset_path"),
             excluded_positions=_excluded_positions(metadata, n_ctx),
             excluded_token_ids=_excluded_token_ids(metadata),
         )
+        target = _hook(metadata, "hook_name_out") if transcoder else None
+        return {"origin": origin, "hook": _hook(metadata, "hook_name", "hook_point"), "target": target}
 
     def write(self, dictionary: Dictionary, folder: Path) -> None:
         form = dictionary.rule.inference_form()

@@ -75,12 +75,9 @@ class Sparsify(Format):
             RULES[activation],
             NAMES | skip,
             options={"k": _k(config)},
-            origin=Origin(
-                hook=hook,
-                target_hook=hook_of_module(name) if transcoder or older else None,
-                excluded_positions=(),
-                excluded_token_ids=_excluded_token_ids(path),
-            ),
+            hook=hook,
+            target=hook_of_module(name) if transcoder or older else None,
+            origin=Origin(excluded_positions=(), excluded_token_ids=_excluded_token_ids(path)),
             transcoder=transcoder or older,
             adjust=adjust if older else None,
             sizes={
@@ -96,8 +93,8 @@ class Sparsify(Format):
         activation = {rule: name for name, rule in RULES.items()}.get(dictionary.rule.plugin_name)
         if activation is None:
             raise cannot_write(dictionary, self.plugin_name, f"its codes are those of {', '.join(RULES.values())} only")
-        if dictionary.d_in != dictionary.d_out:
-            raise cannot_write(dictionary, self.plugin_name, "its transcoders have outputs as wide as their inputs")
+        if dictionary.d_in != dictionary.d_out or len(dictionary.reads) + len(dictionary.writes) > 2:
+            raise cannot_write(dictionary, self.plugin_name, "it has one hook to read and one to write, of one width")
         if dictionary.token_norm:
             raise cannot_write(dictionary, self.plugin_name, f"the {dictionary.token_norm} of each activation would be lost")
         k = min(dictionary.rule.config.k, dictionary.d_sae)
@@ -109,7 +106,7 @@ class Sparsify(Format):
             "k": k,
             "multi_topk": False,
             "skip_connection": dictionary.W_skip is not None,
-            "transcode": dictionary.is_transcoder,
+            "transcode": not dictionary.writes_what_it_reads,
             "d_in": dictionary.d_in,
         }
         tensors = {"encoder.weight": dictionary.W_enc.T, "encoder.bias": dictionary.b_enc, "W_dec": dictionary.W_dec}

@@ -138,10 +138,10 @@ def sae_bench(dictionary: Dictionary, *, hook: str | None = None) -> DenseSAE:
         ConfigError: a transcoder, which those evaluations do not know; the dictionary names no hook and none is given, or the
             hook is outside the model's blocks.
     """
-    if dictionary.is_transcoder:
+    if not dictionary.writes_what_it_reads or len(dictionary.reads) > 1:
         raise ConfigError(
-            f"a transcoder from {dictionary.origin.hook} to {dictionary.origin.target_hook}: SAEBench and SAELens evaluate "
-            "dictionaries that reconstruct their input; use saelens_lite.evaluate"
+            f"{dictionary.place}: SAEBench and SAELens evaluate dictionaries that reconstruct the activations of one hook; use "
+            "saelens_lite.evaluate"
         )
     return dense_sae(dictionary, hook)
 
@@ -149,7 +149,7 @@ def sae_bench(dictionary: Dictionary, *, hook: str | None = None) -> DenseSAE:
 def dense_sae(dictionary: Dictionary, hook: str | None = None) -> DenseSAE:
     """A dictionary or transcoder with dense codes and a config; ConfigError without a hook inside a block."""
     origin = dictionary.origin
-    hook = hook or origin.hook
+    hook = hook or dictionary.reads[0].hook
     if hook is None:
         raise ConfigError("the dictionary does not say which hook it belongs to; give hook=")
     layer = re.match(r"blocks\.(\d+)\.", hook)

@@ -148,7 +148,7 @@ def capture(
             writer = _write_shards(folder, lm, blocks, names, batch_tokens, shard_tokens, DTYPES[dtype])
         manifest = {
             "format": FORMAT,
-            "origin": origin_of(lm, blocks, text_name).model_dump(exclude={"hook"}),
+            "origin": origin_of(lm, blocks, text_name).model_dump(),
             "tokenizer_sha256": lm.tokenizer_hash,
             "dtype": dtype,
             **blocks.record(),

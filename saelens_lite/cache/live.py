@@ -109,8 +109,8 @@ class ActivationStream:
         return moments.statistics()
 
     def origin(self, hook: str) -> Origin:
-        """Model, hook and text the activations come from."""
-        return self._origin.model_copy(update={"hook": hook})
+        """Model and text the activations come from."""
+        return self._origin
 
     def batches(self, hooks: Sequence[str], batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
         """Batches from the buffer, epoch after epoch without end, from number `start` on; the same seed gives the same ones."""

@@ -22,6 +22,7 @@ class Statistics(NamedTuple):
     rms_norm: float
 
 
+UNNAMED = "x"  # of activations in memory whose hook is not known
 Batch = dict[str, Float[Tensor, "batch d_in"]]
 
 
@@ -83,7 +84,7 @@ class TensorSource:
     def __init__(
         self,
         x: Float[Tensor, "n d_in"] | dict[str, Float[Tensor, "n _"]] | ArrayLike,
-        hook: str = "x",
+        hook: str = UNNAMED,
         origin: Origin | None = None,
     ):
         self.x = {name: as_tensor(t).detach() for name, t in (x if isinstance(x, dict) else {hook: x}).items()}

@@ -120,9 +120,9 @@ class ActivationCache:
         return Statistics(torch.tensor(entry["mean"], dtype=torch.float32), float(entry["rms_norm"]))
 
     def origin(self, hook: str) -> Origin:
-        """Model, hook and text the activations come from."""
+        """Model and text the activations come from."""
         self._hook(hook)
-        return Origin(**{**self.manifest["origin"], "hook": hook})
+        return Origin(**self.manifest["origin"])
 
     def _hook(self, hook: str) -> dict:
         if hook not in self.manifest["hooks"]:

@@ -123,7 +123,7 @@ def train(
         runs = sl.resume(resume, cache and sl.ActivationCache.open(cache), **common)
     else:
         configs = train_configs(read_toml(config) if config else {}, flags)
-        source = _source(cache, text, model, text_config, [c.hook for c in configs], buffer_tokens, device)
+        source = _source(cache, text, model, text_config, [_hooks(c) for c in configs], buffer_tokens, device)
         runs = sl.train(source, configs, out or Path("runs/dictionary"), **common, **only_new)
     for run in runs:
         last = run.history[-1]
@@ -137,7 +137,7 @@ def _source(
     text: str | None,
     model: str,
     text_config: TextConfig,
-    hooks: list[str | None],
+    hooks: list[tuple[str, ...]],
     buffer_tokens: int,
     device: str | None,
 ) -> Any:
@@ -151,9 +151,20 @@ def _source(
         return sl.ActivationCache.open(cache)
     if not text:
         raise ConfigError("nothing to train on: give the folder of a cache, or --text with --hook")
-    if None in hooks:
+    if () in hooks:
         raise ConfigError("with --text, say which hook to train on: --hook, or hook = in each [[dictionary]]")
     lm = sl.load_model(model, device=device)
     return sl.ActivationStream(
-        lm, named_text(text), hooks, text_config=text_config, buffer_tokens=buffer_tokens, text_name=text
+        lm,
+        named_text(text),
+        list(dict.fromkeys(hook for some in hooks for hook in some)),
+        text_config=text_config,
+        buffer_tokens=buffer_tokens,
+        text_name=text,
     )
+
+
+def _hooks(config: TrainConfig) -> tuple[str, ...]:
+    """Return the hooks that a dictionary is trained on, as far as its settings name them."""
+    reads = config.reads or ((config.hook,) if config.hook else ())
+    return (*reads, *config.writes) if reads else ()

@@ -17,12 +17,13 @@ from saelens_lite.errors import ConfigError, TextError
 from saelens_lite.evaluate import metrics
 from saelens_lite.evaluate.controls import REDRAWN, untrained
 from saelens_lite.evaluate.frequency import FrequencyBand, frequency_bands, frequency_markdown, frequency_table
-from saelens_lite.evaluate.measure import Grouping, Hooks, measure
+from saelens_lite.evaluate.measure import Grouping, measure
 from saelens_lite.evaluate.metrics import Metric, PooledSums
 from saelens_lite.evaluate.overlap import overlap
 from saelens_lite.evaluate.positions import PositionBand, position_bands, position_table
 from saelens_lite.evaluate.report import EvalReport, markdown, table
 from saelens_lite.model import LanguageModel
+from saelens_lite.ports import Hooks
 from saelens_lite.tokens import DEFAULT_N_CTX, RowBlocks, Text, TokenRows, joined, source_name, text_hash, token_ids, with_mask
 
 __all__ = [
@@ -93,13 +94,13 @@ def evaluate(
     """
     several = not isinstance(dictionary, Dictionary)
     dictionaries = list(dictionary) if several else [dictionary]
-    hooks = _common_hooks(dictionaries, hook)
+    hooks = _common_hooks(dictionaries, lm, hook)
     for one in dictionaries:
         lm.check_origin(one.origin)
         one.check_finite()
     lm.check_causal("evaluate, which measures the loss of the next token,")
-    if hooks.read != hooks.write:
-        lm.check_order(*hooks)
+    if hooks.reads != hooks.writes and len(hooks.all) == 2:
+        lm.check_order(*hooks.reads, *hooks.writes)
     if batch_tokens is not None and batch_tokens < 1:
         raise ConfigError(f"batch_tokens = {batch_tokens}; expected at least 1")
     if n_bootstrap < 0:
@@ -176,8 +177,8 @@ def _reports(
                 disjoint=found.disjoint,
                 disjoint_why=found.why,
                 model=lm.name,
-                hook=job.hooks.write,
-                read_hook=job.hooks.read,
+                hook=" + ".join(job.hooks.writes),
+                read_hook=" + ".join(job.hooks.reads),
                 excluded=job.excluded,
                 density=metrics.density(sums, name),
                 by_frequency=tuple(frequencies.report(metrics.band_fvu(sums, "frequency", name))) if frequencies else None,
@@ -196,8 +197,8 @@ def _with_controls(
 ) -> list[EvalReport]:
     """The reports with those of their controls."""
     sizes = [report["l0"] for report in reports]
-    there = job._replace(hooks=Hooks(job.hooks.write, job.hooks.write))  # for a transcoder, autoencoders of its target
-    others = untrained(lm, job.rows, job.hooks.write, dictionaries, sizes, job.batch_tokens)
+    there = job._replace(hooks=Hooks(job.hooks.writes, job.hooks.writes))  # they write what they read
+    others = untrained(lm, job.rows, job.hooks.writes, dictionaries, sizes, job.batch_tokens)
     found = iter(_reports(there, [d for controls in others for d in controls.values()], lm))
     redrawn = _reports(job, dictionaries, lm.redrawn(job.seed))
     return [
@@ -240,15 +241,13 @@ def _excluded_by_mask(rows: TokenRows) -> str:
     return f"what the mask of the rows leaves out ({first})"
 
 
-def _common_hooks(dictionaries: list[Dictionary], hook: str | None) -> Hooks:
-    """Where all the dictionaries read, and where their output belongs; `hook` says where they read."""
-    if any(d.is_transcoder and d.origin.target_hook is None for d in dictionaries):
-        raise ConfigError("the transcoder does not say which hook it predicts; set origin.target_hook")
-    found = {(hook or d.origin.hook, d.origin.target_hook) for d in dictionaries}
-    (read, target), *others = found or {(None, None)}
-    if read is None or others:
-        named = sorted(f"{read}{f' to {target}' if target else ''}" for read, target in found)
+def _common_hooks(dictionaries: list[Dictionary], lm: LanguageModel, hook: str | None) -> Hooks:
+    """Return the hooks that all the dictionaries read and write; `hook` is read in place of their own."""
+    found = list(dict.fromkeys(lm.hooks_of(d, hook) for d in dictionaries))
+    if len(found) != 1:
+        named = sorted(d.place for d in dictionaries)
         raise ConfigError(
-            f"dictionaries evaluated together need one hook; found {', '.join(named) or 'no dictionary'}; give hook="
+            f"dictionaries evaluated together need the same hooks; found {', '.join(dict.fromkeys(named)) or 'no dictionary'}; "
+            "give hook="
         )
-    return Hooks(read, target or read)
+    return found[0]

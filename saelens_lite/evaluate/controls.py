@@ -24,10 +24,10 @@ class Moments(NamedTuple):
     covariance: Float[Tensor, "d d"]
 
 
-def moments(lm: LanguageModel, rows: TokenRows, hook: str, batch_tokens: int | None) -> Moments:
-    """Mean and covariance of the kept tokens' activations at a hook, in float64."""
+def moments(lm: LanguageModel, rows: TokenRows, hooks: Sequence[str], batch_tokens: int | None) -> Moments:
+    """Mean and covariance of the kept tokens' activations at some hooks, in float64."""
     total, products = 0.0, 0.0
-    for x in kept_activations(lm, rows, hook, batch_tokens, "covariance"):
+    for x in kept_activations(lm, rows, hooks, batch_tokens, "covariance"):
         exact = wide(x)
         total, products = total + exact.sum(0), products + exact.T @ exact
     mean = total / rows.n_kept
@@ -41,7 +41,7 @@ def pca_dictionary(found: Moments, n_components: int, origin: Origin) -> Diction
     n = max(1, min(n_components, d_in))
     directions = torch.linalg.eigh(found.covariance).eigenvectors[:, -n:].float()
     both = torch.cat([directions, -directions], dim=1)
-    dictionary = Dictionary.create("l1", d_in=d_in, d_sae=2 * n, origin=origin).to(both.device)
+    dictionary = Dictionary.create("l1", reads=d_in, d_sae=2 * n, origin=origin).to(both.device)
     dictionary.W_enc.data.copy_(both)
     dictionary.W_dec.data.copy_(both.T)
     dictionary.b_dec.data.copy_(found.mean)
@@ -53,7 +53,7 @@ def random_dictionary(found: Moments, x: Float[Tensor, "n d"], d_sae: int, k: in
     squared error on x, or random directions that overlap would add up to too much."""
     d_in = len(found.mean)
     k = max(1, min(k, d_sae))
-    dictionary = Dictionary.create("topk", d_in=d_in, d_sae=d_sae, options={"k": k}, seed=seed, origin=origin).to(x.device)
+    dictionary = Dictionary.create("topk", reads=d_in, d_sae=d_sae, options={"k": k}, seed=seed, origin=origin).to(x.device)
     dictionary.b_dec.data.copy_(found.mean)
     centred, part = x - dictionary.b_dec, dictionary(x) - dictionary.b_dec
     dictionary.W_dec.data.mul_((centred * part).sum() / part.square().sum())
@@ -61,12 +61,17 @@ def random_dictionary(found: Moments, x: Float[Tensor, "n d"], d_sae: int, k: in
 
 
 def untrained(
-    lm: LanguageModel, rows: TokenRows, hook: str, trained: Sequence[Dictionary], l0: Sequence[float], batch_tokens: int | None
+    lm: LanguageModel,
+    rows: TokenRows,
+    hooks: Sequence[str],
+    trained: Sequence[Dictionary],
+    l0: Sequence[float],
+    batch_tokens: int | None,
 ) -> list[dict[str, Dictionary]]:
     """For each dictionary, whose L0 is known: a random one of its size and L0, and PCA with L0 components."""
-    found = moments(lm, rows, hook, batch_tokens)
+    found = moments(lm, rows, hooks, batch_tokens)
     with torch.no_grad():
-        x = next(iter(kept_activations(lm, rows, hook, batch_tokens, "random")))
+        x = next(iter(kept_activations(lm, rows, hooks, batch_tokens, "random")))
         return [
             {
                 RANDOM: random_dictionary(found, x, d.d_sae, round(n), d.origin, seed=i),

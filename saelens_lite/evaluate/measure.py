@@ -15,6 +15,7 @@ from saelens_lite.evaluate import metrics
 from saelens_lite.evaluate.metrics import Kept, PooledSums, Predictions
 from saelens_lite.model import LanguageModel
 from saelens_lite.model.tail import Tail
+from saelens_lite.ports import Hooks, together
 from saelens_lite.progress import progress_bar
 from saelens_lite.tokens import TokenRows
 
@@ -23,13 +24,6 @@ MAX_ROW_LOGITS = 1 << 29  # logits of a row that is longer than a batch; of a lo
 MAX_TOKENS = {"cpu": 2048, "cuda": 16_384}  # more does not run faster on a CPU
 
 log = logging.getLogger(__name__)
-
-
-class Hooks(NamedTuple):
-    """Where a dictionary reads its input, and where its output belongs: for an autoencoder the same."""
-
-    read: str
-    write: str
 
 
 class Grouping(NamedTuple):
@@ -98,25 +92,29 @@ def _in_parts(batches: Iterator[Batch], n_positions: int) -> Iterator[Batch]:
 
 
 def kept_activations(
-    lm: LanguageModel, rows: TokenRows, hook: str, batch_tokens: int | None, what: str
+    lm: LanguageModel, rows: TokenRows, hooks: Sequence[str], batch_tokens: int | None, what: str
 ) -> Iterator[Float[Tensor, "n_kept d"]]:
-    """The activations of the kept tokens at a hook, batch by batch; the forward passes end there."""
+    """The activations of the kept tokens at some hooks, one after the other, batch by batch; the forward passes end there."""
     with progress_bar(what, rows.n_kept) as advance:
         for batch in batches(lm, rows, batch_tokens):
-            x = lm.run(batch.given, hook)[hook][batch.keep].float()
+            x = together(lm.run(batch.given, hooks), hooks)[batch.keep].float()
             yield x
             advance(len(x), "")
 
 
-def mean_activation(lm: LanguageModel, rows: TokenRows, hook: str, batch_tokens: int | None) -> Float[Tensor, " d"]:
-    """The mean activation at a hook over the kept tokens.
+def mean_activation(lm: LanguageModel, rows: TokenRows, hooks: Sequence[str], batch_tokens: int | None) -> Float[Tensor, " d"]:
+    """The mean activation at some hooks over the kept tokens.
 
     Raises:
         NonFiniteError: an activation is NaN or infinite.
     """
-    total = sum(where_float64_is(x).sum(0, dtype=torch.float64) for x in kept_activations(lm, rows, hook, batch_tokens, "mean"))
+    total = sum(
+        where_float64_is(x).sum(0, dtype=torch.float64) for x in kept_activations(lm, rows, hooks, batch_tokens, "mean")
+    )
     if not torch.isfinite(total).all():
-        raise NonFiniteError(f"the activations of {hook} in {lm.name} hold NaN or infinity; there is nothing to measure")
+        raise NonFiniteError(
+            f"the activations of {' + '.join(hooks)} in {lm.name} hold NaN or infinity; there is nothing to measure"
+        )
     return (total / rows.n_kept).float()
 
 
@@ -135,8 +133,8 @@ def measure(
     What is in memory does not depend on the amount of text: two sets of logits of a batch, and the bootstrap's sums. Of a row
     with too many logits, they are computed in parts, each in passes of its own.
     """
-    mean = mean_activation(lm, rows, hooks.write, batch_tokens)
-    tail = Tail(lm, hooks.write, rows.tokens[:1].to(lm.device))
+    mean = mean_activation(lm, rows, hooks.writes, batch_tokens)
+    tail = Tail(lm, hooks.writes, rows.tokens[:1].to(lm.device))
     where = float64_device(lm.device)  # of the sums
 
     def logits_of(tokens: Int[Tensor, "n pos"], y: Float[Tensor, "n pos d"], first: int = 0) -> Float[Tensor, "n _ d_vocab"]:
@@ -155,7 +153,8 @@ def measure(
         for batch in _in_parts(batches(lm, rows, batch_tokens), most):
             kept, first = Kept.of(batch.keep.to(where)), batch.first
             earlier = None if batch.earlier is None else Kept.of(batch.earlier.to(where))
-            (x, y), logits = tail.read(batch.tokens, *hooks, first=first)
+            acts, logits = tail.read(batch.tokens, hooks.all, first=first)
+            x, y = (together(acts, side) for side in hooks)
             x, y, logits = x.to(where), y.to(where), logits.to(where)
             clean = Predictions.of(logits, batch.tokens.to(where), batch.predicted.to(where), kept, first)
             if earlier is None or not len(earlier.row):
@@ -175,7 +174,9 @@ def measure(
                 here = x.to(dictionary.W_enc.device)
                 codes = dictionary.encode(here)
                 if dictionary.d_out != y.shape[-1]:
-                    raise ShapeError(f"a dictionary gives [..., {dictionary.d_out}]; {hooks.write} is {list(y.shape)}")
+                    raise ShapeError(
+                        f"a dictionary gives [..., {dictionary.d_out}]; {' + '.join(hooks.writes)} is {list(y.shape)}"
+                    )
                 x_hat = dictionary.decode(codes, here).float().to(x.device)
                 metrics.add_codes(sums, str(i), codes.to(x.device), kept)
                 error = metrics.add_reconstruction(sums, str(i), wanted, x_hat, square, kept)

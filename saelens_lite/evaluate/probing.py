@@ -25,6 +25,7 @@ from saelens_lite.errors import ConfigError, NonFiniteError, TextError
 from saelens_lite.evaluate.metrics import Metric, with_interval
 from saelens_lite.files import write_json
 from saelens_lite.model import LanguageModel
+from saelens_lite.ports import Hooks, together
 from saelens_lite.progress import progress_bar
 from saelens_lite.tokens import DEFAULT_N_CTX, TokenRows, prompt_rows, text_hash
 
@@ -150,13 +151,13 @@ def probe(
         raise ConfigError(f"test_share = {test_share}; expected 0.1 to 0.5")
     if not 0 <= seed < 2**32 or n_bootstrap < 0:
         raise ConfigError(f"seed = {seed}, n_bootstrap = {n_bootstrap}; expected a seed of 32 bits, and no negative numbers")
-    hook = lm.hook_of(dictionary.origin, hook)
+    hooks = lm.hooks_of(dictionary, hook)
     dictionary.check_finite()
     _require_sklearn()
     reports = {}
     for name, dataset in _datasets(texts, labels).items():
         rows = _rows(dictionary, lm, name, dataset.texts, pooling)
-        pooled = _pool(dictionary, lm, rows, hook, pooling, batch_tokens)
+        pooled = _pool(dictionary, lm, rows, hooks, pooling, batch_tokens)
         split = _split(dataset.y, test_share, seed)
         mostly_positive = dataset.y[split.train].double().mean() > 0.5
         reports[name] = ProbeReport(
@@ -168,7 +169,7 @@ def probe(
             pooling=pooling,
             text_sha256=text_hash(rows),
             model=lm.name,
-            hook=hook,
+            hook=" + ".join(hooks.reads),
             seed=seed,
         )
     return reports if isinstance(texts, Mapping) else reports[ONLY]
@@ -251,7 +252,7 @@ def weighted_auc(
 
 
 @torch.no_grad()
-def _pool(dictionary: Dictionary, lm: LanguageModel, rows: TokenRows, hook: str, pooling: str, batch_tokens: int) -> Pooled:
+def _pool(dictionary: Dictionary, lm: LanguageModel, rows: TokenRows, hooks: Hooks, pooling: str, batch_tokens: int) -> Pooled:
     """The pooled activations and codes of each row. A code that is 0 somewhere in a text has a maximum of at least 0."""
     n, device = len(rows.tokens), dictionary.W_enc.device
     x = torch.zeros(n, dictionary.d_in)
@@ -263,14 +264,16 @@ def _pool(dictionary: Dictionary, lm: LanguageModel, rows: TokenRows, hook: str,
         for start in range(0, n, per_batch):
             batch = rows.take(slice(start, start + per_batch))
             width = int(lm.read_lengths(batch).max())
-            found = lm.run(batch.narrowed(width), hook)[hook].to(device)
+            found = together(lm.run(batch.narrowed(width), hooks.reads), hooks.reads).to(device)
             dictionary.check_input(found)
             keep = batch.keep[:, :width]
             kept, text = found[keep.to(device)], keep.nonzero()[:, 0] + start
             codes = dictionary.encode(kept).to("cpu")
             kept = kept.float().cpu()
             if not (torch.isfinite(kept).all() and torch.isfinite(codes.value).all()):
-                raise NonFiniteError(f"activations at {hook} or their codes are NaN or infinite in texts {start} and after")
+                raise NonFiniteError(
+                    f"activations at {dictionary.place} or their codes are NaN or infinite in texts {start} and after"
+                )
             cell, value = text[codes.row] * dictionary.d_sae + codes.latent, codes.value.float()
             if pooling == "max":
                 x.scatter_reduce_(0, text[:, None].expand_as(kept), kept, "amax")

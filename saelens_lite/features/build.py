@@ -56,8 +56,8 @@ class Job(NamedTuple):
         }
         infos = [
             StoreInfo(
-                hook=one.hook,
-                target_hook=one.dictionary.origin.target_hook,
+                reads=one.hooks.reads,
+                writes=one.hooks.writes,
                 **facts_of(one.dictionary),
                 **common,
             )
@@ -85,9 +85,9 @@ class Job(NamedTuple):
 
 
 def _hooked(dictionary: Dictionary, lm: LanguageModel, hook: str | None) -> Hooked:
-    """A dictionary with its hook, both fit for the model."""
+    """A dictionary with its hooks, fit for the model."""
     dictionary.check_finite()
-    return Hooked(dictionary, lm.hook_of(dictionary.origin, hook))
+    return Hooked(dictionary, lm.hooks_of(dictionary, hook))
 
 
 def _rows(

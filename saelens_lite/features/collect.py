@@ -29,6 +29,7 @@ from saelens_lite.features.spill import Spill
 from saelens_lite.files import write_json
 from saelens_lite.kinds import STORE, UNFINISHED_STORE
 from saelens_lite.model import LanguageModel
+from saelens_lite.ports import Hooks, together
 from saelens_lite.progress import progress_bar
 from saelens_lite.schemas import Checked, Count, read_checked
 from saelens_lite.tokens import TokenRows
@@ -42,10 +43,10 @@ log = logging.getLogger(__name__)
 
 
 class Hooked(NamedTuple):
-    """A dictionary and the hook it reads."""
+    """A dictionary and its hooks in the model."""
 
     dictionary: Dictionary
-    hook: str
+    hooks: Hooks
 
 
 @torch.no_grad()
@@ -64,7 +65,7 @@ def collect(
     if rows.tokens.numel() > MAX_PLACES:
         raise ConfigError(f"{rows.tokens.numel():,} positions; a store is of at most {MAX_PLACES:,}")
     progress = _Progress(folder, [one.dictionary.d_sae for one in dictionaries])
-    hooks = list(dict.fromkeys(one.hook for one in dictionaries))
+    hooks = list(dict.fromkeys(hook for one in dictionaries for hook in one.hooks.reads))
     with progress.writing() as spills, progress_bar(what, rows.n_kept) as advance:
         for number, batch in enumerate(batches(lm, rows, batch_tokens)):
             if number >= progress.n_batches:
@@ -72,7 +73,7 @@ def collect(
                 place = (batch.rows[:, None] * n_ctx + torch.arange(batch.tokens.shape[1]))[batch.keep.cpu()]
                 kept = {hook: acts[hook][batch.keep] for hook in hooks}
                 for one, spill in zip(dictionaries, spills, strict=True):
-                    spill.add(place, _codes(one, kept[one.hook], batch))
+                    spill.add(place, _codes(one, together(kept, one.hooks.reads), batch))
                 progress.add()
             advance(int(batch.keep.sum()), "")
     return spills
@@ -84,7 +85,7 @@ def _codes(one: Hooked, x: Float[Tensor, "n_kept d"], batch: Batch) -> SparseCod
     for what, numbers in (("activations", x), ("codes", codes.value.float())):
         if not torch.isfinite(numbers).all():
             raise NonFiniteError(
-                f"{one.hook}: NaN or infinity among the {what} of row {int(batch.rows[0])} or another of its batch"
+                f"{one.dictionary.place}: NaN or infinity among the {what} of row {int(batch.rows[0])} or another of its batch"
             )
     return codes
 

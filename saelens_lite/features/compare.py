@@ -358,8 +358,8 @@ def _check_widths(a: Dictionary, b: Dictionary) -> None:
 
 def _warn_of_other_hooks(a: Dictionary, b: Dictionary) -> None:
     """Log a warning when the two are known to be of different models or hooks."""
-    for name in ("model", "hook", "target_hook"):
-        values = [getattr(d.origin, name) for d in (a, b)]
+    for name in ("model", "hooks"):
+        values = [d.origin.model if name == "model" else d.place if d.hook else None for d in (a, b)]
         if None not in values and values[0] != values[1]:
             log.warning("dictionaries of different origin are compared: %s %s and %s", name, *values)
 
@@ -380,7 +380,7 @@ def _directions(d: Dictionary, live: Bool[Tensor, " d_sae"], device: torch.devic
     found = Directions(*(F.normalize(rows[live.to(rows.device)].to(device).float(), dim=1) for rows in (d.W_dec, d.W_enc.T)))
     for name, rows in found._asdict().items():
         if not torch.isfinite(rows).all():
-            raise NonFiniteError(f"the {name} of a dictionary ({d.origin.hook or 'no hook named'}) holds NaN or infinity")
+            raise NonFiniteError(f"the {name} of a dictionary ({d.place}) holds NaN or infinity")
     return found
 
 

@@ -4,7 +4,7 @@ import hashlib
 from typing import Any
 
 import torch
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt, model_validator
 
 from saelens_lite.config import MOST, FrozenConfig
 from saelens_lite.dictionary import Dictionary
@@ -16,8 +16,8 @@ class StoreInfo(FrozenConfig):
 
     model: str = Field(description="Model name, Hub id or folder.")
     revision: str | None = Field(description="Commit of the model.")
-    hook: str = Field(description="transformer-lens hook name.")
-    target_hook: str | None = Field(None, description="Hook a transcoder predicts; none for an autoencoder.")
+    reads: tuple[str, ...] = Field(min_length=1, description="Hooks that the dictionary reads.")
+    writes: tuple[str, ...] = Field(min_length=1, description="Hooks that the dictionary writes.")
     rule: str = Field(description="Sparsity rule of the dictionary.")
     d_sae: int = Field(gt=0, le=MOST, description="Number of latents.")
     n_tokens: int = Field(gt=0, le=MOST, description="Activations encoded.")
@@ -36,12 +36,28 @@ class StoreInfo(FrozenConfig):
     options: dict[str, Any] = Field(description="Options of the dictionary's rule.")
     token_norm: str | None = Field(description="How the dictionary normalises each activation; none for ours.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_older_stores(cls, values: Any) -> Any:
+        """Read the keys hook and target_hook of older stores as the hooks that are read and written."""
+        if not isinstance(values, dict) or "hook" not in values:
+            return values
+        values = dict(values)
+        hook, target = values.pop("hook"), values.pop("target_hook", None)
+        return values | {"reads": (hook,), "writes": (hook if target is None else target,)}
+
+    @property
+    def place(self) -> str:
+        """The hooks in words."""
+        reads, writes = (" + ".join(side) for side in (self.reads, self.writes))
+        return reads if reads == writes else f"{reads} → {writes}"
+
     def check_dictionary(self, dictionary: Dictionary) -> None:
         """Raise ConfigError unless the store was built from this dictionary."""
         found = facts_of(dictionary)
         if differs := [name for name, value in found.items() if value != getattr(self, name)]:
             raise ConfigError(
-                f"the store is of another dictionary ({self.rule}, {self.d_sae} latents, {self.hook}): it has another "
+                f"the store is of another dictionary ({self.rule}, {self.d_sae} latents, {self.place}): it has another "
                 f"{' and '.join(differs)}; build a store of this one, or load the dictionary that it was built from"
             )
 

@@ -130,9 +130,11 @@ def export_neuronpedia(
 def _names(store: "FeatureStore", set_name: str, creator_id: str, model_id: str | None, created: datetime) -> _Names:
     """The names of an export, checked."""
     info = store.info
-    layer = re.match(r"blocks\.(\d+)\.", info.hook)
+    if len(info.reads) + len(info.writes) > 2:
+        raise ConfigError(f"{info.place}: Neuronpedia has dictionaries of one hook to read and one to write")
+    layer = re.match(r"blocks\.(\d+)\.", info.reads[0])
     if layer is None:
-        raise ConfigError(f"{info.hook} is in no block; Neuronpedia names sources by their layer")
+        raise ConfigError(f"{info.reads[0]} is in no block; Neuronpedia names sources by their layer")
     names = _Names(model_id or info.model, f"{layer[1]}-{set_name}", set_name, creator_id, created.isoformat())
     for what, name in (("model_id", names.model), ("set_name", set_name), ("creator_id", creator_id)):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
@@ -165,8 +167,7 @@ def _feature(store: "FeatureStore", names: _Names, latent: int, vector: list[flo
     heights = t.histogram[latent].tolist() if width else []
     effects = w.logit_histogram[latent].tolist()
     low, step = (float(x[latent]) if len(x) else 0.0 for x in (w.logit_low, w.logit_width))
-    hook = store.info.target_hook or store.info.hook
-    steering = {"hookName": hook, "vector": vector, "vectorDefaultSteerStrength": _short(largest)}
+    steering = {"hookName": store.info.writes[0], "vector": vector, "vectorDefaultSteerStrength": _short(largest)}
     return {
         **names.line,
         "index": str(latent),
@@ -184,7 +185,7 @@ def _feature(store: "FeatureStore", names: _Names, latent: int, vector: list[flo
         "topkCosSimIndices": [latent, *w.decoder_neighbours[latent].tolist()],  # the latent itself comes first there
         "topkCosSimValues": [1.0, *_rounded(w.decoder_cosine[latent].tolist())],
         "hasVector": vector is not None,
-        **(steering if vector is not None else {"hookName": hook, "vector": []}),
+        **(steering if vector is not None else {"hookName": store.info.writes[0], "vector": []}),
     }
 
 

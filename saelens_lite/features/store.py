@@ -506,7 +506,7 @@ class FeatureStore:
     def __repr__(self) -> str:
         i = self.info
         silent = int(self.never_fires.sum())
-        return f"FeatureStore({i.d_sae} latents, {i.rule}, {i.model}, {i.hook}, {i.n_tokens:,} tokens, {silent} never fire)"
+        return f"FeatureStore({i.d_sae} latents, {i.rule}, {i.model}, {i.place}, {i.n_tokens:,} tokens, {silent} never fire)"
 
 
 def _check_page(path: Path) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError
 from saelens_lite.model import LanguageModel
+from saelens_lite.ports import apart
 from saelens_lite.progress import progress_bar
 
 N_EFFECTS = 10  # tokens kept at either end of a latent's effects
@@ -72,7 +73,7 @@ class Effects(NamedTuple):
 
 @torch.no_grad()
 def latent_weights(dictionary: Dictionary, lm: LanguageModel, *, raw_unembedding: bool = False) -> LatentWeights:
-    """What the weights say about every latent, on the CPU; of a transcoder, effects are those of its output.
+    """What the weights say about every latent, on the CPU. Effects on logits are those of the last port that is written.
 
     raw_unembedding: effects through W_U as it is, without the scale (and centring) of the model's final norm.
 
@@ -82,7 +83,7 @@ def latent_weights(dictionary: Dictionary, lm: LanguageModel, *, raw_unembedding
     dictionary.check_finite()
     decoder, encoder = F.normalize(dictionary.W_dec.float()), F.normalize(dictionary.W_enc.T.float())
     same_width = decoder.shape == encoder.shape
-    effects = logit_effects(dictionary.W_dec.float(), _unembedding(lm, raw_unembedding))
+    effects = logit_effects(apart(dictionary.W_dec.float(), dictionary.writes)[-1], _unembedding(lm, raw_unembedding))
     numbers = (
         *effects,
         *nearest(decoder, "decoder neighbours"),

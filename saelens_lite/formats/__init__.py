@@ -53,6 +53,7 @@ from saelens_lite.formats.containers import (
 from saelens_lite.kinds import DICTIONARY as KIND
 from saelens_lite.outputs import new_folder, refuse_inputs_in
 from saelens_lite.places import is_address
+from saelens_lite.ports import Port
 
 __all__ = [
     "Format",
@@ -151,10 +152,12 @@ class Outline:
     names: Mapping[str, tuple[str, str]]
     options: Mapping[str, Any] = field(default_factory=dict)
     origin: Origin = field(default_factory=Origin)
-    transcoder: bool = False
+    hook: str | None = None  # the hook that is read
+    target: str | None = None  # of a transcoder: the hook that is written
+    transcoder: bool = False  # whether the output is of another hook than the input
     subtracts_b_dec: bool = True  # from activations before they are encoded
     scale: float = 1.0  # activations are multiplied by this first
-    target_scale: float | None = None  # of a transcoder: what its output is to be divided by
+    target_scale: float | None = None  # what the output is divided by, where that is another number
     token_norm: str | None = None  # "layer_norm", "constant_norm": what is done to each activation by itself
     adjust: Callable[[dict[str, Tensor]], None] | None = None
     rectifies: bool = True  # codes are never negative there: a threshold below zero is as good as zero
@@ -228,6 +231,8 @@ class Outline:
             **self.dims,
             **({"token_norm": self.token_norm} if self.token_norm else {}),
             **({"scale": self.scale} if self.scale != 1 else {}),
+            "reads": self.hook,
+            **({"writes": self.target} if self.transcoder else {}),
             "origin": self.origin.model_dump(),
             "file": {"name": self.file.path.name, "kind": self.file.kind, "sha256": file_hash(self.file.path)},
             "tensors": {
@@ -246,9 +251,9 @@ class Outline:
             rule = self.rule_class(self.rule_config, d_in=dims["d_in"], d_sae=dims["d_sae"])
             dictionary = Dictionary(
                 rule,
-                d_in=dims["d_in"],
+                reads=Port(hook=self.hook, width=dims["d_in"]),
+                writes=Port(hook=self.target, width=dims["d_out"]) if self.transcoder else None,
                 d_sae=dims["d_sae"],
-                d_out=dims["d_out"] if self.transcoder else None,
                 skip="W_skip" in weights,
                 origin=self.origin,
                 token_norm=self.token_norm,
@@ -265,7 +270,7 @@ class Outline:
         for name, tensor in own.items():
             tensor.copy_(weights[name])
         if self._scaled:
-            dictionary.fold_scale_(self.scale, self.target_scale)
+            dictionary.fold_scales_([self.scale], [self.scale if self.target_scale is None else self.target_scale])
         for name, tensor in own.items():
             if not torch.isfinite(tensor).all():
                 raise CorruptFileError(f"{self.file.path}: {name} becomes NaN or infinite when its scales are folded in")
@@ -403,8 +408,9 @@ def fill_layer(path: Path, hook: str | None, layer: int | None) -> str | None:
 
 def cannot_write(dictionary: Dictionary, format_name: str, loss: str) -> ConfigError:
     """The error of a format that has no place for something."""
-    kind = "transcoder" if dictionary.is_transcoder else "dictionary"
-    return ConfigError(f"a {dictionary.rule.plugin_name} {kind} cannot be written as {format_name}: {loss}")
+    return ConfigError(
+        f"a {dictionary.rule.plugin_name} dictionary of {dictionary.place} cannot be written as {format_name}: {loss}"
+    )
 
 
 def convert(

@@ -18,6 +18,7 @@ from saelens_lite.evaluate import EvalReport
 from saelens_lite.files import read_json, write_file
 from saelens_lite.hub.client import NAME, Address
 from saelens_lite.hub.plots import density_plot, log_plot
+from saelens_lite.ports import names
 
 CARD_FILE, EVALUATION_FILE = "README.md", "eval.json"
 OWN_LIBRARY, SAE_LENS = "saelens_lite", "saelens"
@@ -71,10 +72,10 @@ def card_files(
     log = folder.resolve().parent / "log.jsonl"  # where the dictionary is that of a run
     drawn = {"density.png": density_plot(density), "training.png": log_plot(log)}
     figures = {name: png for name, png in drawn.items() if png is not None}
-    results = evaluation_results(str(dictionary.origin.hook), report.to_dict()) if report is not None else []
-    name = f"{dictionary.rule.plugin_name} {dictionary.origin.hook}"
+    results = evaluation_results(dictionary.place, report.to_dict()) if report is not None else []
+    name = f"{dictionary.rule.plugin_name} {dictionary.place}"
     sae_lens = loads_in_sae_lens(folder)
-    data = metadata([dictionary.origin], results, name=name, sae_lens=sae_lens, license=license, tags=tags)
+    data = metadata([dictionary], results, name=name, sae_lens=sae_lens, license=license, tags=tags)
     body = _template("card.md.j2").render(
         **_facts(dictionary),
         load=section("load", load_text(folder, dictionary)),
@@ -85,7 +86,7 @@ def card_files(
 
 
 def metadata(
-    origins: Sequence[Origin],
+    dictionaries: Sequence[Dictionary],
     results: list[EvalResult],
     *,
     name: str,
@@ -97,7 +98,12 @@ def metadata(
 
     `sae_lens`: whether SAELens can load it.
     """
-    kinds = [*([SAE_LENS] if sae_lens else []), *(["transcoder"] if any(o.target_hook for o in origins) else [])]
+    origins = [d.origin for d in dictionaries]
+    kinds = {
+        SAE_LENS: sae_lens,
+        "transcoder": any(not d.writes_what_it_reads for d in dictionaries),
+        "crosscoder": any(d.writes_what_it_reads and len(d.reads) > 1 for d in dictionaries),
+    }
     models = _unique(o.model for o in origins if o.model and _is_hub_model(o.model))
     datasets = _unique(dataset for o in origins if (dataset := _dataset(o.text)))
     return ModelCardData(
@@ -105,7 +111,7 @@ def metadata(
         license=license,
         base_model=models or None,
         datasets=datasets or None,
-        tags=[*TAGS, *kinds, *map(_line, tags)],
+        tags=[*TAGS, *(kind for kind, holds in kinds.items() if holds), *map(_line, tags)],
         model_name=_line(name) if results else None,
         eval_results=results or None,
     )
@@ -164,7 +170,8 @@ def load_text(folder: Path, dictionary: Dictionary, address: Address | None = No
     origin = dictionary.origin
     return _template("load.md.j2").render(
         address=address,
-        load_model=_load_model_call(origin),
+        load_model=_load_model_call(origin) if all(port.hook for port in dictionary.reads) else None,
+        hooks=[port.hook for port in dictionary.reads],
         d_in=dictionary.d_in,
         d_out=dictionary.d_out,
         target=_target(dictionary),
@@ -184,7 +191,7 @@ def _architecture(folder: Path) -> str:
 
 def _load_model_call(origin: Origin) -> str | None:
     """The line of code that loads the model a dictionary belongs to; None where nobody else could load it by that name."""
-    if not origin.model or not origin.hook or not (origin.model == "tiny" or _is_hub_model(origin.model)):
+    if not origin.model or not (origin.model == "tiny" or _is_hub_model(origin.model)):
         return None
     options = {"revision": json.dumps(origin.revision)} if origin.revision else {}
     options |= dict.fromkeys(filter(str.isidentifier, origin.processing), "True")
@@ -194,8 +201,8 @@ def _load_model_call(origin: Origin) -> str | None:
 
 
 def _target(dictionary: Dictionary) -> str | None:
-    """What a transcoder predicts; None for an autoencoder."""
-    return dictionary.origin.target_hook or "another hook" if dictionary.is_transcoder else None
+    """The hooks that are predicted, in words; None where they are those that are read."""
+    return None if dictionary.writes_what_it_reads else names(dictionary.writes)
 
 
 def section(name: str, text: str) -> str:
@@ -224,7 +231,7 @@ def _facts(dictionary: Dictionary) -> dict[str, Any]:
         "title": _title(dictionary),
         "model": origin.model or "a model without a name",
         "revision": origin.revision,
-        "hook": origin.hook or "a hook without a name",
+        "hook": names(dictionary.reads),
         "target": _target(dictionary),
         "skip": dictionary.W_skip is not None,
         "d_in": dictionary.d_in,
@@ -246,9 +253,8 @@ def _listed(values: dict[str, Any]) -> str:
 
 
 def _title(dictionary: Dictionary) -> str:
-    origin, kind = dictionary.origin, "transcoder" if dictionary.is_transcoder else "dictionary"
-    hooks = [origin.hook or "unnamed hook", *([target] if (target := _target(dictionary)) else [])]
-    return _line(f"{dictionary.rule.plugin_name} {kind} of {origin.model or 'a model'}, {' → '.join(hooks)}")
+    kind = "dictionary" if dictionary.writes_what_it_reads else "transcoder"
+    return _line(f"{dictionary.rule.plugin_name} {kind} of {dictionary.origin.model or 'a model'}, {dictionary.place}")
 
 
 def _template(name: str) -> Any:

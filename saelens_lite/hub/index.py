@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from saelens_lite.config import Origin
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import HubError
 from saelens_lite.hub.card import (
@@ -46,7 +45,7 @@ class Row(NamedTuple):
     def of(cls, name: str, d: Dictionary, evaluation: dict[str, Any]) -> "Row":
         """The line of a dictionary."""
         values = metric_values(evaluation)
-        hook = f"{d.origin.hook} → {d.origin.target_hook}" if d.is_transcoder else d.origin.hook or ""
+        hook = d.place if d.reads[0].hook else ""
         numbers = [f"{values[key]:.4g}" if key in values else "" for key in ("l0", "fvu", "ce_loss_score")]
         return cls(name, cell(hook), cell(d.rule.plugin_name), str(d.d_sae), *numbers)
 
@@ -73,7 +72,7 @@ class Entry(NamedTuple):
     """What the card of the repository says of a dictionary that is being pushed."""
 
     row: Row
-    origin: Origin
+    dictionary: Dictionary
     load: str  # how to load it
     sae_lens: bool  # whether SAELens can
     evaluation: dict[str, Any]
@@ -100,8 +99,8 @@ def index_files(
     page = _page(card, repo)
     page.text = with_section(page.text, SECTION, text) if old else f"{page.text.rstrip()}\n\n{section(SECTION, text)}\n"
     results = [result for entry in entries for result in evaluation_results(entry.name, entry.evaluation)]
-    origins, sae_lens = [entry.origin for entry in entries], any(entry.sae_lens for entry in entries)
-    _update(page, metadata(origins, results, name=repo, sae_lens=sae_lens, license=license, tags=tags))
+    dictionaries, sae_lens = [entry.dictionary for entry in entries], any(entry.sae_lens for entry in entries)
+    _update(page, metadata(dictionaries, results, name=repo, sae_lens=sae_lens, license=license, tags=tags))
     return {CARD_FILE: str(page).encode()} | ({FRONTIER_FILE: frontier} if frontier else {})
 
 

@@ -159,9 +159,9 @@ def _named_folders(folder: Path) -> dict[str, Source]:
 
 
 def _hook_name(dictionary: Dictionary) -> str:
-    if not dictionary.origin.hook:
+    if not dictionary.reads[0].hook:
         raise ConfigError("the dictionary does not know its hook; name its folder: push({'name': dictionary}, …)")
-    return check_folder(dictionary.origin.hook)
+    return check_folder("_and_".join(str(port.hook) for port in dictionary.reads))
 
 
 def _message(names: Sequence[str]) -> str:
@@ -184,9 +184,7 @@ def _prepare(
         card = with_section(with_section(card, "load", load), "evaluation", evaluation_text(report))
         files |= {f"{name}/{file}": content for file, content in (own | {CARD_FILE: card.encode()}).items()}
         evaluation = report.to_dict() if report else {}
-        entries.append(
-            Entry(Row.of(name, dictionary, evaluation), dictionary.origin, load, loads_in_sae_lens(folder), evaluation)
-        )
+        entries.append(Entry(Row.of(name, dictionary, evaluation), dictionary, load, loads_in_sae_lens(folder), evaluation))
     return entries, files
 
 

@@ -174,7 +174,7 @@ def attribute(
             ablated = torch.cat([row.ablation(batch_tokens, advance) for row in rows])
     return Attribution(
         metric=name_of(metric, lm),
-        hook=site.target,
+        hook=site.writes,
         tokens=tuple(tuple(lm.vocabulary.row(row.reading.tokens.tolist())) for row in rows),
         value=torch.stack([row.value for row in rows]).cpu(),
         error=torch.stack([row.error for row in rows]).cpu(),
@@ -234,7 +234,7 @@ class _Row:
 
 def _direct_unembedding(site: Site) -> Float[Tensor, "d_vocab d_model"] | None:
     """Return W_U where the dictionary writes to the residual stream and one norm lies between that and W_U; else None."""
-    if not site.target.endswith(ON_STREAM):
+    if len(site.hooks.writes) > 1 or not site.writes.endswith(ON_STREAM):
         return None
     try:
         for hook in (LAST_STREAM, UNEMBEDDED):

@@ -180,7 +180,7 @@ def dose_response(
         controls=tuple(controls),
         doses=given,
         metric=name_of(asked, lm),
-        hook=site.target,
+        hook=site.writes,
         n_tokens=sum(int(reading.counted.sum()) for reading in readings),
         max_activation=max(_largest_code(reading, latent) for reading in readings),
         clean=torch.stack(clean),

@@ -1,6 +1,7 @@
 """Where a dictionary stands in a model: what it reads there, and logits with something added to what it writes."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from saelens_lite.codes import SparseCodes
 from saelens_lite.dictionary import Dictionary
-from saelens_lite.errors import ConfigError, ShapeError, TextError
+from saelens_lite.errors import ShapeError, TextError
 from saelens_lite.model import LanguageModel
+from saelens_lite.ports import apart, together
 from saelens_lite.tokens import Given, TokenRows
 from saelens_lite.tokens.inputs import Ids
 
@@ -23,30 +25,28 @@ class Row(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """A row's codes, and what they leave over of the activation the dictionary predicts."""
+    """A row's codes, and the difference between the activations that the dictionary writes and its output."""
 
     tokens: Int[Tensor, " pos"]
     counted: Bool[Tensor, " pos"]
     codes: SparseCodes
     error: Float[Tensor, "pos d_out"]
     scale: Float[Tensor, "pos 1"]  # what the codes' sum of directions is multiplied by
+    x: Float[Tensor, "pos d_in"]
     acts: dict[str, Float[Tensor, "pos _"]]
 
 
 class Site:
-    """A dictionary at its hook of a model. `target` is where its output stands: the hook itself, or a transcoder's target.
+    """A dictionary at the hooks of a model that it reads and writes.
 
     Raises:
-        ConfigError: no hook is named; a transcoder that names no target; a model with other processing.
+        ConfigError: a port names no hook; a model with other processing.
         HookError: a hook the model lacks.
     """
 
     def __init__(self, dictionary: Dictionary, lm: LanguageModel, hook: str | None = None):
-        self.lm, self.dictionary, self.hook = lm, dictionary, lm.hook_of(dictionary.origin, hook)
-        if dictionary.is_transcoder and dictionary.origin.target_hook is None:
-            raise ConfigError("the transcoder does not say which hook it predicts; set origin.target_hook")
-        self.target = dictionary.origin.target_hook or self.hook
-        lm.hook_point(self.target)
+        self.lm, self.dictionary, self.hooks = lm, dictionary, lm.hooks_of(dictionary, hook)
+        self.reads, self.writes = (" + ".join(side) for side in self.hooks)
 
     def rows(self, text: Given, attention_mask: Any = None) -> list[Row]:
         """Return each text or row of token ids without padding; the positions of TokenRows that count are their own.
@@ -78,20 +78,22 @@ class Site:
         Raises:
             ShapeError: the dictionary has another width than the hook.
         """
-        acts = {name: x[0] for name, x in self.lm.run(_as_given(row.tokens), [self.hook, self.target, *more_hooks]).items()}
-        x, y = acts[self.hook], acts[self.target]
+        acts = {name: x[0] for name, x in self.lm.run(_as_given(row.tokens), [*self.hooks.all, *more_hooks]).items()}
+        x, y = (together(acts, side) for side in self.hooks)
         codes = self.dictionary.encode(x)
         y_hat = self.dictionary.decode(codes, x)
         if y_hat.shape != y.shape:
-            raise ShapeError(f"the dictionary gives {list(y_hat.shape)}; {self.target} of this model is {list(y.shape)}")
+            raise ShapeError(f"the dictionary gives {list(y_hat.shape)}; {self.writes} of this model is {list(y.shape)}")
         scale = self.dictionary.output_scale(x).expand(len(x), 1)
-        return Reading(*row, codes, y.to(y_hat.dtype) - y_hat, scale, acts)
+        return Reading(*row, codes, y.to(y_hat.dtype) - y_hat, scale, x, acts)
 
     def logits(
         self, tokens: Int[Tensor, " pos"], added: Float[Tensor, "n pos d_out"], *, differentiable: bool = False
     ) -> Float[Tensor, "n pos d_vocab"]:
-        """Logits of n variants of one row, each with something added to the activation at the target."""
-        with self.lm.replace(self.target, lambda y: y + added.to(y.dtype)):
+        """Logits of n variants of one row, each with something added to the activations at the hooks that are written."""
+        with ExitStack() as stack:
+            for hook, part in zip(self.hooks.writes, apart(added, self.dictionary.writes), strict=True):
+                stack.enter_context(self.lm.replace(hook, lambda y, part=part: y + part.to(y.dtype)))
             return self.lm.logits(_as_given(tokens, len(added)), differentiable=differentiable)
 
     def clean_logits(self, tokens: Int[Tensor, " pos"]) -> Float[Tensor, "1 pos d_vocab"]:

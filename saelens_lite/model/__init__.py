@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -26,6 +26,7 @@ from saelens_lite.model import norms as _norms
 from saelens_lite.model import processing as _processing
 from saelens_lite.model import readout as _readout
 from saelens_lite.places import find_model
+from saelens_lite.ports import Hooks, Port, apart, together
 from saelens_lite.tokens import Given, TokenRows, prompt_rows
 from saelens_lite.tokens.display import Vocabulary
 from saelens_lite.tokens.inputs import Aligned, Ids, aligned, n_leading_pads, token_ids
@@ -47,6 +48,9 @@ class Reconstructor(Protocol):
     """What `LanguageModel.splice` needs of a dictionary."""
 
     origin: Origin
+    reads: tuple[Port, ...]
+    writes: tuple[Port, ...]
+    writes_what_it_reads: bool
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
@@ -166,6 +170,7 @@ class LanguageModel:
         bos_id = None if tokenizer is None else tokenizer.bos_token_id
         self.bos_id: int | None = self.eos_id if bos_id is None else bos_id  # GPT-2 has <|endoftext|> for both
         self._n_positions: int | None = None  # while generating: of the prompt and all that may follow
+        self._n_whole_rows = 0  # splices in force that need the whole row at once
         self._aligned: Aligned | None = None  # what the current forward pass reads, where its rows were moved
 
     @property
@@ -268,19 +273,30 @@ class LanguageModel:
             f"loaded with {list(self.processing)}: use load_model(..., center_writing_weights={wanted})"
         )
 
-    def hook_of(self, origin: Origin, hook: str | None = None) -> str:
-        """The hook at which a dictionary of this origin is used here: `hook`, or else its own.
+    def hooks_of(self, dictionary: Any, hook: str | None = None) -> Hooks:
+        """Return the hooks at which a dictionary is used here: those of its ports, or `hook` in place of the one it reads.
 
         Raises:
-            ConfigError: neither is named; the model's weights were processed otherwise.
-            HookError: this model lacks it.
+            ConfigError: a port names no hook; `hook` is given for a dictionary that reads several; the dictionary is of two
+                models, or of one whose weights were processed otherwise.
+            HookError: this model lacks a hook.
         """
-        self.check_origin(origin)
-        name = hook or origin.hook
-        if name is None:
+        self.check_origin(dictionary.origin)
+        ports = (*dictionary.reads, *dictionary.writes)
+        if len({port.model for port in ports}) > 1:
+            raise ConfigError(f"the dictionary is of several models; it cannot be used in {self.name} alone")
+        reads, writes = ([port.hook for port in side] for side in (dictionary.reads, dictionary.writes))
+        if hook is not None:
+            if len(reads) > 1:
+                raise ConfigError(f"hook = {hook!r} names one hook; the dictionary reads {' and '.join(map(str, reads))}")
+            reads, writes = [hook], [hook] if dictionary.writes_what_it_reads else writes
+        if None in reads:
             raise ConfigError("the dictionary does not say which hook it belongs to; give hook=")
-        self.hook_point(name)
-        return name
+        if None in writes:
+            raise ConfigError("the dictionary does not say which hook it writes; make it with writes=Port(hook=…, width=…)")
+        for name in (*reads, *writes):
+            self.hook_point(name)
+        return Hooks(tuple(reads), tuple(writes))
 
     @property
     def text_tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -538,44 +554,55 @@ class LanguageModel:
     ) -> Iterator[None]:
         """Within the block, the model reads the dictionary's reconstruction, or its own activation with some codes edited.
 
-        Without edits, the activation at the dictionary's hook is its reconstruction, or, of a transcoder, the activation at
-        its target hook is what it predicts. With edits (`saelens_lite.interventions.edits`) the activation y there keeps its
-        error term by default, y + Σ_i (new_i − old_i) W_dec[i], so that nothing but the edits changes the model;
-        error_term=False edits the reconstruction instead.
+        Without edits, the activation at each hook that the dictionary writes is its output there. With edits
+        (`saelens_lite.interventions.edits`) the activation y there keeps its error term by default,
+        y + Σ_i (new_i − old_i) W_dec[i], so that nothing but the edits changes the model; error_term=False edits the output
+        instead. A dictionary of several hooks reads them in a pass of its own, before any of them is changed.
 
         Positions the dictionary was never trained on keep their activation, unless an edit names them: special tokens
         wherever they stand, padding, and the positions its origin excludes, by default position 0. `keep` chooses the positions
         that may change instead.
 
         Raises:
-            HookError: neither the dictionary nor `hook` names a hook of this model; a transcoder's target comes first.
-            ConfigError: the dictionary belongs to a model whose weights were processed otherwise; a transcoder that names no
-                target; an edit of a latent that the dictionary does not have.
+            HookError: this model lacks a hook of the dictionary, or comes to the one that is written before the one that is read.
+            ConfigError: the dictionary belongs to a model whose weights were processed otherwise; a port names no hook; an edit
+                of a latent that the dictionary does not have; a dictionary of several hooks, and a pass with a cache.
             ShapeError: the dictionary has another width than the hook; an edit names a position behind the end of the row;
                 `keep` is of another shape than the tokens.
         """
-        name = self.hook_of(dictionary.origin, hook)
+        hooks = self.hooks_of(dictionary, hook)
         edits = [edits] if isinstance(edits, PositionedEdit) else edits
         error_term = bool(edits) if error_term is None else error_term
         if edits:
             dictionary.check_edits(edits)
-        if getattr(dictionary, "is_transcoder", False) and dictionary.origin.target_hook is None:
-            raise ConfigError("the transcoder does not say which hook it predicts; set origin.target_hook")
-        target = dictionary.origin.target_hook or name
-        read: list[Tensor] = []
+        in_place = hooks.reads == hooks.writes and len(hooks.reads) == 1
+        reads_first = len(hooks.reads) + len(hooks.writes) > 2  # in a pass of its own
+        read: dict[str, Tensor] = {}
+        written: dict[str, Tensor] = {}
         ids: list[Tensor | None] = [None]
         offset = [0]  # position of the first token of the current forward pass; not 0 while generating with a cache
+        is_reading = [False]
 
-        def note_ids(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        def begin(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            if is_reading[0]:
+                return
             ids[0] = args[0] if args else kwargs.get("input_ids")
             offset[0] = _n_cached(kwargs.get("past_key_values"))
+            read.clear()
+            written.clear()
+            if reads_first:
+                if offset[0]:
+                    raise ConfigError("a dictionary of several hooks needs the whole row; run the model without a cache")
+                is_reading[0] = True
+                try:
+                    with ExitStack() as stack:
+                        for name in hooks.reads:
+                            stack.enter_context(self.replace(name, look(name)))
+                        self.module(*args, **(kwargs | {"use_cache": False, "past_key_values": None}))
+                finally:
+                    is_reading[0] = False
 
-        def rewrite(y: Tensor) -> Tensor:
-            if target != name and not read:
-                raise _target_first(name, target)
-            x = y if target == name else read.pop()
-            dictionary.check_input(x)
-            position = torch.arange(y.shape[1], device=y.device) + offset[0]
+        def chosen_positions(y: Tensor, position: Tensor, target: str) -> Tensor:
             chosen = ~torch.isin(position, position.new_tensor(dictionary.origin.excluded_positions))
             if keep is not None:
                 if keep.shape != y.shape[:2]:
@@ -586,27 +613,62 @@ class LanguageModel:
             elif ids[0] is not None and ids[0].shape == y.shape[:2]:
                 special = sorted(self.special_ids | set(dictionary.origin.excluded_token_ids))
                 chosen = chosen & ~torch.isin(ids[0].to(y.device), position.new_tensor(special))
-            new = y
+            return chosen
+
+        def output(chosen: Tensor, position: Tensor) -> None:
+            """Note what is written at each hook: the reconstruction, or what the edits add to the activation."""
+            x = together(read, hooks.reads)
+            dictionary.check_input(x)
             if not error_term:
-                new = torch.where(chosen[..., None], _as(y, dictionary(x), target), y)
+                written.update(zip(hooks.writes, apart(dictionary(x), dictionary.writes), strict=True))
             if edits:
                 at = [self._named_positions(edit, position, chosen, keep is not None) for edit in edits]
-                new = new + _as(y, dictionary.change(x, edits, at), target)
-            return new
+                changes = apart(dictionary.change(x, edits, at), dictionary.writes)
+                written.update({f"{name} changed": part for name, part in zip(hooks.writes, changes, strict=True)})
 
-        def look(x: Tensor) -> Tensor:
-            read[:] = [x.clone()]  # some models go on to overwrite it
-            return x
+        def rewrite(target: str) -> Callable[[Tensor], Tensor]:
+            def act(y: Tensor) -> Tensor:
+                if is_reading[0]:
+                    return y
+                if in_place:
+                    read[target] = y
+                if missing := [name for name in hooks.reads if name not in read]:
+                    raise _target_first(missing[0], target)
+                position = torch.arange(y.shape[1], device=y.device) + offset[0]
+                chosen = chosen_positions(y, position, target)
+                if in_place or not written:
+                    output(chosen, position)
+                new = y
+                if not error_term:
+                    new = torch.where(chosen[..., None], _as(y, written[target], target), y)
+                return new + _as(y, written[f"{target} changed"], target) if edits else new
 
-        noting = self.module.register_forward_pre_hook(note_ids, with_kwargs=True)
-        try:
-            with self.replace(name, look) if target != name else nullcontext(), self.replace(target, rewrite):
-                yield
-        finally:
-            noting.remove()
+            return act
+
+        def look(name: str) -> Callable[[Tensor], Tensor]:
+            def note(x: Tensor) -> Tensor:
+                read[name] = x.clone()  # some models go on to overwrite it
+                return x
+
+            return note
+
+        with ExitStack() as stack:
+            beginning = self.module.register_forward_pre_hook(begin, with_kwargs=True)
+            stack.callback(beginning.remove)
+            if not in_place and not reads_first:
+                for name in hooks.reads:
+                    stack.enter_context(self.replace(name, look(name)))
+            for target in hooks.writes:
+                stack.enter_context(self.replace(target, rewrite(target)))
+            self._n_whole_rows += reads_first
+            stack.callback(self._less_whole_rows, reads_first)
+            yield
+
+    def _less_whole_rows(self, n: int) -> None:
+        self._n_whole_rows -= n
 
     def check_order(self, hook: str, target: str) -> None:
-        """Raise HookError when the model comes to `target` before `hook`, from which a transcoder is to predict it."""
+        """Raise HookError when the model comes to `target` before `hook`, from which a dictionary predicts it."""
         met: list[str] = []
 
         def noting(name: str) -> Callable[[Tensor], Tensor]:
@@ -768,7 +830,7 @@ def _activation(name: str, value: Any, tokens: Int[Tensor, "batch pos"]) -> Floa
 
 
 def _target_first(hook: str, target: str) -> HookError:
-    return HookError(f"the model comes to {target} before {hook}, from which the transcoder predicts it")
+    return HookError(f"the model comes to {target} before {hook}, from which the dictionary predicts it")
 
 
 def _as(y: Float[Tensor, "batch pos d"], new: Tensor, hook: str) -> Float[Tensor, "batch pos d"]:

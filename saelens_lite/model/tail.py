@@ -1,7 +1,7 @@
 """A model from a hook onwards: the blocks in front of a replaced activation need not be run again."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -20,34 +20,45 @@ log = logging.getLogger(__name__)
 
 
 class Tail:
-    """Logits of one model with one hook replaced, again and again on the same tokens.
+    """Logits of one model with the activations at some hooks replaced, again and again on the same tokens.
 
     `read` runs the whole model; `logits` then runs what lies behind the hook. For that, each block in front is made to hand on
     what it is given, and where the hook is inside a block, what entered that block is put back. Whether this gives the
-    logits of a whole pass is tried on two rows first; where it does not, or the hook belongs to no block, passes are whole.
+    logits of a whole pass is tried on two rows first; where it does not, where the hook belongs to no block, and where there are
+    several hooks, passes are whole.
 
     `n_skipped` is the number of blocks that are passed over. `is_whole_stream`: the hook is all that the rest of the model
     reads, so that a constant in its place gives every row the same logits.
     """
 
-    def __init__(self, lm: "LanguageModel", hook: str, tokens: Int[Tensor, "n pos"]):
-        self.lm, self.hook = lm, hook
-        point = lm.hook_point(hook)
+    def __init__(self, lm: "LanguageModel", hooks: Sequence[str], tokens: Int[Tensor, "n pos"]):
+        self.lm, self.hooks, self.hook = lm, tuple(hooks), hooks[0]
+        self._enters: nn.Module | None = None
+        self._entered: Tensor | None = None
+        self._hand_on: list[tuple[nn.Module, Callable[..., Any]]] = []
+        self.n_skipped, self.is_whole_stream = 0, False
+        if len(hooks) > 1:
+            acts, _ = self._run(tokens[:1, :1], self.hooks, [])
+            self._widths = [acts[hook].shape[-1] for hook in self.hooks]
+        else:
+            self._look_behind(tokens)
+
+    def _look_behind(self, tokens: Int[Tensor, "n pos"]) -> None:
+        """Find the blocks in front of the only hook, and try whether they can be passed over."""
+        lm, point = self.lm, self.lm.hook_point(self.hook)
         blocks = lm.blocks
         holding = next((i for i, block in enumerate(blocks) if any(part is point.module for part in block.modules())), 0)
         at_boundary = bool(blocks) and blocks[holding] is point.module
         self.n_skipped = holding + (at_boundary and point.side == "out")
         self.is_whole_stream = at_boundary
         self._enters = blocks[holding] if self.n_skipped and not at_boundary else None
-        self._entered: Tensor | None = None
-        self._hand_on: list[tuple[nn.Module, Callable[..., Any]]] = []
         if self.n_skipped or at_boundary:
             row = tokens[:1, :PROBE_TOKENS]
             self._try_out(blocks[: self.n_skipped], torch.cat([row, (row + 1) % lm.d_vocab]))
 
     def _try_out(self, skipped: list[nn.Module], tokens: Int[Tensor, "two pos"]) -> None:
         """Keep to whole passes unless shortened ones give their logits."""
-        (x,), _ = self._run(tokens, (self.hook,), skipped)
+        x = self._run(tokens, (self.hook,), skipped)[0][self.hook]
         new, zeros = x.flip(0) / 2, torch.zeros_like(x)
         wanted, wanted_zero = self._whole(tokens, new), self._whole(tokens, zeros)
         try:
@@ -61,14 +72,14 @@ class Tail:
         self.is_whole_stream = self.is_whole_stream and _near(wanted_zero[:1], wanted_zero[1:])
 
     def read(
-        self, tokens: Int[Tensor, "n pos"], *hooks: str, first: int = 0
-    ) -> tuple[list[Float[Tensor, "n pos _"]], Float[Tensor, "n n_logits d_vocab"]]:
+        self, tokens: Int[Tensor, "n pos"], hooks: Sequence[str], first: int = 0
+    ) -> tuple[dict[str, Float[Tensor, "n pos _"]], Float[Tensor, "n n_logits d_vocab"]]:
         """Return the activations at the hooks named, and the logits from position `first` on, of a whole pass."""
         return self._run(tokens, hooks, [], first)
 
     def _run(
-        self, tokens: Tensor, hooks: tuple[str, ...], learn: list[nn.Module], first: int = 0
-    ) -> tuple[list[Tensor], Tensor]:
+        self, tokens: Tensor, hooks: Sequence[str], learn: list[nn.Module], first: int = 0
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """A whole pass that also notes what enters the block of the hook, and how the blocks to `learn` give their output."""
         found: dict[str, Tensor] = {}
         with ExitStack() as stack:
@@ -81,7 +92,7 @@ class Tail:
                 handle = block.register_forward_hook(lambda block, _, out: self._hand_on.append((block, _handing_on(out))))
                 stack.callback(handle.remove)
             logits = self._logits(tokens, first)
-        return [found[hook] for hook in hooks], logits
+        return found, logits
 
     def _note_entry(self, _block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._entered = (args[0] if args else kwargs["hidden_states"]).clone()
@@ -92,8 +103,8 @@ class Tail:
     def logits(
         self, tokens: Int[Tensor, "n pos"], new: Float[Tensor, "n pos d"], first: int = 0
     ) -> Float[Tensor, "n n_logits d_vocab"]:
-        """Return the logits from position `first` on with `new` at the hook, for the tokens last read; for others only where
-        `is_whole_stream`."""
+        """Return the logits from position `first` on with `new` at the hooks, for the tokens last read; for others only where
+        `is_whole_stream`. Of several hooks, `new` has the activations one after the other."""
         if not self.n_skipped:
             return self._whole(tokens, new, first)
         with ExitStack() as stack:
@@ -105,7 +116,10 @@ class Tail:
             return self._whole(tokens, new, first)
 
     def _whole(self, tokens: Tensor, new: Tensor, first: int = 0) -> Tensor:
-        with self.lm.replace(self.hook, lambda _: new.clone()):  # Falcon goes on to overwrite it
+        parts = new.split(self._widths, dim=-1) if len(self.hooks) > 1 else [new]
+        with ExitStack() as stack:
+            for hook, part in zip(self.hooks, parts, strict=True):
+                stack.enter_context(self.lm.replace(hook, lambda _, part=part: part.clone()))  # Falcon overwrites it
             return self._logits(tokens, first)
 
     def _logits(self, tokens: Tensor, first: int) -> Tensor:

@@ -13,6 +13,7 @@ from saelens_lite.config import Origin
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, CorruptFileError, PluginError, SaelensLiteError
 from saelens_lite.formats import Format, write
+from saelens_lite.ports import Port
 from saelens_lite.testing.report import CheckFailed, NotChecked
 
 D_IN, D_SAE = 8, 32
@@ -57,8 +58,8 @@ class Bench:
 
 def random_dictionary(rule: str, d_out: int | None) -> Dictionary:
     """A dictionary whose parameters are random."""
-    origin = Origin(model="m", hook=HOOK, target_hook=TARGET if d_out else None)
-    d = Dictionary.create(rule, d_in=D_IN, d_sae=D_SAE, d_out=d_out, options=RULES[rule], origin=origin)
+    ports = {"reads": Port(hook=HOOK, width=D_IN), "writes": Port(hook=TARGET, width=d_out) if d_out else None}
+    d = Dictionary.create(rule, **ports, d_sae=D_SAE, options=RULES[rule], origin=Origin(model="m"))
     generator = torch.Generator().manual_seed(0)
     for parameter in d.parameters():
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)

@@ -258,7 +258,7 @@ def transcoder(lab: Lab) -> str:
     if lab.rule.tied:
         raise NotChecked("tied = True: the rule makes no transcoders")
     d_out = lab.d_in + 3
-    d = Dictionary.create(lab.name, d_in=lab.d_in, d_sae=lab.d_sae, d_out=d_out, skip=True, options=lab.options).double()
+    d = Dictionary.create(lab.name, reads=lab.d_in, writes=d_out, d_sae=lab.d_sae, skip=True, options=lab.options).double()
     d.rule.load_state_dict(lab.dictionary().rule.state_dict())
     generator = torch.Generator().manual_seed(8)
     target = torch.randn(BATCH, d_out, generator=generator).double()

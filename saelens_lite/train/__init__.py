@@ -416,7 +416,7 @@ def _kept(job: _Job, i: int, cause: SaelensLiteError) -> str:
 def _loop(source: Source, job: _Job, logs: list[RunLog]) -> None:
     """Feed every trainer the same batches until each has seen the tokens it asked for."""
     trainers = job.trainers
-    hooks = list(dict.fromkeys(hook for trainer in trainers for hook in (trainer.hook, trainer.target_hook)))
+    hooks = list(dict.fromkeys(hook for trainer in trainers for hook in trainer.hooks.all))
     due = [(trainer.n_seen // trainer.config.log_every + 1) * trainer.config.log_every for trainer in trainers]
     batches = source.batches(hooks, trainers[0].config.batch_size, job.data_seed, job.n_batches)
     saved = time.monotonic()
@@ -438,7 +438,7 @@ def _loop(source: Source, job: _Job, logs: list[RunLog]) -> None:
             for i in job.at_work:
                 trainer = trainers[i]
                 try:
-                    trainer.step(batch[trainer.hook], batch[trainer.target_hook])
+                    trainer.step(batch)
                 except NonFiniteError as error:
                     if not all(bool(torch.isfinite(x).all()) for x in batch.values()):
                         raise  # the data is bad, for all of them

@@ -37,7 +37,7 @@ from saelens_lite.kinds import CHECKPOINT, TEMPORARY
 from saelens_lite.outputs import new_folder, remove, remove_own
 from saelens_lite.schemas import Checked, Count, Number, PlainName, Positive, Seed, Sha256, String, checked, read_checked
 
-FORMAT = 3
+FORMAT = 4
 WITH_HISTORIES = 2  # the format whose state.json holds the logs
 KEPT = 2
 MAX_DICTIONARIES = 10_000
@@ -50,7 +50,7 @@ State = tuple[dict[str, Tensor], dict[str, Any]]  # of one dictionary: tensors a
 class _Checksums(Checked):
     """What checksums.json holds."""
 
-    format: Literal[2, 3]
+    format: Literal[2, 3, 4]
     sha256: dict[PlainName, Sha256]
 
 
@@ -67,8 +67,8 @@ class _Request(Checked):
 class _Numbers(Checked):
     """The plain data of one dictionary."""
 
-    scale: Annotated[Number, Field(gt=0)]
-    target_scale: Annotated[Number, Field(gt=0)]
+    scales: list[Annotated[Number, Field(gt=0)]]
+    target_scales: list[Annotated[Number, Field(gt=0)]]
     variance: Annotated[Number, Field(gt=0)]
     n_seen: Count
     n_steps: Count
@@ -185,6 +185,15 @@ def earlier_states(run: Path, i: int) -> Iterator[State]:
             yield found[0][i]
 
 
+def _of_format_4(loop: dict[str, Any]) -> dict[str, Any]:
+    """Return the state of an older checkpoint, which has one number for the ports that are read or written, as it is now."""
+    for numbers in loop["dictionaries"] if isinstance(loop.get("dictionaries"), list) else []:
+        for name in ("scale", "target_scale"):
+            if isinstance(numbers, dict) and name in numbers:
+                numbers[f"{name}s"] = [numbers.pop(name)]
+    return loop
+
+
 def _read(folder: Path) -> tuple[list[State], dict[str, Any]]:
     """A checkpoint; CorruptFileError when it is not what was written.
 
@@ -194,7 +203,7 @@ def _read(folder: Path) -> tuple[list[State], dict[str, Any]]:
         check_inside(place)
     checksums = read_checked(folder / CHECKSUMS, _Checksums)
     old = checksums.format == WITH_HISTORIES
-    loop = read_json(folder / STATE, limit=MAX_LIST_BYTES if old else None, finite=not old)
+    loop = _of_format_4(read_json(folder / STATE, limit=MAX_LIST_BYTES if old else None, finite=not old))
     state = checked(folder / STATE, loop, _State)
     n = len(state.configs)
     files = {STATE, *(_tensors_file(folder, i).name for i in range(n))}

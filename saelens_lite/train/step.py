@@ -73,8 +73,8 @@ class DenseStep:
 
     @property
     def decoder_norms(self) -> Float[Tensor, " d_sae"]:
-        """‖W_dec[i]‖; differentiable."""
-        return torch.linalg.vector_norm(self.dictionary.W_dec, dim=1)
+        """The norm of each latent's direction, summed over the ports that are written; differentiable."""
+        return self.dictionary.decoder_norms()
 
     def pre_tiles(self, latents: Int[Tensor, " n"]) -> Iterator[Float[Tensor, "rows n"]]:
         """Pre-activations of some latents, without gradient, a tile of rows after the other."""

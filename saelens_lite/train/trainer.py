@@ -5,58 +5,62 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelens_lite.cache import Batch, Source, Statistics
+from saelens_lite.cache.source import UNNAMED
 from saelens_lite.codes import gpu
 from saelens_lite.config import TrainConfig
 from saelens_lite.devices import where_float64_is, wide
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, NonFiniteError, ShapeError
 from saelens_lite.files import check_fits_memory, shortened
+from saelens_lite.ports import Hooks, Port, together
 from saelens_lite.train.step import DenseStep, SparseStep
 
 MAX_SCALINGS, SAME = 12, 1e-3  # of the untrained encoder
-_NUMBERS = ("scale", "target_scale", "variance", "n_seen", "n_steps", "fire_tokens")
+_NUMBERS = ("scales", "target_scales", "variance", "n_seen", "n_steps", "fire_tokens")
 
 
 class Trainer:
     """The state of one dictionary in training.
 
-    The dictionary sees activations multiplied by `scale`. A transcoder has no bias that would centre its input, so `shift` is
-    taken off that, and its target is multiplied by `target_scale`. `result` folds all of this in.
+    The dictionary sees the activations of each port multiplied by a number: `scales` of the ports it reads, `target_scales` of
+    those it writes. Where these are other ports it has no bias that would centre its input, so `shift` is subtracted from that.
+    `result` folds all of this in.
     """
 
     step_class: type[DenseStep] = SparseStep
 
     def __init__(self, config: TrainConfig, source: Source, device: str | torch.device = "cpu"):
         self.config = config
-        self.hook, self.target_hook = _choose_hooks(config, source)
-        self.is_transcoder = self.target_hook != self.hook
-        statistics, variance = _moments(source, self.hook)
-        self.scale = self._scale_of(statistics, variance)
-        target_statistics, variance = _moments(source, self.target_hook) if self.is_transcoder else (statistics, variance)
-        self.target_scale = self._scale_of(target_statistics, variance)
-        self.variance = self.target_scale**2 * variance
-        self.shift = (statistics.mean * self.scale).to(device) if self.is_transcoder else None
-        origin = source.origin(self.hook)
+        self.hooks = _choose_hooks(config, source)
+        moments = {hook: _moments(source, hook) for hook in self.hooks.all}
+        is_same = self.hooks.reads == self.hooks.writes
+        scale_of = {hook: self._scale_of(*found, around_mean=not is_same) for hook, found in moments.items()}
+        self.scales = [scale_of[hook] for hook in self.hooks.reads]
+        self.target_scales = [scale_of[hook] for hook in self.hooks.writes]
+        self.variance = sum(scale_of[hook] ** 2 * moments[hook][1] for hook in self.hooks.writes)
+        means = {hook: found.mean * scale_of[hook] for hook, (found, _) in moments.items()}
+        self.shift = None if is_same else together(means, self.hooks.reads).to(device)
         self._cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
         self._random = [torch.Generator(d).manual_seed(config.seed).get_state() for d in ("cpu", *self._cuda)]
         with self._own_randomness():
             self.dictionary = Dictionary.create(
                 config.sparsity,
-                d_in=source.d_in(self.hook),
+                reads=_ports(source, self.hooks.reads),
+                writes=None if is_same else _ports(source, self.hooks.writes),
                 d_sae=config.d_sae,
-                d_out=source.d_in(self.target_hook) if self.is_transcoder else None,
                 skip=config.skip,
                 options=config.options,
                 seed=config.seed,
-                origin=origin.replace(target_hook=self.target_hook) if self.is_transcoder else origin,
+                origin=source.origin(self.hooks.reads[0]),
             ).to(device)
         self.dictionary.train()
-        self.dictionary.b_dec.data.copy_(target_statistics.mean * self.target_scale)
+        self.dictionary.b_dec.data.copy_(together(means, self.hooks.writes))
         with torch.no_grad():
             self.dictionary.rule.after_step(self.dictionary)
         # Adam is several times faster on contiguous memory, so it is given W_encᵀ
@@ -86,39 +90,43 @@ class Trainer:
         fall = (1 - progress) / c.decay if c.decay else 1.0
         return c.peak_lr * max(0.0, min(1.0, rise, fall))
 
-    def _scale_of(self, statistics: Statistics, variance: float) -> float:
-        """What activations are multiplied by: their norm becomes sqrt(d), of a transcoder the norm around the mean."""
+    def _scale_of(self, statistics: Statistics, variance: float, around_mean: bool) -> float:
+        """Return the number that gives activations, or their difference from the mean, an RMS norm of sqrt(d)."""
         if self.config.normalize == "none":
             return 1.0
-        return len(statistics.mean) ** 0.5 / (variance**0.5 if self.is_transcoder else statistics.rms_norm)
+        return len(statistics.mean) ** 0.5 / (variance**0.5 if around_mean else statistics.rms_norm)
 
-    def _prepare(
-        self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"] | None
-    ) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_out"]]:
-        """Raw activations as the dictionary expects them: its input and its target."""
+    def _prepare(self, batch: Batch) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_out"]]:
+        """Return raw activations as the dictionary expects them: its input and its target."""
         weight = self.dictionary.W_dec
-        x = x.to(weight.device, weight.dtype) * self.scale
-        if self.shift is None:
-            return x, x
-        return x - self.shift, target.to(weight.device, weight.dtype) * self.target_scale
 
-    def step(self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"] | None = None) -> None:
-        """One optimiser step on raw activations; a transcoder takes those of its target hook too.
+        def scaled(hooks: Sequence[str], scales: Sequence[float]) -> Float[Tensor, "batch d"]:
+            parts = zip(hooks, scales, strict=True)
+            return together([batch[hook].to(weight.device, weight.dtype) * scale for hook, scale in parts])
+
+        x = scaled(self.hooks.reads, self.scales)
+        return (x, x) if self.shift is None else (x - self.shift, scaled(self.hooks.writes, self.target_scales))
+
+    def step(self, batch: Batch | Float[Tensor, "batch d_in"]) -> None:
+        """Take one optimiser step on raw activations.
+
+        Args:
+            batch: the activations of every hook that the dictionary reads or writes, by name; a tensor where it is only one.
 
         Raises:
-            ShapeError: a transcoder is given no target.
+            ShapeError: activations of one of the hooks are missing.
             PluginError: the sparsity rule gives negative codes; the parameters are those before the step.
             NonFiniteError: the activations or the loss are NaN or infinite; the parameters are those before the step.
         """
-        if self.is_transcoder and target is None:
-            raise ShapeError(
-                f"a step of this transcoder needs the activations of {self.target_hook!r} beside those of its input"
-            )
+        if isinstance(batch, Tensor):
+            batch = {self.hooks.reads[0]: batch}
+        if missing := [hook for hook in self.hooks.all if hook not in batch]:
+            raise ShapeError(f"a step of this dictionary needs the activations of {', '.join(missing)} too")
         c = self.config
         progress = self.n_seen / c.n_tokens
         with self._own_randomness():
-            x, target = self._prepare(x, target)
-            if self.n_steps == 0 and not self.dictionary.rule.tied and not self.is_transcoder:
+            x, target = self._prepare(batch)
+            if self.n_steps == 0 and not self.dictionary.rule.tied and self.shift is None:
                 self._scale_encoder(x)
             self._step(x, target, progress)
 
@@ -194,7 +202,7 @@ class Trainer:
     @property
     def described(self) -> str:
         """The rule, the hook, and how far training is, for messages."""
-        return f"{self.config.sparsity} on {self.hook} (after {self.n_seen:,} tokens)"
+        return f"{self.config.sparsity} on {self.dictionary.place} (after {self.n_seen:,} tokens)"
 
     def _explain(self, activations: Sequence[Tensor], losses: dict[str, Tensor]) -> str:
         """Say what became NaN or infinite first: the data, a parameter, a part of the loss, or a gradient."""
@@ -255,23 +263,25 @@ class Trainer:
     def validate(self, batch: Batch) -> dict[str, float]:
         """Loss figures on raw activations that were not trained on: val_fvu = Σ‖y − ŷ‖² / Σ‖y − mean‖², and val_l0.
 
-        y is the target, of an autoencoder x.
+        y: the activations at the ports that are written, each port scaled as in training.
         """
         self.dictionary.eval()
-        x, target = batch[self.hook], batch[self.target_hook]
-        mean = where_float64_is(target).mean(0, dtype=torch.float64)
+        targets, n = {hook: batch[hook] for hook in self.hooks.writes}, len(batch[self.hooks.reads[0]])
+        means = {hook: where_float64_is(x).mean(0, dtype=torch.float64) for hook, x in targets.items()}
         error = spread = 0.0
         l0 = 0
         with self._own_randomness():
-            for piece, wanted in zip(x.split(self.config.batch_size), target.split(self.config.batch_size), strict=True):
-                scaled, scaled_target = self._prepare(piece, wanted)
-                codes = self.dictionary.encode(scaled)
-                squares = (scaled_target - self.dictionary.decode(codes, scaled)).square()
+            for start in range(0, n, self.config.batch_size):
+                piece = {hook: batch[hook][start : start + self.config.batch_size] for hook in self.hooks.all}
+                x, target = self._prepare(piece)
+                codes = self.dictionary.encode(x)
+                squares = (target - self.dictionary.decode(codes, x)).square()
                 error += float(where_float64_is(squares).sum(dtype=torch.float64))
-                spread += float((where_float64_is(wanted) - mean).square().sum()) * self.target_scale**2
+                for hook, scale in zip(self.hooks.writes, self.target_scales, strict=True):
+                    spread += float((where_float64_is(piece[hook]) - means[hook]).square().sum()) * scale**2
                 l0 += int(codes.fires.sum())
         self.dictionary.train()
-        return {"val_fvu": round(error / spread, 6) if spread else math.nan, "val_l0": round(l0 / len(x), 6)}
+        return {"val_fvu": round(error / spread, 6) if spread else math.nan, "val_l0": round(l0 / n, 6)}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that the next step depends on, as tensors and as plain data."""
@@ -293,16 +303,17 @@ class Trainer:
             ConfigError: it is of training on other activations.
             KeyError, RuntimeError: it is not one of this trainer.
         """
-        for name in ("scale", "target_scale", "variance"):
-            if not math.isclose(numbers[name], getattr(self, name), rel_tol=1e-4):
+        for name in ("scales", "target_scales", "variance"):
+            found, wanted = np.atleast_1d(getattr(self, name)), np.atleast_1d(numbers[name])
+            if found.shape != wanted.shape or not np.allclose(found, wanted, rtol=1e-4, atol=0):
                 raise ConfigError(
-                    f"the activations of {self.hook!r} are not those the run was trained on: their {name} is "
-                    f"{getattr(self, name):.6g}, it was {numbers[name]:.6g}"
+                    f"the activations of {self.dictionary.place} are not those the run was trained on: their {name} are "
+                    f"{getattr(self, name)}, they were {numbers[name]}"
                 )
         if self.shift is not None:
             if not torch.allclose(self.shift.cpu(), tensors["shift"].cpu(), rtol=1e-3, atol=1e-3):
                 raise ConfigError(
-                    f"the activations of {self.hook!r} are not those the run was trained on: their mean is another"
+                    f"the activations of {self.dictionary.place} are not those the run was trained on: their mean is another"
                 )
             self.shift.copy_(tensors["shift"])
         self._check_tensors(tensors, numbers)
@@ -350,15 +361,15 @@ class Trainer:
         """The dictionary as it is now, for raw activations: scale and decoder norms folded in."""
         d = self.dictionary
         rule = type(d.rule)(d.rule.config, d_in=d.d_in, d_sae=d.d_sae)
-        kind = {"d_out": d.d_out, "skip": d.W_skip is not None} if d.is_transcoder else {}
         density = self.fire_count.float() / self.fire_tokens if self.fire_tokens else None
         record = {"config": self.config.model_dump(mode="json"), "tokens": self.n_seen, "steps": self.n_steps}
-        copy = Dictionary(rule, d_in=d.d_in, d_sae=d.d_sae, origin=d.origin, density=density, training=record, **kind)
+        kept = {"d_sae": d.d_sae, "skip": d.W_skip is not None, "origin": d.origin}
+        copy = Dictionary(rule, **d.ports, **kept, density=density, training=record)
         copy.to(d.W_enc.device).load_state_dict(d.state_dict())
         copy.fold_decoder_norms_()
         if self.shift is not None:
             copy.fold_shift_(self.shift)
-        return copy.fold_scale_(self.scale, self.target_scale).eval()
+        return copy.fold_scales_(self.scales, self.target_scales).eval()
 
 
 def _not_finite(tensors: dict[Any, Tensor]) -> list[Any]:
@@ -369,36 +380,38 @@ def _not_finite(tensors: dict[Any, Tensor]) -> list[Any]:
 def check_sizes(config: TrainConfig, source: Source, tensors: dict[str, Tensor]) -> None:
     """Raise ConfigError or CorruptFileError unless a state is of activations as wide as those of a source and a batch of them
     fits into memory; all that a trainer allocates follows from these sizes."""
-    hook, target = _choose_hooks(config, source)
-    widths = {"W_dec": (config.d_sae, source.d_in(target)), "W_enc": (source.d_in(hook), config.d_sae)}
-    for name, wanted in widths.items():
+    hooks = _choose_hooks(config, source)
+    d_in, d_out = (sum(map(source.d_in, side)) for side in hooks)
+    for name, wanted in {"W_dec": (config.d_sae, d_out), "W_enc": (d_in, config.d_sae)}.items():
         if (found := tensors.get(f"dictionary.{name}")) is not None and tuple(found.shape) != wanted:
             raise ConfigError(
                 f"the checkpoint does not fit the activations: {name} has shape {tuple(found.shape)}, expected {wanted}"
             )
-    check_fits_memory(f"a batch of {config.batch_size:,}", 4 * config.batch_size * (source.d_in(hook) + source.d_in(target)))
+    check_fits_memory(f"a batch of {config.batch_size:,}", 4 * config.batch_size * (d_in + d_out))
 
 
-def _choose_hooks(config: TrainConfig, source: Source) -> tuple[str, str]:
-    """The hook to read and the hook to predict, the same one for an autoencoder.
+def _choose_hooks(config: TrainConfig, source: Source) -> Hooks:
+    """Return the hooks that a dictionary reads and writes.
 
     Raises:
-        ConfigError: there are several hooks and none is named, or a skip connection from a hook to itself.
+        ConfigError: there are several hooks and none is named, or a skip connection from hooks to themselves.
         HookError: there are no activations of a hook.
     """
-    hook, others = config.hook, [name for name in source.hooks if name != config.target_hook]
-    if hook is None and len(others) != 1:
-        raise ConfigError(f"the activations come from several hooks; say which: hook = one of {', '.join(source.hooks)}")
-    hook = hook or others[0]
-    source.d_in(hook)
-    if config.target_hook is None:
-        if config.skip:
-            raise ConfigError("skip = True is for transcoders: say which activations to predict, target_hook = …")
-        return hook, hook
-    if config.target_hook == hook:
-        raise ConfigError(f"hook and target_hook are both {hook!r}; leave out target_hook for an autoencoder")
-    source.d_in(config.target_hook)
-    return hook, config.target_hook
+    reads = config.reads or ((config.hook,) if config.hook else ())
+    if not reads:
+        reads = tuple(name for name in source.hooks if name not in config.writes)
+        if len(reads) != 1:
+            raise ConfigError(f"the activations come from several hooks; say which: hook = one of {', '.join(source.hooks)}")
+    hooks = Hooks(reads, config.writes or reads)
+    if config.skip and hooks.reads == hooks.writes:
+        raise ConfigError("skip = True needs other hooks to write than those that are read: writes = …")
+    for hook in hooks.all:
+        source.d_in(hook)
+    return hooks
+
+
+def _ports(source: Source, hooks: Sequence[str]) -> tuple[Port, ...]:
+    return tuple(Port(hook=None if hook == UNNAMED else hook, width=source.d_in(hook)) for hook in hooks)
 
 
 def _moments(source: Source, hook: str) -> tuple[Statistics, float]:

@@ -161,7 +161,7 @@ def prompt_view(
     if len(rows) != 1:
         raise ConfigError(f"{len(rows)} rows of text; a prompt view shows one")
     metric = "loss" if by == "attribution" and metric is None else metric
-    firing = _firing(site, rows[0], metric, way)
+    firing = _firing(site, rows[0], metric, way, hook)
     relative = None
     if store is not None:
         relative = firing.activation / store.tensors.top_value[:, 0].index_select(0, firing.latent)  # infinite where it is 0
@@ -171,7 +171,7 @@ def prompt_view(
     position, latent, activation = (x[best].tolist() for x in firing[:3])
     return PromptView(
         model=lm.name,
-        hook=site.hook,
+        hook=site.reads,
         by=by,
         metric=None if metric is None else name_of(metric, lm),
         tokens=tokens,
@@ -200,22 +200,22 @@ class _Firing(NamedTuple):
     attribution: Float[Tensor, " n"] | None
 
 
-def _firing(site: Site, row: Row, metric: Any, way: str) -> _Firing:
+def _firing(site: Site, row: Row, metric: Any, way: str, hook: str | None) -> _Firing:
     """What fires at the positions that count; with a metric, what it does there."""
     reading = site.read(row)
     codes = reading.codes
-    if not (torch.isfinite(reading.acts[site.hook]).all() and torch.isfinite(codes.value).all()):
-        raise NonFiniteError(f"{site.hook}: NaN or infinity among the activations or codes of the prompt")
+    if not (torch.isfinite(reading.x).all() and torch.isfinite(codes.value).all()):
+        raise NonFiniteError(f"{site.reads}: NaN or infinity among the activations or codes of the prompt")
     if metric is None:
         numbers, effect = (codes.row, codes.latent, codes.value.detach()), None
         keep = row.counted[codes.row] & codes.fires
     else:
         found = attribute(
             site.dictionary, site.lm, TokenRows(row.tokens[None], row.counted[None]), metric,
-            ablation=way == "ablation", hook=site.hook,
+            ablation=way == "ablation", hook=hook,
         )  # fmt: skip
         if way not in found.effects:
-            raise ConfigError(f"way = {way!r}: {site.target} is not on the residual stream, which direct effects go through")
+            raise ConfigError(f"way = {way!r}: {site.writes} is not on the residual stream, which direct effects go through")
         numbers, effect = (found.position, found.latent, found.activation), found.effects[way]
         keep = found.activation != 0
     return _Firing(*(x[keep].cpu() for x in numbers), None if effect is None else effect[keep].cpu())
