@@ -402,7 +402,7 @@ def sparsify_cases() -> dict[str, Case]:
             "topk",
             {"activation": "topk", "transcode": True},
             hook="blocks.3.mlp.hook_in",
-            target_hook="blocks.3.hook_mlp_out",
+            target="blocks.3.hook_mlp_out",
         ),
         "sparsify skip, no transcode": case(
             topk(K),
@@ -411,10 +411,10 @@ def sparsify_cases() -> dict[str, Case]:
             tensors=names | {"W_skip": p["W_skip"]},
             exact=("W_enc", "W_dec", "b_dec", "W_skip"),
             hook="blocks.3.mlp.hook_in",
-            target_hook="blocks.3.hook_mlp_out",
+            target="blocks.3.hook_mlp_out",
         ),
         "sparsify skip": case(
-            topk(K), "topk", skip, tensors=names | {"W_skip": p["W_skip"]}, target_hook="blocks.3.hook_mlp_out"
+            topk(K), "topk", skip, tensors=names | {"W_skip": p["W_skip"]}, target="blocks.3.hook_mlp_out"
         ),
     }
 
@@ -568,7 +568,7 @@ def gemma_scope_cases() -> dict[str, Case]:
             *plain,
             "jump_relu",
             exact=exact,
-            origin={"model": "google/gemma-3-1b-pt", "hook": "blocks.7.hook_resid_post", "target_hook": None},
+            origin={"model": "google/gemma-3-1b-pt", "hook": "blocks.7.hook_resid_post", "target": None},
         ),
         "gemma scope 2 skip": Case(
             "gemma_scope",
@@ -577,7 +577,7 @@ def gemma_scope_cases() -> dict[str, Case]:
             *skipped,
             "jump_relu",
             exact=exact | {"b_enc": p["b_enc"], "W_skip": p["W_skip"]},
-            origin={"hook": "blocks.7.mlp.hook_in", "target_hook": "blocks.7.hook_mlp_out"},
+            origin={"hook": "blocks.7.mlp.hook_in", "target": "blocks.7.hook_mlp_out"},
         ),
     }
 
@@ -617,7 +617,7 @@ def llamascopium_cases() -> dict[str, Case]:
             return (codes(x) @ w["W_dec"] + (w["b_dec"] if "b_D" in tensors else 0)) / c_out
 
         write = safetensors(tensors | names, "sae_weights.safetensors", config, "config.json")
-        origin = {"hook": here, "target_hook": target if target != here else None}
+        origin = {"hook": here, "target": target if target != here else None}
         return Case(
             "llamascopium",
             rule,
@@ -670,7 +670,7 @@ def circuit_tracer_cases() -> dict[str, Case]:
         origin = {
             "model": "google/gemma-2-2b",
             "hook": f"blocks.{layer}.ln2.hook_normalized",
-            "target_hook": f"blocks.{layer}.hook_mlp_out",
+            "target": f"blocks.{layer}.hook_mlp_out",
         }
         exact = pick(p, *FOUR, *(["W_skip"] if skip else []))
         own = functions(p, act, subtract=False, skip=skip)

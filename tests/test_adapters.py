@@ -16,9 +16,9 @@ RULES = ["topk", "l1", "gated", "batch_topk", "jumprelu", "matryoshka", "p_annea
 HOOK = "blocks.2.hook_resid_pre"
 
 
-def dictionary(rule: str = "topk", d_in: int = 12, **origin) -> sl.Dictionary:
+def dictionary(rule: str = "topk", d_in: int = 12, hook: str | None = HOOK, **origin) -> sl.Dictionary:
     """A dictionary with random biases and decoder rows of uneven norm, where the rule lets them be."""
-    d = sl.Dictionary.create(rule, reads=d_in, d_sae=32, seed=3, origin=sl.Origin(**{"hook": HOOK, **origin}))
+    d = sl.Dictionary.create(rule, reads=sl.Port(hook=hook, width=d_in), d_sae=32, seed=3, origin=sl.Origin(**origin))
     generator = torch.Generator().manual_seed(4)
     for parameter in (d.b_enc, d.b_dec):
         if parameter is not None:
@@ -104,7 +104,7 @@ def test_a_skip_connection_is_part_of_the_output():
 def test_a_dictionary_that_normalises_each_activation(token_norm):
     """What is decoded has the norm of what was encoded last, as in SAELens."""
     plain = dictionary()
-    d = sl.Dictionary(plain.rule, reads=12, d_sae=32, origin=plain.origin, token_norm=token_norm)
+    d = sl.Dictionary(plain.rule, reads=plain.reads, d_sae=32, origin=plain.origin, token_norm=token_norm)
     d.load_state_dict(plain.state_dict())
     sae, x = sae_bench(d), activations(4, 7, 12) * 3 + 1
     torch.testing.assert_close(sae.decode(sae.encode(x)), d(x).detach(), rtol=1e-5, atol=1e-5)
@@ -129,8 +129,8 @@ def test_a_hook_the_judges_cannot_use():
 
 
 def transcoder(d_in: int) -> sl.Dictionary:
-    origin = sl.Origin(hook="blocks.2.ln2.hook_out", target_hook="blocks.2.hook_mlp_out")
-    return sl.Dictionary.create("topk", reads=d_in, writes=d_in, d_sae=64, options={"k": 3}, origin=origin)
+    reads, writes = (sl.Port(hook=f"blocks.2.{name}", width=d_in) for name in ("ln2.hook_out", "hook_mlp_out"))
+    return sl.Dictionary.create("topk", reads=reads, writes=writes, d_sae=64, options={"k": 3})
 
 
 def test_a_transcoder_is_not_given_to_judges_of_autoencoders():
@@ -269,7 +269,7 @@ def test_what_cannot_be_probed(lm, judge):
     with pytest.raises(HookError, match="blocks"):
         sae_probes(d, lm, ks=[1], hook="blocks.9.hook_resid_pre")
     with pytest.raises(ShapeError, match=rf"\[\.\.\., {lm.d_model + 1}\]"):
-        sae_probes(sl.Dictionary.create("topk", reads=lm.d_model + 1, d_sae=64, origin=d.origin), lm)
+        sae_probes(sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=lm.d_model + 1), d_sae=64), lm)
     assert not judge.generated
     report = sae_probes(d, lm, ks=[1])
     with pytest.raises(ConfigError, match=r"k = 3: no such probe; there are \[1\]"):

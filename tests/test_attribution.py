@@ -33,14 +33,14 @@ def dictionary():
 @pytest.fixture(scope="module")
 def transcoder():
     """A transcoder of random directions."""
-    origin = sl.Origin(hook=MLP[0], target_hook=MLP[1])
-    return sl.Dictionary.create("topk", reads=48, writes=48, d_sae=96, skip=True, options={"k": 6}, origin=origin)
+    reads, writes = (sl.Port(hook=hook, width=48) for hook in MLP)
+    return sl.Dictionary.create("topk", reads=reads, writes=writes, d_sae=96, skip=True, options={"k": 6})
 
 
 @pytest.fixture(scope="module")
 def normalised(dictionary):
     """An autoencoder that normalises each activation by itself."""
-    d = sl.Dictionary(dictionary.rule, reads=48, d_sae=96, origin=dictionary.origin, token_norm="layer_norm")
+    d = sl.Dictionary(dictionary.rule, reads=dictionary.reads, d_sae=96, origin=dictionary.origin, token_norm="layer_norm")
     d.load_state_dict(dictionary.state_dict())
     return d.eval()
 
@@ -72,7 +72,7 @@ def rows(lm, texts) -> list[torch.Tensor]:
 def test_the_gradient_is_the_slope_of_each_code(exact_lm, random_lm, name, metric, request):
     """By central differences of the code, in float64; the float32 model agrees."""
     d = copy.deepcopy(request.getfixturevalue(name)).double()
-    target, tokens = d.origin.target_hook or HOOK, rows(exact_lm, TEXTS)
+    target, tokens = d.writes[0].hook, rows(exact_lm, TEXTS)
     found = sl.attribute(d, exact_lm, TEXTS, metric, ablation=False)
     scales = [exact_lm.run(t, HOOK)[HOOK][0].std(-1) if d.token_norm else torch.ones(len(t)) for t in tokens]
     step = 1e-4

@@ -113,7 +113,6 @@ def test_the_manifest_says_what_is_there(cache, lm, documents):
         "revision": None,
         "model_class": "GPT2LMHeadModel",
         "processing": [],
-        "target_hook": None,
         "n_ctx": 32,
         "prepend_bos": True,
         "text": "some docs",
@@ -138,7 +137,6 @@ def test_the_cache_answers_for_its_hooks(cache):
     assert cache.origin(HOOKS[1]) == sl.Origin(
         model="tiny",
         model_class="GPT2LMHeadModel",
-        hook=HOOKS[1],
         n_ctx=32,
         prepend_bos=True,
         text="some docs",

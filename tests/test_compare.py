@@ -203,10 +203,11 @@ def test_the_random_dictionary_is_drawn_in_tiles(monkeypatch):
 
 def test_different_hooks_are_compared_with_a_warning(caplog):
     a, b = make(), make(seed=1)
-    a.origin, b.origin = sl.Origin(model="m", hook="one"), sl.Origin(hook="one")
+    a.origin = b.origin = sl.Origin(model="m")
+    a.reads = b.reads = a.writes = b.writes = (sl.Port(hook="one", width=a.d_in),)
     sl.compare(a, b)
     assert not caplog.text
-    b.origin = sl.Origin(model="m", hook="two")
+    b.reads = b.writes = (sl.Port(hook="two", width=a.d_in),)
     sl.compare(a, b)
     assert "hook one and two" in caplog.text
 

@@ -38,8 +38,8 @@ HOSTILE = [
 
 
 def made(seed: int) -> sl.Dictionary:
-    origin = sl.Origin(hook=HOOK, n_ctx=20)
-    d = sl.Dictionary.create("topk", reads=D_MODEL, d_sae=D_SAE, options={"k": 8}, seed=seed, origin=origin)
+    origin, reads = sl.Origin(n_ctx=20), sl.Port(hook=HOOK, width=D_MODEL)
+    d = sl.Dictionary.create("topk", reads=reads, d_sae=D_SAE, options={"k": 8}, seed=seed, origin=origin)
     d.b_enc.data[SILENT] = -1e4
     return d
 
@@ -262,7 +262,7 @@ def test_hostile_tokens_labels_and_names_stay_text(store, html, tmp_path):
     words = [HOSTILE[i % len(HOSTILE)] + str(i) for i in range(n)]
     labels = {i: HOSTILE[i % len(HOSTILE)] for i in range(D_SAE)}
     info = store.info.replace(
-        text=HOSTILE[6], model=HOSTILE[0], revision=HOSTILE[1], hook=HOSTILE[2], rule=HOSTILE[3], target_hook=HOSTILE[9]
+        text=HOSTILE[6], model=HOSTILE[0], revision=HOSTILE[1], reads=(HOSTILE[2],), rule=HOSTILE[3], writes=(HOSTILE[9],)
     )
     hostile = sl.FeatureStore(info, store.tensors, store.weights, words, labels=labels, control=store.control)
     found = hostile.dashboard(tmp_path / "features.html").read_text(encoding="utf-8")

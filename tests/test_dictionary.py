@@ -162,7 +162,7 @@ def test_folding_a_scale_keeps_codes_and_scales_the_reconstruction_back(dictiona
     codes, x_hat = dictionary.encode(x * c).to_dense(), dictionary(x * c) / c
     if dictionary.rule.tied:
         codes = codes / c  # what a latent explains of x is in the units of x
-    assert dictionary.fold_scale_(c) is dictionary
+    assert dictionary.fold_scales_([c], [c]) is dictionary
     torch.testing.assert_close(dictionary.encode(x).to_dense(), codes, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(dictionary(x), x_hat, rtol=1e-5, atol=1e-5)
 
@@ -189,7 +189,8 @@ def test_folding_norms_leaves_a_direction_of_length_nought_alone(x):
 
 
 def test_saved_and_loaded_to_the_bit(dictionary, x, tmp_path):
-    dictionary.origin = sl.Origin(model="tiny", hook="blocks.1.hook_resid_pre", n_ctx=64, excluded_positions=(0, 2))
+    dictionary.reads = dictionary.writes = (sl.Port(hook="blocks.1.hook_resid_pre", width=D_IN),)
+    dictionary.origin = sl.Origin(model="tiny", n_ctx=64, excluded_positions=(0, 2))
     dictionary.training_record = {"tokens": 5, "config": {"lr": 0.1}}
     path = dictionary.save(tmp_path / "d")
     assert path == tmp_path / "d"
@@ -201,6 +202,7 @@ def test_saved_and_loaded_to_the_bit(dictionary, x, tmp_path):
     assert loaded.rule.config == dictionary.rule.config
     assert loaded.rule.config.model_dump().items() >= RULES[loaded.rule.plugin_name].items()
     assert (loaded.origin, loaded.training_record) == (dictionary.origin, dictionary.training_record)
+    assert (loaded.reads, loaded.writes) == (dictionary.reads, dictionary.writes)
     assert loaded.density is None
     assert torch.equal(loaded(x), dictionary(x))
     loaded.save(tmp_path / "again")
@@ -230,9 +232,8 @@ def test_files_and_tensors_of_the_published_format(dictionary, tmp_path):
 
 
 def test_cfg_json_of_the_published_format(dictionary, tmp_path):
-    dictionary.origin = sl.Origin(
-        model="tiny", model_class="GPT2LMHeadModel", hook="h", n_ctx=64, prepend_bos=True, text="docs"
-    )
+    dictionary.reads = dictionary.writes = (sl.Port(hook="h", width=D_IN),)
+    dictionary.origin = sl.Origin(model="tiny", model_class="GPT2LMHeadModel", n_ctx=64, prepend_bos=True, text="docs")
     rule = dictionary.rule.plugin_name
     config = json.loads((dictionary.save(tmp_path / "d") / "cfg.json").read_text())
     top = {
@@ -291,7 +292,7 @@ def test_the_published_architecture_after_folding(tmp_path_factory, rule, seed, 
     d = make(rule, seed)
     x = torch.randn(20, D_IN, generator=torch.Generator().manual_seed(seed))
     x_hat = (d(x * scale) / scale).detach()
-    d.fold_decoder_norms_().fold_scale_(scale)
+    d.fold_decoder_norms_().fold_scales_([scale], [scale])
     found = published(d.save(tmp_path_factory.mktemp("published") / "d"), x)[1]
     assert (found - x_hat).abs().max() <= 1e-5 * x_hat.abs().max()
 
@@ -377,7 +378,7 @@ def test_a_dictionary_with_nan_is_not_written(dictionary, tmp_path):
 
 
 def test_x_of_another_width(dictionary):
-    dictionary.origin = sl.Origin(hook="blocks.1.hook_resid_pre")
+    dictionary.reads = dictionary.writes = (sl.Port(hook="blocks.1.hook_resid_pre", width=D_IN),)
     for use in (dictionary, dictionary.encode, dictionary.pre):
         with pytest.raises(ShapeError, match=r"x has shape \(3, 13\); this dictionary takes \[\.\.\., 12\] \(blocks\.1"):
             use(torch.zeros(3, 13))

@@ -411,7 +411,7 @@ def test_bad_input(lm, rows, random_lm):
     narrow = sl.Dictionary.create("l1", reads=sl.Port(hook=HOOK, width=7), d_sae=16)
     with pytest.raises(ShapeError, match=rf"{lm.d_model}.*takes \[\.\.\., 7\]"):
         sl.evaluate(narrow, lm, rows)
-    with pytest.raises(ConfigError, match="need one hook"):
+    with pytest.raises(ConfigError, match="need the same hooks"):
         sl.evaluate(sl.Dictionary.create("l1", reads=lm.d_model, d_sae=16), lm, rows)
     with pytest.raises(HookError, match="did you mean"):
         sl.evaluate(dictionary(lm), lm, rows, hook="blocks.1.hook_resid_prr")
@@ -435,40 +435,38 @@ def test_bad_input(lm, rows, random_lm):
 
 @pytest.mark.parametrize("hook", ["blocks.1.hook_mlp_out", "blocks.2.hook_resid_pre"])
 def test_a_transcoder_is_measured_at_its_target(lm, rows, hook):
-    origin = sl.Origin(hook="blocks.1.mlp.hook_in", target_hook=hook)
-    d = sl.Dictionary.create(
-        "topk", reads=lm.d_model, writes=lm.d_model, d_sae=64, skip=True, options={"k": 4}, origin=origin, seed=1
-    )
+    read = "blocks.1.mlp.hook_in"
+    ports = {"reads": sl.Port(hook=read, width=lm.d_model), "writes": sl.Port(hook=hook, width=lm.d_model)}
+    d = sl.Dictionary.create("topk", **ports, d_sae=64, skip=True, options={"k": 4}, seed=1)
     torch.nn.init.normal_(d.W_skip, std=0.05, generator=torch.Generator().manual_seed(0))
     report = sl.evaluate(d, lm, rows, n_bootstrap=5, controls=True)
-    acts = lm.run(rows, [origin.hook, hook])
-    x, y = acts[origin.hook], acts[hook]
+    acts = lm.run(rows, [read, hook])
+    x, y = acts[read], acts[hook]
     with torch.no_grad():
         y_hat = d(x)
     kept = rows.keep
     fvu = (y - y_hat)[kept].double().square().sum() / (y[kept].double() - y[kept].double().mean(0)).square().sum()
     assert report["fvu"] == pytest.approx(float(fvu), rel=1e-5)
-    assert (report.read_hook, report.hook) == (origin.hook, hook)
-    assert EvalReport.from_dict(report.to_dict()).read_hook == origin.hook
-    assert f"{origin.hook} → {hook}" in str(report)
+    assert (report.read_hook, report.hook) == (read, hook)
+    assert EvalReport.from_dict(report.to_dict()).read_hook == read
+    assert f"{read} → {hook}" in str(report)
     with lm.replace(hook, lambda y: torch.where(kept[..., None], y_hat, y)):
         assert report["ce_sae"] == pytest.approx(cross_entropy(rows, lm.logits(rows).double().log_softmax(-1)), rel=1e-5)
     assert report.controls["PCA"]["explained_variance"] > 0
-    with pytest.raises(ConfigError, match=f"found blocks.1.hook_resid_pre, blocks.1.mlp.hook_in to {hook}"):
+    with pytest.raises(ConfigError, match=f"found blocks.1.hook_resid_pre, blocks.1.mlp.hook_in → {hook}"):
         sl.evaluate([d, dictionary(lm)], lm, rows)
 
 
 def test_transcoders_that_cannot_be_measured(lm, rows):
-    def made(**origin):
-        return sl.Dictionary.create(
-            "topk", reads=lm.d_model, writes=lm.d_model, d_sae=16, options={"k": 4}, origin=sl.Origin(**origin)
-        )
+    def made(read, written=None):
+        reads, writes = (sl.Port(hook=hook, width=lm.d_model) for hook in (read, written))
+        return sl.Dictionary.create("topk", reads=reads, writes=writes, d_sae=16, options={"k": 4})
 
-    backwards = made(hook="blocks.2.hook_mlp_out", target_hook="blocks.1.hook_mlp_out")
+    backwards = made("blocks.2.hook_mlp_out", "blocks.1.hook_mlp_out")
     with pytest.raises(HookError, match=r"the model comes to blocks\.1\.hook_mlp_out before blocks\.2\.hook_mlp_out"):
         sl.evaluate(backwards, lm, rows)
-    aimless = made(hook="blocks.1.mlp.hook_in")
-    with pytest.raises(ConfigError, match="does not say which hook it predicts"):
+    aimless = made("blocks.1.mlp.hook_in")
+    with pytest.raises(ConfigError, match="does not say which hook it writes"):
         sl.evaluate(aimless, lm, rows)
-    with pytest.raises(ConfigError, match="does not say which hook it predicts"), lm.splice(aimless):
+    with pytest.raises(ConfigError, match="does not say which hook it writes"), lm.splice(aimless):
         pass

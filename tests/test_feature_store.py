@@ -92,7 +92,7 @@ def test_several_are_each_alone(dictionaries, random_lm, rows, tmp_path):
 
 def test_one_hook_for_several(dictionaries, random_lm, rows):
     stores = sl.FeatureStore.build(dictionaries, random_lm, rows, hook=HOOK)
-    assert [store.info.hook for store in stores] == [HOOK, HOOK]
+    assert [store.info.reads for store in stores] == [(HOOK,), (HOOK,)]
 
 
 def test_control_is_the_store_on_a_redrawn_model(dictionaries, random_lm, rows, store):
@@ -197,7 +197,7 @@ def test_an_unfinished_store_is_of_its_batches_and_of_its_rule(dictionaries, ran
     with pytest.raises(Interruption):
         sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out)
     failing(None)
-    other = sl.Dictionary.create("topk", reads=48, d_sae=D_SAE, options={"k": 7}, origin=dictionaries[0].origin)
+    other = sl.Dictionary.create("topk", reads=dictionaries[0].reads, d_sae=D_SAE, options={"k": 7}, origin=dictionaries[0].origin)
     other.load_state_dict(dictionaries[0].state_dict())
     with pytest.raises(OutputExistsError, match=r"options = .*'k': 6.* \(now .*'k': 7"):
         sl.FeatureStore.build(other, random_lm, rows, out=out)
@@ -649,7 +649,7 @@ def test_neuronpedia_refuses(store, dictionaries, tmp_path):
     store.export_neuronpedia(tmp_path, **good)
     with pytest.raises(OutputExistsError):
         store.export_neuronpedia(tmp_path, **good)
-    store.info = store.info.replace(hook="embed.hook_out")
+    store.info = store.info.replace(reads=("embed.hook_out",), writes=("embed.hook_out",))
     with pytest.raises(ConfigError, match="no block"):
         store.export_neuronpedia(tmp_path / "x", **good)
 

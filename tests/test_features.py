@@ -374,7 +374,7 @@ def test_requests_that_cannot_be_met(dictionaries, small, rows):
 
     with pytest.raises(ConfigError, match="hook="):
         build(other(hook=None), small, "text")
-    assert build(other(hook=None), small, "text", hook=HOOK).info.hook == HOOK
+    assert build(other(hook=None), small, "text", hook=HOOK).info.reads == (HOOK,)
     with pytest.raises(HookError, match="resid_pre"):
         build(other(hook="blocks.1.hook_resid_prae"), small, "text")
     with pytest.raises(sl.errors.ShapeError, match="16"):

@@ -98,8 +98,9 @@ def test_positions_that_are_no_slice_stay_in_our_own_metadata(tmp_path):
     assert slice_without((1, 2), 8) is None
     assert slice_without((0, 1), None) == [2, None]
     assert slice_without((1,), None) is None
-    origin = sl.Origin(hook="blocks.1.hook_resid_pre", n_ctx=8, excluded_positions=(0, 3), excluded_token_ids=(7, 5))
-    d = sl.Dictionary.create("topk", reads=D_IN, d_sae=D_SAE, options={"k": 3}, origin=origin)
+    origin = sl.Origin(n_ctx=8, excluded_positions=(0, 3), excluded_token_ids=(7, 5))
+    reads = sl.Port(hook="blocks.1.hook_resid_pre", width=D_IN)
+    d = sl.Dictionary.create("topk", reads=reads, d_sae=D_SAE, options={"k": 3}, origin=origin)
     folder = d.save(tmp_path / "d")
     metadata = json.loads((folder / "cfg.json").read_text())["metadata"]
     assert "seqpos_slice" not in metadata
@@ -160,19 +161,19 @@ def test_dictionaries_of_one_attention_head_are_refused(case, key, head, tmp_pat
     ],
 )
 def test_hooks_of_saelens(metadata, hook, tmp_path):
-    assert saelens(tmp_path, **metadata).hook == hook
+    assert sl.Dictionary.load(edited("standard", tmp_path, metadata=METADATA | metadata)).hook == hook
 
 
 def test_hooks_before_version_6_have_their_layer_beside_them(tmp_path):
     path = edited("before 6", tmp_path, hook_point="blocks.{layer}.hook_resid_pre", hook_point_layer=7)
-    assert sl.Dictionary.load(path).origin.hook == "blocks.7.hook_resid_pre"
+    assert sl.Dictionary.load(path).hook == "blocks.7.hook_resid_pre"
 
 
 def test_metadata_of_a_version_before_6_is_not_what_saelens_reads(tmp_path):
     top = {"hook_name": "blocks.1.hook_resid_pre", "context_size": 64}
     for version, hook in (("5.9.1", "blocks.1.hook_resid_pre"), ("6.0.0-rc.1", METADATA["hook_name"])):
         path = edited("standard", tmp_path / version, metadata=METADATA | {"sae_lens_version": version}, **top)
-        assert sl.Dictionary.load(path).origin.hook == hook
+        assert sl.Dictionary.load(path).hook == hook
 
 
 @pytest.mark.parametrize("hook", ["blocks.{layer}.hook_resid_pre", "blocks.{all}.hook_resid_pre"])
@@ -211,7 +212,7 @@ def test_hooks_of_sparsify_are_those_of_the_module_whatever_the_seed(module, hoo
     folder = tmp_path / "run" / module / seed
     folder.parent.mkdir(parents=True, exist_ok=True)
     path.rename(folder)
-    assert sl.Dictionary.load(folder).origin.hook == hook
+    assert sl.Dictionary.load(folder).hook == hook
 
 
 @pytest.mark.parametrize(
@@ -223,8 +224,8 @@ def test_hooks_of_sparsify_are_those_of_the_module_whatever_the_seed(module, hoo
     ],
 )
 def test_hooks_of_circuit_tracer(inside, outside, hooks, tmp_path):
-    origin = sl.Dictionary.load(circuit_tracer(tmp_path, inside, outside)).origin
-    assert (origin.hook, origin.target_hook) == hooks
+    d = sl.Dictionary.load(circuit_tracer(tmp_path, inside, outside))
+    assert (d.hook, d.writes[0].hook) == hooks
 
 
 @pytest.mark.parametrize(
@@ -265,7 +266,7 @@ def buffer(folder: Path, submodule: str, **changes) -> Path:
 def test_what_enters_a_module_is_not_what_leaves_it(tmp_path):
     for io, hook in (("in", "blocks.4.mlp.hook_in"), ("out", "blocks.4.hook_mlp_out")):
         path = buffer(tmp_path / io, "gpt_neox.layers.4.mlp", io=io)
-        assert sl.Dictionary.load(path, format="dictionary_learning").origin.hook == hook
+        assert sl.Dictionary.load(path, format="dictionary_learning").hook == hook
     for number, (submodule, changes, reason) in enumerate(
         (
             ("gpt_neox.layers.4.mlp", {"io": "in_and_out"}, "what goes in and what comes out differ"),
@@ -371,7 +372,7 @@ def test_settings_that_are_not_computed_are_refused(case, changes, reason, tmp_p
 
 def test_a_transcoder_of_gemma_scope_is_one_where_its_settings_say_so(tmp_path):
     d = sl.Dictionary.load(edited("gemma scope 2", tmp_path, "config.json", type="transcoder"))
-    assert d.is_transcoder
+    assert not d.writes_what_it_reads
 
 
 def test_a_module_of_gemma_scope_without_a_hook_is_said(tmp_path, caplog):

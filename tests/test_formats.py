@@ -37,7 +37,9 @@ def test_read_it_computes_what_its_tool_defines(name, tmp_path):
     state = d.state_dict()
     for tensor, value in case.exact.items():
         assert torch.equal(state[tensor], value), tensor
-    assert {key: getattr(d.origin, key) for key in case.origin} == case.origin
+    target = None if d.writes_what_it_reads else d.writes[0].hook
+    found = {"hook": d.hook, "target": target, **dict(d.origin)}
+    assert {key: found[key] for key in case.origin} == case.origin
     assert not d.training
     assert d.training_record["read_from"]["format"] == case.format
 
@@ -47,7 +49,7 @@ def test_read_it_is_saved_and_loaded_as_one_of_ours(name, tmp_path):
     d = load(CASES[name], tmp_path)
     again = sl.Dictionary.load(d.save(tmp_path / "own"))
     assert torch.equal(again(X.float()), d(X.float()))
-    assert (again.token_norm, again.is_transcoder, again.origin) == (d.token_norm, d.is_transcoder, d.origin)
+    assert (again.token_norm, again.ports, again.origin) == (d.token_norm, d.ports, d.origin)
 
 
 def test_thresholds_compare_as_in_the_file(tmp_path):
@@ -82,8 +84,10 @@ ALIKE = {"p_anneal": "l1", "batch_topk": "jumprelu", "matryoshka": "jumprelu"}  
 
 def make(rule: str, d_out: int | None = None, skip: bool = False, hook: str = "blocks.2.hook_resid_pre") -> sl.Dictionary:
     """A dictionary of random parameters."""
-    origin = sl.Origin(model="gpt2", hook=hook, target_hook="blocks.2.hook_mlp_out" if d_out else None)
-    d = sl.Dictionary.create(rule, reads=D_IN, d_sae=D_SAE, writes=d_out, skip=skip, options=RULES[rule], origin=origin)
+    reads = sl.Port(hook=hook, width=D_IN)
+    writes = sl.Port(hook="blocks.2.hook_mlp_out", width=d_out) if d_out else None
+    origin = sl.Origin(model="gpt2")
+    d = sl.Dictionary.create(rule, reads=reads, writes=writes, d_sae=D_SAE, skip=skip, options=RULES[rule], origin=origin)
     for seed, parameter in enumerate(d.parameters()):
         parameter.data.copy_(normal(*parameter.shape, seed=seed) * (0.5 if parameter.ndim == 1 else 1))
     for buffer in d.buffers():
@@ -129,13 +133,12 @@ def test_transcoders_written_and_read_again(format, rule, skip, tmp_path):
     d = make(rule, d_out=D_IN, skip=skip)
     again = sl.Dictionary.load(sl.convert(d.save(tmp_path / "own"), tmp_path / "theirs", format))
     assert again.rule.plugin_name == (rule if format == "sparsify" else ALIKE.get(rule, rule))
-    assert again.is_transcoder
+    assert not again.writes_what_it_reads
     assert torch.equal(again.encode(X.float()).to_dense(), d.encode(X.float()).to_dense())
     assert torch.equal(again(X.float()), d(X.float()))
     assert (again.W_skip is None) != skip
     if format != "sparsify":  # whose files name no hooks
-        wanted = (d.origin.model, d.hook, d.origin.target_hook)
-        assert (again.origin.model, again.hook, again.origin.target_hook) == wanted
+        assert (again.origin.model, again.ports) == (d.origin.model, d.ports)
 
 
 @pytest.mark.parametrize("rule", ["l1", "jumprelu"])
@@ -251,11 +254,11 @@ def uneven(d: sl.Dictionary) -> sl.Dictionary:
         (
             "saelens",
             lambda: make("group_max"),
-            "a group_max dictionary cannot be written as saelens: SAELens has no architecture with",
+            "a group_max dictionary of .* cannot be written as saelens: SAELens has no architecture with",
         ),
-        ("saelens", lambda: make("topk", d_out=7), "a topk transcoder .*: SAELens has no architecture 'topk_transcoder'"),
+        ("saelens", lambda: make("topk", d_out=7), "a topk dictionary of .*: SAELens has no architecture 'topk_transcoder'"),
         ("sparsify", lambda: make("l1"), "its codes are those of topk, group_max only"),
-        ("sparsify", lambda: make("topk", d_out=7), "outputs as wide as their inputs"),
+        ("sparsify", lambda: make("topk", d_out=7), "one hook to read and one to write, of one width"),
         ("dictionary_learning", lambda: make("group_max"), "no class computes it"),
         ("dictionary_learning", lambda: make("topk", d_out=D_IN), "no class computes it"),
         (
@@ -265,7 +268,7 @@ def uneven(d: sl.Dictionary) -> sl.Dictionary:
         ),
         ("circuit_tracer", lambda: make("l1"), "transcoders whose output is as wide as their input"),
         ("circuit_tracer", lambda: make("gated", d_out=D_IN), "its codes are relu, topk, jumprelu only"),
-        ("circuit_tracer", lambda: make("l1", d_out=D_IN, hook="somewhere"), "hook and target_hook of one layer"),
+        ("circuit_tracer", lambda: make("l1", d_out=D_IN, hook="somewhere"), "it needs hooks of one layer"),
         ("gemma_scope", lambda: make("jumprelu"), "gemma_scope files can be read, not written"),
     ],
 )
@@ -286,7 +289,7 @@ def test_per_token_norms_are_lost_by_other_formats(tmp_path):
     assert torch.equal(again(X.float()), d(X.float()))
     with pytest.raises(ConfigError, match="needs x: this dictionary undoes the layer_norm of each activation"):
         d.decode(d.encode(X.float()))
-    with pytest.raises(ConfigError, match="is for autoencoders"):
+    with pytest.raises(ConfigError, match="is for dictionaries that write the one port they read"):
         sl.Dictionary(make("topk").rule, reads=D_IN, d_sae=D_SAE, writes=7, token_norm="layer_norm")
     with pytest.raises(ConfigError, match="token_norm = 'rms'; expected one of None, layer_norm, constant_norm"):
         sl.Dictionary(make("topk").rule, reads=D_IN, d_sae=D_SAE, token_norm="rms")
@@ -363,7 +366,7 @@ def test_settings_and_tensors_have_to_agree(tmp_path):
 )
 def test_hooks_of_dictionary_learning(trainer, hook, tmp_path):
     path = edited("AutoEncoder", tmp_path, "config.json", "trainer", **trainer)
-    assert sl.Dictionary.load(path, format="dictionary_learning").origin.hook == hook
+    assert sl.Dictionary.load(path, format="dictionary_learning").hook == hook
 
 
 def test_llamascopium_without_an_encoder_or_with_several(tmp_path):
@@ -475,7 +478,8 @@ def test_inspect_reads_no_weights(name, tmp_path, monkeypatch, command):
     assert {t["shape"] == [D_IN, D_SAE] or t["shape"] == [D_SAE, D_IN] for t in facts["tensors"].values()} == {True, False}
     file = path if path.is_file() else path / facts["file"]["name"]
     assert facts["file"]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
-    assert facts["origin"].items() >= json.loads(json.dumps(case.origin)).items()
+    found = facts["origin"] | {"hook": facts["reads"], "target": facts.get("writes")}
+    assert {key: found[key] for key in case.origin} == json.loads(json.dumps(case.origin))
 
 
 def test_convert_on_the_command_line(tmp_path, command):

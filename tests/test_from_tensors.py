@@ -130,13 +130,13 @@ def test_transcoders(skip, turned, tmp_path):
     given = {name: tensor.T if turned and tensor.ndim == 2 else tensor for name, tensor in given.items()}
     d = sl.Dictionary.from_tensors(**given, reads="a", writes="b")
     check(d, codes, y, tmp_path / "d")
-    assert (d.is_transcoder, d.origin.target_hook) == (True, "b")
+    assert (d.writes_what_it_reads, d.reads[0].hook, d.writes[0].hook) == (False, "a", "b")
 
 
-def test_the_origin_is_kept_and_its_hook_replaced():
-    origin = sl.Origin(model="gpt2", hook="a", excluded_positions=(0, 1))
+def test_the_origin_is_kept_beside_the_hook():
+    origin = sl.Origin(model="gpt2", excluded_positions=(0, 1))
     d = sl.Dictionary.from_tensors(**state(), origin=origin, reads="b")
-    assert d.origin == sl.Origin(model="gpt2", hook="b", excluded_positions=(0, 1))
+    assert (d.origin, d.hook) == (origin, "b")
     assert sl.Dictionary.from_tensors(**state()).origin == sl.Origin(excluded_positions=())
 
 
@@ -157,7 +157,7 @@ def nan(shape: int) -> torch.Tensor:
     ("change", "error", "reason"),
     [
         ({"W_enc": torch.zeros(D_IN, 25)}, ShapeError, r"b_enc has 24 entries; W_enc has shape \(10, 25\), W_dec \(24, 10\)"),
-        ({"W_enc": torch.zeros(9, D_SAE)}, ShapeError, "the input has 9 entries and the output 10; give target_hook="),
+        ({"W_enc": torch.zeros(9, D_SAE)}, ShapeError, "the input has 9 entries and the output 10; give writes="),
         ({"W_enc": torch.zeros(8, 9)}, ShapeError, r"W_enc has shape \(8, 9\) and W_dec \(24, 10\)"),
         ({"W_enc": torch.zeros(D_SAE)}, ShapeError, r"W_enc has shape \(24,\); expected a matrix"),
         ({"W_enc": torch.zeros(0, 0), "W_dec": torch.zeros(0, 0), "b_enc": None, "b_dec": None}, ShapeError, "no empty tensor"),

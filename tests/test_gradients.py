@@ -319,7 +319,7 @@ def test_random_shapes(rule, batch, d_in, d_sae, seed, grid):
     seed=st.integers(0, 10_000),
 )
 def test_transcoders(rule, batch, d_in, d_out, skip, seed):
-    dictionary = make_dictionary(rule, d_in, 24, seed, grid=True, d_out=d_out, skip=skip)
+    dictionary = make_dictionary(rule, d_in, 24, seed, grid=True, writes=d_out, skip=skip)
     check(rule, dictionary, make_x(batch, d_in, seed, grid=True), make_x(batch, d_out, seed + 1, grid=True))
 
 

@@ -65,9 +65,10 @@ def hub(tmp_path, monkeypatch):
         close_session()
 
 
-def dictionary(seed: int = 0, sparsity: str = "topk", **origin) -> sl.Dictionary:
-    known = {"model": "gpt2", "hook": HOOK, "text": "hf:org/books:main:train"} | origin
-    return sl.Dictionary.create(sparsity, reads=8, d_sae=32, seed=seed, origin=sl.Origin(**known))
+def dictionary(seed: int = 0, sparsity: str = "topk", hook: str | None = HOOK, **origin) -> sl.Dictionary:
+    known = {"model": "gpt2", "text": "hf:org/books:main:train"} | origin
+    reads = sl.Port(hook=hook, width=8)
+    return sl.Dictionary.create(sparsity, reads=reads, d_sae=32, seed=seed, origin=sl.Origin(**known))
 
 
 def report(fvu: float = 0.25, l0: float = 4.0) -> sl.EvalReport:
@@ -781,10 +782,10 @@ def test_the_code_in_the_cards_works(hub, lm, monkeypatch):
     """Every rule's, as it stands in the card of its folder; what SAELens makes of its block is for scripts/check_saelens.py."""
     monkeypatch.setattr("saelens_lite.load_model", lambda name: {"tiny": lm}[name], raising=False)
     target = "blocks.1.hook_mlp_out"
-    sizes = {"d_in": lm.d_model, "d_sae": 32, "origin": sl.Origin(model="tiny", hook=HOOK)}
+    sizes = {"reads": sl.Port(hook=HOOK, width=lm.d_model), "d_sae": 32, "origin": sl.Origin(model="tiny")}
     made = {rule: sl.Dictionary.create(rule, **sizes) for rule in RULES}
-    sizes["origin"] = sizes["origin"].replace(target_hook=target)
-    made |= {f"{rule}-across": sl.Dictionary.create(rule, writes=lm.d_model, skip=True, **sizes) for rule in TRANSCODERS}
+    sizes["writes"] = sl.Port(hook=target, width=lm.d_model)
+    made |= {f"{rule}-across": sl.Dictionary.create(rule, skip=True, **sizes) for rule in TRANSCODERS}
     sl.push(made, REPO)
     for name, d in made.items():
         card = on_hub(hub)[f"{name}/README.md"].decode()
@@ -793,15 +794,15 @@ def test_the_code_in_the_cards_works(hub, lm, monkeypatch):
         exec(blocks[0], names)
         x = lm.run("The old man looked at the sea.", HOOK)[HOOK]
         assert torch.equal(names["codes"].to_dense(), d.encode(x).to_dense())
-        assert torch.equal(names["y_hat" if d.is_transcoder else "x_hat"], d(x))
+        assert torch.equal(names["x_hat" if d.writes_what_it_reads else "y_hat"], d(x))
         architecture = {**RULES, **{f"{rule}-across": known for rule, known in TRANSCODERS.items()}}[name]
         if architecture:
             assert f"which calls this architecture `{architecture}`" in card
             assert f'SAE.from_pretrained("{REPO}", "{name}")' in blocks[1]
         else:
-            assert f"SAELens has no architecture `{d.rule.plugin_name}{'_skip_transcoder' if d.is_transcoder else ''}`" in card
+            assert f"SAELens has no architecture `{d.rule.plugin_name}{'' if d.writes_what_it_reads else '_skip_transcoder'}`" in card
             assert len(blocks) == 1
-        assert (f"activations of `{target}` from the" in card) == d.is_transcoder
+        assert (f"activations of `{target}` from the" in card) != d.writes_what_it_reads
         assert metadata_of(card)["library_name"] == ("saelens" if architecture else "saelens_lite")
 
 
@@ -851,8 +852,8 @@ def test_nasty_names_break_neither_metadata_nor_table(hub, tmp_path):
 
 
 def test_a_transcoder_and_a_rule_that_saelens_does_not_know(hub):
-    origin = sl.Origin(model="gpt2", hook=HOOK, target_hook="blocks.1.hook_mlp_out")
-    d = sl.Dictionary.create("topk", reads=8, writes=6, skip=True, d_sae=32, origin=origin)
+    reads, writes = sl.Port(hook=HOOK, width=8), sl.Port(hook="blocks.1.hook_mlp_out", width=6)
+    d = sl.Dictionary.create("topk", reads=reads, writes=writes, skip=True, d_sae=32, origin=sl.Origin(model="gpt2"))
     sl.push(d, REPO)
     card = on_hub(hub)[f"{HOOK}/README.md"].decode()
     assert "predicts the 6-dimensional\nactivations of `blocks.1.hook_mlp_out` from the 8-dimensional ones" in card

@@ -58,8 +58,7 @@ def bert():
 
 @pytest.fixture(scope="module")
 def topk(random_lm):
-    origin = Origin(hook=HOOK)
-    return sl.Dictionary.create("topk", reads=random_lm.d_model, d_sae=96, options={"k": 5}, origin=origin)
+    return sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=random_lm.d_model), d_sae=96, options={"k": 5})
 
 
 FORMS = {

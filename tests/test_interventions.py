@@ -37,7 +37,7 @@ def transcoder():
 @pytest.fixture(scope="module")
 def normalised(topk):
     """An autoencoder that normalises each activation by itself, of the same directions."""
-    d = sl.Dictionary(topk.rule, reads=48, d_sae=96, origin=topk.origin, token_norm="layer_norm")
+    d = sl.Dictionary(topk.rule, reads=topk.reads, d_sae=96, origin=topk.origin, token_norm="layer_norm")
     d.load_state_dict(topk.state_dict())
     d.b_dec.data.copy_(torch.linspace(-1, 1, 48))
     return d.eval()
@@ -51,15 +51,16 @@ def dictionary(request):
 
 def activations(lm, d) -> tuple[torch.Tensor, torch.Tensor]:
     """What the dictionary reads, and what stands where its output goes."""
-    target = d.origin.target_hook or d.hook
-    acts = lm.run(TEXTS, [d.hook, target])
-    return acts[d.hook], acts[target]
+    (target,) = d.writes
+    acts = lm.run(TEXTS, [d.hook, target.hook])
+    return acts[d.hook], acts[target.hook]
 
 
 def edited_activation(lm, d, edits, **settings) -> torch.Tensor:
     """What the model reads within a splice."""
     seen = []
-    with lm.splice(d, edits, **settings), lm.replace(d.origin.target_hook or AFTER, lambda y: seen.append(y.clone()) or y):
+    read_there = AFTER if d.writes_what_it_reads else d.writes[0].hook
+    with lm.splice(d, edits, **settings), lm.replace(read_there, lambda y: seen.append(y.clone()) or y):
         lm.logits(TEXTS)
     return seen[0]
 
@@ -360,13 +361,13 @@ def test_dose_responses_that_cannot_be(random_lm, topk, change, error, message):
 
 def test_a_transcoder_that_names_no_target(random_lm, transcoder):
     d = copy.deepcopy(transcoder)
-    d.origin = d.origin.replace(target_hook=None)
+    d.writes = (sl.Port(width=48),)
     for ask in (
         lambda: sl.dose_response(d, random_lm, 7, [1.0], TEXTS[0], n_controls=0),
         lambda: sl.attribute(d, random_lm, TEXTS[0]),
         lambda: kl_cost(d, random_lm, [sl.Ablate(7)], TEXTS[0]),
     ):
-        with pytest.raises(ConfigError, match="which hook it predicts"):
+        with pytest.raises(ConfigError, match="which hook it writes"):
             ask()
 
 

@@ -22,7 +22,9 @@ class Stub:
 
     def __init__(self, reconstruct, hook: str = "blocks.1.hook_resid_pre", excluded: tuple[int, ...] = (0,)):
         self.reconstruct = reconstruct
-        self.origin = sl.Origin(hook=hook, excluded_positions=excluded)
+        self.origin = sl.Origin(excluded_positions=excluded)
+        self.reads = self.writes = (sl.Port(hook=hook, width=48),)
+        self.writes_what_it_reads = True
         self.seen: list[tuple[int, ...]] = []
 
     def check_input(self, x):
@@ -220,7 +222,7 @@ def test_hook_argument_of_a_splice(random_lm):
         acts = random_lm.run(TEXTS, ["blocks.1.hook_resid_post", "blocks.2.ln1.hook_in"])
     assert acts["blocks.1.hook_resid_post"].abs().max() > 0
     assert not acts["blocks.2.ln1.hook_in"][random_lm.to_tokens(TEXTS).keep].any()
-    stub.origin = sl.Origin()
+    stub.reads = stub.writes = (sl.Port(width=48),)
     with pytest.raises(ConfigError, match="does not say which hook it belongs to; give hook="), random_lm.splice(stub):
         pass
 

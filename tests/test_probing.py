@@ -253,8 +253,8 @@ def test_dictionaries_that_do_not_fit(random_lm, labelled):
     nameless = sl.Dictionary.create("l1", reads=random_lm.d_model, d_sae=D_SAE)
     with pytest.raises(ConfigError, match="give hook="):
         sl.probe(nameless, random_lm, *labelled)
-    origin = sl.Origin(hook=HOOK, model="random", processing=("center_writing_weights",))
-    centred = sl.Dictionary.create("l1", reads=48, d_sae=D_SAE, origin=origin)
+    origin = sl.Origin(model="random", processing=("center_writing_weights",))
+    centred = sl.Dictionary.create("l1", reads=sl.Port(hook=HOOK, width=48), d_sae=D_SAE, origin=origin)
     with pytest.raises(ConfigError, match="center_writing_weights=True"):
         sl.probe(centred, random_lm, *labelled)
 
@@ -267,7 +267,7 @@ def test_numbers_that_are_none(planted, random_lm, labelled):
         ),
     ):
         sl.probe(planted, random_lm, *labelled, hook="blocks.1.hook_resid_pre")
-    broken = sl.Dictionary.create("l1", reads=48, d_sae=D_SAE, origin=planted.origin)
+    broken = sl.Dictionary.create("l1", reads=planted.reads, d_sae=D_SAE, origin=planted.origin)
     broken.b_enc.data[3] = torch.nan
     with pytest.raises(NonFiniteError, match="b_enc of the dictionary holds NaN"):
         sl.probe(broken, random_lm, *labelled)

@@ -573,7 +573,7 @@ class OwnFiles(sl.Format):
         return Outline(file, "l1", names | {"b_enc": ("b_enc", "d_sae")})
 
     def write(self, dictionary, folder):
-        if dictionary.rule.plugin_name != "l1" or dictionary.is_transcoder:
+        if dictionary.rule.plugin_name != "l1" or not dictionary.writes_what_it_reads:
             raise cannot_write(dictionary, "own", "it is for l1")
         write_tensors(folder / "own.safetensors", dict(dictionary.named_parameters()) | {"W_enc": dictionary.W_enc})
 

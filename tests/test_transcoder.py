@@ -56,7 +56,7 @@ def test_every_rule_predicts_the_other_activation(rule, skip, tmp_path):
     source = pairs(4096)
     d = trained(source, rule, skip=skip)
     assert (d.W_enc.shape, d.W_dec.shape, d.b_dec.shape) == ((D_IN, D_SAE), (D_SAE, D_OUT), (D_OUT,))
-    assert (d.is_transcoder, d.d_out, d.origin.target_hook) == (True, D_OUT, "out")
+    assert (d.writes_what_it_reads, d.d_out, d.writes[0].hook) == (False, D_OUT, "out")
     assert fvu(d, source) < 0.25
     x = source.x["in"][:64]
     codes = d.encode(x).to_dense()
@@ -67,7 +67,7 @@ def test_every_rule_predicts_the_other_activation(rule, skip, tmp_path):
     torch.testing.assert_close(d(x), wanted, rtol=1e-4, atol=1e-3)
     loaded = sl.Dictionary.load(d.save(tmp_path / "d"))
     assert torch.equal(loaded(x), d(x))
-    assert (loaded.origin, loaded.d_out, loaded.W_skip is not None) == (d.origin, D_OUT, skip)
+    assert (loaded.origin, loaded.ports, loaded.d_out, loaded.W_skip is not None) == (d.origin, d.ports, D_OUT, skip)
 
 
 def test_a_skip_connection_takes_over_what_is_linear():
@@ -82,7 +82,7 @@ def test_folding_leaves_the_function_as_it_was():
     config = sl.TrainConfig(hook="in", writes=("out",), skip=True, d_sae=D_SAE, options={"k": 4}, n_tokens=10_000, lr=1e-2)
     trainer = Trainer(config, source)
     for _ in range(20):
-        trainer.step(source.x["in"], source.x["out"])
+        trainer.step(source.x)
     x = source.x["in"]
     inside = trainer.dictionary.eval()((x - x.mean(0)) * trainer.scales[0]) / trainer.target_scales[0]
     torch.testing.assert_close(trainer.result()(x), inside, rtol=1e-4, atol=1e-3)
@@ -99,21 +99,21 @@ def test_validation_is_of_the_target(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"target_hook": "in"}, r"hook and target_hook are both 'in'; leave out target_hook"),
-        ({"target_hook": None, "skip": True}, r"skip = True is for transcoders: say which activations to predict"),
+        ({"writes": ("in",), "skip": True}, r"skip = True needs other hooks to write than those that are read"),
+        ({"writes": (), "skip": True}, r"skip = True needs other hooks to write than those that are read: writes = …"),
         ({"sparsity": "matching_pursuit", "options": {}}, r"matching_pursuit encodes with the directions it decodes with"),
-        ({"hook": None, "target_hook": None}, r"several hooks; say which: hook = one of in, out"),
+        ({"hook": None, "writes": ()}, r"several hooks; say which: hook = one of in, out"),
     ],
 )
 def test_settings_that_make_no_transcoder(settings, message):
-    config = sl.TrainConfig(**{"hook": "in", "target_hook": "out", "d_sae": D_SAE, "options": {"k": 4}, **settings})
+    config = sl.TrainConfig(**{"hook": "in", "writes": ("out",), "d_sae": D_SAE, "options": {"k": 4}, **settings})
     with pytest.raises(ConfigError, match=message):
         sl.train(pairs(64), config)
 
 
 def test_the_only_other_hook_is_the_input():
     (run,) = sl.train(pairs(64), sl.TrainConfig(writes=("out",), d_sae=8, options={"k": 2}, n_tokens=64, batch_size=32))
-    assert (run.dictionary.origin.target_hook, run.dictionary.d_in) == ("out", D_IN)
+    assert (run.dictionary.reads[0].hook, run.dictionary.writes[0].hook, run.dictionary.d_in) == ("in", "out", D_IN)
 
 
 def test_a_target_that_was_not_captured():
@@ -125,7 +125,7 @@ def test_a_target_that_was_not_captured():
     ("change", "message"),
     [
         ({"d_out": D_OUT + 1}, r"W_dec has shape \(40, 6\), cfg\.json says \(40, 7\)"),
-        ({"d_out": None}, r"cfg\.json is damaged: it is of a transcoder, but d_out is missing"),
+        ({"d_out": None}, r"cfg\.json is damaged: .*d_out belongs to dictionaries whose write ports are others"),
         ({"d_in": 0}, r"d_in = 0: input should be greater than 0"),
         ({"d_in": float("inf")}, r"cfg\.json is not valid JSON: Infinity is not a number of JSON"),
         ({"d_in": 10**12}, r"W_enc is missing or not of shape"),
@@ -200,7 +200,7 @@ def test_splice_while_generating_reads_each_new_token(lm):
 
 def test_splice_of_a_target_before_its_hook(lm):
     d = mlp(lm)
-    d.origin = d.origin.replace(hook=HOOKS[1], target_hook=HOOKS[0])
+    d.reads, d.writes = d.writes, d.reads
     with (
         lm.splice(d),
         pytest.raises(HookError, match=r"comes to blocks\.1\.ln2\.hook_out before blocks\.1\.hook_mlp_out"),
@@ -209,7 +209,8 @@ def test_splice_of_a_target_before_its_hook(lm):
 
 
 def test_splice_of_another_width(lm):
-    d = sl.Dictionary.create("topk", reads=lm.d_model, writes=3, d_sae=8, options={"k": 1}, origin=mlp(lm).origin)
+    reads, writes = sl.Port(hook=HOOKS[0], width=lm.d_model), sl.Port(hook=HOOKS[1], width=3)
+    d = sl.Dictionary.create("topk", reads=reads, writes=writes, d_sae=8, options={"k": 1})
     with lm.splice(d), pytest.raises(ShapeError, match=r"gives \[1, \d+, 3\]; blocks\.1\.hook_mlp_out of this model is"):
         lm.logits(TEXT)
 
@@ -228,10 +229,10 @@ def test_state_of_other_activations_is_refused():
     moved = TensorSource({"in": source.x["in"] + 5, "out": source.x["out"]})
     config = sl.TrainConfig(hook="in", writes=("out",), d_sae=8, options={"k": 2}, n_tokens=1000, batch_size=64)
     trainer = Trainer(config, source)
-    trainer.step(source.x["in"][:64], source.x["out"][:64])
+    trainer.step({hook: x[:64] for hook, x in source.x.items()})
     with pytest.raises(ConfigError, match=r"are not those the run was trained on: their mean is another"):
         Trainer(config, moved).restore(*trainer.state())
-    with pytest.raises(ShapeError, match=r"needs the activations of 'out'"):
+    with pytest.raises(ShapeError, match=r"needs the activations of out too"):
         trainer.step(source.x["in"][:64])
 
 
@@ -243,7 +244,7 @@ def test_from_capture_to_a_saved_run_and_back(lm, tmp_path, monkeypatch):
     )
     (run,) = sl.train(cache, config, tmp_path / "run")
     loaded = sl.Dictionary.load(tmp_path / "run" / "dictionary")
-    assert loaded.origin.target_hook == HOOKS[1]
+    assert loaded.writes[0].hook == HOOKS[1]
     assert run.history[-1]["fvu"] < 0.9
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", interrupted_after(6, Trainer.step))
@@ -254,4 +255,4 @@ def test_from_capture_to_a_saved_run_and_back(lm, tmp_path, monkeypatch):
         assert torch.equal(resumed.dictionary.state_dict()[name], value), name
     stream = sl.ActivationStream(lm, [TEXT * 8] * 6, hooks=HOOKS)
     (live,) = sl.train(stream, config)
-    assert live.dictionary.origin.target_hook == HOOKS[1]
+    assert live.dictionary.writes[0].hook == HOOKS[1]

@@ -25,8 +25,8 @@ TOP = 4
 
 def made(kind: str) -> sl.Dictionary:
     if kind == "transcoder":
-        origin = sl.Origin(hook=HOOK, target_hook=TARGET)
-        return sl.Dictionary.create("topk", reads=48, writes=48, d_sae=96, options={"k": 6}, origin=origin)
+        reads, writes = (sl.Port(hook=hook, width=48) for hook in (HOOK, TARGET))
+        return sl.Dictionary.create("topk", reads=reads, writes=writes, d_sae=96, options={"k": 6})
     return sl.Dictionary.create("topk", reads=sl.Port(hook=STREAM, width=48), d_sae=96, options={"k": 6})
 
 
