@@ -76,4 +76,4 @@ def together(
 
 def apart(x: Float[Tensor, "*shape d"], ports: Sequence[Port]) -> tuple[Float[Tensor, "*shape _"], ...]:
     """Return the part of a tensor that belongs to each port."""
-    return x.split([port.width for port in ports], dim=-1)
+    return (x,) if len(ports) == 1 else x.split([port.width for port in ports], dim=-1)

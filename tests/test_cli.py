@@ -194,6 +194,7 @@ def test_doses_prints_a_row_for_each(work, command):
 def test_a_dictionary_that_does_not_say_its_hook(work, command):
     """Every command that runs the model takes it, and says so where it is missing."""
     d = sl.Dictionary.load(work / "run/dictionary")
+    d.reads = d.writes = (sl.Port(width=d.d_in),)
     d.origin = sl.Origin()
     folder = d.save(work / "homeless")
     (work / "labelled.csv").write_text("text,label\n" + "good,1\nbad,0\n" * 12)
@@ -312,8 +313,8 @@ def test_a_diverged_run_exits_1_and_keeps_the_last_good_dictionary(work, monkeyp
 
     real = Trainer.step
 
-    def poisoned(self, x, target):
-        real(self, x if self.n_steps < 2 else x * torch.nan, target)
+    def poisoned(self, batch):
+        real(self, batch if self.n_steps < 2 else {hook: x * torch.nan for hook, x in batch.items()})
 
     monkeypatch.setattr(Trainer, "step", poisoned)
     code, _, err = command("train", work / "cache", "--d-sae", 16, "--batch-size", 64, "--out", work / "nan")

@@ -183,7 +183,8 @@ def greedy(lm, prompt: str, n: int) -> str:
 @pytest.mark.parametrize("target", [None, MLP_OUT])
 def test_generation_with_a_cache_is_generation_without(lm, target, positions):
     hook = MLP_IN if target else HOOK
-    d = sl.Dictionary.create("topk", reads=sl.Port(hook=hook, width=lm.d_model), writes=sl.Port(hook=target, width=lm.d_model if target else None), d_sae=96, options={"k": 6})  # fmt: skip
+    writes = sl.Port(hook=target, width=lm.d_model) if target else None
+    d = sl.Dictionary.create("topk", reads=sl.Port(hook=hook, width=lm.d_model), writes=writes, d_sae=96, options={"k": 6})
     fires = d.encode(lm.run(PROMPT, hook)[hook]).latent.unique()
     edits = [sl.Clamp(fires, 6.0, positions=positions), sl.Add(90, 40.0, positions=positions)]
     plain = lm.generate(PROMPT, 14, temperature=0)

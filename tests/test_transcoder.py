@@ -134,8 +134,21 @@ def test_a_target_that_was_not_captured():
 def test_a_config_that_does_not_fit_its_weights(change, message, tmp_path):
     folder = sl.Dictionary.create("topk", reads=D_IN, d_sae=D_SAE, writes=D_OUT).save(tmp_path / "d")
     config = json.loads((folder / "cfg.json").read_text())
+    ours = config["metadata"]["saelens_lite"]
+    for ports, d in (("reads", "d_in"), ("writes", "d_out")):
+        ours[ports][0]["width"] = change.get(d) or ours[ports][0]["width"]
     (folder / "cfg.json").write_text(json.dumps(config | change))
     with pytest.raises(CorruptFileError, match=message):
+        sl.Dictionary.load(folder)
+
+
+@pytest.mark.parametrize("ports", ["reads", "writes"])
+def test_ports_of_another_width_than_the_weights(ports, tmp_path):
+    folder = sl.Dictionary.create("topk", reads=D_IN, d_sae=D_SAE, writes=D_OUT).save(tmp_path / "d")
+    config = json.loads((folder / "cfg.json").read_text())
+    config["metadata"]["saelens_lite"][ports][0]["width"] += 1
+    (folder / "cfg.json").write_text(json.dumps(config))
+    with pytest.raises(CorruptFileError, match="the widths of the ports do not add up to d_in and d_out"):
         sl.Dictionary.load(folder)
 
 
