@@ -60,7 +60,7 @@ def write_cache(folder: Path, pieces: Iterator[dict[str, torch.Tensor]], dtype: 
     writer.close()
     (folder / "journal.jsonl").unlink()
     manifest = {
-        "format": FORMAT, "origin": sl.Origin().model_dump(exclude={"hook"}), "dtype": str(dtype).removeprefix("torch."),
+        "format": FORMAT, "origin": sl.Origin().model_dump(), "dtype": str(dtype).removeprefix("torch."),
         "hooks": {"x": writer.statistics("x")}, "shards": [shard.facts for shard in writer.shards],
     }  # fmt: skip
     write_json(folder / MANIFEST, manifest)

@@ -101,8 +101,9 @@ def prepare(folder: Path, args: argparse.Namespace) -> None:
     )  # fmt: skip
     GPT2LMHeadModel(config).save_pretrained(folder / "model")
     tiny.tokenizer.save_pretrained(folder / "model")
-    origin = sl.Origin(model="model", hook=f"blocks.{args.layers // 2}.hook_resid_pre", n_ctx=args.n_ctx, prepend_bos=True)
-    d = sl.Dictionary.create("topk", reads=args.d_model, d_sae=args.d_sae, options={"k": args.k}, origin=origin)
+    origin = sl.Origin(model="model", n_ctx=args.n_ctx, prepend_bos=True)
+    reads = sl.Port(hook=f"blocks.{args.layers // 2}.hook_resid_pre", width=args.d_model)
+    d = sl.Dictionary.create("topk", reads=reads, d_sae=args.d_sae, options={"k": args.k}, origin=origin)
     d.save(folder / "dictionary")
     tokens = torch.randint(1, args.d_vocab, (max(args.rows), args.n_ctx))
     tokens[:, 0] = 0

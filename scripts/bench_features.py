@@ -166,14 +166,15 @@ def prepare(folder: Path, args: argparse.Namespace) -> str:
     lm.module.save_pretrained(folder / "model")
     lm.tokenizer.save_pretrained(folder / "model")
     save_file({"tokens": tokens.int().contiguous()}, folder / "tokens.safetensors")
-    origin = sl.Origin(model="model", hook=hook, n_ctx=args.n_ctx, prepend_bos=True)
+    origin = sl.Origin(model="model", n_ctx=args.n_ctx, prepend_bos=True)
+    reads = sl.Port(hook=hook, width=lm.d_model)
     if args.train_tokens:
         x = torch.cat([lm.run(part, hook)[hook][:, 1:].flatten(0, 1) for part in tokens.split(16)])
         # published as JumpReLU, which SAEDashboard can rescale; top-k it cannot
         d = sl.fit(x, sparsity="batch_topk", d_sae=args.d_sae, n_tokens=args.train_tokens, options={"k": args.k})
-        d.origin = origin
+        d.origin, d.reads, d.writes = origin, (reads,), (reads,)
     else:
-        d = sl.Dictionary.create("topk", reads=lm.d_model, d_sae=args.d_sae, options={"k": args.k}, origin=origin)
+        d = sl.Dictionary.create("topk", reads=reads, d_sae=args.d_sae, options={"k": args.k}, origin=origin)
     d.save(folder / "dictionary")
     return hook
 

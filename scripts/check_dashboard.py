@@ -74,8 +74,8 @@ def random_page(n_latents: int, n_tokens: int, out: Path) -> Path:
     from saelens_lite.tokens import named_text
 
     lm = sl.load_model("tiny", device="cpu")
-    origin = sl.Origin(hook=HOOK, n_ctx=128)
-    d = sl.Dictionary.create("topk", reads=lm.d_model, d_sae=n_latents, options={"k": 32}, origin=origin)
+    origin, reads = sl.Origin(n_ctx=128), sl.Port(hook=HOOK, width=lm.d_model)
+    d = sl.Dictionary.create("topk", reads=reads, d_sae=n_latents, options={"k": 32}, origin=origin)
     scores = Stability(
         score=torch.rand(n_latents, generator=torch.Generator().manual_seed(0)),
         n_shared=torch.zeros(n_latents, dtype=torch.long),

@@ -235,11 +235,10 @@ PEERS = {
 
 def random_dictionary(rule: str, transcoder: bool, skip: bool) -> sl.Dictionary:
     """A dictionary of a rule with random parameters; thresholds as training leaves them."""
-    origin = sl.Origin(
-        model="gpt2", hook="blocks.0.ln2.hook_normalized", target_hook="blocks.0.hook_mlp_out" if transcoder else None
-    )
-    d_out = D_IN if transcoder else None
-    d = sl.Dictionary.create(rule, reads=D_IN, d_sae=D_SAE, writes=d_out, skip=skip, options=RULES[rule], origin=origin)
+    reads = sl.Port(hook="blocks.0.ln2.hook_normalized", width=D_IN)
+    writes = sl.Port(hook="blocks.0.hook_mlp_out", width=D_IN) if transcoder else None
+    common = {"d_sae": D_SAE, "skip": skip, "options": RULES[rule], "origin": sl.Origin(model="gpt2")}
+    d = sl.Dictionary.create(rule, reads=reads, writes=writes, **common)
     for parameter in d.parameters():
         parameter.data.copy_(torch.randn(parameter.shape) * (0.4 if parameter.ndim == 1 else 1))
     for buffer in d.buffers():

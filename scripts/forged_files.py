@@ -182,10 +182,8 @@ def sign_cache(folder: Path) -> None:
 def make_store(folder: Path) -> None:
     """The store of a small dictionary on the embedded model, with codes, control, labels and scores."""
     lm = sl.load_model("tiny", device="cpu")
-    origin = sl.Origin(model="tiny", hook=HOOKS[0])
-    d, other = (
-        sl.Dictionary.create("topk", reads=lm.d_model, d_sae=20, options={"k": 3}, seed=s, origin=origin) for s in (0, 1)
-    )
+    origin, reads = sl.Origin(model="tiny"), sl.Port(hook=HOOKS[0], width=lm.d_model)
+    d, other = (sl.Dictionary.create("topk", reads=reads, d_sae=20, options={"k": 3}, seed=s, origin=origin) for s in (0, 1))
     scores = sl.stability(d, [other])
     text = ["the quick brown fox jumps over the lazy dog " * 9] * 3
     sizes = {"top_n": 2, "n_groups": 2, "group_size": 1, "n_random": 2, "n_silent": 2, "window": (2, 1)}
@@ -211,8 +209,8 @@ def sign_store(folder: Path) -> None:
 
 def make_dictionary(folder: Path) -> None:
     """A dictionary of a rule with tensors of its own, a density and an evaluation."""
-    origin = sl.Origin(model="tiny", hook=HOOKS[0], n_ctx=32, excluded_positions=(0, 31))
-    d = sl.Dictionary.create("jumprelu", reads=6, d_sae=10, origin=origin)
+    origin = sl.Origin(model="tiny", n_ctx=32, excluded_positions=(0, 31))
+    d = sl.Dictionary.create("jumprelu", reads=sl.Port(hook=HOOKS[0], width=6), d_sae=10, origin=origin)
     d.density = torch.linspace(0, 1, 10)
     d.training_record = {"config": {"lr": 0.1}, "tokens": 5}
     d.save(folder)

@@ -111,8 +111,8 @@ def transcoder(rule: str):
     """A transcoder with random weights."""
     import saelens_lite as sl
 
-    origin = sl.Origin(hook="blocks.0.hook_resid_mid", target_hook="blocks.0.hook_mlp_out")
-    d = sl.Dictionary.create(rule, reads=D_IN, writes=48, skip=True, d_sae=D_SAE, options=RULES[rule], origin=origin)
+    reads, writes = sl.Port(hook="blocks.0.hook_resid_mid", width=D_IN), sl.Port(hook="blocks.0.hook_mlp_out", width=48)
+    d = sl.Dictionary.create(rule, reads=reads, writes=writes, skip=True, d_sae=D_SAE, options=RULES[rule])
     generator = torch.Generator().manual_seed(2)
     for parameter in d.parameters():
         parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)

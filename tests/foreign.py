@@ -413,9 +413,7 @@ def sparsify_cases() -> dict[str, Case]:
             hook="blocks.3.mlp.hook_in",
             target="blocks.3.hook_mlp_out",
         ),
-        "sparsify skip": case(
-            topk(K), "topk", skip, tensors=names | {"W_skip": p["W_skip"]}, target="blocks.3.hook_mlp_out"
-        ),
+        "sparsify skip": case(topk(K), "topk", skip, tensors=names | {"W_skip": p["W_skip"]}, target="blocks.3.hook_mlp_out"),
     }
 
 

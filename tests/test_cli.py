@@ -255,6 +255,29 @@ def test_plugins(command):
         assert name in out
 
 
+def test_train_on_several_hooks(work, command):
+    """--writes makes a transcoder, --reads once for each hook a crosscoder; a text without a cache serves as well."""
+    hooks = (HOOK, "blocks.1.hook_mlp_out")
+    capture = ("capture", work / "book.txt", "--hooks", *hooks, "--out", work / "pair", "--n-tokens", 600)
+    code, _, err = command(*capture)
+    assert code == 0, err
+    small = ("--sparsity", "topk", "--options.k", 4, "--d-sae", 16, "--n-tokens", 512, "--batch-size", 128)
+    asked = {
+        "across": ("--hook", hooks[0], "--writes", hooks[1]),
+        "crossed": ("--reads", hooks[0], "--reads", hooks[1]),
+    }
+    made = {"across": ((hooks[0],), (hooks[1],)), "crossed": (hooks, hooks)}
+    for name, flags in asked.items():
+        for source in ((work / "pair",), ("--text", work / "book.txt", "--buffer-tokens", 512)):
+            out = work / f"{name} {len(source)}"
+            code, _, err = command("train", *source, *flags, *small, "--out", out)
+            assert code == 0, err
+            d = sl.Dictionary.load(out / "dictionary")
+            assert tuple(tuple(port.hook for port in side) for side in (d.reads, d.writes)) == made[name]
+    code, _, err = command("train", work / "pair", "--hook", hooks[0], "--reads", hooks[1], *small, "--out", work / "both")
+    assert (code, "contradict each other; leave out hook" in err) == (2, True), err
+
+
 def test_train_with_loggers(work, command):
     args = ("train", work / "cache", "--d-sae", 16, "--n-tokens", 512, "--batch-size", 256)
     code, _, err = command(*args, "--loggers", "tensorboard, jsonl", "--out", work / "logged")

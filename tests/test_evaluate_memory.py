@@ -48,7 +48,9 @@ def models(lm):
 
 
 def dictionary(hook, seed=0, **origin):
-    return sl.Dictionary.create("topk", reads=sl.Port(hook=hook, width=16), d_sae=32, options={"k": 3}, origin=sl.Origin(**origin), seed=seed)
+    return sl.Dictionary.create(
+        "topk", reads=sl.Port(hook=hook, width=16), d_sae=32, options={"k": 3}, origin=sl.Origin(**origin), seed=seed
+    )
 
 
 @pytest.mark.parametrize("settings", [{}, {"n_ctx": 131_072}, {"n_ctx": 131_072, "pack": True}])

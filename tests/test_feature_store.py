@@ -197,7 +197,9 @@ def test_an_unfinished_store_is_of_its_batches_and_of_its_rule(dictionaries, ran
     with pytest.raises(Interruption):
         sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out)
     failing(None)
-    other = sl.Dictionary.create("topk", reads=dictionaries[0].reads, d_sae=D_SAE, options={"k": 7}, origin=dictionaries[0].origin)
+    other = sl.Dictionary.create(
+        "topk", reads=dictionaries[0].reads, d_sae=D_SAE, options={"k": 7}, origin=dictionaries[0].origin
+    )
     other.load_state_dict(dictionaries[0].state_dict())
     with pytest.raises(OutputExistsError, match=r"options = .*'k': 6.* \(now .*'k': 7"):
         sl.FeatureStore.build(other, random_lm, rows, out=out)

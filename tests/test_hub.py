@@ -800,7 +800,10 @@ def test_the_code_in_the_cards_works(hub, lm, monkeypatch):
             assert f"which calls this architecture `{architecture}`" in card
             assert f'SAE.from_pretrained("{REPO}", "{name}")' in blocks[1]
         else:
-            assert f"SAELens has no architecture `{d.rule.plugin_name}{'' if d.writes_what_it_reads else '_skip_transcoder'}`" in card
+            assert (
+                f"SAELens has no architecture `{d.rule.plugin_name}{'' if d.writes_what_it_reads else '_skip_transcoder'}`"
+                in card
+            )
             assert len(blocks) == 1
         assert (f"activations of `{target}` from the" in card) != d.writes_what_it_reads
         assert metadata_of(card)["library_name"] == ("saelens" if architecture else "saelens_lite")

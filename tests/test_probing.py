@@ -16,6 +16,7 @@ from saelens_lite.errors import ConfigError, HookError, NonFiniteError, ShapeErr
 from saelens_lite.evaluate import probing
 from saelens_lite.evaluate.labelled import read_labelled
 from saelens_lite.evaluate.probing import Pooled, best_latents, probe_table, weighted_auc
+from saelens_lite.ports import Hooks
 
 HOOK = "blocks.0.hook_resid_pre"
 D_SAE, MARKED = 24, 7
@@ -98,7 +99,7 @@ def test_pooling_and_choice_equal_plain_loops(planted, random_lm, labelled, pool
     texts, labels = labelled
     texts, labels = [*texts, "A " + "night " * 40], [*labels, "yes"]  # longer than the 16 tokens of a row
     rows = probing._rows(planted, random_lm, "texts", texts, pooling)
-    pooled = probing._pool(planted, random_lm, rows, HOOK, pooling, batch_tokens=50)
+    pooled = probing._pool(planted, random_lm, rows, Hooks((HOOK,), (HOOK,)), pooling, batch_tokens=50)
     x, acts = [], []
     for text in texts:
         tokens = random_lm.to_tokens(text).tokens[:, :16]

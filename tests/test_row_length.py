@@ -31,7 +31,9 @@ def wide(lm):
 
 
 def dictionary(**origin):
-    return sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=16), d_sae=32, options={"k": 2}, origin=sl.Origin(**origin))
+    return sl.Dictionary.create(
+        "topk", reads=sl.Port(hook=HOOK, width=16), d_sae=32, options={"k": 2}, origin=sl.Origin(**origin)
+    )
 
 
 def test_rows_have_1024_tokens_unless_told_and_the_log_says_so_once(wide, caplog):

@@ -272,7 +272,7 @@ def _pool(dictionary: Dictionary, lm: LanguageModel, rows: TokenRows, hooks: Hoo
             kept = kept.float().cpu()
             if not (torch.isfinite(kept).all() and torch.isfinite(codes.value).all()):
                 raise NonFiniteError(
-                    f"activations at {dictionary.place} or their codes are NaN or infinite in texts {start} and after"
+                    f"activations at {' + '.join(hooks.reads)} or their codes are NaN or infinite in texts {start} and after"
                 )
             cell, value = text[codes.row] * dictionary.d_sae + codes.latent, codes.value.float()
             if pooling == "max":

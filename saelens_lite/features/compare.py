@@ -359,7 +359,9 @@ def _check_widths(a: Dictionary, b: Dictionary) -> None:
 def _warn_of_other_hooks(a: Dictionary, b: Dictionary) -> None:
     """Log a warning when the two are known to be of different models or hooks."""
     for name in ("model", "hooks"):
-        values = [d.origin.model if name == "model" else d.place if d.hook else None for d in (a, b)]
+        values = [
+            d.origin.model if name == "model" else d.place if all(port.hook for port in d.reads) else None for d in (a, b)
+        ]
         if None not in values and values[0] != values[1]:
             log.warning("dictionaries of different origin are compared: %s %s and %s", name, *values)
 
