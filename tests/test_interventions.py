@@ -27,7 +27,15 @@ def topk():
 @pytest.fixture(scope="module")
 def transcoder():
     """A skip transcoder of random weights."""
-    d = sl.Dictionary.create("topk", reads=sl.Port(hook=MLP_IN, width=48), writes=sl.Port(hook=MLP_OUT, width=48), d_sae=96, skip=True, options={"k": 6}, seed=1)  # fmt: skip
+    d = sl.Dictionary.create(
+        "topk",
+        reads=sl.Port(hook=MLP_IN, width=48),
+        writes=sl.Port(hook=MLP_OUT, width=48),
+        d_sae=96,
+        skip=True,
+        options={"k": 6},
+        seed=1,
+    )
     generator = torch.Generator().manual_seed(2)
     for parameter in (d.b_dec, d.W_skip):
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator))

@@ -214,7 +214,28 @@ def test_several_dictionaries_get_numbered_folders(cache, tmp_path):
 
 
 def test_config_toml_of_every_field():
-    config = sl.TrainConfig(hook="h", reads=("h",), writes=("t",), skip=True, sparsity="gated", options={"coefficient": 1.5}, d_sae=3, n_tokens=4, batch_size=5, lr=6e-4, betas=(0.5, 0.6), encoder_precision="float32", warmup=0.1, decay=0.3, sparsity_warmup=0.4, clip_grad_norm=2.0, normalize="none", dead_after=7, seed=8, log_every=9)  # fmt: skip
+    config = sl.TrainConfig(
+        hook="h",
+        reads=("h",),
+        writes=("t",),
+        skip=True,
+        sparsity="gated",
+        options={"coefficient": 1.5},
+        d_sae=3,
+        n_tokens=4,
+        batch_size=5,
+        lr=6e-4,
+        betas=(0.5, 0.6),
+        encoder_precision="float32",
+        warmup=0.1,
+        decay=0.3,
+        sparsity_warmup=0.4,
+        clip_grad_norm=2.0,
+        normalize="none",
+        dead_after=7,
+        seed=8,
+        log_every=9,
+    )
     assert all(getattr(config, name) != field.default for name, field in sl.TrainConfig.model_fields.items())
     tables = {**config.model_dump(mode="json"), "dictionary": [{}, {"d_sae": 30, "options": {"coefficient": 2.5}}]}
     first, second = train_configs(tables)

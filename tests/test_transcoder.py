@@ -178,7 +178,15 @@ TEXT = "It was the best of times, it was the worst of times, it was the age of w
 
 def mlp(lm, skip: bool = False) -> sl.Dictionary:
     """A transcoder that is exactly linear: y = x Aᵀ, by the skip connection alone."""
-    d = sl.Dictionary.create("topk", reads=sl.Port(hook=HOOKS[0], width=lm.d_model), writes=sl.Port(hook=HOOKS[1], width=lm.d_model), d_sae=8, skip=skip, options={"k": 1}, origin=sl.Origin(excluded_positions=(0,)))  # fmt: skip
+    d = sl.Dictionary.create(
+        "topk",
+        reads=sl.Port(hook=HOOKS[0], width=lm.d_model),
+        writes=sl.Port(hook=HOOKS[1], width=lm.d_model),
+        d_sae=8,
+        skip=skip,
+        options={"k": 1},
+        origin=sl.Origin(excluded_positions=(0,)),
+    )
     d.W_dec.data.zero_()
     if skip:
         d.W_skip.data.copy_(normal(lm.d_model, lm.d_model, seed=1))
