@@ -117,8 +117,8 @@ def _of_format_2(config: dict[str, Any]) -> dict[str, Any]:
 class Dictionary(nn.Module):
     """An overcomplete set of directions and a sparse code over them, for the activations at its ports.
 
-    Calling it on x: Float[... d_in] returns x_hat: Float[... d_out]. Where the rule is tied, W_enc is W_decᵀ, not a parameter of
-    its own.
+    Calling it on x: Float[... d_in] returns x_hat: Float[... d_out]. Where the rule is tied, W_enc is W_decᵀ, not a parameter
+    of its own.
     """
 
     W_enc: Float[Tensor, "d_in d_sae"]

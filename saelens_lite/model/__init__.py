@@ -564,7 +564,7 @@ class LanguageModel:
         that may change instead.
 
         Raises:
-            HookError: this model lacks a hook of the dictionary, or comes to the one that is written before the one that is read.
+            HookError: this model lacks a hook of the dictionary, or comes to the one it writes before the one it reads.
             ConfigError: the dictionary belongs to a model whose weights were processed otherwise; a port names no hook; an edit
                 of a latent that the dictionary does not have; a dictionary of several hooks, and a pass with a cache.
             ShapeError: the dictionary has another width than the hook; an edit names a position behind the end of the row;

@@ -24,8 +24,8 @@ class Tail:
 
     `read` runs the whole model; `logits` then runs what lies behind the hook. For that, each block in front is made to hand on
     what it is given, and where the hook is inside a block, what entered that block is put back. Whether this gives the
-    logits of a whole pass is tried on two rows first; where it does not, where the hook belongs to no block, and where there are
-    several hooks, passes are whole.
+    logits of a whole pass is tried on two rows first; where it does not, where the hook belongs to no block, and where there
+    are several hooks, passes are whole.
 
     `n_skipped` is the number of blocks that are passed over. `is_whole_stream`: the hook is all that the rest of the model
     reads, so that a constant in its place gives every row the same logits.
