@@ -101,10 +101,13 @@ class _Config(Checked, extra="ignore"):
 def _of_format_2(config: dict[str, Any]) -> dict[str, Any]:
     """Return the content of a cfg.json of format 1, which names hooks in the origin, as that of format 2."""
     ours = config["metadata"]["saelens_lite"]
-    origin = dict(ours["origin"]) if isinstance(ours.get("origin"), dict) else {}
-    hook, target, is_transcoder = origin.pop("hook", None), origin.pop("target_hook", None), ours.get("transcoder", False)
-    if target is not None and is_transcoder is not True:
-        raise CorruptFileError("cfg.json names a target hook, but is not of a transcoder")
+    origin, is_transcoder = ours.get("origin", {}), ours.get("transcoder", False)
+    if not isinstance(origin, dict) or not isinstance(is_transcoder, bool) or ours.keys() & {"reads", "writes"}:
+        raise CorruptFileError("metadata.saelens_lite is not that of format 1")
+    origin = dict(origin)
+    hook, target = origin.pop("hook", None), origin.pop("target_hook", None)
+    if target is not None and not is_transcoder:
+        raise CorruptFileError("it names a target hook, but is not of a transcoder")
     ports = {
         "reads": [{"hook": hook, "width": config.get("d_in")}],
         "writes": [{"hook": target, "width": config.get("d_out")}] if is_transcoder else None,
