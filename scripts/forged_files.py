@@ -6,7 +6,7 @@ Each folder is a copy of a small valid one in which something was changed, by a 
 tensors of safetensors files, bytes, and files replaced by pipes, links, folders or a terabyte of holes. In two thirds of them
 the checksums are made to fit again, as a forger would. A process of its own loads each, with 1 GiB of memory beyond what it
 was born with and 10 s of time; Python's audit events show which files it opens, removes, renames or makes outside of the
-folder. (What safetensors opens itself is not seen; it is given paths that were checked just before.)
+folder. (Its lock beside it is its own. What safetensors opens itself is not seen; it gets paths that were checked just before.)
 
 A typed error is right, and so is a folder that loads, works and can be saved again. Everything else is a fault, printed with
 its kind and seed; `--kind run --seed 7 --n 1` repeats it. Exit code 1 when there are any.
@@ -484,7 +484,9 @@ class Watch:
         for path in args[: 2 if event in ("os.rename", "os.link") else 1]:
             if isinstance(path, str | bytes | os.PathLike):
                 place = os.path.realpath(os.fsdecode(path)) if event == "open" else os.path.abspath(os.fsdecode(path))
-                if not place.startswith((self.folder, *self.allowed)):
+                above, name = os.path.split(self.folder)
+                own = [f"{above}/.{name}.saelens-lite.lock", above if event == "os.mkdir" else self.folder]
+                if place not in own and not place.startswith((f"{self.folder}/", *self.allowed)):
                     self.found.append(f"{event} {place[:200]}")
 
 
