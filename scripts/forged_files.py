@@ -485,7 +485,7 @@ class Watch:
             if isinstance(path, str | bytes | os.PathLike):
                 place = os.path.realpath(os.fsdecode(path)) if event == "open" else os.path.abspath(os.fsdecode(path))
                 above, name = os.path.split(self.folder)
-                own = [f"{above}/.{name}.saelens-lite.lock", above if event == "os.mkdir" else self.folder]
+                own = [self.folder, f"{above}/.{name}.saelens-lite.lock", *([above] if event == "os.mkdir" else [])]
                 if place not in own and not place.startswith((f"{self.folder}/", *self.allowed)):
                     self.found.append(f"{event} {place[:200]}")
 
