@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 import torch
 
 import saelens_lite as sl
+from saelens_lite import registry
 from saelens_lite.cache import TensorSource
 from saelens_lite.errors import SaelensLiteError
 
@@ -576,6 +577,10 @@ def main() -> None:
     torch.set_num_threads(1)  # a pool of threads would not survive the fork
     logging.disable(logging.WARNING)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    for kind in ("formats", "sparsity", "loggers"):  # what plugins import is not what a folder opens
+        for plugin in registry.plugins(kind):
+            if registry.check(plugin).status == "ok":
+                registry.load(plugin.name, kind)
     watch, faults = Watch(), 0
     with tempfile.TemporaryDirectory() as where:
         lines = [("kind", "n", *COLUMNS, "MiB more", "s")]
