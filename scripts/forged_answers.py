@@ -261,6 +261,7 @@ CHANGES: dict[str, tuple[Change, ...]] = {
     "refs": (change_value, change_body),
     "other": (change_header, change_status),
 }
+WEIGHTS = {"info": 3, "tree": 5, "head": 6, "get": 5, "refs": 1, "other": 1}
 
 
 def change_files(forged: Forged, rng: random.Random) -> str:
@@ -503,7 +504,7 @@ def forged_run(number: int, seed: int, files: dict[str, bytes], handler: type[Ha
         if rng.random() < 0.2:
             names.append(change_files(forged, rng))
         else:
-            kind = rng.choices(list(CHANGES), weights=[3, 5, 6, 5, 1, 1])[0]
+            kind = rng.choices(list(CHANGES), weights=[WEIGHTS[kind] for kind in CHANGES])[0]
             change = rng.choice(CHANGES[kind])
             names.append(f"{kind}: {change.__name__.removeprefix('change_')}")
             forged.changes.append((kind, names[-1], change))

@@ -28,7 +28,7 @@ from saelens_lite.hub.plots import frontier_plot
 
 FRONTIER_FILE = "frontier.png"
 SECTION = "dictionaries"
-MAX_METADATA_CHARACTERS, MAX_METADATA_DEPTH = 1 << 20, 50
+MAX_METADATA_CHARACTERS, MAX_METADATA_PARTS, MAX_METADATA_DEPTH = 1 << 19, 50_000, 50
 _METADATA = re.compile(r"\s*---[ \t]*\r?\n(.*?)(?:\r?\n---|\Z)", re.DOTALL)
 COLUMNS = ("dictionary", "hook", "rule", "latents", "L0", "FVU", "loss recovered")
 
@@ -138,7 +138,9 @@ def _check_metadata(card: str, repo: str) -> None:
         raise _unreadable(repo, f"they have {len(found[1]):,} characters; {MAX_METADATA_CHARACTERS:,} are the most")
     depth = 0
     try:
-        for event in yaml.parse(found[1], Loader=yaml.SafeLoader):
+        for number, event in enumerate(yaml.parse(found[1], Loader=yaml.SafeLoader)):
+            if number > MAX_METADATA_PARTS:
+                raise _unreadable(repo, f"they have more than {MAX_METADATA_PARTS:,} parts")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_METADATA_DEPTH:
                 raise _unreadable(repo, f"they are nested deeper than {MAX_METADATA_DEPTH} levels")
