@@ -552,3 +552,33 @@ def test_an_unfinished_capture_is_not_continued_with_other_context(lm, tmp_path,
     sl.capture(lm, rows, HOOKS, tmp_path / "cache", **settings(n_ctx=None))
     sl.capture(lm, rows, HOOKS, tmp_path / "alone", **settings(n_ctx=None))
     assert contents(tmp_path / "cache") == contents(tmp_path / "alone")
+
+
+def test_a_stream_is_resumed_from_the_command_line(lm, tmp_path, command):
+    """Its text is found again, also where it was moved to, and another one is refused."""
+    path = text_file(LINES, tmp_path)
+    sl.train(streamed(lm, path), STREAMED, tmp_path / "alone")
+    for name in ("first", "second"):
+        interrupted_stream(streamed(lm, path), tmp_path / name)
+    assert command("train", "--resume", tmp_path / "first").code == 0
+    assert contents(tmp_path / "first") == contents(tmp_path / "alone")
+    moved, out = tmp_path / "elsewhere/book.txt", tmp_path / "second"
+    moved.parent.mkdir()
+    path.rename(moved)
+    code, _, err = command("train", "--resume", out)
+    assert (code, "no text file at" in err) == (2, True)
+    other = tmp_path / "other.txt"
+    other.write_text("\n".join(LINES[::-1]))
+    code, _, err = command("train", "--resume", out, "--text", other)
+    assert (code, "the run was trained on" in err) == (2, True)
+    assert command("train", "--resume", out, "--text", moved).code == 0
+    assert contents(out) == contents(tmp_path / "alone")
+
+
+def test_a_run_on_a_cache_is_not_resumed_on_a_text(cache, tmp_path, command):
+    with pytest.raises(Stopped):
+        sl.train(Interrupted(cache, 3), STREAMED, tmp_path / "run")
+    code, _, err = command("train", "--resume", tmp_path / "run", "--text", "python-docs")
+    assert (code, "the run was trained on the cache" in err) == (2, True)
+    with pytest.raises(ConfigError, match="both a source and a text were given"):
+        sl.resume(tmp_path / "run", cache, text="python-docs")

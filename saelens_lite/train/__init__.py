@@ -178,6 +178,7 @@ def resume(
     run: str | Path,
     source: Source | None = None,
     *,
+    text: str | None = None,
     device: str | torch.device | None = None,
     loggers: str | Sequence[str] | None = None,
     checkpoint_seconds: float | None = None,
@@ -185,8 +186,11 @@ def resume(
     """Resume a run that was interrupted, from its newest checkpoint that is whole; the result is what it would have been.
 
     run: the folder given to `train` as `out`. source: the activations it was trained on; a cache, or a stream of a file, a
-    dataset or the embedded corpus is found again by itself. Whatever is not given is as it was; where the run's device is
-    missing, the default of `train` replaces it, with a warning. A dictionary that was dropped stays dropped.
+    dataset or the embedded corpus is found again by itself; `text` says where that text is now, if it has moved. Whatever is
+    not given is as it was; where the run's device is missing, the default of `train` replaces it, with a warning. A dictionary
+    that was dropped stays dropped.
+
+    The token rows, tensors or cache are compared with what had been read when the checkpoint was written.
 
     Raises:
         ConfigError: the run has no checkpoints, or its source has to be given.
@@ -217,8 +221,10 @@ def _interrupted(
     states, loop = load_checkpoint(run)
     request = loop["request"]
     device = _device_of(request, device)
+    if source is not None and text is not None:
+        raise ConfigError("both a source and a text were given; training reads one of them")
     if source is None:
-        source = open_source(request["source"], device)
+        source = open_source(request["source"], device, text)
     _check_source(source.describe(), request["source"])
     validation, source = source.hold_out(n) if (n := request["validation_tokens"]) else (None, source)
     expect(source, loop.get("source"))
