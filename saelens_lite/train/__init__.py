@@ -200,11 +200,13 @@ def resume(
         Stopped: after Ctrl-C or SIGTERM.
     """
     run = Path(run)
+    if source is not None and text is not None:
+        raise ConfigError("both a source and a text were given; training reads one of them")
     if not os.path.lexists(run.parent):
         raise ConfigError(f"{run} has no checkpoints: there is nothing to resume")
     with locked(run, "run"):
         put_back_runs(run, [run], _kind())
-        job, source = _interrupted(run, source, device, loggers, checkpoint_seconds)
+        job, source = _interrupted(run, source, text, device, loggers, checkpoint_seconds)
         runs = _run(job, source)
         remove_replaced(run, job.folders)
     return runs
@@ -213,6 +215,7 @@ def resume(
 def _interrupted(
     run: Path,
     source: Source | None,
+    text: str | None,
     device: str | torch.device | None,
     loggers: str | Sequence[str] | None,
     checkpoint_seconds: float | None,
@@ -221,8 +224,6 @@ def _interrupted(
     states, loop = load_checkpoint(run)
     request = loop["request"]
     device = _device_of(request, device)
-    if source is not None and text is not None:
-        raise ConfigError("both a source and a text were given; training reads one of them")
     if source is None:
         source = open_source(request["source"], device, text)
     _check_source(source.describe(), request["source"])
