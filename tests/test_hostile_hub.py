@@ -255,6 +255,11 @@ def test_sizes_that_are_none(hub, size):
     refused("the endpoint does not answer as a Hub does: ")
 
 
+def test_an_answer_of_millions_of_lists_is_not_parsed(hub):
+    forge(hub, "info", lambda reply: setattr(reply, "body", b'{"sha": [' + b"[]," * 1_000_000 + b"[]]}"))
+    refused("the endpoint answers with more than 300,000 lists and tables, which no Hub does")
+
+
 def test_two_sizes_of_one_file(hub):
     forge_json(hub, "tree", lambda entries: [e | ({"size": 5} if "lfs" in e else {}) for e in entries])
     refused("the Hub gives two sizes for ")

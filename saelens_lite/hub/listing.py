@@ -12,6 +12,7 @@ from saelens_lite.hub.client import SECONDS_TO_ANSWER, typed_errors
 from saelens_lite.hub.guard import COMMIT, TAG, Guard, guarded_client, same_origin
 
 MAX_PAGE_BYTES, MAX_LISTING_BYTES, MAX_PAGES, MAX_FILES = 8 << 20, 64 << 20, 1000, 200_000
+MAX_CONTAINERS = 300_000  # in one answer
 MAX_NAME_BYTES, MAX_PATH_CHARACTERS = 255, 1000
 logger = logging.getLogger(__name__)
 
@@ -139,6 +140,8 @@ def _answer(guard: Guard, path: str, *, retry: bool) -> Any:
 
 def _checked(repo: str, schema: TypeAdapter, content: bytes) -> Any:
     """What an answer says, if it is of a form that a Hub's answers have."""
+    if content.count(b"[") + content.count(b"{") > MAX_CONTAINERS:  # each takes 30 times its bytes once it is parsed
+        raise HubError(f"{repo}: the endpoint answers with more than {MAX_CONTAINERS:,} lists and tables, which no Hub does")
     try:
         return schema.validate_json(content)
     except ValidationError as error:
