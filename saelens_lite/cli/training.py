@@ -86,7 +86,7 @@ def train(
     out
         Folder for the run; default: runs/dictionary.
     resume
-        Folder of an interrupted run. Its settings hold; a cache need only be named if it has moved.
+        Folder of an interrupted run. Its settings hold; a cache or --text need only be named if it has moved.
     text
         Instead of a cache: text as for `capture`, from which activations are computed while training goes on.
     model
@@ -118,9 +118,9 @@ def train(
     if "options" in flags:
         flags["options"] = parse_options(flags["options"])
     if resume:
-        if surplus := flags | only_new | given(config=config, out=out, text=text):
+        if surplus := flags | only_new | given(config=config, out=out):
             raise ConfigError(f"--resume keeps the settings of {resume}; leave out {', '.join(surplus)}")
-        runs = sl.resume(resume, cache and sl.ActivationCache.open(cache), **common)
+        runs = sl.resume(resume, cache and sl.ActivationCache.open(cache), text=text, **common)
     else:
         configs = train_configs(read_toml(config) if config else {}, flags)
         source = _source(cache, text, model, text_config, [c.hook for c in configs], buffer_tokens, device)

@@ -101,6 +101,7 @@ class _State(Checked):
     loggers: list[String]
     n_batches: Positive
     dropped: list[str | None] = Field([])
+    source: dict[str, Any] | None = None  # what was read so far; the source checks it
     histories: list[list[Any]] | None = None  # of format 2
     dictionaries: list[_Numbers]
 

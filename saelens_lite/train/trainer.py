@@ -14,7 +14,7 @@ from saelens_lite.codes import gpu
 from saelens_lite.config import TrainConfig
 from saelens_lite.devices import where_float64_is, wide
 from saelens_lite.dictionary import Dictionary
-from saelens_lite.errors import ConfigError, NonFiniteError, ShapeError
+from saelens_lite.errors import ConfigError, NonFiniteError, ShapeError, SourceChangedError
 from saelens_lite.files import check_fits_memory, shortened
 from saelens_lite.train.step import DenseStep, SparseStep
 
@@ -290,18 +290,18 @@ class Trainer:
         """Take up a state.
 
         Raises:
-            ConfigError: it is of training on other activations.
+            SourceChangedError: it is of training on other activations.
             KeyError, RuntimeError: it is not one of this trainer.
         """
         for name in ("scale", "target_scale", "variance"):
             if not math.isclose(numbers[name], getattr(self, name), rel_tol=1e-4):
-                raise ConfigError(
+                raise SourceChangedError(
                     f"the activations of {self.hook!r} are not those the run was trained on: their {name} is "
                     f"{getattr(self, name):.6g}, it was {numbers[name]:.6g}"
                 )
         if self.shift is not None:
             if not torch.allclose(self.shift.cpu(), tensors["shift"].cpu(), rtol=1e-3, atol=1e-3):
-                raise ConfigError(
+                raise SourceChangedError(
                     f"the activations of {self.hook!r} are not those the run was trained on: their mean is another"
                 )
             self.shift.copy_(tensors["shift"])
