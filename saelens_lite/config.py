@@ -134,7 +134,9 @@ class Origin(FrozenConfig):
     model: str | None = Field(None, description="Model name, Hub id or folder.")
     revision: str | None = Field(None, description="Commit of the model.")
     model_class: str | None = Field(None, description="transformers class of the model.")
-    processing: tuple[str, ...] = Field((), description="What was done to the weights when the model was loaded.")
+    processing: tuple[Literal["center_writing_weights"], ...] = Field(
+        (), description="What was done to the weights when the model was loaded."
+    )
     hook: str | None = Field(None, description="transformer-lens hook name.")
     target_hook: str | None = Field(None, description="Hook a transcoder predicts; none for an autoencoder.")
     n_ctx: int | None = Field(None, description="Tokens in a row.")

@@ -3,6 +3,7 @@
 Formats are asked whether they detect a path. Nothing is unpickled and no weights are read.
 """
 
+import logging
 import zipfile
 from collections.abc import Iterator
 from itertools import islice
@@ -14,6 +15,7 @@ from saelens_lite.errors import ConfigError, CorruptFileError
 from saelens_lite.files import check_header, read_json
 
 OWN, CONFIG_FILE = "saelens_lite", "cfg.json"
+log = logging.getLogger(__name__)
 MAX_LOOKED_AT = 200  # files and folders below one that holds no dictionary itself
 
 
@@ -38,7 +40,7 @@ def format_of(path: Path, name: str | None = None) -> Any:
     if name is not None:
         return _named(path, name)
     formats = _formats()
-    found = [reader for reader in formats if reader.detect(path)]
+    found = [reader for reader in formats if _detects(reader, path)]
     if not found:
         return _nearest(path, formats)
     if len(found) > 1:
@@ -142,7 +144,7 @@ def _detected(path: Path, formats: list[Any]) -> list[str]:
             return [OWN]
     except CorruptFileError:
         return []
-    return [reader.plugin_name for reader in formats if reader.detect(path)]
+    return [reader.plugin_name for reader in formats if _detects(reader, path)]
 
 
 def _load(path: Path, names: list[str]) -> str:
@@ -162,9 +164,27 @@ def _tensors(path: Path) -> str:
     return f"; it holds tensors ({names}): read them and give them to Dictionary.from_tensors"
 
 
+def _detects(reader: Any, path: Path) -> bool:
+    """Return whether a format detects a path; one that fails at that is named in the log and left out."""
+    try:
+        return bool(reader.detect(path))
+    except Exception as error:  # whatever a stranger's plugin raises
+        log.warning(
+            "format %s was left out, because it failed on %s: %s: %s", _source(reader), path, type(error).__name__, error
+        )
+        return False
+
+
+def _source(reader: Any) -> str:
+    named = [plugin for plugin in registry.plugins("formats") if plugin.name == reader.plugin_name]
+    return ", ".join(map(str, named)) or reader.plugin_name
+
+
 def _formats() -> list[Any]:
-    usable = [plugin for plugin in registry.plugins("formats") if registry.check(plugin).status == "ok"]
-    return [registry.load(plugin.name, "formats")() for plugin in usable]
+    """The formats that can be asked; PluginError where two distributions claim one name."""
+    allowed = {plugin.name: plugin for plugin in registry.plugins("formats") if plugin.allowed}
+    usable = [registry.find(name, "formats") for name in allowed]
+    return [registry.load(plugin.name, "formats")() for plugin in usable if registry.check(plugin).status == "ok"]
 
 
 def _names(formats: list[Any]) -> str:

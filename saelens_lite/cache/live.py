@@ -207,11 +207,19 @@ class ActivationStream:
         if _n_bytes(text) != description["text_bytes"]:
             raise ConfigError(f"{text} is not the text the run was trained on: it has {_n_bytes(text):,} bytes now")
         model = description["model"]
-        lm = load_model(**model | {"dtype": DTYPES[model["dtype"]], "device": device or model["device"]})
+        lm = load_model(
+            str(model["name"]),
+            device=device or str(model["device"]),
+            dtype=DTYPES[model["dtype"]],
+            revision=model["revision"],
+            center_writing_weights=model["center_writing_weights"] is True,
+        )  # nothing else is taken from a file: it may not decide to run code
         config = TextConfig(**description["text_config"])
         if config.n_ctx is None:
             config = config.replace(n_ctx=lm.n_ctx)
-        return cls(lm, text, text_config=config, **description["stream"])._without(description["held_out"])
+        stream = description["stream"]
+        settings = {name: stream[name] for name in ("hooks", "buffer_tokens", "batch_tokens", "text_name")}
+        return cls(lm, text, text_config=config, **settings)._without(description["held_out"])
 
 
 def _n_bytes(text: Any) -> int | None:

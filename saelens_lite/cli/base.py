@@ -1,8 +1,10 @@
 """What all commands share: the app they register with, how it starts, and how a command that fails says so."""
 
+import json
 import logging
 import sys
-from typing import TYPE_CHECKING, Annotated
+from unicodedata import category
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -10,6 +12,11 @@ from saelens_lite.errors import SaelensLiteError, Stopped
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+SHOWN = {
+    "Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "No", "Pc", "Pd", "Ps", "Pe", "Pi", "Pf", "Po", "Sm", "Sc", "Sk",
+    "So", "Zs",
+}  # fmt: skip
 
 app = App(
     name="saelens-lite",
@@ -37,7 +44,9 @@ def _launch(
     traceback
         Show the whole traceback of an error.
     """
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Visible("%(message)s"))
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
     command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
     command(*bound.args, **bound.kwargs)
 
@@ -62,12 +71,42 @@ def main() -> None:
 def _fail(error: BaseException, message: str, code: int, wants_traceback: bool) -> None:
     if wants_traceback:
         raise error
-    print(f"saelens-lite: {' '.join(message.split())}", file=sys.stderr)
+    say(f"saelens-lite: {' '.join(message.split())}", error=True)
     sys.exit(code)
 
 
+def visible(text: str) -> str:
+    """Replace characters that a terminal obeys instead of showing them by \\u and their number.
+
+    These are control characters except line feed and tab, and marks of direction such as U+202E, which reorders what it stands
+    before. JSON that goes through here is still the same JSON.
+    """
+    return "".join(char if char in "\n\t" or category(char) in SHOWN else _escaped(char) for char in text)
+
+
+def _escaped(char: str) -> str:
+    return f"\\u{ord(char):04x}" if ord(char) < 1 << 16 else json.dumps(char)[1:-1]
+
+
+class _Visible(logging.Formatter):
+    """A formatter of log lines, which may quote files."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
+def say(text: object, *, error: bool = False) -> None:
+    """Print text to standard output, or to standard error; what would steer the terminal is shown instead."""
+    print(visible(str(text)), file=sys.stderr if error else sys.stdout)
+
+
 def console() -> "Console":
-    """Where tables and results go."""
+    """Return where tables and results go: nothing in them is markup, and what would steer the terminal is shown instead."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=True)
+    class Visible(Console):
+        def render(self, *args: Any, **settings: Any) -> Any:
+            for segment in super().render(*args, **settings):
+                yield segment if segment.control else segment._replace(text=visible(segment.text))
+
+    return Visible(highlight=False, soft_wrap=True, markup=False, emoji=False)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from saelens_lite.config import TextConfig
-from saelens_lite.errors import CorruptFileError, OutputExistsError
+from saelens_lite.errors import ConfigError, CorruptFileError, OutputExistsError
 
 if TYPE_CHECKING:
     from saelens_lite.dictionary import Dictionary
@@ -61,18 +61,34 @@ class OfModel:
         The hook, for dictionaries that do not say theirs.
     device
         Where to run, e.g. cuda; default: CUDA where there is one, else MPS where it works, else the CPU.
+    model_revision
+        Commit, branch or tag of the model on the Hub; default: the commit the dictionary was trained on.
+    trust_remote_code
+        Run Python code that comes with the model's files. Only with --model: a dictionary does not decide which code is run.
     """
 
     model: str | None = None
     hook: str | None = None
     device: str | None = None
+    model_revision: str | None = None
+    trust_remote_code: Flag = False
 
     def model_of(self, dictionary: "Dictionary") -> "LanguageModel":
         """The model that was asked for, or the one of a dictionary, with its weights processed as they were."""
         import saelens_lite as sl
 
-        processing = dict.fromkeys(dictionary.origin.processing, True)
-        return sl.load_model(self.model or dictionary.origin.model or "tiny", device=self.device, **processing)
+        origin = dictionary.origin
+        name = self.model or origin.model or "tiny"
+        if self.trust_remote_code and self.model is None:
+            raise ConfigError(f"--trust-remote-code runs code of the model; name the model as well: --model {name}")
+        pinned = origin.revision if name == origin.model else None
+        return sl.load_model(
+            name,
+            device=self.device,
+            revision=self.model_revision or pinned,
+            center_writing_weights="center_writing_weights" in origin.processing,
+            trust_remote_code=self.trust_remote_code,
+        )
 
     def load(self, path: Path) -> "tuple[Dictionary, LanguageModel]":
         """A dictionary and its model, on one device."""

@@ -23,6 +23,7 @@ def capture(
     dtype: Literal["float16", "bfloat16", "float32"] = "float16",
     device: str | None = None,
     center_writing_weights: Flag = False,
+    trust_remote_code: Flag = False,
     exists: Exists = "error",
 ) -> None:
     """Run a model over text once and store activations.
@@ -43,11 +44,13 @@ def capture(
         Where the model runs, e.g. cuda; default: CUDA where there is one, else MPS where it works, else the CPU.
     center_writing_weights
         Take the mean out of all that is written to the residual stream first; for models whose norms are LayerNorm.
+    trust_remote_code
+        Run Python code that comes with the model's files.
     """
     import saelens_lite as sl
     from saelens_lite.tokens import named_text
 
-    lm = sl.load_model(model, device=device, center_writing_weights=center_writing_weights)
+    lm = sl.load_model(model, device=device, center_writing_weights=center_writing_weights, trust_remote_code=trust_remote_code)
     documents = named_text(text)
     name = text if isinstance(documents, str) else Path(text).name
     cache = sl.capture(

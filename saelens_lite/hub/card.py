@@ -186,11 +186,16 @@ def _load_model_call(origin: Origin) -> str | None:
     """The line of code that loads the model a dictionary belongs to; None where nobody else could load it by that name."""
     if not origin.model or not origin.hook or not (origin.model == "tiny" or _is_hub_model(origin.model)):
         return None
-    options = {"revision": json.dumps(origin.revision)} if origin.revision else {}
-    options |= dict.fromkeys(filter(str.isidentifier, origin.processing), "True")
-    arguments = [json.dumps(origin.model), *(f"{key}={value}" for key, value in options.items())]
+    options = {"revision": _literal(origin.revision)} if origin.revision else {}
+    options |= dict.fromkeys(origin.processing, "True")
+    arguments = [_literal(origin.model), *(f"{key}={value}" for key, value in options.items())]
     inside = "".join(f"\n    {argument}," for argument in arguments) + "\n" if options else arguments[0]
     return f"sl.load_model({inside})"
+
+
+def _literal(text: str) -> str:
+    """A string as Python code, in which nothing of it is code and all of it can be seen."""
+    return json.dumps(text) if text.isascii() and text.isprintable() else repr(text)
 
 
 def _target(dictionary: Dictionary) -> str | None:
@@ -259,13 +264,14 @@ def _template(name: str) -> Any:
 
 
 def _line(value: Any) -> str:
-    """A value as text in one line that neither opens HTML nor ends a section."""
-    return " ".join(str(value).split()).replace("<", "&lt;")
+    """A value as text in one line that neither opens HTML nor ends a section, and is no link or image; all of it shows."""
+    text = " ".join(str(value).split()).replace("<", "&lt;").replace("](", "]\\(")
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
 def cell(value: Any) -> str:
     """A value as a cell of a Markdown table."""
-    return _line(value).replace("\\", "\\\\").replace("|", "\\|")
+    return _line(str(value).replace("\\", "\\\\")).replace("|", "\\|")
 
 
 def _code(value: Any) -> str:

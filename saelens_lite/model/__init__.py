@@ -81,15 +81,18 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
     center_writing_weights: bool = False,
+    trust_remote_code: bool = False,
 ) -> "LanguageModel":
     """A causal language model, frozen, in evaluation mode.
 
     `name` is "tiny" (embedded, no network), a local folder, or a Hugging Face Hub id such as "gpt2". `device` defaults to
     CUDA where there is one, else MPS where it works, else the CPU. `center_writing_weights`: see
-    `LanguageModel.center_writing_weights_`.
+    `LanguageModel.center_writing_weights_`. `trust_remote_code` runs Python code that comes with the model's files, which may
+    do anything; without it such a model is refused, and nobody is asked on the terminal.
 
     Raises:
-        ModelNotFoundError: no such model, no network, or an architecture transformers does not know.
+        ModelNotFoundError: no such model, no network, an architecture transformers does not know, or a model that needs
+            code of its own.
         ConfigError: the writing weights of this model cannot be centred.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -100,7 +103,7 @@ def load_model(
     if not local and (isinstance(name, Path) or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1):
         raise ModelNotFoundError(f"no model folder at {name}; give a folder with config.json, a Hub id, or 'tiny'")
     commit, only_cached = (revision, True) if local else _on_hub(str(name), revision)
-    source = {"revision": revision, "local_files_only": only_cached}
+    source = {"revision": revision, "local_files_only": only_cached, "trust_remote_code": bool(trust_remote_code)}
     device = chosen_device(device)
     bars = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
@@ -111,6 +114,11 @@ def load_model(
             tokenizer = AutoTokenizer.from_pretrained(str(where), **source)
     except Exception as error:  # transformers raises errors of many kinds for a damaged folder
         reason = " ".join(str(error).split())
+        if not trust_remote_code and "trust_remote_code" in reason:
+            raise ModelNotFoundError(
+                f"the model {str(name)!r} needs Python code that comes with its files, which was not run; read that code, and if "
+                f"you trust it say load_model({str(name)!r}, trust_remote_code=True), or --trust-remote-code on the command line"
+            ) from error
         help_ = "check the folder." if local else "is it a causal language model that transformers knows?"
         raise ModelNotFoundError(f"cannot load the model {str(name)!r}: {help_} transformers says: {reason[:400]}") from error
     finally:

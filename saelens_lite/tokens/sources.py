@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -242,8 +243,11 @@ def _hub(dataset: HubName, config: TextConfig) -> Iterator[Piece]:
     if config.split and dataset.split and config.split != dataset.split:
         raise ConfigError(f"split = {config.split!r}, but the text names the split {dataset.split!r}; say it once")
     split = dataset.split or config.split or "train"
+    # from version 4 on datasets runs no code of a dataset and knows no such argument
+    refusal = {"trust_remote_code": False} if "trust_remote_code" in signature(load_dataset).parameters else {}
     try:
-        yield from read_pieces(load_dataset(dataset.name, dataset.config, split=split, streaming=True), config)
+        documents = load_dataset(dataset.name, dataset.config, split=split, streaming=True, **refusal)
+        yield from read_pieces(documents, config)
     except SaelensLiteError:
         raise
     except Exception as error:  # datasets raises errors of many kinds, also in the middle of a stream
