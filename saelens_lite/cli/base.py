@@ -3,8 +3,8 @@
 import json
 import logging
 import sys
-from unicodedata import category
 from typing import TYPE_CHECKING, Annotated, Any
+from unicodedata import category
 
 from cyclopts import App, CycloptsError, Parameter
 
