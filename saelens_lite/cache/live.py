@@ -208,7 +208,7 @@ class ActivationStream:
             raise ConfigError(f"{text} is not the text the run was trained on: it has {_n_bytes(text):,} bytes now")
         model = description["model"]
         lm = load_model(
-            str(model["name"]),
+            name=str(model["name"]),
             device=device or str(model["device"]),
             dtype=DTYPES[model["dtype"]],
             revision=model["revision"],

@@ -13,10 +13,7 @@ from saelens_lite.errors import SaelensLiteError, Stopped
 if TYPE_CHECKING:
     from rich.console import Console
 
-SHOWN = {
-    "Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "No", "Pc", "Pd", "Ps", "Pe", "Pi", "Pf", "Po", "Sm", "Sc", "Sk",
-    "So", "Zs",
-}  # fmt: skip
+OBEYED = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # Unicode categories of what has no shape of its own
 
 app = App(
     name="saelens-lite",
@@ -81,7 +78,7 @@ def visible(text: str) -> str:
     These are control characters except line feed and tab, and marks of direction such as U+202E, which reorders what it stands
     before. JSON that goes through here is still the same JSON.
     """
-    return "".join(char if char in "\n\t" or category(char) in SHOWN else _escaped(char) for char in text)
+    return "".join(char if char in "\n\t" or category(char) not in OBEYED else _escaped(char) for char in text)
 
 
 def _escaped(char: str) -> str:
@@ -105,6 +102,9 @@ def console() -> "Console":
     from rich.console import Console
 
     class Visible(Console):
+        def render_str(self, text: str, **settings: Any) -> Any:
+            return super().render_str(visible(text), **settings)  # before rich leaves out some control characters
+
         def render(self, *args: Any, **settings: Any) -> Any:
             for segment in super().render(*args, **settings):
                 yield segment if segment.control else segment._replace(text=visible(segment.text))

@@ -116,8 +116,8 @@ def load_model(
         reason = " ".join(str(error).split())
         if not trust_remote_code and "trust_remote_code" in reason:
             raise ModelNotFoundError(
-                f"the model {str(name)!r} needs Python code that comes with its files, which was not run; read that code, and if "
-                f"you trust it say load_model({str(name)!r}, trust_remote_code=True), or --trust-remote-code on the command line"
+                f"the model {str(name)!r} needs Python code that comes with its files, which was not run; read that code, and "
+                f"if you trust it say load_model({str(name)!r}, trust_remote_code=True), or --trust-remote-code in a command"
             ) from error
         help_ = "check the folder." if local else "is it a causal language model that transformers knows?"
         raise ModelNotFoundError(f"cannot load the model {str(name)!r}: {help_} transformers says: {reason[:400]}") from error
