@@ -22,7 +22,7 @@ from saelens_lite.cache.source import Batch, Moments, Statistics, TensorSource
 from saelens_lite.config import Origin, TextConfig
 from saelens_lite.errors import ConfigError, HookError, TextError, near_matches
 from saelens_lite.files import DTYPES
-from saelens_lite.model import EMBEDDED, LanguageModel, load_model
+from saelens_lite.model import EMBEDDED, LanguageModel, load_model, mention_folder
 from saelens_lite.tokens import RowBlocks, Text, TokenRows, check_file, name_of, named_text, with_mask
 
 
@@ -207,6 +207,7 @@ class ActivationStream:
         if _n_bytes(text) != description["text_bytes"]:
             raise ConfigError(f"{text} is not the text the run was trained on: it has {_n_bytes(text):,} bytes now")
         model = description["model"]
+        mention_folder(str(model["name"]))
         lm = load_model(
             name=str(model["name"]),
             device=device or str(model["device"]),

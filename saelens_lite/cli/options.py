@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from saelens_lite.config import TextConfig
-from saelens_lite.errors import ConfigError, CorruptFileError, OutputExistsError
+from saelens_lite.errors import CorruptFileError, OutputExistsError
 
 if TYPE_CHECKING:
     from saelens_lite.dictionary import Dictionary
@@ -73,20 +73,15 @@ class OfModel:
     model_revision: str | None = None
     trust_remote_code: Flag = False
 
-    def model_of(self, dictionary: "Dictionary") -> "LanguageModel":
-        """The model that was asked for, or the one of a dictionary, with its weights processed as they were."""
-        import saelens_lite as sl
+    def model_of(self, *dictionaries: "Dictionary") -> "LanguageModel":
+        """The model that was asked for, or the one of the dictionaries, with its weights processed as they were."""
+        from saelens_lite.model import model_of
 
-        origin = dictionary.origin
-        name = self.model or origin.model or "tiny"
-        if self.trust_remote_code and self.model is None:
-            raise ConfigError(f"--trust-remote-code runs code of the model; name the model as well: --model {name}")
-        pinned = origin.revision if name == origin.model else None
-        return sl.load_model(
-            name,
+        return model_of(
+            *(dictionary.origin for dictionary in dictionaries),
+            name=self.model,
+            revision=self.model_revision,
             device=self.device,
-            revision=self.model_revision or pinned,
-            center_writing_weights="center_writing_weights" in origin.processing,
             trust_remote_code=self.trust_remote_code,
         )
 
