@@ -50,6 +50,7 @@ LEAVES = {
     "progress",
     "registry",
     "state_dicts",
+    "terminal",
     "unfinished",
 }  # import nothing of ours but each other; everyone may import them
 ONLY_IN = {"transformer_lens": "model", "huggingface_hub": "hub"}

@@ -2,13 +2,18 @@
 
 import json
 import logging
+import re
 import shutil
-from importlib.metadata import EntryPoint
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import saelens_lite as sl
+import saelens_lite_plugins
 from saelens_lite import registry
 from saelens_lite.cache.live import ActivationStream
 from saelens_lite.cli import options
@@ -18,6 +23,7 @@ from saelens_lite.format_detection import format_of
 from saelens_lite.formats import Format
 from saelens_lite.hub.card import _line, _literal, _load_model_call, cell
 from saelens_lite.model import EMBEDDED
+from saelens_lite.tokens.sources import named_text, read_pieces
 
 HOOK = "blocks.2.hook_resid_pre"
 HOSTILE = "x\x1b]0;title\x07\x9b31m\u202ey\x7f"
@@ -29,6 +35,14 @@ class Config(GPT2Config):
     model_type = "stranger"
 class Model(GPT2LMHeadModel):
     config_class = Config
+"""
+PLUGIN = """
+from pathlib import Path
+Path({marker!r}).touch()
+import saelens_lite as sl
+class Plugin(sl.Format):
+    def detect(self, path):
+        return True
 """
 
 
@@ -76,18 +90,117 @@ def test_processing_that_is_not_known_is_refused(tmp_path):
         sl.Dictionary.load(tmp_path / "d")
 
 
-def test_commands_load_the_commit_that_the_dictionary_was_trained_on(monkeypatch):
+def test_code_of_a_model_is_run_when_the_user_allows_it(stranger, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "modules")])
+    lm = sl.load_model(stranger, device="cpu", trust_remote_code=True)
+    assert (tmp_path / "was_run").exists()
+    assert type(lm.module).__name__ == "Model"
+    tokens = torch.tensor([[5, 6, 7]])
+    expected = sl.load_model("tiny", device="cpu").module(tokens).logits
+    torch.testing.assert_close(lm.module(tokens).logits, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("part", ["tokenizer_config.json", "config.json"])
+def test_code_of_a_tokenizer_or_of_settings_is_not_run(part, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    folder = Path(shutil.copytree(str(EMBEDDED["tiny"]), tmp_path / "model"))
+    (folder / "code_of_a_stranger.py").write_text(CODE.format(marker=str(tmp_path / "was_run")))
+    settings = json.loads((folder / part).read_text()) if (folder / part).exists() else {}
+    if part == "config.json":
+        settings |= {"model_type": "stranger", "auto_map": {"AutoConfig": "code_of_a_stranger.Config"}}
+    else:
+        classes = ["code_of_a_stranger.Tokenizer", "code_of_a_stranger.Tokenizer"]
+        settings |= {"tokenizer_class": "StrangerTokenizer", "auto_map": {"AutoTokenizer": classes}}
+    (folder / part).write_text(json.dumps(settings))
+    known = part == "tokenizer_config.json"  # the class that transformers has for GPT-2 is used instead
+    with nullcontext() if known else pytest.raises(ModelNotFoundError, match="which was not run"):
+        sl.load_model(folder, device="cpu")
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_attention_code_on_the_hub_is_not_fetched(tmp_path):
+    folder = Path(shutil.copytree(str(EMBEDDED["tiny"]), tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attn_implementation": "stranger/attention"}))
+    with pytest.raises(ModelNotFoundError, match="which was not run"):
+        sl.load_model(folder, device="cpu")
+
+
+@pytest.mark.parametrize("takes_the_argument", [True, False])
+def test_code_of_a_dataset_is_refused(takes_the_argument, monkeypatch):
+    """Versions before 4 of datasets ask on the terminal when they are told nothing; later ones run no code."""
     asked = []
-    monkeypatch.setattr(sl, "load_model", lambda name, **settings: asked.append((name, settings["revision"])))
+
+    def old(name, config=None, *, split, streaming, trust_remote_code=None):
+        asked.append(trust_remote_code)
+        return [{"text": "Once upon a time."}]
+
+    def new(name, config=None, *, split, streaming):
+        return old(name, config, split=split, streaming=streaming)
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=old if takes_the_argument else new))
+    assert [piece.content for piece in read_pieces(named_text("hf:stranger/texts"), sl.TextConfig())] == ["Once upon a time."]
+    assert asked == [False if takes_the_argument else None]
+
+
+def test_no_other_place_loads_models_or_datasets():
+    """Everything goes through the two functions above."""
+    calls = re.compile(r"\b(?:Auto\w+|\w+ForCausalLM|\w+Config)\.from_pretrained\(|\bload_dataset\(|\bhf_pipeline\(")
+    root = Path(sl.__file__).parent
+    files = [*root.rglob("*.py"), *Path(saelens_lite_plugins.__file__).parent.rglob("*.py")]
+    found = {path.parent.name + "/" + path.name for path in files if calls.search(path.read_text(encoding="utf-8"))}
+    assert found == {"model/__init__.py", "tokens/sources.py"}
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """What `load_model` was asked for; nothing is loaded."""
+    asked = []
+    monkeypatch.setattr("saelens_lite.model.load_model", lambda name, **settings: asked.append({"name": name, **settings}))
+    return asked
+
+
+def test_commands_load_the_commit_that_the_dictionary_was_trained_on(loaded):
     trained = dictionary(model="gpt2", revision="abc", hook=HOOK)
     for given in ({}, {"model": "gpt2"}, {"model": "gpt2", "model_revision": "def"}, {"model": "other"}):
         options.OfModel(**given).model_of(trained)
-    assert asked == [("gpt2", "abc"), ("gpt2", "abc"), ("gpt2", "def"), ("other", None)]
+    assert [(asked["name"], asked["revision"]) for asked in loaded] == [
+        ("gpt2", "abc"), ("gpt2", "abc"), ("gpt2", "def"), ("other", None)
+    ]  # fmt: skip
+    assert not any(asked["trust_remote_code"] for asked in loaded)
 
 
-def test_the_command_line_runs_only_code_of_a_model_the_user_named():
-    with pytest.raises(ConfigError, match="name the model as well: --model evil/model"):
-        options.OfModel(trust_remote_code=True).model_of(dictionary(model="evil/model", hook=HOOK))
+def test_dictionaries_of_several_models_or_commits_need_a_choice(loaded):
+    one, other = (dictionary(model="gpt2", revision=commit, hook=HOOK) for commit in ("abc", "def"))
+    with pytest.raises(ConfigError, match="several commits of one model: gpt2 at abc, gpt2 at def"):
+        options.OfModel().model_of(one, other)
+    with pytest.raises(ConfigError, match="several models: gpt2 at abc, tiny"):
+        options.OfModel().model_of(one, dictionary(model="tiny", hook=HOOK))
+    options.OfModel(model_revision="def").model_of(one, other)
+    options.OfModel(model="other").model_of(one, other)
+    options.OfModel().model_of(one, one)
+    assert [(asked["name"], asked["revision"]) for asked in loaded] == [("gpt2", "def"), ("other", None), ("gpt2", "abc")]
+
+
+def test_the_command_line_runs_only_code_of_a_model_the_user_named(loaded):
+    evil = dictionary(model="evil/model", hook=HOOK)
+    with pytest.raises(ConfigError, match="name the model as well, if you trust evil/model"):
+        options.OfModel(trust_remote_code=True).model_of(evil)
+    options.OfModel(model="evil/model", trust_remote_code=True).model_of(evil)
+    assert [asked["trust_remote_code"] for asked in loaded] == [True]
+
+
+def test_a_folder_that_a_dictionary_names_as_its_model_is_mentioned_and_its_code_not_run(stranger, tmp_path, caplog):
+    folder = dictionary(model=str(stranger), hook=HOOK).save(tmp_path / "d")
+    with pytest.raises(ModelNotFoundError, match="which was not run"):
+        options.OfModel().load(folder)
+    assert f"the model is the folder {stranger}, which a file names" in caplog.text
+    assert not (tmp_path / "was_run").exists()
+    caplog.clear()
+    with pytest.raises(ModelNotFoundError):
+        options.OfModel(model=str(stranger)).load(folder)
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("text", ['a"); import os #', HOSTILE, "\U000e0001é`'\n", "abc"])
@@ -141,17 +254,102 @@ def test_a_format_whose_detection_fails_is_named_and_left_out(tmp_path, caplog):
         registry.unregister("clumsy", "formats")
 
 
-def test_two_distributions_with_one_format_are_an_error_that_names_both(tmp_path, monkeypatch):
-    sl.convert(_saved(tmp_path), tmp_path / "theirs", "saelens")
-    points = registry.entry_points
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """install(distribution, plugin, kind, *endings) puts a package's metadata on the path; importing it leaves a file."""
+    site = tmp_path / "site"
+    site.mkdir()
+    monkeypatch.syspath_prepend(site)
+    modules = []
 
-    def doubled(**wanted):
-        more = [EntryPoint("saelens", "evil:Format", "saelens_lite.formats")]
-        return [*points(**wanted), *(more if wanted.get("group") == "saelens_lite.formats" else [])]
+    def put(name: str, plugin: str, kind: str, *endings: str) -> Path:
+        marker, module = tmp_path / f"{name} was imported", name.replace("-", "_")
+        modules.append(module)
+        (site / f"{module}.py").write_text(PLUGIN.format(marker=str(marker)))
+        info = site / f"{module}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        groups = [f"saelens_lite.{kind}", *(f"saelens_lite.{kind}.{ending}" for ending in endings)]
+        (info / "entry_points.txt").write_text("".join(f"[{group}]\n{plugin} = {module}:Plugin\n" for group in groups))
+        return marker
 
-    monkeypatch.setattr(registry, "entry_points", doubled)
-    with pytest.raises(PluginError, match=r"'saelens' is supplied by .*\(evil:Format\) and saelens-lite"):
-        format_of(tmp_path / "theirs")
+    yield put
+    for module in modules:
+        sys.modules.pop(module, None)
+
+
+def test_a_format_is_imported_only_for_files_it_says_it_reads(install, tmp_path, monkeypatch):
+    marker = install("strange-format", "strange", "formats", "weights.strange")
+    theirs = sl.convert(_saved(tmp_path), tmp_path / "theirs", "saelens")
+    empty, named = tmp_path / "empty", tmp_path / "named"
+    empty.mkdir()
+    named.mkdir()
+    sl.Dictionary.load(theirs)
+    sl.Dictionary.load(theirs, format="saelens")
+    with pytest.raises(CorruptFileError, match=r"Nothing of .*strange.* was found there either"):
+        sl.Dictionary.load(empty)
+    with pytest.raises(CorruptFileError, match="holds a dictionary of saelens, not of sparsify"):
+        sl.Dictionary.load(theirs, format="sparsify")
+    with pytest.raises(CorruptFileError, match="below it several dictionaries"):
+        sl.Dictionary.load(tmp_path)
+    (named / "weightsXstrange").touch()
+    with pytest.raises(CorruptFileError):
+        sl.Dictionary.load(named)
+    assert not marker.exists()
+
+    (named / "my.weights.strange").touch()
+    monkeypatch.setenv("SAELENS_LITE_PLUGINS", "")
+    with pytest.raises(CorruptFileError):
+        sl.Dictionary.load(named)
+    with pytest.raises(PluginError, match="may not be loaded"):
+        sl.Dictionary.load(named, format="strange")
+    assert not marker.exists()
+
+    monkeypatch.delenv("SAELENS_LITE_PLUGINS")
+    with pytest.raises(ConfigError, match="strange files can be written, not read"):
+        sl.Dictionary.load(named)
+    assert marker.exists()
+
+
+def test_a_format_without_endings_is_imported_by_name_only(install, tmp_path):
+    marker = install("shy-format", "shy", "formats")
+    theirs = sl.convert(_saved(tmp_path), tmp_path / "theirs", "saelens")
+    sl.Dictionary.load(theirs)
+    assert not marker.exists()
+    with pytest.raises(ConfigError, match="shy files can be written, not read"):
+        sl.Dictionary.load(theirs, format="shy")
+    assert marker.exists()
+
+
+def test_a_format_that_cannot_be_imported_is_named_and_left_out(install, tmp_path, caplog):
+    install("broken-format", "broken", "formats", "cfg.json")
+    (tmp_path / "site/broken_format.py").write_text("raise SystemExit('no')")
+    theirs = sl.convert(_saved(tmp_path), tmp_path / "theirs", "saelens")
+    assert format_of(theirs).plugin_name == "saelens"
+    assert "'broken' of broken-format 1.0 was left out: cannot be loaded" in caplog.text
+
+
+@pytest.mark.parametrize("kind", registry.KINDS)
+def test_two_distributions_with_one_name_are_an_error_that_names_both(kind, install):
+    first, second = (install(name, "twin", kind, "twin") for name in ("first-one", "second-one"))
+    with pytest.raises(PluginError, match=r"'twin' is supplied by first-one \(.*\) and second-one \(.*\); uninstall one"):
+        registry.load("twin", kind)
+    assert {
+        (f.status, f.plugin.distribution) for f in map(registry.check, registry.plugins(kind)) if f.plugin.name == "twin"
+    } == {
+        ("broken", "first-one"),
+        ("broken", "second-one"),
+    }
+    assert not first.exists()
+    assert not second.exists()
+
+
+def test_two_distributions_with_one_format_are_an_error_where_it_could_apply(install, tmp_path):
+    theirs = sl.convert(_saved(tmp_path), tmp_path / "theirs", "saelens")
+    marker = install("evil-format", "saelens", "formats", "safetensors")
+    with pytest.raises(PluginError, match=r"'saelens' is supplied by evil-format \(.*\) and saelens-lite"):
+        format_of(theirs)
+    assert not marker.exists()
 
 
 def _saved(tmp_path):

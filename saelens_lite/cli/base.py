@@ -1,19 +1,15 @@
 """What all commands share: the app they register with, how it starts, and how a command that fails says so."""
 
-import json
 import logging
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
-from unicodedata import category
+from typing import Annotated
 
 from cyclopts import App, CycloptsError, Parameter
 
 from saelens_lite.errors import SaelensLiteError, Stopped
+from saelens_lite.terminal import console, visible
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-OBEYED = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # Unicode categories of what has no shape of its own
+__all__ = ["app", "console", "main", "say", "visible"]
 
 app = App(
     name="saelens-lite",
@@ -72,19 +68,6 @@ def _fail(error: BaseException, message: str, code: int, wants_traceback: bool) 
     sys.exit(code)
 
 
-def visible(text: str) -> str:
-    """Replace characters that a terminal obeys instead of showing them by \\u and their number.
-
-    These are control characters except line feed and tab, and marks of direction such as U+202E, which reorders what it stands
-    before. JSON that goes through here is still the same JSON.
-    """
-    return "".join(char if char in "\n\t" or category(char) not in OBEYED else _escaped(char) for char in text)
-
-
-def _escaped(char: str) -> str:
-    return f"\\u{ord(char):04x}" if ord(char) < 1 << 16 else json.dumps(char)[1:-1]
-
-
 class _Visible(logging.Formatter):
     """A formatter of log lines, which may quote files."""
 
@@ -95,18 +78,3 @@ class _Visible(logging.Formatter):
 def say(text: object, *, error: bool = False) -> None:
     """Print text to standard output, or to standard error; what would steer the terminal is shown instead."""
     print(visible(str(text)), file=sys.stderr if error else sys.stdout)
-
-
-def console() -> "Console":
-    """Return where tables and results go: nothing in them is markup, and what would steer the terminal is shown instead."""
-    from rich.console import Console
-
-    class Visible(Console):
-        def render_str(self, text: str, **settings: Any) -> Any:
-            return super().render_str(visible(text), **settings)  # before rich leaves out some control characters
-
-        def render(self, *args: Any, **settings: Any) -> Any:
-            for segment in super().render(*args, **settings):
-                yield segment if segment.control else segment._replace(text=visible(segment.text))
-
-    return Visible(highlight=False, soft_wrap=True, markup=False, emoji=False)

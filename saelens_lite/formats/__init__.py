@@ -2,9 +2,18 @@
 
     @register("my_format")
     class MyFormat(Format):
-        def detect(self, path): ...         # by what the files hold, not by how they are called
+        def detect(self, path): ...         # by what the files hold
         def outline(self, path): ...        # what the file says before its weights are read
         def write(self, dictionary, folder): ...
+
+A package names the class under the entry-point group `saelens_lite.formats`, where `format="my_format"` finds it, and once more
+under each ending that its file names have. Files of other names do not get the package imported:
+
+    [project.entry-points."saelens_lite.formats"]
+    my_format = "my_package:MyFormat"
+
+    [project.entry-points."saelens_lite.formats.npz"]
+    my_format = "my_package:MyFormat"
 
 `outline` names, for each of our parameters, the tensor it is in and that tensor's axes; sizes are checked and axes put in order
 here. A dictionary that was read takes raw activations: whatever its tool did to them first is folded into the weights.
