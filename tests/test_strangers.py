@@ -21,7 +21,8 @@ from saelens_lite.cli.base import console, visible
 from saelens_lite.errors import ConfigError, CorruptFileError, ModelNotFoundError, PluginError
 from saelens_lite.format_detection import format_of
 from saelens_lite.formats import Format
-from saelens_lite.hub.card import _line, _literal, _load_model_call, cell
+from saelens_lite.hub.card import _literal, _load_model_call
+from saelens_lite.markdown import cell, one_line
 from saelens_lite.model import EMBEDDED
 from saelens_lite.tokens.sources import named_text, read_pieces
 
@@ -211,7 +212,7 @@ def test_code_on_a_card_holds_fields_of_files_as_quoted_strings(text):
     assert eval(call.removeprefix("sl."), {"load_model": lambda name, revision: (name, revision)}) == ("gpt2", text)
 
 
-@pytest.mark.parametrize("write", [_line, cell])
+@pytest.mark.parametrize("write", [one_line, cell])
 def test_a_card_passes_on_no_link_image_or_html(write):
     shown = write(f"![a](http://t/p.png) [b](javascript:alert(1)) \\](c) <script>{HOSTILE}")
     assert "](" not in shown

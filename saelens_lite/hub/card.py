@@ -18,6 +18,7 @@ from saelens_lite.evaluate import EvalReport
 from saelens_lite.files import read_json, write_file
 from saelens_lite.hub.client import NAME, Address
 from saelens_lite.hub.plots import density_plot, log_plot
+from saelens_lite.markdown import cell, code, one_line
 
 CARD_FILE, EVALUATION_FILE = "README.md", "eval.json"
 OWN_LIBRARY, SAE_LENS = "saelens_lite", "saelens"
@@ -105,8 +106,8 @@ def metadata(
         license=license,
         base_model=models or None,
         datasets=datasets or None,
-        tags=[*TAGS, *kinds, *map(_line, tags)],
-        model_name=_line(name) if results else None,
+        tags=[*TAGS, *kinds, *map(one_line, tags)],
+        model_name=one_line(name) if results else None,
         eval_results=results or None,
     )
 
@@ -123,15 +124,15 @@ def evaluation_results(name: str, evaluation: dict[str, Any]) -> list[EvalResult
 
     huggingface_hub merges results of one type of dataset, whatever its name, so that the type has to be the name.
     """
-    text = _line(evaluation.get("text") or "text without a name")
+    text = one_line(evaluation.get("text") or "text without a name")
     return [
         EvalResult(
             task_type="feature-extraction",
             task_name="Sparse dictionary of activations",
             dataset_type=_dataset(text) or re.sub(r"\W+", "-", text.lower()).strip("-") or "text",
             dataset_name=text,
-            metric_type=metric,
-            metric_name=f"{_line(name)}: {metric}",
+            metric_type=one_line(metric),
+            metric_name=f"{one_line(name)}: {one_line(metric)}",
             metric_value=float(f"{value:.6g}"),
         )
         for metric, value in metric_values(evaluation).items()
@@ -151,12 +152,10 @@ def evaluation_text(report: EvalReport | None) -> str:
     """The metrics of a report as Markdown, with intervals and what they were measured on."""
     if report is None:
         return "## Evaluation\nNone yet."
-    names = ("text", "model", "hook", "read_hook", "disjoint_why")
-    shown = dataclasses.replace(report, **{key: _line(value) for key in names if (value := getattr(report, key)) is not None})
-    notes = [f"It was not trained on this text: {shown.disjoint_why}."] if report.disjoint else []
+    notes = [f"It was not trained on this text: {one_line(report.disjoint_why)}."] if report.disjoint else []
     if "ce_loss_score" in report.metrics:
         notes.append("`ce_loss_score` is the share of the loss added by zeroing the hook that the reconstruction recovers.")
-    return "\n\n".join([f"## Evaluation\n{shown.to_markdown()}", *notes])
+    return "\n\n".join([f"## Evaluation\n{report.to_markdown()}", *notes])
 
 
 def load_text(folder: Path, dictionary: Dictionary, address: Address | None = None) -> str:
@@ -253,30 +252,14 @@ def _listed(values: dict[str, Any]) -> str:
 def _title(dictionary: Dictionary) -> str:
     origin, kind = dictionary.origin, "transcoder" if dictionary.is_transcoder else "dictionary"
     hooks = [origin.hook or "unnamed hook", *([target] if (target := _target(dictionary)) else [])]
-    return _line(f"{dictionary.rule.plugin_name} {kind} of {origin.model or 'a model'}, {' → '.join(hooks)}")
+    return one_line(f"{dictionary.rule.plugin_name} {kind} of {origin.model or 'a model'}, {' → '.join(hooks)}")
 
 
 def _template(name: str) -> Any:
     """A template of this package; what comes from users goes through its filters, so that it breaks no table and no line."""
     environment = Environment(loader=PackageLoader("saelens_lite", "hub"), autoescape=False, undefined=StrictUndefined)
-    environment.filters.update(cell=cell, line=_line, code=_code)
+    environment.filters.update(cell=cell, line=one_line, code=code)
     return environment.get_template(name)
-
-
-def _line(value: Any) -> str:
-    """A value as text in one line that neither opens HTML nor ends a section, and is no link or image; all of it shows."""
-    text = " ".join(str(value).split()).replace("<", "&lt;").replace("](", "]\\(")
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
-
-
-def cell(value: Any) -> str:
-    """A value as a cell of a Markdown table."""
-    return _line(str(value).replace("\\", "\\\\")).replace("|", "\\|")
-
-
-def _code(value: Any) -> str:
-    """A value between backticks."""
-    return f"`{' '.join(str(value).split()).replace('`', chr(39))}`"
 
 
 def _unique(values: Iterable[str]) -> list[str]:
