@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from saelens_lite.terminal import console
+from saelens_lite.terminal import console, visible
 
 
 @contextmanager
@@ -24,9 +24,9 @@ def progress_bar(what: str, total: int | None, unit: str = "tokens") -> Iterator
     )
     shown = place.is_terminal or place.is_jupyter
     with Progress(*columns, console=place, disable=not shown, transient=True) as bar:
-        task = bar.add_task(what, total=total, note="")
+        task = bar.add_task(visible(what), total=total, note="")
 
         def advance(n: int, note: str = "") -> None:
-            bar.update(task, advance=n, note=note)
+            bar.update(task, advance=n, note=visible(note))
 
         yield advance

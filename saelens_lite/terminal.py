@@ -28,13 +28,17 @@ def _escaped(char: str) -> str:
 def console(*, stderr: bool = False) -> "Console":
     """Return where tables and results go: nothing in them is markup, and what would steer the terminal is shown instead."""
     from rich.console import Console
+    from rich.text import Text
 
     class Visible(Console):
         def render_str(self, text: str, **settings: Any) -> Any:
             return super().render_str(visible(text), **settings)  # before rich leaves out some control characters
 
-        def render(self, *args: Any, **settings: Any) -> Any:
-            for segment in super().render(*args, **settings):
+        def render(self, renderable: Any, *args: Any, **settings: Any) -> Any:
+            if isinstance(renderable, Text):
+                renderable = renderable.copy()
+                renderable.plain = visible(renderable.plain)
+            for segment in super().render(renderable, *args, **settings):
                 yield segment if segment.control else segment._replace(text=visible(segment.text))
 
     return Visible(stderr=stderr, highlight=False, soft_wrap=True, markup=False, emoji=False)

@@ -1,16 +1,24 @@
 """Files and plugins of strangers: they decide neither what code is run nor what a terminal or a card does."""
 
+import ast
+import io
 import json
 import logging
 import re
 import shutil
+import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
+from markdown_it import MarkdownIt
+from rich.table import Table
+from rich.text import Text
 
 import saelens_lite as sl
 import saelens_lite_plugins
@@ -19,15 +27,24 @@ from saelens_lite.cache.live import ActivationStream
 from saelens_lite.cli import options
 from saelens_lite.cli.base import console, visible
 from saelens_lite.errors import ConfigError, CorruptFileError, ModelNotFoundError, PluginError
+from saelens_lite.evaluate.metrics import Metric
 from saelens_lite.format_detection import format_of
 from saelens_lite.formats import Format
+from saelens_lite.hub import write_card
 from saelens_lite.hub.card import _literal, _load_model_call
 from saelens_lite.markdown import cell, one_line
 from saelens_lite.model import EMBEDDED
+from saelens_lite.progress import progress_bar
 from saelens_lite.tokens.sources import named_text, read_pieces
 
 HOOK = "blocks.2.hook_resid_pre"
 HOSTILE = "x\x1b]0;title\x07\x9b31m\u202ey\x7f"
+TRICKY = "\x1b]0;title\x07\x9b31m\u202ey\u2066\u200f\u200b\u2028"
+EVIL = (
+    "![i](http://t/p.png) [j](javascript:alert(1)) <img src=x onerror=alert(1)> <javascript:alert(1)> "
+    "<!-- /saelens_lite: load -->\n---\nlicense: evil\n---\n```python\nimport os\n```\n[r]: javascript:1\n# h `c` \\](x) \\| | a |"
+    ' b |\n===\n    x \'"""'
+) + TRICKY
 CODE = """
 from pathlib import Path
 Path({marker!r}).touch()
@@ -220,11 +237,130 @@ def test_a_card_passes_on_no_link_image_or_html(write):
     assert shown.isprintable()
 
 
-def test_a_terminal_is_not_steered_by_text(capsys):
+def hostile(folder: Path, **origin: str) -> Path:
+    """A dictionary folder with hostile text in every field that takes text."""
+    dictionary(hook=HOOK).save(folder)
+    config = json.loads((folder / "cfg.json").read_text())
+    fields = dict.fromkeys(("model", "revision", "model_class", "hook", "text", "text_sha256"), EVIL)
+    config["metadata"]["saelens_lite"]["origin"] |= fields | origin
+    config["metadata"]["saelens_lite"]["training"] = {"tokens": 10, "config": {EVIL: EVIL, "options": {EVIL: EVIL}}}
+    (folder / "cfg.json").write_text(json.dumps(config))
+    return folder
+
+
+def evil_report() -> sl.EvalReport:
+    texts = dict.fromkeys(("text", "text_sha256", "disjoint_why", "model", "hook", "excluded"), EVIL)
+    metrics = dict.fromkeys(("l0", "fvu", "ce_loss_score", "kl_div_score", "frac_alive", EVIL), Metric(0.5, 0.4, 0.6))
+    report = sl.EvalReport(metrics=metrics, n_tokens=10, n_sequences=2, disjoint=True, **texts)
+    return replace(report, controls={EVIL: report})
+
+
+@pytest.mark.parametrize("origin", [{}, {"model": "tiny", "hook": HOOK}])
+def test_a_card_made_of_hostile_fields_holds_them_as_text(origin, tmp_path):
+    folder = hostile(tmp_path / "d", **origin)
+    card = write_card(folder, sl.Dictionary.load(folder), evil_report(), tags=[EVIL], license="mit").read_text()
+    front, body = re.fullmatch(r"---\n(.*?)\n---\n(.*)", card, re.DOTALL).groups()
+    facts = yaml.safe_load(front)
+    assert set(facts) == {"library_name", "license", "tags", "model-index"}
+    assert facts["license"] == "mit"
+    assert all(isinstance(tag, str) for tag in facts["tags"])
+    tokens = MarkdownIt("commonmark").enable("table").parse(body)
+    tokens += [inner for token in tokens for inner in token.children or ()]
+    assert [token.content.strip() for token in tokens if token.type.startswith("html")] == [
+        f"<!-- {slash}saelens_lite: {name} -->" for name in ("load", "evaluation") for slash in ("", "/")
+    ]
+    assert not {"link_open", "hr", "code_block"} & {token.type for token in tokens}
+    assert {token.attrs["src"] for token in tokens if token.type == "image"} <= {"density.png", "training.png"}
+    assert [token.tag for token in tokens if token.type == "heading_open"] == ["h1", *["h2"] * 5]
+    rows = "".join({"tr_open": "\n", "th_open": "|", "td_open": "|"}.get(token.type, "") for token in tokens)
+    assert set(rows.split()) == {"|||", "||", "||||||"}
+    assert all(char.isprintable() or char == "\n" for char in card)
+    blocks = [ast.parse(token.content) for token in tokens if token.type == "fence"]
+    assert len(blocks) == 2
+    (loading,) = [
+        node for node in ast.walk(blocks[0]) if isinstance(node, ast.Call) and "load_model" in ast.dump(node.func)
+    ] or [None]
+    assert (loading is None) is (not origin)
+    if loading is not None:
+        assert ast.literal_eval(loading.args[0]) == "tiny"
+        assert {key.arg: ast.literal_eval(key.value) for key in loading.keywords} == {"revision": EVIL}
+    imported = {
+        alias.name for block in blocks for node in ast.walk(block) if isinstance(node, ast.Import) for alias in node.names
+    }
+    assert imported == {"saelens_lite"}
+
+
+STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["inspect", "D"],
+        ["inspect", "N"],
+        ["eval", "D"],
+        ["eval", "D", "--model", "tiny"],
+        ["--verbose", "eval", "D", "--model", "tiny", "--hook", HOOK, "--n-tokens", "100"],
+        ["convert", "D", "OUT", "--format", "sparsify"],
+        ["push", "D", EVIL],
+        ["plugins", "--check", EVIL],
+    ],
+)
+def test_no_command_lets_text_of_files_steer_the_terminal(arguments, tmp_path, command, lm):
+    d = sl.Dictionary.create("l1", d_in=lm.d_model, d_sae=8).save(tmp_path / f"d{TRICKY}")
+    config = json.loads((d / "cfg.json").read_text())
+    config["metadata"]["saelens_lite"]["origin"] |= dict.fromkeys(("model", "model_class", "hook", "text"), EVIL)
+    (d / "cfg.json").write_text(json.dumps(config))
+    evil_report().to_json(d / "eval.json")
+    places = {"D": d, "N": tmp_path / f"none{TRICKY}", "OUT": tmp_path / f"out{TRICKY}"}
+    said = command(*(places.get(argument, argument) for argument in arguments))
+    assert said.out + said.err
+    assert not STEERS.search(said.out + said.err)
+    assert "Traceback" not in said.err
+
+
+def test_a_log_line_does_not_steer_the_terminal(tmp_path):
+    folder = dictionary(hook=HOOK).save(tmp_path / "d")
+    config = json.loads((folder / "cfg.json").read_text())
+    config["metadata"]["saelens_lite"] |= {"sparsity": f"none{TRICKY}", "distribution": f"x{TRICKY}"}
+    (folder / "cfg.json").write_text(json.dumps(config))
+    code = "import logging, sys; from saelens_lite.cli import main; from saelens_lite.cli.base import app\n"
+    code += f"@app.command\ndef warn():\n    logging.getLogger('saelens_lite').warning('%s', {TRICKY!r})\nmain()"
+    for arguments, expected in (
+        [["-c", code, "warn"], ""],
+        [["-m", "saelens_lite.cli", "inspect", str(folder)], "cannot be loaded"],
+    ):
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True)
+        assert r"\u001b]0;title\u0007" in done.stderr
+        assert r"\u202e" in done.stderr
+        assert expected in done.stderr
+        assert not STEERS.search(done.stdout + done.stderr)
+
+
+def test_a_progress_bar_shows_text_as_text(monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr("sys.stderr", shown)
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    with progress_bar("a[red]b\u202e", 3) as advance:
+        advance(3, "[bold]c\u202e")
+    assert "a[red]b\\u202e" in shown.getvalue()
+    assert "[bold]c\\u202e" in shown.getvalue()
+
+
+def test_a_terminal_is_not_steered_by_text(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     shown = visible(HOSTILE)
     assert shown == r"x\u001b]0;title\u0007\u009b31m\u202ey\u007f"
     console().print(HOSTILE + "[bold]")
     assert capsys.readouterr().out == f"{shown}[bold]\n"
+    grid = Table("a", HOSTILE)
+    grid.add_row(HOSTILE, Text("[bold]b\u202e"))
+    console().print(grid)
+    said = capsys.readouterr().out
+    assert not STEERS.search(said)
+    assert said.count(shown) == 2
+    assert r"[bold]b\u202e" in said
     assert visible("日本\u3000é 😀\n\t") == "日本\u3000é 😀\n\t"
     assert json.loads(visible(json.dumps({HOSTILE + "\U000e0001": 1}, ensure_ascii=False))) == {HOSTILE + "\U000e0001": 1}
 
