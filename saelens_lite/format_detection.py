@@ -14,6 +14,7 @@ from typing import Any
 from saelens_lite import registry
 from saelens_lite.errors import ConfigError, CorruptFileError
 from saelens_lite.files import check_header, read_json
+from saelens_lite.paths import check_input
 
 OWN, CONFIG_FILE = "saelens_lite", "cfg.json"
 log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def format_of(path: Path, name: str | None = None) -> Any:
         ConfigError: its files are pickles, which are only read on request.
         PluginError: there is no format of that name.
     """
-    if not path.exists():
+    if not check_input(path).exists():
         raise CorruptFileError(f"{path / CONFIG_FILE} is missing; is {path} the folder you meant?")
     if name is not None:
         return _named(path, name)

@@ -47,6 +47,7 @@ LEAVES = {
     "locks",
     "markdown",
     "outputs",
+    "paths",
     "places",
     "progress",
     "registry",

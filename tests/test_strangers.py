@@ -42,8 +42,8 @@ HOSTILE = "x\x1b]0;title\x07\x9b31m\u202ey\x7f"
 TRICKY = "\x1b]0;title\x07\x9b31m\u202ey\u2066\u200f\u200b\u2028"
 EVIL = (
     "![i](http://t/p.png) [j](javascript:alert(1)) <img src=x onerror=alert(1)> <javascript:alert(1)> "
-    "<!-- /saelens_lite: load -->\n---\nlicense: evil\n---\n```python\nimport os\n```\n[r]: javascript:1\n# h `c` \\](x) \\| | a |"
-    ' b |\n===\n    x \'"""'
+    "<!-- /saelens_lite: load -->\n---\nlicense: evil\n---\n```python\nimport os\n```\n[r]: javascript:1\n# h `c` "
+    "\\](x) \\| | a | b |\n===\n    x"
 ) + TRICKY
 CODE = """
 from pathlib import Path

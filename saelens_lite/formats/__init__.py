@@ -381,7 +381,12 @@ def find_file(path: Path, *names: str) -> Path | None:
 def write_torch(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Put tensors in a file of `torch.save` in one step, in an order of their own."""
     whole = OrderedDict((name, tensor.detach().cpu().contiguous().clone()) for name, tensor in tensors.items())
-    write_file(path, lambda temporary: torch.save(whole, temporary))
+
+    def save(temporary: Path) -> None:
+        with open(temporary, "wb") as file:  # an error of the disk then reaches us, and the name of the file is not in it
+            torch.save(whole, file)
+
+    write_file(path, save)
 
 
 def hook_of_module(module: str, side: Literal["input", "output"] = "output") -> str | None:

@@ -25,6 +25,7 @@ from saelens_lite.model import identities as _identities
 from saelens_lite.model import norms as _norms
 from saelens_lite.model import processing as _processing
 from saelens_lite.model import readout as _readout
+from saelens_lite.paths import check_input
 from saelens_lite.places import find_model
 from saelens_lite.tokens import Given, TokenRows, prompt_rows
 from saelens_lite.tokens.display import Vocabulary
@@ -98,6 +99,7 @@ def load_model(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as hf_logging
 
+    check_input(name)
     where = EMBEDDED.get(str(name)) or (Path(name).expanduser() if str(name).startswith("~") else name)
     local = Path(str(where)).is_dir()
     if not local and (isinstance(name, Path) or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1):

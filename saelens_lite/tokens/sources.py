@@ -12,6 +12,7 @@ import torch
 
 from saelens_lite.config import TextConfig
 from saelens_lite.errors import ConfigError, CorruptFileError, SaelensLiteError, TextError, near_matches
+from saelens_lite.paths import check_input
 from saelens_lite.tokens.python_docs import Document, PythonDocs
 
 Text = str | Path | Mapping[str, Any] | Iterable[Any]  # of strings, Documents, Paths, records; or token ids, see inputs.py
@@ -165,7 +166,7 @@ def _content(record: Any, place: str, config: TextConfig) -> str | list[int]:
 
 def check_file(path: Path, config: TextConfig) -> None:
     """Raise unless the file is there and of a kind that can be read as `config` says."""
-    if not path.is_file():
+    if not check_input(path).is_file():
         raise TextError(f"no text file at {path}")
     if path.suffix not in (*SUFFIXES, ""):
         raise ConfigError(f"{path}: cannot read {path.suffix} files; give .txt, .md, .jsonl or .parquet")

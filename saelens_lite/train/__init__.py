@@ -35,6 +35,7 @@ from saelens_lite.kinds import DICTIONARY, RUN, Kind
 from saelens_lite.locks import locked
 from saelens_lite.loggers import DEFAULT_LOGGERS, RunLog, load_loggers, open_log
 from saelens_lite.outputs import followed, refuse_existing, refuse_inputs_in, remove_own
+from saelens_lite.paths import check_input
 from saelens_lite.progress import progress_bar
 from saelens_lite.train.aside import Aside, put_back_runs, remove_replaced
 from saelens_lite.train.checkpoint import (
@@ -191,7 +192,7 @@ def resume(
         LockedError: another process trains or resumes this run.
         Stopped: after Ctrl-C or SIGTERM.
     """
-    run = Path(run)
+    run = check_input(run)
     if not os.path.lexists(run.parent):
         raise ConfigError(f"{run} has no checkpoints: there is nothing to resume")
     with locked(run, "run"):
