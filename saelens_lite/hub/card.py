@@ -19,6 +19,7 @@ from saelens_lite.files import read_json, write_file
 from saelens_lite.hub.client import NAME, Address
 from saelens_lite.hub.plots import density_plot, log_plot
 from saelens_lite.markdown import cell, code, one_line
+from saelens_lite.paths import check_output
 
 CARD_FILE, EVALUATION_FILE = "README.md", "eval.json"
 OWN_LIBRARY, SAE_LENS = "saelens_lite", "saelens"
@@ -46,7 +47,7 @@ def write_card(
 
     `text` names what the dictionary was evaluated on, in place of what the report says. Figures need matplotlib.
     """
-    folder = Path(folder)
+    folder = check_output(folder)
     card = folder / CARD_FILE
     if card.exists() and OWN_LIBRARY.encode() not in card.read_bytes():
         raise OutputExistsError(f"{card} is not a card of a dictionary; move it away, or name the dictionary's own folder")

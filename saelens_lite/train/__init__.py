@@ -35,7 +35,7 @@ from saelens_lite.kinds import DICTIONARY, RUN, Kind
 from saelens_lite.locks import locked
 from saelens_lite.loggers import DEFAULT_LOGGERS, RunLog, load_loggers, open_log
 from saelens_lite.outputs import followed, refuse_existing, refuse_inputs_in, remove_own
-from saelens_lite.paths import check_input
+from saelens_lite.paths import check_input, check_output
 from saelens_lite.progress import progress_bar
 from saelens_lite.train.aside import Aside, put_back_runs, remove_replaced
 from saelens_lite.train.checkpoint import (
@@ -111,7 +111,7 @@ def train(
         raise ConfigError(f"validation_tokens = {validation_tokens}; expected 0 or at least 2")
     load_loggers([] if out is None else loggers)
     device = device_to_train_on(device)
-    out = None if out is None else Path(out) if len(configs) > 1 else followed(Path(out))
+    out = None if out is None else check_output(out) if len(configs) > 1 else followed(Path(out))
     folders = [None] * len(configs) if out is None else run_folders(out, configs)
     description = source.describe()
     if out:
