@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from saelens_lite.errors import ConfigError, CorruptFileError, DiskFullError, SaelensLiteError
-from saelens_lite.paths import check_output
+from saelens_lite.paths import NO_ROOM, check_output
 
 MAX_JSON_BYTES = 64 << 20  # of settings files, which may come from strangers
 MAX_LIST_BYTES = 1 << 30  # of JSON files that grow with the data: a line or two for each shard or latent
@@ -26,7 +26,6 @@ MAX_HEADER_BYTES = 16 << 20
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: more than the file system or a limit allows one file to hold
 NO_ENTRY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 

@@ -1,11 +1,14 @@
 """Paths that users give: one that cannot work is refused before the work begins, with an error that says why."""
 
+import errno
 import os
 from pathlib import Path
+from tempfile import TemporaryFile
 
-from saelens_lite.errors import ConfigError, CorruptFileError, OutputExistsError
+from saelens_lite.errors import ConfigError, CorruptFileError, DiskFullError, OutputExistsError
 
 MAX_NAME, MAX_PATH = 255, 4096  # bytes, on nearly all file systems
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: more than the file system or a limit allows one file to hold
 ROOM_IN_NAME = 40  # for what is added to the name of an output while it is being written
 ROOM_IN_PATH = 256  # for the names of files in an output folder
 
@@ -39,14 +42,15 @@ def check_output(path: str | Path) -> Path:
     if link := _broken_link(path):
         raise OutputExistsError(f"{path} cannot be written: {link}; remove the link, or choose another place")
     try:
-        above = next((folder for folder in path.absolute().parents if os.path.lexists(folder)), None)
-        if above is not None and not above.is_dir():
+        above = next((folder for folder in path.absolute().parents if os.path.lexists(folder)), path)
+        if not above.is_dir():
             raise OutputExistsError(f"{path} cannot be written, because {above} is not a folder; choose another place")
+        with TemporaryFile(dir=above):  # permissions do not tell: a file system can be read-only, or refuse new names
+            pass
         path.exists()
     except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}; choose another place") from None
-    if above is not None and not os.access(above, os.W_OK | os.X_OK):
-        raise ConfigError(f"{path} cannot be written: nothing may be written in {above}; choose another place")
+        why = DiskFullError if error.errno in NO_ROOM else ConfigError
+        raise why(f"{path} cannot be written: {error.strerror}; choose another place") from None
     return path
 
 

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from saelens_lite.config import TextConfig
 from saelens_lite.errors import CorruptFileError, OutputExistsError
+from saelens_lite.paths import check_output
 
 if TYPE_CHECKING:
     from saelens_lite.dictionary import Dictionary
@@ -33,10 +34,10 @@ ReadAs = Annotated[str | None, Parameter(help="Name of the format plugin to read
 
 
 def _check_report(_: Any, path: Path | None) -> None:
-    """Raise OutputExistsError where a report would replace a file that is not JSON, before the work begins."""
+    """Raise where no report can be written, or would replace a file that is not JSON, before the work begins."""
     from saelens_lite.files import read_json
 
-    if path is not None and os.path.lexists(path):
+    if path is not None and os.path.lexists(check_output(path)):
         try:
             read_json(path, limit=math.inf)
         except CorruptFileError as error:
