@@ -21,7 +21,7 @@ from saelens_lite.errors import ConfigError, LockedError, OutputExistsError
 from saelens_lite.files import disk_full_is_typed, file_mode, set_mode, sync_file, sync_folder
 from saelens_lite.kinds import TEMPORARY, Kind, foreign
 from saelens_lite.locks import locked
-from saelens_lite.paths import check_output
+from saelens_lite.paths import check_input, check_output
 
 log = logging.getLogger(__name__)
 RESTORE_SECONDS = 2.0  # longer than another process needs for two renames
@@ -174,7 +174,7 @@ def restore(path: Path) -> None:
 
     For readers. Where `path` exists, this costs nothing.
     """
-    if os.path.lexists(path):
+    if os.path.lexists(check_input(path)):
         return
     if path.parent.name and not path.parent.exists():
         restore(path.parent)
@@ -209,7 +209,8 @@ def followed(path: Path) -> Path:
     """
     if path.name in ("", ".."):
         raise ConfigError(f"{str(path)!r} cannot be written as a whole; name a new folder in it")
-    return check_output(path).resolve() if path.is_symlink() else check_output(path)
+    check_output(path)
+    return path.resolve() if path.is_symlink() else path
 
 
 def refuse_existing(
@@ -246,7 +247,7 @@ def refuse_existing(
 
 def refuse_inputs_in(out: Path, inputs: Iterable[Path]) -> None:
     """Raise OutputExistsError when one of the inputs is `out` or lies in it, so that replacing `out` would remove it."""
-    place = out.resolve()
+    place = check_output(out).resolve()
     for given in inputs:
-        if given.resolve().is_relative_to(place):
+        if check_input(given).resolve().is_relative_to(place):
             raise OutputExistsError(f"{given} is read, and would be removed when {out} is replaced; choose another place")
