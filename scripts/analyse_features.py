@@ -22,6 +22,7 @@ from rich.text import Text
 import saelens_lite as sl
 from saelens_lite.features.html import quoted, visible
 from saelens_lite.features.weights import nearest
+from saelens_lite.model import model_of
 from saelens_lite.tokens import named_text
 
 RARE = 0.01  # latents that fire on a smaller share of the tokens are shown as examples
@@ -106,7 +107,7 @@ def main() -> None:
     console = Console(markup=False)  # names and paths may have brackets
 
     d = sl.Dictionary.load(args.dictionary)
-    lm = sl.load_model(args.model or d.origin.model or "tiny", **dict.fromkeys(d.origin.processing, True))
+    lm = model_of(d.origin, name=args.model)
     store = sl.FeatureStore.build(
         d.to(lm.device), lm, named_text(args.text), n_tokens=args.n_tokens, control=args.control, out=args.out / "store"
     )

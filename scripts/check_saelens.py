@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import saelens_lite as sl
+from saelens_lite.model import model_of
 
 PEER = """
 import sys
@@ -35,7 +36,7 @@ print(type(sae).__name__, sae.cfg.metadata.hook_name)
 def compare(folder: Path, peer_python: str) -> dict[str, object]:
     """The largest differences between SAELens and us on 4096 activations of the model the dictionary belongs to."""
     d = sl.Dictionary.load(folder)
-    lm = sl.load_model(d.origin.model)
+    lm = model_of(d.origin)
     pages = [page.text for page in sl.python_docs()][:64]
     x = lm.run(lm.to_tokens(pages), d.origin.hook)[d.origin.hook][:, 1:].flatten(0, 1)[:4096]
     codes = d.encode(x).to_dense()

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 import saelens_lite as sl
+from saelens_lite.model import model_of
 from saelens_lite.tokens import TokenRows, is_held_out, token_rows
 
 TOLERANCE = 1e-4
@@ -125,7 +126,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     dictionaries = [sl.Dictionary.load(folder) for folder in args.dictionaries]
-    lm = sl.load_model(dictionaries[0].origin.model, device="cpu")
+    lm = model_of(dictionaries[0].origin, device="cpu")
     rows = packed_rows(lm, args.rows)
     if len(rows.tokens) % args.batch_rows:
         raise SystemExit(f"{len(rows.tokens)} rows are no whole number of batches of {args.batch_rows}")

@@ -15,6 +15,7 @@ import torch
 
 import saelens_lite as sl
 from saelens_lite.adapters.probing import CHANCE
+from saelens_lite.model import model_of
 
 
 def untrained(d: sl.Dictionary) -> sl.Dictionary:
@@ -35,7 +36,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     trained = {str(folder): sl.Dictionary.load(folder) for folder in args.dictionaries}
     judged = trained | {f"{name}, untrained": untrained(d) for name, d in trained.items()}
-    lm = sl.load_model(next(iter(trained.values())).origin.model)
+    lm = model_of(*(d.origin for d in trained.values()))
     names = sae_probes.DATASETS
     chosen = [names[i * len(names) // args.datasets] for i in range(args.datasets)]
     reports = dict(zip(judged, sl.adapters.sae_probes(list(judged.values()), lm, datasets=chosen, ks=args.ks), strict=True))

@@ -38,19 +38,22 @@ ORDER = [
 LEAVES = {
     "ahead",
     "arrays",
+    "config",
     "devices",
     "errors",
-    "config",
     "files",
     "format_detection",
     "kinds",
     "locks",
+    "markdown",
     "outputs",
+    "paths",
     "places",
     "progress",
     "registry",
     "schemas",
     "state_dicts",
+    "terminal",
     "unfinished",
 }  # import nothing of ours but each other; everyone may import them
 ONLY_IN = {"transformer_lens": "model", "huggingface_hub": "hub"}

@@ -25,7 +25,7 @@ from saelens_lite.cache.source import Batch, Moments, Statistics, TensorSource
 from saelens_lite.config import Origin, TextConfig
 from saelens_lite.errors import ConfigError, HookError, SourceChangedError, TextError, near_matches
 from saelens_lite.files import DTYPES, check_fits_memory
-from saelens_lite.model import EMBEDDED, LanguageModel, load_model
+from saelens_lite.model import EMBEDDED, LanguageModel, load_model, mention_folder
 from saelens_lite.schemas import Checked, Count, Positive, String, checked
 from saelens_lite.tokens import RowBlocks, RowHash, RowRecord, Text, TokenRows, check_file, name_of, named_text, with_mask
 
@@ -261,14 +261,20 @@ class ActivationStream:
             check_file(text, TextConfig(**description["text_config"]))
         if _n_bytes(text) != description["text_bytes"]:
             raise SourceChangedError(f"{text} is not the text the run was trained on: it has {_n_bytes(text):,} bytes now")
-        model = description["model"]
-        lm = load_model(**model | {"dtype": DTYPES[model["dtype"]], "device": device or model["device"]})
+        mention_folder(said.model.name)
+        lm = load_model(
+            name=said.model.name,
+            device=device or said.model.device,
+            dtype=DTYPES[said.model.dtype],
+            revision=said.model.revision,
+            center_writing_weights=said.model.center_writing_weights,
+        )
         n_bytes = said.stream.buffer_tokens * len(said.stream.hooks) * lm.d_model * lm.dtype.itemsize
         check_fits_memory(f"a buffer of {said.stream.buffer_tokens:,} activations", n_bytes)
         config = TextConfig(**description["text_config"])
         if config.n_ctx is None:
             config = config.replace(n_ctx=lm.n_ctx)
-        return cls(lm, text, text_config=config, **description["stream"])._without(description["held_out"])
+        return cls(lm, text, text_config=config, **said.stream.model_dump())._without(said.held_out)
 
 
 class _Model(Checked):

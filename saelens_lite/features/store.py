@@ -32,6 +32,7 @@ from saelens_lite.files import named_file, write_text
 from saelens_lite.kinds import STORE
 from saelens_lite.model import LanguageModel
 from saelens_lite.outputs import followed, new_folder, refuse_existing, restore
+from saelens_lite.paths import check_output
 from saelens_lite.tokens import Text, TokenRows, files_of, with_mask
 from saelens_lite.tokens.display import Vocabulary
 
@@ -393,7 +394,7 @@ class FeatureStore:
         """
         if path is None and self.folder is None:
             raise ConfigError("the store is in no folder; say where the labels should go")
-        path = self.folder / LABELS_FILE if path is None else Path(path)
+        path = check_output(self.folder / LABELS_FILE if path is None else path)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_labels(path, self.labels, self.info.dictionary_sha256)
         return path
@@ -487,7 +488,7 @@ class FeatureStore:
         """
         from saelens_lite.features.dashboard import render
 
-        path = Path(path)
+        path = check_output(path)
         if path.is_dir():
             raise OutputExistsError(f"{path} is a folder; name a file, such as {path / 'features.html'}")
         refuse_existing(path, exists)

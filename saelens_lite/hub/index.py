@@ -16,7 +16,6 @@ from saelens_lite.errors import HubError
 from saelens_lite.hub.card import (
     CARD_FILE,
     OWN_LIBRARY,
-    cell,
     evaluation_results,
     find_section,
     metadata,
@@ -25,6 +24,7 @@ from saelens_lite.hub.card import (
     with_section,
 )
 from saelens_lite.hub.plots import frontier_plot
+from saelens_lite.markdown import cell
 
 FRONTIER_FILE = "frontier.png"
 SECTION = "dictionaries"

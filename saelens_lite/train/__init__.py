@@ -37,6 +37,7 @@ from saelens_lite.kinds import DICTIONARY, RUN, Kind
 from saelens_lite.locks import locked
 from saelens_lite.loggers import DEFAULT_LOGGERS, RunLog, load_loggers, open_log
 from saelens_lite.outputs import followed, refuse_existing, refuse_inputs_in, remove_own
+from saelens_lite.paths import check_input, check_output
 from saelens_lite.progress import progress_bar
 from saelens_lite.train.aside import Aside, put_back_runs, remove_replaced
 from saelens_lite.train.checkpoint import (
@@ -112,7 +113,7 @@ def train(
         raise ConfigError(f"validation_tokens = {validation_tokens}; expected 0 or at least 2")
     load_loggers([] if out is None else loggers)
     device = device_to_train_on(device)
-    out = None if out is None else Path(out) if len(configs) > 1 else followed(Path(out))
+    out = None if out is None else check_output(out) if len(configs) > 1 else followed(Path(out))
     folders = [None] * len(configs) if out is None else run_folders(out, configs)
     description = source.describe()
     if out:
@@ -199,7 +200,7 @@ def resume(
         LockedError: another process trains or resumes this run.
         Stopped: after Ctrl-C or SIGTERM.
     """
-    run = Path(run)
+    run = check_input(run)
     if source is not None and text is not None:
         raise ConfigError("both a source and a text were given; training reads one of them")
     if not os.path.lexists(run.parent):
