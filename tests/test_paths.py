@@ -136,7 +136,7 @@ def test_writers_of_files_refuse_a_folder(writer, place, made):
 
 
 @pytest.mark.parametrize(
-    "writer", WRITERS.keys() - {"Dictionary.save, overwrite", "to_json", "write_labels", "dashboard, overwrite"}
+    "writer", sorted(WRITERS.keys() - {"Dictionary.save, overwrite", "to_json", "write_labels", "dashboard, overwrite"})
 )
 def test_writers_refuse_a_file_that_is_there(writer, place, made):
     with pytest.raises(SaelensLiteError):
