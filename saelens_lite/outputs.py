@@ -12,7 +12,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal
@@ -59,6 +59,30 @@ def new_folder(path: Path, kind: Kind, exists: str = "error", *, any_format: boo
                 replace_folder(new, path, kind.like(new) if any_format else kind)
         finally:
             remove(new)
+
+
+@contextmanager
+def new_file(path: Path, what: str, exists: str = "error", is_ours: Callable[[Path], bool] = lambda _: True) -> Iterator[None]:
+    """Hold the lock on `path` for a block that writes the file, with `files.write_file` or what uses it.
+
+    Args:
+        what: the kind of file, for messages.
+        is_ours: returns whether a file that is there is of this kind; only such a file is replaced.
+
+    Raises:
+        OutputExistsError: the file exists and `exists` is "error", or it is a folder or a file of another kind.
+        LockedError: another process is writing `path`.
+    """
+    refuse_existing(path, exists)
+    if path.is_dir():
+        raise OutputExistsError(f"{path} is a folder; name a file in it")
+    with locked(path, what):
+        refuse_existing(path, exists)
+        if path.exists() and not is_ours(path):
+            raise OutputExistsError(f"{path} is not a {what}; choose another file, or delete it yourself")
+        for left in leftovers(path, "tmp"):
+            remove(left)
+        yield
 
 
 def replace_folder(new: Path, path: Path, kind: Kind) -> None:

@@ -30,6 +30,7 @@ import saelens_lite as sl
 from saelens_lite.cache import TensorSource
 from saelens_lite.errors import LockedError
 from saelens_lite.features.neuronpedia import export_neuronpedia
+from saelens_lite.hub import Address, Fetched, copy_to
 from saelens_lite.train.checkpoint import is_interrupted
 
 HOOK = "blocks.1.hook_resid_pre"
@@ -47,6 +48,7 @@ def writers(lm: sl.LanguageModel, folder: Path) -> dict[str, Write]:
     x = torch.randn(5000, 16, generator=torch.Generator().manual_seed(0))
     store = sl.FeatureStore.build(d, lm, TEXT[:20])
     d.save(folder / "given")
+    fetched = Fetched(folder / "given", Address("somebody/something", None, "main"))
 
     def train(out: Path) -> None:
         if is_interrupted(out):
@@ -61,6 +63,8 @@ def writers(lm: sl.LanguageModel, folder: Path) -> dict[str, Write]:
         "build": lambda out: sl.FeatureStore.build(d, lm, TEXT[:60], out=out, exists="overwrite"),
         "save a store": lambda out: store.save(out, exists="overwrite"),
         "convert": lambda out: sl.convert(folder / "given", out, "sparsify", exists="overwrite"),
+        "page": lambda out: store.dashboard(out, exists="overwrite"),
+        "pull": lambda out: copy_to(fetched, out, exists="overwrite"),
         "export": lambda out: export_neuronpedia(store, out, set_name="s", creator_id="c", model_id="m", exists="overwrite"),
     }
 

@@ -201,7 +201,7 @@ def test_a_link_is_followed_when_its_target_is_replaced(dictionary, tmp_path):
 def test_pages_reports_and_cards_replace_only_their_like(dictionary, random_lm, tmp_path):
     store = sl.FeatureStore.build(dictionary, random_lm, TEXT)
     (tmp_path / "page.html").write_text("a book")
-    with pytest.raises(OutputExistsError, match="is not an HTML page"):
+    with pytest.raises(OutputExistsError, match="is not a page"):
         store.dashboard(tmp_path / "page.html", exists="overwrite")
     (tmp_path / "README.md").write_text("# My project")
     with pytest.raises(OutputExistsError, match="is not a card of a dictionary"):
@@ -435,7 +435,7 @@ class TestLocks:
         assert [path.name for path in tmp_path.iterdir()] == ["d"]
 
 
-@pytest.mark.parametrize("name", ["save", "capture", "train", "build", "save a store", "convert", "export"])
+@pytest.mark.parametrize("name", ["save", "capture", "train", "build", "save a store", "convert", "page", "pull", "export"])
 def test_interrupts_kills_and_races_touch_nothing_else(random_lm, name, tmp_path, monkeypatch):
     """Fewer of them than the script makes by itself."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
