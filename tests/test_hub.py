@@ -659,7 +659,7 @@ def test_a_stranger_sends_what_is_no_dictionary(hub, folder, tmp_path):
     repository = hub.repositories[REPO]
     good = repository.head.files
     whole = good[f"{HOOK}/sae_weights.safetensors"].content
-    save_file({"W_dec": torch.full((32, 8), float("nan"))}, tmp_path / "nan.safetensors")
+    save_file(load(whole) | {"W_dec": torch.full((32, 8), float("nan"))}, tmp_path / "nan.safetensors")
     for content, said in {
         whole[:-10]: "header announces",
         b"\xff" * 64: "not a safetensors file",
