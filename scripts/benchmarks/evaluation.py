@@ -1,12 +1,12 @@
-"""Speed and memory of evaluation: ours and SAELens's `run_evals`, each in a process of its own, in alternation.
+"""Measure speed and memory of evaluation: `sl.evaluate` and SAELens's `run_evals`, each in its own process, in turn.
 
-    python scripts/bench_evaluate.py --peer-python /path/to/venv-with-sae-lens/bin/python --rows 16 64 256
+    python scripts/benchmarks/evaluation.py --peer-python /path/to/venv-with-sae-lens/bin/python --rows 16 64 256
 
-Both read the same rows of random tokens with the same model (a GPT-2 of random weights, of the size asked for) and the same
-dictionary (top-k, random), and say all they say by default: ours every metric with its confidence interval, SAELens every
-metric of `get_eval_everything_config` over as many tokens. Loading is not timed. Prints a line of JSON for each number of
-rows: medians of tokens per second, or with --memory how far each process's memory rose above what it was before; freed memory
-is then returned at once, which makes both slower.
+Both read the same rows of random tokens with the same model (a GPT-2 with random weights) and the same dictionary (top-k,
+random), and compute everything they compute by default: this library every metric with its confidence interval, SAELens every
+metric of `get_eval_everything_config` over as many tokens. Loading is not timed. Prints one line of JSON for each number of
+rows: medians of tokens per second, or with --memory the rise of each process's memory during evaluation. With --memory, freed
+memory is returned to the system at once, which makes both slower.
 """
 
 import argparse
@@ -18,8 +18,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from peers import Peer
 from safetensors.torch import save_file
+from step_peers import Peer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import saelens_lite as sl

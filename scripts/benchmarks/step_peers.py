@@ -1,4 +1,4 @@
-"""Other tools' training steps, each in a process and an environment of its own, for the benchmarks to time beside ours."""
+"""Training steps of SAELens and sparsify, as programs that step.py times beside this library's in their own environment."""
 
 import json
 import subprocess

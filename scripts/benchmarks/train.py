@@ -1,12 +1,12 @@
-"""Text to dictionary, end to end: ours and (with --peer-python) SAELens, each in its own process, in turn.
+"""Measure training from text to dictionary: this library and SAELens, each in its own process, in turn.
 
-    python scripts/bench_train.py --peer-python /path/to/venv-with-sae-lens/bin/python
+    python scripts/benchmarks/train.py --peer-python /path/to/venv-with-sae-lens/bin/python
 
-A model of GPT-2 small's shape with random weights runs over random tokens; top-k dictionaries are trained on what enters
-block 8, straight from the model, through a buffer of the same size. Both tools also train four dictionaries of different k on
-one pass: ours by one `train`, SAELens by its MultiSAETrainingRunner. What counts is the time from the end of the second
-optimiser step to the end of the last: language model, buffer and dictionary, without start-up. Prints tokens a second and
-ratios of medians.
+A model with the shape of GPT-2 small and random weights runs over random tokens; top-k dictionaries are trained on the
+activations that enter block 8, straight from the model, through a buffer of the same size. Both tools also train four
+dictionaries of different k in one pass: this library by one call of `train`, SAELens by its MultiSAETrainingRunner. The time
+runs from the end of the second optimiser step to the end of the last: language model, buffer and dictionary, without start-up.
+Prints tokens per second and ratios of medians.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from bench_capture import HOOK, N_CTX, random_gpt2
+from capture import HOOK, N_CTX, random_gpt2
 from safetensors.torch import save_file
 
 import saelens_lite as sl

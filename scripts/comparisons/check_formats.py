@@ -1,11 +1,11 @@
-"""Let other tools load what we write, and load what they write: codes and reconstructions have to agree.
+"""Let other tools load files of this library, and load their files; codes and reconstructions have to agree.
 
-    python scripts/check_formats.py saelens=/a/bin/python sparsify=/a/bin/python dictionary_learning=/b/bin/python
+    python scripts/comparisons/check_formats.py saelens=/a/bin/python sparsify=/a/bin/python dictionary_learning=/b/bin/python
 
-Also circuit_tracer and llamascopium. Each Python is that of an environment with the tool; what it imports beside and is not
-installed is replaced by something empty. --path FOLDER adds a folder to theirs, such as an unpacked wheel.
-Prints, for each file, the largest difference relative to the largest number; exit code 1 when one is above 1e-5, or when one
-tool has latents fire that do not in the other.
+Further formats: circuit_tracer and llamascopium. Each Python is that of an environment with the tool; other packages the tool
+imports and that are not installed are replaced by empty modules. --path FOLDER adds a folder to their import path, such as an
+unpacked wheel. Prints, for each file, the largest difference relative to the largest number. The exit code is 1 when one is
+above 1e-5, or when a latent fires in one tool but not in the other.
 """
 
 import argparse

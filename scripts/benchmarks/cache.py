@@ -1,10 +1,10 @@
-"""The activation cache and the live buffer: speed beside a plain file copy, memory, quality of the shuffle.
+"""Measure the activation cache and the live buffer: speed beside a plain file copy, memory, quality of the shuffle.
 
-    python scripts/bench_cache.py --peer-python /path/to/venv-with-sae-lens/bin/python
+    python scripts/benchmarks/cache.py --peer-python /path/to/venv-with-sae-lens/bin/python
 
-Activations are random numbers of width 768; no model runs. Times are medians of rounds in alternation. The limit on memory is
-one on what the process may allocate (RLIMIT_DATA), set behind the imports; what the system caches of files does not count.
-The shuffle is measured by documents of 500 tokens: the share of pairs within a batch that come from the same document.
+Activations are random numbers of width 768; no model runs. Times are medians over rounds in which the contestants take turns.
+The memory limit is on what the process may allocate (RLIMIT_DATA), set after the imports; the system's file cache does not
+count. The quality of the shuffle is the share of pairs within a batch that come from the same document of 500 tokens.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Our evaluation beside SAELens's `run_evals` and SAEBench's core, on the same dictionaries, model and tokens.
+"""Compare `sl.evaluate` with SAELens's `run_evals` and SAEBench's core, on the same dictionaries, model and tokens.
 
-    python scripts/compare_metrics.py demo/runs/topk/dictionary … --peer-python /path/to/venv-with-sae-bench/bin/python
+    python scripts/comparisons/compare_metrics.py runs/topk/dictionary --peer-python /path/to/venv-with-sae-bench/bin/python
 
-The peer environment needs this package with the extra `saebench`. Rows are held-out pages of Python's documentation,
-packed; special tokens are left out, on every side. Prints a table for each dictionary and exits with
-code 1 when a metric differs by more than 1e-4 of its size (or of 1, where it is smaller). Where a judge has another formula for
-a known reason (*), its value is compared with what that formula gives here.
+The peer environment needs this package with the extra `saebench`. Rows are held-out pages of Python's documentation, packed;
+all sides leave out special tokens. Prints a table for each dictionary. The exit code is 1 when a metric differs by more than
+1e-4 of its size (or of 1, if its size is below 1). Where a judge uses another formula for a known reason (*), its value is
+compared with what that formula gives here.
 """
 
 import argparse

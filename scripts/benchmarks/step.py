@@ -1,12 +1,13 @@
-"""Time of one training step: ours, our dense definition of it, and (with --peer-python) SAELens, in alternation.
+"""Measure the time of one training step: this library, its dense definition of the step, SAELens and sparsify, in turn.
 
-    python scripts/bench_step.py --peer-python /path/to/venv-with-sae-lens/bin/python
+    python scripts/benchmarks/step.py --peer-python /path/to/venv-with-sae-lens/bin/python
 
---d-sae and --k take several values. Every contestant starts from the same weights and sees the same batches: sums of 32
-planted directions, with encoder biases that make about that many latents fire (so that ReLU rules are timed at trained
-sparsity). A step is everything a trainer does for a batch: forward, backward, clipping, Adam, dead-latent counters. Prints
-medians; ratios are of medians. --memory prints instead the peak memory of a step over parameters, gradients and moments; it
-has freed memory returned at once, which makes every step slower.
+--d-sae and --k take several values; SAELens and sparsify take part only with --peer-python. Every contestant starts from the
+same weights and sees the same batches: sums of 32 planted directions, with encoder biases that make about that many latents
+fire, so that ReLU rules are timed at the sparsity of a trained dictionary. A step is everything a trainer does for a batch:
+forward, backward, clipping, Adam, counters of dead latents. Prints medians; ratios are ratios of medians. --memory prints the
+peak memory of a step above parameters, gradients and moments instead; freed memory is then returned to the system at once,
+which makes every step slower.
 """
 
 import argparse
@@ -21,8 +22,8 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from peers import PEERS, Peer
 from safetensors.torch import save_file
+from step_peers import PEERS, Peer
 
 import saelens_lite as sl
 from saelens_lite.cache import TensorSource

@@ -1,12 +1,13 @@
-"""Speed of reading activations: bare module, ours with one and three hooks, and (with --peer-python) SAELens, in alternation.
+"""Measure the speed of reading activations: bare module, this library with one and three hooks, and SAELens.
 
-    python scripts/bench_capture.py --peer-python /path/to/venv-with-sae-lens/bin/python
+    python scripts/benchmarks/capture.py --peer-python /path/to/venv-with-sae-lens/bin/python
 
-The model has the shape of GPT-2 small and random weights; each contestant runs it on the same token rows up to block 8 and
-hands back the activations there. The bare module is transformers' own, with SDPA attention, stopped by an exception in a
-forward hook. SAELens's ActivationsStore runs in its own process, on the two kinds of model it can load: "HookedTransformer",
-its default, and "AutoModelForCausalLM"; only its forward passes are timed, neither its dataset nor its mixing buffer. All
-must agree on the activations. Prints medians over the rounds; each ratio is the median of the rounds' ratios.
+The model has the shape of GPT-2 small and random weights. Each contestant runs it on the same token rows up to block 8 and
+returns the activations there; they take turns, and all must agree on the activations. The bare module is transformers' own,
+with SDPA attention, stopped by an exception in a forward hook. SAELens's ActivationsStore runs in its own process (only with
+--peer-python), on the two kinds of model it can load: "HookedTransformer", its default, and "AutoModelForCausalLM". Only its
+forward passes are timed, not its dataset or its mixing buffer. Prints medians over the rounds; each ratio is the median of the
+ratios of the rounds.
 """
 
 import argparse

@@ -1,15 +1,17 @@
-"""What a feature store and its dashboard cost: time, memory and disk, over the bare pass of the model, and beside SAEDashboard.
+"""Measure time, memory and disk of a feature store and its dashboard, beside the bare pass of the model and SAEDashboard.
 
-    python scripts/bench_features.py --saedashboard /path/to/venv-with-sae-dashboard/bin/python
-    python scripts/bench_features.py --d-model 768 --layers 12 --d-vocab 50257 --d-sae 24576 --tokens 1000000 --train-tokens 0
+    python scripts/benchmarks/feature_store.py --saedashboard /path/to/venv-with-sae-dashboard/bin/python
+    python scripts/benchmarks/feature_store.py --d-model 768 --layers 12 --d-vocab 50257 --d-sae 24576 --train-tokens 0
 
-By default the model is `tiny`, the text Python's documentation, and the dictionary batch-top-k, trained before on so many
-tokens of it; with --d-model it is a GPT-2 of random weights and that shape, and the tokens are random. Each tool runs in a
-process of its own, in alternation, on the same rows with the same weights. Loading is not timed. SAEDashboard runs SaeVisRunner
-and save_feature_centric_vis as its README shows, for the first --peer-latents latents. Prints a line of JSON for each tool:
-medians over the rounds; "extra MiB" is how far the process's memory rose above what it was before (with --memory freed memory
-is returned at once, which makes all slower: take speed from a run without). The bare passes are run before the store and again
-behind it, on the first --bare-tokens tokens: to the hook, to the hook with the encoder, and through the whole model.
+By default the model is `tiny`, the text is Python's documentation, and the dictionary is a batch-top-k one trained on
+--train-tokens tokens of it. With --d-model, the model is a GPT-2 with random weights and the tokens are random. Each tool runs
+in its own process, in turn, on the same rows with the same weights. Loading is not timed. SAEDashboard runs SaeVisRunner and
+save_feature_centric_vis as its README shows, for the first --peer-latents latents.
+
+Prints one line of JSON for each tool: medians over the rounds. "extra MiB" is the rise of the process's memory. With --memory,
+freed memory is returned to the system at once, which makes all slower: take the speed from a run without it. The bare passes
+run before and after the store, on the first --bare-tokens tokens: to the hook, to the hook with the encoder, and through the
+whole model.
 """
 
 import argparse
@@ -23,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import Peer
 from safetensors.torch import save_file
+from step_peers import Peer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import saelens_lite as sl

@@ -1,9 +1,9 @@
-"""Load our dictionary folders in SAELens and compare encode and decode with ours.
+"""Load dictionary folders in SAELens, and compare its codes and reconstructions with those of this library.
 
-    python scripts/check_saelens.py demo/runs/0-topk/dictionary … --peer-python /path/to/venv-with-sae-lens/bin/python
+    python scripts/comparisons/check_saelens.py runs/topk/dictionary --peer-python /path/to/venv-with-sae-lens/bin/python
 
-Prints the largest absolute difference of codes and reconstructions, beside the size of what is compared. Exit code 1
-when one is above 1e-5 times that size.
+Prints the largest absolute difference of codes and of reconstructions, beside the largest value of each. The exit code is 1
+when a difference is above 1e-5 times that value.
 """
 
 import argparse
