@@ -1,9 +1,9 @@
 """Train the same dictionary with this library and with SAELens: same start, batches and optimiser, each in its own process.
 
 All options that both have are set alike: penalties and their warm-up, learning rate with warm-up and decay, clipping (1.0 in
-both), the definition of a dead latent, the weight of the auxiliary error, the running estimate of BatchTopK's threshold,
-θ and ε of JumpReLU. Two differences remain: the definition of the loss and its gradient, and that this library multiplies the codes by
-one number at the first step, the one that fits best.
+both), the definition of a dead latent, the weight of the auxiliary error, the running estimate of BatchTopK's threshold, θ
+and ε of JumpReLU. Two differences remain: the definition of the loss and its gradient, and that this library multiplies the
+codes by one number at the first step, the one that fits best.
 """
 
 import json
