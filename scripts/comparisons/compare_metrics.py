@@ -10,13 +10,13 @@ compared with what that formula gives here.
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from shared import run_peer
 
 import saelens_lite as sl
 from saelens_lite.tokens import TokenRows, is_held_out, token_rows
@@ -56,11 +56,8 @@ def ours(d: sl.Dictionary, lm: sl.LanguageModel, rows: TokenRows, batch_rows: in
 def theirs(folder: Path, dictionary: Path, batch_rows: int, peer_python: str) -> dict[str, dict[str, float]]:
     """The judges' metrics, under our names."""
     script = Path(__file__).with_name("judge_metrics.py")
-    command = [peer_python, str(script), str(folder), str(dictionary), "--batch-rows", str(batch_rows)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"the judges stopped:\n{done.stderr}")
-    found = json.loads(done.stdout.splitlines()[-1])
+    printed = run_peer(peer_python, script, folder, dictionary, "--batch-rows", batch_rows, doing="evaluating the dictionary")
+    found = json.loads(printed.splitlines()[-1])
     our_name = {theirs: ours for ours, theirs in THEIR_NAME.items()}
     return {judge: {our_name.get(name, name): value for name, value in values.items()} for judge, values in found.items()}
 

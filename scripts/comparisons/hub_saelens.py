@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from shared import Difference, run_peer
 
 HUB_SERVER = Path(__file__).parents[1] / "hub_server.py"
 TOKEN = "hf_onthismachine"
@@ -38,6 +39,7 @@ ACROSS = ("l1", "jumprelu", "batch_topk")  # rules whose transcoders SAELens kno
 PEER = """
 import json, sys
 from safetensors.torch import load_file, save_file
+from shared import Difference, run_peer
 where = sys.argv[1]
 tensors, loaded = load_file(where + "/x.safetensors"), {}
 for name, code in json.load(open(where + "/code.json")).items():
@@ -76,7 +78,7 @@ def compare(where: Path, peer_python: str) -> list[bool]:
     code = {name: block for name in trained if (block := sae_lens_block(name))}
     (where / "code.json").write_text(json.dumps(code))
     save_file({"x": x}, where / "x.safetensors")
-    subprocess.run([peer_python, "-c", PEER, str(where)], check=True)
+    run_peer(peer_python, "-c", PEER, where, doing="running the code of the cards")
     theirs, loaded = load_file(where / "peer.safetensors"), json.loads((where / "loaded.json").read_text())
     print("| dictionary | in SAELens | codes differ by | of at most | output differs by | of at most | fires elsewhere |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
@@ -87,10 +89,13 @@ def compare(where: Path, peer_python: str) -> list[bool]:
             continue
         ours = sl.pull(REPO, name)
         codes, output = ours.encode(x).to_dense().detach(), ours(x).detach()
-        row = [*differences(codes, theirs[f"{name} codes"]), *differences(output, theirs[f"{name} output"])]
-        elsewhere = int(((codes != 0) != (theirs[f"{name} codes"] != 0)).sum())
-        print(f"| {name} | {loaded[name][0]} | " + " | ".join(f"{value:.2g}" for value in row) + f" | {elsewhere} |")
-        verdicts.append(row[0] <= 1e-5 * row[1] and row[2] <= 1e-5 * row[3])
+        difference = Difference.of(codes, output, theirs[f"{name} codes"], theirs[f"{name} output"])
+        print(
+            f"| {name} | {loaded[name][0]} | "
+            + " | ".join(f"{value:.2g}" for value in difference[:4])
+            + f" | {difference.fires_elsewhere} |"
+        )
+        verdicts.append(difference.is_small)
     return verdicts
 
 
@@ -129,11 +134,6 @@ def sae_lens_block(name: str) -> str | None:
     card = Path(hf_hub_download(REPO, f"{name}/README.md")).read_text(encoding="utf-8")
     found = re.search(r"```python\n(from sae_lens.*?)```", card, re.DOTALL)
     return found[1] if found else None
-
-
-def differences(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float]:
-    """The largest difference and the largest value."""
-    return float((ours - theirs).abs().max()), float(ours.abs().max())
 
 
 if __name__ == "__main__":

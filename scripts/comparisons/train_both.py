@@ -8,7 +8,6 @@ codes by one number at the first step, the one that fits best.
 
 import json
 import math
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from shared import run_peer
 from streams import Planted, Stored
 from torch import Tensor
 
@@ -106,9 +106,7 @@ def train_saelens(
         save_file({"x": x.contiguous()}, folder / "held_out.safetensors")
         jobs = [_job(config, stream, folder, folder / str(i), threads) for i, config in enumerate(configs)]
         (folder / "jobs.json").write_text(json.dumps(jobs))
-        done = subprocess.run([python, str(PROGRAM), str(folder / "jobs.json")], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"{python} failed:\n{done.stderr[-4000:]}")
+        run_peer(python, PROGRAM, folder / "jobs.json", doing="training SAELens's dictionaries")
         return [_outcome(folder / str(i) / "result.safetensors", config.d_sae) for i, config in enumerate(configs)]
 
 
