@@ -1,10 +1,11 @@
-"""What the latents of a dictionary respond to and act on: a feature store, tables, plots and the dashboard, in one folder.
+"""Analyse the latents of a dictionary: write a feature store, tables, plots and the dashboard into one folder.
 
     python scripts/analyse_features.py runs/topk/dictionary --out analysis
     python scripts/analyse_features.py hf://user/repo/folder@revision --out analysis --text book.txt --control
 
-Writes store/ (sl.FeatureStore.load reads it), dashboard.html, and plots: density.png (how often latents fire), positions.png
-(how many fire at which position of a row), neighbours.png (cosine of each direction with the most similar other one).
+The folder receives store/ (`sl.FeatureStore.load` reads it), dashboard.html and three plots: density.png (share of tokens on
+which a latent fires), positions.png (number of latents that fire at each position of a row) and neighbours.png (cosine of each
+decoder direction with its nearest neighbour).
 """
 
 import argparse

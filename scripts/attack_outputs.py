@@ -2,10 +2,10 @@
 
     python scripts/attack_outputs.py --kills 20 --races 20 --saves 30
 
-Each writer works in a folder full of neighbours whose names resemble its own temporary names; their contents are hashed before
-and after success, an error, Ctrl-C and SIGKILL at random moments. Two processes write the same output at once: one succeeds,
-the other raises LockedError. Saves that overwrite a dictionary are killed: the old or the new one is there each time.
-Exits with 1 after any fault.
+Each writer works in a folder full of neighbours whose names resemble its own temporary names. The script hashes their contents
+before and after success, an error, Ctrl-C and SIGKILL at random moments. It lets two processes write the same output at once:
+one must succeed, the other must raise LockedError. It kills saves that overwrite a dictionary: each time the old or the new
+dictionary must be there. The exit code is 1 after any fault.
 """
 
 import argparse

@@ -168,7 +168,7 @@ def test_an_evaluation_of_the_object_says_what_ours_does(lm, documents):
 
 
 # sae-probes itself needs older releases of what we run on, so that a stand-in of its interface takes its place here; the
-# script scripts/probe_table.py runs the real package in an environment of its own.
+# script scripts/comparisons/probe_table.py runs the real package in an environment of its own.
 
 TEXTS = ["the quick brown fox " * 40, "a lazy dog", "twelve o'clock"]
 

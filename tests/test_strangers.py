@@ -92,6 +92,9 @@ def test_a_description_of_a_stream_cannot_allow_code(stranger, tmp_path, lm):
     (tmp_path / "book.txt").write_text("Once upon a time. " * 100)
     description = ActivationStream(lm, tmp_path / "book.txt", HOOK, buffer_tokens=64).describe()
     description["model"] |= {"name": str(stranger), "trust_remote_code": True}
+    with pytest.raises(CorruptFileError, match=r"unknown key 'model\.trust_remote_code'"):
+        ActivationStream.reopen(description)
+    del description["model"]["trust_remote_code"]
     with pytest.raises(ModelNotFoundError, match="which was not run"):
         ActivationStream.reopen(description)
     assert not (tmp_path / "was_run").exists()

@@ -1,10 +1,10 @@
-"""Sparse probing of dictionaries, beside random ones of the same size, the whole activation, and chance.
+"""Probe dictionaries for concepts, beside random dictionaries of the same size, the whole activation, and chance.
 
-    python scripts/probe_table.py demo/runs/topk/dictionary … --datasets 12
+    python scripts/comparisons/probe_table.py demo/runs/topk/dictionary … --datasets 12
 
 Needs the extra `saeprobes`. The data sets are spread evenly over the 113 of sae-probes. Prints a table for each dictionary and
-for the random one (fresh directions, the same rule and options; only of topk is its L0 sure to be the same), then the mean
-areas under the curve.
+for its random counterpart (fresh directions, same rule and options; only with topk is its L0 sure to be the same), then the
+mean areas under the curve.
 """
 
 import argparse
