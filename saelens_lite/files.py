@@ -13,6 +13,7 @@ import re
 import secrets
 import stat
 import struct
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedReader
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from saelens_lite.errors import ConfigError, CorruptFileError, DiskFullError, SaelensLiteError
-from saelens_lite.paths import NO_ROOM, check_output
+from saelens_lite.paths import NO_ROOM, check_input, check_output
 
 MAX_JSON_BYTES = 64 << 20  # of settings files, which may come from strangers
 MAX_LIST_BYTES = 1 << 30  # of JSON files that grow with the data: a line or two for each shard or latent
@@ -238,7 +239,16 @@ def check_inside(path: Path) -> None:
 
 def named_file(path: str | Path) -> Path:
     """The file that a user named, behind links: those are the user's own."""
-    return Path(os.path.realpath(path)) if Path(path).is_file() else Path(path)
+    path = check_input(path)
+    return Path(os.path.realpath(path)) if path.is_file() else path
+
+
+def is_zip(path: Path) -> bool:
+    """Return whether a file is a zip archive; one whose directory is damaged is not."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return False
 
 
 def open_file(path: Path) -> BufferedReader:

@@ -5,7 +5,6 @@ whose names end as the metadata of its package says (see `registry.endings`), or
 """
 
 import logging
-import zipfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from saelens_lite import registry
 from saelens_lite.errors import ConfigError, CorruptFileError
-from saelens_lite.files import check_header, read_json
+from saelens_lite.files import check_header, is_zip, read_json
 from saelens_lite.paths import check_input
 
 OWN, CONFIG_FILE = "saelens_lite", "cfg.json"
@@ -200,7 +199,7 @@ def _tensors(path: Path) -> str:
     try:
         names = ", ".join(sorted(str(name)[:40] for name in check_header(path)[0] if name != "__metadata__")[:6])
     except CorruptFileError:
-        if not zipfile.is_zipfile(path):
+        if not is_zip(path):
             return ""
         names = "a PyTorch or numpy archive"
     return f"; it holds tensors ({names}): read them and give them to Dictionary.from_tensors"

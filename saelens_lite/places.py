@@ -10,7 +10,6 @@ from typing import Any
 
 from saelens_lite.errors import ConfigError
 from saelens_lite.files import named_file
-from saelens_lite.paths import check_input
 
 SCHEMES = {"hf": "saelens_lite.hub"}  # scheme → the module whose `fetch` and `describe` take such addresses
 _ADDRESS = re.compile(r"([a-z][a-z0-9+]+):/{1,2}(.+)")  # pathlib makes one slash of two
@@ -29,7 +28,7 @@ def local_folder(path: str | Path) -> tuple[Path, str | None]:
         HubError: it cannot be fetched.
     """
     if not is_address(path):
-        return named_file(check_input(path)), None
+        return named_file(path), None
     folder, pinned = _ask(path, "fetch")
     return folder, str(pinned)
 
