@@ -395,7 +395,7 @@ def tensor_specs(path: Path) -> dict[str, Spec]:
 
 
 def _spec(path: Path, name: str, entry: Any) -> Spec:
-    """What a safetensors header says of a tensor, once it agrees with itself."""
+    """Return dtype and shape of a tensor from a safetensors header, once they agree with its offsets."""
     try:
         begin, end = entry["data_offsets"]
         spec = Spec(STORED_DTYPES[entry["dtype"]], tuple(entry["shape"]))

@@ -63,7 +63,7 @@ class Reply:
 
 
 class Request(NamedTuple):
-    """Which of the questions of a client it is, and where it went."""
+    """Return the kind of a client's question, and the address it went to."""
 
     kind: str  # info, tree, refs, head, get or other
     path: str
@@ -379,7 +379,7 @@ def _opened(descriptor: Any) -> str:
 
 
 class Watch:
-    """What the process writes, removes or moves, as the interpreter's audit hook reports it."""
+    """The paths that the process writes, removes or moves, as the interpreter's audit hook reports them."""
 
     def __init__(self) -> None:
         self.folder: Path | None = None
@@ -473,7 +473,7 @@ def client_of(url: str, cache: Path) -> Iterator[None]:
 
 
 class Outcome(NamedTuple):
-    """What was changed, what was asked, and how it ended; `fault` is empty where it ended well."""
+    """The changes, the question and its end; `fault` is empty where it ended well."""
 
     changes: str
     asked: str
@@ -532,7 +532,7 @@ def forged_run(number: int, seed: int, files: dict[str, bytes], handler: type[Ha
 
 
 def attempt(asked: str, forged: Forged, files: dict[str, bytes]) -> tuple[str, str]:
-    """What a question ended in, and what is wrong with that."""
+    """Return the end of a question, and what is wrong with it."""
     import torch
 
     import saelens_lite as sl

@@ -29,7 +29,7 @@ HOOK = "blocks.1.hook_resid_pre"
 
 
 class Broken(Exception):
-    """What interrupts the run of `run`."""
+    """The function that interrupts `run`."""
 
 
 class Breaking(TensorSource):

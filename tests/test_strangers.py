@@ -176,7 +176,7 @@ def test_no_other_place_loads_models_or_datasets():
 
 @pytest.fixture
 def loaded(monkeypatch):
-    """What `load_model` was asked for; nothing is loaded."""
+    """Note the arguments of `load_model`; nothing is loaded."""
     asked = []
     monkeypatch.setattr("saelens_lite.model.load_model", lambda name, **settings: asked.append({"name": name, **settings}))
     return asked

@@ -268,7 +268,7 @@ class _Written:
 
 
 class _Line(Checked):
-    """What a line of the journal holds."""
+    """The content of a line of the journal."""
 
     facts: Facts
     read: Annotated[tuple[Count, Count, Sha256, bool], Field(strict=False)]  # a RowRecord

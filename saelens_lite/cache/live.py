@@ -278,7 +278,7 @@ class ActivationStream:
 
 
 class _Model(Checked):
-    """How a description names the model."""
+    """The model in a description."""
 
     name: String
     revision: String | None
@@ -297,7 +297,7 @@ class _Settings(Checked):
 
 
 class _Description(Checked):
-    """How a run says which stream it was trained on."""
+    """The description of a stream in a checkpoint."""
 
     text: String
     text_bytes: Count | None

@@ -35,7 +35,7 @@ def _crc(x: Tensor) -> int:
 
 
 class Facts(Checked):
-    """What a manifest says of a shard."""
+    """The entry of a shard in a manifest."""
 
     file: PlainName
     n_tokens: Positive

@@ -29,7 +29,7 @@ Batch = dict[str, Float[Tensor, "batch d_in"]]
 
 @runtime_checkable
 class Source(Protocol):
-    """Where training gets its activations. `saelens_lite.cache.resumed` has two more methods, for runs that are resumed."""
+    """The activations to train on. `saelens_lite.cache.resumed` has two more methods, for runs that are resumed."""
 
     @property
     def hooks(self) -> Sequence[str]: ...

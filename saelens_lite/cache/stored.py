@@ -25,7 +25,7 @@ MAX_TOKENS = 2**33  # of a cache: the list of its chunks then takes a gigabyte
 
 
 class _Hook(Checked):
-    """What a manifest says of the activations at a hook."""
+    """The entry of a hook in a manifest."""
 
     d_in: Positive
     rms_norm: Annotated[Number, Field(ge=0)]
@@ -33,7 +33,7 @@ class _Hook(Checked):
 
 
 class Manifest(Checked):
-    """What manifest.json holds."""
+    """The content of manifest.json."""
 
     format: Literal[2]
     origin: Origin
@@ -59,7 +59,7 @@ class Manifest(Checked):
 
 
 class _Description(Checked):
-    """How a run says which cache it was trained on."""
+    """The description of a cache in a checkpoint."""
 
     cache: String
     manifest_sha256: Sha256

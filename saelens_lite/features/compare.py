@@ -162,7 +162,7 @@ class Comparison:
 
 
 class _Facts(Checked):
-    """What the metadata of a file of scores holds."""
+    """The metadata of a file of scores."""
 
     format: Literal[1]
     sha256: String

@@ -90,7 +90,7 @@ def check_folder(folder: str) -> str:
 
 
 def client(guard: Guard) -> HfApi:
-    """What asks the Hub, within bounds; endpoint, cache and token are those of huggingface_hub's environment variables."""
+    """A client that asks the Hub in bounds, with the endpoint, cache and token of huggingface_hub's environment variables."""
     return guarded_client(guard)
 
 

@@ -185,7 +185,7 @@ def _origin(url: str) -> tuple[str, str, int | None]:
 
 
 def same_origin(url: str) -> bool:
-    """Whether an address is on the endpoint, or on the Hub that it mirrors."""
+    """Return whether an address is on the endpoint, or on the Hub that it mirrors."""
     try:
         return _origin(url) in (_origin(constants.ENDPOINT), _origin(HUB))
     except ValueError:

@@ -139,7 +139,7 @@ def _answer(guard: Guard, path: str, *, retry: bool) -> Any:
 
 
 def _checked(repo: str, schema: TypeAdapter, content: bytes) -> Any:
-    """What an answer says, if it is of a form that a Hub's answers have."""
+    """Return the content of an answer that has the form of a Hub's answers."""
     if content.count(b"[") + content.count(b"{") > MAX_CONTAINERS:  # each takes 30 times its bytes once it is parsed
         raise HubError(f"{repo}: the endpoint answers with more than {MAX_CONTAINERS:,} lists and tables, which no Hub does")
     try:

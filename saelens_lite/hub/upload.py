@@ -233,7 +233,7 @@ def _remote(repo: str, revision: str | None) -> _Remote:
 
 
 def _writer(repo: str) -> HfApi:
-    """What asks the Hub while files are uploaded, which takes its time."""
+    """A client for uploads, which take their time."""
     return client(Guard(repo, hurry=False))
 
 

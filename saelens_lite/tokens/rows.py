@@ -205,7 +205,7 @@ class TextHash:
 
 
 class RowRecord(NamedTuple):
-    """How many token rows were read, positions of them that count, their hash, and whether the text ended there."""
+    """The number of token rows that were read, of their positions that count, their hash, and whether the text ended there."""
 
     n_rows: int
     n_kept: int
@@ -229,12 +229,12 @@ class RowHash:
 
     @property
     def is_as_expected(self) -> bool:
-        """Whether all that was read before was read again by now."""
+        """True when all that was read before has been read again."""
         return self._expected is None
 
     @property
     def record(self) -> RowRecord:
-        """What was read so far."""
+        """The record of what was read so far."""
         return RowRecord(self.n_rows, self.n_kept, self._digest.hexdigest(), self.ended)
 
     def add(self, rows: TokenRows) -> None:

@@ -48,14 +48,14 @@ State = tuple[dict[str, Tensor], dict[str, Any]]  # of one dictionary: tensors a
 
 
 class _Checksums(Checked):
-    """What checksums.json holds."""
+    """The content of checksums.json."""
 
     format: Literal[2, 3]
     sha256: dict[PlainName, Sha256]
 
 
 class _Request(Checked):
-    """What training was asked to do."""
+    """The request of a run."""
 
     source: dict[str, Any] | None
     validation_tokens: Count
@@ -94,7 +94,7 @@ class _Lines(Checked):
 
 
 class _State(Checked):
-    """What state.json holds."""
+    """The content of state.json."""
 
     configs: Annotated[list[TrainConfig], Field(min_length=1, max_length=MAX_DICTIONARIES)]
     request: _Request
