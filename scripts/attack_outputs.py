@@ -126,11 +126,13 @@ def nothing_else_is_touched(write: Write, folder: Path, kills: int, rng: random.
     seconds = time.perf_counter() - start
 
     def failing(place: Path) -> None:
-        torch.Tensor.argsort = torch.Tensor.topk = torch.Tensor.cpu = _raise
+        os.fsync = _raise
         write(place)
 
-    ended(child(failing, out))
-    faults["error"] += contents(out.parent, out.name) != before
+    was_there = contents(out.parent, "")
+    faults["error"] += ended(child(failing, out)) != FAILED or contents(out.parent, out.name) != before
+    whole = {path: digest for path, digest in contents(out.parent, "").items() if path in was_there}
+    faults["error"] += whole != was_there  # what is replaced is still there too
     for number in range(2 * kills):
         how = ("Ctrl-C", "SIGKILL")[number % 2]
         running = child(write, out)

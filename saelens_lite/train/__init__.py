@@ -117,7 +117,7 @@ def train(
     folders = [None] * len(configs) if out is None else run_folders(out, configs)
     description = source.describe()
     if out:
-        with _locked(out, folders):
+        with _locked(out, *folders):
             _refuse_existing_runs(out, folders, exists, description)
     validation, source = source.hold_out(validation_tokens) if validation_tokens else (None, source)
     job = _Job(
@@ -139,7 +139,7 @@ def train(
     )
     if out is None:
         return _run(job, source)
-    with _locked(out, folders):
+    with _locked(out, *folders):
         _refuse_existing_runs(out, folders, exists, description)
         with Aside(out, folders, _kind()):
             for config, folder in zip(configs, folders, strict=True):
@@ -148,10 +148,10 @@ def train(
 
 
 @contextmanager
-def _locked(out: Path, folders: Sequence[Path]) -> Iterator[None]:
-    """Hold the locks on the folder of a run, or of several runs and each of them."""
+def _locked(*folders: Path) -> Iterator[None]:
+    """Hold the locks on the folders of runs, each once."""
     with ExitStack() as stack:
-        for folder in dict.fromkeys((out, *folders)):
+        for folder in dict.fromkeys(folders):
             stack.enter_context(locked(folder, "run"))
         yield
 
@@ -208,7 +208,8 @@ def resume(
     with locked(run, "run"):
         put_back_runs(run, [run], _kind())
         job, source = _interrupted(run, source, text, device, loggers, checkpoint_seconds)
-        runs = _run(job, source)
+        with _locked(*(folder for folder in job.folders if folder != run)):
+            runs = _run(job, source)
         remove_replaced(run, job.folders)
     return runs
 
