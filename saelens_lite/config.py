@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from saelens_lite.errors import ConfigError, CorruptFileError, near_matches
+from saelens_lite.paths import check_input
 
 MOST = 2**53  # of whole numbers in settings
 MAX_TOML_BYTES = 1 << 20
@@ -161,7 +162,9 @@ class Origin(FrozenConfig):
     model: str | None = Field(None, description="Model name, Hub id or folder.")
     revision: str | None = Field(None, description="Commit of the model.")
     model_class: str | None = Field(None, description="transformers class of the model.")
-    processing: tuple[str, ...] = Field((), description="What was done to the weights when the model was loaded.")
+    processing: tuple[Literal["center_writing_weights"], ...] = Field(
+        (), description="What was done to the weights when the model was loaded."
+    )
     n_ctx: int | None = Field(None, ge=0, le=MOST, description="Tokens in a row.")
     prepend_bos: bool | None = Field(None, description="Whether each row begins with the BOS token.")
     text: str | None = Field(None, description="What the text was.")
@@ -189,7 +192,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     """
     from saelens_lite.files import named_file, open_file  # torch comes with it, which settings by themselves do not need
 
-    path = Path(path)
+    path = check_input(path)
     if not path.exists():
         raise ConfigError(f"{path}: no such settings file")
     try:

@@ -58,7 +58,7 @@ WEIGHTS_FILE, SPARSITY_FILE, PLUGIN_FILE = "sae_weights.safetensors", "sparsity.
 
 
 class _Ours(Checked):
-    """What metadata.saelens_lite of cfg.json holds."""
+    """The content of metadata.saelens_lite in cfg.json."""
 
     format: Literal[2]
     reads: Annotated[list[Port], Field(min_length=1)]
@@ -74,13 +74,13 @@ class _Ours(Checked):
 
 
 class _Metadata(Checked, extra="ignore"):
-    """What metadata of cfg.json holds; the rest of it is for other tools."""
+    """The part of the metadata in cfg.json that is ours; the rest is for other tools."""
 
     saelens_lite: _Ours
 
 
 class _Config(Checked, extra="ignore"):
-    """What cfg.json holds; the rest of it is for other tools."""
+    """The part of cfg.json that is read; the rest is for other tools."""
 
     d_in: Positive
     d_sae: Positive
@@ -682,7 +682,7 @@ class Dictionary(nn.Module):
 
 
 def _own_names(folder: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    """What is read of the tensors of both files, by our names. CorruptFileError where a name is in both."""
+    """Return what `read` gives for the tensors of both files, by our names. CorruptFileError where a name is in both."""
     own = ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip")
     found = {k if k in own or k.startswith("rule.") else f"rule.{k}": v for k, v in read(folder / WEIGHTS_FILE).items()}
     if not os.path.lexists(folder / PLUGIN_FILE):

@@ -3,6 +3,7 @@
 SaelensLiteError                 everything this library raises on purpose
 ├── UserError                    the request cannot be carried out as asked
 │   ├── ConfigError              unknown key, value out of range, options that contradict each other
+│   │   └── SourceChangedError   a run is resumed on other activations than those it was trained on
 │   ├── ModelNotFoundError       no such model here, or no network to fetch it
 │   ├── HookError                the model has no hook of that name
 │   ├── TextError                no text, or nothing left of it after tokenising
@@ -40,6 +41,10 @@ class UserError(SaelensLiteError):
 
 class ConfigError(UserError):
     """An unknown key, a value out of range, or options that contradict each other."""
+
+
+class SourceChangedError(ConfigError):
+    """A run is resumed on other activations than those it was trained on."""
 
 
 class ModelNotFoundError(UserError):

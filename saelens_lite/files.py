@@ -9,9 +9,11 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import stat
 import struct
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedReader
@@ -21,7 +23,8 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from saelens_lite.errors import ConfigError, CorruptFileError, DiskFullError
+from saelens_lite.errors import ConfigError, CorruptFileError, DiskFullError, SaelensLiteError
+from saelens_lite.paths import NO_ROOM, check_input, check_output
 
 MAX_JSON_BYTES = 64 << 20  # of settings files, which may come from strangers
 MAX_LIST_BYTES = 1 << 30  # of JSON files that grow with the data: a line or two for each shard or latent
@@ -37,16 +40,40 @@ STORED_DTYPES = {  # as safetensors calls them
 }  # fmt: skip
 
 
+NO_ENTRY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+
+
 @contextmanager
 def disk_full_is_typed(path: Path) -> Iterator[None]:
-    """Within the block, a full disk is a DiskFullError that names `path`."""
+    """Within the block, a full disk is a DiskFullError that names `path`, and a place that cannot be written a ConfigError.
+
+    A library may put an error of its own, without a number, in place of the system's, or only quote it.
+    """
     try:
         yield
-    except Exception as error:
-        codes = (errno.ENOSPC, errno.EDQUOT)
-        if getattr(error, "errno", None) in codes or any(f"os error {code})" in str(error) for code in codes):
-            raise DiskFullError(f"{path} cannot be written: the disk is full") from error
+    except SaelensLiteError:
         raise
+    except Exception as error:
+        codes = {code for cause in _causes(error) for code in _codes(cause)}
+        if not codes.isdisjoint(NO_ROOM):
+            raise DiskFullError(f"{path} cannot be written: the disk is full, or a limit on it is reached") from error
+        if not codes.isdisjoint(NO_ENTRY) or (errno.ENOENT in codes and not path.parent.is_dir()):
+            raise ConfigError(f"{path} cannot be written: {error}; choose another place") from error
+        raise
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those it was raised in place of."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _codes(error: BaseException) -> Iterator[int]:
+    """The numbers that the system gave an error."""
+    if isinstance(error, OSError) and error.errno is not None:
+        yield error.errno
+    yield from (int(code) for code in re.findall(r"\(os error (\d+)\)", str(error)))
 
 
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
@@ -55,6 +82,7 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         DiskFullError: there is no room for it; what was at `path` is still there.
     """
+    check_output(path)
     temporary = path.with_name(f".{path.name}.saelens-lite-{secrets.token_hex(8)}.tmp")
     try:
         with disk_full_is_typed(path):
@@ -211,7 +239,16 @@ def check_inside(path: Path) -> None:
 
 def named_file(path: str | Path) -> Path:
     """The file that a user named, behind links: those are the user's own."""
-    return Path(os.path.realpath(path)) if Path(path).is_file() else Path(path)
+    path = check_input(path)
+    return Path(os.path.realpath(path)) if path.is_file() else path
+
+
+def is_zip(path: Path) -> bool:
+    """Return whether a file is a zip archive; one whose directory is damaged is not."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return False
 
 
 def open_file(path: Path) -> BufferedReader:
@@ -358,7 +395,7 @@ def tensor_specs(path: Path) -> dict[str, Spec]:
 
 
 def _spec(path: Path, name: str, entry: Any) -> Spec:
-    """What a safetensors header says of a tensor, once it agrees with itself."""
+    """Return dtype and shape of a tensor from a safetensors header, once they agree with its offsets."""
     try:
         begin, end = entry["data_offsets"]
         spec = Spec(STORED_DTYPES[entry["dtype"]], tuple(entry["shape"]))

@@ -1,9 +1,10 @@
 """The format of a file or folder; where there is none, what was found instead and the one thing to do.
 
-Formats are asked whether they detect a path. Nothing is unpickled and no weights are read.
+Formats are asked whether they detect a path. Nothing is unpickled and no weights are read. A format is imported only for files
+whose names end as the metadata of its package says (see `registry.endings`), or when it is asked for by name.
 """
 
-import zipfile
+import logging
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -11,10 +12,52 @@ from typing import Any
 
 from saelens_lite import registry
 from saelens_lite.errors import ConfigError, CorruptFileError
-from saelens_lite.files import check_header, read_json
+from saelens_lite.files import check_header, is_zip, read_json
+from saelens_lite.paths import check_input
 
 OWN, CONFIG_FILE = "saelens_lite", "cfg.json"
+log = logging.getLogger(__name__)
 MAX_LOOKED_AT = 200  # files and folders below one that holds no dictionary itself
+
+
+class Formats:
+    """The formats that may be loaded. One is imported when a file could be its own, to judge by the file's name."""
+
+    def __init__(self) -> None:
+        self.endings = registry.endings("formats")
+        self.plugins = {plugin.name: plugin for plugin in registry.plugins("formats") if plugin.allowed}
+        self._readers: dict[str, Any] = {}
+
+    def __str__(self) -> str:
+        return ", ".join(self.plugins)
+
+    def of(self, path: Path) -> list[Any]:
+        """Return the formats that a file or folder could be of; one that cannot be imported is named in the log and left out.
+
+        Raises:
+            PluginError: two distributions supply one of them.
+        """
+        files = [f".{file.name}" for file in (path.iterdir() if path.is_dir() else [path])]
+        return [reader for name in self.plugins if self._may_be_of(name, files) and (reader := self._reader(name))]
+
+    def detected(self, path: Path) -> list[Any]:
+        """Return the formats that say a file or folder is theirs."""
+        return [reader for reader in self.of(path) if _detects(reader, path)]
+
+    def _may_be_of(self, name: str, files: list[str]) -> bool:
+        """Return whether a file name ends as those of the format do; one registered in this process is imported anyway."""
+        if self.plugins[name].entry_point is None:
+            return True
+        wanted = tuple(f".{ending}" for ending in self.endings.get(name, ()))
+        return any(file.endswith(wanted) for file in files)
+
+    def _reader(self, name: str) -> Any:
+        if name not in self._readers:
+            finding = registry.check(registry.find(name, "formats"))
+            if finding.status != "ok":
+                log.warning("%s was left out: %s", finding.plugin, finding.why)
+            self._readers[name] = registry.load(name, "formats")() if finding.status == "ok" else None
+        return self._readers[name]
 
 
 def is_own_folder(folder: Path) -> bool:
@@ -33,12 +76,12 @@ def format_of(path: Path, name: str | None = None) -> Any:
         ConfigError: its files are pickles, which are only read on request.
         PluginError: there is no format of that name.
     """
-    if not path.exists():
+    if not check_input(path).exists():
         raise CorruptFileError(f"{path / CONFIG_FILE} is missing; is {path} the folder you meant?")
     if name is not None:
         return _named(path, name)
-    formats = _formats()
-    found = [reader for reader in formats if reader.detect(path)]
+    formats = Formats()
+    found = formats.detected(path)
     if not found:
         return _nearest(path, formats)
     if len(found) > 1:
@@ -57,7 +100,7 @@ def _named(path: Path, name: str) -> Any:
     reader = None if name == OWN else registry.load(name, "formats")()
     if reader is not None and reader.detect(path):
         return reader
-    formats = _formats()
+    formats = Formats()
     if other := _detected(path, formats):
         raise CorruptFileError(f"{path} holds a dictionary of {other[0]}, not of {name}; say format={other[0]!r}")
     if elsewhere := _elsewhere(path, formats):
@@ -72,23 +115,23 @@ def _named(path: Path, name: str) -> Any:
     return reader  # its own errors say what is missing
 
 
-def _nearest(path: Path, formats: list[Any]) -> Any:
+def _nearest(path: Path, formats: Formats) -> Any:
     """The format whose files are all there, though what they hold is not its own; else an error that says what was found."""
     if elsewhere := _elsewhere(path, formats):
         raise CorruptFileError(elsewhere)
     for file in sorted(path.glob("*.safetensors")):
         check_header(file)  # a damaged file should be called that
     if path.is_file():
-        raise CorruptFileError(f"{path} holds no dictionary of saelens_lite, and nothing of {_names(formats)}{_tensors(path)}")
-    present = {reader: [bool(next(path.glob(file), None)) for file in reader.files] for reader in formats}
-    whole = [reader for reader in formats if reader.files and all(present[reader])]
+        raise CorruptFileError(f"{path} holds no dictionary of saelens_lite, and nothing of {formats}{_tensors(path)}")
+    present = {reader: [bool(next(path.glob(file), None)) for file in reader.files] for reader in formats.of(path)}
+    whole = [reader for reader in present if reader.files and all(present[reader])]
     if len(whole) == 1 and not whole[0].pickled:
         return whole[0]
     if whole:
         raise CorruptFileError(
             f"{path} has the files of {_names(whole)}, but not their content; say which by format= to see why"
         )
-    partly = [reader for reader in formats if any(present[reader])]
+    partly = [reader for reader in present if any(present[reader])]
     missing: dict[str, list[str]] = {}
     for reader in partly:
         for file, there in zip(reader.files, present[reader], strict=True):
@@ -101,11 +144,11 @@ def _nearest(path: Path, formats: list[Any]) -> Any:
         wanted = " or ".join(f"{file} ({', '.join(names)})" for file, names in missing.items())
         raise CorruptFileError(f"{path} holds {', '.join(there)}, but {wanted} is missing; put it there")
     raise CorruptFileError(
-        f"{path / CONFIG_FILE} is missing; is {path} the folder you meant? Nothing of {_names(formats)} was found there either"
+        f"{path / CONFIG_FILE} is missing; is {path} the folder you meant? Nothing of {formats} was found there either"
     )
 
 
-def _elsewhere(path: Path, formats: list[Any]) -> str | None:
+def _elsewhere(path: Path, formats: Formats) -> str | None:
     """Where the dictionary is that somebody meant by a path: the folder of the file, inside the folder, or above it."""
     if path.is_file() and (found := _detected(path.parent, formats)):
         where = f"{path} holds no dictionary by itself; it belongs to the one of {found[0]} in its folder"
@@ -135,14 +178,14 @@ def _below(folder: Path, depth: int = 3) -> Iterator[Path]:
                 yield from _below(path, depth - 1)
 
 
-def _detected(path: Path, formats: list[Any]) -> list[str]:
+def _detected(path: Path, formats: Formats) -> list[str]:
     """The names of the formats of a path; ours alone where it is ours."""
     try:
         if is_own_folder(path):
             return [OWN]
     except CorruptFileError:
         return []
-    return [reader.plugin_name for reader in formats if reader.detect(path)]
+    return [reader.plugin_name for reader in formats.detected(path)]
 
 
 def _load(path: Path, names: list[str]) -> str:
@@ -156,15 +199,26 @@ def _tensors(path: Path) -> str:
     try:
         names = ", ".join(sorted(str(name)[:40] for name in check_header(path)[0] if name != "__metadata__")[:6])
     except CorruptFileError:
-        if not zipfile.is_zipfile(path):
+        if not is_zip(path):
             return ""
         names = "a PyTorch or numpy archive"
     return f"; it holds tensors ({names}): read them and give them to Dictionary.from_tensors"
 
 
-def _formats() -> list[Any]:
-    usable = [plugin for plugin in registry.plugins("formats") if registry.check(plugin).status == "ok"]
-    return [registry.load(plugin.name, "formats")() for plugin in usable]
+def _detects(reader: Any, path: Path) -> bool:
+    """Return whether a format detects a path; one that fails at that is named in the log and left out."""
+    try:
+        return bool(reader.detect(path))
+    except Exception as error:  # whatever a stranger's plugin raises
+        log.warning(
+            "format %s was left out, because it failed on %s: %s: %s", _source(reader), path, type(error).__name__, error
+        )
+        return False
+
+
+def _source(reader: Any) -> str:
+    named = [plugin for plugin in registry.plugins("formats") if plugin.name == reader.plugin_name]
+    return ", ".join(map(str, named)) or reader.plugin_name
 
 
 def _names(formats: list[Any]) -> str:

@@ -116,7 +116,7 @@ def _meant(path: str) -> str:
 def _is_config_of_a_run(path: Path) -> bool:
     """Return whether a file has the settings of a training run; config.toml is a common name."""
     try:
-        if path.is_symlink() or path.stat().st_size > MAX_SETTINGS_BYTES:
+        if path.is_symlink() or not path.is_file() or path.stat().st_size > MAX_SETTINGS_BYTES:
             return False
         return {"sparsity", "d_sae"} <= tomllib.loads(path.read_text(encoding="utf-8")).keys()
     except (OSError, ValueError, RecursionError):

@@ -12,7 +12,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal
@@ -21,6 +21,7 @@ from saelens_lite.errors import ConfigError, LockedError, OutputExistsError
 from saelens_lite.files import disk_full_is_typed, file_mode, set_mode, sync_file, sync_folder
 from saelens_lite.kinds import TEMPORARY, Kind, foreign
 from saelens_lite.locks import locked
+from saelens_lite.paths import check_input, check_output
 
 log = logging.getLogger(__name__)
 RESTORE_SECONDS = 2.0  # longer than another process needs for two renames
@@ -44,7 +45,8 @@ def new_folder(path: Path, kind: Kind, exists: str = "error", *, any_format: boo
     """
     path = followed(path)
     refuse_existing(path, exists, None if any_format else kind)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with disk_full_is_typed(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path, kind.name) if lock else nullcontext():
         clean_up(path, kind)
         refuse_existing(path, exists, None if any_format else kind)
@@ -57,6 +59,30 @@ def new_folder(path: Path, kind: Kind, exists: str = "error", *, any_format: boo
                 replace_folder(new, path, kind.like(new) if any_format else kind)
         finally:
             remove(new)
+
+
+@contextmanager
+def new_file(path: Path, what: str, exists: str = "error", is_ours: Callable[[Path], bool] = lambda _: True) -> Iterator[None]:
+    """Hold the lock on `path` for a block that writes the file, with `files.write_file` or what uses it.
+
+    Args:
+        what: the kind of file, for messages.
+        is_ours: returns whether a file that is there is of this kind; only such a file is replaced.
+
+    Raises:
+        OutputExistsError: the file exists and `exists` is "error", or it is a folder or a file of another kind.
+        LockedError: another process is writing `path`.
+    """
+    refuse_existing(path, exists)
+    if path.is_dir():
+        raise OutputExistsError(f"{path} is a folder; name a file in it")
+    with locked(path, what):
+        refuse_existing(path, exists)
+        if path.exists() and not is_ours(path):
+            raise OutputExistsError(f"{path} is not a {what}; choose another file, or delete it yourself")
+        for left in leftovers(path, "tmp"):
+            remove(left)
+        yield
 
 
 def replace_folder(new: Path, path: Path, kind: Kind) -> None:
@@ -172,7 +198,7 @@ def restore(path: Path) -> None:
 
     For readers. Where `path` exists, this costs nothing.
     """
-    if os.path.lexists(path):
+    if os.path.lexists(check_input(path)):
         return
     if path.parent.name and not path.parent.exists():
         restore(path.parent)
@@ -203,10 +229,11 @@ def followed(path: Path) -> Path:
     """Return the place that is written when `path` is asked for: the target of a link, so that the link stays.
 
     Raises:
-        ConfigError: `path` has no name, as . and .. have none.
+        ConfigError, OutputExistsError: `path` has no name, as . and .. have none; nothing can be written there.
     """
     if path.name in ("", ".."):
         raise ConfigError(f"{str(path)!r} cannot be written as a whole; name a new folder in it")
+    check_output(path)
     return path.resolve() if path.is_symlink() else path
 
 
@@ -224,6 +251,7 @@ def refuse_existing(
     """
     if exists not in choices:
         raise ConfigError(f"exists = {exists!r}; expected one of {', '.join(choices)}")
+    check_output(path)
     if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):
         return
     if exists == "error":
@@ -243,7 +271,7 @@ def refuse_existing(
 
 def refuse_inputs_in(out: Path, inputs: Iterable[Path]) -> None:
     """Raise OutputExistsError when one of the inputs is `out` or lies in it, so that replacing `out` would remove it."""
-    place = out.resolve()
+    place = check_output(out).resolve()
     for given in inputs:
-        if given.resolve().is_relative_to(place):
+        if check_input(given).resolve().is_relative_to(place):
             raise OutputExistsError(f"{given} is read, and would be removed when {out} is replaced; choose another place")

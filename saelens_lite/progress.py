@@ -3,29 +3,30 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from saelens_lite.terminal import console, visible
+
 
 @contextmanager
 def progress_bar(what: str, total: int | None, unit: str = "tokens") -> Iterator[Callable[[int, str], None]]:
     """Within the block, `advance(n, note)` moves the bar by n units and shows a short note behind it; total None: unknown."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    place = console(stderr=True)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TextColumn(unit),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
-    shown = console.is_terminal or console.is_jupyter
-    with Progress(*columns, console=console, disable=not shown, transient=True) as bar:
-        task = bar.add_task(what, total=total, note="")
+    shown = place.is_terminal or place.is_jupyter
+    with Progress(*columns, console=place, disable=not shown, transient=True) as bar:
+        task = bar.add_task(visible(what), total=total, note="")
 
         def advance(n: int, note: str = "") -> None:
-            bar.update(task, advance=n, note=note)
+            bar.update(task, advance=n, note=visible(note))
 
         yield advance

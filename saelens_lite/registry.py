@@ -3,6 +3,9 @@
 There are three kinds, each with an entry-point group `saelens_lite.<kind>`. Listing reads package metadata only; a plugin's
 module is imported when the plugin is asked for, so a broken one disturbs nobody else.
 
+A plugin that reads files is also listed in a group `saelens_lite.<kind>.<ending>` for each ending that its file names have,
+such as `saelens_lite.formats.npz` or `saelens_lite.formats.cfg.json`. Only files of such names get it imported.
+
 SAELENS_LITE_PLUGINS, a comma-separated list of distributions and kind:name pairs, restricts which installed plugins may be
 loaded. Unset: all. Built-in plugins and those registered in the process always may; an empty value leaves only these.
 """
@@ -71,6 +74,17 @@ def plugins(kind: str = "sparsity") -> list[Plugin]:
         if its_kind == kind
     ]
     return sorted(found, key=lambda p: (p.name, p.distribution))
+
+
+def endings(kind: str) -> dict[str, set[str]]:
+    """Return, for each plugin, the endings of file names that its package lists it under. Imports nothing."""
+    prefix, points = f"saelens_lite.{kind}.", entry_points()
+    found: dict[str, set[str]] = {}
+    for group in points.groups:
+        if group.startswith(prefix):
+            for point in points.select(group=group):
+                found.setdefault(point.name, set()).add(group.removeprefix(prefix))
+    return found
 
 
 def names(kind: str = "sparsity") -> list[str]:

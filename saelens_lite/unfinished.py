@@ -78,14 +78,15 @@ def start_over(folder: Path, request: dict[str, Any]) -> None:
 def _same_request(file: Path, request: dict[str, Any], what: str, exists: str) -> bool:
     """Whether the unfinished work whose request is in a file was asked for in the same words."""
     try:
-        found = read_json(file)
+        found = read_json(file, finite=True)
     except CorruptFileError as error:
         if exists == "error":
             raise CorruptFileError(f"unfinished {what}: {error}; delete {file.parent} or say exists='overwrite'") from None
         return False
-    other = [key for key in request if found.get(key) != json.loads(json.dumps(request[key]))]
+    wanted = json.loads(json.dumps(request))
+    other = [key for key in wanted | found if (key in found, found.get(key)) != (key in wanted, wanted.get(key))]
     if other and exists == "error":
-        said = ", ".join(f"{key} = {found.get(key)!r} (now {request[key]!r})" for key in other)
+        said = ", ".join(f"{key} = {found.get(key)!r:.200} (now {wanted.get(key)!r:.200})" for key in other)
         raise OutputExistsError(
             f"{file.parent} holds an unfinished {what} with other settings: {said}; ask for the same, delete it, or say "
             "exists='overwrite'"

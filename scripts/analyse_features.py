@@ -1,10 +1,11 @@
-"""What the latents of a dictionary respond to and act on: a feature store, tables, plots and the dashboard, in one folder.
+"""Analyse the latents of a dictionary: write a feature store, tables, plots and the dashboard into one folder.
 
     python scripts/analyse_features.py runs/topk/dictionary --out analysis
     python scripts/analyse_features.py hf://user/repo/folder@revision --out analysis --text book.txt --control
 
-Writes store/ (sl.FeatureStore.load reads it), dashboard.html, and plots: density.png (how often latents fire), positions.png
-(how many fire at which position of a row), neighbours.png (cosine of each direction with the most similar other one).
+The folder receives store/ (`sl.FeatureStore.load` reads it), dashboard.html and three plots: density.png (share of tokens on
+which a latent fires), positions.png (number of latents that fire at each position of a row) and neighbours.png (cosine of each
+decoder direction with its nearest neighbour).
 """
 
 import argparse
@@ -22,6 +23,7 @@ from rich.text import Text
 import saelens_lite as sl
 from saelens_lite.features.html import quoted, visible
 from saelens_lite.features.weights import nearest
+from saelens_lite.model import model_of
 from saelens_lite.tokens import named_text
 
 RARE = 0.01  # latents that fire on a smaller share of the tokens are shown as examples
@@ -106,7 +108,7 @@ def main() -> None:
     console = Console(markup=False)  # names and paths may have brackets
 
     d = sl.Dictionary.load(args.dictionary)
-    lm = sl.load_model(args.model or d.origin.model or "tiny", **dict.fromkeys(d.origin.processing, True))
+    lm = model_of(d.origin, name=args.model)
     store = sl.FeatureStore.build(
         d.to(lm.device), lm, named_text(args.text), n_tokens=args.n_tokens, control=args.control, out=args.out / "store"
     )

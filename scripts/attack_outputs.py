@@ -2,10 +2,10 @@
 
     python scripts/attack_outputs.py --kills 20 --races 20 --saves 30
 
-Each writer works in a folder full of neighbours whose names resemble its own temporary names; their contents are hashed before
-and after success, an error, Ctrl-C and SIGKILL at random moments. Two processes write the same output at once: one succeeds,
-the other raises LockedError. Saves that overwrite a dictionary are killed: the old or the new one is there each time.
-Exits with 1 after any fault.
+Each writer works in a folder full of neighbours whose names resemble its own temporary names. The script hashes their contents
+before and after success, an error, Ctrl-C and SIGKILL at random moments. It lets two processes write the same output at once:
+one must succeed, the other must raise LockedError. It kills saves that overwrite a dictionary: each time the old or the new
+dictionary must be there. The exit code is 1 after any fault.
 """
 
 import argparse
@@ -30,6 +30,7 @@ import saelens_lite as sl
 from saelens_lite.cache import TensorSource
 from saelens_lite.errors import LockedError
 from saelens_lite.features.neuronpedia import export_neuronpedia
+from saelens_lite.hub import Address, Fetched, copy_to
 from saelens_lite.train.checkpoint import is_interrupted
 
 HOOK = "blocks.1.hook_resid_pre"
@@ -49,6 +50,7 @@ def writers(lm: sl.LanguageModel, folder: Path) -> dict[str, Write]:
     x = torch.randn(5000, 16, generator=torch.Generator().manual_seed(0))
     store = sl.FeatureStore.build(d, lm, TEXT[:20])
     d.save(folder / "given")
+    fetched = Fetched(folder / "given", Address("somebody/something", None, "main"))
 
     def train(out: Path) -> None:
         if is_interrupted(out):
@@ -63,6 +65,8 @@ def writers(lm: sl.LanguageModel, folder: Path) -> dict[str, Write]:
         "build": lambda out: sl.FeatureStore.build(d, lm, TEXT[:60], out=out, exists="overwrite"),
         "save a store": lambda out: store.save(out, exists="overwrite"),
         "convert": lambda out: sl.convert(folder / "given", out, "sparsify", exists="overwrite"),
+        "page": lambda out: store.dashboard(out, exists="overwrite"),
+        "pull": lambda out: copy_to(fetched, out, exists="overwrite"),
         "export": lambda out: export_neuronpedia(store, out, set_name="s", creator_id="c", model_id="m", exists="overwrite"),
     }
 
@@ -124,11 +128,13 @@ def nothing_else_is_touched(write: Write, folder: Path, kills: int, rng: random.
     seconds = time.perf_counter() - start
 
     def failing(place: Path) -> None:
-        torch.Tensor.argsort = torch.Tensor.topk = torch.Tensor.cpu = _raise
+        os.fsync = _raise
         write(place)
 
-    ended(child(failing, out))
-    faults["error"] += contents(out.parent, out.name) != before
+    was_there = contents(out.parent, "")
+    faults["error"] += ended(child(failing, out)) != FAILED or contents(out.parent, out.name) != before
+    whole = {path: digest for path, digest in contents(out.parent, "").items() if path in was_there}
+    faults["error"] += whole != was_there  # what is replaced is still there too
     for number in range(2 * kills):
         how = ("Ctrl-C", "SIGKILL")[number % 2]
         running = child(write, out)

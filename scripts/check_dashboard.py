@@ -1,14 +1,14 @@
-"""A dashboard in headless Chromium, from file:// and without a network: what it asks for, what it does, how long that takes.
+"""Check and time a dashboard in headless Chromium, opened from file:// without a network.
 
-    pip install playwright                                  # the client alone; Chromium itself is your system's
-    python scripts/check_dashboard.py                       # of a random dictionary of 2,048 latents
+    pip install playwright                                  # only the client; Chromium comes from your system
+    python scripts/check_dashboard.py                       # a random dictionary of 2,048 latents
     python scripts/check_dashboard.py --latents 24576
-    python scripts/check_dashboard.py --page features.html  # of a page that is there already
+    python scripts/check_dashboard.py --page features.html  # an existing page
 
-The random dictionary is one of the embedded model, with scores of stability, a control on the re-drawn model, and some tokens
-and labels that would run as scripts if anything were taken for markup. Times are in milliseconds from the request until the
-result is painted. CPU times are those of the page's main thread. Any console message, request or dialog is a failure, and what
-is not so of a random page that should be.
+The random dictionary belongs to the embedded model. Its page has stability scores, a control on the re-drawn model, and some
+tokens and labels that would run as scripts if the page took them for markup. Times are in milliseconds from the request until
+the result is painted. CPU times are those of the page's main thread. Any console message, request or dialog is a failure; so is
+any expectation about a random page that does not hold.
 """
 
 import argparse

@@ -6,7 +6,7 @@ Each folder is a copy of a small valid one in which something was changed, by a 
 tensors of safetensors files, bytes, and files replaced by pipes, links, folders or a terabyte of holes. In two thirds of them
 the checksums are made to fit again, as a forger would. A process of its own loads each, with 1 GiB of memory beyond what it
 was born with and 10 s of time; Python's audit events show which files it opens, removes, renames or makes outside of the
-folder. (What safetensors opens itself is not seen; it is given paths that were checked just before.)
+folder. (Its lock beside it is its own. What safetensors opens itself is not seen; it gets paths that were checked just before.)
 
 A typed error is right, and so is a folder that loads, works and can be saved again. Everything else is a fault, printed with
 its kind and seed; `--kind run --seed 7 --n 1` repeats it. Exit code 1 when there are any.
@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 import torch
 
 import saelens_lite as sl
+from saelens_lite import registry
 from saelens_lite.cache import TensorSource
 from saelens_lite.errors import SaelensLiteError
 
@@ -482,7 +483,9 @@ class Watch:
         for path in args[: 2 if event in ("os.rename", "os.link") else 1]:
             if isinstance(path, str | bytes | os.PathLike):
                 place = os.path.realpath(os.fsdecode(path)) if event == "open" else os.path.abspath(os.fsdecode(path))
-                if not place.startswith((self.folder, *self.allowed)):
+                above, name = os.path.split(self.folder)
+                own = [self.folder, f"{above}/.{name}.saelens-lite.lock", *([above] if event == "os.mkdir" else [])]
+                if place not in own and not place.startswith((f"{self.folder}/", *self.allowed)):
                     self.found.append(f"{event} {place[:200]}")
 
 
@@ -572,6 +575,10 @@ def main() -> None:
     torch.set_num_threads(1)  # a pool of threads would not survive the fork
     logging.disable(logging.WARNING)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    for kind in ("formats", "sparsity", "loggers"):  # what plugins import is not what a folder opens
+        for plugin in registry.plugins(kind):
+            if registry.check(plugin).status == "ok":
+                registry.load(plugin.name, kind)
     watch, faults = Watch(), 0
     with tempfile.TemporaryDirectory() as where:
         lines = [("kind", "n", *COLUMNS, "MiB more", "s")]

@@ -1,10 +1,10 @@
-"""Damage other tools' files, and ours, at random, and read them: each has to give a typed error or a sound dictionary.
+"""Damage files of other tools and of this library at random, and check that reading them fails with a typed error or works.
 
     python scripts/fuzz_formats.py --n 5000
 
-Readers are processes that may take 1 GiB of data memory and 20 s of computing a file; one that crashes, hangs, runs out of
-memory or raises anything else is a failure, named by its case and seed. Exit code 1 when there are any. The peak is of what
-such a process has in memory; it is forked from one that has imported everything.
+Each reader is a process that may use 1 GiB of data memory and 20 s of CPU time per file. A reader that crashes, hangs, runs out
+of memory or raises any other error is a failure, reported with its case and seed; the exit code is then 1. The peak that is
+printed is the resident memory of a reader, which is forked from a process that has imported everything.
 """
 
 import argparse
@@ -21,14 +21,12 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from foreign import CASES
+from hostile import damage
 
 import saelens_lite as sl
 from saelens_lite import formats, registry
 from saelens_lite.errors import SaelensLiteError
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from foreign import CASES
-from hostile import damage
 
 BATCH = 100  # files a process reads
 SECONDS = 20

@@ -1,16 +1,16 @@
-"""Check, for every family that transformer-lens knows and transformers can build small, that hooks are what their names mean.
+"""Check that hooks are what their names mean, for every family that transformer-lens knows and transformers can build small.
 
     python scripts/hook_identities.py [FAMILY...]
 
-    embed   hook_embed (+ hook_pos_embed) = what enters the first block
+    embed   hook_embed (+ hook_pos_embed) = input of the first block
     mid     resid_pre + attn_out = resid_mid
     post    resid_mid + mlp_out = resid_post, or resid_pre + attn_out + mlp_out = resid_post for parallel blocks
-    hidden  mlp.hook_post = what enters the down projection
-    write   what replaces resid_mid is read by the MLP and is in what leaves the block: new + mlp_out = resid_post
+    hidden  mlp.hook_post = input of the down projection
+    write   a new value of resid_mid is read by the MLP and added to its output: new + mlp_out = resid_post
 
-Each model has random weights. What enters and leaves its blocks and their parts is taken with plain torch hooks. An entry is
-«holds», «refused» (a HookError; the reasons are below the table), «none» (the family has no such part) or «WRONG»; layers that
-differ are counted. Exit code 1 if any is wrong.
+Each model has random weights. Plain torch hooks read the inputs and outputs of its blocks and their parts. An entry is «holds»,
+«refused» (a HookError; the reasons are below the table), «none» (the family has no such part) or «WRONG», with the number of
+layers when layers differ. The exit code is 1 if any is wrong.
 """
 
 import argparse

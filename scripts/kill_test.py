@@ -1,10 +1,10 @@
-"""Kill capture and training at random moments, let them go on, and compare what comes out, byte for byte.
+"""Kill capture and training at random moments, resume them, and compare the results byte for byte.
 
     python scripts/kill_test.py --kills 30
 
-The embedded model captures Python's documentation; a sweep is trained on that cache, and on the same text without one. Each
-repetition starts the work in a child process, sends it SIGKILL after a random time, one to three times, then lets it finish.
-Exits with 1 when any file differs from those of undisturbed work, or is missing, or is one too many.
+The embedded model captures Python's documentation; a sweep is trained on that cache, and on the same text without a cache. Each
+repetition starts the work in a child process, kills it one to three times after a random time, then lets it finish. The exit
+code is 1 when a file differs from the file of undisturbed work, is missing, or should not be there.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Write README's table of the built-in plugins from what they say of themselves; with --check, say whether it is up to date.
+"""Write README's table of the built-in plugins from their docstrings; with --check, only report whether it is up to date.
 
 python scripts/plugin_table.py [--check] [README.md]
 """

@@ -3,9 +3,9 @@
     python scripts/publish.py user/repo runs/                               # the dictionaries of a run
     python scripts/publish.py user/repo runs/topk --text held-out.jsonl --license mit
     python scripts/publish.py user/repo --train                             # a small one, of the embedded model
-    python scripts/publish.py user/repo runs/ --dry-run                     # everything but the push
+    python scripts/publish.py user/repo runs/ --dry-run                     # everything except the push
 
-Log in first: `hf auth login`, or HF_TOKEN in the environment.
+Log in first: run `hf auth login`, or set HF_TOKEN.
 """
 
 import argparse
@@ -15,11 +15,12 @@ from pathlib import Path
 
 import saelens_lite as sl
 from saelens_lite.hub import write_card
+from saelens_lite.model import model_of
 from saelens_lite.tokens import named_text
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("repo", help="user/name; created if it is missing")
     parser.add_argument("folder", type=Path, nargs="?", help="dictionary folder, or the folder of a run with several")
     parser.add_argument("--train", action="store_true", help="train a top-k dictionary of the embedded model first")
@@ -68,7 +69,7 @@ def dictionary_folders(folder: Path) -> list[Path]:
 def describe(path: Path, arguments: argparse.Namespace) -> None:
     """Evaluate a dictionary and write its card."""
     d = sl.Dictionary.load(path)
-    lm = sl.load_model(arguments.model or d.origin.model or "tiny", **dict.fromkeys(d.origin.processing, True))
+    lm = model_of(d.origin, name=arguments.model)
     report = sl.evaluate(d.to(lm.device), lm, named_text(arguments.text), n_tokens=arguments.n_tokens)
     print(f"{path}\n{report}\n")
     write_card(path, d, report, text=arguments.text, license=arguments.license, tags=arguments.tags)

@@ -1,10 +1,10 @@
-"""Push dictionaries to a Hub on this machine while things go wrong, and say what state the repository is left in.
+"""Push dictionaries to a Hub on this machine while requests fail, and report the state of the repository after each push.
 
     python scripts/push_faults.py --times 20
 
-Every fault is met that many times by a push of two dictionaries into a repository that holds a third; then the push is
-repeated without a fault. Exits with 1 if a repository was ever neither as before nor complete, if an error was not a
-HubError, if an upload was sent twice, or if the token turned up in a message.
+Each fault is injected --times times into a push of two dictionaries to a repository that holds a third; then the push is
+repeated without a fault. The exit code is 1 if a repository was ever neither unchanged nor complete, if an error was not a
+HubError, if an upload was sent twice, or if a message contained the token.
 """
 
 import argparse
@@ -14,11 +14,8 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from hub_server import Account, Blob, Fault, Hub, running_hub
 
@@ -65,7 +62,7 @@ class Outcome(NamedTuple):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=20, help="how often each fault is met")
     times = parser.parse_args().times
     messages = Messages()

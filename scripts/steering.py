@@ -1,12 +1,13 @@
-"""How attribution by gradient agrees with exact ablation, and what doses of one latent do beside random ones of equal norm.
+"""Compare attribution by gradient with exact ablation, and doses of one latent with random directions of equal norm.
 
     python scripts/steering.py --out steering                                    # trains a small top-k dictionary first
     python scripts/steering.py --out steering --dictionary runs/topk/dictionary --texts 8 --tokens 32
 
-Texts are the beginnings of held-out pages of Python's documentation. Metrics of each: its mean loss, and the logit of the token
-the model finds likeliest at the end minus that of the second. Correlations are over all active latents of a text, then the
-median over texts; "without dense" leaves out latents that fire on more than a tenth of the tokens. The dose–response is of the
-rarer latent whose ablation changes the loss most. Writes steering.json and doses.png.
+The texts are the beginnings of held-out pages of Python's documentation. Each has two metrics: its mean loss, and the logit of
+the model's most likely next token minus the logit of the second. Correlations are computed over all active latents of a text;
+the table shows their median over texts. "without dense" leaves out latents that fire on more than a tenth of the tokens. The
+dose–response curve is that of the latent, dense ones excluded, whose ablation changes the loss most. Writes steering.json and
+doses.png.
 """
 
 import argparse

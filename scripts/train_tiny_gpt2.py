@@ -9,8 +9,8 @@ transformers' GPT2LMHeadModel; every training row begins with <|endoftext|>, so 
 Matrices inside the blocks are updated with Muon (Jordan et al. 2024), everything else with Adam. The learning rate
 warms up, stays, and falls linearly to zero over the last 40 % of the steps.
 
-Interrupted runs go on from the last saved state (`--work`); the same settings give the same weights on the same
-machine and thread count.
+Repeat the command to resume an interrupted run from its last saved state (`--work`). The same settings give the same
+weights on the same machine and thread count.
 """
 
 import argparse

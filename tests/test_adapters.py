@@ -57,12 +57,15 @@ def test_the_weights_under_the_names_the_judges_read(rule):
     assert sae.dtype == torch.float32
 
 
+CENTERED = ("center_writing_weights",)
+
+
 def test_the_config_as_saebench_and_as_saelens_read_it():
-    cfg = sae_bench(dictionary(model="gpt2", n_ctx=64, prepend_bos=True, text="books", processing=("center",))).cfg
+    cfg = sae_bench(dictionary(model="gpt2", n_ctx=64, prepend_bos=True, text="books", processing=CENTERED)).cfg
     for place in (cfg, cfg.metadata):
         assert (place.model_name, place.hook_name, place.hook_layer, place.hook_head_index) == ("gpt2", HOOK, 2, None)
         assert (place.context_size, place.prepend_bos, place.dataset_path) == (64, True, "books")
-        assert place.model_from_pretrained_kwargs == {"center": True}
+        assert place.model_from_pretrained_kwargs == {"center_writing_weights": True}
         assert place.seqpos_slice == (None,)
     assert (cfg.d_in, cfg.d_sae, cfg.dtype, cfg.device, cfg.normalize_activations) == (12, 32, "float32", "cpu", "none")
     cfg.metadata.hook_layer = 3  # SAEBench writes there
@@ -165,7 +168,7 @@ def test_an_evaluation_of_the_object_says_what_ours_does(lm, documents):
 
 
 # sae-probes itself needs older releases of what we run on, so that a stand-in of its interface takes its place here; the
-# script scripts/probe_table.py runs the real package in an environment of its own.
+# script scripts/comparisons/probe_table.py runs the real package in an environment of its own.
 
 TEXTS = ["the quick brown fox " * 40, "a lazy dog", "twelve o'clock"]
 

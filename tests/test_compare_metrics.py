@@ -1,18 +1,9 @@
 """The script that sets our metrics beside those of other tools calls only equal what is equal."""
 
 import math
-from pathlib import Path
 
+import compare_metrics
 import pytest
-
-
-@pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
-    import compare_metrics
-
-    return compare_metrics
-
 
 OWN = {"l0": 3.0, "mse": 500.0}
 FORMULAS = {("SAEBench", "mse"): 1.0}
@@ -30,9 +21,9 @@ FORMULAS = {("SAEBench", "mse"): 1.0}
         ({"l0": 3.0, "mse": math.nan}, False),
     ],
 )
-def test_values_agree_with_ours_or_with_their_formula(script, judge, agree):
-    assert script.compare("a", OWN, {"SAEBench": judge}, FORMULAS) is agree
+def test_values_agree_with_ours_or_with_their_formula(judge, agree):
+    assert compare_metrics.compare("a", OWN, {"SAEBench": judge}, FORMULAS) is agree
 
 
-def test_nan_agrees_with_nothing(script):
-    assert not script.compare("a", {"l0": math.nan}, {"SAELens": {"l0": math.nan}}, {})
+def test_nan_agrees_with_nothing():
+    assert not compare_metrics.compare("a", {"l0": math.nan}, {"SAELens": {"l0": math.nan}}, {})

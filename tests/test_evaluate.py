@@ -358,7 +358,7 @@ def test_a_file_that_was_captured_is_known_again(lm, tmp_path, documents):
 
 def test_report_as_text_html_and_markdown(lm, rows):
     report = sl.evaluate(dictionary(lm), lm, rows, n_bootstrap=20, text_name="a <b> text")
-    assert "a <b> text" in report.to_markdown()
+    assert "a &lt;b> text" in report.to_markdown()
     assert f"| fvu | {report['fvu']:.4g} | " in report.to_markdown()
     assert "<td>fvu</td>" in report._repr_html_()
     assert "a &lt;b&gt; text" in report._repr_html_()

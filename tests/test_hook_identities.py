@@ -2,8 +2,8 @@
 
 import copy
 import warnings
-from pathlib import Path
 
+import hook_identities
 import pytest
 import torch
 
@@ -65,34 +65,28 @@ TOKENS = torch.randint(20, 97, (3, 7), generator=torch.Generator().manual_seed(1
 
 
 @pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
-    import hook_identities
-
-    return hook_identities
-
-
-@pytest.fixture
-def make(script, lm):
+def make(lm):
     """make("OPTForCausalLM", do_layer_norm_before=False): a small model with random weights."""
 
     def make(kind: str, **settings) -> sl.LanguageModel:
-        return sl.LanguageModel(script.build(kind, script.FAMILIES.get(kind, {}) | settings), lm.tokenizer, name="random")
+        return sl.LanguageModel(
+            hook_identities.build(kind, hook_identities.FAMILIES.get(kind, {}) | settings), lm.tokenizer, name="random"
+        )
 
     return make
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_hooks_are_what_their_names_mean_or_are_refused(script, lm, family):
+def test_hooks_are_what_their_names_mean_or_are_refused(lm, family):
     """embed = the first stream, pre + attn = mid, mid + mlp = post, hook_post enters the down projection."""
     name = family if "," in family or family.endswith(("LM", "Model")) else f"{family}ForCausalLM"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers' own, about kernels that are not installed
-        outcomes = script.check_family(name, lm.tokenizer)
-    assert tuple(str(outcomes[check]) for check in script.CHECKS) == FAMILIES[family]
+        outcomes = hook_identities.check_family(name, lm.tokenizer)
+    assert tuple(str(outcomes[check]) for check in hook_identities.CHECKS) == FAMILIES[family]
 
 
-def test_a_wrong_tensor_is_called_wrong(script, lm, monkeypatch):
+def test_a_wrong_tensor_is_called_wrong(lm, monkeypatch):
     """The script itself: hooks as transformer-lens names them, unchecked."""
     from saelens_lite.model import hooks, identities
 
@@ -101,7 +95,7 @@ def test_a_wrong_tensor_is_called_wrong(script, lm, monkeypatch):
 
     monkeypatch.setattr(identities.Identities, "point", unchecked)
     for family in ("OPT, norms behind", "Bloom, stream behind the norm", "NanoChatForCausalLM"):
-        assert any(found.outcomes["WRONG"] for found in script.check_family(family, lm.tokenizer).values()), family
+        assert any(found.outcomes["WRONG"] for found in hook_identities.check_family(family, lm.tokenizer).values()), family
 
 
 def test_scaled_outputs_are_what_is_added_to_the_stream(make):

@@ -20,6 +20,7 @@ from saelens_lite.config import read_toml
 from saelens_lite.dictionary import slice_without
 from saelens_lite.errors import ConfigError, CorruptFileError
 from saelens_lite.features import stored as features_stored
+from saelens_lite.kinds import RUN, foreign
 from saelens_lite.schemas import Checked, PlainName, checked
 from saelens_lite.train import checkpoint, trainer
 
@@ -28,7 +29,7 @@ HOOK = "blocks.1.hook_resid_pre"
 
 
 class Broken(Exception):
-    """What interrupts the run of `run`."""
+    """The function that interrupts `run`."""
 
 
 class Breaking(TensorSource):
@@ -521,3 +522,9 @@ def test_forged_folders_give_a_typed_error_or_work():
     script = Path(__file__).parents[1] / "scripts" / "forged_files.py"
     found = subprocess.run([sys.executable, script, "--n", "40"], check=False, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr
+
+
+def test_a_pipe_for_the_settings_of_a_run_is_not_waited_for(run):
+    (run / "config.toml").unlink()
+    os.mkfifo(run / "config.toml")
+    assert foreign(run, RUN)

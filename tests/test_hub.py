@@ -16,7 +16,7 @@ import torch
 import yaml
 from hub_server import Account, Blob, Fault, Hub, running_hub
 from huggingface_hub import HfApi, close_session
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 import saelens_lite as sl
 from saelens_lite.errors import (
@@ -660,7 +660,7 @@ def test_a_stranger_sends_what_is_no_dictionary(hub, folder, tmp_path):
     repository = hub.repositories[REPO]
     good = repository.head.files
     whole = good[f"{HOOK}/sae_weights.safetensors"].content
-    save_file({"W_dec": torch.full((32, 8), float("nan"))}, tmp_path / "nan.safetensors")
+    save_file(load(whole) | {"W_dec": torch.full((32, 8), float("nan"))}, tmp_path / "nan.safetensors")
     for content, said in {
         whole[:-10]: "header announces",
         b"\xff" * 64: "not a safetensors file",
@@ -779,7 +779,7 @@ TRANSCODERS = {
 
 
 def test_the_code_in_the_cards_works(hub, lm, monkeypatch):
-    """Every rule's, as it stands in the card of its folder; what SAELens makes of its block is for scripts/check_saelens.py."""
+    """Every rule's block, as its card has it; scripts/comparisons/check_saelens.py says what SAELens makes of it."""
     monkeypatch.setattr("saelens_lite.load_model", lambda name: {"tiny": lm}[name], raising=False)
     target = "blocks.1.hook_mlp_out"
     sizes = {"reads": sl.Port(hook=HOOK, width=lm.d_model), "d_sae": 32, "origin": sl.Origin(model="tiny")}

@@ -8,7 +8,6 @@ import signal
 import stat
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -201,7 +200,7 @@ def test_a_link_is_followed_when_its_target_is_replaced(dictionary, tmp_path):
 def test_pages_reports_and_cards_replace_only_their_like(dictionary, random_lm, tmp_path):
     store = sl.FeatureStore.build(dictionary, random_lm, TEXT)
     (tmp_path / "page.html").write_text("a book")
-    with pytest.raises(OutputExistsError, match="is not an HTML page"):
+    with pytest.raises(OutputExistsError, match="is not a page"):
         store.dashboard(tmp_path / "page.html", exists="overwrite")
     (tmp_path / "README.md").write_text("# My project")
     with pytest.raises(OutputExistsError, match="is not a card of a dictionary"):
@@ -435,11 +434,11 @@ class TestLocks:
         assert [path.name for path in tmp_path.iterdir()] == ["d"]
 
 
-@pytest.mark.parametrize("name", ["save", "capture", "train", "build", "save a store", "convert", "export"])
-def test_interrupts_kills_and_races_touch_nothing_else(random_lm, name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["save", "capture", "train", "build", "save a store", "convert", "page", "pull", "export"])
+def test_interrupts_kills_and_races_touch_nothing_else(random_lm, name, tmp_path):
     """Fewer of them than the script makes by itself."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
-    attack = import_module("attack_outputs")
+    import attack_outputs as attack
+
     rng = random.Random(name)
     write = attack.writers(random_lm, tmp_path)[name]
     assert set(attack.nothing_else_is_touched(write, tmp_path / "kills", 1, rng).values()) == {0}

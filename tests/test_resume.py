@@ -1,5 +1,6 @@
 """Work that is interrupted and goes on ends with the same bytes as work that was left alone."""
 
+import copy
 import itertools
 import json
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from interrupted import Interrupted
+from tokenizers.normalizers import Lowercase
 
 import saelens_lite as sl
 from saelens_lite import TrainConfig, devices, files
@@ -22,8 +24,10 @@ from saelens_lite.errors import (
     LockedError,
     NonFiniteError,
     OutputExistsError,
+    SourceChangedError,
     Stopped,
 )
+from saelens_lite.tokens import token_rows
 from saelens_lite.train import checkpoint
 
 HOOKS = ["blocks.1.hook_resid_pre", "blocks.2.hook_mlp_out"]
@@ -306,3 +310,275 @@ def test_a_run_whose_device_is_missing_is_resumed_on_another(x, tmp_path, caplog
     (run,) = sl.resume(out, TensorSource(x))
     assert run.dictionary.W_dec.device == devices.natural_device()
     assert "the run was trained on cuda:99, which is not here; resuming on" in caplog.text
+
+
+# --- another source of the same size ------------------------------------------------------------------------------------------
+
+STREAMED = TrainConfig(hook=HOOKS[0], sparsity="topk", options={"k": 3}, d_sae=40, batch_size=32, n_tokens=500, lr=1e-3)
+LINES = [f"The {animal} saw {n} ships on the grey sea that day." for animal in ("cat", "dog", "owl") for n in range(21, 31)]
+
+
+class Records:
+    """A dataset: records that can be read again and again."""
+
+    def __init__(self, lines):
+        self.lines = lines
+
+    def __iter__(self):
+        return ({"text": line} for line in self.lines)
+
+
+def text_file(lines, folder):
+    path = folder / "book.txt"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def jsonl_file(lines, folder):
+    path = folder / "book.jsonl"
+    path.write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    return path
+
+
+KINDS = {
+    "text file": text_file,
+    "jsonl": jsonl_file,
+    "records": lambda lines, _: Records(lines),
+    "strings": lambda lines, _: list(lines),
+}
+
+
+def swapped(lines, i=1, j=2):
+    """The same lines, two of them in each other's place."""
+    lines = list(lines)
+    lines[i], lines[j] = lines[j], lines[i]
+    return lines
+
+
+def streamed(lm, text, **settings) -> sl.ActivationStream:
+    known = {"text_config": sl.TextConfig(n_ctx=16), "buffer_tokens": 128, "batch_tokens": 64} | settings
+    return sl.ActivationStream(lm, text, HOOKS[:1], **known)
+
+
+def interrupted_stream(source, out: Path, at: int = 12, **settings) -> None:
+    with pytest.raises(Stopped):
+        sl.train(Interrupted(source, at), STREAMED, out, **settings)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resume_refuses_another_text_of_the_same_size(lm, tmp_path, kind):
+    def source(lines):
+        return streamed(lm, KINDS[kind](lines, tmp_path))
+
+    sl.train(source(LINES), STREAMED, tmp_path / "alone")
+    out = tmp_path / "run"
+    interrupted_stream(source(LINES), out)
+    before = contents(out)
+    one_word = [LINES[0].replace("21", "12"), *LINES[1:]]
+    for other in (one_word, swapped(LINES), [LINES[-1], *LINES[1:]]):
+        assert len("".join(other)) == len("".join(LINES))
+        for _ in range(2):  # the refusal itself does not make the other text the run's
+            with pytest.raises(SourceChangedError, match="the run was trained on"):
+                sl.resume(out, source(other))
+        assert contents(out) == before
+    (run,) = sl.resume(out, source(LINES))
+    assert contents(out) == contents(tmp_path / "alone")
+    assert run.history[-1]["tokens"] == 512
+
+
+def test_resume_refuses_a_file_that_was_edited_in_place(lm, tmp_path):
+    """The source is found again by its name, as on the command line."""
+    path = text_file(LINES, tmp_path)
+    interrupted_stream(streamed(lm, path), tmp_path / "run")
+    path.write_text("\n".join(swapped(LINES)))
+    with pytest.raises(SourceChangedError, match="the run was trained on"):
+        sl.resume(tmp_path / "run")
+    path.write_text("\n".join(LINES))
+    sl.resume(tmp_path / "run")
+
+
+def test_a_text_that_differs_only_behind_what_was_read_is_not_refused(lm, tmp_path):
+    """Nothing of it was trained on yet, so the result is that of a run on the new text."""
+    lines = LINES * 3
+    config = STREAMED.replace(n_tokens=250)
+    settings = {"text_config": sl.TextConfig(n_ctx=16), "buffer_tokens": 128, "batch_tokens": 64}
+    changed = [*lines[:-1], lines[-1].replace("grey", "blue")]
+    rows = [token_rows(lm, text, text_config=settings["text_config"]) for text in (lines, changed)]
+    assert rows[0].tokens.shape == rows[1].tokens.shape
+    source = streamed(lm, rows[0])
+    out = tmp_path / "run"
+    with pytest.raises(Stopped):
+        sl.train(Interrupted(source, 2), config, out)
+    read = source.record()["rows"]["n_rows"]
+    assert 0 < read < len(rows[0].tokens) / 2
+    sl.train(streamed(lm, rows[1]), config, tmp_path / "alone")
+    sl.resume(out, streamed(lm, rows[1]))
+    assert contents(out / "dictionary") == contents(tmp_path / "alone/dictionary")
+
+
+def test_resume_refuses_other_token_rows(lm, tmp_path):
+    rows = token_rows(lm, LINES, n_ctx=16)
+    interrupted_stream(streamed(lm, rows), tmp_path / "run")
+    order = torch.arange(len(rows.tokens))
+    order[0], order[1] = 1, 0
+    context = rows.tokens.clone()
+    context[:, 0] = 7  # position 0 does not count, but all that count see it
+    counted = rows.keep.clone()
+    counted[0] = counted[0].roll(1)
+    for other in (rows.take(order), rows._replace(tokens=context), rows._replace(keep=counted), rows[:10]):
+        with pytest.raises(SourceChangedError, match="the run was trained on"):
+            sl.resume(tmp_path / "run", streamed(lm, other))
+    sl.resume(tmp_path / "run", streamed(lm, rows))
+
+
+def test_resume_refuses_another_tokenizer_model_and_settings(lm, tmp_path):
+    interrupted_stream(streamed(lm, LINES), tmp_path / "run")
+    other_tokenizer = sl.LanguageModel(lm.module, copy.deepcopy(lm.tokenizer), name=lm.name)
+    other_tokenizer.tokenizer.backend_tokenizer.normalizer = Lowercase()
+    with pytest.raises(SourceChangedError, match="the run was trained on"):
+        sl.resume(tmp_path / "run", streamed(other_tokenizer, LINES))
+    other_model = sl.LanguageModel(copy.deepcopy(lm.module), lm.tokenizer, name=lm.name)
+    next(other_model.module.parameters()).data.mul_(1.0001)
+    with pytest.raises(SourceChangedError, match="which had weights = "):
+        sl.resume(tmp_path / "run", streamed(other_model, LINES))
+    for settings in ({"buffer_tokens": 256}, {"batch_tokens": 32}):
+        ((name, value),) = settings.items()
+        with pytest.raises(SourceChangedError, match=rf"which had {name} = \d+ \(now {value}\)"):
+            sl.resume(tmp_path / "run", streamed(lm, LINES, **settings))
+    with pytest.raises(SourceChangedError, match="the run was trained on"):
+        sl.resume(tmp_path / "run", streamed(lm, LINES, text_config=sl.TextConfig(n_ctx=15)))
+    sl.resume(tmp_path / "run", streamed(lm, LINES))
+
+
+@pytest.mark.parametrize("at", [3, 16, 30])
+def test_resume_knows_a_text_that_was_read_several_times(lm, tmp_path, at):
+    """Interrupted in the first, the second and the third pass over the text."""
+    config = STREAMED.replace(n_tokens=32 * 40)
+    sl.train(streamed(lm, LINES), config, tmp_path / "alone", validation_tokens=40)
+    source, out = streamed(lm, LINES), tmp_path / "run"
+    with pytest.raises(Stopped):
+        sl.train(Interrupted(source, at), config, out, validation_tokens=40)
+    (read,) = [json.loads(path.read_text())["source"]["rows"] for path in out.glob("checkpoints/*/state.json")]
+    assert read["ended"] == (at > 3)
+    others = [LINES[::-1], [line.replace("sea", "bay") for line in LINES], LINES[:5]]
+    others += [swapped(LINES), swapped(LINES, -1, -2), [*LINES, "More."], LINES[:-1]] if read["ended"] else []
+    for other in others:
+        with pytest.raises(SourceChangedError, match="the run was trained on"):
+            sl.resume(out, streamed(lm, other))
+    sl.resume(out, streamed(lm, LINES))
+    assert contents(out) == contents(tmp_path / "alone")
+
+
+def test_a_text_that_changes_from_pass_to_pass_is_said(lm, caplog):
+    class Changing:
+        n = 0
+
+        def __iter__(self):
+            self.n += 1
+            return iter(LINES[:20] if self.n < 3 else swapped(LINES[:20]))
+
+    batches = streamed(lm, Changing()).batches(HOOKS[:1], 32, 0)
+    for _ in range(40):
+        next(batches)
+    assert "the text is not what it was when it was read first (20 rows, now 20)" in caplog.text
+
+
+def test_resume_refuses_another_kind_of_source(cache, lm, documents, tmp_path):
+    interrupted_stream(streamed(lm, documents), tmp_path / "run")
+    with pytest.raises(SourceChangedError, match="the run was trained on a stream, not on a cache"):
+        sl.resume(tmp_path / "run", cache)
+    x = TensorSource(torch.randn(600, lm.d_model), hook=HOOKS[0])
+    with pytest.raises(SourceChangedError, match="the run was trained on a stream, not on tensors"):
+        sl.resume(tmp_path / "run", x)
+
+
+def test_resume_refuses_the_same_tensors_in_another_order(x, tmp_path):
+    out = interrupted_run(x, tmp_path / "run")
+    for other in (x.flip(0), x.double(), x.index_put((torch.tensor(3), torch.tensor(1)), torch.tensor(9.0))):
+        with pytest.raises(SourceChangedError, match="these tensors are not those the run was trained on, which had sha256"):
+            sl.resume(out, TensorSource(other))
+    sl.resume(out, TensorSource(x.clone()))
+
+
+def test_resume_refuses_a_cache_with_a_shard_of_another(cache, lm, documents, tmp_path):
+    """Whole, of the same size, and with checksums of its own that fit; only the manifest is the old one."""
+    shutil.copytree(cache.path, tmp_path / "cache")
+    with pytest.raises(Stopped):
+        sl.train(Interrupted(sl.ActivationCache.open(tmp_path / "cache"), 3), STREAMED, tmp_path / "run")
+    flipped = [documents[1], documents[0], *documents[2:]]
+    other = sl.capture(lm, flipped, HOOKS, tmp_path / "other", n_ctx=32, dtype="float32", shard_tokens=101, batch_tokens=128)
+    shard = "shard-00001.safetensors"
+    assert (other.path / shard).stat().st_size == (tmp_path / "cache" / shard).stat().st_size
+    shutil.copyfile(other.path / shard, tmp_path / "cache" / shard)
+    for source in (None, sl.ActivationCache.open(tmp_path / "cache")):
+        with pytest.raises(SourceChangedError, match="is not the cache the run was trained on, which had checksums_sha256"):
+            sl.resume(tmp_path / "run", source)
+    shutil.copyfile(cache.path / shard, tmp_path / "cache" / shard)
+    sl.resume(tmp_path / "run")
+
+
+def without_source(run: Path) -> None:
+    """Make the checkpoints those of a version that does not note what was read."""
+    for folder in (run / "checkpoints").iterdir():
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        del state["source"]
+        (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        content = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))
+        content["sha256"]["state.json"] = files.file_hash(folder / "state.json")
+        (folder / "checksums.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def test_an_older_checkpoint_is_resumed_with_a_warning(lm, tmp_path, caplog):
+    sl.train(streamed(lm, LINES), STREAMED, tmp_path / "alone")
+    interrupted_stream(streamed(lm, LINES), tmp_path / "run")
+    without_source(tmp_path / "run")
+    sl.resume(tmp_path / "run", streamed(lm, LINES))
+    assert "the checkpoint does not say what was read, so the source cannot be compared with that of the run" in caplog.text
+    assert contents(tmp_path / "run") == contents(tmp_path / "alone")
+
+
+def test_an_unfinished_capture_is_not_continued_with_other_context(lm, tmp_path, broken_off, monkeypatch):
+    """The tokens that count, which are in the shards, are the same; what stands before them is not."""
+    rows = token_rows(lm, LINES, n_ctx=32)
+    broken_off(5, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        sl.capture(lm, rows, HOOKS, tmp_path / "cache", **settings(n_ctx=None))
+    monkeypatch.undo()
+    assert list((tmp_path / ".cache.unfinished").rglob("shard-*"))
+    tokens = rows.tokens.clone()
+    tokens[:, 0] = 7
+    with pytest.raises(OutputExistsError, match=r"of another text: its first \d+ token rows differ"):
+        sl.capture(lm, rows._replace(tokens=tokens), HOOKS, tmp_path / "cache", **settings(n_ctx=None))
+    sl.capture(lm, rows, HOOKS, tmp_path / "cache", **settings(n_ctx=None))
+    sl.capture(lm, rows, HOOKS, tmp_path / "alone", **settings(n_ctx=None))
+    assert contents(tmp_path / "cache") == contents(tmp_path / "alone")
+
+
+def test_a_stream_is_resumed_from_the_command_line(lm, tmp_path, command):
+    """Its text is found again, also where it was moved to, and another one is refused."""
+    path = text_file(LINES, tmp_path)
+    sl.train(streamed(lm, path), STREAMED, tmp_path / "alone")
+    for name in ("first", "second"):
+        interrupted_stream(streamed(lm, path), tmp_path / name)
+    assert command("train", "--resume", tmp_path / "first").code == 0
+    assert contents(tmp_path / "first") == contents(tmp_path / "alone")
+    moved, out = tmp_path / "elsewhere/book.txt", tmp_path / "second"
+    moved.parent.mkdir()
+    path.rename(moved)
+    code, _, err = command("train", "--resume", out)
+    assert (code, "no text file at" in err) == (2, True)
+    other = tmp_path / "other.txt"
+    other.write_text("\n".join(LINES[::-1]))
+    code, _, err = command("train", "--resume", out, "--text", other)
+    assert (code, "the run was trained on" in err) == (2, True)
+    assert command("train", "--resume", out, "--text", moved).code == 0
+    assert contents(out) == contents(tmp_path / "alone")
+
+
+def test_a_run_on_a_cache_is_not_resumed_on_a_text(cache, tmp_path, command):
+    with pytest.raises(Stopped):
+        sl.train(Interrupted(cache, 3), STREAMED, tmp_path / "run")
+    code, _, err = command("train", "--resume", tmp_path / "run", "--text", "python-docs")
+    assert (code, "the run was trained on the cache" in err) == (2, True)
+    with pytest.raises(ConfigError, match="both a source and a text were given"):
+        sl.resume(tmp_path / "run", cache, text="python-docs")

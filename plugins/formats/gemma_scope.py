@@ -7,12 +7,11 @@ to nor whether they are transcoders; nothing in the equation depends on that.
 """
 
 import logging
-import zipfile
 from pathlib import Path
 
 from saelens_lite import Origin
 from saelens_lite.errors import ConfigError, CorruptFileError
-from saelens_lite.formats import Format, Outline, Settings, find_file, hook_of_module, open_tensors, tensor_names
+from saelens_lite.formats import Format, Outline, Settings, find_file, hook_of_module, is_zip, open_tensors, tensor_names
 
 FILES = ("params.npz", "params.safetensors")
 FIRST = {"W_enc", "W_dec", "b_enc", "b_dec", "threshold"}
@@ -26,7 +25,7 @@ class GemmaScope(Format):
     def detect(self, path: Path) -> bool:
         file = find_file(path, *FILES)
         names = tensor_names(file) - {SKIP} if file else set()
-        return names == SECOND or (names == FIRST and zipfile.is_zipfile(file))
+        return names == SECOND or (names == FIRST and is_zip(file))
 
     def outline(self, path: Path) -> Outline:
         file = open_tensors(find_file(path, *FILES) or path / FILES[0])

@@ -5,11 +5,10 @@ shards/ becomes the cache. The same call continues it, batch for batch as if not
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +21,18 @@ from torch import Tensor
 
 from saelens_lite.ahead import ahead
 from saelens_lite.cache.order import permutation
-from saelens_lite.cache.shards import Facts, Shard, check_size, read_chunks, shard_name, write_shard
+from saelens_lite.cache.shards import Facts, check_size, shard_name, write_shard
 from saelens_lite.cache.source import Moments
 from saelens_lite.cache.stored import FORMAT, MANIFEST, ActivationCache
 from saelens_lite.config import Origin, TextConfig
-from saelens_lite.errors import ConfigError, CorruptFileError, DiskFullError, NonFiniteError, OutputExistsError
+from saelens_lite.errors import (
+    ConfigError,
+    CorruptFileError,
+    DiskFullError,
+    NonFiniteError,
+    OutputExistsError,
+    SourceChangedError,
+)
 from saelens_lite.files import (
     DTYPES,
     MAX_LIST_BYTES,
@@ -39,8 +45,18 @@ from saelens_lite.kinds import CACHE, UNFINISHED_CAPTURE
 from saelens_lite.model import LanguageModel
 from saelens_lite.outputs import followed, replace_folder
 from saelens_lite.progress import progress_bar
-from saelens_lite.schemas import Checked, checked
-from saelens_lite.tokens import RowBlocks, Text, TokenRows, files_of, source_name, text_config_of, with_mask
+from saelens_lite.schemas import Checked, Count, Sha256, checked
+from saelens_lite.tokens import (
+    RowBlocks,
+    RowHash,
+    RowRecord,
+    Text,
+    TokenRows,
+    files_of,
+    source_name,
+    text_config_of,
+    with_mask,
+)
 from saelens_lite.unfinished import REQUEST, start_over, unfinished
 
 JOURNAL, SHARDS = "journal.jsonl", "shards"
@@ -57,24 +73,28 @@ def activations(
     hooks: Sequence[str],
     batch_tokens: int,
     skip: int = 0,
-    skipped: Callable[[Int[Tensor, " n"]], None] = lambda _: None,
+    read: RowHash | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """What the hooks see at the positions that count, and "tokens", batch after batch.
 
-    The first `skip` positions are left out, `skipped` is told their tokens, and batches they fill are not run.
+    The first `skip` positions are left out, and batches they fill are not run. `read` takes in the rows of each batch with a
+    position that counts, before the batch is given: those of batches that are not run too.
     """
+    read = RowHash() if read is None else read
     with ahead(blocks) as ready:
         for number, rows in enumerate(ready):
             for batch in _batches(rows, lm.read_lengths(rows), batch_tokens, number):
                 tokens = batch.tokens[batch.keep].to(torch.int32)
                 n_skipped = min(skip, len(tokens))
                 skip -= n_skipped
-                skipped(tokens[:n_skipped])
+                if len(tokens):
+                    read.add(batch)
                 if n_skipped < len(tokens):
                     acts = lm.run(batch, hooks)
                     keep = batch.keep.to(lm.device)
                     piece = {"tokens": tokens, **{hook: acts[hook][keep] for hook in hooks}}
                     yield {key: x[n_skipped:] for key, x in piece.items()}
+    read.end()
 
 
 def _batches(rows: TokenRows, lengths: Int[Tensor, " n_seq"], batch_tokens: int, number: int) -> Iterator[TokenRows]:
@@ -176,24 +196,27 @@ def _write_shards(
     shard_tokens: int,
     dtype: torch.dtype,
 ) -> "_ShardWriter":
-    """Write the shards that are not there yet."""
+    """Write the shards that are not there yet.
+
+    Raises:
+        _OtherTextError: those that are there are of another text.
+    """
     writer = _ShardWriter(folder / SHARDS, folder / JOURNAL, shard_tokens, dtype)
     if writer.n_done:
         log.info("continuing in %s behind %d tokens", folder, writer.n_done)
-    read_again = hashlib.sha256()
-    pieces = activations(
-        lm, blocks, hooks, batch_tokens, writer.n_done, lambda tokens: read_again.update(tokens.numpy().tobytes())
-    )
-    with progress_bar("capture", blocks.n_expected) as advance, closing(pieces):
-        advance(writer.n_done, "")
-        for piece in pieces:
-            if not writer.n_added:
-                writer.check_text(read_again.digest())
-                _check_space(folder, piece, blocks.n_expected, writer)
-            writer.add(piece)
-            advance(len(piece["tokens"]), "")
-    if not writer.n_added:
-        writer.check_text(read_again.digest())
+    pieces = activations(lm, blocks, hooks, batch_tokens, writer.n_done, writer.read)
+    try:
+        with progress_bar("capture", blocks.n_expected) as advance, closing(pieces):
+            advance(writer.n_done, "")
+            for piece in pieces:
+                if not writer.n_added:
+                    _check_space(folder, piece, blocks.n_expected, writer)
+                writer.add(piece)
+                advance(len(piece["tokens"]), "")
+    except SourceChangedError as error:
+        raise _OtherTextError(
+            f"{folder} holds an unfinished capture of another text: {error}; give the same text or delete it"
+        ) from None
     writer.close()
     return writer
 
@@ -237,16 +260,18 @@ def _check_space(folder: Path, piece: dict[str, Tensor], n_expected: int | None,
 
 @dataclass(frozen=True)
 class _Written:
-    """A shard that is whole: its facts for the manifest, and Σx and Σ‖x‖² of each hook."""
+    """A shard that is whole: its facts for the manifest, the rows read until it was, and Σx and Σ‖x‖² of each hook."""
 
     facts: dict[str, Any]
+    read: RowRecord
     moments: dict[str, Sequence[Any]] = field(default_factory=dict)
 
 
 class _Line(Checked):
-    """What a line of the journal holds."""
+    """The content of a line of the journal."""
 
     facts: Facts
+    read: Annotated[tuple[Count, Count, Sha256, bool], Field(strict=False)]  # a RowRecord
     moments: dict[str, Annotated[list[list[float] | float], Field(min_length=2, max_length=2)]]
 
 
@@ -262,6 +287,7 @@ class _ShardWriter:
         self.shards = self._written_before()
         self.n_done = sum(shard.facts["n_tokens"] for shard in self.shards)
         self.n_added = 0
+        self.read = RowHash(self.shards[-1].read if self.shards else None)
         self._pieces: list[dict[str, Tensor]] = []
         self._n = 0
 
@@ -271,8 +297,9 @@ class _ShardWriter:
         shards = []
         for line in lines:
             try:
-                shard = _Written(**checked(self.journal, parsed_json(line, finite=True), _Line).model_dump())
-                Facts(**shard.facts).check_name(len(shards))
+                found = checked(self.journal, parsed_json(line, finite=True), _Line)
+                shard = _Written(found.facts.model_dump(), RowRecord(*found.read), found.moments)
+                found.facts.check_name(len(shards))
                 check_size(self.folder / shard.facts["file"], shard.facts["bytes"])
             except (ValueError, RecursionError, CorruptFileError):  # the line or its shard never became whole
                 break
@@ -285,19 +312,6 @@ class _ShardWriter:
             if path.name not in {shard.facts["file"] for shard in shards}:
                 path.unlink()
         return shards
-
-    def check_text(self, read_again: bytes) -> None:
-        """Raise _OtherTextError unless the tokens in the shards have this SHA-256."""
-        written = hashlib.sha256()
-        for shard in self.shards:
-            facts, widths = shard.facts, {hook: len(total) for hook, (total, _) in shard.moments.items()}
-            stored = Shard(self.folder / facts["file"], facts["bytes"], facts["n_tokens"], widths, self.dtype)
-            tokens = read_chunks([stored], [(0, number) for number in range(stored.n_chunks)], "tokens")
-            written.update(tokens.numpy().tobytes())
-        if written.digest() != read_again:
-            raise _OtherTextError(
-                f"{self.folder.parent} holds an unfinished capture of another text; give the same text or delete it"
-            )
 
     def add(self, piece: dict[str, Tensor]) -> None:
         """Take in a piece: a tensor [n …] for each key, the same keys each time."""
@@ -338,7 +352,7 @@ class _ShardWriter:
             sums = Moments(tensors[hook].shape[1])
             sums.add(tensors[hook])
             moments[hook] = (sums.total.tolist(), sums.square)
-        self.shards.append(_Written(facts, moments))
+        self.shards.append(_Written(facts, self.read.record, moments))
         append_line(self.journal, json.dumps(dataclasses.asdict(self.shards[-1])))
 
 

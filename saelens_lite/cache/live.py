@@ -7,8 +7,10 @@ buffer held at any time can be computed again.
 """
 
 import itertools
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,13 +20,16 @@ from torch import Tensor
 
 from saelens_lite.cache.capture import activations, default_batch_tokens, origin_of
 from saelens_lite.cache.order import Pool, cut_into_batches, permutation
+from saelens_lite.cache.resumed import SAME_SOURCE, refuse_others
 from saelens_lite.cache.source import Batch, Moments, Statistics, TensorSource
 from saelens_lite.config import Origin, TextConfig
-from saelens_lite.errors import ConfigError, HookError, TextError, near_matches
+from saelens_lite.errors import ConfigError, HookError, SourceChangedError, TextError, near_matches
 from saelens_lite.files import DTYPES, check_fits_memory
-from saelens_lite.model import EMBEDDED, LanguageModel, load_model
+from saelens_lite.model import EMBEDDED, LanguageModel, load_model, mention_folder
 from saelens_lite.schemas import Checked, Count, Positive, String, checked
-from saelens_lite.tokens import RowBlocks, Text, TokenRows, check_file, name_of, named_text, with_mask
+from saelens_lite.tokens import RowBlocks, RowHash, RowRecord, Text, TokenRows, check_file, name_of, named_text, with_mask
+
+log = logging.getLogger(__name__)
 
 
 class ActivationStream:
@@ -68,28 +73,48 @@ class ActivationStream:
         self.text_config = rows.config  # with the length of rows, where that is not the model's context
         self._origin = origin_of(lm, rows, text_name)
         self._first: dict[str, Tensor] | None = None  # the first block, if it was looked at and not yet trained on
+        self._read = RowRecord(0, 0, "")  # of the first pass over the text, as far as it ever went
+        self._expected: RowRecord | None = None  # of the run that is resumed, until as much was read again
 
     def _rows(self) -> RowBlocks:
         return RowBlocks(self.lm, self.text, self.text_config)
 
     def _pieces(self, skip: int) -> Iterator[dict[str, Tensor]]:
         """Activations behind the first `skip` that are trained on, epoch after epoch; held-out ones are left out of each."""
+        first = None
         while True:
-            n = 0
-
-            def count(tokens: Tensor) -> None:
-                nonlocal n
-                n += len(tokens)
-
-            for piece in activations(
-                self.lm, self._rows(), self.hooks, self.batch_tokens, self._n_held_out + skip, skipped=count
-            ):
-                count(piece.pop("tokens"))
-                yield piece
-            n -= self._n_held_out
+            read = RowHash(self._expected if first is None else None)
+            try:
+                for piece in activations(self.lm, self._rows(), self.hooks, self.batch_tokens, self._n_held_out + skip, read):
+                    self._note(read, first)
+                    del piece["tokens"]
+                    yield piece
+                self._note(read, first)
+            except SourceChangedError as error:
+                raise self._other_text(error) from None
+            first = first or read.record
+            n = read.n_kept - self._n_held_out
             if n <= 0:
                 raise TextError(f"{self._n_held_out:,} positions of the text are held out; none is left to train on")
             skip = max(0, skip - n) % n  # whole epochs need not be read to be skipped
+
+    def _note(self, read: RowHash, first: RowRecord | None) -> None:
+        """Remember how far the first pass over the text went; warn of another pass that reads something else."""
+        if first is not None:
+            if read.ended and read.record != first:
+                log.warning(
+                    "the text is not what it was when it was read first (%d rows, now %d): positions that were held out may be "
+                    "trained on, and the run cannot be resumed to the same bytes",
+                    first.n_rows,
+                    read.n_rows,
+                )
+        elif read.is_as_expected:
+            self._expected = None
+            self._read = max(self._read, read.record, key=lambda record: (record.n_kept, record.ended))
+
+    def _other_text(self, error: SourceChangedError) -> SourceChangedError:
+        name = self.text_name or name_of(self.text) or "the text that was given"
+        return SourceChangedError(f"{name} is not the text the run was trained on: {error}; {SAME_SOURCE}")
 
     def _first_block(self) -> dict[str, Tensor]:
         if self._first is None:
@@ -194,32 +219,66 @@ class ActivationStream:
             },
         }
 
+    def record(self) -> dict[str, Any]:
+        """The model, the settings of the stream, and the token rows that were read, for a run that is resumed."""
+        return self._settings() | {"rows": (self._expected or self._read)._asdict()}
+
+    def expect(self, record: dict[str, Any]) -> None:
+        """Refuse another model or other settings now, and another text as soon as as much of it was read.
+
+        Raises:
+            SourceChangedError: this is not the stream of a record.
+        """
+        refuse_others(record, self._settings(), "this is not the stream")
+        self._expected, self._first = RowRecord(**record["rows"]), None
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "kind": "a stream",
+            "weights": self._fingerprint,
+            "processing": list(self.lm.processing),
+            "dtype": str(self.lm.dtype),
+            "buffer_tokens": 2 * self.block,
+            "batch_tokens": self.batch_tokens,
+            "held_out": self._n_held_out,
+        }
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return self.lm.fingerprint()
+
     @classmethod
     def reopen(cls, description: dict[str, Any], device: str | torch.device | None = None) -> "ActivationStream":
         """The stream that described itself so, its model on another device if one is given.
 
         Raises:
             ModelNotFoundError, TextError: the model or the text is not there.
-            ConfigError: the text has another size now.
+            SourceChangedError: the text has another size now.
         """
         said = checked("the activations of the run", description, _Description)
         text = named_text(description["text"])
         if isinstance(text, Path):
             check_file(text, TextConfig(**description["text_config"]))
         if _n_bytes(text) != description["text_bytes"]:
-            raise ConfigError(f"{text} is not the text the run was trained on: it has {_n_bytes(text):,} bytes now")
-        model = description["model"]
-        lm = load_model(**model | {"dtype": DTYPES[model["dtype"]], "device": device or model["device"]})
+            raise SourceChangedError(f"{text} is not the text the run was trained on: it has {_n_bytes(text):,} bytes now")
+        mention_folder(said.model.name)
+        lm = load_model(
+            name=said.model.name,
+            device=device or said.model.device,
+            dtype=DTYPES[said.model.dtype],
+            revision=said.model.revision,
+            center_writing_weights=said.model.center_writing_weights,
+        )
         n_bytes = said.stream.buffer_tokens * len(said.stream.hooks) * lm.d_model * lm.dtype.itemsize
         check_fits_memory(f"a buffer of {said.stream.buffer_tokens:,} activations", n_bytes)
         config = TextConfig(**description["text_config"])
         if config.n_ctx is None:
             config = config.replace(n_ctx=lm.n_ctx)
-        return cls(lm, text, text_config=config, **description["stream"])._without(description["held_out"])
+        return cls(lm, text, text_config=config, **said.stream.model_dump())._without(said.held_out)
 
 
 class _Model(Checked):
-    """How a description names the model."""
+    """The model in a description."""
 
     name: String
     revision: String | None
@@ -238,7 +297,7 @@ class _Settings(Checked):
 
 
 class _Description(Checked):
-    """How a run says which stream it was trained on."""
+    """The description of a stream in a checkpoint."""
 
     text: String
     text_bytes: Count | None

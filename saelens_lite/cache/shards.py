@@ -4,6 +4,7 @@ A shard holds a tensor [n d_in] for each hook, the token ids "tokens" [n], and "
 each CHUNK rows of each of the others, their names in order.
 """
 
+import hashlib
 import math
 import zlib
 from collections.abc import Iterable, Sequence
@@ -34,7 +35,7 @@ def _crc(x: Tensor) -> int:
 
 
 class Facts(Checked):
-    """What a manifest says of a shard."""
+    """The entry of a shard in a manifest."""
 
     file: PlainName
     n_tokens: Positive
@@ -133,6 +134,14 @@ class Shard:
                     f"{self.path} is damaged: rows {number * CHUNK} … of {key!r} do not match their checksum; capture again"
                 )
             self._checked[key][number] = True
+
+
+def checksums_hash(shards: Iterable[Shard]) -> str:
+    """Return the SHA-256 of the checksums of all rows in some shards; nothing else of them is read."""
+    digest = hashlib.sha256()
+    for shard in shards:
+        digest.update(np.ascontiguousarray(shard._checksums))
+    return digest.hexdigest()
 
 
 def read_chunks(shards: Sequence[Shard], chunks: Iterable[Sequence[int]], key: str) -> Tensor:

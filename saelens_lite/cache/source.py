@@ -1,7 +1,8 @@
 """What training reads activations from: the protocol, and activations that are in memory already."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from saelens_lite.arrays import ArrayLike, as_tensor
 from saelens_lite.cache.order import shuffled_batches
+from saelens_lite.cache.resumed import refuse_others, tensor_hash
 from saelens_lite.config import Origin
 from saelens_lite.devices import where_float64_is
 from saelens_lite.errors import ConfigError, HookError, ShapeError, near_matches
@@ -28,7 +30,7 @@ Batch = dict[str, Float[Tensor, "batch d_in"]]
 
 @runtime_checkable
 class Source(Protocol):
-    """Where training gets its activations."""
+    """The activations to train on. `saelens_lite.cache.resumed` has two more methods, for runs that are resumed."""
 
     @property
     def hooks(self) -> Sequence[str]: ...
@@ -135,3 +137,15 @@ class TensorSource:
 
     def describe(self) -> None:
         """Tensors in memory cannot be opened again."""
+
+    @cached_property
+    def _hashes(self) -> dict[str, str]:
+        return {hook: tensor_hash(x) for hook, x in self.x.items()}
+
+    def record(self) -> dict[str, Any]:
+        """The hashes of the tensors, for a run that is resumed."""
+        return {"kind": "tensors", "sha256": self._hashes}
+
+    def expect(self, record: dict[str, Any]) -> None:
+        """Raise SourceChangedError unless the tensors are those of a record."""
+        refuse_others(record, self.record(), "these tensors are not those")

@@ -11,10 +11,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from saelens_lite.cache.order import shuffled_batches
-from saelens_lite.cache.shards import CHUNK, MANIFEST, Facts, Shard, check_size, read_chunks
+from saelens_lite.cache.resumed import refuse_others
+from saelens_lite.cache.shards import CHUNK, MANIFEST, Facts, Shard, check_size, checksums_hash, read_chunks
 from saelens_lite.cache.source import Batch, Statistics, TensorSource
 from saelens_lite.config import Origin
-from saelens_lite.errors import ConfigError, CorruptFileError, HookError, near_matches
+from saelens_lite.errors import ConfigError, CorruptFileError, HookError, SourceChangedError, near_matches
 from saelens_lite.files import DTYPES, MAX_LIST_BYTES, file_hash, read_json
 from saelens_lite.outputs import restore
 from saelens_lite.schemas import Checked, Count, Number, Positive, Sha256, String, checked
@@ -24,7 +25,7 @@ MAX_TOKENS = 2**33  # of a cache: the list of its chunks then takes a gigabyte
 
 
 class _Hook(Checked):
-    """What a manifest says of the activations at a hook."""
+    """The entry of a hook in a manifest."""
 
     d_in: Positive
     rms_norm: Annotated[Number, Field(ge=0)]
@@ -32,7 +33,7 @@ class _Hook(Checked):
 
 
 class Manifest(Checked):
-    """What manifest.json holds."""
+    """The content of manifest.json."""
 
     format: Literal[2]
     origin: Origin
@@ -58,7 +59,7 @@ class Manifest(Checked):
 
 
 class _Description(Checked):
-    """How a run says which cache it was trained on."""
+    """The description of a cache in a checkpoint."""
 
     cache: String
     manifest_sha256: Sha256
@@ -196,19 +197,35 @@ class ActivationCache:
             "held_out_chunks": self._n_held_out,
         }
 
+    def record(self) -> dict[str, Any]:
+        """The hashes of the manifest and of the checksums in the shards, for a run that is resumed.
+
+        A shard in which both the activations and their checksums are others would not be noticed when it is read.
+        """
+        return {
+            "kind": "a cache",
+            "manifest_sha256": file_hash(self.path / MANIFEST),
+            "held_out_chunks": self._n_held_out,
+            "checksums_sha256": checksums_hash(self._shards),
+        }
+
+    def expect(self, record: dict[str, Any]) -> None:
+        """Raise SourceChangedError unless the cache is that of a record, wherever it is now."""
+        refuse_others(record, self.record(), f"{self.path} is not the cache")
+
     @classmethod
     def reopen(cls, description: dict[str, Any]) -> "ActivationCache":
         """The cache that described itself so.
 
         Raises:
             CorruptFileError: it is not there, or damaged.
-            ConfigError: another one is there now.
+            SourceChangedError: another one is there now.
         """
         wanted = checked("the activations of the run", description, _Description)
         found = cls.open(wanted.cache)
         cache = cls(found.path, found.manifest, min(wanted.held_out_chunks, len(found._chunks)))
         if cache.describe() != description:
-            raise ConfigError(f"{cache.path} is not the cache the run was trained on: its manifest has changed")
+            raise SourceChangedError(f"{cache.path} is not the cache the run was trained on: its manifest has changed")
         return cache
 
     def __repr__(self) -> str:

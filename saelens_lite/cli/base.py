@@ -2,14 +2,14 @@
 
 import logging
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from cyclopts import App, CycloptsError, Parameter
 
 from saelens_lite.errors import SaelensLiteError, Stopped
+from saelens_lite.terminal import console, visible
 
-if TYPE_CHECKING:
-    from rich.console import Console
+__all__ = ["app", "console", "main", "say", "visible"]
 
 app = App(
     name="saelens-lite",
@@ -37,7 +37,9 @@ def _launch(
     traceback
         Show the whole traceback of an error.
     """
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Visible("%(message)s"))
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
     command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
     command(*bound.args, **bound.kwargs)
 
@@ -62,12 +64,17 @@ def main() -> None:
 def _fail(error: BaseException, message: str, code: int, wants_traceback: bool) -> None:
     if wants_traceback:
         raise error
-    print(f"saelens-lite: {' '.join(message.split())}", file=sys.stderr)
+    say(f"saelens-lite: {' '.join(message.split())}", error=True)
     sys.exit(code)
 
 
-def console() -> "Console":
-    """Where tables and results go."""
-    from rich.console import Console
+class _Visible(logging.Formatter):
+    """A formatter of log lines, which may quote files."""
 
-    return Console(highlight=False, soft_wrap=True)
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
+def say(text: object, *, error: bool = False) -> None:
+    """Print text to standard output, or to standard error; what would steer the terminal is shown instead."""
+    print(visible(str(text)), file=sys.stderr if error else sys.stdout)

@@ -54,7 +54,7 @@ def evaluate(
     from saelens_lite.tokens import named_text
 
     loaded = [sl.Dictionary.load(path) for path in dictionaries]
-    lm = of.model_of(loaded[0])
+    lm = of.model_of(*loaded)
     reports = sl.evaluate(
         [dictionary.to(lm.device) for dictionary in loaded],
         lm,

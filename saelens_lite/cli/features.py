@@ -52,7 +52,7 @@ def features(
     pages = [html] if len(loaded) == 1 else [html.with_stem(f"{html.stem}-{name}") for name in folder_names(loaded)]
     for page in pages:
         refuse_existing(page, exists)
-    lm = of.model_of(loaded[0])
+    lm = of.model_of(*loaded)
     stores = sl.FeatureStore.build(
         [d.to(lm.device) for d in loaded] if len(loaded) > 1 else loaded[0].to(lm.device),
         lm,

@@ -1,11 +1,10 @@
 """Commands that read and write the files of dictionaries and caches."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from saelens_lite.cli.base import app, console
+from saelens_lite.cli.base import app, console, say
 from saelens_lite.cli.options import DictionaryPath, Exists, ReadAs
 from saelens_lite.errors import PluginError
 
@@ -25,11 +24,12 @@ def inspect(path: Path, *, format: ReadAs = None) -> None:
     from saelens_lite.dictionary import CONFIG_FILE
     from saelens_lite.files import read_json
     from saelens_lite.format_detection import OWN
+    from saelens_lite.paths import check_input
     from saelens_lite.places import describe, is_address
 
     if is_address(path):
         facts = describe(path)
-    elif (path / MANIFEST).exists():
+    elif (check_input(path) / MANIFEST).exists():
         cache = ActivationCache.open(path)
         facts = {"activations": cache.n_tokens, **cache.manifest, "hooks": {h: cache.d_in(h) for h in cache.hooks}}
         facts["shards"] = len(cache.manifest["shards"])
@@ -40,7 +40,7 @@ def inspect(path: Path, *, format: ReadAs = None) -> None:
             facts = formats.inspect(path, format)
         if (path / "eval.json").exists():
             facts["eval"] = read_json(path / "eval.json").get("metrics")
-    print(json.dumps(facts, indent=2, ensure_ascii=False))
+    say(json.dumps(facts, indent=2, ensure_ascii=False))
     _say_if_rule_is_missing(facts)
 
 
@@ -76,4 +76,4 @@ def _say_if_rule_is_missing(facts: dict[str, Any]) -> None:
         try:
             registry.find(ours["sparsity"], written_by=ours.get("distribution"))
         except PluginError as error:
-            print(f"saelens-lite: this dictionary cannot be loaded here: {error}", file=sys.stderr)
+            say(f"saelens-lite: this dictionary cannot be loaded here: {error}", error=True)

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from saelens_lite.cli.base import app, console
+from saelens_lite.cli.base import app, console, say
 from saelens_lite.cli.options import Exists, Flag, PrintJson, ReadAs, given
 from saelens_lite.errors import ConfigError
 
@@ -62,7 +62,7 @@ def push(
         dry_run=dry_run,
     )
     facts = pushed._asdict() | {"files": [file._asdict() for file in pushed.files]}
-    print(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else pushed)
+    say(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else pushed)
 
 
 @app.command

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from saelens_lite.config import TextConfig
 from saelens_lite.errors import CorruptFileError, OutputExistsError
+from saelens_lite.paths import check_output
 
 if TYPE_CHECKING:
     from saelens_lite.dictionary import Dictionary
@@ -33,10 +34,10 @@ ReadAs = Annotated[str | None, Parameter(help="Name of the format plugin to read
 
 
 def _check_report(_: Any, path: Path | None) -> None:
-    """Raise OutputExistsError where a report would replace a file that is not JSON, before the work begins."""
+    """Raise where no report can be written, or would replace a file that is not JSON, before the work begins."""
     from saelens_lite.files import read_json
 
-    if path is not None and os.path.lexists(path):
+    if path is not None and os.path.lexists(check_output(path)):
         try:
             read_json(path, limit=math.inf)
         except CorruptFileError as error:
@@ -61,18 +62,29 @@ class OfModel:
         The hook, for dictionaries that do not say theirs.
     device
         Where to run, e.g. cuda; default: CUDA where there is one, else MPS where it works, else the CPU.
+    model_revision
+        Commit, branch or tag of the model on the Hub; default: the commit the dictionary was trained on.
+    trust_remote_code
+        Run Python code that comes with the model's files. Only with --model: a dictionary does not decide which code is run.
     """
 
     model: str | None = None
     hook: str | None = None
     device: str | None = None
+    model_revision: str | None = None
+    trust_remote_code: Flag = False
 
-    def model_of(self, dictionary: "Dictionary") -> "LanguageModel":
-        """The model that was asked for, or the one of a dictionary, with its weights processed as they were."""
-        import saelens_lite as sl
+    def model_of(self, *dictionaries: "Dictionary") -> "LanguageModel":
+        """The model that was asked for, or the one of the dictionaries, with its weights processed as they were."""
+        from saelens_lite.model import model_of
 
-        processing = dict.fromkeys(dictionary.origin.processing, True)
-        return sl.load_model(self.model or dictionary.origin.model or "tiny", device=self.device, **processing)
+        return model_of(
+            *(dictionary.origin for dictionary in dictionaries),
+            name=self.model,
+            revision=self.model_revision,
+            device=self.device,
+            trust_remote_code=self.trust_remote_code,
+        )
 
     def load(self, path: Path) -> "tuple[Dictionary, LanguageModel]":
         """A dictionary and its model, on one device."""

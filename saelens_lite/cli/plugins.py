@@ -4,7 +4,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from saelens_lite.cli.base import app, console
+from saelens_lite.cli.base import app, console, say
 from saelens_lite.cli.options import PrintJson
 from saelens_lite.errors import ConfigError, PluginError
 
@@ -44,7 +44,7 @@ def plugins(
         return
     found = [registry.check(plugin) for kind in registry.KINDS for plugin in registry.plugins(kind)]
     if as_json:
-        print(json.dumps([_facts(finding) for finding in found], indent=2, ensure_ascii=False))
+        say(json.dumps([_facts(finding) for finding in found], indent=2, ensure_ascii=False))
     else:
         console().print(_plugin_table(found))
 
@@ -61,9 +61,7 @@ def _check(asked: str, options: dict[str, str], as_json: bool) -> None:
         raise PluginError(f"{asked!r} is the name of several plugins; say which: {' or '.join(f'{k}:{name}' for k in kinds)}")
     report = check_plugin(registry.load(name, *kinds), options=parse_options(options))
     if as_json:
-        print(
-            json.dumps({"plugin": report.plugin, "checks": [c._asdict() for c in report.checks]}, indent=2, ensure_ascii=False)
-        )
+        say(json.dumps({"plugin": report.plugin, "checks": [c._asdict() for c in report.checks]}, indent=2, ensure_ascii=False))
     else:
         console().print(_check_table(report))
     if not report.ok:

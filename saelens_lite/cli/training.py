@@ -23,6 +23,8 @@ def capture(
     dtype: Literal["float16", "bfloat16", "float32"] = "float16",
     device: str | None = None,
     center_writing_weights: Flag = False,
+    model_revision: str | None = None,
+    trust_remote_code: Flag = False,
     exists: Exists = "error",
 ) -> None:
     """Run a model over text once and store activations.
@@ -43,11 +45,21 @@ def capture(
         Where the model runs, e.g. cuda; default: CUDA where there is one, else MPS where it works, else the CPU.
     center_writing_weights
         Take the mean out of all that is written to the residual stream first; for models whose norms are LayerNorm.
+    model_revision
+        Commit, branch or tag of the model on the Hub.
+    trust_remote_code
+        Run Python code that comes with the model's files.
     """
     import saelens_lite as sl
     from saelens_lite.tokens import named_text
 
-    lm = sl.load_model(model, device=device, center_writing_weights=center_writing_weights)
+    lm = sl.load_model(
+        model,
+        device=device,
+        revision=model_revision,
+        center_writing_weights=center_writing_weights,
+        trust_remote_code=trust_remote_code,
+    )
     documents = named_text(text)
     name = text if isinstance(documents, str) else Path(text).name
     cache = sl.capture(
@@ -66,6 +78,8 @@ def train(
     resume: Path | None = None,
     text: str | None = None,
     model: str = "tiny",
+    model_revision: str | None = None,
+    trust_remote_code: Flag = False,
     text_config: TextOptions = TextConfig(),  # noqa: B008 (frozen)
     buffer_tokens: int = 65_536,
     data_seed: int | None = None,
@@ -86,11 +100,15 @@ def train(
     out
         Folder for the run; default: runs/dictionary.
     resume
-        Folder of an interrupted run. Its settings hold; a cache need only be named if it has moved.
+        Folder of an interrupted run. Its settings hold; a cache or --text need only be named if it has moved.
     text
         Instead of a cache: text as for `capture`, from which activations are computed while training goes on.
     model
         With --text: "tiny", a Hugging Face Hub id, or a folder.
+    model_revision
+        With --text: commit, branch or tag of the model on the Hub.
+    trust_remote_code
+        With --text: run Python code that comes with the model's files.
     buffer_tokens
         With --text: activations of each hook that are mixed in memory.
     data_seed
@@ -118,12 +136,13 @@ def train(
     if "options" in flags:
         flags["options"] = parse_options(flags["options"])
     if resume:
-        if surplus := flags | only_new | given(config=config, out=out, text=text):
+        if surplus := flags | only_new | given(config=config, out=out):
             raise ConfigError(f"--resume keeps the settings of {resume}; leave out {', '.join(surplus)}")
-        runs = sl.resume(resume, cache and sl.ActivationCache.open(cache), **common)
+        runs = sl.resume(resume, cache and sl.ActivationCache.open(cache), text=text, **common)
     else:
         configs = train_configs(read_toml(config) if config else {}, flags)
-        source = _source(cache, text, model, text_config, [_hooks(c) for c in configs], buffer_tokens, device)
+        loading = {"device": device, "revision": model_revision, "trust_remote_code": trust_remote_code}
+        source = _source(cache, text, model, text_config, [_hooks(c) for c in configs], buffer_tokens, loading)
         runs = sl.train(source, configs, out or Path("runs/dictionary"), **common, **only_new)
     for run in runs:
         last = run.history[-1]
@@ -139,9 +158,9 @@ def _source(
     text_config: TextConfig,
     hooks: list[tuple[str, ...]],
     buffer_tokens: int,
-    device: str | None,
+    loading: dict[str, Any],
 ) -> Any:
-    """The activations to train on: a cache or a stream."""
+    """The activations to train on: a cache, or a stream of a model that is loaded so."""
     import saelens_lite as sl
     from saelens_lite.tokens import named_text
 
@@ -153,7 +172,7 @@ def _source(
         raise ConfigError("nothing to train on: give the folder of a cache, or --text with --hook")
     if () in hooks:
         raise ConfigError("with --text, say which hook to train on: --hook, or hook = in each [[dictionary]]")
-    lm = sl.load_model(model, device=device)
+    lm = sl.load_model(model, **loading)
     return sl.ActivationStream(
         lm,
         named_text(text),

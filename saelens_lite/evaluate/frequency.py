@@ -9,6 +9,7 @@ from torch import Tensor
 
 from saelens_lite.errors import ConfigError
 from saelens_lite.evaluate.metrics import Metric
+from saelens_lite.markdown import cell
 from saelens_lite.tokens import TokenRows
 
 if TYPE_CHECKING:
@@ -81,7 +82,11 @@ def frequency_table(reports: Mapping[str, "EvalReport"]) -> Any:
 
 def frequency_markdown(reports: Mapping[str, "EvalReport"]) -> str:
     """The same table in Markdown; ConfigError as there."""
-    lines = [["occurs", "ids", "tokens", *(f"FVU, {name}" for name in reports)], ["---"] * (3 + len(reports)), *_cells(reports)]
+    lines = [
+        ["occurs", "ids", "tokens", *(f"FVU, {cell(name)}" for name in reports)],
+        ["---"] * (3 + len(reports)),
+        *_cells(reports),
+    ]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 

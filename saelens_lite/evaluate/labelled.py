@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from saelens_lite.errors import ConfigError, TextError, near_matches
+from saelens_lite.paths import check_input
 
 
 def read_labelled(path: str | Path, *, column: str = "text", label_column: str = "label") -> tuple[list[str], list[Any]]:
@@ -17,7 +18,7 @@ def read_labelled(path: str | Path, *, column: str = "text", label_column: str =
         TextError: the file is missing, damaged or empty, or a record lacks its text or label.
         ConfigError: another kind of file.
     """
-    path = Path(path)
+    path = check_input(path)
     if not path.is_file():
         raise TextError(f"no labelled texts at {path}")
     if path.suffix not in (".jsonl", ".csv"):

@@ -16,6 +16,7 @@ from saelens_lite.evaluate.frequency import FrequencyBand
 from saelens_lite.evaluate.metrics import Metric
 from saelens_lite.evaluate.positions import PositionBand
 from saelens_lite.files import read_json, write_json
+from saelens_lite.markdown import cell, code, one_line
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -145,10 +146,11 @@ class EvalReport:
 
     def to_markdown(self) -> str:
         """A Markdown table of the metrics, and of the controls where there are any."""
-        lines = [f"{self.where}. 95 % bootstrap confidence intervals over sequences. Token hash: `{self.text_sha256}`."]
-        lines += [self.caution] if self.caution else []
+        how = f"95 % bootstrap confidence intervals over sequences. Token hash: {code(self.text_sha256)}."
+        lines = [f"{one_line(self.where)}. {how}"]
+        lines += [one_line(self.caution)] if self.caution else []
         lines += ["", "| metric | value | 95 % interval |", "| --- | --- | --- |"]
-        lines += [f"| {name} | {m.value:.4g} | {m.low:.4g} … {m.high:.4g} |" for name, m in self.lines()]
+        lines += [f"| {cell(name)} | {m.value:.4g} | {m.low:.4g} … {m.high:.4g} |" for name, m in self.lines()]
         if self.controls:
             lines += ["", markdown({"this dictionary": self})]
         return "\n".join(lines)
@@ -156,7 +158,7 @@ class EvalReport:
     def __str__(self) -> str:
         lines = [f"{name:50} {metric}" for name, metric in self.lines()]
         if self.controls:
-            lines += ["", *("".join(f"{cell:20}" for cell in line).rstrip() for line in _comparison({"this dictionary": self}))]
+            lines += ["", *("".join(f"{part:20}" for part in row).rstrip() for row in _comparison({"this dictionary": self}))]
         return "\n".join([self.where, *([self.caution] if self.caution else []), *lines])
 
     def __rich__(self) -> Any:
@@ -248,9 +250,8 @@ def table(reports: Mapping[str, EvalReport]) -> "Table":
 
 def markdown(reports: Mapping[str, EvalReport]) -> str:
     """The same table in Markdown; ± is half of the 95 % interval."""
-    head, *lines = _comparison(reports)
-    lines = [head, ("---",) * len(head), *lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    head, *rows = (tuple(map(cell, row)) for row in _comparison(reports))
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ("---",) * len(head), *rows])
 
 
 def _html_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

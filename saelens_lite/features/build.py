@@ -19,7 +19,7 @@ from saelens_lite.features.spill import Spill
 from saelens_lite.features.tensors import FeatureTensors
 from saelens_lite.model import LanguageModel
 from saelens_lite.progress import progress_bar
-from saelens_lite.tokens import Text, TokenRows, source_name, text_hash, token_rows
+from saelens_lite.tokens import RowHash, Text, TokenRows, source_name, text_hash, token_rows
 
 
 class Job(NamedTuple):
@@ -67,6 +67,8 @@ class Job(NamedTuple):
 
     def request(self, lm: LanguageModel, batch_tokens: int, control: bool) -> dict[str, Any]:
         """What an unfinished pass has to agree with to go on."""
+        read = RowHash()
+        read.add(self.rows)
         of_each = {f"{i}: {key}": x for i, info in enumerate(self.infos) for key, x in info.model_dump(mode="json").items()}
         return {
             "processing": lm.processing,
@@ -76,6 +78,7 @@ class Job(NamedTuple):
             "batch_tokens": batch_tokens,
             "control": control,
             "n_dictionaries": len(self.infos),
+            "rows_sha256": read.record.sha256,
             **of_each,
         }
 

@@ -91,7 +91,7 @@ def _codes(one: Hooked, x: Float[Tensor, "n_kept d"], batch: Batch) -> SparseCod
 
 
 class _Noted(Checked):
-    """What progress.json holds: the batches that are whole, and the lengths of the files of each dictionary."""
+    """The content of progress.json: the batches that are whole, and the lengths of the files of each dictionary."""
 
     n_batches: Count
     sizes: list[dict[Literal["lists.bin", "latents.bin", "entries.bin", "blocks.bin"], Count]]

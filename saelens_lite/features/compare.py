@@ -25,7 +25,7 @@ from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, S
 from saelens_lite.features.info import weights_hash
 from saelens_lite.features.tensors import NONE
 from saelens_lite.files import check_axes, check_header, parsed_json, read_tensors, tensor_specs, write_file, write_json
-from saelens_lite.outputs import refuse_existing
+from saelens_lite.outputs import new_file
 from saelens_lite.progress import progress_bar
 from saelens_lite.schemas import Checked, String, checked
 
@@ -162,7 +162,7 @@ class Comparison:
 
 
 class _Facts(Checked):
-    """What the metadata of a file of scores holds."""
+    """The metadata of a file of scores."""
 
     format: Literal[1]
     sha256: String
@@ -223,17 +223,17 @@ class Stability:
 
         Raises:
             OutputExistsError: it is there already and `exists` is "error".
+            LockedError: another process is writing it.
             DiskFullError: there is no room for it.
         """
         from safetensors.torch import save_file
 
         path = Path(folder) / STABILITY_FILE
-        refuse_existing(path, exists)
-        path.parent.mkdir(parents=True, exist_ok=True)
         facts = {key: value for key, value in vars(self).items() if not isinstance(value, Tensor)}
         tensors = {key: value.contiguous() for key, value in vars(self).items() if isinstance(value, Tensor)}
         metadata = {"stability": json.dumps({"format": FORMAT, **facts})}
-        write_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+        with new_file(path, "file of scores", exists):
+            write_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
         return path
 
     @classmethod

@@ -13,7 +13,7 @@ FORMAT = 1
 
 
 class _Content(Checked):
-    """What a file of labels holds."""
+    """The content of a file of labels."""
 
     format: Literal[1]
     dictionary_sha256: String

@@ -14,7 +14,7 @@ from torch import Tensor, isin, tensor
 from saelens_lite.cache.capture import default_batch_tokens
 from saelens_lite.config import TextConfig
 from saelens_lite.dictionary import Dictionary
-from saelens_lite.errors import ConfigError, OutputExistsError, UserError
+from saelens_lite.errors import ConfigError, UserError
 from saelens_lite.features import stored
 from saelens_lite.features.build import Job, reduced
 from saelens_lite.features.codes import CODES_FILE, CodesTable, check_extra
@@ -31,7 +31,8 @@ from saelens_lite.features.weights import LatentWeights, latent_weights
 from saelens_lite.files import named_file, write_text
 from saelens_lite.kinds import STORE
 from saelens_lite.model import LanguageModel
-from saelens_lite.outputs import followed, new_folder, refuse_existing, restore
+from saelens_lite.outputs import followed, new_file, new_folder, refuse_existing, restore
+from saelens_lite.paths import check_output
 from saelens_lite.tokens import Text, TokenRows, files_of, with_mask
 from saelens_lite.tokens.display import Vocabulary
 
@@ -393,7 +394,7 @@ class FeatureStore:
         """
         if path is None and self.folder is None:
             raise ConfigError("the store is in no folder; say where the labels should go")
-        path = self.folder / LABELS_FILE if path is None else Path(path)
+        path = check_output(self.folder / LABELS_FILE if path is None else path)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_labels(path, self.labels, self.info.dictionary_sha256)
         return path
@@ -483,19 +484,14 @@ class FeatureStore:
         """Write the store as one HTML page that needs no network; its path.
 
         Raises:
-            OutputExistsError: the file exists and `exists` is "error", or it is a folder.
+            OutputExistsError: the file exists and `exists` is "error", or what is there is not a page.
+            LockedError: another process is writing it.
         """
         from saelens_lite.features.dashboard import render
 
-        path = Path(path)
-        if path.is_dir():
-            raise OutputExistsError(f"{path} is a folder; name a file, such as {path / 'features.html'}")
-        refuse_existing(path, exists)
-        if path.exists():
-            _check_page(path)
-        page = render(self)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, page)
+        path = check_output(path)
+        with new_file(path, "page", exists, _is_page):
+            write_text(path, render(self))
         return path
 
     def _repr_html_(self) -> str:
@@ -509,11 +505,10 @@ class FeatureStore:
         return f"FeatureStore({i.d_sae} latents, {i.rule}, {i.model}, {i.place}, {i.n_tokens:,} tokens, {silent} never fire)"
 
 
-def _check_page(path: Path) -> None:
-    """Raise OutputExistsError when a file that would be replaced by a page is not one."""
+def _is_page(path: Path) -> bool:
+    """Return whether a file is an HTML page."""
     with open(path, "rb") as file:
-        if not file.read(64).lstrip().lower().startswith(b"<!doctype html"):
-            raise OutputExistsError(f"{path} is not an HTML page; choose another file, or delete it yourself")
+        return file.read(64).lstrip().lower().startswith(b"<!doctype html")
 
 
 def folder_names(dictionaries: Sequence[Dictionary]) -> list[str]:

@@ -34,14 +34,14 @@ _Bytes = Annotated[str, Field(pattern="^([0-9a-f]{2})*$")]
 
 
 class _Codes(Checked):
-    """What features.json says of the table of codes."""
+    """The entry of the table of codes in features.json."""
 
     n_bytes: Count
     sha256: Sha256
 
 
 class _Content(Checked):
-    """What features.json holds."""
+    """The content of features.json."""
 
     format: Literal[3]
     sha256: dict[String, Sha256]

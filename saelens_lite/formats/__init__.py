@@ -2,9 +2,18 @@
 
     @register("my_format")
     class MyFormat(Format):
-        def detect(self, path): ...         # by what the files hold, not by how they are called
+        def detect(self, path): ...         # by what the files hold
         def outline(self, path): ...        # what the file says before its weights are read
         def write(self, dictionary, folder): ...
+
+A package names the class under the entry-point group `saelens_lite.formats`, where `format="my_format"` finds it, and once more
+under each ending that its file names have. Files of other names do not get the package imported:
+
+    [project.entry-points."saelens_lite.formats"]
+    my_format = "my_package:MyFormat"
+
+    [project.entry-points."saelens_lite.formats.npz"]
+    my_format = "my_package:MyFormat"
 
 `outline` names, for each of our parameters, the tensor it is in and that tensor's axes; sizes are checked and axes put in order
 here. A dictionary that was read takes raw activations: whatever its tool did to them first is folded into the weights.
@@ -34,6 +43,7 @@ from saelens_lite.files import (
     DTYPES,
     file_hash,
     file_size,
+    is_zip,
     nesting,
     read_json,
     shortened,
@@ -69,6 +79,7 @@ __all__ = [
     "format_of",
     "hook_of_module",
     "inspect",
+    "is_zip",
     "open_tensors",
     "read_density",
     "read_json",
@@ -378,7 +389,12 @@ def find_file(path: Path, *names: str) -> Path | None:
 def write_torch(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Put tensors in a file of `torch.save` in one step, in an order of their own."""
     whole = OrderedDict((name, tensor.detach().cpu().contiguous().clone()) for name, tensor in tensors.items())
-    write_file(path, lambda temporary: torch.save(whole, temporary))
+
+    def save(temporary: Path) -> None:
+        with open(temporary, "wb") as file:  # an error of the disk then reaches us, and the name of the file is not in it
+            torch.save(whole, file)
+
+    write_file(path, save)
 
 
 def hook_of_module(module: str, side: Literal["input", "output"] = "output") -> str | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from saelens_lite.errors import CorruptFileError
-from saelens_lite.files import Spec, file_size, tensor_specs
+from saelens_lite.files import Spec, file_size, is_zip, tensor_specs
 
 NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 MAX_TENSORS = 1000
@@ -240,7 +240,7 @@ def open_tensors(path: Path) -> TensorFile:
         CorruptFileError: it is none, or damaged.
     """
     file_size(path)
-    return NpzFile(path) if zipfile.is_zipfile(path) else SafetensorsFile(path)
+    return NpzFile(path) if is_zip(path) else SafetensorsFile(path)
 
 
 def tensor_names(path: Path) -> set[str]:

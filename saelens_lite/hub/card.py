@@ -18,6 +18,8 @@ from saelens_lite.evaluate import EvalReport
 from saelens_lite.files import read_json, write_file
 from saelens_lite.hub.client import NAME, Address
 from saelens_lite.hub.plots import density_plot, log_plot
+from saelens_lite.markdown import cell, code, one_line
+from saelens_lite.paths import check_output
 from saelens_lite.ports import names
 
 CARD_FILE, EVALUATION_FILE = "README.md", "eval.json"
@@ -46,7 +48,7 @@ def write_card(
 
     `text` names what the dictionary was evaluated on, in place of what the report says. Figures need matplotlib.
     """
-    folder = Path(folder)
+    folder = check_output(folder)
     card = folder / CARD_FILE
     if card.exists() and OWN_LIBRARY.encode() not in card.read_bytes():
         raise OutputExistsError(f"{card} is not a card of a dictionary; move it away, or name the dictionary's own folder")
@@ -111,8 +113,8 @@ def metadata(
         license=license,
         base_model=models or None,
         datasets=datasets or None,
-        tags=[*TAGS, *(kind for kind, holds in kinds.items() if holds), *map(_line, tags)],
-        model_name=_line(name) if results else None,
+        tags=[*TAGS, *(kind for kind, holds in kinds.items() if holds), *map(one_line, tags)],
+        model_name=one_line(name) if results else None,
         eval_results=results or None,
     )
 
@@ -129,15 +131,15 @@ def evaluation_results(name: str, evaluation: dict[str, Any]) -> list[EvalResult
 
     huggingface_hub merges results of one type of dataset, whatever its name, so that the type has to be the name.
     """
-    text = _line(evaluation.get("text") or "text without a name")
+    text = one_line(evaluation.get("text") or "text without a name")
     return [
         EvalResult(
             task_type="feature-extraction",
             task_name="Sparse dictionary of activations",
             dataset_type=_dataset(text) or re.sub(r"\W+", "-", text.lower()).strip("-") or "text",
             dataset_name=text,
-            metric_type=metric,
-            metric_name=f"{_line(name)}: {metric}",
+            metric_type=one_line(metric),
+            metric_name=f"{one_line(name)}: {one_line(metric)}",
             metric_value=float(f"{value:.6g}"),
         )
         for metric, value in metric_values(evaluation).items()
@@ -157,12 +159,10 @@ def evaluation_text(report: EvalReport | None) -> str:
     """The metrics of a report as Markdown, with intervals and what they were measured on."""
     if report is None:
         return "## Evaluation\nNone yet."
-    names = ("text", "model", "hook", "read_hook", "disjoint_why")
-    shown = dataclasses.replace(report, **{key: _line(value) for key in names if (value := getattr(report, key)) is not None})
-    notes = [f"It was not trained on this text: {shown.disjoint_why}."] if report.disjoint else []
+    notes = [f"It was not trained on this text: {one_line(report.disjoint_why)}."] if report.disjoint else []
     if "ce_loss_score" in report.metrics:
         notes.append("`ce_loss_score` is the share of the loss added by zeroing the hook that the reconstruction recovers.")
-    return "\n\n".join([f"## Evaluation\n{shown.to_markdown()}", *notes])
+    return "\n\n".join([f"## Evaluation\n{report.to_markdown()}", *notes])
 
 
 def load_text(folder: Path, dictionary: Dictionary, address: Address | None = None) -> str:
@@ -193,11 +193,16 @@ def _load_model_call(origin: Origin) -> str | None:
     """The line of code that loads the model a dictionary belongs to; None where nobody else could load it by that name."""
     if not origin.model or not (origin.model == "tiny" or _is_hub_model(origin.model)):
         return None
-    options = {"revision": json.dumps(origin.revision)} if origin.revision else {}
-    options |= dict.fromkeys(filter(str.isidentifier, origin.processing), "True")
-    arguments = [json.dumps(origin.model), *(f"{key}={value}" for key, value in options.items())]
+    options = {"revision": _literal(origin.revision)} if origin.revision else {}
+    options |= dict.fromkeys(origin.processing, "True")
+    arguments = [_literal(origin.model), *(f"{key}={value}" for key, value in options.items())]
     inside = "".join(f"\n    {argument}," for argument in arguments) + "\n" if options else arguments[0]
     return f"sl.load_model({inside})"
+
+
+def _literal(text: str) -> str:
+    """A string as Python code, in which nothing of it is code and all of it can be seen."""
+    return json.dumps(text) if text.isascii() and text.isprintable() else repr(text)
 
 
 def _target(dictionary: Dictionary) -> str | None:
@@ -254,29 +259,14 @@ def _listed(values: dict[str, Any]) -> str:
 
 def _title(dictionary: Dictionary) -> str:
     kind = "dictionary" if dictionary.writes_what_it_reads else "transcoder"
-    return _line(f"{dictionary.rule.plugin_name} {kind} of {dictionary.origin.model or 'a model'}, {dictionary.place}")
+    return one_line(f"{dictionary.rule.plugin_name} {kind} of {dictionary.origin.model or 'a model'}, {dictionary.place}")
 
 
 def _template(name: str) -> Any:
     """A template of this package; what comes from users goes through its filters, so that it breaks no table and no line."""
     environment = Environment(loader=PackageLoader("saelens_lite", "hub"), autoescape=False, undefined=StrictUndefined)
-    environment.filters.update(cell=cell, line=_line, code=_code)
+    environment.filters.update(cell=cell, line=one_line, code=code)
     return environment.get_template(name)
-
-
-def _line(value: Any) -> str:
-    """A value as text in one line that neither opens HTML nor ends a section."""
-    return " ".join(str(value).split()).replace("<", "&lt;")
-
-
-def cell(value: Any) -> str:
-    """A value as a cell of a Markdown table."""
-    return _line(value).replace("\\", "\\\\").replace("|", "\\|")
-
-
-def _code(value: Any) -> str:
-    """A value between backticks."""
-    return f"`{' '.join(str(value).split()).replace('`', chr(39))}`"
 
 
 def _unique(values: Iterable[str]) -> list[str]:

@@ -33,6 +33,7 @@ from saelens_lite.errors import (
     HubUnreachableError,
     SaelensLiteError,
 )
+from saelens_lite.hub.guard import Guard, guarded_client
 
 NAME = r"[A-Za-z0-9][\w.-]*"
 SECONDS_TO_ANSWER = 5
@@ -88,9 +89,9 @@ def check_folder(folder: str) -> str:
     return folder
 
 
-def client() -> HfApi:
-    """What asks the Hub; endpoint, cache and token are those of huggingface_hub's environment variables."""
-    return HfApi(library_name="saelens_lite")
+def client(guard: Guard) -> HfApi:
+    """A client that asks the Hub in bounds, with the endpoint, cache and token of huggingface_hub's environment variables."""
+    return guarded_client(guard)
 
 
 @contextmanager
@@ -116,7 +117,7 @@ def typed_errors(repo: str) -> Iterator[None]:
         yield
     except SaelensLiteError:
         raise
-    except (HTTPError, OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # the client takes answers apart without a look at their form: KeyError, RecursionError, …
         raise _typed(error, repo) from None
 
 
@@ -165,6 +166,7 @@ def _from_status(error: HfHubHTTPError, repo: str, said: str) -> HubError:
 def _in_short(error: Exception) -> str:
     """The message of an error on one line, never with the token in it."""
     text = " ".join(str(error).split()) or type(error).__name__
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text[:10_000])
     text = re.sub(r"Bearer [^'\"]*", "Bearer …", text)  # as it stands in a header that cannot be sent
     token = get_token()
     return (text.replace(token, "…") if token else text)[:400]

@@ -1,20 +1,21 @@
 """What a dictionary on the Hub is, by its settings and the headers of its files, without fetching its weights."""
 
-import glob
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import SafetensorsParsingError
-from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import SafetensorsFileMetadata
 
 from saelens_lite.errors import CorruptFileError
 from saelens_lite.files import MAX_JSON_BYTES, read_json
 from saelens_lite.hub.card import EVALUATION_FILE
-from saelens_lite.hub.client import Address, bars_on_terminals_only, client, typed_errors
-from saelens_lite.hub.download import CONFIG_FILES, check_sizes, choose_folder, dictionary_files, listing
+from saelens_lite.hub.client import Address, client, typed_errors
+from saelens_lite.hub.download import CONFIG_FILES, check_sizes, choose_folder, dictionary_files, download, listing
+from saelens_lite.hub.guard import Guard
+from saelens_lite.hub.listing import RepoFile
 
 HEADERS_OF = ".safetensors"
+MAX_HEADER_BYTES = 8 << 20
 
 
 def describe(address: Address | str) -> dict[str, Any]:
@@ -32,26 +33,21 @@ def describe(address: Address | str) -> dict[str, Any]:
     check_sizes(address, settings, max_bytes=2 * MAX_JSON_BYTES)
     found = Address(address.repo, folder or None, commit)
     by_name = {Path(path).name: path for path in settings}
-    snapshot = _fetch(found, list(settings))
-    config = next((by_name[name] for name in CONFIG_FILES if name in by_name), None)
-    facts = read_json(snapshot / config) if config else {}
-    if EVALUATION_FILE in by_name:
-        facts["eval"] = read_json(snapshot / by_name[EVALUATION_FILE]).get("metrics")
+    facts: dict[str, Any] = {}
+    if settings:
+        snapshot = download(address.repo, commit, [there[path] for path in settings])
+        config = next((by_name[name] for name in CONFIG_FILES if name in by_name), None)
+        facts = read_json(snapshot / config) if config else {}
+        if EVALUATION_FILE in by_name:
+            facts["eval"] = read_json(snapshot / by_name[EVALUATION_FILE]).get("metrics")
     return facts | {"address": str(found), "files": {Path(path).name: _file_facts(found, there[path]) for path in files}}
-
-
-def _fetch(address: Address, paths: list[str]) -> Path:
-    """The folder of the cache that has these files."""
-    with typed_errors(address.repo), bars_on_terminals_only():
-        patterns = [glob.escape(path) for path in paths]
-        return Path(client().snapshot_download(address.repo, revision=address.revision, allow_patterns=patterns))
 
 
 def _file_facts(address: Address, file: RepoFile) -> dict[str, Any]:
     """Bytes, SHA-256 where the Hub knows it, and shapes, of which only the header of the file is read."""
     facts: dict[str, Any] = {"bytes": file.size}
-    if file.lfs is not None:
-        facts["sha256"] = file.lfs.sha256
+    if file.sha256 is not None:
+        facts["sha256"] = file.sha256
     if file.path.endswith(HEADERS_OF):
         header = _header(address, file.path)
         facts["tensors"] = {name: {"dtype": tensor.dtype, "shape": tensor.shape} for name, tensor in header.tensors.items()}
@@ -59,8 +55,9 @@ def _file_facts(address: Address, file: RepoFile) -> dict[str, Any]:
 
 
 def _header(address: Address, path: str) -> SafetensorsFileMetadata:
-    try:
-        with typed_errors(address.repo):
-            return client().parse_safetensors_file_metadata(address.repo, path, revision=address.revision)
-    except (SafetensorsParsingError, TypeError, KeyError, AttributeError) as error:
-        raise CorruptFileError(f"{address.repo}: {path} has no header of a safetensors file: {error}") from None
+    hub = client(Guard(address.repo, MAX_HEADER_BYTES, address.revision))
+    with typed_errors(address.repo):
+        try:
+            return hub.parse_safetensors_file_metadata(address.repo, path, revision=address.revision)
+        except (SafetensorsParsingError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise CorruptFileError(f"{address.repo}: {path} has no header of a safetensors file: {error}") from None

@@ -1,25 +1,29 @@
 """Fetching a dictionary from the Hub: only its own files, of one commit, and never more than was agreed to."""
 
 import glob
+import hashlib
 import logging
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
 import torch
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub import try_to_load_from_cache
 
 from saelens_lite.dictionary import CONFIG_FILE, PLUGIN_FILE, SPARSITY_FILE, WEIGHTS_FILE, Dictionary
 from saelens_lite.errors import ConfigError, HubError, HubNotFoundError, HubUnreachableError, near_matches
-from saelens_lite.files import MAX_JSON_BYTES
-from saelens_lite.hub.client import SECONDS_TO_ANSWER, Address, bars_on_terminals_only, client, typed_errors
+from saelens_lite.files import MAX_JSON_BYTES, file_hash, write_text
+from saelens_lite.hub.client import Address, bars_on_terminals_only, client, typed_errors
+from saelens_lite.hub.guard import Guard
+from saelens_lite.hub.listing import RepoFile, list_files, revisions
 from saelens_lite.kinds import DICTIONARY as KIND
 from saelens_lite.outputs import new_folder
 
 logger = logging.getLogger(__name__)
 
 MAX_BYTES = 32 << 30
+MAX_FILES = 1000  # of one dictionary
 SETTINGS = (".json", ".yaml", ".yml", ".md")
 WEIGHTS = (".safetensors", ".npz", ".pt")  # of several kinds in one folder, the first is fetched
 CONFIG_FILES = ("cfg.json", "config.json", "config.yaml")
@@ -94,16 +98,66 @@ def _from_hub(address: Address, max_bytes: int) -> Fetched:
     folder = choose_folder(address, files)
     chosen = dictionary_files(files, folder)
     check_sizes(address, chosen, max_bytes)
-    patterns = [glob.escape(path) for path in chosen]
-    with typed_errors(address.repo), bars_on_terminals_only():
-        # by its name, so that the cache knows the revision without a network
-        snapshot = Path(client().snapshot_download(address.repo, revision=address.revision, allow_patterns=patterns))
-    if snapshot.name != commit:
-        raise HubError(f"{address} moved from {commit} to {snapshot.name} while it was fetched; fetch it again")
-    for path, size in chosen.items():
-        if (snapshot / path).stat().st_size != size:
-            raise HubError(f"{snapshot / path} is not the {size:,} bytes that the Hub announces; delete it and fetch it again")
+    snapshot = download(address.repo, commit, [there[path] for path in chosen])
+    _note_revision(snapshot, address.revision or "main")
     return Fetched(snapshot / folder, Address(address.repo, folder or None, commit))
+
+
+def download(repo: str, commit: str, files: Sequence[RepoFile]) -> Path:
+    """Fetch files of a commit that are not in the cache yet; the folder of the cache that has them.
+
+    The settings come last, so that what an interruption leaves is not taken for a dictionary.
+
+    Raises:
+        HubError: the Hub sends something other than its listing says, or cannot be reached.
+    """
+    snapshot = None
+    for file in sorted(files, key=lambda file: PurePosixPath(file.path).name in CONFIG_FILES):
+        cached = isinstance(try_to_load_from_cache(repo, file.path, revision=commit), str)
+        hub = client(Guard(repo, file.size, commit))
+        with typed_errors(repo), bars_on_terminals_only():
+            path = Path(hub.hf_hub_download(repo, file.path, revision=commit))
+        snapshot = Path(str(path).removesuffix(str(Path(file.path))))
+        _check_download(repo, path, file, snapshot, cached)
+    if snapshot is None:
+        raise HubError(f"{repo}: there is nothing to fetch")
+    return snapshot
+
+
+def _check_download(repo: str, path: Path, file: RepoFile, snapshot: Path, cached: bool) -> None:
+    """Raise unless a file is in the cache, of its size and, if it has just come, of the contents that the Hub lists."""
+    found = path.resolve()
+    if not found.is_relative_to(snapshot.parents[2].resolve()):
+        raise HubError(f"{path} leads out of the cache, to {found}; delete it and fetch it again")
+    if found.stat().st_size != file.size:
+        raise HubError(f"{path} is not the {file.size:,} bytes that the Hub announces; delete it and fetch it again")
+    if not cached and not _has_listed_contents(found, file):
+        path.unlink()
+        found.unlink(missing_ok=True)
+        raise HubError(f"{repo}: {file.path} arrived with other contents than the Hub lists, and was not kept; fetch it again")
+
+
+def _has_listed_contents(path: Path, file: RepoFile) -> bool:
+    if file.sha256 is not None:
+        return file_hash(path) == file.sha256
+    digest = hashlib.sha1(f"blob {file.size}\0".encode())  # as git has it
+    with open(path, "rb") as content:
+        while block := content.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest() == file.blob_id
+
+
+def _note_revision(snapshot: Path, revision: str) -> None:
+    """Have the cache know which commit a branch or tag stands for, as huggingface_hub does, for when there is no network."""
+    if revision == snapshot.name:
+        return
+    ref = snapshot.parents[1] / "refs" / revision
+    try:
+        if not ref.is_file() or ref.read_text(encoding="utf-8") != snapshot.name:
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            write_text(ref, snapshot.name)
+    except OSError as error:  # a cache that others own can still be read
+        logger.warning("%s cannot be written: %s", ref, error)
 
 
 def _from_cache(address: Address, why: HubUnreachableError) -> Fetched:
@@ -113,7 +167,7 @@ def _from_cache(address: Address, why: HubUnreachableError) -> Fetched:
         revision = address.revision
         return Path(hub.snapshot_download(address.repo, revision=revision, allow_patterns=[*needed], local_files_only=True))
 
-    hub = client()
+    hub = client(Guard(address.repo))
     try:
         with typed_errors(address.repo):
             found = snapshot()
@@ -129,22 +183,17 @@ def _from_cache(address: Address, why: HubUnreachableError) -> Fetched:
 
 def listing(address: Address) -> tuple[str, dict[str, RepoFile]]:
     """The commit a revision stands for, and the files in it by their paths."""
-    hub = client()
     try:
-        with typed_errors(address.repo):
-            commit = hub.model_info(address.repo, revision=address.revision, timeout=SECONDS_TO_ANSWER).sha
-            tree = hub.list_repo_tree(address.repo, revision=commit, recursive=True)
-            return str(commit), {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+        found = list_files(address.repo, address.revision)
+        return found.commit, found.files
     except HubNotFoundError:
         raise _no_such_revision(address) from None
 
 
 def _no_such_revision(address: Address) -> HubNotFoundError:
     """What to say of a revision that is not there; if the repository is not, that is raised instead."""
-    with typed_errors(address.repo):
-        refs = client().list_repo_refs(address.repo)
-    names = [ref.name for ref in (*refs.branches, *refs.tags)]
-    hint = near_matches(address.revision or "main", names) or f"; it has {', '.join(names) or 'none'}"
+    names = revisions(address.repo)
+    hint = near_matches(address.revision or "main", names) or f"; it has {', '.join(names[:20]) or 'none'}"
     return HubNotFoundError(f"{address.repo} has no revision {address.revision or 'main'!r}{hint}")
 
 
@@ -188,6 +237,10 @@ def check_sizes(address: Address, files: dict[str, int], max_bytes: int) -> None
     """Raise before anything is fetched that is too large to be meant."""
     if max_bytes < 1:
         raise ConfigError(f"max_bytes = {max_bytes}; expected a positive number")
+    if len(files) > MAX_FILES:
+        raise HubError(f"{address} has {len(files):,} files; {MAX_FILES:,} are the most that a dictionary may have")
+    if len({path.casefold() for path in files}) < len(files):
+        raise HubError(f"{address} has files whose names differ only in case, which not every disk can hold apart")
     for path, size in files.items():
         if path.endswith(SETTINGS) and size > MAX_JSON_BYTES:
             raise HubError(f"{address.repo}: {path} has {size:,} bytes; that is too large for a settings file")

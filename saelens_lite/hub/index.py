@@ -15,7 +15,6 @@ from saelens_lite.errors import HubError
 from saelens_lite.hub.card import (
     CARD_FILE,
     OWN_LIBRARY,
-    cell,
     evaluation_results,
     find_section,
     metadata,
@@ -24,9 +23,12 @@ from saelens_lite.hub.card import (
     with_section,
 )
 from saelens_lite.hub.plots import frontier_plot
+from saelens_lite.markdown import cell
 
 FRONTIER_FILE = "frontier.png"
 SECTION = "dictionaries"
+MAX_METADATA_CHARACTERS, MAX_METADATA_PARTS, MAX_METADATA_DEPTH = 1 << 19, 50_000, 50
+_METADATA = re.compile(r"\s*---[ \t]*\r?\n(.*?)(?:\r?\n---|\Z)", re.DOTALL)
 COLUMNS = ("dictionary", "hook", "rule", "latents", "L0", "FVU", "loss recovered")
 
 
@@ -113,12 +115,38 @@ def _section_text(load: str, rows: Sequence[Row], *, with_frontier: bool) -> str
 
 def _page(card: str | None, repo: str) -> ModelCard:
     """The card as huggingface_hub sees it; a new one where there is none."""
+    _check_metadata(card or "", repo)
     body = card or f"# {repo.partition('/')[2]}\n\nSparse dictionaries of activations, trained with saelens_lite.\n"
     try:
         return ModelCard(body if body.lstrip().startswith("---") else f"---\n\n---\n{body}")
-    except (ValueError, TypeError, yaml.YAMLError) as error:
-        why = " ".join(str(error).split())
-        raise HubError(f"{repo}: the metadata of its README.md cannot be read; mend it on the Hub first: {why}") from None
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError, yaml.YAMLError) as error:
+        raise _unreadable(repo, str(error)) from None
+
+
+def _unreadable(repo: str, why: str) -> HubError:
+    why = " ".join(why.split())[:400]
+    return HubError(f"{repo}: the metadata of its README.md cannot be read; mend it on the Hub first: {why}")
+
+
+def _check_metadata(card: str, repo: str) -> None:
+    """Raise HubError for metadata that would take huggingface_hub's parser too much time, memory or depth."""
+    found = _METADATA.match(card)
+    if found is None:
+        return
+    if len(found[1]) > MAX_METADATA_CHARACTERS:
+        raise _unreadable(repo, f"they have {len(found[1]):,} characters; {MAX_METADATA_CHARACTERS:,} are the most")
+    depth = 0
+    try:
+        for number, event in enumerate(yaml.parse(found[1], Loader=yaml.SafeLoader)):
+            if number > MAX_METADATA_PARTS:
+                raise _unreadable(repo, f"they have more than {MAX_METADATA_PARTS:,} parts")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_METADATA_DEPTH:
+                raise _unreadable(repo, f"they are nested deeper than {MAX_METADATA_DEPTH} levels")
+            if isinstance(event, yaml.AliasEvent):
+                raise _unreadable(repo, f"they repeat a part by its name, *{event.anchor}, which can make a page of a line")
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise _unreadable(repo, str(error)) from None
 
 
 def _update(page: ModelCard, new: ModelCardData) -> None:

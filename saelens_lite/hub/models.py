@@ -6,7 +6,7 @@ from typing import NamedTuple
 from huggingface_hub import try_to_load_from_cache
 
 from saelens_lite.errors import HubUnreachableError
-from saelens_lite.hub.client import SECONDS_TO_ANSWER, client, typed_errors
+from saelens_lite.hub.listing import find_commit
 
 
 class HubModel(NamedTuple):
@@ -24,9 +24,7 @@ def find_model(name: str, revision: str | None = None) -> HubModel:
         HubError: it has no such model, or shows it to nobody without a token.
     """
     try:
-        with typed_errors(name):
-            commit = client().model_info(name, revision=revision, timeout=SECONDS_TO_ANSWER).sha
-        return HubModel(str(commit), only_cached=False)
+        return HubModel(find_commit(name, revision)[0], only_cached=False)
     except HubUnreachableError:
         config = try_to_load_from_cache(name, "config.json", revision=revision)
         if not isinstance(config, str):

@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from saelens_lite.dictionary import CONFIG_FILE, Dictionary, is_own_folder
 from saelens_lite.errors import (
@@ -22,6 +21,7 @@ from saelens_lite.errors import (
     HubNotFoundError,
     HubUnreachableError,
 )
+from saelens_lite.files import MAX_JSON_BYTES
 from saelens_lite.hub.card import (
     CARD_FILE,
     EVALUATION_FILE,
@@ -32,8 +32,11 @@ from saelens_lite.hub.card import (
     stored_report,
     with_section,
 )
-from saelens_lite.hub.client import SECONDS_TO_ANSWER, Address, bars_on_terminals_only, check_folder, client, typed_errors
+from saelens_lite.hub.client import Address, bars_on_terminals_only, check_folder, client, typed_errors
+from saelens_lite.hub.download import download
+from saelens_lite.hub.guard import Guard
 from saelens_lite.hub.index import Entry, Row, index_files
+from saelens_lite.hub.listing import RepoFile, list_files
 from saelens_lite.places import local_folder
 
 logger = logging.getLogger(__name__)
@@ -125,7 +128,7 @@ def push(
             )
         files |= index_files(_remote_card(repo, remote), repo, entries, license=license, tags=tags)
         planned = _compare(files, remote, [entry.name for entry in entries])
-        url = f"{client().endpoint}/{repo}"
+        url = f"{_writer(repo).endpoint}/{repo}"
         if dry_run:
             return Push(repo, planned, remote.commit, None, url)
         commit = _commit(repo, revision, planned, files, remote, message or _message(list(named)))
@@ -219,30 +222,34 @@ def _is_published(path: Path) -> bool:
 
 def _remote(repo: str, revision: str | None) -> _Remote:
     """What the Hub has now."""
-    hub = client()
     try:
-        with typed_errors(repo):
-            info = hub.model_info(repo, revision=revision, timeout=SECONDS_TO_ANSWER)
-            tree = hub.list_repo_tree(repo, revision=info.sha, recursive=True)
-            return _Remote(info.sha, {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}, bool(info.private))
+        return _Remote(*list_files(repo, revision))
     except HubNotFoundError:
         if revision not in (None, "main"):
             raise
         return _Remote(None, {})
 
 
+def _writer(repo: str) -> HfApi:
+    """A client for uploads, which take their time."""
+    return client(Guard(repo, hurry=False))
+
+
 def _create(repo: str, private: bool) -> None:
     """Have an empty repository; one that somebody has made in the meantime will do."""
     with typed_errors(repo):
-        client().create_repo(repo, private=private, exist_ok=True)
+        _writer(repo).create_repo(repo, private=private, exist_ok=True)
 
 
 def _remote_card(repo: str, remote: _Remote) -> str | None:
     """The card of the repository as it is."""
     if CARD_FILE not in remote.files:
         return None
-    with typed_errors(repo), bars_on_terminals_only():
-        return Path(client().hf_hub_download(repo, CARD_FILE, revision=remote.commit)).read_text(encoding="utf-8")
+    if remote.files[CARD_FILE].size > MAX_JSON_BYTES:
+        raise HubError(f"{repo}: its README.md has {remote.files[CARD_FILE].size:,} bytes; that is too large for a card")
+    folder = download(repo, remote.commit, [remote.files[CARD_FILE]])
+    with typed_errors(repo):
+        return (folder / CARD_FILE).read_text(encoding="utf-8")
 
 
 def _compare(files: Mapping[str, Path | bytes], remote: _Remote, folders: Sequence[str]) -> tuple[PushFile, ...]:
@@ -261,8 +268,8 @@ def _compare(files: Mapping[str, Path | bytes], remote: _Remote, folders: Sequen
 
 def _is_same(content: Path | bytes, sha256: str, there: RepoFile) -> bool:
     """Whether the Hub has these bytes; it knows large files by sha256, small ones by git's hash."""
-    if there.lfs is not None:
-        return there.lfs.sha256 == sha256
+    if there.sha256 is not None:
+        return there.sha256 == sha256
     return there.blob_id == _digest(content, "sha1", prefix=f"blob {there.size}\0".encode())
 
 
@@ -297,7 +304,7 @@ def _commit(
         return str(remote.commit)
     try:
         with typed_errors(repo), bars_on_terminals_only():
-            done = client().create_commit(
+            done = _writer(repo).create_commit(
                 repo, operations, commit_message=message, revision=revision, parent_commit=remote.commit
             )
         commit = done.oid

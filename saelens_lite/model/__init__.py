@@ -25,6 +25,7 @@ from saelens_lite.model import identities as _identities
 from saelens_lite.model import norms as _norms
 from saelens_lite.model import processing as _processing
 from saelens_lite.model import readout as _readout
+from saelens_lite.paths import check_input
 from saelens_lite.places import find_model
 from saelens_lite.ports import Hooks, Port, apart, together
 from saelens_lite.tokens import Given, TokenRows, prompt_rows
@@ -35,7 +36,7 @@ from saelens_lite.tokens.rows import countable
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["EMBEDDED", "LanguageModel", "load_model"]
+__all__ = ["EMBEDDED", "LanguageModel", "load_model", "model_of"]
 
 EMBEDDED = {"tiny": files("saelens_lite") / "data" / "tiny"}
 FINGERPRINT_ENTRIES = 256  # of each weight
@@ -85,36 +86,47 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
     center_writing_weights: bool = False,
+    trust_remote_code: bool = False,
 ) -> "LanguageModel":
     """A causal language model, frozen, in evaluation mode.
 
     `name` is "tiny" (embedded, no network), a local folder, or a Hugging Face Hub id such as "gpt2". `device` defaults to
     CUDA where there is one, else MPS where it works, else the CPU. `center_writing_weights`: see
-    `LanguageModel.center_writing_weights_`.
+    `LanguageModel.center_writing_weights_`. `trust_remote_code` runs Python code that comes with the model's files, which may
+    do anything; without it such a model is refused, and nobody is asked on the terminal.
 
     Raises:
-        ModelNotFoundError: no such model, no network, or an architecture transformers does not know.
+        ModelNotFoundError: no such model, no network, an architecture transformers does not know, or a model that needs
+            code of its own.
         ConfigError: the writing weights of this model cannot be centred.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as hf_logging
 
+    check_input(name)
     where = EMBEDDED.get(str(name)) or (Path(name).expanduser() if str(name).startswith("~") else name)
     local = Path(str(where)).is_dir()
     if not local and (isinstance(name, Path) or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1):
         raise ModelNotFoundError(f"no model folder at {name}; give a folder with config.json, a Hub id, or 'tiny'")
     commit, only_cached = (revision, True) if local else _on_hub(str(name), revision)
-    source = {"revision": revision, "local_files_only": only_cached}
+    source = {"revision": revision, "local_files_only": only_cached, "trust_remote_code": bool(trust_remote_code)}
     device = chosen_device(device)
     bars = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
-        module = AutoModelForCausalLM.from_pretrained(str(where), dtype=dtype, **source)
+        config = AutoConfig.from_pretrained(str(where), **source)
+        if not trust_remote_code and _names_kernels(config):
+            raise _needs_code(name)
+        module = AutoModelForCausalLM.from_pretrained(str(where), dtype=dtype, config=config, **source)
         tokenizer = None
         if not local or _has_tokenizer(Path(str(where))):
             tokenizer = AutoTokenizer.from_pretrained(str(where), **source)
+    except ModelNotFoundError:
+        raise
     except Exception as error:  # transformers raises errors of many kinds for a damaged folder
         reason = " ".join(str(error).split())
+        if not trust_remote_code and "trust_remote_code" in reason:
+            raise _needs_code(name) from error
         help_ = "check the folder." if local else "is it a causal language model that transformers knows?"
         raise ModelNotFoundError(f"cannot load the model {str(name)!r}: {help_} transformers says: {reason[:400]}") from error
     finally:
@@ -125,6 +137,62 @@ def load_model(
         tokenizer = None  # transformers makes up one that knows only special tokens
     lm = LanguageModel(module.to(device), tokenizer, name=str(name), revision=commit)
     return lm.center_writing_weights_() if center_writing_weights else lm
+
+
+def model_of(
+    *origins: Origin,
+    name: str | Path | None = None,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> "LanguageModel":
+    """Return the model that dictionaries of these origins were trained on, or the named one, with its weights processed alike.
+
+    The commit in the origin holds unless another model or `revision` is named. An origin comes out of a file: it cannot allow
+    code of a model to be run, and a folder of this computer that it names is mentioned in the log.
+
+    Raises:
+        ConfigError: the origins name several models or commits; `trust_remote_code` without a name.
+        ModelNotFoundError: as `load_model`.
+    """
+    places = list(dict.fromkeys((o.model, o.revision) for o in origins if o.model is not None and name in (None, o.model)))
+    found = ", ".join(model if commit is None else f"{model} at {commit}" for model, commit in places)
+    if len({model for model, _ in places}) > 1:
+        raise ConfigError(f"the dictionaries were trained on several models: {found}; name the one to use")
+    if revision is None and len(places) > 1:
+        raise ConfigError(f"the dictionaries were trained on several commits of one model: {found}; name the revision to use")
+    model, commit = places[0] if places else (None, None)
+    if name is None and trust_remote_code:
+        raise ConfigError(f"only code of a model that you name is run; name the model as well, if you trust {model or 'tiny'}")
+    if name is None and model is not None:
+        mention_folder(model)
+    return load_model(
+        name or model or "tiny",
+        device=device,
+        revision=revision or commit,
+        center_writing_weights=any(_processing.CENTER_WRITING_WEIGHTS in origin.processing for origin in origins),
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def mention_folder(name: str) -> None:
+    """Say in the log that a file, not the user, names a folder of this computer as the model to load."""
+    if name not in EMBEDDED and Path(name).expanduser().is_dir():
+        log.warning("the model is the folder %s, which a file names; if that is not your model, name yours", name)
+
+
+def _needs_code(name: str | Path) -> ModelNotFoundError:
+    return ModelNotFoundError(
+        f"the model {str(name)!r} needs Python code that comes with its files, which was not run; read that code, and if you "
+        f"trust it say load_model({str(name)!r}, trust_remote_code=True), or --trust-remote-code in a command"
+    )
+
+
+def _names_kernels(config: Any) -> bool:
+    """Return whether settings of a model name code on the Hub that computes its attention or its experts."""
+    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
+    kinds = ("_attn_implementation", "_experts_implementation")
+    return any("/" in str(getattr(part, kind, None)) for part in parts for kind in kinds)
 
 
 def _has_tokenizer(folder: Path) -> bool:

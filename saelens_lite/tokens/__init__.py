@@ -16,7 +16,7 @@ from saelens_lite.tokens.blocks import DEFAULT_N_CTX, RowBlocks
 from saelens_lite.tokens.encoding import after_bos, encode
 from saelens_lite.tokens.inputs import Given, token_ids
 from saelens_lite.tokens.python_docs import Document, PythonDocs, is_held_out, python_docs
-from saelens_lite.tokens.rows import Row, TokenRows, joined, padded, text_hash
+from saelens_lite.tokens.rows import Row, RowHash, RowRecord, TokenRows, joined, padded, text_hash
 from saelens_lite.tokens.sources import (
     Piece,
     Text,
@@ -38,6 +38,8 @@ __all__ = [
     "Given",
     "PythonDocs",
     "RowBlocks",
+    "RowHash",
+    "RowRecord",
     "Text",
     "TokenRows",
     "check_file",

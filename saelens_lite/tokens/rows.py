@@ -9,6 +9,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from saelens_lite.config import TextConfig
+from saelens_lite.errors import SourceChangedError
 from saelens_lite.tokens.sources import Piece
 
 
@@ -201,6 +202,74 @@ class TextHash:
     def hexdigest(self) -> str:
         """The hash of all rows so far."""
         return self._digest.hexdigest()
+
+
+class RowRecord(NamedTuple):
+    """The number of token rows that were read, of their positions that count, their hash, and whether the text ended there."""
+
+    n_rows: int
+    n_kept: int
+    sha256: str
+    ended: bool = False
+
+
+class RowHash:
+    """SHA-256 over all of the token rows that a model has read so far, in the order in which it read them.
+
+    Unlike TextHash it sees what does not count too: BOS, excluded positions and repeated context change the activations of
+    the positions that do. `expected` is what was read of the same text before; rows that differ from it are refused as soon
+    as as many were read.
+    """
+
+    def __init__(self, expected: RowRecord | None = None) -> None:
+        self._digest = hashlib.sha256()
+        self.n_rows = self.n_kept = 0
+        self.ended = False
+        self._expected = expected
+
+    @property
+    def is_as_expected(self) -> bool:
+        """True when all that was read before has been read again."""
+        return self._expected is None
+
+    @property
+    def record(self) -> RowRecord:
+        """The record of what was read so far."""
+        return RowRecord(self.n_rows, self.n_kept, self._digest.hexdigest(), self.ended)
+
+    def add(self, rows: TokenRows) -> None:
+        """Take in the rows of a batch: its shape, and the token ids, length and counted positions of each row.
+
+        Raises:
+            SourceChangedError: they are not the rows that were read before.
+        """
+        self._digest.update(repr((tuple(rows.tokens.shape), rows.length is not None)).encode())
+        for x in (rows.tokens.long(), rows.keep, rows.length):
+            if x is not None:
+                self._digest.update(x.cpu().contiguous().numpy())
+        self.n_rows += len(rows.tokens)
+        self.n_kept += rows.n_kept
+        self._compare()
+
+    def end(self) -> None:
+        """Note that the text ends here. SourceChangedError when it did not end here before."""
+        self.ended = True
+        self._compare()
+
+    def _compare(self) -> None:
+        expected, found = self._expected, self.record
+        if expected is None or (found.n_kept < expected.n_kept and not found.ended):
+            return
+        if found.n_kept == expected.n_kept and found.sha256 == expected.sha256 and expected.ended and not found.ended:
+            return  # the end of the text, or another row, comes next
+        if found._replace(ended=expected.ended) == expected:
+            self._expected = None
+        elif found.n_kept < expected.n_kept:
+            raise SourceChangedError(f"it ends after {found.n_rows:,} token rows, where {expected.n_rows:,} had been read")
+        elif expected.ended:
+            raise SourceChangedError(f"it differs from the {expected.n_rows:,} token rows that had been read, which were all")
+        else:
+            raise SourceChangedError(f"its first {expected.n_rows:,} token rows differ from those that had been read")
 
 
 def text_hash(rows: TokenRows) -> str:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 
 from saelens_lite.config import TextConfig
 from saelens_lite.errors import ConfigError, CorruptFileError, SaelensLiteError, TextError, near_matches
+from saelens_lite.paths import check_input
 from saelens_lite.tokens.python_docs import Document, PythonDocs
 
 Text = str | Path | Mapping[str, Any] | Iterable[Any]  # of strings, Documents, Paths, records; or token ids, see inputs.py
@@ -164,7 +166,7 @@ def _content(record: Any, place: str, config: TextConfig) -> str | list[int]:
 
 def check_file(path: Path, config: TextConfig) -> None:
     """Raise unless the file is there and of a kind that can be read as `config` says."""
-    if not path.is_file():
+    if not check_input(path).is_file():
         raise TextError(f"no text file at {path}")
     if path.suffix not in (*SUFFIXES, ""):
         raise ConfigError(f"{path}: cannot read {path.suffix} files; give .txt, .md, .jsonl or .parquet")
@@ -242,8 +244,11 @@ def _hub(dataset: HubName, config: TextConfig) -> Iterator[Piece]:
     if config.split and dataset.split and config.split != dataset.split:
         raise ConfigError(f"split = {config.split!r}, but the text names the split {dataset.split!r}; say it once")
     split = dataset.split or config.split or "train"
+    # from version 4 on datasets runs no code of a dataset and knows no such argument
+    refusal = {"trust_remote_code": False} if "trust_remote_code" in signature(load_dataset).parameters else {}
     try:
-        yield from read_pieces(load_dataset(dataset.name, dataset.config, split=split, streaming=True), config)
+        documents = load_dataset(dataset.name, dataset.config, split=split, streaming=True, **refusal)
+        yield from read_pieces(documents, config)
     except SaelensLiteError:
         raise
     except Exception as error:  # datasets raises errors of many kinds, also in the middle of a stream

@@ -19,6 +19,7 @@ from torch import Tensor
 from saelens_lite import registry
 from saelens_lite.arrays import ArrayLike, as_tensor
 from saelens_lite.cache import Source, TensorSource, open_source
+from saelens_lite.cache.resumed import expect, record_of
 from saelens_lite.codes.encoder import buffers_reused
 from saelens_lite.config import TrainConfig
 from saelens_lite.devices import chosen_device, device_to_train_on, is_available
@@ -29,12 +30,14 @@ from saelens_lite.errors import (
     NonFiniteError,
     OutputExistsError,
     SaelensLiteError,
+    SourceChangedError,
 )
 from saelens_lite.files import check_inside, write_text
 from saelens_lite.kinds import DICTIONARY, RUN, Kind
 from saelens_lite.locks import locked
 from saelens_lite.loggers import DEFAULT_LOGGERS, RunLog, load_loggers, open_log
 from saelens_lite.outputs import followed, refuse_existing, refuse_inputs_in, remove_own
+from saelens_lite.paths import check_input, check_output
 from saelens_lite.progress import progress_bar
 from saelens_lite.train.aside import Aside, put_back_runs, remove_replaced
 from saelens_lite.train.checkpoint import (
@@ -110,14 +113,15 @@ def train(
         raise ConfigError(f"validation_tokens = {validation_tokens}; expected 0 or at least 2")
     load_loggers([] if out is None else loggers)
     device = device_to_train_on(device)
-    out = None if out is None else Path(out) if len(configs) > 1 else followed(Path(out))
+    out = None if out is None else check_output(out) if len(configs) > 1 else followed(Path(out))
     folders = [None] * len(configs) if out is None else run_folders(out, configs)
     description = source.describe()
     if out:
-        with _locked(out, folders):
+        with _locked(out, *folders):
             _refuse_existing_runs(out, folders, exists, description)
     validation, source = source.hold_out(validation_tokens) if validation_tokens else (None, source)
     job = _Job(
+        source=source,
         trainers=[Trainer(c, source, device) for c in configs],
         folders=folders,
         out=out,
@@ -135,7 +139,7 @@ def train(
     )
     if out is None:
         return _run(job, source)
-    with _locked(out, folders):
+    with _locked(out, *folders):
         _refuse_existing_runs(out, folders, exists, description)
         with Aside(out, folders, _kind()):
             for config, folder in zip(configs, folders, strict=True):
@@ -144,10 +148,10 @@ def train(
 
 
 @contextmanager
-def _locked(out: Path, folders: Sequence[Path]) -> Iterator[None]:
-    """Hold the locks on the folder of a run, or of several runs and each of them."""
+def _locked(*folders: Path) -> Iterator[None]:
+    """Hold the locks on the folders of runs, each once."""
     with ExitStack() as stack:
-        for folder in dict.fromkeys((out, *folders)):
+        for folder in dict.fromkeys(folders):
             stack.enter_context(locked(folder, "run"))
         yield
 
@@ -175,6 +179,7 @@ def resume(
     run: str | Path,
     source: Source | None = None,
     *,
+    text: str | None = None,
     device: str | torch.device | None = None,
     loggers: str | Sequence[str] | None = None,
     checkpoint_seconds: float | None = None,
@@ -182,22 +187,29 @@ def resume(
     """Resume a run that was interrupted, from its newest checkpoint that is whole; the result is what it would have been.
 
     run: the folder given to `train` as `out`. source: the activations it was trained on; a cache, or a stream of a file, a
-    dataset or the embedded corpus is found again by itself. Whatever is not given is as it was; where the run's device is
-    missing, the default of `train` replaces it, with a warning. A dictionary that was dropped stays dropped.
+    dataset or the embedded corpus is found again by itself; `text` says where that text is now, if it has moved. Whatever is
+    not given is as it was; where the run's device is missing, the default of `train` replaces it, with a warning. A dictionary
+    that was dropped stays dropped.
+
+    The token rows, tensors or cache are compared with what had been read when the checkpoint was written.
 
     Raises:
-        ConfigError: the run has no checkpoints, its source has to be given, or the source is not the one it was.
+        ConfigError: the run has no checkpoints, or its source has to be given.
+        SourceChangedError: the source is not the one it was, as far as it was read; the run stays as it is.
         CorruptFileError: all checkpoints are damaged.
         LockedError: another process trains or resumes this run.
         Stopped: after Ctrl-C or SIGTERM.
     """
-    run = Path(run)
+    run = check_input(run)
+    if source is not None and text is not None:
+        raise ConfigError("both a source and a text were given; training reads one of them")
     if not os.path.lexists(run.parent):
         raise ConfigError(f"{run} has no checkpoints: there is nothing to resume")
     with locked(run, "run"):
         put_back_runs(run, [run], _kind())
-        job, source = _interrupted(run, source, device, loggers, checkpoint_seconds)
-        runs = _run(job, source)
+        job, source = _interrupted(run, source, text, device, loggers, checkpoint_seconds)
+        with _locked(*(folder for folder in job.folders if folder != run)):
+            runs = _run(job, source)
         remove_replaced(run, job.folders)
     return runs
 
@@ -205,6 +217,7 @@ def resume(
 def _interrupted(
     run: Path,
     source: Source | None,
+    text: str | None,
     device: str | torch.device | None,
     loggers: str | Sequence[str] | None,
     checkpoint_seconds: float | None,
@@ -214,9 +227,10 @@ def _interrupted(
     request = loop["request"]
     device = _device_of(request, device)
     if source is None:
-        source = open_source(request["source"], device)
+        source = open_source(request["source"], device, text)
     _check_source(source.describe(), request["source"])
     validation, source = source.hold_out(n) if (n := request["validation_tokens"]) else (None, source)
+    expect(source, loop.get("source"))
     configs = [TrainConfig(**c) for c in loop["configs"]]
     for config, (tensors, _) in zip(configs, states, strict=True):
         check_sizes(config, source, tensors)
@@ -231,6 +245,7 @@ def _interrupted(
     chosen = loop["loggers"] if loggers is None else [loggers] if isinstance(loggers, str) else list(loggers)
     load_loggers(chosen)
     job = _Job(
+        source=source,
         trainers=trainers,
         folders=run_folders(run, [trainer.config for trainer in trainers]),
         out=run,
@@ -259,15 +274,16 @@ def _device_of(request: dict[str, Any], device: str | torch.device | None) -> st
 
 
 def _check_source(found: dict[str, Any] | None, wanted: dict[str, Any] | None) -> None:
-    """Raise ConfigError when both are caches, and not the same, wherever they are."""
+    """Raise SourceChangedError when both are caches, and not the same, wherever they are."""
     if found and wanted and "cache" in found and "cache" in wanted and found | {"cache": None} != wanted | {"cache": None}:
-        raise ConfigError(f"{found['cache']} is not the cache the run was trained on, which was {wanted['cache']}")
+        raise SourceChangedError(f"{found['cache']} is not the cache the run was trained on, which was {wanted['cache']}")
 
 
 @dataclass
 class _Job:
     """Dictionaries in training together, where they go, and how far they are."""
 
+    source: Source
     trainers: list[Trainer]
     folders: list[Path | None]
     out: Path | None
@@ -307,6 +323,7 @@ class _Job:
             loop = {
                 "configs": [trainer.config.model_dump(mode="json") for trainer in self.trainers],
                 "request": self.request,
+                "source": record_of(self.source),
                 "loggers": self.loggers,
                 "histories": self.histories,
                 "n_batches": self.n_batches,
@@ -355,6 +372,8 @@ def _run(job: _Job, source: Source) -> list[Run]:
         if job.out is None or not is_interrupted(job.out):
             raise
         raise DiskFullError(f"{error}; make room and go on with: {job.how_to_go_on}") from error
+    except SourceChangedError:  # the run stays as it is, for the right source
+        raise
     except SaelensLiteError as error:
         if has_begun:
             _keep_what_is_good(job, error)
@@ -431,6 +450,8 @@ def _loop(source: Source, job: _Job, logs: list[RunLog]) -> None:
         while job.at_work:
             try:
                 batch = next(batches)
+            except SourceChangedError:
+                raise
             except Exception:
                 if job.n_batches:
                     job.save()  # all trainers are at the same batch

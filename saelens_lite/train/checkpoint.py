@@ -48,14 +48,14 @@ State = tuple[dict[str, Tensor], dict[str, Any]]  # of one dictionary: tensors a
 
 
 class _Checksums(Checked):
-    """What checksums.json holds."""
+    """The content of checksums.json."""
 
     format: Literal[2, 3, 4]
     sha256: dict[PlainName, Sha256]
 
 
 class _Request(Checked):
-    """What training was asked to do."""
+    """The request of a run."""
 
     source: dict[str, Any] | None
     validation_tokens: Count
@@ -94,13 +94,14 @@ class _Lines(Checked):
 
 
 class _State(Checked):
-    """What state.json holds."""
+    """The content of state.json."""
 
     configs: Annotated[list[TrainConfig], Field(min_length=1, max_length=MAX_DICTIONARIES)]
     request: _Request
     loggers: list[String]
     n_batches: Positive
     dropped: list[str | None] = Field([])
+    source: dict[str, Any] | None = None  # what was read so far; the source checks it
     histories: list[list[Any]] | None = None  # of format 2
     dictionaries: list[_Numbers]
 

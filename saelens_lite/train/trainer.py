@@ -16,7 +16,7 @@ from saelens_lite.codes import gpu
 from saelens_lite.config import TrainConfig
 from saelens_lite.devices import where_float64_is, wide
 from saelens_lite.dictionary import Dictionary
-from saelens_lite.errors import ConfigError, NonFiniteError, ShapeError
+from saelens_lite.errors import ConfigError, NonFiniteError, ShapeError, SourceChangedError
 from saelens_lite.files import check_fits_memory, shortened
 from saelens_lite.ports import Hooks, Port, together
 from saelens_lite.train.step import DenseStep, SparseStep
@@ -300,19 +300,19 @@ class Trainer:
         """Take up a state.
 
         Raises:
-            ConfigError: it is of training on other activations.
+            SourceChangedError: it is of training on other activations.
             KeyError, RuntimeError: it is not one of this trainer.
         """
         for name in ("scales", "target_scales", "variance"):
             found, wanted = np.atleast_1d(getattr(self, name)), np.atleast_1d(numbers[name])
             if found.shape != wanted.shape or not np.allclose(found, wanted, rtol=1e-4, atol=0):
-                raise ConfigError(
+                raise SourceChangedError(
                     f"the activations of {self.dictionary.place} are not those the run was trained on: their {name} are "
                     f"{getattr(self, name)}, they were {numbers[name]}"
                 )
         if self.shift is not None:
             if not torch.allclose(self.shift.cpu(), tensors["shift"].cpu(), rtol=1e-3, atol=1e-3):
-                raise ConfigError(
+                raise SourceChangedError(
                     f"the activations of {self.dictionary.place} are not those the run was trained on: their mean is another"
                 )
             self.shift.copy_(tensors["shift"])

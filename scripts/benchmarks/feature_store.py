@@ -1,15 +1,17 @@
-"""What a feature store and its dashboard cost: time, memory and disk, over the bare pass of the model, and beside SAEDashboard.
+"""Measure time, memory and disk of a feature store and its dashboard, beside the bare pass of the model and SAEDashboard.
 
-    python scripts/bench_features.py --saedashboard /path/to/venv-with-sae-dashboard/bin/python
-    python scripts/bench_features.py --d-model 768 --layers 12 --d-vocab 50257 --d-sae 24576 --tokens 1000000 --train-tokens 0
+    python scripts/benchmarks/feature_store.py --saedashboard /path/to/venv-with-sae-dashboard/bin/python
+    python scripts/benchmarks/feature_store.py --d-model 768 --layers 12 --d-vocab 50257 --d-sae 24576 --train-tokens 0
 
-By default the model is `tiny`, the text Python's documentation, and the dictionary batch-top-k, trained before on so many
-tokens of it; with --d-model it is a GPT-2 of random weights and that shape, and the tokens are random. Each tool runs in a
-process of its own, in alternation, on the same rows with the same weights. Loading is not timed. SAEDashboard runs SaeVisRunner
-and save_feature_centric_vis as its README shows, for the first --peer-latents latents. Prints a line of JSON for each tool:
-medians over the rounds; "extra MiB" is how far the process's memory rose above what it was before (with --memory freed memory
-is returned at once, which makes all slower: take speed from a run without). The bare passes are run before the store and again
-behind it, on the first --bare-tokens tokens: to the hook, to the hook with the encoder, and through the whole model.
+By default the model is `tiny`, the text is Python's documentation, and the dictionary is a batch-top-k one trained on
+--train-tokens tokens of it. With --d-model, the model is a GPT-2 with random weights and the tokens are random. Each tool runs
+in its own process, in turn, on the same rows with the same weights. Loading is not timed. SAEDashboard runs SaeVisRunner and
+save_feature_centric_vis as its README shows, for the first --peer-latents latents.
+
+Prints one line of JSON for each tool: medians over the rounds. "extra MiB" is the rise of the process's memory. With --memory,
+freed memory is returned to the system at once, which makes all slower: take the speed from a run without it. The bare passes
+run before and after the store, on the first --bare-tokens tokens: to the hook, to the hook with the encoder, and through the
+whole model.
 """
 
 import argparse
@@ -23,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import Peer
 from safetensors.torch import save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from shared import FREE_AT_ONCE, Peer, forget_peak, high_water, hooked_transformer, parser, random_gpt2, source, write_report
 
 import saelens_lite as sl
 from saelens_lite.tokens import named_text, token_rows
+
+SHARED = source(high_water, forget_peak, hooked_transformer)
 
 START = """
 import contextlib, sys, time, json, warnings, logging
@@ -40,12 +43,6 @@ logging.disable(logging.WARNING)
 folder, hook, threads, n_latents, bare_tokens = sys.argv[1], sys.argv[2], *(int(x) for x in sys.argv[3:])
 torch.set_num_threads(threads)
 tokens = load_file(folder + "/tokens.safetensors")["tokens"].long()
-
-def memory(name):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) * 1024
-
-def forget_peak():
-    open("/proc/self/clear_refs", "w").write("5")
 
 def size(path):
     path = Path(path)
@@ -82,14 +79,14 @@ def measure(codes):
     out, html = folder + "/store", folder + "/ours.html"
     before = bare(rows)
     forget_peak()
-    start_memory = memory("VmRSS")
+    start_memory = high_water()[1]
     start = time.perf_counter()
     store = sl.FeatureStore.build(d, lm, rows, out=out, codes=codes, exists="overwrite")
     facts = {"store_seconds": time.perf_counter() - start}
     start = time.perf_counter()
     store.dashboard(html, exists="overwrite")
     facts["dashboard_seconds"] = time.perf_counter() - start
-    facts["extra_bytes"] = memory("VmHWM") - start_memory
+    facts["extra_bytes"] = high_water()[0] - start_memory
     after = bare(rows)
     facts |= {f"{name}_seconds": (before[name] + after[name]) / 2 for name in before}
     facts |= {"latents": d.d_sae, "store_bytes": size(out), "dashboard_bytes": size(html),
@@ -104,27 +101,17 @@ from sae_dashboard.data_writing_fns import save_feature_centric_vis
 from sae_dashboard.sae_vis_data import SaeVisConfig
 from sae_dashboard.sae_vis_runner import SaeVisRunner
 from sae_lens import SAE
-from transformer_lens import HookedTransformer, HookedTransformerConfig
-from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
-from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
-hf = GPT2LMHeadModel.from_pretrained(folder + "/model", torch_dtype=torch.float32)
-c = hf.config
-tokenizer = PreTrainedTokenizerFast(tokenizer_file=folder + "/model/tokenizer.json", bos_token="<|endoftext|>",
-                                    eos_token="<|endoftext|>", pad_token="<|endoftext|>")
-cfg = HookedTransformerConfig(n_layers=c.n_layer, d_model=c.n_embd, d_head=c.n_embd // c.n_head, n_heads=c.n_head,
-                              d_mlp=4 * c.n_embd, n_ctx=c.n_positions, d_vocab=c.vocab_size, act_fn="gelu_new",
-                              normalization_type="LN", eps=c.layer_norm_epsilon, device="cpu", model_name="gpt2")
-model = HookedTransformer(cfg)
-model.tokenizer = tokenizer
-model.load_state_dict(convert_gpt2_weights(hf, cfg), strict=False)
-del hf
+from transformers import PreTrainedTokenizerFast
+model = hooked_transformer(folder + "/model", model_name="gpt2")
+model.tokenizer = PreTrainedTokenizerFast(tokenizer_file=folder + "/model/tokenizer.json", bos_token="<|endoftext|>",
+                                          eos_token="<|endoftext|>", pad_token="<|endoftext|>")
 
 def measure(_):
     sae = SAE.load_from_disk(folder + "/dictionary")
     settings = SaeVisConfig(hook_point=hook, features=list(range(n_latents)), minibatch_size_features=256,
                             minibatch_size_tokens=64, device="cpu", dtype="float32")
     forget_peak()
-    start_memory = memory("VmRSS")
+    start_memory = high_water()[1]
     start = time.perf_counter()
     data = SaeVisRunner(settings).run(encoder=sae, model=model, tokens=tokens)
     facts = {"store_seconds": time.perf_counter() - start}
@@ -133,7 +120,7 @@ def measure(_):
     start = time.perf_counter()
     save_feature_centric_vis(sae_vis_data=data, filename=html)
     facts["dashboard_seconds"] = time.perf_counter() - start
-    facts["extra_bytes"] = memory("VmHWM") - start_memory
+    facts["extra_bytes"] = high_water()[0] - start_memory
     return facts | {"latents": n_latents, "dashboard_bytes": size(html)}
 """
 
@@ -150,12 +137,11 @@ def prepare(folder: Path, args: argparse.Namespace) -> str:
     """Write model/, dictionary/ and tokens.safetensors; the hook."""
     lm = sl.load_model("tiny", device="cpu")
     if args.d_model:
-        torch.manual_seed(0)
-        config = GPT2Config(
+        model = random_gpt2(
             vocab_size=args.d_vocab, n_positions=args.n_ctx, n_embd=args.d_model, n_layer=args.layers,
-            n_head=args.d_model // 64, bos_token_id=0, eos_token_id=0,
+            n_head=args.d_model // 64,
         )  # fmt: skip
-        lm = sl.LanguageModel(GPT2LMHeadModel(config), lm.tokenizer, name="random")
+        lm = sl.LanguageModel(model, lm.tokenizer, name="random")
         tokens = torch.randint(1, args.d_vocab, (-(-args.tokens // (args.n_ctx - 1)), args.n_ctx))
         tokens[:, 0] = 0
     else:
@@ -199,43 +185,43 @@ def summary(name: str, answers: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--saedashboard", help="Python of an environment with sae-dashboard 0.8.0")
-    parser.add_argument("--peer-latents", type=int, default=256, help="latents that SAEDashboard shows")
-    parser.add_argument("--tokens", type=int, default=65_536)
-    parser.add_argument("--n-ctx", type=int, default=128)
-    parser.add_argument("--d-sae", type=int, default=2048)
-    parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--train-tokens", type=int, default=500_000, help="0: a random top-k dictionary")
-    parser.add_argument("--d-model", type=int, help="of a random GPT-2; default: the embedded model")
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--d-vocab", type=int, default=4096)
-    parser.add_argument("--codes", action="store_true", help="keep all codes as Parquet as well")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--bare-tokens", type=int, default=0, help="of the bare passes; default: all")
-    parser.add_argument("--keep", type=Path, help="a folder for what is made, the page among it; default: none is kept")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--memory", action="store_true", help="peak memory instead of speed")
-    args = parser.parse_args()
+    options = parser(__doc__, rounds=3, peers=None)
+    options.add_argument("--saedashboard", help="Python of an environment with sae-dashboard 0.8.0")
+    options.add_argument("--peer-latents", type=int, default=256, help="latents that SAEDashboard shows")
+    options.add_argument("--tokens", type=int, default=65_536)
+    options.add_argument("--n-ctx", type=int, default=128)
+    options.add_argument("--d-sae", type=int, default=2048)
+    options.add_argument("--k", type=int, default=32)
+    options.add_argument("--train-tokens", type=int, default=500_000, help="0: a random top-k dictionary")
+    options.add_argument("--d-model", type=int, help="of a random GPT-2; default: the embedded model")
+    options.add_argument("--layers", type=int, default=12)
+    options.add_argument("--d-vocab", type=int, default=4096)
+    options.add_argument("--codes", action="store_true", help="keep all codes as Parquet as well")
+    options.add_argument("--bare-tokens", type=int, default=0, help="of the bare passes; default: all")
+    options.add_argument("--keep", type=Path, help="a folder for what is made, the page among it; default: none is kept")
+    options.add_argument("--memory", action="store_true", help="peak memory instead of speed")
+    args = options.parse_args()
     if args.memory:
-        os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+        os.environ |= FREE_AT_ONCE
     with tempfile.TemporaryDirectory() if args.keep is None else nullcontext(args.keep) as where:
         hook = prepare(Path(where), args)
         programs = {"ours": (sys.executable, OURS)}
         if args.saedashboard:
             programs["SAEDashboard"] = (args.saedashboard, SAEDASHBOARD)
         contestants = {
-            name: Peer(python, START + program + SERVE, where, hook, args.threads, args.peer_latents, args.bare_tokens)
+            name: Peer(python, SHARED + START + program + SERVE, where, hook, args.threads, args.peer_latents, args.bare_tokens)
             for name, (python, program) in programs.items()
         }
         answers: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
         for _ in range(args.rounds):
             for name, contestant in contestants.items():
                 answers[name].append(contestant.ask(json.dumps(args.codes)))
-        for name, found in answers.items():
-            print(json.dumps(summary(name, found)), flush=True)
+        rows = [summary(name, found) for name, found in answers.items()]
+        for row in rows:
+            print(json.dumps(row), flush=True)
         for contestant in contestants.values():
             contestant.close()
+    write_report(args, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""A Hugging Face Hub on the loopback interface, for tests: repositories in memory, real HTTP, faults to order.
+"""Run a Hugging Face Hub on the loopback interface, for tests: repositories in memory, real HTTP, faults to order.
+
+    python scripts/hub_server.py hf_anytoken
+
+prints its address, knows the token as that of the user `me`, and serves until its standard input ends.
 
 It speaks what the unmodified huggingface_hub client asks of the Hub when it creates, lists, uploads to and downloads from
 model repositories: JSON endpoints under /api, git-LFS uploads to a storage host and downloads from a CDN host, which are
@@ -9,6 +13,7 @@ import base64
 import hashlib
 import json
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -570,3 +575,15 @@ def running_hub() -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def main() -> None:
+    """Serve one account until the standard input ends, so that no server outlives the process that started it."""
+    with running_hub() as hub:
+        hub.accounts[sys.argv[1]] = Account("me")
+        print(hub.url, flush=True)
+        sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()

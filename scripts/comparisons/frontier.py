@@ -1,10 +1,11 @@
-"""The frontier of every sparsity rule: L0 against FVU and CE recovered, all rules on the same activations in one pass.
+"""Compare all sparsity rules: L0 against FVU and CE recovered, trained on the same activations in one pass.
 
-    python scripts/frontier.py --out frontier                     # the embedded model
-    python scripts/frontier.py --out frontier --model gpt2 --hook blocks.8.hook_resid_pre --text a.jsonl --eval-text b.jsonl
+    python scripts/comparisons/frontier.py --out frontier                     # the embedded model
+    python scripts/comparisons/frontier.py --out frontier --model gpt2 --hook blocks.8.hook_resid_pre \\
+        --text train.jsonl --eval-text held-out.jsonl
 
-Activations are captured once into OUT/cache (or taken from --cache); each rule is trained at three levels of sparsity, all of
-them in one sweep; held-out text is read once for all. Writes OUT/frontier.json, frontier.md and frontier.png.
+Activations are captured once into OUT/cache, or taken from --cache. Each rule is trained at three levels of sparsity, all in
+one sweep; the held-out text is read once for all. Writes OUT/frontier.json, frontier.md and frontier.png.
 """
 
 import argparse

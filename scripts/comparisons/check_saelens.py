@@ -1,22 +1,23 @@
-"""Load our dictionary folders in SAELens and compare encode and decode with ours.
+"""Load dictionary folders in SAELens, and compare its codes and reconstructions with those of this library.
 
-    python scripts/check_saelens.py demo/runs/0-topk/dictionary … --peer-python /path/to/venv-with-sae-lens/bin/python
+    python scripts/comparisons/check_saelens.py runs/topk/dictionary --peer-python /path/to/venv-with-sae-lens/bin/python
 
-Prints the largest absolute difference of codes and reconstructions, beside the size of what is compared. Exit code 1
-when one is above 1e-5 times that size.
+Prints the largest absolute difference of codes and of reconstructions, beside the largest value of each. The exit code is 1
+when a difference is above 1e-5 times that value.
 """
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from shared import Difference, run_peer
 
 import saelens_lite as sl
+from saelens_lite.model import model_of
 
 PEER = """
 import sys
@@ -32,28 +33,20 @@ print(type(sae).__name__, sae.cfg.metadata.hook_name)
 
 
 @torch.no_grad()
-def compare(folder: Path, peer_python: str) -> dict[str, object]:
-    """The largest differences between SAELens and us on 4096 activations of the model the dictionary belongs to."""
+def compare(folder: Path, peer_python: str) -> tuple[dict[str, object], bool]:
+    """Return the differences from SAELens on 4096 activations of the dictionary's model, and whether they are small."""
     d = sl.Dictionary.load(folder)
-    lm = sl.load_model(d.origin.model)
+    lm = model_of(d.origin)
     pages = [page.text for page in sl.python_docs()][:64]
     x = lm.run(lm.to_tokens(pages), d.hook)[d.hook][:, 1:].flatten(0, 1)[:4096]
     codes = d.encode(x).to_dense()
     with tempfile.TemporaryDirectory() as where:
         save_file({"x": x.contiguous()}, f"{where}/x.safetensors")
-        done = subprocess.run([peer_python, "-c", PEER, str(folder), where], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"SAELens cannot load {folder}:\n{done.stderr}")
+        printed = run_peer(peer_python, "-c", PEER, folder, where, doing=f"loading {folder} in SAELens")
         peer = load_file(f"{where}/peer.safetensors")
-    return {
-        "folder": str(folder),
-        "loaded as": done.stdout.split("\n")[-2],
-        "codes": float((codes - peer["codes"]).abs().max()),
-        "largest code": float(codes.abs().max()),
-        "x_hat": float((d(x) - peer["x_hat"]).abs().max()),
-        "largest x_hat": float(d(x).abs().max()),
-        "fires elsewhere": int(((codes != 0) != (peer["codes"] != 0)).sum()),
-    }
+    difference = Difference.of(codes, d(x), peer["codes"], peer["x_hat"])
+    row = {"folder": str(folder), "loaded as": printed.split("\n")[-2], **difference._asdict()}
+    return row, difference.is_small
 
 
 def main() -> None:
@@ -63,9 +56,9 @@ def main() -> None:
     args = parser.parse_args()
     failed = False
     for folder in args.folders:
-        row = compare(folder, args.peer_python)
+        row, agrees = compare(folder, args.peer_python)
         print(json.dumps(row))
-        failed |= row["codes"] > 1e-5 * row["largest code"] or row["x_hat"] > 1e-5 * row["largest x_hat"]
+        failed |= not agrees
     sys.exit(failed)
 
 

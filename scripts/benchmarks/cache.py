@@ -1,10 +1,10 @@
-"""The activation cache and the live buffer: speed beside a plain file copy, memory, quality of the shuffle.
+"""Measure the activation cache and the live buffer: speed beside a plain file copy, memory, quality of the shuffle.
 
-    python scripts/bench_cache.py --peer-python /path/to/venv-with-sae-lens/bin/python
+    python scripts/benchmarks/cache.py --peer-python /path/to/venv-with-sae-lens/bin/python
 
-Activations are random numbers of width 768; no model runs. Times are medians of rounds in alternation. The limit on memory is
-one on what the process may allocate (RLIMIT_DATA), set behind the imports; what the system caches of files does not count.
-The shuffle is measured by documents of 500 tokens: the share of pairs within a batch that come from the same document.
+Activations are random numbers of width 768; no model runs. Times are medians over rounds in which the contestants take turns.
+The memory limit is on what the process may allocate (RLIMIT_DATA), set after the imports; the system's file cache does not
+count. The quality of the shuffle is the share of pairs within a batch that come from the same document of 500 tokens.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from shared import parser, write_report
 
 import saelens_lite as sl
 from saelens_lite.cache.capture import _ShardWriter
@@ -195,16 +196,12 @@ def live(sizes: list[int], n: int, peer_python: str | None, threads: int) -> dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=2**20, help="activations in the cache")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--limit", type=int, default=700, help="MiB a process may allocate while it reads the cache")
-    parser.add_argument("--buffers", type=int, nargs="+", default=[8192, 65_536, 262_144])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--peer-python", help="Python of an environment with sae-lens")
-    parser.add_argument("--limited", help=argparse.SUPPRESS)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    options = parser(__doc__, rounds=3)
+    options.add_argument("--tokens", type=int, default=2**20, help="activations in the cache")
+    options.add_argument("--limit", type=int, default=700, help="MiB a process may allocate while it reads the cache")
+    options.add_argument("--buffers", type=int, nargs="+", default=[8192, 65_536, 262_144])
+    options.add_argument("--limited", help=argparse.SUPPRESS)
+    args = options.parse_args()
     torch.set_num_threads(args.threads)
     if args.limited:
         limited(args.limited, args.limit << 20)
@@ -217,8 +214,7 @@ def main() -> None:
         report["pairs from one document"] = shuffle(folder, args.tokens)
         report["live buffer, tokens/s"] = live(args.buffers, 2**19, args.peer_python, args.threads)
     print(json.dumps(report, indent=1))
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1))
+    write_report(args, report)
 
 
 if __name__ == "__main__":

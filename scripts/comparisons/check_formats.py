@@ -1,23 +1,23 @@
-"""Let other tools load what we write, and load what they write: codes and reconstructions have to agree.
+"""Let other tools load files of this library, and load their files; codes and reconstructions have to agree.
 
-    python scripts/check_formats.py saelens=/a/bin/python sparsify=/a/bin/python dictionary_learning=/b/bin/python
+    python scripts/comparisons/check_formats.py saelens=/a/bin/python sparsify=/a/bin/python dictionary_learning=/b/bin/python
 
-Also circuit_tracer and llamascopium. Each Python is that of an environment with the tool; what it imports beside and is not
-installed is replaced by something empty. --path FOLDER adds a folder to theirs, such as an unpacked wheel.
-Prints, for each file, the largest difference relative to the largest number; exit code 1 when one is above 1e-5, or when one
-tool has latents fire that do not in the other.
+Further formats: circuit_tracer and llamascopium. Each Python is that of an environment with the tool; other packages the tool
+imports and that are not installed are replaced by empty modules. --path FOLDER adds a folder to their import path, such as an
+unpacked wheel. Prints, for each file, the largest absolute difference of codes and of outputs, beside the largest value of
+each. The exit code is 1 when a difference is above 1e-5 times that value, or when a latent fires in one tool but not in the
+other.
 """
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from shared import Difference, run_peer
 
 import saelens_lite as sl
 from saelens_lite import formats, registry
@@ -266,28 +266,20 @@ def check(format: str, python: str, path: str | None) -> list[dict[str, object]]
                 except ConfigError:
                     continue
         save_file({"x": x}, where / "x.safetensors")
-        environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({"PYTHONPATH": path} if path else {})
-        command = [python, "-c", START + PEERS[format], folder]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        if done.returncode:
-            raise SystemExit(f"{format} failed:\n{done.stderr}")
+        environment = {"OMP_NUM_THREADS": "1"} | ({"PYTHONPATH": path} if path else {})
+        run_peer(
+            python, "-c", START + PEERS[format], folder, doing=f"reading and writing {format} files", environment=environment
+        )
         theirs = {p.name: sl.Dictionary.load(p, format=format) for p in sorted((where / "theirs").iterdir())}
         for by, dictionaries in (("ours", ours), ("theirs", theirs)):
             for name, d in dictionaries.items():
                 peer = load_file(where / f"{by} {name}.safetensors")
-                rows.append({"format": format, "written by": by, "what": name, **differences(d, x, peer)})
+                codes = d.encode(x).to_dense()
+                difference = Difference.of(codes, d(x), peer["codes"], peer["x_hat"])
+                l0 = round(float((codes != 0).sum(1).float().mean()), 1)
+                rows.append({"format": format, "written by": by, "what": name, "l0": l0, **difference._asdict()})
+                rows[-1]["agrees"] = difference.is_small and not difference.fires_elsewhere
     return rows
-
-
-def differences(d: sl.Dictionary, x: torch.Tensor, peer: dict[str, torch.Tensor]) -> dict[str, object]:
-    """The largest differences of codes and x_hat, relative to the largest of each; which latents fire, compared."""
-    codes = d.encode(x).to_dense()
-    return {
-        "codes": float((codes - peer["codes"]).abs().max() / peer["codes"].abs().max()),
-        "x_hat": float((d(x) - peer["x_hat"]).abs().max() / peer["x_hat"].abs().max()),
-        "fires elsewhere": int(((codes != 0) != (peer["codes"] != 0)).sum()),
-        "l0": round(float((codes != 0).sum(1).float().mean()), 1),
-    }
 
 
 def main() -> None:
@@ -300,7 +292,7 @@ def main() -> None:
     for peer in args.peers:
         for row in check(*peer.split("=", 1), args.path):
             print(json.dumps(row, ensure_ascii=False), flush=True)
-            failed |= row["codes"] > 1e-5 or row["x_hat"] > 1e-5 or row["fires elsewhere"] > 0
+            failed |= not row["agrees"]
     sys.exit(failed)
 
 

@@ -1,9 +1,10 @@
-"""Train SAELens's dictionaries by its own trainer; `beside.py` runs this in an environment that has sae-lens.
+"""Train dictionaries with SAELens's own trainer; train_both.py runs this in an environment that has sae-lens.
 
-    python scripts/saelens_train.py jobs.json
+    python scripts/comparisons/saelens_train.py jobs.json
 
-A job says which architecture and settings, the initial parameters, the stream and held-out activations. It leaves the
-dictionary as SAELens publishes it in job["out"], and in result.safetensors there what that makes of the held-out activations.
+A job states architecture and settings, the initial parameters, the stream and held-out activations. The program saves the
+dictionary as SAELens publishes it in job["out"], and its codes and reconstruction of the held-out activations in
+result.safetensors there.
 """
 
 import json

@@ -1,10 +1,10 @@
-"""What other tools' evaluations say about a dictionary; run by scripts/compare_metrics.py in an environment that has them.
+"""Evaluate a dictionary with SAELens and SAEBench; compare_metrics.py runs this in an environment that has them.
 
-    python scripts/judge_metrics.py FOLDER DICTIONARY --batch-rows 16
+    python scripts/comparisons/judge_metrics.py FOLDER DICTIONARY --batch-rows 16
 
 FOLDER holds model/ (transformers) and tokens.safetensors ("tokens": [n_seq n_ctx]). Prints one line of JSON:
-{judge: {metric: value}}. The dictionary is given to each judge as `sl.adapters.sae_bench(d)`, and to SAELens also as the SAE
-that it reads from the folder itself, where it knows the architecture.
+{judge: {metric: value}}. Each judge reads the dictionary as `sl.adapters.sae_bench(d)`. SAELens also reads it as the SAE that
+it loads from the folder itself, if it knows the architecture.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Sparse probing of dictionaries, beside random ones of the same size, the whole activation, and chance.
+"""Probe dictionaries for concepts, beside random dictionaries of the same size, the whole activation, and chance.
 
-    python scripts/probe_table.py demo/runs/topk/dictionary … --datasets 12
+    python scripts/comparisons/probe_table.py demo/runs/topk/dictionary … --datasets 12
 
 Needs the extra `saeprobes`. The data sets are spread evenly over the 113 of sae-probes. Prints a table for each dictionary and
-for the random one (fresh directions, the same rule and options; only of topk is its L0 sure to be the same), then the mean
-areas under the curve.
+for its random counterpart (fresh directions, same rule and options; only with topk is its L0 sure to be the same), then the
+mean areas under the curve.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import torch
 
 import saelens_lite as sl
 from saelens_lite.adapters.probing import CHANCE
+from saelens_lite.model import model_of
 
 
 def untrained(d: sl.Dictionary) -> sl.Dictionary:
@@ -35,7 +36,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     trained = {str(folder): sl.Dictionary.load(folder) for folder in args.dictionaries}
     judged = trained | {f"{name}, untrained": untrained(d) for name, d in trained.items()}
-    lm = sl.load_model(next(iter(trained.values())).origin.model)
+    lm = model_of(*(d.origin for d in trained.values()))
     names = sae_probes.DATASETS
     chosen = [names[i * len(names) // args.datasets] for i in range(args.datasets)]
     reports = dict(zip(judged, sl.adapters.sae_probes(list(judged.values()), lm, datasets=chosen, ks=args.ks), strict=True))

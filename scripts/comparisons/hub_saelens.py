@@ -1,10 +1,11 @@
-"""Have SAELens load dictionaries by the code on their cards, from a Hub on this machine, and compare it with ours.
+"""Load pushed dictionaries in SAELens by the code on their cards, and compare its results with those of this library.
 
-    python scripts/hub_saelens.py --peer-python /path/to/venv-with-sae-lens/bin/python
+    python scripts/comparisons/hub_saelens.py --peer-python /path/to/venv-with-sae-lens/bin/python
 
-One dictionary of each rule is trained for a moment on random data, and all are pushed in one commit. SAELens then runs the
-Python block of each card, which calls its SAE.from_pretrained, with its own unmodified downloader. Prints the largest
-absolute differences of codes and outputs beside the largest values; exits with 1 when one is above 1e-5 times that.
+One dictionary of each rule is trained briefly on random data, and all are pushed in one commit to a Hub on this machine.
+SAELens then runs the Python block of each card, which calls `SAE.from_pretrained`, with its own unmodified downloader. Prints
+the largest absolute difference of codes and of outputs, beside the largest value of each. The exit code is 1 when a difference
+is above 1e-5 times that value.
 """
 
 import argparse
@@ -18,11 +19,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from shared import Difference, run_peer
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-
-from hub_server import Account, Hub, running_hub
-
+HUB_SERVER = Path(__file__).parents[1] / "hub_server.py"
+TOKEN = "hf_onthismachine"
 REPO, D_IN, D_SAE = "me/dictionaries", 64, 256
 RULES = {
     "topk": {"k": 8},
@@ -53,27 +53,31 @@ json.dump(loaded, open(where + "/loaded.json", "w"))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", required=True, help="Python of an environment with sae-lens")
     peer_python = parser.parse_args().peer_python
-    with tempfile.TemporaryDirectory() as home, running_hub() as hub:
-        hub.accounts["hf_onthismachine"] = Account("me")
-        own = {"HF_ENDPOINT": hub.url, "HF_HOME": home, "HF_TOKEN": "hf_onthismachine", "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, str(HUB_SERVER), TOKEN]
+    with (
+        tempfile.TemporaryDirectory() as home,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server,
+    ):
+        url = server.stdout.readline().strip()
+        own = {"HF_ENDPOINT": url, "HF_HOME": home, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
         os.environ |= own  # before huggingface_hub is imported
-        return 0 if all([agrees for agrees in compare(hub, Path(home), peer_python)]) else 1
+        return 0 if all(compare(Path(home), peer_python)) else 1
 
 
-def compare(hub: Hub, where: Path, peer_python: str) -> list[bool]:
-    """Whether SAELens computes what we do, for each dictionary; prints a line of a table for each."""
+def compare(where: Path, peer_python: str) -> list[bool]:
+    """Return whether SAELens agrees, for each dictionary that it can load; print one line of a table for each dictionary."""
     import saelens_lite as sl
 
     x = data(1)
     trained = {rule: fit(rule) for rule in RULES} | {f"{rule}-across": transcoder(rule) for rule in ACROSS}
     sl.push(trained, REPO)
-    code = {name: block for name in trained if (block := sae_lens_block(hub, name))}
+    code = {name: block for name in trained if (block := sae_lens_block(name))}
     (where / "code.json").write_text(json.dumps(code))
     save_file({"x": x}, where / "x.safetensors")
-    subprocess.run([peer_python, "-c", PEER, str(where)], check=True)
+    run_peer(peer_python, "-c", PEER, where, doing="running the code of the cards")
     theirs, loaded = load_file(where / "peer.safetensors"), json.loads((where / "loaded.json").read_text())
     print("| dictionary | in SAELens | codes differ by | of at most | output differs by | of at most | fires elsewhere |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
@@ -84,10 +88,13 @@ def compare(hub: Hub, where: Path, peer_python: str) -> list[bool]:
             continue
         ours = sl.pull(REPO, name)
         codes, output = ours.encode(x).to_dense().detach(), ours(x).detach()
-        row = [*differences(codes, theirs[f"{name} codes"]), *differences(output, theirs[f"{name} output"])]
-        elsewhere = int(((codes != 0) != (theirs[f"{name} codes"] != 0)).sum())
-        print(f"| {name} | {loaded[name][0]} | " + " | ".join(f"{value:.2g}" for value in row) + f" | {elsewhere} |")
-        verdicts.append(row[0] <= 1e-5 * row[1] and row[2] <= 1e-5 * row[3])
+        difference = Difference.of(codes, output, theirs[f"{name} codes"], theirs[f"{name} output"])
+        print(
+            f"| {name} | {loaded[name][0]} | "
+            + " | ".join(f"{value:.2g}" for value in difference[:4])
+            + f" | {difference.fires_elsewhere} |"
+        )
+        verdicts.append(difference.is_small)
     return verdicts
 
 
@@ -119,16 +126,13 @@ def transcoder(rule: str):
     return d
 
 
-def sae_lens_block(hub: Hub, name: str) -> str | None:
-    """The code for SAELens on a card, if it has any."""
-    card = hub.repositories[REPO].head.files[f"{name}/README.md"].content.decode()
+def sae_lens_block(name: str) -> str | None:
+    """Return the code for SAELens on a card, or None if the card has none."""
+    from huggingface_hub import hf_hub_download
+
+    card = Path(hf_hub_download(REPO, f"{name}/README.md")).read_text(encoding="utf-8")
     found = re.search(r"```python\n(from sae_lens.*?)```", card, re.DOTALL)
     return found[1] if found else None
-
-
-def differences(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float]:
-    """The largest difference and the largest value."""
-    return float((ours - theirs).abs().max()), float(ours.abs().max())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Batches in a fixed order, for two tools to train on alike. Needs torch and numpy alone, as both processes import it.
+"""Batches in a fixed order, on which two tools train alike. Needs only torch and numpy, because both processes import it.
 
-A stream has `mean`, `rms_norm` and `batches(batch_size)`; `description` is what `opened` makes the same stream of.
+A stream has `mean`, `rms_norm` and `batches(batch_size)`; `opened(stream.description)` makes the same stream again.
 """
 
 from collections.abc import Iterator

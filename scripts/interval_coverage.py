@@ -1,11 +1,11 @@
-"""How often the 95 % intervals of an evaluation hold the truth: it should be 95 % of the time.
+"""Measure how often the 95 % intervals of an evaluation contain the true value; it should be 95 % of the time.
 
-    python scripts/coverage.py --sequences 300
+    python scripts/interval_coverage.py --sequences 300
 
-The population is the sequences of a text as the embedded model and a small dictionary see them, so that the truth is known.
-Corpora of so many sequences are drawn from it with replacement; each gets its metrics and their intervals. Nothing is run
-again: a metric only depends on sums over the tokens of each sequence, which are recorded once. Exit code 1 when a coverage
-is outside 92 to 98 %.
+The population is the sequences of a text as the embedded model and a small dictionary see them, so the true value is known.
+The script draws corpora of --sequences sequences from it with replacement and computes the metrics and intervals of each. The
+model runs only once: a metric depends only on sums over the tokens of each sequence, and those are recorded. The exit code is 1
+when a coverage is outside 92 to 98 %.
 """
 
 import argparse

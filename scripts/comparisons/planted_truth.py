@@ -1,13 +1,15 @@
-"""How much of a planted dictionary each sparsity rule finds: all of ours, and (with --saelens) SAELens's.
+"""Measure how much of a planted dictionary each sparsity rule recovers, in this library and (with --saelens) in SAELens.
 
-    python scripts/planted_truth.py --json planted.json --saelens /path/to/venv-with-sae-lens/bin/python
+    python scripts/comparisons/planted_truth.py --json planted.json --saelens /path/to/venv-with-sae-lens/bin/python
 
-Activations are sums of random directions that fire with Zipf frequencies (see streams.py), new ones in every batch, the same
-for all rules and both tools; what else is alike is said in beside.py. Latents are matched with directions one to one such that
-the sum of cosines is largest (Hungarian method). On held-out activations, a matched latent should fire where its direction is
-active: F1 of all pairs together, where what unmatched latents and directions do counts as wrong, and the mean of F1 of the
-matched ones. Rules that count latents are given the number of active
-directions; of the others, up to --tries coefficients are tried, for each tool, until about as many latents fire.
+Activations are sums of random directions that fire with Zipf frequencies (see streams.py). Every batch is new, and the batches
+are the same for all rules and both tools; train_both.py says what else is equal. Latents are matched with directions one to one
+so that the sum of cosines is largest (Hungarian method). On held-out activations, a matched latent should fire where its
+direction is active. Two scores say how well it does: F1 of all pairs together, in which the activity of unmatched latents and
+directions counts as wrong, and the mean F1 of the matched pairs.
+
+Rules that count latents are given the number of active directions. For the others, up to --tries coefficients are tried, for
+each tool, until about as many latents fire.
 """
 
 import argparse
@@ -19,9 +21,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from beside import SAELENS, Outcome, train_ours, train_saelens
 from scipy.optimize import linear_sum_assignment
 from streams import Planted, Sample
+from train_both import SAELENS, Outcome, train_ours, train_saelens
 
 import saelens_lite as sl
 from saelens_lite.registry import names

@@ -1,14 +1,13 @@
-"""Train the same dictionary by us and by SAELens: same initial parameters, same batches, same optimiser, each in its process.
+"""Train the same dictionary with this library and with SAELens: same start, batches and optimiser, each in its own process.
 
-What both have an option for is set alike: penalties and their warm-up, learning rate with warm-up and decay, clipping (1.0 in
-both), when a latent is dead, the weight of the auxiliary error, the running estimate of BatchTopK's threshold, θ and ε of
-JumpReLU. What is left of each tool's own is how it defines the loss and its gradient, and that we multiply the codes by one
-number at the first step, so that they fit best.
+All options that both have are set alike: penalties and their warm-up, learning rate with warm-up and decay, clipping (1.0 in
+both), the definition of a dead latent, the weight of the auxiliary error, the running estimate of BatchTopK's threshold, θ
+and ε of JumpReLU. Two differences remain: the definition of the loss and its gradient, and that this library multiplies the
+codes by one number at the first step, the one that fits best.
 """
 
 import json
 import math
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from shared import run_peer
 from streams import Planted, Stored
 from torch import Tensor
 
@@ -106,9 +106,7 @@ def train_saelens(
         save_file({"x": x.contiguous()}, folder / "held_out.safetensors")
         jobs = [_job(config, stream, folder, folder / str(i), threads) for i, config in enumerate(configs)]
         (folder / "jobs.json").write_text(json.dumps(jobs))
-        done = subprocess.run([python, str(PROGRAM), str(folder / "jobs.json")], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"{python} failed:\n{done.stderr[-4000:]}")
+        run_peer(python, PROGRAM, folder / "jobs.json", doing="training SAELens's dictionaries")
         return [_outcome(folder / str(i) / "result.safetensors", config.d_sae) for i, config in enumerate(configs)]
 
 

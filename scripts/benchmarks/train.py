@@ -1,25 +1,23 @@
-"""Text to dictionary, end to end: ours and (with --peer-python) SAELens, each in its own process, in turn.
+"""Measure training from text to dictionary: this library and SAELens, each in its own process, in turn.
 
-    python scripts/bench_train.py --peer-python /path/to/venv-with-sae-lens/bin/python
+    python scripts/benchmarks/train.py --peer-python /path/to/venv-with-sae-lens/bin/python
 
-A model of GPT-2 small's shape with random weights runs over random tokens; top-k dictionaries are trained on what enters
-block 8, straight from the model, through a buffer of the same size. Both tools also train four dictionaries of different k on
-one pass: ours by one `train`, SAELens by its MultiSAETrainingRunner. What counts is the time from the end of the second
-optimiser step to the end of the last: language model, buffer and dictionary, without start-up. Prints tokens a second and
-ratios of medians.
+A model with the shape of GPT-2 small and random weights runs over random tokens; top-k dictionaries are trained on the
+activations that enter block 8, straight from the model, through a buffer of the same size. Both tools also train four
+dictionaries of different k in one pass: this library by one call of `train`, SAELens by its MultiSAETrainingRunner. The time
+runs from the end of the second optimiser step to the end of the last: language model, buffer and dictionary, without start-up.
+Prints tokens per second and ratios of medians.
 """
 
-import argparse
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import torch
-from bench_capture import HOOK, N_CTX, random_gpt2
 from safetensors.torch import save_file
+from shared import HOOK, N_CTX, hooked_transformer, parser, random_gpt2, source, write_report
 
 import saelens_lite as sl
 
@@ -52,18 +50,9 @@ sl.train(stream, configs)
 SAELENS = """
 import tempfile
 from datasets import Dataset
-from transformers import GPT2LMHeadModel
-from transformer_lens import HookedTransformer, HookedTransformerConfig
-from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
 from sae_lens import (LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig, MultiSAETrainingRunner,
                       MultiSAETrainingRunnerConfig, TopKTrainingSAEConfig)
-theirs = GPT2LMHeadModel.from_pretrained(a["folder"])
-c = theirs.config
-cfg = HookedTransformerConfig(
-    n_layers=c.n_layer, d_model=c.n_embd, n_heads=c.n_head, d_head=c.n_embd // c.n_head, d_mlp=4 * c.n_embd, device="cpu",
-    n_ctx=c.n_positions, d_vocab=c.vocab_size, act_fn="gelu_new", normalization_type="LN", eps=c.layer_norm_epsilon)
-model = HookedTransformer(cfg)
-model.load_state_dict(convert_gpt2_weights(theirs, cfg), strict=False)
+model = hooked_transformer(a["folder"])
 data = Dataset.from_dict({"tokens": tokens.tolist()})
 n_ctx = tokens.shape[1]
 rows = a["lm_batch"] // n_ctx
@@ -92,7 +81,7 @@ print("RESULT", json.dumps({"seconds": whole[-1] - whole[1], "steps": len(whole)
 
 def tokens_per_second(python: str, code: str, settings: dict) -> float:
     """Tokens a second of one contestant, run to its end in a process of its own."""
-    command = [python, "-c", CLOCK + code + REPORT, json.dumps(settings)]
+    command = [python, "-c", source(hooked_transformer) + CLOCK + code + REPORT, json.dumps(settings)]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line for line in process.stdout.splitlines() if line.startswith("RESULT ")]
     if process.returncode or not lines:
@@ -102,20 +91,16 @@ def tokens_per_second(python: str, code: str, settings: dict) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--d-sae", type=int, default=24_576)
-    parser.add_argument("--batch", type=int, default=4096)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument(
+    options = parser(__doc__, rounds=2)
+    options.add_argument("--d-sae", type=int, default=24_576)
+    options.add_argument("--batch", type=int, default=4096)
+    options.add_argument("--steps", type=int, default=6)
+    options.add_argument(
         "--ks", type=int, nargs="+", default=[16, 32, 64, 128], help="of each dictionary; the second alone, too"
     )
-    parser.add_argument("--buffer", type=int, default=16_384)
-    parser.add_argument("--lm-batch", type=int, default=4096, help="tokens in a forward pass")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--peer-python", help="Python of an environment with sae-lens")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    options.add_argument("--buffer", type=int, default=16_384)
+    options.add_argument("--lm-batch", type=int, default=4096, help="tokens in a forward pass")
+    args = options.parse_args()
     speeds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         random_gpt2().save_pretrained(folder)
@@ -144,9 +129,7 @@ def main() -> None:
         ratios[f"ours / SAELens, {n} at once"] = median[f"ours, {n} at once"] / median[f"SAELens, {n} at once"]
     for name, value in ratios.items():
         print(f"{name:42} {value:6.2f}")
-    if args.json:
-        report = {"settings": {k: str(v) for k, v in vars(args).items()}, "tokens per second": speeds, "ratios": ratios}
-        args.json.write_text(json.dumps(report, indent=1))
+    write_report(args, {"tokens per second": speeds, "ratios": ratios})
 
 
 if __name__ == "__main__":

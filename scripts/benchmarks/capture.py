@@ -1,57 +1,43 @@
-"""Speed of reading activations: bare module, ours with one and three hooks, and (with --peer-python) SAELens, in alternation.
+"""Measure the speed of reading activations: bare module, this library with one and three hooks, and SAELens.
 
-    python scripts/bench_capture.py --peer-python /path/to/venv-with-sae-lens/bin/python
+    python scripts/benchmarks/capture.py --peer-python /path/to/venv-with-sae-lens/bin/python
 
-The model has the shape of GPT-2 small and random weights; each contestant runs it on the same token rows up to block 8 and
-hands back the activations there. The bare module is transformers' own, with SDPA attention, stopped by an exception in a
-forward hook. SAELens's ActivationsStore runs in its own process, on the two kinds of model it can load: "HookedTransformer",
-its default, and "AutoModelForCausalLM"; only its forward passes are timed, neither its dataset nor its mixing buffer. All
-must agree on the activations. Prints medians over the rounds; each ratio is the median of the rounds' ratios.
+The model has the shape of GPT-2 small and random weights. Each contestant runs it on the same token rows up to block 8 and
+returns the activations there; they take turns, and all must agree on the activations. The bare module is transformers' own,
+with SDPA attention, stopped by an exception in a forward hook. SAELens's ActivationsStore runs in its own process (only with
+--peer-python), on the two kinds of model it can load: "HookedTransformer", its default, and "AutoModelForCausalLM". Only its
+forward passes are timed, not its dataset or its mixing buffer. Prints medians over the rounds; each ratio is the median of the
+ratios of the rounds.
 """
 
-import argparse
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
+from shared import HOOK, N_CTX, Peer, hooked_transformer, parser, random_gpt2, source, write_report
 
 import saelens_lite as sl
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
-HOOK = "blocks.8.hook_resid_pre"
 THREE_HOOKS = [HOOK, "blocks.6.hook_mlp_out", "blocks.4.hook_resid_pre"]
-N_CTX = 128
 
 PEER = """
 import sys, time, json, torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GPT2LMHeadModel
 folder, kind, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
 torch.set_num_threads(threads)
 tokens = load_file(folder + "/tokens.safetensors")["tokens"]
 if kind == "HookedTransformer":
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-    from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
     hook = "blocks.8.hook_resid_pre"
-    theirs = GPT2LMHeadModel.from_pretrained(folder)
-    c = theirs.config
-    cfg = HookedTransformerConfig(
-        n_layers=c.n_layer, d_model=c.n_embd, n_heads=c.n_head, d_head=c.n_embd // c.n_head, d_mlp=4 * c.n_embd,
-        n_ctx=c.n_positions, d_vocab=c.vocab_size, act_fn="gelu_new", normalization_type="LN", eps=c.layer_norm_epsilon,
-        device="cpu")
-    model = HookedTransformer(cfg)
-    model.load_state_dict(convert_gpt2_weights(theirs, cfg), strict=False)
+    model = hooked_transformer(folder)
 else:
     from sae_lens.load_model import load_model
     hook = "transformer.h.7"
@@ -73,40 +59,20 @@ for line in sys.stdin:
 """
 
 
-class Peer:
-    """SAELens in its own process, which waits while others are timed."""
+class TimedPeer(Peer):
+    """SAELens in its own process, asked like a contestant in this one."""
 
     def __init__(self, python: str, folder: str, kind: str, threads: int):
-        command = [python, "-c", PEER, folder, kind, str(threads)]
+        super().__init__(python, source(hooked_transformer) + PEER, folder, kind, threads)
         self.folder = folder
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        while (line := self.process.stdout.readline()).strip() != "ready":
-            if not line:
-                raise SystemExit(f"{python} cannot run SAELens; its error stands above")
 
     def __call__(self, batch: int) -> tuple[float, torch.Tensor]:
-        self.process.stdin.write(f"{batch}\n")
-        self.process.stdin.flush()
-        seconds = json.loads(self.process.stdout.readline())["seconds"]
+        seconds = self.ask(batch)["seconds"]
         return seconds, load_file(f"{self.folder}/acts.safetensors")["acts"]
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
 
 
 class Stop(Exception):
     """Ends the bare module's forward pass."""
-
-
-def random_gpt2() -> "GPT2LMHeadModel":
-    """transformers' model of GPT-2 small's shape with random weights, the same each time."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0)).eval()
 
 
 @torch.no_grad()
@@ -162,14 +128,10 @@ def ratio(seconds: dict[str, list[float]], above: str, below: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=8, help=f"token rows in a batch, of {N_CTX} tokens each")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--batches", type=int, default=3, help="different batches, used in turn")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--peer-python", help="Python of an environment with sae-lens")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    options = parser(__doc__, rounds=9)
+    options.add_argument("--rows", type=int, default=8, help=f"token rows in a batch, of {N_CTX} tokens each")
+    options.add_argument("--batches", type=int, default=3, help="different batches, used in turn")
+    args = options.parse_args()
     torch.set_num_threads(args.threads)
     module = random_gpt2()
     lm = sl.LanguageModel(random_gpt2(), sl.load_model("tiny").tokenizer, name="random GPT-2 small")
@@ -187,7 +149,7 @@ def main() -> None:
             lm.tokenizer.save_pretrained(folder)
             save_file({"tokens": batches}, f"{folder}/tokens.safetensors")
             for kind in ("HookedTransformer", "AutoModelForCausalLM"):
-                peers[f"SAELens, {kind}"] = Peer(args.peer_python, folder, kind, args.threads)
+                peers[f"SAELens, {kind}"] = TimedPeer(args.peer_python, folder, kind, args.threads)
         seconds = measure(contestants | peers, args.rounds, args.batches)
         for peer in peers.values():
             peer.close()
@@ -202,10 +164,7 @@ def main() -> None:
         print(f"{name:42} {value:8,} tokens/s")
     for name, value in ratios.items():
         print(f"{name:42} {value:8.3f}")
-    if args.json:
-        settings = {key: str(value) for key, value in vars(args).items()}
-        report = {"settings": settings, "tokens per second": speed, "ratios": ratios, "seconds": seconds}
-        args.json.write_text(json.dumps(report, indent=1))
+    write_report(args, {"tokens per second": speed, "ratios": ratios, "seconds": seconds})
 
 
 if __name__ == "__main__":

@@ -1,24 +1,25 @@
-"""Our evaluation beside SAELens's `run_evals` and SAEBench's core, on the same dictionaries, model and tokens.
+"""Compare `sl.evaluate` with SAELens's `run_evals` and SAEBench's core, on the same dictionaries, model and tokens.
 
-    python scripts/compare_metrics.py demo/runs/topk/dictionary … --peer-python /path/to/venv-with-sae-bench/bin/python
+    python scripts/comparisons/compare_metrics.py runs/topk/dictionary --peer-python /path/to/venv-with-sae-bench/bin/python
 
-The peer environment needs this package with the extra `saebench`. Rows are held-out pages of Python's documentation,
-packed; special tokens are left out, on every side. Prints a table for each dictionary and exits with
-code 1 when a metric differs by more than 1e-4 of its size (or of 1, where it is smaller). Where a judge has another formula for
-a known reason (*), its value is compared with what that formula gives here.
+The peer environment needs this package with the extra `saebench`. Rows are held-out pages of Python's documentation, packed;
+all sides leave out special tokens. Prints a table for each dictionary. The exit code is 1 when a metric differs by more than
+1e-4 of its size (or of 1, if its size is below 1). Where a judge uses another formula for a known reason (*), its value is
+compared with what that formula gives here.
 """
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from shared import run_peer
 
 import saelens_lite as sl
+from saelens_lite.model import model_of
 from saelens_lite.tokens import TokenRows, is_held_out, token_rows
 
 TOLERANCE = 1e-4
@@ -56,11 +57,8 @@ def ours(d: sl.Dictionary, lm: sl.LanguageModel, rows: TokenRows, batch_rows: in
 def theirs(folder: Path, dictionary: Path, batch_rows: int, peer_python: str) -> dict[str, dict[str, float]]:
     """The judges' metrics, under our names."""
     script = Path(__file__).with_name("judge_metrics.py")
-    command = [peer_python, str(script), str(folder), str(dictionary), "--batch-rows", str(batch_rows)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"the judges stopped:\n{done.stderr}")
-    found = json.loads(done.stdout.splitlines()[-1])
+    printed = run_peer(peer_python, script, folder, dictionary, "--batch-rows", batch_rows, doing="evaluating the dictionary")
+    found = json.loads(printed.splitlines()[-1])
     our_name = {theirs: ours for ours, theirs in THEIR_NAME.items()}
     return {judge: {our_name.get(name, name): value for name, value in values.items()} for judge, values in found.items()}
 
@@ -125,7 +123,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     dictionaries = [sl.Dictionary.load(folder) for folder in args.dictionaries]
-    lm = sl.load_model(dictionaries[0].origin.model, device="cpu")
+    lm = model_of(dictionaries[0].origin, device="cpu")
     rows = packed_rows(lm, args.rows)
     if len(rows.tokens) % args.batch_rows:
         raise SystemExit(f"{len(rows.tokens)} rows are no whole number of batches of {args.batch_rows}")

@@ -1,12 +1,13 @@
-"""Time of one training step: ours, our dense definition of it, and (with --peer-python) SAELens, in alternation.
+"""Measure the time of one training step: this library, its dense definition of the step, SAELens and sparsify, in turn.
 
-    python scripts/bench_step.py --peer-python /path/to/venv-with-sae-lens/bin/python
+    python scripts/benchmarks/step.py --peer-python /path/to/venv-with-sae-lens/bin/python
 
---d-sae and --k take several values. Every contestant starts from the same weights and sees the same batches: sums of 32
-planted directions, with encoder biases that make about that many latents fire (so that ReLU rules are timed at trained
-sparsity). A step is everything a trainer does for a batch: forward, backward, clipping, Adam, dead-latent counters. Prints
-medians; ratios are of medians. --memory prints instead the peak memory of a step over parameters, gradients and moments; it
-has freed memory returned at once, which makes every step slower.
+--d-sae and --k take several values; SAELens and sparsify take part only with --peer-python. Every contestant starts from the
+same weights and sees the same batches: sums of 32 planted directions, with encoder biases that make about that many latents
+fire, so that ReLU rules are timed at the sparsity of a trained dictionary. A step is everything a trainer does for a batch:
+forward, backward, clipping, Adam, counters of dead latents. Prints medians; ratios are ratios of medians. --memory prints the
+peak memory of a step above parameters, gradients and moments instead; freed memory is then returned to the system at once,
+which makes every step slower.
 """
 
 import argparse
@@ -18,11 +19,11 @@ import sys
 import tempfile
 import time
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
-from peers import PEERS, Peer
 from safetensors.torch import save_file
+from shared import FREE_AT_ONCE, Peer, forget_peak, high_water, parser, write_report
+from step_peers import PEERS
 
 import saelens_lite as sl
 from saelens_lite.cache import TensorSource
@@ -74,7 +75,7 @@ class Ours:
         self.trainer, self.x = trainer, x
 
     def ask(self, i: int) -> dict:
-        high_water(reset=True)
+        forget_peak()
         before = high_water()[1]
         start = time.perf_counter()
         self.trainer.step(self.x[i])
@@ -82,14 +83,6 @@ class Ours:
 
     def close(self) -> None:
         """Nothing to end."""
-
-
-def high_water(reset: bool = False) -> tuple[int, int]:
-    """(peak since the last reset, now) of this process's memory in bytes, as Linux counts it."""
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    facts = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("Vm"))
-    return int(facts["VmHWM"].split()[0]) * 1024, int(facts["VmRSS"].split()[0]) * 1024
 
 
 def measure(rule: str, args: argparse.Namespace, x: torch.Tensor, directions: torch.Tensor, bias: torch.Tensor) -> dict:
@@ -136,22 +129,18 @@ def measure(rule: str, args: argparse.Namespace, x: torch.Tensor, directions: to
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rules", nargs="+", default=["topk", "l1", "gated"])
-    parser.add_argument("--d-in", type=int, default=768)
-    parser.add_argument("--d-sae", type=int, nargs="+", default=[8192])
-    parser.add_argument("--batch", type=int, default=2048)
-    parser.add_argument("--k", type=int, nargs="+", default=[32])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--batches", type=int, default=3, help="different batches, used in turn")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--no-dense", action="store_true", help="leave the dense definition out")
-    parser.add_argument("--memory", action="store_true", help="peak memory instead of times")
-    parser.add_argument("--peer-python", help="Python of an environment with sae-lens and eai-sparsify")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    if args.memory and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"})
+    options = parser(__doc__, rounds=7, peers="sae-lens and eai-sparsify")
+    options.add_argument("--rules", nargs="+", default=["topk", "l1", "gated"])
+    options.add_argument("--d-in", type=int, default=768)
+    options.add_argument("--d-sae", type=int, nargs="+", default=[8192])
+    options.add_argument("--batch", type=int, default=2048)
+    options.add_argument("--k", type=int, nargs="+", default=[32])
+    options.add_argument("--batches", type=int, default=3, help="different batches, used in turn")
+    options.add_argument("--no-dense", action="store_true", help="leave the dense definition out")
+    options.add_argument("--memory", action="store_true", help="peak memory instead of times")
+    args = options.parse_args()
+    if args.memory and not FREE_AT_ONCE.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | FREE_AT_ONCE)
     torch.set_num_threads(args.threads)
     rows = []
     for d_sae, k in itertools.product(args.d_sae, args.k):
@@ -161,8 +150,7 @@ def main() -> None:
             with nullcontext() if args.memory else buffers_reused():  # as in training, where it is held between steps
                 rows.append(measure(rule, one, *data))
             print(json.dumps(rows[-1]), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps({"settings": {k: str(v) for k, v in vars(args).items()}, "rows": rows}, indent=1))
+    write_report(args, {"rows": rows})
 
 
 if __name__ == "__main__":

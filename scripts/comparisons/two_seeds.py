@@ -1,9 +1,9 @@
-"""How many latents another seed finds again: dictionaries that differ in their seed alone, trained on one cache and compared.
+"""Compare dictionaries that differ only in their seed: measure how many latents another seed finds again.
 
-    python scripts/two_seeds.py --out two_seeds                        # two seeds, top-k, the embedded model
-    python scripts/two_seeds.py --out two_seeds --seeds 0 1 2 --rule l1
+    python scripts/comparisons/two_seeds.py --out two_seeds                        # two seeds, top-k, the embedded model
+    python scripts/comparisons/two_seeds.py --out two_seeds --seeds 0 1 2 --rule l1
 
-Settings are those of `saelens-lite demo`. All dictionaries are trained in one pass and see the same activations in the same
+The settings are those of `saelens-lite demo`. All dictionaries are trained in one pass and see the same activations in the same
 order. Writes OUT/two_seeds.json, and stability.safetensors beside the first dictionary.
 """
 

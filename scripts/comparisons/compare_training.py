@@ -1,15 +1,16 @@
-"""Dictionaries trained by us and by SAELens on the same batches: L0, FVU on held-out activations, seconds.
+"""Train dictionaries with this library and with SAELens on the same batches; compare L0, FVU on held-out activations, time.
 
-    python scripts/compare_training.py --out beside --saelens /path/to/venv-with-sae-lens/bin/python
-    python scripts/compare_training.py --out beside --saelens … --cache activations --rules topk gated
+    python scripts/comparisons/compare_training.py --out compared --saelens /path/to/venv-with-sae-lens/bin/python
+    python scripts/comparisons/compare_training.py --out compared --saelens … --cache activations --rules topk gated
 
-Activations come from --cache, or are captured from the embedded model on Python's documentation. They are scaled to a root
-mean square norm of sqrt(d_in) once and written in the order we read them, so that neither tool scales or shuffles. What else
-is alike is said in beside.py.
+Activations come from --cache, or are captured from the embedded model on Python's documentation. They are scaled once to a root
+mean square norm of sqrt(d_in) and written in the order in which this library reads them, so that neither tool scales or
+shuffles. train_both.py says what else is equal.
 
-Each rule is trained at some levels of sparsity by both tools. The same options need not give the same L0, so FVU is compared
-at equal L0: each tool's ln FVU is interpolated linearly over ln L0 between its own levels, and `ratio` is the geometric mean of
-FVU of ours / FVU of SAELens over all levels of either that the other one's range covers. Writes OUT/compare_training.json.
+Each rule is trained at several levels of sparsity by both tools. Equal options need not give equal L0, so FVU is compared at
+equal L0: each tool's ln FVU is interpolated linearly over ln L0 between its own levels, and `ratio` is the geometric mean of
+FVU of this library / FVU of SAELens over all levels of either tool that lie in the range of the other. Writes
+OUT/compare_training.json.
 """
 
 import argparse
@@ -19,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from beside import Outcome, train_ours, train_saelens
 from streams import Stored
 from torch import Tensor
+from train_both import Outcome, train_ours, train_saelens
 
 import saelens_lite as sl
 from saelens_lite.tokens import is_held_out

@@ -1,7 +1,6 @@
-"""Other tools' training steps, each in a process and an environment of its own, for the benchmarks to time beside ours."""
+"""Training steps of SAELens and sparsify, as programs that step.py times beside this library's in their own environment."""
 
-import json
-import subprocess
+from shared import forget_peak, high_water, source
 
 START = """
 import sys, time, json, torch
@@ -75,14 +74,10 @@ def step(x):
 """
 
 SERVE = """
-def high_water():
-    facts = dict(line.split(":") for line in open("/proc/self/status") if line.startswith("Vm"))
-    return int(facts["VmHWM"].split()[0]) * 1024, int(facts["VmRSS"].split()[0]) * 1024
-
 print("ready", flush=True)
 for line in sys.stdin:
     x = data["x"][int(line)]
-    open("/proc/self/clear_refs", "w").write("5")
+    forget_peak()
     before = high_water()[1]
     start = time.perf_counter()
     l0 = step(x)
@@ -91,26 +86,5 @@ for line in sys.stdin:
     print(json.dumps({"seconds": seconds, "l0": l0, "extra_bytes": high_water()[0] - before - gradients}), flush=True)
 """
 
-PEERS = {"SAELens": START + SAELENS + SERVE, "sparsify": START + SPARSIFY + SERVE}
-
-
-class Peer:
-    """Another tool in its own process, which waits while others are timed."""
-
-    def __init__(self, python: str, code: str, *arguments: object):
-        command = [python, "-c", code, *map(str, arguments)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        while (line := self.process.stdout.readline()).strip() != "ready":
-            if not line:
-                raise SystemExit(f"{python} cannot run the peer; its error stands above")
-
-    def ask(self, what: object) -> dict:
-        """The peer's answer to one line."""
-        self.process.stdin.write(f"{what}\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def close(self) -> None:
-        """End the process."""
-        self.process.stdin.close()
-        self.process.wait()
+MEMORY = source(high_water, forget_peak)
+PEERS = {"SAELens": MEMORY + START + SAELENS + SERVE, "sparsify": MEMORY + START + SPARSIFY + SERVE}

@@ -1,12 +1,12 @@
-"""Speed and memory of evaluation: ours and SAELens's `run_evals`, each in a process of its own, in alternation.
+"""Measure speed and memory of evaluation: `sl.evaluate` and SAELens's `run_evals`, each in its own process, in turn.
 
-    python scripts/bench_evaluate.py --peer-python /path/to/venv-with-sae-lens/bin/python --rows 16 64 256
+    python scripts/benchmarks/evaluation.py --peer-python /path/to/venv-with-sae-lens/bin/python --rows 16 64 256
 
-Both read the same rows of random tokens with the same model (a GPT-2 of random weights, of the size asked for) and the same
-dictionary (top-k, random), and say all they say by default: ours every metric with its confidence interval, SAELens every
-metric of `get_eval_everything_config` over as many tokens. Loading is not timed. Prints a line of JSON for each number of
-rows: medians of tokens per second, or with --memory how far each process's memory rose above what it was before; freed memory
-is then returned at once, which makes both slower.
+Both read the same rows of random tokens with the same model (a GPT-2 with random weights) and the same dictionary (top-k,
+random), and compute everything they compute by default: this library every metric with its confidence interval, SAELens every
+metric of `get_eval_everything_config` over as many tokens. Loading is not timed. Prints one line of JSON for each number of
+rows: medians of tokens per second, or with --memory the rise of each process's memory during evaluation. With --memory, freed
+memory is returned to the system at once, which makes both slower.
 """
 
 import argparse
@@ -18,11 +18,12 @@ import tempfile
 from pathlib import Path
 
 import torch
-from peers import Peer
 from safetensors.torch import save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from shared import FREE_AT_ONCE, Peer, forget_peak, high_water, hooked_transformer, parser, random_gpt2, source, write_report
 
 import saelens_lite as sl
+
+SHARED = source(high_water, forget_peak, hooked_transformer)
 
 START = """
 import sys, time, json, warnings, logging
@@ -51,17 +52,7 @@ from datasets import Dataset
 from sae_lens import SAE, ActivationsStore
 from sae_lens.evals import get_eval_everything_config, run_evals
 from sae_lens.training.activation_scaler import ActivationScaler
-from transformer_lens import HookedTransformer, HookedTransformerConfig
-from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
-from transformers import GPT2LMHeadModel
-hf = GPT2LMHeadModel.from_pretrained(folder + "/model")
-c = hf.config
-cfg = HookedTransformerConfig(n_layers=c.n_layer, d_model=c.n_embd, d_head=c.n_embd // c.n_head, n_heads=c.n_head,
-                              d_mlp=4 * c.n_embd, n_ctx=c.n_positions, d_vocab=c.vocab_size, act_fn="gelu_new",
-                              normalization_type="LN", eps=c.layer_norm_epsilon, device="cpu")
-model = HookedTransformer(cfg)
-model.load_state_dict(convert_gpt2_weights(hf, cfg), strict=False)
-del hf
+model = hooked_transformer(folder + "/model")
 sae = SAE.load_from_disk(folder + "/dictionary")
 
 def evaluate(tokens):
@@ -74,15 +65,11 @@ def evaluate(tokens):
 """
 
 SERVE = """
-def high_water():
-    facts = dict(line.split(":") for line in open("/proc/self/status") if line.startswith("Vm"))
-    return int(facts["VmHWM"].split()[0]) * 1024, int(facts["VmRSS"].split()[0]) * 1024
-
 evaluate(tokens[:batch_rows])
 print("ready", flush=True)
 for line in sys.stdin:
     rows = tokens[:int(line)]
-    open("/proc/self/clear_refs", "w").write("5")
+    forget_peak()
     before = high_water()[1]
     start = time.perf_counter()
     score = evaluate(rows)
@@ -94,12 +81,10 @@ for line in sys.stdin:
 def prepare(folder: Path, args: argparse.Namespace) -> None:
     """Write model/, dictionary/ and tokens.safetensors."""
     tiny = sl.load_model("tiny", device="cpu")
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=args.d_vocab, n_positions=args.n_ctx, n_embd=args.d_model, n_layer=args.layers, n_head=args.d_model // 64,
-        bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    GPT2LMHeadModel(config).save_pretrained(folder / "model")
+    model = random_gpt2(
+        vocab_size=args.d_vocab, n_positions=args.n_ctx, n_embd=args.d_model, n_layer=args.layers, n_head=args.d_model // 64
+    )
+    model.save_pretrained(folder / "model")
     tiny.tokenizer.save_pretrained(folder / "model")
     origin = sl.Origin(model="model", n_ctx=args.n_ctx, prepend_bos=True)
     reads = sl.Port(hook=f"blocks.{args.layers // 2}.hook_resid_pre", width=args.d_model)
@@ -111,30 +96,28 @@ def prepare(folder: Path, args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer-python", required=True, help="Python of an environment with sae-lens")
-    parser.add_argument("--rows", type=int, nargs="+", default=[16, 64, 256], help="rows of text, whole batches each")
-    parser.add_argument("--batch-rows", type=int, default=8)
-    parser.add_argument("--n-ctx", type=int, default=128)
-    parser.add_argument("--d-model", type=int, default=768)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--d-vocab", type=int, default=50257)
-    parser.add_argument("--d-sae", type=int, default=8192)
-    parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--memory", action="store_true", help="peak memory instead of speed")
-    args = parser.parse_args()
+    options = parser(__doc__, rounds=3, required=True)
+    options.add_argument("--rows", type=int, nargs="+", default=[16, 64, 256], help="rows of text, whole batches each")
+    options.add_argument("--batch-rows", type=int, default=8)
+    options.add_argument("--n-ctx", type=int, default=128)
+    options.add_argument("--d-model", type=int, default=768)
+    options.add_argument("--layers", type=int, default=12)
+    options.add_argument("--d-vocab", type=int, default=50257)
+    options.add_argument("--d-sae", type=int, default=8192)
+    options.add_argument("--k", type=int, default=32)
+    options.add_argument("--memory", action="store_true", help="peak memory instead of speed")
+    args = options.parse_args()
     if any(n % args.batch_rows for n in args.rows):
-        parser.error(f"--rows must be multiples of --batch-rows {args.batch_rows}")
+        options.error(f"--rows must be multiples of --batch-rows {args.batch_rows}")
     if args.memory:
-        os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+        os.environ |= FREE_AT_ONCE
     with tempfile.TemporaryDirectory() as where:
         prepare(Path(where), args)
         contestants = {
-            "ours": Peer(sys.executable, START + OURS + SERVE, where, args.batch_rows, args.threads),
-            "SAELens": Peer(args.peer_python, START + SAELENS + SERVE, where, args.batch_rows, args.threads),
+            "ours": Peer(sys.executable, SHARED + START + OURS + SERVE, where, args.batch_rows, args.threads),
+            "SAELens": Peer(args.peer_python, SHARED + START + SAELENS + SERVE, where, args.batch_rows, args.threads),
         }
+        rows = []
         for n in args.rows:
             answers = {name: [] for name in contestants}
             for _ in range(args.rounds):
@@ -148,9 +131,11 @@ def main() -> None:
                 seconds = {name: statistics.median(a["seconds"] for a in found) for name, found in answers.items()}
                 row["tokens/s"] = {name: round(n * args.n_ctx / s) for name, s in seconds.items()}
                 row["ours / SAELens"] = round(seconds["SAELens"] / seconds["ours"], 2)
+            rows.append(row)
             print(json.dumps(row), flush=True)
         for contestant in contestants.values():
             contestant.close()
+    write_report(args, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,183 @@
+"""The commit and the files of a repository, from answers that are checked before anything is made of them."""
+
+import logging
+from typing import Annotated, Any, Literal, NamedTuple
+from urllib.parse import quote, urljoin, urlsplit
+
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, http_backoff
+from pydantic import BaseModel, Discriminator, Field, StringConstraints, Tag, TypeAdapter, ValidationError
+
+from saelens_lite.errors import HubError
+from saelens_lite.hub.client import SECONDS_TO_ANSWER, typed_errors
+from saelens_lite.hub.guard import COMMIT, TAG, Guard, guarded_client, same_origin
+
+MAX_PAGE_BYTES, MAX_LISTING_BYTES, MAX_PAGES, MAX_FILES = 8 << 20, 64 << 20, 1000, 200_000
+MAX_CONTAINERS = 300_000  # in one answer
+MAX_NAME_BYTES, MAX_PATH_CHARACTERS = 255, 1000
+logger = logging.getLogger(__name__)
+
+Sha1 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{40}$")]
+Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+Size = Annotated[int, Field(ge=0, le=1 << 53, strict=True)]
+Name = Annotated[str, StringConstraints(max_length=4096)]
+
+
+class _Info(BaseModel):
+    sha: Sha1
+    private: bool = False
+
+
+class _LargeFile(BaseModel):
+    oid: Sha256
+    size: Size
+
+
+class _File(BaseModel):
+    type: Literal["file"]
+    path: Name
+    size: Size
+    oid: Sha1
+    lfs: _LargeFile | None = None
+
+
+class _Other(BaseModel):
+    type: Annotated[str, StringConstraints(max_length=40)]
+
+
+class _Ref(BaseModel):
+    name: Name
+
+
+class _Refs(BaseModel):
+    branches: Annotated[list[_Ref], Field(max_length=10_000)] = []
+    tags: Annotated[list[_Ref], Field(max_length=10_000)] = []
+
+
+def _kind(entry: Any) -> str:
+    return "file" if isinstance(entry, dict) and entry.get("type") == "file" else "other"
+
+
+_Entry = Annotated[Annotated[_File, Tag("file")] | Annotated[_Other, Tag("other")], Discriminator(_kind)]
+_INFO, _PAGE, _REFS = TypeAdapter(_Info), TypeAdapter(list[_Entry]), TypeAdapter(_Refs)
+
+
+class RepoFile(NamedTuple):
+    """A file of a repository: its size in bytes, git's hash of it or of its pointer, SHA-256 if it is in large-file storage."""
+
+    path: str
+    size: int
+    blob_id: str
+    sha256: str | None
+
+
+class Listing(NamedTuple):
+    """A commit, the files in it by their paths, and whether only some may see them."""
+
+    commit: str
+    files: dict[str, RepoFile]
+    private: bool
+
+
+def list_files(repo: str, revision: str | None) -> Listing:
+    """Return what the Hub has of a repository at a revision.
+
+    Raises:
+        HubError: it is not there, or the answers are not those of a Hub.
+    """
+    with typed_errors(repo):
+        commit, private = find_commit(repo, revision)
+        files: dict[str, RepoFile] = {}
+        url: str | None = f"api/models/{repo}/tree/{commit}?recursive=true"
+        guard, asked, n_bytes = Guard(repo, MAX_PAGE_BYTES), set(), 0
+        left_out = 0
+        while url is not None:
+            asked.add(url)
+            answer = _answer(guard, url, retry=True)
+            n_bytes += len(answer.content)
+            if len(asked) > MAX_PAGES or n_bytes > MAX_LISTING_BYTES:
+                raise HubError(f"{repo}: the list of its files does not end after {len(asked)} pages and {n_bytes:,} bytes")
+            for entry in _checked(repo, _PAGE, answer.content):
+                if isinstance(entry, _File):
+                    left_out += not _add(repo, files, entry)
+            url = _next_page(repo, url, answer)
+            if url in asked:
+                raise HubError(f"{repo}: the list of its files leads back to a page that was read")
+        if left_out:
+            logger.warning("%s: %d files were left out, whose names cannot be used here", repo, left_out)
+        return Listing(commit, files, private)
+
+
+def find_commit(repo: str, revision: str | None) -> tuple[str, bool]:
+    """Return the commit that a revision stands for, and whether the repository is private. HubError: as `list_files`."""
+    with typed_errors(repo):
+        part = f"/revision/{quote(revision, safe='')}" if revision else ""
+        answer = _answer(Guard(repo), f"api/models/{repo}{part}", retry=False)
+        info = _checked(repo, _INFO, answer.content)
+        if revision and COMMIT.fullmatch(revision) and info.sha != revision:
+            raise HubError(f"{repo}: the Hub answers with commit {info.sha} where {revision} was asked for")
+        return info.sha, info.private
+
+
+def revisions(repo: str) -> list[str]:
+    """Return the names of branches and tags that can be shown. HubError: as `list_files`."""
+    with typed_errors(repo):
+        refs = _checked(repo, _REFS, _answer(Guard(repo), f"api/models/{repo}/refs", retry=False).content)
+        return [ref.name for ref in (*refs.branches, *refs.tags) if ref.name.isprintable()]
+
+
+def _answer(guard: Guard, path: str, *, retry: bool) -> Any:
+    """The answer to a question, of bounded size; one that fails is asked again where that was agreed to."""
+    hub = guarded_client(guard)
+    url = f"{hub.endpoint}/{path}"
+    headers = build_hf_headers(library_name="saelens_lite", headers={TAG: guard.key})
+    if retry:
+        response = http_backoff("GET", url, headers=headers, timeout=SECONDS_TO_ANSWER)
+    else:
+        response = get_session().get(url, headers=headers, timeout=SECONDS_TO_ANSWER)
+    hf_raise_for_status(response)
+    return response
+
+
+def _checked(repo: str, schema: TypeAdapter, content: bytes) -> Any:
+    """Return the content of an answer that has the form of a Hub's answers."""
+    if content.count(b"[") + content.count(b"{") > MAX_CONTAINERS:  # each takes 30 times its bytes once it is parsed
+        raise HubError(f"{repo}: the endpoint answers with more than {MAX_CONTAINERS:,} lists and tables, which no Hub does")
+    try:
+        return schema.validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        place = ".".join(str(part)[:40] for part in first["loc"])
+        raise HubError(
+            f"{repo}: the endpoint does not answer as a Hub does: {place + ': ' if place else ''}{first['msg'][:200]}; is "
+            "HF_ENDPOINT right?"
+        ) from None
+
+
+def _add(repo: str, files: dict[str, RepoFile], entry: _File) -> bool:
+    """Note a file; False if its name cannot be used here. HubError where no repository can have it so."""
+    names = entry.path.split("/")
+    if "" in names or "." in names or ".." in names or "\0" in entry.path:
+        raise HubError(f"{repo}: the Hub lists a file {entry.path[:100]!r}, which no repository can hold")
+    if entry.path in files:
+        raise HubError(f"{repo}: the Hub lists {entry.path[:100]!r} twice")
+    if len(files) == MAX_FILES:
+        raise HubError(f"{repo}: it has more than {MAX_FILES:,} files")
+    if entry.lfs is not None and entry.lfs.size != entry.size:
+        raise HubError(f"{repo}: the Hub gives two sizes for {entry.path[:100]!r}: {entry.size:,} and {entry.lfs.size:,} bytes")
+    usable = entry.path.isprintable() and not set(entry.path) & set('\\:*?"<>|')
+    if usable and len(entry.path) <= MAX_PATH_CHARACTERS and all(len(name.encode()) <= MAX_NAME_BYTES for name in names):
+        files[entry.path] = RepoFile(entry.path, entry.size, entry.oid, entry.lfs.oid if entry.lfs else None)
+        return True
+    return False
+
+
+def _next_page(repo: str, url: str, answer: Any) -> str | None:
+    """The address of the next page of a listing, which is the same but for its cursor; None behind the last."""
+    link = answer.links.get("next", {}).get("url")
+    if link is None:
+        return None
+    found = urljoin(str(answer.request.url), link)
+    if not same_origin(found):
+        host = (urlsplit(found).hostname or "")[:100]
+        raise HubError(f"{repo}: the list of its files goes on at another host, {host!r}, which is not asked")
+    return f"{url.partition('?')[0]}?{urlsplit(found).query}"

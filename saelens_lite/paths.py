@@ -1,0 +1,84 @@
+"""Paths that users give: one that cannot work is refused before the work begins, with an error that says why."""
+
+import errno
+import os
+from pathlib import Path
+from tempfile import TemporaryFile
+
+from saelens_lite.errors import ConfigError, CorruptFileError, DiskFullError, OutputExistsError
+
+MAX_NAME, MAX_PATH = 255, 4096  # bytes, on nearly all file systems
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: more than the file system or a limit allows one file to hold
+ROOM_IN_NAME = 40  # for what is added to the name of an output while it is being written
+ROOM_IN_PATH = 256  # for the names of files in an output folder
+
+
+def check_input(path: str | Path) -> Path:
+    """Return the path; one that is missing is left to its reader, whose error knows what is missing.
+
+    Raises:
+        ConfigError: no file can have that name.
+        CorruptFileError: the path leads nowhere: through a file, through a broken link, or to a folder that may not be read.
+    """
+    path = _possible(path)
+    try:
+        path.stat()
+    except FileNotFoundError:
+        if link := _broken_link(path):
+            raise CorruptFileError(f"{path} cannot be read: {link}; is that the path you meant?") from None
+    except OSError as error:
+        raise CorruptFileError(f"{path} cannot be read: {error.strerror}; is that the path you meant?") from None
+    return path
+
+
+def check_output(path: str | Path) -> Path:
+    """Return the path of a file or folder that is to be written.
+
+    Raises:
+        ConfigError: no file can have that name, or nothing may be written there.
+        OutputExistsError: it is a broken link, or a file is where a folder above it has to be.
+    """
+    path = _possible(path, ROOM_IN_NAME, ROOM_IN_PATH)
+    if link := _broken_link(path):
+        raise OutputExistsError(f"{path} cannot be written: {link}; remove the link, or choose another place")
+    try:
+        above = next((folder for folder in path.absolute().parents if os.path.lexists(folder)), path)
+        if not above.is_dir():
+            raise OutputExistsError(f"{path} cannot be written, because {above} is not a folder; choose another place")
+        with TemporaryFile(dir=above):  # permissions do not tell: a file system can be read-only, or refuse new names
+            pass
+        path.exists()
+    except OSError as error:
+        why = DiskFullError if error.errno in NO_ROOM else ConfigError
+        raise why(f"{path} cannot be written: {error.strerror}; choose another place") from None
+    return path
+
+
+def _possible(path: str | Path, room_in_name: int = 0, room_in_path: int = 0) -> Path:
+    """Return the path unless no file can have that name, with this many more bytes in the name and in the whole path."""
+    try:
+        whole = os.fsencode(path)
+    except UnicodeEncodeError:
+        raise ConfigError(f"{str(path)!r} cannot be a path: it holds a character that is only half there") from None
+    if b"\0" in whole:
+        raise ConfigError(f"{str(path)!r} cannot be a path: it holds a NUL character")
+    names = whole.replace(b"\\", b"/").rstrip(b"/").split(b"/") if os.name == "nt" else whole.rstrip(b"/").split(b"/")
+    longest, most = max(len(name) + room_in_name * (name is names[-1]) for name in names), MAX_NAME - room_in_name
+    if longest > MAX_NAME:
+        raise ConfigError(f"{_shortened(path)} cannot be a path: a name in it is too long; {most} bytes are possible here")
+    if len(os.fsencode(Path(path).absolute())) > MAX_PATH - room_in_path:
+        raise ConfigError(f"{_shortened(path)} cannot be a path: it is longer than {MAX_PATH - room_in_path} bytes")
+    return Path(path)
+
+
+def _shortened(path: str | Path) -> str:
+    text = str(path)
+    return text if len(text) < 200 else f"{text[:80]}…{text[-40:]}"
+
+
+def _broken_link(path: Path) -> str | None:
+    """Say where a path is a link to nowhere; None where it is none."""
+    for place in (path, *path.parents):
+        if place.is_symlink() and not place.exists():
+            return f"{place} is a link to {os.readlink(place)}, which is missing"
+    return None
