@@ -488,7 +488,9 @@ def true_files(folder: Path) -> dict[str, bytes]:
     import saelens_lite as sl
     from saelens_lite.hub import write_card
 
-    d = sl.Dictionary.create("topk", d_in=8, d_sae=32, origin=sl.Origin(model="gpt2", hook="blocks.1.hook_resid_pre"))
+    d = sl.Dictionary.create(
+        "topk", reads=sl.Port(hook="blocks.1.hook_resid_pre", width=8), d_sae=32, origin=sl.Origin(model="gpt2")
+    )
     made = d.save(folder / "made")
     write_card(made, d)
     files = {f"a/{path.name}": path.read_bytes() for path in sorted(made.iterdir()) if path.suffix in (".json", ".safetensors")}
@@ -552,7 +554,7 @@ def attempt(asked: str, forged: Forged, files: dict[str, bytes]) -> tuple[str, s
             if asked == "describe":
                 describe(f"hf://{REPO}/a")
             else:
-                sl.push({"b": sl.Dictionary.create("topk", d_in=4, d_sae=8)}, REPO, dry_run=True)
+                sl.push({"b": sl.Dictionary.create("topk", reads=4, d_sae=8)}, REPO, dry_run=True)
             return "right", ""
     except SaelensLiteError as error:
         text = str(error)

@@ -372,7 +372,7 @@ def test_a_hub_that_asks_to_wait_for_years(hub, header):
 def test_metadata_of_a_card_that_would_be_a_trap(hub, forging, name):
     hub.files["README.md"] = f"---\n{forging.METADATA[name]}\n---\n# x\n".encode()
     with pytest.raises(HubError, match=r"the metadata of its README\.md cannot be read; mend it on the Hub first"):
-        sl.push({"b": sl.Dictionary.create("topk", d_in=4, d_sae=8)}, REPO, dry_run=True)
+        sl.push({"b": sl.Dictionary.create("topk", reads=4, d_sae=8)}, REPO, dry_run=True)
 
 
 def test_metadata_that_is_usual_is_read(files):

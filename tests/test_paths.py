@@ -276,7 +276,7 @@ def test_a_file_of_tensors_that_does_not_fit_is_a_full_disk(write, tmp_path):
 
 @pytest.mark.parametrize("name", ["saelens_lite", "saelens", "dictionary_learning", "sparsify"])
 def test_dictionaries_that_do_not_fit_are_a_full_disk(name, tmp_path):
-    d = sl.Dictionary.create("topk", d_in=64, d_sae=512)
+    d = sl.Dictionary.create("topk", reads=64, d_sae=512)
     write = d.save if name == "saelens_lite" else lambda out: write_as(d, out, registry.load(name, "formats")())
     with pytest.raises(DiskFullError), files_of_at_most(50_000):
         write(tmp_path / "d")

@@ -79,7 +79,7 @@ def stranger(tmp_path, monkeypatch):
 
 def dictionary(**origin) -> sl.Dictionary:
     given = sl.Origin(**origin)
-    return sl.Dictionary.from_tensors(W_enc=torch.rand(4, 8), W_dec=torch.rand(8, 4), origin=given, hook=given.hook)
+    return sl.Dictionary.from_tensors(W_enc=torch.rand(4, 8), W_dec=torch.rand(8, 4), origin=given, reads=given.hook)
 
 
 def test_code_of_a_model_is_not_run_and_nobody_is_asked(stranger, tmp_path):
@@ -310,7 +310,7 @@ STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u206
     ],
 )
 def test_no_command_lets_text_of_files_steer_the_terminal(arguments, tmp_path, command, lm):
-    d = sl.Dictionary.create("l1", d_in=lm.d_model, d_sae=8).save(tmp_path / f"d{TRICKY}")
+    d = sl.Dictionary.create("l1", reads=lm.d_model, d_sae=8).save(tmp_path / f"d{TRICKY}")
     config = json.loads((d / "cfg.json").read_text())
     config["metadata"]["saelens_lite"]["origin"] |= dict.fromkeys(("model", "model_class", "hook", "text"), EVIL)
     (d / "cfg.json").write_text(json.dumps(config))
