@@ -185,7 +185,7 @@ def test_the_names_and_training_load_no_heavy_library():
 def test_the_package_offers_these_names():
     assert sl.__all__ == sorted([
         "Ablate", "ActivationCache", "ActivationStream", "Add", "Clamp", "Dictionary", "EvalReport", "FeatureStore", "Format",
-        "LanguageModel", "LivePrompt", "Logger", "Origin", "PublishedForm", "RuleConfig", "SaelensLiteError", "Scale",
+        "LanguageModel", "LivePrompt", "Logger", "Origin", "Port", "PublishedForm", "RuleConfig", "SaelensLiteError", "Scale",
         "SparseCodes", "Sparsity", "TextConfig", "TrainConfig", "__version__", "adapters", "attribute", "capture", "compare",
         "convert", "dose_response", "errors", "evaluate", "fit", "load_model", "probe", "prompt_view", "pull", "push",
         "python_docs", "register", "resume", "stability", "train",

@@ -77,9 +77,9 @@ def stranger(tmp_path, monkeypatch):
     return folder
 
 
-def dictionary(**origin) -> sl.Dictionary:
+def dictionary(hook: str | None = None, **origin) -> sl.Dictionary:
     given = sl.Origin(**origin)
-    return sl.Dictionary.from_tensors(W_enc=torch.rand(4, 8), W_dec=torch.rand(8, 4), origin=given, reads=given.hook)
+    return sl.Dictionary.from_tensors(W_enc=torch.rand(4, 8), W_dec=torch.rand(8, 4), origin=given, reads=hook)
 
 
 def test_code_of_a_model_is_not_run_and_nobody_is_asked(stranger, tmp_path):
@@ -228,7 +228,7 @@ def test_a_folder_that_a_dictionary_names_as_its_model_is_mentioned_and_its_code
 def test_code_on_a_card_holds_fields_of_files_as_quoted_strings(text):
     assert eval(_literal(text), {}) == text
     assert _literal(text).isprintable()
-    call = _load_model_call(sl.Origin(model="gpt2", revision=text, hook=HOOK))
+    call = _load_model_call(sl.Origin(model="gpt2", revision=text))
     assert eval(call.removeprefix("sl."), {"load_model": lambda name, revision: (name, revision)}) == ("gpt2", text)
 
 

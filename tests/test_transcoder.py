@@ -84,7 +84,7 @@ def test_folding_leaves_the_function_as_it_was():
     for _ in range(20):
         trainer.step(source.x)
     x = source.x["in"]
-    inside = trainer.dictionary.eval()((x - x.mean(0)) * trainer.scales[0]) / trainer.target_scales[0]s[0]
+    inside = trainer.dictionary.eval()((x - x.mean(0)) * trainer.scales[0]) / trainer.target_scales[0]
     torch.testing.assert_close(trainer.result()(x), inside, rtol=1e-4, atol=1e-3)
 
 

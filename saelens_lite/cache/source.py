@@ -25,7 +25,7 @@ class Statistics(NamedTuple):
 
 
 UNNAMED = "x"  # of activations in memory whose hook is not known
-Batch = dict[str, Float[Tensor, "batch d_in"]]
+Batch = dict[str, Float[Tensor, "batch _"]]
 
 
 @runtime_checkable

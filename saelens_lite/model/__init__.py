@@ -625,7 +625,7 @@ class LanguageModel:
         Without edits, the activation at each hook that the dictionary writes is its output there. With edits
         (`saelens_lite.interventions.edits`) the activation y there keeps its error term by default,
         y + Σ_i (new_i − old_i) W_dec[i], so that nothing but the edits changes the model; error_term=False edits the output
-        instead. A dictionary of several hooks reads them in a pass of its own, before any of them is changed.
+        instead. A dictionary of several hooks reads them in a pass of its own, in which nothing is replaced.
 
         Positions the dictionary was never trained on keep their activation, unless an edit names them: special tokens
         wherever they stand, padding, and the positions its origin excludes, by default position 0. `keep` chooses the positions
@@ -663,7 +663,7 @@ class LanguageModel:
                     raise ConfigError("a dictionary of several hooks needs the whole row; run the model without a cache")
                 is_reading[0] = True
                 try:
-                    with ExitStack() as stack:
+                    with _hooks.alone(), ExitStack() as stack:
                         for name in hooks.reads:
                             stack.enter_context(self.replace(name, look(name)))
                         self.module(*args, **(kwargs | {"use_cache": False, "past_key_values": None}))
