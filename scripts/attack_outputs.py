@@ -99,16 +99,19 @@ def contents(folder: Path, without: str) -> dict[str, str]:
 
 def child(write: Write, out: Path) -> int:
     """Run a writer in a child process, and return the process's number."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a child never runs on in the code of its parent
     number = os.fork()
     if number == 0:
-        os.setsid()
         try:
+            os.setsid()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             write(out)
         except LockedError:
             os._exit(LOCKED)
         except BaseException:
             os._exit(FAILED)
         os._exit(DONE)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     return number
 
 
@@ -166,13 +169,14 @@ def one_of_two(write: Write, folder: Path, races: int) -> int:
             write(place)
 
         running = [child(both, out), child(both, out)]
+        os.close(tell)  # so that reading ends when both have ended
         os.read(arrived, 1)  # one holds the lock and waits; the other has been refused or will be
         first, status = os.wait()
         codes = [os.waitstatus_to_exitcode(status)]
         os.write(go, b"1")
         codes.append(ended(next(n for n in running if n != first)))
         bad += sorted(codes) != [DONE, LOCKED]
-        for end in (read, go, arrived, tell):
+        for end in (read, go, arrived):
             os.close(end)
     return bad
 
