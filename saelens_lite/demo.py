@@ -7,13 +7,13 @@ from typing import Any, Literal, NamedTuple
 
 from saelens_lite.cache import capture
 from saelens_lite.config import TrainConfig
-from saelens_lite.evaluate import EvalReport, evaluate
+from saelens_lite.evaluation import EvalReport, evaluate
 from saelens_lite.features import FeatureStore
 from saelens_lite.hub import write_card
 from saelens_lite.model import load_model
 from saelens_lite.outputs import refuse_existing
 from saelens_lite.tokens import PythonDocs
-from saelens_lite.train import train
+from saelens_lite.training import train
 
 RULES: dict[str, dict[str, Any]] = {
     "topk": {"options": {"k": 32}, "lr": 2e-3},

@@ -31,7 +31,7 @@ from saelens_lite.cache import TensorSource
 from saelens_lite.errors import LockedError
 from saelens_lite.features.neuronpedia import export_neuronpedia
 from saelens_lite.hub import Address, Fetched, copy_to
-from saelens_lite.train.checkpoint import is_interrupted
+from saelens_lite.training.checkpoint import is_interrupted
 
 HOOK = "blocks.1.hook_resid_pre"
 TEXT = ["The old man looked at the sea and said nothing at all."] * 200

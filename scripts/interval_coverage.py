@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 import saelens_lite as sl
-from saelens_lite.evaluate import metrics
-from saelens_lite.evaluate.measure import Hooks, measure
-from saelens_lite.evaluate.metrics import Metric, PooledSums
+from saelens_lite.evaluation import metrics
+from saelens_lite.evaluation.measure import Hooks, measure
+from saelens_lite.evaluation.metrics import Metric, PooledSums
 from saelens_lite.tokens import PythonDocs, TokenRows, token_rows
 
 HOOK = "blocks.2.hook_resid_pre"

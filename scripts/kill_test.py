@@ -23,7 +23,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizer is used on both 
 import torch
 
 import saelens_lite as sl
-from saelens_lite.train.checkpoint import is_interrupted
+from saelens_lite.training.checkpoint import is_interrupted
 
 HOOK = "blocks.2.hook_resid_pre"
 CONFIGS = [

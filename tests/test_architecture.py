@@ -3,9 +3,7 @@
 import ast
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -24,8 +22,8 @@ ORDER = [
     "dictionary",
     "formats",
     "loggers",
-    "train",
-    "evaluate",
+    "training",
+    "evaluation",
     "features",
     "interventions",
     "views",
@@ -36,7 +34,6 @@ ORDER = [
     "cli",
 ]
 LEAVES = {
-    "ahead",
     "arrays",
     "config",
     "devices",
@@ -50,12 +47,13 @@ LEAVES = {
     "paths",
     "places",
     "ports",
+    "prefetch",
     "progress",
     "registry",
+    "resumable",
     "schemas",
     "state_dicts",
     "terminal",
-    "unfinished",
 }  # import nothing of ours but each other; everyone may import them
 ONLY_IN = {"transformer_lens": "model", "huggingface_hub": "hub"}
 DOORS = {"saelens_lite", "sparsity", "codes", "formats", "errors"}  # what a plugin may import from
@@ -63,6 +61,16 @@ HEAVY = [
     *("transformer_lens", "transformers", "datasets", "matplotlib", "scipy", "sklearn", "wandb", "tensorboard", "trackio"),
     *("pyarrow", "duckdb", "anywidget"),
 ]
+
+
+def public_names() -> dict[str, str]:
+    """Return the module of each public name, by the stub that editors and `__init__.py` read."""
+    tree = ast.parse((ROOT / "__init__.pyi").read_text(encoding="utf-8"))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    return {alias.name: node.module or alias.name for node in imports for alias in node.names}
+
+
+PUBLIC = public_names()
 
 
 def part_of(path: Path) -> str:
@@ -107,8 +115,7 @@ def own_parts(path: Path, module_level_only: bool = False) -> set[str]:
     names = [name.split(".") for name, top in imports_of(path) if top or not module_level_only]
     known = set(ORDER) | LEAVES
     parts = {name[1] for name in names if name[0] == "saelens_lite" and len(name) > 1}
-    home = {name: module or name for name, module in vars(sl)["_HOME"].items()}
-    return {part if part in known else home.get(part, part) for part in parts} - {part_of(path)}
+    return {part if part in known else PUBLIC.get(part, part).partition(".")[0] for part in parts} - {part_of(path)}
 
 
 def test_every_file_has_its_place():
@@ -202,27 +209,6 @@ def test_every_name_resolves(name):
         assert value.__doc__
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate"])
-def test_importing_a_module_does_not_hide_the_function_of_its_name(name):
-    module = import_module(f"saelens_lite.{name}")
-    assert isinstance(module, ModuleType)
-    assert getattr(sl, name) is getattr(module, name)
-    assert not isinstance(getattr(sl, name), ModuleType)
-
-
 def test_a_name_that_does_not_exist():
     with pytest.raises(AttributeError, match="module 'saelens_lite' has no attribute 'trian'"):
         sl.trian
-
-
-def test_type_checkers_see_the_same_names():
-    """The names under TYPE_CHECKING are those served at run time, from the same modules."""
-    tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
-    guarded = type_checking_blocks(tree)
-    seen = {
-        alias.name: (node.module or "").removeprefix("saelens_lite").removeprefix(".")
-        for node in guarded
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-    }
-    assert seen == vars(sl)["_HOME"]

@@ -22,7 +22,7 @@ from saelens_lite.errors import (
     ShapeError,
     TextError,
 )
-from saelens_lite.train.step import SparseStep
+from saelens_lite.training.step import SparseStep
 
 HOOK = "blocks.1.hook_resid_pre"
 QUICK = {"d_sae": 16, "batch_size": 20, "n_tokens": 200, "options": {"k": 2}}

@@ -332,7 +332,7 @@ def test_mistakes_are_one_line_and_exit_2(work, monkeypatch, args, says, command
 
 
 def test_a_diverged_run_exits_1_and_keeps_the_last_good_dictionary(work, monkeypatch, command):
-    from saelens_lite.train import Trainer
+    from saelens_lite.training import Trainer
 
     real = Trainer.step
 

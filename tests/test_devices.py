@@ -12,8 +12,8 @@ from saelens_lite import devices
 from saelens_lite.cache import TensorSource
 from saelens_lite.cache.source import Moments
 from saelens_lite.errors import ConfigError
-from saelens_lite.evaluate.controls import PCA, RANDOM
-from saelens_lite.train import Trainer
+from saelens_lite.evaluation.controls import PCA, RANDOM
+from saelens_lite.training import Trainer
 
 HOOK = "blocks.1.hook_resid_pre"
 QUICK = {"d_sae": 16, "batch_size": 20, "n_tokens": 200, "options": {"k": 2}}

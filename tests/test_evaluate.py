@@ -10,9 +10,9 @@ from rich.console import Console
 
 import saelens_lite as sl
 from saelens_lite.errors import ConfigError, CorruptFileError, HookError, NonFiniteError, ShapeError, TextError
-from saelens_lite.evaluate import EvalReport, frequency_table, position_table, table
-from saelens_lite.evaluate.metrics import Kept, PooledSums, Predictions, latent_metrics
-from saelens_lite.evaluate.overlap import overlap
+from saelens_lite.evaluation import EvalReport, frequency_table, position_table, table
+from saelens_lite.evaluation.metrics import Kept, PooledSums, Predictions, latent_metrics
+from saelens_lite.evaluation.overlap import overlap
 from saelens_lite.tokens import PythonDocs, TokenRows, text_hash, token_rows
 
 HOOK = "blocks.1.hook_resid_pre"

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten
 import saelens_lite as sl
 from saelens_lite.tokens import TokenRows, token_rows
 
-measure = import_module("saelens_lite.evaluate.measure")
+measure = import_module("saelens_lite.evaluation.measure")
 SENTENCE = "The old man looked at the sea, and the sea looked back. "
 
 
@@ -98,7 +98,7 @@ def test_logits_of_long_rows_come_in_parts_and_change_no_number(models, family, 
     settings = {"by_frequency": True, "by_position": True, "n_bootstrap": 30, "batch_tokens": 1}
     whole = sl.evaluate(several, model, rows, **settings)
     monkeypatch.setattr(measure, "MAX_ROW_LOGITS", 16 * model.d_vocab + 5)
-    with Largest(model.d_vocab) as largest, caplog.at_level(logging.INFO, logger="saelens_lite.evaluate"):
+    with Largest(model.d_vocab) as largest, caplog.at_level(logging.INFO, logger="saelens_lite.evaluation"):
         parts = sl.evaluate(several, model, rows, **settings)
     assert "rows of 100 tokens: the model runs once for every 16 positions" in caplog.text
     probe = 2 * 16  # two short rows on which the tail of the model is tried out

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from saelens_lite.codes import SparseCodes
-from saelens_lite.features import FeatureTensors, StoreInfo, cooccurrence, draws, reduce, spill
+from saelens_lite.features import FeatureTensors, StoreInfo, code_log, cooccurrence, reduce, sampling
 from saelens_lite.features.build import reduced
+from saelens_lite.features.code_log import CodeLog
 from saelens_lite.features.cooccurrence import MIN_TOGETHER, N_PARTNERS
 from saelens_lite.features.reduce import N_BINS
-from saelens_lite.features.spill import Spill
 from saelens_lite.features.tensors import NONE
 from saelens_lite.tokens import TokenRows
 
@@ -60,9 +60,9 @@ def info(rows) -> StoreInfo:
     )  # fmt: skip
 
 
-def collected(folder, acts, rows, per_batch: int = 7, order_seed: int = 0) -> Spill:
+def collected(folder, acts, rows, per_batch: int = 7, order_seed: int = 0) -> CodeLog:
     """The codes on disk, so many rows at a time, in any order."""
-    filled = Spill(folder, D_SAE)
+    filled = CodeLog(folder, D_SAE)
     filled.open()
     order = torch.randperm(N_SEQ, generator=torch.Generator().manual_seed(order_seed))
     for chosen in order.split(per_batch):
@@ -76,7 +76,7 @@ def collected(folder, acts, rows, per_batch: int = 7, order_seed: int = 0) -> Sp
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory, acts, rows, info) -> FeatureTensors:
-    return reduced(collected(tmp_path_factory.mktemp("spill"), acts, rows), rows, info)
+    return reduced(collected(tmp_path_factory.mktemp("codes"), acts, rows), rows, info)
 
 
 def fired(acts, latent: int) -> list[tuple[float, int, int]]:
@@ -207,8 +207,8 @@ def test_both_ways_of_counting_pairs(gain, found, tmp_path, acts, rows, info, mo
 
 def test_neither_batches_nor_blocks_matter(found, tmp_path, acts, rows, info, monkeypatch):
     for name, (per_batch, block, max_entries, cells) in enumerate([(1, 5, 100, 60), (40, 16, 1, 1000), (13, 1000, 1000, 1)]):
-        monkeypatch.setattr(spill, "BLOCK", block)
-        monkeypatch.setattr(spill, "MAX_ENTRIES", max_entries)
+        monkeypatch.setattr(code_log, "BLOCK", block)
+        monkeypatch.setattr(code_log, "MAX_ENTRIES", max_entries)
         monkeypatch.setattr(cooccurrence, "MAX_CELLS", cells)
         monkeypatch.setattr(cooccurrence, "MAX_PAIRS", cells)
         again = reduced(collected(tmp_path / str(name), acts, rows, per_batch, order_seed=name), rows, info)
@@ -224,7 +224,7 @@ def test_what_is_drawn_follows_the_seed(found, tmp_path, acts, rows, info):
 
 
 def test_many_latents_in_few_files(tmp_path):
-    wide = Spill(tmp_path, 200_000)
+    wide = CodeLog(tmp_path, 200_000)
     wide.open()
     codes = SparseCodes.from_dense(torch.zeros(2, 200_000).index_fill(1, torch.tensor([0, 70_000, 199_999]), 1.5))
     wide.add(torch.tensor([9, 4]), codes)
@@ -243,7 +243,7 @@ def test_many_latents_in_few_files(tmp_path):
 
 def test_codes_count_as_they_are_stored(tmp_path):
     """A code that float32 rounds to zero does not fire."""
-    made = Spill(tmp_path, 3)
+    made = CodeLog(tmp_path, 3)
     made.open()
     made.add(torch.tensor([0]), SparseCodes.from_dense(torch.tensor([[1e-60, 2.0, 0.5]], dtype=torch.float64)))
     made.close()
@@ -262,22 +262,22 @@ def test_uniform_numbers_are_those_of_splitmix64():
 
     assert mixed(0) == 0xE220A8397B1DCDAF  # the first output of the generator with seed 0
     numbers = torch.arange(-3, 4)
-    assert [draws._mixed(x).item() & ((1 << 64) - 1) for x in numbers] == [mixed(x % (1 << 64)) for x in range(-3, 4)]
-    u = draws.uniform(1, "x", torch.arange(200)[:, None], torch.arange(100))
+    assert [sampling._mixed(x).item() & ((1 << 64) - 1) for x in numbers] == [mixed(x % (1 << 64)) for x in range(-3, 4)]
+    u = sampling.uniform(1, "x", torch.arange(200)[:, None], torch.arange(100))
     assert ((u >= 0) & (u < 1)).all()
     counts = torch.histc(u, 20, 0, 1)
     assert ((counts - 1000).abs() < 5 * math.sqrt(1000)).all()
-    assert not torch.equal(u, draws.uniform(1, "y", torch.arange(200)[:, None], torch.arange(100)))
+    assert not torch.equal(u, sampling.uniform(1, "y", torch.arange(200)[:, None], torch.arange(100)))
 
 
 def test_every_set_of_draws_is_equally_likely():
     n_draws = 20_000
-    u = draws.uniform(0, "test", torch.arange(n_draws)[:, None], torch.arange(3))
-    drawn = Counter(map(tuple, draws.distinct(torch.full((n_draws,), 6), u).tolist()))
+    u = sampling.uniform(0, "test", torch.arange(n_draws)[:, None], torch.arange(3))
+    drawn = Counter(map(tuple, sampling.distinct(torch.full((n_draws,), 6), u).tolist()))
     assert len(drawn) == 20  # of 6, 3 in ascending order
     expected = n_draws / 20
     assert all(abs(n - expected) < 5 * math.sqrt(expected) for n in drawn.values())
-    few = draws.distinct(torch.tensor([0, 1, 3]), u[:3])
+    few = sampling.distinct(torch.tensor([0, 1, 3]), u[:3])
     assert few.tolist() == [[NONE, NONE, NONE], [0, NONE, NONE], [0, 1, 2]]
 
 

@@ -22,11 +22,11 @@ from saelens_lite.errors import (
     UserError,
 )
 from saelens_lite.features import DetectionTask, Example, Scorer, collect, token_baseline, words_of_label
+from saelens_lite.features.code_log import CodeLog
 from saelens_lite.features.compare import Stability
 from saelens_lite.features.detection import TOP, _HeldOut, _score
-from saelens_lite.features.draws import uniform
 from saelens_lite.features.neuronpedia import _context
-from saelens_lite.features.spill import Spill
+from saelens_lite.features.sampling import uniform
 from saelens_lite.files import file_hash
 from saelens_lite.tokens import TokenRows, token_rows
 
@@ -266,7 +266,7 @@ def test_a_damaged_request_can_be_overwritten(dictionaries, random_lm, rows, tmp
 
 def test_a_full_disk_keeps_what_is_whole(folder, dictionaries, random_lm, rows, tmp_path, monkeypatch):
     out, settings = tmp_path / "store", {"codes": True, "control": True, "batch_tokens": 96}
-    append, n_left = Spill._append, iter(range(4))
+    append, n_left = CodeLog._append, iter(range(4))
 
     class Full:
         def __init__(self, file):
@@ -284,7 +284,7 @@ def test_a_full_disk_keeps_what_is_whole(folder, dictionaries, random_lm, rows, 
         append(self, pieces)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Spill, "_append", filling)
+        patch.setattr(CodeLog, "_append", filling)
         with pytest.raises(DiskFullError, match="make room"):
             sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out, **settings)
     assert json.loads((tmp_path / ".store.unfinished/progress.json").read_text())["n_batches"] == 4

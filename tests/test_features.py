@@ -18,7 +18,7 @@ from saelens_lite.errors import (
     TextError,
     UserError,
 )
-from saelens_lite.evaluate.measure import batches
+from saelens_lite.evaluation.measure import batches
 from saelens_lite.features import weights_hash
 from saelens_lite.features.reduce import N_BINS
 from saelens_lite.files import file_hash

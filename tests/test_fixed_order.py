@@ -11,8 +11,8 @@ from saelens_lite.codes.products import read_at, sum_at
 from saelens_lite.config import TrainConfig
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.sparsity import Sparsity, register
-from saelens_lite.train import Trainer
-from saelens_lite.train.step import SparseStep
+from saelens_lite.training import Trainer
+from saelens_lite.training.step import SparseStep
 
 ADDS = {
     "index_add", "scatter_add", "scatter_reduce", "index_reduce", "embedding_dense_backward", "_embedding_bag_backward",

@@ -11,7 +11,7 @@ from rich.console import Console
 
 import saelens_lite as sl
 from saelens_lite.errors import ConfigError
-from saelens_lite.evaluate import frequency_markdown, frequency_table
+from saelens_lite.evaluation import frequency_markdown, frequency_table
 from saelens_lite.hub import write_card
 from saelens_lite.tokens import TokenRows, token_rows
 

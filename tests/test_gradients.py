@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from saelens_lite.codes import SparseCodes, encoder
 from saelens_lite.dictionary import Dictionary
-from saelens_lite.train.step import DenseStep, SparseStep
+from saelens_lite.training.step import DenseStep, SparseStep
 
 WARMUP = 0.75
 JUMP = {"bandwidth": 0.4, "threshold_speed": 2.0}

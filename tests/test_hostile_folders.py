@@ -19,10 +19,10 @@ from saelens_lite.cache import stored as cache_stored
 from saelens_lite.config import read_toml
 from saelens_lite.dictionary import slice_without
 from saelens_lite.errors import ConfigError, CorruptFileError
-from saelens_lite.features import stored as features_stored
+from saelens_lite.features import store_files as features_stored
 from saelens_lite.kinds import RUN, foreign
 from saelens_lite.schemas import Checked, PlainName, checked
-from saelens_lite.train import checkpoint, trainer
+from saelens_lite.training import checkpoint, trainer
 
 TERABYTE = 1 << 40
 HOOK = "blocks.1.hook_resid_pre"

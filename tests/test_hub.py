@@ -30,7 +30,7 @@ from saelens_lite.errors import (
     ModelNotFoundError,
     OutputExistsError,
 )
-from saelens_lite.evaluate.metrics import Metric
+from saelens_lite.evaluation.metrics import Metric
 from saelens_lite.hub import Address, describe, fetch, write_card
 from saelens_lite.hub.plots import log_plot
 

@@ -119,7 +119,7 @@ def test_without_a_folder_there_is_nothing_to_write(source):
 
 @pytest.mark.parametrize("stop", [NonFiniteError, KeyboardInterrupt])
 def test_loggers_are_closed_when_training_stops(source, recorder, tmp_path, monkeypatch, stop):
-    from saelens_lite.train import Trainer
+    from saelens_lite.training import Trainer
 
     real = Trainer.step
 

@@ -9,7 +9,7 @@ import torch
 import saelens_lite as sl
 from saelens_lite.errors import HookError, ModelNotFoundError
 from saelens_lite.model.hooks import HookPoint
-from saelens_lite.model.tail import Tail
+from saelens_lite.model.partial_forward import PartialForward
 
 D_MODEL, N_VOCAB = 32, 97
 USUAL = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
@@ -355,8 +355,8 @@ def test_a_tail_gives_the_logits_of_a_whole_pass(family_lm, family):
     """Without running the blocks in front of the hook again, and for other activations than those it was tried on."""
     model = family_lm(family)
     for hook in model.hook_names:
-        tail = Tail(model, hook, TOKENS)
-        (x,), clean = tail.read(TOKENS, hook)
+        partial = PartialForward(model, hook, TOKENS)
+        (x,), clean = partial.read(TOKENS, hook)
         assert torch.equal(clean, model.logits(TOKENS))
         assert torch.equal(x, model.run(TOKENS, hook)[hook]), hook
         new = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
@@ -365,12 +365,12 @@ def test_a_tail_gives_the_logits_of_a_whole_pass(family_lm, family):
         first = model.blocks[0]
         ran = []
         handle = next(first.children()).register_forward_hook(lambda *_, ran=ran: ran.append("first block"))
-        assert_near(tail.logits(TOKENS, new), wanted, hook)
+        assert_near(partial.logits(TOKENS, new), wanted, hook)
         handle.remove()
         behind = "blocks.1" in hook or hook == "blocks.0.hook_resid_post"
-        assert tail.n_skipped == behind + (hook == "blocks.1.hook_resid_post"), hook
+        assert partial.n_skipped == behind + (hook == "blocks.1.hook_resid_post"), hook
         assert bool(ran) == (not behind), hook
-        assert tail.is_whole_stream == hook.endswith(("resid_pre", "resid_post"))
+        assert partial.is_whole_stream == hook.endswith(("resid_pre", "resid_post"))
     assert torch.equal(model.logits(TOKENS), clean)
 
 
@@ -384,10 +384,10 @@ def test_a_model_whose_blocks_read_more_than_the_stream(family_lm, take, n_skipp
     first.self_attn.register_forward_hook(lambda _module, _args, out: memory.append(out[0]))
     second.register_forward_hook(lambda _module, _args, out: out + take(memory))
     hook = "blocks.1.hook_resid_pre"
-    tail = Tail(model, hook, probe)
-    assert (tail.n_skipped, tail.is_whole_stream) == (n_skipped, False)
-    (x,), _ = tail.read(TOKENS, hook)
-    found = tail.logits(TOKENS, x / 2)
+    partial = PartialForward(model, hook, probe)
+    assert (partial.n_skipped, partial.is_whole_stream) == (n_skipped, False)
+    (x,), _ = partial.read(TOKENS, hook)
+    found = partial.logits(TOKENS, x / 2)
     with model.replace(hook, lambda x: x / 2):
         assert_near(found, model.logits(TOKENS))
 

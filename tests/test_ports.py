@@ -14,8 +14,8 @@ from saelens_lite.cache import TensorSource
 from saelens_lite.errors import ConfigError, CorruptFileError, Stopped
 from saelens_lite.hub.card import write_card
 from saelens_lite.tokens import token_rows
-from saelens_lite.train import Trainer
-from saelens_lite.train.step import SparseStep
+from saelens_lite.training import Trainer
+from saelens_lite.training.step import SparseStep
 
 ROOT = Path(__file__).parents[1]
 RULES = {

@@ -13,9 +13,9 @@ from sklearn.model_selection import train_test_split
 
 import saelens_lite as sl
 from saelens_lite.errors import ConfigError, HookError, NonFiniteError, ShapeError, TextError
-from saelens_lite.evaluate import probing
-from saelens_lite.evaluate.labelled import read_labelled
-from saelens_lite.evaluate.probing import Pooled, best_latents, probe_table, weighted_auc
+from saelens_lite.evaluation import probing
+from saelens_lite.evaluation.labelled import read_labelled
+from saelens_lite.evaluation.probing import Pooled, best_latents, probe_table, weighted_auc
 from saelens_lite.ports import Hooks
 
 HOOK = "blocks.0.hook_resid_pre"

@@ -28,7 +28,7 @@ from saelens_lite.errors import (
     Stopped,
 )
 from saelens_lite.tokens import token_rows
-from saelens_lite.train import checkpoint
+from saelens_lite.training import checkpoint
 
 HOOKS = ["blocks.1.hook_resid_pre", "blocks.2.hook_mlp_out"]
 SWEEP = [
@@ -94,7 +94,7 @@ def test_the_command_that_is_printed_goes_on(cache, tmp_path):
     ]
     run += ["--batch-size", "32", "--log-every", "100"]
     alone, out = tmp_path / "alone", tmp_path / "a run"
-    code = "import signal; from saelens_lite.train import Trainer; s = Trainer.step\n"
+    code = "import signal; from saelens_lite.training import Trainer; s = Trainer.step\n"
     code += "def step(self, *batch):\n    s(self, *batch)\n    if self.n_steps == 7: signal.raise_signal(signal.SIGINT)\n"
     code += "Trainer.step = step\nfrom saelens_lite.cli import main; main()"
     subprocess.run([*run, "--n-tokens", "500", "--out", alone], check=True, capture_output=True)

@@ -6,8 +6,8 @@ import torch
 import saelens_lite as sl
 from saelens_lite.cache import TensorSource
 from saelens_lite.dictionary import Dictionary
-from saelens_lite.train import Trainer
-from saelens_lite.train.step import SparseStep
+from saelens_lite.training import Trainer
+from saelens_lite.training.step import SparseStep
 
 D_IN, D_SAE, BATCH = 64, 256, 300
 K = {"k": 8}

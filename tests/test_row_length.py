@@ -10,7 +10,7 @@ import torch
 import saelens_lite as sl
 from saelens_lite.cache import open_source
 from saelens_lite.errors import ConfigError, OutputExistsError
-from saelens_lite.evaluate.probing import _rows
+from saelens_lite.evaluation.probing import _rows
 from saelens_lite.tokens import RowBlocks, token_rows
 
 HOOK = "blocks.1.hook_resid_pre"

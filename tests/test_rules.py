@@ -10,8 +10,8 @@ import saelens_lite as sl
 from saelens_lite.cache import TensorSource
 from saelens_lite.errors import ConfigError
 from saelens_lite.sparsity import load
-from saelens_lite.train import Trainer
-from saelens_lite.train.step import SparseStep
+from saelens_lite.training import Trainer
+from saelens_lite.training.step import SparseStep
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

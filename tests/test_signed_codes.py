@@ -8,9 +8,9 @@ from saelens_lite import registry
 from saelens_lite.cache import TensorSource
 from saelens_lite.codes import SparseCodes
 from saelens_lite.errors import PluginError
-from saelens_lite.evaluate.metrics import Kept, PooledSums, add_codes
+from saelens_lite.evaluation.metrics import Kept, PooledSums, add_codes
 from saelens_lite.sparsity import register, support_of_mask
-from saelens_lite.train import Trainer
+from saelens_lite.training import Trainer
 
 NEGATIVE = r"sparsity rule signed_of_tests gave a negative code \(-\d.*\); codes are never negative, .*\.relu\(\)"
 

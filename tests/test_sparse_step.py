@@ -13,8 +13,8 @@ from saelens_lite.codes.products import DENSE_ABOVE, Decode, pair_products, tran
 from saelens_lite.config import TrainConfig
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.sparsity import Sparsity, register
-from saelens_lite.train import Trainer
-from saelens_lite.train.step import DenseStep, SparseStep
+from saelens_lite.training import Trainer
+from saelens_lite.training.step import DenseStep, SparseStep
 
 
 @pytest.fixture

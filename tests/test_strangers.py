@@ -27,7 +27,7 @@ from saelens_lite.cache.live import ActivationStream
 from saelens_lite.cli import options
 from saelens_lite.cli.base import console, visible
 from saelens_lite.errors import ConfigError, CorruptFileError, ModelNotFoundError, PluginError
-from saelens_lite.evaluate.metrics import Metric
+from saelens_lite.evaluation.metrics import Metric
 from saelens_lite.format_detection import format_of
 from saelens_lite.formats import Format
 from saelens_lite.hub import write_card

@@ -14,7 +14,7 @@ from saelens_lite.formats import AXES, Outline, cannot_write, open_tensors, tens
 from saelens_lite.sparsity import support_of_mask
 from saelens_lite.testing import check_plugin, loggers, rules
 from saelens_lite.testing.unordered import UnorderedSums
-from saelens_lite.train import Trainer
+from saelens_lite.training import Trainer
 
 LR_AT = Trainer.lr_at
 SMALL = {"batch": 64, "d_in": 32, "d_sae": 96}

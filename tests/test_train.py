@@ -11,7 +11,7 @@ import saelens_lite as sl
 from saelens_lite.cache import TensorSource
 from saelens_lite.config import read_toml, train_configs
 from saelens_lite.errors import ConfigError, HookError, ShapeError
-from saelens_lite.train import Trainer
+from saelens_lite.training import Trainer
 
 HOOKS = ["blocks.1.hook_resid_pre", "blocks.2.hook_mlp_out"]
 SMALL = {"d_sae": 48, "n_tokens": 1500, "batch_size": 100, "lr": 3e-3, "log_every": 300}

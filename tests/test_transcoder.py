@@ -9,7 +9,7 @@ import torch
 import saelens_lite as sl
 from saelens_lite.cache import TensorSource
 from saelens_lite.errors import ConfigError, CorruptFileError, HookError, ShapeError, Stopped
-from saelens_lite.train import Trainer
+from saelens_lite.training import Trainer
 
 D_IN, D_OUT, D_SAE = 10, 6, 40
 RULES = {

@@ -364,7 +364,7 @@ RULES = {
 def test_a_training_step_goes_through_the_kernels(monkeypatch, rule):
     from saelens_lite.codes import products
     from saelens_lite.dictionary import Dictionary
-    from saelens_lite.train.step import DenseStep, SparseStep
+    from saelens_lite.training.step import DenseStep, SparseStep
 
     called = set()
     for name in ("topk", "decode", "pair_products", "transposed_product"):

@@ -141,7 +141,7 @@ def sae_bench(dictionary: Dictionary, *, hook: str | None = None) -> DenseSAE:
     if not dictionary.writes_what_it_reads or len(dictionary.reads) > 1:
         raise ConfigError(
             f"{dictionary.place}: SAEBench and SAELens evaluate dictionaries that reconstruct the activations of one hook; use "
-            "saelens_lite.evaluate"
+            "saelens_lite.evaluation"
         )
     return dense_sae(dictionary, hook)
 

@@ -1,6 +1,6 @@
 """Running a model over a text and keeping what its hooks see: once, and never again for work already done.
 
-In the folder of an unfinished capture (`saelens_lite.unfinished`), journal.jsonl has a line for each shard that is whole, and
+In the folder of an unfinished capture (`saelens_lite.resumable`), journal.jsonl has a line for each shard that is whole, and
 shards/ becomes the cache. The same call continues it, batch for batch as if nothing had happened.
 """
 
@@ -19,7 +19,6 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from saelens_lite.ahead import ahead
 from saelens_lite.cache.order import permutation
 from saelens_lite.cache.shards import Facts, check_size, shard_name, write_shard
 from saelens_lite.cache.source import Moments
@@ -44,7 +43,9 @@ from saelens_lite.files import (
 from saelens_lite.kinds import CACHE, UNFINISHED_CAPTURE
 from saelens_lite.model import LanguageModel
 from saelens_lite.outputs import followed, replace_folder
+from saelens_lite.prefetch import prefetched
 from saelens_lite.progress import progress_bar
+from saelens_lite.resumable import REQUEST, start_over, unfinished
 from saelens_lite.schemas import Checked, Count, Sha256, checked
 from saelens_lite.tokens import (
     RowBlocks,
@@ -57,7 +58,6 @@ from saelens_lite.tokens import (
     text_config_of,
     with_mask,
 )
-from saelens_lite.unfinished import REQUEST, start_over, unfinished
 
 JOURNAL, SHARDS = "journal.jsonl", "shards"
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def activations(
     position that counts, before the batch is given: those of batches that are not run too.
     """
     read = RowHash() if read is None else read
-    with ahead(blocks) as ready:
+    with prefetched(blocks) as ready:
         for number, rows in enumerate(ready):
             for batch in _batches(rows, lm.read_lengths(rows), batch_tokens, number):
                 tokens = batch.tokens[batch.keep].to(torch.int32)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from saelens_lite.ahead import ahead
+from saelens_lite.prefetch import prefetched
 
 Pool = tuple[dict[str, Tensor], Int[Tensor, " _"]]
 
@@ -53,7 +53,7 @@ def shuffled_batches(
                 yield load(chunks.tolist()), permutation(n, seed, epoch_number, number)[skip:]
                 skip = 0
 
-    with ahead(pools(), depth=1) as ready:
+    with prefetched(pools(), depth=1) as ready:
         yield from cut_into_batches(ready, batch_size)
 
 

@@ -49,7 +49,7 @@ def evaluate(
         model with its weights re-drawn.
     """
     import saelens_lite as sl
-    from saelens_lite.evaluate import frequency_table, position_table, table
+    from saelens_lite.evaluation import frequency_table, position_table, table
     from saelens_lite.files import write_json
     from saelens_lite.tokens import named_text
 
@@ -110,8 +110,8 @@ def probe(
         Seed of the split into texts to train on and texts held out.
     """
     import saelens_lite as sl
-    from saelens_lite.evaluate.labelled import read_labelled
-    from saelens_lite.evaluate.probing import probe_table
+    from saelens_lite.evaluation.labelled import read_labelled
+    from saelens_lite.evaluation.probing import probe_table
     from saelens_lite.files import write_json
 
     datasets = {str(path): read_labelled(path, column=column, label_column=label_column) for path in data}

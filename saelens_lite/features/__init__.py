@@ -1,8 +1,8 @@
 """What the latents of a dictionary stand for: collected in one pass over a text, asked for one by one, shown as a page.
 
-collect.py runs the model and spill.py keeps the codes on disk; reduce.py and cooccurrence.py make numbers of them (tensors.py),
-which store.py answers questions from (summary.py) together with weights.py, what the weights alone say; stored.py has the
-files.
+collect.py runs the model and code_log.py keeps the codes on disk. reduce.py and cooccurrence.py turn them into numbers
+(tensors.py). store.py answers questions from these (summary.py) and from the weights alone (weights.py). store_files.py reads
+and writes the files.
 """
 
 from saelens_lite.features.detection import Detection, DetectionTask, Score, Scorer, token_baseline, words_of_label

@@ -9,13 +9,13 @@ import torch
 from saelens_lite.config import TextConfig
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, CorruptFileError, TextError
-from saelens_lite.evaluate import as_trained
+from saelens_lite.evaluation import as_trained
+from saelens_lite.features.code_log import CodeLog
 from saelens_lite.features.codes import codes_file
 from saelens_lite.features.collect import Hooked, collect
 from saelens_lite.features.cooccurrence import partners
 from saelens_lite.features.info import StoreInfo, facts_of
 from saelens_lite.features.reduce import Block, TextFacts
-from saelens_lite.features.spill import Spill
 from saelens_lite.features.tensors import FeatureTensors
 from saelens_lite.model import LanguageModel
 from saelens_lite.progress import progress_bar
@@ -82,7 +82,7 @@ class Job(NamedTuple):
             **of_each,
         }
 
-    def collected(self, lm: LanguageModel, batch_tokens: int, folder: Path, what: str) -> list[Spill]:
+    def collected(self, lm: LanguageModel, batch_tokens: int, folder: Path, what: str) -> list[CodeLog]:
         """The codes of each dictionary, on disk below `folder`, from one pass of the model."""
         return collect(self.hooked, lm, self.rows, batch_tokens, folder, what)
 
@@ -112,7 +112,7 @@ def _rows(
 
 
 def reduced(
-    spill: Spill, rows: TokenRows, info: StoreInfo, codes: Path | None = None, must_fire: bool = True
+    code_log: CodeLog, rows: TokenRows, info: StoreInfo, codes: Path | None = None, must_fire: bool = True
 ) -> FeatureTensors:
     """The numbers of a store from the codes on disk; with `codes` these also go to that file, sorted.
 
@@ -121,18 +121,18 @@ def reduced(
         CorruptFileError: the codes are not those of all tokens.
     """
     text = TextFacts.of(rows)
-    lists = spill.lists(text.n_places)
+    lists = code_log.lists(text.n_places)
     n_listed = len(lists.crow) - 1
     if n_listed != info.n_tokens:
         raise CorruptFileError(
-            f"{spill.folder} has the codes of {n_listed:,} tokens of {info.n_tokens:,}; delete {spill.folder.parent}"
+            f"{code_log.folder} has the codes of {n_listed:,} tokens of {info.n_tokens:,}; delete {code_log.folder.parent}"
         )
     count = lists.count(info.d_sae)
     if must_fire and not count.any():
         raise TextError(f"none of the {info.d_sae} latents fires on the text ({info.n_tokens:,} tokens); is it the right hook?")
     parts = []
     with codes_file(codes, rows.tokens) as write, progress_bar("latents", info.d_sae, "latents") as advance:
-        for piece in spill.pieces(count):
+        for piece in code_log.pieces(count):
             block = Block(piece.entries, piece.first, piece.n, text, info)
             write(block)
             parts.append(block.reduced() | partners(block, lists, count)._asdict())

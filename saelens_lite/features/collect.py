@@ -1,6 +1,6 @@
 """The pass of the model over the text: what fires goes to disk as it comes.
 
-In the folder of an unfinished pass (`saelens_lite.unfinished`), progress.json says how many batches are on the disk and how
+In the folder of an unfinished pass (`saelens_lite.resumable`), progress.json says how many batches are on the disk and how
 long the files were then. The same call goes on behind them.
 """
 
@@ -24,16 +24,16 @@ from saelens_lite.errors import (
     NonFiniteError,
     TextError,
 )
-from saelens_lite.evaluate.measure import Batch, batches
-from saelens_lite.features.spill import Spill
+from saelens_lite.evaluation.measure import Batch, batches
+from saelens_lite.features.code_log import CodeLog
 from saelens_lite.files import write_json
 from saelens_lite.kinds import STORE, UNFINISHED_STORE
 from saelens_lite.model import LanguageModel
 from saelens_lite.ports import Hooks, together
 from saelens_lite.progress import progress_bar
+from saelens_lite.resumable import unfinished
 from saelens_lite.schemas import Checked, Count, read_checked
 from saelens_lite.tokens import TokenRows
-from saelens_lite.unfinished import unfinished
 
 PROGRESS = "progress.json"
 MAX_PLACES = 1 << 31
@@ -52,7 +52,7 @@ class Hooked(NamedTuple):
 @torch.no_grad()
 def collect(
     dictionaries: Sequence[Hooked], lm: LanguageModel, rows: TokenRows, batch_tokens: int | None, folder: Path, what: str
-) -> list[Spill]:
+) -> list[CodeLog]:
     """The codes of the kept tokens by each dictionary, on disk below `folder`, from one pass of the model.
 
     Raises:
@@ -66,17 +66,17 @@ def collect(
         raise ConfigError(f"{rows.tokens.numel():,} positions; a store is of at most {MAX_PLACES:,}")
     progress = _Progress(folder, [one.dictionary.d_sae for one in dictionaries])
     hooks = list(dict.fromkeys(hook for one in dictionaries for hook in one.hooks.reads))
-    with progress.writing() as spills, progress_bar(what, rows.n_kept) as advance:
+    with progress.writing() as code_logs, progress_bar(what, rows.n_kept) as advance:
         for number, batch in enumerate(batches(lm, rows, batch_tokens)):
             if number >= progress.n_batches:
                 acts = lm.run(batch.given, hooks)
                 place = (batch.rows[:, None] * n_ctx + torch.arange(batch.tokens.shape[1]))[batch.keep.cpu()]
                 kept = {hook: acts[hook][batch.keep] for hook in hooks}
-                for one, spill in zip(dictionaries, spills, strict=True):
-                    spill.add(place, _codes(one, together(kept, one.hooks.reads), batch))
+                for one, code_log in zip(dictionaries, code_logs, strict=True):
+                    code_log.add(place, _codes(one, together(kept, one.hooks.reads), batch))
                 progress.add()
             advance(int(batch.keep.sum()), "")
-    return spills
+    return code_logs
 
 
 def _codes(one: Hooked, x: Float[Tensor, "n_kept d"], batch: Batch) -> SparseCodes:
@@ -106,7 +106,7 @@ class _Progress:
         if self.file.exists():
             self.n_batches, sizes = self._read(len(d_sae))
             log.info("continuing in %s behind %d batches", folder, self.n_batches)
-        self.spills = [Spill(folder / str(i), n, size) for i, (n, size) in enumerate(zip(d_sae, sizes, strict=True))]
+        self.code_logs = [CodeLog(folder / str(i), n, size) for i, (n, size) in enumerate(zip(d_sae, sizes, strict=True))]
         self._saved = time.monotonic()
 
     def _read(self, n: int) -> tuple[int, list[dict[str, int]]]:
@@ -120,20 +120,20 @@ class _Progress:
         return found.n_batches, found.sizes
 
     @contextmanager
-    def writing(self) -> Iterator[list[Spill]]:
+    def writing(self) -> Iterator[list[CodeLog]]:
         """Within the block the files are open; however it ends, the batches that are whole count."""
         with ExitStack() as stack:
-            for spill in self.spills:
-                stack.callback(spill.close)
-                spill.open()
+            for code_log in self.code_logs:
+                stack.callback(code_log.close)
+                code_log.open()
             self._state = self._now()
             try:
-                yield self.spills
+                yield self.code_logs
             finally:
                 self.save()
 
     def _now(self) -> dict[str, Any]:
-        return {"n_batches": self.n_batches, "sizes": [spill.sizes for spill in self.spills]}
+        return {"n_batches": self.n_batches, "sizes": [code_log.sizes for code_log in self.code_logs]}
 
     def add(self) -> None:
         """Note that another batch is whole."""
@@ -146,8 +146,8 @@ class _Progress:
         """Have the batches that are whole on the disk, and say so there; nothing is said of none."""
         if not self._state["n_batches"]:
             return
-        for spill in self.spills:
-            spill.sync()
+        for code_log in self.code_logs:
+            code_log.sync()
         write_json(self.file, self._state)
         self._saved = time.monotonic()
 

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from saelens_lite.features.code_log import Lists
 from saelens_lite.features.reduce import Block
-from saelens_lite.features.spill import Lists
 from saelens_lite.features.tensors import NONE
 
 N_PARTNERS = 10

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from saelens_lite.evaluate.positions import PositionBands, position_bands
-from saelens_lite.features.draws import distinct, uniform
+from saelens_lite.evaluation.positions import PositionBands, position_bands
 from saelens_lite.features.info import StoreInfo
+from saelens_lite.features.sampling import distinct, uniform
 from saelens_lite.features.tensors import NONE
 from saelens_lite.tokens import TokenRows
 

@@ -15,8 +15,9 @@ from saelens_lite.cache.capture import default_batch_tokens
 from saelens_lite.config import TextConfig
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, UserError
-from saelens_lite.features import stored
+from saelens_lite.features import store_files
 from saelens_lite.features.build import Job, reduced
+from saelens_lite.features.code_log import CodeLog
 from saelens_lite.features.codes import CODES_FILE, CodesTable, check_extra
 from saelens_lite.features.collect import working_folder
 from saelens_lite.features.compare import STABILITY_FILE, Stability
@@ -24,7 +25,6 @@ from saelens_lite.features.detection import Detection, Scorer, detection
 from saelens_lite.features.info import StoreInfo
 from saelens_lite.features.labels import LABELS_FILE, read_labels, write_labels
 from saelens_lite.features.neuronpedia import export_neuronpedia
-from saelens_lite.features.spill import Spill
 from saelens_lite.features.summary import Example, ExampleGroup, LatentSummary, Partner, PositionBin
 from saelens_lite.features.tensors import NONE, FeatureTensors
 from saelens_lite.features.weights import LatentWeights, latent_weights
@@ -154,14 +154,14 @@ class FeatureStore:
         scores = _scores_of_each(stability, job.infos)
         names = folder_names(dictionaries) if several else ["."]
         with working_folder(out, job.request(lm, batch_tokens, control), exists, files_of(text)) as work:
-            spills = job.collected(lm, batch_tokens, work, "features")
-            others: list[Spill | None] = [None] * len(names)
+            code_logs = job.collected(lm, batch_tokens, work, "features")
+            others: list[CodeLog | None] = [None] * len(names)
             if control:
                 others = job.collected(lm.redrawn(seed), batch_tokens, work / "control", "features of the control")
             words = Vocabulary(lm.vocabulary, lm.vocabulary.parts)  # the store's own, for it may be changed
             with nullcontext() if out is None else new_folder(out, STORE, exists, lock=False) as new:
                 stores = [
-                    cls._made(job, i, lm, words, spills[i], others[i], scores[i], None if new is None else new / name, codes)
+                    cls._made(job, i, lm, words, code_logs[i], others[i], scores[i], None if new is None else new / name, codes)
                     for i, name in enumerate(names)
                 ]
         if out is not None:
@@ -176,8 +176,8 @@ class FeatureStore:
         i: int,
         lm: LanguageModel,
         words: Vocabulary,
-        spill: Spill,
-        other: Spill | None,
+        code_log: CodeLog,
+        other: CodeLog | None,
         scores: Stability | None,
         folder: Path | None,
         codes: bool,
@@ -188,7 +188,7 @@ class FeatureStore:
         if folder is not None:
             folder.mkdir(exist_ok=True)
             table = folder / CODES_FILE if codes else None
-        tensors = reduced(spill, job.rows, info, table)
+        tensors = reduced(code_log, job.rows, info, table)
         weights = latent_weights(job.hooked[i].dictionary, lm, raw_unembedding=info.raw_unembedding)
         store = cls(info, tensors, weights, words, codes=None if table is None else CodesTable.of(table), scores=scores)
         if other is not None:
@@ -448,8 +448,10 @@ class FeatureStore:
 
     def _write(self, folder: Path) -> None:
         """Fill a fresh folder, in which the codes are already."""
-        control = None if self.control is None else stored.Control(self.control.info, self.control.tensors)
-        stored.write(folder, stored.Parts(self.info, self.tensors, self.weights, self.vocabulary, self.codes, control))
+        control = None if self.control is None else store_files.Control(self.control.info, self.control.tensors)
+        store_files.write(
+            folder, store_files.Parts(self.info, self.tensors, self.weights, self.vocabulary, self.codes, control)
+        )
         if self.scores is not None:
             self.scores.save(folder)
         if self.labels:
@@ -467,7 +469,7 @@ class FeatureStore:
         """
         folder = Path(folder)
         restore(folder)
-        info, tensors, weights, words, codes, control = stored.read(folder)
+        info, tensors, weights, words, codes, control = store_files.read(folder)
         if dictionary is not None:
             info.check_dictionary(dictionary)
         store = cls(info, tensors, weights, words, codes=codes, folder=folder)

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from saelens_lite.config import Origin
 from saelens_lite.dictionary import CONFIG_FILE, Dictionary
 from saelens_lite.errors import OutputExistsError
-from saelens_lite.evaluate import EvalReport
+from saelens_lite.evaluation import EvalReport
 from saelens_lite.files import read_json, write_file
 from saelens_lite.hub.client import NAME, Address
 from saelens_lite.hub.plots import density_plot, log_plot

@@ -14,7 +14,7 @@ from saelens_lite.cache import TensorSource
 from saelens_lite.config import TrainConfig
 from saelens_lite.loggers import Logger
 from saelens_lite.testing.report import CheckFailed
-from saelens_lite.train import train
+from saelens_lite.training import train
 
 CONFIG = TrainConfig(sparsity="topk", options={"k": 2}, d_sae=16, n_tokens=400, batch_size=50, log_every=100)
 

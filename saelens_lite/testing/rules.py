@@ -21,8 +21,8 @@ from saelens_lite.errors import PluginError
 from saelens_lite.sparsity import Sparsity
 from saelens_lite.testing.report import CheckFailed, NotChecked, Warned
 from saelens_lite.testing.unordered import UnorderedSums
-from saelens_lite.train import Trainer
-from saelens_lite.train.step import DenseStep, SparseStep
+from saelens_lite.training import Trainer
+from saelens_lite.training.step import DenseStep, SparseStep
 
 BATCH = 48
 TILE_ROWS = 5

@@ -52,7 +52,7 @@ def size(path):
 OURS = """
 import shutil
 import saelens_lite as sl
-from saelens_lite.evaluate.measure import batches
+from saelens_lite.evaluation.measure import batches
 from saelens_lite.tokens import TokenRows
 lm = sl.load_model(folder + "/model", device="cpu")
 d = sl.Dictionary.load(folder + "/dictionary")

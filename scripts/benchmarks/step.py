@@ -28,8 +28,8 @@ from step_peers import PEERS
 import saelens_lite as sl
 from saelens_lite.cache import TensorSource
 from saelens_lite.codes.encoder import buffers_reused
-from saelens_lite.train import Trainer
-from saelens_lite.train.step import DenseStep, SparseStep
+from saelens_lite.training import Trainer
+from saelens_lite.training.step import DenseStep, SparseStep
 
 COUNTING = ("topk", "batch_topk", "matryoshka", "group_max", "matching_pursuit")  # the others need biases to be as sparse
 

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 import saelens_lite as sl
-from saelens_lite.evaluate import EvalReport
+from saelens_lite.evaluation import EvalReport
 from saelens_lite.registry import names
 from saelens_lite.tokens import is_held_out, named_text
 

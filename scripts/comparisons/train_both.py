@@ -27,7 +27,7 @@ from saelens_lite.codes import Support
 from saelens_lite.config import Origin
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError
-from saelens_lite.train import Trainer
+from saelens_lite.training import Trainer
 
 HOOK = "x"
 PROGRAM = Path(__file__).with_name("saelens_train.py")

@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelens_lite.errors import CorruptFileError
-from saelens_lite.evaluate.frequency import FrequencyBand
-from saelens_lite.evaluate.metrics import Metric
-from saelens_lite.evaluate.positions import PositionBand
+from saelens_lite.evaluation.frequency import FrequencyBand
+from saelens_lite.evaluation.metrics import Metric
+from saelens_lite.evaluation.positions import PositionBand
 from saelens_lite.files import read_json, write_json
 from saelens_lite.markdown import cell, code, one_line
 
@@ -29,7 +29,7 @@ COLUMNS = {"l0": "L0", "fvu": "FVU", "ce_loss_score": "CE recovered", "kl_div_sc
 class EvalReport:
     """Metrics of one dictionary with 95 % confidence intervals, and the text they were measured on.
 
-    `metrics` by name (saelens_lite.evaluate.metrics has the formulas), `density` [d_sae] = firing frequency of each latent,
+    `metrics` by name (saelens_lite.evaluation.metrics has the formulas), `density` [d_sae] = firing frequency of each latent,
     None in a report read from a file. `text` is the name of the text, if it has one; `disjoint` says whether it is other text
     than the dictionary was trained on, None where that cannot be told, and `disjoint_why` why. Where asked for: `by_frequency`
     = fvu by how often a token occurs in the text, `by_position` = fvu and loss by position in a row, `controls` = reports of

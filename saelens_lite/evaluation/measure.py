@@ -11,10 +11,10 @@ from torch import Tensor
 from saelens_lite.devices import float64_device, where_float64_is
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import NonFiniteError, ShapeError
-from saelens_lite.evaluate import metrics
-from saelens_lite.evaluate.metrics import Kept, PooledSums, Predictions
+from saelens_lite.evaluation import metrics
+from saelens_lite.evaluation.metrics import Kept, PooledSums, Predictions
 from saelens_lite.model import LanguageModel
-from saelens_lite.model.tail import Tail
+from saelens_lite.model.partial_forward import PartialForward
 from saelens_lite.ports import Hooks, together
 from saelens_lite.progress import progress_bar
 from saelens_lite.tokens import TokenRows
@@ -134,11 +134,11 @@ def measure(
     with too many logits, they are computed in parts, each in passes of its own.
     """
     mean = mean_activation(lm, rows, hooks.writes, batch_tokens)
-    tail = Tail(lm, hooks.writes, rows.tokens[:1].to(lm.device))
+    partial = PartialForward(lm, hooks.writes, rows.tokens[:1].to(lm.device))
     where = float64_device(lm.device)  # of the sums
 
     def logits_of(tokens: Int[Tensor, "n pos"], y: Float[Tensor, "n pos d"], first: int = 0) -> Float[Tensor, "n _ d_vocab"]:
-        return tail.logits(tokens, y.to(lm.device), first).to(where)
+        return partial.logits(tokens, y.to(lm.device), first).to(where)
 
     ablations = {"zero": torch.zeros_like(mean), "mean": mean}
     fixed = {}
@@ -146,14 +146,14 @@ def measure(
     most = max(batch_tokens or 1, MAX_ROW_LOGITS // lm.d_vocab)
     if width > most:
         log.info("rows of %s tokens: the model runs once for every %s positions", f"{width:,}", f"{most:,}")
-    elif tail.is_whole_stream:  # any row gives the same
+    elif partial.is_whole_stream:  # any row gives the same
         row = rows.tokens[:1, :width].to(lm.device)
         fixed = {name: logits_of(row, _everywhere(value, row, lm)) for name, value in ablations.items()}
     with progress_bar("evaluate", rows.n_kept) as advance:
         for batch in _in_parts(batches(lm, rows, batch_tokens), most):
             kept, first = Kept.of(batch.keep.to(where)), batch.first
             earlier = None if batch.earlier is None else Kept.of(batch.earlier.to(where))
-            acts, logits = tail.read(batch.tokens, hooks.all, first=first)
+            acts, logits = partial.read(batch.tokens, hooks.all, first=first)
             x, y = (together(acts, side) for side in hooks)
             x, y, logits = x.to(where), y.to(where), logits.to(where)
             clean = Predictions.of(logits, batch.tokens.to(where), batch.predicted.to(where), kept, first)

@@ -14,14 +14,14 @@ import torch
 from saelens_lite.config import TextConfig
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, TextError
-from saelens_lite.evaluate import metrics
-from saelens_lite.evaluate.controls import REDRAWN, untrained
-from saelens_lite.evaluate.frequency import FrequencyBand, frequency_bands, frequency_markdown, frequency_table
-from saelens_lite.evaluate.measure import Grouping, measure
-from saelens_lite.evaluate.metrics import Metric, PooledSums
-from saelens_lite.evaluate.overlap import overlap
-from saelens_lite.evaluate.positions import PositionBand, position_bands, position_table
-from saelens_lite.evaluate.report import EvalReport, markdown, table
+from saelens_lite.evaluation import metrics
+from saelens_lite.evaluation.controls import REDRAWN, untrained
+from saelens_lite.evaluation.frequency import FrequencyBand, frequency_bands, frequency_markdown, frequency_table
+from saelens_lite.evaluation.measure import Grouping, measure
+from saelens_lite.evaluation.metrics import Metric, PooledSums
+from saelens_lite.evaluation.overlap import overlap
+from saelens_lite.evaluation.positions import PositionBand, position_bands, position_table
+from saelens_lite.evaluation.report import EvalReport, markdown, table
 from saelens_lite.model import LanguageModel
 from saelens_lite.ports import Hooks
 from saelens_lite.tokens import DEFAULT_N_CTX, RowBlocks, Text, TokenRows, joined, source_name, text_hash, token_ids, with_mask

@@ -10,7 +10,7 @@ from torch import Tensor
 from saelens_lite.config import Origin
 from saelens_lite.devices import wide
 from saelens_lite.dictionary import Dictionary
-from saelens_lite.evaluate.measure import kept_activations
+from saelens_lite.evaluation.measure import kept_activations
 from saelens_lite.model import LanguageModel
 from saelens_lite.tokens import TokenRows
 

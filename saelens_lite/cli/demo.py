@@ -16,7 +16,7 @@ def demo(out: Path = Path("demo"), *, exists: Exists = "error") -> None:
         Folder for the results.
     """
     from saelens_lite.demo import demo as run_demo
-    from saelens_lite.evaluate import table
+    from saelens_lite.evaluation import table
 
     say = console()
     result = run_demo(out, exists=exists, say=say.print)

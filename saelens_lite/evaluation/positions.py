@@ -8,11 +8,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from saelens_lite.errors import ConfigError
-from saelens_lite.evaluate.metrics import Metric
+from saelens_lite.evaluation.metrics import Metric
 from saelens_lite.tokens import TokenRows
 
 if TYPE_CHECKING:
-    from saelens_lite.evaluate.report import EvalReport
+    from saelens_lite.evaluation.report import EvalReport
 
 
 class PositionBand(NamedTuple):

@@ -5,8 +5,8 @@ import threading
 
 import pytest
 
-from saelens_lite.ahead import ahead
 from saelens_lite.errors import TextError
+from saelens_lite.prefetch import prefetched
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +19,7 @@ def no_thread_left():
 
 @pytest.mark.parametrize("depth", [1, 2, 7])
 def test_same_items_in_order(depth):
-    with ahead(range(50), depth) as items:
+    with prefetched(range(50), depth) as items:
         assert list(items) == list(range(50))
         assert list(items) == []
 
@@ -34,7 +34,7 @@ def test_it_runs_ahead_but_not_far():
                 made_ahead.set()
             yield i
 
-    with ahead(source(), 3) as items:
+    with prefetched(source(), 3) as items:
         assert made_ahead.wait(60)  # before anything was asked for
         for _ in items:
             taken += 1
@@ -51,7 +51,7 @@ def test_errors_come_to_the_caller():
         finally:
             closed.append(threading.current_thread())
 
-    with ahead(source()) as items, pytest.raises(TextError, match="line 3 is bad") as caught:
+    with prefetched(source()) as items, pytest.raises(TextError, match="line 3 is bad") as caught:
         list(items)
     assert "source" in [frame.name for frame in caught.traceback]
     assert len(closed) == 1
@@ -63,7 +63,7 @@ def test_items_before_an_error_are_handed_out():
         yield from (1, 2)
         raise TextError("bad")
 
-    with ahead(source(), 5) as items:
+    with prefetched(source(), 5) as items:
         assert [next(items), next(items)] == [1, 2]
         with pytest.raises(TextError):
             next(items)
@@ -81,7 +81,7 @@ def test_an_early_end_closes_the_source(how):
             closed.set()
 
     def use():
-        with ahead(endless()) as items:
+        with prefetched(endless()) as items:
             for n, _ in enumerate(items):
                 if n == 3:
                     if how == "break":
@@ -105,7 +105,7 @@ def test_an_interrupt_reaches_a_caller_who_waits():
         yield 2
 
     def use():
-        with ahead(slow(), 1) as items:
+        with prefetched(slow(), 1) as items:
             list(items)
             threading.Event().wait(60)  # the signal may arrive only now
 
@@ -114,5 +114,5 @@ def test_an_interrupt_reaches_a_caller_who_waits():
 
 
 def test_never_asked():
-    with ahead(iter([1, 2, 3])):
+    with prefetched(iter([1, 2, 3])):
         pass

@@ -19,7 +19,7 @@ from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, NonFiniteError, ShapeError, SourceChangedError
 from saelens_lite.files import check_fits_memory, shortened
 from saelens_lite.ports import Hooks, Port, together
-from saelens_lite.train.step import DenseStep, SparseStep
+from saelens_lite.training.step import DenseStep, SparseStep
 
 MAX_SCALINGS, SAME = 12, 1e-3  # of the untrained encoder
 _NUMBERS = ("scales", "target_scales", "variance", "n_seen", "n_steps", "fire_tokens")

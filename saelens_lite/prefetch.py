@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 @contextmanager
-def ahead(items: Iterable[T], depth: int = 2) -> Iterator[Iterator[T]]:
+def prefetched(items: Iterable[T], depth: int = 2) -> Iterator[Iterator[T]]:
     """Within the block, the same items in the same order, at most `depth` of them made before they are asked for.
 
     What the iterator raises is raised to whoever asks for the next item. The thread ends when the block does, however that
@@ -32,7 +32,7 @@ class _Ahead(Generic[T]):
         self._error: BaseException | None = None
         self._ended = self._stopped = False
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="saelens-lite-ahead", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="saelens-lite-prefetch", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:

@@ -8,7 +8,7 @@ from types import TracebackType
 
 from saelens_lite.kinds import CHECKPOINTS, TEMPORARY, Kind
 from saelens_lite.outputs import leftovers, move_aside, remove, remove_old, remove_own
-from saelens_lite.train.checkpoint import FOLDER, is_interrupted
+from saelens_lite.training.checkpoint import FOLDER, is_interrupted
 
 log = logging.getLogger(__name__)
 

@@ -54,7 +54,7 @@ class Piece(NamedTuple):
     entries: Entries
 
 
-class Spill:
+class CodeLog:
     """The files of one dictionary; `sizes` are their lengths in bytes after the last whole batch."""
 
     def __init__(self, folder: Path, d_sae: int, sizes: dict[str, int] | None = None):

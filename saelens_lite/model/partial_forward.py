@@ -19,7 +19,7 @@ TOLERANCE = 1e-5
 log = logging.getLogger(__name__)
 
 
-class Tail:
+class PartialForward:
     """Logits of one model with the activations at some hooks replaced, again and again on the same tokens.
 
     `read` runs the whole model; `logits` then runs what lies behind the hook. For that, each block in front is made to hand on

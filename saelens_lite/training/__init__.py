@@ -39,16 +39,16 @@ from saelens_lite.loggers import DEFAULT_LOGGERS, RunLog, load_loggers, open_log
 from saelens_lite.outputs import followed, refuse_existing, refuse_inputs_in, remove_own
 from saelens_lite.paths import check_input, check_output
 from saelens_lite.progress import progress_bar
-from saelens_lite.train.aside import Aside, put_back_runs, remove_replaced
-from saelens_lite.train.checkpoint import (
+from saelens_lite.training.aside import Aside, put_back_runs, remove_replaced
+from saelens_lite.training.checkpoint import (
     earlier_states,
     is_interrupted,
     load_checkpoint,
     remove_checkpoints,
     save_checkpoint,
 )
-from saelens_lite.train.stopping import Stopping
-from saelens_lite.train.trainer import Trainer, check_sizes
+from saelens_lite.training.stopping import Stopping
+from saelens_lite.training.trainer import Trainer, check_sizes
 
 __all__ = ["Run", "Trainer", "fit", "resume", "train"]
 
