@@ -10,7 +10,7 @@ from typing import Any
 
 import lazy_loader
 
-_on_first_use, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+_on_first_use, _, __all__ = lazy_loader.attach_stub(__name__, __file__)
 __all__ += ["__version__"]
 __all__.sort()
 
@@ -21,3 +21,7 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'saelens_lite' has no attribute {name!r}")
     return _on_first_use(name)
+
+
+def __dir__() -> list[str]:
+    return __all__
