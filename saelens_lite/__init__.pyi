@@ -7,6 +7,7 @@ from .cache import ActivationStream as ActivationStream
 from .cache import capture as capture
 from .codes import SparseCodes as SparseCodes
 from .config import Origin as Origin
+from .config import StoreConfig as StoreConfig
 from .config import TextConfig as TextConfig
 from .config import TrainConfig as TrainConfig
 from .dictionary import Dictionary as Dictionary

@@ -87,6 +87,31 @@ class TextConfig(FrozenConfig):
     )
 
 
+class StoreConfig(FrozenConfig):
+    """Settings of a feature store: how much text is read, and what is kept of each latent."""
+
+    n_tokens: int | None = Field(None, ge=1, description="Tokens to read; default: all.")
+    batch_tokens: int | None = Field(
+        None, ge=1, description="Tokens in a forward pass; default: 2,048 on a CPU and 16,384 on a GPU."
+    )
+    top_n: int = Field(
+        10, gt=0, le=MOST, description="Contexts in which a latent fires most, each from another row; of equals, the earlier."
+    )
+    n_groups: int = Field(5, gt=0, le=MOST, description="Groups of equally many of a latent's activations, by size.")
+    group_size: int = Field(5, gt=0, le=MOST, description="Contexts drawn from each group.")
+    n_random: int = Field(10, gt=0, le=MOST, description="Contexts drawn from all activations of a latent.")
+    n_silent: int = Field(20, gt=0, le=MOST, description="Contexts drawn from places where a latent does not fire.")
+    window: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] = Field(
+        (12, 6), description="Tokens shown before and after."
+    )
+    codes: bool = Field(
+        False, description="Keep all activations in the folder of the store as a Parquet table, for queries in SQL."
+    )
+    control: bool = Field(False, description="Collect the same on the model with its weights re-drawn.")
+    raw_unembedding: bool = Field(False, description="Leave the final norm's scale out of effects on logits.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of what is drawn.")
+
+
 class TrainConfig(FrozenConfig):
     """One dictionary to train. Horizons are counted in tokens."""
 

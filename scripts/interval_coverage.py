@@ -17,8 +17,10 @@ from torch import Tensor
 
 import saelens_lite as sl
 from saelens_lite.evaluation import metrics
-from saelens_lite.evaluation.measure import Hooks, measure
+from saelens_lite.evaluation.measure import measure
 from saelens_lite.evaluation.metrics import Metric, PooledSums
+from saelens_lite.model.passes import default_batch_tokens
+from saelens_lite.ports import Hooks
 from saelens_lite.tokens import PythonDocs, TokenRows, token_rows
 
 HOOK = "blocks.2.hook_resid_pre"
@@ -38,7 +40,8 @@ class Recorder(PooledSums):
 def population(rows: TokenRows, lm: sl.LanguageModel, d: sl.Dictionary) -> dict[str, Tensor]:
     """Of every sequence, all that metrics are computed from."""
     recorder = Recorder()
-    measure([d], lm, rows, Hooks(HOOK, HOOK), sums=recorder)
+    hooks = Hooks((HOOK,), (HOOK,))
+    measure([d], lm, rows, hooks, sums=recorder, batch_tokens=default_batch_tokens(lm, with_logits=True))
     return {name: torch.cat(found) for name, found in recorder.recorded.items() if not name.endswith("fired")}
 
 

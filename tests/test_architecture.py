@@ -52,6 +52,7 @@ LEAVES = {
     "registry",
     "resumable",
     "schemas",
+    "seeds",
     "state_dicts",
     "terminal",
 }  # import nothing of ours but each other; everyone may import them
@@ -193,9 +194,9 @@ def test_the_package_offers_these_names():
     assert sl.__all__ == sorted([
         "Ablate", "ActivationCache", "ActivationStream", "Add", "Clamp", "Dictionary", "EvalReport", "FeatureStore", "Format",
         "LanguageModel", "LivePrompt", "Logger", "Origin", "Port", "PublishedForm", "RuleConfig", "SaelensLiteError", "Scale",
-        "SparseCodes", "Sparsity", "TextConfig", "TrainConfig", "__version__", "adapters", "attribute", "capture", "compare",
-        "convert", "dose_response", "errors", "evaluate", "fit", "load_model", "probe", "prompt_view", "pull", "push",
-        "python_docs", "register", "resume", "stability", "train",
+        "SparseCodes", "Sparsity", "StoreConfig", "TextConfig", "TrainConfig", "__version__", "adapters", "attribute",
+        "capture", "compare", "convert", "dose_response", "errors", "evaluate", "fit", "load_model", "probe", "prompt_view",
+        "pull", "push", "python_docs", "register", "resume", "stability", "train",
     ])  # fmt: skip
     assert dir(sl) == sl.__all__
 

@@ -18,10 +18,10 @@ from saelens_lite.errors import (
     TextError,
     UserError,
 )
-from saelens_lite.evaluation.measure import batches
 from saelens_lite.features import weights_hash
 from saelens_lite.features.reduce import N_BINS
 from saelens_lite.files import file_hash
+from saelens_lite.model.passes import batches
 from saelens_lite.registry import unregister
 from saelens_lite.tokens import TokenRows, token_rows
 
@@ -97,11 +97,19 @@ def dense_codes(dictionary, lm, rows, batch_tokens: int) -> torch.Tensor:
     """Codes of every position [n_seq n_ctx d_sae], zero where a position does not count."""
     out = torch.zeros(*rows.tokens.shape, D_SAE)
     for batch in batches(lm, rows, batch_tokens):  # other batches change the last bits of activations
-        x = lm.run(batch.tokens, HOOK)[HOOK]
-        codes = torch.zeros(*batch.keep.shape, D_SAE)
-        codes[batch.keep] = dictionary.encode(x[batch.keep]).to_dense()
-        out[batch.rows, : codes.shape[1]] = codes
+        x, keep = lm.run(batch.rows.tokens, HOOK)[HOOK], batch.rows.keep
+        codes = torch.zeros(*keep.shape, D_SAE)
+        codes[keep] = dictionary.encode(x[keep]).to_dense()
+        out[batch.number, : codes.shape[1]] = codes
     return out
+
+
+def test_settings_come_as_an_object_and_by_name(dictionaries, small, rows, store):
+    config = sl.StoreConfig(top_n=4, window=(1, 1), batch_tokens=100)
+    again = sl.FeatureStore.build(dictionaries["topk"], small, rows, config, window=WINDOW)
+    assert again.info == store.info
+    assert all(torch.equal(a, b) for a, b in zip(again.tensors, store.tensors, strict=True))
+    assert config.window == (1, 1)
 
 
 def test_counts_and_contexts_equal_plain_loops(built, small, rows):
@@ -383,13 +391,13 @@ def test_requests_that_cannot_be_met(dictionaries, small, rows):
         build(d, small, "")
     with pytest.raises(TextError):
         build(d, small, TokenRows(rows.tokens, torch.zeros_like(rows.keep)))
-    for bad in ({"top_n": 0}, {"window": (-1, 3)}, {"n_groups": 0}, {"seed": -1}):
+    for bad in ({"top_n": 0}, {"window": (-1, 3)}, {"n_groups": 0}, {"seed": -1}, {"batch_tokens": 0}, {"n_tokens": 0}):
         with pytest.raises(ConfigError, match=next(iter(bad))):
             build(d, small, "text", **bad)
     with pytest.raises(ConfigError, match="n_tokens"):
         build(d, small, rows, n_tokens=10)
-    with pytest.raises(ConfigError, match="batch_tokens = 0; expected at least 1"):
-        build(d, small, rows, batch_tokens=0)
+    with pytest.raises(ConfigError, match="unknown key 'top_m'.*top_n"):
+        build(d, small, rows, top_m=3)
     with pytest.raises(ConfigError, match="out="):
         build(d, small, rows, codes=True)
     with pytest.raises(ConfigError, match="no dictionary"):

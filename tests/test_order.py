@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saelens_lite.cache.order import cut_into_batches, mixed_seed, permutation, shuffled_batches
+from saelens_lite.cache.order import cut_into_batches, shuffled_batches
+from saelens_lite.seeds import mixed_seed, permutation
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=12)
 

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from saelens_lite.cache.order import permutation
 from saelens_lite.cache.shards import Facts, check_size, shard_name, write_shard
 from saelens_lite.cache.source import Moments
 from saelens_lite.cache.stored import FORMAT, MANIFEST, ActivationCache
@@ -41,7 +40,8 @@ from saelens_lite.files import (
     write_text,
 )
 from saelens_lite.kinds import CACHE, UNFINISHED_CAPTURE
-from saelens_lite.model import LanguageModel
+from saelens_lite.model import LanguageModel, passes
+from saelens_lite.model.passes import default_batch_tokens
 from saelens_lite.outputs import followed, replace_folder
 from saelens_lite.prefetch import prefetched
 from saelens_lite.progress import progress_bar
@@ -75,35 +75,23 @@ def activations(
     skip: int = 0,
     read: RowHash | None = None,
 ) -> Iterator[dict[str, Tensor]]:
-    """What the hooks see at the positions that count, and "tokens", batch after batch.
+    """Yield activations at the positions that count, and their "tokens", batch after batch, the rows of each block shuffled.
 
-    The first `skip` positions are left out, and batches they fill are not run. `read` takes in the rows of each batch with a
-    position that counts, before the batch is given: those of batches that are not run too.
+    The first `skip` positions are left out, and batches they fill are not run. `read` takes in the rows of each batch before
+    its activations come: those of batches that are not run too.
     """
     read = RowHash() if read is None else read
     with prefetched(blocks) as ready:
         for number, rows in enumerate(ready):
-            for batch in _batches(rows, lm.read_lengths(rows), batch_tokens, number):
-                tokens = batch.tokens[batch.keep].to(torch.int32)
+            for batch in passes.batches(lm, rows, batch_tokens, "shuffled", seed=number):
+                read.add(batch.rows)
+                tokens = batch.rows.tokens[batch.rows.keep].to(torch.int32)
                 n_skipped = min(skip, len(tokens))
                 skip -= n_skipped
-                if len(tokens):
-                    read.add(batch)
                 if n_skipped < len(tokens):
-                    acts = lm.run(batch, hooks)
-                    keep = batch.keep.to(lm.device)
-                    piece = {"tokens": tokens, **{hook: acts[hook][keep] for hook in hooks}}
+                    piece = {"tokens": tokens, **passes.read(lm, batch, hooks).acts}
                     yield {key: x[n_skipped:] for key, x in piece.items()}
     read.end()
-
-
-def _batches(rows: TokenRows, lengths: Int[Tensor, " n_seq"], batch_tokens: int, number: int) -> Iterator[TokenRows]:
-    """The rows of a block in random batches; rows of like length go together, cut where nothing that has to be read follows."""
-    order = permutation(len(lengths), "rows", number)
-    batches = order[lengths[order].argsort(stable=True)].split(max(1, batch_tokens // rows.tokens.shape[1]))
-    for i in permutation(len(batches), "batches", number).tolist():
-        width = max(1, int(lengths[batches[i]].max()))
-        yield rows.take(batches[i]).narrowed(width)
 
 
 def capture(
@@ -180,11 +168,6 @@ def capture(
     cache = ActivationCache.open(out)
     log.info("captured %s", cache)
     return cache
-
-
-def default_batch_tokens(lm: LanguageModel) -> int:
-    """Tokens in a forward pass: more does not run faster on a CPU, less leaves a GPU idle."""
-    return 2048 if lm.device.type == "cpu" else 16_384
 
 
 def _write_shards(

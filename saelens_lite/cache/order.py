@@ -5,7 +5,6 @@ rows of a pool are shuffled perfectly. A batch is thus a draw from chunks all ov
 of this follows from its number alone, so a reader can begin anywhere.
 """
 
-import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 
@@ -15,18 +14,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from saelens_lite.prefetch import prefetched
+from saelens_lite.seeds import permutation
 
 Pool = tuple[dict[str, Tensor], Int[Tensor, " _"]]
-
-
-def mixed_seed(*numbers: int | str) -> int:
-    """A seed for each tuple of numbers; torch's CPU generator looks at the lower 32 bits only."""
-    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:4], "big")
-
-
-def permutation(n: int, *seed: int | str) -> Int[Tensor, " n"]:
-    """A random order of n things."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(mixed_seed(*seed)))
 
 
 def shuffled_batches(

@@ -1,10 +1,13 @@
 """Commands that show what latents respond to."""
 
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from saelens_lite.cli.base import app, console
-from saelens_lite.cli.options import THE_MODEL, DictionaryPaths, Exists, Flag, ModelOptions, TextName, TextOptions
-from saelens_lite.config import TextConfig
+from saelens_lite.cli.options import THE_MODEL, DictionaryPaths, Exists, ModelOptions, TextName, TextOptions
+from saelens_lite.config import StoreConfig, TextConfig
 
 
 @app.command
@@ -14,11 +17,8 @@ def features(
     text: TextName = "python-docs:held-out",
     text_config: TextOptions = TextConfig(),  # noqa: B008 (frozen)
     of: ModelOptions = THE_MODEL,
-    n_tokens: int | None = None,
-    batch_tokens: int | None = None,
+    settings: Annotated[StoreConfig, Parameter(name="*", negative="")] = StoreConfig(),  # noqa: B008 (frozen)
     out: Path | None = None,
-    codes: Flag = False,
-    control: Flag = False,
     html: Path = Path("features.html"),
     exists: Exists = "error",
 ) -> None:
@@ -28,17 +28,9 @@ def features(
 
     Parameters
     ----------
-    n_tokens
-        Tokens to read; default: all.
-    batch_tokens
-        Tokens that go through the model together; default: what suits the device.
     out
         Folder for the collected data, to be loaded again; several dictionaries have folders 0-topk, 1-l1, … in it (number and
-        rule). After an interruption the same command goes on.
-    codes
-        Keep all activations in --out as a Parquet table, for queries in SQL.
-    control
-        Collect the same on the model with its weights re-drawn.
+        rule). Repeat the command to resume an interrupted pass.
     html
         The file to write; several dictionaries have files features-0-topk.html, ….
     """
@@ -57,13 +49,10 @@ def features(
         [d.to(lm.device) for d in loaded] if len(loaded) > 1 else loaded[0].to(lm.device),
         lm,
         named_text(text),
+        settings,
         hook=of.hook,
-        n_tokens=n_tokens,
-        batch_tokens=batch_tokens,
         text_config=text_config,
         out=out,
-        codes=codes,
-        control=control,
         stability=[Stability.load(path) if (path / STABILITY_FILE).exists() else None for path in dictionaries],
         exists=exists,
     )

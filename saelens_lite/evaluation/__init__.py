@@ -23,6 +23,7 @@ from saelens_lite.evaluation.overlap import overlap
 from saelens_lite.evaluation.positions import PositionBand, position_bands, position_table
 from saelens_lite.evaluation.report import EvalReport, markdown, table
 from saelens_lite.model import LanguageModel
+from saelens_lite.model.passes import default_batch_tokens
 from saelens_lite.ports import Hooks
 from saelens_lite.tokens import DEFAULT_N_CTX, RowBlocks, Text, TokenRows, joined, source_name, text_hash, token_ids, with_mask
 
@@ -101,7 +102,8 @@ def evaluate(
     lm.check_causal("evaluate, which measures the loss of the next token,")
     if hooks.reads != hooks.writes and len(hooks.all) == 2:
         lm.check_order(*hooks.reads, *hooks.writes)
-    if batch_tokens is not None and batch_tokens < 1:
+    batch_tokens = default_batch_tokens(lm, with_logits=True) if batch_tokens is None else batch_tokens
+    if batch_tokens < 1:
         raise ConfigError(f"batch_tokens = {batch_tokens}; expected at least 1")
     if n_bootstrap < 0:
         raise ConfigError(f"n_bootstrap = {n_bootstrap}; expected 0 or more")
@@ -145,7 +147,7 @@ class _Job(NamedTuple):
     text: str | None
     sha256: str
     excluded: str
-    batch_tokens: int | None
+    batch_tokens: int
     n_bootstrap: int
     seed: int
 

@@ -24,7 +24,7 @@ class Moments(NamedTuple):
     covariance: Float[Tensor, "d d"]
 
 
-def moments(lm: LanguageModel, rows: TokenRows, hooks: Sequence[str], batch_tokens: int | None) -> Moments:
+def moments(lm: LanguageModel, rows: TokenRows, hooks: Sequence[str], batch_tokens: int) -> Moments:
     """Mean and covariance of the kept tokens' activations at some hooks, in float64."""
     total, products = 0.0, 0.0
     for x in kept_activations(lm, rows, hooks, batch_tokens, "covariance"):
@@ -66,7 +66,7 @@ def untrained(
     hooks: Sequence[str],
     trained: Sequence[Dictionary],
     l0: Sequence[float],
-    batch_tokens: int | None,
+    batch_tokens: int,
 ) -> list[dict[str, Dictionary]]:
     """For each dictionary, whose L0 is known: a random one of its size and L0, and PCA with L0 components."""
     found = moments(lm, rows, hooks, batch_tokens)

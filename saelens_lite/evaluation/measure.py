@@ -15,13 +15,12 @@ from saelens_lite.evaluation import metrics
 from saelens_lite.evaluation.metrics import Kept, PooledSums, Predictions
 from saelens_lite.model import LanguageModel
 from saelens_lite.model.partial_forward import PartialForward
+from saelens_lite.model.passes import activations, batches
 from saelens_lite.ports import Hooks, together
 from saelens_lite.progress import progress_bar
 from saelens_lite.tokens import TokenRows
 
-MAX_LOGITS = {"cpu": 1 << 27, "cuda": 1 << 29}  # logits of a forward pass, unless told
 MAX_ROW_LOGITS = 1 << 29  # logits of a row that is longer than a batch; of a longer one, they are computed in parts
-MAX_TOKENS = {"cpu": 2048, "cuda": 16_384}  # more does not run faster on a CPU
 
 log = logging.getLogger(__name__)
 
@@ -34,75 +33,45 @@ class Grouping(NamedTuple):
     n_bands: int
 
 
-class Batch(NamedTuple):
-    """Rows that go through the model together, cut behind the last position that counts and the token after it.
+class _Part(NamedTuple):
+    """A batch on the model's device, or a part of the positions of a long row: those from `first` on in which `keep` is true.
 
-    A long row may come in several batches, one part of its positions in each: `keep` is true in that part, which begins with
-    position `first`, and `earlier` at the positions that count before it.
+    `earlier` is true at the positions that count before it.
     """
 
-    given: TokenRows
-    rows: Int[Tensor, " n"]
-    predicted: Int[Tensor, " n"]  # how many tokens of each row can be compared with what the model predicts
+    rows: TokenRows
+    number: Int[Tensor, " n"]
     first: int = 0
     earlier: Bool[Tensor, "n pos"] | None = None
 
-    @property
-    def tokens(self) -> Int[Tensor, "n pos"]:
-        """Token ids."""
-        return self.given.tokens
 
-    @property
-    def keep(self) -> Bool[Tensor, "n pos"]:
-        """The positions that count."""
-        return self.given.keep
-
-
-def batches(lm: LanguageModel, rows: TokenRows, batch_tokens: int | None) -> Iterator[Batch]:
-    """The rows in batches on the model's device, the longest first; rows in which nothing counts are left out."""
-    n_ctx, lengths = rows.tokens.shape[1], lm.read_lengths(rows).cpu()
-    if batch_tokens is None:
-        kind = "cpu" if lm.device.type == "cpu" else "cuda"
-        batch_tokens = min(MAX_TOKENS[kind], MAX_LOGITS[kind] // lm.d_vocab)
-    order = lengths.argsort(stable=True, descending=True)
-    order = order[lengths[order] > 0]
-    start = 0
-    while start < len(order):
-        width = min(int(lengths[order[start]]) + 1, n_ctx)
-        chosen = order[start : start + max(1, batch_tokens // width)]
-        start += len(chosen)
-        ends = rows.length is not None and not rows.ends_text
-        predicted = rows.length[chosen] if ends else torch.full((len(chosen),), n_ctx)
-        yield Batch(rows.take(chosen).narrowed(width).to(lm.device), chosen, predicted)
-
-
-def _in_parts(batches: Iterator[Batch], n_positions: int) -> Iterator[Batch]:
-    """Pass on batches; a row by itself that is longer than n_positions in parts, but for parts in which nothing counts."""
-    for batch in batches:
-        n, width = batch.tokens.shape
+def _parts(lm: LanguageModel, rows: TokenRows, batch_tokens: int, n_positions: int) -> Iterator[_Part]:
+    """Yield the batches; a row by itself that is longer than n_positions in parts, without those in which nothing counts."""
+    for batch in batches(lm, rows, batch_tokens):
+        here = batch.rows.to(lm.device)
+        n, width = here.tokens.shape
         if n > 1 or width <= n_positions:
-            yield batch
+            yield _Part(here, batch.number)
             continue
         for first in range(0, width, n_positions):
-            part = batch.given.narrowed(first + n_positions + 1)
+            part = here.narrowed(first + n_positions + 1)
             position = torch.arange(part.keep.shape[1], device=part.keep.device)
             keep = part.keep & (position >= first) & (position < first + n_positions)
             if keep.any():
-                yield Batch(part._replace(keep=keep), batch.rows, batch.predicted, first, part.keep & (position < first))
+                yield _Part(part._replace(keep=keep), batch.number, first, part.keep & (position < first))
 
 
 def kept_activations(
-    lm: LanguageModel, rows: TokenRows, hooks: Sequence[str], batch_tokens: int | None, what: str
+    lm: LanguageModel, rows: TokenRows, hooks: Sequence[str], batch_tokens: int, what: str
 ) -> Iterator[Float[Tensor, "n_kept d"]]:
-    """The activations of the kept tokens at some hooks, one after the other, batch by batch; the forward passes end there."""
+    """Yield the activations of the kept tokens at some hooks, batch by batch; the forward passes end there."""
     with progress_bar(what, rows.n_kept) as advance:
-        for batch in batches(lm, rows, batch_tokens):
-            x = together(lm.run(batch.given, hooks), hooks)[batch.keep].float()
-            yield x
-            advance(len(x), "")
+        for read in activations(lm, rows, hooks, batch_tokens):
+            yield together(read.acts, hooks).float()
+            advance(len(read.row), "")
 
 
-def mean_activation(lm: LanguageModel, rows: TokenRows, hooks: Sequence[str], batch_tokens: int | None) -> Float[Tensor, " d"]:
+def mean_activation(lm: LanguageModel, rows: TokenRows, hooks: Sequence[str], batch_tokens: int) -> Float[Tensor, " d"]:
     """The mean activation at some hooks over the kept tokens.
 
     Raises:
@@ -125,8 +94,8 @@ def measure(
     hooks: Hooks,
     *,
     sums: PooledSums,
+    batch_tokens: int,
     groupings: Sequence[Grouping] = (),
-    batch_tokens: int | None = None,
 ) -> None:
     """Add sums over the rows to `sums`, those of dictionary number i under names that begin with it.
 
@@ -143,30 +112,31 @@ def measure(
     ablations = {"zero": torch.zeros_like(mean), "mean": mean}
     fixed = {}
     width = min(int(rows.counted_lengths.max()) + 1, rows.tokens.shape[1])
-    most = max(batch_tokens or 1, MAX_ROW_LOGITS // lm.d_vocab)
+    most = max(batch_tokens, MAX_ROW_LOGITS // lm.d_vocab)
     if width > most:
         log.info("rows of %s tokens: the model runs once for every %s positions", f"{width:,}", f"{most:,}")
     elif partial.is_whole_stream:  # any row gives the same
         row = rows.tokens[:1, :width].to(lm.device)
         fixed = {name: logits_of(row, _everywhere(value, row, lm)) for name, value in ablations.items()}
     with progress_bar("evaluate", rows.n_kept) as advance:
-        for batch in _in_parts(batches(lm, rows, batch_tokens), most):
-            kept, first = Kept.of(batch.keep.to(where)), batch.first
-            earlier = None if batch.earlier is None else Kept.of(batch.earlier.to(where))
-            acts, logits = partial.read(batch.tokens, hooks.all, first=first)
+        for part in _parts(lm, rows, batch_tokens, most):
+            tokens, kept, first = part.rows.tokens, Kept.of(part.rows.keep.to(where)), part.first
+            earlier = None if part.earlier is None else Kept.of(part.earlier.to(where))
+            predicted = torch.full((len(tokens),), tokens.shape[1]) if rows.ends_text else part.rows.lengths
+            acts, logits = partial.read(tokens, hooks.all, first=first)
             x, y = (together(acts, side) for side in hooks)
             x, y, logits = x.to(where), y.to(where), logits.to(where)
-            clean = Predictions.of(logits, batch.tokens.to(where), batch.predicted.to(where), kept, first)
+            clean = Predictions.of(logits, tokens.to(where), predicted.to(where), kept, first)
             if earlier is None or not len(earlier.row):
                 sums.next_sequences(kept.n)
             ce_clean = metrics.add_clean(sums, clean)
             for name, value in ablations.items():
-                new = fixed[name] if name in fixed else logits_of(batch.tokens, _everywhere(value, batch.tokens, lm), first)
+                new = fixed[name] if name in fixed else logits_of(tokens, _everywhere(value, tokens, lm), first)
                 metrics.add_losses(sums, name, clean, new)
             before = None if earlier is None else earlier.of_each(x)
             x, wanted = kept.of_each(x), kept.of_each(y).float()
             square = metrics.add_activations(sums, wanted, mean, kept)
-            members = _members(groupings, batch, kept)
+            members = _members(groupings, part, kept)
             for name, member in members.items():
                 metrics.add_bands(sums, name, wanted, mean, square, member, kept)
                 metrics.add_band_values(sums, f"{name}.predictions", clean.has_target.double(), member, kept)
@@ -184,7 +154,7 @@ def measure(
                 if earlier is not None:
                     x_hat = dictionary(before.to(dictionary.W_enc.device)).to(y)
                     spliced = spliced.index_put((earlier.row, earlier.position), x_hat)
-                ce = metrics.add_losses(sums, str(i), clean, logits_of(batch.tokens, spliced, first))
+                ce = metrics.add_losses(sums, str(i), clean, logits_of(tokens, spliced, first))
                 for name, member in members.items():
                     metrics.add_band_values(sums, f"{i}.{name}.error", error, member, kept)
                     metrics.add_band_values(sums, f"{i}.{name}.ce", ce - ce_clean, member, kept)
@@ -195,10 +165,10 @@ def _everywhere(value: Float[Tensor, " d"], tokens: Int[Tensor, "n pos"], lm: La
     return value.to(lm.dtype).expand(*tokens.shape, -1)
 
 
-def _members(groupings: Sequence[Grouping], batch: Batch, kept: Kept) -> dict[str, Float[Tensor, "n_kept _"]]:
-    """Of each grouping, which band the kept tokens of a batch belong to."""
+def _members(groupings: Sequence[Grouping], part: _Part, kept: Kept) -> dict[str, Float[Tensor, "n_kept _"]]:
+    """Of each grouping, which band the kept tokens belong to."""
     found = {}
     for grouping in groupings:
-        band = grouping.band[batch.rows, : batch.tokens.shape[1]].to(kept.row.device)
+        band = grouping.band[part.number, : part.rows.tokens.shape[1]].to(kept.row.device)
         found[grouping.name] = metrics.membership(kept.of_each(band), grouping.n_bands)
     return found

@@ -25,6 +25,7 @@ from saelens_lite.errors import ConfigError, NonFiniteError, TextError
 from saelens_lite.evaluation.metrics import Metric, with_interval
 from saelens_lite.files import write_json
 from saelens_lite.model import LanguageModel
+from saelens_lite.model.passes import activations
 from saelens_lite.ports import Hooks, together
 from saelens_lite.progress import progress_bar
 from saelens_lite.tokens import DEFAULT_N_CTX, TokenRows, prompt_rows, text_hash
@@ -254,25 +255,21 @@ def weighted_auc(
 @torch.no_grad()
 def _pool(dictionary: Dictionary, lm: LanguageModel, rows: TokenRows, hooks: Hooks, pooling: str, batch_tokens: int) -> Pooled:
     """The pooled activations and codes of each row. A code that is 0 somewhere in a text has a maximum of at least 0."""
-    n, device = len(rows.tokens), dictionary.W_enc.device
+    n = len(rows.tokens)
     x = torch.zeros(n, dictionary.d_in)
     acts = torch.zeros(n * dictionary.d_sae)
     if pooling == "max":
         x.fill_(-torch.inf)
-    per_batch = max(1, batch_tokens // rows.tokens.shape[1])
     with progress_bar("read", n, "texts") as advance:
-        for start in range(0, n, per_batch):
-            batch = rows.take(slice(start, start + per_batch))
-            width = int(lm.read_lengths(batch).max())
-            found = together(lm.run(batch.narrowed(width), hooks.reads), hooks.reads).to(device)
-            dictionary.check_input(found)
-            keep = batch.keep[:, :width]
-            kept, text = found[keep.to(device)], keep.nonzero()[:, 0] + start
+        for read in activations(lm, rows, hooks.reads, batch_tokens, "as it is"):
+            text, kept = read.row, together(read.acts, hooks.reads).to(dictionary.W_enc.device)
+            dictionary.check_input(kept)
             codes = dictionary.encode(kept).to("cpu")
             kept = kept.float().cpu()
             if not (torch.isfinite(kept).all() and torch.isfinite(codes.value).all()):
+                names = " + ".join(hooks.reads)
                 raise NonFiniteError(
-                    f"activations at {' + '.join(hooks.reads)} or their codes are NaN or infinite in texts {start} and after"
+                    f"activations at {names} or their codes are NaN or infinite in text {int(text[0])} or later"
                 )
             cell, value = text[codes.row] * dictionary.d_sae + codes.latent, codes.value.float()
             if pooling == "max":
@@ -281,7 +278,7 @@ def _pool(dictionary: Dictionary, lm: LanguageModel, rows: TokenRows, hooks: Hoo
             else:
                 x.index_add_(0, text, kept)
                 acts.index_add_(0, cell, value)
-            advance(len(batch.tokens))
+            advance(len(read.batch.number))
     acts = acts.reshape(n, dictionary.d_sae)
     if pooling == "max":
         return Pooled(x, acts)
@@ -306,8 +303,7 @@ def _rows(dictionary: Dictionary, lm: LanguageModel, name: str, texts: list[str]
         )
     keep = rows.keep
     if pooling == "last":
-        position = torch.arange(keep.shape[1])
-        keep = position == (keep * position).amax(1, keepdim=True)
+        keep = torch.arange(1, keep.shape[1] + 1) == rows.counted_lengths[:, None]
     return rows._replace(keep=keep).to("cpu")
 
 

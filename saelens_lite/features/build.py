@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from saelens_lite.config import TextConfig
+from saelens_lite.config import StoreConfig, TextConfig
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, CorruptFileError, TextError
 from saelens_lite.evaluation import as_trained
@@ -20,6 +20,8 @@ from saelens_lite.features.tensors import FeatureTensors
 from saelens_lite.model import LanguageModel
 from saelens_lite.progress import progress_bar
 from saelens_lite.tokens import RowHash, Text, TokenRows, source_name, text_hash, token_rows
+
+SHOWN = {"top_n", "n_groups", "group_size", "n_random", "n_silent", "window", "seed", "raw_unembedding"}  # as in StoreInfo
 
 
 class Job(NamedTuple):
@@ -35,16 +37,16 @@ class Job(NamedTuple):
         dictionaries: Sequence[Dictionary],
         lm: LanguageModel,
         text: Text | TokenRows,
+        config: StoreConfig,
+        *,
         hook: str | None,
-        n_tokens: int | None,
         text_config: TextConfig | None,
-        **settings: Any,
     ) -> "Job":
-        """What is asked for, checked as far as that is possible without running the model."""
+        """Return what is asked for, checked as far as that is possible without running the model."""
         if not dictionaries:
             raise ConfigError("no dictionary to collect features of")
         hooked = [_hooked(d, lm, hook) for d in dictionaries]
-        rows = _rows(dictionaries, lm, text, n_tokens, text_config)
+        rows = _rows(dictionaries, lm, text, config.n_tokens, text_config)
         common = {
             "model": lm.name,
             "revision": lm.revision,
@@ -52,7 +54,7 @@ class Job(NamedTuple):
             "bos_id": lm.bos_id,
             "text": source_name(text, text_config),
             "text_sha256": text_hash(rows),
-            **settings,
+            **config.model_dump(include=SHOWN),
         }
         infos = [
             StoreInfo(

@@ -4,6 +4,7 @@ In the folder of an unfinished pass (`saelens_lite.resumable`), progress.json sa
 long the files were then. The same call goes on behind them.
 """
 
+import itertools
 import logging
 import tempfile
 import time
@@ -13,8 +14,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from saelens_lite.codes import SparseCodes
 from saelens_lite.dictionary import Dictionary
@@ -24,11 +23,10 @@ from saelens_lite.errors import (
     NonFiniteError,
     TextError,
 )
-from saelens_lite.evaluation.measure import Batch, batches
 from saelens_lite.features.code_log import CodeLog
 from saelens_lite.files import write_json
 from saelens_lite.kinds import STORE, UNFINISHED_STORE
-from saelens_lite.model import LanguageModel
+from saelens_lite.model import LanguageModel, passes
 from saelens_lite.ports import Hooks, together
 from saelens_lite.progress import progress_bar
 from saelens_lite.resumable import unfinished
@@ -51,7 +49,7 @@ class Hooked(NamedTuple):
 
 @torch.no_grad()
 def collect(
-    dictionaries: Sequence[Hooked], lm: LanguageModel, rows: TokenRows, batch_tokens: int | None, folder: Path, what: str
+    dictionaries: Sequence[Hooked], lm: LanguageModel, rows: TokenRows, batch_tokens: int, folder: Path, what: str
 ) -> list[CodeLog]:
     """The codes of the kept tokens by each dictionary, on disk below `folder`, from one pass of the model.
 
@@ -66,26 +64,27 @@ def collect(
         raise ConfigError(f"{rows.tokens.numel():,} positions; a store is of at most {MAX_PLACES:,}")
     progress = _Progress(folder, [one.dictionary.d_sae for one in dictionaries])
     hooks = list(dict.fromkeys(hook for one in dictionaries for hook in one.hooks.reads))
+    left = passes.batches(lm, rows, batch_tokens)
     with progress.writing() as code_logs, progress_bar(what, rows.n_kept) as advance:
-        for number, batch in enumerate(batches(lm, rows, batch_tokens)):
-            if number >= progress.n_batches:
-                acts = lm.run(batch.given, hooks)
-                place = (batch.rows[:, None] * n_ctx + torch.arange(batch.tokens.shape[1]))[batch.keep.cpu()]
-                kept = {hook: acts[hook][batch.keep] for hook in hooks}
-                for one, code_log in zip(dictionaries, code_logs, strict=True):
-                    code_log.add(place, _codes(one, together(kept, one.hooks.reads), batch))
-                progress.add()
-            advance(int(batch.keep.sum()), "")
+        for batch in itertools.islice(left, progress.n_batches):
+            advance(batch.rows.n_kept, "")
+        for batch in left:
+            read = passes.read(lm, batch, hooks)
+            for one, code_log in zip(dictionaries, code_logs, strict=True):
+                code_log.add(read.row * n_ctx + read.position, _codes(one, read))
+            progress.add()
+            advance(len(read.row), "")
     return code_logs
 
 
-def _codes(one: Hooked, x: Float[Tensor, "n_kept d"], batch: Batch) -> SparseCodes:
-    """The codes of the activations of a batch; NonFiniteError where one of either is not finite."""
+def _codes(one: Hooked, read: passes.Read) -> SparseCodes:
+    """Return the codes of the activations of a batch; NonFiniteError where one of either is not finite."""
+    x = together(read.acts, one.hooks.reads)
     codes = one.dictionary.encode(x.to(one.dictionary.W_enc.device))
     for what, numbers in (("activations", x), ("codes", codes.value.float())):
         if not torch.isfinite(numbers).all():
             raise NonFiniteError(
-                f"{one.dictionary.place}: NaN or infinity among the {what} of row {int(batch.rows[0])} or another of its batch"
+                f"{one.dictionary.place}: NaN or infinity among the {what} of row {int(read.row[0])} or another of its batch"
             )
     return codes
 

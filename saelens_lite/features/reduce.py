@@ -40,8 +40,7 @@ class TextFacts(NamedTuple):
     def of(cls, rows: TokenRows) -> "TextFacts":
         """The facts of some rows."""
         kept = rows.keep.flatten().nonzero().squeeze(1)
-        length = (rows.keep * torch.arange(1, rows.keep.shape[1] + 1)).amax(1)
-        return cls(*rows.tokens.shape, kept, length, position_bands(rows))
+        return cls(*rows.tokens.shape, kept, rows.counted_lengths, position_bands(rows))
 
     @property
     def n_places(self) -> int:

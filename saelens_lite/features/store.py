@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from jaxtyping import Bool, Float
 from torch import Tensor, isin, tensor
 
-from saelens_lite.cache.capture import default_batch_tokens
-from saelens_lite.config import TextConfig
+from saelens_lite.config import StoreConfig, TextConfig
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, UserError
 from saelens_lite.features import store_files
@@ -31,6 +30,7 @@ from saelens_lite.features.weights import LatentWeights, latent_weights
 from saelens_lite.files import named_file, write_text
 from saelens_lite.kinds import STORE
 from saelens_lite.model import LanguageModel
+from saelens_lite.model.passes import default_batch_tokens
 from saelens_lite.outputs import followed, new_file, new_folder, refuse_existing, restore
 from saelens_lite.paths import check_output
 from saelens_lite.tokens import Text, TokenRows, files_of, with_mask
@@ -78,45 +78,36 @@ class FeatureStore:
         dictionary: Dictionary | Sequence[Dictionary],
         lm: LanguageModel,
         text: Text | TokenRows,
+        config: StoreConfig | None = None,
         *,
         hook: str | None = None,
         out: str | Path | None = None,
-        top_n: int = 10,
-        n_groups: int = 5,
-        group_size: int = 5,
-        n_random: int = 10,
-        n_silent: int = 20,
-        window: tuple[int, int] = (12, 6),
-        codes: bool = False,
-        control: bool = False,
-        stability: Stability | Sequence[Stability | None] | None = None,
-        raw_unembedding: bool = False,
-        n_tokens: int | None = None,
         text_config: TextConfig | None = None,
         attention_mask: Any = None,
-        batch_tokens: int | None = None,
-        seed: int = 0,
+        stability: Stability | Sequence[Stability | None] | None = None,
         exists: Literal["error", "overwrite"] = "error",
+        **settings: Any,
     ) -> "FeatureStore | list[FeatureStore]":
-        """The store of a dictionary; of several dictionaries, of one hook or more, in one pass of the model, a list of stores.
+        """Collect the store of a dictionary; of several dictionaries, in one pass of the model, a list of stores.
 
-        With `out` it is also written to that folder, several to the folders 0-topk, 1-l1, … (number and rule) in it; an
-        interrupted pass is then gone on with by the same call. Text is cut into rows as the dictionary's training text was;
-        `text_config` says otherwise. `text` may be token ids in any form that `LanguageModel.to_tokens` takes, with their
-        `attention_mask`. Codes go to disk while they are collected, 12 to 14 bytes each: what is in memory is a
-        batch, the token ids with a few numbers for each, and afterwards the activations of some latents.
+        Codes go to disk while they are collected, 12 to 14 bytes each: memory holds a batch, the token ids with a few numbers
+        for each, and afterwards the activations of some latents.
 
-        Each of the `top_n` contexts of a latent comes from another row; of equal activations the earlier is taken. `group_size`
-        more are drawn from each of `n_groups` groups of equally many activations, `n_random` from all of them, and `n_silent`
-        from places where the latent does not fire. `window` counts the tokens shown before and after.
-
-        `codes` keeps all activations as a table for `sql` (needs `out`). `control` adds the same of the model with its weights
-        re-drawn. `stability` are scores of `sl.stability`. `raw_unembedding`: effects on logits by W_U as it is.
-        `batch_tokens`: tokens of a forward pass (2,048 on a CPU, 16,384 on a GPU).
+        Args:
+            text: Text, cut into rows as the dictionary's training text was; or token ids, as `LanguageModel.to_tokens` takes
+                them.
+            config: Settings, by default those of `StoreConfig()`.
+            hook: Hook to read in place of the dictionary's own.
+            out: Folder for the store; several stores have the folders 0-topk, 1-l1, … (number and rule) in it. Repeat the
+                call to resume an interrupted pass.
+            text_config: How to cut the text instead.
+            attention_mask: Of token ids: 1 where there is a token, 0 where there is padding.
+            stability: Scores of `sl.stability`.
+            settings: Fields of `StoreConfig` by name, in place of those of `config`: `n_tokens=100_000`.
 
         Raises:
-            ConfigError: no hook is named; another processing of the model; a setting out of range; `codes` without `out` or
-                without DuckDB; stability scores of another dictionary.
+            ConfigError: no hook is named; another processing of the model; an unknown setting, or one out of range; `codes`
+                without `out` or without DuckDB; stability scores of another dictionary.
             HookError, ShapeError: a hook the model lacks, a width that does not fit.
             TextError: no text, or nothing fires on it.
             OutputExistsError: `out` holds something, or an unfinished pass of something else, and `exists` is "error".
@@ -125,43 +116,29 @@ class FeatureStore:
         """
         several = not isinstance(dictionary, Dictionary)
         dictionaries = list(dictionary) if several else [dictionary]
+        config = (config or StoreConfig()).replace(**settings)
         out = None if out is None else Path(out)
         if out is not None:
             refuse_existing(followed(out), exists, STORE)
-        if codes:
+        if config.codes:
             check_extra()
             if out is None:
                 raise ConfigError("codes=True writes a table; give out=, the folder for it")
-        batch_tokens = default_batch_tokens(lm) if batch_tokens is None else batch_tokens
-        if batch_tokens < 1:
-            raise ConfigError(f"batch_tokens = {batch_tokens}; expected at least 1")
-        job = Job.of(
-            dictionaries,
-            lm,
-            with_mask(text, attention_mask),
-            hook,
-            n_tokens,
-            text_config,
-            top_n=top_n,
-            n_groups=n_groups,
-            group_size=group_size,
-            n_random=n_random,
-            n_silent=n_silent,
-            window=window,
-            seed=seed,
-            raw_unembedding=raw_unembedding,
-        )
+        batch_tokens = config.batch_tokens or default_batch_tokens(lm)
+        job = Job.of(dictionaries, lm, with_mask(text, attention_mask), config, hook=hook, text_config=text_config)
         scores = _scores_of_each(stability, job.infos)
         names = folder_names(dictionaries) if several else ["."]
-        with working_folder(out, job.request(lm, batch_tokens, control), exists, files_of(text)) as work:
+        with working_folder(out, job.request(lm, batch_tokens, config.control), exists, files_of(text)) as work:
             code_logs = job.collected(lm, batch_tokens, work, "features")
             others: list[CodeLog | None] = [None] * len(names)
-            if control:
-                others = job.collected(lm.redrawn(seed), batch_tokens, work / "control", "features of the control")
+            if config.control:
+                others = job.collected(lm.redrawn(config.seed), batch_tokens, work / "control", "features of the control")
             words = Vocabulary(lm.vocabulary, lm.vocabulary.parts)  # the store's own, for it may be changed
             with nullcontext() if out is None else new_folder(out, STORE, exists, lock=False) as new:
                 stores = [
-                    cls._made(job, i, lm, words, code_logs[i], others[i], scores[i], None if new is None else new / name, codes)
+                    cls._made(
+                        job, i, lm, words, code_logs[i], others[i], scores[i], None if new is None else new / name, config.codes
+                    )
                     for i, name in enumerate(names)
                 ]
         if out is not None:

@@ -12,6 +12,7 @@ from saelens_lite.codes import SparseCodes
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ShapeError, TextError
 from saelens_lite.model import LanguageModel
+from saelens_lite.model.passes import read_lengths
 from saelens_lite.ports import apart, together
 from saelens_lite.tokens import Given, TokenRows
 from saelens_lite.tokens.inputs import Ids
@@ -60,9 +61,9 @@ class Site:
             counted = self.lm.countable(found.tokens, self.dictionary.origin)
             found = found._replace(keep=counted if found.holds_token is None else counted & found.holds_token)
         elif found.length is None:
-            found = found._replace(length=self.lm.read_lengths(found))
-        widths = [found.tokens.shape[1]] * len(found.tokens) if found.length is None else found.length.tolist()
-        rows = [Row(*(x[:n].to(self.lm.device) for x in row)) for *row, n in zip(found.tokens, found.keep, widths, strict=True)]
+            found = found._replace(length=read_lengths(self.lm, found))
+        each = zip(found.tokens, found.keep, found.lengths.tolist(), strict=True)
+        rows = [Row(*(x[:n].to(self.lm.device) for x in row)) for *row, n in each]
         nothing = [number for number, row in enumerate(rows) if not row.counted.any()]
         if nothing or not rows:
             raise TextError(

@@ -501,13 +501,6 @@ class LanguageModel:
                 "whole row"
             )
 
-    def read_lengths(self, rows: TokenRows) -> Int[Tensor, " n_seq"]:
-        """Return how much of each row has to be read for the activations at the positions that count."""
-        if self.is_causal:
-            return rows.counted_lengths
-        full = torch.full((len(rows.tokens),), rows.tokens.shape[1], device=rows.tokens.device)
-        return (full if rows.length is None else rows.length) * rows.keep.any(1)
-
     @torch.no_grad()
     def run(
         self, texts: Given, hooks: Sequence[str] | str, *, attention_mask: Any = None, prepend_bos: bool | None = None

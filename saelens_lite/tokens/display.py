@@ -56,7 +56,7 @@ class Vocabulary(list[str]):
 
     def to_json(self) -> dict[str, Any]:
         """Return the arguments of `from_json` as plain data."""
-        return {"texts": list(self), "parts": {str(i): raw.hex() for i, raw in self.parts.items()}}
+        return {"texts": list(self), "parts": {str(i): raw.hex() for i, raw in sorted(self.parts.items())}}
 
     def row(self, ids: Iterable[int]) -> list[str]:
         """Return what each token of a row shows. Joined, this is the text as far as its bytes are characters."""

@@ -38,6 +38,12 @@ class TokenRows(NamedTuple):
         return torch.arange(self.tokens.shape[1], device=self.tokens.device) < self.length[:, None].to(self.tokens.device)
 
     @property
+    def lengths(self) -> Int[Tensor, " n_seq"]:
+        """Number of tokens in each row, without its padding."""
+        n_seq, n_ctx = self.tokens.shape
+        return torch.full((n_seq,), n_ctx, device=self.tokens.device) if self.length is None else self.length
+
+    @property
     def counted_lengths(self) -> Int[Tensor, " n_seq"]:
         """Number of positions of each row up to the last that counts."""
         return (self.keep * torch.arange(1, self.keep.shape[1] + 1, device=self.keep.device)).amax(1)
@@ -177,7 +183,7 @@ def joined(blocks: list[TokenRows], pad: int) -> TokenRows:
 
     lengths = None
     if any(block.length is not None or block.tokens.shape[1] < width for block in blocks):
-        lengths = torch.cat([torch.full((len(b.tokens),), b.tokens.shape[1]) if b.length is None else b.length for b in blocks])
+        lengths = torch.cat([block.lengths for block in blocks])
     return TokenRows(
         torch.cat([widened(block.tokens, pad) for block in blocks]),
         torch.cat([widened(block.keep, 0) for block in blocks]),

@@ -52,7 +52,7 @@ def size(path):
 OURS = """
 import shutil
 import saelens_lite as sl
-from saelens_lite.evaluation.measure import batches
+from saelens_lite.model.passes import batches, default_batch_tokens
 from saelens_lite.tokens import TokenRows
 lm = sl.load_model(folder + "/model", device="cpu")
 d = sl.Dictionary.load(folder + "/dictionary")
@@ -63,13 +63,13 @@ def bare(rows):
     # seconds of all the text by each kind of pass, from what the first rows take
     part = TokenRows(*(x[: -(-bare_tokens // x.shape[1])] for x in rows)) if bare_tokens else rows
     def to_hook(batch):
-        return lm.run(batch.tokens, hook)[hook][batch.keep]
+        return lm.run(batch.rows.tokens, hook)[hook][batch.rows.keep]
     kinds = {"to_hook": to_hook, "to_hook_and_encode": lambda batch: d.encode(to_hook(batch)),
-             "whole": lambda batch: lm.logits(batch.tokens)}
+             "whole": lambda batch: lm.logits(batch.rows.tokens)}
     seconds = {}
     for name, visit in kinds.items():
         start = time.perf_counter()
-        for batch in batches(lm, part, None):
+        for batch in batches(lm, part, default_batch_tokens(lm, with_logits=True)):
             visit(batch)
         seconds[name] = (time.perf_counter() - start) * rows.n_kept / part.n_kept
     return seconds

@@ -1,0 +1,105 @@
+"""One pass of a model over token rows: the rows in batches, and the activations with their row and position.
+
+    for read in activations(lm, rows, hooks):        each position that counts comes once
+        read.acts[hook]                              [n d], at read.position of the rows with the numbers read.row
+
+Everything that runs a model over a text does it here: captures, streams, evaluation, probes and feature stores. A batch is cut
+behind the last position that has to be read, and rows or batches in which nothing counts are not run.
+
+| order | a batch is | cut behind |
+| --- | --- | --- |
+| "as it is" | rows that follow one another | the last position that counts |
+| "by length" | rows of like length, the longest first, as many as their width allows | the token after it, to be predicted |
+| "shuffled" | rows of like length from all over the text, the batches in random order | the last position that counts |
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saelens_lite.model import LanguageModel
+from saelens_lite.seeds import permutation
+from saelens_lite.tokens import TokenRows
+
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}  # more does not run faster on a CPU, less leaves a GPU idle
+BATCH_LOGITS = {"cpu": 1 << 27, "cuda": 1 << 29}
+
+Order = Literal["as it is", "by length", "shuffled"]
+
+
+class Batch(NamedTuple):
+    """Rows that go through the model together, and their numbers among all rows."""
+
+    rows: TokenRows
+    number: Int[Tensor, " n"]
+
+
+class Read(NamedTuple):
+    """The activations of a batch at the positions that count, row after row; `row` is the number of the row among all."""
+
+    batch: Batch
+    row: Int[Tensor, " n"]
+    position: Int[Tensor, " n"]
+    acts: dict[str, Float[Tensor, "n _"]]
+
+
+def default_batch_tokens(lm: LanguageModel, *, with_logits: bool = False) -> int:
+    """Return the number of tokens in a forward pass; with logits, fewer where the vocabulary is large."""
+    kind = "cpu" if lm.device.type == "cpu" else "cuda"
+    return min(BATCH_TOKENS[kind], BATCH_LOGITS[kind] // lm.d_vocab) if with_logits else BATCH_TOKENS[kind]
+
+
+def read_lengths(lm: LanguageModel, rows: TokenRows) -> Int[Tensor, " n_seq"]:
+    """Return how much of each row has to be read for the activations at the positions that count; 0 where none counts."""
+    return rows.counted_lengths if lm.is_causal else rows.lengths * rows.keep.any(1)
+
+
+def batches(
+    lm: LanguageModel, rows: TokenRows, batch_tokens: int, order: Order = "by length", *, seed: int = 0
+) -> Iterator[Batch]:
+    """Yield the rows in batches of up to `batch_tokens` tokens, or of a single row; `seed` decides the shuffled order."""
+    n_ctx, lengths = rows.tokens.shape[1], read_lengths(lm, rows).cpu()
+    for number in _numbers(lengths, n_ctx, batch_tokens, order, seed):
+        if longest := int(lengths[number].max()):
+            width = min(longest + 1, n_ctx) if order == "by length" else longest
+            yield Batch(rows.take(number).narrowed(width), number)
+
+
+def _numbers(
+    lengths: Int[Tensor, " n_seq"], n_ctx: int, batch_tokens: int, order: Order, seed: int
+) -> Iterator[Int[Tensor, " _"]]:
+    """Yield the numbers of the rows of each batch."""
+    n_rows = max(1, batch_tokens // n_ctx)
+    if order == "as it is":
+        yield from torch.arange(len(lengths)).split(n_rows)
+    elif order == "shuffled":
+        mixed = permutation(len(lengths), "rows", seed)
+        groups = mixed[lengths[mixed].argsort(stable=True)].split(n_rows)
+        yield from (groups[i] for i in permutation(len(groups), "batches", seed).tolist())
+    else:
+        falling = lengths.argsort(stable=True, descending=True)
+        falling = falling[lengths[falling] > 0]
+        start = 0
+        while start < len(falling):
+            width = min(int(lengths[falling[start]]) + 1, n_ctx)
+            yield falling[start : start + max(1, batch_tokens // width)]
+            start += max(1, batch_tokens // width)
+
+
+def read(lm: LanguageModel, batch: Batch, hooks: Sequence[str]) -> Read:
+    """Run the model over a batch, up to the deepest of the hooks."""
+    acts = lm.run(batch.rows, hooks)
+    counts, here = batch.rows.keep.cpu(), batch.rows.keep.to(lm.device)
+    row, position = counts.nonzero(as_tuple=True)
+    return Read(batch, batch.number[row], position, {hook: acts[hook][here] for hook in hooks})
+
+
+def activations(
+    lm: LanguageModel, rows: TokenRows, hooks: Sequence[str], batch_tokens: int, order: Order = "by length", *, seed: int = 0
+) -> Iterator[Read]:
+    """Yield the activations at hooks of each batch of the rows."""
+    for batch in batches(lm, rows, batch_tokens, order, seed=seed):
+        yield read(lm, batch, hooks)
