@@ -396,7 +396,7 @@ def test_requests_that_cannot_be_met(dictionaries, small, rows):
             build(d, small, "text", **bad)
     with pytest.raises(ConfigError, match="n_tokens"):
         build(d, small, rows, n_tokens=10)
-    with pytest.raises(ConfigError, match="unknown key 'top_m'.*top_n"):
+    with pytest.raises(ConfigError, match=r"unknown key 'top_m'.*top_n"):
         build(d, small, rows, top_m=3)
     with pytest.raises(ConfigError, match="out="):
         build(d, small, rows, codes=True)

@@ -269,7 +269,7 @@ def _pool(dictionary: Dictionary, lm: LanguageModel, rows: TokenRows, hooks: Hoo
             if not (torch.isfinite(kept).all() and torch.isfinite(codes.value).all()):
                 names = " + ".join(hooks.reads)
                 raise NonFiniteError(
-                    f"activations at {names} or their codes are NaN or infinite in text {int(text[0])} or later"
+                    f"activations at {names} or their codes are NaN or infinite in texts {int(text[0])} and after"
                 )
             cell, value = text[codes.row] * dictionary.d_sae + codes.latent, codes.value.float()
             if pooling == "max":
