@@ -258,7 +258,7 @@ def test_plugins(command):
 def test_train_on_several_hooks(work, command):
     """--writes makes a transcoder and several --reads a crosscoder, from a cache or from a text."""
     hooks = (HOOK, "blocks.1.hook_mlp_out")
-    """--writes makes a transcoder and several --reads a crosscoder, from a cache or from a text."""
+    capture = (
         "capture",
         work / "book.txt",
         "--hooks",
