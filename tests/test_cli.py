@@ -89,11 +89,14 @@ def test_features_writes_one_page(work, command):
 def test_features_of_several_are_kept_and_shown_again(work, command):
     d, html, out = work / "run/dictionary", work / "both.html", work / "stores"
     asked = ("features", d, d, "--text", work / "book.txt", "--html", html, "--out", out, "--codes", "--control")
+    asked = (*asked, "--top-n", 3, "--window", 4, 2)
     code, printed, err = command(*asked)
     assert code == 0, err
     assert printed.count("64 latents") == 2
     assert sorted(path.name for path in out.iterdir()) == ["0-topk", "1-topk"]
     assert {"codes.parquet", "control.safetensors"} <= {path.name for path in (out / "1-topk").iterdir()}
+    info = sl.FeatureStore.load(out / "1-topk").info
+    assert (info.top_n, info.window, info.n_random) == (3, (4, 2), 10)
     pages = [work / "both-0-topk.html", work / "both-1-topk.html"]
     assert pages[0].read_bytes() == pages[1].read_bytes()
     code, _, err = command("dashboard", out / "0-topk", "--html", html)

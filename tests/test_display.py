@@ -222,6 +222,15 @@ def test_a_vocabulary_survives_json_and_pickle(vocabularies):
             assert (again, again.parts) == (vocabulary, vocabulary.parts)
 
 
+def test_json_does_not_depend_on_the_order_in_which_tokens_became_known():
+    """A tokenizer lists its vocabulary in another order in each process."""
+    texts, parts = ["a", "b", "c"], {2: b"\xe8", 0: b"\x80"}
+    one, other = (
+        json.dumps(Vocabulary(texts, dict(some)).to_json()) for some in (parts.items(), reversed(list(parts.items())))
+    )
+    assert one == other
+
+
 def test_older_stores_have_bytes_in_their_texts(tokenizers, vocabularies):
     ids = ids_of(tokenizers["byte_level"], "The 老")
     old = list(vocabularies["byte_level"])

@@ -25,11 +25,12 @@ SHOWN = {"top_n", "n_groups", "group_size", "n_random", "n_silent", "window", "s
 
 
 class Job(NamedTuple):
-    """Dictionaries with the hooks they read, the text, and what is to be said of each in its store."""
+    """Dictionaries with the hooks they read, the text, the facts that each store records, and the settings."""
 
     hooked: list[Hooked]
     rows: TokenRows
     infos: list[StoreInfo]
+    config: StoreConfig
 
     @classmethod
     def of(
@@ -65,10 +66,10 @@ class Job(NamedTuple):
             )
             for one in hooked
         ]
-        return cls(hooked, rows, infos)
+        return cls(hooked, rows, infos, config)
 
-    def request(self, lm: LanguageModel, batch_tokens: int, control: bool) -> dict[str, Any]:
-        """What an unfinished pass has to agree with to go on."""
+    def request(self, lm: LanguageModel) -> dict[str, Any]:
+        """Return what an unfinished pass has to agree with to be resumed."""
         read = RowHash()
         read.add(self.rows)
         of_each = {f"{i}: {key}": x for i, info in enumerate(self.infos) for key, x in info.model_dump(mode="json").items()}
@@ -77,16 +78,16 @@ class Job(NamedTuple):
             "weights": lm.fingerprint(),
             "tokenizer": lm.tokenizer_hash,
             "model_dtype": str(lm.dtype),
-            "batch_tokens": batch_tokens,
-            "control": control,
+            "batch_tokens": self.config.batch_tokens,
+            "control": self.config.control,
             "n_dictionaries": len(self.infos),
             "rows_sha256": read.record.sha256,
             **of_each,
         }
 
-    def collected(self, lm: LanguageModel, batch_tokens: int, folder: Path, what: str) -> list[CodeLog]:
-        """The codes of each dictionary, on disk below `folder`, from one pass of the model."""
-        return collect(self.hooked, lm, self.rows, batch_tokens, folder, what)
+    def collected(self, lm: LanguageModel, folder: Path, what: str) -> list[CodeLog]:
+        """Return the codes of each dictionary, on disk below `folder`, from one pass of the model."""
+        return collect(self.hooked, lm, self.rows, self.config.batch_tokens, folder, what)
 
 
 def _hooked(dictionary: Dictionary, lm: LanguageModel, hook: str | None) -> Hooked:

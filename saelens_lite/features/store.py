@@ -124,21 +124,19 @@ class FeatureStore:
             check_extra()
             if out is None:
                 raise ConfigError("codes=True writes a table; give out=, the folder for it")
-        batch_tokens = config.batch_tokens or default_batch_tokens(lm)
+        config = config.replace(batch_tokens=config.batch_tokens or default_batch_tokens(lm))
         job = Job.of(dictionaries, lm, with_mask(text, attention_mask), config, hook=hook, text_config=text_config)
         scores = _scores_of_each(stability, job.infos)
         names = folder_names(dictionaries) if several else ["."]
-        with working_folder(out, job.request(lm, batch_tokens, config.control), exists, files_of(text)) as work:
-            code_logs = job.collected(lm, batch_tokens, work, "features")
+        with working_folder(out, job.request(lm), exists, files_of(text)) as work:
+            code_logs = job.collected(lm, work, "features")
             others: list[CodeLog | None] = [None] * len(names)
             if config.control:
-                others = job.collected(lm.redrawn(config.seed), batch_tokens, work / "control", "features of the control")
+                others = job.collected(lm.redrawn(config.seed), work / "control", "features of the control")
             words = Vocabulary(lm.vocabulary, lm.vocabulary.parts)  # the store's own, for it may be changed
             with nullcontext() if out is None else new_folder(out, STORE, exists, lock=False) as new:
                 stores = [
-                    cls._made(
-                        job, i, lm, words, code_logs[i], others[i], scores[i], None if new is None else new / name, config.codes
-                    )
+                    cls._made(job, i, lm, words, code_logs[i], others[i], scores[i], None if new is None else new / name)
                     for i, name in enumerate(names)
                 ]
         if out is not None:
@@ -157,14 +155,13 @@ class FeatureStore:
         other: CodeLog | None,
         scores: Stability | None,
         folder: Path | None,
-        codes: bool,
     ) -> "FeatureStore":
-        """The store of the i-th dictionary from its codes, those of the control beside them; with a folder it is written."""
+        """Make the store of the i-th dictionary from its codes and those of the control, and write it if there is a folder."""
         info = job.infos[i]
         table = None
         if folder is not None:
             folder.mkdir(exist_ok=True)
-            table = folder / CODES_FILE if codes else None
+            table = folder / CODES_FILE if job.config.codes else None
         tensors = reduced(code_log, job.rows, info, table)
         weights = latent_weights(job.hooked[i].dictionary, lm, raw_unembedding=info.raw_unembedding)
         store = cls(info, tensors, weights, words, codes=None if table is None else CodesTable.of(table), scores=scores)
