@@ -28,6 +28,7 @@ ORDER = [
     "interventions",
     "views",
     "hub",
+    "addresses",
     "adapters",
     "demo",
     "testing",
@@ -39,13 +40,12 @@ LEAVES = {
     "devices",
     "errors",
     "files",
-    "format_detection",
+    "hub_client",
     "kinds",
     "locks",
     "markdown",
     "outputs",
     "paths",
-    "places",
     "ports",
     "prefetch",
     "progress",
@@ -55,7 +55,8 @@ LEAVES = {
     "state_dicts",
     "terminal",
 }  # import nothing of ours but each other; everyone may import them
-ONLY_IN = {"transformer_lens": "model", "huggingface_hub": "hub"}
+# Models ask the Hub too, so the requests stand low, in hub_client; hub, which knows dictionaries, uses the same library.
+ONLY_IN = {"transformer_lens": ("model",), "huggingface_hub": ("hub_client", "hub")}
 DOORS = {"saelens_lite", "sparsity", "codes", "formats", "errors"}  # what a plugin may import from
 HEAVY = [
     *("transformer_lens", "transformers", "datasets", "matplotlib", "scipy", "sklearn", "wandb", "tensorboard", "trackio"),
@@ -148,8 +149,8 @@ def test_the_core_never_imports_its_plugins(path):
 
 @pytest.mark.parametrize("path", FILES, ids=FILE_IDS)
 def test_each_outside_library_has_one_home(path):
-    for library, home in ONLY_IN.items():
-        if part_of(path) != home:
+    for library, homes in ONLY_IN.items():
+        if part_of(path) not in homes:
             assert library not in {name.split(".")[0] for name, _ in imports_of(path)}
 
 
@@ -194,7 +195,7 @@ def test_the_package_offers_these_names():
         "Ablate", "ActivationCache", "ActivationStream", "Add", "Clamp", "Dictionary", "EvalReport", "FeatureStore", "Format",
         "LanguageModel", "LivePrompt", "Logger", "Origin", "Port", "PublishedForm", "RuleConfig", "SaelensLiteError", "Scale",
         "SparseCodes", "Sparsity", "TextConfig", "TrainConfig", "__version__", "adapters", "attribute", "capture", "compare",
-        "convert", "dose_response", "errors", "evaluate", "fit", "load_model", "probe", "prompt_view", "pull", "push",
+        "convert", "dose_response", "errors", "evaluate", "fit", "load", "load_model", "probe", "prompt_view", "pull", "push",
         "python_docs", "register", "resume", "stability", "train",
     ])  # fmt: skip
     assert dir(sl) == sl.__all__

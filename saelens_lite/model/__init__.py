@@ -26,7 +26,6 @@ from saelens_lite.model import norms as _norms
 from saelens_lite.model import processing as _processing
 from saelens_lite.model import readout as _readout
 from saelens_lite.paths import check_input
-from saelens_lite.places import find_model
 from saelens_lite.ports import Hooks, Port, apart, together
 from saelens_lite.tokens import Given, TokenRows, prompt_rows
 from saelens_lite.tokens.display import Vocabulary
@@ -206,6 +205,8 @@ def _on_hub(name: str, revision: str | None) -> tuple[str, bool]:
 
     transformers alone would try to reach the Hub for half a minute before it looks into the cache.
     """
+    from saelens_lite.hub_client.models import find_model
+
     try:
         return find_model(name, revision)
     except HubUnreachableError as error:
