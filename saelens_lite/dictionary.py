@@ -610,10 +610,15 @@ class Dictionary(nn.Module):
             raise ConfigError(f"{folder} is an address; Dictionary.load takes a folder. Use saelens_lite.load({str(folder)!r})")
         folder = check_input(named_file(folder))
         restore(folder)
-        if not is_own_folder(folder):
+        if not os.path.lexists(folder / CONFIG_FILE):
             raise CorruptFileError(
-                f"{folder} holds no {CONFIG_FILE} that Dictionary.save wrote; use saelens_lite.load, which also reads "
-                "dictionaries of other tools and says what a folder holds instead"
+                f"{folder / CONFIG_FILE} is missing; is {folder} the folder you meant? saelens_lite.load also reads "
+                "dictionaries of other tools, and says what a folder holds instead"
+            )
+        if not _is_own(read_json(folder / CONFIG_FILE)):
+            raise CorruptFileError(
+                f"{folder / CONFIG_FILE} was not written by saelens_lite; use saelens_lite.load, which also reads "
+                "dictionaries of other tools"
             )
         return cls._load_own(folder).to(device).eval()
 
@@ -684,9 +689,11 @@ class Dictionary(nn.Module):
 
 def is_own_folder(folder: Path) -> bool:
     """Return whether a folder was written by `Dictionary.save`, of whatever version."""
-    if not (folder / CONFIG_FILE).is_file():
-        return False
-    metadata = read_json(folder / CONFIG_FILE).get("metadata")
+    return (folder / CONFIG_FILE).is_file() and _is_own(read_json(folder / CONFIG_FILE))
+
+
+def _is_own(config: dict[str, Any]) -> bool:
+    metadata = config.get("metadata")
     return isinstance(metadata, dict) and OWN in metadata
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 import torch
@@ -493,3 +494,16 @@ def test_convert_on_the_command_line(tmp_path, command):
     assert sl.load(tmp_path / "out").rule.config.k == 3
     code, out, _ = command("inspect", tmp_path / "out")
     assert json.loads(out)["metadata"]["saelens_lite"]["sparsity"] == "topk"
+
+
+def test_dictionary_load_reads_our_own_folders_only(tmp_path):
+    """An address or another tool's folder is refused with the name of the function that reads it."""
+    path = CASES["standard"].write(tmp_path / "theirs")
+    with pytest.raises(CorruptFileError, match=r"was not written by saelens_lite; use saelens_lite\.load"):
+        sl.Dictionary.load(path)
+    own = sl.load(path).save(tmp_path / "own")
+    assert torch.equal(sl.Dictionary.load(own).W_dec, sl.load(own).W_dec)
+    assert sl.load(own).source is None
+    for address in ("hf://user/repo/a@v1", Path("hf://user/repo")):
+        with pytest.raises(ConfigError, match=r"is an address; .* Use saelens_lite\.load\('hf:/"):
+            sl.Dictionary.load(address)
