@@ -2,6 +2,8 @@
 
 from . import adapters as adapters
 from . import errors as errors
+from .addresses import convert as convert
+from .addresses import load as load
 from .cache import ActivationCache as ActivationCache
 from .cache import ActivationStream as ActivationStream
 from .cache import capture as capture
@@ -19,7 +21,6 @@ from .features import FeatureStore as FeatureStore
 from .features.compare import compare as compare
 from .features.compare import stability as stability
 from .formats import Format as Format
-from .formats import convert as convert
 from .hub import pull as pull
 from .hub import push as push
 from .interventions.attribution import attribute as attribute

@@ -37,16 +37,16 @@ from saelens_lite.files import (
     DTYPES,
     Spec,
     check_fits_memory,
+    named_file,
     read_json,
     read_tensors,
     shortened,
     tensor_specs,
     write_json,
 )
-from saelens_lite.format_detection import CONFIG_FILE, OWN, format_of, is_own_folder
 from saelens_lite.kinds import DICTIONARY as KIND
 from saelens_lite.outputs import new_folder, restore
-from saelens_lite.places import local_folder
+from saelens_lite.paths import check_input, is_address
 from saelens_lite.ports import Port, Ports, apart, as_ports, names, width
 from saelens_lite.schemas import Checked, Positive, String, checked
 from saelens_lite.sparsity import PublishedForm, Sparsity
@@ -54,6 +54,7 @@ from saelens_lite.state_dicts import float_tensors, in_order, sizes_of
 
 FORMAT = 2  # 1 names hooks in the origin, and whether it is a transcoder
 TOKEN_NORMS = {None: "none", "layer_norm": "layer_norm", "constant_norm": "constant_norm_rescale"}  # as SAELens calls them
+OWN, CONFIG_FILE = "saelens_lite", "cfg.json"  # the name of our format, and the file that tells it
 WEIGHTS_FILE, SPARSITY_FILE, PLUGIN_FILE = "sae_weights.safetensors", "sparsity.safetensors", "plugin.safetensors"
 
 
@@ -597,24 +598,29 @@ class Dictionary(nn.Module):
         return ({"seqpos_slice": kept} if kept else {}) | ({"exclude_special_tokens": token_ids} if token_ids else {})
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu", format: str | None = None) -> "Dictionary":
-        """The dictionary in a folder written by `save`, in a file or folder of another tool, or in either on the Hub:
-        hf://user/repo/folder@revision.
-
-        format: name of the format plugin to read it with, or "saelens_lite"; only needed where the files are pickles.
+    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Dictionary":
+        """Return the dictionary in a folder written by `save`. `saelens_lite.load` also reads addresses and other tools' files.
 
         Raises:
-            CorruptFileError: a file is missing, damaged, contradicts another, or is of no known format.
-            ConfigError: what another tool's file holds cannot be represented here, or is a pickle and `format` was not given.
+            CorruptFileError: a file is missing, damaged or contradicts another, or another tool wrote the folder.
+            ConfigError: it is an address, not a folder.
             PluginError: its sparsity rule is not installed; the message names the distribution that wrote it.
-            HubError: it cannot be fetched from the Hub.
         """
-        folder, source = local_folder(path)
+        if is_address(folder):
+            raise ConfigError(f"{folder} is an address; Dictionary.load takes a folder. Use saelens_lite.load({str(folder)!r})")
+        folder = check_input(named_file(folder))
         restore(folder)
-        own = format in (None, OWN) and is_own_folder(folder)
-        loaded = cls._load_own(folder) if own else format_of(folder, format).read(folder)
-        loaded.source = source
-        return loaded.to(device).eval()
+        if not os.path.lexists(folder / CONFIG_FILE):
+            raise CorruptFileError(
+                f"{folder / CONFIG_FILE} is missing; is {folder} the folder you meant? saelens_lite.load also reads "
+                "dictionaries of other tools, and says what a folder holds instead"
+            )
+        if not _is_own(read_json(folder / CONFIG_FILE)):
+            raise CorruptFileError(
+                f"{folder / CONFIG_FILE} was not written by saelens_lite; use saelens_lite.load, which also reads "
+                "dictionaries of other tools"
+            )
+        return cls._load_own(folder).to(device).eval()
 
     @classmethod
     def _load_own(cls, folder: Path) -> "Dictionary":
@@ -679,6 +685,16 @@ class Dictionary(nn.Module):
         rule = getattr(self.rule, "plugin_name", "?")
         target = "" if self.writes_what_it_reads else f", d_out={self.d_out}"
         return f"d_in={self.d_in}, d_sae={self.d_sae}, sparsity={rule!r}, {self.place}{target}"
+
+
+def is_own_folder(folder: Path) -> bool:
+    """Return whether a folder was written by `Dictionary.save`, of whatever version."""
+    return (folder / CONFIG_FILE).is_file() and _is_own(read_json(folder / CONFIG_FILE))
+
+
+def _is_own(config: dict[str, Any]) -> bool:
+    metadata = config.get("metadata")
+    return isinstance(metadata, dict) and OWN in metadata
 
 
 def _own_names(folder: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -11,6 +12,12 @@ MAX_NAME, MAX_PATH = 255, 4096  # bytes, on nearly all file systems
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: more than the file system or a limit allows one file to hold
 ROOM_IN_NAME = 40  # for what is added to the name of an output while it is being written
 ROOM_IN_PATH = 256  # for the names of files in an output folder
+_ADDRESS = re.compile(r"[a-z][a-z0-9+]+:/.+", re.DOTALL)  # pathlib makes one slash of two
+
+
+def is_address(path: str | Path) -> bool:
+    """Return whether a path is an address such as hf://user/repo rather than a file or folder of this computer."""
+    return _ADDRESS.fullmatch(str(path)) is not None
 
 
 def check_input(path: str | Path) -> Path:

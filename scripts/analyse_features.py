@@ -107,7 +107,7 @@ def main() -> None:
     args = parser.parse_args()
     console = Console(markup=False)  # names and paths may have brackets
 
-    d = sl.Dictionary.load(args.dictionary)
+    d = sl.load(args.dictionary)
     lm = model_of(d.origin, name=args.model)
     store = sl.FeatureStore.build(
         d.to(lm.device), lm, named_text(args.text), n_tokens=args.n_tokens, control=args.control, out=args.out / "store"

@@ -214,13 +214,13 @@ def overwriting_saves(lm: sl.LanguageModel, folder: Path, kills: int, rng: rando
     seconds = (time.perf_counter() - start) / 2
     bad = 0
     for _ in range(kills):
-        old = sl.Dictionary.load(out).W_dec.detach().clone()
+        old = sl.load(out).W_dec.detach().clone()
         d.W_dec.data.neg_()
         running = child(lambda place: d.save(place, exists="overwrite"), out)
         time.sleep(rng.uniform(0.2, 1.2) * seconds)
         os.kill(running, signal.SIGKILL)
         ended(running)
-        found = sl.Dictionary.load(out).W_dec
+        found = sl.load(out).W_dec
         bad += not (torch.equal(found, old) or torch.equal(found, d.W_dec))
     return bad
 

@@ -448,7 +448,7 @@ def client_of(url: str, cache: Path) -> Iterator[None]:
     from huggingface_hub import close_session, constants, file_download
     from huggingface_hub.utils import _http
 
-    from saelens_lite.hub import guard, listing
+    from saelens_lite.hub_client import guard, listing
 
     no_waiting = SimpleNamespace(sleep=lambda _: None, monotonic=time.monotonic, time=time.time)
     template = url + "/{repo_id}/resolve/{revision}/{filename}"

@@ -225,7 +225,7 @@ def make_dictionary(folder: Path) -> None:
 
 def load_dictionary(folder: Path) -> str:
     """Use it, read its evaluation, and save it again."""
-    d = sl.Dictionary.load(folder)
+    d = sl.load(folder)
     if not torch.isfinite(d(torch.ones(2, d.d_in))).all():
         raise AssertionError("a dictionary that does not give numbers")
     d.save(folder / "again")

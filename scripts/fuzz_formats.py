@@ -36,7 +36,7 @@ def read(path: Path, format: str | None) -> str:
     """What came of a file: "error" or "loaded"; anything else is raised."""
     try:
         formats.inspect(path, format)
-        d = sl.Dictionary.load(path, format=format)
+        d = sl.load(path, format=format)
     except SaelensLiteError:
         return "error"
     x_hat = d(torch.ones(2, d.d_in))

@@ -68,7 +68,7 @@ def dictionary_folders(folder: Path) -> list[Path]:
 
 def describe(path: Path, arguments: argparse.Namespace) -> None:
     """Evaluate a dictionary and write its card."""
-    d = sl.Dictionary.load(path)
+    d = sl.load(path)
     lm = model_of(d.origin, name=arguments.model)
     report = sl.evaluate(d.to(lm.device), lm, named_text(arguments.text), n_tokens=arguments.n_tokens)
     print(f"{path}\n{report}\n")

@@ -32,7 +32,7 @@ def test_it_writes_store_plots_and_dashboard(dictionary, monkeypatch, tmp_path, 
     args = (dictionary, "--out", tmp_path / "out", "--n-tokens", 400, "--control", "--examples", 3)
     run(monkeypatch, *args)
     printed = " ".join(capsys.readouterr().out.split())
-    store = sl.FeatureStore.load(tmp_path / "out/store", sl.Dictionary.load(dictionary))
+    store = sl.FeatureStore.load(tmp_path / "out/store", sl.load(dictionary))
     assert (store.info.n_tokens, store.control is not None) == (400, True)
     assert (
         f"latents that never fire {int(store.never_fires.sum())} of 64 {int(store.control.never_fires.sum())} of 64" in printed
@@ -47,7 +47,7 @@ def test_it_writes_store_plots_and_dashboard(dictionary, monkeypatch, tmp_path, 
 
 def test_a_store_in_which_nothing_fires_has_no_median(dictionary, lm):
     median = runpy.run_path(str(SCRIPT))["median_density"]
-    store = sl.FeatureStore.build(sl.Dictionary.load(dictionary), lm, "It was the best of times.")
+    store = sl.FeatureStore.build(sl.load(dictionary), lm, "It was the best of times.")
     firing = store.density[~store.never_fires]
     assert median(store) == f"{100 * float(firing.median()):.3g} %"
     store.tensors = store.tensors._replace(count=torch.zeros(64, dtype=torch.int64))

@@ -1,9 +1,12 @@
 """The rules of the tree: who may import whom, what importing costs, and which names the package offers."""
 
 import ast
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -28,6 +31,7 @@ ORDER = [
     "interventions",
     "views",
     "hub",
+    "addresses",
     "adapters",
     "demo",
     "testing",
@@ -39,13 +43,12 @@ LEAVES = {
     "devices",
     "errors",
     "files",
-    "format_detection",
+    "hub_client",
     "kinds",
     "locks",
     "markdown",
     "outputs",
     "paths",
-    "places",
     "ports",
     "prefetch",
     "progress",
@@ -56,7 +59,9 @@ LEAVES = {
     "state_dicts",
     "terminal",
 }  # import nothing of ours but each other; everyone may import them
-ONLY_IN = {"transformer_lens": "model", "huggingface_hub": "hub"}
+# Models ask the Hub too, so the requests stand low, in hub_client; hub, which knows dictionaries, uses the same library.
+ONLY_IN = {"transformer_lens": ("model",), "huggingface_hub": ("hub_client", "hub")}
+COMPUTED = "(computed)"  # stands for a module whose name is put together when the program runs
 DOORS = {"saelens_lite", "sparsity", "codes", "formats", "errors"}  # what a plugin may import from
 HEAVY = [
     *("transformer_lens", "transformers", "datasets", "matplotlib", "scipy", "sklearn", "wandb", "tensorboard", "trackio"),
@@ -80,31 +85,60 @@ def part_of(path: Path) -> str:
     return first.removesuffix(".py")
 
 
-def type_checking_blocks(tree: ast.AST) -> set[ast.AST]:
-    """All nodes that only a type checker sees."""
+class Import(NamedTuple):
+    """A module that a source imports in any way: by a statement, by a string, or by an attribute of the package."""
+
+    name: str
+    at_module_level: bool = True
+    for_types_only: bool = False
+
+
+def imports_in(source: str, package: Sequence[str] = ()) -> list[Import]:
+    """Return everything that a source imports; `package` is its own dotted name, from which relative imports count.
+
+    A string that is the name of a module of ours counts, wherever it stands: such a table is only there to import from.
+    `sl.name`, after `import saelens_lite as sl`, imports the module of that public name.
+    """
+    tree = ast.parse(source)
     guarded = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
-    return {inner for node in guarded for statement in node.body for inner in ast.walk(statement)}
+    typing_only = {inner for node in guarded for statement in node.body for inner in ast.walk(statement)}
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    inside = {inner for node in functions for inner in ast.walk(node)}
+    imported = [alias for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    aliases = {alias.asname or "saelens_lite" for alias in imported if alias.name.split(".")[0] == "saelens_lite"}
+    return [
+        Import(name, node not in inside, node in typing_only)
+        for node in ast.walk(tree)
+        for name in names_in(node, aliases, package)
+    ]
 
 
-def imports_of(path: Path) -> list[tuple[str, bool]]:
-    """(dotted name, whether at module level) of everything a file imports at run time."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    unseen = type_checking_blocks(tree)
-    in_functions = {
-        inner for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) for inner in ast.walk(node)
-    }
-    package = ["saelens_lite", *path.relative_to(ROOT).with_suffix("").parts]
-    found = []
-    for node in ast.walk(tree):
-        if node in unseen:
-            continue
-        if isinstance(node, ast.Import):
-            found += [(alias.name, node not in in_functions) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
+def names_in(node: ast.AST, aliases: set[str], package: Sequence[str]) -> list[str]:
+    """Return the dotted names that one node of a syntax tree imports."""
+    match node:
+        case ast.Import():
+            return [alias.name for alias in node.names]
+        case ast.ImportFrom():
             base = ".".join(package[: len(package) - node.level]) + "." if node.level else ""
             module = (base + (node.module or "")).rstrip(".")
-            found += [(f"{module}.{alias.name}", node not in in_functions) for alias in node.names]
-    return found
+            return [f"{module}.{alias.name}" for alias in node.names]
+        case ast.Attribute(value=ast.Name(id=name)) if name in aliases:
+            return [f"saelens_lite.{node.attr}"]
+        case ast.Constant(value=str(text)) if re.fullmatch(r"saelens_lite(\.\w+)+", text):
+            return [text]
+        case ast.Call() if ast.unparse(node.func).rpartition(".")[2] in ("import_module", "__import__"):
+            return [] if node.args and isinstance(node.args[0], ast.Constant) else [COMPUTED]
+    return []
+
+
+def imports_of(path: Path) -> list[Import]:
+    """Return everything a file of the package imports, as `imports_in` finds it."""
+    return imports_in(path.read_text(encoding="utf-8"), module_of(path).split("."))
+
+
+def module_of(path: Path) -> str:
+    """Return the dotted name of a file, `__init__` included, so that relative imports count from it."""
+    return ".".join(["saelens_lite", *path.relative_to(ROOT).with_suffix("").parts])
 
 
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
@@ -113,7 +147,8 @@ FILE_IDS = [str(path.relative_to(ROOT)) for path in FILES]
 
 def own_parts(path: Path, module_level_only: bool = False) -> set[str]:
     """The parts of saelens_lite that a file imports, other than its own."""
-    names = [name.split(".") for name, top in imports_of(path) if top or not module_level_only]
+    found = [one for one in imports_of(path) if not module_level_only or (one.at_module_level and not one.for_types_only)]
+    names = [one.name.split(".") for one in found]
     known = set(ORDER) | LEAVES
     parts = {name[1] for name in names if name[0] == "saelens_lite" and len(name) > 1}
     return {part if part in known else PUBLIC.get(part, part).partition(".")[0] for part in parts} - {part_of(path)}
@@ -141,17 +176,81 @@ def test_no_cycle_at_module_level():
         done += ready
 
 
+def circles(graph: dict[str, set[str]]) -> set[str]:
+    """Return the nodes that can be reached from themselves."""
+    reached = {node: set(near) for node, near in graph.items()}
+    for middle in graph:
+        for near in (near for near in reached.values() if middle in near):
+            near.update(reached[middle])
+    return {node for node, near in reached.items() if node in near}
+
+
+def test_no_two_files_know_each_other():
+    """Imports inside functions, by string and for type checkers count: a name in an annotation is knowledge too."""
+    known = {module_of(path).removesuffix(".__init__"): path for path in FILES}
+
+    def file_of(name: str) -> str | None:
+        parts = name.split(".")
+        if name not in known and len(parts) == 2 and parts[1] in PUBLIC:
+            return f"saelens_lite.{PUBLIC[parts[1]]}"
+        return next((".".join(parts[:n]) for n in range(len(parts), 1, -1) if ".".join(parts[:n]) in known), None)
+
+    graph = {module: {file_of(one.name) for one in imports_of(path)} - {None, module} for module, path in known.items()}
+    assert "saelens_lite.sparsity" in graph["saelens_lite.dictionary"]
+    assert circles(graph) == set()
+
+
+def test_circles_are_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": set()}) == {"a", "b", "c"}
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == set()
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("import saelens_lite.hub.upload", "saelens_lite.hub.upload"),
+        ("from saelens_lite import hub", "saelens_lite.hub"),
+        ("from saelens_lite.hub import push as p", "saelens_lite.hub.push"),
+        ("from ..hub import push", "saelens_lite.hub.push"),
+        ("def f():\n    from saelens_lite.hub import push", "saelens_lite.hub.push"),
+        ("import_module('saelens_lite.hub')", "saelens_lite.hub"),
+        ("importlib.import_module('saelens_lite.hub')", "saelens_lite.hub"),
+        ("__import__('saelens_lite.hub')", "saelens_lite.hub"),
+        ("import_module('saelens_lite.' + name)", COMPUTED),
+        ("importlib.import_module(f'saelens_lite.{name}')", COMPUTED),
+        ("__import__(name)", COMPUTED),
+        ("SCHEMES = {'hf': 'saelens_lite.hub'}\nimport_module(SCHEMES[scheme])", "saelens_lite.hub"),
+        ("import saelens_lite as sl\nsl.push(d)", "saelens_lite.push"),
+        ("def f():\n    import saelens_lite\n    return saelens_lite.push", "saelens_lite.push"),
+        ("import saelens_lite.errors\nsaelens_lite.hub.push(d)", "saelens_lite.hub"),
+    ],
+)
+def test_every_way_to_import_is_found(source, name):
+    assert name in {one.name for one in imports_in(source, ["saelens_lite", "model", "hooks"])}
+
+
+def test_kinds_of_imports_are_told_apart():
+    source = "import a\ndef f():\n    import b\nif TYPE_CHECKING:\n    import c\n'Of saelens_lite.hub.'\nx.y"
+    assert sorted(imports_in(source)) == [Import("a"), Import("b", at_module_level=False), Import("c", for_types_only=True)]
+
+
+@pytest.mark.parametrize("path", FILES, ids=FILE_IDS)
+def test_no_module_is_imported_by_a_computed_name(path):
+    """Plugins come through entry points, so no file needs to put the name of a module together."""
+    assert COMPUTED not in {one.name for one in imports_of(path)}
+
+
 @pytest.mark.parametrize("path", FILES, ids=FILE_IDS)
 def test_the_core_never_imports_its_plugins(path):
-    assert not [name for name, _ in imports_of(path) if name.startswith("saelens_lite_plugins")]
+    assert not [one for one in imports_of(path) if one.name.startswith("saelens_lite_plugins")]
     assert "saelens_lite_plugins" not in path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", FILES, ids=FILE_IDS)
 def test_each_outside_library_has_one_home(path):
-    for library, home in ONLY_IN.items():
-        if part_of(path) != home:
-            assert library not in {name.split(".")[0] for name, _ in imports_of(path)}
+    for library, homes in ONLY_IN.items():
+        if part_of(path) not in homes:
+            assert library not in {one.name.split(".")[0] for one in imports_of(path) if not one.for_types_only}
 
 
 def test_plugins_use_the_strangers_door():
@@ -195,8 +294,8 @@ def test_the_package_offers_these_names():
         "Ablate", "ActivationCache", "ActivationStream", "Add", "Clamp", "Dictionary", "EvalReport", "FeatureStore", "Format",
         "LanguageModel", "LivePrompt", "Logger", "Origin", "Port", "PublishedForm", "RuleConfig", "SaelensLiteError", "Scale",
         "SparseCodes", "Sparsity", "StoreConfig", "TextConfig", "TrainConfig", "__version__", "adapters", "attribute",
-        "capture", "compare", "convert", "dose_response", "errors", "evaluate", "fit", "load_model", "probe", "prompt_view",
-        "pull", "push", "python_docs", "register", "resume", "stability", "train",
+        "capture", "compare", "convert", "dose_response", "errors", "evaluate", "fit", "load", "load_model", "probe",
+        "prompt_view", "pull", "push", "python_docs", "register", "resume", "stability", "train",
     ])  # fmt: skip
     assert dir(sl) == sl.__all__
 

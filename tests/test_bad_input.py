@@ -441,7 +441,7 @@ def test_weights_that_do_not_fit(saved, change, wanted):
 def test_a_cfg_json_that_is_none(saved, content, wanted):
     (saved / "cfg.json").write_text(content)
     with pytest.raises(CorruptFileError, match=wanted):
-        sl.Dictionary.load(saved)
+        sl.load(saved)
 
 
 @pytest.mark.parametrize(
@@ -477,6 +477,8 @@ def test_a_density_that_does_not_fit(saved):
 def test_a_folder_that_is_no_dictionary(tmp_path):
     with pytest.raises(CorruptFileError, match=r"cfg\.json is missing; is .* the folder you meant\?"):
         sl.Dictionary.load(tmp_path / "nowhere")
+    with pytest.raises(CorruptFileError, match=r"cfg\.json is missing; is .* the folder you meant\?"):
+        sl.load(tmp_path / "nowhere")
 
 
 def test_a_hub_id_without_a_network(monkeypatch):

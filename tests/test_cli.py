@@ -196,7 +196,7 @@ def test_doses_prints_a_row_for_each(work, command):
 
 def test_a_dictionary_that_does_not_say_its_hook(work, command):
     """Every command that runs the model takes it, and says so where it is missing."""
-    d = sl.Dictionary.load(work / "run/dictionary")
+    d = sl.load(work / "run/dictionary")
     d.reads = d.writes = (sl.Port(width=d.d_in),)
     d.origin = sl.Origin()
     folder = d.save(work / "homeless")
@@ -286,7 +286,7 @@ def test_train_on_several_hooks(work, command):
             out = work / f"{name} {len(source)}"
             code, _, err = command("train", *source, *flags, *small, "--out", out)
             assert code == 0, err
-            d = sl.Dictionary.load(out / "dictionary")
+            d = sl.load(out / "dictionary")
             assert tuple(tuple(port.hook for port in side) for side in (d.reads, d.writes)) == made[name]
     code, _, err = command("train", work / "pair", "--hook", hooks[0], "--reads", hooks[1], *small, "--out", work / "both")
     assert (code, "contradict each other; leave out hook" in err) == (2, True), err

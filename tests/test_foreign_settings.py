@@ -19,8 +19,8 @@ from saelens_lite.errors import ConfigError, CorruptFileError, SaelensLiteError
 def saelens(folder: Path, **metadata) -> sl.Origin:
     """The origin of a SAELens file with that metadata, which the file's own format keeps when it is written again."""
     path = edited("standard", folder, metadata=METADATA | metadata)
-    origin = sl.Dictionary.load(path).origin
-    assert sl.Dictionary.load(sl.convert(path, folder / "again", "saelens")).origin == origin
+    origin = sl.load(path).origin
+    assert sl.load(sl.convert(path, folder / "again", "saelens")).origin == origin
     return origin
 
 
@@ -52,7 +52,7 @@ def test_positions_outside_of_seqpos_slice_are_excluded(bounds, n_ctx, tmp_path)
 
 def test_seqpos_slice_before_version_6_stands_at_the_top(tmp_path):
     path = edited("before 6", tmp_path, seqpos_slice=[2, None])
-    assert sl.Dictionary.load(path).origin.excluded_positions == (0, 1)
+    assert sl.load(path).origin.excluded_positions == (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_seqpos_slice_before_version_6_stands_at_the_top(tmp_path):
 def test_slices_that_say_nothing_certain_are_refused(bounds, n_ctx, reason, tmp_path):
     path = edited("standard", tmp_path, metadata=METADATA | {"seqpos_slice": bounds, "context_size": n_ctx})
     with pytest.raises(CorruptFileError, match=reason):
-        sl.Dictionary.load(path)
+        sl.load(path)
 
 
 @given(
@@ -105,7 +105,7 @@ def test_positions_that_are_no_slice_stay_in_our_own_metadata(tmp_path):
     metadata = json.loads((folder / "cfg.json").read_text())["metadata"]
     assert "seqpos_slice" not in metadata
     assert metadata["exclude_special_tokens"] == [7, 5]
-    assert sl.Dictionary.load(folder).origin == origin
+    assert sl.load(folder).origin == origin
 
 
 @pytest.mark.parametrize(("said", "ids"), [(None, ()), (True, ()), (False, ()), ([], ()), ([50256, 13, 13], (13, 50256))])
@@ -121,16 +121,16 @@ def test_special_tokens_that_are_no_ids_are_refused(said, tmp_path):
 
 def test_tokens_that_a_run_of_sparsify_left_out_are_excluded(tmp_path):
     path = CASES["sparsify topk"].write(tmp_path / "run")
-    assert sl.Dictionary.load(path).origin.excluded_token_ids == ()
+    assert sl.load(path).origin.excluded_token_ids == ()
     run = path.parent / "config.json"
     for said, ids in (([3, 1], (1, 3)), ([], ()), (None, ())):
         run.write_text(json.dumps({"sae": {"k": 3}, "exclude_tokens": said}))
-        assert sl.Dictionary.load(path).origin.excluded_token_ids == ids
+        assert sl.load(path).origin.excluded_token_ids == ids
     run.write_text(json.dumps({"exclude_tokens": [3]}))  # no run of sparsify
-    assert sl.Dictionary.load(path).origin.excluded_token_ids == ()
+    assert sl.load(path).origin.excluded_token_ids == ()
     run.write_text(json.dumps({"sae": {}, "exclude_tokens": ["a"]}))
     with pytest.raises(CorruptFileError, match=r"exclude_tokens is \['a'\]; expected token ids"):
-        sl.Dictionary.load(path)
+        sl.load(path)
 
 
 # Hooks
@@ -142,12 +142,12 @@ def test_tokens_that_a_run_of_sparsify_left_out_are_excluded(tmp_path):
 def test_dictionaries_of_one_attention_head_are_refused(case, key, head, tmp_path):
     path = edited(case, tmp_path, **{key: head})
     with pytest.raises(ConfigError, match=rf"{key} = {head}, so the dictionary belongs to one attention head"):
-        sl.Dictionary.load(path)
+        sl.load(path)
     config = json.loads((path / "cfg.json").read_text())
     config[key] = None
     (path / "cfg.json").write_text(json.dumps(config | {"metadata": METADATA | {key: head}}))
     with pytest.raises(ConfigError, match="belongs to one attention head"):
-        sl.Dictionary.load(path)
+        sl.load(path)
 
 
 @pytest.mark.parametrize(
@@ -161,19 +161,19 @@ def test_dictionaries_of_one_attention_head_are_refused(case, key, head, tmp_pat
     ],
 )
 def test_hooks_of_saelens(metadata, hook, tmp_path):
-    assert sl.Dictionary.load(edited("standard", tmp_path, metadata=METADATA | metadata)).hook == hook
+    assert sl.load(edited("standard", tmp_path, metadata=METADATA | metadata)).hook == hook
 
 
 def test_hooks_before_version_6_have_their_layer_beside_them(tmp_path):
     path = edited("before 6", tmp_path, hook_point="blocks.{layer}.hook_resid_pre", hook_point_layer=7)
-    assert sl.Dictionary.load(path).hook == "blocks.7.hook_resid_pre"
+    assert sl.load(path).hook == "blocks.7.hook_resid_pre"
 
 
 def test_metadata_of_a_version_before_6_is_not_what_saelens_reads(tmp_path):
     top = {"hook_name": "blocks.1.hook_resid_pre", "context_size": 64}
     for version, hook in (("5.9.1", "blocks.1.hook_resid_pre"), ("6.0.0-rc.1", METADATA["hook_name"])):
         path = edited("standard", tmp_path / version, metadata=METADATA | {"sae_lens_version": version}, **top)
-        assert sl.Dictionary.load(path).hook == hook
+        assert sl.load(path).hook == hook
 
 
 @pytest.mark.parametrize("hook", ["blocks.{layer}.hook_resid_pre", "blocks.{all}.hook_resid_pre"])
@@ -191,7 +191,7 @@ def test_the_models_revision_is_kept_and_other_loading_options_are_said(tmp_path
         "fold_value_biases": None,
     }
     path = edited("standard", tmp_path, metadata=METADATA | {"model_from_pretrained_kwargs": options})
-    origin = sl.Dictionary.load(path).origin
+    origin = sl.load(path).origin
     assert (origin.revision, origin.processing) == ("abc", ())
     assert "the model was loaded with fold_ln = True, which load_model does not apply" in caplog.text
 
@@ -212,7 +212,7 @@ def test_hooks_of_sparsify_are_those_of_the_module_whatever_the_seed(module, hoo
     folder = tmp_path / "run" / module / seed
     folder.parent.mkdir(parents=True, exist_ok=True)
     path.rename(folder)
-    assert sl.Dictionary.load(folder).hook == hook
+    assert sl.load(folder).hook == hook
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_hooks_of_sparsify_are_those_of_the_module_whatever_the_seed(module, hoo
     ],
 )
 def test_hooks_of_circuit_tracer(inside, outside, hooks, tmp_path):
-    d = sl.Dictionary.load(circuit_tracer(tmp_path, inside, outside))
+    d = sl.load(circuit_tracer(tmp_path, inside, outside))
     assert (d.hook, d.writes[0].hook) == hooks
 
 
@@ -238,14 +238,14 @@ def test_hooks_of_circuit_tracer(inside, outside, hooks, tmp_path):
 )
 def test_hooks_of_circuit_tracer_that_are_not_known_are_refused(inside, error, reason, tmp_path):
     with pytest.raises(error, match=reason):
-        sl.Dictionary.load(circuit_tracer(tmp_path, inside, "hook_mlp_out"), format="circuit_tracer")
+        sl.load(circuit_tracer(tmp_path, inside, "hook_mlp_out"), format="circuit_tracer")
 
 
 def test_a_placeholder_of_a_file_without_a_number_is_refused(tmp_path):
     path = circuit_tracer(tmp_path, "blocks.{layer}.hook_resid_mid", "hook_mlp_out")
     file = (path / "layer_3.safetensors").rename(path / "mine.safetensors")
     with pytest.raises(ConfigError, match="names no layer"):
-        sl.Dictionary.load(file)
+        sl.load(file)
 
 
 def circuit_tracer(folder: Path, inside: str, outside: str) -> Path:
@@ -266,7 +266,7 @@ def buffer(folder: Path, submodule: str, **changes) -> Path:
 def test_what_enters_a_module_is_not_what_leaves_it(tmp_path):
     for io, hook in (("in", "blocks.4.mlp.hook_in"), ("out", "blocks.4.hook_mlp_out")):
         path = buffer(tmp_path / io, "gpt_neox.layers.4.mlp", io=io)
-        assert sl.Dictionary.load(path, format="dictionary_learning").hook == hook
+        assert sl.load(path, format="dictionary_learning").hook == hook
     for number, (submodule, changes, reason) in enumerate(
         (
             ("gpt_neox.layers.4.mlp", {"io": "in_and_out"}, "what goes in and what comes out differ"),
@@ -275,7 +275,7 @@ def test_what_enters_a_module_is_not_what_leaves_it(tmp_path):
         )
     ):
         with pytest.raises(ConfigError, match=reason):
-            sl.Dictionary.load(buffer(tmp_path / str(number), submodule, **changes), format="dictionary_learning")
+            sl.load(buffer(tmp_path / str(number), submodule, **changes), format="dictionary_learning")
 
 
 # Settings that change the function
@@ -293,13 +293,13 @@ def with_factor(folder: Path, said: bool | None, name: str = "scaling_factor", v
 @pytest.mark.parametrize("name", ["scaling_factor", "finetuning_scaling_factor"])
 def test_a_factor_that_the_settings_deny_is_refused_unless_it_is_one(said, name, tmp_path):
     with pytest.raises(ConfigError, match=f"holds {name}, which is not one everywhere, but finetuning_scaling_factor"):
-        sl.Dictionary.load(with_factor(tmp_path / "two", said, name))
-    d = sl.Dictionary.load(with_factor(tmp_path / "one", said, name, 1.0))
+        sl.load(with_factor(tmp_path / "two", said, name))
+    d = sl.load(with_factor(tmp_path / "one", said, name, 1.0))
     assert torch.equal(d.W_dec, CASES["standard"].exact["W_dec"])
 
 
 def test_a_factor_leaves_the_codes_and_multiplies_what_they_decode_to(tmp_path):
-    d, plain = sl.Dictionary.load(with_factor(tmp_path, True)), CASES["standard"].exact
+    d, plain = sl.load(with_factor(tmp_path, True)), CASES["standard"].exact
     x = torch.ones(3, D_IN)
     codes = ((x - plain["b_dec"]) @ plain["W_enc"] + plain["b_enc"]).clamp(min=0)
     torch.testing.assert_close(d.encode(x).to_dense(), codes)
@@ -308,27 +308,27 @@ def test_a_factor_leaves_the_codes_and_multiplies_what_they_decode_to(tmp_path):
 
 def test_a_factor_that_is_promised_is_there_once(tmp_path):
     with pytest.raises(CorruptFileError, match=r"missing: \['scaling_factor'\]"):
-        sl.Dictionary.load(edited("standard", tmp_path / "none", finetuning_scaling_factor=True))
+        sl.load(edited("standard", tmp_path / "none", finetuning_scaling_factor=True))
     path = with_factor(tmp_path / "two", True)
     tensors = load_file(path / "sae_weights.safetensors")
     save_file(tensors | {"finetuning_scaling_factor": tensors["scaling_factor"].clone()}, path / "sae_weights.safetensors")
     with pytest.raises(CorruptFileError, match=r"not expected: \['finetuning_scaling_factor'\]"):
-        sl.Dictionary.load(path)
+        sl.load(path)
 
 
 def test_k_is_said_once_or_the_tools_own_default_is_taken_and_said(tmp_path, caplog):
-    assert sl.Dictionary.load(CASES["topk without k"].write(tmp_path / "saelens")).rule.config.k == 100
+    assert sl.load(CASES["topk without k"].write(tmp_path / "saelens")).rule.config.k == 100
     assert "does not say k; 100 is used, as in SAELens" in caplog.text
-    assert sl.Dictionary.load(edited("sparsify topk", tmp_path, k=None)).rule.config.k == 32
+    assert sl.load(edited("sparsify topk", tmp_path, k=None)).rule.config.k == 32
     assert "does not say k; 32 is used, as in sparsify" in caplog.text
     caplog.clear()
     path = edited("topk", tmp_path / "kwargs", k=None, activation_fn_kwargs={"k": 5})
-    assert sl.Dictionary.load(path).rule.config.k == 5
+    assert sl.load(path).rule.config.k == 5
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     with pytest.raises(CorruptFileError, match=r"k is 3, but activation_fn_kwargs\.k is 5"):
-        sl.Dictionary.load(edited("topk", tmp_path / "both", activation_fn_kwargs={"k": 5}))
+        sl.load(edited("topk", tmp_path / "both", activation_fn_kwargs={"k": 5}))
     with pytest.raises(CorruptFileError, match="activation_fn is 'topk', but k is missing"):  # SAELens 6 would take a ReLU
-        sl.Dictionary.load(edited("before 6, topk", tmp_path / "neither", activation_fn_kwargs={}))
+        sl.load(edited("before 6, topk", tmp_path / "neither", activation_fn_kwargs={}))
 
 
 def test_k_of_circuit_tracer_is_the_same_in_both_places(tmp_path):
@@ -336,7 +336,7 @@ def test_k_of_circuit_tracer_is_the_same_in_both_places(tmp_path):
     config = path / "config.yaml"
     config.write_text(config.read_text() + "k: 4\n")
     with pytest.raises(CorruptFileError, match=r"k = 3, but .*config\.yaml has k = 4"):
-        sl.Dictionary.load(path)
+        sl.load(path)
 
 
 @pytest.mark.parametrize(
@@ -367,16 +367,16 @@ def test_k_of_circuit_tracer_is_the_same_in_both_places(tmp_path):
 def test_settings_that_are_not_computed_are_refused(case, changes, reason, tmp_path):
     ours = case.startswith(("gemma", "llama"))
     with pytest.raises(SaelensLiteError, match=reason):
-        sl.Dictionary.load(edited(case, tmp_path, "config.json" if ours else "cfg.json", **changes))
+        sl.load(edited(case, tmp_path, "config.json" if ours else "cfg.json", **changes))
 
 
 def test_a_transcoder_of_gemma_scope_is_one_where_its_settings_say_so(tmp_path):
-    d = sl.Dictionary.load(edited("gemma scope 2", tmp_path, "config.json", type="transcoder"))
+    d = sl.load(edited("gemma scope 2", tmp_path, "config.json", type="transcoder"))
     assert not d.writes_what_it_reads
 
 
 def test_a_module_of_gemma_scope_without_a_hook_is_said(tmp_path, caplog):
-    d = sl.Dictionary.load(edited("gemma scope 2", tmp_path, "config.json", hf_hook_point_in="model.layers.7.odd.output"))
+    d = sl.load(edited("gemma scope 2", tmp_path, "config.json", hf_hook_point_in="model.layers.7.odd.output"))
     assert d.hook is None
     assert "no hook is known for model.layers.7.odd.output" in caplog.text
 
@@ -394,4 +394,4 @@ def test_thresholds_below_zero_of_tools_that_do_not_rectify_are_refused(name, tm
     tensors[key][2] = -0.1
     save_file(tensors, file) if file.suffix == ".safetensors" else torch.save(tensors, file)
     with pytest.raises(ConfigError, match="1 thresholds are below zero, where the other tool's codes are negative"):
-        sl.Dictionary.load(path, format=CASES[name].format)
+        sl.load(path, format=CASES[name].format)

@@ -29,7 +29,7 @@ def follow(path: Path, format: str | None = None) -> tuple[sl.Dictionary, int]:
     """Load, doing what each error says; and how many errors there were."""
     for errors in range(3):
         try:
-            return sl.Dictionary.load(path, format=format), errors
+            return sl.load(path, format=format), errors
         except SaelensLiteError as error:
             load, say = (re.findall(pattern, str(error)) for pattern in (r": load (\S+)", r"(?:say|with) format='(\w+)'"))
             if not load and not say:
@@ -48,7 +48,7 @@ def test_the_wrong_name_is_answered_by_the_right_one(held, named, tmp_path):
         assert follow(sl.Dictionary.create("topk", reads=4, d_sae=8).save(tmp_path / "topk"), named)[1] == 0
     else:
         with pytest.raises(CorruptFileError, match=f"holds a dictionary of {held}, not of {named}; say format='{held}'"):
-            sl.Dictionary.load(path, format=named)
+            sl.load(path, format=named)
         assert follow(path, named)[1] == 1
 
 
@@ -57,7 +57,7 @@ def test_from_one_or_two_folders_above_the_advice_leads_to_the_dictionary(held, 
     write(held, tmp_path / "run" / "inner" / "foreign")
     for folder in (tmp_path / "run" / "inner", tmp_path / "run"):
         with pytest.raises(CorruptFileError, match=f"holds no dictionary itself, but below it .* of {held}: load "):
-            sl.Dictionary.load(folder)
+            sl.load(folder)
         for format in (None, held):
             assert follow(folder, format)[1] == 1
 
@@ -74,7 +74,7 @@ def test_from_a_folder_inside_the_advice_leads_above(tmp_path):
     path = write("saelens", tmp_path / "foreign")
     (path / "checkpoints").mkdir()
     with pytest.raises(CorruptFileError, match="the folder above it does, of saelens: load"):
-        sl.Dictionary.load(path / "checkpoints")
+        sl.load(path / "checkpoints")
     assert follow(path / "checkpoints")[1] == 1
 
 
@@ -84,7 +84,7 @@ def test_one_of_several_dictionaries_is_named(tmp_path):
     with pytest.raises(
         CorruptFileError, match=r"several dictionaries, which are read one by one, of sparsify: load \S+/3/\S+$"
     ):
-        sl.Dictionary.load(tmp_path / "run")
+        sl.load(tmp_path / "run")
 
 
 @pytest.mark.parametrize("held", [format for format in FORMATS if format not in ("openai", "gemma_scope")])
@@ -96,7 +96,7 @@ def test_a_file_that_is_missing_is_named(held, tmp_path):
         pattern = re.sub(r"\d", ".", file.name).replace("layer_.", r"layer_[0*]")
         for format in (None, held):
             with pytest.raises(CorruptFileError, match=rf"{pattern}.* is missing"):
-                sl.Dictionary.load(path, format=format)
+                sl.load(path, format=format)
         file.write_bytes(content)
 
 
@@ -105,7 +105,7 @@ def test_a_format_of_folders_refuses_a_file(tmp_path):
     with pytest.raises(
         CorruptFileError, match=r"is a file; a dictionary of sparsify is a folder with cfg\.json and sae\.safet"
     ):
-        sl.Dictionary.load(tmp_path / "notes", format="sparsify")
+        sl.load(tmp_path / "notes", format="sparsify")
 
 
 def test_files_of_a_format_with_other_tensors_are_told_what_is_expected(tmp_path):
@@ -114,7 +114,7 @@ def test_files_of_a_format_with_other_tensors_are_told_what_is_expected(tmp_path
     (tmp_path / "d" / "cfg.json").write_text(json.dumps(config))
     save_file({"encoder.weight": normal(24, 10, seed=1)}, tmp_path / "d" / "sae_weights.safetensors")
     with pytest.raises(CorruptFileError, match=r"missing: \['W_dec', 'W_enc', 'b_dec', 'b_enc'\]; not expected: \['encoder"):
-        sl.Dictionary.load(tmp_path / "d")
+        sl.load(tmp_path / "d")
 
 
 @pytest.mark.parametrize("kind", ["pt", "safetensors"])
@@ -123,30 +123,30 @@ def test_tensors_of_no_format_are_shown_the_way_in(kind, tmp_path):
     path = tmp_path / f"d.{kind}"
     torch.save(tensors, path) if kind == "pt" else save_file(tensors, path)
     with pytest.raises(CorruptFileError, match=r"it holds tensors .*: read them and give them to Dictionary\.from_tensors"):
-        sl.Dictionary.load(path)
+        sl.load(path)
 
 
 def test_pickles_in_folders_are_not_read_on_the_way(tmp_path, monkeypatch):
     write("openai", tmp_path / "run")
     monkeypatch.setattr(torch, "load", None)
     with pytest.raises(CorruptFileError, match=r"load \S+\.pt with format='openai'$"):
-        sl.Dictionary.load(tmp_path / "run")
+        sl.load(tmp_path / "run")
     with pytest.raises(ConfigError, match="read only on request: say format='openai'"):
-        sl.Dictionary.load(next((tmp_path / "run").iterdir()))
+        sl.load(next((tmp_path / "run").iterdir()))
 
 
 def test_our_own_name_is_taken_wherever_a_format_is_named(tmp_path, command):
     path = sl.Dictionary.create("topk", reads=4, d_sae=8).save(tmp_path / "d")
-    assert sl.Dictionary.load(path, format="saelens_lite").rule.plugin_name == "topk"
+    assert sl.load(path, format="saelens_lite").rule.plugin_name == "topk"
     assert inspect(path, "saelens_lite")["sparsity"] == "topk"
     code, out, _ = command("inspect", path, "--format", "saelens_lite")
     assert (code, json.loads(out)["metadata"]["saelens_lite"]["sparsity"]) == (0, "topk")
     (path / "cfg.json").write_text("{}")
     with pytest.raises(CorruptFileError, match="holds a dictionary of saelens, not of saelens_lite; say format='saelens'"):
-        sl.Dictionary.load(path, format="saelens_lite")
+        sl.load(path, format="saelens_lite")
     save_file({}, path / "sae_weights.safetensors")
     with pytest.raises(CorruptFileError, match="holds no dictionary written by saelens_lite; leave out format="):
-        sl.Dictionary.load(path, format="saelens_lite")
+        sl.load(path, format="saelens_lite")
 
 
 def test_every_built_in_format_is_tried_here():

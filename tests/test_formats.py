@@ -3,6 +3,7 @@
 import hashlib
 import json
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ X = normal(40, D_IN, seed=99).double() * 2 + 0.5
 
 def load(case, folder) -> sl.Dictionary:
     """The dictionary of a case; pickles are asked for by name."""
-    return sl.Dictionary.load(case.write(folder / "foreign"), format=case.format if case.pickled else None)
+    return sl.load(case.write(folder / "foreign"), format=case.format if case.pickled else None)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -47,7 +48,7 @@ def test_read_it_computes_what_its_tool_defines(name, tmp_path):
 @pytest.mark.parametrize("name", CASES)
 def test_read_it_is_saved_and_loaded_as_one_of_ours(name, tmp_path):
     d = load(CASES[name], tmp_path)
-    again = sl.Dictionary.load(d.save(tmp_path / "own"))
+    again = sl.load(d.save(tmp_path / "own"))
     assert torch.equal(again(X.float()), d(X.float()))
     assert (again.token_norm, again.ports, again.origin) == (d.token_norm, d.ports, d.origin)
 
@@ -102,7 +103,7 @@ def test_written_and_read_again(format, rule, tmp_path):
     d = make(rule)
     own = d.save(tmp_path / "own")
     path = sl.convert(own, tmp_path / "theirs", format)
-    again = sl.Dictionary.load(path, format=format)
+    again = sl.load(path, format=format)
     saelens_name = ALIKE.get(rule, rule) if format == "saelens" else "l1" if rule == "p_anneal" else rule
     assert again.rule.plugin_name == saelens_name
     x = X.float()
@@ -131,7 +132,7 @@ TRANSCODERS = {  # format → rules whose transcoders it has a place for
 @pytest.mark.parametrize(("format", "rule"), [(format, rule) for format, rules in TRANSCODERS.items() for rule in rules])
 def test_transcoders_written_and_read_again(format, rule, skip, tmp_path):
     d = make(rule, d_out=D_IN, skip=skip)
-    again = sl.Dictionary.load(sl.convert(d.save(tmp_path / "own"), tmp_path / "theirs", format))
+    again = sl.load(sl.convert(d.save(tmp_path / "own"), tmp_path / "theirs", format))
     assert again.rule.plugin_name == (rule if format == "sparsify" else ALIKE.get(rule, rule))
     assert not again.writes_what_it_reads
     assert torch.equal(again.encode(X.float()).to_dense(), d.encode(X.float()).to_dense())
@@ -149,13 +150,13 @@ def test_saelens_transcoders_of_another_width(rule, tmp_path):
     assert config["architecture"] == {"l1": "skip_transcoder", "jumprelu": "jumprelu_skip_transcoder"}[rule]
     assert (config["d_out"], config["apply_b_dec_to_input"]) == (7, False)
     assert config["metadata"]["hook_name_out"] == "blocks.2.hook_mlp_out"
-    assert torch.equal(sl.Dictionary.load(path)(X.float()), d(X.float()))
+    assert torch.equal(sl.load(path)(X.float()), d(X.float()))
 
 
 def test_densities_are_kept_by_saelens(tmp_path):
     d = make("topk")
     d.density = torch.linspace(0, 1, D_SAE)
-    again = sl.Dictionary.load(sl.convert(d.save(tmp_path / "own"), tmp_path / "theirs", "saelens"))
+    again = sl.load(sl.convert(d.save(tmp_path / "own"), tmp_path / "theirs", "saelens"))
     torch.testing.assert_close(again.density, d.density, rtol=1e-5, atol=1e-9)
 
 
@@ -166,10 +167,10 @@ def test_sparsify_widths_by_expansion_factor(tmp_path):
     for factor, fits in ((2, True), (3, False)):
         (path / "cfg.json").write_text(json.dumps(config | {"num_latents": 0, "expansion_factor": factor}))
         if fits:
-            assert torch.equal(sl.Dictionary.load(path)(X.float()), d(X.float()))
+            assert torch.equal(sl.load(path)(X.float()), d(X.float()))
         else:
             with pytest.raises(CorruptFileError, match=r"encoder\.weight has shape \(20, 10\), expected .* d_sae = 30"):
-                sl.Dictionary.load(path)
+                sl.load(path)
 
 
 @pytest.mark.parametrize(
@@ -192,11 +193,11 @@ def test_settings_of_circuit_tracer(change, error, reason, tmp_path):
     path = CASES["circuit-tracer relu"].write(tmp_path / "foreign")
     (path / "config.yaml").write_text((path / "config.yaml").read_text().replace(*change))
     if error is None:
-        d = sl.Dictionary.load(path)
+        d = sl.load(path)
         assert d.training_record["read_from"]["config"]["scan"] == []
     else:
         with pytest.raises(error, match=reason):
-            sl.Dictionary.load(path, format="circuit_tracer")
+            sl.load(path, format="circuit_tracer")
 
 
 def test_a_folder_of_several_layers(tmp_path):
@@ -204,14 +205,14 @@ def test_a_folder_of_several_layers(tmp_path):
     with pytest.raises(
         ConfigError, match=r"holds transcoders of 2 layers; name the file of one, such as .*layer_0\.safetensors"
     ):
-        sl.Dictionary.load(path)
+        sl.load(path)
 
 
 def test_every_dtype_is_kept(tmp_path):
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         own = make("topk").to(dtype).save(tmp_path / "own", exists="overwrite")
         for format in WRITTEN:
-            again = sl.Dictionary.load(sl.convert(own, tmp_path / format, format, exists="overwrite"), format=format)
+            again = sl.load(sl.convert(own, tmp_path / format, format, exists="overwrite"), format=format)
             assert again.W_dec.dtype == dtype
             assert torch.equal(again.W_enc, make("topk").to(dtype).W_enc)
 
@@ -285,7 +286,7 @@ def test_per_token_norms_are_lost_by_other_formats(tmp_path):
     for format in ("sparsify", "dictionary_learning"):
         with pytest.raises(ConfigError, match="the layer_norm of each activation would be lost"):
             sl.convert(own, tmp_path / "theirs", format)
-    again = sl.Dictionary.load(sl.convert(own, tmp_path / "theirs", "saelens"))
+    again = sl.load(sl.convert(own, tmp_path / "theirs", "saelens"))
     assert torch.equal(again(X.float()), d(X.float()))
     with pytest.raises(ConfigError, match="needs x: this dictionary undoes the layer_norm of each activation"):
         d.decode(d.encode(X.float()))
@@ -299,11 +300,11 @@ def test_an_output_that_exists_is_kept(tmp_path):
     own = make("topk").save(tmp_path / "own")
     with pytest.raises(OutputExistsError):
         sl.convert(own, own, "sparsify")
-    assert sl.Dictionary.load(own).rule.plugin_name == "topk"
+    assert sl.load(own).rule.plugin_name == "topk"
     with pytest.raises(OutputExistsError, match="is read, and would be removed"):
         sl.convert(own, own, "sparsify", exists="overwrite")
     theirs = sl.convert(own, tmp_path / "theirs", "sparsify")
-    assert sl.Dictionary.load(sl.convert(own, theirs, "sparsify", exists="overwrite")).rule.plugin_name == "topk"
+    assert sl.load(sl.convert(own, theirs, "sparsify", exists="overwrite")).rule.plugin_name == "topk"
     with pytest.raises(OutputExistsError, match=r"sae\.safetensors"):
         sl.convert(own, theirs, "dictionary_learning", exists="overwrite")
     with pytest.raises(PluginError, match="no formats plugin is called 'sparsfy'; did you mean sparsify"):
@@ -334,7 +335,7 @@ def test_an_output_that_exists_is_kept(tmp_path):
 def test_what_has_no_place_here(case, changes, reason, tmp_path):
     path = edited(case, tmp_path, "config.json" if case.startswith("llama") else "cfg.json", **changes)
     with pytest.raises(ConfigError, match=reason):
-        sl.Dictionary.load(path)
+        sl.load(path)
 
 
 def test_settings_and_tensors_have_to_agree(tmp_path):
@@ -349,9 +350,9 @@ def test_settings_and_tensors_have_to_agree(tmp_path):
         ({"architecture": "topk", "k": 0}, "TopK: k = 0: input should be greater than 0"),
     ):
         with pytest.raises(CorruptFileError, match=reason):
-            sl.Dictionary.load(edited("standard", tmp_path / str(changes), **changes))
+            sl.load(edited("standard", tmp_path / str(changes), **changes))
     with pytest.raises(CorruptFileError, match=r"k = 3, but .* has trainer\.k = 4"):
-        sl.Dictionary.load(edited("BatchTopKSAE", tmp_path, "config.json", "trainer", k=4), format="dictionary_learning")
+        sl.load(edited("BatchTopKSAE", tmp_path, "config.json", "trainer", k=4), format="dictionary_learning")
 
 
 @pytest.mark.parametrize(
@@ -366,7 +367,7 @@ def test_settings_and_tensors_have_to_agree(tmp_path):
 )
 def test_hooks_of_dictionary_learning(trainer, hook, tmp_path):
     path = edited("AutoEncoder", tmp_path, "config.json", "trainer", **trainer)
-    assert sl.Dictionary.load(path, format="dictionary_learning").hook == hook
+    assert sl.load(path, format="dictionary_learning").hook == hook
 
 
 def test_llamascopium_without_an_encoder_or_with_several(tmp_path):
@@ -379,7 +380,7 @@ def test_llamascopium_without_an_encoder_or_with_several(tmp_path):
     ):
         save_file(tensors | change, path / "sae_weights.safetensors")
         with pytest.raises(error, match=reason):
-            sl.Dictionary.load(path, format="llamascopium")
+            sl.load(path, format="llamascopium")
 
 
 def test_groups_that_do_not_add_up(tmp_path):
@@ -388,12 +389,12 @@ def test_groups_that_do_not_add_up(tmp_path):
     for sizes in ([4, 8], [4, -4, 24], []):
         torch.save(state | {"group_sizes": torch.tensor(sizes, dtype=torch.int64)}, path / "ae.pt")
         with pytest.raises(CorruptFileError, match="group_sizes are to be positive and to add up to dict_size"):
-            sl.Dictionary.load(path, format="dictionary_learning")
+            sl.load(path, format="dictionary_learning")
 
 
 def test_settings_that_are_no_json_do_not_keep_a_dictionary_from_being_saved(tmp_path):
-    d = sl.Dictionary.load(edited("standard", tmp_path, lr=float("nan"), l1=float("inf")))
-    again = sl.Dictionary.load(d.save(tmp_path / "own"))
+    d = sl.load(edited("standard", tmp_path, lr=float("nan"), l1=float("inf")))
+    again = sl.load(d.save(tmp_path / "own"))
     config = again.training_record["read_from"]["config"]
     assert (config["lr"], config["l1"]) == ("NaN", "Infinity")
 
@@ -405,14 +406,14 @@ def test_a_folder_that_holds_nothing_known(tmp_path):
     (tmp_path / "empty").mkdir()
     names = "circuit_tracer, dictionary_learning, gemma_scope, llamascopium, openai, saelens, sparsify"
     with pytest.raises(CorruptFileError, match=rf"cfg\.json is missing; .* meant\? Nothing of {names} was found there either"):
-        sl.Dictionary.load(tmp_path / "empty")
+        sl.load(tmp_path / "empty")
     (tmp_path / "text").write_text("no dictionary")
     with pytest.raises(CorruptFileError, match=f"text holds no dictionary of saelens_lite, and nothing of {names}"):
-        sl.Dictionary.load(tmp_path / "text")
+        sl.load(tmp_path / "text")
     with pytest.raises(CorruptFileError, match=r"nowhere/cfg\.json is missing; is .*nowhere the folder you meant\?"):
-        sl.Dictionary.load(tmp_path / "nowhere")
+        sl.load(tmp_path / "nowhere")
     with pytest.raises(PluginError, match="no formats plugin is called 'sae_lens'; did you mean saelens"):
-        sl.Dictionary.load(tmp_path / "empty", format="sae_lens")
+        sl.load(tmp_path / "empty", format="sae_lens")
 
 
 @pytest.mark.parametrize("case", ["AutoEncoder", "openai ReLU"])
@@ -422,7 +423,7 @@ def test_pickles_are_read_on_request_only(case, tmp_path, monkeypatch):
     with pytest.raises(
         ConfigError, match=f"looks like {CASES[case].format}, whose files are pickles, which are read only on request"
     ):
-        sl.Dictionary.load(path)
+        sl.load(path)
 
 
 def test_files_are_known_by_what_they_hold(tmp_path):
@@ -441,7 +442,7 @@ def test_weights_without_their_settings_are_not_taken_for_another_tools(tmp_path
     """Tensors of these names belong to Gemma Scope in an npz file alone."""
     path = CASES["jumprelu"].write(tmp_path / "foreign")
     with pytest.raises(CorruptFileError, match="holds no dictionary"):
-        sl.Dictionary.load(path / "sae_weights.safetensors")
+        sl.load(path / "sae_weights.safetensors")
 
 
 def test_a_broken_format_of_a_stranger_disturbs_nobody(tmp_path, monkeypatch):
@@ -457,9 +458,9 @@ def test_our_cfg_json_says_the_same_to_everybody(tmp_path):
     for key, value in (("k", 4), ("dtype", "float16"), ("architecture", "standard"), ("normalize_activations", "layer_norm")):
         (folder / "cfg.json").write_text(json.dumps(config | {key: value}))
         with pytest.raises(CorruptFileError, match=key if key != "dtype" else "cfg.json says float16"):
-            sl.Dictionary.load(folder)
+            sl.load(folder)
     (folder / "cfg.json").write_text(json.dumps(config))
-    assert sl.Dictionary.load(folder).rule.config.k == 3
+    assert sl.load(folder).rule.config.k == 3
 
 
 # The command line
@@ -490,6 +491,19 @@ def test_convert_on_the_command_line(tmp_path, command):
     request = ("--source-format", "dictionary_learning")
     code, out, _ = command("convert", path, tmp_path / "out", "--format", "saelens_lite", *request)
     assert (code, out.strip()) == (0, str(tmp_path / "out"))
-    assert sl.Dictionary.load(tmp_path / "out").rule.config.k == 3
+    assert sl.load(tmp_path / "out").rule.config.k == 3
     code, out, _ = command("inspect", tmp_path / "out")
     assert json.loads(out)["metadata"]["saelens_lite"]["sparsity"] == "topk"
+
+
+def test_dictionary_load_reads_our_own_folders_only(tmp_path):
+    """An address or another tool's folder is refused with the name of the function that reads it."""
+    path = CASES["standard"].write(tmp_path / "theirs")
+    with pytest.raises(CorruptFileError, match=r"was not written by saelens_lite; use saelens_lite\.load"):
+        sl.Dictionary.load(path)
+    own = sl.load(path).save(tmp_path / "own")
+    assert torch.equal(sl.Dictionary.load(own).W_dec, sl.load(own).W_dec)
+    assert sl.load(own).source is None
+    for address in ("hf://user/repo/a@v1", Path("hf://user/repo")):
+        with pytest.raises(ConfigError, match=r"is an address; .* Use saelens_lite\.load\('hf:/"):
+            sl.Dictionary.load(address)

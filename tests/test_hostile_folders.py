@@ -187,7 +187,7 @@ def test_a_snapshot_of_the_hub_is_links_to_its_blobs(saved, tmp_path):
     for i, file in enumerate(sorted(saved.iterdir())):
         shutil.copy(file, blobs / str(i))
         (snapshot / file.name).symlink_to(f"../../../blobs/{i}")
-    assert sl.Dictionary.load(snapshot).d_sae == 10
+    assert sl.load(snapshot).d_sae == 10
 
 
 def test_a_link_that_the_user_names_is_the_users(tmp_path):
@@ -402,7 +402,7 @@ def test_headers_that_contradict_themselves(tmp_path, entries, n_bytes, said):
 def test_what_is_larger_than_memory_is_not_read(saved, monkeypatch):
     monkeypatch.setattr(files, "_memory", lambda: 100)
     with pytest.raises(CorruptFileError, match="and this machine has 100 bytes of memory"):
-        sl.Dictionary.load(saved)
+        sl.load(saved)
 
 
 # --- dictionaries and stores -------------------------------------------------------------------------------------------------
@@ -413,7 +413,7 @@ def test_metadata_that_could_not_be_saved_is_not_loaded(saved, number):
     text = (saved / "cfg.json").read_text()
     (saved / "cfg.json").write_text(text.replace('"training": {', f'"training": {{"loss": {number}', 1))
     with pytest.raises(CorruptFileError, match="number"):
-        sl.Dictionary.load(saved)
+        sl.load(saved)
 
 
 @pytest.mark.parametrize(
@@ -429,7 +429,7 @@ def test_metadata_that_could_not_be_saved_is_not_loaded(saved, number):
 def test_forged_settings_of_a_dictionary(saved, values, said):
     change(saved / "cfg.json", "metadata", "saelens_lite", **values)
     with pytest.raises(CorruptFileError, match=said):
-        sl.Dictionary.load(saved)
+        sl.load(saved)
 
 
 def test_a_tensor_in_both_files_is_refused(saved):
@@ -437,7 +437,7 @@ def test_a_tensor_in_both_files_is_refused(saved):
     tensors = load_file(saved / "sae_weights.safetensors")
     save_file(tensors | {name: load_file(saved / "plugin.safetensors")[name]}, saved / "sae_weights.safetensors")
     with pytest.raises(CorruptFileError, match="both hold"):
-        sl.Dictionary.load(saved)
+        sl.load(saved)
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_damaged_files_give_a_typed_error_or_a_sound_dictionary(originals, tmp_p
     case = CASES.get(name)
     with within(20):
         try:
-            d = sl.Dictionary.load(copy, format=case.format if case and case.pickled else None)
+            d = sl.load(copy, format=case.format if case and case.pickled else None)
         except SaelensLiteError:
             return
     assert all(torch.isfinite(tensor).all() for tensor in d.state_dict().values())
@@ -104,10 +104,10 @@ def test_a_pickle_that_would_create_a_file_does_not(format, protocol, wrapped, t
     torch_zip(path, pickled) if wrapped else path.write_bytes(pickled)
     (folder / "config.json").write_text(json.dumps({"trainer": {"dict_class": "AutoEncoder"}}))
     with pytest.raises(CorruptFileError):
-        sl.Dictionary.load(path if format == "openai" else folder, format=format)
+        sl.load(path if format == "openai" else folder, format=format)
     for place in (path, folder):
         with pytest.raises(SaelensLiteError):
-            sl.Dictionary.load(place)
+            sl.load(place)
         with pytest.raises(SaelensLiteError):
             inspect(place)
     assert not target.exists()
@@ -140,7 +140,7 @@ def within_each_other(depth: int) -> bytes:
 )
 def test_small_pickles_of_very_much(pickled, reason, tmp_path):
     with within(20), pytest.raises(CorruptFileError, match=reason):
-        sl.Dictionary.load(torch_zip(tmp_path / "v5.pt", pickled), format="openai")
+        sl.load(torch_zip(tmp_path / "v5.pt", pickled), format="openai")
 
 
 def test_an_array_of_objects_is_not_unpickled(tmp_path):
@@ -148,9 +148,9 @@ def test_an_array_of_objects_is_not_unpickled(tmp_path):
     arrays = dict(np.load(good)) | {"threshold": np.array([Runs(target)] * D_SAE, dtype=object)}
     np.savez(good, **arrays)
     with pytest.raises(CorruptFileError):
-        sl.Dictionary.load(good, format="gemma_scope")
+        sl.load(good, format="gemma_scope")
     with pytest.raises(CorruptFileError):
-        sl.Dictionary.load(good)
+        sl.load(good)
     assert not target.exists()
 
 
@@ -209,7 +209,7 @@ def test_forged_tensors_of_a_pickle(tensor, tmp_path):
     TensorPickler(buffer, protocol=2).dump({"encoder.weight": tensor, "pre_bias": 1, "latent_bias": 1})
     path = torch_zip(tmp_path / "v5.pt", buffer.getvalue(), {"0": bytes(4 * D_SAE * D_IN)})
     with within(20), pytest.raises(CorruptFileError):
-        sl.Dictionary.load(path, format="openai")
+        sl.load(path, format="openai")
 
 
 def test_an_honest_pickle_made_in_the_same_way_is_read(tmp_path):
@@ -220,11 +220,11 @@ def test_an_honest_pickle_made_in_the_same_way_is_read(tmp_path):
     buffer = io.BytesIO()
     TensorPickler(buffer, protocol=2).dump({name: stored(i, *size) for i, (name, size) in enumerate(shapes.items())})
     records = {str(i): np.full(size, i, np.float32).tobytes() for i, size in enumerate(shapes.values())}
-    d = sl.Dictionary.load(torch_zip(tmp_path / "v5.pt", buffer.getvalue(), records), format="openai")
+    d = sl.load(torch_zip(tmp_path / "v5.pt", buffer.getvalue(), records), format="openai")
     assert (d.W_dec == 1).all()
     assert (d.b_enc == 3).all()
     with pytest.raises(CorruptFileError, match=r"was not written by torch\.save"):
-        sl.Dictionary.load(torch_zip(tmp_path / "z.pt", buffer.getvalue(), records, zipfile.ZIP_DEFLATED), format="openai")
+        sl.load(torch_zip(tmp_path / "z.pt", buffer.getvalue(), records, zipfile.ZIP_DEFLATED), format="openai")
 
 
 @pytest.mark.parametrize(
@@ -249,14 +249,14 @@ def test_forged_headers_of_safetensors(changes, reason, tmp_path):
     written = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(written)) + written + content[8 + size :])
     with pytest.raises(CorruptFileError, match=reason):
-        sl.Dictionary.load(path.parent, format="saelens")
+        sl.load(path.parent, format="saelens")
 
 
 def test_settings_that_announce_more_than_the_weights_hold(tmp_path):
     path = CASES["standard"].write(tmp_path / "foreign") / "cfg.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"d_sae": 2**31 - 1, "d_in": 2**31 - 1}))
     with pytest.raises(CorruptFileError, match="W_enc has shape"):
-        sl.Dictionary.load(path.parent)
+        sl.load(path.parent)
 
 
 def test_arrays_that_unpack_to_far_more_than_the_file(tmp_path):
@@ -264,7 +264,7 @@ def test_arrays_that_unpack_to_far_more_than_the_file(tmp_path):
     small = np.zeros(4000, np.float32)
     np.savez_compressed(tmp_path / "params.npz", W_enc=zeros, W_dec=zeros, b_enc=small, b_dec=small, threshold=small)
     with pytest.raises(CorruptFileError, match="announces far more than fits into them"):
-        sl.Dictionary.load(tmp_path, format="gemma_scope")
+        sl.load(tmp_path, format="gemma_scope")
 
 
 def test_arrays_that_hold_far_more_than_they_announce(tmp_path):
@@ -278,7 +278,7 @@ def test_arrays_that_hold_far_more_than_they_announce(tmp_path):
             member = archive.getinfo(f"{name}.npy")
             member.file_size, member.CRC = len(buffer.getvalue()), zlib.crc32(buffer.getvalue())
     tracemalloc.start()
-    d = sl.Dictionary.load(tmp_path / "params.npz")
+    d = sl.load(tmp_path / "params.npz")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert np.array_equal(d.W_enc.detach().numpy(), arrays["W_enc"])
@@ -293,7 +293,7 @@ def test_what_is_no_file_is_not_waited_for(name, tmp_path):
         make(path / name)
         for format in (None, "saelens"):
             with within(20), pytest.raises(SaelensLiteError):
-                sl.Dictionary.load(path, format=format)
+                sl.load(path, format=format)
 
 
 @pytest.mark.parametrize(
@@ -312,11 +312,11 @@ def test_settings_that_could_not_be_written_again(settings, reason, tmp_path):
     given = (path / "cfg.json").read_text()
     (path / "cfg.json").write_text(given.rstrip()[:-1] + ", " + settings[1:])
     if reason is None:
-        own = sl.Dictionary.load(sl.Dictionary.load(path).save(tmp_path / "own"))
+        own = sl.load(sl.load(path).save(tmp_path / "own"))
         assert own.training_record["read_from"]["config"]["😀"] == "\\ud800"
     else:
         with pytest.raises(CorruptFileError, match=reason):
-            sl.Dictionary.load(path)
+            sl.load(path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -329,4 +329,4 @@ def test_numbers_that_are_none(value, tmp_path):
         content[at : at + 4] = np.float32(value).tobytes()
         (path / file).write_bytes(content)
         with pytest.raises(CorruptFileError, match=r"NaN or infinity|Bad CRC-32"):
-            sl.Dictionary.load(path, format="gemma_scope")
+            sl.load(path, format="gemma_scope")

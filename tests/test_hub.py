@@ -129,7 +129,7 @@ def test_round_trip_gives_the_same_bytes(hub, folder):
     assert not (pulled.folder / "density.png").exists()  # nothing a dictionary does not need
     assert f"{HOOK}/density.png" in on_hub(hub)
     d = sl.pull(REPO)
-    assert torch.equal(d.W_dec, sl.Dictionary.load(folder).W_dec)
+    assert torch.equal(d.W_dec, sl.load(folder).W_dec)
     assert d.source == f"hf://{REPO}/{HOOK}@{pushed.commit}"
     assert d.source == str(pulled.address)
     assert pushed.url == f"{hub.url}/{REPO}"
@@ -140,8 +140,8 @@ def test_a_dictionary_in_memory(hub):
     d = dictionary()
     sl.push(d, REPO, private=True)
     assert hub.repositories[REPO].private
-    assert torch.equal(sl.Dictionary.load(f"hf://{REPO}/{HOOK}").W_enc, d.W_enc)
-    assert torch.equal(sl.Dictionary.load(Path(f"hf://{REPO}/{HOOK}")).W_enc, d.W_enc)  # as the command line hands it on
+    assert torch.equal(sl.load(f"hf://{REPO}/{HOOK}").W_enc, d.W_enc)
+    assert torch.equal(sl.load(Path(f"hf://{REPO}/{HOOK}")).W_enc, d.W_enc)  # as the command line hands it on
     assert d.source is None
 
 
@@ -156,7 +156,7 @@ def test_revisions(hub):
         pinned = sl.pull(REPO, "a", revision=revision)
         assert torch.equal(pinned.W_dec, old)
         assert pinned.source == f"hf://{REPO}/a@{first.commit}"
-    assert torch.equal(sl.Dictionary.load(pinned.source).W_dec, old)
+    assert torch.equal(sl.load(pinned.source).W_dec, old)
     assert [c.id for c in hub.repositories[REPO].history()][:2] == [second.commit, first.commit]
 
 
@@ -515,7 +515,7 @@ def test_without_a_network_the_cache_is_read(hub, run_folder, monkeypatch, caplo
     assert torch.equal(offline.W_dec, fresh.W_dec)
     assert offline.source == fresh.source == f"hf://{REPO}/0-topk@{pushed.commit}"
     assert "the Hub cannot be asked; taken from the cache" in caplog.text
-    assert torch.equal(sl.Dictionary.load(fresh.source).W_dec, fresh.W_dec)
+    assert torch.equal(sl.load(fresh.source).W_dec, fresh.W_dec)
     assert torch.equal(sl.pull(REPO).W_dec, fresh.W_dec)  # the only one in the cache
     with pytest.raises(HubUnreachableError, match=f"{REPO} has no dictionary '1-gated'; it has 0-topk"):
         sl.pull(REPO, "1-gated")
@@ -620,7 +620,7 @@ def test_files_of_other_layouts(hub, name):
 
 def test_what_other_tools_wrote(hub, folder, tmp_path):
     """It is read as it lies on the Hub, and pushed in our own format."""
-    ours, x = sl.Dictionary.load(folder), torch.randn(16, 8)
+    ours, x = sl.load(folder), torch.randn(16, 8)
     repository = hub.create("them/theirs")
     for tool in ("sparsify", "dictionary_learning"):
         theirs = sl.convert(folder, tmp_path / tool, tool)
@@ -630,7 +630,7 @@ def test_what_other_tools_wrote(hub, folder, tmp_path):
     for found in (
         sl.pull("them/theirs", "sparsify"),
         sl.pull("them/theirs", "dictionary_learning", format="dictionary_learning"),
-        sl.Dictionary.load("hf://them/theirs/dictionary_learning", format="dictionary_learning"),
+        sl.load("hf://them/theirs/dictionary_learning", format="dictionary_learning"),
     ):
         assert torch.allclose(found(x), ours(x), atol=1e-6)
         assert found.source.endswith(f"@{repository.head.id}")
@@ -711,12 +711,12 @@ def test_addresses_that_are_none(text):
     with pytest.raises(
         ConfigError, match=r"is not an address on the Hub|cannot be a folder of a repository|cannot be a revision"
     ):
-        sl.Dictionary.load(text)
+        sl.load(text)
 
 
 def test_bad_requests(hub, folder, tmp_path):
     with pytest.raises(ConfigError, match="s3:// is not known; give a folder or hf://"):
-        sl.Dictionary.load("s3://bucket/x")
+        sl.load("s3://bucket/x")
     with pytest.raises(ConfigError, match="'dictionaries' is not the name of a repository; expected user/name"):
         sl.push(folder, "dictionaries")
     with pytest.raises(ConfigError, match=r"'\.\./x' cannot be a folder of a repository"):
@@ -741,7 +741,7 @@ def test_bad_requests(hub, folder, tmp_path):
 def test_the_card_says_what_is_needed(hub, run_folder):
     log = [{"tokens": n, "fvu": 1 / n, "l0": 32.0, "loss": None} for n in (1, 2, 3)]
     (run_folder / "0-topk/log.jsonl").write_text("\n".join(map(json.dumps, log)) + '\n{"tokens": 4, "fv')
-    d = sl.Dictionary.load(run_folder / "0-topk/dictionary")
+    d = sl.load(run_folder / "0-topk/dictionary")
     d.training_record = {"tokens": 1234567, "config": {"lr": 0.001, "k | nasty\n": "a|b", "seed": 0, "nothing": None}}
     write_card(run_folder / "0-topk/dictionary", d, report(), text="some books", tags=["mine"])
     sl.push(run_folder, REPO, license="mit")
@@ -905,7 +905,7 @@ def test_commands(hub, folder, tmp_path, command):
     assert code == 0
     assert f"{tmp_path / 'got'}: topk, 32 latents, hf://{REPO}/a@{hub.repositories[REPO].head.id}" in out
     assert (tmp_path / "got/cfg.json").read_bytes() == (folder / "cfg.json").read_bytes()
-    assert sl.Dictionary.load(tmp_path / "got").d_sae == 32
+    assert sl.load(tmp_path / "got").d_sae == 32
     code, _, err = command("pull", REPO, "a", "--out", tmp_path / "got")
     assert code == OutputExistsError.exit_code
     assert "already exists" in err

@@ -69,7 +69,8 @@ def made(lm, tmp_path_factory):
 
 READERS = {
     "Dictionary.load": lambda made, path: sl.Dictionary.load(path),
-    "Dictionary.load, format": lambda made, path: sl.Dictionary.load(path, format="saelens"),
+    "load": lambda made, path: sl.load(path),
+    "load, format": lambda made, path: sl.load(path, format="saelens"),
     "inspect": lambda made, path: inspect(path),
     "convert": lambda made, path: sl.convert(path, made["folder"] / "converted", "saelens"),
     "load_model": lambda made, path: sl.load_model(path),

@@ -28,8 +28,8 @@ from saelens_lite.cli import options
 from saelens_lite.cli.base import console, visible
 from saelens_lite.errors import ConfigError, CorruptFileError, ModelNotFoundError, PluginError
 from saelens_lite.evaluation.metrics import Metric
-from saelens_lite.format_detection import format_of
 from saelens_lite.formats import Format
+from saelens_lite.formats.detection import format_of
 from saelens_lite.hub import write_card
 from saelens_lite.hub.card import _literal, _load_model_call
 from saelens_lite.markdown import cell, one_line
@@ -108,7 +108,7 @@ def test_processing_that_is_not_known_is_refused(tmp_path):
     config["metadata"]["saelens_lite"]["origin"]["processing"] = ["trust_remote_code"]
     (tmp_path / "d/cfg.json").write_text(json.dumps(config))
     with pytest.raises(CorruptFileError, match="processing"):
-        sl.Dictionary.load(tmp_path / "d")
+        sl.load(tmp_path / "d")
 
 
 def test_code_of_a_model_is_run_when_the_user_allows_it(stranger, tmp_path, monkeypatch):
@@ -262,7 +262,7 @@ def evil_report() -> sl.EvalReport:
 @pytest.mark.parametrize("origin", [{}, {"model": "tiny", "hook": HOOK}], ids=["hostile", "tiny"])
 def test_a_card_made_of_hostile_fields_holds_them_as_text(origin, tmp_path):
     folder = hostile(tmp_path / "d", **origin)
-    card = write_card(folder, sl.Dictionary.load(folder), evil_report(), tags=[EVIL], license="mit").read_text()
+    card = write_card(folder, sl.load(folder), evil_report(), tags=[EVIL], license="mit").read_text()
     front, body = re.fullmatch(r"---\n(.*?)\n---\n(.*)", card, re.DOTALL).groups()
     facts = yaml.safe_load(front)
     assert set(facts) == {"library_name", "license", "tags", "model-index"}
@@ -425,40 +425,40 @@ def test_a_format_is_imported_only_for_files_it_says_it_reads(install, tmp_path,
     empty, named = tmp_path / "empty", tmp_path / "named"
     empty.mkdir()
     named.mkdir()
-    sl.Dictionary.load(theirs)
-    sl.Dictionary.load(theirs, format="saelens")
+    sl.load(theirs)
+    sl.load(theirs, format="saelens")
     with pytest.raises(CorruptFileError, match=r"Nothing of .*strange.* was found there either"):
-        sl.Dictionary.load(empty)
+        sl.load(empty)
     with pytest.raises(CorruptFileError, match="holds a dictionary of saelens, not of sparsify"):
-        sl.Dictionary.load(theirs, format="sparsify")
+        sl.load(theirs, format="sparsify")
     with pytest.raises(CorruptFileError, match="below it several dictionaries"):
-        sl.Dictionary.load(tmp_path)
+        sl.load(tmp_path)
     (named / "weightsXstrange").touch()
     with pytest.raises(CorruptFileError):
-        sl.Dictionary.load(named)
+        sl.load(named)
     assert not marker.exists()
 
     (named / "my.weights.strange").touch()
     monkeypatch.setenv("SAELENS_LITE_PLUGINS", "")
     with pytest.raises(CorruptFileError):
-        sl.Dictionary.load(named)
+        sl.load(named)
     with pytest.raises(PluginError, match="may not be loaded"):
-        sl.Dictionary.load(named, format="strange")
+        sl.load(named, format="strange")
     assert not marker.exists()
 
     monkeypatch.delenv("SAELENS_LITE_PLUGINS")
     with pytest.raises(ConfigError, match="strange files can be written, not read"):
-        sl.Dictionary.load(named)
+        sl.load(named)
     assert marker.exists()
 
 
 def test_a_format_without_endings_is_imported_by_name_only(install, tmp_path):
     marker = install("shy-format", "shy", "formats")
     theirs = sl.convert(_saved(tmp_path), tmp_path / "theirs", "saelens")
-    sl.Dictionary.load(theirs)
+    sl.load(theirs)
     assert not marker.exists()
     with pytest.raises(ConfigError, match="shy files can be written, not read"):
-        sl.Dictionary.load(theirs, format="shy")
+        sl.load(theirs, format="shy")
     assert marker.exists()
 
 

@@ -53,7 +53,7 @@ def evaluate(
     from saelens_lite.files import write_json
     from saelens_lite.tokens import named_text
 
-    loaded = [sl.Dictionary.load(path) for path in dictionaries]
+    loaded = [sl.load(path) for path in dictionaries]
     lm = of.model_of(*loaded)
     reports = sl.evaluate(
         [dictionary.to(lm.device) for dictionary in loaded],
@@ -160,9 +160,9 @@ def compare(
 
     if out:
         refuse_existing(out / STABILITY_FILE, exists)
-    loaded = sl.Dictionary.load(dictionary)
+    loaded = sl.load(dictionary)
     settings = {"threshold": threshold, "method": method, "include_dead": include_dead, "seed": seed}
-    found = compare_all(loaded, [sl.Dictionary.load(path) for path in others], **settings)
+    found = compare_all(loaded, [sl.load(path) for path in others], **settings)
     compared = dict(zip(map(str, others), found, strict=True))
     if json_out:
         write_json(json_out, {path: comparison.to_dict() for path, comparison in compared.items()})

@@ -40,7 +40,7 @@ def features(
     from saelens_lite.outputs import refuse_existing
     from saelens_lite.tokens import named_text
 
-    loaded = [sl.Dictionary.load(path) for path in dictionaries]
+    loaded = [sl.load(path) for path in dictionaries]
     pages = [html] if len(loaded) == 1 else [html.with_stem(f"{html.stem}-{name}") for name in folder_names(loaded)]
     for page in pages:
         refuse_existing(page, exists)

@@ -21,14 +21,14 @@ def inspect(path: Path, *, format: ReadAs = None) -> None:
     """
     from saelens_lite import formats
     from saelens_lite.cache.stored import MANIFEST, ActivationCache
-    from saelens_lite.dictionary import CONFIG_FILE
+    from saelens_lite.dictionary import CONFIG_FILE, OWN
     from saelens_lite.files import read_json
-    from saelens_lite.format_detection import OWN
-    from saelens_lite.paths import check_input
-    from saelens_lite.places import describe, is_address
+    from saelens_lite.paths import check_input, is_address
 
     if is_address(path):
-        facts = describe(path)
+        from saelens_lite.hub import describe
+
+        facts = describe(str(path))
     elif (check_input(path) / MANIFEST).exists():
         cache = ActivationCache.open(path)
         facts = {"activations": cache.n_tokens, **cache.manifest, "hooks": {h: cache.d_in(h) for h in cache.hooks}}

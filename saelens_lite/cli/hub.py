@@ -101,6 +101,6 @@ def pull(
         raise ConfigError(f"{repo} says which folder and revision; leave out the rest")
     address = Address.parse(repo) if repo.startswith("hf://") else Address.of(repo, folder, revision)
     fetched = fetch(address, **given(max_bytes=max_bytes))
-    loaded = sl.Dictionary.load(fetched.folder, format=format)
+    loaded = sl.load(fetched.folder, format=format)
     place = copy_to(fetched, out, exists) if out else fetched.folder
     console().print(f"{place}: {loaded.rule.plugin_name}, {loaded.d_sae} latents, {fetched.address}", markup=False)

@@ -90,7 +90,7 @@ class OfModel:
         """A dictionary and its model, on one device."""
         import saelens_lite as sl
 
-        dictionary = sl.Dictionary.load(path)
+        dictionary = sl.load(path)
         lm = self.model_of(dictionary)
         return dictionary.to(lm.device), lm
 

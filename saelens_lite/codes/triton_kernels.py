@@ -12,7 +12,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelens_lite.codes import Support
+from saelens_lite.codes.support import Support
 from saelens_lite.errors import ShapeError
 
 PIECE = 4096  # columns of which one program selects the largest, kept in registers from then on

@@ -15,12 +15,13 @@ from saelens_lite.config import TextConfig
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, TextError
 from saelens_lite.evaluation import metrics
+from saelens_lite.evaluation.bands import frequency_markdown, frequency_table, position_table
 from saelens_lite.evaluation.controls import REDRAWN, untrained
-from saelens_lite.evaluation.frequency import FrequencyBand, frequency_bands, frequency_markdown, frequency_table
+from saelens_lite.evaluation.frequency import FrequencyBand, frequency_bands
 from saelens_lite.evaluation.measure import Grouping, measure
 from saelens_lite.evaluation.metrics import Metric, PooledSums
 from saelens_lite.evaluation.overlap import overlap
-from saelens_lite.evaluation.positions import PositionBand, position_bands, position_table
+from saelens_lite.evaluation.positions import PositionBand, position_bands
 from saelens_lite.evaluation.report import EvalReport, markdown, table
 from saelens_lite.model import LanguageModel
 from saelens_lite.model.passes import default_batch_tokens

@@ -1,19 +1,14 @@
 """Tokens in bands by how often they occur in a text: once to nine times, ten to ninety-nine times, and so on."""
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from saelens_lite.errors import ConfigError
 from saelens_lite.evaluation.metrics import Metric
-from saelens_lite.markdown import cell
 from saelens_lite.tokens import TokenRows
-
-if TYPE_CHECKING:
-    from saelens_lite.evaluation.report import EvalReport
 
 
 class FrequencyBand(NamedTuple):
@@ -58,50 +53,3 @@ def frequency_bands(rows: TokenRows) -> Bands:
     band_of_id[occurs] = number
     n_tokens = torch.zeros_like(found).index_add(0, number, counts[occurs])
     return Bands(band_of_id[rows.tokens], found.tolist(), number.bincount().tolist(), n_tokens.tolist())
-
-
-def frequency_table(reports: Mapping[str, "EvalReport"]) -> Any:
-    """A rich table: the fvu of every dictionary in each band of token frequency.
-
-    Raises:
-        ConfigError: a report has no bands, or they are of different texts.
-    """
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
-    grid = Table(
-        box=SIMPLE_HEAD, caption="FVU by how often a token occurs; ± half of the 95 % interval", caption_justify="left"
-    )
-    for title in ("occurs", "ids", "tokens", *reports):
-        grid.add_column(Text(title))
-    for cells in _cells(reports):
-        grid.add_row(*cells)
-    return grid
-
-
-def frequency_markdown(reports: Mapping[str, "EvalReport"]) -> str:
-    """The same table in Markdown; ConfigError as there."""
-    lines = [
-        ["occurs", "ids", "tokens", *(f"FVU, {cell(name)}" for name in reports)],
-        ["---"] * (3 + len(reports)),
-        *_cells(reports),
-    ]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _cells(reports: Mapping[str, "EvalReport"]) -> list[list[str]]:
-    """A line for each band: range, ids, share of the tokens, and the fvu of each report."""
-    bands = [report.by_frequency or () for report in reports.values()]
-    if not bands or not bands[0] or any([b[:4] for b in other] != [b[:4] for b in bands[0]] for other in bands):
-        raise ConfigError("no bands to show, or bands of different texts: evaluate together, with by_frequency=True")
-    total = sum(band.n_tokens for band in bands[0])
-    return [
-        [
-            same[0].label,
-            f"{same[0].n_ids:,}",
-            f"{same[0].n_tokens / total:.1%}",
-            *(b.fvu.short for b in same),
-        ]
-        for same in zip(*bands, strict=True)
-    ]

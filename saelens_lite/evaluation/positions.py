@@ -1,18 +1,14 @@
 """Tokens in bands by their position in a row: 1, 2 to 3, 4 to 7, and so on."""
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from saelens_lite.errors import ConfigError
 from saelens_lite.evaluation.metrics import Metric
 from saelens_lite.tokens import TokenRows
-
-if TYPE_CHECKING:
-    from saelens_lite.evaluation.report import EvalReport
 
 
 class PositionBand(NamedTuple):
@@ -54,29 +50,3 @@ def position_bands(rows: TokenRows) -> PositionBands:
     band = number.expand(rows.tokens.shape)
     n_tokens = torch.bincount(band[rows.keep], minlength=len(low)).tolist()
     return PositionBands(band, low, high, n_tokens)
-
-
-def position_table(reports: Mapping[str, "EvalReport"]) -> Any:
-    """A rich table: the fvu of every dictionary, and what it adds to the loss, in each band of positions.
-
-    Raises:
-        ConfigError: a report has no bands, or they are of different texts.
-    """
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
-    bands = [report.by_position or () for report in reports.values()]
-    if not bands or not bands[0] or any([b[:3] for b in other] != [b[:3] for b in bands[0]] for other in bands):
-        raise ConfigError("no bands to show, or bands of different texts: evaluate together, with by_position=True")
-    grid = Table(
-        box=SIMPLE_HEAD,
-        caption="FVU and added cross-entropy (nats) by position; ± half of the 95 % interval",
-        caption_justify="left",
-    )
-    for title in ("position", "tokens", *(f"{what}, {name}" for name in reports for what in ("FVU", "CE added"))):
-        grid.add_column(Text(title))
-    for same in zip(*bands, strict=True):
-        cells = [metric.short for band in same for metric in (band.fvu, band.ce_increase)]
-        grid.add_row(same[0].label, f"{same[0].n_tokens:,}", *cells)
-    return grid

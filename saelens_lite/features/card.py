@@ -1,33 +1,17 @@
-"""A latent and a whole store as HTML for notebooks: no script, nothing but inline style, all text escaped."""
-
-from typing import TYPE_CHECKING
+"""A whole store as HTML for notebooks: no script, nothing but inline style, all text escaped."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from saelens_lite.features.html import quoted, render
-from saelens_lite.features.summary import LatentSummary
-
-if TYPE_CHECKING:
-    from saelens_lite.features.store import FeatureStore
+from saelens_lite.features.queries import StoreQueries
 
 N_LISTED = 5  # latents of each list in the overview of a store
 BINS_PER_DECADE = 4
 
 
-def latent_card(latent: LatentSummary) -> str:
-    """A latent: its figures, histogram, tokens, and the contexts it fires in, groups folded up below the strongest."""
-    groups = [("strongest", latent.examples)]
-    groups += [
-        (f"{group.low:.3g} to {group.high:.3g}, {group.share:.0%} of its activations", group.examples)
-        for group in latent.groups
-    ]
-    groups.append(("drawn from all", latent.random))
-    return render("features", "latent.html.j2", latent=latent, groups=[(title, found) for title, found in groups if found])
-
-
-def store_card(store: "FeatureStore") -> str:
+def store_card(store: StoreQueries) -> str:
     """A store: how dense its latents are, and some worth a look."""
     density, fires = store.density, ~store.never_fires
     lists = [("most frequent", _largest(store, density, fires, "{:.1%}"))]
@@ -49,7 +33,7 @@ def store_card(store: "FeatureStore") -> str:
     )
 
 
-def _largest(store: "FeatureStore", score: Float[Tensor, " d_sae"], among: Tensor, form: str) -> list[tuple[int, str, str]]:
+def _largest(store: StoreQueries, score: Float[Tensor, " d_sae"], among: Tensor, form: str) -> list[tuple[int, str, str]]:
     """The latents of largest score among some: number, score, and the label or the token that is promoted most."""
     order = torch.where(among, score, -torch.inf).argsort(descending=True, stable=True)
     return [

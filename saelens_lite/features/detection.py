@@ -11,13 +11,11 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from saelens_lite.errors import UserError
+from saelens_lite.features.queries import StoreQueries
 from saelens_lite.features.summary import Example
-
-if TYPE_CHECKING:
-    from saelens_lite.features.store import FeatureStore
 
 FIRES = 0.5  # from which score on a scorer says that the latent fires
 
@@ -84,7 +82,7 @@ def words_of_label(task: DetectionTask) -> list[float]:
     return [float(any(word in "".join(tokens).lower() for word in words)) for tokens in task.contexts]
 
 
-def detection(store: "FeatureStore", latent: int, scorer: Scorer | None = None) -> Detection:
+def detection(store: StoreQueries, latent: int, scorer: Scorer | None = None) -> Detection:
     """How well the label of a latent, read by a scorer (default: `words_of_label`), tells where it fires.
 
     Raises:
@@ -114,14 +112,14 @@ def detection(store: "FeatureStore", latent: int, scorer: Scorer | None = None) 
     )
 
 
-def _by_token(store: "FeatureStore", example: Example) -> Example:
+def _by_token(store: StoreQueries, example: Example) -> Example:
     """Return a context with the texts that its tokens have by themselves, which tell parts of characters apart."""
     start = example.position - example.peak
     ids = store.tensors.tokens[example.row, start : start + len(example.tokens)].tolist()
     return example._replace(tokens=tuple(store.vocabulary[i] for i in ids))
 
 
-def _split(store: "FeatureStore", latent: int) -> tuple[list[Example], list[_HeldOut]]:
+def _split(store: StoreQueries, latent: int) -> tuple[list[Example], list[_HeldOut]]:
     """Contexts to look at, and others to be judged in the order of the text, none of which overlaps with the former."""
     kinds = {TOP: store.top_examples(latent)}
     kinds |= {number: group.examples for number, group in enumerate(store.quantile_examples(latent))}

@@ -11,19 +11,17 @@ import re
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError
+from saelens_lite.features.queries import StoreQueries
 from saelens_lite.features.summary import Example
 from saelens_lite.files import disk_full_is_typed
 from saelens_lite.kinds import NEURONPEDIA
 from saelens_lite.outputs import new_folder
 from saelens_lite.progress import progress_bar
 from saelens_lite.tokens.display import PART
-
-if TYPE_CHECKING:
-    from saelens_lite.features.store import FeatureStore
 
 BATCH = 1024  # latents of a file
 DECIMALS = 3
@@ -46,7 +44,7 @@ class _Names(NamedTuple):
 
 
 def export_neuronpedia(
-    store: "FeatureStore",
+    store: StoreQueries,
     folder: str | Path,
     *,
     set_name: str,
@@ -127,7 +125,7 @@ def export_neuronpedia(
     return out
 
 
-def _names(store: "FeatureStore", set_name: str, creator_id: str, model_id: str | None, created: datetime) -> _Names:
+def _names(store: StoreQueries, set_name: str, creator_id: str, model_id: str | None, created: datetime) -> _Names:
     """The names of an export, checked."""
     info = store.info
     if len(info.reads) + len(info.writes) > 2:
@@ -142,7 +140,7 @@ def _names(store: "FeatureStore", set_name: str, creator_id: str, model_id: str 
     return names
 
 
-def _write_latents(store: "FeatureStore", folder: Path, names: _Names, dictionary: Dictionary | None) -> None:
+def _write_latents(store: StoreQueries, folder: Path, names: _Names, dictionary: Dictionary | None) -> None:
     """Write the lines of all latents."""
     for kind in ("features", "activations"):
         (folder / kind).mkdir()
@@ -158,7 +156,7 @@ def _write_latents(store: "FeatureStore", folder: Path, names: _Names, dictionar
             advance(len(latents))
 
 
-def _feature(store: "FeatureStore", names: _Names, latent: int, vector: list[float] | None) -> dict[str, Any]:
+def _feature(store: StoreQueries, names: _Names, latent: int, vector: list[float] | None) -> dict[str, Any]:
     """The line of a latent."""
     t, w = store.tensors, store.weights
     promoted, suppressed = store.promoted(latent), store.suppressed(latent)
@@ -189,7 +187,7 @@ def _feature(store: "FeatureStore", names: _Names, latent: int, vector: list[flo
     }
 
 
-def _activations(store: "FeatureStore", names: _Names, latent: int) -> Iterator[dict[str, Any]]:
+def _activations(store: StoreQueries, names: _Names, latent: int) -> Iterator[dict[str, Any]]:
     """The lines of a latent's contexts: the strongest, then those drawn from groups of equally many activations."""
     top = store.top_examples(latent)
     groups = [(TOP, top[0].value, TOP, top)] if top else []

@@ -1,15 +1,11 @@
 """The feature store: everything collected of one dictionary, and the questions it answers."""
 
-import math
 import os
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
-
-from jaxtyping import Bool, Float
-from torch import Tensor, isin, tensor
 
 from saelens_lite.config import StoreConfig, TextConfig
 from saelens_lite.dictionary import Dictionary
@@ -24,9 +20,8 @@ from saelens_lite.features.detection import Detection, Scorer, detection
 from saelens_lite.features.info import StoreInfo
 from saelens_lite.features.labels import LABELS_FILE, read_labels, write_labels
 from saelens_lite.features.neuronpedia import export_neuronpedia
-from saelens_lite.features.summary import Example, ExampleGroup, LatentSummary, Partner, PositionBin
-from saelens_lite.features.tensors import NONE, FeatureTensors
-from saelens_lite.features.weights import LatentWeights, latent_weights
+from saelens_lite.features.queries import StoreQueries
+from saelens_lite.features.weights import latent_weights
 from saelens_lite.files import named_file, write_text
 from saelens_lite.kinds import STORE
 from saelens_lite.model import LanguageModel
@@ -40,29 +35,12 @@ if TYPE_CHECKING:
     import pyarrow
 
 
-class FeatureStore:
+class FeatureStore(StoreQueries):
     """Everything there is to show about the latents of one dictionary; make one with `build` or `load`.
 
     A latent fires where its code is above zero. `control` is the store of the same dictionary on the model with its weights
     re-drawn, or None; `labels` are what people think that latents stand for.
     """
-
-    def __init__(
-        self,
-        info: StoreInfo,
-        tensors: FeatureTensors,
-        weights: LatentWeights,
-        vocabulary: list[str],
-        *,
-        codes: CodesTable | None = None,
-        scores: Stability | None = None,
-        control: "FeatureStore | None" = None,
-        labels: dict[int, str] | None = None,
-        folder: Path | None = None,
-    ):
-        self.info, self.tensors, self.weights = info, tensors, weights
-        self.vocabulary = vocabulary if isinstance(vocabulary, Vocabulary) else Vocabulary(vocabulary)
-        self.codes, self.scores, self.control, self.labels, self.folder = codes, scores, control, labels or {}, folder
 
     @overload
     @classmethod
@@ -171,171 +149,6 @@ class FeatureStore:
         if folder is not None:
             store._write(folder)
         return store
-
-    @property
-    def density(self) -> Float[Tensor, " d_sae"]:
-        """Share of the tokens on which each latent fires."""
-        return (self.tensors.count.double() / self.info.n_tokens).float()
-
-    @property
-    def never_fires(self) -> Bool[Tensor, " d_sae"]:
-        """Which latents did not fire once on the text."""
-        return self.tensors.count == 0
-
-    @property
-    def stability(self) -> Float[Tensor, " d_sae"] | None:
-        """How far other dictionaries have each latent (`sl.stability`), 0 for the dead; None where that is not known."""
-        return None if self.scores is None else self.scores.score
-
-    def top_examples(self, latent: int) -> list[Example]:
-        """The contexts in which a latent fires most, best first; empty when it never fires.
-
-        Raises:
-            UserError: there is no such latent.
-        """
-        self._check(latent)
-        return self._examples(self.tensors.top_place[latent], self.tensors.top_nearby[latent])
-
-    def quantile_examples(self, latent: int) -> list[ExampleGroup]:
-        """Contexts drawn from groups of equally many activations, the group of the largest first.
-
-        Raises:
-            UserError: there is no such latent.
-        """
-        self._check(latent)
-        t = self.tensors
-        n, numbers = int(t.count[latent]), (t.group_count, t.group_low, t.group_high, t.group_place, t.group_nearby)
-        return [
-            ExampleGroup(float(low), float(high), int(count) / n, self._examples(place, nearby))
-            for count, low, high, place, nearby in zip(*(x[latent] for x in numbers), strict=True)
-            if count > 0
-        ]
-
-    def random_examples(self, latent: int) -> list[Example]:
-        """Contexts drawn from all in which a latent fires, in the order of the text.
-
-        Raises:
-            UserError: there is no such latent.
-        """
-        self._check(latent)
-        return self._examples(self.tensors.random_place[latent], self.tensors.random_nearby[latent])
-
-    def silent_examples(self, latent: int) -> list[Example]:
-        """Contexts drawn from those in which a latent does not fire; fewer than asked for where it nearly always does.
-
-        Raises:
-            UserError: there is no such latent.
-        """
-        self._check(latent)
-        place = self.tensors.silent_place[latent]
-        return self._examples(place, self.tensors.top_nearby.new_zeros(len(place), sum(self.info.window) + 1))
-
-    def _examples(self, places: Tensor, nearby: Tensor) -> list[Example]:
-        """The contexts at places, and what the latent does there."""
-        t, (before, after) = self.tensors, self.info.window
-        examples = []
-        for place, around in zip(places.tolist(), nearby.tolist(), strict=True):
-            if place != NONE:
-                row, position = divmod(place, t.tokens.shape[1])
-                start, stop = max(0, position - before), min(int(t.length[row]), position + after + 1)
-                tokens = tuple(self.vocabulary.window(t.tokens[row, : int(t.length[row])], start, stop))
-                first = start - (position - before)
-                values = tuple(around[first : first + len(tokens)])
-                examples.append(Example(tokens, values, position - start, around[before], row, position))
-        return examples
-
-    def position_profile(self, latent: int) -> list[PositionBin]:
-        """How often and how strongly a latent fires at positions 1, 2 to 3, 4 to 7, …, as far as tokens count there.
-
-        Raises:
-            UserError: there is no such latent.
-        """
-        self._check(latent)
-        t = self.tensors
-        columns = (t.band_low, t.band_high, t.band_tokens, t.band_count[latent], t.band_mean[latent])
-        return [
-            PositionBin(low, high, count / n, mean)
-            for low, high, n, count, mean in zip(*(x.tolist() for x in columns), strict=True)
-            if n
-        ]
-
-    def partners(self, latent: int, by: str = "pmi") -> list[Partner]:
-        """The latents that fire together with one: by "pmi" those whose pointwise mutual information with it is largest, of
-        those that do so on at least 5 tokens, or by "count" those that do so on most tokens.
-
-        Raises:
-            UserError: there is no such latent.
-            ConfigError: another `by`.
-        """
-        self._check(latent)
-        t = self.tensors
-        lists = {"pmi": (t.specific_partner, t.specific_count), "count": (t.frequent_partner, t.frequent_count)}
-        if by not in lists:
-            raise ConfigError(f"by = {by!r}; expected pmi or count")
-        own = int(t.count[latent])
-        return [
-            Partner(other, n, math.log(n * self.info.n_tokens / (own * int(t.count[other]))))
-            for other, n in zip(*(x[latent].tolist() for x in lists[by]), strict=True)
-            if other != NONE
-        ]
-
-    def promoted(self, latent: int) -> list[tuple[str, float]]:
-        """The tokens whose logits a latent raises most, and by how much for each unit of its activation.
-
-        Directly, past all later layers, and but for the positive factor by which the final norm divides.
-        """
-        return self._effects(latent, self.weights.promoted, self.weights.promoted_effect)
-
-    def suppressed(self, latent: int) -> list[tuple[str, float]]:
-        """The tokens whose logits a latent lowers most, as `promoted`."""
-        return self._effects(latent, self.weights.suppressed, self.weights.suppressed_effect)
-
-    def promoting(self, token: str) -> list[tuple[int, float]]:
-        """The latents among whose `promoted` a token is, with the effect on its logit, largest first.
-
-        Raises:
-            UserError: the model has no such token; mind the space in front of words.
-        """
-        ids = self.vocabulary.ids_of(token)
-        if not ids:
-            raise UserError(f"{token!r} is no token of {self.info.model}{self.vocabulary.hint(token)}")
-        latent, rank = isin(self.weights.promoted, tensor(ids)).nonzero(as_tuple=True)
-        found = zip(latent.tolist(), self.weights.promoted_effect[latent, rank].tolist(), strict=True)
-        return sorted(found, key=lambda pair: -pair[1])
-
-    def _effects(self, latent: int, ids: Tensor, effects: Tensor) -> list[tuple[str, float]]:
-        self._check(latent)
-        return [(self.vocabulary[i], effect) for i, effect in zip(ids[latent].tolist(), effects[latent].tolist(), strict=True)]
-
-    def latent(self, latent: int) -> LatentSummary:
-        """All there is to know about one latent; UserError when there is no such latent."""
-        self._check(latent)
-        t = self.tensors
-        return LatentSummary(
-            latent=latent,
-            label=self.labels.get(latent),
-            count=int(t.count[latent]),
-            density=int(t.count[latent]) / self.info.n_tokens,
-            max=float(t.top_value[latent, 0]),
-            **{name: float(getattr(t, name)[latent]) for name in ("mean", "std", "skew", "kurtosis", "bin_width")},
-            histogram=t.histogram[latent].tolist(),
-            promoted=self.promoted(latent),
-            suppressed=self.suppressed(latent),
-            examples=self.top_examples(latent),
-            groups=self.quantile_examples(latent),
-            random=self.random_examples(latent),
-            positions=self.position_profile(latent),
-            partners=self.partners(latent),
-            stability=self._stability(latent),
-        )
-
-    def _stability(self, latent: int) -> float | None:
-        """The score of a latent, None where there is none: no scores at all, or the latent was dead when they were made."""
-        return float(self.scores.score[latent]) if self.scores is not None and self.scores.live[latent] else None
-
-    def _check(self, latent: int) -> None:
-        if not 0 <= latent < self.info.d_sae:
-            raise UserError(f"no latent {latent}; this dictionary has latents 0 to {self.info.d_sae - 1}")
 
     def sql(self, query: str) -> "pyarrow.Table":
         """What a SELECT over the tables codes (latent, row, position, token, value) and tokens (token, text) gives.

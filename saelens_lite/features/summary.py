@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from saelens_lite.features.html import render
+
 
 class Example(NamedTuple):
     """A context, and a latent's activation at each of its tokens; tokens[peak] stands at `position` of row `row`."""
@@ -65,6 +67,11 @@ class LatentSummary(NamedTuple):
     stability: float | None
 
     def _repr_html_(self) -> str:
-        from saelens_lite.features.card import latent_card
-
-        return latent_card(self)
+        """Return the figures, histogram, tokens and contexts as HTML, with the groups folded below the strongest."""
+        groups = [("strongest", self.examples)]
+        groups += [
+            (f"{group.low:.3g} to {group.high:.3g}, {group.share:.0%} of its activations", group.examples)
+            for group in self.groups
+        ]
+        groups.append(("drawn from all", self.random))
+        return render("features", "latent.html.j2", latent=self, groups=[(title, found) for title, found in groups if found])

@@ -16,8 +16,8 @@ from saelens_lite.dictionary import CONFIG_FILE, Dictionary
 from saelens_lite.errors import OutputExistsError
 from saelens_lite.evaluation import EvalReport
 from saelens_lite.files import read_json, write_file
-from saelens_lite.hub.client import NAME, Address
 from saelens_lite.hub.plots import density_plot, log_plot
+from saelens_lite.hub_client.client import NAME, Address
 from saelens_lite.markdown import cell, code, one_line
 from saelens_lite.paths import check_output
 from saelens_lite.ports import names

@@ -9,10 +9,10 @@ from huggingface_hub.utils import SafetensorsFileMetadata
 from saelens_lite.errors import CorruptFileError
 from saelens_lite.files import MAX_JSON_BYTES, read_json
 from saelens_lite.hub.card import EVALUATION_FILE
-from saelens_lite.hub.client import Address, client, typed_errors
 from saelens_lite.hub.download import CONFIG_FILES, check_sizes, choose_folder, dictionary_files, download, listing
-from saelens_lite.hub.guard import Guard
-from saelens_lite.hub.listing import RepoFile
+from saelens_lite.hub_client.client import Address, client, typed_errors
+from saelens_lite.hub_client.guard import Guard
+from saelens_lite.hub_client.listing import RepoFile
 
 HEADERS_OF = ".safetensors"
 MAX_HEADER_BYTES = 8 << 20

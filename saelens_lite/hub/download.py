@@ -13,12 +13,14 @@ from huggingface_hub import try_to_load_from_cache
 
 from saelens_lite.dictionary import CONFIG_FILE, PLUGIN_FILE, SPARSITY_FILE, WEIGHTS_FILE, Dictionary
 from saelens_lite.errors import ConfigError, HubError, HubNotFoundError, HubUnreachableError, near_matches
-from saelens_lite.files import MAX_JSON_BYTES, file_hash, write_text
-from saelens_lite.hub.client import Address, bars_on_terminals_only, client, typed_errors
-from saelens_lite.hub.guard import Guard
-from saelens_lite.hub.listing import RepoFile, list_files, revisions
+from saelens_lite.files import MAX_JSON_BYTES, file_hash, named_file, write_text
+from saelens_lite.formats import read
+from saelens_lite.hub_client.client import Address, bars_on_terminals_only, client, typed_errors
+from saelens_lite.hub_client.guard import Guard
+from saelens_lite.hub_client.listing import RepoFile, list_files, revisions
 from saelens_lite.kinds import DICTIONARY as KIND
 from saelens_lite.outputs import new_folder
+from saelens_lite.paths import is_address
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +60,7 @@ def pull(
         CorruptFileError: it is no dictionary, or does not fit its settings.
     """
     fetched = fetch(Address.of(repo, folder, revision), max_bytes=max_bytes)
-    dictionary = Dictionary.load(fetched.folder, device, format)
+    dictionary = read(fetched.folder, device, format)
     dictionary.source = str(fetched.address)
     return dictionary
 
@@ -76,6 +78,15 @@ def fetch(address: Address | str, *, max_bytes: int = MAX_BYTES) -> Fetched:
         cached = _from_cache(address, error)
         logger.warning("%s: the Hub cannot be asked; taken from the cache: %s", address, cached.address)
         return cached
+
+
+def local_folder(path: str | Path) -> Path:
+    """Return a folder of this computer as it is, and for an address the folder of the cache that it was fetched to.
+
+    Raises:
+        ConfigError, HubError: as `pull`.
+    """
+    return fetch(str(path)).folder if is_address(path) else named_file(path)
 
 
 def copy_to(fetched: Fetched, out: Path, exists: Literal["error", "overwrite"] = "error") -> Path:

@@ -22,6 +22,7 @@ from saelens_lite.errors import (
     HubUnreachableError,
 )
 from saelens_lite.files import MAX_JSON_BYTES
+from saelens_lite.formats import read
 from saelens_lite.hub.card import (
     CARD_FILE,
     EVALUATION_FILE,
@@ -32,12 +33,11 @@ from saelens_lite.hub.card import (
     stored_report,
     with_section,
 )
-from saelens_lite.hub.client import Address, bars_on_terminals_only, check_folder, client, typed_errors
-from saelens_lite.hub.download import download
-from saelens_lite.hub.guard import Guard
+from saelens_lite.hub.download import download, local_folder
 from saelens_lite.hub.index import Entry, Row, index_files
-from saelens_lite.hub.listing import RepoFile, list_files
-from saelens_lite.places import local_folder
+from saelens_lite.hub_client.client import Address, bars_on_terminals_only, check_folder, client, typed_errors
+from saelens_lite.hub_client.guard import Guard
+from saelens_lite.hub_client.listing import RepoFile, list_files
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ def _named(dictionaries: Source | Mapping[str, Source]) -> dict[str, Source]:
     elif isinstance(dictionaries, Dictionary):
         named = {_hook_name(dictionaries): dictionaries}
     else:
-        named = _named_folders(local_folder(dictionaries)[0])
+        named = _named_folders(local_folder(dictionaries))
     if not named:
         raise ConfigError("no dictionary to push was given")
     return named
@@ -154,7 +154,7 @@ def _named_folders(folder: Path) -> dict[str, Source]:
     """The dictionary in a folder, named after its hook, or those of a run, named after their own folders."""
     for one in (folder, folder / "dictionary"):
         if (one / CONFIG_FILE).is_file():
-            return {_hook_name(Dictionary.load(one)): one}
+            return {_hook_name(read(one)): one}
     several = sorted({path.parent for pattern in ("*/", "*/dictionary/") for path in folder.glob(pattern + CONFIG_FILE)})
     if not several:
         raise CorruptFileError(f"{folder} holds no dictionary: neither {CONFIG_FILE} nor folders with one")
@@ -180,7 +180,7 @@ def _prepare(
     entries, files = [], {}
     for i, (name, source) in enumerate(named.items()):
         folder = source.save(scratch / str(i)) if isinstance(source, Dictionary) else _dictionary_folder(source)
-        dictionary = source if isinstance(source, Dictionary) else Dictionary.load(folder)
+        dictionary = source if isinstance(source, Dictionary) else read(folder)
         folder = folder if is_own_folder(folder) else dictionary.save(scratch / str(i))  # what another tool wrote
         load, report = load_text(folder, dictionary, Address(repo, name)), stored_report(folder)
         card, own = _published_files(folder, dictionary, license=license, tags=tags)
@@ -211,7 +211,7 @@ def _read_card(path: Path) -> str:
 
 def _dictionary_folder(source: str | Path) -> Path:
     """The folder itself, or the dictionary in the folder of a run."""
-    folder, _ = local_folder(source)
+    folder = local_folder(source)
     return folder / "dictionary" if (folder / "dictionary" / CONFIG_FILE).is_file() else folder
 
 

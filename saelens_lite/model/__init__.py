@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from saelens_lite.config import Origin
 from saelens_lite.devices import chosen_device
-from saelens_lite.errors import ConfigError, HookError, HubError, HubUnreachableError, ModelNotFoundError, ShapeError, TextError
+from saelens_lite.errors import ConfigError, HookError, HubError, HubUnreachableError, ModelNotFoundError, ShapeError
 from saelens_lite.model import generation as _generation
 from saelens_lite.model import hooks as _hooks
 from saelens_lite.model import identities as _identities
@@ -26,12 +25,10 @@ from saelens_lite.model import norms as _norms
 from saelens_lite.model import processing as _processing
 from saelens_lite.model import readout as _readout
 from saelens_lite.paths import check_input
-from saelens_lite.places import find_model
 from saelens_lite.ports import Hooks, Port, apart, together
 from saelens_lite.tokens import Given, TokenRows, prompt_rows
-from saelens_lite.tokens.display import Vocabulary
-from saelens_lite.tokens.inputs import Aligned, Ids, aligned, n_leading_pads, token_ids
-from saelens_lite.tokens.rows import countable
+from saelens_lite.tokens.inputs import Aligned, Ids, aligned, token_ids
+from saelens_lite.tokens.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -206,6 +203,8 @@ def _on_hub(name: str, revision: str | None) -> tuple[str, bool]:
 
     transformers alone would try to reach the Hub for half a minute before it looks into the cache.
     """
+    from saelens_lite.hub_client.models import find_model
+
     try:
         return find_model(name, revision)
     except HubUnreachableError as error:
@@ -216,7 +215,7 @@ def _on_hub(name: str, revision: str | None) -> tuple[str, bool]:
         raise ModelNotFoundError(f"cannot load the model {name!r}, which is no folder here: {error}") from None
 
 
-class LanguageModel:
+class LanguageModel(Tokenizer):
     """A transformers model and its tokenizer; make one with `load_model`, or wrap a module of your own, which is frozen by it
     and gets torch's fused GELU. With tokenizer=None it takes token ids only."""
 
@@ -225,18 +224,14 @@ class LanguageModel:
     ):
         self.module = module.eval().requires_grad_(False)
         _processing.use_fused_gelu_(self.module)
-        self.tokenizer = tokenizer
-        self.name, self.revision = name, revision
+        self.revision = revision
         self.processing: tuple[str, ...] = ()  # what was done to the weights, which the activations therefore depend on
         config = module.config.get_text_config()
         self.d_model: int = config.hidden_size
         self.n_layers: int = config.num_hidden_layers
         named = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))  # the latter: MPT, DBRX
         longest = (n for n in (_n_positions(self.module), *named) if n and n > 0)  # XLNet says −1
-        self.n_ctx: int = next(longest, UNLIMITED_N_CTX)
-        self.d_vocab: int = config.vocab_size
-        bos_id = None if tokenizer is None else tokenizer.bos_token_id
-        self.bos_id: int | None = self.eos_id if bos_id is None else bos_id  # GPT-2 has <|endoftext|> for both
+        super().__init__(tokenizer, name=name, n_ctx=next(longest, UNLIMITED_N_CTX), d_vocab=config.vocab_size)
         self._n_positions: int | None = None  # while generating: of the prompt and all that may follow
         self._n_whole_rows = 0  # splices in force that need the whole row at once
         self._aligned: Aligned | None = None  # what the current forward pass reads, where its rows were moved
@@ -250,18 +245,6 @@ class LanguageModel:
     def dtype(self) -> torch.dtype:
         """What the weights are stored in."""
         return self.module.dtype
-
-    @property
-    def tokenizer_hash(self) -> str:
-        """sha256 of the tokenizer: vocabulary, merges and rules; the same text gives the same ids where it is the same."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if self.tokenizer is None:
-            content = {"class": None}
-        elif backend is None:  # written in Python: its vocabulary has to do
-            content = {"class": type(self.tokenizer).__name__, "vocabulary": self.tokenizer.get_vocab()}
-        else:
-            content = json.loads(backend.to_str()) | {"padding": None, "truncation": None}  # those change from call to call
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def fingerprint(self) -> str:
         """sha256 over some entries of each weight: tells apart models of one name, of which one was trained further."""
@@ -366,42 +349,6 @@ class LanguageModel:
             self.hook_point(name)
         return Hooks(tuple(reads), tuple(writes))
 
-    @property
-    def text_tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The tokenizer; TextError when the model has none."""
-        if self.tokenizer is None:
-            raise TextError(f"{self.name} has no tokenizer, so it cannot read text; give token ids")
-        return self.tokenizer
-
-    @property
-    def eos_id(self) -> int | None:
-        """The token id that ends a text; None where the tokenizer has none."""
-        return None if self.tokenizer is None else self.tokenizer.eos_token_id
-
-    @property
-    def special_ids(self) -> frozenset[int]:
-        """Token ids that stand for no text, such as BOS, EOS and padding; none without a tokenizer."""
-        special = [] if self.tokenizer is None else self.tokenizer.all_special_ids
-        return frozenset(special) | ({self.bos_id} if self.bos_id is not None else set())
-
-    @property
-    def pad_id(self) -> int:
-        """The token id that rows are padded with: EOS, else BOS, else 0."""
-        return next(i for i in (self.eos_id, self.bos_id, 0) if i is not None)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of token ids; without a tokenizer, the ids with spaces between them."""
-        return " ".join(map(str, ids)) if self.tokenizer is None else self.tokenizer.decode(list(ids))
-
-    def begin_with_bos(self, ids: Ids) -> bool:
-        """Return whether every row begins with the BOS token."""
-        first = aligned(Ids(ids.tokens, ids.mask), self.pad_id).tokens[:, 0] if ids.mask is not None else ids.tokens[:, 0]
-        return self.bos_id is not None and bool((first == self.bos_id).all())
-
-    def wants_bos(self, origin: Origin) -> bool:
-        """Return whether texts for a dictionary of this origin begin with BOS: unless it says no, or there is none."""
-        return origin.prepend_bos is not False and self.bos_id is not None
-
     def to_tokens(self, texts: Given, *, attention_mask: Any = None, prepend_bos: bool | None = None) -> TokenRows:
         """Return one row for each text, with padding on the right, cut at n_ctx; or token ids as rows.
 
@@ -428,23 +375,6 @@ class LanguageModel:
         found = TokenRows(rows.tokens, self.countable(rows.tokens), rows.length, ends_text=False)
         return found if rows.length is None else found._replace(keep=found.keep & found.holds_token)
 
-    def countable(self, tokens: Int[Tensor, "batch pos"], origin: Origin | None = None) -> Bool[Tensor, "batch pos"]:
-        """Return the positions that a dictionary of this origin was trained on, by default all but position 0.
-
-        Special tokens are left out everywhere, which includes padding with one of them.
-        """
-        origin = origin or Origin()
-        return countable(tokens, self.special_ids | set(origin.excluded_token_ids), origin.excluded_positions)
-
-    def check_ids(self, ids: Ids) -> None:
-        """Raise ShapeError unless the model can take these token ids."""
-        tokens = ids.tokens
-        if tokens.shape[1] > self.n_ctx:
-            raise ShapeError(f"rows of {tokens.shape[1]} tokens; {self.name} takes at most {self.n_ctx}")
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= self.d_vocab:
-            raise ShapeError(f"token ids must be integers from 0 to {self.d_vocab - 1}; found {low} … {high}")
-
     def _read(self, given: Given, attention_mask: Any, prepend_bos: bool | None) -> Aligned:
         """Return what was given as rows of token ids on the device of the model."""
         ids = given if isinstance(given, Ids) else token_ids(given, attention_mask)
@@ -456,18 +386,6 @@ class LanguageModel:
             if not isinstance(given, Ids | TokenRows):
                 self.warn_of_leading_pads(ids)
         return aligned(Ids(ids.tokens.to(self.device), ids.mask), self.pad_id)
-
-    def warn_of_leading_pads(self, ids: Ids) -> None:
-        """Log a warning when token ids that came without a mask look padded on the left."""
-        pad = None if self.tokenizer is None else self.tokenizer.pad_token_id
-        pads = [i for i in {pad, self.bos_id, self.eos_id} if i is not None]
-        if ids.mask is None and (found := n_leading_pads(ids.tokens, pads)):
-            row, n = found
-            log.warning(
-                "row %d of the token ids begins with token %d %d times, which looks like padding and is read as text; give "
-                "attention_mask= to leave it out",
-                row, int(ids.tokens[row, 0]), n + 1,
-            )  # fmt: skip
 
     def _forward(self, rows: Aligned, **settings: Any) -> Any:
         """Run the module on rows; what a splice has to know of them is known to it meanwhile."""
@@ -830,17 +748,6 @@ class LanguageModel:
     def _final_norm(self) -> _norms.FinalNorm | None:
         norm = self._readout.norm
         return None if norm is None else _norms.FinalNorm.of(norm, self.d_model)
-
-    @cached_property
-    def vocabulary(self) -> Vocabulary:
-        """The texts of all token ids as people can read them; `vocabulary.row(ids)` is what the tokens of a row show."""
-        return Vocabulary.of(self.tokenizer, self.d_vocab)
-
-    def token_strings(self) -> list[str]:
-        """Decode every token id by itself; without a tokenizer, the ids. `vocabulary` has texts to show."""
-        if self.tokenizer is None:
-            return [str(i) for i in range(self.d_vocab)]
-        return self.tokenizer.batch_decode([[i] for i in range(self.d_vocab)], clean_up_tokenization_spaces=False)
 
     def bridge(self) -> Any:
         """transformer-lens's TransformerBridge on a copy of this model, for everything hooks here do not cover."""

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -11,15 +11,12 @@ from torch import Tensor
 
 from saelens_lite.errors import ConfigError, NonFiniteError, ShapeError, TextError
 
-if TYPE_CHECKING:
-    from saelens_lite.model import LanguageModel
-
 PROBE_PROMPT, PROBE_STEPS = 6, 3  # tokens on which a cache is tried: more than the width of the usual convolutions
 log = logging.getLogger(__name__)
 
 
 def generate(
-    lm: "LanguageModel",
+    lm: Any,
     prompt: Any,
     max_new_tokens: int,
     *,
@@ -62,7 +59,7 @@ def generate(
     return lm.decode(ids[1:] if ids[0] == lm.bos_id else ids)
 
 
-def end_ids(lm: "LanguageModel") -> set[int]:
+def end_ids(lm: Any) -> set[int]:
     """Return the token ids that end a text, according to the tokenizer and the model's generation settings."""
     settings = getattr(lm.module, "generation_config", None)
     named = getattr(settings, "eos_token_id", None)
@@ -88,7 +85,7 @@ def _choose(
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 
 
-def _cached_logits(lm: "LanguageModel") -> Callable[[Int[Tensor, "one pos"]], Float[Tensor, "one d_vocab"]]:
+def _cached_logits(lm: Any) -> Callable[[Int[Tensor, "one pos"]], Float[Tensor, "one d_vocab"]]:
     """Return a function from a growing row to its next-token logits that runs the model over the new tokens only."""
     past: Any = None
     n_done = 0
@@ -102,13 +99,13 @@ def _cached_logits(lm: "LanguageModel") -> Callable[[Int[Tensor, "one pos"]], Fl
     return step
 
 
-def _recomputed_logits(lm: "LanguageModel") -> Callable[[Int[Tensor, "one pos"]], Float[Tensor, "one d_vocab"]]:
+def _recomputed_logits(lm: Any) -> Callable[[Int[Tensor, "one pos"]], Float[Tensor, "one d_vocab"]]:
     """Return a function from a row to its next-token logits that runs the model over the whole row."""
     return lambda tokens: lm.module(tokens, use_cache=False).logits[:, -1].float()
 
 
 @torch.no_grad()
-def cache_is_usable(lm: "LanguageModel") -> bool:
+def cache_is_usable(lm: Any) -> bool:
     """Try on a few tokens whether the model gives the same logits with a key-value cache as without.
 
     They may differ by the square root of the rounding unit, relative to the largest logit. Recurrent models have another

@@ -18,7 +18,7 @@ Tensors with a row per latent are read by `self.at(tensor, latent)`, also in `lo
 
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -31,9 +31,6 @@ from saelens_lite.codes.products import read_at, sum_at
 from saelens_lite.config import FrozenConfig
 from saelens_lite.errors import PluginError
 from saelens_lite.registry import load, names, plugins, register
-
-if TYPE_CHECKING:
-    from saelens_lite.dictionary import Dictionary
 
 __all__ = [
     "DeadLatentsConfig",
@@ -188,8 +185,8 @@ class Sparsity(nn.Module):
     def observe(self, step: Step) -> None:
         """Called without gradient after each optimiser step, with what it was computed from: for running estimates."""
 
-    def after_step(self, dictionary: "Dictionary") -> None:
-        """Called without gradient after each optimiser step and once before the first."""
+    def after_step(self, dictionary: Any) -> None:
+        """Called without gradient after each optimiser step and once before the first, with the trained `Dictionary`."""
 
     def initial_decoder_norm(self) -> float:
         """‖W_dec[i]‖ before training."""
@@ -211,8 +208,8 @@ class Sparsity(nn.Module):
 
 
 @torch.no_grad()
-def normalise_decoder_(dictionary: "Dictionary") -> None:
-    """Make every row of W_dec a unit vector, in place."""
+def normalise_decoder_(dictionary: Any) -> None:
+    """Make every row of a `Dictionary`'s W_dec a unit vector, in place."""
     weight = dictionary.W_dec.data
     weight.div_(torch.linalg.vector_norm(weight, dim=1, keepdim=True).clamp_min_(torch.finfo(weight.dtype).tiny))
 

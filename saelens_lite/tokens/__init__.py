@@ -7,7 +7,7 @@ together.
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from saelens_lite.arrays import described
 from saelens_lite.config import TextConfig
@@ -28,9 +28,7 @@ from saelens_lite.tokens.sources import (
     read_pieces,
     source_name,
 )
-
-if TYPE_CHECKING:
-    from saelens_lite.model import LanguageModel
+from saelens_lite.tokens.tokenizer import Tokenizer
 
 __all__ = [
     "DEFAULT_N_CTX",
@@ -42,6 +40,7 @@ __all__ = [
     "RowRecord",
     "Text",
     "TokenRows",
+    "Tokenizer",
     "check_file",
     "files_of",
     "hub_name",
@@ -59,7 +58,7 @@ __all__ = [
 ]
 
 
-def prompt_rows(lm: "LanguageModel", text: Any, *, n_ctx: int | None = None, prepend_bos: bool | None = None) -> TokenRows:
+def prompt_rows(lm: Tokenizer, text: Any, *, n_ctx: int | None = None, prepend_bos: bool | None = None) -> TokenRows:
     """Return one row for each text, with padding on the right, cut at n_ctx.
 
     n_ctx: Length of the longest row; default: the model's context.
@@ -117,7 +116,7 @@ def with_mask(text: Any, attention_mask: Any = None) -> Any:
 
 
 def token_rows(
-    lm: "LanguageModel",
+    lm: Tokenizer,
     text: Text,
     *,
     n_ctx: int | None = None,

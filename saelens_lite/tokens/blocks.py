@@ -4,7 +4,7 @@ import itertools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -16,9 +16,7 @@ from saelens_lite.tokens.encoding import encode, without_leading
 from saelens_lite.tokens.inputs import Ids, aligned, token_ids
 from saelens_lite.tokens.rows import Row, SpecialTokens, TextHash, TokenRows, countable, cut_rows, padded
 from saelens_lite.tokens.sources import Piece, Text, check_file, read_pieces
-
-if TYPE_CHECKING:
-    from saelens_lite.model import LanguageModel
+from saelens_lite.tokens.tokenizer import Tokenizer
 
 BLOCK_TOKENS = 1 << 18
 DEFAULT_N_CTX = 1024  # tokens in a row of a corpus unless told, for models that can read more
@@ -40,7 +38,7 @@ class RowBlocks:
 
     def __init__(
         self,
-        lm: "LanguageModel",
+        lm: Tokenizer,
         text: Text | TokenRows,
         config: TextConfig | None = None,
         *,
@@ -159,7 +157,7 @@ class RowBlocks:
             yield Piece(ids, first)
 
 
-def _with_default_n_ctx(lm: "LanguageModel", config: TextConfig) -> TextConfig:
+def _with_default_n_ctx(lm: Tokenizer, config: TextConfig) -> TextConfig:
     """Return the settings with a length of rows, where they name none and the model reads more than DEFAULT_N_CTX."""
     if config.n_ctx is not None or lm.n_ctx <= DEFAULT_N_CTX:
         return config
@@ -167,7 +165,7 @@ def _with_default_n_ctx(lm: "LanguageModel", config: TextConfig) -> TextConfig:
     return config.replace(n_ctx=DEFAULT_N_CTX)
 
 
-def _text_n_ctx(lm: "LanguageModel", config: TextConfig) -> int:
+def _text_n_ctx(lm: Tokenizer, config: TextConfig) -> int:
     """The length of rows cut from text; ConfigError when the model cannot take it or it leaves no room."""
     n_ctx = lm.n_ctx if config.n_ctx is None else config.n_ctx
     if not 2 <= n_ctx <= lm.n_ctx:
@@ -180,7 +178,7 @@ def _text_n_ctx(lm: "LanguageModel", config: TextConfig) -> int:
     return n_ctx
 
 
-def _rows_n_ctx(lm: "LanguageModel", ids: Ids, config: TextConfig) -> int:
+def _rows_n_ctx(lm: Tokenizer, ids: Ids, config: TextConfig) -> int:
     """The length of rows as they stand; ShapeError when the model cannot take them, ConfigError when `config` cuts."""
     lm.check_ids(ids)
     n_ctx = ids.tokens.shape[1]
@@ -191,7 +189,7 @@ def _rows_n_ctx(lm: "LanguageModel", ids: Ids, config: TextConfig) -> int:
     return n_ctx
 
 
-def _special_tokens(lm: "LanguageModel", config: TextConfig) -> SpecialTokens:
+def _special_tokens(lm: Tokenizer, config: TextConfig) -> SpecialTokens:
     """The ids `config` asks for; ConfigError when the tokenizer lacks one."""
     if config.bos != "none" and lm.bos_id is None:
         raise ConfigError(f"the tokenizer of {lm.name} has no BOS token; say bos='none'")

@@ -40,7 +40,7 @@ OURS = """
 import saelens_lite as sl
 from saelens_lite.tokens import TokenRows
 lm = sl.load_model(folder + "/model", device="cpu")
-d = sl.Dictionary.load(folder + "/dictionary")
+d = sl.load(folder + "/dictionary")
 
 def evaluate(tokens):
     report = sl.evaluate(d, lm, TokenRows(tokens, tokens != 0), n_tokens=None, batch_tokens=batch_rows * tokens.shape[1])

@@ -55,7 +55,7 @@ import saelens_lite as sl
 from saelens_lite.model.passes import batches, default_batch_tokens
 from saelens_lite.tokens import TokenRows
 lm = sl.load_model(folder + "/model", device="cpu")
-d = sl.Dictionary.load(folder + "/dictionary")
+d = sl.load(folder + "/dictionary")
 lm.hook_point(hook)
 
 @torch.no_grad()

@@ -270,7 +270,7 @@ def check(format: str, python: str, path: str | None) -> list[dict[str, object]]
         run_peer(
             python, "-c", START + PEERS[format], folder, doing=f"reading and writing {format} files", environment=environment
         )
-        theirs = {p.name: sl.Dictionary.load(p, format=format) for p in sorted((where / "theirs").iterdir())}
+        theirs = {p.name: sl.load(p, format=format) for p in sorted((where / "theirs").iterdir())}
         for by, dictionaries in (("ours", ours), ("theirs", theirs)):
             for name, d in dictionaries.items():
                 peer = load_file(where / f"{by} {name}.safetensors")

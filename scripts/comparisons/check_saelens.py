@@ -35,7 +35,7 @@ print(type(sae).__name__, sae.cfg.metadata.hook_name)
 @torch.no_grad()
 def compare(folder: Path, peer_python: str) -> tuple[dict[str, object], bool]:
     """Return the differences from SAELens on 4096 activations of the dictionary's model, and whether they are small."""
-    d = sl.Dictionary.load(folder)
+    d = sl.load(folder)
     lm = model_of(d.origin)
     pages = [page.text for page in sl.python_docs()][:64]
     x = lm.run(lm.to_tokens(pages), d.hook)[d.hook][:, 1:].flatten(0, 1)[:4096]

@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--batch-rows", type=int, default=32, help="rows in a batch, on every side")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    dictionaries = [sl.Dictionary.load(folder) for folder in args.dictionaries]
+    dictionaries = [sl.load(folder) for folder in args.dictionaries]
     lm = model_of(dictionaries[0].origin, device="cpu")
     rows = packed_rows(lm, args.rows)
     if len(rows.tokens) % args.batch_rows:

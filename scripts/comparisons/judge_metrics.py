@@ -77,7 +77,7 @@ def main() -> None:
     tokens = load_file(args.folder / "tokens.safetensors")["tokens"]
     with contextlib.redirect_stdout(sys.stderr):
         model = sl.load_model(args.folder / "model").bridge()
-        adapted = sl.adapters.sae_bench(sl.Dictionary.load(args.dictionary))
+        adapted = sl.adapters.sae_bench(sl.load(args.dictionary))
         found = {
             "SAELens": by_saelens(adapted, model, tokens, args.batch_rows),
             "SAEBench": by_saebench(adapted, model, tokens, args.batch_rows),

@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    trained = {str(folder): sl.Dictionary.load(folder) for folder in args.dictionaries}
+    trained = {str(folder): sl.load(folder) for folder in args.dictionaries}
     judged = trained | {f"{name}, untrained": untrained(d) for name, d in trained.items()}
     lm = model_of(*(d.origin for d in trained.values()))
     names = sae_probes.DATASETS

@@ -9,16 +9,16 @@ import hashlib
 from base64 import b64encode
 from importlib.resources import files
 
-from saelens_lite.features import FeatureStore
 from saelens_lite.features.dashboard.block import pack
 from saelens_lite.features.dashboard.content import content
 from saelens_lite.features.html import visible
+from saelens_lite.features.queries import StoreQueries
 
 TEMPLATE, STYLE = "page.html.j2", "page.css"
 SCRIPTS = ("data.js", "parts.js", "charts.js", "list.js", "latent.js", "page.js")
 
 
-def render(store: FeatureStore) -> str:
+def render(store: StoreQueries) -> str:
     """The page."""
     from jinja2 import Environment, PackageLoader
     from markupsafe import Markup

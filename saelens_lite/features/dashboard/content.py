@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from saelens_lite.features import FeatureStore
+from saelens_lite.features.queries import StoreQueries
 
 N_CONTROL = 5  # contexts of a latent on the model with re-drawn weights
 
@@ -66,7 +66,7 @@ class ShownText(NamedTuple):
         return np.where(places < 0, 0, places - self.start[span] + self.at[span])
 
 
-def content(store: FeatureStore) -> Content:
+def content(store: StoreQueries) -> Content:
     """What the page shows of a store."""
     t, weights, control = store.tensors, store.weights, store.control
     places = {"top": t.top_place, "group": t.group_place.flatten(1), "random": t.random_place}
@@ -106,7 +106,7 @@ def content(store: FeatureStore) -> Content:
 
 
 def _words(
-    store: FeatureStore, text: ShownText, ids: Int[np.ndarray, " n_ids"]
+    store: StoreQueries, text: ShownText, ids: Int[np.ndarray, " n_ids"]
 ) -> tuple[list[str], Int[np.ndarray, " n_shown"]]:
     """Return the texts of ids and of the parts of characters where they stand, and which of them each token shown has."""
     words, word = [store.vocabulary[i] for i in ids.tolist()], ids.searchsorted(text.tokens)
@@ -125,7 +125,7 @@ def _words(
     return words + list(numbers), word
 
 
-def _index(store: FeatureStore, top: np.ndarray, promoted: np.ndarray) -> Columns:
+def _index(store: StoreQueries, top: np.ndarray, promoted: np.ndarray) -> Columns:
     """The columns of the list."""
     t = store.tensors
     columns = {
@@ -143,7 +143,7 @@ def _index(store: FeatureStore, top: np.ndarray, promoted: np.ndarray) -> Column
     return _there(columns)
 
 
-def _details(store: FeatureStore, shown: Columns, suppressed: np.ndarray) -> Columns:
+def _details(store: StoreQueries, shown: Columns, suppressed: np.ndarray) -> Columns:
     """The columns of a latent's own page."""
     t, w = store.tensors, store.weights
     read = t.band_tokens > 0

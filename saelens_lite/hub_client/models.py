@@ -6,7 +6,7 @@ from typing import NamedTuple
 from huggingface_hub import try_to_load_from_cache
 
 from saelens_lite.errors import HubUnreachableError
-from saelens_lite.hub.listing import find_commit
+from saelens_lite.hub_client.listing import find_commit
 
 
 class HubModel(NamedTuple):

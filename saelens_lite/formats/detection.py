@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from saelens_lite import registry
+from saelens_lite.dictionary import CONFIG_FILE, OWN, is_own_folder
 from saelens_lite.errors import ConfigError, CorruptFileError
-from saelens_lite.files import check_header, is_zip, read_json
+from saelens_lite.files import check_header, is_zip
 from saelens_lite.paths import check_input
 
-OWN, CONFIG_FILE = "saelens_lite", "cfg.json"
 log = logging.getLogger(__name__)
 MAX_LOOKED_AT = 200  # files and folders below one that holds no dictionary itself
 
@@ -58,14 +58,6 @@ class Formats:
                 log.warning("%s was left out: %s", finding.plugin, finding.why)
             self._readers[name] = registry.load(name, "formats")() if finding.status == "ok" else None
         return self._readers[name]
-
-
-def is_own_folder(folder: Path) -> bool:
-    """Whether a folder was written by `Dictionary.save`, of whatever version."""
-    if not (folder / CONFIG_FILE).is_file():
-        return False
-    metadata = read_json(folder / CONFIG_FILE).get("metadata")
-    return isinstance(metadata, dict) and OWN in metadata
 
 
 def format_of(path: Path, name: str | None = None) -> Any:

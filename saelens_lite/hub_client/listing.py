@@ -8,8 +8,8 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 from pydantic import BaseModel, Discriminator, Field, StringConstraints, Tag, TypeAdapter, ValidationError
 
 from saelens_lite.errors import HubError
-from saelens_lite.hub.client import SECONDS_TO_ANSWER, typed_errors
-from saelens_lite.hub.guard import COMMIT, TAG, Guard, guarded_client, same_origin
+from saelens_lite.hub_client.client import SECONDS_TO_ANSWER, typed_errors
+from saelens_lite.hub_client.guard import COMMIT, TAG, Guard, guarded_client, same_origin
 
 MAX_PAGE_BYTES, MAX_LISTING_BYTES, MAX_PAGES, MAX_FILES = 8 << 20, 64 << 20, 1000, 200_000
 MAX_CONTAINERS = 300_000  # in one answer

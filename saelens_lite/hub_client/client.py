@@ -33,7 +33,7 @@ from saelens_lite.errors import (
     HubUnreachableError,
     SaelensLiteError,
 )
-from saelens_lite.hub.guard import Guard, guarded_client
+from saelens_lite.hub_client.guard import Guard, guarded_client
 
 NAME = r"[A-Za-z0-9][\w.-]*"
 SECONDS_TO_ANSWER = 5
@@ -57,7 +57,10 @@ class Address(NamedTuple):
         Raises:
             ConfigError: it is not of this form.
         """
-        found = _ADDRESS.fullmatch(text)
+        scheme, _, rest = text.partition(":/")
+        if rest and scheme != "hf":
+            raise ConfigError(f"{text}: {scheme}:// is not known; give a folder or hf://user/repo/folder@revision")
+        found = _ADDRESS.fullmatch(f"hf://{rest.removeprefix('/')}")  # pathlib makes one slash of two
         if found is None or (found["first"] and found["last"]):
             raise ConfigError(f"{text!r} is not an address on the Hub; expected hf://user/repo/folder@revision")
         return cls.of(found["repo"], found["folder"], found["first"] or found["last"])

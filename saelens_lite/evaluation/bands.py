@@ -1,0 +1,81 @@
+"""Tables of several reports by token frequency and by position."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from saelens_lite.errors import ConfigError
+from saelens_lite.evaluation.report import EvalReport
+from saelens_lite.markdown import cell
+
+
+def frequency_table(reports: Mapping[str, EvalReport]) -> Any:
+    """A rich table: the fvu of every dictionary in each band of token frequency.
+
+    Raises:
+        ConfigError: a report has no bands, or they are of different texts.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(
+        box=SIMPLE_HEAD, caption="FVU by how often a token occurs; ± half of the 95 % interval", caption_justify="left"
+    )
+    for title in ("occurs", "ids", "tokens", *reports):
+        grid.add_column(Text(title))
+    for cells in _cells(reports):
+        grid.add_row(*cells)
+    return grid
+
+
+def frequency_markdown(reports: Mapping[str, EvalReport]) -> str:
+    """The same table in Markdown; ConfigError as there."""
+    lines = [
+        ["occurs", "ids", "tokens", *(f"FVU, {cell(name)}" for name in reports)],
+        ["---"] * (3 + len(reports)),
+        *_cells(reports),
+    ]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def position_table(reports: Mapping[str, EvalReport]) -> Any:
+    """A rich table: the fvu of every dictionary, and what it adds to the loss, in each band of positions.
+
+    Raises:
+        ConfigError: a report has no bands, or they are of different texts.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    bands = [report.by_position or () for report in reports.values()]
+    if not bands or not bands[0] or any([b[:3] for b in other] != [b[:3] for b in bands[0]] for other in bands):
+        raise ConfigError("no bands to show, or bands of different texts: evaluate together, with by_position=True")
+    grid = Table(
+        box=SIMPLE_HEAD,
+        caption="FVU and added cross-entropy (nats) by position; ± half of the 95 % interval",
+        caption_justify="left",
+    )
+    for title in ("position", "tokens", *(f"{what}, {name}" for name in reports for what in ("FVU", "CE added"))):
+        grid.add_column(Text(title))
+    for same in zip(*bands, strict=True):
+        cells = [metric.short for band in same for metric in (band.fvu, band.ce_increase)]
+        grid.add_row(same[0].label, f"{same[0].n_tokens:,}", *cells)
+    return grid
+
+
+def _cells(reports: Mapping[str, EvalReport]) -> list[list[str]]:
+    """A line for each band: range, ids, share of the tokens, and the fvu of each report."""
+    bands = [report.by_frequency or () for report in reports.values()]
+    if not bands or not bands[0] or any([b[:4] for b in other] != [b[:4] for b in bands[0]] for other in bands):
+        raise ConfigError("no bands to show, or bands of different texts: evaluate together, with by_frequency=True")
+    total = sum(band.n_tokens for band in bands[0])
+    return [
+        [
+            same[0].label,
+            f"{same[0].n_ids:,}",
+            f"{same[0].n_tokens / total:.1%}",
+            *(b.fvu.short for b in same),
+        ]
+        for same in zip(*bands, strict=True)
+    ]

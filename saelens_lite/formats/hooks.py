@@ -1,0 +1,43 @@
+"""Names of hooks in the settings of other tools: modules of transformers models, and names with a layer to fill in."""
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from saelens_lite.errors import ConfigError
+
+BLOCK = r"(?:.*\.)?(?:layers|h|blocks)\.(\d+)"
+MODULES = (  # of transformers models, and transformer-lens's names for what enters and leaves them
+    (rf"{BLOCK}", "blocks.{}.hook_resid_pre", "blocks.{}.hook_resid_post"),
+    (rf"{BLOCK}\.mlp", "blocks.{}.mlp.hook_in", "blocks.{}.hook_mlp_out"),
+    (rf"{BLOCK}\.(?:self_attn|attn|attention)", "blocks.{}.attn.hook_in", "blocks.{}.hook_attn_out"),
+    (rf"{BLOCK}\.self_attn\.o_proj", "blocks.{}.attn.hook_z", "blocks.{}.hook_attn_out"),
+    (rf"{BLOCK}\.pre_feedforward_layernorm", None, "blocks.{}.mlp.hook_in"),
+    (rf"{BLOCK}\.post_feedforward_layernorm", None, "blocks.{}.hook_mlp_out"),
+    (r"(?:.*\.)?(?:embed_tokens|wte|embed_in)", None, "hook_embed"),
+)
+
+
+def hook_of_module(module: str, side: Literal["input", "output"] = "output") -> str | None:
+    """transformer-lens's name for what enters or leaves a module of a transformers model; None where it is not known here."""
+    for pattern, before, after in MODULES:
+        if match := re.fullmatch(pattern, module):
+            hook = before if side == "input" else after
+            return hook and hook.format(*match.groups())
+    return None
+
+
+def fill_layer(path: Path, hook: str | None, layer: int | None) -> str | None:
+    """Put the number of the layer into a hook's name: "blocks.{layer}.hook_mlp_out" of layer 3 is blocks.3.hook_mlp_out.
+
+    Raises:
+        ConfigError: the name has a placeholder, and the layer is not known or the placeholder is another one.
+    """
+    if hook is None or not re.search(r"[{}]", hook):
+        return hook
+    filled = hook.replace("{layer}", str(layer))
+    if layer is None or re.search(r"[{}]", filled):
+        raise ConfigError(
+            f"{path}: the hook {hook!r} names no layer, nor does anything beside it; write the layer's number there"
+        )
+    return filled

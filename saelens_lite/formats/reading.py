@@ -1,0 +1,41 @@
+"""Reading a dictionary from a folder or file of any format, our own included."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saelens_lite.dictionary import OWN, Dictionary, is_own_folder
+from saelens_lite.files import named_file
+from saelens_lite.formats.detection import format_of
+from saelens_lite.outputs import restore
+
+
+def read(path: str | Path, device: str | torch.device = "cpu", format: str | None = None) -> Dictionary:
+    """Return the dictionary in a folder written by `Dictionary.save`, or in a file or folder of another tool.
+
+    Args:
+        format: name of the format plugin to read it with, or "saelens_lite"; only needed where the files are pickles.
+
+    Raises:
+        CorruptFileError: a file is missing, damaged, contradicts another, or is of no known format.
+        ConfigError: what another tool's file holds cannot be represented here, or is a pickle and `format` was not given.
+        PluginError: its sparsity rule is not installed; the message names the distribution that wrote it.
+    """
+    path = named_file(path)
+    restore(path)
+    if format in (None, OWN) and is_own_folder(path):
+        return Dictionary.load(path, device)
+    return format_of(path, format).read(path).to(device).eval()
+
+
+def inspect(path: str | Path, format: str | None = None) -> dict[str, Any]:
+    """Return the facts about a file or folder of another tool, without reading its weights; raises what `read` raises."""
+    reader = format_of(Path(path), None if format == OWN else format)
+    return {"format": reader.plugin_name, **reader.outline(Path(path)).facts()}
+
+
+def find_file(path: Path, *names: str) -> Path | None:
+    """`path` if it is a file; in a folder, the first of `names` that is there."""
+    candidates = [path] if path.is_file() else [path / name for name in names]
+    return next((candidate for candidate in candidates if candidate.is_file()), None)

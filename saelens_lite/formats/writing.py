@@ -1,0 +1,51 @@
+"""Writing a dictionary in the format of another tool."""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from saelens_lite.dictionary import Dictionary
+from saelens_lite.errors import ConfigError, NonFiniteError
+from saelens_lite.files import write_file
+from saelens_lite.formats.contract import Format
+from saelens_lite.kinds import DICTIONARY as KIND
+from saelens_lite.outputs import new_folder
+
+
+@torch.no_grad()
+def write(dictionary: Dictionary, out: str | Path, writer: Format, *, exists: Literal["error", "overwrite"] = "error") -> Path:
+    """The folder a format writes a dictionary to; it appears whole or not at all.
+
+    Raises:
+        ConfigError: something cannot be represented in the format.
+        NonFiniteError: a parameter is NaN or infinite.
+        OutputExistsError: the folder holds something and `exists` is "error".
+    """
+    for name, tensor in dictionary.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise NonFiniteError(f"{name} is not finite; a dictionary with NaN or infinity is not written")
+    with new_folder(Path(out), KIND, exists, any_format=True) as folder:
+        writer.write(dictionary, folder)
+    return Path(out)
+
+
+def write_torch(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Put tensors in a file of `torch.save` in one step, in an order of their own."""
+    whole = OrderedDict((name, tensor.detach().cpu().contiguous().clone()) for name, tensor in tensors.items())
+
+    def save(temporary: Path) -> None:
+        with open(temporary, "wb") as file:  # an error of the disk then reaches us, and the name of the file is not in it
+            torch.save(whole, file)
+
+    write_file(path, save)
+
+
+def cannot_write(dictionary: Dictionary, format_name: str, loss: str) -> ConfigError:
+    """The error of a format that has no place for something."""
+    return ConfigError(
+        f"a {dictionary.rule.plugin_name} dictionary of {dictionary.place} cannot be written as {format_name}: {loss}"
+    )
