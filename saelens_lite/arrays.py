@@ -1,7 +1,7 @@
-"""Activations in the forms that people hold them in, turned into tensors."""
+"""Activations in the forms that people hold them in, turned into tensors; tensors that hold NaN or infinity."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from saelens_lite.errors import ShapeError
 
+Name = TypeVar("Name")
 ArrayLike = Any  # whatever `as_tensor` takes: a tensor, an array of numpy, a DataFrame, a list or tuple of numbers or of those
 
 
@@ -35,6 +36,11 @@ def as_tensor(x: ArrayLike, name: str = "x", device: torch.device | None = None)
         return torch.from_numpy(array).to(device)
     except TypeError as error:  # of unsigned types that torch lacks, or MPS of float64
         raise ShapeError(f"{name} is {described(x)}, which torch cannot hold: {error}") from None
+
+
+def not_finite(tensors: Mapping[Name, Tensor]) -> list[Name]:
+    """Return the names of the tensors that hold NaN or infinity."""
+    return [name for name, x in tensors.items() if not bool(torch.isfinite(x).all())]
 
 
 def _numbers(x: ArrayLike, name: str) -> np.ndarray:
