@@ -1,5 +1,6 @@
-"""Activations in the forms that people hold them in, turned into tensors; tensors that hold NaN or infinity."""
+"""Activations in the forms that people hold them in, turned into tensors; numbers that JSON does not have."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -40,7 +41,18 @@ def as_tensor(x: ArrayLike, name: str = "x", device: torch.device | None = None)
 
 def not_finite(tensors: Mapping[Name, Tensor]) -> list[Name]:
     """Return the names of the tensors that hold NaN or infinity."""
-    return [name for name, x in tensors.items() if not bool(torch.isfinite(x).all())]
+    return [name for name, x in tensors.items() if x.is_floating_point() and not bool(torch.isfinite(x).all())]
+
+
+def plain(values: Any) -> dict[str, Any]:
+    """Return a named tuple, and those in it, as plain data; None stands for NaN and infinity, which JSON does not have."""
+    return {key: _plain_value(value) for key, value in values._asdict().items()}
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return plain(value) if hasattr(value, "_asdict") else value
 
 
 def _numbers(x: ArrayLike, name: str) -> np.ndarray:

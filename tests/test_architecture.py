@@ -53,6 +53,7 @@ LEAVES = {
     "resumable",
     "schemas",
     "state_dicts",
+    "tables",
     "terminal",
 }  # import nothing of ours but each other; everyone may import them
 ONLY_IN = {"transformer_lens": "model", "huggingface_hub": "hub"}

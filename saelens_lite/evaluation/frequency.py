@@ -10,6 +10,7 @@ from torch import Tensor
 from saelens_lite.errors import ConfigError
 from saelens_lite.evaluation.metrics import Metric
 from saelens_lite.markdown import cell
+from saelens_lite.tables import grid
 from saelens_lite.tokens import TokenRows
 
 if TYPE_CHECKING:
@@ -66,18 +67,8 @@ def frequency_table(reports: Mapping[str, "EvalReport"]) -> Any:
     Raises:
         ConfigError: a report has no bands, or they are of different texts.
     """
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
-    grid = Table(
-        box=SIMPLE_HEAD, caption="FVU by how often a token occurs; ± half of the 95 % interval", caption_justify="left"
-    )
-    for title in ("occurs", "ids", "tokens", *reports):
-        grid.add_column(Text(title))
-    for cells in _cells(reports):
-        grid.add_row(*cells)
-    return grid
+    titles = ("occurs", "ids", "tokens", *reports)
+    return grid(titles, _cells(reports), caption="FVU by how often a token occurs; ± half of the 95 % interval")
 
 
 def frequency_markdown(reports: Mapping[str, "EvalReport"]) -> str:

@@ -36,6 +36,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from saelens_lite import registry
+from saelens_lite.arrays import not_finite
 from saelens_lite.config import Origin
 from saelens_lite.dictionary import Dictionary, read_density
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, PluginError
@@ -282,9 +283,8 @@ class Outline:
             tensor.copy_(weights[name])
         if self._scaled:
             dictionary.fold_scales_([self.scale], [self.scale if self.target_scale is None else self.target_scale])
-        for name, tensor in own.items():
-            if not torch.isfinite(tensor).all():
-                raise CorruptFileError(f"{self.file.path}: {name} becomes NaN or infinite when its scales are folded in")
+        for name in not_finite(own):
+            raise CorruptFileError(f"{self.file.path}: {name} becomes NaN or infinite when its scales are folded in")
         return dictionary.eval()
 
     def _weights(self) -> dict[str, Tensor]:
@@ -462,9 +462,8 @@ def write(dictionary: Dictionary, out: str | Path, writer: Format, *, exists: Li
         NonFiniteError: a parameter is NaN or infinite.
         OutputExistsError: the folder holds something and `exists` is "error".
     """
-    for name, tensor in dictionary.state_dict().items():
-        if not torch.isfinite(tensor).all():
-            raise NonFiniteError(f"{name} is not finite; a dictionary with NaN or infinity is not written")
+    if name := dictionary.not_finite():
+        raise NonFiniteError(f"{name} is not finite; a dictionary with NaN or infinity is not written")
     with new_folder(Path(out), KIND, exists, any_format=True) as folder:
         writer.write(dictionary, folder)
     return Path(out)
