@@ -1,7 +1,8 @@
-"""Activations in the forms that people hold them in, turned into tensors."""
+"""Activations in the forms that people hold them in, turned into tensors; numbers that JSON does not have."""
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from saelens_lite.errors import ShapeError
 
+Name = TypeVar("Name")
 ArrayLike = Any  # whatever `as_tensor` takes: a tensor, an array of numpy, a DataFrame, a list or tuple of numbers or of those
 
 
@@ -35,6 +37,22 @@ def as_tensor(x: ArrayLike, name: str = "x", device: torch.device | None = None)
         return torch.from_numpy(array).to(device)
     except TypeError as error:  # of unsigned types that torch lacks, or MPS of float64
         raise ShapeError(f"{name} is {described(x)}, which torch cannot hold: {error}") from None
+
+
+def not_finite(tensors: Mapping[Name, Tensor]) -> list[Name]:
+    """Return the names of the tensors that hold NaN or infinity."""
+    return [name for name, x in tensors.items() if x.is_floating_point() and not bool(torch.isfinite(x).all())]
+
+
+def plain(values: Any) -> dict[str, Any]:
+    """Return a named tuple, and those in it, as plain data; None stands for NaN and infinity, which JSON does not have."""
+    return {key: _plain_value(value) for key, value in values._asdict().items()}
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return plain(value) if hasattr(value, "_asdict") else value
 
 
 def _numbers(x: ArrayLike, name: str) -> np.ndarray:

@@ -27,7 +27,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from saelens_lite import registry
-from saelens_lite.arrays import ArrayLike, as_tensor, described
+from saelens_lite.arrays import ArrayLike, as_tensor, described, not_finite
 from saelens_lite.codes import SparseCodes
 from saelens_lite.codes.change import Edit, offsets, scaled
 from saelens_lite.codes.encoder import Encoder
@@ -339,7 +339,7 @@ class Dictionary(nn.Module):
 
     def not_finite(self) -> str | None:
         """Return the name of the first parameter or buffer that holds NaN or infinity; None where all are finite."""
-        return next((name for name, tensor in self.state_dict().items() if not torch.isfinite(tensor).all()), None)
+        return next(iter(not_finite(self.state_dict())), None)
 
     def check_finite(self) -> None:
         """Raise NonFiniteError when a parameter is NaN or infinite."""

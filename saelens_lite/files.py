@@ -23,6 +23,7 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from saelens_lite.arrays import not_finite
 from saelens_lite.errors import ConfigError, CorruptFileError, DiskFullError, SaelensLiteError
 from saelens_lite.paths import NO_ROOM, check_input, check_output
 
@@ -459,7 +460,6 @@ def read_tensors(path: Path, finite: bool = True) -> dict[str, Tensor]:
         tensors = {name: x.clone() for name, x in load_file(path).items()}  # a mapped file cannot be removed on Windows
     except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
         raise CorruptFileError(f"{path} is damaged: {error}") from None
-    for name, tensor in tensors.items():
-        if finite and tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise CorruptFileError(f"{path}: tensor {name!r} holds NaN or infinity")
+    for name in not_finite(tensors) if finite else ():
+        raise CorruptFileError(f"{path}: tensor {name!r} holds NaN or infinity")
     return tensors

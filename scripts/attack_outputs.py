@@ -23,6 +23,7 @@ from pathlib import Path
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizer is used on both sides of a fork
 
 import torch
+from forked import DONE, FAILED, child, ended
 from rich.console import Console
 from rich.table import Table
 
@@ -36,7 +37,7 @@ from saelens_lite.training.checkpoint import is_interrupted
 HOOK = "blocks.1.hook_resid_pre"
 TEXT = ["The old man looked at the sea and said nothing at all."] * 200
 CONFIG = sl.TrainConfig(d_sae=256, options={"k": 8}, n_tokens=12_000, batch_size=200)
-DONE, FAILED, LOCKED = 0, 3, 4  # exit codes of a child
+LOCKED = 4  # exit code of a child that is refused
 TOKEN = "0123456789abcdef"
 
 Write = Callable[[Path], None]
@@ -97,27 +98,9 @@ def contents(folder: Path, without: str) -> dict[str, str]:
     return found
 
 
-def child(write: Write, out: Path) -> int:
+def started(write: Write, out: Path) -> int:
     """Run a writer in a child process, and return the process's number."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a child never runs on in the code of its parent
-    number = os.fork()
-    if number == 0:
-        try:
-            os.setsid()
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-            write(out)
-        except LockedError:
-            os._exit(LOCKED)
-        except BaseException:
-            os._exit(FAILED)
-        os._exit(DONE)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    return number
-
-
-def ended(number: int) -> int:
-    """Return the exit code of a child process, negative for the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+    return child(lambda: write(out), {LockedError: LOCKED, **dict.fromkeys((OSError, KeyboardInterrupt), FAILED)})
 
 
 def nothing_else_is_touched(write: Write, folder: Path, kills: int, rng: random.Random) -> dict[str, int]:
@@ -127,7 +110,7 @@ def nothing_else_is_touched(write: Write, folder: Path, kills: int, rng: random.
     before = contents(out.parent, out.name)
     faults = {"success": 0, "error": 0, "Ctrl-C": 0, "SIGKILL": 0, "end": 0}
     start = time.perf_counter()
-    faults["success"] += ended(child(write, out)) != DONE or contents(out.parent, out.name) != before
+    faults["success"] += ended(started(write, out)) != DONE or contents(out.parent, out.name) != before
     seconds = time.perf_counter() - start
 
     def failing(place: Path) -> None:
@@ -135,17 +118,17 @@ def nothing_else_is_touched(write: Write, folder: Path, kills: int, rng: random.
         write(place)
 
     was_there = contents(out.parent, "")
-    faults["error"] += ended(child(failing, out)) != FAILED or contents(out.parent, out.name) != before
+    faults["error"] += ended(started(failing, out)) != FAILED or contents(out.parent, out.name) != before
     whole = {path: digest for path, digest in contents(out.parent, "").items() if path in was_there}
     faults["error"] += whole != was_there  # what is replaced is still there too
     for number in range(2 * kills):
         how = ("Ctrl-C", "SIGKILL")[number % 2]
-        running = child(write, out)
+        running = started(write, out)
         time.sleep(rng.uniform(0, 1.1) * seconds)
         os.kill(running, signal.SIGINT if how == "Ctrl-C" else signal.SIGKILL)
         ended(running)
         faults[how] += contents(out.parent, out.name) != before
-    faults["end"] += ended(child(write, out)) != DONE or contents(out.parent, out.name) != before
+    faults["end"] += ended(started(write, out)) != DONE or contents(out.parent, out.name) != before
     left = {path.name for path in out.parent.iterdir()} - {path.split("/")[0] for path in before}
     faults["end"] += left != {out.name}
     return faults
@@ -168,7 +151,7 @@ def one_of_two(write: Write, folder: Path, races: int) -> int:
             _meet_in_the_lock(read, tell)
             write(place)
 
-        running = [child(both, out), child(both, out)]
+        running = [started(both, out), started(both, out)]
         os.close(tell)  # so that reading ends when both have ended
         os.read(arrived, 1)  # one holds the lock and waits; the other has been refused or will be
         first, status = os.wait()
@@ -216,7 +199,7 @@ def overwriting_saves(lm: sl.LanguageModel, folder: Path, kills: int, rng: rando
     for _ in range(kills):
         old = sl.load(out).W_dec.detach().clone()
         d.W_dec.data.neg_()
-        running = child(lambda place: d.save(place, exists="overwrite"), out)
+        running = started(lambda place: d.save(place, exists="overwrite"), out)
         time.sleep(rng.uniform(0.2, 1.2) * seconds)
         os.kill(running, signal.SIGKILL)
         ended(running)

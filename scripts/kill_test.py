@@ -21,6 +21,7 @@ from pathlib import Path
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizer is used on both sides of a fork
 
 import torch
+from forked import DONE, child, ended
 
 import saelens_lite as sl
 from saelens_lite.training.checkpoint import is_interrupted
@@ -57,22 +58,15 @@ def train(source: Callable[[], sl.ActivationCache | sl.ActivationStream]) -> Cal
 
 
 def attempt(work: Callable[[Path], None], folder: Path, kill_after: float | None) -> bool:
-    """Run the work in a child process, which may be killed; whether it finished."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work(folder)
-        except BaseException as error:  # the parent is told, and nothing of it runs here
-            print(f"child: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            os._exit(1)
-        os._exit(0)
+    """Run the work in a child process, which may be killed, and return whether it finished."""
+    running = child(lambda: work(folder))
     if kill_after is not None:
         time.sleep(kill_after)
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    if os.WIFEXITED(status) and os.WEXITSTATUS(status):
+        os.kill(running, signal.SIGKILL)
+    code = ended(running)
+    if code > 0:
         raise SystemExit("the work failed; its error stands above")
-    return os.WIFEXITED(status)
+    return code == DONE
 
 
 def contents(folder: Path) -> dict[str, bytes]:

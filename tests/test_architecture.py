@@ -57,6 +57,7 @@ LEAVES = {
     "schemas",
     "seeds",
     "state_dicts",
+    "tables",
     "terminal",
 }  # import nothing of ours but each other; everyone may import them
 # Models ask the Hub too, so the requests stand low, in hub_client; hub, which knows dictionaries, uses the same library.

@@ -182,6 +182,18 @@ def test_every_row_of_a_tensor_once_an_epoch(n, batch_size):
     assert torch.equal(seen.sort(dim=1).values, x.T.expand(3, n))
 
 
+@pytest.mark.parametrize("kind", ["cache", "tensors"])
+def test_the_batches_of_several_processes_are_those_of_one(cache, kind):
+    source = cache if kind == "cache" else TensorSource({hook: whole(cache)[hook] for hook in HOOKS})
+    batches = list(itertools.islice(source.batches(HOOKS, 48, seed=1, start=2), 9))
+    ranks = [itertools.islice(source.batches(HOOKS, 48, 1, 2, rank, 4), 9) for rank in range(4)]
+    for batch, *parts in zip(batches, *ranks, strict=True):
+        for hook in HOOKS:
+            assert torch.equal(torch.cat([part[hook] for part in parts]), batch[hook])
+    with pytest.raises(ConfigError, match="50 cannot be divided equally among 4 processes"):
+        source.batches(HOOKS, 50, 0, rank=1, world=4)
+
+
 def test_the_seed_decides_the_order(cache):
     def some(seed):
         return torch.cat([batch[HOOKS[0]] for batch in itertools.islice(cache.batches(HOOKS[:1], 50, seed), 20)])

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saelens_lite.cache.order import cut_into_batches, shuffled_batches
+from saelens_lite.cache.order import cut_into_batches, part_of, shuffled_batches
+from saelens_lite.errors import ConfigError
 from saelens_lite.seeds import mixed_seed, permutation
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=12)
@@ -29,8 +30,10 @@ class Rows:
         rows = np.concatenate([np.arange(self.first[i], self.first[i] + self.lengths[i]) for i in chunks])
         return {"row": torch.from_numpy(rows)[:, None], "twice": torch.from_numpy(2 * rows)[:, None]}
 
-    def batches(self, n: int, pool: int, batch_size: int, seed: int = 0, start: int = 0) -> list[dict[str, torch.Tensor]]:
-        return list(itertools.islice(shuffled_batches(self.lengths, pool, self.load, batch_size, seed, start), n))
+    def batches(
+        self, n: int, pool: int, batch_size: int, seed: int = 0, start: int = 0, part: slice | None = None
+    ) -> list[dict[str, torch.Tensor]]:
+        return list(itertools.islice(shuffled_batches(self.lengths, pool, self.load, batch_size, seed, start, part), n))
 
 
 def numbers(batches: list[dict[str, torch.Tensor]]) -> list[int]:
@@ -55,6 +58,23 @@ def test_a_reader_may_begin_anywhere(data, lengths, pool, batch_size):
     start = data.draw(st.integers(0, n - 1))
     whole = Rows(lengths).batches(n, pool, batch_size, seed=5)
     assert numbers(Rows(lengths).batches(n - start, pool, batch_size, seed=5, start=start)) == numbers(whole[start:])
+
+
+@given(lengths=LENGTHS, pool=st.integers(1, 60), rows=st.integers(1, 9), world=st.integers(1, 5), start=st.integers(0, 7))
+def test_the_parts_of_all_processes_are_the_batches_of_one(lengths, pool, rows, world, start):
+    size = rows * world
+    whole = Rows(lengths).batches(6, pool, size, seed=2, start=start)
+    parts = [Rows(lengths).batches(6, pool, size, 2, start, part_of(size, rank, world)) for rank in range(world)]
+    for batch, *of_ranks in zip(whole, *parts, strict=True):
+        assert {len(part["row"]) for part in of_ranks} == {rows}
+        for name in batch:
+            assert torch.equal(torch.cat([part[name] for part in of_ranks]), batch[name])
+
+
+@pytest.mark.parametrize(("size", "rank", "world"), [(8, 0, 3), (8, 2, 2), (8, -1, 2), (8, 0, 0)])
+def test_unequal_parts_and_unknown_processes_are_refused(size, rank, world):
+    with pytest.raises(ConfigError, match=r"rank = |divided"):
+        part_of(size, rank, world)
 
 
 @given(lengths=LENGTHS, pool=st.integers(1, 60))

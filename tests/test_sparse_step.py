@@ -246,23 +246,36 @@ def test_second_derivatives_are_refused_rather_than_wrong():
 def test_memory_that_is_used_again_changes_nothing(monkeypatch):
     x = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
 
-    def weights() -> list[torch.Tensor]:
+    def weights(spare: encoder.Spare | None) -> list[torch.Tensor]:
         trainer = Trainer(TrainConfig(d_sae=24, options={"k": 3}, batch_size=60, n_tokens=600, dead_after=60), TensorSource(x))
         for rows in (60, 60, 7, 60):
-            trainer.step(x[:rows])
+            trainer.step(x[:rows], spare)
         return [p.detach().clone() for p in trainer.dictionary.parameters()]
 
-    fresh = weights()
+    fresh = weights(None)
     taken = []
-    original = encoder.Encoder._buffer_of
+    original = encoder.Spare.take
 
-    def noted(self, *size: int) -> torch.Tensor:
-        buffer = original(self, *size)
+    def noted(self, n_rows: int, width: int, like: torch.Tensor) -> torch.Tensor:
+        buffer = original(self, n_rows, width, like)
         taken.append(buffer.data_ptr())
         return buffer.fill_(torch.nan)
 
-    monkeypatch.setattr(encoder.Encoder, "_buffer_of", noted)
-    with encoder.buffers_reused():
-        again = weights()
+    monkeypatch.setattr(encoder.Spare, "take", noted)
+    again = weights(encoder.Spare())
     assert len(set(taken)) < len(taken)
     assert all(torch.equal(a, b) for a, b in zip(fresh, again, strict=True))
+
+
+def test_steps_that_wait_for_their_update_do_not_share_memory():
+    x = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+    spare, dead = encoder.Spare(), torch.zeros(24, dtype=torch.bool)
+    d = Dictionary.create("topk", reads=8, d_sae=24, options={"k": 3})
+    steps = [SparseStep(d, rows, dead=dead, progress=0.5, warmup=1.0, spare=spare) for rows in (x[:20], x[20:])]
+    every = torch.arange(24)
+    first, second = (next(step.pre_tiles(every)).clone() for step in steps)
+    torch.testing.assert_close(torch.cat([first, second]), d.pre(x).detach())
+    steps[0].release()
+    third = SparseStep(d, x[20:], dead=dead, progress=0.5, warmup=1.0, spare=spare)
+    assert torch.equal(next(third.pre_tiles(every)), second)
+    torch.testing.assert_close(next(steps[0].pre_tiles(every)), first)  # computed again, not read from what was handed on

@@ -109,6 +109,16 @@ def test_a_reader_may_begin_anywhere(stream, buffer_tokens, batch_tokens, batch_
     assert torch.equal(joined(take(2, source.batches(HOOKS, batch_size, 1, start))), whole[start * batch_size :])
 
 
+@pytest.mark.parametrize("start", [0, 3])
+def test_the_batches_of_several_processes_are_those_of_one(stream, start):
+    source = stream(buffer_tokens=129)
+    batches = take(8, source.batches(HOOKS, 60, 1, start))
+    ranks = [take(8, source.batches(HOOKS, 60, 1, start, rank, 3)) for rank in range(3)]
+    for batch, *parts in zip(batches, *ranks, strict=True):
+        for hook in HOOKS:
+            assert torch.equal(torch.cat([part[hook] for part in parts]), batch[hook])
+
+
 def test_statistics_first_or_not_makes_no_difference(stream):
     plain, asked = stream(), stream()
     statistics = asked.statistics(HOOKS[1])

@@ -19,7 +19,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from saelens_lite.cache.capture import activations, origin_of
-from saelens_lite.cache.order import Pool, cut_into_batches
+from saelens_lite.cache.order import Pool, cut_into_batches, part_of
 from saelens_lite.cache.resumed import SAME_SOURCE, refuse_others
 from saelens_lite.cache.source import Batch, Moments, Statistics, TensorSource
 from saelens_lite.config import Origin, TextConfig
@@ -139,15 +139,21 @@ class ActivationStream:
         """Model and text the activations come from."""
         return self._origin
 
-    def batches(self, hooks: Sequence[str], batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
-        """Batches from the buffer, epoch after epoch without end, from number `start` on; the same seed gives the same ones."""
+    def batches(
+        self, hooks: Sequence[str], batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1
+    ) -> Iterator[Batch]:
+        """Return batches from the buffer, epoch after epoch without end, from number `start` on; see `Source.batches`.
+
+        Every process computes all activations and keeps its part of each batch.
+        """
+        part = part_of(batch_size, rank, world)
         for hook in hooks:
             self.d_in(hook)
         position, of_first_round = start * batch_size, self.block // 2
         if position < of_first_round:
-            return cut_into_batches(self._rounds(hooks, seed, 0, position), batch_size)
+            return cut_into_batches(self._rounds(hooks, seed, 0, position), batch_size, part)
         before, skip = divmod(position - of_first_round, self.block)
-        return cut_into_batches(self._rounds(hooks, seed, 1 + before, skip), batch_size)
+        return cut_into_batches(self._rounds(hooks, seed, 1 + before, skip), batch_size, part)
 
     def _rounds(self, hooks: Sequence[str], seed: int, first: int, skip: int) -> Iterator[Pool]:
         """The ring buffer and the rows of it that are trained on, round after round, from `first` on without `skip` rows."""

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelens_lite.arrays import ArrayLike, as_tensor
-from saelens_lite.cache.order import shuffled_batches
+from saelens_lite.cache.order import part_of, shuffled_batches
 from saelens_lite.cache.resumed import refuse_others, tensor_hash
 from saelens_lite.config import Origin
 from saelens_lite.devices import where_float64_is
@@ -46,8 +46,14 @@ class Source(Protocol):
 
     def origin(self, hook: str) -> Origin: ...
 
-    def batches(self, hooks: Sequence[str], batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
-        """Shuffled batches, epoch after epoch without end, from number `start` on; the same seed gives the same batches."""
+    def batches(
+        self, hooks: Sequence[str], batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1
+    ) -> Iterator[Batch]:
+        """Yield shuffled batches, epoch after epoch without end, from number `start` on; the same seed gives the same ones.
+
+        Process number `rank` of `world` gets its equal part of each batch. The parts, one after the other, are the batch that
+        a single process gets.
+        """
         ...
 
     def hold_out(self, n_tokens: int) -> tuple["TensorSource", "Source"]:
@@ -122,10 +128,12 @@ class TensorSource:
         """Where they come from, as far as the caller said."""
         return self._origin
 
-    def batches(self, hooks: Sequence[str], batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
-        """Shuffled batches, epoch after epoch without end, from number `start` on."""
-        chosen = {hook: self._of(hook) for hook in hooks}
-        return shuffled_batches(np.array([self.n_tokens]), 1, lambda _: chosen, batch_size, seed, start)
+    def batches(
+        self, hooks: Sequence[str], batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1
+    ) -> Iterator[Batch]:
+        """Return shuffled batches, epoch after epoch without end, from number `start` on; see `Source.batches`."""
+        chosen, part = {hook: self._of(hook) for hook in hooks}, part_of(batch_size, rank, world)
+        return shuffled_batches(np.array([self.n_tokens]), 1, lambda _: chosen, batch_size, seed, start, part)
 
     def hold_out(self, n_tokens: int) -> tuple["TensorSource", "TensorSource"]:
         """The last rows, and the others."""

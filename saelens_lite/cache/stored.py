@@ -10,7 +10,7 @@ from jaxtyping import Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from saelens_lite.cache.order import shuffled_batches
+from saelens_lite.cache.order import part_of, shuffled_batches
 from saelens_lite.cache.resumed import refuse_others
 from saelens_lite.cache.shards import CHUNK, MANIFEST, Facts, Shard, check_size, checksums_hash, read_chunks
 from saelens_lite.cache.source import Batch, Statistics, TensorSource
@@ -164,19 +164,24 @@ class ActivationCache:
             if file_hash(shard.path) != entry["sha256"]:
                 raise CorruptFileError(f"{shard.path} does not match the checksum in {MANIFEST}; capture again")
 
-    def batches(self, hooks: Sequence[str], batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
-        """Shuffled batches, epoch after epoch without end, from number `start` on; the same seed gives the same batches.
+    def batches(
+        self, hooks: Sequence[str], batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1
+    ) -> Iterator[Batch]:
+        """Return shuffled batches, epoch after epoch without end, from number `start` on; see `Source.batches`.
 
         Raises:
             HookError: a hook that was not captured.
+            ConfigError: a batch that cannot be divided among the processes.
             CorruptFileError: while iterating: activations that do not match their checksum.
         """
         for hook in hooks:
             self._hook(hook)
-        chunks = self._training_chunks
-        return shuffled_batches(
-            self._lengths, self.POOL_TOKENS, lambda numbers: self._read(chunks[numbers], hooks), batch_size, seed, start
-        )
+        chunks, part = self._training_chunks, part_of(batch_size, rank, world)
+
+        def load(numbers: list[int]) -> dict[str, Tensor]:
+            return self._read(chunks[numbers], hooks)
+
+        return shuffled_batches(self._lengths, self.POOL_TOKENS, load, batch_size, seed, start, part)
 
     def hold_out(self, n_tokens: int) -> tuple[TensorSource, "ActivationCache"]:
         """At least n_tokens activations, the last that were captured, and the cache without them."""

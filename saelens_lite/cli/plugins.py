@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from saelens_lite.cli.base import app, console, say
 from saelens_lite.cli.options import PrintJson
 from saelens_lite.errors import ConfigError, PluginError
+from saelens_lite.tables import grid
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -69,17 +70,15 @@ def _check(asked: str, options: dict[str, str], as_json: bool) -> None:
 
 
 def _check_table(report: "PluginReport") -> "Table":
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
     from rich.text import Text
 
     colours = {"ok": "green", "failed": "red", "warning": "yellow", "not checked": "dim"}
-    grid = Table(box=SIMPLE_HEAD, title=f"{report.plugin}: {report.summary()}", title_justify="left")
-    for title in ("check", "status", "found"):
-        grid.add_column(title, overflow="fold", no_wrap=title != "found")
-    for name, status, found in report.checks:
-        grid.add_row(Text(name), Text(status, style=colours[status]), Text(found))
-    return grid
+    return grid(
+        ("check", "status", "found"),
+        [(name, Text(status, style=colours[status]), found) for name, status, found in report.checks],
+        title=f"{report.plugin}: {report.summary()}",
+        column=lambda title: {"overflow": "fold", "no_wrap": title != "found"},
+    )
 
 
 def _facts(finding: "Finding") -> dict[str, str]:
@@ -90,14 +89,12 @@ def _facts(finding: "Finding") -> dict[str, str]:
 
 
 def _plugin_table(findings: "list[Finding]") -> "Table":
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
-    grid = Table(box=SIMPLE_HEAD)
-    for title in ("name", "kind", "distribution", "version", "paper", "status"):
-        grid.add_column(title, overflow="fold", no_wrap=title not in ("paper", "status"))
+    rows = []
     for finding in findings:
         p, status = finding.plugin, f"{finding.status}: {finding.why}" if finding.why else finding.status
-        grid.add_row(*(Text(cell) for cell in (p.name, p.kind, p.distribution, p.version, finding.paper, status)))
-    return grid
+        rows.append((p.name, p.kind, p.distribution, p.version, finding.paper, status))
+    return grid(
+        ("name", "kind", "distribution", "version", "paper", "status"),
+        rows,
+        column=lambda title: {"overflow": "fold", "no_wrap": title not in ("paper", "status")},
+    )

@@ -7,7 +7,6 @@ would be large; gradients are attached to the few entries that a rule chose.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float, Int
@@ -19,11 +18,33 @@ from saelens_lite.codes.products import PreAt, PreDense, pair_products
 TILE_BYTES = 2**27  # of pre-activations held at a time
 
 
+class Spare:
+    """Memory for a tile, which the encoders of one loop hand on to each other: fresh memory costs a tenth of a step."""
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def take(self, n_rows: int, width: int, like: Tensor) -> Float[Tensor, "at_least_n_rows width"]:
+        """Return the memory that was handed on if it fits, else new memory of the dtype and device of `like`."""
+        memory = self._memory
+        if memory is None or memory.shape[1] != width or len(memory) < n_rows:
+            return like.new_empty(n_rows, width)
+        if (memory.dtype, memory.device) != (like.dtype, like.device):
+            return like.new_empty(n_rows, width)
+        self._memory = None
+        return memory
+
+    def give(self, memory: Float[Tensor, "n_rows width"]) -> None:
+        """Hand memory on, unless there is some already."""
+        if self._memory is None:
+            self._memory = memory
+
+
 class Encoder:
     """Pre-activations of x: Float[batch d_in], computed when asked for.
 
     halves: the support is chosen from a product of bfloat16 numbers with float32 sums; the values at it are computed again
-    from the float32 numbers.
+    from the float32 numbers. spare: memory of an earlier encoder; `release` hands it on.
     """
 
     def __init__(
@@ -33,7 +54,9 @@ class Encoder:
         input_bias: Float[Tensor, " d_in"] | None,
         x: Float[Tensor, "batch d_in"],
         halves: bool = False,
+        spare: Spare | None = None,
     ):
+        self._spare = spare or Spare()
         self.W_enc, self.b_enc, self.input_bias, self.x = W_enc, b_enc, input_bias, x
         self.halves = halves and W_enc.dtype == torch.float32
         self.centred = x.detach() if input_bias is None else (x - input_bias).detach()
@@ -63,25 +86,19 @@ class Encoder:
         n_rows = tile_rows(weight.shape[1], self.centred.element_size())
         pieces = (self.centred,) if whole else self.centred.split(n_rows)
         product = _product(weight, bias, self.halves if halves is None else halves)
-        buffer = self._buffer_of(len(pieces[0]), weight.shape[1])
+        buffer = self._spare.take(len(pieces[0]), weight.shape[1], self.centred)
+        if weight.shape[1] == self.d_sae:
+            self._buffer = buffer
         for piece in pieces:
             yield product(piece, buffer[: len(piece)])
         if latents is None and len(self.centred) <= n_rows:
-            self._pre = buffer
+            self._pre = buffer[: len(self.centred)]
 
-    def _buffer_of(self, n_rows: int, width: int) -> Float[Tensor, "n_rows width"]:
-        """Memory for a tile: a spare one of an earlier encoder if it fits, else new."""
-        if _spare and _spare[-1].shape[1] == width and len(_spare[-1]) >= n_rows and _spare[-1].dtype == self.centred.dtype:
-            self._buffer = _spare.pop()
-        elif width == self.d_sae:
-            self._buffer = self.centred.new_empty(n_rows, width)
-        else:
-            return self.centred.new_empty(n_rows, width)
-        return self._buffer[:n_rows]
-
-    def __del__(self) -> None:
-        if _spare is not None and not _spare and getattr(self, "_buffer", None) is not None:
-            _spare.append(self._buffer)
+    def release(self) -> None:
+        """Hand the memory of the pre-activations on; they are computed again if they are asked for once more."""
+        if self._buffer is not None:
+            self._spare.give(self._buffer)
+        self._buffer = self._pre = None
 
     def choose(self, rule_support: Callable[[Tensor], Support], whole: bool = False) -> Support:
         """The support a rule chooses, tile by tile; what it was chosen from is remembered there."""
@@ -118,20 +135,6 @@ class Encoder:
             return self._pre.flatten().index_select(0, support.flat(self.d_sae))
         value = pair_products(support, self.centred, self.W_enc.T)
         return value if self.b_enc is None else value + self.b_enc.index_select(0, support.latent)
-
-
-_spare: list[Tensor] | None = None
-
-
-@contextmanager
-def buffers_reused() -> Iterator[None]:
-    """Within the block, an encoder takes over the memory of the one before it: fresh memory costs a tenth of a step."""
-    global _spare  # noqa: PLW0603 (a property of the process, like the memory)
-    outer, _spare = _spare, []
-    try:
-        yield
-    finally:
-        _spare = outer
 
 
 def tile_rows(width: int, element_size: int = 4) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 from saelens_lite.errors import ConfigError
 from saelens_lite.evaluation.report import EvalReport
 from saelens_lite.markdown import cell
+from saelens_lite.tables import grid
 
 
 def frequency_table(reports: Mapping[str, EvalReport]) -> Any:
@@ -14,18 +15,8 @@ def frequency_table(reports: Mapping[str, EvalReport]) -> Any:
     Raises:
         ConfigError: a report has no bands, or they are of different texts.
     """
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
-    grid = Table(
-        box=SIMPLE_HEAD, caption="FVU by how often a token occurs; ± half of the 95 % interval", caption_justify="left"
-    )
-    for title in ("occurs", "ids", "tokens", *reports):
-        grid.add_column(Text(title))
-    for cells in _cells(reports):
-        grid.add_row(*cells)
-    return grid
+    titles = ("occurs", "ids", "tokens", *reports)
+    return grid(titles, _cells(reports), caption="FVU by how often a token occurs; ± half of the 95 % interval")
 
 
 def frequency_markdown(reports: Mapping[str, EvalReport]) -> str:
@@ -44,24 +35,15 @@ def position_table(reports: Mapping[str, EvalReport]) -> Any:
     Raises:
         ConfigError: a report has no bands, or they are of different texts.
     """
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
     bands = [report.by_position or () for report in reports.values()]
     if not bands or not bands[0] or any([b[:3] for b in other] != [b[:3] for b in bands[0]] for other in bands):
         raise ConfigError("no bands to show, or bands of different texts: evaluate together, with by_position=True")
-    grid = Table(
-        box=SIMPLE_HEAD,
-        caption="FVU and added cross-entropy (nats) by position; ± half of the 95 % interval",
-        caption_justify="left",
-    )
-    for title in ("position", "tokens", *(f"{what}, {name}" for name in reports for what in ("FVU", "CE added"))):
-        grid.add_column(Text(title))
-    for same in zip(*bands, strict=True):
-        cells = [metric.short for band in same for metric in (band.fvu, band.ce_increase)]
-        grid.add_row(same[0].label, f"{same[0].n_tokens:,}", *cells)
-    return grid
+    titles = ("position", "tokens", *(f"{what}, {name}" for name in reports for what in ("FVU", "CE added")))
+    rows = [
+        (same[0].label, f"{same[0].n_tokens:,}", *(m.short for band in same for m in (band.fvu, band.ce_increase)))
+        for same in zip(*bands, strict=True)
+    ]
+    return grid(titles, rows, caption="FVU and added cross-entropy (nats) by position; ± half of the 95 % interval")
 
 
 def _cells(reports: Mapping[str, EvalReport]) -> list[list[str]]:

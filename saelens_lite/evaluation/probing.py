@@ -9,7 +9,6 @@ chosen by cross-validation, without which the probe on raw activations is too we
 
 import json
 import logging
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saelens_lite.arrays import described
+from saelens_lite.arrays import described, plain
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, NonFiniteError, TextError
 from saelens_lite.evaluation.metrics import Metric, with_interval
@@ -28,6 +27,7 @@ from saelens_lite.model import LanguageModel
 from saelens_lite.model.passes import activations
 from saelens_lite.ports import Hooks, together
 from saelens_lite.progress import progress_bar
+from saelens_lite.tables import grid
 from saelens_lite.tokens import DEFAULT_N_CTX, TokenRows, prompt_rows, text_hash
 
 FORMAT = 1
@@ -79,7 +79,7 @@ class ProbeReport:
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
         facts = {key: value for key, value in vars(self).items() if key != "probes"}
-        return {"format": FORMAT, **facts, "probes": {name: _plain(probe) for name, probe in self.probes.items()}}
+        return {"format": FORMAT, **facts, "probes": {name: plain(probe) for name, probe in self.probes.items()}}
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The report as JSON, also written to `path` when given."""
@@ -365,29 +365,17 @@ def _require_sklearn() -> None:
         raise ConfigError("probing needs scikit-learn: pip install 'saelens-lite[analysis]'") from None
 
 
-def _plain(found: Probe) -> dict[str, Any]:
-    """A probe as plain data; None where there is no number, for JSON has no NaN."""
-
-    def plain(metric: Metric) -> dict[str, float | None]:
-        return {key: value if math.isfinite(value) else None for key, value in metric._asdict().items()}
-
-    return {key: plain(value) if isinstance(value, Metric) else value for key, value in found._asdict().items()}
-
-
 def probe_table(reports: Mapping[str, ProbeReport]) -> Any:
     """A rich table of several reports: a row for each probe, with its first four latents, and one for the majority."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
-    caption = "± half of the 95 % interval; AUC of chance: 0.5; shuffled: the same with labels in random order"
-    grid = Table(box=SIMPLE_HEAD, caption=caption, caption_justify="left")
-    for title in ("dataset", "probe", "accuracy", "AUC", "shuffled AUC", "best latents"):
-        grid.add_column(title, overflow="fold", no_wrap=title not in ("dataset", "best latents"))
+    rows: list[tuple[str, ...] | None] = []
     for name, report in reports.items():
         for probe_name, found in report.probes.items():
             cells = [f"{m.value:.3f} ±{(m.high - m.low) / 2:.1g}" for m in (found.accuracy, found.auc, found.shuffled_auc)]
-            latents = ", ".join(map(str, (found.latents or ())[:4]))
-            grid.add_row(*map(Text, (name, probe_name, *cells, latents)))
-        grid.add_row(Text(name), "majority", f"{report.majority:.3f}", "0.500", "", "", end_section=True)
-    return grid
+            rows.append((name, probe_name, *cells, ", ".join(map(str, (found.latents or ())[:4]))))
+        rows += [(name, "majority", f"{report.majority:.3f}", "0.500", "", ""), None]
+    return grid(
+        ("dataset", "probe", "accuracy", "AUC", "shuffled AUC", "best latents"),
+        rows,
+        caption="± half of the 95 % interval; AUC of chance: 0.5; shuffled: the same with labels in random order",
+        column=lambda title: {"overflow": "fold", "no_wrap": title not in ("dataset", "best latents")},
+    )

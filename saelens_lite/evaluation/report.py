@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Float
 from torch import Tensor
 
+from saelens_lite.arrays import plain
 from saelens_lite.errors import CorruptFileError
 from saelens_lite.evaluation.frequency import FrequencyBand
 from saelens_lite.evaluation.metrics import Metric
 from saelens_lite.evaluation.positions import PositionBand
 from saelens_lite.files import read_json, write_json
 from saelens_lite.markdown import cell, code, one_line
+from saelens_lite.tables import grid
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -69,12 +71,12 @@ class EvalReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the per-latent densities, as plain data; what was not asked for is left out."""
-        content: dict[str, Any] = {"format": FORMAT, "metrics": {name: _plain(m) for name, m in self.metrics.items()}}
+        content: dict[str, Any] = {"format": FORMAT, "metrics": {name: plain(m) for name, m in self.metrics.items()}}
         content |= {name: getattr(self, name) for name in _FACTS}
         if self.by_frequency is not None:
-            content["by_frequency"] = [_plain(band) for band in self.by_frequency]
+            content["by_frequency"] = [plain(band) for band in self.by_frequency]
         if self.by_position is not None:
-            content["by_position"] = [_plain(band) for band in self.by_position]
+            content["by_position"] = [plain(band) for band in self.by_position]
         if self.controls is not None:
             content["controls"] = {name: report.to_dict() for name, report in self.controls.items()}
         return content
@@ -164,21 +166,13 @@ class EvalReport:
     def __rich__(self) -> Any:
         from rich.console import Group
 
-        grid = self._rich_table()
-        return Group(grid, table({"this dictionary": self})) if self.controls else grid
+        metrics = self._rich_table()
+        return Group(metrics, table({"this dictionary": self})) if self.controls else metrics
 
     def _rich_table(self) -> "Table":
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table
-        from rich.text import Text
-
-        title, caption = Text(self.where), Text(self.caution)
-        grid = Table(box=SIMPLE_HEAD, title=title, caption=caption, title_justify="left", caption_justify="left")
-        for title in ("metric", "value", "95 % interval"):
-            grid.add_column(title, no_wrap=True)
-        for name, m in self.lines():
-            grid.add_row(Text(name), f"{m.value:.4g}", f"{m.low:.4g} … {m.high:.4g}")
-        return grid
+        rows = [(name, f"{m.value:.4g}", f"{m.low:.4g} … {m.high:.4g}") for name, m in self.lines()]
+        titles = ("metric", "value", "95 % interval")
+        return grid(titles, rows, title=self.where, caption=self.caution, column=lambda title: {"no_wrap": True})
 
     def _repr_html_(self) -> str:
         rows = [(name, f"{m.value:.4g}", f"{m.low:.4g} … {m.high:.4g}") for name, m in self.lines()]
@@ -191,15 +185,6 @@ class EvalReport:
 
 _PARTS = ("metrics", "density", "by_frequency", "by_position", "controls")
 _FACTS = {f.name: f.type for f in fields(EvalReport) if f.name not in _PARTS}
-
-
-def _plain(values: Any) -> dict[str, Any]:
-    """A named tuple as plain data, None where there is no number: JSON has no NaN."""
-    found = {}
-    for key, x in values._asdict().items():
-        missing = isinstance(x, float) and not math.isfinite(x)
-        found[key] = _plain(x) if isinstance(x, Metric) else None if missing else x
-    return found
 
 
 def _checked(value: Any, kind: Any, name: str) -> Any:
@@ -234,18 +219,12 @@ def _comparison(reports: Mapping[str, EvalReport]) -> list[tuple[str, ...]]:
 
 def table(reports: Mapping[str, EvalReport]) -> "Table":
     """A rich table of several reports: a row each, and one for each of its controls."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
 
-    grid = Table(box=SIMPLE_HEAD, caption="± half of the 95 % interval", caption_justify="left")
+    def column(title: str) -> dict[str, Any]:
+        return {"min_width": 12, "overflow": "fold"} if title == "dictionary" else {"no_wrap": True}
+
     head, *lines = _comparison(reports)
-    grid.add_column(head[0], min_width=12, overflow="fold")
-    for title in head[1:]:
-        grid.add_column(title, no_wrap=True)
-    for line in lines:
-        grid.add_row(*map(Text, line))  # a name may hold what rich would take for markup
-    return grid
+    return grid(head, lines, caption="± half of the 95 % interval", column=column)
 
 
 def markdown(reports: Mapping[str, EvalReport]) -> str:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from saelens_lite.arrays import plain
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, ShapeError
 from saelens_lite.features.info import weights_hash
@@ -28,6 +29,7 @@ from saelens_lite.files import check_axes, check_header, parsed_json, read_tenso
 from saelens_lite.outputs import new_file
 from saelens_lite.progress import progress_bar
 from saelens_lite.schemas import Checked, String, checked
+from saelens_lite.tables import grid
 
 FORMAT = 1
 STABILITY_FILE = "stability.safetensors"
@@ -139,8 +141,8 @@ class Comparison:
         """Everything but the entries of single latents, as plain data."""
         return {
             "format": FORMAT,
-            "summary": _plain(self.summary),
-            "chance": _plain(self.chance),
+            "summary": plain(self.summary),
+            "chance": plain(self.chance),
             "quantiles": QUANTILES,
             **{key: getattr(self, key) for key in ("threshold", "method", "n_dead", "sha256")},
         }
@@ -467,15 +469,8 @@ def _share(chosen: Bool[Tensor, " n"]) -> float:
     return float(chosen.double().mean())
 
 
-def _plain(summary: Summary) -> dict[str, Any]:
-    """A summary as plain data."""
-    return {key: value._asdict() if isinstance(value, Cosines) else value for key, value in summary._asdict().items()}
-
-
 def comparison_table(comparisons: dict[str, Comparison]) -> Any:
     """A rich table of one dictionary against several, a row each and one for chance below it."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
     from rich.text import Text
 
     thresholds = ", ".join(sorted({str(c.threshold) for c in comparisons.values()}))
@@ -485,14 +480,17 @@ def comparison_table(comparisons: dict[str, Comparison]) -> Any:
         "the same partner by encoder; mutual: nearest of each other; cosines of partners: median, for decoder between the "
         "5 % and 95 % quantiles; dead: left out; chance: against random directions with the second moments of the other's"
     )
-    grid = Table(box=SIMPLE_HEAD, collapse_padding=True, caption=caption, caption_justify="left")
-    for title in ("against", "matched", "shared", "agree", "mutual", "decoder", "encoder", "dead"):
-        grid.add_column(title, overflow="fold", no_wrap=title != "against")
+    rows: list[list[Any]] = []
     for name, comparison in comparisons.items():
-        dead = "/".join(map(str, comparison.n_dead))
-        grid.add_row(*map(Text, (name, *_cells(comparison.summary), dead)))
-        grid.add_row(*(Text(cell, style="dim") for cell in ("  chance", *_cells(comparison.chance), "")))
-    return grid
+        rows.append([name, *_cells(comparison.summary), "/".join(map(str, comparison.n_dead))])
+        rows.append([Text(cell, style="dim") for cell in ("  chance", *_cells(comparison.chance), "")])
+    return grid(
+        ("against", "matched", "shared", "agree", "mutual", "decoder", "encoder", "dead"),
+        rows,
+        caption=caption,
+        column=lambda title: {"overflow": "fold", "no_wrap": title != "against"},
+        collapse_padding=True,
+    )
 
 
 def _cells(s: Summary) -> list[str]:

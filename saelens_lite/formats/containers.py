@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saelens_lite.arrays import not_finite
 from saelens_lite.errors import CorruptFileError
 from saelens_lite.files import Spec, file_size, is_zip, tensor_specs
 
@@ -57,9 +58,8 @@ class TensorFile(ABC):
             CorruptFileError: the file is damaged, or one holds NaN or infinity.
         """
         tensors = self._load(sorted(set(names)))
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise CorruptFileError(f"{self.path}: tensor {name!r} holds NaN or infinity")
+        for name in not_finite(tensors):
+            raise CorruptFileError(f"{self.path}: tensor {name!r} holds NaN or infinity")
         return tensors
 
     @abstractmethod

@@ -11,6 +11,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from saelens_lite import registry
+from saelens_lite.arrays import not_finite
 from saelens_lite.config import Origin
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, CorruptFileError, PluginError
@@ -163,9 +164,8 @@ class Outline:
             tensor.copy_(weights[name])
         if self._scaled:
             dictionary.fold_scales_([self.scale], [self.scale if self.target_scale is None else self.target_scale])
-        for name, tensor in own.items():
-            if not torch.isfinite(tensor).all():
-                raise CorruptFileError(f"{self.file.path}: {name} becomes NaN or infinite when its scales are folded in")
+        for name in not_finite(own):
+            raise CorruptFileError(f"{self.file.path}: {name} becomes NaN or infinite when its scales are folded in")
         return dictionary.eval()
 
     def _weights(self) -> dict[str, Tensor]:

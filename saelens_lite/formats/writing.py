@@ -25,9 +25,8 @@ def write(dictionary: Dictionary, out: str | Path, writer: Format, *, exists: Li
         NonFiniteError: a parameter is NaN or infinite.
         OutputExistsError: the folder holds something and `exists` is "error".
     """
-    for name, tensor in dictionary.state_dict().items():
-        if not torch.isfinite(tensor).all():
-            raise NonFiniteError(f"{name} is not finite; a dictionary with NaN or infinity is not written")
+    if name := dictionary.not_finite():
+        raise NonFiniteError(f"{name} is not finite; a dictionary with NaN or infinity is not written")
     with new_folder(Path(out), KIND, exists, any_format=True) as folder:
         writer.write(dictionary, folder)
     return Path(out)

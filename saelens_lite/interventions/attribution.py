@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from saelens_lite.arrays import plain
 from saelens_lite.codes import SparseCodes
 from saelens_lite.codes.products import pair_products
 from saelens_lite.dictionary import Dictionary
@@ -36,6 +37,7 @@ from saelens_lite.interventions.metrics import Metric, metric_of, name_of, value
 from saelens_lite.interventions.site import Reading, Row, Site, pieces
 from saelens_lite.model import LanguageModel
 from saelens_lite.progress import progress_bar
+from saelens_lite.tables import grid
 from saelens_lite.tokens import Given
 
 LAST_STREAM, UNEMBEDDED = "ln_final.hook_in", "unembed.hook_out"
@@ -103,28 +105,24 @@ class Attribution:
             "value": self.value.tolist(),
             "error": self.error.tolist(),
             **{name: x.tolist() for name, x in (entries | self.effects).items()},
-            "agreement": {
-                f"{a}, {b}": {key: x if math.isfinite(x) else None for key, x in both._asdict().items()}
-                for (a, b), both in self.agreement.items()
-            },
+            "agreement": {f"{a}, {b}": plain(both) for (a, b), both in self.agreement.items()},
         }
 
     def table(self, n: int = 10) -> Any:
         """A rich table, which notebooks and `rich.print` show, of the n strongest effects and of how the ways agree."""
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table
-        from rich.text import Text
-
-        grid = Table(box=SIMPLE_HEAD, caption=Text("\n".join(self._remarks())), caption_justify="left")
         several = len(self.tokens) > 1
-        for title in (*(("row",) if several else ()), "position", "token", "latent", "activation", *self.effects):
-            grid.add_column(title, justify="left" if title == "token" else "right")
+        rows = []
         for j in self.strongest(n).tolist():
             row, position = int(self.row[j]), int(self.position[j])
             place = [str(row)] * several + [str(position), quoted(self.tokens[row][position]), str(int(self.latent[j]))]
             numbers = [f"{float(self.activation[j]):.3g}", *(f"{float(effect[j]):+.4f}" for effect in self.effects.values())]
-            grid.add_row(*(Text(cell) for cell in (*place, *numbers)))
-        return grid
+            rows.append((*place, *numbers))
+        return grid(
+            (*["row"] * several, "position", "token", "latent", "activation", *self.effects),
+            rows,
+            caption="\n".join(self._remarks()),
+            column=lambda title: {"justify": "left" if title == "token" else "right"},
+        )
 
     def _remarks(self) -> list[str]:
         """The figures of the whole, in words."""

@@ -23,6 +23,7 @@ from saelens_lite.interventions.metrics import LogProb, Metric, kl_divergence, m
 from saelens_lite.interventions.site import Reading, Site, pieces
 from saelens_lite.model import LanguageModel
 from saelens_lite.progress import progress_bar
+from saelens_lite.tables import grid
 from saelens_lite.tokens import Given
 
 N_PROMOTED = 10
@@ -80,25 +81,20 @@ class DoseResponse:
 
     def table(self) -> Any:
         """A rich table, which notebooks and `rich.print` show: a row for each dose."""
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table
-        from rich.text import Text
-
         caption = (
             f"change of {self.metric} (clean {float(self.clean.mean()):.4f}) and KL in nats per token; {self.n_tokens:,} "
             f"tokens in {len(self.clean)} rows, with activations up to {self.max_activation:.3g}; ± standard error over rows, "
             "of controls standard deviation"
         )
-        grid = Table(box=SIMPLE_HEAD, caption=Text(caption), caption_justify="left")
-        for title in ("dose", "effect", "KL", f"{len(self.controls)} controls", "KL of controls", "beaten"):
-            grid.add_column(title, justify="right", no_wrap=True)
+        rows = []
         for line in self.summary():
             cells = [f"{line['dose']:g}", _plus_minus(line, "effect", "effect_se"), f"{line['kl']:.4f}"]
             if self.controls:
                 cells += [_plus_minus(line, "control_effect", "control_effect_sd"), f"{line['control_kl']:.4f}"]
                 cells.append(f"{line['beaten']}/{len(self.controls)}")
-            grid.add_row(*cells)
-        return grid
+            rows.append(cells)
+        titles = ("dose", "effect", "KL", f"{len(self.controls)} controls", "KL of controls", "beaten")
+        return grid(titles, rows, caption=caption, column=lambda title: {"justify": "right", "no_wrap": True})
 
     def plot(self) -> Any:
         """A matplotlib figure: effect over dose and over cost, the controls in grey.

@@ -11,6 +11,7 @@ from saelens_lite.interventions.edits import Edit
 from saelens_lite.interventions.metrics import kl_divergence
 from saelens_lite.interventions.site import Site
 from saelens_lite.model import LanguageModel
+from saelens_lite.tables import grid
 from saelens_lite.tokens import Given
 
 
@@ -79,13 +80,6 @@ def kl_cost(
 
 def table(steered: Steered) -> Any:
     """A rich table of the two texts side by side, the cost below."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
     caption = f"KL(plain ‖ edited) on the plain text: {steered.kl:.4f} nats per token"
-    grid = Table(box=SIMPLE_HEAD, caption=caption, caption_justify="left", expand=True)
-    for title in ("plain", "edited"):
-        grid.add_column(title, overflow="fold", ratio=1)
-    grid.add_row(Text(steered.plain), Text(steered.edited))
-    return grid
+    wide = {"overflow": "fold", "ratio": 1}
+    return grid(("plain", "edited"), [(steered.plain, steered.edited)], caption=caption, column=lambda title: wide, expand=True)

@@ -17,10 +17,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelens_lite import registry
-from saelens_lite.arrays import ArrayLike, as_tensor
+from saelens_lite.arrays import ArrayLike, as_tensor, not_finite
 from saelens_lite.cache import Source, TensorSource, open_source
 from saelens_lite.cache.resumed import expect, record_of
-from saelens_lite.codes.encoder import buffers_reused
+from saelens_lite.codes.encoder import Spare
 from saelens_lite.config import TrainConfig
 from saelens_lite.devices import chosen_device, device_to_train_on, is_available
 from saelens_lite.dictionary import Dictionary
@@ -439,8 +439,8 @@ def _loop(source: Source, job: _Job, logs: list[RunLog]) -> None:
     due = [(trainer.n_seen // trainer.config.log_every + 1) * trainer.config.log_every for trainer in trainers]
     batches = source.batches(hooks, trainers[0].config.batch_size, job.data_seed, job.n_batches)
     saved = time.monotonic()
+    spare = Spare()
     with (
-        buffers_reused(),
         ExitStack() as stack,
         Stopping() if job.out else nullcontext() as stopping,
         progress_bar("train", max(t.config.n_tokens for t in trainers)) as bar,
@@ -459,9 +459,9 @@ def _loop(source: Source, job: _Job, logs: list[RunLog]) -> None:
             for i in job.at_work:
                 trainer = trainers[i]
                 try:
-                    trainer.step(batch)
+                    trainer.step(batch, spare)
                 except NonFiniteError as error:
-                    if not all(bool(torch.isfinite(x).all()) for x in batch.values()):
+                    if not_finite(batch):
                         raise  # the data is bad, for all of them
                     job.drop(i, error)
                     continue

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelens_lite.codes import SparseCodes, Support
-from saelens_lite.codes.encoder import Encoder
+from saelens_lite.codes.encoder import Encoder, Spare
 from saelens_lite.codes.products import Decode
 from saelens_lite.dictionary import Dictionary
 
@@ -44,7 +44,7 @@ class DenseStep:
     """What a rule is offered in a training step (see `saelens_lite.sparsity.Step`), and the step's losses.
 
     x: Float[batch d_in] and target: Float[batch d_out], by default x itself, are scaled as the dictionary expects them.
-    `halves` is for the sparse step.
+    `halves` and `spare` are for the sparse step's encoder.
     """
 
     encoder_class: ClassVar[type[Encoder]] = DenseEncoder
@@ -59,10 +59,11 @@ class DenseStep:
         progress: float,
         warmup: float,
         halves: bool = False,
+        spare: Spare | None = None,
     ):
         self.dictionary, self.x, self.target, self.dead = dictionary, x, x if target is None else target, dead
         self.progress, self.warmup = progress, warmup
-        self._encoder = self.encoder_class(dictionary.W_enc, dictionary.b_enc, dictionary.input_bias, x, halves)
+        self._encoder = self.encoder_class(dictionary.W_enc, dictionary.b_enc, dictionary.input_bias, x, halves, spare)
         self.codes = dictionary.rule.encode(self._encoder)
         self.x_hat = self.decode(self.codes) + dictionary.base(x)
 
@@ -70,6 +71,10 @@ class DenseStep:
         """mse = mean over the batch of Σ_d (target − x̂)², and what the rule adds; training minimises their sum."""
         mse = F.mse_loss(self.x_hat, self.target, reduction="sum") / len(self.x)
         return {"mse": mse, **self.dictionary.rule.losses(self)}
+
+    def release(self) -> None:
+        """Hand the memory of the pre-activations on to the next step."""
+        self._encoder.release()
 
     @property
     def decoder_norms(self) -> Float[Tensor, " d_sae"]:

@@ -3,16 +3,18 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saelens_lite.arrays import not_finite
 from saelens_lite.cache import Batch, Source, Statistics
 from saelens_lite.cache.source import UNNAMED
 from saelens_lite.codes import gpu
+from saelens_lite.codes.encoder import Spare
 from saelens_lite.config import TrainConfig
 from saelens_lite.devices import where_float64_is, wide
 from saelens_lite.dictionary import Dictionary
@@ -23,6 +25,19 @@ from saelens_lite.training.step import DenseStep, SparseStep
 
 MAX_SCALINGS, SAME = 12, 1e-3  # of the untrained encoder
 _NUMBERS = ("scales", "target_scales", "variance", "n_seen", "n_steps", "fire_tokens")
+
+
+class Contribution(NamedTuple):
+    """What the rows of one batch contribute to an update besides the gradients, which are in `grad` of the parameters.
+
+    The losses are means over the rows and end with their sum, "loss".
+    """
+
+    step: DenseStep
+    losses: dict[str, Float[Tensor, ""]]
+    smallest: Float[Tensor, ""]  # of the codes
+    fires: Int[Tensor, " d_sae"]  # number of rows in which each latent fires
+    n: int  # rows
 
 
 class Trainer:
@@ -107,28 +122,71 @@ class Trainer:
         x = scaled(self.hooks.reads, self.scales)
         return (x, x) if self.shift is None else (x - self.shift, scaled(self.hooks.writes, self.target_scales))
 
-    def step(self, batch: Batch | Float[Tensor, "batch d_in"]) -> None:
-        """Take one optimiser step on raw activations.
+    def step(self, batch: Batch | Float[Tensor, "batch d_in"], spare: Spare | None = None) -> None:
+        """Take one optimiser step on raw activations: `calibrate` before the first, then `backward`, then `update`.
 
         Args:
             batch: the activations of every hook that the dictionary reads or writes, by name; a tensor where it is only one.
+            spare: memory that the steps of a loop hand on to each other.
 
         Raises:
             ShapeError: activations of one of the hooks are missing.
             PluginError: the sparsity rule gives negative codes; the parameters are those before the step.
             NonFiniteError: the activations or the loss are NaN or infinite; the parameters are those before the step.
         """
+        if self.n_steps == 0:
+            self.calibrate(batch)
+        self.update(self.backward(batch, spare))
+
+    def calibrate(self, batch: Batch | Float[Tensor, "batch d_in"]) -> None:
+        """Scale the untrained encoder so that it reconstructs the first batch best.
+
+        Several processes that train one dictionary do this with the same batch, or one does it for all of them.
+        """
+        if not self.dictionary.rule.tied and self.shift is None:
+            with self._own_randomness():
+                self._scale_encoder(self._prepare(self._named(batch))[0])
+
+    def backward(self, batch: Batch | Float[Tensor, "batch d_in"], spare: Spare | None = None) -> Contribution:
+        """Compute the losses of a batch, and put their gradients into `grad` of the dictionary's parameters.
+
+        Processes that train one dictionary on parts of a batch average the gradients and the losses, and add up the counts,
+        before each of them calls `update`.
+
+        Raises:
+            ShapeError: activations of one of the hooks are missing.
+        """
+        c = self.config
+        progress = self.n_seen / c.n_tokens
+        with self._own_randomness():
+            step = self.step_class(
+                self.dictionary,
+                *self._prepare(self._named(batch)),
+                dead=self.since_fired >= c.dead_after,
+                progress=progress,
+                warmup=min(1.0, progress / c.sparsity_warmup) if c.sparsity_warmup else 1.0,
+                halves=self.halves,
+                spare=spare,
+            )
+            losses = step.losses()
+            losses["loss"] = torch.stack(list(losses.values())).sum()
+            self.dictionary.zero_grad(set_to_none=True)
+            losses["loss"].backward()
+        codes = step.codes.detach()
+        return Contribution(
+            step=step,
+            losses={name: loss.detach() for name, loss in losses.items()},
+            smallest=codes.value.amin() if len(codes.value) else codes.value.new_zeros(()),
+            fires=torch.bincount(codes.latent[codes.fires], minlength=c.d_sae),
+            n=len(step.x),
+        )
+
+    def _named(self, batch: Batch | Float[Tensor, "batch d_in"]) -> Batch:
         if isinstance(batch, Tensor):
             batch = {self.hooks.reads[0]: batch}
         if missing := [hook for hook in self.hooks.all if hook not in batch]:
             raise ShapeError(f"a step of this dictionary needs the activations of {', '.join(missing)} too")
-        c = self.config
-        progress = self.n_seen / c.n_tokens
-        with self._own_randomness():
-            x, target = self._prepare(batch)
-            if self.n_steps == 0 and not self.dictionary.rule.tied and self.shift is None:
-                self._scale_encoder(x)
-            self._step(x, target, progress)
+        return batch
 
     @torch.no_grad()
     def _scale_encoder(self, x: Float[Tensor, "batch d_in"]) -> None:
@@ -164,73 +222,66 @@ class Trainer:
                 return
             least, before = error, d.W_enc.clone()
 
-    def _step(self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], progress: float) -> None:
-        c = self.config
-        step = self.step_class(
-            self.dictionary,
-            x,
-            target,
-            dead=self.since_fired >= c.dead_after,
-            progress=progress,
-            warmup=min(1.0, progress / c.sparsity_warmup) if c.sparsity_warmup else 1.0,
-            halves=self.halves,
-        )
-        losses = step.losses()
-        total = torch.stack(list(losses.values())).sum()
-        self.dictionary.zero_grad(set_to_none=True)
-        total.backward()
-        with torch.no_grad():
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.dictionary.parameters() if p.grad is not None])
-            fired = step.codes.latent[step.codes.fires]
-            smallest = step.codes.value.amin() if len(step.codes.value) else torch.zeros_like(norm)
-            # The one time the host waits for the step
-            *values, norm_found, smallest = torch.stack([*losses.values(), total, norm, smallest.to(norm.dtype)]).tolist()
-            if not math.isfinite(values[-1] + norm_found):
-                raise NonFiniteError(self._explain((x, target), losses))
-            self.dictionary.rule.check_codes(smallest)
-            if c.clip_grad_norm:  # the optimiser divides while it reads
-                self.optimizer.grad_scale = (norm / c.clip_grad_norm).clamp(min=1.0)
-            for name, parameter in self.dictionary.named_parameters():
-                if (updated := self._updated[name]) is not parameter:
-                    updated.grad = None if parameter.grad is None else parameter.grad.T
-            self.optimizer.param_groups[0]["lr"] = self.lr_at((self.n_steps + 0.5) / math.ceil(c.n_tokens / c.batch_size))
-            self.optimizer.step()
-            self.dictionary.rule.observe(step)
+    @torch.no_grad()
+    def update(self, computed: Contribution) -> None:
+        """Let the optimiser use the gradients in `grad`, then the rule what it observes, and count what fires.
+
+        Raises:
+            PluginError, NonFiniteError: as `step`.
+        """
+        c, losses, parameters = self.config, computed.losses, dict(self.dictionary.named_parameters())
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
+        # The one time the host waits for the step
+        figures = torch.stack([*losses.values(), norm, computed.smallest.to(norm.dtype)])
+        *values, norm_found, smallest = figures.tolist()
+        if not math.isfinite(values[-1] + norm_found):
+            raise NonFiniteError(self._explain(computed))
+        self.dictionary.rule.check_codes(smallest)
+        if c.clip_grad_norm:  # the optimiser divides while it reads
+            self.optimizer.grad_scale = (norm / c.clip_grad_norm).clamp(min=1.0)
+        for name, parameter in parameters.items():
+            if (updated := self._updated[name]) is not parameter:
+                updated.grad = None if parameter.grad is None else parameter.grad.T
+        self.optimizer.param_groups[0]["lr"] = self.lr_at((self.n_steps + 0.5) / math.ceil(c.n_tokens / c.batch_size))
+        self.optimizer.step()
+        with self._own_randomness():
+            self.dictionary.rule.observe(computed.step)
             self.dictionary.rule.after_step(self.dictionary)
-            self._count(len(x), fired, dict(zip([*losses, "loss"], values, strict=False)))
+        computed.step.release()
+        self._count(computed.n, computed.fires, dict(zip(losses, values, strict=True)))
 
     @property
     def described(self) -> str:
         """The rule, the hook, and how far training is, for messages."""
         return f"{self.config.sparsity} on {self.hooks} (after {self.n_seen:,} tokens)"
 
-    def _explain(self, activations: Sequence[Tensor], losses: dict[str, Tensor]) -> str:
+    def _explain(self, computed: Contribution) -> str:
         """Say what became NaN or infinite first: the data, a parameter, a part of the loss, or a gradient."""
         parameters = dict(self.dictionary.named_parameters())
         gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+        parts = {name: loss for name, loss in computed.losses.items() if name != "loss"}
         step = self.n_steps + 1
-        if _not_finite(dict(enumerate(activations))):
+        if not_finite({"x": computed.step.x, "target": computed.step.target}):
             cause = "the activations"
-        elif names := _not_finite(parameters):
+        elif names := not_finite(parameters):
             cause, step = ", ".join(names), self.n_steps
-        elif names := _not_finite(losses):
+        elif names := not_finite(parts):
             cause = f"the loss ({', '.join(names)})"
-        elif names := _not_finite(gradients):
+        elif names := not_finite(gradients):
             cause = f"the gradient of {', '.join(names)}"
         else:
             cause = "the sum of the losses, or the norm of the gradient,"
         return f"{cause} became NaN or infinite in step {step}, {self.described}"
 
-    def _count(self, n: int, fired: Int[Tensor, " nnz"], values: dict[str, float]) -> None:
-        """Dead latents, firing frequencies and the sums that the log averages."""
-        counts = torch.bincount(fired, minlength=self.config.d_sae)
+    def _count(self, n: int, counts: Int[Tensor, " d_sae"], values: dict[str, float]) -> None:
+        """Note dead latents, firing frequencies and the sums that the log averages."""
         self.since_fired = torch.where(counts > 0, 0, self.since_fired + n)
         if self.n_seen + n > (1 - max(self.config.decay, 0.1)) * self.config.n_tokens:
             self.fire_count += counts
             self.fire_tokens += n
         self.n_seen += n
         self.n_steps += 1
-        for name, value in {**values, "l0": len(fired) / n}.items():
+        for name, value in {**values, "l0": int(counts.sum()) / n}.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._n_sums += 1
 
@@ -370,11 +421,6 @@ class Trainer:
         if self.shift is not None:
             copy.fold_shift_(self.shift)
         return copy.fold_scales_(self.scales, self.target_scales).eval()
-
-
-def _not_finite(tensors: dict[Any, Tensor]) -> list[Any]:
-    """The names of the tensors that hold NaN or infinity."""
-    return [name for name, x in tensors.items() if not bool(torch.isfinite(x).all())]
 
 
 def check_sizes(config: TrainConfig, source: Source, tensors: dict[str, Tensor]) -> None:

@@ -23,6 +23,7 @@ from saelens_lite.interventions.attribution import WAYS
 from saelens_lite.interventions.metrics import name_of
 from saelens_lite.interventions.site import Row, Site
 from saelens_lite.model import LanguageModel
+from saelens_lite.tables import grid
 from saelens_lite.tokens import Given, TokenRows
 
 ORDERS = ("activation", "relative", "attribution")
@@ -102,22 +103,21 @@ class PromptView:
         return render("views", "prompt.html.j2", view=self, lines=lines, words=words, about=about, shown=_shown)
 
     def __rich__(self) -> Any:
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table
-        from rich.text import Text
-
         shown = [name for name in ORDERS if any(getattr(row, name) is not None for row in self.rows)] or ["activation"]
         described = any(row.label or row.promoted for row in self.rows)
-        grid = Table(box=SIMPLE_HEAD, caption=Text(visible(self.title)), caption_justify="left")
-        for title in ("position", "token", "latent", *shown, *["about"] * described):
-            grid.add_column(title, justify="left" if title in ("token", "about") else "right", no_wrap=title != "about")
+        lines: list[tuple[str, ...] | None] = []
         for rows in self._lines:
             for i, row in enumerate(rows):
                 place = (str(row.position), quoted(row.token)) if i == 0 else ("", "")
                 numbers = [_shown(name, getattr(row, name)) for name in shown]
-                cells = (*place, str(row.latent), *numbers, *[about(row)] * described)
-                grid.add_row(*(Text(cell) for cell in cells), end_section=i == len(rows) - 1)
-        return grid
+                lines.append((*place, str(row.latent), *numbers, *[about(row)] * described))
+            lines += [None] if rows else []
+        return grid(
+            ("position", "token", "latent", *shown, *["about"] * described),
+            lines,
+            caption=visible(self.title),
+            column=lambda title: {"justify": "left" if title in ("token", "about") else "right", "no_wrap": title != "about"},
+        )
 
 
 def prompt_view(

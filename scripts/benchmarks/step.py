@@ -18,7 +18,6 @@ import statistics
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
 
 import torch
 from safetensors.torch import save_file
@@ -27,7 +26,7 @@ from step_peers import PEERS
 
 import saelens_lite as sl
 from saelens_lite.cache import TensorSource
-from saelens_lite.codes.encoder import buffers_reused
+from saelens_lite.codes.encoder import Spare
 from saelens_lite.training import Trainer
 from saelens_lite.training.step import DenseStep, SparseStep
 
@@ -71,14 +70,14 @@ def trainer(rule: str, step: type, x: torch.Tensor, directions: torch.Tensor, bi
 class Ours:
     """One of our trainers, asked like a peer."""
 
-    def __init__(self, trainer: Trainer, x: torch.Tensor):
-        self.trainer, self.x = trainer, x
+    def __init__(self, trainer: Trainer, x: torch.Tensor, spare: Spare | None):
+        self.trainer, self.x, self.spare = trainer, x, spare
 
     def ask(self, i: int) -> dict:
         forget_peak()
         before = high_water()[1]
         start = time.perf_counter()
-        self.trainer.step(self.x[i])
+        self.trainer.step(self.x[i], self.spare)
         return {"seconds": time.perf_counter() - start, "extra_bytes": high_water()[0] - before}
 
     def close(self) -> None:
@@ -88,9 +87,10 @@ class Ours:
 def measure(rule: str, args: argparse.Namespace, x: torch.Tensor, directions: torch.Tensor, bias: torch.Tensor) -> dict:
     """One row of the table: all contestants in alternation, medians in milliseconds."""
     ours = trainer(rule, SparseStep, x, directions, bias, args)
-    contestants: dict[str, Ours | Peer] = {"ours": Ours(ours, x)}
+    spare = None if args.memory else Spare()  # as in training, where it is held between steps
+    contestants: dict[str, Ours | Peer] = {"ours": Ours(ours, x, spare)}
     if not args.no_dense:
-        contestants["dense"] = Ours(trainer(rule, DenseStep, x, directions, bias, args), x)
+        contestants["dense"] = Ours(trainer(rule, DenseStep, x, directions, bias, args), x, spare)
     with tempfile.TemporaryDirectory() as folder:
         if args.peer_python:
             start = torch.zeros_like(bias) if rule in COUNTING else bias
@@ -147,8 +147,7 @@ def main() -> None:
         one = argparse.Namespace(**{**vars(args), "d_sae": d_sae, "k": k})
         data = planted(one)
         for rule in args.rules:
-            with nullcontext() if args.memory else buffers_reused():  # as in training, where it is held between steps
-                rows.append(measure(rule, one, *data))
+            rows.append(measure(rule, one, *data))
             print(json.dumps(rows[-1]), flush=True)
     write_report(args, {"rows": rows})
 
