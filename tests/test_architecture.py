@@ -201,11 +201,12 @@ def test_the_names_and_training_load_no_heavy_library():
 
 def test_the_package_offers_these_names():
     assert sl.__all__ == sorted([
-        "Ablate", "ActivationCache", "ActivationStream", "Add", "Clamp", "Dictionary", "EvalReport", "Exporter", "ExporterConfig", "FeatureStore", "Format",
-        "Judge", "JudgeConfig", "LanguageModel", "LivePrompt", "Logger", "Origin", "Port", "PublishedForm", "RuleConfig", "SaelensLiteError", "Scale",
-        "SparseCodes", "Sparsity", "TextConfig", "TrainConfig", "__version__", "attribute", "capture", "compare",
-        "convert", "dose_response", "errors", "evaluate", "fit", "judge", "load_model", "probe", "prompt_view", "pull", "push",
-        "python_docs", "register", "resume", "stability", "train",
+        "Ablate", "ActivationCache", "ActivationStream", "Add", "Clamp", "Dictionary", "EvalReport", "Exporter",
+        "ExporterConfig", "FeatureStore", "Format", "Judge", "JudgeConfig", "LanguageModel", "LivePrompt", "Logger", "Origin",
+        "Port", "PublishedForm", "RuleConfig", "SaelensLiteError", "Scale", "SparseCodes", "Sparsity", "TextConfig",
+        "TrainConfig", "__version__", "attribute", "capture", "compare", "convert", "dose_response", "errors", "evaluate",
+        "fit", "judge", "load_model", "probe", "prompt_view", "pull", "push", "python_docs", "register", "resume",
+        "stability", "train",
     ])  # fmt: skip
     assert dir(sl) == sl.__all__
 

@@ -1,8 +1,6 @@
 """A dictionary as the SAE object that SAELens's and SAEBench's evaluations take: dense codes, and a config.
 
-    sae = sl.judge("saebench").sae(d)
-
-Source: Karvonen et al. 2025, SAEBench, arXiv:2503.09532.
+sae = sl.judge("saebench").sae(d)
 """
 
 import re
@@ -149,6 +147,7 @@ class SAEBench(Judge):
     blocks: a ConfigError.
     """
 
+    paper = "Karvonen et al. 2025, SAEBench, arXiv:2503.09532"
     Config = SAEBenchOptions
     config: SAEBenchOptions
 
