@@ -143,8 +143,8 @@ class SAEBench(Judge):
     """The SAE object that `run_evals` of SAEBench's core and of SAELens take.
 
     Its codes are the dictionary's, as dense tensors. Decoder rows keep their norms; for evaluations that want unit rows, call
-    `dictionary.fold_decoder_norms_()` first. These evaluations do not know transcoders, crosscoders and hooks outside the model's
-    blocks: a ConfigError.
+    `dictionary.fold_decoder_norms_()` first. These evaluations do not know transcoders, crosscoders and hooks outside the
+    blocks of the model: a ConfigError.
     """
 
     paper = "Karvonen et al. 2025, SAEBench, arXiv:2503.09532"
