@@ -1,6 +1,5 @@
 """The public names, for type checkers and editors; `__init__.py` imports each of them on first use."""
 
-from . import adapters as adapters
 from . import errors as errors
 from .addresses import convert as convert
 from .addresses import load as load
@@ -17,6 +16,8 @@ from .errors import SaelensLiteError as SaelensLiteError
 from .evaluation import EvalReport as EvalReport
 from .evaluation import evaluate as evaluate
 from .evaluation.probing import probe as probe
+from .exporters import Exporter as Exporter
+from .exporters import ExporterConfig as ExporterConfig
 from .features import FeatureStore as FeatureStore
 from .features.compare import compare as compare
 from .features.compare import stability as stability
@@ -29,6 +30,9 @@ from .interventions.edits import Ablate as Ablate
 from .interventions.edits import Add as Add
 from .interventions.edits import Clamp as Clamp
 from .interventions.edits import Scale as Scale
+from .judges import Judge as Judge
+from .judges import JudgeConfig as JudgeConfig
+from .judges import judge as judge
 from .loggers import Logger as Logger
 from .model import LanguageModel as LanguageModel
 from .model import load_model as load_model

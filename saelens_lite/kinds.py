@@ -77,14 +77,6 @@ UNFINISHED_STORE = Kind(
     (r"request\.json", *(rf"(control/)?{file}" for file in (r"progress\.json", r"\d+/[a-z]+\.bin"))),
     (r"request\.json",),
 )
-NEURONPEDIA = Kind(
-    "Neuronpedia export",
-    (
-        *(r"release\.jsonl", r"model\.jsonl", r"sourceset\.jsonl", r"source\.jsonl"),
-        r"(features|activations|explanations)/batch-\d+\.jsonl\.gz",
-    ),
-    (r"source\.jsonl",),
-)
 
 
 def foreign(folder: Path, kind: Kind) -> list[str]:

@@ -1,7 +1,19 @@
 """Plugins by name: built-in ones, strangers' packages (entry points) and classes registered in a notebook.
 
-There are three kinds, each with an entry-point group `saelens_lite.<kind>`. Listing reads package metadata only; a plugin's
-module is imported when the plugin is asked for, so a broken one disturbs nobody else.
+A kind of plugin is a contract: a class that all plugins of the kind derive from, with the name of the kind as `plugin_kind`.
+The package of the contract declares the kind in the entry-point group `saelens_lite.kinds`, and each plugin of it is an entry
+point in the group `saelens_lite.<kind>`. A package can so bring a kind of its own, and others plugins of that kind:
+
+    [project.entry-points."saelens_lite.kinds"]
+    explainers = "my_package:Explainer"                # class Explainer: plugin_kind = "explainers"
+
+    [project.entry-points."saelens_lite.explainers"]
+    by_words = "my_package.words:ByWords"              # class ByWords(Explainer): …
+
+    registry.load("by_words", "explainers")            # the class ByWords, imported now
+
+Listing reads package metadata only; a plugin's module is imported when the plugin is asked for, so a broken one disturbs nobody
+else.
 
 A plugin that reads files is also listed in a group `saelens_lite.<kind>.<ending>` for each ending that its file names have,
 such as `saelens_lite.formats.npz` or `saelens_lite.formats.cfg.json`. Only files of such names get it imported.
@@ -18,7 +30,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from saelens_lite.errors import PluginError, near_matches
 
-KINDS = ("sparsity", "formats", "loggers")
+DECLARED = "saelens_lite.kinds"  # the group in which packages declare kinds
 VARIABLE = "SAELENS_LITE_PLUGINS"
 OWN_DISTRIBUTION = "saelens-lite"
 T = TypeVar("T")
@@ -59,17 +71,31 @@ class Finding(NamedTuple):
     summary: str = ""
 
 
+def kinds() -> dict[str, str]:
+    """Return the kinds of plugins, sorted by name, each with its contract as «module:class». Imports nothing.
+
+    A kind that two packages declare has both contracts, with " or " between them.
+    """
+    contracts = [(point.name, point.value) for point in entry_points(group=DECLARED)]
+    contracts += [(kind, _target(_contract(plugin))) for (kind, _), plugin in _registered.items()]
+    return {kind: " or ".join(sorted({c for k, c in contracts if k == kind})) for kind in sorted({k for k, _ in contracts})}
+
+
 def plugins(kind: str = "sparsity") -> list[Plugin]:
-    """All plugins of a kind, sorted by name; a name claimed twice appears twice, and restricted ones are included.
+    """Return all plugins of a kind, sorted by name.
+
+    A name claimed twice appears twice, and restricted plugins are included.
 
     Raises:
         PluginError: there is no such kind.
     """
-    if kind not in KINDS:
-        raise PluginError(f"unknown kind of plugin {kind!r}; kinds are {', '.join(KINDS)}")
+    known = kinds()
+    if kind not in known:
+        expected = f"; kinds are {', '.join(known)}" if known else f"; no kind is declared: reinstall {OWN_DISTRIBUTION}"
+        raise PluginError(f"unknown kind of plugin {kind!r}{near_matches(kind, known)}{expected}")
     found = [_installed(point, kind) for point in entry_points(group=f"saelens_lite.{kind}")]
     found += [
-        Plugin(name, kind, "this session", "", f"{target.__module__}:{target.__qualname__}", None)
+        Plugin(name, kind, "this session", "", _target(target), None)
         for (its_kind, name), target in _registered.items()
         if its_kind == kind
     ]
@@ -88,22 +114,23 @@ def endings(kind: str) -> dict[str, set[str]]:
 
 
 def names(kind: str = "sparsity") -> list[str]:
-    """The names of all plugins of a kind that may be loaded."""
+    """Return the names of all plugins of a kind that may be loaded."""
     return sorted({p.name for p in plugins(kind) if p.allowed})
 
 
 def register(name: str) -> Callable[[type[T]], type[T]]:
-    """Class decorator that makes a plugin known under `name` in this process; its kind is that of its base class.
+    """Return a class decorator that makes a plugin known under `name` in this process.
 
+    The kind of the plugin is the `plugin_kind` of its base class. A base class with a new `plugin_kind` is a new kind.
     Running a notebook cell again replaces the cell's own class, never an installed plugin.
 
     Raises:
-        PluginError: an installed package has that name already, or the class is no plugin.
+        PluginError: an installed package has that name already, or the class does not derive from a contract.
     """
 
     def decorate(target: type[T]) -> type[T]:
         kind = getattr(target, "plugin_kind", None)
-        if kind not in KINDS:
+        if not isinstance(kind, str):
             raise PluginError(
                 f"{target!r} cannot be registered as {name!r}: derive it from the base class of its kind of plugin"
             )
@@ -122,10 +149,11 @@ def unregister(name: str, kind: str = "sparsity") -> None:
 
 
 def find(name: str, kind: str = "sparsity", *, written_by: str | None = None) -> Plugin:
-    """The one plugin of that name; `written_by` is the distribution a file says it comes from.
+    """Return the one plugin of that name; `written_by` is the distribution a file says it comes from.
 
     Raises:
-        PluginError: no such plugin (near matches listed), a restricted one, or two distributions supply it.
+        PluginError: there is no such plugin or kind (near matches are listed), it is restricted, or two distributions supply
+            it.
     """
     named = [p for p in plugins(kind) if p.name == name]
     candidates = [p for p in named if p.allowed]
@@ -145,10 +173,10 @@ def find(name: str, kind: str = "sparsity", *, written_by: str | None = None) ->
 
 
 def load(name: str, kind: str = "sparsity", *, written_by: str | None = None) -> Any:
-    """The class of a plugin, imported now.
+    """Import a plugin and return its class.
 
     Raises:
-        PluginError: as `find`, or its module cannot be imported, or what it names is no plugin of this kind.
+        PluginError: as `find`, or its module cannot be imported, or what it names is not a class of this kind.
     """
     plugin = find(name, kind, written_by=written_by)
     if plugin.entry_point is None:
@@ -159,13 +187,13 @@ def load(name: str, kind: str = "sparsity", *, written_by: str | None = None) ->
         cause = f"{type(error).__name__}: {error}{_remedy(plugin, error)}"
         raise PluginError(f"{plugin} cannot be loaded from {plugin.target}: {cause}") from error
     if not isinstance(target, type) or getattr(target, "plugin_kind", None) != kind:
-        raise PluginError(f"{plugin} is not usable: {plugin.target} is not a class derived from the base of {kind} plugins")
+        raise PluginError(f"{plugin} is not usable: {plugin.target} is not a class derived from {kinds()[kind]}")
     target.plugin_name = name
     return target
 
 
 def check(plugin: Plugin) -> Finding:
-    """Whether a plugin can be loaded, and what it says of itself. Never raises: the reason is in the finding."""
+    """Return whether a plugin can be loaded, and its own description. Never raises: the reason is in the result."""
     if not plugin.allowed:
         return Finding(plugin, "restricted", _restriction(plugin).removeprefix(f"{plugin} "))
     try:
@@ -176,8 +204,18 @@ def check(plugin: Plugin) -> Finding:
     return Finding(plugin, "ok", paper=str(getattr(target, "paper", "")), summary=summary)
 
 
+def _contract(plugin: type) -> type:
+    """Return the base class that declares the kind of a plugin."""
+    return next(base for base in reversed(plugin.__mro__) if "plugin_kind" in vars(base))
+
+
+def _target(cls: type) -> str:
+    """Return where a class is, written as in an entry point."""
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
 def _installed(point: EntryPoint, kind: str) -> Plugin:
-    """The plugin of an entry point; "?" where the metadata of its distribution is damaged."""
+    """Return the plugin of an entry point; "?" where the metadata of its distribution is damaged."""
     metadata = (point.dist.metadata if point.dist else None) or {}
     return Plugin(point.name, kind, metadata.get("Name") or "?", metadata.get("Version") or "?", point.value, point)
 

@@ -30,7 +30,6 @@ from rich.table import Table
 import saelens_lite as sl
 from saelens_lite.cache import TensorSource
 from saelens_lite.errors import LockedError
-from saelens_lite.features.neuronpedia import export_neuronpedia
 from saelens_lite.hub import Address, Fetched, copy_to
 from saelens_lite.training.checkpoint import is_interrupted
 
@@ -68,7 +67,7 @@ def writers(lm: sl.LanguageModel, folder: Path) -> dict[str, Write]:
         "convert": lambda out: sl.convert(folder / "given", out, "sparsify", exists="overwrite"),
         "page": lambda out: store.dashboard(out, exists="overwrite"),
         "pull": lambda out: copy_to(fetched, out, exists="overwrite"),
-        "export": lambda out: export_neuronpedia(store, out, set_name="s", creator_id="c", model_id="m", exists="overwrite"),
+        "export": lambda out: store.export("neuronpedia", out, set_name="s", creator_id="c", model_id="m", exists="overwrite"),
     }
 
 

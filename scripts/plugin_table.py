@@ -18,7 +18,7 @@ def table() -> str:
     """A Markdown table: name, kind, first line of documentation, paper."""
     sys.modules.setdefault("trackio", ModuleType("trackio"))  # only the docstring is read; it does not fit our pinned versions
     rows = [("name", "kind", "what it does", "paper"), ("---", "---", "---", "---")]
-    for kind in registry.KINDS:
+    for kind in registry.kinds():
         for plugin in registry.plugins(kind):
             if plugin.distribution == registry.OWN_DISTRIBUTION:
                 found = registry.check(plugin)

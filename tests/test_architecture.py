@@ -27,12 +27,13 @@ ORDER = [
     "loggers",
     "training",
     "evaluation",
+    "exporters",
     "features",
     "interventions",
     "views",
     "hub",
     "addresses",
-    "adapters",
+    "judges",
     "demo",
     "testing",
     "cli",
@@ -63,7 +64,16 @@ LEAVES = {
 # Models ask the Hub too, so the requests stand low, in hub_client; hub, which knows dictionaries, uses the same library.
 ONLY_IN = {"transformer_lens": ("model",), "huggingface_hub": ("hub_client", "hub")}
 COMPUTED = "(computed)"  # stands for a module whose name is put together when the program runs
-DOORS = {"saelens_lite", "sparsity", "codes", "formats", "errors"}  # what a plugin may import from
+DOORS = {
+    "saelens_lite",
+    "sparsity",
+    "codes",
+    "formats",
+    "exporters",
+    "features",
+    "judges",
+    "errors",
+}  # what a plugin may import from
 HEAVY = [
     *("transformer_lens", "transformers", "datasets", "matplotlib", "scipy", "sklearn", "wandb", "tensorboard", "trackio"),
     *("pyarrow", "duckdb", "anywidget"),
@@ -292,11 +302,12 @@ def test_the_names_and_training_load_no_heavy_library():
 
 def test_the_package_offers_these_names():
     assert sl.__all__ == sorted([
-        "Ablate", "ActivationCache", "ActivationStream", "Add", "Clamp", "Dictionary", "EvalReport", "FeatureStore", "Format",
-        "LanguageModel", "LivePrompt", "Logger", "Origin", "Port", "PublishedForm", "RuleConfig", "SaelensLiteError", "Scale",
-        "SparseCodes", "Sparsity", "StoreConfig", "TextConfig", "TrainConfig", "__version__", "adapters", "attribute",
-        "capture", "compare", "convert", "dose_response", "errors", "evaluate", "fit", "load", "load_model", "probe",
-        "prompt_view", "pull", "push", "python_docs", "register", "resume", "stability", "train",
+        "Ablate", "ActivationCache", "ActivationStream", "Add", "Clamp", "Dictionary", "EvalReport", "Exporter",
+        "ExporterConfig", "FeatureStore", "Format", "Judge", "JudgeConfig", "LanguageModel", "LivePrompt", "Logger", "Origin",
+        "Port", "PublishedForm", "RuleConfig", "SaelensLiteError", "Scale", "SparseCodes", "Sparsity", "StoreConfig",
+        "TextConfig", "TrainConfig", "__version__", "attribute", "capture", "compare", "convert", "dose_response", "errors",
+        "evaluate", "fit", "judge", "load", "load_model", "probe", "prompt_view", "pull", "push", "python_docs", "register",
+        "resume", "stability", "train",
     ])  # fmt: skip
     assert dir(sl) == sl.__all__
 
@@ -305,7 +316,7 @@ def test_the_package_offers_these_names():
 def test_every_name_resolves(name):
     value = getattr(sl, name)
     assert value == getattr(sl, name)
-    if name not in ("__version__", "adapters", "errors"):
+    if name not in ("__version__", "errors"):
         assert callable(value)
         assert value.__doc__
 

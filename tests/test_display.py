@@ -284,7 +284,7 @@ def rendered(table) -> str:
 
 def test_the_exported_contexts_have_no_empty_token(chinese_store, tmp_path):
     _, store = chinese_store
-    out = store.export_neuronpedia(tmp_path, set_name="set", creator_id="me", model_id="m")
+    out = store.export("neuronpedia", tmp_path, set_name="set", creator_id="me", model_id="m")
     lines = gzip.decompress((out / "activations" / "batch-0.jsonl.gz").read_bytes()).decode().splitlines()
     tokens = [token for line in lines for token in json.loads(line)["tokens"]]
     assert PART in tokens

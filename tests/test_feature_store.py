@@ -25,10 +25,10 @@ from saelens_lite.features import DetectionTask, Example, Scorer, collect, token
 from saelens_lite.features.code_log import CodeLog
 from saelens_lite.features.compare import Stability
 from saelens_lite.features.detection import TOP, _HeldOut, _score
-from saelens_lite.features.neuronpedia import _context
 from saelens_lite.features.sampling import uniform
 from saelens_lite.files import file_hash
 from saelens_lite.tokens import TokenRows, token_rows
+from saelens_lite_plugins.exporters.neuronpedia import _context
 
 HOOK, OTHER_HOOK = "blocks.1.hook_resid_pre", "blocks.0.hook_mlp_out"
 D_SAE, N_TOKENS = 40, 500
@@ -593,9 +593,9 @@ def lines(path) -> list[dict]:
 
 
 def test_neuronpedia_export(store, dictionaries, tmp_path, monkeypatch):
-    monkeypatch.setattr("saelens_lite.features.neuronpedia.BATCH", 16)
+    monkeypatch.setattr("saelens_lite_plugins.exporters.neuronpedia.BATCH", 16)
     settings = {"set_name": "our-set", "creator_id": "someone", "dictionary": dictionaries[0], "created": CREATED}
-    out = store.export_neuronpedia(tmp_path, model_id="gpt2-small", **settings)
+    out = store.export("neuronpedia", tmp_path, model_id="gpt2-small", **settings)
     assert out == tmp_path / "gpt2-small" / "1-our-set"
     files = ["activations", "features", "model.jsonl", "release.jsonl", "source.jsonl", "sourceset.jsonl"]
     assert sorted(path.name for path in out.iterdir()) == files
@@ -628,7 +628,7 @@ def test_neuronpedia_export(store, dictionaries, tmp_path, monkeypatch):
                 assert shown["values"][shown["maxValueTokenIndex"]] == shown["maxValue"] == max(shown["values"])
                 assert shown["qualifyingTokenIndex"] == example.peak
                 assert (shown["binMin"], shown["binMax"], shown["binContains"]) == (round(low, 3), round(high, 3), share)
-    again = store.export_neuronpedia(tmp_path / "again", model_id="gpt2-small", **settings)
+    again = store.export("neuronpedia", tmp_path / "again", model_id="gpt2-small", **settings)
     assert contents(again) == contents(out)
 
 
@@ -645,15 +645,15 @@ def test_neuronpedia_refuses(store, dictionaries, tmp_path):
     good = {"set_name": "set", "creator_id": "me", "model_id": "m"}
     for bad in ({"set_name": "../x"}, {"model_id": "a/b"}, {"creator_id": ""}):
         with pytest.raises(ConfigError, match=next(iter(bad))):
-            store.export_neuronpedia(tmp_path, **good | bad)
+            store.export("neuronpedia", tmp_path, **good | bad)
     with pytest.raises(ConfigError, match="dictionary"):
-        store.export_neuronpedia(tmp_path, **good, dictionary=dictionaries[1])
-    store.export_neuronpedia(tmp_path, **good)
+        store.export("neuronpedia", tmp_path, **good, dictionary=dictionaries[1])
+    store.export("neuronpedia", tmp_path, **good)
     with pytest.raises(OutputExistsError):
-        store.export_neuronpedia(tmp_path, **good)
+        store.export("neuronpedia", tmp_path, **good)
     store.info = store.info.replace(reads=("embed.hook_out",), writes=("embed.hook_out",))
     with pytest.raises(ConfigError, match="no block"):
-        store.export_neuronpedia(tmp_path / "x", **good)
+        store.export("neuronpedia", tmp_path / "x", **good)
 
 
 def test_a_summary_is_what_single_questions_answer(store):

@@ -286,7 +286,7 @@ def test_stores_comparisons_and_cards_name_every_port(random_lm, crosscoder, tmp
     fires = crosscoder.encode(both(random_lm, rows)[rows.keep]).fires
     assert int(store.tensors.count.sum()) == int(fires.sum())
     with pytest.raises(ConfigError, match="Neuronpedia has dictionaries of one hook to read and one to write"):
-        store.export_neuronpedia(tmp_path / "neuronpedia", set_name="set", creator_id="me")
+        store.export("neuronpedia", tmp_path / "neuronpedia", set_name="set", creator_id="me")
     assert sl.compare(crosscoder, crosscoder).summary.shared == 1
     elsewhere = sl.Dictionary.create("topk", reads=ports(48, 48, hooks=(FIRST, "hook_embed")), d_sae=96, seed=1)
     sl.compare(crosscoder, elsewhere)

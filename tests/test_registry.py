@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 
 import pytest
 import torch
@@ -70,7 +71,7 @@ def test_built_in_loggers_come_by_entry_points():
 
 def test_listing_imports_nothing():
     code = (
-        "import sys\nfrom saelens_lite import registry\nfor kind in registry.KINDS: registry.names(kind)\n"
+        "import sys\nfrom saelens_lite import registry\nfor kind in registry.kinds(): registry.names(kind)\n"
         "print([m for m in sys.modules if m.startswith(('torch', 'wandb', 'saelens_lite_plugins'))])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -139,14 +140,84 @@ def test_what_is_no_plugin_cannot_be_registered(target):
     assert "x" not in registry.names()
 
 
+def test_an_unknown_kind_names_the_nearest():
+    with pytest.raises(PluginError, match=r"unknown kind of plugin 'logger'; did you mean loggers\?; kinds are "):
+        registry.plugins("logger")
+
+
+def test_a_kind_is_declared_with_its_contract():
+    for kind, target in registry.kinds().items():
+        contract = EntryPoint(kind, target, registry.DECLARED).load()
+        assert contract.plugin_kind == kind
+        assert contract.__doc__
+        for name in registry.names(kind):
+            if (found := registry.check(registry.find(name, kind))).status == "ok":
+                assert issubclass(registry.load(name, kind), contract), found
+
+
+def test_a_base_class_of_this_session_brings_a_kind():
+    class Namer:
+        plugin_kind = "namers"
+
+    try:
+
+        @sl.register("first_word")
+        class FirstWord(Namer):
+            "The first word."
+
+        assert registry.kinds()["namers"].endswith("Namer")
+        assert registry.load("first_word", "namers") is FirstWord
+        assert registry.names("namers") == ["first_word"]
+    finally:
+        registry.unregister("first_word", "namers")
+    assert "namers" not in registry.kinds()
+
+
+@pytest.fixture
+def kind_of_a_stranger(distribution, tmp_path):
+    """A package with a new kind, "explainers_of_tests", and another package with a plugin of it."""
+    (tmp_path / "explaining_of_tests.py").write_text(
+        "class Explainer:\n    'Base of explainers.'\n    plugin_kind = 'explainers_of_tests'\n"
+    )
+    (tmp_path / "by_words_of_tests.py").write_text(
+        "from explaining_of_tests import Explainer\n\n"
+        "class ByWords(Explainer):\n    'The most common word.'\n\nclass Bare:\n    pass\n"
+    )
+    kind = "explainers_of_tests"
+    distribution("explaining", "1.0", {kind: "explaining_of_tests:Explainer"}, kind="kinds")
+    distribution("by-words", "2.0", {"by_words": "by_words_of_tests:ByWords", "bare": "by_words_of_tests:Bare"}, kind=kind)
+    yield kind
+    for module in ("explaining_of_tests", "by_words_of_tests"):
+        sys.modules.pop(module, None)
+
+
+def test_a_stranger_brings_a_kind_and_another_a_plugin_of_it(kind_of_a_stranger, command):
+    assert registry.kinds()[kind_of_a_stranger] == "explaining_of_tests:Explainer"
+    assert registry.names(kind_of_a_stranger) == ["bare", "by_words"]
+    assert "explaining_of_tests" not in sys.modules
+    assert "by_words_of_tests" not in sys.modules
+    assert registry.load("by_words", kind_of_a_stranger).__name__ == "ByWords"
+    with pytest.raises(PluginError, match="Bare is not a class derived from explaining_of_tests:Explainer"):
+        registry.load("bare", kind_of_a_stranger)
+    rows = {row["name"]: row for row in json.loads(command("plugins", "--json").out)}
+    assert (rows["by_words"]["kind"], rows["by_words"]["distribution"]) == (kind_of_a_stranger, "by-words")
+    assert (rows["by_words"]["summary"], rows["by_words"]["status"]) == ("The most common word.", "ok")
+    assert rows["bare"]["status"] == "broken"
+    with pytest.raises(PluginError, match="did you mean explainers_of_tests"):
+        registry.plugins("explainer_of_tests")
+
+
 @pytest.mark.parametrize("ask", [registry.plugins, registry.names, lambda kind: registry.load("topk", kind)])
 def test_an_unknown_kind(ask):
-    with pytest.raises(PluginError, match=r"unknown kind of plugin 'rules'; kinds are sparsity, formats, loggers"):
+    with pytest.raises(
+        PluginError, match=r"unknown kind of plugin 'rules'; kinds are exporters, formats, judges, loggers, sparsity$"
+    ):
         ask("rules")
 
 
 def test_a_kind_without_plugins(monkeypatch):
-    monkeypatch.setattr(registry, "entry_points", lambda **_: [])
+    declared = [EntryPoint("loggers", "saelens_lite.loggers:Logger", registry.DECLARED)]
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point for point in declared if point.group == group])
     with pytest.raises(PluginError, match="no loggers plugin is called 'jsonl'; none is known: reinstall saelens-lite"):
         registry.load("jsonl", "loggers")
 
@@ -233,8 +304,8 @@ def test_what_is_no_rule_is_not_usable(distribution, tmp_path, source):
     finally:
         sys.modules.pop("no_rule_of_tests", None)
     assert str(caught.value) == (
-        "sparsity plugin 'odd' of odd-sparsity 0.9 is not usable: no_rule_of_tests:Rule is not a class derived from the base "
-        "of sparsity plugins"
+        "sparsity plugin 'odd' of odd-sparsity 0.9 is not usable: no_rule_of_tests:Rule is not a class derived from "
+        "saelens_lite.sparsity:Sparsity"
     )
 
 
@@ -326,7 +397,7 @@ def all_sorts(stranger, distribution, tmp_path, monkeypatch):
 def test_the_list_as_json(all_sorts, relu, command):
     rows = json.loads(command("plugins", "--json").out)
     assert [(row["kind"], row["name"]) for row in rows] == [
-        (kind, plugin.name) for kind in registry.KINDS for plugin in registry.plugins(kind)
+        (kind, plugin.name) for kind in registry.kinds() for plugin in registry.plugins(kind)
     ]
     found = {row["name"]: row for row in rows}
     assert found["stranger"] == {

@@ -470,7 +470,7 @@ def test_a_format_that_cannot_be_imported_is_named_and_left_out(install, tmp_pat
     assert "'broken' of broken-format 1.0 was left out: cannot be loaded" in caplog.text
 
 
-@pytest.mark.parametrize("kind", registry.KINDS)
+@pytest.mark.parametrize("kind", registry.kinds())
 def test_two_distributions_with_one_name_are_an_error_that_names_both(kind, install):
     first, second = (install(name, "twin", kind, "twin") for name in ("first-one", "second-one"))
     with pytest.raises(PluginError, match=r"'twin' is supplied by first-one \(.*\) and second-one \(.*\); uninstall one"):

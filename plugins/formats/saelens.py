@@ -67,6 +67,7 @@ class SAELens(Format):
 
     folders = True
     files = (CONFIG, WEIGHTS)
+    architectures = frozenset(RULES)
 
     def detect(self, path: Path) -> bool:
         return {"W_dec", "b_dec"} <= tensor_names(path / WEIGHTS) and (path / CONFIG).is_file()

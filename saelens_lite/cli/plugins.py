@@ -43,7 +43,7 @@ def plugins(
     if check:
         _check(check, options or {}, as_json)
         return
-    found = [registry.check(plugin) for kind in registry.KINDS for plugin in registry.plugins(kind)]
+    found = [registry.check(plugin) for kind in registry.kinds() for plugin in registry.plugins(kind)]
     if as_json:
         say(json.dumps([_facts(finding) for finding in found], indent=2, ensure_ascii=False))
     else:
@@ -57,7 +57,7 @@ def _check(asked: str, options: dict[str, str], as_json: bool) -> None:
     from saelens_lite.testing import check_plugin
 
     kind, _, name = asked.rpartition(":")
-    kinds = [kind] if kind else [k for k in registry.KINDS if any(p.name == asked for p in registry.plugins(k))]
+    kinds = [kind] if kind else [k for k in registry.kinds() if any(p.name == asked for p in registry.plugins(k))]
     if len(kinds) > 1:
         raise PluginError(f"{asked!r} is the name of several plugins; say which: {' or '.join(f'{k}:{name}' for k in kinds)}")
     report = check_plugin(registry.load(name, *kinds), options=parse_options(options))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from saelens_lite.config import StoreConfig, TextConfig
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, UserError
+from saelens_lite.exporters import export
 from saelens_lite.features import store_files
 from saelens_lite.features.build import Job, reduced
 from saelens_lite.features.code_log import CodeLog
@@ -19,7 +20,6 @@ from saelens_lite.features.compare import STABILITY_FILE, Stability
 from saelens_lite.features.detection import Detection, Scorer, detection
 from saelens_lite.features.info import StoreInfo
 from saelens_lite.features.labels import LABELS_FILE, read_labels, write_labels
-from saelens_lite.features.neuronpedia import export_neuronpedia
 from saelens_lite.features.queries import StoreQueries
 from saelens_lite.features.weights import latent_weights
 from saelens_lite.files import named_file, write_text
@@ -206,9 +206,31 @@ class FeatureStore(StoreQueries):
         """
         return detection(self, latent, scorer)
 
-    def export_neuronpedia(self, folder: str | Path, *, set_name: str, creator_id: str, **settings: Any) -> Path:
-        """Write the store for Neuronpedia below `folder`, see `neuronpedia.export_neuronpedia`; the folder of its source."""
-        return export_neuronpedia(self, folder, set_name=set_name, creator_id=creator_id, **settings)
+    def export(
+        self,
+        exporter: str,
+        folder: str | Path,
+        *,
+        dictionary: Dictionary | None = None,
+        exists: Literal["error", "overwrite"] = "error",
+        **options: Any,
+    ) -> Path:
+        """Write the store for another tool, such as "neuronpedia", and return the folder it is in.
+
+        Args:
+            exporter: the name of a plugin; `saelens-lite plugins` lists them.
+            folder: the folder to write; some exporters write to a folder below it.
+            dictionary: the dictionary of the store, for exporters that also write its weights.
+            options: the exporter's own, the fields of its `Config`.
+
+        Raises:
+            PluginError: there is no such exporter.
+            ConfigError: an option is unknown, missing or has a bad value; another dictionary; something that the tool has no
+                place for.
+            OutputExistsError: the folder holds something and `exists` is "error", or holds something else than an export.
+            DiskFullError: there is no room for it.
+        """
+        return export(self, exporter, folder, dictionary=dictionary, exists=exists, **options)
 
     def save(self, folder: str | Path, *, exists: Literal["error", "overwrite"] = "error") -> Path:
         """Write the store as a folder, which appears whole or not at all; its path.

@@ -15,6 +15,7 @@ class Format:
     plugin_name: ClassVar[str]  # set by the registry
     pickled: ClassVar[bool] = False  # its files are pickles: they are read only where the format is asked for by name
     folders: ClassVar[bool] = False  # it reads folders, not single files
+    architectures: ClassVar[frozenset[str]] = frozenset()  # names in cfg.json that its tool can load
     files: ClassVar[tuple[str, ...]] = ()  # patterns of the files that have to lie together in a folder, for error messages
 
     def detect(self, path: Path) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from saelens_lite import registry
 from saelens_lite.config import Origin
 from saelens_lite.dictionary import CONFIG_FILE, Dictionary
 from saelens_lite.errors import OutputExistsError
@@ -25,10 +26,6 @@ from saelens_lite.ports import names
 CARD_FILE, EVALUATION_FILE = "README.md", "eval.json"
 OWN_LIBRARY, SAE_LENS = "saelens_lite", "saelens"
 TAGS = (OWN_LIBRARY, "sparse-autoencoder", "interpretability")
-SAE_LENS_ARCHITECTURES = {
-    "standard", "topk", "jumprelu", "gated", "matching_pursuit", "transcoder", "skip_transcoder", "jumprelu_transcoder",
-    "jumprelu_skip_transcoder",
-}  # fmt: skip
 FIGURES = {
     "density.png": "How often the latents fire",
     "training.png": "Error and sparsity in the course of training",
@@ -181,8 +178,8 @@ def load_text(folder: Path, dictionary: Dictionary, address: Address | None = No
 
 
 def loads_in_sae_lens(folder: Path) -> bool:
-    """Whether SAELens knows the architecture of a dictionary folder."""
-    return _architecture(folder) in SAE_LENS_ARCHITECTURES
+    """Return whether SAELens knows the architecture of a dictionary folder."""
+    return _architecture(folder) in registry.load(SAE_LENS, "formats").architectures
 
 
 def _architecture(folder: Path) -> str:

@@ -3,8 +3,8 @@
     python scripts/comparisons/judge_metrics.py FOLDER DICTIONARY --batch-rows 16
 
 FOLDER holds model/ (transformers) and tokens.safetensors ("tokens": [n_seq n_ctx]). Prints one line of JSON:
-{judge: {metric: value}}. Each judge reads the dictionary as `sl.adapters.sae_bench(d)`. SAELens also reads it as the SAE that
-it loads from the folder itself, if it knows the architecture.
+{judge: {metric: value}}. Each judge reads the dictionary as `sl.judge("saebench").sae(d)`. SAELens also reads it as the SAE
+that it loads from the folder itself, if it knows the architecture.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def main() -> None:
     tokens = load_file(args.folder / "tokens.safetensors")["tokens"]
     with contextlib.redirect_stdout(sys.stderr):
         model = sl.load_model(args.folder / "model").bridge()
-        adapted = sl.adapters.sae_bench(sl.load(args.dictionary))
+        adapted = sl.judge("saebench").sae(sl.load(args.dictionary))
         found = {
             "SAELens": by_saelens(adapted, model, tokens, args.batch_rows),
             "SAEBench": by_saebench(adapted, model, tokens, args.batch_rows),

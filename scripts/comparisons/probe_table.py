@@ -14,8 +14,8 @@ import sae_probes
 import torch
 
 import saelens_lite as sl
-from saelens_lite.adapters.probing import CHANCE
 from saelens_lite.model import model_of
+from saelens_lite_plugins.judges.saeprobes import CHANCE
 
 
 def untrained(d: sl.Dictionary) -> sl.Dictionary:
@@ -39,7 +39,8 @@ def main() -> None:
     lm = model_of(*(d.origin for d in trained.values()))
     names = sae_probes.DATASETS
     chosen = [names[i * len(names) // args.datasets] for i in range(args.datasets)]
-    reports = dict(zip(judged, sl.adapters.sae_probes(list(judged.values()), lm, datasets=chosen, ks=args.ks), strict=True))
+    judge = sl.judge("saeprobes", datasets=chosen, ks=args.ks)
+    reports = dict(zip(judged, judge.evaluate(list(judged.values()), lm), strict=True))
     for name, report in reports.items():
         print(f"\n{name}\n{report}")
     print(f"\nmean area under the curve over {len(chosen)} data sets; chance {CHANCE}")

@@ -1,6 +1,8 @@
-"""A feature store in the format that Neuronpedia imports in bulk.
+"""Write a feature store for Neuronpedia, in the format of its bulk import.
 
-<folder>/<model>/<layer>-<set>/ holds release.jsonl, model.jsonl, sourceset.jsonl, source.jsonl, and, gzipped and in batches of
+    store.export("neuronpedia", "out/", set_name="my-set", creator_id="my-account")
+
+out/<model>/<layer>-<set_name>/ holds release.jsonl, model.jsonl, sourceset.jsonl, source.jsonl, and, gzipped and in batches of
 latents, features/batch-0.jsonl.gz … and activations/batch-0.jsonl.gz ….
 """
 
@@ -11,17 +13,14 @@ import re
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from saelens_lite.dictionary import Dictionary
+from pydantic import Field
+
+from saelens_lite import Dictionary, FeatureStore
 from saelens_lite.errors import ConfigError
-from saelens_lite.features.queries import StoreQueries
-from saelens_lite.features.summary import Example
-from saelens_lite.files import disk_full_is_typed
-from saelens_lite.kinds import NEURONPEDIA
-from saelens_lite.outputs import new_folder
-from saelens_lite.progress import progress_bar
-from saelens_lite.tokens.display import PART
+from saelens_lite.exporters import PART, Exporter, ExporterConfig, progress_bar
+from saelens_lite.features import Example
 
 BATCH = 1024  # latents of a file
 DECIMALS = 3
@@ -43,104 +42,103 @@ class _Names(NamedTuple):
         return {"modelId": self.model, "layer": self.source, "creatorId": self.creator, "createdAt": self.created}
 
 
-def export_neuronpedia(
-    store: StoreQueries,
-    folder: str | Path,
-    *,
-    set_name: str,
-    creator_id: str,
-    model_id: str | None = None,
-    creator_name: str = "",
-    release: str | None = None,
-    description: str = "",
-    dictionary: Dictionary | None = None,
-    created: datetime | None = None,
-    exists: Literal["error", "overwrite"] = "error",
-) -> Path:
-    """Write a store for Neuronpedia; the folder of its source, <folder>/<model>/<layer>-<set_name>.
+class NeuronpediaOptions(ExporterConfig):
+    """What Neuronpedia asks for beside the store."""
 
-    Numbers are rounded to three decimals, but for densities and vectors. `creator_id` is the account it belongs to. `model_id`
-    is what Neuronpedia calls the model, by default its name here. With its `dictionary`, each latent has its decoder vector for
-    steering. `created`: default now.
+    set_name: str = Field(description="Name of the set of sources, the same for all layers.")
+    creator_id: str = Field(description="Account on Neuronpedia that it belongs to.")
+    model_id: str | None = Field(None, description="Neuronpedia's name of the model; default: the model's name here.")
+    creator_name: str = Field("", description="Name of the creator, for people.")
+    release: str | None = Field(None, description="Name of the release; default: that of the set.")
+    description: str = Field("", description="One sentence on the set.")
+    created: datetime | None = Field(None, description="Date of creation; default: now.")
 
-    Raises:
-        ConfigError: names with other characters than letters, digits, dots, dashes and underscores; a hook that is in no
-            block; another dictionary.
-        OutputExistsError: the folder of the source holds something and `exists` is "error".
-        DiskFullError: there is no room for it.
+
+class Neuronpedia(Exporter):
+    """Neuronpedia's files for import in bulk.
+
+    Numbers are rounded to three decimals, except densities and vectors. With its dictionary, each latent has its decoder vector
+    for steering. Names may have letters, digits, dots, dashes and underscores. The hook must be inside a block.
     """
-    created = created or datetime.now(UTC)
-    names = _names(store, set_name, creator_id, model_id, created)
-    if dictionary is not None:
-        store.info.check_dictionary(dictionary)
-    out = Path(folder) / names.model / names.source
-    release = release or set_name
-    common = {"creatorId": names.creator, "createdAt": names.created}
-    with new_folder(out, NEURONPEDIA, exists) as new:
-        _write_line(
-            new / "release.jsonl",
-            {"name": release, "description": description or release, "creatorName": creator_name, "urls": [], **common},
-        )
-        _write_line(
-            new / "model.jsonl",
-            {
-                "id": names.model,
-                "displayName": names.model,
-                "displayNameShort": names.model,
-                "instruct": False,
-                "layers": 0,
-                "neuronsPerLayer": 0,
-                "owner": "",
-                "updatedAt": names.created,
-                **common,
-            },
-        )
-        _write_line(
-            new / "sourceset.jsonl",
-            {
-                "modelId": names.model,
-                "name": names.set,
-                "description": description,
-                "type": store.info.rule,
-                "creatorName": creator_name,
-                "releaseName": release,
-                "urls": [],
-                **common,
-            },
-        )
-        n_seq, n_ctx = store.tensors.tokens.shape
-        _write_line(
-            new / "source.jsonl",
-            {
-                "id": names.source,
-                "modelId": names.model,
-                "setName": names.set,
-                "dataset": store.info.text,
-                "num_prompts": n_seq,
-                "num_tokens_in_prompt": n_ctx,
-                **common,
-            },
-        )
-        _write_latents(store, new, names, dictionary)
-    return out
+
+    Config = NeuronpediaOptions
+    config: NeuronpediaOptions
+    files = (
+        *(r"release\.jsonl", r"model\.jsonl", r"sourceset\.jsonl", r"source\.jsonl"),
+        r"(features|activations|explanations)/batch-\d+\.jsonl\.gz",
+    )
+
+    def subfolder(self, store: FeatureStore) -> str:
+        names = _names(store, self.config)
+        return f"{names.model}/{names.source}"
+
+    def write(self, store: FeatureStore, dictionary: Dictionary | None, folder: Path) -> None:
+        names = _names(store, self.config)
+        common = {"creatorId": names.creator, "createdAt": names.created}
+        for name, line in _descriptions(store, names, self.config).items():
+            _write_line(folder / f"{name}.jsonl", line | common)
+        _write_latents(store, folder, names, dictionary)
 
 
-def _names(store: StoreQueries, set_name: str, creator_id: str, model_id: str | None, created: datetime) -> _Names:
-    """The names of an export, checked."""
+def _descriptions(store: FeatureStore, names: _Names, options: NeuronpediaOptions) -> dict[str, dict[str, Any]]:
+    """Return the content of the files that describe the release, the model, the set and the source."""
+    release = options.release or names.set
+    n_seq, n_ctx = store.tensors.tokens.shape
+    return {
+        "release": {
+            "name": release,
+            "description": options.description or release,
+            "creatorName": options.creator_name,
+            "urls": [],
+        },
+        "model": {
+            "id": names.model,
+            "displayName": names.model,
+            "displayNameShort": names.model,
+            "instruct": False,
+            "layers": 0,
+            "neuronsPerLayer": 0,
+            "owner": "",
+            "updatedAt": names.created,
+        },
+        "sourceset": {
+            "modelId": names.model,
+            "name": names.set,
+            "description": options.description,
+            "type": store.info.rule,
+            "creatorName": options.creator_name,
+            "releaseName": release,
+            "urls": [],
+        },
+        "source": {
+            "id": names.source,
+            "modelId": names.model,
+            "setName": names.set,
+            "dataset": store.info.text,
+            "num_prompts": n_seq,
+            "num_tokens_in_prompt": n_ctx,
+        },
+    }
+
+
+def _names(store: FeatureStore, options: NeuronpediaOptions) -> _Names:
+    """Return the names of an export, checked."""
     info = store.info
     if len(info.reads) + len(info.writes) > 2:
         raise ConfigError(f"{info.place}: Neuronpedia has dictionaries of one hook to read and one to write")
     layer = re.match(r"blocks\.(\d+)\.", info.reads[0])
     if layer is None:
         raise ConfigError(f"{info.reads[0]} is in no block; Neuronpedia names sources by their layer")
-    names = _Names(model_id or info.model, f"{layer[1]}-{set_name}", set_name, creator_id, created.isoformat())
-    for what, name in (("model_id", names.model), ("set_name", set_name), ("creator_id", creator_id)):
+    created = options.created or datetime.now(UTC)
+    source = f"{layer[1]}-{options.set_name}"
+    names = _Names(options.model_id or info.model, source, options.set_name, options.creator_id, created.isoformat())
+    for what, name in (("model_id", names.model), ("set_name", names.set), ("creator_id", names.creator)):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise ConfigError(f"{what} = {name!r}; expected letters, digits, dots, dashes and underscores")
     return names
 
 
-def _write_latents(store: StoreQueries, folder: Path, names: _Names, dictionary: Dictionary | None) -> None:
+def _write_latents(store: FeatureStore, folder: Path, names: _Names, dictionary: Dictionary | None) -> None:
     """Write the lines of all latents."""
     for kind in ("features", "activations"):
         (folder / kind).mkdir()
@@ -156,7 +154,7 @@ def _write_latents(store: StoreQueries, folder: Path, names: _Names, dictionary:
             advance(len(latents))
 
 
-def _feature(store: StoreQueries, names: _Names, latent: int, vector: list[float] | None) -> dict[str, Any]:
+def _feature(store: FeatureStore, names: _Names, latent: int, vector: list[float] | None) -> dict[str, Any]:
     """The line of a latent."""
     t, w = store.tensors, store.weights
     promoted, suppressed = store.promoted(latent), store.suppressed(latent)
@@ -187,7 +185,7 @@ def _feature(store: StoreQueries, names: _Names, latent: int, vector: list[float
     }
 
 
-def _activations(store: StoreQueries, names: _Names, latent: int) -> Iterator[dict[str, Any]]:
+def _activations(store: FeatureStore, names: _Names, latent: int) -> Iterator[dict[str, Any]]:
     """The lines of a latent's contexts: the strongest, then those drawn from groups of equally many activations."""
     top = store.top_examples(latent)
     groups = [(TOP, top[0].value, TOP, top)] if top else []
@@ -241,6 +239,6 @@ def _write_line(path: Path, line: dict[str, Any]) -> None:
 
 def _write_lines(path: Path, lines: Iterator[dict[str, Any]]) -> None:
     """Lines of JSON, gzipped; the same lines give the same bytes."""
-    with disk_full_is_typed(path), open(path, "wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
+    with open(path, "wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
         for line in lines:
             file.write((json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode())

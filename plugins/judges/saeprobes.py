@@ -15,19 +15,18 @@ from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
+from pydantic import Field
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from saelens_lite.adapters.dense_sae import DenseSAE, dense_sae
-from saelens_lite.dictionary import Dictionary
+from saelens_lite import Dictionary, LanguageModel
 from saelens_lite.errors import ConfigError, near_matches
-from saelens_lite.model import LanguageModel
-from saelens_lite.progress import progress_bar
-from saelens_lite.tokens.encoding import after_bos
+from saelens_lite.judges import Judge, JudgeConfig, after_bos, progress_bar
+from saelens_lite_plugins.judges.saebench import DenseSAE, dense_sae
 
 CHANCE = 0.5  # area under the curve, and accuracy, of guessing: both classes are equally frequent
 LONGEST = 1024  # tokens of a text that are read, its last ones, as far as the model's context goes
@@ -71,53 +70,55 @@ class SparseProbeReport(NamedTuple):
         return "\n".join(lines)
 
 
-@overload
-def sae_probes(dictionary: Dictionary, lm: LanguageModel, **settings: Any) -> SparseProbeReport: ...
-@overload
-def sae_probes(dictionary: Sequence[Dictionary], lm: LanguageModel, **settings: Any) -> list[SparseProbeReport]: ...
-def sae_probes(
-    dictionary: Dictionary | Sequence[Dictionary],
-    lm: LanguageModel,
-    *,
-    datasets: Sequence[str] | None = None,
-    ks: Sequence[int] = (1, 4, 16),
-    hook: str | None = None,
-    batch_size: int = 32,
-) -> SparseProbeReport | list[SparseProbeReport]:
-    """What probes of the k most telling latents reach, and what one of the whole activation does; a report a dictionary.
+class SAEProbesOptions(JudgeConfig):
+    """What is probed."""
 
-    `datasets` are names of sae-probes' data sets, by default all 113. Texts are read with the BOS token in front unless the
-    dictionary was trained without it, `batch_size` at a time; of a longer one the last 1024 tokens, or as many as the model
-    takes. Probes of latents are L1-regularised, those of the activation L2-regularised, as in the package's own reports.
+    datasets: tuple[str, ...] | None = Field(None, description="Names of sae-probes' data sets; default: all 113.")
+    ks: tuple[int, ...] = Field((1, 4, 16), description="Numbers of latents that a probe sees.")
+    hook: str | None = Field(None, description="Hook of the dictionaries; default: the one that they name.")
+    batch_size: int = Field(32, gt=0, description="Texts of a forward pass.")
 
-    Raises:
-        ConfigError: sae-probes is not installed, has no such data set, none is asked for, k is not from 1 to d_sae;
-            dictionaries of different hooks, none that names its hook, or of a model with other processing.
-        HookError, ShapeError: a hook the model lacks, or a width that does not fit.
+
+class SAEProbes(Judge):
+    """Probes of the k most telling latents, and of the whole activation, on labelled texts.
+
+    Texts are read with the BOS token in front unless the dictionary was trained without it; of a longer one the last 1024
+    tokens, or as many as the model takes. Probes of latents are L1-regularised, those of the activation L2-regularised, as in
+    the package's own reports.
     """
-    judge = _judge()
-    several = not isinstance(dictionary, Dictionary)
-    dictionaries = list(dictionary) if several else [dictionary]
-    saes = [dense_sae(one, hook).to(lm.device) for one in dictionaries]
-    for one in dictionaries:
-        lm.check_origin(one.origin)
-    hook_name = _check(saes, ks)
-    chosen = _known(datasets, judge.DATASETS)
-    for one in dictionaries:  # before anything that takes long
-        one.check_input(lm.run(torch.tensor([[0]]), hook_name)[hook_name])
-    model = _ProbedModel(lm, prepend_bos=dictionaries[0].origin.prepend_bos is not False)
-    probes: list[list[SparseProbe]] = [[] for _ in saes]
-    with progress_bar("probe", len(chosen), "data sets") as advance:
-        for dataset in chosen:
-            with TemporaryDirectory() as folder:
-                task = _Task(judge, dataset, hook_name, model, Path(folder))
-                task.read_texts(batch_size)
-                of_activation = task.probe_activation()
-                for sae, found in zip(saes, probes, strict=True):
-                    found += [*task.probe_latents(sae, ks), *of_activation]
-            advance(1, dataset)
-    reports = [SparseProbeReport(lm.name, hook_name, tuple(found)) for found in probes]
-    return reports if several else reports[0]
+
+    paper = "Kantamneni et al. 2025, Are sparse autoencoders useful? A case study in sparse probing, arXiv:2502.16681"
+    Config = SAEProbesOptions
+    config: SAEProbesOptions
+
+    def evaluate(self, dictionaries: Sequence[Dictionary], lm: LanguageModel) -> list[SparseProbeReport]:
+        """Return a report for each dictionary.
+
+        Raises:
+            ConfigError: sae-probes is not installed, has no such data set, none is asked for, k is not from 1 to d_sae;
+                dictionaries of different hooks, none that names its hook, or of a model with other processing.
+            HookError, ShapeError: a hook the model lacks, or a width that does not fit.
+        """
+        judge = _judge()
+        saes = [dense_sae(one, self.config.hook).to(lm.device) for one in dictionaries]
+        for one in dictionaries:
+            lm.check_origin(one.origin)
+        hook_name = _check(saes, self.config.ks)
+        chosen = _known(self.config.datasets, judge.DATASETS)
+        for one in dictionaries:  # before anything that takes long
+            one.check_input(lm.run(torch.tensor([[0]]), hook_name)[hook_name])
+        model = _ProbedModel(lm, prepend_bos=dictionaries[0].origin.prepend_bos is not False)
+        probes: list[list[SparseProbe]] = [[] for _ in saes]
+        with progress_bar("probe", len(chosen), "data sets") as advance:
+            for dataset in chosen:
+                with TemporaryDirectory() as folder:
+                    task = _Task(judge, dataset, hook_name, model, Path(folder))
+                    task.read_texts(self.config.batch_size)
+                    of_activation = task.probe_activation()
+                    for sae, found in zip(saes, probes, strict=True):
+                        found += [*task.probe_latents(sae, self.config.ks), *of_activation]
+                advance(1, dataset)
+        return [SparseProbeReport(lm.name, hook_name, tuple(found)) for found in probes]
 
 
 def _judge() -> ModuleType:

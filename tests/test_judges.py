@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import saelens_lite as sl
-from saelens_lite.adapters import DenseSAE, probing, sae_bench, sae_probes
-from saelens_lite.errors import ConfigError, HookError, ShapeError
+from saelens_lite.errors import ConfigError, HookError, PluginError, ShapeError
+from saelens_lite_plugins.judges.saebench import DenseSAE, dense_sae
 
 RULES = ["topk", "l1", "gated", "batch_topk", "jumprelu", "matryoshka", "p_anneal", "group_max", "matching_pursuit"]
 HOOK = "blocks.2.hook_resid_pre"
@@ -26,6 +26,14 @@ def dictionary(rule: str = "topk", d_in: int = 12, hook: str | None = HOOK, **or
     if not d.rule.tied:
         d.W_dec.data.mul_(torch.linspace(0.5, 2, 32)[:, None])
     return d
+
+
+def sae_bench(d: sl.Dictionary, **options) -> DenseSAE:
+    return sl.judge("saebench", **options).sae(d)
+
+
+def sae_probes(dictionaries, lm, **options) -> list:
+    return sl.judge("saeprobes", **options).evaluate(dictionaries, lm)
 
 
 def activations(*shape: int) -> torch.Tensor:
@@ -100,7 +108,7 @@ def test_a_skip_connection_is_part_of_the_output():
     d = sl.Dictionary.create("l1", reads=sl.Port(hook=HOOK, width=12), writes=6, d_sae=32, skip=True)
     torch.nn.init.normal_(d.W_skip, generator=torch.Generator().manual_seed(0))
     x = activations(5, 12)
-    torch.testing.assert_close(probing.dense_sae(d)(x), d(x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(dense_sae(d)(x), d(x), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("token_norm", ["layer_norm", "constant_norm"])
@@ -240,7 +248,7 @@ def test_probes_of_several_dictionaries(lm, judge, capsys):
 @pytest.mark.parametrize("bos", [True, None, False])
 def test_the_activation_is_that_of_the_last_token_of_the_end_of_the_text(lm, judge, bos):
     d = sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=lm.d_model), d_sae=64, origin=sl.Origin(prepend_bos=bos))
-    sae_probes(d, lm, datasets=["5_hist_fig_ismale"], ks=[1])
+    sae_probes([d], lm, datasets=["5_hist_fig_ismale"], ks=[1])
     front = [] if bos is False else [lm.bos_id]
     for text, found in zip(TEXTS, judge.activations["5_hist_fig_ismale", HOOK], strict=True):
         ids = lm.tokenizer(text)["input_ids"]
@@ -250,7 +258,7 @@ def test_the_activation_is_that_of_the_last_token_of_the_end_of_the_text(lm, jud
 
 
 def test_codes_of_a_transcoder_can_be_probed(lm, judge):
-    report = sae_probes(transcoder(lm.d_model), lm, datasets=["5_hist_fig_ismale"], ks=[1])
+    (report,) = sae_probes([transcoder(lm.d_model)], lm, datasets=["5_hist_fig_ismale"], ks=[1])
     assert report.hook == "blocks.2.ln2.hook_out"
     assert report.mean_auc(1) == pytest.approx(9 / 1000)  # three texts, three latents each
 
@@ -258,23 +266,23 @@ def test_codes_of_a_transcoder_can_be_probed(lm, judge):
 def test_what_cannot_be_probed(lm, judge):
     d = sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=lm.d_model), d_sae=8, options={"k": 2})
     with pytest.raises(ConfigError, match="no data set '5_hist_fig_ismail'; did you mean 5_hist_fig_ismale"):
-        sae_probes(d, lm, datasets=["5_hist_fig_ismail"], ks=[1])
+        sae_probes([d], lm, datasets=["5_hist_fig_ismail"], ks=[1])
     with pytest.raises(ConfigError, match="datasets is empty: name at least one"):
-        sae_probes(d, lm, ks=[1], datasets=[])
+        sae_probes([d], lm, ks=[1], datasets=[])
     for ks in ([1, 9], [0], []):
         with pytest.raises(ConfigError, match=r"ks = .*: expected numbers of latents from 1 to 8"):
-            sae_probes(d, lm, ks=ks)
+            sae_probes([d], lm, ks=ks)
     other = sl.Dictionary.create("topk", reads=sl.Port(hook="blocks.1.hook_resid_pre", width=lm.d_model), d_sae=8)
     with pytest.raises(ConfigError, match=r"one hook; found blocks\.1\.hook_resid_pre, blocks\.2\.hook_resid_pre"):
         sae_probes([d, other], lm, ks=[1])
     with pytest.raises(ConfigError, match="one hook; found no dictionary"):
         sae_probes([], lm, ks=[1])
     with pytest.raises(HookError, match="blocks"):
-        sae_probes(d, lm, ks=[1], hook="blocks.9.hook_resid_pre")
+        sae_probes([d], lm, ks=[1], hook="blocks.9.hook_resid_pre")
     with pytest.raises(ShapeError, match=rf"\[\.\.\., {lm.d_model + 1}\]"):
-        sae_probes(sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=lm.d_model + 1), d_sae=64), lm)
+        sae_probes([sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=lm.d_model + 1), d_sae=64)], lm)
     assert not judge.generated
-    report = sae_probes(d, lm, ks=[1])
+    (report,) = sae_probes([d], lm, ks=[1])
     with pytest.raises(ConfigError, match=r"k = 3: no such probe; there are \[1\]"):
         report.mean_auc(3)
 
@@ -283,5 +291,18 @@ def test_without_sae_probes(lm, monkeypatch):
     monkeypatch.setitem(sys.modules, "sae_probes", None)
     d = sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=lm.d_model), d_sae=64)
     with pytest.raises(ConfigError, match=r"needs sae-probes \(.*\): pip install 'saelens-lite\[saeprobes\]'"):
-        sl.adapters.sae_probes(d, lm)
-    assert probing.CHANCE == 0.5
+        sae_probes([d], lm)
+
+
+def test_a_judge_says_which_of_its_two_methods_it_has(lm):
+    with pytest.raises(ConfigError, match=r"saebench cannot be run from here; give sae\(dictionary\) to the project's own"):
+        sl.judge("saebench").evaluate([dictionary()], lm)
+    with pytest.raises(ConfigError, match=r"saeprobes takes no SAE object; call evaluate\(dictionaries, lm\)"):
+        sl.judge("saeprobes").sae(dictionary())
+
+
+def test_judges_and_their_options_are_checked_by_name():
+    with pytest.raises(PluginError, match="no judges plugin is called 'saebensh'; did you mean saebench"):
+        sl.judge("saebensh")
+    with pytest.raises(ConfigError, match="unknown key 'dataset'; did you mean datasets"):
+        sl.judge("saeprobes", dataset=["5_hist_fig_ismale"])

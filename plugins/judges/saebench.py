@@ -1,4 +1,7 @@
-"""A Dictionary in the shape of the SAE object that SAELens's and SAEBench's evaluations take: dense codes, and a config."""
+"""A dictionary as the SAE object that SAELens's and SAEBench's evaluations take: dense codes, and a config.
+
+sae = sl.judge("saebench").sae(d)
+"""
 
 import re
 from copy import deepcopy
@@ -8,10 +11,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor, nn
 
-from saelens_lite.dictionary import Dictionary
+from saelens_lite import Dictionary
 from saelens_lite.errors import ConfigError
+from saelens_lite.judges import Judge, JudgeConfig
 
 
 @dataclass
@@ -52,7 +57,7 @@ class DenseSAEConfig:
 
 
 class DenseSAE(nn.Module):
-    """A frozen copy of a dictionary whose codes are dense tensors; made by `sae_bench`.
+    """A frozen copy of a dictionary whose codes are dense tensors; made by `SAEBench.sae`.
 
     Moving it or changing its dtype leaves the dictionary it was made of alone.
     """
@@ -128,22 +133,31 @@ class DenseSAE(nn.Module):
         return self
 
 
-def sae_bench(dictionary: Dictionary, *, hook: str | None = None) -> DenseSAE:
-    """The dictionary as an SAE object that SAEBench's core `run_evals` and SAELens's `run_evals` take as it is.
+class SAEBenchOptions(JudgeConfig):
+    """Where the dictionary belongs, if it does not say so itself."""
+
+    hook: str | None = Field(None, description="Hook of the dictionary; default: the one that it names.")
+
+
+class SAEBench(Judge):
+    """The SAE object that `run_evals` of SAEBench's core and of SAELens take.
 
     Its codes are the dictionary's, as dense tensors. Decoder rows keep their norms; for evaluations that want unit rows, call
-    `dictionary.fold_decoder_norms_()` first.
-
-    Raises:
-        ConfigError: a transcoder, which those evaluations do not know; the dictionary names no hook and none is given, or the
-            hook is outside the model's blocks.
+    `dictionary.fold_decoder_norms_()` first. These evaluations do not know transcoders, crosscoders and hooks outside the
+    blocks of the model: a ConfigError.
     """
-    if not dictionary.writes_what_it_reads or len(dictionary.reads) > 1:
-        raise ConfigError(
-            f"{dictionary.place}: SAEBench and SAELens evaluate dictionaries that reconstruct the activations of one hook; use "
-            "saelens_lite.evaluation"
-        )
-    return dense_sae(dictionary, hook)
+
+    paper = "Karvonen et al. 2025, SAEBench, arXiv:2503.09532"
+    Config = SAEBenchOptions
+    config: SAEBenchOptions
+
+    def sae(self, dictionary: Dictionary) -> DenseSAE:
+        if not dictionary.writes_what_it_reads or len(dictionary.reads) > 1:
+            raise ConfigError(
+                f"{dictionary.place}: SAEBench and SAELens evaluate dictionaries that reconstruct the activations of one hook; "
+                "use saelens_lite.evaluation"
+            )
+        return dense_sae(dictionary, self.config.hook)
 
 
 def dense_sae(dictionary: Dictionary, hook: str | None = None) -> DenseSAE:

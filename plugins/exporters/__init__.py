@@ -1,0 +1,1 @@
+"""Feature stores written for other tools; one tool a module."""
