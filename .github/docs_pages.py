@@ -1,4 +1,4 @@
-"""Write the pages of the documentation site into a folder: README, the notebooks, a page for each module with a guide, the plugins.
+"""Write the pages of the documentation site into a folder: README, notebooks, guides, plugins, the command line.
 
     python .github/docs_pages.py build/pages
 
@@ -71,7 +71,7 @@ def public_names(module: str) -> list[str]:
 
 
 def module_page(module: str, seen: set[str]) -> str:
-    """Return the page of a module; names that are in `seen`, as another page documents them, are left out and new ones added."""
+    """Return the page of a module. Names in `seen` have an entry on another page and are left out; new ones are added to it."""
     docstring = ast.get_docstring(ast.parse(source(module).read_text(encoding="utf-8")))
     first, _, rest = docstring.partition("\n\n")
     own = [name for name in public_names(module) if name not in seen]
@@ -123,21 +123,14 @@ def plugins_page() -> str:
     return f"# Plugins\n\n{docstring}\n\n{plugin_table()}"
 
 
-def command_page() -> str:
-    """Return the page of the command line: the help text of every command."""
-    docstring = ast.get_docstring(ast.parse(source("cli").read_text(encoding="utf-8")))
-    first, _, rest = docstring.partition("\n\n")
-    return f"# The command line\n\n{first}\n\n{rest}\n"
-
-
 def write(folder: Path) -> None:
     """Write all pages into a folder, which is emptied first."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns("*.html", ".ipynb_checkpoints"))
     pages = {page: document(name) for name, page in DOCUMENTS.items()}
-    pages |= {"plugins.md": plugins_page(), "cli.md": command_page(), "site.css": CSS}
+    pages |= {"plugins.md": plugins_page(), "site.css": CSS}
     seen: set[str] = set()
-    pages |= {f"{module}.md": module_page(module, seen) for module in modules() if module != "cli"}
+    pages |= {f"{module}.md": module_page(module, seen) for module in modules()}
     for page, text in pages.items():
         (folder / page).write_text(text, encoding="utf-8")
 
