@@ -25,7 +25,10 @@ DOCUMENTS = {
     ".github/CONTRIBUTING.md": "contributing.md",
     ".github/CHANGELOG.md": "changelog.md",
 }
-CSS = ".md-typeset img {border: 1px solid var(--md-default-fg-color--lightest); border-radius: 4px}\n"
+CSS = """.md-grid {max-width: 78rem}
+.md-typeset pre > code {font-size: .78em}
+.md-typeset img {border: 1px solid var(--md-default-fg-color--lightest); border-radius: 4px}
+"""
 
 
 def modules() -> list[str]:
@@ -77,10 +80,10 @@ def module_page(module: str, seen: set[str]) -> str:
     own = [name for name in public_names(module) if name not in seen]
     seen.update(own)
     title = re.fullmatch(r"(.+?)[.:]( .+)?", " ".join(first.split()), flags=re.S)
-    heading, more = (title[1], title[2] or "") if title else (first, "")
+    heading, more = (title[1], (title[2] or "").strip()) if title else (first, "")
     api = "".join(f"::: {name}\n\n" for name in own)
     path = source(module).relative_to(ROOT).as_posix()
-    return f"# {heading}\n\n{more.strip()}\n\n{rest}\n\n*From `{path}`.*\n\n" + (f"## API\n\n{api}" if own else "")
+    return f"# {heading}\n\n{more[:1].upper() + more[1:]}\n\n{rest}\n\n*From `{path}`.*\n\n" + (f"## API\n\n{api}" if own else "")
 
 
 def document(name: str) -> str:

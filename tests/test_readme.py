@@ -33,9 +33,7 @@ def commands(text: str) -> list[list[str]]:
 
 def test_the_command_line_example_runs(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "book.txt").write_text(
-        "The old man looked at the sea and said nothing for a long time. " * 400, encoding="utf-8"
-    )
+    (tmp_path / "book.txt").write_text("The old man looked at the sea and said nothing. " * 600, encoding="utf-8")
     run = {words[0]: words for words in commands(README)}
     assert list(run) == ["capture", "train", "eval", "features", "push"]
     run["train"] += ["--n-tokens", "6000", "--batch-size", "256"]
