@@ -70,7 +70,15 @@ def public_names(module: str) -> list[str]:
     ]
     names = listed[0] if listed else [name for name in defined if not name.startswith("_")]
     home = imported | defined
-    return [f"{home[name]}.{name}" for name in names if name in home]
+    offered = [f"{home[name]}.{name}" for name in names if name in home]
+    return list(dict.fromkeys(offered + _of_the_package(module)))
+
+
+def _of_the_package(module: str) -> list[str]:
+    """Return the full names of what saelens_lite itself offers from the submodules of a package."""
+    tree = ast.parse((PACKAGE / "__init__.pyi").read_text(encoding="utf-8"))
+    imports = [n for n in tree.body if isinstance(n, ast.ImportFrom) and (n.module or "").startswith(f"{module}.")]
+    return [f"saelens_lite.{node.module}.{alias.name}" for node in imports for alias in node.names]
 
 
 def module_page(module: str, seen: set[str]) -> str:
@@ -83,7 +91,9 @@ def module_page(module: str, seen: set[str]) -> str:
     heading, more = (title[1], (title[2] or "").strip()) if title else (first, "")
     api = "".join(f"::: {name}\n\n" for name in own)
     path = source(module).relative_to(ROOT).as_posix()
-    return f"# {heading}\n\n{more[:1].upper() + more[1:]}\n\n{rest}\n\n*From `{path}`.*\n\n" + (f"## API\n\n{api}" if own else "")
+    return f"# {heading}\n\n{more[:1].upper() + more[1:]}\n\n{rest}\n\n*From `{path}`.*\n\n" + (
+        f"## API\n\n{api}" if own else ""
+    )
 
 
 def document(name: str) -> str:

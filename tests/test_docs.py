@@ -55,7 +55,11 @@ def test_the_code_of_the_guides_runs_in_the_order_of_the_site(monkeypatch, tmp_p
             if module in ("evaluation", "formats"):  # after `fit`, on the dictionary of a hook again
                 known["d"] = trained[0].dictionary
             for block in python_blocks(module):
-                smaller = re.sub(r"\b(300_000|50_000|20_000|1_000_000)\b", "6_000", block).replace("4096", "64")
+                smaller = (
+                    re.sub(r"\b(300_000|50_000|20_000|1_000_000)\b", "6_000", block)
+                    .replace("4096", "64")
+                    .replace("8192", "512")
+                )
                 exec(compile(smaller, f"the guide of {module}", "exec"), known)
                 ran += 1
     finally:
