@@ -82,7 +82,7 @@ def _of_the_package(module: str) -> list[str]:
 
 
 def module_page(module: str, seen: set[str]) -> str:
-    """Return the page of a module. Names in `seen` have an entry on another page and are left out; new ones are added to it."""
+    """Return the page of a module. Names in `seen` are left out; new ones are added to it."""
     docstring = ast.get_docstring(ast.parse(source(module).read_text(encoding="utf-8")))
     first, _, rest = docstring.partition("\n\n")
     own = [name for name in public_names(module) if name not in seen]

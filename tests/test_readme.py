@@ -40,7 +40,7 @@ def test_the_command_line_example_runs(monkeypatch, tmp_path):
     run["eval"] += ["--text", "book.txt", "--n-tokens", "1000"]
     run["features"] += ["--text", "book.txt", "--n-tokens", "1000"]
     for name in ("capture", "train", "eval", "features"):
-        with pytest.raises(SystemExit, match="^0$"):
+        with pytest.raises(SystemExit, match=r"^0$"):
             app.meta(["192" if word == "1536" else word for word in run[name]], exit_on_error=False, print_error=False)
     assert (tmp_path / "runs/topk/dictionary/eval.json").exists()
     assert (tmp_path / "features.html").stat().st_size > 50_000
