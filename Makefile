@@ -1,9 +1,9 @@
-# Two commands do everything: make demo, make test. Each makes .venv when there is none.
+# make demo, make test and make docs. Each creates .venv if it is missing.
 PYTHON ?= python3
 VENV ?= .venv
 READY := $(VENV)/.ready
 
-.PHONY: demo test clean
+.PHONY: demo test docs clean
 
 demo: $(READY)
 	$(VENV)/bin/saelens-lite demo --out demo --exists overwrite
@@ -12,6 +12,11 @@ test: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python -m pytest -n auto --dist worksteal
+
+docs: $(READY)
+	$(VENV)/bin/python .github/docs_pages.py build/pages
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet -f .github/mkdocs.yml
+	@echo "open build/site/index.html"
 
 $(READY): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,14 +1,22 @@
-"""The contract of a logger: where the lines of a training log go.
+"""Log a run: the contract of a logger, and where the lines of a training log go.
 
-Loggers are found by name like all plugins; the smallest useful one is a method:
+Loggers are found by name, as all plugins are. The smallest useful one is a method:
 
-    @register("stderr")
-    class Stderr(Logger):
-        def log(self, line):
-            print(line, file=sys.stderr)
+```python
+import sys
 
-Training keeps its lines itself (`Run.history`) and hands out copies, so that no number depends on a logger. One that fails
-while training runs is dropped with a warning.
+
+@sl.register("stderr")
+class Stderr(sl.Logger):
+    def log(self, line):
+        print(line, file=sys.stderr)
+```
+
+A package names the class under the entry-point group `saelens_lite.loggers`. What a logger needs beyond its package can be an
+extra of its name: whoever lacks it reads `pip install 'saelens-lite[tensorboard]'` before training starts.
+
+Training keeps its lines itself (`Run.history`) and hands out copies, so that no number depends on a logger. A logger that
+fails during training is dropped with a warning.
 """
 
 import logging

@@ -1,80 +1,77 @@
-"""What the README shows works, and its plugin table is complete."""
+"""What the README shows works, and it stays short."""
 
 import re
-import runpy
-import sys
+import shlex
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-import torch
 
-from saelens_lite import registry
+import saelens_lite.cli  # noqa: F401 (its commands register with the app)
+from saelens_lite.cli.base import app
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_python_blocks_run_in_order(monkeypatch, tmp_path, capsys):
+def test_the_python_example_runs(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    known = {"x": torch.randn(3000, 16, generator=torch.Generator().manual_seed(0))}
-    try:
-        for block in PYTHON:
-            smaller = re.sub(r"\b(300_000|50_000|20_000|1_000_000)\b", "6_000", block).replace("4096", "64")
-            exec(compile(smaller, "README.md", "exec"), known)
-    finally:
-        registry.unregister("soft_threshold")
-    assert len(PYTHON) == 3
+    (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    known = {}
+    exec(compile(re.sub(r"\b(300_000|50_000|20_000)\b", "6_000", block).replace("1536", "64"), "README.md", "exec"), known)
     assert "ce_loss_score" in capsys.readouterr().out
     assert (tmp_path / "features.html").stat().st_size > 100_000
     assert (tmp_path / "runs/1-gated/dictionary/cfg.json").exists()
-    assert known["d"].rule.plugin_name == "soft_threshold"
     assert (known["codes"].l0 <= 32).all()
 
 
-@pytest.fixture
-def plugin_table(monkeypatch):
-    """plugin_table(arguments) runs the script that writes the table; its complaint, or None."""
-    monkeypatch.setitem(sys.modules, "trackio", ModuleType("trackio"))
-    monkeypatch.delitem(sys.modules, "saelens_lite_plugins.loggers.trackio", raising=False)
-
-    def run(*args: object) -> str | None:
-        monkeypatch.setattr(sys, "argv", ["plugin_table.py", *map(str, args)])
-        try:
-            runpy.run_path(str(Path(__file__).parent.parent / "scripts/plugin_table.py"), run_name="__main__")
-        except SystemExit as stop:
-            return stop.code
-        return None
-
-    yield run
-    sys.modules.pop("saelens_lite_plugins.loggers.trackio", None)
+def commands(text: str) -> list[list[str]]:
+    """Return the arguments of each saelens-lite command in shell blocks, without comments."""
+    blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.S)
+    lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    return [words[1:] for words in lines if words and words[0] == "saelens-lite"]
 
 
-def test_the_plugin_table_is_what_the_plugins_say(plugin_table):
-    assert plugin_table("--check") is None
-    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| \S.* \| (.*?) ?\|$", README, flags=re.M)
-    own = [(p.name, kind) for kind in registry.kinds() for p in registry.plugins(kind) if p.distribution == "saelens-lite"]
-    assert [row[:2] for row in rows] == own
-    assert [paper for _, kind, paper in rows if kind == "sparsity"] == [
-        registry.load(n).paper for n, k in own if k == "sparsity"
-    ]
+def test_the_command_line_example_runs(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "book.txt").write_text("The old man looked at the sea and said nothing. " * 600, encoding="utf-8")
+    run = {words[0]: words for words in commands(README)}
+    assert list(run) == ["capture", "train", "eval", "features", "push"]
+    run["train"] += ["--n-tokens", "6000", "--batch-size", "256"]
+    run["eval"] += ["--text", "book.txt", "--n-tokens", "1000"]
+    run["features"] += ["--text", "book.txt", "--n-tokens", "1000"]
+    for name in ("capture", "train", "eval", "features"):
+        with pytest.raises(SystemExit, match=r"^0$"):
+            app.meta(["192" if word == "1536" else word for word in run[name]], exit_on_error=False, print_error=False)
+    assert (tmp_path / "runs/topk/dictionary/eval.json").exists()
+    assert (tmp_path / "features.html").stat().st_size > 50_000
 
 
-def test_a_stale_plugin_table_is_found_and_written_anew(plugin_table, tmp_path):
-    copy = tmp_path / "README.md"
-    copy.write_text(re.sub(r"^\| `topk` .*\n", "", README, flags=re.M), encoding="utf-8")
-    assert plugin_table("--check", copy) == f"the plugin table of {copy} is stale: run python scripts/plugin_table.py"
-    assert plugin_table(copy) is None
-    assert copy.read_text(encoding="utf-8") == README
-    copy.write_text("# No place for it")
-    assert plugin_table(copy) == f"{copy} has 0 places for the table; expected one"
+GUIDES = [*(ROOT / "saelens_lite").glob("*/__init__.py"), *(ROOT / "saelens_lite").glob("*.py"), ROOT / "README.md"]
+SHOWN = [words for path in GUIDES for words in commands(path.read_text(encoding="utf-8"))]
 
 
-def test_the_tree_names_what_is_there():
-    tree = README.split("## The tree")[1]
-    root = Path(__file__).parent.parent
-    for place in re.findall(r"^(saelens_lite/\w+(?:\.py)?|plugins/\w+|scripts/)", tree, flags=re.M):
-        assert (root / place).exists(), place
-    listed = set(re.findall(r"saelens_lite/(\w+)", tree)) | set(re.findall(r"\b(\w+)\.py", tree))
-    there = {p.stem for p in (root / "saelens_lite").iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
-    assert there - {"__init__"} <= listed
+@pytest.mark.parametrize("words", SHOWN, ids=" ".join)
+def test_a_command_that_is_shown_names_commands_and_settings_that_exist(words):
+    app.parse_args(words, exit_on_error=False, print_error=False)
+
+
+def test_many_commands_are_shown():
+    assert {"capture", "train", "eval", "features", "steer", "push", "convert"} <= {words[0] for words in SHOWN}
+
+
+def test_the_readme_is_at_most_a_thousand_words():
+    assert len(README.split()) <= 1000
+
+
+def test_the_picture_is_small():
+    (picture,) = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
+    assert 10_000 < (ROOT / picture).stat().st_size <= 200_000
+
+
+def test_the_map_names_every_module():
+    tree = re.search(r"## Layout\n.*?```\n(.*?)```", (ROOT / "AGENTS.md").read_text(encoding="utf-8"), flags=re.S)[1]
+    places = re.findall(r"^(\S+?)/? {2,}", tree, flags=re.M)
+    for place in places:
+        assert list(ROOT.glob(place)), place
+    parts = {p.stem for p in (ROOT / "saelens_lite").iterdir() if (p / "__init__.py").exists()}
+    assert parts <= {Path(place).stem for place in places if place.startswith("saelens_lite/")}

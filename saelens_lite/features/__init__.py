@@ -1,8 +1,31 @@
-"""What the latents of a dictionary stand for: collected in one pass over a text, asked for one by one, shown as a page.
+"""Read features: collect what each latent responds to in one pass over a text, ask for it, show it as a page.
 
-collect.py runs the model and code_log.py keeps the codes on disk. reduce.py and cooccurrence.py turn them into numbers
+```python
+store = sl.FeatureStore.build(d, lm, "python-docs:held-out", n_tokens=50_000)
+store.dashboard("page.html")  # every latent in one file, which needs no network
+contexts = store.top_examples(7)  # where latent 7 fires most
+promoted = store.promoted(7)  # the tokens that its direction makes likelier
+store.label(7, "a guess")
+store.save("store")
+```
+
+```sh
+saelens-lite features runs/topk/dictionary --html features.html --out store
+saelens-lite compare runs/topk/dictionary runs/other-seed/dictionary     # which latents another dictionary shares
+```
+
+`store.latent(7)` is a summary; `quantile_examples` shows contexts of all strengths, `partners` the latents that fire together
+with one, `position_profile` where in a row it fires, and `detection` how well a label predicts where it fires, beside a
+baseline of tokens.
+
+`FeatureStore.build([d1, d2], lm, text, out="stores")` reads the text once for several dictionaries, whatever its length. Codes
+go to disk as they are computed, 12 to 14 bytes each, and every number is exact. Repeat the call to resume an interrupted pass.
+With `codes=True` (extra `sql`) all codes stay as a Parquet table: `store.sql("select latent, max(value) from codes group by
+latent")`. `control=True` shows each latent beside its behaviour in a model whose weights are re-drawn.
+
+collect.py runs the model, and code_log.py keeps the codes on disk. reduce.py and cooccurrence.py turn them into numbers
 (tensors.py). store.py answers questions from these (summary.py) and from the weights alone (weights.py). store_files.py reads
-and writes the files.
+and writes the files. compare.py matches the latents of two dictionaries.
 """
 
 from saelens_lite.features.detection import Detection, DetectionTask, Score, Scorer, token_baseline, words_of_label

@@ -1,4 +1,23 @@
-"""The contract of a file format: how dictionaries of another tool are read and written.
+"""Read and write other formats: the contract of a file format, and how dictionaries of another tool come in and go out.
+
+`sl.load` and `saelens-lite inspect` recognise other tools' dictionaries by what the files hold. Scales and means are folded
+in, so that they take raw activations. Settings that change the function, the hook or the tokens that count are translated or
+refused.
+
+```python
+sl.convert("my-dictionary", "converted", format="sparsify")  # or saelens, dictionary_learning, circuit_tracer
+```
+
+```sh
+saelens-lite convert runs/topk/dictionary out --format sparsify
+saelens-lite inspect runs/topk/dictionary
+```
+
+A format that cannot hold a dictionary is an error that says what would be lost. Pickles (dictionary_learning, OpenAI) are read
+on request, `format="openai"`, and only their tensors. For tensors in no known format there is
+`sl.Dictionary.from_tensors(W_enc=…, W_dec=…, b_enc=…, b_dec=…, rule="topk", options={"k": 32})`.
+
+**A format of your own** is a class:
 
     @register("my_format")
     class MyFormat(Format):
@@ -6,20 +25,20 @@
         def outline(self, path): ...        # what the file says before its weights are read
         def write(self, dictionary, folder): ...
 
-A package names the class under the entry-point group `saelens_lite.formats`, where `format="my_format"` finds it, and once more
-under each ending that its file names have. Files of other names do not get the package imported:
+A package names the class under the entry-point group `saelens_lite.formats`, where `format="my_format"` finds it, and once
+more under each ending that its file names have. For files of other names, the package is not imported:
 
-    [project.entry-points."saelens_lite.formats"]
-    my_format = "my_package:MyFormat"
+```toml
+[project.entry-points."saelens_lite.formats"]
+my_format = "my_package:MyFormat"
 
-    [project.entry-points."saelens_lite.formats.npz"]
-    my_format = "my_package:MyFormat"
+[project.entry-points."saelens_lite.formats.npz"]
+my_format = "my_package:MyFormat"
+```
 
-`outline` names, for each of our parameters, the tensor it is in and that tensor's axes; sizes are checked and axes put in order
-here. A dictionary that was read takes raw activations: whatever its tool did to them first is folded into the weights.
-What cannot be represented, in either direction, is a ConfigError that says what would be lost.
-
-Files come from strangers. Read them by `read_json` and `open_tensors`, which check before they allocate and execute nothing.
+`outline` names, for each of our parameters, the tensor that holds it and that tensor's axes; sizes are checked and axes put in
+order here. Files come from strangers. Read them by `read_json` and `open_tensors`, which check before they allocate and
+execute nothing.
 """
 
 from saelens_lite.dictionary import read_density

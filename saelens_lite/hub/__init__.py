@@ -1,4 +1,26 @@
-"""Dictionaries on the Hugging Face Hub: pushed with a card, pulled by folder and revision."""
+"""Publish: push dictionaries to the Hugging Face Hub with a card, pull them by folder and revision.
+
+```python
+from saelens_lite.hub import write_card
+
+folder = d.save("my-dictionary", exists="overwrite")
+write_card("my-dictionary", d, report)  # README.md, the evaluation, two figures
+```
+
+```sh
+saelens-lite push runs/topk user/repo --dry-run     # what would be sent; without --dry-run: one commit
+saelens-lite pull user/repo blocks.2.hook_resid_pre --out pulled
+saelens-lite inspect hf://user/repo
+```
+
+`sl.push("runs", "user/repo")` sends every dictionary of a run in one commit: either all of it arrives, or the repository stays
+as it was. Pushing the same again sends nothing. `sl.pull("user/repo", "blocks.2.hook_resid_pre", revision=…)` and the address
+hf://user/repo/folder@revision fetch one dictionary, from the cache where it has been fetched before. SAELens loads published
+dictionaries from the same place, where it has a form for the rule.
+
+Log in with `hf auth login`. The token goes to the Hub and nowhere else. What the Hub answers is checked before it is used, and
+every request is bounded.
+"""
 
 from saelens_lite.hub.card import write_card
 from saelens_lite.hub.describe import describe

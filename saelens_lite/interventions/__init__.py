@@ -1,7 +1,30 @@
-"""Interventions: what the model does when latents are changed, and which latents make it do what it does.
+"""Steer and attribute: change latents and see what the model does; find the latents that make it do it.
 
-edits.py has the edits that `LanguageModel.splice` applies, doses.py measures what more and more of a latent does beside random
-ones, attribution.py says how much each active latent contributes to a metric, steering.py shows text with and without edits.
+```python
+with lm.splice(d):  # the model reads the reconstruction
+    print(lm.generate("The old man looked at", 20))
+with lm.splice(d, [sl.Clamp(7, 8.0), sl.Ablate(3, positions=2)]):  # its own stream, with two codes edited; also Scale, Add
+    print(lm.generate("The old man looked at", 20))
+response = sl.dose_response(d, lm, 7, [2.0, 4.0], ["The old man"])
+found = sl.attribute(d, lm, "The old man said that", (" he", " she"))  # the effect of each active latent on a logit difference
+print(found.agreement)
+```
+
+```sh
+saelens-lite steer runs/topk/dictionary --prompt "The old man" --clamp 7=8.0
+saelens-lite doses runs/topk/dictionary 7 --prompt "The old man" --doses 2 4 8
+saelens-lite attribute runs/topk/dictionary --prompt "The old man said that" --token " he" --against " she"
+```
+
+An edit adds Σ (new code − old code) · direction to the activation. What the dictionary does not reconstruct stays, so the
+model cannot take an edit back, and an edit that changes no code changes nothing.
+
+`dose_response` shows the effect of doses of a latent beside random live latents whose push has the same norm, and the cost in
+KL. `attribute` gives the effect of each active latent by exact ablation, by gradient and directly to the logits, and how well
+the three agree. For latents that fire on many tokens, the gradient says little.
+
+edits.py has the edits, doses.py the dose–response curves, attribution.py the attributions, steering.py text with and without
+edits.
 """
 
 from saelens_lite.interventions.attribution import Attribution, attribute

@@ -1,4 +1,22 @@
-"""A frozen language model whose residual stream can be read and written by transformer-lens hook names."""
+"""Hook a model: read and write the activations of a frozen language model by transformer-lens hook names.
+
+```python
+lm = sl.load_model("tiny")  # the embedded GPT-2; or "gpt2", any Hub id, a local folder
+hook = "blocks.2.hook_resid_pre"  # lm.hook_names lists the usual ones
+acts = lm.run(["some text"], hooks=[hook])  # {hook: [batch pos d_model]}; stops right after the deepest hook
+probability = lm.logits("The old man looked at")[0, -1].softmax(-1)  # [d_vocab], of the next token
+print(lm.generate("The old man looked at", 30))
+```
+
+Activations are those of the Hugging Face model, without LayerNorm folding. With `center_writing_weights=True` the mean is
+taken out of everything that is written to the residual stream; caches and dictionaries remember it, and a model that was
+loaded the other way is refused. Position 0 is BOS. `run`, `capture` and `evaluate` add it where the tokenizer has one.
+
+`splice` puts a dictionary in place of an activation, or edits some of its codes there; see `saelens_lite.interventions`.
+
+A model of the Hub records its commit, and later commands load that commit. Its Python code runs only with `load_model(…,
+trust_remote_code=True)` or, in a command, `--model NAME --trust-remote-code`.
+"""
 
 import copy
 import hashlib

@@ -1,19 +1,45 @@
-"""The contract of a sparsity rule: what a plugin supplies, and what it is offered.
+"""Write a rule: the contract of a sparsity rule, what a plugin supplies and what it is offered.
 
-A rule turns pre-activations h = (x − b_dec) W_enc + b_enc into codes and says what it adds to the reconstruction
-error. Everything else (parameters, training, saving, evaluation, feature views) is the same for all rules. The same rule
-makes autoencoders, whose target is x, and transcoders, whose target is another activation.
-The smallest useful rule is one method:
+A rule turns pre-activations h = (x − b_dec) W_enc + b_enc into codes and says what it adds to the reconstruction error.
+Everything else (parameters, training, saving, evaluation, feature pages) is the same for all rules. The same rule makes
+autoencoders, whose target is x, and transcoders, whose target is another activation.
 
-    @register("relu")
-    class Relu(Sparsity):
-        def activation(self, pre):
-            return pre.relu()
+```python
+from saelens_lite.testing import check_plugin
+
+
+@sl.register("soft_threshold")
+class SoftThreshold(sl.Sparsity):
+    homogeneous = False  # twice the pre-activation is not twice the code
+
+    class Config(sl.RuleConfig):
+        threshold: float = 0.5
+
+    def activation(self, pre):
+        return (pre - self.config.threshold).relu()
+
+
+d = sl.fit(x, sparsity="soft_threshold", d_sae=4096)
+check_plugin(SoftThreshold, planted=None).raise_if_failed()  # gradients, saving, resuming, the same bytes from a seed, …
+```
+
+`activation` is enough. `support` and `values` choose the pairs that fire and compute their codes without a dense result,
+`losses` adds a penalty, `after_step` adjusts parameters, and `inference_form` names the published architecture with the same
+codes, so that other tools can load the dictionary. `saelens_lite.training.step` shows where each is called.
+
+In a package, name the class in pyproject.toml; nothing else is needed:
+
+```toml
+[project.entry-points."saelens_lite.sparsity"]
+soft_threshold = "my_package:SoftThreshold"
+```
+
+`notebooks/4-write-a-plugin.ipynb` goes from an idea to a package, and `tests/stranger/` is a complete one.
 
 Codes are never negative: 0 means that a latent does not fire, and every count of firing latents (L0, density, dead latents,
-the feature store) counts codes that are not zero. A direction that is used with both signs is two latents.
-Tensors with a row per latent are read by `self.at(tensor, latent)`, also in `losses`, and values are summed by index with
-`sum_at`: both sum in a fixed order on every device, so that the same seed gives the same bytes.
+the feature store) counts codes that are not zero. A direction that is used with both signs is two latents. Read tensors with a
+row per latent by `self.at(tensor, latent)`, also in `losses`, and sum values by index with `sum_at`: both sum in a fixed order
+on every device, so that the same seed gives the same bytes.
 """
 
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,10 @@
-"""The conformance kit: whether a plugin keeps its contract. Needs no test framework.
+"""Check a plugin: the conformance kit for sparsity rules, formats and loggers. It needs no test framework.
 
-def test_my_rule():
-    check_plugin(MyRule, options={"k": 4}).raise_if_failed()
+    def test_my_rule():
+        check_plugin(MyRule, options={"k": 4}).raise_if_failed()
+
+For a rule it checks gradients, saving, resuming, the same bytes from the same seed, batches in which nothing fires, and more.
+On the command line, `saelens-lite plugins --check NAME` checks an installed plugin.
 """
 
 import os
