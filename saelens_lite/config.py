@@ -29,12 +29,12 @@ class FrozenConfig(BaseModel):
             raise ConfigError(_explain(type(self), error)) from None
 
     def replace(self, **changes: Any) -> "FrozenConfig":
-        """A copy with some fields changed, validated like a new one."""
+        """Return a copy with some fields changed, validated like a new one."""
         return type(self)(**{**self.model_dump(exclude_unset=True), **changes})
 
 
 def _explain(config: type[BaseModel], error: ValidationError) -> str:
-    """One line for a validation error: each offending key, what was found and what would do."""
+    """Return one line for a validation error: each offending key, what was found and what would do."""
     lines = []
     for item in error.errors(include_url=False):
         key = ".".join(str(part) for part in item["loc"])
@@ -185,7 +185,7 @@ class Origin(FrozenConfig):
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """The tables of a TOML file.
+    """Return the tables of a TOML file.
 
     Raises:
         ConfigError: the file is missing or is not TOML.
@@ -208,7 +208,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 
 def train_configs(tables: dict[str, Any], overrides: dict[str, Any] | None = None) -> list[TrainConfig]:
-    """The dictionaries a settings file asks for: shared keys at the top, one `[[dictionary]]` table each.
+    """Return the dictionaries a settings file asks for: shared keys at the top, one `[[dictionary]]` table each.
 
     Without any `[[dictionary]]` the top-level keys describe the only one. `overrides` win over both; `options` of the three
     are merged key by key.
@@ -221,7 +221,7 @@ def train_configs(tables: dict[str, Any], overrides: dict[str, Any] | None = Non
 
 
 def _merged(*layers: dict[str, Any]) -> TrainConfig:
-    """The settings of several tables, later ones winning, `options` key by key."""
+    """Return the settings of several tables, later ones winning, `options` key by key."""
     options: dict[str, Any] = {}
     for layer in layers:
         given = layer.get("options", {})
@@ -232,7 +232,9 @@ def _merged(*layers: dict[str, Any]) -> TrainConfig:
 
 
 def parse_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Options from a command line, where every value is a string: JSON where it is JSON ("32", "0.5", "true"), else text."""
+    """Return options from a command line, where every value is a string: JSON where it is JSON ("32", "0.5", "true"), else
+    text.
+    """
     parsed = {}
     for key, value in options.items():
         try:

@@ -63,14 +63,14 @@ def disk_full_is_typed(path: Path) -> Iterator[None]:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, and those it was raised in place of."""
+    """Yield an error, and those it was raised in place of."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def _codes(error: BaseException) -> Iterator[int]:
-    """The numbers that the system gave an error."""
+    """Yield the numbers that the system gave an error."""
     if isinstance(error, OSError) and error.errno is not None:
         yield error.errno
     yield from (int(code) for code in re.findall(r"\(os error (\d+)\)", str(error)))
@@ -204,7 +204,7 @@ def read_lines(path: Path, most: int | float = math.inf) -> list[dict[str, Any]]
 
 
 def file_size(path: Path) -> int:
-    """Bytes of a file.
+    """Return the bytes of a file.
 
     Raises:
         CorruptFileError: it is missing; or no file: a folder, a device, or a pipe, which reading would wait for; or a link to a
@@ -238,7 +238,7 @@ def check_inside(path: Path) -> None:
 
 
 def named_file(path: str | Path) -> Path:
-    """The file that a user named, behind links: those are the user's own."""
+    """Return the file that a user named, behind links: those are the user's own."""
     path = check_input(path)
     return Path(os.path.realpath(path)) if path.is_file() else path
 
@@ -304,7 +304,7 @@ def _finite(digits: str) -> float:
 
 
 def _text_of(path: Path, most: int | float) -> str:
-    """The text of a JSON file, read in pieces: a file full of holes or of tiny values is refused before it costs memory."""
+    """Return the text of a JSON file, read in pieces: a file full of holes or of tiny values is refused before it costs memory."""
     size = file_size(path)
     if size > most:
         raise CorruptFileError(f"{path}: {size:,} bytes is too large for a settings file")
@@ -352,7 +352,7 @@ class Spec(NamedTuple):
 
 
 def check_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file whose size is what the header says, and where in the file the tensors begin.
+    """Return the header of a safetensors file whose size is what the header says, and where in the file the tensors begin.
 
     Raises:
         CorruptFileError: missing, truncated, or not safetensors; or its tensors overlap or leave gaps.
@@ -384,7 +384,8 @@ def check_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def tensor_specs(path: Path) -> dict[str, Spec]:
-    """The type and shape of each tensor of a safetensors file, once its header agrees with itself and with the file's size.
+    """Return the type and shape of each tensor of a safetensors file, once its header agrees with itself and with the file's
+    size.
 
     Raises:
         CorruptFileError: missing, truncated, not safetensors, or tensors of a type that is not read.
@@ -422,13 +423,13 @@ def check_axes(path: Path, specs: Mapping[str, Spec], axes: Mapping[str, str], s
 
 
 def shortened(names: Iterable[str], most: int = 8) -> str:
-    """Names for a message, cut where they are many or long."""
+    """Return names for a message, cut where they are many or long."""
     names = sorted(names)
     return f"{[name[:80] for name in names[:most]]}{' …' if len(names) > most else ''}" if names else "none"
 
 
 def _memory() -> int | float:
-    """Bytes of memory of this machine; infinite where the system does not say."""
+    """Return the bytes of memory of this machine; infinite where the system does not say."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):

@@ -79,7 +79,7 @@ def _warn(what: str, error: Exception) -> None:
 
 
 def load_loggers(names: str | Sequence[str]) -> dict[str, type[Logger]]:
-    """The classes of loggers, by name; a single name may stand for itself.
+    """Return the classes of loggers, by name; a single name may stand for itself.
 
     Raises:
         PluginError: no such logger, or a package it needs is not installed; the message has the pip command.

@@ -76,7 +76,7 @@ def start_over(folder: Path, request: dict[str, Any]) -> None:
 
 
 def _same_request(file: Path, request: dict[str, Any], what: str, exists: str) -> bool:
-    """Whether the unfinished work whose request is in a file was asked for in the same words."""
+    """Return whether the unfinished work whose request is in a file was asked for in the same words."""
     try:
         found = read_json(file, finite=True)
     except CorruptFileError as error:

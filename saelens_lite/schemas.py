@@ -25,7 +25,7 @@ String = Annotated[str, Field(max_length=1 << 16)]
 
 
 def _plain_name(name: str) -> str:
-    """A name that means a file in its own folder on every system."""
+    """Return a name that means a file in its own folder on every system."""
     if not 0 < len(name) <= 200 or not name.isprintable() or re.search(r'[/\\:*?"<>|]', name) or name.rstrip(" .") != name:
         raise ValueError("expected the plain name of a file, without a folder")
     return name
@@ -63,7 +63,7 @@ def checked(place: str | Path, value: Any, schema: type[Schema]) -> Schema:
 
 
 def _explained(place: str | Path, schema: type[Checked], error: ValidationError) -> str:
-    """One line: each field that does not fit, what was found there and what is expected."""
+    """Return one line: each field that does not fit, what was found there and what is expected."""
     faults = error.errors(include_url=False)
     for fault in faults:
         if fault["loc"] == ("format",) and "format" in schema.model_fields:

@@ -76,7 +76,7 @@ def sizes_of(tensors: Mapping[str, Tensor], *, transcoder: bool) -> dict[str, in
 
 
 def in_order(name: str, tensor: Tensor, *wanted: int) -> Tensor:
-    """A parameter of that shape: as it is, transposed, or a number repeated.
+    """Return a parameter of that shape: as it is, transposed, or a number repeated.
 
     Raises:
         ShapeError: it has another shape.
@@ -98,6 +98,6 @@ def _matrix(name: str, tensor: Tensor) -> Tensor:
 
 
 def _other(matrix: Tensor, size: int) -> int:
-    """The size of the axis that is not `size` long; of a square matrix both are."""
+    """Return the size of the axis that is not `size` long; of a square matrix both are."""
     rows, columns = matrix.shape
     return columns if rows == size else rows

@@ -65,7 +65,7 @@ TOO_LONG = 60  # seconds
 
 
 def random_page(n_latents: int, n_tokens: int, out: Path) -> Path:
-    """A dashboard of a random dictionary, and of all that it can show."""
+    """Return a dashboard of a random dictionary, and of all that it can show."""
     import torch
 
     import saelens_lite as sl
@@ -126,12 +126,12 @@ class Checked:
         dialog.dismiss()
 
     def cpu(self) -> float:
-        """Milliseconds that the page's main thread has worked."""
+        """Return the milliseconds that the page's main thread has worked."""
         metrics = self.devtools.send("Performance.getMetrics")["metrics"]
         return next(1e3 * metric["value"] for metric in metrics if metric["name"] == "TaskDuration")
 
     def wait(self, expression: str) -> Any:
-        """The value of an expression as soon as it is true."""
+        """Return the value of an expression as soon as it is true."""
         for _ in range(20 * TOO_LONG):
             if value := self.page.evaluate(expression):
                 return value

@@ -87,7 +87,7 @@ class Forged:
     url: str = ""
 
     def entry(self, path: str) -> dict[str, Any]:
-        """A file in the listing."""
+        """Return a file in the listing."""
         content = self.files[path]
         oid = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
         entry = {"type": "file", "oid": oid, "size": len(content), "path": path}
@@ -96,7 +96,7 @@ class Forged:
         return entry
 
     def right(self, method: str, path: str) -> tuple[str, Reply]:
-        """The kind of a question, and its right answer."""
+        """Return the kind of a question, and its right answer."""
         parts = urlsplit(path)
         place = unquote(parts.path)
         if place.startswith(f"/api/models/{REPO}/tree/"):
@@ -122,7 +122,7 @@ class Forged:
         return method.lower(), Reply(200, headers, self.files[name])
 
     def answer(self, method: str, path: str, host: str, token: bool) -> Reply:
-        """The answer to a question, changed where that was ordered."""
+        """Return the answer to a question, changed where that was ordered."""
         kind, reply = self.right(method, path)
         self.requests.append(Request(kind, path, host, token))
         for wanted, _, change in self.changes:
@@ -139,7 +139,7 @@ def _json(value: Any) -> Reply:
 
 
 def any_value(rng: random.Random) -> Any:
-    """A value that should not be there."""
+    """Return a value that should not be there."""
     deep: Any = []
     for _ in range(rng.choice([1, 60, 300])):
         deep = [deep]
@@ -322,7 +322,7 @@ class Handler(BaseHTTPRequestHandler):
 
     @staticmethod
     def _pieces(reply: Reply, forged: Forged) -> Iterator[bytes]:
-        """The body, as it is sent."""
+        """Yield the body, as it is sent."""
         if reply.how == "endless":
             while not forged.ended.is_set():
                 yield reply.body or b"x" * 65_536
@@ -360,7 +360,7 @@ ON_ONE_PATH = ("os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod", "
 
 
 def _touched(event: str, args: tuple) -> list[tuple[Any, str]]:
-    """The paths that an event of the interpreter changes, and the folders that they are relative to."""
+    """Return the paths that an event of the interpreter changes, and the folders that they are relative to."""
     if event == "open":
         return [(args[0], "")] if args[2] & WRITES and isinstance(args[0], str | bytes) else []
     if event in ON_ONE_PATH:
@@ -373,7 +373,7 @@ def _touched(event: str, args: tuple) -> list[tuple[Any, str]]:
 
 
 def _opened(descriptor: Any) -> str:
-    """The folder that a descriptor stands for; of the working folder, an empty path."""
+    """Return the folder that a descriptor stands for; of the working folder, an empty path."""
     is_one = isinstance(descriptor, int) and descriptor > 2
     return os.readlink(f"/proc/self/fd/{descriptor}") if is_one and os.path.exists(f"/proc/self/fd/{descriptor}") else ""
 
@@ -432,7 +432,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def memory(reset: bool = False) -> int:
-    """The most memory the process had since the last reset, in bytes; 0 where the system does not say."""
+    """Return the most memory the process had since the last reset, in bytes; 0 where the system does not say."""
     try:
         if reset:
             Path("/proc/self/clear_refs").write_text("5")
@@ -484,7 +484,7 @@ class Outcome(NamedTuple):
 
 
 def true_files(folder: Path) -> dict[str, bytes]:
-    """The files of a repository that holds a dictionary and its card."""
+    """Return the files of a repository that holds a dictionary and its card."""
     import saelens_lite as sl
     from saelens_lite.hub import write_card
 
@@ -498,7 +498,7 @@ def true_files(folder: Path) -> dict[str, bytes]:
 
 
 def forged_run(number: int, seed: int, files: dict[str, bytes], handler: type[Handler], url: str, scratch: Path) -> Outcome:
-    """One run; `files` are the right ones."""
+    """Return one run; `files` are the right ones."""
     rng = random.Random(f"{seed} {number}")
     forged = Forged(dict(files), rng, url=url)
     names = []
@@ -574,7 +574,7 @@ def true_weights(content: bytes) -> Any:
 
 
 def outcomes(numbers: range | list[int], seed: int) -> Iterator[tuple[int, Outcome]]:
-    """The outcomes of some runs; run 0 is without a change, and goes first for whatever is loaded or cached once."""
+    """Yield the outcomes of some runs; run 0 is without a change, and goes first for whatever is loaded or cached once."""
     with tempfile.TemporaryDirectory() as folder, serving() as (handler, url):
         scratch = Path(folder).resolve()
         files = true_files(scratch)

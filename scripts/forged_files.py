@@ -96,11 +96,11 @@ class Short(TensorSource):
         self.n_batches = n_batches
 
     def hold_out(self, n_tokens: int) -> tuple[TensorSource, "Short"]:
-        """Activations to validate on; those that are left are as few as before."""
+        """Return activations to validate on; those that are left are as few as before."""
         return super().hold_out(n_tokens)[0], self
 
     def batches(self, hooks: Any, batch_size: int, seed: int, start: int = 0) -> Iterator[Any]:
-        """A few batches, then Enough."""
+        """Yield a few batches, then Enough."""
         for number, batch in enumerate(super().batches(hooks, batch_size, seed, start)):
             if number == self.n_batches:
                 raise Enough
@@ -116,7 +116,7 @@ class Kind(NamedTuple):
 
 
 def hashed(tensors: dict[str, torch.Tensor]) -> str:
-    """A hash of named tensors."""
+    """Return a hash of named tensors."""
     digest = hashlib.sha256()
     for name, x in sorted(tensors.items()):
         digest.update(
@@ -258,7 +258,7 @@ def with_json(path: Path, change: Callable[[Any], Any]) -> None:
 
 
 def sums(folder: Path, names: Any) -> dict[str, str]:
-    """The SHA-256 of files that are there and small."""
+    """Return the SHA-256 of files that are there and small."""
     paths = {name: folder / name for name in names if "/" not in name and "\0" not in name and len(name) < 200}
     whole = {n: p for n, p in paths.items() if p.is_file() and not p.is_symlink() and p.stat().st_size < 1 << 24}
     return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in whole.items()}
@@ -331,7 +331,7 @@ def replace(file: Path, rng: random.Random) -> str:
 
 
 def edit(file: Path, rng: random.Random) -> str:
-    """Another value or key somewhere in a JSON file, or in one of its lines."""
+    """Return another value or key somewhere in a JSON file, or in one of its lines."""
     lines = file.read_text(errors="replace").splitlines() if file.suffix == ".jsonl" else [file.read_text(errors="replace")]
     at = rng.randrange(len(lines)) if lines else 0
     try:
@@ -343,7 +343,7 @@ def edit(file: Path, rng: random.Random) -> str:
 
 
 def edited(value: Any, rng: random.Random) -> Any:
-    """A copy with one change at a random depth."""
+    """Return a copy with one change at a random depth."""
     if isinstance(value, dict) and value and rng.random() < 0.93:
         key = rng.choice(sorted(value, key=str))
         luck = rng.random()
@@ -372,7 +372,7 @@ def edited(value: Any, rng: random.Random) -> Any:
 
 
 def raw(file: Path, rng: random.Random) -> str:
-    """Text that is hard to read: deep, broken in its letters, or with a key twice."""
+    """Return text that is hard to read: deep, broken in its letters, or with a key twice."""
     content = file.read_text(errors="replace")
     how, text = rng.choice(
         (
@@ -397,7 +397,7 @@ def raw(file: Path, rng: random.Random) -> str:
 
 
 def header(file: Path, rng: random.Random) -> str:
-    """Another value in the header of a safetensors file, whose tensors stay."""
+    """Return another value in the header of a safetensors file, whose tensors stay."""
     content = file.read_bytes()
     try:
         (size,) = struct.unpack("<Q", content[:8])
@@ -424,7 +424,7 @@ def header(file: Path, rng: random.Random) -> str:
 
 
 def tensors(file: Path, rng: random.Random) -> str:
-    """A sound safetensors file with another tensor: its shape, type, name or numbers."""
+    """Return a sound safetensors file with another tensor: its shape, type, name or numbers."""
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
 

@@ -86,7 +86,7 @@ def edit(file: Path, rng: random.Random) -> None:
 
 
 def _edited(value: Any, rng: random.Random) -> Any:
-    """A copy with one change at a random depth."""
+    """Return a copy with one change at a random depth."""
     if isinstance(value, dict) and value and rng.random() < 0.9:
         key = rng.choice(sorted(value, key=str))
         if rng.random() < 0.15:

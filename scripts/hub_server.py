@@ -75,7 +75,7 @@ class Repository:
         return self.commits[self.branches["main"]]
 
     def history(self, revision: str = "main") -> list[Commit]:
-        """The commits of a revision, last one first."""
+        """Return the commits of a revision, last one first."""
         found, commit = [], self.find(revision)
         while commit is not None:
             found.append(commit)
@@ -177,7 +177,7 @@ class Hub:
         return f"http://localhost:{self.port}"
 
     def create(self, name: str, *, private: bool = False) -> Repository:
-        """A new repository with the commit that every one begins with."""
+        """Return a new repository with the commit that every one begins with."""
         repository = Repository(name, private)
         repository.add("initial commit", {".gitattributes": Blob(b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n")})
         self.repositories[name] = repository
@@ -188,7 +188,7 @@ class Hub:
         self.faults = list(faults)
 
     def sent(self, method: str = "", path: str = "") -> list[Request]:
-        """The requests of a method whose path matches."""
+        """Return the requests of a method whose path matches."""
         return [r for r in self.requests if method in ("", r.method) and re.search(path, r.path)]
 
     # --- what the endpoints do ---------------------------------------------------------------------------------------
@@ -471,7 +471,7 @@ class Handler(BaseHTTPRequestHandler):
         return body
 
     def _ranged(self, answer: Answer) -> Answer:
-        """The part of an answer that was asked for."""
+        """Return the part of an answer that was asked for."""
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if asked is None or answer.status != 200:
             return answer

@@ -15,7 +15,7 @@ BETWEEN = re.compile(r"(?<=writes this table -->\n).*?(?=<!-- /plugins -->)", fl
 
 
 def table() -> str:
-    """A Markdown table: name, kind, first line of documentation, paper."""
+    """Return a Markdown table: name, kind, first line of documentation, paper."""
     sys.modules.setdefault("trackio", ModuleType("trackio"))  # only the docstring is read; it does not fit our pinned versions
     rows = [("name", "kind", "what it does", "paper"), ("---", "---", "---", "---")]
     for kind in registry.KINDS:

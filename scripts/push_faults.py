@@ -104,7 +104,7 @@ def connect(hub: Hub, home: str) -> None:
 
 
 def meet(hub: Hub, faults: Callable[[Hub], list[Fault]], seed: int) -> Outcome:
-    """A push under a fault, and one after it."""
+    """Return a push under a fault, and one after it."""
     import saelens_lite as sl
 
     def dictionary(i: int) -> Any:
@@ -152,7 +152,7 @@ def found(hub: Hub) -> str:
 
 
 def counted(values: Any) -> str:
-    """Each value, with how often it came where that was not always."""
+    """Return each value, with how often it came where that was not always."""
     counts = Counter(values).most_common()
     return counts[0][0] if len(counts) == 1 else ", ".join(f"{value} × {n}" for value, n in counts)
 

@@ -17,7 +17,7 @@ HOOK = "blocks.2.hook_resid_pre"
 
 
 def dictionary(rule: str = "topk", d_in: int = 12, hook: str | None = HOOK, **origin) -> sl.Dictionary:
-    """A dictionary with random biases and decoder rows of uneven norm, where the rule lets them be."""
+    """Return a dictionary with random biases and decoder rows of uneven norm, where the rule lets them be."""
     d = sl.Dictionary.create(rule, reads=sl.Port(hook=hook, width=d_in), d_sae=32, seed=3, origin=sl.Origin(**origin))
     generator = torch.Generator().manual_seed(4)
     for parameter in (d.b_enc, d.b_dec):
@@ -143,7 +143,9 @@ def test_a_transcoder_is_not_given_to_judges_of_autoencoders():
 
 @torch.no_grad()
 def judged_as_saelens_does(sae: DenseSAE, lm: sl.LanguageModel, tokens: torch.Tensor) -> dict[str, float]:
-    """A few metrics from what an evaluation does with the object: dense codes of [batch pos d_in], special tokens left out."""
+    """Return a few metrics from what an evaluation does with the object: dense codes of [batch pos d_in], special tokens left
+    out.
+    """
     x = lm.run(tokens, sae.cfg.metadata.hook_name)[sae.cfg.metadata.hook_name]
     acts = sae.encode(x.to(sae.device))
     keep = (tokens != lm.bos_id).flatten()

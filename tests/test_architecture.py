@@ -74,13 +74,13 @@ PUBLIC = public_names()
 
 
 def part_of(path: Path) -> str:
-    """The row of the table a file belongs to: its first folder, or its own name."""
+    """Return the row of the table a file belongs to: its first folder, or its own name."""
     first = path.relative_to(ROOT).parts[0]
     return first.removesuffix(".py")
 
 
 def type_checking_blocks(tree: ast.AST) -> set[ast.AST]:
-    """All nodes that only a type checker sees."""
+    """Return all nodes that only a type checker sees."""
     guarded = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
     return {inner for node in guarded for statement in node.body for inner in ast.walk(statement)}
 
@@ -111,7 +111,7 @@ FILE_IDS = [str(path.relative_to(ROOT)) for path in FILES]
 
 
 def own_parts(path: Path, module_level_only: bool = False) -> set[str]:
-    """The parts of saelens_lite that a file imports, other than its own."""
+    """Return the parts of saelens_lite that a file imports, other than its own."""
     names = [name.split(".") for name, top in imports_of(path) if top or not module_level_only]
     known = set(ORDER) | LEAVES
     parts = {name[1] for name in names if name[0] == "saelens_lite" and len(name) > 1}

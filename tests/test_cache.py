@@ -21,13 +21,13 @@ HOOKS = ["blocks.1.hook_resid_pre", "blocks.2.hook_mlp_out"]
 
 
 def whole(cache: sl.ActivationCache) -> dict[str, torch.Tensor]:
-    """All shards one after another, read with nothing but safetensors."""
+    """Return all shards one after another, read with nothing but safetensors."""
     shards = [load_file(cache.path / shard["file"]) for shard in cache.manifest["shards"]]
     return {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}
 
 
 def expected(lm, rows) -> dict[str, torch.Tensor]:
-    """Activations and tokens at the positions that count, row by row."""
+    """Return activations and tokens at the positions that count, row by row."""
     acts = {name: [] for name in HOOKS}
     for tokens, keep in zip(rows.tokens, rows.keep, strict=True):
         for name, x in lm.run(tokens[None], HOOKS).items():

@@ -53,7 +53,7 @@ def example(tokens: list[str], values: list[float]) -> Example:
 
 
 def summary(strings: list[str], **changes) -> LatentSummary:
-    """A latent in which every string is one of those given."""
+    """Return a latent in which every string is one of those given."""
     contexts = [example(strings, [0.5 * i for i in range(len(strings))])]
     pairs = [(token, 0.25) for token in strings]
     return LatentSummary(

@@ -80,7 +80,7 @@ class Page(HTMLParser):
             self.texts[-1] += data
 
     def text(self, tag: str, name: str | None = None) -> str:
-        """The text of the only element of its kind with this id, or without id."""
+        """Return the text of the only element of its kind with this id, or without id."""
         pairs = zip(self.elements, self.texts, strict=True)
         (found,) = [text for (kind, attrs), text in pairs if kind == tag and attrs.get("id") == name]
         return found
@@ -135,7 +135,7 @@ class Data:
 
 
 def said(numbers) -> list[str]:
-    """Numbers as they are shown, with three digits."""
+    """Return numbers as they are shown, with three digits."""
     return [f"{float(x):.3g}" for x in numbers]
 
 

@@ -160,7 +160,7 @@ def test_any_ids_show_every_byte_once_and_in_its_token(data, vocabularies):
 
 
 def pieces_of(text: str) -> list[str]:
-    """A text cut at its bytes in angle quotation marks, which the embedded vocabulary has in no text of its own."""
+    """Return a text cut at its bytes in angle quotation marks, which the embedded vocabulary has in no text of its own."""
     pieces = text.replace("‹", "\0‹").replace("›", "›\0").split("\0")
     return [piece for piece in pieces if piece]
 

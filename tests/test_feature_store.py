@@ -504,7 +504,7 @@ def test_damaged_labels(store, tmp_path, labels):
 
 
 def context(peak: str, *others: str, row: int = 0, position: int = 1) -> Example:
-    """A context of three tokens, the middle one at the peak."""
+    """Return a context of three tokens, the middle one at the peak."""
     return Example((others[0], peak, others[1]), (0.0, 1.0, 0.0), 1, 1.0, row, position)
 
 

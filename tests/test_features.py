@@ -94,7 +94,7 @@ def store(dictionaries, small, rows) -> sl.FeatureStore:
 
 @torch.no_grad()
 def dense_codes(dictionary, lm, rows, batch_tokens: int) -> torch.Tensor:
-    """Codes of every position [n_seq n_ctx d_sae], zero where a position does not count."""
+    """Return codes of every position [n_seq n_ctx d_sae], zero where a position does not count."""
     out = torch.zeros(*rows.tokens.shape, D_SAE)
     for batch in batches(lm, rows, batch_tokens):  # other batches change the last bits of activations
         x = lm.run(batch.tokens, HOOK)[HOOK]

@@ -17,7 +17,7 @@ from saelens_lite.errors import ConfigError, CorruptFileError, SaelensLiteError
 
 
 def saelens(folder: Path, **metadata) -> sl.Origin:
-    """The origin of a SAELens file with that metadata, which the file's own format keeps when it is written again."""
+    """Return the origin of a SAELens file with that metadata, which the file's own format keeps when it is written again."""
     path = edited("standard", folder, metadata=METADATA | metadata)
     origin = sl.Dictionary.load(path).origin
     assert sl.Dictionary.load(sl.convert(path, folder / "again", "saelens")).origin == origin
@@ -256,7 +256,7 @@ def circuit_tracer(folder: Path, inside: str, outside: str) -> Path:
 
 
 def buffer(folder: Path, submodule: str, **changes) -> Path:
-    """Files of dictionary_learning with another buffer."""
+    """Return files of dictionary_learning with another buffer."""
     path = edited("AutoEncoder", folder, "config.json", "trainer", submodule_name=submodule)
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"buffer": {"ctx_len": 128} | changes}))
@@ -282,7 +282,7 @@ def test_what_enters_a_module_is_not_what_leaves_it(tmp_path):
 
 
 def with_factor(folder: Path, said: bool | None, name: str = "scaling_factor", value: float = 2.0) -> Path:
-    """A SAELens folder with a scaling factor of each latent."""
+    """Return a SAELens folder with a scaling factor of each latent."""
     path = edited("standard", folder, finetuning_scaling_factor=said)
     tensors = load_file(path / "sae_weights.safetensors")
     save_file(tensors | {name: torch.full((D_SAE,), value)}, path / "sae_weights.safetensors")

@@ -18,7 +18,7 @@ X = normal(40, D_IN, seed=99).double() * 2 + 0.5
 
 
 def load(case, folder) -> sl.Dictionary:
-    """The dictionary of a case; pickles are asked for by name."""
+    """Return the dictionary of a case; pickles are asked for by name."""
     return sl.Dictionary.load(case.write(folder / "foreign"), format=case.format if case.pickled else None)
 
 
@@ -83,7 +83,7 @@ ALIKE = {"p_anneal": "l1", "batch_topk": "jumprelu", "matryoshka": "jumprelu"}  
 
 
 def make(rule: str, d_out: int | None = None, skip: bool = False, hook: str = "blocks.2.hook_resid_pre") -> sl.Dictionary:
-    """A dictionary of random parameters."""
+    """Return a dictionary of random parameters."""
     reads = sl.Port(hook=hook, width=D_IN)
     writes = sl.Port(hook="blocks.2.hook_mlp_out", width=d_out) if d_out else None
     origin = sl.Origin(model="gpt2")

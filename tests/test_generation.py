@@ -63,7 +63,7 @@ def shared(make):
 
 @torch.no_grad()
 def greedy(model: sl.LanguageModel, n: int, prompt: str = PROMPT) -> str:
-    """The n likeliest tokens one after another, each from a whole pass of the plain module."""
+    """Return the n likeliest tokens one after another, each from a whole pass of the plain module."""
     tokens = torch.tensor([[model.bos_id, *model.tokenizer(prompt)["input_ids"]]])
     for _ in range(n):
         new = model.module(tokens, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)

@@ -70,7 +70,7 @@ class SpiedStep(Spy, DenseStep):
 
 
 def make_dictionary(rule: str, d_in: int, d_sae: int, seed: int, grid: bool, **kind) -> Dictionary:
-    """All parameters random; `kind` makes it a transcoder.
+    """Return all parameters random; `kind` makes it a transcoder.
 
     grid: multiples of 1/8, so that pre-activations are exact in float32 and ties are common.
     """
@@ -259,7 +259,7 @@ def reference_matching_pursuit(options, p, y, base, h, dead, step):
 def reference_losses(
     rule: str, p: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor | None, dead: torch.Tensor, step: SpiedStep
 ):
-    """The losses of the plugin files' first lines, dense and in float64; without y, those of an autoencoder."""
+    """Return the losses of the plugin files' first lines, dense and in float64; without y, those of an autoencoder."""
     name, options = RULES[rule]
     h = (x if y is not None else x - p["b_dec"]) @ p.get("W_enc", p["W_dec"].T) + p.get("b_enc", 0.0)
     base = p["b_dec"] + x @ p["W_skip"].T if "W_skip" in p else p["b_dec"]
@@ -267,7 +267,7 @@ def reference_losses(
 
 
 def check(rule: str, dictionary: Dictionary, x: torch.Tensor, y: torch.Tensor | None = None) -> SpiedStep:
-    """Losses and the gradient of their sum agree with the reference for every parameter."""
+    """Check that losses and the gradient of their sum agree with the reference for every parameter."""
     d_sae = dictionary.d_sae
     dead = torch.zeros(d_sae, dtype=torch.bool)
     if "dead latents" in rule:

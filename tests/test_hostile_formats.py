@@ -82,7 +82,7 @@ class Runs:
 
 
 def torch_zip(path: Path, pickled: bytes, records: dict[str, bytes] | None = None, method: int = zipfile.ZIP_STORED) -> Path:
-    """A file as torch.save lays it out, around a pickle of one's own."""
+    """Return a file as torch.save lays it out, around a pickle of one's own."""
     with zipfile.ZipFile(path, "w", method) as archive:
         archive.writestr("archive/data.pkl", pickled)
         archive.writestr("archive/byteorder", b"little")
@@ -116,12 +116,12 @@ def test_a_pickle_that_would_create_a_file_does_not(format, protocol, wrapped, t
 
 
 def again_and_again(depth: int) -> bytes:
-    """A dictionary whose key is a tuple of twice the same tuple of twice the same tuple …"""
+    """Return a dictionary whose key is a tuple of twice the same tuple of twice the same tuple …"""
     return b"\x80\x02}N" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(depth)) + b"Ns."
 
 
 def within_each_other(depth: int) -> bytes:
-    """A dictionary of 200 times the same dictionary of 200 times the same dictionary …"""
+    """Return a dictionary of 200 times the same dictionary of 200 times the same dictionary …"""
     state = {}
     for _ in range(depth):
         state = {str(i): state for i in range(200)}

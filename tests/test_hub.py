@@ -109,7 +109,7 @@ def run_folder(tmp_path):
 
 
 def on_hub(hub: Hub, repo: str = REPO) -> dict[str, bytes]:
-    """The files of a repository, and nothing where there is none."""
+    """Return the files of a repository, and nothing where there is none."""
     found = hub.repositories.get(repo)
     return {path: blob.content for path, blob in found.head.files.items()} if found else {}
 

@@ -74,13 +74,13 @@ def edited_activation(lm, d, edits, **settings) -> torch.Tensor:
 
 
 def busiest(lm, d, n: int) -> list[int]:
-    """The latents that fire most often."""
+    """Return the latents that fire most often."""
     codes = d.encode(activations(lm, d)[0])
     return torch.bincount(codes.latent, minlength=d.d_sae).topk(n).indices.tolist()
 
 
 def dense(keep: torch.Tensor, codes: torch.Tensor, edits) -> torch.Tensor:
-    """Codes [batch pos d_sae] after edits, one latent and position at a time."""
+    """Return codes [batch pos d_sae] after edits, one latent and position at a time."""
     codes = codes.clone()
     n = codes.shape[1]
     for edit in edits:

@@ -335,7 +335,7 @@ def wandb_offline(tmp_path, monkeypatch):
 
 
 def wandb_records(folder) -> list:
-    """The records of an offline run: a LevelDB log behind seven bytes, one protocol buffer a record."""
+    """Return the records of an offline run: a LevelDB log behind seven bytes, one protocol buffer a record."""
     import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 

@@ -80,7 +80,7 @@ def assert_near(found: torch.Tensor, wanted: torch.Tensor, what: str = "", near:
 
 
 def attentions(model: sl.LanguageModel) -> set[str]:
-    """The kinds of attention that a model's parts are set to."""
+    """Return the kinds of attention that a model's parts are set to."""
     return {part.config._attn_implementation for part in model.module.modules() if hasattr(part, "config")}
 
 

@@ -28,7 +28,7 @@ QUICK = {"d_sae": 16, "options": {"k": 2}, "n_tokens": 200, "batch_size": 20}
 
 
 def contents(folder: Path) -> dict[str, str | None]:
-    """The hash of each file below a folder, and None for each folder."""
+    """Return the hash of each file below a folder, and None for each folder."""
     paths = sorted(folder.rglob("*"))
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else None for p in paths}
 

@@ -349,7 +349,7 @@ KINDS = {
 
 
 def swapped(lines, i=1, j=2):
-    """The same lines, two of them in each other's place."""
+    """Return the same lines, two of them in each other's place."""
     lines = list(lines)
     lines[i], lines[j] = lines[j], lines[i]
     return lines

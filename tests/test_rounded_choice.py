@@ -29,7 +29,9 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
 
 
 def make(rule: str) -> Dictionary:
-    """A dictionary in training, with random biases and thresholds; where there is a k, fewer than k latents are positive."""
+    """Return a dictionary in training, with random biases and thresholds; where there is a k, fewer than k latents are
+    positive.
+    """
     d = Dictionary.create(rule, reads=D_IN, d_sae=D_SAE, options=RULES[rule]).train()
     for i, (name, parameter) in enumerate(d.named_parameters()):
         if parameter.ndim == 1:

@@ -48,7 +48,7 @@ def cases(draw, **fixed):
 
 
 def new_tokens(rows) -> list[int]:
-    """The ordinary tokens of rows, without repeated ones."""
+    """Return the ordinary tokens of rows, without repeated ones."""
     return [i for row in rows for i in row.ids[row.start :] if i >= FIRST]
 
 

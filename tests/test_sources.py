@@ -22,7 +22,7 @@ TEXTS = ["The quick brown fox. " * 5, "x", "naïve café — Ünïcödé, 漢字
 
 
 def read(text, **settings) -> list:
-    """The documents of a text, their pieces put together."""
+    """Return the documents of a text, their pieces put together."""
     documents = []
     for content, first in read_pieces(text, TextConfig(**settings)):
         if first:
@@ -226,7 +226,7 @@ def test_nothing_is_read_before_it_is_needed(lm):
 
 
 def encoded(tokenizer, text, cuts=(), **sizes) -> tuple[list[int], int]:
-    """The tokens of a document handed over in pieces that end at `cuts`, and in how many stretches they came."""
+    """Return the tokens of a document handed over in pieces that end at `cuts`, and in how many stretches they came."""
     ends = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     pieces = [Piece(text[a:b], i == 0) for i, (a, b) in enumerate(itertools.pairwise(ends))]
     found = list(encode(tokenizer, pieces, **sizes))

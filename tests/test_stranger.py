@@ -34,7 +34,7 @@ class Environment:
         return done
 
     def cli(self, *args: object, code: int = 0) -> subprocess.CompletedProcess:
-        """The command line of saelens_lite in it."""
+        """Return the command line of saelens_lite in it."""
         return self.run("-m", "saelens_lite.cli", *args, code=code)
 
     def pip(self, *args: object) -> None:

@@ -177,7 +177,7 @@ TEXT = "It was the best of times, it was the worst of times, it was the age of w
 
 
 def mlp(lm, skip: bool = False) -> sl.Dictionary:
-    """A transcoder that is exactly linear: y = x Aᵀ, by the skip connection alone."""
+    """Return a transcoder that is exactly linear: y = x Aᵀ, by the skip connection alone."""
     d = sl.Dictionary.create(
         "topk",
         reads=sl.Port(hook=HOOKS[0], width=lm.d_model),

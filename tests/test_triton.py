@@ -46,7 +46,7 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def largest(pre: torch.Tensor, k: int) -> list[list[int]]:
-    """The latents of the k largest of each row by sorting in Python: NaN first, then by value, then the lower latent."""
+    """Return the latents of the k largest of each row by sorting in Python: NaN first, then by value, then the lower latent."""
     rows = [[(x == x, -x, i) for i, x in enumerate(row)] for row in pre.double().tolist()]  # noqa: PLR0124
     return [sorted(i for _, _, i in sorted(row)[:k]) for row in rows]
 
@@ -179,7 +179,7 @@ def test_products_of_more_columns_than_a_block():
 
 
 def between_nan(matrix: torch.Tensor) -> torch.Tensor:
-    """The same matrix as columns of a wider one, NaN on both sides."""
+    """Return the same matrix as columns of a wider one, NaN on both sides."""
     n, d = matrix.shape
     wide = matrix.new_full((n, d + 7), NAN)
     wide[:, 3 : 3 + d] = matrix

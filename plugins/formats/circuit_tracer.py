@@ -120,7 +120,7 @@ class CircuitTracer(Format):
 
 
 def _layer_file(path: Path) -> Path:
-    """The file itself, or the only one of a folder."""
+    """Return the file itself, or the only one of a folder."""
     if path.is_file():
         return path
     files = sorted(path.glob(LAYERS))

@@ -132,7 +132,7 @@ class DictionaryLearning(Format):
         write_json(folder / CONFIG, {"trainer": trainer, "buffer": {"ctx_len": dictionary.origin.n_ctx}})
 
     def _weights(self, dictionary: Dictionary, name: str) -> dict[str, torch.Tensor]:
-        """The parameters by our names, as their class of that name has them."""
+        """Return the parameters by our names, as their class of that name has them."""
         weights = dict(dictionary.named_parameters()) | {"W_enc": dictionary.W_enc}
         threshold = dictionary.rule.inference_form().tensors.get("threshold")
         if name == "JumpReluAutoEncoder":  # encodes x itself
@@ -195,5 +195,5 @@ def _layer(hook: str | None) -> int | None:
 
 
 def _ordered(tensor: torch.Tensor, ours: str, axes: str) -> torch.Tensor:
-    """A parameter with the axes it has in their files."""
+    """Return a parameter with the axes it has in their files."""
     return tensor.T if (ours, axes) in (("W_enc", "d_sae d_in"), ("W_dec", "d_out d_sae")) else tensor

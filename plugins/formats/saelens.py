@@ -235,7 +235,7 @@ def _hook(metadata: Settings, *keys: str) -> str | None:
 
 
 def _excluded_positions(metadata: Settings, n_ctx: int | None) -> tuple[int, ...]:
-    """The positions of a row that `seqpos_slice` leaves out: SAELens trains on activations[:, slice(*seqpos_slice)]."""
+    """Return the positions of a row that `seqpos_slice` leaves out: SAELens trains on activations[:, slice(*seqpos_slice)]."""
     bounds: Any = metadata.values.get("seqpos_slice")
     if bounds is None:
         return ()
@@ -267,7 +267,7 @@ def _excluded_positions(metadata: Settings, n_ctx: int | None) -> tuple[int, ...
 
 
 def _excluded_token_ids(metadata: Settings) -> tuple[int, ...]:
-    """The ids that `exclude_special_tokens` lists; true and false add none."""
+    """Return the ids that `exclude_special_tokens` lists; true and false add none."""
     said: Any = metadata.values.get("exclude_special_tokens")
     if said is None or isinstance(said, bool):
         return ()

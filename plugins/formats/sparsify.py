@@ -116,7 +116,7 @@ class Sparsify(Format):
 
 
 def _module(path: Path) -> str:
-    """The module that a folder is called like: its own name, or that of the folder above a seed's."""
+    """Return the module that a folder is called like: its own name, or that of the folder above a seed's."""
     folder = path.resolve()
     while re.fullmatch(r"seed_?\d+", folder.name):
         folder = folder.parent
@@ -130,7 +130,9 @@ def _k(config: Settings) -> int:
 
 
 def _excluded_token_ids(path: Path) -> tuple[int, ...]:
-    """The ids that the run's config.json, one or two folders above, lists as `exclude_tokens`; none where it is not there."""
+    """Return the ids that the run's config.json, one or two folders above, lists as `exclude_tokens`; none where it is not
+    there.
+    """
     for folder in path.resolve().parents[:3]:
         if not (folder / RUN).is_file():
             continue

@@ -31,7 +31,7 @@ class Jsonl(Logger):
 
 
 def _length_up_to(path: Path, tokens: int) -> int:
-    """Bytes of the whole lines at the beginning that reach no further than `tokens`."""
+    """Return the bytes of the whole lines at the beginning that reach no further than `tokens`."""
     length = 0
     with open(path, "rb") as file:
         for line in iter(lambda: file.readline(MAX_LINE_BYTES), b""):

@@ -74,7 +74,7 @@ class BatchTopK(Sparsity):
 
 
 def largest_positive(pre, n: int) -> Support:
-    """The n largest positive entries of a whole batch, or all positive ones if there are fewer; of equals the first."""
+    """Return the n largest positive entries of a whole batch, or all positive ones if there are fewer; of equals the first."""
     candidates = support_of_mask(pre > _lower_bound(pre, n))
     if len(candidates.latent) < n:
         candidates = support_of_mask(pre > 0)
@@ -88,7 +88,7 @@ def largest_positive(pre, n: int) -> Support:
 
 
 def _lower_bound(pre, n: int):
-    """A number ≥ 0 that about 2n entries exceed, as some of the rows have it: sorting a whole batch would take long."""
+    """Return a number ≥ 0 that about 2n entries exceed, as some of the rows have it: sorting a whole batch would take long."""
     sample = pre[:: max(1, len(pre) // SAMPLED_ROWS)].flatten()
     above = 2 * n * len(sample) // pre.numel()
     return sample.topk(min(above, len(sample) - 1) + 1, sorted=True).values[-1].clamp(min=0)

@@ -95,7 +95,9 @@ def fits(h, overlap):
 
 
 def distinct(latent, d_sae: int) -> tuple[Support, torch.Tensor]:
-    """The pairs of a table [batch step] in which a row may hold a latent more than once, and where each entry is among them."""
+    """Return the pairs of a table [batch step] in which a row may hold a latent more than once, and where each entry is among
+    them.
+    """
     rows = torch.arange(len(latent) + 1, device=latent.device)
     flat, place = (rows[:-1, None] * d_sae + latent).flatten().unique(return_inverse=True)
     return Support(torch.searchsorted(flat, rows * d_sae), flat % d_sae), place

@@ -61,7 +61,7 @@ def convert(source: DictionaryPath, out: Path, *, format: str, source_format: Re
 
 
 def _is_ours(facts: dict[str, Any]) -> bool:
-    """Whether a cfg.json or manifest is one of ours."""
+    """Return whether a cfg.json or manifest is one of ours."""
     metadata = facts.get("metadata")
     return isinstance(metadata, dict) and "saelens_lite" in metadata
 

@@ -29,7 +29,7 @@ class TokenPair:
     against: str | None = None
 
     def metric(self) -> tuple[str, str] | None:
-        """The two tokens, if they were given."""
+        """Return the two tokens, if they were given."""
         if self.token is not None and self.against is not None:
             return self.token, self.against
         if self.token is None and self.against is None:
@@ -92,7 +92,7 @@ def steer(
 
 
 def _latent_and_value(flag: str, text: str) -> tuple[int, float]:
-    """The two sides of "7=8.0"."""
+    """Return the two sides of "7=8.0"."""
     latent, _, value = text.partition("=")
     try:
         return int(latent), float(value)

@@ -75,7 +75,7 @@ class OfModel:
     trust_remote_code: Flag = False
 
     def model_of(self, *dictionaries: "Dictionary") -> "LanguageModel":
-        """The model that was asked for, or the one of the dictionaries, with its weights processed as they were."""
+        """Return the model that was asked for, or the one of the dictionaries, with its weights processed as they were."""
         from saelens_lite.model import model_of
 
         return model_of(
@@ -87,7 +87,7 @@ class OfModel:
         )
 
     def load(self, path: Path) -> "tuple[Dictionary, LanguageModel]":
-        """A dictionary and its model, on one device."""
+        """Return a dictionary and its model, on one device."""
         import saelens_lite as sl
 
         dictionary = sl.Dictionary.load(path)
@@ -100,5 +100,5 @@ THE_MODEL = OfModel()
 
 
 def given(**flags: Any) -> dict[str, Any]:
-    """The flags that have a value."""
+    """Return the flags that have a value."""
     return {name: value for name, value in flags.items() if value is not None}

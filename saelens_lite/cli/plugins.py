@@ -83,7 +83,7 @@ def _check_table(report: "PluginReport") -> "Table":
 
 
 def _facts(finding: "Finding") -> dict[str, str]:
-    """A finding as flat JSON."""
+    """Return a finding as flat JSON."""
     p = finding.plugin
     origin = {"name": p.name, "kind": p.kind, "distribution": p.distribution, "version": p.version, "target": p.target}
     return origin | {"paper": finding.paper, "summary": finding.summary, "status": finding.status, "why": finding.why}

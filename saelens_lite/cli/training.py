@@ -160,7 +160,7 @@ def _source(
     buffer_tokens: int,
     loading: dict[str, Any],
 ) -> Any:
-    """The activations to train on: a cache, or a stream of a model that is loaded so."""
+    """Return the activations to train on: a cache, or a stream of a model that is loaded so."""
     import saelens_lite as sl
     from saelens_lite.tokens import named_text
 

@@ -52,7 +52,7 @@ class Support:
         return torch.repeat_interleave(rows, self.crow.diff(), output_size=len(self.latent))
 
     def where(self, keep: Bool[Tensor, " nnz"]) -> "Support":
-        """The pairs at which `keep` is true."""
+        """Return the pairs at which `keep` is true."""
         return Support(F.pad(keep.long().cumsum(0), (1, 0))[self.crow], self.latent[keep])
 
     def flat(self, d_sae: int) -> Int[Tensor, " nnz"]:
@@ -115,17 +115,17 @@ class DensePairs:
         self.flat = support.row * len(self.used) + column
 
     def matrix(self, value: Float[Tensor, " nnz"]) -> Float[Tensor, "batch n_used"]:
-        """The values at their pairs, zeros elsewhere; without gradient."""
+        """Return the values at their pairs, zeros elsewhere; without gradient."""
         zeros = value.new_zeros(self.n_rows * len(self.used))
         return rearrange(zeros.index_copy_(0, self.flat, value), "(batch used) -> batch used", batch=self.n_rows)
 
     def rows_of(self, weight: Float[Tensor, "d_sae d"]) -> Float[Tensor, "n_used d"]:
-        """The rows of a weight that belong to latents that are used."""
+        """Return the rows of a weight that belong to latents that are used."""
         return weight if len(self.used) == len(weight) else weight.index_select(0, self.used)
 
 
 def support_of_mask(mask: Bool[Tensor, "batch d_sae"]) -> Support:
-    """The pairs at which `mask` is true, latents ascending within a row."""
+    """Return the pairs at which `mask` is true, latents ascending within a row."""
     if mask.device.type == "cpu":  # numpy finds them several times faster
         flat = torch.from_numpy(np.flatnonzero(mask.contiguous().numpy()))
         row = flat // max(1, mask.shape[1])
@@ -138,13 +138,13 @@ def support_of_mask(mask: Bool[Tensor, "batch d_sae"]) -> Support:
 
 
 def support_of_indices(latent: Int[Tensor, "batch k"]) -> Support:
-    """The pairs of a table with the same number of latents in each row."""
+    """Return the pairs of a table with the same number of latents in each row."""
     n, k = latent.shape
     return Support(torch.arange(0, n * k + 1, k, device=latent.device) if k else latent.new_zeros(n + 1), latent.flatten())
 
 
 def largest(pre: Float[Tensor, "batch d_sae"], k: int) -> Int[Tensor, "batch k"]:
-    """The latents of the k largest pre-activations of each row, in no particular order."""
+    """Return the latents of the k largest pre-activations of each row, in no particular order."""
     if kernels := gpu.kernels(pre):
         return kernels.topk(pre, k)
     n_groups = GROUPS if pre.device.type == "cpu" and pre.shape[1] % GROUPS == 0 else 0
@@ -165,7 +165,7 @@ def argmax(x: Float[Tensor, "*shape n"]) -> Int[Tensor, "*shape"]:
 
 
 def concatenated(supports: Sequence[Support]) -> Support:
-    """The rows of several supports, one after the other."""
+    """Return the rows of several supports, one after the other."""
     counts = torch.cat([support.crow.diff() for support in supports])
     return Support(_pointers(counts), torch.cat([support.latent for support in supports]))
 
@@ -208,12 +208,12 @@ class SparseCodes(NamedTuple):
     def of(
         cls, support: Support, value: Float[Tensor, " nnz"], d_sae: int, shape: tuple[int, ...] | None = None
     ) -> "SparseCodes":
-        """Codes with `value` at `support`."""
+        """Return codes with `value` at `support`."""
         return cls(support, value, d_sae, (support.n_rows,) if shape is None else shape)
 
     @classmethod
     def from_dense(cls, acts: Float[Tensor, "*shape d_sae"]) -> "SparseCodes":
-        """Codes of the non-zero entries of `acts`; differentiable in them."""
+        """Return codes of the non-zero entries of `acts`; differentiable in them."""
         flat = acts.reshape(-1, acts.shape[-1])
         support = support_of_mask(flat != 0)
         value = picked(flat.flatten(), support.flat(acts.shape[-1]))
@@ -251,7 +251,7 @@ class SparseCodes(NamedTuple):
         return fires[self.crow].diff().reshape(self.shape)
 
     def to_dense(self) -> Float[Tensor, "*shape d_sae"]:
-        """The same codes as a dense tensor; differentiable."""
+        """Return the same codes as a dense tensor; differentiable."""
         flat = self.value.new_zeros(self.n_rows * self.d_sae)
         return flat.index_put((self.support.flat(self.d_sae),), self.value).reshape(*self.shape, self.d_sae)
 
@@ -267,16 +267,16 @@ class SparseCodes(NamedTuple):
         return bags.reshape(*self.shape, W_dec.shape[1])
 
     def without_zeros(self) -> "SparseCodes":
-        """The same codes with stored zeros dropped."""
+        """Return the same codes with stored zeros dropped."""
         keep = self.fires
         return self if bool(keep.all()) else self.where(keep)
 
     def where(self, keep: Bool[Tensor, " nnz"]) -> "SparseCodes":
-        """The entries at which `keep` is true; differentiable."""
+        """Return the entries at which `keep` is true; differentiable."""
         return self._replace(support=self.support.where(keep), value=picked(self.value, keep.nonzero().squeeze(1)))
 
     def rows(self, start: int, stop: int) -> "SparseCodes":
-        """The codes of rows start … stop − 1, as a flat batch."""
+        """Return the codes of rows start … stop − 1, as a flat batch."""
         crow = self.crow[start : stop + 1]
         piece = slice(int(crow[0]), int(crow[-1]))
         support = Support(crow - crow[0], self.latent[piece])
@@ -290,5 +290,5 @@ class SparseCodes(NamedTuple):
         return self._replace(support=Support(self.crow.to(value.device), self.latent.to(value.device)), value=value)
 
     def detach(self) -> "SparseCodes":
-        """The same codes without gradient."""
+        """Return the same codes without gradient."""
         return self._replace(value=self.value.detach())

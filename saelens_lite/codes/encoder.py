@@ -49,7 +49,7 @@ class Encoder:
     def tiles(
         self, latents: Int[Tensor, " n"] | None = None, whole: bool = False, halves: bool | None = None
     ) -> Iterator[Float[Tensor, "rows n"]]:
-        """Pre-activations of all latents or some, without gradient, a tile of rows after the other.
+        """Yield pre-activations of all latents or some, without gradient, a tile of rows after the other.
 
         A tile is good until the next one is asked for, and not to be written to. whole: one tile, whatever its size.
         """
@@ -70,7 +70,7 @@ class Encoder:
             self._pre = buffer
 
     def _buffer_of(self, n_rows: int, width: int) -> Float[Tensor, "n_rows width"]:
-        """Memory for a tile: a spare one of an earlier encoder if it fits, else new."""
+        """Return memory for a tile: a spare one of an earlier encoder if it fits, else new."""
         if _spare and _spare[-1].shape[1] == width and len(_spare[-1]) >= n_rows and _spare[-1].dtype == self.centred.dtype:
             self._buffer = _spare.pop()
         elif width == self.d_sae:
@@ -84,7 +84,7 @@ class Encoder:
             _spare.append(self._buffer)
 
     def choose(self, rule_support: Callable[[Tensor], Support], whole: bool = False) -> Support:
-        """The support a rule chooses, tile by tile; what it was chosen from is remembered there."""
+        """Return the support a rule chooses, tile by tile; what it was chosen from is remembered there."""
         supports, values = [], []
         with torch.no_grad():
             for pre in self.tiles(whole=whole):
@@ -96,7 +96,7 @@ class Encoder:
         return support
 
     def at(self, support: Support) -> Float[Tensor, " nnz"]:
-        """Pre-activations at chosen pairs; differentiable."""
+        """Return pre-activations at chosen pairs; differentiable."""
         known_support, known = self._known
         if known is None or support is not known_support:  # asked twice, a support costs one backward pass
             known = self._attach(support, self._values(support))
@@ -104,7 +104,7 @@ class Encoder:
         return known
 
     def dense(self) -> Float[Tensor, "batch d_sae"]:
-        """All pre-activations; differentiable, with gradients that are cheap where few are not zero."""
+        """Return all pre-activations; differentiable, with gradients that are cheap where few are not zero."""
         (pre,) = self.tiles(whole=True, halves=False)
         return PreDense.apply(self.W_enc, self.b_enc, self.input_bias, self.x, pre, self.centred)
 
@@ -113,7 +113,7 @@ class Encoder:
 
     @torch.no_grad()
     def _values(self, support: Support) -> Float[Tensor, " nnz"]:
-        """Pre-activations at chosen pairs, without gradient."""
+        """Return pre-activations at chosen pairs, without gradient."""
         if self._pre is not None and not self.halves:
             return self._pre.flatten().index_select(0, support.flat(self.d_sae))
         value = pair_products(support, self.centred, self.W_enc.T)
@@ -135,7 +135,7 @@ def buffers_reused() -> Iterator[None]:
 
 
 def tile_rows(width: int, element_size: int = 4) -> int:
-    """Rows of a tile so that it stays within TILE_BYTES; at least one."""
+    """Return rows of a tile so that it stays within TILE_BYTES; at least one."""
     return max(1, TILE_BYTES // max(1, width * element_size))
 
 

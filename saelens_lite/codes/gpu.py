@@ -18,7 +18,7 @@ def _triton_is_installed() -> bool:
 
 
 def available(tensor: Tensor) -> bool:
-    """Whether `saelens_lite.codes.triton_kernels` can be imported and run on a tensor of this device and dtype.
+    """Return whether `saelens_lite.codes.triton_kernels` can be imported and run on a tensor of this device and dtype.
 
     TRITON_INTERPRET=1 lets the kernels run on a CPU too, slowly, which is for tests.
     """
@@ -30,7 +30,7 @@ def available(tensor: Tensor) -> bool:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether products of bfloat16 numbers are fast there."""
+    """Return whether products of bfloat16 numbers are fast there."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= OLDEST
 
 

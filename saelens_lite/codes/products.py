@@ -35,7 +35,7 @@ with warnings.catch_warnings():  # torch says once in a process that its compres
 
 
 def is_dense(support: Support) -> bool:
-    """Whether dense products over the latents that fire anywhere are faster for a support."""
+    """Return whether dense products over the latents that fire anywhere are faster for a support."""
     n_pairs = len(support.latent)
     return n_pairs > 0 and n_pairs > DENSE_ABOVE * support.n_rows * len(support.used)
 
@@ -102,7 +102,7 @@ def latent_sums(support: Support, value: Float[Tensor, " nnz"], d_sae: int) -> F
 
 
 def _sorted_sums(support: Support, value: Float[Tensor, " nnz"], d_sae: int) -> Float[Tensor, " d_sae"]:
-    """The same by segments of the pairs sorted by latent."""
+    """Return the same by segments of the pairs sorted by latent."""
     return transposed_product(support, value, value.new_ones(support.n_rows, 1), d_sae)[:, 0]
 
 
@@ -173,7 +173,7 @@ class Decode(torch.autograd.Function):
 
 
 def _encoder_gradients(ctx, support: Support, g: Float[Tensor, " nnz"]) -> tuple[Tensor | None, ...]:
-    """Gradients of (W_enc, b_enc, input bias, x), from gradients g at the pre-activations of a support."""
+    """Return gradients of (W_enc, b_enc, input bias, x), from gradients g at the pre-activations of a support."""
     W_enc, centred = ctx.saved_tensors
     d_sae = W_enc.shape[1]
     db_enc = latent_sums(support, g, d_sae)

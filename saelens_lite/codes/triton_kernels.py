@@ -122,7 +122,7 @@ def _dot_rows(
 
 
 def topk(pre: Float[Tensor, "rows d_sae"], k: int) -> Int[Tensor, "rows k"]:
-    """The latents of the k largest of each row, ascending; of equal ones the first, NaN before infinity.
+    """Return the latents of the k largest of each row, ascending; of equal ones the first, NaN before infinity.
 
     A row is read once: each piece of it gives its k largest, and those of all pieces make the next, shorter row.
 
@@ -210,12 +210,12 @@ def _segment_sums(
 
 
 def _block(d: int) -> int:
-    """Columns of a row that a program works on at once."""
+    """Return columns of a row that a program works on at once."""
     return min(max(triton.next_power_of_2(d), 16), 256)
 
 
 def _with_whole_rows(matrix: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """The same matrix with contiguous rows, copied only where they are not: reading them apart would cost more."""
+    """Return the same matrix with contiguous rows, copied only where they are not: reading them apart would cost more."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 

@@ -44,7 +44,7 @@ def write_card(
     license: str | None = None,
     tags: Sequence[str] = (),
 ) -> Path:
-    """The README.md of a dictionary folder, written with eval.json and figures beside it.
+    """Return the README.md of a dictionary folder, written with eval.json and figures beside it.
 
     `text` names what the dictionary was evaluated on, in place of what the report says. Figures need matplotlib.
     """
@@ -68,7 +68,7 @@ def card_files(
     license: str | None = None,
     tags: Sequence[str] = (),
 ) -> dict[str, bytes]:
-    """The card of a dictionary folder and its figures, by name; the report is that in the folder unless given."""
+    """Return the card of a dictionary folder and its figures, by name; the report is that in the folder unless given."""
     report = report or stored_report(folder)
     density = dictionary.density if report is None or report.density is None else report.density
     log = folder.resolve().parent / "log.jsonl"  # where the dictionary is that of a run
@@ -120,14 +120,14 @@ def metadata(
 
 
 def metric_values(evaluation: dict[str, Any]) -> dict[str, float]:
-    """The metrics of an eval.json that are numbers."""
+    """Return the metrics of an eval.json that are numbers."""
     metrics = evaluation.get("metrics")
     values = {name: m.get("value") for name, m in metrics.items() if isinstance(m, dict)} if isinstance(metrics, dict) else {}
     return {name: value for name, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
 
 
 def evaluation_results(name: str, evaluation: dict[str, Any]) -> list[EvalResult]:
-    """The metrics of an eval.json, for the model-index; `name` tells those of one dictionary from those of another.
+    """Return the metrics of an eval.json, for the model-index; `name` tells those of one dictionary from those of another.
 
     huggingface_hub merges results of one type of dataset, whatever its name, so that the type has to be the name.
     """
@@ -147,7 +147,7 @@ def evaluation_results(name: str, evaluation: dict[str, Any]) -> list[EvalResult
 
 
 def stored_report(folder: Path) -> EvalReport | None:
-    """The evaluation in a dictionary folder, if there is one.
+    """Return the evaluation in a dictionary folder, if there is one.
 
     Raises:
         CorruptFileError: eval.json is there, but cannot be read.
@@ -156,7 +156,7 @@ def stored_report(folder: Path) -> EvalReport | None:
 
 
 def evaluation_text(report: EvalReport | None) -> str:
-    """The metrics of a report as Markdown, with intervals and what they were measured on."""
+    """Return the metrics of a report as Markdown, with intervals and what they were measured on."""
     if report is None:
         return "## Evaluation\nNone yet."
     notes = [f"It was not trained on this text: {one_line(report.disjoint_why)}."] if report.disjoint else []
@@ -181,7 +181,7 @@ def load_text(folder: Path, dictionary: Dictionary, address: Address | None = No
 
 
 def loads_in_sae_lens(folder: Path) -> bool:
-    """Whether SAELens knows the architecture of a dictionary folder."""
+    """Return whether SAELens knows the architecture of a dictionary folder."""
     return _architecture(folder) in SAE_LENS_ARCHITECTURES
 
 
@@ -190,7 +190,7 @@ def _architecture(folder: Path) -> str:
 
 
 def _load_model_call(origin: Origin) -> str | None:
-    """The line of code that loads the model a dictionary belongs to; None where nobody else could load it by that name."""
+    """Return the line of code that loads the model a dictionary belongs to; None where nobody else could load it by that name."""
     if not origin.model or not (origin.model == "tiny" or _is_hub_model(origin.model)):
         return None
     options = {"revision": _literal(origin.revision)} if origin.revision else {}
@@ -201,17 +201,17 @@ def _load_model_call(origin: Origin) -> str | None:
 
 
 def _literal(text: str) -> str:
-    """A string as Python code, in which nothing of it is code and all of it can be seen."""
+    """Return a string as Python code, in which nothing of it is code and all of it can be seen."""
     return json.dumps(text) if text.isascii() and text.isprintable() else repr(text)
 
 
 def _target(dictionary: Dictionary) -> str | None:
-    """The hooks that are predicted, in words; None where they are those that are read."""
+    """Return the hooks that are predicted, in words; None where they are those that are read."""
     return None if dictionary.writes_what_it_reads else names(dictionary.writes)
 
 
 def section(name: str, text: str) -> str:
-    """A part of a card that is written anew when the dictionary is pushed, between marks that Markdown does not show."""
+    """Return a part of a card that is written anew when the dictionary is pushed, between marks that Markdown does not show."""
     return f"<!-- saelens_lite: {name} -->\n{text.strip()}\n<!-- /saelens_lite: {name} -->"
 
 
@@ -221,7 +221,7 @@ def find_section(card: str, name: str) -> re.Match[str] | None:
 
 
 def with_section(card: str, name: str, text: str) -> str:
-    """A card with the section of that name replaced; a card without it as it is."""
+    """Return a card with the section of that name replaced; a card without it as it is."""
     found = find_section(card, name)
     return card if found is None else card[: found.start()] + section(name, text) + card[found.end() :]
 
@@ -263,7 +263,9 @@ def _title(dictionary: Dictionary) -> str:
 
 
 def _template(name: str) -> Any:
-    """A template of this package; what comes from users goes through its filters, so that it breaks no table and no line."""
+    """Return a template of this package; what comes from users goes through its filters, so that it breaks no table and no
+    line.
+    """
     environment = Environment(loader=PackageLoader("saelens_lite", "hub"), autoescape=False, undefined=StrictUndefined)
     environment.filters.update(cell=cell, line=one_line, code=code)
     return environment.get_template(name)
@@ -274,11 +276,11 @@ def _unique(values: Iterable[str]) -> list[str]:
 
 
 def _is_hub_model(model: str) -> bool:
-    """Whether a model's name can be an id on the Hub, rather than the embedded model or a folder here."""
+    """Return whether a model's name can be an id on the Hub, rather than the embedded model or a folder here."""
     return bool(re.fullmatch(rf"{NAME}(/{NAME})?", model)) and model not in ("tiny", "random") and not Path(model).exists()
 
 
 def _dataset(text: str | None) -> str | None:
-    """The Hub's id of the dataset that a text named hf:org/name:config:split comes from."""
+    """Return the Hub's id of the dataset that a text named hf:org/name:config:split comes from."""
     found = re.match(rf"hf:({NAME}(?:/{NAME})?)", text or "")
     return found[1] if found else None

@@ -52,7 +52,7 @@ class Address(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Address":
-        """The address hf://user/repo/folder@revision, or hf://user/repo@revision/folder as huggingface_hub writes it.
+        """Return the address hf://user/repo/folder@revision, or hf://user/repo@revision/folder as huggingface_hub writes it.
 
         Raises:
             ConfigError: it is not of this form.
@@ -64,7 +64,7 @@ class Address(NamedTuple):
 
     @classmethod
     def of(cls, repo: str, folder: str | None = None, revision: str | None = None) -> "Address":
-        """An address whose parts are well formed.
+        """Return an address whose parts are well formed.
 
         Raises:
             ConfigError: they are not.
@@ -82,7 +82,7 @@ class Address(NamedTuple):
 
 
 def check_folder(folder: str) -> str:
-    """The name of a folder in a repository, without slashes around it; ConfigError unless it is a plain relative path."""
+    """Return the name of a folder in a repository, without slashes around it; ConfigError unless it is a plain relative path."""
     folder = folder.strip("/")
     if not re.fullmatch(rf"{NAME}(/{NAME})*", folder):
         raise ConfigError(f"{folder!r} cannot be a folder of a repository: use letters, digits and . _ - between slashes")
@@ -90,7 +90,9 @@ def check_folder(folder: str) -> str:
 
 
 def client(guard: Guard) -> HfApi:
-    """A client that asks the Hub in bounds, with the endpoint, cache and token of huggingface_hub's environment variables."""
+    """Return a client that asks the Hub in bounds, with the endpoint, cache and token of huggingface_hub's environment
+    variables.
+    """
     return guarded_client(guard)
 
 
@@ -122,7 +124,7 @@ def typed_errors(repo: str) -> Iterator[None]:
 
 
 def _typed(error: Exception, repo: str) -> SaelensLiteError:
-    """The error of ours that says the same."""
+    """Return the error of ours that says the same."""
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):  # an upload wraps what went wrong
         error = error.__cause__
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
@@ -164,7 +166,7 @@ def _from_status(error: HfHubHTTPError, repo: str, said: str) -> HubError:
 
 
 def _in_short(error: Exception) -> str:
-    """The message of an error on one line, never with the token in it."""
+    """Return the message of an error on one line, never with the token in it."""
     text = " ".join(str(error).split()) or type(error).__name__
     text = "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text[:10_000])
     text = re.sub(r"Bearer [^'\"]*", "Bearer …", text)  # as it stands in a header that cannot be sent

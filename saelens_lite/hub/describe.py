@@ -19,7 +19,7 @@ MAX_HEADER_BYTES = 8 << 20
 
 
 def describe(address: Address | str) -> dict[str, Any]:
-    """Its settings, metrics, address with commit, and for each file bytes, SHA-256 and the shapes of the tensors in it.
+    """Return its settings, metrics, address with commit, and for each file bytes, SHA-256 and the shapes of the tensors in it.
 
     Raises:
         ConfigError, HubError: as `pull`.
@@ -44,7 +44,7 @@ def describe(address: Address | str) -> dict[str, Any]:
 
 
 def _file_facts(address: Address, file: RepoFile) -> dict[str, Any]:
-    """Bytes, SHA-256 where the Hub knows it, and shapes, of which only the header of the file is read."""
+    """Return bytes, SHA-256 where the Hub knows it, and shapes, of which only the header of the file is read."""
     facts: dict[str, Any] = {"bytes": file.size}
     if file.sha256 is not None:
         facts["sha256"] = file.sha256

@@ -46,7 +46,7 @@ def pull(
     max_bytes: int = MAX_BYTES,
     format: str | None = None,
 ) -> Dictionary:
-    """The dictionary in a folder of a Hub repository; `source` of it is its address with the commit it was read from.
+    """Return the dictionary in a folder of a Hub repository; `source` of it is its address with the commit it was read from.
 
     `folder` may be left out where the repository holds one dictionary. `revision` is a branch, a tag or a commit. What was
     fetched once is read from huggingface_hub's cache, also without a network. `format` names the format plugin to read it with,
@@ -64,7 +64,7 @@ def pull(
 
 
 def fetch(address: Address | str, *, max_bytes: int = MAX_BYTES) -> Fetched:
-    """A dictionary's folder in the local cache, with the files of one commit.
+    """Return a dictionary's folder in the local cache, with the files of one commit.
 
     Raises:
         ConfigError, HubError: as `pull`.
@@ -79,7 +79,7 @@ def fetch(address: Address | str, *, max_bytes: int = MAX_BYTES) -> Fetched:
 
 
 def copy_to(fetched: Fetched, out: Path, exists: Literal["error", "overwrite"] = "error") -> Path:
-    """A folder of one's own with the files of a fetched dictionary; it appears whole or not at all.
+    """Return a folder of one's own with the files of a fetched dictionary; it appears whole or not at all.
 
     Raises:
         OutputExistsError: `out` holds something and `exists` is "error".
@@ -182,7 +182,7 @@ def _from_cache(address: Address, why: HubUnreachableError) -> Fetched:
 
 
 def listing(address: Address) -> tuple[str, dict[str, RepoFile]]:
-    """The commit a revision stands for, and the files in it by their paths."""
+    """Return the commit a revision stands for, and the files in it by their paths."""
     try:
         found = list_files(address.repo, address.revision)
         return found.commit, found.files
@@ -198,7 +198,7 @@ def _no_such_revision(address: Address) -> HubNotFoundError:
 
 
 def dictionary_folders(files: Iterable[str]) -> list[str]:
-    """The folders that look like dictionaries: settings and weights side by side, or weights that need no settings."""
+    """Return the folders that look like dictionaries: settings and weights side by side, or weights that need no settings."""
     suffixes: dict[str, set[str]] = {}
     for path in map(PurePosixPath, files):
         found = suffixes.setdefault("" if str(path.parent) == "." else str(path.parent), set())
@@ -212,7 +212,7 @@ def dictionary_folders(files: Iterable[str]) -> list[str]:
 
 
 def choose_folder(address: Address, files: Iterable[str]) -> str:
-    """The folder asked for, or the only one that holds a dictionary."""
+    """Return the folder asked for, or the only one that holds a dictionary."""
     known = dictionary_folders(files)
     listed = "; it has " + (", ".join(name or "(its root)" for name in known[:20]) or "none")
     listed += f" and {len(known) - 20} more" if len(known) > 20 else ""
@@ -227,7 +227,7 @@ def choose_folder(address: Address, files: Iterable[str]) -> str:
 
 
 def dictionary_files(files: dict[str, int], folder: str) -> dict[str, int]:
-    """The files of the folder itself that a dictionary is read from, and the card."""
+    """Return the files of the folder itself that a dictionary is read from, and the card."""
     own = {path: size for path, size in files.items() if path.rpartition("/")[0] == folder}
     kind = next((suffix for suffix in WEIGHTS if any(path.endswith(suffix) for path in own)), WEIGHTS[0])
     return {path: size for path, size in sorted(own.items()) if path.endswith((*SETTINGS, kind))}

@@ -92,7 +92,7 @@ class Guard:
         response.stream = _Counted(response.stream, self, self._limit(response))
 
     def _limit(self, response: Any) -> int:
-        """Bytes that an answer may have: what is left of a file whose beginning is there already."""
+        """Return the bytes that an answer may have: what is left of a file whose beginning is there already."""
         if response.status_code >= 400:
             return MAX_ERROR_BYTES
         start = re.match(r"bytes=(\d{1,18})-", response.request.headers.get("Range", ""))

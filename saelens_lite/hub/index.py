@@ -45,7 +45,7 @@ class Row(NamedTuple):
 
     @classmethod
     def of(cls, name: str, d: Dictionary, evaluation: dict[str, Any]) -> "Row":
-        """The line of a dictionary."""
+        """Return the line of a dictionary."""
         values = metric_values(evaluation)
         hook = d.place if d.reads[0].hook else ""
         numbers = [f"{values[key]:.4g}" if key in values else "" for key in ("l0", "fvu", "ce_loss_score")]
@@ -53,7 +53,7 @@ class Row(NamedTuple):
 
     @classmethod
     def parse(cls, line: str) -> "Row | None":
-        """The line that `str` wrote; None for any other."""
+        """Return the line that `str` wrote; None for any other."""
         cells = [part.strip() for part in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
         link = re.fullmatch(r"\[(.+)\]\(\S+\)", cells[0]) if len(cells) == len(COLUMNS) else None
         return cls(link[1], *cells[1:]) if link else None
@@ -88,7 +88,7 @@ class Entry(NamedTuple):
 def index_files(
     card: str | None, repo: str, entries: Sequence[Entry], *, license: str | None, tags: Sequence[str]
 ) -> dict[str, bytes]:
-    """The files at the root of the repository; `card` is what its README.md holds now.
+    """Return the files at the root of the repository; `card` is what its README.md holds now.
 
     Raises:
         HubError: the metadata of `card` cannot be read, so that it would be lost.
@@ -107,14 +107,14 @@ def index_files(
 
 
 def _section_text(load: str, rows: Sequence[Row], *, with_frontier: bool) -> str:
-    """The table, the frontier, and how to load one of the dictionaries."""
+    """Return the table, the frontier, and how to load one of the dictionaries."""
     header = ["| " + " | ".join(COLUMNS) + " |", "| --- | --- | --- " + "| ---: " * 4 + "|"]
     figure = [f"![FVU over L0]({FRONTIER_FILE})", ""] if with_frontier else []
     return "\n".join(["## Dictionaries", *header, *map(str, rows), "", *figure, load])
 
 
 def _page(card: str | None, repo: str) -> ModelCard:
-    """The card as huggingface_hub sees it; a new one where there is none."""
+    """Return the card as huggingface_hub sees it; a new one where there is none."""
     _check_metadata(card or "", repo)
     body = card or f"# {repo.partition('/')[2]}\n\nSparse dictionaries of activations, trained with saelens_lite.\n"
     try:

@@ -126,7 +126,7 @@ def revisions(repo: str) -> list[str]:
 
 
 def _answer(guard: Guard, path: str, *, retry: bool) -> Any:
-    """The answer to a question, of bounded size; one that fails is asked again where that was agreed to."""
+    """Return the answer to a question, of bounded size; one that fails is asked again where that was agreed to."""
     hub = guarded_client(guard)
     url = f"{hub.endpoint}/{path}"
     headers = build_hf_headers(library_name="saelens_lite", headers={TAG: guard.key})
@@ -172,7 +172,7 @@ def _add(repo: str, files: dict[str, RepoFile], entry: _File) -> bool:
 
 
 def _next_page(repo: str, url: str, answer: Any) -> str | None:
-    """The address of the next page of a listing, which is the same but for its cursor; None behind the last."""
+    """Return the address of the next page of a listing, which is the same but for its cursor; None behind the last."""
     link = answer.links.get("next", {}).get("url")
     if link is None:
         return None

@@ -21,7 +21,7 @@ CURVES = {"FVU": ("fvu", "val_fvu"), "L0": ("l0", "val_l0")}
 
 
 def density_plot(density: Float[Tensor, " d_sae"] | None) -> bytes | None:
-    """A histogram of how often latents fire, log10; None without densities or matplotlib."""
+    """Return a histogram of how often latents fire, log10; None without densities or matplotlib."""
     if density is None or not (density > 0).any():
         return None
     alive = density[density > 0].double().log10().tolist()
@@ -76,7 +76,7 @@ def frontier_plot(points: Sequence[tuple[str, str, float, float]]) -> bytes | No
 
 
 def _plain(text: str) -> str:
-    """Text in which matplotlib finds no formula."""
+    """Return text in which matplotlib finds no formula."""
     return text.replace("$", r"\$")
 
 
@@ -98,7 +98,7 @@ def _png(draw: Callable[..., None], panels: int = 1) -> bytes | None:
 
 
 def _log_lines(log: Path) -> list[dict[str, Any]]:
-    """The objects in a JSON-lines file; lines that are none are left out, as a run may still be writing the last one."""
+    """Return the objects in a JSON-lines file; lines that are none are left out, as a run may still be writing the last one."""
     if not log.is_file() or log.stat().st_size > MAX_LOG_BYTES:
         return []
     found = []
@@ -113,6 +113,6 @@ def _log_lines(log: Path) -> list[dict[str, Any]]:
 
 
 def _drawable(line: dict[str, Any], name: str) -> bool:
-    """Whether a line of the log has a point of the curve that a logarithmic axis can show."""
+    """Return whether a line of the log has a point of the curve that a logarithmic axis can show."""
     numbers = [line.get(key) for key in ("tokens", name)]
     return all(isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < float("inf") for x in numbers)

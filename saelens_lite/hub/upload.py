@@ -136,7 +136,7 @@ def push(
 
 
 def _named(dictionaries: Source | Mapping[str, Source]) -> dict[str, Source]:
-    """The dictionaries by their folder in the repository."""
+    """Return the dictionaries by their folder in the repository."""
     if isinstance(dictionaries, Mapping):
         named = {check_folder(name): source for name, source in dictionaries.items()}
         if len(named) < len(dictionaries):
@@ -151,7 +151,7 @@ def _named(dictionaries: Source | Mapping[str, Source]) -> dict[str, Source]:
 
 
 def _named_folders(folder: Path) -> dict[str, Source]:
-    """The dictionary in a folder, named after its hook, or those of a run, named after their own folders."""
+    """Return the dictionary in a folder, named after its hook, or those of a run, named after their own folders."""
     for one in (folder, folder / "dictionary"):
         if (one / CONFIG_FILE).is_file():
             return {_hook_name(Dictionary.load(one)): one}
@@ -176,7 +176,7 @@ def _message(names: Sequence[str]) -> str:
 def _prepare(
     named: dict[str, Source], repo: str, scratch: Path, *, license: str | None, tags: Sequence[str]
 ) -> tuple[list[Entry], dict[str, Path | bytes]]:
-    """The dictionaries, read and therefore whole, and what their folders in the repository will hold."""
+    """Return the dictionaries, read and therefore whole, and what their folders in the repository will hold."""
     entries, files = [], {}
     for i, (name, source) in enumerate(named.items()):
         folder = source.save(scratch / str(i)) if isinstance(source, Dictionary) else _dictionary_folder(source)
@@ -194,7 +194,7 @@ def _prepare(
 def _published_files(
     folder: Path, dictionary: Dictionary, *, license: str | None, tags: Sequence[str]
 ) -> tuple[str, dict[str, Path | bytes]]:
-    """The card in a dictionary folder and what else of it is published; where there is no card, a new one with figures."""
+    """Return the card in a dictionary folder and what else of it is published; where there is no card, a new one with figures."""
     own: dict[str, Path | bytes] = {path.name: path for path in sorted(folder.iterdir()) if _is_published(path)}
     if own.pop(CARD_FILE, None):
         return _read_card(folder / CARD_FILE), own
@@ -210,13 +210,13 @@ def _read_card(path: Path) -> str:
 
 
 def _dictionary_folder(source: str | Path) -> Path:
-    """The folder itself, or the dictionary in the folder of a run."""
+    """Return the folder itself, or the dictionary in the folder of a run."""
     folder, _ = local_folder(source)
     return folder / "dictionary" if (folder / "dictionary" / CONFIG_FILE).is_file() else folder
 
 
 def _is_published(path: Path) -> bool:
-    """Whether a file belongs to a dictionary; whatever else lies in its folder is nobody's business."""
+    """Return whether a file belongs to a dictionary; whatever else lies in its folder is nobody's business."""
     return path.is_file() and not path.name.startswith(".") and (path.name in OWN_NAMES or path.suffix in OWN_SUFFIXES)
 
 
@@ -231,7 +231,7 @@ def _remote(repo: str, revision: str | None) -> _Remote:
 
 
 def _writer(repo: str) -> HfApi:
-    """A client for uploads, which take their time."""
+    """Return a client for uploads, which take their time."""
     return client(Guard(repo, hurry=False))
 
 
@@ -242,7 +242,7 @@ def _create(repo: str, private: bool) -> None:
 
 
 def _remote_card(repo: str, remote: _Remote) -> str | None:
-    """The card of the repository as it is."""
+    """Return the card of the repository as it is."""
     if CARD_FILE not in remote.files:
         return None
     if remote.files[CARD_FILE].size > MAX_JSON_BYTES:
@@ -267,7 +267,7 @@ def _compare(files: Mapping[str, Path | bytes], remote: _Remote, folders: Sequen
 
 
 def _is_same(content: Path | bytes, sha256: str, there: RepoFile) -> bool:
-    """Whether the Hub has these bytes; it knows large files by sha256, small ones by git's hash."""
+    """Return whether the Hub has these bytes; it knows large files by sha256, small ones by git's hash."""
     if there.sha256 is not None:
         return there.sha256 == sha256
     return there.blob_id == _digest(content, "sha1", prefix=f"blob {there.size}\0".encode())
@@ -278,7 +278,7 @@ def _size(content: Path | bytes) -> int:
 
 
 def _digest(content: Path | bytes, algorithm: str, prefix: bytes = b"") -> str:
-    """A hash of the content, in hexadecimal."""
+    """Return a hash of the content, in hexadecimal."""
     hashed = hashlib.new(algorithm, prefix)
     if isinstance(content, bytes):
         hashed.update(content)
@@ -297,7 +297,7 @@ def _commit(
     remote: _Remote,
     message: str,
 ) -> str:
-    """The commit that holds what was planned."""
+    """Return the commit that holds what was planned."""
     sent = [CommitOperationAdd(f.path, files[f.path]) for f in planned if f.status in ("new", "changed")]
     operations: list[Any] = sent + [CommitOperationDelete(f.path) for f in planned if f.status == "deleted"]
     if not operations:
@@ -326,7 +326,7 @@ def _arrived(
     before: _Remote,
     error: HubUnreachableError,
 ) -> str:
-    """The commit, where only the answer to it was lost; else the repository is as before, and that is said."""
+    """Return the commit, where only the answer to it was lost; else the repository is as before, and that is said."""
     again = f"{error}. The repository is as it was; push again, what was uploaded is not sent twice"
     try:
         now = _remote(repo, revision)
@@ -350,7 +350,7 @@ def _check_arrived(repo: str, commit: str, planned: Sequence[PushFile], files: M
 
 
 def _missing(planned: Sequence[PushFile], files: Mapping[str, Path | bytes], remote: _Remote) -> list[str]:
-    """The planned files that the Hub does not have as planned."""
+    """Return the planned files that the Hub does not have as planned."""
 
     def arrived(file: PushFile) -> bool:
         there = remote.files.get(file.path)

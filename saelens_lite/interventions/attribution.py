@@ -84,17 +84,17 @@ class Attribution:
         return {(a, b): _agreement(x, y) for i, (a, x) in enumerate(found) for b, y in found[i + 1 :]}
 
     def only(self, keep: Bool[Tensor, " n"]) -> "Attribution":
-        """The entries at which `keep` is true."""
+        """Return the entries at which `keep` is true."""
         entries = {"row": self.row, "position": self.position, "latent": self.latent, "activation": self.activation}
         return replace(self, **{name: x[keep] for name, x in (entries | self.effects).items()})
 
     def strongest(self, n: int = 10) -> Int[Tensor, " k"]:
-        """The entries of the n largest effects of either sign, by ablation if there is one, else by gradient."""
+        """Return the entries of the n largest effects of either sign, by ablation if there is one, else by gradient."""
         effect = next(iter(self.effects.values()))
         return effect.abs().argsort(descending=True, stable=True)[:n]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as plain data."""
+        """Return everything, as plain data."""
         entries = {"row": self.row, "position": self.position, "latent": self.latent, "activation": self.activation}
         return {
             "metric": self.metric,
@@ -110,7 +110,7 @@ class Attribution:
         }
 
     def table(self, n: int = 10) -> Any:
-        """A rich table, which notebooks and `rich.print` show, of the n strongest effects and of how the ways agree."""
+        """Return a rich table, which notebooks and `rich.print` show, of the n strongest effects and of how the ways agree."""
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
         from rich.text import Text
@@ -127,7 +127,7 @@ class Attribution:
         return grid
 
     def _remarks(self) -> list[str]:
-        """The figures of the whole, in words."""
+        """Return the figures of the whole, in words."""
         rest = f"what is not reconstructed {float(self.error.mean()):+.4f} by gradient"
         return [
             f"{self.metric} = {float(self.value.mean()):.4f}; {len(self.latent)} active latents; {rest}",
@@ -148,7 +148,7 @@ def attribute(
     hook: str | None = None,
     batch_tokens: int = 2048,
 ) -> Attribution:
-    """The effect of each latent that fires on a metric of the logits of its row.
+    """Return the effect of each latent that fires on a metric of the logits of its row.
 
     `text`, `attention_mask`: text or token ids, as `LanguageModel.to_tokens` takes them.
     `metric`: "loss" (mean cross-entropy of the next token, nats); a pair of
@@ -219,7 +219,7 @@ class _Row:
 
     @torch.no_grad()
     def ablation(self, batch_tokens: int, advance: Any) -> Float[Tensor, " n"]:
-        """The effect of each entry by a forward pass without it."""
+        """Return the effect of each entry by a forward pass without it."""
         tokens, codes, W_dec = self.reading.tokens, self.codes, self.site.dictionary.W_dec
         effects = [codes.value.new_zeros(0).cpu()]
         for piece in pieces(len(codes.latent), tokens, batch_tokens):
@@ -245,7 +245,7 @@ def _direct_unembedding(site: Site) -> Float[Tensor, "d_vocab d_model"] | None:
 
 
 def _chosen(at: tuple[int, ...] | int | None, counted: Bool[Tensor, " pos"]) -> Bool[Tensor, " pos"]:
-    """The positions whose latents are looked at; ConfigError when one is not in the row."""
+    """Return the positions whose latents are looked at; ConfigError when one is not in the row."""
     if at is None:
         return counted
     n, named = len(counted), [at] if isinstance(at, int) else list(at)
@@ -257,7 +257,7 @@ def _chosen(at: tuple[int, ...] | int | None, counted: Bool[Tensor, " pos"]) -> 
 
 
 def _at_positions(codes: SparseCodes, here: Bool[Tensor, " pos"]) -> SparseCodes:
-    """The codes at some positions."""
+    """Return the codes at some positions."""
     keep = here[codes.row]
     return codes._replace(support=codes.support.where(keep), value=codes.value[keep])
 
@@ -295,6 +295,6 @@ def _correlation(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _ranks(x: np.ndarray) -> np.ndarray:
-    """Ranks from 1 on, equal values sharing the mean of theirs."""
+    """Return ranks from 1 on, equal values sharing the mean of theirs."""
     _, place, count = np.unique(x, return_inverse=True, return_counts=True)
     return (count.cumsum() - (count - 1) / 2)[place]

@@ -48,7 +48,7 @@ class DoseResponse:
     kl: Float[Tensor, "doses latents rows"]
 
     def summary(self) -> list[dict[str, float]]:
-        """A line for each dose: means over rows, their standard error, and mean and standard deviation over controls.
+        """Return a line for each dose: means over rows, their standard error, and mean and standard deviation over controls.
 
         `beaten` is the number of controls whose effect goes less far in the direction of the latent's.
         """
@@ -68,7 +68,7 @@ class DoseResponse:
         return lines
 
     def to_dict(self) -> dict[str, Any]:
-        """The summary and what it is of, as plain data."""
+        """Return the summary and what it is of, as plain data."""
         facts = ("latent", "metric", "hook", "n_tokens", "max_activation")
         return {
             **{key: getattr(self, key) for key in facts},
@@ -79,7 +79,7 @@ class DoseResponse:
         }
 
     def table(self) -> Any:
-        """A rich table, which notebooks and `rich.print` show: a row for each dose."""
+        """Return a rich table, which notebooks and `rich.print` show: a row for each dose."""
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
         from rich.text import Text
@@ -101,7 +101,7 @@ class DoseResponse:
         return grid
 
     def plot(self) -> Any:
-        """A matplotlib figure: effect over dose and over cost, the controls in grey.
+        """Return a matplotlib figure: effect over dose and over cost, the controls in grey.
 
         Raises:
             ConfigError: matplotlib is not installed.
@@ -142,7 +142,7 @@ def dose_response(
     hook: str | None = None,
     batch_tokens: int = 2048,
 ) -> DoseResponse:
-    """The effect of each dose of a latent on a metric, and its cost, beside those of random live latents.
+    """Return the effect of each dose of a latent on a metric, and its cost, beside those of random live latents.
 
     `metric`: "promoted" is the log-probability, nats, that the next token is one of the 10 whose logits the latent's direction
     raises most, mean over the positions that count; or one that `attribute` takes. `position`: where it is taken.
@@ -193,7 +193,7 @@ def dose_response(
 def _respond(
     site: Site, reading: Reading, added: Float[Tensor, "n d_out"], measure: Metric, batch_tokens: int
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """The metric of one row, how it changes with each vector added to the positions that count, and the KL of that."""
+    """Return the metric of one row, how it changes with each vector added to the positions that count, and the KL of that."""
     tokens, counted = reading.tokens, reading.counted
     clean = site.clean_logits(tokens)
     before = values_of(measure, clean)
@@ -206,7 +206,7 @@ def _respond(
 
 
 def _controls(site: Site, readings: list[Reading], latent: int, n: int, seed: int) -> list[int]:
-    """Random latents, other than the one asked for, that fire where positions count and have a direction."""
+    """Return random latents, other than the one asked for, that fire where positions count and have a direction."""
     W_dec = site.dictionary.W_dec
     fires = torch.zeros(len(W_dec), dtype=torch.bool, device=W_dec.device)
     for reading in readings:
@@ -221,14 +221,14 @@ def _controls(site: Site, readings: list[Reading], latent: int, n: int, seed: in
 
 
 def _largest_code(reading: Reading, latent: int) -> float:
-    """The largest code of a latent at the positions that count; 0 where it does not fire."""
+    """Return the largest code of a latent at the positions that count; 0 where it does not fire."""
     codes = reading.codes
     counts = reading.counted[codes.row] & (codes.latent == latent)
     return max([0.0, *codes.value[counts].tolist()])
 
 
 def _of_equal_norm(dictionary: Dictionary, latents: list[int]) -> Float[Tensor, "n d_out"]:
-    """Directions of latents, scaled to the norm of the first."""
+    """Return directions of latents, scaled to the norm of the first."""
     directions = dictionary.W_dec.detach()[latents]
     norm = directions.norm(dim=1, keepdim=True)
     if not norm[0] > 0:

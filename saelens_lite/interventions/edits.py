@@ -101,7 +101,7 @@ class Add(Edit):
 
 
 def _whole_numbers(what: str, given: Any, meaning: str = "") -> tuple[int, ...]:
-    """The numbers given, each once, in their order; `meaning` ends the message of an error."""
+    """Return the numbers given, each once, in their order; `meaning` ends the message of an error."""
     if hasattr(given, "tolist"):  # tensors and arrays
         given = given.tolist()
     numbers = list(given) if isinstance(given, Iterable) else [given]

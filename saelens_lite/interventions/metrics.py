@@ -27,7 +27,7 @@ class Loss:
     position: int | None = None
 
     def __call__(self, logits: Float[Tensor, "n pos d_vocab"]) -> Float[Tensor, " n"]:
-        """The loss of each variant."""
+        """Return the loss of each variant."""
         wanted = self.tokens[1:].expand(len(logits), -1)
         losses = F.cross_entropy(rearrange(_precise(logits[:, :-1]), "n pos vocab -> n vocab pos"), wanted, reduction="none")
         return losses.mean(1) if self.position is None else losses[:, self.position]
@@ -42,7 +42,7 @@ class LogitDifference:
     position: int = -1
 
     def __call__(self, logits: Float[Tensor, "n pos d_vocab"]) -> Float[Tensor, " n"]:
-        """The difference for each variant."""
+        """Return the difference for each variant."""
         return _precise(logits[:, self.position, self.a]) - _precise(logits[:, self.position, self.b])
 
 
@@ -62,7 +62,7 @@ class LogProb:
             object.__setattr__(self, "tokens", (self.tokens,))
 
     def __call__(self, logits: Float[Tensor, "n pos d_vocab"]) -> Float[Tensor, " n"]:
-        """The log-probability for each variant."""
+        """Return the log-probability for each variant."""
         places = [self.position] if isinstance(self.position, int) else self.position
         chosen = logits[:, 1:] if places is None else logits[:, list(places)]
         return _precise(chosen).log_softmax(-1)[..., list(self.tokens)].logsumexp(-1).mean(1)
@@ -75,7 +75,8 @@ def metric_of(
     position: int | None = None,
     counted: Bool[Tensor, " pos"] | None = None,
 ) -> Metric:
-    """The metric asked for, on a row of tokens: "loss", two tokens whose logits are compared, LogProb, or a function of logits.
+    """Return the metric asked for, on a row of tokens: "loss", two tokens whose logits are compared, LogProb, or a function of
+    logits.
 
     position: where it is taken; negative ones count from the end. Default: all positions for the loss, the last one for a
     difference of logits, what LogProb itself says, else those that are `counted`.
@@ -109,7 +110,7 @@ def metric_of(
 
 
 def _place(position: int, n: int, last: int | None = None) -> int:
-    """A position counted from the beginning of a row of n tokens; ConfigError unless the metric exists there."""
+    """Return a position counted from the beginning of a row of n tokens; ConfigError unless the metric exists there."""
     last = n - 1 if last is None else last
     if not -n <= position < n or position % n > last:
         raise ConfigError(f"position = {position}: the row has {n} tokens, and this metric positions 0 to {last}")
@@ -152,7 +153,7 @@ def _tokenised(lm: LanguageModel, text: str) -> list[int]:
 
 
 def name_of(metric: Any, lm: LanguageModel) -> str:
-    """A metric in words."""
+    """Return a metric in words."""
     if isinstance(metric, LogProb):
         named, n_others = metric.tokens[:MOST_NAMED], len(metric.tokens) - MOST_NAMED
         others = f" or {n_others} others" if n_others > 0 else ""
@@ -167,7 +168,7 @@ def _shown(lm: LanguageModel, token: str | int) -> str:
 
 
 def values_of(metric: Metric, logits: Float[Tensor, "n pos d_vocab"]) -> Float[Tensor, " n"]:
-    """The metric of each variant.
+    """Return the metric of each variant.
 
     Raises:
         ShapeError: the metric does not give a number for each.
@@ -191,5 +192,5 @@ def kl_divergence(
 
 
 def _precise(logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """The logits in float32, or as they are where they are more precise."""
+    """Return the logits in float32, or as they are where they are more precise."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

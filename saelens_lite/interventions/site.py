@@ -90,14 +90,14 @@ class Site:
     def logits(
         self, tokens: Int[Tensor, " pos"], added: Float[Tensor, "n pos d_out"], *, differentiable: bool = False
     ) -> Float[Tensor, "n pos d_vocab"]:
-        """Logits of n variants of one row, each with something added to the activations at the hooks that are written."""
+        """Return logits of n variants of one row, each with something added to the activations at the hooks that are written."""
         with ExitStack() as stack:
             for hook, part in zip(self.hooks.writes, apart(added, self.dictionary.writes), strict=True):
                 stack.enter_context(self.lm.replace(hook, lambda y, part=part: y + part.to(y.dtype)))
             return self.lm.logits(_as_given(tokens, len(added)), differentiable=differentiable)
 
     def clean_logits(self, tokens: Int[Tensor, " pos"]) -> Float[Tensor, "1 pos d_vocab"]:
-        """Logits of one row as the model gives them; a splice in force is seen by them."""
+        """Return logits of one row as the model gives them; a splice in force is seen by them."""
         return self.lm.logits(_as_given(tokens))
 
 
@@ -107,6 +107,6 @@ def _as_given(tokens: Int[Tensor, " pos"], n: int = 1) -> Ids:
 
 
 def pieces(n: int, tokens: Int[Tensor, " pos"], batch_tokens: int) -> Iterator[slice]:
-    """Slices of n variants of one row, of about `batch_tokens` tokens each."""
+    """Return slices of n variants of one row, of about `batch_tokens` tokens each."""
     size = max(1, batch_tokens // len(tokens))
     return (slice(start, min(start + size, n)) for start in range(0, n, size))

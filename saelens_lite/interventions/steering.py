@@ -78,7 +78,7 @@ def kl_cost(
 
 
 def table(steered: Steered) -> Any:
-    """A rich table of the two texts side by side, the cost below."""
+    """Return a rich table of the two texts side by side, the cost below."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text

@@ -92,14 +92,14 @@ class Step(Protocol):
         ...
 
     def pre_tiles(self, latents: Int[Tensor, " n"]) -> Iterator[Float[Tensor, "rows n"]]:
-        """Pre-activations of some latents, without gradient, a tile of rows after the other.
+        """Return pre-activations of some latents, without gradient, a tile of rows after the other.
 
         A tile is good until the next one is asked for.
         """
         ...
 
     def pre_at(self, support: Support) -> Float[Tensor, " nnz"]:
-        """Pre-activations at chosen pairs; differentiable."""
+        """Return pre-activations at chosen pairs; differentiable."""
         ...
 
     def decode(self, codes: SparseCodes, frozen: bool = False) -> Float[Tensor, "batch d_out"]:
@@ -129,11 +129,11 @@ class Sparsity(nn.Module):
         self.d_in, self.d_sae = d_in, d_sae
 
     def activation(self, pre: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
-        """Codes of dense pre-activations, none negative. Enough on its own: the support is where they are not zero."""
+        """Return codes of dense pre-activations, none negative. Enough on its own: the support is where they are not zero."""
         raise NotImplementedError(f"{type(self).__name__} must define activation(pre)")
 
     def support(self, pre: Float[Tensor, "batch d_sae"]) -> Support:
-        """The pairs that fire, chosen without gradient.
+        """Return the pairs that fire, chosen without gradient.
 
         While `self.training`, it may look at the whole batch (say so by `row_wise` if it does not: that saves memory). Else
         the codes of an activation must not depend on what else is in its batch.
@@ -141,7 +141,7 @@ class Sparsity(nn.Module):
         return support_of_mask(self.activation(pre) != 0)
 
     def values(self, pre: Float[Tensor, " nnz"], latent: Int[Tensor, " nnz"]) -> Float[Tensor, " nnz"] | None:
-        """Codes at the support from the pre-activations there; differentiable. None: read them off `activation`.
+        """Return codes at the support from the pre-activations there; differentiable. None: read them off `activation`.
 
         The support may have been chosen from rounded pre-activations (`encoder_precision`), while `pre` is exact. So give what
         `activation` gives for `pre`, also where that is on the other side of a threshold: `pre.relu()`, not `pre`.
@@ -159,7 +159,7 @@ class Sparsity(nn.Module):
         return read_at(tensor, latent)
 
     def encode(self, encoder: Encoder) -> SparseCodes:
-        """Codes of a batch, differentiable; for rules whose codes are no function of the pre-activations alone.
+        """Return codes of a batch, differentiable; for rules whose codes are no function of the pre-activations alone.
 
         `encoder` offers what `Step` calls pre_tiles and pre_at as `tiles` and `at`, and the weights.
         """
@@ -199,7 +199,7 @@ class Sparsity(nn.Module):
         """Adapt the rule's own tensors to pre-activations multiplied by `scale` > 0, so that codes are multiplied too."""
 
     def inference_form(self) -> PublishedForm | None:
-        """The published architecture with the same codes, or None when there is none."""
+        """Return the published architecture with the same codes, or None when there is none."""
         return None
 
     @classmethod

@@ -57,7 +57,7 @@ def check_plugin(
 
 
 def _results(checks: Sequence[tuple[str, Callable[[Any], str], tuple[str, ...]]], subject: Any) -> tuple[Check, ...]:
-    """Every check's result, in order; one that needs another which failed is not made."""
+    """Return every check's result, in order; one that needs another which failed is not made."""
     results: dict[str, Check] = {}
     for name, check, needs in checks:
         broken = [need for need in needs if results[need].status in ("failed", "not checked")]
@@ -105,7 +105,7 @@ def _known_by_name(plugin: type) -> Iterator[str]:
 
 
 def _loads(name: str, plugin: type) -> bool:
-    """Whether asking for a name gives the plugin itself."""
+    """Return whether asking for a name gives the plugin itself."""
     try:
         return registry.load(name, plugin.plugin_kind) is plugin
     except PluginError:  # not known here, or not allowed

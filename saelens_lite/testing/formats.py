@@ -57,7 +57,7 @@ class Bench:
 
 
 def random_dictionary(rule: str, d_out: int | None) -> Dictionary:
-    """A dictionary whose parameters are random."""
+    """Return a dictionary whose parameters are random."""
     ports = {"reads": Port(hook=HOOK, width=D_IN), "writes": Port(hook=TARGET, width=d_out) if d_out else None}
     d = Dictionary.create(rule, **ports, d_sae=D_SAE, options=RULES[rule], origin=Origin(model="m"))
     generator = torch.Generator().manual_seed(0)
@@ -120,7 +120,7 @@ def comes_back(bench: Bench) -> str:
 
 
 def damaged(bench: Bench) -> str:
-    """Files cut short are typed errors."""
+    """Return files cut short are typed errors."""
     if not (bench.reads and bench.writes):
         raise NotChecked("it does not both read and write")
     with bench.written() as found:

@@ -35,14 +35,14 @@ class Bench:
             yield folder
 
     def started(self, folder: Path, tokens: int = 0) -> Logger:
-        """A logger that follows a run."""
+        """Return a logger that follows a run."""
         logger = self.logger()
         logger.start(folder, CONFIG, tokens)
         return logger
 
 
 def line(tokens: int) -> dict[str, Any]:
-    """A line as training writes them."""
+    """Return a line as training writes them."""
     return {"step": tokens // 50, "tokens": tokens, "mse": 2.5, "loss": 3.0, "l0": 2.0, "fvu": 0.25, "dead": 0.0, "lr": 1e-3}
 
 
@@ -61,14 +61,14 @@ def follows_a_run(bench: Bench) -> str:
 
 
 def without_lines(bench: Bench) -> str:
-    """A run that ends before its first line is closed without complaint."""
+    """Return a run that ends before its first line is closed without complaint."""
     with bench.run_folder() as folder:
         bench.started(folder).close()
     return "started and closed"
 
 
 def side_by_side(bench: Bench) -> str:
-    """Two dictionaries trained together have loggers that do not know of each other."""
+    """Return two dictionaries trained together have loggers that do not know of each other."""
     with bench.run_folder() as folder:
         folders = [folder / "0", folder / "1"]
         for one in folders:
@@ -83,7 +83,7 @@ def side_by_side(bench: Bench) -> str:
 
 
 def takes_up_again(bench: Bench) -> str:
-    """A run that was interrupted goes on in its folder, from an earlier line."""
+    """Return a run that was interrupted goes on in its folder, from an earlier line."""
     with bench.run_folder() as folder:
         logger = bench.started(folder)
         for tokens in (100, 200):
@@ -96,7 +96,7 @@ def takes_up_again(bench: Bench) -> str:
 
 
 def changes_no_number(bench: Bench) -> str:
-    """A run has the same history and the same dictionary with the logger and without any."""
+    """Return a run has the same history and the same dictionary with the logger and without any."""
     x = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
     with bench.run_folder() as folder:
         runs = [train(TensorSource(x), CONFIG, folder / out, loggers=which)[0] for out, which in (("a", ()), ("b", bench.name))]

@@ -51,7 +51,7 @@ class Lab:
         return torch.nn.functional.normalize(random, dim=1)
 
     def data(self, n: int, seed: int) -> Float[Tensor, "n d_in"]:
-        """Sums of a few directions, of root mean square norm sqrt(d_in)."""
+        """Return sums of a few directions, of root mean square norm sqrt(d_in)."""
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.rand(n, N_PLANTED, generator=generator).topk(ACTIVE, dim=1).indices
         strength = torch.rand(n, ACTIVE, generator=generator) + 0.5
@@ -64,7 +64,7 @@ class Lab:
         return self.data(BATCH, seed=3).double()
 
     def trainer(self, x: Float[Tensor, "n d_in"], d_sae: int | None = None, device: str = "cpu", **settings: Any) -> Trainer:
-        """A fresh trainer on x, which it does not scale."""
+        """Return a fresh trainer on x, which it does not scale."""
         common = {"batch_size": len(x), "n_tokens": 10 * len(x), "warmup": 0.0, "decay": 0.0, "normalize": "none"}
         config = TrainConfig(
             sparsity=self.name, options=self.options, d_sae=d_sae or self.d_sae, **{**common, "lr": 3e-3, **settings}
@@ -81,11 +81,11 @@ class Lab:
         return trainer.dictionary
 
     def dictionary(self, training: bool = False, dtype: torch.dtype = torch.float64) -> Dictionary:
-        """A copy of the trained dictionary to do anything with."""
+        """Return a copy of the trained dictionary to do anything with."""
         return copy.deepcopy(self.trained).to(dtype).train(training)
 
     def defines(self, *methods: str) -> bool:
-        """Whether the rule has methods of its own."""
+        """Return whether the rule has methods of its own."""
         return all(getattr(self.rule, name) is not getattr(Sparsity, name) for name in methods)
 
 
@@ -102,7 +102,7 @@ class RoundedEncoder(encoder.Encoder):
     """An encoder whose support is chosen from coarse pre-activations and whose values are exact, as encoder_precision does."""
 
     def choose(self, rule_support: Callable[[Tensor], Support], whole: bool = False) -> Support:
-        """The support a rule chooses from pre-activations that are a little off."""
+        """Return the support a rule chooses from pre-activations that are a little off."""
         (pre,) = self.tiles(whole=True)
         with torch.no_grad():
             return rule_support(pre + ROUNDING * pre.std() * torch.randn_like(pre))
@@ -121,7 +121,7 @@ def take_step(
     target: Float[Tensor, "batch d_out"] | None = None,
     dead: Bool[Tensor, " d_sae"] | None = None,
 ) -> tuple[DenseStep, dict[str, Tensor]]:
-    """A step of training as far as the gradients, and its losses. By default every other latent counts as dead."""
+    """Return a step of training as far as the gradients, and its losses. By default every other latent counts as dead."""
     if dead is None:
         dead = torch.arange(d.d_sae) % 2 == 0
     d.zero_grad(set_to_none=True)
@@ -134,13 +134,13 @@ def take_step(
 
 
 def apart(found: Tensor, expected: Tensor) -> float:
-    """Largest difference, relative to the largest number expected."""
+    """Return largest difference, relative to the largest number expected."""
     scale = float(expected.abs().max()) if expected.numel() else 0.0
     return float((found - expected).abs().max()) / max(scale, 1e-3) if expected.numel() else 0.0
 
 
 def dense_codes(d: Dictionary, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
-    """Codes without gradient, zeros included."""
+    """Return codes without gradient, zeros included."""
     with torch.no_grad():
         return d.encode(x).to_dense()
 
@@ -208,7 +208,9 @@ def losses(lab: Lab) -> str:
 
 
 def trains(lab: Lab) -> str:
-    """A few steps of training go through; no code is negative, not even where the support was chosen from rounded numbers."""
+    """Return a few steps of training go through; no code is negative, not even where the support was chosen from rounded
+    numbers.
+    """
     try:
         d = lab.dictionary(training=True, dtype=torch.float32)
     except PluginError as error:
@@ -224,7 +226,7 @@ def trains(lab: Lab) -> str:
 
 
 def dtypes(lab: Lab) -> str:
-    """A step in float64 stays in it; encoding in bfloat16, and on an accelerator, works."""
+    """Return a step in float64 stays in it; encoding in bfloat16, and on an accelerator, works."""
     advice = "make tensors like those given, e.g. pre.new_zeros(…), and leave out .float()"
     try:
         step, found = take_step(SparseStep, lab.dictionary(training=True), lab.x)
@@ -242,19 +244,19 @@ def dtypes(lab: Lab) -> str:
 
 
 def gradients(lab: Lab) -> str:
-    """The losses and gradients of a sparse step are those of dense autograd in float64."""
+    """Return the losses and gradients of a sparse step are those of dense autograd in float64."""
     return _compare_steps(lab.dictionary(training=True), lab.x, "let nothing depend on pre-activations outside the support")
 
 
 def gradients_in_tiles(lab: Lab) -> str:
-    """The same when the encoder works on a few rows at a time."""
+    """Return the same when the encoder works on a few rows at a time."""
     d = lab.dictionary(training=True)
     with small_tiles(d):
         return _compare_steps(d, lab.x, "read all of `step.pre_tiles`, whose tiles hold a few rows each")
 
 
 def transcoder(lab: Lab) -> str:
-    """The same when another activation is predicted, with a skip connection."""
+    """Return the same when another activation is predicted, with a skip connection."""
     if lab.rule.tied:
         raise NotChecked("tied = True: the rule makes no transcoders")
     d_out = lab.d_in + 3
@@ -368,7 +370,7 @@ def definitions(lab: Lab) -> str:
 
 
 def published_form(lab: Lab) -> str:
-    """The published architecture, as other tools compute it, has the same codes."""
+    """Return the published architecture, as other tools compute it, has the same codes."""
     d = lab.dictionary()
     form = d.rule.inference_form()
     if form is None:
@@ -413,7 +415,7 @@ NEEDED = {"standard": set(), "topk": {"k"}, "jumprelu": {"threshold"}, "gated": 
 
 
 def folding(lab: Lab) -> str:
-    """Decoder norms can be folded into the codes, as is done when training ends."""
+    """Return decoder norms can be folded into the codes, as is done when training ends."""
     if not lab.rule.homogeneous:
         return "homogeneous = False: nothing is folded"
     d = lab.dictionary()
@@ -431,7 +433,7 @@ def folding(lab: Lab) -> str:
 
 
 def round_trip(lab: Lab) -> str:
-    """A saved and loaded dictionary gives the same bytes."""
+    """Return a saved and loaded dictionary gives the same bytes."""
     d, x = lab.dictionary(dtype=torch.float32), lab.x.float()
     with tempfile.TemporaryDirectory() as folder:
         loaded = Dictionary.load(d.save(Path(folder) / "dictionary"))
@@ -447,7 +449,7 @@ def round_trip(lab: Lab) -> str:
 
 
 def empty_and_full(lab: Lab) -> str:
-    """Losses and gradients are finite when nothing fires and when everything does."""
+    """Return losses and gradients are finite when nothing fires and when everything does."""
     fired = {}
     x = 1 + 0.1 * torch.rand(BATCH, lab.d_in)
     for case, level in (("empty", -1.0), ("full", 1.0)):
@@ -533,7 +535,7 @@ def resume(lab: Lab) -> str:
 
 
 def planted_truth(lab: Lab) -> str:
-    """A short training finds the directions the data is made of."""
+    """Return a short training finds the directions the data is made of."""
     if lab.planted is None:
         raise NotChecked("planted = None")
     x = lab.data(16_384, seed=7)
@@ -556,7 +558,7 @@ def planted_truth(lab: Lab) -> str:
 
 
 def _nearest(directions: Float[Tensor, "n_directions d_in"], rows: Float[Tensor, "d_sae d_in"]) -> float:
-    """Mean, over the directions, of the cosine to the nearest row."""
+    """Return mean, over the directions, of the cosine to the nearest row."""
     return float((directions @ torch.nn.functional.normalize(rows, dim=1).T).amax(1).mean())
 
 

@@ -32,12 +32,12 @@ class UnorderedSums(TorchDispatchMode):
 
 
 def _sums_floats(given: dict[str, Any]) -> bool:
-    """Whether a tensor of floats is among the arguments."""
+    """Return whether a tensor of floats is among the arguments."""
     return any(isinstance(value, Tensor) and value.is_floating_point() for value in given.values())
 
 
 def _may_collide(name: str, given: dict[str, Any]) -> bool:
-    """Whether an operation adds several numbers to one cell in an order that a GPU leaves open."""
+    """Return whether an operation adds several numbers to one cell in an order that a GPU leaves open."""
     if name in ALWAYS:
         return True
     if name == "bincount":
@@ -56,14 +56,14 @@ def _may_collide(name: str, given: dict[str, Any]) -> bool:
 
 
 def _repeats(index: Tensor, dim: int) -> bool:
-    """Whether an index occurs twice along a dimension."""
+    """Return whether an index occurs twice along a dimension."""
     if not index.ndim or index.shape[dim] < 2:
         return False
     return bool((index.sort(dim=dim).values.diff(dim=dim) == 0).any())
 
 
 def _cells_repeat(indices: list[Tensor]) -> bool:
-    """Whether the indices of several axes name a cell twice; a mask cannot."""
+    """Return whether the indices of several axes name a cell twice; a mask cannot."""
     if any(index.dtype in (torch.bool, torch.uint8) for index in indices):
         return False
     cells = torch.stack([index.flatten() for index in torch.broadcast_tensors(*indices)], dim=1)
@@ -71,7 +71,7 @@ def _cells_repeat(indices: list[Tensor]) -> bool:
 
 
 def _place() -> str:
-    """The line that called an operation, or that it is a gradient's."""
+    """Return the line that called an operation, or that it is a gradient's."""
     frames = [frame for frame in traceback.extract_stack() if frame.filename != __file__]
     if any(frame.filename.replace("\\", "/").endswith("torch/autograd/graph.py") for frame in frames):
         return "backward pass"

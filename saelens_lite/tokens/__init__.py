@@ -125,7 +125,7 @@ def token_rows(
     prepend_bos: bool | None = None,
     text_config: TextConfig | None = None,
 ) -> TokenRows:
-    """Token rows of documents, all at once; RowBlocks gives the same rows block by block.
+    """Return token rows of documents, all at once; RowBlocks gives the same rows block by block.
 
     By default each document is cut into rows of n_ctx tokens, every row beginning with BOS, its last one padded on the
     right; n_ctx is the model's context, but no more than 1,024. A position counts (`keep`) when it holds neither a special
@@ -141,7 +141,7 @@ def token_rows(
 
 
 def text_config_of(text_config: TextConfig | None, n_ctx: int | None, prepend_bos: bool | None) -> TextConfig:
-    """The settings with n_ctx and bos as the two shorthands say, where they say anything."""
+    """Return the settings with n_ctx and bos as the two shorthands say, where they say anything."""
     changes = {} if n_ctx is None else {"n_ctx": n_ctx}
     if prepend_bos is not None:
         changes["bos"] = "row" if prepend_bos else "none"

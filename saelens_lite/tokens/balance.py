@@ -28,7 +28,7 @@ class TokenBalance:
         self._random = np.random.default_rng(0)
 
     def thin(self, tokens: Int[Tensor, "n_seq n_ctx"], keep: Bool[Tensor, "n_seq n_ctx"]) -> Bool[Tensor, "n_seq n_ctx"]:
-        """The positions that count of those that may, given what has been counted before."""
+        """Return the positions that count of those that may, given what has been counted before."""
         ids, thinned = tokens.numpy(), keep.numpy().copy()
         kept = self.kept.copy()
         n_kept = int(kept.sum())

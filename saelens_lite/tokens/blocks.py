@@ -86,7 +86,7 @@ class RowBlocks:
             raise TextError(f"no text: {what}")
 
     def _chosen(self, candidates: TokenRows) -> TokenRows:
-        """The rows with those of the candidate positions that count in the end; they are added to the record."""
+        """Return the rows with those of the candidate positions that count in the end; they are added to the record."""
         rows = candidates._replace(keep=self.balance.thin(candidates.tokens, candidates.keep)) if self.balance else candidates
         if self.n_tokens is not None and self.n_kept + rows.n_kept >= self.n_tokens:
             rows, candidates = _cut_off(rows, candidates, self.n_tokens - self.n_kept)
@@ -108,7 +108,7 @@ class RowBlocks:
         }
 
     def _rows_as_they_stand(self) -> Iterator[TokenRows]:
-        """Blocks of the rows that were given, with the positions that may count."""
+        """Yield blocks of the rows that were given, with the positions that may count."""
         whole = self._given
         for start in range(0, len(whole.tokens), self.block_rows):
             block = slice(start, start + self.block_rows)
@@ -122,7 +122,7 @@ class RowBlocks:
                 yield rows if length is None else rows._replace(keep=rows.keep & rows.holds_token)
 
     def _rows_of_text(self) -> Iterator[TokenRows]:
-        """Blocks of rows cut from documents, with the positions that may count."""
+        """Yield blocks of rows cut from documents, with the positions that may count."""
         rows = cut_rows(self._documents(), self.config, self.n_ctx, self.special)
         while block := self._enough(rows):
             new = padded(block, self.pad)
@@ -132,7 +132,7 @@ class RowBlocks:
         return countable(tokens, self.special_ids, self.config.exclude_positions)
 
     def _enough(self, rows: Iterator[Row]) -> list[Row]:
-        """The next block of rows: no more of them than are needed for n_tokens, if all their new tokens count."""
+        """Return the next block of rows: no more of them than are needed for n_tokens, if all their new tokens count."""
         block: list[Row] = []
         n_new = 0
         for row in itertools.islice(rows, self.block_rows):
@@ -143,7 +143,7 @@ class RowBlocks:
         return block
 
     def _documents(self) -> Iterator[Piece]:
-        """Documents as token ids."""
+        """Return documents as token ids."""
         pieces = read_pieces(self.text, self.config)
         ids = self._checked(pieces) if self.config.token_column is not None else encode(self.lm.text_tokenizer, pieces)
         return without_leading(self.special.bos, ids)
@@ -168,7 +168,7 @@ def _with_default_n_ctx(lm: "LanguageModel", config: TextConfig) -> TextConfig:
 
 
 def _text_n_ctx(lm: "LanguageModel", config: TextConfig) -> int:
-    """The length of rows cut from text; ConfigError when the model cannot take it or it leaves no room."""
+    """Return the length of rows cut from text; ConfigError when the model cannot take it or it leaves no room."""
     n_ctx = lm.n_ctx if config.n_ctx is None else config.n_ctx
     if not 2 <= n_ctx <= lm.n_ctx:
         raise ConfigError(f"n_ctx = {n_ctx}; {lm.name} takes rows of 2 to {lm.n_ctx} tokens")
@@ -181,7 +181,7 @@ def _text_n_ctx(lm: "LanguageModel", config: TextConfig) -> int:
 
 
 def _rows_n_ctx(lm: "LanguageModel", ids: Ids, config: TextConfig) -> int:
-    """The length of rows as they stand; ShapeError when the model cannot take them, ConfigError when `config` cuts."""
+    """Return the length of rows as they stand; ShapeError when the model cannot take them, ConfigError when `config` cuts."""
     lm.check_ids(ids)
     n_ctx = ids.tokens.shape[1]
     if config.pack or config.min_context or config.truncate or (config.n_ctx is not None and config.n_ctx < n_ctx):
@@ -192,7 +192,7 @@ def _rows_n_ctx(lm: "LanguageModel", ids: Ids, config: TextConfig) -> int:
 
 
 def _special_tokens(lm: "LanguageModel", config: TextConfig) -> SpecialTokens:
-    """The ids `config` asks for; ConfigError when the tokenizer lacks one."""
+    """Return the ids `config` asks for; ConfigError when the tokenizer lacks one."""
     if config.bos != "none" and lm.bos_id is None:
         raise ConfigError(f"the tokenizer of {lm.name} has no BOS token; say bos='none'")
     separator = lm.bos_id if config.separator == "bos" else lm.eos_id
@@ -202,7 +202,7 @@ def _special_tokens(lm: "LanguageModel", config: TextConfig) -> SpecialTokens:
 
 
 def _cut_off(rows: TokenRows, candidates: TokenRows, n_tokens: int) -> tuple[TokenRows, TokenRows]:
-    """The rows, and the candidates, up to the n_tokens-th position that counts."""
+    """Return the rows, and the candidates, up to the n_tokens-th position that counts."""
     running = rows.keep.flatten().cumsum(0).reshape(rows.keep.shape)
     keep = rows.keep & (running <= n_tokens)
     n_rows = int(keep.any(1).nonzero().max()) + 1

@@ -33,7 +33,7 @@ class _Span(NamedTuple):
 def encode(
     tokenizer: "PreTrainedTokenizerBase", pieces: Iterable[Piece], *, stretch: int = STRETCH, context: int = CONTEXT
 ) -> Iterator[Piece]:
-    """Pieces of token ids for pieces of text; the documents are the same, their stretches are cut anew."""
+    """Yield pieces of token ids for pieces of text; the documents are the same, their stretches are cut anew."""
     for batch in _batches(_spans(tokenizer, pieces, stretch, context), BATCH * stretch):
         for span, ids in zip(batch, _ids(tokenizer, [span.text for span in batch]), strict=True):
             yield Piece(ids[span.n_context :], span.first)
@@ -59,7 +59,7 @@ def _ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[in
 
 
 def _batches(spans: Iterable[_Span], n_chars: int, n_spans: int = 64) -> Iterator[list[_Span]]:
-    """Lists of spans that hold about n_chars characters, and never more than n_spans of them."""
+    """Yield lists of spans that hold about n_chars characters, and never more than n_spans of them."""
     batch: list[_Span] = []
     size = 0
     for span in spans:
@@ -73,7 +73,7 @@ def _batches(spans: Iterable[_Span], n_chars: int, n_spans: int = 64) -> Iterato
 
 
 def _spans(tokenizer: "PreTrainedTokenizerBase", pieces: Iterable[Piece], stretch: int, context: int) -> Iterator[_Span]:
-    """Documents as spans of at most about `stretch` characters."""
+    """Yield documents as spans of at most about `stretch` characters."""
     text = ""  # of the current document, not yet in a span
     head, n_head, first = "", 0, True  # the end of its last span, and how many tokens that is
     for piece in pieces:
@@ -93,7 +93,7 @@ def _spans(tokenizer: "PreTrainedTokenizerBase", pieces: Iterable[Piece], stretc
 
 
 def _border(tokenizer: "PreTrainedTokenizerBase", text: str, stretch: int, context: int) -> tuple[int, int]:
-    """A place at or before `stretch` where the text may be cut, and the number of tokens in the `context` before it."""
+    """Return a place at or before `stretch` where the text may be cut, and the number of tokens in the `context` before it."""
     for cut in _candidates(text, stretch // 2, stretch):
         before = text[cut - context : cut]
         alone, both = _ids(tokenizer, [before, before + text[cut : cut + context]])
@@ -104,7 +104,7 @@ def _border(tokenizer: "PreTrainedTokenizerBase", text: str, stretch: int, conte
 
 
 def _candidates(text: str, low: int, high: int) -> Iterator[int]:
-    """Places between low and high to try, the last first: ends of lines, then ends of words, then any."""
+    """Return places between low and high to try, the last first: ends of lines, then ends of words, then any."""
     places = range(high, low, -1)
     word_ends = (i for i in places if text[i].isspace() and not text[i - 1].isspace())
     line_ends = (i for i in places if text[i] == "\n" and not text[i - 1].isspace())

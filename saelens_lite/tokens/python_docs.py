@@ -43,7 +43,7 @@ def _docstrings(source: str) -> list[tuple[str, str]]:
 
 @cache
 def python_docs() -> tuple[Document, ...]:
-    """The help topics and the standard library's docstrings of the running CPython, sorted by name.
+    """Return the help topics and the standard library's docstrings of the running CPython, sorted by name.
 
     One document a topic and one a module (each docstring headed by the qualified name of what it documents).
     """
@@ -66,7 +66,7 @@ def python_docs() -> tuple[Document, ...]:
 
 
 def is_held_out(name: str, percent: int = 10) -> bool:
-    """Whether a document belongs to the held-out part: decided by a hash of its name, so it never moves."""
+    """Return whether a document belongs to the held-out part: decided by a hash of its name, so it never moves."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 100 < percent
 
 

@@ -74,7 +74,7 @@ class SpecialTokens(NamedTuple):
 
 
 def cut_rows(pieces: Iterable[Piece], config: TextConfig, n_ctx: int, special: SpecialTokens) -> Iterator[Row]:
-    """Rows of at most n_ctx tokens that hold the documents' tokens in order, each token once as a new one.
+    """Yield rows of at most n_ctx tokens that hold the documents' tokens in order, each token once as a new one.
 
     A row that continues a document repeats the last `min_context` tokens of it at its head, so that every token sees that
     many before it, or all there are. Packed rows are full but for the last.
@@ -144,7 +144,7 @@ class _Cutter:
             yield from self.flush()
 
     def flush(self) -> Iterator[Row]:
-        """The row as far as it is filled."""
+        """Yield the row as far as it is filled."""
         if self.ids:
             yield Row(self.ids, self.start)
         self.ids = []
@@ -169,7 +169,7 @@ def countable(
 
 
 def joined(blocks: list[TokenRows], pad: int) -> TokenRows:
-    """Blocks of rows one after another, padded to the same width."""
+    """Return blocks of rows one after another, padded to the same width."""
     width = max(block.tokens.shape[1] for block in blocks)
 
     def widened(x: Tensor, value: int) -> Tensor:
@@ -200,7 +200,7 @@ class TextHash:
         self._digest.update(marked[position <= length].cpu().numpy().tobytes())
 
     def hexdigest(self) -> str:
-        """The hash of all rows so far."""
+        """Return the hash of all rows so far."""
         return self._digest.hexdigest()
 
 

@@ -47,7 +47,7 @@ def hub_name(text: str) -> HubName | None:
 
 
 def named_text(name: str) -> Text:
-    """The text that a name stands for: "hf:…" a dataset of the Hub, "python-docs…" the embedded corpus, else a file.
+    """Return the text that a name stands for: "hf:…" a dataset of the Hub, "python-docs…" the embedded corpus, else a file.
 
     Raises:
         TextError: the embedded corpus has no such part.
@@ -58,12 +58,12 @@ def named_text(name: str) -> Text:
 
 
 def _names_corpus(text: Any) -> bool:
-    """Whether a text is the name of the embedded corpus, or of a part of it."""
+    """Return whether a text is the name of the embedded corpus, or of a part of it."""
     return isinstance(text, str) and _CORPUS_NAME.fullmatch(text) is not None
 
 
 def name_of(text: Any) -> str | None:
-    """The name by which `named_text` finds a text again; None when it is only in memory."""
+    """Return the name by which `named_text` finds a text again; None when it is only in memory."""
     if isinstance(text, Path):
         return str(text.resolve())
     if isinstance(text, PythonDocs):
@@ -89,7 +89,7 @@ def source_name(text: Any, config: TextConfig | None = None) -> str | None:
 
 
 def read_pieces(text: Text, config: TextConfig) -> Iterator[Piece]:
-    """The documents of a text, whose long ones come in several pieces. Nothing is read before it is asked for.
+    """Yield the documents of a text, whose long ones come in several pieces. Nothing is read before it is asked for.
 
     A string is a document, unless it names a dataset ("hf:org/name:config:split") or a part of the embedded corpus
     ("python-docs:train"). A Path is a file: .txt and .md are one document, each line of a .jsonl and each row of a .parquet is
@@ -115,7 +115,7 @@ def read_pieces(text: Text, config: TextConfig) -> Iterator[Piece]:
 
 
 def _split(splits: Mapping[str, Any], config: TextConfig) -> Any:
-    """One of the splits of a dataset."""
+    """Return one of the splits of a dataset."""
     asked = config.split or "train"
     if asked not in splits:
         raise ConfigError(
@@ -125,7 +125,7 @@ def _split(splits: Mapping[str, Any], config: TextConfig) -> Any:
 
 
 def _item(item: Any, place: str, config: TextConfig) -> Iterator[Piece]:
-    """The pieces of one document, or of the documents in a file."""
+    """Yield the pieces of one document, or of the documents in a file."""
     if isinstance(item, Path):
         yield from _file(item, config)
     elif isinstance(item, Mapping):
@@ -141,7 +141,7 @@ def _item(item: Any, place: str, config: TextConfig) -> Iterator[Piece]:
 
 
 def _content(record: Any, place: str, config: TextConfig) -> str | list[int]:
-    """The text of a record, or its token ids where `config` names their column."""
+    """Return the text of a record, or its token ids where `config` names their column."""
     column = config.token_column or config.column
     option = "token_column" if config.token_column else "column"
     wanted = f"{place}: expected a record with the key {column!r}"
@@ -182,7 +182,7 @@ def _file(path: Path, config: TextConfig) -> Iterator[Piece]:
 
 
 def _plain(path: Path) -> Iterator[Piece]:
-    """One document, a block of characters at a time."""
+    """Yield one document, a block of characters at a time."""
     try:
         with open(path, encoding="utf-8") as file:
             first = True
@@ -194,7 +194,7 @@ def _plain(path: Path) -> Iterator[Piece]:
 
 
 def _jsonl(path: Path, config: TextConfig) -> Iterator[Piece]:
-    """A document a line; blank lines are passed over."""
+    """Yield a document a line; blank lines are passed over."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.isspace():
@@ -210,7 +210,7 @@ def _jsonl(path: Path, config: TextConfig) -> Iterator[Piece]:
 
 
 def _parquet(path: Path, config: TextConfig) -> Iterator[Piece]:
-    """A document a row; only the one column is read, a few rows at a time."""
+    """Yield a document a row; only the one column is read, a few rows at a time."""
     try:
         import pyarrow
         from pyarrow.parquet import ParquetFile
@@ -236,7 +236,7 @@ def _parquet(path: Path, config: TextConfig) -> Iterator[Piece]:
 
 
 def _hub(dataset: HubName, config: TextConfig) -> Iterator[Piece]:
-    """A dataset of the Hub, streamed."""
+    """Yield a dataset of the Hub, streamed."""
     try:
         from datasets import load_dataset
     except ImportError:

@@ -129,7 +129,7 @@ class LivePrompt:
 
 @cache
 def _widget_class() -> type:
-    """The widget: the state that Python and the page share."""
+    """Return the widget: the state that Python and the page share."""
     try:
         import anywidget
         import traitlets

@@ -64,7 +64,7 @@ class PromptView:
         return getattr(row, self.by) or 0.0
 
     def at(self, position: int) -> list[PromptRow]:
-        """The rows of one token, best first."""
+        """Return the rows of one token, best first."""
         return self._lines[position]
 
     @cached_property
@@ -76,7 +76,7 @@ class PromptView:
         return lines
 
     def strongest(self, n: int = 10) -> list[PromptRow]:
-        """The n best rows of all tokens, best first."""
+        """Return the n best rows of all tokens, best first."""
         return sorted(self.rows, key=lambda row: -abs(self.score(row)))[:n]
 
     @property
@@ -93,7 +93,7 @@ class PromptView:
         return f"{self.model}, {self.hook}: latents by {ranked.get(self.by, self.by)}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as plain data."""
+        """Return everything, as plain data."""
         facts = {"model": self.model, "hook": self.hook, "by": self.by, "metric": self.metric, "tokens": list(self.tokens)}
         return facts | {"rows": [row._asdict() for row in self.rows]}
 
@@ -222,7 +222,7 @@ def _firing(site: Site, row: Row, metric: Any, way: str, hook: str | None) -> _F
 
 
 def _best(position: Int[Tensor, " n"], score: Float[Tensor, " n"], top: int) -> Int[Tensor, " chosen"]:
-    """The entries with the `top` largest scores of each position, by position, best first; of equals the earlier."""
+    """Return the entries with the `top` largest scores of each position, by position, best first; of equals the earlier."""
     order = score.argsort(descending=True, stable=True)
     order = order[position[order].argsort(stable=True)]
     place = position[order]
@@ -231,14 +231,14 @@ def _best(position: Int[Tensor, " n"], score: Float[Tensor, " n"], top: int) -> 
 
 
 def _numbers(values: Float[Tensor, " n"] | None, chosen: Int[Tensor, " chosen"]) -> list[float | None]:
-    """The chosen values; None where they are not finite or there are none."""
+    """Return the chosen values; None where they are not finite or there are none."""
     if values is None:
         return [None] * len(chosen)
     return [x if math.isfinite(x) else None for x in values[chosen].tolist()]
 
 
 def _texts(store: FeatureStore | None, latents: list[int]) -> tuple[list[str | None], list[str | None]]:
-    """The label of each latent and the token it promotes most."""
+    """Return the label of each latent and the token it promotes most."""
     if store is None:
         return [None] * len(latents), [None] * len(latents)
     return [store.labels.get(i) for i in latents], [next((token for token, _ in store.promoted(i)), None) for i in latents]
@@ -255,12 +255,12 @@ def words(row: PromptRow) -> str:
 
 
 def about(row: PromptRow) -> str:
-    """The label of a row's latent and the token it promotes, as far as they are known."""
+    """Return the label of a row's latent and the token it promotes, as far as they are known."""
     promotes = None if row.promoted is None else f"promotes {quoted(row.promoted)}"
     return "; ".join(visible(known) for known in (row.label, promotes) if known)
 
 
 def _shown(order: str, value: float | None) -> str:
-    """A number of a row for a table."""
+    """Return a number of a row for a table."""
     form = {"activation": ".3g", "relative": ".0%", "attribution": "+.3g"}[order]
     return "" if value is None else format(value, form)

@@ -142,7 +142,7 @@ def limited(path: str, limit: int) -> None:
 
 
 def same_document(batches: Iterator[torch.Tensor]) -> float:
-    """Share of the pairs within a batch that come from the same document."""
+    """Return the share of the pairs within a batch that come from the same document."""
     same = pairs = 0
     for ids in batches:
         counts = torch.unique(ids, return_counts=True)[1]
@@ -152,7 +152,7 @@ def same_document(batches: Iterator[torch.Tensor]) -> float:
 
 
 def shuffle(folder: Path, n: int) -> dict[str, float]:
-    """Pairs from the same document: as stored, ours, and a perfect shuffle."""
+    """Return pairs from the same document: as stored, ours, and a perfect shuffle."""
     ids = (torch.arange(n) // DOCUMENT).float()[:, None].expand(n, 2)
     write_cache(
         folder / "documents",
@@ -178,7 +178,7 @@ class _Fed(sl.ActivationStream):
 
 
 def live(sizes: list[int], n: int, peer_python: str | None, threads: int) -> dict[str, dict[int, int]]:
-    """Tokens a second out of buffers of several sizes."""
+    """Return tokens a second out of buffers of several sizes."""
     found: dict[str, dict[int, int]] = {"ours": {}}
     for size in sizes:
         batches = cut_into_batches(_Fed(size)._rounds(["x"], 0, 0, 0), BATCH)

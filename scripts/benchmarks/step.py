@@ -86,7 +86,7 @@ class Ours:
 
 
 def measure(rule: str, args: argparse.Namespace, x: torch.Tensor, directions: torch.Tensor, bias: torch.Tensor) -> dict:
-    """One row of the table: all contestants in alternation, medians in milliseconds."""
+    """Return one row of the table: all contestants in alternation, medians in milliseconds."""
     ours = trainer(rule, SparseStep, x, directions, bias, args)
     contestants: dict[str, Ours | Peer] = {"ours": Ours(ours, x)}
     if not args.no_dense:

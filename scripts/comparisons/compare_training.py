@@ -77,7 +77,7 @@ def _fvu_at(levels: list[tuple[float, float]], l0: float) -> float | None:
 
 
 def point(options: dict, outcome: Outcome, x: Tensor) -> dict:
-    """One trained dictionary in figures."""
+    """Return one trained dictionary in figures."""
     alive = torch.bincount(outcome.codes.latent, minlength=outcome.codes.d_sae) > 0
     return {
         "options": options,

@@ -107,7 +107,7 @@ def data(seed: int) -> torch.Tensor:
 
 
 def fit(rule: str):
-    """A dictionary that has begun to learn."""
+    """Return a dictionary that has begun to learn."""
     import saelens_lite as sl
 
     settings = {"d_sae": D_SAE, "n_tokens": 40_000, "batch_size": 512, "lr": 1e-3, "options": RULES[rule]}
@@ -115,7 +115,7 @@ def fit(rule: str):
 
 
 def transcoder(rule: str):
-    """A transcoder with random weights."""
+    """Return a transcoder with random weights."""
     import saelens_lite as sl
 
     reads, writes = sl.Port(hook="blocks.0.hook_resid_mid", width=D_IN), sl.Port(hook="blocks.0.hook_mlp_out", width=48)

@@ -27,7 +27,7 @@ class Stored:
         self.rms_norm = (square / len(self.x)) ** 0.5
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """All whole batches, once."""
+        """Yield all whole batches, once."""
         for start in range(0, len(self.x) - batch_size + 1, batch_size):
             yield torch.from_numpy(self.x[start : start + batch_size].copy())
 
@@ -93,7 +93,7 @@ class Planted:
             yield self.sample(batch_size, generator).x
 
     def held_out(self, n: int) -> Sample:
-        """Activations that are in none of the batches."""
+        """Return activations that are in none of the batches."""
         return self.sample(n, torch.Generator().manual_seed(self.seed + 2))
 
 
@@ -108,6 +108,6 @@ def _zipf(n: int, total: float, exponent: float, largest: float) -> Tensor:
 
 
 def opened(description: dict[str, Any]) -> Stored | Planted:
-    """The stream that describes itself so."""
+    """Return the stream that describes itself so."""
     kinds = {"Stored": Stored, "Planted": Planted}
     return kinds[description["kind"]](**{k: v for k, v in description.items() if k != "kind"})

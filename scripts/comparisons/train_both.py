@@ -61,11 +61,11 @@ class InOrder:
         self.n_tokens: int | None = None
 
     def d_in(self, hook: str) -> int:
-        """Width of the activations."""
+        """Return the width of the activations."""
         return len(self.stream.mean)
 
     def statistics(self, hook: str) -> Statistics:
-        """Mean and root mean square norm."""
+        """Return the mean and root mean square norm."""
         return Statistics(self.stream.mean, self.stream.rms_norm)
 
     def origin(self, hook: str) -> Origin:
@@ -73,7 +73,7 @@ class InOrder:
         return Origin(excluded_positions=())
 
     def batches(self, hooks: Sequence[str], batch_size: int, seed: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
-        """The batches of the stream from the first on."""
+        """Yield the batches of the stream from the first on."""
         if start:
             raise ConfigError("a stream in order begins at its first batch")
         for x in self.stream.batches(batch_size):
