@@ -1,4 +1,4 @@
-"""Commands that show what latents respond to."""
+"""Commands that show the text to which latents respond."""
 
 from pathlib import Path
 
@@ -22,25 +22,25 @@ def features(
     html: Path = Path("features.html"),
     exists: Exists = "error",
 ) -> None:
-    """See what each latent responds to: one HTML file a dictionary, from one pass of the model.
+    """Write one HTML page per dictionary that shows the text to which each latent responds. The model runs once.
 
-    Stability scores that `compare --out` left in the folder of a dictionary are shown as well.
+    The page also shows the stability scores that `compare --out` saved in the dictionary's folder.
 
     Parameters
     ----------
     n_tokens
         Tokens to read; default: all.
     batch_tokens
-        Tokens that go through the model together; default: what suits the device.
+        Tokens per forward pass; default: a number that suits the device.
     out
-        Folder for the collected data, to be loaded again; several dictionaries have folders 0-topk, 1-l1, … in it (number and
-        rule). After an interruption the same command goes on.
+        Folder for the collected data, which `dashboard` and `prompt --store` read. Several dictionaries get subfolders 0-topk,
+        1-l1, … (number and rule). Repeat the command to resume an interrupted pass.
     codes
-        Keep all activations in --out as a Parquet table, for queries in SQL.
+        Keep all activations in --out as a Parquet table that SQL can query.
     control
-        Collect the same on the model with its weights re-drawn.
+        Also collect the same data on the model with random weights, as a control.
     html
-        The file to write; several dictionaries have files features-0-topk.html, ….
+        File to write. Several dictionaries get files features-0-topk.html, ….
     """
     import saelens_lite as sl
     from saelens_lite.features.compare import STABILITY_FILE, Stability
@@ -76,14 +76,14 @@ def features(
 
 @app.command
 def dashboard(store: Path, *, html: Path = Path("features.html"), exists: Exists = "error") -> None:
-    """Write the page of a store that `features --out` collected, with the labels that were given since.
+    """Write the page of a store that `features --out` collected, with the current labels.
 
     Parameters
     ----------
     store
         Folder of the store.
     html
-        The file to write.
+                File to write.
     """
     import saelens_lite as sl
 
