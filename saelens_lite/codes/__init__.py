@@ -1,4 +1,4 @@
-"""SparseCodes: which latents fire for each activation, and how strongly."""
+"""SparseCodes: the latents that fire for each activation, and their values."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ from torch import Tensor
 from saelens_lite.codes import gpu
 from saelens_lite.errors import ShapeError
 
-GROUPS = 1024  # of latents, whose maxima are looked at first where a few largest of many are wanted
+GROUPS = 1024  # groups of latents; `largest` looks at the maximum of each group first
 
 
 @dataclass(frozen=True, eq=False)
 class Support:
     """The (row, latent) pairs that fire, in compressed rows: row r owns latent[crow[r]:crow[r+1]].
 
-    What the products of a training step need of it is derived once, on first use.
+    Everything that the products of a training step need from it is computed once, on first use.
     """
 
     crow: Int[Tensor, " rows_plus_1"]
@@ -34,7 +34,9 @@ class Support:
 
     @classmethod
     def of_latent(cls, latent: Int[Tensor, " nnz"]) -> "Support":
-        """Return the support whose `latent` is this very tensor, so that its order is computed once; else a pair a row."""
+        """Return the support that owns this `latent` tensor, so that its order is computed once. Else make one with a pair per
+        row.
+        """
         known = _of_latent.get(id(latent))
         if known is not None and known.latent is latent:
             return known
@@ -52,11 +54,11 @@ class Support:
         return torch.repeat_interleave(rows, self.crow.diff(), output_size=len(self.latent))
 
     def where(self, keep: Bool[Tensor, " nnz"]) -> "Support":
-        """Return the pairs at which `keep` is true."""
+        """Return the pairs where `keep` is true."""
         return Support(F.pad(keep.long().cumsum(0), (1, 0))[self.crow], self.latent[keep])
 
     def flat(self, d_sae: int) -> Int[Tensor, " nnz"]:
-        """row · d_sae + latent: where the pair stands in a flattened [rows d_sae] tensor."""
+        """Return row · d_sae + latent: the index of each pair in a flattened [rows d_sae] tensor."""
         return self.row * d_sae + self.latent
 
     @cached_property
@@ -71,7 +73,7 @@ class Support:
 
     @cached_property
     def order(self) -> Int[Tensor, " nnz"]:
-        """What sorts the pairs by latent, rows ascending within a latent."""
+        """Permutation that sorts the pairs by latent, rows ascending within a latent."""
         return self.latent32.argsort(stable=True)
 
     @cached_property
@@ -81,7 +83,7 @@ class Support:
 
     @cached_property
     def counts(self) -> Int[Tensor, " latents"]:
-        """How many rows each latent fires in, up to the last one that fires."""
+        """Number of rows in which each latent fires, up to the last latent that fires."""
         return torch.bincount(self.latent)
 
     @cached_property
@@ -91,11 +93,11 @@ class Support:
 
     @cached_property
     def as_dense(self) -> "DensePairs":
-        """Where the pairs stand in a dense matrix over the latents that are used."""
+        """The pairs as entries of a dense matrix over the used latents."""
         return DensePairs(self)
 
     def by_latent(self, d_sae: int) -> Int[Tensor, " d_sae_plus_1"]:
-        """Where each latent begins among the pairs sorted by latent, int32."""
+        """Return the offset of each latent in the pairs sorted by latent, int32."""
         return _pointers(F.pad(self.counts, (0, d_sae - len(self.counts)))).int()
 
 
@@ -115,30 +117,30 @@ class DensePairs:
         self.flat = support.row * len(self.used) + column
 
     def matrix(self, value: Float[Tensor, " nnz"]) -> Float[Tensor, "batch n_used"]:
-        """Return the values at their pairs, zeros elsewhere; without gradient."""
+        """Return a dense matrix of the values, with zeros elsewhere; without gradient."""
         zeros = value.new_zeros(self.n_rows * len(self.used))
         return rearrange(zeros.index_copy_(0, self.flat, value), "(batch used) -> batch used", batch=self.n_rows)
 
     def rows_of(self, weight: Float[Tensor, "d_sae d"]) -> Float[Tensor, "n_used d"]:
-        """Return the rows of a weight that belong to latents that are used."""
+        """Return the rows of a weight that belong to used latents."""
         return weight if len(self.used) == len(weight) else weight.index_select(0, self.used)
 
 
 def support_of_mask(mask: Bool[Tensor, "batch d_sae"]) -> Support:
-    """Return the pairs at which `mask` is true, latents ascending within a row."""
-    if mask.device.type == "cpu":  # numpy finds them several times faster
+    """Return the (row, latent) pairs where `mask` is true, latents ascending within a row."""
+    if mask.device.type == "cpu":  # numpy is several times faster
         flat = torch.from_numpy(np.flatnonzero(mask.contiguous().numpy()))
         row = flat // max(1, mask.shape[1])
         latent = flat - row * mask.shape[1]
     else:
         row, latent = mask.nonzero(as_tuple=True)
     support = Support(_pointers(torch.bincount(row, minlength=len(mask))), latent)
-    support.__dict__["row"] = row  # what the cached property would compute again
+    support.__dict__["row"] = row  # saves the cached property the work
     return support
 
 
 def support_of_indices(latent: Int[Tensor, "batch k"]) -> Support:
-    """Return the pairs of a table with the same number of latents in each row."""
+    """Return the support of a table with k latents in each row."""
     n, k = latent.shape
     return Support(torch.arange(0, n * k + 1, k, device=latent.device) if k else latent.new_zeros(n + 1), latent.flatten())
 
@@ -158,14 +160,14 @@ def largest(pre: Float[Tensor, "batch d_sae"], k: int) -> Int[Tensor, "batch k"]
 
 
 def argmax(x: Float[Tensor, "*shape n"]) -> Int[Tensor, "*shape"]:
-    """Where the largest entry along the last axis is, the first of equals."""
-    if x.device.type == "cpu" and x.dtype != torch.bfloat16:  # numpy finds it several times faster
+    """Return the index of the largest entry along the last axis; of equal entries, the first."""
+    if x.device.type == "cpu" and x.dtype != torch.bfloat16:  # numpy is several times faster
         return torch.from_numpy(np.asarray(x.detach().numpy().argmax(-1)))
     return x.argmax(-1)
 
 
 def concatenated(supports: Sequence[Support]) -> Support:
-    """Return the rows of several supports, one after the other."""
+    """Concatenate the rows of several supports."""
     counts = torch.cat([support.crow.diff() for support in supports])
     return Support(_pointers(counts), torch.cat([support.latent for support in supports]))
 
@@ -175,7 +177,7 @@ def _pointers(counts: Int[Tensor, " rows"]) -> Int[Tensor, " rows_plus_1"]:
 
 
 def picked(x: Float[Tensor, " n"], place: Int[Tensor, " n_picked"]) -> Float[Tensor, " n_picked"]:
-    """Return x[place] for places that are all different; differentiable, without the atomic sums that indexing would do."""
+    """Return x[place] for distinct places; differentiable, without the atomic sums of indexing."""
     return _Picked.apply(x, place)
 
 
@@ -221,7 +223,7 @@ class SparseCodes(NamedTuple):
 
     @property
     def crow(self) -> Int[Tensor, " rows_plus_1"]:
-        """Where each row begins among the entries."""
+        """The offset of each row in the entries."""
         return self.support.crow
 
     @property
@@ -236,12 +238,12 @@ class SparseCodes(NamedTuple):
 
     @property
     def n_rows(self) -> int:
-        """Number of activations coded."""
+        """Number of encoded activations."""
         return self.support.n_rows
 
     @property
     def fires(self) -> Bool[Tensor, " nnz"]:
-        """Entries at which the latent fires: those that are not zero. All counts of firing latents are counts of these."""
+        """Mask of the entries that are not zero, where the latent fires. Every count of firing latents counts these."""
         return self.value != 0
 
     @property
@@ -256,7 +258,7 @@ class SparseCodes(NamedTuple):
         return flat.index_put((self.support.flat(self.d_sae),), self.value).reshape(*self.shape, self.d_sae)
 
     def decode(self, W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "*shape d_in"]:
-        """Σ value · W_dec[latent] for each activation, without bias; differentiable."""
+        """Return Σ value · W_dec[latent] for each activation, without bias; differentiable."""
         if W_dec.shape[0] != self.d_sae:
             raise ShapeError(f"codes over {self.d_sae} latents cannot be decoded by a W_dec of shape {tuple(W_dec.shape)}")
         if not len(self.value):  # embedding_bag refuses an empty bag list
@@ -272,7 +274,7 @@ class SparseCodes(NamedTuple):
         return self if bool(keep.all()) else self.where(keep)
 
     def where(self, keep: Bool[Tensor, " nnz"]) -> "SparseCodes":
-        """Return the entries at which `keep` is true; differentiable."""
+        """Return the entries where `keep` is true; differentiable."""
         return self._replace(support=self.support.where(keep), value=picked(self.value, keep.nonzero().squeeze(1)))
 
     def rows(self, start: int, stop: int) -> "SparseCodes":
@@ -283,7 +285,7 @@ class SparseCodes(NamedTuple):
         return self._replace(support=support, value=self.value[piece], shape=(support.n_rows,))
 
     def to(self, *args, **kwargs) -> "SparseCodes":
-        """Moved to a device, values cast to a dtype, as in torch.Tensor.to."""
+        """Move the codes to a device and cast their values to a dtype, as torch.Tensor.to does."""
         value = self.value.to(*args, **kwargs)
         if value.device == self.crow.device:
             return self._replace(value=value)
