@@ -363,17 +363,17 @@ def test_operations_that_add_no_two_floats_to_one_cell_are_no_unordered_sums():
         torch.zeros(6, dtype=torch.long).index_add_(0, twice, torch.ones(3, dtype=torch.long))
         torch.zeros(6).scatter_reduce_(0, twice, torch.ones(3), "amax")
         torch.zeros(6).index_put_((twice,), torch.ones(()))
-    assert sums.found == []
+    assert sums.noted == []
     for read in (lambda: x[twice], lambda: x.index_select(0, twice), lambda: x.gather(0, twice), lambda: x.take(twice)):
         with UnorderedSums() as sums:
             read().sum().backward()
-        assert [place.split()[1:] for place in sums.found] == [["(backward", "pass)"]]
+        assert [place.split()[1:] for place in sums.noted] == [["(backward", "pass)"]]
     with UnorderedSums() as sums:
         torch.bincount(twice, torch.ones(3))
         torch.zeros(6).scatter_reduce_(0, twice, torch.ones(3), "sum")
         torch.zeros(6).put_(twice, torch.ones(3), accumulate=True)
-    assert [place.split()[0] for place in sums.found] == ["bincount", "scatter_reduce", "put"]
-    assert all("(test_testing.py:" in place for place in sums.found)
+    assert [place.split()[0] for place in sums.noted] == ["bincount", "scatter_reduce", "put"]
+    assert all("(test_testing.py:" in place for place in sums.noted)
 
 
 def test_training_that_cannot_begin_fails():

@@ -62,8 +62,8 @@ class CircuitTracer(Format):
         kind = config.text("model_kind", "transcoder_set")
         if kind != "transcoder_set":
             raise ConfigError(f"{config.path}: a {kind} writes to several layers, which has no place here")
-        found = next((name for tensor, name in ((THRESHOLD, "jumprelu"), (K, "topk")) if tensor in file.specs), "relu")
-        activation = config.text("activation", found).lower()
+        default = next((name for tensor, name in ((THRESHOLD, "jumprelu"), (K, "topk")) if tensor in file.specs), "relu")
+        activation = config.text("activation", default).lower()
         if activation not in RULES:
             raise ConfigError(f"{config.path}: no rule here computes {activation!r}; those of {', '.join(RULES)} are read")
         k = _k(config, file) if activation == "topk" else None

@@ -190,8 +190,8 @@ def _place(trainer: Settings, buffer: Settings) -> dict[str, Any]:
 
 
 def _layer(hook: str | None) -> int | None:
-    found = re.match(r"blocks\.(\d+)\.", hook or "")
-    return int(found[1]) if found else None
+    match = re.match(r"blocks\.(\d+)\.", hook or "")
+    return int(match[1]) if match else None
 
 
 def _ordered(tensor: torch.Tensor, ours: str, axes: str) -> torch.Tensor:

@@ -58,7 +58,7 @@ class MatchingPursuit(Sparsity):
         """(the latent of each step, whether it explains anything), both [batch step]."""
         n_rows = len(encoder.x)
         gram = W_dec @ W_dec.T if self.d_sae <= min(n_rows * (self.config.k - 1), LARGEST_GRAM) else None
-        found = []
+        chunks = []
         for tile in encoder.tiles():
             for rows in tile.split(CHUNK if tile.device.type == "cpu" else len(tile)):
                 h, steps = rows.clone(), []
@@ -68,8 +68,8 @@ class MatchingPursuit(Sparsity):
                     explained = gram.index_select(0, best) if gram is not None else W_dec.index_select(0, best) @ W_dec.T
                     h.addcmul_(explained, v, value=-1)
                     steps.append((best, v.squeeze(1) > 0))
-                found.append([torch.stack(part, 1) for part in zip(*steps, strict=True)])
-        return [torch.cat(part) for part in zip(*found, strict=True)]
+                chunks.append([torch.stack(part, 1) for part in zip(*steps, strict=True)])
+        return [torch.cat(part) for part in zip(*chunks, strict=True)]
 
     def after_step(self, dictionary) -> None:
         normalise_decoder_(dictionary)

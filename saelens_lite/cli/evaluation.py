@@ -162,8 +162,8 @@ def compare(
         refuse_existing(out / STABILITY_FILE, exists)
     loaded = sl.Dictionary.load(dictionary)
     settings = {"threshold": threshold, "method": method, "include_dead": include_dead, "seed": seed}
-    found = compare_all(loaded, [sl.Dictionary.load(path) for path in others], **settings)
-    compared = dict(zip(map(str, others), found, strict=True))
+    comparisons = compare_all(loaded, [sl.Dictionary.load(path) for path in others], **settings)
+    compared = dict(zip(map(str, others), comparisons, strict=True))
     if json_out:
         write_json(json_out, {path: comparison.to_dict() for path, comparison in compared.items()})
     console().print(comparison_table(compared))

@@ -135,10 +135,10 @@ def doses(
 
     metric = pair.metric() or "promoted"
     loaded, lm = of.load(dictionary)
-    found = sl.dose_response(loaded, lm, latent, doses, prompt, metric=metric, n_controls=controls, seed=seed, hook=of.hook)
-    console().print(found.table())
+    response = sl.dose_response(loaded, lm, latent, doses, prompt, metric=metric, n_controls=controls, seed=seed, hook=of.hook)
+    console().print(response.table())
     if json_out:
-        write_json(json_out, found.to_dict(), limit=math.inf)
+        write_json(json_out, response.to_dict(), limit=math.inf)
 
 
 @app.command
@@ -170,10 +170,10 @@ def attribute(
 
     metric = pair.metric() or "loss"
     loaded, lm = of.load(dictionary)
-    found = sl.attribute(loaded, lm, prompt, metric, ablation=ablation, hook=of.hook)
-    console().print(found.table(top))
+    attribution = sl.attribute(loaded, lm, prompt, metric, ablation=ablation, hook=of.hook)
+    console().print(attribution.table(top))
     if json_out:
-        write_json(json_out, found.to_dict(), limit=math.inf)
+        write_json(json_out, attribution.to_dict(), limit=math.inf)
 
 
 @app.command(name="prompt")

@@ -43,11 +43,11 @@ def plugins(
     if check:
         _check(check, options or {}, as_json)
         return
-    found = [registry.check(plugin) for kind in registry.KINDS for plugin in registry.plugins(kind)]
+    findings = [registry.check(plugin) for kind in registry.KINDS for plugin in registry.plugins(kind)]
     if as_json:
-        say(json.dumps([_facts(finding) for finding in found], indent=2, ensure_ascii=False))
+        say(json.dumps([_facts(finding) for finding in findings], indent=2, ensure_ascii=False))
     else:
-        console().print(_plugin_table(found))
+        console().print(_plugin_table(findings))
 
 
 def _check(asked: str, options: dict[str, str], as_json: bool) -> None:
@@ -78,8 +78,8 @@ def _check_table(report: "PluginReport") -> "Table":
     grid = Table(box=SIMPLE_HEAD, title=f"{report.plugin}: {report.summary()}", title_justify="left")
     for title in ("check", "status", "found"):
         grid.add_column(title, overflow="fold", no_wrap=title != "found")
-    for name, status, found in report.checks:
-        grid.add_row(Text(name), Text(status, style=colours[status]), Text(found))
+    for name, status, result in report.checks:
+        grid.add_row(Text(name), Text(status, style=colours[status]), Text(result))
     return grid
 
 

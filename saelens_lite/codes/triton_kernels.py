@@ -222,5 +222,5 @@ def _with_whole_rows(matrix: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
 
 def _check(what: str, given: int, wanted: int) -> None:
     """Raise unless a tensor has the expected size: a kernel reads beyond the end of a shorter one."""
-    if found != wanted:
+    if given != wanted:
         raise ShapeError(f"a product with this support needs {wanted} {what}, not {given}")

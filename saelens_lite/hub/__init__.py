@@ -1,4 +1,4 @@
-"""Dictionaries on the Hugging Face Hub: pushed with a card, pulled by folder and revision."""
+"""Dictionaries on the Hugging Face Hub: push them with a card, pull them by folder and revision."""
 
 from saelens_lite.hub.card import write_card
 from saelens_lite.hub.client import Address

@@ -1,7 +1,8 @@
-"""Interventions: what the model does when latents are changed, and which latents make it do what it does.
+"""Interventions: change latents and measure the effect, or find the latents that cause an output.
 
-edits.py has the edits that `LanguageModel.splice` applies, doses.py measures what more and more of a latent does beside random
-ones, attribution.py says how much each active latent contributes to a metric, steering.py shows text with and without edits.
+edits.py has the edits that `LanguageModel.splice` applies. doses.py measures the effect of growing amounts of a latent, beside
+random latents. attribution.py measures the contribution of each active latent to a metric. steering.py shows text with and
+without edits.
 """
 
 from saelens_lite.interventions.attribution import Attribution, attribute

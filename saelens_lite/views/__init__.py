@@ -1,4 +1,4 @@
-"""Views of a prompt: which latents fire in it, as a table or a page for notebooks, and live with sliders to steer."""
+"""Views of the latents that fire in a prompt: a table, a page for notebooks, and a live view with steering sliders."""
 
 from saelens_lite.views.prompt import PromptRow, PromptView, prompt_view
 

@@ -35,7 +35,7 @@ FOUND = 0.9  # cosine from which a direction counts as found
 
 
 def near_l0(train: Callable[[dict], Outcome], rule: str, active: float, tries: int) -> tuple[dict, Outcome, dict[float, float]]:
-    """Return options such that about `active` latents fire, what was trained with them, and the L0 of each coefficient tried."""
+    """Return options for about `active` firing latents, the trained outcome, and the L0 of each coefficient tried."""
     if rule not in COEFFICIENTS:
         options = {"k": round(active)}
         return options, train(options), {}
