@@ -89,7 +89,7 @@ def _same_request(file: Path, request: dict[str, Any], what: str, exists: str) -
     if other and exists == "error":
         said = ", ".join(f"{key} = {earlier.get(key)!r:.200} (now {wanted.get(key)!r:.200})" for key in other)
         raise OutputExistsError(
-            f"{file.parent} holds an unfinished {what} with other settings: {said}; repeat that request, delete the folder, or set "
+            f"{file.parent} holds an unfinished {what} with other settings: {said}; repeat that request, delete it, or set "
             "exists='overwrite'"
         )
     return not other

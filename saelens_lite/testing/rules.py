@@ -362,8 +362,8 @@ def definitions(lab: Lab) -> str:
         if not error <= CLOSE:
             raise CheckFailed(
                 f"codes by values are {error:.1e} (relative) off activation if the support comes from rounded "
-                "pre-activations, as with encoder_precision = bfloat16; `values` should return the same as `activation` for its "
-                "pre-activations, 0 below the threshold"
+                "pre-activations, as with encoder_precision = bfloat16; `values` should return the same as `activation` for "
+                "its pre-activations, 0 below the threshold"
             )
     return f"the same codes within {errors[worst]:.0e}"
 
@@ -425,8 +425,8 @@ def folding(lab: Lab) -> str:
         error = max(apart(d(lab.x), x_hat), apart(dense_codes(d, lab.x), codes * norms))
     if not error <= CLOSE:
         raise CheckFailed(
-            f"codes or x_hat are {error:.1e} (relative) off after fold_decoder_norms_; define rescale_ for tensors that are added to or "
-            "compared with pre-activations, or set homogeneous = False"
+            f"codes or x_hat are {error:.1e} (relative) off after fold_decoder_norms_; define rescale_ for tensors that are "
+            "added to or compared with pre-activations, or set homogeneous = False"
         )
     return f"x_hat within {error:.0e}"
 
