@@ -1,1 +1,1 @@
-"""The plugins that come with saelens_lite; the core knows them by entry points only."""
+"""The plugins that come with saelens_lite. The core finds them only by entry points."""

@@ -623,7 +623,7 @@ class Dictionary(nn.Module):
         if not isinstance(ours, dict) or ours.get("format") not in (1, FORMAT):
             raise CorruptFileError(
                 f"{folder / CONFIG_FILE} was not written by this version of saelens_lite (metadata.saelens_lite.format is "
-                f"{ours.get('format') if isinstance(ours, dict) else 'absent'!r:.40}, expected {FORMAT})"
+                f"{ours.get('format') if isinstance(ours, dict) else 'absent'!r:.40}, expected 1 or {FORMAT})"
             )
         try:
             newer = config if ours["format"] == FORMAT else _of_format_2(config)

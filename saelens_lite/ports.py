@@ -42,6 +42,10 @@ class Hooks(NamedTuple):
         """Each hook once."""
         return list(dict.fromkeys((*self.reads, *self.writes)))
 
+    def __str__(self) -> str:
+        read, written = " + ".join(self.reads), " + ".join(self.writes)
+        return read if self.reads == self.writes else f"{read} → {written}"
+
 
 def as_ports(given: Ports) -> tuple[Port, ...]:
     """Return ports as a tuple. A number is the width of a port without a known hook.

@@ -137,7 +137,7 @@ def transcoder(d_in: int) -> sl.Dictionary:
 
 
 def test_a_transcoder_is_not_given_to_judges_of_autoencoders():
-    with pytest.raises(ConfigError, match=r"a transcoder from blocks.2.ln2.hook_out to blocks.2.hook_mlp_out: SAEBench"):
+    with pytest.raises(ConfigError, match=r"blocks.2.ln2.hook_out → blocks.2.hook_mlp_out: SAEBench"):
         sae_bench(transcoder(12))
 
 

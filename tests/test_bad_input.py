@@ -450,7 +450,7 @@ def test_a_cfg_json_that_is_none(saved, content, wanted):
         (lambda c: c.pop("d_in"), "cfg.json is damaged: 'd_in' is required"),
         (lambda c: c.update(d_sae="wide"), "cfg.json is damaged: d_sae = 'wide': input should be a valid integer"),
         (lambda c: c.update(dtype="int4"), "cfg.json is damaged: dtype = 'int4': input should be 'float32'"),
-        (lambda c: c["metadata"]["saelens_lite"].update(format=2), "metadata.saelens_lite.format is 2, expected 1"),
+        (lambda c: c["metadata"]["saelens_lite"].update(format=3), "metadata.saelens_lite.format is 3, expected 1 or 2"),
         (lambda c: c["metadata"]["saelens_lite"].update(options={"k": -1}), "cfg.json: TopK: k = -1"),
         (
             lambda c: c["metadata"]["saelens_lite"].update(options=[1]),

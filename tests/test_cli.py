@@ -258,7 +258,18 @@ def test_plugins(command):
 def test_train_on_several_hooks(work, command):
     """--writes makes a transcoder, --reads once for each hook a crosscoder; a text without a cache serves as well."""
     hooks = (HOOK, "blocks.1.hook_mlp_out")
-    capture = ("capture", work / "book.txt", "--hooks", *hooks, "--out", work / "pair", "--n-tokens", 600)
+    """--writes makes a transcoder and several --reads a crosscoder, from a cache or from a text."""
+        "capture",
+        work / "book.txt",
+        "--hooks",
+        hooks[0],
+        "--hooks",
+        hooks[1],
+        "--out",
+        work / "pair",
+        "--n-tokens",
+        600,
+    )
     code, _, err = command(*capture)
     assert code == 0, err
     small = ("--sparsity", "topk", "--options.k", 4, "--d-sae", 16, "--n-tokens", 512, "--batch-size", 128)

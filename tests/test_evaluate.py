@@ -411,7 +411,7 @@ def test_bad_input(lm, rows, random_lm):
     narrow = sl.Dictionary.create("l1", reads=sl.Port(hook=HOOK, width=7), d_sae=16)
     with pytest.raises(ShapeError, match=rf"{lm.d_model}.*takes \[\.\.\., 7\]"):
         sl.evaluate(narrow, lm, rows)
-    with pytest.raises(ConfigError, match="need the same hooks"):
+    with pytest.raises(ConfigError, match=r"does not say which hook.*give hook="):
         sl.evaluate(sl.Dictionary.create("l1", reads=lm.d_model, d_sae=16), lm, rows)
     with pytest.raises(HookError, match="did you mean"):
         sl.evaluate(dictionary(lm), lm, rows, hook="blocks.1.hook_resid_prr")

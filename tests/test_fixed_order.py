@@ -10,6 +10,7 @@ from saelens_lite.codes import SparseCodes, Support, picked, products, support_o
 from saelens_lite.codes.products import read_at, sum_at
 from saelens_lite.config import TrainConfig
 from saelens_lite.dictionary import Dictionary
+from saelens_lite.ports import Port
 from saelens_lite.sparsity import Sparsity, register
 from saelens_lite.training import Trainer
 from saelens_lite.training.step import SparseStep
@@ -80,7 +81,7 @@ def test_no_step_of_a_rule_adds_by_atomics(rule, transcoder, halves, path, monke
     monkeypatch.setattr(products, "DENSE_ABOVE", -1.0 if path == "dense" else 1.0)
     if path == "as on a GPU":
         monkeypatch.setattr(products, "latent_sums", products._sorted_sums)
-    kind = {"d_out": 11, "skip": True} if transcoder else {}
+    kind = {"writes": Port(width=11), "skip": True} if transcoder else {}
     d = Dictionary.create(name, reads=16, d_sae=64, options=options, **kind).train()
     for i, parameter in enumerate(d.parameters()):
         parameter.data.add_(normal(*parameter.shape, seed=i), alpha=0.1)

@@ -351,12 +351,13 @@ def test_a_replaced_middle_of_a_block_reaches_its_mlp_and_its_output(family_lm, 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_tail_gives_the_logits_of_a_whole_pass(family_lm, family):
+def test_a_partial_forward_gives_the_logits_of_a_whole_pass(family_lm, family):
     """Without running the blocks in front of the hook again, and for other activations than those it was tried on."""
     model = family_lm(family)
     for hook in model.hook_names:
-        partial = PartialForward(model, hook, TOKENS)
-        (x,), clean = partial.read(TOKENS, hook)
+        partial = PartialForward(model, [hook], TOKENS)
+        acts, clean = partial.read(TOKENS, [hook])
+        x = acts[hook]
         assert torch.equal(clean, model.logits(TOKENS))
         assert torch.equal(x, model.run(TOKENS, hook)[hook]), hook
         new = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
@@ -384,9 +385,9 @@ def test_a_model_whose_blocks_read_more_than_the_stream(family_lm, take, n_skipp
     first.self_attn.register_forward_hook(lambda _module, _args, out: memory.append(out[0]))
     second.register_forward_hook(lambda _module, _args, out: out + take(memory))
     hook = "blocks.1.hook_resid_pre"
-    partial = PartialForward(model, hook, probe)
+    partial = PartialForward(model, [hook], probe)
     assert (partial.n_skipped, partial.is_whole_stream) == (n_skipped, False)
-    (x,), _ = partial.read(TOKENS, hook)
+    x = partial.read(TOKENS, [hook])[0][hook]
     found = partial.logits(TOKENS, x / 2)
     with model.replace(hook, lambda x: x / 2):
         assert_near(found, model.logits(TOKENS))

@@ -240,12 +240,13 @@ def test_a_card_passes_on_no_link_image_or_html(write):
     assert shown.isprintable()
 
 
-def hostile(folder: Path, **origin: str) -> Path:
+def hostile(folder: Path, hook: str = EVIL, **origin: str) -> Path:
     """Return a dictionary folder with hostile text in every field that takes text."""
     dictionary(hook=HOOK).save(folder)
     config = json.loads((folder / "cfg.json").read_text())
-    fields = dict.fromkeys(("model", "revision", "model_class", "hook", "text", "text_sha256"), EVIL)
+    fields = dict.fromkeys(("model", "revision", "model_class", "text", "text_sha256"), EVIL)
     config["metadata"]["saelens_lite"]["origin"] |= fields | origin
+    config["metadata"]["saelens_lite"]["reads"][0]["hook"] = hook
     config["metadata"]["saelens_lite"]["training"] = {"tokens": 10, "config": {EVIL: EVIL, "options": {EVIL: EVIL}}}
     (folder / "cfg.json").write_text(json.dumps(config))
     return folder
@@ -258,7 +259,7 @@ def evil_report() -> sl.EvalReport:
     return replace(report, controls={EVIL: report})
 
 
-@pytest.mark.parametrize("origin", [{}, {"model": "tiny", "hook": HOOK}])
+@pytest.mark.parametrize("origin", [{}, {"model": "tiny", "hook": HOOK}], ids=["hostile", "tiny"])
 def test_a_card_made_of_hostile_fields_holds_them_as_text(origin, tmp_path):
     folder = hostile(tmp_path / "d", **origin)
     card = write_card(folder, sl.Dictionary.load(folder), evil_report(), tags=[EVIL], license="mit").read_text()
@@ -312,7 +313,7 @@ STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u206
 def test_no_command_lets_text_of_files_steer_the_terminal(arguments, tmp_path, command, lm):
     d = sl.Dictionary.create("l1", reads=lm.d_model, d_sae=8).save(tmp_path / f"d{TRICKY}")
     config = json.loads((d / "cfg.json").read_text())
-    config["metadata"]["saelens_lite"]["origin"] |= dict.fromkeys(("model", "model_class", "hook", "text"), EVIL)
+    config["metadata"]["saelens_lite"]["origin"] |= dict.fromkeys(("model", "model_class", "text"), EVIL)
     (d / "cfg.json").write_text(json.dumps(config))
     evil_report().to_json(d / "eval.json")
     places = {"D": d, "N": tmp_path / f"none{TRICKY}", "OUT": tmp_path / f"out{TRICKY}"}

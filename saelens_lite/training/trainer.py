@@ -202,7 +202,7 @@ class Trainer:
     @property
     def described(self) -> str:
         """The rule, the hook, and how far training is, for messages."""
-        return f"{self.config.sparsity} on {self.dictionary.place} (after {self.n_seen:,} tokens)"
+        return f"{self.config.sparsity} on {self.hooks} (after {self.n_seen:,} tokens)"
 
     def _explain(self, activations: Sequence[Tensor], losses: dict[str, Tensor]) -> str:
         """Say what became NaN or infinite first: the data, a parameter, a part of the loss, or a gradient."""
@@ -307,13 +307,13 @@ class Trainer:
             found, wanted = np.atleast_1d(getattr(self, name)), np.atleast_1d(numbers[name])
             if found.shape != wanted.shape or not np.allclose(found, wanted, rtol=1e-4, atol=0):
                 raise SourceChangedError(
-                    f"the activations of {self.dictionary.place} are not those the run was trained on: their {name} are "
+                    f"the activations of {self.hooks} are not those the run was trained on: their {name} are "
                     f"{getattr(self, name)}, they were {numbers[name]}"
                 )
         if self.shift is not None:
             if not torch.allclose(self.shift.cpu(), tensors["shift"].cpu(), rtol=1e-3, atol=1e-3):
                 raise SourceChangedError(
-                    f"the activations of {self.dictionary.place} are not those the run was trained on: their mean is another"
+                    f"the activations of {self.hooks} are not those the run was trained on: their mean is another"
                 )
             self.shift.copy_(tensors["shift"])
         self._check_tensors(tensors, numbers)
