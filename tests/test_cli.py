@@ -256,9 +256,9 @@ def test_plugins(command):
 
 
 def test_train_on_several_hooks(work, command):
-    """--writes makes a transcoder, --reads once for each hook a crosscoder; a text without a cache serves as well."""
-    hooks = (HOOK, "blocks.1.hook_mlp_out")
     """--writes makes a transcoder and several --reads a crosscoder, from a cache or from a text."""
+    hooks = (HOOK, "blocks.1.hook_mlp_out")
+    capture = (
         "capture",
         work / "book.txt",
         "--hooks",
