@@ -219,7 +219,7 @@ def file_size(path: Path) -> int:
     except ValueError as error:  # a NUL
         raise CorruptFileError(f"{str(path)!r} cannot be read: {error}") from None
     if not stat.S_ISREG(status.st_mode):
-        raise CorruptFileError(f"{path} is no file")
+        raise CorruptFileError(f"{path} is not a file")
     check_inside(path)
     return status.st_size
 
@@ -261,7 +261,7 @@ def open_file(path: Path) -> BufferedReader:
         raise CorruptFileError(f"{path} cannot be read: {error.strerror}") from None
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # replaced since the check
         file.close()
-        raise CorruptFileError(f"{path} is no file")
+        raise CorruptFileError(f"{path} is not a file")
     return file
 
 

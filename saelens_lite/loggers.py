@@ -59,7 +59,7 @@ class RunLog:
             try:
                 logger.log(dict(line))
             except Exception as error:  # a logger must not stop the run
-                _warn(f"the {name} logger failed; training goes on without it", error)
+                _warn(f"the {name} logger failed; training continues without it", error)
                 del self.loggers[name]
                 with suppress(Exception):  # its failure is already reported
                     logger.close()

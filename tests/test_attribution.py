@@ -261,7 +261,7 @@ def test_what_an_attribution_says(random_lm, dictionary):
         ({"metric": (" he", " she and")}, ConfigError, r"' she and' is not one token"),
         ({"metric": lambda logits: logits[:, -1].argmax(-1).float()}, ConfigError, r"has no gradient"),
         ({"metric": lambda logits: logits[:, -1, 0], "position": 1}, ConfigError, r"leave out position="),
-        ({"position": -1}, ConfigError, r"position = -1: the row has \d+ tokens, and this metric positions 0 to"),
+        ({"position": -1}, ConfigError, r"position = -1; the row has \d+ tokens, .* positions 0 to"),
         ({"text": torch.tensor([1, 2]), "at": 2}, ConfigError, r"at = 2; expected positions of the row, which has 2 tokens"),
         ({"at": []}, ConfigError, r"at = \(\); expected positions"),
         ({"text": ""}, TextError, r"empty text"),

@@ -195,7 +195,7 @@ def test_what_cannot_be_captured(lm, random_lm, tmp_path):
     out = tmp_path / "cache"
     with pytest.raises(ConfigError, match="name at least one hook"):
         sl.capture(lm, "text", [], out)
-    with pytest.raises(ConfigError, match="n_ctx = 1000; tiny takes rows of 2 to 256 tokens"):
+    with pytest.raises(ConfigError, match="n_ctx = 1000; tiny reads rows of 2 to 256 tokens"):
         sl.capture(lm, "text", HOOKS, out, n_ctx=1000)
     with (
         random_lm.replace("blocks.1.hook_resid_pre", lambda x: x * 1e6),

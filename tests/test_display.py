@@ -327,7 +327,7 @@ def test_a_token_is_found_by_its_text_inside_a_sentence(name, text, piece, token
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("fallback_bpe", "he", r"may be several tokens of pieces: \d+ \('he'\) or \d+ \(' he'\); give the id"),
+        ("fallback_bpe", "he", r"matches several tokens of pieces: \d+ \('he'\) or \d+ \(' he'\); give the id"),
         ("fallback_bpe", "He", r"'He' is not one token of pieces: \[' ', 'H', 'e'\]; did you mean ' he' or 'he'\?"),
         ("fallback_bpe", "老", r"is not one token of pieces: \[' ', '', '', '老'\]$"),
         ("word_piece", "é", r"'é' is not one token of pieces: \['\[UNK\]'\]$"),

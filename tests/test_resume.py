@@ -204,7 +204,7 @@ def test_an_unfinished_capture_of_something_else_is_not_continued(lm, documents,
     with pytest.raises(KeyboardInterrupt):
         sl.capture(lm, documents, HOOKS, tmp_path / "cache", **settings())
     monkeypatch.undo()
-    with pytest.raises(OutputExistsError, match=r"n_ctx.*ask for the same, delete it, or say exists='overwrite'"):
+    with pytest.raises(OutputExistsError, match=r"n_ctx.*repeat that request, delete it, or set exists='overwrite'"):
         sl.capture(lm, documents, HOOKS, tmp_path / "cache", **settings(n_ctx=16))
     with pytest.raises(OutputExistsError, match="of another text"):
         sl.capture(lm, documents[1:], HOOKS, tmp_path / "cache", **settings())

@@ -58,9 +58,7 @@ def test_shorter_contexts_are_whole_rows(lm, caplog):
 
 
 def test_min_context_has_to_fit_the_default(wide):
-    with pytest.raises(
-        ConfigError, match="min_context = 1100 leaves no room for new tokens; 1022 is the most for n_ctx = 1024"
-    ):
+    with pytest.raises(ConfigError, match="min_context = 1100 leaves no room for new tokens; .* 1022 for n_ctx = 1024"):
         token_rows(wide, LONG, text_config=sl.TextConfig(min_context=1100))
     assert token_rows(wide, LONG, text_config=sl.TextConfig(min_context=1100, n_ctx=1500)).tokens.shape[1] == 1500
 

@@ -260,7 +260,7 @@ def test_group_max_fires_once_in_each_group():
 
 
 def test_groups_are_of_one_size():
-    with pytest.raises(ConfigError, match=r"^30 latents cannot be split into k = 4 groups of one size; change d_sae or k$"):
+    with pytest.raises(ConfigError, match=r"^30 latents cannot be split into k = 4 groups of equal size; change d_sae or k$"):
         sl.fit(normal(20, 8), "group_max", options={"k": 4}, d_sae=30)
 
 

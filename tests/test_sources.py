@@ -74,7 +74,7 @@ def test_datasets_of_every_form(files):
     splits = datasets.DatasetDict(train=dataset, validation=dataset.select([1, 4]))
     assert read(splits) == TEXTS
     assert read(splits, split="validation") == ["x", "last"]
-    with pytest.raises(ConfigError, match=r"no split 'valid'; did you mean validation.*there are train, validation"):
+    with pytest.raises(ConfigError, match=r"no split 'valid'; did you mean validation.*it has train, validation"):
         read(splits, split="valid")
 
 
@@ -127,7 +127,7 @@ def test_documents_and_strings():
 def test_a_string_that_names_a_file(files, monkeypatch):
     monkeypatch.chdir(files)
     for text in (str(files / "a.jsonl"), ["first", "a.txt"]):
-        with pytest.raises(ConfigError, match=r"names a file; a string is text itself: give Path\("):
+        with pytest.raises(ConfigError, match=r"names a file; strings are read as text, so give Path\("):
             read(text)
     for text in ("nowhere.txt", "a\0.txt", "long " * 1000 + ".txt"):
         assert read(text) == [text]
@@ -286,7 +286,7 @@ def test_text_without_any_border_is_cut_all_the_same(caplog):
         ids, n_stretches = encoded(one_token_a_text, "a" * 1000, stretch=150, context=40)
     assert sum(ids) == 1000
     assert n_stretches == len(ids) == 7
-    assert "without a sure border between tokens" in caplog.text
+    assert "have no safe border between tokens" in caplog.text
 
 
 def test_short_documents_stay_apart(lm):

@@ -242,7 +242,7 @@ def test_products_want_tensors_that_fit():
     support, d_sae = support_like("random")
     value, by_row, by_latent = randn(len(support.latent)), randn(7, 5), randn(d_sae, 5)
     n = len(value)
-    with pytest.raises(ShapeError, match=f"a product with this support wants {n} values, not {n - 1}"):
+    with pytest.raises(ShapeError, match=f"a product with this support needs {n} values, not {n - 1}"):
         kernels.decode(support, value[1:], by_latent)
     with pytest.raises(ShapeError, match=f"wants {n} values, not {n - 1}"):
         kernels.transposed_product(support, value[1:], by_row, d_sae)

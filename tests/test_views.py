@@ -148,7 +148,7 @@ def test_errors(dictionary, random_lm, store):
         view(PROMPT, metric="los")
     with pytest.raises(ConfigError, match="the store is of another dictionary"):
         sl.prompt_view(made("transcoder"), random_lm, PROMPT, store=store)
-    with pytest.raises(ConfigError, match="not on the residual stream"):
+    with pytest.raises(ConfigError, match="a hook on the residual stream"):
         sl.prompt_view(made("transcoder"), random_lm, PROMPT, "attribution", way="direct")
     broken = copy.deepcopy(random_lm.module)
     broken.transformer.h[0].mlp.c_proj.bias.data[3] = torch.inf

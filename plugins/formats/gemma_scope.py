@@ -37,7 +37,7 @@ class GemmaScope(Format):
             raise ConfigError(f"{file.path}: a {kind or 'transcoder'} that reads or writes several layers is not supported")
         if kind not in (None, "sae", "transcoder") or architecture not in ("jump_relu", "jumprelu"):
             raise ConfigError(
-                f"{config.path}: type {kind!r} with architecture {architecture!r}; supported are sae and transcoder with jump_relu"
+                f"{config.path}: type {kind!r} with architecture {architecture!r}; only sae and transcoder with jump_relu work"
             )
         if config.flag("affine_connection") and SKIP not in file.specs:
             raise CorruptFileError(f"{file.path}: affine_connection is true, but tensor {SKIP!r} is missing")
@@ -45,7 +45,7 @@ class GemmaScope(Format):
         transcoder = SKIP in file.specs or kind == "transcoder" or (outside is not None and outside != inside)
         if kind == "sae" and transcoder:
             raise CorruptFileError(
-                f"{config.path}: type is 'sae', but it has a skip connection, or hf_hook_point_out differs from hf_hook_point_in"
+                f"{config.path}: type is 'sae', but it has a skip connection, or hf_hook_point_out is not hf_hook_point_in"
             )
         return Outline(
             file,

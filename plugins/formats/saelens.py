@@ -144,8 +144,8 @@ class SAELens(Format):
                 if key in settings:
                     raise ConfigError(
                         f"{config.path}: {key} = {settings.values[key]!r}, so the dictionary belongs to one attention head; "
-                        "only dictionaries of all heads are supported. Dictionary.from_tensors reads its tensors, for activations "
-                        "of that head that you select yourself"
+                        "only dictionaries of all heads are supported. Dictionary.from_tensors reads its tensors, for "
+                        "activations of that head that you select yourself"
                     )
         reshaped = config.text("reshape_activations", "none")
         if reshaped not in ("none", "hook_z"):

@@ -72,7 +72,7 @@ def prompt_rows(lm: "LanguageModel", text: Any, *, n_ctx: int | None = None, pre
     if isinstance(text, str | Path | Document):
         text = [text]
     if isinstance(text, Mapping | bytes | set | frozenset) or not isinstance(text, Iterable):
-        raise TextError(f"expected text or token ids, not {described(text)}")
+        raise TextError(f"expected text or token ids; found {described(text)}")
     if prepend_bos and lm.bos_id is None:
         raise ConfigError(f"the tokenizer of {lm.name} has no BOS token; leave out prepend_bos, or set it to False")
     bos = lm.bos_id if prepend_bos in (None, True) else None
@@ -86,7 +86,7 @@ def prompt_rows(lm: "LanguageModel", text: Any, *, n_ctx: int | None = None, pre
         new = after_bos(bos, ids) if len(rows[-1].ids) == len(head) else ids
         rows[-1].ids.extend(new[: (n_ctx or lm.n_ctx) - len(rows[-1].ids)])
     if not rows:
-        raise TextError("the text is empty; give at least one text with a character")
+        raise TextError("empty text: give at least one text with a character")
     if 0 in n_read:
         raise TextError(f"text {n_read.index(0)} of {len(rows)} has no tokens: the tokenizer of {lm.name} returns none for it")
     padded_rows = padded(rows, lm.pad_id)

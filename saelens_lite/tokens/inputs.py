@@ -124,7 +124,7 @@ def _ids(given: Any) -> Ids | None:
     if not rows or hasattr(given, "_fields") or any(hasattr(row, "_fields") for row in rows):
         return None  # NamedTuples such as Document are text
     if len(rows) < len(given):
-        raise ShapeError(f"expected rows of {EXPECTED}; one is of type {type(given[0]).__name__}")
+        raise ShapeError(f"{EXPECTED}; found a row of type {type(given[0]).__name__}")
     flat = [_tensor(row, given) for row in rows]
     flat = [row[0] if row.ndim == 2 and len(row) == 1 else row for row in flat]
     for number, row in enumerate(flat):
