@@ -1,6 +1,6 @@
 """The contract of a logger, which receives the lines of a training log.
 
-Like all plugins, loggers have a name. The smallest useful one is a single method:
+Like all plugins, loggers have a name. The smallest useful logger has a single method:
 
     @register("stderr")
     class Stderr(Logger):

@@ -11,7 +11,7 @@ from saelens_lite.errors import NonFiniteError, ShapeError
 
 
 def float_tensors(values: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Copy tensors, arrays and numbers to float32 tensors. Entries that are None are left out.
+    """Copy tensors, arrays and numbers to float32 tensors. None entries are left out.
 
     Raises:
         ShapeError: a value is of another type.

@@ -30,7 +30,7 @@ RARE = 0.01  # latents that fire on a smaller share of the tokens are shown as e
 
 
 def facts(store: sl.FeatureStore) -> Table:
-    """Return the store in figures; beside it the control, where there is one."""
+    """Return the store in figures; beside it the control, if there is one."""
     stores = [store] if store.control is None else [store, store.control]
     grid = Table("", *("dictionary", "model re-drawn")[: len(stores)], box=SIMPLE_HEAD)
     rows = {

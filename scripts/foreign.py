@@ -77,7 +77,7 @@ def group_max(k: int) -> Callable[[Tensor], Tensor]:
 
 
 def functions(p: dict[str, Tensor], act, subtract: bool = True, skip: bool = False):
-    """(codes, x_hat) of the usual equations."""
+    """Return (codes, x_hat) by the usual equations."""
     w = {name: tensor.double() for name, tensor in p.items()}
 
     def codes(x: Tensor) -> Tensor:

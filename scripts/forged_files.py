@@ -126,7 +126,7 @@ def hashed(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def make_run(folder: Path) -> None:
-    """A run of an autoencoder and a transcoder that was interrupted."""
+    """Write an interrupted run of an autoencoder and a transcoder."""
     shared = {"d_sae": 12, "batch_size": 16, "n_tokens": 10_000, "log_every": 20, "options": {"k": 2}}
     configs = [sl.TrainConfig(hook="a", **shared), sl.TrainConfig(hook="a", writes=("b",), skip=True, **shared)]
     try:
@@ -152,7 +152,7 @@ def sign_run(folder: Path) -> None:
 
 
 def make_cache(folder: Path) -> None:
-    """Two hooks of the embedded model."""
+    """Write a cache of two hooks of the embedded model."""
     text = ["the quick brown fox jumps over the lazy dog " * 9] * 3
     lm = sl.load_model("tiny", device="cpu")
     sl.capture(lm, text, HOOKS, folder, n_ctx=32, shard_tokens=60, dtype="float16")
@@ -181,7 +181,7 @@ def sign_cache(folder: Path) -> None:
 
 
 def make_store(folder: Path) -> None:
-    """The store of a small dictionary on the embedded model, with codes, control, labels and scores."""
+    """Write the store of a small dictionary on the embedded model, with codes, control, labels and scores."""
     lm = sl.load_model("tiny", device="cpu")
     origin, reads = sl.Origin(model="tiny"), sl.Port(hook=HOOKS[0], width=lm.d_model)
     d, other = (sl.Dictionary.create("topk", reads=reads, d_sae=20, options={"k": 3}, seed=s, origin=origin) for s in (0, 1))
@@ -209,7 +209,7 @@ def sign_store(folder: Path) -> None:
 
 
 def make_dictionary(folder: Path) -> None:
-    """A dictionary of a rule with tensors of its own, a density and an evaluation."""
+    """Write a dictionary of a rule with tensors of its own, a density and an evaluation."""
     origin = sl.Origin(model="tiny", n_ctx=32, excluded_positions=(0, 31))
     d = sl.Dictionary.create("jumprelu", reads=sl.Port(hook=HOOKS[0], width=6), d_sae=10, origin=origin)
     d.density = torch.linspace(0, 1, 10)
@@ -301,13 +301,13 @@ def truncate(file: Path, rng: random.Random) -> None:
 
 
 def extend(file: Path, rng: random.Random) -> None:
-    """Something behind the end."""
+    """Append bytes to the end."""
     with open(file, "ab") as stream:
         stream.write(rng.choice((b"\0", b"}", b"junk" * 99, b"\n{}\n")))
 
 
 def replace(file: Path, rng: random.Random) -> str:
-    """Something that is no file, a file outside of the folder, or a terabyte of holes."""
+    """Replace a file by a folder or device, a link out of the folder, or a terabyte of holes."""
     how = rng.choice(("nothing", "pipe", "folder", "outside", "device", "dangling", "itself", "giant", "giant tail", "sibling"))
     outside = file.parents[len(file.parents) - 1 - file.parts.index("copies")] / "outside"
     if how == "giant tail":

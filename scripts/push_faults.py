@@ -53,7 +53,7 @@ FAULTS: dict[str, Callable[[Hub], list[Fault]]] = {
 
 
 class Outcome(NamedTuple):
-    """What a push under a fault ended in."""
+    """The result of a push under a fault."""
 
     said: str  # the error, or "pushed"
     state: str
@@ -127,7 +127,7 @@ def meet(hub: Hub, faults: Callable[[Hub], list[Fault]], seed: int) -> Outcome:
 
 
 def attempt(push: Callable[[], Any]) -> str:
-    """What a push said."""
+    """Return the message of a push."""
     import saelens_lite as sl
 
     try:
@@ -140,7 +140,7 @@ def attempt(push: Callable[[], Any]) -> str:
 
 
 def found(hub: Hub) -> str:
-    """Which dictionaries the repository holds, in a word."""
+    """Return the dictionaries in the repository, in a word."""
     files = hub.repositories[REPO].head.files
     names = ("cfg.json", "sae_weights.safetensors", "README.md")
     whole = {name for name in ("first", "second", "third") if all(f"{name}/{file}" in files for file in names)}

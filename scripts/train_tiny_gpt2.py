@@ -73,7 +73,7 @@ def read_books(path: Path) -> list[str]:
 
 
 def split_books(books: list[str], held_out: int) -> tuple[list[str], list[str]]:
-    """(training, held out): whole books, the held-out ones being those with the smallest SHA-256 of their text."""
+    """Split whole books into training and held-out ones. Held-out books have the smallest SHA-256 of their text."""
     ranked = sorted(books, key=lambda book: hashlib.sha256(book.encode()).hexdigest())
     chosen = set(ranked[:held_out])
     return [b for b in books if b not in chosen], ranked[:held_out]

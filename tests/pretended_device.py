@@ -61,7 +61,7 @@ class _Pretending(TorchDispatchMode):
 
 @contextmanager
 def without_float64() -> Iterator[str]:
-    """Within the block there is such a device; its name."""
+    """Provide such a device in the block and yield its name."""
     with pytest.MonkeyPatch.context() as patch, _Pretending():
         patch.setattr(devices, "WITHOUT_FLOAT64", frozenset({KIND}))
         yield KIND

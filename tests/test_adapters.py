@@ -105,7 +105,7 @@ def test_a_skip_connection_is_part_of_the_output():
 
 @pytest.mark.parametrize("token_norm", ["layer_norm", "constant_norm"])
 def test_a_dictionary_that_normalises_each_activation(token_norm):
-    """What is decoded has the norm of what was encoded last, as in SAELens."""
+    """Decoded activations have the norm of the activations that were encoded last, as in SAELens."""
     plain = dictionary()
     d = sl.Dictionary(plain.rule, reads=plain.reads, d_sae=32, origin=plain.origin, token_norm=token_norm)
     d.load_state_dict(plain.state_dict())

@@ -86,7 +86,7 @@ def type_checking_blocks(tree: ast.AST) -> set[ast.AST]:
 
 
 def imports_of(path: Path) -> list[tuple[str, bool]]:
-    """(dotted name, whether at module level) of everything a file imports at run time."""
+    """Return (dotted name, whether at module level) of everything that a file imports at run time."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     unseen = type_checking_blocks(tree)
     in_functions = {

@@ -36,7 +36,7 @@ def expected(lm, rows) -> dict[str, torch.Tensor]:
 
 
 def assert_same_multiset(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], tolerance: float) -> None:
-    """One matching of found to wanted positions under which all tensors agree, relative to the largest entry of a row."""
+    """Check that one matching of read to wanted positions makes all tensors agree, relative to the largest entry of a row."""
     assert len(found["tokens"]) == len(wanted["tokens"])
     a, b = (torch.cat([side[name].double() for name in HOOKS], dim=1) for side in (found, wanted))
     i, j = linear_sum_assignment(torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").numpy())

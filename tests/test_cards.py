@@ -23,7 +23,7 @@ ATTRIBUTES = {
 
 
 class Page(HTMLParser):
-    """What a page is made of: tags, attributes, text without breaks, and the elements of one kind with their attributes."""
+    """The parts of a page: tags, attributes, text without breaks, and the elements of one kind with their attributes."""
 
     def __init__(self, page: str):
         super().__init__()

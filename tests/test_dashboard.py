@@ -118,7 +118,7 @@ class Data:
         return columns
 
     def contexts(self, at: np.ndarray, nearby: np.ndarray) -> list[tuple]:
-        """(tokens, values, peak, row, position) of each context, found as the page's script does."""
+        """Return (tokens, values, peak, row, position) of each context, decoded as in the page's script."""
         before, after = self.layout["before"], self.layout["after"]
         starts, found = self.spans["at"][:, 0], []
         for peak, values in zip(at, nearby.reshape(len(at), -1), strict=True):

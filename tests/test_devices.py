@@ -1,4 +1,4 @@
-"""Where work runs unless told, and sums in float64 on devices that have none."""
+"""The default device, and float64 sums on devices that lack float64."""
 
 import inspect
 import logging

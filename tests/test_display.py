@@ -1,4 +1,4 @@
-"""What tokens read like: scripts of several bytes a character, and tokenizers that write spaces and bytes in other ways."""
+"""The text of tokens: scripts with several bytes per character, and tokenizers with other marks for spaces and bytes."""
 
 import gzip
 import io

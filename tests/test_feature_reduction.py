@@ -1,4 +1,4 @@
-"""What a feature store says of activations against plain loops in double precision, however text and latents are cut up."""
+"""The numbers of a feature store against plain loops in double precision, for any split of text and latents."""
 
 import math
 from collections import Counter
@@ -80,7 +80,7 @@ def found(tmp_path_factory, acts, rows, info) -> FeatureTensors:
 
 
 def fired(acts, latent: int) -> list[tuple[float, int, int]]:
-    """(activation, row, position) in the order of the text."""
+    """Return (activation, row, position) in the order of the text."""
     return [(acts[r, p, latent].item(), r, p) for r, p in acts[..., latent].nonzero().tolist()]
 
 

@@ -1,4 +1,4 @@
-"""What weights say about latents, against dense float64 computations."""
+"""Statistics of latents from the weights, against dense float64 computations."""
 
 import pytest
 import torch

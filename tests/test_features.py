@@ -317,7 +317,7 @@ def test_tensors_that_do_not_fit_are_refused(store, tmp_path, change):
 
 @pytest.mark.parametrize("name", ["logit_low logit_width logit_skew logit_kurtosis", "encoder_decoder_cosine"])
 def test_weights_of_fewer_latents_are_refused(store, tmp_path, name):
-    """What all latents have or none has."""
+    """Statistics that either all latents have or none has."""
     folder = store.save(tmp_path / "store")
     tensors = load_file(folder / "weights.safetensors")
     save_file(tensors | {one: tensors[one][:3].clone() for one in name.split()}, folder / "weights.safetensors")

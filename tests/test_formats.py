@@ -300,7 +300,7 @@ def test_an_output_that_exists_is_kept(tmp_path):
     with pytest.raises(OutputExistsError):
         sl.convert(own, own, "sparsify")
     assert sl.Dictionary.load(own).rule.plugin_name == "topk"
-    with pytest.raises(OutputExistsError, match="is an input, and replacing .* would remove it"):
+    with pytest.raises(OutputExistsError, match=r"is an input, and replacing .* would remove it"):
         sl.convert(own, own, "sparsify", exists="overwrite")
     theirs = sl.convert(own, tmp_path / "theirs", "sparsify")
     assert sl.Dictionary.load(sl.convert(own, theirs, "sparsify", exists="overwrite")).rule.plugin_name == "topk"

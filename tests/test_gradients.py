@@ -95,14 +95,14 @@ def make_x(batch: int, d_in: int, seed: int, grid: bool) -> torch.Tensor:
 
 
 def bias(dictionary: Dictionary) -> torch.Tensor:
-    """What decides, latent by latent, how easily it fires; where nothing does, a tensor without effect."""
+    """Return the parameter that decides how easily each latent fires, or a tensor without effect."""
     if dictionary.rule.tied:
         return torch.zeros(dictionary.d_sae)
     return (dictionary.b_enc if dictionary.b_enc is not None else dictionary.rule.b_gate).data
 
 
 def as_mask(codes: SparseCodes, batch: int, d_sae: int) -> torch.Tensor:
-    """[batch d_sae], true at the pairs of `codes`, each of which must occur once."""
+    """Return a mask [batch d_sae] of the pairs of `codes`. Each pair must occur once."""
     counts = torch.zeros(batch, d_sae, dtype=torch.long)
     for r in range(batch):
         for i in codes.latent[codes.crow[r] : codes.crow[r + 1]].tolist():
@@ -112,7 +112,7 @@ def as_mask(codes: SparseCodes, batch: int, d_sae: int) -> torch.Tensor:
 
 
 def assert_largest(chosen: torch.Tensor, scores: torch.Tensor, k: int) -> None:
-    """`chosen` has k entries in each row, none of them smaller than one left out."""
+    """Check that `chosen` has k entries in each row, and that each is at least as large as every other entry."""
     assert (chosen.sum(1) == k).all()
     worst_in = scores.masked_fill(~chosen, torch.inf).amin(1)
     best_out = scores.masked_fill(chosen, -torch.inf).amax(1)
@@ -152,7 +152,7 @@ def reference_gated(options, p, y, base, h, dead, step):
 
 
 def reference_of_chosen(options, p, y, base, h, dead, step, chosen):
-    """What all rules share that keep the largest pre-activations of something: x̂, and dead latents that explain the error."""
+    """Return the parts common to all rules with the largest pre-activations: x̂, and dead latents that explain the error."""
     x_hat = (chosen * torch.relu(h)) @ p["W_dec"] + base
     losses = {"mse": mse(y, x_hat)}
     if dead.any():

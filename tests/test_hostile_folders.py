@@ -131,7 +131,7 @@ FILES = [
 
 @pytest.fixture(params=FILES, ids=" ".join)
 def named(request):
-    """(how to load a folder, the folder, a file in it that is read)."""
+    """Return the loader of a folder, the folder, and a file that the loader reads."""
     kind, name = request.param
     folder = request.getfixturevalue(kind)
     LOADERS[kind](folder)

@@ -1,4 +1,4 @@
-"""What an input is: text, or token ids in any form, with or without a mask."""
+"""Inputs: text, or token ids in any form, with or without a mask."""
 
 import json
 import logging
@@ -185,7 +185,7 @@ PADDING = {
 @pytest.mark.parametrize("side", PADDING)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_masked_padding_gives_the_values_without_padding(family, side):
-    """Whatever the family does about positions: learned, rotary, ALiBi, offset by two, recurrent."""
+    """The families differ in positions: learned, rotary, ALiBi, offset by two, recurrent."""
     lm = FAMILIES[family]()
     row = [3, 9, 27, 17, 51, 25]
     left, right = PADDING[side](4)

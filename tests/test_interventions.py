@@ -58,14 +58,14 @@ def dictionary(request):
 
 
 def activations(lm, d) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the dictionary reads, and what stands where its output goes."""
+    """Return the activations that the dictionary reads, and those at the hook that it writes."""
     (target,) = d.writes
     acts = lm.run(TEXTS, [d.hook, target.hook])
     return acts[d.hook], acts[target.hook]
 
 
 def edited_activation(lm, d, edits, **settings) -> torch.Tensor:
-    """What the model reads within a splice."""
+    """Return the activations that the model reads within a splice."""
     seen = []
     read_there = AFTER if d.writes_what_it_reads else d.writes[0].hook
     with lm.splice(d, edits, **settings), lm.replace(read_there, lambda y: seen.append(y.clone()) or y):
@@ -180,7 +180,7 @@ def test_edits_change_activations_of_any_shape(topk):
 
 
 def greedy(lm, prompt: str, n: int) -> str:
-    """n likeliest tokens in a row, each from a full forward pass."""
+    """Return the n likeliest tokens in a row, each from a full forward pass."""
     tokens = lm.to_tokens(prompt).tokens
     for _ in range(n):
         tokens = torch.cat([tokens, lm.logits(tokens)[:, -1].argmax(-1, keepdim=True)], dim=1)

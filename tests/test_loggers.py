@@ -226,7 +226,7 @@ def test_a_class_without_log_says_so(logger, source, tmp_path, caplog):
 
 @contextmanager
 def largest_file(n: int):
-    """Within the block every write beyond n bytes of a file fails, as on a full disk."""
+    """Make every write beyond n bytes of a file fail in the block, as on a full disk."""
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (n, old[1]))
     try:
@@ -273,7 +273,7 @@ def test_a_damaged_log_is_cut_back_to_its_whole_lines(tmp_path, damage):
 
 
 def events_of(folder) -> dict[str, list[tuple[int, float]]]:
-    """{tag: [(step, value)]} as TensorBoard itself reads the folder."""
+    """Return {tag: [(step, value)]} as TensorBoard itself reads the folder."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder)).Reload()

@@ -172,7 +172,7 @@ def test_training_does_not_remove_the_text_it_reads(random_lm, x, tmp_path):
 def test_converting_does_not_replace_its_source(dictionary, tmp_path):
     own = dictionary.save(tmp_path / "own")
     before = contents(own)
-    with pytest.raises(OutputExistsError, match="is an input, and replacing .* would remove it"):
+    with pytest.raises(OutputExistsError, match=r"is an input, and replacing .* would remove it"):
         sl.convert(own, own, "sparsify", exists="overwrite")
     assert contents(own) == before
 

@@ -1,4 +1,4 @@
-"""What the README shows works, and its plugin table is complete."""
+"""The examples of the README work, and its plugin table is complete."""
 
 import re
 import runpy

@@ -1,4 +1,4 @@
-"""What lies between the last block and the logits: norms, projections and heads, against the model's own logits."""
+"""The parts between the last block and the logits: norms, projections and heads, against the model's own logits."""
 
 import logging
 

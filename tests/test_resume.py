@@ -253,7 +253,7 @@ LONG = TrainConfig(sparsity="topk", options={"k": 3}, d_sae=12, batch_size=16, n
 @pytest.mark.parametrize("loggers", [["jsonl"], []], ids=["logged", "not logged"])
 @pytest.mark.parametrize("damage", [None, "removed", "edited"])
 def test_a_log_longer_than_a_settings_file_comes_back_whole(x, tmp_path, monkeypatch, loggers, damage):
-    """Whatever loggers there are, and whatever happens to their files."""
+    """Any loggers, and any damage to their files."""
     (alone,) = sl.train(TensorSource(x), [LONG], tmp_path / "alone", loggers=loggers)
     assert len(alone.history) == 60
     assert len(json.dumps(alone.history)) > 7000

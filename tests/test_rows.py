@@ -26,7 +26,7 @@ TEXTS = [
 
 @st.composite
 def cases(draw, **fixed):
-    """(documents of distinct token ids, settings, n_ctx, special tokens, the documents as pieces)."""
+    """Draw documents of distinct token ids, settings, n_ctx, special tokens, and the documents as pieces."""
     lengths = draw(st.lists(st.integers(0, 30), min_size=1, max_size=6))
     starts = itertools.accumulate(lengths, initial=FIRST)
     documents = [list(range(start, start + n)) for start, n in zip(starts, lengths, strict=False)]
@@ -252,7 +252,7 @@ def test_rows_are_not_cut_again(lm, settings):
 
 
 def test_settings_that_do_not_fit(lm):
-    with pytest.raises(ConfigError, match="min_context = 15 leaves no room for new tokens; .* 14 for n_ctx = 16"):
+    with pytest.raises(ConfigError, match=r"min_context = 15 leaves no room for new tokens; .* 14 for n_ctx = 16"):
         token_rows(lm, "text", text_config=TextConfig(n_ctx=16, min_context=15))
     with pytest.raises(ConfigError, match="unknown key 'packed'; did you mean pack"):
         TextConfig(packed=True)

@@ -1,4 +1,4 @@
-"""What each rule's paper says of it: how many latents fire, what thresholds learn, what a prefix is worth."""
+"""The claims of each rule's paper: the number of firing latents, learned thresholds, the quality of prefixes."""
 
 import itertools
 from types import SimpleNamespace
@@ -176,7 +176,7 @@ def test_target_l0_is_reached(planted):
 
 
 def nested(n: int) -> torch.Tensor:
-    """[n 32]: two of eight general directions a token, each with one of its four special ones."""
+    """Return [n 32]: two of eight general directions per token, each with one of its four special ones."""
     generator = torch.Generator().manual_seed(0)
     directions = torch.nn.functional.normalize(torch.randn(40, 32, generator=generator), dim=1)
     general = torch.rand(n, 8, generator=generator).topk(2, dim=1).indices

@@ -30,7 +30,9 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
 
 
 def pairs(n: int, *, linear: float = 0.0) -> TensorSource:
-    """x: sparse sums of planted directions, far from the origin; y: sums of others for the same directions, and linear·x."""
+    """Return x, sparse sums of planted directions far from the origin, and y, sums of other directions for the same codes +
+    linear·x.
+    """
     codes = (torch.rand(n, 16, generator=torch.Generator().manual_seed(1)) < 0.15) * (0.5 + normal(n, 16, seed=2).abs())
     x = codes @ torch.nn.functional.normalize(normal(16, D_IN, seed=3), dim=1) * 3 + 20 * normal(D_IN, seed=4)
     y = codes @ normal(16, D_OUT, seed=5) + 100 * normal(D_OUT, seed=6) + linear * (x @ normal(D_IN, D_OUT, seed=7))
@@ -77,7 +79,7 @@ def test_a_skip_connection_takes_over_what_is_linear():
 
 
 def test_folding_leaves_the_function_as_it_was():
-    """What the trainer's dictionary does to centred, scaled activations, the result does to raw ones."""
+    """The result maps raw activations as the trainer's dictionary maps centred, scaled ones."""
     source = pairs(1024)
     config = sl.TrainConfig(hook="in", writes=("out",), skip=True, d_sae=D_SAE, options={"k": 4}, n_tokens=10_000, lr=1e-2)
     trainer = Trainer(config, source)

@@ -118,7 +118,7 @@ def test_topk_wants_a_k_that_fits(k):
 
 
 def support_like(kind: str) -> tuple[Support, int]:
-    """(a support, d_sae) of each adversarial kind."""
+    """Return (support, d_sae) of each adversarial kind."""
     mask = randn(7, 11, seed=3) > 0.5
     if kind == "no pairs":
         mask[:] = False
@@ -149,7 +149,7 @@ def dense(support: Support, value: torch.Tensor, d_sae: int) -> torch.Tensor:
 
 
 def assert_products(support: Support, d_sae: int, value: torch.Tensor, by_row: torch.Tensor, by_latent: torch.Tensor) -> None:
-    """All three products against S, `by_row` [rows d] and `by_latent` [d_sae d] in float64."""
+    """Check all three products against S, `by_row` [rows d] and `by_latent` [d_sae d] in float64."""
     S = dense(support, value, d_sae)
     close = {"rtol": 1e-5, "atol": 1e-5, "check_dtype": False}
     torch.testing.assert_close(kernels.decode(support, value, by_latent), S @ by_latent.double(), **close)

@@ -41,7 +41,7 @@ def _refuse_in_use(*paths: Path) -> None:
 
 @contextmanager
 def windows_rules() -> Iterator[None]:
-    """Within the block, os does with files what it does on Windows."""
+    """Make os treat files in the block as on Windows."""
     if os.name == "nt":
         yield
         return

@@ -65,7 +65,7 @@ KEYS = {"lm_name", "dict_class", "trainer_class"}
 
 
 class DictionaryLearning(Format):
-    """dictionary_learning's ae.pt and config.json, seven classes; read (only on request, because it is a pickle) and written."""
+    """dictionary_learning's ae.pt and config.json, seven classes; read (on request, because it is a pickle) and written."""
 
     pickled = True
     files = (CONFIG, WEIGHTS)

@@ -1,4 +1,4 @@
-"""Weights & Biases. Its environment variables choose the destination: WANDB_MODE=offline, WANDB_PROJECT, WANDB_ENTITY, …"""
+"""Weights & Biases. Its environment variables choose the destination, e.g. WANDB_MODE=offline, WANDB_PROJECT, WANDB_ENTITY."""
 
 import os
 from pathlib import Path

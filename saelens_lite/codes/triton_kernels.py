@@ -28,7 +28,7 @@ PAIRS = 8  # rows that a program has in flight at once
 @triton.jit
 @no_type_check
 def _select(pre, among, chosen, row_stride, width, piece_width, k, BLOCK: tl.constexpr):
-    """chosen[row, piece] = the latents of the k largest entries in a piece of a row, ascending, padded with −1.
+    """Write to chosen[row, piece] the latents of the k largest entries in a piece of a row, ascending, padded with −1.
 
     A row is the columns of `pre` themselves, or those that `among` [rows width] lists (−1: none).
     """
@@ -72,7 +72,7 @@ def _sum_rows(
     first, last, index, value, rows, cuts, out, d, row_stride,
     CUT: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[s] = Σ value[i] · rows[index[i]] over first[s] ≤ i < last[s].
+    """Write out[s] = Σ value[i] · rows[index[i]] over first[s] ≤ i < last[s].
 
     With `cuts`, this sums only the pairs before the next multiple of CUT; cuts[c] holds the sum of the pairs of the same
     segment in (c + 1) CUT … (c + 2) CUT − 1.
@@ -106,7 +106,7 @@ def _dot_rows(
     row, latent, left, right, out, nnz, d, left_row_stride, right_row_stride,
     PAIRS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[i] = ⟨left[row[i]], right[latent[i]]⟩."""
+    """Write out[i] = ⟨left[row[i]], right[latent[i]]⟩."""
     pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
     there = pair < nnz
     a = tl.load(row + pair, mask=there, other=0).to(tl.int64)[:, None] * left_row_stride

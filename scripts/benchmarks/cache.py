@@ -53,7 +53,7 @@ for size in sizes:
 
 
 def write_cache(folder: Path, pieces: Iterator[dict[str, torch.Tensor]], dtype: torch.dtype) -> None:
-    """A cache of made-up activations of the hook "x"."""
+    """Write a cache of random activations of the hook "x"."""
     folder.mkdir()
     writer = _ShardWriter(folder, folder / "journal.jsonl", 65_536, dtype)
     for piece in pieces:
@@ -68,14 +68,14 @@ def write_cache(folder: Path, pieces: Iterator[dict[str, torch.Tensor]], dtype: 
 
 
 def random_pieces(n: int) -> Iterator[dict[str, torch.Tensor]]:
-    """n activations in pieces of 8,192, the same numbers in each."""
+    """Yield n activations in pieces of 8,192, with the same numbers in each."""
     x = torch.randn(8192, D_IN, generator=torch.Generator().manual_seed(0))
     for _ in range(n // len(x)):
         yield {"tokens": torch.zeros(len(x), dtype=torch.int32), "x": x}
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """How long it takes."""
+    """Return the seconds that it takes."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
@@ -88,7 +88,7 @@ def epoch(cache: sl.ActivationCache) -> None:
 
 
 def copy(source: Path, to: Path) -> None:
-    """The same bytes to the disk, by the system's own means."""
+    """Write the same bytes to the disk with the system's own tools."""
     for file in source.iterdir():
         shutil.copyfile(file, to / file.name)
         with open(to / file.name, "rb") as copied:

@@ -77,7 +77,7 @@ class Stop(Exception):
 
 @torch.no_grad()
 def bare(module: "GPT2LMHeadModel", tokens: torch.Tensor) -> torch.Tensor:
-    """What enters block 8, by nothing but transformers and a hook."""
+    """Capture the input of block 8 with only transformers and a hook."""
     found = []
 
     def stop(_module, args):

@@ -48,7 +48,7 @@ def packed_rows(lm: sl.LanguageModel, n_rows: int) -> TokenRows:
 
 
 def ours(d: sl.Dictionary, lm: sl.LanguageModel, rows: TokenRows, batch_rows: int) -> dict[str, float]:
-    """Our metrics."""
+    """Return our metrics."""
     report = sl.evaluate(d, lm, rows, n_tokens=None, batch_tokens=batch_rows * rows.tokens.shape[1])
     values = {name: metric.value for name, metric in report.metrics.items()}
     return values | {"frac_alive": report.frac_alive, "frac_dense": report.frac_dense}
@@ -65,7 +65,7 @@ def theirs(folder: Path, dictionary: Path, batch_rows: int, peer_python: str) ->
 
 @torch.no_grad()
 def by_their_formulas(d: sl.Dictionary, lm: sl.LanguageModel, rows: TokenRows, batch_rows: int) -> dict[tuple[str, str], float]:
-    """What the formulas in REASONS give, computed here over the same batches."""
+    """Return the values of the formulas in REASONS, computed over the same batches."""
     errors, variances, squares, mse = [], [], [], []
     for start in range(0, len(rows.tokens), batch_rows):
         batch = rows[start : start + batch_rows]

@@ -40,7 +40,7 @@ def texts(train: str, held_out: str | None) -> tuple[object, object]:
 
 
 def plot(rows: list[dict], file: Path) -> None:
-    """Two panels over L0: FVU and CE recovered, a line a rule."""
+    """Plot FVU and CE recovered over L0 in two panels, with one line per rule."""
     import matplotlib
 
     matplotlib.use("Agg")

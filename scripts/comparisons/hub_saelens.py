@@ -99,7 +99,7 @@ def compare(where: Path, peer_python: str) -> list[bool]:
 
 
 def data(seed: int) -> torch.Tensor:
-    """2048 sums of a few of 128 random directions."""
+    """Return 2048 sums of a few of 128 random directions."""
     generator = torch.Generator().manual_seed(seed)
     directions = torch.nn.functional.normalize(torch.randn(128, D_IN, generator=torch.Generator().manual_seed(0)), dim=1)
     chosen = (torch.rand(2048, 128, generator=generator) < 0.04) * (torch.rand(2048, 128, generator=generator) + 0.5)

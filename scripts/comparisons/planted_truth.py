@@ -62,7 +62,7 @@ def _next(l0: dict[float, float], active: float) -> float:
 
 
 def figures(outcome: Outcome, truth: Sample, stream: Planted) -> dict[str, float]:
-    """How well a dictionary matches the planted one."""
+    """Measure how well a dictionary matches the planted one."""
     cosine = stream.directions @ F.normalize(outcome.W_dec, dim=1).T
     direction, latent = map(torch.from_numpy, linear_sum_assignment(cosine.numpy(), maximize=True))
     matched = torch.zeros(len(cosine), dtype=cosine.dtype).index_copy(0, direction, cosine[direction, latent])

@@ -67,11 +67,11 @@ class Planted:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What `opened` makes the same stream of."""
+        """Return the description from which `opened` makes the same stream."""
         return {"kind": "Planted", **asdict(self)}
 
     def sample(self, n: int, generator: torch.Generator) -> Sample:
-        """n new activations."""
+        """Return n new activations."""
         drawn = torch.rand(n, self.n_directions, generator=generator)
         p = self.p.float()
         active = drawn < p
@@ -98,7 +98,7 @@ class Planted:
 
 
 def _zipf(n: int, total: float, exponent: float, largest: float) -> Tensor:
-    """min(largest, c · i^−exponent) for i = 1 … n, c such that they add up to `total`; float64."""
+    """Return min(largest, c · i^−exponent) for i = 1 … n in float64, with c such that they add up to `total`."""
     falling = torch.arange(1, n + 1, dtype=torch.float64) ** -exponent
     low, high = 0.0, total / float(falling[-1])
     for _ in range(100):
