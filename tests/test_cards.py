@@ -139,7 +139,7 @@ def test_an_overview_of_a_store(random_lm):
     page = Page(html).check()
     assert HOSTILE[0] in page.text
     assert f"{int(store.never_fires.sum())} never do; 1 have a label" in page.text
-    assert "6 fire on a token in the mean" in page.text
+    assert "6 fire on a token on average" in page.text
     heights = [float(rect["height"]) for rect in page.each("rect")]
     assert max(heights) == 100
     rows = re.findall(r"<b>(\d+)</b>", html)

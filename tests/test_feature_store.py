@@ -211,7 +211,7 @@ def test_an_unfinished_store_is_of_its_batches_and_of_its_rule(dictionaries, ran
 
 
 def test_an_unfinished_store_is_of_the_weights_of_its_model(dictionaries, random_lm, rows, tmp_path, failing):
-    """A model that was trained in the meantime has the same name."""
+    """A model that was trained since has the same name."""
     out = tmp_path / "store"
     failing(3)
     with pytest.raises(Interruption):

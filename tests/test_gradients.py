@@ -306,7 +306,7 @@ def test_random_shapes(rule, batch, d_in, d_sae, seed, grid):
         d_sae += -d_sae % 4  # groups of one size
     grid = (
         grid or "p = 0.5" in rule or "p_anneal" in rule
-    )  # f^(p−1) magnifies float32 rounding of codes near zero; on the grid there is none
+    )  # f^(p−1) magnifies float32 rounding of codes near zero; on the grid no code is
     check(rule, make_dictionary(rule, d_in, d_sae, seed, grid), make_x(batch, d_in, seed, grid))
 
 

@@ -120,7 +120,7 @@ def test_a_commit_that_is_none(hub, commit):
 
 
 def test_another_commit_than_was_asked_for(hub):
-    with pytest.raises(HubError, match=f"the Hub answers with commit {COMMIT} where {'f' * 40} was asked for"):
+    with pytest.raises(HubError, match=f"the Hub answers with commit {COMMIT}; {'f' * 40} was requested"):
         sl.pull(REPO, "a", revision="f" * 40)
 
 

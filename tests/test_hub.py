@@ -109,7 +109,7 @@ def run_folder(tmp_path):
 
 
 def on_hub(hub: Hub, repo: str = REPO) -> dict[str, bytes]:
-    """Return the files of a repository, and nothing where there is none."""
+    """Return the files of a repository, or nothing."""
     found = hub.repositories.get(repo)
     return {path: blob.content for path, blob in found.head.files.items()} if found else {}
 
@@ -368,7 +368,7 @@ def test_a_push_that_was_overtaken_loses_nothing(hub, folder):
     theirs = {"README.md": Blob(b"---\n---\n# theirs\n"), "theirs/cfg.json": Blob(b"{}")}
     overtake = Fault("POST", "/commit/", "meanwhile", action=lambda: repository.add("theirs", repository.head.files | theirs))
     hub.order(overtake)
-    with pytest.raises(HubConflictError, match=f"{REPO} has changed in the meantime; nothing was written.*Push again"):
+    with pytest.raises(HubConflictError, match=f"{REPO} has changed since it was read; nothing was written.*Push again"):
         sl.push(folder, REPO)
     assert repository.head.title == "theirs"
     sl.push(folder, REPO)

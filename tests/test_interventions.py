@@ -108,7 +108,7 @@ EDITS = {
     "scale": lambda a, b, c: [sl.Scale((a, c), 2.5)],
     "add": lambda a, b, c: [sl.Add([a, 0], 1.5)],
     "positions": lambda a, b, c: [sl.Clamp(a, 8.0, positions=[0, 2]), sl.Add(b, -1, positions=slice(1, None, 2))],
-    "one after the other": lambda a, b, c: [
+    "in turn": lambda a, b, c: [
         sl.Add(a, 2.0), sl.Scale([a, b], 3.0), sl.Clamp(c, 1.0), sl.Add([c, a], 0.5), sl.Ablate(b, positions=slice(2, 4)),
     ],
     "nothing": lambda a, b, c: [sl.Ablate([])],

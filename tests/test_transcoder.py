@@ -260,7 +260,7 @@ def test_state_of_other_activations_is_refused():
 
 
 def test_from_capture_to_a_saved_run_and_back(lm, tmp_path, monkeypatch):
-    """Cache, stream and checkpoint know the target; a run that is taken up again in the middle ends at the same bytes."""
+    """Cache, stream and checkpoint know the target; a run that is resumed in the middle ends at the same bytes."""
     cache = sl.capture(lm, [TEXT * 8] * 6, HOOKS, tmp_path / "cache", n_tokens=600)
     config = sl.TrainConfig(
         hook=HOOKS[0], writes=(HOOKS[1],), skip=True, d_sae=32, options={"k": 4}, n_tokens=1200, batch_size=100, lr=1e-2

@@ -157,7 +157,7 @@ def _from_status(error: HfHubHTTPError, repo: str, said: str) -> HubError:
             f"{repo}: this token may not do that; use one that may write there, and {LOG_IN}. It says: {said}"
         )
     if status in (409, 412):
-        return HubConflictError(f"{repo} has changed in the meantime; nothing was written. The Hub says: {said}")
+        return HubConflictError(f"{repo} has changed since it was read; nothing was written. The Hub says: {said}")
     if status == 429 or status >= 500:
         return HubUnreachableError(f"{repo}: the Hub is in trouble or asks to wait; try again later. It says: {said}")
     return HubError(f"{repo}: the Hub refuses: {said}")
