@@ -355,7 +355,7 @@ def test_k_of_circuit_tracer_is_the_same_in_both_places(tmp_path):
         ("gemma scope 2", {"architecture": "topk"}, "with architecture 'topk'"),
         ("gemma scope 2", {"affine_connection": True}, "affine_connection is true, but tensor"),
         ("gemma scope 2 skip", {"type": "sae"}, "type is 'sae', but it has a skip connection"),
-        ("llamascopium relu", {"sae_type": "lorsa"}, "sae_type 'lorsa' has no place here"),
+        ("llamascopium relu", {"sae_type": "lorsa"}, "sae_type 'lorsa' is not supported"),
         ("llamascopium relu", {"d_sae": 25}, "d_sae = 25"),
         (
             "llamascopium transcoder",
