@@ -1,4 +1,4 @@
-"""Activations in the forms that people hold them in, turned into tensors; numbers that JSON does not have."""
+"""Conversion of activations from arrays, DataFrames and lists to tensors; numbers as JSON can hold them."""
 
 import math
 from collections.abc import Mapping
@@ -11,16 +11,16 @@ from torch import Tensor
 from saelens_lite.errors import ShapeError
 
 Name = TypeVar("Name")
-ArrayLike = Any  # whatever `as_tensor` takes: a tensor, an array of numpy, a DataFrame, a list or tuple of numbers or of those
+ArrayLike = Any  # a tensor, a numpy array, a DataFrame, or a list or tuple of numbers or of these
 
 
 def as_tensor(x: ArrayLike, name: str = "x", device: torch.device | None = None) -> Tensor:
-    """Return activations as a tensor: tensors as they are, everything else copied to `device` (default: the CPU).
+    """Return activations as a tensor. Tensors stay unchanged; everything else is copied to `device` (default: the CPU).
 
-    Arrays keep their dtype, lists of Python numbers become float32, and lists of tensors are stacked where they are.
+    Arrays keep their dtype, lists of Python numbers become float32, and lists of tensors are stacked on their device.
 
     Raises:
-        ShapeError: x holds something other than numbers, its rows differ in length, or it is of a type not known here.
+        ShapeError: x holds something other than numbers, its rows differ in length, or its type is unknown.
     """
     if isinstance(x, Tensor):
         return x
@@ -32,10 +32,12 @@ def as_tensor(x: ArrayLike, name: str = "x", device: torch.device | None = None)
     array = _numbers(x, name)
     if isinstance(x, list | tuple) and not _holds_arrays(x):
         array = array.astype(np.float32)
-    array = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")  # torch takes no other strides or byte orders
+    array = np.array(
+        array, dtype=array.dtype.newbyteorder("="), order="C"
+    )  # torch accepts only native byte order and positive strides
     try:
         return torch.from_numpy(array).to(device)
-    except TypeError as error:  # of unsigned types that torch lacks, or MPS of float64
+    except TypeError as error:  # torch lacks some unsigned types, and MPS lacks float64
         raise ShapeError(f"{name} is {described(x)}, which torch cannot hold: {error}") from None
 
 
@@ -64,22 +66,22 @@ def _numbers(x: ArrayLike, name: str) -> np.ndarray:
         raise ShapeError(f"{name} is {described(x)}; {wanted}")
     try:
         array = np.asarray(x)
-    except Exception as error:  # numpy raises ValueError for rows of different lengths, other libraries what they like
-        raise ShapeError(f"{name} is {described(x)}, and not an array of numbers: {error}; {wanted}") from None
+    except Exception as error:  # numpy raises ValueError for rows of different lengths; other libraries raise other errors
+        raise ShapeError(f"{name} is {described(x)}, not an array of numbers: {error}; {wanted}") from None
     if array.dtype.kind not in "fiub":
-        raise ShapeError(f"{name} is {described(x)}, which holds {array.dtype} and not real numbers; {wanted}")
+        raise ShapeError(f"{name} is {described(x)}, which holds {array.dtype}, not real numbers; {wanted}")
     return array
 
 
 def _holds_arrays(x: list | tuple) -> bool:
-    """Return whether the innermost lists hold arrays, which have a dtype, and not Python numbers."""
+    """Return whether the innermost lists hold arrays (with a dtype) instead of Python numbers."""
     while isinstance(x, list | tuple) and x:
         x = x[0]
     return hasattr(x, "dtype")
 
 
 def described(x: Any) -> str:
-    """Return what something is, for a message: its type, and its shape and dtype where it has them."""
+    """Describe a value for a message: its type, and its shape and dtype if it has them."""
     facts = [f"{key} {tuple(value) if key == 'shape' else value}" for key in ("shape", "dtype") if (value := _fact(x, key))]
     if isinstance(x, list | tuple):
         facts = [f"{len(x):,} entries"]
@@ -90,6 +92,6 @@ def described(x: Any) -> str:
 
 
 def _fact(x: Any, key: str) -> Any:
-    """Return an attribute; None where it is missing or is a method."""
+    """Return an attribute, or None if it is missing or a method."""
     value = getattr(x, key, None)
     return None if callable(value) else value

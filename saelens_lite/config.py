@@ -1,4 +1,4 @@
-"""Frozen, validated settings: what a user may ask for, with a sentence on each field.
+"""Frozen, validated settings, with a sentence on each field.
 
 A settings object is data: no I/O, no ids, no devices. An unknown key is an error that names the nearest known one.
 """
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from saelens_lite.errors import ConfigError, CorruptFileError, near_matches
 from saelens_lite.paths import check_input
 
-MOST = 2**53  # of whole numbers in settings
+MOST = 2**53  # the largest whole number in settings
 MAX_TOML_BYTES = 1 << 20
 
 
@@ -29,12 +29,12 @@ class FrozenConfig(BaseModel):
             raise ConfigError(_explain(type(self), error)) from None
 
     def replace(self, **changes: Any) -> "FrozenConfig":
-        """A copy with some fields changed, validated like a new one."""
+        """Return a copy with some fields changed, validated like a new one."""
         return type(self)(**{**self.model_dump(exclude_unset=True), **changes})
 
 
 def _explain(config: type[BaseModel], error: ValidationError) -> str:
-    """One line for a validation error: each offending key, what was found and what would do."""
+    """Return one line for a validation error: each invalid key, its value and the values that are allowed."""
     lines = []
     for item in error.errors(include_url=False):
         key = ".".join(str(part) for part in item["loc"])
@@ -48,42 +48,41 @@ def _explain(config: type[BaseModel], error: ValidationError) -> str:
 
 
 class TextConfig(FrozenConfig):
-    """How text is read and cut into token rows."""
+    """Settings for reading text and cutting it into token rows."""
 
     column: str = Field("text", description="Column or key that holds the text, in .jsonl, .parquet and datasets.")
-    token_column: str | None = Field(
-        None, description="Column or key that holds token ids, which are then read instead of text."
-    )
+    token_column: str | None = Field(None, description="Column or key that holds token ids. They are read in place of text.")
     split: str | None = Field(None, description="Split of a dataset; default: train.")
     n_ctx: int | None = Field(
         None,
-        description="Tokens in a row, BOS included; default: those the dictionary was trained on, or the model's context, but "
-        "no more than 1,024.",
+        description="Tokens in a row, BOS included; default: the dictionary's training length, or the model's context up to "
+        "1,024.",
     )
     bos: Literal["row", "document", "none"] = Field(
-        "row", description="Where BOS stands: at the head of every row, before every document, or nowhere."
+        "row", description="Position of BOS: at the start of every row, before every document, or nowhere."
     )
     pack: bool = Field(
-        False, description="Fill rows with one document after another, a separator between them; only the last row is padded."
+        False,
+        description="Fill rows with one document after another and a separator between them. Only the last row is padded.",
     )
     separator: Literal["eos", "bos"] = Field("eos", description="Token between two documents of a packed row.")
     min_context: int = Field(
         0,
         ge=0,
-        description="Repeat this many tokens of a document at the head of each row that continues it; they count only once.",
+        description="When a row continues a document, repeat this many of its tokens at the start. They count only once.",
     )
-    truncate: bool = Field(False, description="Read only the beginning of each document, as much as fits into one row.")
+    truncate: bool = Field(False, description="Read only the part of each document that fits into one row.")
     exclude_positions: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        (0,), description="Positions of a row that do not count; by default the first, whose norm is an outlier."
+        (0,), description="Positions of a row to leave out; by default the first, whose norm is an outlier."
     )
     exclude_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        (), description="Token ids that do not count, in addition to the tokenizer's special tokens."
+        (), description="Token ids to leave out, in addition to the tokenizer's special tokens."
     )
     max_token_share: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="Largest share of the counted positions that one token id may have; the rest is thinned out.",
+        description="Largest share of the counted positions that one token id may have. Surplus positions are left out.",
     )
 
 
@@ -113,48 +112,50 @@ class StoreConfig(FrozenConfig):
 
 
 class TrainConfig(FrozenConfig):
-    """One dictionary to train. Horizons are counted in tokens."""
+    """Settings of one dictionary to train. Horizons are in tokens."""
 
-    hook: str | None = Field(None, description="Hook to read and write; may be left out when there is only one.")
-    reads: tuple[str, ...] = Field((), description="Hooks to read, in place of `hook`; with several, a crosscoder.")
+    hook: str | None = Field(None, description="Hook to read and write. May be left out when the cache holds only one.")
+    reads: tuple[str, ...] = Field((), description="Hooks to read, in place of `hook`. Several hooks make a crosscoder.")
     writes: tuple[str, ...] = Field(
-        (), description="Hooks whose activations are predicted; default: those that are read. With another, a transcoder."
+        (), description="Hooks to predict; default: the hooks that are read. Another hook makes a transcoder."
     )
-    skip: bool = Field(False, description="Add a linear map of the input to the output, which is of other hooks.")
+    skip: bool = Field(
+        False, description="Add a linear map from input to output. Only for dictionaries that write to other hooks."
+    )
     sparsity: str = Field("topk", description="Sparsity rule: the name of a plugin (see `saelens-lite plugins`).")
     options: dict[str, Any] = Field({}, description="Options of the sparsity rule, e.g. --options.k 32.")
     d_sae: int = Field(2048, gt=0, le=MOST, description="Number of latents.")
-    n_tokens: int = Field(
-        1_000_000, gt=0, le=MOST, description="Activations to train on; the data is read again when it is shorter."
-    )
+    n_tokens: int = Field(1_000_000, gt=0, le=MOST, description="Activations to train on. Shorter data is read again.")
     batch_size: int = Field(2048, gt=0, le=MOST, description="Activations per optimiser step.")
     lr: float | None = Field(
         None,
         gt=0,
-        description="Peak learning rate of Adam; default 2e-4 / sqrt(d_sae / 16384), as for top-k in Gao et al. 2024.",
+        description="Peak learning rate of Adam; default: 2e-4 / sqrt(d_sae / 16384), as for top-k in Gao et al. 2024.",
     )
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         (0.9, 0.999), description="Decay rates of Adam's first and second moment."
     )
     warmup: float = Field(0.02, ge=0, le=1, description="Share of the tokens over which the learning rate rises linearly.")
-    decay: float = Field(0.2, ge=0, le=1, description="Share of the tokens, at the end, over which it falls linearly to zero.")
+    decay: float = Field(
+        0.2, ge=0, le=1, description="Share of the tokens, at the end, over which the learning rate falls to 0."
+    )
     sparsity_warmup: float = Field(
         0.1, ge=0, le=1, description="Share of the tokens over which sparsity penalties rise linearly."
     )
-    clip_grad_norm: float = Field(1.0, ge=0, description="Largest norm of the whole gradient; 0: no clipping.")
+    clip_grad_norm: float = Field(1.0, ge=0, description="Largest norm of the whole gradient. 0 turns clipping off.")
     normalize: Literal["sqrt_d", "none"] = Field(
         "sqrt_d",
-        description="While training, scale activations to a root mean square norm of sqrt(d_in), of a transcoder around their "
-        "mean; folded in when saved.",
+        description="Scale activations in training so that their RMS norm is sqrt(d_in). Transcoders subtract the input "
+        "mean first. The scale is folded into the weights on saving.",
     )
     encoder_precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="Numbers from which the latents that fire are chosen; codes and gradients are float32. auto: bfloat16 on a "
-        "CUDA device.",
+        description="Number type in which the firing latents are chosen. Codes and gradients are float32. auto means bfloat16 "
+        "on a CUDA device and float32 elsewhere.",
     )
     dead_after: int = Field(200_000, gt=0, le=MOST, description="Tokens without firing after which a latent counts as dead.")
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of the initial parameters.")
-    log_every: int = Field(65_536, gt=0, le=MOST, description="Tokens between two lines of log.jsonl.")
+    log_every: int = Field(65_536, gt=0, le=MOST, description="Tokens between two log lines.")
 
     @model_validator(mode="before")
     @classmethod
@@ -182,18 +183,18 @@ class TrainConfig(FrozenConfig):
 
 
 class Origin(FrozenConfig):
-    """Where the activations a dictionary was trained on come from."""
+    """The source of the activations that a dictionary was trained on."""
 
     model: str | None = Field(None, description="Model name, Hub id or folder.")
     revision: str | None = Field(None, description="Commit of the model.")
     model_class: str | None = Field(None, description="transformers class of the model.")
     processing: tuple[Literal["center_writing_weights"], ...] = Field(
-        (), description="What was done to the weights when the model was loaded."
+        (), description="Changes made to the weights when the model was loaded."
     )
     n_ctx: int | None = Field(None, ge=0, le=MOST, description="Tokens in a row.")
-    prepend_bos: bool | None = Field(None, description="Whether each row begins with the BOS token.")
-    text: str | None = Field(None, description="What the text was.")
-    text_sha256: str | None = Field(None, description="SHA-256 of the token rows, where all of them are known.")
+    prepend_bos: bool | None = Field(None, description="True if each row begins with the BOS token.")
+    text: str | None = Field(None, description="Description of the text.")
+    text_sha256: str | None = Field(None, description="SHA-256 of the token rows, if all of them are known.")
     excluded_positions: tuple[Annotated[int, Field(ge=0, le=MOST)], ...] = Field(
         (0,), description="Positions never trained on."
     )
@@ -204,18 +205,18 @@ class Origin(FrozenConfig):
     @model_validator(mode="before")
     @classmethod
     def _without_hooks(cls, values: Any) -> Any:
-        """Leave out the hooks that older files have here, where they name none; ports name them now."""
+        """Drop the empty hook fields of older files. Ports name the hooks now."""
         older = ("hook", "target_hook")
         return {k: v for k, v in values.items() if v is not None or k not in older} if isinstance(values, dict) else values
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """The tables of a TOML file.
+    """Return the tables of a TOML file.
 
     Raises:
         ConfigError: the file is missing or is not TOML.
     """
-    from saelens_lite.files import named_file, open_file  # torch comes with it, which settings by themselves do not need
+    from saelens_lite.files import named_file, open_file  # imports torch, which settings alone do not need
 
     path = check_input(path)
     if not path.exists():
@@ -233,10 +234,10 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 
 def train_configs(tables: dict[str, Any], overrides: dict[str, Any] | None = None) -> list[TrainConfig]:
-    """The dictionaries a settings file asks for: shared keys at the top, one `[[dictionary]]` table each.
+    """Return the settings of the dictionaries in a settings file: shared keys at the top, then one `[[dictionary]]` table each.
 
-    Without any `[[dictionary]]` the top-level keys describe the only one. `overrides` win over both; `options` of the three
-    are merged key by key.
+    Without a `[[dictionary]]` table, the top-level keys describe one dictionary. `overrides` override both. The three `options`
+    tables are merged key by key.
     """
     shared = {key: value for key, value in tables.items() if key != "dictionary"}
     listed = tables.get("dictionary", [{}])
@@ -246,7 +247,7 @@ def train_configs(tables: dict[str, Any], overrides: dict[str, Any] | None = Non
 
 
 def _merged(*layers: dict[str, Any]) -> TrainConfig:
-    """The settings of several tables, later ones winning, `options` key by key."""
+    """Merge several tables of settings. Later tables override earlier ones; `options` merge key by key."""
     options: dict[str, Any] = {}
     for layer in layers:
         given = layer.get("options", {})
@@ -257,7 +258,7 @@ def _merged(*layers: dict[str, Any]) -> TrainConfig:
 
 
 def parse_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Options from a command line, where every value is a string: JSON where it is JSON ("32", "0.5", "true"), else text."""
+    """Parse the options of a command line. Values that are JSON ("32", "0.5", "true") are decoded; others stay text."""
     parsed = {}
     for key, value in options.items():
         try:

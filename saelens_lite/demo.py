@@ -1,4 +1,4 @@
-"""The whole product on the embedded model: text → hook → cache → dictionaries → numbers → features → a folder to publish."""
+"""The whole pipeline on the embedded model: text → hook → cache → dictionaries → numbers → features → a folder to publish."""
 
 import time
 from collections.abc import Callable
@@ -23,7 +23,7 @@ RULES: dict[str, dict[str, Any]] = {
 
 
 class DemoResult(NamedTuple):
-    """Where things were written, what was measured, and how long each part took (seconds)."""
+    """The output folder, the reports, and the seconds that each part took."""
 
     folder: Path
     reports: dict[str, EvalReport]
@@ -40,9 +40,9 @@ def demo(
     exists: Literal["error", "overwrite"] = "error",
     say: Callable[[str], None] = lambda _: None,
 ) -> DemoResult:
-    """What the demonstration produced in `out`: cache/, runs/<rule>/dictionary/ (ready for the Hub), <rule>.html.
+    """Run the pipeline and write cache/, runs/<rule>/dictionary/ (ready for the Hub) and <rule>.html into `out`.
 
-    Trains on the documentation that every Python carries and evaluates on pages held out from it.
+    It trains on the documentation that comes with every Python, and evaluates on held-out pages.
     """
     out = Path(out)
     refuse_existing(out, exists)

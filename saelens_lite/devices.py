@@ -1,4 +1,4 @@
-"""The device that work runs on unless another is named, and float64 where a device has none."""
+"""The default device, and float64 for devices that lack it."""
 
 import logging
 import warnings
@@ -10,37 +10,37 @@ from torch import Tensor
 
 from saelens_lite.errors import ConfigError
 
-WITHOUT_FLOAT64 = frozenset({"mps"})  # types of devices
+WITHOUT_FLOAT64 = frozenset({"mps"})  # types of devices without float64
 CLOSE = 1e-4  # relative to the largest entry, for float32
 
 log = logging.getLogger(__name__)
 
 
 def natural_device() -> torch.device:
-    """Return CUDA where there is one, else MPS where it computes what the CPU computes, else the CPU. The log says which."""
+    """Return CUDA if available, else MPS if its results match the CPU's, else the CPU. The choice is logged."""
     candidates = {"cuda": torch.cuda.is_available, "mps": lambda: torch.backends.mps.is_available() and works("mps")}
-    found = next((device for device, is_usable in candidates.items() if is_usable()), "cpu")
-    _say(found)
-    return torch.device(found)
+    device = next((device for device, is_usable in candidates.items() if is_usable()), "cpu")
+    _say(device)
+    return torch.device(device)
 
 
 def chosen_device(device: str | torch.device | None) -> torch.device:
-    """Return the device that was named, or the natural one for None.
+    """Return the named device, or the natural one for None.
 
     Raises:
-        ConfigError: the name is not that of a device, or this computer has no such device.
+        ConfigError: the name is not a device, or this computer has no such device.
     """
     if device is None:
         return natural_device()
     try:
-        found = torch.device(device)
+        chosen = torch.device(device)
     except RuntimeError as error:
         raise ConfigError(f"device = {device!r}: {str(error).partition(chr(10))[0]}") from None
-    if not is_available(found):
+    if not is_available(chosen):
         raise ConfigError(
             f"device = {str(device)!r}: torch finds no such device here; leave device out to use {natural_device()}"
         )
-    return found
+    return chosen
 
 
 def is_available(device: str | torch.device) -> bool:
@@ -52,46 +52,46 @@ def is_available(device: str | torch.device) -> bool:
 
 
 def device_to_train_on(device: str | torch.device | None) -> torch.device:
-    """Return the device that was named, or the natural one for None.
+    """Return the named device, or the natural one for None.
 
     Raises:
         ConfigError: as for `chosen_device`, or the device lacks operations that training needs.
     """
-    found = chosen_device(device)
-    if found.type == "mps" and not works("mps"):
+    chosen = chosen_device(device)
+    if chosen.type == "mps" and not works("mps"):
         raise ConfigError(
-            f"device = {str(device)!r}: torch {torch.__version__} lacks operations there that training needs, or computes "
-            "them wrong; leave device out to train on the CPU"
+            f"device = {str(device)!r}: torch {torch.__version__} lacks operations on it that training needs, or computes "
+            "them wrongly; leave device out to train on the CPU"
         )
-    return found
+    return chosen
 
 
 @cache
 def _say(device: str) -> None:
-    log.info("running on %s, as no device was named", device)
+    log.info("running on %s, because no device was named", device)
 
 
 @cache
 def works(device: str) -> bool:
-    """Return whether the operations that training relies on run on a device, with the results of the CPU."""
+    """Return whether the operations of training run on a device with the same results as on the CPU."""
     try:
-        found = _sample(torch.device(device))
-    except Exception as error:  # torch raises errors of many kinds for an operation that a device lacks
+        results = _sample(torch.device(device))
+    except Exception as error:  # torch raises many kinds of errors for missing operations
         log.info("%s is not used: %s", device, str(error).partition("\n")[0][:200])
         return False
     wanted = _sample(torch.device("cpu"))
-    same = [(a.cpu() - b).abs().max() <= CLOSE * b.abs().max() for a, b in zip(found, wanted, strict=True)]
+    same = [(a.cpu() - b).abs().max() <= CLOSE * b.abs().max() for a, b in zip(results, wanted, strict=True)]
     if not all(same):
         log.info("%s is not used: its results differ from those of the CPU", device)
     return all(same)
 
 
 def _sample(device: torch.device) -> list[Tensor]:
-    """Return results of the operations in a training step, other than those that every device has."""
+    """Return the results of the operations in a training step that some devices lack."""
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(8, 16, generator=generator).to(device) for _ in range(2))
     latent, crow = torch.arange(8, device=device).int(), torch.arange(0, 9, 2, device=device).int()
-    with warnings.catch_warnings():  # that compressed rows are in beta
+    with warnings.catch_warnings():  # about the beta state of compressed rows
         warnings.simplefilter("ignore")
         pattern = torch.sparse_csr_tensor(crow, latent, torch.zeros(8, device=device), (4, 8), check_invariants=False)
     parameter = weight.clone().requires_grad_()
@@ -109,15 +109,15 @@ def _sample(device: torch.device) -> list[Tensor]:
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """Return where sums in float64 of what is on a device are taken: there, or on the CPU where it has no float64."""
+    """Return the device for float64 sums: the given one, or the CPU if the device lacks float64."""
     return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
 
 
 def where_float64_is(x: Tensor) -> Tensor:
-    """Return x on the device on which it can be summed in float64; a copy only where its own has no float64."""
+    """Return x on a device that has float64. x is copied only if its own device lacks it."""
     return x.to(float64_device(x.device))
 
 
 def wide(x: Tensor) -> Tensor:
-    """Return x in float64, on the CPU where its device has no float64."""
+    """Return x in float64, on the CPU if its device lacks float64."""
     return where_float64_is(x).double()

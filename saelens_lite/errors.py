@@ -3,22 +3,22 @@
 SaelensLiteError                 everything this library raises on purpose
 ├── UserError                    the request cannot be carried out as asked
 │   ├── ConfigError              unknown key, value out of range, options that contradict each other
-│   │   └── SourceChangedError   a run is resumed on other activations than those it was trained on
+│   │   └── SourceChangedError   a run is resumed on other activations than it was trained on
 │   ├── ModelNotFoundError       no such model here, or no network to fetch it
 │   ├── HookError                the model has no hook of that name
 │   ├── TextError                no text, or nothing left of it after tokenising
 │   ├── ShapeError               a tensor whose shape does not fit
 │   ├── PluginError              a plugin that is unknown, broken, restricted, or claimed twice
 │   ├── OutputExistsError        the output is already there
-│   ├── CorruptFileError         a file that is damaged, truncated or not what it claims to be
+│   ├── CorruptFileError         a file that is damaged, truncated or of another kind than it claims
 │   └── LockedError              another process is at work on the same output
 ├── HubError                     the Hugging Face Hub did not do what it was asked
 │   ├── HubNotFoundError         no such repository, revision or folder in it, or none this account may see
 │   ├── HubAccessError           no token, or one that may not do this
-│   ├── HubConflictError         the repository has changed in the meantime
+│   ├── HubConflictError         the repository has changed since it was read
 │   └── HubUnreachableError      no network, no answer, or a Hub in trouble
 ├── NonFiniteError               NaN or infinity where numbers were expected
-└── DiskFullError                no room left for what is being written
+└── DiskFullError                the disk is full
 
 Stopped                          Ctrl-C or SIGTERM, after the state was saved; a KeyboardInterrupt
 """
@@ -28,7 +28,7 @@ from collections.abc import Iterable
 
 
 class SaelensLiteError(Exception):
-    """Base of all errors raised on purpose. `exit_code` is what the command line returns for it."""
+    """Base of all errors that the library raises on purpose. The command line exits with `exit_code`."""
 
     exit_code = 1
 
@@ -44,7 +44,7 @@ class ConfigError(UserError):
 
 
 class SourceChangedError(ConfigError):
-    """A run is resumed on other activations than those it was trained on."""
+    """A run is resumed on other activations than it was trained on."""
 
 
 class ModelNotFoundError(UserError):
@@ -68,11 +68,11 @@ class PluginError(UserError):
 
 
 class OutputExistsError(UserError):
-    """The output is already there and nobody said what to do with it."""
+    """The output already exists, and the request does not say to overwrite it."""
 
 
 class CorruptFileError(UserError):
-    """A file is damaged, truncated or not what it claims to be."""
+    """A file is damaged, truncated or of another kind than it claims."""
 
 
 class LockedError(UserError):
@@ -80,23 +80,23 @@ class LockedError(UserError):
 
 
 class HubError(SaelensLiteError):
-    """The Hugging Face Hub did not do what it was asked."""
+    """The Hugging Face Hub refused or failed a request."""
 
 
 class HubNotFoundError(HubError):
-    """The Hub has no such repository, revision or folder, or shows none to this account."""
+    """The repository, revision or folder does not exist on the Hub, or this account may not see it."""
 
     exit_code = 2
 
 
 class HubAccessError(HubError):
-    """The Hub needs a token, or the token may not do this."""
+    """The Hub needs a token, or the token does not have the permission."""
 
     exit_code = 2
 
 
 class HubConflictError(HubError):
-    """The repository on the Hub has changed in the meantime."""
+    """The repository on the Hub has changed since it was read."""
 
 
 class HubUnreachableError(HubError):
@@ -108,11 +108,11 @@ class NonFiniteError(SaelensLiteError):
 
 
 class DiskFullError(SaelensLiteError):
-    """There is no room left for what is being written."""
+    """The disk is full."""
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM ended the work after its state was saved; the message says how to go on."""
+    """Ctrl-C or SIGTERM stopped the work after its state was saved. The message says how to resume."""
 
     def __init__(self, message: str, number: int):
         super().__init__(message)
@@ -120,6 +120,6 @@ class Stopped(KeyboardInterrupt):
 
 
 def near_matches(asked: str, names: Iterable[str], most: int = 3) -> str:
-    """«; did you mean a, b?», or an empty string when nothing comes close."""
+    """Return «; did you mean a, b?», or an empty string if no name is close."""
     close = difflib.get_close_matches(asked, list(names), n=most, cutoff=0.6)
     return f"; did you mean {', '.join(close)}?" if close else ""

@@ -1,7 +1,7 @@
-"""Files: written so that a reader never meets half of one, and read so that a stranger's file decides nothing.
+"""Files: a reader never sees half a file, and a file from a stranger cannot do harm.
 
-Writing: temporary name, fsync, rename. Reading: only regular files that lie in their folder are opened, and nothing is
-allocated before the size of the file has been compared with what is announced.
+Writing: temporary name, fsync, rename. Reading: only regular files inside their folder are opened, and the size of a file is
+compared with its header before memory is allocated.
 """
 
 import errno
@@ -27,15 +27,15 @@ from saelens_lite.arrays import not_finite
 from saelens_lite.errors import ConfigError, CorruptFileError, DiskFullError, SaelensLiteError
 from saelens_lite.paths import NO_ROOM, check_input, check_output
 
-MAX_JSON_BYTES = 64 << 20  # of settings files, which may come from strangers
-MAX_LIST_BYTES = 1 << 30  # of JSON files that grow with the data: a line or two for each shard or latent
+MAX_JSON_BYTES = 64 << 20  # for settings files, which may come from strangers
+MAX_LIST_BYTES = 1 << 30  # for JSON files that grow with the data: a line or two per shard or latent
 MAX_JSON_DEPTH = 100
-MAX_JSON_VALUES = 6_000_000  # of one file: small ones take a hundred times the memory that they have bytes
+MAX_JSON_VALUES = 6_000_000  # per file: small values take a hundred times their bytes in memory
 MAX_LINE_BYTES = 1 << 20
 MAX_HEADER_BYTES = 16 << 20
 PIECE = 1 << 20  # bytes read at once
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
-STORED_DTYPES = {  # as safetensors calls them
+STORED_DTYPES = {  # names in safetensors
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
@@ -46,9 +46,9 @@ NO_ENTRY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.EN
 
 @contextmanager
 def disk_full_is_typed(path: Path) -> Iterator[None]:
-    """Within the block, a full disk is a DiskFullError that names `path`, and a place that cannot be written a ConfigError.
+    """Turn a full disk in the block into a DiskFullError that names `path`, and other write errors into a ConfigError.
 
-    A library may put an error of its own, without a number, in place of the system's, or only quote it.
+    A library may replace the system's error by its own, without a number, or only quote it.
     """
     try:
         yield
@@ -57,31 +57,31 @@ def disk_full_is_typed(path: Path) -> Iterator[None]:
     except Exception as error:
         codes = {code for cause in _causes(error) for code in _codes(cause)}
         if not codes.isdisjoint(NO_ROOM):
-            raise DiskFullError(f"{path} cannot be written: the disk is full, or a limit on it is reached") from error
+            raise DiskFullError(f"{path} cannot be written: the disk is full or a quota is reached") from error
         if not codes.isdisjoint(NO_ENTRY) or (errno.ENOENT in codes and not path.parent.is_dir()):
             raise ConfigError(f"{path} cannot be written: {error}; choose another place") from error
         raise
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, and those it was raised in place of."""
+    """Yield an error and its causes."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def _codes(error: BaseException) -> Iterator[int]:
-    """The numbers that the system gave an error."""
+    """Yield the error numbers of an error."""
     if isinstance(error, OSError) and error.errno is not None:
         yield error.errno
     yield from (int(code) for code in re.findall(r"\(os error (\d+)\)", str(error)))
 
 
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary neighbour, then put it in place of `path` in one step.
+    """Let `write` fill a temporary file, then move it to `path` in one step.
 
     Raises:
-        DiskFullError: there is no room for it; what was at `path` is still there.
+        DiskFullError: the disk is full. The old file at `path` is unchanged.
     """
     check_output(path)
     temporary = path.with_name(f".{path.name}.saelens-lite-{secrets.token_hex(8)}.tmp")
@@ -99,12 +99,12 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def file_mode(path: Path) -> int:
-    """Return the permissions of a file, which are those of the umask for one that was just created."""
+    """Return the permissions of a file. A new file has those of the umask."""
     return stat.S_IMODE(path.stat().st_mode)
 
 
 def set_mode(path: Path, mode: int) -> None:
-    """Give a file these permissions; some libraries create files that only their owner can read."""
+    """Set the permissions of a file. Some libraries create files that only the owner can read."""
     if os.name == "posix" and file_mode(path) != mode:
         path.chmod(mode)
 
@@ -122,7 +122,7 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Flush the names in a folder to the disk, where the system can."""
+    """Flush the names in a folder to the disk, if the system can."""
     if os.name == "posix":
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -132,20 +132,20 @@ def sync_folder(path: Path) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line to a file and flush it to the disk. DiskFullError when there is no room for it."""
+    """Append a line to a file and flush it to the disk. Raise DiskFullError if the disk is full."""
     with disk_full_is_typed(path), open(path, "a", encoding="utf-8", newline="\n") as file:
         file.write(line + "\n")
         sync(file)
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits. CorruptFileError when it cannot be opened."""
+    """Return the SHA-256 of a file in hexadecimal. Raise CorruptFileError if it cannot be opened."""
     with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Put tensors in a safetensors file in one step."""
+    """Write tensors to a safetensors file in one step."""
     from safetensors.torch import save_file
 
     whole = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
@@ -153,18 +153,18 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Put `text` in the file in one step."""
+    """Write text to a file in one step."""
     write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
 
 
 def write_json(path: Path, value: Any, limit: int | float | None = None) -> None:
-    """Put `value` in the file as indented JSON in one step; NaN and infinity are refused.
+    """Write `value` to a file as indented JSON in one step. NaN and infinity are errors.
 
-    limit: as for `read_json`, so that what is written can be read; infinite for files that only other tools read.
+    limit: as for `read_json`, so that the file can be read again; infinite for files that only other tools read.
 
     Raises:
         ConfigError: the file would be larger than `limit`, or nested deeper than `read_json` allows.
-        DiskFullError: there is no room for it.
+        DiskFullError: the disk is full.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     size, most = len(text.encode()), MAX_JSON_BYTES if limit is None else limit
@@ -176,7 +176,7 @@ def write_json(path: Path, value: Any, limit: int | float | None = None) -> None
 
 
 def write_lines(path: Path, values: Iterable[dict[str, Any]]) -> None:
-    """Write a file with a JSON object on each line; it may be as long as the disk has room for."""
+    """Write a file with one JSON object per line, of any length."""
     with disk_full_is_typed(path), open(path, "w", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(value) + "\n" for value in values)
         sync(file)
@@ -186,7 +186,7 @@ def read_lines(path: Path, most: int | float = math.inf) -> list[dict[str, Any]]
     """Return the objects in a file of `write_lines`.
 
     Raises:
-        CorruptFileError: it is missing, has more than `most` lines, or a line is too long or not an object.
+        CorruptFileError: the file is missing, has more than `most` lines, or has a line that is too long or not an object.
     """
     values: list[dict[str, Any]] = []
     with open_file(path) as file:
@@ -205,47 +205,47 @@ def read_lines(path: Path, most: int | float = math.inf) -> list[dict[str, Any]]
 
 
 def file_size(path: Path) -> int:
-    """Bytes of a file.
+    """Return the size of a file in bytes.
 
     Raises:
-        CorruptFileError: it is missing; or no file: a folder, a device, or a pipe, which reading would wait for; or a link to a
-            place outside of its folder.
+        CorruptFileError: the path is missing, is a folder, a device or a pipe (which would block a reader), or is a link that
+            leaves its folder.
     """
     try:
-        found = path.stat()
+        status = path.stat()
     except FileNotFoundError:
         raise CorruptFileError(f"{path} is missing; is {path.parent} the folder you meant?") from None
     except OSError as error:
         raise CorruptFileError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:  # a NUL
         raise CorruptFileError(f"{str(path)!r} cannot be read: {error}") from None
-    if not stat.S_ISREG(found.st_mode):
-        raise CorruptFileError(f"{path} is no file")
+    if not stat.S_ISREG(status.st_mode):
+        raise CorruptFileError(f"{path} is not a file")
     check_inside(path)
-    return found.st_size
+    return status.st_size
 
 
 def check_inside(path: Path) -> None:
-    """Raise CorruptFileError where a file or folder is a link that leaves the folder it is in.
+    """Raise CorruptFileError if a file or folder is a link that leaves its folder.
 
-    Snapshots in the cache of the Hub's client are links to the files in blobs/ beside them, which is allowed.
+    Snapshots in the cache of the Hub's client link to files in the blobs/ folder beside them, which is allowed.
     """
     if not path.is_symlink():
         return
     folder, target = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
     homes = [folder, *(above.parent / "blobs" for above in (folder, *folder.parents) if above.name == "snapshots")]
     if not any(target.is_relative_to(home) for home in homes):
-        raise CorruptFileError(f"{path} is a link to {target}, outside of its folder; put a copy in its place")
+        raise CorruptFileError(f"{path} is a link to {target}, outside of its folder; replace the link by a copy")
 
 
 def named_file(path: str | Path) -> Path:
-    """The file that a user named, behind links: those are the user's own."""
+    """Return the file that a user named. Links are followed, because they are the user's own."""
     path = check_input(path)
     return Path(os.path.realpath(path)) if path.is_file() else path
 
 
 def is_zip(path: Path) -> bool:
-    """Return whether a file is a zip archive; one whose directory is damaged is not."""
+    """Return whether a file is a zip archive with an intact directory."""
     try:
         return zipfile.is_zipfile(path)
     except zipfile.BadZipFile:
@@ -253,21 +253,21 @@ def is_zip(path: Path) -> bool:
 
 
 def open_file(path: Path) -> BufferedReader:
-    """Open a regular file to read its bytes; raises what `file_size` raises."""
+    """Open a regular file for reading bytes. Raise the errors of `file_size`."""
     file_size(path)
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
     try:
         file = os.fdopen(os.open(path, flags), "rb")
     except OSError as error:
         raise CorruptFileError(f"{path} cannot be read: {error.strerror}") from None
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # it was replaced in the meantime
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # replaced since the check
         file.close()
-        raise CorruptFileError(f"{path} is no file")
+        raise CorruptFileError(f"{path} is not a file")
     return file
 
 
 def nesting(value: Any) -> int:
-    """How deep the tables and lists of a JSON value are nested."""
+    """Return the nesting depth of a JSON value."""
     depth, level = 0, [value]
     while level := [inner for outer in level if isinstance(outer, dict | list) for inner in _inside(outer)]:
         depth += 1
@@ -279,18 +279,18 @@ def _inside(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
 
 
 def parsed_json(text: str, finite: bool = False) -> Any:
-    """Return a JSON value that can be written again, with bounds on its depth.
+    """Parse a JSON value of limited depth that can be written again.
 
-    finite: refuse NaN and infinity, which JSON does not have.
+    finite: refuse NaN and infinity, which are not JSON.
 
     Raises:
-        ValueError, RecursionError: it is none.
+        ValueError, RecursionError: the text is not such a value.
     """
     value = json.loads(text, parse_constant=_refused, parse_float=_finite) if finite else json.loads(text)
     if nesting(value) > MAX_JSON_DEPTH:
         raise ValueError(f"nested deeper than {MAX_JSON_DEPTH} levels")
     if "\\u" in text:
-        json.dumps(value, ensure_ascii=False).encode()  # halves of characters are an error
+        json.dumps(value, ensure_ascii=False).encode()  # lone surrogates are an error
     return value
 
 
@@ -305,7 +305,9 @@ def _finite(digits: str) -> float:
 
 
 def _text_of(path: Path, most: int | float) -> str:
-    """The text of a JSON file, read in pieces: a file full of holes or of tiny values is refused before it costs memory."""
+    """Return the text of a JSON file, read in pieces.
+
+    Sparse files and files with too many values are refused before they cost memory."""
     size = file_size(path)
     if size > most:
         raise CorruptFileError(f"{path}: {size:,} bytes is too large for a settings file")
@@ -316,7 +318,7 @@ def _text_of(path: Path, most: int | float) -> str:
             if b"\0" in piece:
                 raise CorruptFileError(f"{path} is not valid JSON: it holds NUL bytes")
             if n_values > MAX_JSON_VALUES:
-                raise CorruptFileError(f"{path} holds more than {MAX_JSON_VALUES:,} values, which is too many to read")
+                raise CorruptFileError(f"{path} holds more than {MAX_JSON_VALUES:,} values, the largest number that is read")
             pieces.append(piece)
     return b"".join(pieces).decode()
 
@@ -324,7 +326,7 @@ def _text_of(path: Path, most: int | float) -> str:
 def read_json(path: Path, limit: int | float | None = None, finite: bool = False) -> dict[str, Any]:
     """Return the object in a JSON file of at most `limit` bytes (default MAX_JSON_BYTES).
 
-    finite: refuse NaN and infinity, which none of our own files holds.
+    finite: refuse NaN and infinity, which our own files never hold.
 
     Raises:
         CorruptFileError: the file is missing, too large, not JSON, or not an object.
@@ -353,10 +355,10 @@ class Spec(NamedTuple):
 
 
 def check_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file whose size is what the header says, and where in the file the tensors begin.
+    """Return the header of a safetensors file and the offset of its tensors, after comparing the file's size with the header.
 
     Raises:
-        CorruptFileError: missing, truncated, or not safetensors; or its tensors overlap or leave gaps.
+        CorruptFileError: the file is missing, truncated or not safetensors, or its tensors overlap or leave gaps.
     """
     size = file_size(path)
     try:
@@ -385,10 +387,10 @@ def check_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def tensor_specs(path: Path) -> dict[str, Spec]:
-    """The type and shape of each tensor of a safetensors file, once its header agrees with itself and with the file's size.
+    """Return the type and shape of each tensor of a safetensors file, after checking its header.
 
     Raises:
-        CorruptFileError: missing, truncated, not safetensors, or tensors of a type that is not read.
+        CorruptFileError: the file is missing, truncated or not safetensors, or a tensor has an unsupported type.
     """
     header = check_header(path)[0]
     header.pop("__metadata__", None)
@@ -396,7 +398,7 @@ def tensor_specs(path: Path) -> dict[str, Spec]:
 
 
 def _spec(path: Path, name: str, entry: Any) -> Spec:
-    """Return dtype and shape of a tensor from a safetensors header, once they agree with its offsets."""
+    """Return the dtype and shape of a tensor from a safetensors header, after checking its offsets."""
     try:
         begin, end = entry["data_offsets"]
         spec = Spec(STORED_DTYPES[entry["dtype"]], tuple(entry["shape"]))
@@ -408,7 +410,7 @@ def _spec(path: Path, name: str, entry: Any) -> Spec:
 
 
 def check_axes(path: Path, specs: Mapping[str, Spec], axes: Mapping[str, str], sizes: Mapping[str, int]) -> None:
-    """Raise CorruptFileError unless a file has exactly these tensors, and axes of one name are equally long everywhere.
+    """Raise CorruptFileError unless a file has exactly these tensors and every axis name has one length.
 
     axes: names of each tensor's axes, such as "d_sae top_n"; sizes: the lengths that are known.
     """
@@ -423,13 +425,13 @@ def check_axes(path: Path, specs: Mapping[str, Spec], axes: Mapping[str, str], s
 
 
 def shortened(names: Iterable[str], most: int = 8) -> str:
-    """Names for a message, cut where they are many or long."""
+    """Join names for a message, shortened if they are many or long."""
     names = sorted(names)
     return f"{[name[:80] for name in names[:most]]}{' …' if len(names) > most else ''}" if names else "none"
 
 
 def _memory() -> int | float:
-    """Bytes of memory of this machine; infinite where the system does not say."""
+    """Return the memory of this machine in bytes, or infinity if the system does not tell."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -437,19 +439,19 @@ def _memory() -> int | float:
 
 
 def check_fits_memory(what: str | Path, n_bytes: int) -> None:
-    """Raise CorruptFileError for something that says it is larger than the memory of this machine."""
+    """Raise CorruptFileError if something announces more bytes than this machine has memory."""
     if n_bytes > _memory():
         raise CorruptFileError(f"{what} takes {n_bytes:,} bytes, and this machine has {_memory():,} bytes of memory")
 
 
 def read_tensors(path: Path, finite: bool = True) -> dict[str, Tensor]:
-    """Return all tensors of a safetensors file, copied to memory: the file may be replaced or removed afterwards.
+    """Return all tensors of a safetensors file, copied to memory, so that the file may be replaced afterwards.
 
-    Sizes are checked against the header before anything is allocated.
+    Sizes are checked against the header before memory is allocated.
 
     Raises:
-        CorruptFileError: missing, truncated, not safetensors, an odd dtype, larger than memory, or (`finite`) NaN or infinity
-            inside.
+        CorruptFileError: the file is missing, truncated, not safetensors or larger than memory, has an unsupported dtype, or
+            (`finite`) holds NaN or infinity.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file

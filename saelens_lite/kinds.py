@@ -1,7 +1,7 @@
-"""The kinds of folders that are written, and the files that each may hold.
+"""The kinds of output folders, and the files that each may hold.
 
-A folder is replaced or removed only when it holds the files that mark its kind and nothing else: `foreign` lists what else is
-in it. Locks, files of the operating system and temporary names of our own files do not count.
+A folder is replaced or removed only if it holds the files that mark its kind and no foreign files; `foreign` lists those.
+Locks, files of the operating system and our own temporary names do not count.
 """
 
 import os
@@ -19,9 +19,9 @@ RUN_MARK = r"config\.toml"
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of folder: its name in messages, regular expressions for the paths of its files, and those that mark it.
+    """A kind of folder: its name in messages, regular expressions for its files, and those for the files that mark it.
 
-    A path is relative to the folder, with slashes. Every expression in `marks` has to match some file.
+    Paths are relative to the folder, with slashes. Each expression in `marks` must match a file.
     """
 
     name: str
@@ -29,16 +29,16 @@ class Kind:
     marks: tuple[str, ...]
 
     def allowing(self, *files: str) -> "Kind":
-        """Return the kind with more files that its folders may hold, given as regular expressions."""
+        """Return the kind with more allowed files, given as regular expressions."""
         return replace(self, files=(*self.files, *files))
 
     def like(self, folder: Path) -> "Kind":
-        """Return the kind of those folders too that hold only files with names of the files in `folder`."""
+        """Return the kind that also accepts folders whose file names all occur in `folder`."""
         names = [re.escape(name) for name in _names(folder) if name not in ("README.md", "eval.json")]
         return replace(self.allowing(*names), marks=("|".join([*self.marks, *names]),))
 
     def below(self, folder: str) -> tuple[str, ...]:
-        """Return expressions for the files of such a folder inside of another; `folder` is an expression too."""
+        """Return expressions for the files of such a folder inside another. `folder` is also an expression."""
         return tuple(f"{folder}/{file}" for file in self.files)
 
 
@@ -80,9 +80,9 @@ UNFINISHED_STORE = Kind(
 
 
 def foreign(folder: Path, kind: Kind) -> list[str]:
-    """Return the paths of the files and links in a folder that a folder of this kind does not have.
+    """Return the paths of the files and links in a folder that do not belong to this kind.
 
-    Where the files that mark the kind are missing, every file is foreign. Folders without a file do not count.
+    If the files that mark the kind are missing, every file is foreign. Empty folders do not count.
     """
     names = {name: _meant(name) for name in _names(folder) if name.rpartition("/")[2] not in OF_THE_SYSTEM}
     marked = all(any(re.fullmatch(mark, meant) for meant in names.values()) for mark in kind.marks)
@@ -101,12 +101,12 @@ def _names(folder: Path) -> list[str]:
 
 
 def _meant(path: str) -> str:
-    """Return the path that a path stands for while it is written; any other path as it is."""
+    """Return the final path of a temporary path, and any other path unchanged."""
     return "/".join(match[1] if (match := TEMPORARY.fullmatch(part)) else part for part in path.split("/"))
 
 
 def _is_config_of_a_run(path: Path) -> bool:
-    """Return whether a file has the settings of a training run; config.toml is a common name."""
+    """Return whether a config.toml holds the settings of a training run. Other tools use that name too."""
     try:
         if path.is_symlink() or not path.is_file() or path.stat().st_size > MAX_SETTINGS_BYTES:
             return False

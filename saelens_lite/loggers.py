@@ -1,6 +1,6 @@
-"""Log a run: the contract of a logger, and where the lines of a training log go.
+"""Log a run: the contract of a logger, which receives the lines of a training log.
 
-Loggers are found by name, as all plugins are. The smallest useful one is a method:
+Like all plugins, loggers have a name. The smallest useful logger has a single method:
 
 ```python
 import sys
@@ -15,8 +15,8 @@ class Stderr(sl.Logger):
 A package names the class under the entry-point group `saelens_lite.loggers`. What a logger needs beyond its package can be an
 extra of its name: whoever lacks it reads `pip install 'saelens-lite[tensorboard]'` before training starts.
 
-Training keeps its lines itself (`Run.history`) and hands out copies, so that no number depends on a logger. A logger that
-fails during training is dropped with a warning.
+Training keeps its own lines (`Run.history`) and gives copies to the loggers, so no number depends on a logger. A logger that
+fails in training is dropped with a warning.
 """
 
 import logging
@@ -35,28 +35,28 @@ DEFAULT_LOGGERS = ("jsonl",)
 
 
 class Logger:
-    """Base of all loggers. An object follows one run: `start`, `log` for each line, `close`."""
+    """Base of all loggers. An object serves one run: `start`, `log` for each line, `close`."""
 
     plugin_kind: ClassVar[str] = "loggers"
     plugin_name: ClassVar[str]  # set by the registry
 
     def start(self, folder: Path, config: TrainConfig, tokens: int = 0) -> None:
-        """Called before the first step, with the run folder; what it raises keeps training from beginning.
+        """Start the log of a run. Called before the first step; an error stops training.
 
-        Training begins at `tokens`: 0, or those of the checkpoint it resumes from. What was logged beyond them will be
-        logged again, and is to be forgotten.
+        Training begins at `tokens`: 0, or the position of the checkpoint that it resumes from. Drop all lines after `tokens`,
+        because they will be logged again.
         """
 
     def log(self, line: dict[str, Any]) -> None:
-        """Called with each line: numbers by name, among them the horizontal axis, line["tokens"]."""
+        """Log one line: numbers by name. line["tokens"] is the horizontal axis."""
         raise NotImplementedError(f"{type(self).__name__} must define log(line)")
 
     def close(self) -> None:
-        """Called once after `start` returned, however training ends."""
+        """Close the log. Called once if `start` returned, even if training fails."""
 
 
 class RunLog:
-    """The loggers of one run, by name. One that fails is left out from there on, with one warning."""
+    """The loggers of one run, by name. A logger that fails is dropped with one warning."""
 
     def __init__(self) -> None:
         self.loggers: dict[str, Logger] = {}
@@ -66,14 +66,14 @@ class RunLog:
         for name, logger in list(self.loggers.items()):
             try:
                 logger.log(dict(line))
-            except Exception as error:  # whatever a logger raises, the run is worth more
-                _warn(f"the {name} logger failed; training goes on without it", error)
+            except Exception as error:  # a logger must not stop the run
+                _warn(f"the {name} logger failed; training continues without it", error)
                 del self.loggers[name]
-                with suppress(Exception):  # it has failed, and that was said
+                with suppress(Exception):  # its failure is already reported
                     logger.close()
 
     def close(self) -> None:
-        """Close the loggers that are left."""
+        """Close the remaining loggers."""
         while self.loggers:
             name, logger = self.loggers.popitem()
             try:
@@ -87,10 +87,10 @@ def _warn(what: str, error: Exception) -> None:
 
 
 def load_loggers(names: str | Sequence[str]) -> dict[str, type[Logger]]:
-    """The classes of loggers, by name; a single name may stand for itself.
+    """Return the classes of loggers by name. `names` may be a single name.
 
     Raises:
-        PluginError: no such logger, or a package it needs is not installed; the message has the pip command.
+        PluginError: a logger does not exist, or its package is not installed. The message has the pip command.
     """
     return {name: registry.load(name, "loggers") for name in ([names] if isinstance(names, str) else names)}
 
@@ -99,10 +99,10 @@ def load_loggers(names: str | Sequence[str]) -> dict[str, type[Logger]]:
 def open_log(
     classes: Mapping[str, type[Logger]], folder: Path | None, config: TrainConfig, tokens: int = 0
 ) -> Iterator[RunLog]:
-    """Loggers started on a run folder, for the length of a block.
+    """Start loggers on a run folder, and close them after the block.
 
     Raises:
-        PluginError: a logger could not start; those before it are closed.
+        PluginError: a logger could not start. The loggers before it are closed.
     """
     run_log = RunLog()
     try:

@@ -1,8 +1,8 @@
-"""Output folders: written under a temporary name, put in place in one step, and replaced only when that loses nothing foreign.
+"""Output folders: written under a temporary name, moved into place in one step, and replaced only if no foreign file is lost.
 
-The writer of NAME holds its lock (see `locks`). Beside NAME there may be, for a moment or after a kill,
-.NAME.saelens-lite-<16 hex digits>.tmp, which the next writer removes, and the same with .old, an earlier folder that is whole
-and is put back when NAME is missing.
+The writer of NAME holds its lock (see `locks`). For a moment, or after a kill, two more names may exist beside NAME:
+.NAME.saelens-lite-<16 hex digits>.tmp, which the next writer removes, and the same name with .old, a complete earlier folder,
+which is put back if NAME is missing.
 """
 
 import ctypes
@@ -29,19 +29,18 @@ RESTORE_SECONDS = 2.0  # longer than another process needs for two renames
 
 @contextmanager
 def new_folder(path: Path, kind: Kind, exists: str = "error", *, any_format: bool = False, lock: bool = True) -> Iterator[Path]:
-    """A fresh temporary folder that becomes `path` when the block ends well and vanishes when it does not.
+    """Yield a new temporary folder. It becomes `path` if the block succeeds and is removed if the block fails.
 
     Args:
-        kind: what is written. With "overwrite", only a folder of this kind that holds nothing else is replaced.
-        any_format: the names of the files are only known when they are written; a folder that holds files of the same names
-            and no others is also replaced.
-        lock: False when the caller holds the lock on `path`, or on a folder around it.
+        kind: the kind of the new folder. "overwrite" replaces only a folder of this kind that holds no other files.
+        any_format: the file names are known only after writing; also replace a folder with the same file names and no others.
+        lock: False if the caller already holds the lock on `path` or on a folder above it.
 
     Raises:
-        OutputExistsError: `path` holds something and `exists` is "error", or it holds something other than this kind.
+        OutputExistsError: `path` is not empty and `exists` is "error", or it holds other files than this kind.
         ConfigError: `exists` is neither "error" nor "overwrite", or `path` is a folder such as . that cannot be replaced.
         LockedError: another process is writing `path`.
-        DiskFullError: there is no room for it; what was at `path` is still there.
+        DiskFullError: the disk is full. The old folder at `path` is unchanged.
     """
     path = followed(path)
     refuse_existing(path, exists, None if any_format else kind)
@@ -63,11 +62,11 @@ def new_folder(path: Path, kind: Kind, exists: str = "error", *, any_format: boo
 
 @contextmanager
 def new_file(path: Path, what: str, exists: str = "error", is_ours: Callable[[Path], bool] = lambda _: True) -> Iterator[None]:
-    """Hold the lock on `path` for a block that writes the file, with `files.write_file` or what uses it.
+    """Hold the lock on `path` for a block that writes the file by `files.write_file`.
 
     Args:
         what: the kind of file, for messages.
-        is_ours: returns whether a file that is there is of this kind; only such a file is replaced.
+        is_ours: returns whether the existing file is of this kind. Only such a file is replaced.
 
     Raises:
         OutputExistsError: the file exists and `exists` is "error", or it is a folder or a file of another kind.
@@ -86,13 +85,13 @@ def new_file(path: Path, what: str, exists: str = "error", is_ours: Callable[[Pa
 
 
 def replace_folder(new: Path, path: Path, kind: Kind) -> None:
-    """Put the folder `new` in place of `path`, which is missing, empty or of this kind. The caller holds the lock on `path`.
+    """Move the folder `new` to `path`, which is missing, empty or of this kind. The caller holds the lock on `path`.
 
-    Where the system can exchange two names in one step, there is a whole folder at `path` at every moment. Elsewhere the old
-    folder waits beside it for a moment; `restore` puts it back if the process is killed then.
+    If the system can exchange two names in one step, `path` is a complete folder at every moment. Otherwise the old folder is
+    moved aside for a moment; `restore` puts it back if the process is killed then.
 
     Raises:
-        OutputExistsError: something other than this kind has come to `path` in the meantime.
+        OutputExistsError: another kind of file or folder has appeared at `path`.
     """
     refuse_existing(path, "overwrite", kind)
     if not path.exists():
@@ -111,7 +110,7 @@ def replace_folder(new: Path, path: Path, kind: Kind) -> None:
 
 
 def exchange(a: Path, b: Path) -> bool:
-    """Exchange two names in one step, and return whether the system and the file system could."""
+    """Exchange two names in one step. Return whether the system can do that."""
     if sys.platform != "linux":
         return False
     try:
@@ -123,30 +122,30 @@ def exchange(a: Path, b: Path) -> bool:
 
 
 def temporary(path: Path, ending: Literal["tmp", "old"]) -> Path:
-    """Return a new hidden name beside `path` that no other output can have."""
+    """Return a new hidden name beside `path` that no other output has."""
     return path.with_name(f".{path.name}.saelens-lite-{secrets.token_hex(8)}.{ending}")
 
 
 def move_aside(path: Path) -> Path:
-    """Give a folder a hidden name, and return that; `remove_old` removes it, and `restore` puts it back."""
+    """Move a folder to a hidden name and return that. `remove_old` removes it, and `restore` puts it back."""
     old = temporary(path, "old")
     os.replace(path, old)
     return old
 
 
 def remove_old(old: Path, path: Path) -> None:
-    """Remove a folder that was moved aside from `path`. From the first moment on, it is no longer one to put back."""
+    """Remove a folder that was moved aside from `path`. It first gets a name that `restore` ignores."""
     waste = temporary(path, "tmp")
     os.replace(old, waste)
     remove(waste)
 
 
 def remove_own(folder: Path, kind: Kind) -> None:
-    """Remove a folder of this kind in one step, if it is there; one that holds anything else stays, with a warning."""
+    """Remove a folder of this kind in one step, if it exists. A folder with other files stays, with a warning."""
     if not os.path.lexists(folder):
         return
-    if found := foreign(folder, kind):
-        log.warning("%s is not removed, because it holds %s", folder, ", ".join(map(repr, found[:3])))
+    if others := foreign(folder, kind):
+        log.warning("%s is not removed, because it holds %s", folder, ", ".join(map(repr, others[:3])))
         return
     waste = temporary(folder, "tmp")
     os.replace(folder, waste)
@@ -154,7 +153,7 @@ def remove_own(folder: Path, kind: Kind) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder, file or link; what cannot be removed is named in the log."""
+    """Remove a folder, file or link. Log what cannot be removed."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
         if path.exists():
@@ -164,39 +163,39 @@ def remove(path: Path) -> None:
 
 
 def leftovers(path: Path, ending: Literal["tmp", "old"]) -> list[Path]:
-    """Return what processes that were killed while they wrote `path` left beside it, the oldest first.
+    """Return the temporary names that killed processes left beside `path`, oldest first.
 
     The caller holds the lock on `path`. Only names of `temporary` for exactly this path count.
     """
     if not path.parent.is_dir():
         return []
     matches = {beside: TEMPORARY.fullmatch(beside.name) for beside in path.parent.iterdir()}
-    found = [beside for beside, match in matches.items() if match and match.groups() == (path.name, ending)]
-    return sorted(found, key=lambda left: left.lstat().st_mtime_ns)
+    names = [beside for beside, match in matches.items() if match and match.groups() == (path.name, ending)]
+    return sorted(names, key=lambda left: left.lstat().st_mtime_ns)
 
 
 def clean_up(path: Path, kind: Kind) -> None:
-    """Put back or remove what killed processes left beside `path`. The caller holds the lock on `path`."""
+    """Put back or remove the folders that killed processes left beside `path`. The caller holds the lock on `path`."""
     put_back(path)
     for left in leftovers(path, "tmp"):
         remove(left)
     for old in leftovers(path, "old"):
-        if not foreign(old, kind):  # one of another kind may be waiting
+        if not foreign(old, kind):  # keep a folder of another kind
             remove_old(old, path)
 
 
 def put_back(path: Path) -> None:
-    """Put the newest old folder back at `path` if there is nothing. The caller holds the lock on `path`."""
+    """Put the newest old folder back at `path` if `path` is missing. The caller holds the lock on `path`."""
     olds = leftovers(path, "old")
     if olds and not os.path.lexists(path):
         os.replace(olds[-1], path)
-        log.warning("%s was being replaced when its process was killed; the old one is back", path)
+        log.warning("%s was being replaced when its process was killed; the old folder is restored", path)
 
 
 def restore(path: Path) -> None:
-    """Put a folder, or the one around it, back that is missing because a process was killed while it replaced it.
+    """Restore a folder, or a folder above it, that is missing because a process was killed while replacing it.
 
-    For readers. Where `path` exists, this costs nothing.
+    For readers. It costs nothing if `path` exists.
     """
     if os.path.lexists(check_input(path)):
         return
@@ -214,7 +213,7 @@ def restore(path: Path) -> None:
 
 
 def _sync_tree(folder: Path) -> None:
-    """Flush all files below a new folder to the disk, with the permissions that the umask gives."""
+    """Flush all files below a new folder to the disk and give them the permissions of the umask."""
     mode = file_mode(folder) & 0o666
     for path in folder.rglob("*"):
         if path.is_dir():
@@ -226,10 +225,10 @@ def _sync_tree(folder: Path) -> None:
 
 
 def followed(path: Path) -> Path:
-    """Return the place that is written when `path` is asked for: the target of a link, so that the link stays.
+    """Return the real path of an output: the target of a link, so that the link itself stays.
 
     Raises:
-        ConfigError, OutputExistsError: `path` has no name, as . and .. have none; nothing can be written there.
+        ConfigError, OutputExistsError: `path` has no name (. and ..), or cannot be written.
     """
     if path.name in ("", ".."):
         raise ConfigError(f"{str(path)!r} cannot be written as a whole; name a new folder in it")
@@ -240,14 +239,14 @@ def followed(path: Path) -> Path:
 def refuse_existing(
     path: Path, exists: str, kind: Kind | None = None, choices: tuple[str, ...] = ("error", "overwrite")
 ) -> None:
-    """Raise unless `path` is free, an empty folder, or `exists` says what to do with it.
+    """Raise unless `path` is free, is an empty folder, or may be replaced by the choice `exists`.
 
     Args:
-        kind: what will replace `path`; None where a single file is replaced.
+        kind: the kind of folder that will replace `path`; None for a single file.
 
     Raises:
         ConfigError: `exists` is not one of the choices.
-        OutputExistsError: there is something and `exists` is "error", or something that is not a folder of this kind.
+        OutputExistsError: `path` is not empty and `exists` is "error", or it is not a folder of this kind.
     """
     if exists not in choices:
         raise ConfigError(f"exists = {exists!r}; expected one of {', '.join(choices)}")
@@ -256,22 +255,22 @@ def refuse_existing(
         return
     if exists == "error":
         others = " or ".join(f"exists={choice!r}" for choice in choices[1:])
-        raise OutputExistsError(f"{path} already exists and is not empty; choose another place or say {others}")
+        raise OutputExistsError(f"{path} already exists and is not empty; choose another place or set {others}")
     if kind is None or exists != "overwrite":
         return
     if not path.is_dir():
-        raise OutputExistsError(f"{path} is not a folder, so no {kind.name} is put in its place; choose another place")
-    if found := foreign(path, kind):
-        more = f" and {len(found) - 3} more files" if len(found) > 3 else ""
+        raise OutputExistsError(f"{path} is not a folder, so it is not replaced by a {kind.name}; choose another place")
+    if lost := foreign(path, kind):
+        more = f" and {len(lost) - 3} more files" if len(lost) > 3 else ""
         raise OutputExistsError(
-            f"{path} holds {', '.join(map(repr, found[:3]))}{more}, which the new {kind.name} would not have. "
+            f"{path} holds {', '.join(map(repr, lost[:3]))}{more}, which the new {kind.name} would not have. "
             "Overwriting would lose that: move it away, delete the folder yourself, or choose another place"
         )
 
 
 def refuse_inputs_in(out: Path, inputs: Iterable[Path]) -> None:
-    """Raise OutputExistsError when one of the inputs is `out` or lies in it, so that replacing `out` would remove it."""
+    """Raise OutputExistsError if an input is `out` or lies in it, because replacing `out` would remove the input."""
     place = check_output(out).resolve()
     for given in inputs:
         if check_input(given).resolve().is_relative_to(place):
-            raise OutputExistsError(f"{given} is read, and would be removed when {out} is replaced; choose another place")
+            raise OutputExistsError(f"{given} is an input, and replacing {out} would remove it; choose another place")

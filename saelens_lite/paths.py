@@ -1,4 +1,4 @@
-"""Paths that users give: one that cannot work is refused before the work begins, with an error that says why."""
+"""Checks of the paths that users give. A path that cannot work is an error before the work begins."""
 
 import errno
 import os
@@ -8,10 +8,10 @@ from tempfile import TemporaryFile
 
 from saelens_lite.errors import ConfigError, CorruptFileError, DiskFullError, OutputExistsError
 
-MAX_NAME, MAX_PATH = 255, 4096  # bytes, on nearly all file systems
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: more than the file system or a limit allows one file to hold
-ROOM_IN_NAME = 40  # for what is added to the name of an output while it is being written
-ROOM_IN_PATH = 256  # for the names of files in an output folder
+MAX_NAME, MAX_PATH = 255, 4096  # bytes; the limits of nearly all file systems
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: the file is larger than the file system or a quota allows
+ROOM_IN_NAME = 40  # bytes added to the name of an output while it is written
+ROOM_IN_PATH = 256  # bytes for the names of files in an output folder
 _ADDRESS = re.compile(r"[a-z][a-z0-9+]+:/.+", re.DOTALL)  # pathlib makes one slash of two
 
 
@@ -21,11 +21,11 @@ def is_address(path: str | Path) -> bool:
 
 
 def check_input(path: str | Path) -> Path:
-    """Return the path; one that is missing is left to its reader, whose error knows what is missing.
+    """Return the path after checking it. A missing file is left to the reader, which has a better error.
 
     Raises:
-        ConfigError: no file can have that name.
-        CorruptFileError: the path leads nowhere: through a file, through a broken link, or to a folder that may not be read.
+        ConfigError: the name is not possible.
+        CorruptFileError: the path leads through a file, a broken link or a folder that may not be read.
     """
     path = _possible(path)
     try:
@@ -39,11 +39,11 @@ def check_input(path: str | Path) -> Path:
 
 
 def check_output(path: str | Path) -> Path:
-    """Return the path of a file or folder that is to be written.
+    """Return the path of an output after checking it.
 
     Raises:
-        ConfigError: no file can have that name, or nothing may be written there.
-        OutputExistsError: it is a broken link, or a file is where a folder above it has to be.
+        ConfigError: the name is not possible, or the place is not writable.
+        OutputExistsError: the path is a broken link, or leads through a file.
     """
     path = _possible(path, ROOM_IN_NAME, ROOM_IN_PATH)
     if link := _broken_link(path):
@@ -52,7 +52,7 @@ def check_output(path: str | Path) -> Path:
         above = next((folder for folder in path.absolute().parents if os.path.lexists(folder)), path)
         if not above.is_dir():
             raise OutputExistsError(f"{path} cannot be written, because {above} is not a folder; choose another place")
-        with TemporaryFile(dir=above):  # permissions do not tell: a file system can be read-only, or refuse new names
+        with TemporaryFile(dir=above):  # permissions are not enough: a file system can be read-only or refuse new names
             pass
         path.exists()
     except OSError as error:
@@ -62,17 +62,19 @@ def check_output(path: str | Path) -> Path:
 
 
 def _possible(path: str | Path, room_in_name: int = 0, room_in_path: int = 0) -> Path:
-    """Return the path unless no file can have that name, with this many more bytes in the name and in the whole path."""
+    """Return the path, or raise if its name or whole path is not possible with this many more bytes."""
     try:
         whole = os.fsencode(path)
     except UnicodeEncodeError:
-        raise ConfigError(f"{str(path)!r} cannot be a path: it holds a character that is only half there") from None
+        raise ConfigError(f"{str(path)!r} cannot be a path: it holds half of a character (a lone surrogate)") from None
     if b"\0" in whole:
         raise ConfigError(f"{str(path)!r} cannot be a path: it holds a NUL character")
     names = whole.replace(b"\\", b"/").rstrip(b"/").split(b"/") if os.name == "nt" else whole.rstrip(b"/").split(b"/")
     longest, most = max(len(name) + room_in_name * (name is names[-1]) for name in names), MAX_NAME - room_in_name
     if longest > MAX_NAME:
-        raise ConfigError(f"{_shortened(path)} cannot be a path: a name in it is too long; {most} bytes are possible here")
+        raise ConfigError(
+            f"{_shortened(path)} cannot be a path: a name in it is too long; at most {most} bytes are possible here"
+        )
     if len(os.fsencode(Path(path).absolute())) > MAX_PATH - room_in_path:
         raise ConfigError(f"{_shortened(path)} cannot be a path: it is longer than {MAX_PATH - room_in_path} bytes")
     return Path(path)
@@ -84,7 +86,7 @@ def _shortened(path: str | Path) -> str:
 
 
 def _broken_link(path: Path) -> str | None:
-    """Say where a path is a link to nowhere; None where it is none."""
+    """Describe the broken link in a path, or return None."""
     for place in (path, *path.parents):
         if place.is_symlink() and not place.exists():
             return f"{place} is a link to {os.readlink(place)}, which is missing"

@@ -4,8 +4,8 @@
     reads one port, writes another                                                    a transcoder
     reads several ports, writes the same                                              a crosscoder
 
-The input x of a dictionary is the concatenation of what its read ports hold, in their order; its output is that of what its
-write ports get.
+The input x of a dictionary is the concatenation of the activations at its read ports, in order. Its output is the concatenation
+of the activations at its write ports.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,9 +23,9 @@ from saelens_lite.errors import ConfigError
 class Port(FrozenConfig):
     """A place in a model whose activations a dictionary reads or writes."""
 
-    hook: str | None = Field(None, description="transformer-lens hook name; none where it is not known.")
-    width: int = Field(gt=0, le=MOST, description="Entries of an activation.")
-    model: str | None = Field(None, description="Name of the model, where a dictionary is of two.")
+    hook: str | None = Field(None, description="transformer-lens hook name; null if unknown.")
+    width: int = Field(gt=0, le=MOST, description="Width of the activations.")
+    model: str | None = Field(None, description="Name of the model, if the dictionary reads two models.")
 
 
 Ports = Port | int | Sequence[Port]
@@ -48,36 +48,36 @@ class Hooks(NamedTuple):
 
 
 def as_ports(given: Ports) -> tuple[Port, ...]:
-    """Return ports as a tuple; a number is the width of a port whose hook is not known.
+    """Return ports as a tuple. A number is the width of a port without a known hook.
 
     Raises:
-        ConfigError: there is no port, or the same one twice.
+        ConfigError: no port is given, or the same port twice.
     """
     ports = (Port(width=given),) if isinstance(given, int) else (given,) if isinstance(given, Port) else tuple(given)
     named = [port for port in ports if port.hook is not None]
     if not ports or len({(port.model, port.hook) for port in named}) < len(named):
-        raise ConfigError(f"ports are {names(ports) or 'missing'}; expected at least one, and each once")
+        raise ConfigError(f"ports are {names(ports) or 'missing'}; expected at least one port, without repeats")
     return ports
 
 
 def width(ports: Sequence[Port]) -> int:
-    """Return the length of what the ports hold together."""
+    """Return the total width of ports."""
     return sum(port.width for port in ports)
 
 
 def names(ports: Sequence[Port]) -> str:
-    """Return the hooks of some ports in words."""
+    """Return the hooks of ports in words."""
     return " + ".join(port.hook or "an unnamed hook" for port in ports)
 
 
 def together(
     acts: Mapping[str, Float[Tensor, "*shape _"]] | Sequence[Float[Tensor, "*shape _"]], hooks: Sequence[str] = ()
 ) -> Float[Tensor, "*shape d"]:
-    """Return the activations of some hooks as one tensor: those of `hooks` in a mapping, or all of a sequence."""
+    """Concatenate the activations of several hooks: those of `hooks` in a mapping, or all in a sequence."""
     parts = [acts[hook] for hook in hooks] if isinstance(acts, Mapping) else list(acts)
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 def apart(x: Float[Tensor, "*shape d"], ports: Sequence[Port]) -> tuple[Float[Tensor, "*shape _"], ...]:
-    """Return the part of a tensor that belongs to each port."""
+    """Split a tensor into the parts of its ports."""
     return (x,) if len(ports) == 1 else x.split([port.width for port in ports], dim=-1)

@@ -1,4 +1,4 @@
-"""Work done ahead of whoever needs it: an iterator that runs in a thread of its own, a few items in advance."""
+"""Prefetching: run an iterator in its own thread, a few items ahead of the reader."""
 
 import threading
 from collections import deque
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 @contextmanager
 def prefetched(items: Iterable[T], depth: int = 2) -> Iterator[Iterator[T]]:
-    """Within the block, the same items in the same order, at most `depth` of them made before they are asked for.
+    """Yield an iterator over the same items, with at most `depth` of them computed in advance.
 
-    What the iterator raises is raised to whoever asks for the next item. The thread ends when the block does, however that
-    comes about: it finishes the item at hand and closes the iterator.
+    An error of the iterator is raised at the next item. At the end of the block the thread finishes its current item, closes
+    the iterator and stops.
     """
     buffer = _Ahead(items, depth)
     try:
@@ -24,7 +24,7 @@ def prefetched(items: Iterable[T], depth: int = 2) -> Iterator[Iterator[T]]:
 
 
 class _Ahead(Generic[T]):
-    """The items in between, and the thread that makes them; `_changed` guards all of the state."""
+    """The queue of items and the thread that fills it. `_changed` guards the state."""
 
     def __init__(self, items: Iterable[T], depth: int):
         self._items, self._depth = items, depth
@@ -38,7 +38,7 @@ class _Ahead(Generic[T]):
     def _run(self) -> None:
         try:
             self._fill(iter(self._items))
-        except BaseException as error:  # whatever it is, it belongs to the caller
+        except BaseException as error:  # passed on to the reader
             self._error = error
         finally:
             with self._changed:
@@ -60,7 +60,7 @@ class _Ahead(Generic[T]):
                 iterator.close()
 
     def _wait_for_room(self) -> bool:
-        """True once there is room for another item, False when no more are wanted."""
+        """Wait until the queue has room and return True, or return False if the reader has stopped."""
         with self._changed:
             self._changed.wait_for(lambda: self._stopped or len(self._ready) < self._depth)
             return not self._stopped
@@ -79,7 +79,7 @@ class _Ahead(Generic[T]):
         raise StopIteration
 
     def stop(self) -> None:
-        """Let the thread end, and wait until it has."""
+        """Stop the thread and wait for its end."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()

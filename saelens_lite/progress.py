@@ -1,4 +1,4 @@
-"""A progress bar with the time left, shown on a terminal or in a notebook and nowhere else."""
+"""A progress bar with the remaining time, shown only on a terminal or in a notebook."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from saelens_lite.terminal import console, visible
 
 @contextmanager
 def progress_bar(what: str, total: int | None, unit: str = "tokens") -> Iterator[Callable[[int, str], None]]:
-    """Within the block, `advance(n, note)` moves the bar by n units and shows a short note behind it; total None: unknown."""
+    """Yield `advance(n, note)`, which moves the bar by n units and shows a short note. total None: unknown length."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     place = console(stderr=True)

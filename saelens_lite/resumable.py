@@ -1,7 +1,7 @@
-"""Work that can be resumed: until it is finished it lies in a hidden folder beside its destination.
+"""Resumable work: unfinished results stay in a hidden folder beside the destination.
 
-request.json in the folder says what was asked; the same call resumes, another one is refused. One process at a time works on a
-destination; see `saelens_lite.locks`.
+request.json in the folder holds the request. Repeat the call to resume; a different call is refused. Only one process at a time
+works on a destination (see `saelens_lite.locks`).
 """
 
 import json
@@ -29,19 +29,20 @@ def unfinished(
     exists: str,
     inputs: Iterable[Path] = (),
 ) -> Iterator[Path]:
-    """The folder of unfinished work on `out`, locked; the block puts the result, a folder of `kind`, at `out`.
+    """Lock `out` and yield the folder of its unfinished work. The block writes the result, a folder of `kind`, to `out`.
 
-    The folder goes when the block ends well, and when it fails before there is any work in it.
+    The folder is removed if the block succeeds, or if it fails before any work is done.
 
     Args:
         work: the kind of the folder of unfinished work.
-        has_work: returns whether something in the folder is worth keeping.
-        inputs: files that the work reads.
+        has_work: returns whether the folder holds work that is worth keeping.
+        inputs: input files of the work.
 
     Raises:
-        OutputExistsError: `out`, or unfinished work on something else, is there and `exists` is "error"; one of the two folders
-            holds files of another kind, or one of the inputs.
-        LockedError: another process is at work on `out`.
+        OutputExistsError: `exists` is "error", and `out` or unfinished work of another request exists; or one of the two
+            folders
+            holds foreign files or an input.
+        LockedError: another process works on `out`.
         CorruptFileError: the request of unfinished work cannot be read, and `exists` is "error".
     """
     out = followed(out)
@@ -61,14 +62,14 @@ def unfinished(
         except DiskFullError as error:
             if not has_work(folder):
                 raise
-            raise DiskFullError(f"{error}; make room and run the same again: what is whole in {folder} stays") from error
+            raise DiskFullError(f"{error}; free some space and repeat the call: complete parts in {folder} are kept") from error
         finally:
             if folder.exists() and not has_work(folder):
                 remove_own(folder, work)
 
 
 def start_over(folder: Path, request: dict[str, Any]) -> None:
-    """Remove what is in the folder of unfinished work, and note what was asked. The folder always has a request, its mark."""
+    """Empty the folder of unfinished work and write the request, which marks the folder."""
     for path in folder.iterdir():
         if path.name != REQUEST:
             remove(path)
@@ -76,19 +77,19 @@ def start_over(folder: Path, request: dict[str, Any]) -> None:
 
 
 def _same_request(file: Path, request: dict[str, Any], what: str, exists: str) -> bool:
-    """Whether the unfinished work whose request is in a file was asked for in the same words."""
+    """Return whether the unfinished work has the same request."""
     try:
-        found = read_json(file, finite=True)
+        earlier = read_json(file, finite=True)
     except CorruptFileError as error:
         if exists == "error":
-            raise CorruptFileError(f"unfinished {what}: {error}; delete {file.parent} or say exists='overwrite'") from None
+            raise CorruptFileError(f"unfinished {what}: {error}; delete {file.parent} or set exists='overwrite'") from None
         return False
     wanted = json.loads(json.dumps(request))
-    other = [key for key in wanted | found if (key in found, found.get(key)) != (key in wanted, wanted.get(key))]
+    other = [key for key in wanted | earlier if (key in earlier, earlier.get(key)) != (key in wanted, wanted.get(key))]
     if other and exists == "error":
-        said = ", ".join(f"{key} = {found.get(key)!r:.200} (now {wanted.get(key)!r:.200})" for key in other)
+        said = ", ".join(f"{key} = {earlier.get(key)!r:.200} (now {wanted.get(key)!r:.200})" for key in other)
         raise OutputExistsError(
-            f"{file.parent} holds an unfinished {what} with other settings: {said}; ask for the same, delete it, or say "
+            f"{file.parent} holds an unfinished {what} with other settings: {said}; repeat that request, delete it, or set "
             "exists='overwrite'"
         )
     return not other

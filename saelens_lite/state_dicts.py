@@ -1,4 +1,4 @@
-"""Tensors of a state dict, under names of ours, made into parameters of a dictionary: float32, finite, with axes in order."""
+"""Conversion of a state dict, with our names, to parameters of a dictionary: float32, finite, with axes in our order."""
 
 import logging
 from collections.abc import Mapping
@@ -11,11 +11,11 @@ from saelens_lite.errors import NonFiniteError, ShapeError
 
 
 def float_tensors(values: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Copy tensors, arrays and numbers as float32 tensors; entries that are None are left out.
+    """Copy tensors, arrays and numbers to float32 tensors. None entries are left out.
 
     Raises:
-        ShapeError: a value is none of these.
-        NonFiniteError: one holds NaN or infinity.
+        ShapeError: a value is of another type.
+        NonFiniteError: a value holds NaN or infinity.
     """
     tensors = {}
     for name, value in values.items():
@@ -34,12 +34,13 @@ def float_tensors(values: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def sizes_of(tensors: Mapping[str, Tensor], *, transcoder: bool) -> dict[str, int]:
-    """Find d_in, d_sae and d_out.
+    """Return d_in, d_sae and d_out.
 
-    d_sae is the length of b_enc, else of another vector of the latents, else what b_dec leaves, else the larger size.
+    d_sae is the length of b_enc, else of another vector over latents, else the size that b_dec does not have, else the larger
+    one.
 
     Raises:
-        ShapeError: the tensors do not agree on them; the message names the one at fault.
+        ShapeError: the tensors contradict each other. The message names the wrong one.
     """
     W_dec = _matrix("W_dec", tensors["W_dec"])
     W_enc = _matrix("W_enc", tensors["W_enc"]) if "W_enc" in tensors else W_dec
@@ -59,7 +60,7 @@ def sizes_of(tensors: Mapping[str, Tensor], *, transcoder: bool) -> dict[str, in
     else:
         d_sae = max(shared)
     if d_sae not in shared:
-        raise ShapeError(f"W_enc has shape {tuple(W_enc.shape)}; of its sizes one is to be d_sae = {d_sae}")
+        raise ShapeError(f"W_enc has shape {tuple(W_enc.shape)}; one of its sizes must be d_sae = {d_sae}")
     sizes = {"d_in": _other(W_enc, d_sae), "d_sae": d_sae, "d_out": _other(W_dec, d_sae)}
     if not transcoder and sizes["d_in"] != sizes["d_out"]:
         raise ShapeError(
@@ -76,10 +77,10 @@ def sizes_of(tensors: Mapping[str, Tensor], *, transcoder: bool) -> dict[str, in
 
 
 def in_order(name: str, tensor: Tensor, *wanted: int) -> Tensor:
-    """A parameter of that shape: as it is, transposed, or a number repeated.
+    """Return a parameter in the wanted shape: unchanged, transposed, or a repeated number.
 
     Raises:
-        ShapeError: it has another shape.
+        ShapeError: the tensor has another shape.
     """
     if tuple(tensor.shape) == wanted:
         return tensor
@@ -98,6 +99,6 @@ def _matrix(name: str, tensor: Tensor) -> Tensor:
 
 
 def _other(matrix: Tensor, size: int) -> int:
-    """The size of the axis that is not `size` long; of a square matrix both are."""
+    """Return the size of the axis that is not `size` long, or `size` for a square matrix."""
     rows, columns = matrix.shape
     return columns if rows == size else rows

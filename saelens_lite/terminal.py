@@ -1,4 +1,4 @@
-"""Text on a terminal. Names out of files can hold characters that move the cursor, hide text or put it in another order."""
+"""Safe text for a terminal. Names from files can hold characters that move the cursor, hide text or reorder it."""
 
 import json
 from typing import TYPE_CHECKING, Any
@@ -7,14 +7,14 @@ from unicodedata import category
 if TYPE_CHECKING:
     from rich.console import Console
 
-OBEYED = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # Unicode categories of characters that have no shape of their own
+OBEYED = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # Unicode categories of characters without a visible shape
 
 
 def visible(text: str) -> str:
-    """Replace characters that a terminal obeys instead of showing them by \\u and their number.
+    """Replace characters that control a terminal by \\u and their number.
 
-    These are control characters except line feed and tab, marks of direction such as U+202E, which reorders what it stands
-    before, and characters without width. JSON that goes through here is still the same JSON.
+    These are control characters except line feed and tab, direction marks such as U+202E, which reorders the text after it, and
+    characters without width. JSON stays the same JSON.
     """
     if text.isascii() and text.isprintable():
         return text
@@ -26,13 +26,13 @@ def _escaped(char: str) -> str:
 
 
 def console(*, stderr: bool = False) -> "Console":
-    """Return where tables and results go: nothing in them is markup, and what would steer the terminal is shown instead."""
+    """Return a rich console for tables and results. It shows markup and control characters as text."""
     from rich.console import Console
     from rich.text import Text
 
     class Visible(Console):
         def render_str(self, text: str, **settings: Any) -> Any:
-            return super().render_str(visible(text), **settings)  # before rich leaves out some control characters
+            return super().render_str(visible(text), **settings)  # before rich drops some control characters
 
         def render(self, renderable: Any, *args: Any, **settings: Any) -> Any:
             if isinstance(renderable, Text):

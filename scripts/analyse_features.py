@@ -30,7 +30,7 @@ RARE = 0.01  # latents that fire on a smaller share of the tokens are shown as e
 
 
 def facts(store: sl.FeatureStore) -> Table:
-    """The store in figures; beside it the control, where there is one."""
+    """Return the store in figures; beside it the control, if there is one."""
     stores = [store] if store.control is None else [store, store.control]
     grid = Table("", *("dictionary", "model re-drawn")[: len(stores)], box=SIMPLE_HEAD)
     rows = {
@@ -45,7 +45,7 @@ def facts(store: sl.FeatureStore) -> Table:
 
 
 def median_density(store: sl.FeatureStore) -> str:
-    """The share of tokens that half of the latents that fire at all fire on."""
+    """Return the share of tokens that half of the latents that fire at all fire on."""
     fire = store.density[~store.never_fires]
     return f"{100 * float(fire.median()):.3g} %" if len(fire) else "none fires"
 
@@ -67,7 +67,7 @@ def examples(store: sl.FeatureStore, n: int) -> Table:
 
 
 def plots(store: sl.FeatureStore, dictionary: sl.Dictionary) -> dict[str, Figure]:
-    """The figures, by name."""
+    """Return the figures, by name."""
     stores = {"dictionary": store} if store.control is None else {"dictionary": store, "model re-drawn": store.control}
     named = {name: Figure(figsize=(6, 3.5), layout="constrained") for name in ("density", "positions", "neighbours")}
     density, positions, neighbours = (figure.subplots() for figure in named.values())

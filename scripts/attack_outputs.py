@@ -43,7 +43,7 @@ Write = Callable[[Path], None]
 
 
 def writers(lm: sl.LanguageModel, folder: Path) -> dict[str, Write]:
-    """Everything that writes an output folder, by name; each replaces what is there."""
+    """Return everything that writes an output folder, by name; each replaces what is there."""
     d = sl.Dictionary.create(
         "topk", reads=sl.Port(hook=HOOK, width=lm.d_model), d_sae=1024, options={"k": 8}, origin=sl.Origin(model="m")
     )

@@ -65,7 +65,7 @@ TOO_LONG = 60  # seconds
 
 
 def random_page(n_latents: int, n_tokens: int, out: Path) -> Path:
-    """A dashboard of a random dictionary, and of all that it can show."""
+    """Return a dashboard of a random dictionary, and of all that it can show."""
     import torch
 
     import saelens_lite as sl
@@ -126,12 +126,12 @@ class Checked:
         dialog.dismiss()
 
     def cpu(self) -> float:
-        """Milliseconds that the page's main thread has worked."""
+        """Return the milliseconds that the page's main thread has worked."""
         metrics = self.devtools.send("Performance.getMetrics")["metrics"]
         return next(1e3 * metric["value"] for metric in metrics if metric["name"] == "TaskDuration")
 
     def wait(self, expression: str) -> Any:
-        """The value of an expression as soon as it is true."""
+        """Return the value of an expression as soon as it is true."""
         for _ in range(20 * TOO_LONG):
             if value := self.page.evaluate(expression):
                 return value
@@ -169,7 +169,7 @@ class Checked:
 
 
 def exercise(checked: Checked) -> None:
-    """All that a reader does, several times each."""
+    """Do everything that a reader does, several times each."""
     for _ in range(3):
         checked.load()
     page, n = checked.page, checked.page.evaluate("layout.n_latents")
@@ -214,7 +214,7 @@ TRUTHS = {  # expressions of the page's own functions
 
 
 def check_list(checked: Checked) -> None:
-    """What has to be so of the list but is not to be seen in pictures; failures are noted."""
+    """Check the parts of the list that pictures do not show, and record failures."""
     page, expect = checked.page, checked.expect
     for what, expression in TRUTHS.items():
         expect(what, expression)
@@ -240,7 +240,7 @@ def check_list(checked: Checked) -> None:
 
 
 def check_ways(checked: Checked) -> None:
-    """What has to be so of the ways between the list and the latents; failures are noted."""
+    """Check the links between the list and the latents, and record failures."""
     page, expect, n = checked.page, checked.expect, checked.page.evaluate("layout.n_latents")
     page.evaluate("scrollTo(0, 0); rows.querySelector('a').focus()")
     for _ in range(n_tabs := min(40, n - 1)):

@@ -77,7 +77,7 @@ def group_max(k: int) -> Callable[[Tensor], Tensor]:
 
 
 def functions(p: dict[str, Tensor], act, subtract: bool = True, skip: bool = False):
-    """(codes, x_hat) of the usual equations."""
+    """Return (codes, x_hat) by the usual equations."""
     w = {name: tensor.double() for name, tensor in p.items()}
 
     def codes(x: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def functions(p: dict[str, Tensor], act, subtract: bool = True, skip: bool = Fal
 
 
 def safetensors(tensors: dict[str, Tensor], name: str, config: dict[str, Any] | None, config_name: str):
-    """A writer of a folder with one file of tensors and one of settings."""
+    """Return a writer of a folder with one file of tensors and one of settings."""
 
     def write(folder: Path) -> Path:
         folder.mkdir(parents=True)
@@ -104,7 +104,7 @@ def safetensors(tensors: dict[str, Tensor], name: str, config: dict[str, Any] | 
 
 
 def torch_file(content: Any, name: str, config: dict[str, Any] | None = None):
-    """A writer of one file by torch.save, in a folder with its settings or by itself."""
+    """Return a writer of one file by torch.save, in a folder with its settings or by itself."""
 
     def write(folder: Path) -> Path:
         folder.mkdir(parents=True)
@@ -697,7 +697,7 @@ CASES = (
 
 
 def edited(case: str, folder: Path, name: str = "cfg.json", inner: str | None = None, **changes: Any) -> Path:
-    """A case's files with other settings."""
+    """Return a case's files with other settings."""
     path = CASES[case].write(folder / "foreign")
     config = json.loads((path / name).read_text())
     (config[inner] if inner else config).update(changes)

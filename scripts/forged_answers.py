@@ -87,7 +87,7 @@ class Forged:
     url: str = ""
 
     def entry(self, path: str) -> dict[str, Any]:
-        """A file in the listing."""
+        """Return a file in the listing."""
         content = self.files[path]
         oid = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
         entry = {"type": "file", "oid": oid, "size": len(content), "path": path}
@@ -96,7 +96,7 @@ class Forged:
         return entry
 
     def right(self, method: str, path: str) -> tuple[str, Reply]:
-        """The kind of a question, and its right answer."""
+        """Return the kind of a question, and its right answer."""
         parts = urlsplit(path)
         place = unquote(parts.path)
         if place.startswith(f"/api/models/{REPO}/tree/"):
@@ -122,7 +122,7 @@ class Forged:
         return method.lower(), Reply(200, headers, self.files[name])
 
     def answer(self, method: str, path: str, host: str, token: bool) -> Reply:
-        """The answer to a question, changed where that was ordered."""
+        """Return the answer to a question, changed where that was ordered."""
         kind, reply = self.right(method, path)
         self.requests.append(Request(kind, path, host, token))
         for wanted, _, change in self.changes:
@@ -139,7 +139,7 @@ def _json(value: Any) -> Reply:
 
 
 def any_value(rng: random.Random) -> Any:
-    """A value that should not be there."""
+    """Return a value that should not be there."""
     deep: Any = []
     for _ in range(rng.choice([1, 60, 300])):
         deep = [deep]
@@ -147,7 +147,7 @@ def any_value(rng: random.Random) -> Any:
 
 
 def change_value(reply: Reply, rng: random.Random) -> None:
-    """Another value somewhere in the JSON, or a key that is missing."""
+    """Change a value somewhere in the JSON, or drop a key."""
     value = json.loads(reply.body)
     places: list[tuple[Any, Any]] = []
 
@@ -169,7 +169,7 @@ def change_value(reply: Reply, rng: random.Random) -> None:
 
 
 def change_name(reply: Reply, rng: random.Random) -> None:
-    """A file with a name that should not be, instead of one or beside it."""
+    """Add a file with a forbidden name, or rename one."""
     entries = json.loads(reply.body)
     new = dict(rng.choice(entries))
     folder, _, name = new["path"].rpartition("/")
@@ -184,7 +184,7 @@ def change_name(reply: Reply, rng: random.Random) -> None:
 
 
 def change_body(reply: Reply, rng: random.Random) -> None:
-    """Another body altogether, or damage to it."""
+    """Replace or damage the body."""
     body = bytearray(reply.body or b"{}")
     body[rng.randrange(len(body))] ^= 1 << rng.randrange(8)
     reply.body = rng.choice([
@@ -195,7 +195,7 @@ def change_body(reply: Reply, rng: random.Random) -> None:
 
 
 def change_header(reply: Reply, rng: random.Random) -> None:
-    """A header that lies, is malformed or missing."""
+    """Forge, damage or drop a header."""
     text = rng.choice(STRINGS).encode("ascii", "replace").decode().replace("\r", "").replace("\n", "")
     name = rng.choice(["ETag", "X-Linked-Etag", "X-Linked-Size", "X-Repo-Commit", "Content-Type", "Location", "X-Error-Code"])
     if name in reply.headers and rng.random() < 0.25:
@@ -215,7 +215,7 @@ def change_header(reply: Reply, rng: random.Random) -> None:
 
 
 def change_length(reply: Reply, rng: random.Random) -> None:
-    """A length, an encoding or a range that is none."""
+    """Forge the length, the encoding or the range."""
     header, values = rng.choice([
         ("Content-Length", ["-1", "99999999999", "x", "0", str(len(reply.body) + 100), str(max(0, len(reply.body) - 3))]),
         ("Content-Encoding", ["gzip", "br", "x" * 100]),
@@ -227,7 +227,7 @@ def change_length(reply: Reply, rng: random.Random) -> None:
 
 
 def change_status(reply: Reply, rng: random.Random) -> None:
-    """Another status, with or without a request to wait."""
+    """Change the status, with or without a request to wait."""
     reply.status = rng.choice([204, 206, 304, 400, 401, 403, 404, 409, 416, 418, 429, 429, 500, 502, 503])
     wait = rng.choice([{}, {"Retry-After": "1000000000"}, {"Retry-After": "x"}, {"ratelimit": '"api";r=0;t=1000000000'}])
     reply.headers |= wait | rng.choice([{}, {"X-Error-Message": rng.choice(["no", "\x1b[2J"])}])
@@ -236,12 +236,12 @@ def change_status(reply: Reply, rng: random.Random) -> None:
 
 
 def change_way(reply: Reply, rng: random.Random) -> None:
-    """The right answer, sent in a way that it should not be."""
+    """Send the right answer in a wrong way."""
     reply.how = rng.choice(["cut", "hang", "drip", "endless", "without a length"])
 
 
 def change_link(reply: Reply, rng: random.Random) -> None:
-    """Another page of a listing: at another host, without end, or of no use."""
+    """Forge the next page of a listing: at another host, without end, or useless."""
     here = f"/api/models/{REPO}/tree/{COMMIT}?recursive=true"
     link = rng.choice([
         "http://localhost:1/x", "https://evil.invalid/x", f"{here}&cursor={rng.random()}", here, "//evil.invalid/", "file:///x",
@@ -283,7 +283,7 @@ def change_files(forged: Forged, rng: random.Random) -> str:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection; `forged` is the Hub of the run at hand."""
+    """One connection; `forged` is the Hub of the current run."""
 
     protocol_version = "HTTP/1.1"
     forged: Forged
@@ -322,7 +322,7 @@ class Handler(BaseHTTPRequestHandler):
 
     @staticmethod
     def _pieces(reply: Reply, forged: Forged) -> Iterator[bytes]:
-        """The body, as it is sent."""
+        """Yield the body, as it is sent."""
         if reply.how == "endless":
             while not forged.ended.is_set():
                 yield reply.body or b"x" * 65_536
@@ -337,7 +337,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving() -> Iterator[tuple[type[Handler], str]]:
-    """A server on the loopback interface: its handler, which is told of each Hub, and its address."""
+    """Run a server on the loopback interface. Yield its handler, which learns of each Hub, and its address."""
     handler = type("ForgedHandler", (Handler,), {})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads, server.block_on_close = True, False
@@ -360,7 +360,7 @@ ON_ONE_PATH = ("os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod", "
 
 
 def _touched(event: str, args: tuple) -> list[tuple[Any, str]]:
-    """The paths that an event of the interpreter changes, and the folders that they are relative to."""
+    """Return the paths that an event of the interpreter changes, and the folders that they are relative to."""
     if event == "open":
         return [(args[0], "")] if args[2] & WRITES and isinstance(args[0], str | bytes) else []
     if event in ON_ONE_PATH:
@@ -373,7 +373,7 @@ def _touched(event: str, args: tuple) -> list[tuple[Any, str]]:
 
 
 def _opened(descriptor: Any) -> str:
-    """The folder that a descriptor stands for; of the working folder, an empty path."""
+    """Return the folder that a descriptor stands for; of the working folder, an empty path."""
     is_one = isinstance(descriptor, int) and descriptor > 2
     return os.readlink(f"/proc/self/fd/{descriptor}") if is_one and os.path.exists(f"/proc/self/fd/{descriptor}") else ""
 
@@ -397,7 +397,7 @@ class Watch:
 
     @contextmanager
     def only(self, folder: Path) -> Iterator[list[str]]:
-        """Within the block, the list fills with whatever happens outside of a folder."""
+        """Record in the list everything that happens outside of a folder during the block."""
         if not self._installed:
             sys.addaudithook(self._hook)
             self._installed = True
@@ -432,7 +432,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def memory(reset: bool = False) -> int:
-    """The most memory the process had since the last reset, in bytes; 0 where the system does not say."""
+    """Return the most memory the process had since the last reset, in bytes; 0 where the system does not say."""
     try:
         if reset:
             Path("/proc/self/clear_refs").write_text("5")
@@ -444,7 +444,7 @@ def memory(reset: bool = False) -> int:
 
 @contextmanager
 def client_of(url: str, cache: Path) -> Iterator[None]:
-    """Within the block, huggingface_hub asks a server, caches in a folder, and loses patience soon."""
+    """Make huggingface_hub in the block use a server, a cache folder and short timeouts."""
     from huggingface_hub import close_session, constants, file_download
     from huggingface_hub.utils import _http
 
@@ -484,7 +484,7 @@ class Outcome(NamedTuple):
 
 
 def true_files(folder: Path) -> dict[str, bytes]:
-    """The files of a repository that holds a dictionary and its card."""
+    """Return the files of a repository that holds a dictionary and its card."""
     import saelens_lite as sl
     from saelens_lite.hub import write_card
 
@@ -498,7 +498,7 @@ def true_files(folder: Path) -> dict[str, bytes]:
 
 
 def forged_run(number: int, seed: int, files: dict[str, bytes], handler: type[Handler], url: str, scratch: Path) -> Outcome:
-    """One run; `files` are the right ones."""
+    """Return one run; `files` are the right ones."""
     rng = random.Random(f"{seed} {number}")
     forged = Forged(dict(files), rng, url=url)
     names = []
@@ -574,7 +574,7 @@ def true_weights(content: bytes) -> Any:
 
 
 def outcomes(numbers: range | list[int], seed: int) -> Iterator[tuple[int, Outcome]]:
-    """The outcomes of some runs; run 0 is without a change, and goes first for whatever is loaded or cached once."""
+    """Yield the outcomes of some runs; run 0 is without a change, and goes first for whatever is loaded or cached once."""
     with tempfile.TemporaryDirectory() as folder, serving() as (handler, url):
         scratch = Path(folder).resolve()
         files = true_files(scratch)

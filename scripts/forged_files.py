@@ -96,11 +96,11 @@ class Short(TensorSource):
         self.n_batches = n_batches
 
     def hold_out(self, n_tokens: int) -> tuple[TensorSource, "Short"]:
-        """Activations to validate on; those that are left are as few as before."""
+        """Return activations to validate on; those that are left are as few as before."""
         return super().hold_out(n_tokens)[0], self
 
     def batches(self, hooks: Any, batch_size: int, seed: int, start: int = 0) -> Iterator[Any]:
-        """A few batches, then Enough."""
+        """Yield a few batches, then Enough."""
         for number, batch in enumerate(super().batches(hooks, batch_size, seed, start)):
             if number == self.n_batches:
                 raise Enough
@@ -116,7 +116,7 @@ class Kind(NamedTuple):
 
 
 def hashed(tensors: dict[str, torch.Tensor]) -> str:
-    """A hash of named tensors."""
+    """Return a hash of named tensors."""
     digest = hashlib.sha256()
     for name, x in sorted(tensors.items()):
         digest.update(
@@ -126,7 +126,7 @@ def hashed(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def make_run(folder: Path) -> None:
-    """A run of an autoencoder and a transcoder that was interrupted."""
+    """Write an interrupted run of an autoencoder and a transcoder."""
     shared = {"d_sae": 12, "batch_size": 16, "n_tokens": 10_000, "log_every": 20, "options": {"k": 2}}
     configs = [sl.TrainConfig(hook="a", **shared), sl.TrainConfig(hook="a", writes=("b",), skip=True, **shared)]
     try:
@@ -152,7 +152,7 @@ def sign_run(folder: Path) -> None:
 
 
 def make_cache(folder: Path) -> None:
-    """Two hooks of the embedded model."""
+    """Write a cache of two hooks of the embedded model."""
     text = ["the quick brown fox jumps over the lazy dog " * 9] * 3
     lm = sl.load_model("tiny", device="cpu")
     sl.capture(lm, text, HOOKS, folder, n_ctx=32, shard_tokens=60, dtype="float16")
@@ -181,7 +181,7 @@ def sign_cache(folder: Path) -> None:
 
 
 def make_store(folder: Path) -> None:
-    """The store of a small dictionary on the embedded model, with codes, control, labels and scores."""
+    """Write the store of a small dictionary on the embedded model, with codes, control, labels and scores."""
     lm = sl.load_model("tiny", device="cpu")
     origin, reads = sl.Origin(model="tiny"), sl.Port(hook=HOOKS[0], width=lm.d_model)
     d, other = (sl.Dictionary.create("topk", reads=reads, d_sae=20, options={"k": 3}, seed=s, origin=origin) for s in (0, 1))
@@ -209,7 +209,7 @@ def sign_store(folder: Path) -> None:
 
 
 def make_dictionary(folder: Path) -> None:
-    """A dictionary of a rule with tensors of its own, a density and an evaluation."""
+    """Write a dictionary of a rule with tensors of its own, a density and an evaluation."""
     origin = sl.Origin(model="tiny", n_ctx=32, excluded_positions=(0, 31))
     d = sl.Dictionary.create("jumprelu", reads=sl.Port(hook=HOOKS[0], width=6), d_sae=10, origin=origin)
     d.density = torch.linspace(0, 1, 10)
@@ -258,7 +258,7 @@ def with_json(path: Path, change: Callable[[Any], Any]) -> None:
 
 
 def sums(folder: Path, names: Any) -> dict[str, str]:
-    """The SHA-256 of files that are there and small."""
+    """Return the SHA-256 of files that are there and small."""
     paths = {name: folder / name for name in names if "/" not in name and "\0" not in name and len(name) < 200}
     whole = {n: p for n, p in paths.items() if p.is_file() and not p.is_symlink() and p.stat().st_size < 1 << 24}
     return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in whole.items()}
@@ -301,13 +301,13 @@ def truncate(file: Path, rng: random.Random) -> None:
 
 
 def extend(file: Path, rng: random.Random) -> None:
-    """Something behind the end."""
+    """Append bytes to the end."""
     with open(file, "ab") as stream:
         stream.write(rng.choice((b"\0", b"}", b"junk" * 99, b"\n{}\n")))
 
 
 def replace(file: Path, rng: random.Random) -> str:
-    """Something that is no file, a file outside of the folder, or a terabyte of holes."""
+    """Replace a file by a folder or device, a link out of the folder, or a terabyte of holes."""
     how = rng.choice(("nothing", "pipe", "folder", "outside", "device", "dangling", "itself", "giant", "giant tail", "sibling"))
     outside = file.parents[len(file.parents) - 1 - file.parts.index("copies")] / "outside"
     if how == "giant tail":
@@ -331,7 +331,7 @@ def replace(file: Path, rng: random.Random) -> str:
 
 
 def edit(file: Path, rng: random.Random) -> str:
-    """Another value or key somewhere in a JSON file, or in one of its lines."""
+    """Return another value or key somewhere in a JSON file, or in one of its lines."""
     lines = file.read_text(errors="replace").splitlines() if file.suffix == ".jsonl" else [file.read_text(errors="replace")]
     at = rng.randrange(len(lines)) if lines else 0
     try:
@@ -343,7 +343,7 @@ def edit(file: Path, rng: random.Random) -> str:
 
 
 def edited(value: Any, rng: random.Random) -> Any:
-    """A copy with one change at a random depth."""
+    """Return a copy with one change at a random depth."""
     if isinstance(value, dict) and value and rng.random() < 0.93:
         key = rng.choice(sorted(value, key=str))
         luck = rng.random()
@@ -372,7 +372,7 @@ def edited(value: Any, rng: random.Random) -> Any:
 
 
 def raw(file: Path, rng: random.Random) -> str:
-    """Text that is hard to read: deep, broken in its letters, or with a key twice."""
+    """Return text that is hard to read: deep, broken in its letters, or with a key twice."""
     content = file.read_text(errors="replace")
     how, text = rng.choice(
         (
@@ -397,7 +397,7 @@ def raw(file: Path, rng: random.Random) -> str:
 
 
 def header(file: Path, rng: random.Random) -> str:
-    """Another value in the header of a safetensors file, whose tensors stay."""
+    """Return another value in the header of a safetensors file, whose tensors stay."""
     content = file.read_bytes()
     try:
         (size,) = struct.unpack("<Q", content[:8])
@@ -424,7 +424,7 @@ def header(file: Path, rng: random.Random) -> str:
 
 
 def tensors(file: Path, rng: random.Random) -> str:
-    """A sound safetensors file with another tensor: its shape, type, name or numbers."""
+    """Return a sound safetensors file with another tensor: its shape, type, name or numbers."""
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
 

@@ -33,7 +33,7 @@ SECONDS = 20
 
 
 def read(path: Path, format: str | None) -> str:
-    """What came of a file: "error" or "loaded"; anything else is raised."""
+    """Load a file. Return "error" or "loaded"; anything else is raised."""
     try:
         formats.inspect(path, format)
         d = sl.load(path, format=format)

@@ -98,7 +98,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Found(NamedTuple):
-    """What one check gives for a family: how many layers have which outcome, and the reasons of refusals."""
+    """Return the result of one check for a family: the number of layers per outcome, and the reasons for refusals."""
 
     outcomes: Counter
     reasons: dict[str, str]

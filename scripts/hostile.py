@@ -44,12 +44,12 @@ def truncate(file: Path, rng: random.Random) -> None:
 
 
 def extend(file: Path, rng: random.Random) -> None:
-    """Something behind the end."""
+    """Append bytes to the end."""
     file.write_bytes(file.read_bytes() + rng.choice((b"\0", b"}", b"junk" * 99)))
 
 
 def splice(file: Path, rng: random.Random) -> None:
-    """A piece copied over another."""
+    """Copy a piece over another."""
     content = bytearray(file.read_bytes())
     if content:
         a, b, n = rng.randrange(len(content)), rng.randrange(len(content)), rng.randrange(1, 40)
@@ -58,7 +58,7 @@ def splice(file: Path, rng: random.Random) -> None:
 
 
 def remove(file: Path, rng: random.Random) -> None:
-    """No such file any more, or a folder in its place."""
+    """Remove a file, or put a folder in its place."""
     file.unlink()
     if rng.random() < 0.3:
         file.mkdir()
@@ -71,7 +71,7 @@ def nest(file: Path, rng: random.Random) -> None:
 
 
 def edit(file: Path, rng: random.Random) -> None:
-    """Another value, or another name, somewhere in a settings file or in the header of a safetensors file."""
+    """Change a value or a name somewhere in a settings file or in the header of a safetensors file."""
     content = file.read_bytes()
     try:
         if file.suffix == ".safetensors":
@@ -86,7 +86,7 @@ def edit(file: Path, rng: random.Random) -> None:
 
 
 def _edited(value: Any, rng: random.Random) -> Any:
-    """A copy with one change at a random depth."""
+    """Return a copy with one change at a random depth."""
     if isinstance(value, dict) and value and rng.random() < 0.9:
         key = rng.choice(sorted(value, key=str))
         if rng.random() < 0.15:

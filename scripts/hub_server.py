@@ -75,7 +75,7 @@ class Repository:
         return self.commits[self.branches["main"]]
 
     def history(self, revision: str = "main") -> list[Commit]:
-        """The commits of a revision, last one first."""
+        """Return the commits of a revision, last one first."""
         found, commit = [], self.find(revision)
         while commit is not None:
             found.append(commit)
@@ -109,7 +109,7 @@ class Account:
 
 @dataclass
 class Fault:
-    """What goes wrong the next `times` requests of a method whose path matches.
+    """Set the fault of the next `times` requests of a method whose path matches.
 
     kind: "status" (answer with `status`), "drop" (hang up in the middle of the request), "lose" (do it, then hang up instead of
     answering), "cut" (hang up in the middle of the answer), "slow" (answer in small pieces), "meanwhile" (call `action` first).
@@ -177,7 +177,7 @@ class Hub:
         return f"http://localhost:{self.port}"
 
     def create(self, name: str, *, private: bool = False) -> Repository:
-        """A new repository with the commit that every one begins with."""
+        """Return a new repository with the commit that every one begins with."""
         repository = Repository(name, private)
         repository.add("initial commit", {".gitattributes": Blob(b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n")})
         self.repositories[name] = repository
@@ -188,7 +188,7 @@ class Hub:
         self.faults = list(faults)
 
     def sent(self, method: str = "", path: str = "") -> list[Request]:
-        """The requests of a method whose path matches."""
+        """Return the requests of a method whose path matches."""
         return [r for r in self.requests if method in ("", r.method) and re.search(path, r.path)]
 
     # --- what the endpoints do ---------------------------------------------------------------------------------------
@@ -343,7 +343,7 @@ class Hub:
         return Answer.json({"success": True, "commitOid": made.id, "commitUrl": url, "hookOutput": ""})
 
     def _apply(self, files: dict[str, Blob], kind: str, value: dict[str, Any]) -> None:
-        """One line of a commit."""
+        """Apply one line of a commit."""
         if kind == "file":
             files[value["path"]] = Blob(base64.b64decode(value["content"], validate=True))
         elif kind == "lfsFile":
@@ -471,7 +471,7 @@ class Handler(BaseHTTPRequestHandler):
         return body
 
     def _ranged(self, answer: Answer) -> Answer:
-        """The part of an answer that was asked for."""
+        """Return the part of an answer that was asked for."""
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if asked is None or answer.status != 200:
             return answer
@@ -526,7 +526,7 @@ def _slashes(path: str) -> list[int]:
 
 
 def _metadata_errors(card: str) -> Iterator[str]:
-    """What the Hub would not accept in the metadata of a card."""
+    """Return the part of a card's metadata that the Hub would not accept."""
     found = re.match(r"\s*---\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", card, re.DOTALL)
     try:
         data = yaml.safe_load(found[1]) if found else {}
@@ -560,7 +560,7 @@ def _metadata_errors(card: str) -> Iterator[str]:
 
 @contextmanager
 def running_hub() -> Iterator[Hub]:
-    """A Hub that listens on the loopback interface while the block lasts."""
+    """Run a Hub on the loopback interface during the block."""
     hub = Hub()
     handler = type("HubHandler", (Handler,), {"hub": hub})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)

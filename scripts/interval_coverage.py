@@ -46,7 +46,7 @@ def population(rows: TokenRows, lm: sl.LanguageModel, d: sl.Dictionary) -> dict[
 
 
 def estimate(sequences: dict[str, Tensor], n_bootstrap: int, seed: int) -> dict[str, Metric]:
-    """The metrics of some sequences."""
+    """Return the metrics of some sequences."""
     sums = PooledSums(n_bootstrap, seed)
     sums.next_sequences(len(sequences["n"]))
     for name, values in sequences.items():

@@ -70,12 +70,12 @@ def attempt(work: Callable[[Path], None], folder: Path, kill_after: float | None
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files of a folder."""
+    """Return all files of a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def differences(found: dict[str, bytes], wanted: dict[str, bytes]) -> list[str]:
-    """Files that are not the same in both."""
+    """Return files that are not the same in both."""
     return sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
 
 

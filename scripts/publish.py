@@ -51,7 +51,7 @@ def main() -> int:
 
 
 def train(out: Path) -> Path:
-    """The run folder of a small dictionary of the embedded model."""
+    """Return the run folder of a small dictionary of the embedded model."""
     lm = sl.load_model("tiny")
     cache = sl.capture(
         lm, named_text("python-docs:train"), "blocks.2.hook_resid_pre", out / "cache", text_name="python-docs:train"
@@ -62,7 +62,7 @@ def train(out: Path) -> Path:
 
 
 def dictionary_folders(folder: Path) -> list[Path]:
-    """The dictionaries in a folder, where `push` looks for them."""
+    """Return the dictionaries in a folder, where `push` looks for them."""
     return sorted({path.parent for pattern in ("", "*/", "*/dictionary/") for path in folder.glob(f"{pattern}cfg.json")})
 
 

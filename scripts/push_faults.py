@@ -53,7 +53,7 @@ FAULTS: dict[str, Callable[[Hub], list[Fault]]] = {
 
 
 class Outcome(NamedTuple):
-    """What a push under a fault ended in."""
+    """The result of a push under a fault."""
 
     said: str  # the error, or "pushed"
     state: str
@@ -104,7 +104,7 @@ def connect(hub: Hub, home: str) -> None:
 
 
 def meet(hub: Hub, faults: Callable[[Hub], list[Fault]], seed: int) -> Outcome:
-    """A push under a fault, and one after it."""
+    """Return a push under a fault, and one after it."""
     import saelens_lite as sl
 
     def dictionary(i: int) -> Any:
@@ -127,7 +127,7 @@ def meet(hub: Hub, faults: Callable[[Hub], list[Fault]], seed: int) -> Outcome:
 
 
 def attempt(push: Callable[[], Any]) -> str:
-    """What a push said."""
+    """Return the message of a push."""
     import saelens_lite as sl
 
     try:
@@ -140,7 +140,7 @@ def attempt(push: Callable[[], Any]) -> str:
 
 
 def found(hub: Hub) -> str:
-    """Which dictionaries the repository holds, in a word."""
+    """Return the dictionaries in the repository, in a word."""
     files = hub.repositories[REPO].head.files
     names = ("cfg.json", "sae_weights.safetensors", "README.md")
     whole = {name for name in ("first", "second", "third") if all(f"{name}/{file}" in files for file in names)}
@@ -152,7 +152,7 @@ def found(hub: Hub) -> str:
 
 
 def counted(values: Any) -> str:
-    """Each value, with how often it came where that was not always."""
+    """Return each value, with how often it came where that was not always."""
     counts = Counter(values).most_common()
     return counts[0][0] if len(counts) == 1 else ", ".join(f"{value} × {n}" for value, n in counts)
 

@@ -29,7 +29,7 @@ METRICS = ("loss", "logit difference")
 
 
 def trained(lm: sl.LanguageModel, out: Path) -> sl.Dictionary:
-    """A top-k dictionary of the middle of the model, as in the demonstration but smaller."""
+    """Return a top-k dictionary of the middle of the model, as in the demonstration but smaller."""
     text = [page.text for page in sl.python_docs() if not is_held_out(page.name)]
     hook = f"blocks.{lm.n_layers // 2}.hook_resid_pre"
     cache = sl.capture(lm, text, hook, out / "cache", n_tokens=200_000, exists="overwrite")
@@ -38,13 +38,13 @@ def trained(lm: sl.LanguageModel, out: Path) -> sl.Dictionary:
 
 
 def density(lm: sl.LanguageModel, d: sl.Dictionary, rows: torch.Tensor) -> torch.Tensor:
-    """Share of the tokens on which each latent fires, position 0 left out."""
+    """Return the share of the tokens on which each latent fires, position 0 left out."""
     codes = d.encode(lm.run(rows, d.hook)[d.hook][:, 1:])
     return torch.bincount(codes.latent, minlength=d.d_sae) / codes.n_rows
 
 
 def attributions(lm: sl.LanguageModel, d: sl.Dictionary, rows: torch.Tensor) -> dict[str, list[Attribution]]:
-    """Each metric's attribution in each row."""
+    """Return each metric's attribution in each row."""
     found = {metric: [] for metric in METRICS}
     for tokens in rows:
         likeliest = tuple(lm.logits(tokens)[0, -1].topk(2).indices.tolist())
@@ -54,7 +54,7 @@ def attributions(lm: sl.LanguageModel, d: sl.Dictionary, rows: torch.Tensor) -> 
 
 
 def correlations(found: list[Attribution], keep: torch.Tensor) -> dict[str, dict[str, float]]:
-    """Medians over rows of the correlations of exact ablation with the other ways, of the latents to keep."""
+    """Return the medians over rows of the correlations of exact ablation with the other ways, of the latents to keep."""
     chosen = [one.only(keep[one.latent]).agreement for one in found]
     return {
         f"{a}, {b}": {key: median(getattr(agreement[a, b], key) for agreement in chosen) for key in ("spearman", "pearson")}

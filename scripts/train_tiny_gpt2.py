@@ -66,14 +66,14 @@ SETTINGS = {
 
 
 def read_books(path: Path) -> list[str]:
-    """The books of the file, each stripped of surrounding white space."""
+    """Return the books of the file, each stripped of surrounding white space."""
     opener = lzma.open if path.suffix == ".xz" else open
     with opener(path, "rt", encoding="utf-8") as file:
         return [book.strip() for book in file.read().split(EOT) if book.strip()]
 
 
 def split_books(books: list[str], held_out: int) -> tuple[list[str], list[str]]:
-    """(training, held out): whole books, the held-out ones being those with the smallest SHA-256 of their text."""
+    """Split whole books into training and held-out ones. Held-out books have the smallest SHA-256 of their text."""
     ranked = sorted(books, key=lambda book: hashlib.sha256(book.encode()).hexdigest())
     chosen = set(ranked[:held_out])
     return [b for b in books if b not in chosen], ranked[:held_out]
@@ -96,7 +96,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 
 def encode_rows(tokenizer: Tokenizer, texts: list[str], n_ctx: int) -> torch.Tensor:
-    """Token rows [n n_ctx]: <|endoftext|>, then n_ctx − 1 consecutive tokens of one document; remainders dropped."""
+    """Return token rows [n n_ctx]: <|endoftext|>, then n_ctx − 1 consecutive tokens of one document; remainders dropped."""
     rows = []
     for encoding in tokenizer.encode_batch(texts):
         ids = np.asarray(encoding.ids, dtype=np.int32)
@@ -107,7 +107,7 @@ def encode_rows(tokenizer: Tokenizer, texts: list[str], n_ctx: int) -> torch.Ten
 
 
 def orthogonalise(update: torch.Tensor) -> torch.Tensor:
-    """The nearest semi-orthogonal matrix, by five Newton–Schulz steps in fp32 (Muon's quintic)."""
+    """Return the nearest semi-orthogonal matrix, by five Newton–Schulz steps in fp32 (Muon's quintic)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = update / (update.norm() + 1e-7)
     tall = x.shape[0] > x.shape[1]
@@ -141,14 +141,14 @@ class Muon:
 
 
 def schedule(step: int, settings: dict) -> float:
-    """Share of the peak learning rate at `step`: linear warm-up, plateau, linear decay to zero."""
+    """Return the share of the peak learning rate at `step`: linear warm-up, plateau, linear decay to zero."""
     n, decay = settings["n_steps"], settings["decay_share"]
     return min(1.0, (step + 1) / settings["warmup_steps"], (n - step) / (n * decay))
 
 
 @torch.no_grad()
 def bits_per_byte(model: GPT2LMHeadModel, rows: torch.Tensor, byte_length: torch.Tensor) -> float:
-    """Mean bits per byte over rows: Σ −log2 p(token | row so far) ÷ Σ bytes of those tokens."""
+    """Return the mean bits per byte over rows: Σ −log2 p(token | row so far) ÷ Σ bytes of those tokens."""
     nats, n_bytes = 0.0, 0
     for batch in rows.split(16):
         logits = model(input_ids=batch[:, :-1], use_cache=False).logits
@@ -353,7 +353,7 @@ def main() -> None:
 
 
 def card(report: dict) -> str:
-    """The model card, from the figures of the run."""
+    """Return the model card, from the figures of the run."""
     s, d = report["settings"], report["data"]
     curve = "\n".join(
         f"| {h['tokens']:,} | {h['train_loss_nats']:.3f} | {h['books_bits_per_byte']:.3f} | {h['docs_bits_per_byte']:.3f} |"

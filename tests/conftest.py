@@ -1,4 +1,4 @@
-"""What several test files share: the embedded model, a small random one, text, a cache, planted activations."""
+"""Fixtures of several test files: the embedded model, a small random one, text, a cache, planted activations."""
 
 import os
 import signal
@@ -119,7 +119,7 @@ def planted():
 
 
 class Said(NamedTuple):
-    """How a command ended."""
+    """The result of a command."""
 
     code: int
     out: str

@@ -37,7 +37,7 @@ class _There(Tensor):
 
 
 def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """An operation on the numbers; its result is where it was asked for, else where its arguments are."""
+    """Return an operation on the numbers; its result is where it was asked for, else where its arguments are."""
     there = any(isinstance(x, _There) for x in tree_leaves((args, kwargs)))
     if kwargs.get("device") is not None:
         there = torch.device(kwargs["device"]).type == KIND
@@ -61,7 +61,7 @@ class _Pretending(TorchDispatchMode):
 
 @contextmanager
 def without_float64() -> Iterator[str]:
-    """Within the block there is such a device; its name."""
+    """Provide such a device in the block and yield its name."""
     with pytest.MonkeyPatch.context() as patch, _Pretending():
         patch.setattr(devices, "WITHOUT_FLOAT64", frozenset({KIND}))
         yield KIND

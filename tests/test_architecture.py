@@ -91,7 +91,7 @@ PUBLIC = public_names()
 
 
 def part_of(path: Path) -> str:
-    """The row of the table a file belongs to: its first folder, or its own name."""
+    """Return the row of the table a file belongs to: its first folder, or its own name."""
     first = path.relative_to(ROOT).parts[0]
     return first.removesuffix(".py")
 
@@ -157,7 +157,7 @@ FILE_IDS = [str(path.relative_to(ROOT)) for path in FILES]
 
 
 def own_parts(path: Path, module_level_only: bool = False) -> set[str]:
-    """The parts of saelens_lite that a file imports, other than its own."""
+    """Return the parts of saelens_lite that a file imports, other than its own."""
     found = [one for one in imports_of(path) if not module_level_only or (one.at_module_level and not one.for_types_only)]
     names = [one.name.split(".") for one in found]
     known = set(ORDER) | LEAVES

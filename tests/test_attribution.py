@@ -52,7 +52,7 @@ def exact_lm(random_lm):
 
 
 def metric_value(lm, tokens, metric) -> torch.Tensor:
-    """A metric of one row, in float64."""
+    """Return a metric of one row, in float64."""
     logits = lm.logits(tokens)[0].double()
     if metric == "loss":
         return torch.nn.functional.cross_entropy(logits[:-1], tokens[1:])
@@ -146,7 +146,7 @@ def test_there_is_no_direct_effect_off_the_stream(random_lm, transcoder):
 
 
 def linear(lm) -> sl.LanguageModel:
-    """A model that adds nothing to its stream and divides by a constant in its final norm."""
+    """Return a model that adds nothing to its stream and divides by a constant in its final norm."""
     module = copy.deepcopy(lm.module)
     for name, parameter in module.named_parameters():
         if "c_proj" in name:
@@ -261,7 +261,7 @@ def test_what_an_attribution_says(random_lm, dictionary):
         ({"metric": (" he", " she and")}, ConfigError, r"' she and' is not one token"),
         ({"metric": lambda logits: logits[:, -1].argmax(-1).float()}, ConfigError, r"has no gradient"),
         ({"metric": lambda logits: logits[:, -1, 0], "position": 1}, ConfigError, r"leave out position="),
-        ({"position": -1}, ConfigError, r"position = -1: the row has \d+ tokens, and this metric positions 0 to"),
+        ({"position": -1}, ConfigError, r"position = -1; the row has \d+ tokens, .* positions 0 to"),
         ({"text": torch.tensor([1, 2]), "at": 2}, ConfigError, r"at = 2; expected positions of the row, which has 2 tokens"),
         ({"at": []}, ConfigError, r"at = \(\); expected positions"),
         ({"text": ""}, TextError, r"empty text"),

@@ -1,4 +1,4 @@
-"""What goes wrong says so: a typed error that names what was asked, found and wanted, and no half-written files."""
+"""Bad input gives a typed error that names the request, the finding and the remedy, and leaves no half-written files."""
 
 import json
 import shutil
@@ -58,7 +58,7 @@ def saved(tmp_path):
 
 @pytest.fixture
 def copied(cache_folder, tmp_path):
-    """A cache folder of one's own to damage."""
+    """Return a copy of a cache folder that the test may damage."""
     return shutil.copytree(cache_folder, tmp_path / "cache")
 
 

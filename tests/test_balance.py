@@ -18,7 +18,7 @@ D_VOCAB = 400
 
 
 def zipf(n_rows: int, n_ctx: int = 32, seed: int = 0) -> TokenRows:
-    """Rows of tokens whose frequencies fall like 1 / rank, as they do in text."""
+    """Return rows of tokens whose frequencies fall like 1 / rank, as they do in text."""
     weights = 1 / torch.arange(1, D_VOCAB + 1)
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.multinomial(weights, n_rows * n_ctx, replacement=True, generator=generator).reshape(n_rows, n_ctx)
@@ -37,7 +37,7 @@ def thinned(rows: TokenRows, share: float, rows_at_once: int = 10**9) -> tuple[t
 
 
 def best_possible(counts: np.ndarray, share: float) -> int:
-    """The largest N with Σ min(count, share · N) ≥ N: what nobody who knows the whole text could exceed."""
+    """Return the largest N with Σ min(count, share · N) ≥ N: what nobody who knows the whole text could exceed."""
     n = counts.sum()
     for _ in range(1000):
         n = np.minimum(counts, np.maximum(1, share * n)).sum()

@@ -21,13 +21,13 @@ HOOKS = ["blocks.1.hook_resid_pre", "blocks.2.hook_mlp_out"]
 
 
 def whole(cache: sl.ActivationCache) -> dict[str, torch.Tensor]:
-    """All shards one after another, read with nothing but safetensors."""
+    """Return all shards one after another, read with nothing but safetensors."""
     shards = [load_file(cache.path / shard["file"]) for shard in cache.manifest["shards"]]
     return {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}
 
 
 def expected(lm, rows) -> dict[str, torch.Tensor]:
-    """Activations and tokens at the positions that count, row by row."""
+    """Return activations and tokens at the positions that count, row by row."""
     acts = {name: [] for name in HOOKS}
     for tokens, keep in zip(rows.tokens, rows.keep, strict=True):
         for name, x in lm.run(tokens[None], HOOKS).items():
@@ -36,7 +36,7 @@ def expected(lm, rows) -> dict[str, torch.Tensor]:
 
 
 def assert_same_multiset(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], tolerance: float) -> None:
-    """One matching of found to wanted positions under which all tensors agree, relative to the largest entry of a row."""
+    """Check that one matching of read to wanted positions makes all tensors agree, relative to the largest entry of a row."""
     assert len(found["tokens"]) == len(wanted["tokens"])
     a, b = (torch.cat([side[name].double() for name in HOOKS], dim=1) for side in (found, wanted))
     i, j = linear_sum_assignment(torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").numpy())
@@ -207,7 +207,7 @@ def test_what_cannot_be_captured(lm, random_lm, tmp_path):
     out = tmp_path / "cache"
     with pytest.raises(ConfigError, match="name at least one hook"):
         sl.capture(lm, "text", [], out)
-    with pytest.raises(ConfigError, match="n_ctx = 1000; tiny takes rows of 2 to 256 tokens"):
+    with pytest.raises(ConfigError, match="n_ctx = 1000; tiny reads rows of 2 to 256 tokens"):
         sl.capture(lm, "text", HOOKS, out, n_ctx=1000)
     with (
         random_lm.replace("blocks.1.hook_resid_pre", lambda x: x * 1e6),

@@ -23,7 +23,7 @@ ATTRIBUTES = {
 
 
 class Page(HTMLParser):
-    """What a page is made of: tags, attributes, text without breaks, and the elements of one kind with their attributes."""
+    """The parts of a page: tags, attributes, text without breaks, and the elements of one kind with their attributes."""
 
     def __init__(self, page: str):
         super().__init__()
@@ -53,7 +53,7 @@ def example(tokens: list[str], values: list[float]) -> Example:
 
 
 def summary(strings: list[str], **changes) -> LatentSummary:
-    """A latent in which every string is one of those given."""
+    """Return a latent in which every string is one of those given."""
     contexts = [example(strings, [0.5 * i for i in range(len(strings))])]
     pairs = [(token, 0.25) for token in strings]
     return LatentSummary(
@@ -139,7 +139,7 @@ def test_an_overview_of_a_store(random_lm):
     page = Page(html).check()
     assert HOSTILE[0] in page.text
     assert f"{int(store.never_fires.sum())} never do; 1 have a label" in page.text
-    assert "6 fire on a token in the mean" in page.text
+    assert "6 fire on a token on average" in page.text
     heights = [float(rect["height"]) for rect in page.each("rect")]
     assert max(heights) == 100
     rows = re.findall(r"<b>(\d+)</b>", html)

@@ -178,7 +178,7 @@ def test_steer_shows_both_texts(work, command):
     _, early, _ = command(*args, "--add", "3=20", "--positions", 1)
     assert "0.0000 nats per token" not in early
     code, _, err = command(*args, "--add", "3=20", "--positions", -1)
-    assert (code, "positions = [-1]; expected whole numbers from 0 on" in err) == (2, True)
+    assert (code, "positions = [-1]; expected whole numbers ≥ 0" in err) == (2, True)
 
 
 def test_doses_prints_a_row_for_each(work, command):

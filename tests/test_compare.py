@@ -20,14 +20,14 @@ METHODS = ["hungarian", "mutual"]
 
 
 def make(d_sae: int = D_SAE, d_in: int = D_IN, seed: int = 0) -> sl.Dictionary:
-    """A dictionary whose decoder and encoder directions are random and independent of each other."""
+    """Return a dictionary whose decoder and encoder directions are random and independent of each other."""
     d = sl.Dictionary.create("topk", reads=d_in, d_sae=d_sae, options={"k": 4}, seed=seed)
     d.W_enc.data.copy_(torch.randn(d_in, d_sae, generator=torch.Generator().manual_seed(1000 + seed)))
     return d
 
 
 def permuted(d: sl.Dictionary, order: torch.Tensor, noise: float = 0.0, seed: int = 5) -> sl.Dictionary:
-    """A dictionary whose latent i is latent order[i] of `d`, at another scale, each direction disturbed a little."""
+    """Return a dictionary whose latent i is latent order[i] of `d`, at another scale, each direction disturbed a little."""
     generator = torch.Generator().manual_seed(seed)
     other = make(len(order), d.d_in)
     for name, rows in (("W_dec", d.W_dec), ("W_enc", d.W_enc.T)):

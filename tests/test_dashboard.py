@@ -80,7 +80,7 @@ class Page(HTMLParser):
             self.texts[-1] += data
 
     def text(self, tag: str, name: str | None = None) -> str:
-        """The text of the only element of its kind with this id, or without id."""
+        """Return the text of the only element of its kind with this id, or without id."""
         pairs = zip(self.elements, self.texts, strict=True)
         (found,) = [text for (kind, attrs), text in pairs if kind == tag and attrs.get("id") == name]
         return found
@@ -118,7 +118,7 @@ class Data:
         return columns
 
     def contexts(self, at: np.ndarray, nearby: np.ndarray) -> list[tuple]:
-        """(tokens, values, peak, row, position) of each context, found as the page's script does."""
+        """Return (tokens, values, peak, row, position) of each context, decoded as in the page's script."""
         before, after = self.layout["before"], self.layout["after"]
         starts, found = self.spans["at"][:, 0], []
         for peak, values in zip(at, nearby.reshape(len(at), -1), strict=True):
@@ -135,7 +135,7 @@ class Data:
 
 
 def said(numbers) -> list[str]:
-    """Numbers as they are shown, with three digits."""
+    """Return numbers as they are shown, with three digits."""
     return [f"{float(x):.3g}" for x in numbers]
 
 

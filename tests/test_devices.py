@@ -1,4 +1,4 @@
-"""Where work runs unless told, and sums in float64 on devices that have none."""
+"""The default device, and float64 sums on devices that lack float64."""
 
 import inspect
 import logging
@@ -82,7 +82,7 @@ def test_the_log_says_once_where_work_runs(here, caplog):
     with caplog.at_level(logging.INFO, logger="saelens_lite"):
         devices.natural_device()
         devices.natural_device()
-    assert [record.getMessage() for record in caplog.records] == ["running on cpu, as no device was named"]
+    assert [record.getMessage() for record in caplog.records] == ["running on cpu, because no device was named"]
 
 
 def test_a_device_that_computes_something_else_does_not_work(monkeypatch, caplog):
@@ -109,7 +109,7 @@ def test_devices_that_are_not_there(here, x):
     with pytest.raises(ConfigError, match="device = 'gpu': "):
         sl.load_model("tiny", device="gpu")
     here(mps=True, works=False)
-    with pytest.raises(ConfigError, match="lacks operations there that training needs"):
+    with pytest.raises(ConfigError, match="lacks operations on it that training needs"):
         sl.fit(x, device="mps", **QUICK)
 
 

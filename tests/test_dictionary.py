@@ -46,7 +46,7 @@ OWN_FILES = {"jumprelu": {"scaled_log_threshold"}, "p_anneal": {"p", "growth"}} 
 
 
 def make(rule: str, seed: int = 0, **more) -> sl.Dictionary:
-    """All parameters random; buffers as some training might leave them."""
+    """Return all parameters random; buffers as some training might leave them."""
     d = sl.Dictionary.create(rule, reads=D_IN, d_sae=D_SAE, options=RULES.get(rule), **more)
     generator = torch.Generator().manual_seed(seed)
     for parameter in d.parameters():
@@ -59,7 +59,7 @@ def make(rule: str, seed: int = 0, **more) -> sl.Dictionary:
 
 
 def dense_codes(d: sl.Dictionary, x: torch.Tensor) -> torch.Tensor:
-    """Codes by the dense definition of the rule."""
+    """Return codes by the dense definition of the rule."""
     if d.rule.plugin_name != "matching_pursuit":
         return d.rule.activation(d.pre(x))
     residual, codes = x - d.b_dec, torch.zeros(*x.shape[:-1], D_SAE)
@@ -83,7 +83,7 @@ def x() -> torch.Tensor:
 
 
 def published(folder, x):
-    """Codes and reconstruction by the field's definition of the architecture in cfg.json."""
+    """Return codes and reconstruction by the field's definition of the architecture in cfg.json."""
     config = json.loads((folder / "cfg.json").read_text())
     t = load_file(folder / "sae_weights.safetensors")
     assert config["apply_b_dec_to_input"] is True

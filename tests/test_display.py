@@ -1,4 +1,4 @@
-"""What tokens read like: scripts of several bytes a character, and tokenizers that write spaces and bytes in other ways."""
+"""The text of tokens: scripts with several bytes per character, and tokenizers with other marks for spaces and bytes."""
 
 import gzip
 import io
@@ -160,7 +160,7 @@ def test_any_ids_show_every_byte_once_and_in_its_token(data, vocabularies):
 
 
 def pieces_of(text: str) -> list[str]:
-    """A text cut at its bytes in angle quotation marks, which the embedded vocabulary has in no text of its own."""
+    """Return a text cut at its bytes in angle quotation marks, which the embedded vocabulary has in no text of its own."""
     pieces = text.replace("‹", "\0‹").replace("›", "›\0").split("\0")
     return [piece for piece in pieces if piece]
 
@@ -336,7 +336,7 @@ def test_a_token_is_found_by_its_text_inside_a_sentence(name, text, piece, token
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("fallback_bpe", "he", r"may be several tokens of pieces: \d+ \('he'\) or \d+ \(' he'\); give the id"),
+        ("fallback_bpe", "he", r"matches several tokens of pieces: \d+ \('he'\) or \d+ \(' he'\); give the id"),
         ("fallback_bpe", "He", r"'He' is not one token of pieces: \[' ', 'H', 'e'\]; did you mean ' he' or 'he'\?"),
         ("fallback_bpe", "老", r"is not one token of pieces: \[' ', '', '', '老'\]$"),
         ("word_piece", "é", r"'é' is not one token of pieces: \['\[UNK\]'\]$"),

@@ -147,7 +147,7 @@ def test_a_last_step_that_goes_wrong_is_noticed(x, tmp_path, caplog):
 
 
 def test_bad_activations_stop_all_of_them(x, tmp_path):
-    """Whatever was dropped before, each has its last good state."""
+    """Each dictionary has its last good state, in any order of failures."""
 
     class Spoilt(TensorSource):
         def batches(self, *args):

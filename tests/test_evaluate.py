@@ -51,13 +51,13 @@ def log_p(lm, rows, new=None):
 
 
 def cross_entropy(rows, log_p):
-    """Mean nats over the predictions made from kept positions; the last position of a row makes none."""
+    """Return the mean nats over the predictions made from kept positions; the last position of a row makes none."""
     places = [(s, t) for s, t in rows.keep.nonzero().tolist() if t < rows.tokens.shape[1] - 1]
     return float(torch.stack([-log_p[s, t, rows.tokens[s, t + 1]] for s, t in places]).mean())
 
 
 def divergence(rows, log_p, log_q):
-    """Mean KL(p ‖ q) over all kept positions."""
+    """Return the mean KL(p ‖ q) over all kept positions."""
     return float((log_p.exp() * (log_p - log_q)).sum(-1)[rows.keep].mean())
 
 

@@ -1,4 +1,4 @@
-"""What a feature store says of activations against plain loops in double precision, however text and latents are cut up."""
+"""The numbers of a feature store against plain loops in double precision, for any split of text and latents."""
 
 import math
 from collections import Counter
@@ -61,7 +61,7 @@ def info(rows) -> StoreInfo:
 
 
 def collected(folder, acts, rows, per_batch: int = 7, order_seed: int = 0) -> CodeLog:
-    """The codes on disk, so many rows at a time, in any order."""
+    """Return the codes on disk, so many rows at a time, in any order."""
     filled = CodeLog(folder, D_SAE)
     filled.open()
     order = torch.randperm(N_SEQ, generator=torch.Generator().manual_seed(order_seed))
@@ -80,12 +80,12 @@ def found(tmp_path_factory, acts, rows, info) -> FeatureTensors:
 
 
 def fired(acts, latent: int) -> list[tuple[float, int, int]]:
-    """(activation, row, position) in the order of the text."""
+    """Return (activation, row, position) in the order of the text."""
     return [(acts[r, p, latent].item(), r, p) for r, p in acts[..., latent].nonzero().tolist()]
 
 
 def nearby(acts, latent: int, row: int, position: int) -> list[float]:
-    """Activations in the window, 0 outside the row."""
+    """Return activations in the window, 0 outside the row."""
     around = range(position - WINDOW[0], position + WINDOW[1] + 1)
     return [acts[row, p, latent].item() if 0 <= p < N_CTX else 0.0 for p in around]
 

@@ -211,7 +211,7 @@ def test_an_unfinished_store_is_of_its_batches_and_of_its_rule(dictionaries, ran
 
 
 def test_an_unfinished_store_is_of_the_weights_of_its_model(dictionaries, random_lm, rows, tmp_path, failing):
-    """A model that was trained in the meantime has the same name."""
+    """A model that was trained since has the same name."""
     out = tmp_path / "store"
     failing(3)
     with pytest.raises(Interruption):
@@ -504,7 +504,7 @@ def test_damaged_labels(store, tmp_path, labels):
 
 
 def context(peak: str, *others: str, row: int = 0, position: int = 1) -> Example:
-    """A context of three tokens, the middle one at the peak."""
+    """Return a context of three tokens, the middle one at the peak."""
     return Example((others[0], peak, others[1]), (0.0, 1.0, 0.0), 1, 1.0, row, position)
 
 

@@ -1,4 +1,4 @@
-"""What weights say about latents, against dense float64 computations."""
+"""Statistics of latents from the weights, against dense float64 computations."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def found(request, dictionary, random_lm, monkeypatch) -> LatentWeights:
 
 
 def exact_logits(dictionary, lm) -> torch.Tensor:
-    """Effects in float64, through the norm's scale and centring written out."""
+    """Return effects in float64, through the norm's scale and centring written out."""
     norm = lm.module.transformer.ln_f
     head = lm.module.lm_head.weight.double()
     through = dictionary.W_dec.double() * norm.weight.double()

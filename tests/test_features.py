@@ -94,7 +94,7 @@ def store(dictionaries, small, rows) -> sl.FeatureStore:
 
 @torch.no_grad()
 def dense_codes(dictionary, lm, rows, batch_tokens: int) -> torch.Tensor:
-    """Codes of every position [n_seq n_ctx d_sae], zero where a position does not count."""
+    """Return codes of every position [n_seq n_ctx d_sae], zero where a position does not count."""
     out = torch.zeros(*rows.tokens.shape, D_SAE)
     for batch in batches(lm, rows, batch_tokens):  # other batches change the last bits of activations
         x, keep = lm.run(batch.rows.tokens, HOOK)[HOOK], batch.rows.keep
@@ -325,7 +325,7 @@ def test_tensors_that_do_not_fit_are_refused(store, tmp_path, change):
 
 @pytest.mark.parametrize("name", ["logit_low logit_width logit_skew logit_kurtosis", "encoder_decoder_cosine"])
 def test_weights_of_fewer_latents_are_refused(store, tmp_path, name):
-    """What all latents have or none has."""
+    """Statistics that either all latents have or none has."""
     folder = store.save(tmp_path / "store")
     tensors = load_file(folder / "weights.safetensors")
     save_file(tensors | {one: tensors[one][:3].clone() for one in name.split()}, folder / "weights.safetensors")

@@ -17,7 +17,7 @@ from saelens_lite.errors import ConfigError, CorruptFileError, SaelensLiteError
 
 
 def saelens(folder: Path, **metadata) -> sl.Origin:
-    """The origin of a SAELens file with that metadata, which the file's own format keeps when it is written again."""
+    """Return the origin of a SAELens file with that metadata, which the file's own format keeps when it is written again."""
     path = edited("standard", folder, metadata=METADATA | metadata)
     origin = sl.load(path).origin
     assert sl.load(sl.convert(path, folder / "again", "saelens")).origin == origin
@@ -63,8 +63,8 @@ def test_seqpos_slice_before_version_6_stands_at_the_top(tmp_path):
         ([0, None, 2], None, "context_size, on which it depends"),
         ([5, 5], 16, "which leaves 0 of 16 positions"),
         ([20, None], 16, "which leaves 0 of 16 positions"),
-        ([0, None, 0], 16, "its step is to be at least 1"),
-        ([None, None, -1], 16, "its step is to be at least 1"),
+        ([0, None, 0], 16, "its step must be at least 1"),
+        ([None, None, -1], 16, "its step must be at least 1"),
         ([], 16, "expected up to three whole numbers"),
         ([1, 2, 3, 4], 16, "expected up to three whole numbers"),
         ([True], 16, "expected up to three whole numbers"),
@@ -231,7 +231,7 @@ def test_hooks_of_circuit_tracer(inside, outside, hooks, tmp_path):
 @pytest.mark.parametrize(
     ("inside", "error", "reason"),
     [
-        ("layers.{layer}.post_attention_layernorm", ConfigError, "a module for which no hook is known here; write"),
+        ("layers.{layer}.post_attention_layernorm", ConfigError, "a module without a known hook"),
         ("blocks.{all}.hook_resid_mid", ConfigError, "names no layer"),
         ("blocks.4.hook_resid_mid", CorruptFileError, "but the file is that of layer 3"),
     ],
@@ -256,7 +256,7 @@ def circuit_tracer(folder: Path, inside: str, outside: str) -> Path:
 
 
 def buffer(folder: Path, submodule: str, **changes) -> Path:
-    """Files of dictionary_learning with another buffer."""
+    """Return files of dictionary_learning with another buffer."""
     path = edited("AutoEncoder", folder, "config.json", "trainer", submodule_name=submodule)
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"buffer": {"ctx_len": 128} | changes}))
@@ -269,9 +269,9 @@ def test_what_enters_a_module_is_not_what_leaves_it(tmp_path):
         assert sl.load(path, format="dictionary_learning").hook == hook
     for number, (submodule, changes, reason) in enumerate(
         (
-            ("gpt_neox.layers.4.mlp", {"io": "in_and_out"}, "what goes in and what comes out differ"),
+            ("gpt_neox.layers.4.mlp", {"io": "in_and_out"}, "input and output differ"),
             ("resid_post_layer_3", {"io": "in"}, "'resid_post_layer_3', an activation"),
-            ("attn_out_layer_3", {"layer": 3}, "one of attention heads"),
+            ("attn_out_layer_3", {"layer": 3}, "attention heads"),
         )
     ):
         with pytest.raises(ConfigError, match=reason):
@@ -282,7 +282,7 @@ def test_what_enters_a_module_is_not_what_leaves_it(tmp_path):
 
 
 def with_factor(folder: Path, said: bool | None, name: str = "scaling_factor", value: float = 2.0) -> Path:
-    """A SAELens folder with a scaling factor of each latent."""
+    """Return a SAELens folder with a scaling factor of each latent."""
     path = edited("standard", folder, finetuning_scaling_factor=said)
     tensors = load_file(path / "sae_weights.safetensors")
     save_file(tensors | {name: torch.full((D_SAE,), value)}, path / "sae_weights.safetensors")
@@ -292,7 +292,7 @@ def with_factor(folder: Path, said: bool | None, name: str = "scaling_factor", v
 @pytest.mark.parametrize("said", [False, None])
 @pytest.mark.parametrize("name", ["scaling_factor", "finetuning_scaling_factor"])
 def test_a_factor_that_the_settings_deny_is_refused_unless_it_is_one(said, name, tmp_path):
-    with pytest.raises(ConfigError, match=f"holds {name}, which is not one everywhere, but finetuning_scaling_factor"):
+    with pytest.raises(ConfigError, match=f"holds {name}, which differs from 1, but finetuning_scaling_factor"):
         sl.load(with_factor(tmp_path / "two", said, name))
     d = sl.load(with_factor(tmp_path / "one", said, name, 1.0))
     assert torch.equal(d.W_dec, CASES["standard"].exact["W_dec"])
@@ -343,24 +343,24 @@ def test_k_of_circuit_tracer_is_the_same_in_both_places(tmp_path):
     ("case", "changes", "reason"),
     [
         ("standard", {"reshape_activations": "hook_q"}, "reshape_activations is 'hook_q'"),
-        ("transcoder", {"apply_b_dec_to_input": True}, "in a transcoder b_dec belongs to the output alone"),
+        ("transcoder", {"apply_b_dec_to_input": True}, "in a transcoder b_dec belongs only to the output"),
         ("jumprelu", {"activation_fn": "tanh-relu"}, "architecture 'jumprelu' with 'tanh-relu'"),
         ("gated", {"activation_fn_str": "topk"}, "architecture 'gated' with 'topk'"),
         ("sparsify topk", {"embed_skip": True}, "embed_skip is true .its output depends on tokens"),
         ("sparsify topk", {"gram_lookup": True}, "gram_lookup is true"),
-        ("sparsify topk", {"activation": "relu"}, "no rule here computes activation 'relu'"),
+        ("sparsify topk", {"activation": "relu"}, "no rule computes activation 'relu'"),
         ("gemma scope 2", {"type": "clt"}, "a clt that reads or writes several layers"),
         ("gemma scope 2", {"type": "crosscoder"}, "a crosscoder that reads or writes several layers"),
         ("gemma scope 2", {"type": "other"}, "type 'other' with architecture 'jump_relu'"),
         ("gemma scope 2", {"architecture": "topk"}, "with architecture 'topk'"),
         ("gemma scope 2", {"affine_connection": True}, "affine_connection is true, but tensor"),
-        ("gemma scope 2 skip", {"type": "sae"}, "type is 'sae', but there is a skip connection"),
-        ("llamascopium relu", {"sae_type": "lorsa"}, "sae_type 'lorsa' has no place here"),
+        ("gemma scope 2 skip", {"type": "sae"}, "type is 'sae', but it has a skip connection"),
+        ("llamascopium relu", {"sae_type": "lorsa"}, "sae_type 'lorsa' is not supported"),
         ("llamascopium relu", {"d_sae": 25}, "d_sae = 25"),
         (
             "llamascopium transcoder",
             {"apply_decoder_bias_to_pre_encoder": True},
-            "apply_decoder_bias_to_pre_encoder of a transcoder",
+            "apply_decoder_bias_to_pre_encoder .* transcoder",
         ),
     ],
 )

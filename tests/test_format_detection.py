@@ -19,7 +19,7 @@ FORMATS = [*sorted(CASE), "saelens_lite"]
 
 
 def write(format: str, folder: Path) -> Path:
-    """A file or folder of a format."""
+    """Return a file or folder of a format."""
     if format == "saelens_lite":
         return sl.Dictionary.create("group_max", reads=10, d_sae=24, options={"k": 3}).save(folder)
     return CASES[CASE[format]].write(folder)

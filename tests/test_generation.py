@@ -63,7 +63,7 @@ def shared(make):
 
 @torch.no_grad()
 def greedy(model: sl.LanguageModel, n: int, prompt: str = PROMPT) -> str:
-    """The n likeliest tokens one after another, each from a whole pass of the plain module."""
+    """Return the n likeliest tokens one after another, each from a whole pass of the plain module."""
     tokens = torch.tensor([[model.bos_id, *model.tokenizer(prompt)["input_ids"]]])
     for _ in range(n):
         new = model.module(tokens, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
@@ -278,7 +278,7 @@ def test_one_text_is_continued(shared, prompt):
 @pytest.mark.parametrize("kind", ["GPT2LMHeadModel", "LlamaForCausalLM"])
 @pytest.mark.parametrize("edits", [[], [sl.Add(7, 90.0)], [sl.Add(7, 90.0, positions=[3])]])
 def test_a_splice_acts_on_new_tokens_of_the_modules_own_generation_too(shared, kind, edits):
-    """Which runs with a cache, one position at a time, so that each pass seems to begin at position 0."""
+    """Generation runs with a cache, one position at a time, so that each pass seems to begin at position 0."""
     model = shared(kind)
     d = sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=D_MODEL), d_sae=64, options={"k": 4})
     ids = model.to_tokens(PROMPT).tokens

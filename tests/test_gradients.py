@@ -70,7 +70,7 @@ class SpiedStep(Spy, DenseStep):
 
 
 def make_dictionary(rule: str, d_in: int, d_sae: int, seed: int, grid: bool, **kind) -> Dictionary:
-    """All parameters random; `kind` makes it a transcoder.
+    """Return all parameters random; `kind` makes it a transcoder.
 
     grid: multiples of 1/8, so that pre-activations are exact in float32 and ties are common.
     """
@@ -95,14 +95,14 @@ def make_x(batch: int, d_in: int, seed: int, grid: bool) -> torch.Tensor:
 
 
 def bias(dictionary: Dictionary) -> torch.Tensor:
-    """What decides, latent by latent, how easily it fires; where nothing does, a tensor without effect."""
+    """Return the parameter that decides how easily each latent fires, or a tensor without effect."""
     if dictionary.rule.tied:
         return torch.zeros(dictionary.d_sae)
     return (dictionary.b_enc if dictionary.b_enc is not None else dictionary.rule.b_gate).data
 
 
 def as_mask(codes: SparseCodes, batch: int, d_sae: int) -> torch.Tensor:
-    """[batch d_sae], true at the pairs of `codes`, each of which must occur once."""
+    """Return a mask [batch d_sae] of the pairs of `codes`. Each pair must occur once."""
     counts = torch.zeros(batch, d_sae, dtype=torch.long)
     for r in range(batch):
         for i in codes.latent[codes.crow[r] : codes.crow[r + 1]].tolist():
@@ -112,7 +112,7 @@ def as_mask(codes: SparseCodes, batch: int, d_sae: int) -> torch.Tensor:
 
 
 def assert_largest(chosen: torch.Tensor, scores: torch.Tensor, k: int) -> None:
-    """`chosen` has k entries in each row, none of them smaller than one left out."""
+    """Check that `chosen` has k entries in each row, and that each is at least as large as every other entry."""
     assert (chosen.sum(1) == k).all()
     worst_in = scores.masked_fill(~chosen, torch.inf).amin(1)
     best_out = scores.masked_fill(chosen, -torch.inf).amax(1)
@@ -152,7 +152,7 @@ def reference_gated(options, p, y, base, h, dead, step):
 
 
 def reference_of_chosen(options, p, y, base, h, dead, step, chosen):
-    """What all rules share that keep the largest pre-activations of something: x̂, and dead latents that explain the error."""
+    """Return the parts common to all rules with the largest pre-activations: x̂, and dead latents that explain the error."""
     x_hat = (chosen * torch.relu(h)) @ p["W_dec"] + base
     losses = {"mse": mse(y, x_hat)}
     if dead.any():
@@ -259,7 +259,7 @@ def reference_matching_pursuit(options, p, y, base, h, dead, step):
 def reference_losses(
     rule: str, p: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor | None, dead: torch.Tensor, step: SpiedStep
 ):
-    """The losses of the plugin files' first lines, dense and in float64; without y, those of an autoencoder."""
+    """Return the losses of the plugin files' first lines, dense and in float64; without y, those of an autoencoder."""
     name, options = RULES[rule]
     h = (x if y is not None else x - p["b_dec"]) @ p.get("W_enc", p["W_dec"].T) + p.get("b_enc", 0.0)
     base = p["b_dec"] + x @ p["W_skip"].T if "W_skip" in p else p["b_dec"]
@@ -267,7 +267,7 @@ def reference_losses(
 
 
 def check(rule: str, dictionary: Dictionary, x: torch.Tensor, y: torch.Tensor | None = None) -> SpiedStep:
-    """Losses and the gradient of their sum agree with the reference for every parameter."""
+    """Check that losses and the gradient of their sum agree with the reference for every parameter."""
     d_sae = dictionary.d_sae
     dead = torch.zeros(d_sae, dtype=torch.bool)
     if "dead latents" in rule:
@@ -306,7 +306,7 @@ def test_random_shapes(rule, batch, d_in, d_sae, seed, grid):
         d_sae += -d_sae % 4  # groups of one size
     grid = (
         grid or "p = 0.5" in rule or "p_anneal" in rule
-    )  # f^(p−1) magnifies float32 rounding of codes near zero; on the grid there is none
+    )  # f^(p−1) magnifies float32 rounding of codes near zero; on the grid no code is
     check(rule, make_dictionary(rule, d_in, d_sae, seed, grid), make_x(batch, d_in, seed, grid))
 
 

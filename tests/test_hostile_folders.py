@@ -131,7 +131,7 @@ FILES = [
 
 @pytest.fixture(params=FILES, ids=" ".join)
 def named(request):
-    """(how to load a folder, the folder, a file in it that is read)."""
+    """Return the loader of a folder, the folder, and a file that the loader reads."""
     kind, name = request.param
     folder = request.getfixturevalue(kind)
     LOADERS[kind](folder)
@@ -158,7 +158,7 @@ def test_a_pipe_is_not_waited_for(named):
     load, folder, file = named
     file.unlink()
     os.mkfifo(file)
-    with pytest.raises(CorruptFileError, match=r"is no file"):
+    with pytest.raises(CorruptFileError, match=r"is not a file"):
         load(folder)
 
 
@@ -497,7 +497,7 @@ def test_settings_files_have_limits(tmp_path):
         read_toml(file)
     file.unlink()
     os.mkfifo(file)
-    with pytest.raises(ConfigError, match="is no file"):
+    with pytest.raises(ConfigError, match="is not a file"):
         read_toml(file)
 
 

@@ -29,7 +29,7 @@ from saelens_lite.formats import inspect
 
 @contextmanager
 def within(seconds: int):
-    """A block that hangs fails."""
+    """Fail if the block hangs."""
 
     def fail(*_):
         raise TimeoutError(f"more than {seconds} s")
@@ -82,7 +82,7 @@ class Runs:
 
 
 def torch_zip(path: Path, pickled: bytes, records: dict[str, bytes] | None = None, method: int = zipfile.ZIP_STORED) -> Path:
-    """A file as torch.save lays it out, around a pickle of one's own."""
+    """Return a file as torch.save lays it out, around a given pickle."""
     with zipfile.ZipFile(path, "w", method) as archive:
         archive.writestr("archive/data.pkl", pickled)
         archive.writestr("archive/byteorder", b"little")
@@ -116,12 +116,12 @@ def test_a_pickle_that_would_create_a_file_does_not(format, protocol, wrapped, t
 
 
 def again_and_again(depth: int) -> bytes:
-    """A dictionary whose key is a tuple of twice the same tuple of twice the same tuple …"""
+    """Return a dictionary whose key is a tuple that nests the same tuple twice, many times."""
     return b"\x80\x02}N" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(depth)) + b"Ns."
 
 
 def within_each_other(depth: int) -> bytes:
-    """A dictionary of 200 times the same dictionary of 200 times the same dictionary …"""
+    """Return a dictionary that nests the same dictionary 200 times, many times."""
     state = {}
     for _ in range(depth):
         state = {str(i): state for i in range(200)}
@@ -183,7 +183,7 @@ class Stored:
 
 
 class TensorPickler(pickle.Pickler):
-    """What torch.save pickles with."""
+    """A stand-in for the pickle module that torch.save uses."""
 
     def persistent_id(self, obj):
         return obj.pid if isinstance(obj, Stored) else None

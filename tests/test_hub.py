@@ -109,7 +109,7 @@ def run_folder(tmp_path):
 
 
 def on_hub(hub: Hub, repo: str = REPO) -> dict[str, bytes]:
-    """The files of a repository, and nothing where there is none."""
+    """Return the files of a repository, or nothing."""
     found = hub.repositories.get(repo)
     return {path: blob.content for path, blob in found.head.files.items()} if found else {}
 
@@ -353,7 +353,7 @@ def test_a_push_outlives_a_passing_fault(hub, folder, fault):
 def test_an_interrupted_upload_goes_on_where_it_was(hub, run_folder):
     hub.create(REPO)
     hub.order(Fault("POST", "/commit/", "status", times=99))
-    with pytest.raises(HubUnreachableError, match="push again, what was uploaded is not sent twice"):
+    with pytest.raises(HubUnreachableError, match="Push again; uploaded files are not sent twice"):
         sl.push(run_folder, REPO)
     first = len(hub.sent("PUT"))
     assert first >= len(hub.storage) > 2
@@ -368,7 +368,7 @@ def test_a_push_that_was_overtaken_loses_nothing(hub, folder):
     theirs = {"README.md": Blob(b"---\n---\n# theirs\n"), "theirs/cfg.json": Blob(b"{}")}
     overtake = Fault("POST", "/commit/", "meanwhile", action=lambda: repository.add("theirs", repository.head.files | theirs))
     hub.order(overtake)
-    with pytest.raises(HubConflictError, match=f"{REPO} has changed in the meantime; nothing was written.*Push again: it is"):
+    with pytest.raises(HubConflictError, match=f"{REPO} has changed since it was read; nothing was written.*Push again"):
         sl.push(folder, REPO)
     assert repository.head.title == "theirs"
     sl.push(folder, REPO)
@@ -498,12 +498,12 @@ def test_what_is_not_there(hub, run_folder):
         HubNotFoundError, match=f"{REPO} has no dictionary '0-topl'; did you mean 0-topk.*it has 0-topk, 1-gated"
     ):
         sl.pull(REPO, "0-topl")
-    with pytest.raises(HubNotFoundError, match=f"{REPO}: say which dictionary; it has 0-topk, 1-gated"):
+    with pytest.raises(HubNotFoundError, match=f"{REPO}: name the folder of the dictionary; it has 0-topk, 1-gated"):
         sl.pull(REPO)
     with pytest.raises(HubNotFoundError, match="has no such revision"):
         sl.push(run_folder, REPO, revision="dev")
     hub.create("me/empty")
-    with pytest.raises(HubNotFoundError, match="me/empty: say which dictionary; it has none"):
+    with pytest.raises(HubNotFoundError, match="me/empty: name the folder of the dictionary; it has none"):
         sl.pull("me/empty")
 
 
@@ -514,7 +514,7 @@ def test_without_a_network_the_cache_is_read(hub, run_folder, monkeypatch, caplo
     offline = sl.pull(REPO, "0-topk")
     assert torch.equal(offline.W_dec, fresh.W_dec)
     assert offline.source == fresh.source == f"hf://{REPO}/0-topk@{pushed.commit}"
-    assert "the Hub cannot be asked; taken from the cache" in caplog.text
+    assert "the Hub cannot be reached; using the cache" in caplog.text
     assert torch.equal(sl.load(fresh.source).W_dec, fresh.W_dec)
     assert torch.equal(sl.pull(REPO).W_dec, fresh.W_dec)  # the only one in the cache
     with pytest.raises(HubUnreachableError, match=f"{REPO} has no dictionary '1-gated'; it has 0-topk"):
@@ -583,7 +583,7 @@ def test_what_a_dictionary_is_without_its_weights(hub, folder):
     assert {r.range for r in hub.sent("GET", "cdn|safetensors")} == {"bytes=0-100000"}
     repository = hub.repositories[REPO]
     repository.add("hostile", repository.head.files | {f"{HOOK}/sae_weights.safetensors": Blob(b"x" * 100, lfs=True)})
-    with pytest.raises(CorruptFileError, match=r"sae_weights\.safetensors has no header of a safetensors file"):
+    with pytest.raises(CorruptFileError, match=r"sae_weights\.safetensors does not have the header of a safetensors file"):
         describe(f"hf://{REPO}")
     with pytest.raises(HubNotFoundError, match="has no dictionary 'b'"):
         describe(f"hf://{REPO}/b")
@@ -723,11 +723,11 @@ def test_bad_requests(hub, folder, tmp_path):
         sl.push({"../x": folder}, REPO)
     with pytest.raises(ConfigError, match="two dictionaries would have the same folder: a, /a/"):
         sl.push({"a": folder, "/a/": folder}, REPO)
-    with pytest.raises(ConfigError, match="the dictionary does not know its hook; name its folder"):
+    with pytest.raises(ConfigError, match="the dictionary does not name its hook; name its folder"):
         sl.push(dictionary(hook=None), REPO)
-    with pytest.raises(ConfigError, match="no dictionary to push was given"):
+    with pytest.raises(ConfigError, match="give at least one dictionary"):
         sl.push({}, REPO)
-    with pytest.raises(CorruptFileError, match=r"holds no dictionary: neither cfg\.json nor folders with one"):
+    with pytest.raises(CorruptFileError, match=r"does not hold a dictionary: it has no cfg\.json"):
         sl.push(tmp_path / "nowhere", REPO)
     (folder / "sae_weights.safetensors").write_bytes(b"damaged")
     with pytest.raises(CorruptFileError):
@@ -911,7 +911,7 @@ def test_commands(hub, folder, tmp_path, command):
     assert "already exists" in err
     assert command("pull", f"hf://{REPO}/a")[0] == 0
     code, _, err = command("pull", f"hf://{REPO}/a", "b")
-    assert (code, "says which folder and revision" in err) == (2, True)
+    assert (code, "names the folder and revision" in err) == (2, True)
     code, out, _ = command("inspect", f"hf://{REPO}/a")
     assert (code, json.loads(out)["d_sae"]) == (0, 32)
     code, _, err = command("pull", REPO, "c")

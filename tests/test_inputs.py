@@ -1,4 +1,4 @@
-"""What an input is: text, or token ids in any form, with or without a mask."""
+"""Inputs: text, or token ids in any form, with or without a mask."""
 
 import json
 import logging
@@ -143,7 +143,7 @@ NEITHER = {
     "lists of floats": ([[0.5, 1.5]], ShapeError, r"row 0 of the list is a torch.Tensor of shape \(2,\), dtype torch.float"),
     "an empty row": ([[0, 5], []], ShapeError, "row 1 of the list"),
     "ids among texts": (["The old man", 5], TextError, "item 1: expected a string"),
-    "rows among numbers": ([[0, 5], 5], ShapeError, "among them"),
+    "rows among numbers": ([[0, 5], 5], ShapeError, "found a row of type"),
 }
 
 
@@ -185,7 +185,7 @@ PADDING = {
 @pytest.mark.parametrize("side", PADDING)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_masked_padding_gives_the_values_without_padding(family, side):
-    """Whatever the family does about positions: learned, rotary, ALiBi, offset by two, recurrent."""
+    """The families differ in positions: learned, rotary, ALiBi, offset by two, recurrent."""
     lm = FAMILIES[family]()
     row = [3, 9, 27, 17, 51, 25]
     left, right = PADDING[side](4)
@@ -240,8 +240,8 @@ def test_every_function_that_takes_ids_takes_their_mask(random_lm, topk, tmp_pat
 
 
 BAD_MASKS = {
-    "another shape": ([[1, 1, 1]], ShapeError, r"attention_mask is \[1, 3\]; the token ids are \[1, 4\]"),
-    "other numbers": ([[1, 1, 2, 0]], ShapeError, "must hold 1 where there is a token"),
+    "another shape": ([[1, 1, 1]], ShapeError, r"attention_mask is \[1, 3\], but the token ids are \[1, 4\]"),
+    "other numbers": ([[1, 1, 2, 0]], ShapeError, "must be 1 at tokens"),
     "no token": ([[0, 0, 0, 0]], ShapeError, "leaves no token in row 0"),
 }
 
@@ -251,9 +251,9 @@ def test_masks_that_do_not_fit(random_lm, case):
     mask, error, message = BAD_MASKS[case]
     with pytest.raises(error, match=message):
         random_lm.run([[0, 5, 6, 9]], HOOK, attention_mask=mask)
-    with pytest.raises(ShapeError, match="belongs to token ids; a str was given as text"):
+    with pytest.raises(ShapeError, match="is only for token ids; a str is text"):
         random_lm.run(TEXT, HOOK, attention_mask=mask)
-    with pytest.raises(ShapeError, match="TokenRows know where"):
+    with pytest.raises(ShapeError, match="TokenRows already know"):
         random_lm.run(random_lm.to_tokens(TEXT), HOOK, attention_mask=mask)
 
 

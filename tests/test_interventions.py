@@ -58,14 +58,14 @@ def dictionary(request):
 
 
 def activations(lm, d) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the dictionary reads, and what stands where its output goes."""
+    """Return the activations that the dictionary reads, and those at the hook that it writes."""
     (target,) = d.writes
     acts = lm.run(TEXTS, [d.hook, target.hook])
     return acts[d.hook], acts[target.hook]
 
 
 def edited_activation(lm, d, edits, **settings) -> torch.Tensor:
-    """What the model reads within a splice."""
+    """Return the activations that the model reads within a splice."""
     seen = []
     read_there = AFTER if d.writes_what_it_reads else d.writes[0].hook
     with lm.splice(d, edits, **settings), lm.replace(read_there, lambda y: seen.append(y.clone()) or y):
@@ -74,13 +74,13 @@ def edited_activation(lm, d, edits, **settings) -> torch.Tensor:
 
 
 def busiest(lm, d, n: int) -> list[int]:
-    """The latents that fire most often."""
+    """Return the latents that fire most often."""
     codes = d.encode(activations(lm, d)[0])
     return torch.bincount(codes.latent, minlength=d.d_sae).topk(n).indices.tolist()
 
 
 def dense(keep: torch.Tensor, codes: torch.Tensor, edits) -> torch.Tensor:
-    """Codes [batch pos d_sae] after edits, one latent and position at a time."""
+    """Return codes [batch pos d_sae] after edits, one latent and position at a time."""
     codes = codes.clone()
     n = codes.shape[1]
     for edit in edits:
@@ -108,7 +108,7 @@ EDITS = {
     "scale": lambda a, b, c: [sl.Scale((a, c), 2.5)],
     "add": lambda a, b, c: [sl.Add([a, 0], 1.5)],
     "positions": lambda a, b, c: [sl.Clamp(a, 8.0, positions=[0, 2]), sl.Add(b, -1, positions=slice(1, None, 2))],
-    "one after the other": lambda a, b, c: [
+    "in turn": lambda a, b, c: [
         sl.Add(a, 2.0), sl.Scale([a, b], 3.0), sl.Clamp(c, 1.0), sl.Add([c, a], 0.5), sl.Ablate(b, positions=slice(2, 4)),
     ],
     "nothing": lambda a, b, c: [sl.Ablate([])],
@@ -180,7 +180,7 @@ def test_edits_change_activations_of_any_shape(topk):
 
 
 def greedy(lm, prompt: str, n: int) -> str:
-    """n likeliest tokens in a row, each from a full forward pass."""
+    """Return the n likeliest tokens in a row, each from a full forward pass."""
     tokens = lm.to_tokens(prompt).tokens
     for _ in range(n):
         tokens = torch.cat([tokens, lm.logits(tokens)[:, -1].argmax(-1, keepdim=True)], dim=1)
@@ -219,15 +219,15 @@ def test_a_position_that_is_still_to_be_generated(random_lm, topk):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: sl.Ablate(-1), r"Ablate: latents = -1; expected whole numbers from 0 on"),
+        (lambda: sl.Ablate(-1), r"Ablate: latents = -1; expected whole numbers ≥ 0"),
         (lambda: sl.Ablate(torch.tensor([1.0])), r"Ablate: latents = \[1\.0\]; expected whole numbers"),
         (lambda: sl.Ablate("7"), r"Ablate: latents = '7'; expected whole numbers"),
         (lambda: sl.Ablate(torch.tensor([True, False])), r"latents = \[True, False\]; expected whole numbers"),
         (lambda: sl.Clamp(1, float("nan")), r"Clamp: value = nan; expected a finite number"),
         (lambda: sl.Scale(1, float("inf")), r"Scale: factor = inf; expected a finite number"),
         (lambda: sl.Add(1, True), r"Add: amount = True; expected a finite number"),
-        (lambda: sl.Add(1, 1, positions=[-1]), r"= \[-1\]; expected whole numbers from 0 on; the last of a prompt is lm"),
-        (lambda: sl.Add(1, 1, positions=slice(-3, None)), r"Add: positions = \[-3\]; expected whole numbers from 0 on"),
+        (lambda: sl.Add(1, 1, positions=[-1]), r"= \[-1\]; expected whole numbers ≥ 0; the last of a prompt is lm"),
+        (lambda: sl.Add(1, 1, positions=slice(-3, None)), r"Add: positions = \[-3\]; expected whole numbers ≥ 0"),
         (lambda: sl.Add(1, 1, positions=slice(None, None, 0)), r"a slice cannot have a step of 0"),
     ],
 )
@@ -353,9 +353,9 @@ def test_metrics_of_a_dose(random_lm, transcoder, metric):
         ({"n_controls": 96}, ConfigError, r"other latents fire on the text; give more text, or n_controls below 96"),
         ({"metric": "los"}, ConfigError, r"metric = 'los'; expected 'loss', a pair of tokens"),
         ({"metric": ("The old", " man")}, ConfigError, r"'The old' is not one token of random: \['The', ' old'\]"),
-        ({"metric": (5, 10**6)}, ConfigError, r"1000000 is not one token of random: ids go to"),
-        ({"metric": "loss", "position": 12}, ConfigError, r"position = 12: the row has \d+ tokens"),
-        ({"metric": "promoted", "position": 99}, ConfigError, r"position = 99: the row has \d+ tokens"),
+        ({"metric": (5, 10**6)}, ConfigError, r"1000000 is not a token id of random: ids go from 0 to"),
+        ({"metric": "loss", "position": 12}, ConfigError, r"position = 12; the row has \d+ tokens"),
+        ({"metric": "promoted", "position": 99}, ConfigError, r"position = 99; the row has \d+ tokens"),
         ({"metric": lambda logits: logits[:, 0]}, ShapeError, r"the metric of logits \[1, \d+, \d+\] is \[1, \d+\]; expected"),
         ({"metric": lambda logits: logits[:, 0, 0] / 0}, NonFiniteError, r"is NaN or infinite"),
         ({"text": ""}, TextError, r"empty text"),

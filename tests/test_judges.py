@@ -17,7 +17,7 @@ HOOK = "blocks.2.hook_resid_pre"
 
 
 def dictionary(rule: str = "topk", d_in: int = 12, hook: str | None = HOOK, **origin) -> sl.Dictionary:
-    """A dictionary with random biases and decoder rows of uneven norm, where the rule lets them be."""
+    """Return a dictionary with random biases and decoder rows of uneven norm, where the rule lets them be."""
     d = sl.Dictionary.create(rule, reads=sl.Port(hook=hook, width=d_in), d_sae=32, seed=3, origin=sl.Origin(**origin))
     generator = torch.Generator().manual_seed(4)
     for parameter in (d.b_enc, d.b_dec):
@@ -113,7 +113,7 @@ def test_a_skip_connection_is_part_of_the_output():
 
 @pytest.mark.parametrize("token_norm", ["layer_norm", "constant_norm"])
 def test_a_dictionary_that_normalises_each_activation(token_norm):
-    """What is decoded has the norm of what was encoded last, as in SAELens."""
+    """Decoded activations have the norm of the activations that were encoded last, as in SAELens."""
     plain = dictionary()
     d = sl.Dictionary(plain.rule, reads=plain.reads, d_sae=32, origin=plain.origin, token_norm=token_norm)
     d.load_state_dict(plain.state_dict())
@@ -151,7 +151,9 @@ def test_a_transcoder_is_not_given_to_judges_of_autoencoders():
 
 @torch.no_grad()
 def judged_as_saelens_does(sae: DenseSAE, lm: sl.LanguageModel, tokens: torch.Tensor) -> dict[str, float]:
-    """A few metrics from what an evaluation does with the object: dense codes of [batch pos d_in], special tokens left out."""
+    """Return a few metrics from what an evaluation does with the object: dense codes of [batch pos d_in], special tokens left
+    out.
+    """
     x = lm.run(tokens, sae.cfg.metadata.hook_name)[sae.cfg.metadata.hook_name]
     acts = sae.encode(x.to(sae.device))
     keep = (tokens != lm.bos_id).flatten()

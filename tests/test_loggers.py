@@ -157,7 +157,7 @@ def test_a_logger_that_fails_is_dropped_with_one_warning(source, logger, recorde
     assert [line for name, *line in recorder if name == "log"] == [[line] for line in run.history]
     assert len(run.history) == 4
     assert warnings_of(caplog) == [
-        "the failing logger failed; training goes on without it: ConnectionError: the server is away"
+        "the failing logger failed; training continues without it: ConnectionError: the server is away"
     ]
     assert sl.Dictionary.load(tmp_path / "run/dictionary").d_sae == 16
 
@@ -217,7 +217,7 @@ def test_a_class_without_log_says_so(logger, source, tmp_path, caplog):
     logger("mute", type("Mute", (sl.Logger,), {}))
     sl.train(source, TOPK, tmp_path / "run", loggers="mute")
     assert warnings_of(caplog) == [
-        "the mute logger failed; training goes on without it: NotImplementedError: Mute must define log(line)"
+        "the mute logger failed; training continues without it: NotImplementedError: Mute must define log(line)"
     ]
 
 
@@ -226,7 +226,7 @@ def test_a_class_without_log_says_so(logger, source, tmp_path, caplog):
 
 @contextmanager
 def largest_file(n: int):
-    """Within the block every write beyond n bytes of a file fails, as on a full disk."""
+    """Make every write beyond n bytes of a file fail in the block, as on a full disk."""
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (n, old[1]))
     try:
@@ -243,7 +243,7 @@ def test_a_full_disk_costs_the_log_and_not_the_run(source, tmp_path, caplog):
     assert 30 < len(written) < 60
     assert written == run.history[: len(written)]  # whole lines only
     (warning,) = warnings_of(caplog)
-    assert warning == "the jsonl logger failed; training goes on without it: OSError: [Errno 27] File too large"
+    assert warning == "the jsonl logger failed; training continues without it: OSError: [Errno 27] File too large"
     assert torch.equal(sl.Dictionary.load(run.folder / "dictionary").W_dec, run.dictionary.W_dec)
 
 
@@ -273,7 +273,7 @@ def test_a_damaged_log_is_cut_back_to_its_whole_lines(tmp_path, damage):
 
 
 def events_of(folder) -> dict[str, list[tuple[int, float]]]:
-    """{tag: [(step, value)]} as TensorBoard itself reads the folder."""
+    """Return {tag: [(step, value)]} as TensorBoard itself reads the folder."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder)).Reload()
@@ -335,7 +335,7 @@ def wandb_offline(tmp_path, monkeypatch):
 
 
 def wandb_records(folder) -> list:
-    """The records of an offline run: a LevelDB log behind seven bytes, one protocol buffer a record."""
+    """Return the records of an offline run: a LevelDB log behind seven bytes, one protocol buffer a record."""
     import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 

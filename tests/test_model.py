@@ -18,7 +18,7 @@ def model(request):
 
 
 class Stub:
-    """What a splice needs of a dictionary, with a reconstruction of the test's choosing."""
+    """The interface of a dictionary that a splice needs, with a reconstruction of the test's choosing."""
 
     def __init__(self, reconstruct, hook: str = "blocks.1.hook_resid_pre", excluded: tuple[int, ...] = (0,)):
         self.reconstruct = reconstruct
@@ -254,7 +254,7 @@ def test_generation_repeats_by_seed(lm):
 
 
 def greedy(model, prompt: str, n: int) -> str:
-    """n likeliest tokens in a row, each from a full forward pass."""
+    """Return the n likeliest tokens in a row, each from a full forward pass."""
     tokens = model.to_tokens(prompt).tokens
     for _ in range(n):
         tokens = torch.cat([tokens, model.logits(tokens)[:, -1].argmax(-1, keepdim=True)], dim=1)

@@ -80,7 +80,7 @@ def assert_near(found: torch.Tensor, wanted: torch.Tensor, what: str = "", near:
 
 
 def attentions(model: sl.LanguageModel) -> set[str]:
-    """The kinds of attention that a model's parts are set to."""
+    """Return the kinds of attention that a model's parts are set to."""
     return {part.config._attn_implementation for part in model.module.modules() if hasattr(part, "config")}
 
 
@@ -246,7 +246,7 @@ def test_values_are_the_callers_own(family_lm):
 @pytest.mark.parametrize(
     ("family", "hook", "wanted"),
     [
-        ("Phi", "blocks.1.hook_resid_mid", r"; its attention and MLP read the same stream, so there is none between them"),
+        ("Phi", "blocks.1.hook_resid_mid", r"; its attention and MLP read the same stream, so no such hook lies between them"),
         ("Llama", "blocks.1.hook_resid_midd", r"2 blocks; did you mean blocks\.1\.hook_resid_mid, "),
         ("Llama", "hook_embedd", r"; did you mean hook_embed, "),
         ("Llama", "blocks.1.hook_mlp_in", r"is the residual stream that the MLP's norm reads: use blocks\.1\.hook_resid_mid$"),

@@ -28,7 +28,7 @@ QUICK = {"d_sae": 16, "options": {"k": 2}, "n_tokens": 200, "batch_size": 20}
 
 
 def contents(folder: Path) -> dict[str, str | None]:
-    """The hash of each file below a folder, and None for each folder."""
+    """Return the hash of each file below a folder, and None for each folder."""
     paths = sorted(folder.rglob("*"))
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else None for p in paths}
 
@@ -164,7 +164,7 @@ def test_training_does_not_remove_the_text_it_reads(random_lm, x, tmp_path):
     sl.train(TensorSource(x), sl.TrainConfig(**QUICK), tmp_path / "run")
     stream = sl.ActivationStream(random_lm, tmp_path / "run" / "log.jsonl", HOOK, text_config=sl.TextConfig(column="tokens"))
     before = contents(tmp_path)
-    with pytest.raises(OutputExistsError, match=r"log\.jsonl is read, and would be removed"):
+    with pytest.raises(OutputExistsError, match=r"log\.jsonl is an input, and replacing .* would remove it"):
         sl.train(stream, sl.TrainConfig(**QUICK), tmp_path / "run", exists="overwrite")
     assert contents(tmp_path) == before
 
@@ -172,7 +172,7 @@ def test_training_does_not_remove_the_text_it_reads(random_lm, x, tmp_path):
 def test_converting_does_not_replace_its_source(dictionary, tmp_path):
     own = dictionary.save(tmp_path / "own")
     before = contents(own)
-    with pytest.raises(OutputExistsError, match="is read, and would be removed"):
+    with pytest.raises(OutputExistsError, match=r"is an input, and replacing .* would remove it"):
         sl.convert(own, own, "sparsify", exists="overwrite")
     assert contents(own) == before
 
@@ -203,7 +203,7 @@ def test_pages_reports_and_cards_replace_only_their_like(dictionary, random_lm, 
     with pytest.raises(OutputExistsError, match="is not a page"):
         store.dashboard(tmp_path / "page.html", exists="overwrite")
     (tmp_path / "README.md").write_text("# My project")
-    with pytest.raises(OutputExistsError, match="is not a card of a dictionary"):
+    with pytest.raises(OutputExistsError, match="is not the card of a dictionary"):
         write_card(tmp_path, dictionary)
     saved = dictionary.save(tmp_path / "d")
     write_card(saved, dictionary)

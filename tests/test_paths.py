@@ -216,7 +216,7 @@ def test_commands_end_with_one_line(name, bad, place, made, command, tmp_path):
 
 def test_what_the_errors_say(place):
     for path, error, message in [
-        (place / ("x" * 300), ConfigError, r"a name in it is too long; 255 bytes are possible here"),
+        (place / ("x" * 300), ConfigError, r"a name in it is too long; at most 255 bytes are possible here"),
         (long_path(place), ConfigError, "is longer than 4096 bytes"),
         (place / "a\0b", ConfigError, r"a\\x00b' cannot be a path: it holds a NUL character"),
         (place / "link", CorruptFileError, r"link is a link to .*nowhere, which is missing; is that the path you meant\?"),
@@ -268,7 +268,7 @@ def files_of_at_most(n_bytes: int):
 def test_a_file_of_tensors_that_does_not_fit_is_a_full_disk(write, tmp_path):
     (tmp_path / "f").write_text("old")
     with (
-        pytest.raises(DiskFullError, match="f cannot be written: the disk is full, or a limit on it is reached"),
+        pytest.raises(DiskFullError, match="f cannot be written: the disk is full or a quota is reached"),
         files_of_at_most(50_000),
     ):
         write(tmp_path / "f", {"a": torch.zeros(100_000)})

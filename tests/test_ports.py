@@ -111,7 +111,7 @@ def test_only_reading_of_older_files_names_the_old_words():
 
 
 def planted(n: int) -> TensorSource:
-    """Activations at two hooks of different width: directions for each of the same sparse codes."""
+    """Return activations at two hooks of different width: directions for each of the same sparse codes."""
     codes = (torch.rand(n, 16, generator=torch.Generator().manual_seed(1)) < 0.15) * (0.5 + normal(n, 16, seed=2).abs())
     widths = {"a": 10, "b": 7}
     return TensorSource(
@@ -207,7 +207,7 @@ def both(lm, rows) -> torch.Tensor:
 
 
 def logits_with(lm, rows, new: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """Logits with parts of `new` in place of what two modules give, by hooks of torch."""
+    """Return logits with parts of `new` in place of what two modules give, by hooks of torch."""
     first, second = (part.clone() for part in new.split(48, dim=-1))
 
     def put(part):

@@ -51,7 +51,7 @@ TOKENS = torch.randint(97, (3, 20), generator=torch.Generator().manual_seed(1))
 
 
 def random_model(make, tokenizer) -> sl.LanguageModel:
-    """The model with random weights, biases and norms."""
+    """Return the model with random weights, biases and norms."""
     torch.manual_seed(0)
     module = make()
     for parameter in module.parameters():

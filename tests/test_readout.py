@@ -1,4 +1,4 @@
-"""What lies between the last block and the logits: norms, projections and heads, against the model's own logits."""
+"""The parts between the last block and the logits: norms, projections and heads, against the model's own logits."""
 
 import logging
 
@@ -181,6 +181,6 @@ def test_fewer_than_ten_tokens(make):
     assert torch.equal(weights.promoted.long(), effects.argsort(1, descending=True))
     assert torch.equal(weights.suppressed.long(), effects.argsort(1))
     tokens = torch.randint(1, 8, (2, 9), generator=torch.Generator().manual_seed(1))
-    with pytest.raises(ConfigError, match=r"'promoted' is the probability of 10 tokens; random has 8 in all; give metric="):
+    with pytest.raises(ConfigError, match=r"'promoted' needs more than 10 tokens, but random has only 8; give another metric="):
         sl.dose_response(d, model, 3, [1.0], tokens, n_controls=1)
     assert sl.dose_response(d, model, 3, [1.0], tokens, n_controls=1, metric=(5, 3)).effect.isfinite().all()

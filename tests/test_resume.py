@@ -204,7 +204,7 @@ def test_an_unfinished_capture_of_something_else_is_not_continued(lm, documents,
     with pytest.raises(KeyboardInterrupt):
         sl.capture(lm, documents, HOOKS, tmp_path / "cache", **settings())
     monkeypatch.undo()
-    with pytest.raises(OutputExistsError, match=r"n_ctx.*ask for the same, delete it, or say exists='overwrite'"):
+    with pytest.raises(OutputExistsError, match=r"n_ctx.*repeat that request, delete it, or set exists='overwrite'"):
         sl.capture(lm, documents, HOOKS, tmp_path / "cache", **settings(n_ctx=16))
     with pytest.raises(OutputExistsError, match="of another text"):
         sl.capture(lm, documents[1:], HOOKS, tmp_path / "cache", **settings())
@@ -253,7 +253,7 @@ LONG = TrainConfig(sparsity="topk", options={"k": 3}, d_sae=12, batch_size=16, n
 @pytest.mark.parametrize("loggers", [["jsonl"], []], ids=["logged", "not logged"])
 @pytest.mark.parametrize("damage", [None, "removed", "edited"])
 def test_a_log_longer_than_a_settings_file_comes_back_whole(x, tmp_path, monkeypatch, loggers, damage):
-    """Whatever loggers there are, and whatever happens to their files."""
+    """Any loggers, and any damage to their files."""
     (alone,) = sl.train(TensorSource(x), [LONG], tmp_path / "alone", loggers=loggers)
     assert len(alone.history) == 60
     assert len(json.dumps(alone.history)) > 7000
@@ -349,7 +349,7 @@ KINDS = {
 
 
 def swapped(lines, i=1, j=2):
-    """The same lines, two of them in each other's place."""
+    """Return the same lines, two of them in each other's place."""
     lines = list(lines)
     lines[i], lines[j] = lines[j], lines[i]
     return lines

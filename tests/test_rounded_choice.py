@@ -29,7 +29,9 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
 
 
 def make(rule: str) -> Dictionary:
-    """A dictionary in training, with random biases and thresholds; where there is a k, fewer than k latents are positive."""
+    """Return a dictionary in training, with random biases and thresholds; where there is a k, fewer than k latents are
+    positive.
+    """
     d = Dictionary.create(rule, reads=D_IN, d_sae=D_SAE, options=RULES[rule]).train()
     for i, (name, parameter) in enumerate(d.named_parameters()):
         if parameter.ndim == 1:
@@ -50,7 +52,7 @@ def a_step(d: Dictionary) -> SparseStep:
 
 
 def pursued(atoms: torch.Tensor, residual: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-    """v [batch step] of matching pursuit that takes these latents, one step after the other."""
+    """Return v [batch step] of matching pursuit with the given latents, step by step."""
     v = []
     for latent in latents.T:
         v.append((residual * atoms[latent]).sum(1).relu())
@@ -59,7 +61,7 @@ def pursued(atoms: torch.Tensor, residual: torch.Tensor, latents: torch.Tensor) 
 
 
 def codes_in_float64(rule: str, p: dict[str, torch.Tensor], x: torch.Tensor, step: SparseStep, latents: torch.Tensor | None):
-    """(codes at a step's support, pairs too near a threshold to tell on which side they are, pairs chosen by mistake)."""
+    """Return the codes at a step's support, the pairs too near a threshold to judge, and the wrongly chosen pairs."""
     row, latent = step.codes.row, step.codes.latent
     if rule == "matching_pursuit":
         v = pursued(p["W_dec"], x - p["b_dec"], latents)

@@ -1,4 +1,4 @@
-"""What each rule's paper says of it: how many latents fire, what thresholds learn, what a prefix is worth."""
+"""The claims of each rule's paper: the number of firing latents, learned thresholds, the quality of prefixes."""
 
 import itertools
 from types import SimpleNamespace
@@ -34,14 +34,14 @@ def mask_of(support, d_sae: int) -> torch.Tensor:
 
 
 def observed(value: torch.Tensor, **more) -> SimpleNamespace:
-    """A step with codes of these values, of which only what `more` says is known beside."""
+    """Return a step with codes of these values, of which only what `more` says is known beside."""
     unknown = dict.fromkeys(("x", "target", "x_hat", "dead", "progress", "warmup", "decoder_norms"))
     unused = dict.fromkeys(("pre_tiles", "pre_at", "decode", "base"), len)
     return SimpleNamespace(**{**unknown, **unused, "codes": SimpleNamespace(value=value), **more})
 
 
 def largest(pre: torch.Tensor, n: int) -> torch.Tensor:
-    """The n largest by sorting all of them, of equals the first."""
+    """Return the n largest by sorting all of them, of equals the first."""
     best = torch.sort(pre.flatten(), descending=True, stable=True).indices[:n]
     return torch.zeros(pre.numel(), dtype=torch.bool).scatter(0, best, True).reshape(pre.shape)
 
@@ -96,7 +96,7 @@ def test_after_training_a_threshold_lets_as_many_through(planted, rule):
 
 
 def jumprelu(d_in: int, d_sae: int, **options) -> sl.Dictionary:
-    """Random weights, and thresholds about which there are many pre-activations."""
+    """Return random weights, and thresholds about which there are many pre-activations."""
     options["threshold_speed"] = 1.0
     d = sl.Dictionary.create("jumprelu", reads=d_in, d_sae=d_sae, options=options).train()
     d.rule.scaled_log_threshold.data.copy_(normal(d_sae, seed=3) * 0.2 - 0.5)
@@ -176,7 +176,7 @@ def test_target_l0_is_reached(planted):
 
 
 def nested(n: int) -> torch.Tensor:
-    """[n 32]: two of eight general directions a token, each with one of its four special ones."""
+    """Return [n 32]: two of eight general directions per token, each with one of its four special ones."""
     generator = torch.Generator().manual_seed(0)
     directions = torch.nn.functional.normalize(torch.randn(40, 32, generator=generator), dim=1)
     general = torch.rand(n, 8, generator=generator).topk(2, dim=1).indices
@@ -260,12 +260,12 @@ def test_group_max_fires_once_in_each_group():
 
 
 def test_groups_are_of_one_size():
-    with pytest.raises(ConfigError, match=r"^30 latents cannot be split into k = 4 groups of one size; change d_sae or k$"):
+    with pytest.raises(ConfigError, match=r"^30 latents cannot be split into k = 4 groups of equal size; change d_sae or k$"):
         sl.fit(normal(20, 8), "group_max", options={"k": 4}, d_sae=30)
 
 
 def pursuit(atoms: torch.Tensor, x: torch.Tensor, k: int) -> torch.Tensor:
-    """Codes of the textbook's loop, one activation at a time, in float64."""
+    """Return codes of the textbook's loop, one activation at a time, in float64."""
     atoms, codes = atoms.double(), torch.zeros(len(x), len(atoms), dtype=torch.double)
     for row, activation in enumerate(x.double()):
         for _ in range(k):

@@ -22,7 +22,7 @@ TEXTS = ["The quick brown fox. " * 5, "x", "naïve café — Ünïcödé, 漢字
 
 
 def read(text, **settings) -> list:
-    """The documents of a text, their pieces put together."""
+    """Return the documents of a text, their pieces put together."""
     documents = []
     for content, first in read_pieces(text, TextConfig(**settings)):
         if first:
@@ -74,7 +74,7 @@ def test_datasets_of_every_form(files):
     splits = datasets.DatasetDict(train=dataset, validation=dataset.select([1, 4]))
     assert read(splits) == TEXTS
     assert read(splits, split="validation") == ["x", "last"]
-    with pytest.raises(ConfigError, match=r"no split 'valid'; did you mean validation.*there are train, validation"):
+    with pytest.raises(ConfigError, match=r"no split 'valid'; did you mean validation.*it has train, validation"):
         read(splits, split="valid")
 
 
@@ -127,7 +127,7 @@ def test_documents_and_strings():
 def test_a_string_that_names_a_file(files, monkeypatch):
     monkeypatch.chdir(files)
     for text in (str(files / "a.jsonl"), ["first", "a.txt"]):
-        with pytest.raises(ConfigError, match=r"names a file; a string is text itself: give Path\("):
+        with pytest.raises(ConfigError, match=r"names a file; strings are read as text, so give Path\("):
             read(text)
     for text in ("nowhere.txt", "a\0.txt", "long " * 1000 + ".txt"):
         assert read(text) == [text]
@@ -226,7 +226,7 @@ def test_nothing_is_read_before_it_is_needed(lm):
 
 
 def encoded(tokenizer, text, cuts=(), **sizes) -> tuple[list[int], int]:
-    """The tokens of a document handed over in pieces that end at `cuts`, and in how many stretches they came."""
+    """Return the tokens of a document handed over in pieces that end at `cuts`, and in how many stretches they came."""
     ends = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     pieces = [Piece(text[a:b], i == 0) for i, (a, b) in enumerate(itertools.pairwise(ends))]
     found = list(encode(tokenizer, pieces, **sizes))
@@ -286,7 +286,7 @@ def test_text_without_any_border_is_cut_all_the_same(caplog):
         ids, n_stretches = encoded(one_token_a_text, "a" * 1000, stretch=150, context=40)
     assert sum(ids) == 1000
     assert n_stretches == len(ids) == 7
-    assert "without a sure border between tokens" in caplog.text
+    assert "have no safe border between tokens" in caplog.text
 
 
 def test_short_documents_stay_apart(lm):

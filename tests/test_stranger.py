@@ -27,18 +27,18 @@ class Environment:
         Path(here, "shared.pth").write_text("\n".join(lines) + "\n")
 
     def run(self, *args: object, code: int = 0) -> subprocess.CompletedProcess:
-        """What a Python of the environment did; it has to end with `code`."""
+        """Run a Python of the environment, which must end with exit code `code`. Return the finished process."""
         command = [str(self.python), *map(str, args)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=self.folder)
         assert done.returncode == code, f"{command}\n{done.stdout}\n{done.stderr}"
         return done
 
     def cli(self, *args: object, code: int = 0) -> subprocess.CompletedProcess:
-        """The command line of saelens_lite in it."""
+        """Return the command line of saelens_lite in it."""
         return self.run("-m", "saelens_lite.cli", *args, code=code)
 
     def pip(self, *args: object) -> None:
-        """pip of this environment, at work on the other; it may not fetch anything."""
+        """Run this environment's pip on the other environment, without downloads."""
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", self.python]
         done = subprocess.run([*pip, *args], capture_output=True, text=True, check=False, cwd=self.folder)
         assert done.returncode == 0, done.stderr

@@ -241,7 +241,7 @@ def test_a_card_passes_on_no_link_image_or_html(write):
 
 
 def hostile(folder: Path, hook: str = EVIL, **origin: str) -> Path:
-    """A dictionary folder with hostile text in every field that takes text."""
+    """Return a dictionary folder with hostile text in every field that takes text."""
     dictionary(hook=HOOK).save(folder)
     config = json.loads((folder / "cfg.json").read_text())
     fields = dict.fromkeys(("model", "revision", "model_class", "text", "text_sha256"), EVIL)

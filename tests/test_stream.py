@@ -26,7 +26,7 @@ def rows(random_lm, documents) -> TokenRows:
 
 @pytest.fixture(scope="module")
 def seen_by_hooks(random_lm, rows) -> dict[str, torch.Tensor]:
-    """What the hooks see at each position that counts, computed without the stream: {hook: [N d_in]}."""
+    """Return the activations at each counted position, computed without the stream: {hook: [N d_in]}."""
     return {hook: x[rows.keep] for hook, x in random_lm.run(rows, HOOKS).items()}
 
 
@@ -49,7 +49,7 @@ def joined(batches, hook=HOOKS[0]):
 
 
 def places(x: torch.Tensor, among: torch.Tensor) -> list[int]:
-    """Which of the rows of `among` each row of x is, but for rounding; fails when it is none or could be two."""
+    """Return the row of `among` that equals each row of x up to rounding. Fail unless exactly one does."""
     nearest = torch.cdist(x, among, compute_mode="donot_use_mm_for_euclid_dist").topk(2, largest=False)
     assert nearest.values[:, 0].max() < 1e-4
     assert nearest.values[:, 1].min() > 1e-2

@@ -291,36 +291,36 @@ class NeverLearns(Relu):
 
 
 BROKEN = [
-    (NoDefaults, "config", r"Config\(\) should work without arguments, and raises: NoDefaults: 'gain' is required"),
-    (NameTaken, "losses", r"a loss is called 'l0', which names something else in a log"),
+    (NoDefaults, "config", r"Config\(\) should work without arguments, but raises: NoDefaults: 'gain' is required"),
+    (NameTaken, "losses", r"a loss is called 'l0', a name that log lines already use"),
     (PerRow, "losses", r"loss 'norm' should be .* without axes, and is a tensor \(48,\) of torch\.float32"),
-    (NotATensor, "losses", r"loss 'constant' should be a floating-point tensor without axes, and is 1\.0"),
+    (NotATensor, "losses", r"loss 'constant' should be a floating-point tensor without axes, but is 1\.0"),
     (NotFinite, "losses", r"loss 'log' is (nan|inf) on ordinary data"),
     (Raises, "losses", r"raised ZeroDivisionError: no luck \(test_testing\.py:\d+, losses\)"),
     (DefinesNothing, "losses", r"raised NotImplementedError: DefinesNothing must define activation\(pre\)"),
-    (Signed, "trains", r"check_plugin\.Signed gave a negative code \(-\d.*\); codes are never negative, .*End `activation`"),
+    (Signed, "trains", r"check_plugin\.Signed gave a negative code \(-\d.*\); Codes must be ≥ 0, .*End `activation`"),
     (SignedValues, "trains", r"gave a negative code"),
-    (AsItIs, "trains", r"a code is negative \(-0\.\d+\) where the support was chosen from rounded .*end `values` with"),
+    (AsItIs, "trains", r"a code is negative \(-0\.\d+\) if the support comes from rounded .*end `values` with"),
     (Float32Values, "dtypes", r"a step in float64 raises .*; make tensors like those given"),
-    (Float32Loss, "dtypes", r"loss l1 of a float64 step should be float64, and is torch\.float32"),
-    (LargestOfBatch, "row_wise", r"row_wise = True, but \d+ pairs change when a batch is given in halves"),
+    (Float32Loss, "dtypes", r"loss l1 of a float64 step should be float64, but is torch\.float32"),
+    (LargestOfBatch, "row_wise", r"row_wise = True, but \d+ pairs change if a batch is split in halves"),
     (StraightThrough, "gradients", r"gradient of .* is \d.* off dense float64 autograd .*; let nothing depend on"),
     (FirstTile, "gradients in tiles", r"loss level is .* off dense float64 autograd .*; read all of `step\.pre_tiles`"),
     (LooksAtX, "transcoder", r"a step of a transcoder raises RuntimeError: .*; x_hat is to be step\.target, not step\.x"),
     (TwoDefinitions, "definitions", r"codes by support and values are .* \(relative\) off activation; make them agree"),
-    (ForgetsTheGate, "definitions", r"codes by values are .* off activation where the support was chosen from rounded pre-"),
-    (LooksAtTheBatch, "eval codes", r"codes in eval mode change by .* with the rest of the batch; look at single rows"),
+    (ForgetsTheGate, "definitions", r"codes by values are .* off activation if the support comes from rounded pre-"),
+    (LooksAtTheBatch, "eval codes", r"codes in eval mode change by .* with the rest of the batch; use each row alone"),
     (WrongThreshold, "published form", r"codes in eval mode are .* off those of the published jumprelu; return None, or"),
     (NoK, "published form", r"topk needs k; give it in the PublishedForm"),
-    (FixedThreshold, "folding", r"off after fold_decoder_norms_; define rescale_ .* or say homogeneous = False"),
+    (FixedThreshold, "folding", r"off after fold_decoder_norms_; define rescale_ .* or set homogeneous = False"),
     (PlainAttribute, "round trip", r"codes change when a dictionary is saved and loaded, .*register_buffer"),
-    (WrongTensor, "round trip", r"rule\.gain change when saved and loaded; inference_form must give them under their own name"),
+    (WrongTensor, "round trip", r"rule\.gain change when saved and loaded; inference_form must return them"),
     (MeanOfCodes, "empty and full", r"loss mean is NaN or infinite when nothing fires \(L0 0\); divide sums by len\(step\.x\)"),
-    (ReadByIndex, "same bytes", r"sums floats in no fixed order on a GPU, by index_put \(backward pass\); .*self\.at\(tensor"),
-    (ReadByIndexSelect, "same bytes", r"sums floats in no fixed order on a GPU, by index_add \(backward pass\); read per-"),
-    (SumsInNoOrder, "same bytes", r"sums floats in no fixed order on a GPU, by index_add \(test_testing\.py:\d+\); read per-"),
-    (Counts, "resume", r"differ when training was put away and taken up again; .*step\.progress"),
-    (NeverLearns, "planted truth", r"come to a mean cosine of .* with 96 planted directions at L0"),
+    (ReadByIndex, "same bytes", r"sums floats without a fixed order on a GPU, by index_put \(backward pass\); .*self\.at"),
+    (ReadByIndexSelect, "same bytes", r"sums floats without a fixed order on a GPU, by index_add \(backward pass\); read per-"),
+    (SumsInNoOrder, "same bytes", r"sums floats without a fixed order on a GPU, by index_add \(test_testing\.py:\d+\); "),
+    (Counts, "resume", r"differ after training was stopped and resumed; .*step\.progress"),
+    (NeverLearns, "planted truth", r"reach a mean cosine of .* with 96 planted directions at L0"),
 ]  # fmt: skip
 
 
@@ -345,7 +345,7 @@ def test_what_is_right_passes_with_reasons_for_what_was_not_checked():
     assert report.ok
     report.raise_if_failed()
     assert {check.name: check.found for check in report.checks if check.status != "ok"} == {
-        "published form": "inference_form is not defined: other tools cannot read its dictionaries",
+        "published form": "inference_form is not defined, so other tools cannot read its dictionaries",
         "planted truth": "planted = None",
     }
     assert report.summary() == "2 not checked, 16 ok"
@@ -363,17 +363,17 @@ def test_operations_that_add_no_two_floats_to_one_cell_are_no_unordered_sums():
         torch.zeros(6, dtype=torch.long).index_add_(0, twice, torch.ones(3, dtype=torch.long))
         torch.zeros(6).scatter_reduce_(0, twice, torch.ones(3), "amax")
         torch.zeros(6).index_put_((twice,), torch.ones(()))
-    assert sums.found == []
+    assert sums.noted == []
     for read in (lambda: x[twice], lambda: x.index_select(0, twice), lambda: x.gather(0, twice), lambda: x.take(twice)):
         with UnorderedSums() as sums:
             read().sum().backward()
-        assert [place.split()[1:] for place in sums.found] == [["(backward", "pass)"]]
+        assert [place.split()[1:] for place in sums.noted] == [["(backward", "pass)"]]
     with UnorderedSums() as sums:
         torch.bincount(twice, torch.ones(3))
         torch.zeros(6).scatter_reduce_(0, twice, torch.ones(3), "sum")
         torch.zeros(6).put_(twice, torch.ones(3), accumulate=True)
-    assert [place.split()[0] for place in sums.found] == ["bincount", "scatter_reduce", "put"]
-    assert all("(test_testing.py:" in place for place in sums.found)
+    assert [place.split()[0] for place in sums.noted] == ["bincount", "scatter_reduce", "put"]
+    assert all("(test_testing.py:" in place for place in sums.noted)
 
 
 def test_training_that_cannot_begin_fails():
@@ -465,7 +465,7 @@ def test_the_command_line_checks_and_says_so_in_its_exit_code(listed, command):
     [
         (("--check", "top_k"), "no sparsity plugin is called 'top_k'; did you mean topk?"),
         (("--check", "jsonl", "--options.k", "3"), "options = {'k': 3} were given for Jsonl; loggers have none"),
-        (("--options.k", "3"), "--options are those of a rule to check; say which: --check NAME"),
+        (("--options.k", "3"), "--options belong to the rule that is checked; add --check NAME"),
     ],
 )
 def test_the_command_line_refuses(args, message, command):
@@ -608,7 +608,7 @@ class BelievesWhatIsLeft(OwnFiles):
     ("format", "check", "found"),
     [
         (DoesNothing, "reads or writes", r"neither outline\(path\) nor write\(dictionary, folder\) is defined"),
-        (DetectsEverything, "junk", "detect says yes to empty, which holds nothing"),
+        (DetectsEverything, "junk", "detect accepts empty, which holds nothing"),
         (ForgetsBias, "round trip", r"x_hat of l1 are .* \(relative\) off when read again"),
         (BelievesWhatIsLeft, "damage", r"own\.safetensors cut to 0 of .* bytes is read without CorruptFileError"),
     ],

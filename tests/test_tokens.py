@@ -108,7 +108,7 @@ def test_a_document_is_its_text(lm):
 
 @pytest.mark.parametrize("n_ctx", [0, 1, 257])
 def test_n_ctx_out_of_range(lm, n_ctx):
-    with pytest.raises(ConfigError, match=rf"n_ctx = {n_ctx}; tiny takes rows of 2 to 256 tokens"):
+    with pytest.raises(ConfigError, match=rf"n_ctx = {n_ctx}; tiny reads rows of 2 to 256 tokens"):
         token_rows(lm, "text", n_ctx=n_ctx)
 
 

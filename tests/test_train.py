@@ -86,7 +86,7 @@ def test_planted_directions_are_found(planted, rule, options, least):
 
 
 def best_scale(centred, W_enc, W_dec):
-    """The factor of ReLU codes at which they fit best."""
+    """Return the factor of ReLU codes at which they fit best."""
     part = torch.relu(centred @ W_enc) @ W_dec
     return (centred * part).sum() / part.square().sum()
 

@@ -30,7 +30,9 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
 
 
 def pairs(n: int, *, linear: float = 0.0) -> TensorSource:
-    """x: sparse sums of planted directions, far from the origin; y: sums of others for the same directions, and linear·x."""
+    """Return x, sparse sums of planted directions far from the origin, and y, sums of other directions for the same codes +
+    linear·x.
+    """
     codes = (torch.rand(n, 16, generator=torch.Generator().manual_seed(1)) < 0.15) * (0.5 + normal(n, 16, seed=2).abs())
     x = codes @ torch.nn.functional.normalize(normal(16, D_IN, seed=3), dim=1) * 3 + 20 * normal(D_IN, seed=4)
     y = codes @ normal(16, D_OUT, seed=5) + 100 * normal(D_OUT, seed=6) + linear * (x @ normal(D_IN, D_OUT, seed=7))
@@ -77,7 +79,7 @@ def test_a_skip_connection_takes_over_what_is_linear():
 
 
 def test_folding_leaves_the_function_as_it_was():
-    """What the trainer's dictionary does to centred, scaled activations, the result does to raw ones."""
+    """The result maps raw activations as the trainer's dictionary maps centred, scaled ones."""
     source = pairs(1024)
     config = sl.TrainConfig(hook="in", writes=("out",), skip=True, d_sae=D_SAE, options={"k": 4}, n_tokens=10_000, lr=1e-2)
     trainer = Trainer(config, source)
@@ -177,7 +179,7 @@ TEXT = "It was the best of times, it was the worst of times, it was the age of w
 
 
 def mlp(lm, skip: bool = False) -> sl.Dictionary:
-    """A transcoder that is exactly linear: y = x Aᵀ, by the skip connection alone."""
+    """Return a transcoder that is exactly linear: y = x Aᵀ, by the skip connection alone."""
     d = sl.Dictionary.create(
         "topk",
         reads=sl.Port(hook=HOOKS[0], width=lm.d_model),
@@ -258,7 +260,7 @@ def test_state_of_other_activations_is_refused():
 
 
 def test_from_capture_to_a_saved_run_and_back(lm, tmp_path, monkeypatch):
-    """Cache, stream and checkpoint know the target; a run that is taken up again in the middle ends at the same bytes."""
+    """Cache, stream and checkpoint know the target; a run that is resumed in the middle ends at the same bytes."""
     cache = sl.capture(lm, [TEXT * 8] * 6, HOOKS, tmp_path / "cache", n_tokens=600)
     config = sl.TrainConfig(
         hook=HOOKS[0], writes=(HOOKS[1],), skip=True, d_sae=32, options={"k": 4}, n_tokens=1200, batch_size=100, lr=1e-2

@@ -46,7 +46,7 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def largest(pre: torch.Tensor, k: int) -> list[list[int]]:
-    """The latents of the k largest of each row by sorting in Python: NaN first, then by value, then the lower latent."""
+    """Return the latents of the k largest of each row by sorting in Python: NaN first, then by value, then the lower latent."""
     rows = [[(x == x, -x, i) for i, x in enumerate(row)] for row in pre.double().tolist()]  # noqa: PLR0124
     return [sorted(i for _, _, i in sorted(row)[:k]) for row in rows]
 
@@ -118,7 +118,7 @@ def test_topk_wants_a_k_that_fits(k):
 
 
 def support_like(kind: str) -> tuple[Support, int]:
-    """(a support, d_sae) of each adversarial kind."""
+    """Return (support, d_sae) of each adversarial kind."""
     mask = randn(7, 11, seed=3) > 0.5
     if kind == "no pairs":
         mask[:] = False
@@ -149,7 +149,7 @@ def dense(support: Support, value: torch.Tensor, d_sae: int) -> torch.Tensor:
 
 
 def assert_products(support: Support, d_sae: int, value: torch.Tensor, by_row: torch.Tensor, by_latent: torch.Tensor) -> None:
-    """All three products against S, `by_row` [rows d] and `by_latent` [d_sae d] in float64."""
+    """Check all three products against S, `by_row` [rows d] and `by_latent` [d_sae d] in float64."""
     S = dense(support, value, d_sae)
     close = {"rtol": 1e-5, "atol": 1e-5, "check_dtype": False}
     torch.testing.assert_close(kernels.decode(support, value, by_latent), S @ by_latent.double(), **close)
@@ -179,7 +179,7 @@ def test_products_of_more_columns_than_a_block():
 
 
 def between_nan(matrix: torch.Tensor) -> torch.Tensor:
-    """The same matrix as columns of a wider one, NaN on both sides."""
+    """Return the same matrix as columns of a wider one, NaN on both sides."""
     n, d = matrix.shape
     wide = matrix.new_full((n, d + 7), NAN)
     wide[:, 3 : 3 + d] = matrix
@@ -242,7 +242,7 @@ def test_products_want_tensors_that_fit():
     support, d_sae = support_like("random")
     value, by_row, by_latent = randn(len(support.latent)), randn(7, 5), randn(d_sae, 5)
     n = len(value)
-    with pytest.raises(ShapeError, match=f"a product with this support wants {n} values, not {n - 1}"):
+    with pytest.raises(ShapeError, match=f"a product with this support needs {n} values, not {n - 1}"):
         kernels.decode(support, value[1:], by_latent)
     with pytest.raises(ShapeError, match=f"wants {n} values, not {n - 1}"):
         kernels.transposed_product(support, value[1:], by_row, d_sae)

@@ -52,7 +52,7 @@ def store(dictionary, random_lm):
 
 @torch.no_grad()
 def dense(dictionary, lm, text: str) -> torch.Tensor:
-    """Codes [pos d_sae], position 0 left out by zeros."""
+    """Return codes [pos d_sae], position 0 left out by zeros."""
     hook = dictionary.hook
     codes = dictionary.encode(lm.run(text, hook)[hook][0]).to_dense()
     return codes * (torch.arange(len(codes)) > 0)[:, None]
@@ -148,7 +148,7 @@ def test_errors(dictionary, random_lm, store):
         view(PROMPT, metric="los")
     with pytest.raises(ConfigError, match="the store is of another dictionary"):
         sl.prompt_view(made("transcoder"), random_lm, PROMPT, store=store)
-    with pytest.raises(ConfigError, match="not on the residual stream"):
+    with pytest.raises(ConfigError, match="a hook on the residual stream"):
         sl.prompt_view(made("transcoder"), random_lm, PROMPT, "attribution", way="direct")
     broken = copy.deepcopy(random_lm.module)
     broken.transformer.h[0].mlp.c_proj.bias.data[3] = torch.inf
@@ -167,7 +167,7 @@ HOSTILE = [
 
 
 def hostile_view(by: str = "attribution") -> PromptView:
-    """Every string that comes from outside is hostile."""
+    """Return every string that comes from outside is hostile."""
     rows = [
         PromptRow(i, token, 10 + i, 1.5, None if i == 1 else 0.5, (-1) ** i * 0.25, token, token)
         for i, token in enumerate(HOSTILE)

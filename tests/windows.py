@@ -14,7 +14,7 @@ import pytest
 
 
 def _in_use() -> set[Path]:
-    """The files that this process has open or mapped, where the system says so."""
+    """Return the files that this process has open or mapped, where the system says so."""
     if not Path("/proc/self/maps").exists():
         return set()
     names = {line.split(maxsplit=5)[5].strip() for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
@@ -41,7 +41,7 @@ def _refuse_in_use(*paths: Path) -> None:
 
 @contextmanager
 def windows_rules() -> Iterator[None]:
-    """Within the block, os does with files what it does on Windows."""
+    """Make os treat files in the block as on Windows."""
     if os.name == "nt":
         yield
         return

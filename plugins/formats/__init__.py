@@ -1,1 +1,1 @@
-"""Other tools' files, read and written; one format a module."""
+"""Readers and writers of other tools' files, one format per module."""

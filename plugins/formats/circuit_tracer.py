@@ -1,10 +1,10 @@
-"""circuit-tracer: config.yaml, and a file for each layer's transcoder.
+"""circuit-tracer: config.yaml and one file per layer with its transcoder.
 
     codes = act(x W_encᵀ + b_enc)        y = codes W_dec + b_dec + x W_skipᵀ
 
-W_enc stands in the file as [d_sae d_in]. Without an activation in config.yaml it is a JumpReLU where the file has thresholds,
-else a ReLU. Hooks are named within their layer, or with {layer} in the place of its number. circuit-tracer wants all layers
-from 0 on: put the layer files of several dictionaries of one kind into one folder.
+The file holds W_enc as [d_sae d_in]. If config.yaml names no activation, it is JumpReLU for a file with thresholds, else ReLU.
+Hook names are relative to their layer, or contain {layer} for its number. circuit-tracer needs all layers from 0 on, so put the
+layer files of several dictionaries into one folder.
 """
 
 import json
@@ -34,7 +34,7 @@ from saelens_lite.formats import (
 
 CONFIG, LAYERS = "config.yaml", "layer_*.safetensors"
 MAX_YAML_BYTES = 1 << 16
-ACTIVATIONS = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu"}  # of a published architecture
+ACTIVATIONS = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu"}  # published architecture → their name
 RULES = {"relu": "l1", "topk": "topk", "jumprelu": "jumprelu"}
 THRESHOLD, SKIP, K = "activation_function.threshold", "W_skip", "k"
 NAMES = {
@@ -46,7 +46,7 @@ NAMES = {
 
 
 class CircuitTracer(Format):
-    """circuit-tracer's transcoders, a file for each layer; read and written."""
+    """circuit-tracer's transcoders, one file per layer; read and written."""
 
     files = (CONFIG, LAYERS)
 
@@ -61,11 +61,11 @@ class CircuitTracer(Format):
         config = _settings(file.path.parent / CONFIG)
         kind = config.text("model_kind", "transcoder_set")
         if kind != "transcoder_set":
-            raise ConfigError(f"{config.path}: a {kind} writes to several layers, which has no place here")
-        found = next((name for tensor, name in ((THRESHOLD, "jumprelu"), (K, "topk")) if tensor in file.specs), "relu")
-        activation = config.text("activation", found).lower()
+            raise ConfigError(f"{config.path}: a {kind} writes to several layers, which is not supported")
+        default = next((name for tensor, name in ((THRESHOLD, "jumprelu"), (K, "topk")) if tensor in file.specs), "relu")
+        activation = config.text("activation", default).lower()
         if activation not in RULES:
-            raise ConfigError(f"{config.path}: no rule here computes {activation!r}; those of {', '.join(RULES)} are read")
+            raise ConfigError(f"{config.path}: no rule computes {activation!r}; supported are {', '.join(RULES)}")
         k = _k(config, file) if activation == "topk" else None
         layer = re.fullmatch(r"layer_(\d+)\.safetensors", file.path.name)
         hook, target = (_hook(config, side, layer and int(layer[1])) for side in ("input", "output"))
@@ -92,11 +92,13 @@ class CircuitTracer(Format):
         target = re.fullmatch(r"blocks\.(\d+)\.(.+)", dictionary.writes[0].hook or "")
         is_one_to_one = len(dictionary.reads) + len(dictionary.writes) == 2 and dictionary.d_in == dictionary.d_out
         if dictionary.writes_what_it_reads or not is_one_to_one:
-            raise cannot_write(dictionary, self.plugin_name, "it reads transcoders whose output is as wide as their input")
+            raise cannot_write(
+                dictionary, self.plugin_name, "it reads only transcoders whose input and output have the same width"
+            )
         if form is None or form.architecture not in ACTIVATIONS:
-            raise cannot_write(dictionary, self.plugin_name, f"its codes are {', '.join(RULES)} only")
+            raise cannot_write(dictionary, self.plugin_name, f"it supports only {', '.join(RULES)}")
         if not place or not target or place[1] != target[1]:
-            raise cannot_write(dictionary, self.plugin_name, "it needs hooks of one layer, blocks.<i>.…")
+            raise cannot_write(dictionary, self.plugin_name, "it needs hooks of a single layer, blocks.<i>.…")
         activation = ACTIVATIONS[form.architecture]
         config = {
             "model_kind": "transcoder_set",
@@ -120,7 +122,7 @@ class CircuitTracer(Format):
 
 
 def _layer_file(path: Path) -> Path:
-    """The file itself, or the only one of a folder."""
+    """Return the path itself, or the only layer file of a folder."""
     if path.is_file():
         return path
     files = sorted(path.glob(LAYERS))
@@ -130,15 +132,15 @@ def _layer_file(path: Path) -> Path:
 
 
 def _settings(path: Path) -> Settings:
-    """What config.yaml says; all of it is text, but for k."""
+    """Read config.yaml. All values are text except k."""
     size = file_size(path)
     if size > MAX_YAML_BYTES:
         raise CorruptFileError(f"{path}: {size:,} bytes is too large for a settings file")
     try:
         text = path.read_text(encoding="utf-8")
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise ValueError("parts of it are repeated by aliases")
-        values = yaml.load(text, Loader=yaml.BaseLoader)  # makes nothing but text, lists and tables
+            raise ValueError("it uses YAML aliases, which are not supported")
+        values = yaml.load(text, Loader=yaml.BaseLoader)  # creates only text, lists and tables
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise CorruptFileError(f"{path} is not valid YAML: {str(error)[:200]}") from None
     if not isinstance(values, dict):
@@ -150,7 +152,7 @@ def _settings(path: Path) -> Settings:
 
 
 def _k(config: Settings, file: TensorFile) -> int:
-    """k of config.yaml, or of the file where only that has it."""
+    """Return k from config.yaml, or else from the file."""
     stored = int(file.read([K])[K]) if file.ndim(K) == 0 else None
     k = config.whole("k", stored)
     if stored not in (None, k):
@@ -160,7 +162,7 @@ def _k(config: Settings, file: TensorFile) -> int:
 
 
 def _hook(config: Settings, side: Literal["input", "output"], layer: int | None) -> str | None:
-    """transformer-lens's name for a hook of a layer; None where no layer is known."""
+    """Return transformer-lens's name for a hook of a layer, or None if the layer is unknown."""
     key = f"feature_{side}_hook"
     name = config.text(key)
     if name is None:
@@ -174,8 +176,8 @@ def _hook(config: Settings, side: Literal["input", "output"], layer: int | None)
         hook = hook_of_module(name, side)
         if hook is None:
             raise ConfigError(
-                f"{config.path}: {key} is {name!r}, the {side} of a module for which no hook is known here; write "
-                "transformer-lens's name there, such as mlp.hook_in or hook_mlp_out"
+                f"{config.path}: {key} is {name!r}, the {side} of a module without a known hook; replace it by "
+                "transformer-lens's name, such as mlp.hook_in or hook_mlp_out"
             )
         return hook
     return None if layer is None else f"blocks.{layer}.{name}"

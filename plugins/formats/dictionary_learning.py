@@ -3,8 +3,8 @@
     h = (x − b_dec) W_enc + b_enc     AutoEncoder, AutoEncoderTopK, BatchTopKSAE, MatryoshkaBatchTopKSAE, GatedAutoEncoder
     h = x W_enc + b_enc               JumpReluAutoEncoder, AutoEncoderNew
 
-A state dict may lie one level deeper, beside act_mean, which is taken off activations first. AutoEncoderTopK keeps a threshold
-as well; like that tool, we take the k largest.
+A state dict may be one level deeper, beside act_mean, which is subtracted from the activations first. AutoEncoderTopK also
+stores a threshold; like that tool, we use the k largest instead.
 """
 
 import re
@@ -60,12 +60,12 @@ WRITTEN = {"l1": "AutoEncoder", "p_anneal": "AutoEncoder"} | {
     rule: name for name, (rule, _) in CLASSES.items() if name not in ("AutoEncoder", "AutoEncoderNew")
 }
 KEEP_B_DEC = ("AutoEncoderNew", "JumpReluAutoEncoder")
-UNSET = torch.tensor(-1.0)  # a threshold
+UNSET = torch.tensor(-1.0)  # marks a threshold that is not set
 KEYS = {"lm_name", "dict_class", "trainer_class"}
 
 
 class DictionaryLearning(Format):
-    """dictionary_learning's ae.pt and config.json, seven classes; read (on request, as it is a pickle) and written."""
+    """dictionary_learning's ae.pt and config.json, seven classes; read (on request, because it is a pickle) and written."""
 
     pickled = True
     files = (CONFIG, WEIGHTS)
@@ -83,7 +83,7 @@ class DictionaryLearning(Format):
         trainer = config.part("trainer")
         name = trainer.text("dict_class")
         if name not in CLASSES:
-            raise ConfigError(f"{config.path}: trainer.dict_class is {name!r}; those of {', '.join(CLASSES)} are read")
+            raise ConfigError(f"{config.path}: trainer.dict_class is {name!r}; supported are {', '.join(CLASSES)}")
         rule, names = CLASSES[name]
         at = next((key.removesuffix(names["W_dec"][0]) for key in file.specs if key.endswith(names["W_dec"][0])), "")
         mean = next((key for key in (f"{at}act_mean", "act_mean") if key in file.specs), None)
@@ -132,16 +132,18 @@ class DictionaryLearning(Format):
         write_json(folder / CONFIG, {"trainer": trainer, "buffer": {"ctx_len": dictionary.origin.n_ctx}})
 
     def _weights(self, dictionary: Dictionary, name: str) -> dict[str, torch.Tensor]:
-        """The parameters by our names, as their class of that name has them."""
+        """Return the parameters by our names, with the values of their class `name`."""
         weights = dict(dictionary.named_parameters()) | {"W_enc": dictionary.W_enc}
         threshold = dictionary.rule.inference_form().tensors.get("threshold")
-        if name == "JumpReluAutoEncoder":  # encodes x itself
+        if name == "JumpReluAutoEncoder":  # its encoder reads x itself
             b_dec, W_enc, b_enc = (x.cpu().double() for x in (dictionary.b_dec, dictionary.W_enc, dictionary.b_enc))
             b_enc = (b_enc - b_dec @ W_enc).to(dictionary.b_enc.dtype)
             weights |= {"b_enc": b_enc, "rule.plain_threshold": threshold}
         elif threshold is not None:
             if (threshold != threshold[0]).any():
-                raise cannot_write(dictionary, self.plugin_name, f"{name} has one threshold, and those of latents differ here")
+                raise cannot_write(
+                    dictionary, self.plugin_name, f"{name} has one threshold, but the thresholds of this dictionary differ"
+                )
             weights["rule.threshold"] = threshold[0]
         return weights
 
@@ -160,7 +162,7 @@ def _options(name: str, trainer: Settings, file: TorchFile, at: str) -> dict:
         raise CorruptFileError(f"{file.path}: tensor 'group_sizes' is missing")
     ends = file.read([f"{at}group_sizes"])[f"{at}group_sizes"].flatten().cumsum(0).tolist()
     if not ends or ends != sorted(set(ends)) or ends[0] <= 0 or ends[-1] != trainer.whole("dict_size", ends[-1]):
-        raise CorruptFileError(f"{file.path}: group_sizes are to be positive and to add up to dict_size")
+        raise CorruptFileError(f"{file.path}: group_sizes must be positive and add up to dict_size")
     return {"k": k, "prefixes": tuple(end / ends[-1] for end in ends[:-1])}
 
 
@@ -168,11 +170,9 @@ def _place(trainer: Settings, buffer: Settings) -> dict[str, Any]:
     """Return the hook and the origin, as fields of an Outline."""
     module, side = trainer.text("submodule_name"), buffer.text("io", "out")
     if side not in ("in", "out"):
-        raise ConfigError(
-            f"{buffer.path}: buffer.io is {side!r}: what goes in and what comes out differ, which no class here has"
-        )
+        raise ConfigError(f"{buffer.path}: buffer.io is {side!r}: its input and output differ, which no supported class allows")
     if "layer" in buffer and "io" not in buffer:
-        raise ConfigError(f"{buffer.path}: the buffer is one of attention heads; dictionaries of single heads are not read")
+        raise ConfigError(f"{buffer.path}: the buffer holds attention heads; dictionaries of single heads are not supported")
     place = re.fullmatch(r"(resid_post|resid_pre|mlp_out|attn_out)_layer_(\d+)", module or "")
     if place:
         hook = f"blocks.{place[2]}.hook_{place[1]}"
@@ -190,10 +190,10 @@ def _place(trainer: Settings, buffer: Settings) -> dict[str, Any]:
 
 
 def _layer(hook: str | None) -> int | None:
-    found = re.match(r"blocks\.(\d+)\.", hook or "")
-    return int(found[1]) if found else None
+    match = re.match(r"blocks\.(\d+)\.", hook or "")
+    return int(match[1]) if match else None
 
 
 def _ordered(tensor: torch.Tensor, ours: str, axes: str) -> torch.Tensor:
-    """A parameter with the axes it has in their files."""
+    """Return a parameter with the axis order of their files."""
     return tensor.T if (ours, axes) in (("W_enc", "d_sae d_in"), ("W_dec", "d_out d_sae")) else tensor

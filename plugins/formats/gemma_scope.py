@@ -1,9 +1,9 @@
-"""Gemma Scope: params.npz of the first release, params.safetensors and config.json of the second.
+"""Gemma Scope: params.npz (first release), or params.safetensors and config.json (second release).
 
     codes = ReLU(h) · 1[h > threshold],   h = x W_enc + b_enc        y = codes W_dec + b_dec + x A
 
-A, affine_skip_connection, stands in the files as [d_in d_out]. Files of the first release say neither which model they belong
-to nor whether they are transcoders; nothing in the equation depends on that.
+The files hold A, affine_skip_connection, as [d_in d_out]. Files of the first release name neither their model nor whether they
+are transcoders; the equation is the same for both.
 """
 
 import logging
@@ -34,10 +34,10 @@ class GemmaScope(Format):
         config = Settings.read(settings) if W == "w" and settings.is_file() else Settings(settings, {})
         kind, architecture = config.text("type"), config.text("architecture", "jump_relu")
         if file.ndim(f"{W}_dec") == 3 or kind in ("clt", "crosscoder"):
-            raise ConfigError(f"{file.path}: a {kind or 'transcoder'} that reads or writes several layers has no place here")
+            raise ConfigError(f"{file.path}: a {kind or 'transcoder'} that reads or writes several layers is not supported")
         if kind not in (None, "sae", "transcoder") or architecture not in ("jump_relu", "jumprelu"):
             raise ConfigError(
-                f"{config.path}: type {kind!r} with architecture {architecture!r}; sae and transcoder with jump_relu are read"
+                f"{config.path}: type {kind!r} with architecture {architecture!r}; only sae and transcoder with jump_relu work"
             )
         if config.flag("affine_connection") and SKIP not in file.specs:
             raise CorruptFileError(f"{file.path}: affine_connection is true, but tensor {SKIP!r} is missing")
@@ -45,7 +45,7 @@ class GemmaScope(Format):
         transcoder = SKIP in file.specs or kind == "transcoder" or (outside is not None and outside != inside)
         if kind == "sae" and transcoder:
             raise CorruptFileError(
-                f"{config.path}: type is 'sae', but there is a skip connection, or hf_hook_point_out is not hf_hook_point_in"
+                f"{config.path}: type is 'sae', but it has a skip connection, or hf_hook_point_out is not hf_hook_point_in"
             )
         return Outline(
             file,
@@ -70,7 +70,7 @@ class GemmaScope(Format):
 
 
 def _hook(point: str | None) -> str | None:
-    """transformer-lens's name for "model.layers.3.output"; None where none is known, which is logged."""
+    """Return transformer-lens's name for a hook such as "model.layers.3.output", or log that it is unknown and return None."""
     module, _, side = (point or "").rpartition(".")
     hook = hook_of_module(module, side) if side in ("input", "output") else None
     if point is not None and hook is None:

@@ -2,9 +2,9 @@
 
     h = c_in x W_E + b_E      codes = act(h · ‖W_D‖) / ‖W_D‖      y = (codes W_D + b_D) / c_out
 
-with c = √d_model / dataset_average_activation_norm of the hook where norm_activation is "dataset-wise", else 1; without the
-norms of W_D's rows where sparsity_include_decoder_norm is false. Where they decide which latents are the k largest, they are
-folded in here, so that codes are multiplied by ‖W_D‖ and rows of W_dec are unit vectors.
+c is √d_model / dataset_average_activation_norm of the hook if norm_activation is "dataset-wise", else 1. The norms of W_D's
+rows are left out if sparsity_include_decoder_norm is false. If they affect which latents are the k largest, they are folded in:
+codes are multiplied by ‖W_D‖ and rows of W_dec are unit vectors.
 """
 
 from pathlib import Path
@@ -33,15 +33,15 @@ class Llamascopium(Format):
         function, hook = config.text("act_fn", "relu").lower(), config.text("hook_point_in")
         target = config.text("hook_point_out", hook)
         if function not in RULES:
-            raise ConfigError(f"{config.path}: codes by {function!r} depend on the rest of their batch, which is lost here")
+            raise ConfigError(f"{config.path}: codes by {function!r} depend on the rest of their batch, which is not supported")
         kind = config.text("sae_type", "sae")
         if kind not in ("sae", "transcoder"):
-            raise ConfigError(f"{config.path}: sae_type {kind!r} has no place here; sae and transcoder are read")
+            raise ConfigError(f"{config.path}: sae_type {kind!r} is not supported; supported are sae and transcoder")
         subtracted = config.flag("apply_decoder_bias_to_pre_encoder")
         if subtracted and target != hook:
-            raise ConfigError(f"{config.path}: apply_decoder_bias_to_pre_encoder of a transcoder has no place here")
+            raise ConfigError(f"{config.path}: apply_decoder_bias_to_pre_encoder is not supported for a transcoder")
         if config.flag("use_glu_encoder") or file.ndim("W_E") == 3:
-            raise ConfigError(f"{config.path}: a gated encoder, or one of several layers, has no place here")
+            raise ConfigError(f"{config.path}: a gated encoder, or an encoder of several layers, is not supported")
         by_norm = config.flag("sparsity_include_decoder_norm", True)
 
         def adjust(weights):
@@ -84,15 +84,17 @@ class Llamascopium(Format):
         )
 
     def _scales(self, config: Settings, file, hook: str | None, target: str | None) -> tuple[float, float | None]:
-        """(c_in, c_out)."""
+        """Return (c_in, c_out)."""
         kind = config.text("norm_activation", "dataset-wise")
         if kind == "inference":
             return 1.0, None
         if kind != "dataset-wise":
-            raise ConfigError(f"{config.path}: norm_activation {kind!r} is computed from each batch or token; it would be lost")
+            raise ConfigError(
+                f"{config.path}: norm_activation {kind!r} is computed from each batch or token, which is not supported"
+            )
         names = [f"{NORM}{point}" for point in (hook, target)]
         if missing := [name for name in names if file.ndim(name) != 0]:
-            raise CorruptFileError(f"{file.path}: norm_activation is 'dataset-wise', but {missing[0]!r} is no number in it")
+            raise CorruptFileError(f"{file.path}: norm_activation is 'dataset-wise', but it has no number {missing[0]!r}")
         norms = [float(value) for value in map(file.read(names).get, names)]
         if min(norms) <= 0:
             raise CorruptFileError(f"{file.path}: average norms of activations are {norms}; expected positive numbers")

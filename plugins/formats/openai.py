@@ -1,9 +1,9 @@
 """OpenAI's sparse_autoencoder: one .pt file, a pickle.
 
-    z = (x − mean(x)) / (std(x) + 1e-5)        TopK files; ReLU files take x itself
+    z = (x − mean(x)) / (std(x) + 1e-5)        TopK files; ReLU files use x itself
     h = (z − pre_bias) encoder.weightᵀ + latent_bias        y = (codes decoder.weightᵀ + pre_bias) · std(x) + mean(x)
 
-That normalisation is each token's own and no weights can take it over: the dictionary keeps it as its token_norm.
+Each token has its own normalisation, so it cannot be folded into the weights. The dictionary keeps it as its token_norm.
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ STATISTICS = frozenset({"stats_last_nonzero", "latents_activation_frequency", "l
 
 
 class OpenAI(Format):
-    """OpenAI's .pt files, ReLU and TopK; read (on request, as they are pickles)."""
+    """OpenAI's .pt files, ReLU and TopK; read (only on request, because they are pickles)."""
 
     pickled = True
 
@@ -35,7 +35,9 @@ class OpenAI(Format):
         function = settings.text("activation", "ReLU")
         after = settings.text("activation_state_dict.postact_fn", "ReLU")
         if function not in ("ReLU", "TopK") or after != "ReLU":
-            raise ConfigError(f"{path}: codes by {function} followed by {after} have no rule here: negative ones would be lost")
+            raise ConfigError(
+                f"{path}: codes by {function} followed by {after} are not supported: negative codes would be lost"
+            )
         topk = function == "TopK"
         return Outline(
             file,

@@ -1,13 +1,14 @@
-"""SAELens: cfg.json and sae_weights.safetensors, as version 6 and those before it write them.
+"""SAELens: cfg.json and sae_weights.safetensors, in the layout of version 6 and of earlier versions.
 
-    h = (x − b_dec) W_enc + b_enc      or, without apply_b_dec_to_input,      h = x W_enc + b_enc
+    h = (x − b_dec) W_enc + b_enc      without apply_b_dec_to_input: h = x W_enc + b_enc
 
-Our own folders are SAELens folders already; what is written here is the same without what only we read. Before version 6,
-settings stand at the top level of cfg.json, and where no loading options are mentioned, GPT-2 was loaded by HookedTransformer's
-defaults, which take the mean out of what is written to the residual stream.
+Our own folders are already SAELens folders; this format writes the same without the parts that only we read. Before version 6,
+settings are at the top level of cfg.json. If a file of that time names no loading options, GPT-2 was loaded with
+HookedTransformer's defaults, which subtract the mean from everything that is written to the residual stream.
 
-Settings that change the codes, the output, or the tokens that count are translated or refused. `seqpos_slice` becomes excluded
-positions, a list in `exclude_special_tokens` excluded token ids (true adds nothing: special tokens are always left out here).
+Settings that change the codes, the output or the counted tokens are translated or refused. `seqpos_slice` becomes excluded
+positions. A list in `exclude_special_tokens` becomes excluded token ids (true adds nothing, because special tokens are always
+left out).
 """
 
 import logging
@@ -52,13 +53,13 @@ RULES = {  # architecture → (our rule, its tensors)
 }
 TOKEN_NORMS = {"none": None, "layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm"}
 CENTERED = "center_writing_weights"
-FACTORS = ("scaling_factor", "finetuning_scaling_factor")  # of each latent: codes are multiplied by it when they are decoded
+FACTORS = ("scaling_factor", "finetuning_scaling_factor")  # per latent: codes are multiplied by it before decoding
 HEADS = ("hook_head_index", "hook_point_head_index", "hook_head_index_out", "hook_point_head_index_out")
-LOADING = {  # options of a model's loading that leave its activations as they are, or stand in the origin
+LOADING = {  # loading options of a model that do not change its activations, or that the origin records
     *(CENTERED, "revision", "dtype", "torch_dtype", "device", "n_devices", "device_map", "move_to_device", "trust_remote_code"),
     *("attn_implementation", "token", "cache_dir", "center_unembed", "low_cpu_mem_usage", "local_files_only"),
 }
-DEFAULT_K = 100  # of SAELens, where a top-k file does not say it
+DEFAULT_K = 100  # SAELens's default for a top-k file without k
 MAX_EXCLUDED = 1 << 20
 
 
@@ -90,12 +91,12 @@ class SAELens(Format):
                 weights["W_dec"] *= factors[:, None]
             elif factors is not None and not torch.allclose(factors, torch.ones_like(factors)):
                 raise ConfigError(
-                    f"{file.path} holds {name}, which is not one everywhere, but finetuning_scaling_factor in {config.path} is "
-                    "not true; set it to true if codes are to be multiplied by it before they are decoded, or remove the tensor"
+                    f"{file.path} holds {name}, which differs from 1, but finetuning_scaling_factor in {config.path} is "
+                    "not true; set it to true to multiply codes by it before decoding, or remove the tensor"
                 )
             if not weights.keys() & {"W_enc"} and (weights["W_dec"].norm(dim=1) - 1).abs().max() > 1e-3:
-                raise ConfigError(f"{config.path}: rows of W_dec are no unit vectors, on which matching pursuit here depends")
-            if rescaled:  # the largest are chosen after multiplying by the norms of W_dec, and divided by them when decoded
+                raise ConfigError(f"{config.path}: rows of W_dec are not unit vectors, which our matching pursuit needs")
+            if rescaled:  # the largest are chosen after multiplying by the norms of W_dec; decoding divides by them
                 norms = weights["W_dec"].norm(dim=1)
                 weights["W_enc"] *= norms
                 weights["b_enc"] *= norms
@@ -132,26 +133,26 @@ class SAELens(Format):
             return "topk"
         if architecture not in RULES or function != "relu":
             raise ConfigError(
-                f"{config.path}: no rule here computes the codes of architecture {architecture!r} with {function!r}; those of "
-                f"{', '.join(RULES)} are read"
+                f"{config.path}: no rule computes the codes of architecture {architecture!r} with {function!r}; supported are "
+                f"{', '.join(RULES)}"
             )
         return architecture
 
     def _refuse_what_is_not_computed(self, config: Settings, transcoder: bool) -> None:
-        """Raise ConfigError for settings that change the function and have no equivalent here."""
+        """Raise ConfigError for settings that change the codes or the output and have no equivalent."""
         for settings in (config, config.part("metadata")):
             for key in HEADS:
                 if key in settings:
                     raise ConfigError(
                         f"{config.path}: {key} = {settings.values[key]!r}, so the dictionary belongs to one attention head; "
-                        "only dictionaries of all heads are read. Dictionary.from_tensors takes its tensors, for activations "
-                        "that you cut out of that head yourself"
+                        "only dictionaries of all heads are supported. Dictionary.from_tensors reads its tensors, for "
+                        "activations of that head that you select yourself"
                     )
         reshaped = config.text("reshape_activations", "none")
         if reshaped not in ("none", "hook_z"):
-            raise ConfigError(f"{config.path}: reshape_activations is {reshaped!r}; 'none' and 'hook_z' are read")
+            raise ConfigError(f"{config.path}: reshape_activations is {reshaped!r}; supported are 'none' and 'hook_z'")
         if transcoder and config.flag("apply_b_dec_to_input"):
-            raise ConfigError(f"{config.path}: apply_b_dec_to_input is true; in a transcoder b_dec belongs to the output alone")
+            raise ConfigError(f"{config.path}: apply_b_dec_to_input is true; in a transcoder b_dec belongs only to the output")
 
     def _k(self, config: Settings) -> int:
         said = [part.whole("k") for part in (config, config.part("activation_fn_kwargs")) if "k" in part]
@@ -168,18 +169,18 @@ class SAELens(Format):
             return {"parameter": "plain"}
         if architecture == "matching_pursuit":
             if not config.flag("apply_b_dec_to_input", True):
-                raise ConfigError(f"{config.path}: matching pursuit here starts from x − b_dec, this one from x")
+                raise ConfigError(f"{config.path}: our matching pursuit starts from x − b_dec, this one from x")
             if config.number("residual_threshold", 1e-2) or config.flag("stop_on_duplicate_support", True):
                 raise ConfigError(
                     f"{config.path}: this matching pursuit stops early (residual_threshold, stop_on_duplicate_support); ours "
-                    "takes all its steps, so codes would differ"
+                    "always takes all steps, so codes would differ"
                 )
             return {"k": config.whole("max_iterations", config.whole("d_in"))}
         return {}
 
     def _token_norm(self, config: Settings) -> str | None:
         name = config.values.get("normalize_activations")
-        if name is None or isinstance(name, bool):  # as versions before 6 have it
+        if name is None or isinstance(name, bool):  # the form of versions before 6
             name = "expected_average_only_in" if name else "none"
         if not isinstance(name, str) or name not in TOKEN_NORMS:
             raise ConfigError(
@@ -227,7 +228,7 @@ class SAELens(Format):
 
 
 def _hook(metadata: Settings, *keys: str) -> str | None:
-    """transformer-lens's name for the hook that stands under one of those keys."""
+    """Return transformer-lens's name for the hook under the first of these keys."""
     name = next((name for name in map(metadata.text, keys) if name), None)
     if name is None or name.startswith(("blocks.", "hook_")):
         layer = next((metadata.whole(key) for key in ("hook_layer", "hook_point_layer") if key in metadata), None)
@@ -236,7 +237,7 @@ def _hook(metadata: Settings, *keys: str) -> str | None:
 
 
 def _excluded_positions(metadata: Settings, n_ctx: int | None) -> tuple[int, ...]:
-    """The positions of a row that `seqpos_slice` leaves out: SAELens trains on activations[:, slice(*seqpos_slice)]."""
+    """Return the positions that `seqpos_slice` leaves out. SAELens trains on activations[:, slice(*seqpos_slice)]."""
     bounds: Any = metadata.values.get("seqpos_slice")
     if bounds is None:
         return ()
@@ -251,7 +252,7 @@ def _excluded_positions(metadata: Settings, n_ctx: int | None) -> tuple[int, ...
     kept = slice(*bounds)
     start, step = kept.start or 0, 1 if kept.step is None else kept.step
     if step < 1:
-        raise CorruptFileError(f"{metadata.path}: seqpos_slice is {bounds}; its step is to be at least 1")
+        raise CorruptFileError(f"{metadata.path}: seqpos_slice is {bounds}; its step must be at least 1")
     if n_ctx is None and (start < 0 or kept.stop is not None or step > 1):
         raise CorruptFileError(f"{metadata.path}: seqpos_slice is {bounds}, but context_size, on which it depends, is missing")
     row = range(start if n_ctx is None else n_ctx)
@@ -268,7 +269,7 @@ def _excluded_positions(metadata: Settings, n_ctx: int | None) -> tuple[int, ...
 
 
 def _excluded_token_ids(metadata: Settings) -> tuple[int, ...]:
-    """The ids that `exclude_special_tokens` lists; true and false add none."""
+    """Return the token ids in `exclude_special_tokens`. true and false add none."""
     said: Any = metadata.values.get("exclude_special_tokens")
     if said is None or isinstance(said, bool):
         return ()
@@ -280,7 +281,7 @@ def _excluded_token_ids(metadata: Settings) -> tuple[int, ...]:
 
 
 def _say_what_is_not_applied(loading: Settings) -> None:
-    """Warn about options by which the model's activations may be others than those of `load_model`."""
+    """Warn about loading options that may change the model's activations from those of `load_model`."""
     others = {key: value for key, value in loading.values.items() if key not in LOADING and value not in (None, False)}
     if others:
         logging.getLogger(__name__).warning(

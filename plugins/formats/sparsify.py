@@ -1,10 +1,11 @@
-"""EleutherAI's sparsify: cfg.json and sae.safetensors in a folder that is called like the module it belongs to.
+"""EleutherAI's sparsify: cfg.json and sae.safetensors in a folder with the name of its module.
 
-h = ReLU((x − b_dec) encoder.weightᵀ + encoder.bias)        of a transcoder  h = ReLU(x encoder.weightᵀ + encoder.bias)
+h = ReLU((x − b_dec) encoder.weightᵀ + encoder.bias)        transcoders:  h = ReLU(x encoder.weightᵀ + encoder.bias)
 codes = the k largest of h, or the largest of each of k groups        y = codes W_dec + b_dec + x W_skipᵀ
 
-A run with several seeds has a folder for each below the module's: layers.5/seed0. Skip transcoders older than the setting
-`transcode` take b_dec off their input too. The run's config.json, above the folders, says which token ids training left out.
+A run with several seeds has one folder per seed inside the module's folder: layers.5/seed0. Skip transcoders from before the
+setting `transcode` also subtract b_dec from their input. The run's config.json, above the folders, lists the token ids that
+training left out.
 """
 
 import logging
@@ -52,17 +53,15 @@ class Sparsify(Format):
         activation, transcoder = config.text("activation", "topk"), config.flag("transcode")
         skip = {"W_skip": ("W_skip", "d_out d_in")} if "W_skip" in file.specs else {}
         if activation not in RULES:
-            raise ConfigError(
-                f"{config.path}: no rule here computes activation {activation!r}; those of {', '.join(RULES)} are read"
-            )
+            raise ConfigError(f"{config.path}: no rule computes activation {activation!r}; supported are {', '.join(RULES)}")
         for key in NOT_COMPUTED:
             if config.flag(key):
                 kept = (
                     "it keeps negative codes" if key == "signed" else "its output depends on tokens, not on activations alone"
                 )
-                raise ConfigError(f"{config.path}: {key} is true ({kept}), which has no rule here")
+                raise ConfigError(f"{config.path}: {key} is true ({kept}), which is not supported")
         if skip and "transcode" in config and not transcoder:
-            raise ConfigError(f"{config.path}: an autoencoder with a skip connection has no place here; it would be left out")
+            raise ConfigError(f"{config.path}: an autoencoder with a skip connection is not supported")
         older = bool(skip) and not transcoder
 
         def adjust(weights):
@@ -92,9 +91,11 @@ class Sparsify(Format):
     def write(self, dictionary: Dictionary, folder: Path) -> None:
         activation = {rule: name for name, rule in RULES.items()}.get(dictionary.rule.plugin_name)
         if activation is None:
-            raise cannot_write(dictionary, self.plugin_name, f"its codes are those of {', '.join(RULES.values())} only")
+            raise cannot_write(dictionary, self.plugin_name, f"it supports only {', '.join(RULES.values())}")
         if dictionary.d_in != dictionary.d_out or len(dictionary.reads) + len(dictionary.writes) > 2:
-            raise cannot_write(dictionary, self.plugin_name, "it has one hook to read and one to write, of one width")
+            raise cannot_write(
+                dictionary, self.plugin_name, "it supports only one read hook and one write hook of the same width"
+            )
         if dictionary.token_norm:
             raise cannot_write(dictionary, self.plugin_name, f"the {dictionary.token_norm} of each activation would be lost")
         k = min(dictionary.rule.config.k, dictionary.d_sae)
@@ -116,7 +117,7 @@ class Sparsify(Format):
 
 
 def _module(path: Path) -> str:
-    """The module that a folder is called like: its own name, or that of the folder above a seed's."""
+    """Return the module that a folder is named after. A seed's folder is named after the folder above it."""
     folder = path.resolve()
     while re.fullmatch(r"seed_?\d+", folder.name):
         folder = folder.parent
@@ -130,13 +131,13 @@ def _k(config: Settings) -> int:
 
 
 def _excluded_token_ids(path: Path) -> tuple[int, ...]:
-    """The ids that the run's config.json, one or two folders above, lists as `exclude_tokens`; none where it is not there."""
+    """Return `exclude_tokens` from the run's config.json, one or two folders above, or () if that file is missing."""
     for folder in path.resolve().parents[:3]:
         if not (folder / RUN).is_file():
             continue
         run = read_json(folder / RUN)
         if "exclude_tokens" not in run or not isinstance(run.get("sae"), dict):
-            return ()  # the settings of something else
+            return ()  # another tool's settings
         said = run["exclude_tokens"] or []
         if not isinstance(said, list) or not all(type(token) is int and token >= 0 for token in said):
             raise CorruptFileError(f"{folder / RUN}: exclude_tokens is {str(said)[:80]}; expected token ids")

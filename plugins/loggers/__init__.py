@@ -1,1 +1,1 @@
-"""The loggers that come with saelens_lite; each imports its tool when it is asked for."""
+"""The loggers that come with saelens_lite. Each imports its tool on first use."""

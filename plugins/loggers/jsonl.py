@@ -1,4 +1,4 @@
-"""The log that needs nothing installed: a text file that every language reads."""
+"""A log as a text file, without further packages."""
 
 import json
 import os
@@ -12,12 +12,12 @@ MAX_LINE_BYTES = 1 << 20
 
 
 class Jsonl(Logger):
-    """log.jsonl in the run folder, one JSON object a line."""
+    """log.jsonl in the run folder, with one JSON object per line."""
 
     def start(self, folder: Path, config: TrainConfig, tokens: int = 0) -> None:
         self.path = folder / "log.jsonl"
         if os.path.lexists(self.path):
-            file_size(self.path)  # an error for a link that leaves the folder, or what is no file
+            file_size(self.path)  # raises for a link that leaves the folder, or for anything but a file
             os.truncate(self.path, _length_up_to(self.path, tokens))
 
     def log(self, line: dict[str, Any]) -> None:
@@ -26,12 +26,12 @@ class Jsonl(Logger):
             with open(self.path, "a", encoding="utf-8", newline="\n") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError:
-            os.truncate(self.path, length)  # a full disk may have taken half of the line
+            os.truncate(self.path, length)  # on a full disk, half of the line may be written
             raise
 
 
 def _length_up_to(path: Path, tokens: int) -> int:
-    """Bytes of the whole lines at the beginning that reach no further than `tokens`."""
+    """Return the size in bytes of the leading complete lines with at most `tokens` tokens."""
     length = 0
     with open(path, "rb") as file:
         for line in iter(lambda: file.readline(MAX_LINE_BYTES), b""):

@@ -1,4 +1,4 @@
-"""Event files for TensorBoard. Look at them with `tensorboard --logdir runs`."""
+"""Event files for TensorBoard. Show them with `tensorboard --logdir runs`."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from saelens_lite import Logger, TrainConfig
 
 
 class TensorBoard(Logger):
-    """Curves over tokens in the run folder's tensorboard/."""
+    """Curves over tokens, in the folder tensorboard/ of the run."""
 
     def start(self, folder: Path, config: TrainConfig, tokens: int = 0) -> None:
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=tokens + 1 if tokens else None)

@@ -1,4 +1,4 @@
-"""Weights & Biases. Its own environment variables choose where: WANDB_MODE=offline, WANDB_PROJECT, WANDB_ENTITY, …"""
+"""Weights & Biases. Its environment variables choose the destination, e.g. WANDB_MODE=offline, WANDB_PROJECT, WANDB_ENTITY."""
 
 import os
 from pathlib import Path
@@ -10,16 +10,18 @@ from saelens_lite import Logger, TrainConfig
 
 
 class Wandb(Logger):
-    """A Weights & Biases run of the folder's name; WANDB_MODE=offline works without a network."""
+    """A Weights & Biases run with the name of the folder. WANDB_MODE=offline works without a network."""
 
     def start(self, folder: Path, config: TrainConfig, tokens: int = 0) -> None:
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "saelens_lite"),
-            name=f"{folder.name}-{tokens}" if tokens else folder.name,  # nothing can be unlogged: a resumed run is a new one
+            name=f"{folder.name}-{tokens}"
+            if tokens
+            else folder.name,  # logged lines cannot be removed, so a resumed run is a new one
             group=folder.name,
             dir=str(folder),
             config=config.model_dump(mode="json"),
-            reinit="create_new",  # dictionaries that are trained together are runs of their own
+            reinit="create_new",  # dictionaries that are trained together are separate runs
             settings=wandb.Settings(console="off"),
         )
 

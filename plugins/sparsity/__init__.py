@@ -1,1 +1,1 @@
-"""The sparsity rules that come with saelens_lite: one file, one idea, one paper."""
+"""The sparsity rules that come with saelens_lite. Each file is one idea from one paper."""

@@ -1,10 +1,10 @@
-"""Keep the k·n largest pre-activations of a batch of n tokens: easy tokens get fewer latents, hard ones more.
+"""Keep the k·n largest pre-activations of a batch of n tokens. Easy tokens get fewer latents, hard tokens more.
 
     training:   f = BatchTopK(ReLU(h))       L = ‖x − x̂‖² + α · ‖e − ê‖²
     inference:  f = h · 1[h > θ]             θ = E[smallest positive entry of f in a training batch]
 
-e = x − x̂ (a constant), ê = what the aux_k largest dead latents of the token decode to. The expectation is a running one, so
-that θ belongs to the weights as they are at the end of training.
+e = x − x̂ is a constant; ê decodes the aux_k largest dead latents of the token. The expectation is a running mean, so that θ
+fits the weights at the end of training.
 """
 
 import torch
@@ -21,24 +21,26 @@ from saelens_lite.sparsity import (
     support_of_mask,
 )
 
-SAMPLED_ROWS = 64  # rows of a batch from which the search for the largest entries starts
+SAMPLED_ROWS = 64  # rows that give the first bound in the search for the largest entries
 
 
 class BatchTopK(Sparsity):
-    """The k largest positive pre-activations per token on average; a threshold after training."""
+    """The k largest positive pre-activations per token on average; after training, a threshold."""
 
     paper = "Bussmann et al. 2024, BatchTopK sparse autoencoders, arXiv:2412.06410"
     homogeneous = False  # scaling one pre-activation may push another out of the largest
 
     class Config(DeadLatentsConfig):
         k: int = Field(32, gt=0, description="Latents kept per token, on average over a batch.")
-        threshold_decay: float = Field(0.8, ge=0, lt=1, description="What a step leaves of the running estimate of θ.")
+        threshold_decay: float = Field(
+            0.8, ge=0, lt=1, description="Weight of the old value in the running mean of θ, per step."
+        )
 
     config: Config
 
     def __init__(self, config: Config, *, d_in: int, d_sae: int):
         super().__init__(config, d_in=d_in, d_sae=d_sae)
-        self.register_buffer("threshold", torch.zeros(d_sae))  # θ, the same for all latents; 0: nothing observed yet
+        self.register_buffer("threshold", torch.zeros(d_sae))  # θ, equal for all latents; 0 before the first step
 
     def activation(self, pre):
         chosen = self.support(pre.detach())
@@ -74,7 +76,7 @@ class BatchTopK(Sparsity):
 
 
 def largest_positive(pre, n: int) -> Support:
-    """The n largest positive entries of a whole batch, or all positive ones if there are fewer; of equals the first."""
+    """Return the n largest positive entries of a whole batch, or all if there are fewer. Of equal entries, the first."""
     candidates = support_of_mask(pre > _lower_bound(pre, n))
     if len(candidates.latent) < n:
         candidates = support_of_mask(pre > 0)
@@ -88,7 +90,7 @@ def largest_positive(pre, n: int) -> Support:
 
 
 def _lower_bound(pre, n: int):
-    """A number ≥ 0 that about 2n entries exceed, as some of the rows have it: sorting a whole batch would take long."""
+    """Return a number ≥ 0 that about 2n entries exceed, estimated from some rows, because sorting a whole batch is slow."""
     sample = pre[:: max(1, len(pre) // SAMPLED_ROWS)].flatten()
     above = 2 * n * len(sample) // pre.numel()
     return sample.topk(min(above, len(sample) - 1) + 1, sorted=True).values[-1].clamp(min=0)

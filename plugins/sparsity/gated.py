@@ -1,10 +1,10 @@
-"""Separate what fires from how strongly, so that the penalty does not shrink the codes.
+"""Choose the firing latents and their values separately, so that the penalty does not shrink the codes.
 
     π = h + b_gate       f = 1[π > 0] · ReLU(h · exp(r_mag) + b_mag)
     L = ‖x − x̂‖² + λ · Σ_i ReLU(π_i) + ‖x − x̂_gate‖²
 
-with h = (x − b_dec) W_enc and x̂_gate = ReLU(π) W_dec + b_dec, in which W_dec and b_dec are held constant. Decoder rows
-are unit vectors: were they free, the penalty could be evaded by small rows and large r_mag.
+with h = (x − b_dec) W_enc and x̂_gate = ReLU(π) W_dec + b_dec, where W_dec and b_dec are constants. Decoder rows are unit
+vectors, because small free rows with a large r_mag would evade the penalty.
 """
 
 import torch
@@ -15,7 +15,7 @@ from saelens_lite.sparsity import PublishedForm, RuleConfig, Sparsity, Step, Sup
 
 
 class Gated(Sparsity):
-    """A gate chooses the latents; a rescaled, shifted copy of the same pre-activation gives the magnitude."""
+    """Codes from a gate that chooses the latents and a rescaled, shifted copy of the pre-activation that gives the value."""
 
     paper = "Rajamanoharan et al. 2024, Improving dictionary learning with gated sparse autoencoders, arXiv:2404.16014"
     encoder_bias = False

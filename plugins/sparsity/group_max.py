@@ -1,8 +1,8 @@
-"""Split the latents into k groups; the largest pre-activation of each group fires. No sorting, and exactly one latent a group.
+"""Split the latents into k groups. The largest pre-activation of each group fires if it is positive. Nothing is sorted.
 
     f_i = ReLU(h_i) · 1[h_i = max of its group]       L = ‖x − x̂‖² + α · ‖e − ê‖²
 
-e = x − x̂ (a constant), ê = what the aux_k largest dead latents of the token decode to.
+e = x − x̂ is a constant; ê decodes the aux_k largest dead latents of the token.
 """
 
 import torch
@@ -23,14 +23,14 @@ from saelens_lite.sparsity import (
 
 
 class GroupMax(Sparsity):
-    """The largest pre-activation of each of k groups of neighbouring latents, where it is positive."""
+    """The largest pre-activation of each of k groups of neighbouring latents, if it is positive."""
 
     paper = "Srivastava et al. 2013, Compete to compute (local winner-take-all), NIPS; for dictionaries: EleutherAI's sparsify"
     homogeneous = False  # scaling one pre-activation may make it the largest of its group
     row_wise = True
 
     class Config(DeadLatentsConfig):
-        k: int = Field(32, gt=0, description="Groups; d_sae is a multiple of it.")
+        k: int = Field(32, gt=0, description="Number of groups. d_sae must be a multiple of it.")
 
     config: Config
 
@@ -38,7 +38,7 @@ class GroupMax(Sparsity):
         super().__init__(config, d_in=d_in, d_sae=d_sae)
         if d_sae % config.k:
             raise errors.ConfigError(
-                f"{d_sae} latents cannot be split into k = {config.k} groups of one size; change d_sae or k"
+                f"{d_sae} latents cannot be split into k = {config.k} groups of equal size; change d_sae or k"
             )
 
     def activation(self, pre):

@@ -1,19 +1,19 @@
-"""A threshold for each latent, learned from the number of latents that fire itself.
+"""Learn a threshold for each latent, directly from the number of firing latents.
 
     f = ReLU(h) · 1[h > θ]       L = ‖x − x̂‖² + S
 
-with S one of
+where S is one of
     l0:         λ · Σ_i 1[h_i > θ_i]
     target_l0:  λ · d_in · (mean of Σ_i 1[h_i > θ_i] over the batch / target − 1)²
     tanh:       λ · Σ_i tanh(4 f_i ‖W_dec[i]‖) + μ · Σ_{i dead} ReLU(θ_i − h_i) ‖W_dec[i]‖
 
-Neither f nor the count has a gradient in θ. Straight-through estimates stand in for it, in which the step at θ has width ε:
+Neither f nor the count has a useful gradient in θ. Straight-through estimates replace it, with a step of width ε at θ:
     ∂1[h > θ]/∂θ = −K((h − θ)/ε) / ε       ∂f/∂θ = −θ K((h − θ)/ε) / ε       K(u) = 1[|u| < 1/2]
-so that θ feels the pairs just below it too. What is learned is ln θ. Decoder rows are unit vectors except with tanh.
+so that pairs just below θ count too. The learned parameter is ln θ. Decoder rows are unit vectors except with tanh.
 
-Adam changes ln θ by at most the learning rate in a step. The paper, which starts from θ = ε = 0.001, takes very many steps; in
-the few hundred of a short training θ would stay where it is. So ln θ is stored divided by threshold_speed, and θ starts higher.
-Dictionaries of other tools are read with θ itself as the parameter, since no logarithm gives back the same number, or zero.
+Adam changes ln θ by about the learning rate per step. The paper starts from θ = ε = 0.001 and takes very many steps; in a short
+training of a few hundred steps θ would hardly move. So ln θ is stored divided by threshold_speed, and θ starts higher.
+Dictionaries of other tools keep θ itself as the parameter, because exp(ln θ) may differ in the last bit, and θ may be 0.
 """
 
 import math
@@ -36,7 +36,7 @@ from saelens_lite.sparsity import (
 
 
 class JumpReLU(Sparsity):
-    """Pre-activations above a learned threshold, penalised by how many they are."""
+    """Pre-activations above a learned threshold, with a penalty on their number."""
 
     paper = (
         "Rajamanoharan et al. 2024, Jumping ahead: improving reconstruction fidelity with JumpReLU sparse autoencoders, "
@@ -45,14 +45,18 @@ class JumpReLU(Sparsity):
     row_wise = True
 
     class Config(RuleConfig):
-        penalty: Literal["l0", "target_l0", "tanh"] = Field("l0", description="What S is.")
+        penalty: Literal["l0", "target_l0", "tanh"] = Field("l0", description="The penalty S.")
         coefficient: float = Field(1.0, ge=0, description="λ, for activations of norm sqrt(d_in).")
-        target_l0: float = Field(32.0, gt=0, description="Latents per token that the penalty target_l0 aims at.")
-        threshold: float = Field(0.05, gt=0, description="θ before training, for activations of norm 1; in the paper 0.001.")
-        bandwidth: float = Field(0.01, gt=0, description="ε, for activations of norm 1; in the paper 0.001.")
-        threshold_speed: float = Field(10.0, gt=0, description="How much faster ln θ is learned than the rest; in the paper 1.")
+        target_l0: float = Field(32.0, gt=0, description="Target number of latents per token for the penalty target_l0.")
+        threshold: float = Field(0.05, gt=0, description="Initial θ, for activations of norm 1; 0.001 in the paper.")
+        bandwidth: float = Field(0.01, gt=0, description="ε, for activations of norm 1; 0.001 in the paper.")
+        threshold_speed: float = Field(
+            10.0, gt=0, description="Learning rate of ln θ relative to the other parameters; 1 in the paper."
+        )
         dead_coefficient: float = Field(3e-6, ge=0, description="μ.")
-        parameter: Literal["log", "plain"] = Field("log", description="What is stored: ln θ / threshold_speed, or θ itself.")
+        parameter: Literal["log", "plain"] = Field(
+            "log", description="Stored parameter: ln θ / threshold_speed (log), or θ itself (plain)."
+        )
 
     config: Config
 
@@ -96,12 +100,12 @@ class JumpReLU(Sparsity):
         return {"l0_penalty": weight * self.d_in * (l0 / self.config.target_l0 - 1).square()}
 
     def _edge(self, pre, threshold):
-        """0 everywhere, with the gradient in θ that the step 1[h > θ] is given."""
+        """Return zeros with the straight-through gradient of 1[h > θ] in θ."""
         inside = (pre.detach() - threshold.detach()).abs() < self.width / 2
         return inside * (threshold.detach() - threshold) / self.width
 
     def _lift_dead(self, step: Step):
-        """{"lift": μ Σ ReLU(θ − h) ‖W_dec‖ over dead latents}, or nothing where no latent is dead."""
+        """Return {"lift": μ Σ ReLU(θ − h) ‖W_dec‖ over dead latents}, or {} if no latent is dead."""
         dead = step.dead.nonzero().squeeze(1)
         if not len(dead) or self.config.dead_coefficient == 0:
             return {}
@@ -114,7 +118,7 @@ class JumpReLU(Sparsity):
         if self.config.penalty != "tanh":
             normalise_decoder_(dictionary)
         if self.config.parameter == "plain":
-            self.plain_threshold.data.clamp_(min=0)  # below, nothing would change but the gradient
+            self.plain_threshold.data.clamp_(min=0)  # below 0 only the gradient would change
 
     def rescale_(self, scale) -> None:
         if self.config.parameter == "plain":
@@ -128,7 +132,7 @@ class JumpReLU(Sparsity):
     @classmethod
     def from_published(cls, tensors, options):
         tensors, options = dict(tensors), dict(options)
-        if "threshold" in tensors:  # below zero it is a ReLU, whatever it is
+        if "threshold" in tensors:  # any θ below 0 acts as ReLU
             tensors["plain_threshold"] = tensors.pop("threshold").clamp(min=0)
             options["parameter"] = "plain"
         return tensors, options

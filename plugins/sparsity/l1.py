@@ -1,9 +1,9 @@
-"""ReLU with a p-norm penalty on the codes, weighted by decoder norms.
+"""Penalise ReLU codes by a p-norm, weighted by decoder norms.
 
     f = ReLU(h)          L = ‖x − x̂‖² + λ · Σ_i f_i^p · ‖W_dec[i]‖^p
 
-p = 1 is the usual L1 penalty; p < 1 comes closer to counting latents. Weighting by the decoder norm removes the
-incentive to shrink codes and grow directions, so the norms need no constraint.
+p = 1 is the usual L1 penalty; p < 1 is closer to counting latents. With the weights, shrinking codes and growing directions
+does not lower the penalty, so the norms need no constraint.
 """
 
 from pydantic import Field

@@ -1,12 +1,12 @@
-"""Explain a token step by step: take the latent that fits the residual best, subtract what it explains, repeat.
+"""Explain a token step by step: take the latent that fits the residual best, subtract its part, repeat.
 
     r_0 = x − b_dec       i_t = argmax_i ⟨W_dec[i], r_{t−1}⟩       v_t = ReLU(⟨W_dec[i_t], r_{t−1}⟩)
     r_t = r_{t−1} − v_t W_dec[i_t]       f_i = Σ_{t: i_t = i} v_t       L = ‖x − x̂‖² = ‖r_k‖²
 
-A latent sees what those before it have left, so two similar latents do not both fire. Encoder and decoder are one matrix, of
-unit rows. The residual is never formed: with h = (x − b_dec) W_decᵀ, each step takes v_t W_dec[i_t] W_decᵀ off h. Given the
-latents, v solves a triangular system in their inner products, through which the gradient of all steps goes; a step whose v is
-zero is left out of it. The latents may be chosen from rounded numbers, v is not.
+Each latent sees only the residual of the earlier ones, so two similar latents do not both fire. Encoder and decoder are one
+matrix with unit rows. The residual is never formed: with h = (x − b_dec) W_decᵀ, each step subtracts v_t W_dec[i_t] W_decᵀ from
+h. Given the latents, v solves a triangular system in their inner products; the gradient of all steps goes through it. Steps
+with v = 0 are left out. The latents may be chosen from rounded numbers; v is exact.
 """
 
 import torch
@@ -16,12 +16,12 @@ from pydantic import Field
 from saelens_lite.codes import SparseCodes, argmax
 from saelens_lite.sparsity import PublishedForm, RuleConfig, Sparsity, Support, normalise_decoder_, sum_at
 
-LARGEST_GRAM = 16_384  # latents up to which all inner products of W_dec are held, 1 GiB
-CHUNK = 64  # rows pursued at a time on a CPU, so that h stays in its cache
+LARGEST_GRAM = 16_384  # most latents for which all inner products of W_dec are kept in memory (1 GiB)
+CHUNK = 64  # rows per pursuit on a CPU, so that h stays in the cache
 
 
 class MatchingPursuit(Sparsity):
-    """k steps of matching pursuit."""
+    """Codes from k steps of matching pursuit."""
 
     paper = (
         "Costa et al. 2025, From flat to hierarchical: extracting sparse representations with matching pursuit, "
@@ -33,7 +33,7 @@ class MatchingPursuit(Sparsity):
     tied = True
 
     class Config(RuleConfig):
-        k: int = Field(32, gt=0, description="Steps; at most as many latents fire.")
+        k: int = Field(32, gt=0, description="Steps, and the largest number of firing latents.")
 
     config: Config
 
@@ -44,10 +44,10 @@ class MatchingPursuit(Sparsity):
         h = rearrange(self.at(encoder.at(support), place), "(batch step) -> batch step", step=k)
         chosen = rearrange(self.at(W_dec, latent.flatten()), "(batch step) d_in -> batch step d_in", step=k)
         overlap = torch.einsum("bsd,btd->bst", chosen, chosen)
-        dtype = torch.promote_types(h.dtype, torch.float32)  # halves cannot be solved for
+        dtype = torch.promote_types(h.dtype, torch.float32)  # bfloat16 has no triangular solver
         h, overlap = h.to(dtype), overlap.to(dtype)
         v = solve(overlap, h)
-        if bool((explains & (v <= 0)).any()):  # chosen from rounded numbers, or by rounding where nothing is left
+        if bool((explains & (v <= 0)).any()):  # can happen with rounded numbers, or if the residual is 0
             explains = explains & (fits(h.detach(), overlap.detach()) > 0)
             v = solve(overlap * explains[:, None, :], h)
         v = (v * explains).relu().to(encoder.x.dtype)
@@ -55,10 +55,10 @@ class MatchingPursuit(Sparsity):
 
     @torch.no_grad()
     def pursue(self, encoder, W_dec):
-        """(the latent of each step, whether it explains anything), both [batch step]."""
+        """Return the latent of each step and whether its v is positive, both [batch step]."""
         n_rows = len(encoder.x)
         gram = W_dec @ W_dec.T if self.d_sae <= min(n_rows * (self.config.k - 1), LARGEST_GRAM) else None
-        found = []
+        chunks = []
         for tile in encoder.tiles():
             for rows in tile.split(CHUNK if tile.device.type == "cpu" else len(tile)):
                 h, steps = rows.clone(), []
@@ -68,8 +68,8 @@ class MatchingPursuit(Sparsity):
                     explained = gram.index_select(0, best) if gram is not None else W_dec.index_select(0, best) @ W_dec.T
                     h.addcmul_(explained, v, value=-1)
                     steps.append((best, v.squeeze(1) > 0))
-                found.append([torch.stack(part, 1) for part in zip(*steps, strict=True)])
-        return [torch.cat(part) for part in zip(*found, strict=True)]
+                chunks.append([torch.stack(part, 1) for part in zip(*steps, strict=True)])
+        return [torch.cat(part) for part in zip(*chunks, strict=True)]
 
     def after_step(self, dictionary) -> None:
         normalise_decoder_(dictionary)
@@ -80,13 +80,13 @@ class MatchingPursuit(Sparsity):
 
 
 def solve(overlap, h):
-    """v [batch step] with h_t = v_t + Σ_{s < t} overlap_ts v_s."""
+    """Return v [batch step] with h_t = v_t + Σ_{s < t} overlap_ts v_s."""
     column = rearrange(h, "batch step -> batch step 1")
     return torch.linalg.solve_triangular(overlap, column, upper=False, unitriangular=True).squeeze(2)
 
 
 def fits(h, overlap):
-    """v [batch step]: what is left of h at each step after those before it, or 0 where that is negative."""
+    """Return v [batch step]: h at each step less the earlier steps' part, or 0 if that is negative."""
     v = torch.zeros_like(h)
     for step in range(h.shape[1]):
         explained = (overlap[:, step, :step] * v[:, :step]).sum(1)
@@ -95,7 +95,7 @@ def fits(h, overlap):
 
 
 def distinct(latent, d_sae: int) -> tuple[Support, torch.Tensor]:
-    """The pairs of a table [batch step] in which a row may hold a latent more than once, and where each entry is among them."""
+    """Return the support of a table [batch step] whose rows may repeat a latent, and the index of each entry in the support."""
     rows = torch.arange(len(latent) + 1, device=latent.device)
     flat, place = (rows[:-1, None] * d_sae + latent).flatten().unique(return_inverse=True)
     return Support(torch.searchsorted(flat, rows * d_sae), flat % d_sae), place

@@ -1,9 +1,9 @@
-"""Nested dictionaries in one: every prefix of the latents has to reconstruct on its own, so the general ones come first.
+"""Nest dictionaries in one: each prefix of the latents must reconstruct alone, so the general latents come first.
 
     f = BatchTopK(ReLU(h))       x̂_m = Σ_{i < m} f_i W_dec[i] + b_dec
     L = Σ_m ‖x − x̂_m‖² + α · ‖e − ê‖²
 
-over the lengths m of the prefixes, the last of which is d_sae. The rest is as in batch_topk.
+over the lengths m of the prefixes, the last of which is d_sae. Everything else is as in batch_topk.
 """
 
 import torch
@@ -16,7 +16,7 @@ from saelens_lite_plugins.sparsity.batch_topk import BatchTopK
 
 
 class Matryoshka(BatchTopK):
-    """BatchTopK codes of which every prefix reconstructs."""
+    """BatchTopK codes, every prefix of which reconstructs x."""
 
     paper = "Bussmann et al. 2025, Learning multi-level features with matryoshka sparse autoencoders, arXiv:2503.17547"
 
@@ -29,13 +29,13 @@ class Matryoshka(BatchTopK):
         @classmethod
         def _increasing_shares(cls, prefixes: tuple[float, ...]) -> tuple[float, ...]:
             if any(not 0 < share < 1 for share in prefixes) or list(prefixes) != sorted(set(prefixes)):
-                raise ValueError("prefixes are shares between 0 and 1, in increasing order")
+                raise ValueError("prefixes must be shares between 0 and 1, in increasing order")
             return prefixes
 
     config: Config
 
     def lengths(self) -> list[int]:
-        """m of all prefixes but the last."""
+        """Return m for all prefixes but the last."""
         lengths = {max(1, round(share * self.d_sae)) for share in self.config.prefixes}
         return sorted(lengths - {self.d_sae})
 
@@ -44,15 +44,19 @@ class Matryoshka(BatchTopK):
         if not lengths:
             return super().losses(step)
         without_codes = rearrange(step.target - step.base(), "batch d_out -> batch 1 d_out")
-        error = without_codes - self._decode_slices(step, lengths).cumsum(1)  # one thread a sum on a GPU: a fixed order
+        error = without_codes - self._decode_slices(step, lengths).cumsum(
+            1
+        )  # one thread per sum on a GPU, so the order is fixed
         return {"prefixes": error.square().sum((1, 2)).mean(), **super().losses(step)}
 
     def _decode_slices(self, step: Step, lengths: list[int]):
-        """[batch prefix d_out]: what each prefix adds to the one before it; every latent is decoded once."""
+        """Return [batch prefix d_out]: the part that each prefix adds to the one before. Every latent is decoded once."""
         inner = step.codes.where(step.codes.latent < lengths[-1])
         latent = inner.latent
         ends = torch.tensor(lengths, device=latent.device)
-        piece = inner.row * len(ends) + torch.bucketize(latent, ends, right=True)  # ascending, as latents are within a row
+        piece = inner.row * len(ends) + torch.bucketize(
+            latent, ends, right=True
+        )  # ascending, because latents ascend within a row
         begins = torch.searchsorted(piece, torch.arange(len(step.x) * len(ends) + 1, device=piece.device))
         codes = SparseCodes.of(Support(begins, latent), inner.value, self.d_sae)
         return rearrange(step.decode(codes), "(batch prefix) d_out -> batch prefix d_out", prefix=len(ends))

@@ -1,8 +1,8 @@
-"""ReLU with a p-norm penalty whose p falls during training: from L1, which is easy to minimise, towards counting latents.
+"""Penalise ReLU codes by a p-norm whose p falls in training, from L1 (easy to minimise) towards counting latents.
 
     f = ReLU(h)          L = ‖x − x̂‖² + λ_t · Σ_i f_i^p
 
-p is 1 at first and then falls linearly to p_end. Whenever p becomes p', λ_t is multiplied by Σ f^p / Σ f^p' over the batch, so
+p is 1 at first and then falls linearly to p_end. When p changes to p', λ_t is multiplied by Σ f^p / Σ f^p' over the batch, so
 that the penalty keeps its value. Decoder rows are unit vectors.
 """
 
@@ -62,5 +62,5 @@ class PAnneal(Sparsity):
 
 
 def power_sum(value, p):
-    """Σ f^p over all codes of a batch."""
+    """Return Σ f^p over all codes of a batch."""
     return ((value > 0) * value.clamp_min(1e-12).pow(p)).sum()  # the slope at 0 is infinite for p < 1

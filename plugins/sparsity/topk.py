@@ -1,8 +1,8 @@
-"""Keep the k largest pre-activations of each token; revive dead latents by making them explain the error.
+"""Keep the k largest pre-activations of each token. Dead latents are revived by learning to explain the error.
 
     f = TopK(ReLU(h))    L = ‖x − x̂‖² + α · ‖e − ê‖²
 
-e = x − x̂ (a constant), ê = what the aux_k largest dead latents of the token decode to.
+e = x − x̂ is a constant; ê decodes the aux_k largest dead latents of the token.
 """
 
 from pydantic import Field

@@ -1,4 +1,4 @@
-"""What all commands share: the app they register with, how it starts, and how a command that fails says so."""
+"""The base of all commands: the app they register with, its start, and the report of an error."""
 
 import logging
 import sys
@@ -35,7 +35,7 @@ def _launch(
     verbose
         Log what the library does.
     traceback
-        Show the whole traceback of an error.
+        Show the full traceback of an error.
     """
     handler = logging.StreamHandler()
     handler.setFormatter(_Visible("%(message)s"))
@@ -45,7 +45,7 @@ def _launch(
 
 
 def main() -> None:
-    """Run a command. Errors are one line on standard error: exit code 2 for the user's mistakes, 1 for the rest."""
+    """Run a command. An error is one line on standard error. The exit code is 2 for a user's mistake, 1 for other errors."""
     wants_traceback = "--traceback" in sys.argv
     try:
         app.meta(sys.argv[1:], exit_on_error=False, print_error=False)
@@ -76,5 +76,5 @@ class _Visible(logging.Formatter):
 
 
 def say(text: object, *, error: bool = False) -> None:
-    """Print text to standard output, or to standard error; what would steer the terminal is shown instead."""
+    """Print text to standard output or standard error. Control characters are shown, not sent to the terminal."""
     print(visible(str(text)), file=sys.stderr if error else sys.stdout)

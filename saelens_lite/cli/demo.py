@@ -1,4 +1,4 @@
-"""The command that shows everything once."""
+"""The command that runs the whole pipeline once."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from saelens_lite.cli.options import Exists
 
 @app.command
 def demo(out: Path = Path("demo"), *, exists: Exists = "error") -> None:
-    """See everything once, on the embedded model, without a network.
+    """Run the whole pipeline once on the embedded model. No network is needed.
 
     Parameters
     ----------

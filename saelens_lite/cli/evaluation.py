@@ -31,22 +31,22 @@ def evaluate(
     controls: Flag = False,
     json_out: JsonFile = None,
 ) -> None:
-    """Measure dictionaries of one hook: sparsity, reconstruction, and what the model loses.
+    """Measure the sparsity and reconstruction of dictionaries of one hook, and the loss of the model that runs on them.
 
-    Each report goes to eval.json in its dictionary's folder, in place of an earlier one; where there is no such folder, only
-    --json keeps it.
+    Each report is written to eval.json in the dictionary's folder and replaces an earlier one. A dictionary without a folder (a
+    file or an address) needs --json to keep its report.
 
     Parameters
     ----------
     n_tokens
         Tokens to read.
     by_frequency
-        Show the reconstruction error of rare and frequent tokens as well.
+        Also report the reconstruction error of rare and of frequent tokens.
     by_position
-        Report reconstruction and loss by position in a row as well.
+        Also report reconstruction and loss by position in a row.
     controls
-        Measure the same of a random dictionary of the same size and L0, of PCA with L0 components, and of the dictionary on the
-        model with its weights re-drawn.
+        Also measure three controls: a random dictionary of the same size and L0, PCA with L0 components, and the dictionary on
+        the model with random weights.
     """
     import saelens_lite as sl
     from saelens_lite.evaluation import frequency_table, position_table, table
@@ -92,22 +92,22 @@ def probe(
     seed: int = 0,
     json_out: JsonFile = None,
 ) -> None:
-    """Measure how well a few latents tell texts of two classes apart, beside all latents and the raw activations.
+    """Measure how well a few latents separate texts of two classes. All latents and the raw activations are the baselines.
 
     Parameters
     ----------
     data
-        Labelled texts: .jsonl or .csv files, each a dataset of its own.
+        Labelled texts: .jsonl or .csv files. Each file is one dataset.
     column
-        Key or column of the text.
+                Key or column that holds the text.
     label_column
-        Key or column of the label.
+        Key or column that holds the label.
     ks
-        Numbers of latents.
+        Numbers of latents to probe with.
     pooling
-        How the tokens of a text become one vector.
+        Reduction of the tokens of a text to one vector.
     seed
-        Seed of the split into texts to train on and texts held out.
+        Seed of the split into training and test texts.
     """
     import saelens_lite as sl
     from saelens_lite.evaluation.labelled import read_labelled
@@ -135,23 +135,23 @@ def compare(
     json_out: JsonFile = None,
     exists: Exists = "error",
 ) -> None:
-    """See how many latents of a dictionary others have as well, such as those of other seeds.
+    """Count the latents that a dictionary shares with others, such as dictionaries of other seeds.
 
     Parameters
     ----------
     others
         Dictionaries to compare it with.
     threshold
-        Cosine above which matched latents are shared, in decoder and encoder.
+        Smallest cosine, in decoder and encoder, at which matched latents count as shared.
     method
-        How latents are matched: one to one by the Hungarian algorithm, only mutual nearest neighbours, or the former as far as
-        8192 latents.
+        Matching of latents: hungarian (one to one), mutual (mutual nearest neighbours), or auto (hungarian up to 8192 latents).
     include_dead
         Count latents that never fired in training.
     seed
-        Seed of the random dictionary that shows the level of chance.
+        Seed of the random dictionary that gives the chance level.
     out
-        Folder, of the dictionary or its feature store, for a score of each latent: stability.safetensors.
+        Folder for stability.safetensors, which holds a score of each latent. Use the folder of the dictionary or its feature
+        store.
     """
     import saelens_lite as sl
     from saelens_lite.features.compare import STABILITY_FILE, Stability, compare_all, comparison_table
@@ -162,8 +162,8 @@ def compare(
         refuse_existing(out / STABILITY_FILE, exists)
     loaded = sl.load(dictionary)
     settings = {"threshold": threshold, "method": method, "include_dead": include_dead, "seed": seed}
-    found = compare_all(loaded, [sl.load(path) for path in others], **settings)
-    compared = dict(zip(map(str, others), found, strict=True))
+    comparisons = compare_all(loaded, [sl.load(path) for path in others], **settings)
+    compared = dict(zip(map(str, others), comparisons, strict=True))
     if json_out:
         write_json(json_out, {path: comparison.to_dict() for path, comparison in compared.items()})
     console().print(comparison_table(compared))

@@ -1,4 +1,4 @@
-"""Commands that show what latents respond to."""
+"""Commands that show the text to which latents respond."""
 
 from pathlib import Path
 from typing import Annotated
@@ -22,17 +22,17 @@ def features(
     html: Path = Path("features.html"),
     exists: Exists = "error",
 ) -> None:
-    """See what each latent responds to: one HTML file a dictionary, from one pass of the model.
+    """Write one HTML page per dictionary that shows the text to which each latent responds. The model runs once.
 
-    Stability scores that `compare --out` left in the folder of a dictionary are shown as well.
+    The page also shows the stability scores that `compare --out` saved in the dictionary's folder.
 
     Parameters
     ----------
     out
-        Folder for the collected data, to be loaded again; several dictionaries have folders 0-topk, 1-l1, … in it (number and
-        rule). Repeat the command to resume an interrupted pass.
+        Folder for the collected data, which `dashboard` and `prompt --store` read. Several dictionaries get subfolders 0-topk,
+        1-l1, … (number and rule). Repeat the command to resume an interrupted pass.
     html
-        The file to write; several dictionaries have files features-0-topk.html, ….
+        File to write. Several dictionaries get files features-0-topk.html, ….
     """
     import saelens_lite as sl
     from saelens_lite.features.compare import STABILITY_FILE, Stability
@@ -65,14 +65,14 @@ def features(
 
 @app.command
 def dashboard(store: Path, *, html: Path = Path("features.html"), exists: Exists = "error") -> None:
-    """Write the page of a store that `features --out` collected, with the labels that were given since.
+    """Write the page of a store that `features --out` collected, with the current labels.
 
     Parameters
     ----------
     store
         Folder of the store.
     html
-        The file to write.
+                File to write.
     """
     import saelens_lite as sl
 

@@ -11,13 +11,13 @@ from saelens_lite.errors import PluginError
 
 @app.command
 def inspect(path: Path, *, format: ReadAs = None) -> None:
-    """Say what a dictionary or cache holds, ours or another tool's, without loading its tensors.
+    """Show the settings and shapes of a dictionary or cache, ours or another tool's, without loading its tensors.
 
     Parameters
     ----------
     path
-        A folder written by `train` or `capture`, a file or folder of another tool, or a dictionary on the Hub,
-        hf://user/repo/folder@revision, whose weights are not fetched.
+        A folder that `train` or `capture` wrote, a file or folder of another tool, or a dictionary on the Hub
+        (hf://user/repo/folder@revision). Weights on the Hub are not downloaded.
     """
     from saelens_lite import formats
     from saelens_lite.cache.stored import MANIFEST, ActivationCache
@@ -46,14 +46,14 @@ def inspect(path: Path, *, format: ReadAs = None) -> None:
 
 @app.command
 def convert(source: DictionaryPath, out: Path, *, format: str, source_format: ReadAs = None, exists: Exists = "error") -> None:
-    """Write a dictionary, ours or another tool's, in a format.
+    """Convert a dictionary, ours or another tool's, to another format.
 
     Parameters
     ----------
     out
         Folder to write.
     format
-        saelens_lite, our own, or the name of a format plugin: saelens, sparsify, dictionary_learning, circuit_tracer.
+        saelens_lite (our own format) or the name of a format plugin: saelens, sparsify, dictionary_learning, circuit_tracer.
     """
     import saelens_lite as sl
 
@@ -61,13 +61,13 @@ def convert(source: DictionaryPath, out: Path, *, format: str, source_format: Re
 
 
 def _is_ours(facts: dict[str, Any]) -> bool:
-    """Whether a cfg.json or manifest is one of ours."""
+    """Return whether a cfg.json or manifest is one of ours."""
     metadata = facts.get("metadata")
     return isinstance(metadata, dict) and "saelens_lite" in metadata
 
 
 def _say_if_rule_is_missing(facts: dict[str, Any]) -> None:
-    """One line on standard error when a dictionary cannot be loaded for want of its sparsity rule."""
+    """Warn on standard error when the dictionary's sparsity rule cannot be loaded."""
     from saelens_lite import registry
 
     metadata = facts.get("metadata")

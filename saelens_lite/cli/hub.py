@@ -1,4 +1,4 @@
-"""Commands of the Hugging Face Hub."""
+"""Commands for the Hugging Face Hub."""
 
 import json
 from pathlib import Path
@@ -30,23 +30,23 @@ def push(
     path
         A dictionary folder, or the folder of a run with several.
     repo
-        The repository, user/name; it is created if there is none.
+        The repository, user/name. It is created if it does not exist.
     folder
         Name of the dictionary's folder in the repository; default: its hook.
     revision
         Branch to push to; default: main.
     private
-        Let nobody else see the repository, if it is created.
+        Make the repository private if it is created.
     license
         Licence of the repository, e.g. mit.
     tags
-        Further tags of the card.
+        More tags for the model card.
     message
         Message of the commit.
     parent_commit
-        Push only if this is the last commit there.
+        Push only if this is the latest commit on the branch.
     dry_run
-        Send nothing; show what would be sent.
+        Show the files that would be sent, and send nothing.
     """
     import saelens_lite as sl
 
@@ -83,13 +83,13 @@ def pull(
     repo
         The repository, user/name; or an address, hf://user/name/folder@revision.
     folder
-        The dictionary's folder in the repository; it may be left out if there is only one.
+        The dictionary's folder in the repository. May be left out if the repository holds only one dictionary.
     revision
         Branch, tag or commit; default: main.
     out
-        Folder to put it in; default: only huggingface_hub's cache.
+        Folder for a copy; default: keep it only in huggingface_hub's cache.
     max_bytes
-        Refuse to fetch more; default: 32 GiB.
+        Largest download to accept, in bytes; default: 32 GiB.
     """
     import saelens_lite as sl
     from saelens_lite.hub import Address, copy_to, fetch
@@ -98,7 +98,7 @@ def pull(
     if out:
         refuse_existing(out, exists)
     if repo.startswith("hf://") and (folder or revision):
-        raise ConfigError(f"{repo} says which folder and revision; leave out the rest")
+        raise ConfigError(f"{repo} names the folder and revision already; leave out the other arguments")
     address = Address.parse(repo) if repo.startswith("hf://") else Address.of(repo, folder, revision)
     fetched = fetch(address, **given(max_bytes=max_bytes))
     loaded = sl.load(fetched.folder, format=format)

@@ -1,4 +1,4 @@
-"""Commands that change latents, or trace what they do in a prompt."""
+"""Commands that change latents, or trace their effects in a prompt."""
 
 import math
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from saelens_lite.errors import ConfigError
 
 @dataclass(frozen=True)
 class TokenPair:
-    """What effects are measured on, if not on what the command says.
+    """The pair of tokens whose logits are compared, in place of the command's own metric.
 
     Parameters
     ----------
     token
-        With --against: effects are on the logit of this token minus that of the other, at the end of the prompt. Mind the
-        space in front of words.
+        With --against: measure effects on this token's logit minus the other's, at the end of the prompt. Most words begin with
+        a space.
     against
         The other token.
     """
@@ -29,12 +29,12 @@ class TokenPair:
     against: str | None = None
 
     def metric(self) -> tuple[str, str] | None:
-        """The two tokens, if they were given."""
+        """Return the two tokens, or None if neither was given."""
         if self.token is not None and self.against is not None:
             return self.token, self.against
         if self.token is None and self.against is None:
             return None
-        raise ConfigError("--token and --against go together: the difference of their logits is what is explained")
+        raise ConfigError("--token and --against go together: effects are measured on the difference of their logits")
 
 
 TokenPairOptions = Annotated[TokenPair, Parameter(name="*")]
@@ -56,14 +56,14 @@ def steer(
     seed: int = 0,
     of: ModelOptions = THE_MODEL,
 ) -> None:
-    """See what a model writes when latents are changed, beside what it writes without, and what that costs.
+    """Generate text with changed latents. Show it beside the unchanged text, with the cost of the change.
 
     Parameters
     ----------
     prompt
         Beginning of the text.
     ablate
-        Latent that is kept from firing; this and the next three may be given several times, and are applied in this order.
+        Latent to switch off. This option and the next three may be repeated; they apply in this order.
     scale
         LATENT=FACTOR: multiply its code, e.g. 9=0.5.
     clamp
@@ -71,13 +71,13 @@ def steer(
     add
         LATENT=AMOUNT: add to its code, e.g. 3=2.
     positions
-        Positions that change, counted from BOS, which is 0; default: all that the dictionary was trained on.
+        Positions to change, counted from BOS at 0; default: all positions that the dictionary was trained on.
     max_new_tokens
-        Tokens to write.
+        Tokens to generate.
     temperature
-        0 takes the likeliest token each time.
+        Sampling temperature. 0 always picks the most likely token.
     seed
-        Seed of the draws.
+                Seed of the sampling.
     """
     import saelens_lite as sl
     from saelens_lite.interventions.steering import steer as run_steer
@@ -92,7 +92,7 @@ def steer(
 
 
 def _latent_and_value(flag: str, text: str) -> tuple[int, float]:
-    """The two sides of "7=8.0"."""
+    """Return the two sides of "7=8.0"."""
     latent, _, value = text.partition("=")
     try:
         return int(latent), float(value)
@@ -113,32 +113,32 @@ def doses(
     of: ModelOptions = THE_MODEL,
     json_out: JsonFile = None,
 ) -> None:
-    """Measure what amounts of a latent do and what they cost, beside random latents of equal norm.
+    """Measure the effect and cost of several amounts of a latent, beside random latents of equal norm.
 
-    Without --token and --against: what they do to the log-probability of the ten tokens that the latent promotes most.
+    Without --token and --against, the effect is on the log-probability of the ten tokens that the latent promotes most.
 
     Parameters
     ----------
     latent
-        Its number.
+                Number of the latent.
     prompt
-        Text to measure on; may be given several times.
+        Text to measure on. May be repeated.
     doses
-        Amounts that are added to its code, e.g. --doses 2 4 8.
+        Amounts to add to the latent's code, e.g. --doses 2 4 8.
     controls
-        Number of random latents.
+        Number of random latents to compare with.
     seed
-        Seed of the draw of the random latents.
+        Seed that picks the random latents.
     """
     import saelens_lite as sl
     from saelens_lite.files import write_json
 
     metric = pair.metric() or "promoted"
     loaded, lm = of.load(dictionary)
-    found = sl.dose_response(loaded, lm, latent, doses, prompt, metric=metric, n_controls=controls, seed=seed, hook=of.hook)
-    console().print(found.table())
+    response = sl.dose_response(loaded, lm, latent, doses, prompt, metric=metric, n_controls=controls, seed=seed, hook=of.hook)
+    console().print(response.table())
     if json_out:
-        write_json(json_out, found.to_dict(), limit=math.inf)
+        write_json(json_out, response.to_dict(), limit=math.inf)
 
 
 @app.command
@@ -152,28 +152,28 @@ def attribute(
     of: ModelOptions = THE_MODEL,
     json_out: JsonFile = None,
 ) -> None:
-    """See which latents make the model say what it says: by exact ablation, by gradient, and directly.
+    """Show which latents drive the model's prediction: by exact ablation, by gradient, and by direct effect on the logits.
 
-    Without --token and --against: effects are on the mean loss over the prompt.
+    Without --token and --against, effects are on the mean loss over the prompt.
 
     Parameters
     ----------
     prompt
-        The text; latents are those that fire on it.
+        Text to explain. Only latents that fire on it are shown.
     top
         Rows to show.
     ablation
-        Also ablate each latent, a forward pass each.
+        Also ablate each latent. This takes one forward pass per latent.
     """
     import saelens_lite as sl
     from saelens_lite.files import write_json
 
     metric = pair.metric() or "loss"
     loaded, lm = of.load(dictionary)
-    found = sl.attribute(loaded, lm, prompt, metric, ablation=ablation, hook=of.hook)
-    console().print(found.table(top))
+    attribution = sl.attribute(loaded, lm, prompt, metric, ablation=ablation, hook=of.hook)
+    console().print(attribution.table(top))
     if json_out:
-        write_json(json_out, found.to_dict(), limit=math.inf)
+        write_json(json_out, attribution.to_dict(), limit=math.inf)
 
 
 @app.command(name="prompt")
@@ -188,21 +188,21 @@ def show_prompt(
     of: ModelOptions = THE_MODEL,
     json_out: JsonFile = None,
 ) -> None:
-    """See which latents fire at each token of a text.
+    """Show which latents fire at each token of a text.
 
-    Without --token and --against: effects are on the mean loss over the text.
+    Without --token and --against, effects are on the mean loss over the text.
 
     Parameters
     ----------
     prompt
         The text.
     by
-        What comes first at a token: the largest activation, the largest share of the latent's largest activation (needs
-        --store), or the largest effect on what the model says, by gradient.
+        Order of the latents at a token: activation (largest first), relative (largest share of the latent's maximum; needs
+        --store), or attribution (largest effect by gradient).
     store
-        Folder written by `features --out`, for labels and promoted tokens.
+        Folder that `features --out` wrote; adds labels and promoted tokens.
     top
-        Latents of each token.
+                Latents to show per token.
     """
     import saelens_lite as sl
     from saelens_lite.files import write_json

@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Options that several commands share."""
 
 import math
 import os
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 DICTIONARY = "a folder of ours, a folder or file of another tool, or an address such as hf://user/repo/folder@revision."
 
 Flag = Annotated[bool, Parameter(negative="")]
-Exists = Annotated[Literal["error", "overwrite"], Parameter(help="What to do when an output exists.")]
+Exists = Annotated[Literal["error", "overwrite"], Parameter(help="Fail or overwrite when the output exists.")]
 DictionaryPath = Annotated[Path, Parameter(help=f"The dictionary: {DICTIONARY}")]
 DictionaryPaths = Annotated[list[Path], Parameter(help=f"Dictionaries, each {DICTIONARY}")]
 TextName = Annotated[
@@ -30,42 +30,42 @@ TextName = Annotated[
     ),
 ]
 TextOptions = Annotated[TextConfig, Parameter(name="*")]
-ReadAs = Annotated[str | None, Parameter(help="Name of the format plugin to read it with; only needed for pickles.")]
+ReadAs = Annotated[str | None, Parameter(help="Name of the format plugin that reads the files. Needed only for pickles.")]
 
 
 def _check_report(_: Any, path: Path | None) -> None:
-    """Raise where no report can be written, or would replace a file that is not JSON, before the work begins."""
+    """Raise before the work begins if the report cannot be written, or if it would replace a file that is not JSON."""
     from saelens_lite.files import read_json
 
     if path is not None and os.path.lexists(check_output(path)):
         try:
             read_json(path, limit=math.inf)
         except CorruptFileError as error:
-            raise OutputExistsError(f"{path} exists and is not an earlier report ({error}); choose another file") from None
+            raise OutputExistsError(f"{path} exists but is not an earlier report ({error}); choose another file") from None
 
 
 JsonFile = Annotated[
-    Path | None, Parameter(name="--json", validator=_check_report, help="File for all figures. Replaces an earlier report.")
+    Path | None, Parameter(name="--json", validator=_check_report, help="File for all numbers; replaces an earlier report.")
 ]
 PrintJson = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON instead of text.")]
 
 
 @dataclass(frozen=True)
 class OfModel:
-    """Where in which model dictionaries are used.
+    """The model and hook that dictionaries run on.
 
     Parameters
     ----------
     model
         "tiny", a Hugging Face Hub id, or a folder; default: the model the dictionary was trained on.
     hook
-        The hook, for dictionaries that do not say theirs.
+        The hook. Needed only for dictionaries that do not name theirs.
     device
-        Where to run, e.g. cuda; default: CUDA where there is one, else MPS where it works, else the CPU.
+        Device to run on, e.g. cuda; default: CUDA if available, else MPS if it works, else the CPU.
     model_revision
         Commit, branch or tag of the model on the Hub; default: the commit the dictionary was trained on.
     trust_remote_code
-        Run Python code that comes with the model's files. Only with --model: a dictionary does not decide which code is run.
+        Run Python code that comes with the model's files. Needs --model, so that a dictionary never decides which code runs.
     """
 
     model: str | None = None
@@ -75,7 +75,7 @@ class OfModel:
     trust_remote_code: Flag = False
 
     def model_of(self, *dictionaries: "Dictionary") -> "LanguageModel":
-        """The model that was asked for, or the one of the dictionaries, with its weights processed as they were."""
+        """Return the model named by --model, else the dictionaries' own, with the weights processed as in training."""
         from saelens_lite.model import model_of
 
         return model_of(
@@ -87,7 +87,7 @@ class OfModel:
         )
 
     def load(self, path: Path) -> "tuple[Dictionary, LanguageModel]":
-        """A dictionary and its model, on one device."""
+        """Return a dictionary and its model, on one device."""
         import saelens_lite as sl
 
         dictionary = sl.load(path)
@@ -100,5 +100,5 @@ THE_MODEL = OfModel()
 
 
 def given(**flags: Any) -> dict[str, Any]:
-    """The flags that have a value."""
+    """Return the flags that have a value."""
     return {name: value for name, value in flags.items() if value is not None}

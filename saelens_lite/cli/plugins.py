@@ -23,35 +23,36 @@ def plugins(
     options: dict[str, str] | None = None,
     as_json: PrintJson = False,
 ) -> None:
-    """List the plugins that are installed, and whether each can be loaded; or check that one keeps its contract.
+    """List the installed plugins and say whether each can be loaded. With --check, test one against its contract.
 
-    The environment variable SAELENS_LITE_PLUGINS restricts which may be: a comma-separated list of distributions and
-    kind:name pairs, e.g. SAELENS_LITE_PLUGINS=my-rules,loggers:my_logger. Built-in plugins always may; unset, all may.
+    The environment variable SAELENS_LITE_PLUGINS restricts which plugins may be loaded: a comma-separated list of distributions
+    and kind:name pairs, e.g. SAELENS_LITE_PLUGINS=my-rules,loggers:my_logger. Built-in plugins are always allowed. If it is
+    unset, all plugins are allowed.
 
     Parameters
     ----------
     check
-        Name of a sparsity rule, format or logger, or kind:name, to check: a line for each thing that was looked at; exit code 1
-        if anything fails. A logger writes where it is configured to: set WANDB_MODE=offline or the like before.
+        Name of a plugin to check, or kind:name. Prints one line per check; the exit code is 1 if any check fails. A logger
+        writes to its configured destination, so set WANDB_MODE=offline or the like first.
     options
-        With --check: options of the sparsity rule, e.g. --options.k 4.
+        With --check: options of a sparsity rule, e.g. --options.k 4.
     """
     from saelens_lite import registry
 
     if options and not check:
-        raise ConfigError("--options are those of a rule to check; say which: --check NAME")
+        raise ConfigError("--options belong to the rule that is checked; add --check NAME")
     if check:
         _check(check, options or {}, as_json)
         return
-    found = [registry.check(plugin) for kind in registry.kinds() for plugin in registry.plugins(kind)]
+    findings = [registry.check(plugin) for kind in registry.kinds() for plugin in registry.plugins(kind)]
     if as_json:
-        say(json.dumps([_facts(finding) for finding in found], indent=2, ensure_ascii=False))
+        say(json.dumps([_facts(finding) for finding in findings], indent=2, ensure_ascii=False))
     else:
-        console().print(_plugin_table(found))
+        console().print(_plugin_table(findings))
 
 
 def _check(asked: str, options: dict[str, str], as_json: bool) -> None:
-    """Print what the conformance kit finds of a plugin; exit code 1 if a check fails."""
+    """Print the findings of the conformance kit on a plugin. Exit with code 1 if a check fails."""
     from saelens_lite import registry
     from saelens_lite.config import parse_options
     from saelens_lite.testing import check_plugin
@@ -59,7 +60,7 @@ def _check(asked: str, options: dict[str, str], as_json: bool) -> None:
     kind, _, name = asked.rpartition(":")
     kinds = [kind] if kind else [k for k in registry.kinds() if any(p.name == asked for p in registry.plugins(k))]
     if len(kinds) > 1:
-        raise PluginError(f"{asked!r} is the name of several plugins; say which: {' or '.join(f'{k}:{name}' for k in kinds)}")
+        raise PluginError(f"{asked!r} is the name of several plugins; choose one: {' or '.join(f'{k}:{name}' for k in kinds)}")
     report = check_plugin(registry.load(name, *kinds), options=parse_options(options))
     if as_json:
         say(json.dumps({"plugin": report.plugin, "checks": [c._asdict() for c in report.checks]}, indent=2, ensure_ascii=False))
@@ -82,7 +83,7 @@ def _check_table(report: "PluginReport") -> "Table":
 
 
 def _facts(finding: "Finding") -> dict[str, str]:
-    """A finding as flat JSON."""
+    """Return a finding as flat JSON."""
     p = finding.plugin
     origin = {"name": p.name, "kind": p.kind, "distribution": p.distribution, "version": p.version, "target": p.target}
     return origin | {"paper": finding.paper, "summary": finding.summary, "status": finding.status, "why": finding.why}

@@ -1,4 +1,4 @@
-"""Commands that make activations and dictionaries."""
+"""Commands that capture activations and train dictionaries."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,7 +27,7 @@ def capture(
     trust_remote_code: Flag = False,
     exists: Exists = "error",
 ) -> None:
-    """Run a model over text once and store activations.
+    """Run a model over text once and store its activations.
 
     Parameters
     ----------
@@ -38,13 +38,13 @@ def capture(
     out
         Folder for the cache.
     n_tokens
-        Activations to store; default: all of the text.
+        Number of activations to store; default: all of the text.
     dtype
-        How activations are stored.
+        Number type of the stored activations.
     device
-        Where the model runs, e.g. cuda; default: CUDA where there is one, else MPS where it works, else the CPU.
+        Device for the model, e.g. cuda; default: CUDA if available, else MPS if it works, else the CPU.
     center_writing_weights
-        Take the mean out of all that is written to the residual stream first; for models whose norms are LayerNorm.
+        Before capture, subtract the mean from the weights that write to the residual stream. Only for models with LayerNorm.
     model_revision
         Commit, branch or tag of the model on the Hub.
     trust_remote_code
@@ -89,20 +89,20 @@ def train(
     loggers: str | None = None,
     exists: Exists | None = None,
 ) -> None:
-    """Train one or several dictionaries on a cache, or on a text without one; go on with a run that was interrupted.
+    """Train one or several dictionaries on a cache or on text, or resume an interrupted run.
 
     Parameters
     ----------
     cache
-        Folder written by `capture`.
+        Folder that `capture` wrote.
     config
-        TOML file with the same settings, and a [[dictionary]] table for each of several; flags win over it.
+        TOML file with the same settings. Several dictionaries each get a [[dictionary]] table. Flags override the file.
     out
         Folder for the run; default: runs/dictionary.
     resume
-        Folder of an interrupted run. Its settings hold; a cache or --text need only be named if it has moved.
+        Folder of an interrupted run, whose settings are kept. Name the cache or --text only if it has moved.
     text
-        Instead of a cache: text as for `capture`, from which activations are computed while training goes on.
+        Text, as for `capture`, in place of a cache. Activations are computed during training.
     model
         With --text: "tiny", a Hugging Face Hub id, or a folder.
     model_revision
@@ -110,21 +110,21 @@ def train(
     trust_remote_code
         With --text: run Python code that comes with the model's files.
     buffer_tokens
-        With --text: activations of each hook that are mixed in memory.
+        With --text: activations of each hook that are shuffled in memory.
     data_seed
         Seed of the order of the data; default: 0.
     validation_tokens
-        Activations never trained on; val_fvu and val_l0 in the log are of them. Default: 0.
+        Number of activations held out from training; the log's val_fvu and val_l0 are measured on them. Default: 0.
     checkpoint_seconds
         Seconds between two checkpoints; default: 600.
     device
-        Where to train, e.g. cuda; default: CUDA where there is one, else MPS where it works, else the CPU. With --resume:
-        where the run was trained.
+        Device to train on, e.g. cuda; default: CUDA if available, else MPS if it works, else the CPU. With --resume: the
+        device of the run.
     loggers
-        Where metrics go, comma-separated: jsonl (log.jsonl in the run folder), tensorboard, wandb, trackio, or one of your own.
+        Loggers, comma-separated: jsonl (log.jsonl in the run folder), tensorboard, wandb, trackio, or your own plugin.
         Default: jsonl.
     exists
-        What to do when the folder is not empty; default: error.
+        Fail or overwrite when the folder is not empty; default: error.
     """
     import saelens_lite as sl
     from saelens_lite.config import parse_options
@@ -137,7 +137,7 @@ def train(
         flags["options"] = parse_options(flags["options"])
     if resume:
         if surplus := flags | only_new | given(config=config, out=out):
-            raise ConfigError(f"--resume keeps the settings of {resume}; leave out {', '.join(surplus)}")
+            raise ConfigError(f"--resume keeps the settings of {resume}, so leave out {', '.join(surplus)}")
         runs = sl.resume(resume, cache and sl.ActivationCache.open(cache), text=text, **common)
     else:
         configs = train_configs(read_toml(config) if config else {}, flags)
@@ -160,18 +160,18 @@ def _source(
     buffer_tokens: int,
     loading: dict[str, Any],
 ) -> Any:
-    """The activations to train on: a cache, or a stream of a model that is loaded so."""
+    """Return the activations to train on: a cache, or a stream from a model that is loaded with the `loading` arguments."""
     import saelens_lite as sl
     from saelens_lite.tokens import named_text
 
     if cache and text:
-        raise ConfigError(f"both a cache ({cache}) and --text ({text}) were given; training reads one of them")
+        raise ConfigError(f"both a cache ({cache}) and --text ({text}) were given; training reads only one of them")
     if cache:
         return sl.ActivationCache.open(cache)
     if not text:
         raise ConfigError("nothing to train on: give the folder of a cache, or --text with --hook")
     if () in hooks:
-        raise ConfigError("with --text, say which hook to train on: --hook, or hook = in each [[dictionary]]")
+        raise ConfigError("--text needs a hook: give --hook, or hook = in each [[dictionary]]")
     lm = sl.load_model(model, **loading)
     return sl.ActivationStream(
         lm,
@@ -184,6 +184,6 @@ def _source(
 
 
 def _hooks(config: TrainConfig) -> tuple[str, ...]:
-    """Return the hooks that a dictionary is trained on, as far as its settings name them."""
+    """Return the hooks that the settings of a dictionary name."""
     reads = config.reads or ((config.hook,) if config.hook else ())
     return (*reads, *config.writes) if reads else ()

@@ -1,4 +1,4 @@
-"""SparseCodes: which latents fire for each activation, and how strongly."""
+"""SparseCodes: the latents that fire for each activation, and their values."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,30 +14,30 @@ from saelens_lite.codes import gpu
 from saelens_lite.codes.support import Support, _pointers
 from saelens_lite.errors import ShapeError
 
-GROUPS = 1024  # of latents, whose maxima are looked at first where a few largest of many are wanted
+GROUPS = 1024  # groups of latents; `largest` looks at the maximum of each group first
 
 
 def support_of_mask(mask: Bool[Tensor, "batch d_sae"]) -> Support:
-    """The pairs at which `mask` is true, latents ascending within a row."""
-    if mask.device.type == "cpu":  # numpy finds them several times faster
+    """Return the (row, latent) pairs where `mask` is true, latents ascending within a row."""
+    if mask.device.type == "cpu":  # numpy is several times faster
         flat = torch.from_numpy(np.flatnonzero(mask.contiguous().numpy()))
         row = flat // max(1, mask.shape[1])
         latent = flat - row * mask.shape[1]
     else:
         row, latent = mask.nonzero(as_tuple=True)
     support = Support(_pointers(torch.bincount(row, minlength=len(mask))), latent)
-    support.__dict__["row"] = row  # what the cached property would compute again
+    support.__dict__["row"] = row  # saves the cached property the work
     return support
 
 
 def support_of_indices(latent: Int[Tensor, "batch k"]) -> Support:
-    """The pairs of a table with the same number of latents in each row."""
+    """Return the support of a table with k latents in each row."""
     n, k = latent.shape
     return Support(torch.arange(0, n * k + 1, k, device=latent.device) if k else latent.new_zeros(n + 1), latent.flatten())
 
 
 def largest(pre: Float[Tensor, "batch d_sae"], k: int) -> Int[Tensor, "batch k"]:
-    """The latents of the k largest pre-activations of each row, in no particular order."""
+    """Return the latents of the k largest pre-activations of each row, in no particular order."""
     if kernels := gpu.kernels(pre):
         return kernels.topk(pre, k)
     n_groups = GROUPS if pre.device.type == "cpu" and pre.shape[1] % GROUPS == 0 else 0
@@ -51,20 +51,20 @@ def largest(pre: Float[Tensor, "batch d_sae"], k: int) -> Int[Tensor, "batch k"]
 
 
 def argmax(x: Float[Tensor, "*shape n"]) -> Int[Tensor, "*shape"]:
-    """Where the largest entry along the last axis is, the first of equals."""
-    if x.device.type == "cpu" and x.dtype != torch.bfloat16:  # numpy finds it several times faster
+    """Return the index of the largest entry along the last axis; of equal entries, the first."""
+    if x.device.type == "cpu" and x.dtype != torch.bfloat16:  # numpy is several times faster
         return torch.from_numpy(np.asarray(x.detach().numpy().argmax(-1)))
     return x.argmax(-1)
 
 
 def concatenated(supports: Sequence[Support]) -> Support:
-    """The rows of several supports, one after the other."""
+    """Concatenate the rows of several supports."""
     counts = torch.cat([support.crow.diff() for support in supports])
     return Support(_pointers(counts), torch.cat([support.latent for support in supports]))
 
 
 def picked(x: Float[Tensor, " n"], place: Int[Tensor, " n_picked"]) -> Float[Tensor, " n_picked"]:
-    """Return x[place] for places that are all different; differentiable, without the atomic sums that indexing would do."""
+    """Return x[place] for distinct places; differentiable, without the atomic sums of indexing."""
     return _Picked.apply(x, place)
 
 
@@ -97,12 +97,12 @@ class SparseCodes(NamedTuple):
     def of(
         cls, support: Support, value: Float[Tensor, " nnz"], d_sae: int, shape: tuple[int, ...] | None = None
     ) -> "SparseCodes":
-        """Codes with `value` at `support`."""
+        """Return codes with `value` at `support`."""
         return cls(support, value, d_sae, (support.n_rows,) if shape is None else shape)
 
     @classmethod
     def from_dense(cls, acts: Float[Tensor, "*shape d_sae"]) -> "SparseCodes":
-        """Codes of the non-zero entries of `acts`; differentiable in them."""
+        """Return codes of the non-zero entries of `acts`; differentiable in them."""
         flat = acts.reshape(-1, acts.shape[-1])
         support = support_of_mask(flat != 0)
         value = picked(flat.flatten(), support.flat(acts.shape[-1]))
@@ -110,7 +110,7 @@ class SparseCodes(NamedTuple):
 
     @property
     def crow(self) -> Int[Tensor, " rows_plus_1"]:
-        """Where each row begins among the entries."""
+        """The offset of each row in the entries."""
         return self.support.crow
 
     @property
@@ -125,12 +125,12 @@ class SparseCodes(NamedTuple):
 
     @property
     def n_rows(self) -> int:
-        """Number of activations coded."""
+        """Number of encoded activations."""
         return self.support.n_rows
 
     @property
     def fires(self) -> Bool[Tensor, " nnz"]:
-        """Entries at which the latent fires: those that are not zero. All counts of firing latents are counts of these."""
+        """Mask of the entries that are not zero, where the latent fires. Every count of firing latents counts these."""
         return self.value != 0
 
     @property
@@ -140,12 +140,12 @@ class SparseCodes(NamedTuple):
         return fires[self.crow].diff().reshape(self.shape)
 
     def to_dense(self) -> Float[Tensor, "*shape d_sae"]:
-        """The same codes as a dense tensor; differentiable."""
+        """Return the same codes as a dense tensor; differentiable."""
         flat = self.value.new_zeros(self.n_rows * self.d_sae)
         return flat.index_put((self.support.flat(self.d_sae),), self.value).reshape(*self.shape, self.d_sae)
 
     def decode(self, W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "*shape d_in"]:
-        """Σ value · W_dec[latent] for each activation, without bias; differentiable."""
+        """Return Σ value · W_dec[latent] for each activation, without bias; differentiable."""
         if W_dec.shape[0] != self.d_sae:
             raise ShapeError(f"codes over {self.d_sae} latents cannot be decoded by a W_dec of shape {tuple(W_dec.shape)}")
         if not len(self.value):  # embedding_bag refuses an empty bag list
@@ -156,28 +156,28 @@ class SparseCodes(NamedTuple):
         return bags.reshape(*self.shape, W_dec.shape[1])
 
     def without_zeros(self) -> "SparseCodes":
-        """The same codes with stored zeros dropped."""
+        """Return the same codes with stored zeros dropped."""
         keep = self.fires
         return self if bool(keep.all()) else self.where(keep)
 
     def where(self, keep: Bool[Tensor, " nnz"]) -> "SparseCodes":
-        """The entries at which `keep` is true; differentiable."""
+        """Return the entries where `keep` is true; differentiable."""
         return self._replace(support=self.support.where(keep), value=picked(self.value, keep.nonzero().squeeze(1)))
 
     def rows(self, start: int, stop: int) -> "SparseCodes":
-        """The codes of rows start … stop − 1, as a flat batch."""
+        """Return the codes of rows start … stop − 1, as a flat batch."""
         crow = self.crow[start : stop + 1]
         piece = slice(int(crow[0]), int(crow[-1]))
         support = Support(crow - crow[0], self.latent[piece])
         return self._replace(support=support, value=self.value[piece], shape=(support.n_rows,))
 
     def to(self, *args, **kwargs) -> "SparseCodes":
-        """Moved to a device, values cast to a dtype, as in torch.Tensor.to."""
+        """Move the codes to a device and cast their values to a dtype, as torch.Tensor.to does."""
         value = self.value.to(*args, **kwargs)
         if value.device == self.crow.device:
             return self._replace(value=value)
         return self._replace(support=Support(self.crow.to(value.device), self.latent.to(value.device)), value=value)
 
     def detach(self) -> "SparseCodes":
-        """The same codes without gradient."""
+        """Return the same codes without gradient."""
         return self._replace(value=self.value.detach())

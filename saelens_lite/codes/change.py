@@ -1,4 +1,4 @@
-"""Edits of codes, and what they add to a reconstruction; latents that no edit names are never looked at."""
+"""Edits of codes and their effect on the reconstruction. Only the latents that an edit names are read."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -25,7 +25,7 @@ class Edit(Protocol):
 
 
 def scaled(codes: SparseCodes, edits: Sequence[Edit], at: Sequence[Bool[Tensor, "*_shape"]]) -> SparseCodes:
-    """(Π gain − 1) · code of the codes that fire: what the gains of edits, one after the other, add to them."""
+    """Return (Π gain − 1) · code for the codes that fire: the change by the gains of the edits, applied in order."""
     factor = torch.ones_like(codes.value)
     for edit, here in zip(edits, at, strict=True):
         if edit.gain != 1:
@@ -37,7 +37,9 @@ def scaled(codes: SparseCodes, edits: Sequence[Edit], at: Sequence[Bool[Tensor, 
 def offsets(
     edits: Sequence[Edit], at: Sequence[Bool[Tensor, "*shape"]], W_dec: Float[Tensor, "d_sae d"]
 ) -> Float[Tensor, "*shape d"]:
-    """Σ offset · W_dec[latent]: what edits, one after the other, add where nothing fires."""
+    """Return Σ offset · W_dec[latent]: the change by the offsets of the edits, applied in order. Independent of the
+    codes.
+    """
     latents = sorted({latent for edit in edits if edit.offset for latent in edit.latents})
     index = _indices(latents, W_dec)
     total = W_dec.new_zeros(*at[0].shape, len(latents))

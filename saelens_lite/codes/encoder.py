@@ -1,9 +1,9 @@
-"""The encoder product of a batch, of which only what a sparsity rule asks for is kept.
+"""The encoder product of a batch. Only the entries that a sparsity rule asks for are kept.
 
-    h = (x − b_dec) W_enc + b_enc,   of a transcoder x W_enc + b_enc
+    h = (x − b_dec) W_enc + b_enc     transcoders: h = x W_enc + b_enc
 
-It is the one dense product of a training step. It runs without autograd, a tile of rows at a time where all of [batch d_sae]
-would be large; gradients are attached to the few entries that a rule chose.
+This is the only dense product of a training step. It runs without autograd, and in tiles of rows if [batch d_sae] is large.
+Gradients are attached to the few entries that the rule chooses.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from torch import Tensor
 from saelens_lite.codes import Support, concatenated
 from saelens_lite.codes.products import PreAt, PreDense, pair_products
 
-TILE_BYTES = 2**27  # of pre-activations held at a time
+TILE_BYTES = 2**27  # largest size of the pre-activations in memory
 
 
 class Spare:
@@ -41,10 +41,10 @@ class Spare:
 
 
 class Encoder:
-    """Pre-activations of x: Float[batch d_in], computed when asked for.
+    """The pre-activations of x: Float[batch d_in], computed on demand.
 
-    halves: the support is chosen from a product of bfloat16 numbers with float32 sums; the values at it are computed again
-    from the float32 numbers. spare: memory of an earlier encoder; `release` hands it on.
+    halves: choose the support from a bfloat16 product with float32 sums, then compute its values again in float32.
+    spare: memory of an earlier encoder; `release` hands it on.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Encoder:
         self.halves = halves and W_enc.dtype == torch.float32
         self.centred = x.detach() if input_bias is None else (x - input_bias).detach()
         self._buffer: Tensor | None = None
-        self._pre: Tensor | None = None  # all pre-activations, if they fitted into one tile
+        self._pre: Tensor | None = None  # all pre-activations, if they fit into one tile
         self._known: tuple[Support | None, Tensor | None] = (None, None)
 
     @property
@@ -72,9 +72,9 @@ class Encoder:
     def tiles(
         self, latents: Int[Tensor, " n"] | None = None, whole: bool = False, halves: bool | None = None
     ) -> Iterator[Float[Tensor, "rows n"]]:
-        """Pre-activations of all latents or some, without gradient, a tile of rows after the other.
+        """Yield the pre-activations of all or some latents, one tile of rows at a time, without gradient.
 
-        A tile is good until the next one is asked for, and not to be written to. whole: one tile, whatever its size.
+        The next tile overwrites the last one. Do not write to a tile. whole: yield one tile of any size.
         """
         if self._pre is not None:
             yield self._pre if latents is None else self._pre.index_select(1, latents)
@@ -101,7 +101,7 @@ class Encoder:
         self._buffer = self._pre = None
 
     def choose(self, rule_support: Callable[[Tensor], Support], whole: bool = False) -> Support:
-        """The support a rule chooses, tile by tile; what it was chosen from is remembered there."""
+        """Return the support that a rule chooses, tile by tile. The pre-activations at the support are kept."""
         supports, values = [], []
         with torch.no_grad():
             for pre in self.tiles(whole=whole):
@@ -113,15 +113,15 @@ class Encoder:
         return support
 
     def at(self, support: Support) -> Float[Tensor, " nnz"]:
-        """Pre-activations at chosen pairs; differentiable."""
+        """Return the pre-activations at a support; differentiable."""
         known_support, known = self._known
-        if known is None or support is not known_support:  # asked twice, a support costs one backward pass
+        if known is None or support is not known_support:  # a support that is asked for twice costs one backward pass
             known = self._attach(support, self._values(support))
             self._known = support, known
         return known
 
     def dense(self) -> Float[Tensor, "batch d_sae"]:
-        """All pre-activations; differentiable, with gradients that are cheap where few are not zero."""
+        """Return all pre-activations; differentiable. The backward pass is cheap if few gradients are not zero."""
         (pre,) = self.tiles(whole=True, halves=False)
         return PreDense.apply(self.W_enc, self.b_enc, self.input_bias, self.x, pre, self.centred)
 
@@ -130,7 +130,7 @@ class Encoder:
 
     @torch.no_grad()
     def _values(self, support: Support) -> Float[Tensor, " nnz"]:
-        """Pre-activations at chosen pairs, without gradient."""
+        """Return the pre-activations at a support, without gradient."""
         if self._pre is not None and not self.halves:
             return self._pre.flatten().index_select(0, support.flat(self.d_sae))
         value = pair_products(support, self.centred, self.W_enc.T)
@@ -138,14 +138,14 @@ class Encoder:
 
 
 def tile_rows(width: int, element_size: int = 4) -> int:
-    """Rows of a tile so that it stays within TILE_BYTES; at least one."""
+    """Return the number of rows of a tile that stays within TILE_BYTES, at least 1."""
     return max(1, TILE_BYTES // max(1, width * element_size))
 
 
 def _product(
     weight: Float[Tensor, "d_in n"], bias: Float[Tensor, " n"] | None, halves: bool
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """(rows of x, buffer for the result) → x · weight + bias."""
+    """Return a function (rows of x, buffer for the result) → x · weight + bias."""
     if not halves:
         if bias is None:
             return lambda x, out: torch.mm(x, weight, out=out)
@@ -155,7 +155,7 @@ def _product(
     def of_halves(x: Tensor, out: Tensor) -> Tensor:
         if x.is_cuda:
             torch.mm(x.bfloat16(), rounded, out_dtype=torch.float32, out=out)
-        else:  # products of halves are slow on a CPU; the same numbers as float32
+        else:  # bfloat16 products are slow on a CPU; float32 products of the rounded numbers are equal
             torch.mm(x.bfloat16().float(), rounded.float(), out=out)
         return out if bias is None else out.add_(bias)
 

@@ -1,4 +1,4 @@
-"""Where the Triton kernels can run. Importing this imports neither them nor Triton, which only Linux has."""
+"""Checks for the Triton kernels. This module does not import Triton, which exists only on Linux."""
 
 import os
 from functools import cache
@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16)  # sums are in float32
+DTYPES = (torch.float32, torch.bfloat16)  # all sums are float32
 OLDEST = (8, 0)  # compute capability from which a GPU has bfloat16
 
 
@@ -18,9 +18,9 @@ def _triton_is_installed() -> bool:
 
 
 def available(tensor: Tensor) -> bool:
-    """Whether `saelens_lite.codes.triton_kernels` can be imported and run on a tensor of this device and dtype.
+    """Return whether `saelens_lite.codes.triton_kernels` can be imported and run on a tensor of this device and dtype.
 
-    TRITON_INTERPRET=1 lets the kernels run on a CPU too, slowly, which is for tests.
+    TRITON_INTERPRET=1 also runs the kernels on a CPU, slowly, for tests.
     """
     if tensor.dtype not in DTYPES or not _triton_is_installed():
         return False
@@ -30,12 +30,12 @@ def available(tensor: Tensor) -> bool:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether products of bfloat16 numbers are fast there."""
+    """Return whether bfloat16 products are fast on a device."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= OLDEST
 
 
 def kernels(tensor: Tensor) -> ModuleType | None:
-    """`saelens_lite.codes.triton_kernels`, where it can run on a tensor."""
+    """Return `saelens_lite.codes.triton_kernels` if it can run on a tensor, else None."""
     if not available(tensor):
         return None
     from saelens_lite.codes import triton_kernels

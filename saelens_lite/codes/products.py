@@ -1,18 +1,17 @@
-"""The products of a training step that need only the support: what is left after the one dense product, with backward.
+"""The products of a training step that need only the support, with their backward passes.
 
 With x the centred input, S the codes (value v at the support) and e the gradient at x_hat:
 
     x_hat = S W_dec            dv = ⟨W_dec[latent], e[row]⟩        dW_dec = Sᵀ e
     h     = x W_enc + b_enc    dW_enc = xᵀ G    db_enc = Σ_rows G    db_dec = −W_enc db_enc
 
-where G holds the gradient at h on the support. Both weight gradients go through one index, the support sorted by latent.
-Where the support is dense, the same quantities come from dense products. W_enc is expected as the transpose of a
-contiguous [d_sae d_in] tensor, so that its gradient needs no copy.
+where G holds the gradient at h on the support. Both weight gradients use one index, the support sorted by latent.
+A dense support uses dense products instead. W_enc must be the transpose of a contiguous [d_sae d_in] tensor, so that its
+gradient needs no copy.
 
-Every sum is in an order that follows from the support alone, on every device: nothing here adds by atomics. The pairs are
-sorted by latent, and segments of them are summed: by Triton kernels, by embedding_bag's forward pass, or one after the other
-by numpy. Dense products and torch.sparse.sampled_addmm are those of BLAS, cuBLAS and cuSPARSE, which repeat their results on
-one device and stream.
+The support alone fixes the order of every sum, on every device: nothing here uses atomics. The pairs are sorted by latent,
+and Triton kernels, embedding_bag's forward pass or numpy sum their segments. Dense products and torch.sparse.sampled_addmm
+come from BLAS, cuBLAS and cuSPARSE, which repeat their results on one device and stream.
 """
 
 import warnings
@@ -29,13 +28,13 @@ from saelens_lite.codes import Support, gpu, support_of_mask
 DENSE_ABOVE = 0.15  # share of the pairs above which dense products are faster on a CPU
 
 
-with warnings.catch_warnings():  # torch says once in a process that its compressed rows are in beta
+with warnings.catch_warnings():  # torch warns once per process that its compressed rows are in beta
     warnings.simplefilter("ignore")
     torch.sparse_csr_tensor([0, 0], [], torch.empty(0), (1, 1), check_invariants=False)
 
 
 def is_dense(support: Support) -> bool:
-    """Whether dense products over the latents that fire anywhere are faster for a support."""
+    """Return whether dense products over the used latents are faster for a support."""
     n_pairs = len(support.latent)
     return n_pairs > 0 and n_pairs > DENSE_ABOVE * support.n_rows * len(support.used)
 
@@ -43,7 +42,7 @@ def is_dense(support: Support) -> bool:
 def sparse_product(
     support: Support, value: Float[Tensor, " nnz"], weight: Float[Tensor, "d_sae d"]
 ) -> Float[Tensor, "batch d"]:
-    """S weight."""
+    """Return S weight."""
     if not len(value):
         return weight.new_zeros(support.n_rows, weight.shape[1])
     if is_dense(support):
@@ -59,7 +58,7 @@ def sparse_product(
 def transposed_product(
     support: Support, value: Float[Tensor, " nnz"], right: Float[Tensor, "batch d"], d_sae: int
 ) -> Float[Tensor, "d_sae d"]:
-    """Sᵀ right."""
+    """Return Sᵀ right."""
     if not len(value):
         return right.new_zeros(d_sae, right.shape[1])
     if is_dense(support):
@@ -79,7 +78,7 @@ def transposed_product(
 
 
 def pair_products(support: Support, left: Float[Tensor, "batch d"], right: Float[Tensor, "d_sae d"]) -> Float[Tensor, " nnz"]:
-    """⟨left[row], right[latent]⟩ at each pair."""
+    """Return ⟨left[row], right[latent]⟩ at each pair."""
     if not len(support.latent):
         return left.new_zeros(0)
     if is_dense(support):
@@ -94,7 +93,7 @@ def pair_products(support: Support, left: Float[Tensor, "batch d"], right: Float
 
 
 def latent_sums(support: Support, value: Float[Tensor, " nnz"], d_sae: int) -> Float[Tensor, " d_sae"]:
-    """Σ of the values of each latent, in a fixed order."""
+    """Sum the values of each latent in a fixed order."""
     if value.device.type == "cpu":
         sums = np.bincount(support.latent.numpy(), value.double().numpy(), d_sae)
         return torch.from_numpy(sums).to(value.dtype)
@@ -102,12 +101,12 @@ def latent_sums(support: Support, value: Float[Tensor, " nnz"], d_sae: int) -> F
 
 
 def _sorted_sums(support: Support, value: Float[Tensor, " nnz"], d_sae: int) -> Float[Tensor, " d_sae"]:
-    """The same by segments of the pairs sorted by latent."""
+    """Sum the values of each latent over segments of the pairs sorted by latent."""
     return transposed_product(support, value, value.new_ones(support.n_rows, 1), d_sae)[:, 0]
 
 
 def _row_sums(latent: Int[Tensor, " nnz"], rows: Float[Tensor, "nnz d"], n: int) -> Float[Tensor, "n d"]:
-    """Σ of the rows of each latent, in a fixed order."""
+    """Sum the rows of each latent in a fixed order."""
     pairs = Support(torch.arange(len(latent) + 1, device=latent.device), latent)
     return transposed_product(pairs, rows.new_ones(len(latent)), rows, n)
 
@@ -115,8 +114,8 @@ def _row_sums(latent: Int[Tensor, " nnz"], rows: Float[Tensor, "nnz d"], n: int)
 def read_at(tensor: Float[Tensor, "n ..."], index: Int[Tensor, " nnz"]) -> Float[Tensor, "nnz ..."]:
     """Return tensor[index]; differentiable, and its gradient is summed in a fixed order on every device.
 
-    Indexing and index_select sum theirs by atomics on a GPU, so that the same seed would not give the same bytes. Where
-    `index` is the `latent` of a support, the order of that support is used again.
+    Indexing and index_select sum gradients by atomics on a GPU, so the same seed would not give the same bytes. If `index` is
+    the `latent` of a support, the order of that support is reused.
     """
     return _ReadAt.apply(tensor, index)
 
@@ -154,7 +153,7 @@ class _SumAt(torch.autograd.Function):
 
 
 class Decode(torch.autograd.Function):
-    """x_hat = S W_dec, from values at a support."""
+    """The product x_hat = S W_dec, from values at a support."""
 
     @staticmethod
     def forward(ctx, value, W_dec, support):
@@ -173,7 +172,7 @@ class Decode(torch.autograd.Function):
 
 
 def _encoder_gradients(ctx, support: Support, g: Float[Tensor, " nnz"]) -> tuple[Tensor | None, ...]:
-    """Gradients of (W_enc, b_enc, input bias, x), from gradients g at the pre-activations of a support."""
+    """Return the gradients of (W_enc, b_enc, input bias, x), given gradients g at the pre-activations of a support."""
     W_enc, centred = ctx.saved_tensors
     d_sae = W_enc.shape[1]
     db_enc = latent_sums(support, g, d_sae)
@@ -184,7 +183,7 @@ def _encoder_gradients(ctx, support: Support, g: Float[Tensor, " nnz"]) -> tuple
 
 
 class PreAt(torch.autograd.Function):
-    """Pre-activations at a support, which are known already."""
+    """The pre-activations at a support, which are already computed."""
 
     @staticmethod
     def forward(ctx, W_enc, b_enc, input_bias, x, value, centred, support):
@@ -199,7 +198,7 @@ class PreAt(torch.autograd.Function):
 
 
 class PreDense(torch.autograd.Function):
-    """All pre-activations, which are known already; for rules that only say what their activation function is."""
+    """All pre-activations, which are already computed. For rules that define only their activation function."""
 
     @staticmethod
     def forward(ctx, W_enc, b_enc, input_bias, x, pre, centred):

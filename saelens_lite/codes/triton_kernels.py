@@ -1,7 +1,7 @@
 """The GPU path of the sparse core: top-k and the products of a support as Triton kernels.
 
 Everything is summed in float32 and in an order that depends on the support alone: no atomics, same input, same bytes.
-Import this module only where `saelens_lite.codes.gpu.available` says so: it imports Triton.
+Import this module only if `saelens_lite.codes.gpu.available` returns true: it imports Triton.
 """
 
 from typing import no_type_check
@@ -15,20 +15,20 @@ from torch import Tensor
 from saelens_lite.codes.support import Support
 from saelens_lite.errors import ShapeError
 
-PIECE = 4096  # columns of which one program selects the largest, kept in registers from then on
-PER_THREAD = 16  # of those columns; with at most 64 registers a thread, four programs share a multiprocessor
-CUT = 256  # pairs of one latent that one program sums at most: some latents are used by every row
+PIECE = 4096  # columns per program, which keeps them in registers and selects the largest
+PER_THREAD = 16  # columns per thread; at 64 registers a thread, four programs share a multiprocessor
+CUT = 256  # most pairs of one latent that one program sums: some latents fire in every row
 PAIRS = 8  # rows that a program has in flight at once
 
 
-# The annotations of a kernel are Triton's and no types, hence `no_type_check`. Where a row begins is an int64, because a
+# Kernels need `no_type_check`: their annotations are Triton's, not types. The offset of a row is an int64, because a
 # [rows d_sae] tensor may have more than 2³¹ entries; the rows themselves are contiguous.
 
 
 @triton.jit
 @no_type_check
 def _select(pre, among, chosen, row_stride, width, piece_width, k, BLOCK: tl.constexpr):
-    """chosen[row, piece] = the latents of the k largest in a piece of a row, ascending, filled up with −1.
+    """Write to chosen[row, piece] the latents of the k largest entries in a piece of a row, ascending, padded with −1.
 
     A row is the columns of `pre` themselves, or those that `among` [rows width] lists (−1: none).
     """
@@ -42,7 +42,7 @@ def _select(pre, among, chosen, row_stride, width, piece_width, k, BLOCK: tl.con
         real = latent >= 0
     value = tl.load(pre + row * row_stride + latent, mask=real, other=0.0).to(tl.float32)
 
-    # Unsigned keys in the order of the values: −0 equals 0, NaN is the largest, and 0 is left for what is not real.
+    # Unsigned keys in the order of the values: −0 equals 0, NaN is the largest, and 0 marks padding.
     bits = tl.where(value == 0, 0.0, value).to(tl.uint32, bitcast=True)
     bits = tl.where(value == value, bits, 0x7FFFFFFF)  # noqa: PLR0124
     key = tl.where(real, bits ^ tl.where(bits >> 31 == 1, 0xFFFFFFFF, 0x80000000), 0)
@@ -72,10 +72,10 @@ def _sum_rows(
     first, last, index, value, rows, cuts, out, d, row_stride,
     CUT: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[s] = Σ value[i] · rows[index[i]] over first[s] ≤ i < last[s].
+    """Write out[s] = Σ value[i] · rows[index[i]] over first[s] ≤ i < last[s].
 
-    With `cuts`, only pairs before the next multiple of CUT are summed here; cuts[c] is the sum of those of the same segment
-    in (c + 1) CUT … (c + 2) CUT − 1.
+    With `cuts`, this sums only the pairs before the next multiple of CUT; cuts[c] holds the sum of the pairs of the same
+    segment in (c + 1) CUT … (c + 2) CUT − 1.
     """
     segment = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -106,7 +106,7 @@ def _dot_rows(
     row, latent, left, right, out, nnz, d, left_row_stride, right_row_stride,
     PAIRS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[i] = ⟨left[row[i]], right[latent[i]]⟩."""
+    """Write out[i] = ⟨left[row[i]], right[latent[i]]⟩."""
     pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
     there = pair < nnz
     a = tl.load(row + pair, mask=there, other=0).to(tl.int64)[:, None] * left_row_stride
@@ -122,11 +122,12 @@ def _dot_rows(
 
 
 def topk(pre: Float[Tensor, "rows d_sae"], k: int) -> Int[Tensor, "rows k"]:
-    """The latents of the k largest of each row, ascending; of equal ones the first, NaN before infinity.
+    """Return the latents of the k largest entries of each row, ascending. Of equal entries the first wins; NaN beats infinity.
 
-    A row is read once: each piece of it gives its k largest, and those of all pieces make the next, shorter row.
+    Each row is read once: every piece gives its k largest entries, which form the next, shorter row.
 
-    Raises: ShapeError when k is negative or there are fewer than k latents.
+    Raises:
+        ShapeError: k is negative or larger than the number of latents.
     """
     n_rows, width = pre.shape
     if not 0 <= k <= width:
@@ -151,13 +152,13 @@ def topk(pre: Float[Tensor, "rows d_sae"], k: int) -> Int[Tensor, "rows k"]:
 
 
 def decode(support: Support, value: Float[Tensor, " nnz"], W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "rows d_in"]:
-    """Σ value · W_dec[latent] for each row."""
+    """Return Σ value · W_dec[latent] for each row."""
     _check("values", len(value), len(support.latent))
     return _segment_sums(support.crow[:-1], support.crow[1:], support.latent, value, W_dec)
 
 
 def pair_products(support: Support, left: Float[Tensor, "rows d"], right: Float[Tensor, "d_sae d"]) -> Float[Tensor, " nnz"]:
-    """⟨left[row], right[latent]⟩ at each pair."""
+    """Return ⟨left[row], right[latent]⟩ at each pair."""
     _check("rows on the left", len(left), support.n_rows)
     _check("columns on the right", right.shape[1], left.shape[1])
     nnz, d = len(support.latent), left.shape[1]
@@ -174,9 +175,9 @@ def pair_products(support: Support, left: Float[Tensor, "rows d"], right: Float[
 def transposed_product(
     support: Support, value: Float[Tensor, " nnz"], right: Float[Tensor, "rows d"], d_sae: int
 ) -> Float[Tensor, "d_sae d"]:
-    """Sᵀ right, where S holds the values at their pairs; zeros for latents without any.
+    """Return Sᵀ right, where S holds the values at their pairs. Latents without pairs get zeros.
 
-    The pairs sorted by latent are cut at every multiple of CUT; what a cut parts from its latent is summed first, then added.
+    The pairs sorted by latent are cut at every multiple of CUT. Pieces behind a cut are summed first and then added.
     """
     _check("values", len(value), len(support.latent))
     _check("rows on the right", len(right), support.n_rows)
@@ -198,7 +199,7 @@ def _segment_sums(
     cuts: Float[Tensor, "n_cuts d"] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "segments d"]:
-    """Σ value[i] · rows[index[i]] over first ≤ i < last, for each segment; `cuts` as in `_sum_rows`."""
+    """Return Σ value[i] · rows[index[i]] over first ≤ i < last for each segment; `cuts` as in `_sum_rows`."""
     d, rows, value = rows.shape[1], _with_whole_rows(rows), value.contiguous()
     out = rows.new_empty((len(first), d), dtype=dtype or torch.promote_types(value.dtype, rows.dtype))
     block = _block(d)
@@ -210,16 +211,16 @@ def _segment_sums(
 
 
 def _block(d: int) -> int:
-    """Columns of a row that a program works on at once."""
+    """Return the number of columns of a row that a program processes at once."""
     return min(max(triton.next_power_of_2(d), 16), 256)
 
 
 def _with_whole_rows(matrix: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """The same matrix with contiguous rows, copied only where they are not: reading them apart would cost more."""
+    """Return the matrix with contiguous rows. It is copied only if they are not, because strided reads cost more."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
-def _check(what: str, found: int, wanted: int) -> None:
-    """A kernel that is handed too short a tensor reads beyond its end; better an error."""
-    if found != wanted:
-        raise ShapeError(f"a product with this support wants {wanted} {what}, not {found}")
+def _check(what: str, given: int, wanted: int) -> None:
+    """Raise unless a tensor has the expected size: a kernel reads beyond the end of a shorter one."""
+    if given != wanted:
+        raise ShapeError(f"a product with this support needs {wanted} {what}, not {given}")

@@ -1,4 +1,4 @@
-"""The card of a dictionary: a README.md that says what it is, how to load it, how good it is and where it ends."""
+"""The model card of a dictionary: a README.md with its description, code to load it, its metrics and its limits."""
 
 import dataclasses
 import json
@@ -41,14 +41,14 @@ def write_card(
     license: str | None = None,
     tags: Sequence[str] = (),
 ) -> Path:
-    """The README.md of a dictionary folder, written with eval.json and figures beside it.
+    """Write README.md, eval.json and figures into a dictionary folder. Return the path of README.md.
 
-    `text` names what the dictionary was evaluated on, in place of what the report says. Figures need matplotlib.
+    `text` names the evaluation text, in place of the report's own name. Figures need matplotlib.
     """
     folder = check_output(folder)
     card = folder / CARD_FILE
     if card.exists() and OWN_LIBRARY.encode() not in card.read_bytes():
-        raise OutputExistsError(f"{card} is not a card of a dictionary; move it away, or name the dictionary's own folder")
+        raise OutputExistsError(f"{card} is not the card of a dictionary; move it, or give the dictionary's own folder")
     if report is not None:
         report = report if text is None else dataclasses.replace(report, text=text)
         report.to_json(folder / EVALUATION_FILE)
@@ -65,10 +65,10 @@ def card_files(
     license: str | None = None,
     tags: Sequence[str] = (),
 ) -> dict[str, bytes]:
-    """The card of a dictionary folder and its figures, by name; the report is that in the folder unless given."""
+    """Return the card of a dictionary folder and its figures, by file name. The report defaults to the one in the folder."""
     report = report or stored_report(folder)
     density = dictionary.density if report is None or report.density is None else report.density
-    log = folder.resolve().parent / "log.jsonl"  # where the dictionary is that of a run
+    log = folder.resolve().parent / "log.jsonl"  # if the dictionary belongs to a run
     drawn = {"density.png": density_plot(density), "training.png": log_plot(log)}
     figures = {name: png for name, png in drawn.items() if png is not None}
     results = evaluation_results(dictionary.place, report.to_dict()) if report is not None else []
@@ -93,9 +93,9 @@ def metadata(
     license: str | None = None,
     tags: Sequence[str] = (),
 ) -> ModelCardData:
-    """What the Hub is told: the library whose page lists it, the models and datasets it belongs to, the evaluation.
+    """Return the metadata for the Hub: library, models, datasets and evaluation.
 
-    `sae_lens`: whether SAELens can load it.
+    `sae_lens`: true if SAELens can load the dictionary.
     """
     origins = [d.origin for d in dictionaries]
     kinds = {
@@ -117,16 +117,16 @@ def metadata(
 
 
 def metric_values(evaluation: dict[str, Any]) -> dict[str, float]:
-    """The metrics of an eval.json that are numbers."""
+    """Return the numeric metrics of an eval.json."""
     metrics = evaluation.get("metrics")
     values = {name: m.get("value") for name, m in metrics.items() if isinstance(m, dict)} if isinstance(metrics, dict) else {}
     return {name: value for name, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
 
 
 def evaluation_results(name: str, evaluation: dict[str, Any]) -> list[EvalResult]:
-    """The metrics of an eval.json, for the model-index; `name` tells those of one dictionary from those of another.
+    """Return the metrics of an eval.json for the model-index. `name` distinguishes the dictionaries of a repository.
 
-    huggingface_hub merges results of one type of dataset, whatever its name, so that the type has to be the name.
+    huggingface_hub merges results by the type of their dataset, not by its name. So the type holds the name.
     """
     text = one_line(evaluation.get("text") or "text without a name")
     return [
@@ -144,16 +144,16 @@ def evaluation_results(name: str, evaluation: dict[str, Any]) -> list[EvalResult
 
 
 def stored_report(folder: Path) -> EvalReport | None:
-    """The evaluation in a dictionary folder, if there is one.
+    """Return the evaluation in a dictionary folder, or None.
 
     Raises:
-        CorruptFileError: eval.json is there, but cannot be read.
+        CorruptFileError: eval.json cannot be read.
     """
     return EvalReport.from_json(folder / EVALUATION_FILE) if (folder / EVALUATION_FILE).exists() else None
 
 
 def evaluation_text(report: EvalReport | None) -> str:
-    """The metrics of a report as Markdown, with intervals and what they were measured on."""
+    """Return the metrics of a report as Markdown, with intervals and the evaluation text."""
     if report is None:
         return "## Evaluation\nNone yet."
     notes = [f"It was not trained on this text: {one_line(report.disjoint_why)}."] if report.disjoint else []
@@ -163,7 +163,7 @@ def evaluation_text(report: EvalReport | None) -> str:
 
 
 def load_text(folder: Path, dictionary: Dictionary, address: Address | None = None) -> str:
-    """How to load a dictionary folder, or what is at an address once it has been pushed."""
+    """Return Markdown with the code that loads a dictionary, from its folder or from its address on the Hub."""
     origin = dictionary.origin
     return _template("load.md.j2").render(
         address=address,
@@ -187,7 +187,7 @@ def _architecture(folder: Path) -> str:
 
 
 def _load_model_call(origin: Origin) -> str | None:
-    """The line of code that loads the model a dictionary belongs to; None where nobody else could load it by that name."""
+    """Return the line of code that loads the dictionary's model, or None if its name means nothing on another machine."""
     if not origin.model or not (origin.model == "tiny" or _is_hub_model(origin.model)):
         return None
     options = {"revision": _literal(origin.revision)} if origin.revision else {}
@@ -198,33 +198,33 @@ def _load_model_call(origin: Origin) -> str | None:
 
 
 def _literal(text: str) -> str:
-    """A string as Python code, in which nothing of it is code and all of it can be seen."""
+    """Return a string as a Python literal in which every character is visible and none is code."""
     return json.dumps(text) if text.isascii() and text.isprintable() else repr(text)
 
 
 def _target(dictionary: Dictionary) -> str | None:
-    """The hooks that are predicted, in words; None where they are those that are read."""
+    """Return the predicted hooks in words, or None if they equal the hooks that are read."""
     return None if dictionary.writes_what_it_reads else names(dictionary.writes)
 
 
 def section(name: str, text: str) -> str:
-    """A part of a card that is written anew when the dictionary is pushed, between marks that Markdown does not show."""
+    """Return a section of a card between marks that Markdown hides. A push rewrites it."""
     return f"<!-- saelens_lite: {name} -->\n{text.strip()}\n<!-- /saelens_lite: {name} -->"
 
 
 def find_section(card: str, name: str) -> re.Match[str] | None:
-    """Where in a card the section of that name is."""
+    """Find a section of a card by name."""
     return re.search(rf"<!-- saelens_lite: {name} -->\r?\n(.*?)\r?\n<!-- /saelens_lite: {name} -->", card, re.DOTALL)
 
 
 def with_section(card: str, name: str, text: str) -> str:
-    """A card with the section of that name replaced; a card without it as it is."""
-    found = find_section(card, name)
-    return card if found is None else card[: found.start()] + section(name, text) + card[found.end() :]
+    """Replace a section of a card. Return a card without that section unchanged."""
+    match = find_section(card, name)
+    return card if match is None else card[: match.start()] + section(name, text) + card[match.end() :]
 
 
 def _facts(dictionary: Dictionary) -> dict[str, Any]:
-    """What the template is told of a dictionary."""
+    """Return the facts about a dictionary that the template needs."""
     origin, rule = dictionary.origin, dictionary.rule
     config = dictionary.training_record.get("config")
     config = config if isinstance(config, dict) else {}
@@ -260,7 +260,7 @@ def _title(dictionary: Dictionary) -> str:
 
 
 def _template(name: str) -> Any:
-    """A template of this package; what comes from users goes through its filters, so that it breaks no table and no line."""
+    """Return a template of this package. Its filters escape text from users, so that the text breaks no table or line."""
     environment = Environment(loader=PackageLoader("saelens_lite", "hub"), autoescape=False, undefined=StrictUndefined)
     environment.filters.update(cell=cell, line=one_line, code=code)
     return environment.get_template(name)
@@ -271,11 +271,11 @@ def _unique(values: Iterable[str]) -> list[str]:
 
 
 def _is_hub_model(model: str) -> bool:
-    """Whether a model's name can be an id on the Hub, rather than the embedded model or a folder here."""
+    """Return whether a model's name can be an id on the Hub, not the embedded model or a local folder."""
     return bool(re.fullmatch(rf"{NAME}(/{NAME})?", model)) and model not in ("tiny", "random") and not Path(model).exists()
 
 
 def _dataset(text: str | None) -> str | None:
-    """The Hub's id of the dataset that a text named hf:org/name:config:split comes from."""
-    found = re.match(rf"hf:({NAME}(?:/{NAME})?)", text or "")
-    return found[1] if found else None
+    """Return the Hub id of the dataset in a text name hf:org/name:config:split."""
+    match = re.match(rf"hf:({NAME}(?:/{NAME})?)", text or "")
+    return match[1] if match else None

@@ -1,4 +1,4 @@
-"""What a dictionary on the Hub is, by its settings and the headers of its files, without fetching its weights."""
+"""Description of a dictionary on the Hub from its settings and file headers, without downloading its weights."""
 
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ MAX_HEADER_BYTES = 8 << 20
 
 
 def describe(address: Address | str) -> dict[str, Any]:
-    """Its settings, metrics, address with commit, and for each file bytes, SHA-256 and the shapes of the tensors in it.
+    """Return settings, metrics and address with commit of a dictionary, and the size, SHA-256 and tensor shapes of each file.
 
     Raises:
-        ConfigError, HubError: as `pull`.
-        CorruptFileError: its settings cannot be read.
+        ConfigError, HubError: as for `pull`.
+        CorruptFileError: the settings cannot be read.
     """
     address = Address.parse(address) if isinstance(address, str) else address
     commit, there = listing(address)
@@ -31,7 +31,7 @@ def describe(address: Address | str) -> dict[str, Any]:
     files = dictionary_files({path: file.size for path, file in there.items()}, folder)
     settings = {path: size for path, size in files.items() if path.endswith(".json")}
     check_sizes(address, settings, max_bytes=2 * MAX_JSON_BYTES)
-    found = Address(address.repo, folder or None, commit)
+    pinned = Address(address.repo, folder or None, commit)
     by_name = {Path(path).name: path for path in settings}
     facts: dict[str, Any] = {}
     if settings:
@@ -40,11 +40,11 @@ def describe(address: Address | str) -> dict[str, Any]:
         facts = read_json(snapshot / config) if config else {}
         if EVALUATION_FILE in by_name:
             facts["eval"] = read_json(snapshot / by_name[EVALUATION_FILE]).get("metrics")
-    return facts | {"address": str(found), "files": {Path(path).name: _file_facts(found, there[path]) for path in files}}
+    return facts | {"address": str(pinned), "files": {Path(path).name: _file_facts(pinned, there[path]) for path in files}}
 
 
 def _file_facts(address: Address, file: RepoFile) -> dict[str, Any]:
-    """Bytes, SHA-256 where the Hub knows it, and shapes, of which only the header of the file is read."""
+    """Return the size, the SHA-256 (if the Hub knows it) and the tensor shapes of a file. Only its header is read."""
     facts: dict[str, Any] = {"bytes": file.size}
     if file.sha256 is not None:
         facts["sha256"] = file.sha256
@@ -60,4 +60,4 @@ def _header(address: Address, path: str) -> SafetensorsFileMetadata:
         try:
             return hub.parse_safetensors_file_metadata(address.repo, path, revision=address.revision)
         except (SafetensorsParsingError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise CorruptFileError(f"{address.repo}: {path} has no header of a safetensors file: {error}") from None
+            raise CorruptFileError(f"{address.repo}: {path} does not have the header of a safetensors file: {error}") from None

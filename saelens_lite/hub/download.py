@@ -1,4 +1,4 @@
-"""Fetching a dictionary from the Hub: only its own files, of one commit, and never more than was agreed to."""
+"""Download of a dictionary from the Hub: only its own files, from one commit, within a size limit."""
 
 import glob
 import hashlib
@@ -25,15 +25,15 @@ from saelens_lite.paths import is_address
 logger = logging.getLogger(__name__)
 
 MAX_BYTES = 32 << 30
-MAX_FILES = 1000  # of one dictionary
+MAX_FILES = 1000  # per dictionary
 SETTINGS = (".json", ".yaml", ".yml", ".md")
-WEIGHTS = (".safetensors", ".npz", ".pt")  # of several kinds in one folder, the first is fetched
+WEIGHTS = (".safetensors", ".npz", ".pt")  # if a folder has several kinds, the first one is downloaded
 CONFIG_FILES = ("cfg.json", "config.json", "config.yaml")
 DICTIONARY_FILES = (CONFIG_FILE, WEIGHTS_FILE, SPARSITY_FILE, PLUGIN_FILE)
 
 
 class Fetched(NamedTuple):
-    """A dictionary of the Hub in the local cache, and the address, with its commit, that always gives the same bytes."""
+    """A dictionary of the Hub in the local cache, and its address with the commit, which always gives the same bytes."""
 
     folder: Path
     address: Address
@@ -48,16 +48,16 @@ def pull(
     max_bytes: int = MAX_BYTES,
     format: str | None = None,
 ) -> Dictionary:
-    """The dictionary in a folder of a Hub repository; `source` of it is its address with the commit it was read from.
+    """Load the dictionary in a folder of a Hub repository. Its `source` is the address with the commit.
 
-    `folder` may be left out where the repository holds one dictionary. `revision` is a branch, a tag or a commit. What was
-    fetched once is read from huggingface_hub's cache, also without a network. `format` names the format plugin to read it with,
-    which is only needed for another tool's pickles.
+    `folder` may be left out if the repository holds one dictionary. `revision` is a branch, a tag or a commit. Downloaded files
+    come from huggingface_hub's cache, also without a network. `format` names the format plugin; it is needed only for another
+    tool's pickles.
 
     Raises:
-        ConfigError: `repo` or `folder` is no such name, or it is a pickle and `format` was not given.
-        HubError: it is not there, may not be read, cannot be reached, or is larger than `max_bytes`.
-        CorruptFileError: it is no dictionary, or does not fit its settings.
+        ConfigError: `repo` or `folder` is not a valid name, or the file is a pickle and `format` was not given.
+        HubError: the dictionary does not exist, may not be read, cannot be reached, or is larger than `max_bytes`.
+        CorruptFileError: the files are not a dictionary, or do not fit their settings.
     """
     fetched = fetch(Address.of(repo, folder, revision), max_bytes=max_bytes)
     dictionary = read(fetched.folder, device, format)
@@ -66,7 +66,7 @@ def pull(
 
 
 def fetch(address: Address | str, *, max_bytes: int = MAX_BYTES) -> Fetched:
-    """A dictionary's folder in the local cache, with the files of one commit.
+    """Download the files of a dictionary into the local cache, all from one commit.
 
     Raises:
         ConfigError, HubError: as `pull`.
@@ -76,7 +76,7 @@ def fetch(address: Address | str, *, max_bytes: int = MAX_BYTES) -> Fetched:
         return _from_hub(address, max_bytes)
     except HubUnreachableError as error:
         cached = _from_cache(address, error)
-        logger.warning("%s: the Hub cannot be asked; taken from the cache: %s", address, cached.address)
+        logger.warning("%s: the Hub cannot be reached; using the cache: %s", address, cached.address)
         return cached
 
 
@@ -90,10 +90,10 @@ def local_folder(path: str | Path) -> Path:
 
 
 def copy_to(fetched: Fetched, out: Path, exists: Literal["error", "overwrite"] = "error") -> Path:
-    """A folder of one's own with the files of a fetched dictionary; it appears whole or not at all.
+    """Copy the files of a fetched dictionary to the folder `out`. The folder appears complete or not at all.
 
     Raises:
-        OutputExistsError: `out` holds something and `exists` is "error".
+        OutputExistsError: `out` is not empty and `exists` is "error".
     """
     names = dictionary_files({path.name: path.stat().st_size for path in fetched.folder.iterdir() if path.is_file()}, "")
     with new_folder(out, KIND, exists, any_format=True) as folder:
@@ -103,7 +103,7 @@ def copy_to(fetched: Fetched, out: Path, exists: Literal["error", "overwrite"] =
 
 
 def _from_hub(address: Address, max_bytes: int) -> Fetched:
-    """What the Hub has now."""
+    """Fetch the dictionary from the Hub."""
     commit, there = listing(address)
     files = {path: file.size for path, file in there.items()}
     folder = choose_folder(address, files)
@@ -115,12 +115,12 @@ def _from_hub(address: Address, max_bytes: int) -> Fetched:
 
 
 def download(repo: str, commit: str, files: Sequence[RepoFile]) -> Path:
-    """Fetch files of a commit that are not in the cache yet; the folder of the cache that has them.
+    """Download the files of a commit that are not in the cache yet. Return their folder in the cache.
 
-    The settings come last, so that what an interruption leaves is not taken for a dictionary.
+    The settings come last, so that an interrupted download does not look like a dictionary.
 
     Raises:
-        HubError: the Hub sends something other than its listing says, or cannot be reached.
+        HubError: the Hub sends other files than it lists, or cannot be reached.
     """
     snapshot = None
     for file in sorted(files, key=lambda file: PurePosixPath(file.path).name in CONFIG_FILES):
@@ -131,27 +131,27 @@ def download(repo: str, commit: str, files: Sequence[RepoFile]) -> Path:
         snapshot = Path(str(path).removesuffix(str(Path(file.path))))
         _check_download(repo, path, file, snapshot, cached)
     if snapshot is None:
-        raise HubError(f"{repo}: there is nothing to fetch")
+        raise HubError(f"{repo}: the list of files to fetch is empty")
     return snapshot
 
 
 def _check_download(repo: str, path: Path, file: RepoFile, snapshot: Path, cached: bool) -> None:
-    """Raise unless a file is in the cache, of its size and, if it has just come, of the contents that the Hub lists."""
-    found = path.resolve()
-    if not found.is_relative_to(snapshot.parents[2].resolve()):
-        raise HubError(f"{path} leads out of the cache, to {found}; delete it and fetch it again")
-    if found.stat().st_size != file.size:
-        raise HubError(f"{path} is not the {file.size:,} bytes that the Hub announces; delete it and fetch it again")
-    if not cached and not _has_listed_contents(found, file):
+    """Raise unless a file is in the cache with the listed size. For a new file, also compare its hash with the listing."""
+    target = path.resolve()
+    if not target.is_relative_to(snapshot.parents[2].resolve()):
+        raise HubError(f"{path} leads out of the cache, to {target}; delete it and fetch it again")
+    if target.stat().st_size != file.size:
+        raise HubError(f"{path} does not have the {file.size:,} bytes that the Hub announces; delete it and fetch it again")
+    if not cached and not _has_listed_contents(target, file):
         path.unlink()
-        found.unlink(missing_ok=True)
-        raise HubError(f"{repo}: {file.path} arrived with other contents than the Hub lists, and was not kept; fetch it again")
+        target.unlink(missing_ok=True)
+        raise HubError(f"{repo}: {file.path} does not match the hash that the Hub lists, so it was deleted; fetch it again")
 
 
 def _has_listed_contents(path: Path, file: RepoFile) -> bool:
     if file.sha256 is not None:
         return file_hash(path) == file.sha256
-    digest = hashlib.sha1(f"blob {file.size}\0".encode())  # as git has it
+    digest = hashlib.sha1(f"blob {file.size}\0".encode())  # git's hash of a file
     with open(path, "rb") as content:
         while block := content.read(1 << 20):
             digest.update(block)
@@ -159,7 +159,7 @@ def _has_listed_contents(path: Path, file: RepoFile) -> bool:
 
 
 def _note_revision(snapshot: Path, revision: str) -> None:
-    """Have the cache know which commit a branch or tag stands for, as huggingface_hub does, for when there is no network."""
+    """Record in the cache the commit of a branch or tag, as huggingface_hub does, for use without a network."""
     if revision == snapshot.name:
         return
     ref = snapshot.parents[1] / "refs" / revision
@@ -167,12 +167,12 @@ def _note_revision(snapshot: Path, revision: str) -> None:
         if not ref.is_file() or ref.read_text(encoding="utf-8") != snapshot.name:
             ref.parent.mkdir(parents=True, exist_ok=True)
             write_text(ref, snapshot.name)
-    except OSError as error:  # a cache that others own can still be read
+    except OSError as error:  # a read-only cache can still be used
         logger.warning("%s cannot be written: %s", ref, error)
 
 
 def _from_cache(address: Address, why: HubUnreachableError) -> Fetched:
-    """What was fetched before; `why` again if that was not all of it."""
+    """Return the dictionary from the cache. Raise `why` if it is incomplete there."""
 
     def snapshot(*needed: str) -> Path:
         revision = address.revision
@@ -181,56 +181,56 @@ def _from_cache(address: Address, why: HubUnreachableError) -> Fetched:
     hub = client(Guard(address.repo))
     try:
         with typed_errors(address.repo):
-            found = snapshot()
-            files = {p.relative_to(found).as_posix(): p.stat().st_size for p in found.rglob("*") if p.is_file()}
+            cached = snapshot()
+            files = {p.relative_to(cached).as_posix(): p.stat().st_size for p in cached.rglob("*") if p.is_file()}
             folder = choose_folder(address, files)
             snapshot(*(glob.escape(f"{folder}/{name}".lstrip("/")) for name in DICTIONARY_FILES))  # raises if one is missing
     except HubNotFoundError as error:
         raise (HubUnreachableError(f"{why}. In the cache: {error}") if dictionary_folders(files) else why) from None
     except HubError:
         raise why from None
-    return Fetched(found / folder, Address(address.repo, folder or None, found.name))
+    return Fetched(cached / folder, Address(address.repo, folder or None, cached.name))
 
 
 def listing(address: Address) -> tuple[str, dict[str, RepoFile]]:
-    """The commit a revision stands for, and the files in it by their paths."""
+    """Return the commit of a revision and its files by path."""
     try:
-        found = list_files(address.repo, address.revision)
-        return found.commit, found.files
+        listed = list_files(address.repo, address.revision)
+        return listed.commit, listed.files
     except HubNotFoundError:
         raise _no_such_revision(address) from None
 
 
 def _no_such_revision(address: Address) -> HubNotFoundError:
-    """What to say of a revision that is not there; if the repository is not, that is raised instead."""
+    """Return the error for a revision that does not exist. Raise if the repository does not exist either."""
     names = revisions(address.repo)
     hint = near_matches(address.revision or "main", names) or f"; it has {', '.join(names[:20]) or 'none'}"
     return HubNotFoundError(f"{address.repo} has no revision {address.revision or 'main'!r}{hint}")
 
 
 def dictionary_folders(files: Iterable[str]) -> list[str]:
-    """The folders that look like dictionaries: settings and weights side by side, or weights that need no settings."""
+    """Return the folders that look like dictionaries: they hold settings and weights, or weights that need no settings."""
     suffixes: dict[str, set[str]] = {}
     for path in map(PurePosixPath, files):
-        found = suffixes.setdefault("" if str(path.parent) == "." else str(path.parent), set())
-        found.add("settings" if path.name in CONFIG_FILES else path.suffix)
+        endings = suffixes.setdefault("" if str(path.parent) == "." else str(path.parent), set())
+        endings.add("settings" if path.name in CONFIG_FILES else path.suffix)
     settings, alone = "settings", (".npz", ".pt")
     return sorted(
         folder
-        for folder, found in suffixes.items()
-        if (settings in found and found.intersection(WEIGHTS)) or found.intersection(alone)
+        for folder, endings in suffixes.items()
+        if (settings in endings and endings.intersection(WEIGHTS)) or endings.intersection(alone)
     )
 
 
 def choose_folder(address: Address, files: Iterable[str]) -> str:
-    """The folder asked for, or the only one that holds a dictionary."""
+    """Return the folder asked for, or the only folder with a dictionary."""
     known = dictionary_folders(files)
     listed = "; it has " + (", ".join(name or "(its root)" for name in known[:20]) or "none")
     listed += f" and {len(known) - 20} more" if len(known) > 20 else ""
     if address.folder is None:
         if "" in known or len(known) == 1:
             return "" if "" in known else known[0]
-        raise HubNotFoundError(f"{address.repo}: say which dictionary{listed}")
+        raise HubNotFoundError(f"{address.repo}: name the folder of the dictionary{listed}")
     if address.folder not in known:
         close = near_matches(address.folder, known)
         raise HubNotFoundError(f"{address.repo} has no dictionary {address.folder!r}{close}{listed}")
@@ -238,20 +238,20 @@ def choose_folder(address: Address, files: Iterable[str]) -> str:
 
 
 def dictionary_files(files: dict[str, int], folder: str) -> dict[str, int]:
-    """The files of the folder itself that a dictionary is read from, and the card."""
+    """Return the files of a folder that belong to its dictionary, and the card."""
     own = {path: size for path, size in files.items() if path.rpartition("/")[0] == folder}
     kind = next((suffix for suffix in WEIGHTS if any(path.endswith(suffix) for path in own)), WEIGHTS[0])
     return {path: size for path, size in sorted(own.items()) if path.endswith((*SETTINGS, kind))}
 
 
 def check_sizes(address: Address, files: dict[str, int], max_bytes: int) -> None:
-    """Raise before anything is fetched that is too large to be meant."""
+    """Raise before the download if the files are too many or too large."""
     if max_bytes < 1:
         raise ConfigError(f"max_bytes = {max_bytes}; expected a positive number")
     if len(files) > MAX_FILES:
-        raise HubError(f"{address} has {len(files):,} files; {MAX_FILES:,} are the most that a dictionary may have")
+        raise HubError(f"{address} has {len(files):,} files; a dictionary may have at most {MAX_FILES:,}")
     if len({path.casefold() for path in files}) < len(files):
-        raise HubError(f"{address} has files whose names differ only in case, which not every disk can hold apart")
+        raise HubError(f"{address} has files whose names differ only in case, which some disks cannot store")
     for path, size in files.items():
         if path.endswith(SETTINGS) and size > MAX_JSON_BYTES:
             raise HubError(f"{address.repo}: {path} has {size:,} bytes; that is too large for a settings file")

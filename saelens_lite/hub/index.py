@@ -1,6 +1,6 @@
-"""The card at the root of a repository: its metadata, and a table of all dictionaries in it, old and new.
+"""The card at the root of a repository: its metadata, and a table of all its dictionaries.
 
-Only the metadata and the marked section are written; whatever else its owner has put there stays.
+A push writes only the metadata and the marked section. All other text stays.
 """
 
 import re
@@ -45,7 +45,7 @@ class Row(NamedTuple):
 
     @classmethod
     def of(cls, name: str, d: Dictionary, evaluation: dict[str, Any]) -> "Row":
-        """The line of a dictionary."""
+        """Return the line of a dictionary."""
         values = metric_values(evaluation)
         hook = d.place if d.reads[0].hook else ""
         numbers = [f"{values[key]:.4g}" if key in values else "" for key in ("l0", "fvu", "ce_loss_score")]
@@ -53,14 +53,14 @@ class Row(NamedTuple):
 
     @classmethod
     def parse(cls, line: str) -> "Row | None":
-        """The line that `str` wrote; None for any other."""
+        """Parse a line that `str` wrote. Return None for any other line."""
         cells = [part.strip() for part in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
         link = re.fullmatch(r"\[(.+)\]\(\S+\)", cells[0]) if len(cells) == len(COLUMNS) else None
         return cls(link[1], *cells[1:]) if link else None
 
     @property
     def point(self) -> tuple[str, str, float, float] | None:
-        """Name, hook, L0 and FVU; None where one of the two is no number."""
+        """Name, hook, L0 and FVU, or None if L0 or FVU is not a number."""
         try:
             return self.name, self.hook, float(self.l0), float(self.fvu)
         except ValueError:
@@ -71,12 +71,12 @@ class Row(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """What the card of the repository says of a dictionary that is being pushed."""
+    """The data of a pushed dictionary in the card of the repository."""
 
     row: Row
     dictionary: Dictionary
-    load: str  # how to load it
-    sae_lens: bool  # whether SAELens can
+    load: str  # code that loads it
+    sae_lens: bool  # True if SAELens can load it
     evaluation: dict[str, Any]
 
     @property
@@ -88,10 +88,10 @@ class Entry(NamedTuple):
 def index_files(
     card: str | None, repo: str, entries: Sequence[Entry], *, license: str | None, tags: Sequence[str]
 ) -> dict[str, bytes]:
-    """The files at the root of the repository; `card` is what its README.md holds now.
+    """Return the files at the root of the repository. `card` is the current text of its README.md.
 
     Raises:
-        HubError: the metadata of `card` cannot be read, so that it would be lost.
+        HubError: the metadata of `card` cannot be read and would be lost.
     """
     old = find_section(card or "", SECTION)
     rows = {row.name: row for line in (old[1] if old else "").splitlines() if (row := Row.parse(line))}
@@ -107,14 +107,14 @@ def index_files(
 
 
 def _section_text(load: str, rows: Sequence[Row], *, with_frontier: bool) -> str:
-    """The table, the frontier, and how to load one of the dictionaries."""
+    """Return the table, the frontier, and the code that loads one of the dictionaries."""
     header = ["| " + " | ".join(COLUMNS) + " |", "| --- | --- | --- " + "| ---: " * 4 + "|"]
     figure = [f"![FVU over L0]({FRONTIER_FILE})", ""] if with_frontier else []
     return "\n".join(["## Dictionaries", *header, *map(str, rows), "", *figure, load])
 
 
 def _page(card: str | None, repo: str) -> ModelCard:
-    """The card as huggingface_hub sees it; a new one where there is none."""
+    """Parse the card with huggingface_hub, or start a new one."""
     _check_metadata(card or "", repo)
     body = card or f"# {repo.partition('/')[2]}\n\nSparse dictionaries of activations, trained with saelens_lite.\n"
     try:
@@ -130,27 +130,27 @@ def _unreadable(repo: str, why: str) -> HubError:
 
 def _check_metadata(card: str, repo: str) -> None:
     """Raise HubError for metadata that would take huggingface_hub's parser too much time, memory or depth."""
-    found = _METADATA.match(card)
-    if found is None:
+    metadata = _METADATA.match(card)
+    if metadata is None:
         return
-    if len(found[1]) > MAX_METADATA_CHARACTERS:
-        raise _unreadable(repo, f"they have {len(found[1]):,} characters; {MAX_METADATA_CHARACTERS:,} are the most")
+    if len(metadata[1]) > MAX_METADATA_CHARACTERS:
+        raise _unreadable(repo, f"they have {len(metadata[1]):,} characters; the limit is {MAX_METADATA_CHARACTERS:,}")
     depth = 0
     try:
-        for number, event in enumerate(yaml.parse(found[1], Loader=yaml.SafeLoader)):
+        for number, event in enumerate(yaml.parse(metadata[1], Loader=yaml.SafeLoader)):
             if number > MAX_METADATA_PARTS:
                 raise _unreadable(repo, f"they have more than {MAX_METADATA_PARTS:,} parts")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_METADATA_DEPTH:
                 raise _unreadable(repo, f"they are nested deeper than {MAX_METADATA_DEPTH} levels")
             if isinstance(event, yaml.AliasEvent):
-                raise _unreadable(repo, f"they repeat a part by its name, *{event.anchor}, which can make a page of a line")
+                raise _unreadable(repo, f"they use the YAML alias *{event.anchor}, which can expand a line to a page")
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise _unreadable(repo, str(error)) from None
 
 
 def _update(page: ModelCard, new: ModelCardData) -> None:
-    """Add to the metadata of a card; what it has already stays, but results of the same dictionaries are replaced."""
+    """Add to the metadata of a card. Results of the same dictionaries are replaced; everything else stays."""
     data = page.data
     for key in ("tags", "base_model", "datasets"):
         setattr(data, key, list(dict.fromkeys([*_as_list(data.get(key)), *_as_list(new.get(key))])) or None)

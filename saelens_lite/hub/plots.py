@@ -1,4 +1,4 @@
-"""The figures of a card, as PNG files of the same bytes for the same numbers; none where matplotlib is not installed."""
+"""The figures of a card, as PNG files. Equal numbers give equal bytes. Without matplotlib there are no figures."""
 
 import io
 import json
@@ -21,7 +21,7 @@ CURVES = {"FVU": ("fvu", "val_fvu"), "L0": ("l0", "val_l0")}
 
 
 def density_plot(density: Float[Tensor, " d_sae"] | None) -> bytes | None:
-    """A histogram of how often latents fire, log10; None without densities or matplotlib."""
+    """Return a histogram of log10 firing frequencies, or None without densities or matplotlib."""
     if density is None or not (density > 0).any():
         return None
     alive = density[density > 0].double().log10().tolist()
@@ -35,21 +35,21 @@ def density_plot(density: Float[Tensor, " d_sae"] | None) -> bytes | None:
 
 
 def log_plot(log: Path) -> bytes | None:
-    """What the log of a run says of error and sparsity, over tokens; None without a readable log or matplotlib."""
+    """Plot error and sparsity over tokens from the log of a run. Return None without a readable log or matplotlib."""
     lines = _log_lines(log)
 
     def points(name: str) -> list[tuple[float, float]]:
         return [(float(line["tokens"]), float(line[name])) for line in lines if _drawable(line, name)]
 
-    curves = {title: {name: found for name in names if len(found := points(name)) > 1} for title, names in CURVES.items()}
+    curves = {title: {name: curve for name in names if len(curve := points(name)) > 1} for title, names in CURVES.items()}
     curves = {title: named for title, named in curves.items() if named}
     if not curves:
         return None
 
     def draw(*panels: "Axes") -> None:
         for axes, (title, named) in zip(panels, curves.items(), strict=True):
-            for name, found in named.items():
-                axes.plot(*zip(*found, strict=True), label=name)
+            for name, curve in named.items():
+                axes.plot(*zip(*curve, strict=True), label=name)
             axes.set(xlabel="tokens trained on", ylabel=title, yscale="log")
             axes.legend(fontsize=8)
 
@@ -57,8 +57,9 @@ def log_plot(log: Path) -> bytes | None:
 
 
 def frontier_plot(points: Sequence[tuple[str, str, float, float]]) -> bytes | None:
-    """FVU over L0 of several dictionaries, given as (name, hook, l0, fvu), a colour for each hook, as those of different hooks
-    cannot be compared; None for fewer than two, or without matplotlib."""
+    """Plot FVU over L0 of dictionaries, given as (name, hook, l0, fvu). Return None for fewer than two, or without matplotlib.
+
+    Each hook has its own colour, because dictionaries of different hooks cannot be compared."""
     if len(points) < 2:
         return None
 
@@ -76,14 +77,14 @@ def frontier_plot(points: Sequence[tuple[str, str, float, float]]) -> bytes | No
 
 
 def _plain(text: str) -> str:
-    """Text in which matplotlib finds no formula."""
+    """Escape text so that matplotlib reads no formula in it."""
     return text.replace("$", r"\$")
 
 
 def _png(draw: Callable[..., None], panels: int = 1) -> bytes | None:
-    """What `draw` puts on empty pairs of axes, one for each panel."""
+    """Return the PNG that `draw` makes on `panels` pairs of axes, or None without matplotlib."""
     if find_spec("matplotlib") is None:
-        logger.info("the card has no figures: pip install 'saelens-lite[plots]'")
+        logger.info("the card has no figures, because matplotlib is not installed: pip install 'saelens-lite[plots]'")
         return None
     from matplotlib.figure import Figure
 
@@ -98,21 +99,21 @@ def _png(draw: Callable[..., None], panels: int = 1) -> bytes | None:
 
 
 def _log_lines(log: Path) -> list[dict[str, Any]]:
-    """The objects in a JSON-lines file; lines that are none are left out, as a run may still be writing the last one."""
+    """Return the objects in a JSON-lines file. Invalid lines are skipped, because a run may still be writing the last one."""
     if not log.is_file() or log.stat().st_size > MAX_LOG_BYTES:
         return []
-    found = []
+    lines = []
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             value = json.loads(line)
         except ValueError:
             continue
         if isinstance(value, dict):
-            found.append(value)
-    return found
+            lines.append(value)
+    return lines
 
 
 def _drawable(line: dict[str, Any], name: str) -> bool:
-    """Whether a line of the log has a point of the curve that a logarithmic axis can show."""
+    """Return whether a line of the log has a positive value of a curve, which a logarithmic axis can show."""
     numbers = [line.get(key) for key in ("tokens", name)]
     return all(isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < float("inf") for x in numbers)

@@ -1,6 +1,6 @@
-"""Pushing dictionaries to the Hub: everything is prepared and compared first, then one commit holds it or nothing is changed.
+"""Push of dictionaries to the Hub. All files are prepared and compared first; then one commit holds them, or nothing changes.
 
-The commit names the one it was compared with as its parent, so that the Hub refuses it if somebody else was faster.
+The commit names the compared commit as its parent, so the Hub refuses it if the repository changed since.
 """
 
 import hashlib
@@ -47,26 +47,26 @@ Source = Dictionary | str | Path
 
 
 class PushFile(NamedTuple):
-    """A file of the repository and what becomes of it; size in bytes."""
+    """A file of the repository and its planned change. Size in bytes."""
 
     path: str
     size: int
-    sha256: str | None  # None: of a deleted file
+    sha256: str | None  # None for a deleted file
     status: Literal["new", "changed", "unchanged", "deleted"]
 
 
 class Push(NamedTuple):
-    """What was pushed, or, where `commit` is None, what would be."""
+    """The result of a push, or its plan if `commit` is None."""
 
     repo: str
     files: tuple[PushFile, ...]
-    parent: str | None  # the commit it was compared with; None: there is no repository yet
+    parent: str | None  # the compared commit; None if the repository does not exist yet
     commit: str | None
     url: str
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of the files that are new or changed."""
+        """Total size of the new and changed files, in bytes."""
         return sum(file.size for file in self.files if file.status in ("new", "changed"))
 
     def __str__(self) -> str:
@@ -76,9 +76,9 @@ class Push(NamedTuple):
 
 
 class _Remote(NamedTuple):
-    """The files of a repository at its head."""
+    """The files of a repository at its latest commit."""
 
-    commit: str | None  # None: there is no repository
+    commit: str | None  # None if the repository does not exist
     files: dict[str, RepoFile]
     private: bool = True
 
@@ -95,19 +95,19 @@ def push(
     parent_commit: str | None = None,
     dry_run: bool = False,
 ) -> Push:
-    """What was pushed to the Hub repository "user/name", in one commit.
+    """Push dictionaries to the Hub repository "user/name" in one commit.
 
     `dictionaries` is a dictionary or its folder, named after its hook; the folder of a run with several; or a mapping from
     folders in the repository to dictionaries or their folders. A folder may also be an hf:// address. Each dictionary is pushed
-    with its card, eval.json and figures, and listed in the card of the repository, which is created where it is missing. What
-    an earlier, interrupted push has uploaded is not sent again. `private` is for a new repository, `license` replaces an old
-    one, `revision` is the branch. `dry_run` sends nothing.
+    with its card, eval.json and figures, and listed in the card of the repository. The repository is created if needed. Files
+    that an interrupted push uploaded are not sent again. `private` is for a new repository, `license` replaces an earlier
+    license, `revision` is the branch. `dry_run` sends nothing.
 
     Raises:
-        ConfigError: a name that cannot be used, no dictionary, or `private` for a repository that is public.
-        CorruptFileError: a dictionary that cannot be read.
-        HubConflictError: the repository has changed since `parent_commit`, or while it was compared; nothing was written.
-        HubError: the Hub refuses or cannot be reached; the repository is as it was, or new and empty.
+        ConfigError: a name is not valid, no dictionary is given, or `private` is given for a public repository.
+        CorruptFileError: a dictionary cannot be read.
+        HubConflictError: the repository has changed since `parent_commit`, or during the comparison. Nothing was written.
+        HubError: the Hub refuses or cannot be reached. The repository is unchanged, or new and empty.
     """
     Address.of(repo)
     named = _named(dictionaries)
@@ -117,7 +117,7 @@ def push(
         if parent_commit is not None and remote.commit != parent_commit:
             raise HubConflictError(
                 f"{repo} is at {remote.commit or 'no commit at all'}, not at {parent_commit}; nothing was sent. "
-                "Look at what has changed, then push onto that commit"
+                "Check the changes, then push with parent_commit set to the latest commit"
             )
         if remote.commit is None and not dry_run:
             _create(repo, private)
@@ -136,7 +136,7 @@ def push(
 
 
 def _named(dictionaries: Source | Mapping[str, Source]) -> dict[str, Source]:
-    """The dictionaries by their folder in the repository."""
+    """Return the dictionaries by folder in the repository."""
     if isinstance(dictionaries, Mapping):
         named = {check_folder(name): source for name, source in dictionaries.items()}
         if len(named) < len(dictionaries):
@@ -146,29 +146,29 @@ def _named(dictionaries: Source | Mapping[str, Source]) -> dict[str, Source]:
     else:
         named = _named_folders(local_folder(dictionaries))
     if not named:
-        raise ConfigError("no dictionary to push was given")
+        raise ConfigError("nothing to push: give at least one dictionary")
     return named
 
 
 def _named_folders(folder: Path) -> dict[str, Source]:
-    """The dictionary in a folder, named after its hook, or those of a run, named after their own folders."""
+    """Return the dictionary in a folder, named after its hook, or the dictionaries of a run, named after their folders."""
     for one in (folder, folder / "dictionary"):
         if (one / CONFIG_FILE).is_file():
             return {_hook_name(read(one)): one}
     several = sorted({path.parent for pattern in ("*/", "*/dictionary/") for path in folder.glob(pattern + CONFIG_FILE)})
     if not several:
-        raise CorruptFileError(f"{folder} holds no dictionary: neither {CONFIG_FILE} nor folders with one")
+        raise CorruptFileError(f"{folder} does not hold a dictionary: it has no {CONFIG_FILE}, and neither do its folders")
     return {check_folder(path.relative_to(folder).parts[0]): path for path in several}
 
 
 def _hook_name(dictionary: Dictionary) -> str:
     if not dictionary.reads[0].hook:
-        raise ConfigError("the dictionary does not know its hook; name its folder: push({'name': dictionary}, …)")
+        raise ConfigError("the dictionary does not name its hook; name its folder: push({'name': dictionary}, …)")
     return check_folder("_and_".join(str(port.hook) for port in dictionary.reads))
 
 
 def _message(names: Sequence[str]) -> str:
-    """What the commit is called unless its author says so."""
+    """Return the default message of the commit."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return f"Push {', '.join(names[:5])}{more}"
 
@@ -176,12 +176,12 @@ def _message(names: Sequence[str]) -> str:
 def _prepare(
     named: dict[str, Source], repo: str, scratch: Path, *, license: str | None, tags: Sequence[str]
 ) -> tuple[list[Entry], dict[str, Path | bytes]]:
-    """The dictionaries, read and therefore whole, and what their folders in the repository will hold."""
+    """Load the dictionaries, which also checks them, and return their entries and files for the repository."""
     entries, files = [], {}
     for i, (name, source) in enumerate(named.items()):
         folder = source.save(scratch / str(i)) if isinstance(source, Dictionary) else _dictionary_folder(source)
         dictionary = source if isinstance(source, Dictionary) else read(folder)
-        folder = folder if is_own_folder(folder) else dictionary.save(scratch / str(i))  # what another tool wrote
+        folder = folder if is_own_folder(folder) else dictionary.save(scratch / str(i))  # convert another tool's files
         load, report = load_text(folder, dictionary, Address(repo, name)), stored_report(folder)
         card, own = _published_files(folder, dictionary, license=license, tags=tags)
         card = with_section(with_section(card, "load", load), "evaluation", evaluation_text(report))
@@ -194,7 +194,7 @@ def _prepare(
 def _published_files(
     folder: Path, dictionary: Dictionary, *, license: str | None, tags: Sequence[str]
 ) -> tuple[str, dict[str, Path | bytes]]:
-    """The card in a dictionary folder and what else of it is published; where there is no card, a new one with figures."""
+    """Return the card and the other published files of a dictionary folder. A missing card is made, with figures."""
     own: dict[str, Path | bytes] = {path.name: path for path in sorted(folder.iterdir()) if _is_published(path)}
     if own.pop(CARD_FILE, None):
         return _read_card(folder / CARD_FILE), own
@@ -210,18 +210,18 @@ def _read_card(path: Path) -> str:
 
 
 def _dictionary_folder(source: str | Path) -> Path:
-    """The folder itself, or the dictionary in the folder of a run."""
+    """Return the folder itself, or the dictionary in the folder of a run."""
     folder = local_folder(source)
     return folder / "dictionary" if (folder / "dictionary" / CONFIG_FILE).is_file() else folder
 
 
 def _is_published(path: Path) -> bool:
-    """Whether a file belongs to a dictionary; whatever else lies in its folder is nobody's business."""
+    """Return whether a file belongs to a dictionary. Other files of its folder are not published."""
     return path.is_file() and not path.name.startswith(".") and (path.name in OWN_NAMES or path.suffix in OWN_SUFFIXES)
 
 
 def _remote(repo: str, revision: str | None) -> _Remote:
-    """What the Hub has now."""
+    """Return the current files of the repository."""
     try:
         return _Remote(*list_files(repo, revision))
     except HubNotFoundError:
@@ -231,29 +231,29 @@ def _remote(repo: str, revision: str | None) -> _Remote:
 
 
 def _writer(repo: str) -> HfApi:
-    """A client for uploads, which take their time."""
+    """Return a client for uploads, without a time limit."""
     return client(Guard(repo, hurry=False))
 
 
 def _create(repo: str, private: bool) -> None:
-    """Have an empty repository; one that somebody has made in the meantime will do."""
+    """Create the repository unless it already exists."""
     with typed_errors(repo):
         _writer(repo).create_repo(repo, private=private, exist_ok=True)
 
 
 def _remote_card(repo: str, remote: _Remote) -> str | None:
-    """The card of the repository as it is."""
+    """Return the current card of the repository."""
     if CARD_FILE not in remote.files:
         return None
     if remote.files[CARD_FILE].size > MAX_JSON_BYTES:
-        raise HubError(f"{repo}: its README.md has {remote.files[CARD_FILE].size:,} bytes; that is too large for a card")
+        raise HubError(f"{repo}: its README.md has {remote.files[CARD_FILE].size:,} bytes, which is too large for a card")
     folder = download(repo, remote.commit, [remote.files[CARD_FILE]])
     with typed_errors(repo):
         return (folder / CARD_FILE).read_text(encoding="utf-8")
 
 
 def _compare(files: Mapping[str, Path | bytes], remote: _Remote, folders: Sequence[str]) -> tuple[PushFile, ...]:
-    """What becomes of each file; files of an earlier dictionary in the same folder that are no more are deleted."""
+    """Return the planned change of each file. Files of an earlier dictionary in the same folder are deleted."""
     compared = []
     for path, content in sorted(files.items()):
         there, size, sha256 = remote.files.get(path), _size(content), _digest(content, "sha256")
@@ -267,7 +267,7 @@ def _compare(files: Mapping[str, Path | bytes], remote: _Remote, folders: Sequen
 
 
 def _is_same(content: Path | bytes, sha256: str, there: RepoFile) -> bool:
-    """Whether the Hub has these bytes; it knows large files by sha256, small ones by git's hash."""
+    """Return whether a file on the Hub has these bytes, by SHA-256 for large files and git's hash for small ones."""
     if there.sha256 is not None:
         return there.sha256 == sha256
     return there.blob_id == _digest(content, "sha1", prefix=f"blob {there.size}\0".encode())
@@ -278,7 +278,7 @@ def _size(content: Path | bytes) -> int:
 
 
 def _digest(content: Path | bytes, algorithm: str, prefix: bytes = b"") -> str:
-    """A hash of the content, in hexadecimal."""
+    """Return a hash of the content in hexadecimal."""
     hashed = hashlib.new(algorithm, prefix)
     if isinstance(content, bytes):
         hashed.update(content)
@@ -297,7 +297,7 @@ def _commit(
     remote: _Remote,
     message: str,
 ) -> str:
-    """The commit that holds what was planned."""
+    """Commit the planned changes. Return the commit."""
     sent = [CommitOperationAdd(f.path, files[f.path]) for f in planned if f.status in ("new", "changed")]
     operations: list[Any] = sent + [CommitOperationDelete(f.path) for f in planned if f.status == "deleted"]
     if not operations:
@@ -309,9 +309,7 @@ def _commit(
             )
         commit = done.oid
     except HubConflictError as error:
-        raise HubConflictError(
-            f"{error}. Push again: it is compared with what is there now, and no upload is repeated"
-        ) from None
+        raise HubConflictError(f"{error}. Push again; uploaded files are not sent twice") from None
     except HubUnreachableError as error:
         commit = _arrived(repo, revision, planned, files, remote, error)
     _check_arrived(repo, commit, planned, files)
@@ -326,31 +324,31 @@ def _arrived(
     before: _Remote,
     error: HubUnreachableError,
 ) -> str:
-    """The commit, where only the answer to it was lost; else the repository is as before, and that is said."""
-    again = f"{error}. The repository is as it was; push again, what was uploaded is not sent twice"
+    """Return the commit if only the Hub's answer was lost. Else raise an error that says that the repository is unchanged."""
+    again = f"{error}. The repository is unchanged. Push again; uploaded files are not sent twice"
     try:
         now = _remote(repo, revision)
     except HubError:
-        raise HubUnreachableError(f"{error}. Whether it arrived cannot be seen; push again, it changes nothing then") from None
+        raise HubUnreachableError(f"{error}. The commit may have arrived. Push again; if it has, nothing changes") from None
     if now.commit in (None, before.commit) or _missing(planned, files, now):
         raise HubUnreachableError(again) from None
-    logger.warning("%s: the answer of the Hub was lost, but commit %s holds everything", repo, now.commit)
+    logger.warning("%s: the answer of the Hub was lost, but commit %s holds all files", repo, now.commit)
     return now.commit
 
 
 def _check_arrived(repo: str, commit: str, planned: Sequence[PushFile], files: Mapping[str, Path | bytes]) -> None:
-    """Raise if the commit lacks planned files, which rules of the repository such as .gitignore can keep out."""
+    """Raise if the commit lacks planned files. Rules of the repository, such as .gitignore, can exclude them."""
     try:
-        found = _remote(repo, commit)
+        arrived = _remote(repo, commit)
     except HubUnreachableError as error:
-        logger.warning("commit %s was made but could not be looked at: %s", commit, error)
+        logger.warning("commit %s was made but could not be checked: %s", commit, error)
         return
-    if missing := _missing(planned, files, found):
+    if missing := _missing(planned, files, arrived):
         raise HubError(f"{repo}: commit {commit} lacks {', '.join(missing)}; does a .gitignore there exclude them?")
 
 
 def _missing(planned: Sequence[PushFile], files: Mapping[str, Path | bytes], remote: _Remote) -> list[str]:
-    """The planned files that the Hub does not have as planned."""
+    """Return the planned files that are missing or different on the Hub."""
 
     def arrived(file: PushFile) -> bool:
         there = remote.files.get(file.path)

@@ -1,6 +1,6 @@
-"""Talking to the Hub: addresses of dictionaries there, and typed errors in place of those of the HTTP client.
+"""Addresses of dictionaries on the Hub, and our typed errors in place of the HTTP client's errors.
 
-The token is found by huggingface_hub itself (HF_TOKEN or `hf auth login`); it is never handed on, stored or shown.
+huggingface_hub itself reads the token (HF_TOKEN or `hf auth login`). This package never passes on, stores or shows it.
 """
 
 import errno
@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
-    HTTPError,  # of whichever httpx this huggingface_hub is built on
+    HTTPError,  # from the httpx package that this huggingface_hub uses
     LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
@@ -44,7 +44,7 @@ _ADDRESS = re.compile(
 
 
 class Address(NamedTuple):
-    """Where a dictionary lies on the Hub."""
+    """The address of a dictionary on the Hub."""
 
     repo: str
     folder: str | None = None
@@ -52,29 +52,29 @@ class Address(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Address":
-        """The address hf://user/repo/folder@revision, or hf://user/repo@revision/folder as huggingface_hub writes it.
+        """Parse hf://user/repo/folder@revision, or huggingface_hub's own form hf://user/repo@revision/folder.
 
         Raises:
-            ConfigError: it is not of this form.
+            ConfigError: the text does not have this form.
         """
         scheme, _, rest = text.partition(":/")
         if rest and scheme != "hf":
             raise ConfigError(f"{text}: {scheme}:// is not known; give a folder or hf://user/repo/folder@revision")
-        found = _ADDRESS.fullmatch(f"hf://{rest.removeprefix('/')}")  # pathlib makes one slash of two
-        if found is None or (found["first"] and found["last"]):
+        match = _ADDRESS.fullmatch(f"hf://{rest.removeprefix('/')}")  # pathlib makes one slash of two
+        if match is None or (match["first"] and match["last"]):
             raise ConfigError(f"{text!r} is not an address on the Hub; expected hf://user/repo/folder@revision")
-        return cls.of(found["repo"], found["folder"], found["first"] or found["last"])
+        return cls.of(match["repo"], match["folder"], match["first"] or match["last"])
 
     @classmethod
     def of(cls, repo: str, folder: str | None = None, revision: str | None = None) -> "Address":
-        """An address whose parts are well formed.
+        """Return an address after checking its parts.
 
         Raises:
-            ConfigError: they are not.
+                    ConfigError: a part is not well formed.
         """
         if not re.fullmatch(rf"{NAME}/{NAME}", repo):
             raise ConfigError(f"{repo!r} is not the name of a repository; expected user/name")
-        if revision and (".." in revision or not re.fullmatch(r"[^\s/~^:?*\[\\][^\s~^:?*\[\\]*", revision)):  # as git has it
+        if revision and (".." in revision or not re.fullmatch(r"[^\s/~^:?*\[\\][^\s~^:?*\[\\]*", revision)):  # git's rules
             raise ConfigError(f"{revision!r} cannot be a revision; expected a branch, a tag or a commit")
         folder = check_folder(folder) if folder and folder.strip("/") else None
         return cls(repo, folder, revision or None)
@@ -85,7 +85,7 @@ class Address(NamedTuple):
 
 
 def check_folder(folder: str) -> str:
-    """The name of a folder in a repository, without slashes around it; ConfigError unless it is a plain relative path."""
+    """Return the name of a folder without slashes around it. Raise ConfigError unless it is a plain relative path."""
     folder = folder.strip("/")
     if not re.fullmatch(rf"{NAME}(/{NAME})*", folder):
         raise ConfigError(f"{folder!r} cannot be a folder of a repository: use letters, digits and . _ - between slashes")
@@ -93,13 +93,13 @@ def check_folder(folder: str) -> str:
 
 
 def client(guard: Guard) -> HfApi:
-    """A client that asks the Hub in bounds, with the endpoint, cache and token of huggingface_hub's environment variables."""
+    """Return a guarded client with the endpoint, cache and token of huggingface_hub's environment variables."""
     return guarded_client(guard)
 
 
 @contextmanager
 def bars_on_terminals_only() -> Iterator[None]:
-    """Within the block, huggingface_hub draws its progress bars only where somebody can see them."""
+    """Turn off huggingface_hub's progress bars in the block unless a terminal shows them."""
     hide = not sys.stderr.isatty() and not are_progress_bars_disabled()
     if hide:
         disable_progress_bars()
@@ -112,21 +112,21 @@ def bars_on_terminals_only() -> Iterator[None]:
 
 @contextmanager
 def typed_errors(repo: str) -> Iterator[None]:
-    """Within the block, whatever huggingface_hub and its HTTP client raise is a HubError about `repo`.
+    """Turn errors of huggingface_hub and its HTTP client in the block into a HubError about `repo`.
 
-    The original is not chained: a malformed token can stand in its message.
+    The original error is not chained, because its message can hold a malformed token.
     """
     try:
         yield
     except SaelensLiteError:
         raise
-    except Exception as error:  # the client takes answers apart without a look at their form: KeyError, RecursionError, …
+    except Exception as error:  # the client does not check answers before it parses them: KeyError, RecursionError, …
         raise _typed(error, repo) from None
 
 
 def _typed(error: Exception, repo: str) -> SaelensLiteError:
-    """The error of ours that says the same."""
-    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):  # an upload wraps what went wrong
+    """Return our error for an error of huggingface_hub."""
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):  # an upload wraps the actual error
         error = error.__cause__
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
         return DiskFullError(f"{repo} cannot be stored: the disk is full")
@@ -143,7 +143,7 @@ def _typed(error: Exception, repo: str) -> SaelensLiteError:
 
 
 def _from_status(error: HfHubHTTPError, repo: str, said: str) -> HubError:
-    """What an answer of the Hub means."""
+    """Return our error for an HTTP status of the Hub."""
     status = error.response.status_code
     if isinstance(error, GatedRepoError):
         return HubAccessError(f"{repo} is gated: ask for access on https://huggingface.co/{repo}, then {LOG_IN}")
@@ -160,16 +160,16 @@ def _from_status(error: HfHubHTTPError, repo: str, said: str) -> HubError:
             f"{repo}: this token may not do that; use one that may write there, and {LOG_IN}. It says: {said}"
         )
     if status in (409, 412):
-        return HubConflictError(f"{repo} has changed in the meantime; nothing was written. The Hub says: {said}")
+        return HubConflictError(f"{repo} has changed since it was read; nothing was written. The Hub says: {said}")
     if status == 429 or status >= 500:
         return HubUnreachableError(f"{repo}: the Hub is in trouble or asks to wait; try again later. It says: {said}")
     return HubError(f"{repo}: the Hub refuses: {said}")
 
 
 def _in_short(error: Exception) -> str:
-    """The message of an error on one line, never with the token in it."""
+    """Return the message of an error on one line, without the token."""
     text = " ".join(str(error).split()) or type(error).__name__
     text = "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text[:10_000])
-    text = re.sub(r"Bearer [^'\"]*", "Bearer …", text)  # as it stands in a header that cannot be sent
+    text = re.sub(r"Bearer [^'\"]*", "Bearer …", text)  # from errors about a header that cannot be sent
     token = get_token()
     return (text.replace(token, "…") if token else text)[:400]

@@ -1,9 +1,9 @@
-"""A guard over each request to a Hub: who gets the token, how much may arrive, and how long that may take.
+"""A guard over each request to a Hub. It limits the hosts that get the token, the bytes of an answer, and the time.
 
-huggingface_hub trusts its endpoint: it names files after the ETag of an answer, follows links of a listing to any host with the
-token in hand, and reads whatever comes. So the requests of this package carry the key of a Guard in a header, which is removed
-before anything is sent; hooks of the HTTP client let the guard look at each request and at each answer before it is used.
-Requests of others through the same client are left alone.
+huggingface_hub trusts its endpoint: it names files after the ETag of an answer, follows links to any host with the token, and
+reads answers of any size. So the requests of this package carry the key of a Guard in a header, which is removed before the
+request is sent. Hooks of the HTTP client let the guard check each request and each answer. Requests of other code through the
+same client are not checked.
 """
 
 import re
@@ -22,24 +22,24 @@ from huggingface_hub.utils import _http
 
 from saelens_lite.errors import HubError, HubUnreachableError
 
-HTTPX: Any = sys.modules[HTTPError.__module__.partition(".")[0]]  # whichever httpx this huggingface_hub is built on
+HTTPX: Any = sys.modules[HTTPError.__module__.partition(".")[0]]  # the httpx package that this huggingface_hub uses
 TAG, EXTENSION = "X-Saelens-Lite-Guard", "saelens_lite_guard"
-HUB = "https://huggingface.co"  # mirrors of it link to it; the token is its own
+HUB = "https://huggingface.co"  # mirrors link to it, and it issues the token
 COMMIT = re.compile("[0-9a-f]{40}")
 MAX_ANSWER_BYTES, MAX_ERROR_BYTES = 8 << 20, 1 << 20
 SECONDS_BETWEEN_BYTES = 10
-SECONDS_TO_WAIT = 300  # that an endpoint may ask for before another try
+SECONDS_TO_WAIT = 300  # longest wait that an endpoint may ask for
 GRACE_SECONDS, LEAST_BYTES_PER_SECOND = 60, 1000
-_ETAG = re.compile(r'(W/)?"?(?!\.)[\w.+=-]{1,128}"?')  # huggingface_hub names a file after what is between the quotes
+_ETAG = re.compile(r'(W/)?"?(?!\.)[\w.+=-]{1,128}"?')  # huggingface_hub names a file after the text between the quotes
 _guards: "WeakValueDictionary[str, Guard]" = WeakValueDictionary()
 _lock = threading.Lock()
 
 
 class Guard:
-    """The bounds of one task, such as a listing or the download of one file.
+    """The limits of one task, such as a listing or the download of one file.
 
-    repo: for messages. limit: bytes of an answer. commit: the only one that answers may be of. hurry: raise where the whole
-    task takes longer than GRACE_SECONDS and brings less than LEAST_BYTES_PER_SECOND.
+    repo: name for messages. limit: bytes of an answer. commit: the only allowed commit of an answer. hurry: raise if the task
+    takes longer than GRACE_SECONDS and receives less than LEAST_BYTES_PER_SECOND.
     """
 
     def __init__(self, repo: str, limit: int = MAX_ANSWER_BYTES, commit: str | None = None, *, hurry: bool = True):
@@ -49,16 +49,16 @@ class Guard:
         _guards[self.key] = self
 
     def request(self, request: Any) -> None:
-        """Look at a request before it is sent.
+        """Check a request before it is sent.
 
         Raises:
-            HubError: it would take the token to another host, or leave an encrypted connection.
+            HubError: the request would send the token to another host or without encryption.
             HubUnreachableError: the task takes too long.
         """
         self._check_pace()
         url, endpoint = str(request.url), constants.ENDPOINT
         if "authorization" in request.headers and _origin(url) not in (_origin(endpoint), _origin(HUB)):
-            raise HubError(f"{self.repo}: {endpoint} asks to send the token to {_origin(url)[1]}; nothing was sent there")
+            raise HubError(f"{self.repo}: {endpoint} asks to send the token to {_origin(url)[1]}; it was not sent")
         if endpoint.startswith("https:") and not url.startswith("https:"):
             raise HubError(f"{self.repo}: {endpoint} leads to an address without encryption, on {_origin(url)[1]}")
         if request.method in ("GET", "HEAD"):
@@ -70,11 +70,11 @@ class Guard:
             }
 
     def response(self, response: Any) -> None:
-        """Look at the headers of an answer, and have its content counted while it is read.
+        """Check the headers of an answer, and count its content while it is read.
 
         Raises:
-            HubError: a header that would become a path, of another commit, or of more than was agreed to.
-            HubUnreachableError: it asks to wait too long.
+            HubError: a header holds a path, names another commit, or announces more than the limit.
+            HubUnreachableError: the answer asks for too long a wait.
         """
         headers, request = response.headers, response.request
         commit = headers.get(constants.HUGGINGFACE_HEADER_X_REPO_COMMIT)
@@ -92,7 +92,7 @@ class Guard:
         response.stream = _Counted(response.stream, self, self._limit(response))
 
     def _limit(self, response: Any) -> int:
-        """Bytes that an answer may have: what is left of a file whose beginning is there already."""
+        """Return the limit of an answer in bytes, less the part of the file that is already downloaded."""
         if response.status_code >= 400:
             return MAX_ERROR_BYTES
         start = re.match(r"bytes=(\d{1,18})-", response.request.headers.get("Range", ""))
@@ -107,14 +107,14 @@ class Guard:
     def _check_length(self, headers: Any, method: str) -> None:
         encoding, length = headers.get("Content-Encoding", "identity"), headers.get("Content-Length", "0")
         if method == "GET" and encoding != "identity":
-            raise HubError(f"{self.repo}: the Hub sends {encoding[:40]!r} where plain bytes were asked for")
+            raise HubError(f"{self.repo}: the Hub sends the encoding {encoding[:40]!r}, although plain bytes were requested")
         if not re.fullmatch(r"\d{1,18}", length):
             raise HubError(f"{self.repo}: the Hub announces {length[:40]!r} bytes")
         if method == "GET" and int(length) > self.limit:
-            raise HubError(f"{self.repo}: the Hub announces {int(length):,} bytes where {self.limit:,} are the most")
+            raise HubError(f"{self.repo}: the Hub announces {int(length):,} bytes; the limit is {self.limit:,}")
 
     def arrived(self, n: int) -> None:
-        """Note bytes that arrived. HubUnreachableError when they come too slowly."""
+        """Count received bytes. Raise HubUnreachableError if they arrive too slowly."""
         self._n_bytes += n
         self._check_pace()
 
@@ -125,7 +125,7 @@ class Guard:
 
 
 class _Counted(HTTPX.SyncByteStream):
-    """The content of an answer, up to a number of bytes."""
+    """The content of an answer, limited to a number of bytes."""
 
     def __init__(self, stream: Any, guard: Guard, limit: int):
         self._stream, self._guard, self._limit = stream, guard, limit
@@ -136,7 +136,7 @@ class _Counted(HTTPX.SyncByteStream):
             n += len(chunk)
             self._guard.arrived(len(chunk))
             if n > self._limit:
-                raise HubError(f"{self._guard.repo}: the Hub sends more than the {self._limit:,} bytes that were agreed to")
+                raise HubError(f"{self._guard.repo}: the Hub sends more than the limit of {self._limit:,} bytes")
             yield chunk
 
     def close(self) -> None:
@@ -144,7 +144,7 @@ class _Counted(HTTPX.SyncByteStream):
 
 
 class _Guarded:
-    """A maker of HTTP clients that have our hooks beside their own."""
+    """A factory of HTTP clients that adds our hooks to theirs."""
 
     def __init__(self, factory: Callable[[], Any]):
         self.factory = factory
@@ -170,12 +170,12 @@ def _on_response(response: Any) -> None:
 
 
 def guarded_client(guard: Guard) -> HfApi:
-    """Return what asks the Hub under the eyes of a guard."""
+    """Return a client of the Hub whose requests the guard checks."""
     with _lock:
         if not isinstance(_http._GLOBAL_CLIENT_FACTORY, _Guarded):
             set_client_factory(_Guarded(_http._GLOBAL_CLIENT_FACTORY))
     api = HfApi(library_name="saelens_lite", headers={TAG: guard.key})
-    api.guard = guard  # as long as somebody asks, somebody guards
+    api.guard = guard  # keeps the guard alive as long as the client
     return api
 
 
@@ -185,7 +185,7 @@ def _origin(url: str) -> tuple[str, str, int | None]:
 
 
 def same_origin(url: str) -> bool:
-    """Return whether an address is on the endpoint, or on the Hub that it mirrors."""
+    """Return whether a URL is on the endpoint, or on the Hub that it mirrors."""
     try:
         return _origin(url) in (_origin(constants.ENDPOINT), _origin(HUB))
     except ValueError:

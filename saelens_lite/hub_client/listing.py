@@ -1,4 +1,4 @@
-"""The commit and the files of a repository, from answers that are checked before anything is made of them."""
+"""The commit and the files of a repository, from checked answers."""
 
 import logging
 from typing import Annotated, Any, Literal, NamedTuple
@@ -12,7 +12,7 @@ from saelens_lite.hub_client.client import SECONDS_TO_ANSWER, typed_errors
 from saelens_lite.hub_client.guard import COMMIT, TAG, Guard, guarded_client, same_origin
 
 MAX_PAGE_BYTES, MAX_LISTING_BYTES, MAX_PAGES, MAX_FILES = 8 << 20, 64 << 20, 1000, 200_000
-MAX_CONTAINERS = 300_000  # in one answer
+MAX_CONTAINERS = 300_000  # per answer
 MAX_NAME_BYTES, MAX_PATH_CHARACTERS = 255, 1000
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ _INFO, _PAGE, _REFS = TypeAdapter(_Info), TypeAdapter(list[_Entry]), TypeAdapter
 
 
 class RepoFile(NamedTuple):
-    """A file of a repository: its size in bytes, git's hash of it or of its pointer, SHA-256 if it is in large-file storage."""
+    """A file of a repository: its size in bytes, git's hash of it or of its pointer, and its SHA-256 if it is in LFS."""
 
     path: str
     size: int
@@ -71,7 +71,7 @@ class RepoFile(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """A commit, the files in it by their paths, and whether only some may see them."""
+    """A commit, its files by path, and whether the repository is private."""
 
     commit: str
     files: dict[str, RepoFile]
@@ -79,10 +79,10 @@ class Listing(NamedTuple):
 
 
 def list_files(repo: str, revision: str | None) -> Listing:
-    """Return what the Hub has of a repository at a revision.
+    """Return the files of a repository at a revision.
 
     Raises:
-        HubError: it is not there, or the answers are not those of a Hub.
+        HubError: the repository or revision does not exist, or the answers are not those of a Hub.
     """
     with typed_errors(repo):
         commit, private = find_commit(repo, revision)
@@ -101,32 +101,32 @@ def list_files(repo: str, revision: str | None) -> Listing:
                     left_out += not _add(repo, files, entry)
             url = _next_page(repo, url, answer)
             if url in asked:
-                raise HubError(f"{repo}: the list of its files leads back to a page that was read")
+                raise HubError(f"{repo}: the list of its files returns to an earlier page")
         if left_out:
-            logger.warning("%s: %d files were left out, whose names cannot be used here", repo, left_out)
+            logger.warning("%s: skipped %d files whose names cannot be used here", repo, left_out)
         return Listing(commit, files, private)
 
 
 def find_commit(repo: str, revision: str | None) -> tuple[str, bool]:
-    """Return the commit that a revision stands for, and whether the repository is private. HubError: as `list_files`."""
+    """Return the commit of a revision, and whether the repository is private. Raise HubError as `list_files` does."""
     with typed_errors(repo):
         part = f"/revision/{quote(revision, safe='')}" if revision else ""
         answer = _answer(Guard(repo), f"api/models/{repo}{part}", retry=False)
         info = _checked(repo, _INFO, answer.content)
         if revision and COMMIT.fullmatch(revision) and info.sha != revision:
-            raise HubError(f"{repo}: the Hub answers with commit {info.sha} where {revision} was asked for")
+            raise HubError(f"{repo}: the Hub answers with commit {info.sha}; {revision} was requested")
         return info.sha, info.private
 
 
 def revisions(repo: str) -> list[str]:
-    """Return the names of branches and tags that can be shown. HubError: as `list_files`."""
+    """Return the printable names of branches and tags. Raise HubError as `list_files` does."""
     with typed_errors(repo):
         refs = _checked(repo, _REFS, _answer(Guard(repo), f"api/models/{repo}/refs", retry=False).content)
         return [ref.name for ref in (*refs.branches, *refs.tags) if ref.name.isprintable()]
 
 
 def _answer(guard: Guard, path: str, *, retry: bool) -> Any:
-    """The answer to a question, of bounded size; one that fails is asked again where that was agreed to."""
+    """Return the answer to a request, of limited size. A failed request is repeated if `retry` is true."""
     hub = guarded_client(guard)
     url = f"{hub.endpoint}/{path}"
     headers = build_hf_headers(library_name="saelens_lite", headers={TAG: guard.key})
@@ -139,8 +139,8 @@ def _answer(guard: Guard, path: str, *, retry: bool) -> Any:
 
 
 def _checked(repo: str, schema: TypeAdapter, content: bytes) -> Any:
-    """Return the content of an answer that has the form of a Hub's answers."""
-    if content.count(b"[") + content.count(b"{") > MAX_CONTAINERS:  # each takes 30 times its bytes once it is parsed
+    """Parse the content of an answer against a schema."""
+    if content.count(b"[") + content.count(b"{") > MAX_CONTAINERS:  # parsing each takes 30 times its bytes
         raise HubError(f"{repo}: the endpoint answers with more than {MAX_CONTAINERS:,} lists and tables, which no Hub does")
     try:
         return schema.validate_json(content)
@@ -154,10 +154,10 @@ def _checked(repo: str, schema: TypeAdapter, content: bytes) -> Any:
 
 
 def _add(repo: str, files: dict[str, RepoFile], entry: _File) -> bool:
-    """Note a file; False if its name cannot be used here. HubError where no repository can have it so."""
+    """Add a file. Return False if its name cannot be used here. Raise HubError if no repository can hold it."""
     names = entry.path.split("/")
     if "" in names or "." in names or ".." in names or "\0" in entry.path:
-        raise HubError(f"{repo}: the Hub lists a file {entry.path[:100]!r}, which no repository can hold")
+        raise HubError(f"{repo}: the Hub lists a file {entry.path[:100]!r}, which is not a valid path")
     if entry.path in files:
         raise HubError(f"{repo}: the Hub lists {entry.path[:100]!r} twice")
     if len(files) == MAX_FILES:
@@ -172,12 +172,12 @@ def _add(repo: str, files: dict[str, RepoFile], entry: _File) -> bool:
 
 
 def _next_page(repo: str, url: str, answer: Any) -> str | None:
-    """The address of the next page of a listing, which is the same but for its cursor; None behind the last."""
+    """Return the URL of the next page of a listing, or None after the last. Only the cursor may differ from this page's URL."""
     link = answer.links.get("next", {}).get("url")
     if link is None:
         return None
-    found = urljoin(str(answer.request.url), link)
-    if not same_origin(found):
-        host = (urlsplit(found).hostname or "")[:100]
-        raise HubError(f"{repo}: the list of its files goes on at another host, {host!r}, which is not asked")
-    return f"{url.partition('?')[0]}?{urlsplit(found).query}"
+    target = urljoin(str(answer.request.url), link)
+    if not same_origin(target):
+        host = (urlsplit(target).hostname or "")[:100]
+        raise HubError(f"{repo}: the list of its files continues at another host, {host!r}; it was not contacted")
+    return f"{url.partition('?')[0]}?{urlsplit(target).query}"

@@ -1,4 +1,4 @@
-"""Language models on the Hub: which commit a name stands for, and whether the Hub can be asked for its files."""
+"""Language models on the Hub: the commit of a name, and the use of the cache if the Hub cannot be reached."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -10,18 +10,18 @@ from saelens_lite.hub_client.listing import find_commit
 
 
 class HubModel(NamedTuple):
-    """A model that is on the Hub or in the cache."""
+    """A model on the Hub or in the cache."""
 
     commit: str
     only_cached: bool
 
 
 def find_model(name: str, revision: str | None = None) -> HubModel:
-    """What the Hub says of a model; it is asked once, and where it cannot be reached the cache is.
+    """Look up a model on the Hub, with one request. If the Hub cannot be reached, look in the cache.
 
     Raises:
-        HubUnreachableError: it cannot be reached, and the cache does not have the model.
-        HubError: it has no such model, or shows it to nobody without a token.
+        HubUnreachableError: the Hub cannot be reached, and the model is not in the cache.
+        HubError: the model does not exist, or needs a token.
     """
     try:
         return HubModel(find_commit(name, revision)[0], only_cached=False)

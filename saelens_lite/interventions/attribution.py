@@ -1,18 +1,18 @@
-"""Attribution: how much each latent that fires contributes to a metric of the logits, found in three ways.
+"""Attribution: the contribution of each active latent to a metric of the logits, measured in three ways.
 
-With y = Σ_i f_i W_dec[i] + b + error at the dictionary's place in the model, and the error held constant, the effect of an
-active latent i at a position is what the metric m loses without it:
+Let y = Σ_i f_i W_dec[i] + b + error at the dictionary's hook, with a constant error. The effect of an active latent i at a
+position is the drop of the metric m without it:
 
-    ablation   m(y) − m(y − f_i W_dec[i])                                          exact, a forward pass each
+    ablation   m(y) − m(y − f_i W_dec[i])                                          exact, one forward pass each
     gradient   f_i ∂m/∂f_i = f_i ⟨W_dec[i], ∂m/∂y⟩                                  first order, one backward pass for all
-    direct     f_i ⟨W_dec[i], W_Uᵀ ∂m/∂u⟩ / σ                                      what goes past all later layers
+    direct     f_i ⟨W_dec[i], W_Uᵀ ∂m/∂u⟩ / σ                                      the path that skips all later layers
 
-where u is what the unembedding gives (the logits, before some models scale or cap them), W_U has the final norm's scale folded
-in and σ, held constant as well, is what that norm divides by. Direct effects exist on the residual stream. Where the dictionary
-normalises each activation by itself, f_i counts times that activation's scale.
+u is the output of the unembedding (the logits, before some models scale or cap them). W_U includes the scale of the final norm.
+σ is the divisor of that norm, also held constant. Direct effects exist only on the residual stream. If the dictionary
+normalises each activation, f_i is multiplied by the scale of that activation.
 
-Source: Marks et al. 2024, Sparse feature circuits, arXiv:2403.19647, section 3 (gradient, with error nodes; their patch is 0
-here, and signs are turned round: a contribution is positive); Elhage et al. 2021, A mathematical framework for transformer
+Source: Marks et al. 2024, Sparse feature circuits, arXiv:2403.19647, section 3 (gradient, with error nodes; here the patch is 0
+and the sign is reversed, so that a contribution is positive); Elhage et al. 2021, A mathematical framework for transformer
 circuits (direct).
 """
 
@@ -46,7 +46,7 @@ WAYS = ("ablation", "gradient", "direct")
 
 
 class Agreement(NamedTuple):
-    """Correlation of two ways' effects over all entries; NaN where one of them is constant."""
+    """The correlations of the effects by two ways, over all entries. NaN if one of them is constant."""
 
     spearman: float
     pearson: float
@@ -54,11 +54,11 @@ class Agreement(NamedTuple):
 
 @dataclass(frozen=True)
 class Attribution:
-    """Effects on a metric: entry j is of `latent[j]`, which fires with `activation[j]` at `position[j]` of row `row[j]`.
+    """Effects on a metric. Entry j belongs to `latent[j]`, which fires with `activation[j]` at `position[j]` of row `row[j]`.
 
-    Effects are in the metric's unit. `value` is the metric of each row, `error` the effect by gradient of what the dictionary
-    does not reconstruct at the same positions. `direct` is None off the residual stream, and 0 at positions whose logits the
-    metric does not read; `ablation` is None where it was not asked for.
+    Effects are in the metric's unit. `value` is the metric of each row. `error` is the effect by gradient of the reconstruction
+    error at the same positions. `direct` is None off the residual stream, and 0 at positions whose logits the metric does not
+    read. `ablation` is None unless it was requested.
     """
 
     metric: str
@@ -76,27 +76,27 @@ class Attribution:
 
     @property
     def effects(self) -> dict[str, Float[Tensor, " n"]]:
-        """The effects in each way that there is, the most exact first."""
+        """The effects by way, the most exact way first."""
         return {way: getattr(self, way) for way in WAYS if getattr(self, way) is not None}
 
     @property
     def agreement(self) -> dict[tuple[str, str], Agreement]:
-        """How each two ways agree."""
-        found = list(self.effects.items())
-        return {(a, b): _agreement(x, y) for i, (a, x) in enumerate(found) for b, y in found[i + 1 :]}
+        """The agreement of each pair of ways."""
+        effects = list(self.effects.items())
+        return {(a, b): _agreement(x, y) for i, (a, x) in enumerate(effects) for b, y in effects[i + 1 :]}
 
     def only(self, keep: Bool[Tensor, " n"]) -> "Attribution":
-        """The entries at which `keep` is true."""
+        """Return the entries where `keep` is true."""
         entries = {"row": self.row, "position": self.position, "latent": self.latent, "activation": self.activation}
         return replace(self, **{name: x[keep] for name, x in (entries | self.effects).items()})
 
     def strongest(self, n: int = 10) -> Int[Tensor, " k"]:
-        """The entries of the n largest effects of either sign, by ablation if there is one, else by gradient."""
+        """Return the entries with the n largest absolute effects, by ablation if present, else by gradient."""
         effect = next(iter(self.effects.values()))
         return effect.abs().argsort(descending=True, stable=True)[:n]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as plain data."""
+        """Return all fields as plain data."""
         entries = {"row": self.row, "position": self.position, "latent": self.latent, "activation": self.activation}
         return {
             "metric": self.metric,
@@ -109,7 +109,7 @@ class Attribution:
         }
 
     def table(self, n: int = 10) -> Any:
-        """A rich table, which notebooks and `rich.print` show, of the n strongest effects and of how the ways agree."""
+        """Return a rich table of the n strongest effects and the agreement of the ways. Notebooks and `rich.print` show it."""
         several = len(self.tokens) > 1
         rows = []
         for j in self.strongest(n).tolist():
@@ -125,7 +125,7 @@ class Attribution:
         )
 
     def _remarks(self) -> list[str]:
-        """The figures of the whole, in words."""
+        """Return a summary in words, one remark per line."""
         rest = f"what is not reconstructed {float(self.error.mean()):+.4f} by gradient"
         return [
             f"{self.metric} = {float(self.value.mean()):.4f}; {len(self.latent)} active latents; {rest}",
@@ -146,20 +146,21 @@ def attribute(
     hook: str | None = None,
     batch_tokens: int = 2048,
 ) -> Attribution:
-    """The effect of each latent that fires on a metric of the logits of its row.
+    """Return the effect of each active latent on a metric of the logits of its row.
 
-    `text`, `attention_mask`: text or token ids, as `LanguageModel.to_tokens` takes them.
-    `metric`: "loss" (mean cross-entropy of the next token, nats); a pair of
-    tokens, as text or ids, for the difference of their logits; `saelens_lite.interventions.LogProb`; or a differentiable
-    function that gives a number [n] for the logits [n pos d_vocab] of n variants of one row. `position`: where the metric is
-    taken (all for the loss, the last for a difference). `at`: the positions whose latents are looked at; by default all that
-    the dictionary was trained on.
-    `ablation`: also ablate each of them, one at a time, in batches of `batch_tokens` tokens.
+    Args:
+        text, attention_mask: text or token ids, as `LanguageModel.to_tokens` takes them.
+        metric: "loss" (mean cross-entropy of the next token, nats); a pair of tokens (text or ids) for the difference of their
+            logits; `saelens_lite.interventions.LogProb`; or a differentiable function from the logits [n pos d_vocab] of n
+            variants of one row to a number [n].
+        position: position of the metric; default: all for the loss, the last for a difference.
+        at: positions whose latents are measured; default: all that the dictionary was trained on.
+        ablation: also ablate each latent, one at a time, in batches of `batch_tokens` tokens.
 
     Raises:
-        ConfigError: an unknown metric, one without gradient, or a position that is not in the row; no hook is named; a model
-            with other processing.
-        HookError, ShapeError, TextError: a hook the model lacks, a width that does not fit, no text.
+        ConfigError: the metric is unknown or has no gradient, a position is not in the row, no hook is named, or the model is
+            processed in another way.
+        HookError, ShapeError, TextError: the model lacks the hook, a width does not fit, or the text is empty.
         NonFiniteError: the metric is NaN or infinite.
     """
     site = Site(dictionary, lm, hook)
@@ -187,7 +188,7 @@ def attribute(
 
 
 class _Row:
-    """One row: the codes at the positions that are looked at, and their effects by gradient."""
+    """One row: the codes at the measured positions, and their effects by gradient."""
 
     def __init__(
         self,
@@ -211,18 +212,18 @@ class _Row:
             self.direct = self._products(at_unembedded.float() @ unembedding / divisor[:, None])
 
     def _products(self, gradient: Float[Tensor, "pos d_out"]) -> Float[Tensor, " n"]:
-        """f_i ⟨W_dec[i], gradient⟩ of each entry."""
+        """Return f_i ⟨W_dec[i], gradient⟩ of each entry."""
         W_dec = self.site.dictionary.W_dec.detach()
         return self.written * pair_products(self.codes.support, gradient.to(W_dec.dtype), W_dec)
 
     @torch.no_grad()
     def ablation(self, batch_tokens: int, advance: Any) -> Float[Tensor, " n"]:
-        """The effect of each entry by a forward pass without it."""
+        """Return the effect of each entry, from one forward pass without it."""
         tokens, codes, W_dec = self.reading.tokens, self.codes, self.site.dictionary.W_dec
         effects = [codes.value.new_zeros(0).cpu()]
         for piece in pieces(len(codes.latent), tokens, batch_tokens):
             latent, place, value = codes.latent[piece], codes.row[piece], self.written[piece]
-            added = W_dec.new_zeros(len(latent) + 1, len(tokens), W_dec.shape[1])  # the last is clean: rounded like the others
+            added = W_dec.new_zeros(len(latent) + 1, len(tokens), W_dec.shape[1])  # the last is clean, rounded like the others
             added[torch.arange(len(latent), device=place.device), place] = -value[:, None] * W_dec.index_select(0, latent)
             values = values_of(self.metric, self.site.logits(tokens, added))
             effects.append((values[-1] - values[:-1]).cpu())
@@ -231,7 +232,7 @@ class _Row:
 
 
 def _direct_unembedding(site: Site) -> Float[Tensor, "d_vocab d_model"] | None:
-    """Return W_U where the dictionary writes to the residual stream and one norm lies between that and W_U; else None."""
+    """Return W_U if the dictionary writes to the residual stream and only one norm lies before W_U, else None."""
     if len(site.hooks.writes) > 1 or not site.writes.endswith(ON_STREAM):
         return None
     try:
@@ -243,7 +244,7 @@ def _direct_unembedding(site: Site) -> Float[Tensor, "d_vocab d_model"] | None:
 
 
 def _chosen(at: tuple[int, ...] | int | None, counted: Bool[Tensor, " pos"]) -> Bool[Tensor, " pos"]:
-    """The positions whose latents are looked at; ConfigError when one is not in the row."""
+    """Return the positions whose latents are measured. Raise ConfigError if one is not in the row."""
     if at is None:
         return counted
     n, named = len(counted), [at] if isinstance(at, int) else list(at)
@@ -255,7 +256,7 @@ def _chosen(at: tuple[int, ...] | int | None, counted: Bool[Tensor, " pos"]) -> 
 
 
 def _at_positions(codes: SparseCodes, here: Bool[Tensor, " pos"]) -> SparseCodes:
-    """The codes at some positions."""
+    """Return the codes at some positions."""
     keep = here[codes.row]
     return codes._replace(support=codes.support.where(keep), value=codes.value[keep])
 
@@ -263,7 +264,7 @@ def _at_positions(codes: SparseCodes, here: Bool[Tensor, " pos"]) -> SparseCodes
 def _gradients(
     site: Site, reading: Reading, metric: Metric, direct: bool
 ) -> tuple[Float[Tensor, "pos d_out"], Float[Tensor, "pos d_vocab"] | None, Float[Tensor, ""]]:
-    """∂m/∂y at the target, with `direct` ∂m/∂u at what the unembedding gives, and m."""
+    """Return ∂m/∂y at the written hook, ∂m/∂u at the output of the unembedding (if `direct`), and m."""
     added = torch.zeros_like(reading.error)[None].requires_grad_()
     unembedded: list[Tensor] = []
 
@@ -293,6 +294,6 @@ def _correlation(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _ranks(x: np.ndarray) -> np.ndarray:
-    """Ranks from 1 on, equal values sharing the mean of theirs."""
+    """Return ranks from 1; equal values share their mean rank."""
     _, place, count = np.unique(x, return_inverse=True, return_counts=True)
     return (count.cumsum() - (count - 1) / 2)[place]

@@ -1,8 +1,8 @@
-"""Dose–response: what more and more of a latent does to the model, what it costs, and what random latents do instead.
+"""Dose–response: the effect and cost of growing amounts of a latent, compared with random latents.
 
-A dose a adds a · W_dec[latent] to the activation at every position that counts, error term kept; times the scale of each
-activation where the dictionary normalises by it. Each control is a latent that fires on the same text, dosed such that what it
-adds has the same norm. The cost is KL(clean ‖ edited), nats per token.
+A dose a adds a · W_dec[latent] to the activation at every counted position and keeps the error term. If the dictionary
+normalises each activation, the sum is multiplied by the scale of that activation. Each control is a latent that fires on the
+same text, with a dose that adds a vector of the same norm. The cost is KL(clean ‖ edited), nats per token.
 
 Source: Turner et al. 2023, Steering language models with activation engineering, arXiv:2308.10248 (adding a direction; random
 ones of equal norm for comparison).
@@ -31,10 +31,10 @@ N_PROMOTED = 10
 
 @dataclass(frozen=True)
 class DoseResponse:
-    """What doses of a latent do: along `latents`, the first is the one asked for, the others are controls of equal norm.
+    """The effects and costs of doses. The first of `latents` is the one asked for; the others are controls of equal norm.
 
-    `effect` is the change of the metric, `kl` the cost in nats per token, for each dose, latent and row of text.
-    `max_activation` is the largest code of the latent at the positions that count: the scale of a natural dose.
+    `effect` is the change of the metric and `kl` the cost in nats per token, for each dose, latent and row of text.
+    `max_activation` is the largest code of the latent at the counted positions: the scale of a natural dose.
     """
 
     latent: int
@@ -49,9 +49,9 @@ class DoseResponse:
     kl: Float[Tensor, "doses latents rows"]
 
     def summary(self) -> list[dict[str, float]]:
-        """A line for each dose: means over rows, their standard error, and mean and standard deviation over controls.
+        """Return one record per dose: means over rows, their standard error, and mean and standard deviation over controls.
 
-        `beaten` is the number of controls whose effect goes less far in the direction of the latent's.
+        `beaten` counts the controls with a smaller effect than the latent's, in the direction of the latent's effect.
         """
         effects, costs = self.effect.mean(-1), self.kl.mean(-1)
         n_rows, n_controls = self.effect.shape[-1], len(self.controls)
@@ -69,7 +69,7 @@ class DoseResponse:
         return lines
 
     def to_dict(self) -> dict[str, Any]:
-        """The summary and what it is of, as plain data."""
+        """Return the summary and its settings as plain data."""
         facts = ("latent", "metric", "hook", "n_tokens", "max_activation")
         return {
             **{key: getattr(self, key) for key in facts},
@@ -80,7 +80,7 @@ class DoseResponse:
         }
 
     def table(self) -> Any:
-        """A rich table, which notebooks and `rich.print` show: a row for each dose."""
+        """Return a rich table with one row per dose. Notebooks and `rich.print` show it."""
         caption = (
             f"change of {self.metric} (clean {float(self.clean.mean()):.4f}) and KL in nats per token; {self.n_tokens:,} "
             f"tokens in {len(self.clean)} rows, with activations up to {self.max_activation:.3g}; ± standard error over rows, "
@@ -97,7 +97,7 @@ class DoseResponse:
         return grid(titles, rows, caption=caption, column=lambda title: {"justify": "right", "no_wrap": True})
 
     def plot(self) -> Any:
-        """A matplotlib figure: effect over dose and over cost, the controls in grey.
+        """Return a matplotlib figure of the effect over dose and over cost, with the controls in grey.
 
         Raises:
             ConfigError: matplotlib is not installed.
@@ -111,7 +111,7 @@ class DoseResponse:
         order = sorted(range(len(self.doses)), key=self.doses.__getitem__)
         doses = [self.doses[i] for i in order]
         effects, costs = self.effect.mean(-1)[order], self.kl.mean(-1)[order]
-        for j in reversed(range(effects.shape[1])):  # the latent on top
+        for j in reversed(range(effects.shape[1])):  # draws the latent on top
             style = {"color": "tab:red", "marker": "o", "label": f"latent {self.latent}"} if j == 0 else {"color": "0.75"}
             label = {"label": "controls of equal norm"} if j == 1 else {}
             by_dose.plot(doses, effects[:, j].tolist(), **style | label)
@@ -138,23 +138,24 @@ def dose_response(
     hook: str | None = None,
     batch_tokens: int = 2048,
 ) -> DoseResponse:
-    """The effect of each dose of a latent on a metric, and its cost, beside those of random live latents.
+    """Return the effect on a metric and the cost of each dose of a latent, and the same for random live latents.
 
-    `metric`: "promoted" is the log-probability, nats, that the next token is one of the 10 whose logits the latent's direction
-    raises most, mean over the positions that count; or one that `attribute` takes. `position`: where it is taken.
-    `text`, `attention_mask`: text or token ids, as `LanguageModel.to_tokens` takes them.
-    `seed` draws the controls among latents that fire on the text.
+    Args:
+        text, attention_mask: text or token ids, as `LanguageModel.to_tokens` takes them.
+        metric: "promoted" is the log-probability, nats, that the next token is one of the 10 tokens whose logits the latent's
+            direction raises most, as a mean over the counted positions. Or any metric that `attribute` takes.
+        position: position of the metric.
+        seed: seed that draws the controls from the latents that fire on the text.
 
     Raises:
-        ConfigError: no such latent, no doses or one that is not finite, an unknown metric, or fewer live latents than controls.
-        HookError, ShapeError, TextError: a hook the model lacks, a width that does not fit, no text.
+        ConfigError: the latent does not exist, a dose is missing or not finite, the metric is unknown, or there are fewer live
+            latents than controls.
+        HookError, ShapeError, TextError: the model lacks the hook, a width does not fit, or the text is empty.
         NonFiniteError: the metric is NaN or infinite.
     """
     given = tuple(Add(latent, dose).amount for dose in doses)
     if not given or n_controls < 0:
-        raise ConfigError(
-            f"doses = {list(doses)}, n_controls = {n_controls}; expected at least one dose, and no control or more"
-        )
+        raise ConfigError(f"doses = {list(doses)}, n_controls = {n_controls}; expected at least one dose, and n_controls ≥ 0")
     site = Site(dictionary, lm, hook)
     dictionary.check_edits([Add(latent, 0.0)])
     readings = [site.read(row) for row in site.rows(text, attention_mask)]
@@ -189,7 +190,7 @@ def dose_response(
 def _respond(
     site: Site, reading: Reading, added: Float[Tensor, "n d_out"], measure: Metric, batch_tokens: int
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """The metric of one row, how it changes with each vector added to the positions that count, and the KL of that."""
+    """Return the metric of one row, then its change and the KL for each vector that is added at the counted positions."""
     tokens, counted = reading.tokens, reading.counted
     clean = site.clean_logits(tokens)
     before = values_of(measure, clean)
@@ -202,7 +203,7 @@ def _respond(
 
 
 def _controls(site: Site, readings: list[Reading], latent: int, n: int, seed: int) -> list[int]:
-    """Random latents, other than the one asked for, that fire where positions count and have a direction."""
+    """Return random other latents that fire at a counted position and have a direction."""
     W_dec = site.dictionary.W_dec
     fires = torch.zeros(len(W_dec), dtype=torch.bool, device=W_dec.device)
     for reading in readings:
@@ -211,20 +212,20 @@ def _controls(site: Site, readings: list[Reading], latent: int, n: int, seed: in
     fires[latent] = False
     live = fires.nonzero().squeeze(1).tolist()
     if len(live) < n:
-        raise ConfigError(f"{len(live)} other latents fire on the text; give more text, or n_controls below {n}")
+        raise ConfigError(f"only {len(live)} other latents fire on the text; give more text, or n_controls below {n}")
     order = torch.randperm(len(live), generator=torch.Generator().manual_seed(seed))
     return [live[i] for i in order[:n].tolist()]
 
 
 def _largest_code(reading: Reading, latent: int) -> float:
-    """The largest code of a latent at the positions that count; 0 where it does not fire."""
+    """Return the largest code of a latent at the counted positions, or 0 if it does not fire."""
     codes = reading.codes
     counts = reading.counted[codes.row] & (codes.latent == latent)
     return max([0.0, *codes.value[counts].tolist()])
 
 
 def _of_equal_norm(dictionary: Dictionary, latents: list[int]) -> Float[Tensor, "n d_out"]:
-    """Directions of latents, scaled to the norm of the first."""
+    """Return the directions of latents, scaled to the norm of the first."""
     directions = dictionary.W_dec.detach()[latents]
     norm = directions.norm(dim=1, keepdim=True)
     if not norm[0] > 0:
@@ -236,10 +237,12 @@ def _promoted(lm: LanguageModel, direction: Float[Tensor, " d_out"]) -> tuple[in
     """Return the tokens whose logits a direction of the residual stream raises most."""
     if lm.d_vocab <= N_PROMOTED:
         raise ConfigError(
-            f"'promoted' is the probability of {N_PROMOTED} tokens; {lm.name} has {lm.d_vocab} in all; give metric="
+            f"metric 'promoted' needs more than {N_PROMOTED} tokens, but {lm.name} has only {lm.d_vocab}; give another metric="
         )
     if len(direction) != lm.d_model:
-        raise ConfigError(f"directions of width {len(direction)} promote no tokens (d_model is {lm.d_model}); give metric=")
+        raise ConfigError(
+            f"metric 'promoted' needs directions of width d_model = {lm.d_model}, not {len(direction)}; give another metric="
+        )
     return tuple((lm.unembedding() @ direction.float()).topk(N_PROMOTED).indices.tolist())
 
 

@@ -1,8 +1,7 @@
-"""Edits of a dictionary's codes: small frozen values for `LanguageModel.splice`.
+"""Edits of a dictionary's codes, as small frozen values for `LanguageModel.splice`.
 
-Each changes the codes of some latents to gain · code + offset, at all positions that count or at those named. With the error
-term, the activation becomes x + Σ_i (new_i − old_i) W_dec[i], so what the dictionary does not reconstruct stays in it, and
-the model cannot take an edit back.
+An edit changes the codes of some latents to gain · code + offset, at all counted positions or at named ones. With the error
+term, the activation becomes x + Σ_i (new_i − old_i) W_dec[i]. The part of x that the dictionary does not reconstruct stays.
 """
 
 import math
@@ -19,14 +18,14 @@ END_OF_PROMPT = "; the last of a prompt is lm.to_tokens(prompt).tokens.shape[1] 
 
 @dataclass(frozen=True)
 class Edit:
-    """A change of the codes of `latents`: one, or several, of which each counts once.
+    """A change of the codes of one or several latents. A latent that is named twice counts once.
 
-    `positions` are counted from the beginning of the row, in generation too: one, several, or a slice, whose stop may be
-    open. Position 0 is BOS, and the last of a prompt is lm.to_tokens(prompt).tokens.shape[1] - 1. Named ones are edited even
-    where the dictionary was never trained; by default those are left out.
+    `positions` is a number, several numbers or a slice, counted from the start of the row, also in generation. Position 0 is
+    BOS; the last of a prompt is lm.to_tokens(prompt).tokens.shape[1] - 1. Named positions are always edited. By default, the
+    positions that the dictionary was never trained on are left out.
 
     Raises:
-        ConfigError: latents or positions that are no whole numbers from 0 on, or a value that is no finite number.
+        ConfigError: latents or positions are not whole numbers ≥ 0, or a value is not finite.
     """
 
     latents: int | Iterable[Any]
@@ -39,23 +38,23 @@ class Edit:
 
     @property
     def gain(self) -> float:
-        """What the code is multiplied with."""
+        """Factor of the code."""
         return 0.0
 
     @property
     def offset(self) -> float:
-        """What is then added to it."""
+        """Amount added to the code after `gain`."""
         return 0.0
 
 
 @dataclass(frozen=True)
 class Ablate(Edit):
-    """code ← 0."""
+    """The edit code ← 0."""
 
 
 @dataclass(frozen=True)
 class Clamp(Edit):
-    """code ← value, whether the latent fires or not.
+    """The edit code ← value, also where the latent does not fire.
 
     Source: Templeton et al. 2024, Scaling monosemanticity, section "Influence on behavior", with the error term.
     """
@@ -64,25 +63,25 @@ class Clamp(Edit):
 
     @property
     def offset(self) -> float:
-        """What is then added to it."""
+        """Amount added to the code after `gain`."""
         return self.value
 
 
 @dataclass(frozen=True)
 class Scale(Edit):
-    """code ← factor · code: nothing changes where the latent does not fire."""
+    """The edit code ← factor · code. Nothing changes where the latent does not fire."""
 
     factor: float | int
 
     @property
     def gain(self) -> float:
-        """What the code is multiplied with."""
+        """Factor of the code."""
         return self.factor
 
 
 @dataclass(frozen=True)
 class Add(Edit):
-    """code ← code + amount, which with the error term is steering: amount · W_dec[latent] is added to the activation.
+    """The edit code ← code + amount. With the error term this is steering: it adds amount · W_dec[latent] to the activation.
 
     Source: Turner et al. 2023, Steering language models with activation engineering, arXiv:2308.10248.
     """
@@ -91,22 +90,22 @@ class Add(Edit):
 
     @property
     def gain(self) -> float:
-        """What the code is multiplied with."""
+        """Factor of the code."""
         return 1.0
 
     @property
     def offset(self) -> float:
-        """What is then added to it."""
+        """Amount added to the code after `gain`."""
         return self.amount
 
 
 def _whole_numbers(what: str, given: Any, meaning: str = "") -> tuple[int, ...]:
-    """The numbers given, each once, in their order; `meaning` ends the message of an error."""
+    """Return the given numbers in order, without repeats. `meaning` ends the message of an error."""
     if hasattr(given, "tolist"):  # tensors and arrays
         given = given.tolist()
     numbers = list(given) if isinstance(given, Iterable) else [given]
     if not all(isinstance(i, Integral) and not isinstance(i, bool) and i >= 0 for i in numbers):
-        raise ConfigError(f"{what} = {given!r}; expected whole numbers from 0 on{meaning}")
+        raise ConfigError(f"{what} = {given!r}; expected whole numbers ≥ 0{meaning}")
     return tuple(dict.fromkeys(int(i) for i in numbers))
 
 

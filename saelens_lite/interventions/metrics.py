@@ -1,4 +1,4 @@
-"""What an intervention is measured by: a number for each of several variants of one row of logits."""
+"""Metrics of interventions: one number for each of several variants of one row of logits."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,18 +16,18 @@ from saelens_lite.features.html import quoted
 from saelens_lite.model import LanguageModel
 
 Metric = Callable[[Float[Tensor, "n pos d_vocab"]], Float[Tensor, " n"]]
-MOST_NAMED = 3  # tokens of a metric that its name lists
+MOST_NAMED = 3  # most tokens in the name of a metric
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Cross-entropy of the tokens that follow, nats: mean over the row, or after one position."""
+    """The cross-entropy of the next token, nats: the mean over the row, or the loss after one position."""
 
     tokens: Int[Tensor, " pos"]
     position: int | None = None
 
     def __call__(self, logits: Float[Tensor, "n pos d_vocab"]) -> Float[Tensor, " n"]:
-        """The loss of each variant."""
+        """Return the loss of each variant."""
         wanted = self.tokens[1:].expand(len(logits), -1)
         losses = F.cross_entropy(rearrange(_precise(logits[:, :-1]), "n pos vocab -> n vocab pos"), wanted, reduction="none")
         return losses.mean(1) if self.position is None else losses[:, self.position]
@@ -35,23 +35,23 @@ class Loss:
 
 @dataclass(frozen=True)
 class LogitDifference:
-    """Logit of token a minus logit of token b at a position."""
+    """The logit of token a minus the logit of token b at a position."""
 
     a: int
     b: int
     position: int = -1
 
     def __call__(self, logits: Float[Tensor, "n pos d_vocab"]) -> Float[Tensor, " n"]:
-        """The difference for each variant."""
+        """Return the difference for each variant."""
         return _precise(logits[:, self.position, self.a]) - _precise(logits[:, self.position, self.b])
 
 
 @dataclass(frozen=True)
 class LogProb:
-    """Log of the probability, nats, that the next token is one of some: at a position, or the mean over several.
+    """The log-probability, nats, that the next token is one of `tokens`: at a position, or as a mean over several.
 
-    `tokens` are ids; where a model is at hand to look them up (`attribute`, `dose_response`), texts as well. Without a
-    position, these two take the mean over the positions that count; a call takes it over all but the first.
+    `tokens` are ids. `attribute` and `dose_response` also accept texts, because they have a model to look them up. Without a
+    position, these two take the mean over the counted positions; a direct call takes it over all positions but the first.
     """
 
     tokens: tuple[int | str, ...] | int | str
@@ -62,7 +62,7 @@ class LogProb:
             object.__setattr__(self, "tokens", (self.tokens,))
 
     def __call__(self, logits: Float[Tensor, "n pos d_vocab"]) -> Float[Tensor, " n"]:
-        """The log-probability for each variant."""
+        """Return the log-probability for each variant."""
         places = [self.position] if isinstance(self.position, int) else self.position
         chosen = logits[:, 1:] if places is None else logits[:, list(places)]
         return _precise(chosen).log_softmax(-1)[..., list(self.tokens)].logsumexp(-1).mean(1)
@@ -75,13 +75,13 @@ def metric_of(
     position: int | None = None,
     counted: Bool[Tensor, " pos"] | None = None,
 ) -> Metric:
-    """The metric asked for, on a row of tokens: "loss", two tokens whose logits are compared, LogProb, or a function of logits.
+    """Return the metric asked for, on one row of tokens: "loss", two tokens to compare, LogProb, or a function of logits.
 
-    position: where it is taken; negative ones count from the end. Default: all positions for the loss, the last one for a
-    difference of logits, what LogProb itself says, else those that are `counted`.
+    position: position of the metric; a negative one counts from the end. Default: all for the loss, the last for a
+    difference of logits; for LogProb its own, else the `counted` positions.
 
     Raises:
-        ConfigError: no such metric, a text that is not one token, or a position that is not in the row.
+        ConfigError: the metric is unknown, a text is not one token, or a position is not in the row.
     """
     if isinstance(asked, LogProb):
         place = asked.position if position is None else position
@@ -92,12 +92,12 @@ def metric_of(
         return LogProb(ids, places)
     if callable(asked):
         if position is not None:
-            raise ConfigError("a function of logits takes them at positions of its own choice; leave out position=")
+            raise ConfigError("a metric that is a function of logits chooses its own positions; leave out position=")
         return asked
     if isinstance(asked, str) and asked == "loss":
         lm.check_causal("the loss of the next token")
         if len(tokens) < 2:
-            raise ConfigError("the loss of a row of one token: nothing follows it")
+            raise ConfigError("the loss needs a row of at least two tokens; this row has one")
         return Loss(tokens, None if position is None else _place(position, len(tokens), last=len(tokens) - 2))
     if isinstance(asked, tuple | list) and len(asked) == 2:
         a, b = (token_id(lm, token) for token in asked)
@@ -109,38 +109,38 @@ def metric_of(
 
 
 def _place(position: int, n: int, last: int | None = None) -> int:
-    """A position counted from the beginning of a row of n tokens; ConfigError unless the metric exists there."""
+    """Return a position counted from the start of a row of n tokens. Raise ConfigError if the metric is undefined there."""
     last = n - 1 if last is None else last
     if not -n <= position < n or position % n > last:
-        raise ConfigError(f"position = {position}: the row has {n} tokens, and this metric positions 0 to {last}")
+        raise ConfigError(f"position = {position}; the row has {n} tokens, and this metric exists at positions 0 to {last}")
     return position % n
 
 
 def token_id(lm: LanguageModel, token: str | int) -> int:
-    """Return the id of a token given as id or as its text inside a sentence, " he" with the space.
+    """Return the id of a token, given its id or its text inside a sentence, such as " he" with the space.
 
-    Some tokenizers put a space in front of every text, or split " he" into a space and "he". The token is therefore looked up
-    by its text in the vocabulary; what the tokenizer makes of the text is taken where no token reads like it.
+    Some tokenizers put a space in front of every text, or split " he" into a space and "he". So the token is looked up by its
+    text in the vocabulary. If no token has that text, the tokenizer encodes it.
 
     Raises:
         ConfigError: the id does not exist, or the text is not exactly one token.
-        TextError: a text, and the model has no tokenizer.
+        TextError: a text was given, but the model has no tokenizer.
     """
     if not isinstance(token, str):
         if not isinstance(token, Integral) or not 0 <= token < lm.d_vocab:
-            raise ConfigError(f"{token!r} is not one token of {lm.name}: ids go to {lm.d_vocab - 1}")
+            raise ConfigError(f"{token!r} is not a token id of {lm.name}: ids go from 0 to {lm.d_vocab - 1}")
         return int(token)
     texts, ids = lm.vocabulary, _tokenised(lm, token)
     unknown = lm.tokenizer.unk_token_id if token != lm.tokenizer.unk_token else None
     alone = ids[0] if len(ids) == 1 and ids[0] != unknown and ids[0] < lm.d_vocab else None
-    found = texts.ids_of(token)
-    if len(found) > 1:  # "A" and a token for the byte 0x41: the one that the tokenizer uses
+    same_text = texts.ids_of(token)
+    if len(same_text) > 1:  # such as "A" and a token for the byte 0x41: take the one that the tokenizer uses
         used = {i for start in ("a", ".", "\n") for i in _tokenised(lm, start + token)[-1:]}
-        found = [i for i in found if i == alone] or [i for i in found if i in used] or found
-    candidates = list(dict.fromkeys([*found, *([] if alone is None else [alone])]))
+        same_text = [i for i in same_text if i == alone] or [i for i in same_text if i in used] or same_text
+    candidates = list(dict.fromkeys([*same_text, *([] if alone is None else [alone])]))
     if len(candidates) > 1:
         listed = " or ".join(f"{i} ({texts[i]!r})" for i in candidates)
-        raise ConfigError(f"{token!r} may be several tokens of {lm.name}: {listed}; give the id, or the text with its space")
+        raise ConfigError(f"{token!r} matches several tokens of {lm.name}: {listed}; give the id, or the text with its space")
     if not candidates:
         pieces = texts.row(i for i in ids if i < lm.d_vocab)
         raise ConfigError(f"{token!r} is not one token of {lm.name}: {pieces}{texts.hint(token)}")
@@ -152,7 +152,7 @@ def _tokenised(lm: LanguageModel, text: str) -> list[int]:
 
 
 def name_of(metric: Any, lm: LanguageModel) -> str:
-    """A metric in words."""
+    """Return the name of a metric in words."""
     if isinstance(metric, LogProb):
         named, n_others = metric.tokens[:MOST_NAMED], len(metric.tokens) - MOST_NAMED
         others = f" or {n_others} others" if n_others > 0 else ""
@@ -167,16 +167,16 @@ def _shown(lm: LanguageModel, token: str | int) -> str:
 
 
 def values_of(metric: Metric, logits: Float[Tensor, "n pos d_vocab"]) -> Float[Tensor, " n"]:
-    """The metric of each variant.
+    """Return the metric of each variant.
 
     Raises:
-        ShapeError: the metric does not give a number for each.
-        NonFiniteError: it gives NaN or infinity.
+        ShapeError: the metric does not give one number for each variant.
+        NonFiniteError: the metric is NaN or infinite.
     """
     values = metric(logits)
     if not isinstance(values, Tensor) or values.shape != logits.shape[:1]:
-        found = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise ShapeError(f"the metric of logits {list(logits.shape)} is {found}; expected a number for each: [{len(logits)}]")
+        shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ShapeError(f"the metric of logits {list(logits.shape)} is {shape}; expected a number for each: [{len(logits)}]")
     if not torch.isfinite(values).all():
         raise NonFiniteError(f"the metric {metric} is NaN or infinite")
     return values
@@ -185,11 +185,11 @@ def values_of(metric: Metric, logits: Float[Tensor, "n pos d_vocab"]) -> Float[T
 def kl_divergence(
     clean: Float[Tensor, "pos d_vocab"], logits: Float[Tensor, "n pos d_vocab"], counted: Bool[Tensor, " pos"]
 ) -> Float[Tensor, " n"]:
-    """KL(clean ‖ variant), nats per token: mean over the positions that count."""
+    """Return KL(clean ‖ variant), nats per token, as a mean over the counted positions."""
     log_p, log_q = (_precise(x).log_softmax(-1) for x in (clean[counted], logits[:, counted]))
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean(1)
 
 
 def _precise(logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """The logits in float32, or as they are where they are more precise."""
+    """Return the logits in float32, or unchanged if their type is more precise."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""Text with and without edits, side by side, and what the edits cost."""
+"""Generated text with and without edits, side by side, and the cost of the edits."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from saelens_lite.tokens import Given
 
 
 class Steered(NamedTuple):
-    """The continuations of a prompt by the model as it is and with edits; `kl`: see `kl_cost`, of the plain text."""
+    """The continuations of a prompt without and with edits. `kl` is the `kl_cost` of the plain text."""
 
     plain: str
     edited: str
@@ -34,10 +34,10 @@ def steer(
     seed: int = 0,
     hook: str | None = None,
 ) -> Steered:
-    """What the model writes with edits in force, beside what it writes from the same seed without, and the cost.
+    """Generate text with edits and, from the same seed, without them. Return both and the cost of the edits.
 
     Raises:
-        ConfigError: no edits, an edit of a latent that does not exist, a negative temperature.
+        ConfigError: no edits, an edit of a latent that does not exist, or a negative temperature.
         TextError, ShapeError: an empty prompt, or one that fills the model's context.
     """
     if not edits:
@@ -60,12 +60,12 @@ def kl_cost(
     attention_mask: Any = None,
     hook: str | None = None,
 ) -> float:
-    """KL(clean ‖ edited) of the model's predictions, nats per token: mean over the positions that count.
+    """Return KL(clean ‖ edited) of the model's predictions, nats per token, as a mean over the counted positions.
 
     `text`, `attention_mask`: text or token ids, as `LanguageModel.to_tokens` takes them.
 
     Raises:
-        ConfigError, HookError, ShapeError, TextError: as `LanguageModel.splice`; no text.
+        ConfigError, HookError, ShapeError, TextError: as for `LanguageModel.splice`, or the text is empty.
     """
     site = Site(dictionary, lm, hook)
     total, n = 0.0, 0
@@ -79,7 +79,7 @@ def kl_cost(
 
 
 def table(steered: Steered) -> Any:
-    """A rich table of the two texts side by side, the cost below."""
+    """Return a rich table of the two texts side by side, with the cost below."""
     caption = f"KL(plain ‖ edited) on the plain text: {steered.kl:.4f} nats per token"
     wide = {"overflow": "fold", "ratio": 1}
     return grid(("plain", "edited"), [(steered.plain, steered.edited)], caption=caption, column=lambda title: wide, expand=True)

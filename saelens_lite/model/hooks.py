@@ -202,7 +202,7 @@ def no_such_hook(name: str, module: nn.Module, known: Architecture, exists: Call
         usual = [other for other in usual_names(module, known) if exists(other)]
         hint = near_matches(name, spelled) or f"; for example {', '.join(usual[:5])}"
         if _is_middle_of_parallel_block(name, known):
-            hint = "; its attention and MLP read the same stream, so there is none between them" + hint
+            hint = "; its attention and MLP read the same stream, so no such hook lies between them" + hint
     return HookError(f"no hook {name!r} in {type(module).__name__} with {_n_blocks(module, known)} blocks{hint}")
 
 

@@ -1,8 +1,8 @@
-"""Write a rule: the contract of a sparsity rule, what a plugin supplies and what it is offered.
+"""Write a rule: the contract of a sparsity rule, the methods that a plugin defines, and the objects that they receive.
 
-A rule turns pre-activations h = (x − b_dec) W_enc + b_enc into codes and says what it adds to the reconstruction error.
-Everything else (parameters, training, saving, evaluation, feature pages) is the same for all rules. The same rule makes
-autoencoders, whose target is x, and transcoders, whose target is another activation.
+A rule turns pre-activations h = (x − b_dec) W_enc + b_enc into codes and adds losses to the reconstruction error.
+Everything else (parameters, training, saving, evaluation, feature pages) is the same for all rules. The same rule
+trains autoencoders, whose target is x, and transcoders, whose target is another activation.
 
 ```python
 from saelens_lite.testing import check_plugin
@@ -36,10 +36,10 @@ soft_threshold = "my_package:SoftThreshold"
 
 `notebooks/4-write-a-plugin.ipynb` goes from an idea to a package, and `tests/stranger/` is a complete one.
 
-Codes are never negative: 0 means that a latent does not fire, and every count of firing latents (L0, density, dead latents,
-the feature store) counts codes that are not zero. A direction that is used with both signs is two latents. Read tensors with a
-row per latent by `self.at(tensor, latent)`, also in `losses`, and sum values by index with `sum_at`: both sum in a fixed order
-on every device, so that the same seed gives the same bytes.
+Codes are never negative: 0 means that a latent does not fire. Every count of firing latents (L0, density, dead latents,
+the feature store) counts codes that are not zero. A direction with both signs needs two latents.
+Read tensors with a row per latent by `self.at(tensor, latent)`, also in `losses`, and sum values by index with `sum_at`.
+Both sum in a fixed order on every device, so that the same seed gives the same bytes.
 """
 
 from collections.abc import Iterator, Mapping
@@ -79,18 +79,20 @@ __all__ = [
 
 
 class RuleConfig(FrozenConfig):
-    """Base of a rule's settings; its defaults are the paper's."""
+    """Base of a rule's settings. The defaults are the paper's."""
 
 
 class DeadLatentsConfig(RuleConfig):
     """Settings of rules that revive dead latents by `dead_latents_explain`."""
 
-    aux_k: int | None = Field(None, ge=0, description="Dead latents that explain the error of a token; default d_in / 2.")
+    aux_k: int | None = Field(
+        None, ge=0, description="Number of dead latents that explain the error of a token; default: d_in / 2."
+    )
     aux_coefficient: float = Field(1 / 32, ge=0, description="α, weight of the auxiliary error.")
 
 
 class PublishedForm(NamedTuple):
-    """The architecture other tools know that computes the same codes: its name, extra tensors, extra settings."""
+    """A published architecture that computes the same codes: its name, extra tensors and extra settings."""
 
     architecture: str
     tensors: Mapping[str, Tensor] = MappingProxyType({})
@@ -99,15 +101,15 @@ class PublishedForm(NamedTuple):
 
 @runtime_checkable
 class Step(Protocol):
-    """What a rule may look at in one training step."""
+    """The data of one training step that a rule may read."""
 
     x: Float[Tensor, "batch d_in"]
-    target: Float[Tensor, "batch d_out"]  # what x_hat is to be: x itself, or of a transcoder the other activation
+    target: Float[Tensor, "batch d_out"]  # x itself; for a transcoder, the other activation
     x_hat: Float[Tensor, "batch d_out"]
     codes: SparseCodes
-    dead: Bool[Tensor, " d_sae"]  # has not fired for the configured number of tokens
-    progress: float  # share of training done, 0 … 1
-    warmup: float  # factor for penalties: rises 0 → 1 over the sparsity warm-up
+    dead: Bool[Tensor, " d_sae"]  # True for latents that have not fired for `dead_after` tokens
+    progress: float  # share of the training that is done, 0 … 1
+    warmup: float  # factor of the penalties; rises from 0 to 1 over the sparsity warm-up
 
     @property
     def decoder_norms(self) -> Float[Tensor, " d_sae"]:
@@ -115,33 +117,33 @@ class Step(Protocol):
         ...
 
     def pre_tiles(self, latents: Int[Tensor, " n"]) -> Iterator[Float[Tensor, "rows n"]]:
-        """Pre-activations of some latents, without gradient, a tile of rows after the other.
+        """Return an iterator over the pre-activations of some latents, one tile of rows at a time, without gradient.
 
-        A tile is good until the next one is asked for.
+        The next tile overwrites the last one.
         """
         ...
 
     def pre_at(self, support: Support) -> Float[Tensor, " nnz"]:
-        """Pre-activations at chosen pairs; differentiable."""
+        """Return the pre-activations at a support; differentiable."""
         ...
 
     def decode(self, codes: SparseCodes, frozen: bool = False) -> Float[Tensor, "batch d_out"]:
-        """Σ value · W_dec[latent], without bias; differentiable. frozen: no gradient reaches W_dec."""
+        """Return Σ value · W_dec[latent], without bias; differentiable. frozen: no gradient reaches W_dec."""
         ...
 
     def base(self, frozen: bool = False) -> Float[Tensor, "batch_or_one d_out"]:
-        """What decoded codes are added to: b_dec, and of a transcoder its skip connection; frozen: a constant."""
+        """Return the base of x_hat: b_dec, plus the skip connection if there is one. frozen: without gradient."""
         ...
 
 
 class Sparsity(nn.Module):
-    """Base of all rules. Parameters and buffers a rule registers are trained, saved and loaded with the dictionary."""
+    """Base of all rules. The parameters and buffers of a rule are trained, saved and loaded with the dictionary."""
 
     paper: ClassVar[str] = ""
-    encoder_bias: ClassVar[bool] = True  # False: the rule has biases of its own; an autoencoder's h = (x − b_dec) W_enc
+    encoder_bias: ClassVar[bool] = True  # False: the rule has its own biases and h = (x − b_dec) W_enc
     homogeneous: ClassVar[bool] = True  # scaling h_i (and the rule by `rescale_`) scales code i and changes no other
     tied: ClassVar[bool] = False  # W_enc is W_decᵀ, rows of W_dec are unit vectors, and codes are in the units of x
-    row_wise: ClassVar[bool] = False  # in training too, `support` looks at each row alone: it may be given parts of a batch
+    row_wise: ClassVar[bool] = False  # True: even in training, `support` reads each row alone, so it may get parts of a batch
     Config: ClassVar[type[RuleConfig]] = RuleConfig
     plugin_kind: ClassVar[str] = "sparsity"
     plugin_name: ClassVar[str]  # set by the registry
@@ -152,23 +154,23 @@ class Sparsity(nn.Module):
         self.d_in, self.d_sae = d_in, d_sae
 
     def activation(self, pre: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
-        """Codes of dense pre-activations, none negative. Enough on its own: the support is where they are not zero."""
+        """Return the codes of dense pre-activations, ≥ 0. A rule needs no other method: the support is the non-zero codes."""
         raise NotImplementedError(f"{type(self).__name__} must define activation(pre)")
 
     def support(self, pre: Float[Tensor, "batch d_sae"]) -> Support:
-        """The pairs that fire, chosen without gradient.
+        """Choose the (row, latent) pairs that fire, without gradient.
 
-        While `self.training`, it may look at the whole batch (say so by `row_wise` if it does not: that saves memory). Else
-        the codes of an activation must not depend on what else is in its batch.
+        While `self.training` is true, the choice may depend on the whole batch (set `row_wise` if it does not: that saves
+        memory). Otherwise the codes of an activation must not depend on the rest of its batch.
         """
         return support_of_mask(self.activation(pre) != 0)
 
     def values(self, pre: Float[Tensor, " nnz"], latent: Int[Tensor, " nnz"]) -> Float[Tensor, " nnz"] | None:
-        """Codes at the support from the pre-activations there; differentiable. None: read them off `activation`.
+        """Return the codes at the support, given the pre-activations there; differentiable. None: use `activation`.
 
-        The support may have been chosen from rounded pre-activations (`encoder_precision`), while `pre` is exact. So give what
-        `activation` gives for `pre`, also where that is on the other side of a threshold: `pre.relu()`, not `pre`.
-        Read per-latent parameters by `self.at(parameter, latent)`.
+        The support may come from rounded pre-activations (`encoder_precision`), while `pre` is exact. So return the same as
+        `activation` for every `pre`, even on the other side of a threshold: `pre.relu()`, not `pre`. Read per-latent parameters
+        by `self.at(parameter, latent)`.
         """
         return None
 
@@ -176,15 +178,15 @@ class Sparsity(nn.Module):
     def at(tensor: Float[Tensor, "d_sae ..."], latent: Int[Tensor, " nnz"]) -> Float[Tensor, "nnz ..."]:
         """Return tensor[latent], the row of each latent; differentiable.
 
-        The gradient is summed in a fixed order on every device. Those of `tensor[latent]` and `tensor.index_select(0, latent)`
-        are not on a GPU, where the same seed would not give the same bytes.
+        The gradient is summed in a fixed order on every device. On a GPU, the gradients of `tensor[latent]` and
+        `tensor.index_select(0, latent)` are not, so the same seed would not give the same bytes.
         """
         return read_at(tensor, latent)
 
     def encode(self, encoder: Encoder) -> SparseCodes:
-        """Codes of a batch, differentiable; for rules whose codes are no function of the pre-activations alone.
+        """Return the codes of a batch; differentiable. Override it if codes do not depend on the pre-activations alone.
 
-        `encoder` offers what `Step` calls pre_tiles and pre_at as `tiles` and `at`, and the weights.
+        `encoder.tiles` and `encoder.at` are the pre_tiles and pre_at of `Step`; `encoder` also has the weights.
         """
         if type(self).values is not Sparsity.values:
             support = encoder.choose(self.support, whole=self.training and not self.row_wise)
@@ -196,7 +198,7 @@ class Sparsity(nn.Module):
         return SparseCodes.of(support, value, encoder.d_sae)
 
     def losses(self, step: Step) -> dict[str, Float[Tensor, ""]]:
-        """What the rule adds to the reconstruction error, by name; means over the batch."""
+        """Return the losses that the rule adds to the reconstruction error, by name, as means over the batch."""
         return {}
 
     def check_codes(self, smallest: float) -> None:
@@ -204,32 +206,34 @@ class Sparsity(nn.Module):
         if smallest < 0:
             name = getattr(self, "plugin_name", type(self).__name__)
             raise PluginError(
-                f"sparsity rule {name} gave a negative code ({smallest:.3g}); codes are never negative, 0 means that a latent "
+                f"sparsity rule {name} gave a negative code ({smallest:.3g}). Codes must be ≥ 0, where 0 means that a latent "
                 "does not fire. End `activation` and `values` with .relu(), or give each sign a latent of its own"
             )
 
     def observe(self, step: Step) -> None:
-        """Called without gradient after each optimiser step, with what it was computed from: for running estimates."""
+        """Update running estimates. Called without gradient after each optimiser step, with the data of the step."""
 
     def after_step(self, dictionary: Any) -> None:
-        """Called without gradient after each optimiser step and once before the first, with the trained `Dictionary`."""
+        """Change parameters in place. Called without gradient after each optimiser step and once before the first."""
 
     def initial_decoder_norm(self) -> float:
-        """‖W_dec[i]‖ before training."""
+        """Return ‖W_dec[i]‖ before training."""
         return 1.0
 
     def rescale_(self, scale: Float[Tensor, " d_sae"]) -> None:
-        """Adapt the rule's own tensors to pre-activations multiplied by `scale` > 0, so that codes are multiplied too."""
+        """Rescale the rule's own tensors in place for pre-activations times `scale` > 0, so that codes scale by the same
+        factor.
+        """
 
     def inference_form(self) -> PublishedForm | None:
-        """The published architecture with the same codes, or None when there is none."""
+        """Return the published architecture with the same codes, or None if no published one has them."""
         return None
 
     @classmethod
     def from_published(
         cls, tensors: Mapping[str, Tensor], options: Mapping[str, Any]
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the rule's own tensors and options for tensors that may have the names of its published form."""
+        """Return the rule's own tensors and options, given tensors that may have the names of its published form."""
         return dict(tensors), dict(options)
 
 
@@ -241,9 +245,9 @@ def normalise_decoder_(dictionary: Any) -> None:
 
 
 def dead_latents_explain(step: Step, config: DeadLatentsConfig) -> dict[str, Float[Tensor, ""]]:
-    """{"aux": α · ‖e − ê‖²}, a mean over the batch, or nothing where no latent is dead.
+    """Return {"aux": α · ‖e − ê‖²} as a mean over the batch, or {} if no latent is dead.
 
-    e = target − x̂ (a constant); ê = what the aux_k largest dead latents of the token decode to.
+    e = target − x̂ is a constant; ê decodes the aux_k largest dead latents of the token.
 
     Source: Gao et al. 2024, arXiv:2406.04093, section A.2.
     """

@@ -34,17 +34,17 @@ def check_plugin(
     d_sae: int = 96,
     planted: float | None = 0.5,
 ) -> PluginReport:
-    """What holds and what does not of the contract of a plugin; takes seconds.
+    """Check a plugin against its contract. This takes seconds.
 
-    plugin: the class of a sparsity rule, a file format or a logger, registered or not. options: what the Config of a rule is
-    made of. planted: how far, from what an untrained dictionary has by chance (0) to 1, the cosine has to come between rows of
-    W_dec and 96 directions of which 3 make up each activation; less where more latents fire than that takes. None leaves this
-    out, for rules that do not suit such data.
+    plugin: the class of a sparsity rule, a file format or a logger, registered or not. options: arguments of the rule's Config.
+    planted: required cosine between rows of W_dec and 96 planted directions, 3 of which make up each activation, on a scale
+    from the chance level of an untrained dictionary (0) to 1. The requirement is lower if more latents fire than needed. None
+    skips this check, for rules that do not suit such data.
 
-    A logger is started as it is configured on this machine: set WANDB_MODE=offline or the like before.
+    A logger starts with the configuration of this machine, so set WANDB_MODE=offline or the like first.
 
     Raises:
-        PluginError: it is none of the three, or options were given for a format or logger.
+        PluginError: the plugin is of another kind, or options were given for a format or logger.
     """
     if issubclass(plugin, Sparsity):
         with _known_by_name(plugin) as name:
@@ -53,14 +53,14 @@ def check_plugin(
     for base, kind, module in ((Format, "format", formats), (Logger, "logger", loggers)):
         if issubclass(plugin, base):
             if options:
-                raise PluginError(f"options = {options!r} were given for {plugin.__qualname__}; {kind}s have none")
+                raise PluginError(f"options = {options!r} were given for {plugin.__qualname__}, but {kind}s take no options")
             with _known_by_name(plugin) as name:
                 return PluginReport(f"{kind} {plugin.__qualname__}", _results(module.CHECKS, module.Bench(plugin, name)))
     raise PluginError(f"{plugin!r} cannot be checked: give a class derived from saelens_lite.Sparsity, .Format or .Logger")
 
 
 def _results(checks: Sequence[tuple[str, Callable[[Any], str], tuple[str, ...]]], subject: Any) -> tuple[Check, ...]:
-    """Every check's result, in order; one that needs another which failed is not made."""
+    """Return the result of every check, in order. A check that needs a failed one is skipped."""
     results: dict[str, Check] = {}
     for name, check, needs in checks:
         broken = [need for need in needs if results[need].status in ("failed", "not checked")]
@@ -74,7 +74,9 @@ def _results(checks: Sequence[tuple[str, Callable[[Any], str], tuple[str, ...]]]
 def _verdict(check: Callable[[Any], str], subject: Any) -> tuple[str, str]:
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1234)  # no seed that training uses, or what is drawn at random would look as if it were stored
+            torch.manual_seed(
+                1234
+            )  # differs from every seed of training, so that redrawn random numbers do not pass as stored ones
             return "ok", check(subject)
     except NotChecked as reason:
         return "not checked", str(reason)
@@ -90,7 +92,7 @@ def _verdict(check: Callable[[Any], str], subject: Any) -> tuple[str, str]:
 
 @contextmanager
 def _known_by_name(plugin: type) -> Iterator[str]:
-    """The name a plugin can be loaded by; within the block only, if it has none."""
+    """Yield the name that loads a plugin. A plugin without a name gets one in the block."""
     own = plugin.__dict__.get("plugin_name")
     if own is not None and _loads(own, plugin):
         yield own
@@ -108,8 +110,8 @@ def _known_by_name(plugin: type) -> Iterator[str]:
 
 
 def _loads(name: str, plugin: type) -> bool:
-    """Whether asking for a name gives the plugin itself."""
+    """Return whether the name loads this plugin."""
     try:
         return registry.load(name, plugin.plugin_kind) is plugin
-    except PluginError:  # not known here, or not allowed
+    except PluginError:  # unknown here, or not allowed
         return False

@@ -1,4 +1,4 @@
-"""The checks of a file format. Each returns what it did, or raises what is wrong and what to do about it."""
+"""The checks of a file format. Each returns a short result, or raises the fault and its remedy."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -24,40 +24,40 @@ JUNK = (b"", b"junk", b"PK\x03\x04", b"\x80\x02}q\x00.", b"{" * 1000, bytes(rang
 
 @dataclass
 class Bench:
-    """A format, and the name to ask for it by."""
+    """A format and the name that loads it."""
 
     format: type[Format]
     name: str
 
     @property
     def reads(self) -> bool:
-        """Whether it defines how files are read."""
+        """True if the format can read files."""
         return self.format.outline is not Format.outline or self.format.read is not Format.read
 
     @property
     def writes(self) -> bool:
-        """Whether it defines how files are written."""
+        """True if the format can write files."""
         return self.format.write is not Format.write
 
     @contextmanager
     def written(self) -> Iterator[dict[str, tuple[Dictionary, Path]]]:
-        """Random dictionaries of several rules, autoencoders and transcoders, and where they were written to, by name.
+        """Write random dictionaries of several rules, autoencoders and transcoders. Yield each with its path, by name.
 
-        Those the format refuses are left out.
+        Dictionaries that the format refuses are left out.
         """
         with tempfile.TemporaryDirectory(prefix="check-plugin-") as parent:
-            found = {}
+            written = {}
             for rule, d_out in [(rule, d_out) for rule in RULES for d_out in (None, D_IN)]:
                 d, name = random_dictionary(rule, d_out), f"{rule}{' transcoder' if d_out else ''}"
                 try:
-                    found[name] = d, write(d, Path(parent) / name, self.format())
+                    written[name] = d, write(d, Path(parent) / name, self.format())
                 except ConfigError:
                     continue
-            yield found
+            yield written
 
 
 def random_dictionary(rule: str, d_out: int | None) -> Dictionary:
-    """A dictionary whose parameters are random."""
+    """Return a dictionary with random parameters."""
     ports = {"reads": Port(hook=HOOK, width=D_IN), "writes": Port(hook=TARGET, width=d_out) if d_out else None}
     d = Dictionary.create(rule, **ports, d_sae=D_SAE, options=RULES[rule], origin=Origin(model="m"))
     generator = torch.Generator().manual_seed(0)
@@ -67,7 +67,7 @@ def random_dictionary(rule: str, d_out: int | None) -> Dictionary:
 
 
 def does_something(bench: Bench) -> str:
-    """It reads or writes, and knows its own files by their content if it reads."""
+    """Check that the format reads or writes, and that a reader detects its files."""
     if not bench.reads and not bench.writes:
         raise CheckFailed("neither outline(path) nor write(dictionary, folder) is defined")
     if bench.reads and bench.format.detect is Format.detect:
@@ -76,7 +76,7 @@ def does_something(bench: Bench) -> str:
 
 
 def junk(bench: Bench) -> str:
-    """What is no file of the format is not detected, and reading it is a typed error."""
+    """Check that a foreign file is not detected, and that reading it raises a typed error."""
     if not bench.reads:
         raise NotChecked("it only writes")
     with tempfile.TemporaryDirectory(prefix="check-plugin-") as parent:
@@ -87,7 +87,7 @@ def junk(bench: Bench) -> str:
             places[-1].write_bytes(content)
         for path in places:
             if bench.format().detect(path):
-                raise CheckFailed(f"detect says yes to {path.name}, which holds {'junk' if path.is_file() else 'nothing'}")
+                raise CheckFailed(f"detect accepts {path.name}, which holds {'junk' if path.is_file() else 'nothing'}")
             try:
                 bench.format().read(path)
             except SaelensLiteError:
@@ -98,33 +98,33 @@ def junk(bench: Bench) -> str:
 
 @torch.no_grad()
 def comes_back(bench: Bench) -> str:
-    """What it writes it detects, alone of all formats, and reads as the same numbers."""
+    """Check that only this format detects its own files, and that it reads back the same numbers."""
     if not (bench.reads and bench.writes):
         raise NotChecked("it does not both read and write")
     x = torch.randn(50, D_IN, generator=torch.Generator().manual_seed(1))
-    with bench.written() as found:
-        for name, (d, path) in found.items():
+    with bench.written() as written:
+        for name, (d, path) in written.items():
             if not bench.format().detect(path):
-                raise CheckFailed(f"detect says no to {name} of its own")
+                raise CheckFailed(f"detect rejects its own file {name}")
             others = [p.name for p in registry.plugins("formats") if p.name != bench.name and _detects(p.name, path)]
             if others:
-                raise CheckFailed(f"{', '.join(others)} detects {name} as well; let detect look at more than one name")
+                raise CheckFailed(f"{', '.join(others)} detects {name} too; make detect check more than one name")
             again = bench.format().read(path)
             pairs = ((d.encode(x).to_dense(), again.encode(x).to_dense()), (d(x), again(x)))
             error = max(float((ours - theirs).abs().max() / ours.abs().max()) for ours, theirs in pairs)
             if error > 1e-5:
                 raise CheckFailed(f"codes or x_hat of {name} are {error:.1e} (relative) off when read again")
-        if not found:
+        if not written:
             raise CheckFailed(f"none of {', '.join(RULES)} can be written")
-    return f"{len(found)} dictionaries: {', '.join(found)}"
+    return f"{len(written)} dictionaries: {', '.join(written)}"
 
 
 def damaged(bench: Bench) -> str:
-    """Files cut short are typed errors."""
+    """Check that reading truncated files raises a typed error."""
     if not (bench.reads and bench.writes):
         raise NotChecked("it does not both read and write")
-    with bench.written() as found:
-        _, folder = next(iter(found.values()))
+    with bench.written() as written:
+        _, folder = next(iter(written.values()))
         for file in sorted(folder.iterdir()):
             whole = file.read_bytes()
             for length in (0, len(whole) // 2, len(whole) - 3):

@@ -1,4 +1,4 @@
-"""The checks of a logger. Each returns what it did, or raises what is wrong and what to do about it."""
+"""The checks of a logger. Each returns a short result, or raises the fault and its remedy."""
 
 import copy
 import tempfile
@@ -21,33 +21,33 @@ CONFIG = TrainConfig(sparsity="topk", options={"k": 2}, d_sae=16, n_tokens=400, 
 
 @dataclass
 class Bench:
-    """A logger, and the name to ask for it by."""
+    """A logger and the name that loads it."""
 
     logger: type[Logger]
     name: str
 
     @contextmanager
     def run_folder(self) -> Iterator[Path]:
-        """A folder for the length of a check."""
+        """Yield a folder for one check."""
         with tempfile.TemporaryDirectory(prefix="check-plugin-") as parent:
             folder = Path(parent) / "run"
             folder.mkdir()
             yield folder
 
     def started(self, folder: Path, tokens: int = 0) -> Logger:
-        """A logger that follows a run."""
+        """Return a started logger."""
         logger = self.logger()
         logger.start(folder, CONFIG, tokens)
         return logger
 
 
 def line(tokens: int) -> dict[str, Any]:
-    """A line as training writes them."""
+    """Return a log line like those of training."""
     return {"step": tokens // 50, "tokens": tokens, "mse": 2.5, "loss": 3.0, "l0": 2.0, "fvu": 0.25, "dead": 0.0, "lr": 1e-3}
 
 
 def follows_a_run(bench: Bench) -> str:
-    """start, log, close go through, and `start` leaves the settings alone."""
+    """Check that start, log and close work, and that `start` does not change the settings."""
     before = copy.deepcopy(CONFIG.model_dump())
     with bench.run_folder() as folder:
         logger = bench.started(folder)
@@ -61,14 +61,14 @@ def follows_a_run(bench: Bench) -> str:
 
 
 def without_lines(bench: Bench) -> str:
-    """A run that ends before its first line is closed without complaint."""
+    """Check that a run without a log line can be closed."""
     with bench.run_folder() as folder:
         bench.started(folder).close()
     return "started and closed"
 
 
 def side_by_side(bench: Bench) -> str:
-    """Two dictionaries trained together have loggers that do not know of each other."""
+    """Check that the loggers of two dictionaries in one run do not affect each other."""
     with bench.run_folder() as folder:
         folders = [folder / "0", folder / "1"]
         for one in folders:
@@ -83,7 +83,7 @@ def side_by_side(bench: Bench) -> str:
 
 
 def takes_up_again(bench: Bench) -> str:
-    """A run that was interrupted goes on in its folder, from an earlier line."""
+    """Check that an interrupted run resumes in its folder from an earlier line."""
     with bench.run_folder() as folder:
         logger = bench.started(folder)
         for tokens in (100, 200):
@@ -96,17 +96,21 @@ def takes_up_again(bench: Bench) -> str:
 
 
 def changes_no_number(bench: Bench) -> str:
-    """A run has the same history and the same dictionary with the logger and without any."""
+    """Check that a run with the logger has the same history and dictionary as a run without it."""
     x = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
     with bench.run_folder() as folder:
         runs = [train(TensorSource(x), CONFIG, folder / out, loggers=which)[0] for out, which in (("a", ()), ("b", bench.name))]
     bare, logged = runs
     if logged.history != bare.history:
-        raise CheckFailed("the lines of the run differ from those without it; leave alone what is not given to `log`")
+        raise CheckFailed(
+            "the lines of the run differ from those without the logger; change nothing outside of `log`'s arguments"
+        )
     weights = [run.dictionary.state_dict() for run in runs]
     differ = [name for name, value in weights[0].items() if not torch.equal(value, weights[1][name])]
     if differ:
-        raise CheckFailed(f"{', '.join(differ)} differ from a run without it; leave parameters and torch's settings alone")
+        raise CheckFailed(
+            f"{', '.join(differ)} differ from a run without the logger; do not change parameters or torch's settings"
+        )
     return f"{len(bare.history)} lines and {len(weights[0])} tensors, the same to the bit"
 
 

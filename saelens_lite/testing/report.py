@@ -1,4 +1,4 @@
-"""What the checks of a plugin found, one line a check."""
+"""The report on a plugin, one line per check."""
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -9,19 +9,19 @@ Status = Literal["ok", "failed", "warning", "not checked"]
 
 
 class CheckFailed(Exception):
-    """A check's verdict, in one sentence or two: what was expected, what was found, what to do."""
+    """A failed check. The message says the expectation, the observation and the remedy."""
 
 
 class NotChecked(Exception):
-    """A check does not apply, or could not be made; the reason."""
+    """A check that does not apply or could not run. The message is the reason."""
 
 
 class Warned(Exception):
-    """Something that works, and is not as it should be."""
+    """A weakness that does not fail the check."""
 
 
 class Check(NamedTuple):
-    """One thing that was checked, and what was found: a figure, or what is wrong and what to do."""
+    """One check and its result: a number, or the fault and its remedy."""
 
     name: str
     status: Status
@@ -30,14 +30,14 @@ class Check(NamedTuple):
 
 @dataclass(frozen=True)
 class PluginReport:
-    """What `check_plugin` found. `print(report)` shows a line a check."""
+    """The result of `check_plugin`. `print(report)` shows one line per check."""
 
     plugin: str
     checks: tuple[Check, ...]
 
     @property
     def ok(self) -> bool:
-        """Whether no check failed."""
+        """True if no check failed."""
         return not self.failed
 
     @property
@@ -49,19 +49,19 @@ class PluginReport:
         return {check.name: check for check in self.checks}[name]
 
     def raise_if_failed(self) -> None:
-        """Nothing, if no check failed.
+        """Raise if a check failed.
 
         Raises:
-            PluginError: some did; the message has them all.
+            PluginError: at least one check failed. The message lists all failures.
         """
         if self.failed:
             faults = "\n".join(f"  {check.name}: {check.found}" for check in self.failed)
             raise PluginError(f"{self.plugin} fails {len(self.failed)} of {len(self.checks)} checks\n{faults}")
 
     def summary(self) -> str:
-        """How many checks ended how: «14 ok, 1 not checked»."""
-        found = [check.status for check in self.checks]
-        return ", ".join(f"{found.count(status)} {status}" for status in dict.fromkeys(sorted(found)))
+        """Return the number of checks by result: «14 ok, 1 not checked»."""
+        statuses = [check.status for check in self.checks]
+        return ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(sorted(statuses)))
 
     def __str__(self) -> str:
         name_width, status_width = (max(len(check[column]) for check in self.checks) for column in (0, 1))

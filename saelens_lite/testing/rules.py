@@ -1,4 +1,4 @@
-"""The checks of a sparsity rule. Each returns the figure it measured, or raises what is wrong and what to do about it."""
+"""The checks of a sparsity rule. Each returns the number that it measured, or raises the fault and its remedy."""
 
 import copy
 import tempfile
@@ -27,15 +27,15 @@ from saelens_lite.training.step import DenseStep, SparseStep
 BATCH = 48
 TILE_ROWS = 5
 CLOSE = 1e-6  # relative, in float64
-RESERVED = {"mse", "loss", "l0", "step", "tokens", "fvu", "dead", "lr", "val_fvu", "val_l0"}  # names in a log line
-PARALLEL = {"batch": 1024, "d_in": 64, "d_sae": 1024}  # a size at which torch works in several threads
+RESERVED = {"mse", "loss", "l0", "step", "tokens", "fvu", "dead", "lr", "val_fvu", "val_l0"}  # names in use in a log line
+PARALLEL = {"batch": 1024, "d_in": 64, "d_sae": 1024}  # large enough for torch to use several threads
 N_PLANTED, ACTIVE = 96, 3
-ROUNDING = 0.1  # of pre-activations from which a support is chosen, in their standard deviation; bfloat16's is 0.004
+ROUNDING = 0.1  # of pre-activations in RoundedEncoder, in standard deviations; bfloat16's is 0.004
 
 
 @dataclass
 class Lab:
-    """A rule, and what the checks share: data with planted directions, and a dictionary that was trained for a moment."""
+    """A rule, data with planted directions, and a dictionary after a few steps of training. The checks share it."""
 
     rule: type[Sparsity]
     name: str
@@ -46,12 +46,12 @@ class Lab:
 
     @cached_property
     def directions(self) -> Float[Tensor, "n_directions d_in"]:
-        """Unit vectors that make up the data."""
+        """Unit vectors that the data is made of."""
         random = torch.randn(N_PLANTED, self.d_in, generator=torch.Generator().manual_seed(1))
         return torch.nn.functional.normalize(random, dim=1)
 
     def data(self, n: int, seed: int) -> Float[Tensor, "n d_in"]:
-        """Sums of a few directions, of root mean square norm sqrt(d_in)."""
+        """Return sums of a few directions, scaled to an RMS norm of sqrt(d_in)."""
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.rand(n, N_PLANTED, generator=generator).topk(ACTIVE, dim=1).indices
         strength = torch.rand(n, ACTIVE, generator=generator) + 0.5
@@ -60,11 +60,11 @@ class Lab:
 
     @cached_property
     def x(self) -> Float[Tensor, "batch d_in"]:
-        """Activations that were not trained on, float64."""
+        """Held-out activations, float64."""
         return self.data(BATCH, seed=3).double()
 
     def trainer(self, x: Float[Tensor, "n d_in"], d_sae: int | None = None, device: str = "cpu", **settings: Any) -> Trainer:
-        """A fresh trainer on x, which it does not scale."""
+        """Return a new trainer on x, without scaling."""
         common = {"batch_size": len(x), "n_tokens": 10 * len(x), "warmup": 0.0, "decay": 0.0, "normalize": "none"}
         config = TrainConfig(
             sparsity=self.name, options=self.options, d_sae=d_sae or self.d_sae, **{**common, "lr": 3e-3, **settings}
@@ -73,7 +73,7 @@ class Lab:
 
     @cached_property
     def trained(self) -> Dictionary:
-        """A dictionary after a few steps, so that no parameter is where it began."""
+        """A dictionary after a few steps, so that every parameter has changed."""
         x = self.data(12 * 256, seed=2)
         trainer = self.trainer(x, batch_size=256, n_tokens=len(x), dead_after=1024)
         for batch in x.split(256):
@@ -81,16 +81,16 @@ class Lab:
         return trainer.dictionary
 
     def dictionary(self, training: bool = False, dtype: torch.dtype = torch.float64) -> Dictionary:
-        """A copy of the trained dictionary to do anything with."""
+        """Return a copy of the trained dictionary that a check may change."""
         return copy.deepcopy(self.trained).to(dtype).train(training)
 
     def defines(self, *methods: str) -> bool:
-        """Whether the rule has methods of its own."""
+        """Return whether the rule overrides all of these methods."""
         return all(getattr(self.rule, name) is not getattr(Sparsity, name) for name in methods)
 
 
 class Reference(DenseStep):
-    """A step in which gradients are those of the whole activation function, where the rule has no `values`."""
+    """A dense step whose gradients go through `activation` if the rule does not define `values`."""
 
     def __init__(self, dictionary: Dictionary, x: Tensor, target: Tensor | None = None, **state: Any):
         super().__init__(dictionary, x, target, **state)
@@ -99,17 +99,17 @@ class Reference(DenseStep):
 
 
 class RoundedEncoder(encoder.Encoder):
-    """An encoder whose support is chosen from coarse pre-activations and whose values are exact, as encoder_precision does."""
+    """An encoder that chooses the support from coarse pre-activations and keeps exact values, as encoder_precision does."""
 
     def choose(self, rule_support: Callable[[Tensor], Support], whole: bool = False) -> Support:
-        """The support a rule chooses from pre-activations that are a little off."""
+        """Return the support that a rule chooses from rounded pre-activations."""
         (pre,) = self.tiles(whole=True)
         with torch.no_grad():
             return rule_support(pre + ROUNDING * pre.std() * torch.randn_like(pre))
 
 
 class RoundedStep(SparseStep):
-    """A step whose support is chosen from coarse pre-activations."""
+    """A step that chooses the support from coarse pre-activations."""
 
     encoder_class = RoundedEncoder
 
@@ -121,7 +121,7 @@ def take_step(
     target: Float[Tensor, "batch d_out"] | None = None,
     dead: Bool[Tensor, " d_sae"] | None = None,
 ) -> tuple[DenseStep, dict[str, Tensor]]:
-    """A step of training as far as the gradients, and its losses. By default every other latent counts as dead."""
+    """Run a training step up to the gradients. Return it and its losses. By default every other latent counts as dead."""
     if dead is None:
         dead = torch.arange(d.d_sae) % 2 == 0
     d.zero_grad(set_to_none=True)
@@ -133,21 +133,21 @@ def take_step(
     return step, losses
 
 
-def apart(found: Tensor, expected: Tensor) -> float:
-    """Largest difference, relative to the largest number expected."""
+def apart(measured: Tensor, expected: Tensor) -> float:
+    """Return the largest difference, relative to the largest expected number."""
     scale = float(expected.abs().max()) if expected.numel() else 0.0
-    return float((found - expected).abs().max()) / max(scale, 1e-3) if expected.numel() else 0.0
+    return float((measured - expected).abs().max()) / max(scale, 1e-3) if expected.numel() else 0.0
 
 
 def dense_codes(d: Dictionary, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
-    """Codes without gradient, zeros included."""
+    """Return dense codes without gradient."""
     with torch.no_grad():
         return d.encode(x).to_dense()
 
 
 @contextmanager
 def small_tiles(d: Dictionary) -> Iterator[None]:
-    """Within the block the encoder works on a few rows at a time."""
+    """Make the encoder work on a few rows at a time in the block."""
     usual = encoder.TILE_BYTES
     encoder.TILE_BYTES = TILE_ROWS * d.d_sae * d.W_enc.element_size()
     try:
@@ -158,7 +158,7 @@ def small_tiles(d: Dictionary) -> Iterator[None]:
 
 @contextmanager
 def threads(n: int) -> Iterator[None]:
-    """Within the block torch uses at least n threads."""
+    """Let torch use at least n threads in the block."""
     usual = torch.get_num_threads()
     torch.set_num_threads(max(n, usual))
     try:
@@ -171,7 +171,7 @@ def threads(n: int) -> Iterator[None]:
 
 
 def says_what_it_is(lab: Lab) -> str:
-    """`paper` and a first line of documentation are there."""
+    """Check that the rule has a `paper` and a docstring."""
     own_doc = (lab.rule.__doc__ or "").strip()
     missing = [name for name, there in (("paper", lab.rule.paper), ("a docstring", own_doc)) if not there]
     if missing:
@@ -180,35 +180,35 @@ def says_what_it_is(lab: Lab) -> str:
 
 
 def config(lab: Lab) -> str:
-    """`Config()` works: defaults are settings one can train with."""
+    """Check that `Config()` works without arguments."""
     try:
         lab.rule.Config()
     except Exception as error:
-        raise CheckFailed(f"Config() should work without arguments, and raises: {error}; give every option a default") from None
+        raise CheckFailed(f"Config() should work without arguments, but raises: {error}; give every option a default") from None
     return f"{len(lab.rule.Config.model_fields)} options"
 
 
 def losses(lab: Lab) -> str:
-    """`losses` gives finite scalars whose names are not taken."""
+    """Check that `losses` returns finite scalars with free names."""
     d = lab.trainer(lab.x.float()).dictionary
     step = SparseStep(d, lab.x.float(), dead=torch.arange(d.d_sae) % 2 == 0, progress=0.5, warmup=0.75)
-    found = d.rule.losses(step)
-    taken = sorted(found.keys() & RESERVED)
+    losses = d.rule.losses(step)
+    taken = sorted(losses.keys() & RESERVED)
     if taken:
-        raise CheckFailed(f"a loss is called {taken[0]!r}, which names something else in a log; call it what it is")
-    for name, value in found.items():
+        raise CheckFailed(f"a loss is called {taken[0]!r}, a name that log lines already use; rename the loss")
+    for name, value in losses.items():
         if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
             shape = f"a tensor {tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else repr(value)
             raise CheckFailed(
-                f"loss {name!r} should be a floating-point tensor without axes, and is {shape}; .mean() over rows"
+                f"loss {name!r} should be a floating-point tensor without axes, but is {shape}; take the mean over rows"
             )
         if not torch.isfinite(value):
             raise CheckFailed(f"loss {name!r} is {value.item()} on ordinary data; look for 0 · ∞, log or a power at 0")
-    return ", ".join(f"{name} {value.item():.3g}" for name, value in found.items()) or "none beside mse"
+    return ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items()) or "none beside mse"
 
 
 def trains(lab: Lab) -> str:
-    """A few steps of training go through; no code is negative, not even where the support was chosen from rounded numbers."""
+    """Check that a few training steps work and that no code is negative, even if the support comes from rounded numbers."""
     try:
         d = lab.dictionary(training=True, dtype=torch.float32)
     except PluginError as error:
@@ -216,24 +216,24 @@ def trains(lab: Lab) -> str:
     step, _ = take_step(RoundedStep, d, lab.x.float())
     if len(step.codes.value) and (smallest := float(step.codes.value.detach().amin())) < 0:
         raise CheckFailed(
-            f"a code is negative ({smallest:.2g}) where the support was chosen from rounded pre-activations, as "
-            "encoder_precision = bfloat16 does; end `values` with .relu()"
+            f"a code is negative ({smallest:.2g}) if the support comes from rounded pre-activations, as with "
+            "encoder_precision = bfloat16; end `values` with .relu()"
         )
     l0 = dense_codes(lab.dictionary(dtype=torch.float32), lab.x.float()).count_nonzero() / BATCH
     return f"L0 {l0:.1f} of {lab.d_sae} after 12 steps"
 
 
 def dtypes(lab: Lab) -> str:
-    """A step in float64 stays in it; encoding in bfloat16, and on an accelerator, works."""
+    """Check that a float64 step stays in float64, and that encoding works in bfloat16 and on an accelerator."""
     advice = "make tensors like those given, e.g. pre.new_zeros(…), and leave out .float()"
     try:
-        step, found = take_step(SparseStep, lab.dictionary(training=True), lab.x)
+        step, losses = take_step(SparseStep, lab.dictionary(training=True), lab.x)
     except Exception as error:
         raise CheckFailed(f"a step in float64 raises {type(error).__name__}: {error}; {advice}") from None
-    kinds = {"codes": step.codes.value.dtype, **{f"loss {name}": value.dtype for name, value in found.items()}}
+    kinds = {"codes": step.codes.value.dtype, **{f"loss {name}": value.dtype for name, value in losses.items()}}
     for name, dtype in kinds.items():
         if dtype != torch.float64:
-            raise CheckFailed(f"{name} of a float64 step should be float64, and is {dtype}; {advice}")
+            raise CheckFailed(f"{name} of a float64 step should be float64, but is {dtype}; {advice}")
     lab.dictionary(dtype=torch.bfloat16).encode(lab.x.bfloat16())
     if not torch.cuda.is_available():
         return "float64, bfloat16; no accelerator here"
@@ -242,19 +242,19 @@ def dtypes(lab: Lab) -> str:
 
 
 def gradients(lab: Lab) -> str:
-    """The losses and gradients of a sparse step are those of dense autograd in float64."""
+    """Check the losses and gradients of a sparse step against dense autograd in float64."""
     return _compare_steps(lab.dictionary(training=True), lab.x, "let nothing depend on pre-activations outside the support")
 
 
 def gradients_in_tiles(lab: Lab) -> str:
-    """The same when the encoder works on a few rows at a time."""
+    """Check the gradients if the encoder works on a few rows at a time."""
     d = lab.dictionary(training=True)
     with small_tiles(d):
         return _compare_steps(d, lab.x, "read all of `step.pre_tiles`, whose tiles hold a few rows each")
 
 
 def transcoder(lab: Lab) -> str:
-    """The same when another activation is predicted, with a skip connection."""
+    """Check the gradients of a transcoder with a skip connection."""
     if lab.rule.tied:
         raise NotChecked("tied = True: the rule makes no transcoders")
     d_out = lab.d_in + 3
@@ -275,9 +275,9 @@ def _compare_steps(
 ) -> str:
     _, expected = take_step(Reference, d, x, target)
     wanted = {name: p.grad for name, p in d.named_parameters()}
-    _, found = take_step(SparseStep, d, x, target)
+    _, losses = take_step(SparseStep, d, x, target)
     got = {name: p.grad for name, p in d.named_parameters()}
-    errors = {f"loss {name}": apart(found[name].detach(), value.detach()) for name, value in expected.items()}
+    errors = {f"loss {name}": apart(losses[name].detach(), value.detach()) for name, value in expected.items()}
     for name, parameter in d.named_parameters():
         zeros = torch.zeros_like(parameter)
         pair = (zeros if grads[name] is None else grads[name] for grads in (got, wanted))
@@ -291,7 +291,7 @@ def _compare_steps(
 
 
 def row_wise(lab: Lab) -> str:
-    """`row_wise` says whether, in training, the support of a part of a batch is a part of the batch's support."""
+    """Check `row_wise`: in training, the support of half a batch must be that half of the batch's support."""
     d = lab.dictionary(training=True)
     wholes, halves = [], []
     for seed in (4, 5):
@@ -302,7 +302,7 @@ def row_wise(lab: Lab) -> str:
     differ = sum(int((whole != half).sum()) for whole, half in zip(wholes, halves, strict=True))
     if lab.rule.row_wise and differ:
         raise CheckFailed(
-            f"row_wise = True, but {differ} pairs change when a batch is given in halves; remove it, or choose row by row"
+            f"row_wise = True, but {differ} pairs change if a batch is split in halves; remove row_wise, or choose row by row"
         )
     if not lab.rule.row_wise and not differ and lab.defines("values"):
         return "hint: declare row_wise = True, which saves memory; halves of a batch have the same support"
@@ -310,14 +310,14 @@ def row_wise(lab: Lab) -> str:
 
 
 def _fires(d: Dictionary, x: Float[Tensor, "batch d_in"]) -> Bool[Tensor, "batch d_sae"]:
-    """Which pairs are in the support while training."""
+    """Return a mask of the support in training."""
     with torch.no_grad():
         support = SparseStep(d, x, dead=torch.zeros(d.d_sae, dtype=torch.bool), progress=0.5, warmup=0.75).codes.support
     return torch.zeros(len(x), d.d_sae, dtype=torch.bool).index_put((support.row, support.latent), torch.tensor(True))
 
 
 def eval_codes(lab: Lab) -> str:
-    """After training, the codes of an activation depend neither on the rest of the batch nor on the order of its rows."""
+    """Check that, after training, codes do not depend on the rest of the batch or on the order of its rows."""
     d = lab.dictionary()
     x = torch.cat([lab.x, 3 * lab.x[:8]])
     whole, order = dense_codes(d, x), torch.randperm(len(x))
@@ -326,15 +326,16 @@ def eval_codes(lab: Lab) -> str:
     error = max(error, apart(alone, whole))
     if not error <= CLOSE:
         raise CheckFailed(
-            f"codes in eval mode change by {error:.1e} (relative) with the rest of the batch; look at single rows unless "
-            "self.training, e.g. by a threshold kept in a buffer"
+            f"codes in eval mode change by {error:.1e} (relative) with the rest of the batch; use each row alone unless "
+            "self.training, e.g. by a threshold in a buffer"
         )
     return f"single rows and other orders: within {error:.0e}"
 
 
 def definitions(lab: Lab) -> str:
-    """`activation` and `support` with `values` are two definitions of the same codes, also if the support was chosen from
-    rounded numbers: then those of `activation` when all pre-activations off the support are very low.
+    """Check that `activation` gives the same codes as `support` with `values`.
+
+    For a support from rounded numbers, compare with `activation` after all pre-activations off the support are made very low.
     """
     if not lab.defines("activation"):
         raise NotChecked("activation is not defined")
@@ -360,21 +361,21 @@ def definitions(lab: Lab) -> str:
             error = apart(codes.value, d.rule.activation(alone)[at])
         if not error <= CLOSE:
             raise CheckFailed(
-                f"codes by values are {error:.1e} (relative) off activation where the support was chosen from rounded "
-                "pre-activations, as encoder_precision = bfloat16 does; `values` should give what `activation` gives for the "
-                "pre-activations it is handed, 0 where they do not reach the threshold"
+                f"codes by values are {error:.1e} (relative) off activation if the support comes from rounded "
+                "pre-activations, as with encoder_precision = bfloat16; `values` should return the same as `activation` for "
+                "its pre-activations, 0 below the threshold"
             )
     return f"the same codes within {errors[worst]:.0e}"
 
 
 def published_form(lab: Lab) -> str:
-    """The published architecture, as other tools compute it, has the same codes."""
+    """Check that the published architecture, as other tools compute it, has the same codes."""
     d = lab.dictionary()
     form = d.rule.inference_form()
     if form is None:
-        raise NotChecked("inference_form is not defined: other tools cannot read its dictionaries")
+        raise NotChecked("inference_form is not defined, so other tools cannot read its dictionaries")
     if form.architecture not in PUBLISHED:
-        raise NotChecked(f"this kit has no reference for {form.architecture!r}; it knows {', '.join(PUBLISHED)}")
+        raise NotChecked(f"the kit has references only for {', '.join(PUBLISHED)}, not for {form.architecture!r}")
     missing = NEEDED[form.architecture] - {*form.tensors, *form.settings}
     if missing:
         raise CheckFailed(f"{form.architecture} needs {', '.join(sorted(missing))}; give it in the PublishedForm")
@@ -413,7 +414,7 @@ NEEDED = {"standard": set(), "topk": {"k"}, "jumprelu": {"threshold"}, "gated": 
 
 
 def folding(lab: Lab) -> str:
-    """Decoder norms can be folded into the codes, as is done when training ends."""
+    """Check that decoder norms can be folded into the codes."""
     if not lab.rule.homogeneous:
         return "homogeneous = False: nothing is folded"
     d = lab.dictionary()
@@ -424,30 +425,32 @@ def folding(lab: Lab) -> str:
         error = max(apart(d(lab.x), x_hat), apart(dense_codes(d, lab.x), codes * norms))
     if not error <= CLOSE:
         raise CheckFailed(
-            f"codes or x_hat are {error:.1e} (relative) off after fold_decoder_norms_; define rescale_ for what is added to or "
-            "compared with pre-activations, or say homogeneous = False"
+            f"codes or x_hat are {error:.1e} (relative) off after fold_decoder_norms_; define rescale_ for tensors that are "
+            "added to or compared with pre-activations, or set homogeneous = False"
         )
     return f"x_hat within {error:.0e}"
 
 
 def round_trip(lab: Lab) -> str:
-    """A saved and loaded dictionary gives the same bytes."""
+    """Check that saving and loading a dictionary keeps its bytes."""
     d, x = lab.dictionary(dtype=torch.float32), lab.x.float()
     with tempfile.TemporaryDirectory() as folder:
         loaded = Dictionary.load(d.save(Path(folder) / "dictionary"))
     lost = [name for name, value in d.state_dict().items() if not torch.equal(loaded.state_dict()[name], value)]
     if lost:
-        raise CheckFailed(f"{', '.join(lost)} change when saved and loaded; inference_form must give them under their own name")
+        raise CheckFailed(
+            f"{', '.join(lost)} change when saved and loaded; inference_form must return them under their own name"
+        )
     if not torch.equal(dense_codes(loaded, x), dense_codes(d, x)):
         raise CheckFailed(
-            "codes change when a dictionary is saved and loaded, though its tensors do not; keep what codes depend on in a "
-            "parameter, a buffer (register_buffer) or the Config"
+            "codes change when a dictionary is saved and loaded, though its tensors do not; keep all state of the codes in "
+            "parameters, buffers (register_buffer) or the Config"
         )
     return f"{len(d.state_dict())} tensors, the same codes to the bit"
 
 
 def empty_and_full(lab: Lab) -> str:
-    """Losses and gradients are finite when nothing fires and when everything does."""
+    """Check that losses and gradients are finite if no latent fires and if all fire."""
     fired = {}
     x = 1 + 0.1 * torch.rand(BATCH, lab.d_in)
     for case, level in (("empty", -1.0), ("full", 1.0)):
@@ -458,22 +461,22 @@ def empty_and_full(lab: Lab) -> str:
         d.b_dec.data.zero_()
         with torch.no_grad():
             d.rule.after_step(d)
-        step, found = take_step(SparseStep, d, x, dead=torch.full((lab.d_sae,), case == "empty"))
+        step, losses = take_step(SparseStep, d, x, dead=torch.full((lab.d_sae,), case == "empty"))
         fired[case] = int(step.codes.fires.sum()) / len(x)
-        values = {f"loss {name}": value for name, value in found.items()}
+        values = {f"loss {name}": value for name, value in losses.items()}
         values |= {f"the gradient of {name}": p.grad for name, p in d.named_parameters() if p.grad is not None}
         for name, value in values.items():
             if not torch.isfinite(value).all():
                 raise CheckFailed(
                     f"{name} is NaN or infinite when {'nothing' if case == 'empty' else 'everything'} fires (L0 "
-                    f"{fired[case]:.0f}); divide sums by len(step.x) instead of taking means of codes"
+                    f"{fired[case]:.0f}); divide sums by len(step.x) instead of taking means over codes"
                 )
     return f"finite at L0 {fired['empty']:.0f} and {fired['full']:.0f}"
 
 
 def same_bytes(lab: Lab) -> str:
-    """Trained again, at a size that runs in parallel, everything is the same to the bit; no sum is in an order that a GPU
-    would leave open.
+    """Check that two trainings, large enough to run in parallel, give the same bytes, and that no sum has an open order on a
+    GPU.
     """
     d = lab.dictionary(training=True, dtype=torch.float32)
     with UnorderedSums() as sums:
@@ -481,9 +484,9 @@ def same_bytes(lab: Lab) -> str:
         with torch.no_grad():
             d.rule.observe(step)
             d.rule.after_step(d)
-    if sums.found:
+    if sums.noted:
         raise CheckFailed(
-            f"a step sums floats in no fixed order on a GPU, by {', '.join(dict.fromkeys(sums.found))}; read per-latent "
+            f"a step sums floats without a fixed order on a GPU, by {', '.join(dict.fromkeys(sums.noted))}; read per-latent "
             "tensors by self.at(tensor, latent), not tensor[latent] or tensor.index_select(0, latent)"
         )
     x = torch.randn(PARALLEL["batch"], PARALLEL["d_in"], generator=torch.Generator().manual_seed(0))
@@ -509,7 +512,7 @@ def same_bytes(lab: Lab) -> str:
 
 
 def resume(lab: Lab) -> str:
-    """Put away in the middle and taken up again, training ends at the same bytes."""
+    """Check that training that is stopped and resumed ends at the same bytes."""
     batches = lab.data(6 * 128, seed=6).split(128)
 
     def fresh() -> Trainer:
@@ -526,14 +529,14 @@ def resume(lab: Lab) -> str:
     differ = [name for name, value in resumed.dictionary.state_dict().items() if not torch.equal(value, ends[name])]
     if differ:
         raise CheckFailed(
-            f"{', '.join(differ)} differ when training was put away and taken up again; keep all that training depends on in "
-            "parameters and buffers, or take it from step.progress"
+            f"{', '.join(differ)} differ after training was stopped and resumed; keep all state of training in "
+            "parameters and buffers, or compute it from step.progress"
         )
     return "the same to the bit from batch 3 on"
 
 
 def planted_truth(lab: Lab) -> str:
-    """A short training finds the directions the data is made of."""
+    """Check that a short training finds the planted directions."""
     if lab.planted is None:
         raise NotChecked("planted = None")
     x = lab.data(16_384, seed=7)
@@ -545,18 +548,18 @@ def planted_truth(lab: Lab) -> str:
             break
     d = trainer.result()
     l0 = float(dense_codes(d, x[:1024]).count_nonzero()) / 1024
-    found = _nearest(lab.directions, d.W_dec.detach())
+    cosine = _nearest(lab.directions, d.W_dec.detach())
     needed = chance + lab.planted * (1 - chance) * min(1.0, 2 * ACTIVE / max(l0, 1.0))
-    if not found >= needed:
+    if not cosine >= needed:
         raise CheckFailed(
-            f"rows of W_dec come to a mean cosine of {found:.2f} with {N_PLANTED} planted directions at L0 {l0:.1f}, untrained "
-            f"ones to {chance:.2f}, expected {needed:.2f}; give options that suit {ACTIVE} active directions, or planted=None"
+            f"rows of W_dec reach a mean cosine of {cosine:.2f} with {N_PLANTED} planted directions at L0 {l0:.1f} (untrained "
+            f"{chance:.2f}), expected {needed:.2f}; give options that suit {ACTIVE} active directions, or planted=None"
         )
-    return f"mean cosine {found:.2f} at L0 {l0:.1f}; untrained {chance:.2f}, needed {needed:.2f}"
+    return f"mean cosine {cosine:.2f} at L0 {l0:.1f}; untrained {chance:.2f}, needed {needed:.2f}"
 
 
 def _nearest(directions: Float[Tensor, "n_directions d_in"], rows: Float[Tensor, "d_sae d_in"]) -> float:
-    """Mean, over the directions, of the cosine to the nearest row."""
+    """Return the mean over directions of the cosine to the nearest row."""
     return float((directions @ torch.nn.functional.normalize(rows, dim=1).T).amax(1).mean())
 
 

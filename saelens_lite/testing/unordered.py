@@ -1,4 +1,4 @@
-"""Sums whose order is not fixed on a GPU: several floats that one operation adds to one cell by atomics."""
+"""Detection of sums without a fixed order on a GPU, where one operation adds several floats to one cell by atomics."""
 
 import traceback
 from pathlib import Path
@@ -9,35 +9,35 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ALWAYS = ("embedding_dense_backward", "_embedding_bag_backward", "_embedding_bag_dense_backward", "index_reduce")
-ORDERLESS = ("amax", "amin")  # reductions that give the same in any order
+ORDERLESS = ("amax", "amin")  # reductions whose result does not depend on the order
 
 
 class UnorderedSums(TorchDispatchMode):
-    """Within the block, the operations that sum floats in no fixed order are noted in `found`, with where they were called.
+    """A block that records in `noted` the operations that sum floats without a fixed order, with the line of the call.
 
-    Operations of a backward pass have no place in the code; those are named "backward pass".
+    Operations of a backward pass have no line in the code and are recorded as "backward pass".
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.noted: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::").rstrip("_")
         given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
         if _sums_floats(given) and _may_collide(name, given):
-            self.found.append(f"{name} ({_place()})")
+            self.noted.append(f"{name} ({_place()})")
         return func(*args, **kwargs)
 
 
 def _sums_floats(given: dict[str, Any]) -> bool:
-    """Whether a tensor of floats is among the arguments."""
+    """Return whether an argument is a tensor of floats."""
     return any(isinstance(value, Tensor) and value.is_floating_point() for value in given.values())
 
 
 def _may_collide(name: str, given: dict[str, Any]) -> bool:
-    """Whether an operation adds several numbers to one cell in an order that a GPU leaves open."""
+    """Return whether an operation may add several numbers to one cell without a fixed order on a GPU."""
     if name in ALWAYS:
         return True
     if name == "bincount":
@@ -56,14 +56,14 @@ def _may_collide(name: str, given: dict[str, Any]) -> bool:
 
 
 def _repeats(index: Tensor, dim: int) -> bool:
-    """Whether an index occurs twice along a dimension."""
+    """Return whether an index repeats along a dimension."""
     if not index.ndim or index.shape[dim] < 2:
         return False
     return bool((index.sort(dim=dim).values.diff(dim=dim) == 0).any())
 
 
 def _cells_repeat(indices: list[Tensor]) -> bool:
-    """Whether the indices of several axes name a cell twice; a mask cannot."""
+    """Return whether the indices of several axes name a cell twice. A mask never does."""
     if any(index.dtype in (torch.bool, torch.uint8) for index in indices):
         return False
     cells = torch.stack([index.flatten() for index in torch.broadcast_tensors(*indices)], dim=1)
@@ -71,7 +71,7 @@ def _cells_repeat(indices: list[Tensor]) -> bool:
 
 
 def _place() -> str:
-    """The line that called an operation, or that it is a gradient's."""
+    """Return the line that called an operation, or "backward pass"."""
     frames = [frame for frame in traceback.extract_stack() if frame.filename != __file__]
     if any(frame.filename.replace("\\", "/").endswith("torch/autograd/graph.py") for frame in frames):
         return "backward pass"

@@ -72,13 +72,13 @@ __all__ = [
 
 
 def prompt_rows(lm: Tokenizer, text: Any, *, n_ctx: int | None = None, prepend_bos: bool | None = None) -> TokenRows:
-    """Return one row for each text, with padding on the right, cut at n_ctx.
+    """Return one row per text, padded on the right and cut at n_ctx.
 
-    n_ctx: Length of the longest row; default: the model's context.
-    prepend_bos: Whether texts get a BOS token in front, of which none gets a second one; default: where the tokenizer has one.
+    n_ctx: length of the longest row; default: the model's context.
+    prepend_bos: put BOS in front of texts that do not begin with it; default: true if the tokenizer has a BOS token.
 
     Raises:
-        TextError: no text; a text is empty or has no tokens; the model has no tokenizer.
+        TextError: there is no text, a text is empty or has no tokens, or the model has no tokenizer.
         ConfigError: prepend_bos is true and the tokenizer has no BOS token.
     """
     tokenizer = lm.text_tokenizer
@@ -87,7 +87,7 @@ def prompt_rows(lm: Tokenizer, text: Any, *, n_ctx: int | None = None, prepend_b
     if isinstance(text, Mapping | bytes | set | frozenset) or not isinstance(text, Iterable):
         raise TextError(f"expected text or token ids; found {described(text)}")
     if prepend_bos and lm.bos_id is None:
-        raise ConfigError(f"the tokenizer of {lm.name} has no BOS token; leave out prepend_bos, or say False")
+        raise ConfigError(f"the tokenizer of {lm.name} has no BOS token; leave out prepend_bos, or set it to False")
     bos = lm.bos_id if prepend_bos in (None, True) else None
     head = [] if bos is None else [bos]
     rows, n_read = [], []
@@ -99,15 +99,15 @@ def prompt_rows(lm: Tokenizer, text: Any, *, n_ctx: int | None = None, prepend_b
         new = after_bos(bos, ids) if len(rows[-1].ids) == len(head) else ids
         rows[-1].ids.extend(new[: (n_ctx or lm.n_ctx) - len(rows[-1].ids)])
     if not rows:
-        raise TextError("empty text: give at least one text that has a character")
+        raise TextError("empty text: give at least one text with a character")
     if 0 in n_read:
-        raise TextError(f"text {n_read.index(0)} of {len(rows)} has no tokens: the tokenizer of {lm.name} makes nothing of it")
-    found = padded(rows, lm.pad_id)
-    return found._replace(keep=found.keep & lm.countable(found.tokens))
+        raise TextError(f"text {n_read.index(0)} of {len(rows)} has no tokens: the tokenizer of {lm.name} returns none for it")
+    padded_rows = padded(rows, lm.pad_id)
+    return padded_rows._replace(keep=padded_rows.keep & lm.countable(padded_rows.tokens))
 
 
 def _not_empty(texts: list[Any]) -> Iterator[Piece]:
-    """Pass on the pieces of texts, each of which has to have a character."""
+    """Yield the pieces of texts. Raise TextError for an empty text."""
     number = -1
     for piece in read_pieces(texts, TextConfig()):
         number += piece.first
@@ -117,15 +117,15 @@ def _not_empty(texts: list[Any]) -> Iterator[Piece]:
 
 
 def with_mask(text: Any, attention_mask: Any = None) -> Any:
-    """Return token ids together with their attention mask, as a tokenizer gives them; text as it is.
+    """Return token ids with their attention mask, in the form of a tokenizer's output. Return text unchanged.
 
     Raises:
-        ShapeError: the mask does not fit the token ids, or there are none.
+        ShapeError: the mask does not fit the token ids, or was given with text.
     """
     if attention_mask is None:
         return text
-    found = token_ids(text, attention_mask)
-    return {"input_ids": found.tokens, "attention_mask": found.mask}
+    ids = token_ids(text, attention_mask)
+    return {"input_ids": ids.tokens, "attention_mask": ids.mask}
 
 
 def token_rows(
@@ -137,23 +137,23 @@ def token_rows(
     prepend_bos: bool | None = None,
     text_config: TextConfig | None = None,
 ) -> TokenRows:
-    """Token rows of documents, all at once; RowBlocks gives the same rows block by block.
+    """Return the token rows of documents, all at once. RowBlocks gives the same rows block by block.
 
-    By default each document is cut into rows of n_ctx tokens, every row beginning with BOS, its last one padded on the
-    right; n_ctx is the model's context, but no more than 1,024. A position counts (`keep`) when it holds neither a special
-    token nor padding and is not position 0, whose activation is an outlier in GPT-2 and its kin. Reading stops once
-    `n_tokens` positions count. `text_config` has more settings, of which `n_ctx` and `prepend_bos` are the most used.
+    By default each document is cut into rows of n_ctx tokens. Every row begins with BOS, and the last row of a document is
+    padded on the right. n_ctx defaults to the model's context, at most 1,024. A position counts (`keep`) unless it holds a
+    special token or padding, or is position 0, whose activation is an outlier in GPT-2 and similar models. Reading stops when
+    `n_tokens` positions count. `n_ctx` and `prepend_bos` are shorthands for settings of `text_config`.
 
     Raises:
-        TextError: nothing is left to read, or a source cannot be read.
-        ConfigError: settings that do not fit the model, n_ctx larger than its context for one.
+        TextError: no position counts, or a source cannot be read.
+        ConfigError: the settings do not fit the model, such as an n_ctx larger than its context.
     """
     blocks = RowBlocks(lm, text, text_config_of(text_config, n_ctx, prepend_bos), n_tokens=n_tokens)
     return joined(list(blocks), blocks.pad)
 
 
 def text_config_of(text_config: TextConfig | None, n_ctx: int | None, prepend_bos: bool | None) -> TextConfig:
-    """The settings with n_ctx and bos as the two shorthands say, where they say anything."""
+    """Return the settings with the two shorthands applied, if given."""
     changes = {} if n_ctx is None else {"n_ctx": n_ctx}
     if prepend_bos is not None:
         changes["bos"] = "row" if prepend_bos else "none"

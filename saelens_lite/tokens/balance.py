@@ -1,9 +1,9 @@
-"""Balance: frequent tokens thinned out, so that none has more than a given share of the positions that count.
+"""Balance: leave out some positions of frequent tokens, so that no token exceeds a given share of the counted positions.
 
-A single pass decides, row by row: of a token that occurs in a row more often than its share of everything kept so far
-allows, that many occurrences are kept, drawn at random. So the text need not be read twice, the cap holds at every moment,
-and where in a row or in the text a token stands makes no difference. The draws come from a fixed seed and rows are taken
-in order: the same text gives the same positions, and a longer text those of the shorter one first.
+One pass decides row by row. If a row holds more occurrences of a token than its share of all kept positions allows, a random
+subset of them is kept. So the text is read only once, the cap holds at every moment, and the place of a token in a row does
+not matter. The seed is fixed and rows are read in order: the same text gives the same positions, and a longer text begins with
+the positions of the shorter one.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from saelens_lite.errors import TextError
 
-LISTED = 50  # tokens named in the record
+LISTED = 50  # most tokens in the record
 
 
 class TokenBalance:
@@ -28,20 +28,20 @@ class TokenBalance:
         self._random = np.random.default_rng(0)
 
     def thin(self, tokens: Int[Tensor, "n_seq n_ctx"], keep: Bool[Tensor, "n_seq n_ctx"]) -> Bool[Tensor, "n_seq n_ctx"]:
-        """The positions that count of those that may, given what has been counted before."""
+        """Return the positions to keep, given the candidates and all earlier counts."""
         ids, thinned = tokens.numpy(), keep.numpy().copy()
         kept = self.kept.copy()
         n_kept = int(kept.sum())
         for row, mask in zip(ids, thinned, strict=True):
-            found = row[mask]
-            allowed = np.maximum(1, int(self.max_share * n_kept)) - kept[found]
-            mask[mask] = chosen = self._ranks(found) < allowed
-            np.add.at(kept, found[chosen], 1)
+            candidates = row[mask]
+            allowed = np.maximum(1, int(self.max_share * n_kept)) - kept[candidates]
+            mask[mask] = chosen = self._ranks(candidates) < allowed
+            np.add.at(kept, candidates[chosen], 1)
             n_kept += int(chosen.sum())
         return torch.from_numpy(thinned)
 
     def _ranks(self, ids: np.ndarray) -> np.ndarray:
-        """0, 1, 2, … for the occurrences of each id, in random order."""
+        """Return 0, 1, 2, … for the occurrences of each id, in random order."""
         order = np.lexsort((self._random.random(len(ids)), ids))
         in_order = ids[order]
         ranks = np.empty(len(ids), dtype=np.int64)
@@ -49,10 +49,10 @@ class TokenBalance:
         return ranks
 
     def count(self, seen: Int[Tensor, " n"], kept: Int[Tensor, " m"]) -> None:
-        """Note the tokens that were to choose from and those that were kept.
+        """Add to the counts of the tokens seen and kept.
 
         Raises:
-            TextError: after a million tokens hardly any is left, for the text has too few different ones.
+            TextError: hardly any of a million tokens are kept, because the text has too few distinct tokens.
         """
         self.seen += np.bincount(seen.numpy(), minlength=len(self.seen))
         self.kept += np.bincount(kept.numpy(), minlength=len(self.kept))
@@ -64,7 +64,7 @@ class TokenBalance:
             )
 
     def record(self, texts: Sequence[str]) -> dict[str, Any]:
-        """Return what was left out as plain data: totals, and the tokens that lost most with their texts."""
+        """Return the positions left out as plain data: totals, and the tokens that lost most, with their texts."""
         lost = self.seen - self.kept
         n_kept = int(self.kept.sum())
         worst = sorted(np.flatnonzero(lost).tolist(), key=lambda i: (-lost[i], i))

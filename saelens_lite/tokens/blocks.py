@@ -1,4 +1,4 @@
-"""A text as blocks of token rows, one after another: read, tokenised, cut, thinned out and counted as they are asked for."""
+"""A text as a sequence of blocks of token rows. Reading, tokenising, cutting and counting happen on demand."""
 
 import itertools
 import logging
@@ -19,21 +19,21 @@ from saelens_lite.tokens.sources import Piece, Text, check_file, read_pieces
 from saelens_lite.tokens.tokenizer import Tokenizer
 
 BLOCK_TOKENS = 1 << 18
-DEFAULT_N_CTX = 1024  # tokens in a row of a corpus unless told, for models that can read more
+DEFAULT_N_CTX = 1024  # default row length for models with a longer context
 log = logging.getLogger(__name__)
 
 
 class RowBlocks:
-    """The rows of a text in blocks of up to `block_tokens` tokens, each padded to its longest row; iterate once.
+    """The rows of a text in blocks of up to `block_tokens` tokens, each padded to its longest row. Iterate once.
 
-    Only the block at hand is in memory, with the stretch of text it came from. Token ids [n_seq n_ctx] and TokenRows are
-    rows as they stand: of `config`, only `exclude_positions` (for bare ids) and `max_token_share` apply to them. Ids from
-    `token_column` are documents, cut like text; a BOS at their head is not doubled.
+    Only the current block and its stretch of text are in memory. Token ids [n_seq n_ctx] and TokenRows are used unchanged: of
+    `config`, only `exclude_positions` (for plain ids) and `max_token_share` apply to them. Ids from `token_column` are
+    documents and are cut like text; a BOS at their start is not doubled.
 
     Raises:
-        ConfigError: settings that do not fit the model or contradict each other.
-        ShapeError: rows the model cannot take.
-        TextError: a file that is not there; while iterating: a text that cannot be read, or nothing that counts in it.
+        ConfigError: the settings do not fit the model or contradict each other.
+        ShapeError: the model cannot read the rows.
+        TextError: a file does not exist; in iteration: a text cannot be read, or none of its positions count.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class RowBlocks:
 
     @property
     def n_expected(self) -> int | None:
-        """How many positions will count, at most; None when only reading can tell."""
+        """Largest possible number of counted positions; None if the text must be read to know it."""
         if isinstance(self.text, TokenRows):
             return min(self.text.n_kept, self.n_tokens or self.text.n_kept)
         return self.n_tokens
@@ -84,7 +84,7 @@ class RowBlocks:
             raise TextError(f"no text: {what}")
 
     def _chosen(self, candidates: TokenRows) -> TokenRows:
-        """The rows with those of the candidate positions that count in the end; they are added to the record."""
+        """Return the rows with their final counted positions, and add them to the record."""
         rows = candidates._replace(keep=self.balance.thin(candidates.tokens, candidates.keep)) if self.balance else candidates
         if self.n_tokens is not None and self.n_kept + rows.n_kept >= self.n_tokens:
             rows, candidates = _cut_off(rows, candidates, self.n_tokens - self.n_kept)
@@ -97,7 +97,7 @@ class RowBlocks:
         return rows
 
     def record(self) -> dict[str, Any]:
-        """What was read so far, as plain data."""
+        """Return a description of the rows read so far, as plain data."""
         return {
             "text_sha256": self._hash.hexdigest(),
             "n_rows": self.n_rows,
@@ -106,7 +106,7 @@ class RowBlocks:
         }
 
     def _rows_as_they_stand(self) -> Iterator[TokenRows]:
-        """Blocks of the rows that were given, with the positions that may count."""
+        """Yield blocks of the given rows, with the positions that may count."""
         whole = self._given
         for start in range(0, len(whole.tokens), self.block_rows):
             block = slice(start, start + self.block_rows)
@@ -120,7 +120,7 @@ class RowBlocks:
                 yield rows if length is None else rows._replace(keep=rows.keep & rows.holds_token)
 
     def _rows_of_text(self) -> Iterator[TokenRows]:
-        """Blocks of rows cut from documents, with the positions that may count."""
+        """Yield blocks of rows cut from documents, with the positions that may count."""
         rows = cut_rows(self._documents(), self.config, self.n_ctx, self.special)
         while block := self._enough(rows):
             new = padded(block, self.pad)
@@ -130,7 +130,7 @@ class RowBlocks:
         return countable(tokens, self.special_ids, self.config.exclude_positions)
 
     def _enough(self, rows: Iterator[Row]) -> list[Row]:
-        """The next block of rows: no more of them than are needed for n_tokens, if all their new tokens count."""
+        """Return the next block of rows. It has only the rows needed for n_tokens if all their new tokens count."""
         block: list[Row] = []
         n_new = 0
         for row in itertools.islice(rows, self.block_rows):
@@ -141,58 +141,58 @@ class RowBlocks:
         return block
 
     def _documents(self) -> Iterator[Piece]:
-        """Documents as token ids."""
+        """Yield documents as token ids."""
         pieces = read_pieces(self.text, self.config)
         ids = self._checked(pieces) if self.config.token_column is not None else encode(self.lm.text_tokenizer, pieces)
         return without_leading(self.special.bos, ids)
 
     def _checked(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
-        """Pass on the token ids of documents that the model knows."""
+        """Yield the token ids of documents. Raise TextError for ids that the model does not have."""
         for number, (ids, first) in enumerate(pieces):
             if ids and (min(ids) < 0 or max(ids) >= self.lm.d_vocab):
                 raise TextError(
-                    f"document {number} has token ids from {min(ids)} to {max(ids)}; {self.lm.name} knows 0 to "
+                    f"document {number} has token ids from {min(ids)} to {max(ids)}; {self.lm.name} has ids 0 to "
                     f"{self.lm.d_vocab - 1}; was it tokenised for another model?"
                 )
             yield Piece(ids, first)
 
 
 def _with_default_n_ctx(lm: Tokenizer, config: TextConfig) -> TextConfig:
-    """Return the settings with a length of rows, where they name none and the model reads more than DEFAULT_N_CTX."""
+    """Return the settings with n_ctx = DEFAULT_N_CTX if n_ctx is not set and the model's context is longer."""
     if config.n_ctx is not None or lm.n_ctx <= DEFAULT_N_CTX:
         return config
-    log.info("rows of %s tokens; %s reads up to %s: say n_ctx= for longer ones", f"{DEFAULT_N_CTX:,}", lm.name, f"{lm.n_ctx:,}")
+    log.info("rows have %s tokens; %s reads up to %s: set n_ctx= for more", f"{DEFAULT_N_CTX:,}", lm.name, f"{lm.n_ctx:,}")
     return config.replace(n_ctx=DEFAULT_N_CTX)
 
 
 def _text_n_ctx(lm: Tokenizer, config: TextConfig) -> int:
-    """The length of rows cut from text; ConfigError when the model cannot take it or it leaves no room."""
+    """Return the length of rows cut from text. Raise ConfigError if the model cannot read it or min_context fills it."""
     n_ctx = lm.n_ctx if config.n_ctx is None else config.n_ctx
     if not 2 <= n_ctx <= lm.n_ctx:
-        raise ConfigError(f"n_ctx = {n_ctx}; {lm.name} takes rows of 2 to {lm.n_ctx} tokens")
+        raise ConfigError(f"n_ctx = {n_ctx}; {lm.name} reads rows of 2 to {lm.n_ctx} tokens")
     most = n_ctx - 1 - (config.bos != "none")
     if config.min_context > most:
         raise ConfigError(
-            f"min_context = {config.min_context} leaves no room for new tokens; {most} is the most for n_ctx = {n_ctx}"
+            f"min_context = {config.min_context} leaves no room for new tokens; it may be at most {most} for n_ctx = {n_ctx}"
         )
     return n_ctx
 
 
 def _rows_n_ctx(lm: Tokenizer, ids: Ids, config: TextConfig) -> int:
-    """The length of rows as they stand; ShapeError when the model cannot take them, ConfigError when `config` cuts."""
+    """Return the length of given rows. Raise ShapeError if the model cannot read them, ConfigError if `config` cuts rows."""
     lm.check_ids(ids)
     n_ctx = ids.tokens.shape[1]
     if config.pack or config.min_context or config.truncate or (config.n_ctx is not None and config.n_ctx < n_ctx):
         raise ConfigError(
-            f"token rows of {n_ctx} are taken as they stand: pack, min_context, truncate and a smaller n_ctx are for text"
+            f"token rows of {n_ctx} are used unchanged: pack, min_context, truncate and a smaller n_ctx apply only to text"
         )
     return n_ctx
 
 
 def _special_tokens(lm: Tokenizer, config: TextConfig) -> SpecialTokens:
-    """The ids `config` asks for; ConfigError when the tokenizer lacks one."""
+    """Return the special ids that `config` needs. Raise ConfigError if the tokenizer lacks one."""
     if config.bos != "none" and lm.bos_id is None:
-        raise ConfigError(f"the tokenizer of {lm.name} has no BOS token; say bos='none'")
+        raise ConfigError(f"the tokenizer of {lm.name} has no BOS token; set bos='none'")
     separator = lm.bos_id if config.separator == "bos" else lm.eos_id
     if config.pack and separator is None:
         raise ConfigError(f"the tokenizer of {lm.name} has no {config.separator.upper()} token to put between packed documents")
@@ -200,7 +200,7 @@ def _special_tokens(lm: Tokenizer, config: TextConfig) -> SpecialTokens:
 
 
 def _cut_off(rows: TokenRows, candidates: TokenRows, n_tokens: int) -> tuple[TokenRows, TokenRows]:
-    """The rows, and the candidates, up to the n_tokens-th position that counts."""
+    """Cut the rows, and the candidates, after the n_tokens-th counted position."""
     running = rows.keep.flatten().cumsum(0).reshape(rows.keep.shape)
     keep = rows.keep & (running <= n_tokens)
     n_rows = int(keep.any(1).nonzero().max()) + 1

@@ -1,8 +1,8 @@
-"""Token ids as people can read them.
+"""Token ids as readable text.
 
-A token's text is what it adds inside a text: " he" with its space, "ing" for WordPiece's "##ing". Many tokens of byte-level
-tokenizers, and those for single bytes that SentencePiece falls back to, are parts of a character. In a row of tokens the one
-that completes a character shows it and those before it show nothing; by itself such a token shows its bytes, ‹e8›.
+The text of a token is the string that it adds inside a text: " he" with its space, "ing" for WordPiece's "##ing". Many tokens
+of byte-level tokenizers, and the byte tokens of SentencePiece, are parts of a character. In a row, the token that completes a
+character shows it, and the tokens before it show nothing. Alone, such a token shows its bytes, ‹e8›.
 """
 
 import re
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PART = "‥"  # what views show in place of an empty text: a token whose character is completed by a later one
-REACH = 3  # a character has up to four bytes, so up to three tokens before and after one decide what it shows
+PART = "‥"  # views show this for a token whose character is completed by a later token
+REACH = 3  # a character has up to four bytes, so up to three tokens on each side affect the text of a token
 END_OF_WORD = "</w>"  # OpenAI-GPT's tokenizer marks where words end, not where they begin
 UNKNOWN_BYTE = "\ufffd"
 BYTE_NAME = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # of SentencePiece's tokens for single bytes
@@ -23,7 +23,7 @@ OLD_BYTES = re.compile(r"(?:\\x[0-9a-f]{2})+")
 
 
 class Vocabulary(list[str]):
-    """The text of every token id by itself; `parts` has the bytes of those that are parts of characters."""
+    """The text of every token id alone. `parts` has the bytes of the tokens that are parts of characters."""
 
     def __init__(self, texts: Iterable[str] = (), parts: Mapping[int, bytes] | None = None):
         super().__init__(texts)
@@ -31,7 +31,7 @@ class Vocabulary(list[str]):
 
     @classmethod
     def of(cls, tokenizer: "PreTrainedTokenizerBase | None", d_vocab: int) -> "Vocabulary":
-        """Read the vocabulary of a model. A token without text, or that the tokenizer does not know, reads <its number>."""
+        """Read the vocabulary of a model. A token without text, or unknown to the tokenizer, reads <its number>."""
         if tokenizer is None:
             return cls(f"<{i}>" for i in range(d_vocab))
         names = {i: name for name, i in tokenizer.get_vocab().items() if i < d_vocab}
@@ -47,19 +47,19 @@ class Vocabulary(list[str]):
 
     @classmethod
     def from_json(cls, texts: Sequence[str], parts: Mapping[str, str] | None) -> "Vocabulary":
-        r"""Return the vocabulary that `to_json` wrote; without `parts` that of an older store, which wrote bytes as \xe8."""
+        r"""Return the vocabulary that `to_json` wrote. Without `parts`, it is that of an older store, with bytes as \xe8."""
         if parts is not None:
             return cls(texts, {int(i): bytes.fromhex(raw) for i, raw in parts.items()})
-        found = {i: _old_bytes(text) for i, text in enumerate(texts) if text.isascii() and OLD_BYTES.search(text)}
-        found = {i: raw for i, raw in found.items() if not _is_text(raw)}
-        return cls(("".join(_texts_of([found[i]])) if i in found else text for i, text in enumerate(texts)), found)
+        old_parts = {i: _old_bytes(text) for i, text in enumerate(texts) if text.isascii() and OLD_BYTES.search(text)}
+        old_parts = {i: raw for i, raw in old_parts.items() if not _is_text(raw)}
+        return cls(("".join(_texts_of([old_parts[i]])) if i in old_parts else text for i, text in enumerate(texts)), old_parts)
 
     def to_json(self) -> dict[str, Any]:
         """Return the arguments of `from_json` as plain data."""
         return {"texts": list(self), "parts": {str(i): raw.hex() for i, raw in sorted(self.parts.items())}}
 
     def row(self, ids: Iterable[int]) -> list[str]:
-        """Return what each token of a row shows. Joined, this is the text as far as its bytes are characters."""
+        """Return the text of each token of a row. Joined, they give the text, except for bytes that form no character."""
         ids = list(ids)
         texts = [self[i] for i in ids]
         if self.parts.keys().isdisjoint(ids):
@@ -71,16 +71,16 @@ class Vocabulary(list[str]):
         return texts
 
     def window(self, ids: Any, start: int, stop: int) -> list[str]:
-        """Return what the tokens [start, stop) of a row, a tensor or array of ids, show; both may be inside a character."""
+        """Return the texts of the tokens [start, stop) of a row (tensor or array of ids). Both may be inside a character."""
         first = max(0, start - REACH)
         return self.row(ids[first : stop + REACH].tolist())[start - first : stop - first]
 
     def ids_of(self, text: str) -> list[int]:
-        """Return the ids of the tokens whose text this is, spaces included."""
+        """Return the ids of the tokens with exactly this text, spaces included."""
         return [i for i, own in enumerate(self) if own == text]
 
     def hint(self, text: str) -> str:
-        """Suggest, for an error message, tokens whose texts differ from one only in the space before it or in capitals."""
+        """Suggest, for an error message, tokens that differ from a text only in the leading space or in capitals."""
         word = text.strip()
         forms = dict.fromkeys((f" {word}", word, f" {word.lower()}", word.lower(), f" {word.capitalize()}", word.capitalize()))
         near = set(forms).intersection(self) - {text, ""}
@@ -88,7 +88,7 @@ class Vocabulary(list[str]):
 
 
 def _texts_inside(tokenizer: "PreTrainedTokenizerBase", names: Mapping[int, str | bytes]) -> dict[int, str]:
-    """Return what each token adds after another token: decoded alone, it may lose a space or keep the marks of its name."""
+    """Return the string that each token adds after another one. Alone, it may lose a space or keep marks of its name."""
     ids = list(names)
     alone = dict(zip(ids, _decoded(tokenizer, [[i] for i in ids]), strict=True))
     texts, special = alone, set(tokenizer.all_special_ids)
@@ -131,17 +131,17 @@ def _alphabet() -> dict[str, int]:
 
 
 def _bytes_of(name: str | bytes) -> bytes | None:
-    """Return the bytes that the name of a token stands for, None when it does not stand for bytes."""
+    """Return the bytes that the name of a token stands for, or None."""
     if isinstance(name, bytes):
         return name
-    if found := BYTE_NAME.fullmatch(name):
-        return bytes.fromhex(found[1])
+    if match := BYTE_NAME.fullmatch(name):
+        return bytes.fromhex(match[1])
     return bytes(map(_alphabet().get, name)) if name and _alphabet().keys() >= set(name) else None
 
 
 def _old_bytes(text: str) -> bytes:
-    r"""Return the bytes of a text in which some are written \xe8."""
-    return OLD_BYTES.sub(lambda found: bytes.fromhex(found[0].replace("\\x", "")).decode("latin-1"), text).encode("latin-1")
+    r"""Return the bytes of a text with escapes such as \xe8."""
+    return OLD_BYTES.sub(lambda match: bytes.fromhex(match[0].replace("\\x", "")).decode("latin-1"), text).encode("latin-1")
 
 
 def _is_text(raw: bytes) -> bool:
@@ -153,7 +153,7 @@ def _is_text(raw: bytes) -> bool:
 
 
 def _texts_of(pieces: Sequence[bytes]) -> list[str]:
-    """Return what each piece of a run of bytes shows: the characters that end in it, and bytes that belong to none as ‹e8›."""
+    """Return the text of each piece of a run of bytes: the characters that end in it, and stray bytes as ‹e8›."""
     run = b"".join(pieces)
     owner = [number for number, piece in enumerate(pieces) for _ in piece]
     texts = [""] * len(pieces)

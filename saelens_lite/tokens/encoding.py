@@ -1,9 +1,9 @@
-"""From text to token ids; a long document a stretch at a time, with the tokens it would have as a whole.
+"""Tokenise text. A long document is tokenised in stretches and gets the same tokens as in one call.
 
-A stretch may end only where the tokens before it do not depend on the text behind it. That is tried out: the characters
-around a place are tokenised with and without those that follow, and a place will do when the first tokens agree. The next
-stretch is then tokenised behind the end of the last one, whose tokens are dropped again; so nothing is assumed about the
-tokenizer but that it looks no further than CONTEXT characters.
+A stretch may end only where the tokens before the end do not depend on the text after it. A test finds such places: tokenise
+the characters around a place with and without the following text; the place is good if the first tokens agree. The next
+stretch is tokenised together with the end of the last one, whose tokens are then dropped. The only assumption about the
+tokenizer is that it looks at most CONTEXT characters ahead or back.
 """
 
 import itertools
@@ -16,14 +16,14 @@ from saelens_lite.tokens.sources import Piece
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-STRETCH = 1 << 16  # characters tokenised as one text
-CONTEXT = 256  # characters on each side that decide how a place is tokenised
-BATCH = 8  # stretches, or as much text in shorter documents, that are tokenised in one call
+STRETCH = 1 << 16  # characters per tokenised text
+CONTEXT = 256  # characters on each side that may affect the tokens at a place
+BATCH = 8  # stretches (or as much text in short documents) per call of the tokenizer
 log = logging.getLogger(__name__)
 
 
 class _Span(NamedTuple):
-    """Text to tokenise; its first `n_context` tokens belong to the stretch before it."""
+    """A text to tokenise. Its first `n_context` tokens belong to the stretch before it."""
 
     text: str
     n_context: int
@@ -33,14 +33,14 @@ class _Span(NamedTuple):
 def encode(
     tokenizer: "PreTrainedTokenizerBase", pieces: Iterable[Piece], *, stretch: int = STRETCH, context: int = CONTEXT
 ) -> Iterator[Piece]:
-    """Pieces of token ids for pieces of text; the documents are the same, their stretches are cut anew."""
+    """Yield pieces of token ids for pieces of text. Documents stay the same; their pieces are cut anew."""
     for batch in _batches(_spans(tokenizer, pieces, stretch, context), BATCH * stretch):
         for span, ids in zip(batch, _ids(tokenizer, [span.text for span in batch]), strict=True):
             yield Piece(ids[span.n_context :], span.first)
 
 
 def without_leading(bos: int | None, pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """Leave out the BOS tokens at the head of each document, which rows add themselves where they are asked for."""
+    """Drop the BOS tokens at the start of each document. Rows add BOS themselves if needed."""
     at_head = True
     for ids, first in pieces:
         at_head = at_head or first
@@ -50,7 +50,7 @@ def without_leading(bos: int | None, pieces: Iterable[Piece]) -> Iterator[Piece]
 
 
 def after_bos(bos: int | None, ids: list[int]) -> list[int]:
-    """Return what follows the BOS tokens at the head of some ids."""
+    """Return the ids after any leading BOS tokens."""
     return ids[next((n for n, i in enumerate(ids) if i != bos), len(ids)) :]
 
 
@@ -59,7 +59,7 @@ def _ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[in
 
 
 def _batches(spans: Iterable[_Span], n_chars: int, n_spans: int = 64) -> Iterator[list[_Span]]:
-    """Lists of spans that hold about n_chars characters, and never more than n_spans of them."""
+    """Yield lists of at most n_spans spans with about n_chars characters."""
     batch: list[_Span] = []
     size = 0
     for span in spans:
@@ -73,9 +73,9 @@ def _batches(spans: Iterable[_Span], n_chars: int, n_spans: int = 64) -> Iterato
 
 
 def _spans(tokenizer: "PreTrainedTokenizerBase", pieces: Iterable[Piece], stretch: int, context: int) -> Iterator[_Span]:
-    """Documents as spans of at most about `stretch` characters."""
-    text = ""  # of the current document, not yet in a span
-    head, n_head, first = "", 0, True  # the end of its last span, and how many tokens that is
+    """Yield documents as spans of about `stretch` characters at most."""
+    text = ""  # part of the current document that is not in a span yet
+    head, n_head, first = "", 0, True  # the end of its last span, and its number of tokens
     for piece in pieces:
         if piece.first:
             if text:
@@ -93,18 +93,18 @@ def _spans(tokenizer: "PreTrainedTokenizerBase", pieces: Iterable[Piece], stretc
 
 
 def _border(tokenizer: "PreTrainedTokenizerBase", text: str, stretch: int, context: int) -> tuple[int, int]:
-    """A place at or before `stretch` where the text may be cut, and the number of tokens in the `context` before it."""
+    """Return a place up to `stretch` where the text may be cut, and the number of tokens in the `context` before it."""
     for cut in _candidates(text, stretch // 2, stretch):
         before = text[cut - context : cut]
         alone, both = _ids(tokenizer, [before, before + text[cut : cut + context]])
         if both[: len(alone)] == alone:
             return cut, len(alone)
-    log.warning("%d characters without a sure border between tokens; they are cut behind %r", stretch, text[:stretch][-20:])
+    log.warning("%d characters have no safe border between tokens; the text is cut after %r", stretch, text[:stretch][-20:])
     return stretch, 0
 
 
 def _candidates(text: str, low: int, high: int) -> Iterator[int]:
-    """Places between low and high to try, the last first: ends of lines, then ends of words, then any."""
+    """Yield the places between low and high to try, last first: ends of lines, then ends of words, then any place."""
     places = range(high, low, -1)
     word_ends = (i for i in places if text[i].isspace() and not text[i - 1].isspace())
     line_ends = (i for i in places if text[i] == "\n" and not text[i - 1].isspace())

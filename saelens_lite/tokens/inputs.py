@@ -1,14 +1,14 @@
-"""Decide what an input is: text, or token ids in one of the forms that people hold them in.
+"""Decide whether an input is text, or token ids in one of their usual forms.
 
 | given | read as |
 | --- | --- |
-| str, Path, list of str, records, datasets, … | text: None is returned, and `sources` reads it |
+| str, Path, list of str, records, datasets, … | text: `token_ids` returns None, and `sources` reads it |
 | tensor, array, list of integers [batch pos] or [pos]; list of rows of different lengths | token ids |
 | a tokenizer's output (BatchEncoding), or a mapping with "input_ids" | its ids, with its attention mask |
-| TokenRows | its ids and lengths, as they are |
+| TokenRows | its ids and lengths, unchanged |
 
-A mask says which positions hold a token. The tokens of each row are moved together, so that a row padded on the left, or with
-holes, is read as the same row without padding; `Aligned.restored` moves what the model gives back to the given places.
+A mask says which positions hold a token. The tokens of each row are moved to its start, so that a row with padding on the
+left or in the middle is read as the same row without padding. `Aligned.restored` moves the model's outputs back.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,17 +30,17 @@ Given = Any  # text or token ids, in any of the forms above
 
 
 class Ids(NamedTuple):
-    """Token ids as they were given, of any integer dtype; `mask` is true where a position holds a token (None: everywhere)."""
+    """The given token ids, of any integer dtype. `mask` is true where a position holds a token (None: everywhere)."""
 
     tokens: Integer[Tensor, "batch pos"]
     mask: Bool[Tensor, "batch pos"] | None
 
 
 class Aligned(NamedTuple):
-    """Token ids of each row from position 0 on, padding on the right.
+    """Token ids that start at position 0 of each row, with padding on the right.
 
-    `length` is the number of tokens of each row (None: there is no padding). `order[i, j]` is the position in the given row i
-    that position j was taken from (None: nothing was moved).
+    `length` is the number of tokens of each row (None: no padding). `order[i, j]` is the position in the given row i that
+    position j came from (None: nothing moved).
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -60,30 +60,30 @@ class Aligned(NamedTuple):
 
 
 def token_ids(given: Given, attention_mask: Any = None) -> Ids | None:
-    """Return what was given as token ids; None where it is text, or something that `sources` has to judge.
+    """Return the given token ids, or None for text and for anything that `sources` must judge.
 
     Raises:
-        ShapeError: ids or a mask of another shape or dtype, a mask for text, or a row whose mask leaves no token.
+        ShapeError: ids or mask have a wrong shape or dtype, text has a mask, or the mask leaves a row without tokens.
     """
     if isinstance(given, TokenRows):
         if attention_mask is not None:
-            raise ShapeError("TokenRows know where their tokens are; leave out attention_mask")
+            raise ShapeError("TokenRows already know their tokens; leave out attention_mask")
         return Ids(given.tokens, given.holds_token)
     if isinstance(given, Mapping) and "input_ids" in given:
         mask = given.get("attention_mask") if attention_mask is None else attention_mask
         return token_ids(given["input_ids"], mask)
-    found = _ids(given)
-    if found is None:
+    ids = _ids(given)
+    if ids is None:
         if attention_mask is not None:
-            raise ShapeError(f"attention_mask belongs to token ids; {described(given)} was given as text")
+            raise ShapeError(f"attention_mask is only for token ids; {described(given)} is text")
         return None
     if attention_mask is None:
-        return found
-    return Ids(found.tokens, _mask(attention_mask, found))
+        return ids
+    return Ids(ids.tokens, _mask(attention_mask, ids))
 
 
 def aligned(ids: Ids, pad: int) -> Aligned:
-    """Move the tokens of each row to its beginning and fill the rest with `pad`."""
+    """Move the tokens of each row to its start and fill the rest with `pad`."""
     tokens = ids.tokens.long()
     if ids.mask is None or bool(ids.mask.all()):
         return Aligned(tokens, None, None)
@@ -97,9 +97,9 @@ def aligned(ids: Ids, pad: int) -> Aligned:
 
 
 def n_leading_pads(tokens: Integer[Tensor, "batch pos"], pads: Sequence[int]) -> tuple[int, int] | None:
-    """Return the first row that seems to be padded on the left, and by how many tokens; None where there is none.
+    """Return the first row that seems to be padded on the left and its number of padding tokens, or None.
 
-    A row does when it begins with a token of `pads` and the same token follows. One alone may be the BOS token.
+    A row seems padded if it begins with a token of `pads` that is repeated. A single one may be the BOS token.
     """
     if not len(pads) or tokens.shape[1] < 2:
         return None
@@ -113,7 +113,7 @@ def n_leading_pads(tokens: Integer[Tensor, "batch pos"], pads: Sequence[int]) ->
 
 
 def _ids(given: Any) -> Ids | None:
-    """Read ids without their mask; None where they are none."""
+    """Return ids without their mask, or None if the input is not ids."""
     if isinstance(given, Tensor | np.ndarray):
         return None if isinstance(given, np.ndarray) and given.dtype.kind in "UO" else _rectangular(given)
     if not isinstance(given, list | tuple) or not given or isinstance(given[0], str):
@@ -124,7 +124,7 @@ def _ids(given: Any) -> Ids | None:
     if not rows or hasattr(given, "_fields") or any(hasattr(row, "_fields") for row in rows):
         return None  # NamedTuples such as Document are text
     if len(rows) < len(given):
-        raise ShapeError(f"rows of {EXPECTED}; found {type(given[0]).__name__} among them")
+        raise ShapeError(f"{EXPECTED}; found a row of type {type(given[0]).__name__}")
     flat = [_tensor(row, given) for row in rows]
     flat = [row[0] if row.ndim == 2 and len(row) == 1 else row for row in flat]
     for number, row in enumerate(flat):
@@ -138,7 +138,7 @@ def _ids(given: Any) -> Ids | None:
 
 
 def _tensor(row: Any, given: Any) -> Tensor:
-    """Make a tensor of one row of numbers."""
+    """Return one row of numbers as a tensor."""
     try:
         return row if isinstance(row, Tensor) else torch.as_tensor(_signed(np.asarray(row)))
     except (TypeError, ValueError, RuntimeError, OverflowError):
@@ -155,7 +155,7 @@ def _rectangular(given: Tensor | np.ndarray) -> Ids:
 
 
 def _signed(array: np.ndarray) -> np.ndarray:
-    """Return an array that torch can use without a warning."""
+    """Return the array in a form that torch reads without a warning."""
     return array.copy() if not array.flags.writeable else array
 
 
@@ -164,13 +164,13 @@ def _is_integer(x: Tensor) -> bool:
 
 
 def _mask(given: Any, ids: Ids) -> Bool[Tensor, "batch pos"]:
-    """Read an attention mask for these ids."""
+    """Return the attention mask of these ids."""
     wanted = list(ids.tokens.shape)
     if isinstance(given, list | tuple) and given and not isinstance(given[0], Integral):
         if ids.mask is not None:  # rows of different lengths
             rows = [torch.as_tensor(row) for row in given]
             if [len(row) for row in rows] != ids.mask.sum(1).tolist():
-                raise ShapeError("attention_mask has rows of other lengths than the token ids")
+                raise ShapeError("attention_mask and token ids have rows of different lengths")
             given = pad_sequence([row.cpu() for row in rows], batch_first=True)
         else:
             given = torch.stack([torch.as_tensor(row) for row in given]) if len({len(row) for row in given}) == 1 else None
@@ -178,10 +178,10 @@ def _mask(given: Any, ids: Ids) -> Bool[Tensor, "batch pos"]:
     if mask is not None and mask.ndim == 1 and wanted[0] == 1:
         mask = mask[None]
     if mask is None or list(mask.shape) != wanted:
-        found = "rows of different lengths" if mask is None else list(mask.shape)
-        raise ShapeError(f"attention_mask is {found}; the token ids are {wanted}")
+        shape = "rows of different lengths" if mask is None else list(mask.shape)
+        raise ShapeError(f"attention_mask is {shape}, but the token ids are {wanted}")
     if not bool(((mask == 0) | (mask == 1)).all()):
-        raise ShapeError("attention_mask must hold 1 where there is a token and 0 where there is padding")
+        raise ShapeError("attention_mask must be 1 at tokens and 0 at padding")
     mask = mask.bool()
     empty = (~mask.any(1)).nonzero().squeeze(1).tolist()
     if empty:

@@ -1,7 +1,7 @@
 """The embedded corpus: text that every CPython carries.
 
-A package cannot assume a network, so the demonstration and the tests read the reference topics that `help()` shows
-(`pydoc_data.topics`) and the docstrings of the standard library, about 2 MB in all.
+The demo and the tests must work without a network. They read the topics of `help()` (`pydoc_data.topics`) and the docstrings
+of the standard library, about 2 MB in all.
 """
 
 import ast
@@ -19,33 +19,33 @@ _LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "__pycache_
 
 
 class Document(NamedTuple):
-    """A named piece of text; documents never share a row's context."""
+    """A text with a name. Documents never share the context of a row."""
 
     name: str
     text: str
 
 
 def _docstrings(source: str) -> list[tuple[str, str]]:
-    """(qualified name, docstring) of a module and everything defined in it, in source order."""
-    found: list[tuple[str, str]] = []
+    """Return (qualified name, docstring) of a module and all definitions in it, in source order."""
+    docstrings: list[tuple[str, str]] = []
 
     def visit(node: ast.AST, path: str) -> None:
         doc = ast.get_docstring(node)  # type: ignore[arg-type]
         if doc:
-            found.append((path, doc))
+            docstrings.append((path, doc))
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 visit(child, f"{path}.{child.name}".lstrip("."))
 
     visit(ast.parse(source), "")
-    return found
+    return docstrings
 
 
 @cache
 def python_docs() -> tuple[Document, ...]:
-    """The help topics and the standard library's docstrings of the running CPython, sorted by name.
+    """Return the help topics and the standard library's docstrings of the running Python, sorted by name.
 
-    One document a topic and one a module (each docstring headed by the qualified name of what it documents).
+    Each topic is one document, and each module is one: its docstrings, each below the qualified name of its object.
     """
     from pydoc_data.topics import topics
 
@@ -66,7 +66,7 @@ def python_docs() -> tuple[Document, ...]:
 
 
 def is_held_out(name: str, percent: int = 10) -> bool:
-    """Whether a document belongs to the held-out part: decided by a hash of its name, so it never moves."""
+    """Return whether a document is held out. A hash of its name decides, so it never changes sides."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 100 < percent
 
 
@@ -81,7 +81,7 @@ class PythonDocs:
 
     def __init__(self, name: str = "python-docs"):
         if name not in self.NAMES:
-            raise TextError(f"the embedded corpus has no part {name!r}; say {', '.join(self.NAMES[:-1])} or {self.NAMES[-1]}")
+            raise TextError(f"the embedded corpus has no part {name!r}; use {', '.join(self.NAMES[:-1])} or {self.NAMES[-1]}")
         self.name = name
 
     def __iter__(self) -> Iterator[Document]:

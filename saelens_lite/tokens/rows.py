@@ -1,4 +1,4 @@
-"""Token rows: documents cut or packed into rows of n_ctx tokens, and the positions of them that count."""
+"""Token rows: documents cut or packed into rows of n_ctx tokens, and the positions that count."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -14,10 +14,10 @@ from saelens_lite.tokens.sources import Piece
 
 
 class TokenRows(NamedTuple):
-    """Token ids in rows, and the positions that count: neither special tokens nor padding nor repeated context.
+    """Token ids in rows, and the positions that count (no special tokens, padding or repeated context).
 
-    `length` is the number of tokens in each row, the rest is padding; None: rows without padding. `ends_text`: a text ends
-    where its row does, so that the padding behind it, an EOS token, is what the model should predict there.
+    `length` is the number of tokens in each row, before the padding; None: no padding. `ends_text`: each text ends with its
+    row, so the model should predict EOS, the first padding token, there.
     """
 
     tokens: Int[Tensor, "n_seq n_ctx"]
@@ -32,7 +32,7 @@ class TokenRows(NamedTuple):
 
     @property
     def holds_token(self) -> Bool[Tensor, "n_seq n_ctx"] | None:
-        """Where there is a token rather than padding; None: everywhere."""
+        """Mask of the tokens, false at padding; None: no padding."""
         if self.length is None:
             return None
         return torch.arange(self.tokens.shape[1], device=self.tokens.device) < self.length[:, None].to(self.tokens.device)
@@ -45,7 +45,7 @@ class TokenRows(NamedTuple):
 
     @property
     def counted_lengths(self) -> Int[Tensor, " n_seq"]:
-        """Number of positions of each row up to the last that counts."""
+        """Number of positions in each row up to the last counted one."""
         return (self.keep * torch.arange(1, self.keep.shape[1] + 1, device=self.keep.device)).amax(1)
 
     def __getitem__(self, rows: slice) -> "TokenRows":  # type: ignore[override]
@@ -61,29 +61,29 @@ class TokenRows(NamedTuple):
         return self._replace(tokens=self.tokens[:, :width], keep=self.keep[:, :width], length=length)
 
     def to(self, device: torch.device | str) -> "TokenRows":
-        """Return the rows on a device."""
+        """Move the rows to a device."""
         return self._replace(**{name: x.to(device) for name, x in self._asdict().items() if isinstance(x, Tensor)})
 
 
 class Row(NamedTuple):
-    """Token ids of one row, and where its new tokens begin: behind BOS and repeated context."""
+    """The token ids of one row and the index of its first new token, after BOS and repeated context."""
 
     ids: list[int]
     start: int
 
 
 class SpecialTokens(NamedTuple):
-    """What stands at the head of rows or documents and between documents; None: nothing."""
+    """The tokens at the start of rows, at the start of documents and between documents; None: no token."""
 
     bos: int | None
     separator: int | None
 
 
 def cut_rows(pieces: Iterable[Piece], config: TextConfig, n_ctx: int, special: SpecialTokens) -> Iterator[Row]:
-    """Rows of at most n_ctx tokens that hold the documents' tokens in order, each token once as a new one.
+    """Yield rows of at most n_ctx tokens with the documents' tokens in order. Each token is new in exactly one row.
 
-    A row that continues a document repeats the last `min_context` tokens of it at its head, so that every token sees that
-    many before it, or all there are. Packed rows are full but for the last.
+    A row that continues a document repeats its last `min_context` tokens, so every token sees at least that many before it, or
+    the whole document before it. All packed rows but the last are full.
     """
     limit = n_ctx - (special.bos is not None) if config.truncate else None
     cutter = _Cutter(config, n_ctx, special)
@@ -104,17 +104,17 @@ def cut_rows(pieces: Iterable[Piece], config: TextConfig, n_ctx: int, special: S
 
 
 class _Cutter:
-    """The row being filled, and the end of the current document that the next row may have to repeat."""
+    """The current row, and the end of the current document that the next row may repeat."""
 
     def __init__(self, config: TextConfig, n_ctx: int, special: SpecialTokens):
         self.config, self.n_ctx, self.special = config, n_ctx, special
         self.ids: list[int] = []
         self.start = 0
-        self.tail: list[int] = []  # the last min_context tokens of the document, as far as they are in rows
+        self.tail: list[int] = []  # the last min_context tokens of the document that are in rows
         self.in_document = False
 
     def begin_document(self) -> Iterator[Row]:
-        """Leave the last document: behind a separator in packed rows, else in a row of its own."""
+        """Start a new document: after a separator in packed rows, else in a new row. Yield the row that this fills or ends."""
         self.tail, self.in_document = [], False
         if not self.config.pack:
             yield from self.flush()
@@ -126,7 +126,7 @@ class _Cutter:
             yield from self._flush_full()
 
     def add(self, ids: list[int]) -> Iterator[Row]:
-        """Put tokens of the current document into rows; the rows that are full."""
+        """Add tokens of the current document and yield the rows that are full."""
         done = 0
         while done < len(ids):
             if not self.ids:
@@ -140,7 +140,7 @@ class _Cutter:
             yield from self._flush_full()
 
     def _open(self) -> None:
-        """The head of a row: BOS where it belongs, and the end of the document that goes on."""
+        """Start a row with BOS, if configured, and with the end of the document that it continues."""
         wants_bos = self.config.bos == "row" or (self.config.bos == "document" and not self.in_document)
         self.ids = ([self.special.bos] if wants_bos else []) + self.tail
         self.start = len(self.ids)
@@ -150,14 +150,14 @@ class _Cutter:
             yield from self.flush()
 
     def flush(self) -> Iterator[Row]:
-        """The row as far as it is filled."""
+        """Yield the current row, even if it is not full."""
         if self.ids:
             yield Row(self.ids, self.start)
         self.ids = []
 
 
 def padded(rows: list[Row], pad: int) -> TokenRows:
-    """Return the rows as one tensor, padded on the right to the longest of them; new tokens count."""
+    """Stack rows into one tensor, padded on the right to the longest row. New tokens count."""
     width = max(len(row.ids) for row in rows)
     tokens = torch.tensor([row.ids + [pad] * (width - len(row.ids)) for row in rows])
     start, stop = (torch.tensor(ends)[:, None] for ends in zip(*((row.start, len(row.ids)) for row in rows), strict=True))
@@ -168,14 +168,14 @@ def padded(rows: list[Row], pad: int) -> TokenRows:
 def countable(
     tokens: Int[Tensor, "n_seq n_ctx"], special_ids: Iterable[int], exclude_positions: Iterable[int]
 ) -> Bool[Tensor, "n_seq n_ctx"]:
-    """Return which positions hold an ordinary token and are not excluded."""
+    """Return a mask of the positions that hold an ordinary token and are not excluded."""
     position = torch.arange(tokens.shape[1], device=tokens.device)
     excluded = torch.isin(position, position.new_tensor(list(exclude_positions)))
     return ~torch.isin(tokens, tokens.new_tensor(sorted(special_ids))) & ~excluded
 
 
 def joined(blocks: list[TokenRows], pad: int) -> TokenRows:
-    """Blocks of rows one after another, padded to the same width."""
+    """Concatenate blocks of rows, padded to the same width."""
     width = max(block.tokens.shape[1] for block in blocks)
 
     def widened(x: Tensor, value: int) -> Tensor:
@@ -193,25 +193,27 @@ def joined(blocks: list[TokenRows], pad: int) -> TokenRows:
 
 
 class TextHash:
-    """SHA-256 over the token ids and kept positions of rows, fed a block at a time; padding and block size do not matter."""
+    """A SHA-256 of the token ids and kept positions of rows, updated block by block. Padding and block size do not matter."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
 
     def add(self, rows: TokenRows) -> None:
-        """Take in more rows. Each is its tokens up to the last that counts, with a mark on those that do, and an end."""
+        """Add rows to the hash: for each row, the tokens up to the last counted one, a mark on the counted ones, and an end
+        mark.
+        """
         marked = torch.nn.functional.pad(rows.tokens.long() * 2 + rows.keep, (0, 1))
         position, length = torch.arange(marked.shape[1]), rows.counted_lengths[:, None]
         marked = marked.masked_fill(position == length, -1)
         self._digest.update(marked[position <= length].cpu().numpy().tobytes())
 
     def hexdigest(self) -> str:
-        """The hash of all rows so far."""
+        """Return the hash of all rows so far."""
         return self._digest.hexdigest()
 
 
 class RowRecord(NamedTuple):
-    """The number of token rows that were read, of their positions that count, their hash, and whether the text ended there."""
+    """The number of token rows read, of their counted positions, their hash, and whether the text ended there."""
 
     n_rows: int
     n_kept: int
@@ -220,11 +222,10 @@ class RowRecord(NamedTuple):
 
 
 class RowHash:
-    """SHA-256 over all of the token rows that a model has read so far, in the order in which it read them.
+    """A SHA-256 of all token rows that a model has read so far, in order.
 
-    Unlike TextHash it sees what does not count too: BOS, excluded positions and repeated context change the activations of
-    the positions that do. `expected` is what was read of the same text before; rows that differ from it are refused as soon
-    as as many were read.
+    Unlike TextHash it covers all positions: BOS, excluded positions and repeated context affect the activations of the counted
+    ones. `expected` is the record of an earlier read of the same text. Once that many rows are read, a difference is an error.
     """
 
     def __init__(self, expected: RowRecord | None = None) -> None:
@@ -235,19 +236,19 @@ class RowHash:
 
     @property
     def is_as_expected(self) -> bool:
-        """True when all that was read before has been read again."""
+        """True if all rows of the earlier read have been read again."""
         return self._expected is None
 
     @property
     def record(self) -> RowRecord:
-        """The record of what was read so far."""
+        """The record of the rows read so far."""
         return RowRecord(self.n_rows, self.n_kept, self._digest.hexdigest(), self.ended)
 
     def add(self, rows: TokenRows) -> None:
-        """Take in the rows of a batch: its shape, and the token ids, length and counted positions of each row.
+        """Add a batch to the hash: its shape, and the token ids, length and counted positions of each row.
 
         Raises:
-            SourceChangedError: they are not the rows that were read before.
+            SourceChangedError: the rows differ from those of the earlier read.
         """
         self._digest.update(repr((tuple(rows.tokens.shape), rows.length is not None)).encode())
         for x in (rows.tokens.long(), rows.keep, rows.length):
@@ -258,20 +259,20 @@ class RowHash:
         self._compare()
 
     def end(self) -> None:
-        """Note that the text ends here. SourceChangedError when it did not end here before."""
+        """Record the end of the text. Raise SourceChangedError if it ended elsewhere in the earlier read."""
         self.ended = True
         self._compare()
 
     def _compare(self) -> None:
-        expected, found = self._expected, self.record
-        if expected is None or (found.n_kept < expected.n_kept and not found.ended):
+        expected, record = self._expected, self.record
+        if expected is None or (record.n_kept < expected.n_kept and not record.ended):
             return
-        if found.n_kept == expected.n_kept and found.sha256 == expected.sha256 and expected.ended and not found.ended:
-            return  # the end of the text, or another row, comes next
-        if found._replace(ended=expected.ended) == expected:
+        if record.n_kept == expected.n_kept and record.sha256 == expected.sha256 and expected.ended and not record.ended:
+            return  # wait for the next row or the end of the text
+        if record._replace(ended=expected.ended) == expected:
             self._expected = None
-        elif found.n_kept < expected.n_kept:
-            raise SourceChangedError(f"it ends after {found.n_rows:,} token rows, where {expected.n_rows:,} had been read")
+        elif record.n_kept < expected.n_kept:
+            raise SourceChangedError(f"it ends after {record.n_rows:,} token rows, where {expected.n_rows:,} had been read")
         elif expected.ended:
             raise SourceChangedError(f"it differs from the {expected.n_rows:,} token rows that had been read, which were all")
         else:
@@ -279,7 +280,7 @@ class RowHash:
 
 
 def text_hash(rows: TokenRows) -> str:
-    """SHA-256 over token ids and kept positions: what exactly was read."""
+    """Return the SHA-256 of the token ids and kept positions."""
     digest = TextHash()
     digest.add(rows)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Where text comes from: strings, files, datasets; each read a piece at a time."""
+"""Sources of text: strings, files and datasets. Each is read piece by piece."""
 
 import json
 import os
@@ -25,7 +25,7 @@ _CORPUS_NAME = re.compile(r"python-docs(:\S*)?")
 
 
 class Piece(NamedTuple):
-    """A stretch of a document, text or token ids; `first` says that a document begins with it."""
+    """A stretch of a document, as text or token ids. `first` marks the start of a document."""
 
     content: str | list[int]
     first: bool
@@ -40,14 +40,15 @@ class HubName(NamedTuple):
 
 
 def hub_name(text: str) -> HubName | None:
-    """What `hf:org/name`, `hf:org/name:config`, `hf:org/name:config:split` or `hf:org/name::split` stands for; None for any
-    other string."""
+    """Parse `hf:org/name`, `hf:org/name:config`, `hf:org/name:config:split` or `hf:org/name::split`. Return None for other
+    strings.
+    """
     match = _HUB_NAME.fullmatch(text)
     return HubName(match[1], match[2] or None, match[3] or None) if match else None
 
 
 def named_text(name: str) -> Text:
-    """The text that a name stands for: "hf:…" a dataset of the Hub, "python-docs…" the embedded corpus, else a file.
+    """Return the text with a name: "hf:…" is a dataset of the Hub, "python-docs…" the embedded corpus, anything else a file.
 
     Raises:
         TextError: the embedded corpus has no such part.
@@ -58,12 +59,12 @@ def named_text(name: str) -> Text:
 
 
 def _names_corpus(text: Any) -> bool:
-    """Whether a text is the name of the embedded corpus, or of a part of it."""
+    """Return whether a text names the embedded corpus or a part of it."""
     return isinstance(text, str) and _CORPUS_NAME.fullmatch(text) is not None
 
 
 def name_of(text: Any) -> str | None:
-    """The name by which `named_text` finds a text again; None when it is only in memory."""
+    """Return the name by which `named_text` finds a text again, or None if it is only in memory."""
     if isinstance(text, Path):
         return str(text.resolve())
     if isinstance(text, PythonDocs):
@@ -72,34 +73,33 @@ def name_of(text: Any) -> str | None:
 
 
 def files_of(text: Any) -> list[Path]:
-    """Return the files that a text is read from, as far as that is known before it is read."""
+    """Return the files of a text that are known before it is read."""
     texts = text if isinstance(text, list | tuple) else [text]
     return [one for one in texts if isinstance(one, Path)]
 
 
 def source_name(text: Any, config: TextConfig | None = None) -> str | None:
-    """What a text is called where it is mentioned: a file without its folder, a dataset with its split; None when it has no
-    name."""
+    """Return a short name of a text: a file without its folder, a dataset with its split, or None."""
     if isinstance(text, Path | PythonDocs):
         return text.name
-    found = hub_name(text) if isinstance(text, str) else None
-    if found and config and config.split and not found.split:
-        return f"hf:{found.name}:{found.config or ''}:{config.split}"
-    return text if found or _names_corpus(text) else None
+    dataset = hub_name(text) if isinstance(text, str) else None
+    if dataset and config and config.split and not dataset.split:
+        return f"hf:{dataset.name}:{dataset.config or ''}:{config.split}"
+    return text if dataset or _names_corpus(text) else None
 
 
 def read_pieces(text: Text, config: TextConfig) -> Iterator[Piece]:
-    """The documents of a text, whose long ones come in several pieces. Nothing is read before it is asked for.
+    """Yield the documents of a text, long ones in several pieces. Reading is lazy.
 
     A string is a document, unless it names a dataset ("hf:org/name:config:split") or a part of the embedded corpus
-    ("python-docs:train"). A Path is a file: .txt and .md are one document, each line of a .jsonl and each row of a .parquet is
-    one. A mapping holds the splits of a dataset. Anything else is a sequence of documents: strings, Documents, Paths, or
-    records with the column `config` names.
+    ("python-docs:train"). A Path is a file: a .txt or .md file is one document; in .jsonl each line is one, in .parquet each
+    row. A mapping holds the splits of a dataset. Anything else is a sequence of documents: strings, Documents, Paths, or
+    records with the column that `config` names.
 
     Raises:
         TextError: a file or dataset cannot be read, the embedded corpus has no such part, or a record has no text.
-        ConfigError: a kind of file that is not read, a column or split that does not exist, a string that names a file.
-        CorruptFileError: a .parquet that is none.
+        ConfigError: the kind of file is not supported, the column or split does not exist, or a string names a file.
+        CorruptFileError: a .parquet file is damaged.
     """
     if isinstance(text, str) and (name := hub_name(text)):
         yield from _hub(name, config)
@@ -115,17 +115,17 @@ def read_pieces(text: Text, config: TextConfig) -> Iterator[Piece]:
 
 
 def _split(splits: Mapping[str, Any], config: TextConfig) -> Any:
-    """One of the splits of a dataset."""
+    """Return the split of a dataset that `config` names."""
     asked = config.split or "train"
     if asked not in splits:
         raise ConfigError(
-            f"no split {asked!r}{near_matches(asked, splits)}; there are {', '.join(map(str, splits))}; say which with split="
+            f"no split {asked!r}{near_matches(asked, splits)}; it has {', '.join(map(str, splits))}; choose with split="
         )
     return splits[asked]
 
 
 def _item(item: Any, place: str, config: TextConfig) -> Iterator[Piece]:
-    """The pieces of one document, or of the documents in a file."""
+    """Yield the pieces of one document, or of the documents in a file."""
     if isinstance(item, Path):
         yield from _file(item, config)
     elif isinstance(item, Mapping):
@@ -133,7 +133,7 @@ def _item(item: Any, place: str, config: TextConfig) -> Iterator[Piece]:
     elif config.token_column is not None:
         raise ConfigError(f"token_column = {config.token_column!r} is for records; {place} is of type {type(item).__name__}")
     elif isinstance(item, str) and item.endswith(SUFFIXES) and os.path.isfile(item):
-        raise ConfigError(f"{place}, {item!r:.200}, names a file; a string is text itself: give Path({item!r:.200}) to read it")
+        raise ConfigError(f"{place}, {item!r:.200}, names a file; strings are read as text, so give Path({item!r:.200})")
     elif isinstance(item, str | Document):
         yield Piece(item if isinstance(item, str) else item.text, True)
     else:
@@ -141,7 +141,7 @@ def _item(item: Any, place: str, config: TextConfig) -> Iterator[Piece]:
 
 
 def _content(record: Any, place: str, config: TextConfig) -> str | list[int]:
-    """The text of a record, or its token ids where `config` names their column."""
+    """Return the text of a record, or its token ids if `config` names their column."""
     column = config.token_column or config.column
     option = "token_column" if config.token_column else "column"
     wanted = f"{place}: expected a record with the key {column!r}"
@@ -182,7 +182,7 @@ def _file(path: Path, config: TextConfig) -> Iterator[Piece]:
 
 
 def _plain(path: Path) -> Iterator[Piece]:
-    """One document, a block of characters at a time."""
+    """Yield one document, a block of characters at a time."""
     try:
         with open(path, encoding="utf-8") as file:
             first = True
@@ -194,7 +194,7 @@ def _plain(path: Path) -> Iterator[Piece]:
 
 
 def _jsonl(path: Path, config: TextConfig) -> Iterator[Piece]:
-    """A document a line; blank lines are passed over."""
+    """Yield a document a line; blank lines are passed over."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.isspace():
@@ -210,7 +210,7 @@ def _jsonl(path: Path, config: TextConfig) -> Iterator[Piece]:
 
 
 def _parquet(path: Path, config: TextConfig) -> Iterator[Piece]:
-    """A document a row; only the one column is read, a few rows at a time."""
+    """Yield a document a row; only the one column is read, a few rows at a time."""
     try:
         import pyarrow
         from pyarrow.parquet import ParquetFile
@@ -236,7 +236,7 @@ def _parquet(path: Path, config: TextConfig) -> Iterator[Piece]:
 
 
 def _hub(dataset: HubName, config: TextConfig) -> Iterator[Piece]:
-    """A dataset of the Hub, streamed."""
+    """Yield a dataset of the Hub, streamed."""
     try:
         from datasets import load_dataset
     except ImportError:

@@ -1,7 +1,7 @@
-"""A prompt to play with in a notebook: type, see which latents fire, pull sliders, read what the model then writes.
+"""A live prompt in a notebook: type a text, see its latents, move sliders, read the continuation.
 
-The page (live.js) only shows and asks: it sets `prompt`, `by`, `edits` and `asked`, and Python answers with `view`,
-`continuation` or `error`.
+The page (live.js) holds no logic. It sets `prompt`, `by`, `edits` and `asked`; Python answers with `view`, `continuation` or
+`error`.
 """
 
 from collections.abc import Iterator
@@ -19,18 +19,18 @@ from saelens_lite.interventions.steering import Steered
 from saelens_lite.model import LanguageModel
 from saelens_lite.views.prompt import ORDERS, PromptRow, PromptView, about, prompt_view
 
-REACH = 3  # a slider goes to this many times the largest activation known of a latent
+REACH = 3  # end of a slider, as a multiple of the largest known activation of the latent
 
 
 class LivePrompt:
-    """A prompt whose latents can be looked at and steered in a notebook, where it shows itself.
+    """A prompt in a notebook, with its latents and a slider for each.
 
-    A slider adds to the code of a latent at every position that counts, in the prompt and in what the model writes, with the
-    error term kept. `view` and `steered` hold in Python what the page shows.
+    A slider adds to the code of a latent at every counted position of the prompt and the continuation, and keeps the error
+    term. In Python, `view` and `steered` hold the contents of the page.
 
     Raises:
-        ConfigError: anywidget is not installed, a store of another dictionary, or as `prompt_view` raises it.
-        HookError, ShapeError, TextError: a hook the model lacks, a width that does not fit, no text.
+        ConfigError: anywidget is not installed, the store belongs to another dictionary, or as for `prompt_view`.
+        HookError, ShapeError, TextError: the model lacks the hook, a width does not fit, or the text is empty.
     """
 
     view: PromptView
@@ -61,7 +61,7 @@ class LivePrompt:
 
     @property
     def edits(self) -> list[Add]:
-        """The edits that the sliders stand for."""
+        """The edits of the sliders."""
         return [Add(int(latent), amount) for latent, amount in self.widget.edits if amount]
 
     def _on_prompt(self, _: Any) -> None:
@@ -74,7 +74,7 @@ class LivePrompt:
 
     @contextmanager
     def _answering(self) -> Iterator[None]:
-        """Within the block the page says that it waits. Errors are shown there; those of no kind of ours are raised as well."""
+        """Show in the page that Python is at work. Errors appear in the page; errors that are not ours are also raised."""
         self.widget.error, self.widget.busy = "", True
         try:
             yield
@@ -87,7 +87,7 @@ class LivePrompt:
             self.widget.busy = False
 
     def _look(self) -> None:
-        """Have the page show the latents of the prompt."""
+        """Show the latents of the prompt in the page."""
         widget = self.widget
         metric = self._metric if widget.by == "attribution" else None
         self.view = prompt_view(self.dictionary, self.lm, widget.prompt, widget.by, metric=metric, **self._viewing)
@@ -95,7 +95,7 @@ class LivePrompt:
         self.steered, widget.continuation = None, {}
 
     def _shown(self, view: PromptView) -> dict[str, Any]:
-        """What the page is told of a view."""
+        """Return the data of a view for the page."""
         rows = [
             {
                 "position": row.position,
@@ -109,12 +109,12 @@ class LivePrompt:
         return {"title": view.title, "tokens": [visible(token) for token in view.tokens], "shades": view.shades, "rows": rows}
 
     def _reach(self, row: PromptRow) -> float:
-        """How far the slider of a latent goes."""
+        """Return the end of a latent's slider."""
         largest = 0.0 if self.store is None else float(self.store.tensors.top_value[row.latent, 0])
         return REACH * max(row.activation, largest)
 
     def _write(self) -> None:
-        """Have the page show how the model goes on."""
+        """Show the model's continuation in the page."""
         prompt, edits = self.widget.prompt, self.edits
         if edits:
             self.steered = steer(self.dictionary, self.lm, prompt, edits, hook=self._viewing["hook"], **self._writing)
@@ -129,7 +129,7 @@ class LivePrompt:
 
 @cache
 def _widget_class() -> type:
-    """The widget: the state that Python and the page share."""
+    """Return the class of the widget, which holds the state that Python and the page share."""
     try:
         import anywidget
         import traitlets
@@ -145,7 +145,7 @@ def _widget_class() -> type:
         by = traitlets.Unicode("activation").tag(sync=True)
         orders = traitlets.List().tag(sync=True)
         edits = traitlets.List().tag(sync=True)  # [latent, amount] of each slider
-        asked = traitlets.Int().tag(sync=True)  # how often "Continue" was pressed
+        asked = traitlets.Int().tag(sync=True)  # number of presses of "Continue"
         view = traitlets.Dict().tag(sync=True)
         continuation = traitlets.Dict().tag(sync=True)
         error = traitlets.Unicode().tag(sync=True)

@@ -1,8 +1,8 @@
-"""The prompt view: which latents fire at which token of a text, ranked by what is asked about them.
+"""The prompt view: the latents that fire at each token of a text, in one of three orders.
 
-activation     the code itself: what is loudest here; latents that are loud everywhere come first
-relative       code / largest code of the latent in a feature store: what is unusual for the latent
-attribution    its effect on a metric of the model's output: what matters here
+activation     the code itself. Latents that are strong everywhere come first.
+relative       code / largest code of the latent in a feature store. Unusual values come first.
+attribution    effect on a metric of the model's output. Important latents come first.
 """
 
 import math
@@ -32,8 +32,8 @@ ORDERS = ("activation", "relative", "attribution")
 class PromptRow(NamedTuple):
     """A latent that fires at a token.
 
-    `relative` is activation / largest activation in the store; `promoted` is the token whose logit the latent raises most.
-    They and `label` are None without a store or where it has none, `attribution` is None where it was not asked for.
+    `relative` is activation / largest activation in the store. `promoted` is the token whose logit the latent raises most.
+    These and `label` are None without a store or if the store lacks them. `attribution` is None unless it was requested.
     """
 
     position: int
@@ -48,9 +48,9 @@ class PromptRow(NamedTuple):
 
 @dataclass(frozen=True)
 class PromptView:
-    """The latents that fire at each token: `rows` by position, best first, the `top` best of each.
+    """The latents that fire at each token: `rows` by position, best first, at most `top` per position.
 
-    A notebook shows it as shaded tokens, `rich.print` as a table. `metric` is what attributions are about, in words.
+    A notebook shows it as shaded tokens, `rich.print` as a table. `metric` names the metric of the attributions.
     """
 
     model: str
@@ -61,11 +61,11 @@ class PromptView:
     rows: tuple[PromptRow, ...]
 
     def score(self, row: PromptRow) -> float:
-        """What a row is ranked by; 0 where the store never saw its latent fire."""
+        """Return the value that ranks a row; 0 if its latent never fired in the store."""
         return getattr(row, self.by) or 0.0
 
     def at(self, position: int) -> list[PromptRow]:
-        """The rows of one token, best first."""
+        """Return the rows of one token, best first."""
         return self._lines[position]
 
     @cached_property
@@ -77,24 +77,24 @@ class PromptView:
         return lines
 
     def strongest(self, n: int = 10) -> list[PromptRow]:
-        """The n best rows of all tokens, best first."""
+        """Return the n best rows of all tokens, best first."""
         return sorted(self.rows, key=lambda row: -abs(self.score(row)))[:n]
 
     @property
     def shades(self) -> list[float]:
-        """For each token its best row's score as a share of the best of all: −1 to 1, 0 where nothing fires."""
+        """The best score at each token as a share of the best of all tokens: −1 to 1, 0 if no latent fires."""
         best = [self.score(rows[0]) if rows else 0.0 for rows in self._lines]
         largest = max(map(abs, best), default=0.0) or 1.0
         return [score / largest for score in best]
 
     @property
     def title(self) -> str:
-        """What is shown, in words."""
+        """Title of the view."""
         ranked = {"relative": "activation / largest activation", "attribution": f"effect on {self.metric}"}
         return f"{self.model}, {self.hook}: latents by {ranked.get(self.by, self.by)}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as plain data."""
+        """Return all fields as plain data."""
         facts = {"model": self.model, "hook": self.hook, "by": self.by, "metric": self.metric, "tokens": list(self.tokens)}
         return facts | {"rows": [row._asdict() for row in self.rows]}
 
@@ -133,18 +133,21 @@ def prompt_view(
     hook: str | None = None,
     top: int = 5,
 ) -> PromptView:
-    """Which latents fire at each token of a text, the `top` best of each token, ranked as ORDERS has it.
+    """Return the latents that fire at each token of a text, at most `top` per token, best first.
 
-    `by`: "activation", "relative" or "attribution". `text`, `attention_mask`: one text or row of token ids, as
-    `LanguageModel.to_tokens` takes them. `store`: of
-    this dictionary; it knows the largest activations, labels and promoted tokens. `metric`: what attributions are about, as
-    `attribute` takes it ("loss" by default); with one, rows have attributions in any order, found in a `way`: "gradient",
-    "ablation" or "direct". Latents are looked at where the dictionary was trained.
+    Only positions that the dictionary was trained on have latents.
+
+    Args:
+        text, attention_mask: one text or row of token ids, as `LanguageModel.to_tokens` takes them.
+        by: order of the latents: "activation", "relative" or "attribution".
+        store: feature store of this dictionary, for the largest activations, labels and promoted tokens.
+        metric: metric of the attributions, as for `attribute`; default: "loss" if by="attribution", else no attributions.
+        way: "gradient", "ablation" or "direct".
 
     Raises:
-        ConfigError: no such order or way, by="relative" without a store, a store of another dictionary, `top` below 1, or as
-            `attribute` raises it.
-        HookError, ShapeError, TextError: a hook the model lacks, a width that does not fit, no text.
+        ConfigError: an unknown order or way, by="relative" without a store, a store of another dictionary, `top` below 1, or as
+            for `attribute`.
+        HookError, ShapeError, TextError: the model lacks the hook, a width does not fit, or the text is empty.
         NonFiniteError: codes or the metric are NaN or infinite.
     """
     for name, given, choices in (("by", by, ORDERS), ("way", way, WAYS)):
@@ -159,7 +162,7 @@ def prompt_view(
     site = Site(dictionary, lm, hook)
     rows = site.rows(text, attention_mask)
     if len(rows) != 1:
-        raise ConfigError(f"{len(rows)} rows of text; a prompt view shows one")
+        raise ConfigError(f"a prompt view shows one row of text; {len(rows)} were given")
     metric = "loss" if by == "attribution" and metric is None else metric
     firing = _firing(site, rows[0], metric, way, hook)
     relative = None
@@ -201,7 +204,7 @@ class _Firing(NamedTuple):
 
 
 def _firing(site: Site, row: Row, metric: Any, way: str, hook: str | None) -> _Firing:
-    """What fires at the positions that count; with a metric, what it does there."""
+    """Return the latents that fire at the counted positions and, with a metric, their effects."""
     reading = site.read(row)
     codes = reading.codes
     if not (torch.isfinite(reading.x).all() and torch.isfinite(codes.value).all()):
@@ -210,19 +213,19 @@ def _firing(site: Site, row: Row, metric: Any, way: str, hook: str | None) -> _F
         numbers, effect = (codes.row, codes.latent, codes.value.detach()), None
         keep = row.counted[codes.row] & codes.fires
     else:
-        found = attribute(
+        attribution = attribute(
             site.dictionary, site.lm, TokenRows(row.tokens[None], row.counted[None]), metric,
             ablation=way == "ablation", hook=hook,
         )  # fmt: skip
-        if way not in found.effects:
-            raise ConfigError(f"way = {way!r}: {site.writes} is not on the residual stream, which direct effects go through")
-        numbers, effect = (found.position, found.latent, found.activation), found.effects[way]
-        keep = found.activation != 0
+        if way not in attribution.effects:
+            raise ConfigError(f"way = {way!r}: direct effects need a hook on the residual stream, and {site.writes} is not")
+        numbers, effect = (attribution.position, attribution.latent, attribution.activation), attribution.effects[way]
+        keep = attribution.activation != 0
     return _Firing(*(x[keep].cpu() for x in numbers), None if effect is None else effect[keep].cpu())
 
 
 def _best(position: Int[Tensor, " n"], score: Float[Tensor, " n"], top: int) -> Int[Tensor, " chosen"]:
-    """The entries with the `top` largest scores of each position, by position, best first; of equals the earlier."""
+    """Return the entries with the `top` largest scores of each position, by position, best first; ties by order."""
     order = score.argsort(descending=True, stable=True)
     order = order[position[order].argsort(stable=True)]
     place = position[order]
@@ -231,21 +234,21 @@ def _best(position: Int[Tensor, " n"], score: Float[Tensor, " n"], top: int) -> 
 
 
 def _numbers(values: Float[Tensor, " n"] | None, chosen: Int[Tensor, " chosen"]) -> list[float | None]:
-    """The chosen values; None where they are not finite or there are none."""
+    """Return the chosen values, None for values that are missing or not finite."""
     if values is None:
         return [None] * len(chosen)
     return [x if math.isfinite(x) else None for x in values[chosen].tolist()]
 
 
 def _texts(store: FeatureStore | None, latents: list[int]) -> tuple[list[str | None], list[str | None]]:
-    """The label of each latent and the token it promotes most."""
+    """Return the label of each latent and the token it promotes most."""
     if store is None:
         return [None] * len(latents), [None] * len(latents)
     return [store.labels.get(i) for i in latents], [next((token for token, _ in store.promoted(i)), None) for i in latents]
 
 
 def words(row: PromptRow) -> str:
-    """What is known of a row, in one line."""
+    """Return the contents of a row in one line."""
     known = [f"latent {row.latent}", f"activation {short(row.activation)}"]
     if row.relative is not None:
         known.append(f"{row.relative:.0%} of its largest")
@@ -255,12 +258,12 @@ def words(row: PromptRow) -> str:
 
 
 def about(row: PromptRow) -> str:
-    """The label of a row's latent and the token it promotes, as far as they are known."""
+    """Return the label of a row's latent and its promoted token, if known."""
     promotes = None if row.promoted is None else f"promotes {quoted(row.promoted)}"
     return "; ".join(visible(known) for known in (row.label, promotes) if known)
 
 
 def _shown(order: str, value: float | None) -> str:
-    """A number of a row for a table."""
+    """Format a number of a row for a table."""
     form = {"activation": ".3g", "relative": ".0%", "attribution": "+.3g"}[order]
     return "" if value is None else format(value, form)

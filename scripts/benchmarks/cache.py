@@ -53,7 +53,7 @@ for size in sizes:
 
 
 def write_cache(folder: Path, pieces: Iterator[dict[str, torch.Tensor]], dtype: torch.dtype) -> None:
-    """A cache of made-up activations of the hook "x"."""
+    """Write a cache of random activations of the hook "x"."""
     folder.mkdir()
     writer = _ShardWriter(folder, folder / "journal.jsonl", 65_536, dtype)
     for piece in pieces:
@@ -68,14 +68,14 @@ def write_cache(folder: Path, pieces: Iterator[dict[str, torch.Tensor]], dtype: 
 
 
 def random_pieces(n: int) -> Iterator[dict[str, torch.Tensor]]:
-    """n activations in pieces of 8,192, the same numbers in each."""
+    """Yield n activations in pieces of 8,192, with the same numbers in each."""
     x = torch.randn(8192, D_IN, generator=torch.Generator().manual_seed(0))
     for _ in range(n // len(x)):
         yield {"tokens": torch.zeros(len(x), dtype=torch.int32), "x": x}
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """How long it takes."""
+    """Return the seconds that it takes."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
@@ -88,7 +88,7 @@ def epoch(cache: sl.ActivationCache) -> None:
 
 
 def copy(source: Path, to: Path) -> None:
-    """The same bytes to the disk, by the system's own means."""
+    """Write the same bytes to the disk with the system's own tools."""
     for file in source.iterdir():
         shutil.copyfile(file, to / file.name)
         with open(to / file.name, "rb") as copied:
@@ -142,7 +142,7 @@ def limited(path: str, limit: int) -> None:
 
 
 def same_document(batches: Iterator[torch.Tensor]) -> float:
-    """Share of the pairs within a batch that come from the same document."""
+    """Return the share of the pairs within a batch that come from the same document."""
     same = pairs = 0
     for ids in batches:
         counts = torch.unique(ids, return_counts=True)[1]
@@ -152,7 +152,7 @@ def same_document(batches: Iterator[torch.Tensor]) -> float:
 
 
 def shuffle(folder: Path, n: int) -> dict[str, float]:
-    """Pairs from the same document: as stored, ours, and a perfect shuffle."""
+    """Return pairs from the same document: as stored, ours, and a perfect shuffle."""
     ids = (torch.arange(n) // DOCUMENT).float()[:, None].expand(n, 2)
     write_cache(
         folder / "documents",
@@ -178,7 +178,7 @@ class _Fed(sl.ActivationStream):
 
 
 def live(sizes: list[int], n: int, peer_python: str | None, threads: int) -> dict[str, dict[int, int]]:
-    """Tokens a second out of buffers of several sizes."""
+    """Return tokens a second out of buffers of several sizes."""
     found: dict[str, dict[int, int]] = {"ours": {}}
     for size in sizes:
         batches = cut_into_batches(_Fed(size)._rounds(["x"], 0, 0, 0), BATCH)

@@ -77,7 +77,7 @@ class Stop(Exception):
 
 @torch.no_grad()
 def bare(module: "GPT2LMHeadModel", tokens: torch.Tensor) -> torch.Tensor:
-    """What enters block 8, by nothing but transformers and a hook."""
+    """Capture the input of block 8 with only transformers and a hook."""
     found = []
 
     def stop(_module, args):
@@ -95,7 +95,7 @@ def bare(module: "GPT2LMHeadModel", tokens: torch.Tensor) -> torch.Tensor:
 
 
 def timed(run: Callable[[torch.Tensor], torch.Tensor], batches: torch.Tensor) -> Callable[[int], tuple[float, torch.Tensor]]:
-    """A contestant in this process: from the number of a batch to (seconds, activations)."""
+    """Return a contestant in this process: from the number of a batch to (seconds, activations)."""
 
     def contestant(batch: int) -> tuple[float, torch.Tensor]:
         start = time.perf_counter()
@@ -106,7 +106,7 @@ def timed(run: Callable[[torch.Tensor], torch.Tensor], batches: torch.Tensor) ->
 
 
 def measure(contestants: dict[str, Callable], rounds: int, n_batches: int) -> dict[str, list[float]]:
-    """Seconds of each contestant in each round, after two rounds to warm up; the order turns from round to round."""
+    """Return the seconds of each contestant in each round, after two rounds to warm up; the order turns from round to round."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     order = list(contestants)
     for i in range(rounds + 2):
@@ -123,7 +123,7 @@ def measure(contestants: dict[str, Callable], rounds: int, n_batches: int) -> di
 
 
 def ratio(seconds: dict[str, list[float]], above: str, below: str) -> float:
-    """Median over the rounds of one contestant's time divided by another's."""
+    """Return the median over the rounds of one contestant's time divided by another's."""
     return round(statistics.median(a / b for a, b in zip(seconds[above], seconds[below], strict=True)), 3)
 
 

@@ -166,7 +166,7 @@ def prepare(folder: Path, args: argparse.Namespace) -> str:
 
 
 def summary(name: str, answers: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over the rounds, by latent."""
+    """Return the medians over the rounds, by latent."""
     middle = {key: statistics.median(answer[key] for answer in answers) for key in answers[0]}
     n, line = middle["latents"], {"tool": name, "latents": middle["latents"]}
     for what in ("store", "dashboard"):

@@ -1,4 +1,4 @@
-"""What the benchmarks share: arguments, random models, memory readings, and other tools in their own process.
+"""Common parts of the benchmarks: arguments, random models, memory readings, and other tools in their own process.
 
 The functions with imports inside also run in the processes of other tools, which receive them as text (see `source`).
 """

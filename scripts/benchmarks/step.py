@@ -34,7 +34,7 @@ COUNTING = ("topk", "batch_topk", "matryoshka", "group_max", "matching_pursuit")
 
 
 def planted(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(batches [n batch d_in], directions [d_sae d_in], encoder bias [d_sae])."""
+    """Return batches [n batch d_in], directions [d_sae d_in] and the encoder bias [d_sae]."""
     generator = torch.Generator().manual_seed(0)
     directions = torch.nn.functional.normalize(torch.randn(args.d_sae, args.d_in, generator=generator), dim=1)
     batches = []
@@ -50,7 +50,7 @@ def planted(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, torch
 
 
 def trainer(rule: str, step: type, x: torch.Tensor, directions: torch.Tensor, bias: torch.Tensor, args) -> Trainer:
-    """Our trainer at the planted weights, computing its steps by `step`."""
+    """Return our trainer at the planted weights, with steps of class `step`."""
     options = {"jumprelu": {"threshold": 0.01 / args.d_in**0.5}}.get(rule, {"k": args.k} if rule in COUNTING else {})
     config = sl.TrainConfig(
         sparsity=rule, options=options, d_sae=args.d_sae, batch_size=args.batch,
@@ -81,11 +81,11 @@ class Ours:
         return {"seconds": time.perf_counter() - start, "extra_bytes": high_water()[0] - before}
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Do nothing at the end."""
 
 
 def measure(rule: str, args: argparse.Namespace, x: torch.Tensor, directions: torch.Tensor, bias: torch.Tensor) -> dict:
-    """One row of the table: all contestants in alternation, medians in milliseconds."""
+    """Return one row of the table: all contestants in alternation, medians in milliseconds."""
     ours = trainer(rule, SparseStep, x, directions, bias, args)
     spare = None if args.memory else Spare()  # as in training, where it is held between steps
     contestants: dict[str, Ours | Peer] = {"ours": Ours(ours, x, spare)}

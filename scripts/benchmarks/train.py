@@ -80,7 +80,7 @@ print("RESULT", json.dumps({"seconds": whole[-1] - whole[1], "steps": len(whole)
 
 
 def tokens_per_second(python: str, code: str, settings: dict) -> float:
-    """Tokens a second of one contestant, run to its end in a process of its own."""
+    """Return tokens a second of one contestant, run to its end in a process of its own."""
     command = [python, "-c", source(hooked_transformer) + CLOCK + code + REPORT, json.dumps(settings)]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line for line in process.stdout.splitlines() if line.startswith("RESULT ")]

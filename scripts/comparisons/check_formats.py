@@ -234,7 +234,7 @@ PEERS = {
 
 
 def random_dictionary(rule: str, transcoder: bool, skip: bool) -> sl.Dictionary:
-    """A dictionary of a rule with random parameters; thresholds as training leaves them."""
+    """Return a dictionary of a rule with random parameters; thresholds as training leaves them."""
     reads = sl.Port(hook="blocks.0.ln2.hook_normalized", width=D_IN)
     writes = sl.Port(hook="blocks.0.hook_mlp_out", width=D_IN) if transcoder else None
     common = {"d_sae": D_SAE, "skip": skip, "options": RULES[rule], "origin": sl.Origin(model="gpt2")}
@@ -250,7 +250,7 @@ def random_dictionary(rule: str, transcoder: bool, skip: bool) -> sl.Dictionary:
 
 @torch.no_grad()
 def check(format: str, python: str, path: str | None) -> list[dict[str, object]]:
-    """A row for each file that was written by us and read by the tool, and the other way round."""
+    """Return a row for each file that was written by us and read by the tool, and the other way round."""
     writer, rows = registry.load(format, "formats")(), []
     x = torch.randn(64, D_IN) * 2 + 0.5
     with tempfile.TemporaryDirectory() as folder:

@@ -40,7 +40,7 @@ REASONS = {
 
 
 def packed_rows(lm: sl.LanguageModel, n_rows: int) -> TokenRows:
-    """Rows of held-out text, one document after another with a special token between; everything but those counts."""
+    """Return rows of held-out text, one document after another with a special token between; everything but those counts."""
     pages = [page.text for page in sl.python_docs() if is_held_out(page.name)]
     tokens = token_rows(lm, pages, text_config=sl.TextConfig(pack=True)).tokens[:n_rows]
     special = {lm.tokenizer.bos_token_id, lm.tokenizer.eos_token_id, lm.tokenizer.pad_token_id} - {None}
@@ -48,14 +48,14 @@ def packed_rows(lm: sl.LanguageModel, n_rows: int) -> TokenRows:
 
 
 def ours(d: sl.Dictionary, lm: sl.LanguageModel, rows: TokenRows, batch_rows: int) -> dict[str, float]:
-    """Our metrics."""
+    """Return our metrics."""
     report = sl.evaluate(d, lm, rows, n_tokens=None, batch_tokens=batch_rows * rows.tokens.shape[1])
     values = {name: metric.value for name, metric in report.metrics.items()}
     return values | {"frac_alive": report.frac_alive, "frac_dense": report.frac_dense}
 
 
 def theirs(folder: Path, dictionary: Path, batch_rows: int, peer_python: str) -> dict[str, dict[str, float]]:
-    """The judges' metrics, under our names."""
+    """Return the judges' metrics, under our names."""
     script = Path(__file__).with_name("judge_metrics.py")
     printed = run_peer(peer_python, script, folder, dictionary, "--batch-rows", batch_rows, doing="evaluating the dictionary")
     found = json.loads(printed.splitlines()[-1])
@@ -65,7 +65,7 @@ def theirs(folder: Path, dictionary: Path, batch_rows: int, peer_python: str) ->
 
 @torch.no_grad()
 def by_their_formulas(d: sl.Dictionary, lm: sl.LanguageModel, rows: TokenRows, batch_rows: int) -> dict[tuple[str, str], float]:
-    """What the formulas in REASONS give, computed here over the same batches."""
+    """Return the values of the formulas in REASONS, computed over the same batches."""
     errors, variances, squares, mse = [], [], [], []
     for start in range(0, len(rows.tokens), batch_rows):
         batch = rows[start : start + batch_rows]
@@ -86,7 +86,7 @@ def by_their_formulas(d: sl.Dictionary, lm: sl.LanguageModel, rows: TokenRows, b
 
 
 def near(value: float, expected: float) -> bool:
-    """Whether two numbers agree; NaN agrees with nothing."""
+    """Return whether two numbers agree; NaN agrees with nothing."""
     return abs(value - expected) <= TOLERANCE * max(1, abs(expected))
 
 

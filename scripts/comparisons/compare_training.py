@@ -39,7 +39,7 @@ SAME_L0 = 0.002  # relative; closer than this, FVU is compared as it is
 
 
 def activations(args: argparse.Namespace) -> tuple[Stored, Tensor]:
-    """(training batches in our order, held-out activations), both scaled."""
+    """Return the training batches in our order and the held-out activations, both scaled."""
     if args.cache:
         cache = sl.ActivationCache.open(args.cache)
     else:
@@ -61,7 +61,7 @@ def activations(args: argparse.Namespace) -> tuple[Stored, Tensor]:
 
 
 def at_equal_l0(ours: list[tuple[float, float]], theirs: list[tuple[float, float]]) -> tuple[float | None, int]:
-    """(geometric mean of FVU of ours / theirs, number of levels it is a mean of) from (L0, FVU) of each level."""
+    """Return the geometric mean of our FVU / theirs and its number of levels, from (L0, FVU) of each level."""
     logs = [math.log(fvu / other) for l0, fvu in ours if (other := _fvu_at(theirs, l0))]
     logs += [math.log(other / fvu) for l0, fvu in theirs if (other := _fvu_at(ours, l0))]
     return (math.exp(sum(logs) / len(logs)) if logs else None), len(logs)
@@ -77,7 +77,7 @@ def _fvu_at(levels: list[tuple[float, float]], l0: float) -> float | None:
 
 
 def point(options: dict, outcome: Outcome, x: Tensor) -> dict:
-    """One trained dictionary in figures."""
+    """Return one trained dictionary in figures."""
     alive = torch.bincount(outcome.codes.latent, minlength=outcome.codes.d_sae) > 0
     return {
         "options": options,
@@ -89,7 +89,7 @@ def point(options: dict, outcome: Outcome, x: Tensor) -> dict:
 
 
 def compare(rule: str, args: argparse.Namespace, stream: Stored, x: Tensor) -> dict:
-    """Both tools' points of a rule, and the ratio at equal L0."""
+    """Return both tools' points of a rule, and the ratio at equal L0."""
     configs = [
         sl.TrainConfig(
             sparsity=rule, options=options, d_sae=args.d_sae, n_tokens=args.n_tokens, batch_size=args.batch,

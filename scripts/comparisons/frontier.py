@@ -21,7 +21,7 @@ PENALTIES = {"l1": (0.03, 0.06, 0.12), "gated": (0.045, 0.09, 0.18), "p_anneal":
 
 
 def levels(rule: str, ks: list[int], d_in: int) -> list[dict]:
-    """Options of a rule at several levels of sparsity, whatever the rule calls them."""
+    """Return options of a rule at several levels of sparsity, whatever the rule calls them."""
     if rule in PENALTIES:
         return [{"coefficient": round(c * d_in**0.5, 3)} for c in PENALTIES[rule]]
     if rule == "matching_pursuit":  # reaches the same FVU with half the latents, and its steps cost the more of them
@@ -30,7 +30,7 @@ def levels(rule: str, ks: list[int], d_in: int) -> list[dict]:
 
 
 def texts(train: str, held_out: str | None) -> tuple[object, object]:
-    """Text to train on and to evaluate on: the parts of the embedded corpus, or files or datasets."""
+    """Return text to train on and to evaluate on: the parts of the embedded corpus, or files or datasets."""
     if train == "python-docs":
         pages = list(sl.python_docs())
         return [p.text for p in pages if not is_held_out(p.name)], [p.text for p in pages if is_held_out(p.name)]
@@ -40,7 +40,7 @@ def texts(train: str, held_out: str | None) -> tuple[object, object]:
 
 
 def plot(rows: list[dict], file: Path) -> None:
-    """Two panels over L0: FVU and CE recovered, a line a rule."""
+    """Plot FVU and CE recovered over L0 in two panels, with one line per rule."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -107,7 +107,7 @@ def main() -> None:
 
 
 def row(config: sl.TrainConfig, report: EvalReport) -> dict:
-    """One point of the frontier."""
+    """Return one point of the frontier."""
     found = {name: report[name] for name in ("l0", "fvu", "ce_loss_score")}
     return {"rule": config.sparsity, "options": config.options, **found, "alive": report.frac_alive}
 

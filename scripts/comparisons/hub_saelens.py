@@ -99,7 +99,7 @@ def compare(where: Path, peer_python: str) -> list[bool]:
 
 
 def data(seed: int) -> torch.Tensor:
-    """2048 sums of a few of 128 random directions."""
+    """Return 2048 sums of a few of 128 random directions."""
     generator = torch.Generator().manual_seed(seed)
     directions = torch.nn.functional.normalize(torch.randn(128, D_IN, generator=torch.Generator().manual_seed(0)), dim=1)
     chosen = (torch.rand(2048, 128, generator=generator) < 0.04) * (torch.rand(2048, 128, generator=generator) + 0.5)
@@ -107,7 +107,7 @@ def data(seed: int) -> torch.Tensor:
 
 
 def fit(rule: str):
-    """A dictionary that has begun to learn."""
+    """Return a dictionary that has begun to learn."""
     import saelens_lite as sl
 
     settings = {"d_sae": D_SAE, "n_tokens": 40_000, "batch_size": 512, "lr": 1e-3, "options": RULES[rule]}
@@ -115,7 +115,7 @@ def fit(rule: str):
 
 
 def transcoder(rule: str):
-    """A transcoder with random weights."""
+    """Return a transcoder with random weights."""
     import saelens_lite as sl
 
     reads, writes = sl.Port(hook="blocks.0.hook_resid_mid", width=D_IN), sl.Port(hook="blocks.0.hook_mlp_out", width=48)

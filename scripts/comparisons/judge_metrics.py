@@ -35,7 +35,9 @@ def store_of(model: Any, sae: Any, tokens: torch.Tensor, batch_rows: int) -> Act
 
 
 def flat(metrics: dict[str, dict[str, float]], features: dict[str, list[float]]) -> dict[str, float]:
-    """The metrics of all groups by name, with the share of latents that fired and of those that fire on over 10 % of tokens."""
+    """Return the metrics of all groups by name, with the share of latents that fired and of those that fire on over 10 % of
+    tokens.
+    """
     density = torch.tensor(features["feature_density"])
     values = {name: value for group in metrics.values() for name, value in group.items()}
     return values | {"frac_alive": (density > 0).double().mean().item(), "frac_dense": (density > 0.1).double().mean().item()}

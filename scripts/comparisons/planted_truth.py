@@ -35,7 +35,7 @@ FOUND = 0.9  # cosine from which a direction counts as found
 
 
 def near_l0(train: Callable[[dict], Outcome], rule: str, active: float, tries: int) -> tuple[dict, Outcome, dict[float, float]]:
-    """Options such that about `active` latents fire, what was trained with them, and the L0 of each coefficient tried."""
+    """Return options for about `active` firing latents, the trained outcome, and the L0 of each coefficient tried."""
     if rule not in COEFFICIENTS:
         options = {"k": round(active)}
         return options, train(options), {}
@@ -51,7 +51,7 @@ def near_l0(train: Callable[[dict], Outcome], rule: str, active: float, tries: i
 
 
 def _next(l0: dict[float, float], active: float) -> float:
-    """The coefficient to try next: between the nearest on both sides by ln L0, or twice or half of what was tried."""
+    """Return the coefficient to try next: between the nearest on both sides by ln L0, or twice or half of what was tried."""
     many, few = [c for c in l0 if l0[c] > active], [c for c in l0 if l0[c] <= active]
     if not many or not few:
         return 2 * max(many) if many else min(few) / 2
@@ -62,7 +62,7 @@ def _next(l0: dict[float, float], active: float) -> float:
 
 
 def figures(outcome: Outcome, truth: Sample, stream: Planted) -> dict[str, float]:
-    """How well a dictionary matches the planted one."""
+    """Measure how well a dictionary matches the planted one."""
     cosine = stream.directions @ F.normalize(outcome.W_dec, dim=1).T
     direction, latent = map(torch.from_numpy, linear_sum_assignment(cosine.numpy(), maximize=True))
     matched = torch.zeros(len(cosine), dtype=cosine.dtype).index_copy(0, direction, cosine[direction, latent])
@@ -84,7 +84,7 @@ def figures(outcome: Outcome, truth: Sample, stream: Planted) -> dict[str, float
 
 
 def train_one(rule: str, tool: str, args: argparse.Namespace, stream: Planted, x: torch.Tensor, options: dict) -> Outcome:
-    """A rule with some options, trained by a tool."""
+    """Return a rule with some options, trained by a tool."""
     config = sl.TrainConfig(
         sparsity=rule, options=options, d_sae=args.d_sae, seed=args.seed + INITIAL, batch_size=args.batch,
         n_tokens=args.n_tokens // args.batch * args.batch, lr=args.lr, normalize="none",

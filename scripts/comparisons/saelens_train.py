@@ -43,7 +43,7 @@ def train(job: dict) -> float:
 
 @torch.no_grad()
 def use(job: dict) -> dict[str, torch.Tensor]:
-    """Codes (non-zero entries, in order of rows), reconstruction and decoder of the saved dictionary."""
+    """Return codes (non-zero entries, in order of rows), reconstruction and decoder of the saved dictionary."""
     sae = SAE.load_from_disk(job["out"], device="cpu")
     counts, latents, values, x_hat = [], [], [], []
     for x in load_file(job["held_out"])["x"].split(PIECE):

@@ -1,4 +1,4 @@
-"""What the comparisons share: programs run by another tool's Python, and how far two sets of codes and outputs differ."""
+"""Common parts of the comparisons: programs in another tool's Python, and differences between codes and outputs."""
 
 import os
 import subprocess

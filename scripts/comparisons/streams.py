@@ -27,7 +27,7 @@ class Stored:
         self.rms_norm = (square / len(self.x)) ** 0.5
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """All whole batches, once."""
+        """Yield all whole batches, once."""
         for start in range(0, len(self.x) - batch_size + 1, batch_size):
             yield torch.from_numpy(self.x[start : start + batch_size].copy())
 
@@ -67,11 +67,11 @@ class Planted:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What `opened` makes the same stream of."""
+        """Return the description from which `opened` makes the same stream."""
         return {"kind": "Planted", **asdict(self)}
 
     def sample(self, n: int, generator: torch.Generator) -> Sample:
-        """n new activations."""
+        """Return n new activations."""
         drawn = torch.rand(n, self.n_directions, generator=generator)
         p = self.p.float()
         active = drawn < p
@@ -93,12 +93,12 @@ class Planted:
             yield self.sample(batch_size, generator).x
 
     def held_out(self, n: int) -> Sample:
-        """Activations that are in none of the batches."""
+        """Return activations that are in none of the batches."""
         return self.sample(n, torch.Generator().manual_seed(self.seed + 2))
 
 
 def _zipf(n: int, total: float, exponent: float, largest: float) -> Tensor:
-    """min(largest, c · i^−exponent) for i = 1 … n, c such that they add up to `total`; float64."""
+    """Return min(largest, c · i^−exponent) for i = 1 … n in float64, with c such that they add up to `total`."""
     falling = torch.arange(1, n + 1, dtype=torch.float64) ** -exponent
     low, high = 0.0, total / float(falling[-1])
     for _ in range(100):
@@ -108,6 +108,6 @@ def _zipf(n: int, total: float, exponent: float, largest: float) -> Tensor:
 
 
 def opened(description: dict[str, Any]) -> Stored | Planted:
-    """The stream that describes itself so."""
+    """Return the stream that describes itself so."""
     kinds = {"Stored": Stored, "Planted": Planted}
     return kinds[description["kind"]](**{k: v for k, v in description.items() if k != "kind"})

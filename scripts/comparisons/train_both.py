@@ -61,19 +61,19 @@ class InOrder:
         self.n_tokens: int | None = None
 
     def d_in(self, hook: str) -> int:
-        """Width of the activations."""
+        """Return the width of the activations."""
         return len(self.stream.mean)
 
     def statistics(self, hook: str) -> Statistics:
-        """Mean and root mean square norm."""
+        """Return the mean and root mean square norm."""
         return Statistics(self.stream.mean, self.stream.rms_norm)
 
     def origin(self, hook: str) -> Origin:
-        """Nothing is known of where they come from."""
+        """Return an empty origin."""
         return Origin(excluded_positions=())
 
     def batches(self, hooks: Sequence[str], batch_size: int, seed: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
-        """The batches of the stream from the first on."""
+        """Yield the batches of the stream from the first on."""
         if start:
             raise ConfigError("a stream in order begins at its first batch")
         for x in self.stream.batches(batch_size):
@@ -88,7 +88,7 @@ class InOrder:
 
 
 def train_ours(config: sl.TrainConfig, stream: Stored | Planted, x: Tensor) -> Outcome:
-    """Our dictionary."""
+    """Train our dictionary."""
     start = time.perf_counter()
     dictionary = sl.train(InOrder(stream), config)[0].dictionary
     seconds = time.perf_counter() - start
@@ -100,7 +100,7 @@ def train_ours(config: sl.TrainConfig, stream: Stored | Planted, x: Tensor) -> O
 def train_saelens(
     python: str, configs: Sequence[sl.TrainConfig], stream: Stored | Planted, x: Tensor, threads: int
 ) -> list[Outcome]:
-    """SAELens's dictionaries of the same settings, trained one after the other in one process."""
+    """SAELens's dictionaries of the same settings, trained in turn in one process."""
     with tempfile.TemporaryDirectory() as where:
         folder = Path(where)
         save_file({"x": x.contiguous()}, folder / "held_out.safetensors")
@@ -111,7 +111,7 @@ def train_saelens(
 
 
 def _job(config: sl.TrainConfig, stream: Stored | Planted, folder: Path, out: Path, threads: int) -> dict[str, Any]:
-    """What saelens_train.py reads, the initial parameters written beside it."""
+    """Return the settings for saelens_train.py and write the initial parameters beside them."""
     start = Trainer(config, InOrder(stream)).dictionary
     initial = out.with_suffix(".initial.safetensors")
     save_file({name.removeprefix("rule."): p.contiguous() for name, p in start.state_dict().items()}, initial)

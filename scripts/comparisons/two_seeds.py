@@ -20,7 +20,7 @@ from saelens_lite.tokens import PythonDocs
 
 
 def trained(args: argparse.Namespace) -> list[sl.Dictionary]:
-    """A dictionary for each seed."""
+    """Return a dictionary for each seed."""
     lm = sl.load_model("tiny")
     hook = f"blocks.{lm.n_layers // 2}.hook_resid_pre"
     cache = sl.capture(lm, PythonDocs("python-docs:train"), hook, args.out / "cache", exists="overwrite")
@@ -34,7 +34,7 @@ def trained(args: argparse.Namespace) -> list[sl.Dictionary]:
 
 
 def histogram(comparison: Comparison) -> str:
-    """The decoder cosines of partners and those at chance, a line for each bin that is not empty."""
+    """Return the decoder cosines of partners and those at chance, a line for each bin that is not empty."""
     lines = [f"{'decoder cosine':16} latents  chance"]
     found, chance = comparison.summary.decoder.histogram, comparison.chance.decoder.histogram
     for number, (count, by_chance) in enumerate(zip(found, chance, strict=True)):
