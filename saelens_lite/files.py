@@ -16,7 +16,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from io import BufferedReader
+from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -83,11 +83,15 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         DiskFullError: the disk is full. The old file at `path` is unchanged.
     """
-    check_output(path)
+    check_output(path, probe=False)
     temporary = path.with_name(f".{path.name}.saelens-lite-{secrets.token_hex(8)}.tmp")
     try:
         with disk_full_is_typed(path):
-            temporary.touch()
+            try:
+                temporary.touch()
+            except OSError:
+                check_output(path)  # says why in words
+                raise
             mode = file_mode(temporary)
             write(temporary)
             set_mode(temporary, mode)
@@ -138,10 +142,10 @@ def append_line(path: Path, line: str) -> None:
         sync(file)
 
 
-def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal. Raise CorruptFileError if it cannot be opened."""
-    with open_file(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def file_hash(content: Path | bytes, algorithm: str = "sha256", prefix: bytes = b"") -> str:
+    """Return the hash of a file or of bytes, behind a prefix, in hexadecimal. Raise CorruptFileError if it cannot be opened."""
+    with BytesIO(content) if isinstance(content, bytes) else open_file(content) as file:
+        return hashlib.file_digest(file, lambda: hashlib.new(algorithm, prefix)).hexdigest()
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

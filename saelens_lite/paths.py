@@ -38,8 +38,8 @@ def check_input(path: str | Path) -> Path:
     return path
 
 
-def check_output(path: str | Path) -> Path:
-    """Return the path of an output after checking it.
+def check_output(path: str | Path, probe: bool = True) -> Path:
+    """Return the path of an output after checking it. `probe` also tries whether a file can be made there.
 
     Raises:
         ConfigError: the name is not possible, or the place is not writable.
@@ -52,8 +52,9 @@ def check_output(path: str | Path) -> Path:
         above = next((folder for folder in path.absolute().parents if os.path.lexists(folder)), path)
         if not above.is_dir():
             raise OutputExistsError(f"{path} cannot be written, because {above} is not a folder; choose another place")
-        with TemporaryFile(dir=above):  # permissions are not enough: a file system can be read-only or refuse new names
-            pass
+        if probe:  # permissions are not enough: a file system can be read-only or refuse new names
+            with TemporaryFile(dir=above):
+                pass
         path.exists()
     except OSError as error:
         why = DiskFullError if error.errno in NO_ROOM else ConfigError

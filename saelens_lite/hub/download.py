@@ -1,7 +1,6 @@
 """Download of a dictionary from the Hub: only its own files, from one commit, within a size limit."""
 
 import glob
-import hashlib
 import logging
 import shutil
 from collections.abc import Iterable, Sequence
@@ -13,7 +12,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from saelens_lite.dictionary import CONFIG_FILE, PLUGIN_FILE, SPARSITY_FILE, WEIGHTS_FILE, Dictionary
 from saelens_lite.errors import ConfigError, HubError, HubNotFoundError, HubUnreachableError, near_matches
-from saelens_lite.files import MAX_JSON_BYTES, file_hash, named_file, write_text
+from saelens_lite.files import MAX_JSON_BYTES, named_file, write_text
 from saelens_lite.formats import read
 from saelens_lite.hub_client.client import Address, bars_on_terminals_only, client, typed_errors
 from saelens_lite.hub_client.guard import Guard
@@ -142,20 +141,10 @@ def _check_download(repo: str, path: Path, file: RepoFile, snapshot: Path, cache
         raise HubError(f"{path} leads out of the cache, to {target}; delete it and fetch it again")
     if target.stat().st_size != file.size:
         raise HubError(f"{path} does not have the {file.size:,} bytes that the Hub announces; delete it and fetch it again")
-    if not cached and not _has_listed_contents(target, file):
+    if not cached and not file.holds(target):
         path.unlink()
         target.unlink(missing_ok=True)
         raise HubError(f"{repo}: {file.path} does not match the hash that the Hub lists, so it was deleted; fetch it again")
-
-
-def _has_listed_contents(path: Path, file: RepoFile) -> bool:
-    if file.sha256 is not None:
-        return file_hash(path) == file.sha256
-    digest = hashlib.sha1(f"blob {file.size}\0".encode())  # git's hash of a file
-    with open(path, "rb") as content:
-        while block := content.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest() == file.blob_id
 
 
 def _note_revision(snapshot: Path, revision: str) -> None:

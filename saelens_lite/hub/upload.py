@@ -3,7 +3,6 @@
 The commit names the compared commit as its parent, so the Hub refuses it if the repository changed since.
 """
 
-import hashlib
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from saelens_lite.errors import (
     HubNotFoundError,
     HubUnreachableError,
 )
-from saelens_lite.files import MAX_JSON_BYTES
+from saelens_lite.files import MAX_JSON_BYTES, file_hash
 from saelens_lite.formats import read
 from saelens_lite.hub.card import (
     CARD_FILE,
@@ -256,37 +255,14 @@ def _compare(files: Mapping[str, Path | bytes], remote: _Remote, folders: Sequen
     """Return the planned change of each file. Files of an earlier dictionary in the same folder are deleted."""
     compared = []
     for path, content in sorted(files.items()):
-        there, size, sha256 = remote.files.get(path), _size(content), _digest(content, "sha256")
-        same = there is not None and there.size == size and _is_same(content, sha256, there)
-        compared.append(PushFile(path, size, sha256, "unchanged" if same else "changed" if there else "new"))
+        there, size = remote.files.get(path), len(content) if isinstance(content, bytes) else content.stat().st_size
+        status = "new" if there is None else "unchanged" if there.holds(content) else "changed"
+        compared.append(PushFile(path, size, file_hash(content), status))
     for path, there in sorted(remote.files.items()):
         folder, _, name = path.rpartition("/")
         if path not in files and folder in folders and (name in OWN_NAMES or name.endswith(OWN_SUFFIXES)):
             compared.append(PushFile(path, there.size, None, "deleted"))
     return tuple(compared)
-
-
-def _is_same(content: Path | bytes, sha256: str, there: RepoFile) -> bool:
-    """Return whether a file on the Hub has these bytes, by SHA-256 for large files and git's hash for small ones."""
-    if there.sha256 is not None:
-        return there.sha256 == sha256
-    return there.blob_id == _digest(content, "sha1", prefix=f"blob {there.size}\0".encode())
-
-
-def _size(content: Path | bytes) -> int:
-    return len(content) if isinstance(content, bytes) else content.stat().st_size
-
-
-def _digest(content: Path | bytes, algorithm: str, prefix: bytes = b"") -> str:
-    """Return a hash of the content in hexadecimal."""
-    hashed = hashlib.new(algorithm, prefix)
-    if isinstance(content, bytes):
-        hashed.update(content)
-    else:
-        with open(content, "rb") as file:
-            while chunk := file.read(1 << 20):
-                hashed.update(chunk)
-    return hashed.hexdigest()
 
 
 def _commit(
@@ -352,6 +328,6 @@ def _missing(planned: Sequence[PushFile], files: Mapping[str, Path | bytes], rem
 
     def arrived(file: PushFile) -> bool:
         there = remote.files.get(file.path)
-        return there is None if file.sha256 is None else there is not None and _is_same(files[file.path], file.sha256, there)
+        return there is None if file.sha256 is None else there is not None and there.holds(files[file.path])
 
     return [file.path for file in planned if not arrived(file)]

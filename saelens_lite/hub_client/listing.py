@@ -1,6 +1,7 @@
 """The commit and the files of a repository, from checked answers."""
 
 import logging
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import quote, urljoin, urlsplit
 
@@ -8,6 +9,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 from pydantic import BaseModel, Discriminator, Field, StringConstraints, Tag, TypeAdapter, ValidationError
 
 from saelens_lite.errors import HubError
+from saelens_lite.files import file_hash
 from saelens_lite.hub_client.client import SECONDS_TO_ANSWER, typed_errors
 from saelens_lite.hub_client.guard import COMMIT, TAG, Guard, guarded_client, same_origin
 
@@ -68,6 +70,14 @@ class RepoFile(NamedTuple):
     size: int
     blob_id: str
     sha256: str | None
+
+    def holds(self, content: Path | bytes) -> bool:
+        """Return whether the file has these bytes, by SHA-256 if it is in LFS and by git's hash otherwise."""
+        if self.size != (len(content) if isinstance(content, bytes) else content.stat().st_size):
+            return False
+        if self.sha256 is not None:
+            return file_hash(content) == self.sha256
+        return file_hash(content, "sha1", f"blob {self.size}\0".encode()) == self.blob_id
 
 
 class Listing(NamedTuple):
