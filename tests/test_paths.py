@@ -226,7 +226,7 @@ def test_what_the_errors_say(place):
         with pytest.raises(error, match=message):
             check_input(path)
     for path, error, message in [
-        (place / ("x" * 250), ConfigError, r"a name in it is too long; 215 bytes are possible here"),
+        (place / ("x" * 250), ConfigError, r"a name in it is too long; at most 215 bytes are possible here"),
         (
             place / "link",
             OutputExistsError,

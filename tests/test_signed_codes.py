@@ -12,7 +12,7 @@ from saelens_lite.evaluation.metrics import Kept, PooledSums, add_codes
 from saelens_lite.sparsity import register, support_of_mask
 from saelens_lite.training import Trainer
 
-NEGATIVE = r"sparsity rule signed_of_tests gave a negative code \(-\d.*\); Codes must be ≥ 0, .*\.relu\(\)"
+NEGATIVE = r"sparsity rule signed_of_tests gave a negative code \(-\d.*\)\. Codes must be ≥ 0, .*\.relu\(\)"
 
 
 @pytest.fixture

@@ -293,12 +293,12 @@ class NeverLearns(Relu):
 BROKEN = [
     (NoDefaults, "config", r"Config\(\) should work without arguments, but raises: NoDefaults: 'gain' is required"),
     (NameTaken, "losses", r"a loss is called 'l0', a name that log lines already use"),
-    (PerRow, "losses", r"loss 'norm' should be .* without axes, and is a tensor \(48,\) of torch\.float32"),
+    (PerRow, "losses", r"loss 'norm' should be .* without axes, but is a tensor \(48,\) of torch\.float32"),
     (NotATensor, "losses", r"loss 'constant' should be a floating-point tensor without axes, but is 1\.0"),
     (NotFinite, "losses", r"loss 'log' is (nan|inf) on ordinary data"),
     (Raises, "losses", r"raised ZeroDivisionError: no luck \(test_testing\.py:\d+, losses\)"),
     (DefinesNothing, "losses", r"raised NotImplementedError: DefinesNothing must define activation\(pre\)"),
-    (Signed, "trains", r"check_plugin\.Signed gave a negative code \(-\d.*\); Codes must be ≥ 0, .*End `activation`"),
+    (Signed, "trains", r"check_plugin\.Signed gave a negative code \(-\d.*\)\. Codes must be ≥ 0, .*End `activation`"),
     (SignedValues, "trains", r"gave a negative code"),
     (AsItIs, "trains", r"a code is negative \(-0\.\d+\) if the support comes from rounded .*end `values` with"),
     (Float32Values, "dtypes", r"a step in float64 raises .*; make tensors like those given"),
@@ -464,7 +464,7 @@ def test_the_command_line_checks_and_says_so_in_its_exit_code(listed, command):
     ("args", "message"),
     [
         (("--check", "top_k"), "no sparsity plugin is called 'top_k'; did you mean topk?"),
-        (("--check", "jsonl", "--options.k", "3"), "options = {'k': 3} were given for Jsonl; loggers have none"),
+        (("--check", "jsonl", "--options.k", "3"), "options = {'k': 3} were given for Jsonl, but loggers take no options"),
         (("--options.k", "3"), "--options belong to the rule that is checked; add --check NAME"),
     ],
 )
@@ -536,7 +536,7 @@ class SpoilsSettings(Quiet):
         (ClosesItsFile, "without lines", r"raised AttributeError"),
         (OneAtATime, "side by side", r"raised AssertionError: no run is active"),
         (OnlyOnce, "resume", r"raised FileExistsError"),
-        (SpoilsHistory, "numbers", r"differ from (those|a run) without it"),
+        (SpoilsHistory, "numbers", r"differ from (those|a run) without the logger"),
     ],
 )
 def test_a_broken_logger_fails_its_check_and_no_other(logger, check, found):
@@ -642,5 +642,5 @@ def test_a_format_that_names_parameters_the_rule_lacks(tmp_path):
 
 def test_a_format_without_fault_passes_and_has_no_options():
     assert check_plugin(OwnFiles).summary() == "4 ok"
-    with pytest.raises(PluginError, match="were given for OwnFiles; formats have none"):
+    with pytest.raises(PluginError, match="were given for OwnFiles, but formats take no options"):
         check_plugin(OwnFiles, options={"k": 3})

@@ -65,7 +65,7 @@ class PluginReport:
 
     def __str__(self) -> str:
         name_width, status_width = (max(len(check[column]) for check in self.checks) for column in (0, 1))
-        lines = [f"{name:{name_width}}  {status:{status_width}}  {found}" for name, status, found in self.checks]
+        lines = [f"{name:{name_width}}  {status:{status_width}}  {outcome}" for name, status, outcome in self.checks]
         return "\n".join([f"{self.plugin}: {self.summary()}", *lines])
 
     def __repr__(self) -> str:
