@@ -344,7 +344,7 @@ def test_training_on_a_damaged_cache(copied, tmp_path):
     content = bytearray(shard.read_bytes())
     content[len(content) // 3] ^= 0x10
     shard.write_bytes(content)
-    with pytest.raises(CorruptFileError, match=r"shard-00001\.safetensors is damaged: rows 0 … of 'blocks.* capture again"):
+    with pytest.raises(CorruptFileError, match=r"shard-00001\.safetensors is damaged: the chunk of 'blocks.* capture again"):
         sl.train(sl.ActivationCache.open(copied), sl.TrainConfig(hook=HOOK, **QUICK), tmp_path / "run")
     assert names(tmp_path) == ["cache"]
 

@@ -524,7 +524,7 @@ def test_without_a_network_the_cache_is_read(hub, run_folder, monkeypatch, caplo
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     hub.requests.clear()
     assert torch.equal(sl.pull(REPO, "0-topk").W_dec, fresh.W_dec)
-    with pytest.raises(HubUnreachableError, match="HF_HUB_OFFLINE is set.* unset it"):
+    with pytest.raises(HubUnreachableError, match=r"HF_HUB_OFFLINE is set.* unset it"):
         sl.pull("me/other")
     assert hub.requests == []
 

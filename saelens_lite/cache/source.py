@@ -110,7 +110,7 @@ class TensorSource:
         self._origin = origin or Origin(excluded_positions=())
 
     def d_in(self, hook: str) -> int:
-        """Return the width of the activations. Raise HookError if there are none of that hook."""
+        """Return the width of the activations at a hook. Raise HookError if the hook is missing."""
         return self._of(hook).shape[1]
 
     def _of(self, hook: str) -> Float[Tensor, "n _"]:

@@ -39,7 +39,7 @@ def generate(
     if tokens.shape[1] >= lm.n_ctx:
         length = len(lm.text_tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
         raise ShapeError(
-            f"the prompt has {length} tokens; {lm.name} reads at most {lm.n_ctx}, with the BOS token and the continuation; "
+            f"the prompt has {length} tokens; {lm.name} reads at most {lm.n_ctx} with the BOS token and the continuation; "
             "shorten the prompt"
         )
     n_new = min(max_new_tokens, lm.n_ctx - tokens.shape[1])
