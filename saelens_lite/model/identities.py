@@ -56,7 +56,7 @@ class Identities:
         verdict = self._verdicts.get(block) or self._verdicts.get(name, point)
         if isinstance(verdict, HookPoint):
             return verdict
-        raise HookError(f"{type(self.module).__name__} has no {name}: {verdict}")
+        raise HookError(f"{name} of {type(self.module).__name__} is not available: {verdict}")
 
     def holds(self, name: str) -> bool:
         """Return whether the model has a hook of this name."""
