@@ -1,4 +1,4 @@
-"""Dictionaries by address: a folder or file of this computer, or hf://user/repo/folder@revision on the Hub."""
+"""Dictionaries by address: a local folder or file, or hf://user/repo/folder@revision on the Hub."""
 
 from pathlib import Path
 from typing import Literal
@@ -13,19 +13,19 @@ from saelens_lite.paths import is_address
 
 
 def load(address: str | Path, device: str | torch.device = "cpu", format: str | None = None) -> Dictionary:
-    """Return the dictionary at an address; `source` of one from the Hub is its address with the commit.
+    """Return the dictionary at an address. If it is from the Hub, its `source` is the address with the commit.
 
     Args:
-        address: a folder written by `Dictionary.save`, a file or folder of another tool, or either on the Hub:
+        address: a folder written by `Dictionary.save`, a file or folder of another tool, or either of them on the Hub:
             hf://user/repo/folder@revision.
-        format: name of the format plugin to read it with, or "saelens_lite"; only needed where the files are pickles.
+        format: name of the format plugin, or "saelens_lite"; only needed if the files are pickles.
 
     Raises:
-        CorruptFileError: a file is missing, damaged, contradicts another, or is of no known format.
-        ConfigError: the address is of an unknown kind; what another tool's file holds cannot be represented here, or is a
-            pickle and `format` was not given.
-        PluginError: its sparsity rule is not installed; the message names the distribution that wrote it.
-        HubError: it cannot be fetched from the Hub.
+        CorruptFileError: a file is missing or damaged, contradicts another file, or has no known format.
+        ConfigError: the address is of an unknown kind; another tool's file holds something that cannot be represented here,
+            or is a pickle and `format` was not given.
+        PluginError: the sparsity rule is not installed; the message names the distribution that supplies it.
+        HubError: the files cannot be fetched from the Hub.
     """
     if not is_address(address):
         return read(address, device, format)
@@ -45,12 +45,18 @@ def convert(
     source_format: str | None = None,
     exists: Literal["error", "overwrite"] = "error",
 ) -> Path:
-    """The folder a dictionary, ours or another tool's, is written to in a format; "saelens_lite" is our own.
+    """Write a dictionary in another format, and return the folder.
+
+    Args:
+        source: address of the dictionary; see `load`.
+        format: name of the format to write; "saelens_lite" is our own.
+        source_format: name of the format to read; see `load`.
 
     Raises:
         PluginError: there is no such format.
-        ConfigError: something cannot be represented in it.
-        OutputExistsError: the folder holds something and `exists` is "error", or holds what would be lost, such as `source`.
+        ConfigError: the format cannot represent a part of the dictionary.
+        OutputExistsError: the folder is not empty and `exists` is "error"; or it holds files that would be lost, such as
+            `source`.
     """
     if not is_address(source):
         refuse_inputs_in(Path(out), [Path(source)])

@@ -1,4 +1,4 @@
-"""The contract of an exporter: how a feature store is written for another tool.
+"""The contract of an exporter, which writes a feature store for another tool.
 
     class CsvOptions(ExporterConfig):
         separator: str = Field(",", description="Character between two cells.")
@@ -17,8 +17,8 @@
 
     store.export("csv", "out/", separator=";")
 
-A package names the class in the entry-point group `saelens_lite.exporters`. A store answers questions by its methods
-(`top_examples`, `promoted`, `partners`, …), and has its numbers in `store.info`, `store.tensors` and `store.weights`.
+A package names the class in the entry-point group `saelens_lite.exporters`. A store has methods for questions
+(`top_examples`, `promoted`, `partners`, …), and its numbers are in `store.info`, `store.tensors` and `store.weights`.
 """
 
 from pathlib import Path
@@ -54,18 +54,18 @@ class Exporter:
         self.config = config
 
     def subfolder(self, store: "FeatureStore") -> str:
-        """Return where the files belong below the folder that the user names; checks what can be checked before writing."""
+        """Return the subfolder for the files in the folder that the user names. Do all checks that need no writing."""
         return "."
 
     def write(self, store: "FeatureStore", dictionary: Dictionary | None, folder: Path) -> None:
-        """Fill an empty folder, which appears at its place when this returns, and not at all when it raises.
+        """Fill an empty folder. The export appears when this returns, and not at all if it raises.
 
         Args:
-            dictionary: the dictionary of the store, where the user gave it.
-            folder: a temporary folder; its name means nothing.
+            dictionary: the dictionary of the store, if the user gave it.
+            folder: a temporary folder; its name has no meaning.
 
         Raises:
-            ConfigError: the tool has no place for something that the store holds.
+            ConfigError: the tool's format cannot hold a part of the store.
         """
         raise NotImplementedError(f"{type(self).__name__} must define write(store, dictionary, folder)")
 
@@ -79,7 +79,7 @@ def export(
     exists: Literal["error", "overwrite"] = "error",
     **options: Any,
 ) -> Path:
-    """Write a store by the exporter of that name, and return the folder it wrote; see `FeatureStore.export`."""
+    """Write a store with the exporter of that name, and return its folder; see `FeatureStore.export`."""
     exporter_class = registry.load(name, "exporters")
     exporter = exporter_class(exporter_class.Config(**options))
     if dictionary is not None:

@@ -1,4 +1,4 @@
-"""The contract of a judge: another project's evaluation, run by that project's own code.
+"""The contract of a judge, which runs another project's evaluation with that project's own code.
 
     class CountOptions(JudgeConfig):
         n_rows: int = Field(16, description="Texts to read.")
@@ -10,17 +10,17 @@
         Config = CountOptions
 
         def evaluate(self, dictionaries, lm):
-            from counter import count                                      # imported only when it is asked for
+            from counter import count                                      # imported only when it is used
 
             return [count(self.sae(d), lm.bridge(), self.config.n_rows) for d in dictionaries]
 
         def sae(self, dictionary):
-            return SomeObject(dictionary)                                  # whatever the package calls an SAE
+            return SomeObject(dictionary)                                  # the SAE class of that package
 
     (report,) = sl.judge("counter", n_rows=4).evaluate([d], lm)
 
 A package names the class in the entry-point group `saelens_lite.judges`. A judge supplies `evaluate`, `sae` or both: some
-projects can be run from here, others have functions of their own that take an SAE.
+projects can be run from here, others have their own functions that take an SAE.
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ class JudgeConfig(FrozenConfig):
 
 
 class Judge:
-    """Base of all judges, with the options in `config`; make one by `sl.judge`."""
+    """Base of all judges, with the options in `config`; `sl.judge` makes one."""
 
     plugin_kind: ClassVar[str] = "judges"
     plugin_name: ClassVar[str]  # set by the registry
@@ -52,7 +52,7 @@ class Judge:
         self.config = config
 
     def evaluate(self, dictionaries: Sequence[Dictionary], lm: LanguageModel) -> list[Any]:
-        """Run the project's code on dictionaries of one model, and return its report on each.
+        """Run the project's code on dictionaries of one model, and return a report for each.
 
         Raises:
             ConfigError: the project is not installed, or cannot judge one of the dictionaries.
@@ -73,7 +73,7 @@ def judge(name: str, **options: Any) -> Judge:
 
     Raises:
         PluginError: there is no such judge.
-        ConfigError: an option is unknown, missing or has a bad value.
+        ConfigError: an option is unknown, is missing or has a bad value.
     """
     judge_class = registry.load(name, "judges")
     return judge_class(judge_class.Config(**options))

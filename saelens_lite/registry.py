@@ -1,8 +1,8 @@
-"""Plugins by name: built-in ones, strangers' packages (entry points) and classes registered in a notebook.
+"""Plugins by name: built-in ones, those of other packages (entry points) and classes registered in a notebook.
 
 A kind of plugin is a contract: a class that all plugins of the kind derive from, with the name of the kind as `plugin_kind`.
-The package of the contract declares the kind in the entry-point group `saelens_lite.kinds`, and each plugin of it is an entry
-point in the group `saelens_lite.<kind>`. A package can so bring a kind of its own, and others plugins of that kind:
+The package of the contract declares the kind in the entry-point group `saelens_lite.kinds`. Each plugin of it is an entry
+point in the group `saelens_lite.<kind>`. So a package can add a new kind, and other packages can add plugins of that kind:
 
     [project.entry-points."saelens_lite.kinds"]
     explainers = "my_package:Explainer"                # class Explainer: plugin_kind = "explainers"
@@ -12,14 +12,15 @@ point in the group `saelens_lite.<kind>`. A package can so bring a kind of its o
 
     registry.load("by_words", "explainers")            # the class ByWords, imported now
 
-Listing reads package metadata only; a plugin's module is imported when the plugin is asked for, so a broken one disturbs nobody
-else.
+Listing reads package metadata only. A plugin's module is imported when the plugin is loaded, so a broken plugin does not affect
+others.
 
-A plugin that reads files is also listed in a group `saelens_lite.<kind>.<ending>` for each ending that its file names have,
-such as `saelens_lite.formats.npz` or `saelens_lite.formats.cfg.json`. Only files of such names get it imported.
+A plugin that reads files is also listed in a group `saelens_lite.<kind>.<ending>` for each ending of its file names, such as
+`saelens_lite.formats.npz` or `saelens_lite.formats.cfg.json`. It is imported only for files with such names.
 
-SAELENS_LITE_PLUGINS, a comma-separated list of distributions and kind:name pairs, restricts which installed plugins may be
-loaded. Unset: all. Built-in plugins and those registered in the process always may; an empty value leaves only these.
+The environment variable SAELENS_LITE_PLUGINS restricts the installed plugins that may be loaded: a comma-separated list of
+distributions and kind:name pairs. If it is not set, all may be loaded. Built-in plugins and those registered in the process are
+always allowed; an empty value allows only these.
 """
 
 import os
@@ -39,7 +40,7 @@ _registered: dict[tuple[str, str], Any] = {}
 
 
 class Plugin(NamedTuple):
-    """Where a plugin comes from; nothing has been imported yet."""
+    """A plugin and its distribution. Its module may not be imported yet."""
 
     name: str
     kind: str
@@ -50,7 +51,7 @@ class Plugin(NamedTuple):
 
     @property
     def allowed(self) -> bool:
-        """Whether SAELENS_LITE_PLUGINS lets it be loaded."""
+        """True if SAELENS_LITE_PLUGINS allows the plugin to be loaded."""
         listed = os.environ.get(VARIABLE)
         if listed is None or self.entry_point is None or _canonical(self.distribution) == OWN_DISTRIBUTION:
             return True
@@ -62,7 +63,7 @@ class Plugin(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """What loading a plugin showed: whether it works and why not, the paper it cites, and its first line of documentation."""
+    """The result of loading a plugin: its status, the reason if it fails, its paper, and its first line of documentation."""
 
     plugin: Plugin
     status: Literal["ok", "broken", "restricted"]
@@ -93,24 +94,24 @@ def plugins(kind: str = "sparsity") -> list[Plugin]:
     if kind not in known:
         expected = f"; kinds are {', '.join(known)}" if known else f"; no kind is declared: reinstall {OWN_DISTRIBUTION}"
         raise PluginError(f"unknown kind of plugin {kind!r}{near_matches(kind, known)}{expected}")
-    found = [_installed(point, kind) for point in entry_points(group=f"saelens_lite.{kind}")]
-    found += [
+    installed = [_installed(point, kind) for point in entry_points(group=f"saelens_lite.{kind}")]
+    registered = [
         Plugin(name, kind, "this session", "", _target(target), None)
         for (its_kind, name), target in _registered.items()
         if its_kind == kind
     ]
-    return sorted(found, key=lambda p: (p.name, p.distribution))
+    return sorted(installed + registered, key=lambda p: (p.name, p.distribution))
 
 
 def endings(kind: str) -> dict[str, set[str]]:
-    """Return, for each plugin, the endings of file names that its package lists it under. Imports nothing."""
+    """Return the endings of the file names that each plugin reads, as its package lists them. Imports nothing."""
     prefix, points = f"saelens_lite.{kind}.", entry_points()
-    found: dict[str, set[str]] = {}
+    by_name: dict[str, set[str]] = {}
     for group in points.groups:
         if group.startswith(prefix):
             for point in points.select(group=group):
-                found.setdefault(point.name, set()).add(group.removeprefix(prefix))
-    return found
+                by_name.setdefault(point.name, set()).add(group.removeprefix(prefix))
+    return by_name
 
 
 def names(kind: str = "sparsity") -> list[str]:
@@ -119,13 +120,13 @@ def names(kind: str = "sparsity") -> list[str]:
 
 
 def register(name: str) -> Callable[[type[T]], type[T]]:
-    """Return a class decorator that makes a plugin known under `name` in this process.
+    """Return a class decorator that registers a plugin under `name` in this process.
 
     The kind of the plugin is the `plugin_kind` of its base class. A base class with a new `plugin_kind` is a new kind.
-    Running a notebook cell again replaces the cell's own class, never an installed plugin.
+    Running a notebook cell again replaces the cell's own class, but never an installed plugin.
 
     Raises:
-        PluginError: an installed package has that name already, or the class does not derive from a contract.
+        PluginError: an installed package has a plugin of that name, or the class does not derive from a contract.
     """
 
     def decorate(target: type[T]) -> type[T]:
@@ -144,16 +145,19 @@ def register(name: str) -> Callable[[type[T]], type[T]]:
 
 
 def unregister(name: str, kind: str = "sparsity") -> None:
-    """Forget a class made known by `register`."""
+    """Remove a class that was registered by `register`, if it is there."""
     _registered.pop((kind, name), None)
 
 
 def find(name: str, kind: str = "sparsity", *, written_by: str | None = None) -> Plugin:
-    """Return the one plugin of that name; `written_by` is the distribution a file says it comes from.
+    """Return the plugin of that name.
+
+    Args:
+        written_by: the distribution that supplies the plugin according to a file, for the message.
 
     Raises:
-        PluginError: there is no such plugin or kind (near matches are listed), it is restricted, or two distributions supply
-            it.
+        PluginError: there is no such plugin or kind (near matches are listed), the plugin is restricted, or several
+            distributions supply it.
     """
     named = [p for p in plugins(kind) if p.name == name]
     candidates = [p for p in named if p.allowed]
@@ -176,14 +180,14 @@ def load(name: str, kind: str = "sparsity", *, written_by: str | None = None) ->
     """Import a plugin and return its class.
 
     Raises:
-        PluginError: as `find`, or its module cannot be imported, or what it names is not a class of this kind.
+        PluginError: see `find`; or its module cannot be imported, or the plugin is not a class of this kind.
     """
     plugin = find(name, kind, written_by=written_by)
     if plugin.entry_point is None:
         return _registered[kind, name]
     try:
         target = plugin.entry_point.load()
-    except (Exception, SystemExit) as error:  # whatever a stranger's module raises on import
+    except (Exception, SystemExit) as error:  # a stranger's module may raise anything on import
         cause = f"{type(error).__name__}: {error}{_remedy(plugin, error)}"
         raise PluginError(f"{plugin} cannot be loaded from {plugin.target}: {cause}") from error
     if not isinstance(target, type) or getattr(target, "plugin_kind", None) != kind:
@@ -193,7 +197,7 @@ def load(name: str, kind: str = "sparsity", *, written_by: str | None = None) ->
 
 
 def check(plugin: Plugin) -> Finding:
-    """Return whether a plugin can be loaded, and its own description. Never raises: the reason is in the result."""
+    """Try to load a plugin, and return its status and description. An error is in the result, not raised."""
     if not plugin.allowed:
         return Finding(plugin, "restricted", _restriction(plugin).removeprefix(f"{plugin} "))
     try:
@@ -210,18 +214,18 @@ def _contract(plugin: type) -> type:
 
 
 def _target(cls: type) -> str:
-    """Return where a class is, written as in an entry point."""
+    """Return the place of a class as «module:class», as in an entry point."""
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
 def _installed(point: EntryPoint, kind: str) -> Plugin:
-    """Return the plugin of an entry point; "?" where the metadata of its distribution is damaged."""
+    """Return the plugin of an entry point, with "?" if the metadata of its distribution is damaged."""
     metadata = (point.dist.metadata if point.dist else None) or {}
     return Plugin(point.name, kind, metadata.get("Name") or "?", metadata.get("Version") or "?", point.value, point)
 
 
 def _canonical(name: str) -> str:
-    """A name as package indexes compare it: case, and which of - _ . is used, make no difference."""
+    """Return a name in the form in which package indexes compare it: small letters, and - for _ and dots."""
     return re.sub(r"[-_.]+", "-", name.strip()).lower()
 
 
@@ -233,13 +237,13 @@ def _restriction(plugin: Plugin) -> str:
 
 
 def _install(written_by: str) -> str:
-    """The pip command for a distribution as files name it: «name version»."""
+    """Return the pip command for a distribution that a file names as «name version»."""
     pair = re.fullmatch(r"([\w.-]+) ([\w.+!-]+)", written_by)
     return f": pip install '{pair[1]}=={pair[2]}'" if pair else ""
 
 
 def _remedy(plugin: Plugin, error: BaseException) -> str:
-    """The pip command, where a package is missing and the distribution has an extra that is called like the plugin."""
+    """Return the pip command if a package is missing and the distribution has an extra with the name of the plugin."""
     distribution = plugin.entry_point.dist if plugin.entry_point else None
     if not isinstance(error, ImportError) or distribution is None:
         return ""

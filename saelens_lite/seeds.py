@@ -1,4 +1,4 @@
-"""Random orders that follow from a tuple of numbers and words alone: no generator has a state to share."""
+"""Random orders that depend only on a tuple of numbers and words, without a shared generator state."""
 
 import hashlib
 
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 def mixed_seed(*numbers: int | str) -> int:
-    """Return a seed for each tuple of numbers; torch's CPU generator looks at the lower 32 bits only."""
+    """Return a 32-bit seed for a tuple of numbers and words; torch's CPU generator reads only the lower 32 bits."""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:4], "big")
 
 
 def permutation(n: int, *seed: int | str) -> Int[Tensor, " n"]:
-    """Return a random order of n things."""
+    """Return a random order of n items."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(mixed_seed(*seed)))

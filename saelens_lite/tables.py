@@ -1,4 +1,4 @@
-"""Tables for terminals and notebooks, in one look."""
+"""Tables for terminals and notebooks, all in the same style."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ def grid(
     column: Callable[[str], dict[str, Any]] = lambda title: {},
     **settings: Any,
 ) -> "Table":
-    """Return a rich table, in which no text is read as markup.
+    """Return a rich table. Text in it is not parsed as markup.
 
     Args:
         rows: the cells of each row; None draws a line below the row before it.

@@ -330,7 +330,7 @@ def test_a_flipped_byte_in_a_shard(copied, tmp_path):
     content[-7] ^= 0x10
     shard.write_bytes(content)
     cache = sl.ActivationCache.open(copied)
-    wanted = r"shard-00001\.safetensors is damaged: rows 0 … of 'tokens' do not match their checksum; capture again"
+    wanted = r"shard-00001\.safetensors is damaged: the chunk of 'tokens' at row 0 does not match its checksum; capture again"
     with pytest.raises(CorruptFileError, match=wanted):
         cache.read_shard(1)
     cache.read_shard(0)
@@ -344,7 +344,7 @@ def test_training_on_a_damaged_cache(copied, tmp_path):
     content = bytearray(shard.read_bytes())
     content[len(content) // 3] ^= 0x10
     shard.write_bytes(content)
-    with pytest.raises(CorruptFileError, match=r"shard-00001\.safetensors is damaged: rows 0 … of 'blocks.* capture again"):
+    with pytest.raises(CorruptFileError, match=r"shard-00001\.safetensors is damaged: the chunk of 'blocks.* capture again"):
         sl.train(sl.ActivationCache.open(copied), sl.TrainConfig(hook=HOOK, **QUICK), tmp_path / "run")
     assert names(tmp_path) == ["cache"]
 

@@ -463,7 +463,7 @@ def test_transcoders_that_cannot_be_measured(lm, rows):
         return sl.Dictionary.create("topk", reads=reads, writes=writes, d_sae=16, options={"k": 4})
 
     backwards = made("blocks.2.hook_mlp_out", "blocks.1.hook_mlp_out")
-    with pytest.raises(HookError, match=r"the model comes to blocks\.1\.hook_mlp_out before blocks\.2\.hook_mlp_out"):
+    with pytest.raises(HookError, match=r"blocks\.1\.hook_mlp_out before blocks\.2\.hook_mlp_out"):
         sl.evaluate(backwards, lm, rows)
     aimless = made("blocks.1.mlp.hook_in")
     with pytest.raises(ConfigError, match="does not say which hook it writes"):

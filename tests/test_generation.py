@@ -271,7 +271,7 @@ def test_a_model_whose_positions_read_later_ones_does_not_generate(lm):
 
 @pytest.mark.parametrize("prompt", [["one", "two"], torch.tensor([[1, 2]])])
 def test_one_text_is_continued(shared, prompt):
-    with pytest.raises(TextError, match=f"a prompt is one string; found a {type(prompt).__name__}"):
+    with pytest.raises(TextError, match=f"one string; found a {type(prompt).__name__}"):
         generation.generate(shared("GPT2LMHeadModel"), prompt, 3, temperature=0, top_k=None, seed=0)
 
 

@@ -524,7 +524,7 @@ def test_without_a_network_the_cache_is_read(hub, run_folder, monkeypatch, caplo
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     hub.requests.clear()
     assert torch.equal(sl.pull(REPO, "0-topk").W_dec, fresh.W_dec)
-    with pytest.raises(HubUnreachableError, match="the environment variable HF_HUB_OFFLINE forbids to ask the Hub; unset it"):
+    with pytest.raises(HubUnreachableError, match=r"HF_HUB_OFFLINE is set.* unset it"):
         sl.pull("me/other")
     assert hub.requests == []
 
@@ -538,7 +538,7 @@ def test_a_model_without_a_network(hub, random_lm, tmp_path, monkeypatch):
     files = {path.name: Blob(path.read_bytes(), lfs=path.suffix == ".safetensors") for path in saved}
     commit = hub.create("me/model").add("model", files)
     fresh = sl.load_model("me/model", device="cpu")
-    with pytest.raises(ModelNotFoundError, match="cannot load the model 'me/none', which is no folder here: the Hub shows no"):
+    with pytest.raises(ModelNotFoundError, match=r"cannot load the model 'me/none'.*: the Hub shows no"):
         sl.load_model("me/none")
     hub.order(Fault("GET", "/", "drop", times=99), Fault("HEAD", "/", "drop", times=99))
     cached = sl.load_model("me/model", device="cpu")

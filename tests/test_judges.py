@@ -1,4 +1,4 @@
-"""Dictionaries as other projects' evaluations take them, and what is handed to sae-probes."""
+"""Judges: dictionaries as other projects' evaluations take them, and the inputs of sae-probes."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ HOOK = "blocks.2.hook_resid_pre"
 
 
 def dictionary(rule: str = "topk", d_in: int = 12, hook: str | None = HOOK, **origin) -> sl.Dictionary:
-    """Return a dictionary with random biases and decoder rows of uneven norm, where the rule lets them be."""
+    """Return a dictionary with random biases, and with decoder rows of uneven norm if the rule allows them."""
     d = sl.Dictionary.create(rule, reads=sl.Port(hook=hook, width=d_in), d_sae=32, seed=3, origin=sl.Origin(**origin))
     generator = torch.Generator().manual_seed(4)
     for parameter in (d.b_enc, d.b_dec):
@@ -54,7 +54,7 @@ def test_codes_and_reconstruction_are_the_dictionarys(rule):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_the_weights_under_the_names_the_judges_read(rule):
+def test_weights_have_the_names_that_judges_read(rule):
     d = dictionary(rule)
     sae = sae_bench(d)
     for name in ("W_enc", "W_dec", "b_dec"):
@@ -81,7 +81,7 @@ def test_the_config_as_saebench_and_as_saelens_read_it():
     assert json.loads(json.dumps(cfg.to_dict()))["architecture"] == "saelens_lite.topk"
 
 
-def test_no_architecture_is_one_whose_tensors_saebench_would_ask_for():
+def test_architecture_names_differ_from_those_saebench_knows():
     assert sae_bench(dictionary("gated")).cfg.architecture_str != "gated"
 
 
@@ -131,7 +131,7 @@ def test_hook_z_is_not_reshaped():
     assert sae.cfg.hook_layer == 1
 
 
-def test_a_hook_the_judges_cannot_use():
+def test_hooks_outside_blocks_are_refused():
     with pytest.raises(ConfigError, match="does not say which hook it belongs to; give hook="):
         sae_bench(dictionary(hook=None))
     with pytest.raises(ConfigError, match=r"'ln_final.hook_normalized': the evaluations need a hook inside a block"):
@@ -151,8 +151,8 @@ def test_a_transcoder_is_not_given_to_judges_of_autoencoders():
 
 @torch.no_grad()
 def judged_as_saelens_does(sae: DenseSAE, lm: sl.LanguageModel, tokens: torch.Tensor) -> dict[str, float]:
-    """Return a few metrics from what an evaluation does with the object: dense codes of [batch pos d_in], special tokens left
-    out.
+    """Return a few metrics, computed from the object as an evaluation does: dense codes of [batch pos d_in], without special
+    tokens.
     """
     x = lm.run(tokens, sae.cfg.metadata.hook_name)[sae.cfg.metadata.hook_name]
     acts = sae.encode(x.to(sae.device))
@@ -168,24 +168,24 @@ def judged_as_saelens_does(sae: DenseSAE, lm: sl.LanguageModel, tokens: torch.Te
     }
 
 
-def test_an_evaluation_of_the_object_says_what_ours_does(lm, documents):
+def test_an_evaluation_of_the_object_agrees_with_ours(lm, documents):
     d = dictionary("topk", d_in=lm.d_model, model="tiny", n_ctx=24)
     tokens = lm.to_tokens(documents).tokens[:, :24]
     report = sl.evaluate(d, lm, sl.tokens.TokenRows(tokens, tokens != lm.bos_id), n_bootstrap=2)
     for name, value in judged_as_saelens_does(sae_bench(d), lm, tokens).items():
-        found = report.frac_alive if name == "frac_alive" else report[name]
-        assert found == pytest.approx(value, rel=1e-5), name
+        ours = report.frac_alive if name == "frac_alive" else report[name]
+        assert ours == pytest.approx(value, rel=1e-5), name
 
 
-# sae-probes itself needs older releases of what we run on, so that a stand-in of its interface takes its place here; the
-# script scripts/comparisons/probe_table.py runs the real package in an environment of its own.
+# sae-probes itself needs older releases of our dependencies, so a stand-in with its interface replaces it here. The script
+# scripts/comparisons/probe_table.py runs the real package in a separate environment.
 
 TEXTS = ["the quick brown fox " * 40, "a lazy dog", "twelve o'clock"]
 
 
 @pytest.fixture
 def judge(monkeypatch) -> SimpleNamespace:
-    """A stand-in for sae-probes that keeps what it is given."""
+    """A stand-in for sae-probes that keeps its inputs."""
     seen = SimpleNamespace(activations={}, saes=[], generated=0)
 
     def ensure_dataset_activations(
@@ -248,7 +248,7 @@ def test_probes_of_several_dictionaries(lm, judge, capsys):
 
 
 @pytest.mark.parametrize("bos", [True, None, False])
-def test_the_activation_is_that_of_the_last_token_of_the_end_of_the_text(lm, judge, bos):
+def test_the_activation_is_that_of_the_last_token_of_the_text(lm, judge, bos):
     d = sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=lm.d_model), d_sae=64, origin=sl.Origin(prepend_bos=bos))
     sae_probes([d], lm, datasets=["5_hist_fig_ismale"], ks=[1])
     front = [] if bos is False else [lm.bos_id]
@@ -265,7 +265,7 @@ def test_codes_of_a_transcoder_can_be_probed(lm, judge):
     assert report.mean_auc(1) == pytest.approx(9 / 1000)  # three texts, three latents each
 
 
-def test_what_cannot_be_probed(lm, judge):
+def test_bad_requests_for_probes_are_refused(lm, judge):
     d = sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=lm.d_model), d_sae=8, options={"k": 2})
     with pytest.raises(ConfigError, match="no data set '5_hist_fig_ismail'; did you mean 5_hist_fig_ismale"):
         sae_probes([d], lm, datasets=["5_hist_fig_ismail"], ks=[1])
@@ -285,7 +285,7 @@ def test_what_cannot_be_probed(lm, judge):
         sae_probes([sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=lm.d_model + 1), d_sae=64)], lm)
     assert not judge.generated
     (report,) = sae_probes([d], lm, ks=[1])
-    with pytest.raises(ConfigError, match=r"k = 3: no such probe; there are \[1\]"):
+    with pytest.raises(ConfigError, match=r"k = 3: no such probe; the report has k = \[1\]"):
         report.mean_auc(3)
 
 
@@ -296,7 +296,7 @@ def test_without_sae_probes(lm, monkeypatch):
         sae_probes([d], lm)
 
 
-def test_a_judge_says_which_of_its_two_methods_it_has(lm):
+def test_a_missing_method_of_a_judge_names_the_other(lm):
     with pytest.raises(ConfigError, match=r"saebench cannot be run from here; give sae\(dictionary\) to the project's own"):
         sl.judge("saebench").evaluate([dictionary()], lm)
     with pytest.raises(ConfigError, match=r"saeprobes takes no SAE object; call evaluate\(dictionaries, lm\)"):

@@ -1,4 +1,4 @@
-"""One pass of a model over token rows: every position that counts comes once, whatever the order and the batches."""
+"""One pass of a model over token rows: each position that counts comes once, for all orders and batch sizes."""
 
 from itertools import chain, pairwise
 
@@ -15,12 +15,12 @@ N_CTX = 24
 
 @pytest.fixture(scope="module")
 def rows(lm, documents) -> TokenRows:
-    """Rows of different lengths; a row and a stretch inside another that do not count."""
-    found = token_rows(lm, documents, n_ctx=N_CTX, n_tokens=700)
-    keep = found.keep.clone()
+    """Rows of different lengths; one whole row and a part of another do not count."""
+    whole = token_rows(lm, documents, n_ctx=N_CTX, n_tokens=700)
+    keep = whole.keep.clone()
     keep[3], keep[5, 2:9] = False, False
-    assert len({int(n) for n in found.counted_lengths}) > 5
-    return found._replace(keep=keep)
+    assert len({int(n) for n in whole.counted_lengths}) > 5
+    return whole._replace(keep=keep)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -37,7 +37,7 @@ def test_activations_come_once_with_their_row_and_position(lm, rows, order, batc
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("batch_tokens", [1, 3 * N_CTX + 5, 10**6])
-def test_batches_are_within_the_budget_and_hold_nothing_that_need_not_be_read(lm, rows, order, batch_tokens):
+def test_batches_are_within_the_budget_and_hold_only_needed_positions(lm, rows, order, batch_tokens):
     lengths = rows.counted_lengths
     for batch in passes.batches(lm, rows, batch_tokens, order):
         n, width = batch.rows.tokens.shape
@@ -52,7 +52,7 @@ def numbers(lm, rows: TokenRows, order: str, seed: int = 0) -> list[list[int]]:
     return [batch.number.tolist() for batch in passes.batches(lm, rows, 4 * N_CTX, order, seed=seed)]
 
 
-def test_rows_come_in_the_order_asked_for(lm, rows):
+def test_rows_come_in_the_requested_order(lm, rows):
     n_seq, lengths = len(rows.tokens), rows.counted_lengths
     assert list(chain(*numbers(lm, rows, "as it is"))) == list(range(n_seq))
     by_length = list(chain(*numbers(lm, rows, "by length")))

@@ -285,7 +285,7 @@ def test_stores_comparisons_and_cards_name_every_port(random_lm, crosscoder, tmp
     rows = random_lm.to_tokens(TEXTS)
     fires = crosscoder.encode(both(random_lm, rows)[rows.keep]).fires
     assert int(store.tensors.count.sum()) == int(fires.sum())
-    with pytest.raises(ConfigError, match="Neuronpedia has dictionaries of one hook to read and one to write"):
+    with pytest.raises(ConfigError, match="Neuronpedia takes only dictionaries that read one hook and write one"):
         store.export("neuronpedia", tmp_path / "neuronpedia", set_name="set", creator_id="me")
     assert sl.compare(crosscoder, crosscoder).summary.shared == 1
     elsewhere = sl.Dictionary.create("topk", reads=ports(48, 48, hooks=(FIRST, "hook_embed")), d_sae=96, seed=1)

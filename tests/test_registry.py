@@ -1,4 +1,4 @@
-"""Plugins by name: built-in, of other distributions (real metadata on the path), and of this session."""
+"""Plugins by name: built-in ones, those of other distributions (real metadata on the path), and those of this session."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ from saelens_lite.errors import PluginError
 
 @pytest.fixture
 def distribution(tmp_path, monkeypatch):
-    """distribution(name, version, entry points) puts an installed package's metadata on the path."""
+    """A function that puts the metadata of an installed package on the path."""
     monkeypatch.syspath_prepend(tmp_path)
 
     def install(name: str, version: str, points: dict[str, str], kind: str = "sparsity", extras: tuple[str, ...] = ()) -> None:
@@ -44,7 +44,7 @@ def stranger(distribution, tmp_path):
 
 @pytest.fixture
 def relu():
-    """A rule registered for the length of a test."""
+    """A rule that is registered during a test."""
 
     @sl.register("relu")
     class Relu(sl.Sparsity):
@@ -55,7 +55,7 @@ def relu():
     registry.unregister("relu")
 
 
-def test_built_in_rules_come_by_entry_points():
+def test_built_in_rules_are_entry_points():
     assert {"gated", "l1", "topk"} <= set(registry.names())
     assert registry.names() == sorted(registry.names())
     found = {plugin.name: plugin for plugin in registry.plugins()}
@@ -64,7 +64,7 @@ def test_built_in_rules_come_by_entry_points():
     assert {plugin.version for plugin in found.values()} == {sl.__version__}
 
 
-def test_built_in_loggers_come_by_entry_points():
+def test_built_in_loggers_are_entry_points():
     assert {"jsonl", "tensorboard", "trackio", "wandb"} <= set(registry.names("loggers"))
     assert {plugin.distribution for plugin in registry.plugins("loggers")} == {"saelens-lite"}
 
@@ -103,7 +103,7 @@ def test_register_use_unregister(relu):
     registry.unregister("relu")
 
 
-def test_registering_again_replaces_ones_own(relu):
+def test_registering_again_replaces_the_own_class(relu):
     @sl.register("relu")
     class Other(sl.Sparsity):
         pass
@@ -134,7 +134,7 @@ def test_a_class_is_registered_under_the_kind_of_its_base(relu):
 
 
 @pytest.mark.parametrize("target", [object, torch.nn.Module])
-def test_what_is_no_plugin_cannot_be_registered(target):
+def test_classes_without_a_kind_cannot_be_registered(target):
     with pytest.raises(PluginError, match="cannot be registered as 'x': derive it from the base class of its kind of plugin"):
         sl.register("x")(target)
     assert "x" not in registry.names()
@@ -155,7 +155,7 @@ def test_a_kind_is_declared_with_its_contract():
                 assert issubclass(registry.load(name, kind), contract), found
 
 
-def test_a_base_class_of_this_session_brings_a_kind():
+def test_a_base_class_of_this_session_adds_a_kind():
     class Namer:
         plugin_kind = "namers"
 
@@ -191,7 +191,7 @@ def kind_of_a_stranger(distribution, tmp_path):
         sys.modules.pop(module, None)
 
 
-def test_a_stranger_brings_a_kind_and_another_a_plugin_of_it(kind_of_a_stranger, command):
+def test_one_package_adds_a_kind_and_another_a_plugin_of_it(kind_of_a_stranger, command):
     assert registry.kinds()[kind_of_a_stranger] == "explaining_of_tests:Explainer"
     assert registry.names(kind_of_a_stranger) == ["bare", "by_words"]
     assert "explaining_of_tests" not in sys.modules
@@ -229,14 +229,14 @@ def test_an_unknown_name_lists_near_matches():
         registry.load("zzz")
 
 
-def test_who_wrote_it_is_named():
+def test_an_unknown_name_in_a_file_names_its_distribution():
     with pytest.raises(
         PluginError, match=r"'top_k'; did you mean topk\?; the file was written with top-k-sae 0\.3, which supplies it"
     ):
         registry.load("top_k", written_by="top-k-sae 0.3")
 
 
-def test_another_distributions_rule_is_loaded_when_asked_for(stranger, tmp_path):
+def test_a_rule_of_another_distribution_is_imported_only_when_used(stranger, tmp_path):
     assert "stranger" in registry.names()
     found = registry.find("stranger")
     assert (found.distribution, found.version, found.target) == ("stranger-sparsity", "2.1", "stranger_of_tests:Rule")
@@ -247,7 +247,7 @@ def test_another_distributions_rule_is_loaded_when_asked_for(stranger, tmp_path)
     assert '"stranger-sparsity 2.1"' in (tmp_path / "d" / "cfg.json").read_text()
 
 
-def test_a_name_claimed_twice_names_both(distribution):
+def test_a_name_of_two_distributions_names_both(distribution):
     distribution("other-sparsity", "1.0", {"topk": "other_sparsity:TopK"})
     assert registry.names().count("topk") == 1
     both = (
@@ -275,7 +275,7 @@ def test_a_name_of_this_session_that_is_installed_later(distribution, relu):
         ("x = 1", "AttributeError: module 'broken_of_tests' has no attribute 'Rule'"),
     ],
 )
-def test_a_broken_plugin_fails_only_when_asked_for(distribution, tmp_path, source, cause):
+def test_a_broken_plugin_fails_only_when_it_is_loaded(distribution, tmp_path, source, cause):
     if source is not None:
         (tmp_path / "broken_of_tests.py").write_text(source)
     distribution("broken-sparsity", "0.9", {"broken": "broken_of_tests:Rule"})
@@ -295,7 +295,7 @@ def test_a_broken_plugin_fails_only_when_asked_for(distribution, tmp_path, sourc
     "source",
     ["Rule = 3", "class Rule: pass", "from saelens_lite import Logger as Rule"],
 )
-def test_what_is_no_rule_is_not_usable(distribution, tmp_path, source):
+def test_an_object_that_is_not_a_rule_is_not_usable(distribution, tmp_path, source):
     (tmp_path / "no_rule_of_tests.py").write_text(source)
     distribution("odd-sparsity", "0.9", {"odd": "no_rule_of_tests:Rule"})
     try:
@@ -310,7 +310,7 @@ def test_what_is_no_rule_is_not_usable(distribution, tmp_path, source):
 
 
 @pytest.mark.parametrize(("extras", "remedy"), [(("needy", "docs"), "; pip install 'needy-log[needy]'"), (("docs",), "")])
-def test_a_missing_package_that_an_extra_supplies(distribution, tmp_path, extras, remedy):
+def test_a_missing_package_names_the_extra_that_installs_it(distribution, tmp_path, extras, remedy):
     (tmp_path / "needy_of_tests.py").write_text("import a_package_of_nobody")
     distribution("needy-log", "1.0", {"needy": "needy_of_tests:Log"}, kind="loggers", extras=extras)
     with pytest.raises(PluginError) as caught:
@@ -340,7 +340,7 @@ def test_a_missing_package_that_an_extra_supplies(distribution, tmp_path, extras
         ("stranger-sparsity-extra", False),
     ],
 )
-def test_the_variable_restricts_what_is_loaded(stranger, monkeypatch, value, allowed):
+def test_the_variable_restricts_the_plugins_that_can_be_loaded(stranger, monkeypatch, value, allowed):
     if value is None:
         monkeypatch.delenv("SAELENS_LITE_PLUGINS", raising=False)
     else:
@@ -376,12 +376,12 @@ def test_the_variable_decides_between_two_distributions(distribution, monkeypatc
         registry.load("topk")
 
 
-# The list of plugins, with all that can be wrong with one
+# The list of plugins, with all faults that a plugin can have
 
 
 @pytest.fixture
 def all_sorts(stranger, distribution, tmp_path, monkeypatch):
-    """Beside the built-in plugins: a good, a broken, a noisy, a doubled and a restricted one, and one without metadata."""
+    """A good plugin, a broken one, one with two distributions, a restricted one, and one without metadata."""
     (tmp_path / "broken_of_tests.py").write_text("raise RuntimeError('[red]no GPU[/red]\\nat all')")
     distribution("broken-sparsity", "0.9", {"broken": "broken_of_tests:Rule"})
     distribution("double-a", "1", {"double": "double_a:Rule"})

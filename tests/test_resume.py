@@ -480,7 +480,7 @@ def test_a_text_that_changes_from_pass_to_pass_is_said(lm, caplog):
     batches = streamed(lm, Changing()).batches(HOOKS[:1], 32, 0)
     for _ in range(40):
         next(batches)
-    assert "the text is not what it was when it was read first (20 rows, now 20)" in caplog.text
+    assert "the text has changed since it was first read (20 rows, now 20)" in caplog.text
 
 
 def test_resume_refuses_another_kind_of_source(cache, lm, documents, tmp_path):
@@ -533,7 +533,9 @@ def test_an_older_checkpoint_is_resumed_with_a_warning(lm, tmp_path, caplog):
     interrupted_stream(streamed(lm, LINES), tmp_path / "run")
     without_source(tmp_path / "run")
     sl.resume(tmp_path / "run", streamed(lm, LINES))
-    assert "the checkpoint does not say what was read, so the source cannot be compared with that of the run" in caplog.text
+    assert (
+        "the checkpoint has no record of the activations, so the source cannot be compared with that of the run" in caplog.text
+    )
     assert contents(tmp_path / "run") == contents(tmp_path / "alone")
 
 

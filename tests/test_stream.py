@@ -163,13 +163,13 @@ def test_what_is_held_out_is_never_trained_on(stream, seen_by_hooks):
 
 @pytest.mark.parametrize("n_tokens", [-1, 0, N + 1, 10**12])
 def test_what_cannot_be_held_out(stream, n_tokens):
-    with pytest.raises(ConfigError, match=r"activations to validate on; the text has .* and some must be left"):
+    with pytest.raises(ConfigError, match=r"activations to validate on: the text has .* must be left"):
         stream().hold_out(n_tokens)
 
 
 def test_all_held_out_leaves_nothing(stream):
     _, rest = stream().hold_out(N)
-    with pytest.raises(TextError, match="192 positions of the text are held out; none is left to train on"):
+    with pytest.raises(TextError, match="192 positions of the text are held out, and none is left to train on"):
         rest.d_in(HOOKS[0])
 
 
@@ -258,5 +258,5 @@ def test_names_that_stand_for_nothing():
 
 def test_a_stream_of_text_in_memory_is_not_found_again(stream):
     assert stream(text=["some words"]).describe() is None
-    with pytest.raises(ConfigError, match="cannot be found again by themselves: give source="):
+    with pytest.raises(ConfigError, match=r"activations in memory.*; give source="):
         open_source(None)

@@ -1,1 +1,1 @@
-"""Feature stores written for other tools; one tool a module."""
+"""Exporters, which write feature stores for other tools; one module for each tool."""

@@ -2,8 +2,8 @@
 
     store.export("neuronpedia", "out/", set_name="my-set", creator_id="my-account")
 
-out/<model>/<layer>-<set_name>/ holds release.jsonl, model.jsonl, sourceset.jsonl, source.jsonl, and, gzipped and in batches of
-latents, features/batch-0.jsonl.gz … and activations/batch-0.jsonl.gz ….
+out/<model>/<layer>-<set_name>/ holds release.jsonl, model.jsonl, sourceset.jsonl and source.jsonl. Gzipped batches of latents
+are in features/batch-0.jsonl.gz … and activations/batch-0.jsonl.gz ….
 """
 
 import gzip
@@ -22,13 +22,13 @@ from saelens_lite.errors import ConfigError
 from saelens_lite.exporters import PART, Exporter, ExporterConfig, progress_bar
 from saelens_lite.features import Example
 
-BATCH = 1024  # latents of a file
+BATCH = 1024  # latents per file
 DECIMALS = 3
-TOP = -1  # in place of a lower bound and a share: these are the strongest contexts
+TOP = -1  # instead of a lower bound and a share: marks the strongest contexts
 
 
 class _Names(NamedTuple):
-    """What every line says of where it belongs."""
+    """The names that each line needs."""
 
     model: str
     source: str
@@ -43,22 +43,22 @@ class _Names(NamedTuple):
 
 
 class NeuronpediaOptions(ExporterConfig):
-    """What Neuronpedia asks for beside the store."""
+    """Names and descriptions for Neuronpedia that are not in the store."""
 
     set_name: str = Field(description="Name of the set of sources, the same for all layers.")
-    creator_id: str = Field(description="Account on Neuronpedia that it belongs to.")
+    creator_id: str = Field(description="Account on Neuronpedia that owns the set.")
     model_id: str | None = Field(None, description="Neuronpedia's name of the model; default: the model's name here.")
     creator_name: str = Field("", description="Name of the creator, for people.")
-    release: str | None = Field(None, description="Name of the release; default: that of the set.")
-    description: str = Field("", description="One sentence on the set.")
+    release: str | None = Field(None, description="Name of the release; default: the name of the set.")
+    description: str = Field("", description="One sentence about the set.")
     created: datetime | None = Field(None, description="Date of creation; default: now.")
 
 
 class Neuronpedia(Exporter):
-    """Neuronpedia's files for import in bulk.
+    """Files for Neuronpedia's bulk import.
 
-    Numbers are rounded to three decimals, except densities and vectors. With its dictionary, each latent has its decoder vector
-    for steering. Names may have letters, digits, dots, dashes and underscores. The hook must be inside a block.
+    Numbers are rounded to three decimals, except densities and vectors. If the dictionary is given, each latent has its decoder
+    vector for steering. Names may have letters, digits, dots, dashes and underscores. The hook must be inside a block.
     """
 
     Config = NeuronpediaOptions
@@ -122,13 +122,13 @@ def _descriptions(store: FeatureStore, names: _Names, options: NeuronpediaOption
 
 
 def _names(store: FeatureStore, options: NeuronpediaOptions) -> _Names:
-    """Return the names of an export, checked."""
+    """Return the names of an export. Raise ConfigError if Neuronpedia cannot take one of them."""
     info = store.info
     if len(info.reads) + len(info.writes) > 2:
-        raise ConfigError(f"{info.place}: Neuronpedia has dictionaries of one hook to read and one to write")
+        raise ConfigError(f"{info.place}: Neuronpedia takes only dictionaries that read one hook and write one")
     layer = re.match(r"blocks\.(\d+)\.", info.reads[0])
     if layer is None:
-        raise ConfigError(f"{info.reads[0]} is in no block; Neuronpedia names sources by their layer")
+        raise ConfigError(f"{info.reads[0]} is not inside a block; Neuronpedia names sources by their layer")
     created = options.created or datetime.now(UTC)
     source = f"{layer[1]}-{options.set_name}"
     names = _Names(options.model_id or info.model, source, options.set_name, options.creator_id, created.isoformat())
@@ -155,7 +155,7 @@ def _write_latents(store: FeatureStore, folder: Path, names: _Names, dictionary:
 
 
 def _feature(store: FeatureStore, names: _Names, latent: int, vector: list[float] | None) -> dict[str, Any]:
-    """The line of a latent."""
+    """Return the line of a latent."""
     t, w = store.tensors, store.weights
     promoted, suppressed = store.promoted(latent), store.suppressed(latent)
     largest = float(t.top_value[latent, 0])
@@ -178,7 +178,7 @@ def _feature(store: FeatureStore, names: _Names, latent: int, vector: list[float
         "freq_hist_data_bar_values": _rounded((j + 0.5) * width for j in range(len(heights))),
         "logits_hist_data_bar_heights": effects,
         "logits_hist_data_bar_values": _rounded(low + (j + 0.5) * step for j in range(len(effects))),
-        "topkCosSimIndices": [latent, *w.decoder_neighbours[latent].tolist()],  # the latent itself comes first there
+        "topkCosSimIndices": [latent, *w.decoder_neighbours[latent].tolist()],  # Neuronpedia expects the latent itself first
         "topkCosSimValues": [1.0, *_rounded(w.decoder_cosine[latent].tolist())],
         "hasVector": vector is not None,
         **(steering if vector is not None else {"hookName": store.info.writes[0], "vector": []}),
@@ -186,7 +186,7 @@ def _feature(store: FeatureStore, names: _Names, latent: int, vector: list[float
 
 
 def _activations(store: FeatureStore, names: _Names, latent: int) -> Iterator[dict[str, Any]]:
-    """The lines of a latent's contexts: the strongest, then those drawn from groups of equally many activations."""
+    """Yield the lines of a latent's contexts: the strongest ones, then those from its quantiles of activation."""
     top = store.top_examples(latent)
     groups = [(TOP, top[0].value, TOP, top)] if top else []
     groups += store.quantile_examples(latent)
@@ -206,13 +206,13 @@ def _activations(store: FeatureStore, names: _Names, latent: int) -> Iterator[di
 
 
 def _context(example: Example) -> dict[str, Any]:
-    """The keys that a context alone decides."""
+    """Return the part of a line that depends only on the context."""
     largest = max(example.values)
     return {
-        "tokens": [token or PART for token in example.tokens],  # texts to show; an activation on an empty one cannot be seen
+        "tokens": [token or PART for token in example.tokens],  # an activation on an empty text would be invisible
         "values": _rounded(example.values),
         "maxValue": _short(largest),
-        "maxValueTokenIndex": example.values.index(largest),  # of those that are equal but for the rounding, the largest
+        "maxValueTokenIndex": example.values.index(largest),  # the largest before rounding
         "minValue": _short(min(example.values)),
         "qualifyingTokenIndex": example.peak,
         "dataIndex": str(example.row),
@@ -220,7 +220,7 @@ def _context(example: Example) -> dict[str, Any]:
 
 
 def _id(names: _Names, latent: int, number: int) -> str:
-    """25 characters that no other context has."""
+    """Return an id of 25 characters, unique to a context."""
     digest = hashlib.sha256(f"{names.model} {names.source} {names.created} {latent} {number}".encode())
     return f"c{digest.hexdigest()[:24]}"
 
@@ -238,7 +238,7 @@ def _write_line(path: Path, line: dict[str, Any]) -> None:
 
 
 def _write_lines(path: Path, lines: Iterator[dict[str, Any]]) -> None:
-    """Lines of JSON, gzipped; the same lines give the same bytes."""
+    """Write gzipped lines of JSON. The same lines give the same bytes."""
     with open(path, "wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
         for line in lines:
             file.write((json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode())

@@ -1,1 +1,1 @@
-"""Other projects' evaluations, run by their own code on our dictionaries and models; one project a module."""
+"""Judges, which run other projects' evaluations on our dictionaries and models; one module for each project."""

@@ -1,4 +1,4 @@
-"""A dictionary as the SAE object that SAELens's and SAEBench's evaluations take: dense codes, and a config.
+"""SAE objects for the evaluations of SAELens and SAEBench, made from dictionaries: dense codes, and a config.
 
 sae = sl.judge("saebench").sae(d)
 """
@@ -21,9 +21,9 @@ from saelens_lite.judges import Judge, JudgeConfig
 
 @dataclass
 class DenseSAEConfig:
-    """What evaluations read of an SAE's `cfg`, under their names.
+    """The fields of an SAE's `cfg` that evaluations read, under their names.
 
-    SAEBench reads the fields themselves; SAELens 6 reads those about the model and the text from `metadata`.
+    SAEBench reads the fields themselves. SAELens 6 reads those about the model and the text from `metadata`.
     """
 
     d_in: int
@@ -52,23 +52,23 @@ class DenseSAEConfig:
         vars(self.metadata).update(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain data, but for `metadata`, which repeats them."""
+        """Return the fields as plain data, without `metadata`, which repeats them."""
         return {name: value for name, value in asdict(self).items() if name != "metadata"}
 
 
 class DenseSAE(nn.Module):
-    """A frozen copy of a dictionary whose codes are dense tensors; made by `SAEBench.sae`.
+    """A frozen copy of a dictionary, with dense codes; `SAEBench.sae` makes one.
 
-    Moving it or changing its dtype leaves the dictionary it was made of alone.
+    A change of its device or dtype does not affect the original dictionary.
     """
 
-    hook_z_reshaping_mode = False  # at hook_z the heads already stand side by side, as [... d_in]
+    hook_z_reshaping_mode = False  # at hook_z the heads are already concatenated, as [... d_in]
 
     def __init__(self, dictionary: Dictionary, cfg: DenseSAEConfig):
         super().__init__()
         self.dictionary = deepcopy(dictionary).eval().requires_grad_(False)
         self.cfg = cfg
-        self._encoded: Tensor | None = None  # what a dictionary that normalises each activation decodes by
+        self._encoded: Tensor | None = None  # needed to decode if the dictionary normalises each activation
 
     @property
     def W_enc(self) -> Float[Tensor, "d_in d_sae"]:
@@ -82,7 +82,7 @@ class DenseSAE(nn.Module):
 
     @property
     def b_enc(self) -> Float[Tensor, " d_sae"]:
-        """Encoder bias; zeros where the rule has biases of its own."""
+        """Encoder bias; zeros if the rule has its own biases."""
         own = self.dictionary.b_enc
         return self.W_dec.new_zeros(self.dictionary.d_sae) if own is None else own
 
@@ -93,24 +93,24 @@ class DenseSAE(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.W_dec.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the weights are stored in."""
+        """Dtype of the weights."""
         return self.W_dec.dtype
 
     def encode(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape d_sae"]:
-        """The dictionary's codes of x, dense, in the dtype of the weights."""
+        """Return the dictionary's codes of x, dense, in the dtype of the weights."""
         self._encoded = x if self.dictionary.token_norm else None
         return self.dictionary.encode(x).to_dense()
 
     def decode(self, acts: Float[Tensor, "*shape d_sae"]) -> Float[Tensor, "*shape d_out"]:
-        """x_hat of dense codes; where each activation is normalised by itself, they are to be codes of the x encoded last.
+        """Return x_hat of dense codes. If the dictionary normalises each activation, they must be codes of the last encoded x.
 
         Raises:
-            ConfigError: they cannot be, as their shape shows.
+            ConfigError: their shape shows that they are not.
         """
         if self.dictionary.token_norm and (self._encoded is None or self._encoded.shape[:-1] != acts.shape[:-1]):
             raise ConfigError(
@@ -120,11 +120,11 @@ class DenseSAE(nn.Module):
         return self.dictionary.decode(acts, self._encoded)
 
     def forward(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape d_out"]:
-        """x_hat, in the dtype of the weights."""
+        """Return x_hat, in the dtype of the weights."""
         return self.dictionary.decode(self.encode(x), x)
 
     def turn_off_forward_pass_hook_z_reshaping(self) -> None:
-        """Nothing to do: it is never on."""
+        """Do nothing: it is never on."""
 
     def _apply(self, fn, recurse: bool = True) -> "DenseSAE":
         super()._apply(fn, recurse)
@@ -134,17 +134,17 @@ class DenseSAE(nn.Module):
 
 
 class SAEBenchOptions(JudgeConfig):
-    """Where the dictionary belongs, if it does not say so itself."""
+    """The hook of a dictionary that does not name one."""
 
     hook: str | None = Field(None, description="Hook of the dictionary; default: the one that it names.")
 
 
 class SAEBench(Judge):
-    """The SAE object that `run_evals` of SAEBench's core and of SAELens take.
+    """SAE objects that `run_evals` of SAEBench's core and of SAELens take.
 
-    Its codes are the dictionary's, as dense tensors. Decoder rows keep their norms; for evaluations that want unit rows, call
-    `dictionary.fold_decoder_norms_()` first. These evaluations do not know transcoders, crosscoders and hooks outside the
-    blocks of the model: a ConfigError.
+    The codes are the dictionary's, as dense tensors. Decoder rows keep their norms. For evaluations that need unit rows, call
+    `dictionary.fold_decoder_norms_()` first. Transcoders, crosscoders and hooks outside the blocks of the model raise a
+    ConfigError, because these evaluations do not support them.
     """
 
     paper = "Karvonen et al. 2025, SAEBench, arXiv:2503.09532"
@@ -161,7 +161,7 @@ class SAEBench(Judge):
 
 
 def dense_sae(dictionary: Dictionary, hook: str | None = None) -> DenseSAE:
-    """A dictionary or transcoder with dense codes and a config; ConfigError without a hook inside a block."""
+    """Return a dictionary or transcoder with dense codes and a config. Raise ConfigError unless its hook is in a block."""
     origin = dictionary.origin
     hook = hook or dictionary.reads[0].hook
     if hook is None:
@@ -174,7 +174,7 @@ def dense_sae(dictionary: Dictionary, hook: str | None = None) -> DenseSAE:
         d_sae=dictionary.d_sae,
         dtype=str(dictionary.W_dec.dtype).removeprefix("torch."),
         device=str(dictionary.W_dec.device),
-        architecture=f"saelens_lite.{dictionary.rule.plugin_name}",  # a name of theirs would make them ask for its tensors
+        architecture=f"saelens_lite.{dictionary.rule.plugin_name}",  # with one of their names, they would ask for its tensors
         model_name=origin.model,
         hook_name=hook,
         hook_layer=int(layer[1]),

@@ -1,9 +1,10 @@
-"""Sparse probing: how well the k most telling latents of a dictionary tell the classes of labelled texts apart.
+"""Sparse probing: classification of labelled texts by the k most telling latents of a dictionary.
 
-sae-probes does the work: its 113 two-class data sets, its choice of latents (largest difference between the classes' means over
-the training texts), its logistic regressions. A probe reads the activation, or the latents, at the last token of a text.
+sae-probes does the work. It has 113 two-class data sets, chooses the latents with the largest difference between the classes'
+means over the training texts, and fits logistic regressions. A probe reads the activation, or the latents, at the last token of
+a text.
 
-Source: Kantamneni et al. 2025, arXiv:2502.16681; the setting in which both classes are equally frequent ("normal").
+Source: Kantamneni et al. 2025, arXiv:2502.16681; the "normal" setting, in which both classes are equally frequent.
 """
 
 import io
@@ -28,13 +29,13 @@ from saelens_lite.errors import ConfigError, near_matches
 from saelens_lite.judges import Judge, JudgeConfig, after_bos, progress_bar
 from saelens_lite_plugins.judges.saebench import DenseSAE, dense_sae
 
-CHANCE = 0.5  # area under the curve, and accuracy, of guessing: both classes are equally frequent
-LONGEST = 1024  # tokens of a text that are read, its last ones, as far as the model's context goes
+CHANCE = 0.5  # area under the curve, and accuracy, of a guess: both classes are equally frequent
+LONGEST = 1024  # read at most this many tokens of a text, the last ones
 log = logging.getLogger(__name__)
 
 
 class SparseProbe(NamedTuple):
-    """What one probe reached on the test texts of a data set; k None: a probe of the whole activation."""
+    """The scores of one probe on the test texts of a data set; k None: a probe of the whole activation."""
 
     dataset: str
     k: int | None
@@ -44,18 +45,20 @@ class SparseProbe(NamedTuple):
 
 
 class SparseProbeReport(NamedTuple):
-    """The probes of one dictionary, and beside them those of the activations it reads."""
+    """The probes of one dictionary, and those of the activations that it reads."""
 
     model: str
     hook: str
     probes: tuple[SparseProbe, ...]
 
     def mean_auc(self, k: int | None) -> float:
-        """Mean over data sets of the area under the curve of probes of k latents; None: of the whole activation."""
-        found = [probe.auc for probe in self.probes if probe.k == k]
-        if not found:
-            raise ConfigError(f"k = {k}: no such probe; there are {sorted({p.k for p in self.probes if p.k is not None})}")
-        return sum(found) / len(found)
+        """Return the mean over data sets of the area under the curve of probes of k latents; None: of the whole activation."""
+        areas = [probe.auc for probe in self.probes if probe.k == k]
+        if not areas:
+            raise ConfigError(
+                f"k = {k}: no such probe; the report has k = {sorted({p.k for p in self.probes if p.k is not None})}"
+            )
+        return sum(areas) / len(areas)
 
     def __str__(self) -> str:
         ks = list(dict.fromkeys(probe.k for probe in self.probes))
@@ -71,10 +74,10 @@ class SparseProbeReport(NamedTuple):
 
 
 class SAEProbesOptions(JudgeConfig):
-    """What is probed."""
+    """The data sets and latents to probe."""
 
     datasets: tuple[str, ...] | None = Field(None, description="Names of sae-probes' data sets; default: all 113.")
-    ks: tuple[int, ...] = Field((1, 4, 16), description="Numbers of latents that a probe sees.")
+    ks: tuple[int, ...] = Field((1, 4, 16), description="Numbers of latents that a probe reads.")
     hook: str | None = Field(None, description="Hook of the dictionaries; default: the one that they name.")
     batch_size: int = Field(32, gt=0, description="Texts of a forward pass.")
 
@@ -82,9 +85,9 @@ class SAEProbesOptions(JudgeConfig):
 class SAEProbes(Judge):
     """Probes of the k most telling latents, and of the whole activation, on labelled texts.
 
-    Texts are read with the BOS token in front unless the dictionary was trained without it; of a longer one the last 1024
-    tokens, or as many as the model takes. Probes of latents are L1-regularised, those of the activation L2-regularised, as in
-    the package's own reports.
+    Texts begin with the BOS token unless the dictionary was trained without it. The last 1,024 tokens of longer texts are read,
+    or as many as the model takes. Probes of latents are L1-regularised, those of the activation L2-regularised, as in the
+    package's own reports.
     """
 
     paper = "Kantamneni et al. 2025, Are sparse autoencoders useful? A case study in sparse probing, arXiv:2502.16681"
@@ -95,9 +98,10 @@ class SAEProbes(Judge):
         """Return a report for each dictionary.
 
         Raises:
-            ConfigError: sae-probes is not installed, has no such data set, none is asked for, k is not from 1 to d_sae;
-                dictionaries of different hooks, none that names its hook, or of a model with other processing.
-            HookError, ShapeError: a hook the model lacks, or a width that does not fit.
+            ConfigError: sae-probes is not installed or lacks a data set; `datasets` is empty; k is not from 1 to d_sae; the
+                dictionaries are of different hooks, name no hook, or belong to a model with other weight processing.
+            HookError: the model lacks the hook.
+            ShapeError: the dictionary and the hook differ in width.
         """
         judge = _judge()
         saes = [dense_sae(one, self.config.hook).to(lm.device) for one in dictionaries]
@@ -115,14 +119,14 @@ class SAEProbes(Judge):
                     task = _Task(judge, dataset, hook_name, model, Path(folder))
                     task.read_texts(self.config.batch_size)
                     of_activation = task.probe_activation()
-                    for sae, found in zip(saes, probes, strict=True):
-                        found += [*task.probe_latents(sae, self.config.ks), *of_activation]
+                    for sae, its_probes in zip(saes, probes, strict=True):
+                        its_probes += [*task.probe_latents(sae, self.config.ks), *of_activation]
                 advance(1, dataset)
-        return [SparseProbeReport(lm.name, hook_name, tuple(found)) for found in probes]
+        return [SparseProbeReport(lm.name, hook_name, tuple(its_probes)) for its_probes in probes]
 
 
 def _judge() -> ModuleType:
-    """The package sae-probes."""
+    """Import the package sae-probes."""
     try:
         return import_module("sae_probes")
     except ModuleNotFoundError as error:
@@ -130,10 +134,12 @@ def _judge() -> ModuleType:
 
 
 def _check(saes: Sequence[DenseSAE], ks: Sequence[int]) -> str:
-    """The hook all dictionaries belong to; ConfigError where there is no such hook, or k is out of range."""
+    """Return the hook of all dictionaries. Raise ConfigError if they have no common hook or k is out of range."""
     hooks = {sae.cfg.hook_name for sae in saes}
     if len(hooks) != 1:
-        raise ConfigError(f"dictionaries probed together need one hook; found {', '.join(sorted(hooks)) or 'no dictionary'}")
+        raise ConfigError(
+            f"dictionaries that are probed together need one hook; found {', '.join(sorted(hooks)) or 'no dictionary'}"
+        )
     most = min(sae.cfg.d_sae for sae in saes)
     if not ks or not all(1 <= k <= most for k in ks):
         raise ConfigError(f"ks = {list(ks)}: expected numbers of latents from 1 to {most}")
@@ -141,7 +147,7 @@ def _check(saes: Sequence[DenseSAE], ks: Sequence[int]) -> str:
 
 
 def _known(asked: Sequence[str] | None, known: Sequence[str]) -> list[str]:
-    """The data sets asked for, or all; ConfigError for a name that is not known, or no name."""
+    """Return the requested data sets, or all. Raise ConfigError for an unknown name, or if none is named."""
     if asked is not None and not asked:
         raise ConfigError("datasets is empty: name at least one, or leave it out for all")
     for name in asked or ():
@@ -151,7 +157,7 @@ def _known(asked: Sequence[str] | None, known: Sequence[str]) -> list[str]:
 
 
 class _Task:
-    """One data set of sae-probes, and the folder where the package leaves activations and results."""
+    """One data set of sae-probes, and the folder in which the package keeps its activations."""
 
     def __init__(self, judge: ModuleType, dataset: str, hook: str, model: "_ProbedModel", folder: Path):
         self.judge, self.dataset, self.hook, self.model = judge, dataset, hook, model
@@ -172,36 +178,39 @@ class _Task:
             )
 
     def probe_activation(self) -> list[SparseProbe]:
-        """The probe of the whole activation."""
+        """Return the probe of the whole activation."""
         return self._results(self.judge.run_baseline_evals)
 
     def probe_latents(self, sae: DenseSAE, ks: Sequence[int]) -> list[SparseProbe]:
-        """The probes of k latents, for each k."""
+        """Return the probes of k latents, for each k."""
         return self._results(self.judge.run_sae_evals, sae=sae, reg_type="l1", ks=list(ks))
 
     def _results(self, run: Callable[..., Any], **settings: Any) -> list[SparseProbe]:
-        """The probes one of the package's functions fits; results go to a new folder, for it skips what it finds there."""
+        """Return the probes that a function of the package fits. Results go to a new folder, because it skips existing ones."""
         with TemporaryDirectory() as results, _into_log():
             run(setting="normal", datasets=[self.dataset], hook_name=self.hook, results_path=results, **settings, **self.where)
             (file,) = Path(results).rglob("*.json")
-            found = json.loads(file.read_text(encoding="utf-8"))
-        return [SparseProbe(self.dataset, one.get("k"), one["test_auc"], one["test_acc"], one["test_f1"]) for one in found]
+            results_of_probes = json.loads(file.read_text(encoding="utf-8"))
+        return [
+            SparseProbe(self.dataset, one.get("k"), one["test_auc"], one["test_acc"], one["test_f1"])
+            for one in results_of_probes
+        ]
 
 
 class _ProbedModel:
-    """A language model as sae-probes calls it."""
+    """A language model with the interface that sae-probes uses."""
 
     def __init__(self, lm: LanguageModel, *, prepend_bos: bool):
         self.lm = lm
         self.tokenizer = _Tokenizer(lm, prepend_bos)
 
     def run_with_cache(self, tokens: Int[Tensor, "batch pos"], names_filter: list[str], **_: Any) -> tuple[None, dict]:
-        """(None, activations at the hooks)."""
+        """Return None and the activations at the hooks."""
         return None, {name: x.float() for name, x in self.lm.run(tokens, names_filter).items()}
 
 
 class _Tokenizer:
-    """A tokenizer as sae-probes calls it: BOS in front, and of a text that is too long the last tokens."""
+    """A tokenizer with the interface that sae-probes uses: it puts BOS in front and keeps the end of a long text."""
 
     def __init__(self, lm: LanguageModel, prepend_bos: bool):
         self.tokenizer = lm.text_tokenizer
@@ -217,12 +226,14 @@ class _Tokenizer:
             return BatchEncoding({"input_ids": self.front + ids})
         n = None if max_length is None else max_length - len(self.front)
         rows = [torch.tensor(self.front + (row if n is None else row[-n:])) for row in ids]
-        return BatchEncoding({"input_ids": pad_sequence(rows, batch_first=True)})  # attention is causal: any id will do
+        return BatchEncoding(
+            {"input_ids": pad_sequence(rows, batch_first=True)}
+        )  # attention is causal, so any padding id will do
 
 
 @contextmanager
 def _into_log() -> Iterator[None]:
-    """What the package prints, and its progress bars, go to this module's log."""
+    """Send the package's output and progress bars to this module's log."""
     said = io.StringIO()
     try:
         with redirect_stdout(said), redirect_stderr(said):

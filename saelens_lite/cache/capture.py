@@ -1,7 +1,7 @@
-"""Running a model over a text and keeping what its hooks see: once, and never again for work already done.
+"""Captures that run a model over a text once, write the activations at its hooks, and resume after an interruption.
 
-In the folder of an unfinished capture (`saelens_lite.resumable`), journal.jsonl has a line for each shard that is whole, and
-shards/ becomes the cache. The same call continues it, batch for batch as if nothing had happened.
+In the folder of an unfinished capture (`saelens_lite.resumable`), journal.jsonl has a line for each complete shard, and
+shards/ becomes the cache. A resumed capture has the same batches, and writes the same bytes, as an uninterrupted one.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ log = logging.getLogger(__name__)
 
 
 class _OtherTextError(OutputExistsError):
-    """What is in the shards is of another text."""
+    """Raised if the shards of an unfinished capture are of another text."""
 
 
 def activations(
@@ -75,10 +75,11 @@ def activations(
     skip: int = 0,
     read: RowHash | None = None,
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield activations at the positions that count, and their "tokens", batch after batch, the rows of each block shuffled.
+    """Yield the activations at the positions that count, and their "tokens", batch by batch. Rows are shuffled in each block.
 
-    The first `skip` positions are left out, and batches they fill are not run. `read` takes in the rows of each batch before
-    its activations come: those of batches that are not run too.
+    Args:
+        skip: Leave out this many positions. Batches that lie within them are not run.
+        read: Takes in the rows of each batch, before its activations are yielded, also of batches that are not run.
     """
     read = RowHash() if read is None else read
     with prefetched(blocks) as ready:
@@ -111,21 +112,29 @@ def capture(
     text_name: str | None = None,
     exists: Literal["error", "overwrite"] = "error",
 ) -> ActivationCache:
-    """Activations of a text at hooks, written to a cache folder, which appears when it is complete.
+    """Write the activations of a text at hooks to a cache folder, which appears when it is complete, and return the cache.
 
-    The model runs once over the text, up to the deepest hook, `batch_tokens` tokens at a time (2,048 on a CPU, 16,384 on a
-    GPU), while a thread reads and tokenises the text in advance; only a block of it is in memory. Special tokens and padding
-    are not stored, nor position 0. `text` may be token ids in any form that `LanguageModel.to_tokens` takes, with their
-    `attention_mask`. `text_config` has the settings of how text is read and cut, for which `n_ctx` and `prepend_bos` are
-    shorthands; rows have at most 1,024 tokens unless n_ctx says otherwise. Activations are stored as `dtype` and computed in
-    the model's. Shards are written one by one: after an interruption the same call goes on behind the last one.
+    The model runs once over the text, up to the deepest hook. A thread reads and tokenises the text in advance, one block at
+    a time. Special tokens and padding are not stored, nor the positions that `text_config` excludes, by default position 0. To
+    resume an interrupted capture, repeat the call: it continues after the last complete shard.
+
+    Args:
+        text: Text, or token ids in any form that `LanguageModel.to_tokens` takes.
+        n_tokens: Number of activations to capture of each hook; default: all.
+        n_ctx, prepend_bos: Shorthands for settings of `text_config`. Rows have at most 1,024 tokens by default.
+        text_config: Settings for reading the text and cutting it into rows.
+        attention_mask: For token ids: 1 at tokens, 0 at padding.
+        dtype: Dtype of the stored activations. They are computed in the model's dtype.
+        batch_tokens: Tokens of a forward pass; default: 2,048 on a CPU, 16,384 on a GPU.
+        shard_tokens: Activations of each hook in a shard.
+        text_name: Name of the text in the cache's origin.
 
     Raises:
-        HookError, TextError, ConfigError: an unknown hook, no text, settings that do not fit the model.
-        OutputExistsError: `out` holds something, or an unfinished capture of something else, and `exists` is "error".
-        NonFiniteError: the model produced NaN or infinity, or numbers too large for `dtype`.
+        HookError, TextError, ConfigError: the hook is unknown, there is no text, or settings do not fit the model.
+        OutputExistsError: `exists` is "error", and `out` is not empty or holds an unfinished capture with other settings.
+        NonFiniteError: activations are NaN or infinite, or too large for `dtype`.
         LockedError: another process is writing the same cache.
-        DiskFullError: the cache does not fit on the disk; what is written stays.
+        DiskFullError: the cache does not fit on the disk; complete shards stay.
     """
     names = [hooks] if isinstance(hooks, str) else list(dict.fromkeys(hooks))
     for name in names:
@@ -179,14 +188,14 @@ def _write_shards(
     shard_tokens: int,
     dtype: torch.dtype,
 ) -> "_ShardWriter":
-    """Write the shards that are not there yet.
+    """Write the missing shards.
 
     Raises:
-        _OtherTextError: those that are there are of another text.
+        _OtherTextError: the existing shards are of another text.
     """
     writer = _ShardWriter(folder / SHARDS, folder / JOURNAL, shard_tokens, dtype)
     if writer.n_done:
-        log.info("continuing in %s behind %d tokens", folder, writer.n_done)
+        log.info("resuming the capture in %s after %d tokens", folder, writer.n_done)
     pieces = activations(lm, blocks, hooks, batch_tokens, writer.n_done, writer.read)
     try:
         with progress_bar("capture", blocks.n_expected) as advance, closing(pieces):
@@ -205,7 +214,7 @@ def _write_shards(
 
 
 def origin_of(lm: LanguageModel, blocks: RowBlocks, text_name: str | None) -> Origin:
-    """What later evaluations need to know of rows that have been read."""
+    """Return the origin of activations of these rows, which later evaluations need."""
     config = blocks.config
     return Origin(
         model=lm.name,
@@ -226,24 +235,24 @@ def _has_shards(folder: Path) -> bool:
 
 
 def _check_space(folder: Path, piece: dict[str, Tensor], n_expected: int | None, writer: "_ShardWriter") -> None:
-    """Raise DiskFullError before the work when its result cannot fit."""
+    """Raise DiskFullError before the work begins if the cache cannot fit on the disk."""
     width = sum(x.shape[1] for key, x in piece.items() if key != "tokens")
     a_token = width * writer.dtype.itemsize + 4
     if n_expected is None:
-        log.info("the cache takes %.2f GB for a million tokens", a_token / 1000)
+        log.info("the cache takes %.2f GB per million tokens", a_token / 1000)
         return
     need, free = (n_expected - writer.n_done) * a_token, shutil.disk_usage(folder).free
     log.info("the cache will take %.2f GB; %.2f GB are free", need / 1e9, free / 1e9)
     if need > free:
         raise DiskFullError(
-            f"{n_expected:,} tokens take {need / 1e9:.2f} GB more, {folder.parent} has {free / 1e9:.2f} GB free; ask for fewer "
-            "tokens or hooks, or another place"
+            f"{n_expected:,} tokens take {need / 1e9:.2f} GB more; {folder.parent} has {free / 1e9:.2f} GB free; capture "
+            "fewer tokens or hooks, or choose another disk"
         )
 
 
 @dataclass(frozen=True)
 class _Written:
-    """A shard that is whole: its facts for the manifest, the rows read until it was, and Σx and Σ‖x‖² of each hook."""
+    """A complete shard: its manifest entry, the rows read up to its end, and Σx and Σ‖x‖² of each hook."""
 
     facts: dict[str, Any]
     read: RowRecord
@@ -259,9 +268,9 @@ class _Line(Checked):
 
 
 class _ShardWriter:
-    """Collects pieces of activations and writes a shard whenever there is enough for one.
+    """A writer that collects pieces of activations and writes each shard as soon as it is full.
 
-    A line of the journal is written when its shard is whole on the disk, so that a restart knows where to go on.
+    It adds a line to the journal when a shard is complete on the disk, so that a restart knows where to continue.
     """
 
     def __init__(self, folder: Path, journal: Path, shard_tokens: int, dtype: torch.dtype):
@@ -275,18 +284,18 @@ class _ShardWriter:
         self._n = 0
 
     def _written_before(self) -> list[_Written]:
-        """The shards of the journal that are there, up to the first that is not; whatever else is there goes."""
+        """Return the shards in the journal up to the first missing or damaged one, and delete all other files."""
         lines = self.journal.read_text(encoding="utf-8").splitlines(keepends=True) if self.journal.exists() else []
         shards = []
         for line in lines:
             try:
-                found = checked(self.journal, parsed_json(line, finite=True), _Line)
-                shard = _Written(found.facts.model_dump(), RowRecord(*found.read), found.moments)
-                found.facts.check_name(len(shards))
+                entry = checked(self.journal, parsed_json(line, finite=True), _Line)
+                shard = _Written(entry.facts.model_dump(), RowRecord(*entry.read), entry.moments)
+                entry.facts.check_name(len(shards))
                 check_size(self.folder / shard.facts["file"], shard.facts["bytes"])
-            except (ValueError, RecursionError, CorruptFileError):  # the line or its shard never became whole
+            except (ValueError, RecursionError, CorruptFileError):  # the line or its shard is incomplete
                 break
-            if shard.facts["n_tokens"] != self.shard_tokens:  # a shorter one was the last of an older text
+            if shard.facts["n_tokens"] != self.shard_tokens:  # a shorter one ended an older text
                 break
             shards.append(shard)
         if len(shards) < len(lines):
@@ -297,7 +306,7 @@ class _ShardWriter:
         return shards
 
     def add(self, piece: dict[str, Tensor]) -> None:
-        """Take in a piece: a tensor [n …] for each key, the same keys each time."""
+        """Add a piece: a tensor [n …] for each key, with the same keys in each call."""
         n = len(piece["tokens"])
         self._pieces.append({key: x if key == "tokens" else _stored(x, self.dtype, key) for key, x in piece.items()})
         self._n += n
@@ -310,12 +319,12 @@ class _ShardWriter:
             self._pieces, self._n = [{key: x[stop:].clone() for key, x in whole.items()}], self._n - stop
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write the remaining activations."""
         if self._n:
             self._write(self._joined())
 
     def statistics(self, hook: str) -> dict[str, Any]:
-        """Width, mean and root mean square norm of what was written."""
+        """Return the width, mean and root mean square norm of the activations at a hook."""
         n = sum(shard.facts["n_tokens"] for shard in self.shards)
         total = torch.zeros(len(self.shards[0].moments[hook][0]), dtype=torch.float64)
         square = 0.0
@@ -340,9 +349,11 @@ class _ShardWriter:
 
 
 def _stored(x: Float[Tensor, "n d_in"], dtype: torch.dtype, hook: str) -> Float[Tensor, "n d_in"]:
-    """Activations as they are stored; NonFiniteError when they are not finite, or not any more."""
+    """Return activations in the stored dtype. Raise NonFiniteError if they are not finite in it."""
     stored = x.to(dtype).cpu()
     if not torch.isfinite(stored).all():
         largest = x.abs().max()
-        raise NonFiniteError(f"{hook}: NaN, infinity or a number too large for {dtype} (largest {largest:.3g}); store float32")
+        raise NonFiniteError(
+            f"{hook}: NaN, infinity or a number too large for {dtype} (largest {largest:.3g}); if it is finite, store float32"
+        )
     return stored

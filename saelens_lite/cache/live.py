@@ -1,9 +1,9 @@
-"""Activations straight from the model, without a disk in between, mixed in a ring buffer.
+"""Activations straight from the model, without a disk, shuffled in a ring buffer.
 
-The buffer has two halves. A block of activations fills one of them; half of the block, chosen at random, is trained on
-together with what is left of the block before, then the older half is overwritten by the next block. So each activation
-is used once an epoch and meets activations of its neighbour blocks, no memory is ever moved or allocated, and what the
-buffer held at any time can be computed again.
+The buffer has two halves, and each block of activations fills one of them. A round trains on a random half of the newest block
+and the remaining half of the block before it. Then the next block overwrites the older half. So each activation is used once
+per epoch, batches mix neighbouring blocks, no memory is moved or allocated, and the content of the buffer at any time can be
+computed again.
 """
 
 import itertools
@@ -35,14 +35,13 @@ log = logging.getLogger(__name__)
 
 
 class ActivationStream:
-    """The activations of a text at hooks, computed while training goes on; the text is read again when it ends.
+    """The activations of a text at hooks, computed during training. When the text ends, it is read again.
 
-    buffer_tokens activations of each hook are in memory, in the model's dtype. Statistics are those of the first half
-    buffer.
+    Memory holds buffer_tokens activations of each hook, in the model's dtype. Statistics are those of the first half buffer.
 
     Raises:
-        HookError, ConfigError: an unknown hook, settings that do not fit the model.
-        TextError: while reading: no text, or a text that cannot be read again.
+        HookError, ConfigError: the hook is unknown, or settings do not fit the model.
+        TextError: during reading: there is no text, it cannot be read again, or no position is left to train on.
     """
 
     def __init__(
@@ -72,17 +71,17 @@ class ActivationStream:
         self.n_tokens: int | None = None
         self._n_held_out = 0
         rows = RowBlocks(lm, self.text, text_config)
-        self.text_config = rows.config  # with the length of rows, where that is not the model's context
+        self.text_config = rows.config  # with the length of rows, if it is not the model's context
         self._origin = origin_of(lm, rows, text_name)
-        self._first: dict[str, Tensor] | None = None  # the first block, if it was looked at and not yet trained on
-        self._read = RowRecord(0, 0, "")  # of the first pass over the text, as far as it ever went
-        self._expected: RowRecord | None = None  # of the run that is resumed, until as much was read again
+        self._first: dict[str, Tensor] | None = None  # the first block, if it was computed but not yet trained on
+        self._read = RowRecord(0, 0, "")  # the furthest point of the first pass over the text
+        self._expected: RowRecord | None = None  # the record of a resumed run, until as much is read again
 
     def _rows(self) -> RowBlocks:
         return RowBlocks(self.lm, self.text, self.text_config)
 
     def _pieces(self, skip: int) -> Iterator[dict[str, Tensor]]:
-        """Activations behind the first `skip` that are trained on, epoch after epoch; held-out ones are left out of each."""
+        """Yield the activations to train on, after the first `skip`, epoch after epoch, without the held-out ones."""
         first = None
         while True:
             read = RowHash(self._expected if first is None else None)
@@ -97,16 +96,16 @@ class ActivationStream:
             first = first or read.record
             n = read.n_kept - self._n_held_out
             if n <= 0:
-                raise TextError(f"{self._n_held_out:,} positions of the text are held out; none is left to train on")
-            skip = max(0, skip - n) % n  # whole epochs need not be read to be skipped
+                raise TextError(f"{self._n_held_out:,} positions of the text are held out, and none is left to train on")
+            skip = max(0, skip - n) % n  # skips whole epochs without reading them
 
     def _note(self, read: RowHash, first: RowRecord | None) -> None:
-        """Remember how far the first pass over the text went; warn of another pass that reads something else."""
+        """Record how far the first pass over the text went. Warn if a later pass reads another text."""
         if first is not None:
             if read.ended and read.record != first:
                 log.warning(
-                    "the text is not what it was when it was read first (%d rows, now %d): positions that were held out may be "
-                    "trained on, and the run cannot be resumed to the same bytes",
+                    "the text has changed since it was first read (%d rows, now %d): held-out positions may be trained on, and "
+                    "a resumed run will not give the same bytes",
                     first.n_rows,
                     read.n_rows,
                 )
@@ -124,19 +123,19 @@ class ActivationStream:
         return self._first
 
     def d_in(self, hook: str) -> int:
-        """Width of the activations at a hook; HookError when the stream does not read it."""
+        """Return the width of the activations at a hook. Raise HookError if the stream does not read it."""
         if hook not in self.hooks:
             raise HookError(f"the stream reads {', '.join(self.hooks)}, not {hook!r}{near_matches(hook, self.hooks)}")
         return self._first_block()[hook].shape[1]
 
     def statistics(self, hook: str) -> Statistics:
-        """Mean and root mean square norm of the first half buffer."""
+        """Return the mean and root mean square norm of the first half buffer."""
         moments = Moments(self.d_in(hook))
         moments.add(self._first_block()[hook])
         return moments.statistics()
 
     def origin(self, hook: str) -> Origin:
-        """Model and text the activations come from."""
+        """Return the model and text that the activations come from."""
         return self._origin
 
     def batches(
@@ -144,7 +143,7 @@ class ActivationStream:
     ) -> Iterator[Batch]:
         """Return batches from the buffer, epoch after epoch without end, from number `start` on; see `Source.batches`.
 
-        Every process computes all activations and keeps its part of each batch.
+        Each process computes all activations and keeps its part of each batch.
         """
         part = part_of(batch_size, rank, world)
         for hook in hooks:
@@ -156,7 +155,7 @@ class ActivationStream:
         return cut_into_batches(self._rounds(hooks, seed, 1 + before, skip), batch_size, part)
 
     def _rounds(self, hooks: Sequence[str], seed: int, first: int, skip: int) -> Iterator[Pool]:
-        """The ring buffer and the rows of it that are trained on, round after round, from `first` on without `skip` rows."""
+        """Yield the ring buffer and its rows to train on, round by round, from round `first` without its first `skip` rows."""
         start, ring = max(0, first - 1), None
         known, self._first = self._first, None
         if start or known is None:
@@ -171,7 +170,7 @@ class ActivationStream:
                 skip = 0
 
     def _round(self, seed: int, number: int) -> Int[Tensor, " n"]:
-        """Rows of the buffer for one round: half of the newest block and the other half of the one before, mixed."""
+        """Return the shuffled rows of a round: half of the newest block and the other half of the block before."""
         half = self.block // 2
         rows = permutation(self.block, seed, "block", number)[:half] + number % 2 * self.block
         if number:
@@ -180,20 +179,25 @@ class ActivationStream:
         return rows[permutation(len(rows), seed, "round", number)]
 
     def hold_out(self, n_tokens: int) -> tuple[TensorSource, "ActivationStream"]:
-        """The first n_tokens activations the model computes, from random rows near the beginning of the text, and the stream
-        without them."""
+        """Return the first n_tokens activations of the stream, to validate on, and the stream without them.
+
+        They come from random rows near the beginning of the text.
+
+        Raises:
+            ConfigError: the text has fewer activations, or n_tokens is 0.
+        """
         held, n = [], 0
         with closing(activations(self.lm, self._rows(), self.hooks, self.batch_tokens, self._n_held_out)) as pieces:
             while n < n_tokens and (piece := next(pieces, None)):
                 held.append({hook: piece[hook][: n_tokens - n] for hook in self.hooks})
                 n += len(held[-1][self.hooks[0]])
         if not 0 < n == n_tokens:
-            raise ConfigError(f"{n_tokens:,} activations to validate on; the text has {n:,}, and some must be left")
+            raise ConfigError(f"{n_tokens:,} activations to validate on: the text has {n:,}, and some must be left to train on")
         whole = {hook: torch.cat([piece[hook] for piece in held]) for hook in self.hooks}
         return TensorSource(whole, origin=self._origin), self._without(self._n_held_out + n_tokens)
 
     def _without(self, n_held_out: int) -> "ActivationStream":
-        """The stream without the first positions that count."""
+        """Return the stream without its first positions that count."""
         rest = type(self)(
             self.lm, self.text, self.hooks, text_config=self.text_config, buffer_tokens=2 * self.block,
             batch_tokens=self.batch_tokens, text_name=self.text_name,
@@ -202,7 +206,7 @@ class ActivationStream:
         return rest
 
     def describe(self) -> dict[str, Any] | None:
-        """How to open the stream again; None when its text is only in memory."""
+        """Return a description that `reopen` takes, or None if the text is only in memory."""
         text = name_of(self.text)
         if text is None:
             return None
@@ -228,14 +232,14 @@ class ActivationStream:
         }
 
     def record(self) -> dict[str, Any]:
-        """The model, the settings of the stream, and the token rows that were read, for a run that is resumed."""
+        """Return the model, the settings of the stream and the token rows read so far, for a resumed run."""
         return self._settings() | {"rows": (self._expected or self._read)._asdict()}
 
     def expect(self, record: dict[str, Any]) -> None:
-        """Refuse another model or other settings now, and another text as soon as as much of it was read.
+        """Compare the stream with a record: the model and settings now, the text as soon as as many rows are read.
 
         Raises:
-            SourceChangedError: this is not the stream of a record.
+            SourceChangedError: they differ.
         """
         refuse_others(record, self._settings(), "this is not the stream")
         self._expected, self._first = RowRecord(**record["rows"]), None
@@ -257,11 +261,14 @@ class ActivationStream:
 
     @classmethod
     def reopen(cls, description: dict[str, Any], device: str | torch.device | None = None) -> "ActivationStream":
-        """The stream that described itself so, its model on another device if one is given.
+        """Return the stream of a description; see `describe`.
+
+        Args:
+            device: Device of the model; default: the one in the description.
 
         Raises:
-            ModelNotFoundError, TextError: the model or the text is not there.
-            SourceChangedError: the text has another size now.
+            ModelNotFoundError, TextError: the model or the text is missing.
+            SourceChangedError: the size of the text has changed.
         """
         said = checked("the activations of the run", description, _Description)
         text = named_text(description["text"])
@@ -286,7 +293,7 @@ class ActivationStream:
 
 
 class _Model(Checked):
-    """The model in a description."""
+    """The model in the description of a stream."""
 
     name: String
     revision: String | None
@@ -296,7 +303,7 @@ class _Model(Checked):
 
 
 class _Settings(Checked):
-    """Settings of the stream in a description."""
+    """The settings in the description of a stream."""
 
     hooks: list[String]
     buffer_tokens: Positive
@@ -320,14 +327,14 @@ def _n_bytes(text: Any) -> int | None:
 
 
 class _Filler:
-    """Puts pieces of activations of any size into stretches of a buffer, one after the other."""
+    """A copier of pieces of activations, of any size, into consecutive parts of a buffer."""
 
     def __init__(self, pieces: Iterator[dict[str, Tensor]]):
         self._pieces = pieces
         self._left: dict[str, Tensor] = {}
 
     def fill(self, buffer: dict[str, Tensor] | None, size: int, place: slice) -> dict[str, Tensor]:
-        """Fill a stretch of a buffer of `size` rows, which is made if there is none yet."""
+        """Fill the rows `place` of a buffer, and return it. A missing buffer is made with `size` rows."""
         done = place.start
         while done < place.stop:
             piece = self._left or next(self._pieces)

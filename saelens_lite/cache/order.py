@@ -1,8 +1,8 @@
-"""The order in which stored activations are read: shuffled over everything, with bounded memory, and known in advance.
+"""The shuffled order in which stored activations are read, with bounded memory.
 
-Rows are stored in chunks. An epoch draws the chunks in random order and fills one pool after the other with them; the
-rows of a pool are shuffled perfectly. A batch is thus a draw from chunks all over the data. Where a batch stands in all
-of this follows from its number alone, so a reader can begin anywhere.
+Rows are stored in chunks. Each epoch draws the chunks in random order and fills pools with them. The rows of a pool are
+shuffled perfectly, so a batch mixes chunks from the whole data. Its rows follow from its number alone, so reading can start at
+any batch.
 """
 
 import itertools
@@ -21,13 +21,13 @@ Pool = tuple[dict[str, Tensor], Int[Tensor, " _"]]
 
 
 def part_of(batch_size: int, rank: int, world: int) -> slice:
-    """Return the rows of each batch that process number `rank` of `world` reads; one after the other, they are the batch.
+    """Return the rows of each batch that process number `rank` of `world` reads. All parts in order are the batch.
 
     Raises:
-        ConfigError: there is no process of that number, or the batch cannot be divided into equal parts.
+        ConfigError: the rank is out of range, or the batch cannot be divided into equal parts.
     """
     if not 0 <= rank < world:
-        raise ConfigError(f"rank = {rank}, world = {world}; expected a rank from 0 to {world - 1} of at least one process")
+        raise ConfigError(f"rank = {rank}, world = {world}; expected at least one process and a rank from 0 to {world - 1}")
     if batch_size % world:
         raise ConfigError(f"batch_size = {batch_size} cannot be divided equally among {world} processes; choose a multiple")
     n = batch_size // world
@@ -46,9 +46,10 @@ def shuffled_batches(
     """Yield batches of exactly `batch_size` rows without end, from number `start` on.
 
     Args:
-        lengths: rows of each chunk.
-        load: returns the rows of some chunks, one after the other; a thread calls it in advance.
-        part: the rows of each batch that are wanted, if not all of them (see `part_of`).
+        lengths: number of rows of each chunk.
+        pool_rows: approximate number of rows of a pool.
+        load: returns the rows of some chunks, in order; a thread calls it in advance.
+        part: rows of each batch to yield; default: all (see `part_of`).
     """
 
     def pools() -> Iterator[Pool]:
@@ -67,23 +68,26 @@ def shuffled_batches(
 
 
 def _groups(lengths: Int[np.ndarray, " n_chunks"], pool_rows: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """Chunks in the order of an epoch, in groups of about `pool_rows` rows; a chunk stays whole."""
+    """Return the chunks in the order of an epoch, in groups of about `pool_rows` rows. Chunks stay whole."""
     order = permutation(len(lengths), seed, epoch).numpy()
     before = np.cumsum(lengths[order]) - lengths[order]
     return np.split(order, np.flatnonzero(np.diff(before // pool_rows)) + 1)
 
 
 def cut_into_batches(pools: Iterable[Pool], batch_size: int, part: slice | None = None) -> Iterator[dict[str, Tensor]]:
-    """Yield batches of `batch_size` rows, or a part of each, from (tensors, order of their rows).
+    """Yield batches of `batch_size` rows, or a part of each batch.
 
-    Rows that are left over go to the front of the next batch.
+    Rows that remain at the end of a pool begin the next batch.
+
+    Args:
+        pools: tensors, and the order in which to take their rows.
     """
     part = part or slice(0, batch_size)
     left: dict[str, Tensor] = {}
     n_left = 0
 
     def wanted(rows: Int[Tensor, " n"]) -> Int[Tensor, " n_wanted"]:
-        """Keep those of the next rows of a batch, which has n_left already, that are in the part."""
+        """Return those of the next rows of a batch, which already has n_left, that belong to the part."""
         return rows[max(0, part.start - n_left) : max(0, part.stop - n_left)]
 
     for tensors, order in pools:

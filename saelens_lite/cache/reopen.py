@@ -1,4 +1,4 @@
-"""Finding the activations of an interrupted run again."""
+"""Reopening the activations of an interrupted run."""
 
 from typing import Any
 
@@ -14,16 +14,19 @@ from saelens_lite.tokens import name_of, named_text
 def open_source(
     description: dict[str, Any] | None, device: str | torch.device | None = None, text: str | None = None
 ) -> Source:
-    """The source that described itself so (see `Source.describe`); the model of a stream on another device if one is given.
+    """Return the source of a description (see `Source.describe`).
 
-    text: the name of the text of a stream, where that has moved.
+    Args:
+        device: device of a stream's model; default: the one in the description.
+        text: name of a stream's text, if that has moved.
 
     Raises:
-        ConfigError: it did not, or what is there now is something else.
-        CorruptFileError, ModelNotFoundError, TextError: it is not there any more.
+        ConfigError: there is no description, or `text` is given for a cache.
+        SourceChangedError: the cache or the text has changed.
+        CorruptFileError, ModelNotFoundError, TextError: the cache, model or text is missing or damaged.
     """
     if description is None:
-        raise ConfigError("the run was trained on activations that cannot be found again by themselves: give source=")
+        raise ConfigError("the run was trained on activations in memory, which cannot be reopened; give source=")
     if text is not None:
         if "cache" in description:
             raise ConfigError(f"the run was trained on the cache {description['cache']}, not on a text")

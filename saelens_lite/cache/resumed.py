@@ -1,9 +1,9 @@
-"""Telling whether a run that is resumed reads the activations it was trained on.
+"""A check that a resumed run reads the same activations as before.
 
-A source may have two methods beside those of `Source`, which training calls where they are there:
+A source may have two more methods than `Source`. Training calls them if they exist:
 
-    record() → what was read so far, as plain data for a checkpoint
-    expect(record) → refuse, now or while reading, whatever differs from what was read then
+    record() → the activations read so far, as plain data for a checkpoint
+    expect(record) → refuse activations that differ from the record, now or during reading
 """
 
 import hashlib
@@ -24,32 +24,36 @@ log = logging.getLogger(__name__)
 
 
 def record_of(source: Any) -> dict[str, Any] | None:
-    """Return what was read from a source so far; None for a source that cannot say."""
+    """Return the record of the activations read from a source so far, or None if the source keeps none."""
     record: Callable[[], dict[str, Any]] | None = getattr(source, "record", None)
     return None if record is None else json.loads(json.dumps(record()))
 
 
 def expect(source: Any, record: dict[str, Any] | None) -> None:
-    """Have a source refuse what differs from the record of an earlier reading.
+    """Make a source refuse activations that differ from the record of an earlier reading.
 
-    Without a record, from an older version or from a source that keeps none, a warning says that nothing can be compared.
+    Without a record, from an older version or from a source that keeps none, log a warning.
 
     Raises:
-        SourceChangedError: it is not the source of the record, as far as can be told without reading.
+        SourceChangedError: the source differs from the record, as far as this is visible without reading.
     """
     check = getattr(source, "expect", None)
     if record is None or check is None:
-        log.warning("the checkpoint does not say what was read, so the source cannot be compared with that of the run")
+        log.warning("the checkpoint has no record of the activations, so the source cannot be compared with that of the run")
         return
     check(record)
 
 
-def refuse_others(record: dict[str, Any], found: dict[str, Any], what: str) -> None:
-    """Raise SourceChangedError, which says `what` is not as it was, where entries of a record that were found anew differ."""
-    if record.get("kind") != found["kind"]:
-        raise SourceChangedError(f"the run was trained on {record.get('kind')}, not on {found['kind']}; {SAME_SOURCE}")
-    if other := [key for key in found if record.get(key) != found[key]]:
-        said = ", ".join(f"{key} = {_short(record.get(key))} (now {_short(found[key])})" for key in other)
+def refuse_others(record: dict[str, Any], current: dict[str, Any], what: str) -> None:
+    """Raise SourceChangedError if entries of a record and of the current source differ.
+
+    Args:
+        what: beginning of the message, such as "this is not the stream".
+    """
+    if record.get("kind") != current["kind"]:
+        raise SourceChangedError(f"the run was trained on {record.get('kind')}, not on {current['kind']}; {SAME_SOURCE}")
+    if other := [key for key in current if record.get(key) != current[key]]:
+        said = ", ".join(f"{key} = {_short(record.get(key))} (now {_short(current[key])})" for key in other)
         raise SourceChangedError(f"{what} the run was trained on, which had {said}; {SAME_SOURCE}")
 
 

@@ -1,7 +1,7 @@
-"""Shards on disk: safetensors files with a checksum for every few rows, so that what is read can be checked as it is read.
+"""Shards on disk: safetensors files with a checksum for every CHUNK rows, which are checked when they are read.
 
 A shard holds a tensor [n d_in] for each hook, the token ids "tokens" [n], and "checksums" [n_keys n_chunks]: the CRC-32 of
-each CHUNK rows of each of the others, their names in order.
+each chunk of each other tensor, in alphabetical order of their names.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ MANIFEST = "manifest.json"
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> dict:
-    """Write a shard in one step; its facts for the manifest: file, n_tokens, bytes, sha256."""
+    """Write a shard in one step, and return its manifest entry: file, n_tokens, bytes, sha256."""
     checksums = torch.tensor([[_crc(piece) for piece in tensors[key].split(CHUNK)] for key in sorted(tensors)])
     write_tensors(path, tensors | {"checksums": checksums})
     return {"file": path.name, "n_tokens": len(tensors["tokens"]), "bytes": path.stat().st_size, "sha256": file_hash(path)}
@@ -43,27 +43,27 @@ class Facts(Checked):
     sha256: Sha256
 
     def check_name(self, number: int) -> None:
-        """Raise CorruptFileError unless the file is called as the shard of that number is."""
+        """Raise CorruptFileError unless the file has the name of the shard with that number."""
         if self.file != (wanted := shard_name(number)):
             raise CorruptFileError(f"shard number {number} is in {self.file!r}, expected {wanted}; capture again")
 
 
 def shard_name(number: int) -> str:
-    """The file of a shard."""
+    """Return the file name of a shard."""
     return f"shard-{number:05d}.safetensors"
 
 
 def check_size(path: Path, n_bytes: int) -> None:
-    """Raise CorruptFileError unless a shard is there with the size the manifest says."""
+    """Raise CorruptFileError unless a shard exists and has the size in the manifest."""
     size = file_size(path) if path.exists() else None
     if size != n_bytes:
         raise CorruptFileError(f"{path}: expected {n_bytes:,} bytes, found {size}; capture again")
 
 
 class Shard:
-    """A shard that is read chunk by chunk; nothing of it stays open or mapped.
+    """A shard that is read chunk by chunk, without keeping the file open or mapped.
 
-    widths: d_in of each hook. What the file holds is checked before anything else of it is read.
+    widths: d_in of each hook. The header of the file is checked before any other part of it is read.
     """
 
     def __init__(self, path: Path, n_bytes: int, n_tokens: int, widths: dict[str, int], dtype: torch.dtype):
@@ -78,21 +78,21 @@ class Shard:
         self._checked = {key: bytearray(self.n_chunks) for key in self._keys}
 
     def check_header(self) -> None:
-        """Raise CorruptFileError unless the file holds the tensors that the manifest says."""
+        """Raise CorruptFileError unless the file holds the tensors in the manifest."""
         _ = self._first
 
     @cached_property
     def _first(self) -> dict[str, int]:
-        """Where in the file each tensor begins. CorruptFileError when the header is not that of such a shard."""
+        """Offset of each tensor in the file. CorruptFileError if the header does not match the manifest."""
         specs = tensor_specs(self.path)
         header, start = check_header(self.path)
         shapes = self.shapes | {"checksums": (len(self._keys), self.n_chunks)}
         dtypes = self.dtypes | {"checksums": torch.int64}
         for key in sorted(specs.keys() | shapes.keys()):
             wanted = Spec(dtypes[key], shapes[key]) if key in shapes else None
-            if (found := specs.get(key)) != wanted:
+            if (spec := specs.get(key)) != wanted:
                 raise CorruptFileError(
-                    f"{self.path}: {key[:80]!r} is {found or 'missing'}; the manifest says {wanted or 'nothing'}"
+                    f"{self.path}: {key[:80]!r} is {spec or 'missing'}; the manifest says {wanted or 'nothing'}"
                 )
         return {key: start + header[key]["data_offsets"][0] for key in specs}
 
@@ -103,7 +103,7 @@ class Shard:
         return checksums
 
     def _fill(self, out: np.ndarray, first: int) -> None:
-        """Read bytes from place `first` of the file on."""
+        """Read bytes into `out`, from offset `first` of the file on."""
         try:
             with open(self.path, "rb", buffering=0) as file:
                 file.seek(first)
@@ -114,30 +114,31 @@ class Shard:
             raise CorruptFileError(f"{self.path} is truncated: {n:,} of {len(out):,} bytes at {first:,}; capture again")
 
     def rows(self, number: int) -> int:
-        """How many rows a chunk has."""
+        """Return the number of rows of a chunk."""
         return min(CHUNK, self.n_tokens - number * CHUNK)
 
     def row_bytes(self, key: str) -> int:
-        """How long a row of a tensor is."""
+        """Return the number of bytes of a row of a tensor."""
         return self.dtypes[key].itemsize * math.prod(self.shapes[key][1:])
 
     def read(self, key: str, number: int, out: np.ndarray) -> None:
-        """Put the bytes of one chunk into `out`; they are checked the first time.
+        """Read the bytes of one chunk into `out`, and check them the first time.
 
         Raises:
-            CorruptFileError: they are not what was written, or cannot be read.
+            CorruptFileError: they do not match their checksum, or cannot be read.
         """
         self._fill(out, self._first[key] + number * CHUNK * self.row_bytes(key))
         if not self._checked[key][number]:
             if zlib.crc32(out) != self._checksums[self._keys.index(key), number]:
                 raise CorruptFileError(
-                    f"{self.path} is damaged: rows {number * CHUNK} … of {key!r} do not match their checksum; capture again"
+                    f"{self.path} is damaged: the chunk of {key!r} at row {number * CHUNK} does not match its checksum; "
+                    "capture again"
                 )
             self._checked[key][number] = True
 
 
 def checksums_hash(shards: Iterable[Shard]) -> str:
-    """Return the SHA-256 of the checksums of all rows in some shards; nothing else of them is read."""
+    """Return the SHA-256 of the checksums in some shards, without reading their rows."""
     digest = hashlib.sha256()
     for shard in shards:
         digest.update(np.ascontiguousarray(shard._checksums))
@@ -145,7 +146,7 @@ def checksums_hash(shards: Iterable[Shard]) -> str:
 
 
 def read_chunks(shards: Sequence[Shard], chunks: Iterable[Sequence[int]], key: str) -> Tensor:
-    """The rows of some chunks, [shard, chunk] each, one after the other. CorruptFileError where they are damaged."""
+    """Return the rows of some chunks, given as [shard, chunk], in order. Raise CorruptFileError if they are damaged."""
     places = [(shards[shard], number) for shard, number in chunks]
     first = places[0][0]
     rows = sum(shard.rows(number) for shard, number in places)

@@ -1,4 +1,4 @@
-"""What training reads activations from: the protocol, and activations that are in memory already."""
+"""Sources of activations for training: the protocol, and a source of activations in memory."""
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -18,26 +18,26 @@ from saelens_lite.errors import ConfigError, HookError, ShapeError, near_matches
 
 
 class Statistics(NamedTuple):
-    """Mean activation and root mean square norm, over activations of a hook."""
+    """Mean activation and root mean square norm of the activations at a hook."""
 
     mean: Float[Tensor, " d_in"]
     rms_norm: float
 
 
-UNNAMED = "x"  # of activations in memory whose hook is not known
+UNNAMED = "x"  # name for activations in memory without a hook
 Batch = dict[str, Float[Tensor, "batch _"]]
 
 
 @runtime_checkable
 class Source(Protocol):
-    """The activations to train on. `saelens_lite.cache.resumed` has two more methods, for runs that are resumed."""
+    """The activations to train on. `saelens_lite.cache.resumed` describes two more methods, for resumed runs."""
 
     @property
     def hooks(self) -> Sequence[str]: ...
 
     @property
     def n_tokens(self) -> int | None:
-        """Activations of each hook in one pass; None when only reading can tell."""
+        """Number of activations of each hook in one pass; None if it is not known before reading."""
         ...
 
     def d_in(self, hook: str) -> int: ...
@@ -51,42 +51,42 @@ class Source(Protocol):
     ) -> Iterator[Batch]:
         """Yield shuffled batches, epoch after epoch without end, from number `start` on; the same seed gives the same ones.
 
-        Process number `rank` of `world` gets its equal part of each batch. The parts, one after the other, are the batch that
-        a single process gets.
+        Process number `rank` of `world` gets its equal part of each batch. All parts in order are the batch of a single
+        process.
         """
         ...
 
     def hold_out(self, n_tokens: int) -> tuple["TensorSource", "Source"]:
-        """Activations to validate on, and a source of the others. ConfigError when there are not that many."""
+        """Return activations to validate on, and a source of the others. Raise ConfigError if there are too few."""
         ...
 
     def describe(self) -> dict | None:
-        """How to open the source again, as plain data; None when only its maker can."""
+        """Return plain data with which `open_source` can reopen the source, or None if it cannot be reopened."""
         ...
 
 
 class Moments:
-    """Running Σx and Σ‖x‖² in float64."""
+    """Running sums Σx and Σ‖x‖² in float64."""
 
     def __init__(self, d_in: int):
         self.n, self.total, self.square = 0, torch.zeros(d_in, dtype=torch.float64), 0.0
 
     def add(self, x: Float[Tensor, "n d_in"]) -> None:
-        """Take in more activations."""
+        """Add activations."""
         for piece in map(where_float64_is, x.split(8192)):
             self.n += len(piece)
             self.total += piece.sum(0, dtype=torch.float64).cpu()
             self.square += float(torch.linalg.vector_norm(piece, dtype=torch.float64).square())
 
     def statistics(self) -> Statistics:
-        """Mean and root mean square norm of what was added."""
+        """Return the mean and root mean square norm of the added activations."""
         return Statistics((self.total / self.n).float(), (self.square / self.n) ** 0.5)
 
 
 class TensorSource:
-    """Activations already in memory: x [n d_in] of one hook, or of several with the same n.
+    """Activations in memory: x [n d_in] of one hook, or of several hooks with the same n.
 
-    x: a tensor, or whatever `arrays.as_tensor` makes one of.
+    x: a tensor, or any array that `arrays.as_tensor` takes.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class TensorSource:
         self._origin = origin or Origin(excluded_positions=())
 
     def d_in(self, hook: str) -> int:
-        """Width of the activations; HookError when there are none of that hook."""
+        """Return the width of the activations at a hook. Raise HookError if the hook is missing."""
         return self._of(hook).shape[1]
 
     def _of(self, hook: str) -> Float[Tensor, "n _"]:
@@ -119,13 +119,13 @@ class TensorSource:
         return self.x[hook]
 
     def statistics(self, hook: str) -> Statistics:
-        """Mean and root mean square norm."""
+        """Return the mean and root mean square norm of the activations."""
         moments = Moments(self.d_in(hook))
         moments.add(self.x[hook])
         return moments.statistics()
 
     def origin(self, hook: str) -> Origin:
-        """Where they come from, as far as the caller said."""
+        """Return the origin that the caller gave, or an empty one."""
         return self._origin
 
     def batches(
@@ -136,22 +136,24 @@ class TensorSource:
         return shuffled_batches(np.array([self.n_tokens]), 1, lambda _: chosen, batch_size, seed, start, part)
 
     def hold_out(self, n_tokens: int) -> tuple["TensorSource", "TensorSource"]:
-        """The last rows, and the others."""
+        """Return the last rows, and the others. Raise ConfigError if none would be left."""
         if not 0 < n_tokens < self.n_tokens:
-            raise ConfigError(f"{n_tokens:,} activations to validate on; there are {self.n_tokens:,}, and some must be left")
+            raise ConfigError(
+                f"{n_tokens:,} activations to validate on: there are {self.n_tokens:,}, and some must be left to train on"
+            )
         cut = self.n_tokens - n_tokens
         held, rest = ({name: t[part] for name, t in self.x.items()} for part in (slice(cut, None), slice(cut)))
         return TensorSource(held, origin=self._origin), TensorSource(rest, origin=self._origin)
 
     def describe(self) -> None:
-        """Tensors in memory cannot be opened again."""
+        """Return None: tensors in memory cannot be reopened."""
 
     @cached_property
     def _hashes(self) -> dict[str, str]:
         return {hook: tensor_hash(x) for hook, x in self.x.items()}
 
     def record(self) -> dict[str, Any]:
-        """The hashes of the tensors, for a run that is resumed."""
+        """Return the hashes of the tensors, for a resumed run."""
         return {"kind": "tensors", "sha256": self._hashes}
 
     def expect(self, record: dict[str, Any]) -> None:

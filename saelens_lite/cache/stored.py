@@ -1,4 +1,4 @@
-"""Activations on disk: a folder with manifest.json and shards, read back in shuffled order with bounded memory."""
+"""Activations on disk: a folder with manifest.json and shards, read in shuffled order with bounded memory."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ from saelens_lite.outputs import restore
 from saelens_lite.schemas import Checked, Count, Number, Positive, Sha256, String, checked
 
 FORMAT = 2
-MAX_TOKENS = 2**33  # of a cache: the list of its chunks then takes a gigabyte
+MAX_TOKENS = 2**33  # per cache: the list of its chunks then takes a gigabyte
 
 
 class _Hook(Checked):
@@ -50,7 +50,7 @@ class Manifest(Checked):
     def _agrees(self) -> "Manifest":
         for name, hook in self.hooks.items():
             if name in ("tokens", "checksums"):
-                raise ValueError(f"{name!r} is no hook")
+                raise ValueError(f"{name!r} cannot be the name of a hook")
             if len(hook.mean) != hook.d_in:
                 raise ValueError(f"the mean of {name!r} has {len(hook.mean)} entries, expected d_in = {hook.d_in}")
         if (n_tokens := sum(shard.n_tokens for shard in self.shards)) > MAX_TOKENS:
@@ -69,8 +69,8 @@ class _Description(Checked):
 class ActivationCache:
     """A folder of captured activations.
 
-    Batches are drawn from pools of about POOL_TOKENS activations from all over the cache; one pool is in memory and the next
-    is being read.
+    Batches are drawn from pools of about POOL_TOKENS activations from the whole cache. One pool is in memory while a thread
+    reads the next.
     """
 
     POOL_TOKENS = 131_072
@@ -84,14 +84,15 @@ class ActivationCache:
         ]
         places = [np.stack([np.full(shard.n_chunks, i), np.arange(shard.n_chunks)], 1) for i, shard in enumerate(self._shards)]
         self._chunks: Int[np.ndarray, "n_chunks 2"] = np.concatenate(places or [np.empty((0, 2), int)])  # (shard, chunk in it)
-        self._n_held_out = n_held_out  # chunks at the end that are not trained on
+        self._n_held_out = n_held_out  # chunks at the end, not for training
 
     @classmethod
     def open(cls, path: str | Path) -> "ActivationCache":
-        """The cache in a folder.
+        """Open the cache in a folder.
 
         Raises:
-            CorruptFileError: the manifest is missing or damaged, or a shard is missing or has another size than it says.
+            CorruptFileError: the manifest is missing or damaged, or a shard is missing or has another size than the manifest
+                says.
         """
         path = Path(path)
         restore(path)
@@ -103,7 +104,7 @@ class ActivationCache:
 
     @property
     def hooks(self) -> Sequence[str]:
-        """Hook names."""
+        """Names of the captured hooks."""
         return tuple(self.manifest["hooks"])
 
     @property
@@ -112,16 +113,16 @@ class ActivationCache:
         return int(self._lengths.sum())
 
     def d_in(self, hook: str) -> int:
-        """Width of the activations at a hook; HookError when it was not captured."""
+        """Return the width of the activations at a hook. Raise HookError if the hook was not captured."""
         return self._hook(hook)["d_in"]
 
     def statistics(self, hook: str) -> Statistics:
-        """Mean and root mean square norm of the activations at a hook."""
+        """Return the mean and root mean square norm of the activations at a hook."""
         entry = self._hook(hook)
         return Statistics(torch.tensor(entry["mean"], dtype=torch.float32), float(entry["rms_norm"]))
 
     def origin(self, hook: str) -> Origin:
-        """Model and text the activations come from."""
+        """Return the model and text that the activations come from."""
         self._hook(hook)
         return Origin(**self.manifest["origin"])
 
@@ -139,25 +140,25 @@ class ActivationCache:
 
     @property
     def _lengths(self) -> Int[np.ndarray, " n_chunks"]:
-        """Rows of each chunk that is trained on."""
+        """Number of rows of each training chunk."""
         shard, number = self._training_chunks.T
         n_tokens = np.array([shard.n_tokens for shard in self._shards], np.int64)
         return np.minimum(CHUNK, n_tokens[shard] - number * CHUNK)
 
     def _read(self, chunks: Int[np.ndarray, "n_chunks 2"], keys: Sequence[str]) -> dict[str, Tensor]:
-        """The rows of some chunks, one after the other."""
+        """Return the rows of some chunks, in order."""
         return {key: read_chunks(self._shards, chunks.tolist(), key) for key in keys}
 
     def read_shard(self, number: int) -> dict[str, Tensor]:
-        """The tensors of one shard: a hook each, and "tokens".
+        """Return the tensors of one shard: one for each hook, and "tokens".
 
         Raises:
-            CorruptFileError: truncated, damaged, or other contents than the manifest says.
+            CorruptFileError: the shard is truncated or damaged, or its contents do not match the manifest.
         """
         return self._read(self._chunks[self._chunks[:, 0] == number], ["tokens", *self.hooks])
 
     def verify(self) -> None:
-        """Raise CorruptFileError unless every shard is what was written, to the byte."""
+        """Raise CorruptFileError unless every byte of every shard is as it was written."""
         for entry, shard in zip(self.manifest["shards"], self._shards, strict=True):
             check_size(shard.path, shard.n_bytes)
             shard.check_header()
@@ -170,9 +171,9 @@ class ActivationCache:
         """Return shuffled batches, epoch after epoch without end, from number `start` on; see `Source.batches`.
 
         Raises:
-            HookError: a hook that was not captured.
-            ConfigError: a batch that cannot be divided among the processes.
-            CorruptFileError: while iterating: activations that do not match their checksum.
+            HookError: a hook was not captured.
+            ConfigError: the batch cannot be divided equally among the processes.
+            CorruptFileError: during iteration: activations do not match their checksum.
         """
         for hook in hooks:
             self._hook(hook)
@@ -184,18 +185,22 @@ class ActivationCache:
         return shuffled_batches(self._lengths, self.POOL_TOKENS, load, batch_size, seed, start, part)
 
     def hold_out(self, n_tokens: int) -> tuple[TensorSource, "ActivationCache"]:
-        """At least n_tokens activations, the last that were captured, and the cache without them."""
+        """Return the last chunks, with at least n_tokens activations, and the cache without them.
+
+        Raises:
+            ConfigError: no chunk would be left to train on.
+        """
         n_chunks = int((self._lengths[::-1].cumsum() < n_tokens).sum()) + 1
         if n_tokens < 1 or n_chunks >= len(self._training_chunks):
             raise ConfigError(
-                f"{n_tokens:,} activations to validate on; {self.path} has {self.n_tokens:,}, and some must be left"
+                f"{n_tokens:,} activations to validate on: {self.path} has {self.n_tokens:,}, and some must be left to train on"
             )
         held = self._read(self._training_chunks[-n_chunks:], self.hooks)
         rest = type(self)(self.path, self.manifest, self._n_held_out + n_chunks)
         return TensorSource({hook: x.float() for hook, x in held.items()}, origin=Origin(**self.manifest["origin"])), rest
 
     def describe(self) -> dict[str, Any]:
-        """How to open the cache again."""
+        """Return a description that `reopen` takes."""
         return {
             "cache": str(self.path.resolve()),
             "manifest_sha256": file_hash(self.path / MANIFEST),
@@ -203,9 +208,9 @@ class ActivationCache:
         }
 
     def record(self) -> dict[str, Any]:
-        """The hashes of the manifest and of the checksums in the shards, for a run that is resumed.
+        """Return the hashes of the manifest and of the checksums in the shards, for a resumed run.
 
-        A shard in which both the activations and their checksums are others would not be noticed when it is read.
+        Reading alone does not notice a shard in which both the activations and their checksums have changed.
         """
         return {
             "kind": "a cache",
@@ -215,20 +220,20 @@ class ActivationCache:
         }
 
     def expect(self, record: dict[str, Any]) -> None:
-        """Raise SourceChangedError unless the cache is that of a record, wherever it is now."""
+        """Raise SourceChangedError unless the cache matches a record. Its folder may have moved."""
         refuse_others(record, self.record(), f"{self.path} is not the cache")
 
     @classmethod
     def reopen(cls, description: dict[str, Any]) -> "ActivationCache":
-        """The cache that described itself so.
+        """Return the cache of a description; see `describe`.
 
         Raises:
-            CorruptFileError: it is not there, or damaged.
-            SourceChangedError: another one is there now.
+            CorruptFileError: the cache is missing or damaged.
+            SourceChangedError: the folder holds another cache now.
         """
         wanted = checked("the activations of the run", description, _Description)
-        found = cls.open(wanted.cache)
-        cache = cls(found.path, found.manifest, min(wanted.held_out_chunks, len(found._chunks)))
+        whole = cls.open(wanted.cache)
+        cache = cls(whole.path, whole.manifest, min(wanted.held_out_chunks, len(whole._chunks)))
         if cache.describe() != description:
             raise SourceChangedError(f"{cache.path} is not the cache the run was trained on: its manifest has changed")
         return cache

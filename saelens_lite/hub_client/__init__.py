@@ -1,5 +1,5 @@
 """Guarded requests to the Hugging Face Hub: addresses, commits, listings of files, and typed errors.
 
-Nothing here knows what a dictionary is, so language models (`saelens_lite.model`) and dictionaries (`saelens_lite.hub`) both
-stand on it.
+Nothing here depends on dictionaries. So `saelens_lite.model` uses it for language models, and `saelens_lite.hub` for
+dictionaries.
 """

@@ -70,7 +70,7 @@ class Address(NamedTuple):
         """Return an address after checking its parts.
 
         Raises:
-                    ConfigError: a part is not well formed.
+            ConfigError: a part is not well formed.
         """
         if not re.fullmatch(rf"{NAME}/{NAME}", repo):
             raise ConfigError(f"{repo!r} is not the name of a repository; expected user/name")
@@ -132,7 +132,7 @@ def _typed(error: Exception, repo: str) -> SaelensLiteError:
         return DiskFullError(f"{repo} cannot be stored: the disk is full")
     said = _in_short(error)
     if isinstance(error, OfflineModeIsEnabled):
-        return HubUnreachableError(f"{repo}: the environment variable HF_HUB_OFFLINE forbids to ask the Hub; unset it")
+        return HubUnreachableError(f"{repo}: HF_HUB_OFFLINE is set, so the Hub was not contacted; unset it")
     if isinstance(error, LocalTokenNotFoundError):
         return HubAccessError(f"{repo}: there is no token; {LOG_IN}")
     if isinstance(error, HfHubHTTPError) and error.response is not None:

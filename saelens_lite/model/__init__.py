@@ -8,13 +8,13 @@ probability = lm.logits("The old man looked at")[0, -1].softmax(-1)  # [d_vocab]
 print(lm.generate("The old man looked at", 30))
 ```
 
-Activations are those of the Hugging Face model, without LayerNorm folding. With `center_writing_weights=True` the mean is
-taken out of everything that is written to the residual stream; caches and dictionaries remember it, and a model that was
-loaded the other way is refused. Position 0 is BOS. `run`, `capture` and `evaluate` add it where the tokenizer has one.
+Activations are those of the Hugging Face model, without LayerNorm folding. `center_writing_weights=True` subtracts the mean
+from everything that is written to the residual stream. Caches and dictionaries record this setting and refuse a model that
+was loaded with the other one. Position 0 is BOS: `run`, `capture` and `evaluate` add it if the tokenizer has one.
 
-`splice` puts a dictionary in place of an activation, or edits some of its codes there; see `saelens_lite.interventions`.
+`splice` replaces an activation by a dictionary's reconstruction, or edits some of its codes; see `saelens_lite.interventions`.
 
-A model of the Hub records its commit, and later commands load that commit. Its Python code runs only with `load_model(…,
+A model from the Hub records its commit, and later commands load that commit. Its Python code runs only with `load_model(…,
 trust_remote_code=True)` or, in a command, `--model NAME --trust-remote-code`.
 """
 
@@ -54,14 +54,14 @@ if TYPE_CHECKING:
 __all__ = ["EMBEDDED", "LanguageModel", "load_model", "model_of"]
 
 EMBEDDED = {"tiny": files("saelens_lite") / "data" / "tiny"}
-FINGERPRINT_ENTRIES = 256  # of each weight
-UNLIMITED_N_CTX = 2048  # for models without position embeddings (ALiBi, recurrent), which name no longest row
+FINGERPRINT_ENTRIES = 256  # per weight
+UNLIMITED_N_CTX = 2048  # for models that set no limit: ALiBi, recurrent
 log = logging.getLogger(__name__)
 
 
 @runtime_checkable
 class Reconstructor(Protocol):
-    """What `LanguageModel.splice` needs of a dictionary."""
+    """The part of a dictionary that `LanguageModel.splice` uses."""
 
     origin: Origin
     reads: tuple[Port, ...]
@@ -75,7 +75,7 @@ class Reconstructor(Protocol):
 
 @runtime_checkable
 class Editable(Reconstructor, Protocol):
-    """What it needs in addition when there are edits."""
+    """The part of a dictionary that `LanguageModel.splice` uses to apply edits."""
 
     def check_edits(self, edits: Sequence[Any]) -> None: ...
 
@@ -84,14 +84,14 @@ class Editable(Reconstructor, Protocol):
 
 @runtime_checkable
 class PositionedEdit(Protocol):
-    """What it needs of an edit: where it acts. What it does there is between the edit and the dictionary."""
+    """The part of an edit that `LanguageModel.splice` reads: its positions. The dictionary reads the rest."""
 
     @property
     def positions(self) -> tuple[int, ...] | slice | None: ...
 
 
 class _Enough(Exception):
-    """Raised inside a hook to end a forward pass whose remaining blocks nobody needs."""
+    """Raised inside a hook to end a forward pass after the deepest hook."""
 
 
 def load_model(
@@ -103,16 +103,19 @@ def load_model(
     center_writing_weights: bool = False,
     trust_remote_code: bool = False,
 ) -> "LanguageModel":
-    """A causal language model, frozen, in evaluation mode.
+    """Load a causal language model, frozen, in evaluation mode.
 
-    `name` is "tiny" (embedded, no network), a local folder, or a Hugging Face Hub id such as "gpt2". `device` defaults to
-    CUDA where there is one, else MPS where it works, else the CPU. `center_writing_weights`: see
-    `LanguageModel.center_writing_weights_`. `trust_remote_code` runs Python code that comes with the model's files, which may
-    do anything; without it such a model is refused, and nobody is asked on the terminal.
+    Args:
+        name: "tiny" (embedded, no network), a local folder, or a Hugging Face Hub id such as "gpt2".
+        device: Default: CUDA if available, else MPS if it works, else the CPU.
+        revision: Branch, tag or commit on the Hub.
+        center_writing_weights: Apply `LanguageModel.center_writing_weights_`.
+        trust_remote_code: Run Python code that comes with the model's files. It may do anything. Without this, a model that
+            needs such code is refused; there is no prompt on the terminal.
 
     Raises:
-        ModelNotFoundError: no such model, no network, an architecture transformers does not know, or a model that needs
-            code of its own.
+        ModelNotFoundError: the model does not exist, the Hub cannot be reached, transformers does not know the architecture,
+            or the model needs its own code.
         ConfigError: the writing weights of this model cannot be centred.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -148,8 +151,8 @@ def load_model(
         if bars:
             hf_logging.enable_progress_bar()
     if tokenizer is None or set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
-        log.warning("%s has no tokenizer: it takes token ids, and text is refused", name)
-        tokenizer = None  # transformers makes up one that knows only special tokens
+        log.warning("%s has no tokenizer: it takes token ids only, not text", name)
+        tokenizer = None  # transformers makes one that knows only special tokens
     lm = LanguageModel(module.to(device), tokenizer, name=str(name), revision=commit)
     return lm.center_writing_weights_() if center_writing_weights else lm
 
@@ -161,24 +164,27 @@ def model_of(
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
 ) -> "LanguageModel":
-    """Return the model that dictionaries of these origins were trained on, or the named one, with its weights processed alike.
+    """Return the model that dictionaries were trained on, or the model called `name`, with the same weight processing.
 
-    The commit in the origin holds unless another model or `revision` is named. An origin comes out of a file: it cannot allow
-    code of a model to be run, and a folder of this computer that it names is mentioned in the log.
+    The commit is that of the origins, unless `name` is another model or `revision` is given. An origin is read from a file.
+    So it cannot allow a model's code to run, and a local folder that it names is mentioned in the log.
+
+    Args:
+        origins: The origins of the dictionaries. "tiny" is loaded if neither they nor `name` name a model.
 
     Raises:
-        ConfigError: the origins name several models or commits; `trust_remote_code` without a name.
-        ModelNotFoundError: as `load_model`.
+        ConfigError: the origins name several models or commits, or `trust_remote_code` is set without a name.
+        ModelNotFoundError: see `load_model`.
     """
     places = list(dict.fromkeys((o.model, o.revision) for o in origins if o.model is not None and name in (None, o.model)))
-    found = ", ".join(model if commit is None else f"{model} at {commit}" for model, commit in places)
+    named = ", ".join(model if commit is None else f"{model} at {commit}" for model, commit in places)
     if len({model for model, _ in places}) > 1:
-        raise ConfigError(f"the dictionaries were trained on several models: {found}; name the one to use")
+        raise ConfigError(f"the dictionaries were trained on several models: {named}; name the one to use")
     if revision is None and len(places) > 1:
-        raise ConfigError(f"the dictionaries were trained on several commits of one model: {found}; name the revision to use")
+        raise ConfigError(f"the dictionaries were trained on several commits of one model: {named}; name the revision to use")
     model, commit = places[0] if places else (None, None)
     if name is None and trust_remote_code:
-        raise ConfigError(f"only code of a model that you name is run; name the model as well, if you trust {model or 'tiny'}")
+        raise ConfigError(f"trust_remote_code needs the name of the model; if you trust {model or 'tiny'}, name it as well")
     if name is None and model is not None:
         mention_folder(model)
     return load_model(
@@ -191,35 +197,35 @@ def model_of(
 
 
 def mention_folder(name: str) -> None:
-    """Say in the log that a file, not the user, names a folder of this computer as the model to load."""
+    """Log a warning if a model name that was read from a file is a local folder."""
     if name not in EMBEDDED and Path(name).expanduser().is_dir():
-        log.warning("the model is the folder %s, which a file names; if that is not your model, name yours", name)
+        log.warning("loading the model from the folder %s, as a file says; if that is not your model, name yours", name)
 
 
 def _needs_code(name: str | Path) -> ModelNotFoundError:
     return ModelNotFoundError(
         f"the model {str(name)!r} needs Python code that comes with its files, which was not run; read that code, and if you "
-        f"trust it say load_model({str(name)!r}, trust_remote_code=True), or --trust-remote-code in a command"
+        f"trust it, call load_model({str(name)!r}, trust_remote_code=True), or --trust-remote-code in a command"
     )
 
 
 def _names_kernels(config: Any) -> bool:
-    """Return whether settings of a model name code on the Hub that computes its attention or its experts."""
+    """Return whether a model's config names code on the Hub for its attention or its experts."""
     parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
     kinds = ("_attn_implementation", "_experts_implementation")
     return any("/" in str(getattr(part, kind, None)) for part in parts for kind in kinds)
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    """Return whether a model folder has any of the files that tokenizers are kept in."""
+    """Return whether a model folder has any of the usual tokenizer files."""
     patterns = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.spm", "*.tiktoken", "tekken.json")
     return any(any(folder.glob(pattern)) for pattern in patterns)
 
 
 def _on_hub(name: str, revision: str | None) -> tuple[str, bool]:
-    """The commit of a model on the Hub, and whether only the cache has its files.
+    """Return the commit of a model on the Hub, and whether its files must come from the cache.
 
-    transformers alone would try to reach the Hub for half a minute before it looks into the cache.
+    Without a network, transformers alone would try to reach the Hub for half a minute before it looks into the cache.
     """
     from saelens_lite.hub_client.models import find_model
 
@@ -230,12 +236,15 @@ def _on_hub(name: str, revision: str | None) -> tuple[str, bool]:
             f"cannot load the model {name!r}: without a network use 'tiny' or a local folder with the model's files. {error}"
         ) from None
     except HubError as error:
-        raise ModelNotFoundError(f"cannot load the model {name!r}, which is no folder here: {error}") from None
+        raise ModelNotFoundError(f"cannot load the model {name!r}, which is not a local folder: {error}") from None
 
 
 class LanguageModel(Tokenizer):
-    """A transformers model and its tokenizer; make one with `load_model`, or wrap a module of your own, which is frozen by it
-    and gets torch's fused GELU. With tokenizer=None it takes token ids only."""
+    """A transformers model and its tokenizer; `load_model` makes one.
+
+    It can also wrap your own module. This freezes the module and gives it torch's fused GELU. With tokenizer=None it takes
+    token ids only.
+    """
 
     def __init__(
         self, module: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", *, name: str, revision: str | None = None
@@ -243,29 +252,29 @@ class LanguageModel(Tokenizer):
         self.module = module.eval().requires_grad_(False)
         _processing.use_fused_gelu_(self.module)
         self.revision = revision
-        self.processing: tuple[str, ...] = ()  # what was done to the weights, which the activations therefore depend on
+        self.processing: tuple[str, ...] = ()  # changes to the weights, which change the activations
         config = module.config.get_text_config()
         self.d_model: int = config.hidden_size
         self.n_layers: int = config.num_hidden_layers
         named = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))  # the latter: MPT, DBRX
         longest = (n for n in (_n_positions(self.module), *named) if n and n > 0)  # XLNet says −1
         super().__init__(tokenizer, name=name, n_ctx=next(longest, UNLIMITED_N_CTX), d_vocab=config.vocab_size)
-        self._n_positions: int | None = None  # while generating: of the prompt and all that may follow
-        self._n_whole_rows = 0  # splices in force that need the whole row at once
-        self._aligned: Aligned | None = None  # what the current forward pass reads, where its rows were moved
+        self._n_positions: int | None = None  # during generation: length of the prompt and its longest continuation
+        self._n_whole_rows = 0  # active splices that need the whole row at once
+        self._aligned: Aligned | None = None  # the rows of the current forward pass, without left padding
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.module.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the weights are stored in."""
+        """Dtype of the weights."""
         return self.module.dtype
 
     def fingerprint(self) -> str:
-        """sha256 over some entries of each weight: tells apart models of one name, of which one was trained further."""
+        """Return the SHA-256 of some entries of each weight. It differs for models of one name with different weights."""
         digest = hashlib.sha256()
         for name, weight in self.module.named_parameters():
             entries = weight.detach().flatten()
@@ -284,7 +293,7 @@ class LanguageModel(Tokenizer):
 
     @property
     def hook_names(self) -> list[str]:
-        """The residual-stream and sublayer hooks, in the order of the forward pass."""
+        """Names of the residual-stream and sublayer hooks, in the order of the forward pass."""
         return [name for name in _hooks.usual_names(self.module, self._architecture) if self._identities.holds(name)]
 
     @property
@@ -296,33 +305,35 @@ class LanguageModel(Tokenizer):
     def hook_point(self, name: str) -> _hooks.HookPoint:
         """Return the module and side that a hook name stands for.
 
-        hook_resid_mid, hook_attn_out, hook_mlp_out, hook_embed and hook_pos_embed promise that tensors add up; the first use
-        of one checks this on a forward pass over four tokens.
+        hook_resid_mid, hook_attn_out, hook_mlp_out, hook_embed and hook_pos_embed promise that tensors add up. Their first
+        use checks this on a forward pass over four tokens.
 
         Raises:
-            HookError: the model has no such hook, or none whose tensors add up; the message says what to use instead.
+            HookError: the model has no such hook, or its tensors do not add up; the message names a hook to use instead.
         """
         return self._identities.point(name)
 
     def center_writing_weights_(self) -> "LanguageModel":
-        """This model, with the mean over d_model taken out of everything that is added to the residual stream: the
-        embeddings, and the output weights and biases of attention and MLP. Its logits stay the same, because each LayerNorm
-        takes the mean out anyway; its stream has mean zero. `processing` tells, and is kept with caches and dictionaries.
+        """Subtract the mean over d_model from everything that is added to the residual stream, and return this model.
+
+        These are the embeddings, and the output weights and biases of attention and MLP. The stream then has mean zero. The
+        logits stay the same, because each LayerNorm subtracts the mean anyway. `processing` records the change, and caches
+        and dictionaries store it.
 
         Raises:
-            ConfigError: a norm of the model is no LayerNorm, or transformer-lens does not say what writes to the stream.
+            ConfigError: a norm of the model is not a LayerNorm, or transformer-lens does not say what writes to the stream.
         """
         _processing.center_writing_weights_(self.module, self._architecture)
         self.processing = (_processing.CENTER_WRITING_WEIGHTS,)
         return self
 
     def redrawn(self, seed: int = 0) -> "LanguageModel":
-        """A copy of this model that has learned nothing: the entries of each of its weight tensors in random order.
+        """Return a copy of this model with the entries of each weight tensor in random order, as an untrained baseline.
 
-        Each tensor keeps its scale and distribution, and weights that were shared still are.
+        Each tensor keeps its scale and distribution. Shared weights stay shared.
 
         Source: Heap, Lawson, Farnik and Aitchison 2025, Sparse autoencoders can interpret randomly initialized transformers,
-        arXiv:2501.17727, whose re-randomised models draw each tensor from a Gaussian of its mean and variance instead.
+        arXiv:2501.17727. Deviation: they draw each tensor from a Gaussian with its mean and variance.
         """
         module = copy.deepcopy(self.module)
         _processing.shuffle_weights_(module, seed)
@@ -330,9 +341,9 @@ class LanguageModel(Tokenizer):
         return redrawn.center_writing_weights_() if self.processing else redrawn
 
     def check_origin(self, origin: Origin) -> None:
-        """Raise ConfigError when activations of this origin come from a model whose weights were processed otherwise.
+        """Raise ConfigError if activations of this origin come from a model with other weight processing.
 
-        An origin that names no model says nothing about its processing.
+        An origin without a model and without processing always passes.
         """
         if origin.processing == self.processing or (origin.model is None and not origin.processing):
             return
@@ -343,17 +354,20 @@ class LanguageModel(Tokenizer):
         )
 
     def hooks_of(self, dictionary: Any, hook: str | None = None) -> Hooks:
-        """Return the hooks at which a dictionary is used here: those of its ports, or `hook` in place of the one it reads.
+        """Return the hooks that a dictionary reads and writes in this model.
+
+        Args:
+            hook: Hook to read instead of the one that the dictionary names. An autoencoder also writes there.
 
         Raises:
-            ConfigError: a port names no hook; `hook` is given for a dictionary that reads several; the dictionary is of two
-                models, or of one whose weights were processed otherwise.
+            ConfigError: a port names no hook; `hook` is given for a dictionary that reads several hooks; the dictionary
+                belongs to several models, or to one with other weight processing.
             HookError: this model lacks a hook.
         """
         self.check_origin(dictionary.origin)
         ports = (*dictionary.reads, *dictionary.writes)
         if len({port.model for port in ports}) > 1:
-            raise ConfigError(f"the dictionary is of several models; it cannot be used in {self.name} alone")
+            raise ConfigError(f"the dictionary belongs to several models; it cannot be used in {self.name} alone")
         reads, writes = ([port.hook for port in side] for side in (dictionary.reads, dictionary.writes))
         if hook is not None:
             if len(reads) > 1:
@@ -368,18 +382,18 @@ class LanguageModel(Tokenizer):
         return Hooks(tuple(reads), tuple(writes))
 
     def to_tokens(self, texts: Given, *, attention_mask: Any = None, prepend_bos: bool | None = None) -> TokenRows:
-        """Return one row for each text, with padding on the right, cut at n_ctx; or token ids as rows.
+        """Return one row for each text, cut at n_ctx, with padding on the right; or return token ids as rows.
 
         Args:
             texts: A string, strings, or a Path; or token ids [batch pos] or [pos] as tensor, array, lists, or a tokenizer's
-                output, which are taken as they stand. Padding on the left is removed where a mask tells about it.
-            attention_mask: Of token ids: 1 where there is a token, 0 where there is padding.
-            prepend_bos: Whether texts get a BOS token in front. Default: where the tokenizer has one. A text that begins
+                output. Token ids are not changed, except that padding on the left is removed if a mask marks it.
+            attention_mask: For token ids: 1 at tokens, 0 at padding.
+            prepend_bos: Put a BOS token in front of each text. Default: True if the tokenizer has one. A text that begins
                 with the BOS token gets no second one.
 
         Raises:
-            TextError: a text is empty or has no tokens; the model has no tokenizer; no text and no token ids were given.
-            ShapeError: token ids, lengths or a mask the model cannot take.
+            TextError: a text is empty or has no tokens; the model has no tokenizer; neither text nor token ids were given.
+            ShapeError: the model cannot take these token ids, lengths or mask.
             ConfigError: prepend_bos is true and the tokenizer has no BOS token.
         """
         if isinstance(texts, TokenRows) and attention_mask is None:
@@ -389,12 +403,12 @@ class LanguageModel(Tokenizer):
             return prompt_rows(self, texts, prepend_bos=prepend_bos)
         self.check_ids(ids)
         self.warn_of_leading_pads(ids)
-        rows = aligned(ids, self.pad_id)
-        found = TokenRows(rows.tokens, self.countable(rows.tokens), rows.length, ends_text=False)
-        return found if rows.length is None else found._replace(keep=found.keep & found.holds_token)
+        moved = aligned(ids, self.pad_id)
+        rows = TokenRows(moved.tokens, self.countable(moved.tokens), moved.length, ends_text=False)
+        return rows if moved.length is None else rows._replace(keep=rows.keep & rows.holds_token)
 
     def _read(self, given: Given, attention_mask: Any, prepend_bos: bool | None) -> Aligned:
-        """Return what was given as rows of token ids on the device of the model."""
+        """Return text or token ids as rows of token ids on the model's device."""
         ids = given if isinstance(given, Ids) else token_ids(given, attention_mask)
         if ids is None:
             rows = self.to_tokens(given, prepend_bos=prepend_bos)
@@ -406,7 +420,7 @@ class LanguageModel(Tokenizer):
         return aligned(Ids(ids.tokens.to(self.device), ids.mask), self.pad_id)
 
     def _forward(self, rows: Aligned, **settings: Any) -> Any:
-        """Run the module on rows; what a splice has to know of them is known to it meanwhile."""
+        """Run the module on rows. During the pass, splices see the rows in `_aligned`."""
         if rows.length is not None and not self.is_causal:
             holds = torch.arange(rows.tokens.shape[1], device=self.device) < rows.length[:, None]
             settings["attention_mask"] = holds.long()
@@ -418,7 +432,7 @@ class LanguageModel(Tokenizer):
 
     @cached_property
     def is_causal(self) -> bool:
-        """Whether each position reads only those before it, found by trying out what another last token changes."""
+        """True if no position reads a later one. A forward pass with two different last tokens tests this."""
         last = torch.arange(self.d_vocab)[-2:]
         tokens = torch.stack([torch.cat([torch.arange(3) % self.d_vocab, i[None]]) for i in last]).to(self.device)
         tokens = tokens[:, -self.n_ctx :]
@@ -426,11 +440,15 @@ class LanguageModel(Tokenizer):
             a, b = self.module(tokens, use_cache=False).logits[:, :-1].float()
         if not a.numel():
             return True
-        differ = (a - b).abs() > 1e-3 * a.abs().max()  # false where a model gives NaN, which is refused elsewhere
+        differ = (a - b).abs() > 1e-3 * a.abs().max()  # false for NaN, which other checks refuse
         return not bool(differ.any())
 
     def check_causal(self, what: str) -> None:
-        """Raise ConfigError when positions read those after them, so that there is no prediction of a next token."""
+        """Raise ConfigError if positions read later ones, so that the model does not predict the next token.
+
+        Args:
+            what: The task that needs next-token predictions, for the message.
+        """
         if not self.is_causal:
             raise ConfigError(
                 f"{what} needs a model that predicts the next token; in {type(self.module).__name__} every position reads the "
@@ -441,34 +459,34 @@ class LanguageModel(Tokenizer):
     def run(
         self, texts: Given, hooks: Sequence[str] | str, *, attention_mask: Any = None, prepend_bos: bool | None = None
     ) -> dict[str, Float[Tensor, "batch pos d"]]:
-        """Return the activations at hooks; the forward pass ends at the deepest of them.
+        """Return the activations at hooks, by hook name. The forward pass ends at the deepest hook.
 
-        Activations at padded positions mean nothing; `to_tokens(texts).keep` tells where there are tokens that count. With an
-        attention_mask, the other activations are those of the row without its padding, wherever that stands.
+        Activations at padded positions have no meaning; `to_tokens(texts).keep` is true at the tokens that count. With an
+        attention_mask, all other activations are those of the row without padding, on whichever side the padding is.
 
         Args:
-            texts: Text or token ids, as `to_tokens` takes them.
-            hooks: Names of hooks, as transformer-lens has them.
-            attention_mask, prepend_bos: As `to_tokens` takes them.
+            texts: Text or token ids; see `to_tokens`.
+            hooks: transformer-lens hook names.
+            attention_mask, prepend_bos: See `to_tokens`.
 
         Raises:
-            HookError: a hook the model does not have (near matches listed), or whose value is not [batch pos d].
-            TextError, ShapeError, ConfigError: as `to_tokens`.
+            HookError: the model lacks a hook (near matches are listed), or the value there is not [batch pos d].
+            TextError, ShapeError, ConfigError: see `to_tokens`.
         """
         names = [hooks] if isinstance(hooks, str) else list(dict.fromkeys(hooks))
         points = [self.hook_point(name) for name in names]
         if not points:
             raise ConfigError("name at least one hook")
         rows = self._read(texts, attention_mask, prepend_bos)
-        found: dict[str, Tensor] = {}
+        acts: dict[str, Tensor] = {}
 
         def keep(name: str) -> Callable[[Any], None]:
             def visit(value: Any) -> None:
                 x = _activation(name, value, rows.tokens)
-                if len(found.keys() | {name}) == len(points):
-                    found[name] = x
+                if len(acts.keys() | {name}) == len(points):
+                    acts[name] = x
                     raise _Enough
-                found[name] = x.clone()  # some models go on to overwrite it: Falcon adds the attention's output to the MLP's
+                acts[name] = x.clone()  # some models overwrite it later: Falcon adds the attention's output to the MLP's
 
             return visit
 
@@ -480,9 +498,9 @@ class LanguageModel(Tokenizer):
         finally:
             for handle in handles:
                 handle.remove()
-        if missing := names - found.keys():
-            raise HookError(f"the forward pass of {type(self.module).__name__} never came to {', '.join(sorted(missing))}")
-        return {name: rows.restored(found[name]) for name in names}
+        if missing := names - acts.keys():
+            raise HookError(f"the forward pass of {type(self.module).__name__} never reached {', '.join(sorted(missing))}")
+        return {name: rows.restored(acts[name]) for name in names}
 
     def logits(
         self,
@@ -492,16 +510,16 @@ class LanguageModel(Tokenizer):
         prepend_bos: bool | None = None,
         differentiable: bool = False,
     ) -> Float[Tensor, "batch pos d_vocab"]:
-        """Return next-token logits; a splice in force is seen by them.
+        """Return next-token logits, with all active splices applied.
 
         Args:
-            texts: Text or token ids, as `to_tokens` takes them.
-            attention_mask, prepend_bos: As `to_tokens` takes them. Logits at masked positions mean nothing.
-            differentiable: Keep the graph that leads to what a `replace` in force put in. The weights are frozen and get no
-                gradient.
+            texts: Text or token ids; see `to_tokens`.
+            attention_mask, prepend_bos: See `to_tokens`. Logits at masked positions have no meaning.
+            differentiable: Keep the graph back to the tensors that an active `replace` returned. The weights are frozen and
+                get no gradient.
 
         Raises:
-            TextError, ShapeError, ConfigError: as `to_tokens`.
+            TextError, ShapeError, ConfigError: see `to_tokens`.
         """
         rows = self._read(texts, attention_mask, prepend_bos)
         with torch.set_grad_enabled(differentiable):
@@ -511,12 +529,12 @@ class LanguageModel(Tokenizer):
     def replace(self, hook: str, new: Callable[[Float[Tensor, "batch pos d"]], Float[Tensor, "batch pos d"]]) -> Iterator[None]:
         """Replace the activation at `hook` by `new(activation)` within the block.
 
-        Some parts of some models, such as OPT's MLP, see the rows of a batch as one long row: `new` gets them apart.
+        Some modules, such as OPT's MLP, get the rows of a batch as one long row; `new` still gets [batch pos d].
 
         Raises:
-            HookError: no such hook, or its value is not [batch pos d].
+            HookError: the model has no such hook, or the value there is not [batch pos d].
         """
-        shape: list[int] = []  # [batch pos] of the forward pass under way
+        shape: list[int] = []  # [batch pos] of the current forward pass
 
         def note_shape(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             token_ids = args[0] if args else next(iter(kwargs.values()))
@@ -549,23 +567,28 @@ class LanguageModel(Tokenizer):
         hook: str | None = None,
         keep: Bool[Tensor, "batch pos"] | None = None,
     ) -> Iterator[None]:
-        """Within the block, the model reads the dictionary's reconstruction, or its own activation with some codes edited.
+        """Replace activations by the dictionary's reconstruction, or edit some of their codes, within the block.
 
-        Without edits, the activation at each hook that the dictionary writes is its output there. With edits
-        (`saelens_lite.interventions.edits`) the activation y there keeps its error term by default,
-        y + Σ_i (new_i − old_i) W_dec[i], so that nothing but the edits changes the model; error_term=False edits the output
-        instead. A dictionary of several hooks reads them in a pass of its own, in which nothing is replaced.
+        Without edits, the dictionary's output replaces the activation at each hook that it writes. With edits
+        (`saelens_lite.interventions.edits`) the activation y there becomes y + Σ_i (new_i − old_i) W_dec[i]: it keeps its
+        error term, so that only the edits change the model. A dictionary of several hooks reads them in a separate pass, in
+        which nothing is replaced.
 
-        Positions the dictionary was never trained on keep their activation, unless an edit names them: special tokens
-        wherever they stand, padding, and the positions its origin excludes, by default position 0. `keep` chooses the positions
-        that may change instead.
+        Positions on which dictionaries are not trained keep their activation unless an edit names them: special tokens,
+        padding, and the positions that the dictionary's origin excludes, by default position 0.
+
+        Args:
+            error_term: Keep the error term of the activation; False: apply edits to the reconstruction. Default: True with
+                edits, False without.
+            hook: Hook to read instead of the one that the dictionary names; see `hooks_of`.
+            keep: Positions that may change, instead of the default above.
 
         Raises:
-            HookError: this model lacks a hook of the dictionary, or comes to the one it writes before the one it reads.
-            ConfigError: the dictionary belongs to a model whose weights were processed otherwise; a port names no hook; an edit
-                of a latent that the dictionary does not have; a dictionary of several hooks, and a pass with a cache.
-            ShapeError: the dictionary has another width than the hook; an edit names a position behind the end of the row;
-                `keep` is of another shape than the tokens.
+            HookError: this model lacks a hook of the dictionary, or computes the hook it writes before the one it reads.
+            ConfigError: the dictionary belongs to a model with other weight processing; a port names no hook; an edit names
+                a latent that the dictionary does not have; a dictionary of several hooks is used in a pass with a cache.
+            ShapeError: the dictionary and the hook differ in width; an edit names a position beyond the end of the row;
+                `keep` and the tokens differ in shape.
         """
         hooks = self.hooks_of(dictionary, hook)
         edits = [edits] if isinstance(edits, PositionedEdit) else edits
@@ -573,7 +596,7 @@ class LanguageModel(Tokenizer):
         if edits:
             dictionary.check_edits(edits)
         in_place = hooks.reads == hooks.writes and len(hooks.reads) == 1
-        reads_first = len(hooks.reads) + len(hooks.writes) > 2  # in a pass of its own
+        reads_first = len(hooks.reads) + len(hooks.writes) > 2  # in a separate pass
         read: dict[str, Tensor] = {}
         written: dict[str, Tensor] = {}
         ids: list[Tensor | None] = [None]
@@ -613,7 +636,7 @@ class LanguageModel(Tokenizer):
             return chosen
 
         def output(chosen: Tensor, position: Tensor) -> None:
-            """Note what is written at each hook: the reconstruction, or what the edits add to the activation."""
+            """Compute the tensors to write at each hook: the reconstruction, and what the edits add to the activation."""
             x = together(read, hooks.reads)
             dictionary.check_input(x)
             if not error_term:
@@ -644,7 +667,7 @@ class LanguageModel(Tokenizer):
 
         def look(name: str) -> Callable[[Tensor], Tensor]:
             def note(x: Tensor) -> Tensor:
-                read[name] = x.clone()  # some models go on to overwrite it
+                read[name] = x.clone()  # some models overwrite it later
                 return x
 
             return note
@@ -665,7 +688,7 @@ class LanguageModel(Tokenizer):
         self._n_whole_rows -= n
 
     def check_order(self, hook: str, target: str) -> None:
-        """Raise HookError when the model comes to `target` before `hook`, from which a dictionary predicts it."""
+        """Raise HookError if the model computes `target` before `hook`, from which a dictionary predicts it."""
         met: list[str] = []
 
         def noting(name: str) -> Callable[[Tensor], Tensor]:
@@ -679,12 +702,12 @@ class LanguageModel(Tokenizer):
     def _named_positions(
         self, edit: "PositionedEdit", position: Int[Tensor, " pos"], chosen: Bool[Tensor, "*batch pos"], only_chosen: bool
     ) -> Bool[Tensor, "*_batch pos"]:
-        """Where an edit acts: at the positions it names, or, if it names none, at the chosen ones."""
+        """Return where an edit acts: at the positions it names, or at the chosen ones if it names none."""
         named = edit.positions
         if named is None:
             return chosen
         if isinstance(named, slice):
-            span = range(*named.indices(self.n_ctx))  # of millions of positions, for some models
+            span = range(*named.indices(self.n_ctx))  # up to millions of positions in some models
             here = (position >= span.start) & (position < span.stop) & ((position - span.start) % span.step == 0)
         else:
             n = self._n_positions or int(position[-1]) + 1
@@ -707,12 +730,16 @@ class LanguageModel(Tokenizer):
         """Return the prompt and its continuation, up to `max_new_tokens`, the end of the model's context or an EOS token.
 
         EOS tokens are the tokenizer's and those of the module's `generation_config`; the text does not include them.
-        Temperature 0 takes the likeliest token each time. A splice in force acts on every position as in a single pass over
-        the whole text, whether the model has a key-value cache or not. `prepend_bos`: as `to_tokens` takes it.
+        Active splices act on every position as in a single pass over the whole text, with or without a key-value cache.
+
+        Args:
+            temperature: 0 takes the likeliest token each time.
+            top_k: Draw from the k likeliest tokens; None: from all.
+            prepend_bos: See `to_tokens`.
 
         Raises:
-            ConfigError: a temperature that is negative or not finite; top_k or max_new_tokens below 1.
-            TextError, ShapeError: an empty prompt, or one that fills the model's context.
+            ConfigError: the temperature is negative or not finite; top_k or max_new_tokens is below 1.
+            TextError, ShapeError: the prompt is empty, or fills the model's context.
             NonFiniteError: the logits are NaN or infinite.
         """
         return _generation.generate(
@@ -721,8 +748,10 @@ class LanguageModel(Tokenizer):
 
     @cached_property
     def has_usable_cache(self) -> bool:
-        """Whether the model's key-value cache gives the logits of a whole pass, tried on a few tokens; else generation
-        recomputes the row for each new token."""
+        """True if passes with the model's key-value cache give the logits of a whole pass, tested on a few tokens.
+
+        Otherwise generation recomputes the whole row for each new token.
+        """
         with _hooks.alone():
             usable = _generation.cache_is_usable(self)
         if not usable:
@@ -730,11 +759,11 @@ class LanguageModel(Tokenizer):
         return usable
 
     def unembedding(self, *, fold_norm: bool = True) -> Float[Tensor, "d_vocab d_model"]:
-        """Return W_U with the final norm's scale folded in, or, without fold_norm, as it is.
+        """Return W_U with the final norm's scale folded in; with fold_norm=False, return W_U itself.
 
-        A direction's dot product with a row is its effect on that token's logit, up to the positive factor the norm divides
-        by and a shift common to all tokens. A projection between norm and head is multiplied in. Post-norm models have no
-        final norm: there, effects are those of the last block's output, and the norms inside blocks do not count.
+        The dot product of a direction with a row is the direction's effect on that token's logit, up to the positive factor
+        that the norm divides by and a shift common to all tokens. A projection between norm and head is multiplied in.
+        Post-norm models have no final norm: there, effects are those of the last block's output, without the block's norms.
 
         Raises:
             ConfigError: there is more than a norm and a projection between the last block and the head.
@@ -749,9 +778,9 @@ class LanguageModel(Tokenizer):
         return weight - weight.mean(1, keepdim=True) if norm.centres else weight
 
     def final_norm_divisor(self, x: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape"]:
-        """Return the positive factor by which the final norm divides the last block's output; 1 without such a norm.
+        """Return the positive factor by which the final norm divides the last block's output x; 1 without such a norm.
 
-        `x @ unembedding().T / final_norm_divisor(x)` are the logits up to what does not depend on x.
+        `x @ unembedding().T / final_norm_divisor(x)` are the logits up to terms that do not depend on x.
         """
         norm, before = self._final_norm, self._readout.before
         if norm is None:
@@ -768,10 +797,10 @@ class LanguageModel(Tokenizer):
         return None if norm is None else _norms.FinalNorm.of(norm, self.d_model)
 
     def bridge(self) -> Any:
-        """transformer-lens's TransformerBridge on a copy of this model, for everything hooks here do not cover."""
+        """Return a transformer-lens TransformerBridge on a copy of this model, for tasks that these hooks do not cover."""
         from transformer_lens.model_bridge import TransformerBridge
 
-        module = copy.deepcopy(self.module)  # it is switched to eager attention and its blocks are wrapped
+        module = copy.deepcopy(self.module)  # the bridge switches it to eager attention and wraps its blocks
         module.config.architectures = [type(module).__name__]
         where = str(EMBEDDED.get(self.name, self.name))
         return TransformerBridge.boot_transformers(
@@ -794,9 +823,9 @@ def _n_cached(past: Any) -> int:
 
 
 def _n_positions(module: nn.Module) -> int | None:
-    """Return how many tokens the position embeddings reach, where some of them are set aside for padding; else None.
+    """Return the number of usable position embeddings if some are reserved for padding; else None.
 
-    RoBERTa counts positions from padding_idx + 1 on, so the last rows of its table are never used for more tokens.
+    RoBERTa counts positions from padding_idx + 1, so the rows of its table up to padding_idx belong to no token.
     """
     for name, part in module.named_modules():
         if name.endswith("position_embeddings") and isinstance(part, nn.Embedding) and part.padding_idx is not None:
@@ -805,7 +834,7 @@ def _n_positions(module: nn.Module) -> int | None:
 
 
 def _activation(name: str, value: Any, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d"]:
-    """The value at a hook as activations; HookError when it holds none."""
+    """Return the value at a hook as activations. Raise HookError if its shape or dtype is not that of activations."""
     batch, pos = tokens.shape
     if isinstance(value, Tensor) and value.is_floating_point():
         if value.ndim == 3 and value.shape[:2] in ((batch, pos), (1, pos)):  # position embeddings lack the batch
@@ -816,16 +845,16 @@ def _activation(name: str, value: Any, tokens: Int[Tensor, "batch pos"]) -> Floa
 
 
 def _target_first(hook: str, target: str) -> HookError:
-    return HookError(f"the model comes to {target} before {hook}, from which the dictionary predicts it")
+    return HookError(f"the model computes {target} before {hook}, from which the dictionary predicts it")
 
 
 def _as(y: Float[Tensor, "batch pos d"], new: Tensor, hook: str) -> Float[Tensor, "batch pos d"]:
-    """What a dictionary gives for an activation, in its dtype; ShapeError when it has another shape."""
+    """Return a dictionary's output in the dtype of the activation y. Raise ShapeError if their shapes differ."""
     if new.shape != y.shape:
         raise ShapeError(f"the dictionary gives {list(new.shape)}; {hook} of this model is {list(y.shape)}")
     return new.to(y.dtype)
 
 
 def _shape(value: Any) -> str:
-    """What a hook saw, for an error message."""
+    """Return the shape or type of the value at a hook, for an error message."""
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

@@ -1,4 +1,4 @@
-"""Text that a model writes on from a prompt, with a key-value cache where the model has one that can be trusted."""
+"""Text generation from a prompt, with a key-value cache if the model has one that gives correct logits."""
 
 import logging
 import math
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saelens_lite.errors import ConfigError, NonFiniteError, ShapeError, TextError
 
-PROBE_PROMPT, PROBE_STEPS = 6, 3  # tokens on which a cache is tried: more than the width of the usual convolutions
+PROBE_PROMPT, PROBE_STEPS = 6, 3  # tokens for the test of a cache: more than the width of usual convolutions
 log = logging.getLogger(__name__)
 
 
@@ -33,13 +33,13 @@ def generate(
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens = {max_new_tokens}; expected 1 or more")
     if not isinstance(prompt, str):
-        raise TextError(f"a prompt is one string; found a {type(prompt).__name__}")
+        raise TextError(f"a prompt must be one string; found a {type(prompt).__name__}")
     lm.check_causal("generate")
     tokens = lm._read(prompt, None, prepend_bos).tokens
     if tokens.shape[1] >= lm.n_ctx:
         length = len(lm.text_tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
         raise ShapeError(
-            f"the prompt has {length} tokens; {lm.name} reads at most {lm.n_ctx} with the BOS token and the continuation: "
+            f"the prompt has {length} tokens; {lm.name} reads at most {lm.n_ctx} with the BOS token and the continuation; "
             "shorten the prompt"
         )
     n_new = min(max_new_tokens, lm.n_ctx - tokens.shape[1])
@@ -72,7 +72,7 @@ def _choose(
 ) -> Int[Tensor, "one one"]:
     """Return the next token: the likeliest at temperature 0, else a draw."""
     if not torch.isfinite(logits.max()):  # NaN counts as the largest
-        raise NonFiniteError("the model's logits are NaN or infinite; does an edit put in too large a value?")
+        raise NonFiniteError("the model's logits are NaN or infinite; is the value of an edit too large?")
     likeliest = logits.argmax(-1, keepdim=True)
     if temperature == 0:
         return likeliest
@@ -80,13 +80,13 @@ def _choose(
         floor = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < floor, -torch.inf)
     logits = logits / temperature
-    if not torch.isfinite(logits.max()):  # so cold that they overflow
+    if not torch.isfinite(logits.max()):  # a temperature so low that they overflow
         return likeliest
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 
 
 def _cached_logits(lm: Any) -> Callable[[Int[Tensor, "one pos"]], Float[Tensor, "one d_vocab"]]:
-    """Return a function from a growing row to its next-token logits that runs the model over the new tokens only."""
+    """Return a function from a growing row to its next-token logits; it runs the model over the new tokens only."""
     past: Any = None
     n_done = 0
 
@@ -100,16 +100,16 @@ def _cached_logits(lm: Any) -> Callable[[Int[Tensor, "one pos"]], Float[Tensor, 
 
 
 def _recomputed_logits(lm: Any) -> Callable[[Int[Tensor, "one pos"]], Float[Tensor, "one d_vocab"]]:
-    """Return a function from a row to its next-token logits that runs the model over the whole row."""
+    """Return a function from a row to its next-token logits; it runs the model over the whole row."""
     return lambda tokens: lm.module(tokens, use_cache=False).logits[:, -1].float()
 
 
 @torch.no_grad()
 def cache_is_usable(lm: Any) -> bool:
-    """Try on a few tokens whether the model gives the same logits with a key-value cache as without.
+    """Return whether the model gives the same logits with a key-value cache as without, tested on a few tokens.
 
     They may differ by the square root of the rounding unit, relative to the largest logit. Recurrent models have another
-    kind of cache or none, and some models give other logits with theirs.
+    kind of cache or none, and some models give different logits with their cache.
     """
     n = min(PROBE_PROMPT + PROBE_STEPS, lm.n_ctx)
     generator = torch.Generator().manual_seed(0)
@@ -126,7 +126,7 @@ def cache_is_usable(lm: Any) -> bool:
                 return False
             parts.append(out.logits.float())
         error = (torch.cat(parts, dim=1) - recomputed).abs().max()
-    except Exception as why:  # each family has its own for a cache that is not there
+    except Exception as why:  # a missing cache raises a different error in each model family
         log.debug("%s with a cache: %s: %s", type(lm.module).__name__, type(why).__name__, why)
         return False
     eps = max(torch.finfo(dtype).eps for dtype in (lm.dtype, torch.float32))

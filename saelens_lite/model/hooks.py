@@ -1,8 +1,8 @@
-"""transformer-lens hook names, found on the plain transformers module.
+"""transformer-lens hook names as places in the plain transformers module.
 
-transformer-lens knows, for every architecture it supports, which module of the transformers model a component is; so
-its hook names can be served without its bridge, which would force eager attention and keep every activation.
-This is the one place that imports transformer_lens.
+transformer-lens knows which module of the transformers model each component is, for every architecture that it supports. So
+its hook names work here without its bridge, which would force eager attention and keep every activation.
+Apart from `LanguageModel.bridge`, only this file imports transformer_lens.
 """
 
 import re
@@ -22,7 +22,7 @@ USUAL_HOOKS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn
 
 STREAM = "the residual stream that the norm before attention reads"
 PLAIN = "the norm's output before its weight and bias"
-RELATED = {  # names of transformer-lens that are no module's input or output: how each is related to other hooks
+RELATED = {  # names that are not the input or output of a module: the relation of each to other hooks
     "hook_mlp_in": {
         "the residual stream that the MLP's norm reads": ("hook_resid_mid",),
         "the residual stream before the norm whose output the MLP reads": ("mlp.hook_in", "mlp.in.hook_in"),
@@ -38,7 +38,7 @@ _in_force: ContextVar[object] = ContextVar("in_force", default=None)
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Within the block, only hook points that are put there act; those in force before stay silent."""
+    """Silence the hooks from outside the block; within it, only hooks that are added there act."""
     token = _in_force.set(object())
     try:
         yield
@@ -58,9 +58,9 @@ class Handles(list[RemovableHandle]):
 class HookPoint(NamedTuple):
     """A place in the model: the tensor that enters or leaves a module, times `scale`.
 
-    The scale is not 1 where the model multiplies a module's output before it adds it to the residual stream. `block`: the
-    block whose output is this tensor plus what the module and those after it make of it, so that a change goes to both.
-    `read_only`: why the tensor cannot be replaced, if it cannot.
+    The scale is not 1 if the model multiplies a module's output before it adds it to the residual stream. `block`: the block
+    whose output is this tensor plus the output of the modules that read it; a change of the tensor is also added there.
+    `read_only`: the reason why the tensor cannot be replaced, if any.
     """
 
     name: str
@@ -71,12 +71,12 @@ class HookPoint(NamedTuple):
     read_only: str = ""
 
     def on_value(self, visit: Callable[[Any], Any]) -> RemovableHandle | Handles:
-        """Call `visit` with the value on each forward; what it returns, unless None, takes the value's place."""
+        """Call `visit` with the value on each forward pass; its result, unless None, replaces the value."""
         if self.read_only:
             visit = self._refusing(visit)
         if self.block is None:
             return self._on_value(visit)
-        changes: list[Tensor] = []  # of the forward pass under way
+        changes: list[Tensor] = []  # of the current forward pass
         own = _in_force.get()
 
         def note_change(value: Any) -> Any:
@@ -94,7 +94,7 @@ class HookPoint(NamedTuple):
         return Handles([self._on_value(note_change), self.block.register_forward_hook(carry, prepend=True)])
 
     def _refusing(self, visit: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """Raise HookError when `visit` returns another tensor."""
+        """Return a `visit` that raises HookError if it returns another tensor."""
 
         def look(value: Any) -> None:
             new = visit(value)
@@ -131,7 +131,7 @@ class HookPoint(NamedTuple):
         return self.module.register_forward_hook(after)
 
     def _scaled(self, visit: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """Show `visit` the value times the scale, and divide what it returns by the scale."""
+        """Return a `visit` that gets the value times the scale, and whose result is divided by the scale."""
         if self.scale == 1:
             return visit
 
@@ -150,13 +150,13 @@ class Architecture(NamedTuple):
 
 
 def architecture(module: nn.Module, name: str) -> Architecture:
-    """What transformer-lens knows of a transformers model.
+    """Return transformer-lens's description of a transformers model.
 
     Raises:
         ModelNotFoundError: transformer-lens does not know the architecture.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its import warns about optional parts we do not use
+        warnings.simplefilter("ignore")  # its import warns about optional parts that we do not use
         from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
         from transformer_lens.model_bridge import TransformerBridge
         from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
@@ -165,11 +165,11 @@ def architecture(module: nn.Module, name: str) -> Architecture:
         try:
             config = build_bridge_config_from_hf(module.config, known_as, name, module.dtype)
             components = ArchitectureAdapterFactory.select_architecture_adapter(config).component_mapping
-        except (ValueError, ImportError) as error:  # it may need torchvision for a model that sees
+        except (ValueError, ImportError) as error:  # vision models may need torchvision
             raise ModelNotFoundError(f"transformer-lens has no hooks for {known_as} ({name}): {error}") from None
     if "blocks" in components and _enter(components["blocks"], module) is None:
         raise ModelNotFoundError(
-            f"{known_as} ({name}) has no {components['blocks'].name}, where transformer-lens looks for blocks"
+            f"{known_as} ({name}) has no module {components['blocks'].name}, in which transformer-lens expects its blocks"
         )
     no_activations = {"rotary_emb"}  # its output is a pair of tables
     return Architecture(
@@ -190,13 +190,13 @@ def resolve(name: str, module: nn.Module, known: Architecture) -> HookPoint:
 
 
 def find(name: str, module: nn.Module, known: Architecture) -> HookPoint | None:
-    """Return the place that a hook name stands for; None where the model has no such hook."""
+    """Return the place that a hook name stands for, or None if the model has no such hook."""
     place = _walk(name.split("."), known.components, known.aliases, module)
     return None if place is None else HookPoint(name, *place)
 
 
 def no_such_hook(name: str, module: nn.Module, known: Architecture, exists: Callable[[str], bool]) -> HookError:
-    """Say that the model has no such hook, and which of those that exist to use instead."""
+    """Return the error for a hook that the model lacks; its message names hooks to use instead."""
     if not (hint := _related(name, module, known, exists)):
         spelled = [other for other in _spelled_names(module, known) if exists(other)]
         usual = [other for other in usual_names(module, known) if exists(other)]
@@ -248,10 +248,12 @@ def _spelled_names(module: nn.Module, known: Architecture) -> list[str]:
 
 
 def _related(name: str, module: nn.Module, known: Architecture, exists: Callable[[str], bool]) -> str:
-    """Name a hook that holds nearly the tensor asked for, and say how the two are related; else an empty string."""
+    """Return a hint that names a hook with a related tensor and their relation; "" if there is no such hook."""
     parent, _, last = name.rpartition(".")
     if last in DENSE and parent.endswith("mlp") and exists(f"{parent}.hook_out"):
-        return f"; its MLP is a mixture of experts, each with tensors of its own: use {parent}.hook_in or {parent}.hook_out"
+        return (
+            f"; its MLP is a mixture of experts, and each expert has its own tensors: use {parent}.hook_in or {parent}.hook_out"
+        )
     for suffix, relations in RELATED.items():
         if name != suffix and not name.endswith("." + suffix):
             continue
@@ -281,7 +283,7 @@ def _n_blocks(module: nn.Module, known: Architecture) -> int:
 
 
 def _enter(component: Any, module: nn.Module) -> nn.Module | None:
-    """Return the module that a component stands for inside another; None where that lacks it."""
+    """Return the module that a component stands for inside `module`, or None if there is no such module."""
     try:
         return module.get_submodule(component.name) if component.name else module
     except AttributeError:
@@ -289,8 +291,8 @@ def _enter(component: Any, module: nn.Module) -> nn.Module | None:
 
 
 Place = tuple[nn.Module, str, float]  # module, side, scale
-Alias = str | list[str] | tuple[str, float]  # another name, the first that exists of several, or one and a scale
-DENSE = {  # hooks of an MLP that is one of a mixture's dense layers
+Alias = str | list[str] | tuple[str, float]  # another name, names of which the first that exists counts, or a name and a scale
+DENSE = {  # hooks of a dense MLP in a mixture-of-experts model
     "hook_pre": ["dense_gate.hook_out", "dense_in.hook_out"],
     "hook_pre_linear": ["dense_in.hook_out"],
     "hook_post": ["dense_out.hook_in"],
@@ -298,9 +300,9 @@ DENSE = {  # hooks of an MLP that is one of a mixture's dense layers
 
 
 def _aliases(component: Any, aliases: dict[str, Any], inside: dict[str, Any], module: nn.Module) -> dict[str, Alias]:
-    """Return the names that stand for other names in a component, as they are at this very module."""
+    """Return the names that stand for other names in a component, as they apply to this module."""
     aliases = dict(aliases)
-    if hasattr(component, "DENSE_SUBMODULE_KEYS"):  # a mixture of experts, in some layers of which there is one plain MLP
+    if hasattr(component, "DENSE_SUBMODULE_KEYS"):  # a mixture of experts; some of its layers have one plain MLP instead
         is_dense = "dense_out" in inside and _enter(inside["dense_out"], module) is not None
         for name, targets in DENSE.items():
             aliases.pop(name, None)
@@ -320,7 +322,7 @@ def _aliases(component: Any, aliases: dict[str, Any], inside: dict[str, Any], mo
 
 
 def _walk(path: list[str], children: dict[str, Any], aliases: dict[str, Alias], module: nn.Module) -> Place | None:
-    """Follow a dotted name through components, their aliases and list indices; None where it leads nowhere."""
+    """Return the place that a dotted name leads to through components, aliases and list indices, or None."""
     head, rest = path[0], path[1:]
     if head in children and rest:
         component = children[head]
@@ -334,7 +336,7 @@ def _walk(path: list[str], children: dict[str, Any], aliases: dict[str, Alias], 
         inside = component.submodules or {}
         if rest in (["hook_in"], ["hook_out"]):
             side = rest[0].removeprefix("hook_")
-            if component.name is None:  # parts without a module around them: what enters the first and leaves the last
+            if component.name is None:  # no module holds the parts: take the input of the first or the output of the last
                 return _walk([side, *rest], inside, {}, inner)
             return inner, side, getattr(component, "_output_contribution_scale", 1.0) if side == "out" else 1.0
         return _walk(rest, inside, _aliases(component, component.hook_aliases or {}, inside, inner), inner) if rest else None

@@ -4,9 +4,9 @@
     resid_pre + attn_out + mlp_out = resid_post     (attention and MLP in parallel)
     embed + pos_embed = the first resid_pre
 
-transformer-lens says which module of a transformers model each name stands for. Some models scale what a module gives, pass it
-through a norm or add a third part to the sum; the module's output is then another tensor than the name means. The pass runs
-when such a name is first asked for. It takes four tokens, and hooks in force do not act on it.
+transformer-lens says which module of a transformers model each name stands for. Some models scale the module's output, pass
+it through a norm, or add a third term to the sum. Then the module's output is not the tensor that the name means. The check
+runs when such a name is first used, on four tokens. Active hooks do not act on this pass.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ from saelens_lite.model.hooks import Architecture, HookPoint, alone, find, no_su
 N_TOKENS = 4
 ROUNDINGS = 8  # a sum may be off by this many times the rounding error of its terms
 MID, ATTN, MLP = "hook_resid_mid", "hook_attn_out", "hook_mlp_out"
-INSTEAD = {  # where the output of a sublayer may be instead, if transformer-lens names another tensor
+INSTEAD = {  # other places of each tensor, if transformer-lens names a wrong one
     MID: ("mlp.hook_in",),
     ATTN: ("ln1_post.hook_out", "attn.hook_out", "attn.o.hook_out", "ln2.hook_out"),
     MLP: ("ln2_post.hook_out", "mlp.hook_out", "mlp.out.hook_out"),
@@ -32,20 +32,20 @@ EMBED, POS_EMBED = "hook_embed", "hook_pos_embed"
 EMBEDDINGS = (EMBED, "embed_ln.hook_out", "embed.hook_out")
 READ_BY_MLP = ("mlp.hook_in", "mlp.in.hook_in")
 
-Verdict = HookPoint | str  # the place a name stands for, or why the model has none
+Verdict = HookPoint | str  # the place that a name stands for, or the reason why the model has none
 
 
 class Identities:
-    """The hook names of a model whose meaning is an equation, each with its place or the reason why it has none."""
+    """The hook names of a model that promise an equation, each with its place or the reason why it has none."""
 
     def __init__(self, module: nn.Module, known: Architecture):
         self.module, self.known = module, known
 
     def point(self, name: str) -> HookPoint:
-        """Return the place whose tensor a hook name means.
+        """Return the place of the tensor that a hook name means.
 
         Raises:
-            HookError: the model has no such hook, or no tensor that satisfies the name's equation.
+            HookError: the model has no such hook, or no tensor satisfies the name's equation.
         """
         point = self.find(name)
         if point is None:
@@ -56,7 +56,7 @@ class Identities:
         verdict = self._verdicts.get(block) or self._verdicts.get(name, point)
         if isinstance(verdict, HookPoint):
             return verdict
-        raise HookError(f"{name} of {type(self.module).__name__} cannot be served: {verdict}")
+        raise HookError(f"{name} of {type(self.module).__name__} is not available: {verdict}")
 
     def holds(self, name: str) -> bool:
         """Return whether the model has a hook of this name."""
@@ -69,11 +69,11 @@ class Identities:
         return True
 
     def find(self, name: str) -> HookPoint | None:
-        """Return the place that transformer-lens names; None where there is none."""
+        """Return the place that transformer-lens names, or None."""
         return find(name, self.module, self.known)
 
     def _is_checked(self, name: str) -> bool:
-        """Return whether a name promises an equation, or is in a stack of blocks that may run more than once in a pass."""
+        """Return whether a name needs a check: it promises an equation, or its block may run more than once in a pass."""
         stack, *path = name.split(".")
         is_stack = getattr(self.known.components.get(stack), "is_list_item", False)
         return name in (EMBED, POS_EMBED) or (is_stack and (stack != "blocks" or (path[-1] in INSTEAD and len(path) == 2)))
@@ -87,7 +87,7 @@ class Identities:
 
     @cached_property
     def _verdicts(self) -> dict[str, Verdict]:
-        """The verdict on each name that is checked, and the reason why no name of a block can be served."""
+        """The verdict on each checked name, and, by the name of a block, the reason why none of its hooks exists."""
         noted, verdicts = Noted(), dict[str, Verdict]()
         embeddings = {
             key: self.known.components[key] for key in ("embed", "embed_ln", "pos_embed") if key in self.known.components
@@ -112,14 +112,19 @@ class Identities:
                 stack.callback(block.register_forward_hook(judge(prefix, block, inside)).remove)
             try:
                 self.module(probe_tokens(self.module), use_cache=False)
-            except Exception as error:  # a model that reads more than token ids
-                reason = f"a forward pass on token ids, to check what it is, fails ({' '.join(str(error).split())[:200]})"
+            except Exception as error:  # a model that needs more than token ids
+                reason = f"the forward pass on token ids that would check it fails ({' '.join(str(error).split())[:200]})"
                 names = [EMBED, POS_EMBED, *(f"{prefix}.{hook}" for prefix, *_ in blocks for hook in INSTEAD)]
                 return dict.fromkeys(names, f"{reason}: {type(error).__name__}")
         return verdicts
 
     def _of_embeddings(self, noted: "Noted", prefix: str, first: Tensor | None) -> dict[str, Verdict]:
-        """Return the verdicts on hook_embed and hook_pos_embed, given the first block's name and what enters it."""
+        """Return the verdicts on hook_embed and hook_pos_embed.
+
+        Args:
+            prefix: Name of the first block.
+            first: Input of the first block.
+        """
         added = self.find(POS_EMBED)
         positions = noted.at(added)
         for name in EMBEDDINGS:
@@ -129,19 +134,19 @@ class Identities:
                 continue
             point = point._replace(name=EMBED)
             if is_sum(first, embedding):
-                reason = "the embedding that enters the first block has it inside; use pos_embed.hook_out for it alone"
+                reason = "the embedding that enters the first block already contains it; use pos_embed.hook_out for it alone"
                 return {EMBED: point, POS_EMBED: reason}
             if added is not None and positions is not None and is_sum(first, embedding, positions):
                 return {EMBED: point, POS_EMBED: added}
-        reason = "what enters the first block is not the embedding as it is, nor its sum with that of the position; use "
+        reason = "the input of the first block is neither the embedding nor its sum with the position embedding; use "
         itself = "embed.hook_out for the embedding itself"
         if prefix == "blocks.0" and first is not None and len(first) == N_TOKENS:
-            itself += ", blocks.0.hook_resid_pre for what enters the first block"
-        return {EMBED: reason + itself, POS_EMBED: f"{reason}pos_embed.hook_out for the embedding of the position itself"}
+            itself += ", blocks.0.hook_resid_pre for the input of the first block"
+        return {EMBED: reason + itself, POS_EMBED: f"{reason}pos_embed.hook_out for the position embedding itself"}
 
 
 class BlockIdentities:
-    """The hooks of one block whose sums are the tensors that its residual stream goes through."""
+    """The hooks of one block whose tensors add up along the residual stream."""
 
     def __init__(self, of: Identities, prefix: str, block: nn.Module, inside: list[nn.Module], noted: "Noted"):
         self.of, self.prefix, self.block, self.noted = of, prefix, block, noted
@@ -159,7 +164,7 @@ class BlockIdentities:
         """Return the place of each name, or the reason why the block has none."""
         pre, post = self.pre, self.post
         if pre is None or post is None or pre.shape != post.shape:
-            reason = f"what enters and leaves {self.prefix} is not one tensor [batch pos d_model]"
+            reason = f"the input and output of {self.prefix} are not single tensors [batch pos d_model]"
             return {f"{self.prefix}.{hook}": reason for hook in INSTEAD}
         attns, mlps = self._candidates(ATTN), self._candidates(MLP)
         streams, ends = [pre, *self.entering, *self.leaving], [post, *self.last_norms]
@@ -181,18 +186,18 @@ class BlockIdentities:
             mid = (self._replaceable(*mid, [mlp[1]] if mlp else self.leaving), mid[1])
         chosen = {MID: mid, ATTN: attn, MLP: mlp}
         return {
-            f"{self.prefix}.{hook}": found[0] if found else self._reason(hook, attn and attn[1])
-            for hook, found in chosen.items()
+            f"{self.prefix}.{hook}": candidate[0] if candidate else self._reason(hook, attn and attn[1])
+            for hook, candidate in chosen.items()
         }
 
     def _replaceable(self, point: HookPoint, mid: Tensor, added: list[Tensor]) -> HookPoint:
-        """Return the place of hook_resid_mid with what a change there has to reach: the MLP, and the block's output."""
+        """Return the place of hook_resid_mid, where a change must reach the MLP and the block's output, or must be refused."""
         if any(is_sum(self.post, mid, x) for x in added):
             return point._replace(block=self.block)
         return point._replace(read_only="its block's output is not its sum with the MLP's output")
 
     def _candidates(self, hook: str) -> list[tuple[HookPoint, Tensor]]:
-        """Return the places that may be what a name means, with the tensors there."""
+        """Return the places that may hold the tensor a name means, with their tensors."""
         places = [self.of.find(f"{self.prefix}.{other}") for other in (hook, *INSTEAD[hook])]
         name = f"{self.prefix}.{hook}"
         return [(at._replace(name=name), x) for at in places if at is not None and (x := self.noted.at(at)) is not None]
@@ -211,18 +216,14 @@ class BlockIdentities:
             norms = tuple(f"{part}.hook_in" for part in ("ln1", "ln2", "mlp"))
             summed = attn is not None and self._first(norms, lambda x: is_sum(x, self.pre, attn))
             read = self._first(READ_BY_MLP)
-            why = "the MLP's output is not added to the sum of what enters the block and the attention's output; use "
+            why = "the MLP's output is not added to the sum of the block's input and the attention's output; use "
             if summed and read:
                 return f"{why}{summed} for that sum, or {read} for what the MLP reads"
             return f"{why}{read + ' for what the MLP reads, or ' if read else ''}{self.prefix}.hook_resid_post"
         part = "attention" if hook == ATTN else "MLP"
         own = self._first(INSTEAD[hook])
-        why = (
-            f"no sum in the block adds just the {part}'s output to the residual stream, which may be scaled or have other terms"
-        )
-        return why + (
-            f"; use {own} for that output as the model computes it" if own else "; the forward pass never comes to it"
-        )
+        why = f"no sum in the block adds only the {part}'s output to the residual stream; it may be scaled or have other terms"
+        return why + (f"; use {own} for the output as the model computes it" if own else "; the forward pass never reaches it")
 
 
 class Noted:
@@ -232,7 +233,7 @@ class Noted:
         self._values: dict[tuple[nn.Module, str], list[Tensor]] = {}
 
     def note(self, modules: "Iterator[nn.Module] | list[nn.Module]", stack: ExitStack) -> None:
-        """Note what enters and leaves each module until the stack is closed."""
+        """Record the input and output of each module until the stack is closed."""
         for module in modules:
             for side in ("in", "out"):
                 if (module, side) not in self._values:
@@ -240,7 +241,7 @@ class Noted:
                     stack.callback(HookPoint("", module, side).on_value(_keep(values)).remove)
 
     def of(self, module: nn.Module, side: str) -> Tensor | None:
-        """Return what entered or left a module, [tokens d]; None unless it was one tensor, once."""
+        """Return the input or output of a module, [tokens d]; None unless it was one tensor in one call."""
         values = self._values.get((module, side), [])
         return values[0] if len(values) == 1 else None
 
@@ -250,7 +251,7 @@ class Noted:
         return value if value is None or point is None or point.scale == 1 else value * point.scale
 
     def forget(self, modules: list[nn.Module]) -> None:
-        """Drop the values of some modules."""
+        """Drop the recorded tensors of some modules."""
         for module in modules:
             for side in ("in", "out"):
                 self._values[module, side].clear()
@@ -276,6 +277,6 @@ def is_sum(total: Tensor | None, *terms: Tensor | None) -> bool:
 def _keep(values: list[Tensor]) -> Callable[[Any], None]:
     def visit(value: Any) -> None:
         if isinstance(value, Tensor) and value.is_floating_point():
-            values.append(value.detach().reshape(-1, value.shape[-1]).clone())  # some models go on to overwrite it
+            values.append(value.detach().reshape(-1, value.shape[-1]).clone())  # some models overwrite it later
 
     return visit

@@ -1,8 +1,9 @@
-"""What the final norm of a model does, found by trying it out.
+"""The scale and centring of a model's final norm, measured from its outputs.
 
     norm(x) = scale ⊙ (x − m) / √(mean (x − m)² + ε) + bias          m = mean x, or 0
 
-transformers has dozens of classes for it, which multiply by their weight, by 1 + weight or by nothing, and name ε as they like.
+transformers has dozens of classes for it. They multiply by their weight, by 1 + weight or by nothing, and their names of ε
+differ.
 """
 
 import copy
@@ -12,11 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-PROBE = 2.0**40  # ε is nothing beside its square, which float32 still holds
+PROBE = 2.0**40  # its square makes ε negligible and still fits in float32
 
 
 class FinalNorm(NamedTuple):
-    """A norm in float64 on the CPU: what it multiplies by, and whether it takes the mean off first."""
+    """A norm in float64 on the CPU: its module, its scale, and whether it subtracts the mean."""
 
     module: nn.Module
     scale: Float[Tensor, " d"]
@@ -25,7 +26,7 @@ class FinalNorm(NamedTuple):
     @classmethod
     @torch.no_grad()
     def of(cls, module: nn.Module, d: int) -> "FinalNorm":
-        """What a norm of d numbers does."""
+        """Measure a norm of d numbers."""
         exact = copy.deepcopy(module).cpu().double()
         x = torch.full((d,), PROBE, dtype=torch.float64)
         x[1::2] = -PROBE
@@ -36,7 +37,7 @@ class FinalNorm(NamedTuple):
 
     @torch.no_grad()
     def divisor(self, x: Float[Tensor, "*shape d"]) -> Float[Tensor, "*shape"]:
-        """√(mean (x − m)² + ε), float64; 1 where x − m is zero."""
+        """Return √(mean (x − m)² + ε) in float64; 1 where x − m is zero."""
         x = x.cpu().double()
         scaled = self.scale * (x - x.mean(-1, keepdim=True) if self.centres else x)
         square, product = scaled.square().sum(-1), (scaled * _odd_part(self.module, x)).sum(-1)
@@ -44,5 +45,5 @@ class FinalNorm(NamedTuple):
 
 
 def _odd_part(norm: nn.Module, x: Float[Tensor, "*shape d"]) -> Float[Tensor, "*shape d"]:
-    """What a norm gives without its bias. Hooks on it, such as those of a splice in force, are left out."""
+    """Return a norm's output without its bias. Hooks on the norm, such as those of an active splice, do not act."""
     return (norm.forward(x) - norm.forward(-x)) / 2

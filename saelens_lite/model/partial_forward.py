@@ -1,4 +1,4 @@
-"""A model from a hook onwards: the blocks in front of a replaced activation need not be run again."""
+"""Forward passes from a hook onwards, without the blocks before a replaced activation."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -20,15 +20,14 @@ log = logging.getLogger(__name__)
 
 
 class PartialForward:
-    """Logits of one model with the activations at some hooks replaced, again and again on the same tokens.
+    """Logits of one model with the activations at some hooks replaced, repeatedly on the same tokens.
 
-    `read` runs the whole model; `logits` then runs what lies behind the hook. For that, each block in front is made to hand on
-    what it is given, and where the hook is inside a block, what entered that block is put back. Whether this gives the
-    logits of a whole pass is tried on two rows first; where it does not, where the hook belongs to no block, and where there
-    are several hooks, passes are whole.
+    `read` runs the whole model; `logits` then runs the part after the hook. Each block before the hook passes on its input. If
+    the hook is inside a block, the input of that block is restored. A test on two rows first compares this with whole passes.
+    Passes stay whole if the logits differ, if the hook is in no block, and with several hooks.
 
-    `n_skipped` is the number of blocks that are passed over. `is_whole_stream`: the hook is all that the rest of the model
-    reads, so that a constant in its place gives every row the same logits.
+    `n_skipped` is the number of skipped blocks. `is_whole_stream`: the rest of the model reads only the hook, so that a
+    constant in its place gives every row the same logits.
     """
 
     def __init__(self, lm: "LanguageModel", hooks: Sequence[str], tokens: Int[Tensor, "n pos"]):
@@ -44,7 +43,7 @@ class PartialForward:
             self._look_behind(tokens)
 
     def _look_behind(self, tokens: Int[Tensor, "n pos"]) -> None:
-        """Find the blocks in front of the only hook, and try whether they can be passed over."""
+        """Find the blocks before the only hook, and test whether they can be skipped."""
         lm, point = self.lm, self.lm.hook_point(self.hook)
         blocks = lm.blocks
         holding = next((i for i, block in enumerate(blocks) if any(part is point.module for part in block.modules())), 0)
@@ -57,34 +56,37 @@ class PartialForward:
             self._try_out(blocks[: self.n_skipped], torch.cat([row, (row + 1) % lm.d_vocab]))
 
     def _try_out(self, skipped: list[nn.Module], tokens: Int[Tensor, "two pos"]) -> None:
-        """Keep to whole passes unless shortened ones give their logits."""
+        """Return to whole passes unless shortened passes give the same logits."""
         x = self._run(tokens, (self.hook,), skipped)[0][self.hook]
         new, zeros = x.flip(0) / 2, torch.zeros_like(x)
         wanted, wanted_zero = self._whole(tokens, new), self._whole(tokens, zeros)
         try:
             same = _near(self.logits(tokens, new), wanted) and _near(self.logits(tokens, zeros), wanted_zero)
-        except Exception as error:  # a block that takes or gives something else than the usual
+        except Exception as error:  # a block with an unusual input or output
             log.debug("%s: %s", type(error).__name__, error)
             same = False
         if not same:
-            log.info("%s is run as a whole for each replacement of %s", type(self.lm.module).__name__, self.hook)
+            log.info("running the whole %s for each replacement of %s", type(self.lm.module).__name__, self.hook)
             self.n_skipped, self._enters, self._hand_on = 0, None, []
         self.is_whole_stream = self.is_whole_stream and _near(wanted_zero[:1], wanted_zero[1:])
 
     def read(
         self, tokens: Int[Tensor, "n pos"], hooks: Sequence[str], first: int = 0
     ) -> tuple[dict[str, Float[Tensor, "n pos _"]], Float[Tensor, "n n_logits d_vocab"]]:
-        """Return the activations at the hooks named, and the logits from position `first` on, of a whole pass."""
+        """Return the activations at the named hooks and the logits from position `first` on, from a whole pass."""
         return self._run(tokens, hooks, [], first)
 
     def _run(
         self, tokens: Tensor, hooks: Sequence[str], learn: list[nn.Module], first: int = 0
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """A whole pass that also notes what enters the block of the hook, and how the blocks to `learn` give their output."""
-        found: dict[str, Tensor] = {}
+        """Run a whole pass, and return the activations at hooks and the logits.
+
+        Also record the input of the hook's block, and the form of the output of each block in `learn`.
+        """
+        acts: dict[str, Tensor] = {}
         with ExitStack() as stack:
             for hook in dict.fromkeys(hooks):
-                stack.enter_context(self.lm.replace(hook, _noting(hook, found)))
+                stack.enter_context(self.lm.replace(hook, _noting(hook, acts)))
             if self._enters is not None:
                 handle = self._enters.register_forward_pre_hook(self._note_entry, with_kwargs=True)
                 stack.callback(handle.remove)
@@ -92,7 +94,7 @@ class PartialForward:
                 handle = block.register_forward_hook(lambda block, _, out: self._hand_on.append((block, _handing_on(out))))
                 stack.callback(handle.remove)
             logits = self._logits(tokens, first)
-        return found, logits
+        return acts, logits
 
     def _note_entry(self, _block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._entered = (args[0] if args else kwargs["hidden_states"]).clone()
@@ -103,8 +105,12 @@ class PartialForward:
     def logits(
         self, tokens: Int[Tensor, "n pos"], new: Float[Tensor, "n pos d"], first: int = 0
     ) -> Float[Tensor, "n n_logits d_vocab"]:
-        """Return the logits from position `first` on with `new` at the hooks, for the tokens last read; for others only where
-        `is_whole_stream`. Of several hooks, `new` has the activations one after the other."""
+        """Return the logits from position `first` on, with the activations at the hooks replaced by `new`.
+
+        Args:
+            tokens: The tokens of the last `read`; any others only if `is_whole_stream`.
+            new: The activations; those of several hooks are concatenated.
+        """
         if not self.n_skipped:
             return self._whole(tokens, new, first)
         with ExitStack() as stack:
@@ -123,7 +129,7 @@ class PartialForward:
             return self._logits(tokens, first)
 
     def _logits(self, tokens: Tensor, first: int) -> Tensor:
-        """Return the logits from position `first` on; only those are computed where the unembedding is a module."""
+        """Return the logits from position `first` on; if the unembedding is a module, compute only these."""
         head = self.lm.module.get_output_embeddings()
         if not first or head is None:
             return self.lm.logits(Ids(tokens, None))[:, first:]
@@ -133,18 +139,18 @@ class PartialForward:
         return logits[:, first - tokens.shape[1] :]
 
 
-def _noting(hook: str, found: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
-    """A replacement that changes nothing and keeps a copy of what it sees."""
+def _noting(hook: str, acts: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return a replacement that changes nothing and keeps a copy of the activation."""
 
     def note(x: Tensor) -> Tensor:
-        found[hook] = x.clone()  # the model goes on with its own, which Falcon overwrites
+        acts[hook] = x.clone()  # Falcon overwrites the original
         return x
 
     return note
 
 
 def _handing_on(output: Any) -> Callable[..., Any]:
-    """A block's forward that gives back the stream as it is, in the form of a true output."""
+    """Return a forward function that passes on the stream unchanged, in the form of the block's own output."""
     rest = output[1:] if isinstance(output, tuple | list) else None
 
     def forward(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
@@ -155,7 +161,7 @@ def _handing_on(output: Any) -> Callable[..., Any]:
 
 @contextmanager
 def _forward_of(block: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Within the block, `forward` takes the place of the module's own."""
+    """Replace a module's forward function within the block."""
     own = block.__dict__.get("forward")  # accelerate puts one there
     block.forward = forward
     try:
@@ -167,5 +173,5 @@ def _forward_of(block: nn.Module, forward: Callable[..., Any]) -> Iterator[None]
             block.forward = own
 
 
-def _near(found: Tensor, wanted: Tensor) -> bool:
-    return bool((found - wanted).abs().max() <= TOLERANCE * wanted.abs().max().clamp(min=1))
+def _near(logits: Tensor, wanted: Tensor) -> bool:
+    return bool((logits - wanted).abs().max() <= TOLERANCE * wanted.abs().max().clamp(min=1))

@@ -1,16 +1,16 @@
-"""One pass of a model over token rows: the rows in batches, and the activations with their row and position.
+"""One pass of a model over token rows, in batches: the activations with their rows and positions.
 
     for read in activations(lm, rows, hooks):        each position that counts comes once
-        read.acts[hook]                              [n d], at read.position of the rows with the numbers read.row
+        read.acts[hook]                              [n d], at read.position of the rows numbered read.row
 
-Everything that runs a model over a text does it here: captures, streams, evaluation, probes and feature stores. A batch is cut
-behind the last position that has to be read, and rows or batches in which nothing counts are not run.
+All code that runs a model over a text does it here: captures, streams, evaluation, probes and feature stores. A batch is cut
+after the last position that must be read. Batches in which no position counts are not run; by length, neither are such rows.
 
-| order | a batch is | cut behind |
+| order | a batch holds | cut after |
 | --- | --- | --- |
-| "as it is" | rows that follow one another | the last position that counts |
-| "by length" | rows of like length, the longest first, as many as their width allows | the token after it, to be predicted |
-| "shuffled" | rows of like length from all over the text, the batches in random order | the last position that counts |
+| "as it is" | consecutive rows | the last position that counts |
+| "by length" | rows of similar length, longest first, as many as their width allows | the next token, which is predicted |
+| "shuffled" | rows of similar length from the whole text, with batches in random order | the last position that counts |
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ from saelens_lite.model import LanguageModel
 from saelens_lite.seeds import permutation
 from saelens_lite.tokens import TokenRows
 
-BATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}  # more does not run faster on a CPU, less leaves a GPU idle
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}  # a CPU gains nothing from more; a GPU idles with less
 BATCH_LOGITS = {"cpu": 1 << 27, "cuda": 1 << 29}
 
 Order = Literal["as it is", "by length", "shuffled"]
@@ -38,7 +38,7 @@ class Batch(NamedTuple):
 
 
 class Read(NamedTuple):
-    """The activations of a batch at the positions that count, row after row; `row` is the number of the row among all."""
+    """The activations of a batch at the positions that count, row by row; `row` holds the numbers of their rows."""
 
     batch: Batch
     row: Int[Tensor, " n"]
@@ -47,13 +47,13 @@ class Read(NamedTuple):
 
 
 def default_batch_tokens(lm: LanguageModel, *, with_logits: bool = False) -> int:
-    """Return the number of tokens in a forward pass; with logits, fewer where the vocabulary is large."""
+    """Return the number of tokens in a forward pass; with logits, fewer if the vocabulary is large."""
     kind = "cpu" if lm.device.type == "cpu" else "cuda"
     return min(BATCH_TOKENS[kind], BATCH_LOGITS[kind] // lm.d_vocab) if with_logits else BATCH_TOKENS[kind]
 
 
 def read_lengths(lm: LanguageModel, rows: TokenRows) -> Int[Tensor, " n_seq"]:
-    """Return how much of each row has to be read for the activations at the positions that count; 0 where none counts."""
+    """Return the number of tokens of each row that must be read to cover the positions that count; 0 if none counts."""
     return rows.counted_lengths if lm.is_causal else rows.lengths * rows.keep.any(1)
 
 
@@ -90,7 +90,7 @@ def _numbers(
 
 
 def read(lm: LanguageModel, batch: Batch, hooks: Sequence[str]) -> Read:
-    """Run the model over a batch, up to the deepest of the hooks."""
+    """Run the model over a batch, up to the deepest hook."""
     acts = lm.run(batch.rows, hooks)
     counts, here = batch.rows.keep.cpu(), batch.rows.keep.to(lm.device)
     row, position = counts.nonzero(as_tuple=True)
@@ -100,6 +100,6 @@ def read(lm: LanguageModel, batch: Batch, hooks: Sequence[str]) -> Read:
 def activations(
     lm: LanguageModel, rows: TokenRows, hooks: Sequence[str], batch_tokens: int, order: Order = "by length", *, seed: int = 0
 ) -> Iterator[Read]:
-    """Yield the activations at hooks of each batch of the rows."""
+    """Yield the activations at the hooks, batch by batch; see `batches`."""
     for batch in batches(lm, rows, batch_tokens, order, seed=seed):
         yield read(lm, batch, hooks)

@@ -1,6 +1,6 @@
-"""What a model does between its last block and its logits, found on one forward pass over a few tokens.
+"""The modules between a model's last block and its logits, measured on one forward pass over a few tokens.
 
-    logits = W_U norm(x) + bias         x: what the last block gives; W_U: the head's weight, times a projection if there is one
+    logits = W_U norm(x) + bias         x: output of the last block; W_U: weight of the head, times the projection if any
 
 Post-norm models have no norm there, models with narrow embeddings have a projection, and quantised heads have no float weight.
 """
@@ -16,15 +16,15 @@ from saelens_lite.errors import ConfigError
 from saelens_lite.model.hooks import Architecture, alone
 from saelens_lite.model.identities import Noted, is_sum, probe_tokens
 
-UNIT_VECTORS = 1024  # given to a head at once
+UNIT_VECTORS = 1024  # per call of the head
 QUANTISED = 0.05  # a head's own products may be off by this much of the largest
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Readout(NamedTuple):
-    """The modules that a model's last stream goes through, and the factors it is multiplied by on the way.
+    """The modules that the output of a model's last block goes through, and the factors that multiply it on the way.
 
-    `before` is applied before the norm, `after` between norm and head.
+    `before` applies before the norm, `after` between norm and head.
     """
 
     norm: nn.Module | None
@@ -32,15 +32,15 @@ class Readout(NamedTuple):
     head: nn.Module
     before: float
     after: float
-    head_in: Float[Tensor, "tokens d"]  # of the pass, to check weights that are read off the head's outputs
+    head_in: Float[Tensor, "tokens d"]  # from the pass, to check weights that are computed from the head's outputs
     head_out: Float[Tensor, "tokens d_vocab"]
 
     @classmethod
     def of(cls, module: nn.Module, known: Architecture) -> "Readout":
-        """Find what a model does with its last stream.
+        """Find the modules between the last block and the logits.
 
         Raises:
-            ConfigError: it does more than to normalise and to project it.
+            ConfigError: there is more than a norm and a projection.
         """
         head = module.get_output_embeddings()
         blocks = known.components.get("blocks")
@@ -59,7 +59,7 @@ class Readout(NamedTuple):
                 raise _refusal(module, f"a forward pass on token ids fails ({' '.join(str(error).split())[:200]})") from error
         stream, head_in, head_out = noted.of(last, "out"), noted.of(head, "in"), noted.of(head, "out")
         if stream is None or head_in is None or head_out is None:
-            raise _refusal(module, "its last block or its head does not give one tensor")
+            raise _refusal(module, "its last block or its head does not return one tensor")
         before: float | None = 1.0
         if norm is not None:
             before, stream = _factor(noted.of(norm, "in"), stream), noted.of(norm, "out")
@@ -75,7 +75,7 @@ class Readout(NamedTuple):
 
     @torch.no_grad()
     def weight(self) -> Float[Tensor, "d_vocab d_model"]:
-        """Return what multiplies the normalised stream, in float32.
+        """Return the matrix that multiplies the normalised stream, in float32.
 
         Raises:
             ConfigError: the head is not linear.
@@ -107,7 +107,7 @@ class Readout(NamedTuple):
             weight = torch.cat([self.head(some).float() - bias for some in units.split(UNIT_VECTORS)]).T
         out, product = self.head_out.float() - bias, x.float() @ weight.T
         if not (out - product).abs().max() <= QUANTISED * out.abs().max():
-            raise ConfigError(f"the head, a {type(self.head).__name__}, is not linear: its outputs are not those of a weight")
+            raise ConfigError(f"the head, a {type(self.head).__name__}, is not linear: no weight gives its outputs")
         return weight
 
 
@@ -119,7 +119,7 @@ def _part(module: nn.Module, known: Architecture, key: str) -> nn.Module | None:
 
 
 def _factor(value: Tensor | None, of: Tensor) -> float | None:
-    """Return the positive number that one tensor is another times; None when there is no such number."""
+    """Return the positive factor c with value = c · of, or None if there is no such factor."""
     if value is None or value.shape != of.shape:
         return None
     if is_sum(value, of):
