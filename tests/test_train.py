@@ -388,7 +388,7 @@ def test_what_cannot_be_trained(cache, tmp_path):
         sl.train(cache, [])
     with pytest.raises(ConfigError, match=r"need the same batch_size; found \[10, 100\]"):
         sl.train(cache, [SWEEP[0], SWEEP[1].replace(batch_size=10)], tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"several hooks; say which: hook = one of blocks\.1\.hook_resid_pre, blocks\.2"):
+    with pytest.raises(ConfigError, match=r"several hooks; .* hook=: blocks\.1\.hook_resid_pre, blocks\.2"):
         sl.train(cache, sl.TrainConfig(), tmp_path / "run")
     with pytest.raises(HookError, match=r"has no activations of 'blocks\.0\.hook_resid_pre'"):
         sl.train(cache, sl.TrainConfig(hook="blocks.0.hook_resid_pre"), tmp_path / "run")
