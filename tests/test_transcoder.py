@@ -103,7 +103,7 @@ def test_validation_is_of_the_target(tmp_path):
     [
         ({"writes": ("in",), "skip": True}, r"skip = True needs write hooks"),
         ({"writes": (), "skip": True}, r"skip = True needs write hooks .* set writes"),
-        ({"sparsity": "matching_pursuit", "options": {}}, r"matching_pursuit encodes with the directions it decodes with"),
+        ({"sparsity": "matching_pursuit", "options": {}}, r"matching_pursuit encodes with W_decᵀ"),
         ({"hook": None, "writes": ()}, r"several hooks; .* hook=: in, out"),
     ],
 )
@@ -127,7 +127,7 @@ def test_a_target_that_was_not_captured():
     ("change", "message"),
     [
         ({"d_out": D_OUT + 1}, r"W_dec has shape \(40, 6\), cfg\.json says \(40, 7\)"),
-        ({"d_out": None}, r"cfg\.json is damaged: .*d_out belongs to dictionaries whose write ports are others"),
+        ({"d_out": None}, r"cfg\.json is damaged: .*d_out must be given if and only if"),
         ({"d_in": 0}, r"d_in = 0: input should be greater than 0"),
         ({"d_in": float("inf")}, r"cfg\.json is not valid JSON: Infinity is not a number of JSON"),
         ({"d_in": 10**12}, r"W_enc is missing or not of shape"),
