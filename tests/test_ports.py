@@ -98,13 +98,13 @@ def test_a_damaged_folder_of_format_1_is_refused(change, tmp_path):
 
 
 def test_only_code_that_reads_older_files_uses_the_old_names():
-    found = {
+    files = {
         str(path.relative_to(ROOT))
         for folder in ("saelens_lite", "plugins")
         for path in (ROOT / folder).rglob("*.py")
         if re.search("is_transcoder|target_hook", path.read_text(encoding="utf-8"))
     }
-    assert found <= {"saelens_lite/dictionary.py", "saelens_lite/config.py", "saelens_lite/features/info.py"}
+    assert files <= {"saelens_lite/dictionary.py", "saelens_lite/config.py", "saelens_lite/features/info.py"}
 
 
 # Training
@@ -237,17 +237,17 @@ def test_a_splice_replaces_all_ports_by_the_reconstruction_of_a_clean_pass(rando
     assert not torch.allclose(wanted, random_lm.logits(rows), atol=1e-2)
     changed = x + 5.0 * crosscoder.W_dec[7]  # added to the code, with the error term
     with random_lm.splice(crosscoder, [sl.Add(7, 5.0)], keep=rows.keep):
-        found = random_lm.run(rows, ["blocks.1.hook_resid_pre", SECOND])
-    torch.testing.assert_close(found["blocks.1.hook_resid_pre"][rows.keep], changed[rows.keep][:, :48], rtol=1e-4, atol=1e-4)
+        acts = random_lm.run(rows, ["blocks.1.hook_resid_pre", SECOND])
+    torch.testing.assert_close(acts["blocks.1.hook_resid_pre"][rows.keep], changed[rows.keep][:, :48], rtol=1e-4, atol=1e-4)
 
 
 def test_a_splice_of_several_hooks_generates_without_a_cache(random_lm, crosscoder):
     with random_lm.splice(crosscoder):
-        found = random_lm.generate("The old man", 8, temperature=0)
+        text = random_lm.generate("The old man", 8, temperature=0)
         tokens = random_lm.to_tokens("The old man").tokens
         for _ in range(8):
             tokens = torch.cat([tokens, random_lm.logits(tokens)[:, -1:].argmax(-1)], dim=1)
-        assert found == random_lm.tokenizer.decode(tokens[0, 1:])
+        assert text == random_lm.tokenizer.decode(tokens[0, 1:])
         cached = random_lm.module(tokens[:, :4], use_cache=True).past_key_values
         with pytest.raises(ConfigError, match="needs the whole row; run the model without a cache"):
             random_lm.module(tokens[:, 4:5], past_key_values=cached, use_cache=True)
@@ -268,15 +268,15 @@ def test_evaluation_covers_all_ports_together(random_lm, crosscoder):
 
 
 def test_attribution_is_the_slope_over_all_ports(random_lm, crosscoder):
-    found = sl.attribute(crosscoder, random_lm, TEXTS[0], ablation=True)
-    assert found.direct is None
+    scores = sl.attribute(crosscoder, random_lm, TEXTS[0], ablation=True)
+    assert scores.direct is None
     tokens = random_lm.to_tokens(TEXTS[0]).tokens
     clean = torch.nn.functional.cross_entropy(random_lm.logits(tokens)[0, :-1], tokens[0, 1:])
-    for j in range(0, len(found.latent), 7):
-        edit = sl.Ablate(int(found.latent[j]), positions=int(found.position[j]))
+    for j in range(0, len(scores.latent), 7):
+        edit = sl.Ablate(int(scores.latent[j]), positions=int(scores.position[j]))
         with random_lm.splice(crosscoder, [edit]):
             without = torch.nn.functional.cross_entropy(random_lm.logits(tokens)[0, :-1], tokens[0, 1:])
-        assert float(found.ablation[j]) == pytest.approx(float(clean - without), abs=1e-4)
+        assert float(scores.ablation[j]) == pytest.approx(float(clean - without), abs=1e-4)
 
 
 def test_stores_comparisons_and_cards_name_every_port(random_lm, crosscoder, tmp_path, caplog):
