@@ -371,8 +371,8 @@ def test_report_as_text_html_and_markdown(lm, rows):
     ("content", "message"),
     [
         ("{}", "evaluation of format None, this version reads 2"),
-        ('{"format": 2}', "is no evaluation: KeyError"),
-        ('{"format": 2, "metrics": {"l0": 3}}', "is no evaluation"),
+        ('{"format": 2}', "is not an evaluation: KeyError"),
+        ('{"format": 2, "metrics": {"l0": 3}}', "is not an evaluation"),
         ('{"format": 2, "metrics": {"l0": {"value": "oops", "low": 1, "high": 2}}}', "value is 'oops'"),
         ("[1]", "holds a list"),
         ("{", "not valid JSON"),
@@ -391,7 +391,7 @@ def test_content_that_is_no_report(lm, rows):
         deep = good | {"controls": {"a": deep}}
     band = good | {"by_position": [good["by_position"][0] | {"low": "x"}]}
     for content in ([], good | {"n_tokens": "many"}, good | {"disjoint": "no"}, band, deep):
-        with pytest.raises(CorruptFileError, match="the report is no evaluation"):
+        with pytest.raises(CorruptFileError, match="the report is not an evaluation"):
             EvalReport.from_dict(content)
     earlier = {key: value for key, value in good.items() if key != "read_hook"}
     assert EvalReport.from_dict(earlier).read_hook is None

@@ -102,9 +102,9 @@ def evaluate(
 ) -> EvalReport | list[EvalReport]:
     """Return the report of a dictionary; for several dictionaries of the same hooks, a list of reports from one pass.
 
-    The model runs on the text unchanged, with zeros at the hook, with the mean activation at the hook, and with
-    the reconstruction at the positions that count. The hook is the one that the dictionary writes. Special tokens, padding
-    and positions that were left out of training, such as position 0, do not count and keep their activation.
+    The model runs on the text unchanged, with zeros at the hook, with the mean activation at the hook, and with the
+    reconstruction at the positions that count. The hook is the one that the dictionary writes. Special tokens, padding and
+    positions that were left out of training, such as position 0, do not count and keep their activation.
 
     The report says whether the text differs from the training text, as far as names and hashes tell. If it may be the same, a
     warning is logged.

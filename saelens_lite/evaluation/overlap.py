@@ -20,7 +20,7 @@ def overlap(origin: Origin, source: str | None, sha256: str) -> Overlap:
     disjoint, because two texts with different names may hold the same passages.
     """
     if origin.text_sha256 == sha256:
-        return Overlap(False, "it is the text the dictionary was trained on, token for token")
+        return Overlap(False, "its rows are those of the training text, token for token")
     if origin.text is None:
         return Overlap(None, "the dictionary does not say what it was trained on")
     if source is None:

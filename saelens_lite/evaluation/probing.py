@@ -161,9 +161,7 @@ def probe(
     if not 0.1 <= test_share <= 0.5:
         raise ConfigError(f"test_share = {test_share}; expected 0.1 to 0.5")
     if not 0 <= seed < 2**32 or n_bootstrap < 0:
-        raise ConfigError(
-            f"seed = {seed}, n_bootstrap = {n_bootstrap}; expected a seed of 0 to 2^32 − 1 and n_bootstrap of at least 0"
-        )
+        raise ConfigError(f"seed = {seed}, n_bootstrap = {n_bootstrap}; expected a seed below 2^32, and no negative numbers")
     hooks = lm.hooks_of(dictionary, hook)
     dictionary.check_finite()
     _require_sklearn()
@@ -360,7 +358,7 @@ def _checked(name: str, texts: Iterable[str], labels: Iterable[Any] | None) -> L
     if len(classes) != 2:
         shown = ", ".join(map(repr, classes[:5]))
         raise ConfigError(
-            f"{name}: {len(classes)} classes ({shown}); expected two. Of several, probe one against the rest: "
+            f"{name}: {len(classes)} classes ({shown}); expected two. Of several classes, probe one against the rest: "
             'labels=[label == "x" for label in labels]'
         )
     y = torch.tensor([label == classes[1] for label in labels])
