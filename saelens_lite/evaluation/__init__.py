@@ -110,7 +110,7 @@ def evaluate(
     warning is logged.
 
     Args:
-        text: a text source, or token ids in any form that `LanguageModel.to_tokens` takes.
+        text: a text source, token rows, or token ids in any form that `LanguageModel.to_tokens` takes.
         hook: the hook to read in place of the dictionary's own.
         n_tokens: number of tokens that count; None for the whole text.
         text_config: settings of the token rows. By default each document is cut into rows as in training, or, if the
