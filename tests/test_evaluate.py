@@ -263,7 +263,7 @@ def test_rows_are_those_of_the_training_text(lm, documents):
     wanted = token_rows(lm, documents, text_config=sl.TextConfig(n_ctx=16, exclude_positions=(0, 1, 2)))
     assert (report.n_tokens, report.text_sha256) == (wanted.n_kept, text_hash(wanted))
     assert report.excluded == "BOS, padding and positions 0, 1, 2"
-    with pytest.raises(ConfigError, match=rf"n_ctx = 16, {lm.n_ctx}; exclude_positions = \(0, 1, 2\), \(0,\); take them"):
+    with pytest.raises(ConfigError, match=rf"n_ctx = 16, {lm.n_ctx}; exclude_positions = \(0, 1, 2\), \(0,\); evaluate them"):
         sl.evaluate([ours, other], lm, documents)
     config = sl.TextConfig(n_ctx=16, exclude_positions=(0,))
     reports = sl.evaluate([ours, other], lm, documents, text_config=config, n_bootstrap=0)
@@ -370,7 +370,7 @@ def test_report_as_text_html_and_markdown(lm, rows):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{}", "evaluation of format None, this version reads 2"),
+        ("{}", "evaluation of format None; this version reads 2"),
         ('{"format": 2}', "is not an evaluation: KeyError"),
         ('{"format": 2, "metrics": {"l0": 3}}', "is not an evaluation"),
         ('{"format": 2, "metrics": {"l0": {"value": "oops", "low": 1, "high": 2}}}', "value is 'oops'"),
