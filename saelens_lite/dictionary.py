@@ -2,17 +2,18 @@
 
     h = (x − b_dec) W_enc + b_enc        codes = rule(h)        x_hat = codes W_dec + b_dec
 
-x is what its read ports hold, x_hat what its write ports get (see `saelens_lite.ports`). Where these are not the same ports, as
-of a transcoder (Dunefsky et al. 2024, arXiv:2406.11944), with or without a skip connection (Paulo et al. 2025,
-arXiv:2501.18823), b_dec is a bias of the output alone:
+x are the activations at the read ports, and x_hat replaces those at the write ports (see `saelens_lite.ports`). If the ports
+differ, as in a transcoder (Dunefsky et al. 2024, arXiv:2406.11944), with or without a skip connection (Paulo et al. 2025,
+arXiv:2501.18823), b_dec is a bias of the output only:
 
     h = x W_enc + b_enc                  codes = rule(h)        y_hat = codes W_dec + b_dec + x W_skipᵀ
 
-Dictionaries of other tools may normalise each activation by itself, which no weights can take over: `token_norm`.
+Dictionaries of other tools may normalise each activation separately. No weights can express this, so it is a setting of its
+own, `token_norm`.
 
-On disk it is a folder that SAELens 6 loads as it stands: cfg.json, sae_weights.safetensors, sparsity.safetensors.
-What SAELens does not know stands under `metadata.saelens_lite` in cfg.json, and a rule's tensors that the published
-architecture has no place for in plugin.safetensors.
+On disk a dictionary is a folder that SAELens 6 can load: cfg.json, sae_weights.safetensors, sparsity.safetensors. Settings that
+SAELens does not know are under `metadata.saelens_lite` in cfg.json. Tensors of the rule that the published architecture does
+not have are in plugin.safetensors.
 """
 
 import importlib.metadata
@@ -52,9 +53,9 @@ from saelens_lite.schemas import Checked, Positive, String, checked
 from saelens_lite.sparsity import PublishedForm, Sparsity
 from saelens_lite.state_dicts import float_tensors, in_order, sizes_of
 
-FORMAT = 2  # 1 names hooks in the origin, and whether it is a transcoder
-TOKEN_NORMS = {None: "none", "layer_norm": "layer_norm", "constant_norm": "constant_norm_rescale"}  # as SAELens calls them
-OWN, CONFIG_FILE = "saelens_lite", "cfg.json"  # the name of our format, and the file that tells it
+FORMAT = 2  # format 1 has hooks in the origin, and a key "transcoder"
+TOKEN_NORMS = {None: "none", "layer_norm": "layer_norm", "constant_norm": "constant_norm_rescale"}  # names in SAELens
+OWN, CONFIG_FILE = "saelens_lite", "cfg.json"  # the name of our format, and the file that holds it
 WEIGHTS_FILE, SPARSITY_FILE, PLUGIN_FILE = "sae_weights.safetensors", "sparsity.safetensors", "plugin.safetensors"
 
 
@@ -93,22 +94,22 @@ class _Config(Checked, extra="ignore"):
     def _agrees(self) -> "_Config":
         ours = self.metadata.saelens_lite
         if (ours.writes is None) != (self.d_out is None):
-            raise ValueError("d_out belongs to dictionaries whose write ports are others than their read ports")
+            raise ValueError("d_out must be given if and only if the dictionary has write ports other than its read ports")
         if width(ours.reads) != self.d_in or width(ours.writes or ()) != (self.d_out or 0):
             raise ValueError("the widths of the ports do not add up to d_in and d_out")
         return self
 
 
 def _of_format_2(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of a cfg.json of format 1, which names hooks in the origin, as that of format 2."""
+    """Return the content of a cfg.json of format 1, which names hooks in the origin, in format 2."""
     ours = config["metadata"]["saelens_lite"]
     origin, is_transcoder = ours.get("origin", {}), ours.get("transcoder", False)
     if not isinstance(origin, dict) or not isinstance(is_transcoder, bool) or ours.keys() & {"reads", "writes"}:
-        raise CorruptFileError("metadata.saelens_lite is not that of format 1")
+        raise CorruptFileError("metadata.saelens_lite is not of format 1, as it claims")
     origin = dict(origin)
     hook, target = origin.pop("hook", None), origin.pop("target_hook", None)
     if target is not None and not is_transcoder:
-        raise CorruptFileError("it names a target hook, but is not of a transcoder")
+        raise CorruptFileError("it names a target hook, but the dictionary is not a transcoder")
     ports = {
         "reads": [{"hook": hook, "width": config.get("d_in")}],
         "writes": [{"hook": target, "width": config.get("d_out")}] if is_transcoder else None,
@@ -119,10 +120,9 @@ def _of_format_2(config: dict[str, Any]) -> dict[str, Any]:
 
 
 class Dictionary(nn.Module):
-    """An overcomplete set of directions and a sparse code over them, for the activations at its ports.
+    """An overcomplete set of directions, with a sparse code over them, for the activations at its ports.
 
-    Calling it on x: Float[... d_in] returns x_hat: Float[... d_out]. Where the rule is tied, W_enc is W_decᵀ, not a parameter
-    of its own.
+    Calling it on x: Float[... d_in] returns x_hat: Float[... d_out]. If the rule is tied, W_enc is W_decᵀ and not a parameter.
     """
 
     W_enc: Float[Tensor, "d_in d_sae"]
@@ -149,21 +149,21 @@ class Dictionary(nn.Module):
         is_named = all(port.hook is not None for port in self.reads)
         self.writes_what_it_reads = writes is None or (self.reads == self.writes and is_named)
         if rule.tied and not (self.writes_what_it_reads and len(self.reads) == 1):
-            raise ConfigError(f"{rule.plugin_name} encodes with the directions it decodes with, so it has one port for both")
+            raise ConfigError(f"{rule.plugin_name} encodes with W_decᵀ, so it must write the one port that it reads")
         if skip and self.writes_what_it_reads:
-            raise ConfigError("skip = True adds a linear map of the input to the output; it needs other write ports")
+            raise ConfigError("skip = True maps the input to the output, so it needs write ports other than the read ports")
         if token_norm not in TOKEN_NORMS:
             raise ConfigError(f"token_norm = {token_norm!r}; expected one of {', '.join(map(str, TOKEN_NORMS))}")
         if token_norm and not (self.writes_what_it_reads and len(self.reads) == 1):
-            raise ConfigError(f"token_norm = {token_norm!r} is for dictionaries that write the one port they read")
+            raise ConfigError(f"token_norm = {token_norm!r} needs a dictionary that writes the one port that it reads")
         self.token_norm = token_norm
         self.origin = origin or Origin()
         self.density = density
         self.training_record = training or {}
-        self.source: str | None = None  # the address it was read from, with its revision; not stored
+        self.source: str | None = None  # the address it was read from, with the revision; not stored
         self.rule = rule
         if not rule.tied:
-            self.W_enc = nn.Parameter(torch.zeros(d_sae, self.d_in).T)  # in memory a row a latent, like W_dec
+            self.W_enc = nn.Parameter(torch.zeros(d_sae, self.d_in).T)  # each latent is a row in memory, as in W_dec
         self.b_enc = nn.Parameter(torch.zeros(d_sae)) if rule.encoder_bias or not self.writes_what_it_reads else None
         self.W_dec = nn.Parameter(torch.zeros(d_sae, self.d_out))
         self.b_dec = nn.Parameter(torch.zeros(self.d_out))
@@ -187,16 +187,16 @@ class Dictionary(nn.Module):
         seed: int = 0,
         origin: Origin | None = None,
     ) -> "Dictionary":
-        """A fresh dictionary: random directions of one norm, W_enc = W_decᵀ, biases zero.
+        """Return a new dictionary with random directions of equal norm, W_enc = W_decᵀ and zero biases.
 
-        With other `writes` than `reads`, directions of the input and of the output are drawn independently; W_skip is zero.
+        If `writes` differs from `reads`, the rows of W_enc and W_dec are drawn independently, and W_skip is zero.
 
         Args:
-            reads, writes: ports, or the width of a single one whose hook is not known. `writes` defaults to `reads`.
+            reads, writes: ports, or the width of a single port whose hook is not known. `writes` is `reads` by default.
 
         Raises:
-            PluginError: no such sparsity rule.
-            ConfigError: an option the rule does not have, a bad value, or ports that the rule cannot have.
+            PluginError: there is no such sparsity rule.
+            ConfigError: an option is unknown or has a bad value, or the rule does not support the ports.
         """
         rule_class, d_in = registry.load(sparsity), width(as_ports(reads))
         rule = rule_class(rule_class.Config(**(options or {})), d_in=d_in, d_sae=d_sae)
@@ -226,27 +226,26 @@ class Dictionary(nn.Module):
         origin: Origin | None = None,
         **rule_tensors: Any,
     ) -> "Dictionary":
-        """Make a dictionary of the tensors of a state dict.
+        """Return a dictionary made of the tensors of a state dict, converted to float32.
 
             h = (x − b_dec) W_enc + b_enc        codes = rule(h)        x_hat = codes W_dec + b_dec
 
-        Where the encoder takes x itself, give b_enc + b_dec @ W_enc as b_enc.
+        If your encoder does not subtract b_dec from x, pass b_enc + b_dec @ W_enc as b_enc.
 
         Args:
-            W_enc: [d_in d_sae] or [d_sae d_in]; W_dec: [d_sae d_out] or [d_out d_sae]. Sizes decide which. A square matrix is
-                taken in the first of these orders, and a warning is logged. A rule that encodes with W_decᵀ takes no W_enc.
-            W_skip: [d_out d_in], or the other way round where the sizes differ; x W_skipᵀ is added to the output.
-            b_enc, b_dec: zeros where they are not given.
-            rule: name of the sparsity rule; options: its settings, such as {"k": 32}.
-            rule_tensors: its other tensors, such as threshold= of jumprelu; a number counts for all latents.
-            reads, writes: names of hooks, or ports. Without `writes`, and without W_skip, the output is of the ports that are
-                read, and b_dec is taken off x.
-            origin: where the activations come from.
-
-        Everything is converted to float32.
+            W_enc, W_dec: [d_in d_sae] and [d_sae d_out], or transposed; the sizes decide. A square matrix is not transposed,
+                and a warning is logged. A rule that encodes with W_decᵀ takes no W_enc.
+            W_skip: [d_out d_in], or transposed if the sizes differ. x W_skipᵀ is added to the output.
+            b_enc, b_dec: zeros by default.
+            rule: name of the sparsity rule.
+            options: settings of the rule, such as {"k": 32}.
+            rule_tensors: other tensors of the rule, such as threshold= of jumprelu. A number counts for all latents.
+            reads, writes: hook names or ports. Without `writes` and W_skip the dictionary writes the ports that it reads, and
+                b_dec is subtracted from x.
+            origin: the model and text that the activations come from.
 
         Raises:
-            ShapeError: a tensor has another shape than the others demand, or is no tensor.
+            ShapeError: a tensor does not fit the shapes of the others, or is not a tensor.
             NonFiniteError: a tensor holds NaN or infinity.
             ConfigError: an option is unknown, or a tensor is missing or unknown to the rule.
             PluginError: there is no such rule.
@@ -280,7 +279,7 @@ class Dictionary(nn.Module):
                 ", ".join(sorted(n.removeprefix("rule.") for n in some)) or "none" for some in lists
             )
             raise ConfigError(
-                f"{rule} takes {taken} and, of its own, {own_names}; tensors missing: {absent}; not expected: {surplus}"
+                f"{rule} takes the tensors {taken}, and of its own: {own_names}; missing: {absent}; not expected: {surplus}"
             )
         for name, tensor in given.items():
             state[name].copy_(in_order(name.removeprefix("rule."), tensor, *state[name].shape))
@@ -291,17 +290,17 @@ class Dictionary(nn.Module):
 
     @property
     def input_bias(self) -> Float[Tensor, " d_in"] | None:
-        """Bias that is subtracted from x before it is encoded: b_dec, or none where the output is of other ports."""
+        """The bias that is subtracted from x before the encoder: b_dec, or None if the write ports are not the read ports."""
         return self.b_dec if self.writes_what_it_reads else None
 
     @property
     def ports(self) -> dict[str, tuple[Port, ...] | None]:
-        """The arguments reads and writes that give another dictionary the same ports."""
+        """The arguments `reads` and `writes` that give another dictionary the same ports."""
         return {"reads": self.reads, "writes": None if self.writes_what_it_reads else self.writes}
 
     @property
     def hook(self) -> str | None:
-        """The hook that is read; None where there are several, or where it is not known."""
+        """The hook that is read; None if there are several, or if it is not known."""
         return self.reads[0].hook if len(self.reads) == 1 else None
 
     @property
@@ -310,15 +309,15 @@ class Dictionary(nn.Module):
         return names(self.reads) if self.writes_what_it_reads else f"{names(self.reads)} → {names(self.writes)}"
 
     def decoder_norms(self) -> Float[Tensor, " d_sae"]:
-        """The norm of each latent's direction: the sum over write ports of ‖W_dec[i, port]‖; differentiable."""
+        """Return the norm of each latent's direction: the sum over write ports of ‖W_dec[i, port]‖; differentiable."""
         first, *others = (torch.linalg.vector_norm(part, dim=1) for part in apart(self.W_dec, self.writes))
         return sum(others, first)
 
     def as_input(self, x: Float[Tensor, "*shape d_in"] | ArrayLike) -> Float[Tensor, "*shape d_in"]:
-        """Return activations as a tensor, arrays and lists on the device of the parameters.
+        """Return activations as a tensor. Arrays and lists are put on the device of the parameters.
 
         Raises:
-            ShapeError: x is not an array of numbers, or its last axis has not d_in entries.
+            ShapeError: x is not an array of numbers, or its last axis does not have d_in entries.
             ConfigError: x is a tensor on another device.
         """
         x = as_tensor(x, device=self.W_dec.device)
@@ -326,8 +325,12 @@ class Dictionary(nn.Module):
         return x
 
     def check_input(self, x: Tensor | ArrayLike) -> None:
-        """Raise ShapeError unless x is a tensor whose last axis has d_in entries, ConfigError unless it is where the
-        parameters are."""
+        """Raise an error unless x can be encoded.
+
+        Raises:
+            ShapeError: x is not a tensor, or its last axis does not have d_in entries.
+            ConfigError: x is not on the device of the parameters.
+        """
         if not isinstance(x, Tensor):
             raise ShapeError(f"x is {described(x)}; expected a tensor [..., {self.d_in}]")
         if x.ndim == 0 or x.shape[-1] != self.d_in:
@@ -338,28 +341,29 @@ class Dictionary(nn.Module):
             )
 
     def not_finite(self) -> str | None:
-        """Return the name of the first parameter or buffer that holds NaN or infinity; None where all are finite."""
+        """Return the name of the first parameter or buffer that holds NaN or infinity; None if all are finite."""
         return next(iter(not_finite(self.state_dict())), None)
 
     def check_finite(self) -> None:
-        """Raise NonFiniteError when a parameter is NaN or infinite."""
+        """Raise NonFiniteError if a parameter or buffer holds NaN or infinity."""
         if name := self.not_finite():
             raise NonFiniteError(f"{name} of the dictionary holds NaN or infinity")
 
     def pre(self, x: Float[Tensor, "*shape d_in"] | ArrayLike) -> Float[Tensor, "*shape d_sae"]:
-        """Pre-activations h = (x − b_dec) W_enc + b_enc; of a transcoder, x W_enc + b_enc."""
+        """Return the pre-activations h = (x − b_dec) W_enc + b_enc; for a transcoder, x W_enc + b_enc."""
         x = self.as_input(x)
         x = self._normalised(x.to(self.W_enc.dtype))
         h = (x if self.input_bias is None else x - self.input_bias) @ self.W_enc
         return h if self.b_enc is None else h + self.b_enc
 
     def encode(self, x: Float[Tensor, "*shape d_in"] | ArrayLike) -> SparseCodes:
-        """Which latents fire for each activation, and how strongly; differentiable in x and the parameters.
+        """Return the codes of activations: the latents that fire and their values; differentiable in x and the parameters.
 
-        x: a tensor on the device of the parameters, an array of numpy, a DataFrame or a list of numbers.
+        Args:
+            x: a tensor on the device of the parameters, a numpy array, a DataFrame or a list of numbers.
 
         Raises:
-            ShapeError: the last axis of x is not d_in, or x holds something other than numbers.
+            ShapeError: the last axis of x does not have d_in entries, or x holds something other than numbers.
             PluginError: the sparsity rule gives negative codes.
         """
         x = self.as_input(x)
@@ -376,13 +380,14 @@ class Dictionary(nn.Module):
         codes: SparseCodes | Float[Tensor, "*shape d_sae"] | ArrayLike,
         x: Float[Tensor, "*shape d_in"] | ArrayLike | None = None,
     ) -> Float[Tensor, "*shape d_out"]:
-        """x_hat of sparse or dense codes.
+        """Return x_hat for sparse or dense codes.
 
-        x: what was encoded. A skip connection is left out without it; where there is a token_norm it is required.
+        Args:
+            x: the activations that were encoded. Required with a token_norm; without x, a skip connection is left out.
 
         Raises:
-            ConfigError: the dictionary normalises each activation, and x was not given.
-            ShapeError: the last axis of dense codes is not d_sae, or that of x not d_in.
+            ConfigError: the dictionary has a token_norm, and x was not given.
+            ShapeError: the last axis of dense codes does not have d_sae entries, or that of x does not have d_in.
         """
         x = None if x is None else self.as_input(x)
         if not isinstance(codes, SparseCodes):
@@ -392,12 +397,12 @@ class Dictionary(nn.Module):
         if self.token_norm is None:
             return x_hat
         if x is None:
-            raise ConfigError(f"decode(codes, x) needs x: this dictionary undoes the {self.token_norm} of each activation")
+            raise ConfigError(f"decode(codes, x) needs x, to undo the {self.token_norm} of each activation")
         mean, scale = self._statistics(x.to(x_hat.dtype))
         return x_hat * scale + mean
 
     def _dense_codes(self, codes: ArrayLike) -> Float[Tensor, "*shape d_sae"]:
-        """Return dense codes as a tensor of the parameters' dtype where they were an array or a list."""
+        """Return dense codes as a tensor. Arrays and lists get the dtype and device of the parameters."""
         if not isinstance(codes, Tensor):
             codes = as_tensor(codes, "codes", self.W_dec.device).to(self.W_dec.dtype)
         if codes.ndim == 0 or codes.shape[-1] != self.d_sae:
@@ -405,32 +410,35 @@ class Dictionary(nn.Module):
         return codes
 
     def output_scale(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape_or_none 1"]:
-        """What Σ_i f_i W_dec[i] is multiplied by for each x: 1, unless each activation is normalised by itself."""
+        """Return the factor of Σ_i f_i W_dec[i] in the output for each x: 1, or the scale of its token_norm."""
         if self.token_norm is None:
             return self.W_dec.new_ones(1)
         return self._statistics(x.to(self.W_dec.dtype))[1]
 
     def _statistics(self, x: Float[Tensor, "*shape d_in"]) -> tuple[Tensor, Tensor]:
-        """(mean, scale) of each activation, by which it is normalised."""
+        """Return the mean and scale with which each activation is normalised."""
         if self.token_norm == "constant_norm":
             return x.new_zeros(()), x.norm(dim=-1, keepdim=True) / self.d_in**0.5
         return x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
 
     def _normalised(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape d_in"]:
-        """What is encoded in the place of x: (x − mean) / (std + 1e-5) with layer_norm, √d_in x / ‖x‖ with constant_norm."""
+        """Return x with its token_norm: (x − mean) / (std + 1e-5) for layer_norm, √d_in x / ‖x‖ for constant_norm."""
         if self.token_norm is None:
             return x
         mean, scale = self._statistics(x)
         return (x - mean) / (scale + 1e-5 if self.token_norm == "layer_norm" else scale)
 
     def base(self, x: Float[Tensor, "*shape d_in"] | None = None) -> Float[Tensor, "*shape_or_none d_out"]:
-        """What decoded codes are added to: b_dec, and x W_skipᵀ where there is a skip connection."""
+        """Return the part of the output that does not depend on the codes: b_dec, plus x W_skipᵀ with a skip connection.
+
+        Without x, the skip connection is left out.
+        """
         if self.W_skip is None or x is None:
             return self.b_dec
         return self.b_dec + x.to(self.W_skip.dtype) @ self.W_skip.T
 
     def check_edits(self, edits: Sequence[Edit]) -> None:
-        """Raise ConfigError when an edit is of a latent that the dictionary does not have."""
+        """Raise ConfigError if an edit names a latent that the dictionary does not have."""
         largest = max((latent for edit in edits for latent in edit.latents), default=0)
         if largest >= self.d_sae:
             raise ConfigError(f"no latent {largest}; this dictionary has latents 0 to {self.d_sae - 1}")
@@ -441,13 +449,14 @@ class Dictionary(nn.Module):
         edits: Sequence[Edit],
         at: Sequence[Bool[Tensor, "..."]] | None = None,
     ) -> Float[Tensor, "*shape d_out"]:
-        """What edits of the codes of x, one after the other, add to the output: output_scale · Σ_i (new_i − old_i) W_dec[i].
+        """Return the change of the output if edits act on the codes of x in turn: output_scale · Σ_i (new_i − old_i) W_dec[i].
 
-        at: for each edit the activations it is for, to be broadcast to the leading shape of x; default: all of them.
+        Args:
+            at: for each edit, a mask of the activations it acts on, broadcast to the leading shape of x. Default: all.
 
         Raises:
-            ConfigError: an edit of a latent that the dictionary does not have.
-            ShapeError: the last axis of x is not d_in.
+            ConfigError: an edit names a latent that the dictionary does not have.
+            ShapeError: the last axis of x does not have d_in entries.
         """
         x = self.as_input(x)
         self.check_edits(edits)
@@ -458,22 +467,24 @@ class Dictionary(nn.Module):
         total = self.W_dec.new_zeros(*shape, self.d_out)
         if any(edit.offset for edit in edits):
             total = total + offsets(edits, at, self.W_dec)
-        if any(edit.gain != 1 for edit in edits):  # else no code need be known
+        if any(edit.gain != 1 for edit in edits):  # else the change does not depend on the codes
             total = total + scaled(self.encode(x), edits, at).decode(self.W_dec)
         return total * self.output_scale(x)
 
     def forward(self, x: Float[Tensor, "*shape d_in"] | ArrayLike) -> Float[Tensor, "*shape d_out"]:
-        """x_hat, in the dtype of x."""
+        """Return x_hat, in the dtype of x."""
         x = self.as_input(x)
         return self.decode(self.encode(x), x).to(x.dtype)
 
     @torch.no_grad()
     def fold_scales_(self, reads: Sequence[float], writes: Sequence[float]) -> "Dictionary":
-        """Turn a dictionary of scaled activations into one of raw ones, with the same codes (of a tied rule, codes of x).
+        """Turn a dictionary of scaled activations into one of raw activations.
+
+        The codes stay the same, except those of a tied rule: they are then in units of raw activations.
 
         Args:
-            reads: for each read port, the number that its activations were multiplied by.
-            writes: for each write port, the number that the output is divided by.
+            reads: for each read port, the number by which its activations were multiplied.
+            writes: for each write port, the number by which its target was multiplied.
         """
         if not self.rule.tied:
             for scale, rows in zip(reads, apart(self.W_enc.T, self.reads), strict=True):
@@ -489,7 +500,7 @@ class Dictionary(nn.Module):
 
     @torch.no_grad()
     def fold_shift_(self, shift: Float[Tensor, " d_in"]) -> "Dictionary":
-        """Turn a dictionary of x − shift into one of x, with the same codes and output. Its output is of other ports."""
+        """Turn a dictionary of x − shift into one of x, with the same codes and output. The write ports must be other ports."""
         self.b_enc.sub_(shift @ self.W_enc)
         if self.W_skip is not None:
             self.b_dec.sub_(self.W_skip @ shift)
@@ -497,9 +508,9 @@ class Dictionary(nn.Module):
 
     @torch.no_grad()
     def fold_decoder_norms_(self) -> "Dictionary":
-        """Make decoder rows unit vectors and put their norms into the codes; x_hat stays the same.
+        """Normalise the rows of W_dec and multiply the codes by their norms; x_hat stays the same.
 
-        Rules whose codes do not scale latent by latent (top-k) are left as they are.
+        Nothing changes if the rule is not homogeneous, such as top-k, whose choice depends on the sizes of the codes.
         """
         if not self.rule.homogeneous:
             return self
@@ -513,17 +524,17 @@ class Dictionary(nn.Module):
         return self
 
     def save(self, path: str | Path, *, exists: Literal["error", "overwrite"] = "error") -> Path:
-        """Write the dictionary folder; it appears whole or not at all.
+        """Write the dictionary to a folder, completely or not at all, and return the folder.
 
         Raises:
-            OutputExistsError: the folder holds something and `exists` is "error".
-            NonFiniteError: a parameter is NaN or infinite.
+            OutputExistsError: the folder is not empty and `exists` is "error", or it holds something other than a dictionary.
+            NonFiniteError: a parameter holds NaN or infinity.
         """
         from safetensors.torch import save_file
 
         own = {k: v for k, v in self.state_dict().items() if not k.startswith("rule.")}
         if name := self.not_finite():
-            raise NonFiniteError(f"{name} is not finite; a dictionary with NaN or infinity is not written")
+            raise NonFiniteError(f"{name} holds NaN or infinity, so the dictionary was not written")
         form = self.rule.inference_form()
         published = dict(form.tensors) if form else {}
         extra = {k.removeprefix("rule."): v for k, v in self.state_dict().items() if k.startswith("rule.")}
@@ -538,7 +549,7 @@ class Dictionary(nn.Module):
         return Path(path)
 
     def _architecture(self, form: PublishedForm | None) -> str:
-        """What other tools call it; the rule's own name where they have none."""
+        """Return the name of the architecture in other tools; if they have no name, one made of the rule's name."""
         if len(self.reads) + len(self.writes) > 2:
             return f"{self.rule.plugin_name}_crosscoder"
         if self.writes_what_it_reads:
@@ -549,7 +560,7 @@ class Dictionary(nn.Module):
         return f"{self.rule.plugin_name}_{kind}"
 
     def _config(self) -> dict[str, Any]:
-        """The content of cfg.json."""
+        """Return the content of cfg.json."""
         form = self.rule.inference_form()
         plugin = registry.find(self.rule.plugin_name)
         return {
@@ -564,7 +575,7 @@ class Dictionary(nn.Module):
             "reshape_activations": "none",
             **(form.settings if form else {}),
             "metadata": {
-                "sae_lens_version": "6.0.0",  # without it SAELens reads the file as an old one and drops the metadata
+                "sae_lens_version": "6.0.0",  # without it SAELens takes the file for an old one and drops the metadata
                 "model_name": self.origin.model,
                 "model_class_name": self.origin.model_class or "AutoModelForCausalLM",
                 "hook_name": self.reads[0].hook,
@@ -592,7 +603,7 @@ class Dictionary(nn.Module):
         }
 
     def _tokens_left_out(self) -> dict[str, Any]:
-        """Excluded positions and token ids as SAELens says them; positions that are no slice of a row are left out."""
+        """Return excluded token ids and, if a slice of a row expresses them, positions under the names of SAELens."""
         kept = slice_without(self.origin.excluded_positions, self.origin.n_ctx)
         token_ids = list(self.origin.excluded_token_ids)
         return ({"seqpos_slice": kept} if kept else {}) | ({"exclude_special_tokens": token_ids} if token_ids else {})
@@ -603,8 +614,8 @@ class Dictionary(nn.Module):
 
         Raises:
             CorruptFileError: a file is missing, damaged or contradicts another, or another tool wrote the folder.
-            ConfigError: it is an address, not a folder.
-            PluginError: its sparsity rule is not installed; the message names the distribution that wrote it.
+            ConfigError: an address was given instead of a folder.
+            PluginError: the sparsity rule is not installed. The message names the distribution that provides it.
         """
         if is_address(folder):
             raise ConfigError(f"{folder} is an address; Dictionary.load takes a folder. Use saelens_lite.load({str(folder)!r})")
@@ -640,10 +651,10 @@ class Dictionary(nn.Module):
         d_out = said.d_out
         rule_class = registry.load(ours.sparsity, written_by=ours.distribution)
         specs = _own_names(folder, tensor_specs)
-        found = specs["W_dec"].shape if "W_dec" in specs else None
+        shape = specs["W_dec"].shape if "W_dec" in specs else None
         wanted = (d_sae, d_in if d_out is None else d_out)
-        if found != wanted:  # else a forged size would be allocated
-            raise CorruptFileError(f"{folder / WEIGHTS_FILE}: W_dec has shape {found}, cfg.json says {wanted}")
+        if shape != wanted:  # else a forged size would be allocated
+            raise CorruptFileError(f"{folder / WEIGHTS_FILE}: W_dec has shape {shape}, cfg.json says {wanted}")
         if d_out is not None and ("W_enc" not in specs or specs["W_enc"].shape != (d_in, d_sae)):
             raise CorruptFileError(f"{folder / WEIGHTS_FILE}: W_enc is missing or not of shape {(d_in, d_sae)}")
         check_fits_memory(folder, sum(spec.nbytes for spec in specs.values()))
@@ -669,7 +680,7 @@ class Dictionary(nn.Module):
         return self
 
     def _check_published(self, folder: Path, config: dict[str, Any], state: dict[str, Spec]) -> None:
-        """Raise CorruptFileError where cfg.json tells other tools something else than us."""
+        """Raise CorruptFileError if the part of cfg.json for other tools contradicts the part for us."""
         expected = self._config()
         del expected["metadata"], expected["device"]
         for key, value in expected.items():
@@ -679,7 +690,7 @@ class Dictionary(nn.Module):
                 )
         for name in ("W_dec", "b_dec"):
             if state[name].dtype != self.W_dec.dtype:
-                raise CorruptFileError(f"{folder}: {name} is of {state[name].dtype}, cfg.json says {config['dtype']}")
+                raise CorruptFileError(f"{folder}: {name} has dtype {state[name].dtype}, cfg.json says {config['dtype']}")
 
     def extra_repr(self) -> str:
         rule = getattr(self.rule, "plugin_name", "?")
@@ -688,7 +699,7 @@ class Dictionary(nn.Module):
 
 
 def is_own_folder(folder: Path) -> bool:
-    """Return whether a folder was written by `Dictionary.save`, of whatever version."""
+    """Return whether a folder was written by `Dictionary.save` of any version."""
     return (folder / CONFIG_FILE).is_file() and _is_own(read_json(folder / CONFIG_FILE))
 
 
@@ -698,45 +709,53 @@ def _is_own(config: dict[str, Any]) -> bool:
 
 
 def _own_names(folder: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    """Return what `read` gives for the tensors of both files, by our names. CorruptFileError where a name is in both."""
+    """Return the results of `read` for the tensors of both files, by our names.
+
+    Raises:
+        CorruptFileError: both files hold a tensor of the same name.
+    """
     own = ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip")
-    found = {k if k in own or k.startswith("rule.") else f"rule.{k}": v for k, v in read(folder / WEIGHTS_FILE).items()}
+    weights = {k if k in own or k.startswith("rule.") else f"rule.{k}": v for k, v in read(folder / WEIGHTS_FILE).items()}
     if not os.path.lexists(folder / PLUGIN_FILE):
-        return found
+        return weights
     extra = {f"rule.{k}": v for k, v in read(folder / PLUGIN_FILE).items()}
-    if both := found.keys() & extra.keys():
+    if both := weights.keys() & extra.keys():
         raise CorruptFileError(f"{folder}: {WEIGHTS_FILE} and {PLUGIN_FILE} both hold {shortened(both)}")
-    return found | extra
+    return weights | extra
 
 
 def _of_width(given: str | Ports | None, d: int) -> tuple[Port, ...]:
-    """Return ports that were given by name, or not at all, with their width."""
+    """Return ports of total width d. A hook name, or None for an unknown hook, becomes a port of that width.
+
+    Raises:
+        ShapeError: the given ports have another width.
+    """
     ports = (Port(hook=given, width=d),) if given is None or isinstance(given, str) else as_ports(given)
     if width(ports) != d:
-        raise ShapeError(f"the tensors have {d} entries for {names(ports)}, which has {width(ports)}")
+        raise ShapeError(f"{names(ports)} has width {width(ports)}, but the tensors have {d} entries for it")
     return ports
 
 
 def read_density(folder: Path, d_sae: int) -> Float[Tensor, " d_sae"] | None:
-    """How often each latent fires, from sparsity.safetensors; None where there is none.
+    """Return the firing frequency of each latent from sparsity.safetensors, or None if the folder has no such file.
 
     Raises:
-        CorruptFileError: it is damaged, or not about d_sae latents.
+        CorruptFileError: the file is damaged, or not of d_sae latents.
     """
     path = folder / SPARSITY_FILE
     if not os.path.lexists(path):
         return None
-    found = tensor_specs(path)
-    if found.keys() != {"sparsity"} or found["sparsity"].shape != (d_sae,) or not found["sparsity"].dtype.is_floating_point:
+    specs = tensor_specs(path)
+    if specs.keys() != {"sparsity"} or specs["sparsity"].shape != (d_sae,) or not specs["sparsity"].dtype.is_floating_point:
         raise CorruptFileError(f"{path}: expected a tensor 'sparsity' of shape {(d_sae,)}")
     log_density = read_tensors(path)["sparsity"]
     return (10.0 ** log_density.double() - 1e-10).clamp(0, 1).float()
 
 
 def slice_without(excluded: Sequence[int], n_ctx: int | None) -> list[int | None] | None:
-    """The [start, stop, step] of `row[start:stop:step]` that leaves out those positions and no others.
+    """Return the [start, stop] or [start, stop, step] of the slice of a row that leaves out exactly these positions.
 
-    None where nothing is left out, where no slice does it, or where it depends on a row's length that is not known.
+    None if nothing is left out, if no slice does it, or if the slice depends on an unknown row length.
     """
     excluded = sorted({position for position in excluded if n_ctx is None or position < n_ctx})
     if not excluded:
@@ -755,19 +774,19 @@ def slice_without(excluded: Sequence[int], n_ctx: int | None) -> list[int | None
 
 
 def _unit_rows(n: int, d: int, generator: torch.Generator) -> Float[Tensor, "n d"]:
-    """Random unit vectors."""
+    """Return n random unit vectors."""
     rows = torch.randn(n, d, generator=generator)
     return rows / rows.norm(dim=1, keepdim=True)
 
 
-def _check_state(folder: Path, found: dict[str, Spec], expected: dict[str, Tensor], optional: set[str]) -> None:
-    """Raise CorruptFileError unless names and shapes fit; a published tensor may be derived rather than stored."""
-    missing = expected.keys() - found.keys()
-    surplus = {k for k in found.keys() - expected.keys() if k.removeprefix("rule.") not in optional}
+def _check_state(folder: Path, specs: dict[str, Spec], expected: dict[str, Tensor], optional: set[str]) -> None:
+    """Raise CorruptFileError unless names, shapes and dtypes fit. Files may also hold the `optional` tensors."""
+    missing = expected.keys() - specs.keys()
+    surplus = {k for k in specs.keys() - expected.keys() if k.removeprefix("rule.") not in optional}
     if missing or surplus:
         raise CorruptFileError(f"{folder}: tensors missing: {sorted(missing) or 'none'}; not expected: {shortened(surplus)}")
     for name, tensor in expected.items():
-        if found[name].shape != tensor.shape:
-            raise CorruptFileError(f"{folder}: {name} has shape {tuple(found[name].shape)}, expected {tuple(tensor.shape)}")
-        if found[name].dtype not in DTYPES.values():
-            raise CorruptFileError(f"{folder}: {name} has dtype {found[name].dtype}; expected one of {', '.join(DTYPES)}")
+        if specs[name].shape != tensor.shape:
+            raise CorruptFileError(f"{folder}: {name} has shape {tuple(specs[name].shape)}, expected {tuple(tensor.shape)}")
+        if specs[name].dtype not in DTYPES.values():
+            raise CorruptFileError(f"{folder}: {name} has dtype {specs[name].dtype}; expected one of {', '.join(DTYPES)}")

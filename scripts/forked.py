@@ -1,4 +1,4 @@
-"""Work in a child process, which the scripts of this folder interrupt and kill."""
+"""Child processes that the scripts of this folder interrupt and kill."""
 
 import os
 import signal
@@ -9,11 +9,12 @@ DONE, FAILED = 0, 3  # exit codes of a child
 
 
 def child(work: Callable[[], object], exit_codes: dict[type[BaseException], int] | None = None) -> int:
-    """Start work in a child process, and return the process's number.
+    """Start work in a child process, and return its process id.
 
-    Its exit code is DONE, or for an error that of its type in `exit_codes`, else FAILED with the error on the terminal.
+    The exit code is DONE, or after an error the code of its type in `exit_codes`. Other errors are printed to stderr, and the
+    code is FAILED.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a child never runs on in the code of its parent
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # else Ctrl-C could make the child continue in its parent's code
     number = os.fork()
     if number == 0:
         try:
@@ -31,5 +32,5 @@ def child(work: Callable[[], object], exit_codes: dict[type[BaseException], int]
 
 
 def ended(number: int) -> int:
-    """Wait for a child process, and return its exit code, negative for the signal that ended it."""
+    """Wait for a child process, and return its exit code, or minus the number of the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])

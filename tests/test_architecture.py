@@ -1,4 +1,4 @@
-"""The rules of the tree: who may import whom, what importing costs, and which names the package offers."""
+"""The rules of the tree: allowed imports, the cost of importing, and the names that the package offers."""
 
 import ast
 import re
@@ -14,8 +14,8 @@ import saelens_lite as sl
 
 ROOT = Path(sl.__file__).parent
 
-# From the bottom up: a module imports only modules that stand before it in this list.
-# The order is DESIGN.md's table, except that tokens stands before model, because `lm.run("text")` has to tokenise.
+# From the bottom up: a module imports only modules that come before it in this list.
+# The order is that of the table in DESIGN.md, except that tokens comes before model, because `lm.run("text")` tokenises.
 ORDER = [
     "tokens",
     "model",
@@ -60,10 +60,11 @@ LEAVES = {
     "state_dicts",
     "tables",
     "terminal",
-}  # import nothing of ours but each other; everyone may import them
-# Models ask the Hub too, so the requests stand low, in hub_client; hub, which knows dictionaries, uses the same library.
+}  # these import only each other, and every module may import them
+# Models need the Hub too, so requests are in hub_client, which is low. hub knows dictionaries, so it is high; it uses the same
+# library.
 ONLY_IN = {"transformer_lens": ("model",), "huggingface_hub": ("hub_client", "hub")}
-COMPUTED = "(computed)"  # stands for a module whose name is put together when the program runs
+COMPUTED = "(computed)"  # a module whose name is computed when the program runs
 DOORS = {
     "saelens_lite",
     "sparsity",
@@ -73,7 +74,7 @@ DOORS = {
     "features",
     "judges",
     "errors",
-}  # what a plugin may import from
+}  # the modules that a plugin may import from
 HEAVY = [
     *("transformer_lens", "transformers", "datasets", "matplotlib", "scipy", "sklearn", "wandb", "tensorboard", "trackio"),
     *("pyarrow", "duckdb", "anywidget"),
@@ -81,7 +82,7 @@ HEAVY = [
 
 
 def public_names() -> dict[str, str]:
-    """Return the module of each public name, by the stub that editors and `__init__.py` read."""
+    """Return the module of each public name, from the stub that editors and `__init__.py` read."""
     tree = ast.parse((ROOT / "__init__.pyi").read_text(encoding="utf-8"))
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     return {alias.name: node.module or alias.name for node in imports for alias in node.names}
@@ -91,13 +92,13 @@ PUBLIC = public_names()
 
 
 def part_of(path: Path) -> str:
-    """Return the row of the table a file belongs to: its first folder, or its own name."""
+    """Return the part that a file belongs to: its first folder, or its own name."""
     first = path.relative_to(ROOT).parts[0]
     return first.removesuffix(".py")
 
 
 class Import(NamedTuple):
-    """A module that a source imports in any way: by a statement, by a string, or by an attribute of the package."""
+    """A module that source code imports by a statement, a string or an attribute of the package."""
 
     name: str
     at_module_level: bool = True
@@ -105,10 +106,10 @@ class Import(NamedTuple):
 
 
 def imports_in(source: str, package: Sequence[str] = ()) -> list[Import]:
-    """Return everything that a source imports; `package` is its own dotted name, from which relative imports count.
+    """Return everything that source code imports. `package` is its dotted name, to which relative imports refer.
 
-    A string that is the name of a module of ours counts, wherever it stands: such a table is only there to import from.
-    `sl.name`, after `import saelens_lite as sl`, imports the module of that public name.
+    A string that is the name of one of our modules counts too, because tables of such names exist only to import from.
+    After `import saelens_lite as sl`, `sl.name` imports the module of that public name.
     """
     tree = ast.parse(source)
     guarded = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
@@ -143,12 +144,12 @@ def names_in(node: ast.AST, aliases: set[str], package: Sequence[str]) -> list[s
 
 
 def imports_of(path: Path) -> list[Import]:
-    """Return everything a file of the package imports, as `imports_in` finds it."""
+    """Return everything that a file of the package imports."""
     return imports_in(path.read_text(encoding="utf-8"), module_of(path).split("."))
 
 
 def module_of(path: Path) -> str:
-    """Return the dotted name of a file, `__init__` included, so that relative imports count from it."""
+    """Return the dotted name of a file, including `__init__`, to which relative imports refer."""
     return ".".join(["saelens_lite", *path.relative_to(ROOT).with_suffix("").parts])
 
 
@@ -158,14 +159,14 @@ FILE_IDS = [str(path.relative_to(ROOT)) for path in FILES]
 
 def own_parts(path: Path, module_level_only: bool = False) -> set[str]:
     """Return the parts of saelens_lite that a file imports, other than its own."""
-    found = [one for one in imports_of(path) if not module_level_only or (one.at_module_level and not one.for_types_only)]
-    names = [one.name.split(".") for one in found]
+    imports = [one for one in imports_of(path) if not module_level_only or (one.at_module_level and not one.for_types_only)]
+    names = [one.name.split(".") for one in imports]
     known = set(ORDER) | LEAVES
     parts = {name[1] for name in names if name[0] == "saelens_lite" and len(name) > 1}
     return {part if part in known else PUBLIC.get(part, part).partition(".")[0] for part in parts} - {part_of(path)}
 
 
-def test_every_file_has_its_place():
+def test_every_file_belongs_to_a_known_part():
     assert {part_of(path) for path in FILES} <= set(ORDER) | LEAVES
 
 
@@ -196,8 +197,8 @@ def circles(graph: dict[str, set[str]]) -> set[str]:
     return {node for node, near in reached.items() if node in near}
 
 
-def test_no_two_files_know_each_other():
-    """Imports inside functions, by string and for type checkers count: a name in an annotation is knowledge too."""
+def test_files_do_not_import_in_circles():
+    """Imports inside functions, by string and for type checkers count too: an annotation also depends on its module."""
     known = {module_of(path).removesuffix(".__init__"): path for path in FILES}
 
     def file_of(name: str) -> str | None:
@@ -211,7 +212,7 @@ def test_no_two_files_know_each_other():
     assert circles(graph) == set()
 
 
-def test_circles_are_found():
+def test_circles_finds_circles():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": set()}) == {"a", "b", "c"}
     assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == set()
 
@@ -236,18 +237,18 @@ def test_circles_are_found():
         ("import saelens_lite.errors\nsaelens_lite.hub.push(d)", "saelens_lite.hub"),
     ],
 )
-def test_every_way_to_import_is_found(source, name):
+def test_imports_in_finds_every_way_to_import(source, name):
     assert name in {one.name for one in imports_in(source, ["saelens_lite", "model", "hooks"])}
 
 
-def test_kinds_of_imports_are_told_apart():
+def test_imports_in_distinguishes_kinds_of_imports():
     source = "import a\ndef f():\n    import b\nif TYPE_CHECKING:\n    import c\n'Of saelens_lite.hub.'\nx.y"
     assert sorted(imports_in(source)) == [Import("a"), Import("b", at_module_level=False), Import("c", for_types_only=True)]
 
 
 @pytest.mark.parametrize("path", FILES, ids=FILE_IDS)
 def test_no_module_is_imported_by_a_computed_name(path):
-    """Plugins come through entry points, so no file needs to put the name of a module together."""
+    """Plugins are loaded through entry points, so no file needs to compute the name of a module."""
     assert COMPUTED not in {one.name for one in imports_of(path)}
 
 
@@ -258,14 +259,14 @@ def test_the_core_never_imports_its_plugins(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=FILE_IDS)
-def test_each_outside_library_has_one_home(path):
+def test_each_outside_library_is_imported_in_one_place(path):
     for library, homes in ONLY_IN.items():
         if part_of(path) not in homes:
             assert library not in {one.name.split(".")[0] for one in imports_of(path) if not one.for_types_only}
 
 
-def test_plugins_use_the_strangers_door():
-    """A built-in plugin imports what a stranger's may: nothing private, and nothing of the modules that run it."""
+def test_built_in_plugins_import_only_what_other_plugins_may():
+    """Nothing private, and nothing of the modules that run plugins."""
     import saelens_lite_plugins
 
     files = [path for path in Path(saelens_lite_plugins.__file__).parent.rglob("*.py") if path.name != "__init__.py"]
@@ -284,13 +285,13 @@ def in_a_fresh_process(code: str) -> str:
     return done.stdout.strip()
 
 
-def test_importing_the_package_costs_nothing():
+def test_importing_the_package_loads_no_heavy_library():
     assert (
         in_a_fresh_process(f"import sys, saelens_lite; print([m for m in {[*HEAVY, 'torch']!r} if m in sys.modules])") == "[]"
     )
 
 
-def test_the_names_and_training_load_no_heavy_library():
+def test_public_names_and_training_load_no_heavy_library():
     code = (
         "import sys, torch, saelens_lite as sl\n"
         "for name in sl.__all__: getattr(sl, name)\n"
@@ -321,6 +322,6 @@ def test_every_name_resolves(name):
         assert value.__doc__
 
 
-def test_a_name_that_does_not_exist():
+def test_a_wrong_name_raises_attribute_error():
     with pytest.raises(AttributeError, match="module 'saelens_lite' has no attribute 'trian'"):
         sl.trian

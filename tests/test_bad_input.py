@@ -228,7 +228,7 @@ def test_nan_in_the_data_from_the_start(x, normalize):
 
 
 def test_nothing_but_zeros():
-    with pytest.raises(NonFiniteError, match=r"root mean square norm of 0\.0; nothing to train on"):
+    with pytest.raises(NonFiniteError, match="are all zero; there is nothing to train on"):
         sl.fit(torch.zeros(10, 4), **QUICK)
 
 
@@ -300,7 +300,7 @@ def test_overwriting_that_fails_leaves_the_old_folder(lm, saved, copied):
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     d = sl.Dictionary.load(saved)
     d.W_enc.data[0, 0] = torch.inf
-    with pytest.raises(NonFiniteError, match="W_enc is not finite"):
+    with pytest.raises(NonFiniteError, match="W_enc holds NaN or infinity"):
         d.save(saved, exists="overwrite")
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
     assert "dictionary" in names(saved.parent)

@@ -372,7 +372,7 @@ def test_options_are_validated():
 
 def test_a_dictionary_with_nan_is_not_written(dictionary, tmp_path):
     dictionary.W_dec.data[0, 0] = torch.nan
-    with pytest.raises(NonFiniteError, match="W_dec is not finite"):
+    with pytest.raises(NonFiniteError, match="W_dec holds NaN or infinity"):
         dictionary.save(tmp_path / "d")
     assert not list(tmp_path.iterdir())
 

@@ -81,7 +81,7 @@ def test_the_others_finish_to_the_bytes_they_have_alone(x, tmp_path, caplog, ord
     cause = f"the loss (bad) became NaN or infinite in step {AT}, turns_bad on x (after {(AT - 1) * SIZE} tokens)"
     assert good.training_record["stopped"] == cause
     assert torch.isfinite(good(x)).all()
-    assert f"{bad} is trained no further: {cause}; the dictionary after step {AT - 1} is in {bad / 'last_good'}" in said(caplog)
+    assert f"stopped training {bad}: {cause}; the dictionary after step {AT - 1} is in {bad / 'last_good'}" in said(caplog)
     assert names(tmp_path / "runs") == sorted(f"{i}-{config.sparsity}" for i, config in enumerate(order))
 
 
@@ -89,7 +89,7 @@ def test_without_a_folder_too(x, caplog):
     (run,) = sl.train(TensorSource(x), [BAD, GOOD])
     (alone,) = sl.train(TensorSource(x), GOOD)
     assert all(torch.equal(run.dictionary.state_dict()[name], value) for name, value in alone.dictionary.state_dict().items())
-    assert "0-turns_bad is trained no further: the loss (bad)" in said(caplog)
+    assert "stopped training 0-turns_bad: the loss (bad)" in said(caplog)
 
 
 @pytest.mark.parametrize("stops", [[3], [AT + 4], [3, AT - 1, AT + 4]], ids=str)

@@ -263,7 +263,7 @@ def test_rows_are_those_of_the_training_text(lm, documents):
     wanted = token_rows(lm, documents, text_config=sl.TextConfig(n_ctx=16, exclude_positions=(0, 1, 2)))
     assert (report.n_tokens, report.text_sha256) == (wanted.n_kept, text_hash(wanted))
     assert report.excluded == "BOS, padding and positions 0, 1, 2"
-    with pytest.raises(ConfigError, match=rf"n_ctx = 16, {lm.n_ctx}; exclude_positions = \(0, 1, 2\), \(0,\); take them"):
+    with pytest.raises(ConfigError, match=rf"n_ctx = 16, {lm.n_ctx}; exclude_positions = \(0, 1, 2\), \(0,\); evaluate them"):
         sl.evaluate([ours, other], lm, documents)
     config = sl.TextConfig(n_ctx=16, exclude_positions=(0,))
     reports = sl.evaluate([ours, other], lm, documents, text_config=config, n_bootstrap=0)
@@ -370,9 +370,9 @@ def test_report_as_text_html_and_markdown(lm, rows):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{}", "evaluation of format None, this version reads 2"),
-        ('{"format": 2}', "is no evaluation: KeyError"),
-        ('{"format": 2, "metrics": {"l0": 3}}', "is no evaluation"),
+        ("{}", "evaluation of format None; this version reads 2"),
+        ('{"format": 2}', "is not an evaluation: KeyError"),
+        ('{"format": 2, "metrics": {"l0": 3}}', "is not an evaluation"),
         ('{"format": 2, "metrics": {"l0": {"value": "oops", "low": 1, "high": 2}}}', "value is 'oops'"),
         ("[1]", "holds a list"),
         ("{", "not valid JSON"),
@@ -391,7 +391,7 @@ def test_content_that_is_no_report(lm, rows):
         deep = good | {"controls": {"a": deep}}
     band = good | {"by_position": [good["by_position"][0] | {"low": "x"}]}
     for content in ([], good | {"n_tokens": "many"}, good | {"disjoint": "no"}, band, deep):
-        with pytest.raises(CorruptFileError, match="the report is no evaluation"):
+        with pytest.raises(CorruptFileError, match="the report is not an evaluation"):
             EvalReport.from_dict(content)
     earlier = {key: value for key, value in good.items() if key != "read_hook"}
     assert EvalReport.from_dict(earlier).read_hook is None

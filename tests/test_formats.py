@@ -288,9 +288,9 @@ def test_per_token_norms_are_lost_by_other_formats(tmp_path):
             sl.convert(own, tmp_path / "theirs", format)
     again = sl.load(sl.convert(own, tmp_path / "theirs", "saelens"))
     assert torch.equal(again(X.float()), d(X.float()))
-    with pytest.raises(ConfigError, match="needs x: this dictionary undoes the layer_norm of each activation"):
+    with pytest.raises(ConfigError, match="needs x, to undo the layer_norm of each activation"):
         d.decode(d.encode(X.float()))
-    with pytest.raises(ConfigError, match="is for dictionaries that write the one port they read"):
+    with pytest.raises(ConfigError, match="needs a dictionary that writes the one port that it reads"):
         sl.Dictionary(make("topk").rule, reads=D_IN, d_sae=D_SAE, writes=7, token_norm="layer_norm")
     with pytest.raises(ConfigError, match="token_norm = 'rms'; expected one of None, layer_norm, constant_norm"):
         sl.Dictionary(make("topk").rule, reads=D_IN, d_sae=D_SAE, token_norm="rms")

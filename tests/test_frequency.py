@@ -105,7 +105,7 @@ def test_reports_that_do_not_belong_together(lm, rows):
     d = dictionary(lm)
     report, other = (sl.evaluate(d, lm, part, by_frequency=True, n_bootstrap=5) for part in (rows, rows[:9]))
     for reports in ({"a": sl.evaluate(d, lm, rows[:2], n_bootstrap=5)}, {"a": report, "b": other}, {}):
-        with pytest.raises(ConfigError, match="evaluate together, with by_frequency=True"):
+        with pytest.raises(ConfigError, match="evaluate together with by_frequency=True"):
             frequency_table(reports)
 
 

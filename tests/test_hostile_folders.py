@@ -49,7 +49,7 @@ def x():
 
 @pytest.fixture
 def run(x, tmp_path):
-    """A run that was interrupted, with one checkpoint."""
+    """An interrupted run with one checkpoint."""
     with pytest.raises(Broken):
         sl.train(
             Breaking(x), sl.TrainConfig(d_sae=12, batch_size=8, n_tokens=160, log_every=8, options={"k": 2}), tmp_path / "run"
@@ -224,8 +224,8 @@ def test_more_latents_than_the_tensors_have_are_not_allocated(run, x, monkeypatc
         (["configs", 0], {"batch_size": 10**12}, None),
         (["configs", 0], {"batch_size": 2}, "40 tokens in 5 steps of 2"),
         (["configs", 0], {"betas": [2.0, 3.0]}, r"TrainConfig: betas\.0 = 2\.0"),
-        ([], {"n_batches": 7}, "n_batches = 7, but no dictionary has seen as many"),
-        ([], {"dropped": [None, None]}, "expected as many of each"),
+        ([], {"n_batches": 7}, "n_batches = 7, but no dictionary has seen that many"),
+        ([], {"dropped": [None, None]}, "expected equal numbers"),
         ([], {"loggers": ["jsonl"] * 5000}, "a logger is named twice"),
         ([], {"loggers": "jsonl"}, "loggers = 'jsonl': input should be a valid list"),
     ],

@@ -113,7 +113,7 @@ def test_loggers_change_neither_numbers_nor_parameters(source, logger, tmp_path)
 def test_without_a_folder_there_is_nothing_to_write(source):
     assert len(sl.train(source, TOPK)[0].history) == 4
     assert len(sl.train(source, TOPK, loggers=())[0].history) == 4
-    with pytest.raises(ConfigError, match=r"loggers = \('jsonl', 'wandb'\) need a run folder: say `out`"):
+    with pytest.raises(ConfigError, match=r"loggers = \('jsonl', 'wandb'\) need a run folder; give out="):
         sl.train(source, TOPK, loggers=("jsonl", "wandb"))
 
 

@@ -1,4 +1,4 @@
-"""Ports: crosscoders over several hooks of one model, and dictionaries of the older format, which names hooks otherwise."""
+"""Ports: crosscoders over several hooks of one model, and dictionaries of format 1, which names hooks in the origin."""
 
 import json
 import re
@@ -53,7 +53,7 @@ def ports(*widths: int, hooks: tuple[str, ...] = (FIRST, SECOND)) -> tuple[sl.Po
 
 
 def older(folder: Path) -> Path:
-    """Make a folder one of format 1: hooks are named in the origin, and whether it is a transcoder beside it."""
+    """Rewrite a folder in format 1: hooks are in the origin, and a key says whether it is a transcoder."""
     config = json.loads((folder / "cfg.json").read_text())
     ours = config["metadata"]["saelens_lite"]
     (reads,), writes = ours.pop("reads"), ours.pop("writes")
@@ -88,7 +88,7 @@ def test_format_1_gives_the_same_codes_and_outputs(rule, across, skip, tmp_path)
         {"reads": []},
     ],
 )
-def test_a_damaged_folder_of_format_1(change, tmp_path):
+def test_a_damaged_folder_of_format_1_is_refused(change, tmp_path):
     folder = older(sl.Dictionary.create("topk", reads=ports(4, 4)[0], d_sae=6, options={"k": 2}).save(tmp_path / "d"))
     config = json.loads((folder / "cfg.json").read_text())
     config["metadata"]["saelens_lite"] |= change
@@ -97,21 +97,21 @@ def test_a_damaged_folder_of_format_1(change, tmp_path):
         sl.Dictionary.load(folder)
 
 
-def test_only_reading_of_older_files_names_the_old_words():
-    found = {
+def test_only_code_that_reads_older_files_uses_the_old_names():
+    files = {
         str(path.relative_to(ROOT))
         for folder in ("saelens_lite", "plugins")
         for path in (ROOT / folder).rglob("*.py")
         if re.search("is_transcoder|target_hook", path.read_text(encoding="utf-8"))
     }
-    assert found <= {"saelens_lite/dictionary.py", "saelens_lite/config.py", "saelens_lite/features/info.py"}
+    assert files <= {"saelens_lite/dictionary.py", "saelens_lite/config.py", "saelens_lite/features/info.py"}
 
 
 # Training
 
 
 def planted(n: int) -> TensorSource:
-    """Return activations at two hooks of different width: directions for each of the same sparse codes."""
+    """Return activations at two hooks of different width, which decode the same sparse codes with different directions."""
     codes = (torch.rand(n, 16, generator=torch.Generator().manual_seed(1)) < 0.15) * (0.5 + normal(n, 16, seed=2).abs())
     widths = {"a": 10, "b": 7}
     return TensorSource(
@@ -132,7 +132,7 @@ def fvu(d: sl.Dictionary, source: TensorSource) -> float:
 
 @pytest.mark.parametrize("rule", ["l1", "topk"])
 def test_a_step_has_the_losses_and_gradients_of_the_dense_formula(rule):
-    """With x of both ports side by side, and a penalty on the sum over the ports of the norms of a direction."""
+    """x is the activations of both ports concatenated; the penalty uses the sum over the ports of a direction's norms."""
     options = {"l1": {"coefficient": 0.7}, "topk": {"k": 3}}[rule]
     d = randomised(sl.Dictionary.create(rule, reads=ports(5, 3), d_sae=12, options=options)).double().train()
     x = normal(30, 8, seed=40).double()
@@ -154,7 +154,7 @@ def test_a_step_has_the_losses_and_gradients_of_the_dense_formula(rule):
         torch.testing.assert_close(own.grad, theirs.grad, rtol=1e-9, atol=1e-9)
 
 
-def test_a_crosscoder_learns_and_comes_back_to_the_bit(tmp_path):
+def test_a_crosscoder_learns_and_loads_to_the_same_bits(tmp_path):
     source = planted(4096)
     (run,) = sl.train(source, settings(), tmp_path / "run")
     d = run.dictionary
@@ -186,7 +186,7 @@ def test_an_interrupted_crosscoder_ends_at_the_same_bytes(tmp_path, monkeypatch)
 
 
 def test_matching_pursuit_reads_one_port():
-    with pytest.raises(ConfigError, match="matching_pursuit encodes with the directions it decodes with, so it has one port"):
+    with pytest.raises(ConfigError, match="matching_pursuit encodes with W_decᵀ, so it must write the one port that it reads"):
         sl.train(planted(64), settings(sparsity="matching_pursuit", n_tokens=256))
 
 
@@ -207,7 +207,7 @@ def both(lm, rows) -> torch.Tensor:
 
 
 def logits_with(lm, rows, new: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """Return logits with parts of `new` in place of what two modules give, by hooks of torch."""
+    """Return the logits when torch hooks replace the outputs of two modules by the parts of `new`."""
     first, second = (part.clone() for part in new.split(48, dim=-1))
 
     def put(part):
@@ -228,7 +228,7 @@ def logits_with(lm, rows, new: torch.Tensor, keep: torch.Tensor) -> torch.Tensor
 
 
 @torch.no_grad()
-def test_a_splice_puts_in_what_a_pass_of_its_own_gave(random_lm, crosscoder):
+def test_a_splice_replaces_all_ports_by_the_reconstruction_of_a_clean_pass(random_lm, crosscoder):
     rows = random_lm.to_tokens(TEXTS)
     x = both(random_lm, rows)
     wanted = logits_with(random_lm, rows, crosscoder(x), rows.keep)
@@ -237,24 +237,24 @@ def test_a_splice_puts_in_what_a_pass_of_its_own_gave(random_lm, crosscoder):
     assert not torch.allclose(wanted, random_lm.logits(rows), atol=1e-2)
     changed = x + 5.0 * crosscoder.W_dec[7]  # added to the code, with the error term
     with random_lm.splice(crosscoder, [sl.Add(7, 5.0)], keep=rows.keep):
-        found = random_lm.run(rows, ["blocks.1.hook_resid_pre", SECOND])
-    torch.testing.assert_close(found["blocks.1.hook_resid_pre"][rows.keep], changed[rows.keep][:, :48], rtol=1e-4, atol=1e-4)
+        acts = random_lm.run(rows, ["blocks.1.hook_resid_pre", SECOND])
+    torch.testing.assert_close(acts["blocks.1.hook_resid_pre"][rows.keep], changed[rows.keep][:, :48], rtol=1e-4, atol=1e-4)
 
 
 def test_a_splice_of_several_hooks_generates_without_a_cache(random_lm, crosscoder):
     with random_lm.splice(crosscoder):
-        found = random_lm.generate("The old man", 8, temperature=0)
+        text = random_lm.generate("The old man", 8, temperature=0)
         tokens = random_lm.to_tokens("The old man").tokens
         for _ in range(8):
             tokens = torch.cat([tokens, random_lm.logits(tokens)[:, -1:].argmax(-1)], dim=1)
-        assert found == random_lm.tokenizer.decode(tokens[0, 1:])
+        assert text == random_lm.tokenizer.decode(tokens[0, 1:])
         cached = random_lm.module(tokens[:, :4], use_cache=True).past_key_values
         with pytest.raises(ConfigError, match="needs the whole row; run the model without a cache"):
             random_lm.module(tokens[:, 4:5], past_key_values=cached, use_cache=True)
 
 
 @torch.no_grad()
-def test_evaluation_is_of_all_ports_together(random_lm, crosscoder):
+def test_evaluation_covers_all_ports_together(random_lm, crosscoder):
     rows = token_rows(random_lm, TEXTS * 8, n_ctx=12, n_tokens=80)
     report = sl.evaluate(crosscoder, random_lm, rows, n_bootstrap=5)
     x, keep = both(random_lm, rows), rows.keep
@@ -268,15 +268,15 @@ def test_evaluation_is_of_all_ports_together(random_lm, crosscoder):
 
 
 def test_attribution_is_the_slope_over_all_ports(random_lm, crosscoder):
-    found = sl.attribute(crosscoder, random_lm, TEXTS[0], ablation=True)
-    assert found.direct is None
+    scores = sl.attribute(crosscoder, random_lm, TEXTS[0], ablation=True)
+    assert scores.direct is None
     tokens = random_lm.to_tokens(TEXTS[0]).tokens
     clean = torch.nn.functional.cross_entropy(random_lm.logits(tokens)[0, :-1], tokens[0, 1:])
-    for j in range(0, len(found.latent), 7):
-        edit = sl.Ablate(int(found.latent[j]), positions=int(found.position[j]))
+    for j in range(0, len(scores.latent), 7):
+        edit = sl.Ablate(int(scores.latent[j]), positions=int(scores.position[j]))
         with random_lm.splice(crosscoder, [edit]):
             without = torch.nn.functional.cross_entropy(random_lm.logits(tokens)[0, :-1], tokens[0, 1:])
-        assert float(found.ablation[j]) == pytest.approx(float(clean - without), abs=1e-4)
+        assert float(scores.ablation[j]) == pytest.approx(float(clean - without), abs=1e-4)
 
 
 def test_stores_comparisons_and_cards_name_every_port(random_lm, crosscoder, tmp_path, caplog):
@@ -299,7 +299,7 @@ def test_stores_comparisons_and_cards_name_every_port(random_lm, crosscoder, tmp
 
 
 @pytest.mark.parametrize("format", ["saelens", "sparsify", "dictionary_learning", "circuit_tracer"])
-def test_formats_without_crosscoders_refuse_one(format, crosscoder, tmp_path):
+def test_formats_without_crosscoders_refuse_a_crosscoder(format, crosscoder, tmp_path):
     with pytest.raises(ConfigError, match=f"cannot be written as {format}"):
         sl.convert(crosscoder.save(tmp_path / "own"), tmp_path / "theirs", format)
     assert not (tmp_path / "theirs").exists()

@@ -103,7 +103,7 @@ def test_the_command_that_is_printed_goes_on(cache, tmp_path):
     )
     assert stopped.returncode == 130, stopped.stderr
     (line,) = stopped.stderr.strip().splitlines()
-    command = line.split("go on with: saelens-lite ")[1]
+    command = line.split("resume with: saelens-lite ")[1]
     assert command == f"train --resume '{out}'"
     subprocess.run([sys.executable, "-m", "saelens_lite.cli", "train", "--resume", out], check=True, capture_output=True)
     assert contents(out) == contents(alone)
@@ -131,7 +131,7 @@ def test_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(x, tmp_path):
     file.write_bytes(content)
     assert checkpoint.load_checkpoint(out)[1]["n_batches"] == int(older.name) // 32
     (older / "state.json").unlink()
-    with pytest.raises(CorruptFileError, match="no checkpoint that is not damaged"):
+    with pytest.raises(CorruptFileError, match=r"all checkpoints of .* are damaged"):
         sl.resume(out, TensorSource(x))
 
 
@@ -141,7 +141,7 @@ def test_what_cannot_be_resumed(x, tmp_path):
         sl.resume(out)
     with pytest.raises(ConfigError, match="not those the run was trained on"):
         sl.resume(out, TensorSource(2 * x + 1))
-    with pytest.raises(OutputExistsError, match="interrupted; resume it"):
+    with pytest.raises(OutputExistsError, match="interrupted run; resume it"):
         sl.train(TensorSource(x), TrainConfig(d_sae=12, n_tokens=10), out)
     sl.resume(out, TensorSource(x))
     with pytest.raises(ConfigError, match="no checkpoints"):
@@ -309,7 +309,7 @@ def test_a_run_whose_device_is_missing_is_resumed_on_another(x, tmp_path, caplog
         (folder / "checksums.json").write_text(json.dumps(content), encoding="utf-8")
     (run,) = sl.resume(out, TensorSource(x))
     assert run.dictionary.W_dec.device == devices.natural_device()
-    assert "the run was trained on cuda:99, which is not here; resuming on" in caplog.text
+    assert "the run was trained on cuda:99, which is not available; resuming on" in caplog.text
 
 
 # --- another source of the same size ------------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ The numbers to look at first:
   compares with the mean activation instead of zero, `kl_div_score` does the same for KL.
 
 Intervals are 95 %, bootstrapped over sequences, because the tokens of one text are not independent. Values agree with
-SAELens's `run_evals` on the same tokens, except `explained_variance_legacy`, which takes the mean of all tokens that count;
-theirs takes the mean of a batch.
+SAELens's `run_evals` on the same tokens, except `explained_variance_legacy`, which uses the mean of all tokens that count;
+theirs uses the mean of a batch.
 
 `controls=True` measures the same for a random dictionary, for PCA and for the model with its weights re-drawn. A report also
 says whether its text differs from the training text, as far as names and hashes can tell. `by_frequency` and `by_position`
@@ -100,30 +100,37 @@ def evaluate(
     n_bootstrap: int = 1000,
     seed: int = 0,
 ) -> EvalReport | list[EvalReport]:
-    """The report of a dictionary; of several dictionaries of one hook in one pass, a list of reports.
+    """Return the report of a dictionary; for several dictionaries of the same hooks, a list of reports from one pass.
 
-    The model runs over the text as it is, with zeros at the hook everywhere, with the mean activation everywhere, and with
-    each reconstruction at the positions that count; the hook of a transcoder is its target. Special tokens, padding and
-    positions never trained on, such as position 0, do not count and keep their activation. Text is cut into rows as long as
-    those of the training text, a document at a time; a dictionary that does not record their length gets rows as long as the
-    model's context, but no longer than 1,024 tokens. `text_config` says otherwise, and has to where the training text was
-    packed or had a `min_context`, which dictionaries do not record. `text` may be token ids in any form that
-    `LanguageModel.to_tokens` takes, with their `attention_mask`.
+    The model runs on the text unchanged, with zeros at the hook, with the mean activation at the hook, and with the
+    reconstruction at the positions that count. The hook is the one that the dictionary writes. Special tokens, padding and
+    positions that were left out of training, such as position 0, do not count and keep their activation.
 
-    `by_frequency` adds the fvu of tokens that occur 1 to 9, 10 to 99, … times among those that count, `by_position` fvu and
-    loss at positions 1, 2 to 3, 4 to 7, …. `controls` adds the same metrics for a random dictionary of the same size and L0,
-    for PCA with L0 components fitted on this text, and for the dictionary on the model with its weights re-drawn. The report
-    says whether the text is other than what was trained on, as far as names and hashes tell; if not, a warning is logged.
+    The report says whether the text differs from the training text, as far as names and hashes tell. If it may be the same, a
+    warning is logged.
 
-    `batch_tokens` bounds the memory, and changes no number: by default 2,048 on a CPU and 16,384 on a GPU, fewer where the
-    vocabulary is large. A longer row goes through the model by itself; if it has more than 2^29 logits, several times, for a
-    part of them each.
+    Args:
+        text: a text source, token rows, or token ids in any form that `LanguageModel.to_tokens` takes.
+        hook: the hook to read in place of the dictionary's own.
+        n_tokens: number of tokens that count; None for the whole text.
+        text_config: settings of the token rows. By default each document is cut into rows as in training, or, if the
+            dictionary does not record their length, into rows as long as the model's context but at most 1,024 tokens. Set
+            it if the training text was packed or had a `min_context`, which dictionaries do not record.
+        attention_mask: the mask of token ids.
+        by_frequency: adds the fvu of tokens that occur 1 to 9, 10 to 99, … times among those that count.
+        by_position: adds the fvu and the loss at positions 1, 2 to 3, 4 to 7, ….
+        controls: adds the same metrics for a random dictionary of the same size and L0, for PCA with L0 components fitted on
+            this text, and for the dictionary on the model with its weights re-drawn.
+        batch_tokens: tokens in a batch. It bounds the memory and changes no number. Default: 2,048 on a CPU and 16,384 on a
+            GPU, fewer for large vocabularies. A longer row is a batch by itself; if it has more than 2^29 logits, the model
+            runs on it several times.
 
     Raises:
-        ConfigError: dictionaries of different hooks, none that names its hook, or of a model with other processing; trained on
-            rows of different kinds, while `text_config` does not say which; a transcoder that names no target; a bad setting.
-        HookError, ShapeError, TextError: a hook the model lacks, a transcoder's target before its hook, a width that does not
-            fit, no text.
+        ConfigError: the dictionaries have different or unknown hooks, are of a model with other processing, or were trained
+            on rows of different kinds and `text_config` does not choose one; or a setting is bad.
+        HookError: the model lacks a hook, or the write hook comes before the read hook.
+        ShapeError: a dictionary does not fit the width of its hook.
+        TextError: there is no text.
         NonFiniteError: the activations or a dictionary hold NaN or infinity.
     """
     several = not isinstance(dictionary, Dictionary)
@@ -147,7 +154,7 @@ def evaluate(
         config = as_trained(dictionaries, lm, text, text_config or TextConfig())
         rows, excluded = _rows(lm, text, n_tokens, config), _excluded(config)
     if not rows.n_kept:
-        raise TextError("no text: none of the positions of the token rows counts")
+        raise TextError("there is no text to evaluate on: none of the positions of the token rows counts")
     job = _Job(
         rows=rows,
         hooks=hooks,
@@ -167,13 +174,13 @@ def evaluate(
 
 
 def _rows(lm: LanguageModel, text: Text, n_tokens: int | None, config: TextConfig) -> TokenRows:
-    """Return the rows of a text, as wide as what counts and one token more, however long the row it ends in goes on."""
+    """Return the rows of a text, cut one token after the last position that counts."""
     blocks = RowBlocks(lm, text, config, n_tokens=n_tokens)
     return joined([rows.narrowed(int(rows.counted_lengths.max()) + 1) for rows in blocks], blocks.pad)
 
 
 class _Job(NamedTuple):
-    """What an evaluation and its controls have in common."""
+    """The rows and settings that an evaluation shares with its controls."""
 
     rows: TokenRows
     hooks: Hooks
@@ -188,7 +195,7 @@ class _Job(NamedTuple):
 def _reports(
     job: _Job, dictionaries: Sequence[Dictionary], lm: LanguageModel, by_frequency: bool = False, by_position: bool = False
 ) -> list[EvalReport]:
-    """One pass, and a report of each dictionary."""
+    """Run the pass over the rows, and return a report for each dictionary."""
     rows = job.rows
     frequencies = frequency_bands(rows) if by_frequency else None
     positions = position_bands(rows) if by_position else None
@@ -199,7 +206,7 @@ def _reports(
     reports = []
     for i, dictionary in enumerate(dictionaries):
         name = str(i)
-        found = overlap(dictionary.origin, job.text, job.sha256)
+        shared = overlap(dictionary.origin, job.text, job.sha256)
         reports.append(
             EvalReport(
                 metrics=metrics.reconstruction_metrics(sums, name)
@@ -209,8 +216,8 @@ def _reports(
                 n_sequences=len(rows.tokens),
                 text=job.text,
                 text_sha256=job.sha256,
-                disjoint=found.disjoint,
-                disjoint_why=found.why,
+                disjoint=shared.disjoint,
+                disjoint_why=shared.why,
                 model=lm.name,
                 hook=" + ".join(job.hooks.writes),
                 read_hook=" + ".join(job.hooks.reads),
@@ -230,20 +237,24 @@ def _reports(
 def _with_controls(
     job: _Job, dictionaries: Sequence[Dictionary], lm: LanguageModel, reports: Sequence[EvalReport]
 ) -> list[EvalReport]:
-    """The reports with those of their controls."""
+    """Return the reports together with those of their controls."""
     sizes = [report["l0"] for report in reports]
-    there = job._replace(hooks=Hooks(job.hooks.writes, job.hooks.writes))  # they write what they read
+    there = job._replace(hooks=Hooks(job.hooks.writes, job.hooks.writes))  # controls write the hooks that they read
     others = untrained(lm, job.rows, job.hooks.writes, dictionaries, sizes, job.batch_tokens)
-    found = iter(_reports(there, [d for controls in others for d in controls.values()], lm))
+    measured = iter(_reports(there, [d for controls in others for d in controls.values()], lm))
     redrawn = _reports(job, dictionaries, lm.redrawn(job.seed))
     return [
-        replace(report, controls={**{name: next(found) for name in controls}, REDRAWN: without_knowledge})
-        for report, controls, without_knowledge in zip(reports, others, redrawn, strict=True)
+        replace(report, controls={**{name: next(measured) for name in controls}, REDRAWN: on_redrawn})
+        for report, controls, on_redrawn in zip(reports, others, redrawn, strict=True)
     ]
 
 
 def as_trained(dictionaries: Sequence[Dictionary], lm: LanguageModel, text: Text, config: TextConfig) -> TextConfig:
-    """The settings, and where they say nothing, those of the rows that all the dictionaries were trained on."""
+    """Return the settings. Those that are not set are taken from the rows that the dictionaries were trained on.
+
+    Raises:
+        ConfigError: the dictionaries were trained with different values of one that is not set.
+    """
     recorded = {
         "n_ctx": [min(d.origin.n_ctx or DEFAULT_N_CTX, lm.n_ctx) for d in dictionaries],
         "bos": ["row" if lm.wants_bos(d.origin) else "none" for d in dictionaries],
@@ -252,18 +263,18 @@ def as_trained(dictionaries: Sequence[Dictionary], lm: LanguageModel, text: Text
     }
     given = config.model_fields_set - ({"n_ctx"} if config.n_ctx is None else set())
     if token_ids(text) is not None or not any(d.origin.n_ctx for d in dictionaries):
-        given = given | {"n_ctx"}  # rows as they are; the default length
+        given = given | {"n_ctx"}  # token ids keep their rows; else the default length
     unsaid = {name: values for name, values in recorded.items() if name not in given}
     if differ := [f"{name} = {', '.join(map(str, values))}" for name, values in unsaid.items() if len(set(values)) > 1]:
         raise ConfigError(
-            f"the dictionaries were trained on rows of different kinds, {'; '.join(differ)}; take them one by one, or say "
-            "which in text_config"
+            f"the dictionaries were trained on rows of different kinds, {'; '.join(differ)}; evaluate them one by one, or "
+            "choose one in text_config"
         )
     return config.replace(**{name: values[0] for name, values in unsaid.items()})
 
 
 def _excluded(config: TextConfig) -> str:
-    """The positions that do not count, in words."""
+    """Describe the positions that do not count."""
     positions = config.exclude_positions
     several = f" and position{'s' * (len(positions) > 1)} {', '.join(map(str, positions))}"
     special = f"BOS, token ids {', '.join(map(str, ids))}" if (ids := config.exclude_token_ids) else "BOS"
@@ -271,18 +282,22 @@ def _excluded(config: TextConfig) -> str:
 
 
 def _excluded_by_mask(rows: TokenRows) -> str:
-    """The same for rows that came with a mask."""
+    """Describe the positions that do not count in rows that came with a mask."""
     first = "not always position 0" if rows.keep[:, 0].any() else "position 0 always"
-    return f"what the mask of the rows leaves out ({first})"
+    return f"positions that the mask of the rows leaves out ({first})"
 
 
 def _common_hooks(dictionaries: list[Dictionary], lm: LanguageModel, hook: str | None) -> Hooks:
-    """Return the hooks that all the dictionaries read and write; `hook` is read in place of their own."""
-    found = list(dict.fromkeys(lm.hooks_of(d, hook) for d in dictionaries))
-    if len(found) != 1:
+    """Return the hooks that all the dictionaries read and write. `hook` is read in place of their own.
+
+    Raises:
+        ConfigError: there is no dictionary, or their hooks differ.
+    """
+    hooks = list(dict.fromkeys(lm.hooks_of(d, hook) for d in dictionaries))
+    if len(hooks) != 1:
         named = sorted(d.place for d in dictionaries)
         raise ConfigError(
             f"dictionaries evaluated together need the same hooks; found {', '.join(dict.fromkeys(named)) or 'no dictionary'}; "
             "give hook="
         )
-    return found[0]
+    return hooks[0]

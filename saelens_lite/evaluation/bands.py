@@ -10,17 +10,21 @@ from saelens_lite.tables import grid
 
 
 def frequency_table(reports: Mapping[str, EvalReport]) -> Any:
-    """A rich table: the fvu of every dictionary in each band of token frequency.
+    """Return a rich table of the fvu of every dictionary in each band of token frequency.
 
     Raises:
-        ConfigError: a report has no bands, or they are of different texts.
+        ConfigError: a report has no bands, or the reports are of different texts.
     """
     titles = ("occurs", "ids", "tokens", *reports)
     return grid(titles, _cells(reports), caption="FVU by how often a token occurs; ± half of the 95 % interval")
 
 
 def frequency_markdown(reports: Mapping[str, EvalReport]) -> str:
-    """The same table in Markdown; ConfigError as there."""
+    """Return the table of `frequency_table` in Markdown.
+
+    Raises:
+        ConfigError: as in `frequency_table`.
+    """
     lines = [
         ["occurs", "ids", "tokens", *(f"FVU, {cell(name)}" for name in reports)],
         ["---"] * (3 + len(reports)),
@@ -30,14 +34,14 @@ def frequency_markdown(reports: Mapping[str, EvalReport]) -> str:
 
 
 def position_table(reports: Mapping[str, EvalReport]) -> Any:
-    """A rich table: the fvu of every dictionary, and what it adds to the loss, in each band of positions.
+    """Return a rich table of the fvu and the added cross-entropy of every dictionary in each band of positions.
 
     Raises:
-        ConfigError: a report has no bands, or they are of different texts.
+        ConfigError: a report has no bands, or the reports are of different texts.
     """
     bands = [report.by_position or () for report in reports.values()]
     if not bands or not bands[0] or any([b[:3] for b in other] != [b[:3] for b in bands[0]] for other in bands):
-        raise ConfigError("no bands to show, or bands of different texts: evaluate together, with by_position=True")
+        raise ConfigError("the reports lack bands, or are of different texts; evaluate together with by_position=True")
     titles = ("position", "tokens", *(f"{what}, {name}" for name in reports for what in ("FVU", "CE added")))
     rows = [
         (same[0].label, f"{same[0].n_tokens:,}", *(m.short for band in same for m in (band.fvu, band.ce_increase)))
@@ -47,10 +51,10 @@ def position_table(reports: Mapping[str, EvalReport]) -> Any:
 
 
 def _cells(reports: Mapping[str, EvalReport]) -> list[list[str]]:
-    """A line for each band: range, ids, share of the tokens, and the fvu of each report."""
+    """Return a line for each band: range, number of ids, share of the tokens, and the fvu of each report."""
     bands = [report.by_frequency or () for report in reports.values()]
     if not bands or not bands[0] or any([b[:4] for b in other] != [b[:4] for b in bands[0]] for other in bands):
-        raise ConfigError("no bands to show, or bands of different texts: evaluate together, with by_frequency=True")
+        raise ConfigError("the reports lack bands, or are of different texts; evaluate together with by_frequency=True")
     total = sum(band.n_tokens for band in bands[0])
     return [
         [

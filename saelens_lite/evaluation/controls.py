@@ -1,4 +1,4 @@
-"""What a dictionary's numbers have to be compared with: dictionaries that nobody trained, of the same size or sparsity."""
+"""Controls to compare a dictionary with: untrained dictionaries of the same size or sparsity."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -25,7 +25,7 @@ class Moments(NamedTuple):
 
 
 def moments(lm: LanguageModel, rows: TokenRows, hooks: Sequence[str], batch_tokens: int) -> Moments:
-    """Mean and covariance of the kept tokens' activations at some hooks, in float64."""
+    """Return the mean and covariance of the kept tokens' activations at some hooks, in float64."""
     total, products = 0.0, 0.0
     for x in kept_activations(lm, rows, hooks, batch_tokens, "covariance"):
         exact = wide(x)
@@ -34,27 +34,31 @@ def moments(lm: LanguageModel, rows: TokenRows, hooks: Sequence[str], batch_toke
     return Moments(mean, products / rows.n_kept - torch.outer(mean, mean))
 
 
-def pca_dictionary(found: Moments, n_components: int, origin: Origin) -> Dictionary:
-    """x̂ = mean + the projection on the first principal components, as a dictionary of each component and its opposite: for
-    every token one of the two fires, so that L0 is the number of components."""
-    d_in = len(found.mean)
+def pca_dictionary(stats: Moments, n_components: int, origin: Origin) -> Dictionary:
+    """Return a dictionary whose x̂ is the mean plus the projection on the first principal components.
+
+    Its latents are the components and their opposites. One of each pair fires on every token, so L0 is `n_components`.
+    """
+    d_in = len(stats.mean)
     n = max(1, min(n_components, d_in))
-    directions = torch.linalg.eigh(found.covariance).eigenvectors[:, -n:].float()
+    directions = torch.linalg.eigh(stats.covariance).eigenvectors[:, -n:].float()
     both = torch.cat([directions, -directions], dim=1)
     dictionary = Dictionary.create("l1", reads=d_in, d_sae=2 * n, origin=origin).to(both.device)
     dictionary.W_enc.data.copy_(both)
     dictionary.W_dec.data.copy_(both.T)
-    dictionary.b_dec.data.copy_(found.mean)
+    dictionary.b_dec.data.copy_(stats.mean)
     return dictionary
 
 
-def random_dictionary(found: Moments, x: Float[Tensor, "n d"], d_sae: int, k: int, origin: Origin, seed: int) -> Dictionary:
-    """Random unit directions, of which the k that fit each token best fire; the decoder has the one norm that gives the least
-    squared error on x, or random directions that overlap would add up to too much."""
-    d_in = len(found.mean)
+def random_dictionary(stats: Moments, x: Float[Tensor, "n d"], d_sae: int, k: int, origin: Origin, seed: int) -> Dictionary:
+    """Return a top-k dictionary with random unit directions.
+
+    The rows of W_dec have the norm with the least squared error on x, because overlapping unit vectors would add up to more.
+    """
+    d_in = len(stats.mean)
     k = max(1, min(k, d_sae))
     dictionary = Dictionary.create("topk", reads=d_in, d_sae=d_sae, options={"k": k}, seed=seed, origin=origin).to(x.device)
-    dictionary.b_dec.data.copy_(found.mean)
+    dictionary.b_dec.data.copy_(stats.mean)
     centred, part = x - dictionary.b_dec, dictionary(x) - dictionary.b_dec
     dictionary.W_dec.data.mul_((centred * part).sum() / part.square().sum())
     return dictionary
@@ -68,14 +72,14 @@ def untrained(
     l0: Sequence[float],
     batch_tokens: int,
 ) -> list[dict[str, Dictionary]]:
-    """For each dictionary, whose L0 is known: a random one of its size and L0, and PCA with L0 components."""
-    found = moments(lm, rows, hooks, batch_tokens)
+    """Return the controls of each dictionary: a random one of its size and L0, and PCA with L0 components."""
+    stats = moments(lm, rows, hooks, batch_tokens)
     with torch.no_grad():
         x = next(iter(kept_activations(lm, rows, hooks, batch_tokens, "random")))
         return [
             {
-                RANDOM: random_dictionary(found, x, d.d_sae, round(n), d.origin, seed=i),
-                PCA: pca_dictionary(found, round(n), d.origin),
+                RANDOM: random_dictionary(stats, x, d.d_sae, round(n), d.origin, seed=i),
+                PCA: pca_dictionary(stats, round(n), d.origin),
             }
             for i, (d, n) in enumerate(zip(trained, l0, strict=True))
         ]

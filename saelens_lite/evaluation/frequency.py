@@ -1,4 +1,4 @@
-"""Tokens in bands by how often they occur in a text: once to nine times, ten to ninety-nine times, and so on."""
+"""Bands of token frequency: tokens that occur 1 to 9 times in a text, 10 to 99 times, and so on."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from saelens_lite.tokens import TokenRows
 
 
 class FrequencyBand(NamedTuple):
-    """The tokens whose ids occur `low` to `high` times in the text: how many ids and positions that is, and their fvu."""
+    """The tokens whose ids occur `low` to `high` times in the text: the number of ids, the number of positions, and the fvu."""
 
     low: int
     high: int
@@ -27,7 +27,7 @@ class FrequencyBand(NamedTuple):
 
 
 class Bands(NamedTuple):
-    """Band number of every position of some rows, and of each band its exponent of ten, ids and positions."""
+    """The band number of every position of some rows, and for each band its exponent of ten, ids and positions."""
 
     band: Int[Tensor, "n_seq n_ctx"]
     exponent: list[int]
@@ -35,21 +35,21 @@ class Bands(NamedTuple):
     n_tokens: list[int]
 
     def report(self, fvu: Sequence[Metric]) -> list[FrequencyBand]:
-        """The bands with their fvu."""
+        """Return the bands with their fvu."""
         columns = zip(self.exponent, self.n_ids, self.n_tokens, fvu, strict=True)
         return [FrequencyBand(10**e, 10 ** (e + 1) - 1, n_ids, n_tokens, m) for e, n_ids, n_tokens, m in columns]
 
 
 def frequency_bands(rows: TokenRows) -> Bands:
-    """The bands of the kept tokens; a band that no token falls into is left out.
+    """Return the bands of the kept tokens, without empty bands.
 
     A token id that occurs c times among the kept positions is in the band of ⌊log₁₀ c⌋.
     """
     counts = torch.bincount(rows.tokens[rows.keep], minlength=int(rows.tokens.max()) + 1)
     exponent = torch.tensor([len(str(c)) - 1 for c in counts.tolist()])
     occurs = counts > 0
-    found, number = exponent[occurs].unique(return_inverse=True)
+    exponents, number = exponent[occurs].unique(return_inverse=True)
     band_of_id = torch.zeros_like(counts)
     band_of_id[occurs] = number
-    n_tokens = torch.zeros_like(found).index_add(0, number, counts[occurs])
-    return Bands(band_of_id[rows.tokens], found.tolist(), number.bincount().tolist(), n_tokens.tolist())
+    n_tokens = torch.zeros_like(exponents).index_add(0, number, counts[occurs])
+    return Bands(band_of_id[rows.tokens], exponents.tolist(), number.bincount().tolist(), n_tokens.tolist())

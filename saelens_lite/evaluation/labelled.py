@@ -12,11 +12,13 @@ from saelens_lite.paths import check_input
 
 
 def read_labelled(path: str | Path, *, column: str = "text", label_column: str = "label") -> tuple[list[str], list[Any]]:
-    """The texts and labels of a .jsonl (an object a line) or .csv (with a header) file; labels of a .csv are strings.
+    """Return the texts and labels of a .jsonl file (one object per line) or a .csv file (with a header).
+
+    Labels of a .csv are strings.
 
     Raises:
         TextError: the file is missing, damaged or empty, or a record lacks its text or label.
-        ConfigError: another kind of file.
+        ConfigError: the file is of another kind.
     """
     path = check_input(path)
     if not path.is_file():
@@ -38,17 +40,17 @@ def read_labelled(path: str | Path, *, column: str = "text", label_column: str =
 
 
 def _value(record: Any, key: str, place: str, option: str) -> Any:
-    """The value of a record under a key."""
+    """Return the value of a record under a key; `option` is the argument that chooses the key, for messages."""
     if not isinstance(record, dict):
         raise TextError(f"{place}: expected a record with the key {key!r}; found a {type(record).__name__}")
     if key not in record:
         names = [str(name) for name in record]
-        raise TextError(f"{place}: no {key!r}{near_matches(key, names)}; it has {', '.join(names)}; say which with {option}=")
+        raise TextError(f"{place}: no {key!r}{near_matches(key, names)}; it has {', '.join(names)}; choose one with {option}=")
     return record[key]
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each line that is not blank, and where it stands."""
+    """Yield the place and the content of each line that is not blank."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.isspace():
@@ -60,7 +62,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
 
 @contextmanager
 def _fields_of_any_length() -> Iterator[None]:
-    """Within the block, a field may be longer than the 131,072 characters that the csv module allows."""
+    """Allow csv fields of more than 131,072 characters in a block."""
     before = csv.field_size_limit(2**31 - 1)
     try:
         yield
@@ -69,11 +71,11 @@ def _fields_of_any_length() -> Iterator[None]:
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each record, and where it ends; columns that a short line lacks are left out."""
+    """Yield the place and the content of each record, without columns that a short line lacks."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file, _fields_of_any_length():
             reader = csv.DictReader(file, strict=True)
             for record in reader:
                 yield f"{path}, line {reader.line_num}", {k: v for k, v in record.items() if None not in (k, v)}
     except (csv.Error, UnicodeDecodeError) as error:
-        raise TextError(f"{path} is damaged or no UTF-8 CSV file: {error}") from None
+        raise TextError(f"{path} is damaged or not a UTF-8 CSV file: {error}") from None

@@ -1,4 +1,4 @@
-"""One pass of a model over token rows, and all that is collected on the way for several dictionaries of one hook."""
+"""One pass of a model over token rows that collects the sums of all metrics for several dictionaries of the same hooks."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -20,13 +20,13 @@ from saelens_lite.ports import Hooks, together
 from saelens_lite.progress import progress_bar
 from saelens_lite.tokens import TokenRows
 
-MAX_ROW_LOGITS = 1 << 29  # logits of a row that is longer than a batch; of a longer one, they are computed in parts
+MAX_ROW_LOGITS = 1 << 29  # a row with more logits is worked on in parts
 
 log = logging.getLogger(__name__)
 
 
 class Grouping(NamedTuple):
-    """Tokens in bands: the band number of every position of the rows, and how many bands there are."""
+    """Tokens in bands: the band number of every position of the rows, and the number of bands."""
 
     name: str
     band: Int[Tensor, "n_seq n_ctx"]
@@ -34,9 +34,9 @@ class Grouping(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """A batch on the model's device, or a part of the positions of a long row: those from `first` on in which `keep` is true.
+    """A batch on the model's device, or a part of a long row: the positions from `first` on at which `keep` is true.
 
-    `earlier` is true at the positions that count before it.
+    `earlier` is true at the positions before the part that count.
     """
 
     rows: TokenRows
@@ -46,7 +46,7 @@ class _Part(NamedTuple):
 
 
 def _parts(lm: LanguageModel, rows: TokenRows, batch_tokens: int, n_positions: int) -> Iterator[_Part]:
-    """Yield the batches; a row by itself that is longer than n_positions in parts, without those in which nothing counts."""
+    """Yield the batches. A row longer than n_positions comes in parts, without those in which no position counts."""
     for batch in batches(lm, rows, batch_tokens):
         here = batch.rows.to(lm.device)
         n, width = here.tokens.shape
@@ -64,7 +64,7 @@ def _parts(lm: LanguageModel, rows: TokenRows, batch_tokens: int, n_positions: i
 def kept_activations(
     lm: LanguageModel, rows: TokenRows, hooks: Sequence[str], batch_tokens: int, what: str
 ) -> Iterator[Float[Tensor, "n_kept d"]]:
-    """Yield the activations of the kept tokens at some hooks, batch by batch; the forward passes end there."""
+    """Yield the activations of the kept tokens at some hooks, batch by batch. Forward passes stop after these hooks."""
     with progress_bar(what, rows.n_kept) as advance:
         for read in activations(lm, rows, hooks, batch_tokens):
             yield together(read.acts, hooks).float()
@@ -72,7 +72,7 @@ def kept_activations(
 
 
 def mean_activation(lm: LanguageModel, rows: TokenRows, hooks: Sequence[str], batch_tokens: int) -> Float[Tensor, " d"]:
-    """The mean activation at some hooks over the kept tokens.
+    """Return the mean activation of the kept tokens at some hooks.
 
     Raises:
         NonFiniteError: an activation is NaN or infinite.
@@ -82,7 +82,7 @@ def mean_activation(lm: LanguageModel, rows: TokenRows, hooks: Sequence[str], ba
     )
     if not torch.isfinite(total).all():
         raise NonFiniteError(
-            f"the activations of {' + '.join(hooks)} in {lm.name} hold NaN or infinity; there is nothing to measure"
+            f"the activations of {' + '.join(hooks)} in {lm.name} hold NaN or infinity, so nothing can be measured"
         )
     return (total / rows.n_kept).float()
 
@@ -97,14 +97,14 @@ def measure(
     batch_tokens: int,
     groupings: Sequence[Grouping] = (),
 ) -> None:
-    """Add sums over the rows to `sums`, those of dictionary number i under names that begin with it.
+    """Add the sums over the rows to `sums`. The names of those of dictionary number i begin with i.
 
-    What is in memory does not depend on the amount of text: two sets of logits of a batch, and the bootstrap's sums. Of a row
-    with too many logits, they are computed in parts, each in passes of its own.
+    Memory does not depend on the amount of text: it holds two sets of logits of a batch, and the bootstrap sums. A row with
+    more than MAX_ROW_LOGITS logits is worked on in parts, with separate forward passes for each.
     """
     mean = mean_activation(lm, rows, hooks.writes, batch_tokens)
     partial = PartialForward(lm, hooks.writes, rows.tokens[:1].to(lm.device))
-    where = float64_device(lm.device)  # of the sums
+    where = float64_device(lm.device)  # for the sums
 
     def logits_of(tokens: Int[Tensor, "n pos"], y: Float[Tensor, "n pos d"], first: int = 0) -> Float[Tensor, "n _ d_vocab"]:
         return partial.logits(tokens, y.to(lm.device), first).to(where)
@@ -115,7 +115,7 @@ def measure(
     most = max(batch_tokens, MAX_ROW_LOGITS // lm.d_vocab)
     if width > most:
         log.info("rows of %s tokens: the model runs once for every %s positions", f"{width:,}", f"{most:,}")
-    elif partial.is_whole_stream:  # any row gives the same
+    elif partial.is_whole_stream:  # the result is the same for every row
         row = rows.tokens[:1, :width].to(lm.device)
         fixed = {name: logits_of(row, _everywhere(value, row, lm)) for name, value in ablations.items()}
     with progress_bar("evaluate", rows.n_kept) as advance:
@@ -145,7 +145,7 @@ def measure(
                 codes = dictionary.encode(here)
                 if dictionary.d_out != y.shape[-1]:
                     raise ShapeError(
-                        f"a dictionary gives [..., {dictionary.d_out}]; {' + '.join(hooks.writes)} is {list(y.shape)}"
+                        f"a dictionary returns [..., {dictionary.d_out}], but {' + '.join(hooks.writes)} is {list(y.shape)}"
                     )
                 x_hat = dictionary.decode(codes, here).float().to(x.device)
                 metrics.add_codes(sums, str(i), codes.to(x.device), kept)
@@ -166,9 +166,9 @@ def _everywhere(value: Float[Tensor, " d"], tokens: Int[Tensor, "n pos"], lm: La
 
 
 def _members(groupings: Sequence[Grouping], part: _Part, kept: Kept) -> dict[str, Float[Tensor, "n_kept _"]]:
-    """Of each grouping, which band the kept tokens belong to."""
-    found = {}
+    """Return, for each grouping, the membership of the kept tokens in its bands."""
+    members = {}
     for grouping in groupings:
         band = grouping.band[part.number, : part.rows.tokens.shape[1]].to(kept.row.device)
-        found[grouping.name] = metrics.membership(kept.of_each(band), grouping.n_bands)
-    return found
+        members[grouping.name] = metrics.membership(kept.of_each(band), grouping.n_bands)
+    return members

@@ -1,8 +1,8 @@
-"""Metric definitions: sums that are collected per sequence, and what is computed from them.
+"""Metric definitions: sums that are collected per sequence, and the metrics that are computed from them.
 
-All sums are float64, and pooled over all kept tokens before any ratio is taken. A confidence interval comes from a
-Poisson bootstrap over sequences (tokens of one text are not independent): replicate b weighs each sequence by a
-Poisson(1) draw, so that only the weighted sums have to be kept, whatever the amount of text.
+All sums are float64, and pooled over all kept tokens before any ratio is taken. Confidence intervals come from a Poisson
+bootstrap over sequences, because the tokens of one text are not independent: replicate b weighs each sequence by a
+Poisson(1) draw. So only the weighted sums are kept, and memory does not depend on the amount of text.
 Source: Chamandy, Muralidharan, Najmi and Naidu 2012, Estimating uncertainty for massive data streams.
 """
 
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from saelens_lite.codes import SparseCodes
 
-CHUNK_LOGITS = 1 << 23  # logits that are worked on at a time
+CHUNK_LOGITS = 1 << 23  # logits that are processed at a time
 DENSE = 0.1  # a latent that fires on a larger share of the tokens is dense
-DENSITY_REPLICATES = 100  # bootstrap replicates of each latent's firing count, of which there is one a latent
+DENSITY_REPLICATES = 100  # bootstrap replicates of the firing counts; fewer, because there is a count for each latent
 
 
 class Metric(NamedTuple):
@@ -39,9 +39,9 @@ class Metric(NamedTuple):
 
 
 class PooledSums:
-    """Weighted sums over sequences: entry 0 weighs each once, entries 1 … n are bootstrap replicates.
+    """Weighted sums over sequences: entry 0 has weight 1 for each sequence, entries 1 … n are bootstrap replicates.
 
-    The weights depend on the seed and on the order of the sequences, not on how many come at a time.
+    The weights depend on the seed and on the order of the sequences, not on their division into batches.
     """
 
     def __init__(self, n_bootstrap: int, seed: int):
@@ -58,7 +58,7 @@ class PooledSums:
         self._weights = torch.cat([torch.ones(n, 1), drawn], dim=1).T.double()
 
     def add(self, name: str, per_sequence: Num[Tensor, "n ..."], replicates: int | None = None) -> None:
-        """Add sums over the tokens of each sequence (scalars or vectors); `replicates`: for no more than so many of them."""
+        """Add sums over the tokens of each sequence (scalars or vectors), for at most `replicates` replicates."""
         weights = self._weights if replicates is None else self._weights[: replicates + 1]
         pooled = weights @ per_sequence.cpu().double()
         self._sums[name] = self._sums[name].add_(pooled) if name in self._sums else pooled
@@ -67,12 +67,12 @@ class PooledSums:
         return self._sums[name]
 
     def metric(self, values: Float[Tensor, " replicates"]) -> Metric:
-        """Entry 0 and the central 95 % of the replicates; of a single sequence, which says nothing of others, no interval."""
+        """Return entry 0 with the central 95 % of the replicates. A single sequence gives no interval."""
         return with_interval(values if self._n_sequences > 1 else values[:1])
 
 
 def with_interval(values: Float[Tensor, " replicates"]) -> Metric:
-    """Entry 0 and the central 95 % of the others that are finite; NaN for an interval without any."""
+    """Return entry 0 with the central 95 % of the other entries that are finite, or with NaN if no other entry is."""
     replicates = values[1:][torch.isfinite(values[1:])]
     if not len(replicates):
         return Metric(float(values[0]), math.nan, math.nan)
@@ -81,7 +81,7 @@ def with_interval(values: Float[Tensor, " replicates"]) -> Metric:
 
 
 class Kept(NamedTuple):
-    """The tokens of a batch that count: where they are, and the number of sequences."""
+    """The places of the tokens of a batch that count, and the number of sequences."""
 
     row: Int[Tensor, " n_kept"]
     position: Int[Tensor, " n_kept"]
@@ -89,29 +89,29 @@ class Kept(NamedTuple):
 
     @classmethod
     def of(cls, keep: Bool[Tensor, "n pos"]) -> "Kept":
-        """The places at which `keep` is true."""
+        """Return the places at which `keep` is true."""
         return cls(*keep.nonzero(as_tuple=True), len(keep))
 
     def of_each(self, x: Shaped[Tensor, "n pos ..."]) -> Shaped[Tensor, "n_kept ..."]:
-        """What x holds for these tokens."""
+        """Return the entries of x for these tokens."""
         return x[self.row, self.position]
 
     def per_sequence(self, values: Shaped[Tensor, "n_kept ..."]) -> Float[Tensor, "n ..."]:
-        """Sums over the tokens of each sequence."""
+        """Return the sums over the tokens of each sequence."""
         return _sums_of_runs(values.double(), torch.bincount(self.row, minlength=self.n))
 
 
 def _sums_of_runs(values: Float[Tensor, "n_values ..."], lengths: Int[Tensor, " n"]) -> Float[Tensor, "n ..."]:
-    """Sums over consecutive runs of the values, in their order: unlike those of index_add_, the same each time on a GPU."""
+    """Return the sums over consecutive runs of values. Unlike index_add_, this has a fixed order of additions on a GPU."""
     return torch.segment_reduce(values, "sum", lengths=lengths, axis=0)
 
 
 def add_activations(
     sums: PooledSums, x: Float[Tensor, "n_kept d"], center: Float[Tensor, " d"], kept: Kept
 ) -> Float[Tensor, " n_kept"]:
-    """Collect what depends on the activations alone, and return ‖x − center‖² of each.
+    """Collect the sums that depend only on the activations, and return ‖x − center‖² of each token.
 
-    Sums are of x − center: with a center near the mean, the variance is no difference of large numbers.
+    Sums are of x − center, so that with a center near the mean the variance is not a difference of large numbers.
     """
     shifted = x - center
     square = shifted.square().sum(-1, dtype=torch.float64)
@@ -129,9 +129,10 @@ def add_reconstruction(
     square: Float[Tensor, " n_kept"],
     kept: Kept,
 ) -> Float[Tensor, " n_kept"]:
-    """Collect what a reconstruction gives, and return its squared errors; tokens with x_hat = 0 count as cosine 0.
+    """Collect the sums of a reconstruction, and return its squared errors. Tokens with x_hat = 0 count as cosine 0.
 
-    `square` is ‖x − mean‖² of each token, as `add_activations` returns it.
+    Args:
+        square: ‖x − mean‖² of each token, from `add_activations`.
     """
     error = (x - x_hat).square().sum(-1, dtype=torch.float64)
     dot = (x * x_hat).sum(-1, dtype=torch.float64)
@@ -147,7 +148,7 @@ def add_reconstruction(
 
 
 def add_codes(sums: PooledSums, name: str, codes: SparseCodes, kept: Kept) -> None:
-    """Collect how many latents fire for the kept tokens, how strongly, and which."""
+    """Collect the number of latents that fire on the kept tokens, the sum of their codes, and the count of each latent."""
     codes = codes.without_zeros()
     sequence = kept.row[codes.row]
     count = torch.bincount(sequence, minlength=kept.n)
@@ -158,12 +159,15 @@ def add_codes(sums: PooledSums, name: str, codes: SparseCodes, kept: Kept) -> No
 
 
 def reconstruction_metrics(sums: PooledSums, name: str) -> dict[str, Metric]:
-    """Metrics of the codes and the reconstruction.
+    """Return the metrics of the codes and the reconstruction.
 
-    fvu = Σ‖x − x̂‖² / (N (E‖x‖² − ‖E x‖²)), so that predicting the mean scores exactly 1; explained_variance = 1 − fvu.
-    explained_variance_legacy = mean over tokens of 1 − ‖x − x̂‖² / ‖x − E x‖²: other tools take the mean of each batch for E x,
-    here it is that of all kept tokens, so that batches do not matter; NaN when a token has no variance.
-    mse = mean over tokens of Σ_d (x − x̂)². relative_reconstruction_bias = E‖x̂‖² / E x·x̂ (Rajamanoharan et al. 2024).
+    l0 is the mean number of latents that fire on a token, and l1 the mean sum of their codes.
+    mse = mean over tokens of Σ_d (x − x̂)².
+    fvu = Σ‖x − x̂‖² / (N (E‖x‖² − ‖E x‖²)), so predicting the mean scores exactly 1. explained_variance = 1 − fvu.
+    explained_variance_legacy = mean over tokens of 1 − ‖x − x̂‖² / ‖x − E x‖². Other tools use the mean of each batch for E x;
+    here it is the mean of all kept tokens, so batches do not matter. It is NaN if a token equals E x.
+    cossim and l2_ratio are means over tokens of cos(x, x̂) and ‖x̂‖ / ‖x‖.
+    relative_reconstruction_bias = E‖x̂‖² / E x·x̂ (Rajamanoharan et al. 2024).
     """
     n = sums["n"]
     variance = sums["x_square"] - sums["x"].square().sum(-1) / n
@@ -183,15 +187,15 @@ def reconstruction_metrics(sums: PooledSums, name: str) -> dict[str, Metric]:
 
 
 def density(sums: PooledSums, name: str) -> Float[Tensor, " d_sae"]:
-    """Share of the tokens on which each latent fires."""
+    """Return the share of the tokens on which each latent fires."""
     return (sums[f"{name}.fired"][0] / sums["n"][0]).float()
 
 
 def latent_metrics(sums: PooledSums, name: str) -> dict[str, Metric]:
-    """frac_alive: latents that fire at least once in the text; frac_dense: those that fire on more than a tenth of the tokens.
+    """Return frac_alive and frac_dense: the shares of latents that fire at all, and on more than a tenth of the tokens.
 
-    A replicate leaves sequences out, and with them latents that fire nowhere else, so that its frac_alive is too low; the
-    interval of frac_alive is therefore value ± 1.96 standard deviations of the replicates.
+    A replicate leaves out sequences, and with them latents that fire nowhere else, so its frac_alive is too low. Therefore the
+    interval of frac_alive is the value ± 1.96 standard deviations of the replicates.
     """
     fired = sums[f"{name}.fired"]
     alive = (fired > 0).double().mean(1)
@@ -207,7 +211,7 @@ def latent_metrics(sums: PooledSums, name: str) -> dict[str, Metric]:
 
 
 def membership(band: Int[Tensor, " n_kept"], n_bands: int) -> Float[Tensor, "n_kept n_bands"]:
-    """1 where a token belongs to a band, else 0."""
+    """Return 1 where a token belongs to a band, else 0."""
     return F.one_hot(band, n_bands).double()
 
 
@@ -220,7 +224,7 @@ def add_bands(
     member: Float[Tensor, "n_kept n_bands"],
     kept: Kept,
 ) -> None:
-    """Collect what depends on the activations alone, for each band of tokens; `center`, `square` as in `add_activations`."""
+    """Collect the sums of `add_activations` for each band of tokens."""
     x_of_band = torch.stack([kept.per_sequence((x - center) * column[:, None]) for column in member.unbind(1)], dim=1)
     sums.add(f"{name}.n", kept.per_sequence(member))
     sums.add(f"{name}.x", rearrange(x_of_band, "n band d -> n (band d)"))
@@ -230,15 +234,15 @@ def add_bands(
 def add_band_values(
     sums: PooledSums, name: str, values: Float[Tensor, " n_kept"], member: Float[Tensor, "n_kept n_bands"], kept: Kept
 ) -> None:
-    """Collect a value of each token for each band."""
+    """Collect the sums of a value of each token over each band."""
     sums.add(name, kept.per_sequence(member * values[:, None]))
 
 
 def band_fvu(sums: PooledSums, bands: str, name: str) -> list[Metric]:
-    """The fvu of each band b of tokens.
+    """Return the fvu of each band b of tokens.
 
-    fvu_b = Σ_b ‖x − x̂‖² / Σ_b ‖x − m‖², where m is the mean over all kept tokens: the fvu of the whole text is the mean of
-    the bands' weighted by their share of its variance, and predicting m scores exactly 1 in each.
+    fvu_b = Σ_b ‖x − x̂‖² / Σ_b ‖x − m‖², where m is the mean of all kept tokens. So the fvu of the whole text is the mean of
+    the bands, weighted by their share of its variance, and predicting m scores exactly 1 in each band.
     """
     n = sums[f"{bands}.n"]  # [replicates n_bands]
     x = rearrange(sums[f"{bands}.x"], "r (b d) -> r b d", b=n.shape[1])
@@ -248,16 +252,16 @@ def band_fvu(sums: PooledSums, bands: str, name: str) -> list[Metric]:
 
 
 def band_ce(sums: PooledSums, bands: str, name: str) -> list[Metric]:
-    """CE_sae − CE_clean of the predictions made from each band of tokens, in nats."""
+    """Return CE_sae − CE_clean (nats) of the predictions made from each band of tokens."""
     increase = sums[f"{name}.{bands}.ce"] / sums[f"{bands}.predictions"]
     return [sums.metric(column) for column in increase.unbind(1)]
 
 
 class Predictions(NamedTuple):
-    """What the model says without any replacement, and the tokens that follow.
+    """The predictions of a pass without replacement, and the next tokens.
 
-    log_p [n n_logits d_vocab] begins with position `first`, and so do the logits it is compared with. A prediction counts when
-    the token it is made from does; the last position of a row has none to be compared with.
+    log_p and the logits it is compared with begin at position `first`. A prediction counts if the token it is made from
+    counts. `has_target` is false at the last position of a row, which has no next token.
     """
 
     log_p: Float[Tensor, "n n_logits d_vocab"]
@@ -275,21 +279,28 @@ class Predictions(NamedTuple):
         kept: Kept,
         first: int = 0,
     ) -> "Predictions":
-        """The predictions of a clean pass over rows of some length that begin with `tokens`; overwrites the logits."""
-        log_p = logits.float().contiguous()  # of others, flatten would give a copy
+        """Return the predictions of a clean pass. The logits may be overwritten.
+
+        Args:
+            length: length of each row, whose first tokens are `tokens`.
+        """
+        log_p = logits.float().contiguous()  # else flatten would return a copy
         for row in log_p.flatten(0, 1).split(_chunk(log_p)):
             row.copy_(row.log_softmax(-1))
         return cls(log_p, kept.of_each(tokens.roll(-1, 1)), kept.position < length[kept.row] - 1, kept, first)
 
     def clean_losses(self) -> Float[Tensor, " n_kept"]:
-        """−log p of the next token (nats); 0 where there is none."""
-        found = -self.log_p[self.kept.row, self.kept.position - self.first, self.target].double()
-        return found * self.has_target
+        """Return −log p of the next token (nats), or 0 for tokens without a next one."""
+        cross_entropy = -self.log_p[self.kept.row, self.kept.position - self.first, self.target].double()
+        return cross_entropy * self.has_target
 
     def losses(
         self, logits: Float[Tensor, "n_or_1 n_logits d_vocab"]
     ) -> tuple[Float[Tensor, " n_kept"], Float[Tensor, " n_kept"]]:
-        """Cross-entropy of the next token and KL(clean ‖ new) for other logits (nats); a single row stands for all."""
+        """Return the cross-entropy of the next token and KL(clean ‖ new) for other logits, in nats.
+
+        Logits of a single row are used for all rows.
+        """
         cross_entropy, kl = [], []
         for some in torch.arange(len(self.target), device=logits.device).split(_chunk(logits)):
             row, position = self.kept.row[some], self.kept.position[some] - self.first
@@ -306,16 +317,16 @@ def _chunk(logits: Tensor) -> int:
 
 def add_clean(sums: PooledSums, predictions: Predictions) -> Float[Tensor, " n_kept"]:
     """Collect and return the cross-entropies of a clean pass."""
-    found = predictions.clean_losses()
-    sums.add("clean.ce", predictions.kept.per_sequence(found))
+    cross_entropy = predictions.clean_losses()
+    sums.add("clean.ce", predictions.kept.per_sequence(cross_entropy))
     sums.add("n_predictions", predictions.kept.per_sequence(predictions.has_target))
-    return found
+    return cross_entropy
 
 
 def add_losses(
     sums: PooledSums, name: str, predictions: Predictions, logits: Float[Tensor, "n_or_1 n_logits d_vocab"]
 ) -> Float[Tensor, " n_kept"]:
-    """Collect what a replacement does to the predictions, and return the cross-entropies."""
+    """Collect the losses of the predictions under a replacement, and return the cross-entropies."""
     cross_entropy, kl = predictions.losses(logits)
     sums.add(f"{name}.ce", predictions.kept.per_sequence(cross_entropy))
     sums.add(f"{name}.kl", predictions.kept.per_sequence(kl))
@@ -323,11 +334,11 @@ def add_losses(
 
 
 def prediction_metrics(sums: PooledSums, name: str) -> dict[str, Metric]:
-    """What the model loses, in nats, and as a share of what it loses when the hook is ablated, a ratio of pooled means.
+    """Return the losses (nats) with and without replacement, and the share of an ablation's loss that is recovered.
 
-    ce_loss_score = (CE_zero − CE_sae) / (CE_zero − CE_clean), kl_div_score = (KL_zero − KL_sae) / KL_zero, with zeros at all
-    positions of the hook; ce_loss_score_mean and kl_div_score_mean the same with the mean of the kept tokens at all positions.
-    KL is of the clean predictions from the new, at all kept tokens, those at the end of a row too.
+    ce_loss_score = (CE_zero − CE_sae) / (CE_zero − CE_clean) and kl_div_score = (KL_zero − KL_sae) / KL_zero, with zeros at all
+    positions of the hook. ce_loss_score_mean and kl_div_score_mean use the mean of the kept tokens at all positions instead.
+    Scores are ratios of pooled means. KL is KL(clean ‖ new) over all kept tokens, including those at the end of a row.
     """
     n, n_kept = sums["n_predictions"], sums["n"]
     ce = {

@@ -1,4 +1,4 @@
-"""Whether a dictionary is evaluated on text it was trained on, as far as records can tell."""
+"""Comparison of the evaluation text with the text that a dictionary was trained on, as far as records can tell."""
 
 from typing import NamedTuple
 
@@ -7,24 +7,24 @@ from saelens_lite.tokens import PythonDocs, hub_name
 
 
 class Overlap(NamedTuple):
-    """`disjoint`: True, False, or None where it cannot be told; `why`, in words."""
+    """The answer: `disjoint` is True, False, or None if records cannot tell; `why` is the reason in words."""
 
     disjoint: bool | None
     why: str
 
 
 def overlap(origin: Origin, source: str | None, sha256: str) -> Overlap:
-    """What is known of the text of an origin and a text called `source`, whose token rows have this hash.
+    """Compare the text of an origin with a text called `source`, whose token rows have the hash `sha256`.
 
-    Names of sources are compared, and the hashes of the token rows. Only parts of one source that are known to have nothing
-    in common are disjoint: two texts of different names may hold the same passages.
+    Source names and the hashes of the token rows are compared. Only parts of one source that are known to share nothing are
+    disjoint, because two texts with different names may hold the same passages.
     """
     if origin.text_sha256 == sha256:
-        return Overlap(False, "it is the text the dictionary was trained on, token for token")
+        return Overlap(False, "its rows are those of the training text, token for token")
     if origin.text is None:
         return Overlap(None, "the dictionary does not say what it was trained on")
     if source is None:
-        return Overlap(None, f"the text evaluated on has no name to compare with {origin.text}")
+        return Overlap(None, f"the evaluation text has no name to compare with {origin.text}")
     names = f"trained on {origin.text}, evaluated on {source}"
     if {origin.text, source} == {"python-docs:train", "python-docs:held-out"}:
         return Overlap(True, f"{names}: parts without a document in common")

@@ -1,4 +1,4 @@
-"""Tokens in bands by their position in a row: 1, 2 to 3, 4 to 7, and so on."""
+"""Bands of positions in a row: 1, 2 to 3, 4 to 7, and so on."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,8 +12,10 @@ from saelens_lite.tokens import TokenRows
 
 
 class PositionBand(NamedTuple):
-    """The kept tokens at positions `low` to `high` of their rows: how many, their fvu, and what the reconstruction adds to the
-    cross-entropy (nats) of what follows them."""
+    """The kept tokens at positions `low` to `high` of their rows: their number, fvu and added cross-entropy.
+
+    `ce_increase` is the amount (nats) by which the reconstruction raises the loss of the tokens that follow them.
+    """
 
     low: int
     high: int
@@ -28,7 +30,7 @@ class PositionBand(NamedTuple):
 
 
 class PositionBands(NamedTuple):
-    """Band number of every position of some rows, and of each band its first and last position and its kept tokens."""
+    """The band number of every position of some rows, and for each band its first and last position and its kept tokens."""
 
     band: Int[Tensor, "n_seq n_ctx"]
     low: list[int]
@@ -36,13 +38,13 @@ class PositionBands(NamedTuple):
     n_tokens: list[int]
 
     def report(self, fvu: Sequence[Metric], ce_increase: Sequence[Metric]) -> list[PositionBand]:
-        """The bands with their metrics; one that no token falls into is left out."""
+        """Return the bands with their metrics, without empty bands."""
         columns = zip(self.low, self.high, self.n_tokens, fvu, ce_increase, strict=True)
         return [PositionBand(*column) for column in columns if column[2]]
 
 
 def position_bands(rows: TokenRows) -> PositionBands:
-    """The bands of the rows: position p is in that of ⌊log₂ p⌋, and 0 by itself."""
+    """Return the bands of the rows. Position p is in the band of ⌊log₂ p⌋; position 0 has its own band."""
     n_ctx = rows.tokens.shape[1]
     number = torch.tensor([position.bit_length() for position in range(n_ctx)])
     low = [0, *(1 << e for e in range(int(number.max())))]

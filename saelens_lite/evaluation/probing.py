@@ -1,7 +1,7 @@
-"""Sparse probing: how well a few latents tell two kinds of text apart, beside all latents and the raw activations.
+"""Sparse probing: classify texts by a few latents, and compare with all latents and the raw activations.
 
-A text is one vector, the mean over its tokens (of activations, or of codes). The k latents whose class means differ most on
-the training texts go into a logistic regression; accuracy and area under the ROC curve (AUC) are those of texts held out.
+A text is one vector, the mean of its tokens' activations or codes. The k latents whose class means differ most on the training
+texts go into a logistic regression. Accuracy and area under the ROC curve (AUC) are those of held-out texts.
 Source: Gurnee et al. 2023, Finding neurons in a haystack, arXiv:2305.01610 (choice by largest mean difference); Karvonen et al.
 2025, SAEBench, arXiv:2503.09532 (mean over tokens); Kantamneni et al. 2025, arXiv:2502.16681 (regularisation of every probe
 chosen by cross-validation, without which the probe on raw activations is too weak an opponent).
@@ -36,13 +36,13 @@ LEAST_TEXTS = 10  # of each class
 N_FOLDS = 5
 INVERSE_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # scikit-learn's C, for inputs of unit variance
 ALL_LATENTS, ACTIVATIONS = "all latents", "activations"
-ONLY = "texts"  # the name of a dataset that was given without one
+ONLY = "texts"  # the name of a dataset without a name
 
 log = logging.getLogger(__name__)
 
 
 class Probe(NamedTuple):
-    """One regression on held-out texts, the same with shuffled labels, the C that cross-validation chose, the best latents."""
+    """The scores of one regression on held-out texts, also with shuffled labels, its chosen C, and its latents, best first."""
 
     accuracy: Metric
     auc: Metric
@@ -54,11 +54,11 @@ class Probe(NamedTuple):
 
 @dataclass(frozen=True)
 class ProbeReport:
-    """What tells the texts of two classes apart, and how well, with 95 % intervals bootstrapped over the held-out texts.
+    """The probes that separate texts of two classes, with 95 % intervals bootstrapped over the held-out texts.
 
-    `probes` by name: "k = 4" on four latents, "all latents", "activations". The second of `classes` is the positive one.
-    `majority` is the accuracy of always giving the more frequent class; an AUC of chance is 0.5. Shuffled labels are drawn
-    among the training texts and among the held-out ones, and everything is done again with them.
+    `probes` are by name: "k = 4" uses four latents, "all latents" and "activations" use everything. The second of `classes` is
+    the positive one. `majority` is the accuracy of always choosing the more frequent class; the AUC of chance is 0.5. For the
+    control, labels are shuffled within the training texts and within the held-out texts, and every step is repeated.
     """
 
     probes: dict[str, Probe]
@@ -73,16 +73,16 @@ class ProbeReport:
     seed: int
 
     def __getitem__(self, name: str) -> Probe:
-        """The probe of that name."""
+        """Return the probe of that name."""
         return self.probes[name]
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain data."""
+        """Return the report as plain data."""
         facts = {key: value for key, value in vars(self).items() if key != "probes"}
         return {"format": FORMAT, **facts, "probes": {name: plain(probe) for name, probe in self.probes.items()}}
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The report as JSON, also written to `path` when given."""
+        """Return the report as JSON, and write it to `path` if that is given."""
         if path is not None:
             write_json(Path(path), self.to_dict())
         return json.dumps(self.to_dict(), indent=2)
@@ -97,7 +97,7 @@ class ProbeReport:
 
 
 class Labelled(NamedTuple):
-    """Texts of two classes that have been looked at; y is true for the second class."""
+    """Checked texts of two classes; y is true for the second class."""
 
     texts: list[str]
     y: Bool[Tensor, " n"]
@@ -105,14 +105,14 @@ class Labelled(NamedTuple):
 
 
 class Pooled(NamedTuple):
-    """A vector for each text: its activations, and its codes."""
+    """Two vectors for each text: its pooled activations, and its pooled codes."""
 
     x: Float[Tensor, "n d_in"]
     acts: Float[Tensor, "n d_sae"]
 
 
 class Split(NamedTuple):
-    """The numbers of the texts to train on and of those held out."""
+    """The indices of the training texts and of the held-out texts."""
 
     train: Int[Tensor, " n_train"]
     test: Int[Tensor, " n_test"]
@@ -132,18 +132,28 @@ def probe(
     n_bootstrap: int = 1000,
     seed: int = 0,
 ) -> ProbeReport | dict[str, ProbeReport]:
-    """The report of probes on texts with labels of two classes; of a mapping name → (texts, labels), one for each name.
+    """Return the report of probes on texts of two classes; for a mapping of datasets, a report for each name.
 
-    More than two classes are not taken: probe one against the rest, labels=[label == "x" for label in labels]. A text is cut at
-    the length the dictionary was trained on; special tokens and positions it was never trained on do not count. `pooling`
-    over the tokens that do: "mean", which needs no token to sum up the text and does not grow with its length; "max"; "last".
-    `test_share` of each class, drawn with `seed`, is held out. The matrix [texts d_sae] is held in memory.
+    Texts are cut at the length of the training rows. Special tokens and positions that were left out of training do not count.
+    The matrix [texts d_sae] is held in memory.
+
+    Args:
+        texts: texts, or a mapping name → (texts, labels).
+        labels: a label for each text, of two classes. Of several classes, probe one against the rest:
+            labels=[label == "x" for label in labels].
+        ks: numbers of latents.
+        hook: the hook to read in place of the dictionary's own.
+        pooling: "mean", "max" or "last" of the tokens that count. The mean does not grow with the length of a text, and does
+            not rely on a single token.
+        test_share: share of each class that is held out, drawn with `seed`.
 
     Raises:
-        ConfigError: not two classes, fewer than 10 texts of one, not a label for each text, a bad setting, no hook, a model
-            with other processing, or no scikit-learn.
-        TextError: no text, or one of which no token counts.
-        HookError, ShapeError, NonFiniteError: a hook the model lacks, a width that does not fit, NaN or infinite activations.
+        ConfigError: there are not two classes, a class has fewer than 10 texts, texts lack labels, a setting is bad, the hook
+            is not known, the model has other processing, or scikit-learn is not installed.
+        TextError: a text is missing, or none of its tokens counts.
+        HookError: the model lacks the hook.
+        ShapeError: the dictionary does not fit the width of the hook.
+        NonFiniteError: activations or codes are NaN or infinite.
     """
     ks = _checked_ks(ks, dictionary.d_sae)
     if pooling not in POOLINGS:
@@ -151,7 +161,7 @@ def probe(
     if not 0.1 <= test_share <= 0.5:
         raise ConfigError(f"test_share = {test_share}; expected 0.1 to 0.5")
     if not 0 <= seed < 2**32 or n_bootstrap < 0:
-        raise ConfigError(f"seed = {seed}, n_bootstrap = {n_bootstrap}; expected a seed of 32 bits, and no negative numbers")
+        raise ConfigError(f"seed = {seed}, n_bootstrap = {n_bootstrap}; expected a seed below 2^32, and no negative numbers")
     hooks = lm.hooks_of(dictionary, hook)
     dictionary.check_finite()
     _require_sklearn()
@@ -177,7 +187,7 @@ def probe(
 
 
 def _datasets(texts: Iterable[str] | Mapping[str, Any], labels: Iterable[Any] | None) -> dict[str, Labelled]:
-    """The datasets by name, all of them looked at before any is probed."""
+    """Return the datasets by name. All are checked before the first is probed."""
     if not isinstance(texts, Mapping):
         return {ONLY: _checked(ONLY, texts, labels)}
     if labels is not None:
@@ -188,7 +198,10 @@ def _datasets(texts: Iterable[str] | Mapping[str, Any], labels: Iterable[Any] | 
 
 
 def best_latents(acts: Float[Tensor, "n d_sae"], y: Bool[Tensor, " n"], k: int) -> Int[Tensor, " k"]:
-    """The k latents with the largest |mean over the second class − mean over the first|, largest first, the first of equals."""
+    """Return the k latents with the largest |mean over the second class − mean over the first|, largest first.
+
+    Of equal latents, the one with the smaller number comes first.
+    """
     difference = acts[y].double().mean(0) - acts[~y].double().mean(0)
     return difference.abs().argsort(descending=True, stable=True)[:k]
 
@@ -196,7 +209,7 @@ def best_latents(acts: Float[Tensor, "n d_sae"], y: Bool[Tensor, " n"], k: int) 
 def _probes(
     pooled: Pooled, y: Bool[Tensor, " n"], split: Split, ks: list[int], n_bootstrap: int, seed: int
 ) -> dict[str, Probe]:
-    """All probes of one dataset."""
+    """Return all probes of one dataset."""
     generator = torch.Generator().manual_seed(seed)
     shuffled = y.clone()
     for part in split:
@@ -220,7 +233,7 @@ def _probes(
 def _held_out(
     x: Float[Tensor, "n d"], y: Bool[Tensor, " n"], split: Split, weights: Float[Tensor, "replicates n_test"], seed: int
 ) -> tuple[Metric, Metric, float]:
-    """Accuracy and AUC on held-out texts, and the inverse penalty that cross-validation on the training texts chose."""
+    """Return accuracy and AUC on held-out texts, and the inverse penalty chosen by cross-validation on the training texts."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV, StratifiedKFold
     from sklearn.pipeline import make_pipeline
@@ -244,7 +257,10 @@ def _held_out(
 def weighted_auc(
     score: Float[Tensor, " n"], y: Bool[Tensor, " n"], weights: Float[Tensor, "replicates n"]
 ) -> Float[Tensor, " replicates"]:
-    """The area under the ROC curve with each row of weights: how often a positive scores above a negative, ties half."""
+    """Return the area under the ROC curve for each row of weights.
+
+    This is the weighted share of pairs in which the positive scores above the negative. Ties count half.
+    """
     level = score.unique(return_inverse=True)[1]
     empty = weights.new_zeros(len(weights), int(level.max()) + 1)
     positive, negative = (empty.index_add(1, level, weights * side) for side in (y, ~y))
@@ -254,7 +270,7 @@ def weighted_auc(
 
 @torch.no_grad()
 def _pool(dictionary: Dictionary, lm: LanguageModel, rows: TokenRows, hooks: Hooks, pooling: str, batch_tokens: int) -> Pooled:
-    """The pooled activations and codes of each row. A code that is 0 somewhere in a text has a maximum of at least 0."""
+    """Return the pooled activations and codes of each row. The maximum of a latent that never fires in a text is 0."""
     n = len(rows.tokens)
     x = torch.zeros(n, dictionary.d_in)
     acts = torch.zeros(n * dictionary.d_sae)
@@ -287,7 +303,7 @@ def _pool(dictionary: Dictionary, lm: LanguageModel, rows: TokenRows, hooks: Hoo
 
 
 def _rows(dictionary: Dictionary, lm: LanguageModel, name: str, texts: list[str], pooling: str) -> TokenRows:
-    """A row for each text, and the positions to pool over: for "last" a single one."""
+    """Return a row for each text, in which `keep` is true at the positions to pool over; for "last" this is one position."""
     origin = dictionary.origin
     n_ctx = min(origin.n_ctx or DEFAULT_N_CTX, lm.n_ctx)
     try:
@@ -299,7 +315,7 @@ def _rows(dictionary: Dictionary, lm: LanguageModel, name: str, texts: list[str]
     nothing = (~rows.keep.any(1)).nonzero().squeeze(1).tolist()
     if nothing:
         raise TextError(
-            f"{name}: text {nothing[0]} has no token that counts, only special ones or first positions; leave it out"
+            f"{name}: text {nothing[0]} has no token that counts, only special tokens or excluded positions; leave it out"
         )
     keep = rows.keep
     if pooling == "last":
@@ -308,7 +324,7 @@ def _rows(dictionary: Dictionary, lm: LanguageModel, name: str, texts: list[str]
 
 
 def _split(y: Bool[Tensor, " n"], test_share: float, seed: int) -> Split:
-    """A share of each class held out."""
+    """Return a split that holds out a share of each class."""
     from sklearn.model_selection import train_test_split
 
     parts = train_test_split(range(len(y)), test_size=test_share, stratify=y.numpy(), random_state=seed)
@@ -316,7 +332,12 @@ def _split(y: Bool[Tensor, " n"], test_share: float, seed: int) -> Split:
 
 
 def _checked(name: str, texts: Iterable[str], labels: Iterable[Any] | None) -> Labelled:
-    """The texts and labels of a dataset, if they can be probed."""
+    """Return the texts and labels of a dataset.
+
+    Raises:
+        TextError: the texts are not a list of strings, or one is empty.
+        ConfigError: the labels are not one for each text, of two classes with at least 10 texts each.
+    """
     if getattr(texts, "ndim", 1) != 1 or isinstance(texts, str | set | frozenset | Mapping):
         raise TextError(f"{name}: the texts are {described(texts)}; expected a list of strings, or one column of a table")
     texts = list(texts)
@@ -333,11 +354,11 @@ def _checked(name: str, texts: Iterable[str], labels: Iterable[Any] | None) -> L
     try:
         classes = sorted(set(labels))
     except TypeError:
-        raise ConfigError(f"{name}: labels must all be of one kind, words or numbers") from None
+        raise ConfigError(f"{name}: labels must all be of one kind: all words, or all numbers") from None
     if len(classes) != 2:
         shown = ", ".join(map(repr, classes[:5]))
         raise ConfigError(
-            f"{name}: {len(classes)} classes ({shown}); expected two. Of several, probe one against the rest: "
+            f"{name}: {len(classes)} classes ({shown}); expected two. Of several classes, probe one against the rest: "
             'labels=[label == "x" for label in labels]'
         )
     y = torch.tensor([label == classes[1] for label in labels])
@@ -346,13 +367,15 @@ def _checked(name: str, texts: Iterable[str], labels: Iterable[Any] | None) -> L
             raise ConfigError(f"{name}: {count} texts of class {label!r}; each class needs at least {LEAST_TEXTS}")
     if repeated := len(texts) - len(set(texts)):
         log.warning(
-            "%s: %d texts are repetitions; a text both trained on and held out makes every probe look better", name, repeated
+            "%s: %d texts are repetitions; texts that are both trained on and held out make every probe look better than it is",
+            name,
+            repeated,
         )
     return Labelled(texts, y, (str(classes[0]), str(classes[1])))
 
 
 def _checked_ks(ks: Sequence[int], d_sae: int) -> list[int]:
-    """The numbers of latents, ascending."""
+    """Return the numbers of latents, ascending, without repeats."""
     if not ks or min(ks) < 1 or max(ks) > d_sae:
         raise ConfigError(f"ks = {list(ks)}; expected numbers of latents from 1 to {d_sae}")
     return sorted(set(ks))
@@ -366,16 +389,16 @@ def _require_sklearn() -> None:
 
 
 def probe_table(reports: Mapping[str, ProbeReport]) -> Any:
-    """A rich table of several reports: a row for each probe, with its first four latents, and one for the majority."""
+    """Return a rich table of several reports: a row for each probe, with its first four latents, and one for the majority."""
     rows: list[tuple[str, ...] | None] = []
     for name, report in reports.items():
-        for probe_name, found in report.probes.items():
-            cells = [f"{m.value:.3f} ±{(m.high - m.low) / 2:.1g}" for m in (found.accuracy, found.auc, found.shuffled_auc)]
-            rows.append((name, probe_name, *cells, ", ".join(map(str, (found.latents or ())[:4]))))
+        for probe_name, one in report.probes.items():
+            cells = [f"{m.value:.3f} ±{(m.high - m.low) / 2:.1g}" for m in (one.accuracy, one.auc, one.shuffled_auc)]
+            rows.append((name, probe_name, *cells, ", ".join(map(str, (one.latents or ())[:4]))))
         rows += [(name, "majority", f"{report.majority:.3f}", "0.500", "", ""), None]
     return grid(
         ("dataset", "probe", "accuracy", "AUC", "shuffled AUC", "best latents"),
         rows,
-        caption="± half of the 95 % interval; AUC of chance: 0.5; shuffled: the same with labels in random order",
+        caption="± half of the 95 % interval; AUC of chance: 0.5; shuffled: with labels in random order",
         column=lambda title: {"overflow": "fold", "no_wrap": title not in ("dataset", "best latents")},
     )

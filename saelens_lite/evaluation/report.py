@@ -1,4 +1,4 @@
-"""The report of an evaluation: metrics with their intervals, what they were measured on, and how to show them."""
+"""The report of an evaluation: metrics with their intervals, the text they were measured on, and tables of them."""
 
 import json
 import math
@@ -31,12 +31,14 @@ COLUMNS = {"l0": "L0", "fvu": "FVU", "ce_loss_score": "CE recovered", "kl_div_sc
 class EvalReport:
     """Metrics of one dictionary with 95 % confidence intervals, and the text they were measured on.
 
-    `metrics` by name (saelens_lite.evaluation.metrics has the formulas), `density` [d_sae] = firing frequency of each latent,
-    None in a report read from a file. `text` is the name of the text, if it has one; `disjoint` says whether it is other text
-    than the dictionary was trained on, None where that cannot be told, and `disjoint_why` why. Where asked for: `by_frequency`
-    = fvu by how often a token occurs in the text, `by_position` = fvu and loss by position in a row, `controls` = reports of
-    a random dictionary, PCA, and a model with its weights re-drawn. `hook` is where the output belongs; `read_hook`, where the
-    input is read, is another one for a transcoder, and None in reports of earlier versions.
+    saelens_lite.evaluation.metrics has the formulas of `metrics`. `density` [d_sae] is the firing frequency of each latent, and
+    None in a report that was read from a file. `text` is the name of the text, if it has one. `disjoint` is True if it is
+    other text than the training text, False if not, and None if this is not known; `disjoint_why` is the reason.
+
+    On request, `by_frequency` has the fvu by the number of times a token occurs in the text, `by_position` the fvu and loss
+    by position in a row, and `controls` the reports of a random dictionary, of PCA, and of a model with its weights re-drawn.
+
+    `hook` is the hook that the dictionary writes, and `read_hook` the one it reads; None in reports of earlier versions.
     """
 
     metrics: dict[str, Metric]
@@ -56,21 +58,21 @@ class EvalReport:
     read_hook: str | None = None
 
     def __getitem__(self, name: str) -> float:
-        """The value of a metric."""
+        """Return the value of a metric."""
         return self.metrics[name].value
 
     @property
     def frac_alive(self) -> float:
-        """Share of latents that fired at least once."""
+        """The share of latents that fired at least once."""
         return self["frac_alive"]
 
     @property
     def frac_dense(self) -> float:
-        """Share of latents that fired on more than 10 % of the tokens."""
+        """The share of latents that fired on more than 10 % of the tokens."""
         return self["frac_dense"]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the per-latent densities, as plain data; what was not asked for is left out."""
+        """Return the report as plain data, without the densities of the latents."""
         content: dict[str, Any] = {"format": FORMAT, "metrics": {name: plain(m) for name, m in self.metrics.items()}}
         content |= {name: getattr(self, name) for name in _FACTS}
         if self.by_frequency is not None:
@@ -82,14 +84,14 @@ class EvalReport:
         return content
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The report as JSON, also written to `path` when given."""
+        """Return the report as JSON, and write it to `path` if that is given."""
         if path is not None:
             write_json(Path(path), self.to_dict())
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, path: str | Path) -> "EvalReport":
-        """The report in a file that `to_json` wrote; it has no densities.
+        """Return the report in a file that `to_json` wrote. It has no densities.
 
         Raises:
             CorruptFileError: the file is missing, damaged, or of another format.
@@ -98,11 +100,18 @@ class EvalReport:
 
     @classmethod
     def from_dict(cls, content: Any, place: str = "the report") -> "EvalReport":
-        """The report that `to_dict` made plain data of; CorruptFileError, which names `place`, when it is none."""
+        """Return the report in plain data from `to_dict`.
+
+        Args:
+            place: the origin of the data, for messages.
+
+        Raises:
+            CorruptFileError: the data are not a report, or of another format.
+        """
         if not isinstance(content, dict):
-            raise CorruptFileError(f"{place} is no evaluation: a {type(content).__name__}, not an object")
+            raise CorruptFileError(f"{place} is not an evaluation: expected an object, found a {type(content).__name__}")
         if content.get("format") != FORMAT:
-            raise CorruptFileError(f"{place}: an evaluation of format {content.get('format')!r}, this version reads {FORMAT}")
+            raise CorruptFileError(f"{place}: an evaluation of format {content.get('format')!r}; this version reads {FORMAT}")
         content = {"read_hook": None, **content}
         try:
             return cls(
@@ -115,20 +124,20 @@ class EvalReport:
                 else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
-            raise CorruptFileError(f"{place} is no evaluation: {type(error).__name__}: {error}") from None
+            raise CorruptFileError(f"{place} is not an evaluation: {type(error).__name__}: {error}") from None
 
     def lines(self) -> list[tuple[str, Metric]]:
-        """Every metric and every band, with what it is called in tables."""
-        found = list(self.metrics.items())
-        found += [(f"fvu of tokens that occur {band.label} here", band.fvu) for band in self.by_frequency or ()]
+        """Return every metric and every band, with its name in tables."""
+        lines = list(self.metrics.items())
+        lines += [(f"fvu of tokens that occur {band.label} here", band.fvu) for band in self.by_frequency or ()]
         for band in self.by_position or ():
-            found.append((f"fvu at position {band.label}", band.fvu))
-            found.append((f"ce_sae − ce_clean at position {band.label}", band.ce_increase))
-        return found
+            lines.append((f"fvu at position {band.label}", band.fvu))
+            lines.append((f"ce_sae − ce_clean at position {band.label}", band.ce_increase))
+        return lines
 
     @property
     def where(self) -> str:
-        """What was measured, in a sentence."""
+        """A sentence on the text, the model and the hook."""
         return (
             f"{self.n_tokens:,} tokens in {self.n_sequences:,} sequences of {self.text or 'a text without a name'}, without "
             f"{self.excluded}; {self.model}, {self._hooks}"
@@ -140,14 +149,14 @@ class EvalReport:
 
     @property
     def caution(self) -> str:
-        """What a reader has to be told about the text, or nothing."""
+        """A warning about the text for readers of the report; empty if it is known to be new text."""
         if self.disjoint:
             return ""
-        start = "This text was trained on" if self.disjoint is False else "Not known to be new text"
+        start = "The dictionary was trained on this text" if self.disjoint is False else "This text may not be new"
         return f"{start}: {self.disjoint_why}."
 
     def to_markdown(self) -> str:
-        """A Markdown table of the metrics, and of the controls where there are any."""
+        """Return a Markdown table of the metrics, and one of the controls if the report has them."""
         how = f"95 % bootstrap confidence intervals over sequences. Token hash: {code(self.text_sha256)}."
         lines = [f"{one_line(self.where)}. {how}"]
         lines += [one_line(self.caution)] if self.caution else []
@@ -176,11 +185,11 @@ class EvalReport:
 
     def _repr_html_(self) -> str:
         rows = [(name, f"{m.value:.4g}", f"{m.low:.4g} … {m.high:.4g}") for name, m in self.lines()]
-        found = f"<p>{escape(self.where)}. {escape(self.caution)}</p>{_html_table(('metric', 'value', '95 % interval'), rows)}"
+        html = f"<p>{escape(self.where)}. {escape(self.caution)}</p>{_html_table(('metric', 'value', '95 % interval'), rows)}"
         if self.controls:
             head, *lines = _comparison({"this dictionary": self})
-            found += _html_table(head, lines)
-        return found
+            html += _html_table(head, lines)
+        return html
 
 
 _PARTS = ("metrics", "density", "by_frequency", "by_position", "controls")
@@ -188,7 +197,7 @@ _FACTS = {f.name: f.type for f in fields(EvalReport) if f.name not in _PARTS}
 
 
 def _checked(value: Any, kind: Any, name: str) -> Any:
-    """A value from a file, if it is of its kind."""
+    """Return a value from a file; TypeError if it is not of its kind."""
     if not isinstance(value, kind):
         raise TypeError(f"{name} is {value!r:.40}")
     return value
@@ -208,17 +217,17 @@ def _bands(kind: Any, content: Any) -> tuple[Any, ...] | None:
 
 
 def _comparison(reports: Mapping[str, EvalReport]) -> list[tuple[str, ...]]:
-    """The head, and a line for each report and each of its controls: value ± half the interval of the chief metrics."""
-    found = [("dictionary", *COLUMNS.values(), "alive")]
+    """Return the head and a line for each report and each of its controls: value ± half the interval of the main metrics."""
+    lines = [("dictionary", *COLUMNS.values(), "alive")]
     for name, report in reports.items():
         named = {name: report} | {f"– {control}": measured for control, measured in (report.controls or {}).items()}
         for title, one in named.items():
-            found.append((title, *(one.metrics[key].short for key in COLUMNS), f"{one.frac_alive:.1%}"))
-    return found
+            lines.append((title, *(one.metrics[key].short for key in COLUMNS), f"{one.frac_alive:.1%}"))
+    return lines
 
 
 def table(reports: Mapping[str, EvalReport]) -> "Table":
-    """A rich table of several reports: a row each, and one for each of its controls."""
+    """Return a rich table of several reports, with a row for each and for each of its controls."""
 
     def column(title: str) -> dict[str, Any]:
         return {"min_width": 12, "overflow": "fold"} if title == "dictionary" else {"no_wrap": True}
@@ -228,7 +237,7 @@ def table(reports: Mapping[str, EvalReport]) -> "Table":
 
 
 def markdown(reports: Mapping[str, EvalReport]) -> str:
-    """The same table in Markdown; ± is half of the 95 % interval."""
+    """Return the table of `table` in Markdown. ± is half of the 95 % interval."""
     head, *rows = (tuple(map(cell, row)) for row in _comparison(reports))
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ("---",) * len(head), *rows])
 

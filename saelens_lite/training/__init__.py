@@ -15,7 +15,7 @@ saelens-lite train cache --config run.toml --out runs     # a [[dictionary]] tab
 saelens-lite train --text book.txt --hook blocks.2.hook_resid_pre --out runs/live     # without a cache
 ```
 
-Each dictionary is, to the byte, what it would be if it were trained alone. `validation_tokens` activations are kept out of
+Each dictionary has the same bytes as if it were trained alone. `validation_tokens` activations are kept out of
 training, and the log reports `val_fvu` and `val_l0` on them.
 
 **Activations of your own**, without a language model: x is [n d_in].
@@ -120,29 +120,30 @@ def train(
     loggers: str | Sequence[str] = DEFAULT_LOGGERS,
     exists: Literal["error", "overwrite"] = "error",
 ) -> list[Run]:
-    """Train each dictionary, all of them on the same batches in one pass over the source, and return their runs.
+    """Train dictionaries on the same batches, in one pass over the source, and return their runs.
 
-    With `out`, each gets a folder (`out` itself for one dictionary, `out`/<number>-<rule> for several) with config.toml,
-    dictionary/ and what `loggers` (names of plugins) write there: log.jsonl by default. The order of the data comes from
-    `data_seed` alone, so each dictionary is what it would be if it were trained by itself. `device` defaults to CUDA where
-    there is one, else MPS where it works, else the CPU.
+    Each dictionary has the same bytes as if it were trained alone. If the loss or the parameters of one of several become NaN
+    or infinite, it is dropped: a warning names it and the cause, its folder keeps the last good state in last_good/, the
+    returned list leaves it out, and the others finish.
 
-    A dictionary of several whose loss or parameters become NaN or infinite is dropped: a warning names it and the cause, its
-    last good state is in the folder's last_good/, it has no run in the list, and the others finish.
-
-    With exists="overwrite", a run that is there waits beside its place until the new one is complete, and comes back when the
-    new one fails before it has a checkpoint. A folder that holds anything other than a run is not replaced.
-
-    Every `checkpoint_seconds`, and on Ctrl-C and SIGTERM, the state goes to `out`/checkpoints/, from which `resume` goes on
-    to the same bytes. `validation_tokens` activations are never trained on; val_fvu and val_l0 in the log are of them.
+    Args:
+        out: the folder of the run. One dictionary is written to `out` itself, each of several to `out`/<number>-<rule>. A
+            folder gets config.toml, dictionary/ and the files of the loggers.
+        data_seed: the only seed that the order of the data depends on.
+        validation_tokens: number of activations that are kept out of training. The log reports val_fvu and val_l0 on them.
+        checkpoint_seconds: time between checkpoints. Checkpoints are in `out`/checkpoints/, and Ctrl-C and SIGTERM also write
+            one. `resume` continues from there to the same bytes.
+        device: by default CUDA if available, else MPS if it works, else the CPU.
+        loggers: names of logger plugins; log.jsonl by default.
+        exists: "overwrite" replaces an earlier run, but no folder that holds anything else. The earlier run is kept until the
+            new one is complete, and put back if the new one fails before its first checkpoint.
 
     Raises:
-        ConfigError: no dictionary asked for, batch sizes that differ, or loggers without `out`.
-        PluginError, HookError: a rule, logger or hook that does not exist, or a logger that cannot start.
-        OutputExistsError: an output folder holds something and `exists` is "error"; or something that overwriting would lose.
+        ConfigError: there is no config, batch sizes differ, loggers lack `out`, or validation_tokens is below 0 or is 1.
+        PluginError, HookError: a rule, logger or hook does not exist, or a logger cannot start.
+        OutputExistsError: an output folder is not empty and `exists` is "error", or overwriting would lose other files.
         LockedError: another process trains or resumes in `out`.
-        NonFiniteError: activations became NaN or infinite, or all dictionaries did; what was good of each is in its folder's
-            last_good/.
+        NonFiniteError: activations, or all dictionaries, became NaN or infinite. The last good states are in last_good/.
         Stopped: after Ctrl-C or SIGTERM.
     """
     configs = [configs] if isinstance(configs, TrainConfig) else list(configs)
@@ -152,7 +153,7 @@ def train(
     if len(sizes) > 1:
         raise ConfigError(f"dictionaries trained together need the same batch_size; found {sorted(sizes)}")
     if out is None and loggers and loggers != DEFAULT_LOGGERS:
-        raise ConfigError(f"loggers = {loggers!r} need a run folder: say `out`")
+        raise ConfigError(f"loggers = {loggers!r} need a run folder; give out=")
     if validation_tokens < 0 or validation_tokens == 1:
         raise ConfigError(f"validation_tokens = {validation_tokens}; expected 0 or at least 2")
     load_loggers([] if out is None else loggers)
@@ -201,18 +202,20 @@ def _locked(*folders: Path) -> Iterator[None]:
 
 
 def _kind() -> Kind:
-    """The kind of a run folder. A logger may have a folder of its own name in it."""
+    """Return the kind of a run folder. Each logger may write to a subfolder that has its name."""
     return RUN.allowing(*(f"{re.escape(name)}/.*" for name in registry.names("loggers")))
 
 
 def _refuse_existing_runs(out: Path, folders: Sequence[Path], exists: str, description: dict[str, Any] | None) -> None:
-    """Put back what a killed process left, and raise OutputExistsError where there is something and `exists` is "error", an
-    interrupted run above all; where there is something other than a run; and where the source would be removed."""
+    """Put back the old runs that a killed process left aside, then refuse folders that must not be replaced.
+
+    Raises:
+        OutputExistsError: a folder is not empty and `exists` is "error", or it holds something other than a run, or replacing
+            it would remove the source.
+    """
     put_back_runs(out, folders, _kind())
     if exists == "error" and is_interrupted(out):
-        raise OutputExistsError(
-            f"{out} holds a run that was interrupted; resume it, choose another place or say exists='overwrite'"
-        )
+        raise OutputExistsError(f"{out} holds an interrupted run; resume it, choose another folder, or pass exists='overwrite'")
     read = [Path(description[key]) for key in ("cache", "text") if description and key in description]
     for folder in folders:
         refuse_existing(folder, exists, _kind())
@@ -228,27 +231,31 @@ def resume(
     loggers: str | Sequence[str] | None = None,
     checkpoint_seconds: float | None = None,
 ) -> list[Run]:
-    """Resume a run that was interrupted, from its newest checkpoint that is whole; the result is what it would have been.
+    """Resume an interrupted run from its newest undamaged checkpoint, and return its runs.
 
-    run: the folder given to `train` as `out`. source: the activations it was trained on; a cache, or a stream of a file, a
-    dataset or the embedded corpus is found again by itself; `text` says where that text is now, if it has moved. Whatever is
-    not given is as it was; where the run's device is missing, the default of `train` replaces it, with a warning. A dictionary
-    that was dropped stays dropped.
+    The result has the same bytes as without the interruption. Dropped dictionaries stay dropped. The token rows, tensors or
+    cache are compared with those that had been read when the checkpoint was written.
 
-    The token rows, tensors or cache are compared with what had been read when the checkpoint was written.
+    Args:
+        run: the folder that `train` was given as `out`.
+        source: the activations that the run is trained on. Not needed for a cache, or for a stream of a file, a dataset or
+            the embedded corpus: the checkpoint names these.
+        text: the new path of the text of a stream, if it has moved.
+        device, loggers, checkpoint_seconds: by default those of the run. If its device is missing, the default of `train`
+            replaces it, with a warning.
 
     Raises:
-        ConfigError: the run has no checkpoints, or its source has to be given.
-        SourceChangedError: the source is not the one it was, as far as it was read; the run stays as it is.
+        ConfigError: the run has no checkpoints, or its source must be given.
+        SourceChangedError: the part of the source that was read has changed. The run stays as it is.
         CorruptFileError: all checkpoints are damaged.
         LockedError: another process trains or resumes this run.
         Stopped: after Ctrl-C or SIGTERM.
     """
     run = check_input(run)
     if source is not None and text is not None:
-        raise ConfigError("both a source and a text were given; training reads one of them")
+        raise ConfigError("both a source and a text were given; give only one of them")
     if not os.path.lexists(run.parent):
-        raise ConfigError(f"{run} has no checkpoints: there is nothing to resume")
+        raise ConfigError(f"{run} has no checkpoints, so there is nothing to resume")
     with locked(run, "run"):
         put_back_runs(run, [run], _kind())
         job, source = _interrupted(run, source, text, device, loggers, checkpoint_seconds)
@@ -266,7 +273,7 @@ def _interrupted(
     loggers: str | Sequence[str] | None,
     checkpoint_seconds: float | None,
 ) -> "tuple[_Job, Source]":
-    """The work that a checkpoint holds, ready to go on, and its source."""
+    """Return the job that the newest checkpoint describes, ready to continue, and its source."""
     states, loop = load_checkpoint(run)
     request = loop["request"]
     device = _device_of(request, device)
@@ -285,7 +292,9 @@ def _interrupted(
         for trainer, state in zip(trainers, states, strict=True):
             trainer.restore(*state)
     except (KeyError, RuntimeError) as error:
-        raise ConfigError(f"the checkpoint of {run} does not fit: {error}; was it written with another plugin?") from error
+        raise ConfigError(
+            f"the checkpoint of {run} does not fit its dictionaries: {error}; it may be of another version of a plugin"
+        ) from error
     chosen = loop["loggers"] if loggers is None else [loggers] if isinstance(loggers, str) else list(loggers)
     load_loggers(chosen)
     job = _Job(
@@ -307,25 +316,25 @@ def _interrupted(
 
 
 def _device_of(request: dict[str, Any], device: str | torch.device | None) -> str | torch.device | None:
-    """The device to resume on where it is not the one of the run; None where it is."""
+    """Return the device to resume on, or None for the device of the run."""
     if device is not None:
         return device_to_train_on(device)
     if is_available(request["device"]):
         return None
-    found = chosen_device(None)
-    log.warning("the run was trained on %s, which is not here; resuming on %s", request["device"], found)
-    return found
+    chosen = chosen_device(None)
+    log.warning("the run was trained on %s, which is not available; resuming on %s", request["device"], chosen)
+    return chosen
 
 
-def _check_source(found: dict[str, Any] | None, wanted: dict[str, Any] | None) -> None:
-    """Raise SourceChangedError when both are caches, and not the same, wherever they are."""
-    if found and wanted and "cache" in found and "cache" in wanted and found | {"cache": None} != wanted | {"cache": None}:
-        raise SourceChangedError(f"{found['cache']} is not the cache the run was trained on, which was {wanted['cache']}")
+def _check_source(given: dict[str, Any] | None, wanted: dict[str, Any] | None) -> None:
+    """Raise SourceChangedError if both are caches whose descriptions differ in more than the path."""
+    if given and wanted and "cache" in given and "cache" in wanted and given | {"cache": None} != wanted | {"cache": None}:
+        raise SourceChangedError(f"{given['cache']} is not the cache the run was trained on, which was {wanted['cache']}")
 
 
 @dataclass
 class _Job:
-    """Dictionaries in training together, where they go, and how far they are."""
+    """The state of dictionaries that are trained together: their trainers, folders, logs and progress."""
 
     source: Source
     trainers: list[Trainer]
@@ -338,7 +347,7 @@ class _Job:
     request: dict[str, Any]
     histories: list[list[dict[str, Any]]] = field(default_factory=list)
     n_batches: int = 0
-    dropped: list[str | None] = field(default_factory=list)  # of each dictionary, why it is not trained any more
+    dropped: list[str | None] = field(default_factory=list)  # for each dictionary, why its training ended early
 
     def __post_init__(self) -> None:
         self.histories = self.histories or [[] for _ in self.trainers]
@@ -346,23 +355,23 @@ class _Job:
 
     @property
     def at_work(self) -> list[int]:
-        """The numbers of the dictionaries that are still trained."""
+        """The numbers of the dictionaries that are still in training."""
         return [i for i, trainer in enumerate(self.trainers) if self.dropped[i] is None and not trainer.done]
 
     @property
     def n_seen(self) -> int:
-        """Tokens of the dictionary that has seen most."""
+        """The number of tokens that the most advanced dictionary has seen."""
         return max(trainer.n_seen for trainer in self.trainers)
 
     @property
     def how_to_go_on(self) -> str:
-        """What to type after an interruption."""
+        """The command that resumes the run."""
         if self.request["source"]:
             return f"saelens-lite train --resume {shlex.quote(str(self.out))}"
         return f"saelens_lite.resume({str(self.out)!r}, source)"
 
     def save(self) -> None:
-        """Write a checkpoint, if there is a folder for it."""
+        """Write a checkpoint, if the run has a folder."""
         if self.out:
             loop = {
                 "configs": [trainer.config.model_dump(mode="json") for trainer in self.trainers],
@@ -376,7 +385,7 @@ class _Job:
             save_checkpoint(self.out, self.n_seen, [trainer.state() for trainer in self.trainers], loop)
 
     def log_line(self, i: int) -> dict[str, Any]:
-        """The next line of one dictionary's log."""
+        """Return the next line of one dictionary's log, and note it in its history."""
         trainer = self.trainers[i]
         line = trainer.log_line()
         if self.validation:
@@ -386,21 +395,21 @@ class _Job:
         return line
 
     def drop(self, i: int, cause: NonFiniteError) -> None:
-        """Train a dictionary no further, and write its last good state."""
+        """Stop training a dictionary, and write its last good state."""
         try:
             kept = _kept(self, i, cause)
-        except SaelensLiteError as error:  # the others are worth more
+        except SaelensLiteError as error:  # must not end the training of the others
             kept = f"; its last good state cannot be written: {error}"
         self.dropped[i] = f"{cause}{kept}"
-        log.warning("%s is trained no further: %s", self.name(i), self.dropped[i])
+        log.warning("stopped training %s: %s", self.name(i), self.dropped[i])
 
     def name(self, i: int) -> str:
-        """What to call a dictionary: its folder, or its number and rule."""
+        """Return the name of a dictionary in messages: its folder, or its number and rule."""
         return str(self.folders[i] or f"{i}-{self.trainers[i].config.sparsity}")
 
 
 def _run(job: _Job, source: Source) -> list[Run]:
-    """Train to the end and write the dictionaries; what ends training early leaves a checkpoint."""
+    """Train to the end, write the dictionaries and return their runs. After an error, write the last good states."""
     classes = load_loggers(job.loggers) if job.out else {}
     has_begun = False
     try:
@@ -415,7 +424,7 @@ def _run(job: _Job, source: Source) -> list[Run]:
     except DiskFullError as error:
         if job.out is None or not is_interrupted(job.out):
             raise
-        raise DiskFullError(f"{error}; make room and go on with: {job.how_to_go_on}") from error
+        raise DiskFullError(f"{error}; free some space, then resume with: {job.how_to_go_on}") from error
     except SourceChangedError:  # the run stays as it is, for the right source
         raise
     except SaelensLiteError as error:
@@ -425,7 +434,7 @@ def _run(job: _Job, source: Source) -> list[Run]:
 
 
 def _results(job: _Job) -> list[Run]:
-    """Write the dictionaries where there is a folder for them, and return their runs; other files of the work are removed.
+    """Write the dictionaries to their folders, if they have any, remove checkpoints, and return the runs.
 
     Raises:
         NonFiniteError: all dictionaries were dropped.
@@ -443,14 +452,14 @@ def _results(job: _Job) -> list[Run]:
     for run in runs:
         if run.folder:
             run.dictionary.save(run.folder / "dictionary", exists="overwrite")
-            remove_own(run.folder / "last_good", DICTIONARY)  # of an error that was overcome
+            remove_own(run.folder / "last_good", DICTIONARY)  # from an error before the run was resumed
     if job.out:
         remove_checkpoints(job.out)
     return runs
 
 
 def _keep_what_is_good(job: _Job, error: SaelensLiteError) -> None:
-    """After an error: the dictionaries as they were before it."""
+    """Write the dictionaries as they were before an error."""
     for i, (trainer, folder) in enumerate(zip(job.trainers, job.folders, strict=True)):
         if folder and trainer.n_steps and job.dropped[i] is None:
             try:
@@ -460,8 +469,10 @@ def _keep_what_is_good(job: _Job, error: SaelensLiteError) -> None:
 
 
 def _kept(job: _Job, i: int, cause: SaelensLiteError) -> str:
-    """Write the last good state of a dictionary to last_good/: that before the failed step or, where that is not finite
-    either, of the newest checkpoint in which it is. Returns the end of a sentence that says so."""
+    """Write the last good state of a dictionary to last_good/, and return the end of a sentence that says so.
+
+    That is the state before the failed step. If it is not finite either, it is the newest finite one of the checkpoints.
+    """
     trainer, folder = job.trainers[i], job.folders[i]
     if folder is None or not trainer.n_steps:
         return ""
@@ -506,7 +517,7 @@ def _loop(source: Source, job: _Job, logs: list[RunLog]) -> None:
                     trainer.step(batch, spare)
                 except NonFiniteError as error:
                     if not_finite(batch):
-                        raise  # the data is bad, for all of them
+                        raise  # bad data, for all trainers
                     job.drop(i, error)
                     continue
                 if trainer.n_seen >= due[i] or trainer.done:
@@ -519,11 +530,11 @@ def _loop(source: Source, job: _Job, logs: list[RunLog]) -> None:
                 job.save()
                 saved = time.monotonic()
                 if stopping.signal:
-                    raise stopping.error(f"stopped after {job.n_seen:,} tokens; go on with: {job.how_to_go_on}")
+                    raise stopping.error(f"stopped after {job.n_seen:,} tokens; resume with: {job.how_to_go_on}")
 
 
 def run_folders(out: Path, configs: Sequence[TrainConfig]) -> list[Path]:
-    """`out` for a single dictionary, numbered folders in it for several."""
+    """Return the folder of each dictionary: `out` for a single one, numbered folders in `out` for several."""
     if len(configs) == 1:
         return [out]
     return [out / f"{i}-{c.sparsity}" for i, c in enumerate(configs)]
@@ -537,21 +548,24 @@ def fit(
     device: str | torch.device | None = None,
     **settings: Any,
 ) -> Dictionary:
-    """Train a dictionary on activations in memory: encode, decode, update, repeat.
+    """Train a dictionary on activations in memory, and return it.
 
-    x: a tensor, an array of numpy, a DataFrame or a list of rows. `settings` are the fields of TrainConfig: d_sae, n_tokens,
-    batch_size, lr, seed, …; n_tokens defaults to ten passes over x, and a batch is never larger than x unless told. Training
-    runs on `device`, by default that of x where it is on an accelerator, else the default of `train`; without `device` the
-    dictionary is returned on the device of x.
+    Args:
+        x: a tensor, a numpy array, a DataFrame or a list of rows.
+        options: the settings of the sparsity rule, such as {"k": 32}.
+        device: the device to train on. By default that of x if it is an accelerator, else the default of `train`; the
+            dictionary is then returned on the device of x.
+        settings: fields of TrainConfig, such as d_sae, n_tokens, batch_size, lr and seed. By default n_tokens is ten passes
+            over x, and batch_size is 2,048, or the length of x if that is smaller.
 
     Raises:
-        ShapeError: x is not [n d_in] floating-point numbers; the message says what was given.
-        ConfigError, PluginError: a setting or rule that does not exist, or a bad value.
+        ShapeError: x is not an array [n d_in] of floating-point numbers.
+        ConfigError, PluginError: a setting or rule does not exist, or a value is bad.
         NonFiniteError: x holds NaN, or training diverged.
     """
     source = TensorSource(x := as_tensor(x))
     defaults = {"n_tokens": 10 * len(x), "batch_size": min(2048, len(x))}
     config = TrainConfig(**{**defaults, **settings, "sparsity": sparsity, "options": options or {}})
     where = x.device if device is None and x.device.type != "cpu" else device
-    found = train(source, config, device=where, data_seed=config.seed)[0].dictionary
-    return found.to(x.device) if device is None else found
+    dictionary = train(source, config, device=where, data_seed=config.seed)[0].dictionary
+    return dictionary.to(x.device) if device is None else dictionary

@@ -1,4 +1,4 @@
-"""Old runs wait beside their place until the run that replaces them is complete; when that fails at once, they come back."""
+"""Replacement of old runs: they are moved aside until the new run is complete, and put back if it fails early."""
 
 import logging
 import os
@@ -14,11 +14,11 @@ log = logging.getLogger(__name__)
 
 
 class Aside:
-    """The folders of a new run, for the length of a block. What was in their place is moved aside.
+    """A block in which a new run is written. Old folders in its place are moved aside.
 
-    When the block ends well, what was moved aside is removed. When it fails before the new run has a checkpoint or a
-    dictionary, the old folders come back, and the new ones are removed unless all they have is a log that replaces nothing.
-    Otherwise the new run stays, and the old ones wait until it is resumed and complete.
+    If the block succeeds, the old folders are removed. If it fails before the new run has a checkpoint or a dictionary, the
+    new folders are removed and the old ones put back; new folders that hold a log and replace nothing stay. If it fails
+    later, the new run stays, and the old folders are kept until it is resumed and complete.
 
     Args:
         out: the folder of the run, or of the runs that are trained together.
@@ -52,40 +52,40 @@ class Aside:
                 self._undo()
         elif self._moved:
             old = ", ".join(str(moved) for _, moved in self._moved)
-            log.warning("the run that was at %s before waits in %s until the new one is complete", self.out, old)
+            log.warning("the earlier run at %s is kept in %s until the new one is complete", self.out, old)
 
     def _has_log(self) -> bool:
-        """Return whether a file other than the settings holds something."""
+        """Return whether a file other than the settings is not empty."""
         files = (path for folder in self.folders for path in folder.rglob("*") if path.name != "config.toml")
         return any(path.is_file() and path.stat().st_size for path in files)
 
     def _undo(self) -> None:
-        """Remove the new folders, which hold nothing but settings and logs, and put the old ones back."""
+        """Remove the new folders, which hold only settings and logs, and put the old ones back."""
         for place, kind in self._places.items():
             remove_own(place, kind)
         for place, old in self._moved:
             if os.path.lexists(place):
-                log.warning("%s is in the way of what was there before, which is now in %s", place, old)
+                log.warning("%s cannot be put back, because the path exists again; the earlier run is in %s", place, old)
             else:
                 os.replace(old, place)
-                log.warning("%s is what it was before", place)
+                log.warning("the earlier %s is back in its place", place)
 
 
 def has_result(out: Path, folders: Sequence[Path]) -> bool:
-    """Return whether a run has something that took time to make: a checkpoint or a dictionary."""
+    """Return whether a run has a checkpoint or a dictionary, which took time to make."""
     kept = (folder / name for folder in folders for name in ("dictionary", "last_good"))
     return is_interrupted(out) or any(path.exists() for path in kept)
 
 
 def remove_replaced(out: Path, folders: Sequence[Path]) -> None:
-    """Remove what waits beside the folders of a run that is complete. The caller holds the lock on `out`."""
+    """Remove the old folders that a complete run has replaced. The caller holds the lock on `out`."""
     for place in (*folders, out / FOLDER):
         for old in leftovers(place, "old"):
             remove_old(old, place)
 
 
 def put_back_runs(out: Path, folders: Sequence[Path], kind: Kind) -> None:
-    """Put old runs back where a process was killed before the run that replaces them had a result.
+    """Put old runs back if the process that was replacing them was killed before the new run had a result.
 
     The caller holds the lock on `out`.
     """
@@ -104,7 +104,7 @@ def put_back_runs(out: Path, folders: Sequence[Path], kind: Kind) -> None:
 
 
 def _waited_for(out: Path) -> list[Path]:
-    """Return the folders of dictionaries in `out` beside which an old one waits."""
+    """Return the folders of dictionaries in `out` whose old versions were moved aside."""
     names = [path.name for path in out.iterdir()] if out.is_dir() else []
     matches = filter(None, map(TEMPORARY.fullmatch, names))
     return [out / match[1] for match in matches if match[2] == "old" and match[1] != FOLDER]

@@ -1,8 +1,8 @@
-"""Checkpoints of a run: everything that training needs to resume as if nothing had happened; safetensors and JSON.
+"""Checkpoints of a run: all that training needs to resume without a trace, as safetensors and JSON.
 
-`<run>/checkpoints/<tokens>/` holds state.json; for each dictionary a safetensors file and its log, <number>.jsonl, which grows
-with the run and so is not part of state.json; and checksums.json with the SHA-256 of each. A folder appears when it is whole;
-the last two are kept, and a damaged one is passed over.
+`<run>/checkpoints/<tokens>/` holds state.json; for each dictionary <number>.safetensors and its log, <number>.jsonl, which is
+not in state.json because it grows with the run; and checksums.json with the SHA-256 of each file. A checkpoint appears only
+when it is complete. The last two are kept, and damaged ones are skipped.
 """
 
 import logging
@@ -44,7 +44,7 @@ MAX_DICTIONARIES = 10_000
 FOLDER, STATE, CHECKSUMS = "checkpoints", "state.json", "checksums.json"
 log = logging.getLogger(__name__)
 
-State = tuple[dict[str, Tensor], dict[str, Any]]  # of one dictionary: tensors and plain data
+State = tuple[dict[str, Tensor], dict[str, Any]]  # tensors and plain data of one dictionary
 
 
 class _Checksums(Checked):
@@ -101,7 +101,7 @@ class _State(Checked):
     loggers: list[String]
     n_batches: Positive
     dropped: list[str | None] = Field([])
-    source: dict[str, Any] | None = None  # what was read so far; the source checks it
+    source: dict[str, Any] | None = None  # a record of the data read so far; the source checks it
     histories: list[list[Any]] | None = None  # of format 2
     dictionaries: list[_Numbers]
 
@@ -109,11 +109,11 @@ class _State(Checked):
     def _agrees(self) -> "_State":
         numbers, n = self.dictionaries, len(self.configs)
         if not (len(numbers) == n and len(self.dropped) in (0, n) and len(self.histories or numbers) == n):
-            raise ValueError(f"{n} configs, {len(numbers)} dictionaries, {len(self.dropped)} dropped: expected as many of each")
+            raise ValueError(f"{n} configs, {len(numbers)} dictionaries, {len(self.dropped)} dropped; expected equal numbers")
         if len(set(self.loggers)) < len(self.loggers):
             raise ValueError("a logger is named twice")
-        if self.n_batches - max(one.n_steps for one in numbers) not in (0, 1):  # 1: all that were left were dropped in the last
-            raise ValueError(f"n_batches = {self.n_batches}, but no dictionary has seen as many")
+        if self.n_batches - max(one.n_steps for one in numbers) not in (0, 1):  # 1: all were dropped in the last batch
+            raise ValueError(f"n_batches = {self.n_batches}, but no dictionary has seen that many")
         for one, config in zip(numbers, self.configs, strict=True):
             in_steps = one.n_steps <= one.n_seen <= one.n_steps * config.batch_size
             if not in_steps or max(one.fire_tokens, one.n_sums) > one.n_seen:
@@ -122,7 +122,11 @@ class _State(Checked):
 
 
 def save_checkpoint(run: Path, n_tokens: int, states: list[State], loop: dict[str, Any]) -> None:
-    """Write a checkpoint and drop all but the last KEPT. `loop`: of all dictionaries; its "histories" hold their log lines."""
+    """Write a checkpoint, and remove all but the last KEPT.
+
+    Args:
+        loop: plain data of the whole run. Its "histories" are the log lines of each dictionary.
+    """
     histories = loop["histories"]
     state = {key: value for key, value in loop.items() if key != "histories"}
     with new_folder(run / FOLDER / f"{n_tokens:012d}", CHECKPOINT, "overwrite", lock=False) as new:
@@ -142,52 +146,52 @@ def _history_file(folder: Path, i: int) -> Path:
 
 
 def _checkpoints(run: Path) -> list[Path]:
-    """The folders of a run's checkpoints, the newest first."""
-    found = [path for path in (run / FOLDER).glob("[0-9]*") if re.fullmatch(r"\d{12,}", path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name), reverse=True)
+    """Return the folders of a run's checkpoints, newest first."""
+    folders = [path for path in (run / FOLDER).glob("[0-9]*") if re.fullmatch(r"\d{12,}", path.name) and path.is_dir()]
+    return sorted(folders, key=lambda path: int(path.name), reverse=True)
 
 
 def is_interrupted(run: Path) -> bool:
-    """Whether there is a run that can be resumed."""
+    """Return whether a run has checkpoints to resume from."""
     return bool(_checkpoints(run))
 
 
 def load_checkpoint(run: Path) -> tuple[list[State], dict[str, Any]]:
-    """The newest checkpoint of a run that is not damaged: the dictionaries' states, and the loop's.
+    """Return the newest undamaged checkpoint of a run: the state of each dictionary, and the plain data of the run.
 
     Raises:
-        ConfigError: the run has none: it never began, or it is finished.
-        CorruptFileError: all are damaged.
+        ConfigError: the run has no checkpoints: it never began, or it is finished.
+        CorruptFileError: all checkpoints are damaged.
     """
     error = None
-    for found in _whole_checkpoints(run):
-        if not isinstance(found, CorruptFileError):
-            return found
-        error = error or found
+    for checkpoint in _whole_checkpoints(run):
+        if not isinstance(checkpoint, CorruptFileError):
+            return checkpoint
+        error = error or checkpoint
     if error:
-        raise CorruptFileError(f"{run} has no checkpoint that is not damaged: {error}")
-    raise ConfigError(f"{run} has no checkpoints: there is nothing to resume, or the run is finished")
+        raise CorruptFileError(f"all checkpoints of {run} are damaged; the newest: {error}")
+    raise ConfigError(f"{run} has no checkpoints: it has not saved one yet, or the run is finished")
 
 
 def _whole_checkpoints(run: Path) -> Iterator[tuple[list[State], dict[str, Any]] | CorruptFileError]:
-    """The checkpoints of a run, the newest first; an error for each that is damaged."""
+    """Yield the checkpoints of a run, newest first, and the error in place of each damaged one."""
     for folder in _checkpoints(run):
         try:
             yield _read(folder)
-        except CorruptFileError as found:
-            log.warning("passing over a damaged checkpoint: %s", found)
-            yield found
+        except CorruptFileError as error:
+            log.warning("skipping a damaged checkpoint: %s", error)
+            yield error
 
 
 def earlier_states(run: Path, i: int) -> Iterator[State]:
-    """The states of dictionary number i in the checkpoints of a run that are whole, the newest first."""
-    for found in _whole_checkpoints(run):
-        if not isinstance(found, CorruptFileError):
-            yield found[0][i]
+    """Yield the states of dictionary number i in the undamaged checkpoints of a run, newest first."""
+    for checkpoint in _whole_checkpoints(run):
+        if not isinstance(checkpoint, CorruptFileError):
+            yield checkpoint[0][i]
 
 
 def _of_format_4(loop: dict[str, Any]) -> dict[str, Any]:
-    """Return the state of an older checkpoint, which has one number for the ports that are read or written, as it is now."""
+    """Return the content of an older state.json, which has one scale for all ports of a side, in the current form."""
     for numbers in loop["dictionaries"] if isinstance(loop.get("dictionaries"), list) else []:
         for name in ("scale", "target_scale"):
             if isinstance(numbers, dict) and name in numbers:
@@ -196,9 +200,12 @@ def _of_format_4(loop: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(folder: Path) -> tuple[list[State], dict[str, Any]]:
-    """A checkpoint; CorruptFileError when it is not what was written.
+    """Return a checkpoint: the state of each dictionary, and the plain data of the run.
 
-    Sizes are compared before anything is hashed, and everything is hashed before tensors are read.
+    Sizes are checked before files are hashed, and hashes before tensors are read.
+
+    Raises:
+        CorruptFileError: the checkpoint is not as it was written.
     """
     for place in (folder.parent, folder):
         check_inside(place)
@@ -228,7 +235,7 @@ def _tensors_file(folder: Path, i: int) -> Path:
 
 
 def _check_sizes(path: Path, d_sae: int) -> None:
-    """Raise CorruptFileError unless a file has the tensors of d_sae latents, which memory has room for."""
+    """Raise CorruptFileError unless the tensors of a file are of d_sae latents and fit into memory."""
     specs = tensor_specs(path)
     counts, decoder = specs.get("since_fired"), specs.get("dictionary.W_dec")
     if counts is None or (counts.dtype, counts.shape) != (torch.int64, (d_sae,)):  # bytes that the file really has
@@ -239,7 +246,7 @@ def _check_sizes(path: Path, d_sae: int) -> None:
 
 
 def remove_checkpoints(run: Path) -> None:
-    """Remove the checkpoints of a run that is finished, the newest last, and their folder where nothing else is in it."""
+    """Remove the checkpoints of a finished run, newest last, and their folder if nothing else is in it."""
     for old in reversed(_checkpoints(run)):
         remove_own(old, CHECKPOINT)
     folder = run / FOLDER

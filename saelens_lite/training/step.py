@@ -78,27 +78,31 @@ class DenseEncoder(Encoder):
         self._h = h if self.b_enc is None else h + self.b_enc
 
     def tiles(self, latents: Int[Tensor, " n"] | None = None, whole: bool = False) -> Iterator[Float[Tensor, "rows n"]]:
-        """Pre-activations of all latents or some, without gradient, in one tile."""
+        """Yield the pre-activations of all or some latents, without gradient, in one tile."""
         yield self._h.detach() if latents is None else self._h.detach()[:, latents]
 
     def choose(self, rule_support: Callable[[Tensor], Support], whole: bool = False) -> Support:
-        """The support a rule chooses."""
+        """Return the support that a rule chooses."""
         return rule_support(self._h.detach())
 
     def at(self, support: Support) -> Float[Tensor, " nnz"]:
-        """Pre-activations at chosen pairs; differentiable."""
+        """Return the pre-activations at the support; differentiable."""
         return self._h[support.row, support.latent]
 
     def dense(self) -> Float[Tensor, "batch d_sae"]:
-        """All pre-activations; differentiable."""
+        """Return all pre-activations; differentiable."""
         return self._h
 
 
 class DenseStep:
-    """What a rule is offered in a training step (see `saelens_lite.sparsity.Step`), and the step's losses.
+    """One training step on a batch: the codes, x_hat and losses. Rules see it as `saelens_lite.sparsity.Step`.
 
-    x: Float[batch d_in] and target: Float[batch d_out], by default x itself, are scaled as the dictionary expects them.
-    `halves` and `spare` are for the sparse step's encoder.
+    Args:
+        x, target: scaled activations, as the dictionary expects them. The target is x by default.
+        dead: true for latents that have not fired for `dead_after` tokens.
+        progress: share of the training tokens that have been seen.
+        warmup: factor of the sparsity penalty, 0 to 1.
+        halves, spare: for the encoder of the sparse step: bfloat16 products, and memory to reuse.
     """
 
     encoder_class: ClassVar[type[Encoder]] = DenseEncoder
@@ -122,44 +126,47 @@ class DenseStep:
         self.x_hat = self.decode(self.codes) + dictionary.base(x)
 
     def losses(self) -> dict[str, Float[Tensor, ""]]:
-        """mse = mean over the batch of Σ_d (target − x̂)², and what the rule adds; training minimises their sum."""
+        """Return mse = mean over the batch of Σ_d (target − x̂)², and the losses of the rule. Training minimises their sum."""
         mse = F.mse_loss(self.x_hat, self.target, reduction="sum") / len(self.x)
         return {"mse": mse, **self.dictionary.rule.losses(self)}
 
     def release(self) -> None:
-        """Hand the memory of the pre-activations on to the next step."""
+        """Free the memory of the pre-activations for the next step."""
         self._encoder.release()
 
     @property
     def decoder_norms(self) -> Float[Tensor, " d_sae"]:
-        """The norm of each latent's direction, summed over the ports that are written; differentiable."""
+        """The norm of each latent's direction, summed over the write ports; differentiable."""
         return self.dictionary.decoder_norms()
 
     def pre_tiles(self, latents: Int[Tensor, " n"]) -> Iterator[Float[Tensor, "rows n"]]:
-        """Pre-activations of some latents, without gradient, a tile of rows after the other."""
+        """Yield the pre-activations of some latents in tiles of rows, without gradient."""
         return self._encoder.tiles(latents)
 
     def pre_at(self, support: Support) -> Float[Tensor, " nnz"]:
-        """Pre-activations at chosen pairs; differentiable."""
+        """Return the pre-activations at the support; differentiable."""
         return self._encoder.at(support)
 
     def decode(self, codes: SparseCodes, frozen: bool = False) -> Float[Tensor, "batch d_out"]:
-        """Σ value · W_dec[latent], without bias; differentiable. frozen: no gradient reaches W_dec."""
+        """Return Σ value · W_dec[latent], without bias; differentiable. With frozen=True no gradient reaches W_dec."""
         weight = self.dictionary.W_dec
         return codes.to_dense() @ (weight.detach() if frozen else weight)
 
     def base(self, frozen: bool = False) -> Float[Tensor, "batch_or_one d_out"]:
-        """What decoded codes are added to: b_dec, and the skip connection's part where there is one; frozen: a constant."""
+        """Return the part of x_hat that does not depend on the codes: b_dec, plus x W_skipᵀ with a skip connection.
+
+        With frozen=True it is a constant: no gradient reaches the parameters.
+        """
         base = torch.atleast_2d(self.dictionary.base(self.x))
         return base.detach() if frozen else base
 
 
 class SparseStep(DenseStep):
-    """The same with one dense product: the encoder runs without autograd, and everything after it sees only the support."""
+    """The same step with one dense product: the encoder runs without autograd, and only the support is used after it."""
 
     encoder_class = Encoder
 
     def decode(self, codes: SparseCodes, frozen: bool = False) -> Float[Tensor, "batch d_out"]:
-        """Σ value · W_dec[latent], without bias; differentiable. frozen: no gradient reaches W_dec."""
+        """Return Σ value · W_dec[latent], without bias; differentiable. With frozen=True no gradient reaches W_dec."""
         weight = self.dictionary.W_dec
         return Decode.apply(codes.value, weight.detach() if frozen else weight, codes.support)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM in the middle of training: noticed after the step at hand, so that its state can be saved."""
+"""Ctrl-C and SIGTERM during training: they take effect after the current step, so that its state can be saved."""
 
 import signal
 import threading
@@ -9,7 +9,7 @@ from saelens_lite.errors import Stopped
 
 
 class Stopping:
-    """Within the block, the first of the two signals is only remembered in `signal`; a second one acts as always.
+    """A block in which the first Ctrl-C or SIGTERM only sets `signal`. The second one acts as usual.
 
     Outside the main thread, where Python delivers no signals, nothing changes.
     """
@@ -34,8 +34,8 @@ class Stopping:
     def _restore(self) -> None:
         while self._before:
             number, handler = self._before.popitem()
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not one of Python's
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set from Python
 
     def error(self, said: str) -> Stopped:
-        """What to raise once the state is saved."""
+        """Return the error to raise after the state is saved."""
         return Stopped(said, self.signal)

@@ -1,4 +1,4 @@
-"""The state of one dictionary in training: a step, what is counted, and how to put all of it away and take it up again."""
+"""The state of one dictionary in training: parameters, optimiser and counters, the step that updates them, save and restore."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -23,14 +23,14 @@ from saelens_lite.files import check_fits_memory, shortened
 from saelens_lite.ports import Hooks, Port, together
 from saelens_lite.training.step import DenseStep, SparseStep
 
-MAX_SCALINGS, SAME = 12, 1e-3  # of the untrained encoder
+MAX_SCALINGS, SAME = 12, 1e-3  # for scaling the untrained encoder
 _NUMBERS = ("scales", "target_scales", "variance", "n_seen", "n_steps", "fire_tokens")
 
 
 class Contribution(NamedTuple):
-    """What the rows of one batch contribute to an update besides the gradients, which are in `grad` of the parameters.
+    """The losses and counts of one batch, which `Trainer.update` needs besides the gradients.
 
-    The losses are means over the rows and end with their sum, "loss".
+    The losses are means over the rows; the last, "loss", is their sum. The gradients are in `grad` of the parameters.
     """
 
     step: DenseStep
@@ -43,9 +43,9 @@ class Contribution(NamedTuple):
 class Trainer:
     """The state of one dictionary in training.
 
-    The dictionary sees the activations of each port multiplied by a number: `scales` of the ports it reads, `target_scales` of
-    those it writes. Where these are other ports it has no bias that would centre its input, so `shift` is subtracted from that.
-    `result` folds all of this in.
+    The activations of each port are multiplied by a number before the dictionary sees them: `scales` for its read ports,
+    `target_scales` for its write ports. If these are other ports, no bias of the dictionary centres its input, so `shift` is
+    subtracted from it. `result` folds scales and shift into the weights.
     """
 
     step_class: type[DenseStep] = SparseStep
@@ -55,11 +55,11 @@ class Trainer:
         self.hooks = _choose_hooks(config, source)
         moments = {hook: _moments(source, hook) for hook in self.hooks.all}
         is_same = self.hooks.reads == self.hooks.writes
-        scale_of = {hook: self._scale_of(*found, around_mean=not is_same) for hook, found in moments.items()}
+        scale_of = {hook: self._scale_of(*both, around_mean=not is_same) for hook, both in moments.items()}
         self.scales = [scale_of[hook] for hook in self.hooks.reads]
         self.target_scales = [scale_of[hook] for hook in self.hooks.writes]
         self.variance = sum(scale_of[hook] ** 2 * moments[hook][1] for hook in self.hooks.writes)
-        means = {hook: found.mean * scale_of[hook] for hook, (found, _) in moments.items()}
+        means = {hook: statistics.mean * scale_of[hook] for hook, (statistics, _) in moments.items()}
         self.shift = None if is_same else together(means, self.hooks.reads).to(device)
         self._cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
         self._random = [torch.Generator(d).manual_seed(config.seed).get_state() for d in ("cpu", *self._cuda)]
@@ -78,7 +78,7 @@ class Trainer:
         self.dictionary.b_dec.data.copy_(together(means, self.hooks.writes))
         with torch.no_grad():
             self.dictionary.rule.after_step(self.dictionary)
-        # Adam is several times faster on contiguous memory, so it is given W_encᵀ
+        # Adam is several times faster on contiguous memory, so it gets W_encᵀ
         self._updated = {
             name: p if p.is_contiguous() else p.detach().T.requires_grad_() for name, p in self.dictionary.named_parameters()
         }
@@ -95,11 +95,11 @@ class Trainer:
 
     @property
     def done(self) -> bool:
-        """Whether all tokens asked for have been seen."""
+        """True once the dictionary has seen n_tokens tokens."""
         return self.n_seen >= self.config.n_tokens
 
     def lr_at(self, progress: float) -> float:
-        """Learning rate: linear warm-up, plateau, linear decay to zero at the end."""
+        """Return the learning rate at a share of the training: linear warm-up, plateau, linear decay to zero."""
         c = self.config
         rise = progress / c.warmup if c.warmup else 1.0
         fall = (1 - progress) / c.decay if c.decay else 1.0
@@ -112,7 +112,7 @@ class Trainer:
         return len(statistics.mean) ** 0.5 / (variance**0.5 if around_mean else statistics.rms_norm)
 
     def _prepare(self, batch: Batch) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_out"]]:
-        """Return raw activations as the dictionary expects them: its input and its target."""
+        """Return the input and the target of the dictionary: scaled activations, with the shift subtracted from the input."""
         weight = self.dictionary.W_dec
 
         def scaled(hooks: Sequence[str], scales: Sequence[float]) -> Float[Tensor, "batch d"]:
@@ -123,16 +123,18 @@ class Trainer:
         return (x, x) if self.shift is None else (x - self.shift, scaled(self.hooks.writes, self.target_scales))
 
     def step(self, batch: Batch | Float[Tensor, "batch d_in"], spare: Spare | None = None) -> None:
-        """Take one optimiser step on raw activations: `calibrate` before the first, then `backward`, then `update`.
+        """Take one optimiser step on raw activations: `calibrate` before the first step, then `backward`, then `update`.
+
+        After an error the parameters are those before the step.
 
         Args:
-            batch: the activations of every hook that the dictionary reads or writes, by name; a tensor where it is only one.
-            spare: memory that the steps of a loop hand on to each other.
+            batch: the activations of every hook that the dictionary reads or writes, by name; a tensor if there is only one.
+            spare: memory that the steps of a loop share.
 
         Raises:
-            ShapeError: activations of one of the hooks are missing.
-            PluginError: the sparsity rule gives negative codes; the parameters are those before the step.
-            NonFiniteError: the activations or the loss are NaN or infinite; the parameters are those before the step.
+            ShapeError: the activations of a hook are missing.
+            PluginError: the sparsity rule gives negative codes.
+            NonFiniteError: the activations, the loss or a gradient are NaN or infinite.
         """
         if self.n_steps == 0:
             self.calibrate(batch)
@@ -141,20 +143,20 @@ class Trainer:
     def calibrate(self, batch: Batch | Float[Tensor, "batch d_in"]) -> None:
         """Scale the untrained encoder so that it reconstructs the first batch best.
 
-        Several processes that train one dictionary do this with the same batch, or one does it for all of them.
+        If several processes train one dictionary, all must do this with the same batch, or one for all of them.
         """
         if not self.dictionary.rule.tied and self.shift is None:
             with self._own_randomness():
                 self._scale_encoder(self._prepare(self._named(batch))[0])
 
     def backward(self, batch: Batch | Float[Tensor, "batch d_in"], spare: Spare | None = None) -> Contribution:
-        """Compute the losses of a batch, and put their gradients into `grad` of the dictionary's parameters.
+        """Compute the losses of a batch, put their gradients into `grad` of the dictionary's parameters, and return the losses.
 
-        Processes that train one dictionary on parts of a batch average the gradients and the losses, and add up the counts,
-        before each of them calls `update`.
+        If several processes train one dictionary on parts of a batch, average the gradients and losses over them, and add up
+        the counts, before each process calls `update`.
 
         Raises:
-            ShapeError: activations of one of the hooks are missing.
+            ShapeError: the activations of a hook are missing.
         """
         c = self.config
         progress = self.n_seen / c.n_tokens
@@ -185,21 +187,23 @@ class Trainer:
         if isinstance(batch, Tensor):
             batch = {self.hooks.reads[0]: batch}
         if missing := [hook for hook in self.hooks.all if hook not in batch]:
-            raise ShapeError(f"a step of this dictionary needs the activations of {', '.join(missing)} too")
+            raise ShapeError(f"the batch lacks the activations of {', '.join(missing)}; this dictionary needs {self.hooks}")
         return batch
 
     @torch.no_grad()
     def _scale_encoder(self, x: Float[Tensor, "batch d_in"]) -> None:
-        """Multiply W_enc by the number at which the untrained dictionary reconstructs x best.
+        """Multiply W_enc by the number with which the untrained dictionary reconstructs x best.
 
-        Random directions overlap, so that their codes add up to too much of x or, where rows are short, too little; else
-        hundreds of steps go by until learning has put that right. (Gao et al. 2024, section A.1, match norms instead.)
+        Random directions overlap, so their codes add up to more than x or, if rows of W_dec are short, to less. Without the
+        factor, training needs hundreds of steps to correct this.
+
+        Source: Gao et al. 2024, arXiv:2406.04093, section A.1, who match norms instead.
         """
         d = self.dictionary
         centred, before = x - d.b_dec, d.W_enc.clone()
 
         def fit() -> tuple[float, float, float]:
-            """(squared error, the best factor of the codes as they are, the error it gives)."""
+            """Return the squared error, the best factor of the present codes, and the error with that factor."""
             part = wide(d.encode(x).decode(d.W_dec))
             exact = wide(centred)
             overlap, norm, total = (exact * part).sum(), part.square().sum(), exact.square().sum()
@@ -211,7 +215,7 @@ class Trainer:
         d.W_enc.mul_(factor)
         if abs(fit()[0] - expected) <= SAME * expected:
             return
-        d.W_enc.copy_(before)  # not only strengths changed but also what fires: go half the way, again and again
+        d.W_enc.copy_(before)  # the factor also changes which latents fire, so approach it in smaller steps
         for _ in range(MAX_SCALINGS):
             d.W_enc.mul_(factor**0.5)
             error, factor, _ = fit()
@@ -224,14 +228,14 @@ class Trainer:
 
     @torch.no_grad()
     def update(self, computed: Contribution) -> None:
-        """Let the optimiser use the gradients in `grad`, then the rule what it observes, and count what fires.
+        """Update the parameters with the gradients in `grad`, let the rule adjust its state, and count the latents that fired.
 
         Raises:
-            PluginError, NonFiniteError: as `step`.
+            PluginError, NonFiniteError: as in `step`.
         """
         c, losses, parameters = self.config, computed.losses, dict(self.dictionary.named_parameters())
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
-        # The one time the host waits for the step
+        # The only place where the host waits for the step
         figures = torch.stack([*losses.values(), norm, computed.smallest.to(norm.dtype)])
         *values, norm_found, smallest = figures.tolist()
         if not math.isfinite(values[-1] + norm_found):
@@ -252,11 +256,11 @@ class Trainer:
 
     @property
     def described(self) -> str:
-        """The rule, the hook, and how far training is, for messages."""
+        """The rule, the hooks and the progress of training, for messages."""
         return f"{self.config.sparsity} on {self.hooks} (after {self.n_seen:,} tokens)"
 
     def _explain(self, computed: Contribution) -> str:
-        """Say what became NaN or infinite first: the data, a parameter, a part of the loss, or a gradient."""
+        """Name the first thing that became NaN or infinite: the data, a parameter, a part of the loss, or a gradient."""
         parameters = dict(self.dictionary.named_parameters())
         gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
         parts = {name: loss for name, loss in computed.losses.items() if name != "loss"}
@@ -274,7 +278,7 @@ class Trainer:
         return f"{cause} became NaN or infinite in step {step}, {self.described}"
 
     def _count(self, n: int, counts: Int[Tensor, " d_sae"], values: dict[str, float]) -> None:
-        """Note dead latents, firing frequencies and the sums that the log averages."""
+        """Update the counters: tokens since each latent fired, firing frequencies, and the sums that the log averages."""
         self.since_fired = torch.where(counts > 0, 0, self.since_fired + n)
         if self.n_seen + n > (1 - max(self.config.decay, 0.1)) * self.config.n_tokens:
             self.fire_count += counts
@@ -286,7 +290,7 @@ class Trainer:
         self._n_sums += 1
 
     def log_line(self) -> dict[str, Any]:
-        """Means since the last line, and where training stands; losses are of scaled activations."""
+        """Return the progress and the means since the last line, and begin new means. Losses are of scaled activations."""
         means = {name: value / self._n_sums for name, value in self._sums.items()}
         self._sums, self._n_sums = {}, 0
         return {
@@ -300,7 +304,7 @@ class Trainer:
 
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:
-        """A rule that draws random numbers gets the same ones whatever else the process does."""
+        """Use the trainer's own random state in a block, so that no other code of the process affects the rule's draws."""
         with torch.random.fork_rng(self._cuda):
             torch.set_rng_state(self._random[0])
             for device, state in zip(self._cuda, self._random[1:], strict=True):
@@ -312,9 +316,9 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, batch: Batch) -> dict[str, float]:
-        """Loss figures on raw activations that were not trained on: val_fvu = Σ‖y − ŷ‖² / Σ‖y − mean‖², and val_l0.
+        """Return val_fvu = Σ‖y − ŷ‖² / Σ‖y − mean‖² and val_l0 on raw activations that were kept out of training.
 
-        y: the activations at the ports that are written, each port scaled as in training.
+        y are the activations at the write ports, each port scaled as in training.
         """
         self.dictionary.eval()
         targets, n = {hook: batch[hook] for hook in self.hooks.writes}, len(batch[self.hooks.reads[0]])
@@ -335,7 +339,7 @@ class Trainer:
         return {"val_fvu": round(error / spread, 6) if spread else math.nan, "val_l0": round(l0 / n, 6)}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that the next step depends on, as tensors and as plain data."""
+        """Return all that the next step depends on, as tensors and as plain data."""
         tensors = {f"dictionary.{name}": x for name, x in self.dictionary.state_dict().items()}
         for name, parameter in self._updated.items():
             tensors |= {f"adam.{name}.{key}": x for key, x in self.optimizer.state[parameter].items()}
@@ -348,23 +352,23 @@ class Trainer:
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-        """Take up a state.
+        """Replace the state of this trainer by one that `state` returned.
 
         Raises:
-            SourceChangedError: it is of training on other activations.
-            KeyError, RuntimeError: it is not one of this trainer.
+            SourceChangedError: the state is of training on other activations.
+            ConfigError, KeyError, RuntimeError: the state does not fit this trainer.
         """
         for name in ("scales", "target_scales", "variance"):
-            found, wanted = np.atleast_1d(getattr(self, name)), np.atleast_1d(numbers[name])
-            if found.shape != wanted.shape or not np.allclose(found, wanted, rtol=1e-4, atol=0):
+            own, wanted = np.atleast_1d(getattr(self, name)), np.atleast_1d(numbers[name])
+            if own.shape != wanted.shape or not np.allclose(own, wanted, rtol=1e-4, atol=0):
                 raise SourceChangedError(
-                    f"the activations of {self.hooks} are not those the run was trained on: their {name} are "
-                    f"{getattr(self, name)}, they were {numbers[name]}"
+                    f"the activations of {self.hooks} are not those the run was trained on: {name} is "
+                    f"{getattr(self, name)}, but was {numbers[name]} in the run"
                 )
         if self.shift is not None:
             if not torch.allclose(self.shift.cpu(), tensors["shift"].cpu(), rtol=1e-3, atol=1e-3):
                 raise SourceChangedError(
-                    f"the activations of {self.hooks} are not those the run was trained on: their mean is another"
+                    f"the activations of {self.hooks} are not those the run was trained on: their mean differs"
                 )
             self.shift.copy_(tensors["shift"])
         self._check_tensors(tensors, numbers)
@@ -372,8 +376,8 @@ class Trainer:
         for name, x in state.items():
             x.copy_(tensors[f"dictionary.{name}"])
         for name, parameter in self._updated.items():
-            found = {key.rsplit(".", 1)[1]: x for key, x in tensors.items() if key.startswith(f"adam.{name}.")}
-            self.optimizer.state[parameter] = {key: x.to(parameter.device) for key, x in found.items()}
+            moments = {key.rsplit(".", 1)[1]: x for key, x in tensors.items() if key.startswith(f"adam.{name}.")}
+            self.optimizer.state[parameter] = {key: x.to(parameter.device) for key, x in moments.items()}
         self.since_fired.copy_(tensors["since_fired"])
         self.fire_count.copy_(tensors["fire_count"])
         self._random = [tensors[f"random.{i}"] for i in range(len(self._random))]
@@ -382,7 +386,7 @@ class Trainer:
         self._sums, self._n_sums = numbers["sums"], numbers["n_sums"]
 
     def _check_tensors(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-        """Raise ConfigError unless tensors are those of this trainer, to the shape: a copy would repeat rows of others."""
+        """Raise ConfigError unless names, shapes and dtypes are those of this trainer; `copy_` would broadcast other shapes."""
         like = {f"dictionary.{name}": x for name, x in self.dictionary.state_dict().items()}
         for name, parameter in self._updated.items():
             if any(key.startswith(f"adam.{name}.") for key in tensors):  # it had a gradient
@@ -396,20 +400,20 @@ class Trainer:
         if names != "none":
             raise ConfigError(f"the checkpoint does not fit this run: missing or not expected: {names}")
         for name, x in like.items():
-            if (found := tensors[name]).shape != x.shape or found.dtype != x.dtype:
+            if (saved := tensors[name]).shape != x.shape or saved.dtype != x.dtype:
                 wanted = f"{tuple(x.shape)} {x.dtype}"
                 raise ConfigError(
-                    f"the checkpoint does not fit this run: {name} is {tuple(found.shape)} {found.dtype}, expected {wanted}"
+                    f"the checkpoint does not fit this run: {name} is {tuple(saved.shape)} {saved.dtype}, expected {wanted}"
                 )
         for name, most in (("since_fired", numbers["n_seen"]), ("fire_count", numbers["fire_tokens"])):
             if not ((tensors[name] >= 0) & (tensors[name] <= most)).all():
                 raise ConfigError(f"the checkpoint does not fit this run: {name} is below 0 or above {most}")
         for i, device in enumerate(("cpu", *self._cuda)):
-            torch.Generator(device).set_state(tensors[f"random.{i}"])  # RuntimeError for bytes that are no state
+            torch.Generator(device).set_state(tensors[f"random.{i}"])  # RuntimeError if the bytes are not a state
 
     @torch.no_grad()
     def result(self) -> Dictionary:
-        """The dictionary as it is now, for raw activations: scale and decoder norms folded in."""
+        """Return a copy of the dictionary for raw activations, with scales, shift and decoder norms folded in."""
         d = self.dictionary
         rule = type(d.rule)(d.rule.config, d_in=d.d_in, d_sae=d.d_sae)
         density = self.fire_count.float() / self.fire_tokens if self.fire_tokens else None
@@ -424,14 +428,18 @@ class Trainer:
 
 
 def check_sizes(config: TrainConfig, source: Source, tensors: dict[str, Tensor]) -> None:
-    """Raise ConfigError or CorruptFileError unless a state is of activations as wide as those of a source and a batch of them
-    fits into memory; all that a trainer allocates follows from these sizes."""
+    """Check the sizes of a checkpoint, from which all that a trainer allocates follows.
+
+    Raises:
+        ConfigError: the weights do not fit the widths of the source.
+        CorruptFileError: a batch does not fit into memory.
+    """
     hooks = _choose_hooks(config, source)
     d_in, d_out = (sum(map(source.d_in, side)) for side in hooks)
     for name, wanted in {"W_dec": (config.d_sae, d_out), "W_enc": (d_in, config.d_sae)}.items():
-        if (found := tensors.get(f"dictionary.{name}")) is not None and tuple(found.shape) != wanted:
+        if (weight := tensors.get(f"dictionary.{name}")) is not None and tuple(weight.shape) != wanted:
             raise ConfigError(
-                f"the checkpoint does not fit the activations: {name} has shape {tuple(found.shape)}, expected {wanted}"
+                f"the checkpoint does not fit the activations: {name} has shape {tuple(weight.shape)}, expected {wanted}"
             )
     check_fits_memory(f"a batch of {config.batch_size:,}", 4 * config.batch_size * (d_in + d_out))
 
@@ -440,17 +448,17 @@ def _choose_hooks(config: TrainConfig, source: Source) -> Hooks:
     """Return the hooks that a dictionary reads and writes.
 
     Raises:
-        ConfigError: there are several hooks and none is named, or a skip connection from hooks to themselves.
-        HookError: there are no activations of a hook.
+        ConfigError: the source has several hooks and the config names none, or a skip connection has no other write hooks.
+        HookError: the source has no activations of a hook.
     """
     reads = config.reads or ((config.hook,) if config.hook else ())
     if not reads:
         reads = tuple(name for name in source.hooks if name not in config.writes)
         if len(reads) != 1:
-            raise ConfigError(f"the activations come from several hooks; say which: hook = one of {', '.join(source.hooks)}")
+            raise ConfigError(f"the activations come from several hooks; choose one with hook=: {', '.join(source.hooks)}")
     hooks = Hooks(reads, config.writes or reads)
     if config.skip and hooks.reads == hooks.writes:
-        raise ConfigError("skip = True needs other hooks to write than those that are read: writes = …")
+        raise ConfigError("skip = True needs write hooks other than the read hooks; set writes")
     for hook in hooks.all:
         source.d_in(hook)
     return hooks
@@ -461,12 +469,16 @@ def _ports(source: Source, hooks: Sequence[str]) -> tuple[Port, ...]:
 
 
 def _moments(source: Source, hook: str) -> tuple[Statistics, float]:
-    """Statistics and variance of the activations of a hook; NonFiniteError when there is nothing in them to train on."""
+    """Return the statistics and the variance of the activations of a hook.
+
+    Raises:
+        NonFiniteError: the activations hold NaN or infinity, or are all zero or all the same.
+    """
     statistics = source.statistics(hook)
     if not math.isfinite(statistics.rms_norm):
         raise NonFiniteError(f"the activations of {hook!r} hold NaN or infinity; nothing was trained")
     if not statistics.rms_norm > 0:
-        raise NonFiniteError(f"the activations of {hook!r} have a root mean square norm of 0.0; nothing to train on")
+        raise NonFiniteError(f"the activations of {hook!r} are all zero; there is nothing to train on")
     variance = statistics.rms_norm**2 - float(wide(statistics.mean).square().sum())
     if not variance > 1e-9 * statistics.rms_norm**2:
         raise NonFiniteError(f"the activations of {hook!r} are all the same; there is nothing to train on")
