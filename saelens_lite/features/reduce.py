@@ -90,7 +90,7 @@ class Block:
         return torch.bincount(self.latent, x, self.n) / self.count.clamp(min=1)
 
     def _moments(self) -> dict[str, Tensor]:
-        """Return mean, standard deviation, skew and excess kurtosis, summed in float64; the last three are 0 if all are equal."""
+        """Return mean, standard deviation, skew and excess kurtosis in float64; the last three are 0 for equal activations."""
         value = self.value.double()
         mean = self._mean(value)
         centred = value - mean[self.latent]
