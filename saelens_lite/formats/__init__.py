@@ -2,7 +2,7 @@
 
 `sl.load` and `saelens-lite inspect` recognise other tools' dictionaries by the content of the files. Scales and means are
 folded into the weights, so that the dictionaries take raw activations. Settings that change the function, the hook or the
-tokens that count are translated, or refused with an error.
+tokens that count are translated or refused with an error.
 
 ```python
 sl.convert("my-dictionary", "converted", format="sparsify")  # or saelens, dictionary_learning, circuit_tracer

@@ -33,10 +33,10 @@ class Settings:
         return self._of_type(key, (bool,), default)
 
     def whole(self, key: str, default: int | None = None) -> int:
-        """Return an integer ≥ 0. Without a default, the key is required."""
+        """Return a whole number ≥ 0. Without a default, the key is required."""
         value = self._of_type(key, (int,), default)
         if value is None or not 0 <= value <= MAX_LATENTS:
-            raise CorruptFileError(f"{self.path}: {key} = {value!r}; expected an integer ≥ 0")
+            raise CorruptFileError(f"{self.path}: {key} = {value!r}; expected a whole number ≥ 0")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
