@@ -209,7 +209,7 @@ def test_different_hooks_are_compared_with_a_warning(caplog):
     assert not caplog.text
     b.reads = b.writes = (sl.Port(hook="two", width=a.d_in),)
     sl.compare(a, b)
-    assert "hooks one and two" in caplog.text
+    assert "hooks: one and two" in caplog.text
 
 
 def test_what_cannot_be_compared():

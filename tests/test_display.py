@@ -360,5 +360,5 @@ def test_metrics_and_latents_by_the_text_of_a_token(tokenizers):
     store = sl.FeatureStore.build(d, lm, ["she saw he, 老"] * 3)
     wanted = (store.weights.promoted == he).any(1).nonzero().flatten().tolist()
     assert sorted(latent for latent, _ in store.promoting(" he")) == wanted != []
-    with pytest.raises(UserError, match=r"'He' is no token of pieces; did you mean ' he' or 'he'\?"):
+    with pytest.raises(UserError, match=r"'He' is not a token of pieces; did you mean ' he' or 'he'\?"):
         store.promoting("He")

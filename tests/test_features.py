@@ -200,7 +200,7 @@ def test_latents_that_promote_a_token(store, dictionaries, small):
     assert [value for _, value in found] == pytest.approx(effect[wanted].tolist(), rel=1e-5)
     with pytest.raises(UserError, match="did you mean ' constructor'"):
         store.promoting("constructor")
-    with pytest.raises(UserError, match="'no such token' is no token of"):
+    with pytest.raises(UserError, match=r"'no such token'.*token of"):
         store.promoting("no such token")
 
 
@@ -332,7 +332,7 @@ def test_weights_of_fewer_latents_are_refused(store, tmp_path, name):
     content = json.loads((folder / "features.json").read_text())
     content["sha256"]["weights.safetensors"] = file_hash(folder / "weights.safetensors")
     (folder / "features.json").write_text(json.dumps(content))
-    with pytest.raises(CorruptFileError, match="do not fit together"):
+    with pytest.raises(CorruptFileError, match=r"tensors and features\.json"):
         sl.FeatureStore.load(folder)
 
 
@@ -404,7 +404,7 @@ def test_requests_that_cannot_be_met(dictionaries, small, rows):
         build([], small, rows)
     with pytest.raises(UserError, match="codes=True"):
         build(d, small, "text").sql("select 1")
-    with pytest.raises(ConfigError, match="say where"):
+    with pytest.raises(ConfigError, match="store has no folder"):
         build(d, small, "text").write_labels()
     broken = other()
     broken.W_enc.data[0, 0] = torch.nan

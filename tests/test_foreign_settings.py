@@ -178,7 +178,7 @@ def test_metadata_of_a_version_before_6_is_not_what_saelens_reads(tmp_path):
 
 @pytest.mark.parametrize("hook", ["blocks.{layer}.hook_resid_pre", "blocks.{all}.hook_resid_pre"])
 def test_a_placeholder_that_nothing_fills_is_refused(hook, tmp_path):
-    with pytest.raises(ConfigError, match="names no layer, nor does anything beside it"):
+    with pytest.raises(ConfigError, match=r"placeholder .*layer"):
         saelens(tmp_path, hook_name=hook)
 
 
@@ -232,7 +232,7 @@ def test_hooks_of_circuit_tracer(inside, outside, hooks, tmp_path):
     ("inside", "error", "reason"),
     [
         ("layers.{layer}.post_attention_layernorm", ConfigError, "a module without a known hook"),
-        ("blocks.{all}.hook_resid_mid", ConfigError, "names no layer"),
+        ("blocks.{all}.hook_resid_mid", ConfigError, "placeholder .*layer"),
         ("blocks.4.hook_resid_mid", CorruptFileError, "but the file is that of layer 3"),
     ],
 )
@@ -244,7 +244,7 @@ def test_hooks_of_circuit_tracer_that_are_not_known_are_refused(inside, error, r
 def test_a_placeholder_of_a_file_without_a_number_is_refused(tmp_path):
     path = circuit_tracer(tmp_path, "blocks.{layer}.hook_resid_mid", "hook_mlp_out")
     file = (path / "layer_3.safetensors").rename(path / "mine.safetensors")
-    with pytest.raises(ConfigError, match="names no layer"):
+    with pytest.raises(ConfigError, match=r"placeholder .*layer"):
         sl.load(file)
 
 
@@ -393,5 +393,5 @@ def test_thresholds_below_zero_of_tools_that_do_not_rectify_are_refused(name, tm
     key = next(key for key in tensors if key.endswith("threshold"))
     tensors[key][2] = -0.1
     save_file(tensors, file) if file.suffix == ".safetensors" else torch.save(tensors, file)
-    with pytest.raises(ConfigError, match="1 thresholds are below zero, where the other tool's codes are negative"):
+    with pytest.raises(ConfigError, match="1 thresholds are below zero"):
         sl.load(path, format=CASES[name].format)

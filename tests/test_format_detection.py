@@ -47,7 +47,7 @@ def test_the_wrong_name_is_answered_by_the_right_one(held, named, tmp_path):
     elif (held, named) == ("saelens_lite", "saelens"):  # ours are SAELens folders
         assert follow(sl.Dictionary.create("topk", reads=4, d_sae=8).save(tmp_path / "topk"), named)[1] == 0
     else:
-        with pytest.raises(CorruptFileError, match=f"holds a dictionary of {held}, not of {named}; say format='{held}'"):
+        with pytest.raises(CorruptFileError, match=f"holds a dictionary of {held}, not of {named}; set format='{held}'"):
             sl.load(path, format=named)
         assert follow(path, named)[1] == 1
 
@@ -73,7 +73,7 @@ def test_from_a_single_file_the_advice_leads_to_its_folder(held, tmp_path):
 def test_from_a_folder_inside_the_advice_leads_above(tmp_path):
     path = write("saelens", tmp_path / "foreign")
     (path / "checkpoints").mkdir()
-    with pytest.raises(CorruptFileError, match="the folder above it does, of saelens: load"):
+    with pytest.raises(CorruptFileError, match=r"the folder above it .*saelens: load"):
         sl.load(path / "checkpoints")
     assert follow(path / "checkpoints")[1] == 1
 
@@ -81,9 +81,7 @@ def test_from_a_folder_inside_the_advice_leads_above(tmp_path):
 def test_one_of_several_dictionaries_is_named(tmp_path):
     for layer in (3, 4):
         write("sparsify", tmp_path / "run" / str(layer))
-    with pytest.raises(
-        CorruptFileError, match=r"several dictionaries, which are read one by one, of sparsify: load \S+/3/\S+$"
-    ):
+    with pytest.raises(CorruptFileError, match=r"several dictionaries, .* of sparsify: load \S+/3/\S+$"):
         sl.load(tmp_path / "run")
 
 
@@ -102,9 +100,7 @@ def test_a_file_that_is_missing_is_named(held, tmp_path):
 
 def test_a_format_of_folders_refuses_a_file(tmp_path):
     (tmp_path / "notes").write_text("x")
-    with pytest.raises(
-        CorruptFileError, match=r"is a file; a dictionary of sparsify is a folder with cfg\.json and sae\.safet"
-    ):
+    with pytest.raises(CorruptFileError, match=r"is a file; .*sparsify.* folder with cfg\.json and sae\.safet"):
         sl.load(tmp_path / "notes", format="sparsify")
 
 
@@ -122,7 +118,7 @@ def test_tensors_of_no_format_are_shown_the_way_in(kind, tmp_path):
     tensors = {"encoder_linear.weight": normal(24, 10, seed=1), "decoder_linear.weight": normal(10, 24, seed=2)}
     path = tmp_path / f"d.{kind}"
     torch.save(tensors, path) if kind == "pt" else save_file(tensors, path)
-    with pytest.raises(CorruptFileError, match=r"it holds tensors .*: read them and give them to Dictionary\.from_tensors"):
+    with pytest.raises(CorruptFileError, match=r"it holds tensors .*: .*Dictionary\.from_tensors"):
         sl.load(path)
 
 
@@ -131,7 +127,7 @@ def test_pickles_in_folders_are_not_read_on_the_way(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "load", None)
     with pytest.raises(CorruptFileError, match=r"load \S+\.pt with format='openai'$"):
         sl.load(tmp_path / "run")
-    with pytest.raises(ConfigError, match="read only on request: say format='openai'"):
+    with pytest.raises(ConfigError, match="read only on request: set format='openai'"):
         sl.load(next((tmp_path / "run").iterdir()))
 
 
@@ -142,7 +138,7 @@ def test_our_own_name_is_taken_wherever_a_format_is_named(tmp_path, command):
     code, out, _ = command("inspect", path, "--format", "saelens_lite")
     assert (code, json.loads(out)["metadata"]["saelens_lite"]["sparsity"]) == (0, "topk")
     (path / "cfg.json").write_text("{}")
-    with pytest.raises(CorruptFileError, match="holds a dictionary of saelens, not of saelens_lite; say format='saelens'"):
+    with pytest.raises(CorruptFileError, match="holds a dictionary of saelens, not of saelens_lite; set format='saelens'"):
         sl.load(path, format="saelens_lite")
     save_file({}, path / "sae_weights.safetensors")
     with pytest.raises(CorruptFileError, match="holds no dictionary written by saelens_lite; leave out format="):

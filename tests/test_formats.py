@@ -405,10 +405,10 @@ def test_settings_that_are_no_json_do_not_keep_a_dictionary_from_being_saved(tmp
 def test_a_folder_that_holds_nothing_known(tmp_path):
     (tmp_path / "empty").mkdir()
     names = "circuit_tracer, dictionary_learning, gemma_scope, llamascopium, openai, saelens, sparsify"
-    with pytest.raises(CorruptFileError, match=rf"cfg\.json is missing; .* meant\? Nothing of {names} was found there either"):
+    with pytest.raises(CorruptFileError, match=rf"cfg\.json is missing; .* meant\? .*{names}"):
         sl.load(tmp_path / "empty")
     (tmp_path / "text").write_text("no dictionary")
-    with pytest.raises(CorruptFileError, match=f"text holds no dictionary of saelens_lite, and nothing of {names}"):
+    with pytest.raises(CorruptFileError, match=f"text holds no dictionary of saelens_lite.*{names}"):
         sl.load(tmp_path / "text")
     with pytest.raises(CorruptFileError, match=r"nowhere/cfg\.json is missing; is .*nowhere the folder you meant\?"):
         sl.load(tmp_path / "nowhere")
@@ -487,7 +487,7 @@ def test_convert_on_the_command_line(tmp_path, command):
     path = CASES["AutoEncoderTopK"].write(tmp_path / "foreign")
     code, _, err = command("convert", path, tmp_path / "out", "--format", "saelens")
     assert (code, (tmp_path / "out").exists()) == (2, False)
-    assert "read only on request: say format='dictionary_learning'" in err
+    assert "read only on request: set format='dictionary_learning'" in err
     request = ("--source-format", "dictionary_learning")
     code, out, _ = command("convert", path, tmp_path / "out", "--format", "saelens_lite", *request)
     assert (code, out.strip()) == (0, str(tmp_path / "out"))

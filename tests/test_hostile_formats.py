@@ -135,7 +135,7 @@ def within_each_other(depth: int) -> bytes:
         (within_each_other(3), "holds more than 1,000 tensors and settings"),
         (pickle.dumps({f"{i}": i for i in range(2000)}, protocol=2), "holds more than 1,000 tensors and settings"),
         (pickle.dumps([1], protocol=2), "is a list; expected tensors by name"),
-        (pickle.dumps({"a" * 2_000_000: 1}, protocol=2), "it is no dictionary"),
+        (pickle.dumps({"a" * 2_000_000: 1}, protocol=2), "too many for a dictionary"),
     ],
 )
 def test_small_pickles_of_very_much(pickled, reason, tmp_path):
@@ -263,7 +263,7 @@ def test_arrays_that_unpack_to_far_more_than_the_file(tmp_path):
     zeros = np.zeros((4000, 4000), np.float32)
     small = np.zeros(4000, np.float32)
     np.savez_compressed(tmp_path / "params.npz", W_enc=zeros, W_dec=zeros, b_enc=small, b_dec=small, threshold=small)
-    with pytest.raises(CorruptFileError, match="announces far more than fits into them"):
+    with pytest.raises(CorruptFileError, match="far too large"):
         sl.load(tmp_path, format="gemma_scope")
 
 
@@ -303,7 +303,7 @@ def test_what_is_no_file_is_not_waited_for(name, tmp_path):
         ('{"\\ud83d\\ude00": "\\\\ud800"}', None),
         ('{"lr": ' + "[" * 99 + "]" * 99 + "}", "settings are nested deeper than 50 levels"),
         ('{"lr": ' + "[" * 101 + "]" * 101 + "}", "is not valid JSON: nested deeper than 100 levels"),
-        ('{"lr": "' + "a" * (1 << 20) + '"}', "bytes of settings; 1,048,576 are read"),
+        ('{"lr": "' + "a" * (1 << 20) + '"}', "bytes of settings; .*1,048,576"),
         ('{"lr": ' + "1" * 5000 + "}", "is not valid JSON"),
     ],
 )

@@ -427,7 +427,7 @@ def test_a_format_is_imported_only_for_files_it_says_it_reads(install, tmp_path,
     named.mkdir()
     sl.load(theirs)
     sl.load(theirs, format="saelens")
-    with pytest.raises(CorruptFileError, match=r"Nothing of .*strange.* was found there either"):
+    with pytest.raises(CorruptFileError, match=r"no files of .*strange.* either"):
         sl.load(empty)
     with pytest.raises(CorruptFileError, match="holds a dictionary of saelens, not of sparsify"):
         sl.load(theirs, format="sparsify")

@@ -1,4 +1,4 @@
-"""From dictionaries, a model and a text to the numbers of their feature stores."""
+"""The numbers of feature stores, computed from dictionaries, a model and a text."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ SHOWN = {"top_n", "n_groups", "group_size", "n_random", "n_silent", "window", "s
 
 
 class Job(NamedTuple):
-    """Dictionaries with the hooks they read, the text, the facts that each store records, and the settings."""
+    """The inputs of a pass: dictionaries with their hooks, token rows, the facts that each store records, and settings."""
 
     hooked: list[Hooked]
     rows: TokenRows
@@ -43,9 +43,9 @@ class Job(NamedTuple):
         hook: str | None,
         text_config: TextConfig | None,
     ) -> "Job":
-        """Return what is asked for, checked as far as that is possible without running the model."""
+        """Return the job, after all checks that do not need to run the model."""
         if not dictionaries:
-            raise ConfigError("no dictionary to collect features of")
+            raise ConfigError("there is no dictionary to collect features of; give at least one")
         hooked = [_hooked(d, lm, hook) for d in dictionaries]
         rows = _rows(dictionaries, lm, text, config.n_tokens, text_config)
         common = {
@@ -69,7 +69,7 @@ class Job(NamedTuple):
         return cls(hooked, rows, infos, config)
 
     def request(self, lm: LanguageModel) -> dict[str, Any]:
-        """Return what an unfinished pass has to agree with to be resumed."""
+        """Return the facts that must be equal for an unfinished pass to be resumed."""
         read = RowHash()
         read.add(self.rows)
         of_each = {f"{i}: {key}": x for i, info in enumerate(self.infos) for key, x in info.model_dump(mode="json").items()}
@@ -86,12 +86,12 @@ class Job(NamedTuple):
         }
 
     def collected(self, lm: LanguageModel, folder: Path, what: str) -> list[CodeLog]:
-        """Return the codes of each dictionary, on disk below `folder`, from one pass of the model."""
+        """Run the model once and return the codes of each dictionary, which are on disk below `folder`."""
         return collect(self.hooked, lm, self.rows, self.config.batch_tokens, folder, what)
 
 
 def _hooked(dictionary: Dictionary, lm: LanguageModel, hook: str | None) -> Hooked:
-    """A dictionary with its hooks, fit for the model."""
+    """Return a dictionary with its hooks in the model. Raise NonFiniteError if a weight is NaN or infinite."""
     dictionary.check_finite()
     return Hooked(dictionary, lm.hooks_of(dictionary, hook))
 
@@ -103,32 +103,32 @@ def _rows(
     n_tokens: int | None,
     text_config: TextConfig | None,
 ) -> TokenRows:
-    """Token rows like those the dictionaries were trained on, on the CPU."""
+    """Return token rows on the CPU. Text is cut into rows as the dictionaries' training text was."""
     if not isinstance(text, TokenRows):
         config = as_trained(dictionaries, lm, text, text_config or TextConfig())
         return token_rows(lm, text, n_tokens=n_tokens, text_config=config)
     if n_tokens is not None or text_config is not None:
-        raise ConfigError("n_tokens and text_config are for text that is still to be cut into rows; give fewer rows instead")
+        raise ConfigError("n_tokens and text_config apply only to text, but token rows were given; give fewer rows instead")
     if not text.n_kept:
-        raise TextError("none of the positions of the token rows counts")
+        raise TextError("no position of the token rows is kept; give rows with at least one kept token")
     return text.to("cpu")
 
 
 def reduced(
     code_log: CodeLog, rows: TokenRows, info: StoreInfo, codes: Path | None = None, must_fire: bool = True
 ) -> FeatureTensors:
-    """The numbers of a store from the codes on disk; with `codes` these also go to that file, sorted.
+    """Return the numbers of a store, computed from the codes on disk. With `codes`, also write them to that file, sorted.
 
     Raises:
-        TextError: nothing fires anywhere, and `must_fire`.
-        CorruptFileError: the codes are not those of all tokens.
+        TextError: no latent fires on the text, and `must_fire` is set.
+        CorruptFileError: the codes on disk do not cover all tokens.
     """
     text = TextFacts.of(rows)
     lists = code_log.lists(text.n_places)
     n_listed = len(lists.crow) - 1
     if n_listed != info.n_tokens:
         raise CorruptFileError(
-            f"{code_log.folder} has the codes of {n_listed:,} tokens of {info.n_tokens:,}; delete {code_log.folder.parent}"
+            f"{code_log.folder} has codes of {n_listed:,} tokens, expected {info.n_tokens:,}; delete {code_log.folder.parent}"
         )
     count = lists.count(info.d_sae)
     if must_fire and not count.any():

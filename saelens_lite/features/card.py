@@ -1,4 +1,4 @@
-"""A whole store as HTML for notebooks: no script, nothing but inline style, all text escaped."""
+"""A whole store as HTML for notebooks, without scripts: only inline style, and all text is escaped."""
 
 import torch
 from jaxtyping import Float
@@ -7,12 +7,12 @@ from torch import Tensor
 from saelens_lite.features.html import quoted, render
 from saelens_lite.features.queries import StoreQueries
 
-N_LISTED = 5  # latents of each list in the overview of a store
+N_LISTED = 5  # latents in each list of the overview
 BINS_PER_DECADE = 4
 
 
 def store_card(store: StoreQueries) -> str:
-    """A store: how dense its latents are, and some worth a look."""
+    """Return the HTML overview of a store: the densities of its latents, and lists of notable latents."""
     density, fires = store.density, ~store.never_fires
     lists = [("most frequent", _largest(store, density, fires, "{:.1%}"))]
     if len(store.weights.logit_kurtosis):
@@ -34,7 +34,7 @@ def store_card(store: StoreQueries) -> str:
 
 
 def _largest(store: StoreQueries, score: Float[Tensor, " d_sae"], among: Tensor, form: str) -> list[tuple[int, str, str]]:
-    """The latents of largest score among some: number, score, and the label or the token that is promoted most."""
+    """Return the latents with the largest scores: number, score, and the label or else the most promoted token."""
     order = torch.where(among, score, -torch.inf).argsort(descending=True, stable=True)
     return [
         (i, form.format(float(score[i])), store.labels.get(i) or next((quoted(token) for token, _ in store.promoted(i)), ""))
@@ -43,7 +43,7 @@ def _largest(store: StoreQueries, score: Float[Tensor, " d_sae"], among: Tensor,
 
 
 def _by_decade(density: Float[Tensor, " n"]) -> tuple[int, list[int]]:
-    """How many decades below 1 the densities go down to, and their histogram over the logarithm from there to 1."""
+    """Return how many decades below 1 the smallest density is, and the histogram of log densities from there to 1."""
     exponent = -density.double().log10()
     decades = max(1, int(exponent.max().ceil())) if len(density) else 1
     counts = torch.histc(-exponent, decades * BINS_PER_DECADE, -decades, 0)

@@ -1,8 +1,9 @@
-"""The codes of a text on disk while they are collected: appended batch by batch, read again a block of latents at a time.
+"""The codes of a text on disk: appended batch by batch, and read back one block of latents at a time.
 
-entries.bin has the activations: place, latent (from its block's first), value, 10 bytes. Those of a batch are sorted by block,
-and blocks.bin says how many each block has. What fires together at each place is kept once more, because no block knows of the
-others: lists.bin has each place and how many latents fire there, latents.bin which.
+entries.bin holds the activations, 10 bytes each: place, latent (counted from the first of its block), value. The entries of a
+batch are sorted by block, and blocks.bin says how many entries each block has. The latents that fire together at each place are
+stored a second time, because a block holds only its own: lists.bin has each place and how many latents fire there, and
+latents.bin has these latents.
 """
 
 import os
@@ -22,9 +23,9 @@ from saelens_lite.errors import CorruptFileError
 from saelens_lite.features.reduce import Entries
 from saelens_lite.files import disk_full_is_typed, file_size, sync
 
-BLOCK = 1024  # latents of a block, more where there would be too many blocks
+BLOCK = 1024  # latents in a block; more if there would be more than MAX_BLOCKS
 MAX_BLOCKS = 64
-MAX_ENTRIES = 1 << 22  # activations in memory at once, besides those of one latent
+MAX_ENTRIES = 1 << 22  # activations in memory at once; a single latent may exceed it
 ENTRY = np.dtype([("place", "<u4"), ("latent", "<u2"), ("value", "<f4")])
 LIST = np.dtype([("place", "<u4"), ("n", "<u4")])
 COUNT = np.dtype("<u4")
@@ -32,14 +33,14 @@ FILES = ("lists.bin", "latents.bin", "entries.bin", "blocks.bin")
 
 
 class Lists(NamedTuple):
-    """Which latents fire at each place: those of place p are latent[crow[number[p]] : crow[number[p] + 1]]."""
+    """The latents that fire at each place: those of place p are latent[crow[number[p]] : crow[number[p] + 1]]."""
 
     number: Int[Tensor, " n_places"]
     crow: Int[Tensor, " n_tokens_plus_1"]
     latent: np.ndarray  # on disk
 
     def count(self, d_sae: int) -> Int[Tensor, " d_sae"]:
-        """How often each latent fires."""
+        """Return how often each latent fires."""
         counts = np.zeros(d_sae, dtype=np.int64)
         for start in range(0, len(self.latent), MAX_ENTRIES):
             counts += np.bincount(self.latent[start : start + MAX_ENTRIES], minlength=d_sae)
@@ -55,7 +56,7 @@ class Piece(NamedTuple):
 
 
 class CodeLog:
-    """The files of one dictionary; `sizes` are their lengths in bytes after the last whole batch."""
+    """The files of one dictionary; `sizes` are their lengths in bytes after the last complete batch."""
 
     def __init__(self, folder: Path, d_sae: int, sizes: dict[str, int] | None = None):
         self.folder, self.d_sae = folder, d_sae
@@ -66,23 +67,23 @@ class CodeLog:
         self._files: dict[str, BinaryIO] = {}
 
     def open(self) -> None:
-        """Make the files ready for more, at the lengths known.
+        """Open the files for appending, and cut them to `sizes`.
 
         Raises:
-            CorruptFileError: a file is shorter.
+            CorruptFileError: a file is shorter than that.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         for name, size in self.sizes.items():
             path = self.folder / name
-            found = file_size(path) if os.path.lexists(path) else 0
-            if found < size:
-                raise CorruptFileError(f"{path}: {found:,} bytes of {size:,} are left; delete {self.folder.parent}")
+            n_bytes = file_size(path) if os.path.lexists(path) else 0
+            if n_bytes < size:
+                raise CorruptFileError(f"{path} has {n_bytes:,} bytes, expected {size:,}; delete {self.folder.parent}")
             self._files[name] = open(path, "ab")  # noqa: SIM115 (closed by `close`)
             self._files[name].truncate(size)
 
     def add(self, place: Int[Tensor, " batch"], codes: SparseCodes) -> None:
-        """Append what fires at some places, which have not come before."""
-        codes = codes.to(torch.float32)  # as they are stored
+        """Append the codes at some places, which must be new."""
+        codes = codes.to(torch.float32)  # the stored type
         row, latent, value = (x[codes.fires].cpu() for x in (codes.row, codes.latent, codes.value))
         n_here = torch.bincount(row, minlength=len(place))
         lists = np.empty(len(place), LIST)
@@ -102,7 +103,7 @@ class CodeLog:
         self.sizes = {name: size + piece.nbytes for (name, size), piece in zip(self.sizes.items(), pieces, strict=True)}
 
     def sync(self) -> None:
-        """Have everything appended on the disk."""
+        """Flush everything appended to the disk."""
         with disk_full_is_typed(self.folder):
             for file in self._files.values():
                 sync(file)
@@ -114,7 +115,7 @@ class CodeLog:
                 stack.callback(self._files.popitem()[1].close)
 
     def lists(self, n_places: int) -> Lists:
-        """Which latents fire where."""
+        """Return the latents that fire at each place."""
         lists = np.fromfile(self.folder / "lists.bin", LIST)
         number = torch.zeros(n_places, dtype=torch.int32)
         number[torch.from_numpy(lists["place"].astype(np.int64))] = torch.arange(len(lists), dtype=torch.int32)
@@ -122,12 +123,12 @@ class CodeLog:
         return Lists(number, crow, self._mapped("latents.bin", self.list_dtype))
 
     def _mapped(self, name: str, dtype: np.dtype) -> np.ndarray:
-        """A file as an array that stays on disk."""
+        """Return a file as an array that stays on disk."""
         path = self.folder / name
         return np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.empty(0, dtype)
 
     def pieces(self, count: Int[Tensor, " d_sae"]) -> Iterator[Piece]:
-        """The entries of all latents, as many latents at a time as memory has room for; `count`: entries of each."""
+        """Yield the entries of all latents, about MAX_ENTRIES at a time; `count` has the number of entries of each latent."""
         entries = self._mapped("entries.bin", ENTRY)
         sizes = np.fromfile(self.folder / "blocks.bin", COUNT).astype(np.int64).reshape(-1, self.n_blocks)
         stops = sizes.cumsum().reshape(sizes.shape)
@@ -140,18 +141,18 @@ class CodeLog:
 
 
 def _ranges(count: Int[Tensor, " latents"]) -> Iterator[tuple[int, int]]:
-    """Ranges of latents that have about MAX_ENTRIES entries at most, or are a single latent."""
+    """Yield ranges of latents with at most about MAX_ENTRIES entries; a latent with more is a range by itself."""
     number = (count.cumsum(0) - count) // MAX_ENTRIES
     stops = number.unique_consecutive(return_counts=True)[1].cumsum(0).tolist()
     yield from zip([0, *stops], stops, strict=False)
 
 
 def _within(entries: np.ndarray, runs: list[tuple[int, int]], start: int, stop: int) -> Entries:
-    """The entries in the runs of a block whose latent is in a range, numbered from its start."""
-    found = [np.empty(0, ENTRY)]
+    """Return the entries from a block's runs with latents in a range, renumbered from `start`."""
+    parts = [np.empty(0, ENTRY)]
     for first, last in runs:
         run = entries[first:last]
-        found.append(run[(run["latent"] >= start) & (run["latent"] < stop)])
-    chosen = np.concatenate(found)
+        parts.append(run[(run["latent"] >= start) & (run["latent"] < stop)])
+    chosen = np.concatenate(parts)
     place, latent = (torch.from_numpy(chosen[name].astype(np.int64)) for name in ("place", "latent"))
     return Entries(place, latent - start, torch.from_numpy(chosen["value"].astype(np.float32)))

@@ -1,6 +1,6 @@
-"""All activations of a text as a Parquet file sorted by latent, and DuckDB over it.
+"""All activations of a text in a Parquet file sorted by latent, which DuckDB queries.
 
-Table codes has a row for each activation: latent, row, position, token, value. Table tokens has the text of each token.
+The table codes has a row for each activation: latent, row, position, token, value. The table tokens has the text of each token.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,23 +20,22 @@ if TYPE_CHECKING:
     import pyarrow
 
 CODES_FILE = "codes.parquet"
-GROUP = 1 << 20  # activations of a row group, which a query reads or leaves out as a whole
+GROUP = 1 << 20  # activations in a row group, which a query reads or skips as a whole
 WHAT_TO_INSTALL = "pip install 'saelens-lite[sql]'"
 
 
 def check_extra() -> None:
-    """Raise ConfigError unless DuckDB and pyarrow are there."""
+    """Raise ConfigError unless DuckDB and pyarrow are installed."""
     try:
         import duckdb  # noqa: F401
         import pyarrow.parquet  # noqa: F401
     except ImportError as error:
-        raise ConfigError(f"codes as a table need {error.name}: {WHAT_TO_INSTALL}") from None
+        raise ConfigError(f"a table of codes needs {error.name}: {WHAT_TO_INSTALL}") from None
 
 
 @contextmanager
 def codes_file(path: Path | None, tokens: Int[Tensor, "n_seq n_ctx"]) -> Iterator[Callable[[Block], None]]:
-    """Within the block, a function that appends the activations of a block of latents to the file; without a path it does
-    nothing."""
+    """Yield a function that appends the activations of a block of latents to the file; without a path it does nothing."""
     if path is None:
         yield lambda block: None
         return
@@ -66,7 +65,7 @@ def codes_file(path: Path | None, tokens: Int[Tensor, "n_seq n_ctx"]) -> Iterato
 
 
 class CodesTable:
-    """A file of codes that was written before, and the queries of it."""
+    """A finished file of codes, which can be queried."""
 
     def __init__(self, path: Path, n_bytes: int, sha256: str):
         self.path, self.n_bytes, self.sha256 = path, n_bytes, sha256
@@ -74,29 +73,29 @@ class CodesTable:
 
     @classmethod
     def of(cls, path: Path) -> "CodesTable":
-        """The table in a file that has just been written."""
+        """Return the table in a file that was just written."""
         return cls(path, path.stat().st_size, file_hash(path))
 
     def check_size(self) -> None:
-        """Raise CorruptFileError unless the file is as long as it was."""
-        found = file_size(self.path) if self.path.exists() else 0
-        if found != self.n_bytes:
+        """Raise CorruptFileError unless the file has its recorded length."""
+        n_bytes = file_size(self.path) if self.path.exists() else 0
+        if n_bytes != self.n_bytes:
             raise CorruptFileError(
-                f"{self.path}: {found:,} bytes of {self.n_bytes:,}; it is missing or truncated, build the store again"
+                f"{self.path} is missing or damaged: {n_bytes:,} bytes, expected {self.n_bytes:,}; build the store again"
             )
 
     def check(self) -> None:
-        """Raise CorruptFileError unless the file is what it was; its content is looked at once."""
+        """Raise CorruptFileError unless the file has its recorded length and hash. The hash is computed only once."""
         self.check_size()
         if not self._is_whole and file_hash(self.path) != self.sha256:
             raise CorruptFileError(f"{self.path} does not match its checksum; build the store again")
         self._is_whole = True
 
     def query(self, sql: str, vocabulary: Sequence[str]) -> "pyarrow.Table":
-        """What a SELECT over the tables codes and tokens gives.
+        """Return the result of a SELECT over the tables codes and tokens.
 
         Raises:
-            UserError: not one statement that only reads, or one that DuckDB refuses, such as for reading any other file.
+            UserError: the query is not exactly one SELECT statement, or DuckDB rejects it, such as when it reads another file.
             CorruptFileError: the file is damaged.
             ConfigError: DuckDB is not installed.
         """
@@ -109,18 +108,18 @@ class CodesTable:
             try:
                 _open(db, self.path, pa.table({"token": range(len(vocabulary)), "text": list(vocabulary)}))
             except duckdb.Error as error:
-                raise CorruptFileError(f"{self.path} is no table that DuckDB can read: {error}") from None
+                raise CorruptFileError(f"DuckDB cannot read {self.path}: {error}") from None
             try:
                 statements = db.extract_statements(sql)
                 if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
-                    raise UserError("codes can only be read: give one SELECT statement")
+                    raise UserError("the codes are read-only; give exactly one SELECT statement")
                 return db.sql(statements[0]).to_arrow_table()
             except duckdb.Error as error:
                 raise UserError(f"DuckDB: {error}") from None
 
 
 def _open(db: "duckdb.DuckDBPyConnection", path: Path, tokens: "pyarrow.Table") -> None:
-    """Make the two tables, and close everything else off: no other file, no file for intermediate results, no way back."""
+    """Create the two tables, then forbid access to other files, temporary files and changes of these settings."""
     where = str(path.resolve())
     db.register("tokens", tokens)
     db.read_parquet(where).create_view("codes")

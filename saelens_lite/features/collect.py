@@ -1,7 +1,7 @@
-"""The pass of the model over the text: what fires goes to disk as it comes.
+"""The pass of the model over the text, which writes codes to disk as they are computed.
 
-In the folder of an unfinished pass (`saelens_lite.resumable`), progress.json says how many batches are on the disk and how
-long the files were then. The same call goes on behind them.
+In the folder of an unfinished pass (`saelens_lite.resumable`), progress.json records how many batches are on disk and how long
+the files were then. The same call resumes after these batches.
 """
 
 import itertools
@@ -51,17 +51,17 @@ class Hooked(NamedTuple):
 def collect(
     dictionaries: Sequence[Hooked], lm: LanguageModel, rows: TokenRows, batch_tokens: int, folder: Path, what: str
 ) -> list[CodeLog]:
-    """The codes of the kept tokens by each dictionary, on disk below `folder`, from one pass of the model.
+    """Run the model once and return the codes of the kept tokens by each dictionary, which are on disk below `folder`.
 
     Raises:
         HookError, ShapeError: the model lacks a hook, or a dictionary has another width.
-        NonFiniteError: activations or codes are NaN or infinite.
+        NonFiniteError: an activation or a code is NaN or infinite.
         ConfigError: there is too much text for a store.
         DiskFullError: there is no room for the codes.
     """
     n_ctx = rows.tokens.shape[1]
     if rows.tokens.numel() > MAX_PLACES:
-        raise ConfigError(f"{rows.tokens.numel():,} positions; a store is of at most {MAX_PLACES:,}")
+        raise ConfigError(f"the text has {rows.tokens.numel():,} positions; give at most {MAX_PLACES:,}")
     progress = _Progress(folder, [one.dictionary.d_sae for one in dictionaries])
     hooks = list(dict.fromkeys(hook for one in dictionaries for hook in one.hooks.reads))
     left = passes.batches(lm, rows, batch_tokens)
@@ -78,49 +78,49 @@ def collect(
 
 
 def _codes(one: Hooked, read: passes.Read) -> SparseCodes:
-    """Return the codes of the activations of a batch; NonFiniteError where one of either is not finite."""
+    """Return the codes of a batch of activations. Raise NonFiniteError if an activation or a code is not finite."""
     x = together(read.acts, one.hooks.reads)
     codes = one.dictionary.encode(x.to(one.dictionary.W_enc.device))
     for what, numbers in (("activations", x), ("codes", codes.value.float())):
         if not torch.isfinite(numbers).all():
             raise NonFiniteError(
-                f"{one.dictionary.place}: NaN or infinity among the {what} of row {int(read.row[0])} or another of its batch"
+                f"{one.dictionary.place}: the {what} of the batch with row {int(read.row[0])} hold NaN or infinity"
             )
     return codes
 
 
 class _Noted(Checked):
-    """The content of progress.json: the batches that are whole, and the lengths of the files of each dictionary."""
+    """The content of progress.json: the number of complete batches, and the lengths of the files of each dictionary."""
 
     n_batches: Count
     sizes: list[dict[Literal["lists.bin", "latents.bin", "entries.bin", "blocks.bin"], Count]]
 
 
 class _Progress:
-    """How far a pass has come, and the files it writes."""
+    """The progress of a pass, and the files that it writes."""
 
     def __init__(self, folder: Path, d_sae: list[int]):
         self.folder, self.file = folder, folder / PROGRESS
         self.n_batches, sizes = 0, [{}] * len(d_sae)
         if self.file.exists():
             self.n_batches, sizes = self._read(len(d_sae))
-            log.info("continuing in %s behind %d batches", folder, self.n_batches)
+            log.info("resuming in %s after %d batches", folder, self.n_batches)
         self.code_logs = [CodeLog(folder / str(i), n, size) for i, (n, size) in enumerate(zip(d_sae, sizes, strict=True))]
         self._saved = time.monotonic()
 
     def _read(self, n: int) -> tuple[int, list[dict[str, int]]]:
-        """The number of batches that are whole, and the lengths of the files of each of n dictionaries."""
+        """Return the number of complete batches, and the lengths of the files of each of n dictionaries."""
         try:
-            found = read_checked(self.file, _Noted)
+            noted = read_checked(self.file, _Noted)
         except CorruptFileError as error:
             raise CorruptFileError(f"{error}; delete {self.folder}") from None
-        if len(found.sizes) != n:
+        if len(noted.sizes) != n:
             raise CorruptFileError(f"{self.file} is damaged; delete {self.folder}")
-        return found.n_batches, found.sizes
+        return noted.n_batches, noted.sizes
 
     @contextmanager
     def writing(self) -> Iterator[list[CodeLog]]:
-        """Within the block the files are open; however it ends, the batches that are whole count."""
+        """Open the files for the block, and record the complete batches however the block ends."""
         with ExitStack() as stack:
             for code_log in self.code_logs:
                 stack.callback(code_log.close)
@@ -135,14 +135,14 @@ class _Progress:
         return {"n_batches": self.n_batches, "sizes": [code_log.sizes for code_log in self.code_logs]}
 
     def add(self) -> None:
-        """Note that another batch is whole."""
+        """Count another complete batch."""
         self.n_batches += 1
         self._state = self._now()
         if time.monotonic() - self._saved > SYNC_SECONDS:
             self.save()
 
     def save(self) -> None:
-        """Have the batches that are whole on the disk, and say so there; nothing is said of none."""
+        """Flush the complete batches to the disk and record them in progress.json; do nothing before the first batch."""
         if not self._state["n_batches"]:
             return
         for code_log in self.code_logs:
@@ -153,7 +153,7 @@ class _Progress:
 
 @contextmanager
 def working_folder(out: Path | None, request: dict[str, Any], exists: str, inputs: Sequence[Path] = ()) -> Iterator[Path]:
-    """Where the codes of a store at `out` go until it is whole; see `unfinished`. Without `out` nothing of it stays."""
+    """Yield the folder for the codes of an unfinished store at `out`; see `unfinished`. Without `out` it is temporary."""
     if out is None:
         with tempfile.TemporaryDirectory(prefix="saelens-lite-") as folder:
             yield Path(folder)
@@ -165,6 +165,6 @@ def working_folder(out: Path | None, request: dict[str, Any], exists: str, input
     with unfinished(out, STORE, request, UNFINISHED_STORE, has_work, exists, inputs) as folder:
         try:
             yield folder
-        except TextError:  # nothing fires: what was collected is of no use
+        except TextError:  # no latent fires: the collected codes are useless
             (folder / PROGRESS).unlink(missing_ok=True)
             raise

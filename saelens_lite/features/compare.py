@@ -1,11 +1,11 @@
-"""Which latents of one dictionary another has as well: matched by the directions they write (decoder) and read (encoder).
+"""Match the latents of two dictionaries by the directions that they write (decoder) and read (encoder).
 
-    cos(i, j) = W_dec[i] · W_dec′[j] / (‖W_dec[i]‖ ‖W_dec′[j]‖)        and in the same way for the columns of W_enc
+    cos(i, j) = W_dec[i] · W_dec′[j] / (‖W_dec[i]‖ ‖W_dec′[j]‖)        and likewise for the columns of W_enc
 
-Latents are matched one to one, by decoder, so that the sum of cosines is largest (the Hungarian algorithm). A latent is
-shared when its partner is closer than the threshold in decoder and encoder both. A row of zeros has cosine 0 with everything.
+The Hungarian algorithm matches latents one to one by decoder, so that the sum of the cosines is largest. A latent is shared
+when both its decoder and its encoder cosine with its partner exceed the threshold. A row of zeros has cosine 0 with everything.
 Source: Paulo and Belrose 2025, Sparse autoencoders trained on the same data learn different features, arXiv:2501.16615
-(threshold 0.7). We differ in leaving out dead latents, and in the control beside each figure.
+(threshold 0.7). We differ: dead latents are left out, and a control stands beside each figure.
 """
 
 import json
@@ -34,7 +34,7 @@ from saelens_lite.tables import grid
 FORMAT = 1
 STABILITY_FILE = "stability.safetensors"
 THRESHOLD = 0.7
-MOST_HUNGARIAN = 8192  # latents on either side; time grows with the cube, memory with the square (8192: ten seconds, 1.5 GB)
+MOST_HUNGARIAN = 8192  # latents on either side; time grows with the cube, memory with the square (8192: 10 s, 1.5 GB)
 TILE = 1024  # latents whose cosines with all others are held at once
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 N_BINS = 20  # of a histogram of cosines, from −1 to 1
@@ -44,17 +44,18 @@ METHODS = ("auto", "hungarian", "mutual")
 
 
 class Directions(NamedTuple):
-    """Unit vectors of some latents: what each writes and what each reads; rows of zeros stay zero."""
+    """Unit vectors that some latents write (decoder) and read (encoder); rows of zeros stay zero."""
 
     decoder: Float[Tensor, "n d_out"]
     encoder: Float[Tensor, "n d_in"]
 
 
 class Pairs(NamedTuple):
-    """For each latent of a dictionary: its partners in the other one (−1: none) and the cosines with them (0 without one).
+    """The partners of each latent in the other dictionary (−1: no partner) and the cosines with them (0 without a partner).
 
-    `match` and `encoder_match` are one to one, by decoder and by encoder; both cosines are those of `match`. `nearest` has the
-    largest decoder cosine of all, `nearest_cosine`, and may be the nearest of several; `mutual`: each is the other's nearest.
+    `match` and `encoder_match` are one-to-one matchings by decoder and by encoder. `decoder_cosine` and `encoder_cosine` are
+    cosines with `match`. `nearest` is the latent with the largest decoder cosine, `nearest_cosine`; several latents can share
+    it. `mutual` is true where a latent and its nearest are each other's nearest.
     """
 
     match: Int[Tensor, " n"]
@@ -66,12 +67,12 @@ class Pairs(NamedTuple):
     mutual: Bool[Tensor, " n"]
 
     def shared(self, threshold: float) -> Bool[Tensor, " n"]:
-        """Which latents have a partner whose decoder and encoder cosine are both above the threshold."""
+        """Return a mask of the latents with a partner whose decoder and encoder cosines both exceed the threshold."""
         return (self.match != NONE) & (self.decoder_cosine > threshold) & (self.encoder_cosine > threshold)
 
 
 class Cosines(NamedTuple):
-    """Cosines in figures: mean, quantiles (QUANTILES), and counts in N_BINS bins of equal width from −1 to 1."""
+    """Statistics of cosines: mean, quantiles (QUANTILES), and counts in N_BINS bins of equal width from −1 to 1."""
 
     mean: float
     quantiles: tuple[float, ...]
@@ -79,15 +80,15 @@ class Cosines(NamedTuple):
 
     @classmethod
     def of(cls, cosines: Float[Tensor, " n"]) -> "Cosines":
-        """The figures of at least one cosine."""
-        values = cosines.double().clamp(-1, 1)  # rounding carries the cosine of equal vectors beyond 1
+        """Return the statistics of at least one cosine."""
+        values = cosines.double().clamp(-1, 1)  # rounding can push the cosine of equal vectors above 1
         quantiles = torch.quantile(values, torch.tensor(QUANTILES, dtype=torch.float64))
         counts = torch.histc(values, N_BINS, -1, 1).long()
         return cls(float(values.mean()), tuple(quantiles.tolist()), tuple(counts.tolist()))
 
 
 class Summary(NamedTuple):
-    """Shares of the latents that count, and the cosines of those that have a partner."""
+    """Shares of the live latents, and the cosines of those that have a partner."""
 
     n_latents: int
     n_matched: int
@@ -96,11 +97,11 @@ class Summary(NamedTuple):
     mutual: float  # nearest of each other, by decoder
     decoder: Cosines
     encoder: Cosines
-    nearest: Cosines  # of all latents that count: the largest decoder cosine with any of the other dictionary
+    nearest: Cosines  # largest decoder cosine of each live latent with any of the other dictionary
 
     @classmethod
     def of(cls, pairs: Pairs, threshold: float) -> "Summary":
-        """The figures of some latents, all of which count."""
+        """Return the summary of pairs, all of live latents."""
         matched = pairs.match != NONE
         return cls(
             n_latents=len(matched),
@@ -116,11 +117,11 @@ class Summary(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """How the latents of a dictionary are matched with those of another, `chance` being the same figures for a random one.
+    """A matching of the latents of one dictionary with those of another.
 
-    `pairs` has an entry for each latent of the dictionary; only those that are `live` count. The random dictionary has as
-    many latents as the other, drawn from a normal distribution with its second moments: directions that prefer the same
-    subspace, in which high cosines are more frequent than among directions without preference.
+    `pairs` has an entry for each latent of the dictionary; only `live` latents count. `chance` is the summary against a random
+    dictionary with as many latents as the other, drawn from a normal distribution with the other's second moments. Its
+    directions prefer the same subspace, so high cosines are more frequent than among uniformly random directions.
     """
 
     pairs: Pairs
@@ -134,11 +135,11 @@ class Comparison:
 
     @property
     def shared(self) -> Bool[Tensor, " d_sae"]:
-        """Which latents the other dictionary has as well."""
+        """Mask of the latents that the other dictionary shares."""
         return self.pairs.shared(self.threshold)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the entries of single latents, as plain data."""
+        """Return everything except the entries of single latents, as plain data."""
         return {
             "format": FORMAT,
             "summary": plain(self.summary),
@@ -148,7 +149,7 @@ class Comparison:
         }
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The figures as JSON, also written to `path` when given."""
+        """Return the figures as JSON. With `path`, also write them to that file."""
         if path is not None:
             write_json(Path(path), self.to_dict())
         return json.dumps(self.to_dict(), indent=2)
@@ -175,11 +176,11 @@ class _Facts(Checked):
 
 @dataclass(frozen=True)
 class Stability:
-    """How far other dictionaries have the latents of one.
+    """Scores that say how closely other dictionaries reproduce the latents of one dictionary.
 
-    `score` is the mean over the other dictionaries of the largest decoder cosine with any of their live latents; it does not
-    depend on how latents are matched. `n_shared` counts the dictionaries in which a latent is shared. Both are 0 where a latent
-    is not `live`. `sha256` are hashes of weights (`weights_hash`), as a feature store records them.
+    `score` is the largest decoder cosine with any live latent of another dictionary, averaged over the other dictionaries; it
+    does not depend on the matching. `n_shared` counts the dictionaries that share a latent. Both are 0 for latents that are not
+    `live`. `sha256` and `other_sha256` are hashes of weights (`weights_hash`), as a feature store records them.
     """
 
     score: Float[Tensor, " d_sae"]
@@ -192,10 +193,10 @@ class Stability:
 
     @classmethod
     def of(cls, comparisons: Sequence[Comparison]) -> "Stability":
-        """The scores that follow from comparisons of one dictionary with others, made with the same settings.
+        """Return the scores from comparisons of one dictionary with others, made with the same settings.
 
         Raises:
-            ConfigError: no comparisons, or of different dictionaries or settings.
+            ConfigError: there are no comparisons, or they are of different dictionaries or have different settings.
         """
         if len({(c.sha256[0], c.threshold, c.method, c.n_dead[0]) for c in comparisons}) != 1:
             raise ConfigError("stability needs comparisons of one dictionary with others, all with the same settings")
@@ -212,21 +213,21 @@ class Stability:
 
     @property
     def shared_in_all(self) -> float:
-        """Share of the live latents that every other dictionary has."""
+        """Share of the live latents that every other dictionary shares."""
         return _share(self.n_shared[self.live] == len(self.other_sha256))
 
     @property
     def shared_in_none(self) -> float:
-        """Share of the live latents that no other dictionary has."""
+        """Share of the live latents that no other dictionary shares."""
         return _share(self.n_shared[self.live] == 0)
 
     def save(self, folder: str | Path, *, exists: Literal["error", "overwrite"] = "error") -> Path:
-        """Write stability.safetensors into a folder, of the dictionary or its feature store; the path of the file.
+        """Write stability.safetensors into a folder, such as a dictionary or its feature store, and return the file's path.
 
         Raises:
-            OutputExistsError: it is there already and `exists` is "error".
+            OutputExistsError: the file exists and `exists` is "error".
             LockedError: another process is writing it.
-            DiskFullError: there is no room for it.
+            DiskFullError: the disk is full.
         """
         from safetensors.torch import save_file
 
@@ -240,7 +241,7 @@ class Stability:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Stability":
-        """The scores in a folder written by `save`; whether they are of the dictionary at hand, its hash tells.
+        """Return the scores in a folder written by `save`. Compare `sha256` to check that they are of your dictionary.
 
         Raises:
             CorruptFileError: the file is missing, damaged or of another format.
@@ -256,7 +257,7 @@ class Stability:
         check_axes(path, specs, dict.fromkeys(("score", "n_shared", "live"), "d_sae"), {})
         dtypes = (specs["score"].dtype.is_floating_point, specs["n_shared"].dtype, specs["live"].dtype)
         if dtypes != (True, torch.int64, torch.bool):
-            raise CorruptFileError(f"{path}: expected score, n_shared and live, an entry for each latent")
+            raise CorruptFileError(f"{path} must hold score (float), n_shared (int64) and live (bool), but a dtype differs")
         del facts["format"]
         return cls(**read_tensors(path), **facts | {"other_sha256": tuple(facts["other_sha256"])})
 
@@ -270,17 +271,22 @@ def compare(
     include_dead: bool = False,
     seed: int = 0,
 ) -> Comparison:
-    """How the latents of `a` are matched with those of `b`, which may have another number of them.
+    """Match the latents of `a` with those of `b`, which may have another number of latents.
 
-    `method` "hungarian" matches one to one; "mutual" only latents that are each other's nearest, with no more in memory than
-    the directions and the cosines of 1024 latents with all others. "auto" is the former up to 8192 live latents on either side,
-    which of the two is in the result. Latents whose recorded density is 0 are dead: they are left out on both sides unless
-    `include_dead`. `seed` draws the random dictionary. Dictionaries of different models or hooks are compared with a warning.
+    Dictionaries of different models or hooks are compared with a warning.
+
+    Args:
+        threshold: Cosine that a shared latent must exceed in both decoder and encoder.
+        method: "hungarian" matches latents one to one. "mutual" matches only latents that are each other's nearest; it needs
+            memory only for the directions and for the cosines of 1024 latents with all others. "auto" is "hungarian" up to
+            8192 live latents on either side, else "mutual"; the result records the choice.
+        include_dead: Keep latents whose recorded density is 0, which are otherwise left out on both sides.
+        seed: Seed of the random dictionary for `chance`.
 
     Raises:
-        ShapeError: the dictionaries are of different widths.
-        NonFiniteError: weights are NaN or infinite.
-        ConfigError: a bad threshold or method, all latents dead, or "hungarian" without scipy.
+        ShapeError: the dictionaries have different widths.
+        NonFiniteError: a weight is NaN or infinite.
+        ConfigError: the threshold or method is invalid, all latents are dead, or "hungarian" is chosen without scipy.
     """
     return compare_all(a, [b], threshold=threshold, method=method, include_dead=include_dead, seed=seed)[0]
 
@@ -294,10 +300,10 @@ def stability(
     include_dead: bool = False,
     seed: int = 0,
 ) -> Stability:
-    """How far other dictionaries, such as those of other seeds, have each latent of this one; settings as for `compare`.
+    """Score how closely other dictionaries, such as those of other seeds, reproduce each latent; settings as for `compare`.
 
     Raises:
-        ShapeError, NonFiniteError, ConfigError: as for `compare`, and when there are no others.
+        ShapeError, NonFiniteError, ConfigError: as for `compare`; ConfigError also when `others` is empty.
     """
     several = [others] if isinstance(others, Dictionary) else list(others)
     settings = {"threshold": threshold, "method": method, "include_dead": include_dead, "seed": seed}
@@ -313,7 +319,7 @@ def compare_all(
     include_dead: bool = False,
     seed: int = 0,
 ) -> list[Comparison]:
-    """A comparison of `a` with each of the others, all by one method: "auto" is what fits the largest. Raises as `compare`."""
+    """Compare `a` with each of the others by one method; "auto" chooses it for the largest. Raise as `compare` does."""
     if not -1 <= threshold < 1:
         raise ConfigError(f"threshold = {threshold}; expected a cosine from -1 to below 1")
     if method not in METHODS:
@@ -349,47 +355,47 @@ def compare_all(
 
 
 def _check_widths(a: Dictionary, b: Dictionary) -> None:
-    """Raise ShapeError unless both read, and both write, vectors of one width."""
+    """Raise ShapeError unless both dictionaries read vectors of one width and write vectors of one width."""
     widths = [(d.W_enc.shape[0], d.W_dec.shape[1]) for d in (a, b)]
     if widths[0] != widths[1]:
         raise ShapeError(
-            f"dictionaries of widths {widths[0]} and {widths[1]} (read, written) have no directions in common; compare "
+            f"dictionaries of widths {widths[0]} and {widths[1]} (read, written) cannot be compared; compare "
             "dictionaries of one hook, or of hooks of one width"
         )
 
 
 def _warn_of_other_hooks(a: Dictionary, b: Dictionary) -> None:
-    """Log a warning when the two are known to be of different models or hooks."""
+    """Log a warning if the two are known to belong to different models or hooks."""
     for name in ("model", "hooks"):
         values = [
             d.origin.model if name == "model" else d.place if all(port.hook for port in d.reads) else None for d in (a, b)
         ]
         if None not in values and values[0] != values[1]:
-            log.warning("dictionaries of different origin are compared: %s %s and %s", name, *values)
+            log.warning("the compared dictionaries differ in their %s: %s and %s", name, *values)
 
 
 def _live(d: Dictionary, include_dead: bool) -> Bool[Tensor, " d_sae"]:
-    """Which latents count. A dictionary without recorded densities has no dead ones."""
+    """Return a mask of the latents that count. Without recorded densities, all do."""
     if include_dead or d.density is None:
         return torch.ones(d.d_sae, dtype=torch.bool)
     live = d.density.cpu() > 0
     if not live.any():
-        raise ConfigError(f"no latent to compare: all {d.d_sae} have density 0; include_dead=True compares them nevertheless")
+        raise ConfigError(f"no latent to compare: all {d.d_sae} have density 0; include_dead=True compares them anyway")
     return live
 
 
 @torch.no_grad()
 def _directions(d: Dictionary, live: Bool[Tensor, " d_sae"], device: torch.device) -> Directions:
-    """The unit directions of the live latents, in float32 on a device."""
-    found = Directions(*(F.normalize(rows[live.to(rows.device)].to(device).float(), dim=1) for rows in (d.W_dec, d.W_enc.T)))
-    for name, rows in found._asdict().items():
+    """Return the unit directions of the live latents, in float32 on a device."""
+    units = Directions(*(F.normalize(rows[live.to(rows.device)].to(device).float(), dim=1) for rows in (d.W_dec, d.W_enc.T)))
+    for name, rows in units._asdict().items():
         if not torch.isfinite(rows).all():
             raise NonFiniteError(f"the {name} of a dictionary ({d.place}) holds NaN or infinity")
-    return found
+    return units
 
 
 def random_like(directions: Directions, seed: int) -> Directions:
-    """As many random directions, normal with the second moments that decoder and encoder rows together have."""
+    """Return as many random directions, normal with the joint second moments of decoder and encoder rows."""
     widths, n = [rows.shape[1] for rows in directions], len(directions.decoder)
     tiles = [slice(start, start + TILE) for start in range(0, n, TILE)]
     moments = torch.zeros(sum(widths), sum(widths), dtype=torch.float64)
@@ -398,18 +404,18 @@ def random_like(directions: Directions, seed: int) -> Directions:
         moments.addmm_(joint.T, joint)
     values, vectors = torch.linalg.eigh(moments / n)
     root = vectors * values.clamp(min=0).sqrt()
-    found, generator = Directions(*map(torch.empty_like, directions)), torch.Generator().manual_seed(seed)
+    randoms, generator = Directions(*map(torch.empty_like, directions)), torch.Generator().manual_seed(seed)
     for tile in tiles:
         size = len(directions.decoder[tile])
         drawn = torch.randn(size, sum(widths), generator=generator, dtype=torch.float64) @ root.T
-        for rows, part in zip(found, drawn.split(widths, dim=1), strict=True):
+        for rows, part in zip(randoms, drawn.split(widths, dim=1), strict=True):
             rows[tile] = F.normalize(part, dim=1).to(rows)
-    return found
+    return randoms
 
 
 @torch.no_grad()
 def _pairs(a: Directions, b: Directions, method: str) -> Pairs:
-    """The partners of the latents of `a` in `b`."""
+    """Return the partners of the latents of `a` in `b`."""
     nearest, nearest_cosine, mutual = _nearest(a.decoder, b.decoder)
     if method == "hungarian":
         match, encoder_match = _hungarian(a.decoder, b.decoder), _hungarian(a.encoder, b.encoder)
@@ -424,7 +430,7 @@ def _pairs(a: Directions, b: Directions, method: str) -> Pairs:
 def _nearest(
     a: Float[Tensor, "n_a d"], b: Float[Tensor, "n_b d"]
 ) -> tuple[Int[Tensor, " n_a"], Float[Tensor, " n_a"], Bool[Tensor, " n_a"]]:
-    """Of each unit vector of `a`: the nearest of `b` (the first of equals), the cosine, and whether it is so both ways."""
+    """Return, for each unit vector of `a`, the nearest of `b` (the first of equals), the cosine, and if they are mutual."""
     to_b = []
     best, to_a = a.new_full((len(b),), -torch.inf), torch.zeros(len(b), dtype=torch.long, device=a.device)
     for start in range(0, len(a), TILE):
@@ -439,12 +445,12 @@ def _nearest(
 
 
 def _hungarian(a: Float[Tensor, "n_a d"], b: Float[Tensor, "n_b d"]) -> Int[Tensor, " n_a"]:
-    """The one-to-one matching of largest summed cosine; of the more numerous side some stay without partner."""
+    """Return the one-to-one matching with the largest sum of cosines; the larger side keeps latents without a partner."""
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError:
         raise ConfigError(
-            "the Hungarian algorithm needs scipy: pip install 'saelens-lite[analysis]', or say method='mutual'"
+            "the Hungarian algorithm needs scipy: pip install 'saelens-lite[analysis]', or pass method='mutual'"
         ) from None
     rows, columns = linear_sum_assignment((a @ b.T).cpu().numpy(), maximize=True)
     match = torch.full((len(a),), NONE)
@@ -453,7 +459,7 @@ def _hungarian(a: Float[Tensor, "n_a d"], b: Float[Tensor, "n_b d"]) -> Int[Tens
 
 
 def _of_all_latents(pairs: Pairs, live: Bool[Tensor, " d_sae"], other_live: Bool[Tensor, " d_other"]) -> Pairs:
-    """Pairs among live latents, by the numbers that the latents have in their dictionaries."""
+    """Return pairs of live latents, renumbered as the latents are in their dictionaries."""
     own, number = live.nonzero().squeeze(1), other_live.nonzero().squeeze(1)
 
     def full(column: Tensor) -> Tensor:
@@ -470,15 +476,15 @@ def _share(chosen: Bool[Tensor, " n"]) -> float:
 
 
 def comparison_table(comparisons: dict[str, Comparison]) -> Any:
-    """A rich table of one dictionary against several, a row each and one for chance below it."""
+    """Return a rich table of one dictionary against others: a row for each, and a row for chance below it."""
     from rich.text import Text
 
     thresholds = ", ".join(sorted({str(c.threshold) for c in comparisons.values()}))
     methods = ", ".join(sorted({c.method for c in comparisons.values()}))
     caption = (
         f"matched: latents with a partner ({methods}); shared: decoder and encoder cosine with it above {thresholds}; agree: "
-        "the same partner by encoder; mutual: nearest of each other; cosines of partners: median, for decoder between the "
-        "5 % and 95 % quantiles; dead: left out; chance: against random directions with the second moments of the other's"
+        "same partner by encoder; mutual: each other's nearest; decoder, encoder: median cosine of partners, for decoder "
+        "between the 5 % and 95 % quantiles; dead: left out; chance: against random directions with the other's second moments"
     )
     rows: list[list[Any]] = []
     for name, comparison in comparisons.items():
@@ -494,7 +500,7 @@ def comparison_table(comparisons: dict[str, Comparison]) -> Any:
 
 
 def _cells(s: Summary) -> list[str]:
-    """The columns of a summary."""
+    """Return the cells of a summary's row."""
     low, _, median, _, high = s.decoder.quantiles
     shares = [f"{share:.1%}" for share in (s.shared, s.agree, s.mutual)]
     return [f"{s.n_matched}/{s.n_latents}", *shares, f"{low:.2f} {median:.2f} {high:.2f}", f"{s.encoder.quantiles[2]:.2f}"]

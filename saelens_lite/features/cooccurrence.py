@@ -1,4 +1,4 @@
-"""Which latents fire together: exact counts of pairs, and the partners of each latent that stand out.
+"""Latents that fire together: exact counts of pairs, and the most notable partners of each latent.
 
 pmi(i, j) = ln( n_ij · n_tokens / (n_i · n_j) )        how much more often than if they were independent, in nats
 """
@@ -15,15 +15,15 @@ from saelens_lite.features.reduce import Block
 from saelens_lite.features.tensors import NONE
 
 N_PARTNERS = 10
-MIN_TOGETHER = 5  # tokens on which a specific partner fires too: of rarer company the mutual information is all noise
+MIN_TOGETHER = 5  # tokens on which a specific partner must fire too; the PMI of rarer pairs is noise
 MAX_CELLS = 1 << 22  # counts of pairs in memory at once
-MAX_PAIRS = 1 << 17  # pairs that are listed at once
-DENSE_GAIN = 128  # a cell of a product of matrices costs so much less than a pair of a list
+MAX_PAIRS = 1 << 17  # pairs listed at once
+DENSE_GAIN = 128  # how many times cheaper a cell of a matrix product is than a pair of a list
 RATIO_BITS = 40
 
 
 class Partners(NamedTuple):
-    """The partners of some latents, fields as in FeatureTensors."""
+    """The partners of some latents; fields as in FeatureTensors."""
 
     frequent_partner: Int[Tensor, "latents n_partners"]
     frequent_count: Int[Tensor, "latents n_partners"]
@@ -32,23 +32,25 @@ class Partners(NamedTuple):
 
 
 def partners(block: Block, lists: Lists, count: Int[Tensor, " d_sae"]) -> Partners:
-    """The partners of the latents of a block; `count` says how often each latent of the dictionary fires."""
+    """Return the partners of the latents of a block; `count` has how often each latent of the dictionary fires."""
     size = max(1, MAX_CELLS // len(count))
     token = lists.number[block.place].long()
-    found = []
+    parts = []
     for start in range(0, block.n, size):
         n = min(size, block.n - start)
         first, last = block.start[start], block.start[start + n - 1] + block.count[start + n - 1]
         together = pair_counts(token[first:last], block.latent[first:last] - start, n, block.first + start, lists, len(count))
-        found.append(Partners(*_most(together), *_most(together, count)))
-    return Partners(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        parts.append(Partners(*_most(together), *_most(together, count)))
+    return Partners(*(torch.cat(field) for field in zip(*parts, strict=True)))
 
 
 def pair_counts(
     token: Int[Tensor, " entries"], latent: Int[Tensor, " entries"], n: int, first: int, lists: Lists, d_sae: int
 ) -> Int[Tensor, "n d_sae"]:
-    """On how many tokens latent `first + i` fires together with each other latent, 0 for itself; the entries are those of n
-    latents, sorted by latent."""
+    """Return on how many tokens latent `first + i` fires together with each other latent; 0 for itself.
+
+    `token` and `latent` are the entries of the n latents, sorted by latent.
+    """
     n_here = lists.crow.diff()[token]
     if int(n_here.sum()) * DENSE_GAIN > (len(lists.crow) - 1) * n * d_sae:
         together = _by_product(n, first, lists, d_sae)
@@ -66,7 +68,7 @@ def _by_list(
     lists: Lists,
     d_sae: int,
 ) -> Int[Tensor, "n d_sae"]:
-    """Counts from a list of all pairs, in pieces that stay in the processor's cache."""
+    """Count pairs from a list of them, in pieces that fit in the processor's cache."""
     together = np.zeros((n, d_sae), np.int64)
     sizes, begins = n_here.numpy(), lists.crow[token].numpy()
     ends = n_here.cumsum(0) // MAX_PAIRS
@@ -84,7 +86,7 @@ def _by_list(
 
 
 def _by_product(n: int, first: int, lists: Lists, d_sae: int) -> Int[Tensor, "n d_sae"]:
-    """Counts from dense products of zeros and ones over pieces of the text, in float32, exact below 2²⁴."""
+    """Count pairs by dense float32 products of zeros and ones over pieces of the text, which are exact below 2²⁴."""
     together = torch.zeros(n, d_sae, dtype=torch.long)
     size = min(max(1, MAX_CELLS // d_sae), 1 << 16)
     n_here = lists.crow.diff()
@@ -101,14 +103,14 @@ def _by_product(n: int, first: int, lists: Lists, d_sae: int) -> Int[Tensor, "n 
 def _most(
     together: Int[Tensor, "n d_sae"], count: Int[Tensor, " d_sae"] | None = None
 ) -> tuple[Int[Tensor, "n n_partners"], Int[Tensor, "n n_partners"]]:
-    """The latents of the largest counts, or with `count` of the largest pmi, and the counts; of equals the lower number."""
+    """Return the latents with the largest counts (with `count`: largest PMI) and the counts; ties go to the lower number."""
     d_sae = together.shape[1]
     if count is None:
         size = together
-    else:  # for a given latent the pmi grows with n_ij / n_j
+    else:  # for a given latent i, the PMI grows with n_ij / n_j
         share = (together / count.clamp(min=1).double()).masked_fill_(together < MIN_TOGETHER, 0)
         size = (share * (1 << RATIO_BITS)).long()
     best = (size * d_sae + torch.arange(d_sae - 1, -1, -1)).topk(min(N_PARTNERS, d_sae), dim=1).values
     partner = torch.where(best < d_sae, NONE, d_sae - 1 - best % d_sae)
-    found = torch.where(partner == NONE, 0, together.gather(1, partner.clamp(min=0)))
-    return partner.int(), found.int()
+    n_together = torch.where(partner == NONE, 0, together.gather(1, partner.clamp(min=0)))
+    return partner.int(), n_together.int()

@@ -1,8 +1,8 @@
-"""How well a label tells where a latent fires: contexts it has not been made from, some of which the latent fires in.
+"""Detection scores: how well a label predicts in which held-out contexts a latent fires.
 
-Half of the strongest contexts and of those drawn from each group of activations may be looked at; the other half is to be told
-from contexts in which the latent is silent. Whatever a label scores means little unless it beats the tokens alone, so the token
-baseline is always beside it.
+A scorer sees half of the strongest contexts, and half of those drawn from each group of activations. It must tell the other
+half from contexts in which the latent is silent. A score means little unless it beats the tokens alone, so the token baseline
+is always reported beside it.
 Source: Paulo, Mallen, Juang and Belrose 2024, Automatically interpreting millions of features in large language models,
 arXiv:2410.13928, detection scoring.
 """
@@ -17,11 +17,11 @@ from saelens_lite.errors import UserError
 from saelens_lite.features.queries import StoreQueries
 from saelens_lite.features.summary import Example
 
-FIRES = 0.5  # from which score on a scorer says that the latent fires
+FIRES = 0.5  # a scorer predicts that the latent fires from this value on
 
 
 class DetectionTask(NamedTuple):
-    """What a scorer gets: a label, contexts in which the latent fires, and the contexts to be judged, as tokens."""
+    """The input of a scorer: a label, contexts in which the latent fires, and the tokens of the contexts to judge."""
 
     label: str | None
     shown: list[Example]
@@ -30,15 +30,19 @@ class DetectionTask(NamedTuple):
 
 @runtime_checkable
 class Scorer(Protocol):
-    """Judges contexts; a client of a language model is one, and so is any function of this form."""
+    """A judge of contexts: any function of this form, such as a client of a language model."""
 
     def __call__(self, task: DetectionTask) -> Sequence[float]:
-        """For each context from 0 (the latent is silent) to 1 (it fires somewhere in it); from 0.5 on it says that it fires."""
+        """Return a number for each context, from 0 (the latent is silent) to 1 (it fires); 0.5 or more means that it fires."""
 
 
 class Score(NamedTuple):
-    """How well contexts were told apart: area under the ROC curve, mean of the accuracies on firing and silent contexts, and
-    the share found of the firing contexts of each group of activations, the strongest first, then of the top ones."""
+    """A scorer's result on the contexts of a latent.
+
+    `auroc` is the area under the ROC curve. `balanced_accuracy` is the mean of the accuracies on firing and on silent contexts.
+    `recall_by_group` is the share of firing contexts recognised in each group of activations, strongest group first;
+    `recall_of_top` is that share of the top contexts. A recall is None where there are no such contexts.
+    """
 
     auroc: float
     balanced_accuracy: float
@@ -47,7 +51,7 @@ class Score(NamedTuple):
 
 
 class Detection(NamedTuple):
-    """A label's score and that of the token baseline on the same contexts; without label or scorer only the latter."""
+    """The scores of a label and of the token baseline on the same contexts; `score` is None without a label or scorer."""
 
     latent: int
     label: str | None
@@ -58,7 +62,7 @@ class Detection(NamedTuple):
 
 
 class _HeldOut(NamedTuple):
-    """A context to be judged; `group` counts from the strongest, -1: of the top ones, None: the latent is silent."""
+    """A context to judge. `group` counts from the strongest group; -1 is a top context, None one without firing."""
 
     example: Example
     group: int | None
@@ -68,14 +72,20 @@ TOP = -1
 
 
 def token_baseline(task: DetectionTask) -> list[float]:
-    """1 − 2⁻ⁿ for each context, n being the largest number of shown contexts at whose peak one of its tokens stands."""
+    """Return 1 − 2⁻ⁿ for each context.
+
+    The count of a token is the number of shown contexts with that token at their peak. n is the largest count among the tokens
+    of the context.
+    """
     at_peaks = Counter(example.tokens[example.peak] for example in task.shown)
     return [1 - 0.5 ** max(at_peaks[token] for token in tokens) for tokens in task.contexts]
 
 
 def words_of_label(task: DetectionTask) -> list[float]:
-    """1 where a context contains a word of the label, else 0: what it has in quotation marks, or else any of its words of four
-    letters or more."""
+    """Return 1 for each context that contains a word of the label, else 0.
+
+    The words are the parts of the label in quotation marks, or without any, its words of four letters or more.
+    """
     label = task.label or ""
     quoted = re.findall(r"[\"'“‘«](.+?)[\"'”’»](?!\w)", label)
     words = [word.lower() for word in quoted or re.findall(r"\w{4,}", label)]
@@ -83,18 +93,18 @@ def words_of_label(task: DetectionTask) -> list[float]:
 
 
 def detection(store: StoreQueries, latent: int, scorer: Scorer | None = None) -> Detection:
-    """How well the label of a latent, read by a scorer (default: `words_of_label`), tells where it fires.
+    """Score how well the label of a latent, read by a scorer (default: `words_of_label`), predicts where it fires.
 
     Raises:
-        UserError: no such latent; too few contexts in which it fires or is silent; a scorer that gives something else than a
-            finite number a context.
+        UserError: there is no such latent; too few contexts in which it fires or is silent; the scorer does not return a finite
+            number for each context.
     """
     shown, held_out = _split(store, latent)
     n_firing = sum(one.group is not None for one in held_out)
     if not shown or not 0 < n_firing < len(held_out):
         raise UserError(
-            f"latent {latent} has {len(shown)} contexts to look at, {n_firing} more in which it fires and "
-            f"{len(held_out) - n_firing} in which it is silent; detection needs some of each"
+            f"latent {latent} has {len(shown)} contexts to show, {n_firing} held-out ones in which it fires and "
+            f"{len(held_out) - n_firing} in which it is silent; detection needs some of each, so give the store more text"
         )
     label = store.labels.get(latent)
     task = DetectionTask(label, shown, [one.example.tokens for one in held_out])
@@ -113,14 +123,14 @@ def detection(store: StoreQueries, latent: int, scorer: Scorer | None = None) ->
 
 
 def _by_token(store: StoreQueries, example: Example) -> Example:
-    """Return a context with the texts that its tokens have by themselves, which tell parts of characters apart."""
+    """Return a context whose tokens have the texts of single tokens, which distinguish parts of characters."""
     start = example.position - example.peak
     ids = store.tensors.tokens[example.row, start : start + len(example.tokens)].tolist()
     return example._replace(tokens=tuple(store.vocabulary[i] for i in ids))
 
 
 def _split(store: StoreQueries, latent: int) -> tuple[list[Example], list[_HeldOut]]:
-    """Contexts to look at, and others to be judged in the order of the text, none of which overlaps with the former."""
+    """Return contexts to show, and others to judge, in the order of the text, that do not overlap with the shown ones."""
     kinds = {TOP: store.top_examples(latent)}
     kinds |= {number: group.examples for number, group in enumerate(store.quantile_examples(latent))}
     shown = [example for examples in kinds.values() for example in examples[::2]]
@@ -136,14 +146,14 @@ def _split(store: StoreQueries, latent: int) -> tuple[list[Example], list[_HeldO
 
 
 def _score(scorer: Scorer, task: DetectionTask, held_out: Sequence[_HeldOut], n_groups: int) -> Score:
-    """What a scorer achieves."""
+    """Return the score of a scorer."""
     given = [float(value) for value in scorer(task)]
     if len(given) != len(held_out) or not all(map(math.isfinite, given)):
-        raise UserError(f"a scorer gives a finite number for each of the {len(held_out)} contexts; this one gave {given}")
+        raise UserError(f"a scorer must return {len(held_out)} finite numbers, one for each context; this one returned {given}")
     firing = [value for value, one in zip(given, held_out, strict=True) if one.group is not None]
     silent = [value for value, one in zip(given, held_out, strict=True) if one.group is None]
     pairs = [(high > low) + 0.5 * (high == low) for high in firing for low in silent]
-    found, quiet = [value >= FIRES for value in firing], [value < FIRES for value in silent]
+    loud, quiet = [value >= FIRES for value in firing], [value < FIRES for value in silent]
 
     def recall(group: int) -> float | None:
         chosen = [value >= FIRES for value, one in zip(given, held_out, strict=True) if one.group == group]
@@ -151,7 +161,7 @@ def _score(scorer: Scorer, task: DetectionTask, held_out: Sequence[_HeldOut], n_
 
     return Score(
         auroc=_mean(pairs),
-        balanced_accuracy=(_mean(found) + _mean(quiet)) / 2,
+        balanced_accuracy=(_mean(loud) + _mean(quiet)) / 2,
         recall_by_group=tuple(map(recall, range(n_groups))),
         recall_of_top=recall(TOP),
     )

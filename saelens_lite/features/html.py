@@ -1,4 +1,4 @@
-"""What the views in notebooks share: templates that escape everything, visible whitespace, shades that suit light and dark."""
+"""Shared parts of the notebook views: templates that escape all text, visible whitespace, shades for light and dark."""
 
 from functools import partial
 from typing import Any
@@ -7,12 +7,12 @@ from unicodedata import category
 from saelens_lite.tokens.display import PART
 
 MARKS = {"\n": "⏎", "\t": "⇥", "\r": "␍", "\u00a0": "␣"}  # as in the dashboard
-WARM, COLD = "240, 130, 0", "40, 120, 255"  # what adds, what takes away
-MOST = 0.65  # opacity of the strongest shade: text in the notebook's own colour stays readable on it
+WARM, COLD = "240, 130, 0", "40, 120, 255"  # positive, negative
+MOST = 0.65  # opacity of the strongest shade, on which the notebook's own text colour stays readable
 
 
 def render(part: str, template: str, **values: Any) -> str:
-    """A template of a part of the package ("features", "views"), filled in; all text in it is escaped."""
+    """Return a template of a part of the package ("features", "views") filled with values, all text escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     loader = PackageLoader("saelens_lite", part)
@@ -23,11 +23,11 @@ def render(part: str, template: str, **values: Any) -> str:
 
 
 def visible(token: str) -> str:
-    """Write a token so that all of it can be seen.
+    """Return a token with all characters visible.
 
-    Characters that do not show, or that change how others show, are named. Spaces of a token of nothing else are dots. A mark
-    that would sit on the character before it gets a ring of its own. A token without text, whose character a later token
-    completes, is two dots.
+    Characters that are invisible, or that change how others look, are named. In a token of spaces only, each space is a dot. A
+    combining mark at the beginning gets a dotted circle. A token without text, whose character a later token completes, is two
+    dots.
     """
     if not token:
         return PART
@@ -40,16 +40,16 @@ def visible(token: str) -> str:
 
 
 def quoted(token: str) -> str:
-    """Write a token in visible form and in quotation marks, which show where it begins and ends."""
+    """Return a token in visible form and in quotation marks, which show where it begins and ends."""
     return f"'{visible(token)}'" if token else PART
 
 
 def shade(share: float) -> str:
-    """A CSS background: the stronger the closer `share` is to 1 or, in the other colour, to −1."""
+    """Return a CSS background: warm for positive shares, cold for negative ones, strongest at 1 and −1."""
     strength = min(abs(share), 1.0) * MOST
     return f"background: rgba({COLD if share < 0 else WARM}, {strength:.2f})"
 
 
 def short(value: float) -> str:
-    """Three significant digits."""
+    """Return a number in three significant digits."""
     return f"{value:.3g}"

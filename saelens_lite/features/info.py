@@ -1,4 +1,4 @@
-"""What a feature store was made of, and which dictionary it belongs to."""
+"""The facts about a feature store: its inputs, its settings and the dictionary that it belongs to."""
 
 import hashlib
 from typing import Any
@@ -12,7 +12,7 @@ from saelens_lite.errors import ConfigError
 
 
 class StoreInfo(FrozenConfig):
-    """What a feature store was made of."""
+    """The inputs and settings that a feature store was built from."""
 
     model: str = Field(description="Model name, Hub id or folder.")
     revision: str | None = Field(description="Commit of the model.")
@@ -21,25 +21,25 @@ class StoreInfo(FrozenConfig):
     rule: str = Field(description="Sparsity rule of the dictionary.")
     d_sae: int = Field(gt=0, le=MOST, description="Number of latents.")
     n_tokens: int = Field(gt=0, le=MOST, description="Activations encoded.")
-    top_n: int = Field(gt=0, le=MOST, description="Most contexts kept for a latent of those in which it fires most.")
-    n_groups: int = Field(gt=0, le=MOST, description="Groups of equally many of a latent's activations, by size.")
+    top_n: int = Field(gt=0, le=MOST, description="Largest number of strongest contexts kept for a latent.")
+    n_groups: int = Field(gt=0, le=MOST, description="Groups of a latent's activations by size, equally many in each.")
     group_size: int = Field(gt=0, le=MOST, description="Contexts drawn from each group.")
     n_random: int = Field(gt=0, le=MOST, description="Contexts drawn from all activations of a latent.")
     n_silent: int = Field(gt=0, le=MOST, description="Contexts drawn from those in which a latent does not fire.")
     window: tuple[NonNegativeInt, NonNegativeInt] = Field(description="Tokens shown before and after the peak.")
-    seed: int = Field(0, ge=0, lt=2**32, description="Seed of what is drawn.")
-    raw_unembedding: bool = Field(False, description="Whether effects on logits leave out the final norm's scale.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of all random draws.")
+    raw_unembedding: bool = Field(False, description="Compute effects on logits without the final norm's scale.")
     bos_id: int | None = Field(description="Token that begins a row.")
-    text: str | None = Field(None, description="What the text was.")
+    text: str | None = Field(None, description="Name of the text.")
     text_sha256: str = Field(description="Hash of token ids and kept positions.")
     dictionary_sha256: str = Field(description="Hash of the dictionary's weights, see `weights_hash`.")
     options: dict[str, Any] = Field(description="Options of the dictionary's rule.")
-    token_norm: str | None = Field(description="How the dictionary normalises each activation; none for ours.")
+    token_norm: str | None = Field(description="Norm that the dictionary applies to each activation; None for our own.")
 
     @model_validator(mode="before")
     @classmethod
     def _of_older_stores(cls, values: Any) -> Any:
-        """Read the keys hook and target_hook of older stores as the hooks that are read and written."""
+        """Convert the keys hook and target_hook of older stores to `reads` and `writes`."""
         if not isinstance(values, dict) or "hook" not in values:
             return values
         values = dict(values)
@@ -48,22 +48,22 @@ class StoreInfo(FrozenConfig):
 
     @property
     def place(self) -> str:
-        """The hooks in words."""
+        """The hooks in words, such as "hook" or "read hook → written hook"."""
         reads, writes = (" + ".join(side) for side in (self.reads, self.writes))
         return reads if reads == writes else f"{reads} → {writes}"
 
     def check_dictionary(self, dictionary: Dictionary) -> None:
         """Raise ConfigError unless the store was built from this dictionary."""
-        found = facts_of(dictionary)
-        if differs := [name for name, value in found.items() if value != getattr(self, name)]:
+        facts = facts_of(dictionary)
+        if differs := [name for name, value in facts.items() if value != getattr(self, name)]:
             raise ConfigError(
-                f"the store is of another dictionary ({self.rule}, {self.d_sae} latents, {self.place}): it has another "
-                f"{' and '.join(differs)}; build a store of this one, or load the dictionary that it was built from"
+                f"the store is of another dictionary ({self.rule}, {self.d_sae} latents, {self.place}); they differ in "
+                f"{' and '.join(differs)}: build a store of this dictionary, or load the one that the store was built from"
             )
 
 
 def facts_of(dictionary: Dictionary) -> dict[str, Any]:
-    """What codes depend on, as fields of a StoreInfo."""
+    """Return the facts of a dictionary that its codes depend on, as fields of a StoreInfo."""
     return {
         "rule": dictionary.rule.plugin_name,
         "d_sae": dictionary.d_sae,
@@ -74,7 +74,7 @@ def facts_of(dictionary: Dictionary) -> dict[str, Any]:
 
 
 def weights_hash(dictionary: Dictionary) -> str:
-    """SHA-256 over the names, types, shapes and values of a dictionary's parameters and buffers."""
+    """Return the SHA-256 of the names, types, shapes and values of a dictionary's parameters and buffers."""
     digest = hashlib.sha256()
     for name, tensor in sorted(dictionary.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

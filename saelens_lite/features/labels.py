@@ -1,4 +1,4 @@
-"""Labels: what somebody thinks a latent stands for, in a JSON file of their own."""
+"""Labels, which say what a person thinks a latent stands for, in their own JSON file."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ FORMAT = 1
 
 
 class _Content(Checked):
-    """The content of a file of labels."""
+    """The content of a labels file."""
 
     format: Literal[1]
     dictionary_sha256: String
@@ -21,23 +21,23 @@ class _Content(Checked):
 
 
 def write_labels(path: Path, labels: Mapping[int, str], dictionary_sha256: str) -> None:
-    """Put labels and the dictionary they are of in a file."""
+    """Write labels to a file, with the hash of the dictionary that they belong to."""
     named = {str(latent): labels[latent] for latent in sorted(labels)}
     write_json(path, {"format": FORMAT, "dictionary_sha256": dictionary_sha256, "labels": named}, MAX_LIST_BYTES)
 
 
 def read_labels(path: Path, dictionary_sha256: str, d_sae: int) -> dict[int, str]:
-    """The labels in a file.
+    """Return the labels in a file.
 
     Raises:
         CorruptFileError: the file is missing, damaged or of another format.
-        ConfigError: they are of another dictionary.
+        ConfigError: the labels belong to another dictionary.
     """
     content = read_checked(path, _Content, MAX_LIST_BYTES)
     if content.dictionary_sha256 != dictionary_sha256:
-        raise ConfigError(f"{path} has the labels of another dictionary")
+        raise ConfigError(f"{path} has the labels of another dictionary; load the labels of this one")
     numbers = {str(latent): latent for latent in range(d_sae)}
     for latent in content.labels:
         if latent not in numbers:
-            raise CorruptFileError(f"{path}: {latent[:40]!r} is no latent of 0 to {d_sae - 1}")
+            raise CorruptFileError(f"{path}: {latent[:40]!r} is not a latent; expected 0 to {d_sae - 1}")
     return {numbers[latent]: text for latent, text in content.labels.items()}

@@ -17,7 +17,7 @@ from saelens_lite.tokens.display import Vocabulary
 
 
 class StoreQueries:
-    """The content of a feature store, and what can be asked of it; `FeatureStore` adds making, files and pages."""
+    """The content of a feature store and the queries over it; `FeatureStore` adds building, files and pages."""
 
     def __init__(
         self,
@@ -43,16 +43,16 @@ class StoreQueries:
 
     @property
     def never_fires(self) -> Bool[Tensor, " d_sae"]:
-        """Which latents did not fire once on the text."""
+        """Mask of the latents that never fire on the text."""
         return self.tensors.count == 0
 
     @property
     def stability(self) -> Float[Tensor, " d_sae"] | None:
-        """How far other dictionaries have each latent (`sl.stability`), 0 for the dead; None where that is not known."""
+        """Score of each latent in other dictionaries (`sl.stability`), 0 for dead latents; None if it was not computed."""
         return None if self.scores is None else self.scores.score
 
     def top_examples(self, latent: int) -> list[Example]:
-        """The contexts in which a latent fires most, best first; empty when it never fires.
+        """Return the contexts in which a latent fires most, strongest first; none if it never fires.
 
         Raises:
             UserError: there is no such latent.
@@ -61,7 +61,7 @@ class StoreQueries:
         return self._examples(self.tensors.top_place[latent], self.tensors.top_nearby[latent])
 
     def quantile_examples(self, latent: int) -> list[ExampleGroup]:
-        """Contexts drawn from groups of equally many activations, the group of the largest first.
+        """Return contexts drawn from groups of equally many activations, largest activations first.
 
         Raises:
             UserError: there is no such latent.
@@ -76,7 +76,7 @@ class StoreQueries:
         ]
 
     def random_examples(self, latent: int) -> list[Example]:
-        """Contexts drawn from all in which a latent fires, in the order of the text.
+        """Return contexts drawn from all activations of a latent, in the order of the text.
 
         Raises:
             UserError: there is no such latent.
@@ -85,7 +85,7 @@ class StoreQueries:
         return self._examples(self.tensors.random_place[latent], self.tensors.random_nearby[latent])
 
     def silent_examples(self, latent: int) -> list[Example]:
-        """Contexts drawn from those in which a latent does not fire; fewer than asked for where it nearly always does.
+        """Return contexts drawn from those in which a latent does not fire; fewer than asked for if it nearly always fires.
 
         Raises:
             UserError: there is no such latent.
@@ -95,7 +95,7 @@ class StoreQueries:
         return self._examples(place, self.tensors.top_nearby.new_zeros(len(place), sum(self.info.window) + 1))
 
     def _examples(self, places: Tensor, nearby: Tensor) -> list[Example]:
-        """The contexts at places, and what the latent does there."""
+        """Return the contexts at places, with the latent's activations there."""
         t, (before, after) = self.tensors, self.info.window
         examples = []
         for place, around in zip(places.tolist(), nearby.tolist(), strict=True):
@@ -109,7 +109,7 @@ class StoreQueries:
         return examples
 
     def position_profile(self, latent: int) -> list[PositionBin]:
-        """How often and how strongly a latent fires at positions 1, 2 to 3, 4 to 7, …, as far as tokens count there.
+        """Return how often and how strongly a latent fires at positions 1, 2 to 3, 4 to 7, …, except where no token counts.
 
         Raises:
             UserError: there is no such latent.
@@ -124,12 +124,15 @@ class StoreQueries:
         ]
 
     def partners(self, latent: int, by: str = "pmi") -> list[Partner]:
-        """The latents that fire together with one: by "pmi" those whose pointwise mutual information with it is largest, of
-        those that do so on at least 5 tokens, or by "count" those that do so on most tokens.
+        """Return the latents that fire together with a latent.
+
+        Args:
+            by: "pmi" for the largest pointwise mutual information among those that fire together on at least 5 tokens;
+                "count" for the most tokens on which both fire.
 
         Raises:
             UserError: there is no such latent.
-            ConfigError: another `by`.
+            ConfigError: `by` has another value.
         """
         self._check(latent)
         t = self.tensors
@@ -144,35 +147,35 @@ class StoreQueries:
         ]
 
     def promoted(self, latent: int) -> list[tuple[str, float]]:
-        """The tokens whose logits a latent raises most, and by how much for each unit of its activation.
+        """Return the tokens whose logits a latent raises most, with the increase for each unit of its activation.
 
-        Directly, past all later layers, and but for the positive factor by which the final norm divides.
+        This is the direct effect, which bypasses all later layers. The factor by which the final norm divides is left out.
         """
         return self._effects(latent, self.weights.promoted, self.weights.promoted_effect)
 
     def suppressed(self, latent: int) -> list[tuple[str, float]]:
-        """The tokens whose logits a latent lowers most, as `promoted`."""
+        """Return the tokens whose logits a latent lowers most; see `promoted`."""
         return self._effects(latent, self.weights.suppressed, self.weights.suppressed_effect)
 
     def promoting(self, token: str) -> list[tuple[int, float]]:
-        """The latents among whose `promoted` a token is, with the effect on its logit, largest first.
+        """Return the latents that have a token among their `promoted`, with the effect on its logit, largest first.
 
         Raises:
-            UserError: the model has no such token; mind the space in front of words.
+            UserError: the model has no such token. Most words begin with a space.
         """
         ids = self.vocabulary.ids_of(token)
         if not ids:
-            raise UserError(f"{token!r} is no token of {self.info.model}{self.vocabulary.hint(token)}")
+            raise UserError(f"{token!r} is not a token of {self.info.model}{self.vocabulary.hint(token)}")
         latent, rank = isin(self.weights.promoted, tensor(ids)).nonzero(as_tuple=True)
-        found = zip(latent.tolist(), self.weights.promoted_effect[latent, rank].tolist(), strict=True)
-        return sorted(found, key=lambda pair: -pair[1])
+        pairs = zip(latent.tolist(), self.weights.promoted_effect[latent, rank].tolist(), strict=True)
+        return sorted(pairs, key=lambda pair: -pair[1])
 
     def _effects(self, latent: int, ids: Tensor, effects: Tensor) -> list[tuple[str, float]]:
         self._check(latent)
         return [(self.vocabulary[i], effect) for i, effect in zip(ids[latent].tolist(), effects[latent].tolist(), strict=True)]
 
     def latent(self, latent: int) -> LatentSummary:
-        """All there is to know about one latent; UserError when there is no such latent."""
+        """Return a summary of one latent. Raise UserError if there is no such latent."""
         self._check(latent)
         t = self.tensors
         return LatentSummary(
@@ -194,7 +197,7 @@ class StoreQueries:
         )
 
     def _stability(self, latent: int) -> float | None:
-        """The score of a latent, None where there is none: no scores at all, or the latent was dead when they were made."""
+        """Return the stability score of a latent; None without scores, or if the latent was dead when they were computed."""
         return float(self.scores.score[latent]) if self.scores is not None and self.scores.live[latent] else None
 
     def _check(self, latent: int) -> None:

@@ -1,6 +1,6 @@
-"""Everything there is to know about the activations of a block of latents, from the list of them.
+"""Reduction of the activations of a block of latents to the numbers of a feature store.
 
-What is drawn at random follows from the seed, the latent and the number of the draw alone: neither batches nor blocks matter.
+Random draws depend only on the seed, the latent and the number of the draw, not on batches or blocks.
 """
 
 from typing import NamedTuple
@@ -15,12 +15,12 @@ from saelens_lite.features.sampling import distinct, uniform
 from saelens_lite.features.tensors import NONE
 from saelens_lite.tokens import TokenRows
 
-N_BINS = 32  # of a histogram
-SILENT_DRAWS = 4  # places looked at for each silent context wanted
+N_BINS = 32  # of each histogram
+SILENT_DRAWS = 4  # places drawn for each silent context wanted
 
 
 class Entries(NamedTuple):
-    """Activations of the latents of a block, numbered from its first: where in the text, of which latent, how strong."""
+    """Activations of a block's latents: place in the text, latent (counted from the block's first), value."""
 
     place: Int[Tensor, " n"]
     latent: Int[Tensor, " n"]
@@ -28,7 +28,7 @@ class Entries(NamedTuple):
 
 
 class TextFacts(NamedTuple):
-    """What the reduction has to know about the text."""
+    """The facts about the text that the reduction needs."""
 
     n_seq: int
     n_ctx: int
@@ -38,19 +38,21 @@ class TextFacts(NamedTuple):
 
     @classmethod
     def of(cls, rows: TokenRows) -> "TextFacts":
-        """The facts of some rows."""
+        """Return the facts of token rows."""
         kept = rows.keep.flatten().nonzero().squeeze(1)
         return cls(*rows.tokens.shape, kept, rows.counted_lengths, position_bands(rows))
 
     @property
     def n_places(self) -> int:
-        """Number of places, those that do not count included."""
+        """Number of places, including those that do not count."""
         return self.n_seq * self.n_ctx
 
 
 class Block:
-    """The activations of `n` latents from number `first` on, sorted by latent, then by place; `falling` is their order by
-    latent, then by falling activation, then by place."""
+    """The activations of `n` latents from number `first` on, sorted by latent, then by place.
+
+    `falling` is their order by latent, then by falling activation, then by place.
+    """
 
     def __init__(self, entries: Entries, first: int, n: int, text: TextFacts, info: StoreInfo):
         self.first, self.n, self.text, self.info = first, n, text, info
@@ -59,14 +61,14 @@ class Block:
         self.value = entries.value[order].float()
         self.count = torch.bincount(self.latent, minlength=n)
         self.start = self.count.cumsum(0) - self.count
-        size = self.value.view(torch.int32).long()  # the bits of positive floats are ordered like the floats
+        size = self.value.view(torch.int32).long()  # the bits of positive floats sort as the floats do
         self.falling = ((self.latent << 32) + (torch.iinfo(torch.int32).max - size)).sort(stable=True).indices
         self.number = first + torch.arange(n)
         before, after = info.window
         self.offsets = torch.arange(-before, after + 1)
 
     def reduced(self) -> dict[str, Tensor]:
-        """The fields of FeatureTensors that these latents alone decide, in their rows."""
+        """Return the fields of FeatureTensors that depend on these latents alone, one row a latent."""
         return {
             "count": self.count,
             **self._moments(),
@@ -79,33 +81,33 @@ class Block:
         }
 
     def _sized(self, rank: Int[Tensor, "latents ..."]) -> Float[Tensor, "latents ..."]:
-        """The activations of these ranks, 0 being the largest of its latent; 0 where the latent never fires."""
-        found = _at(self.value, _at(self.falling, _beside(self.start, rank) + rank))
-        return torch.where(_beside(self.count, rank) > 0, found, 0)
+        """Return the activations at these ranks, where rank 0 is a latent's largest; 0 if the latent never fires."""
+        value = _at(self.value, _at(self.falling, _beside(self.start, rank) + rank))
+        return torch.where(_beside(self.count, rank) > 0, value, 0)
 
     def _mean(self, x: Float[Tensor, " n"]) -> Float[Tensor, " latents"]:
-        """The mean over the activations of each latent, 0 without any."""
+        """Return the mean over the activations of each latent; 0 without activations."""
         return torch.bincount(self.latent, x, self.n) / self.count.clamp(min=1)
 
     def _moments(self) -> dict[str, Tensor]:
-        """Mean, standard deviation, skew and excess kurtosis, summed in float64; the last three 0 where all are equal."""
+        """Return mean, standard deviation, skew and excess kurtosis in float64; the last three are 0 for equal activations."""
         value = self.value.double()
         mean = self._mean(value)
         centred = value - mean[self.latent]
         variance, third, fourth = (self._mean(centred**power) for power in (2, 3, 4))
         varies = self._sized(torch.zeros_like(self.count)) > self._sized(self.count - 1)
-        found = {"std": variance.sqrt(), "skew": third / variance**1.5, "kurtosis": fourth / variance**2 - 3}
-        return {"mean": mean.float(), **{name: torch.where(varies, x, 0).float() for name, x in found.items()}}
+        moments = {"std": variance.sqrt(), "skew": third / variance**1.5, "kurtosis": fourth / variance**2 - 3}
+        return {"mean": mean.float(), **{name: torch.where(varies, x, 0).float() for name, x in moments.items()}}
 
     def _histogram(self) -> dict[str, Tensor]:
-        """Counts in bins of equal width from 0 to the largest activation."""
+        """Return counts in bins of equal width from 0 to the largest activation."""
         largest = self._sized(torch.zeros_like(self.count)).double()
         bins = (self.value.double() * N_BINS / largest[self.latent]).long().clamp_(max=N_BINS - 1)
         counts = torch.bincount(self.latent * N_BINS + bins, minlength=self.n * N_BINS)
         return {"histogram": counts.reshape(self.n, N_BINS).int(), "bin_width": (largest / N_BINS).float()}
 
     def _bands(self) -> dict[str, Tensor]:
-        """How often each latent fires in each band of positions, and how strongly."""
+        """Return how often and how strongly each latent fires in each band of positions."""
         bands = self.text.bands
         shape = (self.n, len(bands.low))
         cell = self.latent * shape[1] + bands.band[0, self.place % self.text.n_ctx]
@@ -114,7 +116,7 @@ class Block:
         return {"band_count": count.int(), "band_mean": (total / count.clamp(min=1)).float()}
 
     def _top(self) -> dict[str, Tensor]:
-        """The largest activations, the first of equals, each from another row."""
+        """Return the largest activations, at most one a row; the first of equals wins."""
         best = self.falling[self._best_of_row()[self.falling]]
         latent = self.latent[best]
         n_rows = torch.bincount(latent, minlength=self.n)
@@ -126,7 +128,7 @@ class Block:
         return {"top_value": value, **self._contexts("top", index)}
 
     def _best_of_row(self) -> Bool[Tensor, " n"]:
-        """Which entry is the largest of its latent in its row, the first of equals."""
+        """Return a mask of the entries that are the largest of their latent in their row; the first of equals."""
         starts = _starts(self.latent * self.text.n_seq + self.place // self.text.n_ctx)
         run = starts.cumsum(0) - 1
         largest = self.value.new_zeros(int(starts.sum())).scatter_reduce_(0, run, self.value, "amax")
@@ -136,7 +138,7 @@ class Block:
         return best
 
     def _groups(self) -> dict[str, Tensor]:
-        """Groups of equally many activations from the largest to the smallest, and contexts drawn from each."""
+        """Return groups of equally many activations, largest first, and contexts drawn from each."""
         n_groups, size = self.info.n_groups, self.info.group_size
         bound = self.count[:, None] * torch.arange(n_groups + 1) // n_groups
         first, count = bound[:, :-1], bound.diff(dim=1)
@@ -155,23 +157,23 @@ class Block:
         }
 
     def _random(self) -> dict[str, Tensor]:
-        """Contexts drawn from all the activations."""
+        """Return contexts drawn from all activations."""
         drawn = distinct(self.count, uniform(self.info.seed, "random", self.number[:, None], torch.arange(self.info.n_random)))
         return self._contexts("random", torch.where(drawn == NONE, NONE, self.start[:, None] + drawn))
 
     def _contexts(self, name: str, index: Int[Tensor, "latents ..."]) -> dict[str, Tensor]:
-        """The places of some entries, and the activations of their latents around them."""
+        """Return the places of entries, and the activations of their latents around these places."""
         place = torch.where(index == NONE, NONE, _at(self.place, index))
         around = place[..., None] + self.offsets
         wanted = _beside(torch.arange(self.n), around) * self.text.n_places + around
-        found = torch.searchsorted(self.key, wanted)
+        entry = torch.searchsorted(self.key, wanted)
         position = place[..., None] % self.text.n_ctx + self.offsets
         inside = (place[..., None] != NONE) & (position >= 0) & (position < self.text.n_ctx)
-        there = inside & (_at(self.key, found) == wanted)
-        return {f"{name}_place": place.int(), f"{name}_nearby": torch.where(there, _at(self.value, found), 0)}
+        there = inside & (_at(self.key, entry) == wanted)
+        return {f"{name}_place": place.int(), f"{name}_nearby": torch.where(there, _at(self.value, entry), 0)}
 
     def _silent(self) -> Int[Tensor, "latents n_silent"]:
-        """Places drawn from those that count and around which the latent does not fire; NONE where too few were found."""
+        """Return places, drawn from those that count, around which the latent does not fire; NONE if the draws gave too few."""
         n = self.info.n_silent
         u = uniform(self.info.seed, "silent", self.number[:, None], torch.arange(SILENT_DRAWS * n))
         place = self.text.kept[(u * len(self.text.kept)).long()]
@@ -188,15 +190,15 @@ class Block:
 
 
 def _at(x: Shaped[Tensor, " n"], index: Int[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
-    """x at the indices; anything where they are outside."""
+    """Return x at the indices. Indices out of range give arbitrary entries."""
     return x[index.clamp(0, len(x) - 1)] if len(x) else x.new_zeros(index.shape)
 
 
 def _beside(x: Int[Tensor, " latents"], y: Tensor) -> Tensor:
-    """x with as many axes as y, so that it can be broadcast along them."""
+    """Return x with as many axes as y, so that the two can be broadcast."""
     return x.reshape(-1, *[1] * (y.ndim - 1))
 
 
 def _starts(key: Int[Tensor, " n"]) -> Bool[Tensor, " n"]:
-    """Where a run of equal keys begins."""
+    """Return a mask of the positions at which a run of equal keys begins."""
     return torch.cat([torch.ones_like(key[:1], dtype=torch.bool), key[1:] != key[:-1]])

@@ -1,6 +1,6 @@
-"""Random numbers that depend on a seed and on what they are for, and on nothing else: no generator has a state to share.
+"""Random numbers that depend only on a seed, a purpose and coordinates, without the state of a generator.
 
-    u(seed, purpose, i, j, …) = splitmix64 of all of them, the upper 53 bits as a fraction
+    u(seed, purpose, i, j, …) = upper 53 bits of splitmix64 of all of them, as a fraction
 Source: Steele, Lea and Flood 2014, Fast splittable pseudorandom number generators (the mixing function).
 """
 
@@ -16,7 +16,7 @@ GOLDEN, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111
 
 
 def uniform(seed: int, purpose: str, *coordinates: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Numbers in [0, 1), one for each tuple of coordinates (which are broadcast), in float64."""
+    """Return float64 numbers in [0, 1), one for each tuple of coordinates, which are broadcast."""
     digest = hashlib.sha256(f"{seed} {purpose}".encode()).digest()
     mixed = torch.tensor(int.from_bytes(digest[:8], "little", signed=True))
     for coordinate in coordinates:
@@ -32,7 +32,7 @@ def _mixed(x: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
 
 
 def _shifted(x: Int[Tensor, "..."], n: int) -> Int[Tensor, "..."]:
-    """x shifted right as if it had no sign."""
+    """Return x shifted right as an unsigned integer."""
     return (x >> n) & ((1 << (64 - n)) - 1)
 
 
@@ -41,7 +41,7 @@ def _signed(x: int) -> int:
 
 
 def distinct(n: Int[Tensor, "*shape"], u: Float[Tensor, "*shape k"]) -> Int[Tensor, "*shape k"]:
-    """k different whole numbers from 0 to n − 1, ascending, every set of them equally likely; all of them and NONE where n < k.
+    """Return k distinct integers from 0 to n − 1, ascending; all sets are equally likely. If n < k, NONE fills the rest.
 
     Source: Bentley and Floyd 1987, A sample of brilliance.
     """

@@ -1,4 +1,4 @@
-"""The feature store: everything collected of one dictionary, and the questions it answers."""
+"""The feature store: everything collected about the latents of one dictionary, and the queries over it."""
 
 import os
 import shutil
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 
 
 class FeatureStore(StoreQueries):
-    """Everything there is to show about the latents of one dictionary; make one with `build` or `load`.
+    """Everything collected about the latents of one dictionary; make one with `build` or `load`.
 
-    A latent fires where its code is above zero. `control` is the store of the same dictionary on the model with its weights
-    re-drawn, or None; `labels` are what people think that latents stand for.
+    A latent fires where its code is above zero. `control` is the store of the same dictionary on the model with re-drawn
+    weights, or None. `labels` say what people think the latents stand for.
     """
 
     @overload
@@ -66,31 +66,31 @@ class FeatureStore(StoreQueries):
         exists: Literal["error", "overwrite"] = "error",
         **settings: Any,
     ) -> "FeatureStore | list[FeatureStore]":
-        """Collect the store of a dictionary; of several dictionaries, in one pass of the model, a list of stores.
+        """Build the store of a dictionary. For several dictionaries, build a list of stores in one pass of the model.
 
-        Codes go to disk while they are collected, 12 to 14 bytes each: memory holds a batch, the token ids with a few numbers
-        for each, and afterwards the activations of some latents.
+        Codes go to disk as they are computed, 12 to 14 bytes each. During the pass, memory holds one batch and the token ids
+        with a few numbers for each; afterwards also the activations of some latents.
 
         Args:
-            text: Text, cut into rows as the dictionary's training text was; or token ids, as `LanguageModel.to_tokens` takes
-                them.
+            text: Text, which is cut into rows as the dictionary's training text was, or token ids, as
+                `LanguageModel.to_tokens` takes them.
             config: Settings, by default those of `StoreConfig()`.
-            hook: Hook to read in place of the dictionary's own.
-            out: Folder for the store; several stores have the folders 0-topk, 1-l1, … (number and rule) in it. Repeat the
-                call to resume an interrupted pass.
-            text_config: How to cut the text instead.
-            attention_mask: Of token ids: 1 where there is a token, 0 where there is padding.
+            hook: Hook to read instead of the dictionary's own.
+            out: Folder for the store. Several stores go to its subfolders 0-topk, 1-l1, … (number and rule). Repeat the call to
+                resume an interrupted pass.
+            text_config: Settings to cut the text with, instead of those of the training text.
+            attention_mask: For token ids: 1 for tokens, 0 for padding.
             stability: Scores of `sl.stability`.
-            settings: Fields of `StoreConfig` by name, in place of those of `config`: `n_tokens=100_000`.
+            settings: Fields of `StoreConfig` by name, which replace those of `config`, such as `n_tokens=100_000`.
 
         Raises:
-            ConfigError: no hook is named; another processing of the model; an unknown setting, or one out of range; `codes`
-                without `out` or without DuckDB; stability scores of another dictionary.
-            HookError, ShapeError: a hook the model lacks, a width that does not fit.
-            TextError: no text, or nothing fires on it.
-            OutputExistsError: `out` holds something, or an unfinished pass of something else, and `exists` is "error".
-            NonFiniteError: a dictionary or activations are NaN or infinite.
-            LockedError, DiskFullError: another process is writing `out`; there is no room.
+            ConfigError: no hook is named; the model is processed otherwise than in training; a setting is unknown or out of
+                range; `codes` without `out` or without DuckDB; the stability scores belong to another dictionary.
+            HookError, ShapeError: the model lacks a hook; a width does not match.
+            TextError: there is no text, or no latent fires on it.
+            OutputExistsError: `out` is not empty, or holds an unfinished pass with other inputs, and `exists` is "error".
+            NonFiniteError: a weight or an activation is NaN or infinite.
+            LockedError, DiskFullError: another process is writing `out`; the disk is full.
         """
         several = not isinstance(dictionary, Dictionary)
         dictionaries = list(dictionary) if several else [dictionary]
@@ -101,7 +101,7 @@ class FeatureStore(StoreQueries):
         if config.codes:
             check_extra()
             if out is None:
-                raise ConfigError("codes=True writes a table; give out=, the folder for it")
+                raise ConfigError("codes=True writes a table to the folder of the store; give out=")
         config = config.replace(batch_tokens=config.batch_tokens or default_batch_tokens(lm))
         job = Job.of(dictionaries, lm, with_mask(text, attention_mask), config, hook=hook, text_config=text_config)
         scores = _scores_of_each(stability, job.infos)
@@ -111,7 +111,7 @@ class FeatureStore(StoreQueries):
             others: list[CodeLog | None] = [None] * len(names)
             if config.control:
                 others = job.collected(lm.redrawn(config.seed), work / "control", "features of the control")
-            words = Vocabulary(lm.vocabulary, lm.vocabulary.parts)  # the store's own, for it may be changed
+            words = Vocabulary(lm.vocabulary, lm.vocabulary.parts)  # a copy, because the store may change it
             with nullcontext() if out is None else new_folder(out, STORE, exists, lock=False) as new:
                 stores = [
                     cls._made(job, i, lm, words, code_logs[i], others[i], scores[i], None if new is None else new / name)
@@ -134,7 +134,7 @@ class FeatureStore(StoreQueries):
         scores: Stability | None,
         folder: Path | None,
     ) -> "FeatureStore":
-        """Make the store of the i-th dictionary from its codes and those of the control, and write it if there is a folder."""
+        """Return the store of the i-th dictionary, made from its codes and the control's; with `folder`, write it there."""
         info = job.infos[i]
         table = None
         if folder is not None:
@@ -151,11 +151,11 @@ class FeatureStore(StoreQueries):
         return store
 
     def sql(self, query: str) -> "pyarrow.Table":
-        """What a SELECT over the tables codes (latent, row, position, token, value) and tokens (token, text) gives.
+        """Return the result of a SELECT over the tables codes (latent, row, position, token, value) and tokens (token, text).
 
         Raises:
-            UserError: the store was built without codes, or the query is no SELECT, or DuckDB refuses it.
-            CorruptFileError: the table is damaged.
+            UserError: the store was built without codes, the query is not a SELECT, or DuckDB rejects it.
+            CorruptFileError: the table is missing or damaged.
             ConfigError: DuckDB is not installed.
         """
         if self.codes is None:
@@ -163,7 +163,7 @@ class FeatureStore(StoreQueries):
         return self.codes.query(query, self.vocabulary)
 
     def label(self, latent: int, text: str) -> None:
-        """Say what a latent stands for; an empty text takes the label away. `write_labels` keeps it.
+        """Set the label of a latent; an empty text removes it. Call `write_labels` or `save` to keep it.
 
         Raises:
             UserError: there is no such latent.
@@ -174,35 +174,37 @@ class FeatureStore(StoreQueries):
             self.labels[latent] = text
 
     def write_labels(self, path: str | Path | None = None) -> Path:
-        """Put the labels in a JSON file, by default the one in the store's folder; its path.
+        """Write the labels to a JSON file, by default in the store's folder, and return its path.
 
         Raises:
-            ConfigError: neither a path nor a folder.
+            ConfigError: no path is given, and the store has no folder.
         """
         if path is None and self.folder is None:
-            raise ConfigError("the store is in no folder; say where the labels should go")
+            raise ConfigError("the store has no folder; give the path of a file for the labels")
         path = check_output(self.folder / LABELS_FILE if path is None else path)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_labels(path, self.labels, self.info.dictionary_sha256)
         return path
 
     def read_labels(self, path: str | Path) -> None:
-        """Add the labels in a JSON file to those there are; they win, and an empty one takes a label away.
+        """Add the labels from a JSON file. They replace existing ones, and an empty one removes a label.
 
         Raises:
             CorruptFileError: the file is missing or damaged.
-            ConfigError: they are of another dictionary.
+            ConfigError: the labels belong to another dictionary.
         """
         for latent, text in read_labels(named_file(path), self.info.dictionary_sha256, self.info.d_sae).items():
             self.label(latent, text)
 
     def detection(self, latent: int, scorer: Scorer | None = None) -> Detection:
-        """How well the label of a latent tells contexts in which it fires from others, beside the tokens alone.
+        """Score how well the label of a latent predicts in which contexts it fires, beside a baseline of tokens.
 
-        scorer: who reads the label, such as a client of a language model; default: its words are looked for.
+        Args:
+            scorer: Judge that reads the label, such as a client of a language model. By default the latent is said to fire in
+                contexts that have a word of the label (`words_of_label`).
 
         Raises:
-            UserError: no such latent; too few contexts; a scorer that does not give a finite number a context.
+            UserError: there is no such latent; too few contexts; the scorer does not return a finite number for each context.
         """
         return detection(self, latent, scorer)
 
@@ -215,32 +217,31 @@ class FeatureStore(StoreQueries):
         exists: Literal["error", "overwrite"] = "error",
         **options: Any,
     ) -> Path:
-        """Write the store for another tool, such as "neuronpedia", and return the folder it is in.
+        """Write the store for another tool, such as "neuronpedia", and return the folder.
 
         Args:
-            exporter: the name of a plugin; `saelens-lite plugins` lists them.
-            folder: the folder to write; some exporters write to a folder below it.
-            dictionary: the dictionary of the store, for exporters that also write its weights.
-            options: the exporter's own, the fields of its `Config`.
+            exporter: Name of an exporter plugin; `saelens-lite plugins` lists them.
+            folder: Folder to write; some exporters write to a folder below it.
+            dictionary: Dictionary of the store, for exporters that also write its weights.
+            options: Options of the exporter: the fields of its `Config`.
 
         Raises:
             PluginError: there is no such exporter.
-            ConfigError: an option is unknown, missing or has a bad value; another dictionary; something that the tool has no
-                place for.
-            OutputExistsError: the folder holds something and `exists` is "error", or holds something else than an export.
-            DiskFullError: there is no room for it.
+            ConfigError: an option is unknown, missing or invalid; `dictionary` is another one; the tool cannot hold something.
+            OutputExistsError: the folder is not empty and `exists` is "error", or it holds something other than an export.
+            DiskFullError: the disk is full.
         """
         return export(self, exporter, folder, dictionary=dictionary, exists=exists, **options)
 
     def save(self, folder: str | Path, *, exists: Literal["error", "overwrite"] = "error") -> Path:
-        """Write the store as a folder, which appears whole or not at all; its path.
+        """Write the store as a folder, which appears complete or not at all, and return its path.
 
         Raises:
-            OutputExistsError: the folder holds something and `exists` is "error".
+            OutputExistsError: the folder is not empty and `exists` is "error".
             CorruptFileError: the table of codes, which is copied, is missing or damaged.
-            DiskFullError: there is no room for it.
+            DiskFullError: the disk is full.
         """
-        kind = STORE.allowing(r"labels\.json") if self.labels else STORE  # labels are somebody's work: replaced, but not lost
+        kind = STORE.allowing(r"labels\.json") if self.labels else STORE  # labels are a person's work: only others replace them
         with new_folder(Path(folder), kind, exists) as new:
             if self.codes is not None:
                 self.codes.check()
@@ -250,13 +251,13 @@ class FeatureStore(StoreQueries):
         return Path(folder)
 
     def _is_in(self, folder: Path) -> None:
-        """Note where the files are now."""
+        """Record the folder that the files are in now."""
         self.folder = folder
         if self.codes is not None:
             self.codes = CodesTable(folder / CODES_FILE, self.codes.n_bytes, self.codes.sha256)
 
     def _write(self, folder: Path) -> None:
-        """Fill a fresh folder, in which the codes are already."""
+        """Write all files except the table of codes into a new folder, which already holds that table."""
         control = None if self.control is None else store_files.Control(self.control.info, self.control.tensors)
         store_files.write(
             folder, store_files.Parts(self.info, self.tensors, self.weights, self.vocabulary, self.codes, control)
@@ -268,13 +269,14 @@ class FeatureStore(StoreQueries):
 
     @classmethod
     def load(cls, folder: str | Path, dictionary: Dictionary | None = None) -> "FeatureStore":
-        """The store in a folder written by `save` or `build`, with the labels and stability scores that are there.
+        """Return the store in a folder written by `save` or `build`, with its labels and stability scores, if any.
 
-        dictionary: the one that the store must be of.
+        Args:
+            dictionary: Dictionary that the store must belong to; default: not checked.
 
         Raises:
-            CorruptFileError: a file is missing, truncated or damaged, or they do not belong together.
-            ConfigError: the store, its labels or its stability scores are of another dictionary.
+            CorruptFileError: a file is missing, truncated or damaged, or the files do not belong together.
+            ConfigError: the store, its labels or its stability scores belong to another dictionary.
         """
         folder = Path(folder)
         restore(folder)
@@ -287,15 +289,15 @@ class FeatureStore(StoreQueries):
         if os.path.lexists(folder / STABILITY_FILE):
             store.scores = _scores_of_each(Stability.load(folder), [info])[0]
         if os.path.lexists(folder / LABELS_FILE):
-            found = read_labels(folder / LABELS_FILE, info.dictionary_sha256, info.d_sae)
-            store.labels = {latent: text for latent, text in found.items() if text}
+            labels = read_labels(folder / LABELS_FILE, info.dictionary_sha256, info.d_sae)
+            store.labels = {latent: text for latent, text in labels.items() if text}
         return store
 
     def dashboard(self, path: str | Path = "features.html", *, exists: Literal["error", "overwrite"] = "error") -> Path:
-        """Write the store as one HTML page that needs no network; its path.
+        """Write the store as one HTML page, which needs no network, and return its path.
 
         Raises:
-            OutputExistsError: the file exists and `exists` is "error", or what is there is not a page.
+            OutputExistsError: the file exists and `exists` is "error", or it is not an HTML page.
             LockedError: another process is writing it.
         """
         from saelens_lite.features.dashboard import render
@@ -323,20 +325,22 @@ def _is_page(path: Path) -> bool:
 
 
 def folder_names(dictionaries: Sequence[Dictionary]) -> list[str]:
-    """What the folders of several stores are called: the number and the rule of each dictionary."""
+    """Return the folder names of several stores: the number and the rule of each dictionary."""
     return [f"{i}-{d.rule.plugin_name}" for i, d in enumerate(dictionaries)]
 
 
 def _scores_of_each(
     stability: Stability | Sequence[Stability | None] | None, infos: Sequence[StoreInfo]
 ) -> list[Stability | None]:
-    """The scores of each dictionary, where there are any."""
+    """Return the stability scores of each dictionary, None where they are not given."""
     given = [stability] if stability is None or isinstance(stability, Stability) else list(stability)
     if stability is None:
         given *= len(infos)
     if len(given) != len(infos):
-        raise ConfigError(f"{len(given)} stability scores for {len(infos)} dictionaries; give as many, or None among them")
+        raise ConfigError(
+            f"{len(given)} stability scores for {len(infos)} dictionaries; give one for each, or None in its place"
+        )
     for scores, info in zip(given, infos, strict=True):
         if scores is not None and (scores.sha256, len(scores.score)) != (info.dictionary_sha256, info.d_sae):
-            raise ConfigError("the stability scores are of another dictionary; compute them anew with sl.stability")
+            raise ConfigError("the stability scores are of another dictionary; compute them again with sl.stability")
     return given

@@ -1,9 +1,9 @@
 """The files of a feature store.
 
-features.json says what it was made of, what a token reads like, the bytes of the tokens that are parts of characters (older
-stores have them in the texts), and the hashes of the tensors: features.safetensors, weights.safetensors, and
-control.safetensors where there is a control. codes.parquet is the table of all codes; labels.json and stability.safetensors may
-come later and belong to others.
+features.json holds the facts about the store, the text of each token, the bytes of the tokens that are parts of characters
+(older stores have them in the texts), and the hashes of the tensor files: features.safetensors, weights.safetensors, and with a
+control, control.safetensors. codes.parquet is the table of all codes. labels.json and stability.safetensors may be added later;
+other modules write them.
 """
 
 from pathlib import Path
@@ -49,27 +49,27 @@ class _Content(Checked):
     info: StoreInfo
     control: StoreInfo | None
     vocabulary: Annotated[list[String], Field(min_length=1)]
-    parts: dict[_TokenId, _Bytes] | None = None  # stores of earlier versions have them in the texts
+    parts: dict[_TokenId, _Bytes] | None = None  # older stores have them in the texts
 
     @model_validator(mode="after")
     def _agrees(self) -> "_Content":
         wanted = {TENSORS_FILE, WEIGHTS_FILE} | (set() if self.control is None else {CONTROL_FILE})
         if self.sha256.keys() != wanted:
-            raise ValueError(f"it names {', '.join(self.sha256)[:200]}, expected {', '.join(sorted(wanted))}")
+            raise ValueError(f"it lists the files {', '.join(self.sha256)[:200]}; expected {', '.join(sorted(wanted))}")
         if any(int(i) >= len(self.vocabulary) for i in self.parts or ()):
-            raise ValueError("parts of characters are of tokens that the vocabulary does not have")
+            raise ValueError("parts has a token id that is not in the vocabulary")
         return self
 
 
 class Control(NamedTuple):
-    """What the store of the same dictionary on a re-drawn model has of its own."""
+    """The facts and tensors of the same dictionary on a re-drawn model; the rest is the store's."""
 
     info: StoreInfo
     tensors: FeatureTensors
 
 
 class Parts(NamedTuple):
-    """What the files of a store hold."""
+    """The content of a store's files."""
 
     info: StoreInfo
     tensors: FeatureTensors
@@ -80,7 +80,7 @@ class Parts(NamedTuple):
 
 
 def write(folder: Path, parts: Parts) -> None:
-    """Fill a fresh folder, in which the codes are already."""
+    """Write all files except the table of codes into a new folder, which already holds that table."""
     files = {TENSORS_FILE: parts.tensors._asdict(), WEIGHTS_FILE: parts.weights._asdict()}
     if parts.control is not None:
         own = {name: x for name, x in parts.control.tensors._asdict().items() if name not in OF_TEXT}
@@ -101,21 +101,21 @@ def write(folder: Path, parts: Parts) -> None:
 
 
 def read(folder: Path) -> Parts:
-    """What the files in a folder hold.
+    """Return the content of a store's files in a folder.
 
     Raises:
-        CorruptFileError: a file is missing, truncated or damaged, or they do not belong together.
+        CorruptFileError: a file is missing, truncated or damaged, or the files do not belong together.
     """
     content = read_checked(folder / INFO_FILE, _Content)
     parts = _parts(folder, content)
     controls = [] if parts.control is None else [parts.control]
     if not all(_fits(one.info, one.tensors, parts.weights, parts.vocabulary) for one in (parts, *controls)):
-        raise CorruptFileError(f"{folder}: the tensors and {INFO_FILE} do not fit together; build the store again")
+        raise CorruptFileError(f"{folder}: the tensors and {INFO_FILE} do not match; build the store again")
     return parts
 
 
 def _parts(folder: Path, content: _Content) -> Parts:
-    """The parts as they are in the files, of which only sizes and hashes have been compared."""
+    """Return the parts as they are in the files. Check only sizes and hashes."""
     info, control, codes = content.info, content.control, None
     if content.codes is not None:
         codes = CodesTable(folder / CODES_FILE, content.codes.n_bytes, content.codes.sha256)
@@ -124,20 +124,20 @@ def _parts(folder: Path, content: _Content) -> Parts:
     if control is not None:
         shared = {name: getattr(tensors, name) for name in OF_TEXT}
         own = {name: axes for name, axes in _axes(FeatureTensors).items() if name not in shared}
-        found = _checked(folder / CONTROL_FILE, content, own, _sizes(control))
-        control = Control(control, FeatureTensors(**shared, **found))
+        own_tensors = _checked(folder / CONTROL_FILE, content, own, _sizes(control))
+        control = Control(control, FeatureTensors(**shared, **own_tensors))
     weights = LatentWeights(**_checked(folder / WEIGHTS_FILE, content, _axes(LatentWeights), {"d_sae": info.d_sae}))
     words = Vocabulary.from_json(content.vocabulary, content.parts)
     return Parts(info, tensors, weights, words, codes, control)
 
 
 def _axes(kind: type[FeatureTensors] | type[LatentWeights]) -> dict[str, str]:
-    """The axes of each tensor, from its annotation."""
+    """Return the axes of each tensor, from its annotation."""
     return {name: field.dim_str for name, field in kind.__annotations__.items()}
 
 
 def _sizes(info: StoreInfo) -> dict[str, int]:
-    """The lengths of axes that a store's info knows."""
+    """Return the lengths of axes that follow from a store's info."""
     return {name: getattr(info, name) for name in ("d_sae", "top_n", "n_groups", "group_size", "n_random", "n_silent")} | {
         "window": sum(info.window) + 1,
         "n_bins": N_BINS,
@@ -145,7 +145,7 @@ def _sizes(info: StoreInfo) -> dict[str, int]:
 
 
 def _checked(path: Path, content: _Content, axes: dict[str, str], sizes: dict[str, int]) -> dict[str, Tensor]:
-    """The tensors of a file that has the hash noted for it, and axes of these lengths."""
+    """Return the tensors of a file. Raise CorruptFileError unless its axes and its hash are as recorded."""
     check_axes(path, tensor_specs(path), axes, sizes)
     if file_hash(path) != content.sha256[path.name]:
         raise CorruptFileError(f"{path} does not match the checksum in {INFO_FILE}; build the store again")
@@ -153,7 +153,7 @@ def _checked(path: Path, content: _Content, axes: dict[str, str], sizes: dict[st
 
 
 def _fits(info: StoreInfo, t: FeatureTensors, w: LatentWeights, vocabulary: list[str]) -> bool:
-    """Whether types and shapes agree with each other and with the info, and every token id, place and latent exists."""
+    """Return whether types and shapes match each other and the info, and every token id, place and latent exists."""
     n_vocab = len(vocabulary)
     consistent = _typed(t) and _typed(w) and len(t.count) == len(w.promoted) == info.d_sae
     shapes = (t.top_nearby.shape[1:], t.group_nearby.shape[1:], t.random_nearby.shape[1:], t.silent_place.shape[1:])
@@ -176,7 +176,7 @@ def _fits(info: StoreInfo, t: FeatureTensors, w: LatentWeights, vocabulary: list
 
 
 def _places_exist(t: FeatureTensors) -> bool:
-    """Whether every place is one that its row has, and the latent fires at those of the strongest contexts."""
+    """Return whether every place lies within its row, and each latent fires at the peaks of its strongest contexts."""
     n_seq, n_ctx = t.tokens.shape
     if not ((t.length >= 0) & (t.length <= n_ctx)).all():
         return False
@@ -190,8 +190,7 @@ def _places_exist(t: FeatureTensors) -> bool:
 
 
 def _counts_agree(info: StoreInfo, t: FeatureTensors) -> bool:
-    """Whether groups, bins and bands hold all activations, and no latent fires on more tokens, alone or with another, than
-    there are."""
+    """Return whether groups, bins and bands each sum to all activations, and no count exceeds its maximum."""
     if not all((x >= 0).all() for x in (t.count, t.group_count, t.histogram, t.band_count)):
         return False
     if not all((x.sum(1) == t.count).all() for x in (t.group_count, t.histogram, t.band_count)):
@@ -206,6 +205,6 @@ def _counts_agree(info: StoreInfo, t: FeatureTensors) -> bool:
 
 
 def _typed(tensors: FeatureTensors | LatentWeights) -> bool:
-    """Whether every tensor is of the type of its field, axes of one name being equally long."""
+    """Return whether every tensor has the type of its field, and axes of one name have one length."""
     with jaxtyped("context"):
         return all(isinstance(x, type(tensors).__annotations__[name]) for name, x in tensors._asdict().items())

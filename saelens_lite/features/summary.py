@@ -1,4 +1,4 @@
-"""What a feature store answers with: plain Python, one latent at a time."""
+"""The answers of a feature store: plain Python, one latent at a time."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from saelens_lite.features.html import render
 
 
 class Example(NamedTuple):
-    """A context, and a latent's activation at each of its tokens; tokens[peak] stands at `position` of row `row`."""
+    """A context and a latent's activation at each of its tokens; tokens[peak] is at position `position` of row `row`."""
 
     tokens: tuple[str, ...]
     values: tuple[float, ...]
@@ -17,7 +17,7 @@ class Example(NamedTuple):
 
 
 class ExampleGroup(NamedTuple):
-    """Contexts drawn from the activations of a latent from `low` to `high`, which are this share of all of them."""
+    """Contexts drawn from the activations of a latent between `low` and `high`, which are `share` of all its activations."""
 
     low: float
     high: float
@@ -26,7 +26,7 @@ class ExampleGroup(NamedTuple):
 
 
 class Partner(NamedTuple):
-    """A latent that fires together with another one on `count` tokens; `pmi` says how much more often than by chance (nats)."""
+    """A latent that fires together with another on `count` tokens; `pmi` is their pointwise mutual information in nats."""
 
     latent: int
     count: int
@@ -34,7 +34,7 @@ class Partner(NamedTuple):
 
 
 class PositionBin(NamedTuple):
-    """On what share of the tokens at positions `first` to `last` a latent fires, and how strongly in the mean where it does."""
+    """The share of the tokens at positions `first` to `last` on which a latent fires, and its mean activation on these."""
 
     first: int
     last: int
@@ -43,8 +43,11 @@ class PositionBin(NamedTuple):
 
 
 class LatentSummary(NamedTuple):
-    """One latent. Bin j of the histogram counts activations in [j · bin_width, (j + 1) · bin_width), the last also the largest;
-    mean, standard deviation, skew and excess kurtosis are those of the activations above zero."""
+    """Everything about one latent.
+
+    Mean, standard deviation, skew and excess kurtosis are of the activations above zero. Bin j of the histogram counts
+    activations in [j · bin_width, (j + 1) · bin_width); the last bin also counts the largest.
+    """
 
     latent: int
     label: str | None
@@ -67,11 +70,11 @@ class LatentSummary(NamedTuple):
     stability: float | None
 
     def _repr_html_(self) -> str:
-        """Return the figures, histogram, tokens and contexts as HTML, with the groups folded below the strongest."""
+        """Return the figures, histogram, tokens and contexts as HTML, with all but the strongest contexts collapsed."""
         groups = [("strongest", self.examples)]
         groups += [
             (f"{group.low:.3g} to {group.high:.3g}, {group.share:.0%} of its activations", group.examples)
             for group in self.groups
         ]
         groups.append(("drawn from all", self.random))
-        return render("features", "latent.html.j2", latent=self, groups=[(title, found) for title, found in groups if found])
+        return render("features", "latent.html.j2", latent=self, groups=[group for group in groups if group[1]])

@@ -1,8 +1,8 @@
-"""What the weights alone say about latents: their effect on the logits, and which other latents are alike.
+"""Facts about latents that follow from weights alone: their effects on the logits, and their nearest latents.
 
-    effect of latent i on the logits = W_dec[i] · W_Uᵀ        (W_U with the final norm's scale folded in, or as it is)
+    effect of latent i on the logits = W_dec[i] · W_Uᵀ        (W_U with the final norm's scale folded in, or raw)
 
-Everything goes tile by tile: neither all effects nor all cosines are ever held at once.
+The computation runs tile by tile, so that neither all effects nor all cosines are in memory at once.
 """
 
 import logging
@@ -21,24 +21,24 @@ from saelens_lite.model import LanguageModel
 from saelens_lite.ports import apart
 from saelens_lite.progress import progress_bar
 
-N_EFFECTS = 10  # tokens kept at either end of a latent's effects
+N_EFFECTS = 10  # most promoted and most suppressed tokens kept for a latent
 N_LOGIT_BINS = 48
 N_NEIGHBOURS = 10
-MAX_NUMBERS = 1 << 24  # effects or cosines held at once
-IN_CACHE = 8  # latents whose effects a processor's cache holds while they are counted
+MAX_NUMBERS = 1 << 24  # effects or cosines in memory at once
+IN_CACHE = 8  # latents whose effects fit in a processor's cache while they are counted
 log = logging.getLogger(__name__)
 
 
 class LatentWeights(NamedTuple):
-    """What follows from the weights of a dictionary and its model, for each latent.
+    """Facts about each latent that follow from the weights of a dictionary and its model.
 
-    Effects are what one unit of activation adds to a token's logit; promoted and suppressed tokens come strongest first. Bin
-    j of the histogram counts the tokens with an effect in [logit_low + j · logit_width, logit_low + (j + 1) · logit_width),
-    the last bin also the largest. Kurtosis is that in excess of the normal distribution's. Neighbours come nearest first.
+    An effect is the change of a token's logit for one unit of activation. Promoted and suppressed tokens come strongest first.
+    Bin j of the histogram counts the tokens with an effect in [logit_low + j · logit_width, logit_low + (j + 1) · logit_width);
+    the last bin also counts the largest effect. Kurtosis is excess kurtosis. Neighbours come nearest first.
 
-    What does not exist has no entries: n_effects, n_bins and n_acting are 0 where the output is not as wide as the residual
-    stream, or the logits are not linear in the normalised stream, so that there are no direct effects on them; n_both is 0
-    where encoder and decoder are of different widths.
+    Tensors of facts that do not exist are empty. n_effects, n_bins and n_acting are 0 without direct effects on the logits: the
+    output is not as wide as the residual stream, or the logits are not linear in the normalised stream. n_both is 0 if encoder
+    and decoder have different widths.
     """
 
     promoted: Int[Tensor, "d_sae n_effects"]
@@ -73,9 +73,12 @@ class Effects(NamedTuple):
 
 @torch.no_grad()
 def latent_weights(dictionary: Dictionary, lm: LanguageModel, *, raw_unembedding: bool = False) -> LatentWeights:
-    """What the weights say about every latent, on the CPU. Effects on logits are those of the last port that is written.
+    """Return the facts about each latent that follow from the weights, on the CPU.
 
-    raw_unembedding: effects through W_U as it is, without the scale (and centring) of the model's final norm.
+    Effects on logits are those of the last port that the dictionary writes.
+
+    Args:
+        raw_unembedding: Compute effects with the raw W_U, without the scale (and centring) of the model's final norm.
 
     Raises:
         NonFiniteError: a parameter of the dictionary is NaN or infinite.
@@ -94,7 +97,7 @@ def latent_weights(dictionary: Dictionary, lm: LanguageModel, *, raw_unembedding
 
 
 def _unembedding(lm: LanguageModel, raw: bool) -> Float[Tensor, "d_vocab d_model"]:
-    """Return W_U, without rows or columns where the model has none that directions can be multiplied by."""
+    """Return W_U. If logits are not linear in the stream, log a warning and return an empty matrix."""
     try:
         return lm.unembedding(fold_norm=not raw)
     except ConfigError as error:
@@ -105,19 +108,19 @@ def _unembedding(lm: LanguageModel, raw: bool) -> Float[Tensor, "d_vocab d_model
 def logit_effects(
     directions: Float[Tensor, "d_sae d_out"], unembedding: Float[Tensor, "d_vocab d_model"], n: int = N_EFFECTS
 ) -> Effects:
-    """The effects of directions on the logits, with the n tokens at either end; no entries where widths differ."""
+    """Return the effects of directions on the logits, with the n tokens at either end; empty if the widths differ."""
     if directions.shape[1] != unembedding.shape[1]:
         none = directions.new_zeros(len(directions), 0)
         return Effects(none.int(), none, none.int(), none, none.int(), *[none.new_zeros(0)] * 4)
     n = min(n, len(unembedding))
     directions = directions.to(unembedding.device)
     tiles = _tiles(directions, len(unembedding), "effects on logits")
-    found = [_effects(few, n) for tile in tiles for few in (directions[tile] @ unembedding.T).split(IN_CACHE)]
-    return Effects(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    parts = [_effects(few, n) for tile in tiles for few in (directions[tile] @ unembedding.T).split(IN_CACHE)]
+    return Effects(*(torch.cat(field) for field in zip(*parts, strict=True)))
 
 
 def _effects(logits: Float[Tensor, "few d_vocab"], n: int) -> Effects:
-    """The effects of a few latents, of which all logits are given (and overwritten)."""
+    """Return the effects of a few latents from their effects on all logits, which are overwritten."""
     high, low = logits.topk(n, dim=1), logits.topk(n, dim=1, largest=False)
     smallest, largest = low.values[:, 0], high.values[:, 0]
     width = (largest - smallest) / N_LOGIT_BINS
@@ -129,8 +132,8 @@ def _effects(logits: Float[Tensor, "few d_vocab"], n: int) -> Effects:
 def _histogram(
     x: Float[Tensor, "rows columns"], low: Float[Tensor, " rows"], width: Float[Tensor, " rows"]
 ) -> Int[Tensor, "rows n_bins"]:
-    """The numbers of each row counted into bins from `low` on; all into the first where they are all but equal."""
-    per_unit = (1 / width).nan_to_num(posinf=0)  # of widths near zero too
+    """Return the counts of each row's numbers in bins from `low` on; nearly equal numbers all go to the first bin."""
+    per_unit = (1 / width).nan_to_num(posinf=0)  # also 0 for widths near zero
     cell = ((x - low[:, None]) * per_unit[:, None]).int().clamp_(max=N_LOGIT_BINS - 1)
     cell += N_LOGIT_BINS * torch.arange(len(x), dtype=torch.int32, device=x.device)[:, None]
     counts = torch.bincount(cell.flatten(), minlength=len(x) * N_LOGIT_BINS)
@@ -138,7 +141,7 @@ def _histogram(
 
 
 def _shape(x: Float[Tensor, "rows columns"]) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
-    """Skew and excess kurtosis of each row, 0 where all its numbers are equal; x is overwritten."""
+    """Return the skew and excess kurtosis of each row, 0 if all its numbers are equal. Overwrite x."""
     x -= x.mean(1, keepdim=True)
     spread = x.square().mean(1, keepdim=True).sqrt()
     x /= torch.where(spread > 0, spread, 1)
@@ -151,19 +154,19 @@ def _shape(x: Float[Tensor, "rows columns"]) -> tuple[Float[Tensor, " rows"], Fl
 def nearest(
     units: Float[Tensor, "d_sae d"], what: str = "neighbours", n: int = N_NEIGHBOURS
 ) -> tuple[Int[Tensor, "d_sae n"], Float[Tensor, "d_sae n"]]:
-    """Of each unit vector, the n others of largest cosine and these cosines; zero vectors have cosine 0 with all."""
-    n, found = min(n, len(units) - 1), []
+    """Return, for each unit vector, the n others with the largest cosines, and the cosines. Zero vectors have cosine 0."""
+    n, parts = min(n, len(units) - 1), []
     for tile in _tiles(units, len(units), what):
         cosines = units[tile] @ units.T
         own = torch.arange(len(units), device=units.device)[tile, None]
         best = cosines.scatter_(1, own, -torch.inf).topk(n, dim=1)
-        found.append((best.indices.int(), best.values))
-    indices, cosines = zip(*found, strict=True)
+        parts.append((best.indices.int(), best.values))
+    indices, cosines = zip(*parts, strict=True)
     return torch.cat(indices), torch.cat(cosines)
 
 
 def _tiles(rows: Float[Tensor, "n d"], n_columns: int, what: str) -> Iterator[slice]:
-    """Slices of rows such that so many columns of them fit into MAX_NUMBERS, with a progress bar."""
+    """Yield slices of rows that have at most MAX_NUMBERS entries with `n_columns` columns, and show a progress bar."""
     size = max(1, MAX_NUMBERS // n_columns)
     with progress_bar(what, len(rows), "latents") as advance:
         for start in range(0, len(rows), size):

@@ -1,8 +1,8 @@
-"""Read and write other formats: the contract of a file format, and how dictionaries of another tool come in and go out.
+"""Read and write dictionaries in the formats of other tools; the contract of a file format.
 
-`sl.load` and `saelens-lite inspect` recognise other tools' dictionaries by what the files hold. Scales and means are folded
-in, so that they take raw activations. Settings that change the function, the hook or the tokens that count are translated or
-refused.
+`sl.load` and `saelens-lite inspect` recognise other tools' dictionaries by the content of the files. Scales and means are
+folded into the weights, so that the dictionaries take raw activations. Settings that change the function, the hook or the
+tokens that count are translated or refused with an error.
 
 ```python
 sl.convert("my-dictionary", "converted", format="sparsify")  # or saelens, dictionary_learning, circuit_tracer
@@ -13,20 +13,20 @@ saelens-lite convert runs/topk/dictionary out --format sparsify
 saelens-lite inspect runs/topk/dictionary
 ```
 
-A format that cannot hold a dictionary is an error that says what would be lost. Pickles (dictionary_learning, OpenAI) are read
-on request, `format="openai"`, and only their tensors. For tensors in no known format there is
+Writing to a format that cannot hold a dictionary raises an error, which says what would be lost. Pickles (dictionary_learning,
+OpenAI) are read only on request (`format="openai"`), and only their tensors. For tensors in no known format, use
 `sl.Dictionary.from_tensors(W_enc=…, W_dec=…, b_enc=…, b_dec=…, rule="topk", options={"k": 32})`.
 
 **A format of your own** is a class:
 
     @register("my_format")
     class MyFormat(Format):
-        def detect(self, path): ...         # by what the files hold
-        def outline(self, path): ...        # what the file says before its weights are read
+        def detect(self, path): ...         # judge by the content of the files
+        def outline(self, path): ...        # describe the dictionary before its weights are read
         def write(self, dictionary, folder): ...
 
-A package names the class under the entry-point group `saelens_lite.formats`, where `format="my_format"` finds it, and once
-more under each ending that its file names have. For files of other names, the package is not imported:
+A package registers the class under the entry-point group `saelens_lite.formats`, where `format="my_format"` finds it, and again
+under each ending of its file names. The package is not imported for files with other endings:
 
 ```toml
 [project.entry-points."saelens_lite.formats"]
@@ -36,9 +36,10 @@ my_format = "my_package:MyFormat"
 my_format = "my_package:MyFormat"
 ```
 
-`outline` names, for each of our parameters, the tensor that holds it and that tensor's axes; sizes are checked and axes put in
-order here. Files come from strangers. Read them by `read_json` and `open_tensors`, which check before they allocate and
-execute nothing.
+`outline` names, for each of our parameters, the tensor that holds it and that tensor's axes. This package checks the sizes and
+reorders the axes.
+
+Do not trust files: read them with `read_json` and `open_tensors`, which check before they allocate and execute nothing.
 """
 
 from saelens_lite.dictionary import read_density

@@ -1,7 +1,7 @@
-"""Files of named tensors from strangers: safetensors, npz and PyTorch's zip. What they hold is checked before it is read.
+"""Files of named tensors from untrusted sources: safetensors, npz and PyTorch's zip.
 
-Nothing that stands in a file is ever executed, and nothing is allocated that the file does not hold: names, types and shapes
-come from headers, whose sizes have to agree with the size of the file.
+Content is checked before it is read. Nothing in a file is executed, and nothing is allocated that the file does not hold:
+names, types and shapes come from headers, whose sizes must agree with the size of the file.
 """
 
 import pickletools
@@ -21,10 +21,10 @@ from saelens_lite.files import Spec, file_size, is_zip, tensor_specs
 
 NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 MAX_TENSORS = 1000
-MAX_PICKLE_BYTES = 1 << 20  # of which state dicts of dictionaries have a few thousand
-MAX_REPEATS = 30  # of tuples in a pickle; n of them unfold to no more than exp(n / e)
-MAX_COMPRESSION = 16  # numbers that are worth keeping are compressed far less
-GLOBALS = {  # what a pickle of tensors may name; torch's own list is longer
+MAX_PICKLE_BYTES = 1 << 20  # state dicts of dictionaries have a few thousand
+MAX_REPEATS = 30  # repeated tuples in a pickle; n of them unfold to at most exp(n / e) entries
+MAX_COMPRESSION = 16  # real weights compress far less
+GLOBALS = {  # names that a pickle of tensors may import; torch's own list is longer
     "torch._utils _rebuild_tensor_v2",
     "torch._utils _rebuild_parameter",
     "collections OrderedDict",
@@ -38,24 +38,24 @@ MAKE_DICTS = ("EMPTY_DICT", "SETITEM", "SETITEMS")
 
 
 class TensorFile(ABC):
-    """A file of named tensors, known by its header. `specs` says what it holds; `read` reads some of it."""
+    """A file of named tensors, known by its header. `specs` has the types and shapes; `read` reads some of the tensors."""
 
     kind: ClassVar[str]
 
     def __init__(self, path: Path, specs: Mapping[str, Spec]):
         if len(specs) > MAX_TENSORS:
-            raise CorruptFileError(f"{path} holds {len(specs):,} tensors; a dictionary has a dozen")
+            raise CorruptFileError(f"{path} holds {len(specs):,} tensors; a dictionary has about a dozen")
         self.path, self.specs = path, dict(specs)
 
     def ndim(self, name: str) -> int | None:
-        """How many axes a tensor has; None where there is no such tensor."""
+        """Return the number of axes of a tensor, or None if there is no such tensor."""
         return len(self.specs[name].shape) if name in self.specs else None
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Those tensors.
+        """Return these tensors.
 
         Raises:
-            CorruptFileError: the file is damaged, or one holds NaN or infinity.
+            CorruptFileError: the file is damaged, or a tensor holds NaN or infinity.
         """
         tensors = self._load(sorted(set(names)))
         for name in not_finite(tensors):
@@ -64,7 +64,7 @@ class TensorFile(ABC):
 
     @abstractmethod
     def _load(self, names: list[str]) -> dict[str, Tensor]:
-        """Those tensors, unchecked."""
+        """Return these tensors without checking their values."""
 
 
 class SafetensorsFile(TensorFile):
@@ -86,7 +86,7 @@ class SafetensorsFile(TensorFile):
 
 
 class NpzFile(TensorFile):
-    """An npz file of numpy; arrays of objects, which would be pickles, are refused."""
+    """An npz file of numpy. Arrays of objects, which are pickles, are refused."""
 
     kind = "npz"
 
@@ -99,38 +99,38 @@ class NpzFile(TensorFile):
         with _open_zip(self.path) as archive:
             try:
                 return {name: _array(archive, f"{name}.npy") for name in names}
-            except Exception as error:  # whatever zipfile and numpy make of a damaged file
+            except Exception as error:  # any error of zipfile or numpy on a damaged file
                 raise CorruptFileError(f"{self.path} is damaged: {type(error).__name__}: {error}") from None
 
 
 def _array(archive: zipfile.ZipFile, name: str) -> Tensor:
-    """An array, unpacked piece by piece: more than its header announced is not."""
+    """Return an array. It is unpacked in pieces, and never beyond the size in its header."""
     with archive.open(name) as file:
         return torch.from_numpy(np.lib.format.read_array(file))
 
 
 def _npy_spec(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Spec:
-    """What the header of an array says, once the size of the archive's member agrees with it."""
+    """Return the type and shape in an array's header. Raise CorruptFileError unless the member's size agrees with them."""
     try:
         with archive.open(member) as file:
             version = np.lib.format.read_magic(file)
             shape, _, dtype = NPY_HEADERS[version](file)
             begins = file.tell()
         if dtype.kind not in "fiub" or not dtype.isnative:
-            raise ValueError(f"numbers of type {dtype} are not read")
+            raise ValueError(f"type {dtype} is not supported")
         spec = Spec(torch.from_numpy(np.empty(0, dtype)).dtype, tuple(int(n) for n in shape))
-    except Exception as error:  # whatever zipfile and numpy make of a damaged file
-        raise CorruptFileError(f"{path}: {member.filename[:80]!r} is no array: {type(error).__name__}: {error}") from None
+    except Exception as error:  # any error of zipfile or numpy on a damaged file
+        raise CorruptFileError(f"{path}: {member.filename[:80]!r} cannot be read: {type(error).__name__}: {error}") from None
     if min(spec.shape, default=0) < 0 or begins + spec.nbytes != member.file_size:
-        raise CorruptFileError(f"{path}: {member.filename[:80]!r} has shape {spec.shape} and {member.file_size:,} bytes")
+        raise CorruptFileError(f"{path}: {member.filename[:80]!r} has shape {spec.shape} but {member.file_size:,} bytes")
     return spec
 
 
 class TorchFile(TensorFile):
-    """What `torch.save` wrote: a pickle beside the numbers of its tensors. Read by torch.load(weights_only=True) alone.
+    """A file written by `torch.save`: a pickle and the numbers of its tensors. Only torch.load(weights_only=True) reads it.
 
-    Before that, every name the pickle would import has to be one of `GLOBALS`. Dictionaries within dictionaries are
-    flattened, "activation_state_dict.k"; `values` has what is no tensor.
+    Before that, every name that the pickle would import must be in `GLOBALS`. Nested dictionaries are flattened to names like
+    "activation_state_dict.k". `values` holds the entries that are not tensors.
     """
 
     kind = "pytorch"
@@ -139,7 +139,7 @@ class TorchFile(TensorFile):
         _scan_pickle(path)
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # whatever torch makes of a damaged file
+        except Exception as error:  # any error of torch on a damaged file
             reason = str(error).partition("\n")[0][:200]
             raise CorruptFileError(f"{path} cannot be read: {type(error).__name__}: {reason}") from None
         self.tensors: dict[str, Tensor] = {}
@@ -148,13 +148,15 @@ class TorchFile(TensorFile):
         self._flatten(path, "", loaded, depth=0)
         for name, tensor in self.tensors.items():
             if tensor.layout != torch.strided or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.itemsize:
-                raise CorruptFileError(f"{path}: tensor {name[:80]!r} has shape {tuple(tensor.shape)}, and fewer numbers")
+                raise CorruptFileError(f"{path}: tensor {name[:80]!r} has shape {tuple(tensor.shape)} but fewer numbers")
         super().__init__(path, {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in self.tensors.items()})
 
     def _flatten(self, path: Path, prefix: str, value: Any, depth: int) -> None:
         self._met += 1
-        if self._met > MAX_TENSORS:  # one dictionary, met again and again inside others, makes very many out of few
-            raise CorruptFileError(f"{path} holds more than {MAX_TENSORS:,} tensors and settings; a dictionary has a dozen")
+        if self._met > MAX_TENSORS:  # dictionaries nested many times repeat their entries
+            raise CorruptFileError(
+                f"{path} holds more than {MAX_TENSORS:,} tensors and settings; a dictionary has about a dozen"
+            )
         if isinstance(value, Mapping) and depth < 4:
             for key, inner in value.items():
                 self._flatten(path, f"{prefix}.{key}" if prefix else str(key), inner, depth + 1)
@@ -164,7 +166,7 @@ class TorchFile(TensorFile):
             self.values[prefix] = value
         else:
             raise CorruptFileError(
-                f"{path}: {prefix[:80] or 'the whole of it'!r} is a {type(value).__name__}; expected tensors by name"
+                f"{path}: {prefix[:80] or 'its content'!r} is a {type(value).__name__}; expected tensors by name"
             )
 
     def _load(self, names: list[str]) -> dict[str, Tensor]:
@@ -172,7 +174,7 @@ class TorchFile(TensorFile):
 
 
 def strings_in_pickle(path: Path) -> set[str]:
-    """The strings in a PyTorch file's pickle, tensor names among them, without unpickling it; empty if it is no such file."""
+    """Return the strings in a PyTorch file's pickle, such as tensor names, without unpickling; empty for other files."""
     try:
         return {argument for _, argument, _ in _pickle_operations(path) if isinstance(argument, str)}
     except CorruptFileError:
@@ -180,12 +182,12 @@ def strings_in_pickle(path: Path) -> set[str]:
 
 
 def _scan_pickle(path: Path) -> None:
-    """Raise CorruptFileError if unpickling would need more than `GLOBALS`, or does what state dicts never do.
+    """Raise CorruptFileError if unpickling would import more than `GLOBALS`, or do what state dicts never do.
 
-    A tuple met again and again inside others takes forever as the key of a dictionary; a tensor that is changed after it was
-    made can be made to allocate what the file does not hold.
+    A tuple that is nested many times takes forever to hash as the key of a dictionary. A tensor that is changed after its
+    creation can allocate more than the file holds.
     """
-    made_by, tuples, repeats = "", set(), 0  # the last value; where in the memo there are tuples, and how often they are used
+    made_by, tuples, repeats = "", set(), 0  # last operation; memo entries with tuples; uses of these
     for operation, argument, _ in _pickle_operations(path):
         name = operation.name
         if name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4") or (name == "GLOBAL" and argument not in GLOBALS):
@@ -197,7 +199,7 @@ def _scan_pickle(path: Path) -> None:
             continue
         repeats += name in ("BINGET", "LONG_BINGET") and argument in tuples
         if repeats > MAX_REPEATS or (name == "BUILD" and made_by not in MAKE_DICTS):
-            raise CorruptFileError(f"{path} is a pickle that repeats tuples or changes a tensor; no state dict does")
+            raise CorruptFileError(f"{path} is a pickle that repeats tuples or changes a tensor; a state dict does neither")
         made_by = name
 
 
@@ -208,11 +210,11 @@ def _pickle_operations(path: Path) -> list[tuple[Any, Any, int | None]]:
         if any(m.compress_type != zipfile.ZIP_STORED for m in members) or len(pickles) != 1:
             raise CorruptFileError(f"{path} was not written by torch.save (of version 1.6 or later)")
         if pickles[0].file_size > MAX_PICKLE_BYTES:
-            raise CorruptFileError(f"{path}: its pickle has {pickles[0].file_size:,} bytes; it is no dictionary")
+            raise CorruptFileError(f"{path}: its pickle has {pickles[0].file_size:,} bytes, too many for a dictionary")
         try:
             with archive.open(pickles[0]) as file:
                 return list(pickletools.genops(file.read(pickles[0].file_size)))
-        except Exception as error:  # whatever a damaged pickle makes of it
+        except Exception as error:  # any error of pickletools on a damaged pickle
             raise CorruptFileError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
 
@@ -221,30 +223,30 @@ def _open_zip(path: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise CorruptFileError(f"{path} is not a zip file, or damaged: {error}") from None
+        raise CorruptFileError(f"{path} is not a zip file or is damaged: {error}") from None
 
 
 def _members(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
-    """The files in an archive, which together are no larger than it could hold."""
+    """Return the files in an archive. Raise CorruptFileError if they are together larger than it can hold."""
     members = [m for m in archive.infolist() if not m.is_dir()]
     size = file_size(path)
     if len(members) > MAX_TENSORS or sum(m.file_size for m in members) > MAX_COMPRESSION * size:
-        raise CorruptFileError(f"{path} has {size:,} bytes and announces far more than fits into them")
+        raise CorruptFileError(f"{path} has {size:,} bytes but declares content far too large for them")
     return members
 
 
 def open_tensors(path: Path) -> TensorFile:
-    """The file of tensors at `path`, of whichever kind its first bytes show; a pickle is refused here.
+    """Return the file of tensors at `path`. Its first bytes tell npz from safetensors; pickles are refused.
 
     Raises:
-        CorruptFileError: it is none, or damaged.
+        CorruptFileError: the file is of another kind or damaged.
     """
     file_size(path)
     return NpzFile(path) if is_zip(path) else SafetensorsFile(path)
 
 
 def tensor_names(path: Path) -> set[str]:
-    """The names of the tensors in a safetensors or npz file; empty if it is none."""
+    """Return the names of the tensors in a safetensors or npz file; empty for other files."""
     try:
         return set(open_tensors(path).specs)
     except CorruptFileError:

@@ -9,36 +9,36 @@ from saelens_lite.formats.outline import Outline
 
 
 class Format:
-    """Base of all formats. One that only writes leaves out `outline`, one that only reads leaves out `write`."""
+    """Base class of all formats. A write-only format leaves out `outline`; a read-only format leaves out `write`."""
 
     plugin_kind: ClassVar[str] = "formats"
     plugin_name: ClassVar[str]  # set by the registry
-    pickled: ClassVar[bool] = False  # its files are pickles: they are read only where the format is asked for by name
+    pickled: ClassVar[bool] = False  # its files are pickles, which are read only if the format is requested by name
     folders: ClassVar[bool] = False  # it reads folders, not single files
     architectures: ClassVar[frozenset[str]] = frozenset()  # names in cfg.json that its tool can load
-    files: ClassVar[tuple[str, ...]] = ()  # patterns of the files that have to lie together in a folder, for error messages
+    files: ClassVar[tuple[str, ...]] = ()  # patterns of the files that a folder must have, for error messages
 
     def detect(self, path: Path) -> bool:
-        """Whether a file or folder is of this format, judged by what it holds. Never raises, never unpickles."""
+        """Return whether a file or folder has this format, judged by its content. Never raise or unpickle."""
         return False
 
     def outline(self, path: Path) -> Outline:
-        """What the files say before any weight is read.
+        """Return a description of the dictionary in the files, without reading its weights.
 
         Raises:
-            CorruptFileError: they are damaged or contradict each other.
-            ConfigError: what they hold cannot be represented here; the message says what would be lost.
+            CorruptFileError: the files are damaged or contradict each other.
+            ConfigError: the dictionary cannot be represented here; the message says what would be lost.
         """
         raise ConfigError(f"{self.plugin_name} files can be written, not read")
 
     def read(self, path: Path) -> Dictionary:
-        """The dictionary in a file or folder; raises what `outline` raises."""
+        """Return the dictionary in a file or folder. Raise as `outline` does."""
         return self.outline(path).build(self.plugin_name)
 
     def write(self, dictionary: Dictionary, folder: Path) -> None:
-        """Fill an empty folder with the files of a dictionary.
+        """Write the files of a dictionary into an empty folder.
 
         Raises:
-            ConfigError: the format has no place for something that would change the numbers.
+            ConfigError: the format cannot hold something that changes the numbers.
         """
         raise ConfigError(f"{self.plugin_name} files can be read, not written")

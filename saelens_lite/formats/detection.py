@@ -1,7 +1,7 @@
-"""The format of a file or folder; where there is none, what was found instead and the one thing to do.
+"""Detect the format of a file or folder. If there is no known format, raise an error that says what is there and what to do.
 
-Formats are asked whether they detect a path. Nothing is unpickled and no weights are read. A format is imported only for files
-whose names end as the metadata of its package says (see `registry.endings`), or when it is asked for by name.
+Each format is asked if it detects the path. Nothing is unpickled and no weights are read. A format is imported only for files
+with an ending that its package declares (see `registry.endings`), or if it is requested by name.
 """
 
 import logging
@@ -17,11 +17,11 @@ from saelens_lite.files import check_header, is_zip
 from saelens_lite.paths import check_input
 
 log = logging.getLogger(__name__)
-MAX_LOOKED_AT = 200  # files and folders below one that holds no dictionary itself
+MAX_LOOKED_AT = 200  # files and folders searched below one that holds no dictionary itself
 
 
 class Formats:
-    """The formats that may be loaded. One is imported when a file could be its own, to judge by the file's name."""
+    """The formats that may be loaded. A format is imported when a file's name could be one of its own."""
 
     def __init__(self) -> None:
         self.endings = registry.endings("formats")
@@ -32,20 +32,20 @@ class Formats:
         return ", ".join(self.plugins)
 
     def of(self, path: Path) -> list[Any]:
-        """Return the formats that a file or folder could be of; one that cannot be imported is named in the log and left out.
+        """Return the formats that a file or folder could have. Formats that cannot be imported are logged and left out.
 
         Raises:
-            PluginError: two distributions supply one of them.
+            PluginError: two distributions supply the same format.
         """
         files = [f".{file.name}" for file in (path.iterdir() if path.is_dir() else [path])]
         return [reader for name in self.plugins if self._may_be_of(name, files) and (reader := self._reader(name))]
 
     def detected(self, path: Path) -> list[Any]:
-        """Return the formats that say a file or folder is theirs."""
+        """Return the formats that detect a file or folder as theirs."""
         return [reader for reader in self.of(path) if _detects(reader, path)]
 
     def _may_be_of(self, name: str, files: list[str]) -> bool:
-        """Return whether a file name ends as those of the format do; one registered in this process is imported anyway."""
+        """Return whether a file has an ending of the format; always True for a format registered in this process."""
         if self.plugins[name].entry_point is None:
             return True
         wanted = tuple(f".{ending}" for ending in self.endings.get(name, ()))
@@ -61,68 +61,63 @@ class Formats:
 
 
 def format_of(path: Path, name: str | None = None) -> Any:
-    """Return the format plugin that reads a file or folder: the one of that name, else the one that detects it.
+    """Return the format plugin that reads a file or folder: the named one, else the one that detects it.
 
     Raises:
-        CorruptFileError: none does, or several do, or another than the named one does; the message says what was found.
-        ConfigError: its files are pickles, which are only read on request.
-        PluginError: there is no format of that name.
+        CorruptFileError: no format detects it, several do, or another than the named one; the message says what is there.
+        ConfigError: its files are pickles, which are read only on request.
+        PluginError: there is no format with that name.
     """
     if not check_input(path).exists():
         raise CorruptFileError(f"{path / CONFIG_FILE} is missing; is {path} the folder you meant?")
     if name is not None:
         return _named(path, name)
     formats = Formats()
-    found = formats.detected(path)
-    if not found:
+    readers = formats.detected(path)
+    if not readers:
         return _nearest(path, formats)
-    if len(found) > 1:
-        names = ", ".join(reader.plugin_name for reader in found)
-        raise CorruptFileError(f"{path} could be any of {names}; say which by format=")
-    if found[0].pickled:
+    if len(readers) > 1:
+        raise CorruptFileError(f"{path} could be any of {_names(readers)}; set format= to one of them")
+    if readers[0].pickled:
         raise ConfigError(
-            f"{path} looks like {found[0].plugin_name}, whose files are pickles, which are read only on request: say "
-            f"format={found[0].plugin_name!r} (tensors only; nothing in it is executed)"
+            f"{path} looks like {readers[0].plugin_name}, whose files are pickles, which are read only on request: set "
+            f"format={readers[0].plugin_name!r} (only tensors are read; nothing is executed)"
         )
-    return found[0]
+    return readers[0]
 
 
 def _named(path: Path, name: str) -> Any:
-    """The format of that name, unless the path is of another one."""
+    """Return the format with that name. Raise CorruptFileError if the path has another one."""
     reader = None if name == OWN else registry.load(name, "formats")()
     if reader is not None and reader.detect(path):
         return reader
     formats = Formats()
     if other := _detected(path, formats):
-        raise CorruptFileError(f"{path} holds a dictionary of {other[0]}, not of {name}; say format={other[0]!r}")
+        raise CorruptFileError(f"{path} holds a dictionary of {other[0]}, not of {name}; set format={other[0]!r}")
     if elsewhere := _elsewhere(path, formats):
         raise CorruptFileError(elsewhere)
     if reader is None:
         _nearest(path, formats)
-        raise CorruptFileError(
-            f"{path} holds no dictionary written by saelens_lite; leave out format= to have its format found"
-        )
+        raise CorruptFileError(f"{path} holds no dictionary written by saelens_lite; leave out format= to detect its format")
     if reader.folders and path.is_file():
-        raise CorruptFileError(f"{path} is a file; a dictionary of {name} is a folder with {' and '.join(reader.files)}")
+        raise CorruptFileError(f"{path} is a file; a {name} dictionary is a folder with {' and '.join(reader.files)}")
     return reader  # its own errors say what is missing
 
 
 def _nearest(path: Path, formats: Formats) -> Any:
-    """The format whose files are all there, though what they hold is not its own; else an error that says what was found."""
+    """Return the only format whose files are all present, though it did not detect them; else raise an error with advice."""
     if elsewhere := _elsewhere(path, formats):
         raise CorruptFileError(elsewhere)
     for file in sorted(path.glob("*.safetensors")):
-        check_header(file)  # a damaged file should be called that
+        check_header(file)  # report a damaged file as such
     if path.is_file():
-        raise CorruptFileError(f"{path} holds no dictionary of saelens_lite, and nothing of {formats}{_tensors(path)}")
+        raise CorruptFileError(f"{path} holds no dictionary of saelens_lite or of {formats}{_tensors(path)}")
     present = {reader: [bool(next(path.glob(file), None)) for file in reader.files] for reader in formats.of(path)}
     whole = [reader for reader in present if reader.files and all(present[reader])]
     if len(whole) == 1 and not whole[0].pickled:
         return whole[0]
     if whole:
-        raise CorruptFileError(
-            f"{path} has the files of {_names(whole)}, but not their content; say which by format= to see why"
-        )
+        raise CorruptFileError(f"{path} has the files of {_names(whole)}, but not their content; set format= to see why")
     partly = [reader for reader in present if any(present[reader])]
     missing: dict[str, list[str]] = {}
     for reader in partly:
@@ -134,31 +129,33 @@ def _nearest(path: Path, formats: Formats) -> Any:
             {file for reader in partly for file, is_there in zip(reader.files, present[reader], strict=True) if is_there}
         )
         wanted = " or ".join(f"{file} ({', '.join(names)})" for file, names in missing.items())
-        raise CorruptFileError(f"{path} holds {', '.join(there)}, but {wanted} is missing; put it there")
+        raise CorruptFileError(f"{path} holds {', '.join(there)}, but {wanted} is missing; add it to the folder")
     raise CorruptFileError(
-        f"{path / CONFIG_FILE} is missing; is {path} the folder you meant? Nothing of {formats} was found there either"
+        f"{path / CONFIG_FILE} is missing; is {path} the folder you meant? It has no files of {formats} either"
     )
 
 
 def _elsewhere(path: Path, formats: Formats) -> str | None:
-    """Where the dictionary is that somebody meant by a path: the folder of the file, inside the folder, or above it."""
-    if path.is_file() and (found := _detected(path.parent, formats)):
-        where = f"{path} holds no dictionary by itself; it belongs to the one of {found[0]} in its folder"
-        return f"{where}: {_load(path.parent, found)}"
+    """Return a message if the dictionary is in a file's folder, or below or above a folder; else None."""
+    if path.is_file() and (names := _detected(path.parent, formats)):
+        where = f"{path} holds no dictionary by itself; it is part of the {names[0]} dictionary in its folder"
+        return f"{where}: {_load(path.parent, names)}"
     if path.is_dir():
-        below = {inner: found for inner in islice(_below(path), MAX_LOOKED_AT) if (found := _detected(inner, formats))}
-        whole = [inner for inner in below if inner.parent not in below]  # not a folder's single files as well
+        below = {inner: names for inner in islice(_below(path), MAX_LOOKED_AT) if (names := _detected(inner, formats))}
+        whole = [inner for inner in below if inner.parent not in below]  # without the single files of a folder
         if whole:
-            count = "a dictionary" if len(whole) == 1 else "several dictionaries, which are read one by one,"
+            count = "is a dictionary" if len(whole) == 1 else "are several dictionaries, which are read one at a time,"
             where = f"{path} holds no dictionary itself, but below it {count} of {below[whole[0]][0]}"
             return f"{where}: {_load(whole[0], below[whole[0]])}"
-        if found := _detected(path.resolve().parent, formats):
-            return f"{path} holds no dictionary; the folder above it does, of {found[0]}: {_load(path.resolve().parent, found)}"
+        if names := _detected(path.resolve().parent, formats):
+            return (
+                f"{path} holds no dictionary; the folder above it has one of {names[0]}: {_load(path.resolve().parent, names)}"
+            )
     return None
 
 
 def _below(folder: Path, depth: int = 3) -> Iterator[Path]:
-    """Files and folders in a folder, and in folders in it, as deep as run/hook/seed."""
+    """Yield the files and folders in a folder and its subfolders, as deep as run/hook/seed."""
     try:
         inner = sorted(folder.iterdir())
     except OSError:
@@ -171,7 +168,7 @@ def _below(folder: Path, depth: int = 3) -> Iterator[Path]:
 
 
 def _detected(path: Path, formats: Formats) -> list[str]:
-    """The names of the formats of a path; ours alone where it is ours."""
+    """Return the names of the formats that detect a path; only ours if the folder is ours."""
     try:
         if is_own_folder(path):
             return [OWN]
@@ -181,27 +178,27 @@ def _detected(path: Path, formats: Formats) -> list[str]:
 
 
 def _load(path: Path, names: list[str]) -> str:
-    """What to do to load the dictionary there."""
+    """Return the advice for loading the dictionary at a path."""
     pickled = names != [OWN] and registry.load(names[0], "formats").pickled
     return f"load {path}" + (f" with format={names[0]!r}" if pickled else "")
 
 
 def _tensors(path: Path) -> str:
-    """What to do with a file of tensors of no known format."""
+    """Return the advice for a file of tensors in no known format; empty for other files."""
     try:
         names = ", ".join(sorted(str(name)[:40] for name in check_header(path)[0] if name != "__metadata__")[:6])
     except CorruptFileError:
         if not is_zip(path):
             return ""
         names = "a PyTorch or numpy archive"
-    return f"; it holds tensors ({names}): read them and give them to Dictionary.from_tensors"
+    return f"; it holds tensors ({names}): read them and pass them to Dictionary.from_tensors"
 
 
 def _detects(reader: Any, path: Path) -> bool:
-    """Return whether a format detects a path; one that fails at that is named in the log and left out."""
+    """Return whether a format detects a path. If it fails, log a warning and return False."""
     try:
         return bool(reader.detect(path))
-    except Exception as error:  # whatever a stranger's plugin raises
+    except Exception as error:  # a third-party plugin may raise anything
         log.warning(
             "format %s was left out, because it failed on %s: %s: %s", _source(reader), path, type(error).__name__, error
         )

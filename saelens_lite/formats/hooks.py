@@ -1,4 +1,4 @@
-"""Names of hooks in the settings of other tools: modules of transformers models, and names with a layer to fill in."""
+"""Names of hooks in the settings of other tools: modules of transformers models, and names with a layer placeholder."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Literal
 from saelens_lite.errors import ConfigError
 
 BLOCK = r"(?:.*\.)?(?:layers|h|blocks)\.(\d+)"
-MODULES = (  # of transformers models, and transformer-lens's names for what enters and leaves them
+MODULES = (  # of transformers models, with transformer-lens's hooks of their input and output
     (rf"{BLOCK}", "blocks.{}.hook_resid_pre", "blocks.{}.hook_resid_post"),
     (rf"{BLOCK}\.mlp", "blocks.{}.mlp.hook_in", "blocks.{}.hook_mlp_out"),
     (rf"{BLOCK}\.(?:self_attn|attn|attention)", "blocks.{}.attn.hook_in", "blocks.{}.hook_attn_out"),
@@ -19,7 +19,7 @@ MODULES = (  # of transformers models, and transformer-lens's names for what ent
 
 
 def hook_of_module(module: str, side: Literal["input", "output"] = "output") -> str | None:
-    """transformer-lens's name for what enters or leaves a module of a transformers model; None where it is not known here."""
+    """Return transformer-lens's hook of the input or output of a transformers module, or None if it is unknown."""
     for pattern, before, after in MODULES:
         if match := re.fullmatch(pattern, module):
             hook = before if side == "input" else after
@@ -28,16 +28,16 @@ def hook_of_module(module: str, side: Literal["input", "output"] = "output") -> 
 
 
 def fill_layer(path: Path, hook: str | None, layer: int | None) -> str | None:
-    """Put the number of the layer into a hook's name: "blocks.{layer}.hook_mlp_out" of layer 3 is blocks.3.hook_mlp_out.
+    """Return a hook's name with the layer filled in: for layer 3, "blocks.{layer}.hook_mlp_out" is "blocks.3.hook_mlp_out".
 
     Raises:
-        ConfigError: the name has a placeholder, and the layer is not known or the placeholder is another one.
+        ConfigError: the name has another placeholder, or the layer is unknown.
     """
     if hook is None or not re.search(r"[{}]", hook):
         return hook
     filled = hook.replace("{layer}", str(layer))
     if layer is None or re.search(r"[{}]", filled):
         raise ConfigError(
-            f"{path}: the hook {hook!r} names no layer, nor does anything beside it; write the layer's number there"
+            f"{path}: the hook {hook!r} has a placeholder that the settings do not fill; write the layer's number there"
         )
     return filled

@@ -1,4 +1,4 @@
-"""A dictionary in a file whose weights have not been read, and the dictionary it becomes."""
+"""The description of a dictionary in a file before its weights are read, and the dictionary built from it."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -20,24 +20,24 @@ from saelens_lite.formats.containers import TensorFile
 from saelens_lite.formats.settings import MAX_LATENTS
 from saelens_lite.ports import Port
 
-AXES = {  # of the parameters; those of rules that are not named here have one entry a latent
+AXES = {  # of the parameters; parameters that are not listed have one entry a latent
     "W_enc": "d_in d_sae",
     "W_dec": "d_sae d_out",
     "b_dec": "d_out",
     "W_skip": "d_out d_in",
     "mean": "d_in",
 }
-MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH = 1 << 20, 50  # of settings, which cfg.json then holds beside our own
+MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH = 1 << 20, 50  # of settings, which our cfg.json keeps
 
 
 @dataclass
 class Outline:
-    """A dictionary whose weights have not been read: what it is, and which tensor of a file each of its parameters is in.
+    """The description of a dictionary whose weights have not been read.
 
-    names: our parameter → (its name in the file, its axes there), such as {"W_enc": ("encoder.weight", "d_sae d_in")};
-    parameters of the rule are called "rule.…"; a scalar, axes "", counts for all latents. "mean" is what is taken off
-    activations first and added again. Tensors of the file that stand in neither `names` nor `unused` are an error.
-    adjust: changes the parameters, float64 by our names and with our axes, into those of our equation.
+    names: Our parameter → (its name in the file, its axes there), such as {"W_enc": ("encoder.weight", "d_sae d_in")}.
+        Parameters of the rule are called "rule.…". A scalar has axes "" and applies to all latents. "mean" is subtracted from
+        activations first and added to the output. Tensors of the file that are in neither `names` nor `unused` are an error.
+    adjust: Function that changes the parameters (float64, with our names and axes) in place into those of our equation.
     """
 
     file: TensorFile
@@ -46,18 +46,18 @@ class Outline:
     options: Mapping[str, Any] = field(default_factory=dict)
     origin: Origin = field(default_factory=Origin)
     hook: str | None = None  # the hook that is read
-    target: str | None = None  # of a transcoder: the hook that is written
-    transcoder: bool = False  # whether the output is of another hook than the input
-    subtracts_b_dec: bool = True  # from activations before they are encoded
-    scale: float = 1.0  # activations are multiplied by this first
-    target_scale: float | None = None  # what the output is divided by, where that is another number
-    token_norm: str | None = None  # "layer_norm", "constant_norm": what is done to each activation by itself
+    target: str | None = None  # the hook that a transcoder writes
+    transcoder: bool = False  # the output hook differs from the input hook
+    subtracts_b_dec: bool = True  # from activations, before the encoder
+    scale: float = 1.0  # factor of the activations before the encoder
+    target_scale: float | None = None  # divisor of the output; default: scale
+    token_norm: str | None = None  # "layer_norm" or "constant_norm" of each activation
     adjust: Callable[[dict[str, Tensor]], None] | None = None
-    rectifies: bool = True  # codes are never negative there: a threshold below zero is as good as zero
+    rectifies: bool = True  # its codes are never negative, so a threshold below zero acts as zero
     unused: frozenset[str] = frozenset()
-    sizes: Mapping[str, int] = field(default_factory=dict)  # d_in, d_sae, d_out as the settings have them
-    config: Mapping[str, Any] = field(default_factory=dict)  # the settings themselves, which are kept
-    architecture: str = ""  # what the other tool calls it
+    sizes: Mapping[str, int] = field(default_factory=dict)  # d_in, d_sae, d_out in the settings
+    config: Mapping[str, Any] = field(default_factory=dict)  # the settings file, which is kept
+    architecture: str = ""  # its name in the other tool
 
     def __post_init__(self) -> None:
         self.config = self._kept_settings()
@@ -69,8 +69,8 @@ class Outline:
                 f"{self.file.path}: tensors missing: {sorted(missing) or 'none'}; not expected: {shortened(surplus)}"
             )
         if self.token_norm and (self.transcoder or "mean" in self.names or self._scaled):
-            kind = "a transcoder" if self.transcoder else "a dictionary with scales of its own"
-            raise ConfigError(f"{self.file.path}: {kind} whose input has {self.token_norm} has no place here")
+            kind = "a transcoder" if self.transcoder else "a dictionary with its own scale or mean"
+            raise ConfigError(f"{self.file.path}: {kind} cannot be combined with {self.token_norm} of its input here")
         self.dims = self._check_shapes()
         self.rule_class = registry.load(self.rule)
         try:
@@ -83,20 +83,20 @@ class Outline:
         return (self.scale, self.target_scale) != (1.0, None)
 
     def _kept_settings(self) -> dict[str, Any]:
-        """The settings as JSON that can be written again; NaN, which JSON does not have, becomes text."""
+        """Return the settings as plain JSON data. NaN, which JSON lacks, becomes text."""
         if nesting(self.config) > MAX_CONFIG_DEPTH:
             raise CorruptFileError(f"{self.file.path.parent}: settings are nested deeper than {MAX_CONFIG_DEPTH} levels")
         text = json.dumps(dict(self.config), ensure_ascii=False)
         try:
             size = len(text.encode())
         except UnicodeEncodeError as error:
-            raise CorruptFileError(f"{self.file.path.parent}: the settings hold what is no text: {error}") from None
+            raise CorruptFileError(f"{self.file.path.parent}: the settings hold invalid text: {error}") from None
         if size > MAX_CONFIG_BYTES:
-            raise CorruptFileError(f"{self.file.path.parent}: {size:,} bytes of settings; {MAX_CONFIG_BYTES:,} are read")
+            raise CorruptFileError(f"{self.file.path.parent}: {size:,} bytes of settings; the limit is {MAX_CONFIG_BYTES:,}")
         return json.loads(text, parse_constant=str)
 
     def _check_shapes(self) -> dict[str, int]:
-        """The length of every axis, once all tensors and the settings agree on it."""
+        """Return the length of every axis. Raise CorruptFileError unless all tensors and the settings agree."""
         dims = {axis: size for axis, size in self.sizes.items() if axis != "d_out" or self.transcoder}
         if not self.transcoder and "d_in" in dims:
             dims["d_out"] = dims["d_in"]
@@ -108,15 +108,15 @@ class Outline:
             if len(named) != len(spec.shape) or any(dims.setdefault(a, n) != n for a, n in zip(named, spec.shape, strict=True)):
                 known = " ".join(f"{axis} = {dims[axis]}" for axis in named if axis in dims)
                 raise CorruptFileError(f"{self.file.path}: {name} has shape {spec.shape}, expected [{axes}] with {known}")
-        dims.setdefault("d_in", dims["d_out"])  # where the encoder is the decoder
+        dims.setdefault("d_in", dims["d_out"])  # if the encoder is the decoder
         if not self.transcoder and dims["d_in"] != dims["d_out"]:
-            raise CorruptFileError(f"{self.file.path}: d_in = {dims['d_in']} and d_out = {dims['d_out']} of an autoencoder")
+            raise CorruptFileError(f"{self.file.path}: an autoencoder has d_in = {dims['d_in']} but d_out = {dims['d_out']}")
         if not all(0 < size <= MAX_LATENTS for size in dims.values()):
-            raise CorruptFileError(f"{self.file.path}: {dims} are no sizes of a dictionary")
+            raise CorruptFileError(f"{self.file.path}: {dims} are not valid sizes; expected 1 to {MAX_LATENTS}")
         return dims
 
     def facts(self) -> dict[str, Any]:
-        """What `saelens-lite inspect` shows."""
+        """Return the facts that `saelens-lite inspect` shows."""
         return {
             "architecture": self.architecture or self.rule,
             "sparsity": self.rule,
@@ -137,7 +137,7 @@ class Outline:
 
     @torch.no_grad()
     def build(self, format_name: str) -> Dictionary:
-        """The dictionary, with all weights read. Where nothing had to be folded they are the file's to the bit."""
+        """Return the dictionary with its weights. If nothing is folded in, the weights equal the file's to the bit."""
         weights = self._weights()
         dims = self.dims
         try:
@@ -169,7 +169,7 @@ class Outline:
         return dictionary.eval()
 
     def _weights(self) -> dict[str, Tensor]:
-        """Parameters by our names and with our axes, of one type."""
+        """Return the parameters under our names, with our axes and one dtype."""
         read = self.file.read(name for name, _ in self.names.values())
         weights = {own: self._in_order(own, read[name], axes) for own, (name, axes) in self.names.items()}
         dtype = reduce(torch.promote_types, (weight.dtype for weight in weights.values()))
@@ -180,14 +180,14 @@ class Outline:
             n_negative = int((weights[name] < 0).sum())
             if n_negative and not self.rectifies:
                 raise ConfigError(
-                    f"{self.file.path}: {n_negative:,} thresholds are below zero, where the other tool's codes are negative; "
+                    f"{self.file.path}: {n_negative:,} thresholds are below zero, so the other tool's codes can be negative; "
                     "codes are never negative here, so its function cannot be computed"
                 )
             weights[name] = weights[name].clamp(min=0)
         return {name: weight.to(dtype) for name, weight in weights.items()}
 
     def _fold(self, weights: dict[str, Tensor]) -> None:
-        """Put into the weights what is done to activations, and to codes, beside our equation; computed in float64."""
+        """Fold all steps that our equation lacks into the weights, in place and in float64, except scales."""
         for name, weight in weights.items():
             if self.adjust is not None or weight.ndim == 1:
                 weights[name] = weight.double()

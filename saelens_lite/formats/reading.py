@@ -1,4 +1,4 @@
-"""Reading a dictionary from a folder or file of any format, our own included."""
+"""Read a dictionary from a folder or file of any format, including our own."""
 
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ def read(path: str | Path, device: str | torch.device = "cpu", format: str | Non
     """Return the dictionary in a folder written by `Dictionary.save`, or in a file or folder of another tool.
 
     Args:
-        format: name of the format plugin to read it with, or "saelens_lite"; only needed where the files are pickles.
+        format: Name of the format plugin, or "saelens_lite"; only needed for pickles.
 
     Raises:
-        CorruptFileError: a file is missing, damaged, contradicts another, or is of no known format.
-        ConfigError: what another tool's file holds cannot be represented here, or is a pickle and `format` was not given.
-        PluginError: its sparsity rule is not installed; the message names the distribution that wrote it.
+        CorruptFileError: a file is missing or damaged, contradicts another, or has no known format.
+        ConfigError: another tool's dictionary cannot be represented here, or it is a pickle and `format` is not given.
+        PluginError: the sparsity rule is not installed; the message names its distribution.
     """
     path = named_file(path)
     restore(path)
@@ -30,12 +30,12 @@ def read(path: str | Path, device: str | torch.device = "cpu", format: str | Non
 
 
 def inspect(path: str | Path, format: str | None = None) -> dict[str, Any]:
-    """Return the facts about a file or folder of another tool, without reading its weights; raises what `read` raises."""
+    """Return the facts about a file or folder of another tool without reading its weights. Raise as `read` does."""
     reader = format_of(Path(path), None if format == OWN else format)
     return {"format": reader.plugin_name, **reader.outline(Path(path)).facts()}
 
 
 def find_file(path: Path, *names: str) -> Path | None:
-    """`path` if it is a file; in a folder, the first of `names` that is there."""
+    """Return `path` if it is a file, else the first of `names` that exists in the folder, else None."""
     candidates = [path] if path.is_file() else [path / name for name in names]
     return next((candidate for candidate in candidates if candidate.is_file()), None)

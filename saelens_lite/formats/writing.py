@@ -1,4 +1,4 @@
-"""Writing a dictionary in the format of another tool."""
+"""Write a dictionary in the format of another tool."""
 
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -18,12 +18,12 @@ from saelens_lite.outputs import new_folder
 
 @torch.no_grad()
 def write(dictionary: Dictionary, out: str | Path, writer: Format, *, exists: Literal["error", "overwrite"] = "error") -> Path:
-    """The folder a format writes a dictionary to; it appears whole or not at all.
+    """Write a dictionary in a format to a folder, which appears complete or not at all, and return the folder.
 
     Raises:
-        ConfigError: something cannot be represented in the format.
+        ConfigError: the format cannot hold the dictionary.
         NonFiniteError: a parameter is NaN or infinite.
-        OutputExistsError: the folder holds something and `exists` is "error".
+        OutputExistsError: the folder is not empty and `exists` is "error".
     """
     if name := dictionary.not_finite():
         raise NonFiniteError(f"{name} is not finite; a dictionary with NaN or infinity is not written")
@@ -33,18 +33,18 @@ def write(dictionary: Dictionary, out: str | Path, writer: Format, *, exists: Li
 
 
 def write_torch(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Put tensors in a file of `torch.save` in one step, in an order of their own."""
+    """Write tensors to a file with `torch.save` in one step, in their order."""
     whole = OrderedDict((name, tensor.detach().cpu().contiguous().clone()) for name, tensor in tensors.items())
 
     def save(temporary: Path) -> None:
-        with open(temporary, "wb") as file:  # an error of the disk then reaches us, and the name of the file is not in it
+        with open(temporary, "wb") as file:  # so that disk errors reach us, and the file does not hold its name
             torch.save(whole, file)
 
     write_file(path, save)
 
 
 def cannot_write(dictionary: Dictionary, format_name: str, loss: str) -> ConfigError:
-    """The error of a format that has no place for something."""
+    """Return the error of a format that cannot hold a dictionary."""
     return ConfigError(
         f"a {dictionary.rule.plugin_name} dictionary of {dictionary.place} cannot be written as {format_name}: {loss}"
     )

@@ -1,8 +1,8 @@
 """The feature dashboard: a whole feature store as one HTML page that works from a file, without a network.
 
-The page holds its data as compressed columns (see `block`), of which the browser opens what it shows. Names in the page's
-markup are escaped by the template; tokens and labels stand in the blocks alone and become text nodes. Only the page's own
-script and style may run: the Content-Security-Policy names them by their hashes.
+The page holds its data as compressed columns (see `block`), and the browser unpacks only those that it shows. The template
+escapes names in the page's markup. Tokens and labels are only in the blocks and become text nodes. Only the page's own script
+and style may run: the Content-Security-Policy lists them by their hashes.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ SCRIPTS = ("data.js", "parts.js", "charts.js", "list.js", "latent.js", "page.js"
 
 
 def render(store: StoreQueries) -> str:
-    """The page."""
+    """Return the page as HTML."""
     from jinja2 import Environment, PackageLoader
     from markupsafe import Markup
 
@@ -37,7 +37,7 @@ def render(store: StoreQueries) -> str:
         style_hash=_hash(style),
         script=Markup(script),
         script_hash=_hash(script),
-        layout=packed.layout,  # plain numbers and names of ours, of which the tojson filter leaves no < to the markup
+        layout=packed.layout,  # numbers and our own names; the tojson filter escapes each <
         list_block=Markup(packed.list_block),
         details_block=Markup(packed.details_block),
     )
@@ -48,5 +48,5 @@ def _source(name: str) -> str:
 
 
 def _hash(source: str) -> str:
-    """How a Content-Security-Policy names a source."""
+    """Return the hash by which a Content-Security-Policy names a source."""
     return f"sha256-{b64encode(hashlib.sha256(source.encode()).digest()).decode()}"

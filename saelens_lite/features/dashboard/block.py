@@ -1,9 +1,9 @@
-"""The page's data: columns of numbers, compressed in parts, so that a browser opens only what it shows.
+"""The page's data: columns of numbers, compressed in parts, so that a browser unpacks only what it shows.
 
-A block is the base64 of several parts, one behind the other, each compressed by itself. The first block of the page holds
-what the list needs: the words, the tokens, the spans and the columns of the list. The second holds the columns of the
-latents' own pages, CHUNK latents a part; a browser need not have read it to show the list. A part of columns is their
-numbers, one column behind the other, little-endian, in the order and of the types that the layout names.
+A block is the base64 of several parts in a row, each compressed separately. The page's first block holds the data of the list:
+the words, the tokens, the spans and the columns of the list. The second block holds the columns of the latents' own pages,
+CHUNK latents a part; the list is shown before the browser has read it. A part of columns holds one column after another,
+little-endian, in the order and types given by the layout.
 """
 
 import json
@@ -15,16 +15,16 @@ import numpy as np
 
 from saelens_lite.features.dashboard.content import Columns, Content
 
-CHUNK = 64  # latents
+CHUNK = 64  # latents in a part
 LEVEL = 6
-DROPPED_BITS = 12  # of a float32's 23 behind the leading one; the rest are three decimal digits
-FINE_BITS = 8  # dropped of the columns in FINE, which are computed with before they are shown, or shown with two decimals
+DROPPED_BITS = 12  # of the 23 fraction bits of a float32; the rest keep three decimal digits
+FINE_BITS = 8  # for the columns in FINE, which the page computes with, or shows with two decimals
 FINE = {"bin_width", "logit_low", "logit_width", "logit_skew", "logit_kurtosis"}
 FINE |= {"cosine", "stability", "decoder_cosine", "encoder_cosine"}
 
 
 class Packed(NamedTuple):
-    """The data of a page; `layout` is plain data that says where in the blocks what is."""
+    """The data of a page; `layout` is plain data with the position of each part in the blocks."""
 
     layout: dict[str, Any]
     list_block: str
@@ -32,7 +32,7 @@ class Packed(NamedTuple):
 
 
 def pack(content: Content) -> Packed:
-    """The content as blocks."""
+    """Return the content packed into blocks."""
     columns = {name: _compact(getattr(content, name)) for name in ("tokens", "spans", "index", "details")}
     words = {"vocabulary": content.vocabulary, "labels": content.labels}
     whole = [
@@ -63,7 +63,7 @@ def _encoded(part: bytes) -> str:
 
 
 def _described(columns: Columns) -> list[tuple[str, str, int]]:
-    """Name, type and numbers a row of each column."""
+    """Return the name, the type and the numbers a row of each column."""
     return [(name, column.dtype.name, int(np.prod(column.shape[1:]))) for name, column in columns.items()]
 
 
@@ -76,7 +76,7 @@ def _float(name: str, column: np.ndarray) -> np.ndarray:
 
 
 def _three_digits(column: np.ndarray) -> np.ndarray:
-    """Numbers rounded to three decimal digits, so that the page shows those of the exact number."""
+    """Return numbers rounded to three significant digits, so that the page shows the digits of the exact number."""
     rounded = column.astype("<f4")
     there = np.isfinite(rounded) & (rounded != 0)
     exact = rounded[there].astype("<f8")
@@ -86,13 +86,13 @@ def _three_digits(column: np.ndarray) -> np.ndarray:
 
 
 def _short(column: np.ndarray, dropped: int) -> np.ndarray:
-    """Numbers without so many of their last bits, as float32: the zeros at their ends compress well."""
+    """Return numbers as float32, rounded to zero in their last `dropped` bits, because zeros compress well."""
     bits = np.ascontiguousarray(column, dtype="<f4").view("<u4")
     return ((bits + (1 << dropped - 1)) >> dropped << dropped).view("<f4")
 
 
 def _small(column: np.ndarray) -> np.ndarray:
-    """Whole numbers from 0 on in the smallest type that a browser has for them, which beyond 32 bits is float64."""
+    """Return non-negative integers in the smallest type that a browser has for them: float64 beyond 32 bits."""
     largest = int(column.max(initial=0))
     kind = next((kind for kind in ("<u1", "<u2", "<u4") if largest <= np.iinfo(kind).max), "<f8")
     return np.ascontiguousarray(column, dtype=kind)

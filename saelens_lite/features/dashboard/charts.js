@@ -1,5 +1,5 @@
-// Small bar charts. A bar is {height, tip, marked?}; `ends` are written below the first and the last. What points at a bar,
-// however low, is the whole column that it stands in.
+// Small bar charts. A bar is {height, tip, marked?}; `ends` are written below the first and the last bar. The whole column of a
+// bar shows its tip, however low the bar is.
 const svg = tag => document.createElementNS("http://www.w3.org/2000/svg", tag);
 function chart(name, bars, ends) {
   const plot = svg("svg"), most = Math.max(...bars.map(bar => Math.abs(bar.height)));
@@ -21,7 +21,7 @@ function chart(name, bars, ends) {
   return make("div", {class: "plot"}, plot, make("div", {class: "axis"}, ...ends.map(end => make("span", {}, end))));
 }
 
-// The number at which bin j begins; one that only rounding keeps from zero is zero.
+// Return the lower edge of bin j; an edge that differs from zero only by rounding is zero.
 function edge(low, width, j) {
   const at = low + width * j;
   return Math.abs(at) < width / 1000 ? 0 : at;
@@ -50,7 +50,7 @@ function profileChart(rates, means) {
   return chart("Firing rate by position", bars, [`position ${bands[0][0]}`, String(bands.at(-1)[1])]);
 }
 
-// How a number is distributed over all latents; the bar of latent i is marked.
+// Distributions of a number over all latents; the bar of latent i is marked.
 const N_BARS = 36;
 const distributions = {
   density: {title: "Density of latents, log scale", of: i => index.get("count", i) ? Math.log10(density(i)) : NaN, shown: x => percent(10 ** x)},
@@ -70,7 +70,7 @@ function distribution({of, shown, ...known}) {
 function amongAll(name, i) {
   const known = Object.assign(distributions[name], distribution(distributions[name]));
   const {title, of, shown, low, high, width, counts, bin} = known;
-  if (!(high >= low)) return make("p", {class: "soft"}, "not known of any latent");
+  if (!(high >= low)) return make("p", {class: "soft"}, "not known for any latent");
   const own = i === undefined ? NaN : of(i), at = j => shown(edge(low, width, j));
   const bars = Array.from(counts, (count, j) =>
     ({height: count, marked: bin(own) === j, tip: `${at(j)} to ${at(j + 1)}:  ${whole(count)} latents`}));

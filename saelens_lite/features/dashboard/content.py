@@ -1,4 +1,4 @@
-"""What the page shows of a feature store, as columns of numbers: a row a latent, or a row a token of the text shown."""
+"""The content of the page, as columns of numbers: one row for each latent, or for each token of the shown text."""
 
 from typing import Any, NamedTuple
 
@@ -15,24 +15,23 @@ Columns = dict[str, np.ndarray]
 
 
 class Content(NamedTuple):
-    """All that the page shows. `facts` is plain data; the rows of the columns are what is said of each.
+    """Everything that the page shows. `facts` is plain data; the comments say what a row of each group of columns is.
 
-    A context is the place of its peak among the tokens shown, and the activations of the latent around it (columns whose
-    name ends in _nearby), which are 0 where there is no context.
+    A context is the place of its peak among the shown tokens, and the latent's activations around it (columns whose names end
+    in _nearby). The activations are 0 in entries without a context.
     """
 
     facts: dict[str, Any]
-    vocabulary: list[str]  # of the tokens that appear, then what parts of characters show where they stand
+    vocabulary: list[str]  # texts of the tokens that appear, then of parts of characters in their contexts
     labels: dict[int, str]
-    tokens: Columns  # token: those that stand in a context
-    spans: Columns  # span of the text: its first place among the tokens shown, its row, its position
-    index: Columns  # latent: what the list shows and searches
-    details: Columns  # latent: what only its own page shows
+    tokens: Columns  # a token that is in a context
+    spans: Columns  # a span of the text: its first place among the shown tokens, its row, its position
+    index: Columns  # a latent: the data that the list shows and searches
+    details: Columns  # a latent: the data that only its own page shows
 
 
 class ShownText(NamedTuple):
-    """The parts of a text that stand in contexts, one behind the other: span j begins at `start[j]` of the flattened text
-    and at `at[j]` here."""
+    """The parts of a text that are in contexts, joined. Span j begins at `start[j]` in the flattened text, at `at[j]` here."""
 
     tokens: Int[np.ndarray, " n_shown"]
     start: Int[np.ndarray, " n_spans"]
@@ -46,20 +45,20 @@ class ShownText(NamedTuple):
         places: Int[np.ndarray, " n"],
         window: tuple[int, int],
     ) -> "ShownText":
-        """The union of the windows around places; a window ends where its row does."""
+        """Return the union of the windows around places. A window never leaves its row."""
         places = np.unique(places)
         row, position = np.divmod(places, tokens.shape[1])
         start = places - np.minimum(position, window[0])
         stop = places + np.minimum(length[row] - position, window[1] + 1)
         opens = np.ones(len(places), dtype=bool)
-        opens[1:] = start[1:] >= stop[:-1]  # windows that only touch stay apart: they may be of two rows
+        opens[1:] = start[1:] >= stop[:-1]  # windows that only touch stay separate: they may be in two rows
         size = stop[np.roll(opens, -1)] - start[opens]
         at = size.cumsum() - size
         flat = np.arange(size.sum()) + np.repeat(start[opens] - at, size)
         return cls(tokens.reshape(-1)[flat], start[opens], at)
 
     def index(self, places: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
-        """Where places of the text are among the tokens shown; 0 for those below 0."""
+        """Return the indices of places among the shown tokens; 0 for negative places."""
         if not len(self.start):
             return np.zeros_like(places)
         span = self.start.searchsorted(places, side="right") - 1
@@ -67,7 +66,7 @@ class ShownText(NamedTuple):
 
 
 def content(store: StoreQueries) -> Content:
-    """What the page shows of a store."""
+    """Return the content of a store's page."""
     t, weights, control = store.tensors, store.weights, store.control
     places = {"top": t.top_place, "group": t.group_place.flatten(1), "random": t.random_place}
     if control is not None:
@@ -108,7 +107,7 @@ def content(store: StoreQueries) -> Content:
 def _words(
     store: StoreQueries, text: ShownText, ids: Int[np.ndarray, " n_ids"]
 ) -> tuple[list[str], Int[np.ndarray, " n_shown"]]:
-    """Return the texts of ids and of the parts of characters where they stand, and which of them each token shown has."""
+    """Return the texts of ids and of parts of characters in their contexts, and the number of each shown token's text."""
     words, word = [store.vocabulary[i] for i in ids.tolist()], ids.searchsorted(text.tokens)
     parts = np.isin(text.tokens, list(store.vocabulary.parts))
     if not parts.any():
@@ -126,7 +125,7 @@ def _words(
 
 
 def _index(store: StoreQueries, top: np.ndarray, promoted: np.ndarray) -> Columns:
-    """The columns of the list."""
+    """Return the columns of the list."""
     t = store.tensors
     columns = {
         "count": t.count,
@@ -139,12 +138,12 @@ def _index(store: StoreQueries, top: np.ndarray, promoted: np.ndarray) -> Column
         "cosine": store.weights.encoder_decoder_cosine,
     }
     if store.scores is not None:
-        columns["stability"] = store.scores.score.masked_fill(~store.scores.live, torch.nan)  # there is nothing to compare
+        columns["stability"] = store.scores.score.masked_fill(~store.scores.live, torch.nan)  # dead latents have no score
     return _there(columns)
 
 
 def _details(store: StoreQueries, shown: Columns, suppressed: np.ndarray) -> Columns:
-    """The columns of a latent's own page."""
+    """Return the columns of a latent's own page."""
     t, w = store.tensors, store.weights
     read = t.band_tokens > 0
     columns = {
@@ -190,7 +189,7 @@ def _details(store: StoreQueries, shown: Columns, suppressed: np.ndarray) -> Col
 
 
 def _there(columns: dict[str, Tensor | np.ndarray]) -> Columns:
-    """The columns as arrays, without those that have no entries."""
+    """Return the columns as arrays, without the empty ones."""
     arrays = {name: _array(column) for name, column in columns.items()}
     return {name: array for name, array in arrays.items() if array.size}
 

@@ -1,9 +1,9 @@
-// The data: two blocks of compressed parts. The list's is opened at the start; that of the latents' own pages stands behind
-// this script, may still be on its way, and is opened part by part.
+// The data: two blocks of compressed parts. The block of the list is unpacked at the start. The block of the latents' own pages
+// comes after this script, may still be loading, and is unpacked part by part.
 const $ = id => document.getElementById(id);
 const layout = JSON.parse($("layout").textContent);
 const KINDS = {uint8: Uint8Array, uint16: Uint16Array, uint32: Uint32Array, float32: Float32Array, float64: Float64Array};
-const MOST_CHUNKS = 32;  // kept open
+const MOST_CHUNKS = 32;  // kept unpacked
 
 function takeBlock(id) {
   const element = $(id), block = element.textContent;
@@ -13,14 +13,14 @@ function takeBlock(id) {
 const whenRead = new Promise(resolve => document.addEventListener("DOMContentLoaded", resolve));
 const detailsBlock = whenRead.then(() => takeBlock("details-block"));
 
-// Part number `part` of a block, as a response that can be read as JSON or as bytes.
+// Return one part of a block as a response, which can be read as JSON or as bytes.
 function open(block, starts, part) {
   const packed = atob(block.slice(starts[part], starts[part + 1])), bytes = new Uint8Array(packed.length);
   for (let j = 0; j < bytes.length; j++) bytes[j] = packed.charCodeAt(j);
   return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate")));
 }
 
-// Columns of numbers by name, with `width` numbers a row.
+// Columns of numbers by name; a column has `width` numbers a row.
 class Columns {
   constructor(buffer, described) {
     const size = ([, kind, width]) => KINDS[kind].BYTES_PER_ELEMENT * width;
@@ -52,21 +52,21 @@ async function openList() {
   tokens = shown.all("token");
 }
 
-// The details of a latent: its row in the columns of the chunk it is in.
+// Return the details of a latent: its row in the columns of its chunk.
 const chunks = new Map();
 async function openChunk(number) {
   return new Columns(await open(await detailsBlock, layout.details_starts, number).arrayBuffer(), layout.columns.details);
 }
 async function details(i) {
   const number = Math.floor(i / layout.chunk), found = chunks.get(number) ?? openChunk(number);
-  chunks.delete(number);  // the last asked for stands last
+  chunks.delete(number);  // the most recently used chunk comes last
   chunks.set(number, found);
   if (chunks.size > MOST_CHUNKS) chunks.delete(chunks.keys().next().value);
   const columns = await found, row = i % layout.chunk;
   return {has: name => columns.has(name), row: name => columns.row(name, row), get: name => columns.get(name, row)};
 }
 
-// A context: the tokens around the peak, which is the shown token `at`, as far as the span that it stands in goes.
+// Return a context: the tokens around the peak, which is the shown token `at`, within the span of the peak.
 function context(at, nearby) {
   const starts = spans.all("at");
   let low = 0, high = starts.length;

@@ -28,7 +28,7 @@ function summary(i) {
   return make("div", {class: "title"}, title, facts(pairs));
 }
 
-const PER_UNIT = "what an activation of 1 adds to the logit";
+const PER_UNIT = "change of the logit for an activation of 1";
 function effects(title, ids, values, kind) {
   const most = Math.max(...values.map(Math.abs)) || 1;
   const section = measured(title, "logits per unit", PER_UNIT, ...Array.from(ids, (id, j) => {
@@ -40,7 +40,7 @@ function effects(title, ids, values, kind) {
   return section;
 }
 
-// What another latent is about, in a few words.
+// Return another latent's label, or else its top tokens.
 function about(j) {
   if (label(j)) return [label(j)];
   return index.get("count", j) ? topTokens(j, 4).map(chip) : [make("span", {class: "soft"}, "never fires")];
@@ -57,7 +57,7 @@ function neighbours(found, side) {
   return found.has(name)
     && others(`Nearest by ${side}`, "cosine", `cosine of the ${side} directions`, found.row(name), j => fixed(found.row(`${side}_cosine`)[j]));
 }
-// Latents that fire on the same tokens: on how many, and the pointwise mutual information.
+// Latents that fire on the same tokens, with the number of these tokens and the pointwise mutual information.
 function partners(i, found, kind, title) {
   const name = `${kind}_count`;
   if (!found.has(name)) return undefined;
@@ -79,7 +79,7 @@ function groups(i, found, max) {
   return section;
 }
 
-// The strongest contexts, and a button that has all contexts on the page broken into lines instead of cut at the card's edge.
+// The strongest contexts, and a button that wraps all contexts on the page instead of cutting them at the card's edge.
 function strongest(i, found, max) {
   const section = card("Strongest contexts", ...lines(contexts(index.row("top", i), found.row("top_nearby")), max));
   const page = $("latent").classList, button = make("button", {class: "unit", "aria-pressed": page.contains("whole")}, "whole contexts");
@@ -91,9 +91,9 @@ function strongest(i, found, max) {
 function control(found) {
   const count = found.get("control_count");
   const pairs = firingFacts(count, layout.control_tokens, found.get("control_max"), found.get("control_mean"));
-  const section = card("Control: on the model with its weights re-drawn", facts(pairs));
+  const section = card("Control: the model with re-drawn weights", facts(pairs));
   if (count) {
-    section.append(make("p", {class: "soft"}, "What this latent answers to in a model that has learned nothing. Contexts as telling as those above would be the text's doing, not the model's."),
+    section.append(make("p", {class: "soft"}, "The latent's strongest contexts in a model that has learned nothing. If they are as consistent as those above, the text explains the pattern, not the model's training."),
       ...lines(contexts(found.row("control"), found.row("control_nearby")), found.get("control_max")));
   }
   return section;
@@ -128,5 +128,5 @@ function latentPage(i, found) {
 
 function noLatent(i) {
   $("latent").replaceChildren(make("h1", {tabindex: -1}, `There is no latent ${i}`),
-    make("p", {}, `They are numbered 0 to ${layout.n_latents - 1}. `, make("a", {href: "#"}, "All latents")));
+    make("p", {}, `Latents are numbered 0 to ${layout.n_latents - 1}. `, make("a", {href: "#"}, "All latents")));
 }

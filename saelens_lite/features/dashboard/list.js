@@ -1,17 +1,17 @@
-// The list: an order of latents, of which only the rows in sight are in the document.
+// The list: latents in an order. Only the visible rows are in the document.
 const MARGIN = 12;  // rows kept above and below the window
-const view = {key: "latent", down: false, query: "", order: [], hits: null, scroll: 0, last: -1};  // last: the latent looked at
+const view = {key: "latent", down: false, query: "", order: [], hits: null, scroll: 0, last: -1};  // last: the latent viewed last
 const rows = $("rows"), drawn = new Map();
 
 const cosineOf = i => index.get("cosine", i), stabilityOf = i => index.get("stability", i);
-const firing = (i, value) => index.get("count", i) ? value : NaN;  // silent latents have nothing to be compared by
+const firing = (i, value) => index.get("count", i) ? value : NaN;  // silent latents cannot be compared
 const COLUMNS = [
   {key: "latent", width: "4.5rem", value: i => i, cell: i => [make("a", {href: `#f=${i}`}, String(i))]},
   {key: "label", width: "minmax(6rem, 1.1fr)", there: () => Object.keys(labels).length, cell: i => [label(i)]},
-  {key: "density", tip: "density: share of tokens it fires on", width: "6.2rem", numeric: true, value: i => firing(i, density(i)), cell: i => [index.get("count", i) ? percent(density(i)) : "never fires"]},
+  {key: "density", tip: "density: share of tokens on which the latent fires", width: "6.2rem", numeric: true, value: i => firing(i, density(i)), cell: i => [index.get("count", i) ? percent(density(i)) : "never fires"]},
   {key: "max", tip: "max: largest activation", width: "4.2rem", numeric: true, value: i => firing(i, index.get("max", i)), cell: i => [index.get("count", i) ? number(index.get("max", i)) : ""]},
-  {key: "stability", tip: "stability: largest decoder cosine in dictionaries of other seeds, mean", width: "5.6rem", numeric: true, there: () => index.has("stability"), value: stabilityOf, cell: i => [fixed(stabilityOf(i))]},
-  {key: "cosine", title: "enc·dec", tip: "enc·dec: cosine of encoder and decoder direction", width: "5.2rem", numeric: true, there: () => index.has("cosine"), value: cosineOf, cell: i => [fixed(cosineOf(i))]},
+  {key: "stability", tip: "stability: largest decoder cosine in another dictionary, mean over the others", width: "5.6rem", numeric: true, there: () => index.has("stability"), value: stabilityOf, cell: i => [fixed(stabilityOf(i))]},
+  {key: "cosine", title: "enc·dec", tip: "enc·dec: cosine between encoder and decoder direction", width: "5.2rem", numeric: true, there: () => index.has("cosine"), value: cosineOf, cell: i => [fixed(cosineOf(i))]},
   {title: "promotes", width: "minmax(0, 1.3fr)", there: () => index.has("promoted"), cell: promotes},
   {title: "strongest context", name: "tokens", width: "minmax(0, 2fr)", cell: snippet},
 ];
@@ -37,7 +37,7 @@ function row(i) {
   return line;
 }
 
-// The tokens it promotes most; those that the search has found come first, so that one sees why a latent is listed.
+// The most promoted tokens. Those that match the search come first, to show why a latent is listed.
 function promotes(i) {
   const found = id => view.hits?.words[id] ? 1 : 0, ids = Array.from(index.row("promoted", i));
   const shown = ids.sort((a, b) => found(b) - found(a)).slice(0, 4).map(id => [id, chip(id)]);
@@ -45,21 +45,21 @@ function promotes(i) {
   return shown.map(([, element]) => element);
 }
 
-// The strongest context, or the first whose peak the search has found; of the others no activation is known here.
+// The strongest context, or the first whose peak matches the search; only the strongest has known activations here.
 function snippet(i) {
   const places = index.row("top", i).subarray(0, index.get("n_top", i));
   if (!places.length) return [];
   const found = view.hits ? places.findIndex(at => view.hits.tokens[at]) : 0, j = Math.max(0, found);
   const nearby = index.row("first_nearby", i), one = context(places[j], j ? new Float32Array(nearby.length) : nearby);
-  let from = one.peak;  // so much before the peak that it stays in sight
+  let from = one.peak;  // few enough tokens before the peak to keep it visible
   for (let length = 0; from > 0 && one.peak - from < 5; from--) if ((length += vocabulary[one.ids[from - 1]].length) > 24) break;
   return strip(one, from, Math.min(one.ids.length, one.peak + 8), index.get("max", i));
 }
 
-// What is searched is what is shown, capitals or not; a dot and a space are the same.
+// The search covers the displayed text, ignores case, and treats a dot as a space.
 const folded = text => spelled(text).toLowerCase().replaceAll("·", " ");
 
-// Which words of the vocabulary hold the query, and which shown tokens it stands on, with the parts of its first character.
+// Return the words that contain the query, and the shown tokens that it covers, with the parts of its first character.
 let lower, shownText, ends;
 function prepareSearch() {
   lower = vocabulary.map(folded);
@@ -103,7 +103,7 @@ function arrange() {
     const keys = Float64Array.from(chosen, value).map(key => Number.isNaN(key) ? Infinity : sign * key);
     const places = Array.from(chosen.keys()).sort((a, b) => keys[a] === keys[b] ? a - b : keys[a] - keys[b]);
     view.order = places.map(place => chosen[place]);
-  } else {  // by label; those without come last
+  } else {  // by label; latents without one come last
     const compare = new Intl.Collator().compare;
     view.order = chosen.sort((a, b) => (labels[a] === undefined) - (labels[b] === undefined) || sign * compare(labels[a] ?? "", labels[b] ?? "") || a - b);
   }
@@ -135,7 +135,7 @@ function draw() {
   rows.style.paddingTop = `${height * Math.min(first, last)}px`;
   place(shown.map(i => drawn.get(i)));
 }
-// Has these rows in the document. Those that are there already stay where they are: the focus may be in one of them.
+// Put these rows into the document. Existing rows stay in place, because one of them may have the focus.
 function place(lines) {
   const wanted = new Set(lines);
   for (const line of [...rows.children]) if (!wanted.has(line)) line.remove();
@@ -155,7 +155,7 @@ function lookFor(text) {
   toTop();
   arrange();
 }
-// A new order is read from its beginning.
+// Scroll to the beginning of a new order.
 function toTop() {
   const top = $("bar").getBoundingClientRect().top + scrollY;
   if (scrollY > top) scrollTo(0, top);

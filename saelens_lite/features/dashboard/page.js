@@ -1,4 +1,4 @@
-// Which of the two is shown, and what keys do.
+// Navigation between the list and a latent's page, and the keys.
 const TITLE = document.title;
 
 const asked = () => /^#f=(\d+)$/.exec(location.hash);
@@ -9,12 +9,12 @@ async function route() {
   if (!match) return showList();
   if (!$("index").hidden) view.scroll = scrollY;
   const i = Number(match[1]), there = i < layout.n_latents, found = there && await details(i);
-  if (location.hash !== match[0]) return undefined;  // another was asked for meanwhile
+  if (location.hash !== match[0]) return undefined;  // the user has moved on
   if (there) latentPage(i, found); else noLatent(match[1]);
   view.last = i;
   [$("index").hidden, $("latent").hidden, document.title] = [true, false, `${there ? `Latent ${i}` : `No latent ${match[1]}`} · ${TITLE}`];
   scrollTo(0, 0);
-  $("latent").querySelector("h1").focus({preventScroll: true});  // so that readers of the screen hear what came
+  $("latent").querySelector("h1").focus({preventScroll: true});  // so that screen readers announce the page
   return undefined;
 }
 function showList() {
@@ -42,14 +42,14 @@ function openFirst() {
 function fail(error) {
   $("problem").hidden = false;
   $("problem").textContent = globalThis.DecompressionStream
-    ? `This page cannot read its data: ${error.message}. Is the file whole?`
+    ? `This page cannot read its data: ${error.message}. Is the file complete?`
     : "This page needs a newer browser: Chrome or Edge 111, Firefox 113, Safari 16.4, or later.";
 }
 
 async function start() {
   await openList();
   head();
-  history.scrollRestoration = "manual";  // else Forward scrolls the list before `route` notes where it was read
+  history.scrollRestoration = "manual";  // otherwise Forward scrolls the list before `route` saves its position
   $("index").hidden = asked() !== null;
   $("overview").append(make("h2", {}, "Density of latents: the share of tokens they fire on, log scale"), amongAll("density"));
   arrange();

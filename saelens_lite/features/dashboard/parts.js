@@ -1,4 +1,4 @@
-// Pieces of the page. All text reaches it as text nodes and attributes; nothing is ever parsed as HTML.
+// Pieces of the page. All text becomes text nodes and attributes; nothing is parsed as HTML.
 function make(tag, attributes, ...children) {
   const element = document.createElement(tag);
   for (const name in attributes) element.setAttribute(name, attributes[name]);
@@ -7,23 +7,23 @@ function make(tag, attributes, ...children) {
 }
 const three = new Intl.NumberFormat("en", {minimumSignificantDigits: 3, maximumSignificantDigits: 3});
 const integer = new Intl.NumberFormat("en");
-const SMALL = 1e-4;  // what is less takes an exponent
+const SMALL = 1e-4;  // smaller numbers are shown with an exponent
 const number = value => (value && Math.abs(value) < SMALL ? value.toExponential(2) : three.format(value)).replaceAll("-", "−");
 const whole = value => integer.format(value);
-// Two decimals, a dash where nothing is known; zero has no sign.
+// Two decimals, or a dash for unknown numbers; zero has no sign.
 const fixed = value => Number.isNaN(value) ? "–" : (Math.round(100 * value) / 100 || 0).toFixed(2).replace("-", "−");
 const percent = share => `${number(100 * share)} %`;
 const density = i => index.get("count", i) / layout.n_tokens;
 
-// Characters that cannot be seen are named, marks that would sit on what stands before get a ring of their own, and spaces are
-// dots where nothing else would show them. A token without text is a part of the character that a later one completes.
+// Invisible characters are named, a combining mark at the beginning gets a dotted circle, and spaces are dots where they would
+// not be visible. A token without text is part of a character that a later token completes.
 const UNSEEN = {"\n": "⏎", "\t": "⇥", "\r": "␍", "\u00a0": "␣"};
 const spelled = text => text.replace(/(?! )[\p{C}\p{Z}]/gu, c => UNSEEN[c] ?? `\\u{${c.codePointAt(0).toString(16)}}`);
 const named = text => spelled(text).replace(/^\p{M}/u, "◌$&");
 const PART = "‥";
 const dotted = id => id === layout.bos ? "start of text" : named(vocabulary[id]).replaceAll(" ", "·") || PART;
 
-// A token; where the latent fires on it, it is shaded and its activation shows beside the pointer.
+// A token. If the latent fires on it, it is shaded, and its activation is shown beside the pointer.
 function token(id, value, isPeak, max) {
   const word = vocabulary[id], blank = !word.trim();
   const element = make("span", {}, id === layout.bos ? "⟨start⟩" : blank ? dotted(id) : named(word));
@@ -44,14 +44,14 @@ function strip({ids, values, peak}, from, to, max) {
 const chip = id => make("span", {class: "chip"}, dotted(id));
 const label = i => labels[i] === undefined ? "" : named(labels[i]);
 
-// The tokens on which a latent fires most, each once.
+// The distinct tokens on which a latent fires most.
 function topTokens(i, most) {
   const places = index.row("top", i).subarray(0, index.get("n_top", i));
   return [...new Set(Array.from(places, at => tokens[at]))].slice(0, most);
 }
 
 const card = (title, ...content) => make("section", {class: "card"}, make("h2", {}, title), ...content);
-// A card of numbers: of what unit they are, and more of that beside the pointer.
+// A card of numbers with their unit, which is explained beside the pointer.
 function measured(title, unit, meaning, ...content) {
   const section = card(title, ...content);
   section.firstChild.append(make("span", {class: "unit", "data-tip": meaning}, unit));
