@@ -16,11 +16,11 @@ from .errors import SaelensLiteError as SaelensLiteError
 from .evaluation import EvalReport as EvalReport
 from .evaluation import evaluate as evaluate
 from .evaluation.probing import probe as probe
-from .exporters import Exporter as Exporter
-from .exporters import ExporterConfig as ExporterConfig
 from .features import FeatureStore as FeatureStore
 from .features.compare import compare as compare
 from .features.compare import stability as stability
+from .features.exporters import Exporter as Exporter
+from .features.exporters import ExporterConfig as ExporterConfig
 from .formats import Format as Format
 from .hub import pull as pull
 from .hub import push as push

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from saelens_lite import registry
 from saelens_lite.arrays import ArrayLike, as_tensor, described, not_finite
 from saelens_lite.codes import SparseCodes
-from saelens_lite.codes.change import Edit, offsets, scaled
+from saelens_lite.codes.change import CodeChange, offsets, scaled
 from saelens_lite.codes.encoder import Encoder
 from saelens_lite.config import Origin
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, ShapeError
@@ -437,7 +437,7 @@ class Dictionary(nn.Module):
             return self.b_dec
         return self.b_dec + x.to(self.W_skip.dtype) @ self.W_skip.T
 
-    def check_edits(self, edits: Sequence[Edit]) -> None:
+    def check_edits(self, edits: Sequence[CodeChange]) -> None:
         """Raise ConfigError if an edit names a latent that the dictionary does not have."""
         largest = max((latent for edit in edits for latent in edit.latents), default=0)
         if largest >= self.d_sae:
@@ -446,7 +446,7 @@ class Dictionary(nn.Module):
     def change(
         self,
         x: Float[Tensor, "*shape d_in"] | ArrayLike,
-        edits: Sequence[Edit],
+        edits: Sequence[CodeChange],
         at: Sequence[Bool[Tensor, "..."]] | None = None,
     ) -> Float[Tensor, "*shape d_out"]:
         """Return the change of the output if edits act on the codes of x in turn: output_scale · Σ_i (new_i − old_i) W_dec[i].

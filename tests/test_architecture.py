@@ -27,7 +27,6 @@ ORDER = [
     "loggers",
     "training",
     "evaluation",
-    "exporters",
     "features",
     "interventions",
     "views",
@@ -70,8 +69,8 @@ DOORS = {
     "sparsity",
     "codes",
     "formats",
-    "exporters",
     "features",
+    "features.exporters",
     "judges",
     "errors",
 }  # the modules that a plugin may import from
@@ -325,3 +324,13 @@ def test_every_name_resolves(name):
 def test_a_wrong_name_raises_attribute_error():
     with pytest.raises(AttributeError, match="module 'saelens_lite' has no attribute 'trian'"):
         sl.trian
+
+
+def test_a_class_name_means_one_thing():
+    """No two files of the core define classes of the same public name."""
+    homes: dict[str, list[str]] = {}
+    for path in FILES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert {name: files for name, files in homes.items() if len(files) > 1} == {}

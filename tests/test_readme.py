@@ -1,4 +1,4 @@
-"""What the README shows works, and it stays short."""
+"""The examples of the README work, and it stays short."""
 
 import re
 import shlex

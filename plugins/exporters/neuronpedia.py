@@ -19,8 +19,8 @@ from pydantic import Field
 
 from saelens_lite import Dictionary, FeatureStore
 from saelens_lite.errors import ConfigError
-from saelens_lite.exporters import PART, Exporter, ExporterConfig, progress_bar
 from saelens_lite.features import Example
+from saelens_lite.features.exporters import PART, Exporter, ExporterConfig, progress_bar
 
 BATCH = 1024  # latents per file
 DECIMALS = 3

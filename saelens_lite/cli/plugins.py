@@ -76,7 +76,7 @@ def _check_table(report: "PluginReport") -> "Table":
     colours = {"ok": "green", "failed": "red", "warning": "yellow", "not checked": "dim"}
     return grid(
         ("check", "status", "found"),
-        [(name, Text(status, style=colours[status]), found) for name, status, found in report.checks],
+        [(name, Text(status, style=colours[status]), result) for name, status, result in report.checks],
         title=f"{report.plugin}: {report.summary()}",
         column=lambda title: {"overflow": "fold", "no_wrap": title != "found"},
     )

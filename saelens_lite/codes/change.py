@@ -11,7 +11,7 @@ from saelens_lite.codes import SparseCodes
 
 
 @runtime_checkable
-class Edit(Protocol):
+class CodeChange(Protocol):
     """code ← gain · code + offset, for some latents."""
 
     @property
@@ -24,7 +24,7 @@ class Edit(Protocol):
     def offset(self) -> float: ...
 
 
-def scaled(codes: SparseCodes, edits: Sequence[Edit], at: Sequence[Bool[Tensor, "*_shape"]]) -> SparseCodes:
+def scaled(codes: SparseCodes, edits: Sequence[CodeChange], at: Sequence[Bool[Tensor, "*_shape"]]) -> SparseCodes:
     """Return (Π gain − 1) · code for the codes that fire: the change by the gains of the edits, applied in order."""
     factor = torch.ones_like(codes.value)
     for edit, here in zip(edits, at, strict=True):
@@ -35,7 +35,7 @@ def scaled(codes: SparseCodes, edits: Sequence[Edit], at: Sequence[Bool[Tensor, 
 
 
 def offsets(
-    edits: Sequence[Edit], at: Sequence[Bool[Tensor, "*shape"]], W_dec: Float[Tensor, "d_sae d"]
+    edits: Sequence[CodeChange], at: Sequence[Bool[Tensor, "*shape"]], W_dec: Float[Tensor, "d_sae d"]
 ) -> Float[Tensor, "*shape d"]:
     """Return Σ offset · W_dec[latent]: the change by the offsets of the edits, applied in order. Independent of the
     codes.

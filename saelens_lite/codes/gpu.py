@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16)  # all sums are float32
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)  # all sums are float32
 OLDEST = (8, 0)  # compute capability from which a GPU has bfloat16
 
 
@@ -22,7 +22,7 @@ def available(tensor: Tensor) -> bool:
 
     TRITON_INTERPRET=1 also runs the kernels on a CPU, slowly, for tests.
     """
-    if tensor.dtype not in DTYPES or not _triton_is_installed():
+    if tensor.dtype not in KERNEL_DTYPES or not _triton_is_installed():
         return False
     if tensor.is_cuda:
         return has_bfloat16(tensor.device)

@@ -1,4 +1,4 @@
-"""Which latents fire: (row, latent) pairs in compressed rows, and what products of a training step need of them."""
+"""The latents that fire: (row, latent) pairs in compressed rows, and the indices that products of a training step need."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,11 +44,11 @@ class Support:
         return torch.repeat_interleave(rows, self.crow.diff(), output_size=len(self.latent))
 
     def where(self, keep: Bool[Tensor, " nnz"]) -> "Support":
-        """The pairs at which `keep` is true."""
+        """Return the pairs where `keep` is true."""
         return Support(F.pad(keep.long().cumsum(0), (1, 0))[self.crow], self.latent[keep])
 
     def flat(self, d_sae: int) -> Int[Tensor, " nnz"]:
-        """row · d_sae + latent: where the pair stands in a flattened [rows d_sae] tensor."""
+        """Return row · d_sae + latent: the index of each pair in a flattened [rows d_sae] tensor."""
         return self.row * d_sae + self.latent
 
     @cached_property
@@ -63,7 +63,7 @@ class Support:
 
     @cached_property
     def order(self) -> Int[Tensor, " nnz"]:
-        """What sorts the pairs by latent, rows ascending within a latent."""
+        """Permutation that sorts the pairs by latent, rows ascending within a latent."""
         return self.latent32.argsort(stable=True)
 
     @cached_property
@@ -73,7 +73,7 @@ class Support:
 
     @cached_property
     def counts(self) -> Int[Tensor, " latents"]:
-        """How many rows each latent fires in, up to the last one that fires."""
+        """Number of rows in which each latent fires, up to the last latent that fires."""
         return torch.bincount(self.latent)
 
     @cached_property
@@ -83,11 +83,11 @@ class Support:
 
     @cached_property
     def as_dense(self) -> "DensePairs":
-        """Where the pairs stand in a dense matrix over the latents that are used."""
+        """The pairs as entries of a dense matrix over the used latents."""
         return DensePairs(self)
 
     def by_latent(self, d_sae: int) -> Int[Tensor, " d_sae_plus_1"]:
-        """Where each latent begins among the pairs sorted by latent, int32."""
+        """Return the offset of each latent in the pairs sorted by latent, int32."""
         return _pointers(F.pad(self.counts, (0, d_sae - len(self.counts)))).int()
 
 
@@ -107,12 +107,12 @@ class DensePairs:
         self.flat = support.row * len(self.used) + column
 
     def matrix(self, value: Float[Tensor, " nnz"]) -> Float[Tensor, "batch n_used"]:
-        """The values at their pairs, zeros elsewhere; without gradient."""
+        """Return a dense matrix of the values, with zeros elsewhere; without gradient."""
         zeros = value.new_zeros(self.n_rows * len(self.used))
         return rearrange(zeros.index_copy_(0, self.flat, value), "(batch used) -> batch used", batch=self.n_rows)
 
     def rows_of(self, weight: Float[Tensor, "d_sae d"]) -> Float[Tensor, "n_used d"]:
-        """The rows of a weight that belong to latents that are used."""
+        """Return the rows of a weight that belong to used latents."""
         return weight if len(self.used) == len(weight) else weight.index_select(0, self.used)
 
 

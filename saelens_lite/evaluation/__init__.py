@@ -155,7 +155,7 @@ def evaluate(
         rows, excluded = _rows(lm, text, n_tokens, config), _excluded(config)
     if not rows.n_kept:
         raise TextError("there is no text to evaluate on: none of the positions of the token rows counts")
-    job = _Job(
+    job = _Plan(
         rows=rows,
         hooks=hooks,
         text=text_name or source_name(text, text_config),
@@ -179,7 +179,7 @@ def _rows(lm: LanguageModel, text: Text, n_tokens: int | None, config: TextConfi
     return joined([rows.narrowed(int(rows.counted_lengths.max()) + 1) for rows in blocks], blocks.pad)
 
 
-class _Job(NamedTuple):
+class _Plan(NamedTuple):
     """The rows and settings that an evaluation shares with its controls."""
 
     rows: TokenRows
@@ -193,7 +193,7 @@ class _Job(NamedTuple):
 
 
 def _reports(
-    job: _Job, dictionaries: Sequence[Dictionary], lm: LanguageModel, by_frequency: bool = False, by_position: bool = False
+    job: _Plan, dictionaries: Sequence[Dictionary], lm: LanguageModel, by_frequency: bool = False, by_position: bool = False
 ) -> list[EvalReport]:
     """Run the pass over the rows, and return a report for each dictionary."""
     rows = job.rows
@@ -235,7 +235,7 @@ def _reports(
 
 
 def _with_controls(
-    job: _Job, dictionaries: Sequence[Dictionary], lm: LanguageModel, reports: Sequence[EvalReport]
+    job: _Plan, dictionaries: Sequence[Dictionary], lm: LanguageModel, reports: Sequence[EvalReport]
 ) -> list[EvalReport]:
     """Return the reports together with those of their controls."""
     sizes = [report["l0"] for report in reports]

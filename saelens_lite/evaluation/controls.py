@@ -17,24 +17,24 @@ from saelens_lite.tokens import TokenRows
 RANDOM, PCA, REDRAWN = "random", "PCA", "re-drawn weights"
 
 
-class Moments(NamedTuple):
+class MeanAndCovariance(NamedTuple):
     """Mean and covariance of activations."""
 
     mean: Float[Tensor, " d"]
     covariance: Float[Tensor, "d d"]
 
 
-def moments(lm: LanguageModel, rows: TokenRows, hooks: Sequence[str], batch_tokens: int) -> Moments:
+def moments(lm: LanguageModel, rows: TokenRows, hooks: Sequence[str], batch_tokens: int) -> MeanAndCovariance:
     """Return the mean and covariance of the kept tokens' activations at some hooks, in float64."""
     total, products = 0.0, 0.0
     for x in kept_activations(lm, rows, hooks, batch_tokens, "covariance"):
         exact = wide(x)
         total, products = total + exact.sum(0), products + exact.T @ exact
     mean = total / rows.n_kept
-    return Moments(mean, products / rows.n_kept - torch.outer(mean, mean))
+    return MeanAndCovariance(mean, products / rows.n_kept - torch.outer(mean, mean))
 
 
-def pca_dictionary(stats: Moments, n_components: int, origin: Origin) -> Dictionary:
+def pca_dictionary(stats: MeanAndCovariance, n_components: int, origin: Origin) -> Dictionary:
     """Return a dictionary whose x̂ is the mean plus the projection on the first principal components.
 
     Its latents are the components and their opposites. One of each pair fires on every token, so L0 is `n_components`.
@@ -50,7 +50,9 @@ def pca_dictionary(stats: Moments, n_components: int, origin: Origin) -> Diction
     return dictionary
 
 
-def random_dictionary(stats: Moments, x: Float[Tensor, "n d"], d_sae: int, k: int, origin: Origin, seed: int) -> Dictionary:
+def random_dictionary(
+    stats: MeanAndCovariance, x: Float[Tensor, "n d"], d_sae: int, k: int, origin: Origin, seed: int
+) -> Dictionary:
     """Return a top-k dictionary with random unit directions.
 
     The rows of W_dec have the norm with the least squared error on x, because overlapping unit vectors would add up to more.

@@ -24,7 +24,7 @@ from saelens_lite.tokens import RowHash, Text, TokenRows, source_name, text_hash
 SHOWN = {"top_n", "n_groups", "group_size", "n_random", "n_silent", "window", "seed", "raw_unembedding"}  # as in StoreInfo
 
 
-class Job(NamedTuple):
+class StorePlan(NamedTuple):
     """The inputs of a pass: dictionaries with their hooks, token rows, the facts that each store records, and settings."""
 
     hooked: list[Hooked]
@@ -42,7 +42,7 @@ class Job(NamedTuple):
         *,
         hook: str | None,
         text_config: TextConfig | None,
-    ) -> "Job":
+    ) -> "StorePlan":
         """Return the job, after all checks that do not need to run the model."""
         if not dictionaries:
             raise ConfigError("there is no dictionary to collect features of; give at least one")

@@ -47,7 +47,7 @@ class Lists(NamedTuple):
         return torch.from_numpy(counts)
 
 
-class Piece(NamedTuple):
+class Entries(NamedTuple):
     """The entries of latents `first` to `first + n − 1`, numbered from `first`."""
 
     first: int
@@ -127,7 +127,7 @@ class CodeLog:
         path = self.folder / name
         return np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.empty(0, dtype)
 
-    def pieces(self, count: Int[Tensor, " d_sae"]) -> Iterator[Piece]:
+    def pieces(self, count: Int[Tensor, " d_sae"]) -> Iterator[Entries]:
         """Yield the entries of all latents, about MAX_ENTRIES at a time; `count` has the number of entries of each latent."""
         entries = self._mapped("entries.bin", ENTRY)
         sizes = np.fromfile(self.folder / "blocks.bin", COUNT).astype(np.int64).reshape(-1, self.n_blocks)
@@ -137,7 +137,7 @@ class CodeLog:
             runs = list(zip(starts[:, number].tolist(), stops[:, number].tolist(), strict=True))
             before = number * self.block
             for start, stop in _ranges(count[before : before + self.block]):
-                yield Piece(before + start, stop - start, _within(entries, runs, start, stop))
+                yield Entries(before + start, stop - start, _within(entries, runs, start, stop))
 
 
 def _ranges(count: Int[Tensor, " latents"]) -> Iterator[tuple[int, int]]:

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from saelens_lite.config import StoreConfig, TextConfig
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, UserError
-from saelens_lite.exporters import export
 from saelens_lite.features import store_files
-from saelens_lite.features.build import Job, reduced
+from saelens_lite.features.build import StorePlan, reduced
 from saelens_lite.features.code_log import CodeLog
 from saelens_lite.features.codes import CODES_FILE, CodesTable, check_extra
 from saelens_lite.features.collect import working_folder
 from saelens_lite.features.compare import STABILITY_FILE, Stability
 from saelens_lite.features.detection import Detection, Scorer, detection
+from saelens_lite.features.exporters import export
 from saelens_lite.features.info import StoreInfo
 from saelens_lite.features.labels import LABELS_FILE, read_labels, write_labels
 from saelens_lite.features.queries import StoreQueries
@@ -103,7 +103,7 @@ class FeatureStore(StoreQueries):
             if out is None:
                 raise ConfigError("codes=True writes a table to the folder of the store; give out=")
         config = config.replace(batch_tokens=config.batch_tokens or default_batch_tokens(lm))
-        job = Job.of(dictionaries, lm, with_mask(text, attention_mask), config, hook=hook, text_config=text_config)
+        job = StorePlan.of(dictionaries, lm, with_mask(text, attention_mask), config, hook=hook, text_config=text_config)
         scores = _scores_of_each(stability, job.infos)
         names = folder_names(dictionaries) if several else ["."]
         with working_folder(out, job.request(lm), exists, files_of(text)) as work:
@@ -125,7 +125,7 @@ class FeatureStore(StoreQueries):
     @classmethod
     def _made(
         cls,
-        job: Job,
+        job: StorePlan,
         i: int,
         lm: LanguageModel,
         words: Vocabulary,

@@ -32,7 +32,7 @@ _METADATA = re.compile(r"\s*---[ \t]*\r?\n(.*?)(?:\r?\n---|\Z)", re.DOTALL)
 COLUMNS = ("dictionary", "hook", "rule", "latents", "L0", "FVU", "loss recovered")
 
 
-class Row(NamedTuple):
+class TableLine(NamedTuple):
     """A line of the table, as the text of its cells."""
 
     name: str
@@ -44,7 +44,7 @@ class Row(NamedTuple):
     ce_loss_score: str
 
     @classmethod
-    def of(cls, name: str, d: Dictionary, evaluation: dict[str, Any]) -> "Row":
+    def of(cls, name: str, d: Dictionary, evaluation: dict[str, Any]) -> "TableLine":
         """Return the line of a dictionary."""
         values = metric_values(evaluation)
         hook = d.place if d.reads[0].hook else ""
@@ -52,7 +52,7 @@ class Row(NamedTuple):
         return cls(name, cell(hook), cell(d.rule.plugin_name), str(d.d_sae), *numbers)
 
     @classmethod
-    def parse(cls, line: str) -> "Row | None":
+    def parse(cls, line: str) -> "TableLine | None":
         """Parse a line that `str` wrote. Return None for any other line."""
         cells = [part.strip() for part in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
         link = re.fullmatch(r"\[(.+)\]\(\S+\)", cells[0]) if len(cells) == len(COLUMNS) else None
@@ -73,7 +73,7 @@ class Row(NamedTuple):
 class Entry(NamedTuple):
     """The data of a pushed dictionary in the card of the repository."""
 
-    row: Row
+    row: TableLine
     dictionary: Dictionary
     load: str  # code that loads it
     sae_lens: bool  # True if SAELens can load it
@@ -94,7 +94,7 @@ def index_files(
         HubError: the metadata of `card` cannot be read and would be lost.
     """
     old = find_section(card or "", SECTION)
-    rows = {row.name: row for line in (old[1] if old else "").splitlines() if (row := Row.parse(line))}
+    rows = {row.name: row for line in (old[1] if old else "").splitlines() if (row := TableLine.parse(line))}
     rows |= {entry.name: entry.row for entry in entries}
     frontier = frontier_plot([row.point for row in sorted(rows.values()) if row.point])
     text = _section_text(entries[0].load, sorted(rows.values()), with_frontier=frontier is not None)
@@ -106,7 +106,7 @@ def index_files(
     return {CARD_FILE: str(page).encode()} | ({FRONTIER_FILE: frontier} if frontier else {})
 
 
-def _section_text(load: str, rows: Sequence[Row], *, with_frontier: bool) -> str:
+def _section_text(load: str, rows: Sequence[TableLine], *, with_frontier: bool) -> str:
     """Return the table, the frontier, and the code that loads one of the dictionaries."""
     header = ["| " + " | ".join(COLUMNS) + " |", "| --- | --- | --- " + "| ---: " * 4 + "|"]
     figure = [f"![FVU over L0]({FRONTIER_FILE})", ""] if with_frontier else []

@@ -33,7 +33,7 @@ from saelens_lite.hub.card import (
     with_section,
 )
 from saelens_lite.hub.download import download, local_folder
-from saelens_lite.hub.index import Entry, Row, index_files
+from saelens_lite.hub.index import Entry, TableLine, index_files
 from saelens_lite.hub_client.client import Address, bars_on_terminals_only, check_folder, client, typed_errors
 from saelens_lite.hub_client.guard import Guard
 from saelens_lite.hub_client.listing import RepoFile, list_files
@@ -186,7 +186,9 @@ def _prepare(
         card = with_section(with_section(card, "load", load), "evaluation", evaluation_text(report))
         files |= {f"{name}/{file}": content for file, content in (own | {CARD_FILE: card.encode()}).items()}
         evaluation = report.to_dict() if report else {}
-        entries.append(Entry(Row.of(name, dictionary, evaluation), dictionary, load, loads_in_sae_lens(folder), evaluation))
+        entries.append(
+            Entry(TableLine.of(name, dictionary, evaluation), dictionary, load, loads_in_sae_lens(folder), evaluation)
+        )
     return entries, files
 
 

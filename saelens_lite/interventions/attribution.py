@@ -34,7 +34,7 @@ from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, HookError
 from saelens_lite.features.html import quoted
 from saelens_lite.interventions.metrics import Metric, metric_of, name_of, values_of
-from saelens_lite.interventions.site import Reading, Row, Site, pieces
+from saelens_lite.interventions.site import CountedRow, Reading, Site, pieces
 from saelens_lite.model import LanguageModel
 from saelens_lite.progress import progress_bar
 from saelens_lite.tables import grid
@@ -166,7 +166,7 @@ def attribute(
     site = Site(dictionary, lm, hook)
     at = at if at is None or isinstance(at, int) else tuple(at)
     unembedding = _direct_unembedding(site)
-    rows = [_Row(site, row, metric, position, at, unembedding) for row in site.rows(text, attention_mask)]
+    rows = [_RowEffects(site, row, metric, position, at, unembedding) for row in site.rows(text, attention_mask)]
     ablated = None
     if ablation:
         with progress_bar("ablate", sum(len(row.codes.latent) for row in rows), "latents") as advance:
@@ -187,13 +187,13 @@ def attribute(
     )
 
 
-class _Row:
+class _RowEffects:
     """One row: the codes at the measured positions, and their effects by gradient."""
 
     def __init__(
         self,
         site: Site,
-        row: Row,
+        row: CountedRow,
         metric: Any,
         position: int | None,
         at: tuple[int, ...] | int | None,

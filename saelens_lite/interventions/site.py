@@ -18,7 +18,7 @@ from saelens_lite.tokens import Given, TokenRows
 from saelens_lite.tokens.inputs import Ids
 
 
-class Row(NamedTuple):
+class CountedRow(NamedTuple):
     """Token ids without padding, and the counted positions: those that the dictionary was trained on."""
 
     tokens: Int[Tensor, " pos"]
@@ -49,7 +49,7 @@ class Site:
         self.lm, self.dictionary, self.hooks = lm, dictionary, lm.hooks_of(dictionary, hook)
         self.reads, self.writes = (" + ".join(side) for side in self.hooks)
 
-    def rows(self, text: Given, attention_mask: Any = None) -> list[Row]:
+    def rows(self, text: Given, attention_mask: Any = None) -> list[CountedRow]:
         """Return each text or row of token ids without padding. TokenRows keep their own counted positions.
 
         Raises:
@@ -63,7 +63,7 @@ class Site:
         elif given.length is None:
             given = given._replace(length=read_lengths(self.lm, given))
         each = zip(given.tokens, given.keep, given.lengths.tolist(), strict=True)
-        rows = [Row(*(x[:n].to(self.lm.device) for x in row)) for *row, n in each]
+        rows = [CountedRow(*(x[:n].to(self.lm.device) for x in row)) for *row, n in each]
         nothing = [number for number, row in enumerate(rows) if not row.counted.any()]
         if nothing or not rows:
             raise TextError(
@@ -73,7 +73,7 @@ class Site:
         return rows
 
     @torch.no_grad()
-    def read(self, row: Row, *more_hooks: str) -> Reading:
+    def read(self, row: CountedRow, *more_hooks: str) -> Reading:
         """Return the dictionary's reading of one row, and the activations at more hooks.
 
         Raises:

@@ -30,7 +30,7 @@ BATCH_LOGITS = {"cpu": 1 << 27, "cuda": 1 << 29}
 Order = Literal["as it is", "by length", "shuffled"]
 
 
-class Batch(NamedTuple):
+class RowBatch(NamedTuple):
     """Rows that go through the model together, and their numbers among all rows."""
 
     rows: TokenRows
@@ -40,7 +40,7 @@ class Batch(NamedTuple):
 class Read(NamedTuple):
     """The activations of a batch at the positions that count, row by row; `row` holds the numbers of their rows."""
 
-    batch: Batch
+    batch: RowBatch
     row: Int[Tensor, " n"]
     position: Int[Tensor, " n"]
     acts: dict[str, Float[Tensor, "n _"]]
@@ -59,13 +59,13 @@ def read_lengths(lm: LanguageModel, rows: TokenRows) -> Int[Tensor, " n_seq"]:
 
 def batches(
     lm: LanguageModel, rows: TokenRows, batch_tokens: int, order: Order = "by length", *, seed: int = 0
-) -> Iterator[Batch]:
+) -> Iterator[RowBatch]:
     """Yield the rows in batches of up to `batch_tokens` tokens, or of a single row; `seed` decides the shuffled order."""
     n_ctx, lengths = rows.tokens.shape[1], read_lengths(lm, rows).cpu()
     for number in _numbers(lengths, n_ctx, batch_tokens, order, seed):
         if longest := int(lengths[number].max()):
             width = min(longest + 1, n_ctx) if order == "by length" else longest
-            yield Batch(rows.take(number).narrowed(width), number)
+            yield RowBatch(rows.take(number).narrowed(width), number)
 
 
 def _numbers(
@@ -89,7 +89,7 @@ def _numbers(
             start += max(1, batch_tokens // width)
 
 
-def read(lm: LanguageModel, batch: Batch, hooks: Sequence[str]) -> Read:
+def read(lm: LanguageModel, batch: RowBatch, hooks: Sequence[str]) -> Read:
     """Run the model over a batch, up to the deepest hook."""
     acts = lm.run(batch.rows, hooks)
     counts, here = batch.rows.keep.cpu(), batch.rows.keep.to(lm.device)

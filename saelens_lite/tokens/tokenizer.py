@@ -89,7 +89,7 @@ class Tokenizer:
         return self.bos_id is not None and bool((first == self.bos_id).all())
 
     def wants_bos(self, origin: Origin) -> bool:
-        """Return whether texts for a dictionary of this origin begin with BOS: unless it says no, or there is none."""
+        """Return whether texts for a dictionary of this origin begin with BOS: unless it says no or the tokenizer has none."""
         return origin.prepend_bos is not False and self.bos_id is not None
 
     def countable(self, tokens: Int[Tensor, "batch pos"], origin: Origin | None = None) -> Bool[Tensor, "batch pos"]:
@@ -113,8 +113,8 @@ class Tokenizer:
         """Log a warning when token ids that came without a mask look padded on the left."""
         pad = None if self.tokenizer is None else self.tokenizer.pad_token_id
         pads = [i for i in {pad, self.bos_id, self.eos_id} if i is not None]
-        if ids.mask is None and (found := n_leading_pads(ids.tokens, pads)):
-            row, n = found
+        if ids.mask is None and (leading := n_leading_pads(ids.tokens, pads)):
+            row, n = leading
             log.warning(
                 "row %d of the token ids begins with token %d %d times, which looks like padding and is read as text; give "
                 "attention_mask= to leave it out",

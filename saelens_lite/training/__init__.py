@@ -165,7 +165,7 @@ def train(
         with _locked(out, *folders):
             _refuse_existing_runs(out, folders, exists, description)
     validation, source = source.hold_out(validation_tokens) if validation_tokens else (None, source)
-    job = _Job(
+    job = _Group(
         source=source,
         trainers=[Trainer(c, source, device) for c in configs],
         folders=folders,
@@ -272,7 +272,7 @@ def _interrupted(
     device: str | torch.device | None,
     loggers: str | Sequence[str] | None,
     checkpoint_seconds: float | None,
-) -> "tuple[_Job, Source]":
+) -> "tuple[_Group, Source]":
     """Return the job that the newest checkpoint describes, ready to continue, and its source."""
     states, loop = load_checkpoint(run)
     request = loop["request"]
@@ -297,7 +297,7 @@ def _interrupted(
         ) from error
     chosen = loop["loggers"] if loggers is None else [loggers] if isinstance(loggers, str) else list(loggers)
     load_loggers(chosen)
-    job = _Job(
+    job = _Group(
         source=source,
         trainers=trainers,
         folders=run_folders(run, [trainer.config for trainer in trainers]),
@@ -333,7 +333,7 @@ def _check_source(given: dict[str, Any] | None, wanted: dict[str, Any] | None) -
 
 
 @dataclass
-class _Job:
+class _Group:
     """The state of dictionaries that are trained together: their trainers, folders, logs and progress."""
 
     source: Source
@@ -408,7 +408,7 @@ class _Job:
         return str(self.folders[i] or f"{i}-{self.trainers[i].config.sparsity}")
 
 
-def _run(job: _Job, source: Source) -> list[Run]:
+def _run(job: _Group, source: Source) -> list[Run]:
     """Train to the end, write the dictionaries and return their runs. After an error, write the last good states."""
     classes = load_loggers(job.loggers) if job.out else {}
     has_begun = False
@@ -433,7 +433,7 @@ def _run(job: _Job, source: Source) -> list[Run]:
         raise
 
 
-def _results(job: _Job) -> list[Run]:
+def _results(job: _Group) -> list[Run]:
     """Write the dictionaries to their folders, if they have any, remove checkpoints, and return the runs.
 
     Raises:
@@ -458,7 +458,7 @@ def _results(job: _Job) -> list[Run]:
     return runs
 
 
-def _keep_what_is_good(job: _Job, error: SaelensLiteError) -> None:
+def _keep_what_is_good(job: _Group, error: SaelensLiteError) -> None:
     """Write the dictionaries as they were before an error."""
     for i, (trainer, folder) in enumerate(zip(job.trainers, job.folders, strict=True)):
         if folder and trainer.n_steps and job.dropped[i] is None:
@@ -468,7 +468,7 @@ def _keep_what_is_good(job: _Job, error: SaelensLiteError) -> None:
                 log.warning("the last good state of %s cannot be written: %s", job.name(i), another)
 
 
-def _kept(job: _Job, i: int, cause: SaelensLiteError) -> str:
+def _kept(job: _Group, i: int, cause: SaelensLiteError) -> str:
     """Write the last good state of a dictionary to last_good/, and return the end of a sentence that says so.
 
     That is the state before the failed step. If it is not finite either, it is the newest finite one of the checkpoints.
@@ -487,7 +487,7 @@ def _kept(job: _Job, i: int, cause: SaelensLiteError) -> str:
     return f"; the dictionary after step {trainer.n_steps} is in {folder / 'last_good'}"
 
 
-def _loop(source: Source, job: _Job, logs: list[RunLog]) -> None:
+def _loop(source: Source, job: _Group, logs: list[RunLog]) -> None:
     """Feed every trainer the same batches until each has seen the tokens it asked for."""
     trainers = job.trainers
     hooks = list(dict.fromkeys(hook for trainer in trainers for hook in trainer.hooks.all))

@@ -21,7 +21,7 @@ from saelens_lite.features.html import quoted, render, short, visible
 from saelens_lite.interventions import attribute
 from saelens_lite.interventions.attribution import WAYS
 from saelens_lite.interventions.metrics import name_of
-from saelens_lite.interventions.site import Row, Site
+from saelens_lite.interventions.site import CountedRow, Site
 from saelens_lite.model import LanguageModel
 from saelens_lite.tables import grid
 from saelens_lite.tokens import Given, TokenRows
@@ -203,7 +203,7 @@ class _Firing(NamedTuple):
     attribution: Float[Tensor, " n"] | None
 
 
-def _firing(site: Site, row: Row, metric: Any, way: str, hook: str | None) -> _Firing:
+def _firing(site: Site, row: CountedRow, metric: Any, way: str, hook: str | None) -> _Firing:
     """Return the latents that fire at the counted positions and, with a metric, their effects."""
     reading = site.read(row)
     codes = reading.codes

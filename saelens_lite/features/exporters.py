@@ -22,18 +22,16 @@ A package names the class in the entry-point group `saelens_lite.exporters`. A s
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from saelens_lite import registry
 from saelens_lite.config import FrozenConfig
 from saelens_lite.dictionary import Dictionary
+from saelens_lite.features.queries import StoreQueries
 from saelens_lite.kinds import Kind
 from saelens_lite.outputs import new_folder
 from saelens_lite.progress import progress_bar
 from saelens_lite.tokens.display import PART
-
-if TYPE_CHECKING:
-    from saelens_lite.features import FeatureStore
 
 __all__ = ["PART", "Exporter", "ExporterConfig", "export", "progress_bar"]
 
@@ -53,11 +51,11 @@ class Exporter:
     def __init__(self, config: ExporterConfig):
         self.config = config
 
-    def subfolder(self, store: "FeatureStore") -> str:
+    def subfolder(self, store: StoreQueries) -> str:
         """Return the subfolder for the files in the folder that the user names. Do all checks that need no writing."""
         return "."
 
-    def write(self, store: "FeatureStore", dictionary: Dictionary | None, folder: Path) -> None:
+    def write(self, store: StoreQueries, dictionary: Dictionary | None, folder: Path) -> None:
         """Fill an empty folder. The export appears when this returns, and not at all if it raises.
 
         Args:
@@ -71,7 +69,7 @@ class Exporter:
 
 
 def export(
-    store: "FeatureStore",
+    store: StoreQueries,
     name: str,
     folder: str | Path,
     *,
