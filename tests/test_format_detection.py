@@ -31,7 +31,7 @@ def follow(path: Path, format: str | None = None) -> tuple[sl.Dictionary, int]:
         try:
             return sl.load(path, format=format), errors
         except SaelensLiteError as error:
-            load, say = (re.findall(pattern, str(error)) for pattern in (r": load (\S+)", r"(?:say|with) format='(\w+)'"))
+            load, say = (re.findall(pattern, str(error)) for pattern in (r": load (\S+)", r"(?:set|with) format='(\w+)'"))
             if not load and not say:
                 raise
             path, format = Path(load[0]) if load else path, say[0] if say else None
