@@ -120,7 +120,7 @@ def plugin_table() -> str:
 
     sys.modules.setdefault("trackio", ModuleType("trackio"))  # only the docstring is read; it does not fit the pinned versions
     rows = [("name", "kind", "what it does", "paper"), ("---", "---", "---", "---")]
-    for kind in registry.KINDS:
+    for kind in registry.kinds():
         for plugin in registry.plugins(kind):
             if plugin.distribution == registry.OWN_DISTRIBUTION:
                 state = registry.check(plugin)

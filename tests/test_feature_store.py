@@ -258,7 +258,7 @@ def test_a_damaged_request_can_be_overwritten(dictionaries, random_lm, rows, tmp
         sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out, batch_tokens=96)
     failing(None)
     file.write_text("{")
-    with pytest.raises(CorruptFileError, match=r"unfinished store.*delete .*unfinished or say exists='overwrite'"):
+    with pytest.raises(CorruptFileError, match=r"unfinished store.*delete .*unfinished or set exists='overwrite'"):
         sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out, batch_tokens=96)
     found = sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out, batch_tokens=96, exists="overwrite")
     assert same(found, sl.FeatureStore.build(dictionaries[0], random_lm, rows, batch_tokens=96))
@@ -285,7 +285,7 @@ def test_a_full_disk_keeps_what_is_whole(folder, dictionaries, random_lm, rows, 
 
     with monkeypatch.context() as patch:
         patch.setattr(CodeLog, "_append", filling)
-        with pytest.raises(DiskFullError, match="make room"):
+        with pytest.raises(DiskFullError, match="free some space"):
             sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out, **settings)
     assert json.loads((tmp_path / ".store.unfinished/progress.json").read_text())["n_batches"] == 4
     sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out, **settings)

@@ -13,8 +13,9 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 
 import saelens_lite as sl
 from saelens_lite.errors import CorruptFileError, HubError, HubNotFoundError, HubUnreachableError, SaelensLiteError
-from saelens_lite.hub import describe, fetch, guard, listing
+from saelens_lite.hub import describe, fetch
 from saelens_lite.hub.index import _check_metadata
+from saelens_lite.hub_client import guard, listing
 
 SCRIPT = Path(__file__).parents[1] / "scripts/forged_answers.py"
 pytestmark = pytest.mark.filterwarnings("ignore:Not enough free disk space:UserWarning")  # of a size that was forged

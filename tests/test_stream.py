@@ -251,7 +251,7 @@ def test_texts_with_a_name(name):
 
 def test_names_that_stand_for_nothing():
     with pytest.raises(
-        TextError, match="no part 'python-docs:tset'; say python-docs, python-docs:train or python-docs:held-out"
+        TextError, match="no part 'python-docs:tset'; use python-docs, python-docs:train or python-docs:held-out"
     ):
         named_text("python-docs:tset")
 

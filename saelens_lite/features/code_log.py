@@ -20,7 +20,7 @@ from torch import Tensor
 
 from saelens_lite.codes import SparseCodes
 from saelens_lite.errors import CorruptFileError
-from saelens_lite.features.reduce import CodeEntries
+from saelens_lite.features.reduce import Entries
 from saelens_lite.files import disk_full_is_typed, file_size, sync
 
 BLOCK = 1024  # latents in a block; more if there would be more than MAX_BLOCKS
@@ -47,12 +47,12 @@ class Lists(NamedTuple):
         return torch.from_numpy(counts)
 
 
-class CodeEntries(NamedTuple):
+class LatentBlock(NamedTuple):
     """The entries of latents `first` to `first + n − 1`, numbered from `first`."""
 
     first: int
     n: int
-    entries: CodeEntries
+    entries: Entries
 
 
 class CodeLog:
@@ -127,7 +127,7 @@ class CodeLog:
         path = self.folder / name
         return np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.empty(0, dtype)
 
-    def pieces(self, count: Int[Tensor, " d_sae"]) -> Iterator[CodeEntries]:
+    def pieces(self, count: Int[Tensor, " d_sae"]) -> Iterator[LatentBlock]:
         """Yield the entries of all latents, about MAX_ENTRIES at a time; `count` has the number of entries of each latent."""
         entries = self._mapped("entries.bin", ENTRY)
         sizes = np.fromfile(self.folder / "blocks.bin", COUNT).astype(np.int64).reshape(-1, self.n_blocks)
@@ -137,7 +137,7 @@ class CodeLog:
             runs = list(zip(starts[:, number].tolist(), stops[:, number].tolist(), strict=True))
             before = number * self.block
             for start, stop in _ranges(count[before : before + self.block]):
-                yield CodeEntries(before + start, stop - start, _within(entries, runs, start, stop))
+                yield LatentBlock(before + start, stop - start, _within(entries, runs, start, stop))
 
 
 def _ranges(count: Int[Tensor, " latents"]) -> Iterator[tuple[int, int]]:
@@ -147,7 +147,7 @@ def _ranges(count: Int[Tensor, " latents"]) -> Iterator[tuple[int, int]]:
     yield from zip([0, *stops], stops, strict=False)
 
 
-def _within(entries: np.ndarray, runs: list[tuple[int, int]], start: int, stop: int) -> CodeEntries:
+def _within(entries: np.ndarray, runs: list[tuple[int, int]], start: int, stop: int) -> Entries:
     """Return the entries from a block's runs with latents in a range, renumbered from `start`."""
     parts = [np.empty(0, ENTRY)]
     for first, last in runs:
@@ -155,4 +155,4 @@ def _within(entries: np.ndarray, runs: list[tuple[int, int]], start: int, stop: 
         parts.append(run[(run["latent"] >= start) & (run["latent"] < stop)])
     chosen = np.concatenate(parts)
     place, latent = (torch.from_numpy(chosen[name].astype(np.int64)) for name in ("place", "latent"))
-    return CodeEntries(place, latent - start, torch.from_numpy(chosen["value"].astype(np.float32)))
+    return Entries(place, latent - start, torch.from_numpy(chosen["value"].astype(np.float32)))
