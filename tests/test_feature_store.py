@@ -652,7 +652,7 @@ def test_neuronpedia_refuses(store, dictionaries, tmp_path):
     with pytest.raises(OutputExistsError):
         store.export("neuronpedia", tmp_path, **good)
     store.info = store.info.replace(reads=("embed.hook_out",), writes=("embed.hook_out",))
-    with pytest.raises(ConfigError, match="no block"):
+    with pytest.raises(ConfigError, match="not inside a block"):
         store.export("neuronpedia", tmp_path / "x", **good)
 
 

@@ -290,7 +290,7 @@ def test_stores_comparisons_and_cards_name_every_port(random_lm, crosscoder, tmp
     assert sl.compare(crosscoder, crosscoder).summary.shared == 1
     elsewhere = sl.Dictionary.create("topk", reads=ports(48, 48, hooks=(FIRST, "hook_embed")), d_sae=96, seed=1)
     sl.compare(crosscoder, elsewhere)
-    assert f"hooks {FIRST} + {SECOND} and {FIRST} + hook_embed" in caplog.text
+    assert f"hooks: {FIRST} + {SECOND} and {FIRST} + hook_embed" in caplog.text
     folder = crosscoder.save(tmp_path / "d")
     card = write_card(folder, crosscoder).read_text()
     assert FIRST in card

@@ -244,13 +244,13 @@ def test_products_want_tensors_that_fit():
     n = len(value)
     with pytest.raises(ShapeError, match=f"a product with this support needs {n} values, not {n - 1}"):
         kernels.decode(support, value[1:], by_latent)
-    with pytest.raises(ShapeError, match=f"wants {n} values, not {n - 1}"):
+    with pytest.raises(ShapeError, match=f"needs {n} values, not {n - 1}"):
         kernels.transposed_product(support, value[1:], by_row, d_sae)
-    with pytest.raises(ShapeError, match="wants 7 rows on the right, not 6"):
+    with pytest.raises(ShapeError, match="needs 7 rows on the right, not 6"):
         kernels.transposed_product(support, value, by_row[1:], d_sae)
-    with pytest.raises(ShapeError, match="wants 7 rows on the left, not 6"):
+    with pytest.raises(ShapeError, match="needs 7 rows on the left, not 6"):
         kernels.pair_products(support, by_row[1:], by_latent)
-    with pytest.raises(ShapeError, match="wants 5 columns on the right, not 4"):
+    with pytest.raises(ShapeError, match="needs 5 columns on the right, not 4"):
         unwrap(kernels.pair_products)(support, by_row, by_latent[:, 1:])  # the annotations' own check would come first
 
 
