@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import saelens_lite as sl
-from saelens_lite.dictionary import slice_without
+from saelens_lite.dictionary.folder import slice_without
 from saelens_lite.errors import ConfigError, CorruptFileError, SaelensLiteError
 
 

@@ -17,7 +17,7 @@ from saelens_lite import files
 from saelens_lite.cache import TensorSource, open_source
 from saelens_lite.cache import stored as cache_stored
 from saelens_lite.config import read_toml
-from saelens_lite.dictionary import slice_without
+from saelens_lite.dictionary.folder import slice_without
 from saelens_lite.errors import ConfigError, CorruptFileError
 from saelens_lite.features import store_files as features_stored
 from saelens_lite.kinds import RUN, foreign

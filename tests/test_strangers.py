@@ -171,14 +171,16 @@ def test_no_other_place_loads_models_or_datasets():
     root = Path(sl.__file__).parent
     files = [*root.rglob("*.py"), *Path(saelens_lite_plugins.__file__).parent.rglob("*.py")]
     found = {path.parent.name + "/" + path.name for path in files if calls.search(path.read_text(encoding="utf-8"))}
-    assert found == {"model/__init__.py", "tokens/sources.py"}
+    assert found == {"model/loading.py", "tokens/sources.py"}
 
 
 @pytest.fixture
 def loaded(monkeypatch):
     """Note the arguments of `load_model`; nothing is loaded."""
     asked = []
-    monkeypatch.setattr("saelens_lite.model.load_model", lambda name, **settings: asked.append({"name": name, **settings}))
+    monkeypatch.setattr(
+        "saelens_lite.model.loading.load_model", lambda name, **settings: asked.append({"name": name, **settings})
+    )
     return asked
 
 

@@ -16,15 +16,13 @@ SAELens does not know are under `metadata.saelens_lite` in cfg.json. Tensors of 
 not have are in plugin.safetensors.
 """
 
-import importlib.metadata
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from saelens_lite import registry
@@ -33,15 +31,29 @@ from saelens_lite.codes import SparseCodes
 from saelens_lite.codes.change import CodeChange, offsets, scaled
 from saelens_lite.codes.encoder import Encoder
 from saelens_lite.config import Origin
+from saelens_lite.dictionary.folder import (
+    CONFIG_FILE,
+    OWN,
+    PLUGIN_FILE,
+    SPARSITY_FILE,
+    TOKEN_NORMS,
+    WEIGHTS_FILE,
+    check_published,
+    check_state,
+    is_own,
+    is_own_folder,
+    own_names,
+    read_density,
+    read_settings,
+    settings_of,
+)
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, ShapeError
 from saelens_lite.files import (
     DTYPES,
-    Spec,
     check_fits_memory,
     named_file,
     read_json,
     read_tensors,
-    shortened,
     tensor_specs,
     write_json,
 )
@@ -49,74 +61,19 @@ from saelens_lite.kinds import DICTIONARY as KIND
 from saelens_lite.outputs import new_folder, restore
 from saelens_lite.paths import check_input, is_address
 from saelens_lite.ports import Port, Ports, apart, as_ports, names, width
-from saelens_lite.schemas import Checked, Positive, String, checked
-from saelens_lite.sparsity import PublishedForm, Sparsity
+from saelens_lite.sparsity import Sparsity
 from saelens_lite.state_dicts import float_tensors, in_order, sizes_of
 
-FORMAT = 2  # format 1 has hooks in the origin, and a key "transcoder"
-TOKEN_NORMS = {None: "none", "layer_norm": "layer_norm", "constant_norm": "constant_norm_rescale"}  # names in SAELens
-OWN, CONFIG_FILE = "saelens_lite", "cfg.json"  # the name of our format, and the file that holds it
-WEIGHTS_FILE, SPARSITY_FILE, PLUGIN_FILE = "sae_weights.safetensors", "sparsity.safetensors", "plugin.safetensors"
-
-
-class _Ours(Checked):
-    """The content of metadata.saelens_lite in cfg.json."""
-
-    format: Literal[2]
-    reads: Annotated[list[Port], Field(min_length=1)]
-    writes: list[Port] | None = None
-    skip: bool = False
-    token_norm: String | None = None
-    sparsity: String
-    options: dict[str, Any] = Field({})
-    distribution: String | None = None
-    version: String | None = None
-    origin: Origin = Origin()
-    training: dict[str, Any] = Field({})
-
-
-class _Metadata(Checked, extra="ignore"):
-    """The part of the metadata in cfg.json that is ours; the rest is for other tools."""
-
-    saelens_lite: _Ours
-
-
-class _Config(Checked, extra="ignore"):
-    """The part of cfg.json that is read; the rest is for other tools."""
-
-    d_in: Positive
-    d_sae: Positive
-    d_out: Positive | None = None
-    dtype: Literal["float32", "float16", "bfloat16", "float64"]
-    metadata: _Metadata
-
-    @model_validator(mode="after")
-    def _agrees(self) -> "_Config":
-        ours = self.metadata.saelens_lite
-        if (ours.writes is None) != (self.d_out is None):
-            raise ValueError("d_out must be given if and only if the dictionary has write ports other than its read ports")
-        if width(ours.reads) != self.d_in or width(ours.writes or ()) != (self.d_out or 0):
-            raise ValueError("the widths of the ports do not add up to d_in and d_out")
-        return self
-
-
-def _of_format_2(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of a cfg.json of format 1, which names hooks in the origin, in format 2."""
-    ours = config["metadata"]["saelens_lite"]
-    origin, is_transcoder = ours.get("origin", {}), ours.get("transcoder", False)
-    if not isinstance(origin, dict) or not isinstance(is_transcoder, bool) or ours.keys() & {"reads", "writes"}:
-        raise CorruptFileError("metadata.saelens_lite is not of format 1, as it claims")
-    origin = dict(origin)
-    hook, target = origin.pop("hook", None), origin.pop("target_hook", None)
-    if target is not None and not is_transcoder:
-        raise CorruptFileError("it names a target hook, but the dictionary is not a transcoder")
-    ports = {
-        "reads": [{"hook": hook, "width": config.get("d_in")}],
-        "writes": [{"hook": target, "width": config.get("d_out")}] if is_transcoder else None,
-    }
-    kept = {key: value for key, value in ours.items() if key != "transcoder"} | ports | {"format": FORMAT, "origin": origin}
-    other = {} if is_transcoder else {"d_out": None}
-    return config | other | {"metadata": config["metadata"] | {"saelens_lite": kept}}
+__all__ = [
+    "CONFIG_FILE",
+    "OWN",
+    "PLUGIN_FILE",
+    "SPARSITY_FILE",
+    "WEIGHTS_FILE",
+    "Dictionary",
+    "is_own_folder",
+    "read_density",
+]
 
 
 class Dictionary(nn.Module):
@@ -545,68 +502,8 @@ class Dictionary(nn.Module):
                 save_file({k: v.detach().cpu().contiguous() for k, v in extra.items()}, folder / PLUGIN_FILE)
             if self.density is not None:
                 save_file({"sparsity": (self.density.cpu().float() + 1e-10).log10()}, folder / SPARSITY_FILE)
-            write_json(folder / CONFIG_FILE, self._config())
+            write_json(folder / CONFIG_FILE, settings_of(self))
         return Path(path)
-
-    def _architecture(self, form: PublishedForm | None) -> str:
-        """Return the name of the architecture in other tools; if they have no name, one made of the rule's name."""
-        if len(self.reads) + len(self.writes) > 2:
-            return f"{self.rule.plugin_name}_crosscoder"
-        if self.writes_what_it_reads:
-            return form.architecture if form else self.rule.plugin_name
-        kind = "transcoder" if self.W_skip is None else "skip_transcoder"
-        if form and form.architecture in ("standard", "jumprelu"):
-            return kind if form.architecture == "standard" else f"jumprelu_{kind}"
-        return f"{self.rule.plugin_name}_{kind}"
-
-    def _config(self) -> dict[str, Any]:
-        """Return the content of cfg.json."""
-        form = self.rule.inference_form()
-        plugin = registry.find(self.rule.plugin_name)
-        return {
-            "architecture": self._architecture(form),
-            "d_in": self.d_in,
-            "d_sae": self.d_sae,
-            **({} if self.writes_what_it_reads else {"d_out": self.d_out}),
-            "dtype": str(self.W_enc.dtype).removeprefix("torch."),
-            "device": "cpu",
-            "apply_b_dec_to_input": self.writes_what_it_reads,
-            "normalize_activations": TOKEN_NORMS[self.token_norm],
-            "reshape_activations": "none",
-            **(form.settings if form else {}),
-            "metadata": {
-                "sae_lens_version": "6.0.0",  # without it SAELens takes the file for an old one and drops the metadata
-                "model_name": self.origin.model,
-                "model_class_name": self.origin.model_class or "AutoModelForCausalLM",
-                "hook_name": self.reads[0].hook,
-                **({} if self.writes_what_it_reads else {"hook_name_out": self.writes[0].hook}),
-                "hook_head_index": None,
-                "context_size": self.origin.n_ctx,
-                "prepend_bos": self.origin.prepend_bos,
-                "dataset_path": self.origin.text,
-                **self._tokens_left_out(),
-                "model_from_pretrained_kwargs": dict.fromkeys(self.origin.processing, True),
-                "saelens_lite": {
-                    "format": FORMAT,
-                    "reads": [port.model_dump() for port in self.reads],
-                    "writes": None if self.writes_what_it_reads else [port.model_dump() for port in self.writes],
-                    "skip": self.W_skip is not None,
-                    **({"token_norm": self.token_norm} if self.token_norm else {}),
-                    "sparsity": self.rule.plugin_name,
-                    "options": self.rule.config.model_dump(),
-                    "distribution": f"{plugin.distribution} {plugin.version}" if plugin.entry_point else None,
-                    "version": importlib.metadata.version("saelens-lite"),
-                    "origin": self.origin.model_dump(),
-                    "training": self.training_record,
-                },
-            },
-        }
-
-    def _tokens_left_out(self) -> dict[str, Any]:
-        """Return excluded token ids and, if a slice of a row expresses them, positions under the names of SAELens."""
-        kept = slice_without(self.origin.excluded_positions, self.origin.n_ctx)
-        token_ids = list(self.origin.excluded_token_ids)
-        return ({"seqpos_slice": kept} if kept else {}) | ({"exclude_special_tokens": token_ids} if token_ids else {})
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Dictionary":
@@ -626,7 +523,7 @@ class Dictionary(nn.Module):
                 f"{folder / CONFIG_FILE} is missing; is {folder} the folder you meant? saelens_lite.load also reads "
                 "dictionaries of other tools, and says what a folder holds instead"
             )
-        if not _is_own(read_json(folder / CONFIG_FILE)):
+        if not is_own(read_json(folder / CONFIG_FILE)):
             raise CorruptFileError(
                 f"{folder / CONFIG_FILE} was not written by saelens_lite; use saelens_lite.load, which also reads "
                 "dictionaries of other tools"
@@ -635,22 +532,11 @@ class Dictionary(nn.Module):
 
     @classmethod
     def _load_own(cls, folder: Path) -> "Dictionary":
-        config = read_json(folder / CONFIG_FILE, finite=True)
-        ours = config["metadata"]["saelens_lite"]
-        if not isinstance(ours, dict) or ours.get("format") not in (1, FORMAT):
-            raise CorruptFileError(
-                f"{folder / CONFIG_FILE} was not written by this version of saelens_lite (metadata.saelens_lite.format is "
-                f"{ours.get('format') if isinstance(ours, dict) else 'absent'!r:.40}, expected 1 or {FORMAT})"
-            )
-        try:
-            newer = config if ours["format"] == FORMAT else _of_format_2(config)
-        except CorruptFileError as error:
-            raise CorruptFileError(f"{folder / CONFIG_FILE} is damaged: {error}") from None
-        said = checked(folder / CONFIG_FILE, newer, _Config)
+        config, said = read_settings(folder)
         ours, d_in, d_sae = said.metadata.saelens_lite, said.d_in, said.d_sae
         d_out = said.d_out
         rule_class = registry.load(ours.sparsity, written_by=ours.distribution)
-        specs = _own_names(folder, tensor_specs)
+        specs = own_names(folder, tensor_specs)
         shape = specs["W_dec"].shape if "W_dec" in specs else None
         wanted = (d_sae, d_in if d_out is None else d_out)
         if shape != wanted:  # else a forged size would be allocated
@@ -673,55 +559,16 @@ class Dictionary(nn.Module):
         except (ConfigError, TypeError, ValueError) as error:
             raise CorruptFileError(f"{folder / CONFIG_FILE}: {error}") from None
         form = rule.inference_form()
-        _check_state(folder, specs, self.to(DTYPES[said.dtype]).state_dict(), optional=set(form.tensors) if form else set())
-        self._check_published(folder, config, specs)
-        self.load_state_dict(_own_names(folder, read_tensors), strict=False)
+        check_state(folder, specs, self.to(DTYPES[said.dtype]).state_dict(), optional=set(form.tensors) if form else set())
+        check_published(self, folder, config, specs)
+        self.load_state_dict(own_names(folder, read_tensors), strict=False)
         self.density = read_density(folder, d_sae)
         return self
-
-    def _check_published(self, folder: Path, config: dict[str, Any], state: dict[str, Spec]) -> None:
-        """Raise CorruptFileError if the part of cfg.json for other tools contradicts the part for us."""
-        expected = self._config()
-        del expected["metadata"], expected["device"]
-        for key, value in expected.items():
-            if key in config and config[key] != value:
-                raise CorruptFileError(
-                    f"{folder / CONFIG_FILE}: {key} is {config[key]!r}, but metadata.saelens_lite makes it {value!r}"
-                )
-        for name in ("W_dec", "b_dec"):
-            if state[name].dtype != self.W_dec.dtype:
-                raise CorruptFileError(f"{folder}: {name} has dtype {state[name].dtype}, cfg.json says {config['dtype']}")
 
     def extra_repr(self) -> str:
         rule = getattr(self.rule, "plugin_name", "?")
         target = "" if self.writes_what_it_reads else f", d_out={self.d_out}"
         return f"d_in={self.d_in}, d_sae={self.d_sae}, sparsity={rule!r}, {self.place}{target}"
-
-
-def is_own_folder(folder: Path) -> bool:
-    """Return whether a folder was written by `Dictionary.save` of any version."""
-    return (folder / CONFIG_FILE).is_file() and _is_own(read_json(folder / CONFIG_FILE))
-
-
-def _is_own(config: dict[str, Any]) -> bool:
-    metadata = config.get("metadata")
-    return isinstance(metadata, dict) and OWN in metadata
-
-
-def _own_names(folder: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    """Return the results of `read` for the tensors of both files, by our names.
-
-    Raises:
-        CorruptFileError: both files hold a tensor of the same name.
-    """
-    own = ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip")
-    weights = {k if k in own or k.startswith("rule.") else f"rule.{k}": v for k, v in read(folder / WEIGHTS_FILE).items()}
-    if not os.path.lexists(folder / PLUGIN_FILE):
-        return weights
-    extra = {f"rule.{k}": v for k, v in read(folder / PLUGIN_FILE).items()}
-    if both := weights.keys() & extra.keys():
-        raise CorruptFileError(f"{folder}: {WEIGHTS_FILE} and {PLUGIN_FILE} both hold {shortened(both)}")
-    return weights | extra
 
 
 def _of_width(given: str | Ports | None, d: int) -> tuple[Port, ...]:
@@ -736,57 +583,7 @@ def _of_width(given: str | Ports | None, d: int) -> tuple[Port, ...]:
     return ports
 
 
-def read_density(folder: Path, d_sae: int) -> Float[Tensor, " d_sae"] | None:
-    """Return the firing frequency of each latent from sparsity.safetensors, or None if the folder has no such file.
-
-    Raises:
-        CorruptFileError: the file is damaged, or not of d_sae latents.
-    """
-    path = folder / SPARSITY_FILE
-    if not os.path.lexists(path):
-        return None
-    specs = tensor_specs(path)
-    if specs.keys() != {"sparsity"} or specs["sparsity"].shape != (d_sae,) or not specs["sparsity"].dtype.is_floating_point:
-        raise CorruptFileError(f"{path}: expected a tensor 'sparsity' of shape {(d_sae,)}")
-    log_density = read_tensors(path)["sparsity"]
-    return (10.0 ** log_density.double() - 1e-10).clamp(0, 1).float()
-
-
-def slice_without(excluded: Sequence[int], n_ctx: int | None) -> list[int | None] | None:
-    """Return the [start, stop] or [start, stop, step] of the slice of a row that leaves out exactly these positions.
-
-    None if nothing is left out, if no slice does it, or if the slice depends on an unknown row length.
-    """
-    excluded = sorted({position for position in excluded if n_ctx is None or position < n_ctx})
-    if not excluded:
-        return None
-    if excluded == list(range(len(excluded))) and len(excluded) != n_ctx:
-        return [len(excluded), None]
-    left_out = set(excluded)
-    if n_ctx is None or len(left_out) == n_ctx:
-        return None
-    first, last = (next(p for p in positions if p not in left_out) for positions in (range(n_ctx), range(n_ctx)[::-1]))
-    step = next((p - first for p in range(first + 1, n_ctx) if p not in left_out), 1)
-    n_kept = n_ctx - len(left_out)
-    if n_kept != (last - first) // step + 1 or any((p - first) % step == 0 for p in excluded if first < p < last):
-        return None
-    return [first, None if last + step >= n_ctx else last + 1, *([step] if step > 1 else [])]
-
-
 def _unit_rows(n: int, d: int, generator: torch.Generator) -> Float[Tensor, "n d"]:
     """Return n random unit vectors."""
     rows = torch.randn(n, d, generator=generator)
     return rows / rows.norm(dim=1, keepdim=True)
-
-
-def _check_state(folder: Path, specs: dict[str, Spec], expected: dict[str, Tensor], optional: set[str]) -> None:
-    """Raise CorruptFileError unless names, shapes and dtypes fit. Files may also hold the `optional` tensors."""
-    missing = expected.keys() - specs.keys()
-    surplus = {k for k in specs.keys() - expected.keys() if k.removeprefix("rule.") not in optional}
-    if missing or surplus:
-        raise CorruptFileError(f"{folder}: tensors missing: {sorted(missing) or 'none'}; not expected: {shortened(surplus)}")
-    for name, tensor in expected.items():
-        if specs[name].shape != tensor.shape:
-            raise CorruptFileError(f"{folder}: {name} has shape {tuple(specs[name].shape)}, expected {tuple(tensor.shape)}")
-        if specs[name].dtype not in DTYPES.values():
-            raise CorruptFileError(f"{folder}: {name} has dtype {specs[name].dtype}; expected one of {', '.join(DTYPES)}")

@@ -1,0 +1,692 @@
+"""A frozen language model whose activations can be read, replaced and edited by transformer-lens hook names."""
+
+import copy
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from saelens_lite.config import Origin
+from saelens_lite.errors import ConfigError, HookError, ShapeError
+from saelens_lite.model import generation as _generation
+from saelens_lite.model import hooks as _hooks
+from saelens_lite.model import identities as _identities
+from saelens_lite.model import norms as _norms
+from saelens_lite.model import processing as _processing
+from saelens_lite.model import readout as _readout
+from saelens_lite.ports import Hooks, Port, apart, together
+from saelens_lite.tokens import Given, TokenRows, prompt_rows
+from saelens_lite.tokens.inputs import Aligned, Ids, aligned, token_ids
+from saelens_lite.tokens.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+EMBEDDED = {"tiny": files("saelens_lite") / "data" / "tiny"}
+FINGERPRINT_ENTRIES = 256  # per weight
+UNLIMITED_N_CTX = 2048  # for models that set no limit: ALiBi, recurrent
+log = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Reconstructor(Protocol):
+    """The part of a dictionary that `LanguageModel.splice` uses."""
+
+    origin: Origin
+    reads: tuple[Port, ...]
+    writes: tuple[Port, ...]
+    writes_what_it_reads: bool
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def check_input(self, x: Tensor) -> None: ...
+
+
+@runtime_checkable
+class Editable(Reconstructor, Protocol):
+    """The part of a dictionary that `LanguageModel.splice` uses to apply edits."""
+
+    def check_edits(self, edits: Sequence[Any]) -> None: ...
+
+    def change(self, x: Tensor, edits: Sequence[Any], at: Sequence[Tensor]) -> Tensor: ...
+
+
+@runtime_checkable
+class PositionedEdit(Protocol):
+    """The part of an edit that `LanguageModel.splice` reads: its positions. The dictionary reads the rest."""
+
+    @property
+    def positions(self) -> tuple[int, ...] | slice | None: ...
+
+
+class _Enough(Exception):
+    """Raised inside a hook to end a forward pass after the deepest hook."""
+
+
+class LanguageModel(Tokenizer):
+    """A transformers model and its tokenizer; `load_model` makes one.
+
+    It can also wrap your own module. This freezes the module and gives it torch's fused GELU. With tokenizer=None it takes
+    token ids only.
+    """
+
+    def __init__(
+        self, module: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", *, name: str, revision: str | None = None
+    ):
+        self.module = module.eval().requires_grad_(False)
+        _processing.use_fused_gelu_(self.module)
+        self.revision = revision
+        self.processing: tuple[str, ...] = ()  # changes to the weights, which change the activations
+        config = module.config.get_text_config()
+        self.d_model: int = config.hidden_size
+        self.n_layers: int = config.num_hidden_layers
+        named = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))  # the latter: MPT, DBRX
+        longest = (n for n in (_n_positions(self.module), *named) if n and n > 0)  # XLNet says −1
+        super().__init__(tokenizer, name=name, n_ctx=next(longest, UNLIMITED_N_CTX), d_vocab=config.vocab_size)
+        self._n_positions: int | None = None  # during generation: length of the prompt and its longest continuation
+        self._n_whole_rows = 0  # active splices that need the whole row at once
+        self._aligned: Aligned | None = None  # the rows of the current forward pass, without left padding
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.module.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self.module.dtype
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of some entries of each weight. It differs for models of one name with different weights."""
+        digest = hashlib.sha256()
+        for name, weight in self.module.named_parameters():
+            entries = weight.detach().flatten()
+            entries = entries[:: max(1, len(entries) // FINGERPRINT_ENTRIES)].cpu().contiguous()
+            digest.update(f"{name} {tuple(weight.shape)}\n".encode())
+            digest.update(entries.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    @cached_property
+    def _architecture(self) -> _hooks.Architecture:
+        return _hooks.architecture(self.module, self.name)
+
+    @cached_property
+    def _identities(self) -> _identities.Identities:
+        return _identities.Identities(self.module, self._architecture)
+
+    @property
+    def hook_names(self) -> list[str]:
+        """Names of the residual-stream and sublayer hooks, in the order of the forward pass."""
+        return [name for name in _hooks.usual_names(self.module, self._architecture) if self._identities.holds(name)]
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of the model, in order."""
+        component = self._architecture.components.get("blocks")
+        return [] if component is None else list(self.module.get_submodule(component.name))
+
+    def hook_point(self, name: str) -> _hooks.HookPoint:
+        """Return the module and side that a hook name stands for.
+
+        hook_resid_mid, hook_attn_out, hook_mlp_out, hook_embed and hook_pos_embed promise that tensors add up. Their first
+        use checks this on a forward pass over four tokens.
+
+        Raises:
+            HookError: the model has no such hook, or its tensors do not add up; the message names a hook to use instead.
+        """
+        return self._identities.point(name)
+
+    def center_writing_weights_(self) -> "LanguageModel":
+        """Subtract the mean over d_model from everything that is added to the residual stream, and return this model.
+
+        These are the embeddings, and the output weights and biases of attention and MLP. The stream then has mean zero. The
+        logits stay the same, because each LayerNorm subtracts the mean anyway. `processing` records the change, and caches
+        and dictionaries store it.
+
+        Raises:
+            ConfigError: a norm of the model is not a LayerNorm, or transformer-lens does not say what writes to the stream.
+        """
+        _processing.center_writing_weights_(self.module, self._architecture)
+        self.processing = (_processing.CENTER_WRITING_WEIGHTS,)
+        return self
+
+    def redrawn(self, seed: int = 0) -> "LanguageModel":
+        """Return a copy of this model with the entries of each weight tensor in random order, as an untrained baseline.
+
+        Each tensor keeps its scale and distribution. Shared weights stay shared.
+
+        Source: Heap, Lawson, Farnik and Aitchison 2025, Sparse autoencoders can interpret randomly initialized transformers,
+        arXiv:2501.17727. Deviation: they draw each tensor from a Gaussian with its mean and variance.
+        """
+        module = copy.deepcopy(self.module)
+        _processing.shuffle_weights_(module, seed)
+        redrawn = LanguageModel(module, self.tokenizer, name=f"{self.name}, weights re-drawn")
+        return redrawn.center_writing_weights_() if self.processing else redrawn
+
+    def check_origin(self, origin: Origin) -> None:
+        """Raise ConfigError if activations of this origin come from a model with other weight processing.
+
+        An origin without a model and without processing always passes.
+        """
+        if origin.processing == self.processing or (origin.model is None and not origin.processing):
+            return
+        wanted = _processing.CENTER_WRITING_WEIGHTS in origin.processing
+        raise ConfigError(
+            f"the dictionary belongs to {origin.model or 'a model'} with processing {list(origin.processing)}; {self.name} was "
+            f"loaded with {list(self.processing)}: use load_model(..., center_writing_weights={wanted})"
+        )
+
+    def hooks_of(self, dictionary: Any, hook: str | None = None) -> Hooks:
+        """Return the hooks that a dictionary reads and writes in this model.
+
+        Args:
+            hook: Hook to read instead of the one that the dictionary names. An autoencoder also writes there.
+
+        Raises:
+            ConfigError: a port names no hook; `hook` is given for a dictionary that reads several hooks; the dictionary
+                belongs to several models, or to one with other weight processing.
+            HookError: this model lacks a hook.
+        """
+        self.check_origin(dictionary.origin)
+        ports = (*dictionary.reads, *dictionary.writes)
+        if len({port.model for port in ports}) > 1:
+            raise ConfigError(f"the dictionary belongs to several models; it cannot be used in {self.name} alone")
+        reads, writes = ([port.hook for port in side] for side in (dictionary.reads, dictionary.writes))
+        if hook is not None:
+            if len(reads) > 1:
+                raise ConfigError(f"hook = {hook!r} names one hook; the dictionary reads {' and '.join(map(str, reads))}")
+            reads, writes = [hook], [hook] if dictionary.writes_what_it_reads else writes
+        if None in reads:
+            raise ConfigError("the dictionary does not say which hook it belongs to; give hook=")
+        if None in writes:
+            raise ConfigError("the dictionary does not say which hook it writes; make it with writes=Port(hook=…, width=…)")
+        for name in (*reads, *writes):
+            self.hook_point(name)
+        return Hooks(tuple(reads), tuple(writes))
+
+    def to_tokens(self, texts: Given, *, attention_mask: Any = None, prepend_bos: bool | None = None) -> TokenRows:
+        """Return one row for each text, cut at n_ctx, with padding on the right; or return token ids as rows.
+
+        Args:
+            texts: A string, strings, or a Path; or token ids [batch pos] or [pos] as tensor, array, lists, or a tokenizer's
+                output. Token ids are not changed, except that padding on the left is removed if a mask marks it.
+            attention_mask: For token ids: 1 at tokens, 0 at padding.
+            prepend_bos: Put a BOS token in front of each text. Default: True if the tokenizer has one. A text that begins
+                with the BOS token gets no second one.
+
+        Raises:
+            TextError: a text is empty or has no tokens; the model has no tokenizer; neither text nor token ids were given.
+            ShapeError: the model cannot take these token ids, lengths or mask.
+            ConfigError: prepend_bos is true and the tokenizer has no BOS token.
+        """
+        if isinstance(texts, TokenRows) and attention_mask is None:
+            return texts
+        ids = token_ids(texts, attention_mask)
+        if ids is None:
+            return prompt_rows(self, texts, prepend_bos=prepend_bos)
+        self.check_ids(ids)
+        self.warn_of_leading_pads(ids)
+        moved = aligned(ids, self.pad_id)
+        rows = TokenRows(moved.tokens, self.countable(moved.tokens), moved.length, ends_text=False)
+        return rows if moved.length is None else rows._replace(keep=rows.keep & rows.holds_token)
+
+    def _read(self, given: Given, attention_mask: Any, prepend_bos: bool | None) -> Aligned:
+        """Return text or token ids as rows of token ids on the model's device."""
+        ids = given if isinstance(given, Ids) else token_ids(given, attention_mask)
+        if ids is None:
+            rows = self.to_tokens(given, prepend_bos=prepend_bos)
+            ids = Ids(rows.tokens, rows.holds_token)
+        else:
+            self.check_ids(ids)
+            if not isinstance(given, Ids | TokenRows):
+                self.warn_of_leading_pads(ids)
+        return aligned(Ids(ids.tokens.to(self.device), ids.mask), self.pad_id)
+
+    def _forward(self, rows: Aligned, **settings: Any) -> Any:
+        """Run the module on rows. During the pass, splices see the rows in `_aligned`."""
+        if rows.length is not None and not self.is_causal:
+            holds = torch.arange(rows.tokens.shape[1], device=self.device) < rows.length[:, None]
+            settings["attention_mask"] = holds.long()
+        before, self._aligned = self._aligned, rows
+        try:
+            return self.module(rows.tokens, use_cache=False, **settings)
+        finally:
+            self._aligned = before
+
+    @cached_property
+    def is_causal(self) -> bool:
+        """True if no position reads a later one. A forward pass with two different last tokens tests this."""
+        last = torch.arange(self.d_vocab)[-2:]
+        tokens = torch.stack([torch.cat([torch.arange(3) % self.d_vocab, i[None]]) for i in last]).to(self.device)
+        tokens = tokens[:, -self.n_ctx :]
+        with torch.no_grad(), _hooks.alone():
+            a, b = self.module(tokens, use_cache=False).logits[:, :-1].float()
+        if not a.numel():
+            return True
+        differ = (a - b).abs() > 1e-3 * a.abs().max()  # false for NaN, which other checks refuse
+        return not bool(differ.any())
+
+    def check_causal(self, what: str) -> None:
+        """Raise ConfigError if positions read later ones, so that the model does not predict the next token.
+
+        Args:
+            what: The task that needs next-token predictions, for the message.
+        """
+        if not self.is_causal:
+            raise ConfigError(
+                f"{what} needs a model that predicts the next token; in {type(self.module).__name__} every position reads the "
+                "whole row"
+            )
+
+    @torch.no_grad()
+    def run(
+        self, texts: Given, hooks: Sequence[str] | str, *, attention_mask: Any = None, prepend_bos: bool | None = None
+    ) -> dict[str, Float[Tensor, "batch pos d"]]:
+        """Return the activations at hooks, by hook name. The forward pass ends at the deepest hook.
+
+        Activations at padded positions have no meaning; `to_tokens(texts).keep` is true at the tokens that count. With an
+        attention_mask, all other activations are those of the row without padding, on whichever side the padding is.
+
+        Args:
+            texts: Text or token ids; see `to_tokens`.
+            hooks: transformer-lens hook names.
+            attention_mask, prepend_bos: See `to_tokens`.
+
+        Raises:
+            HookError: the model lacks a hook (near matches are listed), or the value there is not [batch pos d].
+            TextError, ShapeError, ConfigError: see `to_tokens`.
+        """
+        names = [hooks] if isinstance(hooks, str) else list(dict.fromkeys(hooks))
+        points = [self.hook_point(name) for name in names]
+        if not points:
+            raise ConfigError("name at least one hook")
+        rows = self._read(texts, attention_mask, prepend_bos)
+        acts: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Callable[[Any], None]:
+            def visit(value: Any) -> None:
+                x = _activation(name, value, rows.tokens)
+                if len(acts.keys() | {name}) == len(points):
+                    acts[name] = x
+                    raise _Enough
+                acts[name] = x.clone()  # some models overwrite it later: Falcon adds the attention's output to the MLP's
+
+            return visit
+
+        handles = [point.on_value(keep(point.name)) for point in points]
+        try:
+            self._forward(rows)
+        except _Enough:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        if missing := names - acts.keys():
+            raise HookError(f"the forward pass of {type(self.module).__name__} never reached {', '.join(sorted(missing))}")
+        return {name: rows.restored(acts[name]) for name in names}
+
+    def logits(
+        self,
+        texts: Given,
+        *,
+        attention_mask: Any = None,
+        prepend_bos: bool | None = None,
+        differentiable: bool = False,
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """Return next-token logits, with all active splices applied.
+
+        Args:
+            texts: Text or token ids; see `to_tokens`.
+            attention_mask, prepend_bos: See `to_tokens`. Logits at masked positions have no meaning.
+            differentiable: Keep the graph back to the tensors that an active `replace` returned. The weights are frozen and
+                get no gradient.
+
+        Raises:
+            TextError, ShapeError, ConfigError: see `to_tokens`.
+        """
+        rows = self._read(texts, attention_mask, prepend_bos)
+        with torch.set_grad_enabled(differentiable):
+            return rows.restored(self._forward(rows).logits)
+
+    @contextmanager
+    def replace(self, hook: str, new: Callable[[Float[Tensor, "batch pos d"]], Float[Tensor, "batch pos d"]]) -> Iterator[None]:
+        """Replace the activation at `hook` by `new(activation)` within the block.
+
+        Some modules, such as OPT's MLP, get the rows of a batch as one long row; `new` still gets [batch pos d].
+
+        Raises:
+            HookError: the model has no such hook, or the value there is not [batch pos d].
+        """
+        shape: list[int] = []  # [batch pos] of the current forward pass
+
+        def note_shape(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            token_ids = args[0] if args else next(iter(kwargs.values()))
+            shape[:] = token_ids.shape
+
+        def visit(value: Any) -> Tensor | None:
+            if isinstance(value, Tensor) and value.ndim == 3:
+                return new(value)
+            if isinstance(value, Tensor) and value.ndim == 2 and len(shape) == 2 and len(value) == shape[0] * shape[1]:
+                apart = rearrange(value, "(batch pos) d -> batch pos d", batch=shape[0])
+                changed = new(apart)
+                return value if changed is apart else rearrange(changed, "batch pos d -> (batch pos) d")
+            raise HookError(f"{hook} of {type(self.module).__name__} is {_shape(value)}; only [batch pos d] can be replaced")
+
+        point, embeddings = self.hook_point(hook), self.module.get_input_embeddings()
+        handles = [point.on_value(visit), embeddings.register_forward_pre_hook(note_shape, with_kwargs=True)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def splice(
+        self,
+        dictionary: "Reconstructor",
+        edits: "PositionedEdit | Sequence[PositionedEdit]" = (),
+        *,
+        error_term: bool | None = None,
+        hook: str | None = None,
+        keep: Bool[Tensor, "batch pos"] | None = None,
+    ) -> Iterator[None]:
+        """Replace activations by the dictionary's reconstruction, or edit some of their codes, within the block.
+
+        Without edits, the dictionary's output replaces the activation at each hook that it writes. With edits
+        (`saelens_lite.interventions.edits`) the activation y there becomes y + Σ_i (new_i − old_i) W_dec[i]: it keeps its
+        error term, so that only the edits change the model. A dictionary of several hooks reads them in a separate pass, in
+        which nothing is replaced.
+
+        Positions on which dictionaries are not trained keep their activation unless an edit names them: special tokens,
+        padding, and the positions that the dictionary's origin excludes, by default position 0.
+
+        Args:
+            error_term: Keep the error term of the activation; False: apply edits to the reconstruction. Default: True with
+                edits, False without.
+            hook: Hook to read instead of the one that the dictionary names; see `hooks_of`.
+            keep: Positions that may change, instead of the default above.
+
+        Raises:
+            HookError: this model lacks a hook of the dictionary, or computes the hook it writes before the one it reads.
+            ConfigError: the dictionary belongs to a model with other weight processing; a port names no hook; an edit names
+                a latent that the dictionary does not have; a dictionary of several hooks is used in a pass with a cache.
+            ShapeError: the dictionary and the hook differ in width; an edit names a position beyond the end of the row;
+                `keep` and the tokens differ in shape.
+        """
+        hooks = self.hooks_of(dictionary, hook)
+        edits = [edits] if isinstance(edits, PositionedEdit) else edits
+        error_term = bool(edits) if error_term is None else error_term
+        if edits:
+            dictionary.check_edits(edits)
+        in_place = hooks.reads == hooks.writes and len(hooks.reads) == 1
+        reads_first = len(hooks.reads) + len(hooks.writes) > 2  # in a separate pass
+        read: dict[str, Tensor] = {}
+        written: dict[str, Tensor] = {}
+        ids: list[Tensor | None] = [None]
+        offset = [0]  # position of the first token of the current forward pass; not 0 while generating with a cache
+        is_reading = [False]
+
+        def begin(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            if is_reading[0]:
+                return
+            ids[0] = args[0] if args else kwargs.get("input_ids")
+            offset[0] = _n_cached(kwargs.get("past_key_values"))
+            read.clear()
+            written.clear()
+            if reads_first:
+                if offset[0]:
+                    raise ConfigError("a dictionary of several hooks needs the whole row; run the model without a cache")
+                is_reading[0] = True
+                try:
+                    with _hooks.alone(), ExitStack() as stack:
+                        for name in hooks.reads:
+                            stack.enter_context(self.replace(name, look(name)))
+                        self.module(*args, **(kwargs | {"use_cache": False, "past_key_values": None}))
+                finally:
+                    is_reading[0] = False
+
+        def chosen_positions(y: Tensor, position: Tensor, target: str) -> Tensor:
+            chosen = ~torch.isin(position, position.new_tensor(dictionary.origin.excluded_positions))
+            if keep is not None:
+                if keep.shape != y.shape[:2]:
+                    raise ShapeError(
+                        f"keep is {list(keep.shape)}; {target} is [batch pos d] = {list(y.shape)} in this forward pass"
+                    )
+                chosen = keep.to(y.device) if self._aligned is None else self._aligned.moved(keep.to(y.device))
+            elif ids[0] is not None and ids[0].shape == y.shape[:2]:
+                special = sorted(self.special_ids | set(dictionary.origin.excluded_token_ids))
+                chosen = chosen & ~torch.isin(ids[0].to(y.device), position.new_tensor(special))
+            return chosen
+
+        def output(chosen: Tensor, position: Tensor) -> None:
+            """Compute the tensors to write at each hook: the reconstruction, and what the edits add to the activation."""
+            x = together(read, hooks.reads)
+            dictionary.check_input(x)
+            if not error_term:
+                written.update(zip(hooks.writes, apart(dictionary(x), dictionary.writes), strict=True))
+            if edits:
+                at = [self._named_positions(edit, position, chosen, keep is not None) for edit in edits]
+                changes = apart(dictionary.change(x, edits, at), dictionary.writes)
+                written.update({f"{name} changed": part for name, part in zip(hooks.writes, changes, strict=True)})
+
+        def rewrite(target: str) -> Callable[[Tensor], Tensor]:
+            def act(y: Tensor) -> Tensor:
+                if is_reading[0]:
+                    return y
+                if in_place:
+                    read[target] = y
+                if missing := [name for name in hooks.reads if name not in read]:
+                    raise _target_first(missing[0], target)
+                position = torch.arange(y.shape[1], device=y.device) + offset[0]
+                chosen = chosen_positions(y, position, target)
+                if in_place or not written:
+                    output(chosen, position)
+                new = y
+                if not error_term:
+                    new = torch.where(chosen[..., None], _as(y, written[target], target), y)
+                return new + _as(y, written[f"{target} changed"], target) if edits else new
+
+            return act
+
+        def look(name: str) -> Callable[[Tensor], Tensor]:
+            def note(x: Tensor) -> Tensor:
+                read[name] = x.clone()  # some models overwrite it later
+                return x
+
+            return note
+
+        with ExitStack() as stack:
+            beginning = self.module.register_forward_pre_hook(begin, with_kwargs=True)
+            stack.callback(beginning.remove)
+            if not in_place and not reads_first:
+                for name in hooks.reads:
+                    stack.enter_context(self.replace(name, look(name)))
+            for target in hooks.writes:
+                stack.enter_context(self.replace(target, rewrite(target)))
+            self._n_whole_rows += reads_first
+            stack.callback(self._less_whole_rows, reads_first)
+            yield
+
+    def _less_whole_rows(self, n: int) -> None:
+        self._n_whole_rows -= n
+
+    def check_order(self, hook: str, target: str) -> None:
+        """Raise HookError if the model computes `target` before `hook`, from which a dictionary predicts it."""
+        met: list[str] = []
+
+        def noting(name: str) -> Callable[[Tensor], Tensor]:
+            return lambda x: (met.append(name), x)[1]
+
+        with self.replace(hook, noting(hook)), self.replace(target, noting(target)):
+            self.logits(torch.zeros(1, 1, dtype=torch.long))
+        if met[:1] != [hook]:
+            raise _target_first(hook, target)
+
+    def _named_positions(
+        self, edit: "PositionedEdit", position: Int[Tensor, " pos"], chosen: Bool[Tensor, "*batch pos"], only_chosen: bool
+    ) -> Bool[Tensor, "*_batch pos"]:
+        """Return where an edit acts: at the positions it names, or at the chosen ones if it names none."""
+        named = edit.positions
+        if named is None:
+            return chosen
+        if isinstance(named, slice):
+            span = range(*named.indices(self.n_ctx))  # up to millions of positions in some models
+            here = (position >= span.start) & (position < span.stop) & ((position - span.start) % span.step == 0)
+        else:
+            n = self._n_positions or int(position[-1]) + 1
+            if beyond := [i for i in named if i >= n]:
+                raise ShapeError(f"{edit} names position {beyond[0]}; this row has positions 0 to {n - 1}")
+            here = torch.isin(position, position.new_tensor(named))
+        return here & chosen if only_chosen else here
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: str,
+        max_new_tokens: int = 50,
+        *,
+        temperature: float | int = 0.8,
+        top_k: int | None = 50,
+        seed: int = 0,
+        prepend_bos: bool | None = None,
+    ) -> str:
+        """Return the prompt and its continuation, up to `max_new_tokens`, the end of the model's context or an EOS token.
+
+        EOS tokens are the tokenizer's and those of the module's `generation_config`; the text does not include them.
+        Active splices act on every position as in a single pass over the whole text, with or without a key-value cache.
+
+        Args:
+            temperature: 0 takes the likeliest token each time.
+            top_k: Draw from the k likeliest tokens; None: from all.
+            prepend_bos: See `to_tokens`.
+
+        Raises:
+            ConfigError: the temperature is negative or not finite; top_k or max_new_tokens is below 1.
+            TextError, ShapeError: the prompt is empty, or fills the model's context.
+            NonFiniteError: the logits are NaN or infinite.
+        """
+        return _generation.generate(
+            self, prompt, max_new_tokens, temperature=temperature, top_k=top_k, seed=seed, prepend_bos=prepend_bos
+        )
+
+    @cached_property
+    def has_usable_cache(self) -> bool:
+        """True if passes with the model's key-value cache give the logits of a whole pass, tested on a few tokens.
+
+        Otherwise generation recomputes the whole row for each new token.
+        """
+        with _hooks.alone():
+            usable = _generation.cache_is_usable(self)
+        if not usable:
+            log.info("%s generates without a key-value cache: each new token takes a pass over the whole row", self.name)
+        return usable
+
+    def unembedding(self, *, fold_norm: bool = True) -> Float[Tensor, "d_vocab d_model"]:
+        """Return W_U with the final norm's scale folded in; with fold_norm=False, return W_U itself.
+
+        The dot product of a direction with a row is the direction's effect on that token's logit, up to the positive factor
+        that the norm divides by and a shift common to all tokens. A projection between norm and head is multiplied in.
+        Post-norm models have no final norm: there, effects are those of the last block's output, without the block's norms.
+
+        Raises:
+            ConfigError: there is more than a norm and a projection between the last block and the head.
+        """
+        weight = self._readout.weight()
+        norm = self._final_norm
+        if norm is None:
+            log.warning("%s has no final norm: effects on logits are those of its last block's output", self.name)
+        if norm is None or not fold_norm:
+            return weight
+        weight = weight * norm.scale.float().to(weight.device)
+        return weight - weight.mean(1, keepdim=True) if norm.centres else weight
+
+    def final_norm_divisor(self, x: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape"]:
+        """Return the positive factor by which the final norm divides the last block's output x; 1 without such a norm.
+
+        `x @ unembedding().T / final_norm_divisor(x)` are the logits up to terms that do not depend on x.
+        """
+        norm, before = self._final_norm, self._readout.before
+        if norm is None:
+            return x.new_ones(x.shape[:-1])
+        return (norm.divisor(x * before) / before).to(torch.promote_types(x.dtype, torch.float32)).to(x.device)
+
+    @cached_property
+    def _readout(self) -> _readout.Readout:
+        return _readout.Readout.of(self.module, self._architecture)
+
+    @property
+    def _final_norm(self) -> _norms.FinalNorm | None:
+        norm = self._readout.norm
+        return None if norm is None else _norms.FinalNorm.of(norm, self.d_model)
+
+    def bridge(self) -> Any:
+        """Return a transformer-lens TransformerBridge on a copy of this model, for tasks that these hooks do not cover."""
+        from transformer_lens.model_bridge import TransformerBridge
+
+        module = copy.deepcopy(self.module)  # the bridge switches it to eager attention and wraps its blocks
+        module.config.architectures = [type(module).__name__]
+        where = str(EMBEDDED.get(self.name, self.name))
+        return TransformerBridge.boot_transformers(
+            where, hf_model=module, tokenizer=copy.deepcopy(self.tokenizer), device=str(self.device)
+        )
+
+    def __repr__(self) -> str:
+        n = sum(p.numel() for p in self.module.parameters())
+        return (
+            f"LanguageModel({self.name!r}, {type(self.module).__name__}, {n / 1e6:.1f} M parameters, {self.n_layers} layers, "
+            f"d_model {self.d_model}, n_ctx {self.n_ctx}, {self.d_vocab} tokens, {self.device}, {str(self.dtype)[6:]}"
+            f"{''.join(f', {done}' for done in self.processing)})"
+        )
+
+
+def _n_cached(past: Any) -> int:
+    """Return how many tokens a key-value cache holds."""
+    length = getattr(past, "get_seq_length", None)
+    return 0 if length is None else int(length())
+
+
+def _n_positions(module: nn.Module) -> int | None:
+    """Return the number of usable position embeddings if some are reserved for padding; else None.
+
+    RoBERTa counts positions from padding_idx + 1, so the rows of its table up to padding_idx belong to no token.
+    """
+    for name, part in module.named_modules():
+        if name.endswith("position_embeddings") and isinstance(part, nn.Embedding) and part.padding_idx is not None:
+            return part.num_embeddings - part.padding_idx - 1
+    return None
+
+
+def _activation(name: str, value: Any, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d"]:
+    """Return the value at a hook as activations. Raise HookError if its shape or dtype is not that of activations."""
+    batch, pos = tokens.shape
+    if isinstance(value, Tensor) and value.is_floating_point():
+        if value.ndim == 3 and value.shape[:2] in ((batch, pos), (1, pos)):  # position embeddings lack the batch
+            return value.expand(batch, pos, -1)
+        if value.ndim == 2 and len(value) == batch * pos:  # OPT's MLP
+            return rearrange(value, "(batch pos) d -> batch pos d", batch=batch)
+    raise HookError(f"{name} is {_shape(value)} for tokens [{batch} {pos}]; only activations [batch pos d] are captured")
+
+
+def _target_first(hook: str, target: str) -> HookError:
+    return HookError(f"the model computes {target} before {hook}, from which the dictionary predicts it")
+
+
+def _as(y: Float[Tensor, "batch pos d"], new: Tensor, hook: str) -> Float[Tensor, "batch pos d"]:
+    """Return a dictionary's output in the dtype of the activation y. Raise ShapeError if their shapes differ."""
+    if new.shape != y.shape:
+        raise ShapeError(f"the dictionary gives {list(new.shape)}; {hook} of this model is {list(y.shape)}")
+    return new.to(y.dtype)
+
+
+def _shape(value: Any) -> str:
+    """Return the shape or type of the value at a hook, for an error message."""
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

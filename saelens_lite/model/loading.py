@@ -1,0 +1,161 @@
+"""Loading of language models: the embedded one, local folders, and the Hugging Face Hub."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saelens_lite.config import Origin
+from saelens_lite.devices import chosen_device
+from saelens_lite.errors import ConfigError, HubError, HubUnreachableError, ModelNotFoundError
+from saelens_lite.model.language_model import EMBEDDED, LanguageModel
+from saelens_lite.model.processing import CENTER_WRITING_WEIGHTS
+from saelens_lite.paths import check_input
+
+log = logging.getLogger(__name__)
+
+
+def load_model(
+    name: str | Path = "tiny",
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    center_writing_weights: bool = False,
+    trust_remote_code: bool = False,
+) -> LanguageModel:
+    """Load a causal language model, frozen, in evaluation mode.
+
+    Args:
+        name: "tiny" (embedded, no network), a local folder, or a Hugging Face Hub id such as "gpt2".
+        device: Default: CUDA if available, else MPS if it works, else the CPU.
+        revision: Branch, tag or commit on the Hub.
+        center_writing_weights: Apply `LanguageModel.center_writing_weights_`.
+        trust_remote_code: Run Python code that comes with the model's files. It may do anything. Without this, a model that
+            needs such code is refused; there is no prompt on the terminal.
+
+    Raises:
+        ModelNotFoundError: the model does not exist, the Hub cannot be reached, transformers does not know the architecture,
+            or the model needs its own code.
+        ConfigError: the writing weights of this model cannot be centred.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as hf_logging
+
+    check_input(name)
+    where = EMBEDDED.get(str(name)) or (Path(name).expanduser() if str(name).startswith("~") else name)
+    local = Path(str(where)).is_dir()
+    if not local and (isinstance(name, Path) or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1):
+        raise ModelNotFoundError(f"no model folder at {name}; give a folder with config.json, a Hub id, or 'tiny'")
+    commit, only_cached = (revision, True) if local else _on_hub(str(name), revision)
+    source = {"revision": revision, "local_files_only": only_cached, "trust_remote_code": bool(trust_remote_code)}
+    device = chosen_device(device)
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(str(where), **source)
+        if not trust_remote_code and _names_kernels(config):
+            raise _needs_code(name)
+        module = AutoModelForCausalLM.from_pretrained(str(where), dtype=dtype, config=config, **source)
+        tokenizer = None
+        if not local or _has_tokenizer(Path(str(where))):
+            tokenizer = AutoTokenizer.from_pretrained(str(where), **source)
+    except ModelNotFoundError:
+        raise
+    except Exception as error:  # transformers raises errors of many kinds for a damaged folder
+        reason = " ".join(str(error).split())
+        if not trust_remote_code and "trust_remote_code" in reason:
+            raise _needs_code(name) from error
+        help_ = "check the folder." if local else "is it a causal language model that transformers knows?"
+        raise ModelNotFoundError(f"cannot load the model {str(name)!r}: {help_} transformers says: {reason[:400]}") from error
+    finally:
+        if bars:
+            hf_logging.enable_progress_bar()
+    if tokenizer is None or set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
+        log.warning("%s has no tokenizer: it takes token ids only, not text", name)
+        tokenizer = None  # transformers makes one that knows only special tokens
+    lm = LanguageModel(module.to(device), tokenizer, name=str(name), revision=commit)
+    return lm.center_writing_weights_() if center_writing_weights else lm
+
+
+def model_of(
+    *origins: Origin,
+    name: str | Path | None = None,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> LanguageModel:
+    """Return the model that dictionaries were trained on, or the model called `name`, with the same weight processing.
+
+    The commit is that of the origins, unless `name` is another model or `revision` is given. An origin is read from a file.
+    So it cannot allow a model's code to run, and a local folder that it names is mentioned in the log.
+
+    Args:
+        origins: The origins of the dictionaries. "tiny" is loaded if neither they nor `name` name a model.
+
+    Raises:
+        ConfigError: the origins name several models or commits, or `trust_remote_code` is set without a name.
+        ModelNotFoundError: see `load_model`.
+    """
+    places = list(dict.fromkeys((o.model, o.revision) for o in origins if o.model is not None and name in (None, o.model)))
+    named = ", ".join(model if commit is None else f"{model} at {commit}" for model, commit in places)
+    if len({model for model, _ in places}) > 1:
+        raise ConfigError(f"the dictionaries were trained on several models: {named}; name the one to use")
+    if revision is None and len(places) > 1:
+        raise ConfigError(f"the dictionaries were trained on several commits of one model: {named}; name the revision to use")
+    model, commit = places[0] if places else (None, None)
+    if name is None and trust_remote_code:
+        raise ConfigError(f"trust_remote_code needs the name of the model; if you trust {model or 'tiny'}, name it as well")
+    if name is None and model is not None:
+        mention_folder(model)
+    return load_model(
+        name or model or "tiny",
+        device=device,
+        revision=revision or commit,
+        center_writing_weights=any(CENTER_WRITING_WEIGHTS in origin.processing for origin in origins),
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def mention_folder(name: str) -> None:
+    """Log a warning if a model name that was read from a file is a local folder."""
+    if name not in EMBEDDED and Path(name).expanduser().is_dir():
+        log.warning("loading the model from the folder %s, as a file says; if that is not your model, name yours", name)
+
+
+def _needs_code(name: str | Path) -> ModelNotFoundError:
+    return ModelNotFoundError(
+        f"the model {str(name)!r} needs Python code that comes with its files, which was not run; read that code, and if you "
+        f"trust it, call load_model({str(name)!r}, trust_remote_code=True), or --trust-remote-code in a command"
+    )
+
+
+def _names_kernels(config: Any) -> bool:
+    """Return whether a model's config names code on the Hub for its attention or its experts."""
+    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
+    kinds = ("_attn_implementation", "_experts_implementation")
+    return any("/" in str(getattr(part, kind, None)) for part in parts for kind in kinds)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    """Return whether a model folder has any of the usual tokenizer files."""
+    patterns = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.spm", "*.tiktoken", "tekken.json")
+    return any(any(folder.glob(pattern)) for pattern in patterns)
+
+
+def _on_hub(name: str, revision: str | None) -> tuple[str, bool]:
+    """Return the commit of a model on the Hub, and whether its files must come from the cache.
+
+    Without a network, transformers alone would try to reach the Hub for half a minute before it looks into the cache.
+    """
+    from saelens_lite.hub_client.models import find_model
+
+    try:
+        return find_model(name, revision)
+    except HubUnreachableError as error:
+        raise ModelNotFoundError(
+            f"cannot load the model {name!r}: without a network use 'tiny' or a local folder with the model's files. {error}"
+        ) from None
+    except HubError as error:
+        raise ModelNotFoundError(f"cannot load the model {name!r}, which is not a local folder: {error}") from None
