@@ -99,7 +99,7 @@ def probe(
     data
         Labelled texts: .jsonl or .csv files. Each file is one dataset.
     column
-                Key or column that holds the text.
+        Key or column that holds the text.
     label_column
         Key or column that holds the label.
     ks

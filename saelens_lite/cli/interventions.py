@@ -77,7 +77,7 @@ def steer(
     temperature
         Sampling temperature. 0 always picks the most likely token.
     seed
-                Seed of the sampling.
+        Seed of the sampling.
     """
     import saelens_lite as sl
     from saelens_lite.interventions.steering import steer as run_steer
@@ -120,7 +120,7 @@ def doses(
     Parameters
     ----------
     latent
-                Number of the latent.
+        Number of the latent.
     prompt
         Text to measure on. May be repeated.
     doses
@@ -202,7 +202,7 @@ def show_prompt(
     store
         Folder that `features --out` wrote; adds labels and promoted tokens.
     top
-                Latents to show per token.
+        Latents to show per token.
     """
     import saelens_lite as sl
     from saelens_lite.files import write_json
