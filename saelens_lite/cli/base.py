@@ -1,4 +1,4 @@
-"""The base of all commands: the app they register with, its start, and the report of an error."""
+"""The base of all commands: the app that they register with, its entry point, and its error messages."""
 
 import logging
 import sys
@@ -33,7 +33,7 @@ def _launch(
     Parameters
     ----------
     verbose
-        Log what the library does.
+        Print the library's log messages.
     traceback
         Show the full traceback of an error.
     """
