@@ -12,8 +12,8 @@ class Stderr(sl.Logger):
         print(line, file=sys.stderr)
 ```
 
-A package names the class in the entry-point group `saelens_lite.loggers`. If a logger needs more packages, declare them as an
-extra with the logger's name. If they are missing, an error says so before training starts, e.g. `pip install
+A package names the class in the entry-point group `saelens_lite.loggers`. A package can declare what a logger needs as an
+extra with the logger's name. If that is missing, an error before training names the command: `pip install
 'saelens-lite[tensorboard]'`.
 
 Training keeps its own lines (`Run.history`) and gives copies to the loggers, so no number depends on a logger. A logger that

@@ -10,12 +10,12 @@ stream = sl.ActivationStream(lm, "python-docs:train", hook)  # no disk: the mode
 saelens-lite capture book.txt --model tiny --hooks blocks.2.hook_resid_pre --out cache
 ```
 
-The model runs once over the text, up to the deepest hook. Several hooks cost little more than one. The seed
-alone decides the order of the batches, so training can resume at any batch.
+The model runs once over the text, up to the deepest hook. Several hooks cost little more than one. The seed alone decides the
+order of the batches, so training can resume at any batch.
 
 To resume an interrupted capture, repeat the call: it continues after the last complete shard and writes the same bytes. A
-cache folder holds manifest.json and shard-00000.safetensors …, each with a checksum. The folder appears only when it is complete.
-`exists="overwrite"` replaces only a cache. A folder that holds other files is refused.
+cache folder holds manifest.json and shard-00000.safetensors …, each with a checksum. The folder appears only when it is
+complete. `exists="overwrite"` replaces only a cache. A folder that holds other files is refused.
 """
 
 from saelens_lite.cache.capture import capture

@@ -144,7 +144,8 @@ def compare(
     threshold
         Matched latents count as shared if both their decoder cosine and their encoder cosine exceed this.
     method
-        Matching of latents: hungarian (one to one), mutual (mutual nearest neighbours), or auto (hungarian up to 8,192 live latents).
+        Matching of latents: hungarian (one to one), mutual (mutual nearest neighbours), or auto (hungarian up to 8,192 live
+        latents).
     include_dead
         Also count latents that never fired in training.
     seed

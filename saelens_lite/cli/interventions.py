@@ -115,8 +115,8 @@ def doses(
 ) -> None:
     """Measure the effect and cost of several doses of a latent, beside random latents whose push has the same norm.
 
-    By default, the effect is on the log-probability of the ten tokens that the latent promotes most; --token and --against set a
-    pair of tokens instead.
+    By default, the effect is on the log-probability of the ten tokens that the latent promotes most. --token and --against
+    set a pair of tokens instead.
 
     Parameters
     ----------
@@ -155,7 +155,7 @@ def attribute(
 ) -> None:
     """Show which latents drive the model's prediction: by exact ablation, by gradient, and by direct effect on the logits.
 
-    By default, effects are on the mean loss over the prompt; --token and --against set a pair of tokens instead.
+    By default, effects are on the mean loss over the prompt. --token and --against set a pair of tokens instead.
 
     Parameters
     ----------
@@ -191,7 +191,7 @@ def show_prompt(
 ) -> None:
     """Show which latents fire at each token of a text.
 
-    Attributions are effects on the mean loss over the text; --token and --against set a pair of tokens instead.
+    Attributions are effects on the mean loss over the text. --token and --against set a pair of tokens instead.
 
     Parameters
     ----------

@@ -45,7 +45,7 @@ def _check_report(_: Any, path: Path | None) -> None:
 
 
 JsonFile = Annotated[
-    Path | None, Parameter(name="--json", validator=_check_report, help="JSON file for all numbers. It replaces an earlier report.")
+    Path | None, Parameter(name="--json", validator=_check_report, help="JSON file for all numbers; replaces an earlier one.")
 ]
 PrintJson = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON instead of text.")]
 

@@ -26,8 +26,8 @@ def plugins(
     """List the installed plugins and say whether each can be loaded. With --check, test one against its contract.
 
     The environment variable SAELENS_LITE_PLUGINS restricts which plugins may be loaded: a comma-separated list of distributions
-    and kind:name pairs, e.g. SAELENS_LITE_PLUGINS=my-rules,loggers:my_logger. Built-in plugins are always allowed. If the variable
-    is unset, all plugins are allowed.
+    and kind:name pairs, e.g. SAELENS_LITE_PLUGINS=my-rules,loggers:my_logger. Built-in plugins are always allowed. If the
+    variable is unset, all plugins are allowed.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Evaluate: how sparse a dictionary is, how well it reconstructs, and how much the model loses when it reads the reconstruction.
+"""Evaluate: how sparse a dictionary is, how well it reconstructs, and what this costs the model that reads the reconstruction.
 
 ```python
 report = sl.evaluate(d, lm, "python-docs:held-out", n_tokens=20_000)
@@ -15,12 +15,12 @@ The numbers to look at first:
 - `l0`: the mean number of latents that fire on a token.
 - `fvu`, the fraction of variance unexplained: Σ‖x − x̂‖² / Σ‖x − mean‖², pooled over all tokens. 0 is perfect; predicting the
   mean scores exactly 1.
-- `ce_loss_score`: zeroing the activation adds to the model's loss, and this is the share of it that the reconstruction recovers.
-  `ce_loss_score_mean` uses the mean activation in place of zero. `kl_div_score` uses KL in place of the loss.
+- `ce_loss_score`: zeroing the activation adds to the model's loss, and this is the share of it that the reconstruction
+  recovers. `ce_loss_score_mean` uses the mean activation in place of zero. `kl_div_score` uses KL in place of the loss.
 
 Intervals are 95 %, bootstrapped over sequences, because the tokens of one text are not independent. Values agree with
-SAELens's `run_evals` on the same tokens, except `explained_variance_legacy`: ours uses the mean of all tokens that count, theirs
-the mean of a batch.
+SAELens's `run_evals` on the same tokens, except `explained_variance_legacy`: ours uses the mean of all tokens that count,
+theirs the mean of a batch.
 
 `controls=True` measures the same for a random dictionary, for PCA and for the model with re-drawn weights, that is, with the
 entries of each weight tensor shuffled. A report also says whether its text differs from the training text, as far as names and

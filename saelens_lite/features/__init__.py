@@ -20,8 +20,8 @@ beside a baseline of tokens.
 
 `FeatureStore.build([d1, d2], lm, text, out="stores")` reads the text once for several dictionaries, whatever its length. Codes
 go to disk as they are computed, 12 to 14 bytes each, and every number is exact. Repeat the call to resume an interrupted pass.
-With `codes=True` (extra `sql`) the store keeps all codes as a Parquet table: `store.sql("select latent, max(value) from codes group by
-latent")`. `control=True` shows each latent beside its behaviour in a model with shuffled weights.
+With `codes=True` (extra `sql`) the store keeps all codes as a Parquet table: `store.sql("select latent, max(value) from codes
+group by latent")`. `control=True` shows each latent beside its behaviour in a model with shuffled weights.
 
 collect.py runs the model, and code_log.py keeps the codes on disk. reduce.py and cooccurrence.py turn them into numbers
 (tensors.py). store.py answers questions from these (summary.py) and from the weights alone (weights.py). store_files.py reads

@@ -25,8 +25,8 @@ OpenAI) are read only on request (`format="openai"`), and only their tensors. Fo
         def outline(self, path): ...        # describe the dictionary before its weights are read
         def write(self, dictionary, folder): ...
 
-A package registers the class in the entry-point group `saelens_lite.formats`, so that `format="my_format"` finds it, and again in
-a group for each ending of its file names. The package is imported only for files with these endings:
+A package registers the class in the entry-point group `saelens_lite.formats`, so that `format="my_format"` finds it, and again
+in a group for each ending of its file names. The package is imported only for files with these endings:
 
 ```toml
 [project.entry-points."saelens_lite.formats"]

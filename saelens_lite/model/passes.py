@@ -4,7 +4,8 @@
         read.acts[hook]                              [n d], at read.position of the rows numbered read.row
 
 All code that runs a model over a text does it here: captures, streams, evaluation, probes and feature stores. A batch is cut
-after the last position that must be read. Batches in which no position counts are not run. The order "by length" also skips such rows.
+after the last position that must be read. Batches in which no position counts are not run. The order "by length" also skips
+such rows.
 
 | order | a batch holds | cut after |
 | --- | --- | --- |

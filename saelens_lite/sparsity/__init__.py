@@ -1,8 +1,8 @@
 """Write a rule: the contract of a sparsity rule, with the methods that a plugin defines and the objects that they receive.
 
-A rule turns pre-activations h = (x − b_dec) W_enc + b_enc into codes and adds losses to the reconstruction error.
-Everything else (parameters, training, saving, evaluation, feature pages) is the same for all rules. The same rule
-trains autoencoders, whose target is x, and transcoders, whose target is another activation.
+A rule turns pre-activations h = (x − b_dec) W_enc + b_enc into codes and adds losses to the reconstruction error. Everything
+else (parameters, training, saving, evaluation, feature pages) is the same for all rules. The same rule trains autoencoders,
+whose target is x, and transcoders, whose target is another activation.
 
 ```python
 from saelens_lite.testing import check_plugin
@@ -23,9 +23,10 @@ d = sl.fit(x, sparsity="soft_threshold", d_sae=4096)
 check_plugin(SoftThreshold, planted=None).raise_if_failed()  # gradients, saving, resuming, the same bytes from a seed, …
 ```
 
-A rule needs only `activation`. The other methods are optional. `support` and `values` choose the pairs that fire and compute their codes without a dense result,
-`losses` adds a penalty, `after_step` adjusts parameters, and `inference_form` names the published architecture with the same
-codes, so that other tools can load the dictionary. `saelens_lite.training.step` shows where each is called.
+One method, `activation`, is enough for a rule. `support` and `values` choose the pairs that fire and compute their codes
+without a dense result, `losses` adds a penalty, `after_step` adjusts parameters, and `inference_form` names the
+published architecture with the same codes, so that other tools can load the dictionary. `saelens_lite.training.step` shows
+where each is called.
 
 In a package, name the class in pyproject.toml; nothing else is needed:
 

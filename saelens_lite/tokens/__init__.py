@@ -1,7 +1,7 @@
 """Read text: turn documents into token rows, and choose the positions that count.
 
-A text is a list of strings, a `Path` to a .txt, .md, .jsonl or .parquet file, "hf:org/name" (a dataset on the Hugging Face Hub),
-token ids, or "python-docs:train" and "python-docs:held-out", the documentation that comes with every Python. The text is
+A text is a list of strings, a `Path` to a .txt, .md, .jsonl or .parquet file, "hf:org/name" (a dataset on the Hugging Face
+Hub), token ids, or "python-docs:train" and "python-docs:held-out", the documentation that comes with every Python. The text is
 read as a stream, and each row holds a stretch of one document.
 
 `sl.TextConfig` changes this: it sets the columns of a dataset, `pack` (several documents in a row), `min_context` (rows that

@@ -25,15 +25,16 @@ d = sl.fit(x, sparsity="topk", d_sae=4096, options={"k": 32}, n_tokens=1_000_000
 ```
 
 **Transcoders and crosscoders.** `TrainConfig(hook="blocks.2.ln2.hook_out", writes=("blocks.2.hook_mlp_out",), skip=True)`
-predicts the output of an MLP from its input. `reads=(hook_1, hook_2)` trains one dictionary over several hooks. Every rule except
-`matching_pursuit` can predict other hooks than it reads. Evaluation and `splice` then act at the hooks that are predicted.
+predicts the output of an MLP from its input. `reads=(hook_1, hook_2)` trains one dictionary over several hooks. Every rule
+except `matching_pursuit` can predict other hooks than it reads. Evaluation and `splice` then act at the hooks that are
+predicted.
 
 **Resuming.** Ctrl-C and SIGTERM finish the step and save a checkpoint. `sl.resume("runs")` or `saelens-lite train --resume
-runs` continues, and the result has the same bytes as without the interruption. A text, cache or model that is not the run's is refused,
-even if it has the same size.
+runs` continues, and the result has the same bytes as without the interruption. A text, cache or model that is not the run's is
+refused, even if it has the same size.
 
-**Several objectives.** With codes z, the classic objective min ‖x − x̂‖² + λ‖z‖₀ is `jumprelu` with the penalty `l0`. `l1` is its
-relaxation, with ‖z‖₁ in place of ‖z‖₀. `p_anneal` moves from ‖z‖₁ towards ‖z‖₀. The rules with a `k` fix ‖z‖₀.
+**Several objectives.** With codes z, the classic objective min ‖x − x̂‖² + λ‖z‖₀ is `jumprelu` with the penalty `l0`. `l1` is
+its relaxation, with ‖z‖₁ in place of ‖z‖₀. `p_anneal` moves from ‖z‖₁ towards ‖z‖₀. The rules with a `k` fix ‖z‖₀.
 
 **Numbers in the log.** `l0` is the mean number of latents that fire on a token. `fvu` is the fraction of variance unexplained,
 and losses are those of scaled activations. Scaling is folded into the weights of the result: a dictionary takes raw
