@@ -30,8 +30,8 @@ except `matching_pursuit` can predict other hooks than it reads. Evaluation and 
 predicted.
 
 **Resuming.** Ctrl-C and SIGTERM finish the step and save a checkpoint. `sl.resume("runs")` or `saelens-lite train --resume
-runs` continues, and the result has the same bytes as without the interruption. A text, cache or model that is not the run's is
-refused, even if it has the same size.
+runs` continues, and the result has the same bytes as without the interruption. Resuming with another text, cache or model
+is refused, even if it has the same size.
 
 **Several objectives.** With codes z, the classic objective min ‖x − x̂‖² + λ‖z‖₀ is `jumprelu` with the penalty `l0`. `l1` is
 its relaxation, with ‖z‖₁ in place of ‖z‖₀. `p_anneal` moves from ‖z‖₁ towards ‖z‖₀. The rules with a `k` fix ‖z‖₀.
