@@ -45,7 +45,7 @@ def _launch(
 
 
 def main() -> None:
-    """Run a command. Report an error in one line on standard error, with exit code 2 for a user's mistake and 1 for others."""
+    """Run a command. Report an error in one line on standard error. Exit code: 2 for a user's mistake, 1 for other errors."""
     wants_traceback = "--traceback" in sys.argv
     try:
         app.meta(sys.argv[1:], exit_on_error=False, print_error=False)

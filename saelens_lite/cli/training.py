@@ -118,8 +118,8 @@ def train(
     checkpoint_seconds
         Seconds between checkpoints; default: 600.
     device
-        Device to train on, e.g. cuda; default: CUDA if available, else MPS if it works, else the CPU. With --resume, the default
-        is the device of the run.
+        Device to train on, e.g. cuda; default: CUDA if available, else MPS if it works, else the CPU. With --resume, the
+        default is the device of the run.
     loggers
         Loggers, comma-separated: jsonl (log.jsonl in the run folder), tensorboard, wandb, trackio, or your own plugin.
         Default: jsonl.

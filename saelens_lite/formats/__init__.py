@@ -1,4 +1,4 @@
-"""Read and write dictionaries in the formats of other tools, and define a file format of your own.
+"""Read and write other formats: load the dictionaries of other tools, save ours for them, and define a format of your own.
 
 `sl.load` and `saelens-lite inspect` recognise other tools' dictionaries by the content of the files. Scales and means are
 folded into the weights, so that the dictionaries take raw activations. Settings that change the function, the hook or the
