@@ -1,4 +1,4 @@
-"""Dictionaries by address: a local folder or file, or hf://user/repo/folder@revision on the Hub."""
+"""Load and convert dictionaries by address: a local folder or file, or hf://user/repo/folder@revision on the Hub."""
 
 from pathlib import Path
 from typing import Literal

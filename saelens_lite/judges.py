@@ -19,8 +19,8 @@
 
     (report,) = sl.judge("counter", n_rows=4).evaluate([d], lm)
 
-A package names the class in the entry-point group `saelens_lite.judges`. A judge supplies `evaluate`, `sae` or both: some
-projects can be run from here, others have their own functions that take an SAE.
+A package names the class in the entry-point group `saelens_lite.judges`. A judge supplies `evaluate`, `sae` or both:
+`evaluate` if the project can be run from here, and `sae` if the project has functions of its own that take an SAE.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """Log a run: the contract of a logger, which receives the lines of a training log.
 
-Like all plugins, loggers have a name. The smallest useful logger has a single method:
+Like every plugin, a logger has a name. The smallest useful logger has a single method:
 
 ```python
 import sys
@@ -12,8 +12,9 @@ class Stderr(sl.Logger):
         print(line, file=sys.stderr)
 ```
 
-A package names the class under the entry-point group `saelens_lite.loggers`. What a logger needs beyond its package can be an
-extra of its name: whoever lacks it reads `pip install 'saelens-lite[tensorboard]'` before training starts.
+A package names the class in the entry-point group `saelens_lite.loggers`. If a logger needs further packages,
+declare them as an extra with the logger's name. If one is missing, an error before training names the command, such as
+`pip install 'saelens-lite[tensorboard]'`.
 
 Training keeps its own lines (`Run.history`) and gives copies to the loggers, so no number depends on a logger. A logger that
 fails in training is dropped with a warning.

@@ -15,7 +15,7 @@ import saelens_lite as sl
 ROOT = Path(sl.__file__).parent
 
 # From the bottom up: a module imports only modules that come before it in this list.
-# The order is that of the table in DESIGN.md, except that tokens comes before model, because `lm.run("text")` tokenises.
+# tokens comes before model, because `lm.run("text")` tokenises.
 ORDER = [
     "tokens",
     "model",

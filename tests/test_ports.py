@@ -104,7 +104,7 @@ def test_only_code_that_reads_older_files_uses_the_old_names():
         for path in (ROOT / folder).rglob("*.py")
         if re.search("is_transcoder|target_hook", path.read_text(encoding="utf-8"))
     }
-    assert files <= {"saelens_lite/dictionary.py", "saelens_lite/config.py", "saelens_lite/features/info.py"}
+    assert files <= {"saelens_lite/dictionary/folder.py", "saelens_lite/config.py", "saelens_lite/features/info.py"}
 
 
 # Training

@@ -1,21 +1,21 @@
-"""Capture activations: once into a folder, or straight from the model, as shuffled batches.
+"""Capture activations: store them once in a folder, or compute them during training. Both give shuffled batches.
 
 ```python
 cache = sl.capture(lm, "python-docs:train", hooks=[hook], out="cache", n_tokens=300_000)
 cache = sl.ActivationCache.open("cache")  # later
-stream = sl.ActivationStream(lm, "python-docs:train", hook)  # no disk: the model runs while training goes on
+stream = sl.ActivationStream(lm, "python-docs:train", hook)  # no disk: the model runs during training
 ```
 
 ```sh
 saelens-lite capture book.txt --model tiny --hooks blocks.2.hook_resid_pre --out cache
 ```
 
-The model runs once over the text, up to the deepest hook. Several hooks cost little more than one. Every source gives batches
-in an order that follows from a seed alone, so training can resume at any batch.
+The model runs once over the text, up to the deepest hook. Several hooks cost little more than one. The seed alone decides the
+order of the batches, so training can resume at any batch.
 
 To resume an interrupted capture, repeat the call: it continues after the last complete shard and writes the same bytes. A
-cache folder holds manifest.json and shard-00000.safetensors …, each with a checksum; it appears when it is complete.
-`exists="overwrite"` replaces a cache, and nothing else: a folder that holds other files is refused.
+cache folder holds manifest.json and shard-00000.safetensors …, each with a checksum. The folder appears only when it is
+complete. `exists="overwrite"` replaces only a cache. A folder that holds other files is refused.
 """
 
 from saelens_lite.cache.capture import capture

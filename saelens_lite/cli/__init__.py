@@ -1,4 +1,4 @@
-"""The command line: the library's nouns as verbs, over the same functions.
+"""The command line: each command calls functions of the library.
 
 ```sh
 saelens-lite capture book.txt --model tiny --hooks blocks.2.hook_resid_pre --out cache
@@ -18,11 +18,11 @@ saelens-lite pull user/repo blocks.2.hook_resid_pre --out pulled
 saelens-lite plugins
 ```
 
-`--help` of a command explains each of its settings, and `train --config run.toml` reads settings from a file. A command that
-runs a model loads the commit that the dictionary was trained on.
+`saelens-lite COMMAND --help` explains each setting of a command, and `train --config run.toml` reads settings from a file. A
+command that runs a dictionary's model loads the commit that the dictionary was trained on.
 
 Nothing of yours is deleted: `--exists overwrite` replaces a folder only if it holds an output of the same kind and nothing
-else. One process at a time writes to a place.
+else. Only one process at a time can write to a folder.
 """
 
 # their commands register with the app

@@ -1,4 +1,4 @@
-"""Run the command line as `python -m saelens_lite.cli`, for when the installed command is not on the path."""
+"""Run the command line as `python -m saelens_lite.cli`, in case the installed command is not on the path."""
 
 from saelens_lite.cli import main
 

@@ -1,4 +1,4 @@
-"""The base of all commands: the app they register with, its start, and the report of an error."""
+"""The base of all commands: the app that they register with, its entry point, and its error messages."""
 
 import logging
 import sys
@@ -33,7 +33,7 @@ def _launch(
     Parameters
     ----------
     verbose
-        Log what the library does.
+        Print the library's log messages.
     traceback
         Show the full traceback of an error.
     """
@@ -45,7 +45,7 @@ def _launch(
 
 
 def main() -> None:
-    """Run a command. An error is one line on standard error. The exit code is 2 for a user's mistake, 1 for other errors."""
+    """Run a command. Report an error in one line on standard error. Exit code: 2 for a user's mistake, 1 for other errors."""
     wants_traceback = "--traceback" in sys.argv
     try:
         app.meta(sys.argv[1:], exit_on_error=False, print_error=False)

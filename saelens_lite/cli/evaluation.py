@@ -31,7 +31,7 @@ def evaluate(
     controls: Flag = False,
     json_out: JsonFile = None,
 ) -> None:
-    """Measure the sparsity and reconstruction of dictionaries of one hook, and the loss of the model that runs on them.
+    """Measure the sparsity and reconstruction of dictionaries of one hook, and the model's loss on their reconstructions.
 
     Each report is written to eval.json in the dictionary's folder and replaces an earlier one. A dictionary without a folder (a
     file or an address) needs --json to keep its report.
@@ -46,7 +46,7 @@ def evaluate(
         Also report reconstruction and loss by position in a row.
     controls
         Also measure three controls: a random dictionary of the same size and L0, PCA with L0 components, and the dictionary on
-        the model with random weights.
+        the model with its weights shuffled.
     """
     import saelens_lite as sl
     from saelens_lite.evaluation import frequency_table, position_table, table
@@ -92,20 +92,20 @@ def probe(
     seed: int = 0,
     json_out: JsonFile = None,
 ) -> None:
-    """Measure how well a few latents separate texts of two classes. All latents and the raw activations are the baselines.
+    """Measure how well a few latents separate texts of two classes, compared with all latents and with the raw activations.
 
     Parameters
     ----------
     data
         Labelled texts: .jsonl or .csv files. Each file is one dataset.
     column
-                Key or column that holds the text.
+        Key or column that holds the text.
     label_column
         Key or column that holds the label.
     ks
         Numbers of latents to probe with.
     pooling
-        Reduction of the tokens of a text to one vector.
+        Method that reduces the tokens of a text to one vector.
     seed
         Seed of the split into training and test texts.
     """
@@ -135,22 +135,23 @@ def compare(
     json_out: JsonFile = None,
     exists: Exists = "error",
 ) -> None:
-    """Count the latents that a dictionary shares with others, such as dictionaries of other seeds.
+    """Count the latents that a dictionary shares with others, such as dictionaries trained with other seeds.
 
     Parameters
     ----------
     others
         Dictionaries to compare it with.
     threshold
-        Smallest cosine, in decoder and encoder, at which matched latents count as shared.
+        Matched latents count as shared if both their decoder cosine and their encoder cosine exceed this.
     method
-        Matching of latents: hungarian (one to one), mutual (mutual nearest neighbours), or auto (hungarian up to 8192 latents).
+        Matching of latents: hungarian (one to one), mutual (mutual nearest neighbours), or auto (hungarian up to 8,192 live
+        latents).
     include_dead
-        Count latents that never fired in training.
+        Also count latents that never fired in training.
     seed
-        Seed of the random dictionary that gives the chance level.
+        Seed of the random directions that give the chance level.
     out
-        Folder for stability.safetensors, which holds a score of each latent. Use the folder of the dictionary or its feature
+        Folder for stability.safetensors, which holds a score for each latent. Use the folder of the dictionary or its feature
         store.
     """
     import saelens_lite as sl

@@ -22,7 +22,7 @@ def features(
     html: Path = Path("features.html"),
     exists: Exists = "error",
 ) -> None:
-    """Write one HTML page per dictionary that shows the text to which each latent responds. The model runs once.
+    """Write one HTML page per dictionary, which shows the text to which each latent responds. The model reads the text once.
 
     The page also shows the stability scores that `compare --out` saved in the dictionary's folder.
 
@@ -32,7 +32,7 @@ def features(
         Folder for the collected data, which `dashboard` and `prompt --store` read. Several dictionaries get subfolders 0-topk,
         1-l1, … (number and rule). Repeat the command to resume an interrupted pass.
     html
-        File to write. Several dictionaries get files features-0-topk.html, ….
+        File to write. Several dictionaries get one file each: features-0-topk.html, ….
     """
     import saelens_lite as sl
     from saelens_lite.features.compare import STABILITY_FILE, Stability
@@ -65,14 +65,14 @@ def features(
 
 @app.command
 def dashboard(store: Path, *, html: Path = Path("features.html"), exists: Exists = "error") -> None:
-    """Write the page of a store that `features --out` collected, with the current labels.
+    """Write the HTML page of a store that `features --out` wrote, with its current labels.
 
     Parameters
     ----------
     store
         Folder of the store.
     html
-                File to write.
+        File to write.
     """
     import saelens_lite as sl
 

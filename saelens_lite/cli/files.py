@@ -16,7 +16,7 @@ def inspect(path: Path, *, format: ReadAs = None) -> None:
     Parameters
     ----------
     path
-        A folder that `train` or `capture` wrote, a file or folder of another tool, or a dictionary on the Hub
+        Folder that `train` or `capture` wrote, file or folder of another tool, or dictionary on the Hub
         (hf://user/repo/folder@revision). Weights on the Hub are not downloaded.
     """
     from saelens_lite import formats

@@ -28,7 +28,7 @@ def push(
     Parameters
     ----------
     path
-        A dictionary folder, or the folder of a run with several.
+        A dictionary folder, or the folder of a run that trained several.
     repo
         The repository, user/name. It is created if it does not exist.
     folder
@@ -36,17 +36,17 @@ def push(
     revision
         Branch to push to; default: main.
     private
-        Make the repository private if it is created.
+        Make the repository private, if this push creates it.
     license
         Licence of the repository, e.g. mit.
     tags
         More tags for the model card.
     message
-        Message of the commit.
+        Commit message.
     parent_commit
         Push only if this is the latest commit on the branch.
     dry_run
-        Show the files that would be sent, and send nothing.
+        Show the files that would be sent, but send nothing.
     """
     import saelens_lite as sl
 
@@ -87,7 +87,7 @@ def pull(
     revision
         Branch, tag or commit; default: main.
     out
-        Folder for a copy; default: keep it only in huggingface_hub's cache.
+        Folder for a copy; default: none, the dictionary stays in huggingface_hub's cache.
     max_bytes
         Largest download to accept, in bytes; default: 32 GiB.
     """
@@ -98,7 +98,7 @@ def pull(
     if out:
         refuse_existing(out, exists)
     if repo.startswith("hf://") and (folder or revision):
-        raise ConfigError(f"{repo} names the folder and revision already; leave out the other arguments")
+        raise ConfigError(f"{repo} is a complete address; leave out the folder and --revision")
     address = Address.parse(repo) if repo.startswith("hf://") else Address.of(repo, folder, revision)
     fetched = fetch(address, **given(max_bytes=max_bytes))
     loaded = sl.load(fetched.folder, format=format)

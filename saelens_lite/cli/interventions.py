@@ -14,7 +14,7 @@ from saelens_lite.errors import ConfigError
 
 @dataclass(frozen=True)
 class TokenPair:
-    """The pair of tokens whose logits are compared, in place of the command's own metric.
+    """The pair of tokens whose logits are compared, in place of the command's default metric.
 
     Parameters
     ----------
@@ -56,20 +56,20 @@ def steer(
     seed: int = 0,
     of: ModelOptions = THE_MODEL,
 ) -> None:
-    """Generate text with changed latents. Show it beside the unchanged text, with the cost of the change.
+    """Generate text with some latents changed. Show it beside the unchanged text, with the cost of the change.
 
     Parameters
     ----------
     prompt
         Beginning of the text.
     ablate
-        Latent to switch off. This option and the next three may be repeated; they apply in this order.
+        Latent to switch off. This option, --scale, --clamp and --add may be repeated, and they apply in this order.
     scale
-        LATENT=FACTOR: multiply its code, e.g. 9=0.5.
+        LATENT=FACTOR: multiply the latent's code, e.g. 9=0.5.
     clamp
-        LATENT=VALUE: set its code, e.g. 7=8.0.
+        LATENT=VALUE: set the latent's code, e.g. 7=8.0.
     add
-        LATENT=AMOUNT: add to its code, e.g. 3=2.
+        LATENT=AMOUNT: add to the latent's code, e.g. 3=2.
     positions
         Positions to change, counted from BOS at 0; default: all positions that the dictionary was trained on.
     max_new_tokens
@@ -77,7 +77,7 @@ def steer(
     temperature
         Sampling temperature. 0 always picks the most likely token.
     seed
-                Seed of the sampling.
+        Seed of the sampling.
     """
     import saelens_lite as sl
     from saelens_lite.interventions.steering import steer as run_steer
@@ -113,14 +113,15 @@ def doses(
     of: ModelOptions = THE_MODEL,
     json_out: JsonFile = None,
 ) -> None:
-    """Measure the effect and cost of several amounts of a latent, beside random latents of equal norm.
+    """Measure the effect and cost of several doses of a latent, beside random latents whose push has the same norm.
 
-    Without --token and --against, the effect is on the log-probability of the ten tokens that the latent promotes most.
+    By default, the effect is on the log-probability of the ten tokens that the latent promotes most. --token and --against
+    set a pair of tokens instead.
 
     Parameters
     ----------
     latent
-                Number of the latent.
+        Number of the latent.
     prompt
         Text to measure on. May be repeated.
     doses
@@ -154,12 +155,12 @@ def attribute(
 ) -> None:
     """Show which latents drive the model's prediction: by exact ablation, by gradient, and by direct effect on the logits.
 
-    Without --token and --against, effects are on the mean loss over the prompt.
+    By default, effects are on the mean loss over the prompt. --token and --against set a pair of tokens instead.
 
     Parameters
     ----------
     prompt
-        Text to explain. Only latents that fire on it are shown.
+        Text that the model reads. Only latents that fire on it are shown.
     top
         Rows to show.
     ablation
@@ -190,7 +191,7 @@ def show_prompt(
 ) -> None:
     """Show which latents fire at each token of a text.
 
-    Without --token and --against, effects are on the mean loss over the text.
+    Attributions are effects on the mean loss over the text. --token and --against set a pair of tokens instead.
 
     Parameters
     ----------
@@ -200,9 +201,9 @@ def show_prompt(
         Order of the latents at a token: activation (largest first), relative (largest share of the latent's maximum; needs
         --store), or attribution (largest effect by gradient).
     store
-        Folder that `features --out` wrote; adds labels and promoted tokens.
+        Folder that `features --out` wrote. It adds labels and promoted tokens.
     top
-                Latents to show per token.
+        Latents to show per token.
     """
     import saelens_lite as sl
     from saelens_lite.files import write_json

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 DICTIONARY = "a folder of ours, a folder or file of another tool, or an address such as hf://user/repo/folder@revision."
 
 Flag = Annotated[bool, Parameter(negative="")]
-Exists = Annotated[Literal["error", "overwrite"], Parameter(help="Fail or overwrite when the output exists.")]
+Exists = Annotated[Literal["error", "overwrite"], Parameter(help="If the output exists: stop with an error, or overwrite it.")]
 DictionaryPath = Annotated[Path, Parameter(help=f"The dictionary: {DICTIONARY}")]
 DictionaryPaths = Annotated[list[Path], Parameter(help=f"Dictionaries, each {DICTIONARY}")]
 TextName = Annotated[
     str,
     Parameter(
-        help="A .txt, .md, .jsonl or .parquet file; hf:org/name:config:split for a dataset of the Hugging Face Hub; or "
+        help="A .txt, .md, .jsonl or .parquet file; hf:org/name:config:split for a dataset on the Hugging Face Hub; or "
         '"python-docs", "python-docs:train", "python-docs:held-out" for the embedded corpus.'
     ),
 ]
@@ -45,7 +45,7 @@ def _check_report(_: Any, path: Path | None) -> None:
 
 
 JsonFile = Annotated[
-    Path | None, Parameter(name="--json", validator=_check_report, help="File for all numbers; replaces an earlier report.")
+    Path | None, Parameter(name="--json", validator=_check_report, help="JSON file for all numbers; replaces an earlier one.")
 ]
 PrintJson = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON instead of text.")]
 
@@ -59,7 +59,7 @@ class OfModel:
     model
         "tiny", a Hugging Face Hub id, or a folder; default: the model the dictionary was trained on.
     hook
-        The hook. Needed only for dictionaries that do not name theirs.
+        Hook that the dictionary reads. Needed only for a dictionary that does not name its hook.
     device
         Device to run on, e.g. cuda; default: CUDA if available, else MPS if it works, else the CPU.
     model_revision

@@ -26,13 +26,13 @@ def plugins(
     """List the installed plugins and say whether each can be loaded. With --check, test one against its contract.
 
     The environment variable SAELENS_LITE_PLUGINS restricts which plugins may be loaded: a comma-separated list of distributions
-    and kind:name pairs, e.g. SAELENS_LITE_PLUGINS=my-rules,loggers:my_logger. Built-in plugins are always allowed. If it is
-    unset, all plugins are allowed.
+    and kind:name pairs, e.g. SAELENS_LITE_PLUGINS=my-rules,loggers:my_logger. Built-in plugins are always allowed. If the
+    variable is unset, all plugins are allowed.
 
     Parameters
     ----------
     check
-        Name of a plugin to check, or kind:name. Prints one line per check; the exit code is 1 if any check fails. A logger
+        Plugin to check: its name, or kind:name. Prints one line per check. The exit code is 1 if any check fails. A logger
         writes to its configured destination, so set WANDB_MODE=offline or the like first.
     options
         With --check: options of a sparsity rule, e.g. --options.k 4.

@@ -27,7 +27,7 @@ def capture(
     trust_remote_code: Flag = False,
     exists: Exists = "error",
 ) -> None:
-    """Run a model over text once and store its activations.
+    """Run a model over a text once and store its activations.
 
     Parameters
     ----------
@@ -89,20 +89,20 @@ def train(
     loggers: str | None = None,
     exists: Exists | None = None,
 ) -> None:
-    """Train one or several dictionaries on a cache or on text, or resume an interrupted run.
+    """Train one or several dictionaries on a cache or a text, or resume an interrupted run.
 
     Parameters
     ----------
     cache
         Folder that `capture` wrote.
     config
-        TOML file with the same settings. Several dictionaries each get a [[dictionary]] table. Flags override the file.
+        TOML file with the same settings, with a [[dictionary]] table for each of several dictionaries. Flags override the file.
     out
         Folder for the run; default: runs/dictionary.
     resume
-        Folder of an interrupted run, whose settings are kept. Name the cache or --text only if it has moved.
+        Folder of an interrupted run. Its settings are kept. Give the cache or --text only if it has moved.
     text
-        Text, as for `capture`, in place of a cache. Activations are computed during training.
+        Text to read in place of a cache, as for `capture`. Activations are computed during training.
     model
         With --text: "tiny", a Hugging Face Hub id, or a folder.
     model_revision
@@ -110,21 +110,21 @@ def train(
     trust_remote_code
         With --text: run Python code that comes with the model's files.
     buffer_tokens
-        With --text: activations of each hook that are shuffled in memory.
+        With --text: number of activations per hook that are shuffled in memory.
     data_seed
         Seed of the order of the data; default: 0.
     validation_tokens
-        Number of activations held out from training; the log's val_fvu and val_l0 are measured on them. Default: 0.
+        Number of activations held out from training, for val_fvu and val_l0 in the log; default: 0.
     checkpoint_seconds
-        Seconds between two checkpoints; default: 600.
+        Seconds between checkpoints; default: 600.
     device
-        Device to train on, e.g. cuda; default: CUDA if available, else MPS if it works, else the CPU. With --resume: the
-        device of the run.
+        Device to train on, e.g. cuda; default: CUDA if available, else MPS if it works, else the CPU. With --resume, the
+        default is the device of the run.
     loggers
         Loggers, comma-separated: jsonl (log.jsonl in the run folder), tensorboard, wandb, trackio, or your own plugin.
         Default: jsonl.
     exists
-        Fail or overwrite when the folder is not empty; default: error.
+        If the folder is not empty: stop with an error, or overwrite it; default: error.
     """
     import saelens_lite as sl
     from saelens_lite.config import parse_options

@@ -1,4 +1,4 @@
-"""Evaluate: how sparse a dictionary is, how well it reconstructs, and what the model loses when it reads the reconstruction.
+"""Evaluate: how sparse a dictionary is, how well it reconstructs, and what this costs the model that reads the reconstruction.
 
 ```python
 report = sl.evaluate(d, lm, "python-docs:held-out", n_tokens=20_000)
@@ -15,22 +15,22 @@ The numbers to look at first:
 - `l0`: the mean number of latents that fire on a token.
 - `fvu`, the fraction of variance unexplained: Σ‖x − x̂‖² / Σ‖x − mean‖², pooled over all tokens. 0 is perfect; predicting the
   mean scores exactly 1.
-- `ce_loss_score`: the share of the loss added by zeroing the hook that the reconstruction recovers. `ce_loss_score_mean`
-  compares with the mean activation instead of zero, `kl_div_score` does the same for KL.
+- `ce_loss_score`: zeroing the activation adds to the model's loss, and this is the share of it that the reconstruction
+  recovers. `ce_loss_score_mean` uses the mean activation in place of zero. `kl_div_score` uses KL in place of the loss.
 
 Intervals are 95 %, bootstrapped over sequences, because the tokens of one text are not independent. Values agree with
-SAELens's `run_evals` on the same tokens, except `explained_variance_legacy`, which uses the mean of all tokens that count;
-theirs uses the mean of a batch.
+SAELens's `run_evals` on the same tokens, except `explained_variance_legacy`: ours uses the mean of all tokens that count,
+theirs the mean of a batch.
 
-`controls=True` measures the same for a random dictionary, for PCA and for the model with its weights re-drawn. A report also
-says whether its text differs from the training text, as far as names and hashes can tell. `by_frequency` and `by_position`
-split the errors.
+`controls=True` measures the same for a random dictionary, for PCA and for the model with re-drawn weights, that is, with the
+entries of each weight tensor shuffled. A report also says whether its text differs from the training text, as far as names and
+hashes can tell. `by_frequency` and `by_position` split the errors by token frequency and by position in a row.
 
 **Probes.** `sl.probe(d, lm, texts, labels)` compares the best 1, 4 and 16 latents with all latents and with the raw
 activations. Each penalty is chosen by cross-validation, and each probe has a control with shuffled labels.
 
-**Two seeds.** `sl.compare(a, b)` matches latents one to one and counts those whose decoder and encoder cosines exceed 0.7,
-beside the same figures for random directions. `sl.stability(d, others)` gives a score for each latent. `compare` and `probe`
+**Two seeds.** `sl.compare(a, b)` matches latents one to one and counts those whose decoder and encoder cosines both exceed 0.7,
+beside the same count for random directions. `sl.stability(d, others)` gives a score for each latent. `compare` and `probe`
 need `pip install 'saelens-lite[analysis]'`.
 
 metrics.py has the definitions, measure.py the pass over the text, controls.py the controls, report.py the result.

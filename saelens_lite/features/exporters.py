@@ -17,7 +17,7 @@
 
     store.export("csv", "out/", separator=";")
 
-A package names the class in the entry-point group `saelens_lite.exporters`. A store has methods for questions
+A package names the class in the entry-point group `saelens_lite.exporters`. A store has methods that answer questions
 (`top_examples`, `promoted`, `partners`, …), and its numbers are in `store.info`, `store.tensors` and `store.weights`.
 """
 

@@ -1,4 +1,4 @@
-"""Read and write dictionaries in the formats of other tools; the contract of a file format.
+"""Read and write other formats: load the dictionaries of other tools, save ours for them, and define a format of your own.
 
 `sl.load` and `saelens-lite inspect` recognise other tools' dictionaries by the content of the files. Scales and means are
 folded into the weights, so that the dictionaries take raw activations. Settings that change the function, the hook or the
@@ -13,7 +13,7 @@ saelens-lite convert runs/topk/dictionary out --format sparsify
 saelens-lite inspect runs/topk/dictionary
 ```
 
-Writing to a format that cannot hold a dictionary raises an error, which says what would be lost. Pickles (dictionary_learning,
+If a format cannot hold a dictionary, writing raises an error that says what would be lost. Pickles (dictionary_learning,
 OpenAI) are read only on request (`format="openai"`), and only their tensors. For tensors in no known format, use
 `sl.Dictionary.from_tensors(W_enc=…, W_dec=…, b_enc=…, b_dec=…, rule="topk", options={"k": 32})`.
 
@@ -25,8 +25,8 @@ OpenAI) are read only on request (`format="openai"`), and only their tensors. Fo
         def outline(self, path): ...        # describe the dictionary before its weights are read
         def write(self, dictionary, folder): ...
 
-A package registers the class under the entry-point group `saelens_lite.formats`, where `format="my_format"` finds it, and again
-under each ending of its file names. The package is not imported for files with other endings:
+A package registers the class in the entry-point group `saelens_lite.formats`, so that `format="my_format"` finds it, and again
+in a group for each ending of its file names. The package is imported only for files with these endings:
 
 ```toml
 [project.entry-points."saelens_lite.formats"]
@@ -36,8 +36,8 @@ my_format = "my_package:MyFormat"
 my_format = "my_package:MyFormat"
 ```
 
-`outline` names, for each of our parameters, the tensor that holds it and that tensor's axes. This package checks the sizes and
-reorders the axes.
+For each of our parameters, `outline` names the tensor that holds it and the axes of that tensor. saelens_lite checks the sizes
+and reorders the axes.
 
 Do not trust files: read them with `read_json` and `open_tensors`, which check before they allocate and execute nothing.
 """

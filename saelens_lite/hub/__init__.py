@@ -1,4 +1,4 @@
-"""Publish: push dictionaries to the Hugging Face Hub with a card, pull them by folder and revision.
+"""Publish: push dictionaries with a card to the Hugging Face Hub, and pull them by folder and revision.
 
 ```python
 from saelens_lite.hub import write_card
@@ -15,11 +15,11 @@ saelens-lite inspect hf://user/repo
 
 `sl.push("runs", "user/repo")` sends every dictionary of a run in one commit: either all of it arrives, or the repository stays
 as it was. Pushing the same again sends nothing. `sl.pull("user/repo", "blocks.2.hook_resid_pre", revision=…)` and the address
-hf://user/repo/folder@revision fetch one dictionary, from the cache where it has been fetched before. SAELens loads published
-dictionaries from the same place, where it has a form for the rule.
+hf://user/repo/folder@revision fetch one dictionary, or take it from the local cache if it was fetched before. SAELens loads
+published dictionaries from the same address if it has an architecture for the rule.
 
-Log in with `hf auth login`. The token goes to the Hub and nowhere else. What the Hub answers is checked before it is used, and
-every request is bounded.
+Log in with `hf auth login`. The token goes to the Hub and nowhere else. The Hub's answers are checked before they are used,
+and every request is limited in size and time.
 """
 
 from saelens_lite.hub.card import write_card

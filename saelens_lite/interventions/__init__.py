@@ -1,4 +1,4 @@
-"""Steer and attribute: change latents and see what the model does; find the latents that make it do it.
+"""Steer and attribute: change latents and see what the model does, or find the latents behind what it does.
 
 ```python
 with lm.splice(d):  # the model reads the reconstruction
@@ -16,15 +16,15 @@ saelens-lite doses runs/topk/dictionary 7 --prompt "The old man" --doses 2 4 8
 saelens-lite attribute runs/topk/dictionary --prompt "The old man said that" --token " he" --against " she"
 ```
 
-An edit adds Σ (new code − old code) · direction to the activation. What the dictionary does not reconstruct stays, so the
-model cannot take an edit back, and an edit that changes no code changes nothing.
+An edit adds Σ (new code − old code) · direction to the activation. The part that the dictionary does not reconstruct stays, so
+an edit that changes no code changes nothing.
 
-`dose_response` shows the effect of doses of a latent beside random live latents whose push has the same norm, and the cost in
-KL. `attribute` gives the effect of each active latent by exact ablation, by gradient and directly to the logits, and how well
-the three agree. For latents that fire on many tokens, the gradient says little.
+`dose_response` shows the effect of doses of a latent, and the cost in KL, beside random live latents that push with the same
+norm. `attribute` gives the effect of each active latent by exact ablation, by gradient and by direct effect on the logits, and
+how well the three agree. For latents that fire on many tokens, the gradient is a poor guide.
 
-edits.py has the edits, doses.py the dose–response curves, attribution.py the attributions, steering.py text with and without
-edits.
+edits.py has the edits, doses.py the dose–response curves, attribution.py the attributions, and steering.py generates text with
+and without edits.
 """
 
 from saelens_lite.interventions.attribution import Attribution, attribute

@@ -10,7 +10,7 @@ print(lm.generate("The old man looked at", 30))
 
 Activations are those of the Hugging Face model, without LayerNorm folding. `center_writing_weights=True` subtracts the mean
 from everything that is written to the residual stream. Caches and dictionaries record this setting and refuse a model that
-was loaded with the other one. Position 0 is BOS: `run`, `capture` and `evaluate` add it if the tokenizer has one.
+was loaded with a different one. `run`, `capture` and `evaluate` put BOS at position 0 if the tokenizer has one.
 
 `splice` replaces an activation by a dictionary's reconstruction, or edits some of its codes; see `saelens_lite.interventions`.
 

@@ -1,10 +1,11 @@
-"""One pass of a model over token rows, in batches: the activations with their rows and positions.
+"""One pass of a model over token rows, in batches: it yields the activations with their rows and positions.
 
-    for read in activations(lm, rows, hooks):        each position that counts comes once
+    for read in activations(lm, rows, hooks):        each position that counts, once
         read.acts[hook]                              [n d], at read.position of the rows numbered read.row
 
 All code that runs a model over a text does it here: captures, streams, evaluation, probes and feature stores. A batch is cut
-after the last position that must be read. Batches in which no position counts are not run; by length, neither are such rows.
+after the last position that must be read. Batches in which no position counts are not run. The order "by length" also skips
+such rows.
 
 | order | a batch holds | cut after |
 | --- | --- | --- |

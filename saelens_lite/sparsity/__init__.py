@@ -1,8 +1,8 @@
-"""Write a rule: the contract of a sparsity rule, the methods that a plugin defines, and the objects that they receive.
+"""Write a rule: the contract of a sparsity rule, with the methods that a plugin defines and the objects that they receive.
 
-A rule turns pre-activations h = (x − b_dec) W_enc + b_enc into codes and adds losses to the reconstruction error.
-Everything else (parameters, training, saving, evaluation, feature pages) is the same for all rules. The same rule
-trains autoencoders, whose target is x, and transcoders, whose target is another activation.
+A rule turns pre-activations h = (x − b_dec) W_enc + b_enc into codes and adds losses to the reconstruction error. Everything
+else (parameters, training, saving, evaluation, feature pages) is the same for all rules. The same rule trains autoencoders,
+whose target is x, and transcoders, whose target is another activation.
 
 ```python
 from saelens_lite.testing import check_plugin
@@ -23,9 +23,10 @@ d = sl.fit(x, sparsity="soft_threshold", d_sae=4096)
 check_plugin(SoftThreshold, planted=None).raise_if_failed()  # gradients, saving, resuming, the same bytes from a seed, …
 ```
 
-`activation` is enough. `support` and `values` choose the pairs that fire and compute their codes without a dense result,
-`losses` adds a penalty, `after_step` adjusts parameters, and `inference_form` names the published architecture with the same
-codes, so that other tools can load the dictionary. `saelens_lite.training.step` shows where each is called.
+One method, `activation`, is enough for a rule. `support` and `values` choose the pairs that fire and compute their codes
+without a dense result, `losses` adds a penalty, `after_step` adjusts parameters, and `inference_form` names the
+published architecture with the same codes, so that other tools can load the dictionary. `saelens_lite.training.step` shows
+where each is called.
 
 In a package, name the class in pyproject.toml; nothing else is needed:
 
@@ -34,12 +35,13 @@ In a package, name the class in pyproject.toml; nothing else is needed:
 soft_threshold = "my_package:SoftThreshold"
 ```
 
-`notebooks/4-write-a-plugin.ipynb` goes from an idea to a package, and `tests/stranger/` is a complete one.
+`notebooks/4-write-a-plugin.ipynb` goes from an idea to a package, and `tests/stranger/` is a complete package.
 
 Codes are never negative: 0 means that a latent does not fire. Every count of firing latents (L0, density, dead latents,
 the feature store) counts codes that are not zero. A direction with both signs needs two latents.
-Read tensors with a row per latent by `self.at(tensor, latent)`, also in `losses`, and sum values by index with `sum_at`.
-Both sum in a fixed order on every device, so that the same seed gives the same bytes.
+
+To read a tensor that has one row per latent, use `self.at(tensor, latent)`, also in `losses`. To sum values by index, use
+`sum_at`. Both sum in a fixed order on every device, so that the same seed gives the same bytes.
 """
 
 from collections.abc import Iterator, Mapping

@@ -3,8 +3,8 @@
     def test_my_rule():
         check_plugin(MyRule, options={"k": 4}).raise_if_failed()
 
-For a rule it checks gradients, saving, resuming, the same bytes from the same seed, batches in which nothing fires, and more.
-On the command line, `saelens-lite plugins --check NAME` checks an installed plugin.
+For a rule, it checks gradients, saving, resuming, batches in which nothing fires, that the same seed gives the same bytes, and
+more. On the command line, `saelens-lite plugins --check NAME` checks an installed plugin.
 """
 
 import os

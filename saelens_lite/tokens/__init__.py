@@ -1,21 +1,21 @@
-"""Read text: from documents to token rows, and which positions count.
+"""Read text: turn documents into token rows, and choose the positions that count.
 
-A text is a list of strings, a `Path` to a .txt, .jsonl or .parquet file, "hf:org/name" (a dataset on the Hugging Face Hub),
-token ids, or "python-docs:train" and "python-docs:held-out", the documentation that every Python carries. It is read as a
-stream, and a row holds a stretch of one document.
+A text is a list of strings, a `Path` to a .txt, .md, .jsonl or .parquet file, "hf:org/name" (a dataset on the Hugging Face
+Hub), token ids, or "python-docs:train" and "python-docs:held-out", the documentation that comes with every Python. The text is
+read as a stream, and each row holds a stretch of one document.
 
-`sl.TextConfig` says otherwise: the columns of a dataset, `pack` (several documents in a row), `min_context` (rows that
-overlap) and `max_token_share`, which thins out frequent tokens. `saelens-lite capture --help` explains every setting.
+`sl.TextConfig` changes this: it sets the columns of a dataset, `pack` (several documents in a row), `min_context` (rows that
+overlap) and `max_token_share` (fewer of the most frequent tokens). `saelens-lite capture --help` explains every setting.
 
 ```python
 text_config = sl.TextConfig(n_ctx=128, max_token_share=0.01)
 ```
 
 Position 0, BOS, the other special tokens and padding do not count: they are not captured, trained on or evaluated. In GPT-2
-the norm of position 0 is so large that it would swamp every variance.
+the norm at position 0 is so large that it would dominate every variance.
 
 inputs.py tells text from token ids. sources.py reads documents piece by piece, encoding.py turns them into token ids, rows.py
-cuts or packs these into rows, balance.py thins out what is too frequent, and blocks.py combines them.
+cuts or packs these into rows, balance.py leaves out surplus tokens, and blocks.py combines all four.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,4 +1,4 @@
-"""Train dictionaries: one loop for all rules, and for many dictionaries over one pass of the data.
+"""Train dictionaries: one loop for all rules, and for many dictionaries in one pass over the data.
 
 ```python
 configs = [
@@ -15,8 +15,8 @@ saelens-lite train cache --config run.toml --out runs     # a [[dictionary]] tab
 saelens-lite train --text book.txt --hook blocks.2.hook_resid_pre --out runs/live     # without a cache
 ```
 
-Each dictionary has the same bytes as if it were trained alone. `validation_tokens` activations are kept out of
-training, and the log reports `val_fvu` and `val_l0` on them.
+Each dictionary has the same bytes as if it were trained alone. `validation_tokens` is the number of activations that are kept
+out of training; the log reports `val_fvu` and `val_l0` on them.
 
 **Activations of your own**, without a language model: x is [n d_in].
 
@@ -25,21 +25,23 @@ d = sl.fit(x, sparsity="topk", d_sae=4096, options={"k": 32}, n_tokens=1_000_000
 ```
 
 **Transcoders and crosscoders.** `TrainConfig(hook="blocks.2.ln2.hook_out", writes=("blocks.2.hook_mlp_out",), skip=True)`
-predicts the output of an MLP from its input. `reads=(hook_1, hook_2)` trains one dictionary over several hooks. Every rule but
-`matching_pursuit` can predict other hooks than it reads; evaluation and `splice` then act at the hooks that are written.
+predicts the output of an MLP from its input. `reads=(hook_1, hook_2)` trains one dictionary over several hooks. Every rule
+except `matching_pursuit` can predict other hooks than it reads. Evaluation and `splice` then act at the hooks that are
+predicted.
 
 **Resuming.** Ctrl-C and SIGTERM finish the step and save a checkpoint. `sl.resume("runs")` or `saelens-lite train --resume
-runs` continues to the same bytes. Another text, cache or model than that of the run is refused, even if it has the same size.
+runs` continues, and the result has the same bytes as without the interruption. Resuming with another text, cache or model
+is refused, even if it has the same size.
 
-**Several objectives.** min ‖x − x̂‖² + λ‖z‖₀, the classic one, is `jumprelu` with the penalty `l0`; `l1` is its convex
-relaxation with ‖z‖₁ in place of ‖z‖₀; `p_anneal` moves from the second towards the first; and the rules with a `k` fix ‖z‖₀.
+**Several objectives.** With codes z, the classic objective min ‖x − x̂‖² + λ‖z‖₀ is `jumprelu` with the penalty `l0`. `l1` is
+its relaxation, with ‖z‖₁ in place of ‖z‖₀. `p_anneal` moves from ‖z‖₁ towards ‖z‖₀. The rules with a `k` fix ‖z‖₀.
 
 **Numbers in the log.** `l0` is the mean number of latents that fire on a token. `fvu` is the fraction of variance unexplained,
 and losses are those of scaled activations. Scaling is folded into the weights of the result: a dictionary takes raw
 activations.
 
-**Loggers** are plugins: `loggers=("jsonl", "tensorboard")` or `--loggers jsonl,tensorboard`. No number depends on them, and
-one that fails during training is dropped with a warning.
+**Loggers** are plugins: `loggers=("jsonl", "tensorboard")` or `--loggers jsonl,tensorboard`. No number depends on them. A
+logger that fails during training is dropped with a warning.
 
 `saelens_lite.training.step` follows one batch through a step, with the equations.
 """

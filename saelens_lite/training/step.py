@@ -3,16 +3,17 @@
 Follow one batch. x is [batch d_in], the dictionary has d_sae latents, and its rule makes few of them fire.
 
 **1. The batch.** `Trainer.step` takes raw activations of the hooks that the dictionary reads and writes, one tensor for each.
-Each is multiplied by its scale, so that its RMS norm is sqrt(d), and the tensors are concatenated: x from the hooks that are
-read, the target y from those that are written. Where these are the same hooks, y = x. Where they are not, the mean of x is
-subtracted beforehand, because no bias of the dictionary could do that. Before the first step of an autoencoder, W_enc is
-multiplied by the number that makes the untrained dictionary reconstruct best.
+Each is multiplied by its scale, so that its RMS norm is sqrt(d) (for a transcoder, the RMS norm around the mean), and the
+tensors are concatenated: x from the hooks that are read, the target y from those that are written. If these are the same
+hooks, y = x. If they are not, the mean of x is subtracted beforehand, because b_dec then belongs to y and cannot centre x.
+Before the first step of an autoencoder, W_enc is multiplied by the number that makes the untrained dictionary reconstruct
+best.
 
 **2. The encoder product.** `codes/encoder.py` computes the pre-activations
 
     h = (x − b_dec) W_enc + b_enc          [batch d_sae]
 
-with x alone in place of x − b_dec where the dictionary writes other hooks than it reads. This is the one dense product of the
+with x alone in place of x − b_dec if the dictionary writes other hooks than it reads. This is the only dense product of the
 step. It runs without autograd, in tiles of rows, each of at most 128 MiB. On a GPU it may use bfloat16 numbers with float32
 sums (`encoder_precision`).
 
@@ -32,27 +33,28 @@ A rule that only defines `activation` gets all of h instead, and its support is 
 auxiliary reconstruction by dead latents. Training minimises their sum. A latent is dead when it has not fired for `dead_after`
 tokens.
 
-**6. The backward pass.** Off the support the gradient is zero, so it needs only the pairs that fired. With e the gradient at
-x̂, v = f, and G the sparse matrix that holds the gradient at h, which follows from dv through the rule:
+**6. The backward pass.** The gradient at h is zero off the support, so the backward pass needs only the pairs that fired. With
+e the gradient at x̂, v = f, and G the sparse matrix that holds the gradient at h, which follows from dv through the rule:
 
     dv     = ⟨W_dec[latent], e[row]⟩       [nnz]
     dW_dec = Sᵀ e                          [d_sae d_out]
     dW_enc = (x − b_dec)ᵀ G                [d_in d_sae]
     db_enc = Σ_rows G                      [d_sae]
-    db_dec = Σ_rows e − W_enc db_enc       (the second term only where b_dec is subtracted from x)
+    db_dec = Σ_rows e − W_enc db_enc       (the second term only if b_dec is subtracted from x)
 
 `codes/products.py` computes these. Both weight gradients use one index, the support sorted by latent, which is built once.
 That is O(nnz · d_in) work beside the 2 · batch · d_in · d_sae operations of the encoder product; the usual dense step has five
-such products. Where more than 15 % of the pairs over the latents that fire are in the support, as in an untrained L1
-dictionary, dense products give the same quantities faster. Every sum has a fixed order, so the same seed gives the same bytes.
+such products. Take the latents that fire at least once in the batch: if more than 15 % of their (row, latent) pairs are in the
+support, as in an untrained L1 dictionary, dense products give the same quantities faster. Every sum has a fixed order, so the
+same seed gives the same bytes.
 
 **7. The update.** If a loss or the gradient is not finite, the step raises NonFiniteError and the parameters stay as they
-were. Otherwise the gradient is clipped to the norm `clip_grad_norm`, and Adam takes a step with the learning rate of this
-moment: linear warm-up, plateau, linear decay to zero. Then the rule may adjust running estimates (`observe`) and parameters
-(`after_step`: unit-norm rows of W_dec, for example), and the trainer counts what fired.
+were. Otherwise the gradient is clipped to the norm `clip_grad_norm`, and Adam takes a step. The learning rate follows a
+schedule: linear warm-up, plateau, linear decay to zero. Then the rule may adjust running estimates (`observe`) and parameters
+(`after_step`: unit-norm rows of W_dec, for example), and the trainer updates its counts of what fired.
 
-`DenseStep` is the definition, in plain dense autograd. `SparseStep` computes the same losses and gradients as above, and is
-what training uses. The tests compare the two, and both with a float64 reference.
+`DenseStep` is the definition, in plain dense autograd. `SparseStep`, which training uses, computes the same losses and
+gradients as described above. The tests compare the two, and both with a float64 reference.
 """
 
 from collections.abc import Callable, Iterator
