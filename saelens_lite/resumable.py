@@ -40,8 +40,7 @@ def unfinished(
 
     Raises:
         OutputExistsError: `exists` is "error", and `out` or unfinished work of another request exists; or one of the two
-            folders
-            holds foreign files or an input.
+            folders holds foreign files or an input.
         LockedError: another process works on `out`.
         CorruptFileError: the request of unfinished work cannot be read, and `exists` is "error".
     """

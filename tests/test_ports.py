@@ -267,6 +267,17 @@ def test_evaluation_covers_all_ports_together(random_lm, crosscoder):
     assert f"{FIRST} + {SECOND}" in str(report)
 
 
+@torch.no_grad()
+def test_evaluation_of_two_hooks_that_are_read_and_one_of_them_written(random_lm):
+    d = sl.Dictionary.create("topk", reads=ports(48, 48), writes=ports(48, 48)[1], d_sae=96, options={"k": 6}, seed=3)
+    rows = token_rows(random_lm, TEXTS * 8, n_ctx=12, n_tokens=80)
+    report = sl.evaluate(d, random_lm, rows, n_bootstrap=5)
+    x, keep = both(random_lm, rows), rows.keep
+    y = x[keep][:, 48:].double()
+    error = (y - d(x)[keep].double()).square().sum()
+    assert report["fvu"] == pytest.approx(float(error / (y - y.mean(0)).square().sum()), rel=1e-5)
+
+
 def test_attribution_is_the_slope_over_all_ports(random_lm, crosscoder):
     scores = sl.attribute(crosscoder, random_lm, TEXTS[0], ablation=True)
     assert scores.direct is None

@@ -61,7 +61,6 @@ WRITTEN = {"l1": "AutoEncoder", "p_anneal": "AutoEncoder"} | {
 }
 KEEP_B_DEC = ("AutoEncoderNew", "JumpReluAutoEncoder")
 UNSET = torch.tensor(-1.0)  # marks a threshold that is not set
-KEYS = {"lm_name", "dict_class", "trainer_class"}
 
 
 class DictionaryLearning(Format):

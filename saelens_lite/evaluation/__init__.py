@@ -140,7 +140,7 @@ def evaluate(
         lm.check_origin(one.origin)
         one.check_finite()
     lm.check_causal("evaluate, which measures the loss of the next token,")
-    if hooks.reads != hooks.writes and len(hooks.all) == 2:
+    if hooks.reads != hooks.writes and len(hooks.reads) == len(hooks.writes) == 1:
         lm.check_order(*hooks.reads, *hooks.writes)
     batch_tokens = default_batch_tokens(lm, with_logits=True) if batch_tokens is None else batch_tokens
     if batch_tokens < 1:

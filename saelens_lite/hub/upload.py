@@ -161,7 +161,7 @@ def _named_folders(folder: Path) -> dict[str, Source]:
 
 
 def _hook_name(dictionary: Dictionary) -> str:
-    if not dictionary.reads[0].hook:
+    if not all(port.hook for port in dictionary.reads):
         raise ConfigError("the dictionary does not name its hook; name its folder: push({'name': dictionary}, …)")
     return check_folder("_and_".join(str(port.hook) for port in dictionary.reads))
 

@@ -61,7 +61,7 @@ lm.hook_point(hook)
 @torch.no_grad()
 def bare(rows):
     # seconds of all the text by each kind of pass, from what the first rows take
-    part = TokenRows(*(x[: -(-bare_tokens // x.shape[1])] for x in rows)) if bare_tokens else rows
+    part = rows[: -(-bare_tokens // rows.tokens.shape[1])] if bare_tokens else rows
     def to_hook(batch):
         return lm.run(batch.rows.tokens, hook)[hook][batch.rows.keep]
     kinds = {"to_hook": to_hook, "to_hook_and_encode": lambda batch: d.encode(to_hook(batch)),

@@ -21,7 +21,7 @@ from saelens_lite_plugins.judges.saeprobes import CHANCE
 def untrained(d: sl.Dictionary) -> sl.Dictionary:
     """Return a fresh dictionary of the same rule, size and hook, centred as the trained one is."""
     options = d.rule.config.model_dump()
-    fresh = sl.Dictionary.create(d.rule.plugin_name, reads=d.d_in, d_sae=d.d_sae, options=options, origin=d.origin)
+    fresh = sl.Dictionary.create(d.rule.plugin_name, **d.ports, d_sae=d.d_sae, options=options, origin=d.origin)
     fresh.b_dec.data.copy_(d.b_dec)
     return fresh
 
