@@ -72,7 +72,7 @@ def dashboard(store: Path, *, html: Path = Path("features.html"), exists: Exists
     store
         Folder of the store.
     html
-                File to write.
+        File to write.
     """
     import saelens_lite as sl
 
