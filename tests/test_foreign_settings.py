@@ -136,6 +136,22 @@ def test_tokens_that_a_run_of_sparsify_left_out_are_excluded(tmp_path):
 # Hooks
 
 
+def test_a_transcoder_that_writes_the_hook_it_reads_is_refused(tmp_path):
+    """A dictionary that writes what it reads subtracts b_dec from x; a transcoder does not."""
+    hook = "blocks.0.hook_resid_pre"
+    writes = sl.Port(hook="blocks.0.hook_resid_post", width=6)
+    d = sl.Dictionary.create("l1", reads=sl.Port(hook=hook, width=6), writes=writes, d_sae=8)
+    path = d.save(tmp_path / "d") / "cfg.json"
+    config = json.loads(path.read_text())
+    del config["metadata"]["saelens_lite"]
+    path.write_text(json.dumps(config))
+    assert sl.load(path.parent).writes == (writes,)
+    config["metadata"]["hook_name_out"] = hook
+    path.write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=f"reads and writes {hook}"):
+        sl.load(path.parent)
+
+
 @pytest.mark.parametrize("case", ["standard", "before 6"])
 @pytest.mark.parametrize("key", ["hook_head_index", "hook_point_head_index", "hook_head_index_out"])
 @pytest.mark.parametrize("head", [0, 2])

@@ -72,6 +72,11 @@ class Outline:
             kind = "a transcoder" if self.transcoder else "a dictionary with its own scale or mean"
             raise ConfigError(f"{self.file.path}: {kind} cannot be combined with {self.token_norm} of its input here")
         self.dims = self._check_shapes()
+        if self.transcoder and self.hook is not None and self.hook == self.target and self.dims["d_in"] == self.dims["d_out"]:
+            raise ConfigError(  # a dictionary that writes what it reads subtracts b_dec
+                f"{self.file.path.parent}: a transcoder that reads and writes {self.hook} cannot be represented here; name its "
+                "output hook in the settings"
+            )
         self.rule_class = registry.load(self.rule)
         try:
             self.rule_config = self.rule_class.Config(**self.options)
