@@ -8,9 +8,10 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 import saelens_lite as sl
+from saelens_lite import registry
 from saelens_lite.cache import TensorSource
 from saelens_lite.config import read_toml, train_configs
-from saelens_lite.errors import ConfigError, HookError, ShapeError
+from saelens_lite.errors import ConfigError, HookError, PluginError, ShapeError
 from saelens_lite.training import Trainer
 
 HOOKS = ["blocks.1.hook_resid_pre", "blocks.2.hook_mlp_out"]
@@ -434,3 +435,19 @@ def test_calibration_leaves_a_tied_encoder_unchanged():
     before = trainer.dictionary.W_dec.detach().clone()
     trainer.step(x)
     torch.testing.assert_close(trainer.dictionary.W_dec.detach(), before, rtol=0, atol=1e-6)
+
+
+def test_a_rule_that_calls_a_loss_by_the_name_of_the_sum_is_refused():
+    class Summed(sl.Sparsity):
+        def activation(self, pre):
+            return pre.relu()
+
+        def losses(self, step):
+            return {"loss": step.codes.value.sum()}
+
+    sl.register("summed")(Summed)
+    try:
+        with pytest.raises(PluginError, match=r"the rule summed calls a loss 'loss'"):
+            sl.fit(torch.randn(64, 8), sparsity="summed", d_sae=16, n_tokens=64, batch_size=32)
+    finally:
+        registry.unregister("summed")

@@ -115,7 +115,7 @@ class Step(Protocol):
 
     @property
     def decoder_norms(self) -> Float[Tensor, " d_sae"]:
-        """‖W_dec[i]‖; differentiable."""
+        """The norm of each latent's direction, summed over the write ports; differentiable."""
         ...
 
     def pre_tiles(self, latents: Int[Tensor, " n"]) -> Iterator[Float[Tensor, "rows n"]]:

@@ -18,7 +18,7 @@ from saelens_lite.codes.encoder import Spare
 from saelens_lite.config import TrainConfig
 from saelens_lite.devices import where_float64_is, wide
 from saelens_lite.dictionary import Dictionary
-from saelens_lite.errors import ConfigError, NonFiniteError, ShapeError, SourceChangedError
+from saelens_lite.errors import ConfigError, NonFiniteError, PluginError, ShapeError, SourceChangedError
 from saelens_lite.files import check_fits_memory, shortened
 from saelens_lite.ports import Hooks, Port, together
 from saelens_lite.training.step import DenseStep, SparseStep
@@ -152,10 +152,11 @@ class Trainer:
     def backward(self, batch: Batch | Float[Tensor, "batch d_in"], spare: Spare | None = None) -> Contribution:
         """Compute the losses of a batch, put their gradients into `grad` of the dictionary's parameters, and return the losses.
 
-        If several processes train one dictionary on parts of a batch, average the gradients and losses over them, and add up
-        the counts, before each process calls `update`.
+        If several processes train one dictionary on parts of a batch, average the gradients and losses over them, add up the
+        counts, and take the least `smallest`, before each process calls `update`.
 
         Raises:
+            PluginError: the rule calls a loss "loss", which is the name of the sum.
             ShapeError: the activations of a hook are missing.
         """
         c = self.config
@@ -171,6 +172,10 @@ class Trainer:
                 spare=spare,
             )
             losses = step.losses()
+            if "loss" in losses:
+                raise PluginError(
+                    f"the rule {c.sparsity} calls a loss 'loss', which is the name of the sum; give it another name"
+                )
             losses["loss"] = torch.stack(list(losses.values())).sum()
             self.dictionary.zero_grad(set_to_none=True)
             losses["loss"].backward()
