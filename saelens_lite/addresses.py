@@ -6,7 +6,8 @@ from typing import Literal
 import torch
 
 from saelens_lite import registry
-from saelens_lite.dictionary import OWN, Dictionary
+from saelens_lite.dictionary import Dictionary
+from saelens_lite.dictionary.folder import OWN
 from saelens_lite.formats import read, write
 from saelens_lite.outputs import refuse_inputs_in
 from saelens_lite.paths import is_address

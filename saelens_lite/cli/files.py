@@ -21,7 +21,7 @@ def inspect(path: Path, *, format: ReadAs = None) -> None:
     """
     from saelens_lite import formats
     from saelens_lite.cache.stored import MANIFEST, ActivationCache
-    from saelens_lite.dictionary import CONFIG_FILE, OWN
+    from saelens_lite.dictionary.folder import CONFIG_FILE, OWN
     from saelens_lite.files import read_json
     from saelens_lite.paths import check_input, is_address
 

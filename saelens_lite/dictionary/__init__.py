@@ -33,7 +33,6 @@ from saelens_lite.codes.encoder import Encoder
 from saelens_lite.config import Origin
 from saelens_lite.dictionary.folder import (
     CONFIG_FILE,
-    OWN,
     PLUGIN_FILE,
     SPARSITY_FILE,
     TOKEN_NORMS,
@@ -41,7 +40,6 @@ from saelens_lite.dictionary.folder import (
     check_published,
     check_state,
     is_own,
-    is_own_folder,
     own_names,
     read_density,
     read_settings,
@@ -64,16 +62,7 @@ from saelens_lite.ports import Port, Ports, apart, as_ports, names, width
 from saelens_lite.sparsity import Sparsity
 from saelens_lite.state_dicts import float_tensors, in_order, sizes_of
 
-__all__ = [
-    "CONFIG_FILE",
-    "OWN",
-    "PLUGIN_FILE",
-    "SPARSITY_FILE",
-    "WEIGHTS_FILE",
-    "Dictionary",
-    "is_own_folder",
-    "read_density",
-]
+__all__ = ["Dictionary"]
 
 
 class Dictionary(nn.Module):

@@ -42,7 +42,7 @@ and reorders the axes.
 Do not trust files: read them with `read_json` and `open_tensors`, which check before they allocate and execute nothing.
 """
 
-from saelens_lite.dictionary import read_density
+from saelens_lite.dictionary.folder import read_density
 from saelens_lite.files import file_size, is_zip, read_json, write_json, write_tensors, write_text
 from saelens_lite.formats.containers import TensorFile, TorchFile, open_tensors, strings_in_pickle, tensor_names
 from saelens_lite.formats.contract import Format

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from saelens_lite import registry
-from saelens_lite.dictionary import CONFIG_FILE, OWN, is_own_folder
+from saelens_lite.dictionary.folder import CONFIG_FILE, OWN, is_own_folder
 from saelens_lite.errors import ConfigError, CorruptFileError
 from saelens_lite.files import check_header, is_zip
 from saelens_lite.paths import check_input

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from saelens_lite.dictionary import OWN, Dictionary, is_own_folder
+from saelens_lite.dictionary import Dictionary
+from saelens_lite.dictionary.folder import OWN, is_own_folder
 from saelens_lite.files import named_file
 from saelens_lite.formats.detection import format_of
 from saelens_lite.outputs import restore

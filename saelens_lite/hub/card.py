@@ -13,7 +13,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from saelens_lite import registry
 from saelens_lite.config import Origin
-from saelens_lite.dictionary import CONFIG_FILE, Dictionary
+from saelens_lite.dictionary import Dictionary
+from saelens_lite.dictionary.folder import CONFIG_FILE
 from saelens_lite.errors import OutputExistsError
 from saelens_lite.evaluation import EvalReport
 from saelens_lite.files import read_json, write_file

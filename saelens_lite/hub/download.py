@@ -10,7 +10,8 @@ from typing import Literal, NamedTuple
 import torch
 from huggingface_hub import try_to_load_from_cache
 
-from saelens_lite.dictionary import CONFIG_FILE, PLUGIN_FILE, SPARSITY_FILE, WEIGHTS_FILE, Dictionary
+from saelens_lite.dictionary import Dictionary
+from saelens_lite.dictionary.folder import CONFIG_FILE, PLUGIN_FILE, SPARSITY_FILE, WEIGHTS_FILE
 from saelens_lite.errors import ConfigError, HubError, HubNotFoundError, HubUnreachableError, near_matches
 from saelens_lite.files import MAX_JSON_BYTES, named_file, write_text
 from saelens_lite.formats import read

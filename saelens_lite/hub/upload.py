@@ -11,7 +11,8 @@ from typing import Any, Literal, NamedTuple
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-from saelens_lite.dictionary import CONFIG_FILE, Dictionary, is_own_folder
+from saelens_lite.dictionary import Dictionary
+from saelens_lite.dictionary.folder import CONFIG_FILE, is_own_folder
 from saelens_lite.errors import (
     ConfigError,
     CorruptFileError,
