@@ -175,12 +175,15 @@ def test_no_other_place_loads_models_or_datasets():
 
 
 @pytest.fixture
-def loaded(monkeypatch):
-    """Note the arguments of `load_model`; nothing is loaded."""
+def loaded(monkeypatch, lm):
+    """Note the arguments of `load_model`, which returns the embedded model whatever it is asked for."""
     asked = []
-    monkeypatch.setattr(
-        "saelens_lite.model.loading.load_model", lambda name, **settings: asked.append({"name": name, **settings})
-    )
+
+    def noted(name, **settings):
+        asked.append({"name": name, **settings})
+        return lm
+
+    monkeypatch.setattr("saelens_lite.model.loading.load_model", noted)
     return asked
 
 
