@@ -106,7 +106,7 @@ class StoreConfig(FrozenConfig):
     codes: bool = Field(
         False, description="Keep all activations in the folder of the store as a Parquet table, for queries in SQL."
     )
-    control: bool = Field(False, description="Collect the same on the model with its weights re-drawn.")
+    control: bool = Field(False, description="Collect the same on the model with its weights shuffled.")
     raw_unembedding: bool = Field(False, description="Leave the final norm's scale out of effects on logits.")
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of what is drawn.")
 

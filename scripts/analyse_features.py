@@ -32,7 +32,7 @@ RARE = 0.01  # latents that fire on a smaller share of the tokens are shown as e
 def facts(store: sl.FeatureStore) -> Table:
     """Return the store in figures; beside it the control, if there is one."""
     stores = [store] if store.control is None else [store, store.control]
-    grid = Table("", *("dictionary", "model re-drawn")[: len(stores)], box=SIMPLE_HEAD)
+    grid = Table("", *("dictionary", "model shuffled")[: len(stores)], box=SIMPLE_HEAD)
     rows = {
         "latents that fire on a token": lambda s: f"{int(s.tensors.count.sum()) / s.info.n_tokens:.1f}",
         "latents that never fire": lambda s: f"{int(s.never_fires.sum()):,} of {s.info.d_sae:,}",
@@ -68,7 +68,7 @@ def examples(store: sl.FeatureStore, n: int) -> Table:
 
 def plots(store: sl.FeatureStore, dictionary: sl.Dictionary) -> dict[str, Figure]:
     """Return the figures, by name."""
-    stores = {"dictionary": store} if store.control is None else {"dictionary": store, "model re-drawn": store.control}
+    stores = {"dictionary": store} if store.control is None else {"dictionary": store, "model shuffled": store.control}
     named = {name: Figure(figsize=(6, 3.5), layout="constrained") for name in ("density", "positions", "neighbours")}
     density, positions, neighbours = (figure.subplots() for figure in named.values())
 
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--text", default="python-docs:held-out", help="as for `saelens-lite features`")
     parser.add_argument("--model", help="default: the one the dictionary was trained on")
     parser.add_argument("--n-tokens", type=int)
-    parser.add_argument("--control", action="store_true", help="do the same on the model with its weights re-drawn")
+    parser.add_argument("--control", action="store_true", help="do the same on the model with its weights shuffled")
     parser.add_argument("--examples", type=int, default=10, help="latents in the table")
     args = parser.parse_args()
     console = Console(markup=False)  # names and paths may have brackets

@@ -69,9 +69,9 @@ def test_eval_shows_controls_and_positions(work, command):
     folder = shutil.copytree(work / "run/dictionary", work / "x[" / "b]")  # rich's closing tag of nothing
     code, out, err = command("eval", folder, "--n-tokens", 600, "--controls", "--by-position")
     assert code == 0, err
-    assert all(word in out for word in ("random", "PCA", "re-drawn", "position", "2 – 3"))
+    assert all(word in out for word in ("random", "PCA", "shuffled", "position", "2 – 3"))
     report = json.loads((folder / "eval.json").read_text())
-    assert set(report["controls"]) == {"random", "PCA", "re-drawn weights"}
+    assert set(report["controls"]) == {"random", "PCA", "shuffled weights"}
     assert report["disjoint"] is None
 
 

@@ -163,7 +163,7 @@ def test_an_evaluation_on_a_device_without_float64(lm, documents):
     with without_float64() as device:
         found = sl.evaluate(d.to(device), sl.load_model("tiny", device=device), documents, **how)
     compared = [(found, wanted), *((found.controls[name], wanted.controls[name]) for name in (RANDOM, PCA))]
-    for a, b in compared:  # of re-drawn weights not: a tied weight is two on the pretended device
+    for a, b in compared:  # of shuffled weights not: a tied weight is two on the pretended device
         assert a.metrics.keys() == b.metrics.keys()
         for name, metric in b.metrics.items():
             assert tuple(a.metrics[name]) == pytest.approx(tuple(metric), rel=1e-4, abs=1e-6), name

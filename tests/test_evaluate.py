@@ -274,7 +274,7 @@ def test_controls(lm, rows, stream):
     """A random dictionary of the same size and L0; PCA by singular values; weights in another order."""
     d = dictionary(lm)
     report = sl.evaluate(d, lm, rows, controls=True, n_bootstrap=20)
-    random, pca, redrawn = (report.controls[name] for name in ("random", "PCA", "re-drawn weights"))
+    random, pca, redrawn = (report.controls[name] for name in ("random", "PCA", "shuffled weights"))
     assert random["l0"] == pytest.approx(report["l0"], abs=0.5)
     assert len(random.density) == d.d_sae
     assert 0 < random["explained_variance"] < pca["explained_variance"]
@@ -283,11 +283,11 @@ def test_controls(lm, rows, stream):
     assert pca["l0"] == pytest.approx(8, abs=1e-9)
     assert pca["fvu"] == pytest.approx(float(values[8:].sum() / values.sum()), rel=1e-4)
     assert redrawn["ce_clean"] > report["ce_clean"] + 1
-    assert "re-drawn" in redrawn.model
+    assert "shuffled" in redrawn.model
     assert report.metrics == sl.evaluate(d, lm, rows, n_bootstrap=20).metrics
     shown = io.StringIO()
     Console(width=200, file=shown).print(table({"mine": report}))
-    assert all(name in shown.getvalue() for name in ("mine", "random", "PCA", "re-drawn weights"))
+    assert all(name in shown.getvalue() for name in ("mine", "random", "PCA", "shuffled weights"))
     assert "| – PCA |" in report.to_markdown()
     assert "– PCA" in str(report)
     assert "<td>– PCA</td>" in report._repr_html_()

@@ -188,10 +188,10 @@ class ActivationStream:
         """
         held, n = [], 0
         with closing(activations(self.lm, self._rows(), self.hooks, self.batch_tokens, self._n_held_out)) as pieces:
-            while n < n_tokens and (piece := next(pieces, None)):
+            while n <= n_tokens and (piece := next(pieces, None)):
                 held.append({hook: piece[hook][: n_tokens - n] for hook in self.hooks})
-                n += len(held[-1][self.hooks[0]])
-        if not 0 < n == n_tokens:
+                n += len(piece[self.hooks[0]])
+        if not 0 < n_tokens < n:
             raise ConfigError(f"{n_tokens:,} activations to validate on: the text has {n:,}, and some must be left to train on")
         whole = {hook: torch.cat([piece[hook] for piece in held]) for hook in self.hooks}
         return TensorSource(whole, origin=self._origin), self._without(self._n_held_out + n_tokens)

@@ -187,7 +187,7 @@ class Dictionary(nn.Module):
             options: settings of the rule, such as {"k": 32}.
             rule_tensors: other tensors of the rule, such as threshold= of jumprelu. A number counts for all latents.
             reads, writes: hook names or ports. Without `writes` and W_skip the dictionary writes the ports that it reads, and
-                b_dec is subtracted from x.
+                b_dec is subtracted from x. The same hook in both also makes an autoencoder.
             origin: the model and text that the activations come from.
 
         Raises:

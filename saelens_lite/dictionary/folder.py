@@ -96,7 +96,7 @@ def read_settings(folder: Path) -> tuple[dict[str, Any], _Config]:
     """
     config = read_json(folder / CONFIG_FILE, finite=True)
     ours = config["metadata"]["saelens_lite"]
-    if not isinstance(ours, dict) or ours.get("format") not in (1, FORMAT):
+    if not isinstance(ours, dict) or isinstance(ours.get("format"), bool) or ours.get("format") not in (1, FORMAT):
         raise CorruptFileError(
             f"{folder / CONFIG_FILE} was not written by this version of saelens_lite (metadata.saelens_lite.format is "
             f"{ours.get('format') if isinstance(ours, dict) else 'absent'!r:.40}, expected 1 or {FORMAT})"

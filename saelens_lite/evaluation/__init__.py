@@ -22,7 +22,7 @@ Intervals are 95 %, bootstrapped over sequences, because the tokens of one text 
 SAELens's `run_evals` on the same tokens, except `explained_variance_legacy`: ours uses the mean of all tokens that count,
 theirs the mean of a batch.
 
-`controls=True` measures the same for a random dictionary, for PCA and for the model with re-drawn weights, that is, with the
+`controls=True` measures the same for a random dictionary, for PCA and for the model with shuffled weights, that is, with the
 entries of each weight tensor shuffled. A report also says whether its text differs from the training text, as far as names and
 hashes can tell. `by_frequency` and `by_position` split the errors by token frequency and by position in a row.
 
@@ -120,7 +120,7 @@ def evaluate(
         by_frequency: adds the fvu of tokens that occur 1 to 9, 10 to 99, … times among those that count.
         by_position: adds the fvu and the loss at positions 1, 2 to 3, 4 to 7, ….
         controls: adds the same metrics for a random dictionary of the same size and L0, for PCA with L0 components fitted on
-            this text, and for the dictionary on the model with its weights re-drawn.
+            this text, and for the dictionary on the model with its weights shuffled.
         batch_tokens: tokens in a batch. It bounds the memory and changes no number. Default: 2,048 on a CPU and 16,384 on a
             GPU, fewer for large vocabularies. A longer row is a batch by itself; if it has more than 2^29 logits, the model
             runs on it several times.
@@ -128,7 +128,7 @@ def evaluate(
     Raises:
         ConfigError: the dictionaries have different or unknown hooks, are of a model with other processing, or were trained
             on rows of different kinds and `text_config` does not choose one; or a setting is bad.
-        HookError: the model lacks a hook, or the write hook comes before the read hook.
+        HookError: the model lacks a hook; or the dictionary reads one hook and writes another that comes before it.
         ShapeError: a dictionary does not fit the width of its hook.
         TextError: there is no text.
         NonFiniteError: the activations or a dictionary hold NaN or infinity.

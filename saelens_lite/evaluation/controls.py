@@ -14,7 +14,7 @@ from saelens_lite.evaluation.measure import kept_activations
 from saelens_lite.model import LanguageModel
 from saelens_lite.tokens import TokenRows
 
-RANDOM, PCA, REDRAWN = "random", "PCA", "re-drawn weights"
+RANDOM, PCA, REDRAWN = "random", "PCA", "shuffled weights"
 
 
 class MeanAndCovariance(NamedTuple):

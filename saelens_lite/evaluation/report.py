@@ -36,7 +36,7 @@ class EvalReport:
     other text than the training text, False if not, and None if this is not known; `disjoint_why` is the reason.
 
     On request, `by_frequency` has the fvu by the number of times a token occurs in the text, `by_position` the fvu and loss
-    by position in a row, and `controls` the reports of a random dictionary, of PCA, and of a model with its weights re-drawn.
+    by position in a row, and `controls` the reports of a random dictionary, of PCA, and of a model with its weights shuffled.
 
     `hook` is the hook that the dictionary writes, and `read_hook` the one it reads; None in reports of earlier versions.
     """

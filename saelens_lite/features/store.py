@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 class FeatureStore(StoreQueries):
     """Everything collected about the latents of one dictionary; make one with `build` or `load`.
 
-    A latent fires where its code is above zero. `control` is the store of the same dictionary on the model with re-drawn
+    A latent fires where its code is above zero. `control` is the store of the same dictionary on the model with shuffled
     weights, or None. `labels` say what people think the latents stand for.
     """
 
@@ -144,7 +144,7 @@ class FeatureStore(StoreQueries):
         weights = latent_weights(job.hooked[i].dictionary, lm, raw_unembedding=info.raw_unembedding)
         store = cls(info, tensors, weights, words, codes=None if table is None else CodesTable.of(table), scores=scores)
         if other is not None:
-            redrawn = info.replace(model=f"{info.model}, weights re-drawn", revision=None)
+            redrawn = info.replace(model=f"{info.model}, weights shuffled", revision=None)
             store.control = cls(redrawn, reduced(other, job.rows, redrawn, must_fire=False), weights, words)
         if folder is not None:
             store._write(folder)

@@ -62,7 +62,7 @@ class _Content(Checked):
 
 
 class Control(NamedTuple):
-    """The facts and tensors of the same dictionary on a re-drawn model; the rest is the store's."""
+    """The facts and tensors of the same dictionary on a model with shuffled weights; the rest is the store's."""
 
     info: StoreInfo
     tensors: FeatureTensors

@@ -259,8 +259,9 @@ def _compare(files: Mapping[str, Path | bytes], remote: _Remote, folders: Sequen
     compared = []
     for path, content in sorted(files.items()):
         there, size = remote.files.get(path), len(content) if isinstance(content, bytes) else content.stat().st_size
-        status = "new" if there is None else "unchanged" if there.holds(content) else "changed"
-        compared.append(PushFile(path, size, file_hash(content), status))
+        sha256 = file_hash(content)
+        status = "new" if there is None else "unchanged" if there.holds(content, sha256) else "changed"
+        compared.append(PushFile(path, size, sha256, status))
     for path, there in sorted(remote.files.items()):
         folder, _, name = path.rpartition("/")
         if path not in files and folder in folders and (name in OWN_NAMES or name.endswith(OWN_SUFFIXES)):
@@ -331,6 +332,6 @@ def _missing(planned: Sequence[PushFile], files: Mapping[str, Path | bytes], rem
 
     def arrived(file: PushFile) -> bool:
         there = remote.files.get(file.path)
-        return there is None if file.sha256 is None else there is not None and there.holds(files[file.path])
+        return there is None if file.sha256 is None else there is not None and there.holds(files[file.path], file.sha256)
 
     return [file.path for file in planned if not arrived(file)]

@@ -71,12 +71,15 @@ class RepoFile(NamedTuple):
     blob_id: str
     sha256: str | None
 
-    def holds(self, content: Path | bytes) -> bool:
-        """Return whether the file has these bytes, by SHA-256 if it is in LFS and by git's hash otherwise."""
+    def holds(self, content: Path | bytes, sha256: str | None = None) -> bool:
+        """Return whether the file has these bytes, by SHA-256 if it is in LFS and by git's hash otherwise.
+
+        sha256: the SHA-256 of the content, if it is known.
+        """
         if self.size != (len(content) if isinstance(content, bytes) else content.stat().st_size):
             return False
         if self.sha256 is not None:
-            return file_hash(content) == self.sha256
+            return (sha256 or file_hash(content)) == self.sha256
         return file_hash(content, "sha1", f"blob {self.size}\0".encode()) == self.blob_id
 
 

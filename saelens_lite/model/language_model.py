@@ -51,15 +51,6 @@ class Reconstructor(Protocol):
 
 
 @runtime_checkable
-class Editable(Reconstructor, Protocol):
-    """The part of a dictionary that `LanguageModel.splice` uses to apply edits."""
-
-    def check_edits(self, edits: Sequence[Any]) -> None: ...
-
-    def change(self, x: Tensor, edits: Sequence[Any], at: Sequence[Tensor]) -> Tensor: ...
-
-
-@runtime_checkable
 class PositionedEdit(Protocol):
     """The part of an edit that `LanguageModel.splice` reads: its positions. The dictionary reads the rest."""
 
@@ -169,7 +160,7 @@ class LanguageModel(Tokenizer):
         """
         module = copy.deepcopy(self.module)
         _processing.shuffle_weights_(module, seed)
-        redrawn = LanguageModel(module, self.tokenizer, name=f"{self.name}, weights re-drawn")
+        redrawn = LanguageModel(module, self.tokenizer, name=f"{self.name}, weights shuffled")
         return redrawn.center_writing_weights_() if self.processing else redrawn
 
     def check_origin(self, origin: Origin) -> None:

@@ -72,10 +72,12 @@ class InOrder:
         """Return an empty origin."""
         return Origin(excluded_positions=())
 
-    def batches(self, hooks: Sequence[str], batch_size: int, seed: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
+    def batches(
+        self, hooks: Sequence[str], batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1
+    ) -> Iterator[dict[str, Tensor]]:
         """Yield the batches of the stream from the first on."""
-        if start:
-            raise ConfigError("a stream in order begins at its first batch")
+        if start or world > 1:
+            raise ConfigError("a stream in order is read from its first batch on, by one process")
         for x in self.stream.batches(batch_size):
             yield {HOOK: x}
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from saelens_lite.features.queries import StoreQueries
 
-N_CONTROL = 5  # contexts of a latent on the model with re-drawn weights
+N_CONTROL = 5  # contexts of a latent on the model with shuffled weights
 
 Columns = dict[str, np.ndarray]
 

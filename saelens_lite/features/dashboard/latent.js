@@ -91,7 +91,7 @@ function strongest(i, found, max) {
 function control(found) {
   const count = found.get("control_count");
   const pairs = firingFacts(count, layout.control_tokens, found.get("control_max"), found.get("control_mean"));
-  const section = card("Control: the model with re-drawn weights", facts(pairs));
+  const section = card("Control: the model with shuffled weights", facts(pairs));
   if (count) {
     section.append(make("p", {class: "soft"}, "The latent's strongest contexts in a model that has learned nothing. If they are as consistent as those above, the text explains the pattern, not the model's training."),
       ...lines(contexts(found.row("control"), found.row("control_nearby")), found.get("control_max")));
