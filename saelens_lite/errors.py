@@ -106,6 +106,8 @@ class HubUnreachableError(HubError):
 class NonFiniteError(SaelensLiteError):
     """NaN or infinity where finite numbers were expected."""
 
+    in_activations: bool = False  # True: training failed because of its data
+
 
 class DiskFullError(SaelensLiteError):
     """The disk is full."""

@@ -78,7 +78,7 @@ def test_no_step_of_a_rule_adds_by_atomics(rule, transcoder, halves, path, monke
     name, options = RULES[rule]
     if transcoder and registry.load(name).tied:
         return  # it makes no transcoder
-    monkeypatch.setattr(products, "DENSE_ABOVE", -1.0 if path == "dense" else 1.0)
+    monkeypatch.setattr(products, "DENSE_ABOVE", dict.fromkeys(products.DENSE_ABOVE, -1.0 if path == "dense" else 1.0))
     if path == "as on a GPU":
         monkeypatch.setattr(products, "latent_sums", products._sorted_sums)
     kind = {"writes": Port(width=11), "skip": True} if transcoder else {}

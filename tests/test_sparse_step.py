@@ -51,7 +51,7 @@ def test_a_rule_with_only_an_activation_gets_exact_gradients(activation_only, bi
         assert (q.grad.double() - reference).abs().max() <= 1e-5 * reference.abs().max(), name
 
 
-@pytest.mark.parametrize("density", [0.0, 0.02, DENSE_ABOVE - 0.01, DENSE_ABOVE + 0.02, 1.0])
+@pytest.mark.parametrize("density", [0.0, 0.02, DENSE_ABOVE["cpu"] - 0.01, DENSE_ABOVE["cpu"] + 0.02, 1.0])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (33, 50), (8, 129)])
 def test_products_of_a_support(shape, density):
     generator = torch.Generator().manual_seed(0)

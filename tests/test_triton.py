@@ -370,7 +370,7 @@ def test_a_training_step_goes_through_the_kernels(monkeypatch, rule):
     for name in ("topk", "decode", "pair_products", "transposed_product"):
         original = getattr(kernels, name)
         monkeypatch.setattr(kernels, name, lambda *a, name=name, original=original: (called.add(name), original(*a))[1])
-    monkeypatch.setattr(products, "DENSE_ABOVE", 1.0)
+    monkeypatch.setattr(products, "DENSE_ABOVE", dict.fromkeys(products.DENSE_ABOVE, 1.0))
     monkeypatch.setattr(products, "latent_sums", products._sorted_sums)  # as on a GPU
     d = Dictionary.create(rule, reads=12, d_sae=40, options=RULES[rule]).to(DEVICE)
     gradients = []
@@ -389,7 +389,7 @@ def test_a_training_step_goes_through_the_kernels(monkeypatch, rule):
 def test_tensors_are_read_at_latents_through_the_kernels(monkeypatch):
     from saelens_lite.codes import products
 
-    monkeypatch.setattr(products, "DENSE_ABOVE", 1.0)
+    monkeypatch.setattr(products, "DENSE_ABOVE", dict.fromkeys(products.DENSE_ABOVE, 1.0))
     monkeypatch.setattr(products, "latent_sums", products._sorted_sums)  # as on a GPU
     support = support_of_mask(randn(9, 40) > 0.5)
     for latent in (support.latent, support.latent.flip(0)):

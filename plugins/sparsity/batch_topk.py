@@ -10,6 +10,7 @@ fits the weights at the end of training.
 import torch
 from pydantic import Field
 
+from saelens_lite.codes import gpu
 from saelens_lite.sparsity import (
     DeadLatentsConfig,
     PublishedForm,
@@ -17,7 +18,7 @@ from saelens_lite.sparsity import (
     Step,
     Support,
     dead_latents_explain,
-    normalise_decoder_,
+    support_above,
     support_of_mask,
 )
 
@@ -29,6 +30,7 @@ class BatchTopK(Sparsity):
 
     paper = "Bussmann et al. 2024, BatchTopK sparse autoencoders, arXiv:2412.06410"
     homogeneous = False  # scaling one pre-activation may push another out of the largest
+    unit_decoder = True
 
     class Config(DeadLatentsConfig):
         k: int = Field(32, gt=0, description="Latents kept per token, on average over a batch.")
@@ -46,10 +48,10 @@ class BatchTopK(Sparsity):
         chosen = self.support(pre.detach())
         kept = torch.zeros_like(pre, dtype=torch.bool)
         kept[chosen.row, chosen.latent] = True
-        return pre * kept
+        return (pre * kept).relu()
 
     def support(self, pre) -> Support:
-        return largest_positive(pre, self.config.k * len(pre)) if self.training else support_of_mask(pre > self.threshold)
+        return largest_positive(pre, self.config.k * len(pre)) if self.training else support_above(pre, self.threshold)
 
     def values(self, pre, latent):
         return pre.relu()
@@ -58,13 +60,12 @@ class BatchTopK(Sparsity):
         return dead_latents_explain(step, self.config)
 
     def observe(self, step: Step) -> None:
-        positive = step.codes.value[step.codes.value > 0]
-        if len(positive):
+        value = step.codes.value
+        if len(value):
+            smallest = torch.where(value > 0, value, torch.inf).min()
             kept = torch.where(self.threshold > 0, self.config.threshold_decay, 0.0)
-            self.threshold.lerp_(positive.min(), 1 - kept)
-
-    def after_step(self, dictionary) -> None:
-        normalise_decoder_(dictionary)
+            moved = self.threshold.lerp(smallest, 1 - kept)
+            self.threshold.copy_(torch.where(smallest.isinf(), self.threshold, moved))
 
     def inference_form(self) -> PublishedForm:
         return PublishedForm("jumprelu", {"threshold": self.threshold})
@@ -76,7 +77,12 @@ class BatchTopK(Sparsity):
 
 
 def largest_positive(pre, n: int) -> Support:
-    """Return the n largest positive entries of a whole batch, or all if there are fewer. Of equal entries, the first."""
+    """Return the n largest positive entries of a whole batch, or all if there are fewer. Of equal entries, the first.
+
+    On a GPU, if there are fewer, the largest of the others are there too, because their number is known without waiting.
+    """
+    if kernels := gpu.kernels(pre):
+        return Support(*kernels.n_largest(pre, min(n, pre.numel())))
     candidates = support_of_mask(pre > _lower_bound(pre, n))
     if len(candidates.latent) < n:
         candidates = support_of_mask(pre > 0)

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from saelens_lite.sparsity import PublishedForm, RuleConfig, Sparsity, Step, Support, normalise_decoder_, support_of_mask
+from saelens_lite.sparsity import PublishedForm, RuleConfig, Sparsity, Step, Support, support_above
 
 
 class Gated(Sparsity):
@@ -20,6 +20,7 @@ class Gated(Sparsity):
     paper = "Rajamanoharan et al. 2024, Improving dictionary learning with gated sparse autoencoders, arXiv:2404.16014"
     encoder_bias = False
     row_wise = True
+    unit_decoder = True
 
     class Config(RuleConfig):
         coefficient: float = Field(5.0, ge=0, description="λ, for activations of norm sqrt(d_in).")
@@ -36,7 +37,7 @@ class Gated(Sparsity):
         return (pre + self.b_gate > 0) * (pre * self.r_mag.exp() + self.b_mag).relu()
 
     def support(self, pre) -> Support:
-        return support_of_mask(pre > -self.b_gate)
+        return support_above(pre, -self.b_gate)
 
     def values(self, pre, latent):
         gate = pre > -self.at(self.b_gate.detach(), latent)
@@ -50,9 +51,6 @@ class Gated(Sparsity):
             "gate_l1": step.warmup * self.config.coefficient * gate.sum() / len(step.x),
             "gate_error": (step.target - x_gate).square().sum(1).mean(),
         }
-
-    def after_step(self, dictionary) -> None:
-        normalise_decoder_(dictionary)
 
     def rescale_(self, scale) -> None:
         self.b_gate.data.mul_(scale)

@@ -17,7 +17,6 @@ from saelens_lite.sparsity import (
     Step,
     Support,
     dead_latents_explain,
-    normalise_decoder_,
     support_of_indices,
 )
 
@@ -28,6 +27,7 @@ class GroupMax(Sparsity):
     paper = "Srivastava et al. 2013, Compete to compute (local winner-take-all), NIPS; for dictionaries: EleutherAI's sparsify"
     homogeneous = False  # scaling one pre-activation may make it the largest of its group
     row_wise = True
+    unit_decoder = True
 
     class Config(DeadLatentsConfig):
         k: int = Field(32, gt=0, description="Number of groups. d_sae must be a multiple of it.")
@@ -56,6 +56,3 @@ class GroupMax(Sparsity):
 
     def losses(self, step: Step):
         return dead_latents_explain(step, self.config)
-
-    def after_step(self, dictionary) -> None:
-        normalise_decoder_(dictionary)

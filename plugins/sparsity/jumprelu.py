@@ -29,9 +29,8 @@ from saelens_lite.sparsity import (
     Sparsity,
     Step,
     Support,
-    normalise_decoder_,
+    support_above,
     support_of_indices,
-    support_of_mask,
 )
 
 
@@ -70,6 +69,11 @@ class JumpReLU(Sparsity):
         self.width = config.bandwidth * d_in**0.5
 
     @property
+    def unit_decoder(self) -> bool:
+        """True except with the penalty tanh, which weights codes by the norms."""
+        return self.config.penalty != "tanh"
+
+    @property
     def threshold(self):
         """θ [d_sae]; differentiable."""
         if self.config.parameter == "plain":
@@ -81,7 +85,7 @@ class JumpReLU(Sparsity):
 
     def support(self, pre) -> Support:
         below = self.width / 2 if self.training else 0.0
-        return support_of_mask(pre > self.threshold - below)
+        return support_above(pre, self.threshold - below)
 
     def values(self, pre, latent):
         threshold = self.at(self.threshold, latent)
@@ -106,17 +110,16 @@ class JumpReLU(Sparsity):
 
     def _lift_dead(self, step: Step):
         """Return {"lift": μ Σ ReLU(θ − h) ‖W_dec‖ over dead latents}, or {} if no latent is dead."""
-        dead = step.dead.nonzero().squeeze(1)
+        dead = step.dead_latents
         if not len(dead) or self.config.dead_coefficient == 0:
             return {}
-        support = support_of_indices(dead.expand(len(step.x), -1))
+        support = support_of_indices(dead.expand(len(step.x), -1), among=dead)
         missing = (self.at(self.threshold, support.latent) - step.pre_at(support)).relu()
         norms = self.at(step.decoder_norms, support.latent)
         return {"lift": self.config.dead_coefficient * (missing * norms).sum() / len(step.x)}
 
     def after_step(self, dictionary) -> None:
-        if self.config.penalty != "tanh":
-            normalise_decoder_(dictionary)
+        super().after_step(dictionary)
         if self.config.parameter == "plain":
             self.plain_threshold.data.clamp_(min=0)  # below 0 only the gradient would change
 

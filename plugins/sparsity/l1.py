@@ -8,7 +8,7 @@ does not lower the penalty, so the norms need no constraint.
 
 from pydantic import Field
 
-from saelens_lite.sparsity import PublishedForm, RuleConfig, Sparsity, Step, Support, support_of_mask
+from saelens_lite.sparsity import PublishedForm, RuleConfig, Sparsity, Step, Support, support_above
 
 
 class L1(Sparsity):
@@ -27,7 +27,7 @@ class L1(Sparsity):
         return pre.relu()
 
     def support(self, pre) -> Support:
-        return support_of_mask(pre > 0)
+        return support_above(pre, 0.0)
 
     def values(self, pre, latent):
         return pre.relu()

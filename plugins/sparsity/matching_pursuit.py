@@ -14,7 +14,7 @@ from einops import rearrange
 from pydantic import Field
 
 from saelens_lite.codes import SparseCodes, argmax
-from saelens_lite.sparsity import PublishedForm, RuleConfig, Sparsity, Support, normalise_decoder_, sum_at
+from saelens_lite.sparsity import PublishedForm, RuleConfig, Sparsity, Support, sum_at
 
 LARGEST_GRAM = 16_384  # most latents for which all inner products of W_dec are kept in memory (1 GiB)
 CHUNK = 64  # rows per pursuit on a CPU, so that h stays in the cache
@@ -31,6 +31,7 @@ class MatchingPursuit(Sparsity):
     homogeneous = False  # a longer row of W_dec would win more steps
     row_wise = True
     tied = True
+    unit_decoder = True
 
     class Config(RuleConfig):
         k: int = Field(32, gt=0, description="Steps, and the largest number of firing latents.")
@@ -70,9 +71,6 @@ class MatchingPursuit(Sparsity):
                     steps.append((best, v.squeeze(1) > 0))
                 chunks.append([torch.stack(part, 1) for part in zip(*steps, strict=True)])
         return [torch.cat(part) for part in zip(*chunks, strict=True)]
-
-    def after_step(self, dictionary) -> None:
-        normalise_decoder_(dictionary)
 
     def inference_form(self) -> PublishedForm:
         settings = {"max_iterations": self.config.k, "residual_threshold": 0.0, "stop_on_duplicate_support": False}

@@ -9,7 +9,7 @@ that the penalty keeps its value. Decoder rows are unit vectors.
 import torch
 from pydantic import Field
 
-from saelens_lite.sparsity import PublishedForm, RuleConfig, Sparsity, Step, Support, normalise_decoder_, support_of_mask
+from saelens_lite.sparsity import PublishedForm, RuleConfig, Sparsity, Step, Support, support_above
 
 
 class PAnneal(Sparsity):
@@ -19,6 +19,7 @@ class PAnneal(Sparsity):
         "Karvonen et al. 2024, Measuring progress in dictionary learning for language model interpretability, arXiv:2408.00113"
     )
     row_wise = True
+    unit_decoder = True
 
     class Config(RuleConfig):
         coefficient: float = Field(1.0, ge=0, description="λ while p is 1, for activations of norm sqrt(d_in).")
@@ -36,7 +37,7 @@ class PAnneal(Sparsity):
         return pre.relu()
 
     def support(self, pre) -> Support:
-        return support_of_mask(pre > 0)
+        return support_above(pre, 0.0)
 
     def values(self, pre, latent):
         return pre.relu()
@@ -53,9 +54,6 @@ class PAnneal(Sparsity):
         before, after = power_sum(step.codes.value, self.p), power_sum(step.codes.value, p)
         self.growth.mul_(torch.where(after > 0, before / after, 1.0))
         self.p.fill_(p)
-
-    def after_step(self, dictionary) -> None:
-        normalise_decoder_(dictionary)
 
     def inference_form(self) -> PublishedForm:
         return PublishedForm("standard")

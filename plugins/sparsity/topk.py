@@ -15,7 +15,6 @@ from saelens_lite.sparsity import (
     Support,
     dead_latents_explain,
     largest,
-    normalise_decoder_,
     support_of_indices,
 )
 
@@ -26,6 +25,7 @@ class TopK(Sparsity):
     paper = "Gao et al. 2024, Scaling and evaluating sparse autoencoders, arXiv:2406.04093, sections 2.3 and A.2"
     homogeneous = False  # scaling one pre-activation may push another out of the k largest
     row_wise = True
+    unit_decoder = True
 
     class Config(DeadLatentsConfig):
         k: int = Field(32, gt=0, description="Latents kept per token.")
@@ -44,9 +44,6 @@ class TopK(Sparsity):
 
     def losses(self, step: Step):
         return dead_latents_explain(step, self.config)
-
-    def after_step(self, dictionary) -> None:
-        normalise_decoder_(dictionary)
 
     def inference_form(self) -> PublishedForm:
         return PublishedForm("topk", settings={"k": min(self.config.k, self.d_sae), "rescale_acts_by_decoder_norm": False})

@@ -30,10 +30,18 @@ def support_of_mask(mask: Bool[Tensor, "batch d_sae"]) -> Support:
     return support
 
 
-def support_of_indices(latent: Int[Tensor, "batch k"]) -> Support:
-    """Return the support of a table with k latents in each row."""
+def support_above(pre: Float[Tensor, "batch d_sae"], threshold: Float[Tensor, " d_sae"] | float) -> Support:
+    """Return the pairs whose pre-activation exceeds the threshold of the latent."""
+    if kernels := gpu.kernels(pre):
+        return Support(*kernels.above(pre, threshold))
+    return support_of_mask(pre > threshold)
+
+
+def support_of_indices(latent: Int[Tensor, "batch k"], among: Int[Tensor, " n"] | None = None) -> Support:
+    """Return the support of a table with k latents in each row. among: the latents that the table is chosen from, ascending."""
     n, k = latent.shape
-    return Support(torch.arange(0, n * k + 1, k, device=latent.device) if k else latent.new_zeros(n + 1), latent.flatten())
+    crow = torch.arange(0, n * k + 1, k, device=latent.device) if k else latent.new_zeros(n + 1)
+    return Support(crow, latent.flatten(), among)
 
 
 def largest(pre: Float[Tensor, "batch d_sae"], k: int) -> Int[Tensor, "batch k"]:
@@ -134,6 +142,13 @@ class SparseCodes(NamedTuple):
         return self.value != 0
 
     @property
+    def fire_counts(self) -> Int[Tensor, " d_sae"]:
+        """Number of entries of each latent that are not zero."""
+        if gpu.asynchronous(self.latent):
+            return self.latent.new_zeros(self.d_sae).index_add_(0, self.latent, self.fires.long())
+        return torch.bincount(self.latent[self.fires], minlength=self.d_sae)
+
+    @property
     def l0(self) -> Int[Tensor, "*shape"]:
         """Number of latents that fire for each activation."""
         fires = F.pad(self.fires.long().cumsum(0), (1, 0))
@@ -162,7 +177,8 @@ class SparseCodes(NamedTuple):
 
     def where(self, keep: Bool[Tensor, " nnz"]) -> "SparseCodes":
         """Return the entries where `keep` is true; differentiable."""
-        return self._replace(support=self.support.where(keep), value=picked(self.value, keep.nonzero().squeeze(1)))
+        place = keep.nonzero().squeeze(1)
+        return self._replace(support=self.support.where(keep, place), value=picked(self.value, place))
 
     def rows(self, start: int, stop: int) -> "SparseCodes":
         """Return the codes of rows start … stop − 1, as a flat batch."""

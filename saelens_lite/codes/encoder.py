@@ -16,28 +16,26 @@ from saelens_lite.codes import Support, concatenated
 from saelens_lite.codes.products import PreAt, PreDense, pair_products
 
 TILE_BYTES = 2**27  # largest size of the pre-activations in memory
+GPU_TILE_BYTES = 2**29  # the same on a GPU, which is fast only on large products
 
 
 class Spare:
-    """Memory for a tile, which the encoders of one loop hand on to each other: fresh memory costs a tenth of a step."""
+    """Memory for tiles, which the encoders of one loop hand on to each other: fresh memory costs a tenth of a step.
+
+    It keeps one tile for each width, dtype and device.
+    """
 
     def __init__(self) -> None:
-        self._memory: Tensor | None = None
+        self._memory: dict[tuple, Tensor] = {}
 
     def take(self, n_rows: int, width: int, like: Tensor) -> Float[Tensor, "at_least_n_rows width"]:
         """Return the memory that was handed on if it fits, else new memory of the dtype and device of `like`."""
-        memory = self._memory
-        if memory is None or memory.shape[1] != width or len(memory) < n_rows:
-            return like.new_empty(n_rows, width)
-        if (memory.dtype, memory.device) != (like.dtype, like.device):
-            return like.new_empty(n_rows, width)
-        self._memory = None
-        return memory
+        memory = self._memory.pop((width, like.dtype, like.device), None)
+        return memory if memory is not None and len(memory) >= n_rows else like.new_empty(n_rows, width)
 
     def give(self, memory: Float[Tensor, "n_rows width"]) -> None:
         """Hand memory on, unless there is some already."""
-        if self._memory is None:
-            self._memory = memory
+        self._memory.setdefault((memory.shape[1], memory.dtype, memory.device), memory)
 
 
 class Encoder:
@@ -45,6 +43,7 @@ class Encoder:
 
     halves: choose the support from a bfloat16 product with float32 sums, then compute its values again in float32.
     spare: memory of an earlier encoder; `release` hands it on.
+    rounded: W_enc in bfloat16, if it is at hand.
     """
 
     def __init__(
@@ -55,13 +54,16 @@ class Encoder:
         x: Float[Tensor, "batch d_in"],
         halves: bool = False,
         spare: Spare | None = None,
+        rounded: Float[Tensor, "d_in d_sae"] | None = None,
     ):
         self._spare = spare or Spare()
+        self._rounded = rounded
         self.W_enc, self.b_enc, self.input_bias, self.x = W_enc, b_enc, input_bias, x
         self.halves = halves and W_enc.dtype == torch.float32
         self.centred = x.detach() if input_bias is None else (x - input_bias).detach()
         self._buffer: Tensor | None = None
         self._pre: Tensor | None = None  # all pre-activations, if they fit into one tile
+        self._pre_is_rounded = False
         self._known: tuple[Support | None, Tensor | None] = (None, None)
 
     @property
@@ -76,23 +78,35 @@ class Encoder:
 
         The next tile overwrites the last one. Do not write to a tile. whole: yield one tile of any size.
         """
-        if self._pre is not None:
+        halves = self.halves if halves is None else halves
+        if self._pre is not None and halves >= self._pre_is_rounded:
             yield self._pre if latents is None else self._pre.index_select(1, latents)
             return
-        weight, bias = self.W_enc.detach(), None if self.b_enc is None else self.b_enc.detach()
-        if latents is not None:
-            weight = weight.T.index_select(0, latents).T
-            bias = None if bias is None else bias.index_select(0, latents)
-        n_rows = tile_rows(weight.shape[1], self.centred.element_size())
-        pieces = (self.centred,) if whole else self.centred.split(n_rows)
-        product = _product(weight, bias, self.halves if halves is None else halves)
-        buffer = self._spare.take(len(pieces[0]), weight.shape[1], self.centred)
+        x, weight, bias = self._factors(latents, halves)
+        n_rows = tile_rows(weight.shape[1], x)
+        pieces = (x,) if whole else x.split(n_rows)
+        buffer = self._spare.take(len(pieces[0]), weight.shape[1], x)
         if weight.shape[1] == self.d_sae:
             self._buffer = buffer
         for piece in pieces:
-            yield product(piece, buffer[: len(piece)])
-        if latents is None and len(self.centred) <= n_rows:
-            self._pre = buffer[: len(self.centred)]
+            out = buffer[: len(piece)]
+            yield torch.mm(piece, weight, out=out) if bias is None else torch.addmm(bias, piece, weight, out=out)
+        if latents is None and len(x) <= n_rows:
+            self._pre, self._pre_is_rounded = buffer[: len(x)], halves
+
+    def _factors(self, latents: Int[Tensor, " n"] | None, halves: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return x, the weight and the bias of the product for all or some latents, rounded to bfloat16 if `halves`."""
+        weight = self.W_enc.detach() if self._rounded is None or not halves else self._rounded
+        bias = None if self.b_enc is None else self.b_enc.detach()
+        if latents is not None:
+            weight = weight.T.index_select(0, latents).T
+            bias = None if bias is None else bias.index_select(0, latents)
+        if not halves:
+            return self.centred, weight, bias
+        x, weight = self.centred.bfloat16(), weight.T.bfloat16().T
+        if x.is_cuda:
+            return x, weight, None if bias is None else bias.bfloat16()
+        return x.float(), weight.float(), bias  # bfloat16 products are slow on a CPU; those of the rounded numbers are equal
 
     def release(self) -> None:
         """Hand the memory of the pre-activations on; they are computed again if they are asked for once more."""
@@ -106,7 +120,8 @@ class Encoder:
         with torch.no_grad():
             for pre in self.tiles(whole=whole):
                 supports.append(rule_support(pre))
-                values.append(pre.flatten().index_select(0, supports[-1].flat(self.d_sae)))
+                if not self.halves:
+                    values.append(pre.flatten().index_select(0, supports[-1].flat(self.d_sae)))
         support = supports[0] if len(supports) == 1 else concatenated(supports)
         if not self.halves:
             self._known = support, self._attach(support, values[0] if len(values) == 1 else torch.cat(values))
@@ -126,37 +141,18 @@ class Encoder:
         return PreDense.apply(self.W_enc, self.b_enc, self.input_bias, self.x, pre, self.centred)
 
     def _attach(self, support: Support, value: Float[Tensor, " nnz"]) -> Float[Tensor, " nnz"]:
-        return PreAt.apply(self.W_enc, self.b_enc, self.input_bias, self.x, value, self.centred, support)
+        return PreAt.apply(self.W_enc, self.b_enc, self.input_bias, self.x, value, self.centred, support, self.halves)
 
     @torch.no_grad()
     def _values(self, support: Support) -> Float[Tensor, " nnz"]:
         """Return the pre-activations at a support, without gradient."""
         if self._pre is not None and not self.halves:
             return self._pre.flatten().index_select(0, support.flat(self.d_sae))
-        value = pair_products(support, self.centred, self.W_enc.T)
+        value = pair_products(support, self.centred, self.W_enc.T, self.halves)
         return value if self.b_enc is None else value + self.b_enc.index_select(0, support.latent)
 
 
-def tile_rows(width: int, element_size: int = 4) -> int:
-    """Return the number of rows of a tile that stays within TILE_BYTES, at least 1."""
-    return max(1, TILE_BYTES // max(1, width * element_size))
-
-
-def _product(
-    weight: Float[Tensor, "d_in n"], bias: Float[Tensor, " n"] | None, halves: bool
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a function (rows of x, buffer for the result) → x · weight + bias."""
-    if not halves:
-        if bias is None:
-            return lambda x, out: torch.mm(x, weight, out=out)
-        return lambda x, out: torch.addmm(bias, x, weight, out=out)
-    rounded = weight.T.bfloat16().T
-
-    def of_halves(x: Tensor, out: Tensor) -> Tensor:
-        if x.is_cuda:
-            torch.mm(x.bfloat16(), rounded, out_dtype=torch.float32, out=out)
-        else:  # bfloat16 products are slow on a CPU; float32 products of the rounded numbers are equal
-            torch.mm(x.bfloat16().float(), rounded.float(), out=out)
-        return out if bias is None else out.add_(bias)
-
-    return of_halves
+def tile_rows(width: int, like: Tensor) -> int:
+    """Return the number of rows of a tile of the dtype and device of `like` that stays within its limit, at least 1."""
+    limit = GPU_TILE_BYTES if like.is_cuda else TILE_BYTES
+    return max(1, limit // max(1, width * like.element_size()))

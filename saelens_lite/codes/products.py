@@ -6,8 +6,8 @@ With x the centred input, S the codes (value v at the support) and e the gradien
     h     = x W_enc + b_enc    dW_enc = xᵀ G    db_enc = Σ_rows G    db_dec = −W_enc db_enc
 
 where G holds the gradient at h on the support. Both weight gradients use one index, the support sorted by latent.
-A dense support uses dense products instead. W_enc must be the transpose of a contiguous [d_sae d_in] tensor, so that its
-gradient needs no copy.
+A dense support uses dense products instead, with bfloat16 factors and float32 sums if `halves` allows it. W_enc must be the
+transpose of a contiguous [d_sae d_in] tensor, so that its gradient needs no copy.
 
 The support alone fixes the order of every sum, on every device: nothing here uses atomics. The pairs are sorted by latent,
 and Triton kernels, embedding_bag's forward pass or numpy sum their segments. Dense products and torch.sparse.sampled_addmm
@@ -25,7 +25,9 @@ from torch.autograd.function import once_differentiable
 
 from saelens_lite.codes import Support, gpu, support_of_mask
 
-DENSE_ABOVE = 0.15  # share of the pairs above which dense products are faster on a CPU
+# Share of the pairs above which dense products are faster: measured on two CPU cores, and derived for an H100 from the times of
+# both kinds of products, without bfloat16 factors and with them
+DENSE_ABOVE = {"cpu": 0.15, "gpu": 0.07, "gpu in halves": 0.01}
 
 
 with warnings.catch_warnings():  # torch warns once per process that its compressed rows are in beta
@@ -33,21 +35,31 @@ with warnings.catch_warnings():  # torch warns once per process that its compres
     torch.sparse_csr_tensor([0, 0], [], torch.empty(0), (1, 1), check_invariants=False)
 
 
-def is_dense(support: Support) -> bool:
-    """Return whether dense products over the used latents are faster for a support."""
+def is_dense(support: Support, d_sae: int, halves: bool) -> bool:
+    """Return whether dense products are faster for a support: over the latents that fire, or on a GPU over all that could."""
     n_pairs = len(support.latent)
-    return n_pairs > 0 and n_pairs > DENSE_ABOVE * support.n_rows * len(support.used)
+    if gpu.asynchronous(support.latent):
+        width = d_sae if support.among is None else len(support.among)
+        return n_pairs > DENSE_ABOVE["gpu in halves" if halves else "gpu"] * support.n_rows * width
+    return n_pairs > 0 and n_pairs > DENSE_ABOVE["cpu"] * support.n_rows * len(support.used)
+
+
+def _mm(a: Float[Tensor, "m k"], b: Float[Tensor, "k n"], halves: bool) -> Float[Tensor, "m n"]:
+    """Return a b. halves: round both factors to bfloat16 and add in float32, except on a CPU, where that is slow."""
+    if halves and a.is_cuda and a.dtype == torch.float32:
+        return torch.mm(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
+    return a @ b
 
 
 def sparse_product(
-    support: Support, value: Float[Tensor, " nnz"], weight: Float[Tensor, "d_sae d"]
+    support: Support, value: Float[Tensor, " nnz"], weight: Float[Tensor, "d_sae d"], halves: bool = False
 ) -> Float[Tensor, "batch d"]:
     """Return S weight."""
     if not len(value):
         return weight.new_zeros(support.n_rows, weight.shape[1])
-    if is_dense(support):
-        dense = support.as_dense
-        return dense.matrix(value) @ dense.rows_of(weight)
+    if is_dense(support, len(weight), halves):
+        dense = support.as_dense(len(weight))
+        return _mm(dense.matrix(value), dense.rows_of(weight), halves)
     if kernels := gpu.kernels(weight):
         return kernels.decode(support, value, weight)
     return F.embedding_bag(
@@ -56,15 +68,14 @@ def sparse_product(
 
 
 def transposed_product(
-    support: Support, value: Float[Tensor, " nnz"], right: Float[Tensor, "batch d"], d_sae: int
+    support: Support, value: Float[Tensor, " nnz"], right: Float[Tensor, "batch d"], d_sae: int, halves: bool = False
 ) -> Float[Tensor, "d_sae d"]:
     """Return Sᵀ right."""
     if not len(value):
         return right.new_zeros(d_sae, right.shape[1])
-    if is_dense(support):
-        dense = support.as_dense
-        product = dense.matrix(value).T @ right
-        return product if len(product) == d_sae else right.new_zeros(d_sae, right.shape[1]).index_copy_(0, dense.used, product)
+    if is_dense(support, d_sae, halves):
+        dense = support.as_dense(d_sae)
+        return dense.all_rows(_mm(dense.matrix(value).T, right, halves), d_sae)
     if kernels := gpu.kernels(right):
         return kernels.transposed_product(support, value, right, d_sae)
     return F.embedding_bag(
@@ -77,13 +88,15 @@ def transposed_product(
     )
 
 
-def pair_products(support: Support, left: Float[Tensor, "batch d"], right: Float[Tensor, "d_sae d"]) -> Float[Tensor, " nnz"]:
+def pair_products(
+    support: Support, left: Float[Tensor, "batch d"], right: Float[Tensor, "d_sae d"], halves: bool = False
+) -> Float[Tensor, " nnz"]:
     """Return ⟨left[row], right[latent]⟩ at each pair."""
     if not len(support.latent):
         return left.new_zeros(0)
-    if is_dense(support):
-        dense = support.as_dense
-        return (left @ dense.rows_of(right).T).flatten().index_select(0, dense.flat)
+    if is_dense(support, len(right), halves):
+        dense = support.as_dense(len(right))
+        return _mm(left, dense.rows_of(right).T, halves).flatten().index_select(0, dense.flat)
     if kernels := gpu.kernels(left):
         return kernels.pair_products(support, left, right)
     zeros = left.new_zeros(len(support.latent))
@@ -94,14 +107,14 @@ def pair_products(support: Support, left: Float[Tensor, "batch d"], right: Float
 
 def latent_sums(support: Support, value: Float[Tensor, " nnz"], d_sae: int) -> Float[Tensor, " d_sae"]:
     """Sum the values of each latent in a fixed order."""
-    if value.device.type == "cpu":
+    if value.device.type == "cpu" and not gpu.asynchronous(value):
         sums = np.bincount(support.latent.numpy(), value.double().numpy(), d_sae)
         return torch.from_numpy(sums).to(value.dtype)
     return _sorted_sums(support, value, d_sae)
 
 
 def _sorted_sums(support: Support, value: Float[Tensor, " nnz"], d_sae: int) -> Float[Tensor, " d_sae"]:
-    """Sum the values of each latent over segments of the pairs sorted by latent."""
+    """Sum the values of each latent over segments of the pairs sorted by latent, or over the columns of a dense matrix."""
     return transposed_product(support, value, value.new_ones(support.n_rows, 1), d_sae)[:, 0]
 
 
@@ -156,28 +169,28 @@ class Decode(torch.autograd.Function):
     """The product x_hat = S W_dec, from values at a support."""
 
     @staticmethod
-    def forward(ctx, value, W_dec, support):
-        ctx.support = support
+    def forward(ctx, value, W_dec, support, halves=False):
+        ctx.support, ctx.halves = support, halves
         ctx.save_for_backward(value, W_dec)
-        return sparse_product(support, value, W_dec)
+        return sparse_product(support, value, W_dec, halves)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, e):
         value, W_dec = ctx.saved_tensors
         e = e.contiguous()
-        dv = pair_products(ctx.support, e, W_dec) if ctx.needs_input_grad[0] else None
-        dW_dec = transposed_product(ctx.support, value, e, len(W_dec)) if ctx.needs_input_grad[1] else None
-        return dv, dW_dec, None
+        dv = pair_products(ctx.support, e, W_dec, ctx.halves) if ctx.needs_input_grad[0] else None
+        dW_dec = transposed_product(ctx.support, value, e, len(W_dec), ctx.halves) if ctx.needs_input_grad[1] else None
+        return dv, dW_dec, None, None
 
 
-def _encoder_gradients(ctx, support: Support, g: Float[Tensor, " nnz"]) -> tuple[Tensor | None, ...]:
+def _encoder_gradients(ctx, support: Support, g: Float[Tensor, " nnz"], halves: bool = False) -> tuple[Tensor | None, ...]:
     """Return the gradients of (W_enc, b_enc, input bias, x), given gradients g at the pre-activations of a support."""
     W_enc, centred = ctx.saved_tensors
     d_sae = W_enc.shape[1]
     db_enc = latent_sums(support, g, d_sae)
-    dW_enc = transposed_product(support, g, centred, d_sae).T if ctx.needs_input_grad[0] else None
-    dx = sparse_product(support, g, W_enc.T) if ctx.needs_input_grad[3] else None
+    dW_enc = transposed_product(support, g, centred, d_sae, halves).T if ctx.needs_input_grad[0] else None
+    dx = sparse_product(support, g, W_enc.T, halves) if ctx.needs_input_grad[3] else None
     d_input_bias = -(W_enc @ db_enc) if ctx.needs_input_grad[2] else None
     return dW_enc, db_enc if ctx.needs_input_grad[1] else None, d_input_bias, dx
 
@@ -186,15 +199,15 @@ class PreAt(torch.autograd.Function):
     """The pre-activations at a support, which are already computed."""
 
     @staticmethod
-    def forward(ctx, W_enc, b_enc, input_bias, x, value, centred, support):
-        ctx.support = support
+    def forward(ctx, W_enc, b_enc, input_bias, x, value, centred, support, halves=False):
+        ctx.support, ctx.halves = support, halves
         ctx.save_for_backward(W_enc, centred)
         return value.view_as(value)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        return *_encoder_gradients(ctx, ctx.support, g), None, None, None
+        return *_encoder_gradients(ctx, ctx.support, g, ctx.halves), None, None, None, None
 
 
 class PreDense(torch.autograd.Function):

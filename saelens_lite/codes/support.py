@@ -10,16 +10,21 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from saelens_lite.codes import gpu
+
 
 @dataclass(frozen=True, eq=False)
 class Support:
     """The (row, latent) pairs that fire, in compressed rows: row r owns latent[crow[r]:crow[r+1]].
 
     What the products of a training step need of it is derived once, on first use.
+
+    among: the latents from which the pairs were chosen, ascending, such as the dead ones; None: all.
     """
 
     crow: Int[Tensor, " rows_plus_1"]
     latent: Int[Tensor, " nnz"]
+    among: Int[Tensor, " n_among"] | None = None
 
     def __post_init__(self) -> None:
         _of_latent.setdefault(id(self.latent), self)
@@ -43,9 +48,10 @@ class Support:
         rows = torch.arange(self.n_rows, device=self.crow.device)
         return torch.repeat_interleave(rows, self.crow.diff(), output_size=len(self.latent))
 
-    def where(self, keep: Bool[Tensor, " nnz"]) -> "Support":
-        """Return the pairs where `keep` is true."""
-        return Support(F.pad(keep.long().cumsum(0), (1, 0))[self.crow], self.latent[keep])
+    def where(self, keep: Bool[Tensor, " nnz"], place: Int[Tensor, " n_kept"] | None = None) -> "Support":
+        """Return the pairs where `keep` is true. place: their indices, if they are known."""
+        place = keep.nonzero().squeeze(1) if place is None else place
+        return Support(F.pad(keep.long().cumsum(0), (1, 0))[self.crow], self.latent.index_select(0, place))
 
     def flat(self, d_sae: int) -> Int[Tensor, " nnz"]:
         """Return row · d_sae + latent: the index of each pair in a flattened [rows d_sae] tensor."""
@@ -62,9 +68,13 @@ class Support:
         return self.latent.int()
 
     @cached_property
+    def _sorted(self) -> tuple[Int[Tensor, " nnz"], Int[Tensor, " nnz"]]:
+        return self.latent32.sort(stable=True)
+
+    @property
     def order(self) -> Int[Tensor, " nnz"]:
         """Permutation that sorts the pairs by latent, rows ascending within a latent."""
-        return self.latent32.argsort(stable=True)
+        return self._sorted[1]
 
     @cached_property
     def row_by_latent(self) -> Int[Tensor, " nnz"]:
@@ -81,39 +91,54 @@ class Support:
         """The latents that fire in some row, ascending."""
         return self.counts.nonzero().squeeze(1)
 
-    @cached_property
-    def as_dense(self) -> "DensePairs":
-        """The pairs as entries of a dense matrix over the used latents."""
-        return DensePairs(self)
+    def as_dense(self, d_sae: int) -> "DensePairs":
+        """Return the pairs as entries of a dense matrix."""
+        if "dense" not in self.__dict__:
+            self.__dict__["dense"] = DensePairs(self, d_sae)
+        return self.__dict__["dense"]
 
     def by_latent(self, d_sae: int) -> Int[Tensor, " d_sae_plus_1"]:
         """Return the offset of each latent in the pairs sorted by latent, int32."""
-        return _pointers(F.pad(self.counts, (0, d_sae - len(self.counts)))).int()
+        if not gpu.asynchronous(self.latent):
+            return _pointers(F.pad(self.counts, (0, d_sae - len(self.counts)))).int()
+        every = torch.arange(d_sae + 1, dtype=torch.int32, device=self.latent.device)
+        return torch.searchsorted(self._sorted[0], every, out_int32=True)
 
 
 _of_latent: WeakValueDictionary[int, Support] = WeakValueDictionary()  # by the identity of a support's `latent`
 
 
 class DensePairs:
-    """The pairs of a support as entries of a dense matrix [rows n_used]."""
+    """The pairs of a support as entries of a dense matrix [rows n], with a column for each of some or all latents.
 
-    def __init__(self, support: Support):
-        self.n_rows, self.used = support.n_rows, support.used
+    On a CPU these are the latents that fire. A GPU would have to wait to count them, so there they are those that could fire.
+    """
+
+    def __init__(self, support: Support, d_sae: int):
+        self.n_rows = support.n_rows
+        self.latents = support.among if gpu.asynchronous(support.latent) else support.used  # None: all
+        self.width = d_sae if self.latents is None else len(self.latents)
         column = support.latent
-        if len(self.used) < len(support.counts):
-            place = torch.empty_like(support.counts)
-            place[self.used] = torch.arange(len(self.used), device=place.device)
-            column = place[column]
-        self.flat = support.row * len(self.used) + column
+        if self.width < d_sae:
+            place = column.new_empty(d_sae)
+            place[self.latents] = torch.arange(self.width, device=place.device)
+            column = place.index_select(0, column)
+        self.flat = support.row * self.width + column
 
-    def matrix(self, value: Float[Tensor, " nnz"]) -> Float[Tensor, "batch n_used"]:
+    def matrix(self, value: Float[Tensor, " nnz"]) -> Float[Tensor, "batch n"]:
         """Return a dense matrix of the values, with zeros elsewhere; without gradient."""
-        zeros = value.new_zeros(self.n_rows * len(self.used))
-        return rearrange(zeros.index_copy_(0, self.flat, value), "(batch used) -> batch used", batch=self.n_rows)
+        zeros = value.new_zeros(self.n_rows * self.width)
+        return rearrange(zeros.index_copy_(0, self.flat, value), "(batch n) -> batch n", batch=self.n_rows)
 
-    def rows_of(self, weight: Float[Tensor, "d_sae d"]) -> Float[Tensor, "n_used d"]:
-        """Return the rows of a weight that belong to used latents."""
-        return weight if len(self.used) == len(weight) else weight.index_select(0, self.used)
+    def rows_of(self, weight: Float[Tensor, "d_sae d"]) -> Float[Tensor, "n d"]:
+        """Return the rows of a weight that belong to these latents."""
+        return weight if self.width == len(weight) else weight.index_select(0, self.latents)
+
+    def all_rows(self, product: Float[Tensor, "n d"], d_sae: int) -> Float[Tensor, "d_sae d"]:
+        """Return a row for each latent, with zeros for those without a column."""
+        return (
+            product if self.width == d_sae else product.new_zeros(d_sae, product.shape[1]).index_copy_(0, self.latents, product)
+        )
 
 
 def _pointers(counts: Int[Tensor, " rows"]) -> Int[Tensor, " rows_plus_1"]:

@@ -53,7 +53,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from saelens_lite.codes import SparseCodes, Support, largest, picked, support_of_indices, support_of_mask
+from saelens_lite.codes import SparseCodes, Support, largest, picked, support_above, support_of_indices, support_of_mask
 from saelens_lite.codes.encoder import Encoder
 from saelens_lite.codes.products import read_at, sum_at
 from saelens_lite.config import FrozenConfig
@@ -75,6 +75,7 @@ __all__ = [
     "plugins",
     "register",
     "sum_at",
+    "support_above",
     "support_of_indices",
     "support_of_mask",
 ]
@@ -109,9 +110,14 @@ class Step(Protocol):
     target: Float[Tensor, "batch d_out"]  # x itself; for a transcoder, the other activation
     x_hat: Float[Tensor, "batch d_out"]
     codes: SparseCodes
-    dead: Bool[Tensor, " d_sae"]  # True for latents that have not fired for `dead_after` tokens
+    dead: Bool[Tensor, " d_sae"]  # True for latents that have not fired for `dead_after` tokens; a GPU looks every few steps
     progress: float  # share of the training that is done, 0 … 1
     warmup: float  # factor of the penalties; rises from 0 to 1 over the sparsity warm-up
+
+    @property
+    def dead_latents(self) -> Int[Tensor, " n_dead"]:
+        """The dead latents, ascending. Unlike `dead.nonzero()`, this does not make the host wait for a GPU."""
+        ...
 
     @property
     def decoder_norms(self) -> Float[Tensor, " d_sae"]:
@@ -146,6 +152,7 @@ class Sparsity(nn.Module):
     homogeneous: ClassVar[bool] = True  # scaling h_i (and the rule by `rescale_`) scales code i and changes no other
     tied: ClassVar[bool] = False  # W_enc is W_decᵀ, rows of W_dec are unit vectors, and codes are in the units of x
     row_wise: ClassVar[bool] = False  # True: even in training, `support` reads each row alone, so it may get parts of a batch
+    unit_decoder: bool = False  # True: `after_step` brings the rows of W_dec back to norm 1. It may be a property
     Config: ClassVar[type[RuleConfig]] = RuleConfig
     plugin_kind: ClassVar[str] = "sparsity"
     plugin_name: ClassVar[str]  # set by the registry
@@ -216,7 +223,13 @@ class Sparsity(nn.Module):
         """Update running estimates. Called without gradient after each optimiser step, with the data of the step."""
 
     def after_step(self, dictionary: Any) -> None:
-        """Change parameters in place. Called without gradient after each optimiser step and once before the first."""
+        """Change parameters in place. Called without gradient after each optimiser step and once before the first.
+
+        A GPU may bring rows of W_dec back to norm 1 in the optimiser step itself. Without an `after_step` of its own, a rule
+        with `unit_decoder` is then not called.
+        """
+        if self.unit_decoder:
+            normalise_decoder_(dictionary)
 
     def initial_decoder_norm(self) -> float:
         """Return ‖W_dec[i]‖ before training."""
@@ -253,12 +266,12 @@ def dead_latents_explain(step: Step, config: DeadLatentsConfig) -> dict[str, Flo
 
     Source: Gao et al. 2024, arXiv:2406.04093, section A.2.
     """
-    dead = step.dead.nonzero().squeeze(1)
+    dead = step.dead_latents
     aux_k = min(config.aux_k if config.aux_k is not None else step.x.shape[1] // 2, len(dead))
     if aux_k == 0 or config.aux_coefficient == 0:
         return {}
     best = torch.cat([largest(pre, aux_k) for pre in step.pre_tiles(dead)])
-    support = support_of_indices(dead[best])
+    support = support_of_indices(dead[best], among=dead)
     error = (step.target - step.x_hat).detach()
     explained = step.decode(SparseCodes.of(support, step.pre_at(support).relu(), len(step.dead)))
     return {"aux": config.aux_coefficient * (error - explained).square().sum(1).mean()}

@@ -63,7 +63,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelens_lite import registry
-from saelens_lite.arrays import ArrayLike, as_tensor, not_finite
+from saelens_lite.arrays import ArrayLike, as_tensor
 from saelens_lite.cache import Source, TensorSource, open_source
 from saelens_lite.cache.resumed import expect, record_of
 from saelens_lite.codes.encoder import Spare
@@ -374,6 +374,7 @@ class _Group:
 
     def save(self) -> None:
         """Write a checkpoint, if the run has a folder."""
+        self.check()
         if self.out:
             loop = {
                 "configs": [trainer.config.model_dump(mode="json") for trainer in self.trainers],
@@ -396,8 +397,18 @@ class _Group:
         log.info("%s %s", trainer.config.sparsity, line)
         return line
 
+    def check(self) -> None:
+        """Drop the dictionaries that have diverged. On a GPU, this waits for the steps that were begun."""
+        for i in self.at_work:
+            try:
+                self.trainers[i].check()
+            except NonFiniteError as error:
+                self.drop(i, error)
+
     def drop(self, i: int, cause: NonFiniteError) -> None:
-        """Stop training a dictionary, and write its last good state."""
+        """Stop training a dictionary, and write its last good state. Raise the error if it is of the data, and so of all."""
+        if cause.in_activations:
+            raise cause
         try:
             kept = _kept(self, i, cause)
         except SaelensLiteError as error:  # must not end the training of the others
@@ -517,9 +528,9 @@ def _loop(source: Source, job: _Group, logs: list[RunLog]) -> None:
                 trainer = trainers[i]
                 try:
                     trainer.step(batch, spare)
+                    if trainer.n_seen >= due[i] or trainer.done:
+                        trainer.check()
                 except NonFiniteError as error:
-                    if not_finite(batch):
-                        raise  # bad data, for all trainers
                     job.drop(i, error)
                     continue
                 if trainer.n_seen >= due[i] or trainer.done:

@@ -104,7 +104,8 @@ class DenseStep:
         dead: true for latents that have not fired for `dead_after` tokens.
         progress: share of the training tokens that have been seen.
         warmup: factor of the sparsity penalty, 0 to 1.
-        halves, spare: for the encoder of the sparse step: bfloat16 products, and memory to reuse.
+        dead_latents: the dead latents, ascending, if they are known; a GPU has to wait to list them.
+        halves, spare, rounded: for the encoder of the sparse step: bfloat16 products, memory to reuse, and W_enc in bfloat16.
     """
 
     encoder_class: ClassVar[type[Encoder]] = DenseEncoder
@@ -118,12 +119,15 @@ class DenseStep:
         dead: Bool[Tensor, " d_sae"],
         progress: float,
         warmup: float,
+        dead_latents: Int[Tensor, " n_dead"] | None = None,
         halves: bool = False,
         spare: Spare | None = None,
+        rounded: Float[Tensor, "d_in d_sae"] | None = None,
     ):
         self.dictionary, self.x, self.target, self.dead = dictionary, x, x if target is None else target, dead
-        self.progress, self.warmup = progress, warmup
-        self._encoder = self.encoder_class(dictionary.W_enc, dictionary.b_enc, dictionary.input_bias, x, halves, spare)
+        self.progress, self.warmup, self._dead_latents = progress, warmup, dead_latents
+        encoder = (dictionary.W_enc, dictionary.b_enc, dictionary.input_bias, x)
+        self._encoder = self.encoder_class(*encoder, halves, spare, rounded)
         self.codes = dictionary.rule.encode(self._encoder)
         self.x_hat = self.decode(self.codes) + dictionary.base(x)
 
@@ -135,6 +139,13 @@ class DenseStep:
     def release(self) -> None:
         """Free the memory of the pre-activations for the next step."""
         self._encoder.release()
+
+    @property
+    def dead_latents(self) -> Int[Tensor, " n_dead"]:
+        """The dead latents, ascending."""
+        if self._dead_latents is None:
+            self._dead_latents = self.dead.nonzero().squeeze(1)
+        return self._dead_latents
 
     @property
     def decoder_norms(self) -> Float[Tensor, " d_sae"]:
@@ -171,4 +182,4 @@ class SparseStep(DenseStep):
     def decode(self, codes: SparseCodes, frozen: bool = False) -> Float[Tensor, "batch d_out"]:
         """Return Σ value · W_dec[latent], without bias; differentiable. With frozen=True no gradient reaches W_dec."""
         weight = self.dictionary.W_dec
-        return Decode.apply(codes.value, weight.detach() if frozen else weight, codes.support)
+        return Decode.apply(codes.value, weight.detach() if frozen else weight, codes.support, self._encoder.halves)

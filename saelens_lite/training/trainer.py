@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelens_lite.arrays import not_finite
@@ -21,9 +21,14 @@ from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, NonFiniteError, PluginError, ShapeError, SourceChangedError
 from saelens_lite.files import check_fits_memory, shortened
 from saelens_lite.ports import Hooks, Port, together
+from saelens_lite.sparsity import Sparsity
+from saelens_lite.training.optimizer import Adam
 from saelens_lite.training.step import DenseStep, SparseStep
+from saelens_lite.training.watch import MOST_UNREAD, Watch
 
+DEAD_EVERY = 16  # steps between two lists of the dead latents on a GPU, for which the host has to wait
 MAX_SCALINGS, SAME = 12, 1e-3  # for scaling the untrained encoder
+NORM, SMALLEST, FIRED, ACTIVATIONS = OWN = (":norm", ":smallest", ":fired", ":activations")  # beside the names of losses
 _NUMBERS = ("scales", "target_scales", "variance", "n_seen", "n_steps", "fire_tokens")
 
 
@@ -78,13 +83,19 @@ class Trainer:
         self.dictionary.b_dec.data.copy_(together(means, self.hooks.writes))
         with torch.no_grad():
             self.dictionary.rule.after_step(self.dictionary)
-        # Adam is several times faster on contiguous memory, so it gets W_encᵀ
-        self._updated = {
-            name: p if p.is_contiguous() else p.detach().T.requires_grad_() for name, p in self.dictionary.named_parameters()
-        }
-        self.optimizer = torch.optim.Adam(self._updated.values(), lr=config.peak_lr, betas=config.betas, eps=1e-8, fused=True)
         by_itself = gpu.has_bfloat16(self.dictionary.W_enc.device)
         self.halves = {"auto": by_itself, "float32": False, "bfloat16": True}[config.encoder_precision]
+        self.reads_later = gpu.asynchronous(self.dictionary.W_enc)
+        rule = self.dictionary.rule
+        in_kernel = gpu.available(self.dictionary.W_enc) and type(rule).after_step is Sparsity.after_step
+        self._after_step = not in_kernel  # the optimiser does all that the rule would
+        self.optimizer = Adam(
+            self.dictionary,
+            config.peak_lr,
+            config.betas,
+            halves=self.halves and in_kernel,
+            unit_decoder=rule.unit_decoder and in_kernel,
+        )
         self.n_seen = 0
         self.n_steps = 0
         self.since_fired = torch.zeros(config.d_sae, dtype=torch.long, device=device)
@@ -92,6 +103,9 @@ class Trainer:
         self.fire_tokens = 0
         self._sums: dict[str, float] = {}
         self._n_sums = 0
+        self._watch, self._unread = Watch(self.dictionary.W_enc.device), []  # of each unread step, the rows and those counted
+        self._dead: Bool[Tensor, " d_sae"] | None = None
+        self._dead_latents: Int[Tensor, " n_dead"] | None = None
 
     @property
     def done(self) -> bool:
@@ -125,7 +139,8 @@ class Trainer:
     def step(self, batch: Batch | Float[Tensor, "batch d_in"], spare: Spare | None = None) -> None:
         """Take one optimiser step on raw activations: `calibrate` before the first step, then `backward`, then `update`.
 
-        After an error the parameters are those before the step.
+        After an error the parameters are those before the step. On a GPU the host does not wait for a step, so the error may
+        come some steps later, at the latest from `check`. The parameters are still those before the bad step.
 
         Args:
             batch: the activations of every hook that the dictionary reads or writes, by name; a tensor if there is only one.
@@ -148,6 +163,7 @@ class Trainer:
         if not self.dictionary.rule.tied and self.shift is None:
             with self._own_randomness():
                 self._scale_encoder(self._prepare(self._named(batch))[0])
+            self.optimizer.forget_rounded()
 
     def backward(self, batch: Batch | Float[Tensor, "batch d_in"], spare: Spare | None = None) -> Contribution:
         """Compute the losses of a batch, put their gradients into `grad` of the dictionary's parameters, and return the losses.
@@ -161,15 +177,18 @@ class Trainer:
         """
         c = self.config
         progress = self.n_seen / c.n_tokens
+        self._find_dead()
         with self._own_randomness():
             step = self.step_class(
                 self.dictionary,
                 *self._prepare(self._named(batch)),
-                dead=self.since_fired >= c.dead_after,
+                dead=self._dead,
+                dead_latents=self._dead_latents,
                 progress=progress,
                 warmup=min(1.0, progress / c.sparsity_warmup) if c.sparsity_warmup else 1.0,
                 halves=self.halves,
                 spare=spare,
+                rounded=self.optimizer.rounded,
             )
             losses = step.losses()
             if "loss" in losses:
@@ -184,9 +203,17 @@ class Trainer:
             step=step,
             losses={name: loss.detach() for name, loss in losses.items()},
             smallest=codes.value.amin() if len(codes.value) else codes.value.new_zeros(()),
-            fires=torch.bincount(codes.latent[codes.fires], minlength=c.d_sae),
+            fires=codes.fire_counts,
             n=len(step.x),
         )
+
+    def _find_dead(self) -> None:
+        """Find the latents that have not fired for `dead_after` tokens: before each step, or on a GPU before every 16th."""
+        if not self.reads_later:
+            self._dead = self.since_fired >= self.config.dead_after
+        elif self._dead is None or self.n_steps % DEAD_EVERY == 0:
+            self._dead = self.since_fired >= self.config.dead_after
+            self._dead_latents = self._dead.nonzero().squeeze(1)
 
     def _named(self, batch: Batch | Float[Tensor, "batch d_in"]) -> Batch:
         if isinstance(batch, Tensor):
@@ -238,64 +265,115 @@ class Trainer:
         Raises:
             PluginError, NonFiniteError: as in `step`.
         """
-        c, losses, parameters = self.config, computed.losses, dict(self.dictionary.named_parameters())
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
-        # The only place where the host waits for the step
-        figures = torch.stack([*losses.values(), norm, computed.smallest.to(norm.dtype)])
-        *values, norm_found, smallest = figures.tolist()
-        if not math.isfinite(values[-1] + norm_found):
-            raise NonFiniteError(self._explain(computed))
-        self.dictionary.rule.check_codes(smallest)
-        if c.clip_grad_norm:  # the optimiser divides while it reads
-            self.optimizer.grad_scale = (norm / c.clip_grad_norm).clamp(min=1.0)
-        for name, parameter in parameters.items():
-            if (updated := self._updated[name]) is not parameter:
-                updated.grad = None if parameter.grad is None else parameter.grad.T
-        self.optimizer.param_groups[0]["lr"] = self.lr_at((self.n_steps + 0.5) / math.ceil(c.n_tokens / c.batch_size))
-        self.optimizer.step()
+        c = self.config
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.dictionary.parameters() if p.grad is not None])
+        self._note(computed, norm)
+        if not self.reads_later:
+            self.check(computed)
+        self.optimizer.step(
+            self.lr_at((self.n_steps + 0.5) / math.ceil(c.n_tokens / c.batch_size)),
+            self.n_steps + 1,
+            (norm / c.clip_grad_norm).clamp(min=1.0) if c.clip_grad_norm else None,  # the optimiser divides while it reads
+            self._watch.stopped if self.reads_later else None,
+        )
         with self._own_randomness():
-            self.dictionary.rule.observe(computed.step)
-            self.dictionary.rule.after_step(self.dictionary)
+            self._observe(computed.step)
+            if self._after_step:
+                self.dictionary.rule.after_step(self.dictionary)
         computed.step.release()
-        self._count(computed.n, computed.fires, dict(zip(losses, values, strict=True)))
+        self._count(computed.n, computed.fires)
+        if len(self._unread) >= MOST_UNREAD:
+            self.check()
+
+    def _note(self, computed: Contribution, norm: Float[Tensor, ""]) -> None:
+        """Note the numbers of a step that the host reads now or later."""
+        own = {NORM: norm, SMALLEST: computed.smallest, FIRED: computed.fires.sum()}
+        if self.reads_later:  # the batch is gone by then
+            own[ACTIVATIONS] = computed.step.x.sum() + computed.step.target.sum()
+        self._watch.note({name: x.to(norm.dtype) for name, x in (computed.losses | own).items()})
+        self._unread.append((computed.n, computed.n if self._is_late(computed.n) else 0))
+
+    def check(self, computed: Contribution | None = None) -> None:
+        """Read the numbers of the steps since the last reading, and add them to the sums that the log averages.
+
+        computed: the contribution of the last step, if it is at hand, to name the cause.
+
+        Raises:
+            PluginError, NonFiniteError: as in `step`.
+        """
+        steps, unread, self._unread = self._watch.read(), self._unread, []
+        for i, figures in enumerate(steps):
+            if not all(map(math.isfinite, figures.values())):
+                if self.reads_later:  # the steps since then have changed nothing, but were counted
+                    self.n_steps -= len(unread) - i
+                    self.n_seen -= sum(n for n, _ in unread[i:])
+                    self.fire_tokens -= sum(n for _, n in unread[i:])
+                raise self._diverged(figures, computed)
+            self.dictionary.rule.check_codes(figures.pop(SMALLEST))
+            figures["l0"] = figures.pop(FIRED) / unread[i][0]
+            for name, value in figures.items():
+                if name not in (NORM, ACTIVATIONS):
+                    self._sums[name] = self._sums.get(name, 0.0) + value
+            self._n_sums += 1
+
+    def _observe(self, step: DenseStep) -> None:
+        """Let the rule update its running estimates, unless a bad step has stopped the training."""
+        rule = self.dictionary.rule
+        before = [buffer.clone() for buffer in rule.buffers()] if self.reads_later else []
+        rule.observe(step)
+        for buffer, old in zip(rule.buffers() if before else (), before, strict=True):
+            buffer.copy_(torch.where(self._watch.stopped, old, buffer))
 
     @property
     def described(self) -> str:
         """The rule, the hooks and the progress of training, for messages."""
         return f"{self.config.sparsity} on {self.hooks} (after {self.n_seen:,} tokens)"
 
-    def _explain(self, computed: Contribution) -> str:
-        """Name the first thing that became NaN or infinite: the data, a parameter, a part of the loss, or a gradient."""
+    def _diverged(self, figures: dict[str, float], computed: Contribution | None) -> NonFiniteError:
+        """Return an error that names the first thing that became NaN or infinite.
+
+        That is the data, a parameter, a part of the loss, or a gradient.
+        """
         parameters = dict(self.dictionary.named_parameters())
-        gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-        parts = {name: loss for name, loss in computed.losses.items() if name != "loss"}
-        step = self.n_steps + 1
-        if not_finite({"x": computed.step.x, "target": computed.step.target}):
+        bad = {name for name, value in figures.items() if not math.isfinite(value)}
+        parts = [name for name in figures if name in bad and name not in ("loss", *OWN)]
+        gradients = {name: p.grad for name, p in parameters.items() if computed is not None and p.grad is not None}
+        step, in_activations = self.n_steps + 1, ACTIVATIONS in bad
+        if computed is not None:
+            in_activations = bool(not_finite({"x": computed.step.x, "target": computed.step.target}))
+        if in_activations:
             cause = "the activations"
         elif names := not_finite(parameters):
             cause, step = ", ".join(names), self.n_steps
-        elif names := not_finite(parts):
-            cause = f"the loss ({', '.join(names)})"
+        elif parts:
+            cause = f"the loss ({', '.join(parts)})"
         elif names := not_finite(gradients):
             cause = f"the gradient of {', '.join(names)}"
         else:
             cause = "the sum of the losses, or the norm of the gradient,"
-        return f"{cause} became NaN or infinite in step {step}, {self.described}"
+        error = NonFiniteError(f"{cause} became NaN or infinite in step {step}, {self.described}")
+        error.in_activations = in_activations
+        return error
 
-    def _count(self, n: int, counts: Int[Tensor, " d_sae"], values: dict[str, float]) -> None:
-        """Update the counters: tokens since each latent fired, firing frequencies, and the sums that the log averages."""
-        self.since_fired = torch.where(counts > 0, 0, self.since_fired + n)
-        if self.n_seen + n > (1 - max(self.config.decay, 0.1)) * self.config.n_tokens:
+    def _is_late(self, n: int) -> bool:
+        """Return whether the next n tokens count for the firing frequencies."""
+        return self.n_seen + n > (1 - max(self.config.decay, 0.1)) * self.config.n_tokens
+
+    def _count(self, n: int, counts: Int[Tensor, " d_sae"]) -> None:
+        """Update the counters: tokens since each latent fired, and firing frequencies."""
+        since = torch.where(counts > 0, 0, self.since_fired + n)
+        if self.reads_later:
+            since, counts = torch.where(self._watch.stopped, self.since_fired, since), counts * ~self._watch.stopped
+        self.since_fired = since
+        if self._is_late(n):
             self.fire_count += counts
             self.fire_tokens += n
         self.n_seen += n
         self.n_steps += 1
-        for name, value in {**values, "l0": int(counts.sum()) / n}.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-        self._n_sums += 1
 
     def log_line(self) -> dict[str, Any]:
         """Return the progress and the means since the last line, and begin new means. Losses are of scaled activations."""
+        self.check()
         means = {name: value / self._n_sums for name, value in self._sums.items()}
         self._sums, self._n_sums = {}, 0
         return {
@@ -304,7 +382,7 @@ class Trainer:
             **{name: round(value, 6) for name, value in means.items()},
             "fvu": round(means["mse"] / self.variance, 6),
             "dead": round(float((self.since_fired >= self.config.dead_after).float().mean()), 6),
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self.optimizer.lr,
         }
 
     @contextmanager
@@ -345,10 +423,13 @@ class Trainer:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return all that the next step depends on, as tensors and as plain data."""
+        self.check()
         tensors = {f"dictionary.{name}": x for name, x in self.dictionary.state_dict().items()}
-        for name, parameter in self._updated.items():
+        for name, parameter in self.optimizer.parameters.items():
             tensors |= {f"adam.{name}.{key}": x for key, x in self.optimizer.state[parameter].items()}
         tensors |= {"since_fired": self.since_fired, "fire_count": self.fire_count}
+        if self.reads_later and self._dead is not None:
+            tensors["dead"] = self._dead
         tensors |= {f"random.{i}": state for i, state in enumerate(self._random)}
         if self.shift is not None:
             tensors["shift"] = self.shift
@@ -380,9 +461,13 @@ class Trainer:
         state = self.dictionary.state_dict()
         for name, x in state.items():
             x.copy_(tensors[f"dictionary.{name}"])
-        for name, parameter in self._updated.items():
+        for name, parameter in self.optimizer.parameters.items():
             moments = {key.rsplit(".", 1)[1]: x for key, x in tensors.items() if key.startswith(f"adam.{name}.")}
             self.optimizer.state[parameter] = {key: x.to(parameter.device) for key, x in moments.items()}
+        self.optimizer.forget_rounded()
+        if self.reads_later and "dead" in tensors:
+            self._dead = tensors["dead"].to(self.since_fired.device)
+            self._dead_latents = self._dead.nonzero().squeeze(1)
         self.since_fired.copy_(tensors["since_fired"])
         self.fire_count.copy_(tensors["fire_count"])
         self._random = [tensors[f"random.{i}"] for i in range(len(self._random))]
@@ -393,13 +478,14 @@ class Trainer:
     def _check_tensors(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         """Raise ConfigError unless names, shapes and dtypes are those of this trainer; `copy_` would broadcast other shapes."""
         like = {f"dictionary.{name}": x for name, x in self.dictionary.state_dict().items()}
-        for name, parameter in self._updated.items():
+        for name, parameter in self.optimizer.parameters.items():
             if any(key.startswith(f"adam.{name}.") for key in tensors):  # it had a gradient
                 moments = {"exp_avg": parameter, "exp_avg_sq": parameter, "step": torch.zeros(())}
                 like |= {f"adam.{name}.{key}": x for key, x in moments.items()}
         like |= {"since_fired": self.since_fired, "fire_count": self.fire_count}
         like |= {f"random.{i}": x for i, x in enumerate(self._random)}
         like |= {} if self.shift is None else {"shift": self.shift}
+        like |= {"dead": self.since_fired > 0} if "dead" in tensors else {}  # of a run on a GPU
         other_devices = {name for name in tensors if name.startswith("random.")}
         names = shortened(like.keys() ^ (tensors.keys() - (other_devices - like.keys())))
         if names != "none":
