@@ -38,6 +38,15 @@ if find_spec("triton") and not torch.cuda.is_available():
 HOOKS = ("blocks.1.hook_resid_pre", "blocks.2.hook_mlp_out")
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leave out the tests that need a CUDA device if there is none, and those that pretend to have one if there is one."""
+    other = "pretended_gpu" if torch.cuda.is_available() else "gpu"
+    left_out = [item for item in items if item.get_closest_marker(other)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker(other)]
+
+
 @pytest.fixture(autouse=True)
 def unnamed_device_is_the_cpu(monkeypatch, request):
     """Tests compare with tensors on the CPU, so work runs there, also where there is a GPU, unless a device is named."""

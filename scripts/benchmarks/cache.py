@@ -2,9 +2,10 @@
 
     python scripts/benchmarks/cache.py --peer-python /path/to/venv-with-sae-lens/bin/python
 
-Activations are random numbers of width 768; no model runs. Times are medians over rounds in which the contestants take turns.
-The memory limit is on what the process may allocate (RLIMIT_DATA), set after the imports; the system's file cache does not
-count. The quality of the shuffle is the share of pairs within a batch that come from the same document of 500 tokens.
+Activations are random numbers of width 768; no model runs. With --device cuda they come from the GPU, and batches go there.
+Times are medians over rounds in which the contestants take turns. The memory limit is on what the process may allocate
+(RLIMIT_DATA), set after the imports; the system's file cache does not count. The quality of the shuffle is the share of pairs
+within a batch that come from the same document of 500 tokens.
 """
 
 import argparse
@@ -17,12 +18,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from shared import parser, write_report
+from shared import now, parser, source, write_report
 
 import saelens_lite as sl
 from saelens_lite.cache.capture import _ShardWriter
@@ -34,21 +34,21 @@ D_IN, BATCH = 768, 4096
 DOCUMENT = 500
 
 PEER = """
-import sys, time, json, torch
+import sys, json, torch
 from sae_lens.training.mixing_buffer import mixing_buffer
-sizes, batch, n, threads = json.loads(sys.argv[1])
+sizes, batch, n, threads, device = json.loads(sys.argv[1])
 torch.set_num_threads(threads)
-piece = torch.randn(4096, 768)
+piece = torch.randn(4096, 768).to(device)
 def loader():
     while True:
         yield piece
 for size in sizes:
     batches = mixing_buffer(size, batch, loader())
     next(batches)
-    start = time.perf_counter()
+    start = now(device)
     for _ in range(n // batch):
         next(batches)
-    print(json.dumps({"size": size, "tokens_per_s": n / (time.perf_counter() - start)}), flush=True)
+    print(json.dumps({"size": size, "tokens_per_s": n / (now(device) - start)}), flush=True)
 """
 
 
@@ -67,24 +67,24 @@ def write_cache(folder: Path, pieces: Iterator[dict[str, torch.Tensor]], dtype: 
     write_json(folder / MANIFEST, manifest)
 
 
-def random_pieces(n: int) -> Iterator[dict[str, torch.Tensor]]:
+def random_pieces(n: int, device: str) -> Iterator[dict[str, torch.Tensor]]:
     """Yield n activations in pieces of 8,192, with the same numbers in each."""
-    x = torch.randn(8192, D_IN, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(8192, D_IN, generator=torch.Generator().manual_seed(0)).to(device)
     for _ in range(n // len(x)):
         yield {"tokens": torch.zeros(len(x), dtype=torch.int32), "x": x}
 
 
-def seconds(work: Callable[[], object]) -> float:
+def seconds(work: Callable[[], object], device: str) -> float:
     """Return the seconds that it takes."""
-    start = time.perf_counter()
+    start = now(device)
     work()
-    return time.perf_counter() - start
+    return now(device) - start
 
 
-def epoch(cache: sl.ActivationCache) -> None:
-    """Read everything once, in shuffled batches."""
-    for _ in itertools.islice(cache.batches(["x"], BATCH, 0), cache.n_tokens // BATCH):
-        pass
+def epoch(cache: sl.ActivationCache, device: str) -> None:
+    """Read everything once, in shuffled batches, on the device."""
+    for batch in itertools.islice(cache.batches(["x"], BATCH, 0), cache.n_tokens // BATCH):
+        batch["x"].to(device)
 
 
 def copy(source: Path, to: Path) -> None:
@@ -95,7 +95,7 @@ def copy(source: Path, to: Path) -> None:
             os.fsync(copied.fileno())
 
 
-def disk(folder: Path, n: int, rounds: int) -> dict[str, float]:
+def disk(folder: Path, n: int, rounds: int, device: str) -> dict[str, float]:
     """GB/s of writing, of a file copy, of reading with and without checking, and of a plain read."""
     times: dict[str, list[float]] = {}
     for i in range(rounds):
@@ -107,12 +107,12 @@ def disk(folder: Path, n: int, rounds: int) -> dict[str, float]:
                 file.read_bytes()
 
         (folder / f"copy{i}").mkdir()
-        found = {"write": seconds(lambda path=path: write_cache(path, random_pieces(n), torch.float16))}
-        found["file copy"] = seconds(lambda path=path, i=i: copy(path, folder / f"copy{i}"))
+        found = {"write": seconds(lambda path=path: write_cache(path, random_pieces(n, device), torch.float16), device)}
+        found["file copy"] = seconds(lambda path=path, i=i: copy(path, folder / f"copy{i}"), device)
         cache = sl.ActivationCache.open(path)
-        found["read, checked"] = seconds(lambda cache=cache: epoch(cache))
-        found["read again"] = seconds(lambda cache=cache: epoch(cache))
-        found["plain read"] = seconds(plain_read)
+        found["read, checked"] = seconds(lambda cache=cache: epoch(cache, device), device)
+        found["read again"] = seconds(lambda cache=cache: epoch(cache, device), device)
+        found["plain read"] = seconds(plain_read, device)
         for name, value in found.items():
             times.setdefault(name, []).append(n_bytes / value / 1e9)
         shutil.rmtree(folder / f"copy{i}")
@@ -169,34 +169,32 @@ def shuffle(folder: Path, n: int) -> dict[str, float]:
 class _Fed(sl.ActivationStream):
     """A live buffer that is fed the same made-up activations again and again."""
 
-    def __init__(self, buffer_tokens: int):
+    def __init__(self, buffer_tokens: int, device: str):
         self.hooks, self.block, self._first = ("x",), buffer_tokens // 2, None
-        self._piece = {"x": torch.randn(4096, D_IN)}
+        self._piece = {"x": torch.randn(4096, D_IN).to(device)}
 
     def _pieces(self, skip: int) -> Iterator[dict[str, torch.Tensor]]:
         return itertools.repeat(self._piece)
 
 
-def live(sizes: list[int], n: int, peer_python: str | None, threads: int) -> dict[str, dict[int, int]]:
+def live(sizes: list[int], n: int, peer_python: str | None, threads: int, device: str) -> dict[str, dict[int, int]]:
     """Return tokens a second out of buffers of several sizes."""
     found: dict[str, dict[int, int]] = {"ours": {}}
     for size in sizes:
-        batches = cut_into_batches(_Fed(size)._rounds(["x"], 0, 0, 0), BATCH)
+        batches = cut_into_batches(_Fed(size, device)._rounds(["x"], 0, 0, 0), BATCH)
         next(batches)
-        taken = seconds(lambda batches=batches: [next(batches) and None for _ in range(n // BATCH)])
+        taken = seconds(lambda batches=batches: [next(batches) and None for _ in range(n // BATCH)], device)
         found["ours"][size] = round(n / taken)
     if peer_python:
-        arguments = json.dumps([sizes, BATCH, n, threads])
-        lines = subprocess.run(
-            [peer_python, "-c", PEER, arguments], capture_output=True, text=True, check=True
-        ).stdout.splitlines()
+        command = [peer_python, "-c", source(now) + PEER, json.dumps([sizes, BATCH, n, threads, device])]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
         answers = [json.loads(line) for line in lines if line.startswith("{")]
         found["SAELens"] = {answer["size"]: round(answer["tokens_per_s"]) for answer in answers}
     return found
 
 
 def main() -> None:
-    options = parser(__doc__, rounds=3)
+    options = parser(__doc__, rounds=3, device=True)
     options.add_argument("--tokens", type=int, default=2**20, help="activations in the cache")
     options.add_argument("--limit", type=int, default=700, help="MiB a process may allocate while it reads the cache")
     options.add_argument("--buffers", type=int, nargs="+", default=[8192, 65_536, 262_144])
@@ -208,11 +206,11 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        report = {"GB/s": disk(folder, args.tokens, args.rounds)}
+        report = {"GB/s": disk(folder, args.tokens, args.rounds, args.device)}
         command = [sys.executable, __file__, "--limited", str(folder / f"cache{args.rounds - 1}"), "--limit", str(args.limit)]
         report["memory"] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
         report["pairs from one document"] = shuffle(folder, args.tokens)
-        report["live buffer, tokens/s"] = live(args.buffers, 2**19, args.peer_python, args.threads)
+        report["live buffer, tokens/s"] = live(args.buffers, 2**19, args.peer_python, args.threads, args.device)
     print(json.dumps(report, indent=1))
     write_report(args, report)
 

@@ -23,7 +23,9 @@ HOOK, N_CTX = "blocks.8.hook_resid_pre", 128  # of GPT-2 small
 FREE_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
-def parser(doc: str, *, rounds: int, peers: str | None = "sae-lens", required: bool = False) -> argparse.ArgumentParser:
+def parser(
+    doc: str, *, rounds: int, peers: str | None = "sae-lens", required: bool = False, device: bool = False
+) -> argparse.ArgumentParser:
     """Return a parser with the options of every benchmark.
 
     Args:
@@ -31,12 +33,15 @@ def parser(doc: str, *, rounds: int, peers: str | None = "sae-lens", required: b
         rounds: Default of --rounds.
         peers: Packages that the environment of --peer-python needs; None leaves that option out.
         required: Whether --peer-python has to be given.
+        device: Whether the benchmark can run on a GPU.
     """
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--rounds", type=int, default=rounds)
     made.add_argument("--threads", type=int, default=torch.get_num_threads())
     if peers is not None:
         made.add_argument("--peer-python", required=required, help=f"Python of an environment with {peers}")
+    if device:
+        made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     made.add_argument("--json", type=Path, help="file to write the results to")
     return made
 
@@ -61,15 +66,35 @@ def random_gpt2(**shape: int) -> "GPT2LMHeadModel":
 # Functions for other tools' processes
 
 
-def high_water() -> tuple[int, int]:
-    """Return (peak since `forget_peak`, now) of this process's memory in bytes, as Linux counts it."""
+def now(device: str = "cpu") -> float:
+    """Return a time in seconds, after all work on the device is done."""
+    import time
+
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def high_water(device: str = "cpu") -> tuple[int, int]:
+    """Return (peak since `forget_peak`, now) in bytes: of this process's memory as Linux counts it, or of tensors on a GPU."""
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
     with open("/proc/self/status") as file:
         facts = dict(line.split(":") for line in file if line.startswith("Vm"))
     return int(facts["VmHWM"].split()[0]) * 1024, int(facts["VmRSS"].split()[0]) * 1024
 
 
-def forget_peak() -> None:
-    """Set the peak of this process's memory to what it uses now."""
+def forget_peak(device: str = "cpu") -> None:
+    """Set the peak of this process's memory, or of tensors on a GPU, to what is used now."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
 
