@@ -34,29 +34,28 @@ class Matryoshka(BatchTopK):
 
     config: Config
 
+    def __init__(self, config: Config, *, d_in: int, d_sae: int):
+        super().__init__(config, d_in=d_in, d_sae=d_sae)
+        self.register_buffer("ends", torch.tensor(self.lengths()), persistent=False)
+
     def lengths(self) -> list[int]:
         """Return m for all prefixes but the last."""
         lengths = {max(1, round(share * self.d_sae)) for share in self.config.prefixes}
         return sorted(lengths - {self.d_sae})
 
     def losses(self, step: Step):
-        lengths = self.lengths()
-        if not lengths:
+        if not len(self.ends):
             return super().losses(step)
         without_codes = rearrange(step.target - step.base(), "batch d_out -> batch 1 d_out")
-        error = without_codes - self._decode_slices(step, lengths).cumsum(
-            1
-        )  # one thread per sum on a GPU, so the order is fixed
+        error = without_codes - self._decode_slices(step).cumsum(1)  # a thread for each sum on a GPU
         return {"prefixes": error.square().sum((1, 2)).mean(), **super().losses(step)}
 
-    def _decode_slices(self, step: Step, lengths: list[int]):
+    def _decode_slices(self, step: Step):
         """Return [batch prefix d_out]: the part that each prefix adds to the one before. Every latent is decoded once."""
-        inner = step.codes.where(step.codes.latent < lengths[-1])
+        inner, ends = step.codes.where(step.codes.latent < self.ends[-1]), self.ends
         latent = inner.latent
-        ends = torch.tensor(lengths, device=latent.device)
-        piece = inner.row * len(ends) + torch.bucketize(
-            latent, ends, right=True
-        )  # ascending, because latents ascend within a row
+        # ascending, because latents ascend within a row
+        piece = inner.row * len(ends) + torch.bucketize(latent, ends, right=True)
         begins = torch.searchsorted(piece, torch.arange(len(step.x) * len(ends) + 1, device=piece.device))
         codes = SparseCodes.of(Support(begins, latent), inner.value, self.d_sae)
         return rearrange(step.decode(codes), "(batch prefix) d_out -> batch prefix d_out", prefix=len(ends))
