@@ -1,5 +1,6 @@
 """The Triton kernels against float64 dense references: compiled where there is a GPU, by Triton's interpreter elsewhere."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import saelens_lite
-from saelens_lite.codes import Support, support_of_indices, support_of_mask
+from saelens_lite.codes import Support, gpu, support_of_indices, support_of_mask
 from saelens_lite.codes.gpu import available
 from saelens_lite.errors import ShapeError
 
@@ -25,6 +27,7 @@ INTERPRET = "1" if DEVICE == "cpu" else "0"
 with pytest.MonkeyPatch.context() as patch:  # for this module alone: conftest.py says why
     patch.setenv("TRITON_INTERPRET", INTERPRET)
     from saelens_lite.codes import triton_kernels as kernels
+    from saelens_lite.codes import triton_products, triton_select, triton_threshold
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -37,8 +40,8 @@ def interpreter():
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Rows of dozens of columns in several pieces and several rounds; a cut after every third pair."""
-    monkeypatch.setattr(kernels, "PIECE", 16)
-    monkeypatch.setattr(kernels, "CUT", 3)
+    monkeypatch.setattr(triton_select, "PIECE", 16)
+    monkeypatch.setattr(triton_products, "CUT", 3)
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -91,15 +94,58 @@ def test_topk_of_any_shape_in_many_pieces(n, d_sae, data):
     if data.draw(st.booleans()):
         pre = pre.mul(2).round()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "PIECE", 16)
+        patch.setattr(triton_select, "PIECE", 16)
         assert kernels.topk(pre, k).tolist() == largest(pre, k)
 
 
-@pytest.mark.parametrize(("d_sae", "k"), [(9_001, 3), (8_193, 200)])
-def test_topk_of_wide_rows(d_sae, k):
-    pre = randn(1, d_sae)
-    pre[0, ::97] = 2.5  # ties across pieces
-    assert kernels.topk(pre, k).tolist() == largest(pre, k)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("size", [8, 32])
+def test_topk_by_groups_is_exact(name, size, dtype):
+    pre = ROWS[name].to(DEVICE, dtype)
+    n_groups = -(-pre.shape[1] // size)
+    for k in {1, min(2, n_groups), n_groups}:
+        assert triton_select._topk_by_groups(gpu.with_whole_rows(pre), k, size).tolist() == largest(pre, k)
+
+
+@given(st.integers(1, 3), st.integers(1, 300), st.sampled_from([8, 16, 64]), st.data())
+def test_topk_by_groups_of_any_shape(n, d_sae, size, data):
+    k = data.draw(st.integers(1, -(-d_sae // size)))
+    pre = randn(n, d_sae, seed=n * d_sae + k)
+    if data.draw(st.booleans()):
+        pre = pre.round()
+    if data.draw(st.booleans()):
+        pre[:, data.draw(st.integers(0, d_sae - 1))] = NAN
+    assert triton_select._topk_by_groups(pre, k, size).tolist() == largest(pre, k)
+
+
+@pytest.mark.parametrize(
+    ("d_sae", "k", "by_groups"),
+    [
+        (9_001, 3, True),
+        (8_193, 200, True),
+        (20_000, 700, True),
+        (5_000, 2_000, False),
+        (1_000, 3, False),
+    ],
+)
+def test_topk_of_wide_rows(d_sae, k, by_groups):
+    assert (triton_select._best_group_size(d_sae, k) is not None) == by_groups
+    for dtype in (torch.float32, torch.bfloat16):
+        pre = randn(1, d_sae).to(dtype)
+        pre[0, ::97] = 2.5  # ties across pieces and groups
+        assert kernels.topk(pre, k).tolist() == largest(pre, k)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_group_maxima_are_the_keys_of_the_maxima(dtype):
+    """The order of the keys, as unsigned numbers, is the order of the maxima."""
+    pre = torch.cat([randn(3, 50), torch.full((3, 5), -INF).to(DEVICE)], 1).to(dtype)
+    pre[1, 20], pre[2, 40], pre[0, 3] = NAN, INF, -0.0
+    maxima = triton_select.group_maxima(pre, 8).long() & (0xFFFF if dtype == torch.bfloat16 else 0xFFFFFFFF)
+    groups = torch.nn.functional.pad(pre.double(), (0, 1), value=-INF).reshape(21, 8).tolist()
+    order = sorted(range(21), key=lambda i: (any(x != x for x in groups[i]), max(x for x in groups[i] if x == x)))  # noqa: PLR0124
+    assert maxima.flatten().argsort(stable=True).tolist() == order
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 5), (3, 0)])
@@ -112,6 +158,110 @@ def test_topk_of_nothing(shape):
 def test_topk_wants_a_k_that_fits(k):
     with pytest.raises(ShapeError, match=f"top-k was asked for {k} of 5 latents; k must lie between 0 and their number"):
         kernels.topk(torch.zeros(2, 5, device=DEVICE), k)
+
+
+# --- the largest of a matrix, and entries above a threshold -----------------------------------------------------------------
+
+
+def in_compressed_rows(n_rows: int, pairs: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    """Return (offsets of the rows, latents) of (row, latent) pairs."""
+    pairs = sorted(pairs)
+    return [sum(row < i for row, _ in pairs) for i in range(n_rows + 1)], [latent for _, latent in pairs]
+
+
+def largest_of_all(pre: torch.Tensor, n: int) -> tuple[list[int], list[int]]:
+    """Return the n largest entries by sorting in Python: NaN first, then by value, then in row-major order."""
+    entries = [(x == x, -x, r, i) for r, row in enumerate(pre.double().tolist()) for i, x in enumerate(row)]  # noqa: PLR0124
+    return in_compressed_rows(len(pre), [(r, i) for _, _, r, i in sorted(entries)[:n]])
+
+
+def lists(found: tuple[torch.Tensor, torch.Tensor]) -> tuple[list[int], list[int]]:
+    assert all(part.dtype == torch.long for part in found)
+    return found[0].tolist(), found[1].tolist()
+
+
+def a_heavy_row(n: int, d_sae: int) -> torch.Tensor:
+    """Return entries of which one row has all the largest, with ties across rows."""
+    pre = randn(n, d_sae).round()
+    pre[n // 2] += 9
+    return pre
+
+
+MATRICES = ROWS | {
+    "many groups": randn(5, 130),
+    "many groups with ties": randn(5, 130).mul(2).round(),
+    "a heavy row": a_heavy_row(5, 70),
+    "NaN in some rows": torch.where(randn(4, 66) > 1.9, torch.tensor(NAN).to(DEVICE), randn(4, 66, seed=1)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MATRICES)
+def test_n_largest_is_exact(name, dtype):
+    pre = MATRICES[name].to(DEVICE, dtype)
+    n = min(2 * len(pre), pre.numel() // 2)
+    assert lists(kernels.n_largest(pre, n)) == largest_of_all(pre, n)
+
+
+@pytest.mark.parametrize("n", [0, 1, 10, 20])
+def test_n_largest_of_any_number(n):
+    pre = randn(2, 10)
+    assert lists(kernels.n_largest(pre, n)) == largest_of_all(pre, n)
+
+
+@settings(max_examples=8)
+@given(st.integers(1, 4), st.integers(1, 150), st.data())
+def test_n_largest_of_any_shape(n_rows, d_sae, data):
+    pre = randn(n_rows, d_sae, seed=n_rows + d_sae)
+    if data.draw(st.booleans()):
+        pre = pre.round()
+    n = data.draw(st.integers(0, pre.numel()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_threshold, "BLOCK", 64)  # several rounds in a row
+        assert lists(kernels.n_largest(pre, n)) == largest_of_all(pre, n)
+
+
+@pytest.mark.parametrize("n", [-1, 11])
+def test_n_largest_wants_as_many_entries(n):
+    with pytest.raises(
+        ShapeError, match=f"the {n} largest of 10 entries were asked for; n must lie between 0 and their number"
+    ):
+        unwrap(kernels.n_largest)(torch.zeros(2, 5, device=DEVICE), n)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MATRICES)
+def test_entries_above_a_threshold(monkeypatch, name, dtype):
+    monkeypatch.setattr(triton_threshold, "CHUNK", 64)  # several chunks in a row
+    pre = MATRICES[name].to(DEVICE, dtype)
+    for bound in (0.5, randn(pre.shape[1], seed=7)):
+        wanted = (pre.float() > bound).nonzero().tolist()
+        assert lists(kernels.above(pre, bound)) == in_compressed_rows(len(pre), [tuple(pair) for pair in wanted])
+
+
+@pytest.mark.parametrize(("threshold", "latents"), [(-INF, [1, 2, 4]), (1.0, [2]), (INF, [])])
+def test_nothing_is_above_itself(threshold, latents):
+    pre = torch.tensor([[-INF, 1.0, INF, NAN, -3.0]], device=DEVICE)
+    assert lists(kernels.above(pre, threshold)) == ([0, len(latents)], latents)
+
+
+@pytest.mark.parametrize("d_sae", [2_048, 2_049])
+def test_entries_above_a_threshold_in_wide_rows(d_sae):
+    pre = randn(2, d_sae)
+    pre[0] = -1
+    wanted = (pre > 1.5).nonzero().tolist()
+    assert lists(kernels.above(pre, 1.5)) == in_compressed_rows(2, [tuple(pair) for pair in wanted])
+
+
+def test_thresholds_want_one_for_each_latent():
+    with pytest.raises(ShapeError, match=r"5 latents need as many thresholds, not a tensor of shape \(4,\)"):
+        unwrap(kernels.above)(torch.zeros(2, 5, device=DEVICE), torch.zeros(4, device=DEVICE))
+
+
+def test_no_rows_have_no_largest_entries():
+    nothing = torch.zeros(0, 5, device=DEVICE)
+    assert lists(kernels.n_largest(nothing, 0)) == ([0], [])
+    assert lists(kernels.above(nothing, 0.0)) == ([0], [])
 
 
 # --- products ------------------------------------------------------------------------------------------------------------
@@ -169,13 +319,29 @@ def test_products_of_a_support(kind):
 def test_products_of_any_shape(n, d_sae, d, density, cut):
     support = support_of_mask(torch.rand(n, d_sae, generator=torch.Generator().manual_seed(d)).to(DEVICE) < density)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "CUT", cut)
+        patch.setattr(triton_products, "CUT", cut)
         assert_products(support, d_sae, randn(len(support.latent)), randn(n, d, seed=1), randn(d_sae, d, seed=2))
 
 
 def test_products_of_more_columns_than_a_block():
     support, d_sae = support_like("random")
     assert_products(support, d_sae, randn(len(support.latent)), randn(7, 300, seed=1), randn(d_sae, 300, seed=2))
+
+
+def long_rows(lengths: list[int], d_sae: int) -> Support:
+    """Return a support with so many pairs in each row."""
+    crow = torch.tensor([0, *lengths]).cumsum(0)
+    latent = torch.cat([torch.arange(n) * 7 % d_sae for n in lengths])
+    return Support(crow.to(DEVICE), latent.to(DEVICE))
+
+
+@pytest.mark.parametrize(("lengths", "d"), [([0, 20_000, 0, 3], 5), ([300, 0, 250], 70), ([5] * 3, 1_030)])
+def test_pair_products_of_long_and_empty_rows(lengths, d):
+    d_sae = 20_011
+    support = long_rows(lengths, d_sae)
+    left, right = randn(len(lengths), d, seed=1), randn(d_sae, d, seed=2)
+    wanted = torch.cat([right[i].double() @ row for row, i in zip(left.double(), support.latent.split(lengths), strict=True)])
+    torch.testing.assert_close(kernels.pair_products(support, left, right).double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 def between_nan(matrix: torch.Tensor) -> torch.Tensor:
@@ -281,6 +447,122 @@ def test_gradients_of_a_training_step():
         torch.testing.assert_close(found.double(), exact.detach(), rtol=1e-4, atol=1e-4)
 
 
+# --- the optimiser --------------------------------------------------------------------------------------------------------
+
+
+def unit_rows(matrix: torch.Tensor) -> torch.Tensor:
+    return matrix / matrix.norm(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("shape", [(7, 20), (3, 1_500), (1, 1), (2, 4_099)])
+@pytest.mark.parametrize("unit", [False, True])
+def test_adam_rows_do_as_torch(shape, unit):
+    """Four steps, of which one is skipped, with clipped gradients."""
+    lr, betas, eps, largest_norm = 0.01, (0.9, 0.99), 1e-6, 0.5
+    p, m, v = randn(*shape), torch.zeros(shape, device=DEVICE), torch.zeros(shape, device=DEVICE)
+    half, exact = p.bfloat16(), torch.nn.Parameter(p.double())
+    optimiser, n_steps = torch.optim.Adam([exact], lr=lr, betas=betas, eps=eps), 0
+    for skip in (False, False, True, False):
+        g = randn(*shape, seed=n_steps + 1) * 10.0**-n_steps
+        scale = 1 / max(1.0, float(g.double().norm()) / largest_norm)
+        if not skip:
+            n_steps += 1
+            exact.grad = g.double() * scale
+            optimiser.step()
+            if unit:
+                exact.data = unit_rows(exact.data)
+        step_size, root = lr / (1 - betas[0] ** n_steps), (1 - betas[1] ** n_steps) ** -0.5
+        numbers = [torch.tensor(number, device=DEVICE) for number in (scale, step_size, root)]
+        settings = dict(zip(("scale", "step_size", "root"), numbers, strict=True), skip=torch.tensor(skip, device=DEVICE))
+        kernels.adam_rows_(p, m, v, g, half=half, unit=unit, betas=betas, eps=eps, **settings)
+        torch.testing.assert_close(p.double(), exact.data, rtol=2e-6, atol=2e-6)
+    state = optimiser.state[exact]
+    torch.testing.assert_close(m.double(), state["exp_avg"], rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(v.double(), state["exp_avg_sq"], rtol=1e-5, atol=1e-10)
+    if DEVICE == "cuda":
+        assert torch.equal(half, p.bfloat16())
+    else:  # the interpreter cuts digits off where a GPU rounds
+        assert bool(((half.float() - p).abs() <= p.abs() * 2**-7).all())
+
+
+def adam_arguments(shape: tuple[int, int] = (3, 5)) -> tuple[list[torch.Tensor], dict]:
+    """Return tensors p, m, v, g and settings of a step."""
+    tensors = [randn(*shape, seed=seed).abs() for seed in range(4)]
+    one = torch.tensor(1.0, device=DEVICE)
+    numbers = {"scale": one, "step_size": one, "root": one, "skip": torch.tensor(0, device=DEVICE)}
+    return tensors, {**numbers, "half": tensors[0].bfloat16(), "unit": True, "betas": (0.9, 0.999), "eps": 1e-8}
+
+
+@pytest.mark.parametrize("flag", [True, 1, 7])
+def test_a_skipped_step_changes_nothing(flag):
+    tensors, settings = adam_arguments()
+    tensors[3][0, 0] = NAN
+    changing = [*tensors[:3], settings["half"]]
+    before = [tensor.clone() for tensor in changing]
+    kernels.adam_rows_(*tensors, **{**settings, "skip": torch.tensor(flag, device=DEVICE)})
+    assert all(torch.equal(a, b) for a, b in zip(changing, before, strict=True))
+    kernels.adam_rows_(*tensors, **settings)
+    assert not any(torch.equal(a, b) for a, b in zip(changing, before, strict=True))
+
+
+def test_a_row_of_zeros_stays_without_a_direction():
+    tensors, settings = adam_arguments()
+    for tensor in tensors:
+        tensor[1] = 0.0
+    kernels.adam_rows_(*tensors, **settings)
+    assert tensors[0][1].tolist() == [0.0] * 5
+    torch.testing.assert_close(tensors[0][[0, 2]].norm(dim=1), torch.ones(2, device=DEVICE))
+
+
+def test_adam_rows_want_tensors_that_fit():
+    tensors, settings = adam_arguments()
+    p, m, v, g = tensors
+    with pytest.raises(
+        ShapeError, match=r"gradients of a parameter of shape \(3, 5\) must have this shape .* shape is \(3, 4\)"
+    ):
+        unwrap(kernels.adam_rows_)(p, m, v, g[:, 1:], **settings)
+    with pytest.raises(ShapeError, match=r"must have this shape and be contiguous; .* strides are \(1, 3\)"):
+        kernels.adam_rows_(p, m, v, g.T.contiguous().T, **settings)
+
+
+# --- waiting --------------------------------------------------------------------------------------------------------------
+
+
+class Waits(TorchDispatchMode):
+    """Lists the operations whose result on a GPU the CPU waits for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        waiting = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(function.tags)
+        masked = function is torch.ops.aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if waiting or masked:
+            self.seen.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_only_a_number_of_entries_is_waited_for():
+    pre, wide = randn(3, 50), randn(1, 2_000)
+    support, d_sae = support_like("random")
+    value, by_row, by_latent = randn(len(support.latent)), randn(7, 5, seed=1), randn(d_sae, 5, seed=2)
+    kernels.transposed_product(support, value, by_row, d_sae)  # the support derives its indices once
+    tensors, settings = adam_arguments()
+    with Waits() as waits:
+        kernels.topk(pre, 4)
+        kernels.topk(wide, 4)
+        kernels.n_largest(pre, 70)
+        kernels.decode(support, value, by_latent)
+        kernels.pair_products(support, by_row, by_latent)
+        kernels.transposed_product(support, value, by_row, d_sae)
+        kernels.adam_rows_(*tensors, **settings)
+    assert waits.seen == []
+    with waits:
+        kernels.above(pre, 0.5)
+    assert waits.seen == ["_local_scalar_dense.default"]
+
+
 # --- where the kernels run -----------------------------------------------------------------------------------------------
 
 
@@ -309,42 +591,34 @@ def test_asking_for_them_does_not_import_triton():
     assert in_a_fresh_process(code, TRITON_INTERPRET="1") == "True False False"
 
 
-# What a GPU would launch, compiled for an H100 as it would be there, launched nowhere: the compiler refuses what the
-# interpreter lets pass.
-COMPILE = """
-import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
-
-class NoDriver:
-    def get_current_target(self): return GPUTarget("cuda", 90, 32)
-    def get_current_device(self): return 0
-    def get_current_stream(self, device): return 0
-
-def compile_only(kernel, *args, **options):
-    binary = launch(kernel, *args, **{**options, "warmup": True})
-    assert len(binary.asm["cubin"]) > 1000
-    print(kernel.__name__)
-
-driver.set_active(NoDriver())
-launch, JITFunction.run = JITFunction.run, compile_only
-
-from saelens_lite.codes import support_of_indices, triton_kernels as kernels
-
-for d_sae, k in [(8192, 40), (5, 1)]:
-    kernels.topk(torch.zeros(2, d_sae), k)
-support, value = support_of_indices(torch.arange(12).reshape(4, 3)), torch.ones(12)
-for d, dtype in [(768, torch.float32), (1, torch.bfloat16)]:
-    kernels.decode(support, value, torch.ones(16, d, dtype=dtype))
-    kernels.pair_products(support, torch.ones(4, d, dtype=dtype), torch.ones(16, d, dtype=dtype))
-    kernels.transposed_product(support, value, torch.ones(4, d, dtype=dtype), 16)
-"""
-
-
-def test_the_kernels_compile_for_an_h100(tmp_path):
-    compiled = in_a_fresh_process(COMPILE, TRITON_CACHE_DIR=str(tmp_path)).split()
-    assert compiled == ["_select"] * 3 + ["_sum_rows", "_dot_rows", "_sum_rows", "_sum_rows"] * 2
+def test_the_kernels_compile_without_spills(tmp_path):
+    """For an A100 and an H100, launched nowhere: the compiler refuses what the interpreter lets pass."""
+    script = Path(__file__).parents[1] / "scripts/benchmarks/kernel_report.py"
+    code = f"import runpy, sys; sys.argv[1:] = ['--json', {str(tmp_path / 'report.json')!r}]\n"
+    in_a_fresh_process(f"{code}runpy.run_path({str(script)!r}, run_name='__main__')", TRITON_CACHE_DIR=str(tmp_path))
+    report = json.loads((tmp_path / "report.json").read_text())
+    launched = {
+        "_group_maxima",
+        "_select_by_groups",
+        "_select",
+        "_sum_rows",
+        "_dot_rows",
+        "_sum_cuts",
+        "_sum_latents",
+        "_adam_rows",
+    }
+    launched |= {
+        "_count_maxima",
+        "_list_groups",
+        "_count_entries",
+        "_count_rows",
+        "_write_largest",
+        "_mark_above",
+        "_write_marked",
+    }
+    assert {one["kernel"] for one in report} == launched
+    assert {one["sm"] for one in report} == {80, 90}
+    assert [one for one in report if one["spilled"]] == []
 
 
 RULES = {
