@@ -126,6 +126,7 @@ def test_topk_by_groups_of_any_shape(n, d_sae, size, data):
         (8_193, 200, True),
         (20_000, 700, True),
         (5_000, 2_000, False),
+        (5_000, 4_500, False),
         (1_000, 3, False),
     ],
 )
@@ -209,15 +210,15 @@ def test_n_largest_of_any_number(n):
     assert lists(kernels.n_largest(pre, n)) == largest_of_all(pre, n)
 
 
-@settings(max_examples=8)
-@given(st.integers(1, 4), st.integers(1, 150), st.data())
+@settings(max_examples=6)
+@given(st.integers(1, 3), st.integers(1, 150), st.data())
 def test_n_largest_of_any_shape(n_rows, d_sae, data):
     pre = randn(n_rows, d_sae, seed=n_rows + d_sae)
     if data.draw(st.booleans()):
         pre = pre.round()
     n = data.draw(st.integers(0, pre.numel()))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_threshold, "BLOCK", 64)  # several rounds in a row
+        patch.setattr(triton_threshold, "BLOCK", 128)  # several rounds in a row
         assert lists(kernels.n_largest(pre, n)) == largest_of_all(pre, n)
 
 
@@ -402,6 +403,10 @@ def test_the_same_input_gives_the_same_bytes():
     first = kernels.transposed_product(support, value, by_row, d_sae)
     for _ in range(3):
         assert torch.equal(kernels.transposed_product(support, value, by_row, d_sae), first)
+    pre = randn(6, 70).round()
+    found = kernels.n_largest(pre, 40)
+    for _ in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(kernels.n_largest(pre, 40), found, strict=True))
 
 
 def test_products_want_tensors_that_fit():

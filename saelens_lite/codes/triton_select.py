@@ -5,6 +5,7 @@ maxima, the first ones. So one pass over the entries writes the maxima, and ever
 by their keys, so a result is exact: of equal entries the first wins, −0 equals 0 and NaN beats infinity.
 """
 
+import math
 from typing import no_type_check
 
 import torch
@@ -16,9 +17,9 @@ from torch import Tensor
 from saelens_lite.codes.gpu import with_whole_rows
 from saelens_lite.errors import ShapeError
 
-GROUP_SIZES = (8, 16, 32, 64)  # columns of a group
+GROUP_SIZES = (64, 32, 16, 8, 4)  # columns of a group; of equally good sizes the first
 FEWEST = 1024  # columns of a row from which groups are worth another launch
-WIDEST = 16384  # most groups or candidates that a program keeps in registers
+WIDEST = 8192  # most groups or candidates that a program keeps in registers
 PIECE = 4096  # columns of a piece of a row, if groups do not pay
 PER_THREAD = 16  # entries per thread, which stay in registers
 TILE = 4096  # entries of which one program finds the maxima
@@ -66,11 +67,8 @@ def _largest(key, k, BITS: tl.constexpr, N: tl.constexpr):
 
     above, tie = (key > threshold).to(tl.int32), (key == threshold).to(tl.int32)
     n_ties = k - tl.sum(above, 0)
-    if N < 32768:  # both ranks fit into one number, and so need one scan
-        ranks = tl.cumsum(above | (tie << 16), 0)
-        rank, tie_rank = ranks & 0xFFFF, ranks >> 16
-    else:
-        rank, tie_rank = tl.cumsum(above, 0), tl.cumsum(tie, 0)
+    ranks = tl.cumsum(above | (tie << 16), 0)  # both in one scan, since N < 2¹⁵
+    rank, tie_rank = ranks & 0xFFFF, ranks >> 16
     take = (above > 0) | ((tie > 0) & (tie_rank <= n_ties))
     return take, rank + tl.minimum(tie_rank, n_ties) - 1
 
@@ -146,8 +144,9 @@ def topk(pre: Float[Tensor, "rows d_sae"], k: int) -> Int[Tensor, "rows k"]:
     if not n_rows or not k:
         return pre.new_empty((n_rows, k), dtype=torch.long)
     pre = with_whole_rows(pre)
-    size = _best_group_size(width, k)
-    return _topk_by_pieces(pre, k) if size is None else _topk_by_groups(pre, k, size)
+    if size := _best_group_size(width, k):
+        return _topk_by_groups(pre, k, size)
+    return _topk_by_pieces(pre, k) if k <= WIDEST // 2 else _topk_by_sorting(pre, k)
 
 
 def key_bits(pre: Float[Tensor, "rows d_sae"]) -> int:
@@ -214,6 +213,12 @@ def _topk_by_pieces(pre: Float[Tensor, "rows d_sae"], k: int) -> Int[Tensor, "ro
         if n_pieces == 1:
             return chosen
         among, width = chosen, n_pieces * k
+
+
+def _topk_by_sorting(pre: Float[Tensor, "rows d_sae"], k: int) -> Int[Tensor, "rows k"]:
+    """Return the latents of the k largest entries of each row, if k is more than a program can hold."""
+    comparable = (pre + 0.0).masked_fill(pre.isnan(), math.nan)  # −0 becomes 0, and every NaN the same
+    return comparable.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
 
 
 def _warps(block: int) -> int:

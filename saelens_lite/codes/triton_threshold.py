@@ -22,7 +22,7 @@ CHUNK = 2048  # columns of a row that one program compares with the threshold
 
 @triton.jit
 @no_type_check
-def _reached(counts, n, LEVELS: tl.constexpr):
+def _reached(counts, n, n_levels):
     """Return the leading digits of the n-th largest key, and how many of the keys with these digits are among the n.
 
     counts[level, digit] is the number of keys that begin with the digits already known, followed by this one. A digit has 8
@@ -31,7 +31,7 @@ def _reached(counts, n, LEVELS: tl.constexpr):
     digit = tl.arange(0, 256)
     known = tl.cast(0, tl.uint32)
     left = tl.cast(n, tl.int64)
-    for level in tl.static_range(LEVELS):
+    for level in range(n_levels):
         count = tl.load(counts + level * 256 + digit)
         upwards = tl.sum(count, 0) - tl.cumsum(count, 0) + count  # keys with this digit or a larger one
         next_digit = tl.maximum(tl.sum((upwards >= left).to(tl.int32), 0) - 1, 0)
@@ -42,11 +42,11 @@ def _reached(counts, n, LEVELS: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def _count_digits(key, real, known, LEVEL: tl.constexpr, BITS: tl.constexpr):
+def _count_digits(key, real, known, level, BITS: tl.constexpr):
     """Return how often each digit follows the digits already known in the keys that are real."""
-    if LEVEL > 0:
-        real &= (key >> (BITS - 8 * LEVEL)) == known
-    digit = ((key >> (BITS - 8 * LEVEL - 8)) & 255).to(tl.int32)
+    key = key >> (BITS - 8 - 8 * level).to(tl.uint32)
+    real &= (key >> 8) == known
+    digit = (key & 255).to(tl.int32)
     count = tl.histogram(tl.where(real, digit, 0), 256)
     others = tl.sum((~real).to(tl.int32), 0)  # counted as 0
     return count - tl.where(tl.arange(0, 256) == 0, others, 0)
@@ -54,21 +54,21 @@ def _count_digits(key, real, known, LEVEL: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def _add(counts, count, LEVEL: tl.constexpr):
+def _add(counts, count, level):
     """Add to counts[level]. Sums of whole numbers do not depend on their order."""
-    at = counts + LEVEL * 256 + tl.arange(0, 256)
+    at = counts + level * 256 + tl.arange(0, 256)
     tl.atomic_add(at, count.to(tl.int64), mask=count > 0, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["level"])
 @no_type_check
-def _count_maxima(maxima, counts, n_maxima, n, LEVEL: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr):
+def _count_maxima(maxima, counts, n_maxima, n, level, BLOCK: tl.constexpr, BITS: tl.constexpr):
     """Add the digits of all maxima to counts[level]."""
-    known, _ = _reached(counts, n, LEVEL)
+    known, _ = _reached(counts, n, level)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     real = at < n_maxima
     key = load_keys(maxima + at, real, BITS)
-    _add(counts, _count_digits(key, real, known, LEVEL, BITS), LEVEL)
+    _add(counts, _count_digits(key, real, known, level, BITS), level)
 
 
 @triton.jit
@@ -100,21 +100,21 @@ def _candidates(row_of_pre, groups, begin, end, width, SIZE: tl.constexpr, BLOCK
     return keys(tl.load(row_of_pre + column, mask=real, other=0.0), real, BITS), column
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["level"])
 @no_type_check
 def _count_entries(
-    pre, groups, n_groups_of, counts, row_stride, width, n_groups, n,
-    LEVEL: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr,
+    pre, groups, n_groups_of, counts, row_stride, width, n_groups, n, level,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """Add the digits of the entries in the listed groups of a row to counts[level]."""
-    known, _ = _reached(counts, n, LEVEL)
+    known, _ = _reached(counts, n, level)
     row = tl.program_id(0).to(tl.int64)
     end = tl.load(n_groups_of + row) * SIZE
     count = tl.zeros((256,), tl.int32)
     for begin in range(0, end, BLOCK):
         key = _candidates(pre + row * row_stride, groups + row * n_groups, begin, end, width, SIZE, BLOCK, BITS)[0]
-        count += _count_digits(key, key > 0, known, LEVEL, BITS)
-    _add(counts, count, LEVEL)
+        count += _count_digits(key, key > 0, known, level, BITS)
+    _add(counts, count, level)
 
 
 @triton.jit
@@ -230,10 +230,10 @@ def n_largest(pre: Float[Tensor, "rows d_sae"], n: int) -> tuple[Int[Tensor, " r
         if maxima.numel() >= n:  # else there is no bound, and every group is listed
             for level in range(2):
                 grid = (triton.cdiv(maxima.numel(), 8 * BLOCK),)
-                _count_maxima[grid](maxima, of_maxima, maxima.numel(), n, LEVEL=level, BLOCK=8 * BLOCK, BITS=bits)
+                _count_maxima[grid](maxima, of_maxima, maxima.numel(), n, level, BLOCK=8 * BLOCK, BITS=bits)
         _list_groups[(n_rows,)](maxima, of_maxima, groups, n_groups_of, n_groups, n, BLOCK=BLOCK, BITS=bits)
         for level in range(bits // 8):
-            _count_entries[(n_rows,)](pre, groups, n_groups_of, of_entries, *shape, LEVEL=level, **sizes)
+            _count_entries[(n_rows,)](pre, groups, n_groups_of, of_entries, *shape, level, **sizes)
         _count_rows[(n_rows,)](pre, groups, n_groups_of, of_entries, in_row, *shape, **sizes)
         up_to_row = in_row.cumsum(1)
         _write_largest[(n_rows,)](pre, groups, n_groups_of, of_entries, in_row, up_to_row, crow, latent, *shape, **sizes)

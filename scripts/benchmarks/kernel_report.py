@@ -152,7 +152,7 @@ def main() -> None:
     text = ("kernel", "shape", "dtype")
     rows = [[str(cell) for cell in one] for one in found]
     column = lambda title: {"no_wrap": True, "justify": "left" if title in text else "right"}  # noqa: E731
-    console().print(grid(titles, rows, column=column))
+    console().print(grid(titles, rows, column=column, collapse_padding=True, pad_edge=False))
 
 
 if __name__ == "__main__":
