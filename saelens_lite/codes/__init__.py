@@ -145,7 +145,8 @@ class SparseCodes(NamedTuple):
     def fire_counts(self) -> Int[Tensor, " d_sae"]:
         """Number of entries of each latent that are not zero."""
         if gpu.asynchronous(self.latent):
-            return self.latent.new_zeros(self.d_sae).index_add_(0, self.latent, self.fires.long())
+            counts = torch.zeros(self.d_sae, dtype=torch.int32, device=self.latent.device)
+            return counts.index_add_(0, self.latent, self.fires.int()).long()
         return torch.bincount(self.latent[self.fires], minlength=self.d_sae)
 
     @property

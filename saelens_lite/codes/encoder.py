@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelens_lite.codes import Support, concatenated
-from saelens_lite.codes.products import PreAt, PreDense, pair_products
+from saelens_lite.codes import Support, concatenated, gpu
+from saelens_lite.codes.products import PreAt, PreDense, is_dense, pair_products
 
 TILE_BYTES = 2**27  # largest size of the pre-activations in memory
 GPU_TILE_BYTES = 2**29  # the same on a GPU, which is fast only on large products
@@ -146,10 +146,14 @@ class Encoder:
     @torch.no_grad()
     def _values(self, support: Support) -> Float[Tensor, " nnz"]:
         """Return the pre-activations at a support, without gradient."""
-        if self._pre is not None and not self.halves:
-            return self._pre.flatten().index_select(0, support.flat(self.d_sae))
+        if self._pre is not None and (not self._pre_is_rounded or self._is_dense_on_gpu(support)):
+            return self._pre.flatten().index_select(0, support.flat(self.d_sae)).to(self.centred.dtype)
         value = pair_products(support, self.centred, self.W_enc.T, self.halves)
         return value if self.b_enc is None else value + self.b_enc.index_select(0, support.latent)
+
+    def _is_dense_on_gpu(self, support: Support) -> bool:
+        """Return whether the pre-activations at a support would come from a rounded product anyway."""
+        return gpu.asynchronous(self.centred) and is_dense(support, self.d_sae, self.halves)
 
 
 def tile_rows(width: int, like: Tensor) -> int:

@@ -45,10 +45,17 @@ def is_dense(support: Support, d_sae: int, halves: bool) -> bool:
 
 
 def _mm(a: Float[Tensor, "m k"], b: Float[Tensor, "k n"], halves: bool) -> Float[Tensor, "m n"]:
-    """Return a b. halves: round both factors to bfloat16 and add in float32, except on a CPU, where that is slow."""
-    if halves and a.is_cuda and a.dtype == torch.float32:
+    """Return a b in float32. halves: of both factors rounded to bfloat16."""
+    if not halves:
+        return a @ b
+    if a.is_cuda:
         return torch.mm(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
-    return a @ b
+    return a.bfloat16().float() @ b.bfloat16().float()  # bfloat16 products are slow on a CPU
+
+
+def _in_halves(x: Tensor, halves: bool) -> bool:
+    """Return whether dense products round their factors: if allowed, on a GPU."""
+    return halves and x.dtype == torch.float32 and gpu.asynchronous(x)
 
 
 def sparse_product(
@@ -58,8 +65,8 @@ def sparse_product(
     if not len(value):
         return weight.new_zeros(support.n_rows, weight.shape[1])
     if is_dense(support, len(weight), halves):
-        dense = support.as_dense(len(weight))
-        return _mm(dense.matrix(value), dense.rows_of(weight), halves)
+        dense, halves = support.as_dense(len(weight)), _in_halves(weight, halves)
+        return _mm(dense.matrix(value, halves), dense.rows_of(weight), halves)
     if kernels := gpu.kernels(weight):
         return kernels.decode(support, value, weight)
     return F.embedding_bag(
@@ -74,8 +81,8 @@ def transposed_product(
     if not len(value):
         return right.new_zeros(d_sae, right.shape[1])
     if is_dense(support, d_sae, halves):
-        dense = support.as_dense(d_sae)
-        return dense.all_rows(_mm(dense.matrix(value).T, right, halves), d_sae)
+        dense, halves = support.as_dense(d_sae), _in_halves(right, halves)
+        return dense.all_rows(_mm(dense.matrix(value, halves).T, right, halves), d_sae)
     if kernels := gpu.kernels(right):
         return kernels.transposed_product(support, value, right, d_sae)
     return F.embedding_bag(
@@ -95,7 +102,7 @@ def pair_products(
     if not len(support.latent):
         return left.new_zeros(0)
     if is_dense(support, len(right), halves):
-        dense = support.as_dense(len(right))
+        dense, halves = support.as_dense(len(right)), _in_halves(left, halves)
         return _mm(left, dense.rows_of(right).T, halves).flatten().index_select(0, dense.flat)
     if kernels := gpu.kernels(left):
         return kernels.pair_products(support, left, right)
@@ -105,17 +112,17 @@ def pair_products(
     return torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values()
 
 
-def latent_sums(support: Support, value: Float[Tensor, " nnz"], d_sae: int) -> Float[Tensor, " d_sae"]:
+def latent_sums(support: Support, value: Float[Tensor, " nnz"], d_sae: int, halves: bool = False) -> Float[Tensor, " d_sae"]:
     """Sum the values of each latent in a fixed order."""
     if value.device.type == "cpu" and not gpu.asynchronous(value):
         sums = np.bincount(support.latent.numpy(), value.double().numpy(), d_sae)
         return torch.from_numpy(sums).to(value.dtype)
-    return _sorted_sums(support, value, d_sae)
+    return _sorted_sums(support, value, d_sae, halves)
 
 
-def _sorted_sums(support: Support, value: Float[Tensor, " nnz"], d_sae: int) -> Float[Tensor, " d_sae"]:
+def _sorted_sums(support: Support, value: Float[Tensor, " nnz"], d_sae: int, halves: bool = False) -> Float[Tensor, " d_sae"]:
     """Sum the values of each latent over segments of the pairs sorted by latent, or over the columns of a dense matrix."""
-    return transposed_product(support, value, value.new_ones(support.n_rows, 1), d_sae)[:, 0]
+    return transposed_product(support, value, value.new_ones(support.n_rows, 1), d_sae, halves)[:, 0]
 
 
 def _row_sums(latent: Int[Tensor, " nnz"], rows: Float[Tensor, "nnz d"], n: int) -> Float[Tensor, "n d"]:
@@ -188,7 +195,7 @@ def _encoder_gradients(ctx, support: Support, g: Float[Tensor, " nnz"], halves: 
     """Return the gradients of (W_enc, b_enc, input bias, x), given gradients g at the pre-activations of a support."""
     W_enc, centred = ctx.saved_tensors
     d_sae = W_enc.shape[1]
-    db_enc = latent_sums(support, g, d_sae)
+    db_enc = latent_sums(support, g, d_sae, halves)
     dW_enc = transposed_product(support, g, centred, d_sae, halves).T if ctx.needs_input_grad[0] else None
     dx = sparse_product(support, g, W_enc.T, halves) if ctx.needs_input_grad[3] else None
     d_input_bias = -(W_enc @ db_enc) if ctx.needs_input_grad[2] else None

@@ -55,7 +55,7 @@ class Support:
 
     def flat(self, d_sae: int) -> Int[Tensor, " nnz"]:
         """Return row · d_sae + latent: the index of each pair in a flattened [rows d_sae] tensor."""
-        return self.row * d_sae + self.latent
+        return torch.add(self.latent, self.row, alpha=d_sae)
 
     @cached_property
     def crow32(self) -> Int[Tensor, " rows_plus_1"]:
@@ -123,12 +123,18 @@ class DensePairs:
             place = column.new_empty(d_sae)
             place[self.latents] = torch.arange(self.width, device=place.device)
             column = place.index_select(0, column)
-        self.flat = support.row * self.width + column
+        self.flat = torch.add(column, support.row, alpha=self.width)
+        self._last: tuple[Tensor, Tensor] | None = None  # values and their rounded matrix, which is often asked for twice
 
-    def matrix(self, value: Float[Tensor, " nnz"]) -> Float[Tensor, "batch n"]:
-        """Return a dense matrix of the values, with zeros elsewhere; without gradient."""
-        zeros = value.new_zeros(self.n_rows * self.width)
-        return rearrange(zeros.index_copy_(0, self.flat, value), "(batch n) -> batch n", batch=self.n_rows)
+    def matrix(self, value: Float[Tensor, " nnz"], halves: bool = False) -> Float[Tensor, "batch n"]:
+        """Return a dense matrix of the values, rounded to bfloat16 if `halves`, with zeros elsewhere; without gradient."""
+        if halves and self._last is not None and self._last[0] is value:
+            return self._last[1]
+        given = value.bfloat16() if halves else value
+        zeros = given.new_zeros(self.n_rows * self.width)
+        whole = rearrange(zeros.index_copy_(0, self.flat, given), "(batch n) -> batch n", batch=self.n_rows)
+        self._last = (value, whole) if halves else None
+        return whole
 
     def rows_of(self, weight: Float[Tensor, "d_sae d"]) -> Float[Tensor, "n d"]:
         """Return the rows of a weight that belong to these latents."""
