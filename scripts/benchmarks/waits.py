@@ -284,7 +284,7 @@ def pretended_cuda() -> Iterator[Counts]:
         "get_device_properties": lambda device=None: SimpleNamespace(name="pretended", **H100),
         "current_device": lambda: 0,
         "device_count": lambda: 1,
-        "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
+        "get_rng_state": lambda device=None: generator("cpu").get_state(),
         "set_rng_state": lambda state, device=None: None,
         "synchronize": lambda device=None: counts.wait("torch.cuda.synchronize"),
         "current_stream": MagicMock(), "Stream": MagicMock(), "Event": MagicMock(), "stream": lambda stream: nullcontext(),
