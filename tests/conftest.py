@@ -39,7 +39,7 @@ HOOKS = ("blocks.1.hook_resid_pre", "blocks.2.hook_mlp_out")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out the tests that need a CUDA device if there is none, and those that pretend to have one if there is one."""
+    """Leave out tests that need a CUDA device where torch finds none, and tests that pretend to have one where it does."""
     other = "pretended_gpu" if torch.cuda.is_available() else "gpu"
     left_out = [item for item in items if item.get_closest_marker(other)]
     if left_out:

@@ -470,7 +470,7 @@ class Trainer:
             self._dead_latents = self._dead.nonzero().squeeze(1)
         self.since_fired.copy_(tensors["since_fired"])
         self.fire_count.copy_(tensors["fire_count"])
-        self._random = [tensors[f"random.{i}"] for i in range(len(self._random))]
+        self._random = [tensors.get(f"random.{i}", state) for i, state in enumerate(self._random)]  # a GPU's is new after a CPU
         for name in _NUMBERS:
             setattr(self, name, numbers[name])
         self._sums, self._n_sums = numbers["sums"], numbers["n_sums"]
@@ -483,7 +483,7 @@ class Trainer:
                 moments = {"exp_avg": parameter, "exp_avg_sq": parameter, "step": torch.zeros(())}
                 like |= {f"adam.{name}.{key}": x for key, x in moments.items()}
         like |= {"since_fired": self.since_fired, "fire_count": self.fire_count}
-        like |= {f"random.{i}": x for i, x in enumerate(self._random)}
+        like |= {f"random.{i}": x for i, x in enumerate(self._random) if i == 0 or f"random.{i}" in tensors}
         like |= {} if self.shift is None else {"shift": self.shift}
         like |= {"dead": self.since_fired > 0} if "dead" in tensors else {}  # of a run on a GPU
         other_devices = {name for name in tensors if name.startswith("random.")}
@@ -500,7 +500,8 @@ class Trainer:
             if not ((tensors[name] >= 0) & (tensors[name] <= most)).all():
                 raise ConfigError(f"the checkpoint does not fit this run: {name} is below 0 or above {most}")
         for i, device in enumerate(("cpu", *self._cuda)):
-            torch.Generator(device).set_state(tensors[f"random.{i}"])  # RuntimeError if the bytes are not a state
+            if (state := tensors.get(f"random.{i}")) is not None:
+                torch.Generator(device).set_state(state)  # RuntimeError if the bytes are not a state
 
     @torch.no_grad()
     def result(self) -> Dictionary:

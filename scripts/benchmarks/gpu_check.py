@@ -47,7 +47,7 @@ from saelens_lite.training.step import SparseStep
 
 
 class Line(NamedTuple):
-    """The figures beside a measurement; None where there is none. Of milliseconds less is better, of tokens more."""
+    """The figures beside a measurement; None if it is unknown. Fewer milliseconds and more tokens are better."""
 
     unit: str
     before: float | None
@@ -57,8 +57,8 @@ class Line(NamedTuple):
 
 
 # Batches of 8,192. The floors of a step with dead latents add the bfloat16 products of the dead half; those of first steps are
-# five bfloat16 products and four passes over [batch d_sae]; those of live training are one after the other: the model's
-# forward pass in bfloat16 (3,313 ktokens/s), and the floor of the step.
+# five bfloat16 products and four passes over [batch d_sae]; those of live training add the model's forward pass in bfloat16
+# (3,313 ktokens/s) and the floor of the step.
 LINES = {
     "topk 768 → 24,576": Line("ms", 9.28, 1.95, 2.2, 2.3),
     "topk 768 → 24,576, 2 % dead": Line("ms", 13.1, 2.1, 2.8, 3.0),
