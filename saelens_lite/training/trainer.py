@@ -177,7 +177,7 @@ class Trainer:
         """
         c = self.config
         progress = self.n_seen / c.n_tokens
-        self._find_dead()
+        self.find_dead()
         with self._own_randomness():
             step = self.step_class(
                 self.dictionary,
@@ -207,11 +207,14 @@ class Trainer:
             n=len(step.x),
         )
 
-    def _find_dead(self) -> None:
-        """Find the latents that have not fired for `dead_after` tokens: before each step, or on a GPU before every 16th."""
+    def find_dead(self, now: bool = False) -> None:
+        """Find the latents that have not fired for `dead_after` tokens: before each step, or on a GPU before some.
+
+        now: do so in any case.
+        """
         if not self.reads_later:
             self._dead = self.since_fired >= self.config.dead_after
-        elif self._dead is None or self.n_steps % DEAD_EVERY == 0:
+        elif now or self._dead is None or self.n_steps % DEAD_EVERY == 0:
             self._dead = self.since_fired >= self.config.dead_after
             self._dead_latents = self._dead.nonzero().squeeze(1)
 

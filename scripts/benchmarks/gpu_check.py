@@ -152,6 +152,7 @@ class Check:
             per_row = h.topk(self.of.l0, dim=1).values[:, -1]
             (d.rule.b_gate if rule == "gated" else d.b_enc).data.fill_(-float(per_row.mean()))
         made.since_fired[dead_latents(args)] = made.config.dead_after
+        made.find_dead(now=True)
         return made, x
 
     def step(self, rule: str, **how: Any) -> Found:

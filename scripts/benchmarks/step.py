@@ -93,6 +93,7 @@ class Ours:
 
     def ask(self, number: int) -> dict:
         self.trainer.since_fired[self.dead] = self.trainer.config.dead_after
+        self.trainer.find_dead(now=True)
         forget_peak(self.device)
         before = high_water(self.device)[1]
         start = now(self.device)

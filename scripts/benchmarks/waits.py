@@ -331,6 +331,7 @@ def count_step(rule: str, *, dead: float = 0.0, warm_up: int = 2, d_in: int = 16
                     bias[is_dead] = -1000.0
         for _ in range(warm_up):
             trainer.since_fired[is_dead] = 10**7
+            trainer.find_dead(now=True)
             trainer.step(x)
         counts.clear()
         trainer.step(x)
