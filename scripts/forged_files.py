@@ -99,9 +99,7 @@ class Short(TensorSource):
         """Return activations to validate on; those that are left are as few as before."""
         return super().hold_out(n_tokens)[0], self
 
-    def batches(
-        self, hooks: Any, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1
-    ) -> Iterator[Any]:
+    def batches(self, hooks: Any, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[Any]:
         """Yield a few batches, then Enough."""
         for number, batch in enumerate(super().batches(hooks, batch_size, seed, start, rank, world)):
             if number == self.n_batches:
