@@ -1,5 +1,6 @@
-"""The exceptions of saelens_lite, and the near matches their messages offer.
+"""Errors: the exceptions of saelens_lite, and the near matches that their messages offer.
 
+```text
 SaelensLiteError                 everything this library raises on purpose
 ├── UserError                    the request cannot be carried out as asked
 │   ├── ConfigError              unknown key, value out of range, options that contradict each other
@@ -21,6 +22,7 @@ SaelensLiteError                 everything this library raises on purpose
 └── DiskFullError                the disk is full
 
 Stopped                          Ctrl-C or SIGTERM, after the state was saved; a KeyboardInterrupt
+```
 """
 
 import difflib
