@@ -5,10 +5,10 @@
     python scripts/check_dashboard.py --latents 24576
     python scripts/check_dashboard.py --page features.html  # an existing page
 
-The random dictionary belongs to the embedded model. Its page has stability scores, a control on the model with shuffled weights,
-and some tokens and labels that would run as scripts if the page took them for markup. Times are in milliseconds from the
-request until the result is painted. CPU times are those of the page's main thread. Any console message, request or dialog is a failure; so is
-any expectation about a random page that does not hold.
+The random dictionary belongs to the embedded model. Its page has stability scores, a control on the model with shuffled
+weights, and some tokens and labels that would run as scripts if the page took them for markup. Times are in milliseconds from
+the request until the result is painted. CPU times are those of the page's main thread. Any console message, request or dialog
+is a failure; so is any expectation about a random page that does not hold.
 """
 
 import argparse
