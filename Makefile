@@ -16,7 +16,7 @@ test: $(READY)
 docs: $(READY)
 	$(VENV)/bin/python .github/docs_pages.py build/pages
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet -f .github/mkdocs.yml
-	@echo "open build/site/index.html"
+	@echo "open build/site/index.html; to search, run: $(PYTHON) -m http.server -d build/site"
 
 $(READY): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -2,8 +2,8 @@
 
     python .github/docs_pages.py build/pages
 
-A module's page is its docstring, followed by the API of the public names that it defines or imports. Modules are read, not
-imported; only the table of plugins asks the registry.
+A module's page is its docstring, followed by the API of the public names that it defines or imports. A paragraph that begins
+with bold words gets them as its heading. Modules are read, not imported; only the table of plugins asks the registry.
 """
 
 import ast
@@ -28,6 +28,8 @@ DOCUMENTS = {
 CSS = """.md-grid {max-width: 78rem}
 .md-typeset pre > code {font-size: .78em}
 .md-typeset img {border: 1px solid var(--md-default-fg-color--lightest); border-radius: 4px}
+.md-typeset td code {white-space: nowrap}
+.jupyter-wrapper .jp-RenderedMarkdown .highlight pre {font-size: .68rem}
 """
 
 
@@ -90,6 +92,7 @@ def module_page(module: str, seen: set[str]) -> str:
     title = re.fullmatch(r"(.+?)[.:]( .+)?", " ".join(first.split()), flags=re.S)
     heading, more = (title[1], (title[2] or "").strip()) if title else (first, "")
     api = "".join(f"::: {name}\n\n" for name in own)
+    rest = re.sub(r"^\*\*([^*\n]+)\.\*\*\s+", r"## \1\n\n", rest, flags=re.M)
     path = source(module).relative_to(ROOT).as_posix()
     return f"# {heading}\n\n{more[:1].upper() + more[1:]}\n\n{rest}\n\n*From `{path}`.*\n\n" + (
         f"## API\n\n{api}" if own else ""

@@ -1,4 +1,4 @@
-"""Frozen, validated settings, with a sentence on each field.
+"""Settings: frozen and validated, with a sentence on each field.
 
 A settings object is data: no I/O, no ids, no devices. An unknown key is an error that names the nearest known one.
 """
@@ -39,7 +39,8 @@ def _explain(config: type[BaseModel], error: ValidationError) -> str:
     for item in error.errors(include_url=False):
         key = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            lines.append(f"unknown key {key!r}{near_matches(key, config.model_fields)}")
+            known = f"; the keys are {', '.join(config.model_fields)}" if config.model_fields else "; there are no keys"
+            lines.append(f"unknown key {key!r}{near_matches(key, config.model_fields) or known}")
         elif item["type"] == "missing":
             lines.append(f"{key!r} is required")
         else:

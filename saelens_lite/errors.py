@@ -1,8 +1,9 @@
-"""The exceptions of saelens_lite, and the near matches their messages offer.
+"""Errors: the exceptions of saelens_lite, and the near matches that their messages offer.
 
+```text
 SaelensLiteError                 everything this library raises on purpose
 ├── UserError                    the request cannot be carried out as asked
-│   ├── ConfigError              unknown key, value out of range, options that contradict each other
+│   ├── ConfigError              unknown key, value out of range, contradictory options
 │   │   └── SourceChangedError   a run is resumed on other activations than it was trained on
 │   ├── ModelNotFoundError       no such model here, or no network to fetch it
 │   ├── HookError                the model has no hook of that name
@@ -10,17 +11,18 @@ SaelensLiteError                 everything this library raises on purpose
 │   ├── ShapeError               a tensor whose shape does not fit
 │   ├── PluginError              a plugin that is unknown, broken, restricted, or claimed twice
 │   ├── OutputExistsError        the output is already there
-│   ├── CorruptFileError         a file that is damaged, truncated or of another kind than it claims
+│   ├── CorruptFileError         a file that is damaged, truncated or of another kind
 │   └── LockedError              another process is at work on the same output
 ├── HubError                     the Hugging Face Hub did not do what it was asked
-│   ├── HubNotFoundError         no such repository, revision or folder in it, or none this account may see
+│   ├── HubNotFoundError         no such repository, revision or folder that you may see
 │   ├── HubAccessError           no token, or one that may not do this
 │   ├── HubConflictError         the repository has changed since it was read
 │   └── HubUnreachableError      no network, no answer, or a Hub in trouble
 ├── NonFiniteError               NaN or infinity where numbers were expected
 └── DiskFullError                the disk is full
 
-Stopped                          Ctrl-C or SIGTERM, after the state was saved; a KeyboardInterrupt
+Stopped                          Ctrl-C or SIGTERM, after the state was saved
+```
 """
 
 import difflib

@@ -1,4 +1,4 @@
-"""The contract of a judge, which runs another project's evaluation with that project's own code.
+"""Ask a judge: the contract of a judge, which runs another project's evaluation with that project's own code.
 
     class CountOptions(JudgeConfig):
         n_rows: int = Field(16, description="Texts to read.")

@@ -12,9 +12,9 @@ class Stderr(sl.Logger):
         print(line, file=sys.stderr)
 ```
 
-A package names the class in the entry-point group `saelens_lite.loggers`. If a logger needs further packages,
-declare them as an extra with the logger's name. If one is missing, an error before training names the command, such as
-`pip install 'saelens-lite[tensorboard]'`.
+A package names the class in the entry-point group `saelens_lite.loggers`. If a logger needs further packages, declare them as
+an extra with the logger's name. If one is missing, an error before training gives the command that installs it, such as `pip
+install 'saelens-lite[tensorboard]'`.
 
 Training keeps its own lines (`Run.history`) and gives copies to the loggers, so no number depends on a logger. A logger that
 fails in training is dropped with a warning.

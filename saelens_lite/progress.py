@@ -18,8 +18,7 @@ def progress_bar(what: str, total: int | None, unit: str = "tokens") -> Iterator
         MofNCompleteColumn(),
         TextColumn(unit),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        *([] if total is None else [TextColumn("left:"), TimeRemainingColumn()]),
         TextColumn("{task.fields[note]}", markup=False),
     )
     shown = place.is_terminal or place.is_jupyter

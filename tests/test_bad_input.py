@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import saelens_lite as sl
 from saelens_lite import registry
 from saelens_lite.cache import TensorSource
-from saelens_lite.config import read_toml, train_configs
+from saelens_lite.config import FrozenConfig, read_toml, train_configs
 from saelens_lite.errors import (
     ConfigError,
     CorruptFileError,
@@ -578,3 +578,8 @@ def test_p_below_one_survives_a_decoder_row_of_zeros():
     step = SparseStep(d, torch.ones(3, 4), dead=torch.zeros(8, dtype=torch.bool), progress=0.5, warmup=1.0)
     sum(step.losses().values()).backward()
     assert all(torch.isfinite(p.grad).all() for p in d.parameters())
+
+
+def test_an_unknown_key_without_a_near_match_lists_the_keys():
+    with pytest.raises(ConfigError, match=r"unknown key 'colour'; the keys are text_column, seed$"):
+        type("Two", (FrozenConfig,), {"__annotations__": {"text_column": str, "seed": int}})(text_column="a", seed=0, colour=1)

@@ -33,17 +33,18 @@ def commands(text: str) -> list[list[str]]:
 
 def test_the_command_line_example_runs(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "book.txt").write_text("The old man looked at the sea and said nothing. " * 600, encoding="utf-8")
+    for name in ("book.txt", "other.txt"):
+        (tmp_path / name).write_text("The old man looked at the sea and said nothing. " * 600, encoding="utf-8")
     run = {words[0]: words for words in commands(README)}
     assert list(run) == ["capture", "train", "eval", "features", "push"]
     run["train"] += ["--n-tokens", "6000", "--batch-size", "256"]
-    run["eval"] += ["--text", "book.txt", "--n-tokens", "1000"]
-    run["features"] += ["--text", "book.txt", "--n-tokens", "1000"]
+    run["eval"] += ["--n-tokens", "1000"]
+    run["features"] += ["--n-tokens", "1000"]
     for name in ("capture", "train", "eval", "features"):
         with pytest.raises(SystemExit, match=r"^0$"):
             app.meta(["192" if word == "1536" else word for word in run[name]], exit_on_error=False, print_error=False)
     assert (tmp_path / "runs/topk/dictionary/eval.json").exists()
-    assert (tmp_path / "features.html").stat().st_size > 50_000
+    assert (tmp_path / "book.html").stat().st_size > 50_000
 
 
 GUIDES = [*(ROOT / "saelens_lite").glob("*/__init__.py"), *(ROOT / "saelens_lite").glob("*.py"), ROOT / "README.md"]

@@ -15,7 +15,7 @@ order of the batches, so training can resume at any batch.
 
 To resume an interrupted capture, repeat the call: it continues after the last complete shard and writes the same bytes. A
 cache folder holds manifest.json and shard-00000.safetensors …, each with a checksum. The folder appears only when it is
-complete. `exists="overwrite"` replaces only a cache. A folder that holds other files is refused.
+complete. `exists="overwrite"` replaces an earlier cache, but refuses a folder that holds other files.
 """
 
 from saelens_lite.cache.capture import capture

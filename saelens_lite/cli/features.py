@@ -22,7 +22,7 @@ def features(
     html: Path = Path("features.html"),
     exists: Exists = "error",
 ) -> None:
-    """Write one HTML page per dictionary, which shows the text to which each latent responds. The model reads the text once.
+    """Write one HTML page per dictionary, which shows the text that each latent responds to. The model reads the text once.
 
     The page also shows the stability scores that `compare --out` saved in the dictionary's folder.
 

@@ -28,7 +28,7 @@ def push(
     Parameters
     ----------
     path
-        A dictionary folder, or the folder of a run that trained several.
+        The folder of a dictionary, or of a run with one or several.
     repo
         The repository, user/name. It is created if it does not exist.
     folder

@@ -1,4 +1,4 @@
-"""Evaluate: how sparse a dictionary is, how well it reconstructs, and what this costs the model that reads the reconstruction.
+"""Evaluate: measure how sparse a dictionary is, how well it reconstructs, and what its reconstruction costs the model.
 
 ```python
 report = sl.evaluate(d, lm, "python-docs:held-out", n_tokens=20_000)
@@ -15,16 +15,17 @@ The numbers to look at first:
 - `l0`: the mean number of latents that fire on a token.
 - `fvu`, the fraction of variance unexplained: Σ‖x − x̂‖² / Σ‖x − mean‖², pooled over all tokens. 0 is perfect; predicting the
   mean scores exactly 1.
-- `ce_loss_score`: zeroing the activation adds to the model's loss, and this is the share of it that the reconstruction
-  recovers. `ce_loss_score_mean` uses the mean activation in place of zero. `kl_div_score` uses KL in place of the loss.
+- `ce_loss_score`, the share of the model's loss that the reconstruction recovers: 1 if the model predicts as well from it as
+  from the activation itself, 0 if it predicts as badly as from zeros. `ce_loss_score_mean` uses the mean activation in place of
+  zeros, and `kl_div_score` uses KL in place of the loss.
 
 Intervals are 95 %, bootstrapped over sequences, because the tokens of one text are not independent. Values agree with
 SAELens's `run_evals` on the same tokens, except `explained_variance_legacy`: ours uses the mean of all tokens that count,
 theirs the mean of a batch.
 
-`controls=True` measures the same for a random dictionary, for PCA and for the model with shuffled weights, that is, with the
-entries of each weight tensor shuffled. A report also says whether its text differs from the training text, as far as names and
-hashes can tell. `by_frequency` and `by_position` split the errors by token frequency and by position in a row.
+`controls=True` adds the same numbers for a random dictionary, for PCA, and for the dictionary on a model with shuffled weights:
+the entries of each weight tensor change places. A report also says whether its text differs from the training text, as far as
+names and hashes can tell. `by_frequency` and `by_position` split the errors by token frequency and by position in a row.
 
 **Probes.** `sl.probe(d, lm, texts, labels)` compares the best 1, 4 and 16 latents with all latents and with the raw
 activations. Each penalty is chosen by cross-validation, and each probe has a control with shuffled labels.

@@ -14,14 +14,14 @@ saelens-lite features runs/topk/dictionary --html features.html --out store
 saelens-lite compare runs/topk/dictionary runs/other-seed/dictionary     # which latents another dictionary shares
 ```
 
-`store.latent(7)` is a summary. `quantile_examples` shows contexts of all strengths, `partners` the latents that fire together
-with it, `position_profile` the positions in a row at which it fires, and `detection` how well a label predicts where it fires,
-beside a baseline of tokens.
+`store.latent(7)` sums up a latent. `quantile_examples` shows contexts of all strengths, `partners` the latents that fire
+together with it, `position_profile` the positions in a row at which it fires, and `detection` how well a label predicts where
+it fires, compared with a baseline of tokens.
 
 `FeatureStore.build([d1, d2], lm, text, out="stores")` reads the text once for several dictionaries, whatever its length. Codes
 go to disk as they are computed, 12 to 14 bytes each, and every number is exact. Repeat the call to resume an interrupted pass.
-With `codes=True` (extra `sql`) the store keeps all codes as a Parquet table: `store.sql("select latent, max(value) from codes
-group by latent")`. `control=True` shows each latent beside its behaviour in a model with shuffled weights.
+With `codes=True` (extra `sql`) the store keeps all codes as a Parquet table, for `store.sql("select latent, max(value) from
+codes group by latent")`. `control=True` shows each latent beside its behaviour in a model with shuffled weights.
 
 collect.py runs the model, and code_log.py keeps the codes on disk. reduce.py and cooccurrence.py turn them into numbers
 (tensors.py). store.py answers questions from these (summary.py) and from the weights alone (weights.py). store_files.py reads

@@ -1,4 +1,4 @@
-"""The contract of an exporter, which writes a feature store for another tool.
+"""Export a feature store: the contract of an exporter, which writes a store for another tool.
 
     class CsvOptions(ExporterConfig):
         separator: str = Field(",", description="Character between two cells.")

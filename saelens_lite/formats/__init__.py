@@ -1,8 +1,8 @@
 """Read and write other formats: load the dictionaries of other tools, save ours for them, and define a format of your own.
 
 `sl.load` and `saelens-lite inspect` recognise other tools' dictionaries by the content of the files. Scales and means are
-folded into the weights, so that the dictionaries take raw activations. Settings that change the function, the hook or the
-tokens that count are translated or refused with an error.
+folded into the weights, so that the dictionaries take raw activations. Settings that affect the codes, the reconstruction, the
+hook or the tokens that count are translated, or refused with an error.
 
 ```python
 sl.convert("my-dictionary", "converted", format="sparsify")  # or saelens, dictionary_learning, circuit_tracer
@@ -17,7 +17,7 @@ If a format cannot hold a dictionary, writing raises an error that says what wou
 OpenAI) are read only on request (`format="openai"`), and only their tensors. For tensors in no known format, use
 `sl.Dictionary.from_tensors(W_enc=…, W_dec=…, b_enc=…, b_dec=…, rule="topk", options={"k": 32})`.
 
-**A format of your own** is a class:
+**A format of your own.** A format is a class:
 
     @register("my_format")
     class MyFormat(Format):

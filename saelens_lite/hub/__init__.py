@@ -13,7 +13,7 @@ saelens-lite pull user/repo blocks.2.hook_resid_pre --out pulled
 saelens-lite inspect hf://user/repo
 ```
 
-`sl.push("runs", "user/repo")` sends every dictionary of a run in one commit: either all of it arrives, or the repository stays
+`sl.push("runs", "user/repo")` sends every dictionary of a run in one commit: either all of them arrive, or the repository stays
 as it was. Pushing the same again sends nothing. `sl.pull("user/repo", "blocks.2.hook_resid_pre", revision=…)` and the address
 hf://user/repo/folder@revision fetch one dictionary, or take it from the local cache if it was fetched before. SAELens loads
 published dictionaries from the same address if it has an architecture for the rule.

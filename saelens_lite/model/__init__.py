@@ -14,8 +14,8 @@ was loaded with a different one. `run`, `capture` and `evaluate` put BOS at posi
 
 `splice` replaces an activation by a dictionary's reconstruction, or edits some of its codes; see `saelens_lite.interventions`.
 
-A model from the Hub records its commit, and later commands load that commit. Its Python code runs only with `load_model(…,
-trust_remote_code=True)` or, in a command, `--model NAME --trust-remote-code`.
+Caches and dictionaries record the commit of a model from the Hub, and later commands load that commit. Python code that comes
+with a model runs only with `load_model(…, trust_remote_code=True)` or, in a command, `--model NAME --trust-remote-code`.
 """
 
 from saelens_lite.model.language_model import LanguageModel

@@ -1,7 +1,12 @@
 """Check a plugin: the conformance kit for sparsity rules, formats and loggers. It needs no test framework.
 
-    def test_my_rule():
-        check_plugin(MyRule, options={"k": 4}).raise_if_failed()
+```python
+from saelens_lite.testing import check_plugin
+
+
+def test_my_rule():
+    check_plugin(MyRule, options={"k": 4}).raise_if_failed()
+```
 
 For a rule, it checks gradients, saving, resuming, batches in which nothing fires, that the same seed gives the same bytes, and
 more. On the command line, `saelens-lite plugins --check NAME` checks an installed plugin.

@@ -1,11 +1,12 @@
 """Read text: turn documents into token rows, and choose the positions that count.
 
 A text is a list of strings, a `Path` to a .txt, .md, .jsonl or .parquet file, "hf:org/name" (a dataset on the Hugging Face
-Hub), token ids, or "python-docs:train" and "python-docs:held-out", the documentation that comes with every Python. The text is
-read as a stream, and each row holds a stretch of one document.
+Hub), token ids, or one of the two parts of the documentation that comes with every Python: "python-docs:train" and
+"python-docs:held-out". The text is read as a stream, and each row holds a stretch of one document.
 
-`sl.TextConfig` changes this: it sets the columns of a dataset, `pack` (several documents in a row), `min_context` (rows that
-overlap) and `max_token_share` (fewer of the most frequent tokens). `saelens-lite capture --help` explains every setting.
+`sl.TextConfig` changes this. Its settings include the columns of a dataset, `pack` (one row holds several documents),
+`min_context` (rows overlap) and `max_token_share` (some of the most frequent tokens are left out). `saelens-lite capture
+--help` explains every setting.
 
 ```python
 text_config = sl.TextConfig(n_ctx=128, max_token_share=0.01)

@@ -1,4 +1,4 @@
-"""One training step, from a batch of activations to the update of the parameters.
+"""One training step: from a batch of activations to the update of the parameters.
 
 Follow one batch. x is [batch d_in], the dictionary has d_sae latents, and its rule makes few of them fire.
 
@@ -44,9 +44,9 @@ e the gradient at x̂, v = f, and G the sparse matrix that holds the gradient at
 
 `codes/products.py` computes these. Both weight gradients use one index, the support sorted by latent, which is built once.
 That is O(nnz · d_in) work beside the 2 · batch · d_in · d_sae operations of the encoder product; the usual dense step has five
-such products. Take the latents that fire at least once in the batch: if more than 15 % of their (row, latent) pairs are in the
-support, as in an untrained L1 dictionary, dense products give the same quantities faster. Every sum has a fixed order, so the
-same seed gives the same bytes.
+such products. If the support is large, as in an untrained L1 dictionary, dense products give the same quantities faster. They
+are used when the support holds more than 15 % of all (row, latent) pairs of the latents that fire in the batch. Every sum has a
+fixed order, so the same seed gives the same bytes.
 
 **7. The update.** If a loss or the gradient is not finite, the step raises NonFiniteError and the parameters stay as they
 were. Otherwise the gradient is clipped to the norm `clip_grad_norm`, and Adam takes a step. The learning rate follows a
