@@ -1,6 +1,7 @@
 """The default device, and float64 for devices that lack it."""
 
 import logging
+import os
 import warnings
 from functools import cache
 
@@ -106,6 +107,14 @@ def _sample(device: torch.device) -> list[Tensor]:
         x.topk(3, dim=1).values,
         parameter.detach(),
     ]
+
+
+def asynchronous(tensor: Tensor) -> bool:
+    """Return whether reading a tensor makes the host wait for the device.
+
+    That is so on an NVIDIA GPU, and on a CPU if TRITON_INTERPRET=1 makes it stand in for one.
+    """
+    return tensor.is_cuda or (tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def float64_device(device: torch.device) -> torch.device:

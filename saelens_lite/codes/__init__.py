@@ -12,6 +12,7 @@ from torch import Tensor
 
 from saelens_lite.codes import gpu
 from saelens_lite.codes.support import Support, _pointers
+from saelens_lite.devices import asynchronous
 from saelens_lite.errors import ShapeError
 
 GROUPS = 1024  # groups of latents; `largest` looks at the maximum of each group first
@@ -144,7 +145,7 @@ class SparseCodes(NamedTuple):
     @property
     def fire_counts(self) -> Int[Tensor, " d_sae"]:
         """Number of entries of each latent that are not zero."""
-        if gpu.asynchronous(self.latent):
+        if asynchronous(self.latent):
             counts = torch.zeros(self.d_sae, dtype=torch.int32, device=self.latent.device)
             return counts.index_add_(0, self.latent, self.fires.int()).long()
         return torch.bincount(self.latent[self.fires], minlength=self.d_sae)

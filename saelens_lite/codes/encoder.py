@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelens_lite.codes import Support, concatenated, gpu
+from saelens_lite.codes import Support, concatenated
 from saelens_lite.codes.products import PreAt, PreDense, is_dense, pair_products
+from saelens_lite.devices import asynchronous
 
 TILE_BYTES = 2**27  # largest size of the pre-activations in memory
 GPU_TILE_BYTES = 2**29  # the same on a GPU, which is fast only on large products
@@ -153,7 +154,7 @@ class Encoder:
 
     def _is_dense_on_gpu(self, support: Support) -> bool:
         """Return whether the pre-activations at a support would come from a rounded product anyway."""
-        return gpu.asynchronous(self.centred) and is_dense(support, self.d_sae, self.halves)
+        return asynchronous(self.centred) and is_dense(support, self.d_sae, self.halves)
 
 
 def tile_rows(width: int, like: Tensor) -> int:

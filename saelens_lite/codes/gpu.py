@@ -30,14 +30,6 @@ def available(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def asynchronous(tensor: Tensor) -> bool:
-    """Return whether reading a tensor makes the host wait for the device.
-
-    That is so on an NVIDIA GPU, and on a CPU if TRITON_INTERPRET=1 makes it stand in for one.
-    """
-    return tensor.is_cuda or (tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
-
-
 def has_bfloat16(device: torch.device) -> bool:
     """Return whether bfloat16 products are fast on a device."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= OLDEST

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from saelens_lite.codes import Support, gpu, support_of_mask
+from saelens_lite.devices import asynchronous
 
 # Share of the pairs above which dense products are faster: measured on two CPU cores, and derived for an H100 from the times of
 # both kinds of products, without bfloat16 factors and with them
@@ -38,7 +39,7 @@ with warnings.catch_warnings():  # torch warns once per process that its compres
 def is_dense(support: Support, d_sae: int, halves: bool) -> bool:
     """Return whether dense products are faster for a support: over the latents that fire, or on a GPU over all that could."""
     n_pairs = len(support.latent)
-    if gpu.asynchronous(support.latent):
+    if asynchronous(support.latent):
         width = d_sae if support.among is None else len(support.among)
         return n_pairs > DENSE_ABOVE["gpu in halves" if halves else "gpu"] * support.n_rows * width
     return n_pairs > 0 and n_pairs > DENSE_ABOVE["cpu"] * support.n_rows * len(support.used)
@@ -55,7 +56,7 @@ def _mm(a: Float[Tensor, "m k"], b: Float[Tensor, "k n"], halves: bool) -> Float
 
 def _in_halves(x: Tensor, halves: bool) -> bool:
     """Return whether dense products round their factors: if allowed, on a GPU."""
-    return halves and x.dtype == torch.float32 and gpu.asynchronous(x)
+    return halves and x.dtype == torch.float32 and asynchronous(x)
 
 
 def sparse_product(
@@ -114,7 +115,7 @@ def pair_products(
 
 def latent_sums(support: Support, value: Float[Tensor, " nnz"], d_sae: int, halves: bool = False) -> Float[Tensor, " d_sae"]:
     """Sum the values of each latent in a fixed order."""
-    if value.device.type == "cpu" and not gpu.asynchronous(value):
+    if value.device.type == "cpu" and not asynchronous(value):
         sums = np.bincount(support.latent.numpy(), value.double().numpy(), d_sae)
         return torch.from_numpy(sums).to(value.dtype)
     return _sorted_sums(support, value, d_sae, halves)

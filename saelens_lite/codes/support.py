@@ -10,7 +10,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saelens_lite.codes import gpu
+from saelens_lite.devices import asynchronous
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +99,7 @@ class Support:
 
     def by_latent(self, d_sae: int) -> Int[Tensor, " d_sae_plus_1"]:
         """Return the offset of each latent in the pairs sorted by latent, int32."""
-        if not gpu.asynchronous(self.latent):
+        if not asynchronous(self.latent):
             return _pointers(F.pad(self.counts, (0, d_sae - len(self.counts)))).int()
         every = torch.arange(d_sae + 1, dtype=torch.int32, device=self.latent.device)
         return torch.searchsorted(self._sorted[0], every, out_int32=True)
@@ -116,7 +116,7 @@ class DensePairs:
 
     def __init__(self, support: Support, d_sae: int):
         self.n_rows = support.n_rows
-        self.latents = support.among if gpu.asynchronous(support.latent) else support.used  # None: all
+        self.latents = support.among if asynchronous(support.latent) else support.used  # None: all
         self.width = d_sae if self.latents is None else len(self.latents)
         column = support.latent
         if self.width < d_sae:

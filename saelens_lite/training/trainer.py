@@ -16,7 +16,7 @@ from saelens_lite.cache.source import UNNAMED
 from saelens_lite.codes import gpu
 from saelens_lite.codes.encoder import Spare
 from saelens_lite.config import TrainConfig
-from saelens_lite.devices import where_float64_is, wide
+from saelens_lite.devices import asynchronous, where_float64_is, wide
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, NonFiniteError, PluginError, ShapeError, SourceChangedError
 from saelens_lite.files import check_fits_memory, shortened
@@ -85,7 +85,7 @@ class Trainer:
             self.dictionary.rule.after_step(self.dictionary)
         by_itself = gpu.has_bfloat16(self.dictionary.W_enc.device)
         self.halves = {"auto": by_itself, "float32": False, "bfloat16": True}[config.encoder_precision]
-        self.reads_later = gpu.asynchronous(self.dictionary.W_enc)
+        self.reads_later = asynchronous(self.dictionary.W_enc)
         rule = self.dictionary.rule
         in_kernel = gpu.available(self.dictionary.W_enc) and type(rule).after_step is Sparsity.after_step
         self._after_step = not in_kernel  # the optimiser does all that the rule would
