@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import saelens_lite
-from saelens_lite.codes import Support, gpu, support_of_indices, support_of_mask
+from saelens_lite.codes import Support, support_of_indices, support_of_mask
 from saelens_lite.codes.gpu import available
 from saelens_lite.errors import ShapeError
 
@@ -105,7 +105,7 @@ def test_topk_by_groups_is_exact(name, size, dtype):
     pre = ROWS[name].to(DEVICE, dtype)
     n_groups = -(-pre.shape[1] // size)
     for k in {1, min(2, n_groups), n_groups}:
-        assert triton_select._topk_by_groups(gpu.with_whole_rows(pre), k, size).tolist() == largest(pre, k)
+        assert triton_select._topk_by_groups(triton_select.with_whole_rows(pre), k, size).tolist() == largest(pre, k)
 
 
 @given(st.integers(1, 3), st.integers(1, 300), st.sampled_from([8, 16, 64]), st.data())
