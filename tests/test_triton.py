@@ -463,6 +463,7 @@ def unit_rows(matrix: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("unit", [False, True])
 def test_adam_rows_do_as_torch(shape, unit):
     """Four steps, of which one is skipped, with clipped gradients."""
+    dtype = torch.float64 if shape == (1, 1) else torch.float32  # of the numbers of a step
     lr, betas, eps, largest_norm = 0.01, (0.9, 0.99), 1e-6, 0.5
     p, m, v = randn(*shape), torch.zeros(shape, device=DEVICE), torch.zeros(shape, device=DEVICE)
     half, exact = p.bfloat16(), torch.nn.Parameter(p.double())
@@ -477,7 +478,7 @@ def test_adam_rows_do_as_torch(shape, unit):
             if unit:
                 exact.data = unit_rows(exact.data)
         step_size, root = lr / (1 - betas[0] ** n_steps), (1 - betas[1] ** n_steps) ** -0.5
-        numbers = [torch.tensor(number, device=DEVICE) for number in (scale, step_size, root)]
+        numbers = [torch.tensor(number, dtype=dtype, device=DEVICE) for number in (scale, step_size, root)]
         settings = dict(zip(("scale", "step_size", "root"), numbers, strict=True), skip=torch.tensor(skip, device=DEVICE))
         kernels.adam_rows_(p, m, v, g, half=half, unit=unit, betas=betas, eps=eps, **settings)
         torch.testing.assert_close(p.double(), exact.data, rtol=2e-6, atol=2e-6)
