@@ -6,7 +6,6 @@ from importlib.util import find_spec
 from types import ModuleType
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)  # all sums are float32
@@ -42,8 +41,3 @@ def kernels(tensor: Tensor) -> ModuleType | None:
     from saelens_lite.codes import triton_kernels
 
     return triton_kernels
-
-
-def with_whole_rows(matrix: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """Return the matrix with contiguous rows. It is copied only if they are not, because strided reads cost more."""
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()

@@ -44,7 +44,8 @@ def _adam_rows(
 ):  # fmt: skip
     """Update row i, which is the entries from i d to (i + 1) d of `size`, unless `skip` says to leave all as it is."""
     if tl.load(skip) == 0:
-        by, step, of_root = tl.load(scale), tl.load(step_size), tl.load(root)
+        by, step = tl.load(scale).to(tl.float32), tl.load(step_size).to(tl.float32)
+        of_root = tl.load(root).to(tl.float32)
         begin, column = tl.program_id(0).to(tl.int64) * d, tl.arange(0, BLOCK)
         if ONE_BLOCK:
             at = begin + column

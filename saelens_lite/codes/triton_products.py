@@ -11,8 +11,8 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from saelens_lite.codes.gpu import with_whole_rows
 from saelens_lite.codes.support import Support
+from saelens_lite.codes.triton_select import with_whole_rows
 from saelens_lite.errors import ShapeError
 
 CUT = 256  # most pairs of one latent that one program sums: some latents fire in every row

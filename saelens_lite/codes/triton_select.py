@@ -14,7 +14,6 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelens_lite.codes.gpu import with_whole_rows
 from saelens_lite.errors import ShapeError
 
 GROUP_SIZES = (64, 32, 16, 8, 4)  # columns of a group; of equally good sizes the first
@@ -147,6 +146,11 @@ def topk(pre: Float[Tensor, "rows d_sae"], k: int) -> Int[Tensor, "rows k"]:
     if size := _best_group_size(width, k):
         return _topk_by_groups(pre, k, size)
     return _topk_by_pieces(pre, k) if k <= WIDEST // 2 else _topk_by_sorting(pre, k)
+
+
+def with_whole_rows(matrix: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """Return the matrix with contiguous rows. It is copied only if they are not, because strided reads cost more."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 def key_bits(pre: Float[Tensor, "rows d_sae"]) -> int:

@@ -8,8 +8,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelens_lite.codes.gpu import with_whole_rows
-from saelens_lite.codes.triton_select import group_maxima, key_bits, keys, load_keys
+from saelens_lite.codes.triton_select import group_maxima, key_bits, keys, load_keys, with_whole_rows
 from saelens_lite.errors import ShapeError
 
 GROUP_SIZE = 32  # columns of a group
