@@ -303,7 +303,7 @@ def pretended_cuda() -> Iterator[Counts]:
         yield counts
 
 
-def count_step(rule: str, *, dead: float = 0.0, warm_up: int = 2, d_in: int = 16, d_sae: int = 64, batch: int = 16) -> Counts:
+def count_step(rule: str, *, dead: float = 0.0, warm_up: int = 1, d_in: int = 16, d_sae: int = 64, batch: int = 8) -> Counts:
     """Return the launches and waits of one training step of a rule, after a few others. Other steps may do more.
 
     dead: Share of the latents that do not fire and count as dead.
