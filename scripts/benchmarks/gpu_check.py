@@ -82,7 +82,7 @@ LINES = {
     **{f"waits of {rule}": Line("a step", None, 0, 0, 0) for rule in ("batch_topk", "matryoshka", "group_max")},
     **{f"waits of {rule}": Line("a step", None, 1, 1, 1) for rule in ("l1", "gated", "jumprelu", "p_anneal")},
     "waits of matching_pursuit": Line("a step", None, None, None, None),
-    "launches of topk": Line("a step", 239, 12, 40, None),
+    "launches of topk": Line("a step", 239, 12, 100, None),
     "the GPU is busy in topk": Line("ms", 5.3, 1.95, 2.0, None),
 }
 REAL = {
@@ -133,26 +133,17 @@ class Check:
     def made(self, rule: str, large: bool = False, dead: float = 0.0, first: bool = False) -> tuple[Trainer, torch.Tensor]:
         """Return a trainer that has begun, and its batches. Rules without a k get biases that make l0 latents fire."""
         d_in, d_sae = self.of.large if large else self.of.size
-        args = argparse.Namespace(
-            d_in=d_in,
-            d_sae=d_sae,
-            k=self.of.k,
-            batch=self.of.batch,
-            batches=3,
-            device=self.device,
-            dead=dead,
-            first_steps=first,
-        )
+        shape = {"d_in": d_in, "d_sae": d_sae, "k": self.of.k, "batch": self.of.batch, "batches": 3}
+        args = argparse.Namespace(**shape, device=self.device, dead=dead, first_steps=first)
         x, directions, bias = planted(args)
         made = trainer(rule, SparseStep, x, directions, bias, args)
+        made.since_fired[dead_latents(args)] = made.config.dead_after
         made.step(x[0])  # scales the untrained encoder
         d = made.dictionary
         if rule not in COUNTING and not first:
             h = (x[0][:256] - d.b_dec.detach()) @ d.W_enc.detach()
             per_row = h.topk(self.of.l0, dim=1).values[:, -1]
             (d.rule.b_gate if rule == "gated" else d.b_enc).data.fill_(-float(per_row.mean()))
-        made.since_fired[dead_latents(args)] = made.config.dead_after
-        made.find_dead(now=True)
         return made, x
 
     def step(self, rule: str, **how: Any) -> Found:
@@ -248,21 +239,22 @@ class Check:
     # --- what the host does ---
 
     def waits(self, rule: str) -> Found:
-        """Return the waits in a step that torch notices, and the lines that wait."""
+        """Return the waits in a step that torch notices, as a mean over 16 steps, and the lines that wait."""
         made, x = self.made(rule)
-        for batch in x:
+        steps = [batch for batch, _ in zip(itertools.cycle(x), range(16), strict=False)]
+        for batch in steps:
             made.step(batch)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             try:
-                for batch in x:
+                for batch in steps:
                     made.step(batch)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         noted = [w for w in caught if "synchronizing CUDA operation" in str(w.message)]
         places = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in noted)
-        return len(noted) / len(x), ", ".join(f"{place} ({n})" for place, n in places.most_common(6))
+        return len(noted) / len(steps), ", ".join(f"{place} ({n})" for place, n in places.most_common(6))
 
     @cached_property
     def kernels(self) -> list[tuple[str, float, float]]:

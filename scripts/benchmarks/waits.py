@@ -303,8 +303,8 @@ def pretended_cuda() -> Iterator[Counts]:
         yield counts
 
 
-def count_step(rule: str, *, dead: float = 0.0, warm_up: int = 2, d_in: int = 16, d_sae: int = 64, batch: int = 16) -> Counts:
-    """Return the launches and waits of one training step of a rule, after a few others.
+def count_step(rule: str, *, dead: float = 0.0, warm_up: int = 1, d_in: int = 16, d_sae: int = 64, batch: int = 8) -> Counts:
+    """Return the launches and waits of one training step of a rule, after a few others. Other steps may do more.
 
     dead: Share of the latents that do not fire and count as dead.
     """
@@ -313,23 +313,19 @@ def count_step(rule: str, *, dead: float = 0.0, warm_up: int = 2, d_in: int = 16
     from saelens_lite.training import Trainer
 
     generator = torch.Generator().manual_seed(0)
-    x, is_dead = (
-        torch.randn(batch, d_in, generator=generator),
-        torch.randperm(d_sae, generator=generator)[: round(dead * d_sae)],
-    )
+    x = torch.randn(batch, d_in, generator=generator)
+    is_dead = torch.randperm(d_sae, generator=generator)[: round(dead * d_sae)]
     config = sl.TrainConfig(
         sparsity=rule, options=RULES[rule], d_sae=d_sae, batch_size=batch, n_tokens=10**9, decay=0.0, dead_after=10**6
     )
     with pretended_cuda() as counts:
         trainer = Trainer(config, TensorSource(x), "cuda")
-        d = trainer.dictionary
-        trainer.step(x)  # scales the untrained encoder
         with torch.no_grad():
-            for name, bias in d.named_parameters():
+            for name, bias in trainer.dictionary.named_parameters():
                 if name.endswith(("b_enc", "b_gate")):  # so that about as few latents fire as in a trained dictionary
                     bias.fill_(-1.5 if rule in ("l1", "gated", "p_anneal") else 0.0)
                     bias[is_dead] = -1000.0
-        for _ in range(warm_up):
+        for _ in range(1 + warm_up):  # the first step also scales the untrained encoder
             trainer.since_fired[is_dead] = 10**7
             trainer.find_dead(now=True)
             trainer.step(x)
