@@ -215,7 +215,7 @@ def test_what_has_a_model_runs_on_its_device(lm, monkeypatch):
 
 
 def _probed(d, lm, text):
-    """The AUC of a probe on activations."""
+    """Return the AUC of a probe on activations."""
     texts = [f"{i} {text}" for i in range(24)]
     return torch.tensor(sl.probe(d, lm, texts, [i % 2 for i in range(24)], ks=(1,), n_bootstrap=0)["activations"].auc.value)
 

@@ -24,7 +24,7 @@ TEXT = "The old man looked at the sea, and the sea looked back at him."
 
 
 def flags() -> list:
-    """All that torch says of float32 products on CUDA, by the old names and the new ones."""
+    """Return all that torch says of float32 products on CUDA, by the old names and the new ones."""
     found = []
     for ask in (lambda: MATMUL.allow_tf32, torch.get_float32_matmul_precision, lambda: getattr(MATMUL, "fp32_precision", None)):
         try:
@@ -317,3 +317,26 @@ def test_a_dictionary_is_copied_to_a_device_once_and_stays_as_it_is():
     assert [name for name, _ in there.named_parameters()] == [name for name, _ in d.named_parameters()]
     assert not any(p.requires_grad for p in there.parameters())
     assert all(p.requires_grad for p in d.parameters())
+
+
+def test_commands_load_models_of_a_type(captured, command, tmp_path):
+    _, run = captured
+    (tmp_path / "text.txt").write_text(TEXT * 10)
+    cache = ("capture", tmp_path / "text.txt", "--hooks", HOOK, "--out", tmp_path / "cache", "--n-tokens", 60)
+    stream = ("train", "--text", tmp_path / "text.txt", "--hook", HOOK, "--d-sae", 16, "--n-tokens", 64, "--batch-size", 16)
+    for args in (cache, (*stream, "--buffer-tokens", 32, "--out", tmp_path / "run")):
+        code, _, err = command(*args, "--model-dtype", "bfloat16")
+        assert code == 0, err
+    assert sl.ActivationCache.open(tmp_path / "cache").origin(HOOK).precision == "bfloat16"
+    assert sl.load(tmp_path / "run/dictionary").origin.precision == "bfloat16"
+    numbers = tmp_path / "numbers.json"
+    losses = set()
+    for dtype in ("float32", "bfloat16"):
+        code, _, err = command(
+            "eval", run.folder / "dictionary", "--text", tmp_path / "text.txt", "--model-dtype", dtype, "--json", numbers
+        )
+        assert code == 0, err
+        (report,) = json.loads(numbers.read_text()).values()
+        losses.add(str(report["metrics"]["ce_clean"]))
+    assert len(losses) == 2
+    assert command("eval", run.folder / "dictionary", "--model-dtype", "int8").code == 2
