@@ -16,6 +16,8 @@ from saelens_lite.paths import is_address
 def load(address: str | Path, device: str | torch.device = "cpu", format: str | None = None) -> Dictionary:
     """Return the dictionary at an address. If it is from the Hub, its `source` is the address with the commit.
 
+    The dictionary stays on the CPU unless `device` is given. Functions that get a model as well use the model's device.
+
     Args:
         address: a folder written by `Dictionary.save`, a file or folder of another tool, or either of them on the Hub:
             hf://user/repo/folder@revision.

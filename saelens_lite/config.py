@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
 from saelens_lite.errors import ConfigError, CorruptFileError, near_matches
 from saelens_lite.paths import check_input
@@ -192,6 +192,12 @@ class Origin(FrozenConfig):
     processing: tuple[Literal["center_writing_weights"], ...] = Field(
         (), description="Changes made to the weights when the model was loaded."
     )
+    precision: str | None = Field(
+        None,
+        max_length=40,
+        description="Number type of the model's forward passes, such as bfloat16; tf32 is float32 with TF32 products. None: "
+        "float32, or unknown.",
+    )
     n_ctx: int | None = Field(None, ge=0, le=MOST, description="Tokens in a row.")
     prepend_bos: bool | None = Field(None, description="True if each row begins with the BOS token.")
     text: str | None = Field(None, description="Description of the text.")
@@ -209,6 +215,12 @@ class Origin(FrozenConfig):
         """Drop the empty hook fields of older files. Ports name the hooks now."""
         older = ("hook", "target_hook")
         return {k: v for k, v in values.items() if v is not None or k not in older} if isinstance(values, dict) else values
+
+    @model_serializer(mode="wrap")
+    def _with_known_precision(self, serialize: Any) -> dict[str, Any]:
+        """Leave out an unset precision, as older versions do, which refuse unknown keys."""
+        values = serialize(self)
+        return values if self.precision is not None else {k: v for k, v in values.items() if k != "precision"}
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

@@ -1,19 +1,26 @@
-"""The default device, and float64 for devices that lack it."""
+"""The default device, modules on another device, TF32 products, and float64 for devices that lack it."""
 
+import copy
 import logging
 import os
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from saelens_lite.errors import ConfigError
 
 WITHOUT_FLOAT64 = frozenset({"mps"})  # types of devices without float64
 CLOSE = 1e-4  # relative to the largest entry, for float32
+MATMUL = torch.backends.cuda.matmul
 
+Module = TypeVar("Module", bound=nn.Module)
 log = logging.getLogger(__name__)
 
 
@@ -115,6 +122,107 @@ def asynchronous(tensor: Tensor) -> bool:
     That is so on an NVIDIA GPU, and on a CPU if TRITON_INTERPRET=1 makes it stand in for one.
     """
     return tensor.is_cuda or (tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@torch.no_grad()
+def on_device(module: Module, device: torch.device) -> Module:
+    """Return a module on a device: itself if it is there, else a frozen copy. The module stays as it is.
+
+    A module of float64 stays where it is if the device lacks float64.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    lacks = device.type in WITHOUT_FLOAT64 and any(x.dtype == torch.float64 for x in tensors)
+    if lacks or all(x.device == device for x in tensors):
+        return module
+    moved: dict[int, Tensor] = {}  # deepcopy takes these in place of copies of the tensors
+    for x in tensors:
+        there = x.detach().to(device)
+        moved[id(x)] = nn.Parameter(there, requires_grad=False) if isinstance(x, nn.Parameter) else there
+    return copy.deepcopy(module, moved)
+
+
+class _Flags(NamedTuple):
+    """The settings of torch for float32 products on CUDA. Their old and their new name can contradict each other."""
+
+    allow_tf32: bool
+    precision: str  # of torch.set_float32_matmul_precision; "" if torch cannot say
+    name: str | None  # fp32_precision, which exists from torch 2.9 on
+
+    @classmethod
+    def now(cls) -> "_Flags":
+        name = getattr(MATMUL, "fp32_precision", None)
+        try:
+            precision = torch.get_float32_matmul_precision()
+        except RuntimeError:  # some settings were made by their old names, some by their new ones
+            precision = ""
+        try:
+            return cls(MATMUL.allow_tf32, precision, name)
+        except RuntimeError:
+            return cls(name != "tf32", precision, name)
+
+    @property
+    def tf32(self) -> bool:
+        return self.allow_tf32 if self.name is None else self.name == "tf32"
+
+    def put_back(self) -> None:
+        MATMUL.allow_tf32 = self.allow_tf32
+        if self.precision == "medium":
+            torch.set_float32_matmul_precision("medium")
+        if self.name is not None:
+            MATMUL.fp32_precision = "none" if self.name == torch.backends.fp32_precision else self.name  # none: as for all
+
+
+# torch has one flag for all threads, and a thread may train while another runs a model. So the thread that changes the flag
+# holds a lock until it has put it back, and training waits for that lock before it computes products of its own.
+_changing_flags = threading.RLock()
+_outside: list[_Flags] = []  # the flags outside of the blocks that are active now
+_models_change_flags = threading.Event()
+
+
+def tf32_is_on() -> bool:
+    """Return whether torch computes float32 products on CUDA in TF32."""
+    return _Flags.now().tf32
+
+
+@contextmanager
+def float32_products(tf32: bool | None) -> Iterator[None]:
+    """Compute float32 products on CUDA in TF32 within the block (True), not in TF32 (False), or as torch is set (None).
+
+    For forward passes of language models. Code that they call should run in `outside_models`.
+    """
+    if tf32 is None:
+        yield
+        return
+    _models_change_flags.set()
+    with _changing_flags:
+        before = _Flags.now()
+        _outside.append(before)
+        try:
+            if tf32 != before.tf32:
+                MATMUL.allow_tf32 = tf32  # also sets the new name; products fail if the two contradict each other
+            yield
+        finally:
+            _outside.pop()
+            if tf32 != before.tf32:
+                before.put_back()
+
+
+@contextmanager
+def outside_models() -> Iterator[None]:
+    """Compute float32 products within the block as outside of all forward passes, in this thread and in others."""
+    if not _models_change_flags.is_set():
+        yield
+        return
+    with _changing_flags:
+        inside = _Flags.now()
+        if not _outside or inside.tf32 == _outside[0].tf32:
+            yield
+            return
+        _outside[0].put_back()
+        try:
+            yield
+        finally:
+            inside.put_back()
 
 
 def float64_device(device: torch.device) -> torch.device:

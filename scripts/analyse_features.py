@@ -110,7 +110,7 @@ def main() -> None:
     d = sl.load(args.dictionary)
     lm = model_of(d.origin, name=args.model)
     store = sl.FeatureStore.build(
-        d.to(lm.device), lm, named_text(args.text), n_tokens=args.n_tokens, control=args.control, out=args.out / "store"
+        d, lm, named_text(args.text), n_tokens=args.n_tokens, control=args.control, out=args.out / "store"
     )
     console.print(str(store), facts(store), examples(store, args.examples), sep="\n")
     for name, figure in plots(store, d).items():

@@ -70,7 +70,7 @@ def describe(path: Path, arguments: argparse.Namespace) -> None:
     """Evaluate a dictionary and write its card."""
     d = sl.load(path)
     lm = model_of(d.origin, name=arguments.model)
-    report = sl.evaluate(d.to(lm.device), lm, named_text(arguments.text), n_tokens=arguments.n_tokens)
+    report = sl.evaluate(d, lm, named_text(arguments.text), n_tokens=arguments.n_tokens)
     print(f"{path}\n{report}\n")
     write_card(path, d, report, text=arguments.text, license=arguments.license, tags=arguments.tags)
 

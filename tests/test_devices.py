@@ -13,6 +13,7 @@ from saelens_lite.cache import TensorSource
 from saelens_lite.cache.source import Moments
 from saelens_lite.errors import ConfigError
 from saelens_lite.evaluation.controls import PCA, RANDOM
+from saelens_lite.interventions.site import Site
 from saelens_lite.training import Trainer
 
 HOOK = "blocks.1.hook_resid_pre"
@@ -161,7 +162,8 @@ def test_an_evaluation_on_a_device_without_float64(lm, documents):
     how = {"text_config": sl.TextConfig(n_ctx=32), "n_tokens": 120, "n_bootstrap": 10, "controls": True}
     wanted = sl.evaluate(d, lm, documents, **how)
     with without_float64() as device:
-        found = sl.evaluate(d.to(device), sl.load_model("tiny", device=device), documents, **how)
+        found = sl.evaluate(d, sl.load_model("tiny", device=device), documents, **how)
+    assert d.W_dec.device.type == "cpu"  # evaluated was a copy
     compared = [(found, wanted), *((found.controls[name], wanted.controls[name]) for name in (RANDOM, PCA))]
     for a, b in compared:  # of shuffled weights not: a tied weight is two on the pretended device
         assert a.metrics.keys() == b.metrics.keys()
@@ -174,3 +176,60 @@ def test_weights_are_centred_on_a_device_without_float64(documents):
     with without_float64() as device:
         found = sl.load_model("tiny", device=device).center_writing_weights_().module.state_dict()
         assert all(torch.equal(found[name].cpu(), value) for name, value in wanted.items())
+
+
+def test_what_has_a_model_runs_on_its_device(lm, monkeypatch):
+    """Dictionaries on another device are copied there; the caller's own stays where it is, and the numbers are the same."""
+    text = "The old man looked at the sea, and the sea looked back at him."
+    d = sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=lm.d_model), d_sae=32, options={"k": 4})
+    seen = []
+    encode = sl.Dictionary.encode
+
+    def noted(self, x):
+        seen.append(self.W_enc.device.type)
+        return encode(self, x)
+
+    monkeypatch.setattr(sl.Dictionary, "encode", noted)
+
+    def spliced(model):
+        keep = torch.ones_like(lm.to_tokens(text).tokens, dtype=torch.bool)  # new_tensor, for the default, cannot pretend
+        with model.splice(d, keep=keep), torch.no_grad():
+            return model.logits(text)
+
+    uses = {
+        "splice": spliced,
+        "attribute, doses": lambda model: (site := Site(d, model)).read(site.rows(text)[0]).error,
+        "probe": lambda model: _probed(d, model, text),
+        "store": lambda model: sl.FeatureStore.build(d, model, text).tensors.top_value,
+    }
+    for name, use in uses.items():
+        seen.clear()
+        wanted = use(lm)
+        assert set(seen) == {"cpu"}, name
+        seen.clear()
+        with without_float64() as device:
+            found = use(sl.load_model("tiny", device=device)).cpu()
+        assert set(seen) == {device}, name
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        assert d.W_enc.device.type == "cpu", name
+
+
+def _probed(d, lm, text):
+    """Return the AUC of a probe on activations."""
+    texts = [f"{i} {text}" for i in range(24)]
+    return torch.tensor(sl.probe(d, lm, texts, [i % 2 for i in range(24)], ks=(1,), n_bootstrap=0)["activations"].auc.value)
+
+
+def test_a_stream_is_trained_on_where_its_model_is(lm, monkeypatch, tmp_path):
+    monkeypatch.setattr(devices, "natural_device", lambda: pytest.fail("the model is on a device already"))
+    stream = sl.ActivationStream(lm, ["The old man looked at the sea."] * 30, HOOK, buffer_tokens=64)
+    (run,) = sl.train(stream, sl.TrainConfig(**QUICK), tmp_path / "run")
+    assert run.dictionary.W_dec.device == lm.device
+
+
+def test_comparisons_run_on_the_natural_device(monkeypatch):
+    asked = []
+    monkeypatch.setattr(devices, "natural_device", lambda: asked.append(True) or torch.device("cpu"))
+    d = sl.Dictionary.create("topk", reads=8, d_sae=16, options={"k": 2})
+    sl.compare(d, d)
+    assert asked

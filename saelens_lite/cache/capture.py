@@ -150,8 +150,8 @@ def capture(
     out = followed(Path(out))
     request = {
         "model": lm.name, "revision": lm.revision, "processing": lm.processing, "tokenizer": lm.tokenizer_hash, "hooks": names,
-        "model_dtype": str(lm.dtype), "n_tokens": n_tokens, "text_config": config.model_dump(mode="json"), "dtype": dtype,
-        "batch_tokens": batch_tokens, "shard_tokens": shard_tokens, "weights": lm.fingerprint(),
+        "model_dtype": f"torch.{lm.precision}", "n_tokens": n_tokens, "text_config": config.model_dump(mode="json"),
+        "dtype": dtype, "batch_tokens": batch_tokens, "shard_tokens": shard_tokens, "weights": lm.fingerprint(),
     }  # fmt: skip
     with unfinished(out, CACHE, request, UNFINISHED_CAPTURE, _has_shards, exists, files_of(text)) as folder:
         try:
@@ -221,6 +221,7 @@ def origin_of(lm: LanguageModel, blocks: RowBlocks, text_name: str | None) -> Or
         revision=lm.revision,
         model_class=type(lm.module).__name__,
         processing=lm.processing,
+        precision=None if lm.precision == "float32" else lm.precision,
         n_ctx=blocks.width or blocks.n_ctx,
         prepend_bos=blocks.every_row_begins_with_bos if blocks.are_rows else config.bos != "none",
         text=text_name or source_name(blocks.text, config),

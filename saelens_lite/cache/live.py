@@ -222,6 +222,7 @@ class ActivationStream:
                 "center_writing_weights": bool(self.lm.processing),
                 "device": str(self.lm.device),
                 "dtype": str(self.lm.dtype).removeprefix("torch."),
+                **({"tf32": True} if self.lm.tf32 else {}),
             },
             "stream": {
                 "hooks": list(self.hooks),
@@ -284,6 +285,7 @@ class ActivationStream:
             revision=said.model.revision,
             center_writing_weights=said.model.center_writing_weights,
         )
+        lm.tf32 = said.model.tf32 if lm.tf32 is not None else None
         n_bytes = said.stream.buffer_tokens * len(said.stream.hooks) * lm.d_model * lm.dtype.itemsize
         check_fits_memory(f"a buffer of {said.stream.buffer_tokens:,} activations", n_bytes)
         config = TextConfig(**description["text_config"])
@@ -300,6 +302,7 @@ class _Model(Checked):
     center_writing_weights: bool
     device: String
     dtype: Literal["float32", "float16", "bfloat16", "float64"]
+    tf32: bool = False
 
 
 class _Settings(Checked):

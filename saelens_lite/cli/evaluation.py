@@ -56,7 +56,7 @@ def evaluate(
     loaded = [sl.load(path) for path in dictionaries]
     lm = of.model_of(*loaded)
     reports = sl.evaluate(
-        [dictionary.to(lm.device) for dictionary in loaded],
+        loaded,
         lm,
         named_text(text),
         hook=of.hook,

@@ -46,7 +46,7 @@ def features(
         refuse_existing(page, exists)
     lm = of.model_of(*loaded)
     stores = sl.FeatureStore.build(
-        [d.to(lm.device) for d in loaded] if len(loaded) > 1 else loaded[0].to(lm.device),
+        loaded if len(loaded) > 1 else loaded[0],
         lm,
         named_text(text),
         settings,

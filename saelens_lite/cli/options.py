@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 
 DICTIONARY = "a folder of ours, a folder or file of another tool, or an address such as hf://user/repo/folder@revision."
 
+ModelDtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    Parameter(
+        help="Number type of the model. auto is float32, but on CUDA the checkpoint's own; float32 checkpoints then have TF32 "
+        "products, which float32 turns off."
+    ),
+]
 Flag = Annotated[bool, Parameter(negative="")]
 Exists = Annotated[Literal["error", "overwrite"], Parameter(help="If the output exists: stop with an error, or overwrite it.")]
 DictionaryPath = Annotated[Path, Parameter(help=f"The dictionary: {DICTIONARY}")]
@@ -71,6 +78,7 @@ class OfModel:
     model: str | None = None
     hook: str | None = None
     device: str | None = None
+    model_dtype: ModelDtype = "auto"
     model_revision: str | None = None
     trust_remote_code: Flag = False
 
@@ -83,6 +91,7 @@ class OfModel:
             name=self.model,
             revision=self.model_revision,
             device=self.device,
+            dtype=self.model_dtype,
             trust_remote_code=self.trust_remote_code,
         )
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from saelens_lite.cli.base import app, console
-from saelens_lite.cli.options import Exists, Flag, TextName, TextOptions, given
+from saelens_lite.cli.options import Exists, Flag, ModelDtype, TextName, TextOptions, given
 from saelens_lite.config import TextConfig, TrainConfig, read_toml, train_configs
 from saelens_lite.errors import ConfigError
 
@@ -23,6 +23,7 @@ def capture(
     dtype: Literal["float16", "bfloat16", "float32"] = "float16",
     device: str | None = None,
     center_writing_weights: Flag = False,
+    model_dtype: ModelDtype = "auto",
     model_revision: str | None = None,
     trust_remote_code: Flag = False,
     exists: Exists = "error",
@@ -56,6 +57,7 @@ def capture(
     lm = sl.load_model(
         model,
         device=device,
+        dtype=model_dtype,
         revision=model_revision,
         center_writing_weights=center_writing_weights,
         trust_remote_code=trust_remote_code,
@@ -78,6 +80,7 @@ def train(
     resume: Path | None = None,
     text: str | None = None,
     model: str = "tiny",
+    model_dtype: ModelDtype = "auto",
     model_revision: str | None = None,
     trust_remote_code: Flag = False,
     text_config: TextOptions = TextConfig(),  # noqa: B008 (frozen)
@@ -141,7 +144,9 @@ def train(
         runs = sl.resume(resume, cache and sl.ActivationCache.open(cache), text=text, **common)
     else:
         configs = train_configs(read_toml(config) if config else {}, flags)
-        loading = {"device": device, "revision": model_revision, "trust_remote_code": trust_remote_code}
+        loading = {
+            "device": device, "dtype": model_dtype, "revision": model_revision, "trust_remote_code": trust_remote_code,
+        }  # fmt: skip
         source = _source(cache, text, model, text_config, [_hooks(c) for c in configs], buffer_tokens, loading)
         runs = sl.train(source, configs, out or Path("runs/dictionary"), **common, **only_new)
     for run in runs:

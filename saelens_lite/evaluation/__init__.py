@@ -45,6 +45,7 @@ from typing import Any, NamedTuple, overload
 import torch
 
 from saelens_lite.config import TextConfig
+from saelens_lite.devices import on_device
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, TextError
 from saelens_lite.evaluation import metrics
@@ -107,6 +108,8 @@ def evaluate(
     reconstruction at the positions that count. The hook is the one that the dictionary writes. Special tokens, padding and
     positions that were left out of training, such as position 0, do not count and keep their activation.
 
+    Dictionaries on another device are copied to the model's; your own stay where they are.
+
     The report says whether the text differs from the training text, as far as names and hashes tell. If it may be the same, a
     warning is logged.
 
@@ -139,7 +142,9 @@ def evaluate(
     hooks = _common_hooks(dictionaries, lm, hook)
     for one in dictionaries:
         lm.check_origin(one.origin)
+        lm.warn_of_precision(one.origin)
         one.check_finite()
+    dictionaries = [on_device(one, lm.device) for one in dictionaries]
     lm.check_causal("evaluate, which measures the loss of the next token,")
     if hooks.reads != hooks.writes and len(hooks.reads) == len(hooks.writes) == 1:
         lm.check_order(*hooks.reads, *hooks.writes)

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelens_lite.arrays import described, plain
+from saelens_lite.devices import on_device
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, NonFiniteError, TextError
 from saelens_lite.evaluation.metrics import Metric, with_interval
@@ -164,6 +165,7 @@ def probe(
         raise ConfigError(f"seed = {seed}, n_bootstrap = {n_bootstrap}; expected a seed below 2^32, and no negative numbers")
     hooks = lm.hooks_of(dictionary, hook)
     dictionary.check_finite()
+    dictionary = on_device(dictionary, lm.device)
     _require_sklearn()
     reports = {}
     for name, dataset in _datasets(texts, labels).items():

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from saelens_lite.config import StoreConfig, TextConfig
+from saelens_lite.devices import on_device
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, CorruptFileError, TextError
 from saelens_lite.evaluation import as_trained
@@ -77,7 +78,7 @@ class StorePlan(NamedTuple):
             "processing": lm.processing,
             "weights": lm.fingerprint(),
             "tokenizer": lm.tokenizer_hash,
-            "model_dtype": str(lm.dtype),
+            "model_dtype": f"torch.{lm.precision}",
             "batch_tokens": self.config.batch_tokens,
             "control": self.config.control,
             "n_dictionaries": len(self.infos),
@@ -91,9 +92,10 @@ class StorePlan(NamedTuple):
 
 
 def _hooked(dictionary: Dictionary, lm: LanguageModel, hook: str | None) -> Hooked:
-    """Return a dictionary with its hooks in the model. Raise NonFiniteError if a weight is NaN or infinite."""
+    """Return a dictionary on the model's device, with its hooks. Raise NonFiniteError if a weight is NaN or infinite."""
     dictionary.check_finite()
-    return Hooked(dictionary, lm.hooks_of(dictionary, hook))
+    lm.warn_of_precision(dictionary.origin)
+    return Hooked(on_device(dictionary, lm.device), lm.hooks_of(dictionary, hook))
 
 
 def _rows(

@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelens_lite.arrays import plain
+from saelens_lite.devices import chosen_device
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, ShapeError
 from saelens_lite.features.info import weights_hash
@@ -325,7 +326,7 @@ def compare_all(
     if method not in METHODS:
         raise ConfigError(f"method = {method!r}; expected one of {', '.join(METHODS)}")
     live = _live(a, include_dead)
-    device = a.W_dec.device
+    device = chosen_device(None) if a.W_dec.device.type == "cpu" else a.W_dec.device
     own, own_hash = _directions(a, live, device), weights_hash(a)
     others_live = [_live(b, include_dead) for b in others]
     if method == "auto":
@@ -387,7 +388,7 @@ def _live(d: Dictionary, include_dead: bool) -> Bool[Tensor, " d_sae"]:
 @torch.no_grad()
 def _directions(d: Dictionary, live: Bool[Tensor, " d_sae"], device: torch.device) -> Directions:
     """Return the unit directions of the live latents, in float32 on a device."""
-    units = Directions(*(F.normalize(rows[live.to(rows.device)].to(device).float(), dim=1) for rows in (d.W_dec, d.W_enc.T)))
+    units = Directions(*(F.normalize(rows[live.to(rows.device)].float().to(device), dim=1) for rows in (d.W_dec, d.W_enc.T)))
     for name, rows in units._asdict().items():
         if not torch.isfinite(rows).all():
             raise NonFiniteError(f"the {name} of a dictionary ({d.place}) holds NaN or infinity")

@@ -68,6 +68,8 @@ class FeatureStore(StoreQueries):
     ) -> "FeatureStore | list[FeatureStore]":
         """Build the store of a dictionary. For several dictionaries, build a list of stores in one pass of the model.
 
+        A dictionary on another device is copied to the model's.
+
         Codes go to disk as they are computed, 12 to 14 bytes each. During the pass, memory holds one batch and the token ids
         with a few numbers for each; afterwards also the activations of some latents.
 

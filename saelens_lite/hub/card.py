@@ -246,6 +246,7 @@ def _facts(dictionary: Dictionary) -> dict[str, Any]:
         "tokens": dictionary.training_record.get("tokens"),
         "settings": {key: _listed(value) if isinstance(value, dict) else value for key, value in settings.items()},
         "processing": ", ".join(origin.processing),
+        "precision": origin.precision,
         "excluded": ", ".join(map(str, origin.excluded_positions)) or "none",
         "trained_text": origin.text,
     }

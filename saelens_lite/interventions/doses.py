@@ -160,7 +160,7 @@ def dose_response(
     dictionary.check_edits([Add(latent, 0.0)])
     readings = [site.read(row) for row in site.rows(text, attention_mask)]
     controls = _controls(site, readings, latent, n_controls, seed)
-    directions = _of_equal_norm(dictionary, [latent, *controls])
+    directions = _of_equal_norm(site.dictionary, [latent, *controls])
     added = (torch.tensor(given, device=lm.device)[:, None, None] * directions).flatten(0, 1)  # [(doses latents) d_out]
     asked = LogProb(_promoted(lm, directions[0])) if isinstance(metric, str) and metric == "promoted" else metric
     clean, effect, kl = [], [], []

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelens_lite.codes import SparseCodes
+from saelens_lite.devices import on_device
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ShapeError, TextError
 from saelens_lite.model import LanguageModel
@@ -38,7 +39,7 @@ class Reading(NamedTuple):
 
 
 class Site:
-    """A dictionary at the hooks of a model that it reads and writes.
+    """A dictionary at the hooks of a model that it reads and writes; a copy of it if it is on another device.
 
     Raises:
         ConfigError: a port names no hook, or the model is processed in another way.
@@ -46,7 +47,7 @@ class Site:
     """
 
     def __init__(self, dictionary: Dictionary, lm: LanguageModel, hook: str | None = None):
-        self.lm, self.dictionary, self.hooks = lm, dictionary, lm.hooks_of(dictionary, hook)
+        self.lm, self.dictionary, self.hooks = lm, on_device(dictionary, lm.device), lm.hooks_of(dictionary, hook)
         self.reads, self.writes = (" + ".join(side) for side in self.hooks)
 
     def rows(self, text: Given, attention_mask: Any = None) -> list[CountedRow]:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saelens_lite.devices import float32_products
 from saelens_lite.errors import ConfigError, NonFiniteError, ShapeError, TextError
 
 PROBE_PROMPT, PROBE_STEPS = 6, 3  # tokens for the test of a cache: more than the width of usual convolutions
@@ -92,7 +93,8 @@ def _cached_logits(lm: Any) -> Callable[[Int[Tensor, "one pos"]], Float[Tensor, 
 
     def step(tokens: Tensor) -> Tensor:
         nonlocal past, n_done
-        out = lm.module(tokens[:, n_done:], past_key_values=past, use_cache=True)
+        with float32_products(lm.tf32):
+            out = lm.module(tokens[:, n_done:], past_key_values=past, use_cache=True)
         past, n_done = out.past_key_values, tokens.shape[1]
         return out.logits[:, -1].float()
 
@@ -101,7 +103,12 @@ def _cached_logits(lm: Any) -> Callable[[Int[Tensor, "one pos"]], Float[Tensor, 
 
 def _recomputed_logits(lm: Any) -> Callable[[Int[Tensor, "one pos"]], Float[Tensor, "one d_vocab"]]:
     """Return a function from a row to its next-token logits; it runs the model over the whole row."""
-    return lambda tokens: lm.module(tokens, use_cache=False).logits[:, -1].float()
+
+    def step(tokens: Tensor) -> Tensor:
+        with float32_products(lm.tf32):
+            return lm.module(tokens, use_cache=False).logits[:, -1].float()
+
+    return step
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from saelens_lite.config import Origin
+from saelens_lite.devices import float32_products, on_device, outside_models, tf32_is_on
 from saelens_lite.errors import ConfigError, HookError, ShapeError
 from saelens_lite.model import generation as _generation
 from saelens_lite.model import hooks as _hooks
@@ -67,6 +68,8 @@ class LanguageModel(Tokenizer):
 
     It can also wrap your own module. This freezes the module and gives it torch's fused GELU. With tokenizer=None it takes
     token ids only.
+
+    `tf32` decides on TF32 in the float32 products of its forward passes on CUDA: True, False, or None for the setting of torch.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class LanguageModel(Tokenizer):
         _processing.use_fused_gelu_(self.module)
         self.revision = revision
         self.processing: tuple[str, ...] = ()  # changes to the weights, which change the activations
+        self.tf32: bool | None = None
         config = module.config.get_text_config()
         self.d_model: int = config.hidden_size
         self.n_layers: int = config.num_hidden_layers
@@ -95,6 +99,13 @@ class LanguageModel(Tokenizer):
     def dtype(self) -> torch.dtype:
         """Dtype of the weights."""
         return self.module.dtype
+
+    @property
+    def precision(self) -> str:
+        """The number type of forward passes: "tf32" for float32 weights with TF32 products, else the dtype of the weights."""
+        tf32 = tf32_is_on() if self.tf32 is None else self.tf32
+        is_tf32 = tf32 and self.dtype == torch.float32 and self.device.type == "cuda"
+        return "tf32" if is_tf32 else str(self.dtype).removeprefix("torch.")
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of some entries of each weight. It differs for models of one name with different weights."""
@@ -161,6 +172,7 @@ class LanguageModel(Tokenizer):
         module = copy.deepcopy(self.module)
         _processing.shuffle_weights_(module, seed)
         redrawn = LanguageModel(module, self.tokenizer, name=f"{self.name}, weights shuffled")
+        redrawn.tf32 = self.tf32
         return redrawn.center_writing_weights_() if self.processing else redrawn
 
     def check_origin(self, origin: Origin) -> None:
@@ -175,6 +187,11 @@ class LanguageModel(Tokenizer):
             f"the dictionary belongs to {origin.model or 'a model'} with processing {list(origin.processing)}; {self.name} was "
             f"loaded with {list(self.processing)}: use load_model(..., center_writing_weights={wanted})"
         )
+
+    def warn_of_precision(self, origin: Origin) -> None:
+        """Log once if activations of this origin were computed in another number type than this model computes in."""
+        if origin.model is not None:
+            _say_precision(self.name, self.precision, origin.precision)
 
     def hooks_of(self, dictionary: Any, hook: str | None = None) -> Hooks:
         """Return the hooks that a dictionary reads and writes in this model.
@@ -249,7 +266,8 @@ class LanguageModel(Tokenizer):
             settings["attention_mask"] = holds.long()
         before, self._aligned = self._aligned, rows
         try:
-            return self.module(rows.tokens, use_cache=False, **settings)
+            with float32_products(self.tf32):
+                return self.module(rows.tokens, use_cache=False, **settings)
         finally:
             self._aligned = before
 
@@ -352,7 +370,8 @@ class LanguageModel(Tokenizer):
     def replace(self, hook: str, new: Callable[[Float[Tensor, "batch pos d"]], Float[Tensor, "batch pos d"]]) -> Iterator[None]:
         """Replace the activation at `hook` by `new(activation)` within the block.
 
-        Some modules, such as OPT's MLP, get the rows of a batch as one long row; `new` still gets [batch pos d].
+        Some modules, such as OPT's MLP, get the rows of a batch as one long row; `new` still gets [batch pos d]. Products in
+        `new` are TF32 only if torch is set so, whatever the model's are.
 
         Raises:
             HookError: the model has no such hook, or the value there is not [batch pos d].
@@ -363,12 +382,16 @@ class LanguageModel(Tokenizer):
             token_ids = args[0] if args else next(iter(kwargs.values()))
             shape[:] = token_ids.shape
 
+        def apply(value: Tensor) -> Tensor:
+            with outside_models():
+                return new(value)
+
         def visit(value: Any) -> Tensor | None:
             if isinstance(value, Tensor) and value.ndim == 3:
-                return new(value)
+                return apply(value)
             if isinstance(value, Tensor) and value.ndim == 2 and len(shape) == 2 and len(value) == shape[0] * shape[1]:
                 apart = rearrange(value, "(batch pos) d -> batch pos d", batch=shape[0])
-                changed = new(apart)
+                changed = apply(apart)
                 return value if changed is apart else rearrange(changed, "batch pos d -> (batch pos) d")
             raise HookError(f"{hook} of {type(self.module).__name__} is {_shape(value)}; only [batch pos d] can be replaced")
 
@@ -395,7 +418,7 @@ class LanguageModel(Tokenizer):
         Without edits, the dictionary's output replaces the activation at each hook that it writes. With edits
         (`saelens_lite.interventions.edits`) the activation y there becomes y + Σ_i (new_i − old_i) W_dec[i]: it keeps its
         error term, so that only the edits change the model. A dictionary of several hooks reads them in a separate pass, in
-        which nothing is replaced.
+        which nothing is replaced. A dictionary on another device is copied to the model's for the block; the copy is frozen.
 
         Positions on which dictionaries are not trained keep their activation unless an edit names them: special tokens,
         padding, and the positions that the dictionary's origin excludes, by default position 0.
@@ -460,7 +483,10 @@ class LanguageModel(Tokenizer):
 
         def output(chosen: Tensor, position: Tensor) -> None:
             """Compute the tensors to write at each hook: the reconstruction, and what the edits add to the activation."""
+            nonlocal dictionary
             x = together(read, hooks.reads)
+            if isinstance(dictionary, nn.Module):
+                dictionary = on_device(dictionary, x.device)
             dictionary.check_input(x)
             if not error_term:
                 written.update(zip(hooks.writes, apart(dictionary(x), dictionary.writes), strict=True))
@@ -637,6 +663,20 @@ class LanguageModel(Tokenizer):
             f"d_model {self.d_model}, n_ctx {self.n_ctx}, {self.d_vocab} tokens, {self.device}, {str(self.dtype)[6:]}"
             f"{''.join(f', {done}' for done in self.processing)})"
         )
+
+
+@cache
+def _say_precision(name: str, precision: str, of_origin: str | None) -> None:
+    if precision == (of_origin or "float32"):
+        return
+    known = of_origin is not None or precision in ("bfloat16", "float16")  # else it may be older, of other tools, or float32
+    log.log(
+        logging.WARNING if known else logging.INFO,
+        "%s computes in %s, but the dictionary was trained on activations in %s: numbers will differ slightly",
+        name,
+        precision,
+        of_origin or "float32, or a type that is not recorded",
+    )
 
 
 def _n_cached(past: Any) -> int:

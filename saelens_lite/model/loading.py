@@ -9,6 +9,7 @@ import torch
 from saelens_lite.config import Origin
 from saelens_lite.devices import chosen_device
 from saelens_lite.errors import ConfigError, HubError, HubUnreachableError, ModelNotFoundError
+from saelens_lite.files import DTYPES
 from saelens_lite.model.language_model import EMBEDDED, LanguageModel
 from saelens_lite.model.processing import CENTER_WRITING_WEIGHTS
 from saelens_lite.paths import check_input
@@ -20,7 +21,7 @@ def load_model(
     name: str | Path = "tiny",
     *,
     device: str | torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: str | torch.dtype = "auto",
     revision: str | None = None,
     center_writing_weights: bool = False,
     trust_remote_code: bool = False,
@@ -30,6 +31,9 @@ def load_model(
     Args:
         name: "tiny" (embedded, no network), a local folder, or a Hugging Face Hub id such as "gpt2".
         device: Default: CUDA if available, else MPS if it works, else the CPU.
+        dtype: Number type of the weights: "float32", "bfloat16", "float16", "float64" or a torch.dtype. "auto" is float32,
+            but on CUDA the checkpoint's own. A float32 checkpoint then has TF32 products in its forward passes on CUDA;
+            dtype="float32" turns them off.
         revision: Branch, tag or commit on the Hub.
         center_writing_weights: Apply `LanguageModel.center_writing_weights_`.
         trust_remote_code: Run Python code that comes with the model's files. It may do anything. Without this, a model that
@@ -38,7 +42,7 @@ def load_model(
     Raises:
         ModelNotFoundError: the model does not exist, the Hub cannot be reached, transformers does not know the architecture,
             or the model needs its own code.
-        ConfigError: the writing weights of this model cannot be centred.
+        ConfigError: the device is missing, the dtype is unknown, or the writing weights of this model cannot be centred.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as hf_logging
@@ -50,14 +54,16 @@ def load_model(
         raise ModelNotFoundError(f"no model folder at {name}; give a folder with config.json, a Hub id, or 'tiny'")
     commit, only_cached = (revision, True) if local else _on_hub(str(name), revision)
     source = {"revision": revision, "local_files_only": only_cached, "trust_remote_code": bool(trust_remote_code)}
-    device = chosen_device(device)
+    device, number_type = chosen_device(device), _number_type(dtype)
+    is_own = number_type == "auto" and device.type == "cuda"
+    number_type = torch.float32 if number_type == "auto" and not is_own else number_type
     bars = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(str(where), **source)
         if not trust_remote_code and _names_kernels(config):
             raise _needs_code(name)
-        module = AutoModelForCausalLM.from_pretrained(str(where), dtype=dtype, config=config, **source)
+        module = AutoModelForCausalLM.from_pretrained(str(where), dtype=number_type, config=config, **source)
         tokenizer = None
         if not local or _has_tokenizer(Path(str(where))):
             tokenizer = AutoTokenizer.from_pretrained(str(where), **source)
@@ -76,6 +82,7 @@ def load_model(
         log.warning("%s has no tokenizer: it takes token ids only, not text", name)
         tokenizer = None  # transformers makes one that knows only special tokens
     lm = LanguageModel(module.to(device), tokenizer, name=str(name), revision=commit)
+    lm.tf32 = is_own if lm.dtype == torch.float32 and device.type == "cuda" else None
     return lm.center_writing_weights_() if center_writing_weights else lm
 
 
@@ -84,6 +91,7 @@ def model_of(
     name: str | Path | None = None,
     revision: str | None = None,
     device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
     trust_remote_code: bool = False,
 ) -> LanguageModel:
     """Return the model that dictionaries were trained on, or the model called `name`, with the same weight processing.
@@ -93,6 +101,7 @@ def model_of(
 
     Args:
         origins: The origins of the dictionaries. "tiny" is loaded if neither they nor `name` name a model.
+        device, dtype: See `load_model`.
 
     Raises:
         ConfigError: the origins name several models or commits, or `trust_remote_code` is set without a name.
@@ -112,10 +121,19 @@ def model_of(
     return load_model(
         name or model or "tiny",
         device=device,
+        dtype=dtype,
         revision=revision or commit,
         center_writing_weights=any(CENTER_WRITING_WEIGHTS in origin.processing for origin in origins),
         trust_remote_code=trust_remote_code,
     )
+
+
+def _number_type(dtype: str | torch.dtype) -> str | torch.dtype:
+    """Return "auto" or a dtype. Raise ConfigError for anything else."""
+    chosen = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if chosen != "auto" and chosen not in DTYPES.values():
+        raise ConfigError(f"dtype = {str(dtype)!r}; expected auto, {', '.join(DTYPES)}, or one of these as a torch.dtype")
+    return chosen
 
 
 def mention_folder(name: str) -> None:

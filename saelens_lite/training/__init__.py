@@ -67,7 +67,7 @@ from saelens_lite.cache import Source, TensorSource, open_source
 from saelens_lite.cache.resumed import expect, record_of
 from saelens_lite.codes.encoder import Spare
 from saelens_lite.config import TrainConfig
-from saelens_lite.devices import chosen_device, device_to_train_on, is_available
+from saelens_lite.devices import chosen_device, device_to_train_on, is_available, works
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import (
     ConfigError,
@@ -134,7 +134,7 @@ def train(
         validation_tokens: number of activations that are kept out of training. The log reports val_fvu and val_l0 on them.
         checkpoint_seconds: time between checkpoints. Checkpoints are in `out`/checkpoints/, and Ctrl-C and SIGTERM also write
             one. `resume` continues from there to the same bytes.
-        device: by default CUDA if available, else MPS if it works, else the CPU.
+        device: by default that of a stream's model; for other sources CUDA if available, else MPS if it works, else the CPU.
         loggers: names of logger plugins; log.jsonl by default.
         exists: "overwrite" replaces an earlier run, but no folder that holds anything else. The earlier run is kept until the
             new one is complete, and put back if the new one fails before its first checkpoint.
@@ -158,7 +158,7 @@ def train(
     if validation_tokens < 0 or validation_tokens == 1:
         raise ConfigError(f"validation_tokens = {validation_tokens}; expected 0 or at least 2")
     load_loggers([] if out is None else loggers)
-    device = device_to_train_on(device)
+    device = device_to_train_on(_device_of_model(source) if device is None else device)
     out = None if out is None else check_output(out) if len(configs) > 1 else followed(Path(out))
     folders = [None] * len(configs) if out is None else run_folders(out, configs)
     description = source.describe()
@@ -191,6 +191,12 @@ def train(
             for config, folder in zip(configs, folders, strict=True):
                 write_text(folder / "config.toml", tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
             return _run(job, source)
+
+
+def _device_of_model(source: Source) -> torch.device | None:
+    """Return the device of a stream's model if training works there; None for other sources."""
+    lm = getattr(source, "lm", None)
+    return None if lm is None or (lm.device.type == "mps" and not works("mps")) else lm.device
 
 
 @contextmanager

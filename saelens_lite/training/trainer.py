@@ -16,7 +16,7 @@ from saelens_lite.cache.source import UNNAMED
 from saelens_lite.codes import gpu
 from saelens_lite.codes.encoder import Spare
 from saelens_lite.config import TrainConfig
-from saelens_lite.devices import asynchronous, where_float64_is, wide
+from saelens_lite.devices import asynchronous, outside_models, where_float64_is, wide
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, NonFiniteError, PluginError, ShapeError, SourceChangedError
 from saelens_lite.files import check_fits_memory, shortened
@@ -136,6 +136,7 @@ class Trainer:
         x = scaled(self.hooks.reads, self.scales)
         return (x, x) if self.shift is None else (x - self.shift, scaled(self.hooks.writes, self.target_scales))
 
+    @outside_models()
     def step(self, batch: Batch | Float[Tensor, "batch d_in"], spare: Spare | None = None) -> None:
         """Take one optimiser step on raw activations: `calibrate` before the first step, then `backward`, then `update`.
 
@@ -165,6 +166,7 @@ class Trainer:
                 self._scale_encoder(self._prepare(self._named(batch))[0])
             self.optimizer.forget_rounded()
 
+    @outside_models()
     def backward(self, batch: Batch | Float[Tensor, "batch d_in"], spare: Spare | None = None) -> Contribution:
         """Compute the losses of a batch, put their gradients into `grad` of the dictionary's parameters, and return the losses.
 
@@ -400,6 +402,7 @@ class Trainer:
             finally:
                 self._random = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._cuda)]
 
+    @outside_models()
     @torch.no_grad()
     def validate(self, batch: Batch) -> dict[str, float]:
         """Return val_fvu = Σ‖y − ŷ‖² / Σ‖y − mean‖² and val_l0 on raw activations that were kept out of training.
