@@ -8,30 +8,39 @@ import hashlib
 import math
 import zlib
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from saelens_lite.errors import CorruptFileError
-from saelens_lite.files import Spec, check_header, file_hash, file_size, tensor_specs, write_tensors
+from saelens_lite.files import Spec, check_header, file_size, tensor_specs, write_tensor_blocks
 from saelens_lite.schemas import Checked, PlainName, Positive, Sha256
 
 CHUNK = 128
+READERS = 8  # threads that read for a GPU
 MANIFEST = "manifest.json"
 
 
-def write_shard(path: Path, tensors: dict[str, Tensor]) -> dict:
-    """Write a shard in one step, and return its manifest entry: file, n_tokens, bytes, sha256."""
-    checksums = torch.tensor([[_crc(piece) for piece in tensors[key].split(CHUNK)] for key in sorted(tensors)])
-    write_tensors(path, tensors | {"checksums": checksums})
-    return {"file": path.name, "n_tokens": len(tensors["tokens"]), "bytes": path.stat().st_size, "sha256": file_hash(path)}
+def write_shard(path: Path, rows: dict[str, Sequence[Tensor]], checksums: Int[Tensor, "n_keys n_chunks"]) -> dict:
+    """Write a shard in one step, and return its manifest entry: file, n_tokens, bytes, sha256.
+
+    Args:
+        rows: the tensors, each in consecutive blocks of rows.
+        checksums: those of `chunk_checksums`, for each key in alphabetical order.
+    """
+    sha256 = write_tensor_blocks(path, {**rows, "checksums": [checksums]})
+    n_tokens = sum(map(len, rows["tokens"]))
+    return {"file": path.name, "n_tokens": n_tokens, "bytes": path.stat().st_size, "sha256": sha256}
 
 
-def _crc(x: Tensor) -> int:
-    return zlib.crc32(x.contiguous().view(torch.uint8).numpy())
+def chunk_checksums(x: Tensor) -> list[int]:
+    """Return the CRC-32 of each chunk of rows."""
+    return [zlib.crc32(chunk.view(torch.uint8).numpy()) for chunk in x.contiguous().split(CHUNK)]
 
 
 class Facts(Checked):
@@ -145,14 +154,27 @@ def checksums_hash(shards: Iterable[Shard]) -> str:
     return digest.hexdigest()
 
 
-def read_chunks(shards: Sequence[Shard], chunks: Iterable[Sequence[int]], key: str) -> Tensor:
-    """Return the rows of some chunks, given as [shard, chunk], in order. Raise CorruptFileError if they are damaged."""
+def read_chunks(
+    shards: Sequence[Shard], chunks: Sequence[Sequence[int]], key: str, for_device: torch.device = torch.device("cpu")
+) -> Tensor:
+    """Return the rows of some chunks, given as [shard, chunk], in order. Raise CorruptFileError if they are damaged.
+
+    For CUDA, the memory is pinned, and several threads read.
+    """
     places = [(shards[shard], number) for shard, number in chunks]
-    first = places[0][0]
-    rows = sum(shard.rows(number) for shard, number in places)
-    content = np.empty(rows * first.row_bytes(key), np.uint8)
-    stop = 0
-    for shard, number in places:
-        start, stop = stop, stop + shard.rows(number) * shard.row_bytes(key)
-        shard.read(key, number, content[start:stop])
-    return torch.from_numpy(content).view(first.dtypes[key]).reshape(rows, *first.shapes[key][1:])
+    first, on_cuda = places[0][0], for_device.type == "cuda"
+    rows = [shard.rows(number) for shard, number in places]
+    content = torch.empty(sum(rows) * first.row_bytes(key), dtype=torch.uint8, pin_memory=on_cuda)
+    parts = [x.numpy() for x in content.split([n * first.row_bytes(key) for n in rows])]
+
+    def read(start: int, stop: int) -> None:
+        for (shard, number), part in zip(places[start:stop], parts[start:stop], strict=True):
+            shard.read(key, number, part)
+
+    n = -(-len(places) // READERS)
+    if on_cuda:
+        with ThreadPoolExecutor(READERS) as threads:
+            list(threads.map(lambda start: read(start, start + n), range(0, len(places), n)))
+    else:
+        read(0, len(places))
+    return content.view(first.dtypes[key]).reshape(sum(rows), *first.shapes[key][1:])

@@ -13,7 +13,7 @@ from saelens_lite.arrays import ArrayLike, as_tensor
 from saelens_lite.cache.order import part_of, shuffled_batches
 from saelens_lite.cache.resumed import refuse_others, tensor_hash
 from saelens_lite.config import Origin
-from saelens_lite.devices import where_float64_is
+from saelens_lite.devices import wide
 from saelens_lite.errors import ConfigError, HookError, ShapeError, near_matches
 
 
@@ -24,6 +24,7 @@ class Statistics(NamedTuple):
     rms_norm: float
 
 
+BLOCK = 8192  # activations whose sums are added at once
 UNNAMED = "x"  # name for activations in memory without a hook
 Batch = dict[str, Float[Tensor, "batch _"]]
 
@@ -65,6 +66,12 @@ class Source(Protocol):
         ...
 
 
+def sums(x: Float[Tensor, "n d_in"]) -> tuple[Float[Tensor, " d_in"], Float[Tensor, ""]]:
+    """Return Σx and Σ‖x‖² in float64, on the device of x if that has float64."""
+    exact = wide(x)
+    return exact.sum(0), torch.linalg.vector_norm(exact).square()
+
+
 class Moments:
     """Running sums Σx and Σ‖x‖² in float64."""
 
@@ -73,10 +80,14 @@ class Moments:
 
     def add(self, x: Float[Tensor, "n d_in"]) -> None:
         """Add activations."""
-        for piece in map(where_float64_is, x.split(8192)):
-            self.n += len(piece)
-            self.total += piece.sum(0, dtype=torch.float64).cpu()
-            self.square += float(torch.linalg.vector_norm(piece, dtype=torch.float64).square())
+        for piece in x.split(BLOCK):
+            self.add_sums(len(piece), *sums(piece))
+
+    def add_sums(self, n: int, total: Float[Tensor, " d_in"], square: Float[Tensor, ""]) -> None:
+        """Add the sums of n activations."""
+        self.n += n
+        self.total += total.cpu()
+        self.square += float(square)
 
     def statistics(self) -> Statistics:
         """Return the mean and root mean square norm of the added activations."""

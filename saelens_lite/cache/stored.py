@@ -10,7 +10,7 @@ from jaxtyping import Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from saelens_lite.cache.order import part_of, shuffled_batches
+from saelens_lite.cache.order import CPU, part_of, shuffled_batches
 from saelens_lite.cache.resumed import refuse_others
 from saelens_lite.cache.shards import CHUNK, MANIFEST, Facts, Shard, check_size, checksums_hash, read_chunks
 from saelens_lite.cache.source import Batch, Statistics, TensorSource
@@ -21,6 +21,7 @@ from saelens_lite.outputs import restore
 from saelens_lite.schemas import Checked, Count, Number, Positive, Sha256, String, checked
 
 FORMAT = 2
+MAX_UPLOAD = 1 << 31  # bytes of a pool; a GPU holds two
 MAX_TOKENS = 2**33  # per cache: the list of its chunks then takes a gigabyte
 
 
@@ -145,9 +146,11 @@ class ActivationCache:
         n_tokens = np.array([shard.n_tokens for shard in self._shards], np.int64)
         return np.minimum(CHUNK, n_tokens[shard] - number * CHUNK)
 
-    def _read(self, chunks: Int[np.ndarray, "n_chunks 2"], keys: Sequence[str]) -> dict[str, Tensor]:
-        """Return the rows of some chunks, in order."""
-        return {key: read_chunks(self._shards, chunks.tolist(), key) for key in keys}
+    def _read(
+        self, chunks: Int[np.ndarray, "n_chunks 2"], keys: Sequence[str], for_device: torch.device = CPU
+    ) -> dict[str, Tensor]:
+        """Return the rows of some chunks, in order, in memory from which they can be copied to a device."""
+        return {key: read_chunks(self._shards, chunks.tolist(), key, for_device) for key in keys}
 
     def read_shard(self, number: int) -> dict[str, Tensor]:
         """Return the tensors of one shard: one for each hook, and "tokens".
@@ -166,9 +169,20 @@ class ActivationCache:
                 raise CorruptFileError(f"{shard.path} does not match the checksum in {MANIFEST}; capture again")
 
     def batches(
-        self, hooks: Sequence[str], batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1
+        self,
+        hooks: Sequence[str],
+        batch_size: int,
+        seed: int,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        device: str | torch.device = CPU,
     ) -> Iterator[Batch]:
         """Return shuffled batches, epoch after epoch without end, from number `start` on; see `Source.batches`.
+
+        Args:
+            device: Where the batches are gathered. Pools are uploaded in advance, unless they are larger than MAX_UPLOAD bytes;
+                batches are then on the CPU.
 
         Raises:
             HookError: a hook was not captured.
@@ -178,11 +192,13 @@ class ActivationCache:
         for hook in hooks:
             self._hook(hook)
         chunks, part = self._training_chunks, part_of(batch_size, rank, world)
+        row_bytes = DTYPES[self.manifest["dtype"]].itemsize * sum(map(self.d_in, hooks))
+        device = CPU if self.POOL_TOKENS * row_bytes > MAX_UPLOAD else torch.device(device)
 
         def load(numbers: list[int]) -> dict[str, Tensor]:
-            return self._read(chunks[numbers], hooks)
+            return self._read(chunks[numbers], hooks, device)
 
-        return shuffled_batches(self._lengths, self.POOL_TOKENS, load, batch_size, seed, start, part)
+        return shuffled_batches(self._lengths, self.POOL_TOKENS, load, batch_size, seed, start, part, device)
 
     def hold_out(self, n_tokens: int) -> tuple[TensorSource, "ActivationCache"]:
         """Return the last chunks, with at least n_tokens activations, and the cache without them.
