@@ -5,12 +5,19 @@ On a device without streams these functions work at once, so that callers need n
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
 T = TypeVar("T")
+
+
+@runtime_checkable
+class Event(Protocol):
+    """The end of the work that was queued before the event; `torch.cuda.Event`."""
+
+    def synchronize(self) -> None: ...
 
 
 class SideStream:
@@ -35,11 +42,11 @@ class SideStream:
         with torch.cuda.stream(self._stream):
             yield
 
-    def mark(self) -> "torch.cuda.Event | None":
+    def mark(self) -> Event | None:
         """Return an event that happens when the work queued here so far is done, or None if it is done already."""
         return None if self._stream is None else self._stream.record_event()
 
-    def marked(self, items: Iterable[T]) -> "Iterator[tuple[T, torch.cuda.Event | None]]":
+    def marked(self, items: Iterable[T]) -> Iterator[tuple[T, Event | None]]:
         """Queue the work of an iterator here, and yield each item with the event that completes it."""
         with self.queue():
             for item in items:
@@ -51,7 +58,7 @@ class SideStream:
             for x in tensors:
                 x.record_stream(self._stream)
 
-    def take(self, tensors: Iterable[Tensor], mark: "torch.cuda.Event | None") -> None:
+    def take(self, tensors: Iterable[Tensor], mark: Event | None) -> None:
         """Let the current queue use tensors that were computed here, after the event `mark`."""
         if self._stream is not None and mark is not None:
             current = torch.cuda.current_stream(self._stream.device)

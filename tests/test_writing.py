@@ -1,4 +1,4 @@
-"""Shards that threads write beside the model: the bytes of a plain writer, errors at the caller, complete shards kept in order."""
+"""Shards that threads write beside the model: the bytes of a plain writer, errors for the caller, complete shards kept."""
 
 import hashlib
 import itertools
@@ -184,14 +184,14 @@ def test_an_interrupt_keeps_the_shards_that_are_being_written(tmp_path, monkeypa
         return write(*given)
 
     monkeypatch.setattr(writing, "write_shard", slow)
-    given = pieces([250])
-    with (
-        pytest.raises(KeyboardInterrupt),
-        ShardWriter(tmp_path / "shards", tmp_path / "journal.jsonl", 100, torch.float32) as writer,
-    ):
-        writer.add(given[0])
+
+    def given():
+        yield from pieces([250])
         interrupted.set()
         raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        written(tmp_path / "shards", given(), 100, torch.float32)
     assert len(journal(tmp_path / "shards")) == 2
     again = ShardWriter(tmp_path / "shards", tmp_path / "journal.jsonl", 100, torch.float32)
     assert again.n_done == 200
@@ -225,13 +225,12 @@ def test_a_second_error_does_not_replace_the_first(tmp_path, monkeypatch, caplog
     def fail(*given):
         raise DiskFullError("the disk is full")
 
-    monkeypatch.setattr(writing, "append_line", fail)
-    with (
-        pytest.raises(KeyboardInterrupt),
-        ShardWriter(tmp_path / "shards", tmp_path / "journal.jsonl", 100, torch.float32) as writer,
-    ):
-        for piece in pieces([100]):
-            writer.add(piece)
+    def given():
+        yield from pieces([100])
         raise KeyboardInterrupt
+
+    monkeypatch.setattr(writing, "append_line", fail)
+    with pytest.raises(KeyboardInterrupt):
+        written(tmp_path / "shards", given(), 100, torch.float32)
     assert "shard-00000.safetensors is not in the journal: the disk is full" in caplog.text
     assert not list((tmp_path / "shards").iterdir())

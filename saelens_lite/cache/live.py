@@ -149,13 +149,18 @@ class ActivationStream:
         part = part_of(batch_size, rank, world)
         for hook in hooks:
             self.d_in(hook)
-        first, skip = 0, start * batch_size
-        if skip >= self.block // 2:  # the rows of round 0
-            before, skip = divmod(skip - self.block // 2, self.block)
-            first = 1 + before
+        first, skip = self._round_of(start * batch_size)
         if self.lm.device.type == "cuda":
             return self._beside(hooks, seed, first, skip, batch_size, part)
         return cut_into_batches(self._rounds(hooks, seed, first, skip), batch_size, part)
+
+    def _round_of(self, position: int) -> tuple[int, int]:
+        """Return the number of the round that a position belongs to, and the number of positions before it in the round."""
+        of_first_round = self.block // 2
+        if position < of_first_round:
+            return 0, position
+        before, skip = divmod(position - of_first_round, self.block)
+        return 1 + before, skip
 
     def _beside(self, hooks: Sequence[str], seed: int, first: int, skip: int, batch_size: int, part: slice) -> Iterator[Batch]:
         """Yield the same batches on CUDA. A thread runs the model a round ahead, on a stream of its own."""

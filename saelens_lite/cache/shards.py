@@ -22,7 +22,6 @@ from saelens_lite.files import Spec, check_header, file_size, tensor_specs, writ
 from saelens_lite.schemas import Checked, PlainName, Positive, Sha256
 
 CHUNK = 128
-READERS = 8  # threads that read for a GPU
 MANIFEST = "manifest.json"
 
 
@@ -155,26 +154,30 @@ def checksums_hash(shards: Iterable[Shard]) -> str:
 
 
 def read_chunks(
-    shards: Sequence[Shard], chunks: Sequence[Sequence[int]], key: str, for_device: torch.device = torch.device("cpu")
+    shards: Sequence[Shard], chunks: Sequence[Sequence[int]], key: str, *, readers: int = 1, pinned: bool = False
 ) -> Tensor:
-    """Return the rows of some chunks, given as [shard, chunk], in order. Raise CorruptFileError if they are damaged.
+    """Return the rows of some chunks, given as [shard, chunk], in order.
 
-    For CUDA, the memory is pinned, and several threads read.
+    Args:
+        readers: number of threads that read.
+        pinned: return memory from which CUDA copies without waiting.
+
+    Raises:
+        CorruptFileError: the chunks are damaged.
     """
     places = [(shards[shard], number) for shard, number in chunks]
-    first, on_cuda = places[0][0], for_device.type == "cuda"
+    first = places[0][0]
     rows = [shard.rows(number) for shard, number in places]
-    content = torch.empty(sum(rows) * first.row_bytes(key), dtype=torch.uint8, pin_memory=on_cuda)
+    content = torch.empty(sum(rows) * first.row_bytes(key), dtype=torch.uint8, pin_memory=pinned)
     parts = [x.numpy() for x in content.split([n * first.row_bytes(key) for n in rows])]
 
-    def read(start: int, stop: int) -> None:
-        for (shard, number), part in zip(places[start:stop], parts[start:stop], strict=True):
-            shard.read(key, number, part)
+    def read(number: int) -> None:
+        for (shard, chunk), part in zip(places[number::readers], parts[number::readers], strict=True):
+            shard.read(key, chunk, part)
 
-    n = -(-len(places) // READERS)
-    if on_cuda:
-        with ThreadPoolExecutor(READERS) as threads:
-            list(threads.map(lambda start: read(start, start + n), range(0, len(places), n)))
+    if readers == 1:
+        read(0)
     else:
-        read(0, len(places))
+        with ThreadPoolExecutor(readers) as threads:
+            list(threads.map(read, range(readers)))
     return content.view(first.dtypes[key]).reshape(sum(rows), *first.shapes[key][1:])

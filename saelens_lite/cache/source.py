@@ -66,10 +66,21 @@ class Source(Protocol):
         ...
 
 
-def sums(x: Float[Tensor, "n d_in"]) -> tuple[Float[Tensor, " d_in"], Float[Tensor, ""]]:
-    """Return Σx and Σ‖x‖² in float64, on the device of x if that has float64."""
-    exact = wide(x)
-    return exact.sum(0), torch.linalg.vector_norm(exact).square()
+class Sums:
+    """Σx and Σ‖x‖² of blocks of activations, in float64. On a CPU, all blocks are widened in the same memory."""
+
+    def __init__(self) -> None:
+        self._exact = torch.empty(0, dtype=torch.float64)
+
+    def __call__(self, x: Float[Tensor, "n d_in"]) -> tuple[Float[Tensor, " d_in"], Float[Tensor, ""]]:
+        """Return both sums, on the device of x if that has float64."""
+        if x.device.type == "cpu":
+            if x.numel() > len(self._exact):
+                self._exact = torch.empty(x.numel(), dtype=torch.float64)
+            exact = self._exact[: x.numel()].view(x.shape).copy_(x)
+        else:
+            exact = wide(x)
+        return exact.sum(0), torch.linalg.vector_norm(exact).square()
 
 
 class Moments:
@@ -80,6 +91,7 @@ class Moments:
 
     def add(self, x: Float[Tensor, "n d_in"]) -> None:
         """Add activations."""
+        sums = Sums()
         for piece in x.split(BLOCK):
             self.add_sums(len(piece), *sums(piece))
 

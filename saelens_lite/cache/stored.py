@@ -21,7 +21,7 @@ from saelens_lite.outputs import restore
 from saelens_lite.schemas import Checked, Count, Number, Positive, Sha256, String, checked
 
 FORMAT = 2
-MAX_UPLOAD = 1 << 31  # bytes of a pool; a GPU holds two
+MAX_UPLOAD, READERS = 1 << 31, 8  # bytes of a pool that is uploaded; a GPU holds two. Threads that read it
 MAX_TOKENS = 2**33  # per cache: the list of its chunks then takes a gigabyte
 
 
@@ -146,11 +146,9 @@ class ActivationCache:
         n_tokens = np.array([shard.n_tokens for shard in self._shards], np.int64)
         return np.minimum(CHUNK, n_tokens[shard] - number * CHUNK)
 
-    def _read(
-        self, chunks: Int[np.ndarray, "n_chunks 2"], keys: Sequence[str], for_device: torch.device = CPU
-    ) -> dict[str, Tensor]:
-        """Return the rows of some chunks, in order, in memory from which they can be copied to a device."""
-        return {key: read_chunks(self._shards, chunks.tolist(), key, for_device) for key in keys}
+    def _read(self, chunks: Int[np.ndarray, "n_chunks 2"], keys: Sequence[str], **how: Any) -> dict[str, Tensor]:
+        """Return the rows of some chunks, in order; see `read_chunks`."""
+        return {key: read_chunks(self._shards, chunks.tolist(), key, **how) for key in keys}
 
     def read_shard(self, number: int) -> dict[str, Tensor]:
         """Return the tensors of one shard: one for each hook, and "tokens".
@@ -195,8 +193,10 @@ class ActivationCache:
         row_bytes = DTYPES[self.manifest["dtype"]].itemsize * sum(map(self.d_in, hooks))
         device = CPU if self.POOL_TOKENS * row_bytes > MAX_UPLOAD else torch.device(device)
 
+        how = {"readers": READERS, "pinned": True} if device.type == "cuda" else {}
+
         def load(numbers: list[int]) -> dict[str, Tensor]:
-            return self._read(chunks[numbers], hooks, device)
+            return self._read(chunks[numbers], hooks, **how)
 
         return shuffled_batches(self._lengths, self.POOL_TOKENS, load, batch_size, seed, start, part, device)
 

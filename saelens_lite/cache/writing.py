@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from saelens_lite.cache.shards import CHUNK, Facts, check_size, chunk_checksums, shard_name, write_shard
-from saelens_lite.cache.source import BLOCK, Moments, sums
+from saelens_lite.cache.source import BLOCK, Moments, Sums
 from saelens_lite.cuda_streams import SideStream, to_host
 from saelens_lite.errors import CorruptFileError, NonFiniteError, SaelensLiteError
 from saelens_lite.files import append_line, parsed_json, write_text
@@ -82,7 +82,7 @@ class _Block:
         self.n += n
         return n
 
-    def end(self, side: SideStream) -> None:
+    def end(self, sums: Sums, side: SideStream) -> None:
         """Sum the rows, and begin to copy rows and sums to the host."""
         rows = {key: x[: self.n] for key, x in self.rows.items()}
         found = {hook: sums(rows[hook]) for hook in self._pieces}
@@ -92,7 +92,11 @@ class _Block:
             self._on_host = side.mark()
 
     def checksums(self) -> dict[str, list[int]]:
-        """Wait until the rows are on the host, and return the CRC-32 of each chunk. Raise NonFiniteError if any is not finite."""
+        """Wait until the rows are on the host, and return the CRC-32 of each chunk.
+
+        Raises:
+            NonFiniteError: a row is not finite.
+        """
         if self._on_host is not None:
             self._on_host.synchronize()
         for hook, (_, square) in self.sums.items():
@@ -121,6 +125,7 @@ class ShardWriter:
         self.n_added = 0
         self.read = RowHash(self.shards[-1].read if self.shards else None)
         self._threads = ThreadPoolExecutor(MOST_SHARDS + 1, "saelens-lite-write")
+        self._sums = Sums()
         self._side: SideStream | None = None
         self._blocks: list[_Block] = []  # of the shard that is being filled
         self._checksums: list[Future[dict[str, list[int]]]] = []  # of its full blocks
@@ -201,7 +206,7 @@ class ShardWriter:
         block = self._blocks[-1]
         if self._side is None:
             self._side = SideStream(block.device)
-        block.end(self._side)
+        block.end(self._sums, self._side)
         self._checksums.append(self._threads.submit(block.checksums))
         self._checked.append(self._checksums[-1])
 
@@ -224,7 +229,7 @@ class ShardWriter:
         self._writing.popleft()
 
     def _leave(self) -> None:
-        """End the threads. Add the shards that are complete to the journal, up to the first that failed, and delete the rest."""
+        """End the threads. Add complete shards to the journal, up to the first that failed, and delete the others."""
         self._threads.shutdown(cancel_futures=not self._writing)
         while self._writing and not self._writing[0].exception():
             try:
@@ -232,7 +237,8 @@ class ShardWriter:
             except (SaelensLiteError, OSError) as error:  # the error that ended the block is the one to report
                 log.warning("%s is not in the journal: %s", shard_name(len(self.shards)), error)
                 break
-        for number in range(len(self.shards), len(self.shards) + len(self._writing)):
+        first = len(self.shards)
+        for number in range(first, first + len(self._writing)):
             (self.folder / shard_name(number)).unlink(missing_ok=True)
 
 
