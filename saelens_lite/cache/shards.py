@@ -7,9 +7,12 @@ each chunk of each other tensor, in alphabetical order of their names.
 import hashlib
 import math
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
+from io import FileIO
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -107,18 +110,24 @@ class Shard:
     @cached_property
     def _checksums(self) -> np.ndarray:
         checksums = np.empty((len(self._keys), self.n_chunks), np.int64)
-        self._fill(checksums.reshape(-1).view(np.uint8), self._first["checksums"])
+        with self.opened() as file:
+            self._fill(file, checksums.reshape(-1).view(np.uint8), self._first["checksums"])
         return checksums
 
-    def _fill(self, out: np.ndarray, first: int) -> None:
-        """Read bytes into `out`, from offset `first` of the file on."""
+    @contextmanager
+    def opened(self) -> Iterator[FileIO]:
+        """Open the file for `read`, after its header is checked. Raise CorruptFileError if it cannot be read in the block."""
+        self.check_header()
         try:
             with open(self.path, "rb", buffering=0) as file:
-                file.seek(first)
-                n = file.readinto(out)
+                yield file
         except OSError as error:
             raise CorruptFileError(f"{self.path} cannot be read: {error}") from error
-        if n != len(out):
+
+    def _fill(self, file: FileIO, out: np.ndarray, first: int) -> None:
+        """Read bytes into `out`, from offset `first` of the file on."""
+        file.seek(first)
+        if (n := file.readinto(out)) != len(out):
             raise CorruptFileError(f"{self.path} is truncated: {n:,} of {len(out):,} bytes at {first:,}; capture again")
 
     def rows(self, number: int) -> int:
@@ -129,13 +138,13 @@ class Shard:
         """Return the number of bytes of a row of a tensor."""
         return self.dtypes[key].itemsize * math.prod(self.shapes[key][1:])
 
-    def read(self, key: str, number: int, out: np.ndarray) -> None:
-        """Read the bytes of one chunk into `out`, and check them the first time.
+    def read(self, file: FileIO, key: str, number: int, out: np.ndarray) -> None:
+        """Read the bytes of one chunk into `out`, and check them the first time. `file` is the one of `opened`.
 
         Raises:
             CorruptFileError: they do not match their checksum, or cannot be read.
         """
-        self._fill(out, self._first[key] + number * CHUNK * self.row_bytes(key))
+        self._fill(file, out, self._first[key] + number * CHUNK * self.row_bytes(key))
         if not self._checked[key][number]:
             if zlib.crc32(out) != self._checksums[self._keys.index(key), number]:
                 raise CorruptFileError(
@@ -165,15 +174,18 @@ def read_chunks(
     Raises:
         CorruptFileError: the chunks are damaged.
     """
-    places = [(shards[shard], number) for shard, number in chunks]
-    first = places[0][0]
-    rows = [shard.rows(number) for shard, number in places]
+    first = shards[chunks[0][0]]
+    rows = [shards[shard].rows(number) for shard, number in chunks]
     content = torch.empty(sum(rows) * first.row_bytes(key), dtype=torch.uint8, pin_memory=pinned)
-    parts = [x.numpy() for x in content.split([n * first.row_bytes(key) for n in rows])]
+    parts = np.split(content.numpy(), np.cumsum(rows)[:-1] * first.row_bytes(key))
+    by_shard = sorted(range(len(chunks)), key=lambda i: chunks[i])
 
-    def read(number: int) -> None:
-        for (shard, chunk), part in zip(places[number::readers], parts[number::readers], strict=True):
-            shard.read(key, chunk, part)
+    def read(reader: int) -> None:
+        mine = by_shard[reader * len(chunks) // readers : (reader + 1) * len(chunks) // readers]
+        for shard, places in groupby(mine, key=lambda i: chunks[i][0]):
+            with shards[shard].opened() as file:
+                for i in places:
+                    shards[shard].read(file, key, chunks[i][1], parts[i])
 
     if readers == 1:
         read(0)
