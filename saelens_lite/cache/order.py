@@ -21,7 +21,7 @@ from saelens_lite.prefetch import prefetched
 from saelens_lite.seeds import permutation
 
 Pool = tuple[dict[str, Tensor], Int[Tensor, " _"]]
-CPU = torch.device("cpu")
+MAX_UPLOAD = 1 << 31  # bytes of a pool that is uploaded; a GPU holds two
 
 
 def part_of(batch_size: int, rank: int, world: int) -> slice:
@@ -46,7 +46,7 @@ def shuffled_batches(
     seed: int,
     start: int = 0,
     part: slice | None = None,
-    device: torch.device = CPU,
+    device: torch.device | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Yield batches of exactly `batch_size` rows without end, from number `start` on.
 
@@ -55,7 +55,7 @@ def shuffled_batches(
         pool_rows: approximate number of rows of a pool.
         load: returns the rows of some chunks, in order; a thread calls it in advance.
         part: rows of each batch to yield; default: all (see `part_of`).
-        device: device of the batches. To CUDA, whole pools are uploaded in advance, from pinned memory if `load` gives it.
+        device: device of the batches; default: that of the rows. To CUDA, whole pools are uploaded in advance.
     """
 
     def pools() -> Iterator[Pool]:
@@ -67,10 +67,13 @@ def shuffled_batches(
                     skip -= n
                     continue
                 order = permutation(n, seed, epoch_number, number)[skip:]
-                yield {name: to_device(x, device) for name, x in load(chunks.tolist()).items()}, to_device(order, device)
+                yield {name: placed(x) for name, x in load(chunks.tolist()).items()}, placed(order)
                 skip = 0
 
-    with prefetched_pools(pools(), device) as ready:
+    def placed(x: Tensor) -> Tensor:
+        return x if device is None else to_device(x, device)
+
+    with prefetched_pools(pools(), device or torch.device("cpu")) as ready:
         yield from cut_into_batches(ready, batch_size, part)
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelens_lite.arrays import ArrayLike, as_tensor
-from saelens_lite.cache.order import part_of, shuffled_batches
+from saelens_lite.cache.order import MAX_UPLOAD, part_of, shuffled_batches
 from saelens_lite.cache.resumed import refuse_others, tensor_hash
 from saelens_lite.config import Origin
 from saelens_lite.devices import wide
@@ -152,11 +152,27 @@ class TensorSource:
         return self._origin
 
     def batches(
-        self, hooks: Sequence[str], batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1
+        self,
+        hooks: Sequence[str],
+        batch_size: int,
+        seed: int,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        device: str | torch.device | None = None,
     ) -> Iterator[Batch]:
-        """Return shuffled batches, epoch after epoch without end, from number `start` on; see `Source.batches`."""
+        """Return shuffled batches, epoch after epoch without end, from number `start` on; see `Source.batches`.
+
+        Args:
+            device: Where the batches are gathered; default: where the activations are. They are not moved if they
+                have more than MAX_UPLOAD bytes.
+        """
         chosen, part = {hook: self._of(hook) for hook in hooks}, part_of(batch_size, rank, world)
-        return shuffled_batches(np.array([self.n_tokens]), 1, lambda _: chosen, batch_size, seed, start, part)
+        if device is not None and sum(x.nbytes for x in chosen.values()) <= MAX_UPLOAD:
+            chosen = {hook: x.to(device) for hook, x in chosen.items()}
+        place, *others = {x.device for x in chosen.values()}
+        where = place if place.type == "cuda" and not others else None
+        return shuffled_batches(np.array([self.n_tokens]), 1, lambda _: chosen, batch_size, seed, start, part, where)
 
     def hold_out(self, n_tokens: int) -> tuple["TensorSource", "TensorSource"]:
         """Return the last rows, and the others. Raise ConfigError if none would be left."""

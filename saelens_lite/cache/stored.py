@@ -10,7 +10,7 @@ from jaxtyping import Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from saelens_lite.cache.order import CPU, part_of, shuffled_batches
+from saelens_lite.cache.order import MAX_UPLOAD, part_of, shuffled_batches
 from saelens_lite.cache.resumed import refuse_others
 from saelens_lite.cache.shards import CHUNK, MANIFEST, Facts, Shard, check_size, checksums_hash, read_chunks
 from saelens_lite.cache.source import Batch, Statistics, TensorSource
@@ -21,7 +21,7 @@ from saelens_lite.outputs import restore
 from saelens_lite.schemas import Checked, Count, Number, Positive, Sha256, String, checked
 
 FORMAT = 2
-MAX_UPLOAD, READERS = 1 << 31, 8  # bytes of a pool that is uploaded; a GPU holds two. Threads that read it
+READERS = 8  # threads that read for a GPU
 MAX_TOKENS = 2**33  # per cache: the list of its chunks then takes a gigabyte
 
 
@@ -174,13 +174,13 @@ class ActivationCache:
         start: int = 0,
         rank: int = 0,
         world: int = 1,
-        device: str | torch.device = CPU,
+        device: str | torch.device | None = None,
     ) -> Iterator[Batch]:
         """Return shuffled batches, epoch after epoch without end, from number `start` on; see `Source.batches`.
 
         Args:
-            device: Where the batches are gathered. Pools are uploaded in advance, unless they are larger than MAX_UPLOAD bytes;
-                batches are then on the CPU.
+            device: Where the batches are gathered, from pools that are uploaded in advance; default: the CPU. Pools of more
+                than MAX_UPLOAD bytes stay on the CPU.
 
         Raises:
             HookError: a hook was not captured.
@@ -191,14 +191,13 @@ class ActivationCache:
             self._hook(hook)
         chunks, part = self._training_chunks, part_of(batch_size, rank, world)
         row_bytes = DTYPES[self.manifest["dtype"]].itemsize * sum(map(self.d_in, hooks))
-        device = CPU if self.POOL_TOKENS * row_bytes > MAX_UPLOAD else torch.device(device)
-
-        how = {"readers": READERS, "pinned": True} if device.type == "cuda" else {}
+        place = None if device is None or self.POOL_TOKENS * row_bytes > MAX_UPLOAD else torch.device(device)
+        how = {"readers": READERS, "pinned": True} if place is not None and place.type == "cuda" else {}
 
         def load(numbers: list[int]) -> dict[str, Tensor]:
             return self._read(chunks[numbers], hooks, **how)
 
-        return shuffled_batches(self._lengths, self.POOL_TOKENS, load, batch_size, seed, start, part, device)
+        return shuffled_batches(self._lengths, self.POOL_TOKENS, load, batch_size, seed, start, part, place)
 
     def hold_out(self, n_tokens: int) -> tuple[TensorSource, "ActivationCache"]:
         """Return the last chunks, with at least n_tokens activations, and the cache without them.

@@ -496,7 +496,8 @@ def _loop(source: Source, job: _Group, logs: list[RunLog]) -> None:
     hooks = list(dict.fromkeys(hook for trainer in trainers for hook in trainer.hooks.all))
     due = [(trainer.n_seen // trainer.config.log_every + 1) * trainer.config.log_every for trainer in trainers]
     device = trainers[0].dictionary.W_dec.device
-    where = {"device": device} if device.type == "cuda" and isinstance(source, ActivationCache) else {}
+    gathers_there = device.type == "cuda" and type(source) in (ActivationCache, TensorSource)
+    where = {"device": device} if gathers_there else {}
     batches = source.batches(hooks, trainers[0].config.batch_size, job.data_seed, job.n_batches, **where)
     batches = on_device(batches, device)  # once for all dictionaries
     saved = time.monotonic()
