@@ -14,7 +14,7 @@ import secrets
 import stat
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BufferedReader, BytesIO
 from pathlib import Path
@@ -39,7 +39,7 @@ STORED_DTYPES = {  # names in safetensors
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-
+SAFETENSORS_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")  # in which it stores tensors
 
 NO_ENTRY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
@@ -154,6 +154,41 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
     whole = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     write_file(path, lambda temporary: save_file(whole, temporary))
+
+
+def write_tensor_blocks(path: Path, tensors: Mapping[str, Sequence[Tensor]]) -> str:
+    """Write tensors, each in consecutive blocks of rows, to a safetensors file in one step. Return the SHA-256 of the file.
+
+    The bytes are those of `write_tensors`. The blocks are on the CPU, and are not joined in memory.
+    """
+    digest = hashlib.sha256()
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            for piece in _safetensors(tensors):
+                digest.update(piece)
+                file.write(piece)
+
+    write_file(path, write)
+    return digest.hexdigest()
+
+
+def _safetensors(tensors: Mapping[str, Sequence[Tensor]]) -> Iterator[bytes | memoryview]:
+    """Yield the bytes of a safetensors file: its header, then the tensors, those with the widest entries first."""
+    dtypes = {dtype: name for name, dtype in STORED_DTYPES.items()}
+    order = sorted(tensors, key=lambda name: (SAFETENSORS_ORDER.index(dtypes[tensors[name][0].dtype]), name))
+    header, stop = {}, 0
+    for name in order:
+        blocks = tensors[name]
+        start, stop = stop, stop + sum(x.nbytes for x in blocks)
+        shape = [sum(map(len, blocks)), *blocks[0].shape[1:]]
+        header[name] = {"dtype": dtypes[blocks[0].dtype], "shape": shape, "data_offsets": [start, stop]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    for name in order:
+        for x in tensors[name]:
+            yield memoryview(x.contiguous().flatten().view(torch.uint8).numpy())
 
 
 def write_text(path: Path, text: str) -> None:

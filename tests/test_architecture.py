@@ -40,6 +40,7 @@ ORDER = [
 LEAVES = {
     "arrays",
     "config",
+    "cuda_streams",
     "devices",
     "errors",
     "files",

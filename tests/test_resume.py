@@ -16,7 +16,7 @@ from tokenizers.normalizers import Lowercase
 import saelens_lite as sl
 from saelens_lite import TrainConfig, devices, files
 from saelens_lite.cache import TensorSource
-from saelens_lite.cache.capture import _ShardWriter
+from saelens_lite.cache.writing import ShardWriter
 from saelens_lite.errors import (
     ConfigError,
     CorruptFileError,
@@ -216,7 +216,7 @@ def test_an_unfinished_capture_of_something_else_is_not_continued(lm, documents,
 
 
 def test_two_captures_into_one_folder(lm, documents, tmp_path, monkeypatch):
-    original = _ShardWriter.add
+    original = ShardWriter.add
     refused = []
 
     def add(self, piece):
@@ -226,7 +226,7 @@ def test_two_captures_into_one_folder(lm, documents, tmp_path, monkeypatch):
             refused.append(True)
         original(self, piece)
 
-    monkeypatch.setattr(_ShardWriter, "add", add)
+    monkeypatch.setattr(ShardWriter, "add", add)
     sl.capture(lm, documents, HOOKS, tmp_path / "cache", **settings())
     assert refused
 

@@ -113,7 +113,7 @@ def test_a_capture_records_the_length_of_its_rows(wide, tmp_path):
 
 def test_an_unfinished_capture_of_longer_rows_is_not_continued_with_shorter_ones(wide, tmp_path, monkeypatch):
     """The tokens that count are the same for any length of rows; only the settings tell."""
-    module = import_module("saelens_lite.cache.capture")
+    module = import_module("saelens_lite.cache.writing")
     write, calls = module.write_shard, []
 
     def fail_later(*args):

@@ -4,40 +4,29 @@ In the folder of an unfinished capture (`saelens_lite.resumable`), journal.jsonl
 shards/ becomes the cache. A resumed capture has the same batches, and writes the same bytes, as an uninterrupted one.
 """
 
-import dataclasses
-import json
 import logging
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor
 
-from saelens_lite.cache.shards import Facts, check_size, shard_name, write_shard
-from saelens_lite.cache.source import Moments
 from saelens_lite.cache.stored import FORMAT, MANIFEST, ActivationCache
+from saelens_lite.cache.writing import ShardWriter
 from saelens_lite.config import Origin, TextConfig
 from saelens_lite.errors import (
     ConfigError,
-    CorruptFileError,
     DiskFullError,
-    NonFiniteError,
     OutputExistsError,
     SourceChangedError,
 )
 from saelens_lite.files import (
     DTYPES,
     MAX_LIST_BYTES,
-    append_line,
-    parsed_json,
     write_json,
-    write_text,
 )
 from saelens_lite.kinds import CACHE, UNFINISHED_CAPTURE
 from saelens_lite.model import LanguageModel, passes
@@ -46,11 +35,9 @@ from saelens_lite.outputs import followed, replace_folder
 from saelens_lite.prefetch import prefetched
 from saelens_lite.progress import progress_bar
 from saelens_lite.resumable import REQUEST, start_over, unfinished
-from saelens_lite.schemas import Checked, Count, Sha256, checked
 from saelens_lite.tokens import (
     RowBlocks,
     RowHash,
-    RowRecord,
     Text,
     TokenRows,
     files_of,
@@ -187,29 +174,28 @@ def _write_shards(
     batch_tokens: int,
     shard_tokens: int,
     dtype: torch.dtype,
-) -> "_ShardWriter":
+) -> ShardWriter:
     """Write the missing shards.
 
     Raises:
         _OtherTextError: the existing shards are of another text.
     """
-    writer = _ShardWriter(folder / SHARDS, folder / JOURNAL, shard_tokens, dtype)
-    if writer.n_done:
-        log.info("resuming the capture in %s after %d tokens", folder, writer.n_done)
-    pieces = activations(lm, blocks, hooks, batch_tokens, writer.n_done, writer.read)
     try:
-        with progress_bar("capture", blocks.n_expected) as advance, closing(pieces):
-            advance(writer.n_done, "")
-            for piece in pieces:
-                if not writer.n_added:
-                    _check_space(folder, piece, blocks.n_expected, writer)
-                writer.add(piece)
-                advance(len(piece["tokens"]), "")
+        with ShardWriter(folder / SHARDS, folder / JOURNAL, shard_tokens, dtype) as writer:
+            if writer.n_done:
+                log.info("resuming the capture in %s after %d tokens", folder, writer.n_done)
+            pieces = activations(lm, blocks, hooks, batch_tokens, writer.n_done, writer.read)
+            with progress_bar("capture", blocks.n_expected) as advance, closing(pieces):
+                advance(writer.n_done, "")
+                for piece in pieces:
+                    if not writer.n_added:
+                        _check_space(folder, piece, blocks.n_expected, writer)
+                    writer.add(piece)
+                    advance(len(piece["tokens"]), "")
     except SourceChangedError as error:
         raise _OtherTextError(
             f"{folder} holds an unfinished capture of another text: {error}; give the same text or delete it"
         ) from None
-    writer.close()
     return writer
 
 
@@ -235,7 +221,7 @@ def _has_shards(folder: Path) -> bool:
     return (folder / REQUEST).exists() and any((folder / SHARDS).glob("shard-*"))
 
 
-def _check_space(folder: Path, piece: dict[str, Tensor], n_expected: int | None, writer: "_ShardWriter") -> None:
+def _check_space(folder: Path, piece: dict[str, Tensor], n_expected: int | None, writer: ShardWriter) -> None:
     """Raise DiskFullError before the work begins if the cache cannot fit on the disk."""
     width = sum(x.shape[1] for key, x in piece.items() if key != "tokens")
     a_token = width * writer.dtype.itemsize + 4
@@ -249,112 +235,3 @@ def _check_space(folder: Path, piece: dict[str, Tensor], n_expected: int | None,
             f"{n_expected:,} tokens take {need / 1e9:.2f} GB more; {folder.parent} has {free / 1e9:.2f} GB free; capture "
             "fewer tokens or hooks, or choose another disk"
         )
-
-
-@dataclass(frozen=True)
-class _Written:
-    """A complete shard: its manifest entry, the rows read up to its end, and Σx and Σ‖x‖² of each hook."""
-
-    facts: dict[str, Any]
-    read: RowRecord
-    moments: dict[str, Sequence[Any]] = field(default_factory=dict)
-
-
-class _Line(Checked):
-    """The content of a line of the journal."""
-
-    facts: Facts
-    read: Annotated[tuple[Count, Count, Sha256, bool], Field(strict=False)]  # a RowRecord
-    moments: dict[str, Annotated[list[list[float] | float], Field(min_length=2, max_length=2)]]
-
-
-class _ShardWriter:
-    """A writer that collects pieces of activations and writes each shard as soon as it is full.
-
-    It adds a line to the journal when a shard is complete on the disk, so that a restart knows where to continue.
-    """
-
-    def __init__(self, folder: Path, journal: Path, shard_tokens: int, dtype: torch.dtype):
-        self.folder, self.journal, self.shard_tokens, self.dtype = folder, journal, shard_tokens, dtype
-        folder.mkdir(exist_ok=True)
-        self.shards = self._written_before()
-        self.n_done = sum(shard.facts["n_tokens"] for shard in self.shards)
-        self.n_added = 0
-        self.read = RowHash(self.shards[-1].read if self.shards else None)
-        self._pieces: list[dict[str, Tensor]] = []
-        self._n = 0
-
-    def _written_before(self) -> list[_Written]:
-        """Return the shards in the journal up to the first missing or damaged one, and delete all other files."""
-        lines = self.journal.read_text(encoding="utf-8").splitlines(keepends=True) if self.journal.exists() else []
-        shards = []
-        for line in lines:
-            try:
-                entry = checked(self.journal, parsed_json(line, finite=True), _Line)
-                shard = _Written(entry.facts.model_dump(), RowRecord(*entry.read), entry.moments)
-                entry.facts.check_name(len(shards))
-                check_size(self.folder / shard.facts["file"], shard.facts["bytes"])
-            except (ValueError, RecursionError, CorruptFileError):  # the line or its shard is incomplete
-                break
-            if shard.facts["n_tokens"] != self.shard_tokens:  # a shorter one ended an older text
-                break
-            shards.append(shard)
-        if len(shards) < len(lines):
-            write_text(self.journal, "".join(lines[: len(shards)]))
-        for path in self.folder.iterdir():
-            if path.name not in {shard.facts["file"] for shard in shards}:
-                path.unlink()
-        return shards
-
-    def add(self, piece: dict[str, Tensor]) -> None:
-        """Add a piece: a tensor [n …] for each key, with the same keys in each call."""
-        n = len(piece["tokens"])
-        self._pieces.append({key: x if key == "tokens" else _stored(x, self.dtype, key) for key, x in piece.items()})
-        self._n += n
-        self.n_added += n
-        if self._n >= self.shard_tokens:
-            whole = self._joined()
-            stop = self._n - self._n % self.shard_tokens
-            for start in range(0, stop, self.shard_tokens):
-                self._write({key: x[start : start + self.shard_tokens] for key, x in whole.items()})
-            self._pieces, self._n = [{key: x[stop:].clone() for key, x in whole.items()}], self._n - stop
-
-    def close(self) -> None:
-        """Write the remaining activations."""
-        if self._n:
-            self._write(self._joined())
-
-    def statistics(self, hook: str) -> dict[str, Any]:
-        """Return the width, mean and root mean square norm of the activations at a hook."""
-        n = sum(shard.facts["n_tokens"] for shard in self.shards)
-        total = torch.zeros(len(self.shards[0].moments[hook][0]), dtype=torch.float64)
-        square = 0.0
-        for shard in self.shards:
-            total += torch.tensor(shard.moments[hook][0], dtype=torch.float64)
-            square += shard.moments[hook][1]
-        mean = (total / n).float().tolist()
-        return {"d_in": len(mean), "rms_norm": (square / n) ** 0.5, "mean": mean}
-
-    def _joined(self) -> dict[str, Tensor]:
-        return {key: torch.cat([piece[key] for piece in self._pieces]) for key in self._pieces[0]}
-
-    def _write(self, tensors: dict[str, Tensor]) -> None:
-        facts = write_shard(self.folder / shard_name(len(self.shards)), tensors)
-        moments = {}
-        for hook in tensors.keys() - {"tokens"}:
-            sums = Moments(tensors[hook].shape[1])
-            sums.add(tensors[hook])
-            moments[hook] = (sums.total.tolist(), sums.square)
-        self.shards.append(_Written(facts, self.read.record, moments))
-        append_line(self.journal, json.dumps(dataclasses.asdict(self.shards[-1])))
-
-
-def _stored(x: Float[Tensor, "n d_in"], dtype: torch.dtype, hook: str) -> Float[Tensor, "n d_in"]:
-    """Return activations in the stored dtype. Raise NonFiniteError if they are not finite in it."""
-    stored = x.to(dtype).cpu()
-    if not torch.isfinite(stored).all():
-        largest = x.abs().max()
-        raise NonFiniteError(
-            f"{hook}: NaN, infinity or a number too large for {dtype} (largest {largest:.3g}); if it is finite, store float32"
-        )
-    return stored

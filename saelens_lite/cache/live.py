@@ -19,10 +19,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from saelens_lite.cache.capture import activations, origin_of
-from saelens_lite.cache.order import Pool, cut_into_batches, part_of
+from saelens_lite.cache.order import Pool, cut_into_batches, part_of, prefetched_pools
 from saelens_lite.cache.resumed import SAME_SOURCE, refuse_others
 from saelens_lite.cache.source import Batch, Moments, Statistics, TensorSource
 from saelens_lite.config import Origin, TextConfig
+from saelens_lite.cuda_streams import to_device
 from saelens_lite.errors import ConfigError, HookError, SourceChangedError, TextError, near_matches
 from saelens_lite.files import DTYPES, check_fits_memory
 from saelens_lite.model import EMBEDDED, LanguageModel, load_model, mention_folder
@@ -148,11 +149,29 @@ class ActivationStream:
         part = part_of(batch_size, rank, world)
         for hook in hooks:
             self.d_in(hook)
-        position, of_first_round = start * batch_size, self.block // 2
+        first, skip = self._round_of(start * batch_size)
+        if self.lm.device.type == "cuda":
+            return self._beside(hooks, seed, first, skip, batch_size, part)
+        return cut_into_batches(self._rounds(hooks, seed, first, skip), batch_size, part)
+
+    def _round_of(self, position: int) -> tuple[int, int]:
+        """Return the number of the round that a position belongs to, and the number of positions before it in the round."""
+        of_first_round = self.block // 2
         if position < of_first_round:
-            return cut_into_batches(self._rounds(hooks, seed, 0, position), batch_size, part)
+            return 0, position
         before, skip = divmod(position - of_first_round, self.block)
-        return cut_into_batches(self._rounds(hooks, seed, 1 + before, skip), batch_size, part)
+        return 1 + before, skip
+
+    def _beside(self, hooks: Sequence[str], seed: int, first: int, skip: int, batch_size: int, part: slice) -> Iterator[Batch]:
+        """Yield the same batches on CUDA. A thread runs the model a round ahead, on a stream of its own."""
+
+        def pools() -> Iterator[Pool]:
+            for ring, order in self._rounds(hooks, seed, first, skip):
+                rows = to_device(order, self.lm.device)  # copied, because the next round overwrites the ring
+                yield {hook: x.index_select(0, rows) for hook, x in ring.items()}, torch.arange(len(rows), device=rows.device)
+
+        with prefetched_pools(pools(), self.lm.device, (self._first or {}).values()) as ready:
+            yield from cut_into_batches(ready, batch_size, part)
 
     def _rounds(self, hooks: Sequence[str], seed: int, first: int, skip: int) -> Iterator[Pool]:
         """Yield the ring buffer and its rows to train on, round by round, from round `first` without its first `skip` rows."""

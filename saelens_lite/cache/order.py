@@ -7,17 +7,21 @@ any batch.
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from saelens_lite.cuda_streams import SideStream, to_device
 from saelens_lite.errors import ConfigError
 from saelens_lite.prefetch import prefetched
 from saelens_lite.seeds import permutation
 
 Pool = tuple[dict[str, Tensor], Int[Tensor, " _"]]
+MAX_UPLOAD = 1 << 31  # bytes of a pool that is uploaded; a GPU holds two
 
 
 def part_of(batch_size: int, rank: int, world: int) -> slice:
@@ -42,6 +46,7 @@ def shuffled_batches(
     seed: int,
     start: int = 0,
     part: slice | None = None,
+    device: torch.device | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Yield batches of exactly `batch_size` rows without end, from number `start` on.
 
@@ -50,6 +55,7 @@ def shuffled_batches(
         pool_rows: approximate number of rows of a pool.
         load: returns the rows of some chunks, in order; a thread calls it in advance.
         part: rows of each batch to yield; default: all (see `part_of`).
+        device: device of the batches; default: that of the rows. To CUDA, whole pools are uploaded in advance.
     """
 
     def pools() -> Iterator[Pool]:
@@ -60,11 +66,33 @@ def shuffled_batches(
                 if skip >= n:
                     skip -= n
                     continue
-                yield load(chunks.tolist()), permutation(n, seed, epoch_number, number)[skip:]
+                order = permutation(n, seed, epoch_number, number)[skip:]
+                yield {name: placed(x) for name, x in load(chunks.tolist()).items()}, placed(order)
                 skip = 0
 
-    with prefetched(pools(), depth=1) as ready:
+    def placed(x: Tensor) -> Tensor:
+        return x if device is None else to_device(x, device)
+
+    with prefetched_pools(pools(), device or torch.device("cpu")) as ready:
         yield from cut_into_batches(ready, batch_size, part)
+
+
+@contextmanager
+def prefetched_pools(pools: Iterable[Pool], device: torch.device, read: Iterable[Tensor] = ()) -> Iterator[Iterator[Pool]]:
+    """Yield an iterator over the same pools, one of which a thread computes in advance, on CUDA on a stream of its own.
+
+    read: tensors that already exist, and that `pools` reads.
+    """
+    side = SideStream(device)
+    side.lend(read)
+
+    def taken(ready: Iterator[tuple[Pool, Any]]) -> Iterator[Pool]:
+        for (tensors, order), mark in ready:
+            side.take([*tensors.values(), order], mark)
+            yield tensors, order
+
+    with prefetched(side.marked(pools), depth=1) as ready:
+        yield taken(ready)
 
 
 def _groups(lengths: Int[np.ndarray, " n_chunks"], pool_rows: int, seed: int, epoch: int) -> list[np.ndarray]:

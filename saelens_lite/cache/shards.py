@@ -7,31 +7,42 @@ each chunk of each other tensor, in alphabetical order of their names.
 import hashlib
 import math
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
+from io import FileIO
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from saelens_lite.errors import CorruptFileError
-from saelens_lite.files import Spec, check_header, file_hash, file_size, tensor_specs, write_tensors
+from saelens_lite.files import Spec, check_header, file_size, tensor_specs, write_tensor_blocks
 from saelens_lite.schemas import Checked, PlainName, Positive, Sha256
 
 CHUNK = 128
 MANIFEST = "manifest.json"
 
 
-def write_shard(path: Path, tensors: dict[str, Tensor]) -> dict:
-    """Write a shard in one step, and return its manifest entry: file, n_tokens, bytes, sha256."""
-    checksums = torch.tensor([[_crc(piece) for piece in tensors[key].split(CHUNK)] for key in sorted(tensors)])
-    write_tensors(path, tensors | {"checksums": checksums})
-    return {"file": path.name, "n_tokens": len(tensors["tokens"]), "bytes": path.stat().st_size, "sha256": file_hash(path)}
+def write_shard(path: Path, rows: dict[str, Sequence[Tensor]], checksums: Int[Tensor, "n_keys n_chunks"]) -> dict:
+    """Write a shard in one step, and return its manifest entry: file, n_tokens, bytes, sha256.
+
+    Args:
+        rows: the tensors, each in consecutive blocks of rows.
+        checksums: those of `chunk_checksums`, for each key in alphabetical order.
+    """
+    sha256 = write_tensor_blocks(path, {**rows, "checksums": [checksums]})
+    n_tokens = sum(map(len, rows["tokens"]))
+    return {"file": path.name, "n_tokens": n_tokens, "bytes": path.stat().st_size, "sha256": sha256}
 
 
-def _crc(x: Tensor) -> int:
-    return zlib.crc32(x.contiguous().view(torch.uint8).numpy())
+def chunk_checksums(x: Tensor) -> list[int]:
+    """Return the CRC-32 of each chunk of rows."""
+    return [zlib.crc32(chunk.view(torch.uint8).numpy()) for chunk in x.contiguous().split(CHUNK)]
 
 
 class Facts(Checked):
@@ -99,18 +110,24 @@ class Shard:
     @cached_property
     def _checksums(self) -> np.ndarray:
         checksums = np.empty((len(self._keys), self.n_chunks), np.int64)
-        self._fill(checksums.reshape(-1).view(np.uint8), self._first["checksums"])
+        with self.opened() as file:
+            self._fill(file, checksums.reshape(-1).view(np.uint8), self._first["checksums"])
         return checksums
 
-    def _fill(self, out: np.ndarray, first: int) -> None:
-        """Read bytes into `out`, from offset `first` of the file on."""
+    @contextmanager
+    def opened(self) -> Iterator[FileIO]:
+        """Open the file for `read`, after its header is checked. Raise CorruptFileError if it cannot be read in the block."""
+        self.check_header()
         try:
             with open(self.path, "rb", buffering=0) as file:
-                file.seek(first)
-                n = file.readinto(out)
+                yield file
         except OSError as error:
             raise CorruptFileError(f"{self.path} cannot be read: {error}") from error
-        if n != len(out):
+
+    def _fill(self, file: FileIO, out: np.ndarray, first: int) -> None:
+        """Read bytes into `out`, from offset `first` of the file on."""
+        file.seek(first)
+        if (n := file.readinto(out)) != len(out):
             raise CorruptFileError(f"{self.path} is truncated: {n:,} of {len(out):,} bytes at {first:,}; capture again")
 
     def rows(self, number: int) -> int:
@@ -121,13 +138,13 @@ class Shard:
         """Return the number of bytes of a row of a tensor."""
         return self.dtypes[key].itemsize * math.prod(self.shapes[key][1:])
 
-    def read(self, key: str, number: int, out: np.ndarray) -> None:
-        """Read the bytes of one chunk into `out`, and check them the first time.
+    def read(self, file: FileIO, key: str, number: int, out: np.ndarray) -> None:
+        """Read the bytes of one chunk into `out`, and check them the first time. `file` is the one of `opened`.
 
         Raises:
             CorruptFileError: they do not match their checksum, or cannot be read.
         """
-        self._fill(out, self._first[key] + number * CHUNK * self.row_bytes(key))
+        self._fill(file, out, self._first[key] + number * CHUNK * self.row_bytes(key))
         if not self._checked[key][number]:
             if zlib.crc32(out) != self._checksums[self._keys.index(key), number]:
                 raise CorruptFileError(
@@ -145,14 +162,34 @@ def checksums_hash(shards: Iterable[Shard]) -> str:
     return digest.hexdigest()
 
 
-def read_chunks(shards: Sequence[Shard], chunks: Iterable[Sequence[int]], key: str) -> Tensor:
-    """Return the rows of some chunks, given as [shard, chunk], in order. Raise CorruptFileError if they are damaged."""
-    places = [(shards[shard], number) for shard, number in chunks]
-    first = places[0][0]
-    rows = sum(shard.rows(number) for shard, number in places)
-    content = np.empty(rows * first.row_bytes(key), np.uint8)
-    stop = 0
-    for shard, number in places:
-        start, stop = stop, stop + shard.rows(number) * shard.row_bytes(key)
-        shard.read(key, number, content[start:stop])
-    return torch.from_numpy(content).view(first.dtypes[key]).reshape(rows, *first.shapes[key][1:])
+def read_chunks(
+    shards: Sequence[Shard], chunks: Sequence[Sequence[int]], key: str, *, readers: int = 1, pinned: bool = False
+) -> Tensor:
+    """Return the rows of some chunks, given as [shard, chunk], in order.
+
+    Args:
+        readers: number of threads that read.
+        pinned: return memory from which CUDA copies without waiting.
+
+    Raises:
+        CorruptFileError: the chunks are damaged.
+    """
+    first = shards[chunks[0][0]]
+    rows = [shards[shard].rows(number) for shard, number in chunks]
+    content = torch.empty(sum(rows) * first.row_bytes(key), dtype=torch.uint8, pin_memory=pinned)
+    parts = np.split(content.numpy(), np.cumsum(rows)[:-1] * first.row_bytes(key))
+    by_shard = sorted(range(len(chunks)), key=lambda i: chunks[i])
+
+    def read(reader: int) -> None:
+        mine = by_shard[reader * len(chunks) // readers : (reader + 1) * len(chunks) // readers]
+        for shard, places in groupby(mine, key=lambda i: chunks[i][0]):
+            with shards[shard].opened() as file:
+                for i in places:
+                    shards[shard].read(file, key, chunks[i][1], parts[i])
+
+    if readers == 1:
+        read(0)
+    else:
+        with ThreadPoolExecutor(readers) as threads:
+            list(threads.map(read, range(readers)))
+    return content.view(first.dtypes[key]).reshape(sum(rows), *first.shapes[key][1:])

@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelens_lite.arrays import ArrayLike, as_tensor
-from saelens_lite.cache.order import part_of, shuffled_batches
+from saelens_lite.cache.order import MAX_UPLOAD, part_of, shuffled_batches
 from saelens_lite.cache.resumed import refuse_others, tensor_hash
 from saelens_lite.config import Origin
-from saelens_lite.devices import where_float64_is
+from saelens_lite.devices import wide
 from saelens_lite.errors import ConfigError, HookError, ShapeError, near_matches
 
 
@@ -24,6 +24,7 @@ class Statistics(NamedTuple):
     rms_norm: float
 
 
+BLOCK = 8192  # activations whose sums are added at once
 UNNAMED = "x"  # name for activations in memory without a hook
 Batch = dict[str, Float[Tensor, "batch _"]]
 
@@ -65,6 +66,23 @@ class Source(Protocol):
         ...
 
 
+class Sums:
+    """Σx and Σ‖x‖² of blocks of activations, in float64. On a CPU, all blocks are widened in the same memory."""
+
+    def __init__(self) -> None:
+        self._exact = torch.empty(0, dtype=torch.float64)
+
+    def __call__(self, x: Float[Tensor, "n d_in"]) -> tuple[Float[Tensor, " d_in"], Float[Tensor, ""]]:
+        """Return both sums, on the device of x if that has float64."""
+        if x.device.type == "cpu":
+            if x.numel() > len(self._exact):
+                self._exact = torch.empty(x.numel(), dtype=torch.float64)
+            exact = self._exact[: x.numel()].view(x.shape).copy_(x)
+        else:
+            exact = wide(x)
+        return exact.sum(0), torch.linalg.vector_norm(exact).square()
+
+
 class Moments:
     """Running sums Σx and Σ‖x‖² in float64."""
 
@@ -73,10 +91,15 @@ class Moments:
 
     def add(self, x: Float[Tensor, "n d_in"]) -> None:
         """Add activations."""
-        for piece in map(where_float64_is, x.split(8192)):
-            self.n += len(piece)
-            self.total += piece.sum(0, dtype=torch.float64).cpu()
-            self.square += float(torch.linalg.vector_norm(piece, dtype=torch.float64).square())
+        sums = Sums()
+        for piece in x.split(BLOCK):
+            self.add_sums(len(piece), *sums(piece))
+
+    def add_sums(self, n: int, total: Float[Tensor, " d_in"], square: Float[Tensor, ""]) -> None:
+        """Add the sums of n activations."""
+        self.n += n
+        self.total += total.cpu()
+        self.square += float(square)
 
     def statistics(self) -> Statistics:
         """Return the mean and root mean square norm of the added activations."""
@@ -129,11 +152,27 @@ class TensorSource:
         return self._origin
 
     def batches(
-        self, hooks: Sequence[str], batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1
+        self,
+        hooks: Sequence[str],
+        batch_size: int,
+        seed: int,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        device: str | torch.device | None = None,
     ) -> Iterator[Batch]:
-        """Return shuffled batches, epoch after epoch without end, from number `start` on; see `Source.batches`."""
+        """Return shuffled batches, epoch after epoch without end, from number `start` on; see `Source.batches`.
+
+        Args:
+            device: Where the batches are gathered; default: where the activations are. They are not moved if they
+                have more than MAX_UPLOAD bytes.
+        """
         chosen, part = {hook: self._of(hook) for hook in hooks}, part_of(batch_size, rank, world)
-        return shuffled_batches(np.array([self.n_tokens]), 1, lambda _: chosen, batch_size, seed, start, part)
+        if device is not None and sum(x.nbytes for x in chosen.values()) <= MAX_UPLOAD:
+            chosen = {hook: x.to(device) for hook, x in chosen.items()}
+        place, *others = {x.device for x in chosen.values()}
+        where = place if place.type == "cuda" and not others else None
+        return shuffled_batches(np.array([self.n_tokens]), 1, lambda _: chosen, batch_size, seed, start, part, where)
 
     def hold_out(self, n_tokens: int) -> tuple["TensorSource", "TensorSource"]:
         """Return the last rows, and the others. Raise ConfigError if none would be left."""

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from saelens_lite.cache.order import part_of, shuffled_batches
+from saelens_lite.cache.order import MAX_UPLOAD, part_of, shuffled_batches
 from saelens_lite.cache.resumed import refuse_others
 from saelens_lite.cache.shards import CHUNK, MANIFEST, Facts, Shard, check_size, checksums_hash, read_chunks
 from saelens_lite.cache.source import Batch, Statistics, TensorSource
@@ -21,6 +21,7 @@ from saelens_lite.outputs import restore
 from saelens_lite.schemas import Checked, Count, Number, Positive, Sha256, String, checked
 
 FORMAT = 2
+READERS = 8  # threads that read for a GPU
 MAX_TOKENS = 2**33  # per cache: the list of its chunks then takes a gigabyte
 
 
@@ -145,9 +146,9 @@ class ActivationCache:
         n_tokens = np.array([shard.n_tokens for shard in self._shards], np.int64)
         return np.minimum(CHUNK, n_tokens[shard] - number * CHUNK)
 
-    def _read(self, chunks: Int[np.ndarray, "n_chunks 2"], keys: Sequence[str]) -> dict[str, Tensor]:
-        """Return the rows of some chunks, in order."""
-        return {key: read_chunks(self._shards, chunks.tolist(), key) for key in keys}
+    def _read(self, chunks: Int[np.ndarray, "n_chunks 2"], keys: Sequence[str], **how: Any) -> dict[str, Tensor]:
+        """Return the rows of some chunks, in order; see `read_chunks`."""
+        return {key: read_chunks(self._shards, chunks.tolist(), key, **how) for key in keys}
 
     def read_shard(self, number: int) -> dict[str, Tensor]:
         """Return the tensors of one shard: one for each hook, and "tokens".
@@ -166,9 +167,20 @@ class ActivationCache:
                 raise CorruptFileError(f"{shard.path} does not match the checksum in {MANIFEST}; capture again")
 
     def batches(
-        self, hooks: Sequence[str], batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1
+        self,
+        hooks: Sequence[str],
+        batch_size: int,
+        seed: int,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        device: str | torch.device | None = None,
     ) -> Iterator[Batch]:
         """Return shuffled batches, epoch after epoch without end, from number `start` on; see `Source.batches`.
+
+        Args:
+            device: Where the batches are gathered, from pools that are uploaded in advance; default: the CPU. Pools of more
+                than MAX_UPLOAD bytes stay on the CPU.
 
         Raises:
             HookError: a hook was not captured.
@@ -178,11 +190,14 @@ class ActivationCache:
         for hook in hooks:
             self._hook(hook)
         chunks, part = self._training_chunks, part_of(batch_size, rank, world)
+        row_bytes = DTYPES[self.manifest["dtype"]].itemsize * sum(map(self.d_in, hooks))
+        place = None if device is None or self.POOL_TOKENS * row_bytes > MAX_UPLOAD else torch.device(device)
+        how = {"readers": READERS, "pinned": True} if place is not None and place.type == "cuda" else {}
 
         def load(numbers: list[int]) -> dict[str, Tensor]:
-            return self._read(chunks[numbers], hooks)
+            return self._read(chunks[numbers], hooks, **how)
 
-        return shuffled_batches(self._lengths, self.POOL_TOKENS, load, batch_size, seed, start, part)
+        return shuffled_batches(self._lengths, self.POOL_TOKENS, load, batch_size, seed, start, part, place)
 
     def hold_out(self, n_tokens: int) -> tuple[TensorSource, "ActivationCache"]:
         """Return the last chunks, with at least n_tokens activations, and the cache without them.

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from saelens_lite.config import Origin
+from saelens_lite.cuda_streams import to_device
 from saelens_lite.devices import float32_products, on_device, outside_models, tf32_is_on
 from saelens_lite.errors import ConfigError, HookError, ShapeError
 from saelens_lite.model import generation as _generation
@@ -257,7 +258,8 @@ class LanguageModel(Tokenizer):
             self.check_ids(ids)
             if not isinstance(given, Ids | TokenRows):
                 self.warn_of_leading_pads(ids)
-        return aligned(Ids(ids.tokens.to(self.device), ids.mask), self.pad_id)
+        moved = aligned(ids, self.pad_id)
+        return Aligned(*(None if x is None else to_device(x, self.device) for x in moved))
 
     def _forward(self, rows: Aligned, **settings: Any) -> Any:
         """Run the module on rows. During the pass, splices see the rows in `_aligned`."""

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saelens_lite.cuda_streams import to_device
 from saelens_lite.model import LanguageModel
 from saelens_lite.seeds import permutation
 from saelens_lite.tokens import TokenRows
@@ -93,9 +94,9 @@ def _numbers(
 def read(lm: LanguageModel, batch: RowBatch, hooks: Sequence[str]) -> Read:
     """Run the model over a batch, up to the deepest hook."""
     acts = lm.run(batch.rows, hooks)
-    counts, here = batch.rows.keep.cpu(), batch.rows.keep.to(lm.device)
-    row, position = counts.nonzero(as_tuple=True)
-    return Read(batch, batch.number[row], position, {hook: acts[hook][here] for hook in hooks})
+    row, position = batch.rows.keep.cpu().nonzero(as_tuple=True)
+    i, j = to_device(torch.stack([row, position]), lm.device)
+    return Read(batch, batch.number[row], position, {hook: acts[hook][i, j] for hook in hooks})
 
 
 def activations(

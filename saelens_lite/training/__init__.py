@@ -63,10 +63,11 @@ from torch import Tensor
 
 from saelens_lite import registry
 from saelens_lite.arrays import ArrayLike, as_tensor
-from saelens_lite.cache import Source, TensorSource, open_source
+from saelens_lite.cache import ActivationCache, Source, TensorSource, open_source
 from saelens_lite.cache.resumed import expect, record_of
 from saelens_lite.codes.encoder import Spare
 from saelens_lite.config import TrainConfig
+from saelens_lite.cuda_streams import on_device
 from saelens_lite.devices import chosen_device, device_to_train_on, is_available, works
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import (
@@ -510,7 +511,11 @@ def _loop(source: Source, job: _Group, logs: list[RunLog]) -> None:
     trainers = job.trainers
     hooks = list(dict.fromkeys(hook for trainer in trainers for hook in trainer.hooks.all))
     due = [(trainer.n_seen // trainer.config.log_every + 1) * trainer.config.log_every for trainer in trainers]
-    batches = source.batches(hooks, trainers[0].config.batch_size, job.data_seed, job.n_batches)
+    device = trainers[0].dictionary.W_dec.device
+    gathers_there = device.type == "cuda" and type(source) in (ActivationCache, TensorSource)
+    where = {"device": device} if gathers_there else {}
+    batches = source.batches(hooks, trainers[0].config.batch_size, job.data_seed, job.n_batches, **where)
+    batches = on_device(batches, device)  # once for all dictionaries
     saved = time.monotonic()
     spare = Spare()
     with (

@@ -25,9 +25,9 @@ import torch
 from shared import now, parser, source, write_report
 
 import saelens_lite as sl
-from saelens_lite.cache.capture import _ShardWriter
 from saelens_lite.cache.order import cut_into_batches
 from saelens_lite.cache.stored import FORMAT, MANIFEST
+from saelens_lite.cache.writing import ShardWriter
 from saelens_lite.files import write_json
 
 D_IN, BATCH = 768, 4096
@@ -55,10 +55,9 @@ for size in sizes:
 def write_cache(folder: Path, pieces: Iterator[dict[str, torch.Tensor]], dtype: torch.dtype) -> None:
     """Write a cache of random activations of the hook "x"."""
     folder.mkdir()
-    writer = _ShardWriter(folder, folder / "journal.jsonl", 65_536, dtype)
-    for piece in pieces:
-        writer.add(piece)
-    writer.close()
+    with ShardWriter(folder, folder / "journal.jsonl", 65_536, dtype) as writer:
+        for piece in pieces:
+            writer.add(piece)
     (folder / "journal.jsonl").unlink()
     manifest = {
         "format": FORMAT, "origin": sl.Origin().model_dump(), "dtype": str(dtype).removeprefix("torch."),
