@@ -10,7 +10,7 @@ MOST = {  # waits of a step in which half of the latents are dead
     "topk": 0,
     "batch_topk": 0,
     "group_max": 0,
-    "matryoshka": 2,
+    "matryoshka": 1,
     "l1": 1,
     "gated": 1,
     "jumprelu": 1,

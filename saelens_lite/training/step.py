@@ -14,8 +14,8 @@ best.
     h = (x − b_dec) W_enc + b_enc          [batch d_sae]
 
 with x alone in place of x − b_dec if the dictionary writes other hooks than it reads. This is the only dense product of the
-step. It runs without autograd, in tiles of rows, each of at most 128 MiB. On a GPU it may use bfloat16 numbers with float32
-sums (`encoder_precision`).
+step. It runs without autograd, in tiles of rows, each of at most 128 MiB, or 512 MiB on a GPU. There h may be a bfloat16 product with
+float32 sums (`encoder_precision`), from which only the support is chosen.
 
 **3. The rule chooses.** `rule.support(h)` returns the pairs (row, latent) that fire, the *support*; top-k, for example,
 returns the k largest of each row. No gradient flows through the choice. `rule.values` turns the pre-activations at the
@@ -23,7 +23,7 @@ support, which are differentiable, into codes:
 
     f = values(h at the support)           [nnz], nnz ≪ batch · d_sae
 
-A rule that only defines `activation` gets all of h instead, and its support is where the result is not zero.
+If h was rounded, its values at the support are computed again in float32. A rule that only defines `activation` gets all of h instead, and its support is where the result is not zero.
 
 **4. Decoding.** With S the sparse matrix [batch d_sae] that holds f at the support,
 
@@ -52,6 +52,12 @@ fixed order, so the same seed gives the same bytes.
 were. Otherwise the gradient is clipped to the norm `clip_grad_norm`, and Adam takes a step. The learning rate follows a
 schedule: linear warm-up, plateau, linear decay to zero. Then the rule may adjust running estimates (`observe`) and parameters
 (`after_step`: unit-norm rows of W_dec, for example), and the trainer updates its counts of what fired.
+
+**On a GPU** the host does not wait for the step. The losses are read when a line is logged; a flag on the device stops all
+updates after a bad step. The dead latents are listed before every 16th step. A rule with k latents in each row or batch never
+waits; other rules wait once, for the size of their support. Top-k reads h once, for the maxima of groups of columns, and then
+looks only at the groups with the largest ones. Large supports use dense bfloat16 products with float32 sums, from a share that
+`codes/products.py` lists. One kernel clips the gradient, takes Adam's step, restores unit rows and rounds W_enc for the next h.
 
 `DenseStep` is the definition, in plain dense autograd. `SparseStep`, which training uses, computes the same losses and
 gradients as described above. The tests compare the two, and both with a float64 reference.
