@@ -14,8 +14,8 @@ best.
     h = (x − b_dec) W_enc + b_enc          [batch d_sae]
 
 with x alone in place of x − b_dec if the dictionary writes other hooks than it reads. This is the only dense product of the
-step. It runs without autograd, in tiles of rows, each of at most 128 MiB, or 512 MiB on a GPU. There h may be a bfloat16 product with
-float32 sums (`encoder_precision`), from which only the support is chosen.
+step. It runs without autograd, in tiles of rows, each of at most 128 MiB, or 512 MiB on a GPU. There h may be a bfloat16
+product with float32 sums (`encoder_precision`), from which only the support is chosen.
 
 **3. The rule chooses.** `rule.support(h)` returns the pairs (row, latent) that fire, the *support*; top-k, for example,
 returns the k largest of each row. No gradient flows through the choice. `rule.values` turns the pre-activations at the
@@ -23,7 +23,8 @@ support, which are differentiable, into codes:
 
     f = values(h at the support)           [nnz], nnz ≪ batch · d_sae
 
-If h was rounded, its values at the support are computed again in float32. A rule that only defines `activation` gets all of h instead, and its support is where the result is not zero.
+If h was rounded, its values at the support are computed again in float32. A rule that only defines `activation` gets all of h
+instead, and its support is where the result is not zero.
 
 **4. Decoding.** With S the sparse matrix [batch d_sae] that holds f at the support,
 
