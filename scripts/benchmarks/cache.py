@@ -62,6 +62,7 @@ def write_cache(folder: Path, pieces: Iterator[dict[str, torch.Tensor]], dtype: 
     manifest = {
         "format": FORMAT, "origin": sl.Origin().model_dump(), "dtype": str(dtype).removeprefix("torch."),
         "hooks": {"x": writer.statistics("x")}, "shards": [shard.facts for shard in writer.shards],
+        "tokenizer_sha256": None, "text_sha256": "0" * 64, "n_rows": 0,
     }  # fmt: skip
     write_json(folder / MANIFEST, manifest)
 
