@@ -215,12 +215,20 @@ class TestOnCuda:
         batches.close()
         wanted.close()
 
-    def test_uploaded_batches_are_those_on_the_cpu(self):
+    @pytest.mark.parametrize("where", ["uploaded", "gathered there", "there"])
+    def test_batches_of_tensors_are_those_on_the_cpu(self, where):
         source = TensorSource(torch.randn(5000, 16, generator=torch.Generator().manual_seed(0)))
-        uploaded = on_device(source.batches(["x"], 700, 1), CUDA)
-        for batch, right in itertools.islice(zip(uploaded, source.batches(["x"], 700, 1), strict=True), 30):
-            assert batch["x"].device == CUDA
-            assert torch.equal(batch["x"].cpu(), right["x"])
+        wanted = source.batches(["x"], 700, 1)
+        if where == "uploaded":
+            found = on_device(source.batches(["x"], 700, 1), CUDA)
+        elif where == "there":
+            found = TensorSource(source.x["x"].cuda()).batches(["x"], 700, 1)
+        else:
+            found = source.batches(["x"], 700, 1, device=CUDA)
+        for _ in range(30):
+            batch = next(found)["x"]
+            assert batch.device == CUDA
+            assert torch.equal(batch.cpu(), next(wanted)["x"])
 
     def test_a_stream_gives_the_batches_of_its_rounds(self, documents):
         lm = sl.load_model("tiny", device="cuda")

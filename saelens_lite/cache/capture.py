@@ -17,17 +17,8 @@ from torch import Tensor
 from saelens_lite.cache.stored import FORMAT, MANIFEST, ActivationCache
 from saelens_lite.cache.writing import ShardWriter
 from saelens_lite.config import Origin, TextConfig
-from saelens_lite.errors import (
-    ConfigError,
-    DiskFullError,
-    OutputExistsError,
-    SourceChangedError,
-)
-from saelens_lite.files import (
-    DTYPES,
-    MAX_LIST_BYTES,
-    write_json,
-)
+from saelens_lite.errors import ConfigError, DiskFullError, OutputExistsError, SourceChangedError
+from saelens_lite.files import DTYPES, MAX_LIST_BYTES, write_json
 from saelens_lite.kinds import CACHE, UNFINISHED_CAPTURE
 from saelens_lite.model import LanguageModel, passes
 from saelens_lite.model.passes import default_batch_tokens
@@ -35,16 +26,7 @@ from saelens_lite.outputs import followed, replace_folder
 from saelens_lite.prefetch import prefetched
 from saelens_lite.progress import progress_bar
 from saelens_lite.resumable import REQUEST, start_over, unfinished
-from saelens_lite.tokens import (
-    RowBlocks,
-    RowHash,
-    Text,
-    TokenRows,
-    files_of,
-    source_name,
-    text_config_of,
-    with_mask,
-)
+from saelens_lite.tokens import RowBlocks, RowHash, Text, TokenRows, files_of, source_name, text_config_of, with_mask
 
 JOURNAL, SHARDS = "journal.jsonl", "shards"
 log = logging.getLogger(__name__)
@@ -102,8 +84,9 @@ def capture(
     """Write the activations of a text at hooks to a cache folder, which appears when it is complete, and return the cache.
 
     The model runs once over the text, up to the deepest hook. A thread reads and tokenises the text in advance, one block at
-    a time. Special tokens and padding are not stored, nor the positions that `text_config` excludes, by default position 0. To
-    resume an interrupted capture, repeat the call: it continues after the last complete shard.
+    a time; others write complete shards. Special tokens and padding are not stored, nor the positions that `text_config`
+    excludes, by default position 0. To resume an interrupted capture, repeat the call: it continues after the last complete
+    shard.
 
     Args:
         text: Text, or token ids in any form that `LanguageModel.to_tokens` takes.
