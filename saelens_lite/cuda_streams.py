@@ -82,12 +82,12 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return (x if x.is_pinned() else x.pin_memory()).to(device, non_blocking=True)
 
 
-def on_device(batches: Iterator[dict[str, Tensor]], device: torch.device) -> Iterator[dict[str, Tensor]]:
+def uploaded(batches: Iterator[dict[str, Tensor]], device: torch.device) -> Iterator[dict[str, Tensor]]:
     """Return batches on a CUDA device, uploaded beside its other work. For other devices, return the same iterator."""
-    return _uploaded(batches, device) if device.type == "cuda" else batches
+    return _upload(batches, device) if device.type == "cuda" else batches
 
 
-def _uploaded(batches: Iterator[dict[str, Tensor]], device: torch.device) -> Iterator[dict[str, Tensor]]:
+def _upload(batches: Iterator[dict[str, Tensor]], device: torch.device) -> Iterator[dict[str, Tensor]]:
     side = SideStream(device)
     try:
         for batch in batches:

@@ -15,7 +15,7 @@ from saelens_lite import cuda_streams
 from saelens_lite.cache import TensorSource
 from saelens_lite.cache.order import cut_into_batches, prefetched_pools
 from saelens_lite.cache.shards import read_chunks
-from saelens_lite.cuda_streams import SideStream, on_device, to_device, to_host
+from saelens_lite.cuda_streams import SideStream, to_device, to_host, uploaded
 from saelens_lite.errors import CorruptFileError
 
 HOOKS = ["blocks.1.hook_resid_pre", "blocks.2.hook_mlp_out"]
@@ -140,8 +140,8 @@ def test_batches_are_uploaded_once_on_a_stream_of_their_own(pretended, monkeypat
         finally:
             closed.append(True)
 
-    uploaded = on_device(batches(), CUDA)
-    x = next(uploaded)["x"]
+    there = uploaded(batches(), CUDA)
+    x = next(there)["x"]
     assert torch.equal(x, torch.ones(2, 3))
     assert pretended.notes[1:] == [
         ("side", "works on", "upload"),
@@ -149,7 +149,7 @@ def test_batches_are_uploaded_once_on_a_stream_of_their_own(pretended, monkeypat
         ("main", "waits for", 1),
         ("keeps", "main", x.data_ptr()),
     ]
-    uploaded.close()
+    there.close()
     assert closed == [True]
 
 
@@ -159,7 +159,7 @@ def test_on_a_cpu_nothing_is_moved(cache):
     assert to_host(x) is x
     assert to_device(x, cpu) is x
     batches = iter([{"x": x}])
-    assert on_device(batches, cpu) is batches
+    assert uploaded(batches, cpu) is batches
     side = SideStream(cpu)
     with side.queue(after_current=True):
         assert side.mark() is None
@@ -220,7 +220,7 @@ class TestOnCuda:
         source = TensorSource(torch.randn(5000, 16, generator=torch.Generator().manual_seed(0)))
         wanted = source.batches(["x"], 700, 1)
         if where == "uploaded":
-            found = on_device(source.batches(["x"], 700, 1), CUDA)
+            found = uploaded(source.batches(["x"], 700, 1), CUDA)
         elif where == "there":
             found = TensorSource(source.x["x"].cuda()).batches(["x"], 700, 1)
         else:

@@ -168,9 +168,10 @@ def test_what_cannot_be_held_out(stream, n_tokens):
 
 
 def test_all_held_out_leaves_nothing(stream):
-    _, rest = stream().hold_out(N)
-    with pytest.raises(TextError, match="192 positions of the text are held out, and none is left to train on"):
-        rest.d_in(HOOKS[0])
+    with pytest.raises(
+        ConfigError, match="192 activations to validate on: the text has 192, and some must be left to train on"
+    ):
+        stream().hold_out(N)
 
 
 def test_what_is_no_stream(random_lm, stream):

@@ -67,7 +67,7 @@ from saelens_lite.cache import ActivationCache, Source, TensorSource, open_sourc
 from saelens_lite.cache.resumed import expect, record_of
 from saelens_lite.codes.encoder import Spare
 from saelens_lite.config import TrainConfig
-from saelens_lite.cuda_streams import on_device
+from saelens_lite.cuda_streams import uploaded
 from saelens_lite.devices import chosen_device, device_to_train_on, is_available, works
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import (
@@ -515,7 +515,7 @@ def _loop(source: Source, job: _Group, logs: list[RunLog]) -> None:
     gathers_there = device.type == "cuda" and type(source) in (ActivationCache, TensorSource)
     where = {"device": device} if gathers_there else {}
     batches = source.batches(hooks, trainers[0].config.batch_size, job.data_seed, job.n_batches, **where)
-    batches = on_device(batches, device)  # once for all dictionaries
+    batches = uploaded(batches, device)  # once for all dictionaries
     saved = time.monotonic()
     spare = Spare()
     with (
