@@ -33,7 +33,7 @@ RULES = {
     "p_anneal": {"start": 0.0},
     "matching_pursuit": {"k": 4},
 }
-FIXED_K = ("topk", "batch_topk", "matryoshka", "group_max")
+FIXED_K = ("topk", "batch_topk", "group_max")
 
 
 @pytest.fixture

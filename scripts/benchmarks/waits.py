@@ -173,6 +173,8 @@ class _Pretend(TorchFunctionMode):
                 return torch.autograd.backward(args, kwargs.pop("gradient", None), **kwargs)
         if func is Tensor.pin_memory:
             return args[0]
+        if func is Tensor.is_pinned:
+            return counts.is_on_host(args[0])
         if func is Tensor.tolist and not counts.is_on_host(args[0]):
             counts.wait("tolist copies the tensor to the host")
         if func in (Tensor.numpy, Tensor.__array__) and not counts.is_on_host(args[0]):
