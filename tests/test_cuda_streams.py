@@ -31,7 +31,7 @@ class Mark(NamedTuple):
 
 
 class Pretended:
-    """Streams that note what is asked of them. `done` has the numbers of pieces of work that a stream may rely on."""
+    """Streams that note each call. `done` has the numbers of pieces of work that a stream may rely on."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.notes: list[tuple[Any, ...]] = []

@@ -85,10 +85,10 @@ class _Block:
     def end(self, sums: Sums, side: SideStream) -> None:
         """Sum the rows, and begin to copy rows and sums to the host."""
         rows = {key: x[: self.n] for key, x in self.rows.items()}
-        found = {hook: sums(rows[hook]) for hook in self._pieces}
+        sums_of = {hook: sums(rows[hook]) for hook in self._pieces}
         with side.queue(after_current=True):
             self.rows = {key: to_host(x) for key, x in rows.items()}
-            self.sums = {hook: tuple(map(to_host, both)) for hook, both in found.items()}
+            self.sums = {hook: tuple(map(to_host, both)) for hook, both in sums_of.items()}
             self._on_host = side.mark()
 
     def checksums(self) -> dict[str, list[int]]:
@@ -246,8 +246,8 @@ def _write(path: Path, blocks: list[_Block], checksums: list[Future[dict[str, li
     """Write a shard from the blocks of its rows, whose checksums are being computed."""
     of_chunks: dict[str, list[int]] = {key: [] for key in sorted(blocks[0].rows)}
     for future in checksums:
-        for key, found in future.result().items():
-            of_chunks[key] += found
+        for key, crcs in future.result().items():
+            of_chunks[key] += crcs
     facts = write_shard(
         path, {key: [block.rows[key] for block in blocks] for key in of_chunks}, torch.tensor([*of_chunks.values()])
     )
