@@ -388,12 +388,12 @@ def test_rows_in_which_nothing_counts(random_lm, topk):
         sl.attribute(topk, random_lm, TokenRows(rows.tokens, keep))
 
 
-def test_a_dictionary_on_another_device(random_lm, topk):
+def test_activations_on_another_device(random_lm, topk):
+    """Functions that get a model copy the dictionary to it; a dictionary alone refuses, and says what to do."""
     d = copy.deepcopy(topk).to("meta")
-    with random_lm.splice(d), pytest.raises(ConfigError, match=r"x is on cpu, the dictionary on meta.*dictionary\.to\('cpu'\)"):
-        random_lm.logits(TEXTS[0])
-    with pytest.raises(ConfigError, match="the dictionary on meta"):
-        sl.attribute(d, random_lm, TEXTS[0])
+    x = random_lm.run(TEXTS[0], HOOK)[HOOK]
+    with pytest.raises(ConfigError, match=r"x is on cpu, the dictionary on meta.*dictionary\.to\('cpu'\)"):
+        d.encode(x)
 
 
 def test_a_keep_of_another_shape(random_lm, topk):
