@@ -168,9 +168,7 @@ def test_what_cannot_be_held_out(stream, n_tokens):
 
 
 def test_all_held_out_leaves_nothing(stream):
-    with pytest.raises(
-        ConfigError, match="to validate on: the text has 192, and some must be left to train on"
-    ):
+    with pytest.raises(ConfigError, match="to validate on: the text has 192, and some must be left to train on"):
         stream().hold_out(N)
 
 
