@@ -42,6 +42,11 @@ the feature store) counts codes that are not zero. A direction with both signs n
 
 To read a tensor that has one row per latent, use `self.at(tensor, latent)`, also in `losses`. To sum values by index, use
 `sum_at`. Both sum in a fixed order on every device, so that the same seed gives the same bytes.
+
+A rule is fast on a GPU if it does not make the host wait. `support_above` chooses what is above a threshold with one wait,
+`largest` the k largest of each row with none, and `step.dead_latents` lists the dead latents; `nonzero`, `.item()` and boolean
+indices wait each time. A GPU may give `support` pre-activations in bfloat16; `values` gets them in float32. With
+`unit_decoder = True`, the rows of W_dec stay unit vectors, and a GPU sees to that in the same pass as Adam.
 """
 
 from collections.abc import Iterator, Mapping
