@@ -72,7 +72,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     lm, console = sl.load_model("tiny"), Console()
-    d = sl.load(args.dictionary) if args.dictionary else trained(lm, args.out)
+    d = sl.load(args.dictionary, device=lm.device) if args.dictionary else trained(lm, args.out)
 
     pages = [page.text for page in sl.python_docs() if is_held_out(page.name)]
     rows = torch.stack([row[: args.tokens] for row in lm.to_tokens(pages).tokens[: args.texts]])
