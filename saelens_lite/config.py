@@ -151,8 +151,9 @@ class TrainConfig(FrozenConfig):
     )
     encoder_precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="Number type in which the firing latents are chosen. Codes and gradients are float32. auto means bfloat16 "
-        "on a CUDA device and float32 elsewhere.",
+        description="Number type of the pre-activations from which the firing latents are chosen. Codes and gradients are "
+        "float32; with bfloat16, products of large supports on a GPU round their factors. auto means bfloat16 on a CUDA device "
+        "and float32 elsewhere.",
     )
     dead_after: int = Field(200_000, gt=0, le=MOST, description="Tokens without firing after which a latent counts as dead.")
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of the initial parameters.")

@@ -25,6 +25,12 @@ def x() -> torch.Tensor:
     return torch.randn(400, 6, generator=torch.Generator().manual_seed(0)) + 0.5
 
 
+@pytest.fixture(autouse=True, params=["read at once", "read later"])
+def reading(request, monkeypatch):
+    """Let the host read the losses of each step before the update, as on a CPU, or later, as on a GPU."""
+    monkeypatch.setattr("saelens_lite.training.trainer.asynchronous", lambda _: request.param == "read later")
+
+
 @pytest.fixture(autouse=True)
 def turns_bad():
     """A rule whose part "bad" of the loss is NaN in step AT, or whose parameters are infinite after it."""

@@ -62,7 +62,7 @@ class MatchingPursuit(Sparsity):
         chunks = []
         for tile in encoder.tiles():
             for rows in tile.split(CHUNK if tile.device.type == "cpu" else len(tile)):
-                h, steps = rows.clone(), []
+                h, steps = rows.to(W_dec.dtype, copy=True), []
                 for _ in range(self.config.k):
                     best = argmax(h)
                     v = h.gather(1, best.unsqueeze(1)).relu_()

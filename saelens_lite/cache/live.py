@@ -38,7 +38,8 @@ log = logging.getLogger(__name__)
 class ActivationStream:
     """The activations of a text at hooks, computed during training. When the text ends, it is read again.
 
-    Memory holds buffer_tokens activations of each hook, in the model's dtype. Statistics are those of the first half buffer.
+    Memory holds buffer_tokens activations of each hook, in the model's dtype, and on CUDA as many that are ready to train on.
+    Statistics are those of the first half buffer.
 
     Raises:
         HookError, ConfigError: the hook is unknown, or settings do not fit the model.
@@ -273,6 +274,7 @@ class ActivationStream:
             "buffer_tokens": 2 * self.block,
             "batch_tokens": self.batch_tokens,
             "held_out": self._n_held_out,
+            **({"tf32": True} if self.lm.tf32 else {}),
         }
 
     @cached_property

@@ -52,6 +52,8 @@ class Source(Protocol):
     ) -> Iterator[Batch]:
         """Yield shuffled batches, epoch after epoch without end, from number `start` on; the same seed gives the same ones.
 
+        The caller may still read a batch when it asks for the next one, so no batch may overwrite the memory of another.
+
         Process number `rank` of `world` gets its equal part of each batch. All parts in order are the batch of a single
         process.
         """

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelens_lite.codes import Support, concatenated
-from saelens_lite.codes.products import PreAt, PreDense, is_dense, pair_products
+from saelens_lite.codes.products import PreAt, PreDense, pair_products
 from saelens_lite.devices import asynchronous
 
 TILE_BYTES = 2**27  # largest size of the pre-activations in memory
@@ -147,14 +147,11 @@ class Encoder:
     @torch.no_grad()
     def _values(self, support: Support) -> Float[Tensor, " nnz"]:
         """Return the pre-activations at a support, without gradient."""
-        if self._pre is not None and (not self._pre_is_rounded or self._is_dense_on_gpu(support)):
+        of_dead = support.among is not None and asynchronous(self.centred)  # for them, rounded values do
+        if self._pre is not None and (of_dead or not self._pre_is_rounded):
             return self._pre.flatten().index_select(0, support.flat(self.d_sae)).to(self.centred.dtype)
         value = pair_products(support, self.centred, self.W_enc.T, self.halves)
         return value if self.b_enc is None else value + self.b_enc.index_select(0, support.latent)
-
-    def _is_dense_on_gpu(self, support: Support) -> bool:
-        """Return whether the pre-activations at a support would come from a rounded product anyway."""
-        return asynchronous(self.centred) and is_dense(support, self.d_sae, self.halves)
 
 
 def tile_rows(width: int, like: Tensor) -> int:

@@ -93,9 +93,10 @@ class Support:
 
     def as_dense(self, d_sae: int) -> "DensePairs":
         """Return the pairs as entries of a dense matrix."""
-        if "dense" not in self.__dict__:
-            self.__dict__["dense"] = DensePairs(self, d_sae)
-        return self.__dict__["dense"]
+        known = self.__dict__.get("dense")
+        if known is None or known.d_sae != d_sae:
+            known = self.__dict__["dense"] = DensePairs(self, d_sae)
+        return known
 
     def by_latent(self, d_sae: int) -> Int[Tensor, " d_sae_plus_1"]:
         """Return the offset of each latent in the pairs sorted by latent, int32."""
@@ -115,7 +116,7 @@ class DensePairs:
     """
 
     def __init__(self, support: Support, d_sae: int):
-        self.n_rows = support.n_rows
+        self.n_rows, self.d_sae = support.n_rows, d_sae
         self.latents = support.among if asynchronous(support.latent) else support.used  # None: all
         self.width = d_sae if self.latents is None else len(self.latents)
         column = support.latent

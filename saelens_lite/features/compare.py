@@ -401,7 +401,7 @@ def random_like(directions: Directions, seed: int) -> Directions:
     tiles = [slice(start, start + TILE) for start in range(0, n, TILE)]
     moments = torch.zeros(sum(widths), sum(widths), dtype=torch.float64)
     for tile in tiles:
-        joint = torch.cat([rows[tile] for rows in directions], 1).double().cpu()
+        joint = torch.cat([rows[tile] for rows in directions], 1).cpu().double()
         moments.addmm_(joint.T, joint)
     values, vectors = torch.linalg.eigh(moments / n)
     root = vectors * values.clamp(min=0).sqrt()

@@ -105,7 +105,7 @@ class RoundedEncoder(encoder.Encoder):
         """Return the support that a rule chooses from rounded pre-activations."""
         (pre,) = self.tiles(whole=True)
         with torch.no_grad():
-            return rule_support(pre + ROUNDING * pre.std() * torch.randn_like(pre))
+            return rule_support((pre + ROUNDING * pre.std() * torch.randn_like(pre)).bfloat16())
 
 
 class RoundedStep(SparseStep):

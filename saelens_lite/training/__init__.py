@@ -51,7 +51,7 @@ import re
 import shlex
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -75,6 +75,7 @@ from saelens_lite.errors import (
     DiskFullError,
     NonFiniteError,
     OutputExistsError,
+    PluginError,
     SaelensLiteError,
     SourceChangedError,
 )
@@ -495,6 +496,8 @@ def _kept(job: _Group, i: int, cause: SaelensLiteError) -> str:
     trainer, folder = job.trainers[i], job.folders[i]
     if folder is None or not trainer.n_steps:
         return ""
+    with suppress(NonFiniteError, PluginError):  # a GPU may have counted steps that changed nothing
+        trainer.check()
     good, states = trainer.result(), earlier_states(job.out, i)
     while good.not_finite():
         if (state := next(states, None)) is None:

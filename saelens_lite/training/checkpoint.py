@@ -112,7 +112,8 @@ class _State(Checked):
             raise ValueError(f"{n} configs, {len(numbers)} dictionaries, {len(self.dropped)} dropped; expected equal numbers")
         if len(set(self.loggers)) < len(self.loggers):
             raise ValueError("a logger is named twice")
-        if self.n_batches - max(one.n_steps for one in numbers) not in (0, 1):  # 1: all were dropped in the last batch
+        ahead = self.n_batches - max(one.n_steps for one in numbers)
+        if ahead < 0 or (ahead and not any(self.dropped)):  # a dropped dictionary is as it was before its bad step
             raise ValueError(f"n_batches = {self.n_batches}, but no dictionary has seen that many")
         for one, config in zip(numbers, self.configs, strict=True):
             in_steps = one.n_steps <= one.n_seen <= one.n_steps * config.batch_size

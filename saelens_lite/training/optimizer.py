@@ -26,7 +26,7 @@ class Adam:
 
     def __init__(self, dictionary: Dictionary, lr: float, betas: tuple[float, float], *, halves: bool, unit_decoder: bool):
         self.parameters = {
-            name: p if p.is_contiguous() else p.detach().T.requires_grad_() for name, p in dictionary.named_parameters()
+            name: p.detach().T.requires_grad_() if name == "W_enc" else p for name, p in dictionary.named_parameters()
         }
         self.torch = torch.optim.Adam(self.parameters.values(), lr=lr, betas=betas, eps=EPS, fused=True)
         self._dictionary, self._betas = dictionary, betas
@@ -34,7 +34,7 @@ class Adam:
         self._unit = {"W_dec"} if unit_decoder else set()
         self._encoder = "W_enc" if "W_enc" in self.parameters else "W_dec"
         self._halves = halves and self._kernels is not None
-        self._rounded: Tensor | None = None
+        self._rounded: tuple[Tensor, int] | None = None  # the copy, and the version of the weight it was made from
 
     @property
     def lr(self) -> float:
@@ -49,13 +49,12 @@ class Adam:
     @property
     def rounded(self) -> Float[Tensor, "d_in d_sae"] | None:
         """W_enc in bfloat16, or None if no copy is kept."""
-        if self._halves and self._rounded is None:
-            self._rounded = self.parameters[self._encoder].detach().bfloat16()
-        return None if self._rounded is None else self._rounded.T
-
-    def forget_rounded(self) -> None:
-        """Make the copy in bfloat16 again when it is next asked for. Call this after changing the encoder."""
-        self._rounded = None
+        if not self._halves:
+            return None
+        weight = self.parameters[self._encoder]
+        if self._rounded is None or self._rounded[1] != weight._version:  # which the kernel leaves as it is
+            self._rounded = weight.detach().bfloat16(), weight._version
+        return self._rounded[0].T
 
     @torch.no_grad()
     def step(self, lr: float, n_steps: int, scale: Float[Tensor, ""] | None, stopped: Tensor | None) -> None:

@@ -56,9 +56,11 @@ schedule: linear warm-up, plateau, linear decay to zero. Then the rule may adjus
 
 **On a GPU** the host does not wait for the step. The losses are read when a line is logged; a flag on the device stops all
 updates after a bad step. The dead latents are listed before every 16th step. A rule with k latents in each row or batch never
-waits; other rules wait once, for the size of their support. Top-k reads h once, for the maxima of groups of columns, and then
-looks only at the groups with the largest ones. Large supports use dense bfloat16 products with float32 sums, from a share that
-`codes/products.py` lists. One kernel clips the gradient, takes Adam's step, restores unit rows and rounds W_enc for the next h.
+waits; other rules wait once or twice, for the size of their support. Top-k reads h once, for the maxima of groups of columns,
+and then looks only at the groups with the largest ones; of entries that are equal in bfloat16, it takes the first. Large
+supports use dense bfloat16 products with float32 sums, from a share that `codes/products.py` lists, and dead latents that
+explain the error take their values from h. One kernel clips the gradient, takes Adam's step, restores unit rows and rounds
+W_enc for the next h.
 
 `DenseStep` is the definition, in plain dense autograd. `SparseStep`, which training uses, computes the same losses and
 gradients as described above. The tests compare the two, and both with a float64 reference.

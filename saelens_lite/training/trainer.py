@@ -164,7 +164,6 @@ class Trainer:
         if not self.dictionary.rule.tied and self.shift is None:
             with self._own_randomness():
                 self._scale_encoder(self._prepare(self._named(batch))[0])
-            self.optimizer.forget_rounded()
 
     @outside_models()
     def backward(self, batch: Batch | Float[Tensor, "batch d_in"], spare: Spare | None = None) -> Contribution:
@@ -295,7 +294,8 @@ class Trainer:
         own = {NORM: norm, SMALLEST: computed.smallest, FIRED: computed.fires.sum()}
         if self.reads_later:  # the batch is gone by then
             own[ACTIVATIONS] = computed.step.x.sum() + computed.step.target.sum()
-        self._watch.note({name: x.to(norm.dtype) for name, x in (computed.losses | own).items()})
+        dtype = norm.dtype if self.reads_later else torch.float64  # of a count, float32 keeps 24 bits
+        self._watch.note({name: x.to(dtype) for name, x in (computed.losses | own).items()}, computed.smallest)
         self._unread.append((computed.n, computed.n if self._is_late(computed.n) else 0))
 
     def check(self, computed: Contribution | None = None) -> None:
@@ -308,11 +308,10 @@ class Trainer:
         """
         steps, unread, self._unread = self._watch.read(), self._unread, []
         for i, figures in enumerate(steps):
-            if not all(map(math.isfinite, figures.values())):
-                if self.reads_later:  # the steps since then have changed nothing, but were counted
-                    self.n_steps -= len(unread) - i
-                    self.n_seen -= sum(n for n, _ in unread[i:])
-                    self.fire_tokens -= sum(n for _, n in unread[i:])
+            is_finite = all(map(math.isfinite, figures.values()))
+            if not is_finite or figures[SMALLEST] < 0:
+                self._take_back(unread[i:])
+            if not is_finite:
                 raise self._diverged(figures, computed)
             self.dictionary.rule.check_codes(figures.pop(SMALLEST))
             figures["l0"] = figures.pop(FIRED) / unread[i][0]
@@ -320,6 +319,14 @@ class Trainer:
                 if name not in (NORM, ACTIVATIONS):
                     self._sums[name] = self._sums.get(name, 0.0) + value
             self._n_sums += 1
+
+    def _take_back(self, unread: list[tuple[int, int]]) -> None:
+        """Begin to watch anew, and do not count a bad step and the later ones, which have changed nothing."""
+        self._watch = Watch(self.dictionary.W_enc.device)
+        if self.reads_later:  # else the bad step is not counted yet
+            self.n_steps -= len(unread)
+            self.n_seen -= sum(n for n, _ in unread)
+            self.fire_tokens -= sum(n for _, n in unread)
 
     def _observe(self, step: DenseStep) -> None:
         """Let the rule update its running estimates, unless a bad step has stopped the training."""
@@ -470,7 +477,8 @@ class Trainer:
         for name, parameter in self.optimizer.parameters.items():
             moments = {key.rsplit(".", 1)[1]: x for key, x in tensors.items() if key.startswith(f"adam.{name}.")}
             self.optimizer.state[parameter] = {key: x.to(parameter.device) for key, x in moments.items()}
-        self.optimizer.forget_rounded()
+        self._watch, self._unread = Watch(self.dictionary.W_enc.device), []
+        self._dead = self._dead_latents = None
         if self.reads_later and "dead" in tensors:
             self._dead = tensors["dead"].to(self.since_fired.device)
             self._dead_latents = self._dead.nonzero().squeeze(1)

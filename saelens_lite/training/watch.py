@@ -13,7 +13,7 @@ MOST_UNREAD = 256  # steps
 
 
 class Watch:
-    """The losses and other figures of the steps since the last reading. `stopped` is true after one that is not finite."""
+    """The losses and other figures of the steps since the last reading. `stopped` is true after a bad step."""
 
     def __init__(self, device: torch.device):
         self.stopped = torch.zeros((), dtype=torch.bool, device=device)
@@ -22,10 +22,10 @@ class Watch:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def note(self, figures: Mapping[str, Tensor]) -> None:
-        """Keep the figures of a step, each a tensor with one number."""
+    def note(self, figures: Mapping[str, Tensor], least: Tensor) -> None:
+        """Keep the figures of a step, each a tensor with one number. A step is bad if one is not finite, or if `least` < 0."""
         row = torch.stack(list(figures.values()))
-        self.stopped = self.stopped | ~torch.isfinite(row).all()
+        self.stopped = self.stopped | ~torch.isfinite(row).all() | (least < 0)
         self._rows.append((tuple(figures), row))
 
     def read(self) -> list[dict[str, float]]:
