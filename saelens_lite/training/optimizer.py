@@ -31,7 +31,7 @@ class Adam:
         self.torch = torch.optim.Adam(self.parameters.values(), lr=lr, betas=betas, eps=EPS, fused=True)
         self._dictionary, self._betas = dictionary, betas
         self._kernels = gpu.kernels(dictionary.W_enc)
-        self._unit = {"W_dec"} if unit_decoder else set()
+        self._unit_decoder = unit_decoder
         self._encoder = "W_enc" if "W_enc" in self.parameters else "W_dec"
         self._halves = halves and self._kernels is not None
         self._rounded: tuple[Tensor, int] | None = None  # the copy, and the version of the weight it was made from
@@ -63,7 +63,7 @@ class Adam:
         Args:
             n_steps: number of steps including this one.
             scale: number by which the gradient is divided.
-            stopped: if true, nothing changes.
+            stopped: if true, nothing changes. The kernel needs it.
         """
         for name, parameter in self._dictionary.named_parameters():
             if (updated := self.parameters[name]) is not parameter:
@@ -74,7 +74,7 @@ class Adam:
             self._step_of_rows(lr, n_steps, scale, stopped)
         self.torch.step()
 
-    def _step_of_rows(self, lr: float, n_steps: int, scale: Tensor | None, stopped: Tensor | None) -> None:
+    def _step_of_rows(self, lr: float, n_steps: int, scale: Tensor | None, stopped: Tensor) -> None:
         """Update W_dec and W_enc by the kernel, and leave no gradient for torch's Adam."""
         new = self._dictionary.W_dec.new_full
         beta1, beta2 = self._betas
@@ -82,7 +82,6 @@ class Adam:
             "scale": new((), 1.0) if scale is None else scale.reciprocal(),
             "step_size": new((), lr / (1 - beta1**n_steps)),
             "root": new((), (1 - beta2**n_steps) ** -0.5),
-            "skip": torch.zeros_like(self._dictionary.W_dec[0, 0], dtype=torch.bool) if stopped is None else stopped,
         }
         for name in ("W_dec", "W_enc"):
             p = self.parameters.get(name)
@@ -94,7 +93,7 @@ class Adam:
             half = self.rounded.T if self._halves and name == self._encoder else None
             self._kernels.adam_rows_(
                 p.detach(), state["exp_avg"], state["exp_avg_sq"], p.grad,
-                half=half, unit=name in self._unit, betas=self._betas, eps=EPS, **numbers,
+                half=half, unit=self._unit_decoder and name == "W_dec", skip=stopped, betas=self._betas, eps=EPS, **numbers,
             )  # fmt: skip
-            state["step"] += ~numbers["skip"]
+            state["step"] += ~stopped
             p.grad = None
