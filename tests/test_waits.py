@@ -4,6 +4,8 @@ import pytest
 import torch
 from benchmarks.waits import DEVICE, RULES, count_step, pretended_cuda
 
+from saelens_lite.codes import gpu
+
 pytestmark = pytest.mark.pretended_gpu
 
 MOST = {  # waits of a step in which half of the latents are dead
@@ -61,6 +63,13 @@ def test_views_are_no_launches():
         x.T.reshape(-1).unsqueeze(0)[:, 1:].detach()  # the reshape of a transpose copies
         torch.empty(3, device=DEVICE)
     assert dict(counts.launches) == {"clone": 1}
+
+
+def test_the_pretence_ends_with_the_block():
+    with pretended_cuda():
+        assert gpu.available(torch.zeros(2, device=DEVICE))
+    assert not gpu.available(torch.zeros(2))
+    assert not torch.cuda.is_available()
 
 
 def test_all_rules_are_counted():

@@ -265,8 +265,8 @@ def _of_device(grouped: Any) -> Any:
 @contextmanager
 def pretended_cuda() -> Iterator[Counts]:
     """Pretend in a block that there is a CUDA device, and yield the counts of its launches and waits."""
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-    from triton.runtime.interpreter import InterpretedFunction
+    with patch.dict(os.environ, TRITON_INTERPRET="1"):  # triton reads it when it is imported
+        from triton.runtime.interpreter import InterpretedFunction
 
     counts, launch, generator = Counts(), InterpretedFunction.run, torch.Generator
 
