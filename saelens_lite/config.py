@@ -127,11 +127,17 @@ class TrainConfig(FrozenConfig):
     options: dict[str, Any] = Field({}, description="Options of the sparsity rule, e.g. --options.k 32.")
     d_sae: int = Field(2048, gt=0, le=MOST, description="Number of latents.")
     n_tokens: int = Field(1_000_000, gt=0, le=MOST, description="Activations to train on. Shorter data is read again.")
-    batch_size: int = Field(2048, gt=0, le=MOST, description="Activations per optimiser step.")
+    batch_size: int = Field(
+        default_factory=lambda settings: usual_batch_size(settings.get("n_tokens", 0)),
+        gt=0,
+        le=MOST,
+        description="Activations per optimiser step; default: 2,048, or less if the training would have fewer than 500 steps.",
+    )
     lr: float | None = Field(
         None,
         gt=0,
-        description="Peak learning rate of Adam; default: 2e-4 / sqrt(d_sae / 16384), as for top-k in Gao et al. 2024.",
+        description="Peak learning rate of Adam; default: 0.07 / sqrt(d_in) * (2048 / d_sae)**(1/4), but at most 0.01; if "
+        "there are more than 800 steps, times sqrt(800 / steps).",
     )
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         (0.9, 0.999), description="Decay rates of Adam's first and second moment."
@@ -179,9 +185,19 @@ class TrainConfig(FrozenConfig):
         return self
 
     @property
-    def peak_lr(self) -> float:
-        """The learning rate after warm-up."""
-        return self.lr if self.lr is not None else 2e-4 / (self.d_sae / 2**14) ** 0.5
+    def n_steps(self) -> int:
+        """The number of optimiser steps."""
+        return -(-self.n_tokens // self.batch_size)
+
+    def peak_lr(self, d_in: int) -> float:
+        """Return the learning rate after warm-up. The default was fitted to short trainings of several widths and rules."""
+        usual = 0.07 * d_in**-0.5 * (2048 / self.d_sae) ** 0.25 * min(1.0, (800 / self.n_steps) ** 0.5)
+        return self.lr if self.lr is not None else min(usual, 0.01)
+
+
+def usual_batch_size(n_tokens: int) -> int:
+    """Return the default batch size: a power of 2, 64 to 2,048, that gives a training at least 500 steps if it can."""
+    return 2 ** min(11, max(6, (n_tokens // 500).bit_length() - 1))
 
 
 class Origin(FrozenConfig):

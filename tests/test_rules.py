@@ -35,7 +35,9 @@ def mask_of(support, d_sae: int) -> torch.Tensor:
 
 def observed(value: torch.Tensor, **more) -> SimpleNamespace:
     """Return a step with codes of these values, of which only what `more` says is known beside."""
-    unknown = dict.fromkeys(("x", "target", "x_hat", "dead", "dead_latents", "progress", "warmup", "decoder_norms"))
+    unknown = dict.fromkeys(
+        ("x", "target", "x_hat", "dead", "dead_latents", "progress", "warmup", "coefficient", "decoder_norms")
+    )
     unused = dict.fromkeys(("pre_tiles", "pre_at", "decode", "base"), len)
     return SimpleNamespace(**{**unknown, **unused, "codes": SimpleNamespace(value=value), **more})
 

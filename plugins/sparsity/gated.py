@@ -8,10 +8,9 @@ vectors, because small free rows with a large r_mag would evade the penalty.
 """
 
 import torch
-from pydantic import Field
 from torch import nn
 
-from saelens_lite.sparsity import PublishedForm, RuleConfig, Sparsity, Step, Support, support_above
+from saelens_lite.sparsity import PenaltyConfig, PublishedForm, Sparsity, Step, Support, support_above
 
 
 class Gated(Sparsity):
@@ -22,8 +21,8 @@ class Gated(Sparsity):
     row_wise = True
     unit_decoder = True
 
-    class Config(RuleConfig):
-        coefficient: float = Field(5.0, ge=0, description="λ, for activations of norm sqrt(d_in).")
+    class Config(PenaltyConfig):
+        usual_coefficient = 1.0
 
     config: Config
 
@@ -48,9 +47,16 @@ class Gated(Sparsity):
         gate = (step.pre_at(step.codes.support) + self.at(self.b_gate, latent)).relu()
         x_gate = step.decode(step.codes._replace(value=gate), frozen=True) + step.base(frozen=True)
         return {
-            "gate_l1": step.warmup * self.config.coefficient * gate.sum() / len(step.x),
+            "gate_l1": step.coefficient * gate.sum() / len(step.x),
             "gate_error": (step.target - x_gate).square().sum(1).mean(),
         }
+
+    def raise_thresholds_(self, dictionary, by) -> None:
+        self.b_gate.sub_(by)
+
+    def excess(self, codes):
+        pre = (codes.value - self.at(self.b_mag, codes.latent)) / self.at(self.r_mag.exp(), codes.latent)
+        return (codes.fires * (pre + self.at(self.b_gate, codes.latent)).relu()).sum() / codes.fires.sum().clamp(min=1)
 
     def rescale_(self, scale) -> None:
         self.b_gate.data.mul_(scale)

@@ -20,10 +20,11 @@ import math
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from saelens_lite.sparsity import (
+    USUAL_L0,
     PublishedForm,
     RuleConfig,
     Sparsity,
@@ -44,9 +45,13 @@ class JumpReLU(Sparsity):
     row_wise = True
 
     class Config(RuleConfig):
-        penalty: Literal["l0", "target_l0", "tanh"] = Field("l0", description="The penalty S.")
-        coefficient: float = Field(1.0, ge=0, description="λ, for activations of norm sqrt(d_in).")
-        target_l0: float = Field(32.0, gt=0, description="Target number of latents per token for the penalty target_l0.")
+        penalty: Literal["l0", "target_l0", "tanh"] | None = Field(
+            None, description="The penalty S; default: target_l0, or l0 if only a coefficient is given."
+        )
+        coefficient: float | None = Field(None, ge=0, description="λ, for activations of norm sqrt(d_in); default: 1.")
+        target_l0: float | None = Field(
+            None, gt=0, description="Latents per token that the penalty target_l0 aims at; default: 32."
+        )
         threshold: float = Field(0.05, gt=0, description="Initial θ, for activations of norm 1; 0.001 in the paper.")
         bandwidth: float = Field(0.01, gt=0, description="ε, for activations of norm 1; 0.001 in the paper.")
         threshold_speed: float = Field(
@@ -56,6 +61,20 @@ class JumpReLU(Sparsity):
         parameter: Literal["log", "plain"] = Field(
             "log", description="Stored parameter: ln θ / threshold_speed (log), or θ itself (plain)."
         )
+
+        @model_validator(mode="after")
+        def _aims_at_target(self):
+            if self.target_l0 is not None and self.coefficient is None and self.chosen_penalty != "target_l0":
+                raise ValueError(
+                    f"penalty {self.penalty} does not aim at target_l0; leave out penalty, or set coefficient instead"
+                )
+            return self
+
+        @property
+        def chosen_penalty(self) -> str:
+            """The penalty, or what follows from the other options."""
+            by_coefficient = self.coefficient is not None and self.target_l0 is None
+            return self.penalty or ("l0" if by_coefficient else "target_l0")
 
     config: Config
 
@@ -71,7 +90,7 @@ class JumpReLU(Sparsity):
     @property
     def unit_decoder(self) -> bool:
         """True except with the penalty tanh, which weights codes by the norms."""
-        return self.config.penalty != "tanh"
+        return self.config.chosen_penalty != "tanh"
 
     @property
     def threshold(self):
@@ -92,16 +111,16 @@ class JumpReLU(Sparsity):
         return pre.relu() * (pre > threshold) + threshold.detach() * self._edge(pre, threshold)
 
     def losses(self, step: Step):
-        weight = step.warmup * self.config.coefficient
-        if self.config.penalty == "tanh":
+        weight = step.warmup * (1.0 if self.config.coefficient is None else self.config.coefficient)
+        if self.config.chosen_penalty == "tanh":
             norms = self.at(step.decoder_norms, step.codes.latent)
             count = (4 * step.codes.value * norms).tanh().sum() / len(step.x)
             return {"tanh": weight * count, **self._lift_dead(step)}
         pre, threshold = step.pre_at(step.codes.support).detach(), self.at(self.threshold, step.codes.latent)
         l0 = ((pre > threshold) + self._edge(pre, threshold)).sum() / len(step.x)
-        if self.config.penalty == "l0":
+        if self.config.chosen_penalty == "l0":
             return {"l0_penalty": weight * l0}
-        return {"l0_penalty": weight * self.d_in * (l0 / self.config.target_l0 - 1).square()}
+        return {"l0_penalty": weight * self.d_in * (l0 / (self.config.target_l0 or USUAL_L0) - 1).square()}
 
     def _edge(self, pre, threshold):
         """Return zeros with the straight-through gradient of 1[h > θ] in θ."""

@@ -8,7 +8,7 @@ does not lower the penalty, so the norms need no constraint.
 
 from pydantic import Field
 
-from saelens_lite.sparsity import PublishedForm, RuleConfig, Sparsity, Step, Support, support_above
+from saelens_lite.sparsity import PenaltyConfig, PublishedForm, Sparsity, Step, Support, support_above
 
 
 class L1(Sparsity):
@@ -17,8 +17,8 @@ class L1(Sparsity):
     paper = "Bricken et al. 2023, Towards Monosemanticity; decoder-norm weighting: Conerly et al. 2024, April update"
     row_wise = True
 
-    class Config(RuleConfig):
-        coefficient: float = Field(5.0, ge=0, description="λ, for activations of norm sqrt(d_in).")
+    class Config(PenaltyConfig):
+        usual_coefficient = 0.3
         p: float = Field(1.0, gt=0, le=2, description="Exponent of the penalty.")
 
     config: Config
@@ -36,7 +36,7 @@ class L1(Sparsity):
         weighted = step.codes.value * self.at(step.decoder_norms, step.codes.latent)
         if self.config.p != 1:  # the slope at 0 is infinite for p < 1
             weighted = step.codes.fires * weighted.clamp_min(1e-12).pow(self.config.p)
-        return {"l1": step.warmup * self.config.coefficient * weighted.sum() / len(step.x)}
+        return {"l1": step.coefficient * weighted.sum() / len(step.x)}
 
     def initial_decoder_norm(self) -> float:
         return 0.1

@@ -9,7 +9,7 @@ that the penalty keeps its value. Decoder rows are unit vectors.
 import torch
 from pydantic import Field
 
-from saelens_lite.sparsity import PublishedForm, RuleConfig, Sparsity, Step, Support, support_above
+from saelens_lite.sparsity import PenaltyConfig, PublishedForm, Sparsity, Step, Support, support_above
 
 
 class PAnneal(Sparsity):
@@ -21,8 +21,8 @@ class PAnneal(Sparsity):
     row_wise = True
     unit_decoder = True
 
-    class Config(RuleConfig):
-        coefficient: float = Field(1.0, ge=0, description="λ while p is 1, for activations of norm sqrt(d_in).")
+    class Config(PenaltyConfig):
+        usual_coefficient = 0.5
         p_end: float = Field(0.2, gt=0, le=1, description="Exponent at the end of training.")
         start: float = Field(0.25, ge=0, lt=1, description="Share of training after which the exponent begins to fall.")
 
@@ -44,7 +44,7 @@ class PAnneal(Sparsity):
 
     def losses(self, step: Step):
         penalty = self.growth * power_sum(step.codes.value, self.p) / len(step.x)
-        return {"lp": step.warmup * self.config.coefficient * penalty}
+        return {"lp": step.coefficient * penalty}
 
     def observe(self, step: Step) -> None:
         if step.progress <= self.config.start:

@@ -55,7 +55,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from saelens_lite.codes import SparseCodes, Support, largest, picked, support_above, support_of_indices, support_of_mask
@@ -67,6 +67,7 @@ from saelens_lite.registry import load, names, plugins, register
 
 __all__ = [
     "DeadLatentsConfig",
+    "PenaltyConfig",
     "PublishedForm",
     "RuleConfig",
     "Sparsity",
@@ -86,6 +87,9 @@ __all__ = [
 ]
 
 
+USUAL_L0 = 32.0  # the target of rules that are given neither a coefficient nor a target
+
+
 class RuleConfig(FrozenConfig):
     """Base of a rule's settings. The defaults are the paper's."""
 
@@ -97,6 +101,40 @@ class DeadLatentsConfig(RuleConfig):
         None, ge=0, description="Number of dead latents that explain the error of a token; default: d_in / 2."
     )
     aux_coefficient: float = Field(1 / 32, ge=0, description="α, weight of the auxiliary error.")
+
+
+class PenaltyConfig(RuleConfig):
+    """Settings of rules whose penalty is multiplied by λ. In training, `step.coefficient` is the present λ times the warm-up.
+
+    With a target L0, the trainer adjusts λ. `Sparsity.raise_thresholds_` and `excess` help it.
+    """
+
+    usual_coefficient: ClassVar[float] = 1.0  # λ at the start of training to a target
+    coefficient: float | None = Field(
+        None,
+        ge=0,
+        description="λ, for activations of norm sqrt(d_in); default: adjusted in training until L0 is target_l0. With "
+        "target_l0, λ at the start.",
+    )
+    target_l0: float | None = Field(
+        None, gt=0, description="Latents per token to reach by adjusting λ; default: 32, or none if coefficient is set."
+    )
+
+    @model_validator(mode="after")
+    def _can_be_adjusted(self) -> "PenaltyConfig":
+        if self.target_l0 is not None and self.coefficient == 0:
+            raise ValueError("a coefficient of 0 cannot be adjusted to reach target_l0; leave one of the two out")
+        return self
+
+    @property
+    def l0_to_reach(self) -> float | None:
+        """The target L0, or None if λ stays as it is."""
+        return USUAL_L0 if self.target_l0 is None and self.coefficient is None else self.target_l0
+
+    @property
+    def first_coefficient(self) -> float:
+        """λ at the start of training."""
+        return self.usual_coefficient if self.coefficient is None else self.coefficient
 
 
 class PublishedForm(NamedTuple):
@@ -118,6 +156,7 @@ class Step(Protocol):
     dead: Bool[Tensor, " d_sae"]  # True for latents that have not fired for `dead_after` tokens; a GPU looks every few steps
     progress: float  # share of the training that is done, 0 … 1
     warmup: float  # factor of the penalties; rises from 0 to 1 over the sparsity warm-up
+    coefficient: float | Float[Tensor, ""]  # of a rule with a PenaltyConfig: the present λ, times warmup
 
     @property
     def dead_latents(self) -> Int[Tensor, " n_dead"]:
@@ -239,6 +278,14 @@ class Sparsity(nn.Module):
     def initial_decoder_norm(self) -> float:
         """Return ‖W_dec[i]‖ before training."""
         return 1.0
+
+    def raise_thresholds_(self, dictionary: Any, by: Float[Tensor, " d_sae"]) -> None:
+        """Raise the threshold above which each latent fires. Called only in training to a target L0."""
+        dictionary.b_enc.sub_(by)
+
+    def excess(self, codes: SparseCodes) -> Float[Tensor, ""]:
+        """Return the mean by which the pre-activations of the firing latents exceed their thresholds."""
+        return codes.value.sum() / codes.fires.sum().clamp(min=1)
 
     def rescale_(self, scale: Float[Tensor, " d_sae"]) -> None:
         """Rescale the rule's own tensors in place for pre-activations times `scale` > 0, so that codes scale by the same

@@ -113,6 +113,7 @@ class DenseStep:
         dead: true for latents that have not fired for `dead_after` tokens.
         progress: share of the training tokens that have been seen.
         warmup: factor of the sparsity penalty, 0 to 1.
+        coefficient: the present coefficient of the rule's penalty; default: the first.
         dead_latents: the dead latents, ascending, if they are known; a GPU has to wait to list them.
         halves, spare, rounded: for the encoder of the sparse step: bfloat16 products, memory to reuse, and W_enc in bfloat16.
     """
@@ -128,6 +129,7 @@ class DenseStep:
         dead: Bool[Tensor, " d_sae"],
         progress: float,
         warmup: float,
+        coefficient: float | Float[Tensor, ""] | None = None,
         dead_latents: Int[Tensor, " n_dead"] | None = None,
         halves: bool = False,
         spare: Spare | None = None,
@@ -135,6 +137,9 @@ class DenseStep:
     ):
         self.dictionary, self.x, self.target, self.dead = dictionary, x, x if target is None else target, dead
         self.progress, self.warmup, self._dead_latents = progress, warmup, dead_latents
+        if coefficient is None:
+            coefficient = getattr(dictionary.rule.config, "first_coefficient", 1.0)
+        self.coefficient = warmup * coefficient
         encoder = (dictionary.W_enc, dictionary.b_enc, dictionary.input_bias, x)
         self._encoder = self.encoder_class(*encoder, halves, spare, rounded)
         self.codes = dictionary.rule.encode(self._encoder)

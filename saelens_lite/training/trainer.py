@@ -21,12 +21,14 @@ from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, NonFiniteError, PluginError, ShapeError, SourceChangedError
 from saelens_lite.files import check_fits_memory, shortened
 from saelens_lite.ports import Hooks, Port, together
-from saelens_lite.sparsity import Sparsity
+from saelens_lite.sparsity import PenaltyConfig, Sparsity
+from saelens_lite.training.control import L0Control
 from saelens_lite.training.optimizer import Adam
 from saelens_lite.training.step import DenseStep, SparseStep
 from saelens_lite.training.watch import MOST_UNREAD, Watch
 
 DEAD_EVERY = 16  # steps between two lists of the dead latents on a GPU, for which the host has to wait
+START_ROWS = 1024  # that give the first thresholds
 MAX_SCALINGS, SAME = 12, 1e-3  # for scaling the untrained encoder
 NORM, SMALLEST, FIRED, ACTIVATIONS = OWN = (":norm", ":smallest", ":fired", ":activations")  # beside the names of losses
 _NUMBERS = ("scales", "target_scales", "variance", "n_seen", "n_steps", "fire_tokens")
@@ -89,13 +91,17 @@ class Trainer:
         rule = self.dictionary.rule
         in_kernel = gpu.available(self.dictionary.W_enc) and type(rule).after_step is Sparsity.after_step
         self._after_step = not in_kernel  # the optimiser does all that the rule would
+        self.peak_lr = config.peak_lr(self.dictionary.d_in)
         self.optimizer = Adam(
             self.dictionary,
-            config.peak_lr,
+            self.peak_lr,
             config.betas,
             halves=self.halves and in_kernel,
             unit_decoder=rule.unit_decoder and in_kernel,
         )
+        self.control: L0Control | None = None
+        if isinstance(rule.config, PenaltyConfig) and (target := rule.config.l0_to_reach) is not None:
+            self.control = L0Control(rule.config.first_coefficient, target, config.n_steps, self.dictionary.W_enc.device)
         self.n_seen = 0
         self.n_steps = 0
         self.since_fired = torch.zeros(config.d_sae, dtype=torch.long, device=device)
@@ -117,7 +123,7 @@ class Trainer:
         c = self.config
         rise = progress / c.warmup if c.warmup else 1.0
         fall = (1 - progress) / c.decay if c.decay else 1.0
-        return c.peak_lr * max(0.0, min(1.0, rise, fall))
+        return self.peak_lr * max(0.0, min(1.0, rise, fall))
 
     def _scale_of(self, statistics: Statistics, variance: float, around_mean: bool) -> float:
         """Return the number that gives activations, or their difference from the mean, an RMS norm of sqrt(d)."""
@@ -161,9 +167,12 @@ class Trainer:
 
         If several processes train one dictionary, all must do this with the same batch, or one for all of them.
         """
-        if not self.dictionary.rule.tied and self.shift is None:
-            with self._own_randomness():
-                self._scale_encoder(self._prepare(self._named(batch))[0])
+        with self._own_randomness():
+            x = self._prepare(self._named(batch))[0]
+            if self.control:
+                self._fire_rarely(x)
+            if not self.dictionary.rule.tied and self.shift is None:
+                self._scale_encoder(x)
 
     @outside_models()
     def backward(self, batch: Batch | Float[Tensor, "batch d_in"], spare: Spare | None = None) -> Contribution:
@@ -187,6 +196,7 @@ class Trainer:
                 dead_latents=self._dead_latents,
                 progress=progress,
                 warmup=min(1.0, progress / c.sparsity_warmup) if c.sparsity_warmup else 1.0,
+                coefficient=self.control and self.control.coefficient,
                 halves=self.halves,
                 spare=spare,
                 rounded=self.optimizer.rounded,
@@ -227,6 +237,19 @@ class Trainer:
         return batch
 
     @torch.no_grad()
+    def _fire_rarely(self, x: Float[Tensor, "batch d_in"]) -> None:
+        """Let each latent of the untrained dictionary fire only where it fires most, so that L0 is the target from the start.
+
+        Else half of the latents of a ReLU rule would fire, and a short training would end before the penalty has silenced them.
+        The threshold of a latent is the same number of standard deviations above the mean of its pre-activations.
+        """
+        h = self.dictionary.pre(x[:START_ROWS])
+        std, mean = torch.std_mean(h, 0)
+        n = min(h.numel() - 1, round(self.control.target * len(h)))
+        z = ((h - mean) / std.clamp_min(torch.finfo(std.dtype).tiny)).flatten().kthvalue(h.numel() - n).values
+        self.dictionary.rule.raise_thresholds_(self.dictionary, mean + z * std)
+
+    @torch.no_grad()
     def _scale_encoder(self, x: Float[Tensor, "batch d_in"]) -> None:
         """Multiply W_enc by the number with which the untrained dictionary reconstructs x best.
 
@@ -247,6 +270,12 @@ class Trainer:
 
         least, factor, expected = fit()
         if not 0 < factor < math.inf:
+            return
+        if self.control and d.rule.homogeneous:
+            d.W_enc.mul_(factor)
+            if d.b_enc is not None:
+                d.b_enc.mul_(factor)
+            d.rule.rescale_(torch.full_like(d.W_enc[0], factor))
             return
         d.W_enc.mul_(factor)
         if abs(fit()[0] - expected) <= SAME * expected:
@@ -274,8 +303,9 @@ class Trainer:
         self._note(computed, norm)
         if not self.reads_later:
             self.check(computed)
+        lr = self.lr_at((self.n_steps + 0.5) / c.n_steps)
         self.optimizer.step(
-            self.lr_at((self.n_steps + 0.5) / math.ceil(c.n_tokens / c.batch_size)),
+            lr,
             self.n_steps + 1,
             (norm / c.clip_grad_norm).clamp(min=1.0) if c.clip_grad_norm else None,  # the optimiser divides while it reads
             self._watch.stopped if self.reads_later else None,
@@ -284,10 +314,20 @@ class Trainer:
             self._observe(computed.step)
             if self._after_step:
                 self.dictionary.rule.after_step(self.dictionary)
+        if self.control:
+            self._aim(computed, lr)
         computed.step.release()
         self._count(computed.n, computed.fires)
         if len(self._unread) >= MOST_UNREAD:
             self.check()
+
+    def _aim(self, computed: Contribution, lr: float) -> None:
+        """Adjust the coefficient of the penalty, and late in training the thresholds, to reach the target L0."""
+        is_late, stopped = self.n_seen > self.config.n_tokens / 2, self._watch.stopped if self.reads_later else None
+        u = self.control.update(computed.fires.sum() / computed.n, lr / self.peak_lr, is_late, stopped)
+        if is_late:
+            rule = self.dictionary.rule
+            rule.raise_thresholds_(self.dictionary, (u * rule.excess(computed.step.codes)).expand(self.config.d_sae))
 
     def _note(self, computed: Contribution, norm: Float[Tensor, ""]) -> None:
         """Note the numbers of a step that the host reads now or later."""
@@ -395,6 +435,7 @@ class Trainer:
             "fvu": round(means["mse"] / self.variance, 6),
             "dead": round(float((self.since_fired >= self.config.dead_after).float().mean()), 6),
             "lr": self.optimizer.lr,
+            **({"coefficient": round(float(self.control.coefficient), 6)} if self.control else {}),
         }
 
     @contextmanager
@@ -441,6 +482,8 @@ class Trainer:
         for name, parameter in self.optimizer.parameters.items():
             tensors |= {f"adam.{name}.{key}": x for key, x in self.optimizer.state[parameter].items()}
         tensors |= {"since_fired": self.since_fired, "fire_count": self.fire_count}
+        if self.control:
+            tensors["control"] = self.control.state
         if self.reads_later and self._dead is not None:
             tensors["dead"] = self._dead
         tensors |= {f"random.{i}": state for i, state in enumerate(self._random)}
@@ -484,6 +527,8 @@ class Trainer:
             self._dead_latents = self._dead.nonzero().squeeze(1)
         self.since_fired.copy_(tensors["since_fired"])
         self.fire_count.copy_(tensors["fire_count"])
+        if self.control:
+            self.control.state = tensors["control"].to(self.control.state.device)
         self._random = [tensors.get(f"random.{i}", state) for i, state in enumerate(self._random)]  # a GPU's is new after a CPU
         for name in _NUMBERS:
             setattr(self, name, numbers[name])
@@ -497,6 +542,8 @@ class Trainer:
                 moments = {"exp_avg": parameter, "exp_avg_sq": parameter, "step": torch.zeros(())}
                 like |= {f"adam.{name}.{key}": x for key, x in moments.items()}
         like |= {"since_fired": self.since_fired, "fire_count": self.fire_count}
+        if self.control:
+            like["control"] = self.control.state
         like |= {f"random.{i}": x for i, x in enumerate(self._random) if i == 0 or f"random.{i}" in tensors}
         like |= {} if self.shift is None else {"shift": self.shift}
         like |= {"dead": self.since_fired > 0} if "dead" in tensors else {}  # of a run on a GPU
