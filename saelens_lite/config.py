@@ -136,7 +136,7 @@ class TrainConfig(FrozenConfig):
     lr: float | None = Field(
         None,
         gt=0,
-        description="Peak learning rate of Adam; default: 0.07 / sqrt(d_in) * (2048 / d_sae)**(1/4), but at most 0.01; if "
+        description="Peak learning rate of Adam; default: 0.05 / sqrt(d_in) * (2048 / d_sae)**(1/4), but at most 0.01; if "
         "there are more than 800 steps, times sqrt(800 / steps).",
     )
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
@@ -191,7 +191,7 @@ class TrainConfig(FrozenConfig):
 
     def peak_lr(self, d_in: int) -> float:
         """Return the learning rate after warm-up. The default was fitted to short trainings of several widths and rules."""
-        usual = 0.07 * d_in**-0.5 * (2048 / self.d_sae) ** 0.25 * min(1.0, (800 / self.n_steps) ** 0.5)
+        usual = 0.05 * d_in**-0.5 * (2048 / self.d_sae) ** 0.25 * min(1.0, (800 / self.n_steps) ** 0.5)
         return self.lr if self.lr is not None else min(usual, 0.01)
 
 

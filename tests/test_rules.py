@@ -124,7 +124,7 @@ def test_a_threshold_stored_as_it_is_has_the_gradient_of_its_logarithm_over_itse
 
 def test_the_gradient_of_l0_is_its_finite_difference_over_the_bandwidth():
     """With a rectangular kernel, the estimate (Rajamanoharan et al., section 4) is exactly that."""
-    d = jumprelu(8, 32, bandwidth=0.1)
+    d = jumprelu(8, 32, bandwidth=0.1, coefficient=1.0)
     x = normal(500, 8)
     (found,) = torch.autograd.grad(a_step(d, x).losses()["l0_penalty"], d.rule.scaled_log_threshold)
     h, theta, width = d.pre(x).detach(), d.rule.scaled_log_threshold.detach().exp(), 0.1 * 8**0.5
@@ -172,7 +172,7 @@ def test_a_threshold_learns_as_much_faster_as_it_is_told():
 
 def test_target_l0_is_reached(planted):
     x, _ = planted(5_000, d_in=32, n_directions=64)
-    options = {"penalty": "target_l0", "target_l0": 4.0}
+    options = {"target_l0": 4.0}
     d = sl.fit(x, "jumprelu", options=options, d_sae=64, n_tokens=50_000, batch_size=250, lr=5e-3)
     assert d.encode(x).l0.float().mean() == pytest.approx(4, rel=0.05)
 
@@ -225,7 +225,7 @@ def test_prefixes_of_matryoshka():
 def test_the_penalty_of_p_anneal_keeps_its_value_when_p_falls():
     rule = a_rule("p_anneal", p_end=0.2, start=0.2)
     value = normal(1000).abs() + 1e-3
-    step = observed(value, x=normal(100, 8), warmup=1.0)
+    step = observed(value, x=normal(100, 8), coefficient=1.0)
     penalty = rule.losses(step)["lp"]
     torch.testing.assert_close(penalty, value.sum() / 100)
     for progress, p in ((0.1, 1.0), (0.2, 1.0), (0.4, 0.8), (0.6, 0.6), (1.0, 0.2)):

@@ -65,11 +65,11 @@ def test_dictionaries_of_a_sweep_have_the_bytes_of_training_alone(cache):
         ("l1", {"coefficient": 2.5}, 0.9),
         ("gated", {"coefficient": 4.0}, 0.9),
         ("batch_topk", {"k": 4}, 0.95),
-        ("jumprelu", {}, 0.95),
-        ("jumprelu", {"penalty": "target_l0", "target_l0": 4.0}, 0.95),
+        ("jumprelu", {"coefficient": 1.0}, 0.95),
+        ("jumprelu", {"target_l0": 4.0}, 0.95),
         ("jumprelu", {"penalty": "tanh"}, 0.95),
         ("matryoshka", {"k": 4}, 0.95),
-        ("p_anneal", {}, 0.95),
+        ("p_anneal", {"coefficient": 1.0}, 0.95),
         ("matching_pursuit", {"k": 4}, 0.95),
     ],
 )
@@ -178,10 +178,24 @@ def test_the_log_has_the_learning_rate_of_each_step():
     assert [line["lr"] for line in run.history] == pytest.approx([1e-2 * min(1, m / 0.2, (1 - m) / 0.4) for m in middle])
 
 
-def test_default_learning_rate_depends_on_the_width():
-    assert sl.TrainConfig(d_sae=2**14).peak_lr == pytest.approx(2e-4)
-    assert sl.TrainConfig(d_sae=2**12).peak_lr == pytest.approx(4e-4)
-    assert sl.TrainConfig(d_sae=2**12, lr=1e-3).peak_lr == 1e-3
+def test_the_default_learning_rate_follows_widths_and_steps():
+    short, long = ({"n_tokens": n * 512, "batch_size": 512} for n in (800, 80_000))
+    assert sl.TrainConfig(d_sae=2048, **short).peak_lr(576) == pytest.approx(0.05 / 24)
+    assert sl.TrainConfig(d_sae=2048 * 16, **short).peak_lr(576) == pytest.approx(0.05 / 24 / 2)
+    assert sl.TrainConfig(d_sae=2048, **long).peak_lr(576) == pytest.approx(0.05 / 24 / 10)
+    assert sl.TrainConfig(d_sae=16, **short).peak_lr(4) == 0.01
+    assert sl.TrainConfig(d_sae=2048, lr=1e-3).peak_lr(576) == 1e-3
+    (run,) = sl.train(TensorSource(x_like(100, 4)), sl.TrainConfig(d_sae=2048, n_tokens=100, batch_size=100, warmup=0, decay=0))
+    assert run.history[-1]["lr"] == 0.01
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "batch_size"), [(1, 64), (63_999, 64), (64_000, 128), (1_000_000, 1024), (1_024_000, 2048), (10**12, 2048)]
+)
+def test_the_default_batch_gives_500_steps_if_it_can(n_tokens, batch_size):
+    assert sl.TrainConfig(n_tokens=n_tokens).batch_size == batch_size
+    assert sl.TrainConfig(n_tokens=n_tokens).replace(n_tokens=10**7).batch_size == 2048
+    assert sl.TrainConfig(n_tokens=n_tokens, batch_size=100).batch_size == 100
 
 
 def test_a_run_folder_holds_settings_log_and_dictionary(cache, tmp_path):
@@ -329,7 +343,8 @@ def test_computing_gradients_changes_neither_parameters_nor_counters():
 
 def test_dead_counters_count_tokens():
     """Latent 0 always fires, latent 1 never, latent 2 when x > 0."""
-    config = sl.TrainConfig(sparsity="l1", d_sae=3, n_tokens=10_000, batch_size=10, lr=1e-12, normalize="none", dead_after=25)
+    settings = {"d_sae": 3, "n_tokens": 10_000, "batch_size": 10, "lr": 1e-12, "normalize": "none", "dead_after": 25}
+    config = sl.TrainConfig(sparsity="l1", options={"coefficient": 1.0}, **settings)
     trainer = Trainer(config, TensorSource(torch.tensor([[1.0], [-1.0]])))
     d = trainer.dictionary
     d.b_dec.data.zero_()
@@ -405,7 +420,7 @@ def test_fit_refuses_an_empty_tensor():
 def test_calibration_makes_the_untrained_codes_fit_best(rule):
     """With the best common factor of all codes, the residual is orthogonal to the decoded codes; the support stays."""
     x = 3 + torch.randn(256, 24, generator=torch.Generator().manual_seed(1))
-    options = {} if rule in ("l1", "gated", "p_anneal", "jumprelu") else {"k": 8}
+    options = {"coefficient": 1.0} if rule in ("l1", "gated", "p_anneal", "jumprelu") else {"k": 8}
     config = sl.TrainConfig(sparsity=rule, options=options, d_sae=96, n_tokens=2560, batch_size=256, lr=1e-12)
     trainer = Trainer(config, TensorSource(x))
     d, scaled = trainer.dictionary, x * trainer.scales[0]

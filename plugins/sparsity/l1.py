@@ -38,8 +38,5 @@ class L1(Sparsity):
             weighted = step.codes.fires * weighted.clamp_min(1e-12).pow(self.config.p)
         return {"l1": step.coefficient * weighted.sum() / len(step.x)}
 
-    def initial_decoder_norm(self) -> float:
-        return 0.1
-
     def inference_form(self) -> PublishedForm:
         return PublishedForm("standard")
