@@ -58,11 +58,8 @@ from typing import Any, Literal, NamedTuple
 
 import tomli_w
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from saelens_lite import registry
-from saelens_lite.arrays import ArrayLike, as_tensor
 from saelens_lite.cache import ActivationCache, Source, TensorSource, open_source
 from saelens_lite.cache.resumed import expect, record_of
 from saelens_lite.codes.encoder import Spare
@@ -97,7 +94,7 @@ from saelens_lite.training.checkpoint import (
 from saelens_lite.training.stopping import Stopping
 from saelens_lite.training.trainer import Trainer, check_sizes
 
-__all__ = ["Run", "Trainer", "fit", "resume", "train"]
+__all__ = ["Run", "Trainer", "resume", "train"]
 
 log = logging.getLogger(__name__)
 
@@ -564,34 +561,3 @@ def run_folders(out: Path, configs: Sequence[TrainConfig]) -> list[Path]:
     if len(configs) == 1:
         return [out]
     return [out / f"{i}-{c.sparsity}" for i, c in enumerate(configs)]
-
-
-def fit(
-    x: Float[Tensor, "n d_in"] | ArrayLike,
-    sparsity: str = "topk",
-    *,
-    options: dict[str, Any] | None = None,
-    device: str | torch.device | None = None,
-    **settings: Any,
-) -> Dictionary:
-    """Train a dictionary on activations in memory, and return it.
-
-    Args:
-        x: a tensor, a numpy array, a DataFrame or a list of rows.
-        options: the settings of the sparsity rule, such as {"k": 32}.
-        device: the device to train on. By default that of x if it is an accelerator, else the default of `train`; the
-            dictionary is then returned on the device of x.
-        settings: fields of TrainConfig, such as d_sae, n_tokens, batch_size, lr and seed. By default n_tokens is ten passes
-            over x, and batch_size is 2,048, or the length of x if that is smaller.
-
-    Raises:
-        ShapeError: x is not an array [n d_in] of floating-point numbers.
-        ConfigError, PluginError: a setting or rule does not exist, or a value is bad.
-        NonFiniteError: x holds NaN, or training diverged.
-    """
-    source = TensorSource(x := as_tensor(x))
-    defaults = {"n_tokens": 10 * len(x), "batch_size": min(2048, len(x))}
-    config = TrainConfig(**{**defaults, **settings, "sparsity": sparsity, "options": options or {}})
-    where = x.device if device is None and x.device.type != "cpu" else device
-    dictionary = train(source, config, device=where, data_seed=config.seed)[0].dictionary
-    return dictionary.to(x.device) if device is None else dictionary
