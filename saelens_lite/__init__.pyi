@@ -42,6 +42,7 @@ from .sparsity import PublishedForm as PublishedForm
 from .sparsity import RuleConfig as RuleConfig
 from .sparsity import Sparsity as Sparsity
 from .tokens import python_docs as python_docs
+from .training import Run as Run
 from .training import resume as resume
 from .training import train as train
 from .training.fit import fit as fit

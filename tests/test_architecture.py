@@ -305,7 +305,7 @@ def test_the_package_offers_these_names():
     assert sl.__all__ == sorted([
         "Ablate", "ActivationCache", "ActivationStream", "Add", "Clamp", "Dictionary", "EvalReport", "Exporter",
         "ExporterConfig", "FeatureStore", "Format", "Judge", "JudgeConfig", "LanguageModel", "LivePrompt", "Logger", "Origin",
-        "Port", "PublishedForm", "RuleConfig", "SaelensLiteError", "Scale", "SparseCodes", "Sparsity", "StoreConfig",
+        "Port", "PublishedForm", "RuleConfig", "Run", "SaelensLiteError", "Scale", "SparseCodes", "Sparsity", "StoreConfig",
         "TextConfig", "TrainConfig", "__version__", "attribute", "capture", "compare", "convert", "dose_response", "errors",
         "evaluate", "fit", "judge", "load", "load_model", "probe", "prompt_view", "pull", "push", "python_docs", "register",
         "resume", "stability", "train",

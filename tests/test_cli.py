@@ -114,7 +114,7 @@ def test_train_reads_toml_and_flags_win(work, command):
     )
     code, out, err = command("train", work / "cache", "--config", work / "run.toml", "--d-sae", 48, "--out", work / "two")
     assert code == 0, err
-    assert out.count("fvu") == 2
+    assert out.count("train FVU") == 2
     for name, k in (("0-l1", None), ("1-topk", 4)):
         config = json.loads((work / "two" / name / "dictionary/cfg.json").read_text())
         assert config["d_sae"] == 48

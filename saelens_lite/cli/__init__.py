@@ -3,7 +3,8 @@
 ```sh
 saelens-lite capture book.txt --model tiny --hooks blocks.2.hook_resid_pre --out cache
 saelens-lite train cache --sparsity topk --options.k 32 --d-sae 1536 --out runs/topk
-saelens-lite eval runs/topk/dictionary
+saelens-lite plot runs/topk
+saelens-lite eval runs/topk
 saelens-lite features runs/topk/dictionary --html features.html --out store
 saelens-lite compare runs/topk/dictionary runs/other-seed/dictionary
 saelens-lite probe runs/topk/dictionary --data labelled.csv
@@ -26,7 +27,7 @@ else. Only one process at a time can write to a folder.
 """
 
 # their commands register with the app
-from saelens_lite.cli import demo, evaluation, features, files, hub, interventions, plugins, training  # noqa: F401
+from saelens_lite.cli import demo, evaluation, features, files, hub, interventions, plot, plugins, training  # noqa: F401
 from saelens_lite.cli.base import main
 
 __all__ = ["main"]

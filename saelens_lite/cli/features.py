@@ -35,11 +35,13 @@ def features(
         File to write. Several dictionaries get one file each: features-0-topk.html, ….
     """
     import saelens_lite as sl
+    from saelens_lite.addresses import dictionary_folders
     from saelens_lite.features.compare import STABILITY_FILE, Stability
     from saelens_lite.features.store import folder_names
     from saelens_lite.outputs import refuse_existing
     from saelens_lite.tokens import named_text
 
+    dictionaries = [Path(path) for path in dictionary_folders(dictionaries)]
     loaded = [sl.load(path) for path in dictionaries]
     pages = [html] if len(loaded) == 1 else [html.with_stem(f"{html.stem}-{name}") for name in folder_names(loaded)]
     for page in pages:

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from saelens_lite.dictionary import Dictionary
     from saelens_lite.model import LanguageModel
 
-DICTIONARY = "a folder of ours, a folder or file of another tool, or an address such as hf://user/repo/folder@revision."
+DICTIONARY = (
+    "a folder of ours or of a run, a folder or file of another tool, or an address such as hf://user/repo/folder@revision."
+)
 
 ModelDtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],

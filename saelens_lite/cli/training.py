@@ -78,6 +78,7 @@ def train(
     config: Path | None = None,
     out: Path | None = None,
     resume: Path | None = None,
+    start_from: list[Path] | None = None,
     text: str | None = None,
     model: str = "tiny",
     model_dtype: ModelDtype = "auto",
@@ -103,7 +104,11 @@ def train(
     out
         Folder for the run; default: runs/dictionary.
     resume
-        Folder of an interrupted run. Its settings are kept. Give the cache or --text only if it has moved.
+        Folder of an interrupted run. Its settings are kept. Give the cache or --text only if it has moved. With --n-tokens, the
+        new total, an interrupted or finished run is extended.
+    start_from
+        Dictionary whose parameters training starts from; with several dictionaries to train, one for all, or one for each.
+        It also supplies the settings that are not given: rule, options and hooks.
     text
         Text to read in place of a cache, as for `capture`. Activations are computed during training.
     model
@@ -139,21 +144,22 @@ def train(
     if "options" in flags:
         flags["options"] = parse_options(flags["options"])
     if resume:
-        if surplus := flags | only_new | given(config=config, out=out):
+        total = flags.pop("n_tokens", None)
+        if surplus := flags | only_new | given(config=config, out=out, start_from=start_from):
             raise ConfigError(f"--resume keeps the settings of {resume}, so leave out {', '.join(surplus)}")
-        runs = sl.resume(resume, cache and sl.ActivationCache.open(cache), text=text, **common)
+        runs = sl.resume(resume, cache and sl.ActivationCache.open(cache), text=text, n_tokens=total, **common)
     else:
         configs = train_configs(read_toml(config) if config else {}, flags)
         loading = {
             "device": device, "dtype": model_dtype, "revision": model_revision, "trust_remote_code": trust_remote_code,
         }  # fmt: skip
+        starts = [sl.load(address) for address in start_from or ()]
+        if starts:
+            only_new["start_from"] = starts[0] if len(starts) == 1 else starts
         source = _source(cache, text, model, text_config, [_hooks(c) for c in configs], buffer_tokens, loading)
         runs = sl.train(source, configs, out or Path("runs/dictionary"), **common, **only_new)
     for run in runs:
-        last = run.history[-1]
-        console().print(
-            f"{run.folder}/dictionary: {run.config.sparsity}, l0 {last['l0']:.1f}, fvu {last['fvu']:.4f}", markup=False
-        )
+        console().print(str(run), markup=False)
 
 
 def _source(

@@ -8,22 +8,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
 from saelens_lite.cache import ActivationCache, Source, TensorSource
 from saelens_lite.cache.resumed import record_of
 from saelens_lite.codes.encoder import Spare
+from saelens_lite.config import read_toml
 from saelens_lite.cuda_streams import uploaded
+from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import (
+    ConfigError,
     DiskFullError,
     NonFiniteError,
     PluginError,
     SaelensLiteError,
     SourceChangedError,
 )
+from saelens_lite.files import write_text
 from saelens_lite.kinds import DICTIONARY
 from saelens_lite.loggers import RunLog, load_loggers, open_log
 from saelens_lite.outputs import remove_own
 from saelens_lite.progress import progress_bar
 from saelens_lite.training.checkpoint import earlier_states, is_interrupted, remove_checkpoints, save_checkpoint
+from saelens_lite.training.finished import write_finished
 from saelens_lite.training.run import Run
 from saelens_lite.training.stopping import Stopping
 from saelens_lite.training.trainer import Trainer
@@ -83,6 +90,16 @@ class Group:
                 "dropped": self.dropped,
             }
             save_checkpoint(self.out, self.n_seen, [trainer.state() for trainer in self.trainers], loop)
+
+    def result(self, i: int) -> Dictionary:
+        """Return a dictionary for raw activations, with the record of its training."""
+        trainer = self.trainers[i]
+        dictionary = trainer.result()
+        if started := self.request.get("start_from"):
+            dictionary.training_record["start_from"] = started[i]
+        if trainer.first_seen:
+            dictionary.training_record["extended_after"] = trainer.first_seen
+        return dictionary
 
     def log_line(self, i: int) -> dict[str, Any]:
         """Return the next line of one dictionary's log, and note it in its history."""
@@ -151,7 +168,7 @@ def _results(job: Group) -> list[Run]:
     """
     runs = []
     for i, (trainer, history, folder) in enumerate(zip(job.trainers, job.histories, job.folders, strict=True)):
-        dictionary = trainer.result()
+        dictionary = job.result(i)
         if job.dropped[i] is None and (bad := trainer.dictionary.not_finite() or dictionary.not_finite()):
             job.drop(i, NonFiniteError(f"{bad} became NaN or infinite in the last step, {trainer.described}"))
         if job.dropped[i] is None:
@@ -163,9 +180,18 @@ def _results(job: Group) -> list[Run]:
         if run.folder:
             run.dictionary.save(run.folder / "dictionary", exists="overwrite")
             remove_own(run.folder / "last_good", DICTIONARY)  # from an error before the run was resumed
+            _note_total(run.folder / "config.toml", run.config.n_tokens)
+            write_finished(run.folder, job.request, job.source, job.loggers)
     if job.out:
         remove_checkpoints(job.out)
     return runs
+
+
+def _note_total(path: Path, n_tokens: int) -> None:
+    """Write the number of tokens into config.toml, if the run was extended."""
+    with suppress(ConfigError):  # the file is gone or was edited; the dictionary holds the settings too
+        if (tables := read_toml(path)).get("n_tokens") != n_tokens:
+            write_text(path, tomli_w.dumps(tables | {"n_tokens": n_tokens}))
 
 
 def _keep_what_is_good(job: Group, error: SaelensLiteError) -> None:
@@ -188,12 +214,12 @@ def _kept(job: Group, i: int, cause: SaelensLiteError) -> str:
         return ""
     with suppress(NonFiniteError, PluginError):  # a GPU may have counted steps that changed nothing
         trainer.check()
-    good, states = trainer.result(), earlier_states(job.out, i)
+    good, states = job.result(i), earlier_states(job.out, i)
     while good.not_finite():
         if (state := next(states, None)) is None:
             return f"; after step {trainer.n_steps} it is not finite either, so there is no last good dictionary"
         trainer.restore(*state)
-        good = trainer.result()
+        good = job.result(i)
     good.training_record["stopped"] = str(cause)
     good.save(folder / "last_good", exists="overwrite")
     return f"; the dictionary after step {trainer.n_steps} is in {folder / 'last_good'}"

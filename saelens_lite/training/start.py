@@ -10,6 +10,7 @@ import torch
 from saelens_lite.cache import Source
 from saelens_lite.config import TrainConfig
 from saelens_lite.devices import device_to_train_on, works
+from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, OutputExistsError
 from saelens_lite.files import write_text
 from saelens_lite.loggers import DEFAULT_LOGGERS, load_loggers
@@ -34,6 +35,7 @@ def train(
     device: str | torch.device | None = None,
     loggers: str | Sequence[str] = DEFAULT_LOGGERS,
     exists: Literal["error", "overwrite"] = "error",
+    start_from: Dictionary | Sequence[Dictionary] | None = None,
 ) -> list[Run]:
     """Train dictionaries on the same batches, in one pass over the source, and return their runs.
 
@@ -52,9 +54,12 @@ def train(
         loggers: names of logger plugins; log.jsonl by default.
         exists: "overwrite" replaces an earlier run, but no folder that holds anything else. The earlier run is kept until the
             new one is complete, and put back if the new one fails before its first checkpoint.
+        start_from: begin with the parameters of this dictionary, or of one for each config, instead of random ones. Its d_sae
+            is kept. Settings that a config leaves unset are also the dictionary's: rule, options and hooks.
 
     Raises:
-        ConfigError: there is no config, batch sizes differ, loggers lack `out`, or validation_tokens is below 0 or is 1.
+        ConfigError: there is no config, batch sizes differ, loggers lack `out`, validation_tokens is below 0 or is 1, or the
+            parameters of `start_from` do not fit.
         PluginError, HookError: a rule, logger or hook does not exist, or a logger cannot start.
         OutputExistsError: an output folder is not empty and `exists` is "error", or overwriting would lose other files.
         LockedError: another process trains or resumes in `out`.
@@ -64,6 +69,8 @@ def train(
     configs = [configs] if isinstance(configs, TrainConfig) else list(configs)
     if not configs:
         raise ConfigError("nothing to train: give at least one TrainConfig")
+    starts = _starts(start_from, len(configs))
+    configs = [c if d is None else _like(d, c, source) for c, d in zip(configs, starts, strict=True)]
     sizes = {c.batch_size for c in configs}
     if len(sizes) > 1:
         raise ConfigError(f"dictionaries trained together need the same batch_size; found {sorted(sizes)}")
@@ -80,9 +87,13 @@ def train(
         with locked_folders(out, *folders):
             _refuse_existing_runs(out, folders, exists, description)
     validation, source = source.hold_out(validation_tokens) if validation_tokens else (None, source)
+    trainers = [Trainer(c, source, device) for c in configs]
+    for trainer, dictionary in zip(trainers, starts, strict=True):
+        if dictionary is not None:
+            trainer.start_from(dictionary)
     job = Group(
         source=source,
-        trainers=[Trainer(c, source, device) for c in configs],
+        trainers=trainers,
         folders=folders,
         out=out,
         data_seed=data_seed,
@@ -95,6 +106,7 @@ def train(
             "data_seed": data_seed,
             "device": str(device),
             "checkpoint_seconds": checkpoint_seconds,
+            **({} if start_from is None else {"start_from": [_described(dictionary) for dictionary in starts]}),
         },
     )
     if out is None:
@@ -105,6 +117,47 @@ def train(
             for config, folder in zip(configs, folders, strict=True):
                 write_text(folder / "config.toml", tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
             return train_to_the_end(job, source)
+
+
+def _starts(given: Dictionary | Sequence[Dictionary] | None, n: int) -> list[Dictionary | None]:
+    """Return the dictionary that each of n trainings starts from, or None for random parameters."""
+    if given is None or isinstance(given, Dictionary):
+        return [given] * n
+    if len(given) != n:
+        raise ConfigError(f"start_from holds {len(given)} dictionaries for {n} configs; give one for all, or one for each")
+    return list(given)
+
+
+def _like(dictionary: Dictionary, config: TrainConfig, source: Source) -> TrainConfig:
+    """Return the settings of training that starts from a dictionary, which supplies what the config leaves unset.
+
+    Raises:
+        ConfigError: the config sets another d_sae.
+    """
+    given, rule = config.model_fields_set, dictionary.rule
+    if "d_sae" in given and config.d_sae != dictionary.d_sae:
+        raise ConfigError(f"d_sae = {config.d_sae}, but the dictionary to start from has {dictionary.d_sae}; leave out d_sae")
+    changes: dict[str, Any] = {"d_sae": dictionary.d_sae}
+    if "sparsity" not in given or config.sparsity == rule.plugin_name:
+        changes |= {
+            "sparsity": rule.plugin_name,
+            "options": rule.config.model_dump(mode="json", exclude_none=True) | config.options,
+        }
+    hooks = [port.hook for port in (*dictionary.reads, *dictionary.writes)]
+    if not given & {"hook", "reads", "writes"} and all(hook in source.hooks for hook in hooks):
+        reads = tuple(hooks[: len(dictionary.reads)])
+        changes |= {"hook": reads[0]} if len(reads) == 1 else {"reads": reads}
+        if not dictionary.writes_what_it_reads:
+            changes |= {"writes": tuple(hooks[len(reads) :])}
+    if "skip" not in given:
+        changes["skip"] = dictionary.W_skip is not None
+    return config.replace(**changes)
+
+
+def _described(dictionary: Dictionary) -> dict[str, Any]:
+    """Return the origin of a dictionary that training starts from, for the record of the new one."""
+    tokens = dictionary.training_record.get("tokens")
+    return {"source": dictionary.source, "sparsity": dictionary.rule.plugin_name, "tokens": tokens}
 
 
 def _device_of_model(source: Source) -> torch.device | None:

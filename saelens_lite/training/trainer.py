@@ -24,12 +24,13 @@ from saelens_lite.ports import Hooks, Port, together
 from saelens_lite.sparsity import Sparsity
 from saelens_lite.training.optimizer import Adam
 from saelens_lite.training.step import DenseStep, SparseStep
+from saelens_lite.training.unfolding import unfold_into
 from saelens_lite.training.watch import MOST_UNREAD, Watch
 
 DEAD_EVERY = 16  # steps between two lists of the dead latents on a GPU, for which the host has to wait
 MAX_SCALINGS, SAME = 12, 1e-3  # for scaling the untrained encoder
 NORM, SMALLEST, FIRED, ACTIVATIONS = OWN = (":norm", ":smallest", ":fired", ":activations")  # beside the names of losses
-_NUMBERS = ("scales", "target_scales", "variance", "n_seen", "n_steps", "fire_tokens")
+_NUMBERS = ("scales", "target_scales", "variance", "n_seen", "n_steps", "fire_tokens", "first_seen", "first_step")
 
 
 class Contribution(NamedTuple):
@@ -96,8 +97,9 @@ class Trainer:
             halves=self.halves and in_kernel,
             unit_decoder=rule.unit_decoder and in_kernel,
         )
-        self.n_seen = 0
-        self.n_steps = 0
+        self.n_seen = self.first_seen = 0
+        self.n_steps = self.first_step = 0  # the schedule begins at first_step, which is not 0 if a finished run is extended
+        self._is_untrained = True
         self.since_fired = torch.zeros(config.d_sae, dtype=torch.long, device=device)
         self.fire_count = torch.zeros(config.d_sae, dtype=torch.long, device=device)
         self.fire_tokens = 0
@@ -111,6 +113,11 @@ class Trainer:
     def done(self) -> bool:
         """True once the dictionary has seen n_tokens tokens."""
         return self.n_seen >= self.config.n_tokens
+
+    @property
+    def progress(self) -> float:
+        """The share of the schedule that is done."""
+        return (self.n_seen - self.first_seen) / (self.config.n_tokens - self.first_seen)
 
     def lr_at(self, progress: float) -> float:
         """Return the learning rate at a share of the training: linear warm-up, plateau, linear decay to zero."""
@@ -152,7 +159,7 @@ class Trainer:
             PluginError: the sparsity rule gives negative codes.
             NonFiniteError: the activations, the loss or a gradient are NaN or infinite.
         """
-        if self.n_steps == 0:
+        if self.n_steps == 0 and self._is_untrained:
             self.calibrate(batch)
         self.update(self.backward(batch, spare))
 
@@ -177,7 +184,7 @@ class Trainer:
             ShapeError: the activations of a hook are missing.
         """
         c = self.config
-        progress = self.n_seen / c.n_tokens
+        progress = self.progress
         self.find_dead()
         with self._own_randomness():
             step = self.step_class(
@@ -269,14 +276,14 @@ class Trainer:
         Raises:
             PluginError, NonFiniteError: as in `step`.
         """
-        c = self.config
+        c, done = self.config, self.n_steps - self.first_step
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.dictionary.parameters() if p.grad is not None])
         self._note(computed, norm)
         if not self.reads_later:
             self.check(computed)
         self.optimizer.step(
-            self.lr_at((self.n_steps + 0.5) / math.ceil(c.n_tokens / c.batch_size)),
-            self.n_steps + 1,
+            self.lr_at((done + 0.5) / math.ceil((c.n_tokens - self.first_seen) / c.batch_size)),
+            done + 1,
             (norm / c.clip_grad_norm).clamp(min=1.0) if c.clip_grad_norm else None,  # the optimiser divides while it reads
             self._watch.stopped if self.reads_later else None,
         )
@@ -369,7 +376,8 @@ class Trainer:
 
     def _is_late(self, n: int) -> bool:
         """Return whether the next n tokens count for the firing frequencies."""
-        return self.n_seen + n > (1 - max(self.config.decay, 0.1)) * self.config.n_tokens
+        late = max(self.config.decay, 0.1) * (self.config.n_tokens - self.first_seen)
+        return self.n_seen + n > self.config.n_tokens - late
 
     def _count(self, n: int, counts: Int[Tensor, " d_sae"]) -> None:
         """Update the counters: tokens since each latent fired, and firing frequencies."""
@@ -486,8 +494,28 @@ class Trainer:
         self.fire_count.copy_(tensors["fire_count"])
         self._random = [tensors.get(f"random.{i}", state) for i, state in enumerate(self._random)]  # a GPU's is new after a CPU
         for name in _NUMBERS:
-            setattr(self, name, numbers[name])
+            setattr(self, name, numbers.get(name, 0))  # older checkpoints have no first_seen and first_step
         self._sums, self._n_sums = numbers["sums"], numbers["n_sums"]
+
+    def start_from(self, dictionary: Dictionary, n_seen: int = 0, n_steps: int = 0) -> None:
+        """Start from the parameters of a dictionary of raw activations, with new moments.
+
+        Args:
+            n_seen, n_steps: the length of its training, if this training extends it. A new schedule begins there.
+
+        Raises:
+            ConfigError: the parameters do not fit.
+        """
+        unfold_into(self.dictionary, dictionary, self.scales, self.target_scales, self.shift)
+        self.n_seen = self.first_seen = n_seen
+        self.n_steps = self.first_step = n_steps
+        self._is_untrained = False
+
+    def stretch(self, n_tokens: int) -> None:
+        """Train on to a new total of tokens. The schedule is stretched, and firing frequencies are counted anew."""
+        self.config = self.config.replace(n_tokens=n_tokens)
+        self.fire_count.zero_()
+        self.fire_tokens = 0
 
     def _check_tensors(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         """Raise ConfigError unless names, shapes and dtypes are those of this trainer; `copy_` would broadcast other shapes."""
