@@ -300,7 +300,7 @@ def test_train_with_loggers(work, command):
     assert list((work / "logged/tensorboard").glob("events.out.tfevents.*"))
     code, _, err = command(*args, "--loggers", "", "--out", work / "unlogged")
     assert code == 0, err
-    assert sorted(path.name for path in (work / "unlogged").iterdir()) == ["config.toml", "dictionary"]
+    assert sorted(path.name for path in (work / "unlogged").iterdir()) == ["config.toml", "data.json", "dictionary"]
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,15 @@ saelens-lite capture book.txt --model tiny --hooks blocks.2.hook_resid_pre --out
 saelens-lite train cache --sparsity topk --options.k 32 --d-sae 1536 --out runs/topk
 saelens-lite plot runs/topk
 saelens-lite eval runs/topk
-saelens-lite features runs/topk/dictionary --html features.html --out store
-saelens-lite compare runs/topk/dictionary runs/other-seed/dictionary
-saelens-lite probe runs/topk/dictionary --data labelled.csv
-saelens-lite steer runs/topk/dictionary --prompt "The old man" --clamp 7=8.0
-saelens-lite doses runs/topk/dictionary 7 --prompt "The old man" --doses 2 4 8
-saelens-lite attribute runs/topk/dictionary --prompt "The old man said that" --token " he" --against " she"
-saelens-lite prompt runs/topk/dictionary --prompt "The old man said" --by attribution
-saelens-lite inspect runs/topk/dictionary
-saelens-lite convert runs/topk/dictionary out --format sparsify
+saelens-lite features runs/topk --html features.html --out store
+saelens-lite compare runs/topk runs/other-seed
+saelens-lite probe runs/topk --data labelled.csv
+saelens-lite steer runs/topk --prompt "The old man" --clamp 7=8.0
+saelens-lite doses runs/topk 7 --prompt "The old man" --doses 2 4 8
+saelens-lite attribute runs/topk --prompt "The old man said that" --token " he" --against " she"
+saelens-lite prompt runs/topk --prompt "The old man said" --by attribution
+saelens-lite inspect runs/topk
+saelens-lite convert runs/topk out --format sparsify
 saelens-lite push runs/topk user/repo --dry-run
 saelens-lite pull user/repo blocks.2.hook_resid_pre --out pulled
 saelens-lite plugins

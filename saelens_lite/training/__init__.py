@@ -32,6 +32,30 @@ except `matching_pursuit` can predict hooks other than those it reads. Evaluatio
 runs` continues, and the result has the same bytes as without the interruption. Resuming with another text, cache or model
 is refused, even if it has the same size.
 
+**After training.** `sl.Run.load` reads the folder of a run, finished or not, and `sl.Run.load_all` all runs in a folder. The
+folder of a run stands for its dictionary: `sl.load("runs/0-topk")`, `saelens-lite eval runs`.
+
+```python
+runs = sl.Run.load_all("runs")
+runs[0].to_frame()  # the log as a DataFrame
+runs[0].plot("curves.png", beside=runs[1:])  # or .svg; without a file, shown in a notebook and printed in a terminal
+```
+
+```sh
+saelens-lite plot runs
+saelens-lite plot runs/topk runs/live --out curves.svg
+```
+
+**Training on.** `sl.resume("runs/0-topk", n_tokens=1_000_000)` or `saelens-lite train --resume runs/0-topk --n-tokens 1000000`
+extends a run to a new total. An interrupted run keeps its whole state, and its schedule is stretched to that total. A
+finished run keeps no moments of Adam, and its learning rate has fallen to 0: so training continues from its dictionary, with
+new moments and a new schedule (warm-up, plateau, decay) over the additional tokens. It reads the data after those it has read.
+The result is not that of one longer run; the dictionary's record has `extended_after`.
+
+`sl.train(cache, config, start_from=d)` or `train --start-from runs/0-topk` begins a new run with the parameters of a
+dictionary, ours or another tool's. What the config leaves unset (rule, options, hooks) is taken from it. Another rule may be
+chosen if the parameters fit; it begins with its own thresholds.
+
 **Several objectives.** With codes f, the classic objective min ‖x − x̂‖² + λ‖f‖₀ is `jumprelu` with the penalty `l0`. `l1` is
 its relaxation, with ‖f‖₁ in place of ‖f‖₀. `p_anneal` moves from ‖f‖₁ towards ‖f‖₀. The rules with a `k` fix ‖f‖₀.
 

@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 ENDINGS = (".png", ".svg")
 COLUMNS, PANEL_COLUMNS, PANEL_LINES = 80, 40, 11  # of the terminal and of a panel
 INSTALL = "pip install 'saelens-lite[plots]'"
+LOG_FROM = 4  # ratio of the largest to the smallest number from which an axis is logarithmic
 MARKERS = "abcdefghijklmnopqrstuvwxyz"
 Points = tuple[list[float], list[float]]
 
 
 class Panel(NamedTuple):
-    """One pair of axes: the number of the log that it shows, its title, and whether its axis is logarithmic."""
+    """One pair of axes: the number of the log that it shows, its title, and whether its axis may be logarithmic."""
 
     name: str
     title: str
@@ -83,8 +84,7 @@ class Curves:
             axes.spines[["top", "right"]].set_visible(False)
             axes.tick_params(labelsize=8)
             axes.set_xlim(left=0)
-            _set_scale(axes, panel, [y for _, ys in self.points[panel] for y in ys])
-        _share_range(dict(zip(self.panels, all_axes, strict=False)))
+            _set_scale(axes, panel, self._values(panel))
         for axes in all_axes[len(self.panels) :]:
             axes.set_visible(False)
         figure.supxlabel("tokens", fontsize=9)
@@ -92,6 +92,11 @@ class Curves:
         names = [name.replace("$", r"\$") for name in self.names]  # else matplotlib reads formulas
         figure.legend(handles, names, loc="outside upper left", ncols=min(n_runs, 4), fontsize=9, frameon=False)
         return figure
+
+    def _values(self, panel: Panel) -> list[float]:
+        """Return the values that the range of a panel covers. Both panels of FVU have one range, so that they compare."""
+        panels = [one for one in PANELS if one.title.startswith("FVU")] if panel.title.startswith("FVU") else [panel]
+        return [y for one in panels for _, ys in self.points[one] for y in ys]
 
     def save(self, path: str | Path) -> Path:
         """Write the picture to a .png or .svg file, replacing an earlier one. Equal numbers give equal bytes.
@@ -153,11 +158,13 @@ class Curves:
         for (xs, ys), mark in zip(self.points[panel], self._marks(), strict=True):
             if xs:
                 figure.draw(figure.signal(xs, [shape(y) for y in ys], marker=mark).lines())
-        values = [y for _, ys in self.points[panel] for y in ys]
+        values = self._values(panel)
         most = max(x for xs, _ in self.points[panel] for x in xs)
         heights = [min(values), (min(values) * max(values)) ** 0.5 if panel.is_log else sum((min(values), max(values))) / 2]
         heights = sorted({*heights, max(values)})
         figure.ruler("y").ticks([shape(y) for y in heights], [_short(y) for y in heights])
+        if min(values) < max(values):
+            figure.ruler("y").lim(shape(min(values)), shape(max(values)))
         figure.ruler("x").lim(0, most)
         figure.ruler("x").ticks([0, most / 2, most], ["0", _short(most / 2), _short(most)])
         drawn = plotext.uncolorize(str(figure.build())).rstrip("\n").split("\n")
@@ -185,26 +192,18 @@ def _short(number: float) -> str:
 
 
 def _set_scale(axes: Any, panel: Panel, values: list[float]) -> None:
-    """Choose the scale of the vertical axis, with plain numbers at its ticks."""
+    """Choose scale and range of the vertical axis, with plain numbers at its ticks. A narrow range is clearer if linear."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+    low, high = min(values), max(values)
     if not panel.is_log:
-        axes.set_ylim(bottom=0)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _short(y)))
-        return
-    axes.set_yscale("log")
-    subs = (1.0, 2.0, 3.0, 5.0, 7.0) if max(values) < 10 * min(values) else (1.0, 2.0, 5.0)
-    axes.yaxis.set_major_locator(LogLocator(subs=subs if max(values) < 100 * min(values) else (1.0,)))
+        axes.set_ylim(0, 1.05 * high or 1)
+    elif high > LOG_FROM * low:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_ylim(low / (high / low) ** 0.05, high * (high / low) ** 0.05)
+    else:
+        margin = 0.05 * (high - low) or 0.5 * high
+        axes.set_ylim(low - margin, high + margin)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _short(y)))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _share_range(axes: dict[Panel, Any]) -> None:
-    """Give the two panels of FVU one range, so that they can be compared."""
-    both = [one for panel, one in axes.items() if panel.name in ("fvu", "val_fvu")]
-    if len(both) == 2:
-        low, high = (
-            choose(limit) for choose, limit in zip((min, max), zip(*(one.get_ylim() for one in both), strict=True), strict=True)
-        )
-        for one in both:
-            one.set_ylim(low, high)
