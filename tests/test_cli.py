@@ -46,7 +46,7 @@ def test_capture_and_train_leave_what_they_say(work):
 def test_eval_writes_json(work, command):
     code, out, err = command(
         "eval",
-        work / "run/dictionary",
+        work / "run",  # stands for its dictionary
         "--text",
         work / "book.txt",
         "--n-tokens",

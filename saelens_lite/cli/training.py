@@ -156,7 +156,8 @@ def train(
         starts = [sl.load(address) for address in start_from or ()]
         if starts:
             only_new["start_from"] = starts[0] if len(starts) == 1 else starts
-        source = _source(cache, text, model, text_config, [_hooks(c) for c in configs], buffer_tokens, loading)
+        of_starts = tuple(port.hook for d in starts for port in (*d.reads, *d.writes) if port.hook)
+        source = _source(cache, text, model, text_config, [_hooks(c) or of_starts for c in configs], buffer_tokens, loading)
         runs = sl.train(source, configs, out or Path("runs/dictionary"), **common, **only_new)
     for run in runs:
         console().print(str(run), markup=False)

@@ -69,9 +69,10 @@ logger that fails during training is dropped with a warning.
 `saelens_lite.training.step` follows one batch through a step, with the equations.
 """
 
+from saelens_lite.training.curves import Curves
 from saelens_lite.training.resuming import resume
 from saelens_lite.training.run import Run
 from saelens_lite.training.start import train
 from saelens_lite.training.trainer import Trainer
 
-__all__ = ["Run", "Trainer", "resume", "train"]
+__all__ = ["Curves", "Run", "Trainer", "resume", "train"]

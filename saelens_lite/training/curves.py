@@ -137,7 +137,7 @@ class Curves:
         rows = [shown[i : i + 2] for i in range(0, len(shown), 2)]
         lines = ["".join(parts).rstrip() for row in rows for parts in zip(*row, strict=True)]
         several = [f"  {mark} {name}" for mark, name in zip(self._marks(), self.names, strict=True)]
-        return "\n".join([*lines, *(several if len(several) > 1 else [f"  {self.names[0]}, over tokens"])])
+        return "\n".join([*lines, *(several if len(several) > 1 else [f"  {self.names[0]}"])])
 
     def __repr__(self) -> str:
         return f"<Curves of {', '.join(self.names)}>" if find_spec("plotext") is None else str(self)
@@ -166,7 +166,7 @@ class Curves:
         if min(values) < max(values):
             figure.ruler("y").lim(shape(min(values)), shape(max(values)))
         figure.ruler("x").lim(0, most)
-        figure.ruler("x").ticks([0, most / 2, most], ["0", _short(most / 2), _short(most)])
+        figure.ruler("x").ticks([0, most / 2, most], ["0", f"{_short(most / 2)} tokens", _short(most)])
         drawn = plotext.uncolorize(str(figure.build())).rstrip("\n").split("\n")
         figure.clear()
         return [line.ljust(PANEL_COLUMNS)[:PANEL_COLUMNS] for line in drawn]

@@ -376,8 +376,8 @@ class Trainer:
 
     def _is_late(self, n: int) -> bool:
         """Return whether the next n tokens count for the firing frequencies."""
-        late = max(self.config.decay, 0.1) * (self.config.n_tokens - self.first_seen)
-        return self.n_seen + n > self.config.n_tokens - late
+        early = (1 - max(self.config.decay, 0.1)) * (self.config.n_tokens - self.first_seen)
+        return self.n_seen + n > self.first_seen + early
 
     def _count(self, n: int, counts: Int[Tensor, " d_sae"]) -> None:
         """Update the counters: tokens since each latent fired, and firing frequencies."""
