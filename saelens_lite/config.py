@@ -230,7 +230,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing or is not TOML.
     """
-    from saelens_lite.files import named_file, open_file  # imports torch, which settings alone do not need
+    from saelens_lite.files import named_file, open_file
 
     path = check_input(path)
     if not path.exists():

@@ -59,6 +59,7 @@ LEAVES = {
     "seeds",
     "state_dicts",
     "tables",
+    "tensor_files",
     "terminal",
 }  # these import only each other, and every module may import them
 # Models need the Hub too, so requests are in hub_client, which is low. hub knows dictionaries, so it is high; it uses the same
