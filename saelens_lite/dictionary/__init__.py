@@ -517,7 +517,7 @@ class Dictionary(nn.Module):
         config, said = read_settings(folder)
         ours, d_in, d_sae = said.metadata.saelens_lite, said.d_in, said.d_sae
         d_out = said.d_out
-        rule_class = registry.load(ours.sparsity, written_by=ours.distribution)
+        rule_class = registry.load(ours.sparsity, written_by=ours.distribution, from_file=True)
         specs = own_names(folder, tensor_specs)
         shape = specs["W_dec"].shape if "W_dec" in specs else None
         wanted = (d_sae, d_in if d_out is None else d_out)

@@ -13,7 +13,11 @@ d = runs[0].dictionary
 saelens-lite train cache --sparsity topk --options.k 32 --d-sae 1536 --out runs/topk
 saelens-lite train cache --config run.toml --out runs  # a [[dictionary]] table for each
 saelens-lite train --text book.txt --hook blocks.2.hook_resid_pre --out runs/live  # no cache
+saelens-lite train --config runs/topk/config.toml --out runs/again  # the settings of an earlier run: the same bytes
 ```
+
+**Settings files.** All flags of `train` are keys of the file: `cache`, `text`, `model`, `out`, `data_seed`, … at the top, and
+the settings of a dictionary at the top too, or in `[[dictionary]]` tables. Flags override the file.
 
 Each dictionary has the same bytes as if it were trained alone. `validation_tokens` is the number of activations that are kept
 out of training; the log reports `val_fvu` and `val_l0` on them.
@@ -56,7 +60,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import tomli_w
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -94,6 +97,7 @@ from saelens_lite.training.checkpoint import (
     remove_checkpoints,
     save_checkpoint,
 )
+from saelens_lite.training.settings import settings_text
 from saelens_lite.training.stopping import Stopping
 from saelens_lite.training.trainer import Trainer, check_sizes
 
@@ -191,7 +195,7 @@ def train(
         _refuse_existing_runs(out, folders, exists, description)
         with Aside(out, folders, _kind()):
             for config, folder in zip(configs, folders, strict=True):
-                write_text(folder / "config.toml", tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
+                write_text(folder / "config.toml", settings_text(config, job.request, job.loggers))
             return _run(job, source)
 
 
