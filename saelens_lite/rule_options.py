@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from saelens_lite import registry
 from saelens_lite.config import FrozenConfig
+from saelens_lite.errors import ConfigError
 
 LIGHT = {*sys.stdlib_module_names, "annotated_types", "pydantic", "pydantic_core", "typing_extensions"}
 OURS = {"saelens_lite.config", "saelens_lite.errors"}
@@ -57,7 +58,13 @@ def config_of(name: str) -> type[FrozenConfig]:
 
 def check_options(name: str, options: dict[str, Any]) -> None:
     """Raise ConfigError if a rule does not take these options, and PluginError if there is no such rule."""
-    config_of(name)(**options)
+    config = config_of(name)
+    try:
+        config(**options)
+    except ConfigError:
+        raise
+    except Exception:  # a check of its values that needs more than is read here
+        registry.load(name).Config(**options)
 
 
 def options_of(config: type[FrozenConfig]) -> list[Option]:
@@ -149,9 +156,11 @@ class _Source:
         """Return the value of a name of the module."""
         node, original = self.names[name]
         if isinstance(node, ast.Import):
-            if original != name and "." in original:
-                raise _NotPlain(f"{original} under another name")
-            return importlib.import_module(original) if _is_light(original) else _Attributes(original)
+            if _is_light(original) and "." not in original:
+                return importlib.import_module(original)
+            if original == STUB.parent.name:
+                return _Attributes(original)
+            raise _NotPlain(f"{self.module} uses {original}")
         if isinstance(node, ast.ImportFrom):
             if node.level == 0 and _is_light(node.module or ""):
                 return getattr(importlib.import_module(node.module), original)

@@ -51,18 +51,16 @@ def _launch(
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
     for path in imports or ():
         registry.import_file(path)
-    command, bound, given = _parsed(with_aliases(tokens))
+    command, bound = _parsed(with_aliases(tokens))
     command(*bound.args, **bound.kwargs)
-    if given[:1] and given[0] in more_help and not {"--help", "-h"}.isdisjoint(given):
-        more_help[given[0]](given)
 
 
-def _parsed(tokens: list[str]) -> tuple[Callable[..., Any], Any, list[str]]:
-    """Return the command, its arguments and the tokens that were parsed. A command may reinterpret an unknown option."""
+def _parsed(tokens: list[str]) -> tuple[Callable[..., Any], Any]:
+    """Return the command and its arguments. A command may reinterpret an unknown option."""
     while True:
         try:
             command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
-            return command, bound, tokens
+            return command, bound
         except UnknownOptionError as error:
             if tokens[0] not in on_unknown_option:
                 raise
@@ -73,7 +71,9 @@ def main() -> None:
     """Run a command. Report an error in one line on standard error. Exit code: 2 for a user's mistake, 1 for other errors."""
     wants_traceback = "--traceback" in sys.argv
     try:
-        app.meta(sys.argv[1:], exit_on_error=False, print_error=False)
+        app.meta(sys.argv[1:], exit_on_error=False, print_error=False, result_action="return_value")
+        if _command() in more_help and not {"--help", "-h"}.isdisjoint(sys.argv):
+            more_help[_command()](sys.argv[1:])
     except (SaelensLiteError, Stopped) as error:
         _fail(error, str(error), error.exit_code, wants_traceback)
     except CycloptsError as error:
@@ -93,12 +93,16 @@ def _fail(error: BaseException, message: str, code: int, wants_traceback: bool) 
     sys.exit(code)
 
 
+def _command() -> str:
+    """Return the name of the command that was asked for, or an empty string."""
+    return next((token for token in sys.argv[1:] if token in app), "")
+
+
 def _flags() -> dict[str, str]:
     """Return the flag of each setting of the command that was asked for."""
-    name = next((token for token in sys.argv[1:] if not is_flag(token)), "")
-    if name not in app:
+    if _command() not in app:
         return {}
-    flags = [flag for argument in app[name].assemble_argument_collection() for flag in argument.names if is_flag(flag)]
+    flags = [flag for argument in app[_command()].assemble_argument_collection() for flag in argument.names if is_flag(flag)]
     return {flag.removeprefix("--").replace("-", "_"): flag for flag in flags}
 
 

@@ -1,6 +1,6 @@
 """Checks of what a command was asked, before torch is imported and anything is read. The library checks all of it again."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ def training(run: RunConfig, configs: list[TrainConfig]) -> None:
     if run.cache and run.text:
         raise ConfigError(f"both a cache ({run.cache}) and --text ({run.text}) were given; training reads only one of them")
     if run.cache:
-        cache_has(Path(run.cache), [hook for config in configs for hook in hooks_of(config)])
+        for config in configs:
+            cache_has(Path(run.cache), hooks_of(config))
     elif not run.text:
         raise ConfigError("nothing to train on: give the folder of a cache, or --text with --hook")
     else:
@@ -41,15 +42,19 @@ def hooks_of(config: TrainConfig) -> tuple[str, ...]:
     return (*reads, *config.writes) if reads else ()
 
 
-def cache_has(folder: Path, hooks: Iterable[str]) -> None:
-    """Raise CorruptFileError if there is no cache in a folder, and HookError if it lacks a hook."""
+def cache_has(folder: Path, hooks: Sequence[str]) -> None:
+    """Raise if there is no cache in a folder, if it lacks a hook, or if it has several and none is named."""
     from saelens_lite.files import MAX_LIST_BYTES, read_json
     from saelens_lite.outputs import restore
 
     restore(folder)
     known = read_json(folder / "manifest.json", MAX_LIST_BYTES).get("hooks")
+    if not isinstance(known, dict):  # the library says what is damaged
+        return
+    if not hooks and len(known) > 1:
+        raise ConfigError(f"the activations come from several hooks; choose one with hook=: {', '.join(known)}")
     for hook in hooks:
-        if isinstance(known, dict) and hook not in known:
+        if hook not in known:
             raise HookError(
                 f"{folder} has no activations of {hook!r}{near_matches(hook, known) or '; it has ' + ', '.join(known)}"
             )

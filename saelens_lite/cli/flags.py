@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 ALIASES = {"--hooks": "--hook"}
-_KEYWORD = re.compile(r"(?<![\w.-])(?P<name>[a-z]\w*)=(?P<value>'[^']*'|\w[\w.]*\w|\w|(?=[\s,.;)]|$))(?!\()")
+_KEYWORD = re.compile(r"(?<![\w.-])(?P<name>[a-z]\w*)=(?P<value>'[^']*'|\w[\w.]*\w|\w|(?=[\s,.;:)]|$))(?!\()")
 _ASSIGNED = re.compile(
     r"(?:^|(?<=\s))(?:\w+: )?(?P<name>[a-z]\w*) = (?P<value>'[^']*'|\[[^\]]*\]|\([^)]*\)|[^\s;:,]+)(?=[:;,]|$)"
 )

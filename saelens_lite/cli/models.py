@@ -4,8 +4,10 @@ import json
 import re
 from typing import TYPE_CHECKING
 
+from saelens_lite.cli import checks
 from saelens_lite.cli.base import app, console, say
 from saelens_lite.cli.options import PrintJson
+from saelens_lite.embedded_hooks import hooks_of_embedded
 from saelens_lite.errors import HookError
 from saelens_lite.tables import grid
 
@@ -28,8 +30,7 @@ def hooks(model: str = "tiny", *, layer: int | None = None, revision: str | None
     revision
         Commit, branch or tag of the model on the Hub.
     """
-    from saelens_lite.embedded_hooks import hooks_of_embedded
-
+    checks.model_has(model, [])
     if not (known := hooks_of_embedded(model)):
         from saelens_lite.model.hook_list import list_hooks
 

@@ -36,7 +36,7 @@ TextName = Annotated[
     Parameter(
         validator=lambda _, name: checks.text_exists(name),
         help="A .txt, .md, .csv, .jsonl or .parquet file; hf:org/name:config:split for a dataset on the Hugging Face Hub; or "
-        '"python-docs", "python-docs:train", "python-docs:held-out" for the embedded corpus.'
+        '"python-docs", "python-docs:train", "python-docs:held-out" for the embedded corpus.',
     ),
 ]
 TextOptions = Annotated[TextConfig, Parameter(name="*")]

@@ -164,7 +164,7 @@ def options_of_all() -> "Table":
             except PluginError:  # `saelens-lite plugins` tells why
                 continue
             rows.append((plugin.name, ", ".join(f"{option.name} = {option.default}" for option in options)))
-    caption = "Set them with --options.NAME VALUE. `saelens-lite plugins RULE` explains the options of a rule."
+    caption = "--options.NAME VALUE sets one; `saelens-lite plugins RULE` explains them."
     return grid(
         ("rule", "options"), rows, title="Options of the sparsity rules, with their defaults", caption=caption,
         column=lambda title: {"no_wrap": title == "rule"},

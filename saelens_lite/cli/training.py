@@ -1,5 +1,6 @@
 """Commands that capture activations and train dictionaries."""
 
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,7 +11,7 @@ from saelens_lite.cli import checks
 from saelens_lite.cli.base import app, console, more_help, on_unknown_option
 from saelens_lite.cli.options import Exists, Flag, ModelDtype, TextName, TextOptions
 from saelens_lite.config import RunConfig, TextConfig, TrainConfig, parse_options, read_toml, train_configs
-from saelens_lite.errors import ConfigError
+from saelens_lite.errors import ConfigError, PluginError
 from saelens_lite.settings_file import other_place, run_config
 
 
@@ -179,7 +180,7 @@ def _option_of_rule(tokens: list[str], error: UnknownOptionError) -> list[str]:
     """Read an unknown option such as --k as the rule's option --options.k, if it has that."""
     from saelens_lite.rule_options import config_of
 
-    flag = error.token.keyword
+    flag = (error.token.keyword or error.token.value).partition("=")[0]
     name = flag.removeprefix("--").replace("-", "_")
     if flag.startswith("--") and any(name in config_of(rule).model_fields for rule in _rules(tokens)):
         return [f"--options.{name}{t[len(flag) :]}" if t.partition("=")[0] == flag else t for t in tokens]
@@ -195,7 +196,8 @@ def _show_options(tokens: list[str]) -> None:
 
     if any(token.partition("=")[0] in ("--sparsity", "--config") for token in tokens):
         for name in _rules(tokens):
-            console().print(options_table(name))
+            with suppress(PluginError):  # it may be in a file that --import names
+                console().print(options_table(name))
     else:
         console().print(options_of_all())
 

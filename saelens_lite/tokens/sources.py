@@ -94,8 +94,8 @@ def read_pieces(text: Text, config: TextConfig) -> Iterator[Piece]:
 
     A string is a document, unless it names a dataset ("hf:org/name:config:split") or a part of the embedded corpus
     ("python-docs:train"). A Path is a file: a .txt or .md file is one document; in .jsonl each line is one, in .csv and
-    .parquet each row. A mapping holds the splits of a dataset. Anything else is a sequence of documents: strings, Documents, Paths, or
-    records with the column that `config` names.
+    .parquet each row. A mapping holds the splits of a dataset. Anything else is a sequence of documents: strings, Documents,
+    Paths, or records with the column that `config` names.
 
     Raises:
         TextError: a file or dataset cannot be read, the embedded corpus has no such part, or a record has no text.
