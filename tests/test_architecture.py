@@ -42,6 +42,7 @@ LEAVES = {
     "config",
     "cuda_streams",
     "devices",
+    "embedded_hooks",
     "errors",
     "files",
     "hub_client",
@@ -55,10 +56,13 @@ LEAVES = {
     "progress",
     "registry",
     "resumable",
+    "rule_options",
     "schemas",
     "seeds",
+    "settings_file",
     "state_dicts",
     "tables",
+    "tensor_files",
     "terminal",
 }  # these import only each other, and every module may import them
 # Models need the Hub too, so requests are in hub_client, which is low. hub knows dictionaries, so it is high; it uses the same

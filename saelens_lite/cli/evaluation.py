@@ -13,9 +13,9 @@ from saelens_lite.cli.options import (
     JsonFile,
     ModelOptions,
     TextName,
-    TextOptions,
+    TextOfDictionary,
+    TextOfDictionaryOptions,
 )
-from saelens_lite.config import TextConfig
 
 
 @app.command(name="eval")
@@ -23,7 +23,7 @@ def evaluate(
     dictionaries: DictionaryPaths,
     *,
     text: TextName = "python-docs:held-out",
-    text_config: TextOptions = TextConfig(),  # noqa: B008 (frozen)
+    text_config: TextOfDictionaryOptions = TextOfDictionary(),  # noqa: B008 (frozen)
     of: ModelOptions = THE_MODEL,
     n_tokens: int = 100_000,
     by_frequency: Flag = False,

@@ -6,8 +6,16 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from saelens_lite.cli.base import app, console
-from saelens_lite.cli.options import THE_MODEL, DictionaryPaths, Exists, ModelOptions, TextName, TextOptions
-from saelens_lite.config import StoreConfig, TextConfig
+from saelens_lite.cli.options import (
+    THE_MODEL,
+    DictionaryPaths,
+    Exists,
+    ModelOptions,
+    TextName,
+    TextOfDictionary,
+    TextOfDictionaryOptions,
+)
+from saelens_lite.config import StoreConfig
 
 
 @app.command
@@ -15,7 +23,7 @@ def features(
     dictionaries: DictionaryPaths,
     *,
     text: TextName = "python-docs:held-out",
-    text_config: TextOptions = TextConfig(),  # noqa: B008 (frozen)
+    text_config: TextOfDictionaryOptions = TextOfDictionary(),  # noqa: B008 (frozen)
     of: ModelOptions = THE_MODEL,
     settings: Annotated[StoreConfig, Parameter(name="*", negative="")] = StoreConfig(),  # noqa: B008 (frozen)
     out: Path | None = None,

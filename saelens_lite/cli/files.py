@@ -76,6 +76,6 @@ def _say_if_rule_is_missing(facts: dict[str, Any]) -> None:
     ours = metadata.get("saelens_lite") if isinstance(metadata, dict) else None
     if isinstance(ours, dict) and "sparsity" in ours:
         try:
-            registry.find(ours["sparsity"], written_by=ours.get("distribution"))
+            registry.find(ours["sparsity"], written_by=ours.get("distribution"), from_file=True)
         except PluginError as error:
             say(f"saelens-lite: this dictionary cannot be loaded here: {error}", error=True)

@@ -13,7 +13,11 @@ d = runs[0].dictionary
 saelens-lite train cache --sparsity topk --options.k 32 --d-sae 1536 --out runs/topk
 saelens-lite train cache --config run.toml --out runs  # a [[dictionary]] table for each
 saelens-lite train --text book.txt --hook blocks.2.hook_resid_pre --out runs/live  # no cache
+saelens-lite train --config runs/topk/config.toml --out runs/again  # the settings of an earlier run: the same bytes
 ```
+
+**Settings files.** All flags of `train` are keys of the file: `cache`, `text`, `model`, `out`, `data_seed`, … at the top, and
+the settings of a dictionary at the top too, or in `[[dictionary]]` tables. Flags override the file.
 
 Each dictionary has the same bytes as if it were trained alone. `validation_tokens` is the number of activations that are kept
 out of training; the log reports `val_fvu` and `val_l0` on them.

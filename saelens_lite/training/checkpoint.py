@@ -26,16 +26,14 @@ from saelens_lite.files import (
     file_size,
     read_json,
     read_lines,
-    read_tensors,
     shortened,
-    tensor_specs,
     write_json,
     write_lines,
-    write_tensors,
 )
 from saelens_lite.kinds import CHECKPOINT, TEMPORARY
 from saelens_lite.outputs import new_folder, remove, remove_own
 from saelens_lite.schemas import Checked, Count, Number, PlainName, Positive, Seed, Sha256, String, checked, read_checked
+from saelens_lite.tensor_files import read_tensors, tensor_specs, write_tensors
 
 FORMAT = 4
 WITH_HISTORIES = 2  # the format whose state.json holds the logs

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import tomli_w
 import torch
 
 from saelens_lite.cache import Source
@@ -21,6 +20,7 @@ from saelens_lite.training.checkpoint import is_interrupted
 from saelens_lite.training.folders import locked_folders, run_folders, run_kind
 from saelens_lite.training.loop import Group, train_to_the_end
 from saelens_lite.training.run import Run
+from saelens_lite.training.settings import settings_text
 from saelens_lite.training.trainer import Trainer
 
 
@@ -69,8 +69,8 @@ def train(
     configs = [configs] if isinstance(configs, TrainConfig) else list(configs)
     if not configs:
         raise ConfigError("nothing to train: give at least one TrainConfig")
-    starts = _starts(start_from, len(configs))
-    configs = [c if d is None else _like(d, c, source) for c, d in zip(configs, starts, strict=True)]
+    begins = starts(start_from, len(configs))
+    configs = [c if d is None else like(d, c, source.hooks) for c, d in zip(configs, begins, strict=True)]
     sizes = {c.batch_size for c in configs}
     if len(sizes) > 1:
         raise ConfigError(f"dictionaries trained together need the same batch_size; found {sorted(sizes)}")
@@ -88,7 +88,7 @@ def train(
             _refuse_existing_runs(out, folders, exists, description)
     validation, source = source.hold_out(validation_tokens) if validation_tokens else (None, source)
     trainers = [Trainer(c, source, device) for c in configs]
-    for trainer, dictionary in zip(trainers, starts, strict=True):
+    for trainer, dictionary in zip(trainers, begins, strict=True):
         if dictionary is not None:
             trainer.start_from(dictionary)
     job = Group(
@@ -106,7 +106,7 @@ def train(
             "data_seed": data_seed,
             "device": str(device),
             "checkpoint_seconds": checkpoint_seconds,
-            **({} if start_from is None else {"start_from": [_described(dictionary) for dictionary in starts]}),
+            **({} if start_from is None else {"start_from": [_described(dictionary) for dictionary in begins]}),
         },
     )
     if out is None:
@@ -115,11 +115,11 @@ def train(
         _refuse_existing_runs(out, folders, exists, description)
         with Aside(out, folders, run_kind()):
             for config, folder in zip(configs, folders, strict=True):
-                write_text(folder / "config.toml", tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
+                write_text(folder / "config.toml", settings_text(config, job.request, job.loggers))
             return train_to_the_end(job, source)
 
 
-def _starts(given: Dictionary | Sequence[Dictionary] | None, n: int) -> list[Dictionary | None]:
+def starts(given: Dictionary | Sequence[Dictionary] | None, n: int) -> list[Dictionary | None]:
     """Return the dictionary that each of n trainings starts from, or None for random parameters."""
     if given is None or isinstance(given, Dictionary):
         return [given] * n
@@ -128,8 +128,10 @@ def _starts(given: Dictionary | Sequence[Dictionary] | None, n: int) -> list[Dic
     return list(given)
 
 
-def _like(dictionary: Dictionary, config: TrainConfig, source: Source) -> TrainConfig:
+def like(dictionary: Dictionary, config: TrainConfig, hooks: Sequence[str] | None = None) -> TrainConfig:
     """Return the settings of training that starts from a dictionary, which supplies what the config leaves unset.
+
+    hooks: those of the source. The dictionary's own are taken only if they are among these.
 
     Raises:
         ConfigError: the config sets another d_sae.
@@ -143,12 +145,12 @@ def _like(dictionary: Dictionary, config: TrainConfig, source: Source) -> TrainC
             "sparsity": rule.plugin_name,
             "options": rule.config.model_dump(mode="json", exclude_none=True) | config.options,
         }
-    hooks = [port.hook for port in (*dictionary.reads, *dictionary.writes)]
-    if not given & {"hook", "reads", "writes"} and all(hook in source.hooks for hook in hooks):
-        reads = tuple(hooks[: len(dictionary.reads)])
+    own = [port.hook for port in (*dictionary.reads, *dictionary.writes)]
+    if not given & {"hook", "reads", "writes"} and all(hook and (hooks is None or hook in hooks) for hook in own):
+        reads = tuple(own[: len(dictionary.reads)])
         changes |= {"hook": reads[0]} if len(reads) == 1 else {"reads": reads}
         if not dictionary.writes_what_it_reads:
-            changes |= {"writes": tuple(hooks[len(reads) :])}
+            changes |= {"writes": tuple(own[len(reads) :])}
     if "skip" not in given:
         changes["skip"] = dictionary.W_skip is not None
     return config.replace(**changes)
