@@ -42,9 +42,10 @@ from .sparsity import PublishedForm as PublishedForm
 from .sparsity import RuleConfig as RuleConfig
 from .sparsity import Sparsity as Sparsity
 from .tokens import python_docs as python_docs
-from .training import fit as fit
+from .training import Run as Run
 from .training import resume as resume
 from .training import train as train
+from .training.fit import fit as fit
 from .views.live import LivePrompt as LivePrompt
 from .views.prompt import prompt_view as prompt_view
 

@@ -1,5 +1,10 @@
-"""Load and convert dictionaries by address: a local folder or file, or hf://user/repo/folder@revision on the Hub."""
+"""Load and convert dictionaries by address: a local folder or file, or hf://user/repo/folder@revision on the Hub.
 
+The folder of a run stands for the dictionary in it.
+"""
+
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -7,10 +12,12 @@ import torch
 
 from saelens_lite import registry
 from saelens_lite.dictionary import Dictionary
-from saelens_lite.dictionary.folder import OWN
+from saelens_lite.dictionary.folder import CONFIG_FILE, OWN
+from saelens_lite.errors import ConfigError
 from saelens_lite.formats import read, write
-from saelens_lite.outputs import refuse_inputs_in
-from saelens_lite.paths import is_address
+from saelens_lite.kinds import is_run, runs_in
+from saelens_lite.outputs import refuse_inputs_in, restore
+from saelens_lite.paths import check_input, is_address
 
 
 def load(address: str | Path, device: str | torch.device = "cpu", format: str | None = None) -> Dictionary:
@@ -19,25 +26,63 @@ def load(address: str | Path, device: str | torch.device = "cpu", format: str | 
     The dictionary stays on the CPU unless `device` is given. Functions that get a model as well use the model's device.
 
     Args:
-        address: a folder written by `Dictionary.save`, a file or folder of another tool, or either of them on the Hub:
-            hf://user/repo/folder@revision.
+        address: a folder written by `Dictionary.save`, the folder of a finished run, a file or folder of another tool, or a
+            dictionary on the Hub: hf://user/repo/folder@revision.
         format: name of the format plugin, or "saelens_lite"; only needed if the files are pickles.
 
     Raises:
         CorruptFileError: a file is missing or damaged, contradicts another file, or has no known format.
         ConfigError: the address is of an unknown kind; another tool's file holds something that cannot be represented here,
-            or is a pickle and `format` was not given.
+            or is a pickle and `format` was not given; the folder holds several runs, or a run that is not finished.
         PluginError: the sparsity rule is not installed; the message names the distribution that supplies it.
         HubError: the files cannot be fetched from the Hub.
     """
     if not is_address(address):
-        return read(address, device, format)
+        return read(dictionary_folder(address), device, format)
     from saelens_lite.hub import fetch
 
     fetched = fetch(str(address))
     dictionary = read(fetched.folder, device, format)
     dictionary.source = str(fetched.address)
     return dictionary
+
+
+def dictionary_folder(address: str | Path) -> str | Path:
+    """Return the folder of the dictionary in the folder of a run. Other addresses are returned unchanged.
+
+    Raises:
+        ConfigError: the folder holds several runs, or a run that is not finished.
+    """
+    if is_address(address):
+        return address
+    folder = check_input(address)
+    restore(folder)
+    if os.path.lexists(folder / CONFIG_FILE) or not folder.is_dir():
+        return address
+    if os.path.lexists(folder / "dictionary" / CONFIG_FILE):
+        return folder / "dictionary"
+    if is_run(folder):
+        from saelens_lite.training import Run
+
+        raise ConfigError(f"{folder} has no dictionary: {Run.load(folder).what_next}")
+    if several := runs_in(folder):
+        names = ", ".join(map(str, several[:8])) + (f" and {len(several) - 8} more" if len(several) > 8 else "")
+        raise ConfigError(f"{folder} holds {len(several)} runs; choose one of them: {names}")
+    return address
+
+
+def dictionary_folders(addresses: Iterable[str | Path]) -> list[str | Path]:
+    """Return the folder of each dictionary. A folder with several runs stands for the dictionaries in all of them.
+
+    Raises:
+        ConfigError: a run is not finished.
+    """
+    folders: list[str | Path] = []
+    for address in addresses:
+        is_local = not is_address(address) and not os.path.lexists(Path(address) / CONFIG_FILE)
+        runs = runs_in(check_input(address)) if is_local else []
+        folders += [dictionary_folder(one) for one in runs or [address]]
+    return folders
 
 
 def convert(

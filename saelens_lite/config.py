@@ -8,9 +8,10 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 
 from saelens_lite.errors import ConfigError, CorruptFileError, near_matches
+from saelens_lite.files import named_file, open_file
 from saelens_lite.paths import check_input
 
 MOST = 2**53  # the largest whole number in settings
@@ -26,21 +27,26 @@ class FrozenConfig(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError(_explain(type(self), error)) from None
+            raise ConfigError(_explain(type(self), error, values)) from None
 
     def replace(self, **changes: Any) -> "FrozenConfig":
         """Return a copy with some fields changed, validated like a new one."""
         return type(self)(**{**self.model_dump(exclude_unset=True), **changes})
 
 
-def _explain(config: type[BaseModel], error: ValidationError) -> str:
+def _explain(config: type[BaseModel], error: ValidationError, values: dict[str, Any]) -> str:
     """Return one line for a validation error: each invalid key, its value and the values that are allowed."""
     lines = []
     for item in error.errors(include_url=False):
         key = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             known = f"; the keys are {', '.join(config.model_fields)}" if config.model_fields else "; there are no keys"
-            lines.append(f"unknown key {key!r}{near_matches(key, config.model_fields) or known}")
+            place = ""
+            if config is TrainConfig:
+                from saelens_lite.settings_file import other_place  # needs the rules, whose settings derive from ours
+
+                place = other_place(key, values.get("sparsity", "topk"))
+            lines.append(f"unknown key {key!r}{place or near_matches(key, config.model_fields) or known}")
         elif item["type"] == "missing":
             lines.append(f"{key!r} is required")
         else:
@@ -51,13 +57,12 @@ def _explain(config: type[BaseModel], error: ValidationError) -> str:
 class TextConfig(FrozenConfig):
     """Settings for reading text and cutting it into token rows."""
 
-    column: str = Field("text", description="Column or key that holds the text, in .jsonl, .parquet and datasets.")
+    column: str = Field("text", description="Column or key that holds the text, in .csv, .jsonl, .parquet and datasets.")
     token_column: str | None = Field(None, description="Column or key that holds token ids. They are read in place of text.")
     split: str | None = Field(None, description="Split of a dataset; default: train.")
     n_ctx: int | None = Field(
         None,
-        description="Tokens in a row, BOS included; default: the dictionary's training length, or the model's context up to "
-        "1,024.",
+        description="Tokens in a row, BOS included; default: the model's context, up to 1,024.",
     )
     bos: Literal["row", "document", "none"] = Field(
         "row", description="Position of BOS: at the start of every row, before every document, or nowhere."
@@ -200,6 +205,56 @@ def usual_batch_size(n_tokens: int) -> int:
     return 2 ** min(11, max(6, (n_tokens // 500).bit_length() - 1))
 
 
+class RunConfig(FrozenConfig):
+    """Settings of a training run that its dictionaries share: the data, the folder and the loop."""
+
+    cache: str | None = Field(None, description="Folder that `capture` wrote.")
+    text: str | None = Field(
+        None, description="Text to read in place of a cache, as for `capture`. Activations are computed during training."
+    )
+    model: str = Field("tiny", description='With --text: "tiny", a Hugging Face Hub id, or a folder.')
+    model_dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
+        "auto",
+        description="With --text: number type of the model. auto is float32, but on CUDA the checkpoint's own; float32 "
+        "checkpoints then have TF32 products, which float32 turns off.",
+    )
+    model_revision: str | None = Field(None, description="With --text: commit, branch or tag of the model on the Hub.")
+    center_writing_weights: bool = Field(
+        False, description="With --text: subtract the mean from the weights that write to the residual stream."
+    )
+    buffer_tokens: int = Field(
+        65_536, gt=0, le=MOST, description="With --text: number of activations per hook that are shuffled in memory."
+    )
+    out: str = Field("runs/dictionary", description="Folder for the run.")
+    exists: Literal["error", "overwrite"] = Field(
+        "error", description="If the folder is not empty: stop with an error, or overwrite it."
+    )
+    data_seed: int = Field(0, ge=0, lt=2**32, description="Seed of the order of the data.")
+    validation_tokens: int = Field(
+        0, ge=0, le=MOST, description="Number of activations held out from training, for val_fvu and val_l0 in the log."
+    )
+    checkpoint_seconds: float = Field(600.0, ge=0, description="Seconds between checkpoints.")
+    device: str | None = Field(
+        None,
+        description="Device to train on, e.g. cuda; default: CUDA if available, else MPS if it works, else the CPU. With "
+        "--resume, the default is the device of the run.",
+    )
+    loggers: tuple[str, ...] = Field(
+        ("jsonl",),
+        description="Loggers, comma-separated: jsonl (log.jsonl in the run folder), tensorboard, wandb, trackio, or your own "
+        "plugin.",
+    )
+
+    @field_validator("loggers", mode="before")
+    @classmethod
+    def _split(cls, names: Any) -> Any:
+        """Split names at commas."""
+        listed = [names] if isinstance(names, str) else names
+        if not isinstance(listed, list | tuple) or not all(isinstance(name, str) for name in listed):
+            return listed
+        return tuple(part.strip() for name in listed for part in name.split(",") if part.strip())
+
+
 class Origin(FrozenConfig):
     """The source of the activations that a dictionary was trained on."""
 
@@ -240,14 +295,15 @@ class Origin(FrozenConfig):
         return values if self.precision is not None else {k: v for k, v in values.items() if k != "precision"}
 
 
+OF_THE_RUN = {*RunConfig.model_fields, *TextConfig.model_fields}  # keys that the dictionaries of a run share
+
+
 def read_toml(path: str | Path) -> dict[str, Any]:
     """Return the tables of a TOML file.
 
     Raises:
         ConfigError: the file is missing or is not TOML.
     """
-    from saelens_lite.files import named_file, open_file  # imports torch, which settings alone do not need
-
     path = check_input(path)
     if not path.exists():
         raise ConfigError(f"{path}: no such settings file")
@@ -267,12 +323,16 @@ def train_configs(tables: dict[str, Any], overrides: dict[str, Any] | None = Non
     """Return the settings of the dictionaries in a settings file: shared keys at the top, then one `[[dictionary]]` table each.
 
     Without a `[[dictionary]]` table, the top-level keys describe one dictionary. `overrides` override both. The three `options`
-    tables are merged key by key.
+    tables are merged key by key. `settings_file.run_config` reads the keys of the run and of its text.
     """
-    shared = {key: value for key, value in tables.items() if key != "dictionary"}
+    shared = {key: value for key, value in tables.items() if key != "dictionary" and key not in OF_THE_RUN}
     listed = tables.get("dictionary", [{}])
     if not isinstance(listed, list) or not all(isinstance(table, dict) for table in listed):
         raise ConfigError("dictionary: write each as a [[dictionary]] table, with double brackets")
+    for table in listed:
+        for key in table:
+            if key in OF_THE_RUN:
+                raise ConfigError(f"{key} is a setting of the whole run; write it above the first [[dictionary]]")
     return [_merged(shared, table, overrides or {}) for table in listed]
 
 
@@ -288,11 +348,15 @@ def _merged(*layers: dict[str, Any]) -> TrainConfig:
 
 
 def parse_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Parse the options of a command line. Values that are JSON ("32", "0.5", "true") are decoded; others stay text."""
-    parsed = {}
-    for key, value in options.items():
-        try:
-            parsed[key] = json.loads(value) if isinstance(value, str) else value
-        except ValueError:
-            parsed[key] = value
-    return parsed
+    """Parse the options of a command line. Values that are JSON ("32", "0.5", "true") are decoded; others stay text.
+
+    Dashes in names count as underscores.
+    """
+    return {key.replace("-", "_"): _parsed(value) for key, value in options.items()}
+
+
+def _parsed(value: Any) -> Any:
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value

@@ -55,7 +55,7 @@ CHECKPOINTS = Kind("folder of checkpoints", CHECKPOINT.below(r"\d{12,}"), (r"\d{
 RUN = Kind(
     "run",
     (
-        *(RUN_MARK, r"log\.jsonl"),
+        *(RUN_MARK, r"log\.jsonl", r"data\.json"),
         *DICTIONARY.below("(dictionary|last_good)"),
         *CHECKPOINTS.below("checkpoints"),
     ),
@@ -103,6 +103,20 @@ def _names(folder: Path) -> list[str]:
 def _meant(path: str) -> str:
     """Return the final path of a temporary path, and any other path unchanged."""
     return "/".join(match[1] if (match := TEMPORARY.fullmatch(part)) else part for part in path.split("/"))
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a folder is that of a training run."""
+    return _is_config_of_a_run(folder / "config.toml")
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """Return the folder itself if it is that of a run; else the runs in it and in its folders, by number and name."""
+    if is_run(folder):
+        return [folder]
+    configs = [path for pattern in ("*/config.toml", "*/*/config.toml") for path in folder.glob(pattern)]
+    runs = {path.parent for path in configs if not TEMPORARY.fullmatch(path.parent.name) and is_run(path.parent)}
+    return sorted(runs, key=lambda path: [(int("0" + re.match(r"\d*", name)[0]), name) for name in path.parts])
 
 
 def _is_config_of_a_run(path: Path) -> bool:

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -79,6 +80,14 @@ def _possible(path: str | Path, room_in_name: int = 0, room_in_path: int = 0) ->
     if len(os.fsencode(Path(path).absolute())) > MAX_PATH - room_in_path:
         raise ConfigError(f"{_shortened(path)} cannot be a path: it is longer than {MAX_PATH - room_in_path} bytes")
     return Path(path)
+
+
+def short_names(paths: Sequence[str | Path]) -> list[str]:
+    """Return paths without the folders that all of them begin with. At least the last part of each stays."""
+    parts = [Path(path).parts for path in paths]
+    n = min(map(len, parts), default=1) - 1
+    shared = next((i for i in range(n) if len({one[i] for one in parts}) > 1), n)
+    return [str(Path(*one[shared:])) for one in parts]
 
 
 def _shortened(path: str | Path) -> str:

@@ -25,8 +25,12 @@ always allowed; an empty value allows only these.
 
 import os
 import re
+import sys
+import traceback
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from saelens_lite.errors import PluginError, near_matches
@@ -149,11 +153,43 @@ def unregister(name: str, kind: str = "sparsity") -> None:
     _registered.pop((kind, name), None)
 
 
-def find(name: str, kind: str = "sparsity", *, written_by: str | None = None) -> Plugin:
+def import_file(path: str | Path) -> None:
+    """Run a Python file that registers plugins, as `saelens-lite --import FILE` does.
+
+    Raises:
+        PluginError: the file is missing, is not Python, raises an error, or registers nothing.
+    """
+    path, before = Path(path), dict(_registered)
+    if path.suffix != ".py" or not path.is_file():
+        why = "no such file" if path.suffix == ".py" else "expected a Python file (.py) that registers plugins"
+        raise PluginError(f"cannot import {path}: {why}")
+    name = f"imported_{path.stem}"
+    spec = spec_from_file_location(name, path.absolute())
+    module = module_from_spec(spec)  # type: ignore[arg-type]
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)  # type: ignore[union-attr]
+    except PluginError:
+        raise
+    except (Exception, SystemExit) as error:  # the file may raise anything
+        del sys.modules[name]
+        raise PluginError(f"cannot import {path}: {type(error).__name__}{_line_of(error, path)}: {error}") from error
+    if all(before.get(key) is target for key, target in _registered.items()):
+        raise PluginError(f'{path} registers no plugin; put @sl.register("name") above its class')
+
+
+def _line_of(error: BaseException, path: Path) -> str:
+    """Return the line of a file in which an error arose, for a message."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path.absolute()]
+    return f" in line {lines[-1]}" if lines else ""
+
+
+def find(name: str, kind: str = "sparsity", *, written_by: str | None = None, from_file: bool = False) -> Plugin:
     """Return the plugin of that name.
 
     Args:
         written_by: the distribution that supplies the plugin according to a file, for the message.
+        from_file: a file names the plugin, so the message says how to import the module that registers it.
 
     Raises:
         PluginError: there is no such plugin or kind (near matches are listed), the plugin is restricted, or several
@@ -169,6 +205,8 @@ def find(name: str, kind: str = "sparsity", *, written_by: str | None = None) ->
     if named:
         raise PluginError(_restriction(named[0]))
     origin = f"; the file was written with {written_by}, which supplies it{_install(written_by)}" if written_by else ""
+    if from_file and not written_by:
+        origin = "; import the module that registers it (--import FILE, or import it before sl.load)"
     known = names(kind)
     hint = near_matches(name, known) or (
         f"; known: {', '.join(known)}" if known else f"; none is known: reinstall {OWN_DISTRIBUTION}"
@@ -176,13 +214,13 @@ def find(name: str, kind: str = "sparsity", *, written_by: str | None = None) ->
     raise PluginError(f"no {kind} plugin is called {name!r}{hint}{origin}")
 
 
-def load(name: str, kind: str = "sparsity", *, written_by: str | None = None) -> Any:
+def load(name: str, kind: str = "sparsity", *, written_by: str | None = None, from_file: bool = False) -> Any:
     """Import a plugin and return its class.
 
     Raises:
         PluginError: see `find`; or its module cannot be imported, or the plugin is not a class of this kind.
     """
-    plugin = find(name, kind, written_by=written_by)
+    plugin = find(name, kind, written_by=written_by, from_file=from_file)
     if plugin.entry_point is None:
         return _registered[kind, name]
     try:

@@ -42,6 +42,7 @@ LEAVES = {
     "config",
     "cuda_streams",
     "devices",
+    "embedded_hooks",
     "errors",
     "files",
     "hub_client",
@@ -55,10 +56,13 @@ LEAVES = {
     "progress",
     "registry",
     "resumable",
+    "rule_options",
     "schemas",
     "seeds",
+    "settings_file",
     "state_dicts",
     "tables",
+    "tensor_files",
     "terminal",
 }  # these import only each other, and every module may import them
 # Models need the Hub too, so requests are in hub_client, which is low. hub knows dictionaries, so it is high; it uses the same
@@ -305,7 +309,7 @@ def test_the_package_offers_these_names():
     assert sl.__all__ == sorted([
         "Ablate", "ActivationCache", "ActivationStream", "Add", "Clamp", "Dictionary", "EvalReport", "Exporter",
         "ExporterConfig", "FeatureStore", "Format", "Judge", "JudgeConfig", "LanguageModel", "LivePrompt", "Logger", "Origin",
-        "Port", "PublishedForm", "RuleConfig", "SaelensLiteError", "Scale", "SparseCodes", "Sparsity", "StoreConfig",
+        "Port", "PublishedForm", "RuleConfig", "Run", "SaelensLiteError", "Scale", "SparseCodes", "Sparsity", "StoreConfig",
         "TextConfig", "TrainConfig", "__version__", "attribute", "capture", "compare", "convert", "dose_response", "errors",
         "evaluate", "fit", "judge", "load", "load_model", "probe", "prompt_view", "pull", "push", "python_docs", "register",
         "resume", "stability", "train",

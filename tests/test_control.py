@@ -29,45 +29,47 @@ def test_the_target_is_reached_on_activations_not_trained_on(planted, rule, targ
 
 @pytest.mark.parametrize("rule", PENALISED)
 def test_the_coefficient_rises_when_too_many_latents_fire_and_falls_when_too_few_do(rule):
-    control = L0Control(2.0, 10.0, 1000, torch.device("cpu"))
+    control = L0Control(2.0, 10.0, torch.device("cpu"))
     assert control.coefficient == pytest.approx(2)
     for l0, grows in ((40.0, True), (2.0, False)):
-        control.update(torch.tensor(10.0), 1.0, is_late=False)
+        control.update(torch.tensor(10.0), 1.0, 1000, is_late=False)
         before = float(control.coefficient)
         for _ in range(20):
-            assert control.update(torch.tensor(l0), 1.0, is_late=False) == 0
+            assert control.update(torch.tensor(l0), 1.0, 1000, is_late=False) == 0
         assert (float(control.coefficient) > before) is grows
 
 
 def test_the_integral_of_a_constant_error_is_its_formula():
     """ln λ = ln λ0 + 60 · r · e · share of the training, where L0 stays e^0.1 times the target."""
-    control = L0Control(0.5, 8.0, 400, torch.device("cpu"))
+    control = L0Control(0.5, 8.0, torch.device("cpu"))
     for _ in range(100):
-        control.update(torch.tensor(8 * math.exp(0.1)), 0.5, is_late=False)
+        control.update(torch.tensor(8 * math.exp(0.1)), 0.5, 400, is_late=False)
     assert float(control.state[0]) == pytest.approx(math.log(0.5) + 60 * 0.5 * 0.1 * 100 / 400, rel=1e-5)
 
 
 def test_the_coefficient_stays_within_a_factor_of_20():
-    control = L0Control(2.0, 10.0, 10, torch.device("cpu"))
+    control = L0Control(2.0, 10.0, torch.device("cpu"))
     for l0, end in ((1000.0, 40.0), (0.0, 0.1)):
         for _ in range(50):
-            control.update(torch.tensor(l0), 1.0, is_late=False)
+            control.update(torch.tensor(l0), 1.0, 10, is_late=False)
         assert float(control.coefficient) == pytest.approx(end)
 
 
 def test_late_in_training_thresholds_are_raised_while_the_learning_rate_falls():
-    control = L0Control(2.0, 10.0, 1000, torch.device("cpu"))
-    control.update(torch.tensor(10.0 * math.exp(0.5)), 1.0, is_late=True)
-    assert float(control.update(torch.tensor(10.0 * math.exp(0.5)), 1.0, is_late=True)) == 0
-    assert float(control.update(torch.tensor(10.0 * math.exp(0.5)), 0.4, is_late=True)) == pytest.approx(0.06 * 0.5, rel=1e-5)
-    assert float(control.update(torch.tensor(10.0 * math.exp(0.5)), 0.4, is_late=False)) == 0
+    control = L0Control(2.0, 10.0, torch.device("cpu"))
+    control.update(torch.tensor(10.0 * math.exp(0.5)), 1.0, 1000, is_late=True)
+    assert float(control.update(torch.tensor(10.0 * math.exp(0.5)), 1.0, 1000, is_late=True)) == 0
+    assert float(control.update(torch.tensor(10.0 * math.exp(0.5)), 0.4, 1000, is_late=True)) == pytest.approx(
+        0.06 * 0.5, rel=1e-5
+    )
+    assert float(control.update(torch.tensor(10.0 * math.exp(0.5)), 0.4, 1000, is_late=False)) == 0
 
 
 def test_nothing_changes_after_a_bad_step():
-    control = L0Control(2.0, 10.0, 1000, torch.device("cpu"))
-    control.update(torch.tensor(20.0), 0.5, is_late=True)
+    control = L0Control(2.0, 10.0, torch.device("cpu"))
+    control.update(torch.tensor(20.0), 0.5, 1000, is_late=True)
     before = control.state.clone()
-    assert control.update(torch.tensor(math.nan), 0.5, is_late=True, stopped=torch.tensor(True)) == 0
+    assert control.update(torch.tensor(math.nan), 0.5, 1000, is_late=True, stopped=torch.tensor(True)) == 0
     assert torch.equal(control.state, before)
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import saelens_lite as sl
-from saelens_lite import files
+from saelens_lite import files, tensor_files
 from saelens_lite.cache import TensorSource, open_source
 from saelens_lite.cache import stored as cache_stored
 from saelens_lite.config import read_toml
@@ -396,7 +396,7 @@ def test_headers_that_contradict_themselves(tmp_path, entries, n_bytes, said):
     file = tmp_path / "a.safetensors"
     file.write_bytes(struct.pack("<Q", len(written)) + written + bytes(n_bytes))
     with pytest.raises(CorruptFileError, match=said):
-        files.read_tensors(file)
+        tensor_files.read_tensors(file)
 
 
 def test_what_is_larger_than_memory_is_not_read(saved, monkeypatch):

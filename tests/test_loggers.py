@@ -107,7 +107,7 @@ def test_loggers_change_neither_numbers_nor_parameters(source, logger, tmp_path)
     assert len(bare.history) == N_TOKENS // LOG_EVERY
     weights = [(tmp_path / name / "dictionary/sae_weights.safetensors").read_bytes() for name in ("bare", "full")]
     assert weights[0] == weights[1]
-    assert sorted(path.name for path in (tmp_path / "bare").iterdir()) == ["config.toml", "dictionary"]
+    assert sorted(path.name for path in (tmp_path / "bare").iterdir()) == ["config.toml", "data.json", "dictionary"]
 
 
 def test_without_a_folder_there_is_nothing_to_write(source):

@@ -13,11 +13,12 @@ from saelens_lite import registry
 from saelens_lite.demo import demo
 from saelens_lite.errors import ConfigError, CorruptFileError, DiskFullError, OutputExistsError, SaelensLiteError
 from saelens_lite.features.compare import Stability
-from saelens_lite.files import disk_full_is_typed, write_tensors
+from saelens_lite.files import disk_full_is_typed
 from saelens_lite.formats import inspect, write_torch
 from saelens_lite.formats import write as write_as
 from saelens_lite.hub import write_card
 from saelens_lite.paths import check_input, check_output
+from saelens_lite.tensor_files import write_tensors
 
 HOOK = "blocks.1.hook_resid_pre"
 

@@ -158,7 +158,7 @@ def test_what_cannot_be_read(files, monkeypatch):
     with pytest.raises(TextError, match=r"latin\.txt is not UTF-8 text"):
         read(files / "latin.txt")
     (files / "a.pdf").write_bytes(b"%PDF")
-    with pytest.raises(ConfigError, match=r"cannot read \.pdf files; give \.txt, \.md, \.jsonl or \.parquet"):
+    with pytest.raises(ConfigError, match=r"cannot read \.pdf files; give \.txt, \.md, \.csv, \.jsonl or \.parquet"):
         read(files / "a.pdf")
     with pytest.raises(
         ConfigError, match=r"has no column 'txt'; did you mean text\?; it has text, body, ids; say which with column="

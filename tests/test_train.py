@@ -202,7 +202,7 @@ def test_a_run_folder_holds_settings_log_and_dictionary(cache, tmp_path):
     config = SWEEP[0]
     (run,) = sl.train(cache, config, tmp_path / "run")
     assert run.folder == tmp_path / "run"
-    assert sorted(p.name for p in run.folder.iterdir()) == ["config.toml", "dictionary", "log.jsonl"]
+    assert sorted(p.name for p in run.folder.iterdir()) == ["config.toml", "data.json", "dictionary", "log.jsonl"]
     assert train_configs(read_toml(run.folder / "config.toml")) == [config]
     lines = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
     assert lines == run.history

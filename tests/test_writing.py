@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from saelens_lite.cache import writing
 from saelens_lite.cache.writing import ShardWriter
 from saelens_lite.errors import DiskFullError, NonFiniteError
-from saelens_lite.files import write_tensor_blocks
+from saelens_lite.tensor_files import write_tensor_blocks
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 

@@ -18,7 +18,7 @@ from saelens_lite.cache.stored import FORMAT, MANIFEST, ActivationCache
 from saelens_lite.cache.writing import ShardWriter
 from saelens_lite.config import Origin, TextConfig
 from saelens_lite.errors import ConfigError, DiskFullError, OutputExistsError, SourceChangedError
-from saelens_lite.files import DTYPES, MAX_LIST_BYTES, write_json
+from saelens_lite.files import MAX_LIST_BYTES, write_json
 from saelens_lite.kinds import CACHE, UNFINISHED_CAPTURE
 from saelens_lite.model import LanguageModel, passes
 from saelens_lite.model.passes import default_batch_tokens
@@ -26,6 +26,7 @@ from saelens_lite.outputs import followed, replace_folder
 from saelens_lite.prefetch import prefetched
 from saelens_lite.progress import progress_bar
 from saelens_lite.resumable import REQUEST, start_over, unfinished
+from saelens_lite.tensor_files import DTYPES
 from saelens_lite.tokens import RowBlocks, RowHash, Text, TokenRows, files_of, source_name, text_config_of, with_mask
 
 JOURNAL, SHARDS = "journal.jsonl", "shards"

@@ -25,11 +25,12 @@ from saelens_lite.cache.source import Batch, Moments, Statistics, TensorSource
 from saelens_lite.config import Origin, TextConfig
 from saelens_lite.cuda_streams import to_device
 from saelens_lite.errors import ConfigError, HookError, SourceChangedError, TextError, near_matches
-from saelens_lite.files import DTYPES, check_fits_memory
+from saelens_lite.files import check_fits_memory
 from saelens_lite.model import EMBEDDED, LanguageModel, load_model, mention_folder
 from saelens_lite.model.passes import default_batch_tokens
 from saelens_lite.schemas import Checked, Count, Positive, String, checked
 from saelens_lite.seeds import permutation
+from saelens_lite.tensor_files import DTYPES
 from saelens_lite.tokens import RowBlocks, RowHash, RowRecord, Text, TokenRows, check_file, name_of, named_text, with_mask
 
 log = logging.getLogger(__name__)

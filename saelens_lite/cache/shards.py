@@ -21,8 +21,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from saelens_lite.errors import CorruptFileError
-from saelens_lite.files import Spec, check_header, file_size, tensor_specs, write_tensor_blocks
+from saelens_lite.files import file_size
 from saelens_lite.schemas import Checked, PlainName, Positive, Sha256
+from saelens_lite.tensor_files import Spec, check_header, tensor_specs, write_tensor_blocks
 
 CHUNK = 128
 MANIFEST = "manifest.json"

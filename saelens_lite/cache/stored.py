@@ -16,9 +16,10 @@ from saelens_lite.cache.shards import CHUNK, MANIFEST, Facts, Shard, check_size,
 from saelens_lite.cache.source import Batch, Statistics, TensorSource
 from saelens_lite.config import Origin
 from saelens_lite.errors import ConfigError, CorruptFileError, HookError, SourceChangedError, near_matches
-from saelens_lite.files import DTYPES, MAX_LIST_BYTES, file_hash, read_json
+from saelens_lite.files import MAX_LIST_BYTES, file_hash, read_json
 from saelens_lite.outputs import restore
 from saelens_lite.schemas import Checked, Count, Number, Positive, Sha256, String, checked
+from saelens_lite.tensor_files import DTYPES
 
 FORMAT = 2
 READERS = 8  # threads that read for a GPU

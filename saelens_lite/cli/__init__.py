@@ -1,32 +1,36 @@
 """The command line: each command calls functions of the library.
 
 ```sh
-saelens-lite capture book.txt --model tiny --hooks blocks.2.hook_resid_pre --out cache
+saelens-lite hooks tiny
+saelens-lite capture book.txt --model tiny --hook blocks.2.hook_resid_pre --out cache
 saelens-lite train cache --sparsity topk --options.k 32 --d-sae 1536 --out runs/topk
-saelens-lite eval runs/topk/dictionary
-saelens-lite features runs/topk/dictionary --html features.html --out store
-saelens-lite compare runs/topk/dictionary runs/other-seed/dictionary
-saelens-lite probe runs/topk/dictionary --data labelled.csv
-saelens-lite steer runs/topk/dictionary --prompt "The old man" --clamp 7=8.0
-saelens-lite doses runs/topk/dictionary 7 --prompt "The old man" --doses 2 4 8
-saelens-lite attribute runs/topk/dictionary --prompt "The old man said that" --token " he" --against " she"
-saelens-lite prompt runs/topk/dictionary --prompt "The old man said" --by attribution
-saelens-lite inspect runs/topk/dictionary
-saelens-lite convert runs/topk/dictionary out --format sparsify
+saelens-lite plot runs/topk
+saelens-lite eval runs/topk
+saelens-lite features runs/topk --html features.html --out store
+saelens-lite compare runs/topk runs/other-seed
+saelens-lite probe runs/topk --data labelled.csv
+saelens-lite steer runs/topk --prompt "The old man" --clamp 7=8.0
+saelens-lite doses runs/topk 7 --prompt "The old man" --doses 2 4 8
+saelens-lite attribute runs/topk --prompt "The old man said that" --token " he" --against " she"
+saelens-lite prompt runs/topk --prompt "The old man said" --by attribution
+saelens-lite inspect runs/topk
+saelens-lite convert runs/topk out --format sparsify
 saelens-lite push runs/topk user/repo --dry-run
 saelens-lite pull user/repo blocks.2.hook_resid_pre --out pulled
 saelens-lite plugins
 ```
 
-`saelens-lite COMMAND --help` explains each setting of a command, and `train --config run.toml` reads settings from a file. A
-command that runs a dictionary's model loads the commit that the dictionary was trained on.
+`saelens-lite COMMAND --help` explains each setting of a command, and `saelens-lite plugins RULE` the options of a rule.
+`train --config run.toml` reads settings from a file, which has the names of the flags as keys; the config.toml in the folder of
+a run is such a file. `--import my_rule.py`, with any command, runs a file that registers plugins. A command that runs a
+dictionary's model loads the commit that the dictionary was trained on.
 
 Nothing of yours is deleted: `--exists overwrite` replaces a folder only if it holds an output of the same kind and nothing
 else. Only one process at a time can write to a folder.
 """
 
 # their commands register with the app
-from saelens_lite.cli import demo, evaluation, features, files, hub, interventions, plugins, training  # noqa: F401
+from saelens_lite.cli import demo, evaluation, features, files, hub, interventions, models, plot, plugins, training  # noqa: F401
 from saelens_lite.cli.base import main
 
 __all__ = ["main"]

@@ -13,9 +13,9 @@ from saelens_lite.cli.options import (
     JsonFile,
     ModelOptions,
     TextName,
-    TextOptions,
+    TextOfDictionary,
+    TextOfDictionaryOptions,
 )
-from saelens_lite.config import TextConfig
 
 
 @app.command(name="eval")
@@ -23,7 +23,7 @@ def evaluate(
     dictionaries: DictionaryPaths,
     *,
     text: TextName = "python-docs:held-out",
-    text_config: TextOptions = TextConfig(),  # noqa: B008 (frozen)
+    text_config: TextOfDictionaryOptions = TextOfDictionary(),  # noqa: B008 (frozen)
     of: ModelOptions = THE_MODEL,
     n_tokens: int = 100_000,
     by_frequency: Flag = False,
@@ -49,10 +49,12 @@ def evaluate(
         the model with its weights shuffled.
     """
     import saelens_lite as sl
+    from saelens_lite.addresses import dictionary_folders
     from saelens_lite.evaluation import frequency_table, position_table, table
     from saelens_lite.files import write_json
     from saelens_lite.tokens import named_text
 
+    dictionaries = dictionary_folders(dictionaries)
     loaded = [sl.load(path) for path in dictionaries]
     lm = of.model_of(*loaded)
     reports = sl.evaluate(
@@ -155,13 +157,14 @@ def compare(
         store.
     """
     import saelens_lite as sl
+    from saelens_lite.addresses import dictionary_folders
     from saelens_lite.features.compare import STABILITY_FILE, Stability, compare_all, comparison_table
     from saelens_lite.files import write_json
     from saelens_lite.outputs import refuse_existing
 
     if out:
         refuse_existing(out / STABILITY_FILE, exists)
-    loaded = sl.load(dictionary)
+    loaded, others = sl.load(dictionary), dictionary_folders(others)
     settings = {"threshold": threshold, "method": method, "include_dead": include_dead, "seed": seed}
     comparisons = compare_all(loaded, [sl.load(path) for path in others], **settings)
     compared = dict(zip(map(str, others), comparisons, strict=True))

@@ -6,8 +6,16 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from saelens_lite.cli.base import app, console
-from saelens_lite.cli.options import THE_MODEL, DictionaryPaths, Exists, ModelOptions, TextName, TextOptions
-from saelens_lite.config import StoreConfig, TextConfig
+from saelens_lite.cli.options import (
+    THE_MODEL,
+    DictionaryPaths,
+    Exists,
+    ModelOptions,
+    TextName,
+    TextOfDictionary,
+    TextOfDictionaryOptions,
+)
+from saelens_lite.config import StoreConfig
 
 
 @app.command
@@ -15,7 +23,7 @@ def features(
     dictionaries: DictionaryPaths,
     *,
     text: TextName = "python-docs:held-out",
-    text_config: TextOptions = TextConfig(),  # noqa: B008 (frozen)
+    text_config: TextOfDictionaryOptions = TextOfDictionary(),  # noqa: B008 (frozen)
     of: ModelOptions = THE_MODEL,
     settings: Annotated[StoreConfig, Parameter(name="*", negative="")] = StoreConfig(),  # noqa: B008 (frozen)
     out: Path | None = None,
@@ -35,11 +43,13 @@ def features(
         File to write. Several dictionaries get one file each: features-0-topk.html, ….
     """
     import saelens_lite as sl
+    from saelens_lite.addresses import dictionary_folders
     from saelens_lite.features.compare import STABILITY_FILE, Stability
     from saelens_lite.features.store import folder_names
     from saelens_lite.outputs import refuse_existing
     from saelens_lite.tokens import named_text
 
+    dictionaries = [Path(path) for path in dictionary_folders(dictionaries)]
     loaded = [sl.load(path) for path in dictionaries]
     pages = [html] if len(loaded) == 1 else [html.with_stem(f"{html.stem}-{name}") for name in folder_names(loaded)]
     for page in pages:

@@ -20,6 +20,7 @@ def inspect(path: Path, *, format: ReadAs = None) -> None:
         (hf://user/repo/folder@revision). Weights on the Hub are not downloaded.
     """
     from saelens_lite import formats
+    from saelens_lite.addresses import dictionary_folder
     from saelens_lite.cache.stored import MANIFEST, ActivationCache
     from saelens_lite.dictionary.folder import CONFIG_FILE, OWN
     from saelens_lite.files import read_json
@@ -34,7 +35,8 @@ def inspect(path: Path, *, format: ReadAs = None) -> None:
         facts = {"activations": cache.n_tokens, **cache.manifest, "hooks": {h: cache.d_in(h) for h in cache.hooks}}
         facts["shards"] = len(cache.manifest["shards"])
     else:
-        config = next((f for f in (path / CONFIG_FILE, path / "dictionary" / CONFIG_FILE) if f.exists()), path / CONFIG_FILE)
+        path = Path(dictionary_folder(path))
+        config = path / CONFIG_FILE
         facts = read_json(config) if format in (None, OWN) and config.exists() else {}
         if not _is_ours(facts):
             facts = formats.inspect(path, format)
@@ -74,6 +76,6 @@ def _say_if_rule_is_missing(facts: dict[str, Any]) -> None:
     ours = metadata.get("saelens_lite") if isinstance(metadata, dict) else None
     if isinstance(ours, dict) and "sparsity" in ours:
         try:
-            registry.find(ours["sparsity"], written_by=ours.get("distribution"))
+            registry.find(ours["sparsity"], written_by=ours.get("distribution"), from_file=True)
         except PluginError as error:
             say(f"saelens-lite: this dictionary cannot be loaded here: {error}", error=True)

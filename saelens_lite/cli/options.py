@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
+from pydantic import Field
 
+from saelens_lite.cli import checks
 from saelens_lite.config import TextConfig
 from saelens_lite.errors import CorruptFileError, OutputExistsError
 from saelens_lite.paths import check_output
@@ -16,7 +18,9 @@ if TYPE_CHECKING:
     from saelens_lite.dictionary import Dictionary
     from saelens_lite.model import LanguageModel
 
-DICTIONARY = "a folder of ours, a folder or file of another tool, or an address such as hf://user/repo/folder@revision."
+DICTIONARY = (
+    "a folder of ours or of a run, a folder or file of another tool, or an address such as hf://user/repo/folder@revision."
+)
 
 ModelDtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
@@ -27,16 +31,28 @@ ModelDtype = Annotated[
 ]
 Flag = Annotated[bool, Parameter(negative="")]
 Exists = Annotated[Literal["error", "overwrite"], Parameter(help="If the output exists: stop with an error, or overwrite it.")]
-DictionaryPath = Annotated[Path, Parameter(help=f"The dictionary: {DICTIONARY}")]
-DictionaryPaths = Annotated[list[Path], Parameter(help=f"Dictionaries, each {DICTIONARY}")]
+DictionaryPath = Annotated[Path, Parameter(validator=checks.dictionaries, help=f"The dictionary: {DICTIONARY}")]
+DictionaryPaths = Annotated[list[Path], Parameter(validator=checks.dictionaries, help=f"Dictionaries, each {DICTIONARY}")]
 TextName = Annotated[
     str,
     Parameter(
-        help="A .txt, .md, .jsonl or .parquet file; hf:org/name:config:split for a dataset on the Hugging Face Hub; or "
-        '"python-docs", "python-docs:train", "python-docs:held-out" for the embedded corpus.'
+        validator=lambda _, name: checks.text_exists(name),
+        help="A .txt, .md, .csv, .jsonl or .parquet file; hf:org/name:config:split for a dataset on the Hugging Face Hub; or "
+        '"python-docs", "python-docs:train", "python-docs:held-out" for the embedded corpus.',
     ),
 ]
 TextOptions = Annotated[TextConfig, Parameter(name="*")]
+
+
+class TextOfDictionary(TextConfig):
+    """Settings for reading text with a dictionary, whose training gives the default length of rows."""
+
+    n_ctx: int | None = Field(
+        None, description="Tokens in a row, BOS included; default: the dictionary's training length, if it says that."
+    )
+
+
+TextOfDictionaryOptions = Annotated[TextOfDictionary, Parameter(name="*")]
 ReadAs = Annotated[str | None, Parameter(help="Name of the format plugin that reads the files. Needed only for pickles.")]
 
 
@@ -81,6 +97,11 @@ class OfModel:
     model_dtype: ModelDtype = "auto"
     model_revision: str | None = None
     trust_remote_code: Flag = False
+
+    def __post_init__(self) -> None:
+        """Raise at once if the model or the hook cannot be right."""
+        if self.model is not None:
+            checks.model_has(self.model, [self.hook] if self.hook else [])
 
     def model_of(self, *dictionaries: "Dictionary") -> "LanguageModel":
         """Return the model named by --model, else the dictionaries' own, with the weights processed as in training."""

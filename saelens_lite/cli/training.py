@@ -1,21 +1,26 @@
 """Commands that capture activations and train dictionaries."""
 
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cyclopts import Parameter
+from cyclopts import Parameter, UnknownOptionError
 
-from saelens_lite.cli.base import app, console
-from saelens_lite.cli.options import Exists, Flag, ModelDtype, TextName, TextOptions, given
-from saelens_lite.config import TextConfig, TrainConfig, read_toml, train_configs
-from saelens_lite.errors import ConfigError
+from saelens_lite.cli import checks
+from saelens_lite.cli.base import app, console, more_help, on_unknown_option
+from saelens_lite.cli.options import Exists, Flag, ModelDtype, TextName, TextOptions
+from saelens_lite.config import RunConfig, TextConfig, TrainConfig, parse_options, read_toml, train_configs
+from saelens_lite.errors import ConfigError, PluginError
+from saelens_lite.settings_file import other_place, run_config
 
 
 @app.command
 def capture(
     text: TextName,
     *,
-    hooks: list[str],
+    hook: list[str],
     model: str = "tiny",
     out: Path = Path("cache"),
     text_config: TextOptions = TextConfig(),  # noqa: B008 (frozen)
@@ -32,8 +37,8 @@ def capture(
 
     Parameters
     ----------
-    hooks
-        transformer-lens hook names, e.g. blocks.2.hook_resid_pre.
+    hook
+        transformer-lens hook name, e.g. blocks.2.hook_resid_pre; `saelens-lite hooks MODEL` lists them. May be repeated.
     model
         "tiny", a Hugging Face Hub id, or a folder.
     out
@@ -51,6 +56,8 @@ def capture(
     trust_remote_code
         Run Python code that comes with the model's files.
     """
+    checks.model_has(model, hook)
+    checks.is_free(out, exists)
     import saelens_lite as sl
     from saelens_lite.tokens import named_text
 
@@ -65,7 +72,7 @@ def capture(
     documents = named_text(text)
     name = text if isinstance(documents, str) else Path(text).name
     cache = sl.capture(
-        lm, documents, hooks, out, n_tokens=n_tokens, text_config=text_config, dtype=dtype, exists=exists, text_name=name
+        lm, documents, hook, out, n_tokens=n_tokens, text_config=text_config, dtype=dtype, exists=exists, text_name=name
     )
     console().print(str(cache), markup=False)
 
@@ -73,24 +80,15 @@ def capture(
 @app.command
 def train(
     cache: Path | None = None,
-    settings: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig(),  # noqa: B008 (frozen)
+    /,
     *,
     config: Path | None = None,
-    out: Path | None = None,
     resume: Path | None = None,
-    text: str | None = None,
-    model: str = "tiny",
-    model_dtype: ModelDtype = "auto",
-    model_revision: str | None = None,
-    trust_remote_code: Flag = False,
+    start_from: list[Path] | None = None,
+    settings: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig(),  # noqa: B008 (frozen)
+    run: Annotated[RunConfig, Parameter(name="*", negative="")] = RunConfig(),  # noqa: B008 (frozen)
     text_config: TextOptions = TextConfig(),  # noqa: B008 (frozen)
-    buffer_tokens: int = 65_536,
-    data_seed: int | None = None,
-    validation_tokens: int | None = None,
-    checkpoint_seconds: float | None = None,
-    device: str | None = None,
-    loggers: str | None = None,
-    exists: Exists | None = None,
+    trust_remote_code: Flag = False,
 ) -> None:
     """Train one or several dictionaries on a cache or a text, or resume an interrupted run.
 
@@ -99,96 +97,131 @@ def train(
     cache
         Folder that `capture` wrote.
     config
-        TOML file with the same settings, with a [[dictionary]] table for each of several dictionaries. Flags override the file.
-    out
-        Folder for the run; default: runs/dictionary.
+        TOML file with the same settings, such as the config.toml of a run. [[dictionary]] tables describe several dictionaries.
+        Flags override the file.
     resume
-        Folder of an interrupted run. Its settings are kept. Give the cache or --text only if it has moved.
-    text
-        Text to read in place of a cache, as for `capture`. Activations are computed during training.
-    model
-        With --text: "tiny", a Hugging Face Hub id, or a folder.
-    model_revision
-        With --text: commit, branch or tag of the model on the Hub.
+        Folder of an interrupted run. Its settings are kept. Give the cache or --text only if it has moved. With --n-tokens, the
+        new total, an interrupted or finished run is extended.
+    start_from
+        Dictionary whose parameters training starts from; with several dictionaries to train, one for all, or one for each.
+        It also supplies the settings that are not given: rule, options and hooks.
     trust_remote_code
         With --text: run Python code that comes with the model's files.
-    buffer_tokens
-        With --text: number of activations per hook that are shuffled in memory.
-    data_seed
-        Seed of the order of the data; default: 0.
-    validation_tokens
-        Number of activations held out from training, for val_fvu and val_l0 in the log; default: 0.
-    checkpoint_seconds
-        Seconds between checkpoints; default: 600.
-    device
-        Device to train on, e.g. cuda; default: CUDA if available, else MPS if it works, else the CPU. With --resume, the
-        default is the device of the run.
-    loggers
-        Loggers, comma-separated: jsonl (log.jsonl in the run folder), tensorboard, wandb, trackio, or your own plugin.
-        Default: jsonl.
-    exists
-        If the folder is not empty: stop with an error, or overwrite it; default: error.
     """
-    import saelens_lite as sl
-    from saelens_lite.config import parse_options
-
-    names = None if loggers is None else [name.strip() for name in loggers.split(",") if name.strip()]
-    common = given(device=device, loggers=names, checkpoint_seconds=checkpoint_seconds)
-    only_new = given(data_seed=data_seed, validation_tokens=validation_tokens, exists=exists)
-    flags = {name: getattr(settings, name) for name in settings.model_fields_set}
+    flags = _given(settings) | _given(run) | _given(text_config)
+    if cache:
+        flags["cache"] = str(cache)
     if "options" in flags:
         flags["options"] = parse_options(flags["options"])
     if resume:
-        if surplus := flags | only_new | given(config=config, out=out):
-            raise ConfigError(f"--resume keeps the settings of {resume}, so leave out {', '.join(surplus)}")
-        runs = sl.resume(resume, cache and sl.ActivationCache.open(cache), text=text, **common)
+        runs = _resume(resume, flags | ({"start_from": start_from} if start_from else {}), config)
     else:
-        configs = train_configs(read_toml(config) if config else {}, flags)
-        loading = {
-            "device": device, "dtype": model_dtype, "revision": model_revision, "trust_remote_code": trust_remote_code,
-        }  # fmt: skip
-        source = _source(cache, text, model, text_config, [_hooks(c) for c in configs], buffer_tokens, loading)
-        runs = sl.train(source, configs, out or Path("runs/dictionary"), **common, **only_new)
-    for run in runs:
-        last = run.history[-1]
-        console().print(
-            f"{run.folder}/dictionary: {run.config.sparsity}, l0 {last['l0']:.1f}, fvu {last['fvu']:.4f}", markup=False
-        )
+        runs = _train(flags, config, trust_remote_code, start_from or ())
+    for trained in runs:
+        console().print(str(trained), markup=False)
 
 
-def _source(
-    cache: Path | None,
-    text: str | None,
-    model: str,
-    text_config: TextConfig,
-    hooks: list[tuple[str, ...]],
-    buffer_tokens: int,
-    loading: dict[str, Any],
-) -> Any:
-    """Return the activations to train on: a cache, or a stream from a model that is loaded with the `loading` arguments."""
+def _given(settings: Any) -> dict[str, Any]:
+    """Return the settings that were given as flags."""
+    return {name: getattr(settings, name) for name in settings.model_fields_set}
+
+
+def _resume(folder: Path, flags: dict[str, Any], config: Path | None) -> list[Any]:
+    """Resume a run with the flags that may differ."""
+    kept = {
+        name: value for name, value in flags.items() if name in ("device", "loggers", "checkpoint_seconds", "text", "n_tokens")
+    }
+    if surplus := [name for name in [*flags, *(["config"] if config else [])] if name not in (*kept, "cache")]:
+        flagged = ", ".join(f"--{name.replace('_', '-')}" for name in surplus)
+        raise ConfigError(f"--resume keeps the settings of {folder}; run it again without {flagged}")
+    checks.run_exists(folder)
+    import saelens_lite as sl
+
+    return sl.resume(folder, sl.ActivationCache.open(flags["cache"]) if "cache" in flags else None, **kept)
+
+
+def _train(flags: dict[str, Any], config: Path | None, trust_remote_code: bool, start_from: Sequence[Path]) -> list[Any]:
+    """Train with the settings of a file and of flags, which are all checked before anything is read."""
+    tables = read_toml(config) if config else {}
+    if {"cache", "text"} & flags.keys():  # they replace each other
+        tables = {name: value for name, value in tables.items() if name not in ("cache", "text")}
+    run, text_config = run_config(tables, flags)
+    configs = train_configs(tables, {name: value for name, value in flags.items() if name in TrainConfig.model_fields})
+    starts, configs = _started(start_from, configs)
+    checks.training(run, configs)
+    import saelens_lite as sl
+
+    source = sl.ActivationCache.open(run.cache) if run.cache else _stream(run, text_config, configs, trust_remote_code)
+    how = {name: getattr(run, name) for name in ("data_seed", "validation_tokens", "checkpoint_seconds", "loggers", "exists")}
+    return sl.train(source, configs, run.out, device=run.device, start_from=starts, **how)
+
+
+def _started(addresses: Sequence[Path], configs: list[TrainConfig]) -> tuple[Any, list[TrainConfig]]:
+    """Return the dictionaries that training starts from, or None, and the settings with what they supply."""
+    if not addresses:
+        return None, configs
+    import saelens_lite as sl
+    from saelens_lite.training.start import like, starts
+
+    dictionaries = [sl.load(address) for address in addresses]
+    each = starts(dictionaries[0] if len(dictionaries) == 1 else dictionaries, len(configs))
+    return each, [like(dictionary, config) for dictionary, config in zip(each, configs, strict=True)]
+
+
+def _stream(run: RunConfig, text_config: TextConfig, configs: list[TrainConfig], trust_remote_code: bool) -> Any:
+    """Return a stream of activations of a model that is loaded for it."""
     import saelens_lite as sl
     from saelens_lite.tokens import named_text
 
-    if cache and text:
-        raise ConfigError(f"both a cache ({cache}) and --text ({text}) were given; training reads only one of them")
-    if cache:
-        return sl.ActivationCache.open(cache)
-    if not text:
-        raise ConfigError("nothing to train on: give the folder of a cache, or --text with --hook")
-    if () in hooks:
-        raise ConfigError("--text needs a hook: give --hook, or hook = in each [[dictionary]]")
-    lm = sl.load_model(model, **loading)
+    lm = sl.load_model(
+        run.model,
+        device=run.device,
+        dtype=run.model_dtype,
+        revision=run.model_revision,
+        center_writing_weights=run.center_writing_weights,
+        trust_remote_code=trust_remote_code,
+    )
+    hooks = list(dict.fromkeys(hook for config in configs for hook in checks.hooks_of(config)))
     return sl.ActivationStream(
-        lm,
-        named_text(text),
-        list(dict.fromkeys(hook for some in hooks for hook in some)),
-        text_config=text_config,
-        buffer_tokens=buffer_tokens,
-        text_name=text,
+        lm, named_text(run.text), hooks, text_config=text_config, buffer_tokens=run.buffer_tokens, text_name=run.text
     )
 
 
-def _hooks(config: TrainConfig) -> tuple[str, ...]:
-    """Return the hooks that the settings of a dictionary name."""
-    reads = config.reads or ((config.hook,) if config.hook else ())
-    return (*reads, *config.writes) if reads else ()
+def _rules(tokens: list[str]) -> list[str]:
+    """Return the names of the rules that a command line or its settings file chooses."""
+    values = dict(pairwise(tokens)) | dict(token.split("=", 1) for token in tokens if "=" in token)
+    if "--sparsity" in values:
+        return [values["--sparsity"]]
+    tables = read_toml(values["--config"]) if "--config" in values else {}
+    listed = tables.get("dictionary") if isinstance(tables.get("dictionary"), list) else []
+    return list(dict.fromkeys(str(table.get("sparsity", tables.get("sparsity", "topk"))) for table in [*listed, {}]))
+
+
+def _option_of_rule(tokens: list[str], error: UnknownOptionError) -> list[str]:
+    """Read an unknown option such as --k as the rule's option --options.k, if it has that."""
+    from saelens_lite.rule_options import config_of
+
+    flag = (error.token.keyword or error.token.value).partition("=")[0]
+    name = flag.removeprefix("--").replace("-", "_")
+    if flag.startswith("--") and any(name in config_of(rule).model_fields for rule in _rules(tokens)):
+        return [f"--options.{name}{t[len(flag) :]}" if t.partition("=")[0] == flag else t for t in tokens]
+    place = other_place(name, None).partition(":")[0]
+    if place.startswith("; it is an option of"):
+        raise ConfigError(f"unknown option {flag}{place}, not of {', '.join(_rules(tokens))}; choose that with --sparsity")
+    raise error
+
+
+def _show_options(tokens: list[str]) -> None:
+    """Print the options of the chosen rule, or of all rules, after the help."""
+    from saelens_lite.cli.plugins import options_of_all, options_table
+
+    if any(token.partition("=")[0] in ("--sparsity", "--config") for token in tokens):
+        for name in _rules(tokens):
+            with suppress(PluginError):  # it may be in a file that --import names
+                console().print(options_table(name))
+    else:
+        console().print(options_of_all())
+
+
+more_help["train"] = _show_options
+on_unknown_option["train"] = _option_of_rule

@@ -46,21 +46,14 @@ from saelens_lite.dictionary.folder import (
     settings_of,
 )
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, ShapeError
-from saelens_lite.files import (
-    DTYPES,
-    check_fits_memory,
-    named_file,
-    read_json,
-    read_tensors,
-    tensor_specs,
-    write_json,
-)
+from saelens_lite.files import check_fits_memory, named_file, read_json, write_json
 from saelens_lite.kinds import DICTIONARY as KIND
 from saelens_lite.outputs import new_folder, restore
 from saelens_lite.paths import check_input, is_address
 from saelens_lite.ports import Port, Ports, apart, as_ports, names, width
 from saelens_lite.sparsity import Sparsity
 from saelens_lite.state_dicts import float_tensors, in_order, sizes_of
+from saelens_lite.tensor_files import DTYPES, read_tensors, tensor_specs
 
 __all__ = ["Dictionary"]
 
@@ -524,7 +517,7 @@ class Dictionary(nn.Module):
         config, said = read_settings(folder)
         ours, d_in, d_sae = said.metadata.saelens_lite, said.d_in, said.d_sae
         d_out = said.d_out
-        rule_class = registry.load(ours.sparsity, written_by=ours.distribution)
+        rule_class = registry.load(ours.sparsity, written_by=ours.distribution, from_file=True)
         specs = own_names(folder, tensor_specs)
         shape = specs["W_dec"].shape if "W_dec" in specs else None
         wanted = (d_sae, d_in if d_out is None else d_out)

@@ -17,10 +17,11 @@ from torch import Tensor
 from saelens_lite import registry
 from saelens_lite.config import Origin
 from saelens_lite.errors import CorruptFileError
-from saelens_lite.files import DTYPES, Spec, read_json, read_tensors, shortened, tensor_specs
+from saelens_lite.files import read_json, shortened
 from saelens_lite.ports import Port, width
 from saelens_lite.schemas import Checked, Positive, String, checked
 from saelens_lite.sparsity import PublishedForm
+from saelens_lite.tensor_files import DTYPES, Spec, read_tensors, tensor_specs
 
 FORMAT = 2  # format 1 has hooks in the origin, and a key "transcoder"
 TOKEN_NORMS = {None: "none", "layer_norm": "layer_norm", "constant_norm": "constant_norm_rescale"}  # names in SAELens

@@ -1,14 +1,13 @@
 """Labelled texts from files."""
 
-import csv
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from saelens_lite.errors import ConfigError, TextError, near_matches
 from saelens_lite.paths import check_input
+from saelens_lite.tokens.sources import csv_records
 
 
 def read_labelled(path: str | Path, *, column: str = "text", label_column: str = "label") -> tuple[list[str], list[Any]]:
@@ -26,7 +25,7 @@ def read_labelled(path: str | Path, *, column: str = "text", label_column: str =
     if path.suffix not in (".jsonl", ".csv"):
         raise ConfigError(f"{path}: cannot read {path.suffix or 'such'} files; give labelled texts as .jsonl or .csv")
     texts, labels = [], []
-    for place, record in _jsonl(path) if path.suffix == ".jsonl" else _csv(path):
+    for place, record in _jsonl(path) if path.suffix == ".jsonl" else csv_records(path):
         text, label = _value(record, column, place, "column"), _value(record, label_column, place, "label_column")
         if not isinstance(text, str):
             raise TextError(f"{place}: expected text under {column!r}; found {text!r:.40}")
@@ -58,24 +57,3 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
                     yield f"{path}, line {number}", json.loads(line)
                 except (ValueError, RecursionError) as error:
                     raise TextError(f"{path}, line {number}: expected a JSON object; {error}") from None
-
-
-@contextmanager
-def _fields_of_any_length() -> Iterator[None]:
-    """Allow csv fields of more than 131,072 characters in a block."""
-    before = csv.field_size_limit(2**31 - 1)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(before)
-
-
-def _csv(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the place and the content of each record, without columns that a short line lacks."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file, _fields_of_any_length():
-            reader = csv.DictReader(file, strict=True)
-            for record in reader:
-                yield f"{path}, line {reader.line_num}", {k: v for k, v in record.items() if None not in (k, v)}
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise TextError(f"{path} is damaged or not a UTF-8 CSV file: {error}") from None

@@ -26,11 +26,12 @@ from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, ShapeError
 from saelens_lite.features.info import weights_hash
 from saelens_lite.features.tensors import NONE
-from saelens_lite.files import check_axes, check_header, parsed_json, read_tensors, tensor_specs, write_file, write_json
+from saelens_lite.files import parsed_json, write_file, write_json
 from saelens_lite.outputs import new_file
 from saelens_lite.progress import progress_bar
 from saelens_lite.schemas import Checked, String, checked
 from saelens_lite.tables import grid
+from saelens_lite.tensor_files import check_axes, check_header, read_tensors, tensor_specs
 
 FORMAT = 1
 STABILITY_FILE = "stability.safetensors"

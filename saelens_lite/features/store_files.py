@@ -20,8 +20,9 @@ from saelens_lite.features.info import StoreInfo
 from saelens_lite.features.reduce import N_BINS
 from saelens_lite.features.tensors import NONE, OF_TEXT, FeatureTensors
 from saelens_lite.features.weights import LatentWeights
-from saelens_lite.files import check_axes, file_hash, read_tensors, tensor_specs, write_json, write_tensors
+from saelens_lite.files import file_hash, write_json
 from saelens_lite.schemas import Checked, Count, Sha256, String, read_checked
+from saelens_lite.tensor_files import check_axes, read_tensors, tensor_specs, write_tensors
 from saelens_lite.tokens.display import Vocabulary
 
 FORMAT = 3

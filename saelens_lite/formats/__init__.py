@@ -43,7 +43,7 @@ Do not trust files: read them with `read_json` and `open_tensors`, which check b
 """
 
 from saelens_lite.dictionary.folder import read_density
-from saelens_lite.files import file_size, is_zip, read_json, write_json, write_tensors, write_text
+from saelens_lite.files import file_size, is_zip, read_json, write_json, write_text
 from saelens_lite.formats.containers import TensorFile, TorchFile, open_tensors, strings_in_pickle, tensor_names
 from saelens_lite.formats.contract import Format
 from saelens_lite.formats.detection import format_of
@@ -52,6 +52,7 @@ from saelens_lite.formats.outline import AXES, Outline
 from saelens_lite.formats.reading import find_file, inspect, read
 from saelens_lite.formats.settings import Settings
 from saelens_lite.formats.writing import cannot_write, write, write_torch
+from saelens_lite.tensor_files import write_tensors
 
 __all__ = [
     "AXES",

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from saelens_lite.arrays import not_finite
 from saelens_lite.errors import CorruptFileError
-from saelens_lite.files import Spec, file_size, is_zip, tensor_specs
+from saelens_lite.files import file_size, is_zip
+from saelens_lite.tensor_files import Spec, tensor_specs
 
 NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 MAX_TENSORS = 1000

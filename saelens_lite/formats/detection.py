@@ -13,8 +13,9 @@ from typing import Any
 from saelens_lite import registry
 from saelens_lite.dictionary.folder import CONFIG_FILE, OWN, is_own_folder
 from saelens_lite.errors import ConfigError, CorruptFileError
-from saelens_lite.files import check_header, is_zip
+from saelens_lite.files import is_zip
 from saelens_lite.paths import check_input
+from saelens_lite.tensor_files import check_header
 
 log = logging.getLogger(__name__)
 MAX_LOOKED_AT = 200  # files and folders searched below one that holds no dictionary itself

@@ -15,10 +15,11 @@ from saelens_lite.arrays import not_finite
 from saelens_lite.config import Origin
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, CorruptFileError, PluginError
-from saelens_lite.files import DTYPES, file_hash, nesting, shortened
+from saelens_lite.files import file_hash, nesting, shortened
 from saelens_lite.formats.containers import TensorFile
 from saelens_lite.formats.settings import MAX_LATENTS
 from saelens_lite.ports import Port
+from saelens_lite.tensor_files import DTYPES
 
 AXES = {  # of the parameters; parameters that are not listed have one entry a latent
     "W_enc": "d_in d_sae",

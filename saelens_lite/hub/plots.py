@@ -1,7 +1,6 @@
 """The figures of a card, as PNG files. Equal numbers give equal bytes. Without matplotlib there are no figures."""
 
 import io
-import json
 import logging
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -11,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Float
 from torch import Tensor
 
+from saelens_lite.training.run import read_log
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 logger = logging.getLogger(__name__)
 
-MAX_LOG_BYTES = 64 << 20
 CURVES = {"FVU": ("fvu", "val_fvu"), "L0": ("l0", "val_l0")}
 
 
@@ -36,7 +36,7 @@ def density_plot(density: Float[Tensor, " d_sae"] | None) -> bytes | None:
 
 def log_plot(log: Path) -> bytes | None:
     """Plot error and sparsity over tokens from the log of a run. Return None without a readable log or matplotlib."""
-    lines = _log_lines(log)
+    lines = read_log(log)
 
     def points(name: str) -> list[tuple[float, float]]:
         return [(float(line["tokens"]), float(line[name])) for line in lines if _drawable(line, name)]
@@ -96,21 +96,6 @@ def _png(draw: Callable[..., None], panels: int = 1) -> bytes | None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
-
-
-def _log_lines(log: Path) -> list[dict[str, Any]]:
-    """Return the objects in a JSON-lines file. Invalid lines are skipped, because a run may still be writing the last one."""
-    if not log.is_file() or log.stat().st_size > MAX_LOG_BYTES:
-        return []
-    lines = []
-    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            lines.append(value)
-    return lines
 
 
 def _drawable(line: dict[str, Any], name: str) -> bool:

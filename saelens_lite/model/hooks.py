@@ -198,7 +198,7 @@ def find(name: str, module: nn.Module, known: Architecture) -> HookPoint | None:
 def no_such_hook(name: str, module: nn.Module, known: Architecture, exists: Callable[[str], bool]) -> HookError:
     """Return the error for a hook that the model lacks; its message names hooks to use instead."""
     if not (hint := _related(name, module, known, exists)):
-        spelled = [other for other in _spelled_names(module, known) if exists(other)]
+        spelled = [other for other in spelled_names(module, known) if exists(other)]
         usual = [other for other in usual_names(module, known) if exists(other)]
         hint = near_matches(name, spelled) or f"; for example {', '.join(usual[:5])}"
         if _is_middle_of_parallel_block(name, known):
@@ -226,7 +226,7 @@ def parts(module: nn.Module, components: dict[str, Any]) -> Iterator[nn.Module]:
         yield from parts(inner, component.submodules or {})
 
 
-def _spelled_names(module: nn.Module, known: Architecture) -> list[str]:
+def spelled_names(module: nn.Module, known: Architecture) -> list[str]:
     """Return every name that `resolve` accepts."""
 
     def spelled(prefix: str, components: dict[str, Any], inner: nn.Module) -> Iterator[str]:

@@ -9,10 +9,10 @@ import torch
 from saelens_lite.config import Origin
 from saelens_lite.devices import chosen_device
 from saelens_lite.errors import ConfigError, HubError, HubUnreachableError, ModelNotFoundError
-from saelens_lite.files import DTYPES
 from saelens_lite.model.language_model import EMBEDDED, LanguageModel
 from saelens_lite.model.processing import CENTER_WRITING_WEIGHTS
 from saelens_lite.paths import check_input
+from saelens_lite.tensor_files import DTYPES
 
 log = logging.getLogger(__name__)
 

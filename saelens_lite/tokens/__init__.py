@@ -1,7 +1,7 @@
 """Read text: turn documents into token rows, and choose the positions that count.
 
-A text is a list of strings, a `Path` to a .txt, .md, .jsonl or .parquet file, "hf:org/name" (a dataset on the Hugging Face
-Hub), token ids, or one of the two parts of the documentation that comes with every Python: "python-docs:train" and
+A text is a list of strings, a `Path` to a .txt, .md, .csv, .jsonl or .parquet file, "hf:org/name" (a dataset on the Hugging
+Face Hub), token ids, or one of the two parts of the documentation that comes with every Python: "python-docs:train" and
 "python-docs:held-out". The text is read as a stream, and each row holds a stretch of one document.
 
 `sl.TextConfig` changes this. Its settings include the columns of a dataset, `pack` (one row holds several documents),

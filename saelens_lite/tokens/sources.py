@@ -1,5 +1,6 @@
 """Sources of text: strings, files and datasets. Each is read piece by piece."""
 
+import csv
 import json
 import os
 import re
@@ -19,7 +20,7 @@ Text = str | Path | Mapping[str, Any] | Iterable[Any]  # of strings, Documents, 
 
 READ_CHARS = 1 << 16
 PARQUET_ROWS = 64
-SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
+SUFFIXES = (".txt", ".md", ".csv", ".jsonl", ".parquet")
 _HUB_NAME = re.compile(r"hf:([^\s:]+)(?::([^\s:]*))?(?::([^\s:]*))?")
 _CORPUS_NAME = re.compile(r"python-docs(:\S*)?")
 
@@ -92,9 +93,9 @@ def read_pieces(text: Text, config: TextConfig) -> Iterator[Piece]:
     """Yield the documents of a text, long ones in several pieces. Reading is lazy.
 
     A string is a document, unless it names a dataset ("hf:org/name:config:split") or a part of the embedded corpus
-    ("python-docs:train"). A Path is a file: a .txt or .md file is one document; in .jsonl each line is one, in .parquet each
-    row. A mapping holds the splits of a dataset. Anything else is a sequence of documents: strings, Documents, Paths, or
-    records with the column that `config` names.
+    ("python-docs:train"). A Path is a file: a .txt or .md file is one document; in .jsonl each line is one, in .csv and
+    .parquet each row. A mapping holds the splits of a dataset. Anything else is a sequence of documents: strings, Documents,
+    Paths, or records with the column that `config` names.
 
     Raises:
         TextError: a file or dataset cannot be read, the embedded corpus has no such part, or a record has no text.
@@ -169,15 +170,17 @@ def check_file(path: Path, config: TextConfig) -> None:
     if not check_input(path).is_file():
         raise TextError(f"no text file at {path}")
     if path.suffix not in (*SUFFIXES, ""):
-        raise ConfigError(f"{path}: cannot read {path.suffix} files; give .txt, .md, .jsonl or .parquet")
+        raise ConfigError(f"{path}: cannot read {path.suffix} files; give {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
     if config.token_column is not None and path.suffix not in (".jsonl", ".parquet"):
-        raise ConfigError(f"token_column = {config.token_column!r} is for .jsonl and .parquet; {path} has no columns")
+        raise ConfigError(f"token_column = {config.token_column!r} is for .jsonl and .parquet; {path} holds only text")
 
 
 def _file(path: Path, config: TextConfig) -> Iterator[Piece]:
     check_file(path, config)
     if path.suffix == ".jsonl":
         return _jsonl(path, config)
+    if path.suffix == ".csv":
+        return (Piece(_content(record, place, config), True) for place, record in csv_records(path))
     return _parquet(path, config) if path.suffix == ".parquet" else _plain(path)
 
 
@@ -207,6 +210,24 @@ def _jsonl(path: Path, config: TextConfig) -> Iterator[Piece]:
                     f"{place}: expected a record with the key {config.token_column or config.column!r}; {error}"
                 ) from None
             yield Piece(_content(record, place, config), True)
+
+
+def csv_records(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the place and the record of each row of a .csv file with a header, without columns that a short row lacks.
+
+    Raises:
+        TextError: the file is damaged or not UTF-8.
+    """
+    before = csv.field_size_limit(2**31 - 1)  # for texts of more than 131,072 characters
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            for record in reader:
+                yield f"{path}, line {reader.line_num}", {k: v for k, v in record.items() if None not in (k, v)}
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise TextError(f"{path} is damaged or not a UTF-8 CSV file: {error}") from None
+    finally:
+        csv.field_size_limit(before)
 
 
 def _parquet(path: Path, config: TextConfig) -> Iterator[Piece]:

@@ -26,16 +26,14 @@ from saelens_lite.files import (
     file_size,
     read_json,
     read_lines,
-    read_tensors,
     shortened,
-    tensor_specs,
     write_json,
     write_lines,
-    write_tensors,
 )
 from saelens_lite.kinds import CHECKPOINT, TEMPORARY
 from saelens_lite.outputs import new_folder, remove, remove_own
 from saelens_lite.schemas import Checked, Count, Number, PlainName, Positive, Seed, Sha256, String, checked, read_checked
+from saelens_lite.tensor_files import read_tensors, tensor_specs, write_tensors
 
 FORMAT = 4
 WITH_HISTORIES = 2  # the format whose state.json holds the logs
@@ -54,7 +52,7 @@ class _Checksums(Checked):
     sha256: dict[PlainName, Sha256]
 
 
-class _Request(Checked):
+class Request(Checked):
     """The request of a run."""
 
     source: dict[str, Any] | None
@@ -62,6 +60,7 @@ class _Request(Checked):
     data_seed: Seed
     device: Annotated[str, Field(pattern="^[a-z]{1,20}(:[0-9]{1,4})?$")]
     checkpoint_seconds: float
+    start_from: list[dict[str, Any]] | None = None  # the dictionaries that training started from
 
 
 class _Numbers(Checked):
@@ -75,6 +74,8 @@ class _Numbers(Checked):
     fire_tokens: Count
     sums: dict[String, float]
     n_sums: Count
+    first_seen: Count = 0
+    first_step: Count = 0
 
 
 class _Line(Checked, extra="allow", allow_inf_nan=True):
@@ -97,7 +98,7 @@ class _State(Checked):
     """The content of state.json."""
 
     configs: Annotated[list[TrainConfig], Field(min_length=1, max_length=MAX_DICTIONARIES)]
-    request: _Request
+    request: Request
     loggers: list[String]
     n_batches: Positive
     dropped: list[str | None] = Field([])

@@ -29,8 +29,8 @@ MEMORY = 0.02, 10  # share of the training over which the running mean of L0 rea
 class L0Control:
     """The coefficient of a penalty, and the running mean of L0 that it follows. Nothing here waits for a GPU."""
 
-    def __init__(self, start: float, target: float, n_steps: int, device: torch.device):
-        self.target, self.n_steps = target, n_steps
+    def __init__(self, start: float, target: float, device: torch.device):
+        self.target = target
         self.bounds = math.log(start / RANGE), math.log(start * RANGE)
         self.state = wide(torch.tensor([math.log(start), math.nan], device=device))  # ln λ and e
 
@@ -39,15 +39,17 @@ class L0Control:
         """λ."""
         return self.state[0].exp().float()
 
-    def update(self, l0: Float[Tensor, ""], lr_share: float, is_late: bool, stopped: Tensor | None = None) -> Float[Tensor, ""]:
+    def update(
+        self, l0: Float[Tensor, ""], lr_share: float, n_steps: int, is_late: bool, stopped: Tensor | None = None
+    ) -> Float[Tensor, ""]:
         """Follow the L0 of a batch, and return u. If `stopped` is true, change nothing and return 0."""
         log_coefficient, before = self.state
         now = (wide(l0).to(self.state.device).clamp(min=0.5 * min(1.0, self.target)) / self.target).log()
-        error = torch.where(before.isnan(), now, before.lerp(now, 1 / max(1.0, min(MEMORY[0] * self.n_steps, MEMORY[1]))))
+        error = torch.where(before.isnan(), now, before.lerp(now, 1 / max(1.0, min(MEMORY[0] * n_steps, MEMORY[1]))))
         change = PROPORTIONAL * torch.where(before.isnan(), 0.0, error - before)
         cut = error.clamp(-1, 1)
-        new = (log_coefficient + change + INTEGRAL * lr_share / self.n_steps * cut).clamp(*self.bounds)
-        trim = min(MOST_TRIM, TRIM * (1 - lr_share) / self.n_steps) * cut if is_late else torch.zeros_like(cut)
+        new = (log_coefficient + change + INTEGRAL * lr_share / n_steps * cut).clamp(*self.bounds)
+        trim = min(MOST_TRIM, TRIM * (1 - lr_share) / n_steps) * cut if is_late else torch.zeros_like(cut)
         state = torch.stack([new, error])
         if stopped is not None:
             state, trim = torch.where(stopped, self.state, state), torch.where(stopped, 0.0, trim)

@@ -25,13 +25,14 @@ from saelens_lite.sparsity import PenaltyConfig, Sparsity
 from saelens_lite.training.control import L0Control
 from saelens_lite.training.optimizer import Adam
 from saelens_lite.training.step import DenseStep, SparseStep
+from saelens_lite.training.unfolding import unfold_into
 from saelens_lite.training.watch import MOST_UNREAD, Watch
 
 DEAD_EVERY = 16  # steps between two lists of the dead latents on a GPU, for which the host has to wait
 START_ROWS = 1024  # that give the first thresholds
 MAX_SCALINGS, SAME = 12, 1e-3  # for scaling the untrained encoder
 NORM, SMALLEST, FIRED, ACTIVATIONS = OWN = (":norm", ":smallest", ":fired", ":activations")  # beside the names of losses
-_NUMBERS = ("scales", "target_scales", "variance", "n_seen", "n_steps", "fire_tokens")
+_NUMBERS = ("scales", "target_scales", "variance", "n_seen", "n_steps", "fire_tokens", "first_seen", "first_step")
 
 
 class Contribution(NamedTuple):
@@ -91,7 +92,6 @@ class Trainer:
         rule = self.dictionary.rule
         in_kernel = gpu.available(self.dictionary.W_enc) and type(rule).after_step is Sparsity.after_step
         self._after_step = not in_kernel  # the optimiser does all that the rule would
-        self.peak_lr = config.peak_lr(self.dictionary.d_in)
         self.optimizer = Adam(
             self.dictionary,
             self.peak_lr,
@@ -101,9 +101,10 @@ class Trainer:
         )
         self.control: L0Control | None = None
         if isinstance(rule.config, PenaltyConfig) and (target := rule.config.l0_to_reach) is not None:
-            self.control = L0Control(rule.config.first_coefficient, target, config.n_steps, self.dictionary.W_enc.device)
-        self.n_seen = 0
-        self.n_steps = 0
+            self.control = L0Control(rule.config.first_coefficient, target, self.dictionary.W_enc.device)
+        self.n_seen = self.first_seen = 0
+        self.n_steps = self.first_step = 0  # the schedule begins at first_step, which is not 0 if a finished run is extended
+        self._is_untrained = True
         self.since_fired = torch.zeros(config.d_sae, dtype=torch.long, device=device)
         self.fire_count = torch.zeros(config.d_sae, dtype=torch.long, device=device)
         self.fire_tokens = 0
@@ -117,6 +118,21 @@ class Trainer:
     def done(self) -> bool:
         """True once the dictionary has seen n_tokens tokens."""
         return self.n_seen >= self.config.n_tokens
+
+    @property
+    def progress(self) -> float:
+        """The share of the schedule that is done."""
+        return (self.n_seen - self.first_seen) / (self.config.n_tokens - self.first_seen)
+
+    @property
+    def scheduled_steps(self) -> int:
+        """The number of steps of the schedule."""
+        return math.ceil((self.config.n_tokens - self.first_seen) / self.config.batch_size)
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after warm-up."""
+        return self.config.peak_lr(self.dictionary.d_in)
 
     def lr_at(self, progress: float) -> float:
         """Return the learning rate at a share of the training: linear warm-up, plateau, linear decay to zero."""
@@ -158,7 +174,7 @@ class Trainer:
             PluginError: the sparsity rule gives negative codes.
             NonFiniteError: the activations, the loss or a gradient are NaN or infinite.
         """
-        if self.n_steps == 0:
+        if self.n_steps == 0 and self._is_untrained:
             self.calibrate(batch)
         self.update(self.backward(batch, spare))
 
@@ -186,7 +202,7 @@ class Trainer:
             ShapeError: the activations of a hook are missing.
         """
         c = self.config
-        progress = self.n_seen / c.n_tokens
+        progress = self.progress
         self.find_dead()
         with self._own_randomness():
             step = self.step_class(
@@ -298,15 +314,15 @@ class Trainer:
         Raises:
             PluginError, NonFiniteError: as in `step`.
         """
-        c = self.config
+        c, done = self.config, self.n_steps - self.first_step
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.dictionary.parameters() if p.grad is not None])
         self._note(computed, norm)
         if not self.reads_later:
             self.check(computed)
-        lr = self.lr_at((self.n_steps + 0.5) / c.n_steps)
+        lr = self.lr_at((done + 0.5) / self.scheduled_steps)
         self.optimizer.step(
             lr,
-            self.n_steps + 1,
+            done + 1,
             (norm / c.clip_grad_norm).clamp(min=1.0) if c.clip_grad_norm else None,  # the optimiser divides while it reads
             self._watch.stopped if self.reads_later else None,
         )
@@ -323,8 +339,9 @@ class Trainer:
 
     def _aim(self, computed: Contribution, lr: float) -> None:
         """Adjust the coefficient of the penalty, and late in training the thresholds, to reach the target L0."""
-        is_late, stopped = self.n_seen > self.config.n_tokens / 2, self._watch.stopped if self.reads_later else None
-        u = self.control.update(computed.fires.sum() / computed.n, lr / self.peak_lr, is_late, stopped)
+        is_late, stopped = self.progress > 0.5, self._watch.stopped if self.reads_later else None
+        l0, lr_share = computed.fires.sum() / computed.n, lr / self.peak_lr
+        u = self.control.update(l0, lr_share, self.scheduled_steps, is_late, stopped)
         if is_late:
             rule = self.dictionary.rule
             rule.raise_thresholds_(self.dictionary, (u * rule.excess(computed.step.codes)).expand(self.config.d_sae))
@@ -409,7 +426,8 @@ class Trainer:
 
     def _is_late(self, n: int) -> bool:
         """Return whether the next n tokens count for the firing frequencies."""
-        return self.n_seen + n > (1 - max(self.config.decay, 0.1)) * self.config.n_tokens
+        early = (1 - max(self.config.decay, 0.1)) * (self.config.n_tokens - self.first_seen)
+        return self.n_seen + n > self.first_seen + early
 
     def _count(self, n: int, counts: Int[Tensor, " d_sae"]) -> None:
         """Update the counters: tokens since each latent fired, and firing frequencies."""
@@ -531,8 +549,28 @@ class Trainer:
             self.control.state = tensors["control"].to(self.control.state.device)
         self._random = [tensors.get(f"random.{i}", state) for i, state in enumerate(self._random)]  # a GPU's is new after a CPU
         for name in _NUMBERS:
-            setattr(self, name, numbers[name])
+            setattr(self, name, numbers.get(name, 0))  # older checkpoints have no first_seen and first_step
         self._sums, self._n_sums = numbers["sums"], numbers["n_sums"]
+
+    def start_from(self, dictionary: Dictionary, n_seen: int = 0, n_steps: int = 0) -> None:
+        """Start from the parameters of a dictionary of raw activations, with new moments.
+
+        Args:
+            n_seen, n_steps: the length of its training, if this training extends it. A new schedule begins there.
+
+        Raises:
+            ConfigError: the parameters do not fit.
+        """
+        unfold_into(self.dictionary, dictionary, self.scales, self.target_scales, self.shift)
+        self.n_seen = self.first_seen = n_seen
+        self.n_steps = self.first_step = n_steps
+        self._is_untrained = False
+
+    def stretch(self, n_tokens: int) -> None:
+        """Train on to a new total of tokens. The schedule is stretched, and firing frequencies are counted anew."""
+        self.config = self.config.replace(n_tokens=n_tokens)
+        self.fire_count.zero_()
+        self.fire_tokens = 0
 
     def _check_tensors(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         """Raise ConfigError unless names, shapes and dtypes are those of this trainer; `copy_` would broadcast other shapes."""

@@ -1,0 +1,105 @@
+"""Checks of what a command was asked, before torch is imported and anything is read. The library checks all of it again."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from saelens_lite import registry
+from saelens_lite.config import RunConfig, TrainConfig
+from saelens_lite.embedded_hooks import hooks_of_embedded
+from saelens_lite.errors import ConfigError, CorruptFileError, HookError, ModelNotFoundError, TextError, near_matches
+from saelens_lite.paths import check_input, is_address
+from saelens_lite.rule_options import check_options
+
+
+def training(run: RunConfig, configs: list[TrainConfig]) -> None:
+    """Raise the error that training with these settings would raise, as far as it can be known at once."""
+    for config in configs:
+        check_options(config.sparsity, config.options)
+    for name in run.loggers:
+        registry.find(name, "loggers")
+    if run.cache and run.text:
+        raise ConfigError(f"both a cache ({run.cache}) and --text ({run.text}) were given; training reads only one of them")
+    if run.cache:
+        for config in configs:
+            cache_has(Path(run.cache), hooks_of(config))
+    elif not run.text:
+        raise ConfigError("nothing to train on: give the folder of a cache, or --text with --hook")
+    else:
+        if not all(hooks_of(config) for config in configs):
+            raise ConfigError("--text needs a hook: give --hook, or hook = in each [[dictionary]]")
+        text_exists(run.text)
+        model_has(run.model, [hook for config in configs for hook in hooks_of(config)])
+    folders = [f"{i}-{config.sparsity}" for i, config in enumerate(configs)] if len(configs) > 1 else [""]
+    if not (Path(run.out) / "checkpoints").exists():  # of an interrupted run, which has a message of its own
+        for folder in folders:
+            is_free(Path(run.out) / folder, run.exists)
+
+
+def hooks_of(config: TrainConfig) -> tuple[str, ...]:
+    """Return the hooks that the settings of a dictionary name."""
+    reads = config.reads or ((config.hook,) if config.hook else ())
+    return (*reads, *config.writes) if reads else ()
+
+
+def cache_has(folder: Path, hooks: Sequence[str]) -> None:
+    """Raise if there is no cache in a folder, if it lacks a hook, or if it has several and none is named."""
+    from saelens_lite.files import MAX_LIST_BYTES, read_json
+    from saelens_lite.outputs import restore
+
+    restore(folder)
+    known = read_json(folder / "manifest.json", MAX_LIST_BYTES).get("hooks")
+    if not isinstance(known, dict):  # the library says what is damaged
+        return
+    if not hooks and len(known) > 1:
+        raise ConfigError(f"the activations come from several hooks; choose one with hook=: {', '.join(known)}")
+    for hook in hooks:
+        if hook not in known:
+            raise HookError(
+                f"{folder} has no activations of {hook!r}{near_matches(hook, known) or '; it has ' + ', '.join(known)}"
+            )
+
+
+def text_exists(name: str) -> None:
+    """Raise TextError if a text is neither a file nor a name of the Hub or of the embedded corpus."""
+    if not name.startswith(("hf:", "python-docs")) and not check_input(name).is_file():
+        raise TextError(f"no text file at {name}")
+
+
+def model_has(model: str, hooks: Iterable[str]) -> None:
+    """Raise if a model folder is missing, or if the embedded model lacks a hook."""
+    if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).expanduser().is_dir():
+        raise ModelNotFoundError(f"no model folder at {model}; give a folder with config.json, a Hub id, or 'tiny'")
+    known = hooks_of_embedded(model)
+    for hook in hooks:
+        if known and hook not in known:
+            usual = [name for name in known if name.count(".") == 2]
+            hint = near_matches(hook, known) or f"; for example {', '.join(usual[:5])}"
+            raise HookError(f"no hook {hook!r} in {model}{hint}; `saelens-lite hooks {model}` lists them")
+
+
+def dictionaries(_: Any, paths: Path | list[Path]) -> None:
+    """Raise CorruptFileError if there is nothing at the path of a dictionary, unless that is an address."""
+    from saelens_lite.outputs import restore
+
+    for path in paths if isinstance(paths, list) else [paths]:
+        if not is_address(path):
+            restore(path)
+            if not check_input(path).exists():
+                raise CorruptFileError(f"{path / 'cfg.json'} is missing; is {path} the folder you meant?")
+
+
+def run_exists(folder: Path) -> None:
+    """Raise ConfigError if there is no folder of a run, nor any left aside by a killed process."""
+    from saelens_lite.outputs import leftovers
+
+    if not check_input(folder).exists() and not leftovers(folder, "old"):
+        raise ConfigError(f"{folder} does not exist, so there is no run to resume")
+
+
+def is_free(out: Path, exists: str) -> None:
+    """Raise OutputExistsError if an output exists and may not be replaced."""
+    from saelens_lite.outputs import refuse_existing
+
+    if exists == "error":
+        refuse_existing(out, exists)

@@ -1,0 +1,275 @@
+"""The loop that trains dictionaries together, and all that happens at its end: results, errors, checkpoints."""
+
+import logging
+import shlex
+import time
+from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from saelens_lite.cache import ActivationCache, Source, TensorSource
+from saelens_lite.cache.resumed import record_of
+from saelens_lite.codes.encoder import Spare
+from saelens_lite.config import read_toml
+from saelens_lite.cuda_streams import uploaded
+from saelens_lite.dictionary import Dictionary
+from saelens_lite.errors import (
+    ConfigError,
+    DiskFullError,
+    NonFiniteError,
+    PluginError,
+    SaelensLiteError,
+    SourceChangedError,
+)
+from saelens_lite.files import write_text
+from saelens_lite.kinds import DICTIONARY
+from saelens_lite.loggers import RunLog, load_loggers, open_log
+from saelens_lite.outputs import remove_own
+from saelens_lite.progress import progress_bar
+from saelens_lite.training.checkpoint import earlier_states, is_interrupted, remove_checkpoints, save_checkpoint
+from saelens_lite.training.finished import write_finished
+from saelens_lite.training.run import Run
+from saelens_lite.training.stopping import Stopping
+from saelens_lite.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Group:
+    """The state of dictionaries that are trained together: their trainers, folders, logs and progress."""
+
+    source: Source
+    trainers: list[Trainer]
+    folders: list[Path | None]
+    out: Path | None
+    data_seed: int
+    validation: TensorSource | None
+    loggers: list[str]
+    checkpoint_seconds: float
+    request: dict[str, Any]
+    histories: list[list[dict[str, Any]]] = field(default_factory=list)
+    n_batches: int = 0
+    dropped: list[str | None] = field(default_factory=list)  # for each dictionary, why its training ended early
+
+    def __post_init__(self) -> None:
+        self.histories = self.histories or [[] for _ in self.trainers]
+        self.dropped = self.dropped or [None] * len(self.trainers)
+
+    @property
+    def at_work(self) -> list[int]:
+        """The numbers of the dictionaries that are still in training."""
+        return [i for i, trainer in enumerate(self.trainers) if self.dropped[i] is None and not trainer.done]
+
+    @property
+    def n_seen(self) -> int:
+        """The number of tokens that the most advanced dictionary has seen."""
+        return max(trainer.n_seen for trainer in self.trainers)
+
+    @property
+    def how_to_go_on(self) -> str:
+        """The command that resumes the run."""
+        if self.request["source"]:
+            return f"saelens-lite train --resume {shlex.quote(str(self.out))}"
+        return f"saelens_lite.resume({str(self.out)!r}, source)"
+
+    def save(self) -> None:
+        """Write a checkpoint, if the run has a folder."""
+        self.check()
+        if self.out:
+            loop = {
+                "configs": [trainer.config.model_dump(mode="json") for trainer in self.trainers],
+                "request": self.request,
+                "source": record_of(self.source),
+                "loggers": self.loggers,
+                "histories": self.histories,
+                "n_batches": self.n_batches,
+                "dropped": self.dropped,
+            }
+            save_checkpoint(self.out, self.n_seen, [trainer.state() for trainer in self.trainers], loop)
+
+    def result(self, i: int) -> Dictionary:
+        """Return a dictionary for raw activations, with the record of its training."""
+        trainer = self.trainers[i]
+        dictionary = trainer.result()
+        if started := self.request.get("start_from"):
+            dictionary.training_record["start_from"] = started[i]
+        if trainer.first_seen:
+            dictionary.training_record["extended_after"] = trainer.first_seen
+        return dictionary
+
+    def log_line(self, i: int) -> dict[str, Any]:
+        """Return the next line of one dictionary's log, and note it in its history."""
+        trainer = self.trainers[i]
+        line = trainer.log_line()
+        if self.validation:
+            line |= trainer.validate(self.validation.x)
+        self.histories[i].append(line)
+        log.info("%s %s", trainer.config.sparsity, line)
+        return line
+
+    def check(self) -> None:
+        """Drop the dictionaries that have diverged. On a GPU, this waits for the steps that were begun."""
+        for i in self.at_work:
+            try:
+                self.trainers[i].check()
+            except NonFiniteError as error:
+                self.drop(i, error)
+
+    def drop(self, i: int, cause: NonFiniteError) -> None:
+        """Stop training a dictionary, and write its last good state. Raise the error if it is of the data, and so of all."""
+        if cause.in_activations:
+            raise cause
+        try:
+            kept = _kept(self, i, cause)
+        except SaelensLiteError as error:  # must not end the training of the others
+            kept = f"; its last good state cannot be written: {error}"
+        self.dropped[i] = f"{cause}{kept}"
+        log.warning("stopped training %s: %s", self.name(i), self.dropped[i])
+
+    def name(self, i: int) -> str:
+        """Return the name of a dictionary in messages: its folder, or its number and rule."""
+        return str(self.folders[i] or f"{i}-{self.trainers[i].config.sparsity}")
+
+
+def train_to_the_end(job: Group, source: Source) -> list[Run]:
+    """Train to the end, write the dictionaries and return their runs. After an error, write the last good states."""
+    classes = load_loggers(job.loggers) if job.out else {}
+    has_begun = False
+    try:
+        with ExitStack() as stack:
+            logs = [
+                stack.enter_context(open_log(classes, folder, trainer.config, trainer.n_seen))
+                for trainer, folder in zip(job.trainers, job.folders, strict=True)
+            ]
+            has_begun = True
+            _loop(source, job, logs)
+        return _results(job)
+    except DiskFullError as error:
+        if job.out is None or not is_interrupted(job.out):
+            raise
+        raise DiskFullError(f"{error}; free some space, then resume with: {job.how_to_go_on}") from error
+    except SourceChangedError:  # the run stays as it is, for the right source
+        raise
+    except SaelensLiteError as error:
+        if has_begun:
+            _keep_what_is_good(job, error)
+        raise
+
+
+def _results(job: Group) -> list[Run]:
+    """Write the dictionaries to their folders, if they have any, remove checkpoints, and return the runs.
+
+    Raises:
+        NonFiniteError: all dictionaries were dropped.
+    """
+    runs = []
+    for i, (trainer, history, folder) in enumerate(zip(job.trainers, job.histories, job.folders, strict=True)):
+        dictionary = job.result(i)
+        if job.dropped[i] is None and (bad := trainer.dictionary.not_finite() or dictionary.not_finite()):
+            job.drop(i, NonFiniteError(f"{bad} became NaN or infinite in the last step, {trainer.described}"))
+        if job.dropped[i] is None:
+            runs.append(Run(trainer.config, dictionary, history, folder))
+    if not runs:
+        causes = [cause if len(job.trainers) == 1 else f"{job.name(i)}: {cause}" for i, cause in enumerate(job.dropped)]
+        raise NonFiniteError("; ".join(causes))
+    for run in runs:
+        if run.folder:
+            run.dictionary.save(run.folder / "dictionary", exists="overwrite")
+            remove_own(run.folder / "last_good", DICTIONARY)  # from an error before the run was resumed
+            _note_total(run.folder / "config.toml", run.config.n_tokens)
+            write_finished(run.folder, job.request, job.source, job.loggers)
+    if job.out:
+        remove_checkpoints(job.out)
+    return runs
+
+
+def _note_total(path: Path, n_tokens: int) -> None:
+    """Write the number of tokens into config.toml, if the run was extended."""
+    with suppress(ConfigError):  # the file is gone or was edited; the dictionary holds the settings too
+        if (tables := read_toml(path)).get("n_tokens") != n_tokens:
+            write_text(path, tomli_w.dumps(tables | {"n_tokens": n_tokens}))
+
+
+def _keep_what_is_good(job: Group, error: SaelensLiteError) -> None:
+    """Write the dictionaries as they were before an error."""
+    for i, (trainer, folder) in enumerate(zip(job.trainers, job.folders, strict=True)):
+        if folder and trainer.n_steps and job.dropped[i] is None:
+            try:
+                log.warning("stopped%s", _kept(job, i, error))
+            except SaelensLiteError as another:  # the first error is the one to report
+                log.warning("the last good state of %s cannot be written: %s", job.name(i), another)
+
+
+def _kept(job: Group, i: int, cause: SaelensLiteError) -> str:
+    """Write the last good state of a dictionary to last_good/, and return the end of a sentence that says so.
+
+    That is the state before the failed step. If it is not finite either, it is the newest finite one of the checkpoints.
+    """
+    trainer, folder = job.trainers[i], job.folders[i]
+    if folder is None or not trainer.n_steps:
+        return ""
+    with suppress(NonFiniteError, PluginError):  # a GPU may have counted steps that changed nothing
+        trainer.check()
+    good, states = job.result(i), earlier_states(job.out, i)
+    while good.not_finite():
+        if (state := next(states, None)) is None:
+            return f"; after step {trainer.n_steps} it is not finite either, so there is no last good dictionary"
+        trainer.restore(*state)
+        good = job.result(i)
+    good.training_record["stopped"] = str(cause)
+    good.save(folder / "last_good", exists="overwrite")
+    return f"; the dictionary after step {trainer.n_steps} is in {folder / 'last_good'}"
+
+
+def _loop(source: Source, job: Group, logs: list[RunLog]) -> None:
+    """Feed every trainer the same batches until each has seen the tokens it asked for."""
+    trainers = job.trainers
+    hooks = list(dict.fromkeys(hook for trainer in trainers for hook in trainer.hooks.all))
+    due = [(trainer.n_seen // trainer.config.log_every + 1) * trainer.config.log_every for trainer in trainers]
+    device = trainers[0].dictionary.W_dec.device
+    gathers_there = device.type == "cuda" and type(source) in (ActivationCache, TensorSource)
+    where = {"device": device} if gathers_there else {}
+    batches = source.batches(hooks, trainers[0].config.batch_size, job.data_seed, job.n_batches, **where)
+    batches = uploaded(batches, device)  # once for all dictionaries
+    saved = time.monotonic()
+    spare = Spare()
+    with (
+        ExitStack() as stack,
+        Stopping() if job.out else nullcontext() as stopping,
+        progress_bar("train", max(t.config.n_tokens for t in trainers)) as bar,
+    ):
+        stack.callback(getattr(batches, "close", lambda: None))  # ends the thread that reads ahead
+        bar(job.n_seen, "")
+        while job.at_work:
+            try:
+                batch = next(batches)
+            except SourceChangedError:
+                raise
+            except Exception:
+                if job.n_batches:
+                    job.save()  # all trainers are at the same batch
+                raise
+            for i in job.at_work:
+                trainer = trainers[i]
+                try:
+                    trainer.step(batch, spare)
+                    if trainer.n_seen >= due[i] or trainer.done:
+                        trainer.check()
+                except NonFiniteError as error:
+                    job.drop(i, error)
+                    continue
+                if trainer.n_seen >= due[i] or trainer.done:
+                    logs[i].log(job.log_line(i))
+                    due[i] += trainer.config.log_every
+            job.n_batches += 1
+            latest = [h[-1] for h in job.histories if h]
+            bar(len(batch[hooks[0]]), "  ".join(f"fvu {line['fvu']:.3f} l0 {line['l0']:.0f}" for line in latest))
+            if stopping and (stopping.signal or time.monotonic() - saved > job.checkpoint_seconds):
+                job.save()
+                saved = time.monotonic()
+                if stopping.signal:
+                    raise stopping.error(f"stopped after {job.n_seen:,} tokens; resume with: {job.how_to_go_on}")

@@ -1,0 +1,233 @@
+"""Interrupted runs are resumed, and runs are extended to more tokens."""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saelens_lite.cache import Source, TensorSource, open_source
+from saelens_lite.cache.resumed import expect
+from saelens_lite.config import TrainConfig
+from saelens_lite.devices import chosen_device, device_to_train_on, is_available
+from saelens_lite.errors import ConfigError, SourceChangedError
+from saelens_lite.files import check_inside
+from saelens_lite.kinds import runs_in
+from saelens_lite.locks import locked
+from saelens_lite.loggers import load_loggers
+from saelens_lite.paths import check_input
+from saelens_lite.training.aside import put_back_runs, remove_replaced
+from saelens_lite.training.checkpoint import is_interrupted, load_checkpoint
+from saelens_lite.training.finished import read_finished
+from saelens_lite.training.folders import locked_folders, run_folders, run_kind
+from saelens_lite.training.loop import Group, train_to_the_end
+from saelens_lite.training.run import Run
+from saelens_lite.training.trainer import Trainer, check_sizes
+
+log = logging.getLogger(__name__)
+
+
+def resume(
+    run: str | Path,
+    source: Source | None = None,
+    *,
+    text: str | None = None,
+    n_tokens: int | None = None,
+    device: str | torch.device | None = None,
+    loggers: str | Sequence[str] | None = None,
+    checkpoint_seconds: float | None = None,
+) -> list[Run]:
+    """Resume an interrupted run from its newest undamaged checkpoint, or extend a run, and return its runs.
+
+    The result has the same bytes as without the interruption. Dropped dictionaries stay dropped. The token rows, tensors or
+    cache are compared with those that had been read when the checkpoint was written.
+
+    Args:
+        run: the folder that `train` was given as `out`.
+        source: the activations that the run is trained on. Not needed for a cache, or for a stream of a file, a dataset or
+            the embedded corpus: the checkpoint names these.
+        text: the new path of the text of a stream, if it has moved.
+        n_tokens: a new total, which extends the run. An interrupted run keeps its state, and its schedule is stretched to the
+            new total. A finished run keeps no moments of Adam, and its learning rate has fallen to 0; so training continues
+            from its dictionary with new moments and a new schedule (warm-up, plateau, decay) over the additional tokens, which
+            are those after the ones it has read.
+        device, loggers, checkpoint_seconds: by default those of the run. If its device is missing, the default of `train`
+            replaces it, with a warning.
+
+    Raises:
+        ConfigError: the run has no checkpoints and n_tokens is not given, n_tokens is not more than the run has seen, or the
+            source must be given.
+        SourceChangedError: the part of the source that was read has changed. The run stays as it is.
+        CorruptFileError: all checkpoints are damaged.
+        LockedError: another process trains or resumes this run.
+        Stopped: after Ctrl-C or SIGTERM.
+    """
+    run = check_input(run)
+    if source is not None and text is not None:
+        raise ConfigError("both a source and a text were given; give only one of them")
+    if not os.path.lexists(run.parent):
+        raise ConfigError(f"{run} has no checkpoints, so there is nothing to resume")
+    with locked(run, "run"):
+        put_back_runs(run, [run], run_kind())
+        begin = _interrupted if is_interrupted(run) or n_tokens is None else _extended
+        job, source = begin(run, source, text, n_tokens, device, loggers, checkpoint_seconds)
+        with locked_folders(*(folder for folder in job.folders if folder != run)):
+            runs = train_to_the_end(job, source)
+        remove_replaced(run, job.folders)
+    return runs
+
+
+def _interrupted(
+    run: Path,
+    source: Source | None,
+    text: str | None,
+    n_tokens: int | None,
+    device: str | torch.device | None,
+    loggers: str | Sequence[str] | None,
+    checkpoint_seconds: float | None,
+) -> tuple[Group, Source]:
+    """Return the job that the newest checkpoint describes, ready to continue, and its source."""
+    if n_tokens is None and not is_interrupted(run):
+        _refuse_without_checkpoint(run)
+    states, loop = load_checkpoint(run)
+    request = loop["request"]
+    if n_tokens is not None:
+        _check_total(run, n_tokens, max(numbers["n_seen"] for _, numbers in states))
+    device = _device_of(request, device)
+    validation, source = _reopened(request, source, text, device)
+    expect(source, loop.get("source"))
+    configs = [TrainConfig(**c) for c in loop["configs"]]
+    for config, (tensors, _) in zip(configs, states, strict=True):
+        check_sizes(config, source, tensors)
+    for folder in set(run_folders(run, configs)) - {run}:
+        check_inside(folder)
+    trainers = [Trainer(config, source, device or request["device"]) for config in configs]
+    try:
+        for trainer, state in zip(trainers, states, strict=True):
+            trainer.restore(*state)
+    except (KeyError, RuntimeError) as error:
+        raise ConfigError(
+            f"the checkpoint of {run} does not fit its dictionaries: {error}; it may be of another version of a plugin"
+        ) from error
+    if n_tokens is not None:
+        for trainer in trainers:
+            trainer.stretch(n_tokens)
+    job = Group(
+        source=source,
+        trainers=trainers,
+        folders=run_folders(run, [trainer.config for trainer in trainers]),
+        out=run,
+        data_seed=request["data_seed"],
+        validation=validation,
+        loggers=_loggers(loop["loggers"], loggers),
+        checkpoint_seconds=request["checkpoint_seconds"] if checkpoint_seconds is None else checkpoint_seconds,
+        request=request,
+        histories=loop["histories"],
+        n_batches=loop["n_batches"],
+        dropped=loop.get("dropped", []),
+    )
+    log.info("resuming %s after batch %d", run, job.n_batches)
+    return job, source
+
+
+def _extended(
+    run: Path,
+    source: Source | None,
+    text: str | None,
+    n_tokens: int,
+    device: str | torch.device | None,
+    loggers: str | Sequence[str] | None,
+    checkpoint_seconds: float | None,
+) -> tuple[Group, Source]:
+    """Return a job that continues finished runs from their dictionaries, and its source."""
+    runs = Run.load_all(run)
+    if open_ended := [str(one.folder) for one in runs if one.state != "finished"]:
+        raise ConfigError(f"{', '.join(open_ended)}: not a finished run, so it cannot be extended")
+    configs = [one.config.replace(n_tokens=n_tokens) for one in runs]
+    records = [one.dictionary.training_record for one in runs]
+    steps, seen = ({record.get(name) for record in records} for name in ("steps", "tokens"))
+    if [one.folder for one in runs] != run_folders(run, configs) or len(steps) > 1 or len(seen) > 1:
+        raise ConfigError(
+            f"the runs in {run} were not trained together for equally many tokens, so extend them one at a time: "
+            + ", ".join(str(one.folder) for one in runs)
+        )
+    (n_steps,), (n_seen,) = steps, seen
+    if n_steps is None or n_seen is None:
+        raise ConfigError(f"the dictionary in {run} has no record of its training, so the run cannot be extended")
+    _check_total(run, n_tokens, n_seen)
+    data = read_finished(runs[0].folder)
+    request = data.request.model_dump()
+    device = _device_of(request, device)
+    validation, source = _reopened(request, source, text, device)
+    if data.source is not None:
+        expect(source, data.source)
+    trainers = [Trainer(config, source, device or request["device"]) for config in configs]
+    for trainer, one in zip(trainers, runs, strict=True):
+        trainer.start_from(one.dictionary, n_seen, n_steps)
+    log.info("extending %s from %s to %s tokens, with new moments and a new schedule", run, f"{n_seen:,}", f"{n_tokens:,}")
+    job = Group(
+        source=source,
+        trainers=trainers,
+        folders=[one.folder for one in runs],
+        out=run,
+        data_seed=request["data_seed"],
+        validation=validation,
+        loggers=_loggers(data.loggers, loggers),
+        checkpoint_seconds=request["checkpoint_seconds"] if checkpoint_seconds is None else checkpoint_seconds,
+        request=request,
+        histories=[list(one.history) for one in runs],
+        n_batches=n_steps,
+    )
+    return job, source
+
+
+def _refuse_without_checkpoint(run: Path) -> None:
+    """Raise ConfigError for a run without checkpoints. The message says what can be done with it."""
+    if runs_in(run) and all(one.state == "finished" for one in Run.load_all(run)):
+        raise ConfigError(f"{run} is finished and has no checkpoints; to extend it, give n_tokens (--n-tokens), the new total")
+    if is_interrupted(run.parent):
+        raise ConfigError(f"{run} has no checkpoints of its own; it is one of several in {run.parent}: resume that")
+
+
+def _check_total(run: Path, n_tokens: int, n_seen: int) -> None:
+    """Raise ConfigError unless the new total is more than the run has seen."""
+    if n_tokens <= n_seen:
+        raise ConfigError(
+            f"n_tokens = {n_tokens:,} is the new total of {run}, which has already seen {n_seen:,} tokens; give more than that"
+        )
+
+
+def _loggers(of_run: list[str], given: str | Sequence[str] | None) -> list[str]:
+    """Return the names of the loggers: the given ones, else those of the run. Raise PluginError if one does not exist."""
+    chosen = of_run if given is None else [given] if isinstance(given, str) else list(given)
+    load_loggers(chosen)
+    return chosen
+
+
+def _reopened(
+    request: dict[str, Any], source: Source | None, text: str | None, device: str | torch.device | None
+) -> tuple[TensorSource | None, Source]:
+    """Return the activations to validate on and those to train on, from the given source or from that of the run."""
+    if source is None:
+        source = open_source(request["source"], device, text)
+    _check_source(source.describe(), request["source"])
+    return source.hold_out(n) if (n := request["validation_tokens"]) else (None, source)
+
+
+def _device_of(request: dict[str, Any], device: str | torch.device | None) -> str | torch.device | None:
+    """Return the device to resume on, or None for the device of the run."""
+    if device is not None:
+        return device_to_train_on(device)
+    if is_available(request["device"]):
+        return None
+    chosen = chosen_device(None)
+    log.warning("the run was trained on %s, which is not available; resuming on %s", request["device"], chosen)
+    return chosen
+
+
+def _check_source(given: dict[str, Any] | None, wanted: dict[str, Any] | None) -> None:
+    """Raise SourceChangedError if both are caches whose descriptions differ in more than the path."""
+    if given and wanted and "cache" in given and "cache" in wanted and given | {"cache": None} != wanted | {"cache": None}:
+        raise SourceChangedError(f"{given['cache']} is not the cache the run was trained on, which was {wanted['cache']}")
