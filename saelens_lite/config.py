@@ -51,10 +51,10 @@ def _explain(config: type[BaseModel], error: ValidationError) -> str:
 
 def _other_place(key: str, config: type[BaseModel]) -> str:
     """Return the end of a message that says where a key belongs which is no setting of a dictionary; "" if nowhere."""
+    if config is TrainConfig and key in OF_THE_RUN:
+        return "; it is a setting of the whole run, not of a dictionary"
     if config is not TrainConfig or near_matches(key, config.model_fields):
         return ""
-    if key in OF_THE_RUN:
-        return "; it is a setting of the whole run, not of a dictionary"
     return f"; options of the sparsity rule are written options = {{{key} = …}} in a file, options={{{key!r}: …}} in Python"
 
 
