@@ -27,31 +27,35 @@ class FrozenConfig(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError(_explain(type(self), error, values)) from None
+            raise ConfigError(_explain(type(self), error)) from None
 
     def replace(self, **changes: Any) -> "FrozenConfig":
         """Return a copy with some fields changed, validated like a new one."""
         return type(self)(**{**self.model_dump(exclude_unset=True), **changes})
 
 
-def _explain(config: type[BaseModel], error: ValidationError, values: dict[str, Any]) -> str:
+def _explain(config: type[BaseModel], error: ValidationError) -> str:
     """Return one line for a validation error: each invalid key, its value and the values that are allowed."""
     lines = []
     for item in error.errors(include_url=False):
         key = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             known = f"; the keys are {', '.join(config.model_fields)}" if config.model_fields else "; there are no keys"
-            place = ""
-            if config is TrainConfig:
-                from saelens_lite.settings_file import other_place  # needs the rules, whose settings derive from ours
-
-                place = other_place(key, values.get("sparsity", "topk"))
-            lines.append(f"unknown key {key!r}{place or near_matches(key, config.model_fields) or known}")
+            lines.append(f"unknown key {key!r}{_other_place(key, config) or near_matches(key, config.model_fields) or known}")
         elif item["type"] == "missing":
             lines.append(f"{key!r} is required")
         else:
             lines.append(f"{key} = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")
     return f"{config.__qualname__.replace('.Config', '')}: {'; '.join(lines)}"
+
+
+def _other_place(key: str, config: type[BaseModel]) -> str:
+    """Return the end of a message that says where a key belongs which is no setting of a dictionary; "" if nowhere."""
+    if config is TrainConfig and key in OF_THE_RUN:
+        return "; it is a setting of the whole run, not of a dictionary"
+    if config is not TrainConfig or near_matches(key, config.model_fields):
+        return ""
+    return f"; options of the sparsity rule are written options = {{{key} = …}} in a file, options={{{key!r}: …}} in Python"
 
 
 class TextConfig(FrozenConfig):

@@ -6,7 +6,6 @@ standard library, pydantic and our own settings, the rule is imported after all.
 
 import ast
 import builtins
-import importlib
 import sys
 from functools import cache
 from importlib.util import find_spec
@@ -156,14 +155,14 @@ class _Source:
         """Return the value of a name of the module."""
         node, original = self.names[name]
         if isinstance(node, ast.Import):
-            if _is_light(original) and "." not in original:
-                return importlib.import_module(original)
+            if _is_light(original):
+                return self._run(node, name)
             if original == STUB.parent.name:
                 return _Attributes(original)
             raise _NotPlain(f"{self.module} uses {original}")
         if isinstance(node, ast.ImportFrom):
             if node.level == 0 and _is_light(node.module or ""):
-                return getattr(importlib.import_module(node.module), original)
+                return self._run(node, name)
             return self._other(node).value(original)
         if isinstance(node, ast.ClassDef) and any("Config" in _defined(statement) for statement in node.body):
             return self.rule(name)

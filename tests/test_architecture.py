@@ -22,6 +22,8 @@ ORDER = [
     "cache",
     "codes",
     "sparsity",
+    "rule_options",
+    "settings_file",
     "dictionary",
     "formats",
     "loggers",
@@ -36,6 +38,7 @@ ORDER = [
     "demo",
     "testing",
     "cli",
+    "__main__",
 ]
 LEAVES = {
     "arrays",
@@ -56,10 +59,8 @@ LEAVES = {
     "progress",
     "registry",
     "resumable",
-    "rule_options",
     "schemas",
     "seeds",
-    "settings_file",
     "state_dicts",
     "tables",
     "tensor_files",

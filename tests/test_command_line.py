@@ -203,7 +203,7 @@ def test_keys_of_a_settings_file_have_one_meaning():
         ({"trust_remote_code": True}, "it is only a flag, --trust-remote-code"),
         ({"train": {"d_sae": 3}}, r"without the line \[train\]"),
         ({"dictionary": [{"data_seed": 3}]}, r"data_seed is a setting of the whole run; write it above"),
-        ({"dictionary": [{"k": 3}]}, "unknown key 'k'; it is an option of topk"),
+        ({"dictionary": [{"k": 3}]}, "unknown key 'k'; options of the sparsity rule are written"),
         ({"loggers": 3}, "loggers"),
         ({"buffer_tokens": 0}, "buffer_tokens = 0: input should be greater than 0"),
     ],
@@ -219,7 +219,9 @@ def test_misplaced_keys_are_told_their_place(tables, says):
 
 
 def test_python_is_told_where_an_option_belongs():
-    with pytest.raises(ConfigError, match=r"unknown key 'p'; it is an option of l1: .* options={'p': …} in Python"):
+    with pytest.raises(
+        ConfigError, match=r"unknown key 'p'; options of the sparsity rule are written .* options={'p': …} in Python"
+    ):
         TrainConfig(sparsity="l1", p=0.5)
     with pytest.raises(ConfigError, match="unknown key 'data_seed'; it is a setting of the whole run"):
         TrainConfig(data_seed=1)
