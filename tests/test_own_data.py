@@ -1,14 +1,20 @@
 """Feature stores of activations without a model or a text: rows by name, in groups, and what such stores refuse."""
 
+import base64
 import math
 import re
+import sys
+from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from test_dashboard import Data, Page
 
 import saelens_lite as sl
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, OutputExistsError, ShapeError, UserError
+from saelens_lite.features.dashboard import images
 from saelens_lite.features.rows import ExampleRow, evidence
 
 D_IN, D_SAE, N, N_SEEN = 12, 8, 90, 5
@@ -279,3 +285,178 @@ def test_rows_that_contradict_the_store_do_not_fit(store, what):
     assert tensors.fit(count, N, 6)
     changed = {name: change(getattr(tensors, name)) for name, change in FORGED[what].items()}
     assert not tensors._replace(**changed).fit(count, N, 6)
+
+
+def picture(path, size=(40, 30), kind="PNG", mode="RGB", colour=(200, 30, 60)) -> str:
+    """Write an image of one colour and return its path."""
+    image = pytest.importorskip("PIL.Image")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.new(mode, size, colour).save(path, kind)
+    return str(path)
+
+
+@pytest.fixture
+def pictured(made, tmp_path) -> sl.FeatureStore:
+    """Rows named by image files, of which every third is missing and one is damaged."""
+    names = []
+    for i in range(N):
+        path = tmp_path / "photos" / f"{i}.png"
+        names.append(picture(path, (300, 150), colour=(i, 0, 0)) if i % 3 else str(path))
+    Path(names[1]).write_bytes(Path(names[1]).read_bytes()[:60])
+    return sl.FeatureStore.from_activations(*made[:2], names, [f"<b>{i % 4}</b>" for i in range(N)])
+
+
+def page_of(store: sl.FeatureStore, folder: Path, **options) -> Data:
+    path = store.dashboard(folder / "page.html", exists="overwrite", **options)
+    return Data(Page(path.read_text(encoding="utf-8")))
+
+
+def image_of(uri: str):
+    """Return the image in a data URI."""
+    head, data = uri.split(",")
+    assert head == "data:image/webp;base64"
+    return pytest.importorskip("PIL.Image").open(BytesIO(base64.b64decode(data, validate=True)))
+
+
+def test_the_page_says_what_the_store_says(store, tmp_path):
+    store.labels[2] = "<b>a label</b>"
+    data = page_of(store, tmp_path)
+    del store.labels[2]
+    words, layout = data.words["vocabulary"], data.layout
+    assert (layout["unit"], layout["n_tokens"], layout["bos"], layout["images"]) == ("row", N, None, {})
+    assert data.words["labels"] == {"2": "<b>a label</b>"}
+    assert not {"promoted", "suppressed", "logit_histogram"} & (data.index.keys() | data.details.keys())
+
+    def rows(at, values):
+        """Return (name, value, group, row) of the shown rows, as the page's script reads them."""
+        starts = data.spans["at"][:, 0].tolist()
+        group = data.tokens["group"][:, 0]
+        return [
+            (words[data.tokens["token"][j, 0]], f"{value:.3g}", words[group[j]], int(data.spans["row"][starts.index(j), 0]))
+            for j, value in zip(at.tolist(), values.tolist(), strict=True)
+            if value > 0
+        ]
+
+    for latent in range(D_SAE):
+        one = {name: column[latent] for name, column in data.details.items()}
+        shown = {
+            "top": (rows(data.index["top"][latent], one["top_nearby"]), store.top_examples(latent)),
+            "random": (rows(one["random"], one["random_nearby"]), store.random_examples(latent)),
+            "distinct": (rows(one["distinct"], one["distinct_nearby"]), store.top_examples(latent, one_per_group=True)),
+        }
+        for found, examples in shown.values():
+            assert found == [(e.name, f"{e.value:.3g}", e.group, e.row) for e in examples]
+        rates = store.group_profile(latent)
+        columns = (one["rate_group"], one["rate_count"], one["rate_rows"])
+        table = [(words[g], count, size) for g, count, size in zip(*columns, strict=True) if count]
+        assert table == [(rate.group, rate.count, rate.n_rows) for rate in rates]
+        if rates:
+            assert words[data.index["group"][latent, 0]] == rates[0].group
+            assert float(data.index["group_rate"][latent, 0]) == pytest.approx(rates[0].firing_rate, rel=1e-3)
+
+
+def test_the_page_has_thumbnails_and_names_where_there_is_none(pictured, tmp_path, caplog):
+    data = page_of(pictured, tmp_path)
+    names = {data.words["vocabulary"][int(i)]: uri for i, uri in data.layout["images"].items()}
+    shown = {data.words["vocabulary"][i] for i in data.tokens["token"][:, 0].tolist()}
+    wanted = {name for name in shown if int(Path(name).stem) % 3 and Path(name).stem != "1"}
+    assert names.keys() == wanted
+    assert len(wanted) > 20
+    for name, uri in names.items():
+        image = image_of(uri)
+        assert image.size == (128, 64)
+        assert abs(image.convert("RGB").getpixel((60, 30))[0] - int(Path(name).stem)) <= 3
+    assert f"{len(shown - wanted)} of {len(shown)} images cannot be read" in caplog.text
+
+
+def test_only_images_in_the_data_may_be_shown(pictured, store, tmp_path):
+    def policy(one: sl.FeatureStore) -> str:
+        page = Page(one.dashboard(tmp_path / "page.html", exists="overwrite").read_text(encoding="utf-8"))
+        assert not [tag for tag, _ in page.elements if tag in ("img", "b")]
+        return next(attrs["content"] for _, attrs in page.elements if "http-equiv" in attrs)
+
+    assert "; img-src data:; " in policy(pictured)
+    assert "img-src" not in policy(store)
+
+
+def test_a_loaded_store_reads_only_files_in_the_given_folder(pictured, tmp_path, caplog):
+    loaded = sl.FeatureStore.load(pictured.save(tmp_path / "store"))
+    assert page_of(loaded, tmp_path).layout["images"] == {}
+    assert "images=" in caplog.text
+    assert page_of(loaded, tmp_path, images=tmp_path / "photos").layout == page_of(pictured, tmp_path).layout
+    assert page_of(pictured, tmp_path, images=False).layout["images"] == {}
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"none of the \d+ images can be read"):
+        loaded.dashboard(tmp_path / "other.html", images=tmp_path / "empty")
+    assert not (tmp_path / "other.html").exists()
+
+
+@pytest.mark.parametrize("with_pillow", [True, False])
+def test_which_files_become_thumbnails(tmp_path, monkeypatch, with_pillow):
+    folder = tmp_path / "photos"
+    files = {kind: picture(folder / f"a.{kind}", kind=kind) for kind in ("png", "jpeg", "gif", "webp")}
+    picture(tmp_path / "outside.png")
+    big = picture(folder / "big.png", (400, 400))
+    with open(big, "ab") as file:
+        file.write(bytes(images.MAX_WHOLE))
+    (folder / "text.png").write_text("<svg onload=alert(1)>")
+    (folder / "folder.png").mkdir()
+    if not with_pillow:
+        monkeypatch.setitem(sys.modules, "PIL", None)
+    found = {kind: images._data_uri(Path(name).name, folder) for kind, name in files.items()}
+    kinds = {kind: "webp" if with_pillow else kind for kind in files}
+    assert all(uri.startswith(f"data:image/{kinds[kind]};base64,") for kind, uri in found.items())
+    assert (images._data_uri("big.png", folder) is not None) == with_pillow
+    assert images._data_uri(str(folder / "a.png"), folder) == found["png"]
+    assert images._data_uri("../outside.png", folder) is None
+    assert images._data_uri("../outside.png", None) is None
+    strange = ["text.png", "folder.png", "missing.png", "https://example.org/a.png", "//host/share/a.png", "a\0.png"]
+    for name in [*strange, "\\\\host\\share\\a.png", "x" * 5000 + ".png", "\ud800.png"]:
+        assert images._data_uri(name, folder) is None
+
+
+def test_thumbnails_keep_what_they_show(tmp_path):
+    """Transparency, the turn that a camera notes, deep greys; a small image keeps every pixel."""
+    image = pytest.importorskip("PIL.Image")
+
+    def thumbnail(original, kind="PNG", **options):
+        original.save(tmp_path / "one.png", kind, **options)
+        return image_of(images._data_uri("one.png", tmp_path))
+
+    clear = thumbnail(image.new("RGBA", (20, 20), (9, 8, 7, 0)))
+    assert clear.mode == "RGBA"
+    assert clear.getextrema()[3] == (0, 0)
+    turned = image.Exif()
+    turned[0x0112] = 6
+    assert thumbnail(image.new("RGB", (40, 10)), "JPEG", exif=turned).size == (10, 40)
+    deep = thumbnail(image.fromarray(np.array([[1000, 3000], [2000, 1000]], np.uint16)))
+    assert np.asarray(deep.convert("L")).tolist() == [[0, 255], [127, 0]]
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    assert np.array_equal(np.asarray(thumbnail(image.fromarray(noise)).convert("RGB")), noise)
+
+
+def test_thumbnails_beyond_the_limit_are_left_out_weakest_first(pictured, caplog):
+    every = images.thumbnails(pictured)
+    few = images.thumbnails(pictured, limit=sum(map(len, every.values())) // 2)
+    assert 5 < len(few) < len(every)
+    assert few.items() <= every.items()
+    strongest = {pictured.top_examples(latent)[0].row for latent in range(D_SAE - 1)}
+    assert strongest & every.keys() <= few.keys()
+    assert "the page has room for" in caplog.text
+
+
+def test_hostile_names_and_groups_stay_text_in_the_page_and_the_notebook(made, tmp_path):
+    names = [HOSTILE[i % len(HOSTILE)] + str(i) for i in range(N)]
+    store = sl.FeatureStore.from_activations(*made[:2], names, names)
+    plain = sl.FeatureStore.from_activations(*made[:2], [f"row {i}" for i in range(N)], list(range(N)))
+    pages = [one.dashboard(tmp_path / "page.html", exists="overwrite").read_text(encoding="utf-8") for one in (store, plain)]
+    assert Page(pages[0]).elements == Page(pages[1]).elements
+    views = [one.latent(0)._repr_html_() + one._repr_html_() for one in (store, plain)]
+    assert [tag for tag, _ in Page(views[0]).elements] == [tag for tag, _ in Page(views[1]).elements]
+
+
+def test_notebook_views_speak_of_rows(store, made):
+    html = store.latent(0)._repr_html_() + store._repr_html_()
+    assert "protein" in html
+    assert "zero 100 %" in html
+    assert not re.search("token|promotes", html)

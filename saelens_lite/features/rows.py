@@ -81,10 +81,13 @@ class RowTensors(NamedTuple):
 
 
 class Rows:
-    """The groups of a store's rows, and the answers about them; `labels` are the names of the groups."""
+    """The groups of a store's rows, and the answers about them; `labels` are the names of the groups.
 
-    def __init__(self, tensors: RowTensors):
-        self.tensors = tensors
+    built_here: False if the rows were read from a file, which may be a stranger's.
+    """
+
+    def __init__(self, tensors: RowTensors, built_here: bool = False):
+        self.tensors, self.built_here = tensors, built_here
         self.labels = _texts(tensors.label_text, tensors.label_end)
         self.sizes = torch.bincount(tensors.group_of_row, minlength=len(self.labels))
 

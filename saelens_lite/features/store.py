@@ -1,5 +1,6 @@
 """The feature store: everything collected about the latents of one dictionary, and the queries over it."""
 
+import logging
 import os
 import shutil
 import tempfile
@@ -40,6 +41,8 @@ from saelens_lite.tokens.display import Vocabulary
 
 if TYPE_CHECKING:
     import pyarrow
+
+log = logging.getLogger(__name__)
 
 
 class FeatureStore(StoreQueries):
@@ -205,7 +208,7 @@ class FeatureStore(StoreQueries):
             info, tensors, rows = row_parts(dictionary, given, config, Path(work), table)
             scores, weights = _scores_of_each(stability, [info])[0], latent_weights(dictionary, None)
             codes = None if table is None else CodesTable.of(table)
-            store = cls(info, tensors, weights, given.names, codes=codes, scores=scores, rows=Rows(rows))
+            store = cls(info, tensors, weights, given.names, codes=codes, scores=scores, rows=Rows(rows, built_here=True))
             if new is not None:
                 store._write(new)
         if out is not None:
@@ -364,10 +367,22 @@ class FeatureStore(StoreQueries):
             store.labels = {latent: text for latent, text in labels.items() if text}
         return store
 
-    def dashboard(self, path: str | Path = "features.html", *, exists: Literal["error", "overwrite"] = "error") -> Path:
+    def dashboard(
+        self,
+        path: str | Path = "features.html",
+        *,
+        images: str | Path | Literal[False] | None = None,
+        exists: Literal["error", "overwrite"] = "error",
+    ) -> Path:
         """Write the store as one HTML page, which needs no network, and return its path.
 
+        Args:
+            images: For rows named by image files, the folder that holds them; files outside of it are not read. False leaves
+                thumbnails out. By default, a store that was just built reads the files, and a loaded one does not, because its
+                names may be a stranger's.
+
         Raises:
+            UserError: none of the images is in the folder.
             OutputExistsError: the file exists and `exists` is "error", or it is not an HTML page.
             LockedError: another process is writing it.
         """
@@ -375,8 +390,19 @@ class FeatureStore(StoreQueries):
 
         path = check_output(path)
         with new_file(path, "page", exists, _is_page):
-            write_text(path, render(self))
+            write_text(path, render(self, self._images(images)))
         return path
+
+    def _images(self, folder: str | Path | Literal[False] | None) -> dict[int, str]:
+        """Return the thumbnails of rows; see `dashboard`."""
+        from saelens_lite.features.dashboard.images import is_image, thumbnails
+
+        if self.rows is None or folder is False or not any(map(is_image, self.vocabulary)):
+            return {}
+        if folder is None and not self.rows.built_here:
+            log.warning("the names of rows are image files; to show them, give dashboard(images=) the folder that holds them")
+            return {}
+        return thumbnails(self, None if folder is None else Path(folder))
 
     def _repr_html_(self) -> str:
         from saelens_lite.features.card import store_card

@@ -80,4 +80,6 @@ class LatentSummary(NamedTuple):
             for group in self.groups
         ]
         groups.append(("drawn from all", self.random))
-        return render("features", "latent.html.j2", latent=self, groups=[group for group in groups if group[1]])
+        unit = "row" if any(isinstance(example, ExampleRow) for example in self.examples) else "token"
+        groups = [group for group in groups if group[1]]
+        return render("features", "latent.html.j2", latent=self, groups=groups, unit=unit)
