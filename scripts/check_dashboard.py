@@ -193,7 +193,7 @@ def exercise(checked: Checked) -> None:
     fires = "(_, i) => i >= layout.n_latents / 3 && index.get('count', i) > 0 && (label(i) || !Object.keys(labels).length)"
     first = page.evaluate(f"Array.from({{length: layout.n_latents}}).findIndex({fires})")
     checked.open_latent("open a latent", f"location.hash = 'f={first}'", first)
-    for token in page.query_selector_all("#latent .right .peak")[:5]:
+    for token in page.query_selector_all("#latent :is(.right .peak, figure img, .entry .name)")[:5]:
         token.hover()
     checked.wait("!$('tip').hidden")
     for j in range(5):

@@ -16,6 +16,7 @@ import saelens_lite as sl
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, OutputExistsError, ShapeError, UserError
 from saelens_lite.features.dashboard import images
 from saelens_lite.features.rows import ExampleRow, evidence
+from saelens_lite.features.store_files import _are_rows
 
 D_IN, D_SAE, N, N_SEEN = 12, 8, 90, 5
 SILENT = 7
@@ -285,6 +286,14 @@ def test_rows_that_contradict_the_store_do_not_fit(store, what):
     assert tensors.fit(count, N, 6)
     changed = {name: change(getattr(tensors, name)) for name, change in FORGED[what].items()}
     assert not tensors._replace(**changed).fit(count, N, 6)
+
+
+def test_a_store_of_rows_must_have_its_shape(store):
+    rows, info, tensors = store.rows.tensors, store.info, store.tensors
+    assert _are_rows(info, tensors, rows)
+    assert not _are_rows(info.replace(window=(1, 0)), tensors, rows)
+    assert not _are_rows(info, tensors._replace(tokens=tensors.tokens.flip(0)), rows)
+    assert not _are_rows(info, tensors._replace(tokens=tensors.tokens.reshape(-1, 2)), rows)
 
 
 def picture(path, size=(40, 30), kind="PNG", mode="RGB", colour=(200, 30, 60)) -> str:

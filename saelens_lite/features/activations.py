@@ -97,10 +97,10 @@ def row_parts(dictionary: Dictionary, given: NamedRows, config: StoreConfig, fol
         with progress_bar("features", n, "rows") as advance:
             for start, x in given.batches(config.batch_tokens or BATCH_ROWS):
                 digest.update(x.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-                found = dictionary.encode(x.to(dictionary.W_enc.device))
-                if not torch.isfinite(found.value).all():
+                batch_codes = dictionary.encode(x.to(dictionary.W_enc.device))
+                if not torch.isfinite(batch_codes.value).all():
                     raise NonFiniteError(f"the codes of rows {start:,} to {start + len(x) - 1:,} hold NaN or infinity")
-                code_log.add(torch.arange(start, start + len(x)), found)
+                code_log.add(torch.arange(start, start + len(x)), batch_codes)
                 advance(len(x), "")
     finally:
         code_log.close()

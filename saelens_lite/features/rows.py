@@ -162,8 +162,8 @@ def evidence(count: Int[Tensor, " n"], size: Int[Tensor, " n"], total: Int[Tenso
     Source: Dunning 1993, Accurate Methods for the Statistics of Surprise and Coincidence (half of his −2 log λ).
     """
     k, n, p = count.double(), size.double(), total.double() / n_rows
-    found, missed = torch.special.xlogy(k, k), torch.special.xlogy(n - k, n - k)
-    g = found + missed - torch.special.xlogy(k, n * p) - torch.special.xlogy(n - k, n * (1 - p))
+    inside, outside = torch.special.xlogy(k, k), torch.special.xlogy(n - k, n - k)
+    g = inside + outside - torch.special.xlogy(k, n * p) - torch.special.xlogy(n - k, n * (1 - p))
     return torch.where(count * n_rows >= size * total, g, -g)
 
 

@@ -60,6 +60,8 @@ class _Content(Checked):
             wanted.add(ROWS_FILE)
         if self.sha256.keys() != wanted:
             raise ValueError(f"it lists the files {', '.join(self.sha256)[:200]}; expected {', '.join(sorted(wanted))}")
+        if self.info.model is None and self.control is not None:
+            raise ValueError("it has a control without a model")
         if (not self.vocabulary) != (self.info.model is None):
             raise ValueError("it has a vocabulary without a model, or a model without a vocabulary")
         if any(int(i) >= len(self.vocabulary) for i in self.parts or ()):
@@ -118,7 +120,7 @@ def read(folder: Path) -> Parts:
     content = read_checked(folder / INFO_FILE, _Content)
     parts = _parts(folder, content)
     rows, info = parts.rows, parts.info
-    if rows is not None and not (_typed(rows) and rows.fit(parts.tensors.count, info.n_tokens, info.top_n)):
+    if rows is not None and not (_typed(rows) and _are_rows(info, parts.tensors, rows)):
         raise CorruptFileError(f"{folder / ROWS_FILE} does not match {INFO_FILE}; build the store again")
     if rows is not None:
         parts = parts._replace(vocabulary=Vocabulary(rows.names))
@@ -190,6 +192,12 @@ def _fits(info: StoreInfo, t: FeatureTensors, w: LatentWeights, vocabulary: list
     ]
     inside = all(int(ids.min()) >= low and int(ids.max()) < high for ids, low, high in limits if ids.numel())
     return inside and _places_exist(t) and _counts_agree(info, t) and all(isinstance(text, str) for text in vocabulary)
+
+
+def _are_rows(info: StoreInfo, t: FeatureTensors, rows: RowTensors) -> bool:
+    """Return whether the text is one token a row, its number, and the names and groups are of these rows."""
+    numbers = torch.arange(info.n_tokens, dtype=t.tokens.dtype)[:, None]
+    return info.window == (0, 0) and torch.equal(t.tokens, numbers) and rows.fit(t.count, info.n_tokens, info.top_n)
 
 
 def _places_exist(t: FeatureTensors) -> bool:

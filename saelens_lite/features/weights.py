@@ -75,7 +75,7 @@ class Effects(NamedTuple):
 def latent_weights(dictionary: Dictionary, lm: LanguageModel | None, *, raw_unembedding: bool = False) -> LatentWeights:
     """Return the facts about each latent that follow from the weights, on the CPU.
 
-    Effects on logits are those of the last port that the dictionary writes; without a model there are none.
+    Effects on logits are those of the last port that the dictionary writes; without a model, their tensors are empty.
 
     Args:
         raw_unembedding: Compute effects with the raw W_U, without the scale (and centring) of the model's final norm.

@@ -44,7 +44,7 @@ def thumbnails(store: StoreQueries, folder: Path | None = None, limit: int = MAX
         UserError: a folder is given, and no image is in it.
     """
     rows = [row for row in _by_rank(store) if is_image(store.vocabulary[row])]
-    found: dict[int, str] = {}
+    uris: dict[int, str] = {}
     failed, total = [], 0
     with progress_bar("thumbnails", len(rows), "images") as advance:
         for row in rows:
@@ -54,10 +54,10 @@ def thumbnails(store: StoreQueries, folder: Path | None = None, limit: int = MAX
             if uri is None:
                 failed.append(store.vocabulary[row])
             elif total <= limit:
-                found[row] = uri
+                uris[row] = uri
             else:
                 break
-    if failed and not found and folder is not None:
+    if failed and not uris and folder is not None:
         raise UserError(
             f"none of the {len(failed):,} images can be read, such as {failed[0]!r} in {folder}; is it the right folder?"
         )
@@ -67,8 +67,8 @@ def thumbnails(store: StoreQueries, folder: Path | None = None, limit: int = MAX
             "%d KB are not shown)", len(failed), len(rows), failed[0], MAX_WHOLE >> 10,
         )  # fmt: skip
     if total > limit:
-        log.warning("the page has room for %d of %d thumbnails; the other rows show the name", len(found), len(rows))
-    return found
+        log.warning("the page has room for %d of %d thumbnails; the other rows show the name", len(uris), len(rows))
+    return uris
 
 
 def _by_rank(store: StoreQueries) -> list[int]:

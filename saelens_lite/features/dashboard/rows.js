@@ -2,7 +2,7 @@
 const N_PICTURES = 8;  // in a line of the list
 const hasPictures = Object.keys(layout.images).length > 0;
 const nameOf = id => named(vocabulary[id]) || "(no name)";
-const pathEnd = id => layout.images[id] ? nameOf(id).split(/[\\/]/).pop() : nameOf(id);
+const pathEnd = id => /\.(png|jpe?g|gif|webp)$/i.test(vocabulary[id]) ? nameOf(id).split(/[\\/]/).pop() : nameOf(id);
 const groupAt = at => groupOf === undefined ? undefined : groupOf[at];
 
 // The thumbnail of a row, or its name if there is none.
@@ -69,6 +69,6 @@ function strongestNames(i, most = N_PICTURES) {
 }
 function mainGroup(i) {
   if (!index.get("count", i)) return [];
-  return [make("span", {"data-tip": "share of the group's rows on which the latent fires"}, `${nameOf(index.get("group", i))} `,
-    make("span", {class: "soft"}, percent(index.get("group_rate", i))))];
+  return [make("span", {class: "name"}, nameOf(index.get("group", i))),
+    make("span", {class: "soft", "data-tip": "share of the group's rows on which the latent fires"}, percent(index.get("group_rate", i)))];
 }
