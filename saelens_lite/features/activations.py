@@ -46,10 +46,10 @@ class NamedRows(NamedTuple):
             raise ShapeError(f"x has shape {tuple(x.shape)}; expected [n {dictionary.d_in}] with at least one row")
         if len(x) > MAX_PLACES:
             raise ConfigError(f"x has {len(x):,} rows; give at most {MAX_PLACES:,}")
-        first = as_tensor(x[:1])
-        if not first.is_floating_point():
+        if x.shape[1] != dictionary.d_in:
+            raise ShapeError(f"x has shape {tuple(x.shape)}; this dictionary takes [n {dictionary.d_in}]")
+        if not (first := as_tensor(x[:1])).is_floating_point():
             raise ShapeError(f"x holds {first.dtype}; expected floating-point numbers")
-        dictionary.check_input(first.to(dictionary.W_dec.device))
         texts = texts_of(names, len(x), "names", default=str)
         number: dict[str, int] = {}
         given = [] if groups is None else texts_of(groups, len(x), "groups")

@@ -1,6 +1,5 @@
 """The feature store: everything collected about the latents of one dictionary, and the queries over it."""
 
-import logging
 import os
 import shutil
 import tempfile
@@ -41,8 +40,6 @@ from saelens_lite.tokens.display import Vocabulary
 
 if TYPE_CHECKING:
     import pyarrow
-
-log = logging.getLogger(__name__)
 
 
 class FeatureStore(StoreQueries):
@@ -387,22 +384,12 @@ class FeatureStore(StoreQueries):
             LockedError: another process is writing it.
         """
         from saelens_lite.features.dashboard import render
+        from saelens_lite.features.dashboard.images import images_of
 
         path = check_output(path)
         with new_file(path, "page", exists, _is_page):
-            write_text(path, render(self, self._images(images)))
+            write_text(path, render(self, images_of(self, images)))
         return path
-
-    def _images(self, folder: str | Path | Literal[False] | None) -> dict[int, str]:
-        """Return the thumbnails of rows; see `dashboard`."""
-        from saelens_lite.features.dashboard.images import is_image, thumbnails
-
-        if self.rows is None or folder is False or not any(map(is_image, self.vocabulary)):
-            return {}
-        if folder is None and not self.rows.built_here:
-            log.warning("the names of rows are image files; to show them, give dashboard(images=) the folder that holds them")
-            return {}
-        return thumbnails(self, None if folder is None else Path(folder))
 
     def _repr_html_(self) -> str:
         from saelens_lite.features.card import store_card

@@ -5,7 +5,7 @@ import warnings
 from base64 import b64encode
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -30,6 +30,16 @@ log = logging.getLogger(__name__)
 def is_image(name: str) -> bool:
     """Return whether a name is that of an image file."""
     return name.lower().endswith(SUFFIXES)
+
+
+def images_of(store: StoreQueries, folder: str | Path | Literal[False] | None) -> dict[int, str]:
+    """Return the thumbnails of rows; `folder` is as for `FeatureStore.dashboard`."""
+    if store.rows is None or folder is False or not any(map(is_image, store.vocabulary)):
+        return {}
+    if folder is None and not store.rows.built_here:
+        log.warning("the names of rows are image files; to show them, give dashboard(images=) the folder that holds them")
+        return {}
+    return thumbnails(store, None if folder is None else Path(folder))
 
 
 def thumbnails(store: StoreQueries, folder: Path | None = None, limit: int = MAX_TOTAL) -> dict[int, str]:
