@@ -1,8 +1,10 @@
 """The answers of a feature store: plain Python, one latent at a time."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from saelens_lite.features.html import render
+from saelens_lite.features.rows import ExampleRow, GroupRate
 
 
 class Example(NamedTuple):
@@ -22,7 +24,7 @@ class ExampleGroup(NamedTuple):
     low: float
     high: float
     share: float
-    examples: list[Example]
+    examples: list[Example] | list[ExampleRow]
 
 
 class Partner(NamedTuple):
@@ -62,12 +64,13 @@ class LatentSummary(NamedTuple):
     bin_width: float
     promoted: list[tuple[str, float]]
     suppressed: list[tuple[str, float]]
-    examples: list[Example]
+    examples: list[Example] | list[ExampleRow]
     groups: list[ExampleGroup]
-    random: list[Example]
+    random: list[Example] | list[ExampleRow]
     positions: list[PositionBin]
     partners: list[Partner]
     stability: float | None
+    rates: Sequence[GroupRate] = ()  # the groups of rows in which it fires
 
     def _repr_html_(self) -> str:
         """Return the figures, histogram, tokens and contexts as HTML, with all but the strongest contexts collapsed."""
@@ -77,4 +80,6 @@ class LatentSummary(NamedTuple):
             for group in self.groups
         ]
         groups.append(("drawn from all", self.random))
-        return render("features", "latent.html.j2", latent=self, groups=[group for group in groups if group[1]])
+        unit = "row" if any(isinstance(example, ExampleRow) for example in self.examples) else "token"
+        groups = [group for group in groups if group[1]]
+        return render("features", "latent.html.j2", latent=self, groups=groups, unit=unit)
