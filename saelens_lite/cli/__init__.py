@@ -5,6 +5,9 @@ saelens-lite capture book.txt --model tiny --hooks blocks.2.hook_resid_pre --out
 saelens-lite train cache --sparsity topk --options.k 32 --d-sae 1536 --out runs/topk
 saelens-lite eval runs/topk/dictionary
 saelens-lite features runs/topk/dictionary --html features.html --out store
+saelens-lite search store "license"
+saelens-lite latent store 7
+saelens-lite label store 7 "licenses"
 saelens-lite compare runs/topk/dictionary runs/other-seed/dictionary
 saelens-lite probe runs/topk/dictionary --data labelled.csv
 saelens-lite steer runs/topk/dictionary --prompt "The old man" --clamp 7=8.0
@@ -26,7 +29,7 @@ else. Only one process at a time can write to a folder.
 """
 
 # their commands register with the app
-from saelens_lite.cli import demo, evaluation, features, files, hub, interventions, plugins, training  # noqa: F401
+from saelens_lite.cli import demo, evaluation, features, files, hub, interventions, latents, plugins, training  # noqa: F401
 from saelens_lite.cli.base import main
 
 __all__ = ["main"]

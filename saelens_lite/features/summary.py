@@ -1,8 +1,16 @@
 """The answers of a feature store: plain Python, one latent at a time."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from saelens_lite.features.html import render
+from saelens_lite.features.html import quoted, render, short, visible
+from saelens_lite.tables import Result, facts
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+NO_BREAK = "\u00a0"  # a space at which no line ends
+BEFORE, AFTER = 38, 29  # columns of a terminal for a context before its peak, and from the peak on
 
 
 class Example(NamedTuple):
@@ -42,11 +50,27 @@ class PositionBin(NamedTuple):
     mean_activation: float
 
 
-class LatentSummary(NamedTuple):
-    """Everything about one latent.
+class About(NamedTuple):
+    """The meaning and the scale of a latent: its label, the token it promotes most, and its largest activation in the store."""
+
+    label: str | None
+    promoted: str | None
+    max: float
+
+    @property
+    def words(self) -> str:
+        """The label and the promoted token in one line; empty without both."""
+        promotes = None if self.promoted is None else f"promotes {quoted(self.promoted)}"
+        return "; ".join(visible(known) for known in (self.label, promotes) if known)
+
+
+@dataclass(frozen=True)
+class LatentSummary(Result):
+    """Everything about one latent. `print` shows it, and `to_frame` returns its strongest contexts.
 
     Mean, standard deviation, skew and excess kurtosis are of the activations above zero. Bin j of the histogram counts
-    activations in [j · bin_width, (j + 1) · bin_width); the last bin also counts the largest.
+    activations in [j · bin_width, (j + 1) · bin_width); the last bin also counts the largest. `similar` has the latents with
+    the nearest directions and their cosines.
     """
 
     latent: int
@@ -68,6 +92,47 @@ class LatentSummary(NamedTuple):
     positions: list[PositionBin]
     partners: list[Partner]
     stability: float | None
+    similar: list[tuple[int, float]]
+
+    def columns(self) -> dict[str, list[Any]]:
+        """Return the strongest contexts, column by column."""
+        return {
+            "activation": [example.value for example in self.examples],
+            "row": [example.row for example in self.examples],
+            "position": [example.position for example in self.examples],
+            "token": [example.tokens[example.peak] for example in self.examples],
+            "context": ["".join(example.tokens) for example in self.examples],
+        }
+
+    def table(self) -> Any:
+        """Return the figures, the tokens and the strongest contexts for a terminal, with the firing token in « »."""
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        contexts = Table.grid(padding=(0, 1))
+        for justify in ("right", "right", "left"):
+            contexts.add_column(justify=justify, no_wrap=True)
+        for example in self.examples:
+            contexts.add_row(Text(f"  {short(example.value)} "), *around_peak(example, BEFORE, AFTER))
+        rows = [(f"latent {self.latent}", Text(visible(self.label or "no label"), style="bold" if self.label else "dim"))]
+        return Group(facts(rows + self._facts()), *([Text(""), contexts] if self.examples else []))
+
+    def _facts(self) -> "list[tuple[str, Text]]":
+        """Return the names and values of the lines above the contexts."""
+        from rich.text import Text
+
+        fires = f"{self.count:,} tokens ({100 * self.density:.3g} %); largest {short(self.max)}, mean {short(self.mean)}"
+        if self.stability is not None:
+            fires += f"; stability {self.stability:.2f}"
+        lists = {
+            "fires on": fires if self.count else "no token of the store's text",
+            "promotes": " ".join(quoted(token).replace(" ", NO_BREAK) for token, _ in self.promoted),
+            "suppresses": " ".join(quoted(token).replace(" ", NO_BREAK) for token, _ in self.suppressed),
+            "similar": ", ".join(f"{latent} ({cosine:.2f})" for latent, cosine in self.similar),
+            "fires with": ", ".join(str(partner.latent) for partner in self.partners),
+        }
+        return [(name, Text(text)) for name, text in lists.items() if text]
 
     def _repr_html_(self) -> str:
         """Return the figures, histogram, tokens and contexts as HTML, with all but the strongest contexts collapsed."""
@@ -78,3 +143,28 @@ class LatentSummary(NamedTuple):
         ]
         groups.append(("drawn from all", self.random))
         return render("features", "latent.html.j2", latent=self, groups=[group for group in groups if group[1]])
+
+
+def around_peak(example: Example, before: int, after: int) -> "tuple[Text, Text]":
+    """Return the parts of a context before its peak and from its peak on, in one line and cut to widths in columns.
+
+    The peak is in « ». Tokens on which the latent fires are coloured.
+    """
+    from rich.text import Text
+
+    left, right = Text(), Text()
+    for place, (token, value) in enumerate(zip(example.tokens, example.values, strict=True)):
+        shown = visible(token)
+        if place == example.peak:
+            spaces = len(shown) - len(shown.lstrip(" "))
+            left.append(shown[:spaces])
+            right.append(f"«{shown[spaces:]}»", style="bold yellow")
+        else:
+            (left if place < example.peak else right).append(shown, style="yellow" if value else "")
+    if left.cell_len > before:
+        left = left[-before:]
+        while left.cell_len > before - 1:  # characters of two columns
+            left = left[1:]
+        left = Text("…") + left
+    right.truncate(after, overflow="ellipsis")
+    return left, right
