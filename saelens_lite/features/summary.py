@@ -7,9 +7,11 @@ from saelens_lite.features.html import quoted, render, short, visible
 from saelens_lite.tables import Result, facts
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from rich.text import Text
 
-NO_BREAK = "\u00a0"  # a space at which no line ends
+LINE = 68  # columns of a line of tokens
 BEFORE, AFTER = 38, 29  # columns of a terminal for a context before its peak, and from the peak on
 
 
@@ -127,8 +129,8 @@ class LatentSummary(Result):
             fires += f"; stability {self.stability:.2f}"
         lists = {
             "fires on": fires if self.count else "no token of the store's text",
-            "promotes": " ".join(quoted(token).replace(" ", NO_BREAK) for token, _ in self.promoted),
-            "suppresses": " ".join(quoted(token).replace(" ", NO_BREAK) for token, _ in self.suppressed),
+            "promotes": _in_lines(quoted(token) for token, _ in self.promoted),
+            "suppresses": _in_lines(quoted(token) for token, _ in self.suppressed),
             "similar": ", ".join(f"{latent} ({cosine:.2f})" for latent, cosine in self.similar),
             "fires with": ", ".join(str(partner.latent) for partner in self.partners),
         }
@@ -143,6 +145,16 @@ class LatentSummary(Result):
         ]
         groups.append(("drawn from all", self.random))
         return render("features", "latent.html.j2", latent=self, groups=[group for group in groups if group[1]])
+
+
+def _in_lines(words: "Iterable[str]") -> str:
+    """Join words that may hold spaces, and break lines only between them."""
+    lines = [""]
+    for word in words:
+        if lines[-1] and len(lines[-1]) + len(word) >= LINE:
+            lines.append("")
+        lines[-1] += f" {word}" if lines[-1] else word
+    return "\n".join(lines)
 
 
 def around_peak(example: Example, before: int, after: int) -> "tuple[Text, Text]":
