@@ -151,7 +151,9 @@ class Checked:
         """Do something with the page, time it, and have a look at what became of hostile tokens."""
         before = self.cpu()
         self.note(what, self.page.evaluate(TIMED % (act, is_there)), self.cpu() - before)
-        if self.page.evaluate("window.hacked || document.querySelectorAll('img, iframe, object, embed, [onload]').length"):
+        if self.page.evaluate(
+            "window.hacked || document.querySelectorAll('img:not([src^=\"data:\"]), iframe, object, embed, [onload]').length"
+        ):
             self.failures.append(f"{what}: a token or label became markup")
 
     def note(self, what: str, wall: float, cpu: float) -> None:
@@ -191,7 +193,7 @@ def exercise(checked: Checked) -> None:
     fires = "(_, i) => i >= layout.n_latents / 3 && index.get('count', i) > 0 && (label(i) || !Object.keys(labels).length)"
     first = page.evaluate(f"Array.from({{length: layout.n_latents}}).findIndex({fires})")
     checked.open_latent("open a latent", f"location.hash = 'f={first}'", first)
-    for token in page.query_selector_all("#latent .right .peak")[:5]:
+    for token in page.query_selector_all("#latent :is(.right .peak, figure img, .entry .name)")[:5]:
         token.hover()
     checked.wait("!$('tip').hidden")
     for j in range(5):

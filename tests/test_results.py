@@ -175,7 +175,7 @@ def test_multiples_of_the_maximum_on_the_command_line(dictionary, store, live, t
         ),
         (("doses", d, 3, "--prompt", PROMPT, "--doses", "1max"), "add --store"),
         (("doses", d, 3, "--prompt", PROMPT, "--doses", "1mx"), "--doses 1mx: expected numbers"),
-        (("steer", d, "--prompt", PROMPT, "--scale", "3=2max"), "expected LATENT=NUMBER, such as --scale 3=0.5"),
+        (("steer", d, "--prompt", PROMPT, "--scale", "3=2max"), "expected LATENT=NUMBER, such as --scale 7=0.5"),
         (("steer", d, "--prompt", PROMPT, "--clamp", "3=2max", "--store", folder.parent), "features.json is missing"),
         (("steer", d, *doses[3:7], "--clamp", f"{silent}=2max"), f"latent {silent} never fires"),
     ):

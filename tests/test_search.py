@@ -122,14 +122,13 @@ def test_counts_agree_with_the_contexts_themselves(built):
 
 def test_results_fit_80_columns_and_hostile_labels_stay_text(store):
     store.labels[ON] = HOSTILE + "x" * 200
-    for shown in (store.search("license"), store.latent(ON), store.latent(NONE_OF_IT), store.latent(0)):
+    for shown in (store.search("license"), store.latent(ON), store.latent(NONE_OF_IT)):
         lines = str(shown).splitlines()
         assert lines
         assert max(map(len, lines)) <= 80
         assert not set(str(shown)) & set("\x1b\u202e")
         assert "<blink>" not in shown._repr_html_()
     assert "«" in str(store.latent(ON))
-    assert "no token of the store's text" in str(store.latent(0)) or store.latent(0).count
 
 
 def test_a_latent_as_a_frame_has_its_contexts(store):
@@ -193,3 +192,21 @@ def test_labels_that_cannot_be(folder, command):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     code, _, err = command("label", folder.parent, 3, "x")
     assert (code, "features.json is missing" in err) == (2, True)
+
+
+def test_rows_without_a_text_are_found_by_name():
+    d = sl.Dictionary.create("topk", reads=sl.Port(width=4), d_sae=4, options={"k": 1})
+    d.W_enc.data.copy_(torch.eye(4))
+    d.W_dec.data.copy_(torch.eye(4))
+    d.b_enc.data.zero_()
+    d.b_dec.data.zero_()
+    x, names = torch.eye(4).repeat(3, 1), [f"{animal} {n}" for n in range(3) for animal in ("cat", "dog", "cow", "category")]
+    store = sl.FeatureStore.from_activations(d, x, names, groups=[HOSTILE, "b"] * 6)
+    assert (store.search("CAT").latents, store.search("cat")[0].on_token) == ([0], 3)
+    assert store.search("dog 2").latents == [1]
+    assert store.search("dog").to_frame()["example"].tolist() == ["dog 0"]
+    assert "«cat 0»" in str(store.latent(0))
+    assert "in groups" in str(store.latent(0))
+    assert store.latent(0).to_frame()["name"].tolist() == ["cat 0", "cat 1", "cat 2"]
+    assert store.about(0) == (None, None, 1.0)
+    assert not set(str(store.latent(0)) + str(store.search("cat"))) & set("\x1b\u202e")

@@ -64,7 +64,7 @@ def features(
 
 
 @app.command
-def dashboard(store: Path, *, html: Path = Path("features.html"), exists: Exists = "error") -> None:
+def dashboard(store: Path, *, html: Path = Path("features.html"), images: Path | None = None, exists: Exists = "error") -> None:
     """Write the HTML page of a store that `features --out` wrote, with its current labels.
 
     Parameters
@@ -73,9 +73,11 @@ def dashboard(store: Path, *, html: Path = Path("features.html"), exists: Exists
         Folder of the store.
     html
         File to write.
+    images
+        Folder that holds the images, if the store is of rows named by image files.
     """
     import saelens_lite as sl
 
     loaded = sl.FeatureStore.load(store)
-    loaded.dashboard(html, exists=exists)
+    loaded.dashboard(html, images=images, exists=exists)
     console().print(f"{html}: {loaded.info.d_sae} latents, {html.stat().st_size / 1e6:.1f} MB", markup=False)

@@ -30,13 +30,34 @@ go to disk as they are computed, 12 to 14 bytes each, and every number is exact.
 With `codes=True` (extra `sql`) the store keeps all codes as a Parquet table, for `store.sql("select latent, max(value) from
 codes group by latent")`. `control=True` shows each latent beside its behaviour in a model with shuffled weights.
 
+**Your own data.** Any activations do, such as embeddings of images, proteins or sounds. No model and no text is needed:
+
+```python
+import numpy as np
+
+x, names = np.random.default_rng(0).normal(size=(500, 16)).astype("float32"), [f"cell {i}" for i in range(500)]
+own = sl.fit(x, d_sae=32, options={"k": 4}, n_tokens=5_000)
+cells = sl.FeatureStore.from_activations(own, x, names, groups=["left", "right"] * 250)
+name, value, group, row = cells.top_examples(7)[0]  # one_per_group=True: the best row of each group
+rates = cells.group_profile(7)  # in which groups latent 7 fires: the share of their rows, and the mean
+cells.dashboard("rows.html")  # the same page, with rows by name in place of contexts
+```
+
+If names are paths of image files, the page shows thumbnails. They are part of the page, up to 20 MB in all, and nothing is
+fetched from a network. Without Pillow, only files up to 32 KB are shown. For a store that was loaded from a folder, say where
+the images are: `dashboard(images="photos")`. Groups are sorted by the evidence that the latent fires more often there than
+elsewhere, so a large group does not come first by its size. What needs a model or its text, such as promoted tokens, is
+refused.
+
 collect.py runs the model, and code_log.py keeps the codes on disk. reduce.py and cooccurrence.py turn them into numbers
-(tensors.py). store.py answers questions from these (summary.py) and from the weights alone (weights.py). store_files.py reads
-and writes the files. search.py finds latents by text. compare.py matches the latents of two dictionaries.
+(tensors.py). activations.py and rows.py are for rows without a text. store.py answers questions from these (summary.py) and
+from the weights alone (weights.py). store_files.py reads and writes the files. search.py finds latents by text. compare.py
+matches the latents of two dictionaries.
 """
 
 from saelens_lite.features.detection import Detection, DetectionTask, Score, Scorer, token_baseline, words_of_label
 from saelens_lite.features.info import StoreInfo, weights_hash
+from saelens_lite.features.rows import ExampleRow, GroupRate
 from saelens_lite.features.search import Hit, SearchResult
 from saelens_lite.features.store import FeatureStore
 from saelens_lite.features.summary import About, Example, ExampleGroup, LatentSummary, Partner, PositionBin
@@ -49,8 +70,10 @@ __all__ = [
     "DetectionTask",
     "Example",
     "ExampleGroup",
+    "ExampleRow",
     "FeatureStore",
     "FeatureTensors",
+    "GroupRate",
     "Hit",
     "LatentSummary",
     "LatentWeights",

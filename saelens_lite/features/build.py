@@ -1,6 +1,6 @@
 """The numbers of feature stores, computed from dictionaries, a model and a text."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ import torch
 from saelens_lite.config import StoreConfig, TextConfig
 from saelens_lite.devices import on_device
 from saelens_lite.dictionary import Dictionary
-from saelens_lite.errors import ConfigError, CorruptFileError, TextError
+from saelens_lite.errors import ConfigError, CorruptFileError, TextError, UserError
 from saelens_lite.evaluation import as_trained
 from saelens_lite.features.code_log import CodeLog
 from saelens_lite.features.codes import codes_file
@@ -117,12 +117,20 @@ def _rows(
 
 
 def reduced(
-    code_log: CodeLog, rows: TokenRows, info: StoreInfo, codes: Path | None = None, must_fire: bool = True
+    code_log: CodeLog,
+    rows: TokenRows,
+    info: StoreInfo,
+    codes: Path | None = None,
+    must_fire: bool = True,
+    also: Callable[[Block], None] = lambda block: None,
 ) -> FeatureTensors:
     """Return the numbers of a store, computed from the codes on disk. With `codes`, also write them to that file, sorted.
 
+    Args:
+        also: Function to call with each block of latents.
+
     Raises:
-        TextError: no latent fires on the text, and `must_fire` is set.
+        TextError, UserError: no latent fires on the text or the activations, and `must_fire` is set.
         CorruptFileError: the codes on disk do not cover all tokens.
     """
     text = TextFacts.of(rows)
@@ -134,12 +142,16 @@ def reduced(
         )
     count = lists.count(info.d_sae)
     if must_fire and not count.any():
-        raise TextError(f"none of the {info.d_sae} latents fires on the text ({info.n_tokens:,} tokens); is it the right hook?")
+        cause = "the text" if info.model else "x"
+        hint = "is it the right hook?" if info.model else "was it scaled as the data that the dictionary was trained on?"
+        error = TextError if info.model else UserError
+        raise error(f"none of the {info.d_sae} latents fires on {cause} ({info.n_tokens:,} {info.unit}s); {hint}")
     parts = []
     with codes_file(codes, rows.tokens) as write, progress_bar("latents", info.d_sae, "latents") as advance:
         for piece in code_log.pieces(count):
             block = Block(piece.entries, piece.first, piece.n, text, info)
             write(block)
+            also(block)
             parts.append(block.reduced() | partners(block, lists, count)._asdict())
             advance(piece.n, "")
     of_text = {

@@ -34,12 +34,19 @@ def store_card(store: StoreQueries) -> str:
 
 
 def _largest(store: StoreQueries, score: Float[Tensor, " d_sae"], among: Tensor, form: str) -> list[tuple[int, str, str]]:
-    """Return the latents with the largest scores: number, score, and the label or else the most promoted token."""
+    """Return the latents with the largest scores: number, score, and the label or else its own words."""
     order = torch.where(among, score, -torch.inf).argsort(descending=True, stable=True)
     return [
-        (i, form.format(float(score[i])), store.labels.get(i) or next((quoted(token) for token, _ in store.promoted(i)), ""))
+        (i, form.format(float(score[i])), store.labels.get(i) or _words(store, i))
         for i in order[: min(N_LISTED, int(among.sum()))].tolist()
     ]
+
+
+def _words(store: StoreQueries, latent: int) -> str:
+    """Return the token that a latent promotes most, or without a model, the row on which it fires most."""
+    if store.rows is not None:
+        return next((row.name for row in store.top_examples(latent)), "")
+    return next((quoted(token) for token, _ in store.promoted(latent)), "")
 
 
 def _by_decade(density: Float[Tensor, " n"]) -> tuple[int, list[int]]:

@@ -8,13 +8,13 @@ from pydantic import Field, NonNegativeInt, model_validator
 
 from saelens_lite.config import MOST, FrozenConfig
 from saelens_lite.dictionary import Dictionary
-from saelens_lite.errors import ConfigError
+from saelens_lite.errors import ConfigError, UserError
 
 
 class StoreInfo(FrozenConfig):
     """The inputs and settings that a feature store was built from."""
 
-    model: str = Field(description="Model name, Hub id or folder.")
+    model: str | None = Field(description="Model name, Hub id or folder; None for a store of activations, without a model.")
     revision: str | None = Field(description="Commit of the model.")
     reads: tuple[str, ...] = Field(min_length=1, description="Hooks that the dictionary reads.")
     writes: tuple[str, ...] = Field(min_length=1, description="Hooks that the dictionary writes.")
@@ -31,7 +31,7 @@ class StoreInfo(FrozenConfig):
     raw_unembedding: bool = Field(False, description="Compute effects on logits without the final norm's scale.")
     bos_id: int | None = Field(description="Token that begins a row.")
     text: str | None = Field(None, description="Name of the text.")
-    text_sha256: str = Field(description="Hash of token ids and kept positions.")
+    text_sha256: str = Field(description="Hash of token ids and kept positions; without a model, of the activations.")
     dictionary_sha256: str = Field(description="Hash of the dictionary's weights, see `weights_hash`.")
     options: dict[str, Any] = Field(description="Options of the dictionary's rule.")
     token_norm: str | None = Field(description="Norm that the dictionary applies to each activation; None for our own.")
@@ -51,6 +51,19 @@ class StoreInfo(FrozenConfig):
         """The hooks in words, such as "hook" or "read hook → written hook"."""
         reads, writes = (" + ".join(side) for side in (self.reads, self.writes))
         return reads if reads == writes else f"{reads} → {writes}"
+
+    @property
+    def unit(self) -> str:
+        """The word for what a latent fires on: token, or row of activations without a model."""
+        return "row" if self.model is None else "token"
+
+    def check_text(self, what: str) -> None:
+        """Raise UserError unless the store has the model and the text that a request needs."""
+        if self.model is None:
+            raise UserError(
+                f"{what}: this needs a model and its text, but the store was built from activations "
+                "(FeatureStore.from_activations); use FeatureStore.build with a model"
+            )
 
     def check_dictionary(self, dictionary: Dictionary) -> None:
         """Raise ConfigError unless the store was built from this dictionary."""

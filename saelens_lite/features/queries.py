@@ -10,6 +10,7 @@ from saelens_lite.errors import ConfigError, UserError
 from saelens_lite.features.codes import CodesTable
 from saelens_lite.features.compare import Stability
 from saelens_lite.features.info import StoreInfo
+from saelens_lite.features.rows import ExampleRow, GroupRate, Rows
 from saelens_lite.features.summary import About, Example, ExampleGroup, LatentSummary, Partner, PositionBin
 from saelens_lite.features.tensors import NONE, FeatureTensors
 from saelens_lite.features.weights import LatentWeights
@@ -31,14 +32,16 @@ class StoreQueries:
         control: "StoreQueries | None" = None,
         labels: dict[int, str] | None = None,
         folder: Path | None = None,
+        rows: Rows | None = None,
     ):
         self.info, self.tensors, self.weights = info, tensors, weights
         self.vocabulary = vocabulary if isinstance(vocabulary, Vocabulary) else Vocabulary(vocabulary)
         self.codes, self.scores, self.control, self.labels, self.folder = codes, scores, control, labels or {}, folder
+        self.rows = rows  # only of activations without a model
 
     @property
     def density(self) -> Float[Tensor, " d_sae"]:
-        """Share of the tokens on which each latent fires."""
+        """Share of the tokens (or rows) on which each latent fires."""
         return (self.tensors.count.double() / self.info.n_tokens).float()
 
     @property
@@ -51,13 +54,19 @@ class StoreQueries:
         """Score of each latent in other dictionaries (`sl.stability`), 0 for dead latents; None if it was not computed."""
         return None if self.scores is None else self.scores.score
 
-    def top_examples(self, latent: int) -> list[Example]:
-        """Return the contexts in which a latent fires most, strongest first; none if it never fires.
+    def top_examples(self, latent: int, *, one_per_group: bool = False) -> list[Example] | list[ExampleRow]:
+        """Return the contexts or rows in which a latent fires most, strongest first; none if it never fires.
+
+        Args:
+            one_per_group: Return at most one row of each group. Only for stores of activations with groups.
 
         Raises:
-            UserError: there is no such latent.
+            UserError: there is no such latent, or there are no groups.
         """
         self._check(latent)
+        if one_per_group:
+            t = self._groups().tensors
+            return self.rows.examples(self.vocabulary, t.distinct_place[latent], t.distinct_value[latent])
         return self._examples(self.tensors.top_place[latent], self.tensors.top_nearby[latent])
 
     def quantile_examples(self, latent: int) -> list[ExampleGroup]:
@@ -75,7 +84,7 @@ class StoreQueries:
             if count > 0
         ]
 
-    def random_examples(self, latent: int) -> list[Example]:
+    def random_examples(self, latent: int) -> list[Example] | list[ExampleRow]:
         """Return contexts drawn from all activations of a latent, in the order of the text.
 
         Raises:
@@ -84,7 +93,7 @@ class StoreQueries:
         self._check(latent)
         return self._examples(self.tensors.random_place[latent], self.tensors.random_nearby[latent])
 
-    def silent_examples(self, latent: int) -> list[Example]:
+    def silent_examples(self, latent: int) -> list[Example] | list[ExampleRow]:
         """Return contexts drawn from those in which a latent does not fire; fewer than asked for if it nearly always fires.
 
         Raises:
@@ -94,8 +103,10 @@ class StoreQueries:
         place = self.tensors.silent_place[latent]
         return self._examples(place, self.tensors.top_nearby.new_zeros(len(place), sum(self.info.window) + 1))
 
-    def _examples(self, places: Tensor, nearby: Tensor) -> list[Example]:
-        """Return the contexts at places, with the latent's activations there."""
+    def _examples(self, places: Tensor, nearby: Tensor) -> list[Example] | list[ExampleRow]:
+        """Return the contexts or rows at places, with the latent's activations there."""
+        if self.rows is not None:
+            return self.rows.examples(self.vocabulary, places, nearby[:, 0])
         t, (before, after) = self.tensors, self.info.window
         examples = []
         for place, around in zip(places.tolist(), nearby.tolist(), strict=True):
@@ -108,12 +119,29 @@ class StoreQueries:
                 examples.append(Example(tokens, values, position - start, around[before], row, position))
         return examples
 
+    def group_profile(self, latent: int) -> list[GroupRate]:
+        """Return the groups of rows in which a latent fires, with its firing rate and mean activation in each; at most ten.
+
+        Those that the latent prefers most come first: the order is the evidence that it fires more often there than elsewhere.
+
+        Raises:
+            UserError: there is no such latent, or there are no groups.
+        """
+        self._check(latent)
+        return self._groups().rates(latent)
+
+    def _groups(self) -> Rows:
+        if self.rows is None or not self.rows.labels:
+            raise UserError("this store has no groups; build it with FeatureStore.from_activations and groups=")
+        return self.rows
+
     def position_profile(self, latent: int) -> list[PositionBin]:
         """Return how often and how strongly a latent fires at positions 1, 2 to 3, 4 to 7, …, except where no token counts.
 
         Raises:
-            UserError: there is no such latent.
+            UserError: there is no such latent, or the store was built from activations.
         """
+        self.info.check_text("positions")
         self._check(latent)
         t = self.tensors
         columns = (t.band_low, t.band_high, t.band_tokens, t.band_count[latent], t.band_mean[latent])
@@ -191,6 +219,7 @@ class StoreQueries:
         Raises:
             UserError: the model has no such token. Most words begin with a space.
         """
+        self.info.check_text("effects on tokens")
         ids = self.vocabulary.ids_of(token)
         if not ids:
             raise UserError(f"{token!r} is not a token of {self.info.model}{self.vocabulary.hint(token)}")
@@ -199,13 +228,14 @@ class StoreQueries:
         return sorted(pairs, key=lambda pair: -pair[1])
 
     def _effects(self, latent: int, ids: Tensor, effects: Tensor) -> list[tuple[str, float]]:
+        self.info.check_text("effects on tokens")
         self._check(latent)
         return [(self.vocabulary[i], effect) for i, effect in zip(ids[latent].tolist(), effects[latent].tolist(), strict=True)]
 
     def latent(self, latent: int) -> LatentSummary:
         """Return a summary of one latent. Raise UserError if there is no such latent."""
         self._check(latent)
-        t = self.tensors
+        t, has_text = self.tensors, self.rows is None
         return LatentSummary(
             latent=latent,
             label=self.labels.get(latent),
@@ -214,15 +244,16 @@ class StoreQueries:
             max=float(t.top_value[latent, 0]),
             **{name: float(getattr(t, name)[latent]) for name in ("mean", "std", "skew", "kurtosis", "bin_width")},
             histogram=t.histogram[latent].tolist(),
-            promoted=self.promoted(latent),
-            suppressed=self.suppressed(latent),
+            promoted=self.promoted(latent) if has_text else [],
+            suppressed=self.suppressed(latent) if has_text else [],
             examples=self.top_examples(latent),
             groups=self.quantile_examples(latent),
             random=self.random_examples(latent),
-            positions=self.position_profile(latent),
+            positions=self.position_profile(latent) if has_text else [],
             partners=self.partners(latent),
             stability=self._stability(latent),
             similar=self.similar(latent),
+            rates=[] if has_text else self.rows.rates(latent),
         )
 
     def _stability(self, latent: int) -> float | None:

@@ -117,15 +117,25 @@ class Block:
 
     def _top(self) -> dict[str, Tensor]:
         """Return the largest activations, at most one a row; the first of equals wins."""
-        best = self.falling[self._best_of_row()[self.falling]]
-        latent = self.latent[best]
-        n_rows = torch.bincount(latent, minlength=self.n)
-        rank = torch.arange(len(best)) - (n_rows.cumsum(0) - n_rows)[latent]
-        fits = rank < self.info.top_n
-        index = best.new_full((self.n, self.info.top_n), NONE)
-        index[latent[fits], rank[fits]] = best[fits]
+        index = self._ranked(self.falling[self._best_of_row()[self.falling]])
         value = torch.where(index == NONE, 0, _at(self.value, index))
         return {"top_value": value, **self._contexts("top", index)}
+
+    def strongest(self, entries: Int[Tensor, " m"]) -> tuple[Float[Tensor, "latents top_n"], Int[Tensor, "latents top_n"]]:
+        """Return the first `top_n` activations of each latent, and their places, among entries in the order `falling`."""
+        index = self._ranked(entries)
+        value, place = torch.where(index == NONE, 0, _at(self.value, index)), _at(self.place, index)
+        return value, torch.where(index == NONE, NONE, place).int()
+
+    def _ranked(self, entries: Int[Tensor, " m"]) -> Int[Tensor, "latents top_n"]:
+        """Return the first `top_n` of each latent among entries that are in the order `falling`; NONE fills the rest."""
+        latent = self.latent[entries]
+        n_entries = torch.bincount(latent, minlength=self.n)
+        rank = torch.arange(len(entries)) - (n_entries.cumsum(0) - n_entries)[latent]
+        fits = rank < self.info.top_n
+        index = entries.new_full((self.n, self.info.top_n), NONE)
+        index[latent[fits], rank[fits]] = entries[fits]
+        return index
 
     def _best_of_row(self) -> Bool[Tensor, " n"]:
         """Return a mask of the entries that are the largest of their latent in their row; the first of equals."""

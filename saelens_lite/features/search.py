@@ -15,6 +15,7 @@ from torch import Tensor
 
 from saelens_lite.errors import UserError
 from saelens_lite.features.queries import StoreQueries
+from saelens_lite.features.rows import ExampleRow
 from saelens_lite.features.summary import About, Example, around_peak
 from saelens_lite.features.tensors import NONE
 from saelens_lite.tables import Result, columns_of, grid
@@ -39,7 +40,7 @@ class Hit(NamedTuple):
     on_token: int
     near: int
     n_contexts: int
-    example: Example | None
+    example: Example | ExampleRow | None
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,7 @@ class SearchResult(Result):
 
     def columns(self) -> dict[str, list[Any]]:
         """Return the hits, column by column, each example as one text."""
-        examples = [hit.example and "".join(hit.example.tokens) for hit in self.hits]
-        return columns_of(Hit, self.hits) | {"example": examples}
+        return columns_of(Hit, self.hits) | {"example": [_as_text(hit.example) for hit in self.hits]}
 
     def table(self) -> Any:
         """Return a rich table with a row for each hit."""
@@ -105,6 +105,12 @@ class SearchResult(Result):
             },
             collapse_padding=True,
         )
+
+
+def _as_text(example: Example | ExampleRow | None) -> str | None:
+    if example is None:
+        return None
+    return example.name if isinstance(example, ExampleRow) else "".join(example.tokens)
 
 
 class _Places(NamedTuple):

@@ -1,16 +1,23 @@
 """The feature store: everything collected about the latents of one dictionary, and the queries over it."""
 
+import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from jaxtyping import Float
+from torch import Tensor
+
+from saelens_lite.arrays import ArrayLike
 from saelens_lite.config import StoreConfig, TextConfig
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, UserError
 from saelens_lite.features import store_files
+from saelens_lite.features.activations import NamedRows, own_config, row_parts
 from saelens_lite.features.build import StorePlan, reduced
 from saelens_lite.features.code_log import CodeLog
 from saelens_lite.features.codes import CODES_FILE, CodesTable, check_extra
@@ -21,6 +28,7 @@ from saelens_lite.features.exporters import export
 from saelens_lite.features.info import StoreInfo
 from saelens_lite.features.labels import LABELS_FILE, checked_label, read_labels, stored_labels, write_labels
 from saelens_lite.features.queries import StoreQueries
+from saelens_lite.features.rows import Rows
 from saelens_lite.features.search import SearchResult, search
 from saelens_lite.features.weights import latent_weights
 from saelens_lite.files import named_file, write_text
@@ -35,9 +43,11 @@ from saelens_lite.tokens.display import Vocabulary
 if TYPE_CHECKING:
     import pyarrow
 
+log = logging.getLogger(__name__)
+
 
 class FeatureStore(StoreQueries):
-    """Everything collected about the latents of one dictionary; make one with `build` or `load`.
+    """Everything collected about the latents of one dictionary; make one with `build`, `from_activations` or `load`.
 
     A latent fires where its code is above zero. `control` is the store of the same dictionary on the model with shuffled
     weights, or None. `labels` say what people think the latents stand for.
@@ -102,9 +112,7 @@ class FeatureStore(StoreQueries):
         if out is not None:
             refuse_existing(followed(out), exists, STORE)
         if config.codes:
-            check_extra()
-            if out is None:
-                raise ConfigError("codes=True writes a table to the folder of the store; give out=")
+            _check_table(out)
         config = config.replace(batch_tokens=config.batch_tokens or default_batch_tokens(lm))
         job = StorePlan.of(dictionaries, lm, with_mask(text, attention_mask), config, hook=hook, text_config=text_config)
         scores = _scores_of_each(stability, job.infos)
@@ -153,8 +161,65 @@ class FeatureStore(StoreQueries):
             store._write(folder)
         return store
 
+    @classmethod
+    def from_activations(
+        cls,
+        dictionary: Dictionary,
+        x: Float[Tensor, "n d_in"] | ArrayLike,
+        names: Any = None,
+        groups: Any = None,
+        config: StoreConfig | None = None,
+        *,
+        out: str | Path | None = None,
+        stability: Stability | None = None,
+        exists: Literal["error", "overwrite"] = "error",
+        **settings: Any,
+    ) -> "FeatureStore":
+        """Build the store of a dictionary from activations alone, such as embeddings of images or proteins.
+
+        It shows rows by name in place of contexts, and has nothing that needs a model or a text.
+
+        Args:
+            x: A tensor, a numpy array (also one in a file: it is read in batches), a DataFrame or a list of rows, in the
+                scale of the training data.
+            names: One name for each row, such as the path of an image; default: the index of a DataFrame, or row numbers.
+            groups: One label for each row, such as its class, to show in which groups each latent fires.
+            config: Settings, by default those of `StoreConfig()`; those of tokens apply to rows.
+            out: Folder for the store.
+            stability: Scores of `sl.stability`.
+            settings: Fields of `StoreConfig` by name, which replace those of `config`, such as `top_n=20`.
+
+        Raises:
+            ShapeError: x is not an array [n d_in] of floating-point numbers; names or groups have another length.
+            ConfigError: a name or group is missing; a setting is unknown, out of range or needs a text; as for `build`.
+            UserError: no latent fires.
+            NonFiniteError: a weight, an activation or a code is NaN or infinite.
+            OutputExistsError, LockedError, DiskFullError: as for `build`.
+        """
+        config = own_config(config, settings)
+        if config.codes:
+            _check_table(out)
+        given = NamedRows.of(dictionary, x, names, groups)
+        out = None if out is None else Path(out)
+        with (
+            nullcontext() if out is None else new_folder(out, STORE, exists) as new,
+            tempfile.TemporaryDirectory(prefix="saelens-lite-") as work,
+        ):
+            table = new / CODES_FILE if config.codes else None
+            info, tensors, rows = row_parts(dictionary, given, config, Path(work), table)
+            scores, weights = _scores_of_each(stability, [info])[0], latent_weights(dictionary, None)
+            codes = None if table is None else CodesTable.of(table)
+            store = cls(info, tensors, weights, given.names, codes=codes, scores=scores, rows=Rows(rows, built_here=True))
+            if new is not None:
+                store._write(new)
+        if out is not None:
+            store._is_in(out)
+        return store
+
     def sql(self, query: str) -> "pyarrow.Table":
-        """Return the result of a SELECT over the tables codes (latent, row, position, token, value) and tokens (token, text).
+        """Return the result of a SELECT over codes (latent, row, position, token, value) and tokens (token, text).
+
+        In a store of activations, the token of a row is its number, and the text is its name.
 
         Raises:
             UserError: the store was built without codes, the query is not a SELECT, or DuckDB rejects it.
@@ -223,8 +288,10 @@ class FeatureStore(StoreQueries):
                 contexts that have a word of the label (`words_of_label`).
 
         Raises:
-            UserError: there is no such latent; too few contexts; the scorer does not return a finite number for each context.
+            UserError: there is no such latent; the store has no text; too few contexts; the scorer does not return a finite
+                number for each context.
         """
+        self.info.check_text("detection scores")
         return detection(self, latent, scorer)
 
     def export(
@@ -248,8 +315,10 @@ class FeatureStore(StoreQueries):
             PluginError: there is no such exporter.
             ConfigError: an option is unknown, missing or invalid; `dictionary` is another one; the tool cannot hold something.
             OutputExistsError: the folder is not empty and `exists` is "error", or it holds something other than an export.
+            UserError: the store was built from activations.
             DiskFullError: the disk is full.
         """
+        self.info.check_text(f"an export for {exporter}")
         return export(self, exporter, folder, dictionary=dictionary, exists=exists, **options)
 
     def save(self, folder: str | Path, *, exists: Literal["error", "overwrite"] = "error") -> Path:
@@ -279,7 +348,10 @@ class FeatureStore(StoreQueries):
         """Write all files except the table of codes into a new folder, which already holds that table."""
         control = None if self.control is None else store_files.Control(self.control.info, self.control.tensors)
         store_files.write(
-            folder, store_files.Parts(self.info, self.tensors, self.weights, self.vocabulary, self.codes, control)
+            folder,
+            store_files.Parts(
+                self.info, self.tensors, self.weights, self.vocabulary, self.codes, control, self.rows and self.rows.tensors
+            ),
         )
         if self.scores is not None:
             self.scores.save(folder)
@@ -299,10 +371,10 @@ class FeatureStore(StoreQueries):
         """
         folder = Path(folder)
         restore(folder)
-        info, tensors, weights, words, codes, control = store_files.read(folder)
+        info, tensors, weights, words, codes, control, rows = store_files.read(folder)
         if dictionary is not None:
             info.check_dictionary(dictionary)
-        store = cls(info, tensors, weights, words, codes=codes, folder=folder)
+        store = cls(info, tensors, weights, words, codes=codes, folder=folder, rows=None if rows is None else Rows(rows))
         if control is not None:
             store.control = cls(control.info, control.tensors, weights, words)
         if os.path.lexists(folder / STABILITY_FILE):
@@ -310,10 +382,22 @@ class FeatureStore(StoreQueries):
         store.labels = stored_labels(folder, info)
         return store
 
-    def dashboard(self, path: str | Path = "features.html", *, exists: Literal["error", "overwrite"] = "error") -> Path:
+    def dashboard(
+        self,
+        path: str | Path = "features.html",
+        *,
+        images: str | Path | Literal[False] | None = None,
+        exists: Literal["error", "overwrite"] = "error",
+    ) -> Path:
         """Write the store as one HTML page, which needs no network, and return its path.
 
+        Args:
+            images: For rows named by image files, the folder that holds them; files outside of it are not read. False leaves
+                thumbnails out. By default, a store that was just built reads the files, and a loaded one does not, because its
+                names may be a stranger's.
+
         Raises:
+            UserError: none of the images is in the folder.
             OutputExistsError: the file exists and `exists` is "error", or it is not an HTML page.
             LockedError: another process is writing it.
         """
@@ -321,8 +405,19 @@ class FeatureStore(StoreQueries):
 
         path = check_output(path)
         with new_file(path, "page", exists, _is_page):
-            write_text(path, render(self))
+            write_text(path, render(self, self._images(images)))
         return path
+
+    def _images(self, folder: str | Path | Literal[False] | None) -> dict[int, str]:
+        """Return the thumbnails of rows; see `dashboard`."""
+        from saelens_lite.features.dashboard.images import is_image, thumbnails
+
+        if self.rows is None or folder is False or not any(map(is_image, self.vocabulary)):
+            return {}
+        if folder is None and not self.rows.built_here:
+            log.warning("the names of rows are image files; to show them, give dashboard(images=) the folder that holds them")
+            return {}
+        return thumbnails(self, None if folder is None else Path(folder))
 
     def _repr_html_(self) -> str:
         from saelens_lite.features.card import store_card
@@ -331,14 +426,21 @@ class FeatureStore(StoreQueries):
 
     def __repr__(self) -> str:
         i = self.info
-        silent = int(self.never_fires.sum())
-        return f"FeatureStore({i.d_sae} latents, {i.rule}, {i.model}, {i.place}, {i.n_tokens:,} tokens, {silent} never fire)"
+        silent, place = int(self.never_fires.sum()), f"{i.model}, {i.place}" if i.model else i.place
+        return f"FeatureStore({i.d_sae} latents, {i.rule}, {place}, {i.n_tokens:,} {i.unit}s, {silent} never fire)"
 
 
 def _is_page(path: Path) -> bool:
     """Return whether a file is an HTML page."""
     with open(path, "rb") as file:
         return file.read(64).lstrip().lower().startswith(b"<!doctype html")
+
+
+def _check_table(out: str | Path | None) -> None:
+    """Raise ConfigError unless a table of codes can be written."""
+    check_extra()
+    if out is None:
+        raise ConfigError("codes=True writes a table to the folder of the store; give out=")
 
 
 def folder_names(dictionaries: Sequence[Dictionary]) -> list[str]:

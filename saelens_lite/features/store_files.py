@@ -2,8 +2,8 @@
 
 features.json holds the facts about the store, the text of each token, the bytes of the tokens that are parts of characters
 (older stores have them in the texts), and the hashes of the tensor files: features.safetensors, weights.safetensors, and with a
-control, control.safetensors. codes.parquet is the table of all codes. labels.json and stability.safetensors may be added later;
-other modules write them.
+control, control.safetensors. A store of activations has no tokens, but rows.safetensors with the names and groups of its rows.
+codes.parquet is the table of all codes. labels.json and stability.safetensors may be added later; other modules write them.
 """
 
 from pathlib import Path
@@ -18,6 +18,7 @@ from saelens_lite.errors import CorruptFileError
 from saelens_lite.features.codes import CODES_FILE, CodesTable
 from saelens_lite.features.info import StoreInfo
 from saelens_lite.features.reduce import N_BINS
+from saelens_lite.features.rows import RowTensors
 from saelens_lite.features.tensors import NONE, OF_TEXT, FeatureTensors
 from saelens_lite.features.weights import LatentWeights
 from saelens_lite.files import check_axes, file_hash, read_tensors, tensor_specs, write_json, write_tensors
@@ -28,6 +29,7 @@ from saelens_lite.tokens.display import Vocabulary
 FORMAT = 3
 INFO_FILE = "features.json"
 TENSORS_FILE, WEIGHTS_FILE, CONTROL_FILE = "features.safetensors", "weights.safetensors", "control.safetensors"
+ROWS_FILE = "rows.safetensors"
 
 
 _TokenId = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,9})$")]
@@ -49,14 +51,20 @@ class _Content(Checked):
     codes: _Codes | None
     info: StoreInfo
     control: StoreInfo | None
-    vocabulary: Annotated[list[String], Field(min_length=1)]
+    vocabulary: list[String]  # empty without a model: rows.safetensors has the names of rows
     parts: dict[_TokenId, _Bytes] | None = None  # older stores have them in the texts
 
     @model_validator(mode="after")
     def _agrees(self) -> "_Content":
         wanted = {TENSORS_FILE, WEIGHTS_FILE} | (set() if self.control is None else {CONTROL_FILE})
+        if self.info.model is None:
+            wanted.add(ROWS_FILE)
         if self.sha256.keys() != wanted:
             raise ValueError(f"it lists the files {', '.join(self.sha256)[:200]}; expected {', '.join(sorted(wanted))}")
+        if self.info.model is None and self.control is not None:
+            raise ValueError("it has a control without a model")
+        if (not self.vocabulary) != (self.info.model is None):
+            raise ValueError("it has a vocabulary without a model, or a model without a vocabulary")
         if any(int(i) >= len(self.vocabulary) for i in self.parts or ()):
             raise ValueError("parts has a token id that is not in the vocabulary")
         return self
@@ -78,6 +86,7 @@ class Parts(NamedTuple):
     vocabulary: Vocabulary
     codes: CodesTable | None
     control: Control | None
+    rows: RowTensors | None = None
 
 
 def write(folder: Path, parts: Parts) -> None:
@@ -86,9 +95,11 @@ def write(folder: Path, parts: Parts) -> None:
     if parts.control is not None:
         own = {name: x for name, x in parts.control.tensors._asdict().items() if name not in OF_TEXT}
         files[CONTROL_FILE] = own
+    if parts.rows is not None:
+        files[ROWS_FILE] = parts.rows._asdict()
     for name, tensors in files.items():
         write_tensors(folder / name, tensors)
-    words = parts.vocabulary.to_json()
+    words = (Vocabulary() if parts.rows is not None else parts.vocabulary).to_json()
     content = {
         "format": FORMAT,
         "sha256": {name: file_hash(folder / name) for name in files},
@@ -115,6 +126,11 @@ def read(folder: Path) -> Parts:
     """
     content = read_checked(folder / INFO_FILE, _Content)
     parts = _parts(folder, content)
+    rows, info = parts.rows, parts.info
+    if rows is not None and not (_typed(rows) and _are_rows(info, parts.tensors, rows)):
+        raise CorruptFileError(f"{folder / ROWS_FILE} does not match {INFO_FILE}; build the store again")
+    if rows is not None:
+        parts = parts._replace(vocabulary=Vocabulary(rows.names))
     controls = [] if parts.control is None else [parts.control]
     if not all(_fits(one.info, one.tensors, parts.weights, parts.vocabulary) for one in (parts, *controls)):
         raise CorruptFileError(f"{folder}: the tensors and {INFO_FILE} do not match; build the store again")
@@ -135,10 +151,13 @@ def _parts(folder: Path, content: _Content) -> Parts:
         control = Control(control, FeatureTensors(**shared, **own_tensors))
     weights = LatentWeights(**_checked(folder / WEIGHTS_FILE, content, _axes(LatentWeights), {"d_sae": info.d_sae}))
     words = Vocabulary.from_json(content.vocabulary, content.parts)
-    return Parts(info, tensors, weights, words, codes, control)
+    rows = None
+    if info.model is None:
+        rows = RowTensors(**_checked(folder / ROWS_FILE, content, _axes(RowTensors), {"d_sae": info.d_sae}))
+    return Parts(info, tensors, weights, words, codes, control, rows)
 
 
-def _axes(kind: type[FeatureTensors] | type[LatentWeights]) -> dict[str, str]:
+def _axes(kind: type[FeatureTensors] | type[LatentWeights] | type[RowTensors]) -> dict[str, str]:
     """Return the axes of each tensor, from its annotation."""
     return {name: field.dim_str for name, field in kind.__annotations__.items()}
 
@@ -182,6 +201,12 @@ def _fits(info: StoreInfo, t: FeatureTensors, w: LatentWeights, vocabulary: list
     return inside and _places_exist(t) and _counts_agree(info, t) and all(isinstance(text, str) for text in vocabulary)
 
 
+def _are_rows(info: StoreInfo, t: FeatureTensors, rows: RowTensors) -> bool:
+    """Return whether the text is one token a row, its number, and the names and groups are of these rows."""
+    numbers = torch.arange(info.n_tokens, dtype=t.tokens.dtype)[:, None]
+    return info.window == (0, 0) and torch.equal(t.tokens, numbers) and rows.fit(t.count, info.n_tokens, info.top_n)
+
+
 def _places_exist(t: FeatureTensors) -> bool:
     """Return whether every place lies within its row, and each latent fires at the peaks of its strongest contexts."""
     n_seq, n_ctx = t.tokens.shape
@@ -211,7 +236,7 @@ def _counts_agree(info: StoreInfo, t: FeatureTensors) -> bool:
     return True
 
 
-def _typed(tensors: FeatureTensors | LatentWeights) -> bool:
+def _typed(tensors: FeatureTensors | LatentWeights | RowTensors) -> bool:
     """Return whether every tensor has the type of its field, and axes of one name have one length."""
     with jaxtyped("context"):
         return all(isinstance(x, type(tensors).__annotations__[name]) for name, x in tensors._asdict().items())

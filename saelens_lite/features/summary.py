@@ -1,14 +1,14 @@
 """The answers of a feature store: plain Python, one latent at a time."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from saelens_lite.features.html import quoted, render, short, visible
-from saelens_lite.tables import Result, facts
+from saelens_lite.features.rows import ExampleRow, GroupRate
+from saelens_lite.tables import Result, columns_of, facts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from rich.text import Text
 
 LINE = 68  # columns of a line of tokens
@@ -32,7 +32,7 @@ class ExampleGroup(NamedTuple):
     low: float
     high: float
     share: float
-    examples: list[Example]
+    examples: list[Example] | list[ExampleRow]
 
 
 class Partner(NamedTuple):
@@ -88,16 +88,24 @@ class LatentSummary(Result):
     bin_width: float
     promoted: list[tuple[str, float]]
     suppressed: list[tuple[str, float]]
-    examples: list[Example]
+    examples: list[Example] | list[ExampleRow]
     groups: list[ExampleGroup]
-    random: list[Example]
+    random: list[Example] | list[ExampleRow]
     positions: list[PositionBin]
     partners: list[Partner]
     stability: float | None
     similar: list[tuple[int, float]]
+    rates: Sequence[GroupRate] = ()  # the groups of rows in which it fires
+
+    @property
+    def unit(self) -> str:
+        """The word for what the latent fires on: token, or row of activations without a text."""
+        return "row" if any(isinstance(example, ExampleRow) for example in self.examples) else "token"
 
     def columns(self) -> dict[str, list[Any]]:
-        """Return the strongest contexts, column by column."""
+        """Return the strongest contexts or rows, column by column."""
+        if self.unit == "row":
+            return columns_of(ExampleRow, self.examples)
         return {
             "activation": [example.value for example in self.examples],
             "row": [example.row for example in self.examples],
@@ -107,7 +115,7 @@ class LatentSummary(Result):
         }
 
     def table(self) -> Any:
-        """Return the figures, the tokens and the strongest contexts for a terminal, with the firing token in « »."""
+        """Return the figures, the tokens and the strongest contexts for a terminal, with the firing token (or row) in « »."""
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
@@ -124,15 +132,16 @@ class LatentSummary(Result):
         """Return the names and values of the lines above the contexts."""
         from rich.text import Text
 
-        fires = f"{self.count:,} tokens ({100 * self.density:.3g} %); largest {short(self.max)}, mean {short(self.mean)}"
+        fires = f"{self.count:,} {self.unit}s ({100 * self.density:.3g} %); largest {short(self.max)}, mean {short(self.mean)}"
         if self.stability is not None:
             fires += f"; stability {self.stability:.2f}"
         lists = {
-            "fires on": fires if self.count else "no token of the store's text",
+            "fires on": fires if self.count else "nothing in the store",
             "promotes": _in_lines(quoted(token) for token, _ in self.promoted),
             "suppresses": _in_lines(quoted(token) for token, _ in self.suppressed),
             "similar": ", ".join(f"{latent} ({cosine:.2f})" for latent, cosine in self.similar),
             "fires with": ", ".join(str(partner.latent) for partner in self.partners),
+            "in groups": ", ".join(f"{visible(rate.group)} ({100 * rate.firing_rate:.3g} %)" for rate in self.rates),
         }
         return [(name, Text(text)) for name, text in lists.items() if text]
 
@@ -144,10 +153,11 @@ class LatentSummary(Result):
             for group in self.groups
         ]
         groups.append(("drawn from all", self.random))
-        return render("features", "latent.html.j2", latent=self, groups=[group for group in groups if group[1]])
+        groups = [group for group in groups if group[1]]
+        return render("features", "latent.html.j2", latent=self, groups=groups, unit=self.unit)
 
 
-def _in_lines(words: "Iterable[str]") -> str:
+def _in_lines(words: Iterable[str]) -> str:
     """Join words that may hold spaces, and break lines only between them."""
     lines = [""]
     for word in words:
@@ -157,13 +167,17 @@ def _in_lines(words: "Iterable[str]") -> str:
     return "\n".join(lines)
 
 
-def around_peak(example: Example, before: int, after: int) -> "tuple[Text, Text]":
+def around_peak(example: Example | ExampleRow, before: int, after: int) -> "tuple[Text, Text]":
     """Return the parts of a context before its peak and from its peak on, in one line and cut to widths in columns.
 
-    The peak is in « ». Tokens on which the latent fires are coloured.
+    The peak, or the name of a row, is in « ». Tokens on which the latent fires are coloured.
     """
     from rich.text import Text
 
+    if isinstance(example, ExampleRow):
+        name = Text(f"«{visible(example.name)}»", style="bold yellow")
+        name.truncate(before + after, overflow="ellipsis")
+        return Text(), name + Text("" if example.group is None else f"  {visible(example.group)}")
     left, right = Text(), Text()
     for place, (token, value) in enumerate(zip(example.tokens, example.values, strict=True)):
         shown = visible(token)

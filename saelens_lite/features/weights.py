@@ -72,10 +72,10 @@ class Effects(NamedTuple):
 
 
 @torch.no_grad()
-def latent_weights(dictionary: Dictionary, lm: LanguageModel, *, raw_unembedding: bool = False) -> LatentWeights:
+def latent_weights(dictionary: Dictionary, lm: LanguageModel | None, *, raw_unembedding: bool = False) -> LatentWeights:
     """Return the facts about each latent that follow from the weights, on the CPU.
 
-    Effects on logits are those of the last port that the dictionary writes.
+    Effects on logits are those of the last port that the dictionary writes; without a model, their tensors are empty.
 
     Args:
         raw_unembedding: Compute effects with the raw W_U, without the scale (and centring) of the model's final norm.
@@ -96,8 +96,10 @@ def latent_weights(dictionary: Dictionary, lm: LanguageModel, *, raw_unembedding
     return LatentWeights(*(x.cpu() for x in numbers))
 
 
-def _unembedding(lm: LanguageModel, raw: bool) -> Float[Tensor, "d_vocab d_model"]:
-    """Return W_U. If logits are not linear in the stream, log a warning and return an empty matrix."""
+def _unembedding(lm: LanguageModel | None, raw: bool) -> Float[Tensor, "d_vocab d_model"]:
+    """Return W_U. Without a model, or with a warning if logits are not linear in the stream, return an empty matrix."""
+    if lm is None:
+        return torch.zeros(0, 0)
     try:
         return lm.unembedding(fold_norm=not raw)
     except ConfigError as error:

@@ -165,6 +165,7 @@ def prompt_view(
     if by == "relative" and store is None:
         raise ConfigError("by='relative' needs the largest activation of each latent: give store=, a FeatureStore")
     if store is not None:
+        store.info.check_text("a prompt view")
         store.info.check_dictionary(dictionary)
     site = Site(dictionary, lm, hook)
     rows = site.rows(text, attention_mask)

@@ -2,7 +2,7 @@
 
 The page holds its data as compressed columns (see `block`), and the browser unpacks only those that it shows. The template
 escapes names in the page's markup. Tokens and labels are only in the blocks and become text nodes. Only the page's own script
-and style may run: the Content-Security-Policy lists them by their hashes.
+and style may run: the Content-Security-Policy lists them by their hashes. Thumbnails are images inside the page's data.
 """
 
 import hashlib
@@ -15,15 +15,15 @@ from saelens_lite.features.html import visible
 from saelens_lite.features.queries import StoreQueries
 
 TEMPLATE, STYLE = "page.html.j2", "page.css"
-SCRIPTS = ("data.js", "parts.js", "charts.js", "list.js", "latent.js", "page.js")
+SCRIPTS = ("data.js", "parts.js", "charts.js", "rows.js", "list.js", "latent.js", "page.js")
 
 
-def render(store: StoreQueries) -> str:
-    """Return the page as HTML."""
+def render(store: StoreQueries, images: dict[int, str] | None = None) -> str:
+    """Return the page as HTML. `images` has data URIs of rows."""
     from jinja2 import Environment, PackageLoader
     from markupsafe import Markup
 
-    packed = pack(content(store))
+    packed = pack(content(store, images))
     style, script = _source(STYLE), "\n".join(map(_source, SCRIPTS))
     loader = PackageLoader("saelens_lite", "features/dashboard")
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, keep_trailing_newline=True)

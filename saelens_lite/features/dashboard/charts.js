@@ -29,7 +29,7 @@ function edge(low, width, j) {
 
 function valueChart(counts, width) {
   const bars = Array.from(counts, (count, j) =>
-    ({height: count, tip: `${number(width * j)} to ${number(width * (j + 1))}:  ${whole(count)} tokens`}));
+    ({height: count, tip: `${number(width * j)} to ${number(width * (j + 1))}:  ${whole(count)} ${unit}s`}));
   return chart("Histogram of activations", bars, ["0", number(width * counts.length)]);
 }
 

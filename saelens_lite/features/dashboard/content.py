@@ -22,7 +22,7 @@ class Content(NamedTuple):
     """
 
     facts: dict[str, Any]
-    vocabulary: list[str]  # texts of the tokens that appear, then of parts of characters in their contexts
+    vocabulary: list[str]  # texts of the tokens that appear, then of parts of characters in their contexts, then of groups
     labels: dict[int, str]
     tokens: Columns  # a token that is in a context
     spans: Columns  # a span of the text: its first place among the shown tokens, its row, its position
@@ -65,12 +65,14 @@ class ShownText(NamedTuple):
         return np.where(places < 0, 0, places - self.start[span] + self.at[span])
 
 
-def content(store: StoreQueries) -> Content:
-    """Return the content of a store's page."""
+def content(store: StoreQueries, images: dict[int, str] | None = None) -> Content:
+    """Return the content of a store's page. `images` has data URIs of rows."""
     t, weights, control = store.tensors, store.weights, store.control
     places = {"top": t.top_place, "group": t.group_place.flatten(1), "random": t.random_place}
     if control is not None:
         places["control"] = control.tensors.top_place[:, :N_CONTROL]
+    if store.rows is not None and store.rows.labels:
+        places["distinct"] = store.rows.tensors.distinct_place
     places = {name: _array(x) for name, x in places.items()}
     wanted = np.concatenate([x[x >= 0] for x in places.values()])
     text = ShownText.of(_array(t.tokens), _array(t.length), wanted, store.info.window)
@@ -84,9 +86,12 @@ def content(store: StoreQueries) -> Content:
     ids = np.flatnonzero(appears)
     row, position = np.divmod(text.start, t.tokens.shape[1])
     words, word = _words(store, text, ids)
+    of_groups = _groups(store, text, shown, len(words))
     bands = zip(t.band_low.tolist(), t.band_high.tolist(), strict=True)
     return Content(
         facts={
+            "unit": store.info.unit,
+            "images": {int(ids.searchsorted(row)): uri for row, uri in (images or {}).items()},
             "n_latents": store.info.d_sae,
             "n_tokens": store.info.n_tokens,
             "before": store.info.window[0],
@@ -95,13 +100,42 @@ def content(store: StoreQueries) -> Content:
             "bands": [band for band, n in zip(bands, t.band_tokens.tolist(), strict=True) if n],
             "control_tokens": None if control is None else control.info.n_tokens,
         },
-        vocabulary=words,
+        vocabulary=words + of_groups.labels,
         labels=store.labels,
-        tokens={"token": word},
+        tokens={"token": word} | of_groups.tokens,
         spans={"at": text.at, "row": row, "position": position},
-        index=_index(store, shown["top"], ids.searchsorted(promoted)),
-        details=_details(store, shown, ids.searchsorted(suppressed)),
+        index=_index(store, shown["top"], ids.searchsorted(promoted)) | of_groups.index,
+        details=_details(store, shown, ids.searchsorted(suppressed)) | of_groups.details,
     )
+
+
+class _Groups(NamedTuple):
+    """The columns about groups of rows; a group is the number of its label among all words of the page."""
+
+    labels: list[str]
+    tokens: Columns
+    index: Columns
+    details: Columns
+
+
+def _groups(store: StoreQueries, text: ShownText, shown: Columns, n_words: int) -> _Groups:
+    """Return the parts about groups. Without groups they are empty."""
+    if store.rows is None or not store.rows.labels:
+        return _Groups([], {}, {}, {})
+    t = store.rows.tensors
+    of_shown, group = _array(t.group_of_row)[text.start], _array(t.rate_group)  # a span is a row, because a row is one place
+    used = np.unique(np.concatenate([of_shown, group[group >= 0]]))
+    number = n_words + np.where(group < 0, 0, used.searchsorted(group))
+    count, size = _array(t.rate_count), _array(store.rows.sizes)[group.clip(min=0)]
+    return _Groups(
+        [store.rows.labels[i] for i in used.tolist()],
+        {"group": n_words + used.searchsorted(of_shown)},
+        {"group": number[:, 0], "group_rate": (count / size)[:, 0]},
+        {
+            "rate_group": number, "rate_count": count, "rate_rows": size, "rate_mean": _array(t.rate_mean),
+            "distinct": shown["distinct"], "distinct_nearby": _array(t.distinct_value),
+        },
+    )  # fmt: skip
 
 
 def _words(

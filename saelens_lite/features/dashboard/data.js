@@ -3,6 +3,7 @@
 const $ = id => document.getElementById(id);
 const layout = JSON.parse($("layout").textContent);
 const KINDS = {uint8: Uint8Array, uint16: Uint16Array, uint32: Uint32Array, float32: Float32Array, float64: Float64Array};
+const unit = layout.unit, isRows = unit === "row";  // a latent fires on tokens of a text, or on rows without a text
 const MOST_CHUNKS = 32;  // kept unpacked
 
 function takeBlock(id) {
@@ -42,7 +43,7 @@ class Columns {
   get(name, i) { return this.columns.get(name).numbers[i]; }
 }
 
-let vocabulary, labels, tokens, spans, index;
+let vocabulary, labels, tokens, groupOf, spans, index;
 async function openList() {
   const block = takeBlock("list-block"), part = number => open(block, layout.list_starts, number);
   const columns = async (number, name) => new Columns(await part(number).arrayBuffer(), layout.columns[name]);
@@ -50,6 +51,7 @@ async function openList() {
   [{vocabulary, labels}, shown, spans, index] = await Promise.all([
     part(0).json(), columns(1, "tokens"), columns(2, "spans"), columns(3, "index")]);
   tokens = shown.all("token");
+  if (shown.has("group")) groupOf = shown.all("group");
 }
 
 // Return the details of a latent: its row in the columns of its chunk.
@@ -83,6 +85,7 @@ function context(at, nearby) {
     value: nearby[layout.before],
     row: spans.get("row", low),
     position: spans.get("position", low) + at - starts[low],
+    at,
   };
 }
 function contexts(places, nearby) {

@@ -15,8 +15,8 @@ function navigation(i) {
 }
 
 function firingFacts(count, n_tokens, max, mean) {
-  if (!count) return [["fires on", "no token of this text"]];
-  return [["fires on", `${percent(count / n_tokens)} of tokens (${whole(count)})`], ["max", number(max)], ["mean where it fires", number(mean)]];
+  if (!count) return [["fires on", isRows ? "no row" : "no token of this text"]];
+  return [["fires on", `${percent(count / n_tokens)} of ${unit}s (${whole(count)})`], ["max", number(max)], ["mean where it fires", number(mean)]];
 }
 function summary(i) {
   const count = index.get("count", i);
@@ -40,9 +40,10 @@ function effects(title, ids, values, kind) {
   return section;
 }
 
-// Return another latent's label, or else its top tokens.
+// Return another latent's label, or else its top tokens or rows.
 function about(j) {
   if (label(j)) return [label(j)];
+  if (index.get("count", j) && isRows) return strongestNames(j, 4);
   return index.get("count", j) ? topTokens(j, 4).map(chip) : [make("span", {class: "soft"}, "never fires")];
 }
 function others(title, unit, meaning, ids, figures) {
@@ -57,19 +58,19 @@ function neighbours(found, side) {
   return found.has(name)
     && others(`Nearest by ${side}`, "cosine", `cosine of the ${side} directions`, found.row(name), j => fixed(found.row(`${side}_cosine`)[j]));
 }
-// Latents that fire on the same tokens, with the number of these tokens and the pointwise mutual information.
+// Latents that fire on the same tokens or rows, with the number of these and the pointwise mutual information.
 function partners(i, found, kind, title) {
   const name = `${kind}_count`;
   if (!found.has(name)) return undefined;
   const counts = found.row(name).filter(count => count > 0), ids = found.row(kind).subarray(0, counts.length);
   const pmi = j => Math.log(counts[j] * layout.n_tokens / (index.get("count", i) * index.get("count", ids[j])));
-  return others(title, "tokens · PMI", "tokens on which both fire · pointwise mutual information in nats", ids, j => `${whole(counts[j])} · ${fixed(pmi(j))}`);
+  return others(title, `${unit}s · PMI`, `${unit}s on which both fire · pointwise mutual information in nats`, ids, j => `${whole(counts[j])} · ${fixed(pmi(j))}`);
 }
 
 function groups(i, found, max) {
   const places = found.row("group"), nearby = found.row("group_nearby"), counts = found.row("group_count");
   const size = places.length / counts.length, width = nearby.length / counts.length;
-  const section = card("Contexts by activation", make("div", {class: "groups"}, ...Array.from(counts, (count, j) => {
+  const section = card(isRows ? "Rows by activation" : "Contexts by activation", make("div", {class: "groups"}, ...Array.from(counts, (count, j) => {
     const shown = contexts(places.subarray(j * size, (j + 1) * size), nearby.subarray(j * width, (j + 1) * width));
     const [low, high] = ["group_low", "group_high"].map(name => number(found.row(name)[j]));
     const title = make("h3", {}, `${low} to ${high}`, make("span", {class: "soft"}, `${percent(count / index.get("count", i))} of its activations`));
@@ -104,24 +105,25 @@ const grid = (kind, ...cards) => make("div", {class: `grid ${kind}`}, ...cards.f
 function latentPage(i, found) {
   const count = index.get("count", i), max = index.get("max", i), parts = [navigation(i), summary(i)];
   const acts = found.has("suppressed");
+  const spread = Object.entries(distributions).filter(([name]) => name === "density" || index.has(name)).map(([name, {title}]) => card(title, amongAll(name, i)));
   parts.push(grid("thirds",
     count && card("Activations where it fires", valueChart(found.row("histogram"), found.get("bin_width"))),
+    ...(isRows ? (count && found.has("rate_group") ? [groupTable(found)] : spread.splice(0)) : []),
     acts && effects("Promoted tokens", index.row("promoted", i), found.row("promoted_effect"), "up"),
     acts && effects("Suppressed tokens", found.row("suppressed"), found.row("suppressed_effect"), "down")));
   if (count) {
     parts.push(grid("halves",
-      strongest(i, found, max),
-      card("Random contexts in which it fires", ...lines(contexts(found.row("random"), found.row("random_nearby")).sort((a, b) => b.value - a.value), max)),
+      isRows ? strongestRows(i, found, max) : strongest(i, found, max),
+      card(isRows ? "Random rows on which it fires" : "Random contexts in which it fires", ...lines(contexts(found.row("random"), found.row("random_nearby")).sort((a, b) => b.value - a.value), max)),
       groups(i, found, max)));
   }
   parts.push(grid("quarters", neighbours(found, "decoder"), neighbours(found, "encoder"),
     partners(i, found, "frequent", "Most often together"), partners(i, found, "specific", "Together beyond chance")));
-  const spread = Object.entries(distributions).filter(([name]) => name === "density" || index.has(name));
   parts.push(grid("fifths",
     acts && measured("Effects on all logits", "per unit", PER_UNIT, logitChart(found), make("p", {class: "soft"},
       `counts on a log scale; skew ${fixed(found.get("logit_skew"))}, excess kurtosis ${fixed(found.get("logit_kurtosis"))}`)),
-    count && card("Firing rate by position", profileChart(found.row("band_rate"), found.row("band_mean")), make("p", {class: "soft"}, "positions on a log scale")),
-    ...spread.map(([name, {title}]) => card(title, amongAll(name, i)))));
+    count && !isRows && card("Firing rate by position", profileChart(found.row("band_rate"), found.row("band_mean")), make("p", {class: "soft"}, "positions on a log scale")),
+    ...spread));
   if (found.has("control_count")) parts.push(control(found));
   $("latent").replaceChildren(...parts);
 }

@@ -8,12 +8,14 @@ const firing = (i, value) => index.get("count", i) ? value : NaN;  // silent lat
 const COLUMNS = [
   {key: "latent", width: "4.5rem", value: i => i, cell: i => [make("a", {href: `#f=${i}`}, String(i))]},
   {key: "label", width: "minmax(6rem, 1.1fr)", there: () => Object.keys(labels).length, cell: i => [label(i)]},
-  {key: "density", tip: "density: share of tokens on which the latent fires", width: "6.2rem", numeric: true, value: i => firing(i, density(i)), cell: i => [index.get("count", i) ? percent(density(i)) : "never fires"]},
+  {key: "density", tip: `density: share of ${unit}s on which the latent fires`, width: "6.2rem", numeric: true, value: i => firing(i, density(i)), cell: i => [index.get("count", i) ? percent(density(i)) : "never fires"]},
   {key: "max", tip: "max: largest activation", width: "4.2rem", numeric: true, value: i => firing(i, index.get("max", i)), cell: i => [index.get("count", i) ? number(index.get("max", i)) : ""]},
   {key: "stability", tip: "stability: largest decoder cosine in another dictionary, mean over the others", width: "5.6rem", numeric: true, there: () => index.has("stability"), value: stabilityOf, cell: i => [fixed(stabilityOf(i))]},
   {key: "cosine", title: "enc·dec", tip: "enc·dec: cosine between encoder and decoder direction", width: "5.2rem", numeric: true, there: () => index.has("cosine"), value: cosineOf, cell: i => [fixed(cosineOf(i))]},
   {title: "promotes", width: "minmax(0, 1.3fr)", there: () => index.has("promoted"), cell: promotes},
-  {title: "strongest context", name: "tokens", width: "minmax(0, 2fr)", cell: snippet},
+  {key: "group", tip: "group: the one that the latent prefers most, and the share of its rows on which it fires", width: "minmax(7rem, .7fr)", there: () => index.has("group"), value: i => firing(i, index.get("group_rate", i)), cell: mainGroup},
+  isRows ? {title: "strongest rows", name: "strongest", width: "minmax(0, 2fr)", cell: strongestNames}
+    : {title: "strongest context", name: "tokens", width: "minmax(0, 2fr)", cell: snippet},
 ];
 let columns;
 
@@ -89,6 +91,7 @@ function search(query) {
 function isHit(i) {
   const {words, tokens: found} = view.hits, places = index.row("top", i), n = index.get("n_top", i);
   for (let j = 0; j < n; j++) if (found[places[j]]) return true;
+  if (index.has("group") && n && words[index.get("group", i)]) return true;
   if (index.has("promoted")) for (const id of index.row("promoted", i)) if (words[id]) return true;
   return labels[i] !== undefined && folded(labels[i]).includes(view.query);
 }

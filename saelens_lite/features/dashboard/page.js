@@ -51,7 +51,7 @@ async function start() {
   head();
   history.scrollRestoration = "manual";  // otherwise Forward scrolls the list before `route` saves its position
   $("index").hidden = asked() !== null;
-  $("overview").append(make("h2", {}, "Density of latents: the share of tokens they fire on, log scale"), amongAll("density"));
+  $("overview").append(make("h2", {}, `Density of latents: the share of ${unit}s they fire on, log scale`), amongAll("density"));
   arrange();
   let pause, frame;
   $("search").oninput = event => { clearTimeout(pause); pause = setTimeout(() => lookFor(event.target.value), 120); };

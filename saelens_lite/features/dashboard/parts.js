@@ -66,7 +66,7 @@ function line(one, max) {
     make("div", {class: "tokens left"}, make("span", {}, ...strip(one, 0, peak, max))),
     make("div", {class: "tokens right"}, ...strip(one, peak, ids.length, max)));
 }
-const lines = (found, max) => found.map(one => line(one, max));
+const lines = (found, max) => isRows ? rowLines(found, max) : found.map(one => line(one, max));
 
 const tip = $("tip");
 function showTip({target}) {
