@@ -58,7 +58,7 @@ def label(
     *,
     show_all: Annotated[Flag, Parameter(name="--list")] = False,
 ) -> None:
-    """Label a latent, at once and for good; the page and all tables with --store then show it. An empty text removes the label.
+    """Label a latent. The label is written at once; `dashboard` and tables with --store show it. An empty text removes it.
 
     Without a text, the command shows the label.
 

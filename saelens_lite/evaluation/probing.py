@@ -424,7 +424,7 @@ def probe_table(reports: Mapping[str, ProbeReport]) -> Any:
     """
     from rich.console import Group
 
-    several = any(reports)  # names
+    several = len(reports) > 1
     rows: list[tuple[str, ...] | None] = []
     for name, report in reports.items():
         for probe_name, one in report.probes.items():
@@ -434,6 +434,7 @@ def probe_table(reports: Mapping[str, ProbeReport]) -> Any:
     table = grid(
         (*["dataset"] * several, "probe", "accuracy", "AUC", "shuffled AUC", "best latents"),
         rows,
+        title="" if several else next(iter(reports), ""),
         caption="± half of the 95 % interval; AUC of chance: 0.5; shuffled: with labels in random order",
         column=lambda title: {"overflow": "fold", "no_wrap": title not in ("dataset", "best latents")},
         collapse_padding=True,
