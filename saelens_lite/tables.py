@@ -1,11 +1,87 @@
-"""Tables for terminals and notebooks, all in the same style."""
+"""Results and their tables: one look in terminals, notebooks and data frames."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
+from io import StringIO
 from typing import TYPE_CHECKING, Any
 
+from saelens_lite.errors import ConfigError
+from saelens_lite.terminal import console, visible
+
 if TYPE_CHECKING:
+    from pandas import DataFrame
     from rich.table import Table
     from rich.text import Text
+
+WIDTH = 80  # columns of a result as plain text
+
+
+class Result:
+    """Base of results: `print`, `rich.print` and notebooks show the table, and `to_frame` returns the rows.
+
+    A result supplies `table`, its form for people, and `columns`, its numbers in full.
+    """
+
+    def table(self) -> Any:
+        """Return the result as a rich table, or as a rich group of texts and tables."""
+        raise NotImplementedError
+
+    def columns(self) -> dict[str, list[Any]]:
+        """Return the rows of the result, column by column."""
+        raise NotImplementedError
+
+    def to_frame(self) -> "DataFrame":
+        """Return the rows of the result as a pandas DataFrame.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        try:
+            from pandas import DataFrame
+        except ImportError:
+            raise ConfigError("to_frame needs pandas: pip install pandas") from None
+        return DataFrame(self.columns())
+
+    def __str__(self) -> str:
+        return as_text(self.table())
+
+    def __rich__(self) -> Any:
+        return self.table()
+
+    def _repr_html_(self) -> str:
+        return as_html(self.table())
+
+
+def columns_of(kind: type, rows: Sequence[Any]) -> dict[str, list[Any]]:
+    """Return the fields of named tuples of one kind, column by column."""
+    return {name: [getattr(row, name) for row in rows] for name in kind._fields}
+
+
+def as_text(shown: Any) -> str:
+    """Return a rich renderable as plain text of 80 columns."""
+    stream = StringIO()
+    console(stream, width=WIDTH).print(shown)
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()).strip("\n")
+
+
+def as_html(shown: Any) -> str:
+    """Return a table of `grid`, a text, or a group of these as HTML. All text is escaped."""
+    from rich.console import Group
+    from rich.table import Table
+
+    if isinstance(shown, Group):
+        return "".join(map(as_html, shown.renderables))
+    if not isinstance(shown, Table):
+        lines = [escape(visible(line)) for line in str(shown).splitlines()]
+        return f"<p>{'<br>'.join(lines)}</p>" if lines else ""
+
+    def line(kind: str, cells: Iterable[Any]) -> str:
+        return f"<tr>{''.join(f'<{kind}>{escape(visible(str(cell)))}</{kind}>' for cell in cells)}</tr>"
+
+    titles = [column.header for column in shown.columns]
+    head = line("th", titles) if any(map(str, titles)) else ""
+    rows = "".join(line("td", cells) for cells in zip(*(column.cells for column in shown.columns), strict=True))
+    return f"{as_html(shown.title or '')}<table>{head}{rows}</table>{as_html(shown.caption or '')}"
 
 
 def grid(
@@ -29,7 +105,8 @@ def grid(
     from rich.text import Text
 
     left = {"title_justify": "left", "caption_justify": "left"}
-    table = Table(box=SIMPLE_HEAD, title=Text(title), caption=Text(caption), **left, **settings)
+    around = {name: Text(text, no_wrap=False, overflow="fold") for name, text in (("title", title), ("caption", caption))}
+    table = Table(box=SIMPLE_HEAD, **around, **left, **settings)
     for name in titles:
         table.add_column(Text(name), **column(name))
     for row in rows:
@@ -37,4 +114,27 @@ def grid(
             table.add_section()
         else:
             table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in row))
+    return table
+
+
+def legend(about: Mapping[int, Any]) -> "Table":
+    """Return a rich table of latents with what a feature store has about them: largest activation, label, promoted token."""
+    return grid(
+        ("latent", "max", "about"),
+        [(str(latent), f"{one.max:.3g}", one.words) for latent, one in about.items()],
+        column=lambda title: {"justify": "left" if title == "about" else "right", "overflow": "fold"},
+        collapse_padding=True,
+    )
+
+
+def facts(rows: "Iterable[tuple[str, Text]]") -> "Table":
+    """Return a rich table of names and values, without a head."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(Text(name, style="dim"), value)
     return table

@@ -1,6 +1,7 @@
 """Safe text for a terminal. Names from files can hold characters that move the cursor, hide text or reorder it."""
 
 import json
+from io import StringIO
 from typing import TYPE_CHECKING, Any
 from unicodedata import category
 
@@ -25,8 +26,12 @@ def _escaped(char: str) -> str:
     return f"\\u{ord(char):04x}" if ord(char) < 1 << 16 else json.dumps(char)[1:-1]
 
 
-def console(*, stderr: bool = False) -> "Console":
-    """Return a rich console for tables and results. It shows markup and control characters as text."""
+def console(file: StringIO | None = None, *, stderr: bool = False, width: int | None = None) -> "Console":
+    """Return a rich console for tables and results. It shows markup and control characters as text.
+
+    Args:
+        file: Stream for plain text without colours; default: the terminal.
+    """
     from rich.console import Console
     from rich.text import Text
 
@@ -41,4 +46,5 @@ def console(*, stderr: bool = False) -> "Console":
             for segment in super().render(renderable, *args, **settings):
                 yield segment if segment.control else segment._replace(text=visible(segment.text))
 
-    return Visible(stderr=stderr, highlight=False, soft_wrap=True, markup=False, emoji=False)
+    plain = {} if file is None else {"file": file, "color_system": None, "force_terminal": False}
+    return Visible(stderr=stderr, width=width, highlight=False, soft_wrap=True, markup=False, emoji=False, **plain)

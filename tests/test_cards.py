@@ -1,6 +1,7 @@
 """A latent and a store as HTML: the numbers of the summary, hostile strings as text, nothing that acts on the notebook."""
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -56,12 +57,13 @@ def summary(strings: list[str], **changes) -> LatentSummary:
     """Return a latent in which every string is one of those given."""
     contexts = [example(strings, [0.5 * i for i in range(len(strings))])]
     pairs = [(token, 0.25) for token in strings]
-    return LatentSummary(
+    latent = LatentSummary(
         latent=12, label=strings[0], count=1234, density=0.0125, max=2.0, mean=0.75, std=0.5, skew=0.1, kurtosis=0.2,
         histogram=[4, 0, 2, 1], bin_width=0.5, promoted=pairs, suppressed=pairs, examples=contexts,
         groups=[ExampleGroup(1.0, 2.0, 0.2, contexts)], random=contexts, positions=[],
-        partners=[Partner(99, 7, 1.5)], stability=0.875,
-    )._replace(**changes)  # fmt: skip
+        partners=[Partner(99, 7, 1.5)], stability=0.875, similar=[(77, 0.625)],
+    )  # fmt: skip
+    return replace(latent, **changes)
 
 
 def test_hostile_strings_stay_text():
@@ -80,6 +82,7 @@ def test_a_card_has_the_figures():
         "stability 0.88",
         "1 to 2, 20% of its activations",
         "99",
+        "77",
     ):
         assert figure in page.text
     assert [(float(rect["x"]), float(rect["height"])) for rect in page.each("rect")] == [(0, 100), (2, 50), (3, 25)]

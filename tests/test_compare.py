@@ -254,7 +254,11 @@ def test_the_report_as_json(tmp_path):
     assert content == json.loads(text)
     assert content["summary"]["decoder"]["mean"] == c.summary.decoder.mean
     assert content["sha256"] == [weights_hash(a), weights_hash(b)]
-    assert "0.0% of 60 latents shared" in str(c)
+    assert "40/60    0.0%" in str(c)
+    frame = c.to_frame()
+    assert frame["match"].tolist() == c.pairs.match.tolist()
+    assert frame["nearest_cosine"].tolist() == c.pairs.nearest_cosine.tolist()
+    assert int(frame["shared"].sum()) == round(c.summary.shared * 60)
 
 
 @pytest.fixture

@@ -410,9 +410,12 @@ def test_a_hint_when_row_wise_could_be_declared():
 
 def test_a_report_has_a_line_a_check_and_a_class_is_left_as_it_was():
     report = check_plugin(FixedThreshold, planted=None)
-    head, *lines = str(report).splitlines()
-    assert head.startswith("sparsity rule FixedThreshold: 1 failed, ")
-    assert [" ".join(line.split()).startswith(f"{c.name} {c.status} ") for c, line in zip(report.checks, lines, strict=True)]
+    lines = str(report).splitlines()
+    assert lines[0].startswith("sparsity rule FixedThreshold: 1 failed, ")
+    assert max(map(len, lines)) <= 80
+    started = iter(" ".join(line.split()) for line in lines)
+    assert all(any(line.startswith(f"{c.name} {c.status} ") for line in started) for c in report.checks)  # in this order
+    assert report.to_frame().to_dict("records") == [check._asdict() for check in report.checks]
     assert "plugin_name" not in FixedThreshold.__dict__
     assert not [name for name in registry.names() if "check_plugin" in name]
 

@@ -274,9 +274,9 @@ def test_sliders_steer_as_edits_do(live, dictionary, random_lm):
     assert live.edits == [sl.Add(5, 40.0)]
     with random_lm.splice(dictionary, [sl.Add(5, 40.0)]):
         edited = random_lm.generate(PROMPT, 4)
-    assert live.steered[:2] == (random_lm.generate(PROMPT, 4), edited)
+    assert (live.steered.plain, live.steered.edited) == (random_lm.generate(PROMPT, 4), edited)
     assert live.steered.kl > 0
-    assert live.widget.continuation == live.steered._asdict()
+    assert live.widget.continuation == {"plain": live.steered.plain, "edited": edited, "kl": live.steered.kl}
     live.widget.edits = []
     assert live.widget.continuation == {"plain": live.steered.plain, "edited": live.steered.plain, "kl": 0}
     live.widget.prompt = "It was"

@@ -7,6 +7,9 @@ saelens-lite train cache --sparsity topk --options.k 32 --d-sae 1536 --out runs/
 saelens-lite plot runs/topk
 saelens-lite eval runs/topk
 saelens-lite features runs/topk --html features.html --out store
+saelens-lite search store "license"
+saelens-lite latent store 7
+saelens-lite label store 7 "licenses"
 saelens-lite compare runs/topk runs/other-seed
 saelens-lite probe runs/topk --data labelled.csv
 saelens-lite steer runs/topk --prompt "The old man" --clamp 7=8.0
@@ -30,7 +33,19 @@ else. Only one process at a time can write to a folder.
 """
 
 # their commands register with the app
-from saelens_lite.cli import demo, evaluation, features, files, hub, interventions, models, plot, plugins, training  # noqa: F401
+from saelens_lite.cli import (  # noqa: F401
+    demo,
+    evaluation,
+    features,
+    files,
+    hub,
+    interventions,
+    latents,
+    models,
+    plot,
+    plugins,
+    training,
+)
 from saelens_lite.cli.base import main
 
 __all__ = ["main"]

@@ -12,9 +12,11 @@ from saelens_lite.cli.options import (
     Flag,
     JsonFile,
     ModelOptions,
+    StoreOption,
     TextName,
     TextOfDictionary,
     TextOfDictionaryOptions,
+    store_of,
 )
 
 
@@ -92,6 +94,7 @@ def probe(
     pooling: Literal["mean", "max", "last"] = "mean",
     of: ModelOptions = THE_MODEL,
     seed: int = 0,
+    store: StoreOption = None,
     json_out: JsonFile = None,
 ) -> None:
     """Measure how well a few latents separate texts of two classes, compared with all latents and with the raw activations.
@@ -118,7 +121,8 @@ def probe(
 
     datasets = {str(path): read_labelled(path, column=column, label_column=label_column) for path in data}
     loaded, lm = of.load(dictionary)
-    reports = sl.probe(loaded, lm, datasets, hook=of.hook, ks=ks, pooling=pooling, seed=seed)
+    settings = {"ks": ks, "pooling": pooling, "seed": seed, "store": store_of(store, loaded)}
+    reports = sl.probe(loaded, lm, datasets, hook=of.hook, **settings)
     console().print(probe_table(reports))
     if json_out:
         write_json(json_out, {name: report.to_dict() for name, report in reports.items()})

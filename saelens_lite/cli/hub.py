@@ -61,7 +61,7 @@ def push(
         parent_commit=parent_commit,
         dry_run=dry_run,
     )
-    facts = pushed._asdict() | {"files": [file._asdict() for file in pushed.files]}
+    facts = vars(pushed) | {"files": [file._asdict() for file in pushed.files]}
     say(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else pushed)
 
 

@@ -2,14 +2,16 @@
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from cyclopts import Parameter
 
 from saelens_lite.cli.base import app, console
-from saelens_lite.cli.options import THE_MODEL, DictionaryPath, JsonFile, ModelOptions
+from saelens_lite.cli.options import THE_MODEL, DictionaryPath, JsonFile, ModelOptions, StoreOption, store_of
 from saelens_lite.errors import ConfigError
+
+if TYPE_CHECKING:
+    from saelens_lite.features import FeatureStore
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,32 @@ class TokenPair:
         raise ConfigError("--token and --against go together: effects are measured on the difference of their logits")
 
 
+class Strength(NamedTuple):
+    """A number, such as 8, or a multiple of a latent's largest activation in a store, such as 2max."""
+
+    value: float
+    of_max: bool
+
+    @classmethod
+    def parse(cls, flag: str, text: str, store: StoreOption) -> "Strength | None":
+        """Return the strength in a text, or None if it is not one. Raise ConfigError for a multiple without a store."""
+        number = text.removesuffix("max")
+        try:
+            value = 1.0 if text == "max" else float(number)
+        except ValueError:
+            return None
+        if number != text and store is None:
+            raise ConfigError(
+                f"--{flag}: {text} is a multiple of the latent's largest activation; add --store, the folder that "
+                "`features --out` wrote"
+            )
+        return cls(value, number != text)
+
+    def resolved(self, latent: int, store: "FeatureStore | None") -> float:
+        """Return the strength as a number."""
+        return store.strength(latent, self.value) if self.of_max else self.value
+
+
 TokenPairOptions = Annotated[TokenPair, Parameter(name="*")]
 NO_PAIR = TokenPair()
 
@@ -54,6 +82,7 @@ def steer(
     max_new_tokens: int = 50,
     temperature: float = 0.8,
     seed: int = 0,
+    store: StoreOption = None,
     of: ModelOptions = THE_MODEL,
 ) -> None:
     """Generate text with some latents changed. Show it beside the unchanged text, with the cost of the change.
@@ -67,9 +96,9 @@ def steer(
     scale
         LATENT=FACTOR: multiply the latent's code, e.g. 9=0.5.
     clamp
-        LATENT=VALUE: set the latent's code, e.g. 7=8.0.
+        LATENT=VALUE: set the latent's code, e.g. 7=8.0, or with --store 7=2max, twice its largest activation.
     add
-        LATENT=AMOUNT: add to the latent's code, e.g. 3=2.
+        LATENT=AMOUNT: add to the latent's code, e.g. 3=2 or 3=0.5max.
     positions
         Positions to change, counted from BOS at 0; default: all positions that the dictionary was trained on.
     max_new_tokens
@@ -81,23 +110,25 @@ def steer(
     """
     import saelens_lite as sl
     from saelens_lite.interventions.steering import steer as run_steer
-    from saelens_lite.interventions.steering import table
 
-    edits = [sl.Ablate(latent, positions=positions) for latent in ablate or ()]
-    for kind, flag, given in ((sl.Scale, "scale", scale), (sl.Clamp, "clamp", clamp), (sl.Add, "add", add)):
-        edits += [kind(*_latent_and_value(flag, text), positions=positions) for text in given or ()]
+    kinds = ((sl.Scale, "scale", scale), (sl.Clamp, "clamp", clamp), (sl.Add, "add", add))
+    asked = [(kind, *_latent_and_strength(flag, text, store)) for kind, flag, given in kinds for text in given or ()]
     loaded, lm = of.load(dictionary)
+    collected = store_of(store, loaded)
+    edits = [sl.Ablate(latent, positions=positions) for latent in ablate or ()]
+    edits += [kind(latent, strength.resolved(latent, collected), positions=positions) for kind, latent, strength in asked]
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    console().print(table(run_steer(loaded, lm, prompt, edits, hook=of.hook, **settings)))
+    console().print(run_steer(loaded, lm, prompt, edits, store=collected, hook=of.hook, **settings))
 
 
-def _latent_and_value(flag: str, text: str) -> tuple[int, float]:
+def _latent_and_strength(flag: str, text: str, store: StoreOption) -> tuple[int, Strength]:
     """Return the two sides of "7=8.0"."""
     latent, _, value = text.partition("=")
-    try:
-        return int(latent), float(value)
-    except ValueError:
-        raise ConfigError(f"--{flag} {text}: expected LATENT=NUMBER, such as --{flag} 7=0.5") from None
+    strength = None if flag == "scale" and value.endswith("max") else Strength.parse(flag, value, store)
+    if not latent.strip().isdecimal() or strength is None:
+        multiple = "" if flag == "scale" else f" or --{flag} 7=2max"
+        raise ConfigError(f"--{flag} {text}: expected LATENT=NUMBER, such as --{flag} 7=0.5{multiple}")
+    return int(latent), strength
 
 
 @app.command
@@ -106,10 +137,11 @@ def doses(
     latent: int,
     *,
     prompt: list[str],
-    doses: Annotated[list[float], Parameter(consume_multiple=True)],
+    doses: Annotated[list[str], Parameter(consume_multiple=True)],
     pair: TokenPairOptions = NO_PAIR,
     controls: int = 8,
     seed: int = 0,
+    store: StoreOption = None,
     of: ModelOptions = THE_MODEL,
     json_out: JsonFile = None,
 ) -> None:
@@ -125,7 +157,8 @@ def doses(
     prompt
         Text to measure on. May be repeated.
     doses
-        Amounts to add to the latent's code, e.g. --doses 2 4 8.
+        Amounts to add to the latent's code, e.g. --doses 2 4 8, or with --store --doses 0.5max 1max 2max, multiples of its
+        largest activation.
     controls
         Number of random latents to compare with.
     seed
@@ -135,11 +168,22 @@ def doses(
     from saelens_lite.files import write_json
 
     metric = pair.metric() or "promoted"
+    strengths = [_dose(text, store) for text in doses]
     loaded, lm = of.load(dictionary)
-    response = sl.dose_response(loaded, lm, latent, doses, prompt, metric=metric, n_controls=controls, seed=seed, hook=of.hook)
-    console().print(response.table())
+    collected = store_of(store, loaded)
+    amounts = [strength.resolved(latent, collected) for strength in strengths]
+    settings = {"n_controls": controls, "seed": seed, "store": collected, "hook": of.hook}
+    response = sl.dose_response(loaded, lm, latent, amounts, prompt, metric=metric, **settings)
+    console().print(response)
     if json_out:
         write_json(json_out, response.to_dict(), limit=math.inf)
+
+
+def _dose(text: str, store: StoreOption) -> Strength:
+    strength = Strength.parse("doses", text, store)
+    if strength is None:
+        raise ConfigError(f"--doses {text}: expected numbers, such as --doses 2 4, or multiples such as --doses 0.5max 1max")
+    return strength
 
 
 @app.command
@@ -150,6 +194,7 @@ def attribute(
     pair: TokenPairOptions = NO_PAIR,
     top: int = 15,
     ablation: bool = True,
+    store: StoreOption = None,
     of: ModelOptions = THE_MODEL,
     json_out: JsonFile = None,
 ) -> None:
@@ -171,7 +216,8 @@ def attribute(
 
     metric = pair.metric() or "loss"
     loaded, lm = of.load(dictionary)
-    attribution = sl.attribute(loaded, lm, prompt, metric, ablation=ablation, hook=of.hook)
+    collected = store_of(store, loaded)
+    attribution = sl.attribute(loaded, lm, prompt, metric, ablation=ablation, store=collected, hook=of.hook)
     console().print(attribution.table(top))
     if json_out:
         write_json(json_out, attribution.to_dict(), limit=math.inf)
@@ -183,7 +229,7 @@ def show_prompt(
     *,
     prompt: str,
     by: Literal["activation", "relative", "attribution"] = "activation",
-    store: Path | None = None,
+    store: StoreOption = None,
     pair: TokenPairOptions = NO_PAIR,
     top: int = 5,
     of: ModelOptions = THE_MODEL,
@@ -200,8 +246,6 @@ def show_prompt(
     by
         Order of the latents at a token: activation (largest first), relative (largest share of the latent's maximum; needs
         --store), or attribution (largest effect by gradient).
-    store
-        Folder that `features --out` wrote. It adds labels and promoted tokens.
     top
         Latents to show per token.
     """
@@ -210,8 +254,7 @@ def show_prompt(
 
     metric = pair.metric()
     loaded, lm = of.load(dictionary)
-    collected = None if store is None else sl.FeatureStore.load(store, loaded)
-    view = sl.prompt_view(loaded, lm, prompt, by, store=collected, metric=metric, top=top, hook=of.hook)
+    view = sl.prompt_view(loaded, lm, prompt, by, store=store_of(store, loaded), metric=metric, top=top, hook=of.hook)
     console().print(view)
     if json_out:
         write_json(json_out, view.to_dict(), limit=math.inf)

@@ -16,6 +16,7 @@ from saelens_lite.paths import check_output
 
 if TYPE_CHECKING:
     from saelens_lite.dictionary import Dictionary
+    from saelens_lite.features import FeatureStore
     from saelens_lite.model import LanguageModel
 
 DICTIONARY = (
@@ -33,6 +34,13 @@ Flag = Annotated[bool, Parameter(negative="")]
 Exists = Annotated[Literal["error", "overwrite"], Parameter(help="If the output exists: stop with an error, or overwrite it.")]
 DictionaryPath = Annotated[Path, Parameter(validator=checks.dictionaries, help=f"The dictionary: {DICTIONARY}")]
 DictionaryPaths = Annotated[list[Path], Parameter(validator=checks.dictionaries, help=f"Dictionaries, each {DICTIONARY}")]
+StoreFolder = Annotated[Path, Parameter(help="Feature store: a folder that `features --out` wrote.")]
+StoreOption = Annotated[
+    Path | None,
+    Parameter(
+        help="Feature store of the dictionary, which `features --out` wrote. It adds labels, promoted tokens and maxima."
+    ),
+]
 TextName = Annotated[
     str,
     Parameter(
@@ -123,6 +131,13 @@ class OfModel:
         dictionary = sl.load(path)
         lm = self.model_of(dictionary)
         return dictionary.to(lm.device), lm
+
+
+def store_of(folder: Path | None, dictionary: "Dictionary") -> "FeatureStore | None":
+    """Return the store in a folder, which must belong to a dictionary; None without a folder."""
+    from saelens_lite.features import FeatureStore
+
+    return None if folder is None else FeatureStore.load(folder, dictionary)
 
 
 ModelOptions = Annotated[OfModel, Parameter(name="*")]

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from saelens_lite.registry import Finding, Plugin
-    from saelens_lite.testing import PluginReport
 
 
 @app.command
@@ -86,21 +85,9 @@ def _check(plugin: "Plugin", options: dict[str, str], as_json: bool) -> None:
     if as_json:
         say(json.dumps({"plugin": report.plugin, "checks": [c._asdict() for c in report.checks]}, indent=2, ensure_ascii=False))
     else:
-        console().print(_check_table(report))
+        console().print(report)
     if not report.ok:
         sys.exit(1)
-
-
-def _check_table(report: "PluginReport") -> "Table":
-    from rich.text import Text
-
-    colours = {"ok": "green", "failed": "red", "warning": "yellow", "not checked": "dim"}
-    return grid(
-        ("check", "status", "found"),
-        [(name, Text(status, style=colours[status]), result) for name, status, result in report.checks],
-        title=f"{report.plugin}: {report.summary()}",
-        column=lambda title: {"overflow": "fold", "no_wrap": title != "found"},
-    )
 
 
 def _facts(finding: "Finding") -> dict[str, str]:

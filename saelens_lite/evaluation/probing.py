@@ -28,7 +28,7 @@ from saelens_lite.model import LanguageModel
 from saelens_lite.model.passes import activations
 from saelens_lite.ports import Hooks, together
 from saelens_lite.progress import progress_bar
-from saelens_lite.tables import grid
+from saelens_lite.tables import Result, grid, legend
 from saelens_lite.tokens import DEFAULT_N_CTX, TokenRows, prompt_rows, text_hash
 
 FORMAT = 1
@@ -37,6 +37,7 @@ LEAST_TEXTS = 10  # of each class
 N_FOLDS = 5
 INVERSE_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # scikit-learn's C, for inputs of unit variance
 ALL_LATENTS, ACTIVATIONS = "all latents", "activations"
+N_SHOWN = 4  # latents of a probe in tables
 ONLY = "texts"  # the name of a dataset without a name
 
 log = logging.getLogger(__name__)
@@ -54,12 +55,13 @@ class Probe(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ProbeReport:
+class ProbeReport(Result):
     """The probes that separate texts of two classes, with 95 % intervals bootstrapped over the held-out texts.
 
     `probes` are by name: "k = 4" uses four latents, "all latents" and "activations" use everything. The second of `classes` is
     the positive one. `majority` is the accuracy of always choosing the more frequent class; the AUC of chance is 0.5. For the
     control, labels are shuffled within the training texts and within the held-out texts, and every step is repeated.
+    `about` has the meaning and scale of the best latents; None without a feature store.
     """
 
     probes: dict[str, Probe]
@@ -72,6 +74,7 @@ class ProbeReport:
     model: str
     hook: str
     seed: int
+    about: dict[int, Any] | None = None
 
     def __getitem__(self, name: str) -> Probe:
         """Return the probe of that name."""
@@ -79,7 +82,9 @@ class ProbeReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""
-        facts = {key: value for key, value in vars(self).items() if key != "probes"}
+        facts = {key: value for key, value in vars(self).items() if key not in ("probes", "about")}
+        if self.about is not None:
+            facts["about"] = {str(latent): plain(one) for latent, one in self.about.items()}
         return {"format": FORMAT, **facts, "probes": {name: plain(probe) for name, probe in self.probes.items()}}
 
     def to_json(self, path: str | Path | None = None) -> str:
@@ -88,13 +93,28 @@ class ProbeReport:
             write_json(Path(path), self.to_dict())
         return json.dumps(self.to_dict(), indent=2)
 
-    def __str__(self) -> str:
+    def columns(self) -> dict[str, list[Any]]:
+        """Return the probes, column by column; `accuracy_low` and `accuracy_high` are the ends of an interval, and so on."""
+        columns: dict[str, list[Any]] = {"probe": list(self.probes)}
+        for name in Probe._fields:
+            values = [getattr(probe, name) for probe in self.probes.values()]
+            if isinstance(values[0], Metric):
+                ends = {f"{name}_{end}": [getattr(value, end) for value in values] for end in ("low", "high")}
+                columns |= {name: [value.value for value in values], **ends}
+            else:
+                columns[name] = values
+        return columns
+
+    def table(self) -> Any:
+        """Return a rich table of the probes, with the texts above it; with a store, also of the best latents."""
+        from rich.console import Group
+        from rich.text import Text
+
         head = (
             f"{self.classes[1]!r} against {self.classes[0]!r}: {self.n_train} texts to train, {self.n_test} held out, "
-            f"{self.pooling} over tokens, {self.model}, {self.hook}; majority {self.majority:.3f}"
+            f"{self.pooling} over tokens, {self.model}, {self.hook}"
         )
-        lines = [f"{n:12} accuracy {p.accuracy}, AUC {p.auc}, shuffled {p.shuffled_auc}" for n, p in self.probes.items()]
-        return "\n".join([head, *lines])
+        return Group(Text(head, no_wrap=False, overflow="fold"), probe_table({"": self}))
 
 
 class Labelled(NamedTuple):
@@ -132,6 +152,7 @@ def probe(
     batch_tokens: int = 8192,
     n_bootstrap: int = 1000,
     seed: int = 0,
+    store: Any = None,
 ) -> ProbeReport | dict[str, ProbeReport]:
     """Return the report of probes on texts of two classes; for a mapping of datasets, a report for each name.
 
@@ -147,10 +168,11 @@ def probe(
         pooling: "mean", "max" or "last" of the tokens that count. The mean does not grow with the length of a text, and does
             not rely on a single token.
         test_share: share of each class that is held out, drawn with `seed`.
+        store: FeatureStore of this dictionary, for the labels, promoted tokens and largest activations of the best latents.
 
     Raises:
         ConfigError: there are not two classes, a class has fewer than 10 texts, texts lack labels, a setting is bad, the hook
-            is not known, the model has other processing, or scikit-learn is not installed.
+            is not known, the model has other processing, the store is of another dictionary, or scikit-learn is not installed.
         TextError: a text is missing, or none of its tokens counts.
         HookError: the model lacks the hook.
         ShapeError: the dictionary does not fit the width of the hook.
@@ -163,6 +185,8 @@ def probe(
         raise ConfigError(f"test_share = {test_share}; expected 0.1 to 0.5")
     if not 0 <= seed < 2**32 or n_bootstrap < 0:
         raise ConfigError(f"seed = {seed}, n_bootstrap = {n_bootstrap}; expected a seed below 2^32, and no negative numbers")
+    if store is not None:
+        store.info.check_dictionary(dictionary)
     hooks = lm.hooks_of(dictionary, hook)
     dictionary.check_finite()
     dictionary = on_device(dictionary, lm.device)
@@ -173,8 +197,10 @@ def probe(
         pooled = _pool(dictionary, lm, rows, hooks, pooling, batch_tokens)
         split = _split(dataset.y, test_share, seed)
         mostly_positive = dataset.y[split.train].double().mean() > 0.5
+        probes = _probes(pooled, dataset.y, split, ks, n_bootstrap, seed)
+        best = probes[f"k = {max(ks)}"].latents or ()
         reports[name] = ProbeReport(
-            probes=_probes(pooled, dataset.y, split, ks, n_bootstrap, seed),
+            probes=probes,
             classes=dataset.classes,
             majority=float((dataset.y[split.test] == mostly_positive).double().mean()),
             n_train=len(split.train),
@@ -184,6 +210,7 @@ def probe(
             model=lm.name,
             hook=" + ".join(hooks.reads),
             seed=seed,
+            about=None if store is None else {latent: store.about(latent) for latent in best},
         )
     return reports if isinstance(texts, Mapping) else reports[ONLY]
 
@@ -391,16 +418,29 @@ def _require_sklearn() -> None:
 
 
 def probe_table(reports: Mapping[str, ProbeReport]) -> Any:
-    """Return a rich table of several reports: a row for each probe, with its first four latents, and one for the majority."""
+    """Return a rich table of several reports: a row for each probe, with its first four latents, and one for the majority.
+
+    A second table has what the feature store knows about these latents.
+    """
+    from rich.console import Group
+
+    several = len(reports) > 1
     rows: list[tuple[str, ...] | None] = []
     for name, report in reports.items():
         for probe_name, one in report.probes.items():
             cells = [f"{m.value:.3f} ±{(m.high - m.low) / 2:.1g}" for m in (one.accuracy, one.auc, one.shuffled_auc)]
-            rows.append((name, probe_name, *cells, ", ".join(map(str, (one.latents or ())[:4]))))
-        rows += [(name, "majority", f"{report.majority:.3f}", "0.500", "", ""), None]
-    return grid(
-        ("dataset", "probe", "accuracy", "AUC", "shuffled AUC", "best latents"),
+            rows.append((*[name] * several, probe_name, *cells, ", ".join(map(str, (one.latents or ())[:N_SHOWN]))))
+        rows += [(*[name] * several, "majority", f"{report.majority:.3f}", "0.500", "", ""), None]
+    table = grid(
+        (*["dataset"] * several, "probe", "accuracy", "AUC", "shuffled AUC", "best latents"),
         rows,
+        title="" if several else next(iter(reports), ""),
         caption="± half of the 95 % interval; AUC of chance: 0.5; shuffled: with labels in random order",
         column=lambda title: {"overflow": "fold", "no_wrap": title not in ("dataset", "best latents")},
+        collapse_padding=True,
     )
+    shown = {
+        latent for report in reports.values() for one in report.probes.values() for latent in (one.latents or ())[:N_SHOWN]
+    }
+    about = {latent: one for report in reports.values() for latent, one in (report.about or {}).items() if latent in shown}
+    return Group(table, legend(about)) if about else table

@@ -18,7 +18,7 @@ from saelens_lite.evaluation.metrics import Metric
 from saelens_lite.evaluation.positions import PositionBand
 from saelens_lite.files import read_json, write_json
 from saelens_lite.markdown import cell, code, one_line
-from saelens_lite.tables import grid
+from saelens_lite.tables import Result, grid
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,7 +28,7 @@ COLUMNS = {"l0": "L0", "fvu": "FVU", "ce_loss_score": "CE recovered", "kl_div_sc
 
 
 @dataclass(frozen=True)
-class EvalReport:
+class EvalReport(Result):
     """Metrics of one dictionary with 95 % confidence intervals, and the text they were measured on.
 
     saelens_lite.evaluation.metrics has the formulas of `metrics`. `density` [d_sae] is the firing frequency of each latent, and
@@ -172,7 +172,16 @@ class EvalReport:
             lines += ["", *("".join(f"{part:20}" for part in row).rstrip() for row in _comparison({"this dictionary": self}))]
         return "\n".join([self.where, *([self.caution] if self.caution else []), *lines])
 
-    def __rich__(self) -> Any:
+    def columns(self) -> dict[str, list[Any]]:
+        """Return a row for each metric, column by column; with controls, `of` names the dictionary that a row is of."""
+        reports = {"this dictionary": self} | (self.controls or {})
+        lines = [(of, name, *metric) for of, report in reports.items() for name, metric in report.lines()]
+        titles = ("of", "metric", *Metric._fields)
+        columns = {title: [line[i] for line in lines] for i, title in enumerate(titles)}
+        return columns if self.controls else {title: column for title, column in columns.items() if title != "of"}
+
+    def table(self) -> Any:
+        """Return a rich table of the metrics, and one of the controls if the report has them."""
         from rich.console import Group
 
         metrics = self._rich_table()

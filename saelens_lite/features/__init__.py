@@ -6,17 +6,24 @@ store.dashboard("page.html")  # every latent in one file, which needs no network
 contexts = store.top_examples(7)  # where latent 7 fires most
 promoted = store.promoted(7)  # the tokens that its direction makes likelier
 store.label(7, "a guess")
+print(store.search("return"))  # latents with the word in their label, promoted tokens or top contexts
+print(store.latent(7))  # everything about one; in a notebook, the last line of a cell shows it
+frame = store.latent(7).to_frame()  # its top contexts as a DataFrame, as every result has one
 store.save("store")
 ```
 
 ```sh
 saelens-lite features runs/topk/dictionary --html features.html --out store
+saelens-lite search store "license"
+saelens-lite latent store 7 138
+saelens-lite label store 7 "licenses"       # written at once; "" removes it, --list shows all
 saelens-lite compare runs/topk/dictionary runs/other-seed/dictionary     # which latents another dictionary shares
 ```
 
-`store.latent(7)` sums up a latent. `quantile_examples` shows contexts of all strengths, `partners` the latents that fire
-together with it, `position_profile` the positions in a row at which it fires, and `detection` how well a label predicts where
-it fires, compared with a baseline of tokens.
+`store.search` ranks latents by the share of their top contexts with the text on the firing token, then near it; those with the
+text in their label come first. `store.latent(7)` sums up a latent. `quantile_examples` shows contexts of all strengths,
+`partners` the latents that fire together with it, `position_profile` the positions in a row at which it fires, and `detection`
+how well a label predicts where it fires, compared with a baseline of tokens.
 
 `FeatureStore.build([d1, d2], lm, text, out="stores")` reads the text once for several dictionaries, whatever its length. Codes
 go to disk as they are computed, 12 to 14 bytes each, and every number is exact. Repeat the call to resume an interrupted pass.
@@ -44,19 +51,21 @@ refused.
 
 collect.py runs the model, and code_log.py keeps the codes on disk. reduce.py and cooccurrence.py turn them into numbers
 (tensors.py). activations.py and rows.py are for rows without a text. store.py answers questions from these (summary.py) and
-from the weights alone (weights.py). store_files.py reads and writes the files. compare.py matches the latents of two
-dictionaries.
+from the weights alone (weights.py). store_files.py reads and writes the files. search.py finds latents by text. compare.py
+matches the latents of two dictionaries.
 """
 
 from saelens_lite.features.detection import Detection, DetectionTask, Score, Scorer, token_baseline, words_of_label
 from saelens_lite.features.info import StoreInfo, weights_hash
 from saelens_lite.features.rows import ExampleRow, GroupRate
+from saelens_lite.features.search import Hit, SearchResult
 from saelens_lite.features.store import FeatureStore
-from saelens_lite.features.summary import Example, ExampleGroup, LatentSummary, Partner, PositionBin
+from saelens_lite.features.summary import About, Example, ExampleGroup, LatentSummary, Partner, PositionBin
 from saelens_lite.features.tensors import FeatureTensors
 from saelens_lite.features.weights import LatentWeights, latent_weights
 
 __all__ = [
+    "About",
     "Detection",
     "DetectionTask",
     "Example",
@@ -65,12 +74,14 @@ __all__ = [
     "FeatureStore",
     "FeatureTensors",
     "GroupRate",
+    "Hit",
     "LatentSummary",
     "LatentWeights",
     "Partner",
     "PositionBin",
     "Score",
     "Scorer",
+    "SearchResult",
     "StoreInfo",
     "latent_weights",
     "token_baseline",

@@ -30,7 +30,7 @@ from saelens_lite.files import parsed_json, write_file, write_json
 from saelens_lite.outputs import new_file
 from saelens_lite.progress import progress_bar
 from saelens_lite.schemas import Checked, String, checked
-from saelens_lite.tables import grid
+from saelens_lite.tables import Result, grid
 from saelens_lite.tensor_files import check_axes, check_header, read_tensors, tensor_specs
 
 FORMAT = 1
@@ -118,7 +118,7 @@ class Summary(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Result):
     """A matching of the latents of one dictionary with those of another.
 
     `pairs` has an entry for each latent of the dictionary; only `live` latents count. `chance` is the summary against a random
@@ -156,14 +156,14 @@ class Comparison:
             write_json(Path(path), self.to_dict())
         return json.dumps(self.to_dict(), indent=2)
 
-    def __str__(self) -> str:
-        s, c = self.summary, self.chance
-        return (
-            f"{s.shared:.1%} of {s.n_latents} latents shared (chance {c.shared:.1%}): decoder and encoder cosine above "
-            f"{self.threshold}, {self.method}; {s.mutual:.1%} mutual nearest neighbours (chance {c.mutual:.1%}); mean cosine "
-            f"of partners {s.decoder.mean:.3f} decoder, {s.encoder.mean:.3f} encoder (chance {c.decoder.mean:.3f}, "
-            f"{c.encoder.mean:.3f}); left out as dead: {self.n_dead[0]} and {self.n_dead[1]}"
-        )
+    def columns(self) -> dict[str, list[Any]]:
+        """Return a row for each latent, column by column: all of `pairs`, `live` and `shared`."""
+        columns = self.pairs._asdict() | {"live": self.live, "shared": self.shared}
+        return {"latent": list(range(len(self.live)))} | {name: x.tolist() for name, x in columns.items()}
+
+    def table(self) -> Any:
+        """Return a rich table of the summary, with chance below it."""
+        return comparison_table({"the other": self})
 
 
 class _Facts(Checked):
@@ -177,7 +177,7 @@ class _Facts(Checked):
 
 
 @dataclass(frozen=True)
-class Stability:
+class Stability(Result):
     """Scores that say how closely other dictionaries reproduce the latents of one dictionary.
 
     `score` is the largest decoder cosine with any live latent of another dictionary, averaged over the other dictionaries; it
@@ -222,6 +222,25 @@ class Stability:
     def shared_in_none(self) -> float:
         """Share of the live latents that no other dictionary shares."""
         return _share(self.n_shared[self.live] == 0)
+
+    def columns(self) -> dict[str, list[Any]]:
+        """Return a row for each latent, column by column."""
+        columns = {"live": self.live, "score": self.score, "n_shared": self.n_shared}
+        return {"latent": list(range(len(self.live)))} | {name: x.tolist() for name, x in columns.items()}
+
+    def table(self) -> Any:
+        """Return a rich table of the summary."""
+        n = len(self.other_sha256)
+        scores = self.score[self.live].double()
+        low, median, high = (f"{float(torch.quantile(scores, q)):.2f}" for q in (0.05, 0.5, 0.95))
+        return grid(
+            ("live latents", f"shared with all {n}", "with none", "5 %", "median score", "95 %"),
+            [(f"{len(scores):,}", f"{self.shared_in_all:.1%}", f"{self.shared_in_none:.1%}", low, median, high)],
+            caption=f"shared: decoder and encoder cosine above {self.threshold} ({self.method}); score: largest decoder cosine "
+            "with a latent of another dictionary, as a mean over dictionaries",
+            column=lambda title: {"justify": "right"},
+            collapse_padding=True,
+        )
 
     def save(self, folder: str | Path, *, exists: Literal["error", "overwrite"] = "error") -> Path:
         """Write stability.safetensors into a folder, such as a dictionary or its feature store, and return the file's path.

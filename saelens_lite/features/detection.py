@@ -11,11 +11,14 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from saelens_lite.errors import UserError
+from saelens_lite.features.html import visible
 from saelens_lite.features.queries import StoreQueries
 from saelens_lite.features.summary import Example
+from saelens_lite.tables import Result, columns_of, grid
 
 FIRES = 0.5  # a scorer predicts that the latent fires from this value on
 
@@ -50,7 +53,8 @@ class Score(NamedTuple):
     recall_of_top: float | None
 
 
-class Detection(NamedTuple):
+@dataclass(frozen=True)
+class Detection(Result):
     """The scores of a label and of the token baseline on the same contexts; `score` is None without a label or scorer."""
 
     latent: int
@@ -59,6 +63,32 @@ class Detection(NamedTuple):
     n_silent: int
     score: Score | None
     baseline: Score
+
+    @property
+    def _scores(self) -> dict[str, Score]:
+        return {"label": self.score, "token baseline": self.baseline} if self.score else {"token baseline": self.baseline}
+
+    def columns(self) -> dict[str, list[Any]]:
+        """Return the scores of the label and of the baseline, column by column."""
+        return {"scorer": list(self._scores)} | columns_of(Score, list(self._scores.values()))
+
+    def table(self) -> Any:
+        """Return a rich table of the scores."""
+        rows = [
+            (
+                scorer,
+                *(f"{x:.3f}" for x in score[:2]),
+                " ".join(f"{x:.0%}" for x in (score.recall_of_top, *score.recall_by_group) if x is not None),
+            )
+            for scorer, score in self._scores.items()
+        ]
+        label = f" {visible(self.label)}" if self.label else ", no label"
+        return grid(
+            ("scorer", "AUROC", "accuracy", "recall"),
+            rows,
+            title=f"latent {self.latent}{label}: {self.n_firing} contexts in which it fires, {self.n_silent} in which not",
+            caption="accuracy: mean over firing and silent contexts; recall: of top contexts, then by activation, from the top",
+        )
 
 
 class _HeldOut(NamedTuple):

@@ -11,7 +11,7 @@ from saelens_lite.features.codes import CodesTable
 from saelens_lite.features.compare import Stability
 from saelens_lite.features.info import StoreInfo
 from saelens_lite.features.rows import ExampleRow, GroupRate, Rows
-from saelens_lite.features.summary import Example, ExampleGroup, LatentSummary, Partner, PositionBin
+from saelens_lite.features.summary import About, Example, ExampleGroup, LatentSummary, Partner, PositionBin
 from saelens_lite.features.tensors import NONE, FeatureTensors
 from saelens_lite.features.weights import LatentWeights
 from saelens_lite.tokens.display import Vocabulary
@@ -185,6 +185,34 @@ class StoreQueries:
         """Return the tokens whose logits a latent lowers most; see `promoted`."""
         return self._effects(latent, self.weights.suppressed, self.weights.suppressed_effect)
 
+    def similar(self, latent: int) -> list[tuple[int, float]]:
+        """Return the latents whose directions are nearest to that of a latent, with the cosine, nearest first."""
+        self._check(latent)
+        w = self.weights
+        return list(zip(w.decoder_neighbours[latent].tolist(), w.decoder_cosine[latent].tolist(), strict=True))
+
+    def about(self, latent: int) -> About:
+        """Return the label of a latent, the token that it promotes most, and its largest activation."""
+        self._check(latent)
+        promoted = self.weights.promoted[latent, :1].tolist()
+        return About(
+            self.labels.get(latent),
+            self.vocabulary[promoted[0]] if promoted else None,
+            float(self.tensors.top_value[latent, 0]),
+        )
+
+    def strength(self, latent: int, times: float | int) -> float:
+        """Return a multiple of a latent's largest activation, for edits and doses of natural size.
+
+        `sl.Clamp(138, store.strength(138, 2))` sets the code to twice the largest of the store.
+
+        Raises:
+            UserError: there is no such latent, or it never fires on the text of the store.
+        """
+        if not (largest := self.about(latent).max) > 0:
+            raise UserError(f"latent {latent} never fires on the text of the store, so it has no maximum; give a number")
+        return times * largest
+
     def promoting(self, token: str) -> list[tuple[int, float]]:
         """Return the latents that have a token among their `promoted`, with the effect on its logit, largest first.
 
@@ -224,6 +252,7 @@ class StoreQueries:
             positions=self.position_profile(latent) if has_text else [],
             partners=self.partners(latent),
             stability=self._stability(latent),
+            similar=self.similar(latent),
             rates=[] if has_text else self.rows.rates(latent),
         )
 

@@ -25,9 +25,10 @@ from saelens_lite.features.compare import STABILITY_FILE, Stability
 from saelens_lite.features.detection import Detection, Scorer, detection
 from saelens_lite.features.exporters import export
 from saelens_lite.features.info import StoreInfo
-from saelens_lite.features.labels import LABELS_FILE, read_labels, write_labels
+from saelens_lite.features.labels import LABELS_FILE, checked_label, read_labels, stored_labels, write_labels
 from saelens_lite.features.queries import StoreQueries
 from saelens_lite.features.rows import Rows
+from saelens_lite.features.search import SearchResult, search
 from saelens_lite.features.weights import latent_weights
 from saelens_lite.files import named_file, write_text
 from saelens_lite.kinds import STORE
@@ -226,13 +227,29 @@ class FeatureStore(StoreQueries):
             raise UserError("this store has no table of its codes; build it with codes=True and out=")
         return self.codes.query(query, self.vocabulary)
 
+    def search(self, text: str, n: int = 20) -> SearchResult:
+        """Return the latents whose label, promoted tokens or strongest contexts contain a text, best first.
+
+        Capitals do not matter. The text is looked for as whole words; if no latent has it as such, also inside words. Latents
+        with the text in their label come first. The others are ranked by the share of contexts with the text on the firing
+        token, plus a quarter of the share with the text only near it, plus a quarter if a promoted token contains it.
+
+        Args:
+            n: Latents to return.
+
+        Raises:
+            UserError: the text is empty, or n is below 1.
+        """
+        return search(self, text, n)
+
     def label(self, latent: int, text: str) -> None:
         """Set the label of a latent; an empty text removes it. Call `write_labels` or `save` to keep it.
 
         Raises:
-            UserError: there is no such latent.
+            UserError: there is no such latent, the label is too long, or it is not text.
         """
         self._check(latent)
+        checked_label(text)
         self.labels.pop(latent, None)
         if text:
             self.labels[latent] = text
@@ -359,9 +376,7 @@ class FeatureStore(StoreQueries):
             store.control = cls(control.info, control.tensors, weights, words)
         if os.path.lexists(folder / STABILITY_FILE):
             store.scores = _scores_of_each(Stability.load(folder), [info])[0]
-        if os.path.lexists(folder / LABELS_FILE):
-            labels = read_labels(folder / LABELS_FILE, info.dictionary_sha256, info.d_sae)
-            store.labels = {latent: text for latent, text in labels.items() if text}
+        store.labels = stored_labels(folder, info)
         return store
 
     def dashboard(

@@ -22,6 +22,7 @@ from saelens_lite.features.rows import RowTensors
 from saelens_lite.features.tensors import NONE, OF_TEXT, FeatureTensors
 from saelens_lite.features.weights import LatentWeights
 from saelens_lite.files import file_hash, write_json
+from saelens_lite.outputs import restore
 from saelens_lite.schemas import Checked, Count, Sha256, String, read_checked
 from saelens_lite.tensor_files import check_axes, read_tensors, tensor_specs, write_tensors
 from saelens_lite.tokens.display import Vocabulary
@@ -110,6 +111,12 @@ def write(folder: Path, parts: Parts) -> None:
         "parts": words["parts"],
     }
     write_json(folder / INFO_FILE, content)
+
+
+def read_info(folder: Path) -> StoreInfo:
+    """Return the facts about the store in a folder. Raise CorruptFileError if it is not a store."""
+    restore(folder)
+    return read_checked(folder / INFO_FILE, _Content).info
 
 
 def read(folder: Path) -> Parts:

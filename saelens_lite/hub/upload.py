@@ -6,6 +6,7 @@ The commit names the compared commit as its parent, so the Hub refuses it if the
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -38,6 +39,7 @@ from saelens_lite.hub.index import Entry, TableLine, index_files
 from saelens_lite.hub_client.client import Address, bars_on_terminals_only, check_folder, client, typed_errors
 from saelens_lite.hub_client.guard import Guard
 from saelens_lite.hub_client.listing import RepoFile, list_files
+from saelens_lite.tables import Result, columns_of, grid
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +57,8 @@ class PushFile(NamedTuple):
     status: Literal["new", "changed", "unchanged", "deleted"]
 
 
-class Push(NamedTuple):
+@dataclass(frozen=True)
+class Push(Result):
     """The result of a push, or its plan if `commit` is None."""
 
     repo: str
@@ -69,10 +72,23 @@ class Push(NamedTuple):
         """Total size of the new and changed files, in bytes."""
         return sum(file.size for file in self.files if file.status in ("new", "changed"))
 
-    def __str__(self) -> str:
+    def columns(self) -> dict[str, list[Any]]:
+        """Return the files, column by column."""
+        return columns_of(PushFile, self.files)
+
+    def table(self) -> Any:
+        """Return a rich table of the files."""
+        rows = [(file.status, f"{file.size:,}", file.path) for file in self.files]
+        return grid(("change", "bytes", "file"), rows, caption=self._outcome)
+
+    @property
+    def _outcome(self) -> str:
         what = f"commit {self.commit}" if self.commit else "nothing was sent"
+        return f"{self.url}: {self.n_bytes:,} bytes new or changed, {what}"
+
+    def __str__(self) -> str:
         lines = [f"{f.status:9} {f.size:>13,}  {f.sha256[:12] if f.sha256 else '':12}  {f.path}" for f in self.files]
-        return "\n".join([*lines, f"{self.url}: {self.n_bytes:,} bytes new or changed, {what}"])
+        return "\n".join([*lines, self._outcome])
 
 
 class _Remote(NamedTuple):

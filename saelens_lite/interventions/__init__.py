@@ -8,16 +8,21 @@ with lm.splice(d, [sl.Clamp(7, 8.0), sl.Ablate(3, positions=2)]):  # its own str
 response = sl.dose_response(d, lm, 7, [2.0, 4.0], ["The old man"])
 found = sl.attribute(d, lm, "The old man said that", (" he", " she"))  # the effect of each active latent on a logit difference
 print(found.agreement)
+frame = found.to_frame()  # every entry, as a DataFrame
 ```
 
 ```sh
 saelens-lite steer runs/topk/dictionary --prompt "The old man" --clamp 7=8.0
 saelens-lite doses runs/topk/dictionary 7 --prompt "The old man" --doses 2 4 8
 saelens-lite attribute runs/topk/dictionary --prompt "The old man said that" --token " he" --against " she"
+saelens-lite steer runs/topk/dictionary --store store --prompt "The old man" --clamp 7=2max    # twice its largest activation
 ```
 
 An edit adds Σ (new code − old code) · direction to the activation. The part that the dictionary does not reconstruct stays, so
 an edit that changes no code changes nothing.
+
+With a feature store (`store=`, --store), results show the label, the promoted token and the largest activation of each latent.
+`store.strength(7, 2)` is twice the largest activation, for edits and doses of natural size.
 
 `dose_response` shows the effect of doses of a latent, and the cost in KL, beside random live latents that push with the same
 norm. `attribute` gives the effect of each active latent by exact ablation, by gradient and by direct effect on the logits, and

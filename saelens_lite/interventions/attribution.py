@@ -32,12 +32,14 @@ from saelens_lite.codes import SparseCodes
 from saelens_lite.codes.products import pair_products
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, HookError
+from saelens_lite.features import FeatureStore
 from saelens_lite.features.html import quoted
+from saelens_lite.features.summary import About
 from saelens_lite.interventions.metrics import Metric, metric_of, name_of, values_of
 from saelens_lite.interventions.site import CountedRow, Reading, Site, pieces
 from saelens_lite.model import LanguageModel
 from saelens_lite.progress import progress_bar
-from saelens_lite.tables import grid
+from saelens_lite.tables import Result, grid, legend
 from saelens_lite.tokens import Given
 
 LAST_STREAM, UNEMBEDDED = "ln_final.hook_in", "unembed.hook_out"
@@ -53,12 +55,12 @@ class Agreement(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Attribution:
+class Attribution(Result):
     """Effects on a metric. Entry j belongs to `latent[j]`, which fires with `activation[j]` at `position[j]` of row `row[j]`.
 
     Effects are in the metric's unit. `value` is the metric of each row. `error` is the effect by gradient of the reconstruction
     error at the same positions. `direct` is None off the residual stream, and 0 at positions whose logits the metric does not
-    read. `ablation` is None unless it was requested.
+    read. `ablation` is None unless it was requested. `about` has the meaning and scale of each latent; None without a store.
     """
 
     metric: str
@@ -73,6 +75,7 @@ class Attribution:
     gradient: Float[Tensor, " n"]
     direct: Float[Tensor, " n"] | None
     ablation: Float[Tensor, " n"] | None
+    about: dict[int, About] | None = None
 
     @property
     def effects(self) -> dict[str, Float[Tensor, " n"]]:
@@ -106,23 +109,59 @@ class Attribution:
             "error": self.error.tolist(),
             **{name: x.tolist() for name, x in (entries | self.effects).items()},
             "agreement": {f"{a}, {b}": plain(both) for (a, b), both in self.agreement.items()},
+            **({} if self.about is None else {"about": {str(latent): plain(one) for latent, one in self.about.items()}}),
         }
 
+    def columns(self) -> dict[str, list[Any]]:
+        """Return the entries, column by column; with a store, also `of_max`, `label` and `promoted`."""
+        entries = {"row": self.row, "position": self.position, "latent": self.latent, "activation": self.activation}
+        columns = {name: x.tolist() for name, x in (entries | self.effects).items()}
+        places = zip(columns["row"], columns["position"], strict=True)
+        columns["token"] = [self.tokens[row][position] for row, position in places]
+        if self.about is not None:
+            about = [self.about[latent] for latent in columns["latent"]]
+            shares = zip(columns["activation"], about, strict=True)
+            columns["of_max"] = [activation / one.max if one.max else math.nan for activation, one in shares]
+            columns |= {"label": [one.label for one in about], "promoted": [one.promoted for one in about]}
+        return columns
+
     def table(self, n: int = 10) -> Any:
-        """Return a rich table of the n strongest effects and the agreement of the ways. Notebooks and `rich.print` show it."""
+        """Return a rich table of the n strongest effects and the agreement of the ways; with a store, also of the latents."""
+        from rich.console import Group
+
+        strongest = self.strongest(n)
+        if self.about is None:
+            return self._effects_table(strongest)
+        latents = dict.fromkeys(self.latent[strongest].tolist())
+        return Group(self._effects_table(strongest), legend({latent: self.about[latent] for latent in latents}))
+
+    def _effects_table(self, entries: Int[Tensor, " k"]) -> Any:
+        """Return a rich table of some entries."""
         several = len(self.tokens) > 1
         rows = []
-        for j in self.strongest(n).tolist():
+        for j in entries.tolist():
             row, position = int(self.row[j]), int(self.position[j])
             place = [str(row)] * several + [str(position), quoted(self.tokens[row][position]), str(int(self.latent[j]))]
-            numbers = [f"{float(self.activation[j]):.3g}", *(f"{float(effect[j]):+.4f}" for effect in self.effects.values())]
+            numbers = [
+                f"{float(self.activation[j]):.3g}",
+                *self._share_of_max(j),
+                *(f"{float(effect[j]):+.4f}" for effect in self.effects.values()),
+            ]
             rows.append((*place, *numbers))
         return grid(
-            (*["row"] * several, "position", "token", "latent", "activation", *self.effects),
+            (*["row"] * several, "position", "token", "latent", "activation", *["of max"] * bool(self.about), *self.effects),
             rows,
             caption="\n".join(self._remarks()),
             column=lambda title: {"justify": "left" if title == "token" else "right"},
+            collapse_padding=True,
         )
+
+    def _share_of_max(self, j: int) -> list[str]:
+        """Return the activation of an entry as a share of its latent's maximum in the store, in a list; empty without one."""
+        if not self.about:
+            return []
+        largest = self.about[int(self.latent[j])].max
+        return [f"{float(self.activation[j]) / largest:.0%}" if largest else ""]
 
     def _remarks(self) -> list[str]:
         """Return a summary in words, one remark per line."""
@@ -143,6 +182,7 @@ def attribute(
     position: int | None = None,
     at: Iterable[int] | int | None = None,
     ablation: bool = True,
+    store: FeatureStore | None = None,
     hook: str | None = None,
     batch_tokens: int = 2048,
 ) -> Attribution:
@@ -156,13 +196,16 @@ def attribute(
         position: position of the metric; default: all for the loss, the last for a difference.
         at: positions whose latents are measured; default: all that the dictionary was trained on.
         ablation: also ablate each latent, one at a time, in batches of `batch_tokens` tokens.
+        store: feature store of this dictionary, for labels, promoted tokens and largest activations.
 
     Raises:
-        ConfigError: the metric is unknown or has no gradient, a position is not in the row, no hook is named, or the model is
-            processed in another way.
+        ConfigError: the metric is unknown or has no gradient, a position is not in the row, no hook is named, the model is
+            processed in another way, or the store is of another dictionary.
         HookError, ShapeError, TextError: the model lacks the hook, a width does not fit, or the text is empty.
         NonFiniteError: the metric is NaN or infinite.
     """
+    if store is not None:
+        store.info.check_dictionary(dictionary)
     site = Site(dictionary, lm, hook)
     at = at if at is None or isinstance(at, int) else tuple(at)
     unembedding = _direct_unembedding(site)
@@ -171,6 +214,7 @@ def attribute(
     if ablation:
         with progress_bar("ablate", sum(len(row.codes.latent) for row in rows), "latents") as advance:
             ablated = torch.cat([row.ablation(batch_tokens, advance) for row in rows])
+    latent = torch.cat([row.codes.latent for row in rows]).cpu()
     return Attribution(
         metric=name_of(metric, lm),
         hook=site.writes,
@@ -179,11 +223,12 @@ def attribute(
         error=torch.stack([row.error for row in rows]).cpu(),
         row=torch.repeat_interleave(torch.tensor([len(row.codes.latent) for row in rows])),
         position=torch.cat([row.codes.row for row in rows]).cpu(),
-        latent=torch.cat([row.codes.latent for row in rows]).cpu(),
+        latent=latent,
         activation=torch.cat([row.codes.value for row in rows]).cpu(),
         gradient=torch.cat([row.gradient for row in rows]).cpu(),
         direct=torch.cat([row.direct for row in rows]).cpu() if unembedding is not None else None,
         ablation=ablated,
+        about=None if store is None else {i: store.about(i) for i in latent.unique().tolist()},
     )
 
 

@@ -16,25 +16,30 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saelens_lite.arrays import plain
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError
+from saelens_lite.features import FeatureStore
+from saelens_lite.features.html import short
+from saelens_lite.features.summary import About
 from saelens_lite.interventions.edits import Add
 from saelens_lite.interventions.metrics import LogProb, Metric, kl_divergence, metric_of, name_of, values_of
 from saelens_lite.interventions.site import Reading, Site, pieces
 from saelens_lite.model import LanguageModel
 from saelens_lite.progress import progress_bar
-from saelens_lite.tables import grid
+from saelens_lite.tables import Result, grid
 from saelens_lite.tokens import Given
 
 N_PROMOTED = 10
 
 
 @dataclass(frozen=True)
-class DoseResponse:
+class DoseResponse(Result):
     """The effects and costs of doses. The first of `latents` is the one asked for; the others are controls of equal norm.
 
     `effect` is the change of the metric and `kl` the cost in nats per token, for each dose, latent and row of text.
     `max_activation` is the largest code of the latent at the counted positions: the scale of a natural dose.
+    `about` has the label, the promoted token and the largest activation in a feature store; None without one.
     """
 
     latent: int
@@ -47,6 +52,7 @@ class DoseResponse:
     clean: Float[Tensor, " rows"]
     effect: Float[Tensor, "doses latents rows"]
     kl: Float[Tensor, "doses latents rows"]
+    about: About | None = None
 
     def summary(self) -> list[dict[str, float]]:
         """Return one record per dose: means over rows, their standard error, and mean and standard deviation over controls.
@@ -77,24 +83,44 @@ class DoseResponse:
             "n_rows": len(self.clean),
             "clean": float(self.clean.mean()),
             "doses": self.summary(),
+            **({} if self.about is None else {"about": plain(self.about)}),
         }
 
+    def columns(self) -> dict[str, list[Any]]:
+        """Return the summary, column by column; with a store, also the doses as multiples of the maximum (`of_max`)."""
+        lines = self.summary()
+        columns = {name: [line[name] for line in lines] for name in lines[0]}
+        largest = self.about.max if self.about else 0.0
+        return columns | ({"of_max": [dose / largest for dose in self.doses]} if largest else {})
+
     def table(self) -> Any:
-        """Return a rich table with one row per dose. Notebooks and `rich.print` show it."""
+        """Return a rich table with one row per dose."""
+        known = [] if self.about is None else [f"largest activation in the store {short(self.about.max)}", self.about.words]
+        title = "; ".join([f"latent {self.latent}", *filter(None, known)])
         caption = (
             f"change of {self.metric} (clean {float(self.clean.mean()):.4f}) and KL in nats per token; {self.n_tokens:,} "
-            f"tokens in {len(self.clean)} rows, with activations up to {self.max_activation:.3g}; ± standard error over rows, "
-            "of controls standard deviation"
+            f"tokens in {len(self.clean)} row{'s' * (len(self.clean) > 1)}, on which the latent reaches "
+            f"{self.max_activation:.3g}; ± standard error over rows, of controls standard deviation"
         )
         rows = []
         for line in self.summary():
-            cells = [f"{line['dose']:g}", _plus_minus(line, "effect", "effect_se"), f"{line['kl']:.4f}"]
+            of_max = [f"{line['dose'] / self.about.max:.2g}"] if self.about and self.about.max else []
+            cells = [f"{line['dose']:.4g}", *of_max, _plus_minus(line, "effect", "effect_se"), f"{line['kl']:.4f}"]
             if self.controls:
                 cells += [_plus_minus(line, "control_effect", "control_effect_sd"), f"{line['control_kl']:.4f}"]
                 cells.append(f"{line['beaten']}/{len(self.controls)}")
             rows.append(cells)
-        titles = ("dose", "effect", "KL", f"{len(self.controls)} controls", "KL of controls", "beaten")
-        return grid(titles, rows, caption=caption, column=lambda title: {"justify": "right", "no_wrap": True})
+        titles = (
+            "dose",
+            *["of max"] * bool(self.about and self.about.max),
+            "effect",
+            "KL",
+            f"{len(self.controls)} controls",
+            "KL of controls",
+            "beaten",
+        )
+        settings = {"justify": "right", "no_wrap": True}
+        return grid(titles, rows, title=title, caption=caption, column=lambda title: settings, collapse_padding=True)
 
     def plot(self) -> Any:
         """Return a matplotlib figure of the effect over dose and over cost, with the controls in grey.
@@ -135,6 +161,7 @@ def dose_response(
     position: int | None = None,
     n_controls: int = 8,
     seed: int = 0,
+    store: FeatureStore | None = None,
     hook: str | None = None,
     batch_tokens: int = 2048,
 ) -> DoseResponse:
@@ -146,16 +173,20 @@ def dose_response(
             direction raises most, as a mean over the counted positions. Or any metric that `attribute` takes.
         position: position of the metric.
         seed: seed that draws the controls from the latents that fire on the text.
+        store: feature store of this dictionary, for the latent's label and largest activation. `store.strength(latent, 2)` is
+            a dose of twice that.
 
     Raises:
-        ConfigError: the latent does not exist, a dose is missing or not finite, the metric is unknown, or there are fewer live
-            latents than controls.
+        ConfigError: the latent does not exist, a dose is missing or not finite, the metric is unknown, there are fewer live
+            latents than controls, or the store is of another dictionary.
         HookError, ShapeError, TextError: the model lacks the hook, a width does not fit, or the text is empty.
         NonFiniteError: the metric is NaN or infinite.
     """
     given = tuple(Add(latent, dose).amount for dose in doses)
     if not given or n_controls < 0:
         raise ConfigError(f"doses = {list(doses)}, n_controls = {n_controls}; expected at least one dose, and n_controls ≥ 0")
+    if store is not None:
+        store.info.check_dictionary(dictionary)
     site = Site(dictionary, lm, hook)
     dictionary.check_edits([Add(latent, 0.0)])
     readings = [site.read(row) for row in site.rows(text, attention_mask)]
@@ -183,6 +214,7 @@ def dose_response(
         clean=torch.stack(clean),
         effect=torch.stack(effect, -1),
         kl=torch.stack(kl, -1),
+        about=None if store is None else store.about(latent),
     )
 
 

@@ -1,26 +1,69 @@
 """Generated text with and without edits, side by side, and the cost of the edits."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError
+from saelens_lite.features import FeatureStore
+from saelens_lite.features.html import short
+from saelens_lite.features.summary import About
 from saelens_lite.interventions.edits import Edit
 from saelens_lite.interventions.metrics import kl_divergence
 from saelens_lite.interventions.site import Site
 from saelens_lite.model import LanguageModel
-from saelens_lite.tables import grid
+from saelens_lite.tables import Result, grid
 from saelens_lite.tokens import Given
 
 
-class Steered(NamedTuple):
-    """The continuations of a prompt without and with edits. `kl` is the `kl_cost` of the plain text."""
+@dataclass(frozen=True)
+class Steered(Result):
+    """The continuations of a prompt without and with edits. `kl` is the `kl_cost` of the plain text.
+
+    `about` has the meaning and scale of each edited latent; None without a store.
+    """
 
     plain: str
     edited: str
     kl: float
+    edits: tuple[Edit, ...] = ()
+    about: dict[int, About] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the texts, the cost, and the edits in words."""
+        return {"plain": self.plain, "edited": self.edited, "kl": self.kl, "edits": self._edits_in_words()}
+
+    def columns(self) -> dict[str, list[Any]]:
+        """Return the result as one row."""
+        return {name: [value] for name, value in (self.to_dict() | {"edits": "; ".join(self._edits_in_words())}).items()}
+
+    def table(self) -> Any:
+        """Return a rich table of the two texts side by side, with the edits and the cost below."""
+        lines = [*self._edits_in_words(), f"KL(plain ‖ edited) on the plain text: {self.kl:.4f} nats per token"]
+        return grid(
+            ("plain", "edited"),
+            [(self.plain, self.edited)],
+            caption="\n".join(lines),
+            column=lambda title: {"overflow": "fold", "ratio": 1},
+            expand=True,
+        )
+
+    def _edits_in_words(self) -> list[str]:
+        return [self._in_words(edit, latent) for edit in self.edits for latent in edit.latents]
+
+    def _in_words(self, edit: Edit, latent: int) -> str:
+        """Return one change, such as "latent 7: code ← 8 (2 × its maximum of 4)", and the meaning of the latent."""
+        about = self.about[latent] if self.about else About(None, None, 0.0)
+        amount = f"{edit.offset if edit.gain == 0 else abs(edit.offset):.4g}"
+        if about.max and edit.offset:
+            amount += f" ({edit.offset / about.max:.3g} × its maximum of {short(about.max)})"
+        new = f"{short(edit.gain)} · code" if edit.gain not in (0, 1) else "code"
+        sign = "−" if edit.offset < 0 else "+"
+        change = amount if edit.gain == 0 else new + (f" {sign} {amount}" if edit.offset or edit.gain == 1 else "")
+        return f"latent {latent}: code ← {change}{f'; {about.words}' if about.words else ''}"
 
 
 def steer(
@@ -32,22 +75,32 @@ def steer(
     max_new_tokens: int = 50,
     temperature: float | int = 0.8,
     seed: int = 0,
+    store: FeatureStore | None = None,
     hook: str | None = None,
 ) -> Steered:
     """Generate text with edits and, from the same seed, without them. Return both and the cost of the edits.
 
+    Args:
+        store: feature store of this dictionary, for the labels and largest activations of the edited latents.
+            `store.strength(138, 2)` is twice the largest of latent 138.
+
     Raises:
-        ConfigError: no edits, an edit of a latent that does not exist, or a negative temperature.
+        ConfigError: no edits, an edit of a latent that does not exist, a negative temperature, or a store of another
+            dictionary.
         TextError, ShapeError: an empty prompt, or one that fills the model's context.
     """
     if not edits:
         raise ConfigError("nothing to steer with: give at least one edit")
+    if store is not None:
+        store.info.check_dictionary(dictionary)
+    edits = (edits,) if isinstance(edits, Edit) else tuple(edits)
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     settings["prepend_bos"] = lm.wants_bos(dictionary.origin)
     with lm.splice(dictionary, edits, hook=hook):
         edited = lm.generate(prompt, **settings)
     plain = lm.generate(prompt, **settings)
-    return Steered(plain, edited, kl_cost(dictionary, lm, edits, plain, hook=hook))
+    about = None if store is None else {latent: store.about(latent) for edit in edits for latent in edit.latents}
+    return Steered(plain, edited, kl_cost(dictionary, lm, edits, plain, hook=hook), edits, about)
 
 
 @torch.no_grad()
@@ -76,10 +129,3 @@ def kl_cost(
         n_counted = int(counted.sum())
         total, n = total + n_counted * float(kl_divergence(clean, edited, counted)), n + n_counted
     return total / n
-
-
-def table(steered: Steered) -> Any:
-    """Return a rich table of the two texts side by side, with the cost below."""
-    caption = f"KL(plain ‖ edited) on the plain text: {steered.kl:.4f} nats per token"
-    wide = {"overflow": "fold", "ratio": 1}
-    return grid(("plain", "edited"), [(steered.plain, steered.edited)], caption=caption, column=lambda title: wide, expand=True)

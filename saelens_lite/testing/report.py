@@ -1,9 +1,10 @@
 """The report on a plugin, one line per check."""
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from saelens_lite.errors import PluginError
+from saelens_lite.tables import Result, columns_of, grid
 
 Status = Literal["ok", "failed", "warning", "not checked"]
 
@@ -29,7 +30,7 @@ class Check(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PluginReport:
+class PluginReport(Result):
     """The result of `check_plugin`. `print(report)` shows one line per check."""
 
     plugin: str
@@ -63,10 +64,22 @@ class PluginReport:
         statuses = [check.status for check in self.checks]
         return ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(sorted(statuses)))
 
-    def __str__(self) -> str:
-        name_width, status_width = (max(len(check[column]) for check in self.checks) for column in (0, 1))
-        lines = [f"{name:{name_width}}  {status:{status_width}}  {outcome}" for name, status, outcome in self.checks]
-        return "\n".join([f"{self.plugin}: {self.summary()}", *lines])
+    def columns(self) -> dict[str, list[Any]]:
+        """Return the checks, column by column."""
+        return columns_of(Check, self.checks)
+
+    def table(self) -> Any:
+        """Return a rich table with one line per check."""
+        from rich.text import Text
+
+        colours = {"ok": "green", "failed": "red", "warning": "yellow", "not checked": "dim"}
+        return grid(
+            ("check", "status", "found"),
+            [(check.name, Text(check.status, style=colours[check.status]), check.found) for check in self.checks],
+            title=f"{self.plugin}: {self.summary()}",
+            column=lambda title: {"overflow": "fold", "no_wrap": title == "status"},
+            collapse_padding=True,
+        )
 
     def __repr__(self) -> str:
         return str(self)

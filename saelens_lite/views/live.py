@@ -17,7 +17,7 @@ from saelens_lite.features.html import visible
 from saelens_lite.interventions import Add, steer
 from saelens_lite.interventions.steering import Steered
 from saelens_lite.model import LanguageModel
-from saelens_lite.views.prompt import ORDERS, PromptRow, PromptView, about, prompt_view
+from saelens_lite.views.prompt import ORDERS, PromptRow, PromptView, about_row, prompt_view
 
 REACH = 3  # end of a slider, as a multiple of the largest known activation of the latent
 
@@ -101,7 +101,7 @@ class LivePrompt:
                 "position": row.position,
                 "latent": row.latent,
                 "score": view.score(row),
-                "about": about(row),
+                "about": about_row(row),
                 "reach": self._reach(row),
             }
             for row in view.rows
@@ -121,7 +121,7 @@ class LivePrompt:
         else:
             plain = self.lm.generate(prompt, **self._writing)
             self.steered = Steered(plain, plain, 0.0)
-        self.widget.continuation = self.steered._asdict()
+        self.widget.continuation = {name: getattr(self.steered, name) for name in ("plain", "edited", "kl")}
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         return self.widget._repr_mimebundle_(**kwargs)

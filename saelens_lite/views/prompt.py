@@ -18,12 +18,13 @@ from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, NonFiniteError, near_matches
 from saelens_lite.features import FeatureStore
 from saelens_lite.features.html import quoted, render, short, visible
+from saelens_lite.features.summary import About
 from saelens_lite.interventions import attribute
 from saelens_lite.interventions.attribution import WAYS
 from saelens_lite.interventions.metrics import name_of
 from saelens_lite.interventions.site import CountedRow, Site
 from saelens_lite.model import LanguageModel
-from saelens_lite.tables import grid
+from saelens_lite.tables import Result, columns_of, grid
 from saelens_lite.tokens import Given, TokenRows
 
 ORDERS = ("activation", "relative", "attribution")
@@ -47,7 +48,7 @@ class PromptRow(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PromptView:
+class PromptView(Result):
     """The latents that fire at each token: `rows` by position, best first, at most `top` per position.
 
     A notebook shows it as shaded tokens, `rich.print` as a table. `metric` names the metric of the attributions.
@@ -100,9 +101,14 @@ class PromptView:
 
     def _repr_html_(self) -> str:
         lines = list(zip(map(visible, self.tokens), self.shades, self._lines, strict=True))
-        return render("views", "prompt.html.j2", view=self, lines=lines, words=words, about=about, shown=_shown)
+        return render("views", "prompt.html.j2", view=self, lines=lines, words=words, about=about_row, shown=_shown)
 
-    def __rich__(self) -> Any:
+    def columns(self) -> dict[str, list[Any]]:
+        """Return the rows, column by column."""
+        return columns_of(PromptRow, self.rows)
+
+    def table(self) -> Any:
+        """Return a rich table of the latents at each token."""
         shown = [name for name in ORDERS if any(getattr(row, name) is not None for row in self.rows)] or ["activation"]
         described = any(row.label or row.promoted for row in self.rows)
         lines: list[tuple[str, ...] | None] = []
@@ -110,13 +116,14 @@ class PromptView:
             for i, row in enumerate(rows):
                 place = (str(row.position), quoted(row.token)) if i == 0 else ("", "")
                 numbers = [_shown(name, getattr(row, name)) for name in shown]
-                lines.append((*place, str(row.latent), *numbers, *[about(row)] * described))
+                lines.append((*place, str(row.latent), *numbers, *[about_row(row)] * described))
             lines += [None] if rows else []
         return grid(
             ("position", "token", "latent", *shown, *["about"] * described),
             lines,
             caption=visible(self.title),
             column=lambda title: {"justify": "left" if title in ("token", "about") else "right", "no_wrap": title != "about"},
+            collapse_padding=True,
         )
 
 
@@ -173,6 +180,7 @@ def prompt_view(
     best = _best(firing.position, torch.where(score.isfinite(), score.abs(), -1), top)
     tokens = tuple((lm if store is None else store).vocabulary.row(rows[0].tokens.tolist()))
     position, latent, activation = (x[best].tolist() for x in firing[:3])
+    about = [None if store is None else store.about(i) for i in latent]
     return PromptView(
         model=lm.name,
         hook=site.reads,
@@ -188,7 +196,8 @@ def prompt_view(
                 activation,
                 _numbers(relative, best),
                 _numbers(firing.attribution, best),
-                *_texts(store, latent),
+                [one and one.label for one in about],
+                [one and one.promoted for one in about],
                 strict=True,
             )
         ),
@@ -241,13 +250,6 @@ def _numbers(values: Float[Tensor, " n"] | None, chosen: Int[Tensor, " chosen"])
     return [x if math.isfinite(x) else None for x in values[chosen].tolist()]
 
 
-def _texts(store: FeatureStore | None, latents: list[int]) -> tuple[list[str | None], list[str | None]]:
-    """Return the label of each latent and the token it promotes most."""
-    if store is None:
-        return [None] * len(latents), [None] * len(latents)
-    return [store.labels.get(i) for i in latents], [next((token for token, _ in store.promoted(i)), None) for i in latents]
-
-
 def words(row: PromptRow) -> str:
     """Return the contents of a row in one line."""
     known = [f"latent {row.latent}", f"activation {short(row.activation)}"]
@@ -255,13 +257,12 @@ def words(row: PromptRow) -> str:
         known.append(f"{row.relative:.0%} of its largest")
     if row.attribution is not None:
         known.append(f"attribution {row.attribution:+.3g}")
-    return "; ".join([", ".join(known), *[about(row)] * bool(about(row))])
+    return "; ".join([", ".join(known), *[about_row(row)] * bool(about_row(row))])
 
 
-def about(row: PromptRow) -> str:
+def about_row(row: PromptRow) -> str:
     """Return the label of a row's latent and its promoted token, if known."""
-    promotes = None if row.promoted is None else f"promotes {quoted(row.promoted)}"
-    return "; ".join(visible(known) for known in (row.label, promotes) if known)
+    return About(row.label, row.promoted, 0.0).words
 
 
 def _shown(order: str, value: float | None) -> str:
