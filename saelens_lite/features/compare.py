@@ -30,7 +30,7 @@ from saelens_lite.files import check_axes, check_header, parsed_json, read_tenso
 from saelens_lite.outputs import new_file
 from saelens_lite.progress import progress_bar
 from saelens_lite.schemas import Checked, String, checked
-from saelens_lite.tables import grid
+from saelens_lite.tables import grid, short_names, terminal_width, wrapped
 
 FORMAT = 1
 STABILITY_FILE = "stability.safetensors"
@@ -38,6 +38,7 @@ THRESHOLD = 0.7
 MOST_HUNGARIAN = 8192  # latents on either side; time grows with the cube, memory with the square (8192: 10 s, 1.5 GB)
 TILE = 1024  # latents whose cosines with all others are held at once
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+WIDTH_OF_NUMBERS = 67  # of the columns beside the names in `comparison_table`
 N_BINS = 20  # of a histogram of cosines, from −1 to 1
 
 log = logging.getLogger(__name__)
@@ -513,13 +514,14 @@ def comparison_table(comparisons: dict[str, Comparison]) -> Any:
         "between the 5 % and 95 % quantiles; dead: left out; chance: against random directions with the other's second moments"
     )
     rows: list[list[Any]] = []
-    for name, comparison in comparisons.items():
+    names = short_names(list(comparisons), width=max(13, terminal_width() - WIDTH_OF_NUMBERS))
+    for name, comparison in zip(names, comparisons.values(), strict=True):
         rows.append([name, *_cells(comparison.summary), "/".join(map(str, comparison.n_dead))])
         rows.append([Text(cell, style="dim") for cell in ("  chance", *_cells(comparison.chance), "")])
     return grid(
         ("against", "matched", "shared", "agree", "mutual", "decoder", "encoder", "dead"),
         rows,
-        caption=caption,
+        caption=wrapped(caption),
         column=lambda title: {"overflow": "fold", "no_wrap": title != "against"},
         collapse_padding=True,
     )
