@@ -86,6 +86,7 @@ from saelens_lite.loggers import DEFAULT_LOGGERS, RunLog, load_loggers, open_log
 from saelens_lite.outputs import followed, refuse_existing, refuse_inputs_in, remove_own
 from saelens_lite.paths import check_input, check_output
 from saelens_lite.progress import progress_bar
+from saelens_lite.training.advice import warn_of_many_passes
 from saelens_lite.training.aside import Aside, put_back_runs, remove_replaced
 from saelens_lite.training.checkpoint import (
     earlier_states,
@@ -185,6 +186,7 @@ def train(
             "checkpoint_seconds": checkpoint_seconds,
         },
     )
+    warn_of_many_passes(source, configs)
     if out is None:
         return _run(job, source)
     with _locked(out, *folders):
