@@ -68,7 +68,7 @@ def push(
     facts = pushed._asdict() | {"files": [file._asdict() for file in pushed.files]}
     say(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else pushed)
     if dry_run and not as_json:
-        say(f"{out}: the cards and figures" if out else "--out FOLDER writes the cards, to read them before")
+        say(f"{out}: the cards and figures" if out else "Add --out FOLDER to read the cards before they are sent.")
 
 
 @app.command

@@ -139,8 +139,9 @@ class EvalReport:
     @property
     def where(self) -> str:
         """A sentence on the text, the model and the hook."""
+        rows = "sequence" if self.n_sequences == 1 else "sequences"
         return (
-            f"{self.n_tokens:,} tokens in {self.n_sequences:,} sequences of {self.text or 'a text without a name'}, without "
+            f"{self.n_tokens:,} tokens in {self.n_sequences:,} {rows} of {self.text or 'a text without a name'}, without "
             f"{self.excluded}; {self.model}, {self._hooks}"
         )
 
