@@ -159,7 +159,7 @@ class EvalReport:
 
     @property
     def intervals(self) -> str:
-        """A sentence on the confidence intervals: the method, or why there are none."""
+        """A sentence on the confidence intervals: the method, or the reason why they are missing."""
         if any(metric.has_interval for metric in self.metrics.values()):
             return "95 % bootstrap confidence intervals over sequences."
         return _NO_INTERVALS if self.n_sequences == 1 else "No confidence intervals."
