@@ -332,6 +332,11 @@ def shortened(names: Iterable[str], most: int = 8) -> str:
     return f"{[name[:80] for name in names[:most]]}{' …' if len(names) > most else ''}" if names else "none"
 
 
+def differences(missing: Iterable[str], surplus: Iterable[str], there: Iterable[str]) -> str:
+    """Describe the tensors that a file lacks, and those that it should not hold, beside those that it holds."""
+    return f"tensors missing: {shortened(missing)}; not expected: {shortened(surplus)}; found: {shortened(there)}"
+
+
 def _memory() -> int | float:
     """Return the memory of this machine in bytes, or infinity if the system does not tell."""
     try:

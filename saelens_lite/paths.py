@@ -82,14 +82,6 @@ def _possible(path: str | Path, room_in_name: int = 0, room_in_path: int = 0) ->
     return Path(path)
 
 
-def short_names(paths: Sequence[str | Path]) -> list[str]:
-    """Return paths without the folders that all of them begin with. At least the last part of each stays."""
-    parts = [Path(path).parts for path in paths]
-    n = min(map(len, parts), default=1) - 1
-    shared = next((i for i in range(n) if len({one[i] for one in parts}) > 1), n)
-    return [str(Path(*one[shared:])) for one in parts]
-
-
 def _shortened(path: str | Path) -> str:
     text = str(path)
     return text if len(text) < 200 else f"{text[:80]}…{text[-40:]}"

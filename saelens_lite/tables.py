@@ -1,5 +1,8 @@
 """Results and their tables: one look in terminals, notebooks and data frames."""
 
+import re
+import shutil
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from io import StringIO
@@ -82,6 +85,42 @@ def as_html(shown: Any) -> str:
     head = line("th", titles) if any(map(str, titles)) else ""
     rows = "".join(line("td", cells) for cells in zip(*(column.cells for column in shown.columns), strict=True))
     return f"{as_html(shown.title or '')}<table>{head}{rows}</table>{as_html(shown.caption or '')}"
+
+
+def terminal_width() -> int:
+    """Return the number of columns of the terminal, or 80."""
+    return shutil.get_terminal_size().columns
+
+
+def wrapped(text: str) -> str:
+    """Break a text into lines that fit the terminal."""
+    return textwrap.fill(text, max(terminal_width() - 1, 20), break_long_words=False, break_on_hyphens=False)
+
+
+def short_names(paths: Sequence[str], width: int | None = None) -> list[str]:
+    """Return names that tell paths apart: without the folders that all of them share, and without a last folder "dictionary".
+
+    A single path keeps its last folder. With `width`, longer names are broken into lines after "/", "_", "-" or ".".
+    """
+    parts = [re.split(r"[/\\]+", path.rstrip("/\\")) for path in paths]
+    if all(len(one) > 1 and one[-1] == "dictionary" for one in parts):
+        parts = [one[:-1] for one in parts]
+    if len(parts) == 1:
+        parts = [parts[0][-1:]]
+    while parts and min(map(len, parts)) > 1 and len({one[0] for one in parts}) == 1:
+        parts = [one[1:] for one in parts]
+    names = ["/".join(one) for one in parts]
+    return names if width is None else [_broken(name, width) for name in names]
+
+
+def _broken(name: str, width: int) -> str:
+    """Break a name into lines of at most `width` characters where a word of it ends. A longer word stays whole."""
+    lines = [""]
+    for word in re.findall(r"[^/_.\-]*[/_.\-]*", name):
+        if lines[-1] and len(lines[-1] + word) > width:
+            lines.append("")
+        lines[-1] += word
+    return "\n".join(lines)
 
 
 def grid(

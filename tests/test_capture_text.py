@@ -118,5 +118,5 @@ def test_the_command_line_has_the_same_settings(tmp_path, command):
     )
     folder = run[0].folder / "dictionary"
     out = call("eval", folder, "--text", tmp_path / "a.jsonl", "--column", "body", "--n-tokens", 500, "--by-frequency")
-    assert "CE recovered" in out
+    assert "ce_loss_score" in out
     assert "100 – 999 times" in out or "10 – 99 times" in out

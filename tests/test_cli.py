@@ -55,7 +55,7 @@ def test_eval_writes_json(work, command):
         work / "e.json",
     )
     assert code == 0, err
-    assert "CE recovered" in out
+    assert "ce_loss_score" in out
     (report,) = json.loads((work / "e.json").read_text()).values()
     assert report["n_tokens"] == 1500
     assert report["metrics"]["l0"]["value"] <= 8

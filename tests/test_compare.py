@@ -212,6 +212,48 @@ def test_different_hooks_are_compared_with_a_warning(caplog):
     assert "hooks: one and two" in caplog.text
 
 
+def trained(seed: int | None, weights: int, hook: str = "blocks.1.hook_resid_pre") -> sl.Dictionary:
+    """Return a dictionary with random weights whose record says that it was trained with a seed."""
+    d = sl.Dictionary.create("topk", reads=sl.Port(hook=hook, width=D_IN), d_sae=D_SAE, options={"k": 4}, seed=weights)
+    d.training_record = {} if seed is None else {"config": {"seed": seed, "d_sae": D_SAE}}
+    return d
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "said"),
+    [
+        ((0, 0), (1, 1), None),
+        ((None, 0), (None, 1), None),
+        ((None, 0), (0, 1), None),
+        ((0, 0), (0, 1), "the compared dictionaries were both trained with seed 0, so they began with the same directions"),
+        ((0, 0), (1, 0), "the compared dictionaries have the same weights, so they agree in everything"),
+        ((None, 0), (None, 0), "the compared dictionaries have the same weights"),
+    ],
+)
+def test_agreement_that_is_no_evidence_is_said(one, other, said, caplog):
+    sl.compare(trained(*one), trained(*other))
+    assert (said in caplog.text) if said else not caplog.records
+
+
+def test_the_one_of_several_that_is_no_evidence_is_named(caplog):
+    sl.stability(trained(0, 0), [trained(1, 1), trained(0, 2)])
+    assert [record.getMessage()[:70] for record in caplog.records] == [
+        "the dictionary and number 2 of the others were both trained with seed "
+    ]
+
+
+def test_the_directions_are_compared_on_the_named_device(monkeypatch):
+    """The device goes where the default is decided, and its default is not the CPU's."""
+    asked = []
+    monkeypatch.setattr(module, "chosen_device", lambda device: asked.append(device) or torch.device("cpu"))
+    sl.compare(make(), make(seed=1))
+    sl.compare(make(), make(seed=1), device="cpu")
+    assert asked == [None, "cpu"]
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="device = 'gpu'"):
+        sl.compare(make(), make(seed=1), device="gpu")
+
+
 def test_what_cannot_be_compared():
     a = make()
     with pytest.raises(ShapeError, match=r"widths \(32, 32\) and \(16, 16\) \(read, written\)"):

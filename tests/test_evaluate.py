@@ -314,8 +314,8 @@ def test_redrawn_weights_have_the_same_entries(lm):
         ("python-docs:train", PythonDocs("python-docs:held-out"), True, "without a document in common"),
         ("python-docs", PythonDocs("python-docs:held-out"), False, "holds documents of the other"),
         ("python-docs:train", "python-docs:train", False, "holds documents"),
-        ("book.txt", PythonDocs("python-docs"), None, "sources of different names; passages may be shared"),
-        ("book.txt", ["no name"], None, "has no name to compare with book.txt"),
+        ("book.txt", PythonDocs("python-docs"), None, "only these names could be compared"),
+        ("book.txt", ["no name"], None, "has no name to compare with that of the training text, book.txt"),
         (None, PythonDocs("python-docs"), None, "does not say what it was trained on"),
     ],
 )

@@ -192,6 +192,31 @@ def test_metadata_of_a_version_before_6_is_not_what_saelens_reads(tmp_path):
         assert sl.load(path).hook == hook
 
 
+UNVERSIONED = {key: value for key, value in METADATA.items() if key != "sae_lens_version"}
+
+
+@pytest.mark.parametrize("at_top", [(), ("hook_name", "context_size"), ("model_name", "dataset_path")])
+def test_a_file_without_a_version_keeps_its_hook_and_model_wherever_they_are(at_top, tmp_path):
+    top, metadata = ({k: v for k, v in UNVERSIONED.items() if (k in at_top) == wanted} for wanted in (True, False))
+    path = edited("constant norm", tmp_path, metadata=metadata, **top)
+    d = sl.load(path)
+    assert (d.hook, d.token_norm) == ("blocks.8.hook_resid_pre", "constant_norm")
+    assert d.origin == sl.load(edited("constant norm", tmp_path / "versioned")).origin
+    assert (d.origin.model, d.origin.text, d.origin.n_ctx) == ("gpt2", "openwebtext", 128)
+
+
+def test_only_the_form_from_before_version_6_stands_for_a_centred_model(tmp_path):
+    unsaid = {key: value for key, value in UNVERSIONED.items() if key != "model_from_pretrained_kwargs"}
+    assert sl.load(edited("standard", tmp_path / "a", metadata=unsaid)).origin.processing == ()
+    assert sl.load(edited("standard", tmp_path / "b", metadata=None, **unsaid)).origin.processing == ("center_writing_weights",)
+
+
+def test_a_file_without_a_version_that_contradicts_itself_is_refused(tmp_path):
+    path = edited("standard", tmp_path, metadata=UNVERSIONED, hook_name="blocks.2.hook_resid_pre")
+    with pytest.raises(CorruptFileError, match=r"hook_name is 'blocks\.2.*', but metadata\.hook_name is 'blocks\.8\."):
+        sl.load(path)
+
+
 @pytest.mark.parametrize("hook", ["blocks.{layer}.hook_resid_pre", "blocks.{all}.hook_resid_pre"])
 def test_a_placeholder_that_nothing_fills_is_refused(hook, tmp_path):
     with pytest.raises(ConfigError, match=r"placeholder .*layer"):

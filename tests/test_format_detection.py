@@ -4,10 +4,11 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from foreign import CASES, normal
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import saelens_lite as sl
 from saelens_lite import registry
@@ -111,6 +112,30 @@ def test_files_of_a_format_with_other_tensors_are_told_what_is_expected(tmp_path
     save_file({"encoder.weight": normal(24, 10, seed=1)}, tmp_path / "d" / "sae_weights.safetensors")
     with pytest.raises(CorruptFileError, match=r"missing: \['W_dec', 'W_enc', 'b_dec', 'b_enc'\]; not expected: \['encoder"):
         sl.load(tmp_path / "d")
+
+
+WITHOUT_WHICH_A_FILE_IS_ANOTHER_DICTIONARY = {
+    *("affine_skip_connection", "activation_function.threshold", "k"),  # the settings do not name them
+    *("scaling_factor", "finetuning_scaling_factor"),
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    sorted({name for name in CASE.values() if not CASES[name].pickled} | {"gated", "sparsify skip", "gemma scope, the file"}),
+)
+def test_a_tensor_that_is_missing_is_named_beside_those_that_are_there(case, tmp_path):
+    path = CASES[case].write(tmp_path / "foreign")
+    place = path if path.is_file() else next(p for p in path.iterdir() if p.suffix in (".safetensors", ".npz"))
+    tensors = dict(np.load(place)) if place.suffix == ".npz" else load_file(place)
+    optional = WITHOUT_WHICH_A_FILE_IS_ANOTHER_DICTIONARY | ({"W_skip"} if case.startswith("circuit") else set())
+    for name in tensors.keys() - optional:
+        others = {key: tensor for key, tensor in tensors.items() if key != name}
+        np.savez(place, **others) if place.suffix == ".npz" else save_file(others, place)
+        with pytest.raises(CorruptFileError, match=re.escape(name)) as raised:
+            sl.load(path)
+        if not name.startswith("dataset_average"):  # a number beside the weights
+            assert f"missing: ['{name}']; not expected: none; found: {sorted(others)}" in str(raised.value)
 
 
 @pytest.mark.parametrize("kind", ["pt", "safetensors"])

@@ -91,7 +91,7 @@ def test_it_is_shown_only_on_request(lm, rows, tmp_path):
     reports = {"a": with_, "b": with_}
     lines = frequency_markdown(reports).splitlines()
     assert len(lines) == 2 + len(with_.by_frequency)
-    assert lines[0] == "| occurs | ids | tokens | FVU, a | FVU, b |"
+    assert lines[0] == "| occurs | ids | tokens | fvu, a | fvu, b |"
     assert lines[2].startswith(f"| 1 – 9 times | {with_.by_frequency[0].n_ids} | {with_.by_frequency[0].n_tokens / 900:.1%} | ")
     shown = io.StringIO()
     Console(width=200, file=shown).print(frequency_table(reports))

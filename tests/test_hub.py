@@ -31,7 +31,7 @@ from saelens_lite.errors import (
     OutputExistsError,
 )
 from saelens_lite.evaluation.metrics import Metric
-from saelens_lite.hub import Address, describe, fetch, write_card
+from saelens_lite.hub import Address, describe, fetch, model_card, write_card
 from saelens_lite.hub.plots import log_plot
 
 TOKEN, READ_TOKEN, EXPIRED_TOKEN = "hf_secretsecretsecret", "hf_readonlyreadonly", "hf_expiredexpired"
@@ -178,6 +178,47 @@ def table_rows(card: str) -> list[str]:
 
 
 # --- what is sent -----------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_needs_no_network(hub, run_folder, tmp_path, monkeypatch, command):
+    """The plan and the cards are those for a new repository; a push that means to send still fails."""
+    reached = sl.push(run_folder, REPO, dry_run=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    planned = sl.push(run_folder, REPO, dry_run=True, out=tmp_path / "cards")
+    assert planned.files == tuple(file._replace(status="unknown") for file in reached.files)
+    assert planned.n_bytes == reached.n_bytes
+    assert (reached.uncompared, planned.commit) == ("", None)
+    assert f"nothing was sent\nThe files could not be compared with the repository. {REPO}: HF_HUB_OFFLINE is" in str(planned)
+    made = {str(path.relative_to(tmp_path / "cards")): path for path in (tmp_path / "cards").rglob("*") if path.is_file()}
+    assert {"README.md", "0-topk/README.md", "1-gated/README.md"} <= made.keys()
+    assert {name: path.stat().st_size for name, path in made.items()}.items() <= {f.path: f.size for f in planned.files}.items()
+    assert "0-topk" in made["README.md"].read_text(encoding="utf-8")
+    with pytest.raises(OutputExistsError):
+        sl.push(run_folder, REPO, dry_run=True, out=tmp_path / "cards")
+    with pytest.raises(ConfigError, match="set dry_run"):
+        sl.push(run_folder, REPO, out=tmp_path / "other")
+    with pytest.raises(HubUnreachableError):
+        sl.push(run_folder, REPO)
+    said = command("push", run_folder, REPO, "--dry-run")
+    assert (said.code, said.out.count("README.md"), "--out FOLDER" in said.out) == (0, 3, True)
+    assert on_hub(hub) == {}
+
+
+def test_the_card_of_a_dictionary_and_of_a_run(folder, run_folder, tmp_path, command):
+    one = model_card(folder, repo=REPO)
+    assert f'"{REPO}"' in one.partition("## Load it")[2]
+    assert metadata_of(one) == metadata_of((folder / "README.md").read_text(encoding="utf-8"))
+    of_run = model_card(run_folder, repo=REPO)
+    assert "| [0-topk](" in of_run
+    assert "| [1-gated](" in of_run
+    assert metadata_of(of_run)["base_model"] == ["gpt2"]
+    unnamed = dictionary(hook=None)
+    assert "topk dictionary of gpt2" in model_card(unnamed)
+    said = command("card", folder, "--repo", REPO)
+    assert said.out.strip() == model_card(folder, repo=REPO).strip()
+    assert command("card", folder, "--out", tmp_path / "README.md").code == 0
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == model_card(folder)
+    assert command("card", folder, "--out", tmp_path / "README.md").code == 2
 
 
 def test_dry_run_sends_nothing_and_says_exactly_what_would_be_sent(hub, folder):

@@ -266,6 +266,27 @@ def test_a_model_of_another_type_is_mentioned_once(captured, lm, caplog, use):
     )
 
 
+@pytest.mark.parametrize(
+    ("trained_on", "is_said"),
+    [("gpt2", True), ("tiny", False), ("somebody/tiny", False), ("/models/tiny/", False), (None, False)],
+)
+def test_a_model_of_another_name_is_mentioned_once(lm, trained_on, is_said, caplog):
+    """The width fits, so nothing else can tell."""
+    language_model._say_model.cache_clear()
+    reads = sl.Port(hook=HOOK, width=lm.d_model)
+    d = sl.Dictionary.create("topk", reads=reads, d_sae=16, options={"k": 4}, origin=sl.Origin(model=trained_on))
+    for _ in range(2):
+        with lm.splice(d):
+            pass
+        sl.attribute(d, lm, TEXT[:40], ablation=False)
+    said = [r.getMessage() for r in caplog.records if "this model is called" in r.getMessage()]
+    assert (
+        said
+        == ["the dictionary was trained on gpt2, but this model is called tiny; on another model its numbers mean little"]
+        * is_said
+    )
+
+
 def test_a_model_of_the_same_type_is_not_mentioned(captured, half_lm, caplog):
     language_model._say_precision.cache_clear()
     sl.evaluate(captured[1].dictionary, half_lm, TEXT, n_bootstrap=0)

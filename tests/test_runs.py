@@ -14,7 +14,6 @@ import saelens_lite as sl
 from saelens_lite.cache import TensorSource
 from saelens_lite.config import read_toml
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, SourceChangedError, Stopped
-from saelens_lite.paths import short_names
 from saelens_lite.training import curves
 
 CONFIG = sl.TrainConfig(d_sae=12, batch_size=32, n_tokens=640, log_every=64, options={"k": 3}, lr=1e-3, warmup=0.1, decay=0.5)
@@ -193,21 +192,6 @@ def test_a_run_without_a_log_cannot_be_plotted(runs, tmp_path):
     (tmp_path / "run/log.jsonl").unlink()
     with pytest.raises(ConfigError, match="nothing to plot: the log of run is empty"):
         sl.Run.load(tmp_path / "run").plot()
-
-
-@pytest.mark.parametrize(
-    ("paths", "short"),
-    [
-        (["runs/a/topk", "runs/a/l1"], ["topk", "l1"]),
-        (["runs/a/x", "runs/b/x"], ["a/x", "b/x"]),
-        (["runs/a"], ["a"]),
-        (["runs", "runs/a"], ["runs", "runs/a"]),
-        (["/tmp/a", "b"], ["/tmp/a", "b"]),
-        (["topk", "topk"], ["topk", "topk"]),
-    ],
-)
-def test_short_names_keep_what_differs(paths, short):
-    assert short_names(paths) == short
 
 
 def lr(i: int, n: int) -> float:

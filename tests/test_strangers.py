@@ -209,6 +209,41 @@ def test_dictionaries_of_several_models_or_commits_need_a_choice(loaded):
     assert [(asked["name"], asked["revision"]) for asked in loaded] == [("gpt2", "def"), ("other", None), ("gpt2", "abc")]
 
 
+def test_a_dictionary_without_a_model_runs_on_no_model_that_was_not_named(loaded):
+    """Nothing falls back on the embedded model, also not beside a dictionary that names its model."""
+    unknown, known = dictionary(model=None, hook=HOOK), dictionary(model="gpt2", hook=HOOK)
+    with pytest.raises(ConfigError, match="this dictionary does not say which model it was trained on; give --model"):
+        options.OfModel().model_of(unknown)
+    with pytest.raises(ConfigError, match="one of the dictionaries does not say which model it was trained on"):
+        options.OfModel().model_of(known, unknown)
+    assert loaded == []
+    options.OfModel(model="tiny").model_of(unknown)
+    options.OfModel(model="gpt2").model_of(known, unknown)
+    assert [asked["name"] for asked in loaded] == ["tiny", "gpt2"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["eval", "d"],
+        ["features", "d"],
+        ["probe", "d", "--data", "x.csv"],
+        ["steer", "d", "--prompt", "a"],
+        ["doses", "d", "1", "--prompt", "a", "--doses", "2"],
+        ["attribute", "d", "--prompt", "a"],
+        ["prompt", "d", "--prompt", "a"],
+    ],
+)
+def test_commands_ask_for_the_model_of_a_dictionary_that_does_not_name_it(arguments, loaded, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("x.csv").write_text("text,label\na,0\nb,1\n")
+    dictionary(model=None, hook=HOOK).save("d")
+    said = command(*arguments)
+    assert said.code == 2
+    assert "which model it was trained on; give --model" in said.err
+    assert loaded == []
+
+
 def test_the_command_line_runs_only_code_of_a_model_the_user_named(loaded):
     evil = dictionary(model="evil/model", hook=HOOK)
     with pytest.raises(ConfigError, match=r"trust_remote_code needs the name .* evil/model"):

@@ -51,10 +51,11 @@ class CircuitTracer(Format):
     files = (CONFIG, LAYERS)
 
     def detect(self, path: Path) -> bool:
-        files = [path] if path.is_file() else sorted(path.glob(LAYERS))[:1]
-        return any(
-            (file.parent / CONFIG).is_file() and tensor_names(file) - {THRESHOLD, SKIP, K} == NAMES.keys() for file in files
-        )
+        file = path if path.is_file() else next(iter(sorted(path.glob(LAYERS))), None)
+        if file is None or not (file.parent / CONFIG).is_file():
+            return False
+        names = tensor_names(file) - {THRESHOLD, SKIP, K}
+        return names <= NAMES.keys() and len(names) > 2  # `outline` names one that is missing
 
     def outline(self, path: Path) -> Outline:
         file = open_tensors(_layer_file(path))

@@ -25,11 +25,12 @@ class GemmaScope(Format):
     def detect(self, path: Path) -> bool:
         file = find_file(path, *FILES)
         names = tensor_names(file) - {SKIP} if file else set()
-        return names == SECOND or (names == FIRST and is_zip(file))
+        is_ours = names == SECOND or (names == FIRST and is_zip(file))
+        return is_ours or (file is not None and file.name in FILES and max(len(names & FIRST), len(names & SECOND)) > 2)
 
     def outline(self, path: Path) -> Outline:
         file = open_tensors(find_file(path, *FILES) or path / FILES[0])
-        W = "w" if "w_enc" in file.specs else "W"
+        W = "w" if file.specs.keys() & {"w_enc", "w_dec"} else "W"
         settings = file.path.parent / "config.json"
         config = Settings.read(settings) if W == "w" and settings.is_file() else Settings(settings, {})
         kind, architecture = config.text("type"), config.text("architecture", "jump_relu")

@@ -2,9 +2,11 @@
 
     h = (x − b_dec) W_enc + b_enc      without apply_b_dec_to_input: h = x W_enc + b_enc
 
-Our own folders are already SAELens folders; this format writes the same without the parts that only we read. Before version 6,
-settings are at the top level of cfg.json. If a file of that time names no loading options, GPT-2 was loaded with
-HookedTransformer's defaults, which subtract the mean from everything that is written to the residual stream.
+Our own folders are already SAELens folders; this format writes the same without the parts that only we read. Since version 6,
+the model, the hook and the rows are in `metadata` of cfg.json; before, they are at the top level. A file that does not say its
+version, such as one written by hand, may have them in either place. If a file from before version 6 names no loading options,
+GPT-2 was loaded with HookedTransformer's defaults, which subtract the mean from everything that is written to the residual
+stream.
 
 Settings that change the codes, the output or the counted tokens are translated or refused. `seqpos_slice` becomes excluded
 positions. A list in `exclude_special_tokens` becomes excluded token ids (true adds nothing, because special tokens are always
@@ -55,6 +57,18 @@ TOKEN_NORMS = {"none": None, "layer_norm": "layer_norm", "constant_norm_rescale"
 CENTERED = "center_writing_weights"
 FACTORS = ("scaling_factor", "finetuning_scaling_factor")  # per latent: codes are multiplied by it before decoding
 HEADS = ("hook_head_index", "hook_point_head_index", "hook_head_index_out", "hook_point_head_index_out")
+PLACE = (  # settings that say where a dictionary belongs
+    *("model_name", "model_class_name", "model_from_pretrained_kwargs", "hook_name", "hook_name_out", "hook_point"),
+    *(
+        "hook_layer",
+        "hook_point_layer",
+        "context_size",
+        "prepend_bos",
+        "dataset_path",
+        "seqpos_slice",
+        "exclude_special_tokens",
+    ),
+)
 LOADING = {  # loading options of a model that do not change its activations, or that the origin records
     *(CENTERED, "revision", "dtype", "torch_dtype", "device", "n_devices", "device_map", "move_to_device", "trust_remote_code"),
     *("attn_implementation", "token", "cache_dir", "center_unembed", "low_cpu_mem_usage", "local_files_only"),
@@ -191,13 +205,10 @@ class SAELens(Format):
 
     def _place(self, config: Settings, transcoder: bool) -> dict[str, Any]:
         """Return the hooks and the origin, as fields of an Outline."""
-        metadata = config.part("metadata")
-        version = re.match(r"\d{1,9}", config.text("sae_lens_version") or metadata.text("sae_lens_version") or "0")
-        if "metadata" not in config or version is None or int(version[0]) < 6:
-            metadata = config
+        metadata, is_old = _metadata(config)
         model = metadata.text("model_name")
         loading = metadata.part("model_from_pretrained_kwargs")
-        old_default = metadata is config and "model_from_pretrained_kwargs" not in config and str(model).startswith("gpt2")
+        old_default = is_old and "model_from_pretrained_kwargs" not in metadata and str(model).startswith("gpt2")
         _say_what_is_not_applied(loading)
         n_ctx = metadata.whole("context_size") if "context_size" in metadata else None
         origin = Origin(
@@ -225,6 +236,22 @@ class SAELens(Format):
         del config["metadata"]["saelens_lite"]
         write_json(folder / CONFIG, config)
         (folder / "plugin.safetensors").unlink(missing_ok=True)
+
+
+def _metadata(config: Settings) -> tuple[Settings, bool]:
+    """Return the settings in `metadata` and at the top level as one, and whether they are in the form from before version 6.
+
+    If both places have a setting, the version decides. Without a version they must agree.
+    """
+    newer = config.part("metadata")
+    version = config.text("sae_lens_version") or newer.text("sae_lens_version")
+    is_old = "model_name" not in newer if version is None else not re.match(r"[6-9]|[1-9]\d", version)
+    for key in PLACE if version is None else ():
+        if key in config and key in newer and config.values[key] != newer.values[key]:
+            said = f"{str(config.values[key])[:80]!r}, but metadata.{key} is {str(newer.values[key])[:80]!r}"
+            raise CorruptFileError(f"{config.path}: {key} is {said}; remove the wrong one, or add metadata.sae_lens_version")
+    first, second = (config, newer) if is_old else (newer, config)
+    return Settings(config.path, {**second.values, **{k: v for k, v in first.values.items() if v is not None}}), is_old
 
 
 def _hook(metadata: Settings, *keys: str) -> str | None:

@@ -51,7 +51,8 @@ class Sparsify(Format):
     def outline(self, path: Path) -> Outline:
         config, file = Settings.read(path / CONFIG), open_tensors(path / WEIGHTS)
         activation, transcoder = config.text("activation", "topk"), config.flag("transcode")
-        skip = {"W_skip": ("W_skip", "d_out d_in")} if "W_skip" in file.specs else {}
+        has_skip = "W_skip" in file.specs or config.flag("skip_connection")
+        skip = {"W_skip": ("W_skip", "d_out d_in")} if has_skip else {}
         if activation not in RULES:
             raise ConfigError(f"{config.path}: no rule computes activation {activation!r}; supported are {', '.join(RULES)}")
         for key in NOT_COMPUTED:

@@ -99,6 +99,10 @@ class JumpReLU(Sparsity):
             return self.plain_threshold
         return (self.config.threshold_speed * self.scaled_log_threshold).exp()
 
+    @property
+    def target_l0(self) -> float | None:
+        return (self.config.target_l0 or USUAL_L0) if self.config.chosen_penalty == "target_l0" else None
+
     def activation(self, pre):
         return pre.relu() * (pre > self.threshold)
 
@@ -120,7 +124,7 @@ class JumpReLU(Sparsity):
         l0 = ((pre > threshold) + self._edge(pre, threshold)).sum() / len(step.x)
         if self.config.chosen_penalty == "l0":
             return {"l0_penalty": weight * l0}
-        return {"l0_penalty": weight * self.d_in * (l0 / (self.config.target_l0 or USUAL_L0) - 1).square()}
+        return {"l0_penalty": weight * self.d_in * (l0 / self.target_l0 - 1).square()}
 
     def _edge(self, pre, threshold):
         """Return zeros with the straight-through gradient of 1[h > θ] in θ."""

@@ -137,6 +137,7 @@ def compare(
     method: Literal["auto", "hungarian", "mutual"] = "auto",
     include_dead: Flag = False,
     seed: int = 0,
+    device: str | None = None,
     out: Path | None = None,
     json_out: JsonFile = None,
     exists: Exists = "error",
@@ -156,6 +157,8 @@ def compare(
         Also count latents that never fired in training.
     seed
         Seed of the random directions that give the chance level.
+    device
+        Device to compute on, e.g. cuda; default: CUDA if available, else MPS if it works, else the CPU.
     out
         Folder for stability.safetensors, which holds a score for each latent. Use the folder of the dictionary or its feature
         store.
@@ -169,7 +172,7 @@ def compare(
     if out:
         refuse_existing(out / STABILITY_FILE, exists)
     loaded, others = sl.load(dictionary), dictionary_folders(others)
-    settings = {"threshold": threshold, "method": method, "include_dead": include_dead, "seed": seed}
+    settings = {"threshold": threshold, "method": method, "include_dead": include_dead, "seed": seed, "device": device}
     comparisons = compare_all(loaded, [sl.load(path) for path in others], **settings)
     compared = dict(zip(map(str, others), comparisons, strict=True))
     if json_out:

@@ -21,6 +21,7 @@ def push(
     message: str | None = None,
     parent_commit: str | None = None,
     dry_run: Flag = False,
+    out: Path | None = None,
     as_json: PrintJson = False,
 ) -> None:
     """Publish dictionaries on the Hugging Face Hub, in one commit. Log in first: `hf auth login`, or set HF_TOKEN.
@@ -46,7 +47,9 @@ def push(
     parent_commit
         Push only if this is the latest commit on the branch.
     dry_run
-        Show the files that would be sent, but send nothing.
+        Show the files that would be sent and their sizes, but send nothing. Works without a network.
+    out
+        With --dry-run: new folder for the cards and figures, as they would be in the repository.
     """
     import saelens_lite as sl
 
@@ -60,9 +63,50 @@ def push(
         message=message,
         parent_commit=parent_commit,
         dry_run=dry_run,
+        out=out,
     )
     facts = vars(pushed) | {"files": [file._asdict() for file in pushed.files]}
     say(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else pushed)
+    if dry_run and not as_json:
+        say(f"{out}: the cards and figures" if out else "Add --out FOLDER to read the cards before they are sent.")
+
+
+@app.command
+def card(
+    path: Path,
+    *,
+    repo: str = "user/repo",
+    license: str | None = None,
+    tags: list[str] | None = None,
+    out: Path | None = None,
+    exists: Exists = "error",
+) -> None:
+    """Print the model card of a dictionary or a run, or write it to a file.
+
+    Parameters
+    ----------
+    path
+        The folder or address of a dictionary, or the folder of a run.
+    repo
+        The repository that the card names, user/name.
+    license
+        Licence, e.g. mit.
+    tags
+        More tags.
+    out
+        File to write, e.g. README.md; default: none, the card is printed.
+    """
+    from saelens_lite.files import write_text
+    from saelens_lite.hub import model_card
+    from saelens_lite.outputs import new_file
+
+    text = model_card(path, repo=repo, license=license, tags=tags or ())
+    if out is None:
+        say(text)
+        return
+    with new_file(out, "model card", exists):
+        write_text(out, text)
+    console().print(f"{out}: the model card", markup=False)
 
 
 @app.command

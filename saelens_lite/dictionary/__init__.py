@@ -46,7 +46,7 @@ from saelens_lite.dictionary.folder import (
     settings_of,
 )
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, ShapeError
-from saelens_lite.files import check_fits_memory, named_file, read_json, write_json
+from saelens_lite.files import check_fits_memory, differences, named_file, read_json, write_json
 from saelens_lite.kinds import DICTIONARY as KIND
 from saelens_lite.outputs import new_folder, restore
 from saelens_lite.paths import check_input, is_address
@@ -519,12 +519,13 @@ class Dictionary(nn.Module):
         d_out = said.d_out
         rule_class = registry.load(ours.sparsity, written_by=ours.distribution, from_file=True)
         specs = own_names(folder, tensor_specs)
-        shape = specs["W_dec"].shape if "W_dec" in specs else None
-        wanted = (d_sae, d_in if d_out is None else d_out)
-        if shape != wanted:  # else a forged size would be allocated
-            raise CorruptFileError(f"{folder / WEIGHTS_FILE}: W_dec has shape {shape}, cfg.json says {wanted}")
-        if d_out is not None and ("W_enc" not in specs or specs["W_enc"].shape != (d_in, d_sae)):
-            raise CorruptFileError(f"{folder / WEIGHTS_FILE}: W_enc is missing or not of shape {(d_in, d_sae)}")
+        sized = {"W_dec": (d_sae, d_in if d_out is None else d_out)}
+        sized |= {} if d_out is None else {"W_enc": (d_in, d_sae)}
+        if missing := sized.keys() - specs.keys():
+            raise CorruptFileError(f"{folder / WEIGHTS_FILE}: {differences(missing, (), specs)}")
+        for name, wanted in sized.items():
+            if specs[name].shape != wanted:  # else a forged size would be allocated
+                raise CorruptFileError(f"{folder / WEIGHTS_FILE}: {name} has shape {specs[name].shape}, cfg.json says {wanted}")
         check_fits_memory(folder, sum(spec.nbytes for spec in specs.values()))
         try:
             rule = rule_class(rule_class.Config(**ours.options), d_in=d_in, d_sae=d_sae)

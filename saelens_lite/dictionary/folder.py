@@ -17,7 +17,7 @@ from torch import Tensor
 from saelens_lite import registry
 from saelens_lite.config import Origin
 from saelens_lite.errors import CorruptFileError
-from saelens_lite.files import read_json, shortened
+from saelens_lite.files import differences, read_json, shortened
 from saelens_lite.ports import Port, width
 from saelens_lite.schemas import Checked, Positive, String, checked
 from saelens_lite.sparsity import PublishedForm
@@ -254,7 +254,7 @@ def check_state(folder: Path, specs: dict[str, Spec], expected: dict[str, Tensor
     missing = expected.keys() - specs.keys()
     surplus = {k for k in specs.keys() - expected.keys() if k.removeprefix("rule.") not in optional}
     if missing or surplus:
-        raise CorruptFileError(f"{folder}: tensors missing: {sorted(missing) or 'none'}; not expected: {shortened(surplus)}")
+        raise CorruptFileError(f"{folder}: {differences(missing, surplus, specs)}")
     for name, tensor in expected.items():
         if specs[name].shape != tensor.shape:
             raise CorruptFileError(f"{folder}: {name} has shape {tuple(specs[name].shape)}, expected {tuple(tensor.shape)}")

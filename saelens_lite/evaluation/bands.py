@@ -6,7 +6,9 @@ from typing import Any
 from saelens_lite.errors import ConfigError
 from saelens_lite.evaluation.report import EvalReport
 from saelens_lite.markdown import cell
-from saelens_lite.tables import grid
+from saelens_lite.tables import grid, short_names, wrapped
+
+NARROW = {"collapse_padding": True, "pad_edge": False}
 
 
 def frequency_table(reports: Mapping[str, EvalReport]) -> Any:
@@ -15,8 +17,8 @@ def frequency_table(reports: Mapping[str, EvalReport]) -> Any:
     Raises:
         ConfigError: a report has no bands, or the reports are of different texts.
     """
-    titles = ("occurs", "ids", "tokens", *reports)
-    return grid(titles, _cells(reports), caption="FVU by how often a token occurs; ± half of the 95 % interval")
+    titles = ("occurs", "ids", "tokens", *(f"fvu, {name}" for name in short_names(list(reports))))
+    return grid(titles, _cells(reports), caption="fvu by how often a token occurs; ± half of the 95 % interval", **NARROW)
 
 
 def frequency_markdown(reports: Mapping[str, EvalReport]) -> str:
@@ -26,7 +28,7 @@ def frequency_markdown(reports: Mapping[str, EvalReport]) -> str:
         ConfigError: as in `frequency_table`.
     """
     lines = [
-        ["occurs", "ids", "tokens", *(f"FVU, {cell(name)}" for name in reports)],
+        ["occurs", "ids", "tokens", *(f"fvu, {cell(name)}" for name in reports)],
         ["---"] * (3 + len(reports)),
         *_cells(reports),
     ]
@@ -42,12 +44,14 @@ def position_table(reports: Mapping[str, EvalReport]) -> Any:
     bands = [report.by_position or () for report in reports.values()]
     if not bands or not bands[0] or any([b[:3] for b in other] != [b[:3] for b in bands[0]] for other in bands):
         raise ConfigError("the reports lack bands, or are of different texts; evaluate together with by_position=True")
-    titles = ("position", "tokens", *(f"{what}, {name}" for name in reports for what in ("FVU", "CE added")))
+    names = short_names(list(reports))
+    titles = ("position", "tokens", *(f"{what}, {name}" for name in names for what in ("fvu", "ce_increase")))
     rows = [
         (same[0].label, f"{same[0].n_tokens:,}", *(m.short for band in same for m in (band.fvu, band.ce_increase)))
         for same in zip(*bands, strict=True)
     ]
-    return grid(titles, rows, caption="FVU and added cross-entropy (nats) by position; ± half of the 95 % interval")
+    caption = "fvu and ce_increase (ce_sae − ce_clean, in nats) by position; ± half of the 95 % interval"
+    return grid(titles, rows, caption=wrapped(caption), **NARROW)
 
 
 def _cells(reports: Mapping[str, EvalReport]) -> list[list[str]]:

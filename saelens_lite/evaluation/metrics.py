@@ -30,12 +30,29 @@ class Metric(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]" if self.has_interval else f"{self.value:.4g}"
+
+    @property
+    def has_interval(self) -> bool:
+        """False if there is no interval, as for a text of one sequence."""
+        return not math.isnan(self.low)
+
+    @property
+    def interval(self) -> str:
+        """The interval as text."""
+        return f"{self.low:.4g} … {self.high:.4g}" if self.has_interval else "–"
 
     @property
     def short(self) -> str:
-        """The value and half of the interval."""
-        return f"{self.value:.4g} ±{(self.high - self.low) / 2:.1g}"
+        """The value, to three digits or to the first digit of half of the interval, and that half if there is an interval."""
+        half = (self.high - self.low) / 2
+        if not math.isfinite(self.value) or self.value == 0:
+            shown = f"{self.value:.4g}"
+        else:
+            digits = [2 - math.floor(math.log10(abs(self.value)))]
+            digits += [-math.floor(math.log10(half))] if math.isfinite(half) and half > 0 else []
+            shown = f"{self.value:.{min(max(*digits, 0), 9)}f}"
+        return shown + (f" ±{half:.1g}" if half < 9.5 else f" ±{half:,.0f}" if self.has_interval else "")
 
 
 class PooledSums:

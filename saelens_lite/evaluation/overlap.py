@@ -24,7 +24,7 @@ def overlap(origin: Origin, source: str | None, sha256: str) -> Overlap:
     if origin.text is None:
         return Overlap(None, "the dictionary does not say what it was trained on")
     if source is None:
-        return Overlap(None, f"the evaluation text has no name to compare with {origin.text}")
+        return Overlap(None, f"this text has no name to compare with that of the training text, {origin.text}")
     names = f"trained on {origin.text}, evaluated on {source}"
     if {origin.text, source} == {"python-docs:train", "python-docs:held-out"}:
         return Overlap(True, f"{names}: parts without a document in common")
@@ -37,4 +37,4 @@ def overlap(origin: Origin, source: str | None, sha256: str) -> Overlap:
         return Overlap(False, f"{names}: one holds documents of the other")
     if origin.text == source:
         return Overlap(None, f"{names}: the same source, maybe the same part of it")
-    return Overlap(None, f"{names}: sources of different names; passages may be shared")
+    return Overlap(None, f"{names}; only these names could be compared")

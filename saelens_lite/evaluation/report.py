@@ -18,13 +18,14 @@ from saelens_lite.evaluation.metrics import Metric
 from saelens_lite.evaluation.positions import PositionBand
 from saelens_lite.files import read_json, write_json
 from saelens_lite.markdown import cell, code, one_line
-from saelens_lite.tables import Result, grid
+from saelens_lite.tables import Result, grid, short_names, terminal_width, wrapped
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 FORMAT = 2
-COLUMNS = {"l0": "L0", "fvu": "FVU", "ce_loss_score": "CE recovered", "kl_div_score": "KL recovered"}
+COLUMNS = ("l0", "fvu", "ce_loss_score", "kl_div_score")
+WIDTH_OF_NUMBERS = 68  # of the columns beside the names in `table`
 
 
 @dataclass(frozen=True)
@@ -132,14 +133,15 @@ class EvalReport(Result):
         lines += [(f"fvu of tokens that occur {band.label} here", band.fvu) for band in self.by_frequency or ()]
         for band in self.by_position or ():
             lines.append((f"fvu at position {band.label}", band.fvu))
-            lines.append((f"ce_sae − ce_clean at position {band.label}", band.ce_increase))
+            lines.append((f"ce_increase at position {band.label}", band.ce_increase))
         return lines
 
     @property
     def where(self) -> str:
         """A sentence on the text, the model and the hook."""
+        rows = "sequence" if self.n_sequences == 1 else "sequences"
         return (
-            f"{self.n_tokens:,} tokens in {self.n_sequences:,} sequences of {self.text or 'a text without a name'}, without "
+            f"{self.n_tokens:,} tokens in {self.n_sequences:,} {rows} of {self.text or 'a text without a name'}, without "
             f"{self.excluded}; {self.model}, {self._hooks}"
         )
 
@@ -152,16 +154,23 @@ class EvalReport(Result):
         """A warning about the text for readers of the report; empty if it is known to be new text."""
         if self.disjoint:
             return ""
-        start = "The dictionary was trained on this text" if self.disjoint is False else "This text may not be new"
+        start = "Overlaps the training text" if self.disjoint is False else "May overlap the training text"
         return f"{start}: {self.disjoint_why}."
+
+    @property
+    def intervals(self) -> str:
+        """A sentence on the confidence intervals: the method, or the reason why they are missing."""
+        if any(metric.has_interval for metric in self.metrics.values()):
+            return "95 % bootstrap confidence intervals over sequences."
+        return _NO_INTERVALS if self.n_sequences == 1 else "No confidence intervals."
 
     def to_markdown(self) -> str:
         """Return a Markdown table of the metrics, and one of the controls if the report has them."""
-        how = f"95 % bootstrap confidence intervals over sequences. Token hash: {code(self.text_sha256)}."
+        how = f"{self.intervals} Token hash: {code(self.text_sha256)}."
         lines = [f"{one_line(self.where)}. {how}"]
         lines += [one_line(self.caution)] if self.caution else []
         lines += ["", "| metric | value | 95 % interval |", "| --- | --- | --- |"]
-        lines += [f"| {cell(name)} | {m.value:.4g} | {m.low:.4g} … {m.high:.4g} |" for name, m in self.lines()]
+        lines += [f"| {cell(name)} | {m.value:.4g} | {m.interval} |" for name, m in self.lines()]
         if self.controls:
             lines += ["", markdown({"this dictionary": self})]
         return "\n".join(lines)
@@ -170,7 +179,8 @@ class EvalReport(Result):
         lines = [f"{name:50} {metric}" for name, metric in self.lines()]
         if self.controls:
             lines += ["", *("".join(f"{part:20}" for part in row).rstrip() for row in _comparison({"this dictionary": self}))]
-        return "\n".join([self.where, *([self.caution] if self.caution else []), *lines])
+        notes = [*([self.caution] if self.caution else []), *([self.intervals] if self.n_sequences == 1 else [])]
+        return "\n".join([self.where, *notes, *lines])
 
     def columns(self) -> dict[str, list[Any]]:
         """Return a row for each metric, column by column; with controls, `of` names the dictionary that a row is of."""
@@ -188,12 +198,14 @@ class EvalReport(Result):
         return Group(metrics, table({"this dictionary": self})) if self.controls else metrics
 
     def _rich_table(self) -> "Table":
-        rows = [(name, f"{m.value:.4g}", f"{m.low:.4g} … {m.high:.4g}") for name, m in self.lines()]
+        rows = [(name, f"{m.value:.4g}", m.interval) for name, m in self.lines()]
         titles = ("metric", "value", "95 % interval")
-        return grid(titles, rows, title=self.where, caption=self.caution, column=lambda title: {"no_wrap": True})
+        notes = [self.caution, *([self.intervals] if self.n_sequences == 1 else [])]
+        caption = "\n".join(wrapped(note) for note in notes if note)
+        return grid(titles, rows, title=wrapped(self.where), caption=caption, column=lambda title: {"no_wrap": True})
 
     def _repr_html_(self) -> str:
-        rows = [(name, f"{m.value:.4g}", f"{m.low:.4g} … {m.high:.4g}") for name, m in self.lines()]
+        rows = [(name, f"{m.value:.4g}", m.interval) for name, m in self.lines()]
         html = f"<p>{escape(self.where)}. {escape(self.caution)}</p>{_html_table(('metric', 'value', '95 % interval'), rows)}"
         if self.controls:
             head, *lines = _comparison({"this dictionary": self})
@@ -225,9 +237,12 @@ def _bands(kind: Any, content: Any) -> tuple[Any, ...] | None:
     )
 
 
+_NO_INTERVALS = "No confidence intervals: they need several sequences, and this text has one."
+
+
 def _comparison(reports: Mapping[str, EvalReport]) -> list[tuple[str, ...]]:
     """Return the head and a line for each report and each of its controls: value ± half the interval of the main metrics."""
-    lines = [("dictionary", *COLUMNS.values(), "alive")]
+    lines = [("dictionary", *COLUMNS, "frac_alive")]
     for name, report in reports.items():
         named = {name: report} | {f"– {control}": measured for control, measured in (report.controls or {}).items()}
         for title, one in named.items():
@@ -236,13 +251,20 @@ def _comparison(reports: Mapping[str, EvalReport]) -> list[tuple[str, ...]]:
 
 
 def table(reports: Mapping[str, EvalReport]) -> "Table":
-    """Return a rich table of several reports, with a row for each and for each of its controls."""
+    """Return a rich table of several reports, with a row for each and for each of its controls.
+
+    Folders that all names share are left out.
+    """
 
     def column(title: str) -> dict[str, Any]:
         return {"min_width": 12, "overflow": "fold"} if title == "dictionary" else {"no_wrap": True}
 
-    head, *lines = _comparison(reports)
-    return grid(head, lines, caption="± half of the 95 % interval", column=column)
+    names = short_names(list(reports), width=max(12, terminal_width() - WIDTH_OF_NUMBERS))
+    head, *lines = _comparison(dict(zip(names, reports.values(), strict=True)))
+    caption = "± half of the 95 % interval"
+    if all(report.n_sequences == 1 for report in reports.values()):
+        caption = _NO_INTERVALS
+    return grid(head, lines, caption=wrapped(caption), column=column, collapse_padding=True, pad_edge=False)
 
 
 def markdown(reports: Mapping[str, EvalReport]) -> str:

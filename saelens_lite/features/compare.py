@@ -30,7 +30,7 @@ from saelens_lite.files import parsed_json, write_file, write_json
 from saelens_lite.outputs import new_file
 from saelens_lite.progress import progress_bar
 from saelens_lite.schemas import Checked, String, checked
-from saelens_lite.tables import Result, grid
+from saelens_lite.tables import Result, grid, short_names, terminal_width, wrapped
 from saelens_lite.tensor_files import check_axes, check_header, read_tensors, tensor_specs
 
 FORMAT = 1
@@ -39,6 +39,7 @@ THRESHOLD = 0.7
 MOST_HUNGARIAN = 8192  # latents on either side; time grows with the cube, memory with the square (8192: 10 s, 1.5 GB)
 TILE = 1024  # latents whose cosines with all others are held at once
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+WIDTH_OF_NUMBERS = 67  # of the columns beside the names in `comparison_table`
 N_BINS = 20  # of a histogram of cosines, from −1 to 1
 
 log = logging.getLogger(__name__)
@@ -291,10 +292,12 @@ def compare(
     method: str = "auto",
     include_dead: bool = False,
     seed: int = 0,
+    device: str | torch.device | None = None,
 ) -> Comparison:
     """Match the latents of `a` with those of `b`, which may have another number of latents.
 
-    Dictionaries of different models or hooks are compared with a warning.
+    A warning is logged if the dictionaries are of different models or hooks, have equal weights, or were trained with the same
+    seed: then they started from the same directions, and their agreement says little about stability.
 
     Args:
         threshold: Cosine that a shared latent must exceed in both decoder and encoder.
@@ -303,13 +306,16 @@ def compare(
             8192 live latents on either side, else "mutual"; the result records the choice.
         include_dead: Keep latents whose recorded density is 0, which are otherwise left out on both sides.
         seed: Seed of the random dictionary for `chance`.
+        device: Device to compute on. Default: that of `a`; for a dictionary on the CPU, CUDA if available, else MPS if it
+            works, else the CPU.
 
     Raises:
         ShapeError: the dictionaries have different widths.
         NonFiniteError: a weight is NaN or infinite.
-        ConfigError: the threshold or method is invalid, all latents are dead, or "hungarian" is chosen without scipy.
+        ConfigError: the threshold, method or device is invalid, all latents are dead, or "hungarian" is chosen without scipy.
     """
-    return compare_all(a, [b], threshold=threshold, method=method, include_dead=include_dead, seed=seed)[0]
+    settings = {"threshold": threshold, "method": method, "include_dead": include_dead, "seed": seed, "device": device}
+    return compare_all(a, [b], **settings)[0]
 
 
 def stability(
@@ -320,6 +326,7 @@ def stability(
     method: str = "auto",
     include_dead: bool = False,
     seed: int = 0,
+    device: str | torch.device | None = None,
 ) -> Stability:
     """Score how closely other dictionaries, such as those of other seeds, reproduce each latent; settings as for `compare`.
 
@@ -327,7 +334,7 @@ def stability(
         ShapeError, NonFiniteError, ConfigError: as for `compare`; ConfigError also when `others` is empty.
     """
     several = [others] if isinstance(others, Dictionary) else list(others)
-    settings = {"threshold": threshold, "method": method, "include_dead": include_dead, "seed": seed}
+    settings = {"threshold": threshold, "method": method, "include_dead": include_dead, "seed": seed, "device": device}
     return Stability.of(compare_all(dictionary, several, **settings))
 
 
@@ -339,6 +346,7 @@ def compare_all(
     method: str = "auto",
     include_dead: bool = False,
     seed: int = 0,
+    device: str | torch.device | None = None,
 ) -> list[Comparison]:
     """Compare `a` with each of the others by one method; "auto" chooses it for the largest. Raise as `compare` does."""
     if not -1 <= threshold < 1:
@@ -346,7 +354,7 @@ def compare_all(
     if method not in METHODS:
         raise ConfigError(f"method = {method!r}; expected one of {', '.join(METHODS)}")
     live = _live(a, include_dead)
-    device = chosen_device(None) if a.W_dec.device.type == "cpu" else a.W_dec.device
+    device = a.W_dec.device if device is None and a.W_dec.device.type != "cpu" else chosen_device(device)
     own, own_hash = _directions(a, live, device), weights_hash(a)
     others_live = [_live(b, include_dead) for b in others]
     if method == "auto":
@@ -354,9 +362,12 @@ def compare_all(
         method = "hungarian" if most <= MOST_HUNGARIAN else "mutual"
     comparisons = []
     with progress_bar("compare", len(others), "dictionaries") as advance:
-        for b, other_live in zip(others, others_live, strict=True):
+        for number, (b, other_live) in enumerate(zip(others, others_live, strict=True), 1):
             _check_widths(a, b)
-            _warn_of_other_hooks(a, b)
+            which = f"the dictionary and number {number} of the others" if len(others) > 1 else "the compared dictionaries"
+            other_hash = weights_hash(b)
+            _warn_of_other_hooks(a, b, which)
+            _warn_of_one_start(a, b, which, own_hash == other_hash)
             other = _directions(b, other_live, device)
             pairs = _pairs(own, other, method)
             comparisons.append(
@@ -368,7 +379,7 @@ def compare_all(
                     chance=Summary.of(_pairs(own, random_like(other, seed), method), threshold),
                     threshold=threshold,
                     method=method,
-                    sha256=(own_hash, weights_hash(b)),
+                    sha256=(own_hash, other_hash),
                 )
             )
             advance(1)
@@ -385,14 +396,29 @@ def _check_widths(a: Dictionary, b: Dictionary) -> None:
         )
 
 
-def _warn_of_other_hooks(a: Dictionary, b: Dictionary) -> None:
+def _warn_of_other_hooks(a: Dictionary, b: Dictionary, which: str) -> None:
     """Log a warning if the two are known to belong to different models or hooks."""
     for name in ("model", "hooks"):
         values = [
             d.origin.model if name == "model" else d.place if all(port.hook for port in d.reads) else None for d in (a, b)
         ]
         if None not in values and values[0] != values[1]:
-            log.warning("the compared dictionaries differ in their %s: %s and %s", name, *values)
+            log.warning("%s differ in their %s: %s and %s", which, name, *values)
+
+
+def _warn_of_one_start(a: Dictionary, b: Dictionary, which: str, are_equal: bool) -> None:
+    """Log a warning if the agreement of the two says nothing: their weights are equal, or they began with the same weights."""
+    configs = [d.training_record.get("config") for d in (a, b)]
+    seeds = [config.get("seed") if isinstance(config, dict) else None for config in configs]
+    if are_equal:
+        log.warning("%s have the same weights, so they agree in everything; give dictionaries of other seeds", which)
+    elif None not in seeds and seeds[0] == seeds[1]:
+        log.warning(
+            "%s were both trained with seed %s, so they began with the same directions; their agreement says little about "
+            "stability: train one with another seed",
+            which,
+            seeds[0],
+        )
 
 
 def _live(d: Dictionary, include_dead: bool) -> Bool[Tensor, " d_sae"]:
@@ -508,13 +534,14 @@ def comparison_table(comparisons: dict[str, Comparison]) -> Any:
         "between the 5 % and 95 % quantiles; dead: left out; chance: against random directions with the other's second moments"
     )
     rows: list[list[Any]] = []
-    for name, comparison in comparisons.items():
+    names = short_names(list(comparisons), width=max(13, terminal_width() - WIDTH_OF_NUMBERS))
+    for name, comparison in zip(names, comparisons.values(), strict=True):
         rows.append([name, *_cells(comparison.summary), "/".join(map(str, comparison.n_dead))])
         rows.append([Text(cell, style="dim") for cell in ("  chance", *_cells(comparison.chance), "")])
     return grid(
         ("against", "matched", "shared", "agree", "mutual", "decoder", "encoder", "dead"),
         rows,
-        caption=caption,
+        caption=wrapped(caption),
         column=lambda title: {"overflow": "fold", "no_wrap": title != "against"},
         collapse_padding=True,
     )

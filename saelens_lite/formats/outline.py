@@ -15,7 +15,7 @@ from saelens_lite.arrays import not_finite
 from saelens_lite.config import Origin
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, CorruptFileError, PluginError
-from saelens_lite.files import file_hash, nesting, shortened
+from saelens_lite.files import differences, file_hash, nesting
 from saelens_lite.formats.containers import TensorFile
 from saelens_lite.formats.settings import MAX_LATENTS
 from saelens_lite.ports import Port
@@ -66,9 +66,7 @@ class Outline:
         wanted = {name for name, _ in self.names.values()}
         missing, surplus = wanted - there, there - wanted - self.unused
         if missing or surplus:
-            raise CorruptFileError(
-                f"{self.file.path}: tensors missing: {sorted(missing) or 'none'}; not expected: {shortened(surplus)}"
-            )
+            raise CorruptFileError(f"{self.file.path}: {differences(missing, surplus, there)}")
         if self.token_norm and (self.transcoder or "mean" in self.names or self._scaled):
             kind = "a transcoder" if self.transcoder else "a dictionary with its own scale or mean"
             raise ConfigError(f"{self.file.path}: {kind} cannot be combined with {self.token_norm} of its input here")

@@ -8,7 +8,9 @@ write_card("my-dictionary", d, report)  # README.md, the evaluation, two figures
 ```
 
 ```sh
-saelens-lite push runs/topk user/repo --dry-run     # what would be sent; without --dry-run: one commit
+saelens-lite card runs/topk                         # the model card; --out README.md writes it
+saelens-lite push runs/topk user/repo --dry-run     # what would be sent, also without a network
+saelens-lite push runs/topk user/repo               # send it, in one commit
 saelens-lite pull user/repo blocks.2.hook_resid_pre --out pulled
 saelens-lite inspect hf://user/repo
 ```
@@ -25,7 +27,7 @@ and every request is limited in size and time.
 from saelens_lite.hub.card import write_card
 from saelens_lite.hub.describe import describe
 from saelens_lite.hub.download import Fetched, copy_to, fetch, pull
-from saelens_lite.hub.upload import Push, PushFile, push
+from saelens_lite.hub.upload import Push, PushFile, model_card, push
 from saelens_lite.hub_client.client import Address
 
-__all__ = ["Address", "Fetched", "Push", "PushFile", "copy_to", "describe", "fetch", "pull", "push", "write_card"]
+__all__ = ["Address", "Fetched", "Push", "PushFile", "copy_to", "describe", "fetch", "model_card", "pull", "push", "write_card"]

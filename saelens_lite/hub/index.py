@@ -29,7 +29,7 @@ FRONTIER_FILE = "frontier.png"
 SECTION = "dictionaries"
 MAX_METADATA_CHARACTERS, MAX_METADATA_PARTS, MAX_METADATA_DEPTH = 1 << 19, 50_000, 50
 _METADATA = re.compile(r"\s*---[ \t]*\r?\n(.*?)(?:\r?\n---|\Z)", re.DOTALL)
-COLUMNS = ("dictionary", "hook", "rule", "latents", "L0", "FVU", "loss recovered")
+COLUMNS = ("dictionary", "hook", "rule", "latents", "l0", "fvu", "ce_loss_score")
 
 
 class TableLine(NamedTuple):

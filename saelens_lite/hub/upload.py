@@ -22,7 +22,7 @@ from saelens_lite.errors import (
     HubNotFoundError,
     HubUnreachableError,
 )
-from saelens_lite.files import MAX_JSON_BYTES, file_hash
+from saelens_lite.files import MAX_JSON_BYTES, file_hash, write_file
 from saelens_lite.formats import read
 from saelens_lite.hub.card import (
     CARD_FILE,
@@ -39,6 +39,8 @@ from saelens_lite.hub.index import Entry, TableLine, index_files
 from saelens_lite.hub_client.client import Address, bars_on_terminals_only, check_folder, client, typed_errors
 from saelens_lite.hub_client.guard import Guard
 from saelens_lite.hub_client.listing import RepoFile, list_files
+from saelens_lite.outputs import refuse_existing
+from saelens_lite.paths import check_output
 from saelens_lite.tables import Result, columns_of, grid
 
 logger = logging.getLogger(__name__)
@@ -54,7 +56,7 @@ class PushFile(NamedTuple):
     path: str
     size: int
     sha256: str | None  # None for a deleted file
-    status: Literal["new", "changed", "unchanged", "deleted"]
+    status: Literal["new", "changed", "unchanged", "deleted", "unknown"]  # unknown: it could not be compared
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,12 @@ class Push(Result):
     parent: str | None  # the compared commit; None if the repository does not exist yet
     commit: str | None
     url: str
+    uncompared: str = ""  # the reason why the plan was not compared with the repository; empty if it was
 
     @property
     def n_bytes(self) -> int:
-        """Total size of the new and changed files, in bytes."""
-        return sum(file.size for file in self.files if file.status in ("new", "changed"))
+        """Total size of the files that are new, changed, or could not be compared, in bytes."""
+        return sum(file.size for file in self.files if file.status in ("new", "changed", "unknown"))
 
     def columns(self) -> dict[str, list[Any]]:
         """Return the files, column by column."""
@@ -84,6 +87,9 @@ class Push(Result):
     @property
     def _outcome(self) -> str:
         what = f"commit {self.commit}" if self.commit else "nothing was sent"
+        if self.uncompared:
+            why = f"The files could not be compared with the repository. {self.uncompared}"
+            return f"{self.url}: {self.n_bytes:,} bytes, {what}\n{why}"
         return f"{self.url}: {self.n_bytes:,} bytes new or changed, {what}"
 
     def __str__(self) -> str:
@@ -97,6 +103,7 @@ class _Remote(NamedTuple):
     commit: str | None  # None if the repository does not exist
     files: dict[str, RepoFile]
     private: bool = True
+    uncompared: str = ""  # the reason why its files are not known
 
 
 def push(
@@ -110,6 +117,7 @@ def push(
     message: str | None = None,
     parent_commit: str | None = None,
     dry_run: bool = False,
+    out: str | Path | None = None,
 ) -> Push:
     """Push dictionaries to the Hub repository "user/name" in one commit.
 
@@ -117,19 +125,26 @@ def push(
     folders in the repository to dictionaries or their folders. A folder may also be an hf:// address. Each dictionary is pushed
     with its card, eval.json and figures, and listed in the card of the repository. The repository is created if needed. Files
     that an interrupted push uploaded are not sent again. `private` is for a new repository, `license` replaces an earlier
-    license, `revision` is the branch. `dry_run` sends nothing.
+    license, `revision` is the branch. `dry_run` sends nothing. Without a network it lists all files, as for a new repository.
+    With `dry_run`, `out` is a new folder for the cards and figures, as they would be in the repository.
 
     Raises:
-        ConfigError: a name is not valid, no dictionary is given, or `private` is given for a public repository.
+        ConfigError: a name is not valid, no dictionary is given, `private` is given for a public repository, or `out` is given
+            without `dry_run`.
+        OutputExistsError: `out` is not empty.
         CorruptFileError: a dictionary cannot be read.
         HubConflictError: the repository has changed since `parent_commit`, or during the comparison. Nothing was written.
         HubError: the Hub refuses or cannot be reached. The repository is unchanged, or new and empty.
     """
     Address.of(repo)
+    if out is not None and not dry_run:
+        raise ConfigError("out is the folder for the cards of a dry run; set dry_run, or leave out `out`")
+    if out is not None:
+        refuse_existing(check_output(out), "error")
     named = _named(dictionaries)
     with tempfile.TemporaryDirectory(prefix="saelens_lite-push-") as scratch:
         entries, files = _prepare(named, repo, Path(scratch), license=license, tags=tags)
-        remote = _remote(repo, revision)
+        remote = _remote_if_reached(repo, revision) if dry_run and parent_commit is None else _remote(repo, revision)
         if parent_commit is not None and remote.commit != parent_commit:
             raise HubConflictError(
                 f"{repo} is at {remote.commit or 'no commit at all'}, not at {parent_commit}; nothing was sent. "
@@ -144,41 +159,74 @@ def push(
             )
         files |= index_files(_remote_card(repo, remote), repo, entries, license=license, tags=tags)
         planned = _compare(files, remote, [entry.name for entry in entries])
+        if remote.uncompared:
+            planned = tuple(file._replace(status="unknown") for file in planned)
         url = f"{_writer(repo).endpoint}/{repo}"
         if dry_run:
-            return Push(repo, planned, remote.commit, None, url)
+            if out is not None:
+                _write_made(files, Path(out))
+            return Push(repo, planned, remote.commit, None, url, remote.uncompared)
         commit = _commit(repo, revision, planned, files, remote, message or _message(list(named)))
         return Push(repo, planned, remote.commit, commit, url)
 
 
-def _named(dictionaries: Source | Mapping[str, Source]) -> dict[str, Source]:
-    """Return the dictionaries by folder in the repository."""
+def model_card(dictionary: Source, *, repo: str = "user/repo", license: str | None = None, tags: Sequence[str] = ()) -> str:
+    """Return the model card of a dictionary, or of all dictionaries of a run, as Markdown. No network is needed.
+
+    `dictionary` is a dictionary, its folder or address, or the folder of a run. `repo` is the repository that the card names.
+
+    Raises:
+        ConfigError: a name is not valid.
+        CorruptFileError: a dictionary cannot be read.
+    """
+    Address.of(repo)
+    named = _named(dictionary, unnamed="dictionary")
+    with tempfile.TemporaryDirectory(prefix="saelens_lite-card-") as scratch:
+        entries, files = _prepare(named, repo, Path(scratch), license=license, tags=tags)
+        if len(named) > 1:
+            files = index_files(None, repo, entries, license=license, tags=tags)
+        card = files[CARD_FILE if len(named) > 1 else f"{next(iter(named))}/{CARD_FILE}"]
+    return card.decode() if isinstance(card, bytes) else _read_card(card)
+
+
+def _write_made(files: Mapping[str, Path | bytes], out: Path) -> None:
+    """Write the files that were made for the push, which are cards and figures, into a folder."""
+    for name, content in files.items():
+        if isinstance(content, bytes):
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            write_file(out / name, lambda path, content=content: path.write_bytes(content))
+
+
+def _named(dictionaries: Source | Mapping[str, Source], unnamed: str | None = None) -> dict[str, Source]:
+    """Return the dictionaries by folder in the repository. `unnamed` is the folder of one that does not name its hook."""
     if isinstance(dictionaries, Mapping):
         named = {check_folder(name): source for name, source in dictionaries.items()}
         if len(named) < len(dictionaries):
             raise ConfigError(f"two dictionaries would have the same folder: {', '.join(dictionaries)}")
     elif isinstance(dictionaries, Dictionary):
-        named = {_hook_name(dictionaries): dictionaries}
+        named = {_hook_name(dictionaries, unnamed): dictionaries}
     else:
-        named = _named_folders(local_folder(dictionaries))
+        named = _named_folders(local_folder(dictionaries), unnamed)
     if not named:
         raise ConfigError("nothing to push: give at least one dictionary")
     return named
 
 
-def _named_folders(folder: Path) -> dict[str, Source]:
+def _named_folders(folder: Path, unnamed: str | None = None) -> dict[str, Source]:
     """Return the dictionary in a folder, named after its hook, or the dictionaries of a run, named after their folders."""
     for one in (folder, folder / "dictionary"):
         if (one / CONFIG_FILE).is_file():
-            return {_hook_name(read(one)): one}
+            return {_hook_name(read(one), unnamed): one}
     several = sorted({path.parent for pattern in ("*/", "*/dictionary/") for path in folder.glob(pattern + CONFIG_FILE)})
     if not several:
         raise CorruptFileError(f"{folder} does not hold a dictionary: it has no {CONFIG_FILE}, and neither do its folders")
     return {check_folder(path.relative_to(folder).parts[0]): path for path in several}
 
 
-def _hook_name(dictionary: Dictionary) -> str:
+def _hook_name(dictionary: Dictionary, unnamed: str | None = None) -> str:
     if not all(port.hook for port in dictionary.reads):
+        if unnamed is not None:
+            return unnamed
         raise ConfigError("the dictionary does not name its hook; name its folder: push({'name': dictionary}, …)")
     return check_folder("_and_".join(str(port.hook) for port in dictionary.reads))
 
@@ -246,6 +294,14 @@ def _remote(repo: str, revision: str | None) -> _Remote:
         if revision not in (None, "main"):
             raise
         return _Remote(None, {})
+
+
+def _remote_if_reached(repo: str, revision: str | None) -> _Remote:
+    """Return the current files of the repository, or none and the reason if the Hub cannot be reached."""
+    try:
+        return _remote(repo, revision)
+    except HubUnreachableError as error:
+        return _Remote(None, {}, uncompared=str(error))
 
 
 def _writer(repo: str) -> HfApi:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache, cached_property
 from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
@@ -179,8 +180,10 @@ class LanguageModel(Tokenizer):
     def check_origin(self, origin: Origin) -> None:
         """Raise ConfigError if activations of this origin come from a model with other weight processing.
 
-        An origin without a model and without processing always passes.
+        An origin without a model and without processing always passes. If it names another model, a warning is logged once.
         """
+        if origin.model is not None and Path(origin.model).name != Path(self.name).name:  # gpt2 is openai-community/gpt2
+            _say_model(self.name, origin.model)
         if origin.processing == self.processing or (origin.model is None and not origin.processing):
             return
         wanted = _processing.CENTER_WRITING_WEIGHTS in origin.processing
@@ -665,6 +668,15 @@ class LanguageModel(Tokenizer):
             f"d_model {self.d_model}, n_ctx {self.n_ctx}, {self.d_vocab} tokens, {self.device}, {str(self.dtype)[6:]}"
             f"{''.join(f', {done}' for done in self.processing)})"
         )
+
+
+@cache
+def _say_model(name: str, of_origin: str) -> None:
+    log.warning(
+        "the dictionary was trained on %s, but this model is called %s; on another model its numbers mean little",
+        of_origin,
+        name,
+    )
 
 
 @cache

@@ -100,26 +100,30 @@ def model_of(
     So it cannot allow a model's code to run, and a local folder that it names is mentioned in the log.
 
     Args:
-        origins: The origins of the dictionaries. "tiny" is loaded if neither they nor `name` name a model.
+        origins: The origins of the dictionaries. Without `name`, each must name the model.
         device, dtype: See `load_model`.
 
     Raises:
-        ConfigError: the origins name several models or commits, or `trust_remote_code` is set without a name.
+        ConfigError: an origin does not name its model and `name` is not given; the origins name several models or commits; or
+            `trust_remote_code` is set without a name.
         ModelNotFoundError: see `load_model`.
     """
+    if name is None and not all(origin.model for origin in origins):
+        which = "this dictionary does" if len(origins) == 1 else "one of the dictionaries does"
+        raise ConfigError(f"{which} not say which model it was trained on; give --model, or name= in Python")
     places = list(dict.fromkeys((o.model, o.revision) for o in origins if o.model is not None and name in (None, o.model)))
     named = ", ".join(model if commit is None else f"{model} at {commit}" for model, commit in places)
     if len({model for model, _ in places}) > 1:
         raise ConfigError(f"the dictionaries were trained on several models: {named}; name the one to use")
     if revision is None and len(places) > 1:
         raise ConfigError(f"the dictionaries were trained on several commits of one model: {named}; name the revision to use")
-    model, commit = places[0] if places else (None, None)
-    if name is None and trust_remote_code:
-        raise ConfigError(f"trust_remote_code needs the name of the model; if you trust {model or 'tiny'}, name it as well")
-    if name is None and model is not None:
+    model, commit = places[0] if places else (name, None)
+    if name is None:
+        if trust_remote_code:
+            raise ConfigError(f"trust_remote_code needs the name of the model; if you trust {model}, name it as well")
         mention_folder(model)
     return load_model(
-        name or model or "tiny",
+        model,
         device=device,
         dtype=dtype,
         revision=revision or commit,

@@ -206,6 +206,11 @@ class Sparsity(nn.Module):
         self.config = config
         self.d_in, self.d_sae = d_in, d_sae
 
+    @property
+    def target_l0(self) -> float | None:
+        """The L0 that training should reach, or None if there is no target."""
+        return self.config.l0_to_reach if isinstance(self.config, PenaltyConfig) else None
+
     def activation(self, pre: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
         """Return the codes of dense pre-activations, ≥ 0. A rule needs no other method: the support is the non-zero codes."""
         raise NotImplementedError(f"{type(self).__name__} must define activation(pre)")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from saelens_lite.errors import ConfigError
 from saelens_lite.files import write_file
-from saelens_lite.paths import check_output, short_names
+from saelens_lite.paths import check_output
+from saelens_lite.tables import short_names
 from saelens_lite.terminal import visible
 
 if TYPE_CHECKING:

@@ -29,6 +29,7 @@ from saelens_lite.kinds import DICTIONARY
 from saelens_lite.loggers import RunLog, load_loggers, open_log
 from saelens_lite.outputs import remove_own
 from saelens_lite.progress import progress_bar
+from saelens_lite.training.advice import warn_of_l0
 from saelens_lite.training.checkpoint import earlier_states, is_interrupted, remove_checkpoints, save_checkpoint
 from saelens_lite.training.finished import write_finished
 from saelens_lite.training.run import Run
@@ -173,6 +174,7 @@ def _results(job: Group) -> list[Run]:
             job.drop(i, NonFiniteError(f"{bad} became NaN or infinite in the last step, {trainer.described}"))
         if job.dropped[i] is None:
             runs.append(Run(trainer.config, dictionary, history, folder))
+            warn_of_l0(job.name(i), dictionary, history[-1])
     if not runs:
         causes = [cause if len(job.trainers) == 1 else f"{job.name(i)}: {cause}" for i, cause in enumerate(job.dropped)]
         raise NonFiniteError("; ".join(causes))

@@ -15,6 +15,7 @@ from saelens_lite.files import write_text
 from saelens_lite.loggers import DEFAULT_LOGGERS, load_loggers
 from saelens_lite.outputs import followed, refuse_existing, refuse_inputs_in
 from saelens_lite.paths import check_output
+from saelens_lite.training.advice import warn_of_many_passes
 from saelens_lite.training.aside import Aside, put_back_runs
 from saelens_lite.training.checkpoint import is_interrupted
 from saelens_lite.training.folders import locked_folders, run_folders, run_kind
@@ -71,9 +72,7 @@ def train(
         raise ConfigError("nothing to train: give at least one TrainConfig")
     begins = starts(start_from, len(configs))
     configs = [c if d is None else like(d, c, source.hooks) for c, d in zip(configs, begins, strict=True)]
-    sizes = {c.batch_size for c in configs}
-    if len(sizes) > 1:
-        raise ConfigError(f"dictionaries trained together need the same batch_size; found {sorted(sizes)}")
+    configs = _of_one_batch_size(configs)
     if out is None and loggers and loggers != DEFAULT_LOGGERS:
         raise ConfigError(f"loggers = {loggers!r} need a run folder; give out=")
     if validation_tokens < 0 or validation_tokens == 1:
@@ -87,6 +86,7 @@ def train(
         with locked_folders(out, *folders):
             _refuse_existing_runs(out, folders, exists, description)
     validation, source = source.hold_out(validation_tokens) if validation_tokens else (None, source)
+    warn_of_many_passes(source, configs)
     trainers = [Trainer(c, source, device) for c in configs]
     for trainer, dictionary in zip(trainers, begins, strict=True):
         if dictionary is not None:
@@ -117,6 +117,15 @@ def train(
             for config, folder in zip(configs, folders, strict=True):
                 write_text(folder / "config.toml", settings_text(config, job.request, job.loggers))
             return train_to_the_end(job, source)
+
+
+def _of_one_batch_size(configs: list[TrainConfig]) -> list[TrainConfig]:
+    """Return configs with the batch size that some of them set, or else with the smallest default."""
+    given = {c.batch_size for c in configs if "batch_size" in c.model_fields_set}
+    if len(given) > 1:
+        raise ConfigError(f"dictionaries trained together need the same batch_size; found {sorted(given)}")
+    size = given.pop() if given else min(c.batch_size for c in configs)
+    return [c if c.batch_size == size else c.replace(batch_size=size) for c in configs]
 
 
 def starts(given: Dictionary | Sequence[Dictionary] | None, n: int) -> list[Dictionary | None]:

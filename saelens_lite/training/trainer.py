@@ -100,8 +100,8 @@ class Trainer:
             unit_decoder=rule.unit_decoder and in_kernel,
         )
         self.control: L0Control | None = None
-        if isinstance(rule.config, PenaltyConfig) and (target := rule.config.l0_to_reach) is not None:
-            self.control = L0Control(rule.config.first_coefficient, target, self.dictionary.W_enc.device)
+        if isinstance(rule.config, PenaltyConfig) and rule.target_l0 is not None:
+            self.control = L0Control(rule.config.first_coefficient, rule.target_l0, self.dictionary.W_enc.device)
         self.n_seen = self.first_seen = 0
         self.n_steps = self.first_step = 0  # the schedule begins at first_step, which is not 0 if a finished run is extended
         self._is_untrained = True

@@ -1,4 +1,4 @@
-"""Compare all sparsity rules: L0 against FVU and CE recovered, trained on the same activations in one pass.
+"""Compare all sparsity rules: L0 against FVU and ce_loss_score, trained on the same activations in one pass.
 
     python scripts/comparisons/frontier.py --out frontier                     # the embedded model
     python scripts/comparisons/frontier.py --out frontier --model gpt2 --hook blocks.8.hook_resid_pre \\
@@ -40,7 +40,7 @@ def texts(train: str, held_out: str | None) -> tuple[object, object]:
 
 
 def plot(rows: list[dict], file: Path) -> None:
-    """Plot FVU and CE recovered over L0 in two panels, with one line per rule."""
+    """Plot FVU and ce_loss_score over L0 in two panels, with one line per rule."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -52,7 +52,7 @@ def plot(rows: list[dict], file: Path) -> None:
         points = sorted((row["l0"], row["fvu"], row["ce_loss_score"]) for row in rows if row["rule"] == rule)
         for axis, column in zip(axes, (1, 2), strict=True):
             axis.plot([p[0] for p in points], [p[column] for p in points], "o-", label=rule, markersize=4)
-    for axis, title in zip(axes, ("FVU", "CE recovered"), strict=True):
+    for axis, title in zip(axes, ("fvu", "ce_loss_score"), strict=True):
         axis.set(xlabel="L0", ylabel=title)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(ScalarFormatter())
@@ -96,7 +96,7 @@ def main() -> None:
     reports = sl.evaluate([run.dictionary for run in runs], lm, eval_text, n_tokens=args.eval_tokens)
     rows = [row(run.config, report) for run, report in zip(runs, reports, strict=True)]
     (args.out / "frontier.json").write_text(json.dumps(rows, indent=1))
-    lines = ["| rule | options | L0 | FVU | CE recovered | alive |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = ["| rule | options | l0 | fvu | ce_loss_score | frac_alive |", "| --- | --- | --- | --- | --- | --- |"]
     lines += [
         f"| {r['rule']} | {r['options']} | {r['l0']:.1f} | {r['fvu']:.4f} | {r['ce_loss_score']:.4f} | {r['alive']:.1%} |"
         for r in rows
