@@ -39,6 +39,9 @@ class EvalReport:
     by position in a row, and `controls` the reports of a random dictionary, of PCA, and of a model with its weights shuffled.
 
     `hook` is the hook that the dictionary writes, and `read_hook` the one it reads; None in reports of earlier versions.
+
+    A report on activations without a model has `model` None, empty hooks if they are not known, the number of rows as
+    `n_tokens` and that of groups as `n_sequences`.
     """
 
     metrics: dict[str, Metric]
@@ -48,7 +51,7 @@ class EvalReport:
     text_sha256: str
     disjoint: bool | None
     disjoint_why: str
-    model: str
+    model: str | None
     hook: str
     excluded: str
     density: Float[Tensor, " d_sae"] | None = field(default=None, compare=False, repr=False)
@@ -138,6 +141,10 @@ class EvalReport:
     @property
     def where(self) -> str:
         """A sentence on the text, the model and the hook."""
+        if self.model is None:
+            groups = f" in {self.n_sequences:,} groups" if self.n_sequences != self.n_tokens else ""
+            hooks = f"; {self._hooks}" if self._hooks else ""
+            return f"{self.n_tokens:,} rows{groups} of {self.text or 'activations without a name'}{hooks}"
         return (
             f"{self.n_tokens:,} tokens in {self.n_sequences:,} sequences of {self.text or 'a text without a name'}, without "
             f"{self.excluded}; {self.model}, {self._hooks}"
@@ -152,12 +159,16 @@ class EvalReport:
         """A warning about the text for readers of the report; empty if it is known to be new text."""
         if self.disjoint:
             return ""
+        if self.model is None:
+            return f"These rows may not be new: {self.disjoint_why}."
         start = "The dictionary was trained on this text" if self.disjoint is False else "This text may not be new"
         return f"{start}: {self.disjoint_why}."
 
     def to_markdown(self) -> str:
         """Return a Markdown table of the metrics, and one of the controls if the report has them."""
-        how = f"95 % bootstrap confidence intervals over sequences. Token hash: {code(self.text_sha256)}."
+        rows = "groups of rows" if self.n_sequences != self.n_tokens else "rows"
+        over, what = ("sequences", "Token") if self.model is not None else (rows, "Data")
+        how = f"95 % bootstrap confidence intervals over {over}. {what} hash: {code(self.text_sha256)}."
         lines = [f"{one_line(self.where)}. {how}"]
         lines += [one_line(self.caution)] if self.caution else []
         lines += ["", "| metric | value | 95 % interval |", "| --- | --- | --- |"]
@@ -218,11 +229,13 @@ def _bands(kind: Any, content: Any) -> tuple[Any, ...] | None:
 
 def _comparison(reports: Mapping[str, EvalReport]) -> list[tuple[str, ...]]:
     """Return the head and a line for each report and each of its controls: value ± half the interval of the main metrics."""
-    lines = [("dictionary", *COLUMNS.values(), "alive")]
+    columns = {key: title for key, title in COLUMNS.items() if any(key in report.metrics for report in reports.values())}
+    lines = [("dictionary", *columns.values(), "alive")]
     for name, report in reports.items():
         named = {name: report} | {f"– {control}": measured for control, measured in (report.controls or {}).items()}
         for title, one in named.items():
-            lines.append((title, *(one.metrics[key].short for key in COLUMNS), f"{one.frac_alive:.1%}"))
+            numbers = (one.metrics[key].short if key in one.metrics else "" for key in columns)
+            lines.append((title, *numbers, f"{one.frac_alive:.1%}"))
     return lines
 
 
