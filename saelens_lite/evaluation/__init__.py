@@ -23,12 +23,12 @@ Intervals are 95 %, bootstrapped over sequences, because the tokens of one text 
 SAELens's `run_evals` on the same tokens, except `explained_variance_legacy`: ours uses the mean of all tokens that count,
 theirs the mean of a batch.
 
-**Without a model.** Activations of your own need no text. Intervals are over rows; if rows belong together, as several
-pictures of one person, name the group of each.
+**Without a model.** Activations of your own, x [n d_in], need no text. `sl.evaluate(d, (x, y))` measures a transcoder.
+Intervals are over rows. If rows belong together, such as several pictures of one person, give `groups`, a label for each row.
 
 ```python
-report = sl.evaluate(d, x, groups=person, controls=True)  # fvu, l0, frac_alive, … of x [n d_in]
-report = sl.evaluate(transcoder, (x, y))
+own = sl.fit(x, d_sae=4096, k=8, n_tokens=1_000_000)
+print(sl.evaluate(own, x, controls=True))
 ```
 
 `controls=True` adds the same numbers for a random dictionary, for PCA, and for the dictionary on a model with shuffled weights:

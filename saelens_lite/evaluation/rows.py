@@ -136,10 +136,10 @@ def _units(groups: ArrayLike | None, n: int, seed: int) -> tuple[Int[Tensor, " n
             labels = np.asarray(groups.cpu() if isinstance(groups, Tensor) else groups)
             if labels.shape != (n,):
                 raise ShapeError(f"groups have shape {labels.shape}; expected a label for each of the {n:,} rows of x")
-            found, number = np.unique(labels, return_inverse=True)
+            distinct, number = np.unique(labels, return_inverse=True)
         except (TypeError, ValueError) as error:
             raise ShapeError(f"groups are {described(groups)}; expected labels of one kind: {error}") from None
-        group, n_groups = torch.from_numpy(number), len(found)
+        group, n_groups = torch.from_numpy(number), len(distinct)
     if n_groups > MAX_UNITS:
         order = torch.randperm(n_groups, generator=torch.Generator().manual_seed(seed))
         group = (order * MAX_UNITS // n_groups)[group]
