@@ -13,6 +13,7 @@ from .config import TextConfig as TextConfig
 from .config import TrainConfig as TrainConfig
 from .dictionary import Dictionary as Dictionary
 from .errors import SaelensLiteError as SaelensLiteError
+from .estimator import SparseCoder as SparseCoder
 from .evaluation import EvalReport as EvalReport
 from .evaluation import evaluate as evaluate
 from .evaluation.probing import probe as probe

@@ -26,6 +26,9 @@ d = sl.fit(x, sparsity="topk", d_sae=4096, k=32, n_tokens=1_000_000, validation_
 print(d.history[-1]["val_fvu"])
 ```
 
+`sl.SparseCoder(d_sae=4096, k=32)` is the same as an estimator of scikit-learn, for pipelines and grid searches; see
+`saelens_lite.estimator`.
+
 **Transcoders and crosscoders.** `TrainConfig(hook="blocks.2.ln2.hook_out", writes=("blocks.2.hook_mlp_out",), skip=True)`
 predicts the output of an MLP from its input. `reads=(hook_1, hook_2)` trains one dictionary over several hooks. Every rule
 except `matching_pursuit` can predict hooks other than those it reads. Evaluation and `splice` then act at the predicted hooks.
