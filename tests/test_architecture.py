@@ -297,7 +297,7 @@ def test_public_names_and_training_load_no_heavy_library():
     code = (
         "import sys, torch, saelens_lite as sl\n"
         "for name in set(sl.__all__) - {'SparseCoder'}: getattr(sl, name)\n"
-        "d = sl.fit(torch.eye(4).repeat(5, 1), d_sae=8, batch_size=5, options={'k': 1})\n"
+        "d = sl.fit(torch.eye(4).repeat(5, 1), d_sae=8, batch_size=5, n_tokens=200, options={'k': 1})\n"
         f"print([m for m in {HEAVY!r} if m in sys.modules])"
     )
     assert in_a_fresh_process(code) == "[]"
