@@ -22,6 +22,7 @@ from sklearn.utils.estimator_checks import estimator_checks_generator
 import saelens_lite as sl
 from saelens_lite.errors import ConfigError, ShapeError
 
+LEFT_OUT = {"check_array_api_input": "skips itself without SCIPY_ARRAY_API; it is about arrays of other libraries than numpy"}
 QUICK = {"d_sae": 12, "k": 3, "n_tokens": 400, "batch_size": 40}
 
 
@@ -37,8 +38,9 @@ def coder(X):
 
 def checks():
     coder = sl.SparseCoder(d_sae=8, k=2, n_tokens=60, batch_size=20)
-    pairs = estimator_checks_generator(coder)
-    return [pytest.param(*pair, id=getattr(pair[1], "func", pair[1]).__name__) for pair in pairs]
+    named = [(getattr(check, "func", check).__name__, one, check) for one, check in estimator_checks_generator(coder)]
+    assert {name for name, *_ in named} > LEFT_OUT.keys()
+    return [pytest.param(one, check, id=name) for name, one, check in named if name not in LEFT_OUT]
 
 
 @pytest.mark.parametrize(("estimator", "check"), checks())
@@ -104,7 +106,7 @@ def test_the_seed_is_the_random_state(X):
 
 def test_a_grid_search_chooses_more_latents_for_more_explained_variance():
     images = load_digits().data[:400]
-    search = GridSearchCV(sl.SparseCoder(d_sae=32, n_tokens=4000, batch_size=50), {"k": [1, 8]}, cv=2).fit(images)
+    search = GridSearchCV(sl.SparseCoder(d_sae=32, n_tokens=3000, batch_size=50), {"k": [1, 8]}, cv=2).fit(images)
     assert search.best_params_ == {"k": 8}
     assert search.best_estimator_.dictionary_.rule.config.k == 8
     assert 0.3 < search.best_score_ < 1
