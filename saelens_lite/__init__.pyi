@@ -13,6 +13,7 @@ from .config import TextConfig as TextConfig
 from .config import TrainConfig as TrainConfig
 from .dictionary import Dictionary as Dictionary
 from .errors import SaelensLiteError as SaelensLiteError
+from .estimator import SparseCoder as SparseCoder
 from .evaluation import EvalReport as EvalReport
 from .evaluation import evaluate as evaluate
 from .evaluation.probing import probe as probe
@@ -38,6 +39,7 @@ from .model import LanguageModel as LanguageModel
 from .model import load_model as load_model
 from .ports import Port as Port
 from .registry import register as register
+from .sparsity import PenaltyConfig as PenaltyConfig
 from .sparsity import PublishedForm as PublishedForm
 from .sparsity import RuleConfig as RuleConfig
 from .sparsity import Sparsity as Sparsity

@@ -3,7 +3,6 @@
 import errno
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 

@@ -94,7 +94,9 @@ def test_register_use_unregister(relu):
     d = sl.Dictionary.create("relu", reads=4, d_sae=6)
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(d.encode(x).to_dense(), torch.relu(x @ d.W_enc))
-    trained = sl.fit(torch.randn(64, 4, generator=torch.Generator().manual_seed(0)), "relu", d_sae=6, batch_size=16)
+    trained = sl.fit(
+        torch.randn(64, 4, generator=torch.Generator().manual_seed(0)), "relu", d_sae=6, batch_size=16, n_tokens=640
+    )
     assert type(trained.rule) is relu
     registry.unregister("relu")
     assert "relu" not in registry.names()

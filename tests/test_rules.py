@@ -312,7 +312,7 @@ def test_of_two_similar_latents_pursuit_fires_one():
 
 
 def test_a_tied_dictionary_has_one_matrix():
-    d = sl.fit(normal(200, 6), "matching_pursuit", options={"k": 2}, d_sae=12, batch_size=50)
+    d = sl.fit(normal(200, 6), "matching_pursuit", options={"k": 2}, d_sae=12, batch_size=50, n_tokens=2000)
     assert {name for name, _ in d.named_parameters()} == {"W_dec", "b_dec"}
     assert torch.equal(d.W_enc, d.W_dec.T)
     torch.testing.assert_close(d.W_dec.norm(dim=1), torch.ones(12))

@@ -100,6 +100,7 @@ class Dictionary(nn.Module):
         self.density = density
         self.training_record = training or {}
         self.source: str | None = None  # the address it was read from, with the revision; not stored
+        self.history: list[dict[str, Any]] = []  # the lines of the log of `fit`; not stored
         self.rule = rule
         if not rule.tied:
             self.W_enc = nn.Parameter(torch.zeros(d_sae, self.d_in).T)  # each latent is a row in memory, as in W_dec

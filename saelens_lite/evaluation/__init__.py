@@ -23,6 +23,14 @@ Intervals are 95 %, bootstrapped over sequences, because the tokens of one text 
 SAELens's `run_evals` on the same tokens, except `explained_variance_legacy`: ours uses the mean of all tokens that count,
 theirs the mean of a batch.
 
+**Without a model.** Activations of your own, x [n d_in], need no text. `sl.evaluate(d, (x, y))` measures a transcoder.
+Intervals are over rows. If rows belong together, such as several pictures of one person, give `groups`, a label for each row.
+
+```python
+own = sl.fit(x, d_sae=4096, k=8, n_tokens=1_000_000)
+print(sl.evaluate(own, x, controls=True))
+```
+
 `controls=True` adds the same numbers for a random dictionary, for PCA, and for the dictionary on a model with shuffled weights:
 the entries of each weight tensor change places. A report also says whether its text differs from the training text, as far as
 names and hashes can tell. `by_frequency` and `by_position` split the errors by token frequency and by position in a row.
@@ -40,23 +48,26 @@ metrics.py has the definitions, measure.py the pass over the text, controls.py t
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, overload
 
 import torch
 
+from saelens_lite.arrays import ArrayLike, described
 from saelens_lite.config import TextConfig
 from saelens_lite.devices import on_device
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, TextError
 from saelens_lite.evaluation import metrics
 from saelens_lite.evaluation.bands import frequency_markdown, frequency_table, position_table
-from saelens_lite.evaluation.controls import REDRAWN, untrained
+from saelens_lite.evaluation.controls import REDRAWN, moments, untrained
 from saelens_lite.evaluation.frequency import FrequencyBand, frequency_bands
-from saelens_lite.evaluation.measure import Grouping, measure
+from saelens_lite.evaluation.measure import Grouping, kept_activations, measure
 from saelens_lite.evaluation.metrics import Metric, PooledSums
 from saelens_lite.evaluation.overlap import overlap
 from saelens_lite.evaluation.positions import PositionBand, position_bands
 from saelens_lite.evaluation.report import EvalReport, markdown, table
+from saelens_lite.evaluation.rows import evaluate_rows
 from saelens_lite.model import LanguageModel
 from saelens_lite.model.passes import default_batch_tokens
 from saelens_lite.ports import Hooks
@@ -78,20 +89,27 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 
-@overload
-def evaluate(dictionary: Dictionary, lm: LanguageModel, text: Text | TokenRows, **settings: Any) -> EvalReport: ...
+N_TOKENS = 100_000
+
+
 @overload
 def evaluate(
-    dictionary: Sequence[Dictionary], lm: LanguageModel, text: Text | TokenRows, **settings: Any
+    dictionary: Dictionary, lm: LanguageModel | ArrayLike, text: Text | TokenRows | None = None, **settings: Any
+) -> EvalReport: ...
+@overload
+def evaluate(
+    dictionary: Sequence[Dictionary], lm: LanguageModel | ArrayLike, text: Text | TokenRows | None = None, **settings: Any
 ) -> list[EvalReport]: ...
 @torch.no_grad()
 def evaluate(
     dictionary: Dictionary | Sequence[Dictionary],
-    lm: LanguageModel,
-    text: Text | TokenRows,
+    lm: LanguageModel | ArrayLike,
+    text: Text | TokenRows | None = None,
     *,
+    target: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
     hook: str | None = None,
-    n_tokens: int | None = 100_000,
+    n_tokens: int | None = N_TOKENS,
     text_config: TextConfig | None = None,
     attention_mask: Any = None,
     by_frequency: bool = False,
@@ -113,7 +131,13 @@ def evaluate(
     The report says whether the text differs from the training text, as far as names and hashes tell. If it may be the same, a
     warning is logged.
 
+    With activations x [n d_in] in place of the model and the text, the report has the metrics that need no model. Intervals are
+    then bootstrapped over rows, or over `groups` of rows that are not independent of each other.
+
     Args:
+        lm: the model, or activations: a tensor, a numpy array, a DataFrame or a list of rows; (x, y) for a transcoder.
+        target: for activations, those that a transcoder should return.
+        groups: for activations, a label for each row, such as the number of its text or its subject.
         text: a text source, token rows, or token ids in any form that `LanguageModel.to_tokens` takes.
         hook: the hook to read in place of the dictionary's own.
         n_tokens: number of tokens that count; None for the whole text.
@@ -124,7 +148,8 @@ def evaluate(
         by_frequency: adds the fvu of tokens that occur 1 to 9, 10 to 99, … times among those that count.
         by_position: adds the fvu and the loss at positions 1, 2 to 3, 4 to 7, ….
         controls: adds the same metrics for a random dictionary of the same size and L0, for PCA with L0 components fitted on
-            this text, and for the dictionary on the model with its weights shuffled.
+            this text, and, with a model, for the dictionary on the model with its weights shuffled.
+        text_name: the name of the text or the activations in the report.
         batch_tokens: tokens in a batch. It bounds the memory and changes no number. Default: 2,048 on a CPU and 16,384 on a
             GPU, fewer for large vocabularies. A longer row is a batch by itself; if it has more than 2^29 logits, the model
             runs on it several times.
@@ -133,12 +158,38 @@ def evaluate(
         ConfigError: the dictionaries have different or unknown hooks, are of a model with other processing, or were trained
             on rows of different kinds and `text_config` does not choose one; or a setting is bad.
         HookError: the model lacks a hook; or the dictionary reads one hook and writes another that comes before it.
-        ShapeError: a dictionary does not fit the width of its hook.
+        ShapeError: a dictionary does not fit the width of its hook or of x, or x is not an array of numbers with two rows.
         TextError: there is no text.
-        NonFiniteError: the activations or a dictionary hold NaN or infinity.
+        NonFiniteError: the activations or a dictionary hold NaN or infinity, or all rows of x are the same.
     """
     several = not isinstance(dictionary, Dictionary)
     dictionaries = list(dictionary) if several else [dictionary]
+    if batch_tokens is not None and batch_tokens < 1:
+        raise ConfigError(f"batch_tokens = {batch_tokens}; expected at least 1")
+    if n_bootstrap < 0:
+        raise ConfigError(f"n_bootstrap = {n_bootstrap}; expected 0 or more")
+    if not isinstance(lm, LanguageModel):
+        of_text = {
+            "hook": hook, "text_config": text_config, "attention_mask": attention_mask, "by_frequency": by_frequency or None,
+            "by_position": by_position or None, "n_tokens": None if n_tokens == N_TOKENS else n_tokens,
+        }  # fmt: skip
+        _refuse_text(lm, text, [name for name, value in of_text.items() if value is not None])
+        reports = evaluate_rows(
+            dictionaries,
+            lm,
+            target,
+            groups,
+            controls=controls,
+            name=text_name,
+            batch_rows=batch_tokens,
+            n_bootstrap=n_bootstrap,
+            seed=seed,
+        )
+        return reports if several else reports[0]
+    if text is None or target is not None or groups is not None:
+        raise ConfigError(
+            "evaluate(d, lm, text) needs a text; target and groups belong to evaluate(d, x), which takes activations"
+        )
     hooks = _common_hooks(dictionaries, lm, hook)
     for one in dictionaries:
         lm.check_origin(one.origin)
@@ -149,10 +200,6 @@ def evaluate(
     if hooks.reads != hooks.writes and len(hooks.reads) == len(hooks.writes) == 1:
         lm.check_order(*hooks.reads, *hooks.writes)
     batch_tokens = default_batch_tokens(lm, with_logits=True) if batch_tokens is None else batch_tokens
-    if batch_tokens < 1:
-        raise ConfigError(f"batch_tokens = {batch_tokens}; expected at least 1")
-    if n_bootstrap < 0:
-        raise ConfigError(f"n_bootstrap = {n_bootstrap}; expected 0 or more")
     text = with_mask(text, attention_mask)
     if isinstance(text, TokenRows):
         rows, excluded = text, _excluded_by_mask(text)
@@ -177,6 +224,17 @@ def evaluate(
     if controls:
         reports = _with_controls(job, dictionaries, lm, reports)
     return reports if several else reports[0]
+
+
+def _refuse_text(x: Any, text: Any, given: Sequence[str]) -> None:
+    """Raise ConfigError if the evaluation of activations was asked with a text, or with settings that only a text has."""
+    if text is not None:
+        raise ConfigError(
+            f"the second argument is {described(x)}; for a text it must be a LanguageModel: evaluate(d, load_model(…), text). "
+            "Activations take no text: evaluate(d, x)"
+        )
+    if given:
+        raise ConfigError(f"{', '.join(given)} belong to the evaluation on a text; leave them out with activations")
 
 
 def _rows(lm: LanguageModel, text: Text, n_tokens: int | None, config: TextConfig) -> TokenRows:
@@ -246,7 +304,8 @@ def _with_controls(
     """Return the reports together with those of their controls."""
     sizes = [report["l0"] for report in reports]
     there = job._replace(hooks=Hooks(job.hooks.writes, job.hooks.writes))  # controls write the hooks that they read
-    others = untrained(lm, job.rows, job.hooks.writes, dictionaries, sizes, job.batch_tokens)
+    read = partial(kept_activations, lm, job.rows, job.hooks.writes, job.batch_tokens)
+    others = untrained(moments(read("covariance")), next(iter(read("random"))), dictionaries, sizes)
     measured = iter(_reports(there, [d for controls in others for d in controls.values()], lm))
     redrawn = _reports(job, dictionaries, lm.redrawn(job.seed))
     return [

@@ -1,6 +1,6 @@
 """Controls to compare a dictionary with: untrained dictionaries of the same size or sparsity."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,9 +10,6 @@ from torch import Tensor
 from saelens_lite.config import Origin
 from saelens_lite.devices import wide
 from saelens_lite.dictionary import Dictionary
-from saelens_lite.evaluation.measure import kept_activations
-from saelens_lite.model import LanguageModel
-from saelens_lite.tokens import TokenRows
 
 RANDOM, PCA, REDRAWN = "random", "PCA", "shuffled weights"
 
@@ -24,14 +21,14 @@ class MeanAndCovariance(NamedTuple):
     covariance: Float[Tensor, "d d"]
 
 
-def moments(lm: LanguageModel, rows: TokenRows, hooks: Sequence[str], batch_tokens: int) -> MeanAndCovariance:
-    """Return the mean and covariance of the kept tokens' activations at some hooks, in float64."""
-    total, products = 0.0, 0.0
-    for x in kept_activations(lm, rows, hooks, batch_tokens, "covariance"):
+def moments(batches: Iterable[Float[Tensor, "_ d"]]) -> MeanAndCovariance:
+    """Return the mean and covariance of activations, in float64."""
+    n, total, products = 0, 0.0, 0.0
+    for x in batches:
         exact = wide(x)
-        total, products = total + exact.sum(0), products + exact.T @ exact
-    mean = total / rows.n_kept
-    return MeanAndCovariance(mean, products / rows.n_kept - torch.outer(mean, mean))
+        n, total, products = n + len(x), total + exact.sum(0), products + exact.T @ exact
+    mean = total / n
+    return MeanAndCovariance(mean, products / n - torch.outer(mean, mean))
 
 
 def pca_dictionary(stats: MeanAndCovariance, n_components: int, origin: Origin) -> Dictionary:
@@ -67,21 +64,16 @@ def random_dictionary(
 
 
 def untrained(
-    lm: LanguageModel,
-    rows: TokenRows,
-    hooks: Sequence[str],
-    trained: Sequence[Dictionary],
-    l0: Sequence[float],
-    batch_tokens: int,
+    stats: MeanAndCovariance, x: Float[Tensor, "n d"], trained: Sequence[Dictionary], l0: Sequence[float]
 ) -> list[dict[str, Dictionary]]:
-    """Return the controls of each dictionary: a random one of its size and L0, and PCA with L0 components."""
-    stats = moments(lm, rows, hooks, batch_tokens)
-    with torch.no_grad():
-        x = next(iter(kept_activations(lm, rows, hooks, batch_tokens, "random")))
-        return [
-            {
-                RANDOM: random_dictionary(stats, x, d.d_sae, round(n), d.origin, seed=i),
-                PCA: pca_dictionary(stats, round(n), d.origin),
-            }
-            for i, (d, n) in enumerate(zip(trained, l0, strict=True))
-        ]
+    """Return the controls of each dictionary: a random one of its size and L0, and PCA with L0 components.
+
+    x: some of the activations, on which random dictionaries are scaled.
+    """
+    return [
+        {
+            RANDOM: random_dictionary(stats, x, d.d_sae, round(n), d.origin, seed=i),
+            PCA: pca_dictionary(stats, round(n), d.origin),
+        }
+        for i, (d, n) in enumerate(zip(trained, l0, strict=True))
+    ]

@@ -40,6 +40,9 @@ class EvalReport(Result):
     by position in a row, and `controls` the reports of a random dictionary, of PCA, and of a model with its weights shuffled.
 
     `hook` is the hook that the dictionary writes, and `read_hook` the one it reads; None in reports of earlier versions.
+
+    A report on activations without a model has `model` None, empty hooks if they are not known, the number of rows as
+    `n_tokens` and that of groups as `n_sequences`.
     """
 
     metrics: dict[str, Metric]
@@ -49,7 +52,7 @@ class EvalReport(Result):
     text_sha256: str
     disjoint: bool | None
     disjoint_why: str
-    model: str
+    model: str | None
     hook: str
     excluded: str
     density: Float[Tensor, " d_sae"] | None = field(default=None, compare=False, repr=False)
@@ -139,6 +142,10 @@ class EvalReport(Result):
     @property
     def where(self) -> str:
         """A sentence on the text, the model and the hook."""
+        if self.model is None:
+            groups = f" in {self.n_sequences:,} groups" if self.n_sequences != self.n_tokens else ""
+            hooks = f"; {self._hooks}" if self._hooks else ""
+            return f"{self.n_tokens:,} rows{groups} of {self.text or 'activations without a name'}{hooks}"
         rows = "sequence" if self.n_sequences == 1 else "sequences"
         return (
             f"{self.n_tokens:,} tokens in {self.n_sequences:,} {rows} of {self.text or 'a text without a name'}, without "
@@ -154,19 +161,23 @@ class EvalReport(Result):
         """A warning about the text for readers of the report; empty if it is known to be new text."""
         if self.disjoint:
             return ""
-        start = "Overlaps the training text" if self.disjoint is False else "May overlap the training text"
+        what = "activations" if self.model is None else "text"
+        start = f"Overlaps the training {what}" if self.disjoint is False else f"May overlap the training {what}"
         return f"{start}: {self.disjoint_why}."
 
     @property
     def intervals(self) -> str:
         """A sentence on the confidence intervals: the method, or the reason why they are missing."""
         if any(metric.has_interval for metric in self.metrics.values()):
-            return "95 % bootstrap confidence intervals over sequences."
+            rows = "rows" if self.n_sequences == self.n_tokens else "groups of rows"
+            return f"95 % bootstrap confidence intervals over {'sequences' if self.model is not None else rows}."
+        if self.model is None and self.n_sequences == 1:
+            return "No confidence intervals: they need several groups of rows, and there is one."
         return _NO_INTERVALS if self.n_sequences == 1 else "No confidence intervals."
 
     def to_markdown(self) -> str:
         """Return a Markdown table of the metrics, and one of the controls if the report has them."""
-        how = f"{self.intervals} Token hash: {code(self.text_sha256)}."
+        how = f"{self.intervals} {'Data' if self.model is None else 'Token'} hash: {code(self.text_sha256)}."
         lines = [f"{one_line(self.where)}. {how}"]
         lines += [one_line(self.caution)] if self.caution else []
         lines += ["", "| metric | value | 95 % interval |", "| --- | --- | --- |"]
@@ -242,11 +253,13 @@ _NO_INTERVALS = "No confidence intervals: they need several sequences, and this 
 
 def _comparison(reports: Mapping[str, EvalReport]) -> list[tuple[str, ...]]:
     """Return the head and a line for each report and each of its controls: value ± half the interval of the main metrics."""
-    lines = [("dictionary", *COLUMNS, "frac_alive")]
+    columns = [key for key in COLUMNS if any(key in report.metrics for report in reports.values())]
+    lines = [("dictionary", *columns, "frac_alive")]
     for name, report in reports.items():
         named = {name: report} | {f"– {control}": measured for control, measured in (report.controls or {}).items()}
         for title, one in named.items():
-            lines.append((title, *(one.metrics[key].short for key in COLUMNS), f"{one.frac_alive:.1%}"))
+            numbers = (one.metrics[key].short if key in one.metrics else "" for key in columns)
+            lines.append((title, *numbers, f"{one.frac_alive:.1%}"))
     return lines
 
 

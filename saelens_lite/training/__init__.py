@@ -22,11 +22,16 @@ the settings of a dictionary at the top too, or in `[[dictionary]]` tables. Flag
 Each dictionary has the same bytes as if it were trained alone. `validation_tokens` is the number of activations that are kept
 out of training; the log reports `val_fvu` and `val_l0` on them.
 
-**Activations of your own.** No language model is needed; x is [n d_in].
+**Activations of your own.** No language model is needed; x is [n d_in]. `fit` takes the fields of `TrainConfig` and the options
+of the rule. Batches and steps follow the number of rows.
 
 ```python
-d = sl.fit(x, sparsity="topk", d_sae=4096, options={"k": 32}, n_tokens=1_000_000, batch_size=2048)
+d = sl.fit(x, sparsity="topk", d_sae=4096, k=32, n_tokens=1_000_000, validation_tokens=500)
+print(d.history[-1]["val_fvu"])
 ```
+
+`sl.SparseCoder(d_sae=4096, k=32)` is the same as an estimator of scikit-learn, for pipelines and grid searches; see
+`saelens_lite.estimator`.
 
 **Transcoders and crosscoders.** `TrainConfig(hook="blocks.2.ln2.hook_out", writes=("blocks.2.hook_mlp_out",), skip=True)`
 predicts the output of an MLP from its input. `reads=(hook_1, hook_2)` trains one dictionary over several hooks. Every rule

@@ -37,7 +37,7 @@ def warn_of_l0(name: str, dictionary: Dictionary, line: Mapping[str, Any]) -> No
         )
     if l0 > MOST_L0 * dictionary.d_sae:
         log.warning(
-            "%s: L0 is %.1f, more than a tenth of the %d latents, so the dictionary is hardly sparse; set a lower target_l0 or k, "
-            "a higher coefficient, or train on more tokens",
-            name, l0, dictionary.d_sae,
-        )  # fmt: skip
+            "%s: L0 is %.1f, more than a tenth of the %d latents, so the dictionary is hardly sparse; set a lower target_l0 or "
+            "k, a higher coefficient, or train on more tokens",
+            *(name, l0, dictionary.d_sae),
+        )

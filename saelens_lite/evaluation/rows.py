@@ -1,0 +1,223 @@
+"""Evaluation on rows of activations, without a model."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saelens_lite.arrays import ArrayLike, as_tensor, described
+from saelens_lite.cache.resumed import tensor_hash
+from saelens_lite.devices import float64_device, wide
+from saelens_lite.dictionary import Dictionary
+from saelens_lite.errors import ConfigError, NonFiniteError, ShapeError
+from saelens_lite.evaluation import metrics
+from saelens_lite.evaluation.controls import moments, untrained
+from saelens_lite.evaluation.metrics import Kept, PooledSums
+from saelens_lite.evaluation.report import EvalReport
+from saelens_lite.model.passes import BATCH_TOKENS
+from saelens_lite.ports import Port, names
+from saelens_lite.progress import progress_bar
+
+MAX_UNITS = 4096  # groups beyond this number are drawn several at a time, which saves time and hardly changes an interval
+SAMPLE = 2048  # rows on which a random dictionary is scaled
+
+log = logging.getLogger(__name__)
+
+
+class Rows(NamedTuple):
+    """Activations, the output that is wanted for each, and the numbers of the units that the bootstrap draws."""
+
+    x: Float[Tensor, "n d_in"]
+    wanted: Float[Tensor, "n d_out"]
+    unit: Int[Tensor, " n"]
+    n_groups: int
+    name: str | None
+    batch_rows: int
+    n_bootstrap: int
+    seed: int
+
+
+def evaluate_rows(
+    dictionaries: Sequence[Dictionary],
+    x: ArrayLike,
+    target: ArrayLike | None,
+    groups: ArrayLike | None,
+    *,
+    controls: bool,
+    name: str | None,
+    batch_rows: int | None,
+    n_bootstrap: int,
+    seed: int,
+) -> list[EvalReport]:
+    """Return the reports of dictionaries on activations; see `evaluate`."""
+    if target is None and isinstance(x, tuple) and len(x) == 2 and all(getattr(part, "ndim", 0) == 2 for part in x):
+        x, target = x
+    inputs = _checked(x, "x")
+    wanted = inputs if target is None else _checked(target, "target")
+    if len(wanted) != len(inputs):
+        raise ShapeError(f"x has {len(inputs):,} rows and target {len(wanted):,}; expected the same number")
+    for one in dictionaries:
+        _check_fit(one, inputs, None if target is None else wanted)
+    unit, n_groups = _units(groups, len(inputs), seed)
+    if n_groups == 1:
+        log.warning("no intervals: a bootstrap draws groups of rows, and there is only one; give at least two")
+    rows = Rows(
+        x=inputs,
+        wanted=wanted,
+        unit=unit,
+        n_groups=n_groups,
+        name=name,
+        batch_rows=batch_rows or BATCH_TOKENS["cpu" if inputs.device.type == "cpu" else "cuda"],
+        n_bootstrap=n_bootstrap,
+        seed=seed,
+    )
+    reports = _reports(rows, dictionaries)
+    return _with_controls(rows, dictionaries, reports) if controls else reports
+
+
+def _checked(x: ArrayLike, name: str) -> Float[Tensor, "n d"]:
+    """Return activations as a tensor.
+
+    Raises:
+        ShapeError: they are not [n d] with at least two rows of floating-point numbers.
+        NonFiniteError: they hold NaN or infinity, or all rows are the same.
+    """
+    x = as_tensor(x, name).detach()
+    if x.ndim != 2 or not x.is_floating_point():
+        raise ShapeError(f"{name} is {described(x)}; expected floating-point numbers [n d], a row for each activation")
+    if len(x) < 2:
+        raise ShapeError(f"{name} has {len(x)} rows; at least two are needed, because fvu compares errors with the variance")
+    finite = torch.isfinite(x).all(1)
+    if not finite.all():
+        bad = (~finite).nonzero().squeeze(1)
+        raise NonFiniteError(
+            f"{name} holds NaN or infinity in {len(bad):,} of {len(x):,} rows, the first of which is row {int(bad[0])}"
+        )
+    if (x == x[0]).all():
+        raise NonFiniteError(f"the {len(x):,} rows of {name} are all the same, so there is no variance to explain")
+    return x
+
+
+def _check_fit(dictionary: Dictionary, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"] | None) -> None:
+    """Raise an error unless a dictionary is finite, takes x, and writes the target if there is one."""
+    dictionary.check_finite()
+    if x.shape[1] != dictionary.d_in:
+        raise ShapeError(
+            f"x has shape {tuple(x.shape)}; this dictionary takes [n, {dictionary.d_in}] ({names(dictionary.reads)})"
+        )
+    if dictionary.writes_what_it_reads and target is not None:
+        raise ConfigError("a target was given, but this dictionary writes what it reads; leave out the target")
+    if dictionary.writes_what_it_reads:
+        return
+    if target is None:
+        raise ConfigError(
+            f"this dictionary predicts other activations than it reads ({dictionary.place}); give them too: evaluate(d, (x, y))"
+        )
+    if target.shape[1] != dictionary.d_out:
+        raise ShapeError(f"the target has shape {tuple(target.shape)}; this dictionary returns [n, {dictionary.d_out}]")
+
+
+def _units(groups: ArrayLike | None, n: int, seed: int) -> tuple[Int[Tensor, " n"], int]:
+    """Return the unit of each row and the number of groups. Without groups, each row is one.
+
+    A unit is a group. If there are more than MAX_UNITS groups, it is several of them, chosen at random.
+
+    Raises:
+        ShapeError: groups do not have one label for each row.
+    """
+    group, n_groups = torch.arange(n), n
+    if groups is not None:
+        try:
+            labels = np.asarray(groups.cpu() if isinstance(groups, Tensor) else groups)
+            if labels.shape != (n,):
+                raise ShapeError(f"groups have shape {labels.shape}; expected a label for each of the {n:,} rows of x")
+            distinct, number = np.unique(labels, return_inverse=True)
+        except (TypeError, ValueError) as error:
+            raise ShapeError(f"groups are {described(groups)}; expected labels of one kind: {error}") from None
+        group, n_groups = torch.from_numpy(number), len(distinct)
+    if n_groups > MAX_UNITS:
+        order = torch.randperm(n_groups, generator=torch.Generator().manual_seed(seed))
+        group = (order * MAX_UNITS // n_groups)[group]
+    return group, n_groups
+
+
+def _batches(unit: Int[Tensor, " n"], size: int) -> Iterator[tuple[Int[Tensor, " n_batch"], Kept, bool]]:
+    """Yield the numbers of rows, their places among the units of the batch, and False if these are those of the last batch.
+
+    A batch has as many whole units as fit into `size` rows, or a part of a larger unit.
+    """
+    order, ends = unit.argsort(stable=True), unit.bincount().cumsum(0).tolist()
+    first = begin = 0
+    while first < len(ends):
+        after = first + 1
+        while after < len(ends) and ends[after] - begin <= size:
+            after += 1
+        stop = ends[after - 1]
+        for start in range(begin, stop, size):
+            some = order[start : min(start + size, stop)]
+            yield some, Kept(unit[some] - first, torch.zeros_like(some), after - first), start == begin
+        first, begin = after, stop
+
+
+def _reports(rows: Rows, dictionaries: Sequence[Dictionary]) -> list[EvalReport]:
+    """Read the rows once, and return a report for each dictionary."""
+    sums = PooledSums(rows.n_bootstrap, rows.seed)
+    where = float64_device(rows.wanted.device)  # for the sums
+    mean = (sum(wide(y).sum(0) for y in rows.wanted.split(rows.batch_rows)) / len(rows.wanted)).float()
+    with progress_bar("evaluate", len(rows.x)) as advance:
+        for some, places, is_new in _batches(rows.unit, rows.batch_rows):
+            if is_new:
+                sums.next_sequences(places.n)
+            kept = Kept(places.row.to(where), places.position.to(where), places.n)
+            x, wanted = rows.x[some.to(rows.x.device)], rows.wanted[some.to(rows.wanted.device)].to(where).float()
+            square = metrics.add_activations(sums, wanted, mean, kept)
+            for i, dictionary in enumerate(dictionaries):
+                here = x.to(dictionary.W_dec.device)
+                codes = dictionary.encode(here)
+                x_hat = dictionary.decode(codes, here).to(where).float()
+                metrics.add_codes(sums, str(i), codes.to(where), kept)
+                metrics.add_reconstruction(sums, str(i), wanted, x_hat, square, kept)
+            advance(len(some), "")
+    sha256 = tensor_hash(rows.x) if rows.wanted is rows.x else f"{tensor_hash(rows.x)} {tensor_hash(rows.wanted)}"
+    return [
+        EvalReport(
+            metrics=metrics.reconstruction_metrics(sums, str(i)) | metrics.latent_metrics(sums, str(i)),
+            n_tokens=len(rows.x),
+            n_sequences=rows.n_groups,
+            text=rows.name,
+            text_sha256=sha256,
+            disjoint=None,
+            disjoint_why="rows are not compared with those of the training",
+            model=None,
+            hook=_named(dictionary.writes),
+            read_hook=_named(dictionary.reads),
+            excluded="",
+            density=metrics.density(sums, str(i)),
+        )
+        for i, dictionary in enumerate(dictionaries)
+    ]
+
+
+def _named(ports: Sequence[Port]) -> str:
+    """Return the hooks of ports, or an empty string if they are not known."""
+    return names(ports) if any(port.hook for port in ports) else ""
+
+
+def _with_controls(rows: Rows, dictionaries: Sequence[Dictionary], reports: Sequence[EvalReport]) -> list[EvalReport]:
+    """Return the reports together with those of a random dictionary and of PCA. Both reconstruct the wanted output."""
+    wanted = rows.wanted.float()
+    others = untrained(
+        moments(wanted.split(rows.batch_rows)),
+        wanted[:: -(-len(wanted) // SAMPLE)],
+        dictionaries,
+        [report["l0"] for report in reports],
+    )
+    measured = iter(_reports(rows._replace(x=wanted, wanted=wanted), [d for some in others for d in some.values()]))
+    return [
+        replace(report, controls={name: next(measured) for name in some}) for report, some in zip(reports, others, strict=True)
+    ]
