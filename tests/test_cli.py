@@ -321,7 +321,7 @@ def test_train_with_loggers(work, command):
         (["capture", "BOOK", "--hooks", HOOK, "--model", "./nowhere"], "no model folder at ./nowhere"),
         (["eval", "nowhere"], "cfg.json is missing"),
         (["compare", "nowhere", "elsewhere"], "cfg.json is missing"),
-        (["probe", "nowhere", "--data", "nowhere.csv"], "no labelled texts at nowhere.csv"),
+        (["probe", "DICT", "--data", "nowhere.csv"], "no labelled texts at nowhere.csv"),
         (["steer", "nowhere", "--prompt", "It", "--ablate", "3"], "cfg.json is missing"),
         (["steer", "DICT", "--prompt", "It"], "at least one edit"),
         (["steer", "DICT", "--prompt", "It", "--clamp", "7"], "--clamp 7: expected LATENT=NUMBER, such as --clamp 7=0.5"),
