@@ -29,7 +29,7 @@ SAMPLE = 2048  # rows on which a random dictionary is scaled
 log = logging.getLogger(__name__)
 
 
-class Rows(NamedTuple):
+class RowData(NamedTuple):
     """Activations, the output that is wanted for each, and the numbers of the units that the bootstrap draws."""
 
     x: Float[Tensor, "n d_in"]
@@ -66,7 +66,7 @@ def evaluate_rows(
     unit, n_groups = _units(groups, len(inputs), seed)
     if n_groups == 1:
         log.warning("no intervals: a bootstrap draws groups of rows, and there is only one; give at least two")
-    rows = Rows(
+    rows = RowData(
         x=inputs,
         wanted=wanted,
         unit=unit,
@@ -164,7 +164,7 @@ def _batches(unit: Int[Tensor, " n"], size: int) -> Iterator[tuple[Int[Tensor, "
         first, begin = after, stop
 
 
-def _reports(rows: Rows, dictionaries: Sequence[Dictionary]) -> list[EvalReport]:
+def _reports(rows: RowData, dictionaries: Sequence[Dictionary]) -> list[EvalReport]:
     """Read the rows once, and return a report for each dictionary."""
     sums = PooledSums(rows.n_bootstrap, rows.seed)
     where = float64_device(rows.wanted.device)  # for the sums
@@ -208,7 +208,7 @@ def _named(ports: Sequence[Port]) -> str:
     return names(ports) if any(port.hook for port in ports) else ""
 
 
-def _with_controls(rows: Rows, dictionaries: Sequence[Dictionary], reports: Sequence[EvalReport]) -> list[EvalReport]:
+def _with_controls(rows: RowData, dictionaries: Sequence[Dictionary], reports: Sequence[EvalReport]) -> list[EvalReport]:
     """Return the reports together with those of a random dictionary and of PCA. Both reconstruct the wanted output."""
     wanted = rows.wanted.float()
     others = untrained(

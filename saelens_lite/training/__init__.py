@@ -2,8 +2,8 @@
 
 ```python
 configs = [
-    sl.TrainConfig(sparsity="topk", options={"k": 32}, d_sae=4096, n_tokens=300_000, lr=1e-3),
-    sl.TrainConfig(sparsity="gated", options={"coefficient": 2.0}, d_sae=4096, n_tokens=300_000, lr=2e-3),
+    sl.TrainConfig(sparsity="topk", options={"k": 32}, d_sae=4096, n_tokens=300_000),
+    sl.TrainConfig(sparsity="gated", options={"target_l0": 32}, d_sae=4096, n_tokens=300_000),
 ]
 runs = sl.train(cache, configs, out="runs", validation_tokens=8192)
 d = runs[0].dictionary
@@ -21,6 +21,15 @@ the settings of a dictionary at the top too, or in `[[dictionary]]` tables. Flag
 
 Each dictionary has the same bytes as if it were trained alone. `validation_tokens` is the number of activations that are kept
 out of training; the log reports `val_fvu` and `val_l0` on them.
+
+**Sparsity.** Rules with a `k` keep that many latents per token. `l1`, `gated`, `p_anneal` and `jumprelu` take `target_l0`,
+by default 32. The first three adjust the coefficient of their penalty while they train (`saelens_lite.training.control`);
+`jumprelu` penalises the distance from the target. With `coefficient`, the penalty keeps that weight, and L0 follows from it.
+A warning says when L0 misses the target by more than 10 %, or when more than a tenth of the latents fire.
+
+**Learning rate and batch size** follow the width of the activations, the number of latents and the number of tokens. The rules
+were fitted to trainings of 30,000 to a million tokens; for 10⁸ tokens they give about the rates of the literature, which is a
+prediction. `lr` and `batch_size` override them.
 
 **Activations of your own.** No language model is needed; x is [n d_in]. `fit` takes the fields of `TrainConfig` and the options
 of the rule. Batches and steps follow the number of rows.
