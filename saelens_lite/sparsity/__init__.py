@@ -28,6 +28,9 @@ without a dense result, `losses` adds a penalty, `after_step` adjusts parameters
 published architecture with the same codes, so that other tools can load the dictionary. `saelens_lite.training.step` shows
 where each is called.
 
+If the rule has a penalty with a coefficient, derive its `Config` from `sl.PenaltyConfig` and multiply the penalty by
+`step.coefficient`. Then it also takes `target_l0`, and training adjusts the coefficient until that many latents fire.
+
 In a package, name the class in pyproject.toml; nothing else is needed:
 
 ```toml
