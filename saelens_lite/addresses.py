@@ -15,13 +15,13 @@ from saelens_lite.dictionary import Dictionary
 from saelens_lite.dictionary.folder import CONFIG_FILE, OWN
 from saelens_lite.errors import ConfigError
 from saelens_lite.formats import read, write
-from saelens_lite.kinds import is_run, runs_in
+from saelens_lite.kinds import is_run, listed, runs_in
 from saelens_lite.outputs import refuse_inputs_in, restore
 from saelens_lite.paths import check_input, is_address
 
 
 def load(address: str | Path, device: str | torch.device = "cpu", format: str | None = None) -> Dictionary:
-    """Return the dictionary at an address. If it is from the Hub, its `source` is the address with the commit.
+    """Return the dictionary at an address. Its `source` is the address; of the Hub, with the commit.
 
     The dictionary stays on the CPU unless `device` is given. Functions that get a model as well use the model's device.
 
@@ -38,7 +38,9 @@ def load(address: str | Path, device: str | torch.device = "cpu", format: str | 
         HubError: the files cannot be fetched from the Hub.
     """
     if not is_address(address):
-        return read(dictionary_folder(address), device, format)
+        dictionary = read(dictionary_folder(address), device, format)
+        dictionary.source = str(address)
+        return dictionary
     from saelens_lite.hub import fetch
 
     fetched = fetch(str(address))
@@ -66,8 +68,7 @@ def dictionary_folder(address: str | Path) -> str | Path:
 
         raise ConfigError(f"{folder} has no dictionary: {Run.load(folder).what_next}")
     if several := runs_in(folder):
-        names = ", ".join(map(str, several[:8])) + (f" and {len(several) - 8} more" if len(several) > 8 else "")
-        raise ConfigError(f"{folder} holds {len(several)} runs; choose one of them: {names}")
+        raise ConfigError(f"{folder} holds {listed(several)}; choose one of them")
     return address
 
 

@@ -50,7 +50,7 @@ def _explain(config: type[BaseModel], error: ValidationError) -> str:
 
 
 def _other_place(key: str, config: type[BaseModel]) -> str:
-    """Return the end of a message that says where a key belongs which is no setting of a dictionary; "" if nowhere."""
+    """Return the end of a message that says where a key belongs if it is not a setting of a dictionary; "" if nowhere."""
     if config is TrainConfig and key in OF_THE_RUN:
         return "; it is a setting of the whole run, not of a dictionary"
     if config is not TrainConfig or near_matches(key, config.model_fields):
@@ -145,8 +145,8 @@ class TrainConfig(FrozenConfig):
     lr: float | None = Field(
         None,
         gt=0,
-        description="Peak learning rate of Adam; default: 0.05 / sqrt(d_in) * (2048 / d_sae)**(1/4), but at most 0.01; if "
-        "there are more than 800 steps, times sqrt(800 / steps).",
+        description="Peak learning rate of Adam; default: 0.05 / sqrt(d_in) * (2048 / d_sae)**(1/4), times "
+        "sqrt(800 / steps) if there are more than 800 steps, and at most 0.01.",
     )
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         (0.9, 0.999), description="Decay rates of Adam's first and second moment."
@@ -228,6 +228,11 @@ class RunConfig(FrozenConfig):
     )
     buffer_tokens: int = Field(
         65_536, gt=0, le=MOST, description="With --text: number of activations per hook that are shuffled in memory."
+    )
+    start_from: tuple[str, ...] = Field(
+        (),
+        description="Dictionary whose parameters training starts from; with several dictionaries to train, one for all, or one "
+        "for each. It also supplies the settings that are not given: rule, options and hooks.",
     )
     out: str = Field("runs/dictionary", description="Folder for the run.")
     exists: Literal["error", "overwrite"] = Field(

@@ -7,6 +7,7 @@ Locks, files of the operating system and our own temporary names do not count.
 import os
 import re
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -117,6 +118,12 @@ def runs_in(folder: Path) -> list[Path]:
     configs = [path for pattern in ("*/config.toml", "*/*/config.toml") for path in folder.glob(pattern)]
     runs = {path.parent for path in configs if not TEMPORARY.fullmatch(path.parent.name) and is_run(path.parent)}
     return sorted(runs, key=lambda path: [(int("0" + re.match(r"\d*", name)[0]), name) for name in path.parts])
+
+
+def listed(runs: Sequence[Path]) -> str:
+    """Return the number of several runs and the first of them, for messages."""
+    more = f" and {len(runs) - 8} more" if len(runs) > 8 else ""
+    return f"{len(runs)} runs: {', '.join(map(str, runs[:8]))}{more}"
 
 
 def _is_config_of_a_run(path: Path) -> bool:

@@ -28,6 +28,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from hashlib import sha256
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -163,16 +164,16 @@ def import_file(path: str | Path) -> None:
     if path.suffix != ".py" or not path.is_file():
         why = "no such file" if path.suffix == ".py" else "expected a Python file (.py) that registers plugins"
         raise PluginError(f"cannot import {path}: {why}")
-    name = f"imported_{path.stem}"
+    name = f"imported_{path.stem}_{sha256(str(path.absolute()).encode()).hexdigest()[:8]}"
     spec = spec_from_file_location(name, path.absolute())
     module = module_from_spec(spec)  # type: ignore[arg-type]
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)  # type: ignore[union-attr]
-    except PluginError:
-        raise
     except (Exception, SystemExit) as error:  # the file may raise anything
         del sys.modules[name]
+        if isinstance(error, PluginError):
+            raise
         raise PluginError(f"cannot import {path}: {type(error).__name__}{_line_of(error, path)}: {error}") from error
     if all(before.get(key) is target for key, target in _registered.items()):
         raise PluginError(f'{path} registers no plugin; put @sl.register("name") above its class')

@@ -45,7 +45,7 @@ def rule_of(plugin: registry.Plugin) -> Any:
     if plugin.allowed and plugin.entry_point is not None and "torch" not in sys.modules:
         try:
             return read_rule(plugin.target)
-        except Exception:  # source that this module does not understand, or with an error: importing it tells
+        except Exception:  # source that this module does not understand, or with an error: the import reports it
             pass
     return registry.load(plugin.name)
 

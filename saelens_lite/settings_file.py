@@ -8,7 +8,7 @@ from saelens_lite.config import OF_THE_RUN, RunConfig, TextConfig, TrainConfig
 from saelens_lite.errors import ConfigError, PluginError, near_matches
 from saelens_lite.rule_options import config_of
 
-ONLY_FLAGS = ("config", "resume", "start_from", "trust_remote_code", "import", "verbose", "traceback")
+ONLY_FLAGS = ("config", "resume", "trust_remote_code", "import", "verbose", "traceback")
 
 
 def run_config(tables: dict[str, Any], overrides: dict[str, Any] | None = None) -> tuple[RunConfig, TextConfig]:
@@ -39,7 +39,7 @@ def _check_keys(tables: dict[str, Any]) -> None:
 
 
 def other_place(key: str, rule: Any) -> str:
-    """Return the end of a message that says where a key belongs which is no setting of a dictionary; "" if nowhere."""
+    """Return the end of a message that says where a key belongs if it is not a setting of a dictionary; "" if nowhere."""
     if key in ONLY_FLAGS:
         return f"; it is only a flag, --{key.replace('_', '-')}, and not a key of settings"
     if key in OF_THE_RUN:

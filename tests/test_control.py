@@ -7,7 +7,7 @@ import torch
 
 import saelens_lite as sl
 from saelens_lite.cache import TensorSource
-from saelens_lite.errors import ConfigError
+from saelens_lite.errors import ConfigError, PluginError
 from saelens_lite.training.control import L0Control
 from saelens_lite.training.trainer import Trainer
 
@@ -63,6 +63,43 @@ def test_late_in_training_thresholds_are_raised_while_the_learning_rate_falls():
         0.06 * 0.5, rel=1e-5
     )
     assert float(control.update(torch.tensor(10.0 * math.exp(0.5)), 0.4, 1000, is_late=False)) == 0
+
+
+@pytest.mark.parametrize("rule", PENALISED)
+def test_a_bad_batch_read_later_leaves_the_thresholds(planted, rule):
+    """As on a GPU, where the host learns of a bad step only later."""
+    x, _ = planted(2_000)
+    trainer = a_trainer(rule, x, n_tokens=1_000)
+    trainer.reads_later = True
+    for batch in x[:800].split(100):
+        trainer.step(batch)
+    trainer.check()
+    before = {name: value.clone() for name, value in trainer.dictionary.state_dict().items()}
+    bad = x[800:900].clone()
+    bad[3, 2] = math.inf
+    trainer.step(bad)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.dictionary.state_dict().items())
+
+
+@pytest.mark.parametrize("rule", PENALISED)
+def test_batches_of_one_row_train(planted, rule):
+    x, _ = planted(64)
+    d = sl.fit(x, rule, options={"target_l0": 4.0}, d_sae=32, n_tokens=20, batch_size=1)
+    assert d.not_finite() is None
+
+
+def test_a_rule_without_an_encoder_bias_must_raise_thresholds_itself():
+    class Unbiased(sl.Sparsity):
+        encoder_bias = False
+        Config = sl.PenaltyConfig
+        plugin_name = "unbiased"
+
+        def activation(self, pre):
+            return pre.relu()
+
+    rule = Unbiased(sl.PenaltyConfig(), d_in=4, d_sae=8)
+    with pytest.raises(PluginError, match="the sparsity rule unbiased has no encoder bias; .* must define raise_thresholds_"):
+        rule.raise_thresholds_(sl.Dictionary(rule, reads=4, d_sae=8), torch.ones(8))
 
 
 def test_nothing_changes_after_a_bad_step():
@@ -134,3 +171,5 @@ def test_an_option_that_contradicts_another_is_refused(rule):
         sl.Dictionary.create(rule, reads=4, d_sae=8, options={"coefficient": 0, "target_l0": 5})
     with pytest.raises(ConfigError, match="penalty tanh does not aim at target_l0"):
         sl.Dictionary.create("jumprelu", reads=4, d_sae=8, options={"penalty": "tanh", "target_l0": 5})
+    with pytest.raises(ConfigError, match="penalty l0 does not aim at target_l0"):
+        sl.Dictionary.create("jumprelu", reads=4, d_sae=8, options={"penalty": "l0", "coefficient": 1, "target_l0": 5})

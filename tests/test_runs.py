@@ -289,6 +289,46 @@ def test_a_sweep_is_extended_together(runs, tmp_path):
         sl.resume(out, TensorSource(acts()), n_tokens=1920)
 
 
+def test_an_interrupted_extension_of_a_sweep_is_not_finished(runs, tmp_path):
+    out = shutil.copytree(runs / "sweep", tmp_path / "sweep")
+    with pytest.raises(Stopped):
+        sl.resume(out, Interrupted(TensorSource(acts()), 27), n_tokens=1280)
+    assert [run.state for run in sl.Run.load_all(out)] == ["interrupted", "interrupted"]
+    with pytest.raises(ConfigError, match="not a finished run"):
+        sl.resume(out / "0-topk", TensorSource(acts()), n_tokens=1280)
+
+
+def test_an_extension_on_other_activations_is_refused(runs, tmp_path):
+    out = shutil.copytree(runs / "alone", tmp_path / "run")
+    with pytest.raises(SourceChangedError):
+        sl.resume(out, TensorSource(acts() + 1), n_tokens=960)
+
+
+def test_an_extension_keeps_the_coefficient_and_the_weight_of_the_penalty(tmp_path):
+    config = sl.TrainConfig(sparsity="l1", options={"target_l0": 3.0}, d_sae=24, n_tokens=640, batch_size=32, lr=1e-3)
+    (run,) = sl.train(TensorSource(acts()), config, tmp_path / "run")
+    (longer,) = sl.resume(tmp_path / "run", TensorSource(acts()), n_tokens=672)
+    before, after = run.history[-1], longer.history[-1]
+    assert after["step"] == before["step"] + 1
+    assert after["coefficient"] == pytest.approx(before["coefficient"], rel=0.2)
+    assert after["l1"] > 0.5 * before["l1"]  # the warm-up of penalties does not begin again
+
+
+def test_each_dictionary_of_an_extended_sweep_keeps_its_own_start(tmp_path):
+    configs = [sl.TrainConfig(options={"k": k}, n_tokens=64, batch_size=32) for k in (2, 4)]
+    starts = [sl.fit(acts(), k=k, d_sae=24, n_tokens=tokens) for k, tokens in ((2, 320), (4, 640))]
+    sl.train(TensorSource(acts()), configs, tmp_path / "sweep", start_from=starts)
+    (one,) = sl.resume(tmp_path / "sweep/1-topk", TensorSource(acts()), n_tokens=96)
+    assert one.dictionary.training_record["start_from"]["tokens"] == 640
+
+
+def test_a_run_in_a_notebook_shows_numbers(runs):
+    html = sl.Run.load(runs / "alone")._repr_html_()
+    assert "<th>lr</th><td>0.001</td>" in html
+    default = sl.train(TensorSource(acts()), sl.TrainConfig(d_sae=24, n_tokens=64, batch_size=32))[0]
+    assert "<th>lr</th><td>default, up to 0.0" in default._repr_html_()
+
+
 def test_what_cannot_be_extended(runs, tmp_path):
     with pytest.raises(ConfigError, match="is finished and has no checkpoints; to extend it, give n_tokens"):
         sl.resume(runs / "alone", TensorSource(acts()))

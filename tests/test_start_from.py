@@ -82,6 +82,27 @@ def test_activations_of_another_size_change_only_the_unit_of_the_codes(rule):
     torch.testing.assert_close(again.encode(x["a"]).to_dense() * norms.mean(), codes, rtol=1e-3, atol=1e-3)
 
 
+def test_unit_directions_of_large_activations_train_as_well_as_our_own():
+    """Other tools write unit rows for raw activations. Adam's steps must fit them however large the activations are."""
+    x = activations(factor=1000.0)["a"]
+    d = sl.Dictionary.from_tensors(W_dec=torch.eye(12).repeat(2, 1)[:16], W_enc=torch.eye(12).repeat(1, 2)[:, :16], rule="l1")
+    config = sl.TrainConfig(n_tokens=2048, batch_size=64, lr=1e-3, options={"coefficient": 0.0}, log_every=64)
+    (run,) = sl.train(TensorSource(x), config, start_from=d)
+    assert run.history[0]["fvu"] < 1.1
+    assert run.history[-1]["fvu"] < run.history[0]["fvu"]
+
+
+@pytest.mark.parametrize("given", [{"coefficient": 0.5}, {"target_l0": 3.0}])
+def test_a_new_aim_replaces_that_of_the_dictionary(given):
+    d = trained("l1", "autoencoder", activations())
+    old = {"coefficient": 2.0} if "target_l0" in given else {"target_l0": 8.0}
+    d.rule.config = type(d.rule.config)(**old)
+    config = sl.TrainConfig(hook="a", n_tokens=64, batch_size=64, options=given)
+    (run,) = sl.train(TensorSource(activations()), config, start_from=d)
+    assert run.dictionary.rule.target_l0 == given.get("target_l0")
+    assert run.dictionary.rule.config.coefficient == given.get("coefficient")
+
+
 def test_unequal_directions_of_a_top_k_dictionary_are_said(caplog):
     d = trained("topk", "autoencoder", activations())
     with torch.no_grad():

@@ -399,6 +399,9 @@ def test_train_refuses_bad_requests(cache, tmp_path):
         sl.train(cache, [])
     with pytest.raises(ConfigError, match=r"need the same batch_size; found \[10, 100\]"):
         sl.train(cache, [SWEEP[0], SWEEP[1].replace(batch_size=10)], tmp_path / "run")
+    sizes = [sl.TrainConfig(n_tokens=n, hook=HOOKS[0]) for n in (1_000_000, 50_000)]
+    with pytest.raises(ConfigError, match=r"found \[64, 1024\], the defaults for their n_tokens; set batch_size"):
+        sl.train(cache, sizes, tmp_path / "run")
     with pytest.raises(ConfigError, match=r"several hooks; .* hook=: blocks\.1\.hook_resid_pre, blocks\.2"):
         sl.train(cache, sl.TrainConfig(), tmp_path / "run")
     with pytest.raises(HookError, match=r"has no activations of 'blocks\.0\.hook_resid_pre'"):

@@ -64,7 +64,8 @@ class JumpReLU(Sparsity):
 
         @model_validator(mode="after")
         def _aims_at_target(self):
-            if self.target_l0 is not None and self.coefficient is None and self.chosen_penalty != "target_l0":
+            of_older_file = self.coefficient is not None and self.target_l0 == USUAL_L0
+            if self.target_l0 is not None and not of_older_file and self.chosen_penalty != "target_l0":
                 raise ValueError(
                     f"penalty {self.penalty} does not aim at target_l0; leave out penalty, or set coefficient instead"
                 )

@@ -7,7 +7,7 @@ stream = sl.ActivationStream(lm, "python-docs:train", hook)  # no disk: the mode
 ```
 
 ```sh
-saelens-lite capture book.txt --model tiny --hooks blocks.2.hook_resid_pre --out cache
+saelens-lite capture book.txt --model tiny --hook blocks.2.hook_resid_pre --out cache
 ```
 
 The model runs once over the text, up to the deepest hook. Several hooks cost little more than one. The seed alone decides the

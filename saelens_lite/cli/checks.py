@@ -42,14 +42,20 @@ def hooks_of(config: TrainConfig) -> tuple[str, ...]:
     return (*reads, *config.writes) if reads else ()
 
 
-def cache_has(folder: Path, hooks: Sequence[str]) -> None:
-    """Raise if there is no cache in a folder, if it lacks a hook, or if it has several and none is named."""
+def hooks_in_cache(folder: Path) -> list[str]:
+    """Return the hooks of a cache; none if its manifest is damaged."""
     from saelens_lite.files import MAX_LIST_BYTES, read_json
     from saelens_lite.outputs import restore
 
     restore(folder)
     known = read_json(folder / "manifest.json", MAX_LIST_BYTES).get("hooks")
-    if not isinstance(known, dict):  # the library says what is damaged
+    return list(known) if isinstance(known, dict) else []
+
+
+def cache_has(folder: Path, hooks: Sequence[str]) -> None:
+    """Raise if there is no cache in a folder, if it lacks a hook, or if it has several and none is named."""
+    known = hooks_in_cache(folder)
+    if not known:  # the library says what is damaged
         return
     if not hooks and len(known) > 1:
         raise ConfigError(f"the activations come from several hooks; choose one with hook=: {', '.join(known)}")

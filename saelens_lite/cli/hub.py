@@ -47,7 +47,8 @@ def push(
     parent_commit
         Push only if this is the latest commit on the branch.
     dry_run
-        Show the files that would be sent and their sizes, but send nothing. Works without a network.
+        Show the files that would be sent and their sizes, but send nothing. Works without a network, unless --parent-commit
+        is given.
     out
         With --dry-run: new folder for the cards and figures, as they would be in the repository.
     """

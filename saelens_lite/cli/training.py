@@ -84,7 +84,6 @@ def train(
     *,
     config: Path | None = None,
     resume: Path | None = None,
-    start_from: list[Path] | None = None,
     settings: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig(),  # noqa: B008 (frozen)
     run: Annotated[RunConfig, Parameter(name="*", negative="")] = RunConfig(),  # noqa: B008 (frozen)
     text_config: TextOptions = TextConfig(),  # noqa: B008 (frozen)
@@ -102,9 +101,6 @@ def train(
     resume
         Folder of an interrupted run. Its settings are kept. Give the cache or --text only if it has moved. With --n-tokens, the
         new total, an interrupted or finished run is extended.
-    start_from
-        Dictionary whose parameters training starts from; with several dictionaries to train, one for all, or one for each.
-        It also supplies the settings that are not given: rule, options and hooks.
     trust_remote_code
         With --text: run Python code that comes with the model's files.
     """
@@ -113,10 +109,7 @@ def train(
         flags["cache"] = str(cache)
     if "options" in flags:
         flags["options"] = parse_options(flags["options"])
-    if resume:
-        runs = _resume(resume, flags | ({"start_from": start_from} if start_from else {}), config)
-    else:
-        runs = _train(flags, config, trust_remote_code, start_from or ())
+    runs = _resume(resume, flags, config) if resume else _train(flags, config, trust_remote_code)
     for trained in runs:
         console().print(str(trained), markup=False)
 
@@ -140,14 +133,14 @@ def _resume(folder: Path, flags: dict[str, Any], config: Path | None) -> list[An
     return sl.resume(folder, sl.ActivationCache.open(flags["cache"]) if "cache" in flags else None, **kept)
 
 
-def _train(flags: dict[str, Any], config: Path | None, trust_remote_code: bool, start_from: Sequence[Path]) -> list[Any]:
+def _train(flags: dict[str, Any], config: Path | None, trust_remote_code: bool) -> list[Any]:
     """Train with the settings of a file and of flags, which are all checked before anything is read."""
     tables = read_toml(config) if config else {}
     if {"cache", "text"} & flags.keys():  # they replace each other
         tables = {name: value for name, value in tables.items() if name not in ("cache", "text")}
     run, text_config = run_config(tables, flags)
     configs = train_configs(tables, {name: value for name, value in flags.items() if name in TrainConfig.model_fields})
-    starts, configs = _started(start_from, configs)
+    starts, configs = _started(run, configs)
     checks.training(run, configs)
     import saelens_lite as sl
 
@@ -156,16 +149,17 @@ def _train(flags: dict[str, Any], config: Path | None, trust_remote_code: bool, 
     return sl.train(source, configs, run.out, device=run.device, start_from=starts, **how)
 
 
-def _started(addresses: Sequence[Path], configs: list[TrainConfig]) -> tuple[Any, list[TrainConfig]]:
+def _started(run: RunConfig, configs: list[TrainConfig]) -> tuple[Any, list[TrainConfig]]:
     """Return the dictionaries that training starts from, or None, and the settings with what they supply."""
-    if not addresses:
+    if not run.start_from:
         return None, configs
     import saelens_lite as sl
     from saelens_lite.training.start import like, starts
 
-    dictionaries = [sl.load(address) for address in addresses]
+    dictionaries = [sl.load(address) for address in run.start_from]
+    hooks = checks.hooks_in_cache(Path(run.cache)) if run.cache else None
     each = starts(dictionaries[0] if len(dictionaries) == 1 else dictionaries, len(configs))
-    return each, [like(dictionary, config) for dictionary, config in zip(each, configs, strict=True)]
+    return each, [like(dictionary, config, hooks) for dictionary, config in zip(each, configs, strict=True)]
 
 
 def _stream(run: RunConfig, text_config: TextConfig, configs: list[TrainConfig], trust_remote_code: bool) -> Any:

@@ -99,7 +99,7 @@ class Dictionary(nn.Module):
         self.origin = origin or Origin()
         self.density = density
         self.training_record = training or {}
-        self.source: str | None = None  # the address it was read from, with the revision; not stored
+        self.source: str | None = None  # the address `saelens_lite.load` read it from, of the Hub with the revision; not stored
         self.history: list[dict[str, Any]] = []  # the lines of the log of `fit`; not stored
         self.rule = rule
         if not rule.tied:

@@ -276,7 +276,7 @@ def table(reports: Mapping[str, EvalReport]) -> "Table":
     head, *lines = _comparison(dict(zip(names, reports.values(), strict=True)))
     caption = "± half of the 95 % interval"
     if all(report.n_sequences == 1 for report in reports.values()):
-        caption = _NO_INTERVALS
+        caption = next(iter(reports.values())).intervals
     return grid(head, lines, caption=wrapped(caption), column=column, collapse_padding=True, pad_edge=False)
 
 

@@ -289,6 +289,11 @@ class Sparsity(nn.Module):
 
     def raise_thresholds_(self, dictionary: Any, by: Float[Tensor, " d_sae"]) -> None:
         """Raise the threshold above which each latent fires. Called only in training to a target L0."""
+        if dictionary.b_enc is None:
+            raise PluginError(
+                f"the sparsity rule {self.plugin_name} has no encoder bias; to reach a target L0 it must define "
+                "raise_thresholds_, and excess unless its codes are what pre-activations exceed thresholds by"
+            )
         dictionary.b_enc.sub_(by)
 
     def excess(self, codes: SparseCodes) -> Float[Tensor, ""]:

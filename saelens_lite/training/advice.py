@@ -21,7 +21,7 @@ def warn_of_many_passes(source: Source, configs: Sequence[TrainConfig]) -> None:
     if held and wanted > MOST_PASSES * held:
         log.warning(
             "training on %s tokens passes %.0f times over the %s activations there are; capture more text, or train on fewer "
-            "tokens: a dictionary that sees the same few activations so often fits them and not others",
+            "tokens: a dictionary that sees the same few activations so often overfits them",
             f"{wanted:,}",
             wanted / held,
             f"{held:,}",
@@ -37,7 +37,7 @@ def warn_of_l0(name: str, dictionary: Dictionary, line: Mapping[str, Any]) -> No
         )
     if l0 > MOST_L0 * dictionary.d_sae:
         log.warning(
-            "%s: L0 is %.1f, more than a tenth of the %d latents, so the dictionary is hardly sparse; set a lower target_l0 or "
+            "%s: L0 is %.1f, more than a tenth of the %d latents, so the dictionary is not sparse; set a lower target_l0 or "
             "k, a higher coefficient, or train on more tokens",
             *(name, l0, dictionary.d_sae),
         )

@@ -19,13 +19,12 @@ class Finished(Checked):
     format: Literal[1]
     request: Request
     loggers: list[String]
-    source: dict[str, Any] | None  # a record of the data that were read; None for tensors, which the caller gives again
+    source: dict[str, Any] | None  # a record of the data that were read
 
 
 def write_finished(folder: Path, request: dict[str, Any], source: Source, loggers: list[str]) -> None:
     """Write data.json into the folder of a run."""
-    record = None if request["source"] is None else record_of(source)
-    write_json(folder / FILE, {"format": 1, "request": request, "loggers": loggers, "source": record})
+    write_json(folder / FILE, {"format": 1, "request": request, "loggers": loggers, "source": record_of(source)})
 
 
 def read_finished(folder: Path) -> Finished:

@@ -28,6 +28,7 @@ from saelens_lite.files import write_text
 from saelens_lite.kinds import DICTIONARY
 from saelens_lite.loggers import RunLog, load_loggers, open_log
 from saelens_lite.outputs import remove_own
+from saelens_lite.paths import is_address
 from saelens_lite.progress import progress_bar
 from saelens_lite.training.advice import warn_of_l0
 from saelens_lite.training.checkpoint import earlier_states, is_interrupted, remove_checkpoints, save_checkpoint
@@ -92,12 +93,18 @@ class Group:
             }
             save_checkpoint(self.out, self.n_seen, [trainer.state() for trainer in self.trainers], loop)
 
+    def request_of(self, folder: Path) -> dict[str, Any]:
+        """Return the request as if the dictionary in a folder were trained alone."""
+        started, i = self.request.get("start_from"), self.folders.index(folder)
+        return self.request | ({"start_from": [started[i]]} if started else {})
+
     def result(self, i: int) -> Dictionary:
         """Return a dictionary for raw activations, with the record of its training."""
         trainer = self.trainers[i]
         dictionary = trainer.result()
         if started := self.request.get("start_from"):
-            dictionary.training_record["start_from"] = started[i]
+            here = started[i] and not is_address(started[i]["source"] or "")  # a path of this machine
+            dictionary.training_record["start_from"] = started[i] | {"source": None} if here else started[i]
         if trainer.first_seen:
             dictionary.training_record["extended_after"] = trainer.first_seen
         return dictionary
@@ -183,7 +190,7 @@ def _results(job: Group) -> list[Run]:
             run.dictionary.save(run.folder / "dictionary", exists="overwrite")
             remove_own(run.folder / "last_good", DICTIONARY)  # from an error before the run was resumed
             _note_total(run.folder / "config.toml", run.config.n_tokens)
-            write_finished(run.folder, job.request, job.source, job.loggers)
+            write_finished(run.folder, job.request_of(run.folder), job.source, job.loggers)
     if job.out:
         remove_checkpoints(job.out)
     return runs

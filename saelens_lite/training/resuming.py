@@ -165,7 +165,7 @@ def _extended(
         expect(source, data.source)
     trainers = [Trainer(config, source, device or request["device"]) for config in configs]
     for trainer, one in zip(trainers, runs, strict=True):
-        trainer.start_from(one.dictionary, n_seen, n_steps)
+        trainer.start_from(one.dictionary, n_seen, n_steps, one.history[-1].get("coefficient") if one.history else None)
     log.info("extending %s from %s to %s tokens, with new moments and a new schedule", run, f"{n_seen:,}", f"{n_tokens:,}")
     job = Group(
         source=source,
@@ -177,7 +177,7 @@ def _extended(
         loggers=_loggers(data.loggers, loggers),
         checkpoint_seconds=request["checkpoint_seconds"] if checkpoint_seconds is None else checkpoint_seconds,
         request=request,
-        histories=[list(one.history) for one in runs],
+        histories=[[line for line in one.history if line["tokens"] <= n_seen] for one in runs],
         n_batches=n_steps,
     )
     return job, source

@@ -11,7 +11,7 @@ from saelens_lite.config import TrainConfig, read_toml
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.dictionary.folder import CONFIG_FILE
 from saelens_lite.errors import ConfigError
-from saelens_lite.kinds import is_run, runs_in
+from saelens_lite.kinds import is_run, listed, runs_in
 from saelens_lite.outputs import restore
 from saelens_lite.paths import check_input
 from saelens_lite.training.checkpoint import is_interrupted
@@ -49,7 +49,8 @@ class Run:
         if not is_run(folder):
             _refuse(folder)
         tables = read_toml(folder / "config.toml")
-        config = TrainConfig(**{key: value for key, value in tables.items() if key in TrainConfig.model_fields})
+        keys = {*TrainConfig.model_fields, "target_hook"}  # the latter of older files
+        config = TrainConfig(**{key: value for key, value in tables.items() if key in keys})
         return cls(config, None, read_log(folder / "log.jsonl"), folder)
 
     @classmethod
@@ -73,7 +74,7 @@ class Run:
         if self.folder is None:
             return "finished"
         is_done = (self.folder / "dictionary" / CONFIG_FILE).exists()
-        if is_interrupted(self.folder) or (not is_done and is_interrupted(self.folder.parent)):
+        if is_interrupted(self.folder) or is_interrupted(self.folder.parent):  # of a group, also while it is extended
             return "interrupted"
         has_failed = (self.folder / "last_good" / CONFIG_FILE).exists()
         return "finished" if is_done else "failed" if has_failed else "unfinished"
@@ -119,7 +120,9 @@ class Run:
         return f"<Run {self}>"
 
     def _repr_html_(self) -> str:
-        settings = {name: getattr(self.config, name) for name in SHOWN} | {"lr": self.config.peak_lr}
+        settings = {name: getattr(self.config, name) for name in SHOWN}
+        if self.config.lr is None:
+            settings["lr"] = f"default, up to {max((line.get('lr', 0.0) for line in self.history), default=0.0):.3g}"
         cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>" for name, value in settings.items())
         curves = self._curves()._repr_svg_() if len(self.history) > 1 else None
         return f"<p>{escape(str(self))}</p><table>{cells}</table>{curves or ''}"
@@ -155,8 +158,7 @@ class Run:
 def _refuse(folder: Path) -> list[Run]:
     """Raise ConfigError for a folder that is not that of a run; the message says what it is."""
     if several := runs_in(folder):
-        names = ", ".join(map(str, several[:8])) + (f" and {len(several) - 8} more" if len(several) > 8 else "")
-        raise ConfigError(f"{folder} holds {len(several)} runs: {names}; choose one of them, or read all by Run.load_all")
+        raise ConfigError(f"{folder} holds {listed(several)}; choose one of them, or read all by Run.load_all")
     if is_run(folder.absolute().parent):
         raise ConfigError(f"{folder} is a folder in a run; give the folder of the run, {folder.absolute().parent}")
     raise ConfigError(f"{folder} is not the folder of a run: it has no config.toml that `train` wrote; is the path right?")

@@ -24,6 +24,8 @@ from saelens_lite.training.run import Run
 from saelens_lite.training.settings import settings_text
 from saelens_lite.training.trainer import Trainer
 
+AIMS = {"coefficient", "target_l0", "penalty"}  # options that set how sparse codes are
+
 
 def train(
     source: Source,
@@ -115,16 +117,18 @@ def train(
         _refuse_existing_runs(out, folders, exists, description)
         with Aside(out, folders, run_kind()):
             for config, folder in zip(configs, folders, strict=True):
-                write_text(folder / "config.toml", settings_text(config, job.request, job.loggers))
+                write_text(folder / "config.toml", settings_text(config, job.request_of(folder), job.loggers))
             return train_to_the_end(job, source)
 
 
 def _of_one_batch_size(configs: list[TrainConfig]) -> list[TrainConfig]:
-    """Return configs with the batch size that some of them set, or else with the smallest default."""
+    """Return configs with the batch size that some of them set. Raise ConfigError if they differ."""
     given = {c.batch_size for c in configs if "batch_size" in c.model_fields_set}
-    if len(given) > 1:
-        raise ConfigError(f"dictionaries trained together need the same batch_size; found {sorted(given)}")
-    size = given.pop() if given else min(c.batch_size for c in configs)
+    sizes = given or {c.batch_size for c in configs}
+    if len(sizes) > 1:
+        why = "" if given else ", the defaults for their n_tokens; set batch_size"
+        raise ConfigError(f"dictionaries trained together need the same batch_size; found {sorted(sizes)}{why}")
+    (size,) = sizes
     return [c if c.batch_size == size else c.replace(batch_size=size) for c in configs]
 
 
@@ -150,10 +154,10 @@ def like(dictionary: Dictionary, config: TrainConfig, hooks: Sequence[str] | Non
         raise ConfigError(f"d_sae = {config.d_sae}, but the dictionary to start from has {dictionary.d_sae}; leave out d_sae")
     changes: dict[str, Any] = {"d_sae": dictionary.d_sae}
     if "sparsity" not in given or config.sparsity == rule.plugin_name:
-        changes |= {
-            "sparsity": rule.plugin_name,
-            "options": rule.config.model_dump(mode="json", exclude_none=True) | config.options,
-        }
+        options = rule.config.model_dump(mode="json", exclude_none=True)
+        if AIMS & config.options.keys():  # they exclude each other
+            options = {name: value for name, value in options.items() if name not in AIMS}
+        changes |= {"sparsity": rule.plugin_name, "options": options | config.options}
     own = [port.hook for port in (*dictionary.reads, *dictionary.writes)]
     if not given & {"hook", "reads", "writes"} and all(hook and (hooks is None or hook in hooks) for hook in own):
         reads = tuple(own[: len(dictionary.reads)])

@@ -29,7 +29,7 @@ from saelens_lite.training.unfolding import unfold_into
 from saelens_lite.training.watch import MOST_UNREAD, Watch
 
 DEAD_EVERY = 16  # steps between two lists of the dead latents on a GPU, for which the host has to wait
-START_ROWS = 1024  # that give the first thresholds
+START_ROWS, START_NUMBERS = 1024, 2**24  # rows and pre-activations that give the first thresholds, at most
 MAX_SCALINGS, SAME = 12, 1e-3  # for scaling the untrained encoder
 NORM, SMALLEST, FIRED, ACTIVATIONS = OWN = (":norm", ":smallest", ":fired", ":activations")  # beside the names of losses
 _NUMBERS = ("scales", "target_scales", "variance", "n_seen", "n_steps", "fire_tokens", "first_seen", "first_step")
@@ -46,6 +46,7 @@ class Contribution(NamedTuple):
     smallest: Float[Tensor, ""]  # of the codes
     fires: Int[Tensor, " d_sae"]  # number of rows in which each latent fires
     n: int  # rows
+    excess: Float[Tensor, ""] | None  # mean by which pre-activations exceed thresholds, if a target L0 is aimed at
 
 
 class Trainer:
@@ -211,7 +212,7 @@ class Trainer:
                 dead=self._dead,
                 dead_latents=self._dead_latents,
                 progress=progress,
-                warmup=min(1.0, progress / c.sparsity_warmup) if c.sparsity_warmup else 1.0,
+                warmup=min(1.0, progress / c.sparsity_warmup) if c.sparsity_warmup and not self.first_seen else 1.0,
                 coefficient=self.control and self.control.coefficient,
                 halves=self.halves,
                 spare=spare,
@@ -232,6 +233,7 @@ class Trainer:
             smallest=codes.value.amin() if len(codes.value) else codes.value.new_zeros(()),
             fires=codes.fire_counts,
             n=len(step.x),
+            excess=self.dictionary.rule.excess(codes) if self.control else None,
         )
 
     def find_dead(self, now: bool = False) -> None:
@@ -259,8 +261,8 @@ class Trainer:
         Else half of the latents of a ReLU rule would fire, and a short training would end before the penalty has silenced them.
         The threshold of a latent is the same number of standard deviations above the mean of its pre-activations.
         """
-        h = self.dictionary.pre(x[:START_ROWS])
-        std, mean = torch.std_mean(h, 0)
+        h = self.dictionary.pre(x[: max(64, min(START_ROWS, START_NUMBERS // self.config.d_sae))])
+        std, mean = torch.std_mean(h, 0, correction=0)
         n = min(h.numel() - 1, round(self.control.target * len(h)))
         z = ((h - mean) / std.clamp_min(torch.finfo(std.dtype).tiny)).flatten().kthvalue(h.numel() - n).values
         self.dictionary.rule.raise_thresholds_(self.dictionary, mean + z * std)
@@ -343,8 +345,9 @@ class Trainer:
         l0, lr_share = computed.fires.sum() / computed.n, lr / self.peak_lr
         u = self.control.update(l0, lr_share, self.scheduled_steps, is_late, stopped)
         if is_late:
-            rule = self.dictionary.rule
-            rule.raise_thresholds_(self.dictionary, (u * rule.excess(computed.step.codes)).expand(self.config.d_sae))
+            by = u * computed.excess
+            by = by if stopped is None else torch.where(stopped, 0.0, by)  # the excess may be NaN
+            self.dictionary.rule.raise_thresholds_(self.dictionary, by.expand(self.config.d_sae))
 
     def _note(self, computed: Contribution, norm: Float[Tensor, ""]) -> None:
         """Note the numbers of a step that the host reads now or later."""
@@ -552,11 +555,13 @@ class Trainer:
             setattr(self, name, numbers.get(name, 0))  # older checkpoints have no first_seen and first_step
         self._sums, self._n_sums = numbers["sums"], numbers["n_sums"]
 
-    def start_from(self, dictionary: Dictionary, n_seen: int = 0, n_steps: int = 0) -> None:
+    def start_from(self, dictionary: Dictionary, n_seen: int = 0, n_steps: int = 0, coefficient: float | None = None) -> None:
         """Start from the parameters of a dictionary of raw activations, with new moments.
 
         Args:
-            n_seen, n_steps: the length of its training, if this training extends it. A new schedule begins there.
+            n_seen, n_steps: the length of its training, if this training extends it. A new schedule begins there, in which
+                penalties have their full weight at once.
+            coefficient: that of the penalty at the end of its training, if it was adjusted.
 
         Raises:
             ConfigError: the parameters do not fit.
@@ -565,6 +570,8 @@ class Trainer:
         self.n_seen = self.first_seen = n_seen
         self.n_steps = self.first_step = n_steps
         self._is_untrained = False
+        if self.control and coefficient:
+            self.control.state[0] = math.log(coefficient)
 
     def stretch(self, n_tokens: int) -> None:
         """Train on to a new total of tokens. The schedule is stretched, and firing frequencies are counted anew."""

@@ -4,7 +4,7 @@ A saved dictionary takes raw activations, while training works on scaled ones. S
 
     W_enc / s        b_enc + shift W_enc        W_dec · t        b_dec · t + W_skip shift
 
-with the scales s and t of the read and write ports. Then ‖W_dec[i]‖ is made 1 if the rule keeps it there in training.
+with the scales s and t of the read and write ports. Then ‖W_dec[i]‖ is made 1, as at the start of any training.
 """
 
 import copy
@@ -43,7 +43,7 @@ def unfold_into(
     d.fold_scales_([1 / s for s in scales], [1 / s for s in target_scales])
     if shift is not None:
         d.fold_shift_(-shift)
-    if new.rule.unit_decoder and not d.rule.tied:
+    if not d.rule.tied and (new.rule.unit_decoder or d.rule.homogeneous):  # Adam's steps fit rows of about norm 1
         _make_unit_(d)
     state, wanted = d.state_dict(), new.state_dict()
     own = {name for name in state if not name.startswith("rule.")} | _of_rule(new, d)

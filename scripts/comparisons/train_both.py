@@ -125,8 +125,8 @@ def _job(config: sl.TrainConfig, stream: Stored | Planted, folder: Path, out: Pa
         "trainer": {
             "total_training_samples": config.n_tokens,
             "train_batch_size_samples": config.batch_size,
-            "lr": config.peak_lr,
-            "lr_end": config.peak_lr,  # of its constant plateau; the decay after it ends at 0
+            "lr": config.peak_lr(start.d_in),
+            "lr_end": config.peak_lr(start.d_in),  # of its constant plateau; the decay after it ends at 0
             "lr_warm_up_steps": round(config.warmup * n_steps),
             "lr_decay_steps": round(config.decay * n_steps),
             "adam_beta1": config.betas[0],
