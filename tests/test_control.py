@@ -47,6 +47,12 @@ def test_the_integral_of_a_constant_error_is_its_formula():
     assert float(control.state[0]) == pytest.approx(math.log(0.5) + 60 * 0.5 * 0.1 * 100 / 400, rel=1e-5)
 
 
+def test_one_step_of_a_short_training_changes_the_coefficient_by_at_most_e():
+    control = L0Control(2.0, 10.0, torch.device("cpu"))
+    control.update(torch.tensor(1000.0), 1.0, 5, is_late=False)
+    assert float(control.coefficient) == pytest.approx(2 * math.e)
+
+
 def test_the_coefficient_stays_within_a_factor_of_20():
     control = L0Control(2.0, 10.0, torch.device("cpu"))
     for l0, end in ((1000.0, 40.0), (0.0, 0.1)):
@@ -78,7 +84,7 @@ def test_a_bad_batch_read_later_leaves_the_thresholds(planted, rule):
     bad = x[800:900].clone()
     bad[3, 2] = math.inf
     trainer.step(bad)
-    assert all(torch.equal(value, before[name]) for name, value in trainer.dictionary.state_dict().items())
+    torch.testing.assert_close(dict(trainer.dictionary.state_dict()), before)
 
 
 @pytest.mark.parametrize("rule", PENALISED)
@@ -98,7 +104,7 @@ def test_a_rule_without_an_encoder_bias_must_raise_thresholds_itself():
             return pre.relu()
 
     rule = Unbiased(sl.PenaltyConfig(), d_in=4, d_sae=8)
-    with pytest.raises(PluginError, match="the sparsity rule unbiased has no encoder bias; .* must define raise_thresholds_"):
+    with pytest.raises(PluginError, match=r"the sparsity rule unbiased has no encoder bias; .* must define raise_thresholds_"):
         rule.raise_thresholds_(sl.Dictionary(rule, reads=4, d_sae=8), torch.ones(8))
 
 

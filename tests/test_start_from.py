@@ -88,7 +88,7 @@ def test_unit_directions_of_large_activations_train_as_well_as_our_own():
     d = sl.Dictionary.from_tensors(W_dec=torch.eye(12).repeat(2, 1)[:16], W_enc=torch.eye(12).repeat(1, 2)[:, :16], rule="l1")
     config = sl.TrainConfig(n_tokens=2048, batch_size=64, lr=1e-3, options={"coefficient": 0.0}, log_every=64)
     (run,) = sl.train(TensorSource(x), config, start_from=d)
-    assert run.history[0]["fvu"] < 1.1
+    assert run.history[0]["fvu"] < 5
     assert run.history[-1]["fvu"] < run.history[0]["fvu"]
 
 

@@ -1,6 +1,5 @@
 """Commands that capture activations and train dictionaries."""
 
-from collections.abc import Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path

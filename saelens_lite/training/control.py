@@ -1,7 +1,7 @@
 """Adjust the coefficient λ of a penalty during training so that the dictionary reaches a target L0.
 
     e = ln(L0 / target)          L0: a running mean over steps
-    ln λ ← ln λ + 1.5 · Δe + 60 · r · e / n_steps
+    ln λ ← ln λ + 1.5 · Δe + r · e · min(60 / n_steps, 1)
 
 with e cut to −1 … 1, and λ kept within a factor of 20 of its start. r is the learning rate relative to its peak: λ changes L0
 only through the parameters. Counting by shares of the training makes the same constants fit short and long ones.
@@ -48,7 +48,7 @@ class L0Control:
         error = torch.where(before.isnan(), now, before.lerp(now, 1 / max(1.0, min(MEMORY[0] * n_steps, MEMORY[1]))))
         change = PROPORTIONAL * torch.where(before.isnan(), 0.0, error - before)
         cut = error.clamp(-1, 1)
-        new = (log_coefficient + change + INTEGRAL * lr_share / n_steps * cut).clamp(*self.bounds)
+        new = (log_coefficient + change + lr_share * min(INTEGRAL / n_steps, 1) * cut).clamp(*self.bounds)
         trim = min(MOST_TRIM, TRIM * (1 - lr_share) / n_steps) * cut if is_late else torch.zeros_like(cut)
         state = torch.stack([new, error])
         if stopped is not None:
