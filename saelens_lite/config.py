@@ -146,7 +146,8 @@ class TrainConfig(FrozenConfig):
         None,
         gt=0,
         description="Peak learning rate of Adam; default: 0.05 / sqrt(d_in) * (2048 / d_sae)**(1/4), times "
-        "sqrt(800 / steps) if there are more than 800 steps, and at most 0.01.",
+        "sqrt(800 / steps) if there are more than 800 steps, and at most 0.01; l1 and p_anneal multiply it by "
+        "sqrt(batch_size / 256), 0.7 to 3.",
     )
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         (0.9, 0.999), description="Decay rates of Adam's first and second moment."
@@ -198,9 +199,12 @@ class TrainConfig(FrozenConfig):
         """The number of optimiser steps."""
         return -(-self.n_tokens // self.batch_size)
 
-    def peak_lr(self, d_in: int) -> float:
-        """Return the learning rate after warm-up. The default was fitted to short trainings of several widths and rules."""
-        usual = 0.05 * d_in**-0.5 * (2048 / self.d_sae) ** 0.25 * min(1.0, (800 / self.n_steps) ** 0.5)
+    def peak_lr(self, d_in: int, factor: float = 1.0) -> float:
+        """Return the learning rate after warm-up. The default was fitted to short trainings of several widths and rules.
+
+        factor: that of the rule, `Sparsity.lr_factor`.
+        """
+        usual = factor * 0.05 * d_in**-0.5 * (2048 / self.d_sae) ** 0.25 * min(1.0, (800 / self.n_steps) ** 0.5)
         return self.lr if self.lr is not None else min(usual, 0.01)
 
 

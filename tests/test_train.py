@@ -185,8 +185,11 @@ def test_the_default_learning_rate_follows_widths_and_steps():
     assert sl.TrainConfig(d_sae=2048, **long).peak_lr(576) == pytest.approx(0.05 / 24 / 10)
     assert sl.TrainConfig(d_sae=16, **short).peak_lr(4) == 0.01
     assert sl.TrainConfig(d_sae=2048, lr=1e-3).peak_lr(576) == 1e-3
-    (run,) = sl.train(TensorSource(x_like(100, 4)), sl.TrainConfig(d_sae=2048, n_tokens=100, batch_size=100, warmup=0, decay=0))
-    assert run.history[-1]["lr"] == 0.01
+    lr = {}
+    for rule in ("topk", "l1", "p_anneal"):
+        config = sl.TrainConfig(sparsity=rule, d_sae=32768, n_tokens=2048, batch_size=1024, warmup=0, decay=0)
+        lr[rule] = Trainer(config, TensorSource(x_like(100, 64))).peak_lr
+    assert lr == pytest.approx({"topk": 0.05 / 8 / 2, "l1": 0.05 / 8, "p_anneal": 0.05 / 8})
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ does not lower the penalty, so the norms need no constraint.
 
 from pydantic import Field
 
-from saelens_lite.sparsity import PenaltyConfig, PublishedForm, Sparsity, Step, Support, support_above
+from saelens_lite.sparsity import PenaltyConfig, PublishedForm, Sparsity, Step, Support, root_of_batch, support_above
 
 
 class L1(Sparsity):
@@ -16,6 +16,7 @@ class L1(Sparsity):
 
     paper = "Bricken et al. 2023, Towards Monosemanticity; decoder-norm weighting: Conerly et al. 2024, April update"
     row_wise = True
+    lr_factor = staticmethod(root_of_batch)
 
     class Config(PenaltyConfig):
         usual_coefficient = 0.3

@@ -9,7 +9,7 @@ that the penalty keeps its value. Decoder rows are unit vectors.
 import torch
 from pydantic import Field
 
-from saelens_lite.sparsity import PenaltyConfig, PublishedForm, Sparsity, Step, Support, support_above
+from saelens_lite.sparsity import PenaltyConfig, PublishedForm, Sparsity, Step, Support, root_of_batch, support_above
 
 
 class PAnneal(Sparsity):
@@ -19,6 +19,7 @@ class PAnneal(Sparsity):
         "Karvonen et al. 2024, Measuring progress in dictionary learning for language model interpretability, arXiv:2408.00113"
     )
     row_wise = True
+    lr_factor = staticmethod(root_of_batch)
     unit_decoder = True
 
     class Config(PenaltyConfig):

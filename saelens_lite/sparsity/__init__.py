@@ -83,6 +83,7 @@ __all__ = [
     "normalise_decoder_",
     "plugins",
     "register",
+    "root_of_batch",
     "sum_at",
     "support_above",
     "support_of_indices",
@@ -138,6 +139,11 @@ class PenaltyConfig(RuleConfig):
     def first_coefficient(self) -> float:
         """λ at the start of training."""
         return self.usual_coefficient if self.coefficient is None else self.coefficient
+
+
+def root_of_batch(batch_size: int) -> float:
+    """Return sqrt(batch_size / 256), 0.7 to 3: larger batches bear a larger learning rate, most of all with ReLU penalties."""
+    return min(3.0, max(0.7, (batch_size / 256) ** 0.5))
 
 
 class PublishedForm(NamedTuple):
@@ -282,6 +288,11 @@ class Sparsity(nn.Module):
         """
         if self.unit_decoder:
             normalise_decoder_(dictionary)
+
+    @staticmethod
+    def lr_factor(batch_size: int) -> float:
+        """Return the factor by which the default learning rate suits this rule, if it is not 1."""
+        return 1.0
 
     def initial_decoder_norm(self) -> float:
         """Return ‖W_dec[i]‖ before training."""

@@ -133,7 +133,8 @@ class Trainer:
     @property
     def peak_lr(self) -> float:
         """The learning rate after warm-up."""
-        return self.config.peak_lr(self.dictionary.d_in)
+        c = self.config
+        return c.peak_lr(self.dictionary.d_in, self.dictionary.rule.lr_factor(c.batch_size))
 
     def lr_at(self, progress: float) -> float:
         """Return the learning rate at a share of the training: linear warm-up, plateau, linear decay to zero."""

@@ -114,7 +114,8 @@ def train_saelens(
 
 def _job(config: sl.TrainConfig, stream: Stored | Planted, folder: Path, out: Path, threads: int) -> dict[str, Any]:
     """Return the settings for saelens_train.py and write the initial parameters beside them."""
-    start = Trainer(config, InOrder(stream)).dictionary
+    trainer = Trainer(config, InOrder(stream))
+    start = trainer.dictionary
     initial = out.with_suffix(".initial.safetensors")
     save_file({name.removeprefix("rule."): p.contiguous() for name, p in start.state_dict().items()}, initial)
     n_steps = math.ceil(config.n_tokens / config.batch_size)
@@ -125,8 +126,8 @@ def _job(config: sl.TrainConfig, stream: Stored | Planted, folder: Path, out: Pa
         "trainer": {
             "total_training_samples": config.n_tokens,
             "train_batch_size_samples": config.batch_size,
-            "lr": config.peak_lr(start.d_in),
-            "lr_end": config.peak_lr(start.d_in),  # of its constant plateau; the decay after it ends at 0
+            "lr": trainer.peak_lr,
+            "lr_end": trainer.peak_lr,  # of its constant plateau; the decay after it ends at 0
             "lr_warm_up_steps": round(config.warmup * n_steps),
             "lr_decay_steps": round(config.decay * n_steps),
             "adam_beta1": config.betas[0],
