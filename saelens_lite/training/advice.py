@@ -9,7 +9,7 @@ from saelens_lite.config import TrainConfig
 from saelens_lite.dictionary import Dictionary
 
 MOST_PASSES = 20  # over the same activations
-MOST_L0 = 0.1  # share of the latents
+MOST_L0, FEW = 0.1, 512  # share of the latents; of fewer latents, more may well fire
 OFF_TARGET = 0.1  # relative difference of L0 from a target
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def warn_of_l0(name: str, dictionary: Dictionary, line: Mapping[str, Any]) -> No
         log.warning(
             "%s: L0 is %.1f, but target_l0 is %g; train on more tokens, or with another learning rate", name, l0, target
         )
-    if l0 > MOST_L0 * dictionary.d_sae:
+    if l0 > MOST_L0 * dictionary.d_sae and dictionary.d_sae >= FEW:
         log.warning(
             "%s: L0 is %.1f, more than a tenth of the %d latents, so the dictionary is not sparse; set a lower target_l0 or "
             "k, a higher coefficient, or train on more tokens",
