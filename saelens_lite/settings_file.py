@@ -44,8 +44,14 @@ def other_place(key: str, rule: Any) -> str:
         return f"; it is only a flag, --{key.replace('_', '-')}, and not a key of settings"
     if key in OF_THE_RUN:
         return "; it is a setting of the whole run, not of a dictionary"
-    for name in dict.fromkeys([rule, *registry.names()]):
-        with suppress(PluginError):
-            if isinstance(name, str) and key in config_of(name).model_fields:
-                return f"; it is an option of {name}: options = {{{key} = …}} in a file, options={{{key!r}: …}} in Python"
-    return ""
+    having = [name for name in dict.fromkeys([rule, *registry.names()]) if isinstance(name, str) and _has_option(name, key)]
+    if not having:
+        return ""
+    names = having[0] if having[0] == rule else ", ".join(having)
+    return f"; it is an option of {names}: options = {{{key} = …}} in a file, options={{{key!r}: …}} in Python"
+
+
+def _has_option(rule: str, key: str) -> bool:
+    with suppress(PluginError):
+        return key in config_of(rule).model_fields
+    return False

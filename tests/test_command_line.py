@@ -140,7 +140,10 @@ def test_dashes_in_options():
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (("--k", "3", "--sparsity", "l1"), "unknown option --k; it is an option of batch_topk, not of l1"),
+        (
+            ("--k", "3", "--sparsity", "l1"),
+            "it is an option of batch_topk, group_max, matching_pursuit, matryoshka, topk, not of l1",
+        ),
         (("--kk", "3"), "Unknown option: --kk"),
         (("--options.target-l0", "3"), "unknown key 'target_l0'"),
         (("--options.k", "-3"), "saelens-lite: --options.k -3: input should be greater than 0"),

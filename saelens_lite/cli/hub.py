@@ -101,6 +101,8 @@ def card(
     from saelens_lite.hub import model_card
     from saelens_lite.outputs import new_file
 
+    if out is not None and (out.parent / "cfg.json").exists():
+        raise ConfigError(f"{out} would be in the folder of a dictionary, where `push` writes the card; choose another file")
     text = model_card(path, repo=repo, license=license, tags=tags or ())
     if out is None:
         say(text)

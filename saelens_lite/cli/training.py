@@ -200,7 +200,7 @@ def _option_of_rule(tokens: list[str], error: UnknownOptionError) -> list[str]:
         return [f"--options.{name}{t[len(flag) :]}" if t.partition("=")[0] == flag else t for t in tokens]
     place = other_place(name, None).partition(":")[0]
     if place.startswith("; it is an option of"):
-        raise ConfigError(f"unknown option {flag}{place}, not of {', '.join(_rules(tokens))}; choose that with --sparsity")
+        raise ConfigError(f"unknown option {flag}{place}, not of {', '.join(_rules(tokens))}; choose one with --sparsity")
     raise error
 
 

@@ -121,10 +121,12 @@ class LatentSummary(Result):
         from rich.text import Text
 
         contexts = Table.grid(padding=(0, 1))
-        for justify in ("right", "right", "left"):
+        for justify in ("right", "left"):
             contexts.add_column(justify=justify, no_wrap=True)
         for example in self.examples:
-            contexts.add_row(Text(f"  {short(example.value)} "), *around_peak(example, BEFORE, AFTER))
+            before, after = around_peak(example, BEFORE, AFTER)
+            padded = Text(" " * (BEFORE - before.cell_len)) + before + after  # one column, so that no space is lost or added
+            contexts.add_row(Text(f"  {short(example.value)} "), padded)
         rows = [(f"latent {self.latent}", Text(visible(self.label or "no label"), style="bold" if self.label else "dim"))]
         return Group(facts(rows + self._facts()), *([Text(""), contexts] if self.examples else []))
 

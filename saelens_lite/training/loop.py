@@ -181,7 +181,7 @@ def _results(job: Group) -> list[Run]:
             job.drop(i, NonFiniteError(f"{bad} became NaN or infinite in the last step, {trainer.described}"))
         if job.dropped[i] is None:
             runs.append(Run(trainer.config, dictionary, history, folder))
-            warn_of_l0(job.name(i), dictionary, history[-1])
+            warn_of_l0(str(folder or trainer.config.sparsity), dictionary, history[-1])
     if not runs:
         causes = [cause if len(job.trainers) == 1 else f"{job.name(i)}: {cause}" for i, cause in enumerate(job.dropped)]
         raise NonFiniteError("; ".join(causes))
