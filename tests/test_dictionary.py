@@ -113,9 +113,8 @@ def published(folder, x):
 
 def test_a_new_dictionary_is_tied_and_of_one_norm():
     for rule, options in RULES.items():
-        norm = 0.1 if rule == "l1" else 1.0
         d = sl.Dictionary.create(rule, reads=D_IN, d_sae=D_SAE, options=options, seed=3)
-        torch.testing.assert_close(d.W_dec.norm(dim=1), torch.full((D_SAE,), norm))
+        torch.testing.assert_close(d.W_dec.norm(dim=1), torch.ones(D_SAE))
         assert torch.equal(d.W_enc, d.W_dec.T)
         assert all(not p.any() for name, p in d.named_parameters() if p.ndim == 1 and name != "rule.scaled_log_threshold")
         again = sl.Dictionary.create(rule, reads=D_IN, d_sae=D_SAE, options=options, seed=3)

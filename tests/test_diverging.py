@@ -132,7 +132,7 @@ def test_parameters_that_became_infinite_are_named_and_not_written(x, tmp_path, 
     """The step after finds it out, so the newest state that is finite is in a checkpoint, if anywhere."""
     bad = BAD.replace(options={"what": "parameters"})
     (run,) = sl.train(TensorSource(x), [bad, GOOD], tmp_path / "runs", checkpoint_seconds=checkpoint_seconds)
-    (alone,) = sl.train(TensorSource(x), GOOD, tmp_path / "alone")
+    (alone,) = sl.train(TensorSource(x), GOOD, tmp_path / "alone", checkpoint_seconds=checkpoint_seconds)
     assert contents(run.folder) == contents(alone.folder)
     assert f"W_dec became NaN or infinite in step {AT}, turns_bad on x" in said(caplog)
     folder = tmp_path / "runs/0-turns_bad"

@@ -399,11 +399,11 @@ def test_content_that_is_no_report(lm, rows):
 
 def test_names_are_not_taken_for_markup(lm, rows):
     report = sl.evaluate(dictionary(lm), lm, rows, n_bootstrap=0, text_name="[/b].txt", by_frequency=True, by_position=True)
-    named = {"x[/old]/d": report}
+    named = {"x[red]": report}
     shown = io.StringIO()
     for grid in (table(named), frequency_table(named), position_table(named), report):
         Console(width=200, file=shown).print(grid)
-    assert shown.getvalue().count("x[/old]/d") == 4
+    assert shown.getvalue().count("x[red]") == 4
     assert "[/b].txt" in shown.getvalue()
 
 

@@ -161,7 +161,7 @@ def test_controls_and_several_dictionaries(d, x):
         assert report.controls["random"]["l0"] == pytest.approx(k, abs=0.5)
     shown = io.StringIO()
     Console(width=200, file=shown).print(table({"mine": reports[0]}))
-    assert "FVU" in shown.getvalue()
+    assert "fvu" in shown.getvalue()
     assert "CE recovered" not in shown.getvalue()
 
 

@@ -20,10 +20,10 @@ def share_unexplained(d: sl.Dictionary, x: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(
     ("n", "batch_size", "n_tokens"),
-    [(20, 20, 20_000), (1600, 32, 32_000), (5000, 100, 100_000), (300_000, 2048, 3_000_000)],
+    [(5, 5, 100), (20, 8, 400), (1600, 32, 32_000), (5000, 100, 100_000), (300_000, 2048, 3_000_000)],
 )
 def test_steps_follow_the_number_of_rows(monkeypatch, n, batch_size, n_tokens):
-    """At least 1,000 steps, and ten passes."""
+    """At least ten passes, and up to twenty to make 1,000 steps."""
     configs = []
 
     def train(source, config, **settings):
@@ -39,7 +39,7 @@ def test_steps_follow_the_number_of_rows(monkeypatch, n, batch_size, n_tokens):
         with pytest.raises(KeyboardInterrupt):
             sl.fit(torch.zeros(n, 2), **given)
         assert configs[-1].batch_size == given.get("batch_size", batch_size)
-        assert configs[-1].n_tokens == given.get("n_tokens", max(7000, 10 * n))
+        assert configs[-1].n_tokens == given.get("n_tokens", min(max(7000, 10 * n), 20 * n))
 
 
 def test_the_defaults_learn_a_small_dataset():

@@ -487,7 +487,7 @@ def test_convert_on_the_command_line(tmp_path, command):
     path = CASES["AutoEncoderTopK"].write(tmp_path / "foreign")
     code, _, err = command("convert", path, tmp_path / "out", "--format", "saelens")
     assert (code, (tmp_path / "out").exists()) == (2, False)
-    assert "read only on request: set format='dictionary_learning'" in err
+    assert "read only on request: set --format dictionary_learning" in err
     request = ("--source-format", "dictionary_learning")
     code, out, _ = command("convert", path, tmp_path / "out", "--format", "saelens_lite", *request)
     assert (code, out.strip()) == (0, str(tmp_path / "out"))
@@ -503,7 +503,7 @@ def test_dictionary_load_reads_our_own_folders_only(tmp_path):
         sl.Dictionary.load(path)
     own = sl.load(path).save(tmp_path / "own")
     assert torch.equal(sl.Dictionary.load(own).W_dec, sl.load(own).W_dec)
-    assert sl.load(own).source is None
+    assert sl.load(own).source == str(own)
     for address in ("hf://user/repo/a@v1", Path("hf://user/repo")):
         with pytest.raises(ConfigError, match=r"is an address; .* Use saelens_lite\.load\('hf:/"):
             sl.Dictionary.load(address)

@@ -970,7 +970,7 @@ def test_evaluation_by_address_and_of_a_foreign_folder(hub, tmp_path, monkeypatc
     for place in (f"hf://{REPO}/a", tmp_path / "foreign"):
         code, out, err = command("eval", place, "--model", "tiny", "--hook", hook, "--n-tokens", 300, "--json", "all.json")
         assert code == 0, err
-        assert "FVU" in out
+        assert "fvu" in out
         (found,) = json.loads((tmp_path / "all.json").read_text()).values()
         assert found["metrics"]["l0"]["value"] == 8
     assert (tmp_path / "foreign/eval.json").exists()

@@ -52,6 +52,7 @@ def planted(random_lm) -> sl.Dictionary:
     d = sl.Dictionary.create("l1", reads=sl.Port(hook=HOOK, width=random_lm.d_model), d_sae=D_SAE, origin=sl.Origin(n_ctx=16))
     (token,) = random_lm.tokenizer(" great", add_special_tokens=False)["input_ids"]
     direction = random_lm.module.get_input_embeddings().weight[token]
+    d.W_enc.data.mul_(0.1)
     d.W_enc.data[:, MARKED] = direction
     d.b_enc.data[MARKED] = -0.7 * float(direction.square().sum())
     return d

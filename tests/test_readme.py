@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import saelens_lite.cli  # noqa: F401 (its commands register with the app)
-from saelens_lite.cli.base import app
+from saelens_lite.cli.base import _parsed, app
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,11 +36,11 @@ def test_the_command_line_example_runs(monkeypatch, tmp_path):
     for name in ("book.txt", "other.txt"):
         (tmp_path / name).write_text("The old man looked at the sea and said nothing. " * 600, encoding="utf-8")
     run = {words[0]: words for words in commands(README)}
-    assert list(run) == ["capture", "train", "eval", "features", "push"]
+    assert list(run) == ["hooks", "capture", "train", "plot", "eval", "features", "search", "push"]
     run["train"] += ["--n-tokens", "6000", "--batch-size", "256"]
     run["eval"] += ["--n-tokens", "1000"]
     run["features"] += ["--n-tokens", "1000"]
-    for name in ("capture", "train", "eval", "features"):
+    for name in ("hooks", "capture", "train", "plot", "eval", "features", "search", "push"):
         with pytest.raises(SystemExit, match=r"^0$"):
             app.meta(["192" if word == "1536" else word for word in run[name]], exit_on_error=False, print_error=False)
     assert (tmp_path / "runs/topk/dictionary/eval.json").exists()
@@ -52,8 +52,15 @@ SHOWN = [words for path in GUIDES for words in commands(path.read_text(encoding=
 
 
 @pytest.mark.parametrize("words", SHOWN, ids=" ".join)
-def test_a_command_that_is_shown_names_commands_and_settings_that_exist(words):
-    app.parse_args(words, exit_on_error=False, print_error=False)
+def test_a_command_that_is_shown_names_commands_and_settings_that_exist(words, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for word in words:  # files and folders must exist
+        if "/" in word or word.endswith((".txt", ".csv")):
+            folder = tmp_path / word
+            (folder.parent if folder.suffix else folder).mkdir(parents=True, exist_ok=True)
+            if folder.suffix:
+                folder.touch()
+    _parsed(words)
 
 
 def test_many_commands_are_shown():

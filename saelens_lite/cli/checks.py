@@ -1,5 +1,6 @@
 """Checks of what a command was asked, before torch is imported and anything is read. The library checks all of it again."""
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def training(run: RunConfig, configs: list[TrainConfig]) -> None:
         text_exists(run.text)
         model_has(run.model, [hook for config in configs for hook in hooks_of(config)])
     folders = [f"{i}-{config.sparsity}" for i, config in enumerate(configs)] if len(configs) > 1 else [""]
-    if not (Path(run.out) / "checkpoints").exists():  # of an interrupted run, which has a message of its own
+    if not os.path.exists(Path(run.out) / "checkpoints"):  # of an interrupted run, which has a message of its own
         for folder in folders:
             is_free(Path(run.out) / folder, run.exists)
 
@@ -74,7 +75,9 @@ def text_exists(name: str) -> None:
 
 def model_has(model: str, hooks: Iterable[str]) -> None:
     """Raise if a model folder is missing, or if the embedded model lacks a hook."""
-    if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).expanduser().is_dir():
+    if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not os.path.isdir(
+        Path(model).expanduser()
+    ):  # False for a name that is too long
         raise ModelNotFoundError(f"no model folder at {model}; give a folder with config.json, a Hub id, or 'tiny'")
     known = hooks_of_embedded(model)
     for hook in hooks:

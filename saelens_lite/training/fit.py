@@ -82,6 +82,7 @@ def _divided(sparsity: str, given: dict[str, Any], options: dict[str, Any]) -> t
 
 def _from_size(n: int, config: TrainConfig) -> dict[str, int]:
     """Return the settings that follow from the number of rows to train on, without those that were given."""
+    n = max(n, 1)  # if nothing is left to train on, `train` says so
     size = config.batch_size if "batch_size" in config.model_fields_set else max(1, min(n, max(8, n // 50), 2048))
     wanted = min(max(MIN_STEPS * size, MIN_PASSES * n), MAX_PASSES * n)
     n_tokens = config.n_tokens if "n_tokens" in config.model_fields_set else wanted
