@@ -432,10 +432,8 @@ def test_the_list_as_json(all_sorts, relu, command):
 def test_the_list_as_a_table(all_sorts, command):
     lines = command("plugins").out.splitlines()
     rows = {line.split()[0]: " ".join(line.split()) for line in lines if line.strip()}
-    assert rows["name"] == "name kind distribution version paper status"
-    assert rows["stranger"] == "stranger sparsity stranger-sparsity 2.1 Nobody 2020 ok"
-    assert rows["jsonl"].startswith("jsonl loggers saelens-lite ")
-    assert rows["jsonl"].endswith(" ok")
-    assert rows["broken"].startswith("broken sparsity broken-sparsity 0.9 broken: cannot be loaded from")
+    assert rows["stranger"] == "stranger Positive ones; Nobody 2020; from stranger-sparsity 2.1"
+    assert rows["jsonl"] == "jsonl log.jsonl in the run folder, with one JSON object per line"  # built in, and loads
+    assert rows["broken"].startswith("broken from broken-sparsity 0.9; broken: cannot be loaded from")
     assert "[red]no GPU[/red]" in "".join(lines)
-    assert rows["secret"].startswith("secret loggers secret-log 3 restricted: may not be loaded")
+    assert rows["secret"].startswith("secret from secret-log 3; restricted: may not be loaded")

@@ -128,7 +128,7 @@ def test_codes_that_are_zero_pay_no_penalty():
     """Σ f^p over codes, of which a stored zero is one."""
     value = torch.tensor([0.0, 2.0, 0.0, 0.5])
     for rule in ("l1", "p_anneal"):
-        options = {"p": 0.2} if rule == "l1" else {}
+        options = {"coefficient": 5.0} | ({"p": 0.2} if rule == "l1" else {})
         d = Dictionary.create(rule, reads=4, d_sae=4, options=options)
         d.W_dec.data.copy_(torch.eye(4))
         if rule == "p_anneal":

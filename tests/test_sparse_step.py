@@ -203,6 +203,7 @@ def test_clipping_is_that_of_a_gradient_scaled_down_before_adam(planted, monkeyp
     x, _ = planted(256, d_in=16, n_directions=32)
     config = TrainConfig(
         sparsity="l1",
+        options={"coefficient": 5.0},
         d_sae=64,
         n_tokens=25_600,
         batch_size=256,

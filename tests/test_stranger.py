@@ -67,7 +67,7 @@ def test_from_pip_install_to_pip_uninstall(cache_folder, tmp_path):
     trained = env.cli(
         "train", cache_folder, "--hook", "blocks.1.hook_resid_pre", "--sparsity", RULE, *settings, "--out", tmp_path / "run"
     )
-    assert f"dictionary: {RULE}, l0 " in trained.stdout
+    assert f"run: {RULE}, L0 " in trained.stdout
     dictionary = tmp_path / "run/dictionary"
     env.cli("eval", dictionary, "--n-tokens", 500, "--json", tmp_path / "eval.json")
     assert "fvu" in (tmp_path / "eval.json").read_text()

@@ -171,7 +171,9 @@ def test_no_other_place_loads_models_or_datasets():
     root = Path(sl.__file__).parent
     files = [*root.rglob("*.py"), *Path(saelens_lite_plugins.__file__).parent.rglob("*.py")]
     found = {path.parent.name + "/" + path.name for path in files if calls.search(path.read_text(encoding="utf-8"))}
-    assert found == {"model/loading.py", "tokens/sources.py"}
+    assert found == {"model/loading.py", "model/hook_list.py", "tokens/sources.py"}
+    listing = (root / "model/hook_list.py").read_text(encoding="utf-8")  # reads the configuration alone, and runs no code of it
+    assert len(re.findall(r"from_pretrained\(|from_config\(", listing)) == listing.count("trust_remote_code=False") == 2
 
 
 @pytest.fixture

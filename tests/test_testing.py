@@ -466,7 +466,7 @@ def test_the_command_line_checks_and_says_so_in_its_exit_code(listed, command):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--check", "top_k"), "no sparsity plugin is called 'top_k'; did you mean topk?"),
+        (("--check", "top_k"), "no plugin is called 'top_k'; did you mean topk?"),
         (("--check", "jsonl", "--options.k", "3"), "options = {'k': 3} were given for Jsonl, but loggers take no options"),
         (("--options.k", "3"), "--options belong to the rule that is checked; add --check NAME"),
     ],
