@@ -81,6 +81,11 @@ def _possible(path: str | Path, room_in_name: int = 0, room_in_path: int = 0) ->
     return Path(path)
 
 
+def names_a_folder(model: str | Path) -> bool:
+    """Return whether the name of a model can only be that of a folder, and not an id of the Hub."""
+    return isinstance(model, Path) or model.startswith((".", "/", "~")) or model.count("/") > 1
+
+
 def _shortened(path: str | Path) -> str:
     text = str(path)
     return text if len(text) < 200 else f"{text[:80]}…{text[-40:]}"

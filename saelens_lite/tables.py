@@ -27,11 +27,11 @@ class Result:
 
     def table(self) -> Any:
         """Return the result as a rich table, or as a rich group of texts and tables."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define table()")
 
     def columns(self) -> dict[str, list[Any]]:
         """Return the rows of the result, column by column."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define columns()")
 
     def to_frame(self) -> "DataFrame":
         """Return the rows of the result as a pandas DataFrame.

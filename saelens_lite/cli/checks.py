@@ -9,7 +9,7 @@ from saelens_lite import registry
 from saelens_lite.config import RunConfig, TrainConfig
 from saelens_lite.embedded_hooks import hooks_of_embedded
 from saelens_lite.errors import ConfigError, CorruptFileError, HookError, ModelNotFoundError, TextError, near_matches
-from saelens_lite.paths import check_input, is_address
+from saelens_lite.paths import check_input, is_address, names_a_folder
 from saelens_lite.rule_options import check_options
 
 
@@ -75,9 +75,7 @@ def text_exists(name: str) -> None:
 
 def model_has(model: str, hooks: Iterable[str]) -> None:
     """Raise if a model folder is missing, or if the embedded model lacks a hook."""
-    if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not os.path.isdir(
-        Path(model).expanduser()
-    ):  # False for a name that is too long
+    if names_a_folder(model) and not os.path.isdir(Path(model).expanduser()):  # False for a name that is too long
         raise ModelNotFoundError(f"no model folder at {model}; give a folder with config.json, a Hub id, or 'tiny'")
     known = hooks_of_embedded(model)
     for hook in hooks:

@@ -141,10 +141,10 @@ class Dictionary(nn.Module):
         rule_class, d_in = registry.load(sparsity), width(as_ports(reads))
         rule = rule_class(rule_class.Config(**(options or {})), d_in=d_in, d_sae=d_sae)
         self = cls(rule, reads=reads, writes=writes, d_sae=d_sae, skip=skip, origin=origin)
-        generator, norm = torch.Generator().manual_seed(seed), rule.initial_decoder_norm()
-        directions = norm * _unit_rows(d_sae, d_in, generator)
+        generator = torch.Generator().manual_seed(seed)
+        directions = _unit_rows(d_sae, d_in, generator)
         is_same = self.writes_what_it_reads
-        self.W_dec.data.copy_(directions if is_same else norm * _unit_rows(d_sae, self.d_out, generator))
+        self.W_dec.data.copy_(directions if is_same else _unit_rows(d_sae, self.d_out, generator))
         if not rule.tied:
             self.W_enc.data.copy_(directions.T)
         return self.eval()

@@ -11,7 +11,7 @@ from saelens_lite.devices import chosen_device
 from saelens_lite.errors import ConfigError, HubError, HubUnreachableError, ModelNotFoundError
 from saelens_lite.model.language_model import EMBEDDED, LanguageModel
 from saelens_lite.model.processing import CENTER_WRITING_WEIGHTS
-from saelens_lite.paths import check_input
+from saelens_lite.paths import check_input, names_a_folder
 from saelens_lite.tensor_files import DTYPES
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def load_model(
     check_input(name)
     where = EMBEDDED.get(str(name)) or (Path(name).expanduser() if str(name).startswith("~") else name)
     local = Path(str(where)).is_dir()
-    if not local and (isinstance(name, Path) or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1):
+    if not local and names_a_folder(name):
         raise ModelNotFoundError(f"no model folder at {name}; give a folder with config.json, a Hub id, or 'tiny'")
     commit, only_cached = (revision, True) if local else _on_hub(str(name), revision)
     source = {"revision": revision, "local_files_only": only_cached, "trust_remote_code": bool(trust_remote_code)}

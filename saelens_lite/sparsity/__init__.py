@@ -294,10 +294,6 @@ class Sparsity(nn.Module):
         """Return the factor by which the default learning rate suits this rule, if it is not 1."""
         return 1.0
 
-    def initial_decoder_norm(self) -> float:
-        """Return ‖W_dec[i]‖ before training."""
-        return 1.0
-
     def raise_thresholds_(self, dictionary: Any, by: Float[Tensor, " d_sae"]) -> None:
         """Raise the threshold above which each latent fires. Called only in training to a target L0."""
         if dictionary.b_enc is None:
