@@ -19,6 +19,7 @@ SaelensLiteError                 everything this library raises on purpose
 │   ├── HubConflictError         the repository has changed since it was read
 │   └── HubUnreachableError      no network, no answer, or a Hub in trouble
 ├── NonFiniteError               NaN or infinity where numbers were expected
+├── ProcessLostError             one of several processes ended or does not answer
 └── DiskFullError                the disk is full
 
 Stopped                          Ctrl-C or SIGTERM, after the state was saved
@@ -109,6 +110,10 @@ class NonFiniteError(SaelensLiteError):
     """NaN or infinity where finite numbers were expected."""
 
     in_activations: bool = False  # True: training failed because of its data
+
+
+class ProcessLostError(SaelensLiteError):
+    """One of several processes that work together ended or does not answer."""
 
 
 class DiskFullError(SaelensLiteError):

@@ -57,6 +57,7 @@ LEAVES = {
     "paths",
     "ports",
     "prefetch",
+    "processes",
     "progress",
     "registry",
     "resumable",

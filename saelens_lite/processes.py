@@ -1,0 +1,198 @@
+"""Several processes that do one job together.
+
+`torchrun --nproc-per-node 4 -m saelens_lite …` starts the same command 4 times. `team()` tells each process its rank and lets
+it exchange small messages and tensors with the others. In a program that was started once, the team has one member, and
+every method returns at once.
+
+All members must call the same methods in the same order. If one of them ends or does not answer in time, the others get a
+ProcessLostError instead of waiting for ever. `SAELENS_LITE_TIMEOUT` sets that time in seconds.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import timedelta
+from functools import cache, wraps
+from typing import Any, TypeVar
+
+from saelens_lite.errors import ConfigError, ProcessLostError
+
+TIMEOUT = 1800.0  # seconds; one process may write a large file meanwhile
+Value = TypeVar("Value")
+
+
+def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of Team that raises ProcessLostError if a process cannot be reached."""
+
+    @wraps(method)
+    def guarded(self: "Team", *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except RuntimeError as error:  # torch raises its base class for lost connections
+            raise ProcessLostError(
+                f"process {self.rank} of {self.world} lost another one, which ended or did not answer within "
+                f"{timeout():g} s ({str(error).partition(chr(10))[0][:200]})"
+            ) from error
+
+    return guarded
+
+
+class Team:
+    """The processes that work together, or some of them.
+
+    Args:
+        group: a process group of torch.distributed, or None for a team of one.
+    """
+
+    def __init__(self, group: Any = None):
+        self._group = group
+        self.rank, self.world = 0, 1
+        if group is not None:
+            import torch.distributed as dist
+
+            self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
+
+    @property
+    def is_first(self) -> bool:
+        """True in the process that writes files and shows progress."""
+        return self.rank == 0
+
+    @_guarded
+    def gather(self, value: Value) -> list[Value]:
+        """Return the value of each process, by rank. Values are pickled, so they may be any plain data."""
+        if self.world == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def tell(self, value: Value) -> Value:
+        """Return the value of the first process, whatever the others give."""
+        return self.gather(value if self.is_first else None)[0]
+
+    def wait(self) -> None:
+        """Wait until all processes have come here."""
+        self.gather(None)
+
+    def any(self, flag: bool) -> bool:
+        """Return whether the flag is true in any process."""
+        return any(self.gather(bool(flag)))
+
+    @_guarded
+    def sum(self, x: Any) -> Any:
+        """Return the sum of a tensor over the processes. It has the same bytes in each of them."""
+        return self._reduced(x, "SUM")
+
+    @_guarded
+    def min(self, x: Any) -> Any:
+        """Return the least of each entry of a tensor over the processes."""
+        return self._reduced(x, "MIN")
+
+    def _reduced(self, x: Any, how: str) -> Any:
+        if self.world == 1:
+            return x
+        import torch.distributed as dist
+
+        result = x.detach().clone().contiguous()
+        dist.all_reduce(result, getattr(dist.ReduceOp, how), group=self._group)
+        return result
+
+    @_guarded
+    def stack(self, x: Any) -> Any:
+        """Return the tensors of all processes, which have equal shapes, along a new first axis."""
+        if self.world == 1:
+            return x.unsqueeze(0)
+        import torch
+        import torch.distributed as dist
+
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.world)]
+        dist.all_gather(parts, x.detach().contiguous(), group=self._group)
+        return torch.stack(parts)
+
+    def cat(self, x: Any) -> Any:
+        """Return the tensors of all processes, joined along the first axis. Their lengths may differ."""
+        if self.world == 1:
+            return x
+        import torch
+
+        lengths = self.gather(len(x))
+        padded = x.new_zeros(max(lengths), *x.shape[1:])
+        padded[: len(x)] = x.detach()
+        return torch.cat([part[:n] for part, n in zip(self.stack(padded), lengths, strict=True)])
+
+    def agree(self, facts: Mapping[str, Any], what: str) -> None:
+        """Check that all processes have the same facts.
+
+        what: names the facts in the message, such as "settings".
+
+        Raises:
+            ConfigError: a fact differs. The message has both values.
+        """
+        for rank, other in enumerate(all_facts := self.gather(dict(facts))):
+            for name in {**all_facts[0], **other}:
+                first, value = all_facts[0].get(name), other.get(name)
+                if first != value:
+                    raise ConfigError(
+                        f"the processes have different {what}: {name} is {first!r} in process 0 and {value!r} in process "
+                        f"{rank}; start all processes with the same command and the same versions"
+                    )
+
+
+ALONE = Team()
+
+
+def timeout() -> float:
+    """Return the number of seconds after which a process that does not answer counts as lost."""
+    with suppress(ValueError):
+        return max(1.0, float(os.environ.get("SAELENS_LITE_TIMEOUT", TIMEOUT)))
+    raise ConfigError(f"SAELENS_LITE_TIMEOUT = {os.environ['SAELENS_LITE_TIMEOUT']!r}; expected a number of seconds")
+
+
+def is_launched() -> bool:
+    """Return whether torchrun has started this process as one of several."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def local_rank() -> int:
+    """Return the number of this process on its machine, which is also the number of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if is_launched() else 0
+
+
+def team() -> Team:
+    """Return the team of all processes of this job. The first call in a process that torchrun started joins the team.
+
+    Raises:
+        ProcessLostError: the other processes do not come.
+    """
+    if is_launched():
+        return _joined()
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        return _of_group(dist.group.WORLD)
+    return ALONE
+
+
+@cache
+def _joined() -> Team:
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        has_gpu = torch.cuda.is_available()
+        if has_gpu:
+            torch.cuda.set_device(local_rank() % torch.cuda.device_count())
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=timedelta(seconds=timeout()))
+        except (RuntimeError, ValueError) as error:
+            raise ProcessLostError(
+                f"the processes did not find each other within {timeout():g} s: {str(error).partition(chr(10))[0][:200]}"
+            ) from error
+    return Team(dist.group.WORLD)
+
+
+@cache
+def _of_group(group: Any) -> Team:
+    return Team(group)

@@ -1,0 +1,94 @@
+"""Teams of processes: messages, sums, agreement, and lost members."""
+
+import os
+import signal
+
+import pytest
+import torch
+from together import in_processes
+
+from saelens_lite.errors import ConfigError, ProcessLostError
+from saelens_lite.processes import ALONE, team
+
+
+def _all_methods():
+    t = team()
+    x = torch.tensor([1.0, -2.0]) * (t.rank + 1)
+    return {
+        "rank": t.rank,
+        "gather": t.gather({"rank": t.rank}),
+        "tell": t.tell(f"from {t.rank}"),
+        "any": (t.any(t.rank == 1), t.any(False)),
+        "sum": t.sum(x).tolist(),
+        "min": t.min(x).tolist(),
+        "stack": t.stack(x).tolist(),
+        "cat": t.cat(torch.arange(t.rank + 1)).tolist(),
+    }
+
+
+def test_members_of_a_team_exchange_values_by_rank():
+    results = in_processes(3, _all_methods)
+    assert [result.pop("rank") for result in results] == [0, 1, 2]
+    assert results[0] == results[1] == results[2]
+    assert results[0] == {
+        "gather": [{"rank": 0}, {"rank": 1}, {"rank": 2}],
+        "tell": "from 0",
+        "any": (True, False),
+        "sum": [6.0, -12.0],
+        "min": [1.0, -6.0],
+        "stack": [[1.0, -2.0], [2.0, -4.0], [3.0, -6.0]],
+        "cat": [0, 0, 1, 0, 1, 2],
+    }
+
+
+def test_a_team_of_one_needs_no_torch_distributed():
+    x = torch.arange(3)
+    assert team() is ALONE
+    assert (ALONE.is_first, ALONE.gather(1), ALONE.tell(2), ALONE.any(True)) == (True, [1], 2, True)
+    assert ALONE.sum(x) is x
+    assert ALONE.cat(x) is x
+    assert ALONE.stack(x).shape == (1, 3)
+    ALONE.agree({"a": 1}, "settings")
+
+
+def _disagree():
+    t = team()
+    with pytest.raises(ConfigError, match=r"different settings: k is 32 in process 0 and 33 in process 1"):
+        t.agree({"d_sae": 8, "k": 32 + t.rank}, "settings")
+    return True
+
+
+def test_processes_with_different_settings_are_refused_with_both_values():
+    assert in_processes(2, _disagree) == [True, True]
+
+
+def _die():
+    t = team()
+    t.wait()
+    if t.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(ProcessLostError, match="process 0 of 2 lost another one"):
+        t.sum(torch.ones(1))
+    return True
+
+
+def test_a_process_that_dies_ends_the_others_with_an_error():
+    with pytest.raises(AssertionError, match="a process died"):
+        in_processes(2, _die)
+
+
+def _sleep():
+    t = team()
+    t.wait()
+    if t.rank == 1:
+        import time
+
+        time.sleep(4)
+        return True
+    with pytest.raises(ProcessLostError, match="did not answer within 2 s"):
+        t.sum(torch.ones(1))
+    return True
+
+
+def test_a_process_that_hangs_ends_the_others_after_the_timeout():
+    assert in_processes(2, _sleep, timeout=2.0) == [True, True]
