@@ -6,8 +6,8 @@ A training on several devices can be split along two axes:
 - latents: each process has all rows, and other latents, with their moments and counters. For each row, processes exchange the
   values of their k largest pre-activations, add up their parts of x̂, and the gradient of the input bias.
 
-`using(split)` says how the training in a block is split; without it, one process holds everything, and all functions here are
-those of one process. The functions must be called by all processes of a split, in the same order.
+`using(layout)` says how the training in a block is split; without it, one process holds everything, and all functions here are
+those of one process. The functions must be called by all processes of a layout, in the same order.
 
 The result does not depend on the number of processes, but for the order of sums: the k largest pre-activations are exact, and
 of equal ones the first latents count, as in a single process.
@@ -30,7 +30,7 @@ from saelens_lite.codes.support import Support
 from saelens_lite.processes import ALONE, Team
 
 
-class Split(NamedTuple):
+class Layout(NamedTuple):
     """The processes that share a training.
 
     rows: those with other rows and the same latents as this one. latents: those with the same rows and other latents.
@@ -42,14 +42,14 @@ class Split(NamedTuple):
     everyone: Team = ALONE
 
 
-ALL_HERE = Split()
-_current: ContextVar[Split] = ContextVar("split", default=ALL_HERE)
+ALL_HERE = Layout()
+_current: ContextVar[Layout] = ContextVar("layout", default=ALL_HERE)
 
 
 @contextmanager
-def using(split: Split) -> Iterator[None]:
-    """Use a split in a block."""
-    token = _current.set(split)
+def using(layout: Layout) -> Iterator[None]:
+    """Use a layout in a block."""
+    token = _current.set(layout)
     try:
         yield
     finally:
@@ -79,8 +79,8 @@ def batch_mean(part: Float[Tensor, ""], n_rows: int) -> Float[Tensor, ""]:
 
     The gradient is that of part / n_rows, because gradients are averaged over the processes with other rows.
     """
-    split, mean = _current.get(), part / n_rows
-    return mean if split.everyone.world == 1 else _Sum.apply(mean, split.everyone, 1 / split.rows.world)
+    layout, mean = _current.get(), part / n_rows
+    return mean if layout.everyone.world == 1 else _Sum.apply(mean, layout.everyone, 1 / layout.rows.world)
 
 
 def total(part: Tensor) -> Tensor:
@@ -142,19 +142,19 @@ def largest_positive(pre: Float[Tensor, "batch d_sae"], k: int) -> Support:
     Of equal ones, the first count, by row and then by latent.
     On a GPU, if there are fewer, the largest of the others are there too, because their number is known without waiting.
     """
-    split = _current.get()
-    n = k * len(pre) * split.rows.world
+    layout = _current.get()
+    n = k * len(pre) * layout.rows.world
     support = largest_positive_pairs(pre, n)
-    if split.everyone.world == 1:
+    if layout.everyone.world == 1:
         return support
     value = pre[support.row, support.latent]
-    every = split.everyone.cat(value)
+    every = layout.everyone.cat(value)
     if len(every) <= n:
         return support
     nth = every.kthvalue(len(every) - n + 1).values
-    row = support.row + split.rows.rank * len(pre)
-    place = row * (split.latents.world * pre.shape[1]) + first_latent(pre.shape[1]) + support.latent
-    ties = split.everyone.cat(place[value == nth]).sort().values
+    row = support.row + layout.rows.rank * len(pre)
+    place = row * (layout.latents.world * pre.shape[1]) + first_latent(pre.shape[1]) + support.latent
+    ties = layout.everyone.cat(place[value == nth]).sort().values
     last = ties[n - 1 - int((every > nth).sum())]
     return support.where((value > nth) | ((value == nth) & (place <= last)))
 

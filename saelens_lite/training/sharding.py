@@ -13,7 +13,7 @@ WEIGHTS = frozenset({"W_enc", "W_dec", "b_enc"})
 COUNTERS = frozenset({"since_fired", "fire_count", "dead"})
 
 
-class Latents:
+class OwnLatents:
     """The latents of this process among those of a whole dictionary. Tensors are named as in the state of a trainer.
 
     Such names are "dictionary.W_enc", "adam.W_dec.exp_avg" and "since_fired".

@@ -16,7 +16,7 @@ from saelens_lite.cache import Batch, Source, Statistics
 from saelens_lite.cache.source import UNNAMED
 from saelens_lite.codes import gpu, parallel
 from saelens_lite.codes.encoder import Spare
-from saelens_lite.codes.parallel import ALL_HERE, Split
+from saelens_lite.codes.parallel import ALL_HERE, Layout
 from saelens_lite.config import TrainConfig
 from saelens_lite.devices import asynchronous, outside_models, where_float64_is, wide
 from saelens_lite.dictionary import Dictionary
@@ -27,7 +27,7 @@ from saelens_lite.processes import ALONE
 from saelens_lite.sparsity import PenaltyConfig, Sparsity
 from saelens_lite.training.control import L0Control
 from saelens_lite.training.optimizer import Adam
-from saelens_lite.training.sharding import Latents
+from saelens_lite.training.sharding import OwnLatents
 from saelens_lite.training.step import DenseStep, SparseStep
 from saelens_lite.training.unfolding import unfold_into
 from saelens_lite.training.watch import MOST_UNREAD, Watch
@@ -63,14 +63,14 @@ class Trainer:
     subtracted from it. `result` folds scales and shift into the weights.
 
     Args:
-        split: the processes that share the training. Each then calls the same methods in the same order, with its rows of
+        layout: the processes that share the training. Each then calls the same methods in the same order, with its rows of
             each batch. By default this process has all rows and latents.
     """
 
     step_class: type[DenseStep] = SparseStep
 
-    def __init__(self, config: TrainConfig, source: Source, device: str | torch.device = "cpu", split: Split = ALL_HERE):
-        self.config, self.split = config, split
+    def __init__(self, config: TrainConfig, source: Source, device: str | torch.device = "cpu", layout: Layout = ALL_HERE):
+        self.config, self.layout = config, layout
         self.hooks = _choose_hooks(config, source)
         moments = {hook: _moments(source, hook) for hook in self.hooks.all}
         is_same = self.hooks.reads == self.hooks.writes
@@ -95,7 +95,7 @@ class Trainer:
         )
         with self._own_randomness():
             self.dictionary = self._make()
-        self.latents = Latents(self.dictionary, split.latents)
+        self.latents = OwnLatents(self.dictionary, layout.latents)
         self.latents.cut_(self.dictionary)
         self.dictionary.to(device).train()
         self.dictionary.b_dec.data.copy_(together(means, self.hooks.writes))
@@ -197,8 +197,8 @@ class Trainer:
 
     def calibrate(self, batch: Batch | Float[Tensor, "batch d_in"]) -> None:
         """Scale the untrained encoder so that it reconstructs the first batch best."""
-        x = self.split.rows.cat(self._prepare(self._named(batch))[0])
-        with self._own_randomness(), parallel.using(self.split._replace(rows=ALONE, everyone=self.split.latents)):
+        x = self.layout.rows.cat(self._prepare(self._named(batch))[0])
+        with self._own_randomness(), parallel.using(self.layout._replace(rows=ALONE, everyone=self.layout.latents)):
             if self.control:
                 self._fire_rarely(x)
             if not self.dictionary.rule.tied and self.shift is None:
@@ -215,7 +215,7 @@ class Trainer:
         c = self.config
         progress = self.progress
         self.find_dead()
-        with self._own_randomness(), parallel.using(self.split):
+        with self._own_randomness(), parallel.using(self.layout):
             step = self.step_class(
                 self.dictionary,
                 *self._prepare(self._named(batch)),
@@ -239,7 +239,7 @@ class Trainer:
             self.dictionary.zero_grad(set_to_none=True)
             losses["loss"].backward()
             self._share_gradients(step)
-            codes, rows = step.codes.detach(), self.split.rows
+            codes, rows = step.codes.detach(), self.layout.rows
             smallest = parallel.least(codes.value)
             fires = rows.sum(codes.fire_counts)
             means = rows.sum(torch.stack([loss.detach() for loss in losses.values()])) / rows.world
@@ -248,7 +248,7 @@ class Trainer:
                 losses=dict(zip(losses, means.unbind(), strict=True)),
                 smallest=torch.where(smallest.isinf(), 0.0, smallest),
                 fires=fires,
-                n_fired=self.split.latents.sum(fires.sum()),
+                n_fired=self.layout.latents.sum(fires.sum()),
                 n=len(step.x) * rows.world,
                 excess=self.dictionary.rule.excess(codes) if self.control else None,
             )
@@ -260,9 +260,9 @@ class Trainer:
 
     def _share_gradients(self, step: DenseStep) -> None:
         """Add up the gradients of the input bias over the latents, and average all gradients over the rows."""
-        d, rows = self.dictionary, self.split.rows
+        d, rows = self.dictionary, self.layout.rows
         if self.latents.is_part and d.input_bias is not None:
-            d.b_dec.grad += self.split.latents.sum(step.input_bias.grad)
+            d.b_dec.grad += self.layout.latents.sum(step.input_bias.grad)
         for name, parameter in d.named_parameters():
             if rows.world > 1 and parameter.grad is not None:
                 g = parameter.grad.T if name == "W_enc" else parameter.grad
@@ -278,7 +278,7 @@ class Trainer:
             [g for name, g in gradients.items() if self.latents.divides(f"dictionary.{name}") is kind] for kind in (True, False)
         ]
         own, common = (torch.nn.utils.get_total_norm(part) for part in parts)
-        return (self.split.latents.sum(own.square()) + common.square()).sqrt()
+        return (self.layout.latents.sum(own.square()) + common.square()).sqrt()
 
     def find_dead(self, now: bool = False) -> None:
         """Find the latents that have not fired for `dead_after` tokens: before each step, or on a GPU before some.
@@ -377,7 +377,7 @@ class Trainer:
             (norm / c.clip_grad_norm).clamp(min=1.0) if c.clip_grad_norm else None,  # the optimiser divides while it reads
             self._watch.stopped if self.reads_later else None,
         )
-        with self._own_randomness(), parallel.using(self.split):
+        with self._own_randomness(), parallel.using(self.layout):
             self._observe(computed.step)
             if self._after_step:
                 self.dictionary.rule.after_step(self.dictionary)
@@ -402,7 +402,7 @@ class Trainer:
         """Note the numbers of a step that the host reads now or later."""
         own = {NORM: norm, SMALLEST: computed.smallest, FIRED: computed.n_fired}
         if self.reads_later:  # the batch is gone by then
-            own[ACTIVATIONS] = self.split.rows.sum(computed.step.x.sum() + computed.step.target.sum())
+            own[ACTIVATIONS] = self.layout.rows.sum(computed.step.x.sum() + computed.step.target.sum())
         dtype = norm.dtype if self.reads_later else torch.float64  # of a count, float32 keeps 24 bits
         self._watch.note({name: x.to(dtype) for name, x in (computed.losses | own).items()}, computed.smallest)
         self._unread.append((computed.n, computed.n if self._is_late(computed.n) else 0))
@@ -461,7 +461,7 @@ class Trainer:
         gradients = {name: p.grad for name, p in parameters.items() if computed is not None and p.grad is not None}
         step, in_activations = self.n_steps + 1, ACTIVATIONS in bad
         if computed is not None:
-            in_activations = self.split.rows.any(not_finite({"x": computed.step.x, "target": computed.step.target}))
+            in_activations = self.layout.rows.any(not_finite({"x": computed.step.x, "target": computed.step.target}))
         if in_activations:
             cause = "the activations"
         elif names := not_finite(parameters):
@@ -535,7 +535,7 @@ class Trainer:
         means = {hook: where_float64_is(x).mean(0, dtype=torch.float64) for hook, x in targets.items()}
         error = spread = 0.0
         l0 = 0
-        alike = self.split._replace(rows=ALONE, everyone=self.split.latents)  # processes with other rows do the same
+        alike = self.layout._replace(rows=ALONE, everyone=self.layout.latents)  # processes with other rows do the same
         with self._own_randomness(), parallel.using(alike):
             for start in range(0, n, self.config.batch_size):
                 piece = {hook: batch[hook][start : start + self.config.batch_size] for hook in self.hooks.all}
