@@ -381,6 +381,7 @@ class Trainer:
             self._observe(computed.step)
             if self._after_step:
                 self.dictionary.rule.after_step(self.dictionary)
+        self.optimizer.free_gradients()
         if self.control:
             self._aim(computed, lr)
         computed.step.release()
