@@ -12,13 +12,13 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache, wraps
 from typing import Any, TypeVar
 
 from saelens_lite import registry
-from saelens_lite.errors import ConfigError, ProcessLostError
+from saelens_lite.errors import ConfigError, ProcessLostError, SaelensLiteError
 
 TIMEOUT = 1800.0  # seconds; one process may write a large file meanwhile
 Value = TypeVar("Value")
@@ -84,6 +84,26 @@ class Team:
         """Wait until all processes have come here."""
         self.gather(None)
 
+    def first(self, function: Callable[[], Value]) -> Value:
+        """Call a function in the first process, and return its plain result in all. Its error is raised in all."""
+        result: Any = None
+        with self.failing_together():
+            if self.is_first:
+                result = function()
+        return self.tell(result)
+
+    def among(self, groups: Sequence[Sequence[int]]) -> "Team":
+        """Return the team of that group of ranks to which this process belongs. Each process is in one group."""
+        import torch.distributed as dist
+
+        chosen = ALONE
+        for ranks in groups:
+            whole = len(ranks) == self.world
+            group = self._group if whole or len(ranks) == 1 else dist.new_group(ranks, timedelta(seconds=timeout()))
+            if self.rank in ranks and len(ranks) > 1:
+                chosen = self if whole else Team(group)
+        return chosen
+
     def any(self, flag: bool) -> bool:
         """Return whether the flag is true in any process."""
         return any(self.gather(bool(flag)))
@@ -129,6 +149,22 @@ class Team:
         padded = x.new_zeros(max(lengths), *x.shape[1:])
         padded[: len(x)] = x.detach()
         return torch.cat([part[:n] for part, n in zip(self.stack(padded), lengths, strict=True)])
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Run a block in all processes, which calls no methods of the team. If it fails in one, raise its error in all."""
+        own: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            own = error
+        errors = self.gather(own if own is None or isinstance(own, SaelensLiteError) else RuntimeError(f"{own!r:.2000}"))
+        if own is not None:
+            raise own
+        for rank, error in enumerate(errors):
+            if error is not None:
+                error.add_note(f"in process {rank} of {self.world}")
+                raise error
 
     def agree(self, facts: Mapping[str, Any], what: str) -> None:
         """Check that all processes have the same facts.
