@@ -25,6 +25,9 @@ def work(how: str, *, devices: Devices = None) -> None:
         raise ConfigError("the same everywhere")
     if how == "one raises" and everyone.rank == 1:
         raise ConfigError("cannot read $HOME")
+    with everyone.failing_together():
+        if how == "one tells all" and everyone.rank == 1:
+            raise ConfigError("cannot read $HOME")
     if how == "killed" and everyone.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "waits":

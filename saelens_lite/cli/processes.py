@@ -184,6 +184,8 @@ def be_quiet() -> None:
 
 def end(error: BaseException, message: str, code: int, show: Callable[[str], None]) -> None:
     """End this process, which is one of several, after an error. Show the message unless another process does."""
+    where = [note for note in getattr(error, "__notes__", ()) if note.startswith("in process ")]  # in which it arose
+    message = f"{where[0].removeprefix('in ')}: {message}" if where else message
     for number in (signal.SIGTERM, signal.SIGINT):  # as soon as one process has ended, the launcher ends the others
         signal.signal(number, signal.SIG_IGN)
     leaves_it = isinstance(error, ProcessLostError) and os.environ.get("ROLE_NAME") == ROLE  # to `_explain`
@@ -196,8 +198,9 @@ def end(error: BaseException, message: str, code: int, show: Callable[[str], Non
         note = {"printed": shown is not None, "code": code, "message": message, "time": time.time()}
         with suppress(OSError):  # its folder is the launcher's, which may be gone
             Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time()), ROLE: note}), "utf-8")
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):  # nobody reads it
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)  # threads of torch may still wait for the others
 
 
@@ -206,8 +209,9 @@ def _message_to_show(error: BaseException, message: str) -> str | None:
     import torch.distributed as dist
 
     me, world = rank(), int(os.environ["WORLD_SIZE"])
-    is_lost = isinstance(error, ProcessLostError)  # its message has the number of the process
-    alone = f"process {me} of {world}: {message}" if isinstance(error, Exception) and not is_lost else message
+    is_lost = isinstance(error, ProcessLostError)
+    has_number = is_lost or message.startswith("process ")
+    alone = f"process {me} of {world}: {message}" if isinstance(error, Exception) and not has_number else message
     try:
         at = dist.TCPStore(
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=WAIT)
