@@ -51,7 +51,9 @@ DICTIONARY = Kind(
     ),
     (r"cfg\.json",),
 )
-CHECKPOINT = Kind("checkpoint", (r"state\.json", r"checksums\.json", r"\d+\.safetensors", r"\d+\.jsonl"), (r"checksums\.json",))
+CHECKPOINT = Kind(
+    "checkpoint", (r"state\.json", r"checksums\.json", r"\d+(-\d+)?\.safetensors", r"\d+\.jsonl"), (r"checksums\.json",)
+)
 CHECKPOINTS = Kind(
     "folder of checkpoints",
     (*CHECKPOINT.below(r"\d{12,}"), r"history-\d+\.jsonl"),

@@ -219,6 +219,11 @@ def take_gpu() -> None:
             torch.cuda.set_device(local_rank() % torch.cuda.device_count())
 
 
+def on_this_machine() -> int:
+    """Return the number of processes that torchrun has started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def team() -> Team:
     """Return the team of all processes of this job. The first call in a process that torchrun started joins the team.
 
@@ -288,7 +293,7 @@ def check_same(settings: Mapping[str, Any], data: Any = None, device: Any = None
     if str(device).startswith("cuda"):
         import torch
 
-        n, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        n, here = torch.cuda.device_count(), on_this_machine()
         if everyone.any(here > n):
             raise ConfigError(
                 f"{here} processes were started on this machine, which has {n} GPUs; start one for each GPU, or choose the CPU"

@@ -162,7 +162,10 @@ def _train(flags: dict[str, Any], config: Path | None, devices: int | str | None
     import saelens_lite as sl
 
     source = sl.ActivationCache.open(run.cache) if run.cache else _stream(run, text_config, configs, trust_remote_code)
-    how = {name: getattr(run, name) for name in ("data_seed", "validation_tokens", "checkpoint_seconds", "loggers", "exists")}
+    how = {
+        name: getattr(run, name)
+        for name in ("data_seed", "validation_tokens", "checkpoint_seconds", "loggers", "exists", "parallel")
+    }
     return sl.train(source, configs, run.out, device=run.device, start_from=starts, **how)
 
 
