@@ -252,6 +252,11 @@ class RunConfig(FrozenConfig):
         description="Device to train on, e.g. cuda; default: CUDA if available, else MPS if it works, else the CPU. With "
         "--resume, the default is the device of the run.",
     )
+    parallel: Literal["auto", "sweep", "latents", "data"] = Field(
+        "auto",
+        description="With several devices: sweep (each trains some of the dictionaries), latents (each holds some latents of a "
+        "dictionary), or data (each reads some rows of a batch). auto is the first of these that is possible.",
+    )
     loggers: tuple[str, ...] = Field(
         ("jsonl",),
         description="Loggers, comma-separated: jsonl (log.jsonl in the run folder), tensorboard, wandb, trackio, or your own "

@@ -15,7 +15,11 @@ def settings_text(config: TrainConfig, request: dict[str, Any], loggers: Sequenc
         request: the part of a checkpoint that describes the run. Its source is None for activations in memory; the file then
             names no data. A dictionary in memory that training started from is not named either.
     """
-    run = {key: request[key] for key in ("data_seed", "validation_tokens", "checkpoint_seconds", "device")}
+    run = {
+        key: request[key]
+        for key in ("data_seed", "validation_tokens", "checkpoint_seconds", "device", "parallel")
+        if key in request
+    }
     started = [str(one["source"]) for one in request.get("start_from", ()) if one and one["source"]]
     run |= {"start_from": started} if started else {}
     said = _of_source(request["source"] or {}) | run | {"loggers": list(loggers)}
