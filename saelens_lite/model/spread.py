@@ -81,7 +81,7 @@ def is_whole(module: nn.Module) -> bool:
 
 
 def weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield each weight by its name, whole, one after the other. Shared weights are named once."""
+    """Yield each weight by its name, whole, one at a time. Shared weights are named once."""
     for name, part, last in weight_places(module):
         yield name, weight_of(part, last)
 
