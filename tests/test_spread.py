@@ -1,10 +1,13 @@
 """Models spread over memory and disk, or over processes: hooks, replacements and weights are those of the plain model."""
 
+import json
+
 import pytest
 import torch
 from together import in_processes
 
 import saelens_lite as sl
+from saelens_lite.cache import open_source
 from saelens_lite.errors import ConfigError
 from saelens_lite.model.partial_forward import PartialForward
 from saelens_lite.processes import team
@@ -161,3 +164,26 @@ def test_a_model_cut_over_two_processes_gives_whole_activations(folder, tmp_path
         assert max(found.pop(name) for name in ("activations", "logits", "gradients")) < 1e-5
         assert found.pop("same") == (True, True)
         assert all(found.values()), found
+
+
+def test_a_stream_of_a_spread_model_is_found_again(tmp_path):
+    text = tmp_path / "book.txt"
+    text.write_text("It was the best of times, it was the worst of times. " * 30)
+    lm = sl.load_model("tiny", device_map={"": torch.device("cpu")}, dtype="float32")
+    stream = sl.ActivationStream(lm, text, "blocks.1.hook_resid_pre", buffer_tokens=128)
+    description = json.loads(json.dumps(stream.describe()))
+    assert description["model"]["device_map"] == {"": "cpu"}
+    again = open_source(description, "cpu")
+    assert again.lm.device_map == {"": "cpu"}
+    assert torch.equal(*(next(iter(one.batches(one.hooks, 50, 0)))[one.hooks[0]] for one in (stream, again)))
+
+
+def test_commands_take_a_device_map(command, tmp_path):
+    text = tmp_path / "book.txt"
+    text.write_text("It was the best of times, it was the worst of times. " * 30)
+    options = ("--hook", "blocks.1.hook_resid_pre", "--device-map", "auto", "--out", tmp_path / "cache")
+    assert command("capture", text, *options).code == 0
+    assert sl.ActivationCache.open(tmp_path / "cache").origin("blocks.1.hook_resid_pre").precision == "float16"  # its own
+    code, _, err = command("capture", text, *options[:-1], tmp_path / "other", "--device", "cpu")
+    assert code == 2
+    assert "device = 'cpu' and device_map = 'auto': give one of them" in " ".join(err.split())

@@ -119,7 +119,8 @@ class LanguageModel(Tokenizer):
 
         Each forward pass then needs all of them, with the same tokens, and gives the same activations in each. So code that
         deals batches or blocks to processes must give every process all of them, and write results in the first one only:
-        `workers = ALONE if lm.is_shared else team()`. Without tensor parallelism, a model belongs to its process alone.
+        `workers = ALONE if lm.is_shared else team()`. `unembedding` also needs all of them. Without tensor parallelism, a model
+        belongs to its process alone.
         """
         return (getattr(self.module, "tp_size", None) or 1) > 1
 
@@ -665,7 +666,7 @@ class LanguageModel(Tokenizer):
         Raises:
             ConfigError: there is more than a norm and a projection between the last block and the head.
         """
-        weight = self._readout.weight()
+        weight = self._readout.weight().to(self.device)
         norm = self._final_norm
         if norm is None:
             log.warning("%s has no final norm: effects on logits are those of its last block's output", self.name)

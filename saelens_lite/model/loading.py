@@ -1,6 +1,7 @@
 """Loading of language models: the embedded one, local folders, and the Hugging Face Hub."""
 
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def load_model(
     number_type = torch.float32 if number_type == "auto" and not is_own else number_type
     bars = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns of weights on the disk, as was asked
     try:
         config = AutoConfig.from_pretrained(str(where), **source)
         if not trust_remote_code and _names_kernels(config):
@@ -97,6 +99,8 @@ def load_model(
         tokenizer = None  # transformers makes one that knows only special tokens
     lm = LanguageModel(module if places else module.to(device), tokenizer, name=str(name), revision=commit)
     lm.device_map = device_map if is_spread else None
+    if placed := getattr(module, "hf_device_map", None):
+        log.info("%s is on %s", name, ", ".join(f"{place}: {n} modules" for place, n in Counter(placed.values()).items()))
     lm.tf32 = is_own if lm.dtype == torch.float32 and lm.device.type == "cuda" else None
     return lm.center_writing_weights_() if center_writing_weights else lm
 
