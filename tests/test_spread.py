@@ -186,4 +186,4 @@ def test_commands_take_a_device_map(command, tmp_path):
     assert sl.ActivationCache.open(tmp_path / "cache").origin("blocks.1.hook_resid_pre").precision == "float16"  # its own
     code, _, err = command("capture", text, *options[:-1], tmp_path / "other", "--device", "cpu")
     assert code == 2
-    assert "device = 'cpu' and device_map = 'auto': give one of them" in " ".join(err.split())
+    assert "device = 'cpu' and --device-map auto: give one of them" in " ".join(err.split())

@@ -131,14 +131,14 @@ def entries_of(part: nn.Module, name: str) -> tuple[Tensor, bool]:
 
 def whole_copy(part: nn.Module) -> nn.Module:
     """Return a copy of a small module, with its weights whole and without hooks of accelerate."""
-    found: dict[int, Any] = {}  # deepcopy takes these in place of copies
+    instead: dict[int, Any] = {}  # deepcopy takes these in place of copies
     for inner in part.modules():
         for name, weight in inner.named_parameters(recurse=False):
-            found[id(weight)] = nn.Parameter(weight_of(inner, name).detach().clone(), requires_grad=False)
+            instead[id(weight)] = nn.Parameter(weight_of(inner, name).detach().clone(), requires_grad=False)
         for name in ("_hf_hook", "forward", "_old_forward"):
             if name in inner.__dict__:
-                found[id(inner.__dict__[name])] = None
-    copied = copy.deepcopy(part, found)
+                instead[id(inner.__dict__[name])] = None
+    copied = copy.deepcopy(part, instead)
     for inner in copied.modules():
         for name in ("_hf_hook", "forward", "_old_forward"):
             inner.__dict__.pop(name, None)
