@@ -101,7 +101,8 @@ def load_model(
     lm.device_map = device_map if is_spread else None
     if placed := getattr(module, "hf_device_map", None):
         log.info("%s is on %s", name, ", ".join(f"{place}: {n} modules" for place, n in Counter(placed.values()).items()))
-    lm.tf32 = is_own if lm.dtype == torch.float32 and lm.device.type == "cuda" else None
+    device = lm.device if places else device
+    lm.tf32 = is_own if lm.dtype == torch.float32 and device.type == "cuda" else None
     return lm.center_writing_weights_() if center_writing_weights else lm
 
 
