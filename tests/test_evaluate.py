@@ -1,5 +1,6 @@
 """Metrics against their formulas, computed here token by token on the plain transformers module."""
 
+import copy
 import io
 import json
 import math
@@ -13,6 +14,7 @@ from saelens_lite.errors import ConfigError, CorruptFileError, HookError, NonFin
 from saelens_lite.evaluation import EvalReport, frequency_table, position_table, table
 from saelens_lite.evaluation.metrics import Kept, PooledSums, Predictions, latent_metrics
 from saelens_lite.evaluation.overlap import overlap
+from saelens_lite.model.processing import shuffled_weights
 from saelens_lite.tokens import PythonDocs, TokenRows, text_hash, token_rows
 
 HOOK = "blocks.1.hook_resid_pre"
@@ -297,15 +299,46 @@ def test_controls(lm, rows, stream):
 
 
 def test_redrawn_weights_have_the_same_entries(lm):
-    redrawn = lm.redrawn(seed=1)
-    before, after = dict(lm.module.named_parameters()), dict(redrawn.module.named_parameters())
-    assert before.keys() == after.keys()
-    for name, weight in before.items():
-        assert torch.equal(weight.flatten().sort().values, after[name].flatten().sort().values)
+    before = {name: weight.clone() for name, weight in lm.module.named_parameters()}
     name = "transformer.wte.weight"
-    assert not torch.equal(before[name], after[name])
-    assert redrawn.module.lm_head.weight is after[name]
-    assert torch.equal(after[name], lm.redrawn(seed=1).module.transformer.wte.weight)
+    order = torch.randperm(before[name].numel(), generator=torch.Generator().manual_seed(1))  # it is the first weight
+    with lm.redrawn(seed=1) as redrawn:
+        after = dict(redrawn.module.named_parameters())
+        assert before.keys() == after.keys()
+        for other, weight in before.items():
+            assert torch.equal(weight.flatten().sort().values, after[other].flatten().sort().values)
+        assert torch.equal(after[name].flatten(), before[name].flatten()[order])
+        assert redrawn.module.lm_head.weight is after[name]
+        with pytest.raises(ConfigError, match="in random order: use the model that `redrawn` gives"):
+            lm.logits([[1, 2]])
+    assert all(torch.equal(weight, before[name]) for name, weight in lm.module.named_parameters())
+
+
+def test_redrawing_in_pieces_mixes_all_of_a_weight_and_can_be_undone(monkeypatch):
+    monkeypatch.setattr("saelens_lite.model.processing.MOST_ENTRIES", 100)
+    weight = torch.nn.Parameter(torch.arange(2500.0).reshape(50, 50), requires_grad=False)
+    module, undo = torch.nn.ParameterDict({"a": weight}), []
+    with shuffled_weights(module, 0, undo):
+        assert undo
+        x = weight.flatten()
+        assert torch.equal(x.sort().values, torch.arange(2500.0))
+        moved = (x - torch.arange(2500.0)).abs().mean()
+        assert 2500 / 3 * 0.9 < moved < 2500 / 3 * 1.1  # the mean distance of two random places is a third
+        assert torch.corrcoef(torch.stack([x % 25, torch.arange(2500.0) % 25]))[0, 1].abs() < 0.06
+        assert torch.corrcoef(torch.stack([x, torch.arange(2500.0)]))[0, 1].abs() < 0.06
+    assert not undo
+    assert torch.equal(weight, torch.arange(2500.0).reshape(50, 50))
+
+
+def test_redrawing_a_centred_model_is_undone_to_the_byte(random_lm):
+    lm = copy.copy(random_lm)
+    lm.module = copy.deepcopy(random_lm.module)
+    lm.center_writing_weights_()
+    before = lm.fingerprint()
+    with lm.redrawn() as redrawn:
+        assert redrawn.processing == lm.processing
+        assert redrawn.module.transformer.wte.weight.mean(1).abs().max() < 1e-7
+    assert lm.fingerprint() == before
 
 
 @pytest.mark.parametrize(
@@ -427,7 +460,7 @@ def test_bad_input(lm, rows, random_lm):
     spoilt.W_dec.data[3] = torch.nan
     with pytest.raises(NonFiniteError, match="W_dec of the dictionary holds NaN"):
         sl.evaluate(spoilt, lm, rows)
-    broken = random_lm.redrawn()
+    broken = sl.LanguageModel(copy.deepcopy(random_lm.module), random_lm.tokenizer, name="broken")
     broken.module.transformer.wte.weight[5] = torch.nan
     with pytest.raises(NonFiniteError, match="hold NaN"):
         sl.evaluate(dictionary(broken), broken, torch.randint(1, 9, (3, 20)))

@@ -307,7 +307,8 @@ def _with_controls(
     read = partial(kept_activations, lm, job.rows, job.hooks.writes, job.batch_tokens)
     others = untrained(moments(read("covariance")), next(iter(read("random"))), dictionaries, sizes)
     measured = iter(_reports(there, [d for controls in others for d in controls.values()], lm))
-    redrawn = _reports(job, dictionaries, lm.redrawn(job.seed))
+    with lm.redrawn(job.seed) as untrained_lm:
+        redrawn = _reports(job, dictionaries, untrained_lm)
     return [
         replace(report, controls={**{name: next(measured) for name in controls}, REDRAWN: on_redrawn})
         for report, controls, on_redrawn in zip(reports, others, redrawn, strict=True)

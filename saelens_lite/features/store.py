@@ -118,7 +118,8 @@ class FeatureStore(StoreQueries):
             code_logs = job.collected(lm, work, "features")
             others: list[CodeLog | None] = [None] * len(names)
             if config.control:
-                others = job.collected(lm.redrawn(config.seed), work / "control", "features of the control")
+                with lm.redrawn(config.seed) as redrawn:
+                    others = job.collected(redrawn, work / "control", "features of the control")
             words = Vocabulary(lm.vocabulary, lm.vocabulary.parts)  # a copy, because the store may change it
             with nullcontext() if out is None else new_folder(out, STORE, exists, lock=False) as new:
                 stores = [
