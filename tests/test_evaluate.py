@@ -12,8 +12,9 @@ from rich.console import Console
 import saelens_lite as sl
 from saelens_lite.errors import ConfigError, CorruptFileError, HookError, NonFiniteError, ShapeError, TextError
 from saelens_lite.evaluation import EvalReport, frequency_table, position_table, table
-from saelens_lite.evaluation.metrics import Kept, PooledSums, Predictions, latent_metrics
+from saelens_lite.evaluation.metrics import Kept, Predictions, latent_metrics
 from saelens_lite.evaluation.overlap import overlap
+from saelens_lite.evaluation.sums import PooledSums
 from saelens_lite.model.processing import shuffled_weights
 from saelens_lite.tokens import PythonDocs, TokenRows, text_hash, token_rows
 
@@ -163,9 +164,9 @@ def test_tokens_with_zero_reconstruction_count_as_cosine_zero(lm, rows):
 def test_intervals_have_the_width_of_the_standard_error():
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(400, generator=generator, dtype=torch.float64) * 3 + 1
-    sums = PooledSums(4000, seed=1)
-    for piece in values.split(37):
-        sums.next_sequences(len(piece))
+    sums = PooledSums(4000, seed=1, n_sequences=400)
+    for number, piece in zip(torch.arange(400).split(37), values.split(37), strict=True):
+        sums.weigh(number)
         sums.add("value", piece)
         sums.add("n", torch.ones(len(piece)))
     metric = sums.metric(sums["value"] / sums["n"])
@@ -209,13 +210,15 @@ def test_positions_are_bands_of_their_own_formula(lm, rows, stream):
 
 def test_alive_and_dense_have_intervals():
     """Of 40 latents, each fires in one sequence of 400, half of them also everywhere."""
-    sums = PooledSums(300, seed=0)
-    sums.next_sequences(400)
-    fired = torch.zeros(400, 40)
+    sums = PooledSums(300, seed=0, n_sequences=400)
+    sums.weigh(torch.arange(400))
+    fired = torch.zeros(400, 40, dtype=torch.long)
     fired[torch.arange(40), torch.arange(40)] = 1
     fired[:, :20] = 5
     sums.add("n", torch.full((400,), 10))
-    sums.add("0.fired", fired, replicates=100)
+    sequence, latent = fired.nonzero(as_tuple=True)
+    n_times = fired[sequence, latent]
+    sums.add_fired("0", sequence.repeat_interleave(n_times), latent.repeat_interleave(n_times), 40)
     found = latent_metrics(sums, "0")
     assert found["frac_alive"].value == 1
     assert 0.8 < found["frac_alive"].low < 1 == found["frac_alive"].high
