@@ -10,6 +10,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -22,9 +23,11 @@ from saelens_lite.files import disk_full_is_typed, file_mode, set_mode, sync_fil
 from saelens_lite.kinds import TEMPORARY, Kind, foreign
 from saelens_lite.locks import locked
 from saelens_lite.paths import check_input, check_output
+from saelens_lite.processes import Team
 
 log = logging.getLogger(__name__)
 RESTORE_SECONDS = 2.0  # longer than another process needs for two renames
+SHARED_SECONDS = 20.0  # a network file system may show a new file that late
 
 
 @contextmanager
@@ -274,3 +277,40 @@ def refuse_inputs_in(out: Path, inputs: Iterable[Path]) -> None:
     for given in inputs:
         if check_input(given).resolve().is_relative_to(place):
             raise OutputExistsError(f"{given} is an input, and replacing {out} would remove it; choose another place")
+
+
+def check_shared(path: Path, team: Team, seconds: float = SHARED_SECONDS) -> None:
+    """Check that all processes of a team see the same folder above an output. The first one creates it and writes a file there.
+
+    Args:
+        seconds: time after which a file that a process does not see counts as missing.
+
+    Raises:
+        ConfigError: a process does not see the file, or the first cannot write it.
+        DiskFullError: the disk is full.
+    """
+    if team.world == 1:
+        return
+    token = temporary(path.absolute(), "tmp")
+    with team.failing_together():
+        if team.is_first:
+            with disk_full_is_typed(path):
+                token.parent.mkdir(parents=True, exist_ok=True)
+                token.write_text(token.name, encoding="utf-8")
+    try:
+        name, deadline = team.tell(token.name), time.monotonic() + seconds
+        while not (is_seen := name in _names_in(token.parent)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        places = team.gather((is_seen, socket.gethostname()))
+    finally:
+        if team.is_first:
+            remove(token)
+    if blind := [f"process {rank} on {host}" for rank, (is_seen, host) in enumerate(places) if not is_seen]:
+        raise ConfigError(
+            f"{token.parent} is not the same folder for all processes: {', '.join(blind)} cannot see the files that process 0 "
+            f"on {places[0][1]} writes there; choose a folder on a file system that all machines share"
+        )
+
+
+def _names_in(folder: Path) -> list[str]:
+    return os.listdir(folder) if folder.is_dir() else []

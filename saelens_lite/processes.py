@@ -10,13 +10,13 @@ ProcessLostError instead of waiting for ever. `SAELENS_LITE_TIMEOUT` sets that t
 
 import os
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache, wraps
 from typing import Any, TypeVar
 
-from saelens_lite.errors import ConfigError, ProcessLostError
+from saelens_lite.errors import ConfigError, ProcessLostError, SaelensLiteError
 
 TIMEOUT = 1800.0  # seconds; one process may write a large file meanwhile
 Value = TypeVar("Value")
@@ -122,6 +122,22 @@ class Team:
         padded = x.new_zeros(max(lengths), *x.shape[1:])
         padded[: len(x)] = x.detach()
         return torch.cat([part[:n] for part, n in zip(self.stack(padded), lengths, strict=True)])
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Run a block in all processes, which calls no methods of the team. If it fails in one, raise its error in all."""
+        own: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            own = error
+        errors = self.gather(own if own is None or isinstance(own, SaelensLiteError) else RuntimeError(f"{own!r:.2000}"))
+        if own is not None:
+            raise own
+        for rank, error in enumerate(errors):
+            if error is not None:
+                error.add_note(f"in process {rank} of {self.world}")
+                raise error
 
     def agree(self, facts: Mapping[str, Any], what: str) -> None:
         """Check that all processes have the same facts.

@@ -10,7 +10,7 @@ import torch
 from saelens_lite.codes import SparseCodes
 from saelens_lite.features import FeatureTensors, StoreInfo, code_log, cooccurrence, reduce, sampling
 from saelens_lite.features.build import reduced
-from saelens_lite.features.code_log import CodeLog
+from saelens_lite.features.code_log import CodeLog, Codes, Sample
 from saelens_lite.features.cooccurrence import MIN_TOGETHER, N_PARTNERS
 from saelens_lite.features.reduce import N_BINS
 from saelens_lite.features.tensors import NONE
@@ -60,23 +60,27 @@ def info(rows) -> StoreInfo:
     )  # fmt: skip
 
 
-def collected(folder, acts, rows, per_batch: int = 7, order_seed: int = 0) -> CodeLog:
+def numbers(codes: Codes, rows, info) -> FeatureTensors:
+    return reduced(codes, rows, info).tensors
+
+
+def collected(folder, acts, rows, per_batch: int = 7, order_seed: int = 0, sample: Sample | None = None) -> Codes:
     """Return the codes on disk, so many rows at a time, in any order."""
-    filled = CodeLog(folder, D_SAE)
+    filled = CodeLog(folder / "0" / "0", D_SAE, sample=sample)
     filled.open()
     order = torch.randperm(N_SEQ, generator=torch.Generator().manual_seed(order_seed))
-    for chosen in order.split(per_batch):
+    for number, chosen in enumerate(order.split(per_batch)):
         keep = rows.keep[chosen]
         place = (chosen[:, None] * N_CTX + torch.arange(N_CTX))[keep]
-        filled.add(place, SparseCodes.from_dense(acts[chosen][keep]))
+        filled.add(number, place, SparseCodes.from_dense(acts[chosen][keep]))
     filled.sync()
     filled.close()
-    return filled
+    return Codes([filled], [True], folder / "0" / "sorted.bin")
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory, acts, rows, info) -> FeatureTensors:
-    return reduced(collected(tmp_path_factory.mktemp("codes"), acts, rows), rows, info)
+    return numbers(collected(tmp_path_factory.mktemp("codes"), acts, rows), rows, info)
 
 
 def fired(acts, latent: int) -> list[tuple[float, int, int]]:
@@ -201,7 +205,7 @@ def test_partners(found, acts, rows):
 @pytest.mark.parametrize("gain", [0, 1e9], ids=["lists", "products"])
 def test_both_ways_of_counting_pairs(gain, found, tmp_path, acts, rows, info, monkeypatch):
     monkeypatch.setattr(cooccurrence, "DENSE_GAIN", gain)
-    again = reduced(collected(tmp_path, acts, rows), rows, info)
+    again = numbers(collected(tmp_path, acts, rows), rows, info)
     assert all(torch.equal(a, b) for a, b in zip(again, found, strict=True))
 
 
@@ -211,43 +215,44 @@ def test_neither_batches_nor_blocks_matter(found, tmp_path, acts, rows, info, mo
         monkeypatch.setattr(code_log, "MAX_ENTRIES", max_entries)
         monkeypatch.setattr(cooccurrence, "MAX_CELLS", cells)
         monkeypatch.setattr(cooccurrence, "MAX_PAIRS", cells)
-        again = reduced(collected(tmp_path / str(name), acts, rows, per_batch, order_seed=name), rows, info)
+        again = numbers(collected(tmp_path / str(name), acts, rows, per_batch, order_seed=name), rows, info)
         for field, a, b in zip(FeatureTensors._fields, again, found, strict=True):
             assert torch.equal(a, b), field
 
 
 def test_what_is_drawn_follows_the_seed(found, tmp_path, acts, rows, info):
-    again = reduced(collected(tmp_path, acts, rows), rows, info.replace(seed=6))
+    again = numbers(collected(tmp_path, acts, rows), rows, info.replace(seed=6))
     for name in ("group_place", "random_place", "silent_place"):
         assert not torch.equal(getattr(again, name), getattr(found, name))
     assert torch.equal(again.top_place, found.top_place)
 
 
 def test_many_latents_in_few_files(tmp_path):
-    wide = CodeLog(tmp_path, 200_000)
+    wide = CodeLog(tmp_path / "0" / "0", 200_000)
     wide.open()
     codes = SparseCodes.from_dense(torch.zeros(2, 200_000).index_fill(1, torch.tensor([0, 70_000, 199_999]), 1.5))
-    wide.add(torch.tensor([9, 4]), codes)
+    wide.add(0, torch.tensor([9, 4]), codes)
     wide.sync()
-    count = wide.lists(10).count(200_000)
+    count = wide.count()
     assert count.nonzero().squeeze(1).tolist() == [0, 70_000, 199_999]
     entries = [
         (piece.first + int(latent), int(place), float(value))
-        for piece in wide.pieces(count)
+        for number in range(wide.n_blocks)
+        for piece in Codes([wide], [True], tmp_path / "0" / "sorted.bin").pieces(number, count)
         for place, latent, value in zip(*piece.entries, strict=True)
     ]
     assert sorted(entries) == [(latent, place, 1.5) for latent in (0, 70_000, 199_999) for place in (4, 9)]
     wide.close()
-    assert len(list(tmp_path.iterdir())) == 4  # a pass over many dictionaries has all their files open
+    assert len(list((tmp_path / "0" / "0").iterdir())) == 5  # a pass over many dictionaries has all their files open
 
 
 def test_codes_count_as_they_are_stored(tmp_path):
     """A code that float32 rounds to zero does not fire."""
     made = CodeLog(tmp_path, 3)
     made.open()
-    made.add(torch.tensor([0]), SparseCodes.from_dense(torch.tensor([[1e-60, 2.0, 0.5]], dtype=torch.float64)))
+    made.add(0, torch.tensor([0]), SparseCodes.from_dense(torch.tensor([[1e-60, 2.0, 0.5]], dtype=torch.float64)))
     made.close()
-    assert made.lists(1).count(3).tolist() == [0, 1, 1]
+    assert made.count().tolist() == [0, 1, 1]
 
 
 def test_uniform_numbers_are_those_of_splitmix64():

@@ -50,5 +50,5 @@ def position_bands(rows: TokenRows) -> PositionBands:
     low = [0, *(1 << e for e in range(int(number.max())))]
     high = [0, *(min(2 * p, n_ctx) - 1 for p in low[1:])]
     band = number.expand(rows.tokens.shape)
-    n_tokens = torch.bincount(band[rows.keep], minlength=len(low)).tolist()
+    n_tokens = torch.zeros(len(low), dtype=torch.long).index_add_(0, number, rows.kept_at.cpu()).tolist()
     return PositionBands(band, low, high, n_tokens)

@@ -27,7 +27,7 @@ from saelens_lite.schemas import Checked, Count, Sha256, String, read_checked
 from saelens_lite.tensor_files import check_axes, read_tensors, tensor_specs, write_tensors
 from saelens_lite.tokens.display import Vocabulary
 
-FORMAT = 3
+FORMAT = 4  # 3 lacks partner_tokens in info
 INFO_FILE = "features.json"
 TENSORS_FILE, WEIGHTS_FILE, CONTROL_FILE = "features.safetensors", "weights.safetensors", "control.safetensors"
 ROWS_FILE = "rows.safetensors"
@@ -47,7 +47,7 @@ class _Codes(Checked):
 class _Content(Checked):
     """The content of features.json."""
 
-    format: Literal[3]
+    format: Literal[3, 4]
     sha256: dict[String, Sha256]
     codes: _Codes | None
     info: StoreInfo
