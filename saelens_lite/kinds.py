@@ -52,7 +52,11 @@ DICTIONARY = Kind(
     (r"cfg\.json",),
 )
 CHECKPOINT = Kind("checkpoint", (r"state\.json", r"checksums\.json", r"\d+\.safetensors", r"\d+\.jsonl"), (r"checksums\.json",))
-CHECKPOINTS = Kind("folder of checkpoints", CHECKPOINT.below(r"\d{12,}"), (r"\d{12,}/.*",))
+CHECKPOINTS = Kind(
+    "folder of checkpoints",
+    (*CHECKPOINT.below(r"\d{12,}"), r"history-\d+\.jsonl"),
+    (r"\d{12,}/.*|history-\d+\.jsonl",),
+)
 RUN = Kind(
     "run",
     (

@@ -7,8 +7,9 @@ import pytest
 import torch
 from together import in_processes
 
-from saelens_lite.errors import ConfigError, ProcessLostError
-from saelens_lite.processes import ALONE, team
+from saelens_lite.errors import ConfigError, CorruptFileError, ProcessLostError
+from saelens_lite.outputs import check_shared
+from saelens_lite.processes import ALONE, check_same, team
 
 
 def _all_methods():
@@ -92,3 +93,75 @@ def _sleep():
 
 def test_a_process_that_hangs_ends_the_others_after_the_timeout():
     assert in_processes(2, _sleep, timeout=2.0) == [True, True]
+
+
+def _raise_in(rank, error):
+    if team().rank == rank:
+        raise error
+
+
+def _fail_in(rank, error):
+    t = team()
+    kind = type(error) if isinstance(error, CorruptFileError) or t.rank == rank else RuntimeError
+    with pytest.raises(kind) as caught, t.failing_together():
+        _raise_in(rank, error)
+    t.wait()
+    return str(caught.value), getattr(caught.value, "__notes__", [])
+
+
+def test_an_error_in_one_process_is_raised_in_all():
+    assert in_processes(3, _fail_in, 1, CorruptFileError("a file is damaged")) == [
+        ("a file is damaged", ["in process 1 of 3"]),
+        ("a file is damaged", []),
+        ("a file is damaged", ["in process 1 of 3"]),
+    ]
+    assert [text for text, _ in in_processes(2, _fail_in, 0, ValueError("x"))] == ["x", "ValueError('x')"]
+
+
+def _look(folders):
+    t = team()
+    place = folders[t.rank] / "above" / "out"
+    if len(set(folders)) == 1:
+        check_shared(place, t)
+        t.wait()
+        return not any(place.parent.iterdir())
+    with pytest.raises(ConfigError, match=r"above is not the same folder for all processes: process 1 on .* cannot see"):
+        check_shared(place, t, seconds=0.2)
+    return True
+
+
+def test_processes_that_do_not_see_the_same_folder_are_refused(tmp_path):
+    assert in_processes(2, _look, [tmp_path / "a"] * 2) == [True, True]
+    assert in_processes(2, _look, [tmp_path / "b", tmp_path / "c"]) == [True, True]
+    assert not any((tmp_path / "b/above").iterdir())
+    check_shared(tmp_path / "d" / "out", ALONE)
+    assert not (tmp_path / "d").exists()
+
+
+def _differ(part):
+    rank = team().rank
+    settings = {"dictionary": [{"d_sae": 8}, {"d_sae": 16 + rank * (part == "settings")}], "out": "runs"}
+    data = {"cache": "here", "manifest_sha256": "ab" if rank and part == "data" else "cd", "device": f"cuda:{rank}"}
+    device = torch.device("meta" if rank and part == "device" else "cpu")
+    if part == "versions" and rank:
+        torch.__version__ = "1.0"
+    try:
+        check_same(settings, data, device)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ("nothing", None),
+        ("settings", "different settings: dictionary.1.d_sae is 16 in process 0 and 17 in process 1"),
+        ("data", "different data: data.manifest_sha256 is 'cd' in process 0 and 'ab' in process 1"),
+        ("device", "different devices: device is 'cpu' in process 0 and 'meta' in process 1"),
+        ("versions", f"different versions: torch is {str(torch.__version__)!r} in process 0 and '1.0' in process 1"),
+    ],
+)
+def test_processes_that_do_different_jobs_are_refused(part, said):
+    found = in_processes(2, _differ, part)
+    assert found == [None, None] if said is None else all(said in message for message in found)

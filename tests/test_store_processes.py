@@ -25,6 +25,7 @@ class TwoTokens(sl.LanguageModel):
     """A model whose activations are the sum of two vectors: one of the token and one of the token before it."""
 
     device, precision, is_causal, revision, processing = torch.device("cpu"), "float32", True, None, ()
+    is_shared = False
 
     def __init__(self, seed: int = 0, fatal: int | None = None):
         Tokenizer.__init__(self, None, name="two tokens", n_ctx=N_CTX, d_vocab=D_VOCAB)

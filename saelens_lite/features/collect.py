@@ -86,7 +86,6 @@ def collect(
             yield read.row * n_ctx + read.position, _codes(one, read)
 
     d_sae = [one.dictionary.d_sae for one in dictionaries]
-    is_shared = getattr(lm, "is_shared", False)
     with progress_bar(what, rows.n_kept) as advance:
 
         def counted() -> Iterator[passes.RowBatch]:
@@ -94,7 +93,7 @@ def collect(
                 yield batch._replace(rows=batch.rows._replace(tokens=batch.rows.tokens.long()))
                 advance(batch.rows.n_kept, "")
 
-        return written(folder, d_sae, Sample.of(rows.n_kept, seed), counted(), encoded, team, is_shared)
+        return written(folder, d_sae, Sample.of(rows.n_kept, seed), counted(), encoded, team, lm.is_shared)
 
 
 def written(

@@ -116,12 +116,15 @@ class FeatureStore(StoreQueries):
             scores, request = _scores_of_each(stability, job.infos), job.request(lm)
         names = folder_names(dictionaries) if several else ["."]
         with working_folder(out, request, exists, files_of(text), workers) as work:
-            numbers = job.numbers(lm, work, workers)
+            numbers, weights = job.numbers(lm, work, workers), []
+            with workers.failing_together():
+                if workers.is_first or lm.is_shared:  # a shared model may need all processes for its unembedding
+                    raw = config.raw_unembedding
+                    weights = [latent_weights(one.dictionary, lm, raw_unembedding=raw) for one in job.hooked]
 
             def make(i: int) -> "FeatureStore":
-                weights = latent_weights(job.hooked[i].dictionary, lm, raw_unembedding=config.raw_unembedding)
                 words = Vocabulary(lm.vocabulary, lm.vocabulary.parts)  # a copy, because the store may change it
-                return cls._made(job, i, numbers[i], weights, words, scores[i])
+                return cls._made(job, i, numbers[i], weights[i], words, scores[i])
 
             stores = cls._in_all(workers, make, names, out, exists, work)
         return stores if several else stores[0]

@@ -109,6 +109,16 @@ class LanguageModel(Tokenizer):
         is_tf32 = tf32 and self.dtype == torch.float32 and self.device.type == "cuda"
         return "tf32" if is_tf32 else str(self.dtype).removeprefix("torch.")
 
+    @property
+    def is_shared(self) -> bool:
+        """True if all processes of the team hold this model together, each a part of every weight (tensor parallelism).
+
+        Each forward pass then needs all of them, with the same tokens, and gives the same activations in each. So code that
+        deals batches or blocks to processes must give every process all of them, and write results in the first one only:
+        `workers = ALONE if lm.is_shared else team()`. Without tensor parallelism, a model belongs to its process alone.
+        """
+        return (getattr(self.module, "tp_size", None) or 1) > 1
+
     def fingerprint(self) -> str:
         """Return the SHA-256 of some entries of each weight. It differs for models of one name with different weights."""
         digest = hashlib.sha256()

@@ -1,8 +1,10 @@
 """Checkpoints of a run: all that training needs to resume without a trace, as safetensors and JSON.
 
-`<run>/checkpoints/<tokens>/` holds state.json; for each dictionary <number>.safetensors and its log, <number>.jsonl, which is
-not in state.json because it grows with the run; and checksums.json with the SHA-256 of each file. A checkpoint appears only
-when it is complete. The last two are kept, and damaged ones are skipped.
+`<run>/checkpoints/<tokens>/` holds state.json; <number>.safetensors for each dictionary; and checksums.json with the SHA-256 of
+each file. A checkpoint appears only when it is complete. The last two are kept, and damaged ones are skipped.
+
+`<run>/checkpoints/history-<number>.jsonl` is the log of a dictionary. Each checkpoint appends its new lines, so that every line
+is written once, and state.json has the size and the hash of the part that belongs to the checkpoint.
 """
 
 import logging
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
 from saelens_lite.config import TrainConfig
@@ -28,15 +30,27 @@ from saelens_lite.files import (
     read_lines,
     shortened,
     write_json,
-    write_lines,
 )
 from saelens_lite.kinds import CHECKPOINT, TEMPORARY
 from saelens_lite.outputs import new_folder, remove, remove_own
-from saelens_lite.schemas import Checked, Count, Number, PlainName, Positive, Seed, Sha256, String, checked, read_checked
+from saelens_lite.schemas import (
+    Checked,
+    Count,
+    Number,
+    PlainName,
+    Positive,
+    Seed,
+    Sha256,
+    String,
+    checked,
+    explained,
+    read_checked,
+)
 from saelens_lite.tensor_files import read_tensors, tensor_specs, write_tensors
+from saelens_lite.training.history import History
 
-FORMAT = 4
-WITH_HISTORIES = 2  # the format whose state.json holds the logs
+FORMAT = 5
+WITH_HISTORIES = 2  # the format whose state.json holds the logs; 3 and 4 have <number>.jsonl beside it
 KEPT = 2
 MAX_DICTIONARIES = 10_000
 FOLDER, STATE, CHECKSUMS = "checkpoints", "state.json", "checksums.json"
@@ -48,7 +62,7 @@ State = tuple[dict[str, Tensor], dict[str, Any]]  # tensors and plain data of on
 class _Checksums(Checked):
     """The content of checksums.json."""
 
-    format: Literal[2, 3, 4]
+    format: Literal[2, 3, 4, 5]
     sha256: dict[PlainName, Sha256]
 
 
@@ -88,10 +102,11 @@ class _Line(Checked, extra="allow", allow_inf_nan=True):
     l0: float
 
 
-class _Lines(Checked):
-    """The log of one dictionary."""
+class _Part(Checked):
+    """The part of a history file that belongs to a checkpoint."""
 
-    lines: list[_Line]
+    bytes: Count
+    sha256: Sha256
 
 
 class _State(Checked):
@@ -103,7 +118,7 @@ class _State(Checked):
     n_batches: Positive
     dropped: list[str | None] = Field([])
     source: dict[str, Any] | None = None  # a record of the data read so far; the source checks it
-    histories: list[list[Any]] | None = None  # of format 2
+    histories: list[_Part] | list[list[Any]] | None = None  # lines in format 2
     dictionaries: list[_Numbers]
 
     @model_validator(mode="after")
@@ -127,16 +142,13 @@ def save_checkpoint(run: Path, n_tokens: int, states: list[State], loop: dict[st
     """Write a checkpoint, and remove all but the last KEPT.
 
     Args:
-        loop: plain data of the whole run. Its "histories" are the log lines of each dictionary.
+        loop: plain data of the whole run. Its "histories" are a History for each dictionary.
     """
-    histories = loop["histories"]
-    state = {key: value for key, value in loop.items() if key != "histories"}
     with new_folder(run / FOLDER / f"{n_tokens:012d}", CHECKPOINT, "overwrite", lock=False) as new:
         for i, (tensors, _) in enumerate(states):
             write_tensors(_tensors_file(new, i), tensors)
-        for i, lines in enumerate(histories):
-            write_lines(_history_file(new, i), lines)
-        write_json(new / STATE, {**state, "dictionaries": [numbers for _, numbers in states]})
+        parts = [history.save(_history_file(run / FOLDER, i)) for i, history in enumerate(loop["histories"])]
+        write_json(new / STATE, {**loop, "histories": parts, "dictionaries": [numbers for _, numbers in states]})
         checksums = {path.name: file_hash(path) for path in sorted(new.iterdir())}
         write_json(new / CHECKSUMS, {"format": FORMAT, "sha256": checksums})
     for old in _checkpoints(run)[KEPT:]:
@@ -144,7 +156,8 @@ def save_checkpoint(run: Path, n_tokens: int, states: list[State], loop: dict[st
 
 
 def _history_file(folder: Path, i: int) -> Path:
-    return folder / f"{i}.jsonl"
+    """Return the file of a dictionary's log in the folder of the checkpoints."""
+    return folder / f"history-{i}.jsonl"
 
 
 def _checkpoints(run: Path) -> list[Path]:
@@ -217,19 +230,43 @@ def _read(folder: Path) -> tuple[list[State], dict[str, Any]]:
     state = checked(folder / STATE, loop, _State)
     n = len(state.configs)
     files = {STATE, *(_tensors_file(folder, i).name for i in range(n))}
-    files |= set() if old else {_history_file(folder, i).name for i in range(n)}
-    if old != (state.histories is not None) or files != checksums.sha256.keys():
+    files |= {f"{i}.jsonl" for i in range(n) if checksums.format in (3, 4)}
+    if files != checksums.sha256.keys():
         raise CorruptFileError(f"{folder / CHECKSUMS} names other files: {shortened(files ^ checksums.sha256.keys())}")
     for i, config in enumerate(state.configs):
         _check_sizes(_tensors_file(folder, i), config.d_sae)
-    if not old:
-        loop["histories"] = [read_lines(_history_file(folder, i), one.n_steps) for i, one in enumerate(state.dictionaries)]
-    for i, lines in enumerate(loop["histories"]):
-        checked(_history_file(folder, i), {"lines": lines}, _Lines)
+    loop["histories"] = _histories(folder, checksums.format, state)
     if checksums.sha256 != {name: file_hash(folder / name) for name in files}:
         raise CorruptFileError(f"{folder} is damaged: its files do not match {CHECKSUMS}")
     numbers = loop.pop("dictionaries")
     return [(read_tensors(_tensors_file(folder, i), finite=False), numbers[i]) for i in range(n)], loop
+
+
+def _histories(folder: Path, number: int, state: _State) -> list[History]:
+    """Return the log of each dictionary, as far as a checkpoint of format `number` tells."""
+    histories = []
+    for i, one in enumerate(state.dictionaries):
+        part = state.histories[i] if state.histories else None
+        is_right = part is None if number in (3, 4) else isinstance(part, list if number == WITH_HISTORIES else _Part)
+        if not is_right:
+            raise CorruptFileError(f"{folder / STATE} is damaged: 'histories' are not those of format {number}")
+        if isinstance(part, _Part):
+            file = _history_file(folder.parent, i)
+            histories.append(History.load(file, part.bytes, part.sha256, one.n_steps, _check_line))
+            continue
+        lines = read_lines(folder / f"{i}.jsonl", one.n_steps) if part is None else part
+        for line in lines:
+            checked(folder, line, _Line)
+        histories.append(History(lines))
+    return histories
+
+
+def _check_line(text: bytes, place: str) -> None:
+    """Raise CorruptFileError unless a line of a log holds numbers by name."""
+    try:
+        _Line.model_validate_json(text)
+    except ValidationError as error:
+        raise CorruptFileError(explained(place, _Line, error)) from None
 
 
 def _tensors_file(folder: Path, i: int) -> Path:
@@ -254,7 +291,8 @@ def remove_checkpoints(run: Path) -> None:
     folder = run / FOLDER
     if folder.is_dir():
         for left in folder.iterdir():
-            if (match := TEMPORARY.fullmatch(left.name)) and re.fullmatch(r"\d{12,}", match[1]):
+            match = TEMPORARY.fullmatch(left.name)
+            if (match and re.fullmatch(r"\d{12,}", match[1])) or re.fullmatch(r"history-\d+\.jsonl", left.name):
                 remove(left)
         with suppress(OSError):  # not empty
             folder.rmdir()

@@ -33,6 +33,7 @@ from saelens_lite.progress import progress_bar
 from saelens_lite.training.advice import warn_of_l0
 from saelens_lite.training.checkpoint import earlier_states, is_interrupted, remove_checkpoints, save_checkpoint
 from saelens_lite.training.finished import write_finished
+from saelens_lite.training.history import History
 from saelens_lite.training.run import Run
 from saelens_lite.training.stopping import Stopping
 from saelens_lite.training.trainer import Trainer
@@ -53,12 +54,12 @@ class Group:
     loggers: list[str]
     checkpoint_seconds: float
     request: dict[str, Any]
-    histories: list[list[dict[str, Any]]] = field(default_factory=list)
+    histories: list[History] = field(default_factory=list)
     n_batches: int = 0
     dropped: list[str | None] = field(default_factory=list)  # for each dictionary, why its training ended early
 
     def __post_init__(self) -> None:
-        self.histories = self.histories or [[] for _ in self.trainers]
+        self.histories = self.histories or [History() for _ in self.trainers]
         self.dropped = self.dropped or [None] * len(self.trainers)
 
     @property
@@ -181,7 +182,7 @@ def _results(job: Group) -> list[Run]:
             job.drop(i, NonFiniteError(f"{bad} became NaN or infinite in the last step, {trainer.described}"))
         if job.dropped[i] is None:
             runs.append(Run(trainer.config, dictionary, history, folder))
-            warn_of_l0(str(folder or trainer.config.sparsity), dictionary, history[-1])
+            warn_of_l0(str(folder or trainer.config.sparsity), dictionary, history.last)
     if not runs:
         causes = [cause if len(job.trainers) == 1 else f"{job.name(i)}: {cause}" for i, cause in enumerate(job.dropped)]
         raise NonFiniteError("; ".join(causes))
@@ -275,7 +276,7 @@ def _loop(source: Source, job: Group, logs: list[RunLog]) -> None:
                     logs[i].log(job.log_line(i))
                     due[i] += trainer.config.log_every
             job.n_batches += 1
-            latest = [h[-1] for h in job.histories if h]
+            latest = [history.last for history in job.histories if history]
             bar(len(batch[hooks[0]]), "  ".join(f"fvu {line['fvu']:.3f} l0 {line['l0']:.0f}" for line in latest))
             if stopping and (stopping.signal or time.monotonic() - saved > job.checkpoint_seconds):
                 job.save()

@@ -69,7 +69,8 @@ class Adam:
             if (updated := self.parameters[name]) is not parameter:
                 updated.grad = None if parameter.grad is None else parameter.grad.T
         self.torch.param_groups[0]["lr"] = lr
-        self.torch.grad_scale, self.torch.found_inf = scale, None if stopped is None else stopped.float()
+        self.torch.grad_scale = None if scale is None else scale.float()  # which float64 needs too
+        self.torch.found_inf = None if stopped is None else stopped.float()
         if self._kernels is not None:
             self._step_of_rows(lr, n_steps, scale, stopped)
         self.torch.step()

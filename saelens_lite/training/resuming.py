@@ -22,6 +22,7 @@ from saelens_lite.training.aside import put_back_runs, remove_replaced
 from saelens_lite.training.checkpoint import is_interrupted, load_checkpoint
 from saelens_lite.training.finished import read_finished
 from saelens_lite.training.folders import locked_folders, run_folders, run_kind
+from saelens_lite.training.history import History
 from saelens_lite.training.loop import Group, train_to_the_end
 from saelens_lite.training.run import Run
 from saelens_lite.training.trainer import Trainer, check_sizes
@@ -177,7 +178,7 @@ def _extended(
         loggers=_loggers(data.loggers, loggers),
         checkpoint_seconds=request["checkpoint_seconds"] if checkpoint_seconds is None else checkpoint_seconds,
         request=request,
-        histories=[[line for line in one.history if line["tokens"] <= n_seen] for one in runs],
+        histories=[History(line for line in one.history if line["tokens"] <= n_seen) for one in runs],
         n_batches=n_steps,
     )
     return job, source
