@@ -20,11 +20,12 @@ from saelens_lite.features.cooccurrence import partners
 from saelens_lite.features.info import StoreInfo, facts_of
 from saelens_lite.features.reduce import Block, TextFacts
 from saelens_lite.features.tensors import FeatureTensors
+from saelens_lite.features.text_rows import rows_of
 from saelens_lite.model import LanguageModel
 from saelens_lite.processes import Team
 from saelens_lite.progress import progress_bar
 from saelens_lite.tensor_files import read_tensors, write_tensors
-from saelens_lite.tokens import RowHash, Text, TokenRows, source_name, text_hash, token_rows
+from saelens_lite.tokens import RowBlocks, RowHash, Text, TokenRows, source_name, text_hash
 
 SHOWN = {"top_n", "n_groups", "group_size", "n_random", "n_silent", "window", "seed", "raw_unembedding"}  # as in StoreInfo
 LOG_FORMAT = 2  # of an unfinished pass
@@ -48,12 +49,13 @@ class StorePlan(NamedTuple):
         *,
         hook: str | None,
         text_config: TextConfig | None,
+        folder: Path | None = None,
     ) -> "StorePlan":
-        """Return the job, after all checks that do not need to run the model."""
+        """Return the job, after all checks that do not need to run the model. Rows of long texts are in files in `folder`."""
         if not dictionaries:
             raise ConfigError("there is no dictionary to collect features of; give at least one")
         hooked = [_hooked(d, lm, hook) for d in dictionaries]
-        rows = _rows(dictionaries, lm, text, config.n_tokens, text_config)
+        rows = _rows(dictionaries, lm, text, config.n_tokens, text_config, folder)
         common = {
             "model": lm.name,
             "revision": lm.revision,
@@ -131,11 +133,12 @@ def _rows(
     text: Text | TokenRows,
     n_tokens: int | None,
     text_config: TextConfig | None,
+    folder: Path | None,
 ) -> TokenRows:
     """Return token rows on the CPU. Text is cut into rows as the dictionaries' training text was."""
     if not isinstance(text, TokenRows):
         config = as_trained(dictionaries, lm, text, text_config or TextConfig())
-        return token_rows(lm, text, n_tokens=n_tokens, text_config=config)
+        return rows_of(RowBlocks(lm, text, config, n_tokens=n_tokens), folder)
     if n_tokens is not None or text_config is not None:
         raise ConfigError("n_tokens and text_config apply only to text, but token rows were given; give fewer rows instead")
     if not text.n_kept:

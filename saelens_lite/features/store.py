@@ -111,8 +111,9 @@ class FeatureStore(StoreQueries):
             if config.codes:
                 _check_table(out)
             config = config.replace(batch_tokens=config.batch_tokens or default_batch_tokens(lm))
-            given = with_mask(text, attention_mask)
-            job = StorePlan.of(dictionaries, lm, given, config, hook=hook, text_config=text_config)
+            given, place = with_mask(text, attention_mask), None if out is None else out.absolute().parent
+            place = place if place is not None and place.is_dir() else None
+            job = StorePlan.of(dictionaries, lm, given, config, hook=hook, text_config=text_config, folder=place)
             scores, request = _scores_of_each(stability, job.infos), job.request(lm)
         names = folder_names(dictionaries) if several else ["."]
         with working_folder(out, request, exists, files_of(text), workers) as work:
