@@ -202,6 +202,48 @@ def test_partners(found, acts, rows):
             assert getattr(found, f"{kind}_count")[latent].tolist() == [n for n, _ in expected] + [0] * missing
 
 
+@pytest.mark.parametrize("max_table", [0, 1 << 24], ids=["searched", "table"])
+def test_partners_of_a_long_text_are_those_of_a_sample_of_its_tokens(max_table, found, tmp_path, acts, rows, info, monkeypatch):
+    monkeypatch.setattr(code_log, "MAX_LISTS", 200)
+    monkeypatch.setattr(code_log, "MAX_TABLE", max_table)
+    monkeypatch.setattr(code_log, "MAX_ENTRIES", 500)
+    sample = Sample.of(rows.n_kept, seed=3)
+    assert sample.share == 200 / rows.n_kept
+    place = torch.arange(N_SEQ * N_CTX)
+    listed = rows.keep.flatten() & sample.holds(place)
+    assert abs(int(listed.sum()) - 200) < 5 * math.sqrt(200)
+    again = reduced(collected(tmp_path, acts, rows, sample=sample), rows, info)
+    assert again.partner_tokens == int(listed.sum())
+    fires = (acts > 0).flatten(0, 1).double()
+    together, count = (fires[listed].T @ fires[listed]).long().fill_diagonal_(0), fires.sum(0)
+    for latent in range(D_SAE):
+        pairs = [(-n, other) for other, n in enumerate(together[latent].tolist()) if n > 0]
+        frequent = sorted(pairs)[:N_PARTNERS]
+        specific = sorted((n / int(count[other]), other, -n) for n, other in pairs if -n >= MIN_TOGETHER)[:N_PARTNERS]
+        for kind, expected in (("frequent", [(j, -n) for n, j in frequent]), ("specific", [x[1:] for x in specific])):
+            partner, n = (again.of_latents[f"{kind}_{field}"][latent].tolist() for field in ("partner", "count"))
+            assert [pair for pair in zip(partner, n, strict=True) if pair[0] != NONE] == expected
+    of_pairs = {"frequent_partner", "frequent_count", "specific_partner", "specific_count"}
+    for name, x in found._asdict().items():
+        assert name in of_pairs or torch.equal(getattr(again.tensors, name), x), name
+
+
+@pytest.mark.parametrize("n_logs", [2, 3])
+def test_several_logs_are_one(n_logs, found, tmp_path, acts, rows, info, monkeypatch):
+    monkeypatch.setattr(code_log, "MAX_ENTRIES", 100)
+    logs = []
+    for rank in range(n_logs):
+        log = CodeLog(tmp_path / str(rank) / "0", D_SAE)
+        log.open()
+        for row in range(rank, N_SEQ, n_logs):
+            keep = rows.keep[row]
+            log.add(row, row * N_CTX + keep.nonzero().squeeze(1), SparseCodes.from_dense(acts[row][keep]))
+        log.close()
+        logs.append(CodeLog(log.folder, D_SAE, log.sizes))  # as another process reads it: without the counts
+    again = numbers(Codes(logs, [True] * n_logs, tmp_path / "0" / "sorted.bin"), rows, info)
+    assert all(torch.equal(a, b) for a, b in zip(again, found, strict=True))
+
+
 @pytest.mark.parametrize("gain", [0, 1e9], ids=["lists", "products"])
 def test_both_ways_of_counting_pairs(gain, found, tmp_path, acts, rows, info, monkeypatch):
     monkeypatch.setattr(cooccurrence, "DENSE_GAIN", gain)
