@@ -81,7 +81,11 @@ UNFINISHED_CAPTURE = Kind(
 )
 UNFINISHED_STORE = Kind(
     "folder of an unfinished store",
-    (r"request\.json", *(rf"(control/)?{file}" for file in (r"progress\.json", r"\d+/[a-z]+\.bin"))),
+    (
+        r"request\.json",
+        *(rf"(control/)?{file}" for file in (r"(\d+/)?progress\.json", r"(\d+/){1,2}[a-z]+\.bin")),
+        r"(control/)?reduced/\d+/(\d+|codes)\.(safetensors|parquet)",
+    ),
     (r"request\.json",),
 )
 

@@ -49,7 +49,7 @@ class PositionBands(NamedTuple):
 
 def position_bands(rows: TokenRows) -> PositionBands:
     """Return the bands of token rows; see `bands_of_positions`."""
-    return bands_of_positions(rows.keep.sum(0))
+    return bands_of_positions(rows.kept_at.cpu())
 
 
 def bands_of_positions(counts: Int[Tensor, " n_ctx"]) -> PositionBands:
