@@ -72,7 +72,7 @@ class Held:
 
     def _hold(self, batches: Iterator[RowBatch], n_before: int) -> None:
         """Write the batches of this process. Each is a head, the numbers and lengths of its rows, and its marked tokens."""
-        for batch in found:
+        for batch in batches:
             if self._n_batches % self._team.world == self._team.rank:
                 rows = batch.rows
                 head = [*rows.tokens.shape, rows.length is not None, rows.ends_text]
