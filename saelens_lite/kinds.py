@@ -76,12 +76,16 @@ _STORE_FILES = (
 STORE = Kind("store", (*_STORE_FILES, *(rf"\d+-[^/]+/{file}" for file in _STORE_FILES)), (r"(\d+-[^/]+/)?features\.json",))
 UNFINISHED_CAPTURE = Kind(
     "folder of an unfinished capture",
-    (r"request\.json", r"journal\.jsonl", *CACHE.below("shards")),
+    (r"request\.json", r"journal\.jsonl", r"failed", r"journal/\d+\.(jsonl|rows)", *CACHE.below("shards")),
     (r"request\.json",),
 )
 UNFINISHED_STORE = Kind(
     "folder of an unfinished store",
-    (r"request\.json", *(rf"(control/)?{file}" for file in (r"progress\.json", r"\d+/[a-z]+\.bin"))),
+    (
+        r"request\.json",
+        *(rf"(control/)?{file}" for file in (r"(\d+/)?progress\.json", r"(\d+/){1,2}[a-z]+\.bin")),
+        r"(control/)?reduced/\d+/(\d+|codes)\.(safetensors|parquet)",
+    ),
     (r"request\.json",),
 )
 

@@ -305,6 +305,16 @@ def test_a_short_run_has_a_density(n_steps):
     assert run.dictionary.density.sum() > 0
 
 
+def test_a_trainer_that_waits_holds_no_gradients():
+    """Of many dictionaries that are trained together, only one needs them at a time."""
+    x = x_like(64, 6)
+    trainer = Trainer(sl.TrainConfig(d_sae=16, options={"k": 3}, n_tokens=640, batch_size=64), TensorSource(x))
+    trainer.backward(x)
+    assert trainer.dictionary.W_enc.grad is not None
+    trainer.step(x)
+    assert all(p.grad is None for p in (*trainer.dictionary.parameters(), *trainer.optimizer.parameters.values()))
+
+
 def test_computing_gradients_changes_neither_parameters_nor_counters():
     x = x_like(64, 6)
     trainer = Trainer(sl.TrainConfig(d_sae=16, options={"k": 3}, n_tokens=640, batch_size=64), TensorSource(x))

@@ -11,7 +11,7 @@ from cyclopts import Parameter, UnknownOptionError
 
 from saelens_lite.cli import checks, processes
 from saelens_lite.cli.base import app, console, more_help, on_unknown_option
-from saelens_lite.cli.options import Exists, Flag, ModelDtype, TextName, TextOptions
+from saelens_lite.cli.options import DeviceMap, Exists, Flag, ModelDtype, TextName, TextOptions
 from saelens_lite.cli.processes import Devices
 from saelens_lite.config import RunConfig, TextConfig, TrainConfig, parse_options, read_toml, train_configs
 from saelens_lite.errors import ConfigError, PluginError
@@ -30,6 +30,7 @@ def capture(
     dtype: Literal["float16", "bfloat16", "float32"] = "float16",
     device: str | None = None,
     devices: Devices = None,
+    device_map: DeviceMap = None,
     center_writing_weights: Flag = False,
     model_dtype: ModelDtype = "auto",
     model_revision: str | None = None,
@@ -69,6 +70,7 @@ def capture(
     lm = sl.load_model(
         model,
         device=device,
+        device_map=device_map,
         dtype=model_dtype,
         revision=model_revision,
         center_writing_weights=center_writing_weights,
@@ -189,7 +191,8 @@ def _stream(run: RunConfig, text_config: TextConfig, configs: list[TrainConfig],
 
     lm = sl.load_model(
         run.model,
-        device=run.device,
+        device=None if run.device_map else run.device,
+        device_map=run.device_map,
         dtype=run.model_dtype,
         revision=run.model_revision,
         center_writing_weights=run.center_writing_weights,

@@ -40,6 +40,7 @@ def _of_source(source: dict[str, Any]) -> dict[str, Any]:
         "model": model["name"],
         "model_dtype": "auto" if model.get("tf32") else model["dtype"],
         "center_writing_weights": model["center_writing_weights"],
+        **({"device_map": model["device_map"]} if model.get("device_map") in ("auto", "tp") else {}),
         **({"model_revision": model["revision"]} if model["revision"] else {}),
     }
     set_by_user = TextConfig(**source["text_config"]).model_dump(mode="json", exclude_defaults=True)

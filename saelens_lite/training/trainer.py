@@ -313,7 +313,7 @@ class Trainer:
         h = self.dictionary.pre(x[: max(64, min(START_ROWS, START_NUMBERS // self.config.d_sae))])
         std, mean = torch.std_mean(h, 0, correction=0)
         n = min(len(h) * self.config.d_sae - 1, round(self.control.target * len(h)))
-        z = parallel.nth_largest(((h - mean) / std.clamp_min(torch.finfo(std.dtype).tiny)).flatten(), n + 1)
+        z = parallel.bound_of_largest(((h - mean) / std.clamp_min(torch.finfo(std.dtype).tiny)).flatten(), n)
         self.dictionary.rule.raise_thresholds_(self.dictionary, mean + z * std)
 
     @torch.no_grad()
@@ -381,6 +381,7 @@ class Trainer:
             self._observe(computed.step)
             if self._after_step:
                 self.dictionary.rule.after_step(self.dictionary)
+        self.optimizer.free_gradients()
         if self.control:
             self._aim(computed, lr)
         computed.step.release()
