@@ -17,6 +17,7 @@ from saelens_lite.errors import ConfigError, ProcessLostError
 PROGRAM = str(Path(__file__).with_name("failing_command.py"))
 PRINTED = f"printed by 0 with {max(1, processes._n_cores() // 2)} threads\n"
 LOGGED = "logged by 0\n"
+HOOK = "blocks.1.hook_resid_pre"
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +152,24 @@ def test_an_error_that_was_printed_is_not_followed_by_another_message():
     with pytest.raises(SystemExit) as end:
         processes._explain(failures, 3, lambda: "go on")
     assert end.value.code == 2
+
+
+@pytest.mark.slow
+def test_a_sweep_by_two_processes_has_the_bytes_of_one_process(cache_folder, tmp_path, command):
+    (tmp_path / "run.toml").write_text(
+        f'cache = "{cache_folder}"\nd_sae = 32\nn_tokens = 512\nbatch_size = 128\ndevice = "cpu"\n\n'
+        '[[dictionary]]\noptions = {k = 4}\n\n[[dictionary]]\nsparsity = "l1"\n'
+    )
+    flags = ("train", "--config", tmp_path / "run.toml", "--hook", HOOK)
+    code, printed, err = command(*flags, "--out", tmp_path / "one")
+    assert code == 0, err
+    line = [sys.executable, "-m", "saelens_lite", *map(str, flags), "--out", tmp_path / "two", "--devices", "2"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout, done.stderr) == tuple(
+        text.replace(str(tmp_path / "one"), str(tmp_path / "two")) for text in (printed, err)
+    )
+    files = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file()]
+    assert len(files) >= 8
+    for file in files:
+        assert (tmp_path / "two" / file).read_bytes() == (tmp_path / "one" / file).read_bytes()

@@ -156,7 +156,7 @@ def capture(
         "model_dtype": f"torch.{lm.precision}", "n_tokens": n_tokens, "text_config": config.model_dump(mode="json"),
         "dtype": dtype, "batch_tokens": batch_tokens, "shard_tokens": shard_tokens, "weights": lm.fingerprint(),
     }  # fmt: skip
-    team.agree(request, "settings")
+    processes.check_same(request, device=lm.device)
     check_shared(out, team)
     folder = unfinished_folder(out)
     with ExitStack() as stack:

@@ -74,7 +74,7 @@ from saelens_lite.evaluation.sums import Metric, PooledSums
 from saelens_lite.model import LanguageModel
 from saelens_lite.model.passes import default_batch_tokens
 from saelens_lite.ports import Hooks
-from saelens_lite.processes import ALONE, Team, team
+from saelens_lite.processes import ALONE, Team, check_same, team
 from saelens_lite.tokens import DEFAULT_N_CTX, RowBlocks, Text, TokenRows, source_name, token_ids, with_mask
 
 __all__ = [
@@ -206,6 +206,7 @@ def evaluate(
     batch_tokens = default_batch_tokens(lm, with_logits=True) if batch_tokens is None else batch_tokens
     text = with_mask(text, attention_mask)
     config = None if isinstance(text, TokenRows) else as_trained(dictionaries, lm, text, text_config or TextConfig())
+    check_same({"text_config": None if config is None else config.model_dump(mode="json")}, device=lm.device)
     workers = ALONE if lm.is_shared else team()
     with held(lm, _blocks(lm, text, n_tokens, config), batch_tokens, workers) as batches:
         if not batches.n_kept:

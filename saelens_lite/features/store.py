@@ -34,7 +34,7 @@ from saelens_lite.model import LanguageModel
 from saelens_lite.model.passes import default_batch_tokens
 from saelens_lite.outputs import followed, new_file, new_folder, refuse_existing, restore
 from saelens_lite.paths import check_output
-from saelens_lite.processes import Team, team
+from saelens_lite.processes import Team, check_same, team
 from saelens_lite.tokens import Text, TokenRows, files_of, with_mask
 from saelens_lite.tokens.display import Vocabulary
 
@@ -115,6 +115,7 @@ class FeatureStore(StoreQueries):
             place = place if place is not None and place.is_dir() else None
             job = StorePlan.of(dictionaries, lm, given, config, hook=hook, text_config=text_config, folder=place)
             scores, request = _scores_of_each(stability, job.infos), job.request(lm)
+        check_same(request, device=lm.device)
         names = folder_names(dictionaries) if several else ["."]
         with working_folder(out, request, exists, files_of(text), workers) as work:
             numbers, weights = job.numbers(lm, work, workers), []

@@ -141,8 +141,9 @@ def main() -> None:
                 resumed = ", begun again"
                 finished(cache.path, *flags(folder, way, out), "--exists", "overwrite")
             if back == 2 or not resumed.startswith(", resumed"):
-                same = contents(out) == contents(folder / way)
-                result = "same bytes" if same else "other bytes"
+                here, wanted = contents(out), contents(folder / way)
+                others = sorted(file for file in here.keys() | wanted.keys() if here.get(file) != wanted.get(file))
+                same, result = not others, f"other bytes in {', '.join(others)}" if others else "same bytes"
             else:
                 difference = max(abs(a - b) for a, b in zip(fvu(out, cache), fvu(folder / way, cache), strict=True))
                 same, result = difference <= TOLERANCE, f"FVU differs by {difference:.1e}"
