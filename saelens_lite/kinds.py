@@ -51,8 +51,14 @@ DICTIONARY = Kind(
     ),
     (r"cfg\.json",),
 )
-CHECKPOINT = Kind("checkpoint", (r"state\.json", r"checksums\.json", r"\d+\.safetensors", r"\d+\.jsonl"), (r"checksums\.json",))
-CHECKPOINTS = Kind("folder of checkpoints", CHECKPOINT.below(r"\d{12,}"), (r"\d{12,}/.*",))
+CHECKPOINT = Kind(
+    "checkpoint", (r"state\.json", r"checksums\.json", r"\d+(-\d+)?\.safetensors", r"\d+\.jsonl"), (r"checksums\.json",)
+)
+CHECKPOINTS = Kind(
+    "folder of checkpoints",
+    (*CHECKPOINT.below(r"\d{12,}"), r"history-\d+\.jsonl"),
+    (r"\d{12,}/.*|history-\d+\.jsonl",),
+)
 RUN = Kind(
     "run",
     (
@@ -75,7 +81,11 @@ UNFINISHED_CAPTURE = Kind(
 )
 UNFINISHED_STORE = Kind(
     "folder of an unfinished store",
-    (r"request\.json", *(rf"(control/)?{file}" for file in (r"progress\.json", r"\d+/[a-z]+\.bin"))),
+    (
+        r"request\.json",
+        *(rf"(control/)?{file}" for file in (r"(\d+/)?progress\.json", r"(\d+/){1,2}[a-z]+\.bin")),
+        r"(control/)?reduced/\d+/(\d+|codes)\.(safetensors|parquet)",
+    ),
     (r"request\.json",),
 )
 

@@ -9,13 +9,15 @@ ProcessLostError instead of waiting for ever. `SAELENS_LITE_TIMEOUT` sets that t
 """
 
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache, wraps
 from typing import Any, TypeVar
 
+from saelens_lite import registry
 from saelens_lite.errors import ConfigError, ProcessLostError, SaelensLiteError
 
 TIMEOUT = 1800.0  # seconds; one process may write a large file meanwhile
@@ -32,10 +34,15 @@ def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
         except RuntimeError as error:  # torch raises its base class for lost connections
             raise ProcessLostError(
                 f"process {self.rank} of {self.world} lost another one, which ended or did not answer within "
-                f"{timeout():g} s ({str(error).partition(chr(10))[0][:200]})"
+                f"{timeout():g} s ({_cause(error)})"
             ) from error
 
     return guarded
+
+
+def _cause(error: Exception) -> str:
+    """Return the first sentence of an error of torch, without the places in its source."""
+    return re.sub(r"\[\S+\.\w+:\d+\] ", "", str(error).partition("\n")[0]).partition(". ")[0][:200]
 
 
 class Team:
@@ -76,6 +83,26 @@ class Team:
     def wait(self) -> None:
         """Wait until all processes have come here."""
         self.gather(None)
+
+    def first(self, function: Callable[[], Value]) -> Value:
+        """Call a function in the first process, and return its plain result in all. Its error is raised in all."""
+        result: Any = None
+        with self.failing_together():
+            if self.is_first:
+                result = function()
+        return self.tell(result)
+
+    def among(self, groups: Sequence[Sequence[int]]) -> "Team":
+        """Return the team of that group of ranks to which this process belongs. Each process is in one group."""
+        import torch.distributed as dist
+
+        chosen = ALONE
+        for ranks in groups:
+            whole = len(ranks) == self.world
+            group = self._group if whole or len(ranks) == 1 else dist.new_group(ranks, timedelta(seconds=timeout()))
+            if self.rank in ranks and len(ranks) > 1:
+                chosen = self if whole else Team(group)
+        return chosen
 
     def any(self, flag: bool) -> bool:
         """Return whether the flag is true in any process."""
@@ -172,9 +199,29 @@ def is_launched() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def rank() -> int:
+    """Return the number of this process among those that torchrun started, without joining them; 0 in others."""
+    return int(os.environ.get("RANK", "0")) if is_launched() else 0
+
+
 def local_rank() -> int:
     """Return the number of this process on its machine, which is also the number of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0")) if is_launched() else 0
+
+
+@cache
+def take_gpu() -> None:
+    """Make this process's own GPU the one that torch calls cuda, if torchrun started the process and there are GPUs."""
+    if is_launched():
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.set_device(local_rank() % torch.cuda.device_count())
+
+
+def on_this_machine() -> int:
+    """Return the number of processes that torchrun has started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def team() -> Team:
@@ -197,18 +244,77 @@ def _joined() -> Team:
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        has_gpu = torch.cuda.is_available()
-        if has_gpu:
-            torch.cuda.set_device(local_rank() % torch.cuda.device_count())
+        take_gpu()
+        backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=timedelta(seconds=timeout()))
+            dist.init_process_group(backends, timeout=timedelta(seconds=timeout()))
         except (RuntimeError, ValueError) as error:
-            raise ProcessLostError(
-                f"the processes did not find each other within {timeout():g} s: {str(error).partition(chr(10))[0][:200]}"
-            ) from error
+            if "EADDRINUSE" in str(error):
+                raise ConfigError(
+                    f"port {os.environ.get('MASTER_PORT')} is in use by another program; choose another one with --master-port"
+                ) from error
+            raise ProcessLostError(f"the processes did not find each other within {timeout():g} s: {_cause(error)}") from error
     return Team(dist.group.WORLD)
+
+
+def leave() -> None:
+    """Leave the team, if this process has joined it. Call it at the end of a program that has not failed."""
+    dist = sys.modules.get("torch.distributed")
+    if _joined.cache_info().currsize and dist is not None and dist.is_initialized():
+        dist.destroy_process_group()
+        _joined.cache_clear()
 
 
 @cache
 def _of_group(group: Any) -> Team:
     return Team(group)
+
+
+def check_same(settings: Mapping[str, Any], data: Any = None, device: Any = None) -> None:
+    """Check that all processes of the team do the same job. Every process calls it before the work begins.
+
+    Versions of the packages are compared too: this one, torch, transformers if it is imported, and those of plugins.
+
+    Args:
+        settings: plain data, such as {"dictionary": [config.model_dump(mode="json")]}. It may be nested.
+        data: a description of the data, such as the path of a cache and the hash of its manifest, or the hash of a text.
+        device: of the process. Only its kind is compared, for each process has a GPU of its own.
+
+    Raises:
+        ConfigError: two processes differ, with both values; or there are more processes than GPUs.
+    """
+    everyone = team()
+    if everyone.world == 1:
+        return
+    everyone.agree(_versions(), "versions")
+    everyone.agree(dict(_leaves(settings)), "settings")
+    everyone.agree(dict(_leaves(data, "data")), "data")
+    everyone.agree({} if device is None else {"device": str(device).partition(":")[0]}, "devices")
+    if str(device).startswith("cuda"):
+        import torch
+
+        n, here = torch.cuda.device_count(), on_this_machine()
+        if everyone.any(here > n):
+            raise ConfigError(
+                f"{here} processes were started on this machine, which has {n} GPUs; start one for each GPU, or choose the CPU"
+            )
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of the packages that decide about results."""
+    plugins = [plugin for kind in registry.kinds() for plugin in registry.plugins(kind) if plugin.entry_point]
+    libraries = {name: str(sys.modules[name].__version__) for name in ("torch", "transformers") if name in sys.modules}
+    return libraries | {plugin.distribution: plugin.version for plugin in plugins}
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the name and value of each part of nested data. The number of a GPU is left out."""
+    if isinstance(value, Mapping) and value:
+        parts: Any = value.items()
+    elif isinstance(value, Sequence) and not isinstance(value, str | bytes) and value:
+        parts = enumerate(value)
+    else:
+        yield name, re.sub(r"^cuda:\d+$", "cuda", value) if isinstance(value, str) else value
+        return
+    for key, part in parts:
+        yield from _leaves(part, f"{name}.{key}" if name else str(key))

@@ -59,10 +59,10 @@ def checked(place: str | Path, value: Any, schema: type[Schema]) -> Schema:
     except ConfigError as error:  # from settings inside the file
         raise CorruptFileError(f"{place} is damaged: {error}") from None
     except ValidationError as error:
-        raise CorruptFileError(_explained(place, schema, error)) from None
+        raise CorruptFileError(explained(place, schema, error)) from None
 
 
-def _explained(place: str | Path, schema: type[Checked], error: ValidationError) -> str:
+def explained(place: str | Path, schema: type[Checked], error: ValidationError) -> str:
     """Return one line with each field that does not fit, its value and the expectation."""
     faults = error.errors(include_url=False)
     for fault in faults:

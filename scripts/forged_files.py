@@ -132,7 +132,7 @@ def make_run(folder: Path) -> None:
     try:
         sl.train(Short(6), configs, folder, validation_tokens=20, checkpoint_seconds=0.0, device="cpu")
     except Enough:
-        for older in sorted(folder.glob("checkpoints/*"))[:-1]:  # else it would be read in place of the damaged one
+        for older in sorted(folder.glob("checkpoints/[0-9]*"))[:-1]:  # else it would be read in place of the damaged one
             shutil.rmtree(older)
 
 
@@ -146,9 +146,17 @@ def load_run(folder: Path) -> str:
 
 
 def sign_run(folder: Path) -> None:
-    """Make checksums.json say what is there."""
+    """Make checksums.json and the hashes of histories say what is there."""
     for path in folder.glob("checkpoints/*/checksums.json"):
+        with_json(path.with_name("state.json"), lambda content, path=path: sign_histories(content, path.parent.parent))
         with_json(path, lambda content, path=path: content["sha256"].update(sums(path.parent, content["sha256"])))
+
+
+def sign_histories(state: dict[str, Any], folder: Path) -> None:
+    """Make the parts of histories in state.json those that the files hold."""
+    for i, part in enumerate(state["histories"]):
+        if hashes := sums(folder, [f"history-{i}.jsonl"]):
+            part.update(bytes=(folder / f"history-{i}.jsonl").stat().st_size, sha256=hashes[f"history-{i}.jsonl"])
 
 
 def make_cache(folder: Path) -> None:

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saelens_lite.codes import SparseCodes, Support, largest, support_of_indices, support_of_mask
+from saelens_lite.codes import SparseCodes, Support, support_of_indices, support_of_mask
+from saelens_lite.codes.choice import largest_latents
 from saelens_lite.errors import ShapeError
 
 
@@ -142,6 +143,6 @@ def test_largest_are_those_of_a_sort(k, width):
     pre[0] = 1.0  # ties
     pre[1] = -pre[1].abs()
     pre[2, 5:] = -torch.inf
-    found = pre.gather(1, largest(pre, k)).sort(dim=1, descending=True).values
+    found = pre.gather(1, largest_latents(pre, k)).sort(dim=1, descending=True).values
     assert torch.equal(found, pre.sort(dim=1, descending=True).values[:, :k])
-    assert all(len(set(row)) == k for row in largest(pre, k).tolist())
+    assert all(len(set(row)) == k for row in largest_latents(pre, k).tolist())

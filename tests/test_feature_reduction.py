@@ -10,7 +10,7 @@ import torch
 from saelens_lite.codes import SparseCodes
 from saelens_lite.features import FeatureTensors, StoreInfo, code_log, cooccurrence, reduce, sampling
 from saelens_lite.features.build import reduced
-from saelens_lite.features.code_log import CodeLog
+from saelens_lite.features.code_log import CodeLog, Codes, Sample
 from saelens_lite.features.cooccurrence import MIN_TOGETHER, N_PARTNERS
 from saelens_lite.features.reduce import N_BINS
 from saelens_lite.features.tensors import NONE
@@ -60,23 +60,27 @@ def info(rows) -> StoreInfo:
     )  # fmt: skip
 
 
-def collected(folder, acts, rows, per_batch: int = 7, order_seed: int = 0) -> CodeLog:
+def numbers(codes: Codes, rows, info) -> FeatureTensors:
+    return reduced(codes, rows, info).tensors
+
+
+def collected(folder, acts, rows, per_batch: int = 7, order_seed: int = 0, sample: Sample | None = None) -> Codes:
     """Return the codes on disk, so many rows at a time, in any order."""
-    filled = CodeLog(folder, D_SAE)
+    filled = CodeLog(folder / "0" / "0", D_SAE, sample=sample)
     filled.open()
     order = torch.randperm(N_SEQ, generator=torch.Generator().manual_seed(order_seed))
-    for chosen in order.split(per_batch):
+    for number, chosen in enumerate(order.split(per_batch)):
         keep = rows.keep[chosen]
         place = (chosen[:, None] * N_CTX + torch.arange(N_CTX))[keep]
-        filled.add(place, SparseCodes.from_dense(acts[chosen][keep]))
+        filled.add(number, place, SparseCodes.from_dense(acts[chosen][keep]))
     filled.sync()
     filled.close()
-    return filled
+    return Codes([filled], [True], folder / "0" / "sorted.bin")
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory, acts, rows, info) -> FeatureTensors:
-    return reduced(collected(tmp_path_factory.mktemp("codes"), acts, rows), rows, info)
+    return numbers(collected(tmp_path_factory.mktemp("codes"), acts, rows), rows, info)
 
 
 def fired(acts, latent: int) -> list[tuple[float, int, int]]:
@@ -198,10 +202,52 @@ def test_partners(found, acts, rows):
             assert getattr(found, f"{kind}_count")[latent].tolist() == [n for n, _ in expected] + [0] * missing
 
 
+@pytest.mark.parametrize("max_table", [0, 1 << 24], ids=["searched", "table"])
+def test_partners_of_a_long_text_are_those_of_a_sample_of_its_tokens(max_table, found, tmp_path, acts, rows, info, monkeypatch):
+    monkeypatch.setattr(code_log, "MAX_LISTS", 200)
+    monkeypatch.setattr(code_log, "MAX_TABLE", max_table)
+    monkeypatch.setattr(code_log, "MAX_ENTRIES", 500)
+    sample = Sample.of(rows.n_kept, seed=3)
+    assert sample.share == 200 / rows.n_kept
+    place = torch.arange(N_SEQ * N_CTX)
+    listed = rows.keep.flatten() & sample.holds(place)
+    assert abs(int(listed.sum()) - 200) < 5 * math.sqrt(200)
+    again = reduced(collected(tmp_path, acts, rows, sample=sample), rows, info)
+    assert again.partner_tokens == int(listed.sum())
+    fires = (acts > 0).flatten(0, 1).double()
+    together, count = (fires[listed].T @ fires[listed]).long().fill_diagonal_(0), fires.sum(0)
+    for latent in range(D_SAE):
+        pairs = [(-n, other) for other, n in enumerate(together[latent].tolist()) if n > 0]
+        frequent = sorted(pairs)[:N_PARTNERS]
+        specific = sorted((n / int(count[other]), other, -n) for n, other in pairs if -n >= MIN_TOGETHER)[:N_PARTNERS]
+        for kind, expected in (("frequent", [(j, -n) for n, j in frequent]), ("specific", [x[1:] for x in specific])):
+            partner, n = (again.of_latents[f"{kind}_{field}"][latent].tolist() for field in ("partner", "count"))
+            assert [pair for pair in zip(partner, n, strict=True) if pair[0] != NONE] == expected
+    of_pairs = {"frequent_partner", "frequent_count", "specific_partner", "specific_count"}
+    for name, x in found._asdict().items():
+        assert name in of_pairs or torch.equal(getattr(again.tensors, name), x), name
+
+
+@pytest.mark.parametrize("n_logs", [2, 3])
+def test_several_logs_are_one(n_logs, found, tmp_path, acts, rows, info, monkeypatch):
+    monkeypatch.setattr(code_log, "MAX_ENTRIES", 100)
+    logs = []
+    for rank in range(n_logs):
+        log = CodeLog(tmp_path / str(rank) / "0", D_SAE)
+        log.open()
+        for row in range(rank, N_SEQ, n_logs):
+            keep = rows.keep[row]
+            log.add(row, row * N_CTX + keep.nonzero().squeeze(1), SparseCodes.from_dense(acts[row][keep]))
+        log.close()
+        logs.append(CodeLog(log.folder, D_SAE, log.sizes))  # as another process reads it: without the counts
+    again = numbers(Codes(logs, [True] * n_logs, tmp_path / "0" / "sorted.bin"), rows, info)
+    assert all(torch.equal(a, b) for a, b in zip(again, found, strict=True))
+
+
 @pytest.mark.parametrize("gain", [0, 1e9], ids=["lists", "products"])
 def test_both_ways_of_counting_pairs(gain, found, tmp_path, acts, rows, info, monkeypatch):
     monkeypatch.setattr(cooccurrence, "DENSE_GAIN", gain)
-    again = reduced(collected(tmp_path, acts, rows), rows, info)
+    again = numbers(collected(tmp_path, acts, rows), rows, info)
     assert all(torch.equal(a, b) for a, b in zip(again, found, strict=True))
 
 
@@ -211,43 +257,44 @@ def test_neither_batches_nor_blocks_matter(found, tmp_path, acts, rows, info, mo
         monkeypatch.setattr(code_log, "MAX_ENTRIES", max_entries)
         monkeypatch.setattr(cooccurrence, "MAX_CELLS", cells)
         monkeypatch.setattr(cooccurrence, "MAX_PAIRS", cells)
-        again = reduced(collected(tmp_path / str(name), acts, rows, per_batch, order_seed=name), rows, info)
+        again = numbers(collected(tmp_path / str(name), acts, rows, per_batch, order_seed=name), rows, info)
         for field, a, b in zip(FeatureTensors._fields, again, found, strict=True):
             assert torch.equal(a, b), field
 
 
 def test_what_is_drawn_follows_the_seed(found, tmp_path, acts, rows, info):
-    again = reduced(collected(tmp_path, acts, rows), rows, info.replace(seed=6))
+    again = numbers(collected(tmp_path, acts, rows), rows, info.replace(seed=6))
     for name in ("group_place", "random_place", "silent_place"):
         assert not torch.equal(getattr(again, name), getattr(found, name))
     assert torch.equal(again.top_place, found.top_place)
 
 
 def test_many_latents_in_few_files(tmp_path):
-    wide = CodeLog(tmp_path, 200_000)
+    wide = CodeLog(tmp_path / "0" / "0", 200_000)
     wide.open()
     codes = SparseCodes.from_dense(torch.zeros(2, 200_000).index_fill(1, torch.tensor([0, 70_000, 199_999]), 1.5))
-    wide.add(torch.tensor([9, 4]), codes)
+    wide.add(0, torch.tensor([9, 4]), codes)
     wide.sync()
-    count = wide.lists(10).count(200_000)
+    count = wide.count()
     assert count.nonzero().squeeze(1).tolist() == [0, 70_000, 199_999]
     entries = [
         (piece.first + int(latent), int(place), float(value))
-        for piece in wide.pieces(count)
+        for number in range(wide.n_blocks)
+        for piece in Codes([wide], [True], tmp_path / "0" / "sorted.bin").pieces(number, count)
         for place, latent, value in zip(*piece.entries, strict=True)
     ]
     assert sorted(entries) == [(latent, place, 1.5) for latent in (0, 70_000, 199_999) for place in (4, 9)]
     wide.close()
-    assert len(list(tmp_path.iterdir())) == 4  # a pass over many dictionaries has all their files open
+    assert len(list((tmp_path / "0" / "0").iterdir())) == 5  # a pass over many dictionaries has all their files open
 
 
 def test_codes_count_as_they_are_stored(tmp_path):
     """A code that float32 rounds to zero does not fire."""
     made = CodeLog(tmp_path, 3)
     made.open()
-    made.add(torch.tensor([0]), SparseCodes.from_dense(torch.tensor([[1e-60, 2.0, 0.5]], dtype=torch.float64)))
+    made.add(0, torch.tensor([0]), SparseCodes.from_dense(torch.tensor([[1e-60, 2.0, 0.5]], dtype=torch.float64)))
     made.close()
-    assert made.lists(1).count(3).tolist() == [0, 1, 1]
+    assert made.count().tolist() == [0, 1, 1]
 
 
 def test_uniform_numbers_are_those_of_splitmix64():

@@ -96,7 +96,8 @@ def test_one_hook_for_several(dictionaries, random_lm, rows):
 
 
 def test_control_is_the_store_on_a_redrawn_model(dictionaries, random_lm, rows, store):
-    redrawn = sl.FeatureStore.build(dictionaries[0], random_lm.redrawn(0), rows, batch_tokens=96)
+    with random_lm.redrawn(0) as other:
+        redrawn = sl.FeatureStore.build(dictionaries[0], other, rows, batch_tokens=96)
     assert all(torch.equal(a, b) for a, b in zip(store.control.tensors, redrawn.tensors, strict=True))
     assert "shuffled" in store.control.info.model
     assert not torch.equal(store.control.tensors.count, store.tensors.count)
@@ -137,9 +138,9 @@ def test_interrupted_and_continued_is_uninterrupted(folder, dictionaries, random
         with pytest.raises(Interruption):
             sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out, **settings)
         assert not out.exists()
-        with open(unfinished / "0" / "latents.bin", "ab") as file:
+        with open(unfinished / "0" / "0" / "latents.bin", "ab") as file:
             file.write(b"a batch that never became whole")
-    assert json.loads((unfinished / "progress.json").read_text())["n_batches"] == 5
+    assert json.loads((unfinished / "0" / "progress.json").read_text())["n_batches"] == 5
     calls = failing(None)
     sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out, **settings)
     n_left = len(calls)
@@ -181,7 +182,7 @@ def test_an_unfinished_store_is_not_gone_on_with_by_others(dictionaries, random_
         sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out, batch_tokens=48)
     with pytest.raises(OutputExistsError, match=r"rule = 'topk' \(now 'l1'"):
         sl.FeatureStore.build(dictionaries[1], random_lm, rows, out=out, batch_tokens=96)
-    (unfinished / "0" / "lists.bin").write_bytes(b"")
+    (unfinished / "0" / "0" / "lists.bin").write_bytes(b"")
     with pytest.raises(CorruptFileError, match="delete"):
         sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out, batch_tokens=96)
     again = sl.FeatureStore.build(dictionaries[1], random_lm, rows, out=out, exists="overwrite")
@@ -240,7 +241,7 @@ def test_an_unfinished_store_is_of_the_weights_of_its_model(dictionaries, random
     ids=str,
 )
 def test_a_damaged_note_of_progress(dictionaries, random_lm, rows, tmp_path, failing, progress):
-    out, file = tmp_path / "store", tmp_path / ".store.unfinished" / "progress.json"
+    out, file = tmp_path / "store", tmp_path / ".store.unfinished" / "0" / "progress.json"
     failing(3)
     with pytest.raises(Interruption):
         sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out, batch_tokens=96)
@@ -287,7 +288,7 @@ def test_a_full_disk_keeps_what_is_whole(folder, dictionaries, random_lm, rows, 
         patch.setattr(CodeLog, "_append", filling)
         with pytest.raises(DiskFullError, match="free some space"):
             sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out, **settings)
-    assert json.loads((tmp_path / ".store.unfinished/progress.json").read_text())["n_batches"] == 4
+    assert json.loads((tmp_path / ".store.unfinished/0/progress.json").read_text())["n_batches"] == 4
     sl.FeatureStore.build(dictionaries[0], random_lm, rows, out=out, **settings)
     assert contents(out) == contents(folder)
 

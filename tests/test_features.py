@@ -1,6 +1,7 @@
 """The feature store against plain loops over dense codes, and its files."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from saelens_lite.errors import (
     TextError,
     UserError,
 )
-from saelens_lite.features import weights_hash
+from saelens_lite.features import text_rows, weights_hash
 from saelens_lite.features.reduce import N_BINS
 from saelens_lite.files import file_hash
 from saelens_lite.model.passes import batches
@@ -232,6 +233,50 @@ def test_text_and_rows_give_the_same_store(dictionaries, small, documents):
     from_rows = sl.FeatureStore.build(d, small, token_rows(small, documents, n_ctx=20, n_tokens=300))
     assert from_text.info == from_rows.info
     assert all(torch.equal(a, b) for a, b in zip(from_text.tensors, from_rows.tensors, strict=True))
+
+
+@pytest.mark.parametrize("text", ["documents", "equal rows"])
+def test_long_texts_are_kept_in_files(text, dictionaries, small, documents, monkeypatch, tmp_path):
+    """The rows, and so the store, are those of a text in memory."""
+    given = documents if text == "documents" else torch.arange(600).reshape(30, 20)
+    config = sl.TextConfig(n_ctx=20) if text == "documents" else None
+    in_memory = sl.FeatureStore.build(dictionaries["topk"], small, given, text_config=config, batch_tokens=100)
+    monkeypatch.setattr(text_rows, "IN_MEMORY", 50)
+    monkeypatch.setattr(text_rows.RowBlocks.__init__, "__kwdefaults__", {"n_tokens": None, "block_tokens": 60})
+    rows = text_rows.rows_of(text_rows.RowBlocks(small, given, config), tmp_path)
+    expected = token_rows(small, given, text_config=config)
+    assert rows.tokens.dtype == torch.int32
+    assert torch.equal(rows.tokens, expected.tokens.int())
+    assert torch.equal(rows.keep, expected.keep)
+    assert rows.ends_text == expected.ends_text
+    assert (rows.length is None) == (expected.length is None) or torch.equal(rows.length, expected.lengths)
+    on_disk = sl.FeatureStore.build(
+        dictionaries["topk"], small, given, text_config=config, batch_tokens=100, out=tmp_path / "store"
+    )
+    assert on_disk.info == in_memory.info
+    assert all(torch.equal(x, y) for x, y in zip(on_disk.tensors, in_memory.tensors, strict=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_stores_of_the_format_before_are_read(store, tmp_path):
+    folder = store.save(tmp_path / "store")
+    content = json.loads((folder / "features.json").read_text())
+    assert content["format"] == 4
+    content["format"] = 3
+    del content["info"]["partner_tokens"]
+    (folder / "features.json").write_text(json.dumps(content))
+    loaded = sl.FeatureStore.load(folder)
+    assert loaded.info == store.info
+    assert loaded.partners(7) == store.partners(7)
+
+
+def test_mutual_information_of_counts_in_a_sample(store):
+    """A tenth of the tokens with a tenth of the counts says the same."""
+    assert store.partners(7, "count")
+    sampled = sl.FeatureStore(store.info.replace(partner_tokens=N_TOKENS // 10), store.tensors, store.weights, store.vocabulary)
+    for one, other in zip(store.partners(7, "count"), sampled.partners(7, "count"), strict=True):
+        assert other[:2] == one[:2]
+        assert other.pmi == pytest.approx(one.pmi + math.log(10))
 
 
 def test_hook_of_another_width_promotes_nothing(small, documents):

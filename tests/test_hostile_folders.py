@@ -6,6 +6,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -99,7 +100,7 @@ def change(path: Path, *keys, **values) -> None:
 
 
 def folder_of(run: Path) -> Path:
-    (folder,) = (run / "checkpoints").iterdir()
+    (folder,) = (path for path in (run / "checkpoints").iterdir() if path.is_dir())
     return folder
 
 
@@ -116,7 +117,8 @@ LOADERS = {
     "saved": sl.Dictionary.load,
 }
 FILES = [
-    *(("run", f"checkpoints/000000000040/{name}") for name in ("checksums.json", "state.json", "0.jsonl", "0.safetensors")),
+    *(("run", f"checkpoints/000000000040/{name}") for name in ("checksums.json", "state.json", "0.safetensors")),
+    ("run", "checkpoints/history-0.jsonl"),
     *(("captured", name) for name in ("manifest.json", "shard-00001.safetensors")),
     *(
         ("store", name)
@@ -169,7 +171,7 @@ def test_a_terabyte_of_holes_is_refused_unread(named, monkeypatch):
     for module in (checkpoint, cache_stored, features_stored):
         monkeypatch.setattr(module, "file_hash", lambda path: hashed.append(path) or files.file_hash(path))
     os.truncate(file, TERABYTE)
-    with pytest.raises(CorruptFileError):
+    with nullcontext() if file.suffix == ".jsonl" else pytest.raises(CorruptFileError):  # only the checkpoint's part is read
         load(folder)
     assert file not in hashed
     file.unlink()
@@ -279,17 +281,50 @@ def test_a_log_that_is_a_link_is_not_cut(run, x, tmp_path):
     assert (tmp_path / "precious").read_text() == "what somebody wrote\n"
 
 
+def sign_history(run: Path, content: bytes) -> None:
+    """Replace a run's history, and make its checkpoint fit that."""
+    (run / "checkpoints/history-0.jsonl").write_bytes(content)
+    part = {"bytes": len(content), "sha256": files.file_hash(content)}
+    change(folder_of(run) / "state.json", histories=[part])
+    sign(folder_of(run))
+
+
 def test_lines_of_a_log_are_numbers(run):
-    folder = folder_of(run)
-    lines = files.read_lines(folder / "0.jsonl")
-    files.write_lines(folder / "0.jsonl", [*lines[:-1], lines[-1] | {"fvu": "low"}])
-    sign(folder)
-    with pytest.raises(CorruptFileError, match=r"0\.jsonl is damaged: lines\.\d+\.fvu = 'low'"):
+    content = (run / "checkpoints/history-0.jsonl").read_bytes()
+    *before, last = content.splitlines(keepends=True)
+    for bad, said in (
+        (json.dumps(json.loads(last) | {"fvu": "low"}).encode() + b"\n", r"history-0\.jsonl, line 5 is damaged: fvu = 'low'"),
+        (b"[1]\n", r"history-0\.jsonl, line 5 is damaged"),
+        (b'{"step": 1,\xff}\n', r"history-0\.jsonl, line 5 is damaged"),
+        (last[:-1], "line 5: expected .* bytes of at most 5 complete lines"),
+        (last * 50, "line 6: expected .* bytes of at most 5 complete lines"),
+    ):
+        sign_history(run, b"".join(before) + bad)
+        with pytest.raises(CorruptFileError, match=said):
+            checkpoint.load_checkpoint(run)
+    sign_history(run, b"".join(before) + last.replace(b": ", b":\r", 1))  # is JSON too
+    (history,) = checkpoint.load_checkpoint(run)[1]["histories"]
+    assert list(history) == [json.loads(line) for line in content.splitlines()]
+    sign_history(run, content)
+    change(folder_of(run) / "state.json", histories=[[]])
+    sign(folder_of(run))
+    with pytest.raises(CorruptFileError, match="not those of format 5"):
         checkpoint.load_checkpoint(run)
-    files.write_lines(folder / "0.jsonl", lines * 50)
-    sign(folder)
-    with pytest.raises(CorruptFileError, match="expected at most 5 lines"):
-        checkpoint.load_checkpoint(run)
+
+
+def test_a_history_that_is_a_link_is_not_written_to(run, x, tmp_path):
+    (tmp_path / "precious").write_text("what somebody wrote\n")
+    folder, log = folder_of(run), run / "checkpoints/history-0.jsonl"
+    log.rename(folder / "0.jsonl")  # as format 4 has it
+    state = json.loads((folder / "state.json").read_text())
+    del state["histories"]
+    (folder / "state.json").write_text(json.dumps(state))
+    names = ("0.safetensors", "0.jsonl", "state.json")
+    change(folder / "checksums.json", format=4, sha256={name: files.file_hash(folder / name) for name in names})
+    log.symlink_to(tmp_path / "precious")
+    with pytest.raises(CorruptFileError, match="outside of its folder"):
+        sl.resume(run, TensorSource(x), checkpoint_seconds=0.0)
+    assert (tmp_path / "precious").read_text() == "what somebody wrote\n"
 
 
 def test_a_folder_of_a_sweep_that_is_a_link_is_not_written_to(x, tmp_path):

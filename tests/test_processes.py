@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from together import in_processes
 
 from saelens_lite.errors import ConfigError, CorruptFileError, ProcessLostError
 from saelens_lite.outputs import check_shared
-from saelens_lite.processes import ALONE, team
+from saelens_lite.processes import ALONE, check_same, team
 
 
 def _all_methods():
@@ -68,7 +69,7 @@ def _die():
     t.wait()
     if t.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    with pytest.raises(ProcessLostError, match="process 0 of 2 lost another one"):
+    with pytest.raises(ProcessLostError, match=r"process 0 of 2 lost another one, [^/]*\(\w[^/]*peer"):  # no place in torch
         t.sum(torch.ones(1))
     return True
 
@@ -136,3 +137,44 @@ def test_processes_that_do_not_see_the_same_folder_are_refused(tmp_path):
     assert not any((tmp_path / "b/above").iterdir())
     check_shared(tmp_path / "d" / "out", ALONE)
     assert not (tmp_path / "d").exists()
+
+
+def _differ(part):
+    rank = team().rank
+    settings = {"dictionary": [{"d_sae": 8}, {"d_sae": 16 + rank * (part == "settings")}], "out": "runs"}
+    data = {"cache": "here", "manifest_sha256": "ab" if rank and part == "data" else "cd", "device": f"cuda:{rank}"}
+    device = torch.device("meta" if rank and part == "device" else "cpu")
+    if part == "versions" and rank:
+        torch.__version__ = "1.0"
+    try:
+        check_same(settings, data, device)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ("nothing", None),
+        ("settings", "different settings: dictionary.1.d_sae is 16 in process 0 and 17 in process 1"),
+        ("data", "different data: data.manifest_sha256 is 'cd' in process 0 and 'ab' in process 1"),
+        ("device", "different devices: device is 'cpu' in process 0 and 'meta' in process 1"),
+        ("versions", f"different versions: torch is {str(torch.__version__)!r} in process 0 and '1.0' in process 1"),
+    ],
+)
+def test_processes_that_do_different_jobs_are_refused(part, said):
+    found = in_processes(2, _differ, part)
+    assert found == [None, None] if said is None else all(said in message for message in found)
+
+
+def test_a_port_in_use_is_told(monkeypatch):
+    with socket.create_server(("localhost", 0)) as other:
+        port = str(other.getsockname()[1])
+        here = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "x"}
+        for name, value in here.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(
+            ConfigError, match=f"port {port} is in use by another program; choose another one with --master-port"
+        ):
+            team()

@@ -29,6 +29,7 @@ from saelens_lite.errors import (
 )
 from saelens_lite.tokens import token_rows
 from saelens_lite.training import checkpoint
+from saelens_lite.training.history import History
 
 HOOKS = ["blocks.1.hook_resid_pre", "blocks.2.hook_mlp_out"]
 SWEEP = [
@@ -109,6 +110,11 @@ def test_the_command_that_is_printed_goes_on(cache, tmp_path):
     assert contents(out) == contents(alone)
 
 
+def checkpoints_of(run: Path) -> list[Path]:
+    """Return the folders of a run's checkpoints, oldest first."""
+    return sorted(path for path in (run / "checkpoints").iterdir() if path.is_dir())
+
+
 def interrupted_run(x, out: Path) -> Path:
     with pytest.raises(Stopped):
         sl.train(
@@ -124,7 +130,7 @@ def x():
 
 def test_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(x, tmp_path):
     out = interrupted_run(x, tmp_path / "run")
-    older, newest = sorted((out / "checkpoints").iterdir())
+    older, newest = checkpoints_of(out)
     file = newest / "0.safetensors"
     content = bytearray(file.read_bytes())
     content[-9] ^= 1
@@ -269,30 +275,105 @@ def test_a_log_longer_than_a_settings_file_comes_back_whole(x, tmp_path, monkeyp
         assert contents(out) == contents(tmp_path / "alone")
 
 
-def test_a_checkpoint_whose_log_is_damaged_is_passed_over(x, tmp_path):
-    out = interrupted_run(x, tmp_path / "run")
-    older, newest = sorted((out / "checkpoints").iterdir())
-    with open(newest / "0.jsonl", "a", encoding="utf-8") as file:
-        file.write("{}\n")
-    assert checkpoint.load_checkpoint(out)[1]["n_batches"] == int(older.name) // 32
+def test_each_line_is_written_once_and_a_checkpoint_knows_its_part(x, tmp_path, monkeypatch):
+    """Bytes written do not grow with the number of checkpoints, and lines of a killed process are cut off."""
+    written = []
+    original = History.save
+
+    def save(self, path):
+        size = path.stat().st_size if path.exists() else 0
+        part = original(self, path)
+        written.append(path.stat().st_size - size)
+        return part
+
+    (alone,) = sl.train(TensorSource(x), LONG, tmp_path / "alone", checkpoint_seconds=0.0)
+    monkeypatch.setattr(History, "save", save)
+    out = tmp_path / "run"
+    with pytest.raises(Stopped):
+        sl.train(Interrupted(TensorSource(x), 50), LONG, out, checkpoint_seconds=0.0)
+    file = out / "checkpoints/history-0.jsonl"
+    assert len(written) == 51
+    assert sum(written) == file.stat().st_size
+    lines = file.read_bytes().splitlines(keepends=True)
+    assert [json.loads(line) for line in lines] == alone.history[: len(lines)]
+    parts = [json.loads((folder / "state.json").read_text())["histories"][0] for folder in checkpoints_of(out)]
+    assert [part["bytes"] for part in parts] == [sum(map(len, lines[:n])) for n in (len(lines) - 1, len(lines))]
+    assert [part["sha256"] for part in parts] == [files.file_hash(b"".join(lines[:n])) for n in (len(lines) - 1, len(lines))]
+    with open(file, "ab") as opened:
+        opened.write(b"half of a li")
+    with pytest.raises(Stopped):
+        sl.resume(out, Interrupted(TensorSource(x), 52), checkpoint_seconds=0.0)
+    assert [json.loads(line) for line in file.read_bytes().splitlines()] == alone.history[: len(lines) + 2]
+    sl.resume(out, TensorSource(x))
+    assert contents(out) == contents(tmp_path / "alone")
 
 
-def test_a_checkpoint_with_its_log_in_state_json_is_resumed(x, tmp_path, monkeypatch):
-    """As versions before this one wrote them, whatever the size."""
+@pytest.mark.parametrize("damage", ["changed", "cut"])
+def test_a_checkpoint_whose_log_is_damaged_is_passed_over(x, tmp_path, damage):
+    sl.train(TensorSource(x), LONG, tmp_path / "alone", checkpoint_seconds=0.0)
+    out = tmp_path / "run"
+    with pytest.raises(Stopped):
+        sl.train(Interrupted(TensorSource(x), 8), LONG, out, checkpoint_seconds=0.0)
+    older, newest = checkpoints_of(out)
+    file = out / "checkpoints/history-0.jsonl"
+    first, last = (json.loads((folder / "state.json").read_text())["histories"][0]["bytes"] for folder in (older, newest))
+    content = file.read_bytes()
+    assert len(content) == last > first
+    digit = first + content[first:].index(b": ") + 2
+    file.write_bytes(content[:digit] + b"7" + content[digit + 1 :] if damage == "changed" else content[: last - 9])
+    assert checkpoint.load_checkpoint(out)[1]["n_batches"] == int(older.name) // 16
+    sl.resume(out, TensorSource(x))
+    assert contents(out) == contents(tmp_path / "alone")
+
+
+def test_a_checkpoint_without_its_log_is_refused(x, tmp_path):
+    with pytest.raises(Stopped):
+        sl.train(Interrupted(TensorSource(x), 8), LONG, tmp_path / "run")
+    (tmp_path / "run/checkpoints/history-0.jsonl").unlink()
+    with pytest.raises(CorruptFileError, match=r"history-0\.jsonl is missing"):
+        sl.resume(tmp_path / "run", TensorSource(x))
+
+
+def test_a_history_file_that_is_lost_in_training_is_written_again(tmp_path):
+    lines = [{"step": n, "tokens": 8 * n, "fvu": 1 / (n + 1), "l0": float(n)} for n in range(9)]
+    history = History(lines[:4])
+    history.save(tmp_path / "history")
+    (tmp_path / "history").unlink()
+    for line in lines[4:]:
+        history.append(line)
+    part = history.save(tmp_path / "history")
+    assert [json.loads(line) for line in (tmp_path / "history").read_text().splitlines()] == lines == list(history)
+    assert part == {"bytes": (tmp_path / "history").stat().st_size, "sha256": files.file_hash(tmp_path / "history")}
+
+
+@pytest.mark.parametrize("number", [2, 3, 4])
+def test_a_checkpoint_of_an_earlier_format_is_resumed(x, tmp_path, monkeypatch, number):
+    """Format 2 has the log in state.json, whatever the size; 3 and 4 have <number>.jsonl beside it."""
     sl.train(TensorSource(x), LONG, tmp_path / "alone")
     out = tmp_path / "run"
     with pytest.raises(Stopped):
         sl.train(Interrupted(TensorSource(x), 50), LONG, out)
-    (folder,) = (out / "checkpoints").iterdir()
+    (folder,) = checkpoints_of(out)
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    del state["dropped"]
-    state["histories"] = [files.read_lines(folder / "0.jsonl")]
-    (folder / "0.jsonl").unlink()
+    del state["dropped"], state["histories"]
+    log = out / "checkpoints/history-0.jsonl"
+    if number == 2:
+        state["histories"] = [files.read_lines(log)]
+        log.unlink()
+    else:
+        log.rename(folder / "0.jsonl")
+    if number < 4:
+        for numbers in state["dictionaries"]:
+            (numbers["scale"],), (numbers["target_scale"],) = numbers.pop("scales"), numbers.pop("target_scales")
     (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
-    checksums = {name: files.file_hash(folder / name) for name in ("0.safetensors", "state.json")}
-    (folder / "checksums.json").write_text(json.dumps({"format": 2, "sha256": checksums}), encoding="utf-8")
-    monkeypatch.setattr(files, "MAX_JSON_BYTES", 5000)
-    assert (folder / "state.json").stat().st_size > 5000
+    checksums = {path.name: files.file_hash(path) for path in folder.iterdir() if path.name != "checksums.json"}
+    (folder / "checksums.json").write_text(json.dumps({"format": number, "sha256": checksums}), encoding="utf-8")
+    if number == 2:
+        monkeypatch.setattr(files, "MAX_JSON_BYTES", 5000)
+        assert (folder / "state.json").stat().st_size > 5000
+    with pytest.raises(Stopped):
+        sl.resume(out, Interrupted(TensorSource(x), 52))
+    assert len(log.read_bytes().splitlines()) == 53
     (run,) = sl.resume(out, TensorSource(x))
     assert len(run.history) == 60
     assert contents(out) == contents(tmp_path / "alone")
@@ -300,7 +381,7 @@ def test_a_checkpoint_with_its_log_in_state_json_is_resumed(x, tmp_path, monkeyp
 
 def test_a_run_whose_device_is_missing_is_resumed_on_another(x, tmp_path, caplog):
     out = interrupted_run(x, tmp_path / "run")
-    for folder in (out / "checkpoints").iterdir():
+    for folder in checkpoints_of(out):
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         state["request"]["device"] = "cuda:99"
         (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
@@ -519,7 +600,7 @@ def test_resume_refuses_a_cache_with_a_shard_of_another(cache, lm, documents, tm
 
 def without_source(run: Path) -> None:
     """Make the checkpoints those of a version that does not note what was read."""
-    for folder in (run / "checkpoints").iterdir():
+    for folder in checkpoints_of(run):
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         del state["source"]
         (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")

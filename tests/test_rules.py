@@ -36,10 +36,11 @@ def mask_of(support, d_sae: int) -> torch.Tensor:
 def observed(value: torch.Tensor, **more) -> SimpleNamespace:
     """Return a step with codes of these values, of which only what `more` says is known beside."""
     unknown = dict.fromkeys(
-        ("x", "target", "x_hat", "dead", "dead_latents", "progress", "warmup", "coefficient", "decoder_norms")
+        ("x", "target", "x_hat", "dead", "dead_latents", "progress", "warmup", "coefficient", "decoder_norms", "n_dead")
     )
-    unused = dict.fromkeys(("pre_tiles", "pre_at", "decode", "base"), len)
-    return SimpleNamespace(**{**unknown, **unused, "codes": SimpleNamespace(value=value), **more})
+    sums = {"sum": torch.sum, "min": lambda x: min(x.tolist(), default=torch.inf) + x.new_zeros(()), "first_latent": 0}
+    unused = dict.fromkeys(("pre_tiles", "pre_at", "decode", "base", "mean"), len)
+    return SimpleNamespace(**{**unknown, **unused, **sums, "codes": SimpleNamespace(value=value), **more})
 
 
 def largest(pre: torch.Tensor, n: int) -> torch.Tensor:

@@ -10,7 +10,6 @@ fits the weights at the end of training.
 import torch
 from pydantic import Field
 
-from saelens_lite.codes import gpu
 from saelens_lite.sparsity import (
     DeadLatentsConfig,
     PublishedForm,
@@ -18,11 +17,9 @@ from saelens_lite.sparsity import (
     Step,
     Support,
     dead_latents_explain,
+    largest_positive,
     support_above,
-    support_of_mask,
 )
-
-SAMPLED_ROWS = 64  # rows that give the first bound in the search for the largest entries
 
 
 class BatchTopK(Sparsity):
@@ -31,6 +28,7 @@ class BatchTopK(Sparsity):
     paper = "Bussmann et al. 2024, BatchTopK sparse autoencoders, arXiv:2412.06410"
     homogeneous = False  # scaling one pre-activation may push another out of the largest
     unit_decoder = True
+    shardable = True
 
     class Config(DeadLatentsConfig):
         k: int = Field(32, gt=0, description="Latents kept per token, on average over a batch.")
@@ -51,7 +49,7 @@ class BatchTopK(Sparsity):
         return (pre * kept).relu()
 
     def support(self, pre) -> Support:
-        return largest_positive(pre, self.config.k * len(pre)) if self.training else support_above(pre, self.threshold)
+        return largest_positive(pre, self.config.k) if self.training else support_above(pre, self.threshold)
 
     def values(self, pre, latent):
         return pre.relu()
@@ -61,11 +59,10 @@ class BatchTopK(Sparsity):
 
     def observe(self, step: Step) -> None:
         value = step.codes.value
-        if len(value):
-            smallest = torch.where(value > 0, value, torch.inf).min()
-            kept = torch.where(self.threshold > 0, self.config.threshold_decay, 0.0)
-            moved = self.threshold.lerp(smallest, 1 - kept)
-            self.threshold.copy_(torch.where(smallest.isinf(), self.threshold, moved))
+        smallest = step.min(torch.where(value > 0, value, torch.inf))
+        kept = torch.where(self.threshold > 0, self.config.threshold_decay, 0.0)
+        moved = self.threshold.lerp(smallest, 1 - kept)
+        self.threshold.copy_(torch.where(smallest.isinf(), self.threshold, moved))
 
     def inference_form(self) -> PublishedForm:
         return PublishedForm("jumprelu", {"threshold": self.threshold})
@@ -74,29 +71,3 @@ class BatchTopK(Sparsity):
     def from_published(cls, tensors, options):
         tensors, options = super().from_published(tensors, options)
         return {name: value.clamp(min=0) if name == "threshold" else value for name, value in tensors.items()}, options
-
-
-def largest_positive(pre, n: int) -> Support:
-    """Return the n largest positive entries of a whole batch, or all if there are fewer. Of equal entries, the first.
-
-    On a GPU, if there are fewer, the largest of the others are there too, because their number is known without waiting.
-    """
-    if kernels := gpu.kernels(pre):
-        return Support(*kernels.n_largest(pre, min(n, pre.numel())))
-    candidates = support_of_mask(pre > _lower_bound(pre, n))
-    if len(candidates.latent) < n:
-        candidates = support_of_mask(pre > 0)
-    value = pre[candidates.row, candidates.latent]
-    if len(value) <= n:
-        return candidates
-    nth = value.kthvalue(len(value) - n + 1).values
-    keep = value > nth
-    keep[(value == nth).nonzero().squeeze(1)[: n - int(keep.sum())]] = True
-    return candidates.where(keep)
-
-
-def _lower_bound(pre, n: int):
-    """Return a number ≥ 0 that about 2n entries exceed, estimated from some rows, because sorting a whole batch is slow."""
-    sample = pre[:: max(1, len(pre) // SAMPLED_ROWS)].flatten()
-    above = 2 * n * len(sample) // pre.numel()
-    return sample.topk(min(above, len(sample) - 1) + 1, sorted=True).values[-1].clamp(min=0)

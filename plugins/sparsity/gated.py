@@ -10,6 +10,7 @@ vectors, because small free rows with a large r_mag would evade the penalty.
 import torch
 from torch import nn
 
+from saelens_lite.codes import parallel
 from saelens_lite.sparsity import PenaltyConfig, PublishedForm, Sparsity, Step, Support, support_above
 
 
@@ -19,6 +20,7 @@ class Gated(Sparsity):
     paper = "Rajamanoharan et al. 2024, Improving dictionary learning with gated sparse autoencoders, arXiv:2404.16014"
     encoder_bias = False
     row_wise = True
+    shardable = True
     unit_decoder = True
 
     class Config(PenaltyConfig):
@@ -47,7 +49,7 @@ class Gated(Sparsity):
         gate = (step.pre_at(step.codes.support) + self.at(self.b_gate, latent)).relu()
         x_gate = step.decode(step.codes._replace(value=gate), frozen=True) + step.base(frozen=True)
         return {
-            "gate_l1": step.coefficient * gate.sum() / len(step.x),
+            "gate_l1": step.coefficient * step.mean(gate),
             "gate_error": (step.target - x_gate).square().sum(1).mean(),
         }
 
@@ -56,7 +58,8 @@ class Gated(Sparsity):
 
     def excess(self, codes):
         pre = (codes.value - self.at(self.b_mag, codes.latent)) / self.at(self.r_mag.exp(), codes.latent)
-        return (codes.fires * (pre + self.at(self.b_gate, codes.latent)).relu()).sum() / codes.fires.sum().clamp(min=1)
+        above = (codes.fires * (pre + self.at(self.b_gate, codes.latent)).relu()).sum()
+        return parallel.total(above) / parallel.total(codes.fires.sum()).clamp(min=1)
 
     def rescale_(self, scale) -> None:
         self.b_gate.data.mul_(scale)

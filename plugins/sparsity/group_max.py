@@ -27,6 +27,7 @@ class GroupMax(Sparsity):
     paper = "Srivastava et al. 2013, Compete to compute (local winner-take-all), NIPS; for dictionaries: EleutherAI's sparsify"
     homogeneous = False  # scaling one pre-activation may make it the largest of its group
     row_wise = True
+    shardable = True
     unit_decoder = True
 
     class Config(DeadLatentsConfig):
@@ -41,14 +42,21 @@ class GroupMax(Sparsity):
                 f"{d_sae} latents cannot be split into k = {config.k} groups of equal size; change d_sae or k"
             )
 
+    @property
+    def latents_together(self) -> int:
+        return self.d_sae // self.config.k
+
+    def _groups(self, pre):
+        return rearrange(pre, "batch (group latent) -> batch group latent", latent=self.latents_together)
+
     def activation(self, pre):
-        groups = rearrange(pre, "batch (group latent) -> batch group latent", group=self.config.k)
+        groups = self._groups(pre)
         winner = torch.zeros_like(groups).scatter(2, argmax(groups).unsqueeze(2), 1.0)
         return rearrange(groups.relu() * winner, "batch group latent -> batch (group latent)")
 
     def support(self, pre) -> Support:
-        groups = rearrange(pre, "batch (group latent) -> batch group latent", group=self.config.k)
-        begins = torch.arange(0, self.d_sae, groups.shape[2], device=pre.device)
+        groups = self._groups(pre)
+        begins = torch.arange(0, pre.shape[1], groups.shape[2], device=pre.device)
         return support_of_indices(begins + argmax(groups))
 
     def values(self, pre, latent):

@@ -43,6 +43,7 @@ class JumpReLU(Sparsity):
         "arXiv:2407.14435; tanh: Conerly et al. 2025, January update of the Transformer Circuits thread"
     )
     row_wise = True
+    shardable = True
 
     class Config(RuleConfig):
         penalty: Literal["l0", "target_l0", "tanh"] | None = Field(
@@ -119,10 +120,10 @@ class JumpReLU(Sparsity):
         weight = step.warmup * (1.0 if self.config.coefficient is None else self.config.coefficient)
         if self.config.chosen_penalty == "tanh":
             norms = self.at(step.decoder_norms, step.codes.latent)
-            count = (4 * step.codes.value * norms).tanh().sum() / len(step.x)
+            count = step.mean((4 * step.codes.value * norms).tanh())
             return {"tanh": weight * count, **self._lift_dead(step)}
         pre, threshold = step.pre_at(step.codes.support).detach(), self.at(self.threshold, step.codes.latent)
-        l0 = ((pre > threshold) + self._edge(pre, threshold)).sum() / len(step.x)
+        l0 = step.mean((pre > threshold) + self._edge(pre, threshold))
         if self.config.chosen_penalty == "l0":
             return {"l0_penalty": weight * l0}
         return {"l0_penalty": weight * self.d_in * (l0 / self.target_l0 - 1).square()}
@@ -134,13 +135,13 @@ class JumpReLU(Sparsity):
 
     def _lift_dead(self, step: Step):
         """Return {"lift": μ Σ ReLU(θ − h) ‖W_dec‖ over dead latents}, or {} if no latent is dead."""
-        dead = step.dead_latents
-        if not len(dead) or self.config.dead_coefficient == 0:
+        if not step.n_dead or self.config.dead_coefficient == 0:
             return {}
+        dead = step.dead_latents
         support = support_of_indices(dead.expand(len(step.x), -1), among=dead)
         missing = (self.at(self.threshold, support.latent) - step.pre_at(support)).relu()
         norms = self.at(step.decoder_norms, support.latent)
-        return {"lift": self.config.dead_coefficient * (missing * norms).sum() / len(step.x)}
+        return {"lift": self.config.dead_coefficient * step.mean(missing * norms)}
 
     def after_step(self, dictionary) -> None:
         super().after_step(dictionary)

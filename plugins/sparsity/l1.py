@@ -16,6 +16,7 @@ class L1(Sparsity):
 
     paper = "Bricken et al. 2023, Towards Monosemanticity; decoder-norm weighting: Conerly et al. 2024, April update"
     row_wise = True
+    shardable = True
     lr_factor = staticmethod(root_of_batch)
 
     class Config(PenaltyConfig):
@@ -37,7 +38,7 @@ class L1(Sparsity):
         weighted = step.codes.value * self.at(step.decoder_norms, step.codes.latent)
         if self.config.p != 1:  # the slope at 0 is infinite for p < 1
             weighted = step.codes.fires * weighted.clamp_min(1e-12).pow(self.config.p)
-        return {"l1": step.coefficient * weighted.sum() / len(step.x)}
+        return {"l1": step.coefficient * step.mean(weighted)}
 
     def inference_form(self) -> PublishedForm:
         return PublishedForm("standard")

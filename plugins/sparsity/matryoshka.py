@@ -52,10 +52,11 @@ class Matryoshka(BatchTopK):
 
     def _decode_slices(self, step: Step):
         """Return [batch prefix d_out]: the part that each prefix adds to the one before. Every latent is decoded once."""
-        inner, ends = step.codes.where(step.codes.latent < self.ends[-1]), self.ends
+        ends = self.ends - step.first_latent
+        inner = step.codes.where(step.codes.latent < ends[-1])
         latent = inner.latent
         # ascending, because latents ascend within a row
         piece = inner.row * len(ends) + torch.bucketize(latent, ends, right=True)
         begins = torch.searchsorted(piece, torch.arange(len(step.x) * len(ends) + 1, device=piece.device))
-        codes = SparseCodes.of(Support(begins, latent), inner.value, self.d_sae)
+        codes = SparseCodes.of(Support(begins, latent), inner.value, inner.d_sae)
         return rearrange(step.decode(codes), "(batch prefix) d_out -> batch prefix d_out", prefix=len(ends))

@@ -19,6 +19,7 @@ class PAnneal(Sparsity):
         "Karvonen et al. 2024, Measuring progress in dictionary learning for language model interpretability, arXiv:2408.00113"
     )
     row_wise = True
+    shardable = True
     lr_factor = staticmethod(root_of_batch)
     unit_decoder = True
 
@@ -44,15 +45,14 @@ class PAnneal(Sparsity):
         return pre.relu()
 
     def losses(self, step: Step):
-        penalty = self.growth * power_sum(step.codes.value, self.p) / len(step.x)
-        return {"lp": step.coefficient * penalty}
+        return {"lp": step.coefficient * self.growth * step.mean(powers(step.codes.value, self.p))}
 
     def observe(self, step: Step) -> None:
         if step.progress <= self.config.start:
             return
         annealed = (step.progress - self.config.start) / (1 - self.config.start)
         p = 1 - annealed * (1 - self.config.p_end)
-        before, after = power_sum(step.codes.value, self.p), power_sum(step.codes.value, p)
+        before, after = (step.sum(powers(step.codes.value, exponent)) for exponent in (self.p, p))
         self.growth.mul_(torch.where(after > 0, before / after, 1.0))
         self.p.fill_(p)
 
@@ -60,6 +60,6 @@ class PAnneal(Sparsity):
         return PublishedForm("standard")
 
 
-def power_sum(value, p):
-    """Return Σ f^p over all codes of a batch."""
-    return ((value > 0) * value.clamp_min(1e-12).pow(p)).sum()  # the slope at 0 is infinite for p < 1
+def powers(value, p):
+    """Return f^p for each code."""
+    return (value > 0) * value.clamp_min(1e-12).pow(p)  # the slope at 0 is infinite for p < 1

@@ -15,7 +15,6 @@ from saelens_lite.sparsity import (
     Support,
     dead_latents_explain,
     largest,
-    support_of_indices,
 )
 
 
@@ -26,6 +25,7 @@ class TopK(Sparsity):
     homogeneous = False  # scaling one pre-activation may push another out of the k largest
     row_wise = True
     unit_decoder = True
+    shardable = True
 
     class Config(DeadLatentsConfig):
         k: int = Field(32, gt=0, description="Latents kept per token.")
@@ -37,7 +37,7 @@ class TopK(Sparsity):
         return pre.new_zeros(pre.shape).scatter(1, latent, values)
 
     def support(self, pre) -> Support:
-        return support_of_indices(largest(pre, min(self.config.k, self.d_sae)))
+        return largest(pre, min(self.config.k, self.d_sae))
 
     def values(self, pre, latent):
         return pre.relu()

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -14,8 +13,6 @@ from saelens_lite.codes import gpu
 from saelens_lite.codes.support import Support, _pointers
 from saelens_lite.devices import asynchronous
 from saelens_lite.errors import ShapeError
-
-GROUPS = 1024  # groups of latents; `largest` looks at the maximum of each group first
 
 
 def support_of_mask(mask: Bool[Tensor, "batch d_sae"]) -> Support:
@@ -43,20 +40,6 @@ def support_of_indices(latent: Int[Tensor, "batch k"], among: Int[Tensor, " n"] 
     n, k = latent.shape
     crow = torch.arange(0, n * k + 1, k, device=latent.device) if k else latent.new_zeros(n + 1)
     return Support(crow, latent.flatten(), among)
-
-
-def largest(pre: Float[Tensor, "batch d_sae"], k: int) -> Int[Tensor, "batch k"]:
-    """Return the latents of the k largest pre-activations of each row, in no particular order."""
-    if kernels := gpu.kernels(pre):
-        return kernels.topk(pre, k)
-    n_groups = GROUPS if pre.device.type == "cpu" and pre.shape[1] % GROUPS == 0 else 0
-    if 2 * k > n_groups or pre.shape[1] < 4 * n_groups:
-        return pre.topk(k, dim=1, sorted=False).indices
-    groups = rearrange(pre, "batch (member group) -> batch member group", group=n_groups)
-    best = groups.amax(1).topk(k, dim=1, sorted=False).indices  # the k largest are in the groups of the k largest maxima
-    first = torch.arange(0, pre.shape[1], n_groups, device=pre.device)
-    candidates = rearrange(best[:, None] + first[:, None], "batch member k -> batch (member k)")
-    return candidates.gather(1, pre.gather(1, candidates).topk(k, dim=1, sorted=False).indices)
 
 
 def argmax(x: Float[Tensor, "*shape n"]) -> Int[Tensor, "*shape"]:

@@ -11,16 +11,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelens_lite.arrays import ArrayLike, as_tensor
+from saelens_lite.codes import SparseCodes
 from saelens_lite.config import StoreConfig
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, NonFiniteError, ShapeError
-from saelens_lite.features.build import SHOWN, reduced
-from saelens_lite.features.code_log import CodeLog
-from saelens_lite.features.collect import MAX_PLACES
+from saelens_lite.features.build import SHOWN, Numbers, reduced
+from saelens_lite.features.code_log import Sample
+from saelens_lite.features.collect import MAX_PLACES, written
 from saelens_lite.features.info import StoreInfo, facts_of
-from saelens_lite.features.reduce import Block
-from saelens_lite.features.rows import GroupsOfBlocks, RowTensors, row_tensors, texts_of
-from saelens_lite.features.tensors import FeatureTensors
+from saelens_lite.features.rows import OF_GROUPS, GroupsOfBlocks, RowTensors, row_tensors, texts_of
+from saelens_lite.processes import Team
 from saelens_lite.progress import progress_bar
 from saelens_lite.tokens import TokenRows
 
@@ -70,7 +70,7 @@ class RowParts(NamedTuple):
     """The parts of a store that depend on the activations."""
 
     info: StoreInfo
-    tensors: FeatureTensors
+    numbers: Numbers
     rows: RowTensors
 
 
@@ -83,41 +83,43 @@ def own_config(config: StoreConfig | None, settings: dict[str, Any]) -> StoreCon
 
 
 @torch.no_grad()
-def row_parts(dictionary: Dictionary, given: NamedRows, config: StoreConfig, folder: Path, codes: Path | None) -> RowParts:
-    """Return the parts of a store, computed by way of codes in a temporary folder. With `codes`, also write them there.
+def row_parts(dictionary: Dictionary, given: NamedRows, config: StoreConfig, folder: Path, team: Team) -> RowParts | None:
+    """Return the parts of a store, computed by way of codes in a folder, in the first process of a team; None in the others.
 
     Raises:
         NonFiniteError: an activation or a code is NaN or infinite.
         UserError: no latent fires.
     """
     dictionary.check_finite()
-    code_log, digest, n = CodeLog(folder, dictionary.d_sae), hashlib.sha256(), len(given.x)
-    code_log.open()
-    try:
-        with progress_bar("features", n, "rows") as advance:
+    digest, n = hashlib.sha256(), len(given.x)
+
+    def encoded(batch: tuple[int, Tensor]) -> Iterator[tuple[Tensor, SparseCodes]]:
+        start, x = batch
+        codes = dictionary.encode(x.to(dictionary.W_enc.device))
+        if not torch.isfinite(codes.value).all():
+            raise NonFiniteError(f"the codes of rows {start:,} to {start + len(x) - 1:,} hold NaN or infinity")
+        yield torch.arange(start, start + len(x)), codes
+
+    with progress_bar("features", n, "rows") as advance:
+
+        def hashed() -> Iterator[tuple[int, Tensor]]:
             for start, x in given.batches(config.batch_tokens or BATCH_ROWS):
                 digest.update(x.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-                batch_codes = dictionary.encode(x.to(dictionary.W_enc.device))
-                if not torch.isfinite(batch_codes.value).all():
-                    raise NonFiniteError(f"the codes of rows {start:,} to {start + len(x) - 1:,} hold NaN or infinity")
-                code_log.add(torch.arange(start, start + len(x)), batch_codes)
+                yield start, x
                 advance(len(x), "")
-    finally:
-        code_log.close()
+
+        codes = written(folder, [dictionary.d_sae], Sample.of(n, config.seed), hashed(), encoded, team)[0]
     ports = ([port.hook or "activations" for port in side] for side in (dictionary.reads, dictionary.writes))
     reads, writes = map(tuple, ports)
     info = StoreInfo(
         model=None, revision=None, reads=reads, writes=writes, n_tokens=n, bos_id=None, text=None,
         text_sha256=digest.hexdigest(), **facts_of(dictionary), **config.model_dump(include=SHOWN),
     )  # fmt: skip
-    rows = TokenRows(torch.arange(n)[:, None], torch.ones(n, 1, dtype=torch.bool))
-    groups = GroupsOfBlocks(given.group_of_row, len(given.labels)) if given.labels else None
-
-    def add(block: Block) -> None:
-        if groups is not None:
-            groups.add(block)
-
-    tensors = reduced(code_log, rows, info, codes, also=add)
-    none = torch.zeros(dictionary.d_sae, 0)
-    of_latents = [none, none.int(), none.int(), none.int(), none] if groups is None else groups.tensors()
-    return RowParts(info, tensors, row_tensors(given.names, given.labels, given.group_of_row, of_latents))
+    rows = TokenRows(torch.arange(n, dtype=torch.int32)[:, None], torch.ones(n, 1, dtype=torch.bool))
+    groups = GroupsOfBlocks(given.group_of_row, len(given.labels))
+    numbers = reduced(codes, rows, info, config.codes, also=groups.numbers)
+    if numbers is None:
+        return None
+    of_latents = [numbers.of_latents[name] for name in OF_GROUPS]
+    named = row_tensors(given.names, given.labels, given.group_of_row, of_latents)
+    return RowParts(info.replace(partner_tokens=numbers.partner_tokens), numbers, named)

@@ -5,24 +5,30 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from saelens_lite.config import StoreConfig, TextConfig
 from saelens_lite.devices import on_device
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, CorruptFileError, TextError, UserError
 from saelens_lite.evaluation import as_trained
-from saelens_lite.features.code_log import CodeLog
-from saelens_lite.features.codes import codes_file
+from saelens_lite.evaluation.positions import position_bands
+from saelens_lite.features.code_log import Codes
+from saelens_lite.features.codes import CODES_FILE, CodesTable, codes_file, join_codes
 from saelens_lite.features.collect import Hooked, collect
 from saelens_lite.features.cooccurrence import partners
 from saelens_lite.features.info import StoreInfo, facts_of
 from saelens_lite.features.reduce import Block, TextFacts
 from saelens_lite.features.tensors import FeatureTensors
+from saelens_lite.features.text_rows import rows_of
 from saelens_lite.model import LanguageModel
+from saelens_lite.processes import Team
 from saelens_lite.progress import progress_bar
-from saelens_lite.tokens import RowHash, Text, TokenRows, source_name, text_hash, token_rows
+from saelens_lite.tensor_files import read_tensors, write_tensors
+from saelens_lite.tokens import RowBlocks, RowHash, Text, TokenRows, source_name, text_hash
 
 SHOWN = {"top_n", "n_groups", "group_size", "n_random", "n_silent", "window", "seed", "raw_unembedding"}  # as in StoreInfo
+LOG_FORMAT = 2  # of an unfinished pass
 
 
 class StorePlan(NamedTuple):
@@ -43,12 +49,13 @@ class StorePlan(NamedTuple):
         *,
         hook: str | None,
         text_config: TextConfig | None,
+        folder: Path | None = None,
     ) -> "StorePlan":
-        """Return the job, after all checks that do not need to run the model."""
+        """Return the job, after all checks that do not need to run the model. Rows of long texts are in files in `folder`."""
         if not dictionaries:
             raise ConfigError("there is no dictionary to collect features of; give at least one")
         hooked = [_hooked(d, lm, hook) for d in dictionaries]
-        rows = _rows(dictionaries, lm, text, config.n_tokens, text_config)
+        rows = _rows(dictionaries, lm, text, config.n_tokens, text_config, folder)
         common = {
             "model": lm.name,
             "revision": lm.revision,
@@ -72,7 +79,8 @@ class StorePlan(NamedTuple):
     def request(self, lm: LanguageModel) -> dict[str, Any]:
         """Return the facts that must be equal for an unfinished pass to be resumed."""
         read = RowHash()
-        read.add(self.rows)
+        for piece in self.rows.pieces():
+            read.add(piece)
         of_each = {f"{i}: {key}": x for i, info in enumerate(self.infos) for key, x in info.model_dump(mode="json").items()}
         return {
             "processing": lm.processing,
@@ -82,13 +90,34 @@ class StorePlan(NamedTuple):
             "batch_tokens": self.config.batch_tokens,
             "control": self.config.control,
             "n_dictionaries": len(self.infos),
+            "log_format": LOG_FORMAT,
             "rows_sha256": read.record.sha256,
             **of_each,
         }
 
-    def collected(self, lm: LanguageModel, folder: Path, what: str) -> list[CodeLog]:
-        """Run the model once and return the codes of each dictionary, which are on disk below `folder`."""
-        return collect(self.hooked, lm, self.rows, self.config.batch_tokens, folder, what)
+    def numbers(self, lm: LanguageModel, folder: Path, team: Team) -> "list[tuple[Numbers | None, Numbers | None]]":
+        """Run the model and return the numbers of each dictionary and of its control. Codes go to disk, below `folder`.
+
+        In processes other than the first of a team, both are None.
+        """
+        own, control = self._codes(lm, folder, "features", team), [None] * len(self.infos)
+        if self.config.control:
+            with lm.redrawn(self.config.seed) as redrawn:
+                control = self._codes(redrawn, folder / "control", "features of the control", team)
+        return [
+            (
+                reduced(one, self.rows, info, self.config.codes),
+                None if other is None else reduced(other, self.rows, self.control_info(i), must_fire=False),
+            )
+            for i, (info, one, other) in enumerate(zip(self.infos, own, control, strict=True))
+        ]
+
+    def _codes(self, lm: LanguageModel, folder: Path, what: str, team: Team) -> list[Codes]:
+        return collect(self.hooked, lm, self.rows, self.config.batch_tokens, folder, what, self.config.seed, team)
+
+    def control_info(self, i: int) -> StoreInfo:
+        """Return the facts about the control of a dictionary."""
+        return self.infos[i].replace(model=f"{self.infos[i].model}, weights shuffled", revision=None)
 
 
 def _hooked(dictionary: Dictionary, lm: LanguageModel, hook: str | None) -> Hooked:
@@ -104,11 +133,12 @@ def _rows(
     text: Text | TokenRows,
     n_tokens: int | None,
     text_config: TextConfig | None,
+    folder: Path | None,
 ) -> TokenRows:
     """Return token rows on the CPU. Text is cut into rows as the dictionaries' training text was."""
     if not isinstance(text, TokenRows):
         config = as_trained(dictionaries, lm, text, text_config or TextConfig())
-        return token_rows(lm, text, n_tokens=n_tokens, text_config=config)
+        return rows_of(RowBlocks(lm, text, config, n_tokens=n_tokens), folder)
     if n_tokens is not None or text_config is not None:
         raise ConfigError("n_tokens and text_config apply only to text, but token rows were given; give fewer rows instead")
     if not text.n_kept:
@@ -116,49 +146,89 @@ def _rows(
     return text.to("cpu")
 
 
+class Numbers:
+    """The numbers of all latents, and the table with their codes, if any."""
+
+    def __init__(self, rows: TokenRows, codes: Codes, of_latents: dict[str, Tensor], table: Path | None):
+        self._rows, self.of_latents = rows, of_latents
+        self.codes = None if table is None else CodesTable.of(table)
+        self.partner_tokens = None if codes.n_listed == codes.n_tokens else codes.n_listed
+
+    @property
+    def tensors(self) -> FeatureTensors:
+        """The numbers as the tensors of a store."""
+        bands = position_bands(self._rows)
+        of_text = {
+            "tokens": self._rows.tokens.int(),
+            "length": self._rows.counted_lengths.int(),
+            "band_low": torch.tensor(bands.low),
+            "band_high": torch.tensor(bands.high),
+            "band_tokens": torch.tensor(bands.n_tokens),
+        }
+        own = {name: x for name, x in self.of_latents.items() if name in FeatureTensors._fields}
+        return FeatureTensors(**of_text, **own)
+
+
 def reduced(
-    code_log: CodeLog,
+    codes: Codes,
     rows: TokenRows,
     info: StoreInfo,
-    codes: Path | None = None,
+    table: bool = False,
     must_fire: bool = True,
-    also: Callable[[Block], None] = lambda block: None,
-) -> FeatureTensors:
-    """Return the numbers of a store, computed from the codes on disk. With `codes`, also write them to that file, sorted.
+    also: Callable[[Block], dict[str, Tensor]] = lambda block: {},
+) -> Numbers | None:
+    """Return the numbers of a store, computed from the codes on disk, in the first process of a team; None in the others.
+
+    Each process reduces some blocks of latents and leaves the numbers in files, which the first one joins.
 
     Args:
-        also: Function to call with each block of latents.
+        table: Also write the codes to a file, sorted.
+        also: Function that returns more numbers for a block of latents.
 
     Raises:
         TextError, UserError: no latent fires on the text or the activations, and `must_fire` is set.
         CorruptFileError: the codes on disk do not cover all tokens.
     """
-    text = TextFacts.of(rows)
-    lists = code_log.lists(text.n_places)
-    n_listed = len(lists.crow) - 1
-    if n_listed != info.n_tokens:
+    if codes.n_tokens != info.n_tokens:
         raise CorruptFileError(
-            f"{code_log.folder} has codes of {n_listed:,} tokens, expected {info.n_tokens:,}; delete {code_log.folder.parent}"
+            f"{codes.folder} has codes of {codes.n_tokens:,} tokens, expected {info.n_tokens:,}; delete {codes.folder}"
         )
-    count = lists.count(info.d_sae)
+    count = codes.count()
     if must_fire and not count.any():
         cause = "the text" if info.model else "x"
         hint = "is it the right hook?" if info.model else "was it scaled as the data that the dictionary was trained on?"
         error = TextError if info.model else UserError
         raise error(f"none of the {info.d_sae} latents fires on {cause} ({info.n_tokens:,} {info.unit}s); {hint}")
-    parts = []
-    with codes_file(codes, rows.tokens) as write, progress_bar("latents", info.d_sae, "latents") as advance:
-        for piece in code_log.pieces(count):
+    folder, text, lists = codes.reduced_folder, TextFacts.of(rows), codes.lists(rows.tokens.numel())
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def of_block(number: int, write: Callable[[Block], None]) -> dict[str, Tensor]:
+        parts = []
+        for piece in codes.pieces(number, count):
             block = Block(piece.entries, piece.first, piece.n, text, info)
             write(block)
-            also(block)
-            parts.append(block.reduced() | partners(block, lists, count)._asdict())
+            parts.append(block.reduced() | partners(block, lists, count)._asdict() | also(block))
             advance(piece.n, "")
-    of_text = {
-        "tokens": rows.tokens.int(),
-        "length": text.length.int(),
-        "band_low": torch.tensor(text.bands.low),
-        "band_high": torch.tensor(text.bands.high),
-        "band_tokens": torch.tensor(text.bands.n_tokens),
-    }
-    return FeatureTensors(**of_text, **{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        return _joined(parts)
+
+    path, team = folder / CODES_FILE if table else None, codes.team
+    with progress_bar("latents", info.d_sae, "latents") as advance:
+        if team.world == 1:
+            with codes_file(path, rows.tokens) as write:
+                parts = [of_block(number, write) for number in range(codes.n_blocks)]
+            return Numbers(rows, codes, _joined(parts), path)
+        with team.failing_together():
+            for number in codes.own_blocks():
+                with codes_file(folder / f"{number}.parquet" if table else None, rows.tokens) as write:
+                    write_tensors(folder / f"{number}.safetensors", of_block(number, write))
+    if not team.is_first:
+        return None
+    numbers = range(codes.n_blocks)
+    if path is not None:
+        join_codes(path, [folder / f"{number}.parquet" for number in numbers])
+    return Numbers(rows, codes, _joined([read_tensors(folder / f"{number}.safetensors") for number in numbers]), path)
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the numbers of consecutive latents, joined."""
+    return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

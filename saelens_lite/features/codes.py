@@ -40,28 +40,43 @@ def codes_file(path: Path | None, tokens: Int[Tensor, "n_seq n_ctx"]) -> Iterato
         yield lambda block: None
         return
     import pyarrow as pa
+
+    n_ctx = tokens.shape[1]
+    with _writer(path) as writer:
+
+        def add(block: Block) -> None:
+            row, position = block.place // n_ctx, block.place % n_ctx
+            columns = (block.first + block.latent, row, position, tokens[row, position], block.value)
+            for start in range(0, len(block.value), GROUP):
+                part = (x[start : start + GROUP].numpy() for x in columns)
+                arrays = [pa.array(x).cast(field.type) for x, field in zip(part, writer.schema, strict=True)]
+                writer.write_table(pa.Table.from_arrays(arrays, schema=writer.schema), row_group_size=GROUP)
+
+        yield add
+
+
+@contextmanager
+def _writer(path: Path) -> "Iterator[pyarrow.parquet.ParquetWriter]":
+    """Yield a writer of the table of codes."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    whole, n_ctx = pa.int32(), tokens.shape[1]
-    schema = pa.schema([*((name, whole) for name in ("latent", "row", "position", "token")), ("value", pa.float32())])
+    schema = pa.schema([*((name, pa.int32()) for name in ("latent", "row", "position", "token")), ("value", pa.float32())])
     encodings = {"row": "DELTA_BINARY_PACKED", "position": "PLAIN", "value": "BYTE_STREAM_SPLIT"}
     settings = {"compression": "zstd", "use_dictionary": ["latent", "token"], "column_encoding": encodings}
     with disk_full_is_typed(path), pq.ParquetWriter(path, schema, **settings) as writer:
+        yield writer
 
-        def add(block: Block) -> None:
-            columns = (
-                block.first + block.latent,
-                block.place // n_ctx,
-                block.place % n_ctx,
-                tokens.flatten()[block.place],
-                block.value,
-            )
-            for start in range(0, len(block.value), GROUP):
-                part = (x[start : start + GROUP].numpy() for x in columns)
-                arrays = [pa.array(x).cast(field.type) for x, field in zip(part, schema, strict=True)]
-                writer.write_table(pa.Table.from_arrays(arrays, schema=schema), row_group_size=GROUP)
 
-        yield add
+def join_codes(path: Path, parts: Sequence[Path]) -> None:
+    """Write the tables of consecutive blocks of latents to one file: the bytes that `codes_file` writes for all of them."""
+    import pyarrow.parquet as pq
+
+    with _writer(path) as writer:
+        for part in parts:
+            with pq.ParquetFile(part) as file:
+                for group in range(file.num_row_groups):
+                    writer.write_table(file.read_row_group(group).combine_chunks(), row_group_size=GROUP)
 
 
 class CodesTable:

@@ -1,18 +1,20 @@
 """The pass of the model over the text, which writes codes to disk as they are computed.
 
-In the folder of an unfinished pass (`saelens_lite.resumable`), progress.json records how many batches are on disk and how long
-the files were then. The same call resumes after these batches.
+Batches are dealt to the processes of a team. In the folder of an unfinished pass (`saelens_lite.resumable`), each process has a
+folder named by its rank, with a code log for each dictionary, and progress.json with the lengths of their files. The logs say
+which batches they hold, so the same call resumes with the other batches, also in another number of processes.
 """
 
 import itertools
 import logging
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 
 from saelens_lite.codes import SparseCodes
@@ -23,11 +25,14 @@ from saelens_lite.errors import (
     NonFiniteError,
     TextError,
 )
-from saelens_lite.features.code_log import CodeLog
+from saelens_lite.features.code_log import BATCH, CodeLog, Codes, Sample
 from saelens_lite.files import write_json
 from saelens_lite.kinds import STORE, UNFINISHED_STORE
+from saelens_lite.locks import locked
 from saelens_lite.model import LanguageModel, passes
+from saelens_lite.outputs import check_shared, followed
 from saelens_lite.ports import Hooks, together
+from saelens_lite.processes import ALONE, Team
 from saelens_lite.progress import progress_bar
 from saelens_lite.resumable import unfinished
 from saelens_lite.schemas import Checked, Count, read_checked
@@ -36,7 +41,9 @@ from saelens_lite.tokens import TokenRows
 PROGRESS = "progress.json"
 MAX_PLACES = 1 << 31
 SYNC_SECONDS = 30
+ROUND = 64  # batches of each process between two moments in which the processes learn of each other's errors
 
+Item = TypeVar("Item")
 log = logging.getLogger(__name__)
 
 
@@ -49,9 +56,18 @@ class Hooked(NamedTuple):
 
 @torch.no_grad()
 def collect(
-    dictionaries: Sequence[Hooked], lm: LanguageModel, rows: TokenRows, batch_tokens: int, folder: Path, what: str
-) -> list[CodeLog]:
+    dictionaries: Sequence[Hooked],
+    lm: LanguageModel,
+    rows: TokenRows,
+    batch_tokens: int,
+    folder: Path,
+    what: str,
+    seed: int = 0,
+    team: Team = ALONE,
+) -> list[Codes]:
     """Run the model once and return the codes of the kept tokens by each dictionary, which are on disk below `folder`.
+
+    The processes of the team share the batches, unless they hold the model together and so must run each batch together.
 
     Raises:
         HookError, ShapeError: the model lacks a hook, or a dictionary has another width.
@@ -62,19 +78,66 @@ def collect(
     n_ctx = rows.tokens.shape[1]
     if rows.tokens.numel() > MAX_PLACES:
         raise ConfigError(f"the text has {rows.tokens.numel():,} positions; give at most {MAX_PLACES:,}")
-    progress = _Progress(folder, [one.dictionary.d_sae for one in dictionaries])
     hooks = list(dict.fromkeys(hook for one in dictionaries for hook in one.hooks.reads))
-    left = passes.batches(lm, rows, batch_tokens)
-    with progress.writing() as code_logs, progress_bar(what, rows.n_kept) as advance:
-        for batch in itertools.islice(left, progress.n_batches):
-            advance(batch.rows.n_kept, "")
-        for batch in left:
-            read = passes.read(lm, batch, hooks)
-            for one, code_log in zip(dictionaries, code_logs, strict=True):
-                code_log.add(read.row * n_ctx + read.position, _codes(one, read))
-            progress.add()
-            advance(len(read.row), "")
-    return code_logs
+
+    def encoded(batch: passes.RowBatch) -> Iterator[tuple[torch.Tensor, SparseCodes]]:
+        read = passes.read(lm, batch, hooks)
+        for one in dictionaries:
+            yield read.row * n_ctx + read.position, _codes(one, read)
+
+    d_sae = [one.dictionary.d_sae for one in dictionaries]
+    with progress_bar(what, rows.n_kept) as advance:
+
+        def counted() -> Iterator[passes.RowBatch]:
+            for batch in passes.batches(lm, rows, batch_tokens):
+                yield batch._replace(rows=batch.rows._replace(tokens=batch.rows.tokens.long()))
+                advance(batch.rows.n_kept, "")
+
+        return written(folder, d_sae, Sample.of(rows.n_kept, seed), counted(), encoded, team, lm.is_shared)
+
+
+def written(
+    folder: Path,
+    d_sae: list[int],
+    sample: Sample,
+    batches: Iterable[Item],
+    encoded: Callable[[Item], Iterable[tuple[torch.Tensor, SparseCodes]]],
+    team: Team,
+    is_shared: bool = False,
+) -> list[Codes]:
+    """Write the codes of batches by several dictionaries to disk, and return them. Batches that are there are left out.
+
+    Each process takes every n-th of the other batches, so their contents do not depend on the number of processes.
+
+    Args:
+        encoded: Function that yields the places of a batch and the codes there, once for each dictionary.
+        is_shared: True if all processes must run `encoded` on each batch; the first one writes the codes.
+    """
+    with ExitStack() as stack:
+        with team.failing_together():
+            stack.enter_context(locked(folder / str(team.rank), "features"))
+            progress = _Progress(folder, team, d_sae, sample)
+        done = set(np.concatenate(team.gather(progress.done())).tolist())
+        left = ((number, batch) for number, batch in enumerate(batches) if number not in done)
+        stack.enter_context(progress.writing())
+        n = size = ROUND * team.world
+        while n == size:
+            n = 0
+            with team.failing_together():
+                for n, (number, batch) in enumerate(itertools.islice(left, size), 1):
+                    is_own = team.is_first if is_shared else (n - 1) % team.world == team.rank
+                    if not (is_own or is_shared):
+                        continue
+                    pieces = encoded(batch)
+                    for code_log, (place, codes) in zip(progress.code_logs, pieces, strict=True):
+                        if is_own:
+                            code_log.add(number, place, codes)
+                    if is_own:
+                        progress.add()
+        with team.failing_together():
+            stack.close()
+    with team.failing_together():
+        return _all_codes(folder, team, d_sae, sample, progress)
 
 
 def _codes(one: Hooked, read: passes.Read) -> SparseCodes:
@@ -89,37 +152,63 @@ def _codes(one: Hooked, read: passes.Read) -> SparseCodes:
     return codes
 
 
+def _all_codes(folder: Path, team: Team, d_sae: list[int], sample: Sample, own: "_Progress") -> list[Codes]:
+    """Return the codes of each dictionary in the logs of all processes, also of those that worked on them before."""
+    logs = [own.code_logs if path == own.folder else _read(path, d_sae, sample) for path in _ranks(folder)]
+    logs = logs or [own.code_logs]
+    is_own = [one[0].folder.parent == own.folder or one[0].folder.parent in own.others for one in logs]
+    return [Codes(of_one, is_own, own.folder / "sorted.bin", team) for of_one in zip(*logs, strict=True)]
+
+
+def _ranks(folder: Path) -> list[Path]:
+    """Return the folders of the processes that have written batches, by rank."""
+    paths = [path.parent for path in folder.glob(f"*/{PROGRESS}") if path.parent.name.isdecimal()]
+    return sorted(paths, key=lambda path: int(path.name))
+
+
 class _Noted(Checked):
-    """The content of progress.json: the number of complete batches, and the lengths of the files of each dictionary."""
+    """The content of progress.json: the lengths of the files of each dictionary after the last complete batch."""
 
     n_batches: Count
-    sizes: list[dict[Literal["lists.bin", "latents.bin", "entries.bin", "blocks.bin"], Count]]
+    sizes: list[dict[Literal["batches.bin", "lists.bin", "latents.bin", "entries.bin", "blocks.bin"], Count]]
+
+
+def _read(folder: Path, d_sae: list[int], sample: Sample) -> list[CodeLog]:
+    """Return the code logs of a process, one for each dictionary, as far as progress.json says that they are complete."""
+    file, sizes = folder / PROGRESS, [{}] * len(d_sae)
+    if file.exists():
+        try:
+            noted = read_checked(file, _Noted)
+        except CorruptFileError as error:
+            raise CorruptFileError(f"{error}; delete {folder.parent}") from None
+        wanted = [BATCH.itemsize * noted.n_batches] * len(d_sae)
+        if [one.get("batches.bin") for one in noted.sizes] != wanted:
+            raise CorruptFileError(f"{file} is damaged; delete {folder.parent}")
+        sizes = noted.sizes
+        log.info("resuming in %s after %d batches", folder, noted.n_batches)
+    logs = [CodeLog(folder / str(i), n, size, sample) for i, (n, size) in enumerate(zip(d_sae, sizes, strict=True))]
+    for code_log in logs:
+        code_log.check()
+    return logs
 
 
 class _Progress:
-    """The progress of a pass, and the files that it writes."""
+    """The progress of a process in a pass, and the files that it writes."""
 
-    def __init__(self, folder: Path, d_sae: list[int]):
-        self.folder, self.file = folder, folder / PROGRESS
-        self.n_batches, sizes = 0, [{}] * len(d_sae)
-        if self.file.exists():
-            self.n_batches, sizes = self._read(len(d_sae))
-            log.info("resuming in %s after %d batches", folder, self.n_batches)
-        self.code_logs = [CodeLog(folder / str(i), n, size) for i, (n, size) in enumerate(zip(d_sae, sizes, strict=True))]
-        self._saved = time.monotonic()
+    def __init__(self, folder: Path, team: Team, d_sae: list[int], sample: Sample):
+        self.folder = folder / str(team.rank)
+        self.file = self.folder / PROGRESS
+        self.code_logs = _read(self.folder, d_sae, sample)
+        self.others = [path for path in _ranks(folder) if int(path.name) >= team.world] if team.is_first else []
+        self._d_sae, self._saved = d_sae, time.monotonic()
 
-    def _read(self, n: int) -> tuple[int, list[dict[str, int]]]:
-        """Return the number of complete batches, and the lengths of the files of each of n dictionaries."""
-        try:
-            noted = read_checked(self.file, _Noted)
-        except CorruptFileError as error:
-            raise CorruptFileError(f"{error}; delete {self.folder}") from None
-        if len(noted.sizes) != n:
-            raise CorruptFileError(f"{self.file} is damaged; delete {self.folder}")
-        return noted.n_batches, noted.sizes
+    def done(self) -> np.ndarray:
+        """Return the numbers of the batches that this process has written. The first adds those of ranks without a process."""
+        logs = [self.code_logs[0], *(_read(path, self._d_sae, self.code_logs[0].sample)[0] for path in self.others)]
+        return np.concatenate([np.array(one.read("batches.bin", BATCH)["number"]) for one in logs])
 
     @contextmanager
-    def writing(self) -> Iterator[list[CodeLog]]:
+    def writing(self) -> Iterator[None]:
         """Open the files for the block, and record the complete batches however the block ends."""
         with ExitStack() as stack:
             for code_log in self.code_logs:
@@ -127,16 +216,16 @@ class _Progress:
                 code_log.open()
             self._state = self._now()
             try:
-                yield self.code_logs
+                yield
             finally:
                 self.save()
 
     def _now(self) -> dict[str, Any]:
-        return {"n_batches": self.n_batches, "sizes": [code_log.sizes for code_log in self.code_logs]}
+        sizes = [code_log.sizes for code_log in self.code_logs]
+        return {"n_batches": sizes[0]["batches.bin"] // BATCH.itemsize, "sizes": sizes}
 
     def add(self) -> None:
         """Count another complete batch."""
-        self.n_batches += 1
         self._state = self._now()
         if time.monotonic() - self._saved > SYNC_SECONDS:
             self.save()
@@ -152,19 +241,41 @@ class _Progress:
 
 
 @contextmanager
-def working_folder(out: Path | None, request: dict[str, Any], exists: str, inputs: Sequence[Path] = ()) -> Iterator[Path]:
-    """Yield the folder for the codes of an unfinished store at `out`; see `unfinished`. Without `out` it is temporary."""
-    if out is None:
-        with tempfile.TemporaryDirectory(prefix="saelens-lite-") as folder:
-            yield Path(folder)
+def working_folder(
+    out: Path | None, request: dict[str, Any] | None, exists: str, inputs: Sequence[Path] = (), team: Team = ALONE
+) -> Iterator[Path]:
+    """Lock `out`, and yield the folder for the codes of its unfinished store; see `unfinished`.
+
+    Without `out` or without a request, the folder is temporary. The first process makes, locks and removes it, and all use it.
+
+    Raises:
+        ConfigError: the processes were given different inputs, or do not share the folder.
+    """
+    team.agree(request or {}, "inputs of the store")
+    with ExitStack() as stack:
+        with team.failing_together():
+            folder = stack.enter_context(_own_folder(out, request, exists, inputs)) if team.is_first else Path()
+        folder = team.tell(folder)
+        check_shared(folder / "shared", team)
+        yield folder
+
+
+@contextmanager
+def _own_folder(out: Path | None, request: dict[str, Any] | None, exists: str, inputs: Sequence[Path]) -> Iterator[Path]:
+    if out is None or request is None:
+        with ExitStack() as stack:
+            if out is not None:
+                stack.enter_context(locked(followed(out), STORE.name))
+            yield Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="saelens-lite-")))
         return
 
     def has_work(folder: Path) -> bool:
-        return (folder / PROGRESS).exists()
+        return any(folder.glob(PROGRESS)) or any(folder.glob(f"*/{PROGRESS}"))  # the former of earlier versions
 
     with unfinished(out, STORE, request, UNFINISHED_STORE, has_work, exists, inputs) as folder:
         try:
             yield folder
         except TextError:  # no latent fires: the collected codes are useless
-            (folder / PROGRESS).unlink(missing_ok=True)
+            for path in _ranks(folder):
+                (path / PROGRESS).unlink(missing_ok=True)
             raise

@@ -21,6 +21,9 @@ class StoreInfo(FrozenConfig):
     rule: str = Field(description="Sparsity rule of the dictionary.")
     d_sae: int = Field(gt=0, le=MOST, description="Number of latents.")
     n_tokens: int = Field(gt=0, le=MOST, description="Activations encoded.")
+    partner_tokens: int | None = Field(
+        None, gt=0, le=MOST, description="Tokens of the sample on which partners of latents are counted; None: all tokens."
+    )
     top_n: int = Field(gt=0, le=MOST, description="Largest number of strongest contexts kept for a latent.")
     n_groups: int = Field(gt=0, le=MOST, description="Groups of a latent's activations by size, equally many in each.")
     group_size: int = Field(gt=0, le=MOST, description="Contexts drawn from each group.")

@@ -154,6 +154,8 @@ class StoreQueries:
     def partners(self, latent: int, by: str = "pmi") -> list[Partner]:
         """Return the latents that fire together with a latent.
 
+        In a store of more than about 4 million tokens, they are counted on a sample of so many (`info.partner_tokens`).
+
         Args:
             by: "pmi" for the largest pointwise mutual information among those that fire together on at least 5 tokens;
                 "count" for the most tokens on which both fire.
@@ -167,9 +169,10 @@ class StoreQueries:
         lists = {"pmi": (t.specific_partner, t.specific_count), "count": (t.frequent_partner, t.frequent_count)}
         if by not in lists:
             raise ConfigError(f"by = {by!r}; expected pmi or count")
-        own = int(t.count[latent])
+        n_tokens, own = self.info.n_tokens, int(t.count[latent])
+        share = n_tokens / (self.info.partner_tokens or n_tokens)
         return [
-            Partner(other, n, math.log(n * self.info.n_tokens / (own * int(t.count[other]))))
+            Partner(other, n, math.log(n * share * n_tokens / (own * int(t.count[other]))))
             for other, n in zip(*(x[latent].tolist() for x in lists[by]), strict=True)
             if other != NONE
         ]

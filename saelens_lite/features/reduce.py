@@ -17,6 +17,7 @@ from saelens_lite.tokens import TokenRows
 
 N_BINS = 32  # of each histogram
 SILENT_DRAWS = 4  # places drawn for each silent context wanted
+MAX_CELLS = 1 << 22  # places of rows with holes in memory at once
 
 
 class Entries(NamedTuple):
@@ -28,24 +29,50 @@ class Entries(NamedTuple):
 
 
 class TextFacts(NamedTuple):
-    """The facts about the text that the reduction needs."""
+    """The facts about the text that the reduction needs: a few numbers for each row, none for each token."""
 
-    n_seq: int
-    n_ctx: int
-    kept: Int[Tensor, " n_tokens"]  # the places that count, ascending
+    keep: Bool[Tensor, "n_seq n_ctx"]  # the places that count
+    before: Int[Tensor, " n_seq"]  # places that count in the rows before
+    first: Int[Tensor, " n_seq"]  # position of the first that counts
+    has_hole: Bool[Tensor, " n_seq"]  # a place does not count that lies between two others that do
     length: Int[Tensor, " n_seq"]  # positions of a row up to the last that counts
     bands: PositionBands
 
     @classmethod
     def of(cls, rows: TokenRows) -> "TextFacts":
         """Return the facts of token rows."""
-        kept = rows.keep.flatten().nonzero().squeeze(1)
-        return cls(*rows.tokens.shape, kept, rows.counted_lengths, position_bands(rows))
+        n_kept, first = (
+            torch.cat(x) for x in zip(*((p.keep.sum(1), p.keep.byte().argmax(1)) for p in rows.pieces()), strict=True)
+        )
+        length = rows.counted_lengths
+        has_hole = (n_kept > 0) & (first + n_kept < length)
+        return cls(rows.keep, n_kept.cumsum(0) - n_kept, first, has_hole, length, position_bands(rows))
+
+    @property
+    def n_seq(self) -> int:
+        """Number of rows."""
+        return self.keep.shape[0]
+
+    @property
+    def n_ctx(self) -> int:
+        """Positions of a row."""
+        return self.keep.shape[1]
 
     @property
     def n_places(self) -> int:
         """Number of places, including those that do not count."""
-        return self.n_seq * self.n_ctx
+        return self.keep.numel()
+
+    def kept(self, number: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+        """Return the places that count with these numbers, where number 0 is the first of the text."""
+        row = torch.searchsorted(self.before, number, right=True) - 1
+        rank = number - self.before[row]
+        position = self.first[row] + rank
+        if (holes := self.has_hole[row]).any():
+            size = max(1, MAX_CELLS // self.n_ctx)
+            pairs = zip(row[holes].split(size), rank[holes].split(size), strict=True)
+            position[holes] = torch.cat([(self.keep[i].cumsum(1) <= j[:, None]).sum(1) for i, j in pairs])
+        return row * self.n_ctx + position
 
 
 class Block:
@@ -186,7 +213,7 @@ class Block:
         """Return places, drawn from those that count, around which the latent does not fire; NONE if the draws gave too few."""
         n = self.info.n_silent
         u = uniform(self.info.seed, "silent", self.number[:, None], torch.arange(SILENT_DRAWS * n))
-        place = self.text.kept[(u * len(self.text.kept)).long()]
+        place = self.text.kept((u * self.info.n_tokens).long())
         before, after = self.info.window
         position, row = place % self.text.n_ctx, place // self.text.n_ctx
         first = place - position.clamp(max=before)

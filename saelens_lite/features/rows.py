@@ -80,6 +80,9 @@ class RowTensors(NamedTuple):
         return bool(torch.where(self.rate_group == NONE, self.rate_count == 0, self.rate_count <= most).all())
 
 
+OF_GROUPS = RowTensors._fields[5:]  # have a row for each latent
+
+
 class Rows:
     """The groups of a store's rows, and the answers about them; `labels` are the names of the groups.
 
@@ -112,20 +115,18 @@ class Rows:
 
 
 class GroupsOfBlocks:
-    """The numbers about groups, collected block by block of latents."""
+    """The groups of rows, and the numbers about them for a block of latents."""
 
     def __init__(self, group_of_row: Int[Tensor, " n_rows"], n_labels: int):
         self.group_of_row, self.n_labels = group_of_row, n_labels
         self.sizes = torch.bincount(group_of_row, minlength=n_labels)
-        self.parts: list[tuple[Tensor, ...]] = []
 
-    def add(self, block: Block) -> None:
-        """Add the latents of a block."""
-        self.parts.append((*self._distinct(block), *self._rates(block)))
-
-    def tensors(self) -> list[Tensor]:
-        """Return the last five tensors of RowTensors."""
-        return [torch.cat(field) for field in zip(*self.parts, strict=True)]
+    def numbers(self, block: Block) -> dict[str, Tensor]:
+        """Return the last five tensors of RowTensors for a block of latents. Without groups, they are empty."""
+        if not self.n_labels:
+            none = torch.zeros(block.n, 0)
+            return dict(zip(OF_GROUPS, [none, none.int(), none.int(), none.int(), none], strict=True))
+        return dict(zip(OF_GROUPS, [*self._distinct(block), *self._rates(block)], strict=True))
 
     def _distinct(self, block: Block) -> tuple[Tensor, Tensor]:
         """Return the largest activations and their rows, at most one a group; of equals, the earlier."""

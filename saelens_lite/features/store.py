@@ -2,9 +2,8 @@
 
 import os
 import shutil
-import tempfile
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -17,8 +16,7 @@ from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, UserError
 from saelens_lite.features import store_files
 from saelens_lite.features.activations import NamedRows, own_config, row_parts
-from saelens_lite.features.build import StorePlan, reduced
-from saelens_lite.features.code_log import CodeLog
+from saelens_lite.features.build import Numbers, StorePlan
 from saelens_lite.features.codes import CODES_FILE, CodesTable, check_extra
 from saelens_lite.features.collect import working_folder
 from saelens_lite.features.compare import STABILITY_FILE, Stability
@@ -29,13 +27,14 @@ from saelens_lite.features.labels import LABELS_FILE, checked_label, read_labels
 from saelens_lite.features.queries import StoreQueries
 from saelens_lite.features.rows import Rows
 from saelens_lite.features.search import SearchResult, search
-from saelens_lite.features.weights import latent_weights
+from saelens_lite.features.weights import LatentWeights, latent_weights
 from saelens_lite.files import named_file, write_text
 from saelens_lite.kinds import STORE
 from saelens_lite.model import LanguageModel
 from saelens_lite.model.passes import default_batch_tokens
 from saelens_lite.outputs import followed, new_file, new_folder, refuse_existing, restore
 from saelens_lite.paths import check_output
+from saelens_lite.processes import Team, team
 from saelens_lite.tokens import Text, TokenRows, files_of, with_mask
 from saelens_lite.tokens.display import Vocabulary
 
@@ -103,31 +102,32 @@ class FeatureStore(StoreQueries):
             LockedError, DiskFullError: another process is writing `out`; the disk is full.
         """
         several = not isinstance(dictionary, Dictionary)
-        dictionaries = list(dictionary) if several else [dictionary]
-        config = (config or StoreConfig()).replace(**settings)
-        out = None if out is None else Path(out)
-        if out is not None:
-            refuse_existing(followed(out), exists, STORE)
-        if config.codes:
-            _check_table(out)
-        config = config.replace(batch_tokens=config.batch_tokens or default_batch_tokens(lm))
-        job = StorePlan.of(dictionaries, lm, with_mask(text, attention_mask), config, hook=hook, text_config=text_config)
-        scores = _scores_of_each(stability, job.infos)
+        dictionaries, workers = list(dictionary) if several else [dictionary], team()
+        with workers.failing_together():
+            config = (config or StoreConfig()).replace(**settings)
+            out = None if out is None else Path(out)
+            if out is not None:
+                refuse_existing(followed(out), exists, STORE)
+            if config.codes:
+                _check_table(out)
+            config = config.replace(batch_tokens=config.batch_tokens or default_batch_tokens(lm))
+            given, place = with_mask(text, attention_mask), None if out is None else out.absolute().parent
+            place = place if place is not None and place.is_dir() else None
+            job = StorePlan.of(dictionaries, lm, given, config, hook=hook, text_config=text_config, folder=place)
+            scores, request = _scores_of_each(stability, job.infos), job.request(lm)
         names = folder_names(dictionaries) if several else ["."]
-        with working_folder(out, job.request(lm), exists, files_of(text)) as work:
-            code_logs = job.collected(lm, work, "features")
-            others: list[CodeLog | None] = [None] * len(names)
-            if config.control:
-                others = job.collected(lm.redrawn(config.seed), work / "control", "features of the control")
-            words = Vocabulary(lm.vocabulary, lm.vocabulary.parts)  # a copy, because the store may change it
-            with nullcontext() if out is None else new_folder(out, STORE, exists, lock=False) as new:
-                stores = [
-                    cls._made(job, i, lm, words, code_logs[i], others[i], scores[i], None if new is None else new / name)
-                    for i, name in enumerate(names)
-                ]
-        if out is not None:
-            for store, name in zip(stores, names, strict=True):
-                store._is_in(out / name)
+        with working_folder(out, request, exists, files_of(text), workers) as work:
+            numbers, weights = job.numbers(lm, work, workers), []
+            with workers.failing_together():
+                if workers.is_first or lm.is_shared:  # a shared model may need all processes for its unembedding
+                    raw = config.raw_unembedding
+                    weights = [latent_weights(one.dictionary, lm, raw_unembedding=raw) for one in job.hooked]
+
+            def make(i: int) -> "FeatureStore":
+                words = Vocabulary(lm.vocabulary, lm.vocabulary.parts)  # a copy, because the store may change it
+                return cls._made(job, i, numbers[i], weights[i], words, scores[i])
+
+            stores = cls._in_all(workers, make, names, out, exists, work)
         return stores if several else stores[0]
 
     @classmethod
@@ -135,28 +135,42 @@ class FeatureStore(StoreQueries):
         cls,
         job: StorePlan,
         i: int,
-        lm: LanguageModel,
+        numbers: tuple[Numbers, Numbers | None],
+        weights: LatentWeights,
         words: Vocabulary,
-        code_log: CodeLog,
-        other: CodeLog | None,
         scores: Stability | None,
-        folder: Path | None,
     ) -> "FeatureStore":
-        """Return the store of the i-th dictionary, made from its codes and the control's; with `folder`, write it there."""
-        info = job.infos[i]
-        table = None
-        if folder is not None:
-            folder.mkdir(exist_ok=True)
-            table = folder / CODES_FILE if job.config.codes else None
-        tensors = reduced(code_log, job.rows, info, table)
-        weights = latent_weights(job.hooked[i].dictionary, lm, raw_unembedding=info.raw_unembedding)
-        store = cls(info, tensors, weights, words, codes=None if table is None else CodesTable.of(table), scores=scores)
-        if other is not None:
-            redrawn = info.replace(model=f"{info.model}, weights shuffled", revision=None)
-            store.control = cls(redrawn, reduced(other, job.rows, redrawn, must_fire=False), weights, words)
-        if folder is not None:
-            store._write(folder)
+        """Return the store of the i-th dictionary, made from its numbers and the control's."""
+        own, control = numbers
+        info = job.infos[i].replace(partner_tokens=own.partner_tokens)
+        store = cls(info, own.tensors, weights, words, codes=own.codes, scores=scores)
+        if control is not None:
+            redrawn = job.control_info(i).replace(partner_tokens=control.partner_tokens)
+            store.control = cls(redrawn, control.tensors, weights, words)
         return store
+
+    @classmethod
+    def _in_all(
+        cls,
+        workers: Team,
+        make: Callable[[int], "FeatureStore"],
+        names: Sequence[str],
+        out: Path | None,
+        exists: str,
+        work: Path,
+    ) -> "list[FeatureStore]":
+        """Return the stores that the first process makes and writes to subfolders of `out`. The others read them from there."""
+        place, stores = work / "made" if out is None else out, []
+        with workers.failing_together(), _new_store(out, exists, place, workers) as new:
+            for i, name in enumerate(names if workers.is_first else []):
+                stores.append(make(i))
+                if new is not None:
+                    stores[i]._write_new(new / name)
+        with workers.failing_together():  # also waits until all have read what may be in the working folder
+            stores = stores if workers.is_first else [cls.load(place / name) for name in names]
+        for store, name in zip(stores, names, strict=True):
+            store._is_in(None if out is None else out / name)
+        return stores
 
     @classmethod
     def from_activations(
@@ -193,24 +207,25 @@ class FeatureStore(StoreQueries):
             NonFiniteError: a weight, an activation or a code is NaN or infinite.
             OutputExistsError, LockedError, DiskFullError: as for `build`.
         """
-        config = own_config(config, settings)
-        if config.codes:
-            _check_table(out)
-        given = NamedRows.of(dictionary, x, names, groups)
-        out = None if out is None else Path(out)
-        with (
-            nullcontext() if out is None else new_folder(out, STORE, exists) as new,
-            tempfile.TemporaryDirectory(prefix="saelens-lite-") as work,
-        ):
-            table = new / CODES_FILE if config.codes else None
-            info, tensors, rows = row_parts(dictionary, given, config, Path(work), table)
-            scores, weights = _scores_of_each(stability, [info])[0], latent_weights(dictionary, None)
-            codes = None if table is None else CodesTable.of(table)
-            store = cls(info, tensors, weights, given.names, codes=codes, scores=scores, rows=Rows(rows, built_here=True))
-            if new is not None:
-                store._write(new)
-        if out is not None:
-            store._is_in(out)
+        workers = team()
+        with workers.failing_together():
+            config = own_config(config, settings)
+            if config.codes:
+                _check_table(out)
+            given, out = NamedRows.of(dictionary, x, names, groups), None if out is None else Path(out)
+            if out is not None:
+                refuse_existing(followed(out), exists, STORE)
+        with working_folder(out, None, exists, team=workers) as work:
+            parts = row_parts(dictionary, given, config, work, workers)
+
+            def make(_: int) -> "FeatureStore":
+                info, numbers, rows = parts
+                scores, weights = _scores_of_each(stability, [info])[0], latent_weights(dictionary, None)
+                own = Rows(rows, built_here=True)
+                return cls(info, numbers.tensors, weights, given.names, codes=numbers.codes, scores=scores, rows=own)
+
+            store = cls._in_all(workers, make, ["."], out, exists, work)[0]
+        store.rows.built_here = True
         return store
 
     def sql(self, query: str) -> "pyarrow.Table":
@@ -335,11 +350,18 @@ class FeatureStore(StoreQueries):
         self._is_in(Path(folder))
         return Path(folder)
 
-    def _is_in(self, folder: Path) -> None:
+    def _is_in(self, folder: Path | None) -> None:
         """Record the folder that the files are in now."""
         self.folder = folder
-        if self.codes is not None:
+        if self.codes is not None and folder is not None:
             self.codes = CodesTable(folder / CODES_FILE, self.codes.n_bytes, self.codes.sha256)
+
+    def _write_new(self, folder: Path) -> None:
+        """Write all files into a new folder. The table of codes is moved there."""
+        folder.mkdir(exist_ok=True)
+        if self.codes is not None:
+            shutil.move(self.codes.path, folder / CODES_FILE)
+        self._write(folder)
 
     def _write(self, folder: Path) -> None:
         """Write all files except the table of codes into a new folder, which already holds that table."""
@@ -415,6 +437,18 @@ class FeatureStore(StoreQueries):
         i = self.info
         silent, place = int(self.never_fires.sum()), f"{i.model}, {i.place}" if i.model else i.place
         return f"FeatureStore({i.d_sae} latents, {i.rule}, {place}, {i.n_tokens:,} {i.unit}s, {silent} never fire)"
+
+
+@contextmanager
+def _new_store(out: Path | None, exists: str, place: Path, workers: Team) -> Iterator[Path | None]:
+    """Yield a new folder for stores to the first process, which becomes `out`. Without `out`, a team gets `place`, one None."""
+    if workers.is_first and out is not None:
+        with new_folder(out, STORE, exists, lock=False) as new:
+            yield new
+        return
+    if workers.is_first and workers.world > 1:
+        place.mkdir()
+    yield place if workers.is_first and workers.world > 1 else None
 
 
 def _is_page(path: Path) -> bool:

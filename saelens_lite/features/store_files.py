@@ -24,13 +24,14 @@ from saelens_lite.features.weights import LatentWeights
 from saelens_lite.files import file_hash, write_json
 from saelens_lite.outputs import restore
 from saelens_lite.schemas import Checked, Count, Sha256, String, read_checked
-from saelens_lite.tensor_files import check_axes, read_tensors, tensor_specs, write_tensors
+from saelens_lite.tensor_files import check_axes, read_tensors, tensor_specs, write_tensor_blocks
 from saelens_lite.tokens.display import Vocabulary
 
-FORMAT = 3
+FORMAT = 4  # 3 lacks partner_tokens in info
 INFO_FILE = "features.json"
 TENSORS_FILE, WEIGHTS_FILE, CONTROL_FILE = "features.safetensors", "weights.safetensors", "control.safetensors"
 ROWS_FILE = "rows.safetensors"
+ROWS = 1 << 14  # of a tensor that are written at once
 
 
 _TokenId = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,9})$")]
@@ -47,7 +48,7 @@ class _Codes(Checked):
 class _Content(Checked):
     """The content of features.json."""
 
-    format: Literal[3]
+    format: Literal[3, 4]
     sha256: dict[String, Sha256]
     codes: _Codes | None
     info: StoreInfo
@@ -98,12 +99,11 @@ def write(folder: Path, parts: Parts) -> None:
         files[CONTROL_FILE] = own
     if parts.rows is not None:
         files[ROWS_FILE] = parts.rows._asdict()
-    for name, tensors in files.items():
-        write_tensors(folder / name, tensors)
+    blocks = {name: {key: x.cpu().split(ROWS) for key, x in tensors.items()} for name, tensors in files.items()}
     words = (Vocabulary() if parts.rows is not None else parts.vocabulary).to_json()
     content = {
         "format": FORMAT,
-        "sha256": {name: file_hash(folder / name) for name in files},
+        "sha256": {name: write_tensor_blocks(folder / name, tensors) for name, tensors in blocks.items()},
         "codes": None if parts.codes is None else {"n_bytes": parts.codes.n_bytes, "sha256": parts.codes.sha256},
         "info": parts.info.model_dump(mode="json"),
         "control": None if parts.control is None else parts.control.info.model_dump(mode="json"),

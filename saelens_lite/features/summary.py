@@ -36,7 +36,10 @@ class ExampleGroup(NamedTuple):
 
 
 class Partner(NamedTuple):
-    """A latent that fires together with another on `count` tokens; `pmi` is their pointwise mutual information in nats."""
+    """A latent that fires together with another on `count` tokens; `pmi` is their pointwise mutual information in nats.
+
+    In a store of very many tokens, `count` is of a sample of them: `StoreInfo.partner_tokens`.
+    """
 
     latent: int
     count: int

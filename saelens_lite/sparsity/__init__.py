@@ -46,6 +46,12 @@ the feature store) counts codes that are not zero. A direction with both signs n
 To read a tensor that has one row per latent, use `self.at(tensor, latent)`, also in `losses`. To sum values by index, use
 `sum_at`. Both sum in a fixed order on every device, so that the same seed gives the same bytes.
 
+**Several devices.** A dictionary can be trained on several devices if its rule says `shardable = True`. Each device then has
+other rows of the batch, or other latents. Tensors whose first axis is d_sae have a row for each latent of the device; all
+others are equal everywhere, and `self.d_sae` counts all latents. Such a rule compares latents only by `largest` and
+`largest_positive`, decodes by `step.decode`, and sums over pairs by `step.mean`, `step.sum` and `step.min`, which add what
+the other devices have. All devices must call these equally often.
+
 A rule is fast on a GPU if it does not make the host wait. `support_above` chooses what is above a threshold with one wait,
 `largest` the k largest of each row with none, and `step.dead_latents` lists the dead latents; `nonzero`, `.item()` and boolean
 indices wait each time. A GPU may give `support` pre-activations in bfloat16; `values` gets them in float32. With
@@ -61,8 +67,9 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from saelens_lite.codes import SparseCodes, Support, largest, picked, support_above, support_of_indices, support_of_mask
+from saelens_lite.codes import SparseCodes, Support, parallel, picked, support_above, support_of_indices, support_of_mask
 from saelens_lite.codes.encoder import Encoder
+from saelens_lite.codes.parallel import largest, largest_of, largest_positive
 from saelens_lite.codes.products import read_at, sum_at
 from saelens_lite.config import FrozenConfig
 from saelens_lite.errors import PluginError
@@ -78,6 +85,7 @@ __all__ = [
     "Support",
     "dead_latents_explain",
     "largest",
+    "largest_positive",
     "load",
     "names",
     "normalise_decoder_",
@@ -168,6 +176,28 @@ class Step(Protocol):
     coefficient: float | Float[Tensor, ""]  # of a rule with a PenaltyConfig: the present λ, times warmup
 
     @property
+    def n_dead(self) -> int:
+        """The number of dead latents, on all devices. This does not make the host wait for a GPU."""
+        ...
+
+    def mean(self, x: Float[Tensor, " nnz"]) -> Float[Tensor, ""]:
+        """Return Σx / number of rows, for a number of each pair that fires; differentiable."""
+        ...
+
+    def sum(self, x: Float[Tensor, " nnz"]) -> Float[Tensor, ""]:
+        """Return Σx, for a number of each pair that fires; without gradient."""
+        ...
+
+    def min(self, x: Float[Tensor, " nnz"]) -> Float[Tensor, ""]:
+        """Return the least entry of x, or infinity if there is none; without gradient."""
+        ...
+
+    @property
+    def first_latent(self) -> int:
+        """The number of the latent that is number 0 in `codes`; 0 unless the latents are split over several devices."""
+        ...
+
+    @property
     def dead_latents(self) -> Int[Tensor, " n_dead"]:
         """The dead latents, ascending. Unlike `dead.nonzero()`, this does not make the host wait for a GPU."""
         ...
@@ -206,6 +236,7 @@ class Sparsity(nn.Module):
     tied: ClassVar[bool] = False  # W_enc is W_decᵀ, rows of W_dec are unit vectors, and codes are in the units of x
     row_wise: ClassVar[bool] = False  # True: even in training, `support` reads each row alone, so it may get parts of a batch
     unit_decoder: bool = False  # True: `after_step` brings the rows of W_dec back to norm 1. It may be a property
+    shardable: ClassVar[bool] = False  # True: one dictionary may be trained on several devices; see the module's docstring
     Config: ClassVar[type[RuleConfig]] = RuleConfig
     plugin_kind: ClassVar[str] = "sparsity"
     plugin_name: ClassVar[str]  # set by the registry
@@ -214,6 +245,11 @@ class Sparsity(nn.Module):
         super().__init__()
         self.config = config
         self.d_in, self.d_sae = d_in, d_sae
+
+    @property
+    def latents_together(self) -> int:
+        """The number of neighbouring latents that must stay on one device: the size of a group, if latents form groups."""
+        return 1
 
     @property
     def target_l0(self) -> float | None:
@@ -305,7 +341,7 @@ class Sparsity(nn.Module):
 
     def excess(self, codes: SparseCodes) -> Float[Tensor, ""]:
         """Return the mean by which the pre-activations of the firing latents exceed their thresholds."""
-        return codes.value.sum() / codes.fires.sum().clamp(min=1)
+        return parallel.total(codes.value.sum()) / parallel.total(codes.fires.sum()).clamp(min=1)
 
     def rescale_(self, scale: Float[Tensor, " d_sae"]) -> None:
         """Rescale the rule's own tensors in place for pre-activations times `scale` > 0, so that codes scale by the same
@@ -338,12 +374,11 @@ def dead_latents_explain(step: Step, config: DeadLatentsConfig) -> dict[str, Flo
 
     Source: Gao et al. 2024, arXiv:2406.04093, section A.2.
     """
-    dead = step.dead_latents
-    aux_k = min(config.aux_k if config.aux_k is not None else step.x.shape[1] // 2, len(dead))
+    aux_k = min(config.aux_k if config.aux_k is not None else step.x.shape[1] // 2, step.n_dead)
     if aux_k == 0 or config.aux_coefficient == 0:
         return {}
-    best = torch.cat([largest(pre, aux_k) for pre in step.pre_tiles(dead)])
-    support = support_of_indices(dead[best], among=dead)
+    dead = step.dead_latents
+    support = largest_of(step.pre_tiles(dead), aux_k, among=dead)
     error = (step.target - step.x_hat).detach()
     explained = step.decode(SparseCodes.of(support, step.pre_at(support).relu(), len(step.dead)))
     return {"aux": config.aux_coefficient * (error - explained).square().sum(1).mean()}

@@ -14,6 +14,8 @@ from saelens_lite.errors import SourceChangedError
 from saelens_lite.tokens.places import Place
 from saelens_lite.tokens.sources import Piece
 
+PIECE = 1 << 22  # positions
+
 
 class TokenRows(NamedTuple):
     """Token ids in rows, and the positions that count (no special tokens, padding or repeated context).
@@ -30,7 +32,12 @@ class TokenRows(NamedTuple):
     @property
     def n_kept(self) -> int:
         """Number of positions that count."""
-        return int(self.keep.sum())
+        return int(self.keep.count_nonzero())
+
+    @property
+    def kept_at(self) -> Int[Tensor, " n_ctx"]:
+        """Number of rows in which each position counts."""
+        return torch.stack([piece.keep.sum(0) for piece in self.pieces()]).sum(0)
 
     @property
     def holds_token(self) -> Bool[Tensor, "n_seq n_ctx"] | None:
@@ -48,10 +55,17 @@ class TokenRows(NamedTuple):
     @property
     def counted_lengths(self) -> Int[Tensor, " n_seq"]:
         """Number of positions in each row up to the last counted one."""
-        return (self.keep * torch.arange(1, self.keep.shape[1] + 1, device=self.keep.device)).amax(1)
+        position = torch.arange(1, self.keep.shape[1] + 1, device=self.keep.device)
+        return torch.cat([(piece.keep * position).amax(1) for piece in self.pieces()])
 
     def __getitem__(self, rows: slice) -> "TokenRows":  # type: ignore[override]
         return self.take(rows) if isinstance(rows, slice) else tuple.__getitem__(self, rows)
+
+    def pieces(self) -> Iterator["TokenRows"]:
+        """Yield the rows in pieces of a few million positions, for code that needs more memory than the rows do."""
+        size = max(1, PIECE // max(1, self.tokens.shape[1]))
+        for start in range(0, max(1, len(self.tokens)), size):
+            yield self[start : start + size]
 
     def take(self, rows: Tensor | slice) -> "TokenRows":
         """Return some of the rows."""
@@ -346,5 +360,6 @@ class RowHash:
 def text_hash(rows: TokenRows) -> str:
     """Return the SHA-256 of the token ids and kept positions."""
     digest = TextHash()
-    digest.add(rows)
+    for piece in rows.pieces():
+        digest.add(piece)
     return digest.hexdigest()

@@ -69,10 +69,16 @@ class Adam:
             if (updated := self.parameters[name]) is not parameter:
                 updated.grad = None if parameter.grad is None else parameter.grad.T
         self.torch.param_groups[0]["lr"] = lr
-        self.torch.grad_scale, self.torch.found_inf = scale, None if stopped is None else stopped.float()
+        self.torch.grad_scale = None if scale is None else scale.float()  # which float64 needs too
+        self.torch.found_inf = None if stopped is None else stopped.float()
         if self._kernels is not None:
             self._step_of_rows(lr, n_steps, scale, stopped)
         self.torch.step()
+
+    def free_gradients(self) -> None:
+        """Free the memory of the gradients, which the next dictionary of the loop needs."""
+        for name, parameter in self._dictionary.named_parameters():
+            parameter.grad = self.parameters[name].grad = None
 
     def _step_of_rows(self, lr: float, n_steps: int, scale: Tensor | None, stopped: Tensor) -> None:
         """Update W_dec and W_enc by the kernel, and leave no gradient for torch's Adam."""

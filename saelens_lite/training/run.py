@@ -16,6 +16,7 @@ from saelens_lite.outputs import restore
 from saelens_lite.paths import check_input
 from saelens_lite.training.checkpoint import is_interrupted
 from saelens_lite.training.curves import Curves
+from saelens_lite.training.history import History
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,10 +33,14 @@ class Run:
     """
 
     def __init__(
-        self, config: TrainConfig, dictionary: Dictionary | None, history: list[dict[str, Any]], folder: Path | None = None
+        self,
+        config: TrainConfig,
+        dictionary: Dictionary | None,
+        history: list[dict[str, Any]] | History,
+        folder: Path | None = None,
     ):
-        self.config, self.history, self.folder = config, history, folder
-        self._dictionary = dictionary
+        self.config, self.folder = config, folder
+        self._dictionary, self._history = dictionary, history
 
     @classmethod
     def load(cls, folder: str | Path) -> "Run":
@@ -63,6 +68,13 @@ class Run:
         folder = check_input(folder)
         restore(folder)
         return [cls.load(one) for one in runs_in(folder)] or _refuse(folder)
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The lines of the log, oldest first."""
+        if isinstance(self._history, History):  # as dicts, they take five times the memory
+            self._history = list(self._history)
+        return self._history
 
     @property
     def state(self) -> Literal["finished", "interrupted", "failed", "unfinished"]:

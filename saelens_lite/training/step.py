@@ -62,6 +62,11 @@ supports use dense bfloat16 products with float32 sums, from a share that `codes
 explain the error take their values from h. One kernel clips the gradient, takes Adam's step, restores unit rows and rounds
 W_enc for the next h.
 
+**On several devices** (`codes/parallel.py`), each has other rows of the batch or other latents, with their moments and
+counters. With other rows, the gradients are averaged before the update. With other latents, the devices exchange the values of
+their k largest pre-activations, so that the choice is exact, and add up their parts of x̂; then each has the whole error e, and
+the gradients of its latents need nothing from the others.
+
 `DenseStep` is the definition, in plain dense autograd. `SparseStep`, which training uses, computes the same losses and
 gradients as described above. The tests compare the two, and both with a float64 reference.
 """
@@ -74,7 +79,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saelens_lite.codes import SparseCodes, Support
+from saelens_lite.codes import SparseCodes, Support, parallel
 from saelens_lite.codes.encoder import Encoder, Spare
 from saelens_lite.codes.products import Decode
 from saelens_lite.dictionary import Dictionary
@@ -115,6 +120,8 @@ class DenseStep:
         warmup: factor of the sparsity penalty, 0 to 1.
         coefficient: the present coefficient of the rule's penalty; default: the first.
         dead_latents: the dead latents, ascending, if they are known; a GPU has to wait to list them.
+        n_dead: number of dead latents on all devices, if it is known.
+        input_bias: stands for the dictionary's, to collect the gradient that comes from the encoder.
         halves, spare, rounded: for the encoder of the sparse step: bfloat16 products, memory to reuse, and W_enc in bfloat16.
     """
 
@@ -131,16 +138,20 @@ class DenseStep:
         warmup: float,
         coefficient: float | Float[Tensor, ""] | None = None,
         dead_latents: Int[Tensor, " n_dead"] | None = None,
+        n_dead: int | None = None,
         halves: bool = False,
         spare: Spare | None = None,
         rounded: Float[Tensor, "d_in d_sae"] | None = None,
+        input_bias: Float[Tensor, " d_in"] | None = None,
     ):
         self.dictionary, self.x, self.target, self.dead = dictionary, x, x if target is None else target, dead
         self.progress, self.warmup, self._dead_latents = progress, warmup, dead_latents
+        self._n_dead = n_dead
         if coefficient is None:
             coefficient = getattr(dictionary.rule.config, "first_coefficient", 1.0)
         self.coefficient = warmup * coefficient
-        encoder = (dictionary.W_enc, dictionary.b_enc, dictionary.input_bias, x)
+        self.input_bias = dictionary.input_bias if input_bias is None else input_bias
+        encoder = (dictionary.W_enc, dictionary.b_enc, self.input_bias, x)
         self._encoder = self.encoder_class(*encoder, halves, spare, rounded)
         self.codes = dictionary.rule.encode(self._encoder)
         self.x_hat = self.decode(self.codes) + dictionary.base(x)
@@ -162,9 +173,31 @@ class DenseStep:
         return self._dead_latents
 
     @property
+    def n_dead(self) -> int:
+        """The number of dead latents on all devices."""
+        return len(self.dead_latents) if self._n_dead is None else self._n_dead
+
+    @property
     def decoder_norms(self) -> Float[Tensor, " d_sae"]:
         """The norm of each latent's direction, summed over the write ports; differentiable."""
         return self.dictionary.decoder_norms()
+
+    @property
+    def first_latent(self) -> int:
+        """The number of the latent that is number 0 here."""
+        return parallel.first_latent(self.codes.d_sae)
+
+    def mean(self, x: Float[Tensor, " nnz"]) -> Float[Tensor, ""]:
+        """Return Σx / number of rows, over all rows and latents; differentiable."""
+        return parallel.batch_mean(x.sum(), len(self.x))
+
+    def sum(self, x: Float[Tensor, " nnz"]) -> Float[Tensor, ""]:
+        """Return Σx over all rows and latents; without gradient."""
+        return parallel.total(x.sum())
+
+    def min(self, x: Float[Tensor, " nnz"]) -> Float[Tensor, ""]:
+        """Return the least entry of x over all rows and latents, or infinity; without gradient."""
+        return parallel.least(x)
 
     def pre_tiles(self, latents: Int[Tensor, " n"]) -> Iterator[Float[Tensor, "rows n"]]:
         """Yield the pre-activations of some latents in tiles of rows, without gradient."""
@@ -177,7 +210,7 @@ class DenseStep:
     def decode(self, codes: SparseCodes, frozen: bool = False) -> Float[Tensor, "batch d_out"]:
         """Return Σ value · W_dec[latent], without bias; differentiable. With frozen=True no gradient reaches W_dec."""
         weight = self.dictionary.W_dec
-        return codes.to_dense() @ (weight.detach() if frozen else weight)
+        return parallel.over_latents(codes.to_dense() @ (weight.detach() if frozen else weight))
 
     def base(self, frozen: bool = False) -> Float[Tensor, "batch_or_one d_out"]:
         """Return the part of x_hat that does not depend on the codes: b_dec, plus x W_skipᵀ with a skip connection.
@@ -196,4 +229,5 @@ class SparseStep(DenseStep):
     def decode(self, codes: SparseCodes, frozen: bool = False) -> Float[Tensor, "batch d_out"]:
         """Return Σ value · W_dec[latent], without bias; differentiable. With frozen=True no gradient reaches W_dec."""
         weight = self.dictionary.W_dec
-        return Decode.apply(codes.value, weight.detach() if frozen else weight, codes.support, self._encoder.halves)
+        part = Decode.apply(codes.value, weight.detach() if frozen else weight, codes.support, self._encoder.halves)
+        return parallel.over_latents(part)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,17 +14,20 @@ from torch import Tensor
 from saelens_lite.arrays import not_finite
 from saelens_lite.cache import Batch, Source, Statistics
 from saelens_lite.cache.source import UNNAMED
-from saelens_lite.codes import gpu
+from saelens_lite.codes import gpu, parallel
 from saelens_lite.codes.encoder import Spare
+from saelens_lite.codes.parallel import ALL_HERE, Layout
 from saelens_lite.config import TrainConfig
 from saelens_lite.devices import asynchronous, outside_models, where_float64_is, wide
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, NonFiniteError, PluginError, ShapeError, SourceChangedError
 from saelens_lite.files import check_fits_memory, shortened
 from saelens_lite.ports import Hooks, Port, together
+from saelens_lite.processes import ALONE
 from saelens_lite.sparsity import PenaltyConfig, Sparsity
 from saelens_lite.training.control import L0Control
 from saelens_lite.training.optimizer import Adam
+from saelens_lite.training.sharding import OwnLatents
 from saelens_lite.training.step import DenseStep, SparseStep
 from saelens_lite.training.unfolding import unfold_into
 from saelens_lite.training.watch import MOST_UNREAD, Watch
@@ -38,13 +42,15 @@ _NUMBERS = ("scales", "target_scales", "variance", "n_seen", "n_steps", "fire_to
 class Contribution(NamedTuple):
     """The losses and counts of one batch, which `Trainer.update` needs besides the gradients.
 
-    The losses are means over the rows; the last, "loss", is their sum. The gradients are in `grad` of the parameters.
+    If several processes share the training, these are of all their rows, and `fires` is of the latents of this one. The losses
+    are means over the rows; the last, "loss", is their sum. The gradients are in `grad` of the parameters.
     """
 
     step: DenseStep
     losses: dict[str, Float[Tensor, ""]]
     smallest: Float[Tensor, ""]  # of the codes
-    fires: Int[Tensor, " d_sae"]  # number of rows in which each latent fires
+    fires: Int[Tensor, " n_latents"]  # number of rows in which each latent fires
+    n_fired: Int[Tensor, ""]  # pairs that fire
     n: int  # rows
     excess: Float[Tensor, ""] | None  # mean by which pre-activations exceed thresholds, if a target L0 is aimed at
 
@@ -55,13 +61,17 @@ class Trainer:
     The activations of each port are multiplied by a number before the dictionary sees them: `scales` for its read ports,
     `target_scales` for its write ports. If these are other ports, no bias of the dictionary centres its input, so `shift` is
     subtracted from it. `result` folds scales and shift into the weights.
+
+    Args:
+        layout: the processes that share the training. Each then calls the same methods in the same order, with its rows of
+            each batch. By default this process has all rows and latents.
     """
 
     step_class: type[DenseStep] = SparseStep
 
-    def __init__(self, config: TrainConfig, source: Source, device: str | torch.device = "cpu"):
-        self.config = config
-        self.hooks = _choose_hooks(config, source)
+    def __init__(self, config: TrainConfig, source: Source, device: str | torch.device = "cpu", layout: Layout = ALL_HERE):
+        self.config, self.layout = config, layout
+        self.hooks = choose_hooks(config, source)
         moments = {hook: _moments(source, hook) for hook in self.hooks.all}
         is_same = self.hooks.reads == self.hooks.writes
         scale_of = {hook: self._scale_of(*both, around_mean=not is_same) for hook, both in moments.items()}
@@ -72,18 +82,22 @@ class Trainer:
         self.shift = None if is_same else together(means, self.hooks.reads).to(device)
         self._cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
         self._random = [torch.Generator(d).manual_seed(config.seed).get_state() for d in ("cpu", *self._cuda)]
+        self._make = partial(
+            Dictionary.create,
+            config.sparsity,
+            reads=_ports(source, self.hooks.reads),
+            writes=None if is_same else _ports(source, self.hooks.writes),
+            d_sae=config.d_sae,
+            skip=config.skip,
+            options=config.options,
+            seed=config.seed,
+            origin=source.origin(self.hooks.reads[0]),
+        )
         with self._own_randomness():
-            self.dictionary = Dictionary.create(
-                config.sparsity,
-                reads=_ports(source, self.hooks.reads),
-                writes=None if is_same else _ports(source, self.hooks.writes),
-                d_sae=config.d_sae,
-                skip=config.skip,
-                options=config.options,
-                seed=config.seed,
-                origin=source.origin(self.hooks.reads[0]),
-            ).to(device)
-        self.dictionary.train()
+            self.dictionary = self._make()
+        self.latents = OwnLatents(self.dictionary, layout.latents)
+        self.latents.cut_(self.dictionary)
+        self.dictionary.to(device).train()
         self.dictionary.b_dec.data.copy_(together(means, self.hooks.writes))
         with torch.no_grad():
             self.dictionary.rule.after_step(self.dictionary)
@@ -106,14 +120,15 @@ class Trainer:
         self.n_seen = self.first_seen = 0
         self.n_steps = self.first_step = 0  # the schedule begins at first_step, which is not 0 if a finished run is extended
         self._is_untrained = True
-        self.since_fired = torch.zeros(config.d_sae, dtype=torch.long, device=device)
-        self.fire_count = torch.zeros(config.d_sae, dtype=torch.long, device=device)
+        self.since_fired = torch.zeros(self.latents.n, dtype=torch.long, device=device)
+        self.fire_count = torch.zeros(self.latents.n, dtype=torch.long, device=device)
         self.fire_tokens = 0
         self._sums: dict[str, float] = {}
         self._n_sums = 0
         self._watch, self._unread = Watch(self.dictionary.W_enc.device), []  # of each unread step, the rows and those counted
         self._dead: Bool[Tensor, " d_sae"] | None = None
         self._dead_latents: Int[Tensor, " n_dead"] | None = None
+        self._n_dead: int | None = None  # on all devices, if they hold different latents
 
     @property
     def done(self) -> bool:
@@ -181,12 +196,9 @@ class Trainer:
         self.update(self.backward(batch, spare))
 
     def calibrate(self, batch: Batch | Float[Tensor, "batch d_in"]) -> None:
-        """Scale the untrained encoder so that it reconstructs the first batch best.
-
-        If several processes train one dictionary, all must do this with the same batch, or one for all of them.
-        """
-        with self._own_randomness():
-            x = self._prepare(self._named(batch))[0]
+        """Scale the untrained encoder so that it reconstructs the first batch best."""
+        x = self.layout.rows.cat(self._prepare(self._named(batch))[0])
+        with self._own_randomness(), parallel.using(self.layout._replace(rows=ALONE, everyone=self.layout.latents)):
             if self.control:
                 self._fire_rarely(x)
             if not self.dictionary.rule.tied and self.shift is None:
@@ -196,9 +208,6 @@ class Trainer:
     def backward(self, batch: Batch | Float[Tensor, "batch d_in"], spare: Spare | None = None) -> Contribution:
         """Compute the losses of a batch, put their gradients into `grad` of the dictionary's parameters, and return the losses.
 
-        If several processes train one dictionary on parts of a batch, average the gradients and losses over them, add up the
-        counts, and take the least `smallest`, before each process calls `update`.
-
         Raises:
             PluginError: the rule calls a loss "loss", which is the name of the sum.
             ShapeError: the activations of a hook are missing.
@@ -206,18 +215,20 @@ class Trainer:
         c = self.config
         progress = self.progress
         self.find_dead()
-        with self._own_randomness():
+        with self._own_randomness(), parallel.using(self.layout):
             step = self.step_class(
                 self.dictionary,
                 *self._prepare(self._named(batch)),
                 dead=self._dead,
                 dead_latents=self._dead_latents,
+                n_dead=self._n_dead,
                 progress=progress,
                 warmup=min(1.0, progress / c.sparsity_warmup) if c.sparsity_warmup and not self.first_seen else 1.0,
                 coefficient=self.control and self.control.coefficient,
                 halves=self.halves,
                 spare=spare,
                 rounded=self.optimizer.rounded,
+                input_bias=self._input_bias(),
             )
             losses = step.losses()
             if "loss" in losses:
@@ -227,15 +238,47 @@ class Trainer:
             losses["loss"] = torch.stack(list(losses.values())).sum()
             self.dictionary.zero_grad(set_to_none=True)
             losses["loss"].backward()
-        codes = step.codes.detach()
-        return Contribution(
-            step=step,
-            losses={name: loss.detach() for name, loss in losses.items()},
-            smallest=codes.value.amin() if len(codes.value) else codes.value.new_zeros(()),
-            fires=codes.fire_counts,
-            n=len(step.x),
-            excess=self.dictionary.rule.excess(codes) if self.control else None,
-        )
+            self._share_gradients(step)
+            codes, rows = step.codes.detach(), self.layout.rows
+            smallest = parallel.least(codes.value)
+            fires = rows.sum(codes.fire_counts)
+            means = rows.sum(torch.stack([loss.detach() for loss in losses.values()])) / rows.world
+            return Contribution(
+                step=step,
+                losses=dict(zip(losses, means.unbind(), strict=True)),
+                smallest=torch.where(smallest.isinf(), 0.0, smallest),
+                fires=fires,
+                n_fired=self.layout.latents.sum(fires.sum()),
+                n=len(step.x) * rows.world,
+                excess=self.dictionary.rule.excess(codes) if self.control else None,
+            )
+
+    def _input_bias(self) -> Float[Tensor, " d_in"] | None:
+        """Return a copy of the input bias, whose gradient is of the latents of this process; None if it has all latents."""
+        bias = self.dictionary.input_bias
+        return bias.detach().requires_grad_() if self.latents.is_part and bias is not None else None
+
+    def _share_gradients(self, step: DenseStep) -> None:
+        """Add up the gradients of the input bias over the latents, and average all gradients over the rows."""
+        d, rows = self.dictionary, self.layout.rows
+        if self.latents.is_part and d.input_bias is not None:
+            d.b_dec.grad += self.layout.latents.sum(step.input_bias.grad)
+        for name, parameter in d.named_parameters():
+            if rows.world > 1 and parameter.grad is not None:
+                g = parameter.grad.T if name == "W_enc" else parameter.grad
+                g = rows.sum(g) / rows.world
+                parameter.grad = g.T if name == "W_enc" else g
+
+    def _norm_of_gradient(self) -> Float[Tensor, ""]:
+        """Return the norm of the gradient over all latents."""
+        gradients = {name: p.grad for name, p in self.dictionary.named_parameters() if p.grad is not None}
+        if not self.latents.is_part:
+            return torch.nn.utils.get_total_norm(gradients.values())
+        parts = [
+            [g for name, g in gradients.items() if self.latents.divides(f"dictionary.{name}") is kind] for kind in (True, False)
+        ]
+        own, common = (torch.nn.utils.get_total_norm(part) for part in parts)
+        return (self.layout.latents.sum(own.square()) + common.square()).sqrt()
 
     def find_dead(self, now: bool = False) -> None:
         """Find the latents that have not fired for `dead_after` tokens: before each step, or on a GPU before some.
@@ -244,9 +287,14 @@ class Trainer:
         """
         if not self.reads_later:
             self._dead = self.since_fired >= self.config.dead_after
+            if self.latents.is_part:
+                self._n_dead = int(self.latents.team.sum(self._dead.sum()))
         elif now or self._dead is None or self.n_steps % DEAD_EVERY == 0:
-            self._dead = self.since_fired >= self.config.dead_after
-            self._dead_latents = self._dead.nonzero().squeeze(1)
+            self._list_dead(self.since_fired >= self.config.dead_after)
+
+    def _list_dead(self, dead: Bool[Tensor, " n_latents"]) -> None:
+        self._dead, self._dead_latents = dead, dead.nonzero().squeeze(1)
+        self._n_dead = int(self.latents.team.sum(dead.sum()))
 
     def _named(self, batch: Batch | Float[Tensor, "batch d_in"]) -> Batch:
         if isinstance(batch, Tensor):
@@ -264,8 +312,8 @@ class Trainer:
         """
         h = self.dictionary.pre(x[: max(64, min(START_ROWS, START_NUMBERS // self.config.d_sae))])
         std, mean = torch.std_mean(h, 0, correction=0)
-        n = min(h.numel() - 1, round(self.control.target * len(h)))
-        z = ((h - mean) / std.clamp_min(torch.finfo(std.dtype).tiny)).flatten().kthvalue(h.numel() - n).values
+        n = min(len(h) * self.config.d_sae - 1, round(self.control.target * len(h)))
+        z = parallel.bound_of_largest(((h - mean) / std.clamp_min(torch.finfo(std.dtype).tiny)).flatten(), n)
         self.dictionary.rule.raise_thresholds_(self.dictionary, mean + z * std)
 
     @torch.no_grad()
@@ -282,7 +330,7 @@ class Trainer:
 
         def fit() -> tuple[float, float, float]:
             """Return the squared error, the best factor of the present codes, and the error with that factor."""
-            part = wide(d.encode(x).decode(d.W_dec))
+            part = wide(parallel.over_latents(d.encode(x).decode(d.W_dec)))
             exact = wide(centred)
             overlap, norm, total = (exact * part).sum(), part.square().sum(), exact.square().sum()
             return tuple((torch.stack([total - 2 * overlap + norm, overlap / norm, total - overlap**2 / norm])).tolist())
@@ -318,7 +366,7 @@ class Trainer:
             PluginError, NonFiniteError: as in `step`.
         """
         c, done = self.config, self.n_steps - self.first_step
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.dictionary.parameters() if p.grad is not None])
+        norm = self._norm_of_gradient()
         self._note(computed, norm)
         if not self.reads_later:
             self.check(computed)
@@ -329,10 +377,11 @@ class Trainer:
             (norm / c.clip_grad_norm).clamp(min=1.0) if c.clip_grad_norm else None,  # the optimiser divides while it reads
             self._watch.stopped if self.reads_later else None,
         )
-        with self._own_randomness():
+        with self._own_randomness(), parallel.using(self.layout):
             self._observe(computed.step)
             if self._after_step:
                 self.dictionary.rule.after_step(self.dictionary)
+        self.optimizer.free_gradients()
         if self.control:
             self._aim(computed, lr)
         computed.step.release()
@@ -343,18 +392,18 @@ class Trainer:
     def _aim(self, computed: Contribution, lr: float) -> None:
         """Adjust the coefficient of the penalty, and late in training the thresholds, to reach the target L0."""
         is_late, stopped = self.progress > 0.5, self._watch.stopped if self.reads_later else None
-        l0, lr_share = computed.fires.sum() / computed.n, lr / self.peak_lr
+        l0, lr_share = computed.n_fired / computed.n, lr / self.peak_lr
         u = self.control.update(l0, lr_share, self.scheduled_steps, is_late, stopped)
         if is_late:
             by = u * computed.excess
             by = by if stopped is None else torch.where(stopped, 0.0, by)  # the excess may be NaN
-            self.dictionary.rule.raise_thresholds_(self.dictionary, by.expand(self.config.d_sae))
+            self.dictionary.rule.raise_thresholds_(self.dictionary, by.expand(self.latents.n))
 
     def _note(self, computed: Contribution, norm: Float[Tensor, ""]) -> None:
         """Note the numbers of a step that the host reads now or later."""
-        own = {NORM: norm, SMALLEST: computed.smallest, FIRED: computed.fires.sum()}
+        own = {NORM: norm, SMALLEST: computed.smallest, FIRED: computed.n_fired}
         if self.reads_later:  # the batch is gone by then
-            own[ACTIVATIONS] = computed.step.x.sum() + computed.step.target.sum()
+            own[ACTIVATIONS] = self.layout.rows.sum(computed.step.x.sum() + computed.step.target.sum())
         dtype = norm.dtype if self.reads_later else torch.float64  # of a count, float32 keeps 24 bits
         self._watch.note({name: x.to(dtype) for name, x in (computed.losses | own).items()}, computed.smallest)
         self._unread.append((computed.n, computed.n if self._is_late(computed.n) else 0))
@@ -413,7 +462,8 @@ class Trainer:
         gradients = {name: p.grad for name, p in parameters.items() if computed is not None and p.grad is not None}
         step, in_activations = self.n_steps + 1, ACTIVATIONS in bad
         if computed is not None:
-            in_activations = bool(not_finite({"x": computed.step.x, "target": computed.step.target}))
+            bad_rows = not_finite({"x": computed.step.x, "target": computed.step.target})
+            in_activations = self.layout.rows.any(bool(bad_rows))
         if in_activations:
             cause = "the activations"
         elif names := not_finite(parameters):
@@ -455,10 +505,13 @@ class Trainer:
             "tokens": self.n_seen,
             **{name: round(value, 6) for name, value in means.items()},
             "fvu": round(means["mse"] / self.variance, 6),
-            "dead": round(float((self.since_fired >= self.config.dead_after).float().mean()), 6),
+            "dead": round(self._count_dead() / self.config.d_sae, 6),
             "lr": self.optimizer.lr,
             **({"coefficient": round(float(self.control.coefficient), 6)} if self.control else {}),
         }
+
+    def _count_dead(self) -> int:
+        return int(self.latents.team.sum((self.since_fired >= self.config.dead_after).sum()))
 
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:
@@ -484,21 +537,26 @@ class Trainer:
         means = {hook: where_float64_is(x).mean(0, dtype=torch.float64) for hook, x in targets.items()}
         error = spread = 0.0
         l0 = 0
-        with self._own_randomness():
+        alike = self.layout._replace(rows=ALONE, everyone=self.layout.latents)  # processes with other rows do the same
+        with self._own_randomness(), parallel.using(alike):
             for start in range(0, n, self.config.batch_size):
                 piece = {hook: batch[hook][start : start + self.config.batch_size] for hook in self.hooks.all}
                 x, target = self._prepare(piece)
                 codes = self.dictionary.encode(x)
-                squares = (target - self.dictionary.decode(codes, x)).square()
+                x_hat = parallel.over_latents(codes.decode(self.dictionary.W_dec)) + self.dictionary.base(x)
+                squares = (target - x_hat).square()
                 error += float(where_float64_is(squares).sum(dtype=torch.float64))
                 for hook, scale in zip(self.hooks.writes, self.target_scales, strict=True):
                     spread += float((where_float64_is(piece[hook]) - means[hook]).square().sum()) * scale**2
-                l0 += int(codes.fires.sum())
+                l0 += int(parallel.total(codes.fires.sum()))
         self.dictionary.train()
         return {"val_fvu": round(error / spread, 6) if spread else math.nan, "val_l0": round(l0 / n, 6)}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return all that the next step depends on, as tensors and as plain data."""
+        """Return all that the next step depends on, as tensors and as plain data.
+
+        Tensors with an entry for each latent have those of this process; see `latents.divides`.
+        """
         self.check()
         tensors = {f"dictionary.{name}": x for name, x in self.dictionary.state_dict().items()}
         for name, parameter in self.optimizer.parameters.items():
@@ -516,7 +574,7 @@ class Trainer:
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-        """Replace the state of this trainer by one that `state` returned.
+        """Replace the state of this trainer by one that `state` returned, with the tensors of all latents.
 
         Raises:
             SourceChangedError: the state is of training on other activations.
@@ -535,18 +593,20 @@ class Trainer:
                     f"the activations of {self.hooks} are not those the run was trained on: their mean differs"
                 )
             self.shift.copy_(tensors["shift"])
+        tensors = {name: self.latents.own(name, x) for name, x in tensors.items()}
         self._check_tensors(tensors, numbers)
         state = self.dictionary.state_dict()
         for name, x in state.items():
             x.copy_(tensors[f"dictionary.{name}"])
         for name, parameter in self.optimizer.parameters.items():
             moments = {key.rsplit(".", 1)[1]: x for key, x in tensors.items() if key.startswith(f"adam.{name}.")}
-            self.optimizer.state[parameter] = {key: x.to(parameter.device) for key, x in moments.items()}
+            self.optimizer.state[parameter] = {
+                key: x.to(parameter.device, copy=self.latents.is_part) for key, x in moments.items()
+            }
         self._watch, self._unread = Watch(self.dictionary.W_enc.device), []
-        self._dead = self._dead_latents = None
+        self._dead = self._dead_latents = self._n_dead = None
         if self.reads_later and "dead" in tensors:
-            self._dead = tensors["dead"].to(self.since_fired.device)
-            self._dead_latents = self._dead.nonzero().squeeze(1)
+            self._list_dead(tensors["dead"].to(self.since_fired.device))
         self.since_fired.copy_(tensors["since_fired"])
         self.fire_count.copy_(tensors["fire_count"])
         if self.control:
@@ -567,7 +627,11 @@ class Trainer:
         Raises:
             ConfigError: the parameters do not fit.
         """
-        unfold_into(self.dictionary, dictionary, self.scales, self.target_scales, self.shift)
+        begun = self._make().to(self.dictionary.W_dec.device) if self.latents.is_part else self.dictionary
+        unfold_into(begun, dictionary, self.scales, self.target_scales, self.shift)
+        if begun is not self.dictionary:
+            self.latents.cut_(begun)
+            self.dictionary.load_state_dict(begun.state_dict())
         self.n_seen = self.first_seen = n_seen
         self.n_steps = self.first_step = n_steps
         self._is_untrained = False
@@ -615,11 +679,12 @@ class Trainer:
         """Return a copy of the dictionary for raw activations, with scales, shift and decoder norms folded in."""
         d = self.dictionary
         rule = type(d.rule)(d.rule.config, d_in=d.d_in, d_sae=d.d_sae)
-        density = self.fire_count.float() / self.fire_tokens if self.fire_tokens else None
+        density = self.latents.whole("fire_count", self.fire_count).float() / self.fire_tokens if self.fire_tokens else None
         record = {"config": self.config.model_dump(mode="json"), "tokens": self.n_seen, "steps": self.n_steps}
         kept = {"d_sae": d.d_sae, "skip": d.W_skip is not None, "origin": d.origin}
         copy = Dictionary(rule, **d.ports, **kept, density=density, training=record)
-        copy.to(d.W_enc.device).load_state_dict(d.state_dict())
+        state = {name: self.latents.whole(f"dictionary.{name}", x) for name, x in d.state_dict().items()}
+        copy.to(d.W_enc.device).load_state_dict(state)
         copy.fold_decoder_norms_()
         if self.shift is not None:
             copy.fold_shift_(self.shift)
@@ -633,7 +698,7 @@ def check_sizes(config: TrainConfig, source: Source, tensors: dict[str, Tensor])
         ConfigError: the weights do not fit the widths of the source.
         CorruptFileError: a batch does not fit into memory.
     """
-    hooks = _choose_hooks(config, source)
+    hooks = choose_hooks(config, source)
     d_in, d_out = (sum(map(source.d_in, side)) for side in hooks)
     for name, wanted in {"W_dec": (config.d_sae, d_out), "W_enc": (d_in, config.d_sae)}.items():
         if (weight := tensors.get(f"dictionary.{name}")) is not None and tuple(weight.shape) != wanted:
@@ -643,7 +708,7 @@ def check_sizes(config: TrainConfig, source: Source, tensors: dict[str, Tensor])
     check_fits_memory(f"a batch of {config.batch_size:,}", 4 * config.batch_size * (d_in + d_out))
 
 
-def _choose_hooks(config: TrainConfig, source: Source) -> Hooks:
+def choose_hooks(config: TrainConfig, source: Source) -> Hooks:
     """Return the hooks that a dictionary reads and writes.
 
     Raises:

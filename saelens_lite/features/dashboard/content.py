@@ -94,6 +94,7 @@ def content(store: StoreQueries, images: dict[int, str] | None = None) -> Conten
             "images": {int(ids.searchsorted(row)): uri for row, uri in (images or {}).items()},
             "n_latents": store.info.d_sae,
             "n_tokens": store.info.n_tokens,
+            "partner_tokens": store.info.partner_tokens or store.info.n_tokens,
             "before": store.info.window[0],
             "after": store.info.window[1],
             "bos": int(ids.searchsorted(bos[0])) if bos else None,

@@ -63,7 +63,8 @@ function partners(i, found, kind, title) {
   const name = `${kind}_count`;
   if (!found.has(name)) return undefined;
   const counts = found.row(name).filter(count => count > 0), ids = found.row(kind).subarray(0, counts.length);
-  const pmi = j => Math.log(counts[j] * layout.n_tokens / (index.get("count", i) * index.get("count", ids[j])));
+  const together = j => counts[j] * layout.n_tokens / layout.partner_tokens;
+  const pmi = j => Math.log(together(j) * layout.n_tokens / (index.get("count", i) * index.get("count", ids[j])));
   return others(title, `${unit}s · PMI`, `${unit}s on which both fire · pointwise mutual information in nats`, ids, j => `${whole(counts[j])} · ${fixed(pmi(j))}`);
 }
 
