@@ -63,7 +63,7 @@ from saelens_lite.evaluation import metrics
 from saelens_lite.evaluation.bands import frequency_markdown, frequency_table, position_table
 from saelens_lite.evaluation.controls import REDRAWN, moments, untrained
 from saelens_lite.evaluation.frequency import FrequencyBand, frequency_bands
-from saelens_lite.evaluation.held import STRETCH, Held, held
+from saelens_lite.evaluation.held import STRETCH, Held, held_batches
 from saelens_lite.evaluation.measure import Grouping, kept_activations, mean_activation, measure
 from saelens_lite.evaluation.overlap import overlap
 from saelens_lite.evaluation.positions import PositionBand, bands_of_positions
@@ -206,7 +206,7 @@ def evaluate(
     text = with_mask(text, attention_mask)
     config = None if isinstance(text, TokenRows) else as_trained(dictionaries, lm, text, text_config or TextConfig())
     workers = ALONE if lm.is_shared else team()
-    with held(lm, _blocks(lm, text, n_tokens, config), batch_tokens, workers) as batches:
+    with held_batches(lm, _blocks(lm, text, n_tokens, config), batch_tokens, workers) as batches:
         if not batches.n_kept:
             raise TextError("there is no text to evaluate on: none of the positions of the token rows counts")
         job = _Plan(
