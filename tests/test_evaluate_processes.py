@@ -58,11 +58,11 @@ def on_texts(n_tokens: int | None) -> list[list[tuple[str, list[float]]]]:
     some = torch.randint(5, 500, (3, 20), generator=torch.Generator().manual_seed(0))
     found = [
         shown(sl.evaluate(both, lm, TokenRows(some, some > 30), **settings)),
-        shown(sl.evaluate(both, lm, some[:1], **settings)),
+        shown([sl.evaluate(both[1], lm, some[:1], **settings)]),
     ]
     if n_tokens:
         settings |= {"controls": True, "by_frequency": True, "by_position": True, "text_config": sl.TextConfig(n_ctx=24)}
-        found.append(shown(sl.evaluate(both, lm, "python-docs:held-out", n_tokens=n_tokens, **settings)))
+        found.append(shown([sl.evaluate(both[0], lm, "python-docs:held-out", n_tokens=n_tokens, **settings)]))
         if team().world > 1:
             check_errors(lm, both[0], some)
     return found
