@@ -29,7 +29,7 @@ IN_MEMORY = 1 << 26  # bytes of a text that are not written to a disk
 
 
 @contextmanager
-def held(lm: LanguageModel, blocks: Iterable[TokenRows], batch_tokens: int, team: Team) -> Iterator["Held"]:
+def held_batches(lm: LanguageModel, blocks: Iterable[TokenRows], batch_tokens: int, team: Team) -> Iterator["Held"]:
     """Yield the batches of a text, and remove their file at the end of the block."""
     with SpooledTemporaryFile(max_size=IN_MEMORY) as file:
         with team.failing_together():
