@@ -226,6 +226,11 @@ class RunConfig(FrozenConfig):
         description="With --text: number type of the model. auto is float32, but on CUDA the checkpoint's own; float32 "
         "checkpoints then have TF32 products, which float32 turns off.",
     )
+    device_map: Literal["auto", "tp"] | None = Field(
+        None,
+        description="With --text, for models larger than a device: auto spreads the model over GPUs, memory and disk; tp cuts "
+        "it into a part for each process.",
+    )
     model_revision: str | None = Field(None, description="With --text: commit, branch or tag of the model on the Hub.")
     center_writing_weights: bool = Field(
         False, description="With --text: subtract the mean from the weights that write to the residual stream."
@@ -251,6 +256,11 @@ class RunConfig(FrozenConfig):
         None,
         description="Device to train on, e.g. cuda; default: CUDA if available, else MPS if it works, else the CPU. With "
         "--resume, the default is the device of the run.",
+    )
+    parallel: Literal["auto", "sweep", "latents", "data"] = Field(
+        "auto",
+        description="With several devices: sweep (each trains some of the dictionaries), latents (each holds some latents of a "
+        "dictionary), or data (each reads some rows of a batch). auto is the first of these that is possible.",
     )
     loggers: tuple[str, ...] = Field(
         ("jsonl",),

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saelens_lite.errors import ConfigError
+from saelens_lite.processes import is_launched, take_gpu
 
 WITHOUT_FLOAT64 = frozenset({"mps"})  # types of devices without float64
 CLOSE = 1e-4  # relative to the largest entry, for float32
@@ -25,15 +26,20 @@ log = logging.getLogger(__name__)
 
 
 def natural_device() -> torch.device:
-    """Return CUDA if available, else MPS if its results match the CPU's, else the CPU. The choice is logged."""
-    candidates = {"cuda": torch.cuda.is_available, "mps": lambda: torch.backends.mps.is_available() and works("mps")}
+    """Return CUDA if available, else MPS if its results match the CPU's, else the CPU. The choice is logged.
+
+    Processes that torchrun started do not use MPS, over which they could not exchange tensors.
+    """
+    take_gpu()
+    has_mps = torch.backends.mps.is_available() and not is_launched()
+    candidates = {"cuda": torch.cuda.is_available, "mps": lambda: has_mps and works("mps")}
     device = next((device for device, is_usable in candidates.items() if is_usable()), "cpu")
     _say(device)
     return torch.device(device)
 
 
 def chosen_device(device: str | torch.device | None) -> torch.device:
-    """Return the named device, or the natural one for None.
+    """Return the named device, or the natural one for None. In a process that torchrun started, any GPU means its own.
 
     Raises:
         ConfigError: the name is not a device, or this computer has no such device.
@@ -44,6 +50,9 @@ def chosen_device(device: str | torch.device | None) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise ConfigError(f"device = {device!r}: {str(error).partition(chr(10))[0]}") from None
+    if chosen.type == "cuda" and is_launched():
+        take_gpu()
+        chosen = torch.device("cuda")
     if not is_available(chosen):
         raise ConfigError(
             f"device = {str(device)!r}: torch finds no such device here; leave device out to use {natural_device()}"

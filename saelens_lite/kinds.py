@@ -51,7 +51,9 @@ DICTIONARY = Kind(
     ),
     (r"cfg\.json",),
 )
-CHECKPOINT = Kind("checkpoint", (r"state\.json", r"checksums\.json", r"\d+\.safetensors", r"\d+\.jsonl"), (r"checksums\.json",))
+CHECKPOINT = Kind(
+    "checkpoint", (r"state\.json", r"checksums\.json", r"\d+(-\d+)?\.safetensors", r"\d+\.jsonl"), (r"checksums\.json",)
+)
 CHECKPOINTS = Kind(
     "folder of checkpoints",
     (*CHECKPOINT.below(r"\d{12,}"), r"history-\d+\.jsonl"),
@@ -74,7 +76,7 @@ _STORE_FILES = (
 STORE = Kind("store", (*_STORE_FILES, *(rf"\d+-[^/]+/{file}" for file in _STORE_FILES)), (r"(\d+-[^/]+/)?features\.json",))
 UNFINISHED_CAPTURE = Kind(
     "folder of an unfinished capture",
-    (r"request\.json", r"journal\.jsonl", *CACHE.below("shards")),
+    (r"request\.json", r"journal\.jsonl", r"failed", r"journal/\d+\.(jsonl|rows)", *CACHE.below("shards")),
     (r"request\.json",),
 )
 UNFINISHED_STORE = Kind(

@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -61,6 +61,17 @@ def new_folder(path: Path, kind: Kind, exists: str = "error", *, any_format: boo
                 replace_folder(new, path, kind.like(new) if any_format else kind)
         finally:
             remove(new)
+
+
+@contextmanager
+def new_folder_together(team: Team, path: Path, kind: Kind, exists: str = "error", *, lock: bool = True) -> Iterator[Path]:
+    """Do the same as `new_folder` with all processes of a team, which all write into the temporary folder.
+
+    The block must fail in all processes or in none; see `Team.failing_together`.
+    """
+    with ExitStack() as stack:
+        yield team.first(lambda: stack.enter_context(new_folder(path, kind, exists, lock=lock)))
+        team.first(stack.close)
 
 
 @contextmanager

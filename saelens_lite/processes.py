@@ -34,10 +34,15 @@ def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
         except RuntimeError as error:  # torch raises its base class for lost connections
             raise ProcessLostError(
                 f"process {self.rank} of {self.world} lost another one, which ended or did not answer within "
-                f"{timeout():g} s ({str(error).partition(chr(10))[0][:200]})"
+                f"{timeout():g} s ({_cause(error)})"
             ) from error
 
     return guarded
+
+
+def _cause(error: Exception) -> str:
+    """Return the first sentence of an error of torch, without the places in its source."""
+    return re.sub(r"\[\S+\.\w+:\d+\] ", "", str(error).partition("\n")[0]).partition(". ")[0][:200]
 
 
 class Team:
@@ -194,9 +199,29 @@ def is_launched() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def rank() -> int:
+    """Return the number of this process among those that torchrun started, without joining them; 0 in others."""
+    return int(os.environ.get("RANK", "0")) if is_launched() else 0
+
+
 def local_rank() -> int:
     """Return the number of this process on its machine, which is also the number of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0")) if is_launched() else 0
+
+
+@cache
+def take_gpu() -> None:
+    """Make this process's own GPU the one that torch calls cuda, if torchrun started the process and there are GPUs."""
+    if is_launched():
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.set_device(local_rank() % torch.cuda.device_count())
+
+
+def on_this_machine() -> int:
+    """Return the number of processes that torchrun has started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def team() -> Team:
@@ -219,16 +244,25 @@ def _joined() -> Team:
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        has_gpu = torch.cuda.is_available()
-        if has_gpu:
-            torch.cuda.set_device(local_rank() % torch.cuda.device_count())
+        take_gpu()
+        backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=timedelta(seconds=timeout()))
+            dist.init_process_group(backends, timeout=timedelta(seconds=timeout()))
         except (RuntimeError, ValueError) as error:
-            raise ProcessLostError(
-                f"the processes did not find each other within {timeout():g} s: {str(error).partition(chr(10))[0][:200]}"
-            ) from error
+            if "EADDRINUSE" in str(error):
+                raise ConfigError(
+                    f"port {os.environ.get('MASTER_PORT')} is in use by another program; choose another one with --master-port"
+                ) from error
+            raise ProcessLostError(f"the processes did not find each other within {timeout():g} s: {_cause(error)}") from error
     return Team(dist.group.WORLD)
+
+
+def leave() -> None:
+    """Leave the team, if this process has joined it. Call it at the end of a program that has not failed."""
+    dist = sys.modules.get("torch.distributed")
+    if _joined.cache_info().currsize and dist is not None and dist.is_initialized():
+        dist.destroy_process_group()
+        _joined.cache_clear()
 
 
 @cache
@@ -259,7 +293,7 @@ def check_same(settings: Mapping[str, Any], data: Any = None, device: Any = None
     if str(device).startswith("cuda"):
         import torch
 
-        n, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        n, here = torch.cuda.device_count(), on_this_machine()
         if everyone.any(here > n):
             raise ConfigError(
                 f"{here} processes were started on this machine, which has {n} GPUs; start one for each GPU, or choose the CPU"

@@ -1,8 +1,9 @@
-"""A progress bar with the remaining time, shown only on a terminal or in a notebook."""
+"""A progress bar with the remaining time, shown only on a terminal or in a notebook, and by the first of several processes."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from saelens_lite.processes import rank
 from saelens_lite.terminal import console, visible
 
 LENGTH_OF_TIMES = 32  # of "/ 0:00:00 left: 0:00:00", the spaces between the parts, and a bar of 4
@@ -32,7 +33,7 @@ def progress_bar(what: str, total: int | None, unit: str = "tokens") -> Iterator
         *([] if total is None else [TextColumn("left:"), TimeRemainingColumn(table_column=whole())]),
         TextColumn("{task.fields[note]}", markup=False),
     )
-    shown = place.is_terminal or place.is_jupyter
+    shown = (place.is_terminal or place.is_jupyter) and rank() == 0
     numbers = 2 * len(f"{total or 10**9}") + len(unit) + LENGTH_OF_TIMES
     what = shortened(visible(what), place.width - numbers)
     room = place.width - numbers - len(what)

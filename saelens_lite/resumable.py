@@ -19,6 +19,11 @@ from saelens_lite.outputs import clean_up, followed, refuse_existing, refuse_inp
 REQUEST = "request.json"
 
 
+def unfinished_folder(out: Path) -> Path:
+    """Return the folder of the unfinished work of an output."""
+    return out.with_name(f".{out.name}.unfinished")
+
+
 @contextmanager
 def unfinished(
     out: Path,
@@ -45,7 +50,7 @@ def unfinished(
         CorruptFileError: the request of unfinished work cannot be read, and `exists` is "error".
     """
     out = followed(out)
-    folder = out.with_name(f".{out.name}.unfinished")
+    folder = unfinished_folder(out)
     with locked(out, kind.name):
         clean_up(out, kind)
         refuse_existing(out, exists, kind)

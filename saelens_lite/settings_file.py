@@ -8,7 +8,7 @@ from saelens_lite.config import OF_THE_RUN, RunConfig, TextConfig, TrainConfig
 from saelens_lite.errors import ConfigError, PluginError, near_matches
 from saelens_lite.rule_options import config_of
 
-ONLY_FLAGS = ("config", "resume", "trust_remote_code", "import", "verbose", "traceback")
+ONLY_FLAGS = ("config", "resume", "devices", "trust_remote_code", "import", "verbose", "traceback")
 
 
 def run_config(tables: dict[str, Any], overrides: dict[str, Any] | None = None) -> tuple[RunConfig, TextConfig]:

@@ -17,10 +17,12 @@ from torch import Tensor
 
 import saelens_lite as sl
 from saelens_lite.evaluation import metrics
-from saelens_lite.evaluation.measure import measure
-from saelens_lite.evaluation.metrics import Metric, PooledSums
+from saelens_lite.evaluation.held import held
+from saelens_lite.evaluation.measure import mean_activation, measure
+from saelens_lite.evaluation.sums import Metric, PooledSums
 from saelens_lite.model.passes import default_batch_tokens
 from saelens_lite.ports import Hooks
+from saelens_lite.processes import ALONE
 from saelens_lite.tokens import PythonDocs, TokenRows, token_rows
 
 HOOK = "blocks.2.hook_resid_pre"
@@ -30,25 +32,30 @@ class Recorder(PooledSums):
     """Keeps the sums of every sequence."""
 
     def __init__(self) -> None:
-        super().__init__(0, 0)
+        super().__init__(0, 0, 0)
         self.recorded: dict[str, list[Tensor]] = {}
 
-    def add(self, name: str, per_sequence: Tensor, replicates: int | None = None) -> None:
+    def add(self, name: str, per_sequence: Tensor) -> None:
         self.recorded.setdefault(name, []).append(per_sequence.double())
+
+    def add_fired(self, name: str, sequence: Tensor, latent: Tensor, d_sae: int) -> None:
+        pass
 
 
 def population(rows: TokenRows, lm: sl.LanguageModel, d: sl.Dictionary) -> dict[str, Tensor]:
     """Of every sequence, all that metrics are computed from."""
     recorder = Recorder()
-    hooks = Hooks((HOOK,), (HOOK,))
-    measure([d], lm, rows, hooks, sums=recorder, batch_tokens=default_batch_tokens(lm, with_logits=True))
-    return {name: torch.cat(found) for name, found in recorder.recorded.items() if not name.endswith("fired")}
+    hooks, batch_tokens = Hooks((HOOK,), (HOOK,)), default_batch_tokens(lm, with_logits=True)
+    with held(lm, [rows], batch_tokens, ALONE) as batches:
+        mean = mean_activation(lm, batches, hooks.writes)
+        measure([d], lm, batches, hooks, sums=recorder, mean=mean, batch_tokens=batch_tokens)
+    return {name: torch.cat(found) for name, found in recorder.recorded.items()}
 
 
 def estimate(sequences: dict[str, Tensor], n_bootstrap: int, seed: int) -> dict[str, Metric]:
     """Return the metrics of some sequences."""
-    sums = PooledSums(n_bootstrap, seed)
-    sums.next_sequences(len(sequences["n"]))
+    sums = PooledSums(n_bootstrap, seed, len(sequences["n"]))
+    sums.weigh(torch.arange(len(sequences["n"])))
     for name, values in sequences.items():
         sums.add(name, values)
     return metrics.reconstruction_metrics(sums, "0") | metrics.prediction_metrics(sums, "0")

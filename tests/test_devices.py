@@ -233,3 +233,19 @@ def test_comparisons_run_on_the_natural_device(monkeypatch):
     d = sl.Dictionary.create("topk", reads=8, d_sae=16, options={"k": 2})
     sl.compare(d, d)
     assert asked
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    devices.take_gpu.cache_clear()
+    try:
+        for device in (None, "cuda", "cuda:0", "cuda:1"):
+            assert str(devices.chosen_device(device)) == "cuda"
+    finally:
+        devices.take_gpu.cache_clear()
+    assert taken == [1]

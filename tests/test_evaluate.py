@@ -1,5 +1,6 @@
 """Metrics against their formulas, computed here token by token on the plain transformers module."""
 
+import copy
 import io
 import json
 import math
@@ -11,8 +12,10 @@ from rich.console import Console
 import saelens_lite as sl
 from saelens_lite.errors import ConfigError, CorruptFileError, HookError, NonFiniteError, ShapeError, TextError
 from saelens_lite.evaluation import EvalReport, frequency_table, position_table, table
-from saelens_lite.evaluation.metrics import Kept, PooledSums, Predictions, latent_metrics
+from saelens_lite.evaluation.metrics import Kept, Predictions, latent_metrics
 from saelens_lite.evaluation.overlap import overlap
+from saelens_lite.evaluation.sums import PooledSums
+from saelens_lite.model.processing import shuffled_weights
 from saelens_lite.tokens import PythonDocs, TokenRows, text_hash, token_rows
 
 HOOK = "blocks.1.hook_resid_pre"
@@ -161,9 +164,9 @@ def test_tokens_with_zero_reconstruction_count_as_cosine_zero(lm, rows):
 def test_intervals_have_the_width_of_the_standard_error():
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(400, generator=generator, dtype=torch.float64) * 3 + 1
-    sums = PooledSums(4000, seed=1)
-    for piece in values.split(37):
-        sums.next_sequences(len(piece))
+    sums = PooledSums(4000, seed=1, n_sequences=400)
+    for number, piece in zip(torch.arange(400).split(37), values.split(37), strict=True):
+        sums.weigh(number)
         sums.add("value", piece)
         sums.add("n", torch.ones(len(piece)))
     metric = sums.metric(sums["value"] / sums["n"])
@@ -207,13 +210,15 @@ def test_positions_are_bands_of_their_own_formula(lm, rows, stream):
 
 def test_alive_and_dense_have_intervals():
     """Of 40 latents, each fires in one sequence of 400, half of them also everywhere."""
-    sums = PooledSums(300, seed=0)
-    sums.next_sequences(400)
-    fired = torch.zeros(400, 40)
+    sums = PooledSums(300, seed=0, n_sequences=400)
+    sums.weigh(torch.arange(400))
+    fired = torch.zeros(400, 40, dtype=torch.long)
     fired[torch.arange(40), torch.arange(40)] = 1
     fired[:, :20] = 5
     sums.add("n", torch.full((400,), 10))
-    sums.add("0.fired", fired, replicates=100)
+    sequence, latent = fired.nonzero(as_tuple=True)
+    n_times = fired[sequence, latent]
+    sums.add_fired("0", sequence.repeat_interleave(n_times), latent.repeat_interleave(n_times), 40)
     found = latent_metrics(sums, "0")
     assert found["frac_alive"].value == 1
     assert 0.8 < found["frac_alive"].low < 1 == found["frac_alive"].high
@@ -297,15 +302,46 @@ def test_controls(lm, rows, stream):
 
 
 def test_redrawn_weights_have_the_same_entries(lm):
-    redrawn = lm.redrawn(seed=1)
-    before, after = dict(lm.module.named_parameters()), dict(redrawn.module.named_parameters())
-    assert before.keys() == after.keys()
-    for name, weight in before.items():
-        assert torch.equal(weight.flatten().sort().values, after[name].flatten().sort().values)
+    before = {name: weight.clone() for name, weight in lm.module.named_parameters()}
     name = "transformer.wte.weight"
-    assert not torch.equal(before[name], after[name])
-    assert redrawn.module.lm_head.weight is after[name]
-    assert torch.equal(after[name], lm.redrawn(seed=1).module.transformer.wte.weight)
+    order = torch.randperm(before[name].numel(), generator=torch.Generator().manual_seed(1))  # it is the first weight
+    with lm.redrawn(seed=1) as redrawn:
+        after = dict(redrawn.module.named_parameters())
+        assert before.keys() == after.keys()
+        for other, weight in before.items():
+            assert torch.equal(weight.flatten().sort().values, after[other].flatten().sort().values)
+        assert torch.equal(after[name].flatten(), before[name].flatten()[order])
+        assert redrawn.module.lm_head.weight is after[name]
+        with pytest.raises(ConfigError, match="in random order: use the model that `redrawn` gives"):
+            lm.logits([[1, 2]])
+    assert all(torch.equal(weight, before[name]) for name, weight in lm.module.named_parameters())
+
+
+def test_redrawing_in_pieces_mixes_all_of_a_weight_and_can_be_undone(monkeypatch):
+    monkeypatch.setattr("saelens_lite.model.processing.MOST_ENTRIES", 100)
+    weight = torch.nn.Parameter(torch.arange(2500.0).reshape(50, 50), requires_grad=False)
+    module, undo = torch.nn.ParameterDict({"a": weight}), []
+    with shuffled_weights(module, 0, undo):
+        assert undo
+        x = weight.flatten()
+        assert torch.equal(x.sort().values, torch.arange(2500.0))
+        moved = (x - torch.arange(2500.0)).abs().mean()
+        assert 2500 / 3 * 0.9 < moved < 2500 / 3 * 1.1  # the mean distance of two random places is a third
+        assert torch.corrcoef(torch.stack([x % 25, torch.arange(2500.0) % 25]))[0, 1].abs() < 0.06
+        assert torch.corrcoef(torch.stack([x, torch.arange(2500.0)]))[0, 1].abs() < 0.06
+    assert not undo
+    assert torch.equal(weight, torch.arange(2500.0).reshape(50, 50))
+
+
+def test_redrawing_a_centred_model_is_undone_to_the_byte(random_lm):
+    lm = copy.copy(random_lm)
+    lm.module = copy.deepcopy(random_lm.module)
+    lm.center_writing_weights_()
+    before = lm.fingerprint()
+    with lm.redrawn() as redrawn:
+        assert redrawn.processing == lm.processing
+        assert redrawn.module.transformer.wte.weight.mean(1).abs().max() < 1e-7
+    assert lm.fingerprint() == before
 
 
 @pytest.mark.parametrize(
@@ -427,7 +463,7 @@ def test_bad_input(lm, rows, random_lm):
     spoilt.W_dec.data[3] = torch.nan
     with pytest.raises(NonFiniteError, match="W_dec of the dictionary holds NaN"):
         sl.evaluate(spoilt, lm, rows)
-    broken = random_lm.redrawn()
+    broken = sl.LanguageModel(copy.deepcopy(random_lm.module), random_lm.tokenizer, name="broken")
     broken.module.transformer.wte.weight[5] = torch.nan
     with pytest.raises(NonFiniteError, match="hold NaN"):
         sl.evaluate(dictionary(broken), broken, torch.randint(1, 9, (3, 20)))

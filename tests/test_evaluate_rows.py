@@ -120,10 +120,10 @@ def test_intervals_of_groups_are_those_of_independent_groups(d, x):
 @pytest.mark.parametrize("size", [1, 3, 10, 100])
 def test_batches_hold_every_row_once_with_its_unit(size):
     unit = torch.tensor([2, 0, 1, 0, 2, 2, 2, 3, 2, 4])
-    seen, first, n_units = [], 0, 0
-    for some, places, is_new in rows._batches(unit, size):
-        if is_new:
-            first, n_units = n_units, n_units + places.n
+    seen, n_units = [], 0
+    for some, places, first in rows._batches(unit, size):
+        assert first <= n_units
+        n_units = first + places.n
         assert len(some) <= size
         assert torch.equal(places.row + first, unit[some])
         seen += some.tolist()

@@ -96,7 +96,8 @@ def test_one_hook_for_several(dictionaries, random_lm, rows):
 
 
 def test_control_is_the_store_on_a_redrawn_model(dictionaries, random_lm, rows, store):
-    redrawn = sl.FeatureStore.build(dictionaries[0], random_lm.redrawn(0), rows, batch_tokens=96)
+    with random_lm.redrawn(0) as other:
+        redrawn = sl.FeatureStore.build(dictionaries[0], other, rows, batch_tokens=96)
     assert all(torch.equal(a, b) for a, b in zip(store.control.tensors, redrawn.tensors, strict=True))
     assert "shuffled" in store.control.info.model
     assert not torch.equal(store.control.tensors.count, store.tensors.count)

@@ -1,17 +1,27 @@
 """Training on several processes: the same supports, losses and gradients as in one, by rows and by latents."""
 
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
 import pytest
 import torch
 from together import in_processes
 
+import saelens_lite as sl
 from saelens_lite.cache import TensorSource
+from saelens_lite.codes import parallel
 from saelens_lite.codes.parallel import ALL_HERE, Layout
 from saelens_lite.config import TrainConfig
-from saelens_lite.processes import team
+from saelens_lite.errors import ConfigError, NonFiniteError, Stopped
+from saelens_lite.processes import Team, team
+from saelens_lite.training.distribution import share_of
 from saelens_lite.training.trainer import Trainer
 
 RULES = {
-    "topk": {"k": 5, "aux_k": 7},
+    "topk": {"k": 2, "aux_k": 7},
     "batch_topk": {"k": 5, "aux_k": 7},
     "matryoshka": {"k": 5, "prefixes": (0.1, 0.4, 0.6), "aux_k": 7},
     "group_max": {"k": 8, "aux_k": 7},
@@ -21,7 +31,7 @@ RULES = {
     "jumprelu": {"target_l0": 6, "bandwidth": 0.3},
     "jumprelu tanh": {"penalty": "tanh", "coefficient": 0.1, "bandwidth": 0.3, "dead_coefficient": 0.1},
 }
-D_IN, D_SAE, ROWS, STEPS = 12, 48, 64, 6
+D_IN, D_SAE, ROWS, STEPS = 12, 96, 64, 6
 
 
 def _data() -> torch.Tensor:
@@ -45,7 +55,7 @@ PORTS = {
 }
 
 
-def _split(mode: str) -> Layout:
+def _layout(mode: str) -> Layout:
     everyone = team()
     if mode == "data":
         return Layout(rows=everyone, everyone=everyone)
@@ -59,10 +69,10 @@ def _split(mode: str) -> Layout:
 def _train(rule: str, kind: str, mode: str) -> dict:
     """Train some steps in float64, and return what each gives, with the tensors of all latents."""
     torch.set_default_dtype(torch.float64)
-    source, layout = _source(kind), _split(mode)
+    source, layout = _source(kind), _layout(mode)
     config = TrainConfig(
         sparsity=rule.split(maxsplit=1)[0], options=RULES[rule], d_sae=D_SAE, n_tokens=ROWS * STEPS, batch_size=ROWS,
-        dead_after=100, lr=0.01, clip_grad_norm=0, **PORTS[kind],
+        dead_after=60, lr=0.01, clip_grad_norm=0, **PORTS[kind],
     )  # fmt: skip
     trainer = Trainer(config, source, layout=layout)
     trainer.shift = None if trainer.shift is None else trainer.shift.double()
@@ -133,4 +143,180 @@ def alone():
 def test_several_processes_train_like_one(alone, n, mode, kinds):
     together = in_processes(n, _train_all, mode, kinds)
     for case in together[0]:
-        print(*case, mode, n, compared(alone[case], [one[case] for one in together]))
+        differences = compared(alone[case], [one[case] for one in together])
+        assert max(differences.values()) < 1e-10, (case, differences)
+    if mode == "latents":
+        assert any(step["n_dead"] > 0 for step in alone["topk", "autoencoder"]["steps"]), "no latent was dead"
+
+
+def _equal_entries(mode: str) -> list[torch.Tensor]:
+    """Return the supports that the rules' choices give on activations with many equal entries, over all latents."""
+    pre = (torch.randn(32, 24, generator=torch.Generator().manual_seed(3)) * 2).round()
+    layout = _layout(mode)
+    rows = slice(None) if mode != "data" else slice(16 * layout.rows.rank, 16 * (layout.rows.rank + 1))
+    width = 24 // layout.latents.world
+    own = pre[rows, layout.latents.rank * width : (layout.latents.rank + 1) * width]
+    masks = []
+    with parallel.using(layout):
+        chosen = [choose(own, k) for choose in (parallel.largest, parallel.largest_positive) for k in (1, 5, 13)]
+        for support in chosen:
+            mask = torch.zeros(own.shape, dtype=torch.int)
+            mask[support.row, support.latent] = 1
+            masks.append(layout.rows.cat(layout.latents.stack(mask).transpose(0, 1).flatten(1)))
+    return masks
+
+
+def test_of_equal_pre_activations_the_first_are_chosen():
+    pre = (torch.randn(32, 24, generator=torch.Generator().manual_seed(3)) * 2).round()
+    wanted = []
+    for k in (1, 5, 13):
+        best = pre.sort(dim=1, descending=True, stable=True).indices[:, :k]
+        wanted.append(torch.zeros_like(pre, dtype=torch.int).scatter(1, best, 1))
+    for k in (1, 5, 13):
+        best = [i for i in pre.flatten().sort(descending=True, stable=True).indices[: k * 32].tolist() if pre.flatten()[i] > 0]
+        mask = torch.zeros(32 * 24, dtype=torch.int)
+        mask[best] = 1
+        wanted.append(mask.reshape(32, 24))
+    for mode, n in (("alone", 1), ("data", 2), ("latents", 2), ("latents", 4)):
+        for found in in_processes(n, _equal_entries, mode):
+            assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)), (mode, n)
+
+
+def _configs(n: int) -> list[TrainConfig]:
+    rules = ["topk", "gated", "batch_topk", "jumprelu"]
+    options = [{"k": 5}, {"target_l0": 6}, {"k": 5}, {"target_l0": 6}]
+    common = {"d_sae": 48, "n_tokens": 64 * 24, "batch_size": 64, "lr": 0.01, "dead_after": 300, "log_every": 256}
+    return [TrainConfig(sparsity=rules[i], options=options[i], **common) for i in range(n)]
+
+
+def _run(out: str, n: int, mode: str, validation_tokens: int = 64) -> list[str]:
+    """Train n dictionaries, and return the names of their folders."""
+    runs = sl.train(TensorSource(_data()), _configs(n), out, parallel=mode, validation_tokens=validation_tokens)
+    return [run.folder.name for run in runs]
+
+
+def files(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+def test_a_sweep_over_processes_writes_the_bytes_of_one_process(tmp_path):
+    for n in (1, 2, 3):
+        names = in_processes(n, _run, str(tmp_path / "runs"), 4, "auto")
+        assert names == [["0-topk", "1-gated", "2-batch_topk", "3-jumprelu"]] * n
+        (tmp_path / "runs").rename(tmp_path / f"of-{n}")
+    assert files(tmp_path / "of-1") == files(tmp_path / "of-2") == files(tmp_path / "of-3")
+
+
+@pytest.mark.parametrize("mode", ["latents", "data"])
+def test_a_dictionary_of_several_processes_has_one_folder(tmp_path, mode):
+    results = {}
+    for n in (1, 2, 2):
+        place = tmp_path / f"{len(results)}"
+        in_processes(n, _run, str(tmp_path / "run"), 1, mode)
+        (tmp_path / "run").rename(place)
+        results[place] = sl.load(place)
+    one, two, again = results
+    assert files(two) == files(again)
+    assert files(one).keys() == files(two).keys()
+    for name, x in results[one].state_dict().items():
+        torch.testing.assert_close(results[two].state_dict()[name], x, rtol=1e-3, atol=1e-4)
+    lines = [[json.loads(line) for line in (place / "log.jsonl").read_text().splitlines()] for place in results]
+    assert len(lines[0]) == len(lines[1]) == 6
+    for a, b in zip(lines[0], lines[1], strict=True):
+        assert b == pytest.approx(a, rel=1e-3, abs=1e-4)
+
+
+class _Ending(TensorSource):
+    """A source that gets a signal after some batches."""
+
+    def batches(self, *args, **kwargs):
+        for number, batch in enumerate(super().batches(*args, **kwargs)):
+            if number == 13 and team().rank == team().world - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+
+def _interrupted(out: str, n: int, mode: str) -> str:
+    with pytest.raises(Stopped, match="stopped after") as stopped:
+        sl.train(_Ending(_data()), _configs(n), out, parallel=mode)
+    return str(stopped.value)
+
+
+def _resumed(out: str) -> list[str]:
+    return [run.folder.name for run in sl.resume(out, TensorSource(_data()))]
+
+
+@pytest.mark.parametrize(("mode", "n_dictionaries"), [("sweep", 3), ("latents", 1), ("data", 2)])
+def test_a_run_of_several_processes_is_resumed_by_any_number(tmp_path, mode, n_dictionaries):
+    in_processes(2, _run, str(tmp_path / "whole"), n_dictionaries, mode, 0)
+    said = in_processes(2, _interrupted, str(tmp_path / "run"), n_dictionaries, mode)
+    assert said[0] == said[1]
+    assert list((tmp_path / "run/checkpoints").glob("0*/0.safetensors"))
+    assert bool(list((tmp_path / "run/checkpoints").glob("0*/0-1.safetensors"))) == (mode == "latents")
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    in_processes(2, _resumed, str(tmp_path / "run"))
+    assert not (tmp_path / "run/checkpoints").exists()
+    assert _results(tmp_path / "run") == _results(tmp_path / "whole")
+    alone = in_processes(1, _resumed, str(tmp_path / "copy"))
+    assert len(alone[0]) == n_dictionaries
+    for place in _dictionaries(tmp_path / "run"):
+        other = sl.load(tmp_path / "copy" / place.relative_to(tmp_path / "run"))
+        for name, x in sl.load(place).state_dict().items():
+            torch.testing.assert_close(other.state_dict()[name], x, rtol=1e-3, atol=1e-4)
+
+
+def _dictionaries(out: Path) -> list[Path]:
+    return sorted(out.rglob("dictionary"))
+
+
+def _results(out: Path) -> dict[str, bytes]:
+    return {name: data for name, data in files(out).items() if "dictionary/" in name or name.endswith("log.jsonl")}
+
+
+@pytest.mark.parametrize(("changes", "mode", "n", "said"), [
+    ({"d_sae": 49}, "latents", 2, "d_sae = 49 cannot be divided equally among 2 processes"),
+    ({"batch_size": 65}, "data", 2, "batch_size = 65 cannot be divided equally among 2 processes"),
+    ({}, "sweep", 2, r"fewer dictionaries \(1\) than processes"),
+    ({"sparsity": "matching_pursuit"}, "auto", 2, "matching_pursuit can only be trained by one process"),
+    ({"sparsity": "group_max", "options": {"k": 3}}, "latents", 2, "into groups of 16"),
+    ({"d_sae": 49, "batch_size": 65}, "auto", 2, "cannot be distributed over 2 processes: sweep: .*; latents: .*; data: "),
+])  # fmt: skip
+def test_what_cannot_be_distributed_is_refused(changes, mode, n, said):
+    several = Team()
+    several.world = n
+    with pytest.raises(ConfigError, match=said):
+        share_of(mode, [_configs(1)[0].replace(**changes)], several)
+
+
+def test_what_auto_chooses():
+    several = Team()
+    several.world, several.rank = 2, 1
+    share = share_of("auto", _configs(3), several)
+    assert (share.is_sweep, list(share.numbers), share.writes) == (True, [1], True)
+    share = share_of("auto", _configs(1), several)
+    assert (share.is_sweep, list(share.numbers), share.writes) == (False, [0], False)
+    assert share.layout.latents.world == 2
+    share = share_of("auto", [_configs(1)[0].replace(d_sae=49)], several)
+    assert (share.layout.latents.world, share.layout.rows.world) == (1, 2)
+
+
+class _Poisoned(TensorSource):
+    """A source whose fourth batch holds a NaN, among the rows of the last process."""
+
+    def batches(self, *args, **kwargs):
+        for number, batch in enumerate(super().batches(*args, **kwargs)):
+            if number == 3 and kwargs.get("rank", 0) == kwargs.get("world", 1) - 1:
+                batch["x"][-1, 2] = torch.nan
+            yield batch
+
+
+def _nan(mode: str) -> str:
+    with pytest.raises(NonFiniteError, match="the activations became NaN or infinite in step 4") as error:
+        sl.train(_Poisoned(_data()), _configs(2), parallel=mode)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("mode", ["latents", "data"])
+def test_a_nan_ends_all_processes_with_the_same_message(mode):
+    first, second = in_processes(2, _nan, mode)
+    assert first == second

@@ -8,7 +8,8 @@ from saelens_lite import registry
 from saelens_lite.cache import TensorSource
 from saelens_lite.codes import SparseCodes
 from saelens_lite.errors import PluginError
-from saelens_lite.evaluation.metrics import Kept, PooledSums, add_codes
+from saelens_lite.evaluation.metrics import Kept, add_codes
+from saelens_lite.evaluation.sums import PooledSums
 from saelens_lite.sparsity import register, support_of_mask
 from saelens_lite.training import Trainer
 
@@ -76,12 +77,12 @@ def test_evaluation_does_not_count_stored_zeros():
     kept = Kept.of(torch.ones(2, 2, dtype=torch.bool))
     both = []
     for given in (codes, codes.without_zeros()):
-        sums = PooledSums(n_bootstrap=0, seed=0)
-        sums.next_sequences(2)
+        sums = PooledSums(n_bootstrap=0, seed=0, n_sequences=2)
+        sums.weigh(torch.arange(2))
         add_codes(sums, "d", given, kept)
-        both.append({name: sums[f"d.{name}"] for name in ("l0", "l1", "fired")})
+        both.append({"l0": sums["d.l0"], "l1": sums["d.l1"], "fired": sums.fired("d")})
     assert both[0]["l0"].flatten()[0] == 7
-    assert both[0]["fired"][0].tolist() == [2, 2, 3]
+    assert both[0]["fired"][:, 0].tolist() == [2, 2, 3]
     assert all(torch.equal(both[0][name], both[1][name]) for name in both[0])
 
 

@@ -24,7 +24,7 @@ TEXTS = ["The quick brown fox. " * 5, "x", "naïve café — Ünïcödé, 漢字
 def read(text, **settings) -> list:
     """Return the documents of a text, their pieces put together."""
     documents = []
-    for content, first in read_pieces(text, TextConfig(**settings)):
+    for content, first, _ in read_pieces(text, TextConfig(**settings)):
         if first:
             documents.append(content)
         else:

@@ -13,8 +13,17 @@ saelens-lite capture book.txt --model tiny --hook blocks.2.hook_resid_pre --out 
 The model runs once over the text, up to the deepest hook. Several hooks cost little more than one. The seed alone decides the
 order of the batches, so training can resume at any batch.
 
-To resume an interrupted capture, repeat the call: it continues after the last complete shard and writes the same bytes. A
-cache folder holds manifest.json and shard-00000.safetensors …, each with a checksum. The folder appears only when it is
+To resume an interrupted capture, repeat the call: it continues after the last complete shard and writes the same bytes.
+
+```sh
+torchrun --nproc-per-node 4 -m saelens_lite capture book.txt --model tiny --hook blocks.2.hook_resid_pre --out cache
+```
+
+Several processes, on one machine or on several that share a file system, write one cache together. Each runs the model over
+its own sections of the text, and the cache has the same bytes as that of one process. An interrupted capture may be resumed
+with another number of processes.
+
+A cache folder holds manifest.json and shard-00000.safetensors …, each with a checksum. The folder appears only when it is
 complete. `exists="overwrite"` replaces an earlier cache, but refuses a folder that holds other files.
 """
 

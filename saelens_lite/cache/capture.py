@@ -1,40 +1,54 @@
 """Captures that run a model over a text once, write the activations at its hooks, and resume after an interruption.
 
-In the folder of an unfinished capture (`saelens_lite.resumable`), journal.jsonl has a line for each complete shard, and
-shards/ becomes the cache. A resumed capture has the same batches, and writes the same bytes, as an uninterrupted one.
+The text is cut into sections (`sections`), which the processes of a team capture side by side. In the folder of an unfinished
+capture (`saelens_lite.resumable`), journal/ has a file for each section (`journal`), and shards/ becomes the cache. A resumed
+capture, and one by several processes, has the same batches and writes the same bytes as one that was left alone.
 """
 
 import logging
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from saelens_lite.cache.stored import FORMAT, MANIFEST, ActivationCache
+from saelens_lite import processes
+from saelens_lite.cache.journal import Journal, merged
+from saelens_lite.cache.sections import JOURNALS, Sections, Start, hash_again, journal_path
+from saelens_lite.cache.shards import MANIFEST, SHARDS
+from saelens_lite.cache.stored import FORMAT, ActivationCache
 from saelens_lite.cache.writing import ShardWriter
 from saelens_lite.config import Origin, TextConfig
-from saelens_lite.errors import ConfigError, DiskFullError, OutputExistsError, SourceChangedError
-from saelens_lite.files import MAX_LIST_BYTES, write_json
+from saelens_lite.errors import ConfigError, CorruptFileError, DiskFullError, OutputExistsError, SourceChangedError
+from saelens_lite.files import MAX_LIST_BYTES, file_hash, write_json
 from saelens_lite.kinds import CACHE, UNFINISHED_CAPTURE
+from saelens_lite.locks import ENDING, locked
 from saelens_lite.model import LanguageModel, passes
 from saelens_lite.model.passes import default_batch_tokens
-from saelens_lite.outputs import followed, replace_folder
+from saelens_lite.outputs import SHARED_SECONDS, check_shared, followed, replace_folder
 from saelens_lite.prefetch import prefetched
+from saelens_lite.processes import Team
 from saelens_lite.progress import progress_bar
-from saelens_lite.resumable import REQUEST, start_over, unfinished
+from saelens_lite.resumable import REQUEST, start_over, unfinished, unfinished_folder
 from saelens_lite.tensor_files import DTYPES
 from saelens_lite.tokens import RowBlocks, RowHash, Text, TokenRows, files_of, source_name, text_config_of, with_mask
 
-JOURNAL, SHARDS = "journal.jsonl", "shards"
+OLD_JOURNAL = "journal.jsonl"  # of earlier versions
+FAILED = "failed"  # a file that tells the other processes to end
+CHECK_SECONDS = 2.0
 log = logging.getLogger(__name__)
 
 
 class _OtherTextError(OutputExistsError):
     """Raised if the shards of an unfinished capture are of another text."""
+
+
+class _OtherFailedError(Exception):
+    """Raised if another process has failed."""
 
 
 def activations(
@@ -53,16 +67,29 @@ def activations(
     """
     read = RowHash() if read is None else read
     with prefetched(blocks) as ready:
-        for number, rows in enumerate(ready):
-            for batch in passes.batches(lm, rows, batch_tokens, "shuffled", seed=number):
-                read.add(batch.rows)
-                tokens = batch.rows.tokens[batch.rows.keep].to(torch.int32)
-                n_skipped = min(skip, len(tokens))
-                skip -= n_skipped
-                if n_skipped < len(tokens):
-                    piece = {"tokens": tokens, **passes.read(lm, batch, hooks).acts}
-                    yield {key: x[n_skipped:] for key, x in piece.items()}
+        yield from _activations(lm, enumerate(ready), hooks, batch_tokens, skip, read)
     read.end()
+
+
+def _activations(
+    lm: LanguageModel,
+    blocks: Iterable[tuple[int, TokenRows]],
+    hooks: Sequence[str],
+    batch_tokens: int,
+    skip: int,
+    read: RowHash | None = None,
+) -> Iterator[dict[str, Tensor]]:
+    """Yield the activations of blocks that are given by number, which decides the order of their rows."""
+    for number, rows in blocks:
+        for batch in passes.batches(lm, rows, batch_tokens, "shuffled", seed=number):
+            if read is not None:
+                read.add(batch.rows)
+            tokens = batch.rows.tokens[batch.rows.keep].to(torch.int32)
+            n_skipped = min(skip, len(tokens))
+            skip -= n_skipped
+            if n_skipped < len(tokens):
+                piece = {"tokens": tokens, **passes.read(lm, batch, hooks).acts}
+                yield {key: x[n_skipped:] for key, x in piece.items()}
 
 
 def capture(
@@ -87,7 +114,11 @@ def capture(
     The model runs once over the text, up to the deepest hook. A thread reads and tokenises the text in advance, one block at
     a time; others write complete shards. Special tokens and padding are not stored, nor the positions that `text_config`
     excludes, by default position 0. To resume an interrupted capture, repeat the call: it continues after the last complete
-    shard.
+    shard, and reads the text before without tokenising it again.
+
+    Several processes that torchrun started, on one machine or on several that share a file system, write one cache together.
+    It has the same bytes as the cache of one process. Each process runs the model over every W-th section of 262,144 tokens;
+    a section ends with a shorter shard.
 
     Args:
         text: Text, or token ids in any form that `LanguageModel.to_tokens` takes.
@@ -97,15 +128,16 @@ def capture(
         attention_mask: For token ids: 1 at tokens, 0 at padding.
         dtype: Dtype of the stored activations. They are computed in the model's dtype.
         batch_tokens: Tokens of a forward pass; default: 2,048 on a CPU, 16,384 on a GPU.
-        shard_tokens: Activations of each hook in a shard.
+        shard_tokens: Largest number of activations of each hook in a shard.
         text_name: Name of the text in the cache's origin.
 
     Raises:
         HookError, TextError, ConfigError: the hook is unknown, there is no text, or settings do not fit the model.
         OutputExistsError: `exists` is "error", and `out` is not empty or holds an unfinished capture with other settings.
         NonFiniteError: activations are NaN or infinite, or too large for `dtype`.
-        LockedError: another process is writing the same cache.
+        LockedError: another job is writing the same cache.
         DiskFullError: the cache does not fit on the disk; complete shards stay.
+        ProcessLostError: another process of this job ended or does not answer; complete shards stay.
     """
     names = [hooks] if isinstance(hooks, str) else list(dict.fromkeys(hooks))
     for name in names:
@@ -118,69 +150,177 @@ def capture(
     config, text = text_config_of(text_config, n_ctx, prepend_bos), with_mask(text, attention_mask)
     blocks = RowBlocks(lm, text, config, n_tokens=n_tokens)
     config = blocks.config
-    out = followed(Path(out))
+    out, team = followed(Path(out)), processes.team()
     request = {
         "model": lm.name, "revision": lm.revision, "processing": lm.processing, "tokenizer": lm.tokenizer_hash, "hooks": names,
         "model_dtype": f"torch.{lm.precision}", "n_tokens": n_tokens, "text_config": config.model_dump(mode="json"),
         "dtype": dtype, "batch_tokens": batch_tokens, "shard_tokens": shard_tokens, "weights": lm.fingerprint(),
     }  # fmt: skip
-    with unfinished(out, CACHE, request, UNFINISHED_CAPTURE, _has_shards, exists, files_of(text)) as folder:
+    team.agree(request, "settings")
+    check_shared(out, team)
+    folder = unfinished_folder(out)
+    with ExitStack() as stack:
+        with team.failing_together():
+            if team.is_first:
+                _refuse_left_workers(folder, team)
+                files = files_of(text)
+                stack.enter_context(unfinished(out, CACHE, request, UNFINISHED_CAPTURE, _has_shards, exists, files))
+        job = _Job(team, folder, lm, config, names, batch_tokens, shard_tokens, DTYPES[dtype])
         try:
-            writer = _write_shards(folder, lm, blocks, names, batch_tokens, shard_tokens, DTYPES[dtype])
+            sections = job.run(text, n_tokens)
         except _OtherTextError:
             if exists == "error" or isinstance(text, Iterator):
                 raise
-            log.warning("%s holds an unfinished capture of another text; starting over", folder)
-            start_over(folder, request)
-            blocks = RowBlocks(lm, text, config, n_tokens=n_tokens)
-            writer = _write_shards(folder, lm, blocks, names, batch_tokens, shard_tokens, DTYPES[dtype])
-        manifest = {
-            "format": FORMAT,
-            "origin": origin_of(lm, blocks, text_name).model_dump(),
-            "tokenizer_sha256": lm.tokenizer_hash,
-            "dtype": dtype,
-            **blocks.record(),
-            "hooks": {name: writer.statistics(name) for name in names},
-            "shards": [shard.facts for shard in writer.shards],
-        }
-        write_json(folder / SHARDS / MANIFEST, manifest, MAX_LIST_BYTES)
-        replace_folder(folder / SHARDS, out, CACHE)
-    cache = ActivationCache.open(out)
+            with team.failing_together():
+                if team.is_first:
+                    log.warning("%s holds an unfinished capture of another text; starting over", folder)
+                    start_over(folder, request)
+            sections = job.run(text, n_tokens)
+        with team.failing_together():
+            if team.is_first:
+                shards, of_hooks = job.merge(sections)
+                manifest = {
+                    "format": FORMAT,
+                    "origin": origin_of(lm, sections.blocks, text_name).model_dump(),
+                    "tokenizer_sha256": lm.tokenizer_hash,
+                    "dtype": dtype,
+                    **sections.blocks.record(),
+                    "hooks": of_hooks,
+                    "shards": shards,
+                }
+                write_json(folder / SHARDS / MANIFEST, manifest, MAX_LIST_BYTES)
+                replace_folder(folder / SHARDS, out, CACHE)
+    cache = _opened(out, team)
     log.info("captured %s", cache)
     return cache
 
 
-def _write_shards(
-    folder: Path,
-    lm: LanguageModel,
-    blocks: RowBlocks,
-    hooks: list[str],
-    batch_tokens: int,
-    shard_tokens: int,
-    dtype: torch.dtype,
-) -> ShardWriter:
-    """Write the missing shards.
+class _Job(NamedTuple):
+    """A capture by a team of processes into the folder of an unfinished capture."""
 
-    Raises:
-        _OtherTextError: the existing shards are of another text.
-    """
-    try:
-        with ShardWriter(folder / SHARDS, folder / JOURNAL, shard_tokens, dtype) as writer:
-            if writer.n_done:
-                log.info("resuming the capture in %s after %d tokens", folder, writer.n_done)
-            pieces = activations(lm, blocks, hooks, batch_tokens, writer.n_done, writer.read)
-            with progress_bar("capture", blocks.n_expected) as advance, closing(pieces):
-                advance(writer.n_done, "")
-                for piece in pieces:
+    team: Team
+    folder: Path
+    lm: LanguageModel
+    config: TextConfig
+    hooks: list[str]
+    batch_tokens: int
+    shard_tokens: int
+    dtype: torch.dtype
+
+    def run(self, text: Text | TokenRows, n_tokens: int | None) -> Sections:
+        """Write the missing shards of the sections of this process, and return when those of all processes are complete.
+
+        Raises:
+            _OtherTextError: the existing shards are of another text.
+        """
+        team, folder = self.team, self.folder
+        with team.failing_together():
+            start = _started(folder) if team.is_first else None
+        start = team.tell(start)
+        with team.failing_together():
+            blocks = RowBlocks(self.lm, text, self.config, n_tokens=n_tokens, start=start.place)
+            sections = Sections(folder, blocks, self.shard_tokens, start, team.rank, team.world)
+            try:
+                self._write(sections)
+            except _OtherFailedError:
+                log.info("ending, because another process failed")
+            except Exception as error:
+                with suppress(OSError):
+                    (folder / FAILED).touch()
+                if isinstance(error, SourceChangedError):
+                    raise _OtherTextError(
+                        f"{folder} holds an unfinished capture of another text: {error}; give the same text or delete it"
+                    ) from None
+                raise
+        return sections
+
+    def _write(self, sections: Sections) -> None:
+        start, folder, blocks = sections.start, self.folder, sections.blocks
+        if start.n_done:
+            log.info("resuming the capture in %s after %d tokens", folder, start.n_done)
+        if self.team.is_first:
+            hash_again(blocks, folder, start.n_sections)
+        check_others = _Check(folder, self.team)
+        with (
+            locked(folder / f"worker-{self.team.rank}", CACHE.name),
+            prefetched(sections) as ready,
+            progress_bar("capture", blocks.n_expected) as advance,
+            ShardWriter(folder / SHARDS, self.shard_tokens, self.dtype) as writer,
+        ):
+            advance(start.n_done, "")
+            for section in ready:
+                advance(section.n_others, "")
+                writer.begin(section.journal)
+                for piece in _activations(self.lm, section.blocks, self.hooks, self.batch_tokens, section.journal.n_done):
                     if not writer.n_added:
-                        _check_space(folder, piece, blocks.n_expected, writer)
+                        _check_space(folder, piece, blocks.n_expected, start.n_done, self.dtype)
                     writer.add(piece)
                     advance(len(piece["tokens"]), "")
-    except SourceChangedError as error:
-        raise _OtherTextError(
-            f"{folder} holds an unfinished capture of another text: {error}; give the same text or delete it"
-        ) from None
-    return writer
+                    check_others()
+
+    def merge(self, sections: Sections) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Return the manifest entries of all shards and hooks. Raise CorruptFileError if a shard is missing."""
+        folder = self.folder
+
+        def journals() -> Iterator[Journal]:
+            for number in range(sections.n):
+                path = journal_path(folder, number)
+                journal = Journal.read(path, folder / SHARDS)
+                if journal is None or not journal.is_complete:
+                    raise CorruptFileError(f"{path} or one of its shards has been removed or damaged; repeat the call")
+                yield journal
+
+        shards, of_hooks = merged(journals(), self.hooks)
+        wanted = {shard["file"] for shard in shards}
+        for path in (folder / SHARDS).iterdir():
+            if path.name not in wanted:
+                path.unlink()
+        return shards, of_hooks
+
+
+class _Check:
+    """A check, now and then, that no other process has failed."""
+
+    def __init__(self, folder: Path, team: Team):
+        self._file, self._is_alone, self._next = folder / FAILED, team.world == 1, 0.0
+
+    def __call__(self) -> None:
+        """Raise _OtherFailedError if another process has failed."""
+        if self._is_alone or (now := time.monotonic()) < self._next:
+            return
+        self._next = now + CHECK_SECONDS
+        if self._file.exists():
+            raise _OtherFailedError
+
+
+def _started(folder: Path) -> Start:
+    """Prepare the folder of an unfinished capture for its processes, and return its state."""
+    (folder / FAILED).unlink(missing_ok=True)
+    for name in (SHARDS, JOURNALS):
+        (folder / name).mkdir(exist_ok=True)
+        for path in (folder / name).glob(".*"):  # left by killed processes
+            path.unlink()
+    return Start.of(folder)
+
+
+def _refuse_left_workers(folder: Path, team: Team) -> None:
+    """Raise LockedError if a process of an earlier job, whose first process has ended, still writes shards."""
+    if folder.is_dir():
+        for lock in folder.glob(f".worker-*{ENDING}"):
+            with locked(folder / lock.name[1 : -len(ENDING)], CACHE.name):
+                pass
+
+
+def _opened(out: Path, team: Team) -> ActivationCache:
+    """Open the new cache, once this machine sees it."""
+    wanted = team.tell(file_hash(out / MANIFEST) if team.is_first else None)
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not team.is_first and time.monotonic() < deadline:
+        with suppress(CorruptFileError):
+            if file_hash(out / MANIFEST) == wanted:
+                break
+        time.sleep(0.1)
+    return ActivationCache.open(out)
 
 
 def origin_of(lm: LanguageModel, blocks: RowBlocks, text_name: str | None) -> Origin:
@@ -202,17 +342,20 @@ def origin_of(lm: LanguageModel, blocks: RowBlocks, text_name: str | None) -> Or
 
 
 def _has_shards(folder: Path) -> bool:
+    if (folder / OLD_JOURNAL).exists():
+        log.warning("%s was written by an earlier version, and cannot be resumed; starting over", folder)
+        return False
     return (folder / REQUEST).exists() and any((folder / SHARDS).glob("shard-*"))
 
 
-def _check_space(folder: Path, piece: dict[str, Tensor], n_expected: int | None, writer: ShardWriter) -> None:
+def _check_space(folder: Path, piece: dict[str, Tensor], n_expected: int | None, n_done: int, dtype: torch.dtype) -> None:
     """Raise DiskFullError before the work begins if the cache cannot fit on the disk."""
     width = sum(x.shape[1] for key, x in piece.items() if key != "tokens")
-    a_token = width * writer.dtype.itemsize + 4
+    a_token = width * dtype.itemsize + 4
     if n_expected is None:
         log.info("the cache takes %.2f GB per million tokens", a_token / 1000)
         return
-    need, free = (n_expected - writer.n_done) * a_token, shutil.disk_usage(folder).free
+    need, free = (n_expected - n_done) * a_token, shutil.disk_usage(folder).free
     log.info("the cache will take %.2f GB; %.2f GB are free", need / 1e9, free / 1e9)
     if need > free:
         raise DiskFullError(

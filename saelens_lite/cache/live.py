@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from saelens_lite.cache.capture import activations, origin_of
+from saelens_lite.cache.capture import origin_of
+from saelens_lite.cache.dealt import dealt_activations
 from saelens_lite.cache.order import Pool, cut_into_batches, part_of, prefetched_pools
 from saelens_lite.cache.resumed import SAME_SOURCE, refuse_others
 from saelens_lite.cache.source import Batch, Moments, Statistics, TensorSource
@@ -28,6 +29,8 @@ from saelens_lite.errors import ConfigError, HookError, SourceChangedError, Text
 from saelens_lite.files import check_fits_memory
 from saelens_lite.model import EMBEDDED, LanguageModel, load_model, mention_folder
 from saelens_lite.model.passes import default_batch_tokens
+from saelens_lite.model.spread import DeviceMap
+from saelens_lite.processes import ALONE, Team, team
 from saelens_lite.schemas import Checked, Count, Positive, String, checked
 from saelens_lite.seeds import permutation
 from saelens_lite.tensor_files import DTYPES
@@ -41,6 +44,11 @@ class ActivationStream:
 
     Memory holds buffer_tokens activations of each hook, in the model's dtype, and on CUDA as many that are ready to train on.
     Statistics are those of the first half buffer.
+
+    In a team of processes, each runs its own copy of the model on a share of the text's batches, and all exchange their
+    activations. So each has the buffer that one process would have, to the byte on devices of one kind. All must make the
+    same stream, ask for widths or statistics if any does, and read the same number of batches. With
+    `load_model(…, device_map="tp")` they run the model together on all batches.
 
     Raises:
         HookError, ConfigError: the hook is unknown, or settings do not fit the model.
@@ -83,38 +91,47 @@ class ActivationStream:
     def _rows(self) -> RowBlocks:
         return RowBlocks(self.lm, self.text, self.text_config)
 
+    @property
+    def _workers(self) -> Team:
+        """The processes that share the batches of the model."""
+        return ALONE if self.lm.is_shared else team()
+
+    def _read_pieces(self, skip: int, read: RowHash) -> Iterator[tuple[dict[str, Tensor], RowRecord | None]]:
+        """Yield the activations of one pass over the text, after the first `skip`, each with the record of the rows so far."""
+        return dealt_activations(self.lm, self._rows(), self.hooks, self.batch_tokens, skip, read, self._workers)
+
     def _pieces(self, skip: int) -> Iterator[dict[str, Tensor]]:
         """Yield the activations to train on, after the first `skip`, epoch after epoch, without the held-out ones."""
         first = None
         while True:
             read = RowHash(self._expected if first is None else None)
             try:
-                for piece in activations(self.lm, self._rows(), self.hooks, self.batch_tokens, self._n_held_out + skip, read):
-                    self._note(read, first)
-                    del piece["tokens"]
-                    yield piece
-                self._note(read, first)
+                with closing(self._read_pieces(self._n_held_out + skip, read)) as pieces:
+                    for piece, record in pieces:
+                        if first is None and record is not None:
+                            self._note(record)
+                        yield piece
             except SourceChangedError as error:
                 raise self._other_text(error) from None
-            first = first or read.record
-            n = read.n_kept - self._n_held_out
-            if n <= 0:
-                raise TextError(f"{self._n_held_out:,} positions of the text are held out, and none is left to train on")
-            skip = max(0, skip - n) % n  # skips whole epochs without reading them
-
-    def _note(self, read: RowHash, first: RowRecord | None) -> None:
-        """Record how far the first pass over the text went. Warn if a later pass reads another text."""
-        if first is not None:
-            if read.ended and read.record != first:
+            if first is None:
+                self._note(read.record)
+            elif read.record != first:
                 log.warning(
                     "the text has changed since it was first read (%d rows, now %d): held-out positions may be trained on, and "
                     "a resumed run will not give the same bytes",
                     first.n_rows,
                     read.n_rows,
                 )
-        elif read.is_as_expected:
-            self._expected = None
-            self._read = max(self._read, read.record, key=lambda record: (record.n_kept, record.ended))
+            first = first or read.record
+            n = read.n_kept - self._n_held_out
+            if n <= 0:
+                raise TextError(f"{self._n_held_out:,} positions of the text are held out, and none is left to train on")
+            skip = max(0, skip - n) % n  # skips whole epochs without reading them
+
+    def _note(self, record: RowRecord) -> None:
+        """Record how far the first pass over the text went."""
+        self._expected = None
+        self._read = max(self._read, record, key=lambda record: (record.n_kept, record.ended))
 
     def _other_text(self, error: SourceChangedError) -> SourceChangedError:
         name = self.text_name or name_of(self.text) or "the text that was given"
@@ -144,15 +161,12 @@ class ActivationStream:
     def batches(
         self, hooks: Sequence[str], batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1
     ) -> Iterator[Batch]:
-        """Return batches from the buffer, epoch after epoch without end, from number `start` on; see `Source.batches`.
-
-        Each process computes all activations and keeps its part of each batch.
-        """
+        """Return batches from the buffer, epoch after epoch without end, from number `start` on; see `Source.batches`."""
         part = part_of(batch_size, rank, world)
         for hook in hooks:
             self.d_in(hook)
         first, skip = self._round_of(start * batch_size)
-        if self.lm.device.type == "cuda":
+        if self.lm.device.type == "cuda" and team().world == 1:  # collectives need the order of the reader's own thread
             return self._beside(hooks, seed, first, skip, batch_size, part)
         return cut_into_batches(self._rounds(hooks, seed, first, skip), batch_size, part)
 
@@ -208,8 +222,8 @@ class ActivationStream:
             ConfigError: the text has fewer activations, or n_tokens is 0.
         """
         held, n = [], 0
-        with closing(activations(self.lm, self._rows(), self.hooks, self.batch_tokens, self._n_held_out)) as pieces:
-            while n <= n_tokens and (piece := next(pieces, None)):
+        with closing(self._read_pieces(self._n_held_out, RowHash())) as pieces:
+            while n <= n_tokens and (piece := next(pieces, ({}, None))[0]):
                 held.append({hook: piece[hook][: n_tokens - n] for hook in self.hooks})
                 n += len(piece[self.hooks[0]])
         if not 0 < n_tokens < n:
@@ -244,6 +258,7 @@ class ActivationStream:
                 "device": str(self.lm.device),
                 "dtype": str(self.lm.dtype).removeprefix("torch."),
                 **({"tf32": True} if self.lm.tf32 else {}),
+                **({"device_map": _plain(self.lm.device_map)} if self.lm.device_map else {}),
             },
             "stream": {
                 "hooks": list(self.hooks),
@@ -287,7 +302,7 @@ class ActivationStream:
         """Return the stream of a description; see `describe`.
 
         Args:
-            device: Device of the model; default: the one in the description.
+            device: Device of the model, unless it was spread over several; default: the one in the description.
 
         Raises:
             ModelNotFoundError, TextError: the model or the text is missing.
@@ -302,7 +317,8 @@ class ActivationStream:
         mention_folder(said.model.name)
         lm = load_model(
             name=said.model.name,
-            device=device or said.model.device,
+            device=None if said.model.device_map else device or said.model.device,
+            device_map=said.model.device_map,
             dtype=DTYPES[said.model.dtype],
             revision=said.model.revision,
             center_writing_weights=said.model.center_writing_weights,
@@ -325,6 +341,7 @@ class _Model(Checked):
     device: String
     dtype: Literal["float32", "float16", "bfloat16", "float64"]
     tf32: bool = False
+    device_map: String | dict[String, int | String] | None = None
 
 
 class _Settings(Checked):
@@ -345,6 +362,12 @@ class _Description(Checked):
     held_out: Count
     model: _Model
     stream: _Settings
+
+
+def _plain(device_map: DeviceMap) -> str | dict[str, int | str]:
+    if isinstance(device_map, str):
+        return device_map
+    return {name: str(place) if isinstance(place, torch.device) else place for name, place in device_map.items()}
 
 
 def _n_bytes(text: Any) -> int | None:

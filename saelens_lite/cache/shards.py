@@ -26,7 +26,7 @@ from saelens_lite.schemas import Checked, PlainName, Positive, Sha256
 from saelens_lite.tensor_files import Spec, check_header, tensor_specs, write_tensor_blocks
 
 CHUNK = 128
-MANIFEST = "manifest.json"
+MANIFEST, SHARDS = "manifest.json", "shards"  # a file of each cache, and the folder of shards in an unfinished one
 
 
 def write_shard(path: Path, rows: dict[str, Sequence[Tensor]], checksums: Int[Tensor, "n_keys n_chunks"]) -> dict:

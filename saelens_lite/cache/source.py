@@ -97,7 +97,7 @@ class Moments:
         for piece in x.split(BLOCK):
             self.add_sums(len(piece), *sums(piece))
 
-    def add_sums(self, n: int, total: Float[Tensor, " d_in"], square: Float[Tensor, ""]) -> None:
+    def add_sums(self, n: int, total: Float[Tensor, " d_in"], square: Float[Tensor, ""] | float) -> None:
         """Add the sums of n activations."""
         self.n += n
         self.total += total.cpu()

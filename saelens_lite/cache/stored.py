@@ -1,5 +1,6 @@
 """Activations on disk: a folder with manifest.json and shards, read in shuffled order with bounded memory."""
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,7 +18,9 @@ from saelens_lite.cache.source import Batch, Statistics, TensorSource
 from saelens_lite.config import Origin
 from saelens_lite.errors import ConfigError, CorruptFileError, HookError, SourceChangedError, near_matches
 from saelens_lite.files import MAX_LIST_BYTES, file_hash, read_json
+from saelens_lite.locks import locked
 from saelens_lite.outputs import restore
+from saelens_lite.resumable import unfinished_folder
 from saelens_lite.schemas import Checked, Count, Number, Positive, Sha256, String, checked
 from saelens_lite.tensor_files import DTYPES
 
@@ -68,6 +71,14 @@ class _Description(Checked):
     held_out_chunks: Count
 
 
+def _refuse_unfinished(path: Path) -> None:
+    """Raise an error that says so if there is no cache yet, but an unfinished one."""
+    if os.path.lexists(path) or not path.name or not unfinished_folder(path).is_dir():
+        return
+    with locked(path, "cache"):
+        raise CorruptFileError(f"{path} is not complete: its capture was interrupted; repeat the call, which then resumes")
+
+
 class ActivationCache:
     """A folder of captured activations.
 
@@ -94,10 +105,12 @@ class ActivationCache:
 
         Raises:
             CorruptFileError: the manifest is missing or damaged, or a shard is missing or has another size than the manifest
-                says.
+                says; or the capture is not complete.
+            LockedError: the cache is being written.
         """
         path = Path(path)
         restore(path)
+        _refuse_unfinished(path)
         manifest = read_json(path / MANIFEST, MAX_LIST_BYTES, finite=True)
         for number, shard in enumerate(checked(path / MANIFEST, manifest, Manifest).shards):
             shard.check_name(number)

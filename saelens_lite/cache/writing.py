@@ -2,32 +2,27 @@
 
 Rows are collected in blocks on the device of the model, which sums each full block. Threads wait for its copy on the host, and
 compute its checksums; when a shard is complete, one of them hashes and writes it. Rows of a block stay where they are in memory
-until then. The caller of `ShardWriter.add` gets the errors of the threads, and adds complete shards to the journal, in order.
+until then. The caller of `ShardWriter.add` gets the errors of the threads, and adds complete shards to their journals, in
+order.
 """
 
-import dataclasses
-import json
 import logging
 import math
 from collections import deque
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from saelens_lite.cache.shards import CHUNK, Facts, check_size, chunk_checksums, shard_name, write_shard
+from saelens_lite.cache.journal import Journal
+from saelens_lite.cache.shards import CHUNK, chunk_checksums, shard_name, write_shard
 from saelens_lite.cache.source import BLOCK, Moments, Sums
 from saelens_lite.cuda_streams import SideStream, to_host
-from saelens_lite.errors import CorruptFileError, NonFiniteError, SaelensLiteError
-from saelens_lite.files import append_line, parsed_json, write_text
-from saelens_lite.schemas import Checked, Count, Sha256, checked
-from saelens_lite.tokens import RowHash, RowRecord
+from saelens_lite.errors import NonFiniteError, SaelensLiteError
 
 MOST_SHARDS, SHARDS_BYTES = 4, 1 << 29  # complete shards that wait to be written: their number, and bytes unless it is one
 assert BLOCK % CHUNK == 0
@@ -35,20 +30,12 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Written:
-    """A complete shard: its manifest entry, the rows read up to its end, and Σx and Σ‖x‖² of each hook."""
+class _Writing:
+    """A shard that a thread is writing. It returns the manifest entry, and the sums of each hook."""
 
-    facts: dict[str, Any]
-    read: RowRecord
-    moments: dict[str, Sequence[Any]] = field(default_factory=dict)
-
-
-class _Line(Checked):
-    """The content of a line of the journal."""
-
-    facts: Facts
-    read: Annotated[tuple[Count, Count, Sha256, bool], Field(strict=False)]  # a RowRecord
-    moments: dict[str, Annotated[list[list[float] | float], Field(min_length=2, max_length=2)]]
+    path: Path
+    journal: Journal
+    done: Future[tuple[dict[str, Any], dict[str, Moments]]]
 
 
 class _Block:
@@ -113,47 +100,31 @@ class _Block:
 class ShardWriter:
     """A writer that collects pieces of activations, and writes each shard as soon as it is full.
 
-    The journal has a line for each shard that is complete on the disk, so that a restart knows where to continue. Use it in a
-    `with` block, which writes the remaining rows at its end. After an error in the block, complete shards stay.
+    The activations of each journal are in shards of their own. Use the writer in a `with` block, which writes the remaining
+    rows at its end. After an error in the block, complete shards stay, and the journals have a line for each.
     """
 
-    def __init__(self, folder: Path, journal: Path, shard_tokens: int, dtype: torch.dtype):
-        self.folder, self.journal, self.shard_tokens, self.dtype = folder, journal, shard_tokens, dtype
+    def __init__(self, folder: Path, shard_tokens: int, dtype: torch.dtype):
+        self.folder, self.shard_tokens, self.dtype = folder, shard_tokens, dtype
         folder.mkdir(exist_ok=True)
-        self.shards = self._written_before()
-        self.n_done = sum(shard.facts["n_tokens"] for shard in self.shards)
         self.n_added = 0
-        self.read = RowHash(self.shards[-1].read if self.shards else None)
+        self._journal: Journal | None = None
+        self._number = 0  # of the shard that is being filled
         self._threads = ThreadPoolExecutor(MOST_SHARDS + 1, "saelens-lite-write")
         self._sums = Sums()
         self._side: SideStream | None = None
         self._blocks: list[_Block] = []  # of the shard that is being filled
         self._checksums: list[Future[dict[str, list[int]]]] = []  # of its full blocks
         self._checked: deque[Future[dict[str, list[int]]]] = deque()  # those whose errors are not known yet
-        self._writing: deque[Future[_Written]] = deque()
+        self._writing: deque[_Writing] = deque()
         self._n = 0  # rows in the shard that is being filled
 
-    def _written_before(self) -> list[_Written]:
-        """Return the shards in the journal up to the first missing or damaged one, and delete all other files."""
-        lines = self.journal.read_text(encoding="utf-8").splitlines(keepends=True) if self.journal.exists() else []
-        shards = []
-        for line in lines:
-            try:
-                entry = checked(self.journal, parsed_json(line, finite=True), _Line)
-                shard = _Written(entry.facts.model_dump(), RowRecord(*entry.read), entry.moments)
-                entry.facts.check_name(len(shards))
-                check_size(self.folder / shard.facts["file"], shard.facts["bytes"])
-            except (ValueError, RecursionError, CorruptFileError):  # the line or its shard is incomplete
-                break
-            if shard.facts["n_tokens"] != self.shard_tokens:  # a shorter one ended an older text
-                break
-            shards.append(shard)
-        if len(shards) < len(lines):
-            write_text(self.journal, "".join(lines[: len(shards)]))
-        for path in self.folder.iterdir():
-            if path.name not in {shard.facts["file"] for shard in shards}:
-                path.unlink()
-        return shards
+    def begin(self, journal: Journal) -> None:
+        """Begin a new shard, behind the complete ones of a journal, to which the next pieces belong."""
+        if self._n:
+            self._end_shard()
+        journal.begin()
+        self._journal, self._number = journal, journal.heading.first_shard + len(journal.shards)
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -177,7 +148,7 @@ class ShardWriter:
         """
         while self._checked and self._checked[0].done():
             self._checked.popleft().result()
-        while self._writing and self._writing[0].done():
+        while self._writing and self._writing[0].done.done():
             self._note_next()
         n, done = len(piece["tokens"]), 0
         while done < n:
@@ -190,17 +161,6 @@ class ShardWriter:
             if self._n == self.shard_tokens:
                 self._end_shard()
         self.n_added += n
-
-    def statistics(self, hook: str) -> dict[str, Any]:
-        """Return the width, mean and root mean square norm of the activations at a hook."""
-        n = sum(shard.facts["n_tokens"] for shard in self.shards)
-        total = torch.zeros(len(self.shards[0].moments[hook][0]), dtype=torch.float64)
-        square = 0.0
-        for shard in self.shards:
-            total += torch.tensor(shard.moments[hook][0], dtype=torch.float64)
-            square += shard.moments[hook][1]
-        mean = (total / n).float().tolist()
-        return {"d_in": len(mean), "rms_norm": (square / n) ** 0.5, "mean": mean}
 
     def _end_block(self) -> None:
         block = self._blocks[-1]
@@ -217,33 +177,34 @@ class ShardWriter:
         n_bytes = sum(x.nbytes for block in self._blocks for x in block.rows.values())
         while len(self._writing) >= max(1, min(MOST_SHARDS, SHARDS_BYTES // n_bytes)):
             self._note_next()
-        path = self.folder / shard_name(len(self.shards) + len(self._writing))
-        self._writing.append(self._threads.submit(_write, path, self._blocks, self._checksums, self.read.record))
-        self._blocks, self._checksums, self._n = [], [], 0
+        path = self.folder / shard_name(self._number)
+        done = self._threads.submit(_write, path, self._blocks, self._checksums)
+        self._writing.append(_Writing(path, self._journal, done))
+        self._blocks, self._checksums, self._n, self._number = [], [], 0, self._number + 1
 
     def _note_next(self) -> None:
-        """Wait until the next shard is on the disk, and add it to the journal. Raise the error of the thread if it failed."""
-        shard = self._writing[0].result()
-        append_line(self.journal, json.dumps(dataclasses.asdict(shard)))
-        self.shards.append(shard)
+        """Wait until the next shard is on the disk, and add it to its journal. Raise the error of the thread if it failed."""
+        first = self._writing[0]
+        first.journal.note(*first.done.result())
         self._writing.popleft()
 
     def _leave(self) -> None:
-        """End the threads. Add complete shards to the journal, up to the first that failed, and delete the others."""
+        """End the threads. Add complete shards to their journals, up to the first that failed, and delete the others."""
         self._threads.shutdown(cancel_futures=not self._writing)
-        while self._writing and not self._writing[0].exception():
+        while self._writing and not self._writing[0].done.exception():
             try:
                 self._note_next()
             except (SaelensLiteError, OSError) as error:  # the error that ended the block is the one to report
-                log.warning("%s is not in the journal: %s", shard_name(len(self.shards)), error)
+                log.warning("%s is not in its journal: %s", self._writing[0].path.name, error)
                 break
-        first = len(self.shards)
-        for number in range(first, first + len(self._writing)):
-            (self.folder / shard_name(number)).unlink(missing_ok=True)
+        for shard in self._writing:
+            shard.path.unlink(missing_ok=True)
 
 
-def _write(path: Path, blocks: list[_Block], checksums: list[Future[dict[str, list[int]]]], read: RowRecord) -> _Written:
-    """Write a shard from the blocks of its rows, whose checksums are being computed."""
+def _write(
+    path: Path, blocks: list[_Block], checksums: list[Future[dict[str, list[int]]]]
+) -> tuple[dict[str, Any], dict[str, Moments]]:
+    """Write a shard from the blocks of its rows, whose checksums are being computed. Return its facts and sums."""
     of_chunks: dict[str, list[int]] = {key: [] for key in sorted(blocks[0].rows)}
     for future in checksums:
         for key, crcs in future.result().items():
@@ -251,10 +212,8 @@ def _write(path: Path, blocks: list[_Block], checksums: list[Future[dict[str, li
     facts = write_shard(
         path, {key: [block.rows[key] for block in blocks] for key in of_chunks}, torch.tensor([*of_chunks.values()])
     )
-    moments = {}
-    for hook in blocks[0].sums:
-        total = Moments(blocks[0].rows[hook].shape[1])
-        for block in blocks:
+    moments = {hook: Moments(blocks[0].rows[hook].shape[1]) for hook in blocks[0].sums}
+    for block in blocks:
+        for hook, total in moments.items():
             total.add_sums(block.n, *block.sums[hook])
-        moments[hook] = (total.total.tolist(), total.square)
-    return _Written(facts, read, moments)
+    return facts, moments

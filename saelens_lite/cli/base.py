@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,8 +10,10 @@ from typing import Annotated, Any
 from cyclopts import App, CycloptsError, Parameter, UnknownOptionError
 
 from saelens_lite import registry
+from saelens_lite.cli import processes
 from saelens_lite.cli.flags import in_flags, is_flag, with_aliases
 from saelens_lite.errors import SaelensLiteError, Stopped
+from saelens_lite.processes import is_launched, leave
 from saelens_lite.terminal import console, visible
 
 __all__ = ["app", "console", "main", "more_help", "on_unknown_option", "say", "visible"]
@@ -70,26 +73,39 @@ def _parsed(tokens: list[str]) -> tuple[Callable[..., Any], Any]:
 def main() -> None:
     """Run a command. Report an error in one line on standard error. Exit code: 2 for a user's mistake, 1 for other errors."""
     wants_traceback = "--traceback" in sys.argv
+    processes.be_quiet()
     try:
         app.meta(sys.argv[1:], exit_on_error=False, print_error=False, result_action="return_value")
         if _command() in more_help and not {"--help", "-h"}.isdisjoint(sys.argv):
             more_help[_command()](sys.argv[1:])
+        leave()
     except (SaelensLiteError, Stopped) as error:
         _fail(error, str(error), error.exit_code, wants_traceback)
     except CycloptsError as error:
         _fail(error, str(error), 2, wants_traceback)
     except KeyboardInterrupt as error:
         _fail(error, "interrupted", 130, wants_traceback)
-    except BrokenPipeError:
+    except BrokenPipeError as error:
+        if is_launched():
+            processes.end(error, "", 1, lambda _: None)
         sys.exit(1)
     except Exception as error:
         _fail(error, f"{type(error).__name__}: {error} (add --traceback to see where)", 1, wants_traceback)
 
 
 def _fail(error: BaseException, message: str, code: int, wants_traceback: bool) -> None:
+    message = in_flags(" ".join(message.split()), _flags(), sys.argv[1:])
+
+    def show(message: str) -> None:
+        if wants_traceback:
+            traceback.print_exception(error)
+        say(f"saelens-lite: {message}", error=True)
+
+    if is_launched():
+        processes.end(error, message, code, show)
     if wants_traceback:
         raise error
-    say(f"saelens-lite: {in_flags(' '.join(message.split()), _flags(), sys.argv[1:])}", error=True)
+    show(message)
     sys.exit(code)
 
 

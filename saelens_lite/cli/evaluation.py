@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
+from saelens_lite.cli import processes
 from saelens_lite.cli.base import app, console
 from saelens_lite.cli.options import (
     THE_MODEL,
@@ -18,6 +19,8 @@ from saelens_lite.cli.options import (
     TextOfDictionaryOptions,
     store_of,
 )
+from saelens_lite.cli.processes import Devices
+from saelens_lite.processes import team
 
 
 @app.command(name="eval")
@@ -31,6 +34,7 @@ def evaluate(
     by_frequency: Flag = False,
     by_position: Flag = False,
     controls: Flag = False,
+    devices: Devices = None,
     json_out: JsonFile = None,
 ) -> None:
     """Measure the sparsity and reconstruction of dictionaries of one hook, and the model's loss on their reconstructions.
@@ -50,6 +54,8 @@ def evaluate(
         Also measure three controls: a random dictionary of the same size and L0, PCA with L0 components, and the dictionary on
         the model with its weights shuffled.
     """
+    if processes.start(devices, of.device):
+        return
     import saelens_lite as sl
     from saelens_lite.addresses import dictionary_folders
     from saelens_lite.evaluation import frequency_table, position_table, table
@@ -70,6 +76,8 @@ def evaluate(
         by_position=by_position,
         controls=controls,
     )
+    if not team().is_first:
+        return
     named = {str(path): report for path, report in zip(dictionaries, reports, strict=True)}
     for path, report in named.items():
         if Path(path).is_dir():

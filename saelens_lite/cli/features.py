@@ -5,6 +5,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from saelens_lite.cli import checks, processes
 from saelens_lite.cli.base import app, console
 from saelens_lite.cli.options import (
     THE_MODEL,
@@ -15,7 +16,9 @@ from saelens_lite.cli.options import (
     TextOfDictionary,
     TextOfDictionaryOptions,
 )
+from saelens_lite.cli.processes import Devices
 from saelens_lite.config import StoreConfig
+from saelens_lite.processes import team
 
 
 @app.command
@@ -28,6 +31,7 @@ def features(
     settings: Annotated[StoreConfig, Parameter(name="*", negative="")] = StoreConfig(),  # noqa: B008 (frozen)
     out: Path | None = None,
     html: Path = Path("features.html"),
+    devices: Devices = None,
     exists: Exists = "error",
 ) -> None:
     """Write one HTML page per dictionary, which shows the text that each latent responds to. The model reads the text once.
@@ -50,6 +54,10 @@ def features(
     from saelens_lite.tokens import named_text
 
     dictionaries = [Path(path) for path in dictionary_folders(dictionaries)]
+    if len(dictionaries) == 1:
+        checks.is_free(html, exists)
+    if processes.start(devices, of.device, lambda: "repeat the command" + " to resume it" * (out is not None)):
+        return
     loaded = [sl.load(path) for path in dictionaries]
     pages = [html] if len(loaded) == 1 else [html.with_stem(f"{html.stem}-{name}") for name in folder_names(loaded)]
     for page in pages:
@@ -66,6 +74,8 @@ def features(
         stability=[Stability.load(path) if (path / STABILITY_FILE).exists() else None for path in dictionaries],
         exists=exists,
     )
+    if not team().is_first:
+        return
     for store, page in zip(stores if isinstance(stores, list) else [stores], pages, strict=True):
         store.dashboard(page, exists=exists)
         console().print(f"{page}: {store.info.d_sae} latents, {page.stat().st_size / 1e6:.1f} MB", markup=False)

@@ -30,6 +30,13 @@ ModelDtype = Annotated[
         "products, which float32 turns off."
     ),
 ]
+DeviceMap = Annotated[
+    Literal["auto", "tp"] | None,
+    Parameter(
+        help="For models larger than a device: auto spreads the model over GPUs, memory and disk; tp cuts it into a part for "
+        "each process."
+    ),
+]
 Flag = Annotated[bool, Parameter(negative="")]
 Exists = Annotated[Literal["error", "overwrite"], Parameter(help="If the output exists: stop with an error, or overwrite it.")]
 DictionaryPath = Annotated[Path, Parameter(validator=checks.dictionaries, help=f"The dictionary: {DICTIONARY}")]
@@ -102,6 +109,7 @@ class OfModel:
     model: str | None = None
     hook: str | None = None
     device: str | None = None
+    device_map: DeviceMap = None
     model_dtype: ModelDtype = "auto"
     model_revision: str | None = None
     trust_remote_code: Flag = False
@@ -120,6 +128,7 @@ class OfModel:
             name=self.model,
             revision=self.model_revision,
             device=self.device,
+            device_map=self.device_map,
             dtype=self.model_dtype,
             trust_remote_code=self.trust_remote_code,
         )

@@ -1,5 +1,7 @@
 """Commands that capture activations and train dictionaries."""
 
+import os
+import shlex
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -7,9 +9,10 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter, UnknownOptionError
 
-from saelens_lite.cli import checks
+from saelens_lite.cli import checks, processes
 from saelens_lite.cli.base import app, console, more_help, on_unknown_option
-from saelens_lite.cli.options import Exists, Flag, ModelDtype, TextName, TextOptions
+from saelens_lite.cli.options import DeviceMap, Exists, Flag, ModelDtype, TextName, TextOptions
+from saelens_lite.cli.processes import Devices
 from saelens_lite.config import RunConfig, TextConfig, TrainConfig, parse_options, read_toml, train_configs
 from saelens_lite.errors import ConfigError, PluginError
 from saelens_lite.settings_file import other_place, run_config
@@ -26,6 +29,8 @@ def capture(
     n_tokens: int | None = None,
     dtype: Literal["float16", "bfloat16", "float32"] = "float16",
     device: str | None = None,
+    devices: Devices = None,
+    device_map: DeviceMap = None,
     center_writing_weights: Flag = False,
     model_dtype: ModelDtype = "auto",
     model_revision: str | None = None,
@@ -57,12 +62,15 @@ def capture(
     """
     checks.model_has(model, hook)
     checks.is_free(out, exists)
+    if processes.start(devices, device, lambda: "repeat the command to resume it"):
+        return
     import saelens_lite as sl
     from saelens_lite.tokens import named_text
 
     lm = sl.load_model(
         model,
         device=device,
+        device_map=device_map,
         dtype=model_dtype,
         revision=model_revision,
         center_writing_weights=center_writing_weights,
@@ -86,6 +94,7 @@ def train(
     settings: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig(),  # noqa: B008 (frozen)
     run: Annotated[RunConfig, Parameter(name="*", negative="")] = RunConfig(),  # noqa: B008 (frozen)
     text_config: TextOptions = TextConfig(),  # noqa: B008 (frozen)
+    devices: Devices = None,
     trust_remote_code: Flag = False,
 ) -> None:
     """Train one or several dictionaries on a cache or a text, or resume an interrupted run.
@@ -108,7 +117,7 @@ def train(
         flags["cache"] = str(cache)
     if "options" in flags:
         flags["options"] = parse_options(flags["options"])
-    runs = _resume(resume, flags, config) if resume else _train(flags, config, trust_remote_code)
+    runs = _resume(resume, flags, config, devices) if resume else _train(flags, config, devices, trust_remote_code)
     for trained in runs:
         console().print(str(trained), markup=False)
 
@@ -118,7 +127,14 @@ def _given(settings: Any) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in settings.model_fields_set}
 
 
-def _resume(folder: Path, flags: dict[str, Any], config: Path | None) -> list[Any]:
+def _again(out: str | Path, devices: int | str | None) -> str:
+    """Return the end of a message that says how to resume a run."""
+    if os.path.exists(Path(out) / "checkpoints"):
+        return f"resume with: saelens-lite train --resume {shlex.quote(str(out))} --devices {devices}"
+    return "there is no checkpoint yet, so begin again with --exists overwrite"
+
+
+def _resume(folder: Path, flags: dict[str, Any], config: Path | None, devices: int | str | None) -> list[Any]:
     """Resume a run with the flags that may differ."""
     kept = {
         name: value for name, value in flags.items() if name in ("device", "loggers", "checkpoint_seconds", "text", "n_tokens")
@@ -127,12 +143,14 @@ def _resume(folder: Path, flags: dict[str, Any], config: Path | None) -> list[An
         flagged = ", ".join(f"--{name.replace('_', '-')}" for name in surplus)
         raise ConfigError(f"--resume keeps the settings of {folder}; run it again without {flagged}")
     checks.run_exists(folder)
+    if processes.start(devices, flags.get("device"), lambda: _again(folder, devices)):
+        return []
     import saelens_lite as sl
 
     return sl.resume(folder, sl.ActivationCache.open(flags["cache"]) if "cache" in flags else None, **kept)
 
 
-def _train(flags: dict[str, Any], config: Path | None, trust_remote_code: bool) -> list[Any]:
+def _train(flags: dict[str, Any], config: Path | None, devices: int | str | None, trust_remote_code: bool) -> list[Any]:
     """Train with the settings of a file and of flags, which are all checked before anything is read."""
     tables = read_toml(config) if config else {}
     if {"cache", "text"} & flags.keys():  # they replace each other
@@ -141,10 +159,15 @@ def _train(flags: dict[str, Any], config: Path | None, trust_remote_code: bool) 
     configs = train_configs(tables, {name: value for name, value in flags.items() if name in TrainConfig.model_fields})
     starts, configs = _started(run, configs)
     checks.training(run, configs)
+    if processes.start(devices, run.device, lambda: _again(run.out, devices)):
+        return []
     import saelens_lite as sl
 
     source = sl.ActivationCache.open(run.cache) if run.cache else _stream(run, text_config, configs, trust_remote_code)
-    how = {name: getattr(run, name) for name in ("data_seed", "validation_tokens", "checkpoint_seconds", "loggers", "exists")}
+    how = {
+        name: getattr(run, name)
+        for name in ("data_seed", "validation_tokens", "checkpoint_seconds", "loggers", "exists", "parallel")
+    }
     return sl.train(source, configs, run.out, device=run.device, start_from=starts, **how)
 
 
@@ -168,7 +191,8 @@ def _stream(run: RunConfig, text_config: TextConfig, configs: list[TrainConfig],
 
     lm = sl.load_model(
         run.model,
-        device=run.device,
+        device=None if run.device_map else run.device,
+        device_map=run.device_map,
         dtype=run.model_dtype,
         revision=run.model_revision,
         center_writing_weights=run.center_writing_weights,

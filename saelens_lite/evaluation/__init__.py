@@ -46,12 +46,14 @@ metrics.py has the definitions, measure.py the pass over the text, controls.py t
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, overload
 
 import torch
+from torch import Tensor
 
 from saelens_lite.arrays import ArrayLike, described
 from saelens_lite.config import TextConfig
@@ -62,16 +64,18 @@ from saelens_lite.evaluation import metrics
 from saelens_lite.evaluation.bands import frequency_markdown, frequency_table, position_table
 from saelens_lite.evaluation.controls import REDRAWN, moments, untrained
 from saelens_lite.evaluation.frequency import FrequencyBand, frequency_bands
-from saelens_lite.evaluation.measure import Grouping, kept_activations, measure
-from saelens_lite.evaluation.metrics import Metric, PooledSums
+from saelens_lite.evaluation.held import STRETCH, Held, held
+from saelens_lite.evaluation.measure import Grouping, kept_activations, mean_activation, measure
 from saelens_lite.evaluation.overlap import overlap
-from saelens_lite.evaluation.positions import PositionBand, position_bands
+from saelens_lite.evaluation.positions import PositionBand, bands_of_positions
 from saelens_lite.evaluation.report import EvalReport, markdown, table
 from saelens_lite.evaluation.rows import evaluate_rows
+from saelens_lite.evaluation.sums import Metric, PooledSums
 from saelens_lite.model import LanguageModel
 from saelens_lite.model.passes import default_batch_tokens
 from saelens_lite.ports import Hooks
-from saelens_lite.tokens import DEFAULT_N_CTX, RowBlocks, Text, TokenRows, joined, source_name, text_hash, token_ids, with_mask
+from saelens_lite.processes import ALONE, Team, team
+from saelens_lite.tokens import DEFAULT_N_CTX, RowBlocks, Text, TokenRows, source_name, token_ids, with_mask
 
 __all__ = [
     "EvalReport",
@@ -201,28 +205,32 @@ def evaluate(
         lm.check_order(*hooks.reads, *hooks.writes)
     batch_tokens = default_batch_tokens(lm, with_logits=True) if batch_tokens is None else batch_tokens
     text = with_mask(text, attention_mask)
-    if isinstance(text, TokenRows):
-        rows, excluded = text, _excluded_by_mask(text)
-    else:
-        config = as_trained(dictionaries, lm, text, text_config or TextConfig())
-        rows, excluded = _rows(lm, text, n_tokens, config), _excluded(config)
-    if not rows.n_kept:
-        raise TextError("there is no text to evaluate on: none of the positions of the token rows counts")
-    job = _Plan(
-        rows=rows,
-        hooks=hooks,
-        text=text_name or source_name(text, text_config),
-        sha256=text_hash(rows),
-        excluded=excluded,
-        batch_tokens=batch_tokens,
-        n_bootstrap=n_bootstrap,
-        seed=seed,
-    )
-    reports = _reports(job, dictionaries, lm, by_frequency, by_position)
-    for caution in dict.fromkeys(report.caution for report in reports if report.caution):
-        log.warning("%s", caution)
-    if controls:
-        reports = _with_controls(job, dictionaries, lm, reports)
+    config = None if isinstance(text, TokenRows) else as_trained(dictionaries, lm, text, text_config or TextConfig())
+    workers = ALONE if lm.is_shared else team()
+    with held(lm, _blocks(lm, text, n_tokens, config), batch_tokens, workers) as batches:
+        if not batches.n_kept:
+            raise TextError("there is no text to evaluate on: none of the positions of the token rows counts")
+        job = _Plan(
+            held=batches,
+            team=workers,
+            hooks=hooks,
+            text=text_name or source_name(text, text_config),
+            excluded=_excluded_by_mask(batches) if config is None else _excluded(config),
+            batch_tokens=batch_tokens,
+            n_bootstrap=n_bootstrap,
+            seed=seed,
+        )
+        workers.agree(
+            {"text": batches.sha256, "dictionaries": [(d.d_sae, d.place) for d in dictionaries], "batch_tokens": batch_tokens,
+             "n_bootstrap": n_bootstrap, "seed": seed, "bands": (by_frequency, by_position), "controls": controls},
+            "evaluations",
+        )  # fmt: skip
+        mean = mean_activation(lm, batches, hooks.writes, workers)
+        reports = _reports(job, dictionaries, lm, mean, by_frequency, by_position)
+        for caution in dict.fromkeys(report.caution for report in reports if report.caution):
+            log.warning("%s", caution)
+        if controls:
+            reports = _with_controls(job, dictionaries, lm, mean, reports)
     return reports if several else reports[0]
 
 
@@ -237,19 +245,23 @@ def _refuse_text(x: Any, text: Any, given: Sequence[str]) -> None:
         raise ConfigError(f"{', '.join(given)} belong to the evaluation on a text; leave them out with activations")
 
 
-def _rows(lm: LanguageModel, text: Text, n_tokens: int | None, config: TextConfig) -> TokenRows:
-    """Return the rows of a text, cut one token after the last position that counts."""
-    blocks = RowBlocks(lm, text, config, n_tokens=n_tokens)
-    return joined([rows.narrowed(int(rows.counted_lengths.max()) + 1) for rows in blocks], blocks.pad)
+def _blocks(lm: LanguageModel, text: Text | TokenRows, n_tokens: int | None, config: TextConfig | None) -> Iterator[TokenRows]:
+    """Yield the rows of a text in blocks, cut one token after the last position that counts. Token rows stay as they are."""
+    if isinstance(text, TokenRows):
+        n_rows = max(1, STRETCH // max(1, text.tokens.shape[1]))
+        yield from (text[first : first + n_rows].to("cpu") for first in range(0, len(text.tokens), n_rows))
+    else:
+        for rows in RowBlocks(lm, text, config, n_tokens=n_tokens):
+            yield rows.narrowed(int(rows.counted_lengths.max()) + 1)
 
 
 class _Plan(NamedTuple):
-    """The rows and settings that an evaluation shares with its controls."""
+    """The text and the settings that an evaluation shares with its controls, and the processes that work on it."""
 
-    rows: TokenRows
+    held: Held
+    team: Team
     hooks: Hooks
     text: str | None
-    sha256: str
     excluded: str
     batch_tokens: int
     n_bootstrap: int
@@ -257,29 +269,36 @@ class _Plan(NamedTuple):
 
 
 def _reports(
-    job: _Plan, dictionaries: Sequence[Dictionary], lm: LanguageModel, by_frequency: bool = False, by_position: bool = False
+    job: _Plan,
+    dictionaries: Sequence[Dictionary],
+    lm: LanguageModel,
+    mean: Tensor,
+    by_frequency: bool = False,
+    by_position: bool = False,
 ) -> list[EvalReport]:
-    """Run the pass over the rows, and return a report for each dictionary."""
-    rows = job.rows
-    frequencies = frequency_bands(rows) if by_frequency else None
-    positions = position_bands(rows) if by_position else None
-    groupings = [Grouping("frequency", frequencies.band, len(frequencies.exponent))] if frequencies else []
-    groupings += [Grouping("position", positions.band, len(positions.low))] if positions else []
-    sums = PooledSums(job.n_bootstrap, job.seed)
-    measure(dictionaries, lm, rows, job.hooks, sums=sums, groupings=groupings, batch_tokens=job.batch_tokens)
+    """Run the pass over the text, and return a report for each dictionary. mean: the mean activation at the written hooks."""
+    held = job.held
+    frequencies = frequency_bands(held.per_token) if by_frequency else None
+    positions = bands_of_positions(held.per_position) if by_position else None
+    groupings = [Grouping("frequency", frequencies.of, len(frequencies.exponent))] if frequencies else []
+    groupings += [Grouping("position", positions.of, len(positions.low))] if positions else []
+    sums = PooledSums(job.n_bootstrap, job.seed, held.n_sequences)
+    with job.team.failing_together():
+        measure(dictionaries, lm, held, job.hooks, sums=sums, mean=mean, groupings=groupings, batch_tokens=job.batch_tokens)
+    sums.pool(job.team)
     reports = []
     for i, dictionary in enumerate(dictionaries):
         name = str(i)
-        shared = overlap(dictionary.origin, job.text, job.sha256)
+        shared = overlap(dictionary.origin, job.text, held.sha256)
         reports.append(
             EvalReport(
                 metrics=metrics.reconstruction_metrics(sums, name)
                 | metrics.latent_metrics(sums, name)
                 | metrics.prediction_metrics(sums, name),
-                n_tokens=rows.n_kept,
-                n_sequences=len(rows.tokens),
+                n_tokens=held.n_kept,
+                n_sequences=held.n_rows,
                 text=job.text,
-                text_sha256=job.sha256,
+                text_sha256=held.sha256,
                 disjoint=shared.disjoint,
                 disjoint_why=shared.why,
                 model=lm.name,
@@ -299,15 +318,22 @@ def _reports(
 
 
 def _with_controls(
-    job: _Plan, dictionaries: Sequence[Dictionary], lm: LanguageModel, reports: Sequence[EvalReport]
+    job: _Plan, dictionaries: Sequence[Dictionary], lm: LanguageModel, mean: Tensor, reports: Sequence[EvalReport]
 ) -> list[EvalReport]:
     """Return the reports together with those of their controls."""
     sizes = [report["l0"] for report in reports]
     there = job._replace(hooks=Hooks(job.hooks.writes, job.hooks.writes))  # controls write the hooks that they read
-    read = partial(kept_activations, lm, job.rows, job.hooks.writes, job.batch_tokens)
-    others = untrained(moments(read("covariance")), next(iter(read("random"))), dictionaries, sizes)
-    measured = iter(_reports(there, [d for controls in others for d in controls.values()], lm))
-    redrawn = _reports(job, dictionaries, lm.redrawn(job.seed))
+    read = partial(kept_activations, lm, job.held, job.hooks.writes)
+    stats = moments(read("covariance"), mean.device, job.team)
+    with job.team.failing_together():
+        some = next(iter(read("random"))).cpu() if job.team.is_first else None
+    others = untrained(stats, job.team.tell(some).to(lm.device), dictionaries, sizes)
+    measured = iter(_reports(there, [d for controls in others for d in controls.values()], lm, mean))
+    with ExitStack() as stack:
+        with job.team.failing_together():
+            untrained_lm = stack.enter_context(lm.redrawn(job.seed))
+        its_mean = mean_activation(untrained_lm, job.held, job.hooks.writes, job.team)
+        redrawn = _reports(job, dictionaries, untrained_lm, its_mean)
     return [
         replace(report, controls={**{name: next(measured) for name in controls}, REDRAWN: on_redrawn})
         for report, controls, on_redrawn in zip(reports, others, redrawn, strict=True)
@@ -346,9 +372,9 @@ def _excluded(config: TextConfig) -> str:
     return f"{special}, padding{several}" if positions else f"{special} and padding"
 
 
-def _excluded_by_mask(rows: TokenRows) -> str:
+def _excluded_by_mask(rows: Held) -> str:
     """Describe the positions that do not count in rows that came with a mask."""
-    first = "not always position 0" if rows.keep[:, 0].any() else "position 0 always"
+    first = "not always position 0" if rows.per_position[0] else "position 0 always"
     return f"positions that the mask of the rows leaves out ({first})"
 
 

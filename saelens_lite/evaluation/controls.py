@@ -10,6 +10,8 @@ from torch import Tensor
 from saelens_lite.config import Origin
 from saelens_lite.devices import wide
 from saelens_lite.dictionary import Dictionary
+from saelens_lite.evaluation.sums import ExactSums
+from saelens_lite.processes import ALONE, Team
 
 RANDOM, PCA, REDRAWN = "random", "PCA", "shuffled weights"
 
@@ -21,14 +23,20 @@ class MeanAndCovariance(NamedTuple):
     covariance: Float[Tensor, "d d"]
 
 
-def moments(batches: Iterable[Float[Tensor, "_ d"]]) -> MeanAndCovariance:
-    """Return the mean and covariance of activations, in float64."""
-    n, total, products = 0, 0.0, 0.0
-    for x in batches:
-        exact = wide(x)
-        n, total, products = n + len(x), total + exact.sum(0), products + exact.T @ exact
-    mean = total / n
-    return MeanAndCovariance(mean, products / n - torch.outer(mean, mean))
+def moments(batches: Iterable[Float[Tensor, "_ d"]], device: torch.device, team: Team = ALONE) -> MeanAndCovariance:
+    """Return the mean and covariance of the activations in the batches of all processes, in float64 on a device."""
+    sums = ExactSums()
+    with team.failing_together():
+        for x in batches:
+            exact = wide(x)
+            sums.add("n", torch.tensor(float(len(x)), dtype=torch.float64))
+            sums.add("x", exact.sum(0))
+            sums.add("products", exact.T @ exact)
+    sums.pool(team)
+    n = float(sums["n"])
+    mean = sums["x"] / n
+    covariance = sums["products"] / n - torch.outer(mean, mean)
+    return MeanAndCovariance(mean.to(device), covariance.to(device))
 
 
 def pca_dictionary(stats: MeanAndCovariance, n_components: int, origin: Origin) -> Dictionary:

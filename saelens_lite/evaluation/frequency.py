@@ -8,7 +8,6 @@ from jaxtyping import Int
 from torch import Tensor
 
 from saelens_lite.evaluation.metrics import Metric
-from saelens_lite.tokens import TokenRows
 
 
 class FrequencyBand(NamedTuple):
@@ -26,13 +25,17 @@ class FrequencyBand(NamedTuple):
         return f"{self.low:,} – {self.high:,} times"
 
 
-class Bands(NamedTuple):
-    """The band number of every position of some rows, and for each band its exponent of ten, ids and positions."""
+class FrequencyBands(NamedTuple):
+    """The band of every token id, and for each band its exponent of ten, ids and positions."""
 
-    band: Int[Tensor, "n_seq n_ctx"]
+    band: Int[Tensor, " d_vocab"]
     exponent: list[int]
     n_ids: list[int]
     n_tokens: list[int]
+
+    def of(self, tokens: Int[Tensor, "n pos"]) -> Int[Tensor, "n pos"]:
+        """Return the band of each token."""
+        return self.band.to(tokens.device)[tokens]
 
     def report(self, fvu: Sequence[Metric]) -> list[FrequencyBand]:
         """Return the bands with their fvu."""
@@ -40,16 +43,15 @@ class Bands(NamedTuple):
         return [FrequencyBand(10**e, 10 ** (e + 1) - 1, n_ids, n_tokens, m) for e, n_ids, n_tokens, m in columns]
 
 
-def frequency_bands(rows: TokenRows) -> Bands:
-    """Return the bands of the kept tokens, without empty bands.
+def frequency_bands(counts: Int[Tensor, " d_vocab"]) -> FrequencyBands:
+    """Return the bands of the kept tokens, without empty bands, given the number of kept tokens with each id.
 
     A token id that occurs c times among the kept positions is in the band of ⌊log₁₀ c⌋.
     """
-    counts = torch.bincount(rows.tokens[rows.keep], minlength=int(rows.tokens.max()) + 1)
     exponent = torch.tensor([len(str(c)) - 1 for c in counts.tolist()])
     occurs = counts > 0
     exponents, number = exponent[occurs].unique(return_inverse=True)
     band_of_id = torch.zeros_like(counts)
     band_of_id[occurs] = number
     n_tokens = torch.zeros_like(exponents).index_add(0, number, counts[occurs])
-    return Bands(band_of_id[rows.tokens], exponents.tolist(), number.bincount().tolist(), n_tokens.tolist())
+    return FrequencyBands(band_of_id, exponents.tolist(), number.bincount().tolist(), n_tokens.tolist())

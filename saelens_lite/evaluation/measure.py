@@ -1,10 +1,11 @@
 """One pass of a model over token rows that collects the sums of all metrics for several dictionaries of the same hooks."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -12,11 +13,14 @@ from saelens_lite.devices import float64_device, where_float64_is
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import NonFiniteError, ShapeError
 from saelens_lite.evaluation import metrics
-from saelens_lite.evaluation.metrics import Kept, PooledSums, Predictions
+from saelens_lite.evaluation.held import Held
+from saelens_lite.evaluation.metrics import Kept, Predictions
+from saelens_lite.evaluation.sums import ExactSums, PooledSums
 from saelens_lite.model import LanguageModel
 from saelens_lite.model.partial_forward import PartialForward
-from saelens_lite.model.passes import activations, batches
+from saelens_lite.model.passes import read
 from saelens_lite.ports import Hooks, together
+from saelens_lite.processes import ALONE, Team
 from saelens_lite.progress import progress_bar
 from saelens_lite.tokens import TokenRows
 
@@ -26,10 +30,10 @@ log = logging.getLogger(__name__)
 
 
 class Grouping(NamedTuple):
-    """Tokens in bands: the band number of every position of the rows, and the number of bands."""
+    """Tokens in bands: the function that returns the band of each position of some tokens, and the number of bands."""
 
     name: str
-    band: Int[Tensor, "n_seq n_ctx"]
+    band: Callable[[Int[Tensor, "n pos"]], Int[Tensor, "n pos"]]
     n_bands: int
 
 
@@ -45,9 +49,9 @@ class _Part(NamedTuple):
     earlier: Bool[Tensor, "n pos"] | None = None
 
 
-def _parts(lm: LanguageModel, rows: TokenRows, batch_tokens: int, n_positions: int) -> Iterator[_Part]:
+def _parts(lm: LanguageModel, held: Held, n_positions: int) -> Iterator[_Part]:
     """Yield the batches. A row longer than n_positions comes in parts, without those in which no position counts."""
-    for batch in batches(lm, rows, batch_tokens):
+    for batch in held:
         here = batch.rows.to(lm.device)
         n, width = here.tokens.shape
         if n > 1 or width <= n_positions:
@@ -61,49 +65,53 @@ def _parts(lm: LanguageModel, rows: TokenRows, batch_tokens: int, n_positions: i
                 yield _Part(part._replace(keep=keep), batch.number, first, part.keep & (position < first))
 
 
-def kept_activations(
-    lm: LanguageModel, rows: TokenRows, hooks: Sequence[str], batch_tokens: int, what: str
-) -> Iterator[Float[Tensor, "n_kept d"]]:
+def kept_activations(lm: LanguageModel, held: Held, hooks: Sequence[str], what: str) -> Iterator[Float[Tensor, "n_kept d"]]:
     """Yield the activations of the kept tokens at some hooks, batch by batch. Forward passes stop after these hooks."""
-    with progress_bar(what, rows.n_kept) as advance:
-        for read in activations(lm, rows, hooks, batch_tokens):
-            yield together(read.acts, hooks).float()
-            advance(len(read.row), "")
+    with progress_bar(what, held.n_own) as advance:
+        for batch in held:
+            activations = read(lm, batch, hooks)
+            yield together(activations.acts, hooks).float()
+            advance(len(activations.row), "")
 
 
-def mean_activation(lm: LanguageModel, rows: TokenRows, hooks: Sequence[str], batch_tokens: int) -> Float[Tensor, " d"]:
-    """Return the mean activation of the kept tokens at some hooks.
+def mean_activation(lm: LanguageModel, held: Held, hooks: Sequence[str], team: Team = ALONE) -> Float[Tensor, " d"]:
+    """Return the mean activation of the kept tokens of all processes at some hooks.
 
     Raises:
         NonFiniteError: an activation is NaN or infinite.
     """
-    total = sum(
-        where_float64_is(x).sum(0, dtype=torch.float64) for x in kept_activations(lm, rows, hooks, batch_tokens, "mean")
-    )
-    if not torch.isfinite(total).all():
+    sums = ExactSums()
+    with team.failing_together():
+        for x in kept_activations(lm, held, hooks, "mean"):
+            sums.add("x", where_float64_is(x).sum(0, dtype=torch.float64))
+    sums.pool(team)
+    if not torch.isfinite(sums["x"]).all():
         raise NonFiniteError(
             f"the activations of {' + '.join(hooks)} in {lm.name} hold NaN or infinity, so nothing can be measured"
         )
-    return (total / rows.n_kept).float()
+    return (sums["x"] / held.n_kept).float().to(float64_device(lm.device))
 
 
 def measure(
     dictionaries: Sequence[Dictionary],
     lm: LanguageModel,
-    rows: TokenRows,
+    held: Held,
     hooks: Hooks,
     *,
     sums: PooledSums,
+    mean: Float[Tensor, " d"],
     batch_tokens: int,
     groupings: Sequence[Grouping] = (),
 ) -> None:
-    """Add the sums over the rows to `sums`. The names of those of dictionary number i begin with i.
+    """Add the sums over the batches of this process to `sums`. The names of those of dictionary number i begin with i.
 
     Memory does not depend on the amount of text: it holds two sets of logits of a batch, and the bootstrap sums. A row with
     more than MAX_ROW_LOGITS logits is worked on in parts, with separate forward passes for each.
+
+    mean: the mean activation of the whole text at `hooks.writes`.
     """
-    mean = mean_activation(lm, rows, hooks.writes, batch_tokens)
-    partial = PartialForward(lm, hooks.writes, rows.tokens[:1].to(lm.device))
+    probe = held.probe.tokens.to(lm.device)
+    partial = PartialForward(lm, hooks.writes, probe)
     where = float64_device(lm.device)  # for the sums
 
     def logits_of(tokens: Int[Tensor, "n pos"], y: Float[Tensor, "n pos d"], first: int = 0) -> Float[Tensor, "n _ d_vocab"]:
@@ -111,24 +119,22 @@ def measure(
 
     ablations = {"zero": torch.zeros_like(mean), "mean": mean}
     fixed = {}
-    width = min(int(rows.counted_lengths.max()) + 1, rows.tokens.shape[1])
     most = max(batch_tokens, MAX_ROW_LOGITS // lm.d_vocab)
-    if width > most:
-        log.info("rows of %s tokens: the model runs once for every %s positions", f"{width:,}", f"{most:,}")
+    if held.width > most:
+        log.info("rows of %s tokens: the model runs once for every %s positions", f"{held.width:,}", f"{most:,}")
     elif partial.is_whole_stream:  # the result is the same for every row
-        row = rows.tokens[:1, :width].to(lm.device)
+        row = F.pad(probe[:, : held.width], (0, max(0, held.width - probe.shape[1])), value=lm.pad_id)
         fixed = {name: logits_of(row, _everywhere(value, row, lm)) for name, value in ablations.items()}
-    with progress_bar("evaluate", rows.n_kept) as advance:
-        for part in _parts(lm, rows, batch_tokens, most):
+    with progress_bar("evaluate", held.n_own) as advance:
+        for part in _parts(lm, held, most):
             tokens, kept, first = part.rows.tokens, Kept.of(part.rows.keep.to(where)), part.first
             earlier = None if part.earlier is None else Kept.of(part.earlier.to(where))
-            predicted = torch.full((len(tokens),), tokens.shape[1]) if rows.ends_text else part.rows.lengths
+            predicted = torch.full((len(tokens),), tokens.shape[1]) if part.rows.ends_text else part.rows.lengths
             acts, logits = partial.read(tokens, hooks.all, first=first)
             x, y = (together(acts, side) for side in hooks)
             x, y, logits = x.to(where), y.to(where), logits.to(where)
             clean = Predictions.of(logits, tokens.to(where), predicted.to(where), kept, first)
-            if earlier is None or not len(earlier.row):
-                sums.next_sequences(kept.n)
+            sums.weigh(part.number)
             ce_clean = metrics.add_clean(sums, clean)
             for name, value in ablations.items():
                 new = fixed[name] if name in fixed else logits_of(tokens, _everywhere(value, tokens, lm), first)
@@ -169,6 +175,6 @@ def _members(groupings: Sequence[Grouping], part: _Part, kept: Kept) -> dict[str
     """Return, for each grouping, the membership of the kept tokens in its bands."""
     members = {}
     for grouping in groupings:
-        band = grouping.band[part.number, : part.rows.tokens.shape[1]].to(kept.row.device)
+        band = grouping.band(part.rows.tokens).to(kept.row.device)
         members[grouping.name] = metrics.membership(kept.of_each(band), grouping.n_bands)
     return members

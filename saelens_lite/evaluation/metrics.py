@@ -1,9 +1,6 @@
 """Metric definitions: sums that are collected per sequence, and the metrics that are computed from them.
 
-All sums are float64, and pooled over all kept tokens before any ratio is taken. Confidence intervals come from a Poisson
-bootstrap over sequences, because the tokens of one text are not independent: replicate b weighs each sequence by a
-Poisson(1) draw. So only the weighted sums are kept, and memory does not depend on the amount of text.
-Source: Chamandy, Muralidharan, Najmi and Naidu 2012, Estimating uncertainty for massive data streams.
+All sums are float64, and pooled over all kept tokens before any ratio is taken. sums.py adds them, with bootstrap weights.
 """
 
 import math
@@ -12,89 +9,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float, Int, Num, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from saelens_lite.codes import SparseCodes
+from saelens_lite.evaluation.sums import Metric, PooledSums
 
 CHUNK_LOGITS = 1 << 23  # logits that are processed at a time
 DENSE = 0.1  # a latent that fires on a larger share of the tokens is dense
-DENSITY_REPLICATES = 100  # bootstrap replicates of the firing counts; fewer, because there is a count for each latent
-
-
-class Metric(NamedTuple):
-    """A value and its 95 % bootstrap confidence interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]" if self.has_interval else f"{self.value:.4g}"
-
-    @property
-    def has_interval(self) -> bool:
-        """False if there is no interval, as for a text of one sequence."""
-        return not math.isnan(self.low)
-
-    @property
-    def interval(self) -> str:
-        """The interval as text."""
-        return f"{self.low:.4g} … {self.high:.4g}" if self.has_interval else "–"
-
-    @property
-    def short(self) -> str:
-        """The value, to three digits or to the first digit of half of the interval, and that half if there is an interval."""
-        half = (self.high - self.low) / 2
-        if not math.isfinite(self.value) or self.value == 0:
-            shown = f"{self.value:.4g}"
-        else:
-            digits = [2 - math.floor(math.log10(abs(self.value)))]
-            digits += [-math.floor(math.log10(half))] if math.isfinite(half) and half > 0 else []
-            shown = f"{self.value:.{min(max(*digits, 0), 9)}f}"
-        return shown + (f" ±{half:.1g}" if half < 9.5 else f" ±{half:,.0f}" if self.has_interval else "")
-
-
-class PooledSums:
-    """Weighted sums over sequences: entry 0 has weight 1 for each sequence, entries 1 … n are bootstrap replicates.
-
-    The weights depend on the seed and on the order of the sequences, not on their division into batches.
-    """
-
-    def __init__(self, n_bootstrap: int, seed: int):
-        self.n_bootstrap = n_bootstrap
-        self._generator = torch.Generator().manual_seed(seed)
-        self._n_sequences = 0
-        self._sums: dict[str, Tensor] = {}
-        self._weights = torch.empty(0)
-
-    def next_sequences(self, n: int) -> None:
-        """Draw the weights of the next n sequences."""
-        self._n_sequences += n
-        drawn = torch.poisson(torch.ones(n, self.n_bootstrap), generator=self._generator)
-        self._weights = torch.cat([torch.ones(n, 1), drawn], dim=1).T.double()
-
-    def add(self, name: str, per_sequence: Num[Tensor, "n ..."], replicates: int | None = None) -> None:
-        """Add sums over the tokens of each sequence (scalars or vectors), for at most `replicates` replicates."""
-        weights = self._weights if replicates is None else self._weights[: replicates + 1]
-        pooled = weights @ per_sequence.cpu().double()
-        self._sums[name] = self._sums[name].add_(pooled) if name in self._sums else pooled
-
-    def __getitem__(self, name: str) -> Float[Tensor, "replicates ..."]:
-        return self._sums[name]
-
-    def metric(self, values: Float[Tensor, " replicates"]) -> Metric:
-        """Return entry 0 with the central 95 % of the replicates. A single sequence gives no interval."""
-        return with_interval(values if self._n_sequences > 1 else values[:1])
-
-
-def with_interval(values: Float[Tensor, " replicates"]) -> Metric:
-    """Return entry 0 with the central 95 % of the other entries that are finite, or with NaN if no other entry is."""
-    replicates = values[1:][torch.isfinite(values[1:])]
-    if not len(replicates):
-        return Metric(float(values[0]), math.nan, math.nan)
-    low, high = torch.quantile(replicates, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Metric(float(values[0]), low, high)
 
 
 class Kept(NamedTuple):
@@ -169,10 +91,9 @@ def add_codes(sums: PooledSums, name: str, codes: SparseCodes, kept: Kept) -> No
     codes = codes.without_zeros()
     sequence = kept.row[codes.row]
     count = torch.bincount(sequence, minlength=kept.n)
-    fired = torch.bincount(sequence * codes.d_sae + codes.latent, minlength=kept.n * codes.d_sae)
     sums.add(f"{name}.l0", count)
     sums.add(f"{name}.l1", _sums_of_runs(codes.value.double().abs(), count))
-    sums.add(f"{name}.fired", rearrange(fired, "(n d_sae) -> n d_sae", n=kept.n), replicates=DENSITY_REPLICATES)
+    sums.add_fired(name, sequence, codes.latent, codes.d_sae)
 
 
 def reconstruction_metrics(sums: PooledSums, name: str) -> dict[str, Metric]:
@@ -205,7 +126,7 @@ def reconstruction_metrics(sums: PooledSums, name: str) -> dict[str, Metric]:
 
 def density(sums: PooledSums, name: str) -> Float[Tensor, " d_sae"]:
     """Return the share of the tokens on which each latent fires."""
-    return (sums[f"{name}.fired"][0] / sums["n"][0]).float()
+    return (sums.fired(name)[:, 0] / sums["n"][0]).float()
 
 
 def latent_metrics(sums: PooledSums, name: str) -> dict[str, Metric]:
@@ -214,9 +135,9 @@ def latent_metrics(sums: PooledSums, name: str) -> dict[str, Metric]:
     A replicate leaves out sequences, and with them latents that fire nowhere else, so its frac_alive is too low. Therefore the
     interval of frac_alive is the value ± 1.96 standard deviations of the replicates.
     """
-    fired = sums[f"{name}.fired"]
-    alive = (fired > 0).double().mean(1)
-    dense = (fired > DENSE * sums["n"][: len(fired), None]).double().mean(1)
+    fired = sums.fired(name)
+    alive = (fired > 0).sum(0).double() / len(fired)
+    dense = (fired > DENSE * sums["n"][: fired.shape[1]]).sum(0).double() / len(fired)
     value, low, high = sums.metric(alive)
     if math.isfinite(low):
         spread = 1.96 * float(alive[1:].std(correction=0))

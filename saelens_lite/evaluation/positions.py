@@ -30,12 +30,16 @@ class PositionBand(NamedTuple):
 
 
 class PositionBands(NamedTuple):
-    """The band number of every position of some rows, and for each band its first and last position and its kept tokens."""
+    """The band of every position in a row, and for each band its first and last position and its kept tokens."""
 
-    band: Int[Tensor, "n_seq n_ctx"]
+    band: Int[Tensor, "1 n_ctx"]
     low: list[int]
     high: list[int]
     n_tokens: list[int]
+
+    def of(self, tokens: Int[Tensor, "n pos"]) -> Int[Tensor, "n pos"]:
+        """Return the band of each position of some rows."""
+        return self.band[:, : tokens.shape[1]].to(tokens.device).expand(tokens.shape)
 
     def report(self, fvu: Sequence[Metric], ce_increase: Sequence[Metric]) -> list[PositionBand]:
         """Return the bands with their metrics, without empty bands."""
@@ -44,11 +48,18 @@ class PositionBands(NamedTuple):
 
 
 def position_bands(rows: TokenRows) -> PositionBands:
-    """Return the bands of the rows. Position p is in the band of ⌊log₂ p⌋; position 0 has its own band."""
-    n_ctx = rows.tokens.shape[1]
-    number = torch.tensor([position.bit_length() for position in range(n_ctx)])
-    low = [0, *(1 << e for e in range(int(number.max())))]
+    """Return the bands of token rows; see `bands_of_positions`."""
+    return bands_of_positions(rows.kept_at.cpu())
+
+
+def bands_of_positions(counts: Int[Tensor, " n_ctx"]) -> PositionBands:
+    """Return the bands of rows, given the number of kept tokens at each position.
+
+    Position p is in the band of ⌊log₂ p⌋; position 0 has its own band.
+    """
+    n_ctx = len(counts)
+    band = torch.tensor([position.bit_length() for position in range(n_ctx)])
+    low = [0, *(1 << e for e in range(int(band.max())))]
     high = [0, *(min(2 * p, n_ctx) - 1 for p in low[1:])]
-    band = number.expand(rows.tokens.shape)
-    n_tokens = torch.zeros(len(low), dtype=torch.long).index_add_(0, number, rows.kept_at.cpu()).tolist()
-    return PositionBands(band, low, high, n_tokens)
+    n_tokens = torch.zeros(len(low), dtype=torch.long).index_add(0, band, counts)
+    return PositionBands(band[None], low, high, n_tokens.tolist())

@@ -22,7 +22,7 @@ from saelens_lite.arrays import described, plain
 from saelens_lite.devices import on_device
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, NonFiniteError, TextError
-from saelens_lite.evaluation.metrics import Metric, with_interval
+from saelens_lite.evaluation.sums import Metric, with_interval
 from saelens_lite.files import write_json
 from saelens_lite.model import LanguageModel
 from saelens_lite.model.passes import activations

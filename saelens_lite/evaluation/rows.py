@@ -1,9 +1,10 @@
 """Evaluation on rows of activations, without a model."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from itertools import islice
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,16 +18,19 @@ from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, NonFiniteError, ShapeError
 from saelens_lite.evaluation import metrics
 from saelens_lite.evaluation.controls import moments, untrained
-from saelens_lite.evaluation.metrics import Kept, PooledSums
+from saelens_lite.evaluation.metrics import Kept
 from saelens_lite.evaluation.report import EvalReport
+from saelens_lite.evaluation.sums import PooledSums
 from saelens_lite.model.passes import BATCH_TOKENS
 from saelens_lite.ports import Port, names
+from saelens_lite.processes import Team, team
 from saelens_lite.progress import progress_bar
 
 MAX_UNITS = 4096  # groups beyond this number are drawn several at a time, which saves time and hardly changes an interval
 SAMPLE = 2048  # rows on which a random dictionary is scaled
 
 log = logging.getLogger(__name__)
+Batch = TypeVar("Batch")
 
 
 class RowData(NamedTuple):
@@ -40,6 +44,8 @@ class RowData(NamedTuple):
     batch_rows: int
     n_bootstrap: int
     seed: int
+    sha256: str
+    team: Team
 
 
 def evaluate_rows(
@@ -66,6 +72,13 @@ def evaluate_rows(
     unit, n_groups = _units(groups, len(inputs), seed)
     if n_groups == 1:
         log.warning("no intervals: a bootstrap draws groups of rows, and there is only one; give at least two")
+    everyone = team()
+    sha256 = tensor_hash(inputs) if wanted is inputs else f"{tensor_hash(inputs)} {tensor_hash(wanted)}"
+    everyone.agree(
+        {"activations": sha256, "groups": tensor_hash(unit), "dictionaries": [(d.d_sae, d.place) for d in dictionaries],
+         "batch_tokens": batch_rows, "n_bootstrap": n_bootstrap, "seed": seed, "controls": controls},
+        "evaluations",
+    )  # fmt: skip
     rows = RowData(
         x=inputs,
         wanted=wanted,
@@ -75,6 +88,8 @@ def evaluate_rows(
         batch_rows=batch_rows or BATCH_TOKENS["cpu" if inputs.device.type == "cpu" else "cuda"],
         n_bootstrap=n_bootstrap,
         seed=seed,
+        sha256=sha256,
+        team=everyone,
     )
     reports = _reports(rows, dictionaries)
     return _with_controls(rows, dictionaries, reports) if controls else reports
@@ -146,8 +161,8 @@ def _units(groups: ArrayLike | None, n: int, seed: int) -> tuple[Int[Tensor, " n
     return group, n_groups
 
 
-def _batches(unit: Int[Tensor, " n"], size: int) -> Iterator[tuple[Int[Tensor, " n_batch"], Kept, bool]]:
-    """Yield the numbers of rows, their places among the units of the batch, and False if these are those of the last batch.
+def _batches(unit: Int[Tensor, " n"], size: int) -> Iterator[tuple[Int[Tensor, " n_batch"], Kept, int]]:
+    """Yield the numbers of rows, their places among the units of the batch, and the number of the first of these.
 
     A batch has as many whole units as fit into `size` rows, or a part of a larger unit.
     """
@@ -160,19 +175,18 @@ def _batches(unit: Int[Tensor, " n"], size: int) -> Iterator[tuple[Int[Tensor, "
         stop = ends[after - 1]
         for start in range(begin, stop, size):
             some = order[start : min(start + size, stop)]
-            yield some, Kept(unit[some] - first, torch.zeros_like(some), after - first), start == begin
+            yield some, Kept(unit[some] - first, torch.zeros_like(some), after - first), first
         first, begin = after, stop
 
 
 def _reports(rows: RowData, dictionaries: Sequence[Dictionary]) -> list[EvalReport]:
     """Read the rows once, and return a report for each dictionary."""
-    sums = PooledSums(rows.n_bootstrap, rows.seed)
+    sums = PooledSums(rows.n_bootstrap, rows.seed, rows.n_groups)
     where = float64_device(rows.wanted.device)  # for the sums
     mean = (sum(wide(y).sum(0) for y in rows.wanted.split(rows.batch_rows)) / len(rows.wanted)).float()
-    with progress_bar("evaluate", len(rows.x)) as advance:
-        for some, places, is_new in _batches(rows.unit, rows.batch_rows):
-            if is_new:
-                sums.next_sequences(places.n)
+    with rows.team.failing_together(), progress_bar("evaluate", len(rows.x) // rows.team.world) as advance:
+        for some, places, first in _own(_batches(rows.unit, rows.batch_rows), rows.team):
+            sums.weigh(torch.arange(first, first + places.n))
             kept = Kept(places.row.to(where), places.position.to(where), places.n)
             x, wanted = rows.x[some.to(rows.x.device)], rows.wanted[some.to(rows.wanted.device)].to(where).float()
             square = metrics.add_activations(sums, wanted, mean, kept)
@@ -183,14 +197,14 @@ def _reports(rows: RowData, dictionaries: Sequence[Dictionary]) -> list[EvalRepo
                 metrics.add_codes(sums, str(i), codes.to(where), kept)
                 metrics.add_reconstruction(sums, str(i), wanted, x_hat, square, kept)
             advance(len(some), "")
-    sha256 = tensor_hash(rows.x) if rows.wanted is rows.x else f"{tensor_hash(rows.x)} {tensor_hash(rows.wanted)}"
+    sums.pool(rows.team)
     return [
         EvalReport(
             metrics=metrics.reconstruction_metrics(sums, str(i)) | metrics.latent_metrics(sums, str(i)),
             n_tokens=len(rows.x),
             n_sequences=rows.n_groups,
             text=rows.name,
-            text_sha256=sha256,
+            text_sha256=rows.sha256,
             disjoint=None,
             disjoint_why="rows are not compared with those of the training",
             model=None,
@@ -203,6 +217,11 @@ def _reports(rows: RowData, dictionaries: Sequence[Dictionary]) -> list[EvalRepo
     ]
 
 
+def _own(batches: Iterable[Batch], team: Team) -> Iterator[Batch]:
+    """Return every W-th of the batches, which are those of this process of W."""
+    return islice(batches, team.rank, None, team.world)
+
+
 def _named(ports: Sequence[Port]) -> str:
     """Return the hooks of ports, or an empty string if they are not known."""
     return names(ports) if any(port.hook for port in ports) else ""
@@ -212,12 +231,16 @@ def _with_controls(rows: RowData, dictionaries: Sequence[Dictionary], reports: S
     """Return the reports together with those of a random dictionary and of PCA. Both reconstruct the wanted output."""
     wanted = rows.wanted.float()
     others = untrained(
-        moments(wanted.split(rows.batch_rows)),
+        moments(_own(wanted.split(rows.batch_rows), rows.team), float64_device(wanted.device), rows.team),
         wanted[:: -(-len(wanted) // SAMPLE)],
         dictionaries,
         [report["l0"] for report in reports],
     )
-    measured = iter(_reports(rows._replace(x=wanted, wanted=wanted), [d for some in others for d in some.values()]))
+    measured = iter(
+        _reports(
+            rows._replace(x=wanted, wanted=wanted, sha256=tensor_hash(wanted)), [d for some in others for d in some.values()]
+        )
+    )
     return [
         replace(report, controls={name: next(measured) for name in some}) for report, some in zip(reports, others, strict=True)
     ]

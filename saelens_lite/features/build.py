@@ -102,8 +102,8 @@ class StorePlan(NamedTuple):
         """
         own, control = self._codes(lm, folder, "features", team), [None] * len(self.infos)
         if self.config.control:
-            shuffled = lm.redrawn(self.config.seed)
-            control = self._codes(shuffled, folder / "control", "features of the control", team)
+            with lm.redrawn(self.config.seed) as redrawn:
+                control = self._codes(redrawn, folder / "control", "features of the control", team)
         return [
             (
                 reduced(one, self.rows, info, self.config.codes),

@@ -16,6 +16,11 @@ On CUDA, a model keeps the number type of its checkpoint, and a float32 checkpoi
 `load_model(…, dtype="float32")` avoids both. Elsewhere models are float32. Caches and dictionaries record a type other than
 float32, and evaluations on a model of another type log a warning.
 
+For models larger than a device, `load_model(…, device_map="auto")` fills the GPUs, then memory, and leaves the rest of the
+weights on the disk (`pip install 'saelens-lite[large]'`). Under torchrun, `device_map="tp"` cuts each weight into a part for
+each process; all of them then make the same calls. Both keep the number type of the checkpoint. Activations at hooks are
+whole, and on the device that token ids go to.
+
 `splice` replaces an activation by a dictionary's reconstruction, or edits some of its codes; see `saelens_lite.interventions`.
 
 Caches and dictionaries record the commit of a model from the Hub, and later commands load that commit. Python code that comes

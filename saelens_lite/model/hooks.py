@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from saelens_lite.errors import HookError, ModelNotFoundError, near_matches
+from saelens_lite.model.spread import on_whole
 
 USUAL_HOOKS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
 
@@ -87,9 +88,9 @@ class HookPoint(NamedTuple):
         def carry(_module: nn.Module, _args: tuple, output: Any) -> Any:
             if _in_force.get() is not own or not changes:
                 return None
-            if isinstance(output, tuple | list):
-                return (output[0] + changes.pop().reshape(output[0].shape), *output[1:])
-            return output + changes.pop().reshape(output.shape)
+            stream = output[0] if isinstance(output, tuple | list) else output
+            changed = stream + changes.pop().reshape(stream.shape).to(stream.device)
+            return (changed, *output[1:]) if isinstance(output, tuple | list) else changed
 
         return Handles([self._on_value(note_change), self.block.register_forward_hook(carry, prepend=True)])
 
@@ -104,7 +105,7 @@ class HookPoint(NamedTuple):
         return look
 
     def _on_value(self, visit: Callable[[Any], Any]) -> RemovableHandle:
-        visit, own = self._scaled(visit), _in_force.get()
+        visit, own = on_whole(self.module, self.side, self._scaled(visit)), _in_force.get()
         if self.side == "in":
 
             def before(_module, args, kwargs):

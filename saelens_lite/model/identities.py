@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from saelens_lite.errors import HookError
 from saelens_lite.model.hooks import Architecture, HookPoint, alone, find, no_such_hook, parts
+from saelens_lite.model.spread import input_device
 
 N_TOKENS = 4
 ROUNDINGS = 8  # a sum may be off by this many times the rounding error of its terms
@@ -260,7 +261,7 @@ class Noted:
 def probe_tokens(module: nn.Module) -> Tensor:
     """Return one row of a few ordinary token ids."""
     n_vocab = module.config.get_text_config().vocab_size
-    return (n_vocab // 3 + torch.arange(N_TOKENS, device=module.device))[None] % n_vocab
+    return (n_vocab // 3 + torch.arange(N_TOKENS, device=input_device(module)))[None] % n_vocab
 
 
 def is_sum(total: Tensor | None, *terms: Tensor | None) -> bool:

@@ -25,6 +25,7 @@ from saelens_lite.model import identities as _identities
 from saelens_lite.model import norms as _norms
 from saelens_lite.model import processing as _processing
 from saelens_lite.model import readout as _readout
+from saelens_lite.model.spread import DeviceMap, input_device, is_whole, weights
 from saelens_lite.ports import Hooks, Port, apart, together
 from saelens_lite.tokens import Given, TokenRows, prompt_rows
 from saelens_lite.tokens.inputs import Aligned, Ids, aligned, token_ids
@@ -82,6 +83,9 @@ class LanguageModel(Tokenizer):
         self.revision = revision
         self.processing: tuple[str, ...] = ()  # changes to the weights, which change the activations
         self.tf32: bool | None = None
+        self.device_map: DeviceMap | None = None  # as `load_model` got it
+        self._undo: list[Callable[[], Any] | None] = []  # while `redrawn` is active
+        self._known_fingerprint = self._fingerprint() if self.is_shared else None  # while all processes are here
         config = module.config.get_text_config()
         self.d_model: int = config.hidden_size
         self.n_layers: int = config.num_hidden_layers
@@ -94,8 +98,8 @@ class LanguageModel(Tokenizer):
 
     @property
     def device(self) -> torch.device:
-        """Device of the weights."""
-        return self.module.device
+        """Device of the weights; for a model on several devices, that of token ids, activations at hooks, and logits."""
+        return input_device(self.module)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -115,14 +119,18 @@ class LanguageModel(Tokenizer):
 
         Each forward pass then needs all of them, with the same tokens, and gives the same activations in each. So code that
         deals batches or blocks to processes must give every process all of them, and write results in the first one only:
-        `workers = ALONE if lm.is_shared else team()`. Without tensor parallelism, a model belongs to its process alone.
+        `workers = ALONE if lm.is_shared else team()`. `unembedding` also needs all of them. Without tensor parallelism, a model
+        belongs to its process alone.
         """
         return (getattr(self.module, "tp_size", None) or 1) > 1
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of some entries of each weight. It differs for models of one name with different weights."""
+        return self._known_fingerprint or self._fingerprint()
+
+    def _fingerprint(self) -> str:
         digest = hashlib.sha256()
-        for name, weight in self.module.named_parameters():
+        for name, weight in weights(self.module):
             entries = weight.detach().flatten()
             entries = entries[:: max(1, len(entries) // FINGERPRINT_ENTRIES)].cpu().contiguous()
             digest.update(f"{name} {tuple(weight.shape)}\n".encode())
@@ -167,25 +175,48 @@ class LanguageModel(Tokenizer):
         and dictionaries store it.
 
         Raises:
-            ConfigError: a norm of the model is not a LayerNorm, or transformer-lens does not say what writes to the stream.
+            ConfigError: a norm of the model is not a LayerNorm, transformer-lens does not say what writes to the stream, or
+                weights are on the disk or cut into parts.
         """
+        self._needs_whole_weights("centring the writing weights")
         _processing.center_writing_weights_(self.module, self._architecture)
         self.processing = (_processing.CENTER_WRITING_WEIGHTS,)
         return self
 
-    def redrawn(self, seed: int = 0) -> "LanguageModel":
-        """Return a copy of this model with the entries of each weight tensor in random order, as an untrained baseline.
+    def _check_weights(self) -> None:
+        if self._undo:
+            raise ConfigError(
+                f"the weights of {self.name} are in random order: use the model that `redrawn` gives until its block ends; if "
+                "its end was interrupted, load the model again"
+            )
 
-        Each tensor keeps its scale and distribution. Shared weights stay shared.
+    def _needs_whole_weights(self, what: str) -> None:
+        if not is_whole(self.module):
+            raise ConfigError(
+                f"{what} needs all weights of the model in this process; some are elsewhere, because {self.name} was "
+                f"loaded with device_map={self.device_map!r}"
+            )
+
+    @contextmanager
+    def redrawn(self, seed: int = 0) -> Iterator["LanguageModel"]:
+        """Put the entries of each weight tensor in random order within the block, as an untrained baseline.
+
+        The block gets a model that has these weights; after it, the weights are as before. They change in place, so this
+        model itself must not be used in the block. Each tensor keeps its scale and distribution, and shared weights stay
+        shared. With tensor parallelism, the entries stay in their part. Beside the weights, this takes up to 1 GB of memory,
+        or as much as the weights if the writing weights are centred.
+
+        Raises:
+            ConfigError: weights are on the disk.
 
         Source: Heap, Lawson, Farnik and Aitchison 2025, Sparse autoencoders can interpret randomly initialized transformers,
         arXiv:2501.17727. Deviation: they draw each tensor from a Gaussian with its mean and variance.
         """
-        module = copy.deepcopy(self.module)
-        _processing.shuffle_weights_(module, seed)
-        redrawn = LanguageModel(module, self.tokenizer, name=f"{self.name}, weights shuffled")
-        redrawn.tf32 = self.tf32
-        return redrawn.center_writing_weights_() if self.processing else redrawn
+        self._check_weights()
+        with _processing.shuffled_weights(self.module, seed, self._undo, copied=bool(self.processing)):
+            redrawn = LanguageModel(self.module, self.tokenizer, name=f"{self.name}, weights shuffled")
+            redrawn.tf32, redrawn.device_map = self.tf32, self.device_map
+            yield redrawn.center_writing_weights_() if self.processing else redrawn
 
     def check_origin(self, origin: Origin) -> None:
         """Raise ConfigError if activations of this origin come from a model with other weight processing.
@@ -279,6 +310,7 @@ class LanguageModel(Tokenizer):
         if rows.length is not None and not self.is_causal:
             holds = torch.arange(rows.tokens.shape[1], device=self.device) < rows.length[:, None]
             settings["attention_mask"] = holds.long()
+        self._check_weights()
         before, self._aligned = self._aligned, rows
         try:
             with float32_products(self.tf32):
@@ -338,7 +370,7 @@ class LanguageModel(Tokenizer):
 
         def keep(name: str) -> Callable[[Any], None]:
             def visit(value: Any) -> None:
-                x = _activation(name, value, rows.tokens)
+                x = _activation(name, value, rows.tokens).to(self.device)
                 if len(acts.keys() | {name}) == len(points):
                     acts[name] = x
                     raise _Enough
@@ -398,8 +430,10 @@ class LanguageModel(Tokenizer):
             shape[:] = token_ids.shape
 
         def apply(value: Tensor) -> Tensor:
+            here = value.to(self.device)
             with outside_models():
-                return new(value)
+                changed = new(here)
+            return value if changed is here else changed.to(value.device)
 
         def visit(value: Any) -> Tensor | None:
             if isinstance(value, Tensor) and value.ndim == 3:
@@ -632,7 +666,7 @@ class LanguageModel(Tokenizer):
         Raises:
             ConfigError: there is more than a norm and a projection between the last block and the head.
         """
-        weight = self._readout.weight()
+        weight = self._readout.weight().to(self.device)
         norm = self._final_norm
         if norm is None:
             log.warning("%s has no final norm: effects on logits are those of its last block's output", self.name)
@@ -661,7 +695,12 @@ class LanguageModel(Tokenizer):
         return None if norm is None else _norms.FinalNorm.of(norm, self.d_model)
 
     def bridge(self) -> Any:
-        """Return a transformer-lens TransformerBridge on a copy of this model, for tasks that these hooks do not cover."""
+        """Return a transformer-lens TransformerBridge on a copy of this model, for tasks that these hooks do not cover.
+
+        Raises:
+            ConfigError: weights are on the disk or cut into parts.
+        """
+        self._needs_whole_weights("a bridge")
         from transformer_lens.model_bridge import TransformerBridge
 
         module = copy.deepcopy(self.module)  # the bridge switches it to eager attention and wraps its blocks

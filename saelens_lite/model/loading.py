@@ -1,6 +1,7 @@
 """Loading of language models: the embedded one, local folders, and the Hugging Face Hub."""
 
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import torch
 
 from saelens_lite.config import Origin
 from saelens_lite.devices import chosen_device
-from saelens_lite.errors import ConfigError, HubError, HubUnreachableError, ModelNotFoundError
+from saelens_lite.errors import ConfigError, HubError, HubUnreachableError, ModelNotFoundError, ProcessLostError
 from saelens_lite.model.language_model import EMBEDDED, LanguageModel
 from saelens_lite.model.processing import CENTER_WRITING_WEIGHTS
+from saelens_lite.model.spread import DeviceMap, check_device_map, placement, spreads
 from saelens_lite.paths import check_input, names_a_folder
 from saelens_lite.tensor_files import DTYPES
 
@@ -25,6 +27,9 @@ def load_model(
     revision: str | None = None,
     center_writing_weights: bool = False,
     trust_remote_code: bool = False,
+    device_map: DeviceMap | None = None,
+    max_memory: dict[int | str, int | str] | None = None,
+    offload_folder: str | Path | None = None,
 ) -> LanguageModel:
     """Load a causal language model, frozen, in evaluation mode.
 
@@ -33,41 +38,52 @@ def load_model(
         device: Default: CUDA if available, else MPS if it works, else the CPU.
         dtype: Number type of the weights: "float32", "bfloat16", "float16", "float64" or a torch.dtype. "auto" is float32,
             but on CUDA the checkpoint's own. A float32 checkpoint then has TF32 products in its forward passes on CUDA;
-            dtype="float32" turns them off.
+            dtype="float32" turns them off. With a `device_map` for several devices, "auto" is the checkpoint's own everywhere.
         revision: Branch, tag or commit on the Hub.
         center_writing_weights: Apply `LanguageModel.center_writing_weights_`.
         trust_remote_code: Run Python code that comes with the model's files. It may do anything. Without this, a model that
             needs such code is refused; there is no prompt on the terminal.
+        device_map: For models larger than a device, instead of `device`. "auto" fills the GPUs, then memory, then leaves the
+            rest on the disk; a dict names the device, "cpu" or "disk" of each module. Both need `saelens-lite[large]`. "tp"
+            cuts each weight into a part for each process that torchrun started; all of them must then do the same with
+            the model. A device such as "cpu" means the same as in `device`.
+        max_memory: With "auto": the most memory to use, such as {0: "20GB", "cpu": "60GB"}.
+        offload_folder: Folder for weights on the disk, if the checkpoint does not have them as the model needs them.
 
     Raises:
         ModelNotFoundError: the model does not exist, the Hub cannot be reached, transformers does not know the architecture,
             or the model needs its own code.
-        ConfigError: the device is missing, the dtype is unknown, or the writing weights of this model cannot be centred.
+        ConfigError: the device is missing, the dtype is unknown, the writing weights of this model cannot be centred, or the
+            device map does not fit the model, the other arguments or what is installed.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as hf_logging
 
     check_input(name)
+    check_device_map(device_map, device, max_memory)
+    is_spread = spreads(device_map)
     where = EMBEDDED.get(str(name)) or (Path(name).expanduser() if str(name).startswith("~") else name)
     local = Path(str(where)).is_dir()
     if not local and names_a_folder(name):
         raise ModelNotFoundError(f"no model folder at {name}; give a folder with config.json, a Hub id, or 'tiny'")
     commit, only_cached = (revision, True) if local else _on_hub(str(name), revision)
     source = {"revision": revision, "local_files_only": only_cached, "trust_remote_code": bool(trust_remote_code)}
-    device, number_type = chosen_device(device), _number_type(dtype)
-    is_own = number_type == "auto" and device.type == "cuda"
+    device, number_type = chosen_device(device if is_spread else device or device_map), _number_type(dtype)  # type: ignore[arg-type]
+    is_own = number_type == "auto" and (is_spread or device.type == "cuda")
     number_type = torch.float32 if number_type == "auto" and not is_own else number_type
     bars = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns of weights on the disk, as was asked
     try:
         config = AutoConfig.from_pretrained(str(where), **source)
         if not trust_remote_code and _names_kernels(config):
             raise _needs_code(name)
-        module = AutoModelForCausalLM.from_pretrained(str(where), dtype=number_type, config=config, **source)
+        places = placement(device_map, max_memory, offload_folder, config) if is_spread else {}  # type: ignore[arg-type]
+        module = AutoModelForCausalLM.from_pretrained(str(where), dtype=number_type, config=config, **source, **places)
         tokenizer = None
         if not local or _has_tokenizer(Path(str(where))):
             tokenizer = AutoTokenizer.from_pretrained(str(where), **source)
-    except ModelNotFoundError:
+    except (ModelNotFoundError, ConfigError, ProcessLostError):
         raise
     except Exception as error:  # transformers raises errors of many kinds for a damaged folder
         reason = " ".join(str(error).split())
@@ -81,7 +97,11 @@ def load_model(
     if tokenizer is None or set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
         log.warning("%s has no tokenizer: it takes token ids only, not text", name)
         tokenizer = None  # transformers makes one that knows only special tokens
-    lm = LanguageModel(module.to(device), tokenizer, name=str(name), revision=commit)
+    lm = LanguageModel(module if places else module.to(device), tokenizer, name=str(name), revision=commit)
+    lm.device_map = device_map if is_spread else None
+    if placed := getattr(module, "hf_device_map", None):
+        log.info("%s is on %s", name, ", ".join(f"{place}: {n} modules" for place, n in Counter(placed.values()).items()))
+    device = lm.device if places else device
     lm.tf32 = is_own if lm.dtype == torch.float32 and device.type == "cuda" else None
     return lm.center_writing_weights_() if center_writing_weights else lm
 
@@ -93,6 +113,7 @@ def model_of(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "auto",
     trust_remote_code: bool = False,
+    device_map: DeviceMap | None = None,
 ) -> LanguageModel:
     """Return the model that dictionaries were trained on, or the model called `name`, with the same weight processing.
 
@@ -101,7 +122,7 @@ def model_of(
 
     Args:
         origins: The origins of the dictionaries. Without `name`, each must name the model.
-        device, dtype: See `load_model`.
+        device, dtype, device_map: See `load_model`.
 
     Raises:
         ConfigError: an origin does not name its model and `name` is not given; the origins name several models or commits; or
@@ -129,6 +150,7 @@ def model_of(
         revision=revision or commit,
         center_writing_weights=any(CENTER_WRITING_WEIGHTS in origin.processing for origin in origins),
         trust_remote_code=trust_remote_code,
+        device_map=device_map,
     )
 
 

@@ -6,12 +6,13 @@ transformers has dozens of classes for it. They multiply by their weight, by 1 +
 differ.
 """
 
-import copy
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from saelens_lite.model.spread import whole_copy
 
 PROBE = 2.0**40  # its square makes ε negligible and still fits in float32
 
@@ -27,7 +28,7 @@ class FinalNorm(NamedTuple):
     @torch.no_grad()
     def of(cls, module: nn.Module, d: int) -> "FinalNorm":
         """Measure a norm of d numbers."""
-        exact = copy.deepcopy(module).cpu().double()
+        exact = whole_copy(module).cpu().double()
         x = torch.full((d,), PROBE, dtype=torch.float64)
         x[1::2] = -PROBE
         normed = _odd_part(exact, x)

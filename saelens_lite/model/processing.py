@@ -1,13 +1,21 @@
 """Changes to a model: faster kernels, centred writing weights, and shuffled weights."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from saelens_lite.devices import wide
 from saelens_lite.errors import ConfigError, HookError
 from saelens_lite.model.hooks import Architecture, resolve
+from saelens_lite.model.spread import entries_of, weight_places
+from saelens_lite.processes import team
 
 CENTER_WRITING_WEIGHTS = "center_writing_weights"
+MOST_ENTRIES = 1 << 26  # that are shuffled together: their order takes half a gigabyte
 
 
 def use_fused_gelu_(module: nn.Module) -> None:
@@ -44,13 +52,55 @@ def center_writing_weights_(module: nn.Module, known: Architecture) -> None:
             _center_(writer.bias, -1)
 
 
+@contextmanager
 @torch.no_grad()
-def shuffle_weights_(module: nn.Module, seed: int) -> None:
-    """Put the entries of each weight tensor in random order."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters():  # yields each shared parameter once
-        order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
-        parameter.copy_(parameter.flatten()[order].reshape(parameter.shape))
+def shuffled_weights(
+    module: nn.Module, seed: int, undo: list[Callable[[], Any] | None], *, copied: bool = False
+) -> Iterator[None]:
+    """Put the entries of each weight tensor in random order within the block, and put them back after it.
+
+    Args:
+        undo: An empty list. It is empty again as soon as all weights are back; if that is interrupted, it is not.
+        copied: Put back copies that were made before, so that the block may change the weights in other ways.
+
+    Raises:
+        ConfigError: weights are on the disk.
+    """
+    places = [entries_of(part, name) for _, part, name in weight_places(module)]
+    shared, own = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1 + team().rank)
+    try:
+        for entries, is_part in places:
+            generator = own if is_part else shared
+            if copied:
+                undo.append(partial(entries.copy_, entries.clone()))
+            for piece in _pieces(entries):
+                put_back = partial(_put_back, piece, generator.get_state())
+                shuffled = piece[_order(piece, generator)]
+                if copied:
+                    piece.copy_(shuffled)
+                    continue
+                undo.append(None)  # an interruption before the next line is over makes the undoing fail
+                piece.copy_(shuffled)
+                undo[-1] = put_back
+        yield
+    finally:
+        while undo:
+            undo[-1]()
+            undo.pop()
+
+
+def _pieces(entries: Tensor) -> list[Tensor]:
+    """Return parts of a weight whose shuffles mix all of it: first entries from everywhere, then entries in a row."""
+    n = -(-len(entries) // MOST_ENTRIES)
+    return [entries] if n == 1 else [*(entries[i::n] for i in range(n)), *entries.split(MOST_ENTRIES)]
+
+
+def _order(piece: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randperm(len(piece), generator=generator).to(piece.device)
+
+
+def _put_back(piece: Tensor, state: Tensor) -> None:
+    piece[_order(piece, torch.Generator().set_state(state))] = piece.clone()
 
 
 def _center_(weight: Tensor, axis: int) -> None:

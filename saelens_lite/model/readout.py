@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from saelens_lite.errors import ConfigError
 from saelens_lite.model.hooks import Architecture, alone
 from saelens_lite.model.identities import Noted, is_sum, probe_tokens
+from saelens_lite.model.spread import weight_of
 
 UNIT_VECTORS = 1024  # per call of the head
 QUANTISED = 0.05  # a head's own products may be off by this much of the largest
@@ -82,11 +83,11 @@ class Readout(NamedTuple):
         """
         weight = self._head_weight()
         if self.projection is not None:
-            weight = weight @ self.projection.weight.float().to(weight.device)
+            weight = weight @ weight_of(self.projection).float().to(weight.device)
         return weight * self.after if self.after != 1 else weight
 
     def _head_weight(self) -> Float[Tensor, "d_vocab d"]:
-        weight = getattr(self.head, "weight", None)
+        weight = weight_of(self.head)
         if type(self.head) is nn.Linear and type(weight) in (nn.Parameter, Tensor) and weight.dtype in FLOATS:
             return weight.float()
         try:

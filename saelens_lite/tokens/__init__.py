@@ -16,7 +16,8 @@ Position 0, BOS, the other special tokens and padding do not count: they are not
 the norm at position 0 is so large that it would dominate every variance.
 
 inputs.py tells text from token ids. sources.py reads documents piece by piece, encoding.py turns them into token ids, rows.py
-cuts or packs these into rows, balance.py leaves out surplus tokens, and blocks.py combines all four.
+cuts or packs these into rows, balance.py leaves out surplus tokens, and blocks.py combines all four. places.py describes where
+an interrupted reading can start again.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,8 +30,9 @@ from saelens_lite.errors import ConfigError, TextError
 from saelens_lite.tokens.blocks import DEFAULT_N_CTX, RowBlocks
 from saelens_lite.tokens.encoding import after_bos, encode
 from saelens_lite.tokens.inputs import Given, token_ids
+from saelens_lite.tokens.places import Place
 from saelens_lite.tokens.python_docs import Document, PythonDocs, is_held_out, python_docs
-from saelens_lite.tokens.rows import Row, RowHash, RowRecord, TokenRows, joined, padded, text_hash
+from saelens_lite.tokens.rows import Row, RowHash, RowRecord, TextHash, TokenRows, joined, padded, text_hash
 from saelens_lite.tokens.sources import (
     Piece,
     Text,
@@ -48,11 +50,13 @@ __all__ = [
     "DEFAULT_N_CTX",
     "Document",
     "Given",
+    "Place",
     "PythonDocs",
     "RowBlocks",
     "RowHash",
     "RowRecord",
     "Text",
+    "TextHash",
     "TokenRows",
     "Tokenizer",
     "check_file",
@@ -92,7 +96,7 @@ def prompt_rows(lm: Tokenizer, text: Any, *, n_ctx: int | None = None, prepend_b
     bos = lm.bos_id if prepend_bos in (None, True) else None
     head = [] if bos is None else [bos]
     rows, n_read = [], []
-    for ids, first in encode(tokenizer, _not_empty(list(text))):
+    for ids, first, _ in encode(tokenizer, _not_empty(list(text))):
         if first:
             rows.append(Row([*head], len(head)))
             n_read.append(0)

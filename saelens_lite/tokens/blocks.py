@@ -14,7 +14,8 @@ from saelens_lite.errors import ConfigError, TextError
 from saelens_lite.tokens.balance import TokenBalance
 from saelens_lite.tokens.encoding import encode, without_leading
 from saelens_lite.tokens.inputs import Ids, aligned, token_ids
-from saelens_lite.tokens.rows import Row, SpecialTokens, TextHash, TokenRows, countable, cut_rows, padded
+from saelens_lite.tokens.places import Mark, Place, SourceHash
+from saelens_lite.tokens.rows import Row, RowCutter, SpecialTokens, TextHash, TokenRows, countable, padded
 from saelens_lite.tokens.sources import Piece, Text, check_file, read_pieces
 from saelens_lite.tokens.tokenizer import Tokenizer
 
@@ -30,10 +31,13 @@ class RowBlocks:
     `config`, only `exclude_positions` (for plain ids) and `max_token_share` apply to them. Ids from `token_column` are
     documents and are cut like text; a BOS at their start is not doubled.
 
+    start: begin at this place of an earlier reading of the same text. The text before it is hashed, but not tokenised.
+
     Raises:
         ConfigError: the settings do not fit the model or contradict each other.
         ShapeError: the model cannot read the rows.
         TextError: a file does not exist; in iteration: a text cannot be read, or none of its positions count.
+        SourceChangedError: in iteration: the text before `start` is not what it was.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class RowBlocks:
         *,
         n_tokens: int | None = None,
         block_tokens: int = BLOCK_TOKENS,
+        start: Place | None = None,
     ):
         self.lm, self.text, self.config, self.n_tokens = lm, text, config or TextConfig(), n_tokens
         if n_tokens is not None and n_tokens < 1:
@@ -57,14 +62,25 @@ class RowBlocks:
         if not self.are_rows:
             self.config = _with_default_n_ctx(lm, self.config)
         self.n_ctx = _text_n_ctx(lm, self.config) if self._given is None else _rows_n_ctx(lm, self._given, self.config)
-        self.block_rows = max(1, block_tokens // self.n_ctx)
+        self.block_tokens, self.block_rows = block_tokens, max(1, block_tokens // self.n_ctx)
         self.special = SpecialTokens(None, None) if self.are_rows else _special_tokens(lm, self.config)
         self.special_ids = {*lm.special_ids, *self.config.exclude_token_ids, *(i for i in self.special if i is not None)}
         self.pad = lm.pad_id
         self.balance = TokenBalance(self.config.max_token_share, lm.d_vocab) if self.config.max_token_share else None
-        self.n_rows = self.n_kept = self.width = 0
+        self.n_blocks = self.n_rows = self.n_kept = self.width = 0
+        self._start, self._cutter = start, None
+        if start is not None:
+            self.n_blocks, self.n_rows, self.n_kept, self.width = start.n_blocks, start.n_rows, start.n_kept, start.width
         self.every_row_begins_with_bos = self._given is not None and lm.begin_with_bos(self._given)
-        self._hash = TextHash()
+        self.hash = TextHash()
+
+    @property
+    def place(self) -> Place | None:
+        """The place behind the blocks read so far. None for token rows and for balanced text, which must be read again."""
+        behind = None if self._cutter is None or self.balance else self._cutter.place
+        if behind is None:
+            return None
+        return Place(n_blocks=self.n_blocks, n_rows=self.n_rows, n_kept=self.n_kept, width=self.width, **behind)
 
     @property
     def n_expected(self) -> int | None:
@@ -75,6 +91,8 @@ class RowBlocks:
 
     def __iter__(self) -> Iterator[TokenRows]:
         for candidates in self._rows_as_they_stand() if self.are_rows else self._rows_of_text():
+            if self.n_kept == self.n_tokens:  # begun behind the last row
+                return
             yield self._chosen(candidates)
             if self.n_kept == self.n_tokens:
                 return
@@ -90,16 +108,17 @@ class RowBlocks:
             rows, candidates = _cut_off(rows, candidates, self.n_tokens - self.n_kept)
         if self.balance:
             self.balance.count(candidates.tokens[candidates.keep], rows.tokens[rows.keep])
+        self.n_blocks += 1
         self.n_rows += len(rows.tokens)
         self.n_kept += rows.n_kept
         self.width = max(self.width, rows.tokens.shape[1])
-        self._hash.add(rows)
+        self.hash.add(rows)
         return rows
 
     def record(self) -> dict[str, Any]:
         """Return a description of the rows read so far, as plain data."""
         return {
-            "text_sha256": self._hash.hexdigest(),
+            "text_sha256": self.hash.hexdigest(),
             "n_rows": self.n_rows,
             "text_config": None if self.are_rows else self.config.model_dump(mode="json"),
             "balance": self.balance.record(self.lm.vocabulary) if self.balance else None,
@@ -121,7 +140,8 @@ class RowBlocks:
 
     def _rows_of_text(self) -> Iterator[TokenRows]:
         """Yield blocks of rows cut from documents, with the positions that may count."""
-        rows = cut_rows(self._documents(), self.config, self.n_ctx, self.special)
+        self._cutter = RowCutter(self._documents(), self.config, self.n_ctx, self.special, self._start)
+        rows = iter(self._cutter)
         while block := self._enough(rows):
             new = padded(block, self.pad)
             yield new._replace(keep=new.keep & self._countable(new.tokens))
@@ -143,18 +163,23 @@ class RowBlocks:
     def _documents(self) -> Iterator[Piece]:
         """Yield documents as token ids."""
         pieces = read_pieces(self.text, self.config)
-        ids = self._checked(pieces) if self.config.token_column is not None else encode(self.lm.text_tokenizer, pieces)
-        return without_leading(self.special.bos, ids)
+        start = None if self._start is None else self._start.mark
+        if self.config.token_column is not None:
+            return without_leading(self.special.bos, self._checked(pieces, start))
+        return without_leading(self.special.bos, encode(self.lm.text_tokenizer, pieces, start=start))
 
-    def _checked(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+    def _checked(self, pieces: Iterator[Piece], start: Mark | None) -> Iterator[Piece]:
         """Yield the token ids of documents. Raise TextError for ids that the model does not have."""
-        for number, (ids, first) in enumerate(pieces):
+        source = SourceHash()
+        for ids, first, _ in pieces if start is None else source.skip(pieces, start):
+            mark = source.begin()
             if ids and (min(ids) < 0 or max(ids) >= self.lm.d_vocab):
                 raise TextError(
-                    f"document {number} has token ids from {min(ids)} to {max(ids)}; {self.lm.name} has ids 0 to "
+                    f"document {source.document} has token ids from {min(ids)} to {max(ids)}; {self.lm.name} has ids 0 to "
                     f"{self.lm.d_vocab - 1}; was it tokenised for another model?"
                 )
-            yield Piece(ids, first)
+            source.add(ids)
+            yield Piece(ids, first, mark)
 
 
 def _with_default_n_ctx(lm: Tokenizer, config: TextConfig) -> TextConfig:

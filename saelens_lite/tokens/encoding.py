@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from saelens_lite.tokens.places import Mark, SourceHash
 from saelens_lite.tokens.sources import Piece
 
 if TYPE_CHECKING:
@@ -28,25 +29,38 @@ class _Span(NamedTuple):
     text: str
     n_context: int
     first: bool
+    mark: Mark
 
 
 def encode(
-    tokenizer: "PreTrainedTokenizerBase", pieces: Iterable[Piece], *, stretch: int = STRETCH, context: int = CONTEXT
+    tokenizer: "PreTrainedTokenizerBase",
+    pieces: Iterable[Piece],
+    *,
+    stretch: int = STRETCH,
+    context: int = CONTEXT,
+    start: Mark | None = None,
 ) -> Iterator[Piece]:
-    """Yield pieces of token ids for pieces of text. Documents stay the same; their pieces are cut anew."""
-    for batch in _batches(_spans(tokenizer, pieces, stretch, context), BATCH * stretch):
+    """Yield pieces of token ids for pieces of text. Documents stay the same; their pieces are cut anew.
+
+    start: begin at this mark of an earlier piece. The text before it is not tokenised.
+
+    Raises:
+        SourceChangedError: the text before `start` is not what it was.
+    """
+    for batch in _batches(_spans(tokenizer, pieces, stretch, context, start), BATCH * stretch):
         for span, ids in zip(batch, _ids(tokenizer, [span.text for span in batch]), strict=True):
-            yield Piece(ids[span.n_context :], span.first)
+            yield Piece(ids[span.n_context :], span.first, span.mark)
 
 
 def without_leading(bos: int | None, pieces: Iterable[Piece]) -> Iterator[Piece]:
     """Drop the BOS tokens at the start of each document. Rows add BOS themselves if needed."""
-    at_head = True
-    for ids, first in pieces:
+    at_head = False
+    for ids, first, mark in pieces:
+        goes_on = at_head and not first  # nothing but BOS so far: reading cannot start here
         at_head = at_head or first
         rest = after_bos(bos, ids) if at_head else ids
         at_head = at_head and not rest
-        yield Piece(rest, first)
+        yield Piece(rest, first, None if goes_on else mark)
 
 
 def after_bos(bos: int | None, ids: list[int]) -> list[int]:
@@ -72,24 +86,32 @@ def _batches(spans: Iterable[_Span], n_chars: int, n_spans: int = 64) -> Iterato
         yield batch
 
 
-def _spans(tokenizer: "PreTrainedTokenizerBase", pieces: Iterable[Piece], stretch: int, context: int) -> Iterator[_Span]:
+def _spans(
+    tokenizer: "PreTrainedTokenizerBase", pieces: Iterable[Piece], stretch: int, context: int, start: Mark | None = None
+) -> Iterator[_Span]:
     """Yield documents as spans of about `stretch` characters at most."""
+    source = SourceHash()
     text = ""  # part of the current document that is not in a span yet
     head, n_head, first = "", 0, True  # the end of its last span, and its number of tokens
+    mark = start
+    if start is not None:
+        pieces, head, n_head, first = source.skip(iter(pieces), start), start.head, start.n_head, False
     for piece in pieces:
         if piece.first:
             if text:
-                yield _Span(head + text, n_head, first)
-            text, head, n_head, first = "", "", 0, True
-        for start in range(0, len(piece.content), stretch):
-            text += piece.content[start : start + stretch]
+                yield _Span(head + text, n_head, first, mark)
+                source.add(text)
+            text, head, n_head, first, mark = "", "", 0, True, source.begin()
+        for begin in range(0, len(piece.content), stretch):
+            text += piece.content[begin : begin + stretch]
             while len(text) >= stretch + context:
                 cut, n_next = _border(tokenizer, text, stretch, context)
-                yield _Span(head + text[:cut], n_head, first)
+                yield _Span(head + text[:cut], n_head, first, mark)
+                source.add(text[:cut])
                 head, n_head, first = text[cut - context : cut] if n_next else "", n_next, False
-                text = text[cut:]
+                text, mark = text[cut:], source.mark(head, n_head)
     if text:
-        yield _Span(head + text, n_head, first)
+        yield _Span(head + text, n_head, first, mark)
 
 
 def _border(tokenizer: "PreTrainedTokenizerBase", text: str, stretch: int, context: int) -> tuple[int, int]:

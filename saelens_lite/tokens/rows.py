@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saelens_lite.config import TextConfig
 from saelens_lite.errors import SourceChangedError
+from saelens_lite.tokens.places import Place
 from saelens_lite.tokens.sources import Piece
 
 PIECE = 1 << 18  # positions
@@ -100,22 +101,74 @@ def cut_rows(pieces: Iterable[Piece], config: TextConfig, n_ctx: int, special: S
     A row that continues a document repeats its last `min_context` tokens, so every token sees at least that many before it, or
     the whole document before it. All packed rows but the last are full.
     """
-    limit = n_ctx - (special.bos is not None) if config.truncate else None
-    cutter = _Cutter(config, n_ctx, special)
-    n_document = 0
-    begun = False
-    for piece in pieces:
-        if piece.first:
-            n_document, begun = 0, False
-        ids = piece.content if limit is None else piece.content[: limit - n_document]
-        if not ids:
-            continue
-        if not begun:
-            yield from cutter.begin_document()
-            begun = True
-        n_document += len(ids)
-        yield from cutter.add(ids)
-    yield from cutter.flush()
+    return iter(RowCutter(pieces, config, n_ctx, special))
+
+
+class RowCutter:
+    """The rows of `cut_rows`, and the current place among them. Iterate once.
+
+    place: begin there; the pieces are those behind its mark.
+    """
+
+    def __init__(
+        self, pieces: Iterable[Piece], config: TextConfig, n_ctx: int, special: SpecialTokens, place: Place | None = None
+    ):
+        self._pieces, self._cutter = pieces, _Cutter(config, n_ctx, special)
+        self._limit = n_ctx - (special.bos is not None) if config.truncate else None
+        self._n_document, self._begun = 0, False  # of the current document: tokens in rows, and whether there are any
+        self._place = place
+        self._before: dict[str, Any] = {}  # the state before the current piece
+        self._mark: Any = None
+        self._n_since, self._since = 0, hashlib.sha256()  # of the rows from the current piece on
+        if place is not None:
+            self._cutter.ids, self._cutter.start, self._cutter.tail = list(place.ids), place.start, list(place.tail)
+            self._cutter.in_document, self._begun, self._n_document = place.in_document, place.begun, place.n_document
+
+    @property
+    def place(self) -> dict[str, Any] | None:
+        """The place behind the rows that were yielded, as a part of `Place`. None: reading cannot start again there, or the
+        text has ended.
+        """
+        if self._mark is None:
+            return None
+        since = {"n_since": self._n_since, "since_sha256": self._since.hexdigest()}
+        return {**self._mark._asdict(), **self._before, **since}
+
+    def __iter__(self) -> Iterator[Row]:
+        place, n_seen = self._place, 0
+        n_before = 0 if place is None else place.n_since
+        for row in self._rows():
+            n_seen += 1
+            self._n_since += 1
+            self._since.update(np.array([*row.ids, -row.start - 1], np.int64))
+            if n_seen > n_before:
+                yield row
+            elif n_seen == n_before and self._since.hexdigest() != place.since_sha256:
+                raise SourceChangedError(f"its token rows before number {place.n_rows:,} differ from those that had been read")
+        if n_seen < n_before:
+            raise SourceChangedError(f"it ends before token row {place.n_rows:,}, which had been read")
+
+    def _rows(self) -> Iterator[Row]:
+        cutter = self._cutter
+        for piece in self._pieces:
+            if piece.mark is not None or self._mark is None:
+                self._mark, self._n_since, self._since = piece.mark, 0, hashlib.sha256()
+                self._before = {
+                    "ids": list(cutter.ids), "start": cutter.start, "tail": list(cutter.tail),
+                    "in_document": cutter.in_document, "begun": self._begun, "n_document": self._n_document,
+                }  # fmt: skip
+            if piece.first:
+                self._n_document, self._begun = 0, False
+            ids = piece.content if self._limit is None else piece.content[: self._limit - self._n_document]
+            if not ids:
+                continue
+            if not self._begun:
+                yield from cutter.begin_document()
+                self._begun = True
+            self._n_document += len(ids)
+            yield from cutter.add(ids)
+        self._mark = None
+        yield from cutter.flush()
 
 
 class _Cutter:
@@ -214,14 +267,23 @@ class TextHash:
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
 
-    def add(self, rows: TokenRows) -> None:
-        """Add rows to the hash: for each row, the tokens up to the last counted one, a mark on the counted ones, and an end
-        mark.
+    @staticmethod
+    def marked(rows: TokenRows) -> np.ndarray:
+        """Return the numbers that stand for rows in the hash: for each row, the tokens up to the last counted one, a mark on
+        the counted ones, and an end mark.
         """
         marked = torch.nn.functional.pad(rows.tokens.long() * 2 + rows.keep, (0, 1))
         position, length = torch.arange(marked.shape[1]), rows.counted_lengths[:, None]
         marked = marked.masked_fill(position == length, -1)
-        self._digest.update(marked[position <= length].cpu().numpy().tobytes())
+        return marked[position <= length].cpu().numpy()
+
+    def add(self, rows: TokenRows) -> None:
+        """Add rows to the hash."""
+        self.add_marked(self.marked(rows))
+
+    def add_marked(self, marked: np.ndarray) -> None:
+        """Add the numbers that stand for rows."""
+        self._digest.update(marked.astype(np.int64).tobytes())
 
     def hexdigest(self) -> str:
         """Return the hash of all rows so far."""

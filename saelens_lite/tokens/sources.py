@@ -26,10 +26,14 @@ _CORPUS_NAME = re.compile(r"python-docs(:\S*)?")
 
 
 class Piece(NamedTuple):
-    """A stretch of a document, as text or token ids. `first` marks the start of a document."""
+    """A stretch of a document, as text or token ids. `first` is true at the start of a document.
+
+    `mark` is the place before it, if the text can be read again from there (see `places`).
+    """
 
     content: str | list[int]
     first: bool
+    mark: Any = None
 
 
 class HubName(NamedTuple):

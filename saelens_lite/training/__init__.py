@@ -50,6 +50,18 @@ except `matching_pursuit` can predict hooks other than those it reads. Evaluatio
 runs` continues, and the result has the same bytes as without the interruption. Resuming with another text, cache or model
 is refused, even if it has the same size.
 
+**Several devices.** `--devices` starts a process for each GPU of a computer, and on a CPU as many as it says. torchrun does so
+on several computers that share a file system. `capture`, `train`, `eval` and `features` can be started in both ways, and so can
+a script that calls the functions of the library.
+
+```sh
+saelens-lite train cache --config run.toml --out runs --devices 4
+torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m saelens_lite train cache --out runs
+```
+
+Only the first process prints. If one process fails or is killed, all of them end, and one message says which it was and how to
+resume. Ctrl-C saves a checkpoint of all. Versions, settings and data of the processes are compared at the start.
+
 **After training.** `sl.Run.load` reads the folder of a run, finished or not, and `sl.Run.load_all` all runs in a folder. The
 folder of a run stands for its dictionary: `sl.load("runs/0-topk")`, `saelens-lite eval runs`.
 

@@ -1,7 +1,8 @@
 """Checkpoints of a run: all that training needs to resume without a trace, as safetensors and JSON.
 
-`<run>/checkpoints/<tokens>/` holds state.json; <number>.safetensors for each dictionary; and checksums.json with the SHA-256 of
-each file. A checkpoint appears only when it is complete. The last two are kept, and damaged ones are skipped.
+`<run>/checkpoints/<tokens>/` holds state.json; <number>.safetensors for each dictionary, and <number>-<part>.safetensors if
+several processes held its latents; and checksums.json with the SHA-256 of each file. Any number of processes can resume from
+it. A checkpoint appears only when it is complete. The last two are kept, and damaged ones are skipped.
 
 `<run>/checkpoints/history-<number>.jsonl` is the log of a dictionary. Each checkpoint appends its new lines, so that every line
 is written once, and state.json has the size and the hash of the part that belongs to the checkpoint.
@@ -9,10 +10,10 @@ is written once, and state.json has the size and the hash of the part that belon
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, ValidationError, model_validator
@@ -32,7 +33,7 @@ from saelens_lite.files import (
     write_json,
 )
 from saelens_lite.kinds import CHECKPOINT, TEMPORARY
-from saelens_lite.outputs import new_folder, remove, remove_own
+from saelens_lite.outputs import new_folder_together, remove, remove_own
 from saelens_lite.schemas import (
     Checked,
     Count,
@@ -47,7 +48,9 @@ from saelens_lite.schemas import (
     read_checked,
 )
 from saelens_lite.tensor_files import read_tensors, tensor_specs, write_tensors
+from saelens_lite.training.distribution import Share
 from saelens_lite.training.history import History
+from saelens_lite.training.sharding import OwnLatents, joined
 
 FORMAT = 5
 WITH_HISTORIES = 2  # the format whose state.json holds the logs; 3 and 4 have <number>.jsonl beside it
@@ -75,6 +78,7 @@ class Request(Checked):
     device: Annotated[str, Field(pattern="^[a-z]{1,20}(:[0-9]{1,4})?$")]
     checkpoint_seconds: float
     start_from: list[dict[str, Any]] | None = None  # the dictionaries that training started from
+    parallel: Literal["auto", "sweep", "latents", "data"] = "auto"
 
 
 class _Numbers(Checked):
@@ -129,7 +133,8 @@ class _State(Checked):
         if len(set(self.loggers)) < len(self.loggers):
             raise ValueError("a logger is named twice")
         ahead = self.n_batches - max(one.n_steps for one in numbers)
-        if ahead < 0 or (ahead and not any(self.dropped)):  # a dropped dictionary is as it was before its bad step
+        is_done = all(one.n_seen >= config.n_tokens for one, config in zip(numbers, self.configs, strict=True))
+        if ahead < 0 or (ahead and not (is_done or any(self.dropped))):  # a dropped one is as it was before its bad step
             raise ValueError(f"n_batches = {self.n_batches}, but no dictionary has seen that many")
         for one, config in zip(numbers, self.configs, strict=True):
             in_steps = one.n_steps <= one.n_seen <= one.n_steps * config.batch_size
@@ -138,21 +143,67 @@ class _State(Checked):
         return self
 
 
-def save_checkpoint(run: Path, n_tokens: int, states: list[State], loop: dict[str, Any]) -> None:
+class KeptDictionary(NamedTuple):
+    """All that a checkpoint keeps of one dictionary."""
+
+    config: TrainConfig
+    state: State
+    latents: OwnLatents  # those in `state`
+    history: History
+    dropped: str | None
+
+
+def save_checkpoint(run: Path, dictionaries: Mapping[int, KeptDictionary], loop: dict[str, Any], share: Share) -> None:
     """Write a checkpoint, and remove all but the last KEPT.
 
+    All processes of a training do it together: each writes the tensors of its dictionaries or latents.
+
     Args:
-        loop: plain data of the whole run. Its "histories" are a History for each dictionary.
+        dictionaries: those of this process, by number.
+        loop: plain data of the whole run.
+
+    Raises:
+        DiskFullError: in all processes, if the disk of one is full. The earlier checkpoints are as they were.
     """
-    with new_folder(run / FOLDER / f"{n_tokens:012d}", CHECKPOINT, "overwrite", lock=False) as new:
-        for i, (tensors, _) in enumerate(states):
-            write_tensors(_tensors_file(new, i), tensors)
-        parts = [history.save(_history_file(run / FOLDER, i)) for i, history in enumerate(loop["histories"])]
-        write_json(new / STATE, {**loop, "histories": parts, "dictionaries": [numbers for _, numbers in states]})
-        checksums = {path.name: file_hash(path) for path in sorted(new.iterdir())}
-        write_json(new / CHECKSUMS, {"format": FORMAT, "sha256": checksums})
-    for old in _checkpoints(run)[KEPT:]:
-        remove_own(old, CHECKPOINT)
+    team = share.team
+    n_tokens = max(team.gather(max(kept.state[1]["n_seen"] for kept in dictionaries.values())))
+    with new_folder_together(team, run / FOLDER / f"{n_tokens:012d}", CHECKPOINT, "overwrite", lock=False) as new:
+        with team.failing_together():
+            written = _write_own(new, dictionaries, share)
+        every = team.gather(written)
+        entries = {number: entry for own, _ in every for number, entry in own.items()}
+        checksums = {name: sha256 for _, own in every for name, sha256 in own.items()}
+        with team.failing_together():
+            if team.is_first:
+                columns = {key: [entries[number][key] for number in sorted(entries)] for key in entries[0]}
+                write_json(new / STATE, loop | columns)
+                checksums[STATE] = file_hash(new / STATE)
+                write_json(new / CHECKSUMS, {"format": FORMAT, "sha256": dict(sorted(checksums.items()))})
+    if team.is_first:
+        for old in _checkpoints(run)[KEPT:]:
+            remove_own(old, CHECKPOINT)
+
+
+def _write_own(
+    new: Path, dictionaries: Mapping[int, KeptDictionary], share: Share
+) -> tuple[dict[int, dict[str, Any]], dict[str, str]]:
+    """Write what this process has of a checkpoint. Return the plain data of its dictionaries, and the hash of each file."""
+    entries, checksums, layout = {}, {}, share.layout
+    for number, kept in dictionaries.items():
+        tensors, numbers = kept.state
+        if layout.rows.is_first:
+            path = _tensors_file(new, number, layout.latents.rank)
+            own = tensors if layout.latents.is_first else {k: x for k, x in tensors.items() if kept.latents.divides(k)}
+            write_tensors(path, own)
+            checksums[path.name] = file_hash(path)
+        if share.writes:
+            entries[number] = {
+                "configs": kept.config.model_dump(mode="json"),
+                "dropped": kept.dropped,
+                "histories": kept.history.save(_history_file(new.parent, number)),
+                "dictionaries": numbers,
+            }
+    return entries, checksums
 
 
 def _history_file(folder: Path, i: int) -> Path:
@@ -229,17 +280,40 @@ def _read(folder: Path) -> tuple[list[State], dict[str, Any]]:
     loop = _of_format_4(read_json(folder / STATE, limit=MAX_LIST_BYTES if old else None, finite=not old))
     state = checked(folder / STATE, loop, _State)
     n = len(state.configs)
-    files = {STATE, *(_tensors_file(folder, i).name for i in range(n))}
+    parts = [[_tensors_file(folder, i, part) for part in range(_n_parts(i, checksums.sha256))] for i in range(n)]
+    files = {STATE, *(path.name for paths in parts for path in paths)}
     files |= {f"{i}.jsonl" for i in range(n) if checksums.format in (3, 4)}
     if files != checksums.sha256.keys():
         raise CorruptFileError(f"{folder / CHECKSUMS} names other files: {shortened(files ^ checksums.sha256.keys())}")
-    for i, config in enumerate(state.configs):
-        _check_sizes(_tensors_file(folder, i), config.d_sae)
+    for config, paths in zip(state.configs, parts, strict=True):
+        for path in paths:
+            _check_sizes(path, config.d_sae, len(paths))
     loop["histories"] = _histories(folder, checksums.format, state)
     if checksums.sha256 != {name: file_hash(folder / name) for name in files}:
         raise CorruptFileError(f"{folder} is damaged: its files do not match {CHECKSUMS}")
     numbers = loop.pop("dictionaries")
-    return [(read_tensors(_tensors_file(folder, i), finite=False), numbers[i]) for i in range(n)], loop
+    return [(_read_parts(paths), numbers[i]) for i, paths in enumerate(parts)], loop
+
+
+def _n_parts(i: int, names: Iterable[str]) -> int:
+    """Return the number of files that hold the tensors of dictionary number i."""
+    return 1 + sum(bool(re.fullmatch(rf"{i}-\d+\.safetensors", name)) for name in names)
+
+
+def _read_parts(paths: list[Path]) -> dict[str, Tensor]:
+    """Return the tensors of a dictionary. Those with an entry for each latent are joined from all parts."""
+    first, *others = (read_tensors(path, finite=False) for path in paths)
+    if not others:
+        return first
+    of_latents = others[0].keys()
+    if any(part.keys() != of_latents for part in others) or not of_latents <= first.keys():
+        raise CorruptFileError(f"{paths[0]} and the other parts of the dictionary do not hold the same tensors")
+    try:
+        return {
+            name: joined(name, [x, *(part[name] for part in others)]) if name in of_latents else x for name, x in first.items()
+        }
+    except RuntimeError as error:
+        raise CorruptFileError(f"{paths[0]} and the other parts of the dictionary do not fit together: {error}") from None
 
 
 def _histories(folder: Path, number: int, state: _State) -> list[History]:
@@ -269,17 +343,23 @@ def _check_line(text: bytes, place: str) -> None:
         raise CorruptFileError(explained(place, _Line, error)) from None
 
 
-def _tensors_file(folder: Path, i: int) -> Path:
-    return folder / f"{i}.safetensors"
+def _tensors_file(folder: Path, i: int, part: int = 0) -> Path:
+    """Return the file of a dictionary's tensors; of the second process that holds its latents, and the following, a part."""
+    return folder / (f"{i}-{part}.safetensors" if part else f"{i}.safetensors")
 
 
-def _check_sizes(path: Path, d_sae: int) -> None:
-    """Raise CorruptFileError unless the tensors of a file are of d_sae latents and fit into memory."""
+def _check_sizes(path: Path, d_sae: int, n_parts: int) -> None:
+    """Raise CorruptFileError unless the tensors of a file are of an equal part of d_sae latents and fit into memory."""
+    n, rest = divmod(d_sae, n_parts)
+    if rest:
+        raise CorruptFileError(
+            f"{path.parent} has {n_parts} parts of a dictionary with {d_sae} latents, which is not a multiple"
+        )
     specs = tensor_specs(path)
     counts, decoder = specs.get("since_fired"), specs.get("dictionary.W_dec")
-    if counts is None or (counts.dtype, counts.shape) != (torch.int64, (d_sae,)):  # bytes that the file really has
-        raise CorruptFileError(f"{path}: since_fired is {counts or 'missing'}, {STATE} says d_sae = {d_sae}")
-    if decoder is None or len(decoder.shape) != 2 or decoder.shape[0] != d_sae or not decoder.shape[1]:
+    if counts is None or (counts.dtype, counts.shape) != (torch.int64, (n,)):  # bytes that the file really has
+        raise CorruptFileError(f"{path}: since_fired is {counts or 'missing'}, {STATE} says d_sae = {d_sae} in {n_parts}")
+    if decoder is None or len(decoder.shape) != 2 or decoder.shape[0] != n or not decoder.shape[1]:
         raise CorruptFileError(f"{path}: dictionary.W_dec is {decoder or 'missing'}, {STATE} says d_sae = {d_sae}")
     check_fits_memory(path, file_size(path))
 

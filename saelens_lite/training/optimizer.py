@@ -75,6 +75,11 @@ class Adam:
             self._step_of_rows(lr, n_steps, scale, stopped)
         self.torch.step()
 
+    def free_gradients(self) -> None:
+        """Free the memory of the gradients, which the next dictionary of the loop needs."""
+        for name, parameter in self._dictionary.named_parameters():
+            parameter.grad = self.parameters[name].grad = None
+
     def _step_of_rows(self, lr: float, n_steps: int, scale: Tensor | None, stopped: Tensor) -> None:
         """Update W_dec and W_enc by the kernel, and leave no gradient for torch's Adam."""
         new = self._dictionary.W_dec.new_full

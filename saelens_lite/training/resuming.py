@@ -3,11 +3,13 @@
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from saelens_lite import processes
 from saelens_lite.cache import Source, TensorSource, open_source
 from saelens_lite.cache.resumed import expect
 from saelens_lite.config import TrainConfig
@@ -17,13 +19,15 @@ from saelens_lite.files import check_inside
 from saelens_lite.kinds import runs_in
 from saelens_lite.locks import locked
 from saelens_lite.loggers import load_loggers
+from saelens_lite.outputs import check_shared
 from saelens_lite.paths import check_input
 from saelens_lite.training.aside import put_back_runs, remove_replaced
 from saelens_lite.training.checkpoint import is_interrupted, load_checkpoint
+from saelens_lite.training.distribution import meet_statistics, share_of
 from saelens_lite.training.finished import read_finished
 from saelens_lite.training.folders import locked_folders, run_folders, run_kind
 from saelens_lite.training.history import History
-from saelens_lite.training.loop import Group, train_to_the_end
+from saelens_lite.training.loop import Group, runs_of_all, train_to_the_end
 from saelens_lite.training.run import Run
 from saelens_lite.training.trainer import Trainer, check_sizes
 
@@ -42,7 +46,8 @@ def resume(
 ) -> list[Run]:
     """Resume an interrupted run from its newest undamaged checkpoint, or extend a run, and return its runs.
 
-    The result has the same bytes as without the interruption. Dropped dictionaries stay dropped. The token rows, tensors or
+    The result has the same bytes as without the interruption, if the number of processes is the same. Any number can resume: a
+    checkpoint has the whole state. Dropped dictionaries stay dropped. The token rows, tensors or
     cache are compared with those that had been read when the checkpoint was written.
 
     Args:
@@ -70,14 +75,26 @@ def resume(
         raise ConfigError("both a source and a text were given; give only one of them")
     if not os.path.lexists(run.parent):
         raise ConfigError(f"{run} has no checkpoints, so there is nothing to resume")
-    with locked(run, "run"):
-        put_back_runs(run, [run], run_kind())
+    team = processes.team()
+    processes.check_same({"resume": str(run), "n_tokens": n_tokens}, None, device)
+    check_shared(run, team)
+    with ExitStack() as stack:
+
+        def lock() -> None:
+            stack.enter_context(locked(run, "run"))
+            put_back_runs(run, [run], run_kind())
+
+        team.first(lock)
         begin = _interrupted if is_interrupted(run) or n_tokens is None else _extended
-        job, source = begin(run, source, text, n_tokens, device, loggers, checkpoint_seconds)
-        with locked_folders(*(folder for folder in job.folders if folder != run)):
-            runs = train_to_the_end(job, source)
-        remove_replaced(run, job.folders)
-    return runs
+        job, folders, source = begin(run, source, text, n_tokens, device, loggers, checkpoint_seconds)
+        team.first(lambda: _enter(stack, locked_folders(*(folder for folder in folders if folder != run))))
+        runs = train_to_the_end(job, source)
+        team.first(lambda: remove_replaced(run, folders))
+    return runs_of_all(job, folders, runs)
+
+
+def _enter(stack: ExitStack, context: AbstractContextManager) -> None:
+    stack.enter_context(context)
 
 
 def _interrupted(
@@ -88,8 +105,8 @@ def _interrupted(
     device: str | torch.device | None,
     loggers: str | Sequence[str] | None,
     checkpoint_seconds: float | None,
-) -> tuple[Group, Source]:
-    """Return the job that the newest checkpoint describes, ready to continue, and its source."""
+) -> tuple[Group, list[Path], Source]:
+    """Return the job that the newest checkpoint describes, the folders of all dictionaries, and the source."""
     if n_tokens is None and not is_interrupted(run):
         _refuse_without_checkpoint(run)
     states, loop = load_checkpoint(run)
@@ -104,10 +121,12 @@ def _interrupted(
         check_sizes(config, source, tensors)
     for folder in set(run_folders(run, configs)) - {run}:
         check_inside(folder)
-    trainers = [Trainer(config, source, device or request["device"]) for config in configs]
+    share = share_of(request.get("parallel", "auto"), configs, processes.team())
+    meet_statistics(source, configs, share.team)
+    trainers = [Trainer(configs[i], source, device or request["device"], share.layout) for i in share.numbers]
     try:
-        for trainer, state in zip(trainers, states, strict=True):
-            trainer.restore(*state)
+        for trainer, i in zip(trainers, share.numbers, strict=True):
+            trainer.restore(*states[i])
     except (KeyError, RuntimeError) as error:
         raise ConfigError(
             f"the checkpoint of {run} does not fit its dictionaries: {error}; it may be of another version of a plugin"
@@ -115,22 +134,24 @@ def _interrupted(
     if n_tokens is not None:
         for trainer in trainers:
             trainer.stretch(n_tokens)
+    folders, dropped = run_folders(run, configs), loop.get("dropped") or [None] * len(configs)
     job = Group(
         source=source,
         trainers=trainers,
-        folders=run_folders(run, [trainer.config for trainer in trainers]),
+        folders=[folders[i] for i in share.numbers],
         out=run,
         data_seed=request["data_seed"],
         validation=validation,
         loggers=_loggers(loop["loggers"], loggers),
         checkpoint_seconds=request["checkpoint_seconds"] if checkpoint_seconds is None else checkpoint_seconds,
         request=request,
-        histories=loop["histories"],
+        share=share,
+        histories=[loop["histories"][i] for i in share.numbers],
         n_batches=loop["n_batches"],
-        dropped=loop.get("dropped", []),
+        dropped=[dropped[i] for i in share.numbers],
     )
     log.info("resuming %s after batch %d", run, job.n_batches)
-    return job, source
+    return job, folders, source
 
 
 def _extended(
@@ -141,8 +162,8 @@ def _extended(
     device: str | torch.device | None,
     loggers: str | Sequence[str] | None,
     checkpoint_seconds: float | None,
-) -> tuple[Group, Source]:
-    """Return a job that continues finished runs from their dictionaries, and its source."""
+) -> tuple[Group, list[Path], Source]:
+    """Return a job that continues finished runs from their dictionaries, their folders, and the source."""
     runs = Run.load_all(run)
     if open_ended := [str(one.folder) for one in runs if one.state != "finished"]:
         raise ConfigError(f"{', '.join(open_ended)}: not a finished run, so it cannot be extended")
@@ -164,24 +185,28 @@ def _extended(
     validation, source = _reopened(request, source, text, device)
     if data.source is not None:
         expect(source, data.source)
-    trainers = [Trainer(config, source, device or request["device"]) for config in configs]
-    for trainer, one in zip(trainers, runs, strict=True):
+    share = share_of(request["parallel"], configs, processes.team())
+    meet_statistics(source, configs, share.team)
+    own = [runs[i] for i in share.numbers]
+    trainers = [Trainer(configs[i], source, device or request["device"], share.layout) for i in share.numbers]
+    for trainer, one in zip(trainers, own, strict=True):
         trainer.start_from(one.dictionary, n_seen, n_steps, one.history[-1].get("coefficient") if one.history else None)
     log.info("extending %s from %s to %s tokens, with new moments and a new schedule", run, f"{n_seen:,}", f"{n_tokens:,}")
     job = Group(
         source=source,
         trainers=trainers,
-        folders=[one.folder for one in runs],
+        folders=[one.folder for one in own],
         out=run,
         data_seed=request["data_seed"],
         validation=validation,
         loggers=_loggers(data.loggers, loggers),
         checkpoint_seconds=request["checkpoint_seconds"] if checkpoint_seconds is None else checkpoint_seconds,
         request=request,
-        histories=[History(line for line in one.history if line["tokens"] <= n_seen) for one in runs],
+        share=share,
+        histories=[History(line for line in one.history if line["tokens"] <= n_seen) for one in own],
         n_batches=n_steps,
     )
-    return job, source
+    return job, [one.folder for one in runs], source
 
 
 def _refuse_without_checkpoint(run: Path) -> None:

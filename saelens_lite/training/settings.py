@@ -15,7 +15,11 @@ def settings_text(config: TrainConfig, request: dict[str, Any], loggers: Sequenc
         request: the part of a checkpoint that describes the run. Its source is None for activations in memory; the file then
             names no data. A dictionary in memory that training started from is not named either.
     """
-    run = {key: request[key] for key in ("data_seed", "validation_tokens", "checkpoint_seconds", "device")}
+    run = {
+        key: request[key]
+        for key in ("data_seed", "validation_tokens", "checkpoint_seconds", "device", "parallel")
+        if key in request
+    }
     started = [str(one["source"]) for one in request.get("start_from", ()) if one and one["source"]]
     run |= {"start_from": started} if started else {}
     said = _of_source(request["source"] or {}) | run | {"loggers": list(loggers)}
@@ -36,6 +40,7 @@ def _of_source(source: dict[str, Any]) -> dict[str, Any]:
         "model": model["name"],
         "model_dtype": "auto" if model.get("tf32") else model["dtype"],
         "center_writing_weights": model["center_writing_weights"],
+        **({"device_map": model["device_map"]} if model.get("device_map") in ("auto", "tp") else {}),
         **({"model_revision": model["revision"]} if model["revision"] else {}),
     }
     set_by_user = TextConfig(**source["text_config"]).model_dump(mode="json", exclude_defaults=True)

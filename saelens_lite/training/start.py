@@ -1,11 +1,13 @@
 """The start of training: requests are checked, and the folders of the runs are made."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from saelens_lite import processes
 from saelens_lite.cache import Source
 from saelens_lite.config import TrainConfig
 from saelens_lite.devices import device_to_train_on, works
@@ -13,13 +15,14 @@ from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, OutputExistsError
 from saelens_lite.files import write_text
 from saelens_lite.loggers import DEFAULT_LOGGERS, load_loggers
-from saelens_lite.outputs import followed, refuse_existing, refuse_inputs_in
+from saelens_lite.outputs import check_shared, followed, refuse_existing, refuse_inputs_in
 from saelens_lite.paths import check_output
 from saelens_lite.training.advice import warn_of_many_passes
 from saelens_lite.training.aside import Aside, put_back_runs
 from saelens_lite.training.checkpoint import is_interrupted
+from saelens_lite.training.distribution import Parallel, meet_statistics, share_of
 from saelens_lite.training.folders import locked_folders, run_folders, run_kind
-from saelens_lite.training.loop import Group, train_to_the_end
+from saelens_lite.training.loop import Group, runs_of_all, train_to_the_end
 from saelens_lite.training.run import Run
 from saelens_lite.training.settings import settings_text
 from saelens_lite.training.trainer import Trainer
@@ -39,6 +42,7 @@ def train(
     loggers: str | Sequence[str] = DEFAULT_LOGGERS,
     exists: Literal["error", "overwrite"] = "error",
     start_from: Dictionary | Sequence[Dictionary] | None = None,
+    parallel: Parallel = "auto",
 ) -> list[Run]:
     """Train dictionaries on the same batches, in one pass over the source, and return their runs.
 
@@ -59,6 +63,12 @@ def train(
             new one is complete, and put back if the new one fails before its first checkpoint.
         start_from: begin with the parameters of this dictionary, or of one for each config, instead of random ones. Its d_sae
             is kept. Settings that a config leaves unset are also the dictionary's: rule, options and hooks.
+        parallel: distribution over the processes that torchrun started. "sweep": each trains some of the dictionaries.
+            "latents": each holds some latents of every dictionary; processes on other machines have other rows of the batch.
+            "data": each has some rows of the batch. "auto": a sweep if there are enough dictionaries, else latents, else data.
+
+    Returns:
+        The runs, in every process. In a sweep without `out`, those of this process.
 
     Raises:
         ConfigError: there is no config, batch sizes differ, loggers lack `out`, validation_tokens is below 0 or is 1, or the
@@ -67,6 +77,7 @@ def train(
         OutputExistsError: an output folder is not empty and `exists` is "error", or overwriting would lose other files.
         LockedError: another process trains or resumes in `out`.
         NonFiniteError: activations, or all dictionaries, became NaN or infinite. The last good states are in last_good/.
+        ProcessLostError: another process ended or does not answer. The last checkpoint is good.
         Stopped: after Ctrl-C or SIGTERM.
     """
     configs = [configs] if isinstance(configs, TrainConfig) else list(configs)
@@ -84,19 +95,30 @@ def train(
     out = None if out is None else check_output(out) if len(configs) > 1 else followed(Path(out))
     folders = [None] * len(configs) if out is None else run_folders(out, configs)
     description = source.describe()
+    team = processes.team()
+    share = share_of(parallel, configs, team)
+    settings = {"dictionary": [config.model_dump(mode="json") for config in configs], "data_seed": data_seed}
+    settings |= {"out": str(out), "parallel": parallel, "validation_tokens": validation_tokens, "exists": exists}
+    processes.check_same(settings, description, device)
     if out:
-        with locked_folders(out, *folders):
-            _refuse_existing_runs(out, folders, exists, description)
+        check_shared(out, team)
+
+        def check() -> None:
+            with locked_folders(out, *folders):
+                _refuse_existing_runs(out, folders, exists, description)
+
+        team.first(check)
     validation, source = source.hold_out(validation_tokens) if validation_tokens else (None, source)
     warn_of_many_passes(source, configs)
-    trainers = [Trainer(c, source, device) for c in configs]
-    for trainer, dictionary in zip(trainers, begins, strict=True):
-        if dictionary is not None:
-            trainer.start_from(dictionary)
+    meet_statistics(source, configs, team)
+    trainers = [Trainer(configs[i], source, device, share.layout) for i in share.numbers]
+    for trainer, i in zip(trainers, share.numbers, strict=True):
+        if begins[i] is not None:
+            trainer.start_from(begins[i])
     job = Group(
         source=source,
         trainers=trainers,
-        folders=folders,
+        folders=[folders[i] for i in share.numbers],
         out=out,
         data_seed=data_seed,
         validation=validation,
@@ -108,17 +130,27 @@ def train(
             "data_seed": data_seed,
             "device": str(device),
             "checkpoint_seconds": checkpoint_seconds,
+            **({} if parallel == "auto" else {"parallel": parallel}),
             **({} if start_from is None else {"start_from": [_described(dictionary) for dictionary in begins]}),
         },
+        share=share,
     )
     if out is None:
         return train_to_the_end(job, source)
-    with locked_folders(out, *folders):
-        _refuse_existing_runs(out, folders, exists, description)
-        with Aside(out, folders, run_kind()):
-            for config, folder in zip(configs, folders, strict=True):
-                write_text(folder / "config.toml", settings_text(config, job.request_of(folder), job.loggers))
-            return train_to_the_end(job, source)
+    with ExitStack() as stack:
+
+        def begin() -> None:
+            stack.enter_context(locked_folders(out, *folders))
+            _refuse_existing_runs(out, folders, exists, description)
+            stack.enter_context(Aside(out, folders, run_kind()))
+
+        team.first(begin)
+        with team.failing_together():
+            for trainer, folder in zip(trainers, job.folders, strict=True) if share.writes else ():
+                write_text(folder / "config.toml", settings_text(trainer.config, job.request_of(folder), job.loggers))
+        runs = train_to_the_end(job, source)
+        team.first(stack.close)
+    return runs_of_all(job, folders, runs)
 
 
 def _of_one_batch_size(configs: list[TrainConfig]) -> list[TrainConfig]:

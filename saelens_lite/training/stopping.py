@@ -5,8 +5,6 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from saelens_lite.errors import Stopped
-
 
 class Stopping:
     """A block in which the first Ctrl-C or SIGTERM only sets `signal`. The second one acts as usual.
@@ -35,7 +33,3 @@ class Stopping:
         while self._before:
             number, handler = self._before.popitem()
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set from Python
-
-    def error(self, said: str) -> Stopped:
-        """Return the error to raise after the state is saved."""
-        return Stopped(said, self.signal)

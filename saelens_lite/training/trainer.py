@@ -71,7 +71,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, source: Source, device: str | torch.device = "cpu", layout: Layout = ALL_HERE):
         self.config, self.layout = config, layout
-        self.hooks = _choose_hooks(config, source)
+        self.hooks = choose_hooks(config, source)
         moments = {hook: _moments(source, hook) for hook in self.hooks.all}
         is_same = self.hooks.reads == self.hooks.writes
         scale_of = {hook: self._scale_of(*both, around_mean=not is_same) for hook, both in moments.items()}
@@ -313,7 +313,7 @@ class Trainer:
         h = self.dictionary.pre(x[: max(64, min(START_ROWS, START_NUMBERS // self.config.d_sae))])
         std, mean = torch.std_mean(h, 0, correction=0)
         n = min(len(h) * self.config.d_sae - 1, round(self.control.target * len(h)))
-        z = parallel.nth_largest(((h - mean) / std.clamp_min(torch.finfo(std.dtype).tiny)).flatten(), n + 1)
+        z = parallel.bound_of_largest(((h - mean) / std.clamp_min(torch.finfo(std.dtype).tiny)).flatten(), n)
         self.dictionary.rule.raise_thresholds_(self.dictionary, mean + z * std)
 
     @torch.no_grad()
@@ -381,6 +381,7 @@ class Trainer:
             self._observe(computed.step)
             if self._after_step:
                 self.dictionary.rule.after_step(self.dictionary)
+        self.optimizer.free_gradients()
         if self.control:
             self._aim(computed, lr)
         computed.step.release()
@@ -461,7 +462,8 @@ class Trainer:
         gradients = {name: p.grad for name, p in parameters.items() if computed is not None and p.grad is not None}
         step, in_activations = self.n_steps + 1, ACTIVATIONS in bad
         if computed is not None:
-            in_activations = self.layout.rows.any(not_finite({"x": computed.step.x, "target": computed.step.target}))
+            bad_rows = not_finite({"x": computed.step.x, "target": computed.step.target})
+            in_activations = self.layout.rows.any(bool(bad_rows))
         if in_activations:
             cause = "the activations"
         elif names := not_finite(parameters):
@@ -696,7 +698,7 @@ def check_sizes(config: TrainConfig, source: Source, tensors: dict[str, Tensor])
         ConfigError: the weights do not fit the widths of the source.
         CorruptFileError: a batch does not fit into memory.
     """
-    hooks = _choose_hooks(config, source)
+    hooks = choose_hooks(config, source)
     d_in, d_out = (sum(map(source.d_in, side)) for side in hooks)
     for name, wanted in {"W_dec": (config.d_sae, d_out), "W_enc": (d_in, config.d_sae)}.items():
         if (weight := tensors.get(f"dictionary.{name}")) is not None and tuple(weight.shape) != wanted:
@@ -706,7 +708,7 @@ def check_sizes(config: TrainConfig, source: Source, tensors: dict[str, Tensor])
     check_fits_memory(f"a batch of {config.batch_size:,}", 4 * config.batch_size * (d_in + d_out))
 
 
-def _choose_hooks(config: TrainConfig, source: Source) -> Hooks:
+def choose_hooks(config: TrainConfig, source: Source) -> Hooks:
     """Return the hooks that a dictionary reads and writes.
 
     Raises:

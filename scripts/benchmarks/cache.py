@@ -25,6 +25,7 @@ import torch
 from shared import now, parser, source, write_report
 
 import saelens_lite as sl
+from saelens_lite.cache.journal import Heading, Journal, merged
 from saelens_lite.cache.order import cut_into_batches
 from saelens_lite.cache.stored import FORMAT, MANIFEST
 from saelens_lite.cache.writing import ShardWriter
@@ -55,13 +56,17 @@ for size in sizes:
 def write_cache(folder: Path, pieces: Iterator[dict[str, torch.Tensor]], dtype: torch.dtype) -> None:
     """Write a cache of random activations of the hook "x"."""
     folder.mkdir()
-    with ShardWriter(folder, folder / "journal.jsonl", 65_536, dtype) as writer:
+    heading = Heading(n_rows=0, n_kept=0, rows_sha256="0" * 64, first_shard=0, shard_tokens=65_536, after=None)
+    journal = Journal(folder / "journal.jsonl", heading)
+    with ShardWriter(folder, 65_536, dtype) as writer:
+        writer.begin(journal)
         for piece in pieces:
             writer.add(piece)
-    (folder / "journal.jsonl").unlink()
+    journal.path.unlink()
+    shards, hooks = merged([journal], ["x"])
     manifest = {
         "format": FORMAT, "origin": sl.Origin().model_dump(), "dtype": str(dtype).removeprefix("torch."),
-        "hooks": {"x": writer.statistics("x")}, "shards": [shard.facts for shard in writer.shards],
+        "hooks": hooks, "shards": shards,
         "tokenizer_sha256": None, "text_sha256": "0" * 64, "n_rows": 0,
     }  # fmt: skip
     write_json(folder / MANIFEST, manifest)

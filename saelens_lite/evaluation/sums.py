@@ -1,0 +1,190 @@
+"""Sums over the sequences of a text that do not depend on the order or the division of the work.
+
+Each sum is two float64 numbers: the rounded sum, and the rest that rounding leaves. Together they have about 106 bits, so their
+sum is the same to the last bit in whatever order the terms come, and however many processes share them, but for a chance of
+about 2^-50 a term. Firing counts are integers.
+Source: Knuth 1997, The Art of Computer Programming 2, section 4.2.2, theorem B (the rest of a rounded sum).
+
+Confidence intervals come from a Poisson bootstrap over sequences, because the tokens of one text are not independent: replicate
+b weighs each sequence by a Poisson(1) draw. So only the weighted sums are kept, and memory does not depend on the amount of
+text. A draw depends on the seed, the number of the sequence and the replicate, and on nothing else.
+Source: Chamandy, Muralidharan, Najmi and Naidu 2012, Estimating uncertainty for massive data streams.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Num
+from torch import Tensor
+
+from saelens_lite.processes import ALONE, Team
+from saelens_lite.seeds import mixed_seed
+
+DENSITY_REPLICATES = 100  # bootstrap replicates of the firing counts; fewer, because there is a count for each latent
+CHUNK_LATENTS = 1 << 14  # latents whose counts are added at a time
+_POISSON = np.floor(2.0**32 * np.cumsum([math.exp(-1) / math.factorial(k) for k in range(13)])).astype(np.uint32)
+
+
+class Metric(NamedTuple):
+    """A value and its 95 % bootstrap confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]" if self.has_interval else f"{self.value:.4g}"
+
+    @property
+    def has_interval(self) -> bool:
+        """False if there is no interval, as for a text of one sequence."""
+        return not math.isnan(self.low)
+
+    @property
+    def interval(self) -> str:
+        """The interval as text."""
+        return f"{self.low:.4g} … {self.high:.4g}" if self.has_interval else "–"
+
+    @property
+    def short(self) -> str:
+        """The value, to three digits or to the first digit of half of the interval, and that half if there is an interval."""
+        half = (self.high - self.low) / 2
+        if not math.isfinite(self.value) or self.value == 0:
+            shown = f"{self.value:.4g}"
+        else:
+            digits = [2 - math.floor(math.log10(abs(self.value)))]
+            digits += [-math.floor(math.log10(half))] if math.isfinite(half) and half > 0 else []
+            shown = f"{self.value:.{min(max(*digits, 0), 9)}f}"
+        return shown + (f" ±{half:.1g}" if half < 9.5 else f" ±{half:,.0f}" if self.has_interval else "")
+
+
+def with_interval(values: Float[Tensor, " replicates"]) -> Metric:
+    """Return entry 0 with the central 95 % of the other entries that are finite, or with NaN if no other entry is."""
+    replicates = values[1:][torch.isfinite(values[1:])]
+    if not len(replicates):
+        return Metric(float(values[0]), math.nan, math.nan)
+    low, high = torch.quantile(replicates, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Metric(float(values[0]), low, high)
+
+
+def poisson_weights(seed: int, number: Sequence[int], n: int) -> Int[Tensor, "n_seq n"]:
+    """Return n Poisson(1) draws for each sequence. Row i depends only on the seed and number[i], and begins alike for every n.
+
+    The draws are the inverse of the distribution function at 32 random bits, from a counter-based generator (Philox).
+    """
+    raw = [np.random.Philox(key=seed, counter=[0, 0, i, 0]).random_raw((n + 1) // 2).view(np.uint32)[:n] for i in number]
+    drawn = np.searchsorted(_POISSON, np.stack(raw) if raw else np.zeros((0, n), np.uint32), side="right")
+    return torch.from_numpy(drawn)
+
+
+def _counted(key: Int[Tensor, " n"], n_keys: int) -> tuple[Int[Tensor, " n_distinct"], Int[Tensor, " n_distinct"]]:
+    """Return the distinct keys, ascending, and the number of times that each occurs, on the CPU."""
+    if n_keys > 4 * len(key):
+        key, count = key.unique(return_counts=True)
+        return key.cpu(), count.cpu()
+    table = torch.bincount(key, minlength=n_keys).cpu()  # faster, and no larger than the keys
+    key = torch.from_numpy(np.flatnonzero(table.numpy()))
+    return key, table[key]
+
+
+class ExactSums:
+    """Sums of float64 tensors by name, the same in any order of their terms."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def add(self, name: str, x: Float[Tensor, "..."]) -> None:
+        """Add a tensor, which is overwritten."""
+        if name not in self._sums:
+            self._sums[name] = x, torch.zeros_like(x)
+            return
+        old, rest = self._sums[name]
+        new = old + x
+        back = new - old
+        x.sub_(back)
+        torch.sub(new, back, out=back)
+        rest.add_(old.sub_(back)).add_(x)
+        self._sums[name] = new, rest
+
+    def __getitem__(self, name: str) -> Float[Tensor, "..."]:
+        total, rest = self._sums[name]
+        return torch.where(total.isfinite(), total + rest, total)  # the rest of an infinite sum is NaN
+
+    def pool(self, team: Team) -> None:
+        """Add the sums of all processes, which then have the same."""
+        if team.world == 1:
+            return
+        shapes: dict[str, tuple[int, ...]] = {}
+        for known in team.gather({name: tuple(total.shape) for name, (total, _) in self._sums.items()}):
+            shapes |= known
+        for name, shape in shapes.items():
+            own = self._sums.pop(name, None) or (torch.zeros(shape, dtype=torch.float64),) * 2
+            parts = [team.stack(part.cpu()) for part in own]
+            for total in parts[0]:
+                self.add(name, total.clone())
+            self._sums[name] = self._sums[name][0], self._sums[name][1] + parts[1].sum(0)
+
+
+class PooledSums(ExactSums):
+    """Weighted sums over sequences: entry 0 has weight 1 for each sequence, entries 1 … n are bootstrap replicates.
+
+    n_sequences: number of sequences that are added by all processes; without two there are no intervals.
+    """
+
+    def __init__(self, n_bootstrap: int, seed: int, n_sequences: int):
+        super().__init__()
+        self.n_bootstrap, self.n_sequences = n_bootstrap, n_sequences
+        self._seed = mixed_seed("bootstrap", seed)
+        self._fired: dict[str, Tensor] = {}
+        self._weights = torch.empty(0, dtype=torch.float64)
+
+    def weigh(self, number: Int[Tensor, " n"]) -> None:
+        """Use the weights of these sequences from now on."""
+        drawn = poisson_weights(self._seed, number.tolist(), self.n_bootstrap)
+        self._weights = torch.cat([torch.ones(1, len(number)), drawn.T]).double()
+
+    def add(self, name: str, per_sequence: Num[Tensor, "n ..."]) -> None:
+        """Add sums over the tokens of each sequence (scalars or vectors)."""
+        super().add(name, self._weights @ per_sequence.cpu().double())
+
+    def add_fired(self, name: str, sequence: Int[Tensor, " nnz"], latent: Int[Tensor, " nnz"], d_sae: int) -> None:
+        """Count the latents that fire, given the sequence of the batch and the latent for each time that one fires.
+
+        The work and the memory beside the counts themselves grow with the number of pairs, not with d_sae.
+        """
+        weights = self._weights[: 1 + DENSITY_REPLICATES].T.float()  # sums over a batch are exact in float32
+        pair, count = _counted(latent * len(weights) + sequence, len(weights) * d_sae)
+        latents, n_of_latent = (pair // len(weights)).unique_consecutive(return_counts=True)
+        fired = self._fired.setdefault(name, torch.zeros(d_sae, weights.shape[1], dtype=torch.float64))
+        start = F.pad(n_of_latent.cumsum(0), (1, 0))
+        for first in range(0, len(latents), CHUNK_LATENTS):
+            ends = start[first : first + CHUNK_LATENTS + 1]
+            some = slice(int(ends[0]), int(ends[-1]))
+            counts = F.embedding_bag(
+                pair[some] % len(weights), weights, ends - ends[0],
+                mode="sum", per_sample_weights=count[some].float(), include_last_offset=True,
+            )  # fmt: skip
+            fired.index_add_(0, latents[first : first + CHUNK_LATENTS], counts.double())
+
+    def fired(self, name: str) -> Float[Tensor, "d_sae replicates"]:
+        """Return how often each latent fired: in column 0 on the text, in others on the replicates."""
+        return self._fired[name]
+
+    def pool(self, team: Team = ALONE) -> None:
+        """Add the sums and counts of all processes, which then have the same."""
+        super().pool(team)
+        if team.world == 1:
+            return
+        shapes: dict[str, tuple[int, ...]] = {}
+        for known in team.gather({name: tuple(counts.shape) for name, counts in self._fired.items()}):
+            shapes |= known
+        for name, shape in shapes.items():
+            self._fired[name] = team.sum(self._fired.pop(name, torch.zeros(shape, dtype=torch.float64)))
+
+    def metric(self, values: Float[Tensor, " replicates"]) -> Metric:
+        """Return entry 0 with the central 95 % of the replicates. A single sequence gives no interval."""
+        return with_interval(values if self.n_sequences > 1 else values[:1])
