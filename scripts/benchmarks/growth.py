@@ -23,6 +23,7 @@ tokens each, and resumes the run from the last.
 
 import argparse
 import json
+import logging
 import math
 import os
 import re
@@ -256,6 +257,7 @@ def main() -> None:
     args = options.parse_args()
     torch.set_num_threads(args.threads)
     if args.child:
+        logging.disable(logging.WARNING)
         part, n, folder = args.child
         print(
             json.dumps(
