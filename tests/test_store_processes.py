@@ -2,6 +2,7 @@
 
 import os
 import signal
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -44,8 +45,9 @@ class TwoTokens(sl.LanguageModel):
     def hooks_of(self, dictionary, hook=None):
         return Hooks((HOOK,), (HOOK,))
 
+    @contextmanager
     def redrawn(self, seed=0):
-        return TwoTokens(seed + 1)
+        yield TwoTokens(seed + 1)
 
     def unembedding(self, *, fold_norm=True):
         return self.table[0]
