@@ -17,7 +17,7 @@ from torch import Tensor
 
 import saelens_lite as sl
 from saelens_lite.evaluation import metrics
-from saelens_lite.evaluation.held import held
+from saelens_lite.evaluation.held import held_batches
 from saelens_lite.evaluation.measure import mean_activation, measure
 from saelens_lite.evaluation.sums import Metric, PooledSums
 from saelens_lite.model.passes import default_batch_tokens
@@ -46,7 +46,7 @@ def population(rows: TokenRows, lm: sl.LanguageModel, d: sl.Dictionary) -> dict[
     """Of every sequence, all that metrics are computed from."""
     recorder = Recorder()
     hooks, batch_tokens = Hooks((HOOK,), (HOOK,)), default_batch_tokens(lm, with_logits=True)
-    with held(lm, [rows], batch_tokens, ALONE) as batches:
+    with held_batches(lm, [rows], batch_tokens, ALONE) as batches:
         mean = mean_activation(lm, batches, hooks.writes)
         measure([d], lm, batches, hooks, sums=recorder, mean=mean, batch_tokens=batch_tokens)
     return {name: torch.cat(found) for name, found in recorder.recorded.items()}

@@ -40,7 +40,8 @@ class Model:
     device, is_causal, module = torch.device("cpu"), True, None
     d_vocab, n_ctx, bos_id, eos_id, pad_id, special_ids = 258, 32, 256, 257, 257, frozenset((256, 257))
 
-    def __init__(self, nan_at: str | None = None, kill: tuple[int, int] | None = None):
+    def __init__(self, nan_at: str | None = None, kill: tuple[int, int] | None = None, is_shared: bool = False):
+        self.is_shared = is_shared and team().world > 1
         self.processing, self.vocabulary = [], [chr(i) for i in range(258)]
         self.nan_at, self.kill = nan_at and list(nan_at.encode()), kill
         self.n_runs = self.n_texts = 0
@@ -115,6 +116,18 @@ def test_several_processes_write_the_bytes_of_one(tmp_path, name):
         assert sum(each["runs"] for each in found) == alone["runs"]  # each batch is run by one of them
         assert max(each["runs"] for each in found) < alone["runs"]
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_processes_that_hold_the_model_together_all_run_it(tmp_path):
+    """Each with the same batches, as tensor parallelism needs; the first one writes."""
+    shared = {"model": (None, None, True)}
+    alone = in_processes(1, capturing, tmp_path / "1", shared)[0]
+    assert in_processes(2, capturing, tmp_path / "2", shared) == [alone, {**alone, "texts": 0}]
+    assert contents(tmp_path / "2") == contents(tmp_path / "1")
+    for message in in_processes(
+        2, failing, tmp_path / "c", {"text": ["NaN" * 9], "model": ("NaN", None, True)}, NonFiniteError
+    ):
+        assert "NaN, infinity or a number too large" in message
 
 
 def test_a_section_ends_with_a_shard_of_its_own(tmp_path):

@@ -1,5 +1,7 @@
 """Statistics of latents from the weights, against dense float64 computations."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from scipy import stats
@@ -116,6 +118,24 @@ def test_neighbours_are_the_nearest_of_all(found, dictionary, side):
     torch.testing.assert_close(values, cosines.gather(1, ids), rtol=0, atol=1e-6)
     expected = cosines.fill_diagonal_(-torch.inf).topk(10, dim=1).values
     torch.testing.assert_close(values, expected, rtol=0, atol=1e-6)
+
+
+def test_tiles_of_cosines_change_no_neighbour(monkeypatch):
+    """Tiles of all shapes, with the diagonal anywhere in them, against all cosines in float64."""
+    units = torch.nn.functional.normalize(torch.randn(D_SAE, 12, generator=torch.Generator().manual_seed(0)))
+    expected = (units.double() @ units.T.double()).fill_diagonal_(-torch.inf).topk(weights.N_NEIGHBOURS)
+    for numbers, rows in [(1 << 24, 1024), (100, 7), (100, 3), (60, 60), (1, 1), (2000, 11)]:
+        monkeypatch.setattr(weights, "MAX_NUMBERS", numbers)
+        monkeypatch.setattr(weights, "MIN_ROWS", rows)
+        indices, cosines = weights.nearest(units)
+        assert torch.equal(indices.long(), expected.indices)
+        torch.testing.assert_close(cosines.double(), expected.values, rtol=1e-5, atol=1e-6)
+
+
+def test_a_gpu_has_larger_tiles(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 << 30))
+    assert weights.cosines_at_once(torch.device("cuda", 1)) * 4 == (80 << 30) // 64
+    assert weights.cosines_at_once(torch.device("cpu")) == weights.MAX_NUMBERS
 
 
 def test_planted_neighbours(found):

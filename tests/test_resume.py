@@ -346,6 +346,28 @@ def test_a_history_file_that_is_lost_in_training_is_written_again(tmp_path):
     assert part == {"bytes": (tmp_path / "history").stat().st_size, "sha256": files.file_hash(tmp_path / "history")}
 
 
+def test_the_log_of_a_billion_tokens_is_small_and_comes_back(tmp_path):
+    """15,259 lines, which a checkpoint in the middle has cut in two."""
+    numbers = torch.rand(15_259, 6, generator=torch.Generator().manual_seed(0)).tolist()
+    names = ("mse", "loss", "l0", "fvu", "dead", "lr")
+    lines = [
+        {"step": 16 * n, "tokens": 65_536 * n} | dict(zip(names, (round(x, 6) for x in row), strict=True))
+        for n, row in enumerate(numbers, 1)
+    ]
+    history = History(lines[:9000])
+    middle = history.save(tmp_path / "history")
+    for line in lines[9000:]:
+        history.append(line)
+    end = history.save(tmp_path / "history")
+    assert end["bytes"] == (tmp_path / "history").stat().st_size < 200 * len(lines)
+    for part, n in ((middle, 9000), (end, len(lines))):
+        back = History.load(tmp_path / "history", part["bytes"], part["sha256"], n, checkpoint._check_line)
+        assert (len(back), back.last) == (n, lines[n - 1])
+        assert list(back) == lines[:n]
+        with pytest.raises(CorruptFileError, match=f"at most {n - 1:,} complete lines"):
+            History.load(tmp_path / "history", part["bytes"], part["sha256"], n - 1, checkpoint._check_line)
+
+
 @pytest.mark.parametrize("number", [2, 3, 4])
 def test_a_checkpoint_of_an_earlier_format_is_resumed(x, tmp_path, monkeypatch, number):
     """Format 2 has the log in state.json, whatever the size; 3 and 4 have <number>.jsonl beside it."""

@@ -1,5 +1,6 @@
 """Runs that are loaded, plotted, extended, and taken for their dictionaries."""
 
+import itertools
 import json
 import re
 import shutil
@@ -15,6 +16,7 @@ from saelens_lite.cache import TensorSource
 from saelens_lite.config import read_toml
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, SourceChangedError, Stopped
 from saelens_lite.training import curves
+from saelens_lite.training import run as run_module
 
 CONFIG = sl.TrainConfig(d_sae=12, batch_size=32, n_tokens=640, log_every=64, options={"k": 3}, lr=1e-3, warmup=0.1, decay=0.5)
 
@@ -161,6 +163,29 @@ def test_pictures_are_files_with_the_same_bytes_each_time(runs, tmp_path):
     assert ET.parse(tmp_path / "a.svg").getroot().tag.endswith("svg")
     with pytest.raises(ConfigError, match=r"a\.jpg has the ending '\.jpg'; expected \.png or \.svg"):
         run.plot(tmp_path / "a.jpg")
+
+
+def test_the_curve_of_a_long_log_keeps_its_ends_and_its_extremes():
+    """A billion tokens are 15,259 lines; a picture needs 2,000 points."""
+    ys = torch.rand(15_259, generator=torch.Generator().manual_seed(0)).add(0.5).tolist()
+    ys[7001], ys[9002] = 0.001, 9.0
+    lines = [{"tokens": 65_536 * (i + 1), "fvu": y} for i, y in enumerate(ys)]
+    (panel,) = (panel for panel in curves.PANELS if panel.name == "fvu")
+    tokens, values = curves.points(lines, panel)
+    assert len(tokens) <= curves.MOST_POINTS + 2
+    assert tokens == sorted(set(tokens))
+    assert all(ys[round(x / 65_536) - 1] == y for x, y in zip(tokens, values, strict=True))
+    assert (tokens[0], tokens[-1]) == (65_536, 65_536 * 15_259)
+    assert (min(values), max(values)) == (0.001, 9.0)
+    assert max(b - a for a, b in itertools.pairwise(tokens)) <= 65_536 * 2 * (2 * 15_259 // curves.MOST_POINTS + 1)
+    assert curves.points(lines[: curves.MOST_POINTS], panel)[1] == ys[: curves.MOST_POINTS]
+
+
+def test_a_log_that_is_too_large_to_read_is_said(runs, tmp_path, monkeypatch, caplog):
+    shutil.copytree(runs / "alone", tmp_path / "run")
+    monkeypatch.setattr(run_module, "MAX_LOG_BYTES", 100)
+    assert sl.Run.load(tmp_path / "run").history == []
+    assert "log.jsonl has " in caplog.text
 
 
 def test_curves_in_a_terminal_fit_80_columns(runs, command, tmp_path):

@@ -172,6 +172,7 @@ class RowWise(FirstOfBatch):
 )
 def test_only_row_wise_rules_are_given_parts_of_a_training_batch(monkeypatch, rule_class, training, largest):
     monkeypatch.setattr(encoder, "TILE_BYTES", 5 * 40 * 4)
+    monkeypatch.setattr(encoder, "LEAST_ROWS", 1)
     d = Dictionary(rule_class(rule_class.Config(), d_in=6, d_sae=40), reads=6, d_sae=40).train(training)
     d.W_enc.data.normal_(generator=torch.Generator().manual_seed(0))
     rule_class.sizes.clear()
@@ -182,6 +183,27 @@ def test_only_row_wise_rules_are_given_parts_of_a_training_batch(monkeypatch, ru
         assert len(codes.value) == 40
     if not training:
         torch.testing.assert_close(codes.to_dense(), d.pre(x).relu())
+
+
+@pytest.mark.parametrize(
+    ("d_sae", "d_in", "rows"),
+    [(65_536, 768, 512), (262_144, 768, 128), (2**20, 768, 128), (2**23, 768, 128), (2**20, 16, 32), (2**30, 3, 3)],
+)
+def test_a_tile_of_very_many_latents_keeps_enough_rows_but_no_more_than_the_weight_has(d_sae, d_in, rows):
+    """Within 128 MiB as long as that is 128 rows; then 128 rows, if the weight has at least as many."""
+    assert encoder.tile_rows(d_sae, torch.empty(1, d_in)) == rows
+
+
+def test_tiles_of_any_number_of_rows_give_the_same_product(monkeypatch):
+    x = torch.randn(300, 96, generator=torch.Generator().manual_seed(0))
+    d = Dictionary.create("topk", reads=96, d_sae=1024, options={"k": 20})
+    whole = d.pre(x)
+    monkeypatch.setattr(encoder, "TILE_BYTES", 1)
+    for least in (1, 32, 128):
+        monkeypatch.setattr(encoder, "LEAST_ROWS", least)
+        tiles = [tile.clone() for tile in encoder.Encoder(d.W_enc, d.b_enc, d.input_bias, x).tiles()]
+        assert max(map(len, tiles)) == min(least, 96)
+        torch.testing.assert_close(torch.cat(tiles), whole, rtol=1e-5, atol=1e-5)
 
 
 def test_an_encoder_of_halves_chooses_by_halves_and_codes_in_float32():

@@ -137,6 +137,11 @@ def _cut(folder: str, gpt2: str) -> dict:
             logits = one.logits(TOKENS, differentiable=True)
         found.append(logits.detach())
         gradients.append(torch.autograd.grad(logits[:, -1, 3].sum(), x)[0])
+    shortened = []
+    for one in (plain, lm):
+        partial = PartialForward(one, ["blocks.2.hook_resid_pre"], TOKENS)
+        partial.read(TOKENS, [])
+        shortened.append(partial.logits(TOKENS, torch.ones(2, 15, 32)) * (partial.n_skipped == 2))
     with lm.redrawn() as redrawn:
         shuffled = redrawn.logits(TOKENS)
     with pytest.raises(ConfigError, match="no plan for cutting a gpt2 into parts; use device_map='auto'"):
@@ -150,6 +155,7 @@ def _cut(folder: str, gpt2: str) -> dict:
         "activations": off,
         "logits": float((found[0] - found[1]).abs().max() / found[0].abs().max()),
         "gradients": float((gradients[0] - gradients[1]).abs().max() / gradients[0].abs().max()),
+        "shortened": torch.allclose(*shortened, rtol=1e-4, atol=1e-5) and bool(shortened[0].any()),
         "unembedding": torch.equal(lm.unembedding(), plain.unembedding()),
         "shuffled": team().agree({"logits": shuffled.sum().item()}, "logits") is None and not torch.equal(shuffled, found[1]),
         "restored": float((lm.logits(TOKENS) - plain.logits(TOKENS)).abs().max()) < 1e-4,

@@ -31,7 +31,7 @@ from saelens_lite.model import LanguageModel, passes
 from saelens_lite.model.passes import default_batch_tokens
 from saelens_lite.outputs import SHARED_SECONDS, check_shared, followed, replace_folder
 from saelens_lite.prefetch import prefetched
-from saelens_lite.processes import Team
+from saelens_lite.processes import ALONE, Team
 from saelens_lite.progress import progress_bar
 from saelens_lite.resumable import REQUEST, start_over, unfinished, unfinished_folder
 from saelens_lite.tensor_files import DTYPES
@@ -78,8 +78,12 @@ def _activations(
     batch_tokens: int,
     skip: int,
     read: RowHash | None = None,
+    others: Team = ALONE,
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield the activations of blocks that are given by number, which decides the order of their rows."""
+    """Yield the activations of blocks that are given by number, which decides the order of their rows.
+
+    others: the processes that `_assist` and hold the model together with this one.
+    """
     for number, rows in blocks:
         for batch in passes.batches(lm, rows, batch_tokens, "shuffled", seed=number):
             if read is not None:
@@ -88,6 +92,7 @@ def _activations(
             n_skipped = min(skip, len(tokens))
             skip -= n_skipped
             if n_skipped < len(tokens):
+                others.tell(batch)
                 piece = {"tokens": tokens, **passes.read(lm, batch, hooks).acts}
                 yield {key: x[n_skipped:] for key, x in piece.items()}
 
@@ -150,22 +155,31 @@ def capture(
     config, text = text_config_of(text_config, n_ctx, prepend_bos), with_mask(text, attention_mask)
     blocks = RowBlocks(lm, text, config, n_tokens=n_tokens)
     config = blocks.config
-    out, team = followed(Path(out)), processes.team()
+    out, members = followed(Path(out)), processes.team()
     request = {
         "model": lm.name, "revision": lm.revision, "processing": lm.processing, "tokenizer": lm.tokenizer_hash, "hooks": names,
         "model_dtype": f"torch.{lm.precision}", "n_tokens": n_tokens, "text_config": config.model_dump(mode="json"),
         "dtype": dtype, "batch_tokens": batch_tokens, "shard_tokens": shard_tokens, "weights": lm.fingerprint(),
     }  # fmt: skip
     processes.check_same(request, device=lm.device)
-    check_shared(out, team)
-    folder = unfinished_folder(out)
+    check_shared(out, members)
+    if lm.is_shared and not members.is_first:
+        with members.failing_together():
+            _assist(lm, names, members)
+        return _opened(out, members)
+    folder, team = unfinished_folder(out), ALONE if lm.is_shared else members
     with ExitStack() as stack:
+        if lm.is_shared:
+            stack.enter_context(members.failing_together())
+            stack.callback(members.tell, None)  # ends `_assist`
         with team.failing_together():
             if team.is_first:
                 _refuse_left_workers(folder, team)
                 files = files_of(text)
                 stack.enter_context(unfinished(out, CACHE, request, UNFINISHED_CAPTURE, _has_shards, exists, files))
-        job = _Job(team, folder, lm, config, names, batch_tokens, shard_tokens, DTYPES[dtype])
+        job = _Job(
+            team, members if lm.is_shared else ALONE, folder, lm, config, names, batch_tokens, shard_tokens, DTYPES[dtype]
+        )
         try:
             sections = job.run(text, n_tokens)
         except _OtherTextError:
@@ -190,15 +204,22 @@ def capture(
                 }
                 write_json(folder / SHARDS / MANIFEST, manifest, MAX_LIST_BYTES)
                 replace_folder(folder / SHARDS, out, CACHE)
-    cache = _opened(out, team)
+    cache = _opened(out, members)
     log.info("captured %s", cache)
     return cache
+
+
+def _assist(lm: LanguageModel, hooks: list[str], members: Team) -> None:
+    """Run the model over the batches of the first process, which needs all processes that hold the model together."""
+    while (batch := members.tell(None)) is not None:
+        passes.read(lm, batch, hooks)
 
 
 class _Job(NamedTuple):
     """A capture by a team of processes into the folder of an unfinished capture."""
 
     team: Team
+    others: Team  # those that hold the model together with this process
     folder: Path
     lm: LanguageModel
     config: TextConfig
@@ -251,7 +272,8 @@ class _Job(NamedTuple):
             for section in ready:
                 advance(section.n_others, "")
                 writer.begin(section.journal)
-                for piece in _activations(self.lm, section.blocks, self.hooks, self.batch_tokens, section.journal.n_done):
+                n_done = section.journal.n_done
+                for piece in _activations(self.lm, section.blocks, self.hooks, self.batch_tokens, n_done, others=self.others):
                     if not writer.n_added:
                         _check_space(folder, piece, blocks.n_expected, start.n_done, self.dtype)
                     writer.add(piece)

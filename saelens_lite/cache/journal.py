@@ -99,7 +99,7 @@ class Journal:
 
     def note(self, facts: dict[str, Any], moments: dict[str, Moments]) -> None:
         """Add a shard that is complete on the disk."""
-        sums = {hook: _packed(found) for hook, found in moments.items()}
+        sums = {hook: _packed(of_hook) for hook, of_hook in moments.items()}
         append_line(self.path, json.dumps({"facts": facts, "sums": sums}))
         self._keep(facts, sums)
 
@@ -124,9 +124,9 @@ def merged(journals: Iterable[Journal], hooks: Sequence[str]) -> tuple[list[dict
             for of_shard in journal.moments(hook):
                 total = totals.setdefault(hook, Moments(len(of_shard.total)))
                 total.add_sums(of_shard.n, of_shard.total, of_shard.square)
-    found = {hook: total.statistics() for hook, total in totals.items()}
+    statistics = {hook: total.statistics() for hook, total in totals.items()}
     return shards, {
-        hook: {"d_in": len(mean), "rms_norm": rms_norm, "mean": mean.tolist()} for hook, (mean, rms_norm) in found.items()
+        hook: {"d_in": len(mean), "rms_norm": rms_norm, "mean": mean.tolist()} for hook, (mean, rms_norm) in statistics.items()
     }
 
 

@@ -18,6 +18,7 @@ from saelens_lite.devices import asynchronous
 
 TILE_BYTES = 2**27  # largest size of the pre-activations in memory
 GPU_TILE_BYTES = 2**29  # the same on a GPU, which is fast only on large products
+LEAST_ROWS, GPU_LEAST_ROWS = 128, 512  # each tile reads all of W_enc, so one of fewer rows is slow
 
 
 class Spare:
@@ -154,7 +155,11 @@ class Encoder:
         return value if self.b_enc is None else value + self.b_enc.index_select(0, support.latent)
 
 
-def tile_rows(width: int, like: Tensor) -> int:
-    """Return the number of rows of a tile of the dtype and device of `like` that stays within its limit, at least 1."""
-    limit = GPU_TILE_BYTES if like.is_cuda else TILE_BYTES
-    return max(1, limit // max(1, width * like.element_size()))
+def tile_rows(width: int, like: Float[Tensor, "batch d_in"]) -> int:
+    """Return the number of rows of a tile of the dtype and device of `like`.
+
+    A tile stays within its limit in bytes, unless it would then have very few rows. With hundreds of thousands of latents it is
+    larger, but never larger than W_enc.
+    """
+    limit, least = (GPU_TILE_BYTES, GPU_LEAST_ROWS) if like.is_cuda else (TILE_BYTES, LEAST_ROWS)
+    return max(1, min(least, like.shape[1]), limit // max(1, width * like.element_size()))

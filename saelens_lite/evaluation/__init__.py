@@ -42,7 +42,13 @@ activations. Each penalty is chosen by cross-validation, and each probe has a co
 beside the same count for random directions. `sl.stability(d, others)` gives a score for each latent. `compare` and `probe`
 need `pip install 'saelens-lite[analysis]'`.
 
-metrics.py has the definitions, measure.py the pass over the text, controls.py the controls, report.py the result.
+**Several processes.** `torchrun --nproc-per-node 4 evaluate.py` shares the batches of the text, or of the activations, among
+four processes. Each of them gets the whole report, which is the same, to the last digit, for any number of processes with the
+same number of threads. Memory does not grow with the text: its tokens are held in a temporary file (in `$TMPDIR`, 4 bytes a
+token).
+
+metrics.py has the definitions, measure.py the pass over the text, held.py its batches, sums.py the sums and their bootstrap
+weights, controls.py the controls, report.py the result.
 """
 
 import logging
@@ -64,7 +70,7 @@ from saelens_lite.evaluation import metrics
 from saelens_lite.evaluation.bands import frequency_markdown, frequency_table, position_table
 from saelens_lite.evaluation.controls import REDRAWN, moments, untrained
 from saelens_lite.evaluation.frequency import FrequencyBand, frequency_bands
-from saelens_lite.evaluation.held import STRETCH, Held, held
+from saelens_lite.evaluation.held import STRETCH, Held, held_batches
 from saelens_lite.evaluation.measure import Grouping, kept_activations, mean_activation, measure
 from saelens_lite.evaluation.overlap import overlap
 from saelens_lite.evaluation.positions import PositionBand, bands_of_positions
@@ -138,6 +144,8 @@ def evaluate(
     With activations x [n d_in] in place of the model and the text, the report has the metrics that need no model. Intervals are
     then bootstrapped over rows, or over `groups` of rows that are not independent of each other.
 
+    All processes of a job share the work, and each returns the whole report. They must call this with the same arguments.
+
     Args:
         lm: the model, or activations: a tensor, a numpy array, a DataFrame or a list of rows; (x, y) for a transcoder.
         target: for activations, those that a transcoder should return.
@@ -165,6 +173,7 @@ def evaluate(
         ShapeError: a dictionary does not fit the width of its hook or of x, or x is not an array of numbers with two rows.
         TextError: there is no text.
         NonFiniteError: the activations or a dictionary hold NaN or infinity, or all rows of x are the same.
+        DiskFullError: the tokens of the text do not fit into the folder for temporary files.
     """
     several = not isinstance(dictionary, Dictionary)
     dictionaries = list(dictionary) if several else [dictionary]
@@ -208,7 +217,7 @@ def evaluate(
     config = None if isinstance(text, TokenRows) else as_trained(dictionaries, lm, text, text_config or TextConfig())
     check_same({"text_config": None if config is None else config.model_dump(mode="json")}, device=lm.device)
     workers = ALONE if lm.is_shared else team()
-    with held(lm, _blocks(lm, text, n_tokens, config), batch_tokens, workers) as batches:
+    with held_batches(lm, _blocks(lm, text, n_tokens, config), batch_tokens, workers) as batches:
         if not batches.n_kept:
             raise TextError("there is no text to evaluate on: none of the positions of the token rows counts")
         job = _Plan(

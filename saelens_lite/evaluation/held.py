@@ -29,12 +29,12 @@ IN_MEMORY = 1 << 26  # bytes of a text that are not written to a disk
 
 
 @contextmanager
-def held(lm: LanguageModel, blocks: Iterable[TokenRows], batch_tokens: int, team: Team) -> Iterator["Held"]:
+def held_batches(lm: LanguageModel, blocks: Iterable[TokenRows], batch_tokens: int, team: Team) -> Iterator["Held"]:
     """Yield the batches of a text, and remove their file at the end of the block."""
     with SpooledTemporaryFile(max_size=IN_MEMORY) as file:
         with team.failing_together():
-            found = Held(file, lm, blocks, batch_tokens, team)
-        yield found
+            batches = Held(file, lm, blocks, batch_tokens, team)
+        yield batches
 
 
 class Held:
@@ -70,9 +70,9 @@ class Held:
         self.per_token = _plus(self.per_token, torch.bincount(rows.tokens[rows.keep]))
         self.per_position = _plus(self.per_position, rows.keep.sum(0))
 
-    def _hold(self, found: Iterator[RowBatch], n_before: int) -> None:
+    def _hold(self, batches: Iterator[RowBatch], n_before: int) -> None:
         """Write the batches of this process. Each is a head, the numbers and lengths of its rows, and its marked tokens."""
-        for batch in found:
+        for batch in batches:
             if self._n_batches % self._team.world == self._team.rank:
                 rows = batch.rows
                 head = [*rows.tokens.shape, rows.length is not None, rows.ends_text]

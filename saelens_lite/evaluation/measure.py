@@ -69,9 +69,9 @@ def kept_activations(lm: LanguageModel, held: Held, hooks: Sequence[str], what: 
     """Yield the activations of the kept tokens at some hooks, batch by batch. Forward passes stop after these hooks."""
     with progress_bar(what, held.n_own) as advance:
         for batch in held:
-            found = read(lm, batch, hooks)
-            yield together(found.acts, hooks).float()
-            advance(len(found.row), "")
+            activations = read(lm, batch, hooks)
+            yield together(activations.acts, hooks).float()
+            advance(len(activations.row), "")
 
 
 def mean_activation(lm: LanguageModel, held: Held, hooks: Sequence[str], team: Team = ALONE) -> Float[Tensor, " d"]:

@@ -13,7 +13,7 @@ Source: Chamandy, Muralidharan, Najmi and Naidu 2012, Estimating uncertainty for
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from saelens_lite.processes import ALONE, Team
 from saelens_lite.seeds import mixed_seed
 
 DENSITY_REPLICATES = 100  # bootstrap replicates of the firing counts; fewer, because there is a count for each latent
+CHUNK = 1 << 15  # numbers that are added at a time; they fit into a CPU's cache
 CHUNK_LATENTS = 1 << 14  # latents whose counts are added at a time
 _POISSON = np.floor(2.0**32 * np.cumsum([math.exp(-1) / math.factorial(k) for k in range(13)])).astype(np.uint32)
 
@@ -81,16 +82,6 @@ def poisson_weights(seed: int, number: Sequence[int], n: int) -> Int[Tensor, "n_
     return torch.from_numpy(drawn)
 
 
-def _counted(key: Int[Tensor, " n"], n_keys: int) -> tuple[Int[Tensor, " n_distinct"], Int[Tensor, " n_distinct"]]:
-    """Return the distinct keys, ascending, and the number of times that each occurs, on the CPU."""
-    if n_keys > 4 * len(key):
-        key, count = key.unique(return_counts=True)
-        return key.cpu(), count.cpu()
-    table = torch.bincount(key, minlength=n_keys).cpu()  # faster, and no larger than the keys
-    key = torch.from_numpy(np.flatnonzero(table.numpy()))
-    return key, table[key]
-
-
 class ExactSums:
     """Sums of float64 tensors by name, the same in any order of their terms."""
 
@@ -100,18 +91,24 @@ class ExactSums:
     def add(self, name: str, x: Float[Tensor, "..."]) -> None:
         """Add a tensor, which is overwritten."""
         if name not in self._sums:
-            self._sums[name] = x, torch.zeros_like(x)
+            self._sums[name] = x.contiguous(), torch.zeros_like(x, memory_format=torch.contiguous_format)
             return
-        old, rest = self._sums[name]
-        new = old + x
-        back = new - old
-        x.sub_(back)
-        torch.sub(new, back, out=back)
-        rest.add_(old.sub_(back)).add_(x)
-        self._sums[name] = new, rest
+        size = CHUNK if x.device.type == "cpu" else x.numel()
+        parts = (whole.reshape(-1).split(size) for whole in (*self._sums[name], x))
+        for total, rest, term in zip(*parts, strict=True):
+            new = total + term
+            back = new - total
+            term.sub_(back)
+            torch.sub(new, back, out=back)
+            rest.add_(total.sub_(back)).add_(term)
+            total.copy_(new)
 
     def __getitem__(self, name: str) -> Float[Tensor, "..."]:
-        total, rest = self._sums[name]
+        return self._value(name)
+
+    def _value(self, name: str, part: Any = ...) -> Float[Tensor, "..."]:
+        """Return a sum, or part of it."""
+        total, rest = (x[part] for x in self._sums[name])
         return torch.where(total.isfinite(), total + rest, total)  # the rest of an infinite sum is NaN
 
     def pool(self, team: Team) -> None:
@@ -125,8 +122,8 @@ class ExactSums:
             own = self._sums.pop(name, None) or (torch.zeros(shape, dtype=torch.float64),) * 2
             parts = [team.stack(part.cpu()) for part in own]
             for total in parts[0]:
-                self.add(name, total.clone())
-            self._sums[name] = self._sums[name][0], self._sums[name][1] + parts[1].sum(0)
+                ExactSums.add(self, name, total.clone())
+            self._sums[name][1].add_(parts[1].sum(0))
 
 
 class PooledSums(ExactSums):
@@ -141,15 +138,36 @@ class PooledSums(ExactSums):
         self._seed = mixed_seed("bootstrap", seed)
         self._fired: dict[str, Tensor] = {}
         self._weights = torch.empty(0, dtype=torch.float64)
+        self._waiting: dict[str, Tensor] = {}
+        self._columns: dict[str, dict[str, slice | int]] = {}  # by name of a sum: the columns that it has in a table
 
     def weigh(self, number: Int[Tensor, " n"]) -> None:
         """Use the weights of these sequences from now on."""
+        self._add_waiting()
         drawn = poisson_weights(self._seed, number.tolist(), self.n_bootstrap)
         self._weights = torch.cat([torch.ones(1, len(number)), drawn.T]).double()
 
     def add(self, name: str, per_sequence: Num[Tensor, "n ..."]) -> None:
         """Add sums over the tokens of each sequence (scalars or vectors)."""
-        super().add(name, self._weights @ per_sequence.cpu().double())
+        if name in self._waiting:
+            self._add_waiting()
+        self._waiting[name] = per_sequence.cpu().double()
+
+    def _add_waiting(self) -> None:
+        """Add all that was measured on the last sequences: one product for one table is faster than one for each sum."""
+        if not self._waiting:
+            return
+        table, width, columns = " ".join(self._waiting), 0, {}
+        for name, x in self._waiting.items():
+            columns[name] = slice(width, width + x.shape[1]) if x.ndim > 1 else width
+            width += x.shape[1] if x.ndim > 1 else 1
+            self._columns.setdefault(name, {})[table] = columns[name]
+        super().add(table, self._weights @ torch.cat([x.reshape(len(x), -1) for x in self._waiting.values()], dim=1))
+        self._waiting = {}
+
+    def __getitem__(self, name: str) -> Float[Tensor, "replicates ..."]:
+        self._add_waiting()
+        return sum(self._value(table, (slice(None), columns)) for table, columns in self._columns[name].items())
 
     def add_fired(self, name: str, sequence: Int[Tensor, " nnz"], latent: Int[Tensor, " nnz"], d_sae: int) -> None:
         """Count the latents that fire, given the sequence of the batch and the latent for each time that one fires.
@@ -157,15 +175,21 @@ class PooledSums(ExactSums):
         The work and the memory beside the counts themselves grow with the number of pairs, not with d_sae.
         """
         weights = self._weights[: 1 + DENSITY_REPLICATES].T.float()  # sums over a batch are exact in float32
-        pair, count = _counted(latent * len(weights) + sequence, len(weights) * d_sae)
-        latents, n_of_latent = (pair // len(weights)).unique_consecutive(return_counts=True)
+        n = len(weights)
         fired = self._fired.setdefault(name, torch.zeros(d_sae, weights.shape[1], dtype=torch.float64))
+        key = latent * n + sequence
+        if n * d_sae <= 4 * len(key):  # a dense table is no larger than the codes, and faster
+            table = torch.bincount(key, minlength=n * d_sae).reshape(d_sae, n)
+            fired.add_(table.cpu().float() @ weights)
+            return
+        pair, count = (x.cpu() for x in key.unique(return_counts=True))
+        latents, n_of_latent = (pair // n).unique_consecutive(return_counts=True)
         start = F.pad(n_of_latent.cumsum(0), (1, 0))
         for first in range(0, len(latents), CHUNK_LATENTS):
             ends = start[first : first + CHUNK_LATENTS + 1]
             some = slice(int(ends[0]), int(ends[-1]))
             counts = F.embedding_bag(
-                pair[some] % len(weights), weights, ends - ends[0],
+                pair[some] % n, weights, ends - ends[0],
                 mode="sum", per_sample_weights=count[some].float(), include_last_offset=True,
             )  # fmt: skip
             fired.index_add_(0, latents[first : first + CHUNK_LATENTS], counts.double())
@@ -176,9 +200,13 @@ class PooledSums(ExactSums):
 
     def pool(self, team: Team = ALONE) -> None:
         """Add the sums and counts of all processes, which then have the same."""
+        self._add_waiting()
         super().pool(team)
         if team.world == 1:
             return
+        for columns in team.gather(self._columns):
+            for name, found in columns.items():
+                self._columns[name] = found | self._columns.get(name, {})
         shapes: dict[str, tuple[int, ...]] = {}
         for known in team.gather({name: tuple(counts.shape) for name, counts in self._fired.items()}):
             shapes |= known

@@ -26,7 +26,13 @@ text in their label come first. `store.latent(7)` sums up a latent. `quantile_ex
 how well a label predicts where it fires, compared with a baseline of tokens.
 
 `FeatureStore.build([d1, d2], lm, text, out="stores")` reads the text once for several dictionaries, whatever its length. Codes
-go to disk as they are computed, 12 to 14 bytes each, and every number is exact. Repeat the call to resume an interrupted pass.
+go to disk as they are computed, 10 bytes each, with those that fire together on up to about 4 million tokens. Every number is
+exact, except that beyond these 4 million, partners are counted on a sample of so many tokens (`store.info.partner_tokens`).
+Time grows with the length of the text, and memory does not. Repeat the call to resume an interrupted pass.
+
+Start the same script with `torchrun --nproc-per-node 4` and the processes share the work: each runs the model on a part of the
+batches, then reduces a part of the latents. The folder must be on a file system that all of them see. The files are those that
+one process writes. An interrupted pass can be resumed with another number of processes.
 With `codes=True` (extra `sql`) the store keeps all codes as a Parquet table, for `store.sql("select latent, max(value) from
 codes group by latent")`. `control=True` shows each latent beside its behaviour in a model with shuffled weights.
 
@@ -49,10 +55,10 @@ the images are: `dashboard(images="photos")`. Groups are sorted by the evidence 
 elsewhere, so a large group does not come first by its size. What needs a model or its text, such as promoted tokens, is
 refused.
 
-collect.py runs the model, and code_log.py keeps the codes on disk. reduce.py and cooccurrence.py turn them into numbers
-(tensors.py). activations.py and rows.py are for rows without a text. store.py answers questions from these (summary.py) and
-from the weights alone (weights.py). store_files.py reads and writes the files. search.py finds latents by text. compare.py
-matches the latents of two dictionaries.
+text_rows.py keeps the rows of long texts on disk. collect.py runs the model, and code_log.py keeps the codes there. reduce.py
+and cooccurrence.py turn them into numbers (tensors.py). activations.py and rows.py are for rows without a text. store.py
+answers questions from these (summary.py) and from the weights alone (weights.py). store_files.py reads and writes the files.
+search.py finds latents by text. compare.py matches the latents of two dictionaries.
 """
 
 from saelens_lite.features.detection import Detection, DetectionTask, Score, Scorer, token_baseline, words_of_label

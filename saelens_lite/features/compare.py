@@ -26,6 +26,7 @@ from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, ShapeError
 from saelens_lite.features.info import weights_hash
 from saelens_lite.features.tensors import NONE
+from saelens_lite.features.weights import cosines_at_once
 from saelens_lite.files import parsed_json, write_file, write_json
 from saelens_lite.outputs import new_file
 from saelens_lite.progress import progress_bar
@@ -37,7 +38,7 @@ FORMAT = 1
 STABILITY_FILE = "stability.safetensors"
 THRESHOLD = 0.7
 MOST_HUNGARIAN = 8192  # latents on either side; time grows with the cube, memory with the square (8192: 10 s, 1.5 GB)
-TILE = 1024  # latents whose cosines with all others are held at once
+TILE = 1024  # latents whose cosines with all others are held at once; more on a GPU that has room for them
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 WIDTH_OF_NUMBERS = 67  # of the columns beside the names in `comparison_table`
 N_BINS = 20  # of a histogram of cosines, from −1 to 1
@@ -480,8 +481,9 @@ def _nearest(
     """Return, for each unit vector of `a`, the nearest of `b` (the first of equals), the cosine, and if they are mutual."""
     to_b = []
     best, to_a = a.new_full((len(b),), -torch.inf), torch.zeros(len(b), dtype=torch.long, device=a.device)
-    for start in range(0, len(a), TILE):
-        cosines = a[start : start + TILE] @ b.T
+    size = TILE if a.device.type == "cpu" else max(TILE, cosines_at_once(a.device) // len(b))
+    for start in range(0, len(a), size):
+        cosines = a[start : start + size] @ b.T
         to_b.append(cosines.max(1))
         column = cosines.max(0)
         better = column.values > best

@@ -77,8 +77,13 @@ class FeatureStore(StoreQueries):
 
         A dictionary on another device is copied to the model's.
 
-        Codes go to disk as they are computed, 12 to 14 bytes each. During the pass, memory holds one batch and the token ids
-        with a few numbers for each; afterwards also the activations of some latents.
+        Codes go to disk as they are computed, 10 to 14 bytes each. The rows of a long text are kept in files too, so memory
+        holds one batch, a few numbers for each row and latent, and later about 4 million activations at a time; only a latent
+        with more takes memory for all of its own. Beyond about 4 million tokens, partners of latents are counted on a sample
+        of so many (`StoreInfo.partner_tokens`); all other numbers are exact.
+
+        All processes of a job that torchrun started share the work, and each returns the stores. Without `out` they need a
+        common folder for temporary files.
 
         Args:
             text: Text, which is cut into rows as the dictionary's training text was, or token ids, as
@@ -100,6 +105,7 @@ class FeatureStore(StoreQueries):
             OutputExistsError: `out` is not empty, or holds an unfinished pass with other inputs, and `exists` is "error".
             NonFiniteError: a weight or an activation is NaN or infinite.
             LockedError, DiskFullError: another process is writing `out`; the disk is full.
+            ProcessLostError: another process of the job ended or does not answer. The codes so far are kept.
         """
         several = not isinstance(dictionary, Dictionary)
         dictionaries, workers = list(dictionary) if several else [dictionary], team()

@@ -24,7 +24,8 @@ from saelens_lite.progress import progress_bar
 N_EFFECTS = 10  # most promoted and most suppressed tokens kept for a latent
 N_LOGIT_BINS = 48
 N_NEIGHBOURS = 10
-MAX_NUMBERS = 1 << 24  # effects or cosines in memory at once
+MAX_NUMBERS = 1 << 24  # effects or cosines in memory at once; on a GPU, more cosines
+MIN_ROWS = 1024  # latents whose cosines are computed at once; fewer would make slow products
 IN_CACHE = 8  # latents whose effects fit in a processor's cache while they are counted
 log = logging.getLogger(__name__)
 
@@ -117,7 +118,8 @@ def logit_effects(
     n = min(n, len(unembedding))
     directions = directions.to(unembedding.device)
     tiles = _tiles(directions, len(unembedding), "effects on logits")
-    parts = [_effects(few, n) for tile in tiles for few in (directions[tile] @ unembedding.T).split(IN_CACHE)]
+    size = IN_CACHE if directions.device.type == "cpu" else len(directions)  # a GPU waits for the start of small kernels
+    parts = [_effects(few, n) for tile in tiles for few in (directions[tile] @ unembedding.T).split(size)]
     return Effects(*(torch.cat(field) for field in zip(*parts, strict=True)))
 
 
@@ -157,19 +159,37 @@ def nearest(
     units: Float[Tensor, "d_sae d"], what: str = "neighbours", n: int = N_NEIGHBOURS
 ) -> tuple[Int[Tensor, "d_sae n"], Float[Tensor, "d_sae n"]]:
     """Return, for each unit vector, the n others with the largest cosines, and the cosines. Zero vectors have cosine 0."""
-    n, parts = min(n, len(units) - 1), []
-    for tile in _tiles(units, len(units), what):
-        cosines = units[tile] @ units.T
-        own = torch.arange(len(units), device=units.device)[tile, None]
-        best = cosines.scatter_(1, own, -torch.inf).topk(n, dim=1)
-        parts.append((best.indices.int(), best.values))
-    indices, cosines = zip(*parts, strict=True)
-    return torch.cat(indices), torch.cat(cosines)
+    n, numbers, parts = min(n, len(units) - 1), cosines_at_once(units.device), []
+    n_columns = max(min(len(units), numbers // MIN_ROWS), 1)
+    for tile in _tiles(units, n_columns, what, numbers):
+        bests = []
+        for start in range(0, len(units), n_columns):
+            cosines = units[tile] @ units[start : start + n_columns].T
+            cosines[max(start - tile.start, 0) :, max(tile.start - start, 0) :].diagonal().fill_(-torch.inf)  # with itself
+            best = cosines.topk(min(n, cosines.shape[1]), dim=1)
+            bests.append((best.values, best.indices + start))
+        values, indices = (torch.cat(x, 1) for x in zip(*bests, strict=True))
+        if len(bests) > 1:
+            values, order = values.topk(n, dim=1)
+            indices = indices.gather(1, order)
+        parts.append((indices.int(), values))
+    indices, values = (torch.cat(x) for x in zip(*parts, strict=True))
+    return indices, values
 
 
-def _tiles(rows: Float[Tensor, "n d"], n_columns: int, what: str) -> Iterator[slice]:
-    """Yield slices of rows that have at most MAX_NUMBERS entries with `n_columns` columns, and show a progress bar."""
-    size = max(1, MAX_NUMBERS // n_columns)
+def cosines_at_once(device: torch.device) -> int:
+    """Return how many cosines should be in memory at once: on a GPU, they take a sixty-fourth of its memory.
+
+    This depends on the size of its memory, not on how much is free, so that results do not change from run to run.
+    """
+    if device.type != "cuda":
+        return MAX_NUMBERS
+    return max(MAX_NUMBERS, torch.cuda.get_device_properties(device).total_memory // 256)
+
+
+def _tiles(rows: Float[Tensor, "n d"], n_columns: int, what: str, numbers: int = 0) -> Iterator[slice]:
+    """Yield slices of rows that have at most `numbers` entries (0: MAX_NUMBERS) with `n_columns` columns; show progress."""
+    size = max(1, (numbers or MAX_NUMBERS) // n_columns)
     with progress_bar(what, len(rows), "latents") as advance:
         for start in range(0, len(rows), size):
             tile = slice(start, min(start + size, len(rows)))

@@ -56,11 +56,12 @@ def placement(device_map: "DeviceMap", max_memory: Any, offload_folder: Any, con
             f"device_map = 'tp': transformers has no plan for cutting a {config.model_type} into parts; use device_map='auto'"
         )
     import transformers
-    from transformers.distributed import DistributedConfig
 
     try:
+        from transformers.distributed import DistributedConfig
+
         return {"distributed_config": DistributedConfig(tp_plan="auto", tp_size=world)}
-    except TypeError:
+    except (ImportError, TypeError):
         raise ConfigError(
             f"device_map = 'tp' needs a newer transformers than {transformers.__version__}: pip install -U transformers"
         ) from None

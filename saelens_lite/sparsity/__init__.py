@@ -189,7 +189,7 @@ class Step(Protocol):
         ...
 
     def min(self, x: Float[Tensor, " nnz"]) -> Float[Tensor, ""]:
-        """Return the least entry of x, or infinity if there is none; without gradient."""
+        """Return the least entry of x, or infinity if no pair fires; without gradient."""
         ...
 
     @property

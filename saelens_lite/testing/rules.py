@@ -148,12 +148,12 @@ def dense_codes(d: Dictionary, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, 
 @contextmanager
 def small_tiles(d: Dictionary) -> Iterator[None]:
     """Make the encoder work on a few rows at a time in the block."""
-    usual = encoder.TILE_BYTES
-    encoder.TILE_BYTES = TILE_ROWS * d.d_sae * d.W_enc.element_size()
+    usual = encoder.TILE_BYTES, encoder.LEAST_ROWS
+    encoder.TILE_BYTES, encoder.LEAST_ROWS = TILE_ROWS * d.d_sae * d.W_enc.element_size(), 1
     try:
         yield
     finally:
-        encoder.TILE_BYTES = usual
+        encoder.TILE_BYTES, encoder.LEAST_ROWS = usual
 
 
 @contextmanager

@@ -77,10 +77,10 @@ class RowBlocks:
     @property
     def place(self) -> Place | None:
         """The place behind the blocks read so far. None for token rows and for balanced text, which must be read again."""
-        found = None if self._cutter is None or self.balance else self._cutter.place
-        if found is None:
+        in_rows = None if self._cutter is None or self.balance else self._cutter.place
+        if in_rows is None:
             return None
-        return Place(n_blocks=self.n_blocks, n_rows=self.n_rows, n_kept=self.n_kept, width=self.width, **found)
+        return Place(n_blocks=self.n_blocks, n_rows=self.n_rows, n_kept=self.n_kept, width=self.width, **in_rows)
 
     @property
     def n_expected(self) -> int | None:

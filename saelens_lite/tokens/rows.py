@@ -14,7 +14,7 @@ from saelens_lite.errors import SourceChangedError
 from saelens_lite.tokens.places import Place
 from saelens_lite.tokens.sources import Piece
 
-PIECE = 1 << 22  # positions
+PIECE = 1 << 18  # positions
 
 
 class TokenRows(NamedTuple):
@@ -62,7 +62,7 @@ class TokenRows(NamedTuple):
         return self.take(rows) if isinstance(rows, slice) else tuple.__getitem__(self, rows)
 
     def pieces(self) -> Iterator["TokenRows"]:
-        """Yield the rows in pieces of a few million positions, for code that needs more memory than the rows do."""
+        """Yield the rows in pieces, for code that needs much more memory than the rows do."""
         size = max(1, PIECE // max(1, self.tokens.shape[1]))
         for start in range(0, max(1, len(self.tokens)), size):
             yield self[start : start + size]

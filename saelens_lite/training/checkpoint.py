@@ -143,7 +143,7 @@ class _State(Checked):
         return self
 
 
-class Kept(NamedTuple):
+class KeptDictionary(NamedTuple):
     """All that a checkpoint keeps of one dictionary."""
 
     config: TrainConfig
@@ -153,7 +153,7 @@ class Kept(NamedTuple):
     dropped: str | None
 
 
-def save_checkpoint(run: Path, dictionaries: Mapping[int, Kept], loop: dict[str, Any], share: Share) -> None:
+def save_checkpoint(run: Path, dictionaries: Mapping[int, KeptDictionary], loop: dict[str, Any], share: Share) -> None:
     """Write a checkpoint, and remove all but the last KEPT.
 
     All processes of a training do it together: each writes the tensors of its dictionaries or latents.
@@ -184,7 +184,9 @@ def save_checkpoint(run: Path, dictionaries: Mapping[int, Kept], loop: dict[str,
             remove_own(old, CHECKPOINT)
 
 
-def _write_own(new: Path, dictionaries: Mapping[int, Kept], share: Share) -> tuple[dict[int, dict[str, Any]], dict[str, str]]:
+def _write_own(
+    new: Path, dictionaries: Mapping[int, KeptDictionary], share: Share
+) -> tuple[dict[int, dict[str, Any]], dict[str, str]]:
     """Write what this process has of a checkpoint. Return the plain data of its dictionaries, and the hash of each file."""
     entries, checksums, layout = {}, {}, share.layout
     for number, kept in dictionaries.items():

@@ -20,6 +20,7 @@ ENDINGS = (".png", ".svg")
 COLUMNS, PANEL_COLUMNS, PANEL_LINES = 80, 40, 11  # of the terminal and of a panel
 INSTALL = "pip install 'saelens-lite[plots]'"
 LOG_FROM = 4  # ratio of the largest to the smallest number from which an axis is logarithmic
+MOST_POINTS = 2000  # of a curve; a picture has fewer columns
 MARKERS = "abcdefghijklmnopqrstuvwxyz"
 Points = tuple[list[float], list[float]]
 
@@ -174,9 +175,17 @@ class Curves:
 
 
 def points(lines: Sequence[dict[str, Any]], panel: Panel) -> Points:
-    """Return the tokens and the values of a number of the log, without values that the axis cannot show."""
+    """Return the tokens and the values of a number of the log, without values that the axis cannot show.
+
+    Of a long log they are the first, the last, and the lowest and the highest of each piece of equally many.
+    """
     pairs = [(line.get("tokens"), line.get(panel.name)) for line in lines]
     kept = [(float(x), float(y)) for x, y in pairs if _is_number(x) and _is_number(y) and (y > 0 or not panel.is_log)]
+    if len(kept) > MOST_POINTS:
+        size = -(-2 * len(kept) // MOST_POINTS)
+        pieces = [kept[start : start + size] for start in range(0, len(kept), size)]
+        ends = [point for piece in pieces for point in (min(piece, key=lambda p: p[1]), max(piece, key=lambda p: p[1]))]
+        kept = sorted({kept[0], *ends, kept[-1]})
     return [x for x, _ in kept], [y for _, y in kept]
 
 

@@ -35,7 +35,7 @@ from saelens_lite.outputs import remove_own
 from saelens_lite.paths import is_address
 from saelens_lite.progress import progress_bar
 from saelens_lite.training.advice import warn_of_l0
-from saelens_lite.training.checkpoint import Kept, earlier_states, is_interrupted, remove_checkpoints, save_checkpoint
+from saelens_lite.training.checkpoint import KeptDictionary, earlier_states, is_interrupted, remove_checkpoints, save_checkpoint
 from saelens_lite.training.distribution import Share
 from saelens_lite.training.finished import write_finished
 from saelens_lite.training.history import History
@@ -97,7 +97,7 @@ class Group:
         if self.out is None:
             return
         dictionaries = {
-            number: Kept(trainer.config, trainer.state(), trainer.latents, self.histories[i], self.dropped[i])
+            number: KeptDictionary(trainer.config, trainer.state(), trainer.latents, self.histories[i], self.dropped[i])
             for i, (number, trainer) in enumerate(zip(self.share.numbers, self.trainers, strict=True))
         }
         loop = {

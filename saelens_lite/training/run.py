@@ -1,6 +1,7 @@
 """A run: the settings, log and dictionary of one training, in memory or in its folder."""
 
 import json
+import logging
 import shlex
 from collections.abc import Sequence
 from html import escape
@@ -21,9 +22,10 @@ from saelens_lite.training.history import History
 if TYPE_CHECKING:
     import pandas as pd
 
-MAX_LOG_BYTES = 64 << 20
+MAX_LOG_BYTES = 1 << 28  # a million lines; a billion tokens give 15,000 by default
 SHOWN = ("sparsity", "options", "d_sae", "n_tokens", "batch_size", "lr", "seed")  # settings in notebooks
 SUMMARY = {"l0": "L0 {:.1f}", "fvu": "train FVU {:.4f}", "val_fvu": "validation FVU {:.4f}"}
+log = logging.getLogger(__name__)
 
 
 class Run:
@@ -178,7 +180,10 @@ def _refuse(folder: Path) -> list[Run]:
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Return the objects in log.jsonl. Invalid lines are skipped, because a run may still be writing the last one."""
-    if not path.is_file() or path.stat().st_size > MAX_LOG_BYTES:
+    if not path.is_file():
+        return []
+    if (size := path.stat().st_size) > MAX_LOG_BYTES:
+        log.warning("%s has %s bytes, so it is not read; at most %s are", path, f"{size:,}", f"{MAX_LOG_BYTES:,}")
         return []
     lines = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
