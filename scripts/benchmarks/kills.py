@@ -109,7 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--parallel", choices=WAYS, nargs="+", default=WAYS)
-    parser.add_argument("--tokens", type=int, default=150_000, help="of each training")
+    parser.add_argument("--tokens", type=int, default=300_000, help="of each training")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng, bad, n_killed = random.Random(args.seed), 0, 0
@@ -123,9 +123,10 @@ def main() -> None:
             running = started(cache.path, *flags(folder, way, folder / way))
             wait_for(running, folder / way / "0-topk" / "config.toml")
             begin = time.perf_counter()
+            wait_for(running, folder / way / "0-topk" / "dictionary")
+            seconds[way] = time.perf_counter() - begin
             if running.communicate()[1] or running.returncode:
                 raise SystemExit(f"the undisturbed training by {way} failed")
-            seconds[way] = time.perf_counter() - begin
         for number in range(args.kills + len(args.parallel)):
             way, back = args.parallel[number % len(args.parallel)], 2 if number < args.kills else 1
             out = folder / "killed"
