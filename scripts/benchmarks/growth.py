@@ -141,7 +141,7 @@ def work_of(part: str, folder: Path) -> Callable[[int, Path], object]:
     if part == "capture":
         return lambda n, out: sl.capture(lm, text, HOOK, out / "cache", n_ctx=N_CTX, n_tokens=n, shard_tokens=SHARD)
     if part == "evaluate":
-        return lambda n, out: sl.evaluate(d, lm, text, n_tokens=n).save(out / "eval.json")
+        return lambda n, out: sl.evaluate(d, lm, text, n_tokens=n).to_json(out / "eval.json")
     return lambda n, out: sl.FeatureStore.build(d, lm, text, n_tokens=n, out=out / "store", codes=True)
 
 
