@@ -247,7 +247,7 @@ def _device_of(request: dict[str, Any], device: str | torch.device | None) -> st
     if device is not None:
         return device_to_train_on(device)
     if is_available(request["device"]):
-        return None
+        return chosen_device(request["device"]) if processes.is_launched() else None  # each process has a GPU of its own
     chosen = chosen_device(None)
     log.warning("the run was trained on %s, which is not available; resuming on %s", request["device"], chosen)
     return chosen
