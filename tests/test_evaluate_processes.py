@@ -19,7 +19,7 @@ def normal(n: int, d: int, seed: int = 0) -> torch.Tensor:
 
 
 def dictionaries(d_in: int, hook: str = "") -> list[sl.Dictionary]:
-    """A sparse dictionary and a dense one."""
+    """Return a sparse dictionary and a dense one."""
     port = sl.Port(hook=hook, width=d_in)
     return [
         sl.Dictionary.create("topk", reads=port, d_sae=512, options={"k": 3}, seed=1),
@@ -50,7 +50,7 @@ def test_rows_have_the_report_of_one_process(n):
 
 
 def on_texts(n_tokens: int | None) -> list[list[tuple[str, list[float]]]]:
-    """Reports on three sequences and on one; given n_tokens, also on a text, with everything."""
+    """Return reports on three sequences and on one; given n_tokens, also on a text, with everything."""
     torch.set_num_threads(1)
     lm = sl.load_model("tiny", device="cpu")
     both = dictionaries(lm.d_model, HOOK)
@@ -91,7 +91,7 @@ def test_texts_have_the_report_of_one_process(n, n_tokens):
 
 
 def raising() -> bool:
-    """Errors that all processes see, and some that only one would see by itself."""
+    """Check errors that all processes see, and one that only one would see by itself."""
     x, rank = normal(64, 8), team().rank
     (d,) = dictionaries(8)[:1]
     with pytest.raises(ConfigError, match=r"different evaluations: activations is '.*' in process 0 and '.*' in process 1"):

@@ -142,7 +142,7 @@ class PooledSums(ExactSums):
         self._columns: dict[str, dict[str, slice | int]] = {}  # by name of a sum: the columns that it has in a table
 
     def weigh(self, number: Int[Tensor, " n"]) -> None:
-        """Use the weights of these sequences from now on."""
+        """Set the weights to those of these sequences."""
         self._add_waiting()
         drawn = poisson_weights(self._seed, number.tolist(), self.n_bootstrap)
         self._weights = torch.cat([torch.ones(1, len(number)), drawn.T]).double()
@@ -205,8 +205,8 @@ class PooledSums(ExactSums):
         if team.world == 1:
             return
         for columns in team.gather(self._columns):
-            for name, found in columns.items():
-                self._columns[name] = found | self._columns.get(name, {})
+            for name, places in columns.items():
+                self._columns[name] = places | self._columns.get(name, {})
         shapes: dict[str, tuple[int, ...]] = {}
         for known in team.gather({name: tuple(counts.shape) for name, counts in self._fired.items()}):
             shapes |= known
