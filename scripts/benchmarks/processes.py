@@ -96,7 +96,7 @@ def worker(args: argparse.Namespace) -> None:
 
 
 def expected_bytes(args: argparse.Namespace, job: str, world: int) -> int:
-    """Return the bytes that SCALE.md expects in a step: 4 for each number in float32."""
+    """Return the bytes of a step by calculation: 4 for each number in float32."""
     if job == "data":
         return 4 * (2 * D_IN * args.d_sae + args.d_sae + D_IN)
     return 4 * (args.batch * (D_IN + world * K) + D_IN) if job == "latents" else 0
