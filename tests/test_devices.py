@@ -149,10 +149,10 @@ def test_training_sums_on_a_device_without_float64(x):
     """The scale of the untrained encoder, and the validation figures; a step itself needs no float64."""
     config = sl.TrainConfig(**QUICK)
     wanted = Trainer(config, TensorSource(x), "cpu")
-    wanted._scale_encoder(x)
+    scale_encoder_(wanted.dictionary, x, and_thresholds=False)
     with without_float64() as device:
         trainer = Trainer(config, TensorSource(x), device)
-        trainer._scale_encoder(x.to(device))
+        scale_encoder_(trainer.dictionary, x.to(device), and_thresholds=False)
         assert torch.equal(trainer.dictionary.W_enc.cpu(), wanted.dictionary.W_enc)
         assert trainer.validate({"x": x.to(device)}) == wanted.validate({"x": x})
 

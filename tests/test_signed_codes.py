@@ -51,7 +51,7 @@ def test_a_dictionary_refuses_to_give_negative_codes(signed, training):
 
 
 def test_training_refuses_negative_codes_and_leaves_the_parameters(signed, monkeypatch):
-    monkeypatch.setattr(Trainer, "_scale_encoder", lambda self, x: None)  # which encodes
+    monkeypatch.setattr("saelens_lite.training.trainer.scale_encoder_", lambda *_, **__: None)  # which encodes
     x = normal(64, 8)
     trainer = Trainer(sl.TrainConfig(sparsity=signed, d_sae=32, batch_size=64, n_tokens=640), TensorSource(x))
     before = {name: p.clone() for name, p in trainer.dictionary.state_dict().items()}

@@ -221,7 +221,7 @@ def test_an_encoder_of_halves_chooses_by_halves_and_codes_in_float32():
 
 @pytest.mark.parametrize("limit", [0.0, 0.05, 1e6])
 def test_clipping_is_that_of_a_gradient_scaled_down_before_adam(planted, monkeypatch, limit):
-    monkeypatch.setattr(Trainer, "_scale_encoder", lambda self, x: None)  # nor is the copy's scaled
+    monkeypatch.setattr("saelens_lite.training.trainer.scale_encoder_", lambda *_, **__: None)  # nor is the copy's scaled
     x, _ = planted(256, d_in=16, n_directions=32)
     config = TrainConfig(
         sparsity="l1",

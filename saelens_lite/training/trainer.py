@@ -25,6 +25,7 @@ from saelens_lite.files import check_fits_memory, shortened
 from saelens_lite.ports import Hooks, Port, together
 from saelens_lite.processes import ALONE
 from saelens_lite.sparsity import PenaltyConfig, Sparsity
+from saelens_lite.training.calibration import fire_rarely_, scale_encoder_
 from saelens_lite.training.control import L0Control
 from saelens_lite.training.optimizer import Adam
 from saelens_lite.training.sharding import OwnLatents
@@ -33,8 +34,6 @@ from saelens_lite.training.unfolding import unfold_into
 from saelens_lite.training.watch import MOST_UNREAD, Watch
 
 DEAD_EVERY = 16  # steps between two lists of the dead latents on a GPU, for which the host has to wait
-START_ROWS, START_NUMBERS = 1024, 2**24  # rows and pre-activations that give the first thresholds, at most
-MAX_SCALINGS, SAME = 12, 1e-3  # for scaling the untrained encoder
 NORM, SMALLEST, FIRED, ACTIVATIONS = OWN = (":norm", ":smallest", ":fired", ":activations")  # beside the names of losses
 _NUMBERS = ("scales", "target_scales", "variance", "n_seen", "n_steps", "fire_tokens", "first_seen", "first_step")
 
@@ -200,9 +199,9 @@ class Trainer:
         x = self.layout.rows.cat(self._prepare(self._named(batch))[0])
         with self._own_randomness(), parallel.using(self.layout._replace(rows=ALONE, everyone=self.layout.latents)):
             if self.control:
-                self._fire_rarely(x)
+                fire_rarely_(self.dictionary, x, self.control.target)
             if not self.dictionary.rule.tied and self.shift is None:
-                self._scale_encoder(x)
+                scale_encoder_(self.dictionary, x, and_thresholds=self.control is not None)
 
     @outside_models()
     def backward(self, batch: Batch | Float[Tensor, "batch d_in"], spare: Spare | None = None) -> Contribution:
@@ -302,61 +301,6 @@ class Trainer:
         if missing := [hook for hook in self.hooks.all if hook not in batch]:
             raise ShapeError(f"the batch lacks the activations of {', '.join(missing)}; this dictionary needs {self.hooks}")
         return batch
-
-    @torch.no_grad()
-    def _fire_rarely(self, x: Float[Tensor, "batch d_in"]) -> None:
-        """Let each latent of the untrained dictionary fire only where it fires most, so that L0 is the target from the start.
-
-        Else half of the latents of a ReLU rule would fire, and a short training would end before the penalty has silenced them.
-        The threshold of a latent is the same number of standard deviations above the mean of its pre-activations.
-        """
-        h = self.dictionary.pre(x[: max(64, min(START_ROWS, START_NUMBERS // self.config.d_sae))])
-        std, mean = torch.std_mean(h, 0, correction=0)
-        n = min(len(h) * self.config.d_sae - 1, round(self.control.target * len(h)))
-        z = parallel.bound_of_largest(((h - mean) / std.clamp_min(torch.finfo(std.dtype).tiny)).flatten(), n)
-        self.dictionary.rule.raise_thresholds_(self.dictionary, mean + z * std)
-
-    @torch.no_grad()
-    def _scale_encoder(self, x: Float[Tensor, "batch d_in"]) -> None:
-        """Multiply W_enc by the number with which the untrained dictionary reconstructs x best.
-
-        Random directions overlap, so their codes add up to more than x or, if rows of W_dec are short, to less. Without the
-        factor, training needs hundreds of steps to correct this.
-
-        Source: Gao et al. 2024, arXiv:2406.04093, section A.1, who match norms instead.
-        """
-        d = self.dictionary
-        centred, before = x - d.b_dec, d.W_enc.clone()
-
-        def fit() -> tuple[float, float, float]:
-            """Return the squared error, the best factor of the present codes, and the error with that factor."""
-            part = wide(parallel.over_latents(d.encode(x).decode(d.W_dec)))
-            exact = wide(centred)
-            overlap, norm, total = (exact * part).sum(), part.square().sum(), exact.square().sum()
-            return tuple((torch.stack([total - 2 * overlap + norm, overlap / norm, total - overlap**2 / norm])).tolist())
-
-        least, factor, expected = fit()
-        if not 0 < factor < math.inf:
-            return
-        if self.control and d.rule.homogeneous:
-            d.W_enc.mul_(factor)
-            if d.b_enc is not None:
-                d.b_enc.mul_(factor)
-            d.rule.rescale_(torch.full_like(d.W_enc[0], factor))
-            return
-        d.W_enc.mul_(factor)
-        if abs(fit()[0] - expected) <= SAME * expected:
-            return
-        d.W_enc.copy_(before)  # the factor also changes which latents fire, so approach it in smaller steps
-        for _ in range(MAX_SCALINGS):
-            d.W_enc.mul_(factor**0.5)
-            error, factor, _ = fit()
-            if not error < least:
-                d.W_enc.copy_(before)
-                return
-            if abs(factor - 1) < SAME or not 0 < factor < math.inf:
-                return
-            least, before = error, d.W_enc.clone()
 
     @torch.no_grad()
     def update(self, computed: Contribution) -> None:
