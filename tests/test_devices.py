@@ -15,6 +15,7 @@ from saelens_lite.errors import ConfigError
 from saelens_lite.evaluation.controls import PCA, RANDOM
 from saelens_lite.interventions.site import Site
 from saelens_lite.training import Trainer
+from saelens_lite.training.calibration import scale_encoder_
 
 HOOK = "blocks.1.hook_resid_pre"
 QUICK = {"d_sae": 16, "batch_size": 20, "n_tokens": 200, "options": {"k": 2}}
