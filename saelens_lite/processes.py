@@ -92,6 +92,7 @@ class Team:
                 result = function()
         return self.tell(result)
 
+    @_guarded
     def among(self, groups: Sequence[Sequence[int]]) -> "Team":
         """Return the team of that group of ranks to which this process belongs. Each process is in one group."""
         import torch.distributed as dist

@@ -172,7 +172,10 @@ def be_quiet() -> None:
     if not is_launched():
         return
     if sys.platform == "linux":
+        launcher = os.getppid()
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != launcher:  # it has ended meanwhile
+            os.kill(os.getpid(), signal.SIGTERM)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # torch warns of each lost connection
     if rank() == 0:
         return

@@ -1,6 +1,5 @@
 """Commands that capture activations and train dictionaries."""
 
-import os
 import shlex
 from contextlib import suppress
 from itertools import pairwise
@@ -129,7 +128,9 @@ def _given(settings: Any) -> dict[str, Any]:
 
 def _again(out: str | Path, devices: int | str | None) -> str:
     """Return the end of a message that says how to resume a run."""
-    if os.path.exists(Path(out) / "checkpoints"):
+    from saelens_lite.training.checkpoint import is_interrupted
+
+    if is_interrupted(Path(out)):
         return f"resume with: saelens-lite train --resume {shlex.quote(str(out))} --devices {devices}"
     return "there is no checkpoint yet, so begin again with --exists overwrite"
 

@@ -133,7 +133,7 @@ def _best(value: Float[Tensor, "batch n"], k: int, team: Team) -> Bool[Tensor, "
     n_larger, n_equal = (every > kth).sum((0, 2)), (every == kth).sum(2)
     room = k - n_larger - n_equal[: team.rank].sum(0)
     is_equal = value == kth
-    return (value > kth) | (is_equal & (is_equal.cumsum(1) <= room[:, None]))
+    return value.isnan() | (value > kth) | (is_equal & (is_equal.cumsum(1) <= room[:, None]))
 
 
 def largest_positive(pre: Float[Tensor, "batch d_sae"], k: int) -> Support:
@@ -147,7 +147,7 @@ def largest_positive(pre: Float[Tensor, "batch d_sae"], k: int) -> Support:
     support = largest_positive_pairs(pre, n)
     if layout.everyone.world == 1:
         return support
-    value = pre[support.row, support.latent]
+    value = pre[support.row, support.latent].nan_to_num(nan=torch.inf)  # NaN counts as largest, so that it is noticed
     every = layout.everyone.cat(value)
     if len(every) <= n:
         return support

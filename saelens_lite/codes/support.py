@@ -51,7 +51,7 @@ class Support:
     def where(self, keep: Bool[Tensor, " nnz"], place: Int[Tensor, " n_kept"] | None = None) -> "Support":
         """Return the pairs where `keep` is true. place: their indices, if they are known."""
         place = keep.nonzero().squeeze(1) if place is None else place
-        return Support(F.pad(keep.long().cumsum(0), (1, 0))[self.crow], self.latent.index_select(0, place))
+        return Support(F.pad(keep.long().cumsum(0), (1, 0))[self.crow], self.latent.index_select(0, place), self.among)
 
     def flat(self, d_sae: int) -> Int[Tensor, " nnz"]:
         """Return row · d_sae + latent: the index of each pair in a flattened [rows d_sae] tensor."""

@@ -50,7 +50,7 @@ To read a tensor that has one row per latent, use `self.at(tensor, latent)`, als
 other rows of the batch, or other latents. Tensors whose first axis is d_sae have a row for each latent of the device; all
 others are equal everywhere, and `self.d_sae` counts all latents. Such a rule compares latents only by `largest` and
 `largest_positive`, decodes by `step.decode`, and sums over pairs by `step.mean`, `step.sum` and `step.min`, which add what
-the other devices have. All devices must call these equally often.
+the other devices have. All devices must call these equally often, and draw equally many random numbers.
 
 A rule is fast on a GPU if it does not make the host wait. `support_above` chooses what is above a threshold with one wait,
 `largest` the k largest of each row with none, and `step.dead_latents` lists the dead latents; `nonzero`, `.item()` and boolean

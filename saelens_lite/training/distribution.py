@@ -1,5 +1,6 @@
 """The distribution of a training over several processes: by dictionaries, by latents or by rows of the batch."""
 
+import logging
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -12,6 +13,8 @@ from saelens_lite.processes import ALONE, Team
 from saelens_lite.training.trainer import choose_hooks
 
 Parallel = Literal["auto", "sweep", "latents", "data"]
+log = logging.getLogger(__name__)
+MODES = ("sweep", "latents", "data")  # in the order in which "auto" tries them
 
 
 class Share(NamedTuple):
@@ -47,42 +50,52 @@ def share_of(parallel: Parallel, configs: Sequence[TrainConfig], team: Team) -> 
     everything = range(len(configs))
     if team.world == 1:
         return Share(everything)
-    objections = {mode: _objection(mode, configs, team.world) for mode in ("sweep", "latents", "data")}
-    chosen = next((mode for mode in objections if not objections[mode]), None) if parallel == "auto" else parallel
-    if chosen is None:
+    n = _together(team)
+    objections: dict[str, str] = {}
+    for chosen in MODES if parallel == "auto" else (parallel,):
+        objections[chosen] = _objection(chosen, configs, team.world, n)
+        if not objections[chosen]:
+            break
+    else:
         reasons = "; ".join(f"{mode}: {why}" for mode, why in objections.items())
         raise ConfigError(f"this training cannot be distributed over {team.world} processes: {reasons}")
-    if objections[chosen]:
-        raise ConfigError(f"parallel = {chosen!r} does not work for {team.world} processes: {objections[chosen]}")
     if chosen == "sweep":
         return Share(everything[team.rank :: team.world], team=team, is_sweep=True)
     if chosen == "data":
         return Share(everything, Layout(rows=team, everyone=team), team)
-    n = _together(team.world)
     machines = [list(range(first, first + n)) for first in range(0, team.world, n)]
     rows = [list(range(i, team.world, n)) for i in range(n)]
     return Share(everything, Layout(team.among(rows), team.among(machines), team), team)
 
 
-def _together(world: int) -> int:
-    """Return the number of processes that hold the latents of a dictionary together: those of a machine, if these are equal."""
-    here = processes.on_this_machine()
-    return here if here > 1 and world % here == 0 else world
+def share_when_resumed(parallel: Parallel, configs: Sequence[TrainConfig], team: Team) -> Share:
+    """Return the part of this process in a run that began with other processes: as before if that works, else "auto"."""
+    try:
+        return share_of(parallel, configs, team)
+    except ConfigError as error:
+        log.warning("%s; it is resumed with parallel = 'auto'", error)
+        return share_of("auto", configs, team)
 
 
-def _objection(mode: str, configs: Sequence[TrainConfig], world: int) -> str:
+def _together(team: Team) -> int:
+    """Return the number of processes that hold latents together: those of a machine, if each machine has as many."""
+    here, *others = set(team.gather(processes.on_this_machine()))
+    return here if not others and here > 1 and team.world % here == 0 else team.world
+
+
+def _objection(mode: str, configs: Sequence[TrainConfig], world: int, together: int) -> str:
     """Return why dictionaries cannot be distributed in a mode, or an empty string."""
     if mode == "sweep":
         few = len(configs) < world
         return f"there are fewer dictionaries ({len(configs)}) than processes" if few else ""
-    n_latents = _together(world) if mode == "latents" else 1
+    n_latents = together if mode == "latents" else 1
     for config in configs:
         rule = registry.load(config.sparsity)
         if not rule.shardable:
             return f"a dictionary with the rule {config.sparsity} can only be trained by one process"
-        together = rule(rule.Config(**config.options), d_in=1, d_sae=config.d_sae).latents_together
-        if config.d_sae % (n_latents * together):
-            of_groups = f" into groups of {together}" if together > 1 else ""
+        neighbours = rule(rule.Config(**config.options), d_in=1, d_sae=config.d_sae).latents_together
+        if config.d_sae % (n_latents * neighbours):
+            of_groups = f" into groups of {neighbours}" if neighbours > 1 else ""
             return f"d_sae = {config.d_sae} cannot be divided equally among {n_latents} processes{of_groups}"
         if config.batch_size % (world // n_latents):
             return f"batch_size = {config.batch_size} cannot be divided equally among {world // n_latents} processes"

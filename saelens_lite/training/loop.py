@@ -17,7 +17,6 @@ from saelens_lite.codes.encoder import Spare
 from saelens_lite.config import read_toml
 from saelens_lite.cuda_streams import uploaded
 from saelens_lite.dictionary import Dictionary
-from saelens_lite.dictionary.folder import CONFIG_FILE
 from saelens_lite.errors import (
     ConfigError,
     DiskFullError,
@@ -149,6 +148,8 @@ class Group:
             raise cause
         try:
             kept = _kept(self, i, cause)
+        except ProcessLostError:
+            raise
         except SaelensLiteError as error:  # must not end the training of the others
             kept = f"; its last good state cannot be written: {error}"
         self.dropped[i] = f"{cause}{kept}"
@@ -183,7 +184,8 @@ def train_to_the_end(job: Group, source: Source) -> list[Run]:
     except SourceChangedError:  # the run stays as it is, for the right source
         raise
     except SaelensLiteError as error:
-        if has_begun and (job.share.team.world == 1 or isinstance(error, NonFiniteError)):  # which all processes get alike
+        alike = job.share.team.world == 1 or job.share.is_sweep or isinstance(error, NonFiniteError | PluginError)
+        if has_begun and alike:
             _keep_what_is_good(job, error)
         raise
 
@@ -222,8 +224,8 @@ def runs_of_all(job: Group, folders: Sequence[Path], runs: list[Run]) -> list[Ru
     if not job.share.is_sweep:
         return runs
     own = {run.folder: run for run in runs}
-    finished = [folder for folder in folders if folder in own or (folder / "dictionary" / CONFIG_FILE).exists()]
-    return [own.get(folder) or Run.load(folder) for folder in finished]
+    finished = {folder for some in job.share.team.gather(list(own)) for folder in some}
+    return [own.get(folder) or Run.load(folder) for folder in folders if folder in finished]
 
 
 def _write_result(job: Group, run: Run) -> None:

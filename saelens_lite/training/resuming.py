@@ -23,7 +23,7 @@ from saelens_lite.outputs import check_shared
 from saelens_lite.paths import check_input
 from saelens_lite.training.aside import put_back_runs, remove_replaced
 from saelens_lite.training.checkpoint import is_interrupted, load_checkpoint
-from saelens_lite.training.distribution import meet_statistics, share_of
+from saelens_lite.training.distribution import meet_statistics, share_when_resumed
 from saelens_lite.training.finished import read_finished
 from saelens_lite.training.folders import locked_folders, run_folders, run_kind
 from saelens_lite.training.history import History
@@ -85,7 +85,7 @@ def resume(
             put_back_runs(run, [run], run_kind())
 
         team.first(lock)
-        begin = _interrupted if is_interrupted(run) or n_tokens is None else _extended
+        begin = _interrupted if team.tell(is_interrupted(run)) or n_tokens is None else _extended
         job, folders, source = begin(run, source, text, n_tokens, device, loggers, checkpoint_seconds)
         team.first(lambda: _enter(stack, locked_folders(*(folder for folder in folders if folder != run))))
         runs = train_to_the_end(job, source)
@@ -110,10 +110,13 @@ def _interrupted(
     if n_tokens is None and not is_interrupted(run):
         _refuse_without_checkpoint(run)
     states, loop = load_checkpoint(run)
+    steps = {"batches": loop["n_batches"], "tokens": [numbers["n_seen"] for _, numbers in states]}
+    processes.team().agree(steps, "checkpoints")
     request = loop["request"]
     if n_tokens is not None:
         _check_total(run, n_tokens, max(numbers["n_seen"] for _, numbers in states))
     device = _device_of(request, device)
+    processes.check_same({}, device=device)
     validation, source = _reopened(request, source, text, device)
     expect(source, loop.get("source"))
     configs = [TrainConfig(**c) for c in loop["configs"]]
@@ -121,9 +124,9 @@ def _interrupted(
         check_sizes(config, source, tensors)
     for folder in set(run_folders(run, configs)) - {run}:
         check_inside(folder)
-    share = share_of(request.get("parallel", "auto"), configs, processes.team())
+    share = share_when_resumed(request.get("parallel", "auto"), configs, processes.team())
     meet_statistics(source, configs, share.team)
-    trainers = [Trainer(configs[i], source, device or request["device"], share.layout) for i in share.numbers]
+    trainers = [Trainer(configs[i], source, device, share.layout) for i in share.numbers]
     try:
         for trainer, i in zip(trainers, share.numbers, strict=True):
             trainer.restore(*states[i])
@@ -176,19 +179,21 @@ def _extended(
             + ", ".join(str(one.folder) for one in runs)
         )
     (n_steps,), (n_seen,) = steps, seen
+    processes.team().agree({"steps": n_steps, "tokens": n_seen}, "finished runs")
     if n_steps is None or n_seen is None:
         raise ConfigError(f"the dictionary in {run} has no record of its training, so the run cannot be extended")
     _check_total(run, n_tokens, n_seen)
     data = read_finished(runs[0].folder)
     request = data.request.model_dump()
     device = _device_of(request, device)
+    processes.check_same({}, device=device)
     validation, source = _reopened(request, source, text, device)
     if data.source is not None:
         expect(source, data.source)
-    share = share_of(request["parallel"], configs, processes.team())
+    share = share_when_resumed(request["parallel"], configs, processes.team())
     meet_statistics(source, configs, share.team)
     own = [runs[i] for i in share.numbers]
-    trainers = [Trainer(configs[i], source, device or request["device"], share.layout) for i in share.numbers]
+    trainers = [Trainer(configs[i], source, device, share.layout) for i in share.numbers]
     for trainer, one in zip(trainers, own, strict=True):
         trainer.start_from(one.dictionary, n_seen, n_steps, one.history[-1].get("coefficient") if one.history else None)
     log.info("extending %s from %s to %s tokens, with new moments and a new schedule", run, f"{n_seen:,}", f"{n_tokens:,}")
@@ -242,12 +247,12 @@ def _reopened(
     return source.hold_out(n) if (n := request["validation_tokens"]) else (None, source)
 
 
-def _device_of(request: dict[str, Any], device: str | torch.device | None) -> str | torch.device | None:
-    """Return the device to resume on, or None for the device of the run."""
+def _device_of(request: dict[str, Any], device: str | torch.device | None) -> torch.device:
+    """Return the device to resume on."""
     if device is not None:
         return device_to_train_on(device)
     if is_available(request["device"]):
-        return chosen_device(request["device"]) if processes.is_launched() else None  # each process has a GPU of its own
+        return chosen_device(request["device"])  # of several processes, each has its own GPU
     chosen = chosen_device(None)
     log.warning("the run was trained on %s, which is not available; resuming on %s", request["device"], chosen)
     return chosen

@@ -22,7 +22,7 @@ class OwnLatents:
     def __init__(self, dictionary: Dictionary, team: Team):
         self.team, self.d_sae = team, dictionary.d_sae
         self.n = self.d_sae // team.world
-        of_rule = {name: x for name, x in dictionary.state_dict().items() if name.startswith("rule.")}
+        of_rule = {name: x for name, x in _tensors(dictionary).items() if name.startswith("rule.")}
         self._names = WEIGHTS | {name for name, x in of_rule.items() if x.shape[:1] == (self.d_sae,)}
 
     @property
@@ -53,10 +53,15 @@ class OwnLatents:
     @torch.no_grad()
     def cut_(self, dictionary: Dictionary) -> None:
         """Cut the parameters and buffers of a whole dictionary to the latents of this process."""
-        for name, tensor in dictionary.state_dict(keep_vars=True).items():
+        for name, tensor in _tensors(dictionary).items():
             if self.is_part and self.divides(f"dictionary.{name}"):
                 own = self.own(f"dictionary.{name}", tensor.data)
                 tensor.data = own.T.clone().T if name == "W_enc" else own.clone()  # the row of a latent stays contiguous
+
+
+def _tensors(dictionary: Dictionary) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a dictionary, also those that are not saved."""
+    return {**dict(dictionary.named_parameters()), **dict(dictionary.named_buffers())}
 
 
 def latent_axis(name: str) -> int:

@@ -9,6 +9,7 @@ import torch
 
 from saelens_lite import processes
 from saelens_lite.cache import Source
+from saelens_lite.cache.resumed import record_of, tensor_hash
 from saelens_lite.config import TrainConfig
 from saelens_lite.devices import device_to_train_on, works
 from saelens_lite.dictionary import Dictionary
@@ -96,10 +97,12 @@ def train(
     folders = [None] * len(configs) if out is None else run_folders(out, configs)
     description = source.describe()
     team = processes.team()
+    if team.world > 1:
+        settings = {"dictionary": [config.model_dump(mode="json") for config in configs], "data_seed": data_seed}
+        settings |= {"out": str(out), "parallel": parallel, "validation_tokens": validation_tokens, "exists": exists}
+        settings |= {"start_from": [d and _hashes(d) for d in begins]}
+        processes.check_same(settings, [description, record_of(source)], device)
     share = share_of(parallel, configs, team)
-    settings = {"dictionary": [config.model_dump(mode="json") for config in configs], "data_seed": data_seed}
-    settings |= {"out": str(out), "parallel": parallel, "validation_tokens": validation_tokens, "exists": exists}
-    processes.check_same(settings, description, device)
     if out:
         check_shared(out, team)
 
@@ -199,6 +202,11 @@ def like(dictionary: Dictionary, config: TrainConfig, hooks: Sequence[str] | Non
     if "skip" not in given:
         changes["skip"] = dictionary.W_skip is not None
     return config.replace(**changes)
+
+
+def _hashes(dictionary: Dictionary) -> dict[str, str]:
+    """Return the hash of each tensor of a dictionary."""
+    return {name: tensor_hash(torch.atleast_1d(x)) for name, x in dictionary.state_dict().items()}
 
 
 def _described(dictionary: Dictionary) -> dict[str, Any]:

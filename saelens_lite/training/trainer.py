@@ -346,7 +346,7 @@ class Trainer:
     def _note(self, computed: Contribution, norm: Float[Tensor, ""]) -> None:
         """Note the numbers of a step that the host reads now or later."""
         own = {NORM: norm, SMALLEST: computed.smallest, FIRED: computed.n_fired}
-        if self.reads_later:  # the batch is gone by then
+        if self.reads_later or self.layout.everyone.world > 1:  # the batch is gone by then, or other processes have more rows
             own[ACTIVATIONS] = self.layout.rows.sum(computed.step.x.sum() + computed.step.target.sum())
         dtype = norm.dtype if self.reads_later else torch.float64  # of a count, float32 keeps 24 bits
         self._watch.note({name: x.to(dtype) for name, x in (computed.losses | own).items()}, computed.smallest)
@@ -571,7 +571,11 @@ class Trainer:
         Raises:
             ConfigError: the parameters do not fit.
         """
-        begun = self._make().to(self.dictionary.W_dec.device) if self.latents.is_part else self.dictionary
+        begun = self.dictionary
+        if self.latents.is_part:
+            with torch.random.fork_rng(self._cuda):
+                torch.manual_seed(self.config.seed)  # as in the beginning
+                begun = self._make().to(self.dictionary.W_dec.device)
         unfold_into(begun, dictionary, self.scales, self.target_scales, self.shift)
         if begun is not self.dictionary:
             self.latents.cut_(begun)
