@@ -13,7 +13,8 @@ from torch import Tensor
 
 import saelens_lite as sl
 from saelens_lite.cache import TensorSource
-from saelens_lite.codes import largest, products, support_of_indices
+from saelens_lite.codes import products, support_of_indices
+from saelens_lite.codes.choice import largest_latents
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import Stopped
 from saelens_lite.training import Trainer
@@ -73,7 +74,7 @@ def steps(of: Trainer, n: int, device: str) -> None:
 @pytest.mark.parametrize("k", [1, 32, 128])
 def test_topk_of_wide_rows(k, dtype, device):
     pre = randn(64, 24_576).to(dtype)
-    chosen = largest(pre.to(device), k).cpu()
+    chosen = largest_latents(pre.to(device), k).cpu()
     assert (chosen.sort(1).values.diff(dim=1) > 0).all(), "a latent is chosen twice"
     wanted = pre.double().topk(k, dim=1).values
     assert torch.equal(pre.double().gather(1, chosen).sort(1, descending=True).values, wanted)

@@ -273,24 +273,32 @@ def _results(out: Path) -> dict[str, bytes]:
     return {name: data for name, data in files(out).items() if "dictionary/" in name or name.endswith("log.jsonl")}
 
 
-@pytest.mark.parametrize(("changes", "mode", "n", "said"), [
-    ({"d_sae": 49}, "latents", 2, "d_sae = 49 cannot be divided equally among 2 processes"),
-    ({"batch_size": 65}, "data", 2, "batch_size = 65 cannot be divided equally among 2 processes"),
-    ({}, "sweep", 2, r"fewer dictionaries \(1\) than processes"),
-    ({"sparsity": "matching_pursuit"}, "auto", 2, "matching_pursuit can only be trained by one process"),
-    ({"sparsity": "group_max", "options": {"k": 3}}, "latents", 2, "into groups of 16"),
-    ({"d_sae": 49, "batch_size": 65}, "auto", 2, "cannot be distributed over 2 processes: sweep: .*; latents: .*; data: "),
+class _Two(Team):
+    """The second of two processes, of which the other one says the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.rank, self.world = 1, 2
+
+    def gather(self, value):
+        return [value, value]
+
+
+@pytest.mark.parametrize(("changes", "mode", "said"), [
+    ({"d_sae": 49}, "latents", "d_sae = 49 cannot be divided equally among 2 processes"),
+    ({"batch_size": 65}, "data", "batch_size = 65 cannot be divided equally among 2 processes"),
+    ({}, "sweep", r"fewer dictionaries \(1\) than processes"),
+    ({"sparsity": "matching_pursuit"}, "auto", "matching_pursuit can only be trained by one process"),
+    ({"sparsity": "group_max", "options": {"k": 3}}, "latents", "into groups of 16"),
+    ({"d_sae": 49, "batch_size": 65}, "auto", "cannot be distributed over 2 processes: sweep: .*; latents: .*; data: "),
 ])  # fmt: skip
-def test_what_cannot_be_distributed_is_refused(changes, mode, n, said):
-    several = Team()
-    several.world = n
+def test_what_cannot_be_distributed_is_refused(changes, mode, said):
     with pytest.raises(ConfigError, match=said):
-        share_of(mode, [_configs(1)[0].replace(**changes)], several)
+        share_of(mode, [_configs(1)[0].replace(**changes)], _Two())
 
 
 def test_what_auto_chooses():
-    several = Team()
-    several.world, several.rank = 2, 1
+    several = _Two()
     share = share_of("auto", _configs(3), several)
     assert (share.is_sweep, list(share.numbers), share.writes) == (True, [1], True)
     share = share_of("auto", _configs(1), several)

@@ -226,7 +226,7 @@ def test_prefixes_of_matryoshka():
 def test_the_penalty_of_p_anneal_keeps_its_value_when_p_falls():
     rule = a_rule("p_anneal", p_end=0.2, start=0.2)
     value = normal(1000).abs() + 1e-3
-    step = observed(value, x=normal(100, 8), coefficient=1.0)
+    step = observed(value, x=normal(100, 8), coefficient=1.0, mean=lambda x: x.sum() / 100)
     penalty = rule.losses(step)["lp"]
     torch.testing.assert_close(penalty, value.sum() / 100)
     for progress, p in ((0.1, 1.0), (0.2, 1.0), (0.4, 0.8), (0.6, 0.6), (1.0, 0.2)):

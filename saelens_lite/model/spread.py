@@ -78,7 +78,13 @@ def input_device(module: nn.Module) -> torch.device:
 
 def is_whole(module: nn.Module) -> bool:
     """Return whether every weight is here, and not on the disk, in accelerate's memory, or cut into parts."""
-    return not any(weight.is_meta or _is_cut(weight) for weight in module.parameters())
+    parts = ((module.get_submodule(name.rpartition(".")[0]), weight) for name, weight in module.named_parameters())
+    return not any(_is_elsewhere(part, weight) or _is_cut(weight) for part, weight in parts)
+
+
+def _is_elsewhere(part: nn.Module, weight: Tensor) -> bool:
+    """Return whether accelerate keeps a weight of a module in memory or on the disk between forward passes."""
+    return weight.is_meta and hasattr(part, "_hf_hook")
 
 
 def weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -103,7 +109,7 @@ def weight_of(part: nn.Module, name: str = "weight") -> Any:
         return weight
     if _is_cut(weight):
         return weight.full_tensor()  # type: ignore[attr-defined]
-    return _offloaded(part, name).to(weight.dtype) if weight.is_meta else weight
+    return _offloaded(part, name).to(weight.dtype) if _is_elsewhere(part, weight) else weight
 
 
 def _offloaded(part: nn.Module, name: str) -> Tensor:
@@ -119,7 +125,7 @@ def entries_of(part: nn.Module, name: str) -> tuple[Tensor, bool]:
     """
     weight = part.get_parameter(name)
     here = weight.to_local() if _is_cut(weight) else weight  # type: ignore[operator]
-    if weight.is_meta:
+    if _is_elsewhere(part, weight):
         here = _offloaded(part, name)
         if _offloaded(part, name) is not here:
             raise ConfigError(

@@ -199,7 +199,8 @@ def _results(job: Group) -> list[Run]:
     runs = []
     for i, (trainer, history, folder) in enumerate(zip(job.trainers, job.histories, job.folders, strict=True)):
         dictionary = job.result(i)
-        bad = dictionary.not_finite() or (None if trainer.latents.is_part else trainer.dictionary.not_finite())
+        own = None if trainer.latents.is_part else trainer.dictionary.not_finite()
+        bad = own or dictionary.not_finite()
         if job.dropped[i] is None and bad:
             job.drop(i, NonFiniteError(f"{bad} became NaN or infinite in the last step, {trainer.described}"))
         if job.dropped[i] is None:
