@@ -328,3 +328,95 @@ def _nan(mode: str) -> str:
 def test_a_nan_ends_all_processes_with_the_same_message(mode):
     first, second = in_processes(2, _nan, mode)
     assert first == second
+
+
+def _other_data(mode: str) -> str:
+    x = _data() + (team().rank == 1)
+    with pytest.raises(ConfigError, match=r"the processes have different data: .*sha256") as error:
+        sl.train(TensorSource(x), _configs(1), parallel=mode)
+    return str(error.value)
+
+
+def _other_start(mode: str) -> str:
+    begin = sl.Dictionary.create("topk", reads=D_IN, d_sae=48, seed=team().rank)
+    with pytest.raises(ConfigError, match=r"different settings: start_from\.0\.W_enc") as error:
+        sl.train(TensorSource(_data()), _configs(1), parallel=mode, start_from=begin)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("case", [_other_data, _other_start])
+def test_processes_with_different_data_or_beginnings_are_refused(case):
+    first, second = in_processes(2, case, "data")
+    assert first == second
+
+
+def _start_from(mode: str) -> torch.Tensor:
+    begin = sl.Dictionary.create("l1", reads=D_IN, d_sae=48, seed=3)
+    (run,) = sl.train(TensorSource(_data()), _configs(1), parallel=mode, start_from=begin)
+    return run.dictionary.W_dec.detach()
+
+
+def test_latents_that_begin_with_a_dictionary_are_its_own():
+    wanted, (first, second) = in_processes(1, _start_from, "auto")[0], in_processes(2, _start_from, "latents")
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, wanted, rtol=1e-3, atol=1e-4)
+
+
+def _nan_in_one_row(mode: str) -> str:
+    """Train on an input with a NaN whose target is finite."""
+    source = _source("transcoder")
+    trainer = Trainer(TrainConfig(sparsity="topk", options={"k": 5}, d_sae=48, n_tokens=640, batch_size=64, hook="a",
+                                  writes=("b",)), source, layout=_layout(mode))  # fmt: skip
+    batch = {name: x[:64].clone() for name, x in source.x.items()}
+    trainer.step(batch)
+    batch["a"][5, 2] = torch.nan
+    with pytest.raises(NonFiniteError, match="the activations") as error:
+        trainer.step(batch)
+    return str(error.value)
+
+
+def test_a_nan_in_the_input_alone_is_noticed():
+    messages = [in_processes(1, _nan_in_one_row, "alone")[0], *in_processes(2, _nan_in_one_row, "latents")]
+    assert len(set(messages)) == 1
+
+
+def _buffers() -> list[tuple[int, ...]]:
+    @sl.register("with_a_buffer")
+    class WithABuffer(sl.Sparsity):
+        shardable = True
+
+        def __init__(self, config, *, d_in, d_sae):
+            super().__init__(config, d_in=d_in, d_sae=d_sae)
+            self.register_buffer("number", torch.arange(d_sae), persistent=False)
+            self.register_buffer("limits", torch.zeros(3))
+
+        def activation(self, pre):
+            return pre.relu()
+
+    trainer = Trainer(TrainConfig(sparsity="with_a_buffer", d_sae=48, n_tokens=640), _source("x"), layout=_layout("latents"))
+    rule = trainer.dictionary.rule
+    return [tuple(rule.number.tolist()), tuple(rule.limits.shape), rule.d_sae]
+
+
+def test_each_process_has_its_entries_of_a_buffer_that_is_not_saved():
+    assert in_processes(2, _buffers) == [[tuple(range(24)), (3,), 48], [tuple(range(24, 48)), (3,), 48]]
+
+
+def _uneven() -> tuple[int, int]:
+    os.environ["LOCAL_WORLD_SIZE"] = "2" if team().rank < 2 else "1"
+    layout = share_of("latents", _configs(1), team()).layout
+    return layout.latents.world, layout.rows.world
+
+
+def test_latents_go_over_all_processes_if_machines_have_unequally_many():
+    assert in_processes(3, _uneven) == [(3, 1)] * 3
+
+
+def _two_machines() -> tuple[int, int]:
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    layout = share_of("latents", _configs(1), team()).layout
+    return layout.latents.rank, layout.latents.world, layout.rows.rank, layout.rows.world
+
+
+def test_each_machine_holds_all_latents_and_some_rows():
+    assert in_processes(4, _two_machines) == [(0, 2, 0, 2), (1, 2, 0, 2), (0, 2, 1, 2), (1, 2, 1, 2)]
