@@ -259,9 +259,10 @@ def _joined() -> Team:
 
 
 def leave() -> None:
-    """Leave the team, if this process has joined it. Call it at the end of a program that has not failed."""
+    """Leave the team together, if this process has joined it. Call it at the end of a program that has not failed."""
     dist = sys.modules.get("torch.distributed")
     if _joined.cache_info().currsize and dist is not None and dist.is_initialized():
+        _joined().wait()  # nobody closes a connection that others still use
         dist.destroy_process_group()
         _joined.cache_clear()
 

@@ -13,7 +13,7 @@ from saelens_lite import registry
 from saelens_lite.cli import processes
 from saelens_lite.cli.flags import in_flags, is_flag, with_aliases
 from saelens_lite.errors import SaelensLiteError, Stopped
-from saelens_lite.processes import is_launched, leave
+from saelens_lite.processes import is_launched
 from saelens_lite.terminal import console, visible
 
 __all__ = ["app", "console", "main", "more_help", "on_unknown_option", "say", "visible"]
@@ -78,7 +78,7 @@ def main() -> None:
         app.meta(sys.argv[1:], exit_on_error=False, print_error=False, result_action="return_value")
         if _command() in more_help and not {"--help", "-h"}.isdisjoint(sys.argv):
             more_help[_command()](sys.argv[1:])
-        leave()
+        processes.end_well()
     except (SaelensLiteError, Stopped) as error:
         _fail(error, str(error), error.exit_code, wants_traceback)
     except CycloptsError as error:

@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from saelens_lite.errors import ConfigError, ProcessLostError
-from saelens_lite.processes import is_launched, rank
+from saelens_lite.processes import is_launched, leave, rank
 
 ROLE = "saelens-lite"  # torch's launcher tells it to the processes that it starts
 GRACE = 3.0  # seconds that a failing process waits for the errors of the others
@@ -185,6 +185,21 @@ def be_quiet() -> None:
         os.dup2(nowhere, stream)
 
 
+def end_well() -> None:
+    """End this process if it is one of several, all of which have succeeded."""
+    if is_launched():
+        leave()
+        _exit(0)
+
+
+def _exit(code: int) -> None:
+    """End without cleaning up: threads of torch may still wait, and would abort a process that ends as usual."""
+    with suppress(OSError):  # nobody reads it
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
 def end(error: BaseException, message: str, code: int, show: Callable[[str], None]) -> None:
     """End this process, which is one of several, after an error. Show the message unless another process does."""
     where = [note for note in getattr(error, "__notes__", ()) if note.startswith("in process ")]  # in which it arose
@@ -201,10 +216,7 @@ def end(error: BaseException, message: str, code: int, show: Callable[[str], Non
         note = {"printed": shown is not None, "code": code, "message": message, "time": time.time()}
         with suppress(OSError):  # its folder is the launcher's, which may be gone
             Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time()), ROLE: note}), "utf-8")
-    with suppress(OSError):  # nobody reads it
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code)  # threads of torch may still wait for the others
+    _exit(code)
 
 
 def _message_to_show(error: BaseException, message: str) -> str | None:
