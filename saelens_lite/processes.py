@@ -258,11 +258,17 @@ def _joined() -> Team:
     return Team(dist.group.WORLD)
 
 
+def wait_for_the_end() -> None:
+    """Wait until all processes of the team, if this one has joined it, have come to their end: nobody hangs up on the others."""
+    if _joined.cache_info().currsize:
+        _joined().wait()
+
+
 def leave() -> None:
-    """Leave the team together, if this process has joined it. Call it at the end of a program that has not failed."""
+    """Leave the team with all others, if this process has joined it."""
     dist = sys.modules.get("torch.distributed")
     if _joined.cache_info().currsize and dist is not None and dist.is_initialized():
-        _joined().wait()  # nobody closes a connection that others still use
+        wait_for_the_end()
         dist.destroy_process_group()
         _joined.cache_clear()
 

@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from saelens_lite.errors import ConfigError, ProcessLostError
-from saelens_lite.processes import is_launched, leave, rank
+from saelens_lite.processes import is_launched, rank, wait_for_the_end
 
 ROLE = "saelens-lite"  # torch's launcher tells it to the processes that it starts
 GRACE = 3.0  # seconds that a failing process waits for the errors of the others
@@ -188,7 +188,7 @@ def be_quiet() -> None:
 def end_well() -> None:
     """End this process if it is one of several, all of which have succeeded."""
     if is_launched():
-        leave()
+        wait_for_the_end()
         _exit(0)
 
 
