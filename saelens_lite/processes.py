@@ -259,7 +259,7 @@ def _joined() -> Team:
 
 
 def wait_for_the_end() -> None:
-    """Wait until all processes of the team, if this one has joined it, have come to their end: nobody hangs up on the others."""
+    """Wait until all processes of the team, if this one has joined it, come to their end, so that nobody hangs up on others."""
     if _joined.cache_info().currsize:
         _joined().wait()
 
