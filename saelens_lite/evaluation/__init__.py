@@ -76,7 +76,7 @@ from saelens_lite.evaluation.overlap import overlap
 from saelens_lite.evaluation.positions import PositionBand, bands_of_positions
 from saelens_lite.evaluation.report import EvalReport, markdown, table
 from saelens_lite.evaluation.rows import evaluate_rows
-from saelens_lite.evaluation.sums import Metric, PooledSums
+from saelens_lite.evaluation.sums import Metric, PooledSums, run_in_rounds
 from saelens_lite.model import LanguageModel
 from saelens_lite.model.passes import default_batch_tokens
 from saelens_lite.ports import Hooks
@@ -144,7 +144,8 @@ def evaluate(
     With activations x [n d_in] in place of the model and the text, the report has the metrics that need no model. Intervals are
     then bootstrapped over rows, or over `groups` of rows that are not independent of each other.
 
-    All processes of a job share the work, and each returns the whole report. They must call this with the same arguments.
+    All processes of a job share the work, and each returns the whole report. They must call this with the same arguments. They
+    meet after every 64 batches of each, which must take less than SAELENS_LITE_TIMEOUT.
 
     Args:
         lm: the model, or activations: a tensor, a numpy array, a DataFrame or a list of rows; (x, y) for a transcoder.
@@ -293,8 +294,8 @@ def _reports(
     groupings = [Grouping("frequency", frequencies.of, len(frequencies.exponent))] if frequencies else []
     groupings += [Grouping("position", positions.of, len(positions.low))] if positions else []
     sums = PooledSums(job.n_bootstrap, job.seed, held.n_sequences)
-    with job.team.failing_together():
-        measure(dictionaries, lm, held, job.hooks, sums=sums, mean=mean, groupings=groupings, batch_tokens=job.batch_tokens)
+    steps = measure(dictionaries, lm, held, job.hooks, sums=sums, mean=mean, groupings=groupings, batch_tokens=job.batch_tokens)
+    run_in_rounds(steps, job.team)
     sums.pool(job.team)
     reports = []
     for i, dictionary in enumerate(dictionaries):

@@ -1,7 +1,7 @@
 """Evaluation on rows of activations, without a model."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import NamedTuple, TypeVar
@@ -20,7 +20,7 @@ from saelens_lite.evaluation import metrics
 from saelens_lite.evaluation.controls import moments, untrained
 from saelens_lite.evaluation.metrics import Kept
 from saelens_lite.evaluation.report import EvalReport
-from saelens_lite.evaluation.sums import PooledSums
+from saelens_lite.evaluation.sums import PooledSums, run_in_rounds
 from saelens_lite.model.passes import BATCH_TOKENS
 from saelens_lite.ports import Port, names
 from saelens_lite.processes import Team, team
@@ -184,7 +184,8 @@ def _reports(rows: RowData, dictionaries: Sequence[Dictionary]) -> list[EvalRepo
     sums = PooledSums(rows.n_bootstrap, rows.seed, rows.n_groups)
     where = float64_device(rows.wanted.device)  # for the sums
     mean = (sum(wide(y).sum(0) for y in rows.wanted.split(rows.batch_rows)) / len(rows.wanted)).float()
-    with rows.team.failing_together(), progress_bar("evaluate", len(rows.x) // rows.team.world) as advance:
+
+    def steps() -> Generator[None, None, None]:
         for some, places, first in _own(_batches(rows.unit, rows.batch_rows), rows.team):
             sums.weigh(torch.arange(first, first + places.n))
             kept = Kept(places.row.to(where), places.position.to(where), places.n)
@@ -197,6 +198,10 @@ def _reports(rows: RowData, dictionaries: Sequence[Dictionary]) -> list[EvalRepo
                 metrics.add_codes(sums, str(i), codes.to(where), kept)
                 metrics.add_reconstruction(sums, str(i), wanted, x_hat, square, kept)
             advance(len(some), "")
+            yield
+
+    with progress_bar("evaluate", len(rows.x) // rows.team.world) as advance:
+        run_in_rounds(steps(), rows.team)
     sums.pool(rows.team)
     return [
         EvalReport(
