@@ -75,6 +75,11 @@ def check_errors(lm: sl.LanguageModel, d: sl.Dictionary, tokens: torch.Tensor) -
         sl.evaluate(d, lm, [""])
     with pytest.raises(ConfigError, match="different evaluations: text is"):
         sl.evaluate(d, lm, tokens + team().rank)
+    weight = lm.module.get_input_embeddings().weight.data
+    weight[0] += team().rank
+    with pytest.raises(ConfigError, match="different settings: weights is '"):
+        sl.evaluate(d, lm, tokens)
+    weight[0] = 0
     lm.module.get_input_embeddings().weight.data[501] = torch.nan
     tokens[2, 7] = 501
     with pytest.raises(NonFiniteError, match="hold NaN or infinity, so nothing can be measured"):
@@ -141,6 +146,10 @@ def raising() -> bool:
         sl.evaluate(d, x + rank)
     with pytest.raises(ConfigError, match="different evaluations: seed is 0 in process 0 and 1 in process 1"):
         sl.evaluate(d, x, seed=rank)
+    d.W_dec.data[3].add_(rank)
+    with pytest.raises(ConfigError, match=r"different settings: dictionaries\.0\.weights\.W_dec is '"):
+        sl.evaluate(d, x)
+    (d,) = dictionaries(8)[:1]
     with pytest.raises(NonFiniteError, match="row 5"):
         sl.evaluate(d, x.index_fill(0, torch.tensor(5), torch.nan))
 

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from saelens_lite.evaluation.report import EvalReport
 from saelens_lite.evaluation.sums import PooledSums, run_in_rounds
 from saelens_lite.model.passes import BATCH_TOKENS
 from saelens_lite.ports import Port, names
-from saelens_lite.processes import Team, team
+from saelens_lite.processes import Team, check_same, team
 from saelens_lite.progress import progress_bar
 
 MAX_UNITS = 4096  # groups beyond this number are drawn several at a time, which saves time and hardly changes an interval
@@ -74,9 +74,11 @@ def evaluate_rows(
         log.warning("no intervals: a bootstrap draws groups of rows, and there is only one; give at least two")
     everyone = team()
     sha256 = tensor_hash(inputs) if wanted is inputs else f"{tensor_hash(inputs)} {tensor_hash(wanted)}"
+    if everyone.world > 1:
+        check_same({"dictionaries": [identity(one) for one in dictionaries]}, device=inputs.device)
     everyone.agree(
-        {"activations": sha256, "groups": tensor_hash(unit), "dictionaries": [(d.d_sae, d.place) for d in dictionaries],
-         "batch_tokens": batch_rows, "n_bootstrap": n_bootstrap, "seed": seed, "controls": controls},
+        {"activations": sha256, "groups": tensor_hash(unit), "batch_tokens": batch_rows, "n_bootstrap": n_bootstrap,
+         "seed": seed, "controls": controls},
         "evaluations",
     )  # fmt: skip
     rows = RowData(
@@ -93,6 +95,17 @@ def evaluate_rows(
     )
     reports = _reports(rows, dictionaries)
     return _with_controls(rows, dictionaries, reports) if controls else reports
+
+
+def identity(dictionary: Dictionary) -> dict[str, Any]:
+    """Return the facts about a dictionary that its report depends on, with hashes of its weights."""
+    return {
+        "place": dictionary.place,
+        "rule": dictionary.rule.plugin_name,
+        "options": dictionary.rule.config.model_dump(mode="json"),
+        "token_norm": dictionary.token_norm,
+        "weights": {name: tensor_hash(torch.atleast_1d(x)) for name, x in dictionary.state_dict().items()},
+    }
 
 
 def _checked(x: ArrayLike, name: str) -> Float[Tensor, "n d"]:
