@@ -7,6 +7,7 @@ from together import in_processes
 import saelens_lite as sl
 from saelens_lite import registry
 from saelens_lite.errors import ConfigError, NonFiniteError, PluginError, TextError
+from saelens_lite.evaluation.sums import ROUND, PooledSums, run_in_rounds
 from saelens_lite.processes import team
 from saelens_lite.sparsity import register
 from saelens_lite.tokens import TokenRows
@@ -74,6 +75,11 @@ def check_errors(lm: sl.LanguageModel, d: sl.Dictionary, tokens: torch.Tensor) -
         sl.evaluate(d, lm, [""])
     with pytest.raises(ConfigError, match="different evaluations: text is"):
         sl.evaluate(d, lm, tokens + team().rank)
+    weight = lm.module.get_input_embeddings().weight.data
+    weight[0] += team().rank
+    with pytest.raises(ConfigError, match="different settings: weights is '"):
+        sl.evaluate(d, lm, tokens)
+    weight[0] = 0
     lm.module.get_input_embeddings().weight.data[501] = torch.nan
     tokens[2, 7] = 501
     with pytest.raises(NonFiniteError, match="hold NaN or infinity, so nothing can be measured"):
@@ -90,6 +96,48 @@ def test_texts_have_the_report_of_one_process(n, n_tokens):
         assert found == alone
 
 
+def rounds(n_steps: list[int], bad: int | None) -> int:
+    """Return the number of steps that this process runs. Process 1 fails in step `bad`."""
+    done = 0
+
+    def steps():
+        nonlocal done
+        for i in range(n_steps[team().rank]):
+            if team().rank and i == bad:
+                raise NonFiniteError("bad step")
+            done += 1
+            yield
+
+    if bad is None:
+        run_in_rounds(steps(), team())
+    else:
+        with pytest.raises(NonFiniteError, match="bad step"):
+            run_in_rounds(steps(), team())
+    return done
+
+
+def test_processes_meet_in_rounds():
+    """One with few steps waits for the other; an error stops the other one in the same round."""
+    assert in_processes(2, rounds, [3, 2 * ROUND], None) == [3, 2 * ROUND]
+    assert in_processes(2, rounds, [9 * ROUND, 2 * ROUND], ROUND + 5) == [2 * ROUND, ROUND + 5]
+
+
+def in_three_tables() -> float:
+    """Return a sum whose terms, in three tables of different columns, cancel in one order only. The last process has one."""
+    sums = PooledSums(0, 0, 3)
+    for rank, (other, term) in enumerate([("a", 1.0), ("b", 1e30), ("c", -1e30)]):
+        if team().world == 1 or min(rank, 1) == team().rank:
+            sums.weigh(torch.tensor([rank]))
+            sums.add(other, torch.ones(1))
+            sums.add("x", torch.tensor([term]))
+    sums.pool(team())
+    return float(sums["x"][0])
+
+
+def test_a_sum_in_several_tables_has_one_order():
+    assert in_processes(2, in_three_tables) == [in_three_tables()] * 2
+
+
 def raising() -> bool:
     """Check errors that all processes see, and one that only one would see by itself."""
     x, rank = normal(64, 8), team().rank
@@ -98,6 +146,10 @@ def raising() -> bool:
         sl.evaluate(d, x + rank)
     with pytest.raises(ConfigError, match="different evaluations: seed is 0 in process 0 and 1 in process 1"):
         sl.evaluate(d, x, seed=rank)
+    d.W_dec.data[3].add_(rank)
+    with pytest.raises(ConfigError, match=r"different settings: dictionaries\.0\.weights\.W_dec is '"):
+        sl.evaluate(d, x)
+    (d,) = dictionaries(8)[:1]
     with pytest.raises(NonFiniteError, match="row 5"):
         sl.evaluate(d, x.index_fill(0, torch.tensor(5), torch.nan))
 

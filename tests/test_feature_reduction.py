@@ -1,6 +1,7 @@
 """The numbers of a feature store against plain loops in double precision, for any split of text and latents."""
 
 import math
+import os
 from collections import Counter
 from fractions import Fraction
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from saelens_lite.codes import SparseCodes
+from saelens_lite.errors import CorruptFileError
 from saelens_lite.features import FeatureTensors, StoreInfo, code_log, cooccurrence, reduce, sampling
 from saelens_lite.features.build import reduced
 from saelens_lite.features.code_log import CodeLog, Codes, Sample
@@ -340,3 +342,17 @@ def test_bins_do_not_depend_on_rounding():
     entries = reduce.Entries(torch.arange(n), torch.zeros(n, dtype=torch.long), value)
     histogram = reduce.Block(entries, 0, 1, reduce.TextFacts.of(rows), info).reduced()["histogram"]
     assert histogram.tolist() == [[0] + [1] * (N_BINS - 2) + [2]]
+
+
+def test_a_log_with_too_few_entries_is_damaged(acts, rows, tmp_path):
+    """A file that is cut while it is read, and counts of blocks that do not add up."""
+    log = collected(tmp_path, acts, rows).logs[0]
+    log.check()
+    counts = (log.folder / "blocks.bin").read_bytes()
+    (log.folder / "blocks.bin").write_bytes(bytes([counts[0] + 1]) + counts[1:])
+    with pytest.raises(CorruptFileError, match=r"blocks\.bin counts"):
+        log.check()
+    (log.folder / "blocks.bin").write_bytes(counts)
+    os.truncate(log.folder / "entries.bin", log.sizes["entries.bin"] - 1)
+    with pytest.raises(CorruptFileError, match=r"entries\.bin ends too early"):
+        list(log.runs(0))

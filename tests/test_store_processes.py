@@ -154,6 +154,9 @@ def test_a_process_dies_and_the_call_is_repeated(then, alone, tmp_path):
         in_processes(2, _die, out)
     assert not out.exists()
     assert list(tmp_path.glob(".stores.unfinished/*/progress.json"))
+    if then == 1:
+        with locked(tmp_path / ".stores.unfinished" / "1", "features"), pytest.raises(LockedError):  # it has not ended yet
+            _resume(out)
     in_processes(then, _resume, out) if then > 1 else _resume(out)
     of_tensors = {file: bytes_ for file, bytes_ in contents(out).items() if file.endswith(".safetensors")}
     assert of_tensors == {file: bytes_ for file, bytes_ in alone.items() if file.endswith(".safetensors")}
@@ -212,6 +215,30 @@ def _rows_store(out):
     groups = [f"group {i % 7}" for i in range(300)]
     store = sl.FeatureStore.from_activations(dictionaries()[0], x, groups=groups, out=out, batch_tokens=32, codes=True, seed=1)
     return store.rows.built_here, store.top_examples(3)
+
+
+def _different(case):
+    x, d, groups, rank = torch.ones(300, WIDTH), dictionaries()[0], ["a"] * 300, team().rank
+    if case == "x":
+        x[200] += rank
+    elif case == "W_dec":
+        d.W_dec.data[2] += rank
+    elif case == "groups":
+        groups[-1] += "b" * rank
+    elif case == "rows" and rank:
+        x, groups = x[1:], groups[1:]
+    with pytest.raises(ConfigError) as raised:
+        sl.FeatureStore.from_activations(d, x, groups=groups)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("case", "found"), [("x", "x is"), ("W_dec", "dictionary_sha256 is"), ("groups", "data.groups is"), ("rows", "data.")]
+)
+def test_processes_do_not_mix_different_activations(case, found):
+    first, second = in_processes(2, _different, case)
+    assert first == second
+    assert found in first
 
 
 def test_a_store_of_activations_has_the_files_of_one_process(tmp_path):

@@ -75,8 +75,8 @@ from saelens_lite.evaluation.measure import Grouping, kept_activations, mean_act
 from saelens_lite.evaluation.overlap import overlap
 from saelens_lite.evaluation.positions import PositionBand, bands_of_positions
 from saelens_lite.evaluation.report import EvalReport, markdown, table
-from saelens_lite.evaluation.rows import evaluate_rows
-from saelens_lite.evaluation.sums import Metric, PooledSums
+from saelens_lite.evaluation.rows import evaluate_rows, identity
+from saelens_lite.evaluation.sums import Metric, PooledSums, run_in_rounds
 from saelens_lite.model import LanguageModel
 from saelens_lite.model.passes import default_batch_tokens
 from saelens_lite.ports import Hooks
@@ -144,7 +144,8 @@ def evaluate(
     With activations x [n d_in] in place of the model and the text, the report has the metrics that need no model. Intervals are
     then bootstrapped over rows, or over `groups` of rows that are not independent of each other.
 
-    All processes of a job share the work, and each returns the whole report. They must call this with the same arguments.
+    All processes of a job share the work, and each returns the whole report. They must call this with the same arguments. They
+    meet after every 64 batches of each, which must take less than SAELENS_LITE_TIMEOUT.
 
     Args:
         lm: the model, or activations: a tensor, a numpy array, a DataFrame or a list of rows; (x, y) for a transcoder.
@@ -215,8 +216,12 @@ def evaluate(
     batch_tokens = default_batch_tokens(lm, with_logits=True) if batch_tokens is None else batch_tokens
     text = with_mask(text, attention_mask)
     config = None if isinstance(text, TokenRows) else as_trained(dictionaries, lm, text, text_config or TextConfig())
-    check_same({"text_config": None if config is None else config.model_dump(mode="json")}, device=lm.device)
     workers = ALONE if lm.is_shared else team()
+    same: dict[str, Any] = {"text_config": None if config is None else config.model_dump(mode="json")}
+    if workers.world > 1:
+        same |= {"model": lm.name, "revision": lm.revision, "weights": lm.fingerprint(), "precision": lm.precision}
+        same |= {"dictionaries": [identity(one) for one in dictionaries]}
+    check_same(same, device=lm.device)
     with held_batches(lm, _blocks(lm, text, n_tokens, config), batch_tokens, workers) as batches:
         if not batches.n_kept:
             raise TextError("there is no text to evaluate on: none of the positions of the token rows counts")
@@ -231,8 +236,8 @@ def evaluate(
             seed=seed,
         )
         workers.agree(
-            {"text": batches.sha256, "dictionaries": [(d.d_sae, d.place) for d in dictionaries], "batch_tokens": batch_tokens,
-             "n_bootstrap": n_bootstrap, "seed": seed, "bands": (by_frequency, by_position), "controls": controls},
+            {"text": batches.sha256, "batch_tokens": batch_tokens, "n_bootstrap": n_bootstrap, "seed": seed,
+             "bands": (by_frequency, by_position), "controls": controls},
             "evaluations",
         )  # fmt: skip
         mean = mean_activation(lm, batches, hooks.writes, workers)
@@ -293,8 +298,8 @@ def _reports(
     groupings = [Grouping("frequency", frequencies.of, len(frequencies.exponent))] if frequencies else []
     groupings += [Grouping("position", positions.of, len(positions.low))] if positions else []
     sums = PooledSums(job.n_bootstrap, job.seed, held.n_sequences)
-    with job.team.failing_together():
-        measure(dictionaries, lm, held, job.hooks, sums=sums, mean=mean, groupings=groupings, batch_tokens=job.batch_tokens)
+    steps = measure(dictionaries, lm, held, job.hooks, sums=sums, mean=mean, groupings=groupings, batch_tokens=job.batch_tokens)
+    run_in_rounds(steps, job.team)
     sums.pool(job.team)
     reports = []
     for i, dictionary in enumerate(dictionaries):

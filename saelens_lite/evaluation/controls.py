@@ -1,6 +1,6 @@
 """Controls to compare a dictionary with: untrained dictionaries of the same size or sparsity."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from saelens_lite.config import Origin
 from saelens_lite.devices import wide
 from saelens_lite.dictionary import Dictionary
-from saelens_lite.evaluation.sums import ExactSums
+from saelens_lite.evaluation.sums import ExactSums, run_in_rounds
 from saelens_lite.processes import ALONE, Team
 
 RANDOM, PCA, REDRAWN = "random", "PCA", "shuffled weights"
@@ -26,12 +26,16 @@ class MeanAndCovariance(NamedTuple):
 def moments(batches: Iterable[Float[Tensor, "_ d"]], device: torch.device, team: Team = ALONE) -> MeanAndCovariance:
     """Return the mean and covariance of the activations in the batches of all processes, in float64 on a device."""
     sums = ExactSums()
-    with team.failing_together():
+
+    def steps() -> Generator[None, None, None]:
         for x in batches:
             exact = wide(x)
             sums.add("n", torch.tensor(float(len(x)), dtype=torch.float64))
             sums.add("x", exact.sum(0))
             sums.add("products", exact.T @ exact)
+            yield
+
+    run_in_rounds(steps(), team)
     sums.pool(team)
     n = float(sums["n"])
     mean = sums["x"] / n

@@ -1,7 +1,7 @@
 """One pass of a model over token rows that collects the sums of all metrics for several dictionaries of the same hooks."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from saelens_lite.errors import NonFiniteError, ShapeError
 from saelens_lite.evaluation import metrics
 from saelens_lite.evaluation.held import Held
 from saelens_lite.evaluation.metrics import Kept, Predictions
-from saelens_lite.evaluation.sums import ExactSums, PooledSums
+from saelens_lite.evaluation.sums import ExactSums, PooledSums, run_in_rounds
 from saelens_lite.model import LanguageModel
 from saelens_lite.model.partial_forward import PartialForward
 from saelens_lite.model.passes import read
@@ -81,9 +81,13 @@ def mean_activation(lm: LanguageModel, held: Held, hooks: Sequence[str], team: T
         NonFiniteError: an activation is NaN or infinite.
     """
     sums = ExactSums()
-    with team.failing_together():
+
+    def steps() -> Generator[None, None, None]:
         for x in kept_activations(lm, held, hooks, "mean"):
             sums.add("x", where_float64_is(x).sum(0, dtype=torch.float64))
+            yield
+
+    run_in_rounds(steps(), team)
     sums.pool(team)
     if not torch.isfinite(sums["x"]).all():
         raise NonFiniteError(
@@ -102,8 +106,8 @@ def measure(
     mean: Float[Tensor, " d"],
     batch_tokens: int,
     groupings: Sequence[Grouping] = (),
-) -> None:
-    """Add the sums over the batches of this process to `sums`. The names of those of dictionary number i begin with i.
+) -> Generator[None, None, None]:
+    """Add the sums over the batches of this process to `sums`, in steps. Names of sums of dictionary number i begin with i.
 
     Memory does not depend on the amount of text: it holds two sets of logits of a batch, and the bootstrap sums. A row with
     more than MAX_ROW_LOGITS logits is worked on in parts, with separate forward passes for each.
@@ -165,6 +169,7 @@ def measure(
                     metrics.add_band_values(sums, f"{i}.{name}.error", error, member, kept)
                     metrics.add_band_values(sums, f"{i}.{name}.ce", ce - ce_clean, member, kept)
             advance(len(x), "")
+            yield
 
 
 def _everywhere(value: Float[Tensor, " d"], tokens: Int[Tensor, "n pos"], lm: LanguageModel) -> Float[Tensor, "n pos d"]:

@@ -1,10 +1,10 @@
 """Evaluation on rows of activations, without a model."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,10 +20,10 @@ from saelens_lite.evaluation import metrics
 from saelens_lite.evaluation.controls import moments, untrained
 from saelens_lite.evaluation.metrics import Kept
 from saelens_lite.evaluation.report import EvalReport
-from saelens_lite.evaluation.sums import PooledSums
+from saelens_lite.evaluation.sums import PooledSums, run_in_rounds
 from saelens_lite.model.passes import BATCH_TOKENS
 from saelens_lite.ports import Port, names
-from saelens_lite.processes import Team, team
+from saelens_lite.processes import Team, check_same, team
 from saelens_lite.progress import progress_bar
 
 MAX_UNITS = 4096  # groups beyond this number are drawn several at a time, which saves time and hardly changes an interval
@@ -74,9 +74,11 @@ def evaluate_rows(
         log.warning("no intervals: a bootstrap draws groups of rows, and there is only one; give at least two")
     everyone = team()
     sha256 = tensor_hash(inputs) if wanted is inputs else f"{tensor_hash(inputs)} {tensor_hash(wanted)}"
+    if everyone.world > 1:
+        check_same({"dictionaries": [identity(one) for one in dictionaries]}, device=inputs.device)
     everyone.agree(
-        {"activations": sha256, "groups": tensor_hash(unit), "dictionaries": [(d.d_sae, d.place) for d in dictionaries],
-         "batch_tokens": batch_rows, "n_bootstrap": n_bootstrap, "seed": seed, "controls": controls},
+        {"activations": sha256, "groups": tensor_hash(unit), "batch_tokens": batch_rows, "n_bootstrap": n_bootstrap,
+         "seed": seed, "controls": controls},
         "evaluations",
     )  # fmt: skip
     rows = RowData(
@@ -93,6 +95,17 @@ def evaluate_rows(
     )
     reports = _reports(rows, dictionaries)
     return _with_controls(rows, dictionaries, reports) if controls else reports
+
+
+def identity(dictionary: Dictionary) -> dict[str, Any]:
+    """Return the facts about a dictionary that its report depends on, with hashes of its weights."""
+    return {
+        "place": dictionary.place,
+        "rule": dictionary.rule.plugin_name,
+        "options": dictionary.rule.config.model_dump(mode="json"),
+        "token_norm": dictionary.token_norm,
+        "weights": {name: tensor_hash(torch.atleast_1d(x)) for name, x in dictionary.state_dict().items()},
+    }
 
 
 def _checked(x: ArrayLike, name: str) -> Float[Tensor, "n d"]:
@@ -184,7 +197,8 @@ def _reports(rows: RowData, dictionaries: Sequence[Dictionary]) -> list[EvalRepo
     sums = PooledSums(rows.n_bootstrap, rows.seed, rows.n_groups)
     where = float64_device(rows.wanted.device)  # for the sums
     mean = (sum(wide(y).sum(0) for y in rows.wanted.split(rows.batch_rows)) / len(rows.wanted)).float()
-    with rows.team.failing_together(), progress_bar("evaluate", len(rows.x) // rows.team.world) as advance:
+
+    def steps() -> Generator[None, None, None]:
         for some, places, first in _own(_batches(rows.unit, rows.batch_rows), rows.team):
             sums.weigh(torch.arange(first, first + places.n))
             kept = Kept(places.row.to(where), places.position.to(where), places.n)
@@ -197,6 +211,10 @@ def _reports(rows: RowData, dictionaries: Sequence[Dictionary]) -> list[EvalRepo
                 metrics.add_codes(sums, str(i), codes.to(where), kept)
                 metrics.add_reconstruction(sums, str(i), wanted, x_hat, square, kept)
             advance(len(some), "")
+            yield
+
+    with progress_bar("evaluate", len(rows.x) // rows.team.world) as advance:
+        run_in_rounds(steps(), rows.team)
     sums.pool(rows.team)
     return [
         EvalReport(

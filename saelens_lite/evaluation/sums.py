@@ -12,7 +12,9 @@ Source: Chamandy, Muralidharan, Najmi and Naidu 2012, Estimating uncertainty for
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +26,7 @@ from torch import Tensor
 from saelens_lite.processes import ALONE, Team
 from saelens_lite.seeds import mixed_seed
 
+ROUND = 64  # steps of each process between two moments in which the processes learn of each other's errors
 DENSITY_REPLICATES = 100  # bootstrap replicates of the firing counts; fewer, because there is a count for each latent
 CHUNK = 1 << 15  # numbers that are added at a time; they fit into a CPU's cache
 CHUNK_LATENTS = 1 << 14  # latents whose counts are added at a time
@@ -80,6 +83,19 @@ def poisson_weights(seed: int, number: Sequence[int], n: int) -> Int[Tensor, "n_
     raw = [np.random.Philox(key=seed, counter=[0, 0, i, 0]).random_raw((n + 1) // 2).view(np.uint32)[:n] for i in number]
     drawn = np.searchsorted(_POISSON, np.stack(raw) if raw else np.zeros((0, n), np.uint32), side="right")
     return torch.from_numpy(drawn)
+
+
+def run_in_rounds(steps: Generator[None, None, None], team: Team) -> None:
+    """Run all steps of this process, such as its batches. An error in one process is raised in all.
+
+    The processes meet after every ROUND steps, and those without steps come to the remaining meetings. All steps together may
+    take any time, but those of one round must take less than SAELENS_LITE_TIMEOUT.
+    """
+    with closing(steps):
+        is_left = True
+        while team.any(is_left):
+            with team.failing_together():
+                is_left = sum(1 for _ in islice(steps, ROUND)) == ROUND
 
 
 class ExactSums:
@@ -167,12 +183,14 @@ class PooledSums(ExactSums):
 
     def __getitem__(self, name: str) -> Float[Tensor, "replicates ..."]:
         self._add_waiting()
-        return sum(self._value(table, (slice(None), columns)) for table, columns in self._columns[name].items())
+        columns = self._columns[name]
+        return sum(self._value(table, (slice(None), columns[table])) for table in sorted(columns))  # the same in all processes
 
     def add_fired(self, name: str, sequence: Int[Tensor, " nnz"], latent: Int[Tensor, " nnz"], d_sae: int) -> None:
         """Count the latents that fire, given the sequence of the batch and the latent for each time that one fires.
 
-        The work and the memory beside the counts themselves grow with the number of pairs, not with d_sae.
+        The counts of a dictionary take 8 · (1 + DENSITY_REPLICATES) bytes for each latent, so 808 MB for a million latents. The
+        work and the memory beside them grow with the number of pairs, not with d_sae.
         """
         weights = self._weights[: 1 + DENSITY_REPLICATES].T.float()  # sums over a batch are exact in float32
         n = len(weights)

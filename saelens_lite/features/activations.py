@@ -1,6 +1,7 @@
 """The numbers of a feature store of activations, computed from a dictionary without a model or a text."""
 
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from saelens_lite.features.code_log import Sample
 from saelens_lite.features.collect import MAX_PLACES, written
 from saelens_lite.features.info import StoreInfo, facts_of
 from saelens_lite.features.rows import OF_GROUPS, GroupsOfBlocks, RowTensors, row_tensors, texts_of
-from saelens_lite.processes import Team
+from saelens_lite.processes import Team, check_same
 from saelens_lite.progress import progress_bar
 from saelens_lite.tokens import TokenRows
 
@@ -89,9 +90,16 @@ def row_parts(dictionary: Dictionary, given: NamedRows, config: StoreConfig, fol
     Raises:
         NonFiniteError: an activation or a code is NaN or infinite.
         UserError: no latent fires.
+        ConfigError: the processes were given different activations, names, groups, dictionaries or settings.
     """
-    dictionary.check_finite()
-    digest, n = hashlib.sha256(), len(given.x)
+    with team.failing_together():
+        dictionary.check_finite()
+    digest, n, facts = hashlib.sha256(), len(given.x), facts_of(dictionary)
+    if team.world > 1:
+        named = {"names": given.names, "groups": given.labels, "group_of_row": given.group_of_row.tolist()}
+        hashes = {name: hashlib.sha256(json.dumps(values).encode()).hexdigest() for name, values in named.items()}
+        shape = {"rows": n, "dtype": str(given.x.dtype).removeprefix("torch.")}
+        check_same({"dictionary": facts, **config.model_dump(mode="json")}, hashes | shape, dictionary.W_enc.device)
 
     def encoded(batch: tuple[int, Tensor]) -> Iterator[tuple[Tensor, SparseCodes]]:
         start, x = batch
@@ -109,11 +117,12 @@ def row_parts(dictionary: Dictionary, given: NamedRows, config: StoreConfig, fol
                 advance(len(x), "")
 
         codes = written(folder, [dictionary.d_sae], Sample.of(n, config.seed), hashed(), encoded, team)[0]
+    team.agree({"x": digest.hexdigest()}, "inputs of the store")
     ports = ([port.hook or "activations" for port in side] for side in (dictionary.reads, dictionary.writes))
     reads, writes = map(tuple, ports)
     info = StoreInfo(
         model=None, revision=None, reads=reads, writes=writes, n_tokens=n, bos_id=None, text=None,
-        text_sha256=digest.hexdigest(), **facts_of(dictionary), **config.model_dump(include=SHOWN),
+        text_sha256=digest.hexdigest(), **facts, **config.model_dump(include=SHOWN),
     )  # fmt: skip
     rows = TokenRows(torch.arange(n, dtype=torch.int32)[:, None], torch.ones(n, 1, dtype=torch.bool))
     groups = GroupsOfBlocks(given.group_of_row, len(given.labels))

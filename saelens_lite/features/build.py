@@ -189,18 +189,22 @@ def reduced(
         TextError, UserError: no latent fires on the text or the activations, and `must_fire` is set.
         CorruptFileError: the codes on disk do not cover all tokens.
     """
-    if codes.n_tokens != info.n_tokens:
-        raise CorruptFileError(
-            f"{codes.folder} has codes of {codes.n_tokens:,} tokens, expected {info.n_tokens:,}; delete {codes.folder}"
-        )
+    team = codes.team
+    with team.failing_together():
+        if codes.n_tokens != info.n_tokens:
+            raise CorruptFileError(
+                f"{codes.folder} has codes of {codes.n_tokens:,} tokens, expected {info.n_tokens:,}; delete {codes.folder}"
+            )
     count = codes.count()
     if must_fire and not count.any():
         cause = "the text" if info.model else "x"
         hint = "is it the right hook?" if info.model else "was it scaled as the data that the dictionary was trained on?"
         error = TextError if info.model else UserError
         raise error(f"none of the {info.d_sae} latents fires on {cause} ({info.n_tokens:,} {info.unit}s); {hint}")
-    folder, text, lists = codes.reduced_folder, TextFacts.of(rows), codes.lists(rows.tokens.numel())
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, text = codes.reduced_folder, TextFacts.of(rows)
+    with team.failing_together():
+        lists = codes.lists(rows.tokens.numel())
+        folder.mkdir(parents=True, exist_ok=True)
 
     def of_block(number: int, write: Callable[[Block], None]) -> dict[str, Tensor]:
         parts = []
@@ -211,7 +215,7 @@ def reduced(
             advance(piece.n, "")
         return _joined(parts)
 
-    path, team = folder / CODES_FILE if table else None, codes.team
+    path = folder / CODES_FILE if table else None
     with progress_bar("latents", info.d_sae, "latents") as advance:
         if team.world == 1:
             with codes_file(path, rows.tokens) as write:

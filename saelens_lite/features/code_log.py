@@ -96,12 +96,18 @@ class CodeLog:
         self._files: dict[str, BinaryIO] = {}
 
     def check(self) -> None:
-        """Raise CorruptFileError if a file is shorter than its recorded length."""
+        """Raise CorruptFileError if a file is shorter than its recorded length, or the entries are not as many as recorded."""
         for name, size in self.sizes.items():
             path = self.folder / name
             n_bytes = file_size(path) if os.path.lexists(path) else 0
             if n_bytes < size:
-                raise CorruptFileError(f"{path} has {n_bytes:,} bytes, expected {size:,}; delete {self.folder.parent.parent}")
+                raise self._damaged(name, f"has {n_bytes:,} bytes, expected {size:,}")
+        n_entries = int(self.n_entries().sum()) if self.sizes["blocks.bin"] else 0
+        if n_entries * ENTRY.itemsize != self.sizes["entries.bin"]:
+            raise self._damaged("blocks.bin", f"counts {n_entries:,} entries, but entries.bin has another number")
+
+    def _damaged(self, name: str, problem: str) -> CorruptFileError:
+        return CorruptFileError(f"{self.folder / name} {problem}; delete {self.folder.parent.parent}")
 
     def open(self) -> None:
         """Open the files for appending, and cut them to `sizes`.
@@ -193,7 +199,8 @@ class CodeLog:
                     if n:
                         file.seek(start * ENTRY.itemsize)
                         run = np.empty(n, ENTRY)
-                        file.readinto(memoryview(run).cast("B"))
+                        if file.readinto(memoryview(run).cast("B")) != run.nbytes:
+                            raise self._damaged("entries.bin", "ends too early")
                         yield run
                 before += int(sizes.sum())
 
@@ -222,7 +229,8 @@ class Codes:
 
     def count(self) -> Int[Tensor, " d_sae"]:
         """Return how often each latent fires. All processes call this together."""
-        own = [log.count() for log, is_own in zip(self.logs, self.is_own, strict=True) if is_own]
+        with self.team.failing_together():
+            own = [log.count() for log, is_own in zip(self.logs, self.is_own, strict=True) if is_own]
         return self.team.sum(sum(own, torch.zeros(self.d_sae, dtype=torch.long)))
 
     def own_blocks(self) -> list[int]:

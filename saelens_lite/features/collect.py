@@ -27,7 +27,7 @@ from saelens_lite.errors import (
 )
 from saelens_lite.features.code_log import BATCH, CodeLog, Codes, Sample
 from saelens_lite.files import write_json
-from saelens_lite.kinds import STORE, UNFINISHED_STORE
+from saelens_lite.kinds import LOCK, STORE, UNFINISHED_STORE
 from saelens_lite.locks import locked
 from saelens_lite.model import LanguageModel, passes
 from saelens_lite.outputs import check_shared, followed
@@ -115,9 +115,11 @@ def written(
     """
     with ExitStack() as stack:
         with team.failing_together():
-            stack.enter_context(locked(folder / str(team.rank), "features"))
+            for rank in [team.rank, *(_absent(folder, team.world) if team.is_first else [])]:
+                stack.enter_context(locked(folder / str(rank), "features"))  # a process of an earlier job may still write
             progress = _Progress(folder, team, d_sae, sample)
-        done = set(np.concatenate(team.gather(progress.done())).tolist())
+            own_batches = progress.done()
+        done = set(np.concatenate(team.gather(own_batches)).tolist())
         left = ((number, batch) for number, batch in enumerate(batches) if number not in done)
         stack.enter_context(progress.writing())
         n = size = ROUND * team.world
@@ -154,7 +156,8 @@ def _codes(one: Hooked, read: passes.Read) -> SparseCodes:
 
 def _all_codes(folder: Path, team: Team, d_sae: list[int], sample: Sample, own: "_Progress") -> list[Codes]:
     """Return the codes of each dictionary in the logs of all processes, also of those that worked on them before."""
-    logs = [own.code_logs if path == own.folder else _read(path, d_sae, sample) for path in _ranks(folder)]
+    kept = own.others | {own.folder: own.code_logs}
+    logs = [kept[path] if path in kept else _read(path, d_sae, sample) for path in _ranks(folder)]
     logs = logs or [own.code_logs]
     is_own = [one[0].folder.parent == own.folder or one[0].folder.parent in own.others for one in logs]
     return [Codes(of_one, is_own, own.folder / "sorted.bin", team) for of_one in zip(*logs, strict=True)]
@@ -164,6 +167,12 @@ def _ranks(folder: Path) -> list[Path]:
     """Return the folders of the processes that have written batches, by rank."""
     paths = [path.parent for path in folder.glob(f"*/{PROGRESS}") if path.parent.name.isdecimal()]
     return sorted(paths, key=lambda path: int(path.name))
+
+
+def _absent(folder: Path, world: int) -> list[int]:
+    """Return the ranks without a process in this job whose processes in an earlier job left files, or their locks."""
+    names = (match[1] if (match := LOCK.fullmatch(path.name)) else path.name for path in folder.glob("*"))
+    return sorted({int(name) for name in names if name.isdecimal() and int(name) >= world})
 
 
 class _Noted(Checked):
@@ -199,13 +208,14 @@ class _Progress:
         self.folder = folder / str(team.rank)
         self.file = self.folder / PROGRESS
         self.code_logs = _read(self.folder, d_sae, sample)
-        self.others = [path for path in _ranks(folder) if int(path.name) >= team.world] if team.is_first else []
-        self._d_sae, self._saved = d_sae, time.monotonic()
+        absent = [path for path in _ranks(folder) if int(path.name) >= team.world] if team.is_first else []
+        self.others = {path: _read(path, d_sae, sample) for path in absent}
+        self._saved = time.monotonic()
 
     def done(self) -> np.ndarray:
         """Return the numbers of the batches that this process has written. The first adds those of ranks without a process."""
-        logs = [self.code_logs[0], *(_read(path, self._d_sae, self.code_logs[0].sample)[0] for path in self.others)]
-        return np.concatenate([np.array(one.read("batches.bin", BATCH)["number"]) for one in logs])
+        logs = [self.code_logs, *self.others.values()]
+        return np.concatenate([np.array(of_rank[0].read("batches.bin", BATCH)["number"]) for of_rank in logs])
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -249,14 +259,14 @@ def working_folder(
     Without `out` or without a request, the folder is temporary. The first process makes, locks and removes it, and all use it.
 
     Raises:
-        ConfigError: the processes were given different inputs, or do not share the folder.
+        ConfigError: the processes do not share the folder.
     """
-    team.agree(request or {}, "inputs of the store")
     with ExitStack() as stack:
         with team.failing_together():
             folder = stack.enter_context(_own_folder(out, request, exists, inputs)) if team.is_first else Path()
         folder = team.tell(folder)
-        check_shared(folder / "shared", team)
+        is_temporary = out is None or request is None
+        check_shared(folder if is_temporary else followed(out), team)  # its file is beside that, and removed after a kill
         yield folder
 
 
