@@ -1,11 +1,12 @@
 """Several processes write one cache: the bytes of one process, also after kills, and errors that all of them hear of."""
 
 import functools
-import logging
+import json
 import os
 import random
 import shutil
 import signal
+import time
 from importlib import import_module
 from pathlib import Path
 
@@ -79,7 +80,6 @@ def captured(out: Path, text=DOCUMENTS, model=(), **settings) -> dict:
     module, lm = import_module("saelens_lite.cache.capture"), Model(*model)
     os.fsync = bool  # a kill loses nothing that was written
     settings = {"dtype": "float32", "shard_tokens": 64, "batch_tokens": 64, "n_ctx": 32} | settings
-    module.CHECK_SECONDS = 0.0
     module.RowBlocks = functools.partial(RowBlocks, block_tokens=BLOCK)
     blocks.encode = functools.partial(encoding.encode, stretch=200, context=20)
     cache = sl.capture(lm, text, HOOKS, out, **settings)
@@ -251,20 +251,47 @@ def test_a_cache_that_another_job_writes_is_locked(tmp_path):
     in_processes(2, capturing, tmp_path / "c", {})
 
 
-def _log(out):
-    records, handler = [], logging.Handler()
-    handler.emit = lambda record: records.append(record.getMessage())
-    logging.getLogger("saelens_lite").addHandler(handler)
-    captured(out)
-    return records
-
-
-def test_an_unfinished_capture_of_an_earlier_version_starts_anew(tmp_path):
+def test_an_unfinished_capture_of_an_earlier_version_is_refused_and_kept(tmp_path):
+    """Its request does not name the format of the journal."""
     with pytest.raises((ProcessLostError, AssertionError)):
         in_processes(1, capturing, tmp_path / "c", {"model": (None, (0, 15))})
-    shutil.rmtree(tmp_path / ".c.unfinished/journal")
-    (tmp_path / ".c.unfinished/journal.jsonl").write_text("{}\n")
-    (records,) = in_processes(1, _log, tmp_path / "c")
-    assert any("was written by an earlier version, and cannot be resumed; starting over" in record for record in records)
+    folder = tmp_path / ".c.unfinished"
+    shutil.rmtree(folder / "journal")
+    (folder / "journal.jsonl").write_text("{}\n")
+    request = json.loads((folder / "request.json").read_text())
+    assert request.pop("journal_format") == 2
+    (folder / "request.json").write_text(json.dumps(request))
+    before = sorted(folder.rglob("[!.]*"))
+    with pytest.raises(OutputExistsError, match=r"other settings: journal_format = None \(now 2\)"):
+        in_processes(1, capturing, tmp_path / "c", {})
+    assert sorted(folder.rglob("[!.]*")) == before
+    in_processes(1, capturing, tmp_path / "c", {"exists": "overwrite"})
     in_processes(1, capturing, tmp_path / "d", {})
     assert contents(tmp_path / "c") == contents(tmp_path / "d")
+
+
+def _apart(out, texts, exists="error"):
+    return failing(out, {"text": texts[team().rank], "exists": exists}, ConfigError)
+
+
+def test_processes_with_other_texts_are_refused(tmp_path):
+    other = [text.replace("ship", "boat") for text in DOCUMENTS]
+    for i, text in enumerate((other, DOCUMENTS[:12], DOCUMENTS[:-1])):
+        for texts in ((DOCUMENTS, text), (text, DOCUMENTS)):
+            for message in in_processes(2, _apart, tmp_path / str(i), texts, "overwrite"):
+                assert "the processes have different texts: SHA-256 of the text is '" in message
+            assert not (tmp_path / str(i)).exists()
+
+
+def _slow(out, lasts):
+    """Let the second process take `lasts` seconds longer for each batch."""
+    run = Model.run
+    Model.run = lambda *args: (time.sleep(lasts * team().rank), run(*args))[1]
+    return captured(out)
+
+
+def test_a_process_may_be_slower_than_the_others_for_longer_than_they_wait(tmp_path):
+    found = in_processes(2, _slow, tmp_path / "2", 0.18, timeout=3.0)
+    assert found[1]["runs"] * 0.18 > 4
+    in_processes(1, capturing, tmp_path / "1", {})
+    assert contents(tmp_path / "2") == contents(tmp_path / "1")

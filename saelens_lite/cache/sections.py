@@ -101,7 +101,10 @@ class Sections:
             self.n += 1
             self._n_shards += -(-n_kept // self.shard_tokens)
             self._n_begun += not is_complete
-        if self.rank == 0 and (surplus := [number for number in numbers(self.folder) if number >= self.n]):
+
+    def refuse_surplus(self) -> None:
+        """Raise SourceChangedError if there are journals of sections behind the end of the text."""
+        if surplus := [number for number in numbers(self.folder) if number >= self.n]:
             raise SourceChangedError(f"it ends after {self.n:,} sections, where {max(surplus) + 1:,} had been read")
 
     def _grouped(self) -> Iterator[list[tuple[int, TokenRows]]]:
