@@ -180,6 +180,48 @@ def test_a_restart_notices_another_text_that_is_not_tokenised(tmp_path):
     assert contents(tmp_path / "c") == contents(tmp_path / "alone")
 
 
+def _killed(tmp_path) -> Path:
+    """Return the folder of the journals of a capture that was killed."""
+    with pytest.raises((ProcessLostError, AssertionError)):
+        in_processes(1, capturing, tmp_path / "c", {"model": (None, (0, 21))})
+    return tmp_path / ".c.unfinished/journal"
+
+
+def _repaired(tmp_path, file: Path, match: str) -> None:
+    """Check that a damaged journal is named in an error, and that the capture is right once it is deleted."""
+    for n in (1, 2):
+        with pytest.raises(CorruptFileError, match=match):
+            in_processes(n, capturing, tmp_path / "c", {})
+    file.unlink()
+    in_processes(2, capturing, tmp_path / "c", {})
+    in_processes(1, capturing, tmp_path / "1", {})
+    assert contents(tmp_path / "c") == contents(tmp_path / "1")
+
+
+def test_damaged_rows_of_a_section_that_is_not_read_again_are_refused(tmp_path):
+    folder = _killed(tmp_path)
+    damaged = bytearray((folder / "000001.rows").read_bytes())
+    damaged[8] ^= 1
+    (folder / "000001.rows").write_bytes(damaged)
+    _repaired(
+        tmp_path, folder / "000001.jsonl", r"000001\.rows is missing or damaged; delete .*000001\.jsonl and repeat the call"
+    )
+
+
+@pytest.mark.parametrize("damage", [{"ids": [1] * 32}, {"ids": [258]}, {"ids": [-1]}, {"ids": [5], "start": 2}, {"tail": [1]}])
+def test_a_damaged_place_in_a_journal_is_refused(tmp_path, damage):
+    folder = _killed(tmp_path)
+    file = max(folder.glob("*.jsonl"))
+    while True:  # the last complete section
+        heading, *shards = map(json.loads, file.read_text().splitlines())
+        if len(shards) == -(-heading["n_kept"] // heading["shard_tokens"]):
+            break
+        file = file.with_name(f"{int(file.stem) - 1:06d}.jsonl")
+    heading["after"] |= damage
+    file.write_text("".join(json.dumps(line) + "\n" for line in (heading, *shards)))
+    _repaired(tmp_path, file, rf"{file.name}: the place behind token row \d+ is damaged: it has .*; delete it")
+
+
 def test_nan_in_one_process_ends_all_and_what_is_written_is_kept(tmp_path):
     marked = [*DOCUMENTS[:14], "NaN", *DOCUMENTS[14:]]
     in_processes(1, capturing, tmp_path / "1", {"text": marked})

@@ -215,7 +215,10 @@ class _Job(NamedTuple):
             start = _started(folder) if team.is_first else None
         start = team.tell(start)
         with team.failing_together():
-            blocks = RowBlocks(self.lm, text, self.config, n_tokens=n_tokens, start=start.place)
+            try:
+                blocks = RowBlocks(self.lm, text, self.config, n_tokens=n_tokens, start=start.place)
+            except CorruptFileError as error:
+                raise CorruptFileError(f"{journal_path(folder, start.n_sections - 1)}: {error}; delete it") from None
         sections = Sections(folder, blocks, self.shard_tokens, start, team.rank, team.world)
         try:
             self._write(sections)
@@ -236,7 +239,7 @@ class _Job(NamedTuple):
             log.info("resuming the capture in %s after %d tokens", folder, start.n_done)
         with ExitStack() as stack:
             with team.failing_together():
-                hash_again(sections.blocks, folder, start.n_sections)
+                hash_again(sections.blocks, folder, start.marked)
                 stack.enter_context(locked(folder / f"worker-{team.rank}", CACHE.name))
                 ready = iter(stack.enter_context(prefetched(sections)))
                 advance = stack.enter_context(progress_bar("capture", sections.blocks.n_expected))
