@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from together import in_processes
 
 import saelens_lite as sl
+from saelens_lite import resumable
 from saelens_lite.errors import (
     ConfigError,
     CorruptFileError,
@@ -24,6 +26,7 @@ from saelens_lite.errors import (
     OutputExistsError,
     ProcessLostError,
 )
+from saelens_lite.kinds import CACHE, UNFINISHED_CAPTURE
 from saelens_lite.locks import locked
 from saelens_lite.processes import team
 from saelens_lite.tokens import RowBlocks, blocks, encoding
@@ -291,6 +294,34 @@ def test_a_cache_that_another_job_writes_is_locked(tmp_path):
     with pytest.raises(CorruptFileError, match="its capture was interrupted; repeat the call"):
         sl.ActivationCache.open(tmp_path / "c")
     in_processes(2, capturing, tmp_path / "c", {})
+
+
+def test_an_unfinished_capture_in_a_folder_that_can_only_be_read_is_named(tmp_path, monkeypatch):
+    _killed(tmp_path)
+
+    def refuse(*_, **__):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr("saelens_lite.locks.FileLock.acquire", refuse)
+    with pytest.raises(CorruptFileError, match="its capture was interrupted; repeat the call"):
+        sl.ActivationCache.open(tmp_path / "c")
+
+
+def test_a_capture_waits_while_a_reader_looks_at_its_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(resumable, "PATIENCE", 60.0)
+    is_held = threading.Event()
+
+    def look():
+        with locked(tmp_path / "c", "cache"):
+            is_held.set()
+            time.sleep(0.2)
+
+    reader = threading.Thread(target=look)
+    reader.start()
+    is_held.wait()
+    with resumable.unfinished(tmp_path / "c", CACHE, {}, UNFINISHED_CAPTURE, lambda _: False, "error") as folder:
+        assert folder.is_dir()
+    reader.join()
 
 
 def test_an_unfinished_capture_of_an_earlier_version_is_refused_and_kept(tmp_path):

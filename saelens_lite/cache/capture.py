@@ -33,7 +33,7 @@ from saelens_lite.outputs import SHARED_SECONDS, check_shared, followed, replace
 from saelens_lite.prefetch import prefetched
 from saelens_lite.processes import ALONE, Team
 from saelens_lite.progress import progress_bar
-from saelens_lite.resumable import REQUEST, start_over, unfinished, unfinished_folder
+from saelens_lite.resumable import PATIENCE, REQUEST, start_over, unfinished, unfinished_folder
 from saelens_lite.tensor_files import DTYPES
 from saelens_lite.tokens import RowBlocks, Text, TokenRows, files_of, source_name, text_config_of, with_mask
 
@@ -149,7 +149,7 @@ def capture(
             stack.callback(members.tell, None)  # ends `_assist`
         with team.failing_together():
             if team.is_first:
-                with locked(out, CACHE.name):
+                with locked(out, CACHE.name, PATIENCE):
                     _refuse_left_workers(folder)
                 files = files_of(text)
                 stack.enter_context(unfinished(out, CACHE, request, UNFINISHED_CAPTURE, _has_shards, exists, files))
