@@ -76,7 +76,7 @@ _STORE_FILES = (
 STORE = Kind("store", (*_STORE_FILES, *(rf"\d+-[^/]+/{file}" for file in _STORE_FILES)), (r"(\d+-[^/]+/)?features\.json",))
 UNFINISHED_CAPTURE = Kind(
     "folder of an unfinished capture",
-    (r"request\.json", r"journal\.jsonl", r"failed", r"journal/\d+\.(jsonl|rows)", *CACHE.below("shards")),
+    (r"request\.json", r"journal\.jsonl", r"journal/\d+\.(jsonl|rows)", *CACHE.below("shards")),
     (r"request\.json",),
 )
 UNFINISHED_STORE = Kind(

@@ -19,11 +19,12 @@ ENDING = ".saelens-lite.lock"
 
 
 @contextmanager
-def locked(path: Path, what: str) -> Iterator[None]:
+def locked(path: Path, what: str, patience: float = 0.0) -> Iterator[None]:
     """Hold the lock on `path` in a block. The folder above `path` is created if it is missing.
 
     Args:
         what: the kind of output, such as "run"; the error in another process names it.
+        patience: seconds to wait for a process that holds the lock, perhaps only to see whether it is free.
 
     Raises:
         LockedError: another process, or another part of this one, writes to `path`. The message names the process.
@@ -31,7 +32,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
     place = path.absolute() if path.name not in ("", "..") else path.resolve()
     place.parent.mkdir(parents=True, exist_ok=True)
     file = place.with_name(f".{place.name}{ENDING}")
-    lock = FileLock(file, timeout=0)  # reopens the file if its owner removed it
+    lock = FileLock(file, timeout=patience)  # reopens the file if its owner removed it
     try:
         lock.acquire()
     except Timeout:

@@ -17,6 +17,7 @@ from saelens_lite.locks import locked
 from saelens_lite.outputs import clean_up, followed, refuse_existing, refuse_inputs_in, remove, remove_own
 
 REQUEST = "request.json"
+PATIENCE = 0.25  # seconds; a reader takes the lock for a moment to see whether the work goes on
 
 
 def unfinished_folder(out: Path) -> Path:
@@ -51,7 +52,7 @@ def unfinished(
     """
     out = followed(out)
     folder = unfinished_folder(out)
-    with locked(out, kind.name):
+    with locked(out, kind.name, PATIENCE):
         clean_up(out, kind)
         refuse_existing(out, exists, kind)
         refuse_existing(folder, "overwrite", work)

@@ -1,11 +1,13 @@
 """Several processes write one cache: the bytes of one process, also after kills, and errors that all of them hear of."""
 
 import functools
-import logging
+import json
 import os
 import random
 import shutil
 import signal
+import threading
+import time
 from importlib import import_module
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import torch
 from together import in_processes
 
 import saelens_lite as sl
+from saelens_lite import resumable
 from saelens_lite.errors import (
     ConfigError,
     CorruptFileError,
@@ -23,6 +26,7 @@ from saelens_lite.errors import (
     OutputExistsError,
     ProcessLostError,
 )
+from saelens_lite.kinds import CACHE, UNFINISHED_CAPTURE
 from saelens_lite.locks import locked
 from saelens_lite.processes import team
 from saelens_lite.tokens import RowBlocks, blocks, encoding
@@ -79,7 +83,6 @@ def captured(out: Path, text=DOCUMENTS, model=(), **settings) -> dict:
     module, lm = import_module("saelens_lite.cache.capture"), Model(*model)
     os.fsync = bool  # a kill loses nothing that was written
     settings = {"dtype": "float32", "shard_tokens": 64, "batch_tokens": 64, "n_ctx": 32} | settings
-    module.CHECK_SECONDS = 0.0
     module.RowBlocks = functools.partial(RowBlocks, block_tokens=BLOCK)
     blocks.encode = functools.partial(encoding.encode, stretch=200, context=20)
     cache = sl.capture(lm, text, HOOKS, out, **settings)
@@ -180,6 +183,48 @@ def test_a_restart_notices_another_text_that_is_not_tokenised(tmp_path):
     assert contents(tmp_path / "c") == contents(tmp_path / "alone")
 
 
+def _killed(tmp_path) -> Path:
+    """Return the folder of the journals of a capture that was killed."""
+    with pytest.raises((ProcessLostError, AssertionError)):
+        in_processes(1, capturing, tmp_path / "c", {"model": (None, (0, 21))})
+    return tmp_path / ".c.unfinished/journal"
+
+
+def _repaired(tmp_path, file: Path, match: str) -> None:
+    """Check that a damaged journal is named in an error, and that the capture is right once it is deleted."""
+    for n in (1, 2):
+        with pytest.raises(CorruptFileError, match=match):
+            in_processes(n, capturing, tmp_path / "c", {})
+    file.unlink()
+    in_processes(2, capturing, tmp_path / "c", {})
+    in_processes(1, capturing, tmp_path / "1", {})
+    assert contents(tmp_path / "c") == contents(tmp_path / "1")
+
+
+def test_damaged_rows_of_a_section_that_is_not_read_again_are_refused(tmp_path):
+    folder = _killed(tmp_path)
+    damaged = bytearray((folder / "000001.rows").read_bytes())
+    damaged[8] ^= 1
+    (folder / "000001.rows").write_bytes(damaged)
+    _repaired(
+        tmp_path, folder / "000001.jsonl", r"000001\.rows is missing or damaged; delete .*000001\.jsonl and repeat the call"
+    )
+
+
+@pytest.mark.parametrize("damage", [{"ids": [1] * 32}, {"ids": [258]}, {"ids": [-1]}, {"ids": [5], "start": 2}, {"tail": [1]}])
+def test_a_damaged_place_in_a_journal_is_refused(tmp_path, damage):
+    folder = _killed(tmp_path)
+    file = max(folder.glob("*.jsonl"))
+    while True:  # the last complete section
+        heading, *shards = map(json.loads, file.read_text().splitlines())
+        if len(shards) == -(-heading["n_kept"] // heading["shard_tokens"]):
+            break
+        file = file.with_name(f"{int(file.stem) - 1:06d}.jsonl")
+    heading["after"] |= damage
+    file.write_text("".join(json.dumps(line) + "\n" for line in (heading, *shards)))
+    _repaired(tmp_path, file, rf"{file.name}: the place behind token row \d+ is damaged: it has .*; delete it")
+
+
 def test_nan_in_one_process_ends_all_and_what_is_written_is_kept(tmp_path):
     marked = [*DOCUMENTS[:14], "NaN", *DOCUMENTS[14:]]
     in_processes(1, capturing, tmp_path / "1", {"text": marked})
@@ -251,20 +296,75 @@ def test_a_cache_that_another_job_writes_is_locked(tmp_path):
     in_processes(2, capturing, tmp_path / "c", {})
 
 
-def _log(out):
-    records, handler = [], logging.Handler()
-    handler.emit = lambda record: records.append(record.getMessage())
-    logging.getLogger("saelens_lite").addHandler(handler)
-    captured(out)
-    return records
+def test_an_unfinished_capture_in_a_folder_that_can_only_be_read_is_named(tmp_path, monkeypatch):
+    _killed(tmp_path)
+
+    def refuse(*_, **__):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr("saelens_lite.locks.FileLock.acquire", refuse)
+    with pytest.raises(CorruptFileError, match="its capture was interrupted; repeat the call"):
+        sl.ActivationCache.open(tmp_path / "c")
 
 
-def test_an_unfinished_capture_of_an_earlier_version_starts_anew(tmp_path):
+def test_a_capture_waits_while_a_reader_looks_at_its_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(resumable, "PATIENCE", 60.0)
+    is_held = threading.Event()
+
+    def look():
+        with locked(tmp_path / "c", "cache"):
+            is_held.set()
+            time.sleep(0.2)
+
+    reader = threading.Thread(target=look)
+    reader.start()
+    is_held.wait()
+    with resumable.unfinished(tmp_path / "c", CACHE, {}, UNFINISHED_CAPTURE, lambda _: False, "error") as folder:
+        assert folder.is_dir()
+    reader.join()
+
+
+def test_an_unfinished_capture_of_an_earlier_version_is_refused_and_kept(tmp_path):
+    """Its request does not name the format of the journal."""
     with pytest.raises((ProcessLostError, AssertionError)):
         in_processes(1, capturing, tmp_path / "c", {"model": (None, (0, 15))})
-    shutil.rmtree(tmp_path / ".c.unfinished/journal")
-    (tmp_path / ".c.unfinished/journal.jsonl").write_text("{}\n")
-    (records,) = in_processes(1, _log, tmp_path / "c")
-    assert any("was written by an earlier version, and cannot be resumed; starting over" in record for record in records)
+    folder = tmp_path / ".c.unfinished"
+    shutil.rmtree(folder / "journal")
+    (folder / "journal.jsonl").write_text("{}\n")
+    request = json.loads((folder / "request.json").read_text())
+    assert request.pop("journal_format") == 2
+    (folder / "request.json").write_text(json.dumps(request))
+    before = sorted(folder.rglob("[!.]*"))
+    with pytest.raises(OutputExistsError, match=r"other settings: journal_format = None \(now 2\)"):
+        in_processes(1, capturing, tmp_path / "c", {})
+    assert sorted(folder.rglob("[!.]*")) == before
+    in_processes(1, capturing, tmp_path / "c", {"exists": "overwrite"})
     in_processes(1, capturing, tmp_path / "d", {})
     assert contents(tmp_path / "c") == contents(tmp_path / "d")
+
+
+def _apart(out, texts, exists="error"):
+    return failing(out, {"text": texts[team().rank], "exists": exists}, ConfigError)
+
+
+def test_processes_with_other_texts_are_refused(tmp_path):
+    other = [text.replace("ship", "boat") for text in DOCUMENTS]
+    for i, text in enumerate((other, DOCUMENTS[:12], DOCUMENTS[:-1])):
+        for texts in ((DOCUMENTS, text), (text, DOCUMENTS)):
+            for message in in_processes(2, _apart, tmp_path / str(i), texts, "overwrite"):
+                assert "the processes have different texts: SHA-256 of the text is '" in message
+            assert not (tmp_path / str(i)).exists()
+
+
+def _slow(out, lasts):
+    """Let the second process take `lasts` seconds longer for each batch."""
+    run = Model.run
+    Model.run = lambda *args: (time.sleep(lasts * team().rank), run(*args))[1]
+    return captured(out)
+
+
+def test_a_process_may_be_slower_than_the_others_for_longer_than_they_wait(tmp_path):
+    found = in_processes(2, _slow, tmp_path / "2", 0.18, timeout=3.0)
+    assert found[1]["runs"] * 0.18 > 4
+    in_processes(1, capturing, tmp_path / "1", {})
+    assert contents(tmp_path / "2") == contents(tmp_path / "1")

@@ -7,9 +7,11 @@ import torch
 from together import in_processes
 
 import saelens_lite as sl
+from saelens_lite.cache.dealt import dealt_activations
 from saelens_lite.cache.resumed import tensor_hash
 from saelens_lite.errors import ConfigError
 from saelens_lite.processes import team
+from saelens_lite.tokens import RowHash, TokenRows
 
 HOOKS = ["blocks.1.hook_resid_pre", "blocks.2.mlp.hook_post"]
 
@@ -55,3 +57,18 @@ def _differ() -> None:
 
 def test_processes_that_read_different_texts_are_refused():
     assert in_processes(2, _differ) == [None, None]
+
+
+def _longer(n_extra: int) -> None:
+    lm = sl.load_model("tiny", device="cpu", dtype="float32")
+    tokens = torch.arange(48).reshape(8, 6)
+    rows = TokenRows(tokens, torch.ones_like(tokens, dtype=torch.bool))
+    blocks = [rows, rows] + [rows[:n_extra]] * team().rank
+    with pytest.raises(ConfigError, match="different texts: "):
+        list(dealt_activations(lm, blocks, HOOKS, 6, 0, RowHash(), team()))
+
+
+@pytest.mark.parametrize("n_extra", [1, 2, 3])
+def test_processes_whose_texts_differ_in_length_are_refused(n_extra):
+    """Only at the end, and also where one has a batch for each process and the other has none."""
+    assert in_processes(2, _longer, n_extra) == [None, None]

@@ -124,9 +124,12 @@ def test_with_one_process_tp_is_the_plain_model_in_its_own_dtype(folder, plain):
     assert torch.equal(lm.logits(TOKENS), plain.logits(TOKENS))
 
 
-def _cut(folder: str, gpt2: str) -> dict:
+def _cut(folder: str, gpt2: str, out: str) -> dict:
     """Compare a model that both processes hold together with the plain model. Return what the test checks."""
     plain, lm = sl.load_model(folder, device="cpu"), sl.load_model(folder, device_map="tp", dtype="float32")
+    cache = sl.capture(lm, TOKENS, "blocks.1.hook_resid_pre", out, dtype="float32", batch_tokens=15)  # before any other pass
+    captured = cache.read_shard(0)
+    kept = plain.run(TOKENS, "blocks.1.hook_resid_pre")["blocks.1.hook_resid_pre"].flatten(0, 1)[captured["tokens"].long()]
     hooks = plain.hook_names + INSIDE
     ours, theirs = (one.run(TOKENS, hooks) for one in (lm, plain))
     off = max(float((ours[hook] - theirs[hook]).abs().max() / theirs[hook].abs().max()) for hook in hooks)
@@ -153,6 +156,7 @@ def _cut(folder: str, gpt2: str) -> dict:
         "is_cut": lm.module.model.layers[0].mlp.down_proj.weight.to_local().shape == (32, 40),
         "same": (lm.fingerprint() == plain.fingerprint(), lm.hook_names == plain.hook_names),
         "activations": off,
+        "captured": float((captured["blocks.1.hook_resid_pre"] - kept).abs().max() / kept.abs().max()),
         "logits": float((found[0] - found[1]).abs().max() / found[0].abs().max()),
         "gradients": float((gradients[0] - gradients[1]).abs().max() / gradients[0].abs().max()),
         "shortened": torch.allclose(*shortened, rtol=1e-4, atol=1e-5) and bool(shortened[0].any()),
@@ -166,8 +170,8 @@ def test_a_model_cut_over_two_processes_gives_whole_activations(folder, tmp_path
     from transformers import GPT2Config, GPT2LMHeadModel
 
     GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=8, n_embd=8, n_layer=1, n_head=1)).save_pretrained(tmp_path)
-    for found in in_processes(2, _cut, folder, str(tmp_path)):
-        assert max(found.pop(name) for name in ("activations", "logits", "gradients")) < 1e-5
+    for found in in_processes(2, _cut, folder, str(tmp_path), str(tmp_path / "cache")):
+        assert max(found.pop(name) for name in ("activations", "captured", "logits", "gradients")) < 1e-5
         assert found.pop("same") == (True, True)
         assert all(found.values()), found
 

@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from saelens_lite.cache import journal as journals
 from saelens_lite.cache import writing
 from saelens_lite.cache.journal import Heading, Journal
+from saelens_lite.cache.source import Moments
 from saelens_lite.cache.writing import ShardWriter
-from saelens_lite.errors import DiskFullError, NonFiniteError
+from saelens_lite.errors import CorruptFileError, DiskFullError, NonFiniteError
 from saelens_lite.tensor_files import write_tensor_blocks
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -247,3 +248,17 @@ def test_a_second_error_does_not_replace_the_first(tmp_path, monkeypatch, caplog
         written(tmp_path / "shards", given(), 100, torch.float32)
     assert "shard-00000.safetensors is not in its journal: the disk is full" in caplog.text
     assert not list((tmp_path / "shards").iterdir())
+
+
+def test_damaged_sums_in_a_journal_are_refused(tmp_path):
+    for name, sums, match in (
+        ("a", [torch.zeros(3), torch.zeros(2)], "the sums of x have 2 entries, those before have 3; delete it"),
+        ("b", [torch.tensor([0.0, torch.nan])], "the sums of x cannot be read: .*NaN or infinity.*; delete it"),
+    ):
+        of_section = Journal(tmp_path / name, heading(64))
+        for total in sums:
+            moments = Moments(len(total))
+            moments.add_sums(5, total, 1.0)
+            of_section.note({"n_tokens": 5}, {"x": moments})
+        with pytest.raises(CorruptFileError, match=f"{tmp_path / name} is damaged: {match}"):
+            journals.merged([of_section], ["x"])

@@ -12,7 +12,7 @@ from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload([
-    "torch", "torch.distributed", "saelens_lite.training", "saelens_lite.evaluation",
+    "torch", "torch.distributed", "saelens_lite.training", "saelens_lite.evaluation", "saelens_lite.features",
     "transformer_lens.model_bridge", "transformers.models.gpt2.modeling_gpt2",  # six seconds, once instead of in each process
 ])  # fmt: skip
 

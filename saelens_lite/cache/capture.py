@@ -8,7 +8,7 @@ capture, and one by several processes, has the same batches and writes the same 
 import logging
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from saelens_lite import processes
 from saelens_lite.cache.journal import Journal, merged
-from saelens_lite.cache.sections import JOURNALS, Sections, Start, hash_again, journal_path
+from saelens_lite.cache.sections import JOURNALS, Section, Sections, Start, hash_again, journal_path
 from saelens_lite.cache.shards import MANIFEST, SHARDS
 from saelens_lite.cache.stored import FORMAT, ActivationCache
 from saelens_lite.cache.writing import ShardWriter
@@ -33,42 +33,16 @@ from saelens_lite.outputs import SHARED_SECONDS, check_shared, followed, replace
 from saelens_lite.prefetch import prefetched
 from saelens_lite.processes import ALONE, Team
 from saelens_lite.progress import progress_bar
-from saelens_lite.resumable import REQUEST, start_over, unfinished, unfinished_folder
+from saelens_lite.resumable import PATIENCE, REQUEST, start_over, unfinished, unfinished_folder
 from saelens_lite.tensor_files import DTYPES
-from saelens_lite.tokens import RowBlocks, RowHash, Text, TokenRows, files_of, source_name, text_config_of, with_mask
+from saelens_lite.tokens import RowBlocks, Text, TokenRows, files_of, source_name, text_config_of, with_mask
 
-OLD_JOURNAL = "journal.jsonl"  # of earlier versions
-FAILED = "failed"  # a file that tells the other processes to end
-CHECK_SECONDS = 2.0
+JOURNAL_FORMAT = 2
 log = logging.getLogger(__name__)
 
 
 class _OtherTextError(OutputExistsError):
     """Raised if the shards of an unfinished capture are of another text."""
-
-
-class _OtherFailedError(Exception):
-    """Raised if another process has failed."""
-
-
-def activations(
-    lm: LanguageModel,
-    blocks: Iterable[TokenRows],
-    hooks: Sequence[str],
-    batch_tokens: int,
-    skip: int = 0,
-    read: RowHash | None = None,
-) -> Iterator[dict[str, Tensor]]:
-    """Yield the activations at the positions that count, and their "tokens", batch by batch. Rows are shuffled in each block.
-
-    Args:
-        skip: Leave out this many positions. Batches that lie within them are not run.
-        read: Takes in the rows of each batch, before its activations are yielded, also of batches that are not run.
-    """
-    read = RowHash() if read is None else read
-    with prefetched(blocks) as ready:
-        yield from _activations(lm, enumerate(ready), hooks, batch_tokens, skip, read)
-    read.end()
 
 
 def _activations(
@@ -77,17 +51,16 @@ def _activations(
     hooks: Sequence[str],
     batch_tokens: int,
     skip: int,
-    read: RowHash | None = None,
-    others: Team = ALONE,
+    others: Team,
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield the activations of blocks that are given by number, which decides the order of their rows.
+    """Yield the activations at the positions that count, and their "tokens", batch by batch.
 
+    blocks: by number, which decides the order of their rows.
+    skip: leave out this many positions. Batches that lie within them are not run.
     others: the processes that `_assist` and hold the model together with this one.
     """
     for number, rows in blocks:
         for batch in passes.batches(lm, rows, batch_tokens, "shuffled", seed=number):
-            if read is not None:
-                read.add(batch.rows)
             tokens = batch.rows.tokens[batch.rows.keep].to(torch.int32)
             n_skipped = min(skip, len(tokens))
             skip -= n_skipped
@@ -123,7 +96,8 @@ def capture(
 
     Several processes that torchrun started, on one machine or on several that share a file system, write one cache together.
     It has the same bytes as the cache of one process. Each process runs the model over every W-th section of 262,144 tokens;
-    a section ends with a shorter shard.
+    a section ends with a shorter shard. After each section a process waits for the others, at most SAELENS_LITE_TIMEOUT
+    seconds (1,800 by default), so the slowest one must write a section in that time.
 
     Args:
         text: Text, or token ids in any form that `LanguageModel.to_tokens` takes.
@@ -160,6 +134,7 @@ def capture(
         "model": lm.name, "revision": lm.revision, "processing": lm.processing, "tokenizer": lm.tokenizer_hash, "hooks": names,
         "model_dtype": f"torch.{lm.precision}", "n_tokens": n_tokens, "text_config": config.model_dump(mode="json"),
         "dtype": dtype, "batch_tokens": batch_tokens, "shard_tokens": shard_tokens, "weights": lm.fingerprint(),
+        "journal_format": JOURNAL_FORMAT,
     }  # fmt: skip
     processes.check_same(request, device=lm.device)
     check_shared(out, members)
@@ -174,7 +149,8 @@ def capture(
             stack.callback(members.tell, None)  # ends `_assist`
         with team.failing_together():
             if team.is_first:
-                _refuse_left_workers(folder, team)
+                with locked(out, CACHE.name, PATIENCE):
+                    _refuse_left_workers(folder)
                 files = files_of(text)
                 stack.enter_context(unfinished(out, CACHE, request, UNFINISHED_CAPTURE, _has_shards, exists, files))
         job = _Job(
@@ -239,46 +215,57 @@ class _Job(NamedTuple):
             start = _started(folder) if team.is_first else None
         start = team.tell(start)
         with team.failing_together():
-            blocks = RowBlocks(self.lm, text, self.config, n_tokens=n_tokens, start=start.place)
-            sections = Sections(folder, blocks, self.shard_tokens, start, team.rank, team.world)
             try:
-                self._write(sections)
-            except _OtherFailedError:
-                log.info("ending, because another process failed")
-            except Exception as error:
-                with suppress(OSError):
-                    (folder / FAILED).touch()
-                if isinstance(error, SourceChangedError):
-                    raise _OtherTextError(
-                        f"{folder} holds an unfinished capture of another text: {error}; give the same text or delete it"
-                    ) from None
-                raise
+                blocks = RowBlocks(self.lm, text, self.config, n_tokens=n_tokens, start=start.place)
+            except CorruptFileError as error:
+                raise CorruptFileError(f"{journal_path(folder, start.n_sections - 1)}: {error}; delete it") from None
+        sections = Sections(folder, blocks, self.shard_tokens, start, team.rank, team.world)
+        try:
+            self._write(sections)
+            team.agree({"SHA-256 of the text": blocks.hash.hexdigest(), "sections": sections.n}, "texts")
+            with team.failing_together():
+                if team.is_first:
+                    sections.refuse_surplus()
+        except SourceChangedError as error:
+            raise _OtherTextError(
+                f"{folder} holds an unfinished capture of another text: {error}; give the same text or delete it"
+            ) from None
         return sections
 
     def _write(self, sections: Sections) -> None:
-        start, folder, blocks = sections.start, self.folder, sections.blocks
+        """Write the sections of this process. After each, it waits until every other process has written one too."""
+        start, folder, team = sections.start, self.folder, self.team
         if start.n_done:
             log.info("resuming the capture in %s after %d tokens", folder, start.n_done)
-        if self.team.is_first:
-            hash_again(blocks, folder, start.n_sections)
-        check_others = _Check(folder, self.team)
-        with (
-            locked(folder / f"worker-{self.team.rank}", CACHE.name),
-            prefetched(sections) as ready,
-            progress_bar("capture", blocks.n_expected) as advance,
-            ShardWriter(folder / SHARDS, self.shard_tokens, self.dtype) as writer,
-        ):
-            advance(start.n_done, "")
-            for section in ready:
-                advance(section.n_others, "")
-                writer.begin(section.journal)
-                n_done = section.journal.n_done
-                for piece in _activations(self.lm, section.blocks, self.hooks, self.batch_tokens, n_done, others=self.others):
-                    if not writer.n_added:
-                        _check_space(folder, piece, blocks.n_expected, start.n_done, self.dtype)
-                    writer.add(piece)
-                    advance(len(piece["tokens"]), "")
-                    check_others()
+        with ExitStack() as stack:
+            with team.failing_together():
+                hash_again(sections.blocks, folder, start.marked)
+                stack.enter_context(locked(folder / f"worker-{team.rank}", CACHE.name))
+                ready = iter(stack.enter_context(prefetched(sections)))
+                advance = stack.enter_context(progress_bar("capture", sections.blocks.n_expected))
+                writer = stack.enter_context(ShardWriter(folder / SHARDS, self.shard_tokens, self.dtype))
+                advance(start.n_done, "")
+            are_left = True
+            while are_left:
+                with team.failing_together():
+                    if section := next(ready, None):
+                        self._write_section(section, sections, writer, advance)
+                are_left = team.any(section is not None)
+            with team.failing_together():
+                stack.close()
+
+    def _write_section(
+        self, section: Section, sections: Sections, writer: ShardWriter, advance: Callable[[int, str], None]
+    ) -> None:
+        n_expected, n_before = sections.blocks.n_expected, sections.start.n_done
+        advance(section.n_others, "")
+        writer.begin(section.journal)
+        n_done = section.journal.n_done
+        for piece in _activations(self.lm, section.blocks, self.hooks, self.batch_tokens, n_done, self.others):
+            if not writer.n_added:
+                _check_space(self.folder, piece, n_expected, n_before, self.dtype)
+            writer.add(piece)
+            advance(len(piece["tokens"]), "")
 
     def merge(self, sections: Sections) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Return the manifest entries of all shards and hooks. Raise CorruptFileError if a shard is missing."""
@@ -300,24 +287,8 @@ class _Job(NamedTuple):
         return shards, of_hooks
 
 
-class _Check:
-    """A check, now and then, that no other process has failed."""
-
-    def __init__(self, folder: Path, team: Team):
-        self._file, self._is_alone, self._next = folder / FAILED, team.world == 1, 0.0
-
-    def __call__(self) -> None:
-        """Raise _OtherFailedError if another process has failed."""
-        if self._is_alone or (now := time.monotonic()) < self._next:
-            return
-        self._next = now + CHECK_SECONDS
-        if self._file.exists():
-            raise _OtherFailedError
-
-
 def _started(folder: Path) -> Start:
     """Prepare the folder of an unfinished capture for its processes, and return its state."""
-    (folder / FAILED).unlink(missing_ok=True)
     for name in (SHARDS, JOURNALS):
         (folder / name).mkdir(exist_ok=True)
         for path in (folder / name).glob(".*"):  # left by killed processes
@@ -325,7 +296,7 @@ def _started(folder: Path) -> Start:
     return Start.of(folder)
 
 
-def _refuse_left_workers(folder: Path, team: Team) -> None:
+def _refuse_left_workers(folder: Path) -> None:
     """Raise LockedError if a process of an earlier job, whose first process has ended, still writes shards."""
     if folder.is_dir():
         for lock in folder.glob(f".worker-*{ENDING}"):
@@ -364,9 +335,6 @@ def origin_of(lm: LanguageModel, blocks: RowBlocks, text_name: str | None) -> Or
 
 
 def _has_shards(folder: Path) -> bool:
-    if (folder / OLD_JOURNAL).exists():
-        log.warning("%s was written by an earlier version, and cannot be resumed; starting over", folder)
-        return False
     return (folder / REQUEST).exists() and any((folder / SHARDS).glob("shard-*"))
 
 

@@ -12,8 +12,6 @@ from saelens_lite.prefetch import prefetched
 from saelens_lite.processes import Team
 from saelens_lite.tokens import RowHash, RowRecord, TokenRows
 
-CHECK_TOKENS = 1 << 18  # positions between two comparisons of what the processes read
-
 
 class _Batch(NamedTuple):
     rows: passes.RowBatch
@@ -47,13 +45,13 @@ def dealt_activations(
         ProcessLostError: one of them ended.
     """
     batches = _batches(lm, blocks, batch_tokens, skip, read)
-    unchecked = CHECK_TOKENS
-    while group := list(itertools.islice(batches, workers.world)):
-        if workers.world > 1 and unchecked >= CHECK_TOKENS:
-            workers.agree({"SHA-256 of the token rows": read.record.sha256}, "texts")
-            unchecked = 0
-        unchecked += sum(batch.n_kept for batch in group)
-        if workers.world == 1 or len(group) < workers.world:
+    is_last = False
+    while not is_last:
+        group = list(itertools.islice(batches, workers.world))
+        is_last = len(group) < workers.world
+        if workers.world > 1:
+            workers.agree({"SHA-256 of the token rows": read.record.sha256, "batches": len(group)}, "texts")
+        if workers.world == 1 or is_last:
             pieces = (passes.read(lm, batch.rows, hooks).acts for batch in group)
         else:
             own = passes.read(lm, group[workers.rank].rows, hooks).acts

@@ -22,11 +22,15 @@ from saelens_lite.tokens import Place
 
 
 class Heading(Checked):
-    """The first line of a journal: the rows of a section, its shards, and the place in the text behind it."""
+    """The first line of a journal: the rows of a section, its shards, and the place in the text behind it.
+
+    marked_sha256: hash of the file of rows; None if there is no such file.
+    """
 
     n_rows: Count
     n_kept: Count
     rows_sha256: Sha256
+    marked_sha256: Sha256 | None = None
     first_shard: Count
     shard_tokens: Positive
     after: Place | None
@@ -123,6 +127,11 @@ def merged(journals: Iterable[Journal], hooks: Sequence[str]) -> tuple[list[dict
         for hook in hooks:
             for of_shard in journal.moments(hook):
                 total = totals.setdefault(hook, Moments(len(of_shard.total)))
+                if len(total.total) != len(of_shard.total):
+                    raise CorruptFileError(
+                        f"{journal.path} is damaged: the sums of {hook} have {len(of_shard.total)} entries, those before have "
+                        f"{len(total.total)}; delete it"
+                    )
                 total.add_sums(of_shard.n, of_shard.total, of_shard.square)
     statistics = {hook: total.statistics() for hook, total in totals.items()}
     return shards, {
@@ -146,6 +155,8 @@ def _packed(moments: Moments) -> str:
 def _unpacked(path: Path, sums: dict[str, str], hook: str, n: int) -> Moments:
     try:
         values = torch.from_numpy(np.frombuffer(base64.b64decode(sums[hook], validate=True), "<f8").astype(np.float64))
+        if not values.isfinite().all():
+            raise ValueError("NaN or infinity")
         moments = Moments(len(values) - 1)
         moments.add_sums(n, values[:-1], values[-1])
     except (KeyError, ValueError, RuntimeError) as error:

@@ -6,15 +6,16 @@ processes find the same sections without a message, and one process writes what 
 """
 
 import dataclasses
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from saelens_lite.cache.journal import Heading, Journal
 from saelens_lite.cache.shards import SHARDS
-from saelens_lite.errors import SourceChangedError
-from saelens_lite.files import file_size, write_file
+from saelens_lite.errors import CorruptFileError, SourceChangedError
+from saelens_lite.files import write_file
 from saelens_lite.tokens import Place, RowBlocks, RowHash, TextHash, TokenRows
 
 JOURNALS = "journal"
@@ -27,21 +28,27 @@ class Start:
 
     Attributes:
         complete: numbers of the sections whose shards are all on the disk.
-        n_sections, n_shards: those of the text before `place`.
+        n_shards: shards of the text before `place`.
+        marked: hashes of the files of rows of the sections before `place`.
         place: where the text is read on; None: from its beginning.
         n_done: activations in complete shards.
     """
 
     complete: frozenset[int] = frozenset()
-    n_sections: int = 0
     n_shards: int = 0
+    marked: tuple[str, ...] = ()
     place: Place | None = None
     n_done: int = 0
+
+    @property
+    def n_sections(self) -> int:
+        """Number of sections of the text before `place`."""
+        return len(self.marked)
 
     @classmethod
     def of(cls, folder: Path) -> "Start":
         """Read the journals of an unfinished capture."""
-        complete, n_done, n_sections, n_shards, place = set(), 0, 0, 0, None
+        complete, marked, n_done, n_shards, place = set(), [], 0, 0, None
         is_contiguous = True
         for number in sorted(numbers(folder)):
             journal = Journal.read(journal_path(folder, number), folder / SHARDS)
@@ -52,11 +59,13 @@ class Start:
             if journal.is_complete:
                 complete.add(number)
             heading = journal.heading
-            is_contiguous &= journal.is_complete and heading.after is not None and number == n_sections
-            is_contiguous = is_contiguous and rows_path(journal.path).exists()
-            if is_contiguous:
-                n_sections, n_shards, place = number + 1, heading.first_shard + heading.n_shards, heading.after
-        return cls(frozenset(complete), n_sections, n_shards, place, n_done)
+            is_contiguous &= journal.is_complete and heading.after is not None and number == len(marked)
+            if is_contiguous and heading.marked_sha256 is not None and rows_path(journal.path).exists():
+                marked.append(heading.marked_sha256)
+                n_shards, place = heading.first_shard + heading.n_shards, heading.after
+            else:
+                is_contiguous = False
+        return cls(frozenset(complete), n_shards, tuple(marked), place, n_done)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +110,10 @@ class Sections:
             self.n += 1
             self._n_shards += -(-n_kept // self.shard_tokens)
             self._n_begun += not is_complete
-        if self.rank == 0 and (surplus := [number for number in numbers(self.folder) if number >= self.n]):
+
+    def refuse_surplus(self) -> None:
+        """Raise SourceChangedError if there are journals of sections behind the end of the text."""
+        if surplus := [number for number in numbers(self.folder) if number >= self.n]:
             raise SourceChangedError(f"it ends after {self.n:,} sections, where {max(surplus) + 1:,} had been read")
 
     def _grouped(self) -> Iterator[list[tuple[int, TokenRows]]]:
@@ -133,9 +145,11 @@ class Sections:
         journal = Journal.read(path, self.folder / SHARDS)
         if journal is None:
             if heading.after is not None:
-                write_file(rows_path(path), np.concatenate([TextHash.marked(rows) for _, rows in blocks]).astype("<i4").tofile)
+                marked = np.concatenate([TextHash.marked(rows) for _, rows in blocks]).astype("<i4")
+                write_file(rows_path(path), marked.tofile)
+                heading = heading.model_copy(update={"marked_sha256": hashlib.sha256(marked).hexdigest()})
             return Journal(path, heading)
-        if journal.heading.model_copy(update={"after": heading.after}) != heading:
+        if journal.heading.model_copy(update={"after": heading.after, "marked_sha256": None}) != heading:
             first, last = self.blocks.n_rows - heading.n_rows, self.blocks.n_rows - 1
             raise SourceChangedError(f"its token rows {first:,} to {last:,} differ from those that had been read")
         return journal
@@ -156,9 +170,14 @@ def numbers(folder: Path) -> list[int]:
     return [int(path.stem) for path in (folder / JOURNALS).glob("[0-9]*.jsonl")]
 
 
-def hash_again(blocks: RowBlocks, folder: Path, n_sections: int) -> None:
-    """Bring the hash of the rows to where it was after some sections, which are not read again."""
-    for number in range(n_sections):
+def hash_again(blocks: RowBlocks, folder: Path, marked: Sequence[str]) -> None:
+    """Bring the hash of the rows to where it was after the first sections, which are not read again.
+
+    marked: hashes of their files of rows. Raise CorruptFileError if a file does not match.
+    """
+    for number, sha256 in enumerate(marked):
         path = rows_path(journal_path(folder, number))
-        file_size(path)  # raises if it is missing
-        blocks.hash.add_marked(np.fromfile(path, "<i4"))
+        content = path.read_bytes() if path.exists() else b""
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise CorruptFileError(f"{path} is missing or damaged; delete {path.with_suffix('.jsonl')} and repeat the call")
+        blocks.hash.add_marked(np.frombuffer(content, "<i4"))

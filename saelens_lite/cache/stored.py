@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -75,8 +76,9 @@ def _refuse_unfinished(path: Path) -> None:
     """Raise an error that says so if there is no cache yet, but an unfinished one."""
     if os.path.lexists(path) or not path.name or not unfinished_folder(path).is_dir():
         return
-    with locked(path, "cache"):
-        raise CorruptFileError(f"{path} is not complete: its capture was interrupted; repeat the call, which then resumes")
+    with suppress(OSError), locked(path, "cache"):  # in a folder that is only readable, nothing shows whether a job is at work
+        pass
+    raise CorruptFileError(f"{path} is not complete: its capture was interrupted; repeat the call, which then resumes")
 
 
 class ActivationCache:

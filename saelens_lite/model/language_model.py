@@ -95,6 +95,8 @@ class LanguageModel(Tokenizer):
         self._n_positions: int | None = None  # during generation: length of the prompt and its longest continuation
         self._n_whole_rows = 0  # active splices that need the whole row at once
         self._aligned: Aligned | None = None  # the rows of the current forward pass, without left padding
+        if self.is_shared:
+            _ = self.is_causal  # a forward pass, which needs all processes
 
     @property
     def device(self) -> torch.device:

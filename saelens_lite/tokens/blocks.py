@@ -36,6 +36,7 @@ class RowBlocks:
     Raises:
         ConfigError: the settings do not fit the model or contradict each other.
         ShapeError: the model cannot read the rows.
+        CorruptFileError: no reading with these settings can have come to `start`.
         TextError: a file does not exist; in iteration: a text cannot be read, or none of its positions count.
         SourceChangedError: in iteration: the text before `start` is not what it was.
     """
@@ -70,6 +71,7 @@ class RowBlocks:
         self.n_blocks = self.n_rows = self.n_kept = self.width = 0
         self._start, self._cutter = start, None
         if start is not None:
+            start.check(self.n_ctx, self.config.min_context, lm.d_vocab)
             self.n_blocks, self.n_rows, self.n_kept, self.width = start.n_blocks, start.n_rows, start.n_kept, start.width
         self.every_row_begins_with_bos = self._given is not None and lm.begin_with_bos(self._given)
         self.hash = TextHash()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saelens_lite.errors import SourceChangedError
+from saelens_lite.errors import CorruptFileError, SourceChangedError
 from saelens_lite.schemas import Checked, Count, Sha256
 from saelens_lite.tokens.sources import Piece
 
@@ -55,6 +55,19 @@ class Place(Checked):
     def mark(self) -> Mark:
         """The place between two pieces of text."""
         return Mark(self.document, self.n_chars, self.head, self.n_head, self.sha256)
+
+    def check(self, n_ctx: int, min_context: int, d_vocab: int) -> None:
+        """Raise CorruptFileError if no reading with rows of n_ctx tokens can have come to this place."""
+        ids = [*self.ids, *self.tail]
+        if len(self.ids) >= n_ctx or len(self.tail) > min_context or (ids and not 0 <= min(ids) <= max(ids) < d_vocab):
+            wrong = f"a row of {len(self.ids)} tokens, {len(self.tail)} repeated tokens, ids up to {max(ids, default=0)}"
+        elif self.ids and self.start > len(self.ids):
+            wrong = f"a row of {len(self.ids)} tokens whose new tokens begin at {self.start}"
+        elif self.width > n_ctx or self.n_blocks > self.n_rows or self.n_kept > self.n_rows * n_ctx:
+            wrong = f"{self.n_blocks} blocks, {self.n_rows} rows of up to {self.width} tokens, {self.n_kept} that count"
+        else:
+            return
+        raise CorruptFileError(f"the place behind token row {self.n_rows:,} is damaged: it has {wrong}")
 
 
 class SourceHash:
