@@ -59,6 +59,11 @@ saelens-lite train cache --config run.toml --out runs --devices 4
 torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m saelens_lite train cache --out runs
 ```
 
+`--parallel` or `parallel=` chooses how a training is distributed: "sweep" (each process trains some of the dictionaries, to the
+bytes of one process), "latents" (each holds some latents of every dictionary) or "data" (each has some rows of the batch). The
+default is a sweep if there are at least as many dictionaries as processes, else latents. Split dictionaries choose the same
+latents as those of one process, and differ from them by rounding. Any number of processes can resume a run.
+
 Only the first process prints. If one process fails or is killed, all of them end, and one message says which it was and how to
 resume. Ctrl-C saves a checkpoint of all. Versions, settings and data of the processes are compared at the start.
 
