@@ -22,6 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 import saelens_lite as sl
 
 HOOK = "blocks.2.hook_resid_pre"
@@ -102,7 +104,8 @@ def fvu(out: Path, cache: sl.ActivationCache) -> list[float]:
     """Return the fraction of variance unexplained of each dictionary of a run, on the first activations of the cache."""
     x = next(iter(cache.batches([HOOK], 8192, seed=1)))[HOOK].float()
     dictionaries = [sl.load(path) for path in sorted(out.glob("*-*/dictionary"))]
-    return [float((d(x) - x).square().sum() / (x - x.mean(0)).square().sum()) for d in dictionaries]
+    with torch.no_grad():
+        return [float((d(x) - x).square().sum() / (x - x.mean(0)).square().sum()) for d in dictionaries]
 
 
 def main() -> None:
