@@ -204,6 +204,7 @@ def row_of(part: str, sizes: list[int], folder: Path) -> dict[str, Any]:
 
 def histories(n_dictionaries: int, n_lines: int, folder: Path) -> dict[str, Any]:
     """Write checkpoints of many dictionaries near the end of a billion tokens, and resume the run."""
+    from saelens_lite.training.distribution import Share
     from saelens_lite.training.loop import Group
     from saelens_lite.training.trainer import Trainer
 
@@ -217,7 +218,8 @@ def histories(n_dictionaries: int, n_lines: int, folder: Path) -> dict[str, Any]
     folders = [out / f"{i}-topk" for i in range(n_dictionaries)] if n_dictionaries > 1 else [out]
     request = {"source": None, "validation_tokens": 0, "data_seed": 0, "device": "cpu", "checkpoint_seconds": 600.0}
     kept = {"data_seed": 0, "validation": None, "loggers": ["jsonl"], "checkpoint_seconds": 600.0, "request": request}
-    job = Group(source=source, trainers=trainers, folders=folders, out=out, **kept)
+    share = Share(range(n_dictionaries))
+    job = Group(source=source, trainers=trainers, folders=folders, out=out, share=share, **kept)
     for place in folders:
         place.mkdir(parents=True)
     for trainer in trainers:
