@@ -175,7 +175,7 @@ def at_a_billion(part: str, first: dict[str, Any], second: dict[str, Any]) -> di
     found = {}
     for kind, there in second["bytes"].items():
         each = (there - first["bytes"].get(kind, 0)) / (second["tokens"] - first["tokens"])
-        is_data = part == "capture" and kind.startswith("shard-")
+        is_data = part == "capture" and kind.endswith((".safetensors", ".rows"))  # these do not depend on the distance
         found[kind] = round(there + max(0.0, each) * ((BILLION if is_data else goal) - second["tokens"]))
     return found
 
