@@ -159,15 +159,8 @@ def write_json(path: Path, value: Any, limit: int | float | None = None) -> None
     write_text(path, text)
 
 
-def write_lines(path: Path, values: Iterable[dict[str, Any]]) -> None:
-    """Write a file with one JSON object per line, of any length."""
-    with disk_full_is_typed(path), open(path, "w", encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps(value) + "\n" for value in values)
-        sync(file)
-
-
 def read_lines(path: Path, most: int | float = math.inf) -> list[dict[str, Any]]:
-    """Return the objects in a file of `write_lines`.
+    """Return the objects in a file with one JSON object per line.
 
     Raises:
         CorruptFileError: the file is missing, has more than `most` lines, or has a line that is too long or not an object.

@@ -15,6 +15,7 @@ from saelens_lite.errors import ConfigError, CorruptFileError, Stopped
 from saelens_lite.features.labels import read_labels, write_labels
 from saelens_lite.kinds import DICTIONARY
 from saelens_lite.outputs import new_folder
+from saelens_lite.training.history import History
 
 
 def test_a_new_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
@@ -137,7 +138,7 @@ def test_caches_and_labels_may_be_larger_than_settings(lm, documents, tmp_path, 
 
 def test_lines_come_back_exactly(tmp_path):
     lines = [{"step": i, "loss": 0.1 * i, "ü": [None, True]} for i in range(50)] + [{"loss": float("inf")}]
-    files.write_lines(tmp_path / "log", lines)
+    History(lines).save(tmp_path / "log")
     assert files.read_lines(tmp_path / "log") == lines
     assert b"\r" not in (tmp_path / "log").read_bytes()
     for content, wanted in (("{}\n{", "line 2: not valid JSON"), ("{}\n3\n", "other than a JSON object")):
