@@ -30,7 +30,6 @@ from saelens_lite.formats import (
     fill_layer,
     hook_of_module,
     open_tensors,
-    read_density,
     read_json,
     tensor_names,
     write_json,
@@ -129,12 +128,8 @@ class SAELens(Format):
             sizes={name: config.whole(name) for name in ("d_in", "d_sae", *(["d_out"] if transcoder else []))},
             config=config.values,
             architecture=architecture,
+            density=path,
         )
-
-    def read(self, path: Path) -> Dictionary:
-        dictionary = super().read(path)
-        dictionary.density = read_density(path, dictionary.d_sae)
-        return dictionary
 
     def _architecture(self, config: Settings) -> str:
         architecture = config.text("architecture", "standard")

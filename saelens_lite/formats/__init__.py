@@ -42,12 +42,12 @@ and reorders the axes.
 Do not trust files: read them with `read_json` and `open_tensors`, which check before they allocate and execute nothing.
 """
 
-from saelens_lite.dictionary.folder import read_density
 from saelens_lite.files import file_size, is_zip, read_json, write_json, write_text
 from saelens_lite.formats.containers import TensorFile, TorchFile, open_tensors, strings_in_pickle, tensor_names
 from saelens_lite.formats.contract import Format
 from saelens_lite.formats.detection import format_of
 from saelens_lite.formats.hooks import fill_layer, hook_of_module
+from saelens_lite.formats.known import Known
 from saelens_lite.formats.outline import AXES, Outline
 from saelens_lite.formats.reading import find_file, inspect, read
 from saelens_lite.formats.settings import Settings
@@ -57,6 +57,7 @@ from saelens_lite.tensor_files import write_tensors
 __all__ = [
     "AXES",
     "Format",
+    "Known",
     "Outline",
     "Settings",
     "TensorFile",
@@ -71,7 +72,6 @@ __all__ = [
     "is_zip",
     "open_tensors",
     "read",
-    "read_density",
     "read_json",
     "strings_in_pickle",
     "tensor_names",

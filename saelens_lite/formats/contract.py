@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError
+from saelens_lite.formats.known import Known
 from saelens_lite.formats.outline import Outline
 
 
@@ -31,9 +32,14 @@ class Format:
         """
         raise ConfigError(f"{self.plugin_name} files can be written, not read")
 
-    def read(self, path: Path) -> Dictionary:
-        """Return the dictionary in a file or folder. Raise as `outline` does."""
-        return self.outline(path).build(self.plugin_name)
+    def read(self, path: Path, known: Known | None = None) -> Dictionary:
+        """Return the dictionary in a file or folder. Raise as `outline` does.
+
+        Args:
+            known: Facts that the files may not state, if the dictionary is in the list of public releases.
+        """
+        outline = self.outline(path)
+        return (outline.knowing(known) if known else outline).build(self.plugin_name)
 
     def write(self, dictionary: Dictionary, folder: Path) -> None:
         """Write the files of a dictionary into an empty folder.

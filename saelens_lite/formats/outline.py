@@ -1,9 +1,11 @@
 """The description of a dictionary in a file before its weights are read, and the dictionary built from it."""
 
 import json
+import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +16,11 @@ from saelens_lite import registry
 from saelens_lite.arrays import not_finite
 from saelens_lite.config import Origin
 from saelens_lite.dictionary import Dictionary
+from saelens_lite.dictionary.folder import read_density
 from saelens_lite.errors import ConfigError, CorruptFileError, PluginError
 from saelens_lite.files import differences, file_hash, nesting
 from saelens_lite.formats.containers import TensorFile
+from saelens_lite.formats.known import Known
 from saelens_lite.formats.settings import MAX_LATENTS
 from saelens_lite.ports import Port
 from saelens_lite.tensor_files import DTYPES
@@ -59,6 +63,8 @@ class Outline:
     sizes: Mapping[str, int] = field(default_factory=dict)  # d_in, d_sae, d_out in the settings
     config: Mapping[str, Any] = field(default_factory=dict)  # the settings file, which is kept
     architecture: str = ""  # its name in the other tool
+    density: Path | None = None  # the folder with sparsity.safetensors, if there may be one
+    known: Known = field(default_factory=Known)
 
     def __post_init__(self) -> None:
         self.config = self._kept_settings()
@@ -81,6 +87,23 @@ class Outline:
             self.rule_config = self.rule_class.Config(**self.options)
         except ConfigError as error:
             raise CorruptFileError(f"{self.file.path.parent}: {error}") from None
+
+    def knowing(self, known: Known) -> "Outline":
+        """Return the description completed with facts from outside the file. If the file names a hook, that name counts."""
+        for side, stated, other in (("reads", self.hook, known.hook), ("writes", self.target, known.target)):
+            if None not in (stated, other) and stated != other:
+                logging.getLogger(__name__).warning(
+                    "%s says that it %s %s; the release list says %s, which was not used", self.file.path, side, stated, other
+                )
+        return replace(
+            self,
+            hook=self.hook or known.hook,
+            target=self.target or known.target,
+            transcoder=self.transcoder or known.target not in (None, known.hook),
+            token_norm=self.token_norm or known.token_norm,
+            origin=known.origin(self.origin),
+            known=known,
+        )
 
     @property
     def _scaled(self) -> bool:
@@ -154,7 +177,7 @@ class Outline:
                 skip="W_skip" in weights,
                 origin=self.origin,
                 token_norm=self.token_norm,
-                training={"read_from": {"format": format_name, "config": self.config}},
+                training={"read_from": {"format": format_name, "config": self.config, **self.known.kept}},
             )
         except ConfigError as error:
             raise CorruptFileError(f"{self.file.path}: {error}") from None
@@ -168,6 +191,8 @@ class Outline:
             tensor.copy_(weights[name])
         if self._scaled:
             dictionary.fold_scales_([self.scale], [self.scale if self.target_scale is None else self.target_scale])
+        if self.density is not None:
+            dictionary.density = read_density(self.density, dictionary.d_sae)
         for name in not_finite(own):
             raise CorruptFileError(f"{self.file.path}: {name} becomes NaN or infinite when its scales are folded in")
         return dictionary.eval()

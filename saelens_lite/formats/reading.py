@@ -9,14 +9,18 @@ from saelens_lite.dictionary import Dictionary
 from saelens_lite.dictionary.folder import OWN, is_own_folder
 from saelens_lite.files import named_file
 from saelens_lite.formats.detection import format_of
+from saelens_lite.formats.known import Known
 from saelens_lite.outputs import restore
 
 
-def read(path: str | Path, device: str | torch.device = "cpu", format: str | None = None) -> Dictionary:
+def read(
+    path: str | Path, device: str | torch.device = "cpu", format: str | None = None, known: Known | None = None
+) -> Dictionary:
     """Return the dictionary in a folder written by `Dictionary.save`, or in a file or folder of another tool.
 
     Args:
         format: Name of the format plugin, or "saelens_lite"; only needed for pickles.
+        known: Facts about a public dictionary that its files may not state.
 
     Raises:
         CorruptFileError: a file is missing or damaged, contradicts another, or has no known format.
@@ -27,7 +31,9 @@ def read(path: str | Path, device: str | torch.device = "cpu", format: str | Non
     restore(path)
     if format in (None, OWN) and is_own_folder(path):
         return Dictionary.load(path, device)
-    return format_of(path, format).read(path).to(device).eval()
+    reader = format_of(path, format)
+    dictionary = reader.read(path, known) if known else reader.read(path)
+    return dictionary.to(device).eval()
 
 
 def inspect(path: str | Path, format: str | None = None) -> dict[str, Any]:

@@ -1,0 +1,34 @@
+"""Facts about a public dictionary that its own files may not state."""
+
+from pydantic import Field
+
+from saelens_lite.config import FrozenConfig, Origin
+
+
+class Known(FrozenConfig):
+    """Facts about a public dictionary that its files may not state, such as its model."""
+
+    release: str | None = Field(None, description="Name of the release and the dictionary in it, release/id.")
+    model: str | None = Field(None, description="Hub id of the model, in place of the name in the files.")
+    hook: str | None = Field(None, description="Hook that is read.")
+    target: str | None = Field(None, description="Hook that a transcoder writes.")
+    processing: tuple[str, ...] = Field((), description="Changes made to the model's weights when it was loaded; see Origin.")
+    prepend_bos: bool | None = Field(None, description="True if each row began with the BOS token.")
+    n_ctx: int | None = Field(None, description="Tokens in a row.")
+    token_norm: str | None = Field(None, description="layer_norm or constant_norm of each activation.")
+    neuronpedia: str | None = Field(None, description="Neuronpedia's id of the dictionary, model/source.")
+    license: str | None = Field(None, description="Licence of the weights.")
+
+    def origin(self, stated: Origin) -> Origin:
+        """Return the origin that the files state, completed with these facts."""
+        unstated = {"prepend_bos": self.prepend_bos, "n_ctx": self.n_ctx}
+        return stated.replace(
+            **({"model": self.model} if self.model else {}),
+            **({"processing": tuple(dict.fromkeys((*stated.processing, *self.processing)))} if self.processing else {}),
+            **{name: value for name, value in unstated.items() if value is not None and getattr(stated, name) is None},
+        )
+
+    @property
+    def kept(self) -> dict[str, str]:
+        """The facts that a dictionary keeps beside its settings."""
+        return self.model_dump(include={"release", "neuronpedia", "license"}, exclude_none=True)
