@@ -46,8 +46,8 @@ def generate(
     n_new = min(max_new_tokens, lm.n_ctx - tokens.shape[1])
     generator = torch.Generator(lm.device).manual_seed(seed)
     ends = end_ids(lm)
-    next_logits = _cached_logits(lm) if lm.has_usable_cache and not lm._n_whole_rows else _recomputed_logits(lm)
-    lm._n_positions = tokens.shape[1] + n_new
+    next_logits = _cached_logits(lm) if lm.has_usable_cache and not lm.n_in_whole_rows else _recomputed_logits(lm)
+    lm.row_length = tokens.shape[1] + n_new
     try:
         for _ in range(n_new):
             new = _choose(next_logits(tokens), temperature, top_k, generator)
@@ -55,7 +55,7 @@ def generate(
                 break
             tokens = torch.cat([tokens, new], dim=1)
     finally:
-        lm._n_positions = None
+        lm.row_length = None
     ids = tokens[0].tolist()
     return lm.decode(ids[1:] if ids[0] == lm.bos_id else ids)
 

@@ -4,11 +4,11 @@ import copy
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
@@ -17,16 +17,17 @@ from torch import Tensor, nn
 
 from saelens_lite.config import Origin
 from saelens_lite.cuda_streams import to_device
-from saelens_lite.devices import float32_products, on_device, outside_models, tf32_is_on
-from saelens_lite.errors import ConfigError, HookError, ShapeError
+from saelens_lite.devices import float32_products, outside_models, tf32_is_on
+from saelens_lite.errors import ConfigError, HookError
 from saelens_lite.model import generation as _generation
 from saelens_lite.model import hooks as _hooks
 from saelens_lite.model import identities as _identities
 from saelens_lite.model import norms as _norms
 from saelens_lite.model import processing as _processing
 from saelens_lite.model import readout as _readout
+from saelens_lite.model.splice import PositionedEdit, Reconstructor, Splice, target_first
 from saelens_lite.model.spread import DeviceMap, input_device, is_whole, weights
-from saelens_lite.ports import Hooks, Port, apart, together
+from saelens_lite.ports import Hooks
 from saelens_lite.tokens import Given, TokenRows, prompt_rows
 from saelens_lite.tokens.inputs import Aligned, Ids, aligned, token_ids
 from saelens_lite.tokens.tokenizer import Tokenizer
@@ -38,28 +39,6 @@ EMBEDDED = {"tiny": files("saelens_lite") / "data" / "tiny"}
 FINGERPRINT_ENTRIES = 256  # per weight
 UNLIMITED_N_CTX = 2048  # for models that set no limit: ALiBi, recurrent
 log = logging.getLogger(__name__)
-
-
-@runtime_checkable
-class Reconstructor(Protocol):
-    """The part of a dictionary that `LanguageModel.splice` uses."""
-
-    origin: Origin
-    reads: tuple[Port, ...]
-    writes: tuple[Port, ...]
-    writes_what_it_reads: bool
-
-    def __call__(self, x: Tensor) -> Tensor: ...
-
-    def check_input(self, x: Tensor) -> None: ...
-
-
-@runtime_checkable
-class PositionedEdit(Protocol):
-    """The part of an edit that `LanguageModel.splice` reads: its positions. The dictionary reads the rest."""
-
-    @property
-    def positions(self) -> tuple[int, ...] | slice | None: ...
 
 
 class _Enough(Exception):
@@ -92,8 +71,8 @@ class LanguageModel(Tokenizer):
         named = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))  # the latter: MPT, DBRX
         longest = (n for n in (_n_positions(self.module), *named) if n and n > 0)  # XLNet says −1
         super().__init__(tokenizer, name=name, n_ctx=next(longest, UNLIMITED_N_CTX), d_vocab=config.vocab_size)
-        self._n_positions: int | None = None  # during generation: length of the prompt and its longest continuation
-        self._n_whole_rows = 0  # active splices that need the whole row at once
+        self.row_length: int | None = None  # during generation: length of the prompt and its longest continuation
+        self.n_in_whole_rows = 0  # active splices that need the whole row at once
         self._aligned: Aligned | None = None  # the rows of the current forward pass, without left padding
         if self.is_shared:
             _ = self.is_causal  # a forward pass, which needs all processes
@@ -457,8 +436,8 @@ class LanguageModel(Tokenizer):
     @contextmanager
     def splice(
         self,
-        dictionary: "Reconstructor",
-        edits: "PositionedEdit | Sequence[PositionedEdit]" = (),
+        dictionary: Reconstructor,
+        edits: PositionedEdit | Sequence[PositionedEdit] = (),
         *,
         error_term: bool | None = None,
         hook: str | None = None,
@@ -487,105 +466,21 @@ class LanguageModel(Tokenizer):
             ShapeError: the dictionary and the hook differ in width; an edit names a position beyond the end of the row;
                 `keep` and the tokens differ in shape.
         """
-        hooks = self.hooks_of(dictionary, hook)
-        edits = [edits] if isinstance(edits, PositionedEdit) else edits
-        error_term = bool(edits) if error_term is None else error_term
-        if edits:
-            dictionary.check_edits(edits)
-        in_place = hooks.reads == hooks.writes and len(hooks.reads) == 1
-        reads_first = len(hooks.reads) + len(hooks.writes) > 2  # in a separate pass
-        read: dict[str, Tensor] = {}
-        written: dict[str, Tensor] = {}
-        ids: list[Tensor | None] = [None]
-        offset = [0]  # position of the first token of the current forward pass; not 0 while generating with a cache
-        is_reading = [False]
-
-        def begin(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            if is_reading[0]:
-                return
-            ids[0] = args[0] if args else kwargs.get("input_ids")
-            offset[0] = _n_cached(kwargs.get("past_key_values"))
-            read.clear()
-            written.clear()
-            if reads_first:
-                if offset[0]:
-                    raise ConfigError("a dictionary of several hooks needs the whole row; run the model without a cache")
-                is_reading[0] = True
-                try:
-                    with _hooks.alone(), ExitStack() as stack:
-                        for name in hooks.reads:
-                            stack.enter_context(self.replace(name, look(name)))
-                        self.module(*args, **(kwargs | {"use_cache": False, "past_key_values": None}))
-                finally:
-                    is_reading[0] = False
-
-        def chosen_positions(y: Tensor, position: Tensor, target: str) -> Tensor:
-            chosen = ~torch.isin(position, position.new_tensor(dictionary.origin.excluded_positions))
-            if keep is not None:
-                if keep.shape != y.shape[:2]:
-                    raise ShapeError(
-                        f"keep is {list(keep.shape)}; {target} is [batch pos d] = {list(y.shape)} in this forward pass"
-                    )
-                chosen = keep.to(y.device) if self._aligned is None else self._aligned.moved(keep.to(y.device))
-            elif ids[0] is not None and ids[0].shape == y.shape[:2]:
-                special = sorted(self.special_ids | set(dictionary.origin.excluded_token_ids))
-                chosen = chosen & ~torch.isin(ids[0].to(y.device), position.new_tensor(special))
-            return chosen
-
-        def output(chosen: Tensor, position: Tensor) -> None:
-            """Compute the tensors to write at each hook: the reconstruction, and what the edits add to the activation."""
-            nonlocal dictionary
-            x = together(read, hooks.reads)
-            if isinstance(dictionary, nn.Module):
-                dictionary = on_device(dictionary, x.device)
-            dictionary.check_input(x)
-            if not error_term:
-                written.update(zip(hooks.writes, apart(dictionary(x), dictionary.writes), strict=True))
-            if edits:
-                at = [self._named_positions(edit, position, chosen, keep is not None) for edit in edits]
-                changes = apart(dictionary.change(x, edits, at), dictionary.writes)
-                written.update({f"{name} changed": part for name, part in zip(hooks.writes, changes, strict=True)})
-
-        def rewrite(target: str) -> Callable[[Tensor], Tensor]:
-            def act(y: Tensor) -> Tensor:
-                if is_reading[0]:
-                    return y
-                if in_place:
-                    read[target] = y
-                if missing := [name for name in hooks.reads if name not in read]:
-                    raise _target_first(missing[0], target)
-                position = torch.arange(y.shape[1], device=y.device) + offset[0]
-                chosen = chosen_positions(y, position, target)
-                if in_place or not written:
-                    output(chosen, position)
-                new = y
-                if not error_term:
-                    new = torch.where(chosen[..., None], _as(y, written[target], target), y)
-                return new + _as(y, written[f"{target} changed"], target) if edits else new
-
-            return act
-
-        def look(name: str) -> Callable[[Tensor], Tensor]:
-            def note(x: Tensor) -> Tensor:
-                read[name] = x.clone()  # some models overwrite it later
-                return x
-
-            return note
-
-        with ExitStack() as stack:
-            beginning = self.module.register_forward_pre_hook(begin, with_kwargs=True)
-            stack.callback(beginning.remove)
-            if not in_place and not reads_first:
-                for name in hooks.reads:
-                    stack.enter_context(self.replace(name, look(name)))
-            for target in hooks.writes:
-                stack.enter_context(self.replace(target, rewrite(target)))
-            self._n_whole_rows += reads_first
-            stack.callback(self._less_whole_rows, reads_first)
+        with Splice(self, dictionary, edits, error_term=error_term, hook=hook, keep=keep).in_force():
             yield
 
-    def _less_whole_rows(self, n: int) -> None:
-        self._n_whole_rows -= n
+    @contextmanager
+    def in_whole_rows(self) -> Iterator[None]:
+        """Make `generate` run the model on the whole row for each token, without a cache, within the block."""
+        self.n_in_whole_rows += 1
+        try:
+            yield
+        finally:
+            self.n_in_whole_rows -= 1
+
+    def as_run(self, mask: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+        """Return a mask of the given rows as one of the rows of the current forward pass, which have no left padding."""
+        return mask if self._aligned is None else self._aligned.moved(mask)
 
     def check_order(self, hook: str, target: str) -> None:
         """Raise HookError if the model computes `target` before `hook`, from which a dictionary predicts it."""
@@ -597,24 +492,7 @@ class LanguageModel(Tokenizer):
         with self.replace(hook, noting(hook)), self.replace(target, noting(target)):
             self.logits(torch.zeros(1, 1, dtype=torch.long))
         if met[:1] != [hook]:
-            raise _target_first(hook, target)
-
-    def _named_positions(
-        self, edit: "PositionedEdit", position: Int[Tensor, " pos"], chosen: Bool[Tensor, "*batch pos"], only_chosen: bool
-    ) -> Bool[Tensor, "*_batch pos"]:
-        """Return where an edit acts: at the positions it names, or at the chosen ones if it names none."""
-        named = edit.positions
-        if named is None:
-            return chosen
-        if isinstance(named, slice):
-            span = range(*named.indices(self.n_ctx))  # up to millions of positions in some models
-            here = (position >= span.start) & (position < span.stop) & ((position - span.start) % span.step == 0)
-        else:
-            n = self._n_positions or int(position[-1]) + 1
-            if beyond := [i for i in named if i >= n]:
-                raise ShapeError(f"{edit} names position {beyond[0]}; this row has positions 0 to {n - 1}")
-            here = torch.isin(position, position.new_tensor(named))
-        return here & chosen if only_chosen else here
+            raise target_first(hook, target)
 
     @torch.no_grad()
     def generate(
@@ -744,12 +622,6 @@ def _say_precision(name: str, precision: str, of_origin: str | None) -> None:
     )
 
 
-def _n_cached(past: Any) -> int:
-    """Return how many tokens a key-value cache holds."""
-    length = getattr(past, "get_seq_length", None)
-    return 0 if length is None else int(length())
-
-
 def _n_positions(module: nn.Module) -> int | None:
     """Return the number of usable position embeddings if some are reserved for padding; else None.
 
@@ -770,17 +642,6 @@ def _activation(name: str, value: Any, tokens: Int[Tensor, "batch pos"]) -> Floa
         if value.ndim == 2 and len(value) == batch * pos:  # OPT's MLP
             return rearrange(value, "(batch pos) d -> batch pos d", batch=batch)
     raise HookError(f"{name} is {_shape(value)} for tokens [{batch} {pos}]; only activations [batch pos d] are captured")
-
-
-def _target_first(hook: str, target: str) -> HookError:
-    return HookError(f"the model computes {target} before {hook}, from which the dictionary predicts it")
-
-
-def _as(y: Float[Tensor, "batch pos d"], new: Tensor, hook: str) -> Float[Tensor, "batch pos d"]:
-    """Return a dictionary's output in the dtype of the activation y. Raise ShapeError if their shapes differ."""
-    if new.shape != y.shape:
-        raise ShapeError(f"the dictionary gives {list(new.shape)}; {hook} of this model is {list(y.shape)}")
-    return new.to(y.dtype)
 
 
 def _shape(value: Any) -> str:
