@@ -75,7 +75,7 @@ def test_dictionaries_of_a_sweep_have_the_bytes_of_training_alone(cache):
 )
 def test_planted_directions_are_found(planted, rule, options, least):
     x, directions = planted(50_000)
-    d = sl.fit(x, rule, options=options, d_sae=128, n_tokens=200_000, batch_size=256, lr=5e-3)
+    d = sl.fit(x, rule, options=options, d_sae=128, n_tokens=120_000, batch_size=512, lr=1e-2)
     learned = torch.nn.functional.normalize(d.W_dec.detach(), dim=1)
     cosines = directions @ learned.T
     matched = cosines[linear_sum_assignment(-cosines.numpy())]
