@@ -26,6 +26,7 @@ ORDER = [
     "settings_file",
     "dictionary",
     "formats",
+    "releases",
     "loggers",
     "training",
     "estimator",
