@@ -1,9 +1,12 @@
-"""The index of public dictionaries: find them, and tell what their files do not state.
+"""The index of public dictionaries: find them, and learn what their files do not state.
 
 `data/releases.toml` describes releases by templates; `scripts/releases.py` writes it. A table of the file is a release. Its keys
-are fields of `Entry`, and `rows` lists what its dictionaries do not share. A row is a list of name=values, where several values
-separated by commas give one dictionary each: «layer=0-2 width=16k,65k» describes six. «1-3» is 1,2,3 and «5*3» is 5,5,5.
-«l0@layer=…» has one value for each layer, in their order. A name in braces stands for its value: «layer_{layer}/width_{width}».
+are fields of `Entry`, and `rows` lists what its dictionaries do not share. A row is a list of name=values, where several values,
+separated by commas, give one dictionary each: «layer=0-2 width=16k,65k» describes six. 1-3 is 1,2,3 and 5*3 is 5,5,5.
+«l0@layer=…» has one value for each layer, in their order. A row that ends with a colon begins each row below it, up to the next
+one with a colon. A name in braces stands for its value: «layer_{layer}/width_{width}».
+
+A table whose name has braces describes several releases: one for each combination that its `where` lists, in the form of rows.
 """
 
 import re
@@ -135,8 +138,21 @@ _NUMBERS = {"width": width_of, "l0": float, "scale": float}
 
 @cache
 def _releases() -> dict[str, dict[str, Any]]:
-    """Return the tables of the file."""
-    return tomllib.loads(files("saelens_lite").joinpath(FILE).read_text(encoding="utf-8"))
+    """Return the tables of the file, one for each release."""
+    releases = {}
+    for name, table in tomllib.loads(files("saelens_lite").joinpath(FILE).read_text(encoding="utf-8")).items():
+        for values in _combinations(table.pop("where", [""])):
+            releases[_filled(name, values)] = {key: _filled(value, values) for key, value in table.items()} if values else table
+    return releases
+
+
+def _filled(value: Any, values: dict[str, str]) -> Any:
+    """Replace some names in braces by their values. Other names stay."""
+    if isinstance(value, list):
+        return [_filled(one, values) for one in value]
+    for name, text in values.items() if isinstance(value, str) else ():
+        value = value.replace(f"{{{name}}}", text)
+    return value
 
 
 @cache
@@ -151,21 +167,25 @@ def _by_repo() -> dict[str, list[str]]:
 @cache
 def _expanded(release: str) -> dict[str, Entry]:
     """Return the dictionaries of a release by their ids."""
-    facts = dict(_releases()[release])
-    rows = facts.pop("rows")
-    return {one.id: one for row in rows for one in _row(release, facts, row)}
+    facts = _releases()[release]
+    every = (_entry(release, facts | values) for values in _combinations(facts["rows"]))
+    return {one.id: one for one in every}
 
 
-def _row(release: str, facts: dict[str, Any], row: str) -> Iterator[Entry]:
-    """Return the dictionaries of a row."""
-    columns = dict(column.split("=", 1) for column in row.split())
-    axes = {name: _values(text) for name, text in columns.items() if "@" not in name}
-    aligned = [(*name.split("@"), _values(text)) for name, text in columns.items() if "@" in name]
-    for places in product(*(range(len(values)) for values in axes.values())):
-        at = dict(zip(axes, places, strict=True))
-        variables = facts | {name: axes[name][place] for name, place in at.items()}
-        variables |= {name: values[at[axis]] for name, axis, values in aligned}
-        yield _entry(release, variables)
+def _combinations(rows: list[str]) -> Iterator[dict[str, str]]:
+    """Return the values of the columns, one combination after the other."""
+    beginning = ""
+    for row in rows:
+        if row.endswith(":"):
+            beginning = row[:-1]
+            continue
+        columns = [column.split("=", 1) for column in f"{beginning} {row}".split()]
+        axes = {name: _values(text) for name, text in columns if "@" not in name}
+        aligned = [(*name.split("@"), _values(text)) for name, text in columns if "@" in name]
+        for places in product(*(range(len(values)) for values in axes.values())):
+            at = dict(zip(axes, places, strict=True))
+            values = {name: axes[name][place] for name, place in at.items()}
+            yield values | {name: values_of[at[axis]] for name, axis, values_of in aligned}
 
 
 def _entry(release: str, variables: dict[str, Any]) -> Entry:
