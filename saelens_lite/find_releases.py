@@ -10,12 +10,14 @@ from saelens_lite.tables import Result, columns_of, grid
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 TAGS = ("saelens", "saelens_lite", "sparsify")  # on the Hub, with the format that reads such dictionaries
 MOST_ROWS = 60  # of a table with one row for each dictionary
+MIN_WIDTH = 11  # of a column
 L0_FACTOR = 2.0
 
-Bounds = float | tuple[float, float]
+Bounds = int | float | tuple[int | float, int | float]
 
 
 class PublicDictionaries(Result, Sequence[Entry]):
@@ -42,13 +44,17 @@ class PublicDictionaries(Result, Sequence[Entry]):
         """Return the fields of the dictionaries, after the names that `sl.load` takes."""
         return {"name": [one.name for one in self]} | columns_of(Entry, self)
 
-    def table(self) -> "Table":
+    def table(self) -> "Table | Text":
         """Return a table of the dictionaries, or of their releases if they are more than 60."""
+        if not self.entries:
+            from rich.text import Text
+
+            return Text("no public dictionary of the index meets these conditions")
         if len(self) > MOST_ROWS:
             return self._by_release()
         titles = ("name", "model", "hook", "width", "L0", "rule", "licence", "Neuronpedia")
         rows = [(e.name, e.model, _ports(e), _text(e.width), _text(e.l0), e.rule, e.license, e.neuronpedia) for e in self]
-        return _table(titles, rows, caption="" if self.entries else "the index has no such dictionary")
+        return _table(titles, rows)
 
     def _by_release(self) -> "Table":
         """Return a table of the releases."""
@@ -106,7 +112,7 @@ def find(
         return (
             all(word in about for word in words)
             and (model or "").lower() in f"{e.model} {e.release or e.name}".lower()
-            and (exact or (release or "").lower() in (e.release or e.name).lower())
+            and (exact is not None or (release or "").lower() in (e.release or e.name).lower())
         )
 
     matches = [
@@ -141,10 +147,10 @@ def _bounds(name: str, value: Bounds | None, factor: float) -> tuple[float, floa
     low, high = value if isinstance(value, tuple) else (value / factor, value * factor)
     if not 0 < low <= high < math.inf:
         raise ConfigError(f"{name} = {value}; expected a positive number, or the smallest and the largest")
-    return low, high
+    return float(low), float(high)
 
 
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str | None]], caption: str) -> "Table":
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str | None]], caption: str = "") -> "Table":
     """Return a table without its empty columns. Facts that all rows share are in the title."""
     by_title = {title: [row[at] or "" for row in rows] for at, title in enumerate(titles)}
     shared = {title: values[0] for title, values in by_title.items() if len(rows) > 1 and len(set(values)) == 1 and values[0]}
@@ -156,6 +162,7 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str | None]], caption:
         caption=caption,
         column=lambda title: {
             **{"overflow": "fold", "no_wrap": title in ("name", "release")},  # so that names can be copied
+            **{"min_width": min(MIN_WIDTH, max(map(len, (title, *by_title[title]))))},
             **{"justify": "right" if title in ("width", "L0", "number") else "left"},
         },
     )
@@ -163,16 +170,16 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str | None]], caption:
 
 def _ports(e: Entry) -> str:
     """Return the hooks of a dictionary, unless its name says them."""
-    if e.hook == e.id:
+    if e.hook and e.hook in e.id and not e.target:
         return ""
     return f"{e.hook} → {e.target}" if e.target else e.hook or ""
 
 
-def _text(value: float | None) -> str:
+def _text(value: int | float | None) -> str:
     return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _span(values: Iterable[float | None]) -> str:
+def _span(values: Iterable[int | float | None]) -> str:
     """Return the smallest and the largest of the known values."""
     known = sorted({value for value in values if value is not None})
     return "" if not known else _text(known[0]) if len(known) == 1 else f"{_text(known[0])}–{_text(known[-1])}"

@@ -148,9 +148,13 @@ _NUMBERS = {"width": width_of, "l0": float, "scale": float}
 
 @cache
 def _releases() -> dict[str, dict[str, Any]]:
-    """Return the tables of the file, one for each release."""
+    return parsed(files("saelens_lite").joinpath(FILE).read_text(encoding="utf-8"))
+
+
+def parsed(text: str) -> dict[str, dict[str, Any]]:
+    """Return the tables of an index, one for each release."""
     releases = {}
-    for name, table in tomllib.loads(files("saelens_lite").joinpath(FILE).read_text(encoding="utf-8")).items():
+    for name, table in tomllib.loads(text).items():
         for values in _combinations(table.pop("where", [""])):
             releases[_filled(name, values)] = {key: _filled(value, values) for key, value in table.items()} if values else table
     return releases

@@ -1,8 +1,8 @@
 """Write the index of public dictionaries, saelens_lite/data/releases.toml, from public facts.
 
 Two sources: the registry file of SAELens (names, repositories, paths, L0 and Neuronpedia ids), and `OTHERS` below, releases
-that the registry does not have. Facts that the registry does not state (hooks, Hub ids of models, rules, licences) are in `FAMILIES`
-and `facts_of`. `saelens_lite/releases.py` explains the file. The same registry gives the same bytes.
+that the registry does not have. Facts that neither states for each dictionary (hooks, Hub ids of models, rules, licences) are
+in `FAMILIES` and `facts_of`. `saelens_lite/releases.py` explains the file. The same registry gives the same bytes.
 
     pip download sae-lens==6.54.12 --no-deps && unzip -o sae_lens-*.whl sae_lens/pretrained_saes.yaml
     python scripts/releases.py sae_lens/pretrained_saes.yaml
@@ -215,9 +215,9 @@ def described(sae: dict[str, Any], family: str | None, facts: dict[str, Any]) ->
     parts: Row = {}
     id, path = template(sae["id"], parts), str(sae["path"])
     own = list(parts)
-    if "l0" in sae:
-        parts.setdefault("l0", number(sae["l0"]))
     templates = {"id": id, "path": template(path, parts)}
+    if "l0" in sae:
+        parts.setdefault("l0", number(sae["l0"]))  # one that the path states is right
     templates["path"] = templates["path"].replace(id, "{id}")
     if "neuronpedia" in sae:
         templates["neuronpedia"] = template(sae["neuronpedia"], parts)
@@ -375,8 +375,10 @@ def check(registry: dict[str, Any]) -> None:
             assert one is not None
             neuronpedia = None if one.name in NEURONPEDIA_OF_OTHERS else sae.get("neuronpedia")
             expected = (value["repo_id"], str(sae["path"]), neuronpedia)
-            if (one.repo, one.path, one.neuronpedia) != expected or ("l0" in sae and one.l0 != sae["l0"]):
-                raise SystemExit(f"{one} is not {expected}, {sae.get('l0')}")
+            stated = re.search(r"average_l0_(\d+)", one.path)
+            l0 = float(stated[1]) if stated else sae.get("l0")
+            if (one.repo, one.path, one.neuronpedia, one.l0) != (*expected, l0):
+                raise SystemExit(f"{one} is not {expected}, {l0}")
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
