@@ -396,13 +396,13 @@ def sparsify_cases() -> dict[str, Case]:
     skip = {"activation": "topk", "transcode": True, "skip_connection": True}
     return {
         "sparsify topk": case(topk(K), "topk", {"activation": "topk"}, name="h.8", hook="blocks.8.hook_resid_post"),
-        "sparsify groupmax": case(group_max(K), "group_max", {"activation": "groupmax"}, hook="blocks.3.hook_mlp_out"),
+        "sparsify groupmax": case(group_max(K), "group_max", {"activation": "groupmax"}, hook="blocks.3.mlp.hook_out"),
         "sparsify transcoder": case(
             topk(K),
             "topk",
             {"activation": "topk", "transcode": True},
             hook="blocks.3.mlp.hook_in",
-            target="blocks.3.hook_mlp_out",
+            target="blocks.3.mlp.hook_out",
         ),
         "sparsify skip, no transcode": case(
             topk(K),
@@ -411,9 +411,9 @@ def sparsify_cases() -> dict[str, Case]:
             tensors=names | {"W_skip": p["W_skip"]},
             exact=("W_enc", "W_dec", "b_dec", "W_skip"),
             hook="blocks.3.mlp.hook_in",
-            target="blocks.3.hook_mlp_out",
+            target="blocks.3.mlp.hook_out",
         ),
-        "sparsify skip": case(topk(K), "topk", skip, tensors=names | {"W_skip": p["W_skip"]}, target="blocks.3.hook_mlp_out"),
+        "sparsify skip": case(topk(K), "topk", skip, tensors=names | {"W_skip": p["W_skip"]}, target="blocks.3.mlp.hook_out"),
     }
 
 

@@ -171,7 +171,7 @@ def test_dictionaries_of_one_attention_head_are_refused(case, key, head, tmp_pat
     [
         ({"hook_name": "blocks.{layer}.hook_mlp_out", "hook_layer": 4}, "blocks.4.hook_mlp_out"),
         ({"hook_name": "model.layers.10", "model_class_name": "AutoModelForCausalLM"}, "blocks.10.hook_resid_post"),
-        ({"hook_name": "transformer.h.3.mlp"}, "blocks.3.hook_mlp_out"),
+        ({"hook_name": "transformer.h.3.mlp"}, "blocks.3.mlp.hook_out"),
         ({"hook_name": "somewhere.else"}, "somewhere.else"),
         ({"hook_name": "hook_embed"}, "hook_embed"),
     ],
@@ -242,8 +242,8 @@ def test_the_models_revision_is_kept_and_other_loading_options_are_said(tmp_path
     ("module", "hook"),
     [
         ("layers.5", "blocks.5.hook_resid_post"),
-        ("layers.5.mlp", "blocks.5.hook_mlp_out"),
-        ("transformer.h.2.attn", "blocks.2.hook_attn_out"),
+        ("layers.5.mlp", "blocks.5.mlp.hook_out"),
+        ("transformer.h.2.attn", "blocks.2.attn.hook_out"),
         ("embed_tokens", "hook_embed"),
         ("somewhere", None),
     ],
@@ -261,7 +261,7 @@ def test_hooks_of_sparsify_are_those_of_the_module_whatever_the_seed(module, hoo
     [
         ("blocks.{layer}.hook_resid_mid", "blocks.{layer}.hook_mlp_out", ("blocks.3.hook_resid_mid", "blocks.3.hook_mlp_out")),
         ("blocks.3.hook_resid_mid", "mlp.hook_out", ("blocks.3.hook_resid_mid", "blocks.3.mlp.hook_out")),
-        ("layers.{layer}.mlp", "model.layers.{layer}.mlp", ("blocks.3.mlp.hook_in", "blocks.3.hook_mlp_out")),
+        ("layers.{layer}.mlp", "model.layers.{layer}.mlp", ("blocks.3.mlp.hook_in", "blocks.3.mlp.hook_out")),
     ],
 )
 def test_hooks_of_circuit_tracer(inside, outside, hooks, tmp_path):
@@ -305,7 +305,7 @@ def buffer(folder: Path, submodule: str, **changes) -> Path:
 
 
 def test_what_enters_a_module_is_not_what_leaves_it(tmp_path):
-    for io, hook in (("in", "blocks.4.mlp.hook_in"), ("out", "blocks.4.hook_mlp_out")):
+    for io, hook in (("in", "blocks.4.mlp.hook_in"), ("out", "blocks.4.mlp.hook_out")):
         path = buffer(tmp_path / io, "gpt_neox.layers.4.mlp", io=io)
         assert sl.load(path, format="dictionary_learning").hook == hook
     for number, (submodule, changes, reason) in enumerate(

@@ -358,7 +358,7 @@ def test_settings_and_tensors_have_to_agree(tmp_path):
 @pytest.mark.parametrize(
     ("trainer", "hook"),
     [
-        ({"submodule_name": "mlp_out_layer_2"}, "blocks.2.hook_mlp_out"),
+        ({"submodule_name": "mlp_out_layer_2"}, "blocks.2.mlp.hook_out"),
         ({"submodule_name": "gpt_neox.layers.4"}, "blocks.4.hook_resid_post"),
         ({"submodule_name": "somewhere"}, None),
         ({"submodule_name": None}, "blocks.3.hook_resid_post"),

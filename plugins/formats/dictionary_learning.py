@@ -60,6 +60,7 @@ WRITTEN = {"l1": "AutoEncoder", "p_anneal": "AutoEncoder"} | {
     rule: name for name, (rule, _) in CLASSES.items() if name not in ("AutoEncoder", "AutoEncoderNew")
 }
 KEEP_B_DEC = ("AutoEncoderNew", "JumpReluAutoEncoder")
+PLACES = {"mlp_out": "mlp.hook_out", "attn_out": "attn.hook_out"}  # modules, before any norm of their output
 UNSET = torch.tensor(-1.0)  # marks a threshold that is not set
 
 
@@ -174,9 +175,13 @@ def _place(trainer: Settings, buffer: Settings) -> dict[str, Any]:
         raise ConfigError(f"{buffer.path}: the buffer holds attention heads; dictionaries of single heads are not supported")
     place = re.fullmatch(r"(resid_post|resid_pre|mlp_out|attn_out)_layer_(\d+)", module or "")
     if place:
-        hook = f"blocks.{place[2]}.hook_{place[1]}"
+        hook = f"blocks.{place[2]}.{PLACES.get(place[1], f'hook_{place[1]}')}"
     elif module is not None:
-        hook = module if module.startswith("blocks.") else hook_of_module(module, "input" if side == "in" else "output")
+        hook = (
+            module
+            if module.startswith("blocks.")
+            else hook_of_module(module, "input" if side == "in" else "output", trainer.text("lm_name"))
+        )
     else:
         hook = f"blocks.{trainer.whole('layer')}.hook_resid_{'pre' if side == 'in' else 'post'}" if "layer" in trainer else None
     if side == "in" and (place or (module or "").startswith("blocks.")):

@@ -60,8 +60,8 @@ class GemmaScope(Format):
                 **({"W_skip": (SKIP, "d_in d_out")} if SKIP in file.specs else {}),
             },
             options={"parameter": "plain"},
-            hook=_hook(inside),
-            target=_hook(outside) if transcoder else None,
+            hook=_hook(inside, config.text("model_name")),
+            target=_hook(outside, config.text("model_name")) if transcoder else None,
             origin=Origin(model=config.text("model_name"), prepend_bos=True, excluded_positions=()),
             transcoder=transcoder,
             subtracts_b_dec=False,
@@ -70,10 +70,10 @@ class GemmaScope(Format):
         )
 
 
-def _hook(point: str | None) -> str | None:
+def _hook(point: str | None, model: str | None) -> str | None:
     """Return transformer-lens's name for a hook such as "model.layers.3.output", or log that it is unknown and return None."""
     module, _, side = (point or "").rpartition(".")
-    hook = hook_of_module(module, side) if side in ("input", "output") else None
+    hook = hook_of_module(module, side, model) if side in ("input", "output") else None
     if point is not None and hook is None:
         logging.getLogger(__name__).warning("no hook is known for %s; the dictionary's origin names none", point[:80])
     return hook

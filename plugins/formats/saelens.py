@@ -255,7 +255,7 @@ def _hook(metadata: Settings, *keys: str) -> str | None:
     if name is None or name.startswith(("blocks.", "hook_")):
         layer = next((metadata.whole(key) for key in ("hook_layer", "hook_point_layer") if key in metadata), None)
         return fill_layer(metadata.path, name, layer)
-    return hook_of_module(name) or name
+    return hook_of_module(name, model=metadata.text("model_name")) or name
 
 
 def _excluded_positions(metadata: Settings, n_ctx: int | None) -> tuple[int, ...]:

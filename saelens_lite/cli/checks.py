@@ -1,6 +1,7 @@
 """Checks of what a command was asked, before torch is imported and anything is read. The library checks all of it again."""
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def model_has(model: str, hooks: Iterable[str]) -> None:
         raise ModelNotFoundError(f"no model folder at {model}; give a folder with config.json, a Hub id, or 'tiny'")
     known = hooks_of_embedded(model)
     for hook in hooks:
-        if known and hook not in known:
+        if known and re.sub(r"\.head_\d+$", "", hook) not in known:
             usual = [name for name in known if name.count(".") == 2]
             hint = near_matches(hook, known) or f"; for example {', '.join(usual[:5])}"
             raise HookError(f"no hook {hook!r} in {model}{hint}; `saelens-lite hooks {model}` lists them")

@@ -12,6 +12,8 @@ Activations are those of the Hugging Face model, without LayerNorm folding. `cen
 from everything that is written to the residual stream. Caches and dictionaries record this setting and refuse a model that
 was loaded with a different one. `run`, `capture` and `evaluate` put BOS at position 0 if the tokenizer has one.
 
+One attention head is a hook too: `blocks.2.attn.hook_z.head_3` is that head's part of `blocks.2.attn.hook_z`.
+
 On CUDA, a model keeps the number type of its checkpoint, and a float32 checkpoint has TF32 products in its forward passes.
 `load_model(…, dtype="float32")` avoids both. Elsewhere models are float32. Caches and dictionaries record a type other than
 float32, and evaluations on a model of another type log a warning.

@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from saelens_lite.errors import HookError, ModelNotFoundError, near_matches
+from saelens_lite.model.heads import HEADED, Heads, heads_at, split_head
 from saelens_lite.model.spread import on_whole
 
 USUAL_HOOKS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
@@ -61,7 +63,8 @@ class HookPoint(NamedTuple):
 
     The scale is not 1 if the model multiplies a module's output before it adds it to the residual stream. `block`: the block
     whose output is this tensor plus the output of the modules that read it; a change of the tensor is also added there.
-    `read_only`: the reason why the tensor cannot be replaced, if any.
+    `read_only`: the reason why the tensor cannot be replaced, if any. `head`: the part of the last axis that belongs to one
+    attention head.
     """
 
     name: str
@@ -70,6 +73,7 @@ class HookPoint(NamedTuple):
     scale: float = 1.0
     block: nn.Module | None = None
     read_only: str = ""
+    head: slice | None = None
 
     def on_value(self, visit: Callable[[Any], Any]) -> RemovableHandle | Handles:
         """Call `visit` with the value on each forward pass; its result, unless None, replaces the value."""
@@ -105,7 +109,7 @@ class HookPoint(NamedTuple):
         return look
 
     def _on_value(self, visit: Callable[[Any], Any]) -> RemovableHandle:
-        visit, own = on_whole(self.module, self.side, self._scaled(visit)), _in_force.get()
+        visit, own = on_whole(self.module, self.side, self._scaled(self._of_head(visit))), _in_force.get()
         if self.side == "in":
 
             def before(_module, args, kwargs):
@@ -130,6 +134,21 @@ class HookPoint(NamedTuple):
             return visit(output)
 
         return self.module.register_forward_hook(after)
+
+    def _of_head(self, visit: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """Return a `visit` that gets the part of one head, and whose result replaces that part."""
+        if self.head is None:
+            return visit
+        here = self.head
+
+        def of_head(value: Any) -> Any:
+            part = value[..., here]
+            new = visit(part)
+            if new is None or new is part:
+                return None
+            return torch.cat([value[..., : here.start], new, value[..., here.stop :]], dim=-1)
+
+        return of_head
 
     def _scaled(self, visit: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """Return a `visit` that gets the value times the scale, and whose result is divided by the scale."""
@@ -192,12 +211,45 @@ def resolve(name: str, module: nn.Module, known: Architecture) -> HookPoint:
 
 def find(name: str, module: nn.Module, known: Architecture) -> HookPoint | None:
     """Return the place that a hook name stands for, or None if the model has no such hook."""
-    place = _walk(name.split("."), known.components, known.aliases, module)
-    return None if place is None else HookPoint(name, *place)
+    whole, of_head = split_head(name)
+    place = _walk(whole.split("."), known.components, known.aliases, module)
+    if place is None:
+        return None
+    point = HookPoint(name, *place)
+    if of_head is None:
+        return point
+    heads = _heads(whole, point, module, known)
+    part = None if heads is None else heads.part(of_head)
+    return None if part is None else point._replace(head=part)
+
+
+def _heads(name: str, point: HookPoint, module: nn.Module, known: Architecture) -> Heads | None:
+    """Return the heads in the tensor at a hook, or None if it is not one of whole heads."""
+    parent, _, last = name.rpartition(".")
+    attention = find(f"{parent}.hook_out", module, known) if last in HEADED else None
+    return heads_at(last, point.module, point.side, attention and attention.module, module.config.get_text_config())
+
+
+def _no_such_head(whole: str, of_head: int, module: nn.Module, known: Architecture) -> HookError:
+    """Return the error for a head that a hook of the model lacks."""
+    point = find(whole, module, known)
+    heads = None if point is None else _heads(whole, point, module, known)
+    here = f"no head {of_head} at {whole} of {type(module).__name__}"
+    if heads is not None:
+        return HookError(f"{here}: it has {heads.number} heads of width {heads.width}, head_0 to head_{heads.number - 1}")
+    block = ".".join(whole.split(".")[:2])
+    headed = [f"{block}.attn.{hook}" for hook in HEADED]
+    headed = [name for name in headed if find(f"{name}.head_0", module, known) is not None]
+    return HookError(f"{here}: its values do not lie head by head{'; those at ' + ', '.join(headed) + ' do' if headed else ''}")
 
 
 def no_such_hook(name: str, module: nn.Module, known: Architecture, exists: Callable[[str], bool]) -> HookError:
     """Return the error for a hook that the model lacks; its message names hooks to use instead."""
+    whole, of_head = split_head(name)
+    if of_head is not None:
+        if exists(whole):
+            return _no_such_head(whole, of_head, module, known)
+        name = whole
     if not (hint := _related(name, module, known, exists)):
         spelled = [other for other in spelled_names(module, known) if exists(other)]
         usual = [other for other in usual_names(module, known) if exists(other)]

@@ -140,6 +140,7 @@ class LanguageModel(Tokenizer):
     def hook_point(self, name: str) -> _hooks.HookPoint:
         """Return the module and side that a hook name stands for.
 
+        blocks.5.attn.hook_z.head_3 is the part of one head, also at hook_q, hook_k and hook_v where the model has these.
         hook_resid_mid, hook_attn_out, hook_mlp_out, hook_embed and hook_pos_embed promise that tensors add up. Their first
         use checks this on a forward pass over four tokens.
 
