@@ -63,7 +63,6 @@ LEAVES = {
     "resumable",
     "schemas",
     "seeds",
-    "state_dicts",
     "tables",
     "tensor_files",
     "terminal",
