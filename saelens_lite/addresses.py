@@ -6,7 +6,7 @@ The folder of a run stands for the dictionary in it.
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -20,7 +20,7 @@ from saelens_lite.outputs import refuse_inputs_in, restore
 from saelens_lite.paths import check_input, is_address
 
 
-def load(address: str | Path, device: str | torch.device = "cpu", format: str | None = None) -> Dictionary:
+def load(address: str | Path, device: str | torch.device = "cpu", format: str | None = None, **settings: Any) -> Dictionary:
     """Return the dictionary at an address. Its `source` is the address; of the Hub, with the commit.
 
     The dictionary stays on the CPU unless `device` is given. Functions that get a model as well use the model's device.
@@ -28,7 +28,10 @@ def load(address: str | Path, device: str | torch.device = "cpu", format: str | 
     Args:
         address: a folder written by `Dictionary.save`, the folder of a finished run, a file or folder of another tool, or a
             dictionary on the Hub: hf://user/repo/folder@revision.
-        format: name of the format plugin, or "saelens_lite"; only needed if the files are pickles.
+        format: name of the format plugin, or "saelens_lite"; only needed if the files are pickles. "state_dict" reads a file of
+            tensors that no tool describes.
+        settings: with format="state_dict", rule=, options=, hook= and the other arguments of `Dictionary.from_tensors`; see
+            `saelens_lite.formats.read_state_dict`.
 
     Raises:
         CorruptFileError: a file is missing or damaged, contradicts another file, or has no known format.
@@ -38,13 +41,13 @@ def load(address: str | Path, device: str | torch.device = "cpu", format: str | 
         HubError: the files cannot be fetched from the Hub.
     """
     if not is_address(address):
-        dictionary = read(dictionary_folder(address), device, format)
+        dictionary = read(dictionary_folder(address), device, format, settings=settings)
         dictionary.source = str(address)
         return dictionary
     from saelens_lite.hub import fetch
 
     fetched = fetch(str(address))
-    dictionary = read(fetched.folder, device, format)
+    dictionary = read(fetched.folder, device, format, settings=settings)
     dictionary.source = str(fetched.address)
     return dictionary
 

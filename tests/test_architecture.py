@@ -65,7 +65,6 @@ LEAVES = {
     "resumable",
     "schemas",
     "seeds",
-    "state_dicts",
     "tables",
     "tensor_files",
     "terminal",

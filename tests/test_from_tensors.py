@@ -56,23 +56,39 @@ def test_either_orientation_gives_the_function(flip_enc, flip_dec, d_sae, tmp_pa
     assert (d.d_in, d.d_sae, d.hook) == (D_IN, d_sae, "blocks.1.hook_resid_pre")
 
 
-def test_without_biases_they_are_zero_and_the_larger_size_is_that_of_the_latents(tmp_path):
+def test_without_biases_they_are_zero_and_a_size_has_to_be_given(tmp_path):
     t = state()
     codes = (X.double() @ t["W_enc"].double()).clamp(min=0)
-    d = sl.Dictionary.from_tensors(W_enc=t["W_enc"].T, W_dec=t["W_dec"].T)
-    check(d, codes, codes @ t["W_dec"].double(), tmp_path / "d")
+    for size in ({"d_in": D_IN}, {"d_sae": D_SAE}, {"reads": D_IN}, {"mean": torch.zeros(D_IN)}, {"scale": [1.0] * D_IN}):
+        d = sl.Dictionary.from_tensors(W_enc=t["W_enc"].T, W_dec=t["W_dec"].T, **size)
+        check(d, codes, codes @ t["W_dec"].double(), tmp_path / next(iter(size)))
+    with pytest.raises(ShapeError, match=r"\(24, 10\) and W_dec \(10, 24\), which do not decide .* give d_in= or d_sae="):
+        sl.Dictionary.from_tensors(W_enc=t["W_enc"].T, W_dec=t["W_dec"].T)
     few = state(d_sae=6)  # fewer latents than inputs: b_dec says so
     assert sl.Dictionary.from_tensors(W_enc=few["W_enc"], W_dec=few["W_dec"], b_dec=few["b_dec"]).d_sae == 6
 
 
-def test_square_matrices_are_taken_as_documented_and_said_to_be(tmp_path, caplog):
+@pytest.mark.parametrize("flip_enc", [False, True])
+@pytest.mark.parametrize("flip_dec", [False, True])
+def test_square_matrices_need_the_order_of_their_axes(flip_enc, flip_dec, tmp_path):
     t = state(d_sae=D_IN)
     codes = pre(t).clamp(min=0)
-    check(sl.Dictionary.from_tensors(**t), codes, codes @ t["W_dec"].double() + t["b_dec"].double(), tmp_path / "d")
-    assert "W_enc is taken as [d_in d_sae], W_dec as [d_sae d_out]" in caplog.text
-    caplog.clear()
-    sl.Dictionary.from_tensors(**state())
-    assert caplog.text == ""
+    given = t | {"W_enc": t["W_enc"].T if flip_enc else t["W_enc"], "W_dec": t["W_dec"].T if flip_dec else t["W_dec"]}
+    axes = {"W_enc": "d_sae d_in" if flip_enc else "d_in d_sae", "W_dec": "d_out d_sae" if flip_dec else "d_sae d_out"}
+    d = sl.Dictionary.from_tensors(**given, axes=axes)
+    check(d, codes, codes @ t["W_dec"].double() + t["b_dec"].double(), tmp_path / "d")
+    for name, other in (("W_enc", "W_dec"), ("W_dec", "W_enc")):
+        with pytest.raises(ShapeError, match=rf"{name} is square, \(10, 10\), .*; give axes=.'{name}': "):
+            sl.Dictionary.from_tensors(**given, axes={other: axes[other]})
+
+
+def test_a_square_skip_connection_needs_the_order_of_its_axes():
+    t, W_skip = state(), normal(D_IN, D_IN, seed=6)
+    with pytest.raises(ShapeError, match="W_skip is square"):
+        sl.Dictionary.from_tensors(**t, W_skip=W_skip, writes="b")
+    for axes, A in (("d_out d_in", W_skip), ("d_in d_out", W_skip.T)):
+        d = sl.Dictionary.from_tensors(**t, W_skip=W_skip, writes="b", axes={"W_skip": axes})
+        assert torch.equal(d.W_skip, A)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -146,7 +162,7 @@ def test_directions_of_a_tied_rule_are_to_be_unit_vectors():
     assert torch.equal(d.W_dec, unit)
     assert torch.equal(d.W_enc, unit.T)
     with pytest.raises(ConfigError, match="matching_pursuit needs unit vectors"):
-        sl.Dictionary.from_tensors(W_dec=2 * unit, rule="matching_pursuit", options={"k": 2})
+        sl.Dictionary.from_tensors(W_dec=2 * unit, d_in=D_IN, rule="matching_pursuit", options={"k": 2})
 
 
 def nan(shape: int) -> torch.Tensor:

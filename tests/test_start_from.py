@@ -85,7 +85,9 @@ def test_activations_of_another_size_change_only_the_unit_of_the_codes(rule):
 def test_unit_directions_of_large_activations_train_as_well_as_our_own():
     """Other tools write unit rows for raw activations. Adam's steps must fit them however large the activations are."""
     x = activations(factor=1000.0)["a"]
-    d = sl.Dictionary.from_tensors(W_dec=torch.eye(12).repeat(2, 1)[:16], W_enc=torch.eye(12).repeat(1, 2)[:, :16], rule="l1")
+    d = sl.Dictionary.from_tensors(
+        W_dec=torch.eye(12).repeat(2, 1)[:16], W_enc=torch.eye(12).repeat(1, 2)[:, :16], d_in=12, rule="l1"
+    )
     config = sl.TrainConfig(n_tokens=2048, batch_size=64, lr=1e-3, options={"coefficient": 0.0}, log_every=64)
     (run,) = sl.train(TensorSource(x), config, start_from=d)
     assert run.history[0]["fvu"] < 5

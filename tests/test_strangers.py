@@ -79,7 +79,7 @@ def stranger(tmp_path, monkeypatch):
 
 def dictionary(hook: str | None = None, **origin) -> sl.Dictionary:
     given = sl.Origin(**origin)
-    return sl.Dictionary.from_tensors(W_enc=torch.rand(4, 8), W_dec=torch.rand(8, 4), origin=given, reads=hook)
+    return sl.Dictionary.from_tensors(W_enc=torch.rand(4, 8), W_dec=torch.rand(8, 4), d_in=4, origin=given, reads=hook)
 
 
 def test_code_of_a_model_is_not_run_and_nobody_is_asked(stranger, tmp_path):

@@ -17,7 +17,7 @@ not have are in plugin.safetensors.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +45,8 @@ from saelens_lite.dictionary.folder import (
     read_settings,
     settings_of,
 )
+from saelens_lite.dictionary.modules import dictionary_of_module
+from saelens_lite.dictionary.tensors import dictionary_of, one_place
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, ShapeError
 from saelens_lite.files import check_fits_memory, differences, named_file, read_json, write_json
 from saelens_lite.kinds import DICTIONARY as KIND
@@ -52,7 +54,6 @@ from saelens_lite.outputs import new_folder, restore
 from saelens_lite.paths import check_input, is_address
 from saelens_lite.ports import Port, Ports, apart, as_ports, names, width
 from saelens_lite.sparsity import Sparsity
-from saelens_lite.state_dicts import float_tensors, in_order, sizes_of
 from saelens_lite.tensor_files import DTYPES, read_tensors, tensor_specs
 
 __all__ = ["Dictionary"]
@@ -150,7 +151,6 @@ class Dictionary(nn.Module):
         return self.eval()
 
     @classmethod
-    @torch.no_grad()
     def from_tensors(
         cls,
         *,
@@ -161,72 +161,117 @@ class Dictionary(nn.Module):
         W_skip: Any = None,
         rule: str = "l1",
         options: dict[str, Any] | None = None,
+        mean: Any = None,
+        scale: Any = None,
+        subtract_b_dec: bool | None = None,
+        token_norm: str | None = None,
+        hook: str | None = None,
         reads: str | Ports | None = None,
         writes: str | Ports | None = None,
+        d_in: int | None = None,
+        d_sae: int | None = None,
+        axes: dict[str, str] | None = None,
         origin: Origin | None = None,
         **rule_tensors: Any,
     ) -> "Dictionary":
-        """Return a dictionary made of the tensors of a state dict, converted to float32.
+        """Return a dictionary made of tensors, arrays or lists, converted to float32.
 
-            h = (x − b_dec) W_enc + b_enc        codes = rule(h)        x_hat = codes W_dec + b_dec
+            z = (x − mean) · scale      h = (z − b_dec) W_enc + b_enc      codes = rule(h)
+            x_hat = (codes W_dec + b_dec) / scale + mean
 
-        If your encoder does not subtract b_dec from x, pass b_enc + b_dec @ W_enc as b_enc.
+        All of it is folded into the weights, so that the dictionary takes raw activations.
 
         Args:
-            W_enc, W_dec: [d_in d_sae] and [d_sae d_out], or transposed; the sizes decide. A square matrix is not transposed,
-                and a warning is logged. A rule that encodes with W_decᵀ takes no W_enc.
-            W_skip: [d_out d_in], or transposed if the sizes differ. x W_skipᵀ is added to the output.
+            W_enc, W_dec: [d_in d_sae] and [d_sae d_out], or transposed; the sizes decide. A rule that encodes with W_decᵀ takes
+                no W_enc.
+            W_skip: [d_out d_in], or transposed; the sizes decide. x W_skipᵀ is added to the output.
             b_enc, b_dec: zeros by default.
             rule: name of the sparsity rule.
             options: settings of the rule, such as {"k": 32}.
-            rule_tensors: other tensors of the rule, such as threshold= of jumprelu. A number counts for all latents.
-            reads, writes: hook names or ports. Without `writes` and W_skip the dictionary writes the ports that it reads, and
-                b_dec is subtracted from x. The same hook in both also makes an autoencoder.
+            mean, scale: subtracted from x, which is then multiplied; a number or one for each entry of x. Autoencoders only.
+            subtract_b_dec: False if your encoder does not subtract b_dec from z, so that h = z W_enc + b_enc. Default: True,
+                but False if the output is of another hook.
+            token_norm: "layer_norm" or "constant_norm" of each activation, before b_dec is subtracted.
+            hook: the hook that is read and written; with `writes`, only read.
+            reads, writes: hook names or ports. Without `writes` and W_skip the dictionary writes the ports that it reads. The
+                same hook in both also makes an autoencoder.
+            d_in, d_sae: width of x and number of latents; only needed if the tensors do not decide.
+            axes: order of the axes of square matrices, such as {"W_enc": "d_sae d_in", "W_dec": "d_out d_sae"}.
             origin: the model and text that the activations come from.
+            rule_tensors: other tensors of the rule, such as threshold= (or log_threshold=) of jumprelu. A number counts for all
+                latents.
 
         Raises:
-            ShapeError: a tensor does not fit the shapes of the others, or is not a tensor.
+            ShapeError: a tensor does not fit the others, is not a tensor, or its sizes do not decide which axis is which.
             NonFiniteError: a tensor holds NaN or infinity.
-            ConfigError: an option is unknown, or a tensor is missing or unknown to the rule.
+            ConfigError: an option is unknown, a tensor is missing or unknown to the rule, or settings contradict each other.
             PluginError: there is no such rule.
         """
-        others = writes is not None or W_skip is not None
-        rule_class = registry.load(rule)
-        own, settings = rule_class.from_published(float_tensors(rule_tensors), options or {})
-        given = float_tensors({"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec, "W_skip": W_skip})
-        if missing := {"W_dec", *(() if rule_class.tied else ("W_enc",))} - given.keys():
-            raise ConfigError(f"{rule} needs {' and '.join(sorted(missing))}")
-        sizes = sizes_of(given | own, transcoder=others)
-        d_in, d_sae, d_out = sizes["d_in"], sizes["d_sae"], sizes["d_out"]
-        self = cls(
-            rule_class(rule_class.Config(**settings), d_in=d_in, d_sae=d_sae),
-            reads=_of_width(reads, d_in),
-            writes=_of_width(writes, d_out) if others else None,
+        return dictionary_of(
+            cls,
+            {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec, "W_skip": W_skip},
+            rule_tensors,
+            rule=rule,
+            options=options,
+            mean=mean,
+            scale=scale,
+            subtract_b_dec=subtract_b_dec,
+            token_norm=token_norm,
+            d_in=d_in,
             d_sae=d_sae,
-            skip=W_skip is not None,
-            origin=origin or Origin(excluded_positions=()),
+            axes=axes,
+            reads=one_place(hook, reads),
+            writes=writes,
+            origin=origin,
         )
-        state, given = self.state_dict(), given | {f"rule.{name}": tensor for name, tensor in own.items()}
-        form = self.rule.inference_form()
-        needed = {f"rule.{name}" for name, _ in self.rule.named_parameters()}
-        needed |= {f"rule.{name}" for name in (form.tensors if form else ()) if f"rule.{name}" in state}
-        unknown, missing = given.keys() - state.keys(), needed - given.keys()
-        if unknown or missing:
-            of_rule = form.tensors if form else [name.removeprefix("rule.") for name in needed]
-            missing = missing and ({name for name in of_rule if f"rule.{name}" not in given} or missing)
-            lists = [{name for name in state if not name.startswith("rule.")}, set(of_rule), unknown, missing]
-            taken, own_names, surplus, absent = (
-                ", ".join(sorted(n.removeprefix("rule.") for n in some)) or "none" for some in lists
-            )
-            raise ConfigError(
-                f"{rule} takes the tensors {taken}, and of its own: {own_names}; missing: {absent}; not expected: {surplus}"
-            )
-        for name, tensor in given.items():
-            state[name].copy_(in_order(name.removeprefix("rule."), tensor, *state[name].shape))
-        norms = torch.linalg.vector_norm(self.W_dec, dim=1)
-        if rule_class.tied and (norms - 1).abs().max() > 1e-3:
-            raise ConfigError(f"rows of W_dec have norms {norms.min():.3g} to {norms.max():.3g}; {rule} needs unit vectors")
-        return self.eval()
+
+    @classmethod
+    def from_module(
+        cls,
+        module: Any,
+        x: Float[Tensor, "*shape d_in"] | ArrayLike,
+        *,
+        rule: str | None = None,
+        options: dict[str, Any] | None = None,
+        hook: str | None = None,
+        names: dict[str, str] | None = None,
+        output: Callable[[Tensor], Any] | None = None,
+        tolerance: float = 1e-4,
+        **settings: Any,
+    ) -> "Dictionary":
+        """Return the dictionary that computes what a torch module of another tool computes.
+
+        The module's tensors are recognised by their names. Where they leave open what the module does with them (is b_dec
+        subtracted from x, ReLU or top-k, …), the possibilities are tried on x. The one that reproduces x_hat, and the codes if
+        the module has `encode`, is returned. If none does, or several do, an error says so.
+
+        Args:
+            module: a torch module, or another object that can be called and has tensors. It is run in evaluation mode, and in
+                float32 if it is of half precision.
+            x: activations of its hook, a few hundred or more.
+            rule, options: the sparsity rule and its settings, if known. Without `rule`, ReLU, top-k, JumpReLU and gated are
+                tried; k is an attribute of the module or its settings.
+            names: our name → theirs, for tensors whose names are not recognised, such as {"W_enc": "analysis"}.
+            output: function of x that returns x_hat, if calling the module returns something else.
+            tolerance: largest error of an activation, relative to the root mean square norm. Rules with a jump may differ on 1 %
+                of the activations, because pre-activations may be nearly equal; a warning is logged then.
+            hook, settings: other arguments of `from_tensors`, such as mean= and writes=.
+
+        Raises:
+            ConfigError: no description reproduces the module's output, or x does not decide between several; the tensors are
+                not recognised; the module fails on x.
+        """
+        return dictionary_of_module(
+            cls,
+            module,
+            x,
+            rule=rule,
+            options=options,
+            names=names,
+            output=output,
+            tolerance=tolerance,
+            settings=settings | ({} if hook is None else {"hook": hook}),
+        )
 
     @property
     def input_bias(self) -> Float[Tensor, " d_in"] | None:
@@ -553,18 +598,6 @@ class Dictionary(nn.Module):
         rule = getattr(self.rule, "plugin_name", "?")
         target = "" if self.writes_what_it_reads else f", d_out={self.d_out}"
         return f"d_in={self.d_in}, d_sae={self.d_sae}, sparsity={rule!r}, {self.place}{target}"
-
-
-def _of_width(given: str | Ports | None, d: int) -> tuple[Port, ...]:
-    """Return ports of total width d. A hook name, or None for an unknown hook, becomes a port of that width.
-
-    Raises:
-        ShapeError: the given ports have another width.
-    """
-    ports = (Port(hook=given, width=d),) if given is None or isinstance(given, str) else as_ports(given)
-    if width(ports) != d:
-        raise ShapeError(f"{names(ports)} has width {width(ports)}, but the tensors have {d} entries for it")
-    return ports
 
 
 def _unit_rows(n: int, d: int, generator: torch.Generator) -> Float[Tensor, "n d"]:

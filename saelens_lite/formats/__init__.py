@@ -51,6 +51,7 @@ from saelens_lite.formats.known import Known
 from saelens_lite.formats.outline import AXES, Outline
 from saelens_lite.formats.reading import find_file, inspect, read
 from saelens_lite.formats.settings import Settings
+from saelens_lite.formats.state_dict import read_state_dict
 from saelens_lite.formats.writing import cannot_write, write, write_torch
 from saelens_lite.tensor_files import write_tensors
 
@@ -73,6 +74,7 @@ __all__ = [
     "open_tensors",
     "read",
     "read_json",
+    "read_state_dict",
     "strings_in_pickle",
     "tensor_names",
     "write",

@@ -192,7 +192,10 @@ def _tensors(path: Path) -> str:
         if not is_zip(path):
             return ""
         names = "a PyTorch or numpy archive"
-    return f"; it holds tensors ({names}): read them and pass them to Dictionary.from_tensors"
+    return (
+        f"; it holds tensors ({names}): load them with format='state_dict' and rule= (rule='l1' is ReLU), or pass them to "
+        "Dictionary.from_tensors"
+    )
 
 
 def _detects(reader: Any, path: Path) -> bool:

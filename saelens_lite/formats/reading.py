@@ -1,5 +1,6 @@
 """Read a dictionary from a folder or file of any format, including our own."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,20 +8,27 @@ import torch
 
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.dictionary.folder import OWN, is_own_folder
+from saelens_lite.errors import ConfigError
 from saelens_lite.files import named_file
 from saelens_lite.formats.detection import format_of
 from saelens_lite.formats.known import Known
+from saelens_lite.formats.state_dict import STATE_DICT, inspect_state_dict, read_state_dict
 from saelens_lite.outputs import restore
 
 
 def read(
-    path: str | Path, device: str | torch.device = "cpu", format: str | None = None, known: Known | None = None
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    format: str | None = None,
+    known: Known | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Dictionary:
     """Return the dictionary in a folder written by `Dictionary.save`, or in a file or folder of another tool.
 
     Args:
         format: Name of the format plugin, or "saelens_lite"; only needed for pickles.
         known: Facts about a public dictionary that its files may not state.
+        settings: With format="state_dict", the arguments of `read_state_dict`.
 
     Raises:
         CorruptFileError: a file is missing or damaged, contradicts another, or has no known format.
@@ -29,6 +37,12 @@ def read(
     """
     path = named_file(path)
     restore(path)
+    if format == STATE_DICT:
+        return read_state_dict(path, **(settings or {})).to(device).eval()
+    if settings:
+        raise ConfigError(
+            f"{', '.join(settings)} can be set with format={STATE_DICT!r} only; {path} is read as {format or 'it is'}"
+        )
     if format in (None, OWN) and is_own_folder(path):
         return Dictionary.load(path, device)
     reader = format_of(path, format)
@@ -38,6 +52,8 @@ def read(
 
 def inspect(path: str | Path, format: str | None = None) -> dict[str, Any]:
     """Return the facts about a file or folder of another tool without reading its weights. Raise as `read` does."""
+    if format == STATE_DICT:
+        return inspect_state_dict(Path(path))
     reader = format_of(Path(path), None if format == OWN else format)
     return {"format": reader.plugin_name, **reader.outline(Path(path)).facts()}
 
