@@ -685,6 +685,8 @@ def circuit_tracer_cases() -> dict[str, Case]:
     }
 
 
+from foreign_saelens import SAELENS  # noqa: E402 (it uses the parts above)
+
 CASES = (
     saelens_cases()
     | sparsify_cases()
@@ -693,6 +695,7 @@ CASES = (
     | gemma_scope_cases()
     | llamascopium_cases()
     | circuit_tracer_cases()
+    | SAELENS
 )
 
 
