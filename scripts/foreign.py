@@ -685,7 +685,8 @@ def circuit_tracer_cases() -> dict[str, Case]:
     }
 
 
-from foreign_saelens import SAELENS  # noqa: E402 (it uses the parts above)
+from foreign_practice import PRACTICE  # noqa: E402 (they use the parts above)
+from foreign_saelens import SAELENS  # noqa: E402
 
 CASES = (
     saelens_cases()
@@ -696,6 +697,7 @@ CASES = (
     | llamascopium_cases()
     | circuit_tracer_cases()
     | SAELENS
+    | PRACTICE
 )
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from foreign import CASES, D_IN, D_SAE, edited, normal
+from foreign_practice import PRACTICE
 from foreign_saelens import SAELENS, SCALE
 from safetensors.torch import load_file, save_file
 
@@ -20,10 +21,10 @@ def close(value: torch.Tensor, wanted: torch.Tensor) -> bool:
     return bool((value - wanted).abs().max() <= 1e-6 * wanted.abs().max())
 
 
-@pytest.mark.parametrize("name", SAELENS)
+@pytest.mark.parametrize("name", [*SAELENS, *PRACTICE])
 def test_codes_and_outputs_differ_by_rounding_only(name, tmp_path):
-    case = SAELENS[name]
-    d = sl.load(case.write(tmp_path / "foreign")).double()
+    case = CASES[name]
+    d = sl.load(case.write(tmp_path / "foreign"), format=case.format).double()
     wanted = case.codes(X)
     assert 0 < (wanted != 0).double().mean() < 1
     assert close(d.encode(X).to_dense(), wanted)
