@@ -685,6 +685,9 @@ def circuit_tracer_cases() -> dict[str, Case]:
     }
 
 
+from foreign_practice import PRACTICE  # noqa: E402 (they use the parts above)
+from foreign_saelens import SAELENS  # noqa: E402
+
 CASES = (
     saelens_cases()
     | sparsify_cases()
@@ -693,6 +696,8 @@ CASES = (
     | gemma_scope_cases()
     | llamascopium_cases()
     | circuit_tracer_cases()
+    | SAELENS
+    | PRACTICE
 )
 
 

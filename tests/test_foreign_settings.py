@@ -152,17 +152,34 @@ def test_a_transcoder_that_writes_the_hook_it_reads_is_refused(tmp_path):
         sl.load(path.parent)
 
 
+@pytest.mark.parametrize("key", ["hook_head_index", "hook_point_head_index"])
+@pytest.mark.parametrize("head", [0, 2])
+def test_the_head_of_a_hook_with_heads_is_part_of_its_name(key, head, tmp_path):
+    for number, name in enumerate(("hook_z", "hook_q", "hook_k", "hook_v")):
+        hook = f"blocks.5.attn.{name}"
+        places = (
+            {"metadata": METADATA | {"hook_name": hook, key: head}},
+            {"metadata": METADATA | {"hook_name": hook}, key: head},
+        )
+        for place in places:
+            path = edited("standard", tmp_path / f"{number}{len(place)}", reshape_activations="hook_z", **place)
+            assert sl.load(path).hook == f"{hook}.head_{head}"
+        path = edited("before 6", tmp_path / f"{number} old", hook_point=hook, **{key: head})
+        assert sl.load(path).hook == f"{hook}.head_{head}"
+
+
 @pytest.mark.parametrize("case", ["standard", "before 6"])
 @pytest.mark.parametrize("key", ["hook_head_index", "hook_point_head_index", "hook_head_index_out"])
 @pytest.mark.parametrize("head", [0, 2])
-def test_dictionaries_of_one_attention_head_are_refused(case, key, head, tmp_path):
+def test_a_head_of_a_hook_without_heads_is_refused(case, key, head, tmp_path):
     path = edited(case, tmp_path, **{key: head})
-    with pytest.raises(ConfigError, match=rf"{key} = {head}, so the dictionary belongs to one attention head"):
+    reason = rf"{key} is {head}, but the hook (None|blocks\.8\.hook_resid_pre) is not one that has attention heads"
+    with pytest.raises(ConfigError, match=reason):
         sl.load(path)
     config = json.loads((path / "cfg.json").read_text())
     config[key] = None
     (path / "cfg.json").write_text(json.dumps(config | {"metadata": METADATA | {key: head}}))
-    with pytest.raises(ConfigError, match="belongs to one attention head"):
+    with pytest.raises(ConfigError, match=reason):
         sl.load(path)
 
 

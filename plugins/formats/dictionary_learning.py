@@ -1,14 +1,15 @@
-"""dictionary_learning: ae.pt, a pickle, and config.json.
+"""dictionary_learning: ae.pt, a pickle, and config.json; checkpoints/ae_N.pt with config.json in the folder above.
 
     h = (x − b_dec) W_enc + b_enc     AutoEncoder, AutoEncoderTopK, BatchTopKSAE, MatryoshkaBatchTopKSAE, GatedAutoEncoder
     h = x W_enc + b_enc               JumpReluAutoEncoder, AutoEncoderNew
 
 A state dict may be one level deeper, beside act_mean, which is subtracted from the activations first. AutoEncoderTopK also
-stores a threshold; like that tool, we use the k largest instead.
+stores a threshold; like that tool, we use the k largest instead. Settings that name no class name its trainer. The submodules
+resid_post_layer_3, mlp_out_layer_3 and attention_out_layer_3 are the outputs of modules of a transformers model.
 """
 
 import re
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from saelens_lite.formats import (
     cannot_write,
     find_file,
     hook_of_module,
+    read_json,
     strings_in_pickle,
     write_json,
     write_torch,
@@ -59,8 +61,24 @@ CLASSES = {  # their class → (our rule, its tensors)
 WRITTEN = {"l1": "AutoEncoder", "p_anneal": "AutoEncoder"} | {
     rule: name for name, (rule, _) in CLASSES.items() if name not in ("AutoEncoder", "AutoEncoderNew")
 }
+TRAINERS = {  # the start of a trainer's name, without "Trainer" → the class that it trains
+    "Standard": "AutoEncoder",
+    "PAnneal": "AutoEncoder",
+    "Gated": "GatedAutoEncoder",
+    "TopK": "AutoEncoderTopK",
+    "BatchTopK": "BatchTopKSAE",
+    "Matryoshka": "MatryoshkaBatchTopKSAE",
+    "Matroyshka": "MatryoshkaBatchTopKSAE",
+    "JumpRelu": "JumpReluAutoEncoder",
+}
+PLACES = {
+    "resid_pre": "hook_resid_pre",
+    "resid_post": "hook_resid_post",
+    "mlp_out": "mlp.hook_out",
+    "attn_out": "attn.hook_out",
+    "attention_out": "attn.hook_out",
+}
 KEEP_B_DEC = ("AutoEncoderNew", "JumpReluAutoEncoder")
-PLACES = {"mlp_out": "mlp.hook_out", "attn_out": "attn.hook_out"}  # modules, before any norm of their output
 UNSET = torch.tensor(-1.0)  # marks a threshold that is not set
 
 
@@ -74,16 +92,19 @@ class DictionaryLearning(Format):
         file = find_file(path, WEIGHTS)
         held = strings_in_pickle(file) if file else set()
         return any(any(name == key or name.endswith(f".{key}") for name in held) for key in ("decoder.weight", "W_dec")) and (
-            "latent_bias" not in held and (file.parent / CONFIG).is_file()
+            "latent_bias" not in held and _is_trainers(_config_of(file))
         )
 
     def outline(self, path: Path) -> Outline:
         file = TorchFile(find_file(path, WEIGHTS) or path / WEIGHTS)
-        config = Settings.read(file.path.parent / CONFIG)
+        config = Settings.read(_config_of(file.path))
         trainer = config.part("trainer")
-        name = trainer.text("dict_class")
+        name = trainer.text("dict_class") or _class_of(trainer.text("trainer_class"), file)
         if name not in CLASSES:
-            raise ConfigError(f"{config.path}: trainer.dict_class is {name!r}; supported are {', '.join(CLASSES)}")
+            raise ConfigError(
+                f"{config.path}: trainer.dict_class is {name!r}, trainer_class {trainer.text('trainer_class')!r}; supported "
+                f"classes are {', '.join(CLASSES)}"
+            )
         rule, names = CLASSES[name]
         at = next((key.removesuffix(names["W_dec"][0]) for key in file.specs if key.endswith(names["W_dec"][0])), "")
         mean = next((key for key in (f"{at}act_mean", "act_mean") if key in file.specs), None)
@@ -158,12 +179,48 @@ def _options(name: str, trainer: Settings, file: TorchFile, at: str) -> dict:
         raise CorruptFileError(f"{file.path}: k = {k}, but {trainer.path} has trainer.k = {trainer.whole('k')}")
     if name != "MatryoshkaBatchTopKSAE":
         return {"k": k}
-    if f"{at}group_sizes" not in file.specs:
-        raise CorruptFileError(f"{file.path}: tensor 'group_sizes' is missing")
-    ends = file.read([f"{at}group_sizes"])[f"{at}group_sizes"].flatten().cumsum(0).tolist()
+    ends = list(accumulate(_group_sizes(trainer, file, f"{at}group_sizes")))
     if not ends or ends != sorted(set(ends)) or ends[0] <= 0 or ends[-1] != trainer.whole("dict_size", ends[-1]):
         raise CorruptFileError(f"{file.path}: group_sizes must be positive and add up to dict_size")
     return {"k": k, "prefixes": tuple(end / ends[-1] for end in ends[:-1])}
+
+
+def _group_sizes(trainer: Settings, file: TorchFile, name: str) -> list[int]:
+    """Return the sizes of the groups: from the file, or from the settings, where they may be fractions of dict_size."""
+    if name in file.specs:
+        return file.read([name])[name].flatten().long().tolist()
+    sizes, shares = (trainer.values.get(key) for key in ("group_sizes", "group_fractions"))
+    if isinstance(sizes, list) and all(type(size) is int for size in sizes):
+        return sizes
+    if not isinstance(shares, list) or not all(isinstance(share, float | int) and 0 < share <= 1 for share in shares):
+        raise CorruptFileError(
+            f"{file.path}: tensor 'group_sizes' is missing, and {trainer.path} has neither group_sizes nor group_fractions"
+        )
+    whole = trainer.whole("dict_size")
+    sizes = [int(share * whole) for share in shares[:-1]]  # the last group gets the rest
+    return [*sizes, whole - sum(sizes)]
+
+
+def _config_of(file: Path) -> Path:
+    """Return the settings of a file of weights. Those of checkpoints, ae_N.pt, may be in the folder above."""
+    beside, above = file.parent / CONFIG, file.parent.parent / CONFIG
+    return above if file.name != WEIGHTS and not beside.is_file() and above.is_file() else beside
+
+
+def _is_trainers(config: Path) -> bool:
+    """Return whether a file has the settings of a trainer."""
+    try:
+        return isinstance(read_json(config).get("trainer"), dict)
+    except CorruptFileError:
+        return False
+
+
+def _class_of(trainer: str | None, file: TorchFile) -> str | None:
+    """Return the class that a trainer trains, for settings that do not name it, or None if the trainer is unknown."""
+    kind = (trainer or "").replace("Trainer", "")
+    name = next((TRAINERS[start] for start in TRAINERS if kind.startswith(start)), None)
+    new = name == "AutoEncoder" and any(key.endswith("decoder.bias") for key in file.specs)
+    return "AutoEncoderNew" if new else name
 
 
 def _place(trainer: Settings, buffer: Settings) -> dict[str, Any]:
@@ -172,16 +229,16 @@ def _place(trainer: Settings, buffer: Settings) -> dict[str, Any]:
     if side not in ("in", "out"):
         raise ConfigError(f"{buffer.path}: buffer.io is {side!r}: its input and output differ, which no supported class allows")
     if "layer" in buffer and "io" not in buffer:
-        raise ConfigError(f"{buffer.path}: the buffer holds attention heads; dictionaries of single heads are not supported")
-    place = re.fullmatch(r"(resid_post|resid_pre|mlp_out|attn_out)_layer_(\d+)", module or "")
-    if place:
-        hook = f"blocks.{place[2]}.{PLACES.get(place[1], f'hook_{place[1]}')}"
-    elif module is not None:
-        hook = (
-            module
-            if module.startswith("blocks.")
-            else hook_of_module(module, "input" if side == "in" else "output", trainer.text("lm_name"))
+        raise ConfigError(
+            f"{buffer.path}: the buffer holds attention heads, and the settings do not say which one; Dictionary.from_tensors "
+            "reads its tensors for a hook that you name"
         )
+    place = re.fullmatch(rf"({'|'.join(PLACES)})_layer_(\d+)", module or "")
+    if place:
+        hook = f"blocks.{place[2]}.{PLACES[place[1]]}"
+    elif module is not None:
+        model = trainer.text("lm_name")
+        hook = module if module.startswith("blocks.") else hook_of_module(module, "input" if side == "in" else "output", model)
     else:
         hook = f"blocks.{trainer.whole('layer')}.hook_resid_{'pre' if side == 'in' else 'post'}" if "layer" in trainer else None
     if side == "in" and (place or (module or "").startswith("blocks.")):

@@ -10,32 +10,42 @@ stream.
 
 Settings that change the codes, the output or the counted tokens are translated or refused. `seqpos_slice` becomes excluded
 positions. A list in `exclude_special_tokens` becomes excluded token ids (true adds nothing, because special tokens are always
-left out).
+left out). A head's number becomes part of the hook's name: blocks.5.attn.hook_z.head_3.
+
+Checkpoints of a training are read as SAELens exports them at its end. The threshold of batchtopk and matryoshka_batchtopk
+becomes that of a jumprelu. rescale_acts_by_decoder_norm is folded in, so that rows of W_dec are unit vectors:
+
+    h' = ‖W_dec‖ h        W_dec' = W_dec / ‖W_dec‖
+
+Activations may be scaled (z = s x, activation_scaler.json) or whitened (z = (x − mean) M, activation_whitening.safetensors) in
+training. Both are folded in.
 """
 
 import logging
-import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from saelens_lite import Dictionary, Origin
+from saelens_lite import Dictionary
 from saelens_lite.errors import ConfigError, CorruptFileError
 from saelens_lite.formats import (
     Format,
+    Known,
     Outline,
     Settings,
+    TensorFile,
     cannot_write,
-    fill_layer,
-    hook_of_module,
     open_tensors,
     read_json,
     tensor_names,
     write_json,
 )
+from saelens_lite_plugins.formats.saelens_metadata import metadata_of, place_of
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+SCALER, WHITENING = "activation_scaler.json", "activation_whitening.safetensors"  # of a training, beside the weights
 ENCODER = {"W_enc": ("W_enc", "d_in d_sae"), "b_enc": ("b_enc", "d_sae")}
 DECODER = {"W_dec": ("W_dec", "d_sae d_out"), "b_dec": ("b_dec", "d_out")}
 SKIP = {"W_skip": ("W_skip", "d_out d_in")}
@@ -52,28 +62,17 @@ RULES = {  # architecture → (our rule, its tensors)
     "jumprelu_transcoder": ("jumprelu", ENCODER | DECODER | THRESHOLD),
     "jumprelu_skip_transcoder": ("jumprelu", ENCODER | DECODER | THRESHOLD | SKIP),
 }
-TOKEN_NORMS = {"none": None, "layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm"}
-CENTERED = "center_writing_weights"
-FACTORS = ("scaling_factor", "finetuning_scaling_factor")  # per latent: codes are multiplied by it before decoding
-HEADS = ("hook_head_index", "hook_point_head_index", "hook_head_index_out", "hook_point_head_index_out")
-PLACE = (  # settings that say where a dictionary belongs
-    *("model_name", "model_class_name", "model_from_pretrained_kwargs", "hook_name", "hook_name_out", "hook_point"),
-    *(
-        "hook_layer",
-        "hook_point_layer",
-        "context_size",
-        "prepend_bos",
-        "dataset_path",
-        "seqpos_slice",
-        "exclude_special_tokens",
-    ),
-)
-LOADING = {  # loading options of a model that do not change its activations, or that the origin records
-    *(CENTERED, "revision", "dtype", "torch_dtype", "device", "n_devices", "device_map", "move_to_device", "trust_remote_code"),
-    *("attn_implementation", "token", "cache_dir", "center_unembed", "low_cpu_mem_usage", "local_files_only"),
+CHECKPOINT = ("jumprelu", ENCODER | DECODER | {"rule.plain_threshold": ("topk_threshold", "")})
+CHECKPOINTS = {"batchtopk": CHECKPOINT, "matryoshka_batchtopk": CHECKPOINT}  # exported as jumprelu after training
+REFUSED = {
+    "abstopk": "its codes can be negative; codes are never negative here",
+    "temporal": "its codes depend on earlier tokens, not on one activation",
 }
+TOKEN_NORMS = {"none": None, "layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm"}
+AVERAGE, SCALAR, WHITENED = "expected_average_only_in", "constant_scalar_rescale", "covariance_whitening"
+MIN_NORM = 1e-8  # of a row of W_dec, as in SAELens
+FACTORS = ("scaling_factor", "finetuning_scaling_factor")  # per latent: codes are multiplied by it before decoding
 DEFAULT_K = 100  # SAELens's default for a top-k file without k
-MAX_EXCLUDED = 1 << 20
 
 
 class SAELens(Format):
@@ -90,46 +89,59 @@ class SAELens(Format):
         config = Settings.read(path / CONFIG)
         file = open_tensors(path / WEIGHTS)
         architecture = self._architecture(config)
-        rule, names = RULES[architecture]
+        rule, names = (RULES | CHECKPOINTS)[architecture]
+        if "log_threshold" in file.specs and "rule.plain_threshold" in names:
+            names = {**names, "log_threshold": ("log_threshold", "d_sae")}
+            del names["rule.plain_threshold"]
         transcoder = "transcoder" in architecture
         self._refuse_what_is_not_computed(config, transcoder)
-        scaled = config.flag("finetuning_scaling_factor")
         name = next((name for name in FACTORS if name in file.specs), FACTORS[0])
-        factor = {"finetuning": (name, "d_sae")} if scaled or name in file.specs else {}
-        rescaled = architecture == "topk" and config.flag("rescale_acts_by_decoder_norm")
-
-        def adjust(weights):
-            factors = weights.pop("finetuning", None)
-            if scaled:
-                weights["W_dec"] *= factors[:, None]
-            elif factors is not None and not torch.allclose(factors, torch.ones_like(factors)):
-                raise ConfigError(
-                    f"{file.path} holds {name}, which differs from 1, but finetuning_scaling_factor in {config.path} is "
-                    "not true; set it to true to multiply codes by it before decoding, or remove the tensor"
-                )
-            if not weights.keys() & {"W_enc"} and (weights["W_dec"].norm(dim=1) - 1).abs().max() > 1e-3:
-                raise ConfigError(f"{config.path}: rows of W_dec are not unit vectors, which our matching pursuit needs")
-            if rescaled:  # the largest are chosen after multiplying by the norms of W_dec; decoding divides by them
-                norms = weights["W_dec"].norm(dim=1)
-                weights["W_enc"] *= norms
-                weights["b_enc"] *= norms
-                weights["W_dec"] /= norms[:, None]
-
+        if config.flag("finetuning_scaling_factor") or name in file.specs:
+            names = names | {"finetuning": (name, "d_sae")}
+        metadata, is_old = metadata_of(config)
+        neuronpedia = metadata.values.get("neuronpedia_id")
+        scaling = _scaling(path, config)
         return Outline(
             file,
             rule,
-            names | factor,
+            names,
             options=self._options(architecture, config),
-            **self._place(config, transcoder),
+            **place_of(metadata, is_old, transcoder),
             transcoder=transcoder,
             subtracts_b_dec=config.flag("apply_b_dec_to_input", True) and not transcoder,
-            token_norm=self._token_norm(config),
-            adjust=adjust if factor or rescaled or architecture == "matching_pursuit" else None,
+            **scaling,
+            adjust=self._adjust(path, config, architecture, file, names, scaling["scale"]),
             sizes={name: config.whole(name) for name in ("d_in", "d_sae", *(["d_out"] if transcoder else []))},
             config=config.values,
             architecture=architecture,
             density=path,
+            known=Known(neuronpedia=neuronpedia if isinstance(neuronpedia, str) else None),
         )
+
+    def _adjust(
+        self, path: Path, config: Settings, architecture: str, file: TensorFile, names: Mapping[str, Any], scale: float
+    ) -> Callable[[dict[str, torch.Tensor]], None] | None:
+        """Return a function that folds into the weights what our equation lacks, or None if nothing is to do."""
+        by_norms = architecture in ("topk", *CHECKPOINTS) and config.flag("rescale_acts_by_decoder_norm")
+        whitening = _whitening(path, config) if config.values.get("normalize_activations") == WHITENED else None
+        pursuit = architecture == "matching_pursuit"
+        if whitening and (pursuit or "transcoder" in architecture):
+            raise ConfigError(f"{config.path}: {WHITENED} cannot be folded into {architecture}")
+
+        def adjust(weights):
+            if "log_threshold" in weights:
+                weights["rule.plain_threshold"] = weights.pop("log_threshold").exp()
+            if "finetuning" in weights:
+                _apply_factors(weights, config, file, names["finetuning"][0])
+            if pursuit and (weights["W_dec"].norm(dim=1) - 1).abs().max() > 1e-3:
+                raise ConfigError(f"{config.path}: rows of W_dec are not unit vectors, which our matching pursuit needs")
+            if by_norms:
+                _fold_norms(weights, scale)
+            if whitening:
+                _fold_whitening(weights, whitening.read(whitening.specs), config.flag("apply_b_dec_to_input", True))
+
+        needed = by_norms or whitening or pursuit or names.keys() & {"log_threshold", "finetuning"}
+        return adjust if needed else None
 
     def _architecture(self, config: Settings) -> str:
         architecture = config.text("architecture", "standard")
@@ -140,23 +152,17 @@ class SAELens(Format):
                     f"{config.path}: activation_fn is 'topk', but k is missing (activation_fn_kwargs.k); add it"
                 )
             return "topk"
-        if architecture not in RULES or function != "relu":
+        known = RULES | CHECKPOINTS
+        if architecture not in known or function not in ("relu", *(["jumprelu"] if "jumprelu" in architecture else [])):
+            why = f" ({REFUSED[architecture]})" if architecture in REFUSED else ""
             raise ConfigError(
-                f"{config.path}: no rule computes the codes of architecture {architecture!r} with {function!r}; supported are "
-                f"{', '.join(RULES)}"
+                f"{config.path}: no rule computes the codes of architecture {architecture!r} with {function!r}{why}; "
+                f"supported are {', '.join(known)}"
             )
         return architecture
 
     def _refuse_what_is_not_computed(self, config: Settings, transcoder: bool) -> None:
         """Raise ConfigError for settings that change the codes or the output and have no equivalent."""
-        for settings in (config, config.part("metadata")):
-            for key in HEADS:
-                if key in settings:
-                    raise ConfigError(
-                        f"{config.path}: {key} = {settings.values[key]!r}, so the dictionary belongs to one attention head; "
-                        "only dictionaries of all heads are supported. Dictionary.from_tensors reads its tensors, for "
-                        "activations of that head that you select yourself"
-                    )
         reshaped = config.text("reshape_activations", "none")
         if reshaped not in ("none", "hook_z"):
             raise ConfigError(f"{config.path}: reshape_activations is {reshaped!r}; supported are 'none' and 'hook_z'")
@@ -174,7 +180,7 @@ class SAELens(Format):
     def _options(self, architecture: str, config: Settings) -> dict:
         if architecture == "topk":
             return {"k": self._k(config)}
-        if "jumprelu" in architecture:
+        if (RULES | CHECKPOINTS)[architecture][0] == "jumprelu":
             return {"parameter": "plain"}
         if architecture == "matching_pursuit":
             if not config.flag("apply_b_dec_to_input", True):
@@ -186,39 +192,6 @@ class SAELens(Format):
                 )
             return {"k": config.whole("max_iterations", config.whole("d_in"))}
         return {}
-
-    def _token_norm(self, config: Settings) -> str | None:
-        name = config.values.get("normalize_activations")
-        if name is None or isinstance(name, bool):  # the form of versions before 6
-            name = "expected_average_only_in" if name else "none"
-        if not isinstance(name, str) or name not in TOKEN_NORMS:
-            raise ConfigError(
-                f"{config.path}: normalize_activations is {name!r}, whose statistics are not in the file: fold them in "
-                "with the tool that has them (fold_activation_norm_scaling_factor of SAELens)"
-            )
-        return TOKEN_NORMS[name]
-
-    def _place(self, config: Settings, transcoder: bool) -> dict[str, Any]:
-        """Return the hooks and the origin, as fields of an Outline."""
-        metadata, is_old = _metadata(config)
-        model = metadata.text("model_name")
-        loading = metadata.part("model_from_pretrained_kwargs")
-        old_default = is_old and "model_from_pretrained_kwargs" not in metadata and str(model).startswith("gpt2")
-        _say_what_is_not_applied(loading)
-        n_ctx = metadata.whole("context_size") if "context_size" in metadata else None
-        origin = Origin(
-            model={"gpt2-small": "gpt2"}.get(model, model),
-            revision=loading.text("revision"),
-            model_class=metadata.text("model_class_name"),
-            processing=(CENTERED,) if loading.values.get(CENTERED) is True or old_default else (),
-            n_ctx=n_ctx,
-            prepend_bos=metadata.flag("prepend_bos") if "prepend_bos" in metadata else None,
-            text=metadata.text("dataset_path"),
-            excluded_positions=_excluded_positions(metadata, n_ctx),
-            excluded_token_ids=_excluded_token_ids(metadata),
-        )
-        target = _hook(metadata, "hook_name_out") if transcoder else None
-        return {"origin": origin, "hook": _hook(metadata, "hook_name", "hook_point"), "target": target}
 
     def write(self, dictionary: Dictionary, folder: Path) -> None:
         form = dictionary.rule.inference_form()
@@ -233,81 +206,77 @@ class SAELens(Format):
         (folder / "plugin.safetensors").unlink(missing_ok=True)
 
 
-def _metadata(config: Settings) -> tuple[Settings, bool]:
-    """Return the settings in `metadata` and at the top level as one, and whether they are in the form from before version 6.
-
-    If both places have a setting, the version decides. Without a version they must agree.
-    """
-    newer = config.part("metadata")
-    version = config.text("sae_lens_version") or newer.text("sae_lens_version")
-    is_old = "model_name" not in newer if version is None else not re.match(r"[6-9]|[1-9]\d", version)
-    for key in PLACE if version is None else ():
-        if key in config and key in newer and config.values[key] != newer.values[key]:
-            said = f"{str(config.values[key])[:80]!r}, but metadata.{key} is {str(newer.values[key])[:80]!r}"
-            raise CorruptFileError(f"{config.path}: {key} is {said}; remove the wrong one, or add metadata.sae_lens_version")
-    first, second = (config, newer) if is_old else (newer, config)
-    return Settings(config.path, {**second.values, **{k: v for k, v in first.values.items() if v is not None}}), is_old
-
-
-def _hook(metadata: Settings, *keys: str) -> str | None:
-    """Return transformer-lens's name for the hook under the first of these keys."""
-    name = next((name for name in map(metadata.text, keys) if name), None)
-    if name is None or name.startswith(("blocks.", "hook_")):
-        layer = next((metadata.whole(key) for key in ("hook_layer", "hook_point_layer") if key in metadata), None)
-        return fill_layer(metadata.path, name, layer)
-    return hook_of_module(name, model=metadata.text("model_name")) or name
-
-
-def _excluded_positions(metadata: Settings, n_ctx: int | None) -> tuple[int, ...]:
-    """Return the positions that `seqpos_slice` leaves out. SAELens trains on activations[:, slice(*seqpos_slice)]."""
-    bounds: Any = metadata.values.get("seqpos_slice")
-    if bounds is None:
-        return ()
-    if (
-        not isinstance(bounds, list)
-        or not 1 <= len(bounds) <= 3
-        or not all(bound is None or type(bound) is int for bound in bounds)
-    ):
-        raise CorruptFileError(
-            f"{metadata.path}: seqpos_slice is {str(bounds)[:80]}; expected up to three whole numbers or nulls"
+def _scaling(path: Path, config: Settings) -> dict[str, Any]:
+    """Return what `normalize_activations` means, as fields of an Outline."""
+    kind = config.values.get("normalize_activations")
+    if kind is None or isinstance(kind, bool):  # the form of versions before 6
+        kind = AVERAGE if kind else "none"
+    if not isinstance(kind, str) or kind not in (*TOKEN_NORMS, AVERAGE, SCALAR, WHITENED):
+        raise ConfigError(
+            f"{config.path}: normalize_activations is {kind!r}; supported are {', '.join(TOKEN_NORMS)}, {AVERAGE}"
         )
-    kept = slice(*bounds)
-    start, step = kept.start or 0, 1 if kept.step is None else kept.step
-    if step < 1:
-        raise CorruptFileError(f"{metadata.path}: seqpos_slice is {bounds}; its step must be at least 1")
-    if n_ctx is None and (start < 0 or kept.stop is not None or step > 1):
-        raise CorruptFileError(f"{metadata.path}: seqpos_slice is {bounds}, but context_size, on which it depends, is missing")
-    row = range(start if n_ctx is None else n_ctx)
-    trained_on = row[kept]
-    if len(row) - len(trained_on) > MAX_EXCLUDED or (n_ctx is not None and not trained_on):
-        raise CorruptFileError(
-            f"{metadata.path}: seqpos_slice is {bounds}, which leaves {len(trained_on):,} of {len(row):,} positions"
+    beside = Settings.read(path / SCALER) if (path / SCALER).is_file() else Settings(path / SCALER, {})
+    source, key = (config, "activation_normalization_factor") if kind == SCALAR else (beside, "scaling_factor")
+    scale = source.number(key) if key in source else None
+    if scale is not None and scale <= 0:
+        raise CorruptFileError(f"{source.path}: {key} is {scale}; expected a number above 0")
+    if scale is not None and kind not in (AVERAGE, SCALAR):
+        raise CorruptFileError(f"{source.path}: {key} is {scale}, but normalize_activations in {config.path} is {kind!r}")
+    lacks = ""
+    if kind in (AVERAGE, SCALAR) and scale is None:
+        lacks = (
+            f"{config.path}: normalize_activations is {kind!r}, whose statistics are not in the file: add {key} to "
+            f"{source.path}, or fold it in with the tool that has it (fold_activation_norm_scaling_factor of SAELens)"
         )
-    if not trained_on:
-        return tuple(row)
-    first, end = trained_on[0], trained_on[-1] + 1
-    between = (position for position in range(first, end) if position not in trained_on) if step > 1 else ()
-    return (*row[:first], *between, *row[end:])
+    if kind in (AVERAGE, SCALAR) and "transcoder" in config.text("architecture", "standard"):
+        raise ConfigError(f"{config.path}: normalize_activations is {kind!r}; the factor of a transcoder's output is unknown")
+    return {"token_norm": TOKEN_NORMS.get(kind), "scale": scale or 1.0, "lacks_scale": lacks}
 
 
-def _excluded_token_ids(metadata: Settings) -> tuple[int, ...]:
-    """Return the token ids in `exclude_special_tokens`. true and false add none."""
-    said: Any = metadata.values.get("exclude_special_tokens")
-    if said is None or isinstance(said, bool):
-        return ()
-    if not isinstance(said, list) or not all(type(token) is int and token >= 0 for token in said):
-        raise CorruptFileError(
-            f"{metadata.path}: exclude_special_tokens is {str(said)[:80]}; expected true, false or token ids"
+def _whitening(path: Path, config: Settings) -> TensorFile:
+    """Return the file of the mean, the matrix M and its inverse. Raise ConfigError if it is missing."""
+    if not (path / WHITENING).is_file():
+        raise ConfigError(
+            f"{config.path}: normalize_activations is {WHITENED!r}, whose matrices are in {WHITENING}; add it to the folder"
         )
-    return tuple(sorted(set(said)))
+    file, d_in = open_tensors(path / WHITENING), config.whole("d_in")
+    shapes = {name: spec.shape for name, spec in file.specs.items()}
+    if shapes != {"mean": (d_in,), "matrix": (d_in, d_in), "inverse_matrix": (d_in, d_in)}:
+        raise CorruptFileError(f"{file.path} holds {shapes}; expected mean, matrix and inverse_matrix of d_in = {d_in}")
+    return file
 
 
-def _say_what_is_not_applied(loading: Settings) -> None:
-    """Warn about loading options that may change the model's activations from those of `load_model`."""
-    others = {key: value for key, value in loading.values.items() if key not in LOADING and value not in (None, False)}
-    if others:
-        logging.getLogger(__name__).warning(
-            "%s: the model was loaded with %s, which load_model does not apply; its activations may differ",
-            loading.path,
-            ", ".join(f"{str(key)[:40]} = {str(value)[:40]}" for key, value in sorted(others.items())[:8]),
+def _apply_factors(weights: dict[str, torch.Tensor], config: Settings, file: TensorFile, name: str) -> None:
+    """Multiply each latent's row of W_dec by its factor, if the settings ask for it."""
+    factors = weights.pop("finetuning")
+    if config.flag("finetuning_scaling_factor"):
+        weights["W_dec"] *= factors[:, None]
+    elif not torch.allclose(factors, torch.ones_like(factors)):
+        raise ConfigError(
+            f"{file.path} holds {name}, which differs from 1, but finetuning_scaling_factor in {config.path} is "
+            "not true; set it to true to multiply codes by it before decoding, or remove the tensor"
         )
+
+
+def _fold_norms(weights: dict[str, torch.Tensor], scale: float) -> None:
+    """Multiply codes by the norms that rows of W_dec have once the scale is folded in, and divide W_dec by them."""
+    norms = weights["W_dec"].norm(dim=1).clamp(min=MIN_NORM) / scale
+    weights["W_enc"] *= norms
+    weights["b_enc"] *= norms
+    weights["W_dec"] /= norms[:, None]
+    if "rule.plain_threshold" in weights:  # it was compared with h ‖W_dec‖ before the scale was folded in
+        weights["rule.plain_threshold"] = weights["rule.plain_threshold"] / scale
+
+
+def _fold_whitening(weights: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], subtracts_b_dec: bool) -> None:
+    """Turn a dictionary of z = (x − mean) M into one of x."""
+    mean, matrix, inverse = (tensors[name].double() for name in ("mean", "matrix", "inverse_matrix"))
+    weights["W_enc"] = matrix @ weights["W_enc"]
+    weights["W_dec"] = weights["W_dec"] @ inverse
+    weights["b_dec"] = weights["b_dec"] @ inverse + mean
+    shift = mean @ weights["W_enc"]
+    if not subtracts_b_dec and "rule.b_gate" in weights:
+        weights["rule.b_gate"] = weights["rule.b_gate"] - shift
+        weights["rule.b_mag"] = weights["rule.b_mag"] - shift * weights["rule.r_mag"].exp()
+    elif not subtracts_b_dec:
+        weights["b_enc"] = weights["b_enc"] - shift

@@ -16,6 +16,9 @@ class Known(FrozenConfig):
     prepend_bos: bool | None = Field(None, description="True if each row began with the BOS token.")
     n_ctx: int | None = Field(None, description="Tokens in a row.")
     token_norm: str | None = Field(None, description="layer_norm or constant_norm of each activation.")
+    scale: float | None = Field(
+        None, gt=0, description="Factor of the activations, for settings that ask for one and do not state it."
+    )
     neuronpedia: str | None = Field(None, description="Neuronpedia's id of the dictionary, model/source.")
     license: str | None = Field(None, description="Licence of the weights.")
 

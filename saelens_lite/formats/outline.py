@@ -56,6 +56,7 @@ class Outline:
     subtracts_b_dec: bool = True  # from activations, before the encoder
     scale: float = 1.0  # factor of the activations before the encoder
     target_scale: float | None = None  # divisor of the output; default: scale
+    lacks_scale: str = ""  # message of the error if the settings ask for a scale that neither they nor `known` state
     token_norm: str | None = None  # "layer_norm" or "constant_norm" of each activation
     adjust: Callable[[dict[str, Tensor]], None] | None = None
     rectifies: bool = True  # its codes are never negative, so a threshold below zero acts as zero
@@ -101,8 +102,10 @@ class Outline:
             target=self.target or known.target,
             transcoder=self.transcoder or known.target not in (None, known.hook),
             token_norm=self.token_norm or known.token_norm,
+            **({"scale": known.scale, "lacks_scale": ""} if known.scale and self.lacks_scale else {}),
+            **({"lacks_scale": ""} if known.token_norm else {}),
             origin=known.origin(self.origin),
-            known=known,
+            known=known.replace(neuronpedia=known.neuronpedia or self.known.neuronpedia),
         )
 
     @property
@@ -165,6 +168,8 @@ class Outline:
     @torch.no_grad()
     def build(self, format_name: str) -> Dictionary:
         """Return the dictionary with its weights. If nothing is folded in, the weights equal the file's to the bit."""
+        if self.lacks_scale:
+            raise ConfigError(self.lacks_scale)
         weights = self._weights()
         dims = self.dims
         try:
@@ -201,7 +206,7 @@ class Outline:
         """Return the parameters under our names, with our axes and one dtype."""
         read = self.file.read(name for name, _ in self.names.values())
         weights = {own: self._in_order(own, read[name], axes) for own, (name, axes) in self.names.items()}
-        dtype = reduce(torch.promote_types, (weight.dtype for weight in weights.values()))
+        dtype = reduce(torch.promote_types, (weights[own].dtype for own, (_, axes) in self.names.items() if axes))
         if self._scaled or self.adjust or "mean" in weights or not (self.subtracts_b_dec or self.transcoder):
             dtype = torch.promote_types(dtype, torch.float32)
             self._fold(weights)

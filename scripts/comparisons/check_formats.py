@@ -117,6 +117,34 @@ for name, make in {
         sae.W_dec.data /= sae.W_dec.norm(dim=1, keepdim=True)
     sae.save_model(theirs / name)
     answer(theirs / name, sae.encode(x), sae(x))
+
+# Checkpoints of a training: the answer is that of the dictionary that SAELens would export from them
+from sae_lens.training.activation_scaler import ActivationScaler, ActivationWhitening
+AVERAGE, WHITENED = "expected_average_only_in", "covariance_whitening"
+M = torch.linalg.qr(torch.randn(D_IN, D_IN).double())[0] * torch.rand(D_IN).add(0.5).double()
+white = ActivationWhitening(torch.randn(D_IN).double(), M, torch.linalg.inv(M))
+nested, kept = dict(k=K, matryoshka_widths=[8, 24, D_SAE]), dict(apply_b_dec_to_input=False)
+for kind, settings in {
+    "Standard": {}, "Gated": {}, "JumpReLU": {}, "TopK": dict(k=K), "BatchTopK": dict(k=2.5), "MatryoshkaBatchTopK": nested,
+}.items():
+    for name, more in {
+        "": {}, ", not by norms": dict(rescale_acts_by_decoder_norm=False), ", scaled": dict(normalize_activations=AVERAGE),
+        ", whitened": dict(normalize_activations=WHITENED),
+        ", whitened, b_dec kept": dict(normalize_activations=WHITENED) | kept,
+    }.items():
+        if "norms" in name and "TopK" not in kind: continue
+        cls, cfg = getattr(s, kind + "TrainingSAE"), getattr(s, kind + "TrainingSAEConfig")
+        sae = randomise(cls(cfg(**common, **settings, **more)))
+        if hasattr(sae, "topk_threshold"): sae.topk_threshold.fill_(1.2)
+        folder, norm = theirs / f"{kind} checkpoint{name}", more.get("normalize_activations")
+        scaler = ActivationScaler(0.37 if norm == AVERAGE else None, white if norm == WHITENED else None)
+        sae.save_model(folder)
+        scaler.save(str(folder / "activation_scaler.json"))
+        if norm == AVERAGE: sae.fold_activation_norm_scaling_factor(0.37)
+        if norm == WHITENED: sae.fold_activation_whitening(white.mean, white.matrix, white.inverse_matrix)
+        sae.save_inference_model(where / "exported")
+        sae = SAE.load_from_disk(where / "exported")
+        answer(folder, sae.encode(x), sae(x))
 """
 
 SPARSIFY = """
@@ -140,6 +168,13 @@ for name, settings in {
     coder = randomise(SparseCoder(D_IN, SparseCoderConfig(num_latents=D_SAE, **settings)))
     coder.save_to_disk(theirs / name)
     compare(theirs / name, coder)
+coder = randomise(SparseCoder(D_IN, SparseCoderConfig(num_latents=D_SAE, k=K, skip_connection=True)))
+folder = theirs / "skip transcoder of before"  # the setting transcode
+coder.save_to_disk(folder)
+settings = json.loads((folder / "cfg.json").read_text())
+del settings["transcode"], settings["activation"]
+(folder / "cfg.json").write_text(json.dumps(settings))
+compare(folder, SparseCoder.load_from_disk(folder))
 """
 
 DICTIONARY_LEARNING = """
