@@ -33,6 +33,7 @@ AXES = {  # of the parameters; parameters that are not listed have one entry a l
     "mean": "d_in",
 }
 SEVERAL = {"d_in": "n_reads", "d_out": "n_writes", "d_sae": "blocks"}  # axis → the axis that counts it, 1 by default
+MAX_PORTS = 1000
 MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH = 1 << 20, 50  # of settings, which our cfg.json keeps
 Place = str | tuple[str | None, ...] | None  # a hook, or one for each port
 
@@ -47,7 +48,8 @@ class Outline:
         With several ports, an axis "n_reads" or "n_writes" stands before "d_in" or "d_out", which are the widths of one port.
         "blocks" before "d_sae" means that each read port has latents of its own. b_dec and W_skip without the axis "n_writes"
         are those of the first write port; for the other ports they are zero.
-    hook, target: The hook that is read and the one that a transcoder writes; a tuple of one for each port, if there are several.
+    hook, target: The hook that is read and the one that a transcoder writes; a tuple of one for each port if there are several.
+    before: Write ports in W_dec before the first one. They are left out; a warning is logged unless they are zero.
     adjust: Function that changes the parameters (float64, with our names and axes) in place into those of our equation.
     """
 
@@ -64,6 +66,7 @@ class Outline:
     target_scale: float | None = None  # divisor of the output; default: scale
     token_norm: str | None = None  # "layer_norm" or "constant_norm" of each activation
     adjust: Callable[[dict[str, Tensor]], None] | None = None
+    before: int = 0
     rectifies: bool = True  # its codes are never negative, so a threshold below zero acts as zero
     unused: frozenset[str] = frozenset()
     sizes: Mapping[str, int] = field(default_factory=dict)  # d_in, d_sae, d_out in the settings
@@ -140,20 +143,25 @@ class Outline:
         for count, hooks in (("n_reads", self.hook), ("n_writes", self.target if self.transcoder else self.hook)):
             if isinstance(hooks, tuple):
                 dims[count] = len(hooks)
-        for name, axes in self.names.values():
+        for own, (name, axes) in self.names.items():
             spec = self.file.specs[name]
             if spec.dtype not in DTYPES.values():
                 raise CorruptFileError(f"{self.file.path}: {name} has dtype {spec.dtype}; expected one of {', '.join(DTYPES)}")
-            named = axes.split()
-            if len(named) != len(spec.shape) or any(dims.setdefault(a, n) != n for a, n in zip(named, spec.shape, strict=True)):
+            named, before = axes.split(), self.before if own == "W_dec" else 0
+            shape = [size - before if axis == "n_writes" else size for axis, size in zip(named, spec.shape, strict=False)]
+            if len(named) != len(spec.shape) or any(dims.setdefault(a, n) != n for a, n in zip(named, shape, strict=True)):
                 known = " ".join(f"{axis} = {dims[axis]}" for axis in named if axis in dims)
                 raise CorruptFileError(f"{self.file.path}: {name} has shape {spec.shape}, expected [{axes}] with {known}")
         dims.setdefault("d_in", dims["d_out"])  # if the encoder is the decoder
         dims = dict.fromkeys(SEVERAL.values(), 1) | dims
         if not self.transcoder and dims["d_in"] != dims["d_out"]:
             raise CorruptFileError(f"{self.file.path}: an autoencoder has d_in = {dims['d_in']} but d_out = {dims['d_out']}")
-        if not all(0 < dims[axis] * dims[count] <= MAX_LATENTS for axis, count in SEVERAL.items()):
-            raise CorruptFileError(f"{self.file.path}: {dims} are not valid sizes; expected 1 to {MAX_LATENTS}")
+        if not all(
+            0 < dims[count] <= MAX_PORTS and 0 < dims[axis] * dims[count] <= MAX_LATENTS for axis, count in SEVERAL.items()
+        ):
+            raise CorruptFileError(
+                f"{self.file.path}: {dims} are not valid sizes; expected 1 to {MAX_LATENTS}, and ports to {MAX_PORTS}"
+            )
         return dims
 
     def facts(self) -> dict[str, Any]:
@@ -255,6 +263,8 @@ class Outline:
 
     def _in_order(self, own: str, tensor: Tensor, axes: str) -> Tensor:
         ours, named = AXES.get(own, "d_sae"), axes.split()
+        if own == "W_dec" and self.before:
+            tensor = self._without_ports_before(tensor, named.index("n_writes"))
         if not axes:
             return repeat(tensor, " -> d_sae", d_sae=self.dims["d_sae"])
         if own == "W_enc" and "blocks" in named:  # the latents of a block do not read the other ports
@@ -267,3 +277,13 @@ class Outline:
             rest = ordered.new_zeros(self.dims["d_out"] - len(ordered), *ordered.shape[1:])
             return torch.cat([ordered, rest])
         return ordered
+
+    def _without_ports_before(self, tensor: Tensor, axis: int) -> Tensor:
+        dropped, kept = tensor.split([self.before, tensor.shape[axis] - self.before], dim=axis)
+        if dropped.count_nonzero():
+            logging.getLogger(__name__).warning(
+                "%s: the decoder also writes ports before the one it reads, with weights up to %.3g (the others: %.3g), which "
+                "were left out",
+                *(self.file.path, dropped.abs().max(), kept.abs().max()),
+            )
+        return kept
