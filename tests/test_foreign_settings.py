@@ -289,7 +289,6 @@ def test_hooks_of_circuit_tracer(inside, outside, hooks, tmp_path):
 @pytest.mark.parametrize(
     ("inside", "error", "reason"),
     [
-        ("layers.{layer}.post_attention_layernorm", ConfigError, "a module without a known hook"),
         ("blocks.{all}.hook_resid_mid", ConfigError, "placeholder .*layer"),
         ("blocks.4.hook_resid_mid", CorruptFileError, "but the file is that of layer 3"),
     ],
@@ -407,8 +406,8 @@ def test_k_of_circuit_tracer_is_the_same_in_both_places(tmp_path):
         ("sparsify topk", {"embed_skip": True}, "embed_skip is true .its output depends on tokens"),
         ("sparsify topk", {"gram_lookup": True}, "gram_lookup is true"),
         ("sparsify topk", {"activation": "relu"}, "no rule computes activation 'relu'"),
-        ("gemma scope 2", {"type": "clt"}, "a clt that reads or writes several layers"),
-        ("gemma scope 2", {"type": "crosscoder"}, "a crosscoder that reads or writes several layers"),
+        ("gemma scope 2", {"type": "clt"}, "type is 'clt', but w_dec has shape .*, without an axis of layers"),
+        ("gemma scope 2", {"type": "crosscoder"}, "type is 'crosscoder', but w_dec has shape .*, without an axis of layers"),
         ("gemma scope 2", {"type": "other"}, "type 'other' with architecture 'jump_relu'"),
         ("gemma scope 2", {"architecture": "topk"}, "with architecture 'topk'"),
         ("gemma scope 2", {"affine_connection": True}, "affine_connection is true, but tensor"),

@@ -176,7 +176,7 @@ def test_sparsify_widths_by_expansion_factor(tmp_path):
 @pytest.mark.parametrize(
     ("change", "error", "reason"),
     [
-        (("transcoder_set", "cross_layer_transcoder"), ConfigError, "a cross_layer_transcoder writes to several layers"),
+        (("transcoder_set", "cross_layer_transcoder"), ConfigError, "model_kind is .cross_layer_transcoder., but"),
         (("scan: null", "activation: tanh"), ConfigError, "no rule computes 'tanh'"),
         (("scan: null", "activation: topk"), CorruptFileError, "k = None; expected a whole number"),
         (("scan: null", "activation: topk\nk: many"), CorruptFileError, "k is 'many'; expected int"),

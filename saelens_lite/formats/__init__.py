@@ -43,7 +43,7 @@ Do not trust files: read them with `read_json` and `open_tensors`, which check b
 """
 
 from saelens_lite.files import file_size, is_zip, read_json, write_json, write_text
-from saelens_lite.formats.containers import TensorFile, TorchFile, open_tensors, strings_in_pickle, tensor_names
+from saelens_lite.formats.containers import JoinedFiles, TensorFile, TorchFile, open_tensors, strings_in_pickle, tensor_names
 from saelens_lite.formats.contract import Format
 from saelens_lite.formats.detection import format_of
 from saelens_lite.formats.hooks import fill_layer, hook_of_module
@@ -58,6 +58,7 @@ from saelens_lite.tensor_files import write_tensors
 __all__ = [
     "AXES",
     "Format",
+    "JoinedFiles",
     "Known",
     "Outline",
     "Settings",

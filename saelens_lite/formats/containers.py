@@ -7,7 +7,7 @@ names, types and shapes come from headers, whose sizes must agree with the size 
 import pickletools
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from saelens_lite.arrays import not_finite
 from saelens_lite.errors import CorruptFileError
-from saelens_lite.files import file_size, is_zip
+from saelens_lite.files import file_size, is_zip, shortened
 from saelens_lite.tensor_files import Spec, tensor_specs
 
 NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -47,6 +47,11 @@ class TensorFile(ABC):
         if len(specs) > MAX_TENSORS:
             raise CorruptFileError(f"{path} holds {len(specs):,} tensors; a dictionary has about a dozen")
         self.path, self.specs = path, dict(specs)
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files that hold the tensors."""
+        return (self.path,)
 
     def ndim(self, name: str) -> int | None:
         """Return the number of axes of a tensor, or None if there is no such tensor."""
@@ -125,6 +130,42 @@ def _npy_spec(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> 
     if min(spec.shape, default=0) < 0 or begins + spec.nbytes != member.file_size:
         raise CorruptFileError(f"{path}: {member.filename[:80]!r} has shape {spec.shape} but {member.file_size:,} bytes")
     return spec
+
+
+class JoinedFiles(TensorFile):
+    """Several files that hold one dictionary.
+
+    stacked: True if each file holds tensors of the same names and shapes, which get a new first axis; False if each file holds
+        tensors of other names.
+    """
+
+    def __init__(self, files: Sequence[TensorFile], stacked: bool = False):
+        self.files, self.stacked = tuple(files), stacked
+        first, *others = self.files
+        self.kind = first.kind
+        for file in others:
+            if stacked and file.specs != first.specs:
+                raise CorruptFileError(
+                    f"{file.path}: its tensors differ in name, type or shape from those of {first.path.name}"
+                )
+            if not stacked and (twice := file.specs.keys() & first.specs.keys()):
+                raise CorruptFileError(
+                    f"{file.path} holds tensors that {first.path.name} holds too: {shortened(sorted(twice))}"
+                )
+        specs = {name: spec for file in self.files for name, spec in file.specs.items()}
+        if stacked:
+            specs = {name: Spec(spec.dtype, (len(self.files), *spec.shape)) for name, spec in specs.items()}
+        super().__init__(first.path, specs)
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return tuple(file.path for file in self.files)
+
+    def _load(self, names: list[str]) -> dict[str, Tensor]:
+        parts = [file.read(name for name in names if name in file.specs) for file in self.files]
+        if self.stacked:
+            return {name: torch.stack([part[name] for part in parts]) for name in names}
+        return {name: tensor for part in parts for name, tensor in part.items()}
 
 
 class TorchFile(TensorFile):

@@ -14,6 +14,7 @@ from saelens_lite import registry
 from saelens_lite.dictionary.folder import CONFIG_FILE, OWN, is_own_folder
 from saelens_lite.errors import ConfigError, CorruptFileError
 from saelens_lite.files import is_zip
+from saelens_lite.formats.containers import tensor_names
 from saelens_lite.paths import check_input
 from saelens_lite.tensor_files import check_header
 
@@ -109,6 +110,8 @@ def _nearest(path: Path, formats: Formats) -> Any:
     """Return the only format whose files are all present, though it did not detect them; else raise an error with advice."""
     if elsewhere := _elsewhere(path, formats):
         raise CorruptFileError(elsewhere)
+    for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
+        _refuse_temporal(file, tensor_names(file))
     for file in sorted(path.glob("*.safetensors")):
         check_header(file)  # report a damaged file as such
     if path.is_file():
@@ -134,6 +137,15 @@ def _nearest(path: Path, formats: Formats) -> Any:
     raise CorruptFileError(
         f"{path / CONFIG_FILE} is missing; is {path} the folder you meant? It has no files of {formats} either"
     )
+
+
+def _refuse_temporal(file: Path, names: set[str]) -> None:
+    """Raise ConfigError if a file is a temporal SAE of canrager/temporalSAEs, with tensors D, b and attn_layers.…."""
+    if names >= {"D", "b"} and any(name.startswith("attn_layers.") for name in names):
+        raise ConfigError(
+            f"{file} holds a temporal SAE, which predicts a part of each activation from earlier tokens by attention; a "
+            "dictionary here encodes each token by itself, so its function cannot be computed: use the tool that trained it"
+        )
 
 
 def _elsewhere(path: Path, formats: Formats) -> str | None:

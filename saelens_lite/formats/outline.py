@@ -18,7 +18,7 @@ from saelens_lite.config import Origin
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.dictionary.folder import read_density
 from saelens_lite.errors import ConfigError, CorruptFileError, PluginError
-from saelens_lite.files import differences, file_hash, nesting
+from saelens_lite.files import check_fits_memory, differences, file_hash, nesting
 from saelens_lite.formats.containers import TensorFile
 from saelens_lite.formats.known import Known
 from saelens_lite.formats.settings import MAX_LATENTS
@@ -32,7 +32,10 @@ AXES = {  # of the parameters; parameters that are not listed have one entry a l
     "W_skip": "d_out d_in",
     "mean": "d_in",
 }
+SEVERAL = {"d_in": "n_reads", "d_out": "n_writes", "d_sae": "blocks"}  # axis → the axis that counts it, 1 by default
+MAX_PORTS = 1000
 MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH = 1 << 20, 50  # of settings, which our cfg.json keeps
+Place = str | tuple[str | None, ...] | None  # a hook, or one for each port
 
 
 @dataclass
@@ -42,6 +45,11 @@ class Outline:
     names: Our parameter → (its name in the file, its axes there), such as {"W_enc": ("encoder.weight", "d_sae d_in")}.
         Parameters of the rule are called "rule.…". A scalar has axes "" and applies to all latents. "mean" is subtracted from
         activations first and added to the output. Tensors of the file that are in neither `names` nor `unused` are an error.
+        With several ports, an axis "n_reads" or "n_writes" stands before "d_in" or "d_out", which are the widths of one port.
+        "blocks" before "d_sae" means that each read port has latents of its own. b_dec and W_skip without the axis "n_writes"
+        are those of the first write port; for the other ports they are zero.
+    hook, target: The hook that is read and the one that a transcoder writes; a tuple of one for each port if there are several.
+    before: Write ports in W_dec before the first one. They are left out; a warning is logged unless they are zero.
     adjust: Function that changes the parameters (float64, with our names and axes) in place into those of our equation.
     """
 
@@ -50,15 +58,16 @@ class Outline:
     names: Mapping[str, tuple[str, str]]
     options: Mapping[str, Any] = field(default_factory=dict)
     origin: Origin = field(default_factory=Origin)
-    hook: str | None = None  # the hook that is read
-    target: str | None = None  # the hook that a transcoder writes
-    transcoder: bool = False  # the output hook differs from the input hook
+    hook: Place = None
+    target: Place = None
+    transcoder: bool = False  # the output ports differ from the input ports
     subtracts_b_dec: bool = True  # from activations, before the encoder
     scale: float = 1.0  # factor of the activations before the encoder
     target_scale: float | None = None  # divisor of the output; default: scale
     lacks_scale: str = ""  # message of the error if the settings ask for a scale that neither they nor `known` state
     token_norm: str | None = None  # "layer_norm" or "constant_norm" of each activation
     adjust: Callable[[dict[str, Tensor]], None] | None = None
+    before: int = 0
     rectifies: bool = True  # its codes are never negative, so a threshold below zero acts as zero
     unused: frozenset[str] = frozenset()
     sizes: Mapping[str, int] = field(default_factory=dict)  # d_in, d_sae, d_out in the settings
@@ -77,7 +86,11 @@ class Outline:
         if self.token_norm and (self.transcoder or "mean" in self.names or self._scaled):
             kind = "a transcoder" if self.transcoder else "a dictionary with its own scale or mean"
             raise ConfigError(f"{self.file.path}: {kind} cannot be combined with {self.token_norm} of its input here")
-        self.dims = self._check_shapes()
+        self.axes = self._check_shapes()
+        self.dims = {axis: self.axes[axis] * self.axes[count] for axis, count in SEVERAL.items()}
+        if any(self.axes[count] > 1 for count in SEVERAL.values()):  # the zeros between ports are not in the file
+            d_in, d_out, d_sae = (self.dims[axis] for axis in ("d_in", "d_out", "d_sae"))
+            check_fits_memory(self.file.path, 4 * (d_sae * (d_in + d_out) + d_in * d_out * ("W_skip" in self.names)))
         if self.transcoder and self.hook is not None and self.hook == self.target and self.dims["d_in"] == self.dims["d_out"]:
             raise ConfigError(  # a dictionary that writes what it reads subtracts b_dec
                 f"{self.file.path.parent}: a transcoder that reads and writes {self.hook} cannot be represented here; name its "
@@ -92,7 +105,7 @@ class Outline:
     def knowing(self, known: Known) -> "Outline":
         """Return the description completed with facts from outside the file. If the file names a hook, that name counts."""
         for side, stated, other in (("reads", self.hook, known.hook), ("writes", self.target, known.target)):
-            if None not in (stated, other) and stated != other:
+            if None not in (stated, other) and other not in (stated if isinstance(stated, tuple) else (stated,)):
                 logging.getLogger(__name__).warning(
                     "%s says that it %s %s; the release list says %s, which was not used", self.file.path, side, stated, other
                 )
@@ -130,23 +143,33 @@ class Outline:
         dims = {axis: size for axis, size in self.sizes.items() if axis != "d_out" or self.transcoder}
         if not self.transcoder and "d_in" in dims:
             dims["d_out"] = dims["d_in"]
-        for name, axes in self.names.values():
+        for count, hooks in (("n_reads", self.hook), ("n_writes", self.target if self.transcoder else self.hook)):
+            if isinstance(hooks, tuple):
+                dims[count] = len(hooks)
+        for own, (name, axes) in self.names.items():
             spec = self.file.specs[name]
             if spec.dtype not in DTYPES.values():
                 raise CorruptFileError(f"{self.file.path}: {name} has dtype {spec.dtype}; expected one of {', '.join(DTYPES)}")
-            named = axes.split()
-            if len(named) != len(spec.shape) or any(dims.setdefault(a, n) != n for a, n in zip(named, spec.shape, strict=True)):
+            named, before = axes.split(), self.before if own == "W_dec" else 0
+            shape = [size - before if axis == "n_writes" else size for axis, size in zip(named, spec.shape, strict=False)]
+            if len(named) != len(spec.shape) or any(dims.setdefault(a, n) != n for a, n in zip(named, shape, strict=True)):
                 known = " ".join(f"{axis} = {dims[axis]}" for axis in named if axis in dims)
                 raise CorruptFileError(f"{self.file.path}: {name} has shape {spec.shape}, expected [{axes}] with {known}")
         dims.setdefault("d_in", dims["d_out"])  # if the encoder is the decoder
+        dims = dict.fromkeys(SEVERAL.values(), 1) | dims
         if not self.transcoder and dims["d_in"] != dims["d_out"]:
             raise CorruptFileError(f"{self.file.path}: an autoencoder has d_in = {dims['d_in']} but d_out = {dims['d_out']}")
-        if not all(0 < size <= MAX_LATENTS for size in dims.values()):
-            raise CorruptFileError(f"{self.file.path}: {dims} are not valid sizes; expected 1 to {MAX_LATENTS}")
+        if not all(
+            0 < dims[count] <= MAX_PORTS and 0 < dims[axis] * dims[count] <= MAX_LATENTS for axis, count in SEVERAL.items()
+        ):
+            raise CorruptFileError(
+                f"{self.file.path}: {dims} are not valid sizes; expected 1 to {MAX_LATENTS}, and ports to {MAX_PORTS}"
+            )
         return dims
 
     def facts(self) -> dict[str, Any]:
         """Return the facts that `saelens-lite inspect` shows."""
+        files = [{"name": path.name, "kind": self.file.kind, "sha256": file_hash(path)} for path in self.file.paths]
         return {
             "architecture": self.architecture or self.rule,
             "sparsity": self.rule,
@@ -157,7 +180,7 @@ class Outline:
             "reads": self.hook,
             **({"writes": self.target} if self.transcoder else {}),
             "origin": self.origin.model_dump(),
-            "file": {"name": self.file.path.name, "kind": self.file.kind, "sha256": file_hash(self.file.path)},
+            **({"file": files[0]} if len(files) == 1 else {"files": files}),
             "tensors": {
                 name: {"dtype": str(spec.dtype).removeprefix("torch."), "shape": list(spec.shape)}
                 for name, spec in sorted(self.file.specs.items())
@@ -176,8 +199,8 @@ class Outline:
             rule = self.rule_class(self.rule_config, d_in=dims["d_in"], d_sae=dims["d_sae"])
             dictionary = Dictionary(
                 rule,
-                reads=Port(hook=self.hook, width=dims["d_in"]),
-                writes=Port(hook=self.target, width=dims["d_out"]) if self.transcoder else None,
+                reads=self._ports(self.hook, "n_reads", "d_in"),
+                writes=self._ports(self.target, "n_writes", "d_out") if self.transcoder else None,
                 d_sae=dims["d_sae"],
                 skip="W_skip" in weights,
                 origin=self.origin,
@@ -195,12 +218,17 @@ class Outline:
         for name, tensor in own.items():
             tensor.copy_(weights[name])
         if self._scaled:
-            dictionary.fold_scales_([self.scale], [self.scale if self.target_scale is None else self.target_scale])
+            outer = self.scale if self.target_scale is None else self.target_scale
+            dictionary.fold_scales_([self.scale] * len(dictionary.reads), [outer] * len(dictionary.writes))
         if self.density is not None:
             dictionary.density = read_density(self.density, dictionary.d_sae)
         for name in not_finite(own):
             raise CorruptFileError(f"{self.file.path}: {name} becomes NaN or infinite when its scales are folded in")
         return dictionary.eval()
+
+    def _ports(self, hooks: Place, count: str, axis: str) -> tuple[Port, ...]:
+        each = hooks if isinstance(hooks, tuple) else (hooks,) + (None,) * (self.axes[count] - 1)
+        return tuple(Port(hook=hook, width=self.axes[axis]) for hook in each)
 
     def _weights(self) -> dict[str, Tensor]:
         """Return the parameters under our names, with our axes and one dtype."""
@@ -239,7 +267,28 @@ class Outline:
             weights["b_dec"] = weights["b_dec"] + weights.pop("mean")
 
     def _in_order(self, own: str, tensor: Tensor, axes: str) -> Tensor:
-        ours = AXES.get(own, "d_sae")
+        ours, named = AXES.get(own, "d_sae"), axes.split()
+        if own == "W_dec" and self.before:
+            tensor = self._without_ports_before(tensor, named.index("n_writes"))
         if not axes:
             return repeat(tensor, " -> d_sae", d_sae=self.dims["d_sae"])
-        return rearrange(tensor, f"{axes} -> {ours}")
+        if own == "W_enc" and "blocks" in named:  # the latents of a block do not read the other ports
+            return torch.block_diag(*rearrange(tensor, f"{axes} -> blocks d_in d_sae"))
+        for axis, count in SEVERAL.items():
+            if count in named:
+                ours = ours.replace(axis, f"({count} {axis})")
+        ordered = rearrange(tensor, f"{axes} -> {ours}")
+        if own in ("b_dec", "W_skip") and len(ordered) < self.dims["d_out"]:
+            rest = ordered.new_zeros(self.dims["d_out"] - len(ordered), *ordered.shape[1:])
+            return torch.cat([ordered, rest])
+        return ordered
+
+    def _without_ports_before(self, tensor: Tensor, axis: int) -> Tensor:
+        dropped, kept = tensor.split([self.before, tensor.shape[axis] - self.before], dim=axis)
+        if dropped.count_nonzero():
+            logging.getLogger(__name__).warning(
+                "%s: the decoder also writes ports before the one it reads, with weights up to %.3g (the others: %.3g), which "
+                "were left out",
+                *(self.file.path, dropped.abs().max(), kept.abs().max()),
+            )
+        return kept
