@@ -24,6 +24,7 @@ GUIDES = (
     "views",
     "interventions",
     "hub",
+    "hub/upload",
     "formats",
     "sparsity",
 )

@@ -4,7 +4,7 @@
 class Label(str):
     """A label that somebody else wrote: a text with its source and its author, such as the model that wrote it.
 
-    A label of one's own is a plain string.
+    Your own label is a plain string.
     """
 
     def __new__(cls, text: str, source: str, author: str = "") -> "Label":
@@ -25,5 +25,5 @@ class Label(str):
 
 
 def origin_of(label: str | None) -> str:
-    """Return the author and the source of a label; empty for a label of one's own."""
+    """Return the author and the source of a label; empty for your own label."""
     return label.origin if isinstance(label, Label) else ""

@@ -45,7 +45,7 @@ class _Imported(Checked):
 
 
 class _Content(Checked):
-    """The content of a labels file: labels of one's own, and those of others."""
+    """The content of a labels file: your own labels, and those of others."""
 
     format: Literal[1, 2]
     dictionary_sha256: String
@@ -168,12 +168,12 @@ def _label(one: Explanation) -> Label:
 
 
 def _origin(label: str) -> tuple[str, str]:
-    """Return the source and the author of a label; both are empty for a label of one's own."""
+    """Return the source and the author of a label; both are empty for your own label."""
     return (label.source, label.author) if isinstance(label, Label) else ("", "")
 
 
 def merged(own: Mapping[int, str], labels: Mapping[int, str], info: StoreInfo, replace: bool) -> dict[int, str]:
-    """Return a store's labels with others added. Labels of one's own stay, unless `replace` is true.
+    """Return a store's labels with others added. Your own labels stay, unless `replace` is true.
 
     Raises:
         ConfigError: the labels belong to another dictionary.
@@ -234,7 +234,7 @@ def label_stored(folder: Path, latent: int, text: str) -> dict[int, str]:
 
 
 def import_stored(folder: Path, source: str, replace: bool = False) -> tuple[Labels, int]:
-    """Add the labels of Neuronpedia at a source to the folder of a store. Return them, and how many of one's own were kept.
+    """Add the labels of Neuronpedia at a source to the folder of a store. Return them, and how many of your own were kept.
 
     Raises:
         ConfigError, CorruptFileError, HubError: as for `from_neuronpedia`.

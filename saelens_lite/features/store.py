@@ -279,11 +279,11 @@ class FeatureStore(StoreQueries):
     def label_all(self, labels: Mapping[int, str], *, replace: bool = False) -> int:
         """Set many labels, such as those of `sl.labels.from_neuronpedia`, and return the number that was set or changed.
 
-        They replace labels that were set so before. Labels of one's own stay. Call `write_labels` or `save` to keep them.
+        They replace labels that were set so before. Your own labels stay. Call `write_labels` or `save` to keep them.
 
         Args:
             labels: Labels by latent.
-            replace: Replace labels of one's own too.
+            replace: Replace your own labels too.
 
         Raises:
             ConfigError: the labels belong to another dictionary.

@@ -103,7 +103,7 @@ class LatentSummary(Result):
 
     @property
     def label_origin(self) -> str:
-        """The author and the source of the label; empty for a label of one's own."""
+        """The author and the source of the label; empty for your own label."""
         return origin_of(self.label)
 
     @property

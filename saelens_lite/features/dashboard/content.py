@@ -150,7 +150,7 @@ class _Origins(NamedTuple):
 
 
 def _origins(store: StoreQueries) -> _Origins:
-    """Return the parts about the origin of labels; empty if all labels are one's own. Number 0 stands for these."""
+    """Return the parts about the origin of labels; empty if all labels are your own. Number 0 stands for these."""
     of_latent = {latent: origin_of(label) for latent, label in store.labels.items()}
     names = ["", *sorted(set(of_latent.values()) - {""})]
     if len(names) == 1:

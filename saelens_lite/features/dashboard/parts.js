@@ -43,7 +43,7 @@ function strip({ids, values, peak}, from, to, max) {
 }
 const chip = id => make("span", {class: "chip"}, dotted(id));
 const label = i => labels[i] === undefined ? "" : named(labels[i]);
-// Return the author and the source of a label; empty for a label of one's own.
+// Return the author and the source of a label; empty for your own label.
 const origin = i => index.has("origin") ? named(origins[index.get("origin", i)]) : "";
 
 // The distinct tokens on which a latent fires most.
