@@ -5,6 +5,7 @@ files may come from strangers: lines, the whole text and the files are limited i
 """
 
 import gzip
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -85,7 +86,7 @@ def _files(place: str | Path) -> Iterator[tuple[str, BufferedReader]]:
     if re.match("https?://", str(place)) and not name:
         place = re.sub(r"/index\.html\?prefix=", "/", str(place))
         yield from _fetched([place] if re.search(r"\.jsonl(\.gz)?$", place) else _of_bucket(place))
-    elif Path(place).exists() or not name or isinstance(place, Path):
+    elif os.path.exists(place) or not name or isinstance(place, Path):
         for path in _local(named_file(place)):
             yield str(path), open_file(path)
     else:

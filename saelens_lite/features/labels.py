@@ -146,7 +146,7 @@ def load(path: str | Path, dictionary: Dictionary) -> Labels:
 
 def _read(place: str | Path, own: str | None, d_sae: int, sha256: str) -> Labels:
     """Return the labels at a place, which must be those of the dictionary's own Neuronpedia id, if it is known."""
-    asked = neuronpedia_id(str(place)) if isinstance(place, str) and not Path(place).exists() else None
+    asked = neuronpedia_id(str(place)) if isinstance(place, str) and not os.path.exists(place) else None
     if own and asked and asked != own:
         raise ConfigError(f"this dictionary is {own} on Neuronpedia; the labels of {asked} are not its own")
     wanted, dates = own or asked, {}
