@@ -18,6 +18,7 @@ from .evaluation import EvalReport as EvalReport
 from .evaluation import evaluate as evaluate
 from .evaluation.probing import probe as probe
 from .features import FeatureStore as FeatureStore
+from .features import labels as labels
 from .features.compare import compare as compare
 from .features.compare import stability as stability
 from .features.exporters import Exporter as Exporter

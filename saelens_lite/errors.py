@@ -83,11 +83,11 @@ class LockedError(UserError):
 
 
 class HubError(SaelensLiteError):
-    """The Hugging Face Hub refused or failed a request."""
+    """The Hugging Face Hub, or another server of public files, refused or failed a request."""
 
 
 class HubNotFoundError(HubError):
-    """The repository, revision or folder does not exist on the Hub, or this account may not see it."""
+    """The repository, revision, folder or public file does not exist, or this account may not see it."""
 
     exit_code = 2
 
@@ -103,7 +103,7 @@ class HubConflictError(HubError):
 
 
 class HubUnreachableError(HubError):
-    """The Hub cannot be reached, or does not answer as it should."""
+    """The Hub or another server cannot be reached, or does not answer as it should."""
 
 
 class NonFiniteError(SaelensLiteError):

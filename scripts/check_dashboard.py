@@ -71,6 +71,7 @@ def random_page(n_latents: int, n_tokens: int, out: Path) -> Path:
     import saelens_lite as sl
     from saelens_lite.features import weights_hash
     from saelens_lite.features.compare import Stability
+    from saelens_lite.features.label import Label
     from saelens_lite.tokens import named_text
 
     lm = sl.load_model("tiny", device="cpu")
@@ -90,7 +91,8 @@ def random_page(n_latents: int, n_tokens: int, out: Path) -> Path:
     store = sl.FeatureStore.build(d, lm, text, n_tokens=n_tokens, control=True, stability=scores)
     store.vocabulary[::50] = [HOSTILE[i % len(HOSTILE)] for i in range(len(store.vocabulary[::50]))]
     for i in range(0, n_latents, 8):
-        store.labels[i] = HOSTILE[i // 8 % len(HOSTILE)] if i % 64 else f"a label of latent {i}"
+        label = HOSTILE[i // 8 % len(HOSTILE)] if i % 64 else f"a label of latent {i}"
+        store.labels[i] = Label(label, "Neuronpedia", HOSTILE[i // 16 % len(HOSTILE)]) if i % 16 else label
     built = time.perf_counter()
     path = store.dashboard(out / "features.html", exists="overwrite")
     written = time.perf_counter()

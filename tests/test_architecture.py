@@ -316,7 +316,8 @@ def test_the_package_offers_these_names():
         "ExporterConfig", "FeatureStore", "Format", "Judge", "JudgeConfig", "LanguageModel", "LivePrompt", "Logger", "Origin",
         "PenaltyConfig", "Port", "PublishedForm", "RuleConfig", "Run", "SaelensLiteError", "Scale", "SparseCoder",
         "SparseCodes", "Sparsity", "StoreConfig", "TextConfig", "TrainConfig", "__version__", "attribute", "capture",
-        "compare", "convert", "dose_response", "errors", "evaluate", "find", "fit", "judge", "load", "load_model", "probe",
+        "compare", "convert", "dose_response", "errors", "evaluate", "find", "fit", "judge", "labels", "load", "load_model",
+        "probe",
         "prompt_view", "pull", "push", "python_docs", "register", "resume", "stability", "train",
     ])  # fmt: skip
     assert dir(sl) == sl.__all__
@@ -326,7 +327,7 @@ def test_the_package_offers_these_names():
 def test_every_name_resolves(name):
     value = getattr(sl, name)
     assert value == getattr(sl, name)
-    if name not in ("__version__", "errors"):
+    if name not in ("__version__", "errors", "labels"):
         assert callable(value)
         assert value.__doc__
 

@@ -9,6 +9,7 @@ import pytest
 import saelens_lite as sl
 from saelens_lite.features import Example, ExampleGroup, LatentSummary, Partner
 from saelens_lite.features.html import quoted, shade, visible
+from saelens_lite.features.label import Label
 
 HOSTILE = [
     "</script><script>alert(1)</script>",
@@ -70,6 +71,12 @@ def test_hostile_strings_stay_text():
     page = Page(summary(HOSTILE)._repr_html_()).check()
     for string in HOSTILE:
         assert page.text.count(visible(string)) == 5 + (string == HOSTILE[0])  # promoted, suppressed, three contexts; label
+
+
+def test_a_card_names_the_origin_of_a_hostile_label():
+    own, imported = (Page(summary(["a"], label=label)._repr_html_()).check() for label in ("x", Label("x", *HOSTILE[:2])))
+    assert visible(f"(by {HOSTILE[1]}, {HOSTILE[0]})") in imported.text
+    assert [tag for tag, *_ in imported.elements].count("span") == [tag for tag, *_ in own.elements].count("span") + 1
 
 
 def test_a_card_has_the_figures():

@@ -1,6 +1,7 @@
 """The dashboard: its data, decoded here as a browser does, against the store; and what its markup may and may not contain."""
 
 import base64
+import copy
 import hashlib
 import json
 import re
@@ -17,6 +18,7 @@ import saelens_lite as sl
 from saelens_lite.features.dashboard import block
 from saelens_lite.features.dashboard.block import CHUNK
 from saelens_lite.features.dashboard.content import N_CONTROL, ShownText
+from saelens_lite.features.label import Label
 from saelens_lite.tokens import token_rows
 
 HOOK, D_MODEL, D_SAE = "blocks.1.hook_resid_pre", 48, CHUNK + 20
@@ -261,6 +263,7 @@ def test_hostile_tokens_labels_and_names_stay_text(store, html, tmp_path):
     n = len(store.vocabulary)
     words = [HOSTILE[i % len(HOSTILE)] + str(i) for i in range(n)]
     labels = {i: HOSTILE[i % len(HOSTILE)] for i in range(D_SAE)}
+    labels |= {i: Label(labels[i], HOSTILE[i + 1], HOSTILE[i]) for i in range(2, 4)}
     info = store.info.replace(
         text=HOSTILE[6], model=HOSTILE[0], revision=HOSTILE[1], reads=(HOSTILE[2],), rule=HOSTILE[3], writes=(HOSTILE[9],)
     )
@@ -272,9 +275,20 @@ def test_hostile_tokens_labels_and_names_stay_text(store, html, tmp_path):
     assert not re.search("<img|<svg|49", found.split("<script", 1)[0])
     shown = Data(Page(found)).words
     assert shown["labels"] == {str(i): label for i, label in labels.items()}
+    assert shown["origins"] == ["", *sorted(label.origin for label in labels.values() if isinstance(label, Label))]
     assert set(shown["vocabulary"]) <= set(words)
     for one in HOSTILE:
         assert any(word.startswith(one) for word in shown["vocabulary"])
+
+
+def test_the_page_names_the_origin_of_imported_labels(store, tmp_path):
+    twin = copy.copy(store)
+    by = {5: ("a", "Neuronpedia"), 9: ("b", "Neuronpedia"), 11: ("a", "Neuronpedia"), 65: ("", "elsewhere")}
+    twin.labels = store.labels | {i: Label(f"label {i}", source, author) for i, (author, source) in by.items()}
+    data = Data(Page(twin.dashboard(tmp_path / "features.html").read_text(encoding="utf-8")))
+    shown = {i: data.words["origins"][number] for i, number in enumerate(data.index["origin"].flatten().tolist()) if number}
+    assert shown == {5: "a, Neuronpedia", 9: "b, Neuronpedia", 11: "a, Neuronpedia", 65: "elsewhere"}
+    assert data.words["labels"]["5"] == "label 5"
 
 
 def test_what_does_not_exist_has_no_column(random_lm, documents, tmp_path):
@@ -284,7 +298,7 @@ def test_what_does_not_exist_has_no_column(random_lm, documents, tmp_path):
     )
     store = sl.FeatureStore.build(d, random_lm, documents[:2])
     data = Data(Page(store.dashboard(tmp_path / "features.html").read_text(encoding="utf-8")))
-    assert not {"promoted", "stability"} & data.index.keys()
+    assert not {"promoted", "stability", "origin"} & data.index.keys()
     assert not [name for name in data.details if name.startswith(("control", "logit", "suppressed", "promoted"))]
     assert data.words["labels"] == {}
     assert data.layout["control_tokens"] is None

@@ -13,6 +13,7 @@ from saelens_lite import registry
 from saelens_lite.demo import demo
 from saelens_lite.errors import ConfigError, CorruptFileError, DiskFullError, OutputExistsError, SaelensLiteError
 from saelens_lite.features.compare import Stability
+from saelens_lite.features.labels import Labels
 from saelens_lite.files import disk_full_is_typed
 from saelens_lite.formats import inspect, write_torch
 from saelens_lite.formats import write as write_as
@@ -79,6 +80,8 @@ READERS = {
     "resume": lambda made, path: sl.resume(path),
     "FeatureStore.load": lambda made, path: sl.FeatureStore.load(path),
     "read_labels": lambda made, path: made["store"].read_labels(path),
+    "labels.load": lambda made, path: sl.labels.load(path, made["d"]),
+    "labels.from_neuronpedia": lambda made, path: sl.labels.from_neuronpedia(made["d"], path),
     "EvalReport.from_json": lambda made, path: sl.EvalReport.from_json(path),
     "Stability.load": lambda made, path: Stability.load(path),
     "capture": lambda made, path: sl.capture(made["lm"], path, HOOK, made["folder"] / "other", n_tokens=50),
@@ -97,6 +100,7 @@ WRITERS = {
     ),
     "FeatureStore.save": lambda made, path: made["store"].save(path),
     "write_labels": lambda made, path: made["store"].write_labels(path),
+    "Labels.save": lambda made, path: Labels({}, 16, "hash").save(path),
     "dashboard": lambda made, path: made["store"].dashboard(path),
     "dashboard, overwrite": lambda made, path: made["store"].dashboard(path, exists="overwrite"),
     "to_json": lambda made, path: made["report"].to_json(path),
@@ -131,7 +135,7 @@ def test_readers_refuse_a_folder_in_place_of_a_file_and_the_other_way_round(name
         READERS[reader](made, place / name)
 
 
-@pytest.mark.parametrize("writer", ["to_json", "write_labels", "dashboard", "dashboard, overwrite"])
+@pytest.mark.parametrize("writer", ["to_json", "write_labels", "Labels.save", "dashboard", "dashboard, overwrite"])
 def test_writers_of_files_refuse_a_folder(writer, place, made):
     with pytest.raises(SaelensLiteError):
         WRITERS[writer](made, place)

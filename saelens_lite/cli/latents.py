@@ -57,10 +57,12 @@ def label(
     text: str | None = None,
     *,
     show_all: Annotated[Flag, Parameter(name="--list")] = False,
+    neuronpedia: str | None = None,
+    replace: Flag = False,
 ) -> None:
     """Label a latent. The label is written at once; `dashboard` and tables with --store show it. An empty text removes it.
 
-    Without a text, the command shows the label.
+    Without a text, the command shows the label. With --neuronpedia, it labels all latents that are explained there.
 
     Parameters
     ----------
@@ -70,15 +72,26 @@ def label(
         The label, in quotation marks.
     show_all
         List all labels.
+    neuronpedia
+        Take the labels of Neuronpedia: an id such as gpt2-small/8-res-jb, a file or folder of explanations, or its URL.
+    replace
+        Let the labels of Neuronpedia replace your own too.
     """
     from saelens_lite.features.html import visible
-    from saelens_lite.features.labels import label_stored, stored_labels
+    from saelens_lite.features.label import origin_of
+    from saelens_lite.features.labels import import_stored, label_stored, stored_labels
     from saelens_lite.tables import grid
 
-    if (latent is None) != show_all:
-        raise ConfigError("give the number of a latent and its label, or --list")
+    if sum((latent is not None, show_all, neuronpedia is not None)) != 1 or (replace and neuronpedia is None):
+        raise ConfigError("give the number of a latent and its label, or --list, or --neuronpedia, which --replace belongs to")
+    if neuronpedia is not None:
+        imported, kept = import_stored(store, neuronpedia, replace)
+        say(f"{store}: {imported!r}{f'; kept {kept:,} labels of your own' if kept else ''}")
+        return
     labels = stored_labels(store) if latent is None or text is None else label_stored(store, latent, text)
     if latent is not None:
         say(f"latent {latent}: {visible(labels[latent])}" if latent in labels else f"latent {latent} has no label")
     else:
-        console().print(grid(("latent", "label"), [(str(i), visible(own)) for i, own in labels.items()]))
+        console().print(
+            grid(("latent", "label", "by"), [(str(i), visible(own), visible(origin_of(own))) for i, own in labels.items()])
+        )

@@ -17,13 +17,15 @@ saelens-lite features runs/topk/dictionary --html features.html --out store
 saelens-lite search store "license"
 saelens-lite latent store 7 138
 saelens-lite label store 7 "licenses"       # written at once; "" removes it, --list shows all
+saelens-lite label store --neuronpedia gpt2-small/8-res-jb      # labels of a public dictionary; your own stay
 saelens-lite compare runs/topk/dictionary runs/other-seed/dictionary     # which latents another dictionary shares
 ```
 
 `store.search` ranks latents by the share of their top contexts with the text on the firing token, then near it; those with the
 text in their label come first. `store.latent(7)` sums up a latent. `quantile_examples` shows contexts of all strengths,
 `partners` the latents that fire together with it, `position_profile` the positions in a row at which it fires, and `detection`
-how well a label predicts where it fires, compared with a baseline of tokens.
+how well a label predicts where it fires, compared with a baseline of tokens. `sl.labels.from_neuronpedia(d)` reads the labels
+of a public dictionary, and `store.label_all(labels)` adds them with their source and author.
 
 `FeatureStore.build([d1, d2], lm, text, out="stores")` reads the text once for several dictionaries, whatever its length. Codes
 go to disk as they are computed, 10 bytes each, with those that fire together on up to about 4 million tokens. Every number is

@@ -1,28 +1,198 @@
-"""Labels, which say what a person thinks a latent stands for, in their own JSON file."""
+"""Labels, which say what a latent seems to stand for: those of Neuronpedia, and those of a store in their own JSON file.
 
+labels = sl.labels.from_neuronpedia(d)
+labels[123], labels[123].author, labels.search("license")
+store.label_all(labels)
+"""
+
+import logging
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from pydantic import Field
+
+from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, CorruptFileError, UserError
-from saelens_lite.features.info import StoreInfo
+from saelens_lite.features.explanations import Explanation, neuronpedia_id, read_explanations
+from saelens_lite.features.info import StoreInfo, weights_hash
+from saelens_lite.features.label import Label
 from saelens_lite.features.store_files import read_info
-from saelens_lite.files import MAX_LIST_BYTES, write_json
+from saelens_lite.files import MAX_LIST_BYTES, named_file, write_json
 from saelens_lite.locks import locked
+from saelens_lite.outputs import new_file
 from saelens_lite.schemas import Checked, String, read_checked
+from saelens_lite.tables import Result, grid
+from saelens_lite.terminal import visible
 
+__all__ = ["Label", "Labels", "from_neuronpedia", "load"]
 LABELS_FILE = "labels.json"
-FORMAT = 1
+FORMAT = 2  # 1 lacks imported labels
 MOST = 1000  # characters of a label
+SHOWN = 20  # labels in a table
+logger = logging.getLogger(__name__)
+
+
+class _Imported(Checked):
+    """The labels that one author wrote, from one source."""
+
+    source: String
+    author: String
+    labels: dict[String, str]
 
 
 class _Content(Checked):
-    """The content of a labels file."""
+    """The content of a labels file: your own labels, and those of others."""
 
-    format: Literal[1]
+    format: Literal[1, 2]
     dictionary_sha256: String
     labels: dict[String, str]
+    imported: list[_Imported] = Field([])
+
+
+class Labels(Mapping[int, str], Result):
+    """The labels of a dictionary's latents. `labels[123]` is a text with `source` and `author`.
+
+    If a latent has several explanations, its label is the newest; of those with the same date or without one, it is the last in
+    the files. Scores are not compared, because those of different methods have different scales. `explanations(123)` has all.
+    """
+
+    def __init__(self, labels: Mapping[int, Iterable[str]], d_sae: int, dictionary_sha256: str):
+        self.d_sae, self.dictionary_sha256 = d_sae, dictionary_sha256
+        self._labels = {latent: list(several) for latent, several in sorted(labels.items())}
+
+    def __getitem__(self, latent: int) -> str:
+        return self._labels[latent][0]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._labels)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def explanations(self, latent: int) -> list[str]:
+        """Return all explanations of a latent, the newest first; none if it has no label."""
+        return list(self._labels.get(latent, ()))
+
+    def search(self, text: str) -> "Labels":
+        """Return the labels that contain a text. Capitals do not matter."""
+        hits = {i: [label] for i, label in self.items() if text.casefold() in label.casefold()}
+        return Labels(hits, self.d_sae, self.dictionary_sha256)
+
+    def save(self, path: str | Path, *, exists: Literal["error", "overwrite"] = "error") -> Path:
+        """Write the labels to a JSON file, which `sl.labels.load` and `store.read_labels` read, and return its path.
+
+        Raises:
+            OutputExistsError: the file exists and `exists` is "error".
+        """
+        with new_file(Path(path), "labels", exists):
+            write_labels(Path(path), self, self.dictionary_sha256)
+        return Path(path)
+
+    def columns(self) -> dict[str, list[Any]]:
+        """Return all labels, column by column."""
+        rows = [(i, str(label), *_origin(label)) for i, label in self.items()]
+        return {name: [row[j] for row in rows] for j, name in enumerate(("latent", "label", "source", "author"))}
+
+    def table(self) -> Any:
+        """Return the first labels as a table."""
+        rows = [(str(i), visible(label)) for i, label in list(self.items())[:SHOWN]]
+        caption = f"… and {len(self) - SHOWN:,} more" if len(self) > SHOWN else ""
+        return grid(("latent", "label"), rows, title=repr(self), caption=caption)
+
+    def __repr__(self) -> str:
+        origins = Counter(_origin(label) for label in self.values()).most_common(3)
+        wrote = "; ".join(f"{n:,} by {author or 'unknown'}, {source or 'own'}" for (source, author), n in origins)
+        return visible(f"Labels({len(self):,} of {self.d_sae:,} latents{': ' if wrote else ''}{wrote})")
+
+
+def from_neuronpedia(dictionary: Dictionary, source: str | Path | None = None) -> Labels:
+    """Return the labels of a dictionary from Neuronpedia's public explanation files.
+
+    Args:
+        source: A file (.jsonl or .jsonl.gz), a folder of such files, the URL of one file or of a folder in an S3 bucket, or a
+            Neuronpedia id such as "gpt2-small/8-res-jb". By default, the id that came with the dictionary, whose files are in
+            Neuronpedia's bucket.
+
+    Raises:
+        ConfigError: the dictionary has no Neuronpedia id and no source is given; the explanations are of another dictionary.
+        CorruptFileError: a file is missing, damaged or too large.
+        HubNotFoundError: Neuronpedia has no explanations of this dictionary.
+        HubUnreachableError: the server cannot be reached.
+    """
+    own = (dictionary.training_record.get("read_from") or {}).get("neuronpedia")
+    own = neuronpedia_id(own) if isinstance(own, str) else None
+    if source is None and own is None:
+        raise ConfigError(
+            'the dictionary does not say its Neuronpedia id; give source, such as "gpt2-small/8-res-jb" or a file'
+        )
+    return _read(own if source is None else source, own, dictionary.d_sae, weights_hash(dictionary))
+
+
+def load(path: str | Path, dictionary: Dictionary) -> Labels:
+    """Return the labels of a dictionary in a file that `Labels.save` or a feature store wrote.
+
+    Raises:
+        CorruptFileError: the file is missing, damaged or of another format.
+        ConfigError: the labels belong to another dictionary.
+    """
+    sha256 = weights_hash(dictionary)
+    labels = read_labels(named_file(path), sha256, dictionary.d_sae)
+    return Labels({latent: [text] for latent, text in labels.items() if text}, dictionary.d_sae, sha256)
+
+
+def _read(place: str | Path, own: str | None, d_sae: int, sha256: str) -> Labels:
+    """Return the labels at a place, which must be those of the dictionary's own Neuronpedia id, if it is known."""
+    asked = neuronpedia_id(str(place)) if isinstance(place, str) and not os.path.exists(place) else None
+    if own and asked and asked != own:
+        raise ConfigError(f"this dictionary is {own} on Neuronpedia; the labels of {asked} are not its own")
+    wanted, dates = own or asked, {}
+    for number, one in enumerate(read_explanations(place, d_sae)):
+        if one.source and not wanted:
+            logger.warning("%s has labels of %s; this dictionary does not say whether it is that one", place, one.source)
+        wanted = wanted or one.source
+        if one.source and one.source.casefold() != wanted.casefold():
+            raise ConfigError(f"{place} has explanations of {one.source}; expected those of {wanted}")
+        dates.setdefault(one.latent, []).append((one.created or datetime.min.replace(tzinfo=UTC), number, _label(one)))
+    newest = {i: [label for _, _, label in sorted(several, reverse=True)] for i, several in dates.items()}
+    return Labels(newest, d_sae, sha256)
+
+
+def _label(one: Explanation) -> Label:
+    """Return an explanation as a label of at most MOST characters."""
+    text = one.text if len(one.text) <= MOST else one.text[: MOST - 1] + "…"
+    return Label(text, f"Neuronpedia {one.source}".strip(), one.author)
+
+
+def _origin(label: str) -> tuple[str, str]:
+    """Return the source and the author of a label; both are empty for your own label."""
+    return (label.source, label.author) if isinstance(label, Label) else ("", "")
+
+
+def merged(own: Mapping[int, str], labels: Mapping[int, str], info: StoreInfo, replace: bool) -> dict[int, str]:
+    """Return a store's labels with others added. Your own labels stay, unless `replace` is true.
+
+    Raises:
+        ConfigError: the labels belong to another dictionary.
+        UserError: there is no such latent, or a label is not valid.
+    """
+    if isinstance(labels, Labels) and labels.dictionary_sha256 != info.dictionary_sha256:
+        raise ConfigError("the labels belong to another dictionary than the store; read them for the dictionary of this store")
+    together = dict(own)
+    for latent, text in labels.items():
+        check_latent(latent, info)
+        if text and (replace or latent not in own or isinstance(own[latent], Label)):
+            together[latent] = checked_label(text)
+    return dict(sorted(together.items()))
+
+
+def check_latent(latent: int, info: StoreInfo) -> None:
+    """Raise UserError unless the dictionary of a store has a latent."""
+    if not 0 <= latent < info.d_sae:
+        raise UserError(f"no latent {latent}; this dictionary has latents 0 to {info.d_sae - 1}")
 
 
 def checked_label(text: str) -> str:
@@ -55,8 +225,7 @@ def label_stored(folder: Path, latent: int, text: str) -> dict[int, str]:
         LockedError: another process is changing the labels.
     """
     info = read_info(folder)
-    if not 0 <= latent < info.d_sae:
-        raise UserError(f"no latent {latent}; this dictionary has latents 0 to {info.d_sae - 1}")
+    check_latent(latent, info)
     checked_label(text)
     with locked(folder / LABELS_FILE, "labels"):
         labels = {i: own for i, own in (stored_labels(folder, info) | {latent: text}).items() if own}
@@ -64,10 +233,31 @@ def label_stored(folder: Path, latent: int, text: str) -> dict[int, str]:
     return labels
 
 
+def import_stored(folder: Path, source: str, replace: bool = False) -> tuple[Labels, int]:
+    """Add the labels of Neuronpedia at a source to the folder of a store. Return them, and how many of your own were kept.
+
+    Raises:
+        ConfigError, CorruptFileError, HubError: as for `from_neuronpedia`.
+        LockedError: another process is changing the labels.
+    """
+    info = read_info(folder)
+    labels = _read(source, None, info.d_sae, info.dictionary_sha256)
+    with locked(folder / LABELS_FILE, "labels"):
+        own = stored_labels(folder, info)
+        write_labels(folder / LABELS_FILE, merged(own, labels, info, replace), info.dictionary_sha256)
+    kept = 0 if replace else sum(latent in labels and not isinstance(text, Label) for latent, text in own.items())
+    return labels, kept
+
+
 def write_labels(path: Path, labels: Mapping[int, str], dictionary_sha256: str) -> None:
-    """Write labels to a file, with the hash of the dictionary that they belong to."""
-    named = {str(latent): labels[latent] for latent in sorted(labels)}
-    write_json(path, {"format": FORMAT, "dictionary_sha256": dictionary_sha256, "labels": named}, MAX_LIST_BYTES)
+    """Write labels to a file, with the hash of the dictionary that they belong to. Those of others have source and author."""
+    groups: dict[tuple[str, str], dict[str, str]] = {}
+    for latent in sorted(labels):
+        groups.setdefault(_origin(labels[latent]), {})[str(latent)] = str(labels[latent])
+    own = groups.pop(("", ""), {})
+    imported = [{"source": source, "author": author, "labels": of} for (source, author), of in groups.items()]
+    content = {"format": FORMAT, "dictionary_sha256": dictionary_sha256, "labels": own, "imported": imported}
+    write_json(path, content, MAX_LIST_BYTES)
 
 
 def read_labels(path: Path, dictionary_sha256: str, d_sae: int) -> dict[int, str]:
@@ -81,7 +271,8 @@ def read_labels(path: Path, dictionary_sha256: str, d_sae: int) -> dict[int, str
     if content.dictionary_sha256 != dictionary_sha256:
         raise ConfigError(f"{path} has the labels of another dictionary; load the labels of this one")
     numbers = {str(latent): latent for latent in range(d_sae)}
-    for latent in content.labels:
+    named = [(latent, Label(text, of.source, of.author)) for of in content.imported for latent, text in of.labels.items()]
+    for latent, _ in (*named, *content.labels.items()):
         if latent not in numbers:
             raise CorruptFileError(f"{path}: {latent[:40]!r} is not a latent; expected 0 to {d_sae - 1}")
-    return {numbers[latent]: text for latent, text in content.labels.items()}
+    return {numbers[latent]: text for latent, text in (*named, *content.labels.items())}

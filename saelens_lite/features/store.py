@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -23,7 +23,7 @@ from saelens_lite.features.compare import STABILITY_FILE, Stability
 from saelens_lite.features.detection import Detection, Scorer, detection
 from saelens_lite.features.exporters import export
 from saelens_lite.features.info import StoreInfo
-from saelens_lite.features.labels import LABELS_FILE, checked_label, read_labels, stored_labels, write_labels
+from saelens_lite.features.labels import LABELS_FILE, checked_label, merged, read_labels, stored_labels, write_labels
 from saelens_lite.features.queries import StoreQueries
 from saelens_lite.features.rows import Rows
 from saelens_lite.features.search import SearchResult, search
@@ -275,6 +275,24 @@ class FeatureStore(StoreQueries):
         self.labels.pop(latent, None)
         if text:
             self.labels[latent] = text
+
+    def label_all(self, labels: Mapping[int, str], *, replace: bool = False) -> int:
+        """Set many labels, such as those of `sl.labels.from_neuronpedia`, and return the number that was set or changed.
+
+        They replace labels that were set so before. Your own labels stay. Call `write_labels` or `save` to keep them.
+
+        Args:
+            labels: Labels by latent.
+            replace: Replace your own labels too.
+
+        Raises:
+            ConfigError: the labels belong to another dictionary.
+            UserError: there is no such latent, a label is too long, or it is not text.
+        """
+        together = merged(self.labels, labels, self.info, replace)
+        n_changed = sum(self.labels.get(latent) is not label for latent, label in together.items())
+        self.labels.update(together)
+        return n_changed
 
     def write_labels(self, path: str | Path | None = None) -> Path:
         """Write the labels to a JSON file, by default in the store's folder, and return its path.

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from saelens_lite.features.html import quoted, render, short, visible
+from saelens_lite.features.label import origin_of
 from saelens_lite.features.rows import ExampleRow, GroupRate
 from saelens_lite.tables import Result, columns_of, facts
 
@@ -101,6 +102,11 @@ class LatentSummary(Result):
     rates: Sequence[GroupRate] = ()  # the groups of rows in which it fires
 
     @property
+    def label_origin(self) -> str:
+        """The author and the source of the label; empty for your own label."""
+        return origin_of(self.label)
+
+    @property
     def unit(self) -> str:
         """The word for what the latent fires on: token, or row of activations without a text."""
         return "row" if any(isinstance(example, ExampleRow) for example in self.examples) else "token"
@@ -141,6 +147,7 @@ class LatentSummary(Result):
         if self.stability is not None:
             fires += f"; stability {self.stability:.2f}"
         lists = {
+            "label by": visible(self.label_origin),
             "fires on": fires if self.count else "nothing in the store",
             "promotes": _in_lines(quoted(token) for token, _ in self.promoted),
             "suppresses": _in_lines(quoted(token) for token, _ in self.suppressed),

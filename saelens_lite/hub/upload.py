@@ -1,6 +1,28 @@
-"""Push of dictionaries to the Hub. All files are prepared and compared first; then one commit holds them, or nothing changes.
+"""Publish: push dictionaries with a card to the Hugging Face Hub, and pull them by folder and revision.
 
-The commit names the compared commit as its parent, so the Hub refuses it if the repository changed since.
+```python
+from saelens_lite.hub import write_card
+
+folder = d.save("my-dictionary", exists="overwrite")
+write_card("my-dictionary", d, report)  # README.md, the evaluation, two figures
+```
+
+```sh
+saelens-lite card runs/topk                         # the model card; --out README.md writes it
+saelens-lite push runs/topk user/repo --dry-run     # what would be sent, also without a network
+saelens-lite push runs/topk user/repo               # send it, in one commit
+saelens-lite pull user/repo blocks.2.hook_resid_pre --out pulled
+saelens-lite inspect hf://user/repo
+```
+
+`sl.push("runs", "user/repo")` sends every dictionary of a run in one commit: either all of them arrive, or the repository stays
+as it was. The commit names the compared commit as its parent, so the Hub refuses it if the repository changed since. Pushing
+the same again sends nothing. `sl.pull("user/repo", "blocks.2.hook_resid_pre", revision=…)` and the address
+hf://user/repo/folder@revision fetch one dictionary, or take it from the local cache if it was fetched before. SAELens loads
+published dictionaries from the same address if it has an architecture for the rule.
+
+Log in with `hf auth login`. The token goes to the Hub and nowhere else. The Hub's answers are checked before they are used,
+and every request is limited in size and time.
 """
 
 import logging

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from saelens_lite.features.label import origin_of
 from saelens_lite.features.queries import StoreQueries
 
 N_CONTROL = 5  # contexts of a latent on the model with shuffled weights
@@ -24,6 +25,7 @@ class Content(NamedTuple):
     facts: dict[str, Any]
     vocabulary: list[str]  # texts of the tokens that appear, then of parts of characters in their contexts, then of groups
     labels: dict[int, str]
+    origins: list[str]  # authors and sources of labels; a latent's column `origin` has the number of its label's
     tokens: Columns  # a token that is in a context
     spans: Columns  # a span of the text: its first place among the shown tokens, its row, its position
     index: Columns  # a latent: the data that the list shows and searches
@@ -86,7 +88,7 @@ def content(store: StoreQueries, images: dict[int, str] | None = None) -> Conten
     ids = np.flatnonzero(appears)
     row, position = np.divmod(text.start, t.tokens.shape[1])
     words, word = _words(store, text, ids)
-    of_groups = _groups(store, text, shown, len(words))
+    of_groups, origins = _groups(store, text, shown, len(words)), _origins(store)
     bands = zip(t.band_low.tolist(), t.band_high.tolist(), strict=True)
     return Content(
         facts={
@@ -103,9 +105,10 @@ def content(store: StoreQueries, images: dict[int, str] | None = None) -> Conten
         },
         vocabulary=words + of_groups.labels,
         labels=store.labels,
+        origins=origins.names,
         tokens={"token": word} | of_groups.tokens,
         spans={"at": text.at, "row": row, "position": position},
-        index=_index(store, shown["top"], ids.searchsorted(promoted)) | of_groups.index,
+        index=_index(store, shown["top"], ids.searchsorted(promoted)) | of_groups.index | origins.index,
         details=_details(store, shown, ids.searchsorted(suppressed)) | of_groups.details,
     )
 
@@ -137,6 +140,23 @@ def _groups(store: StoreQueries, text: ShownText, shown: Columns, n_words: int) 
             "distinct": shown["distinct"], "distinct_nearby": _array(t.distinct_value),
         },
     )  # fmt: skip
+
+
+class _Origins(NamedTuple):
+    """The authors and sources of labels, and the column of their numbers."""
+
+    names: list[str]
+    index: Columns
+
+
+def _origins(store: StoreQueries) -> _Origins:
+    """Return the parts about the origin of labels; empty if all labels are your own. Number 0 stands for these."""
+    of_latent = {latent: origin_of(label) for latent, label in store.labels.items()}
+    names = ["", *sorted(set(of_latent.values()) - {""})]
+    if len(names) == 1:
+        return _Origins([], {})
+    numbers = {name: number for number, name in enumerate(names)}
+    return _Origins(names, {"origin": np.array([numbers[of_latent.get(i, "")] for i in range(store.info.d_sae)])})
 
 
 def _words(

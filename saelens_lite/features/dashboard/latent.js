@@ -25,6 +25,7 @@ function summary(i) {
   if (index.has("cosine")) pairs.push(["encoder–decoder cosine", fixed(cosineOf(i))]);
   const title = make("h1", {tabindex: -1}, `Latent ${i}`);
   if (label(i)) title.append(make("span", {class: "label"}, label(i)));
+  if (label(i) && origin(i)) title.append(make("span", {class: "origin"}, `label by ${origin(i)}`));
   return make("div", {class: "title"}, title, facts(pairs));
 }
 

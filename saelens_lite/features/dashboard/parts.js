@@ -43,6 +43,8 @@ function strip({ids, values, peak}, from, to, max) {
 }
 const chip = id => make("span", {class: "chip"}, dotted(id));
 const label = i => labels[i] === undefined ? "" : named(labels[i]);
+// Return the author and the source of a label; empty for your own label.
+const origin = i => index.has("origin") ? named(origins[index.get("origin", i)]) : "";
 
 // The distinct tokens on which a latent fires most.
 function topTokens(i, most) {
