@@ -26,6 +26,8 @@ ORDER = [
     "settings_file",
     "dictionary",
     "formats",
+    "releases",
+    "names",
     "loggers",
     "training",
     "estimator",
