@@ -70,7 +70,7 @@ class TableLine(NamedTuple):
         return "| " + " | ".join([f"[{self.name}](./{self.name})", *self[1:]]) + " |"
 
 
-class Entry(NamedTuple):
+class CardEntry(NamedTuple):
     """The data of a pushed dictionary in the card of the repository."""
 
     row: TableLine
@@ -86,7 +86,7 @@ class Entry(NamedTuple):
 
 
 def index_files(
-    card: str | None, repo: str, entries: Sequence[Entry], *, license: str | None, tags: Sequence[str]
+    card: str | None, repo: str, entries: Sequence[CardEntry], *, license: str | None, tags: Sequence[str]
 ) -> dict[str, bytes]:
     """Return the files at the root of the repository. `card` is the current text of its README.md.
 

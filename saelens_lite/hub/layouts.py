@@ -48,6 +48,8 @@ def choose(address: Address, files: Mapping[str, int]) -> Choice:
         if "" not in known and len(known) != 1:
             raise HubNotFoundError(f"{address.repo}: name the folder of the dictionary{_listed(known)}")
         path = "" if "" in known else known[0]
+    if path.isdigit() and f"W_enc_{path}.safetensors" in files:  # SAELens's name of a layer of a cross-layer transcoder
+        path = f"W_enc_{path}.safetensors"
     if path in files and path.endswith(WEIGHTS):
         name = PurePosixPath(path).name
         if name not in OF_A_FOLDER or name == "ae.pt":

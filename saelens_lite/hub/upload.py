@@ -35,7 +35,7 @@ from saelens_lite.hub.card import (
     with_section,
 )
 from saelens_lite.hub.download import download, fetch
-from saelens_lite.hub.index import Entry, TableLine, index_files
+from saelens_lite.hub.index import CardEntry, TableLine, index_files
 from saelens_lite.hub_client.client import Address, bars_on_terminals_only, check_folder, client, typed_errors
 from saelens_lite.hub_client.guard import Guard
 from saelens_lite.hub_client.listing import RepoFile, list_files
@@ -242,7 +242,7 @@ def _message(names: Sequence[str]) -> str:
 
 def _prepare(
     named: dict[str, Source], repo: str, scratch: Path, *, license: str | None, tags: Sequence[str]
-) -> tuple[list[Entry], dict[str, Path | bytes]]:
+) -> tuple[list[CardEntry], dict[str, Path | bytes]]:
     """Load the dictionaries, which also checks them, and return their entries and files for the repository."""
     entries, files = [], {}
     for i, (name, source) in enumerate(named.items()):
@@ -254,7 +254,7 @@ def _prepare(
         files |= {f"{name}/{file}": content for file, content in (own | {CARD_FILE: card.encode()}).items()}
         evaluation = report.to_dict() if report else {}
         entries.append(
-            Entry(TableLine.of(name, dictionary, evaluation), dictionary, load, loads_in_sae_lens(folder), evaluation)
+            CardEntry(TableLine.of(name, dictionary, evaluation), dictionary, load, loads_in_sae_lens(folder), evaluation)
         )
     return entries, files
 
