@@ -57,7 +57,7 @@ class Fetched(NamedTuple):
         return dictionary
 
 
-class Place(NamedTuple):
+class HubPlace(NamedTuple):
     """The address of a dictionary, and its entry in the index of public dictionaries if it was named by that."""
 
     address: Address
@@ -125,7 +125,7 @@ def fetch(address: Address | str, *, max_bytes: int = MAX_BYTES) -> Fetched:
     )
 
 
-def place_of(address: Address | str) -> Place:
+def place_of(address: Address | str) -> HubPlace:
     """Return the place that an address or the name of a public dictionary stands for.
 
     Raises:
@@ -133,9 +133,9 @@ def place_of(address: Address | str) -> Place:
         HubNotFoundError: the text names a public release that has no such dictionary.
     """
     if isinstance(address, Address):
-        return Place(address)
+        return HubPlace(address)
     entry = public(address)
-    return Place(entry.address, entry) if entry else Place(Address.parse(address))
+    return HubPlace(entry.address, entry) if entry else HubPlace(Address.parse(address))
 
 
 def _is_pickled(format_name: str) -> bool:
