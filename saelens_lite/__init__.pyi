@@ -39,6 +39,7 @@ from .judges import judge as judge
 from .loggers import Logger as Logger
 from .model import LanguageModel as LanguageModel
 from .model import load_model as load_model
+from .model import model_for as model_for
 from .ports import Port as Port
 from .registry import register as register
 from .sparsity import PenaltyConfig as PenaltyConfig

@@ -1,4 +1,4 @@
-"""Load and convert dictionaries by address: a local folder or file, or hf://user/repo/folder@revision on the Hub.
+"""Load and convert dictionaries: a local folder or file, an address hf://user/repo/folder@revision, or a public name.
 
 The folder of a run stands for the dictionary in it.
 """
@@ -16,8 +16,9 @@ from saelens_lite.dictionary.folder import CONFIG_FILE, OWN
 from saelens_lite.errors import ConfigError
 from saelens_lite.formats import read, write
 from saelens_lite.kinds import is_run, listed, runs_in
+from saelens_lite.names import is_on_hub, no_such
 from saelens_lite.outputs import refuse_inputs_in, restore
-from saelens_lite.paths import check_input, is_address
+from saelens_lite.paths import check_input
 
 
 def load(address: str | Path, device: str | torch.device = "cpu", format: str | None = None, **settings: Any) -> Dictionary:
@@ -26,39 +27,41 @@ def load(address: str | Path, device: str | torch.device = "cpu", format: str | 
     The dictionary stays on the CPU unless `device` is given. Functions that get a model as well use the model's device.
 
     Args:
-        address: a folder written by `Dictionary.save`, the folder of a finished run, a file or folder of another tool, or a
-            dictionary on the Hub: hf://user/repo/folder@revision.
-        format: name of the format plugin, or "saelens_lite"; only needed if the files are pickles. "state_dict" reads a file of
-            tensors that no tool describes.
+        address: a folder written by `Dictionary.save`, the folder of a finished run, or a file or folder of another tool; a
+            dictionary on the Hub, hf://user/repo/folder@revision; or a dictionary of a public release, release/id, such as
+            gpt2-small-res-jb/blocks.8.hook_resid_pre. A file or folder of this computer comes first.
+        format: name of the format plugin, or "saelens_lite"; only needed for pickles, except those of a public release.
+            "state_dict" reads a file of tensors that no tool describes.
         settings: with format="state_dict", rule=, options=, hook= and the other arguments of `Dictionary.from_tensors`; see
             `saelens_lite.formats.read_state_dict`.
 
     Raises:
-        CorruptFileError: a file is missing or damaged, contradicts another file, or has no known format.
+        CorruptFileError: a file is missing or damaged, contradicts another file, or has no known format; or the address is
+            neither a path nor the name of a public dictionary.
         ConfigError: the address is of an unknown kind; another tool's file holds something that cannot be represented here,
             or is a pickle and `format` was not given; the folder holds several runs, or a run that is not finished.
         PluginError: the sparsity rule is not installed; the message names the distribution that supplies it.
         HubError: the files cannot be fetched from the Hub.
     """
-    if not is_address(address):
-        dictionary = read(dictionary_folder(address), device, format, settings=settings)
-        dictionary.source = str(address)
-        return dictionary
-    from saelens_lite.hub import fetch
+    if is_on_hub(address):
+        from saelens_lite.hub import fetch
 
-    fetched = fetch(str(address))
-    dictionary = read(fetched.folder, device, format, settings=settings)
-    dictionary.source = str(fetched.address)
+        return fetch(str(address)).load(device, format, settings)
+    folder = Path(dictionary_folder(address))
+    if not folder.exists():
+        raise no_such(folder)
+    dictionary = read(folder, device, format, settings=settings)
+    dictionary.source = str(address)
     return dictionary
 
 
 def dictionary_folder(address: str | Path) -> str | Path:
-    """Return the folder of the dictionary in the folder of a run. Other addresses are returned unchanged.
+    """Return the folder of the dictionary in the folder of a run. Other addresses and names are returned unchanged.
 
     Raises:
         ConfigError: the folder holds several runs, or a run that is not finished.
     """
-    if is_address(address):
+    if is_on_hub(address):
         return address
     folder = check_input(address)
     restore(folder)
@@ -83,7 +86,7 @@ def dictionary_folders(addresses: Iterable[str | Path]) -> list[str | Path]:
     """
     folders: list[str | Path] = []
     for address in addresses:
-        is_local = not is_address(address) and not os.path.lexists(Path(address) / CONFIG_FILE)
+        is_local = not is_on_hub(address) and not os.path.lexists(Path(address) / CONFIG_FILE)
         runs = runs_in(check_input(address)) if is_local else []
         folders += [dictionary_folder(one) for one in runs or [address]]
     return folders
@@ -110,7 +113,7 @@ def convert(
         OutputExistsError: the folder is not empty and `exists` is "error"; or it holds files that would be lost, such as
             `source`.
     """
-    if not is_address(source):
+    if not is_on_hub(source):
         refuse_inputs_in(Path(out), [Path(source)])
     writer = None if format == OWN else registry.load(format, "formats")()
     dictionary = load(source, format=source_format)

@@ -207,18 +207,24 @@ def check_inside(path: Path) -> None:
 
     Snapshots in the cache of the Hub's client link to files in the blobs/ folder beside them, which is allowed.
     """
-    if not path.is_symlink():
-        return
-    folder, target = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
-    homes = [folder, *(above.parent / "blobs" for above in (folder, *folder.parents) if above.name == "snapshots")]
-    if not any(target.is_relative_to(home) for home in homes):
+    if path.is_symlink() and not _stays_inside(path):
+        target = os.path.realpath(path)
         raise CorruptFileError(f"{path} is a link to {target}, outside of its folder; replace the link by a copy")
 
 
+def _stays_inside(link: Path) -> bool:
+    folder, target = Path(os.path.realpath(link.parent)), Path(os.path.realpath(link))
+    homes = [folder, *(above.parent / "blobs" for above in (folder, *folder.parents) if above.name == "snapshots")]
+    return any(target.is_relative_to(home) for home in homes)
+
+
 def named_file(path: str | Path) -> Path:
-    """Return the file that a user named. Links are followed, because they are the user's own."""
+    """Return the file that a user named. Links are followed, because they are the user's own.
+
+    A link in a snapshot of the Hub's cache is kept, because its name and the files beside it count.
+    """
     path = check_input(path)
-    return Path(os.path.realpath(path)) if path.is_file() else path
+    return Path(os.path.realpath(path)) if path.is_file() and not (path.is_symlink() and _stays_inside(path)) else path
 
 
 def is_zip(path: Path) -> bool:

@@ -23,7 +23,7 @@ from rich.text import Text
 import saelens_lite as sl
 from saelens_lite.features.html import quoted, visible
 from saelens_lite.features.weights import nearest
-from saelens_lite.model import model_of
+from saelens_lite.model import model_for
 from saelens_lite.tokens import named_text
 
 RARE = 0.01  # latents that fire on a smaller share of the tokens are shown as examples
@@ -108,7 +108,7 @@ def main() -> None:
     console = Console(markup=False)  # names and paths may have brackets
 
     d = sl.load(args.dictionary)
-    lm = model_of(d.origin, name=args.model)
+    lm = model_for(d, name=args.model)
     store = sl.FeatureStore.build(
         d, lm, named_text(args.text), n_tokens=args.n_tokens, control=args.control, out=args.out / "store"
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import saelens_lite as sl
 from saelens_lite.hub import write_card
-from saelens_lite.model import model_of
+from saelens_lite.model import model_for
 from saelens_lite.tokens import named_text
 
 
@@ -69,7 +69,7 @@ def dictionary_folders(folder: Path) -> list[Path]:
 def describe(path: Path, arguments: argparse.Namespace) -> None:
     """Evaluate a dictionary and write its card."""
     d = sl.load(path)
-    lm = model_of(d.origin, name=arguments.model)
+    lm = model_for(d, name=arguments.model)
     report = sl.evaluate(d, lm, named_text(arguments.text), n_tokens=arguments.n_tokens)
     print(f"{path}\n{report}\n")
     write_card(path, d, report, text=arguments.text, license=arguments.license, tags=arguments.tags)

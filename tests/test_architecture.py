@@ -28,6 +28,7 @@ ORDER = [
     "formats",
     "releases",
     "find_releases",
+    "names",
     "loggers",
     "training",
     "estimator",
@@ -317,7 +318,7 @@ def test_the_package_offers_these_names():
         "PenaltyConfig", "Port", "PublishedForm", "RuleConfig", "Run", "SaelensLiteError", "Scale", "SparseCoder",
         "SparseCodes", "Sparsity", "StoreConfig", "TextConfig", "TrainConfig", "__version__", "attribute", "capture",
         "compare", "convert", "dose_response", "errors", "evaluate", "find", "fit", "judge", "labels", "load", "load_model",
-        "probe",
+        "model_for", "probe",
         "prompt_view", "pull", "push", "python_docs", "register", "resume", "stability", "train",
     ])  # fmt: skip
     assert dir(sl) == sl.__all__

@@ -642,7 +642,9 @@ FOREIGN = {
     "dictionary_learning": ({"config.json", "ae.pt"}, {"events.out", "optim.bin"}),
     "gemma scope": ({"params.npz"}, {"code.py"}),
     "llama scope": ({"config.json", "sae_weights.safetensors"}, {"old.pt"}),
-    "circuit-tracer": ({"config.yaml", "layer_0.safetensors", "layer_1.safetensors"}, {"other.npz"}),
+    "circuit-tracer": ({"config.yaml", "layer_0.safetensors"}, {"other.npz"}),
+    "cross-layer": ({"config.yaml", "W_enc_0.safetensors", "W_dec_0.safetensors", "W_enc_1.safetensors"}, {"x.pt"}),
+    "temporal": ({"conf.yaml", "latest_ckpt.safetensors"}, {"x.pt"}),
 }
 
 

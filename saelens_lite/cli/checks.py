@@ -9,7 +9,8 @@ from typing import Any
 from saelens_lite import registry
 from saelens_lite.config import RunConfig, TrainConfig
 from saelens_lite.embedded_hooks import hooks_of_embedded
-from saelens_lite.errors import ConfigError, CorruptFileError, HookError, ModelNotFoundError, TextError, near_matches
+from saelens_lite.errors import ConfigError, HookError, ModelNotFoundError, TextError, near_matches
+from saelens_lite.names import is_on_hub, no_such
 from saelens_lite.paths import check_input, is_address, names_a_folder
 from saelens_lite.rule_options import check_options
 
@@ -87,14 +88,14 @@ def model_has(model: str, hooks: Iterable[str]) -> None:
 
 
 def dictionaries(_: Any, paths: Path | list[Path]) -> None:
-    """Raise CorruptFileError if there is nothing at the path of a dictionary, unless that is an address."""
+    """Raise CorruptFileError if a path is neither that of a dictionary nor the name of a public one, nor an address."""
     from saelens_lite.outputs import restore
 
     for path in paths if isinstance(paths, list) else [paths]:
         if not is_address(path):
             restore(path)
-            if not check_input(path).exists():
-                raise CorruptFileError(f"{path / 'cfg.json'} is missing; is {path} the folder you meant?")
+            if not check_input(path).exists() and not is_on_hub(path):
+                raise no_such(path)
 
 
 def run_exists(folder: Path) -> None:

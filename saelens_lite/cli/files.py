@@ -17,20 +17,23 @@ def inspect(path: Path, *, format: ReadAs = None) -> None:
     ----------
     path
         Folder that `train` or `capture` wrote, file or folder of another tool, or dictionary on the Hub
-        (hf://user/repo/folder@revision). Weights on the Hub are not downloaded.
+        (hf://user/repo/folder@revision, or the name of a public one). Weights on the Hub are not downloaded.
     """
     from saelens_lite import formats
     from saelens_lite.addresses import dictionary_folder
     from saelens_lite.cache.stored import MANIFEST, ActivationCache
     from saelens_lite.dictionary.folder import CONFIG_FILE, OWN
     from saelens_lite.files import read_json
-    from saelens_lite.paths import check_input, is_address
+    from saelens_lite.names import is_on_hub, no_such
+    from saelens_lite.paths import check_input
 
-    if is_address(path):
+    if is_on_hub(path):
         from saelens_lite.hub import describe
 
         facts = describe(str(path))
-    elif (check_input(path) / MANIFEST).exists():
+    elif not check_input(path).exists():
+        raise no_such(path)
+    elif (path / MANIFEST).exists():
         cache = ActivationCache.open(path)
         facts = {"activations": cache.n_tokens, **cache.manifest, "hooks": {h: cache.d_in(h) for h in cache.hooks}}
         facts["shards"] = len(cache.manifest["shards"])

@@ -128,9 +128,9 @@ def pull(
     Parameters
     ----------
     repo
-        The repository, user/name; or an address, hf://user/name/folder@revision.
+        The repository, user/name; or an address, hf://user/name/folder@revision; or the name of a public dictionary.
     folder
-        The dictionary's folder in the repository. May be left out if the repository holds only one dictionary.
+        The dictionary's folder or file in the repository. May be left out if the repository holds only one dictionary.
     revision
         Branch, tag or commit; default: main.
     out
@@ -138,17 +138,17 @@ def pull(
     max_bytes
         Largest download to accept, in bytes; default: 32 GiB.
     """
-    import saelens_lite as sl
     from saelens_lite.hub import Address, copy_to, fetch
+    from saelens_lite.names import is_on_hub
     from saelens_lite.outputs import refuse_existing
 
     if out:
         refuse_existing(out, exists)
     if repo.startswith("hf://") and (folder or revision):
         raise ConfigError(f"{repo} is a complete address; leave out the folder and --revision")
-    address = Address.parse(repo) if repo.startswith("hf://") else Address.of(repo, folder, revision)
-    fetched = fetch(address, **given(max_bytes=max_bytes))
-    loaded = sl.load(fetched.folder, format=format)
+    is_whole = repo.startswith("hf://") or (not (folder or revision) and is_on_hub(repo))
+    fetched = fetch(repo if is_whole else Address.of(repo, folder, revision), **given(max_bytes=max_bytes))
+    loaded = fetched.load(format=format)
     place = copy_to(fetched, out, exists) if out else fetched.folder
     console().print(f"{place}: {loaded.rule.plugin_name}, {loaded.d_sae} latents, {fetched.address}", markup=False)
 

@@ -121,10 +121,10 @@ class OfModel:
 
     def model_of(self, *dictionaries: "Dictionary") -> "LanguageModel":
         """Return the model named by --model, else the dictionaries' own, with the weights processed as in training."""
-        from saelens_lite.model import model_of
+        from saelens_lite.model import model_for
 
-        return model_of(
-            *(dictionary.origin for dictionary in dictionaries),
+        return model_for(
+            *dictionaries,
             name=self.model,
             revision=self.model_revision,
             device=self.device,

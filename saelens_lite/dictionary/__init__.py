@@ -594,10 +594,23 @@ class Dictionary(nn.Module):
         self.density = read_density(folder, d_sae)
         return self
 
+    @property
+    def trained_on(self) -> str:
+        """The model, its weight processing, the hooks and the rows in words, such as "gpt2, blocks.8.hook_resid_pre"."""
+        known = self.origin
+        model = (known.model or "a model without a name") + (f" at {known.revision}" if known.revision else "")
+        rows = f"rows of {known.n_ctx} tokens" if known.n_ctx else ""
+        bos = {True: "rows begin with BOS", False: "rows without BOS"}.get(known.prepend_bos, "")
+        return ", ".join(filter(None, (model, *known.processing, self.place, rows, bos)))
+
     def extra_repr(self) -> str:
         rule = getattr(self.rule, "plugin_name", "?")
         target = "" if self.writes_what_it_reads else f", d_out={self.d_out}"
-        return f"d_in={self.d_in}, d_sae={self.d_sae}, sparsity={rule!r}, {self.place}{target}"
+        first = f"d_in={self.d_in}, d_sae={self.d_sae}, sparsity={rule!r}{target}"
+        read_from = self.training_record.get("read_from", {})
+        release = read_from.get("release") if isinstance(read_from, dict) else None
+        others = {"trained on": self.trained_on, "release": release, "source": self.source}
+        return "\n".join([first, *(f"{name}: {str(text)[:300]}" for name, text in others.items() if text)])
 
 
 def _unit_rows(n: int, d: int, generator: torch.Generator) -> Float[Tensor, "n d"]:

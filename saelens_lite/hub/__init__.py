@@ -71,4 +71,16 @@ from saelens_lite.hub.download import Fetched, copy_to, fetch, pull
 from saelens_lite.hub.upload import Push, PushFile, model_card, push
 from saelens_lite.hub_client.client import Address
 
-__all__ = ["Address", "Fetched", "Push", "PushFile", "copy_to", "describe", "fetch", "model_card", "pull", "push", "write_card"]
+__all__ = [
+    "Address",
+    "Fetched",
+    "Push",
+    "PushFile",
+    "copy_to",
+    "describe",
+    "fetch",
+    "model_card",
+    "pull",
+    "push",
+    "write_card",
+]

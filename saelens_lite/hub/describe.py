@@ -9,7 +9,8 @@ from huggingface_hub.utils import SafetensorsFileMetadata
 from saelens_lite.errors import CorruptFileError
 from saelens_lite.files import MAX_JSON_BYTES, read_json
 from saelens_lite.hub.card import EVALUATION_FILE
-from saelens_lite.hub.download import CONFIG_FILES, check_sizes, choose_folder, dictionary_files, download, listing
+from saelens_lite.hub.download import check_sizes, download, listing, place_of
+from saelens_lite.hub.layouts import CONFIG_FILES, choose
 from saelens_lite.hub_client.client import Address, client, typed_errors
 from saelens_lite.hub_client.guard import Guard
 from saelens_lite.hub_client.listing import RepoFile
@@ -21,26 +22,37 @@ MAX_HEADER_BYTES = 8 << 20
 def describe(address: Address | str) -> dict[str, Any]:
     """Return settings, metrics and address with commit of a dictionary, and the size, SHA-256 and tensor shapes of each file.
 
+    If the list of public releases names the dictionary, what it says is under "known".
+
     Raises:
         ConfigError, HubError: as for `pull`.
         CorruptFileError: the settings cannot be read.
     """
-    address = Address.parse(address) if isinstance(address, str) else address
+    place = place_of(address)
+    address = place.address
     commit, there = listing(address)
-    folder = choose_folder(address, there)
-    files = dictionary_files({path: file.size for path, file in there.items()}, folder)
-    settings = {path: size for path, size in files.items() if path.endswith(".json")}
+    choice = choose(address, {path: file.size for path, file in there.items()})
+    settings = {path: size for path, size in choice.files.items() if path.endswith(".json")}
     check_sizes(address, settings, max_bytes=2 * MAX_JSON_BYTES)
-    pinned = Address(address.repo, folder or None, commit)
-    by_name = {Path(path).name: path for path in settings}
+    pinned = place.pinned(choice, commit)
+    own = {Path(path).name: path for path in settings if path.rpartition("/")[0] == choice.folder}
     facts: dict[str, Any] = {}
     if settings:
         snapshot = download(address.repo, commit, [there[path] for path in settings])
-        config = next((by_name[name] for name in CONFIG_FILES if name in by_name), None)
+        named = [name for name in own if name.endswith("_cfg.json")]
+        config = next((own[name] for name in (*named, *CONFIG_FILES) if name in own), None)
         facts = read_json(snapshot / config) if config else {}
-        if EVALUATION_FILE in by_name:
-            facts["eval"] = read_json(snapshot / by_name[EVALUATION_FILE]).get("metrics")
-    return facts | {"address": str(pinned), "files": {Path(path).name: _file_facts(pinned, there[path]) for path in files}}
+        if EVALUATION_FILE in own:
+            facts["eval"] = read_json(snapshot / own[EVALUATION_FILE]).get("metrics")
+    entry = place.entry_of(choice)
+    known = {"known": {"format": entry.format, **entry.known.model_dump(exclude_defaults=True)}} if entry else {}
+    files = {_name(path, choice.folder): _file_facts(pinned, there[path]) for path in choice.files}
+    return facts | known | {"address": str(pinned), "files": files}
+
+
+def _name(path: str, folder: str) -> str:
+    """Return the path of a file from the folder of its dictionary; the whole path for a file above it."""
+    return path.removeprefix(f"{folder}/") if folder else path
 
 
 def _file_facts(address: Address, file: RepoFile) -> dict[str, Any]:

@@ -3,40 +3,79 @@
 import glob
 import logging
 import shutil
-from collections.abc import Iterable, Sequence
-from pathlib import Path, PurePosixPath
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 
+from saelens_lite import registry
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.dictionary.folder import CONFIG_FILE, PLUGIN_FILE, SPARSITY_FILE, WEIGHTS_FILE
 from saelens_lite.errors import ConfigError, HubError, HubNotFoundError, HubUnreachableError, near_matches
-from saelens_lite.files import MAX_JSON_BYTES, named_file, write_text
-from saelens_lite.formats import read
+from saelens_lite.files import MAX_JSON_BYTES, write_text
+from saelens_lite.formats import Known, read
+from saelens_lite.hub.layouts import CONFIG_FILES, SETTINGS, Choice, choose, dictionaries
 from saelens_lite.hub_client.client import Address, bars_on_terminals_only, client, typed_errors
 from saelens_lite.hub_client.guard import Guard
 from saelens_lite.hub_client.listing import RepoFile, list_files, revisions
 from saelens_lite.kinds import DICTIONARY as KIND
+from saelens_lite.names import public
 from saelens_lite.outputs import new_folder
-from saelens_lite.paths import is_address
+from saelens_lite.releases import Entry, entry_at
 
 logger = logging.getLogger(__name__)
 
 MAX_BYTES = 32 << 30
 MAX_FILES = 1000  # per dictionary
-SETTINGS = (".json", ".yaml", ".yml", ".md")
-WEIGHTS = (".safetensors", ".npz", ".pt")  # if a folder has several kinds, the first one is downloaded
-CONFIG_FILES = ("cfg.json", "config.json", "config.yaml")
 DICTIONARY_FILES = (CONFIG_FILE, WEIGHTS_FILE, SPARSITY_FILE, PLUGIN_FILE)
 
 
 class Fetched(NamedTuple):
-    """A dictionary of the Hub in the local cache, and its address with the commit, which always gives the same bytes."""
+    """A dictionary of the Hub in the local cache.
+
+    address: With the commit, so that it always gives the same bytes.
+    path: The file or folder to read; in `folder`, or `folder` itself.
+    files: Its files below `folder`. Settings above the folder are in the cache, but not in this list.
+    known: Facts from the list of public releases, if it lists the dictionary.
+    format: Its format, if the list of public releases says that it is a pickle.
+    """
 
     folder: Path
     address: Address
+    path: Path
+    files: tuple[str, ...]
+    known: Known | None = None
+    format: str | None = None
+
+    def load(
+        self,
+        device: str | torch.device = "cpu",
+        format: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> Dictionary:
+        """Return the dictionary. Raise as `saelens_lite.load` does."""
+        dictionary = read(self.path, device, format or self.format, self.known, settings)
+        dictionary.source = str(self.address)
+        logger.info("%s: trained on %s; saelens_lite.model_for loads that model so", self.address, dictionary.trained_on)
+        return dictionary
+
+
+class HubPlace(NamedTuple):
+    """The address of a dictionary, and its entry in the index of public dictionaries if it was named by that."""
+
+    address: Address
+    entry: Entry | None = None
+
+    def entry_of(self, choice: Choice) -> Entry | None:
+        """Return the entry of the chosen files in the index."""
+        paths = dict.fromkeys((self.address.folder or "", choice.path, choice.folder))
+        return self.entry or next(filter(None, (entry_at(self.address.repo, path) for path in paths)), None)
+
+    def pinned(self, choice: Choice, commit: str) -> Address:
+        """Return the address of the chosen files at a commit."""
+        return Address(self.address.repo, self.address.folder or choice.path or None, commit)
 
 
 def pull(
@@ -48,45 +87,65 @@ def pull(
     max_bytes: int = MAX_BYTES,
     format: str | None = None,
 ) -> Dictionary:
-    """Load the dictionary in a folder of a Hub repository. Its `source` is the address with the commit.
+    """Load a dictionary of a Hub repository or of a public release. Its `source` is the address with the commit.
 
-    `folder` may be left out if the repository holds one dictionary. `revision` is a branch, a tag or a commit. Downloaded files
-    come from huggingface_hub's cache, also without a network. `format` names the format plugin; it is needed only for another
-    tool's pickles.
+    `folder` is the dictionary's folder, or its file if a folder holds many; it may be left out if the repository holds one
+    dictionary. `revision` is a branch, a tag or a commit. Downloaded files come from huggingface_hub's cache, also without a
+    network. `format` names the format plugin; it is needed only for pickles of other tools that no public release lists.
 
     Raises:
         ConfigError: `repo` or `folder` is not a valid name, or the file is a pickle and `format` was not given.
         HubError: the dictionary does not exist, may not be read, cannot be reached, or is larger than `max_bytes`.
         CorruptFileError: the files are not a dictionary, or do not fit their settings.
     """
-    fetched = fetch(Address.of(repo, folder, revision), max_bytes=max_bytes)
-    dictionary = read(fetched.folder, device, format)
-    dictionary.source = str(fetched.address)
-    return dictionary
+    name = f"{repo}/{folder}" if folder else repo
+    address = name if revision is None and public(name) else Address.of(repo, folder, revision)
+    return fetch(address, max_bytes=max_bytes).load(device, format)
 
 
 def fetch(address: Address | str, *, max_bytes: int = MAX_BYTES) -> Fetched:
     """Download the files of a dictionary into the local cache, all from one commit.
 
+    Args:
+        address: Address, or name of a public dictionary.
+
     Raises:
         ConfigError, HubError: as `pull`.
     """
-    address = Address.parse(address) if isinstance(address, str) else address
+    place = place_of(address)
     try:
-        return _from_hub(address, max_bytes)
+        snapshot, choice = _from_hub(place.address, max_bytes)
     except HubUnreachableError as error:
-        cached = _from_cache(address, error)
-        logger.warning("%s: the Hub cannot be reached; using the cache: %s", address, cached.address)
-        return cached
+        snapshot, choice = _from_cache(place.address, error)
+        logger.warning("%s: the Hub cannot be reached; using the cache: %s", place.address, snapshot.name)
+    entry, pinned = place.entry_of(choice), place.pinned(choice, snapshot.name)
+    prefix = f"{choice.folder}/" if choice.folder else ""
+    return Fetched(
+        snapshot / choice.folder,
+        pinned,
+        snapshot / choice.path,
+        tuple(path.removeprefix(prefix) for path in choice.files if path.startswith(prefix)),
+        entry.known if entry else None,
+        entry.format if entry and _is_pickled(entry.format) else None,
+    )
 
 
-def local_folder(path: str | Path) -> Path:
-    """Return a folder of this computer as it is, and for an address the folder of the cache that it was fetched to.
+def place_of(address: Address | str) -> HubPlace:
+    """Return the place that an address or the name of a public dictionary stands for.
 
     Raises:
-        ConfigError, HubError: as `pull`.
+        ConfigError: the text is neither.
+        HubNotFoundError: the text names a public release that has no such dictionary.
     """
-    return fetch(str(path)).folder if is_address(path) else named_file(path)
+    if isinstance(address, Address):
+        return HubPlace(address)
+    entry = public(address)
+    return HubPlace(entry.address, entry) if entry else HubPlace(Address.parse(address))
+
+
+def _is_pickled(format_name: str) -> bool:
+    """Return whether the files of a format are pickles; False if the format is not installed."""
+    return any(p.name == format_name for p in registry.plugins("formats")) and registry.load(format_name, "formats").pickled
 
 
 def copy_to(fetched: Fetched, out: Path, exists: Literal["error", "overwrite"] = "error") -> Path:
@@ -95,23 +154,21 @@ def copy_to(fetched: Fetched, out: Path, exists: Literal["error", "overwrite"] =
     Raises:
         OutputExistsError: `out` is not empty and `exists` is "error".
     """
-    names = dictionary_files({path.name: path.stat().st_size for path in fetched.folder.iterdir() if path.is_file()}, "")
     with new_folder(out, KIND, exists, any_format=True) as folder:
-        for name in names:
+        for name in fetched.files:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(fetched.folder / name, folder / name)
     return out
 
 
-def _from_hub(address: Address, max_bytes: int) -> Fetched:
-    """Fetch the dictionary from the Hub."""
+def _from_hub(address: Address, max_bytes: int) -> tuple[Path, Choice]:
+    """Fetch the dictionary from the Hub. Return the folder of the commit in the cache, and the files."""
     commit, there = listing(address)
-    files = {path: file.size for path, file in there.items()}
-    folder = choose_folder(address, files)
-    chosen = dictionary_files(files, folder)
-    check_sizes(address, chosen, max_bytes)
-    snapshot = download(address.repo, commit, [there[path] for path in chosen])
+    choice = choose(address, {path: file.size for path, file in there.items()})
+    check_sizes(address, choice.files, max_bytes)
+    snapshot = download(address.repo, commit, [there[path] for path in choice.files])
     _note_revision(snapshot, address.revision or "main")
-    return Fetched(snapshot / folder, Address(address.repo, folder or None, commit))
+    return snapshot, choice
 
 
 def download(repo: str, commit: str, files: Sequence[RepoFile]) -> Path:
@@ -123,7 +180,7 @@ def download(repo: str, commit: str, files: Sequence[RepoFile]) -> Path:
         HubError: the Hub sends other files than it lists, or cannot be reached.
     """
     snapshot = None
-    for file in sorted(files, key=lambda file: PurePosixPath(file.path).name in CONFIG_FILES):
+    for file in sorted(files, key=lambda file: (_names_settings(file.path), file.path.count("/"))):
         cached = isinstance(try_to_load_from_cache(repo, file.path, revision=commit), str)
         hub = client(Guard(repo, file.size, commit))
         with typed_errors(repo), bars_on_terminals_only():
@@ -133,6 +190,10 @@ def download(repo: str, commit: str, files: Sequence[RepoFile]) -> Path:
     if snapshot is None:
         raise HubError(f"{repo}: the list of files to fetch is empty")
     return snapshot
+
+
+def _names_settings(path: str) -> bool:
+    return path.endswith((*CONFIG_FILES, "_cfg.json"))
 
 
 def _check_download(repo: str, path: Path, file: RepoFile, snapshot: Path, cached: bool) -> None:
@@ -161,8 +222,8 @@ def _note_revision(snapshot: Path, revision: str) -> None:
         logger.warning("%s cannot be written: %s", ref, error)
 
 
-def _from_cache(address: Address, why: HubUnreachableError) -> Fetched:
-    """Return the dictionary from the cache. Raise `why` if it is incomplete there."""
+def _from_cache(address: Address, why: HubUnreachableError) -> tuple[Path, Choice]:
+    """Return the dictionary from the cache, as `_from_hub` does. Raise `why` if it is incomplete there."""
 
     def snapshot(*needed: str) -> Path:
         revision = address.revision
@@ -173,13 +234,14 @@ def _from_cache(address: Address, why: HubUnreachableError) -> Fetched:
         with typed_errors(address.repo):
             cached = snapshot()
             files = {p.relative_to(cached).as_posix(): p.stat().st_size for p in cached.rglob("*") if p.is_file()}
-            folder = choose_folder(address, files)
-            snapshot(*(glob.escape(f"{folder}/{name}".lstrip("/")) for name in DICTIONARY_FILES))  # raises if one is missing
+            choice = choose(address, files)
+            own = (f"{choice.folder}/{name}".lstrip("/") for name in DICTIONARY_FILES if choice.path == choice.folder)
+            snapshot(*map(glob.escape, (*own, *choice.files)))  # raises if one is missing
     except HubNotFoundError as error:
-        raise (HubUnreachableError(f"{why}. In the cache: {error}") if dictionary_folders(files) else why) from None
+        raise (HubUnreachableError(f"{why}. In the cache: {error}") if dictionaries(files) else why) from None
     except HubError:
         raise why from None
-    return Fetched(cached / folder, Address(address.repo, folder or None, cached.name))
+    return cached, choice
 
 
 def listing(address: Address) -> tuple[str, dict[str, RepoFile]]:
@@ -196,42 +258,6 @@ def _no_such_revision(address: Address) -> HubNotFoundError:
     names = revisions(address.repo)
     hint = near_matches(address.revision or "main", names) or f"; it has {', '.join(names[:20]) or 'none'}"
     return HubNotFoundError(f"{address.repo} has no revision {address.revision or 'main'!r}{hint}")
-
-
-def dictionary_folders(files: Iterable[str]) -> list[str]:
-    """Return the folders that look like dictionaries: they hold settings and weights, or weights that need no settings."""
-    suffixes: dict[str, set[str]] = {}
-    for path in map(PurePosixPath, files):
-        endings = suffixes.setdefault("" if str(path.parent) == "." else str(path.parent), set())
-        endings.add("settings" if path.name in CONFIG_FILES else path.suffix)
-    settings, alone = "settings", (".npz", ".pt")
-    return sorted(
-        folder
-        for folder, endings in suffixes.items()
-        if (settings in endings and endings.intersection(WEIGHTS)) or endings.intersection(alone)
-    )
-
-
-def choose_folder(address: Address, files: Iterable[str]) -> str:
-    """Return the folder asked for, or the only folder with a dictionary."""
-    known = dictionary_folders(files)
-    listed = "; it has " + (", ".join(name or "(its root)" for name in known[:20]) or "none")
-    listed += f" and {len(known) - 20} more" if len(known) > 20 else ""
-    if address.folder is None:
-        if "" in known or len(known) == 1:
-            return "" if "" in known else known[0]
-        raise HubNotFoundError(f"{address.repo}: name the folder of the dictionary{listed}")
-    if address.folder not in known:
-        close = near_matches(address.folder, known)
-        raise HubNotFoundError(f"{address.repo} has no dictionary {address.folder!r}{close}{listed}")
-    return address.folder
-
-
-def dictionary_files(files: dict[str, int], folder: str) -> dict[str, int]:
-    """Return the files of a folder that belong to its dictionary, and the card."""
-    own = {path: size for path, size in files.items() if path.rpartition("/")[0] == folder}
-    kind = next((suffix for suffix in WEIGHTS if any(path.endswith(suffix) for path in own)), WEIGHTS[0])
-    return {path: size for path, size in sorted(own.items()) if path.endswith((*SETTINGS, kind))}
 
 
 def check_sizes(address: Address, files: dict[str, int], max_bytes: int) -> None:

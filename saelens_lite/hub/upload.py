@@ -44,7 +44,7 @@ from saelens_lite.errors import (
     HubNotFoundError,
     HubUnreachableError,
 )
-from saelens_lite.files import MAX_JSON_BYTES, file_hash, write_file
+from saelens_lite.files import MAX_JSON_BYTES, file_hash, named_file, write_file
 from saelens_lite.formats import read
 from saelens_lite.hub.card import (
     CARD_FILE,
@@ -56,11 +56,12 @@ from saelens_lite.hub.card import (
     stored_report,
     with_section,
 )
-from saelens_lite.hub.download import download, local_folder
+from saelens_lite.hub.download import download, fetch
 from saelens_lite.hub.index import CardEntry, TableLine, index_files
 from saelens_lite.hub_client.client import Address, bars_on_terminals_only, check_folder, client, typed_errors
 from saelens_lite.hub_client.guard import Guard
 from saelens_lite.hub_client.listing import RepoFile, list_files
+from saelens_lite.names import is_on_hub
 from saelens_lite.outputs import refuse_existing
 from saelens_lite.paths import check_output
 from saelens_lite.tables import Result, columns_of, grid
@@ -227,8 +228,10 @@ def _named(dictionaries: Source | Mapping[str, Source], unnamed: str | None = No
             raise ConfigError(f"two dictionaries would have the same folder: {', '.join(dictionaries)}")
     elif isinstance(dictionaries, Dictionary):
         named = {_hook_name(dictionaries, unnamed): dictionaries}
+    elif is_on_hub(dictionaries):
+        named = {_hook_name(fetch(str(dictionaries)).load(), unnamed): dictionaries}
     else:
-        named = _named_folders(local_folder(dictionaries), unnamed)
+        named = _named_folders(named_file(dictionaries), unnamed)
     if not named:
         raise ConfigError("nothing to push: give at least one dictionary")
     return named
@@ -265,8 +268,7 @@ def _prepare(
     """Load the dictionaries, which also checks them, and return their entries and files for the repository."""
     entries, files = [], {}
     for i, (name, source) in enumerate(named.items()):
-        folder = source.save(scratch / str(i)) if isinstance(source, Dictionary) else _dictionary_folder(source)
-        dictionary = source if isinstance(source, Dictionary) else read(folder)
+        folder, dictionary = _loaded(source, scratch / str(i))
         folder = folder if is_own_folder(folder) else dictionary.save(scratch / str(i))  # convert another tool's files
         load, report = load_text(folder, dictionary, Address(repo, name)), stored_report(folder)
         card, own = _published_files(folder, dictionary, license=license, tags=tags)
@@ -297,10 +299,16 @@ def _read_card(path: Path) -> str:
         raise CorruptFileError(f"{path} is not UTF-8 text: {error}") from None
 
 
-def _dictionary_folder(source: str | Path) -> Path:
-    """Return the folder itself, or the dictionary in the folder of a run."""
-    folder = local_folder(source)
-    return folder / "dictionary" if (folder / "dictionary" / CONFIG_FILE).is_file() else folder
+def _loaded(source: Source, scratch: Path) -> tuple[Path, Dictionary]:
+    """Return the folder of a dictionary and the dictionary. One in memory is saved in the folder `scratch`."""
+    if isinstance(source, Dictionary):
+        return source.save(scratch), source
+    if is_on_hub(source):
+        fetched = fetch(str(source))
+        return fetched.folder, fetched.load()
+    folder = named_file(source)
+    folder = folder / "dictionary" if (folder / "dictionary" / CONFIG_FILE).is_file() else folder
+    return folder, read(folder)
 
 
 def _is_published(path: Path) -> bool:

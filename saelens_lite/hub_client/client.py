@@ -4,11 +4,13 @@ huggingface_hub itself reads the token (HF_TOKEN or `hf auth login`). This packa
 """
 
 import errno
+import os
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
+from urllib.parse import unquote
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import (
@@ -54,6 +56,8 @@ class Address(NamedTuple):
     def parse(cls, text: str) -> "Address":
         """Parse hf://user/repo/folder@revision, or huggingface_hub's own form hf://user/repo@revision/folder.
 
+        An @ in the name of a folder is written %40, and a % is written %25.
+
         Raises:
             ConfigError: the text does not have this form.
         """
@@ -63,7 +67,7 @@ class Address(NamedTuple):
         match = _ADDRESS.fullmatch(f"hf://{rest.removeprefix('/')}")  # pathlib makes one slash of two
         if match is None or (match["first"] and match["last"]):
             raise ConfigError(f"{text!r} is not an address on the Hub; expected hf://user/repo/folder@revision")
-        return cls.of(match["repo"], match["folder"], match["first"] or match["last"])
+        return cls.of(match["repo"], unquote(match["folder"] or ""), match["first"] or match["last"])
 
     @classmethod
     def of(cls, repo: str, folder: str | None = None, revision: str | None = None) -> "Address":
@@ -76,16 +80,30 @@ class Address(NamedTuple):
             raise ConfigError(f"{repo!r} is not the name of a repository; expected user/name")
         if revision and (".." in revision or not re.fullmatch(r"[^\s/~^:?*\[\\][^\s~^:?*\[\\]*", revision)):  # git's rules
             raise ConfigError(f"{revision!r} cannot be a revision; expected a branch, a tag or a commit")
-        folder = check_folder(folder) if folder and folder.strip("/") else None
+        folder = check_path(folder) if folder and folder.strip("/") else None
         return cls(repo, folder, revision or None)
 
     def __str__(self) -> str:
-        folder = f"/{self.folder}" if self.folder else ""
+        folder = f"/{self.folder}".replace("%", "%25").replace("@", "%40") if self.folder else ""
         return f"hf://{self.repo}{folder}{f'@{self.revision}' if self.revision else ''}"
 
 
+def is_usable(name: str) -> bool:
+    """Return whether a name in a path of the Hub can be that of a file or folder on this computer."""
+    forbidden = '\\*?"<>|' + ":" * (os.name == "nt")
+    return name.isprintable() and not set(name) & set(forbidden) and not re.match("[A-Za-z]:", name)
+
+
+def check_path(path: str) -> str:
+    """Return a path in a repository without slashes around it. Raise ConfigError unless it is a plain relative path."""
+    path = path.strip("/")
+    if not all(name and not name.startswith(".") and is_usable(name) for name in path.split("/")):
+        raise ConfigError(f"{path!r} cannot be a folder of a repository: expected names between slashes, such as layers.3/mlp")
+    return path
+
+
 def check_folder(folder: str) -> str:
-    """Return the name of a folder without slashes around it. Raise ConfigError unless it is a plain relative path."""
+    """Return the name of a new folder without slashes around it. Raise ConfigError unless any tool can address it."""
     folder = folder.strip("/")
     if not re.fullmatch(rf"{NAME}(/{NAME})*", folder):
         raise ConfigError(f"{folder!r} cannot be a folder of a repository: use letters, digits and . _ - between slashes")

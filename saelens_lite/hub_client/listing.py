@@ -10,7 +10,7 @@ from pydantic import BaseModel, Discriminator, Field, StringConstraints, Tag, Ty
 
 from saelens_lite.errors import HubError
 from saelens_lite.files import file_hash
-from saelens_lite.hub_client.client import SECONDS_TO_ANSWER, typed_errors
+from saelens_lite.hub_client.client import SECONDS_TO_ANSWER, is_usable, typed_errors
 from saelens_lite.hub_client.guard import COMMIT, TAG, Guard, guarded_client, same_origin
 
 MAX_PAGE_BYTES, MAX_LISTING_BYTES, MAX_PAGES, MAX_FILES = 8 << 20, 64 << 20, 1000, 200_000
@@ -177,8 +177,8 @@ def _add(repo: str, files: dict[str, RepoFile], entry: _File) -> bool:
         raise HubError(f"{repo}: it has more than {MAX_FILES:,} files")
     if entry.lfs is not None and entry.lfs.size != entry.size:
         raise HubError(f"{repo}: the Hub gives two sizes for {entry.path[:100]!r}: {entry.size:,} and {entry.lfs.size:,} bytes")
-    usable = entry.path.isprintable() and not set(entry.path) & set('\\:*?"<>|')
-    if usable and len(entry.path) <= MAX_PATH_CHARACTERS and all(len(name.encode()) <= MAX_NAME_BYTES for name in names):
+    usable = all(is_usable(name) and len(name.encode()) <= MAX_NAME_BYTES for name in names)
+    if usable and len(entry.path) <= MAX_PATH_CHARACTERS:
         files[entry.path] = RepoFile(entry.path, entry.size, entry.oid, entry.lfs.oid if entry.lfs else None)
         return True
     return False

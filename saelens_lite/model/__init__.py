@@ -30,6 +30,6 @@ with a model runs only with `load_model(…, trust_remote_code=True)` or, in a c
 """
 
 from saelens_lite.model.language_model import LanguageModel
-from saelens_lite.model.loading import EMBEDDED, load_model, mention_folder, model_of
+from saelens_lite.model.loading import EMBEDDED, load_model, mention_folder, model_for
 
-__all__ = ["EMBEDDED", "LanguageModel", "load_model", "mention_folder", "model_of"]
+__all__ = ["EMBEDDED", "LanguageModel", "load_model", "mention_folder", "model_for"]

@@ -9,6 +9,7 @@ from saelens_lite.errors import ModelNotFoundError
 from saelens_lite.model import hooks as _hooks
 from saelens_lite.model.language_model import EMBEDDED
 from saelens_lite.model.loading import _on_hub
+from saelens_lite.model.nicknames import hub_id
 from saelens_lite.paths import check_input, names_a_folder
 
 
@@ -31,6 +32,7 @@ def list_hooks(name: str | Path, revision: str | None = None) -> dict[str, int |
     local = Path(str(where)).is_dir()
     if not local and names_a_folder(name):
         raise ModelNotFoundError(f"no model folder at {name}; give a folder with config.json, a Hub id, or 'tiny'")
+    name = name if local else hub_id(str(name))
     commit, only_cached = (revision, True) if local else _on_hub(str(name), revision)
     try:
         config = AutoConfig.from_pretrained(

@@ -25,6 +25,7 @@ from saelens_lite.model import identities as _identities
 from saelens_lite.model import norms as _norms
 from saelens_lite.model import processing as _processing
 from saelens_lite.model import readout as _readout
+from saelens_lite.model.nicknames import hub_id
 from saelens_lite.model.splice import PositionedEdit, Reconstructor, Splice, target_first
 from saelens_lite.model.spread import DeviceMap, input_device, is_whole, weights
 from saelens_lite.ports import Hooks
@@ -205,7 +206,7 @@ class LanguageModel(Tokenizer):
 
         An origin without a model and without processing always passes. If it names another model, a warning is logged once.
         """
-        if origin.model is not None and Path(origin.model).name != Path(self.name).name:  # gpt2 is openai-community/gpt2
+        if origin.model is not None and not _is_same_model(origin.model, self.name):
             _say_model(self.name, origin.model)
         if origin.processing == self.processing or (origin.model is None and not origin.processing):
             return
@@ -607,6 +608,11 @@ def _say_model(name: str, of_origin: str) -> None:
         of_origin,
         name,
     )
+
+
+def _is_same_model(one: str, other: str) -> bool:
+    """Return whether two names can be of one model: gpt2, gpt2-small and openai-community/gpt2 are."""
+    return Path(one).name == Path(other).name or Path(hub_id(one)).name == Path(hub_id(other)).name
 
 
 @cache

@@ -1,9 +1,10 @@
 """Loading of language models: the embedded one, local folders, and the Hugging Face Hub."""
 
 import logging
+import os
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -11,6 +12,7 @@ from saelens_lite.config import Origin
 from saelens_lite.devices import chosen_device
 from saelens_lite.errors import ConfigError, HubError, HubUnreachableError, ModelNotFoundError, ProcessLostError
 from saelens_lite.model.language_model import EMBEDDED, LanguageModel
+from saelens_lite.model.nicknames import hub_id
 from saelens_lite.model.processing import CENTER_WRITING_WEIGHTS
 from saelens_lite.model.spread import DeviceMap, check_device_map, placement, spreads
 from saelens_lite.paths import check_input, names_a_folder
@@ -34,7 +36,8 @@ def load_model(
     """Load a causal language model, frozen, in evaluation mode.
 
     Args:
-        name: "tiny" (embedded, no network), a local folder, or a Hugging Face Hub id such as "gpt2".
+        name: "tiny" (embedded, no network), a local folder, or a Hugging Face Hub id such as "gpt2". The short names of
+            transformer-lens, such as gpt2-small, stand for Hub ids.
         device: Default: CUDA if available, else MPS if it works, else the CPU.
         dtype: Number type of the weights: "float32", "bfloat16", "float16", "float64" or a torch.dtype. "auto" is float32,
             but on CUDA the checkpoint's own. A float32 checkpoint then has TF32 products in its forward passes on CUDA;
@@ -66,6 +69,8 @@ def load_model(
     local = Path(str(where)).is_dir()
     if not local and names_a_folder(name):
         raise ModelNotFoundError(f"no model folder at {name}; give a folder with config.json, a Hub id, or 'tiny'")
+    if not local:
+        name = where = hub_id(str(name))
     commit, only_cached = (revision, True) if local else _on_hub(str(name), revision)
     source = {"revision": revision, "local_files_only": only_cached, "trust_remote_code": bool(trust_remote_code)}
     device, number_type = chosen_device(device if is_spread else device or device_map), _number_type(dtype)  # type: ignore[arg-type]
@@ -106,8 +111,15 @@ def load_model(
     return lm.center_writing_weights_() if center_writing_weights else lm
 
 
-def model_of(
-    *origins: Origin,
+@runtime_checkable
+class HasOrigin(Protocol):
+    """A dictionary, or anything else that knows the origin of its activations."""
+
+    origin: Origin
+
+
+def model_for(
+    *dictionaries: HasOrigin,
     name: str | Path | None = None,
     revision: str | None = None,
     device: str | torch.device | None = None,
@@ -117,11 +129,11 @@ def model_of(
 ) -> LanguageModel:
     """Return the model that dictionaries were trained on, or the model called `name`, with the same weight processing.
 
-    The commit is that of the origins, unless `name` is another model or `revision` is given. An origin is read from a file.
-    So it cannot allow a model's code to run, and a local folder that it names is mentioned in the log.
+    The commit is that of the dictionaries' origins, unless `name` is another model or `revision` is given. An origin is read
+    from a file. So it cannot allow a model's code to run, and a local folder that it names is mentioned in the log.
 
     Args:
-        origins: The origins of the dictionaries. Without `name`, each must name the model.
+        dictionaries: Without `name`, each must name its model.
         device, dtype, device_map: See `load_model`.
 
     Raises:
@@ -129,10 +141,12 @@ def model_of(
             `trust_remote_code` is set without a name.
         ModelNotFoundError: see `load_model`.
     """
-    if name is None and not all(origin.model for origin in origins):
+    origins = [dictionary.origin for dictionary in dictionaries]
+    if name is None and not (origins and all(origin.model for origin in origins)):
         which = "this dictionary does" if len(origins) == 1 else "one of the dictionaries does"
         raise ConfigError(f"{which} not say which model it was trained on; give --model, or name= in Python")
-    places = list(dict.fromkeys((o.model, o.revision) for o in origins if o.model is not None and name in (None, o.model)))
+    known = [(_hub_id(o.model), o.revision) for o in origins if o.model is not None]
+    places = list(dict.fromkeys(place for place in known if name is None or place[0] == _hub_id(str(name))))
     named = ", ".join(model if commit is None else f"{model} at {commit}" for model, commit in places)
     if len({model for model, _ in places}) > 1:
         raise ConfigError(f"the dictionaries were trained on several models: {named}; name the one to use")
@@ -152,6 +166,11 @@ def model_of(
         trust_remote_code=trust_remote_code,
         device_map=device_map,
     )
+
+
+def _hub_id(name: str) -> str:
+    """Return the Hub id of a model, or the name of a local folder unchanged."""
+    return name if os.path.isdir(os.path.expanduser(name)) else hub_id(name)
 
 
 def _number_type(dtype: str | torch.dtype) -> str | torch.dtype:

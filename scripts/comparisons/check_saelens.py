@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from shared import Difference, run_peer
 
 import saelens_lite as sl
-from saelens_lite.model import model_of
+from saelens_lite.model import model_for
 
 PEER = """
 import sys
@@ -36,7 +36,7 @@ print(type(sae).__name__, sae.cfg.metadata.hook_name)
 def compare(folder: Path, peer_python: str) -> tuple[dict[str, object], bool]:
     """Return the differences from SAELens on 4096 activations of the dictionary's model, and whether they are small."""
     d = sl.load(folder)
-    lm = model_of(d.origin)
+    lm = model_for(d)
     pages = [page.text for page in sl.python_docs()][:64]
     x = lm.run(lm.to_tokens(pages), d.hook)[d.hook][:, 1:].flatten(0, 1)[:4096]
     codes = d.encode(x).to_dense()

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from shared import run_peer
 
 import saelens_lite as sl
-from saelens_lite.model import model_of
+from saelens_lite.model import model_for
 from saelens_lite.tokens import TokenRows, is_held_out, token_rows
 
 TOLERANCE = 1e-4
@@ -123,7 +123,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     dictionaries = [sl.load(folder) for folder in args.dictionaries]
-    lm = model_of(dictionaries[0].origin, device="cpu")
+    lm = model_for(dictionaries[0], device="cpu")
     rows = packed_rows(lm, args.rows)
     if len(rows.tokens) % args.batch_rows:
         raise SystemExit(f"{len(rows.tokens)} rows are no whole number of batches of {args.batch_rows}")

@@ -14,7 +14,7 @@ import sae_probes
 import torch
 
 import saelens_lite as sl
-from saelens_lite.model import model_of
+from saelens_lite.model import model_for
 from saelens_lite_plugins.judges.saeprobes import CHANCE
 
 
@@ -36,7 +36,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     trained = {str(folder): sl.load(folder) for folder in args.dictionaries}
     judged = trained | {f"{name}, untrained": untrained(d) for name, d in trained.items()}
-    lm = model_of(*(d.origin for d in trained.values()))
+    lm = model_for(*trained.values())
     names = sae_probes.DATASETS
     chosen = [names[i * len(names) // args.datasets] for i in range(args.datasets)]
     judge = sl.judge("saeprobes", datasets=chosen, ks=args.ks)
