@@ -117,7 +117,7 @@ SCALE = 0.37
 
 
 def whitening() -> dict[str, Tensor]:
-    """A mean, a matrix and its inverse, as SAELens writes them: float64."""
+    """Return a mean, a matrix and its inverse, as SAELens writes them: float64."""
     turn = torch.linalg.qr(normal(D_IN, D_IN, seed=30).double())[0]
     lengths = normal(D_IN, seed=31).double().abs() + 0.5
     matrix, inverse = turn * lengths, (turn / lengths).T
@@ -152,7 +152,7 @@ def case(rule, architecture, tensors, codes, x_hat, config, origin, exact=(), p=
 
 
 def settings_cases() -> dict[str, Case]:
-    """Settings of all versions, beside weights that need no change."""
+    """Return cases of the settings of all versions, beside weights that need no change."""
     p = parameters()
     four, plain = pick(p, *FOUR), functions(p, relu)
     tm = OLDEST | {"model_name": "gpt2", "model_class_name": "HookedTransformer", "hook_point": "blocks.0.hook_mlp_out"}
@@ -177,7 +177,7 @@ def settings_cases() -> dict[str, Case]:
 
 
 def scaled_cases() -> dict[str, Case]:
-    """Activations that are scaled or whitened before the dictionary, and back after it."""
+    """Return cases of activations that are scaled or whitened before the dictionary, and back after it."""
     p, white = parameters(), whitening()
     w = {name: tensor.double() for name, tensor in p.items()}
 
@@ -228,7 +228,7 @@ def scaled_cases() -> dict[str, Case]:
 
 
 def checkpoint_cases() -> dict[str, Case]:
-    """Checkpoints of a training in its own form."""
+    """Return cases of checkpoints of a training, in its own form."""
     p, white = parameters(), whitening()
     w = {name: tensor.double() for name, tensor in p.items()}
     theta, norms = torch.tensor(0.6, dtype=torch.float64), w["W_dec"].norm(dim=1)
