@@ -20,16 +20,19 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
+import foreign
+import foreign_ports
 import torch
-from foreign import CASES
 from hostile import damage
 
 import saelens_lite as sl
 from saelens_lite import formats, registry
 from saelens_lite.errors import SaelensLiteError
 
+CASES = foreign.CASES | foreign_ports.CASES
 BATCH = 100  # files a process reads
 SECONDS = 20
+Originals = dict[str, tuple[Path, Path]]  # a case's folder, and the place in it that is read
 
 
 def read(path: Path, format: str | None) -> str:
@@ -45,16 +48,16 @@ def read(path: Path, format: str | None) -> str:
     return "loaded"
 
 
-def attempt(originals: dict[str, Path], seed: int, where: Path) -> str:
+def attempt(originals: Originals, seed: int, where: Path) -> str:
     """Damage a copy of one case and read it."""
     name = sorted(originals)[seed % len(originals)]
-    case, copy = CASES.get(name), Path(tempfile.mkdtemp(dir=where)) / originals[name].name
-    (shutil.copytree if originals[name].is_dir() else shutil.copy)(originals[name], copy)
+    case, copy, (root, inside) = CASES.get(name), Path(tempfile.mkdtemp(dir=where)) / "files", originals[name]
+    shutil.copytree(root, copy)
     what = damage(copy, seed)
     signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
     signal.alarm(10 * SECONDS)
     try:
-        return read(copy, case.format if case and (case.pickled or seed % 3 == 0) else None)
+        return read(copy / inside, case.format if case and (case.pickled or seed % 3 == 0) else None)
     except BaseException:
         print(f"FAILED {name}, seed {seed}: {what}\n{traceback.format_exc(limit=-4)}", flush=True)
         return "failed"
@@ -64,7 +67,7 @@ def attempt(originals: dict[str, Path], seed: int, where: Path) -> str:
         shutil.rmtree(copy.parent)
 
 
-def child(originals: dict[str, Path], seeds: range, out: int) -> None:
+def child(originals: Originals, seeds: range, out: int) -> None:
     """Read a batch under limits; writes a letter a file: e, l or f."""
 
     def hang(*_: object) -> None:
@@ -89,8 +92,10 @@ def main() -> None:
         registry.load(name, "formats")
     totals, start, peak = Counter(), time.monotonic(), 0
     with tempfile.TemporaryDirectory() as folder:
-        originals = {name: case.write(Path(folder) / str(i)) for i, (name, case) in enumerate(CASES.items())}
-        originals["ours"] = sl.Dictionary.create("topk", reads=8, d_sae=16, options={"k": 2}).save(Path(folder) / "ours")
+        roots = {name: Path(folder) / str(i) for i, name in enumerate(CASES)} | {"ours": Path(folder) / "ours"}
+        originals = {name: (roots[name], case.write(roots[name]).relative_to(roots[name])) for name, case in CASES.items()}
+        sl.Dictionary.create("topk", reads=8, d_sae=16, options={"k": 2}).save(roots["ours"])
+        originals["ours"] = roots["ours"], Path()
         for first in range(args.seed, args.seed + args.n, BATCH):
             seeds = range(first, min(first + BATCH, args.seed + args.n))
             receiving, sending = os.pipe()

@@ -108,7 +108,7 @@ def test_models_of_gemma_scope_are_named_as_on_the_hub(stated, id, tmp_path):
 
 
 def change(file, **tensors):
-    """Replace tensors of a file; those that are None are removed."""
+    """Replace tensors of a file, or remove those given as None."""
     save_file({name: tensor for name, tensor in (load_file(file) | tensors).items() if tensor is not None}, file)
 
 
