@@ -191,7 +191,7 @@ def test_gates_and_thresholds_of_an_encoder_that_does_not_subtract_b_dec():
     codes = (linear + gates["b_gate"].double() > 0) * magnitude.clamp(min=0)
     d = sl.Dictionary.from_tensors(**t, **gates, rule="gated", subtract_b_dec=False).double()
     assert (d.encode(X).to_dense() - codes).abs().max() < 1e-6 * codes.max()
-    d = sl.Dictionary.from_tensors(**t, log_threshold=np.log(THETA.abs()), rule="jumprelu", subtract_b_dec=False).double()
+    d = sl.Dictionary.from_tensors(**t, log_threshold=THETA.abs().log(), rule="jumprelu", subtract_b_dec=False).double()
     codes = linear.clamp(min=0) * (linear > THETA.double().abs())
     assert (d.encode(X).to_dense() - codes).abs().max() < 1e-6 * codes.max()
 

@@ -35,7 +35,8 @@ NAMES = {  # the names of several tools, and whether they hold both matrices tra
 def written(path, names, transposed, extra=None):
     """Write the tensors under these names and return the file."""
     values = (W_ENC.T, B_ENC, W_DEC.T, B_DEC) if transposed else (W_ENC, B_ENC, W_DEC, B_DEC)
-    tensors = {name: x.contiguous() for name, x in zip(names, values, strict=True)} | (extra or {})
+    tensors = {name: x.contiguous() for name, x in zip(names, values, strict=True)}
+    tensors |= {name: x.clone() for name, x in (extra or {}).items()}
     if path.suffix == ".npz":
         np.savez(path, **{name: x.numpy() for name, x in tensors.items()})
     elif path.suffix == ".safetensors":

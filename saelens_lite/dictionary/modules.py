@@ -230,7 +230,7 @@ def _both(name: str) -> list[str]:
     return [AXES[name], " ".join(reversed(AXES[name].split()))]
 
 
-def _normalised(given: dict[str, Tensor], rules: list, settings: Mapping) -> Iterator[tuple[str, dict]]:
+def _normalised(given: dict[str, Tensor], rules: list, settings: Mapping[str, Any]) -> Iterator[tuple[str, dict]]:
     """Yield descriptions with a normalisation of each activation, and with codes in units of the decoder's norms."""
     plain = list(_plain(given, rules, settings))
     if not {"token_norm", "mean", "scale", "writes"} & settings.keys():
@@ -276,8 +276,8 @@ def _only(fitting: list[Trial], module: Any, x: Tensor, theirs: Recognised) -> A
     if len(fitting) > 1:
         said = "; ".join(trial.said for trial in fitting)
         raise ConfigError(
-            f"x does not decide between descriptions of {described(module)}: {said}. Give more activations, of the hook that it "
-            "was trained on, or say what holds, such as rule= or subtract_b_dec="
+            f"x does not decide between descriptions of {described(module)}: {said}. Give more activations, of the hook it was "
+            "trained on, or say what holds, such as rule= or subtract_b_dec="
         )
     (trial,) = fitting
     errors = ", ".join(f"{name} differ by {error:.1e}" for name, error in trial.errors.items())
