@@ -165,6 +165,61 @@ def test_directions_of_a_tied_rule_are_to_be_unit_vectors():
         sl.Dictionary.from_tensors(W_dec=2 * unit, d_in=D_IN, rule="matching_pursuit", options={"k": 2})
 
 
+MEAN, SCALE = normal(D_IN, seed=12) * 3, 0.25
+
+
+@pytest.mark.parametrize("scale", [None, SCALE, normal(D_IN, seed=13).abs() + 0.1])
+@pytest.mark.parametrize("mean", [None, MEAN, 2.0])
+@pytest.mark.parametrize("subtract", [None, True, False])
+def test_a_mean_is_subtracted_before_the_scale_and_then_b_dec(mean, scale, subtract, tmp_path):
+    t = state()
+    w = {name: tensor.double() for name, tensor in t.items()}
+    m, s = torch.as_tensor(0.0 if mean is None else mean).double(), torch.as_tensor(1.0 if scale is None else scale).double()
+    z = (X.double() - m) * s
+    codes = ((z if subtract is False else z - w["b_dec"]) @ w["W_enc"] + w["b_enc"]).clamp(min=0)
+    y = (codes @ w["W_dec"] + w["b_dec"]) / s + m
+    d = sl.Dictionary.from_tensors(**t, mean=mean, scale=scale, subtract_b_dec=subtract)
+    assert (d.double().encode(X).to_dense() - codes).abs().max() < 1e-6 * codes.max()
+    assert (d(X.double()) - y).abs().max() < 1e-6 * y.abs().max()
+
+
+def test_gates_and_thresholds_of_an_encoder_that_does_not_subtract_b_dec():
+    t = {name: tensor for name, tensor in state().items() if name != "b_enc"}
+    gates = {"b_gate": normal(D_SAE, seed=7), "r_mag": normal(D_SAE, seed=8) * 0.3, "b_mag": normal(D_SAE, seed=9)}
+    linear = X.double() @ t["W_enc"].double()
+    magnitude = linear * gates["r_mag"].double().exp() + gates["b_mag"].double()
+    codes = (linear + gates["b_gate"].double() > 0) * magnitude.clamp(min=0)
+    d = sl.Dictionary.from_tensors(**t, **gates, rule="gated", subtract_b_dec=False).double()
+    assert (d.encode(X).to_dense() - codes).abs().max() < 1e-6 * codes.max()
+    d = sl.Dictionary.from_tensors(**t, log_threshold=THETA.abs().log(), rule="jumprelu", subtract_b_dec=False).double()
+    codes = linear.clamp(min=0) * (linear > THETA.double().abs())
+    assert (d.encode(X).to_dense() - codes).abs().max() < 1e-6 * codes.max()
+
+
+def test_a_transcoder_may_subtract_b_dec_of_its_own_width():
+    t = state()
+    codes = pre(t).clamp(min=0)
+    d = sl.Dictionary.from_tensors(**t, hook="a", writes="b", subtract_b_dec=True).double()
+    assert (d.encode(X).to_dense() - codes).abs().max() < 1e-6 * codes.max()
+    assert (d.reads[0].hook, d.writes[0].hook) == ("a", "b")
+
+
+class LikeJax:
+    """An array that is known only by its conversion to numpy, as arrays of jax are."""
+
+    def __init__(self, x: torch.Tensor):
+        self.x = x
+
+    def __array__(self, dtype=None, copy=None):
+        return self.x.numpy().astype(dtype or np.float32)
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor.tolist, LikeJax, lambda x: x.numpy()[::1].astype(">f4")])
+def test_lists_and_other_arrays(kind):
+    d = sl.Dictionary.from_tensors(**{name: kind(tensor) for name, tensor in state().items()})
+    assert all(torch.equal(d.state_dict()[name], tensor) for name, tensor in state().items())
+
+
 def nan(shape: int) -> torch.Tensor:
     return torch.full((shape,), torch.nan)
 
@@ -197,6 +252,36 @@ def nan(shape: int) -> torch.Tensor:
         ({"rule": "gated"}, ConfigError, "of its own: b_gate, b_mag, r_mag; missing: b_gate.*; not expected: b_enc"),
         ({"rule": "topk", "options": {"kay": 3}}, ConfigError, "kay"),
         ({"rule": "top_k"}, PluginError, "did you mean topk"),
+        ({"mean": torch.zeros(9)}, ShapeError, r"mean has shape \(9,\); expected \(10,\)"),
+        ({"mean": nan(D_IN)}, NonFiniteError, "mean holds NaN"),
+        (
+            {"mean": 1.0, "writes": "b"},
+            ConfigError,
+            "for autoencoders, not for a dictionary with an output that is not its input",
+        ),
+        ({"scale": 2.0, "token_norm": "layer_norm"}, ConfigError, "not for a dictionary with a token_norm"),
+        ({"scale": 0.0}, ConfigError, "scale is 0; expected a number above 0"),
+        ({"scale": 1e-44}, NonFiniteError, "W_dec becomes NaN or infinite"),
+        ({"scale": torch.ones(2, 2)}, ShapeError, "scale has shape"),
+        ({"W_enc": torch.zeros(1, D_IN, D_SAE)}, ShapeError, r"W_enc has shape \(1, 10, 24\); expected a matrix"),
+        ({"W_enc": torch.zeros(D_IN, D_SAE, device="meta")}, ShapeError, "W_enc is a meta tensor"),
+        ({"W_enc": [[1.0, 2.0], [3.0]]}, ShapeError, "W_enc is a list; expected a tensor or an array of numbers"),
+        ({"b_enc": np.zeros(D_SAE, complex)}, ShapeError, "complex"),
+        ({"d_in": D_SAE}, ShapeError, r"d_in = 24; W_enc has shape \(10, 24\), W_dec \(24, 10\)|b_enc has 24 entries"),
+        ({"d_sae": 25}, ShapeError, "d_sae = 25"),
+        ({"hook": "a", "reads": "b"}, ConfigError, "both say what is read"),
+        (
+            {"axes": {"W_enc": "d_sae d_out"}},
+            ConfigError,
+            "axes of W_enc are 'd_sae d_out'; expected 'd_in d_sae' or 'd_sae d_in'",
+        ),
+        ({"axes": {"b_enc": "d_sae"}}, ConfigError, "axes are given for 'b_enc'"),
+        ({"axes": {"W_enc": "d_sae d_in"}}, ShapeError, "W_enc has shape"),
+        (
+            {"subtract_b_dec": True, "writes": "b", "W_dec": torch.ones(D_SAE, 7), "b_dec": torch.ones(7)},
+            ShapeError,
+            "width 10",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(change, error, reason):

@@ -253,8 +253,8 @@ class Dictionary(nn.Module):
                 tried; k is an attribute of the module or its settings.
             names: our name → theirs, for tensors whose names are not recognised, such as {"W_enc": "analysis"}.
             output: function of x that returns x_hat, if calling the module returns something else.
-            tolerance: largest error of an activation, relative to the root mean square norm. Rules with a jump may differ on 1 %
-                of the activations, because pre-activations may be nearly equal; a warning is logged then.
+            tolerance: largest error of an activation, relative to the root mean square norm. Rules with a jump may differ on
+                1 % of the activations, because pre-activations may be nearly equal; a warning is logged then.
             hook, settings: other arguments of `from_tensors`, such as mean= and writes=.
 
         Raises:

@@ -71,15 +71,17 @@ def dictionary_of_module(
     theirs = _recognised(tensors, names)
     given = {ours: tensors[name] for ours, name in theirs.names.items() if ours != "k"}
     wanted = _output_of(module, x, given, output)
+    rules = _rules(module, tensors, theirs, rule, options)
     trials, refusals = [], []
     for stage in (_plain, _normalised):
-        for said, tried in stage(given, _rules(module, tensors, theirs, rule, options), settings, wanted):
+        for said, tried in stage(given, rules, settings):
             try:
                 dictionary = cls.from_tensors(**{"d_in": x.shape[1], **tried, **settings})
             except SaelensLiteError as error:
                 refusals.append(f"{said}: {error}")
             else:
-                trials.append(_tried(said, dictionary, x, wanted))
+                trial = _tried(said, dictionary, x, wanted)
+                trials.append(trial if trial.error <= tolerance else trial._replace(dictionary=None))
         fitting = [trial for trial in trials if trial.error <= tolerance]
         if fitting:
             return _only(fitting, module, x, theirs)
@@ -110,13 +112,11 @@ def _recognised(tensors: Mapping[str, Tensor], names: Mapping[str, str] | None) 
     """Return the module's tensors by our names. If there is one matrix only, it is both encoder and decoder."""
     try:
         theirs = recognise(tensors, names)
-    except ConfigError:
+    except ConfigError as error:
         try:
             theirs = recognise(tensors, names, needed="W_enc")
         except ConfigError:
-            theirs = None
-        if theirs is None:
-            raise
+            raise error from None
     for one, other in (("W_enc", "W_dec"), ("W_dec", "W_enc")):
         if one in theirs.names and other not in theirs.names:
             theirs.names[other] = theirs.names[one]
@@ -212,7 +212,7 @@ def _numbers(module: Any) -> set[int]:
     return values
 
 
-def _plain(given: dict[str, Tensor], rules: list, settings: Mapping[str, Any], wanted: Output) -> Iterator[tuple[str, dict]]:
+def _plain(given: dict[str, Tensor], rules: list, settings: Mapping[str, Any]) -> Iterator[tuple[str, dict]]:
     """Yield descriptions of a module, in words and as arguments of `from_tensors`."""
     b_dec = given.get("b_dec")
     either = [True, False] if b_dec is not None and bool((b_dec != 0).any()) and "subtract_b_dec" not in settings else [None]
@@ -230,11 +230,9 @@ def _both(name: str) -> list[str]:
     return [AXES[name], " ".join(reversed(AXES[name].split()))]
 
 
-def _normalised(
-    given: dict[str, Tensor], rules: list, settings: Mapping[str, Any], wanted: Output
-) -> Iterator[tuple[str, dict]]:
+def _normalised(given: dict[str, Tensor], rules: list, settings: Mapping[str, Any]) -> Iterator[tuple[str, dict]]:
     """Yield descriptions with a normalisation of each activation, and with codes in units of the decoder's norms."""
-    plain = list(_plain(given, rules, settings, wanted))
+    plain = list(_plain(given, rules, settings))
     if not {"token_norm", "mean", "scale", "writes"} & settings.keys():
         for norm in ("layer_norm", "constant_norm"):
             yield from ((f"{words}, token_norm={norm!r}", {**said, "token_norm": norm}) for words, said in plain)
@@ -278,8 +276,8 @@ def _only(fitting: list[Trial], module: Any, x: Tensor, theirs: Recognised) -> A
     if len(fitting) > 1:
         said = "; ".join(trial.said for trial in fitting)
         raise ConfigError(
-            f"x does not decide between descriptions of {described(module)}: {said}. Give more activations, of the hook that it "
-            "was trained on, or say what holds, such as rule= or subtract_b_dec="
+            f"x does not decide between descriptions of {described(module)}: {said}. Give more activations, of the hook it was "
+            "trained on, or say what holds, such as rule= or subtract_b_dec="
         )
     (trial,) = fitting
     errors = ", ".join(f"{name} differ by {error:.1e}" for name, error in trial.errors.items())

@@ -14,8 +14,52 @@ saelens-lite inspect runs/topk/dictionary
 ```
 
 If a format cannot hold a dictionary, writing raises an error that says what would be lost. Pickles (dictionary_learning,
-OpenAI, hook_z) are read only on request (`format="openai"`), and only their tensors. For tensors in no known format, use
-`sl.Dictionary.from_tensors(W_enc=…, W_dec=…, b_enc=…, b_dec=…, rule="topk", options={"k": 32})`.
+OpenAI, hook_z) are read only on request (`format="openai"`), and only their tensors.
+
+**Tensors of your own.** A torch state dict in either orientation, arrays of numpy or jax, and lists become a dictionary by
+`sl.Dictionary.from_tensors`. Sizes decide which axis is which; if they do not, an error says what to add.
+
+```python
+import numpy as np, torch
+W_enc, b_enc, W_dec, b_dec = torch.randn(16, 64), torch.randn(64), torch.randn(64, 16), torch.randn(16)
+
+own = sl.Dictionary.from_tensors(W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=b_dec, rule="topk", options={"k": 8})
+
+layers = torch.nn.ModuleDict({"encoder": torch.nn.Linear(16, 64), "decoder": torch.nn.Linear(64, 16)}).state_dict()
+own = sl.Dictionary.from_tensors(
+    W_enc=layers["encoder.weight"], b_enc=layers["encoder.bias"], W_dec=layers["decoder.weight"], b_dec=layers["decoder.bias"],
+    subtract_b_dec=False,  # h = x W_enc + b_enc
+)
+
+arrays = {"W_enc": W_enc.numpy(), "b_enc": b_enc.numpy(), "W_dec": W_dec.numpy(), "threshold": np.full(64, 0.5)}
+own = sl.Dictionary.from_tensors(**arrays, rule="jumprelu", mean=x.mean(0), scale=0.5, hook="blocks.1.hook_resid_pre")
+```
+
+If the code of the other tool is at hand, `sl.Dictionary.from_module(module, x)` finds out what it does with its tensors, and
+returns the dictionary only if it reproduces the module's own output on activations x.
+
+```python
+class TheirModule(torch.nn.Module):  # such as OpenAI's
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = torch.nn.Linear(16, 64, bias=False), torch.nn.Linear(64, 16, bias=False)
+        self.pre_bias, self.latent_bias, self.k = torch.nn.Parameter(b_dec), torch.nn.Parameter(b_enc), 8
+
+    def forward(self, x):
+        top = (self.encoder(x - self.pre_bias) + self.latent_bias).relu().topk(self.k)
+        codes = torch.zeros(len(x), 64).scatter(1, top.indices, top.values)
+        return self.decoder(codes) + self.pre_bias
+
+own = sl.Dictionary.from_module(TheirModule(), x[:500], hook="blocks.1.hook_resid_pre")
+```
+
+A file of such tensors (safetensors, npz or .pt, of which only tensors are read) loads by `format="state_dict"`, if their names
+are usual ones:
+
+```python
+torch.save(layers, "theirs.pt")
+own = sl.load("theirs.pt", format="state_dict", rule="topk", options={"k": 8}, subtract_b_dec=False)
+```
 
 **A format of your own.** A format is a class:
 
