@@ -685,6 +685,8 @@ def circuit_tracer_cases() -> dict[str, Case]:
     }
 
 
+from foreign_scopes import scope_cases  # noqa: E402 — it imports the functions above
+
 CASES = (
     saelens_cases()
     | sparsify_cases()
@@ -693,6 +695,7 @@ CASES = (
     | gemma_scope_cases()
     | llamascopium_cases()
     | circuit_tracer_cases()
+    | scope_cases()
 )
 
 

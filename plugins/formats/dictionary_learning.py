@@ -72,7 +72,8 @@ class DictionaryLearning(Format):
     def detect(self, path: Path) -> bool:
         file = find_file(path, WEIGHTS)
         held = strings_in_pickle(file) if file else set()
-        return any(any(name == key or name.endswith(f".{key}") for name in held) for key in ("decoder.weight", "W_dec")) and (
+        held = {name.removeprefix(f"{name.partition('.')[0]}.") for name in held} | held  # it may be one level deeper
+        return ("decoder.weight" in held or {"W_dec", "threshold"} <= held) and (
             "latent_bias" not in held and (file.parent / CONFIG).is_file()
         )
 

@@ -46,7 +46,7 @@ from saelens_lite.files import file_size, is_zip, read_json, write_json, write_t
 from saelens_lite.formats.containers import TensorFile, TorchFile, open_tensors, strings_in_pickle, tensor_names
 from saelens_lite.formats.contract import Format
 from saelens_lite.formats.detection import format_of
-from saelens_lite.formats.hooks import fill_layer, hook_of_module
+from saelens_lite.formats.hooks import fill_layer, hook_of_module, match_in_path
 from saelens_lite.formats.known import Known
 from saelens_lite.formats.outline import AXES, Outline
 from saelens_lite.formats.reading import find_file, inspect, read
@@ -70,6 +70,7 @@ __all__ = [
     "hook_of_module",
     "inspect",
     "is_zip",
+    "match_in_path",
     "open_tensors",
     "read",
     "read_json",
