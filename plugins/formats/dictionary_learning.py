@@ -72,8 +72,11 @@ class DictionaryLearning(Format):
     def detect(self, path: Path) -> bool:
         file = find_file(path, WEIGHTS)
         held = strings_in_pickle(file) if file else set()
-        held = {name.removeprefix(f"{name.partition('.')[0]}.") for name in held} | held  # it may be one level deeper
-        return ("decoder.weight" in held or {"W_dec", "threshold"} <= held) and (
+
+        def holds(key: str) -> bool:
+            return any(name == key or name.endswith(f".{key}") for name in held)
+
+        return (holds("decoder.weight") or (holds("W_dec") and holds("threshold"))) and (
             "latent_bias" not in held and (file.parent / CONFIG).is_file()
         )
 

@@ -14,8 +14,8 @@ saelens-lite inspect runs/topk/dictionary
 ```
 
 If a format cannot hold a dictionary, writing raises an error that says what would be lost. Pickles (dictionary_learning,
-OpenAI) are read only on request (`format="openai"`), and only their tensors. For tensors in no known format, use
-`sl.Dictionary.from_tensors(W_enc=…, W_dec=…, b_enc=…, b_dec=…, rule="topk", options={"k": 32})`.
+OpenAI, Qwen-Scope, Goodfire) are read only on request (`format="openai"`), and only their tensors. For tensors in no known
+format, use `sl.Dictionary.from_tensors(W_enc=…, W_dec=…, b_enc=…, b_dec=…, rule="topk", options={"k": 32})`.
 
 **A format of your own.** A format is a class:
 
