@@ -687,6 +687,7 @@ def circuit_tracer_cases() -> dict[str, Case]:
 
 from foreign_practice import PRACTICE  # noqa: E402 (they use the parts above)
 from foreign_saelens import SAELENS  # noqa: E402
+from foreign_scopes import scope_cases  # noqa: E402
 
 CASES = (
     saelens_cases()
@@ -698,6 +699,7 @@ CASES = (
     | circuit_tracer_cases()
     | SAELENS
     | PRACTICE
+    | scope_cases()
 )
 
 

@@ -1,11 +1,15 @@
 """Damage to files: what accidents and malice do to the files of `foreign`, at random from a seed."""
 
+import io
 import json
+import pickle
 import random
 import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
+MARKER = "was-executed"  # a file that hostile pickles would make
 NUMBERS = [0, -1, 1, 7, 2**31, 2**63, 10**30, 0.5, -0.0, float("nan"), float("inf")]
 STRINGS = ["", "x", "10", "float16", "../x", "F32", "BOOL", "cfg.json", "\x00" * 9]
 VALUES: list[Any] = [None, True, False, *NUMBERS, *STRINGS, [], {}, [1, 2], [-1, 10], [2**40, 2**40], {"k": 3}, [[[[[]]]]]]
@@ -85,6 +89,54 @@ def edit(file: Path, rng: random.Random) -> None:
         flip(file, rng)
 
 
+def repickle(file: Path, rng: random.Random) -> None:
+    """Change the pickle in a PyTorch file, or a stored tensor, with correct checksums. Other files: as `edit`."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            held = {member.filename: archive.read(member) for member in archive.infolist()}
+    except Exception:  # any error of zipfile on a damaged file
+        held = {}
+    pickles = [name for name in held if name.endswith(".pkl") and held[name]]
+    if not pickles:
+        edit(file, rng)
+        return
+    name = pickles[0] if rng.random() < 0.8 else rng.choice(sorted(held))
+    held[name] = _pickle(held[name], rng) if name == pickles[0] else held[name][: rng.randrange(len(held[name]) + 1)]
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for inner, content in held.items():
+            archive.writestr(inner, content)
+    file.write_bytes(buffer.getvalue())
+
+
+class Call:
+    """An object whose pickle calls a function when it is loaded."""
+
+    def __init__(self, *call: Any):
+        self.call = call
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        function, *arguments = self.call
+        return function, tuple(arguments)
+
+
+def _pickle(content: bytes, rng: random.Random) -> bytes:
+    """Return another pickle: changed bytes or names, a call before the tensors, or only a call."""
+    how = rng.random()
+    if how < 0.4:
+        changed = bytearray(content)
+        for _ in range(rng.choice((1, 2, 8))):
+            changed[rng.randrange(len(changed))] = rng.randrange(256)
+        return bytes(changed)
+    if how < 0.6:  # a number or name of the state dict, of the same length
+        old, new = rng.choice(((b"weight", b"weighs"), (b"W_dec", b"W_enc"), (b"bias", b"bits"), (b"Float", b"Short")))
+        return content.replace(old, new)
+    call = pickle.dumps(
+        rng.choice((Call(open, MARKER, "w"), Call(eval, f"open({MARKER!r}, 'w')"), Call(bytearray, 1 << 40))), 2
+    )
+    return call if how < 0.8 else call[:-1] + b"0" + content[2:]  # its result is dropped, and the tensors follow
+
+
 def _edited(value: Any, rng: random.Random) -> Any:
     """Return a copy with one change at a random depth."""
     if isinstance(value, dict) and value and rng.random() < 0.9:
@@ -100,4 +152,4 @@ def _edited(value: Any, rng: random.Random) -> Any:
     return rng.choice(VALUES)
 
 
-ACTS = (flip, flip, truncate, extend, splice, remove, nest, edit, edit, edit, edit, edit)
+ACTS = (flip, flip, truncate, extend, splice, remove, nest, repickle, repickle, edit, edit, edit, edit, edit)

@@ -405,7 +405,7 @@ def test_settings_that_are_no_json_do_not_keep_a_dictionary_from_being_saved(tmp
 
 def test_a_folder_that_holds_nothing_known(tmp_path):
     (tmp_path / "empty").mkdir()
-    names = "circuit_tracer, dictionary_learning, gemma_scope, llamascopium, openai, saelens, sparsify"
+    names = ", ".join(sorted(registry.names("formats")))
     with pytest.raises(CorruptFileError, match=rf"cfg\.json is missing; .* meant\? .*{names}"):
         sl.load(tmp_path / "empty")
     (tmp_path / "text").write_text("no dictionary")

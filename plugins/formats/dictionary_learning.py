@@ -91,7 +91,11 @@ class DictionaryLearning(Format):
     def detect(self, path: Path) -> bool:
         file = find_file(path, WEIGHTS)
         held = strings_in_pickle(file) if file else set()
-        return any(any(name == key or name.endswith(f".{key}") for name in held) for key in ("decoder.weight", "W_dec")) and (
+
+        def holds(key: str) -> bool:
+            return any(name == key or name.endswith(f".{key}") for name in held)
+
+        return (holds("decoder.weight") or (holds("W_dec") and holds("threshold"))) and (
             "latent_bias" not in held and _is_trainers(_config_of(file))
         )
 

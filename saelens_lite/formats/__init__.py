@@ -14,7 +14,7 @@ saelens-lite inspect runs/topk/dictionary
 ```
 
 If a format cannot hold a dictionary, writing raises an error that says what would be lost. Pickles (dictionary_learning,
-OpenAI, hook_z) are read only on request (`format="openai"`), and only their tensors.
+OpenAI, Qwen-Scope, Goodfire, hook_z, …) are read only on request (`format="openai"`), and only their tensors.
 
 **Tensors of your own.** A torch state dict in either orientation, arrays of numpy or jax, and lists become a dictionary by
 `sl.Dictionary.from_tensors`. Sizes decide which axis is which; if they do not, an error says what to add.
@@ -90,7 +90,7 @@ from saelens_lite.files import file_size, is_zip, read_json, write_json, write_t
 from saelens_lite.formats.containers import JoinedFiles, TensorFile, TorchFile, open_tensors, strings_in_pickle, tensor_names
 from saelens_lite.formats.contract import Format
 from saelens_lite.formats.detection import format_of
-from saelens_lite.formats.hooks import fill_layer, hook_of_module
+from saelens_lite.formats.hooks import fill_layer, hook_of_module, match_in_path
 from saelens_lite.formats.known import Known
 from saelens_lite.formats.outline import AXES, Outline
 from saelens_lite.formats.reading import find_file, inspect, read
@@ -116,6 +116,7 @@ __all__ = [
     "hook_of_module",
     "inspect",
     "is_zip",
+    "match_in_path",
     "open_tensors",
     "read",
     "read_json",

@@ -87,3 +87,8 @@ def fill_layer(path: Path, hook: str | None, layer: int | None) -> str | None:
             f"{path}: the hook {hook!r} has a placeholder that the settings do not fill; write the layer's number there"
         )
     return filled
+
+
+def match_in_path(path: Path, pattern: str) -> re.Match[str] | None:
+    """Return the match of a pattern in the name of a file or of a folder that it is in, the nearest first; else None."""
+    return next((match for name in reversed(path.absolute().parts) if (match := re.search(pattern, name))), None)

@@ -15,6 +15,7 @@ class Known(FrozenConfig):
     processing: tuple[str, ...] = Field((), description="Changes made to the model's weights when it was loaded; see Origin.")
     prepend_bos: bool | None = Field(None, description="True if each row began with the BOS token.")
     n_ctx: int | None = Field(None, description="Tokens in a row.")
+    k: int | None = Field(None, description="Codes of a token, for a top-k rule whose files do not state k.")
     token_norm: str | None = Field(None, description="layer_norm or constant_norm of each activation.")
     scale: float | None = Field(
         None, gt=0, description="Factor of the activations, for settings that ask for one and do not state it."
