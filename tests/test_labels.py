@@ -238,8 +238,11 @@ def test_labels_of_another_dictionary_are_refused(d, folder, caplog):
 
 @pytest.mark.parametrize("own", [None, "", "../../etc", "a/b/c", "https://evil.example/x", 3, ["a/b"]])
 def test_a_dictionary_without_a_valid_id_needs_a_source(own):
-    with pytest.raises(ConfigError, match="does not say its Neuronpedia id"):
-        sl.labels.from_neuronpedia(dictionary(own))
+    d = dictionary(own)
+    for read_from in (d.training_record["read_from"], [own], own):
+        d.training_record["read_from"] = read_from
+        with pytest.raises(ConfigError, match="does not say its Neuronpedia id"):
+            sl.labels.from_neuronpedia(d)
 
 
 DAMAGED = {

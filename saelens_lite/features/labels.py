@@ -123,7 +123,8 @@ def from_neuronpedia(dictionary: Dictionary, source: str | Path | None = None) -
         HubNotFoundError: Neuronpedia has no explanations of this dictionary.
         HubUnreachableError: the server cannot be reached.
     """
-    own = (dictionary.training_record.get("read_from") or {}).get("neuronpedia")
+    read_from = dictionary.training_record.get("read_from")  # may be a stranger's
+    own = read_from.get("neuronpedia") if isinstance(read_from, dict) else None
     own = neuronpedia_id(own) if isinstance(own, str) else None
     if source is None and own is None:
         raise ConfigError(

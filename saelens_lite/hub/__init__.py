@@ -2,8 +2,8 @@
 
 ```py
 d = sl.load("gpt2-small-res-jb/blocks.8.hook_resid_pre")  # release/id; SAELens's names work unchanged
-print(d.training_record["read_from"])  # where it comes from, its commit, license and Neuronpedia id
-lm = sl.model_for(d)  # the model that it was trained on, with the settings that it wants
+print(d, d.source, d.origin)  # its rule and hooks; where it comes from, with the commit; its model and the settings it wants
+lm = sl.model_for(d)  # the model that it was trained on, with the weights processed as in training
 print(sl.check_hook(d, lm, "python-docs:held-out"))  # FVU and L0 at its hook, beside those of neighbours
 report = sl.evaluate(d, lm, "python-docs:held-out")  # a short form of the check comes first
 labels = sl.labels.from_neuronpedia(d)  # labels[123], labels[123].author, labels.search("license")
@@ -16,7 +16,8 @@ saelens-lite label store --neuronpedia gpt2-small/8-res-jb      # labels for a f
 
 `sl.find(model="gpt2", hook="resid")`, or `saelens-lite find gpt2 --hook resid`, searches an index that comes with the package,
 so it needs no network; `online=True` also asks the Hub. A dictionary that is not in the index loads by its address,
-hf://user/repo/folder@revision, or from a local folder or file.
+hf://user/repo/folder@revision, or from a local folder or file. If one folder of a repository has many dictionaries, the address
+hf://user/repo/layer_3.safetensors fetches that file and its settings.
 
 **Fifteen families.** Each name below loads as it stands. `sl.find` lists the other layers, widths and sparsities.
 
@@ -57,7 +58,8 @@ d = sl.Dictionary.from_module(module, x)  # checks the dictionary against the mo
 d = sl.load("weights.pt", format="state_dict", rule="topk", options={"k": 32})  # also .safetensors and .npz
 ```
 
-Both orientations of a matrix are recognised by its shape. If d_in equals d_sae, say which it is.
+Matrices may be transposed: their shapes decide. Where they do not, as in a square matrix, `axes=` is needed. If your encoder
+does not subtract b_dec from its input, say `subtract_b_dec=False`.
 
 **Labels.** `sl.labels.from_neuronpedia(d)` reads the public explanation files of the dictionary's Neuronpedia id. They were
 written by a language model, whose name is `labels[123].author`; different layers of a release may have different authors. Give
