@@ -20,6 +20,10 @@ as it was. Pushing the same again sends nothing. `sl.pull("user/repo", "blocks.2
 hf://user/repo/folder@revision fetch one dictionary, or take it from the local cache if it was fetched before. SAELens loads
 published dictionaries from the same address if it has an architecture for the rule.
 
+A repository with many dictionaries in one folder has addresses of single files: `hf://user/repo/layer_3.safetensors` fetches
+that file and its settings. The dictionaries of public releases load by name, and `sl.model_for` loads their model with the
+weights processed as in training: `d = sl.load("gpt2-small-res-jb/blocks.8.hook_resid_pre")`, `lm = sl.model_for(d)`.
+
 Log in with `hf auth login`. The token goes to the Hub and nowhere else. The Hub's answers are checked before they are used,
 and every request is limited in size and time.
 """

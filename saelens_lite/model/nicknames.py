@@ -2,7 +2,14 @@
 
 from functools import cache
 
-UNCHANGED = ("tiny", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")  # the embedded model, and Hub ids without an owner
+UNCHANGED = (
+    "tiny",
+    "gpt2",
+    "gpt2-medium",
+    "gpt2-large",
+    "gpt2-xl",
+    "distilgpt2",
+)  # the embedded model, and Hub ids without an owner
 NICKNAMES = {  # beside transformer-lens's own
     "gpt2-small": "gpt2",
     "llama-3-8b": "meta-llama/Meta-Llama-3-8B",

@@ -128,7 +128,9 @@ def main() -> None:
         for entry in entries:
             before = {path for path in cache.rglob("*") if path.is_file() and "snapshots" in path.parts}
             fetched = fetch(entry.name)
-            snapshot = next(one for one in fetched.path.parents if one.parent.name == "snapshots") if entry.path else fetched.path
+            snapshot = (
+                next(one for one in fetched.path.parents if one.parent.name == "snapshots") if entry.path else fetched.path
+            )
             new = {path for path in cache.rglob("*") if path.is_file() and "snapshots" in path.parts} - before
             needed = {snapshot / path for path in made[entry.name].files}
             is_right = new <= needed | {snapshot / "README.md"} and all(path.is_file() for path in needed)
