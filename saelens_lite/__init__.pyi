@@ -22,6 +22,7 @@ from .features.compare import compare as compare
 from .features.compare import stability as stability
 from .features.exporters import Exporter as Exporter
 from .features.exporters import ExporterConfig as ExporterConfig
+from .find_releases import find as find
 from .formats import Format as Format
 from .hub import pull as pull
 from .hub import push as push

@@ -1,10 +1,10 @@
 """The index of public dictionaries: find them, and learn what their files do not state.
 
-`data/releases.toml` describes releases by templates; `scripts/releases.py` writes it. A table of the file is a release. Its keys
-are fields of `Entry`, and `rows` lists what its dictionaries do not share. A row is a list of name=values, where several values,
-separated by commas, give one dictionary each: «layer=0-2 width=16k,65k» describes six. 1-3 is 1,2,3 and 5*3 is 5,5,5.
-«l0@layer=…» has one value for each layer, in their order. A row that ends with a colon begins each row below it, up to the next
-one with a colon. A name in braces stands for its value: «layer_{layer}/width_{width}».
+`data/releases.toml` describes releases by templates; `scripts/releases.py` writes it. A table of the file is a release. Its
+keys are fields of `Entry`, and `rows` lists what its dictionaries do not share. A row is a list of name=values, where several
+values, separated by commas, give one dictionary each: «layer=0-2 width=16k,65k» describes six. 1-3 is 1,2,3 and 5*3 is 5,5,5.
+«l0@layer=…» has one value for each layer, in their order. A row that ends with a colon begins each row below it, up to the
+next one with a colon. A name in braces stands for its value: «layer_{layer}/width_{width}».
 
 A table whose name has braces describes several releases: one for each combination that its `where` lists, in the form of rows.
 """
@@ -38,7 +38,7 @@ class Entry(NamedTuple):
     repo: str
     path: str
     format: str  # name of the format plugin that reads it
-    model: str  # Hub id
+    model: str | None  # Hub id
     hook: str | None = None
     target: str | None = None
     width: int | None = None  # number of latents
@@ -55,8 +55,8 @@ class Entry(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The name that `sl.load` takes, release/id."""
-        return f"{self.release}/{self.id}"
+        """The name that `sl.load` takes: release/id, or the address of a repository that is not in the index."""
+        return f"{self.release}/{self.id}" if self.release else f"hf://{self.repo}"
 
     @property
     def known(self) -> "Known":
@@ -77,12 +77,22 @@ class Entry(NamedTuple):
 def entries() -> Iterator[Entry]:
     """Return all dictionaries of the index, release by release."""
     for release in _releases():
-        yield from _expanded(release).values()
+        yield from of_release(release)
 
 
 def releases() -> list[str]:
     """Return the names of all releases."""
     return list(_releases())
+
+
+def of_release(release: str) -> Iterator[Entry]:
+    """Return the dictionaries of one release."""
+    yield from _expanded(release).values()
+
+
+def repositories() -> set[str]:
+    """Return the repositories of all releases."""
+    return set(_by_repo())
 
 
 def entry(name: str) -> Entry | None:
@@ -138,9 +148,13 @@ _NUMBERS = {"width": width_of, "l0": float, "scale": float}
 
 @cache
 def _releases() -> dict[str, dict[str, Any]]:
-    """Return the tables of the file, one for each release."""
+    return parsed(files("saelens_lite").joinpath(FILE).read_text(encoding="utf-8"))
+
+
+def parsed(text: str) -> dict[str, dict[str, Any]]:
+    """Return the tables of an index, one for each release."""
     releases = {}
-    for name, table in tomllib.loads(files("saelens_lite").joinpath(FILE).read_text(encoding="utf-8")).items():
+    for name, table in tomllib.loads(text).items():
         for values in _combinations(table.pop("where", [""])):
             releases[_filled(name, values)] = {key: _filled(value, values) for key, value in table.items()} if values else table
     return releases

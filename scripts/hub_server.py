@@ -160,6 +160,7 @@ class Hub:
     """The server's state: repositories, stored large files, accounts, faults to come, and the requests that came."""
 
     def __init__(self) -> None:
+        self.labels: dict[str, tuple[str, ...]] = {}  # tags of repositories, for searches
         self.repositories: dict[str, Repository] = {}
         self.storage: dict[str, bytes] = {}  # large files by sha256
         self.accounts: dict[str, Account] = {}
@@ -243,6 +244,11 @@ class Hub:
         return Answer.json(
             content | {"siblings": siblings, "downloads": 0, "likes": 0, "createdAt": DATE, "lastModified": DATE}
         )
+
+    def models(self, query: dict[str, str], **_: Any) -> Answer:
+        """List the repositories whose labels the test has set and that carry the label asked for."""
+        named = [name for name, labels in self.labels.items() if query.get("filter") in labels]
+        return Answer.json([{"_id": "1", "id": name, "modelId": name, "tags": list(self.labels[name])} for name in named])
 
     def tree(
         self, account: Account | None, name: str, revision: str, query: dict[str, str], within: str = "", **_: Any
@@ -380,6 +386,7 @@ ROUTES: list[tuple[str, str, Callable[..., Answer]]] = [
     ("GET", r"/api/whoami-v2", Hub.whoami),
     ("POST", r"/api/repos/create", Hub.create_repo),
     ("POST", r"/api/validate-yaml", Hub.validate_yaml),
+    ("GET", r"/api/models", Hub.models),
     ("GET", rf"/api/models/{NAME}", Hub.info),
     ("GET", rf"/api/models/{NAME}/revision/(?P<revision>[^/]+)", Hub.info),
     ("GET", rf"/api/models/{NAME}/tree/(?P<revision>[^/]+)(/(?P<within>.+))?", Hub.tree),

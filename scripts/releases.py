@@ -1,8 +1,8 @@
 """Write the index of public dictionaries, saelens_lite/data/releases.toml, from public facts.
 
-Two sources: the registry file of SAELens (names, repositories, paths, L0 and Neuronpedia ids), and `OTHERS` below, releases that
-the registry does not have. Facts that the registry does not state (hooks, Hub ids of models, rules, licences) are in `FAMILIES`
-and `facts_of`. `saelens_lite/releases.py` explains the file. The same registry gives the same bytes.
+Two sources: the registry file of SAELens (names, repositories, paths, L0 and Neuronpedia ids), and `OTHERS` below, releases
+that the registry does not have. Facts that neither states for each dictionary (hooks, Hub ids of models, rules, licences) are
+in `FAMILIES` and `facts_of`. `saelens_lite/releases.py` explains the file. The same registry gives the same bytes.
 
     pip download sae-lens==6.54.12 --no-deps && unzip -o sae_lens-*.whl sae_lens/pretrained_saes.yaml
     python scripts/releases.py sae_lens/pretrained_saes.yaml
@@ -15,7 +15,7 @@ import argparse
 import json
 import re
 from collections.abc import Iterable, Sequence
-from itertools import groupby, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,7 @@ import yaml
 import saelens_lite.releases as index
 
 OUT = Path(index.__file__).parent / index.FILE
-HEAD = """# Public dictionaries, one table per release; saelens_lite/releases.py explains the form. Written by scripts/releases.py.
-"""
+HEAD = "# Public dictionaries; saelens_lite/releases.py explains the form. Written by scripts/releases.py.\n"
 # Parts of ids, paths and Neuronpedia ids that differ within a release. The group of each pattern names the part.
 PARTS = [
     *(r"blocks\.(?P<layer>\d+)\.", r"(?<![a-z])layer_?(?P<layer>\d+)", r"^l(?P<layer>\d+)[arm]_", r"/L(?P<layer>\d+)R$"),
@@ -79,12 +78,12 @@ SITES = {  # of Gemma Scope, by the end of the repository's name and by the fold
 }
 L1, JUMP, TOPK, BATCH, MATRYOSHKA = ({"rule": rule} for rule in ("l1", "jumprelu", "topk", "batch_topk", "matryoshka"))
 CENTRED = {"processing": ["center_writing_weights"]}
-# Facts about single releases, by the beginning of their names; all that fit are used.
+# Facts about single releases, by the beginning of their names ($ is the end); all that fit are used.
 RELEASES: dict[str, dict[str, Any]] = {
-    "gpt2-small-res-jb": L1 | {"license": "MIT"},
+    "gpt2-small-res-jb$": {"width": 24576},
+    "gpt2-small-res-jb": L1,
     "gpt2-small-mlp-tm": L1 | {"width": 24576},
     "gpt2-small-res_s": L1,
-    "gpt2-small-hook-z-kk": {},
     "mistral-7b-res-wg": L1 | {"width": 65536, "token_norm": "constant_norm"},
     "pythia-70m-deduped-": L1 | {"width": 32768},
     "gemma-2b-": L1 | {"width": 16384},
@@ -99,8 +98,8 @@ RELEASES: dict[str, dict[str, Any]] = {
     "sae_bench_pythia70m_sweep_topk": TOPK,
     "saebench_gemma-2-2b": MATRYOSHKA,
     "llama-3.1-8b-instruct-andyrdt": BATCH | {"width": 131072},
-    "qwen2.5-7b-instruct-andyrdt": BATCH | {"width": 131072},
-    "gpt-oss-20b-andyrdt": BATCH | {"width": 131072},
+    "qwen2.5-7b-instruct-andyrdt": BATCH,
+    "gpt-oss-20b-andyrdt": BATCH,
     "gemma-scope-9b-it-res": {"model": "google/gemma-2-9b-it"},
 }
 PYTHIA, LLAMA_3, LLAMA_32 = "EleutherAI/pythia-70m", "meta-llama/Meta-Llama-3-8B", "meta-llama/Llama-3.2-1B"
@@ -129,7 +128,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         f"llama_scope_lxtc_{times}x": {
             **{"repo": f"fnlp/Llama3_1-8B-Base-LXTC-{times}x", "format": "llamascopium", "model": "meta-llama/Llama-3.1-8B"},
             **{"rule": "jumprelu", "license": "Apache-2.0", "width": 4096 * times},
-            **{"hook": "blocks.{layer}.mlp.hook_in", "target": "blocks.{layer}.hook_mlp_out"},
+            **{"hook": "blocks.{layer}.ln2.hook_normalized", "target": "blocks.{layer}.hook_mlp_out"},
             **{"id": f"l{{layer}}tc_{times}x", "path": f"Llama3_1-8B-Base-L{{layer}}TC-{times}x", "rows": ["layer=0-31"]},
         }
         for times in (8, 32)
@@ -184,7 +183,7 @@ def facts_of(release: str, value: dict[str, Any]) -> dict[str, Any]:
     if (overrides.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights"):
         facts |= CENTRED
     for beginning, more in RELEASES.items():
-        facts |= more if release.startswith(beginning) else {}
+        facts |= more if f"{release}$".startswith(beginning) else {}
     return facts
 
 
@@ -216,9 +215,9 @@ def described(sae: dict[str, Any], family: str | None, facts: dict[str, Any]) ->
     parts: Row = {}
     id, path = template(sae["id"], parts), str(sae["path"])
     own = list(parts)
-    if "l0" in sae:
-        parts.setdefault("l0", number(sae["l0"]))
     templates = {"id": id, "path": template(path, parts)}
+    if "l0" in sae:
+        parts.setdefault("l0", number(sae["l0"]))  # one that the path states is right
     templates["path"] = templates["path"].replace(id, "{id}")
     if "neuronpedia" in sae:
         templates["neuronpedia"] = template(sae["neuronpedia"], parts)
@@ -308,9 +307,9 @@ def table_of(release: str, value: dict[str, Any]) -> dict[str, Any]:
     """Return the table of a release of the registry."""
     facts = facts_of(release, value)
     groups: dict[str, tuple[Row, list[str], list[Row]]] = {}
-    for sae in sorted(value["saes"], key=_in_order):
-        if f"{release}/{sae['id']}" in NEURONPEDIA_OF_OTHERS:
-            sae = {key: fact for key, fact in sae.items() if key != "neuronpedia"}
+    for listed_so in sorted(value["saes"], key=_in_order):
+        wrong = {"neuronpedia"} if f"{release}/{listed_so['id']}" in NEURONPEDIA_OF_OTHERS else set()
+        sae = {key: fact for key, fact in listed_so.items() if key not in wrong}
         templates, parts, own = described(sae, value["conversion_func"], facts)
         key = json.dumps([templates, sorted(parts)])
         groups.setdefault(key, (templates, own, []))[2].append(parts)
@@ -376,8 +375,10 @@ def check(registry: dict[str, Any]) -> None:
             assert one is not None
             neuronpedia = None if one.name in NEURONPEDIA_OF_OTHERS else sae.get("neuronpedia")
             expected = (value["repo_id"], str(sae["path"]), neuronpedia)
-            if (one.repo, one.path, one.neuronpedia) != expected or ("l0" in sae and one.l0 != sae["l0"]):
-                raise SystemExit(f"{one} is not {expected}, {sae.get('l0')}")
+            stated = re.search(r"average_l0_(\d+)", one.path)
+            l0 = float(stated[1]) if stated else sae.get("l0")
+            if (one.repo, one.path, one.neuronpedia, one.l0) != (*expected, l0):
+                raise SystemExit(f"{one} is not {expected}, {l0}")
 
 
 def main(arguments: Iterable[str] | None = None) -> None:

@@ -27,6 +27,7 @@ ORDER = [
     "dictionary",
     "formats",
     "releases",
+    "find_releases",
     "names",
     "loggers",
     "training",
@@ -317,7 +318,8 @@ def test_the_package_offers_these_names():
         "ExporterConfig", "FeatureStore", "Format", "Judge", "JudgeConfig", "LanguageModel", "LivePrompt", "Logger", "Origin",
         "PenaltyConfig", "Port", "PublishedForm", "RuleConfig", "Run", "SaelensLiteError", "Scale", "SparseCoder",
         "SparseCodes", "Sparsity", "StoreConfig", "TextConfig", "TrainConfig", "__version__", "attribute", "capture",
-        "compare", "convert", "dose_response", "errors", "evaluate", "fit", "judge", "load", "load_model", "model_for", "probe",
+        "compare", "convert", "dose_response", "errors", "evaluate", "find", "fit", "judge", "load", "load_model",
+        "model_for", "probe",
         "prompt_view", "pull", "push", "python_docs", "register", "resume", "stability", "train",
     ])  # fmt: skip
     assert dir(sl) == sl.__all__

@@ -18,6 +18,7 @@ saelens-lite attribute runs/topk --prompt "The old man said that" --token " he" 
 saelens-lite prompt runs/topk --prompt "The old man said" --by attribution
 saelens-lite inspect runs/topk
 saelens-lite convert runs/topk out --format sparsify
+saelens-lite find gpt2 --hook resid --l0 50
 saelens-lite push runs/topk user/repo --dry-run
 saelens-lite pull user/repo blocks.2.hook_resid_pre --out pulled
 saelens-lite plugins

@@ -151,3 +151,66 @@ def pull(
     loaded = fetched.load(format=format)
     place = copy_to(fetched, out, exists) if out else fetched.folder
     console().print(f"{place}: {loaded.rule.plugin_name}, {loaded.d_sae} latents, {fetched.address}", markup=False)
+
+
+@app.command
+def find(
+    *text: str,
+    model: str | None = None,
+    hook: str | None = None,
+    width: str | None = None,
+    l0: str | None = None,
+    release: str | None = None,
+    online: Flag = False,
+    as_json: PrintJson = False,
+) -> None:
+    """Find public dictionaries that meet all conditions. `inspect` and all other commands take the names that it lists.
+
+    A dictionary of which the index does not know a fact does not meet a condition on it.
+
+    Parameters
+    ----------
+    text
+        Words; each must occur in the name of the dictionary or of its model.
+    model
+        Part of the model's name.
+    hook
+        Part of the hook that is read or written, e.g. resid.
+    width
+        Number of latents: 24576, 16k, or the smallest and the largest, 16k-65k.
+    l0
+        Active latents per token, as published: 50 stands for 25 to 100, the nearest first; or the smallest and the largest,
+        40-60.
+    release
+        Part of the release's name; a complete name stands for this release only.
+    online
+        Also ask the Hub for repositories tagged saelens, saelens_lite or sparsify.
+    """
+    from saelens_lite.find_releases import find as find_releases
+
+    matches = find_releases(
+        " ".join(text),
+        **{"model": model, "hook": hook, "release": release, "online": online},
+        width=_bounds("width", width),
+        l0=_bounds("l0", l0),
+    )
+    if as_json:
+        facts = [{"name": one.name} | one._asdict() for one in matches]
+        say(json.dumps(facts, indent=2, ensure_ascii=False))
+    else:
+        console().print(matches)
+
+
+def _bounds(name: str, text: str | None) -> float | tuple[float, float] | None:
+    """Return the number or the two numbers of a text such as 24576, 16k or 16k-65k."""
+    from saelens_lite.releases import width_of
+
+    if text is None:
+        return None
+    try:
+        numbers = [float(width_of(part)) if part[-1:] in ("k", "m") else float(part) for part in text.split("-")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2):
+        raise ConfigError(f"{name} = {text!r}; expected a number, or the smallest and the largest as in 16-64")
+    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
