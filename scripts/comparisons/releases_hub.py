@@ -2,8 +2,8 @@
 
     python scripts/comparisons/releases_hub.py --n 200 --seed 0
 
-For formats that scripts/foreign.py writes, the files hold random tensors of that format; the dictionary is loaded, and its codes
-are compared with the equation in float64. For other formats the files are placeholders, and only their list is compared.
+For formats that scripts/foreign.py writes, the files hold random tensors of that format; the dictionary is loaded, and its
+codes are compared with the equation in float64. For other formats the files are placeholders, and only their list is compared.
 """
 
 import argparse
