@@ -49,16 +49,7 @@ def claiming(d: sl.Dictionary, hook: str | None, foreign: bool = False) -> sl.Di
     return other
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(MLP, "", MLP),
-        Case(MLP, "", NORMED),
-        Case(NORMED, "", MLP),
-        Case(STREAM, "", STREAM),
-        Case(STREAM, "centred", STREAM),
-    ],
-)
+@pytest.mark.parametrize("case", [Case(MLP, "", MLP), Case(MLP, "", NORMED), Case(NORMED, "", MLP), Case(STREAM, "", STREAM)])
 def test_the_place_of_training_is_named_and_only_wrong_claims_are_warned_of(gemma, case):
     check = sl.check_hook(made(gemma, case), gemma, ROWS, n_tokens=1000)
     assert fault(case, check) == ""
@@ -139,7 +130,7 @@ def test_evaluate_warns_of_a_wrong_hook_of_another_tool(gemma, of_mlp, caplog):
 
 def test_the_result_is_a_table_that_marks_the_claimed_place(gemma, of_mlp):
     check = sl.check_hook(claiming(of_mlp, NORMED), gemma, ROWS.tokens, n_tokens=500)
-    marked = [line.split() for line in str(check).splitlines() if line.endswith(("claimed", "better"))]
+    marked = [line.split() for line in str(check).splitlines() if line.endswith(("  claimed", "  better"))]
     assert [(line[0], line[-1]) for line in marked] == [(MLP, "better"), (NORMED, "claimed")]
     assert "clearly better" in str(check)
     assert check.columns()["claimed"].count(True) == 1
