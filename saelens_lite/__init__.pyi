@@ -15,6 +15,8 @@ from .dictionary import Dictionary as Dictionary
 from .errors import SaelensLiteError as SaelensLiteError
 from .estimator import SparseCoder as SparseCoder
 from .evaluation import EvalReport as EvalReport
+from .evaluation import HookCheck as HookCheck
+from .evaluation import check_hook as check_hook
 from .evaluation import evaluate as evaluate
 from .evaluation.probing import probe as probe
 from .features import FeatureStore as FeatureStore

@@ -314,12 +314,12 @@ def test_public_names_and_training_load_no_heavy_library():
 def test_the_package_offers_these_names():
     assert sl.__all__ == sorted([
         "Ablate", "ActivationCache", "ActivationStream", "Add", "Clamp", "Dictionary", "EvalReport", "Exporter",
-        "ExporterConfig", "FeatureStore", "Format", "Judge", "JudgeConfig", "LanguageModel", "LivePrompt", "Logger", "Origin",
-        "PenaltyConfig", "Port", "PublishedForm", "RuleConfig", "Run", "SaelensLiteError", "Scale", "SparseCoder",
-        "SparseCodes", "Sparsity", "StoreConfig", "TextConfig", "TrainConfig", "__version__", "attribute", "capture",
-        "compare", "convert", "dose_response", "errors", "evaluate", "find", "fit", "judge", "labels", "load", "load_model",
-        "model_for", "probe",
-        "prompt_view", "pull", "push", "python_docs", "register", "resume", "stability", "train",
+        "ExporterConfig", "FeatureStore", "Format", "HookCheck", "Judge", "JudgeConfig", "LanguageModel", "LivePrompt",
+        "Logger", "Origin", "PenaltyConfig", "Port", "PublishedForm", "RuleConfig", "Run", "SaelensLiteError", "Scale",
+        "SparseCoder", "SparseCodes", "Sparsity", "StoreConfig", "TextConfig", "TrainConfig", "__version__", "attribute",
+        "capture", "check_hook", "compare", "convert", "dose_response", "errors", "evaluate", "find", "fit", "judge",
+        "labels", "load", "load_model", "model_for", "probe", "prompt_view", "pull", "push", "python_docs", "register",
+        "resume", "stability", "train",
     ])  # fmt: skip
     assert dir(sl) == sl.__all__
 

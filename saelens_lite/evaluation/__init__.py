@@ -35,6 +35,14 @@ print(sl.evaluate(own, x, controls=True))
 the entries of each weight tensor change places. A report also says whether its text differs from the training text, as far as
 names and hashes can tell. `by_frequency` and `by_position` split the errors by token frequency and by position in a row.
 
+**The right tensor.** A dictionary of another tool may name a hook that is close to the one it was trained on: before a norm
+in place of after it, or with another scale. `check_hook` measures it at its hook and at such neighbours, and warns if another
+place fits clearly better. `evaluate` makes a short form of this check for dictionaries of other tools.
+
+```python
+print(sl.check_hook(d, lm, "python-docs:held-out"))
+```
+
 **Probes.** `sl.probe(d, lm, texts, labels)` compares the best 1, 4 and 16 latents with all latents and with the raw
 activations. Each penalty is chosen by cross-validation, and each probe has a control with shuffled labels.
 
@@ -48,11 +56,11 @@ same number of threads. Memory does not grow with the text: its tokens are held 
 token).
 
 metrics.py has the definitions, measure.py the pass over the text, held.py its batches, sums.py the sums and their bootstrap
-weights, controls.py the controls, report.py the result.
+weights, controls.py the controls, placement.py the check of the hook, report.py the result.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -65,29 +73,34 @@ from saelens_lite.arrays import ArrayLike, described
 from saelens_lite.config import TextConfig
 from saelens_lite.devices import on_device
 from saelens_lite.dictionary import Dictionary
-from saelens_lite.errors import ConfigError, TextError
+from saelens_lite.errors import ConfigError, SaelensLiteError, TextError
 from saelens_lite.evaluation import metrics
 from saelens_lite.evaluation.bands import frequency_markdown, frequency_table, position_table
 from saelens_lite.evaluation.controls import REDRAWN, moments, untrained
 from saelens_lite.evaluation.frequency import FrequencyBand, frequency_bands
-from saelens_lite.evaluation.held import STRETCH, Held, held_batches
+from saelens_lite.evaluation.held import Held, held_batches
 from saelens_lite.evaluation.measure import Grouping, kept_activations, mean_activation, measure
 from saelens_lite.evaluation.overlap import overlap
+from saelens_lite.evaluation.placement import SHORT, HookCheck, Place, check_hook, check_rows, first_rows
 from saelens_lite.evaluation.positions import PositionBand, bands_of_positions
 from saelens_lite.evaluation.report import EvalReport, markdown, table
 from saelens_lite.evaluation.rows import evaluate_rows, identity
 from saelens_lite.evaluation.sums import Metric, PooledSums, run_in_rounds
+from saelens_lite.evaluation.text_rows import as_trained, row_blocks
 from saelens_lite.model import LanguageModel
 from saelens_lite.model.passes import default_batch_tokens
 from saelens_lite.ports import Hooks
 from saelens_lite.processes import ALONE, Team, check_same, team
-from saelens_lite.tokens import DEFAULT_N_CTX, RowBlocks, Text, TokenRows, source_name, token_ids, with_mask
+from saelens_lite.tokens import Text, TokenRows, source_name, with_mask
 
 __all__ = [
     "EvalReport",
     "FrequencyBand",
+    "HookCheck",
     "Metric",
+    "Place",
     "PositionBand",
+    "check_hook",
     "evaluate",
     "frequency_markdown",
     "frequency_table",
@@ -222,7 +235,7 @@ def evaluate(
         same |= {"model": lm.name, "revision": lm.revision, "weights": lm.fingerprint(), "precision": lm.precision}
         same |= {"dictionaries": [identity(one) for one in dictionaries]}
     check_same(same, device=lm.device)
-    with held_batches(lm, _blocks(lm, text, n_tokens, config), batch_tokens, workers) as batches:
+    with held_batches(lm, row_blocks(lm, text, n_tokens, config), batch_tokens, workers) as batches:
         if not batches.n_kept:
             raise TextError("there is no text to evaluate on: none of the positions of the token rows counts")
         job = _Plan(
@@ -240,6 +253,7 @@ def evaluate(
              "bands": (by_frequency, by_position), "controls": controls},
             "evaluations",
         )  # fmt: skip
+        _check_hooks(job, dictionaries, lm, hook)
         mean = mean_activation(lm, batches, hooks.writes, workers)
         reports = _reports(job, dictionaries, lm, mean, by_frequency, by_position)
         for caution in dict.fromkeys(report.caution for report in reports if report.caution):
@@ -260,16 +274,6 @@ def _refuse_text(x: Any, text: Any, given: Sequence[str]) -> None:
         raise ConfigError(f"{', '.join(given)} belong to the evaluation on a text; leave them out with activations")
 
 
-def _blocks(lm: LanguageModel, text: Text | TokenRows, n_tokens: int | None, config: TextConfig | None) -> Iterator[TokenRows]:
-    """Yield the rows of a text in blocks, cut one token after the last position that counts. Token rows stay as they are."""
-    if isinstance(text, TokenRows):
-        n_rows = max(1, STRETCH // max(1, text.tokens.shape[1]))
-        yield from (text[first : first + n_rows].to("cpu") for first in range(0, len(text.tokens), n_rows))
-    else:
-        for rows in RowBlocks(lm, text, config, n_tokens=n_tokens):
-            yield rows.narrowed(int(rows.counted_lengths.max()) + 1)
-
-
 class _Plan(NamedTuple):
     """The text and the settings that an evaluation shares with its controls, and the processes that work on it."""
 
@@ -281,6 +285,22 @@ class _Plan(NamedTuple):
     batch_tokens: int
     n_bootstrap: int
     seed: int
+
+
+def _check_hooks(job: _Plan, dictionaries: Sequence[Dictionary], lm: LanguageModel, hook: str | None) -> None:
+    """Log a warning for each dictionary of another tool that fits clearly better at another place; see `check_hook`."""
+    foreign = [d for d in dictionaries if "read_from" in d.training_record and len(d.reads) == len(d.writes) == 1]
+    if not foreign or not job.team.is_first:
+        return
+    rows = list(first_rows((batch.rows for batch in job.held), SHORT))
+    for dictionary in foreign:
+        try:
+            warning = check_rows(dictionary, lm, rows, hook).warning
+        except SaelensLiteError as error:  # the evaluation itself may succeed
+            log.info("the hook of the dictionary was not compared with others: %s", error)
+            continue
+        if warning:
+            log.warning("%s", warning)
 
 
 def _reports(
@@ -353,30 +373,6 @@ def _with_controls(
         replace(report, controls={**{name: next(measured) for name in controls}, REDRAWN: on_redrawn})
         for report, controls, on_redrawn in zip(reports, others, redrawn, strict=True)
     ]
-
-
-def as_trained(dictionaries: Sequence[Dictionary], lm: LanguageModel, text: Text, config: TextConfig) -> TextConfig:
-    """Return the settings. Those that are not set are taken from the rows that the dictionaries were trained on.
-
-    Raises:
-        ConfigError: the dictionaries were trained with different values of one that is not set.
-    """
-    recorded = {
-        "n_ctx": [min(d.origin.n_ctx or DEFAULT_N_CTX, lm.n_ctx) for d in dictionaries],
-        "bos": ["row" if lm.wants_bos(d.origin) else "none" for d in dictionaries],
-        "exclude_positions": [tuple(sorted(d.origin.excluded_positions)) for d in dictionaries],
-        "exclude_token_ids": [tuple(sorted(d.origin.excluded_token_ids)) for d in dictionaries],
-    }
-    given = config.model_fields_set - ({"n_ctx"} if config.n_ctx is None else set())
-    if token_ids(text) is not None or not any(d.origin.n_ctx for d in dictionaries):
-        given = given | {"n_ctx"}  # token ids keep their rows; else the default length
-    unsaid = {name: values for name, values in recorded.items() if name not in given}
-    if differ := [f"{name} = {', '.join(map(str, values))}" for name, values in unsaid.items() if len(set(values)) > 1]:
-        raise ConfigError(
-            f"the dictionaries were trained on rows of different kinds, {'; '.join(differ)}; evaluate them one by one, or "
-            "choose one in text_config"
-        )
-    return config.replace(**{name: values[0] for name, values in unsaid.items()})
 
 
 def _excluded(config: TextConfig) -> str:

@@ -150,6 +150,10 @@ class LanguageModel(Tokenizer):
         """
         return self._identities.point(name)
 
+    def has_hook(self, name: str) -> bool:
+        """Return whether `hook_point` knows the name."""
+        return self._identities.holds(name)
+
     def center_writing_weights_(self) -> "LanguageModel":
         """Subtract the mean over d_model from everything that is added to the residual stream, and return this model.
 
