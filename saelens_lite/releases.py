@@ -50,6 +50,7 @@ class Entry(NamedTuple):
     processing: tuple[str, ...] = ()
     prepend_bos: bool | None = None
     n_ctx: int | None = None
+    k: int | None = None  # of a top-k rule, for files that do not state it
     token_norm: str | None = None
     scale: float | None = None  # factor of the activations, for files that do not state it
 

@@ -46,7 +46,8 @@ MODELS = {
 }
 RESID = "blocks.{layer}.hook_resid_post"
 GEMMA = {"format": "gemma_scope", "rule": "jumprelu", "license": "CC-BY-4.0", "prepend_bos": True, "n_ctx": 1024}
-# Facts about the releases that one function of SAELens reads. Hooks: a transcoder reads the input of the MLP.
+# Facts about the releases that one function of SAELens reads. Hooks: a transcoder reads the input of the MLP; that of Gemma
+# Scope's first release before the norm's weight. The notebook of deepseek_r1's authors reads the input of its layer.
 FAMILIES: dict[str | None, dict[str, Any]] = {
     None: {"format": "saelens"},
     "connor_rob_hook_z": {
@@ -57,7 +58,7 @@ FAMILIES: dict[str | None, dict[str, Any]] = {
         "n_ctx": 128,
     },
     "gemma_2": GEMMA,
-    "gemma_2_transcoder": GEMMA | {"hook": "blocks.{layer}.mlp.hook_in", "target": "blocks.{layer}.hook_mlp_out"},
+    "gemma_2_transcoder": GEMMA | {"hook": "blocks.{layer}.ln2.hook_normalized", "target": "blocks.{layer}.hook_mlp_out"},
     "gemma_3": GEMMA,
     "llama_scope": {"format": "llamascopium", "rule": "jumprelu", "license": "Apache-2.0"},
     "llama_scope_r1_distill": {"format": "llamascopium", "rule": "jumprelu", "hook": RESID, "width": 32768},
@@ -68,7 +69,7 @@ FAMILIES: dict[str | None, dict[str, Any]] = {
     },
     "mntss_clt_layer_transcoder": {"format": "circuit_tracer"},
     "goodfire": {"format": "goodfire", "rule": "l1", "hook": RESID, "width": 65536},
-    "deepseek_r1": {"format": "deepseek_r1", "rule": "l1", "hook": RESID, "width": 65536},
+    "deepseek_r1": {"format": "deepseek_r1", "rule": "l1", "hook": "blocks.{layer}.hook_resid_pre", "width": 65536},
     "qwen_scope": {"format": "qwen_scope", "rule": "topk", "hook": RESID},
     "temporal": {"format": "temporal", "hook": RESID},
 }
@@ -175,6 +176,8 @@ def facts_of(release: str, value: dict[str, Any]) -> dict[str, Any]:
         facts["width"] = 4096 * int(match[2])
     if match := re.search(r"-W(\d+)K-", repo):
         facts["width"] = 1024 * int(match[1])
+    if match := re.search(r"^Qwen/.*-L0_(\d+)$", repo):
+        facts["k"] = int(match[1])
     if match := re.search(r"width-2pow(\d+)_", release):
         facts["width"] = 2 ** int(match[1])
     if match := re.search(r"-v5-(32|128)k", release):

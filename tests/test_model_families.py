@@ -253,9 +253,6 @@ def test_values_are_the_callers_own(family_lm):
         ("Phi", "blocks.1.hook_mlp_in", r"before the norm whose output the MLP reads: use blocks\.1\.mlp\.hook_in$"),
         ("OPT", "blocks.1.hook_attn_in", r"that the norm before attention reads: use blocks\.1\.hook_resid_pre$"),
         ("Llama", "blocks.1.hook_q_input", r"that the norm before attention reads: use blocks\.1\.hook_resid_pre$"),
-        ("Llama", "blocks.1.ln1.hook_normalized", r"before its weight and bias: use blocks\.1\.ln1\.hook_out, which has them$"),
-        ("Llama", "blocks.1.ln2.hook_normalized", r"before its weight and bias: use blocks\.1\.ln2\.hook_out, which has them$"),
-        ("Llama", "ln_final.hook_normalized", r"before its weight and bias: use ln_final\.hook_out, which has them$"),
         ("Llama", "blocks.1.attn.hook_result", r"each head's part of hook_attn_out: use blocks\.1\.attn\.hook_z, what W_O"),
         (
             "Mixtral",

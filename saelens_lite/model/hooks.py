@@ -18,13 +18,13 @@ from torch.utils.hooks import RemovableHandle
 
 from saelens_lite.errors import HookError, ModelNotFoundError, near_matches
 from saelens_lite.model.heads import HEADED, Heads, heads_at, split_head
+from saelens_lite.model.norms import scale_and_bias
 from saelens_lite.model.spread import on_whole
 
 USUAL_HOOKS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
 
 
 STREAM = "the residual stream that the norm before attention reads"
-PLAIN = "the norm's output before its weight and bias"
 RELATED = {  # names that are not the input or output of a module: the relation of each to other hooks
     "hook_mlp_in": {
         "the residual stream that the MLP's norm reads": ("hook_resid_mid",),
@@ -34,7 +34,6 @@ RELATED = {  # names that are not the input or output of a module: the relation 
     "attn.hook_attn_in": {"what the attention reads": ("attn.hook_in",)},
     "attn.hook_hidden_states": {"the attention's output": ("attn.hook_out",)},
     "attn.hook_result": {"each head's part of hook_attn_out": ("attn.hook_z",)},
-    **{f"{norm}.hook_normalized": {PLAIN: (f"{norm}.hook_out",)} for norm in ("ln1", "ln2", "ln_final")},
 }
 _in_force: ContextVar[object] = ContextVar("in_force", default=None)
 
@@ -64,7 +63,7 @@ class HookPoint(NamedTuple):
     The scale is not 1 if the model multiplies a module's output before it adds it to the residual stream. `block`: the block
     whose output is this tensor plus the output of the modules that read it; a change of the tensor is also added there.
     `read_only`: the reason why the tensor cannot be replaced, if any. `head`: the part of the last axis that belongs to one
-    attention head.
+    attention head. `before_weight`: the tensor is the output of a norm before its weight and bias.
     """
 
     name: str
@@ -74,6 +73,7 @@ class HookPoint(NamedTuple):
     block: nn.Module | None = None
     read_only: str = ""
     head: slice | None = None
+    before_weight: bool = False
 
     def on_value(self, visit: Callable[[Any], Any]) -> RemovableHandle | Handles:
         """Call `visit` with the value on each forward pass; its result, unless None, replaces the value."""
@@ -109,7 +109,8 @@ class HookPoint(NamedTuple):
         return look
 
     def _on_value(self, visit: Callable[[Any], Any]) -> RemovableHandle:
-        visit, own = on_whole(self.module, self.side, self._scaled(self._of_head(visit))), _in_force.get()
+        visit = self._scaled(self._of_head(self._without_weight(visit) if self.before_weight else visit))
+        visit, own = on_whole(self.module, self.side, visit), _in_force.get()
         if self.side == "in":
 
             def before(_module, args, kwargs):
@@ -134,6 +135,32 @@ class HookPoint(NamedTuple):
             return visit(output)
 
         return self.module.register_forward_hook(after)
+
+    def _without_weight(self, visit: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """Return a `visit` that gets a norm's output before its weight and bias, and whose result gets them."""
+        measured: list[Tensor] = []
+
+        def without(value: Any) -> Any:
+            if not measured:
+                measured.extend(self._weight_and_bias(value.shape[-1]))
+            exact = torch.promote_types(value.dtype, torch.float32)
+            weight, bias = (x.to(value.device, exact) for x in measured)
+            plain = ((value - bias) / weight).to(value.dtype)
+            new = visit(plain)
+            return None if new is None or new is plain else (new * weight + bias).to(value.dtype)
+
+        return without
+
+    def _weight_and_bias(self, d: int) -> tuple[Tensor, Tensor]:
+        """Return the weight and the bias of the norm. Raise HookError if the value before them cannot be told."""
+        measured = scale_and_bias(self.module, d)
+        if measured is None:
+            raise HookError(
+                f"{self.name} is not available: {type(self.module).__name__} is not a norm with a weight and a bias"
+            )
+        if n_zero := int((measured[0] == 0).sum()):
+            raise HookError(f"{self.name} is not available: the weight of its norm is 0 at {n_zero:,} of {d:,} entries")
+        return measured
 
     def _of_head(self, visit: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """Return a `visit` that gets the part of one head, and whose result replaces that part."""
@@ -211,6 +238,9 @@ def resolve(name: str, module: nn.Module, known: Architecture) -> HookPoint:
 
 def find(name: str, module: nn.Module, known: Architecture) -> HookPoint | None:
     """Return the place that a hook name stands for, or None if the model has no such hook."""
+    if norm := re.fullmatch(r"((?:.+\.)?ln\w*)\.hook_normalized", name):
+        point = find(f"{norm[1]}.hook_out", module, known)
+        return point and point._replace(name=name, before_weight=True)
     whole, of_head = split_head(name)
     place = _walk(whole.split("."), known.components, known.aliases, module)
     if place is None:
@@ -314,14 +344,8 @@ def _related(name: str, module: nn.Module, known: Architecture, exists: Callable
             for other in others:
                 instead = name.removesuffix(suffix) + other
                 if exists(instead):
-                    return f"; {name} is {relation}: use {instead}{_difference(relation, other)}"
+                    return f"; {name} is {relation}: use {instead}{', what W_O multiplies' if other == 'attn.hook_z' else ''}"
     return ""
-
-
-def _difference(relation: str, other: str) -> str:
-    if relation == PLAIN:
-        return ", which has them"
-    return ", what W_O multiplies" if other == "attn.hook_z" else ""
 
 
 def _is_middle_of_parallel_block(name: str, known: Architecture) -> bool:

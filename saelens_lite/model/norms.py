@@ -1,4 +1,4 @@
-"""The scale and centring of a model's final norm, measured from its outputs.
+"""The scale, bias and centring of a norm, measured from its outputs.
 
     norm(x) = scale ⊙ (x − m) / √(mean (x − m)² + ε) + bias          m = mean x, or 0
 
@@ -43,6 +43,18 @@ class FinalNorm(NamedTuple):
         scaled = self.scale * (x - x.mean(-1, keepdim=True) if self.centres else x)
         square, product = scaled.square().sum(-1), (scaled * _odd_part(self.module, x)).sum(-1)
         return torch.where(square > 0, square / product, 1)
+
+
+@torch.no_grad()
+def scale_and_bias(module: nn.Module, d: int) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]] | None:
+    """Return the scale and the bias of a norm of d numbers, in float64 on the CPU; None if the module is not such a norm."""
+    norm = FinalNorm.of(module, d)
+    x = torch.linspace(PROBE, 2 * PROBE, d, dtype=torch.float64)
+    x[::2] *= -1
+    once, twice = _odd_part(norm.module, x), _odd_part(norm.module, 2 * x)
+    if not torch.isfinite(norm.scale).all() or (once - twice).abs().max() > 1e-3 * once.abs().max():
+        return None
+    return norm.scale, (norm.module.forward(x) + norm.module.forward(-x)) / 2
 
 
 def _odd_part(norm: nn.Module, x: Float[Tensor, "*shape d"]) -> Float[Tensor, "*shape d"]:
