@@ -194,6 +194,19 @@ def test_doses_prints_a_row_for_each(work, command):
     assert (code, "logit of ' of' − logit of ' the'" in " ".join(out.split())) == (0, True), err
 
 
+def test_check_hook_prints_the_places_and_marks_the_claimed_one(work, command):
+    args = ("check-hook", work / "run/dictionary", "--text", work / "book.txt", "--n-tokens", 200)
+    code, out, err = command(*args, "--json", work / "places.json")
+    assert code == 0, err
+    places = json.loads((work / "places.json").read_text())
+    hook = sl.load(work / "run/dictionary").hook
+    claimed = places["claimed"].index(True)
+    assert (places["reads"][claimed], sum(places["claimed"])) == (hook, 1)
+    line = next(line for line in out.splitlines() if "claimed" in line)
+    assert hook in line
+    assert f"{places['fvu'][claimed]:.3g}" in line
+
+
 def test_a_dictionary_that_does_not_say_its_hook(work, command):
     """Every command that runs the model takes it, and says so where it is missing."""
     d = sl.load(work / "run/dictionary")

@@ -185,6 +185,8 @@ COMMANDS = {
     "eval": ["eval", "BAD"],
     "eval, text": ["eval", "D", "--text", "BAD"],
     "eval, json": ["eval", "D", "--text", "BOOK", "--json", "BAD"],
+    "check-hook": ["check-hook", "BAD"],
+    "check-hook, json": ["check-hook", "D", "--text", "BOOK", "--n-tokens", "50", "--json", "BAD"],
     "probe": ["probe", "BAD", "BOOK"],
     "probe, data": ["probe", "D", "BAD"],
     "compare": ["compare", "D", "BAD"],

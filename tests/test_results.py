@@ -55,6 +55,7 @@ def results(dictionary, random_lm, store, live):
         "probe": sl.probe(dictionary, random_lm, texts, ["good", "bad"] * 12, ks=(2,), n_bootstrap=20, store=store),
         "prompt": sl.prompt_view(dictionary, random_lm, PROMPT, store=store),
         "evaluation": sl.evaluate(dictionary, random_lm, [PROMPT * 3], n_bootstrap=20),
+        "hook": sl.check_hook(dictionary, random_lm, [PROMPT * 3], n_tokens=20),
         "comparison": sl.compare(dictionary, made(1)),
         "stability": sl.stability(dictionary, [made(1), made(2)]),
     }

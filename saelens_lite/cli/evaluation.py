@@ -91,6 +91,34 @@ def evaluate(
         console().print(position_table(named))
 
 
+@app.command(name="check-hook")
+def check_hook(
+    dictionary: DictionaryPath,
+    *,
+    text: TextName = "python-docs:held-out",
+    text_config: TextOfDictionaryOptions = TextOfDictionary(),  # noqa: B008 (frozen)
+    of: ModelOptions = THE_MODEL,
+    n_tokens: int = 4096,
+    json_out: JsonFile = None,
+) -> None:
+    """Measure a dictionary at the hook that it names and at its neighbours: before and after norms, centred, scaled, by layer.
+
+    Parameters
+    ----------
+    n_tokens
+        Tokens to read.
+    """
+    import saelens_lite as sl
+    from saelens_lite.files import write_json
+    from saelens_lite.tokens import named_text
+
+    loaded, lm = of.load(dictionary)
+    checked = sl.check_hook(loaded, lm, named_text(text), hook=of.hook, n_tokens=n_tokens, text_config=text_config)
+    console().print(checked.table())
+    if json_out:
+        write_json(json_out, checked.columns())
+
+
 @app.command
 def probe(
     dictionary: DictionaryPath,

@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 IN_BLOCK = (  # hooks of a block that are confused with each other
-    "hook_resid_pre", "ln1.hook_out", "attn.hook_in", "attn.hook_out", "hook_attn_out", "hook_resid_mid", "ln2.hook_out",
-    "mlp.hook_in", "mlp.hook_out", "hook_mlp_out", "hook_resid_post",
+    "hook_resid_pre", "ln1.hook_normalized", "ln1.hook_out", "attn.hook_in", "attn.hook_out", "hook_attn_out",
+    "hook_resid_mid", "ln2.hook_normalized", "ln2.hook_out", "mlp.hook_in", "mlp.hook_out", "hook_mlp_out", "hook_resid_post",
 )  # fmt: skip
 SAME = 1e-4  # tensors that differ by less, relative to their norm, are one place
 MOST_VALUES = 1 << 28  # activations held at once
