@@ -325,7 +325,7 @@ def test_names_of_saelens_stand_for_the_same_files(name, repo, path, l0, neuronp
 def test_names_are_unique_and_facts_well_formed():
     assert len(NAMES) == len(EVERY) == 13_857 + NOT_IN_SAELENS
     formats = {plugin.name for plugin in registry.plugins("formats")}
-    formats |= {"hook_z", "qwen_scope", "goodfire", "deepseek_r1", "temporal"}  # a temporal one is refused, with a reason
+    formats |= {"temporal"}  # refused, with a reason
     for one in EVERY:
         assert re.fullmatch(r"[\w.-]+/[\w.-]+", one.repo), one
         assert one.path == one.path.strip("/ "), one
@@ -384,7 +384,7 @@ def test_hooks_say_what_gemma_scope_reads_and_writes():
         "gemma-scope-2b-pt-res-canonical/layer_3/width_16k/canonical": ("blocks.3.hook_resid_post", None),
         "gemma-scope-2b-pt-att-canonical/layer_3/width_16k/canonical": ("blocks.3.attn.hook_z", None),
         "gemma-scope-9b-pt-mlp-canonical/layer_3/width_16k/canonical": ("blocks.3.hook_mlp_out", None),
-        "gemma-scope-2b-pt-transcoders/layer_0/width_16k/average_l0_76": ("blocks.0.mlp.hook_in", "blocks.0.hook_mlp_out"),
+        "gemma-scope-2b-pt-transcoders/layer_0/width_16k/average_l0_76": ("blocks.0.ln2.hook_normalized", "blocks.0.hook_mlp_out"),
         "gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6": ("hook_embed", None),
         "gemma-scope-2-1b-it-mlp-all/layer_25_width_16k_l0_small": ("blocks.25.hook_mlp_out", None),
         "gpt2-small-hook-z-kk/blocks.5.hook_z": ("blocks.5.attn.hook_z", None),
@@ -592,3 +592,11 @@ def test_the_command_explains_a_bad_range():
 def test_the_releases_are_listed():
     assert len(releases()) == len({one.release for one in EVERY}) == 179
     assert FILE.endswith(".toml")
+
+
+def test_the_names_of_the_guide_are_in_the_index():
+    from saelens_lite import hub
+
+    names = re.findall(r"^\| `([^`…]+)` \|", hub.__doc__, re.MULTILINE)
+    assert len(names) == 15
+    assert all(entry(name) for name in names)
