@@ -28,6 +28,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from functools import lru_cache
 from hashlib import sha256
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import module_from_spec, spec_from_file_location
@@ -82,7 +83,7 @@ def kinds() -> dict[str, str]:
 
     A kind that two packages declare has both contracts, with " or " between them.
     """
-    contracts = [(point.name, point.value) for point in entry_points(group=DECLARED)]
+    contracts = [(point.name, point.value) for point in _points().select(group=DECLARED)]
     contracts += [(kind, _target(_contract(plugin))) for (kind, _), plugin in _registered.items()]
     return {kind: " or ".join(sorted({c for k, c in contracts if k == kind})) for kind in sorted({k for k, _ in contracts})}
 
@@ -99,7 +100,7 @@ def plugins(kind: str = "sparsity") -> list[Plugin]:
     if kind not in known:
         expected = f"; kinds are {', '.join(known)}" if known else f"; no kind is declared: reinstall {OWN_DISTRIBUTION}"
         raise PluginError(f"unknown kind of plugin {kind!r}{near_matches(kind, known)}{expected}")
-    installed = [_installed(point, kind) for point in entry_points(group=f"saelens_lite.{kind}")]
+    installed = _installed(kind, _search_path())
     registered = [
         Plugin(name, kind, "this session", "", _target(target), None)
         for (its_kind, name), target in _registered.items()
@@ -110,7 +111,7 @@ def plugins(kind: str = "sparsity") -> list[Plugin]:
 
 def endings(kind: str) -> dict[str, set[str]]:
     """Return the endings of the file names that each plugin reads, as its package lists them. Imports nothing."""
-    prefix, points = f"saelens_lite.{kind}.", entry_points()
+    prefix, points = f"saelens_lite.{kind}.", _points()
     by_name: dict[str, set[str]] = {}
     for group in points.groups:
         if group.startswith(prefix):
@@ -140,8 +141,9 @@ def register(name: str) -> Callable[[type[T]], type[T]]:
             raise PluginError(
                 f"{target!r} cannot be registered as {name!r}: derive it from the base class of its kind of plugin"
             )
-        for point in entry_points(group=f"saelens_lite.{kind}", name=name):
-            raise PluginError(f"{kind} plugin {name!r} is already supplied by {_installed(point, kind).distribution}")
+        for plugin in _installed(kind, _search_path()):
+            if plugin.name == name:
+                raise PluginError(f"{kind} plugin {name!r} is already supplied by {plugin.distribution}")
         _registered[kind, name] = target
         target.plugin_name = name  # type: ignore[attr-defined]
         return target
@@ -257,7 +259,34 @@ def _target(cls: type) -> str:
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
-def _installed(point: EntryPoint, kind: str) -> Plugin:
+def _points() -> Any:
+    """Return the entry points of all installed packages."""
+    return _points_on(_search_path())
+
+
+def _search_path() -> tuple[tuple[str, int], ...]:
+    """Return the places that Python imports from, each with the time of its last change: installing a package changes one."""
+
+    def changed(place: str) -> int:
+        try:
+            return os.stat(place or ".").st_mtime_ns
+        except OSError:
+            return 0
+
+    return tuple((place, changed(place)) for place in sys.path)
+
+
+@lru_cache(maxsize=1)
+def _points_on(search_path: tuple[tuple[str, int], ...]) -> Any:
+    return entry_points()
+
+
+@lru_cache(maxsize=32)
+def _installed(kind: str, search_path: tuple[tuple[str, int], ...]) -> list[Plugin]:
+    return [_plugin(point, kind) for point in _points_on(search_path).select(group=f"saelens_lite.{kind}")]
+
+
+def _plugin(point: EntryPoint, kind: str) -> Plugin:
     """Return the plugin of an entry point, with "?" if the metadata of its distribution is damaged."""
     metadata = (point.dist.metadata if point.dist else None) or {}
     return Plugin(point.name, kind, metadata.get("Name") or "?", metadata.get("Version") or "?", point.value, point)

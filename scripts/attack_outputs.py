@@ -49,8 +49,8 @@ def writers(lm: sl.LanguageModel, folder: Path) -> dict[str, Write]:
     )
     x = torch.randn(5000, 16, generator=torch.Generator().manual_seed(0))
     store = sl.FeatureStore.build(d, lm, TEXT[:20])
-    d.save(folder / "given")
-    fetched = Fetched(folder / "given", Address("somebody/something", None, "main"))
+    given = d.save(folder / "given")
+    fetched = Fetched(given, Address("somebody/something", None, "main"), given, tuple(path.name for path in given.iterdir()))
 
     def train(out: Path) -> None:
         if is_interrupted(out):

@@ -9,7 +9,7 @@ from check_hooks import AT, Case, acts_at, fault, model, token_rows
 
 import saelens_lite as sl
 from saelens_lite.errors import ConfigError, TextError
-from saelens_lite.evaluation import Place
+from saelens_lite.evaluation import HookFit
 from saelens_lite.evaluation.placement import _better
 
 MLP, NORMED, STREAM = f"{AT}.mlp.hook_out", f"{AT}.hook_mlp_out", f"{AT}.hook_resid_post"
@@ -105,7 +105,7 @@ def test_places_with_the_same_tensor_are_listed_once(lm):
 )
 def test_another_place_is_better_only_by_a_margin_and_with_few_latents(own, other, warns):
     d = sl.Dictionary.create("topk", reads=1024, d_sae=1024, options={"k": 4})
-    claimed, beside = (Place(name, name, *numbers, name == "a") for name, numbers in (("a", own), ("b", other)))
+    claimed, beside = (HookFit(name, name, *numbers, name == "a") for name, numbers in (("a", own), ("b", other)))
     assert (_better(sorted([claimed, beside], key=lambda place: place.fvu), d) == beside) is warns
 
 

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, EntryPoints
 
 import pytest
 import torch
@@ -219,7 +219,8 @@ def test_an_unknown_kind(ask):
 
 def test_a_kind_without_plugins(monkeypatch):
     declared = [EntryPoint("loggers", "saelens_lite.loggers:Logger", registry.DECLARED)]
-    monkeypatch.setattr(registry, "entry_points", lambda group: [point for point in declared if point.group == group])
+    monkeypatch.setattr(registry, "_points_on", lambda search_path: EntryPoints(declared))
+    monkeypatch.setattr(registry, "_installed", registry._installed.__wrapped__)
     with pytest.raises(PluginError, match="no loggers plugin is called 'jsonl'; none is known: reinstall saelens-lite"):
         registry.load("jsonl", "loggers")
 

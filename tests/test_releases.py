@@ -384,7 +384,10 @@ def test_hooks_say_what_gemma_scope_reads_and_writes():
         "gemma-scope-2b-pt-res-canonical/layer_3/width_16k/canonical": ("blocks.3.hook_resid_post", None),
         "gemma-scope-2b-pt-att-canonical/layer_3/width_16k/canonical": ("blocks.3.attn.hook_z", None),
         "gemma-scope-9b-pt-mlp-canonical/layer_3/width_16k/canonical": ("blocks.3.hook_mlp_out", None),
-        "gemma-scope-2b-pt-transcoders/layer_0/width_16k/average_l0_76": ("blocks.0.ln2.hook_normalized", "blocks.0.hook_mlp_out"),
+        "gemma-scope-2b-pt-transcoders/layer_0/width_16k/average_l0_76": (
+            "blocks.0.ln2.hook_normalized",
+            "blocks.0.hook_mlp_out",
+        ),
         "gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6": ("hook_embed", None),
         "gemma-scope-2-1b-it-mlp-all/layer_25_width_16k_l0_small": ("blocks.25.hook_mlp_out", None),
         "gpt2-small-hook-z-kk/blocks.5.hook_z": ("blocks.5.attn.hook_z", None),

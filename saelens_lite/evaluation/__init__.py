@@ -81,7 +81,7 @@ from saelens_lite.evaluation.frequency import FrequencyBand, frequency_bands
 from saelens_lite.evaluation.held import Held, held_batches
 from saelens_lite.evaluation.measure import Grouping, kept_activations, mean_activation, measure
 from saelens_lite.evaluation.overlap import overlap
-from saelens_lite.evaluation.placement import SHORT, HookCheck, Place, check_hook, check_rows, first_rows
+from saelens_lite.evaluation.placement import SHORT, HookCheck, HookFit, check_hook, check_rows, first_rows
 from saelens_lite.evaluation.positions import PositionBand, bands_of_positions
 from saelens_lite.evaluation.report import EvalReport, markdown, table
 from saelens_lite.evaluation.rows import evaluate_rows, identity
@@ -97,8 +97,8 @@ __all__ = [
     "EvalReport",
     "FrequencyBand",
     "HookCheck",
+    "HookFit",
     "Metric",
-    "Place",
     "PositionBand",
     "check_hook",
     "evaluate",

@@ -65,7 +65,7 @@ class Spot(NamedTuple):
         return f"{self.hook}, {self.change}" if self.change else self.hook
 
 
-class Place(NamedTuple):
+class HookFit(NamedTuple):
     """A dictionary's error and its mean number of firing latents at a place. `claimed`: the place that it names."""
 
     reads: str
@@ -86,18 +86,18 @@ class HookCheck(Result):
     that, if any.
     """
 
-    places: tuple[Place, ...]
-    better: Place | None
+    places: tuple[HookFit, ...]
+    better: HookFit | None
     n_tokens: int
     model: str
 
     @property
-    def claimed(self) -> Place | None:
+    def claimed(self) -> HookFit | None:
         """The place that the dictionary names."""
         return next((place for place in self.places if place.claimed), None)
 
     @property
-    def best(self) -> Place:
+    def best(self) -> HookFit:
         """The place that fits clearly better, or else the claimed one; the one with the lowest error if none is claimed."""
         return self.better or self.claimed or self.places[0]
 
@@ -113,7 +113,7 @@ class HookCheck(Result):
 
     def columns(self) -> dict[str, list[Any]]:
         """Return a row for each place, column by column."""
-        return columns_of(Place, self.places)
+        return columns_of(HookFit, self.places)
 
     def table(self) -> "Table":
         """Return a rich table of the places."""
@@ -236,7 +236,7 @@ def _readable(lm: LanguageModel, rows: Sequence[TokenRows], hooks: list[str], wi
 
 def _measured(
     dictionary: Dictionary, lm: LanguageModel, rows: Sequence[TokenRows], pairs: list[tuple[Spot, Spot]], claimed: Hooks | None
-) -> list[Place]:
+) -> list[HookFit]:
     """Return the results at pairs of spots, without those whose tensors are those of an earlier pair."""
     hooks = list(dict.fromkeys(spot.hook for pair in pairs for spot in pair))
     size = max(1, min(default_batch_tokens(lm), MOST_VALUES // (len(hooks) * max(dictionary.d_in, dictionary.d_out))))
@@ -260,7 +260,7 @@ def _measured(
             codes = dictionary.encode(x)
             of_pair.add(y, dictionary.decode(codes, x).float(), int(codes.l0.sum()))
     own = None if claimed is None else (Spot(claimed.reads[0]), Spot(claimed.writes[0]))
-    return [Place(*map(str, pair), one.fvu, one.l0 / n, pair == own) for pair, one in sums.items()]
+    return [HookFit(*map(str, pair), one.fvu, one.l0 / n, pair == own) for pair, one in sums.items()]
 
 
 def _distinct(acts: dict[str, Tensor], pairs: list[tuple[Spot, Spot]]) -> list[tuple[Spot, Spot]]:
@@ -311,7 +311,7 @@ class _Sums:
         return self.error / variance if variance > 0 else math.nan
 
 
-def _better(places: Sequence[Place], dictionary: Dictionary) -> Place | None:
+def _better(places: Sequence[HookFit], dictionary: Dictionary) -> HookFit | None:
     """Return the first of the places in order that fits clearly better than the claimed one."""
     own = next((place for place in places if place.claimed), None)
     if own is None:
