@@ -10,7 +10,14 @@ import torch
 
 from saelens_lite.config import Origin
 from saelens_lite.devices import chosen_device
-from saelens_lite.errors import ConfigError, HubError, HubUnreachableError, ModelNotFoundError, ProcessLostError
+from saelens_lite.errors import (
+    ConfigError,
+    HubError,
+    HubUnreachableError,
+    ModelNotFoundError,
+    ProcessLostError,
+    not_a_dictionary,
+)
 from saelens_lite.model.language_model import EMBEDDED, LanguageModel
 from saelens_lite.model.nicknames import hub_id
 from saelens_lite.model.processing import CENTER_WRITING_WEIGHTS
@@ -141,8 +148,13 @@ def model_for(
             `trust_remote_code` is set without a name.
         ModelNotFoundError: see `load_model`.
     """
+    for one in dictionaries:
+        if not isinstance(one, HasOrigin):
+            raise not_a_dictionary(one)
+    if name is None and not dictionaries:
+        raise ConfigError("there is no dictionary to load the model of; give one, or name=")
     origins = [dictionary.origin for dictionary in dictionaries]
-    if name is None and not (origins and all(origin.model for origin in origins)):
+    if name is None and not all(origin.model for origin in origins):
         which = "this dictionary does" if len(origins) == 1 else "one of the dictionaries does"
         raise ConfigError(f"{which} not say which model it was trained on; give --model, or name= in Python")
     known = [(_hub_id(o.model), o.revision) for o in origins if o.model is not None]
