@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from foreign import CASES, D_IN, Case
 from hub_server import Blob, Hub, running_hub
+from safetensors.torch import load, save
 
 PLACEHOLDER = b"not the weights"
 SINGLE_FILES = ("circuit_tracer", "deepseek_r1", "goodfire", "hook_z", "qwen_scope")  # one for each dictionary
@@ -52,6 +53,9 @@ def files_of(entry, scratch: Path) -> Files:
         folder = wrote.parent if wrote.is_file() else wrote
         inside = {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
         inside = {file: _edited(content, entry) if file.endswith(".json") else content for file, content in inside.items()}
+        inside = {
+            file: _of_hook(content, entry) if file.endswith(".safetensors") else content for file, content in inside.items()
+        }
         if entry.format in SINGLE_FILES:
             weights = wrote.name if wrote.is_file() else next(file for file in inside if file.startswith("layer_"))
             stem, own = weights.removesuffix(".pt"), last.removesuffix(".pt")
@@ -94,9 +98,8 @@ def _case_of(entry) -> str | None:
 def _edited(settings: bytes, entry) -> bytes:
     """Return settings that name the hooks and the layer of the entry; of an entry without a hook, none."""
     values = json.loads(settings)
-    sides = {"hook_name": entry.hook, "hook_point": entry.hook, "hook_point_in": entry.hook}
+    sides = {"act_name": entry.hook, "hook_name": entry.hook, "hook_point": entry.hook, "hook_point_in": entry.hook}
     sides |= {"hook_point_out": entry.target or entry.hook, "hf_hook_point_in": None, "hf_hook_point_out": None}
-    renamed = {}
     block = re.match(r"blocks\.(\d+)\.", entry.hook or "")
     for part in (values, values.get("metadata", {}), values.get("trainer", {})):
         part.pop("submodule_name", None)
@@ -106,10 +109,17 @@ def _edited(settings: bytes, entry) -> bytes:
             if "." in str(part[key]) and sides[key] is None:
                 del part[key]
             elif "." in str(part[key]):
-                renamed[part[key]], part[key] = sides[key], sides[key]
-    if isinstance(norms := values.get("dataset_average_activation_norm"), dict):
-        values["dataset_average_activation_norm"] = {renamed.get(hook, hook): norm for hook, norm in norms.items()}
+                part[key] = sides[key]
     return json.dumps(values).encode()
+
+
+def _of_hook(content: bytes, entry) -> bytes:
+    """Return safetensors whose mean norms are those of the entry's hook."""
+    tensors = load(content)
+    norms = [name for name in tensors if name.startswith("dataset_average_activation_norm.blocks.")]
+    for name in norms:
+        tensors[f"dataset_average_activation_norm.{entry.hook}"] = tensors.pop(name)
+    return save(tensors) if norms else content
 
 
 def serve(hub: Hub, entries, scratch: Path) -> dict[str, Files]:
