@@ -56,6 +56,10 @@ def files_of(entry, scratch: Path) -> Files:
         inside = {
             file: _of_hook(content, entry) if file.endswith(".safetensors") else content for file, content in inside.items()
         }
+        if "config.yaml" in inside and entry.hook and entry.target:
+            read, written = (hook.split(".", 2)[2].encode() for hook in (entry.hook, entry.target))
+            old = inside["config.yaml"]
+            inside["config.yaml"] = old.replace(b"ln2.hook_normalized", read).replace(b"hook_mlp_out", written)
         if entry.format in SINGLE_FILES:
             weights = wrote.name if wrote.is_file() else next(file for file in inside if file.startswith("layer_"))
             stem, own = weights.removesuffix(".pt"), last.removesuffix(".pt")
