@@ -28,6 +28,7 @@ Stopped                          Ctrl-C or SIGTERM, after the state was saved
 
 import difflib
 from collections.abc import Iterable
+from pathlib import PurePath
 
 
 class SaelensLiteError(Exception):
@@ -132,3 +133,10 @@ def near_matches(asked: str, names: Iterable[str], most: int = 3) -> str:
     """Return «; did you mean a, b?», or an empty string if no name is close."""
     close = difflib.get_close_matches(asked, list(names), n=most, cutoff=0.6)
     return f"; did you mean {', '.join(close)}?" if close else ""
+
+
+def not_a_dictionary(given: object) -> ConfigError:
+    """Return the error for something that was given in place of a dictionary."""
+    named = isinstance(given, str | PurePath)
+    shown = repr(str(given)[:200]) if named else f"a {type(given).__name__}"
+    return ConfigError(f"{shown} is not a dictionary; give one, such as sl.load({shown if named else '…'})")

@@ -1,11 +1,12 @@
 """The search in the index of public dictionaries."""
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from saelens_lite.errors import ConfigError
-from saelens_lite.releases import Entry, entries, of_release, releases, repositories
+from saelens_lite.releases import Entry, entries, of_release, releases, repositories, width_of
 from saelens_lite.tables import Result, columns_of, grid
 
 if TYPE_CHECKING:
@@ -14,10 +15,11 @@ if TYPE_CHECKING:
 
 TAGS = ("saelens", "saelens_lite", "sparsify")  # on the Hub, with the format that reads such dictionaries
 MOST_ROWS = 60  # of a table with one row for each dictionary
-MIN_WIDTH = 11  # of a column
+MIN_WIDTH, HOOK_WIDTH = 11, 15  # of a column, and of that of the hooks
 L0_FACTOR = 2.0
 
-Bounds = int | float | tuple[int | float, int | float]
+Number = int | float | str
+Bounds = Number | Sequence[Number]
 
 
 class PublicDictionaries(Result, Sequence[Entry]):
@@ -30,7 +32,7 @@ class PublicDictionaries(Result, Sequence[Entry]):
         return len(self.entries)
 
     def __getitem__(self, at: Any) -> Any:
-        return self.entries[at]
+        return PublicDictionaries(self.entries[at]) if isinstance(at, slice) else self.entries[at]
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries)
@@ -39,6 +41,10 @@ class PublicDictionaries(Result, Sequence[Entry]):
         return isinstance(other, PublicDictionaries) and self.entries == other.entries
 
     __hash__ = None
+
+    def __repr__(self) -> str:
+        names = ", ".join([one.name for one in self.entries[:3]] + ["…"] * (len(self) > 3))
+        return f"PublicDictionaries({len(self):,}{': ' if names else ''}{names})"
 
     def columns(self) -> dict[str, list[Any]]:
         """Return the fields of the dictionaries, after the names that `sl.load` takes."""
@@ -52,7 +58,7 @@ class PublicDictionaries(Result, Sequence[Entry]):
             return Text("no public dictionary of the index meets these conditions")
         if len(self) > MOST_ROWS:
             return self._by_release()
-        titles = ("name", "model", "hook", "width", "L0", "rule", "licence", "Neuronpedia")
+        titles = ("name", "model", "hook", "width", "L0", "rule", "license", "Neuronpedia")
         rows = [(e.name, e.model, _ports(e), _text(e.width), _text(e.l0), e.rule, e.license, e.neuronpedia) for e in self]
         return _table(titles, rows)
 
@@ -69,7 +75,7 @@ class PublicDictionaries(Result, Sequence[Entry]):
             for name, group in groups.items()
         ]
         caption = f"{len(self):,} dictionaries in {len(rows):,} releases; name a release to see its dictionaries"
-        return _table(("release", "number", "model", "hook", "width", "L0", "rule", "licence"), rows, caption=caption)
+        return _table(("release", "number", "model", "hook", "width", "L0", "rule", "license"), rows, caption=caption)
 
 
 def find(
@@ -92,9 +98,9 @@ def find(
         text: words; each must occur in the name of the dictionary or of its model.
         model: part of the model's Hub id or of the release's name.
         hook: part of the hook that is read or written.
-        width: number of latents, or the smallest and the largest.
+        width: number of latents, or the smallest and the largest: 24576, (16384, 65536), "16k" or "16k-65k".
         l0: number of active latents per token, as published: from half to twice a number, the nearest first; or the smallest
-            and the largest.
+            and the largest: 50, (40, 60) or "40-60".
         release: part of the release's name. If a release has exactly this name, only this one.
         online: also ask the Hub for repositories tagged saelens, saelens_lite or sparsify that are not in the index. Only
             `text`, `model` and `release` select among these, because the Hub does not list the other facts.
@@ -120,11 +126,11 @@ def find(
         for e in (of_release(exact) if exact else entries())
         if named_so(e)
         and (hook is None or any(hook.lower() in (place or "").lower() for place in (e.hook, e.target)))
-        and (widths is None or (e.width is not None and widths[0] <= e.width <= widths[1]))
-        and (l0s is None or (e.l0 is not None and l0s[0] <= e.l0 <= l0s[1]))
+        and (widths is None or (e.width is not None and widths.low <= e.width <= widths.high))
+        and (l0s is None or (e.l0 is not None and l0s.low <= e.l0 <= l0s.high))
     ]
-    if l0s and not isinstance(l0, tuple):
-        matches.sort(key=lambda e: abs(math.log(e.l0 / l0)))
+    if l0s and l0s.asked:
+        matches.sort(key=lambda e: abs(math.log(e.l0 / l0s.asked)))
     return PublicDictionaries([*matches, *(filter(named_so, _on_the_hub()) if online else ())])
 
 
@@ -140,14 +146,37 @@ def _on_the_hub() -> Iterator[Entry]:
             yield Entry(release="", id="", repo=one.repo, path="", format=format, **facts)
 
 
-def _bounds(name: str, value: Bounds | None, factor: float) -> tuple[float, float] | None:
-    """Return the smallest and the largest allowed value."""
+class _Range(NamedTuple):
+    """The smallest and the largest allowed value; `asked` if a single number was given."""
+
+    low: float
+    high: float
+    asked: float | None = None
+
+
+def _bounds(name: str, value: Bounds | None, factor: float) -> _Range | None:
+    """Return the allowed values."""
     if value is None:
         return None
-    low, high = value if isinstance(value, tuple) else (value / factor, value * factor)
+    parts = value.split("-") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    try:
+        numbers = [_number(part) for part in parts]
+        if len(numbers) == 1 and parts is not value:
+            numbers = [numbers[0] / factor, numbers[0] * factor]
+        low, high = numbers
+    except (ValueError, TypeError, OverflowError):
+        low = high = math.nan
     if not 0 < low <= high < math.inf:
-        raise ConfigError(f"{name} = {value}; expected a positive number, or the smallest and the largest")
-    return float(low), float(high)
+        raise ConfigError(f"{name} = {value!r}; expected a positive number, or the smallest and the largest as in 16-64")
+    return _Range(low, high, math.sqrt(low * high) if len(parts) == 1 else None)
+
+
+def _number(part: object) -> float:
+    """Return the number in a text such as 24576 or 16k, or a number itself."""
+    if isinstance(part, bool):
+        raise TypeError("a truth value is not a number")
+    text = part.strip().lower() if isinstance(part, str) else ""
+    return float(width_of(text)) if text[-1:] in ("k", "m") and text else float(part)  # type: ignore[arg-type]
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str | None]], caption: str = "") -> "Table":
@@ -162,7 +191,7 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str | None]], caption:
         caption=caption,
         column=lambda title: {
             **{"overflow": "fold", "no_wrap": title in ("name", "release")},  # so that names can be copied
-            **{"min_width": min(MIN_WIDTH, max(map(len, (title, *by_title[title]))))},
+            **{"min_width": min(HOOK_WIDTH if title == "hook" else MIN_WIDTH, max(map(len, (title, *by_title[title]))))},
             **{"justify": "right" if title in ("width", "L0", "number") else "left"},
         },
     )
@@ -172,7 +201,11 @@ def _ports(e: Entry) -> str:
     """Return the hooks of a dictionary, unless its name says them."""
     if e.hook and e.hook in e.id and not e.target:
         return ""
-    return f"{e.hook} → {e.target}" if e.target else e.hook or ""
+    if not e.target:
+        return e.hook or ""
+    blocks = {re.split(r"(?<=\d\.)", hook)[0] for hook in (e.hook or "", e.target)}
+    block = blocks.pop() if len(blocks) == 1 else ""  # the name says it
+    return f"{(e.hook or '').removeprefix(block)} → {e.target.removeprefix(block)}"
 
 
 def _text(value: int | float | None) -> str:
@@ -186,5 +219,5 @@ def _span(values: Iterable[int | float | None]) -> str:
 
 
 def _common(hooks: set[str]) -> str:
-    """Return hooks without the numbers of their layers."""
-    return ", ".join(sorted({".".join("N" if part.isdecimal() else part for part in hook.split(".")) for hook in hooks}))
+    """Return hooks without their layers."""
+    return ", ".join(sorted({re.sub(r"^blocks\.\d+\.", "", hook) for hook in hooks}))

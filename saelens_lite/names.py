@@ -1,6 +1,7 @@
 """Names of dictionaries: a path of this computer, an address on the Hub, or a public name, release/id. A path comes first."""
 
 import os
+import re
 from pathlib import Path
 
 from saelens_lite.errors import CorruptFileError, HubNotFoundError, near_matches
@@ -37,6 +38,8 @@ def no_such(path: Path) -> CorruptFileError:
     text = path.as_posix()
     close = "" if _is_surely_a_path(text) else near_matches(text.partition("/")[0], releases())
     hint = f" No public release has that name either{close}" if close else ""
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text):
+        hint += f" A repository of the Hub is written hf://{text}."
     return CorruptFileError(f"{path / 'cfg.json'} is missing; is {path} the folder you meant?{hint}")
 
 

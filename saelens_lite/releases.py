@@ -18,7 +18,7 @@ from itertools import product
 from math import log2
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from saelens_lite.errors import ConfigError, HubNotFoundError, near_matches
+from saelens_lite.errors import HubNotFoundError, near_matches
 
 if TYPE_CHECKING:
     from saelens_lite.formats.known import Known
@@ -112,21 +112,6 @@ def entry(name: str) -> Entry | None:
     some = "" if close else f"; it has {', '.join(list(ids)[:5])}" + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")
     asked = f"no dictionary {id!r}" if id else f"{len(ids):,} dictionaries; name one of them"
     raise HubNotFoundError(f"release {release} has {asked}{close}{some} (`saelens-lite find --release {release}`)")
-
-
-def named(name: str) -> Entry:
-    """Return the dictionary called release/id.
-
-    Raises:
-        ConfigError: the release is not in the index.
-        HubNotFoundError: the release has no such dictionary.
-    """
-    one = entry(name)
-    if one is None:
-        release = name.partition("/")[0]
-        hint = near_matches(release, _releases())
-        raise ConfigError(f"{name}: the index has no release {release!r}{hint} (`saelens-lite find` lists them)")
-    return one
 
 
 def entry_at(repo: str, path: str) -> Entry | None:

@@ -104,7 +104,7 @@ def test_a_name_that_is_neither_path_nor_public(hub, tmp_path, monkeypatch, comm
         sl.load("gpt2-small-res-jb/blocks.99.hook_resid_pre")
     with pytest.raises(CorruptFileError, match=r"is missing; is gpt2-smal-res-jb.*No public release.*gpt2-small-res-jb"):
         sl.load("gpt2-smal-res-jb/blocks.8.hook_resid_pre")
-    with pytest.raises(CorruptFileError, match=r"is missing; is \./x/y the folder you meant\?$|is x/y the folder"):
+    with pytest.raises(CorruptFileError, match=r"is x/y the folder you meant.* A repository of the Hub is written hf://x/y\."):
         sl.load("./x/y")
     assert "No public release" in command("eval", "gpt2-smal-res-jb/blocks.8.hook_resid_pre").err
     assert hub.requests == []
@@ -123,13 +123,26 @@ def test_commands_take_public_names(hub, tmp_path, command, monkeypatch):
     said = command("inspect", JB)
     facts = json.loads(said.out)
     assert facts["known"]["hook"] == "blocks.8.hook_resid_pre"
+    assert [facts["known"][name] for name in ("format", "rule", "width", "l0")] == ["saelens", "l1", 24576, 60]
     assert facts["files"]["sae_weights.safetensors"]["tensors"]["W_dec"]["dtype"] == "F32"
     assert command("convert", JB, "out", "--format", "saelens").code == 0
     assert sl.load("out").d_sae == sl.load(JB).d_sae
     entry = hub.chosen[4]
     assert command("pull", entry.name, "--out", "got").code == 0
-    assert sorted(path.name for path in (tmp_path / "got").iterdir()) == ["ae.pt", "config.json"]
+    copy, whole = sl.load("got"), sl.load(entry.name)  # with the facts of the index, and without format=
+    assert (copy.hook, copy.origin, copy.W_dec.tolist()) == (whole.hook, whole.origin, whole.W_dec.tolist())
+    assert copy.training_record["read_from"]["release"] == entry.name
+    release, _, id = entry.name.partition("/")
+    assert command("pull", release, id, "--out", "got", "--exists", "overwrite").code == 0
     assert command("compare", JB, JB).code == 0
+
+
+def test_a_format_that_is_not_read_is_refused_before_the_download(hub):
+    entry = next(e for e in releases.entries() if e.format == "temporal")
+    for name in (entry.name, f"hf://{entry.repo}/{entry.path}"):
+        with pytest.raises(ConfigError, match="is a temporal dictionary: its codes depend on earlier tokens"):
+            sl.load(name)
+    assert hub.requests == []
 
 
 def test_one_file_is_described_without_its_weights(hub):

@@ -218,7 +218,7 @@ def test_labels_come_from_a_local_folder_and_a_file(d, folder):
         sl.labels.from_neuronpedia(d, folder.parent)
 
 
-def test_labels_of_another_dictionary_are_refused(d, folder, caplog):
+def test_labels_of_another_dictionary_are_refused(d, folder, caplog, bucket, monkeypatch):
     file = folder / "batch-11.jsonl"
     file.write_bytes(line(0, "dogs", layer="7-res-jb"))
     with pytest.raises(ConfigError, match="explanations of gpt2-small/7-res-jb; expected those of gpt2-small/8-res-jb"):
@@ -228,6 +228,10 @@ def test_labels_of_another_dictionary_are_refused(d, folder, caplog):
     with caplog.at_level(logging.WARNING):
         assert dict(sl.labels.from_neuronpedia(dictionary(None), file)) == {0: "dogs"}
     assert "this dictionary does not say whether it is that one" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(explanations, "BUCKET", bucket.url)
+    assert dict(sl.labels.from_neuronpedia(dictionary(None), ID)) == WANTED
+    assert caplog.text.count("gpt2-small/8-res-jb has labels of gpt2-small/8-res-jb; this dictionary does not say") == 1
     file.write_bytes(line(0, "dogs") + line(1, "cats", modelId="pythia-70m"))
     with pytest.raises(ConfigError, match="explanations of pythia-70m/8-res-jb"):
         sl.labels.from_neuronpedia(dictionary(None), file)
@@ -341,6 +345,42 @@ def test_labels_of_another_dictionary_do_not_go_into_a_store(folder, store):
     assert store.labels == {}
 
 
+def test_a_store_knows_the_neuronpedia_id_of_its_dictionary(store, built, folder, random_lm, tmp_path, caplog, command):
+    assert store.info.neuronpedia == built.info.neuronpedia == ID
+    code, _, err = command("label", store.folder, "--neuronpedia", "gpt2-small/7-res-jb")
+    assert (code, "is gpt2-small/8-res-jb on Neuronpedia; the labels of gpt2-small/7-res-jb are not" in err) == (2, True)
+    unknown = sl.FeatureStore.build(dictionary(None), random_lm, ["Read the license"], top_n=1, seed=0)
+    saved = unknown.save(tmp_path / "unknown")
+    assert "neuronpedia" not in read_json(saved / "features.json")["info"]  # as stores were written before
+    assert sl.FeatureStore.load(saved).info == unknown.info
+    assert command("label", saved, "--neuronpedia", folder).code == 0
+    assert "does not say whether it is that one" in caplog.text
+
+
+def test_a_latent_with_very_many_explanations_is_refused(d, tmp_path):
+    (tmp_path / "batch-0.jsonl").write_bytes(line(3, "x") * 101)
+    with pytest.raises(CorruptFileError, match="more than 100 explanations of latent 3"):
+        sl.labels.from_neuronpedia(d, tmp_path)
+    (tmp_path / "batch-0.jsonl").write_bytes(line(3, "x") * 100)
+    (tmp_path / f"batch-{'0' * 25}.jsonl").write_bytes(line(4, "of a file with an endless number"))
+    assert dict(sl.labels.from_neuronpedia(d, tmp_path)) == {3: "x"}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "ascii", "x-unknown"])
+def test_listings_in_other_encodings_are_typed_errors(bucket, monkeypatch, encoding):
+    entities = '<!DOCTYPE a [<!ENTITY b "bbbb">]><a>&b;</a>' if encoding == "utf-16" else "<a>\xff</a>"
+    content = f'<?xml version="1.0" encoding="{encoding}"?>{entities}'.encode("utf-16" if encoding == "utf-16" else "latin-1")
+    with pytest.raises(HubError, match="does not answer as an S3 bucket does"):
+        web._parsed("a server", content)
+    plain = f'<?xml version="1.0" encoding="{encoding}"?><a><Key>é</Key></a>'.encode()
+    assert web._parsed("a server", plain)["Key"] == ["é"]
+
+
+def test_a_text_that_is_no_url(d):
+    with pytest.raises(ConfigError, match="is not a URL"):
+        sl.labels.from_neuronpedia(d, "https://[::1/v1/")
+
+
 def test_a_labels_file_of_the_first_format_is_read(store):
     content = {"format": 1, "dictionary_sha256": store.info.dictionary_sha256, "labels": {"3": "by hand"}}
     (store.folder / "labels.json").write_text(json.dumps(content))
@@ -368,7 +408,7 @@ def test_the_command_imports_labels_and_keeps_ones_own(store, folder, command):
     assert command("label", store.folder, 1, "mine").code == 0
     out = command("label", store.folder, "--neuronpedia", folder).out
     assert "Labels(4 of 12 latents" in out
-    assert "kept 1 labels of your own" in out
+    assert "kept 1 label of your own" in out
     listed = command("label", store.folder, "--list").out
     assert "Ann, Neuronpedia" in listed
     assert sl.FeatureStore.load(store.folder).labels == WANTED | {1: "mine"}

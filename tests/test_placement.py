@@ -1,6 +1,8 @@
 """The check of a dictionary's hook: the place of training is named, and only wrong claims are warned of."""
 
 import logging
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from check_hooks import AT, Case, acts_at, fault, model, token_rows
 
 import saelens_lite as sl
-from saelens_lite.errors import ConfigError, TextError
+from saelens_lite.errors import ConfigError, ShapeError, TextError
 from saelens_lite.evaluation import HookFit
 from saelens_lite.evaluation.placement import _better
 
@@ -147,3 +149,47 @@ def test_dictionaries_and_texts_that_cannot_be_checked_are_refused(gemma, of_mlp
         sl.check_hook(of_mlp, gemma, ROWS, n_tokens=0)
     with pytest.raises(TextError, match="no text to check the hook on"):
         sl.check_hook(of_mlp, gemma, ROWS._replace(keep=torch.zeros_like(ROWS.keep)))
+
+
+def test_hooks_of_another_width_are_typed_errors(gemma, of_mlp):
+    foreign = claiming(of_mlp, MLP, foreign=True)
+    narrow = f"{AT}.attn.hook_z.head_0"
+    for measure in (sl.check_hook, sl.evaluate):
+        with pytest.raises(ShapeError, match=r"takes .*48"):
+            measure(foreign, gemma, ROWS[:20], hook=narrow)
+    writes = sl.Port(hook=narrow, width=48)
+    transcoder = sl.Dictionary.create("topk", reads=sl.Port(hook=MLP, width=48), writes=writes, d_sae=64, options={"k": 4})
+    with pytest.raises(ShapeError, match=r"head_0 has width \d+; expected 48"):
+        sl.check_hook(transcoder, gemma, ROWS[:20])
+
+
+def test_heads_are_compared_with_each_other_and_with_the_output(gemma):
+    def places(hook: str) -> set[str]:
+        width = gemma.run(ROWS[:1], [hook])[hook].shape[-1]
+        d = sl.Dictionary.create("topk", reads=sl.Port(hook=hook, width=width), d_sae=64, options={"k": 4})
+        return {place.reads for place in sl.check_hook(d, gemma, ROWS[:20]).places}
+
+    n_heads = gemma.module.config.num_attention_heads
+    assert {f"{AT}.attn.hook_z.head_{i}" for i in range(n_heads)} <= places(f"{AT}.attn.hook_z.head_1")
+    assert f"{AT}.hook_attn_out" in places(f"{AT}.attn.hook_out")
+
+
+def test_heads_side_by_side_are_compared_with_the_output(lm):
+    hook = f"{AT}.hook_attn_out"
+    d = sl.Dictionary.create("topk", reads=sl.Port(hook=hook, width=lm.d_model), d_sae=64, options={"k": 4})
+    assert f"{AT}.attn.hook_z" in {place.reads for place in sl.check_hook(d, lm, "a text of a few words, no more").places}
+
+
+def test_a_name_in_place_of_a_dictionary_is_a_typed_error():
+    code = """
+import saelens_lite as sl
+for call in (sl.model_for, sl.labels.from_neuronpedia, lambda d: sl.check_hook(d, None, "text")):
+    try:
+        call("a/b")
+    except sl.errors.ConfigError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.count("'a/b' is not a dictionary; give one, such as sl.load('a/b')") == 3
+    with pytest.raises(ConfigError, match="no dictionary to load the model of"):
+        sl.model_for()

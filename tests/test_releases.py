@@ -17,9 +17,9 @@ from test_hub import TOKEN, connect
 
 from saelens_lite import registry
 from saelens_lite.errors import ConfigError, HubNotFoundError, HubUnreachableError
-from saelens_lite.find_releases import PublicDictionaries, find
+from saelens_lite.find_releases import PublicDictionaries, _bounds, find
 from saelens_lite.hub_client.client import Address
-from saelens_lite.releases import FILE, Entry, _combinations, entries, entry, entry_at, named, releases, width_of
+from saelens_lite.releases import FILE, Entry, _combinations, entries, entry, entry_at, releases, width_of
 
 EVERY = list(entries())
 NAMES = {one.name: one for one in EVERY}
@@ -398,14 +398,14 @@ def test_hooks_say_what_gemma_scope_reads_and_writes():
 
 
 def test_an_entry_gives_its_address_and_what_reading_needs():
-    one = named("gpt2-small-res-jb/blocks.8.hook_resid_pre")
+    one = NAMES["gpt2-small-res-jb/blocks.8.hook_resid_pre"]
     assert one.address == Address("jbloom/GPT2-Small-SAEs-Reformatted", "blocks.8.hook_resid_pre", None)
     assert one.known.release == "gpt2-small-res-jb/blocks.8.hook_resid_pre"
     assert (one.known.model, one.known.processing) == ("gpt2", ("center_writing_weights",))
     assert (one.known.neuronpedia, one.width, one.l0, one.rule) == ("gpt2-small/8-res-jb", 24576, 60, "l1")
-    one = named("mistral-7b-res-wg/blocks.8.hook_resid_pre")
+    one = NAMES["mistral-7b-res-wg/blocks.8.hook_resid_pre"]
     assert (one.known.model, one.known.token_norm) == ("mistralai/Mistral-7B-v0.1", "constant_norm")
-    one = named("qwen-scope-3.5-27b-w80k-l50/layer3")
+    one = NAMES["qwen-scope-3.5-27b-w80k-l50/layer3"]
     assert (str(one.address), one.width) == ("hf://Qwen/SAE-Res-Qwen3.5-27B-W80K-L0_50/layer3.sae.pt", 81920)
 
 
@@ -437,8 +437,6 @@ def test_unknown_names_are_told_apart():
         HubNotFoundError, match=r"has 13 dictionaries; name one of them; it has blocks.11.hook_resid_post, .* and 8 more"
     ):
         entry("gpt2-small-res-jb")
-    with pytest.raises(ConfigError, match=r"no release 'gpt2-smal-res-jb'; did you mean gpt2-small-res-jb"):
-        named("gpt2-smal-res-jb/blocks.8.hook_resid_pre")
 
 
 def test_rows_describe_products_and_aligned_values():
@@ -486,7 +484,7 @@ def test_the_script_writes_what_the_registry_says(tmp_path, monkeypatch):
     monkeypatch.setattr("saelens_lite.releases._releases", lambda: script.index.parsed(text))
     script.index._expanded.cache_clear()
     script.check(registry)
-    assert named("gpt2-small-x/blocks.3.hook_resid_pre").hook == "blocks.3.hook_resid_pre"
+    assert entry("gpt2-small-x/blocks.3.hook_resid_pre").hook == "blocks.3.hook_resid_pre"
     saes[2]["path"] = "elsewhere"
     with pytest.raises(SystemExit, match="elsewhere"):
         script.check(registry)
@@ -528,9 +526,28 @@ def test_find_searches_words_and_releases():
     assert len({one.release for one in find(release="gpt2-small-res")}) > 5
     assert len(find()) == len(EVERY)
     assert len(find("no such words")) == 0
-    for bad in (0, -1, (5, 2), math.nan):
+    numbers = (0, -1, True, 10**400, math.nan, (5, 2), (5,), (1, 2, 3), ("a", "b"), [])
+    for bad in (*numbers, "", "many", "1-2-3", "64-16", "-5", "1.5k"):
         with pytest.raises(ConfigError, match=r"l0 = .*; expected a positive number"):
-            find(l0=bad)
+            _bounds("l0", bad, 2.0)
+
+
+@pytest.mark.parametrize("text", ["16k-65k", "16K-65K", "16384-65536", ["16k", 65536], (16384, "65k"), [16384, 65536]])
+def test_ranges_can_be_texts_and_lists(text):
+    wanted = find(model="gpt2", width=(16384, 65536))
+    assert len(wanted) > 10
+    assert find(model="gpt2", width=text) == wanted
+    assert find(model="gpt2", width="24576") == find(model="gpt2", width=24576)
+
+
+def test_the_repr_is_short_and_slices_are_results():
+    matches = find(model="gpt2")
+    assert repr(matches[:0]) == "PublicDictionaries(0)"
+    assert repr(matches[1:2]) == f"PublicDictionaries(1: {matches[1].name})"
+    assert repr(matches).startswith(f"PublicDictionaries({len(matches):,}: {matches[0].name}, ")
+    assert len(repr(matches)) < 300
+    assert isinstance(matches[:5], PublicDictionaries)
+    assert matches[:5].to_frame()["name"].tolist() == [one.name for one in matches][:5]
 
 
 def test_results_print_names_that_can_be_copied():
@@ -550,7 +567,7 @@ def test_find_online_adds_tagged_repositories(tmp_path, monkeypatch):
         connect(hub, tmp_path, monkeypatch)
         hub.labels = {
             "me/gpt2-saes": ("saelens", "base_model:openai-community/gpt2", "license:mit"),
-            "me/transcoders": ("sparsify",),
+            "me/transcoders": ("sparsify", "license:\x1b[31mred"),
             "me/gpt2-other": ("transformers",),
             "jbloom/GPT2-Small-SAEs-Reformatted": ("saelens",),
             "../gpt2": ("saelens",),
@@ -561,7 +578,7 @@ def test_find_online_adds_tagged_repositories(tmp_path, monkeypatch):
         assert online == [Entry(release="", id="", repo="me/gpt2-saes", path="", format="saelens", **facts)]
         assert online[0].name == "hf://me/gpt2-saes"
         assert len(matches) == len(find("gpt2", hook="resid", l0=50)) + 1
-        assert [one.format for one in find("me/transcoders", online=True)] == ["sparsify"]
+        assert [(one.format, one.license) for one in find("me/transcoders", online=True)] == [("sparsify", None)]
         hub.order(Fault("GET", "/api/models", "status", times=99, status=503))
         with pytest.raises(HubUnreachableError, match="repositories tagged saelens"):
             find("gpt2", online=True)
@@ -589,7 +606,7 @@ def test_the_command_finds_without_torch():
 def test_the_command_explains_a_bad_range():
     done = run("find", "--l0", "many")
     assert done.returncode != 0
-    assert "--l0 many; expected a number" in done.stderr
+    assert "--l0 many; expected a positive number" in done.stderr
 
 
 def test_the_releases_are_listed():

@@ -128,28 +128,27 @@ def pull(
     Parameters
     ----------
     repo
-        The repository, user/name; or an address, hf://user/name/folder@revision; or the name of a public dictionary.
+        The repository, user/name, or a public release; or an address, hf://user/name/folder@revision; or the name of a public
+        dictionary.
     folder
         The dictionary's folder or file in the repository. May be left out if the repository holds only one dictionary.
     revision
         Branch, tag or commit; default: main.
     out
-        Folder for a copy; default: none, the dictionary stays in huggingface_hub's cache.
+        Folder for a copy; default: none, the dictionary stays in huggingface_hub's cache. If the index knows more than the
+        files of another tool say, the copy has these facts too, in saelens_lite's own format.
     max_bytes
         Largest download to accept, in bytes; default: 32 GiB.
     """
-    from saelens_lite.hub import Address, copy_to, fetch
-    from saelens_lite.names import is_on_hub
+    from saelens_lite.hub import copy_to, fetch
+    from saelens_lite.hub.download import named_place
     from saelens_lite.outputs import refuse_existing
 
     if out:
         refuse_existing(out, exists)
-    if repo.startswith("hf://") and (folder or revision):
-        raise ConfigError(f"{repo} is a complete address; leave out the folder and --revision")
-    is_whole = repo.startswith("hf://") or (not (folder or revision) and is_on_hub(repo))
-    fetched = fetch(repo if is_whole else Address.of(repo, folder, revision), **given(max_bytes=max_bytes))
+    fetched = fetch(named_place(repo, folder, revision), **given(max_bytes=max_bytes))
     loaded = fetched.load(format=format)
-    place = copy_to(fetched, out, exists) if out else fetched.folder
+    place = copy_to(fetched, out, exists, loaded) if out else fetched.folder
     console().print(f"{place}: {loaded.rule.plugin_name}, {loaded.d_sae} latents, {fetched.address}", markup=False)
 
 
@@ -191,26 +190,11 @@ def find(
     matches = find_releases(
         " ".join(text),
         **{"model": model, "hook": hook, "release": release, "online": online},
-        width=_bounds("width", width),
-        l0=_bounds("l0", l0),
+        width=width,
+        l0=l0,
     )
     if as_json:
         facts = [{"name": one.name} | one._asdict() for one in matches]
         say(json.dumps(facts, indent=2, ensure_ascii=False))
     else:
         console().print(matches)
-
-
-def _bounds(name: str, text: str | None) -> float | tuple[float, float] | None:
-    """Return the number or the two numbers of a text such as 24576, 16k or 16k-65k."""
-    from saelens_lite.releases import width_of
-
-    if text is None:
-        return None
-    try:
-        numbers = [float(width_of(part)) if part[-1:] in ("k", "m") else float(part) for part in text.split("-")]
-    except ValueError:
-        numbers = []
-    if len(numbers) not in (1, 2):
-        raise ConfigError(f"{name} = {text!r}; expected a number, or the smallest and the largest as in 16-64")
-    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])

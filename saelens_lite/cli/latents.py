@@ -86,7 +86,8 @@ def label(
         raise ConfigError("give the number of a latent and its label, or --list, or --neuronpedia, which --replace belongs to")
     if neuronpedia is not None:
         imported, kept = import_stored(store, neuronpedia, replace)
-        say(f"{store}: {imported!r}{f'; kept {kept:,} labels of your own' if kept else ''}")
+        own = f"; kept {kept:,} label{'s' * (kept > 1)} of your own" if kept else ""
+        say(f"{store}: {imported!r}{own}")
         return
     labels = stored_labels(store) if latent is None or text is None else label_stored(store, latent, text)
     if latent is not None:

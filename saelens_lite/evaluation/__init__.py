@@ -296,7 +296,7 @@ def _check_hooks(job: _Plan, dictionaries: Sequence[Dictionary], lm: LanguageMod
     for dictionary in foreign:
         try:
             warning = check_rows(dictionary, lm, rows, hook).warning
-        except SaelensLiteError as error:  # the evaluation itself may succeed
+        except (SaelensLiteError, RuntimeError) as error:  # such as too little memory; the evaluation itself may succeed
             log.info("the hook of the dictionary was not compared with others: %s", error)
             continue
         if warning:

@@ -1,8 +1,9 @@
 """The error of a dictionary at the hook that it names, beside the same at the places that are often confused with it.
 
-These are, in the same block, the activations before and after each norm and each sum of the residual stream; then the same hook
-one block before and after; the activation without its mean over d_model ("centred"); and the activation scaled so that its mean
-norm is √d ("scaled"). Of a transcoder, one side varies at a time.
+These are, in the same block, the activations before and after each norm and each sum of the residual stream, what the heads
+give to the attention's output (hook_z), and the other heads of a hook of one head; then the same hook one block before and
+after; the activation without its mean over d_model ("centred"); and the activation scaled so that its mean norm is √d
+("scaled"). Of a transcoder, one side varies at a time.
 
     fvu = Σ‖y − ŷ‖² / Σ‖y − mean‖²      over the tokens that count, with y as the place has it, centred or scaled
 
@@ -31,9 +32,10 @@ from torch import Tensor
 from saelens_lite.config import TextConfig
 from saelens_lite.devices import on_device, where_float64_is
 from saelens_lite.dictionary import Dictionary
-from saelens_lite.errors import ConfigError, HookError, TextError
+from saelens_lite.errors import ConfigError, HookError, ShapeError, TextError, not_a_dictionary
 from saelens_lite.evaluation.text_rows import as_trained, row_blocks
 from saelens_lite.model import LanguageModel
+from saelens_lite.model.heads import split_head
 from saelens_lite.model.passes import activations, default_batch_tokens
 from saelens_lite.ports import Hooks
 from saelens_lite.tables import Result, columns_of, grid, wrapped
@@ -43,13 +45,14 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 IN_BLOCK = (  # hooks of a block that are confused with each other
-    "hook_resid_pre", "ln1.hook_normalized", "ln1.hook_out", "attn.hook_in", "attn.hook_out", "hook_attn_out",
+    "hook_resid_pre", "ln1.hook_normalized", "ln1.hook_out", "attn.hook_in", "attn.hook_z", "attn.hook_out", "hook_attn_out",
     "hook_resid_mid", "ln2.hook_normalized", "ln2.hook_out", "mlp.hook_in", "mlp.hook_out", "hook_mlp_out", "hook_resid_post",
 )  # fmt: skip
 SAME = 1e-4  # tensors that differ by less, relative to their norm, are one place
 MOST_VALUES = 1 << 28  # activations held at once
 SOME_TOKENS = 64  # on which tensors are compared
 LONGEST_ROW = 1024
+MOST_HEADS = 256
 SHORT = 512  # tokens of the check that `evaluate` makes
 CLEARLY, MORE_LATENTS, GOOD, USELESS = 2 / 3, 1.5, 0.7, 0.9
 log = logging.getLogger(__name__)
@@ -148,10 +151,13 @@ def check_hook(
         ConfigError: the dictionary has several hooks on a side, or belongs to a model with other processing; or it is a
             transcoder that does not name its hooks.
         HookError: the model lacks the hook.
+        ShapeError: the hook has another width than the dictionary.
         TextError: there is no text.
     """
     if n_tokens < 1:
         raise ConfigError(f"n_tokens = {n_tokens}; expected at least 1")
+    if not isinstance(dictionary, Dictionary):
+        raise not_a_dictionary(dictionary)
     dictionary.check_finite()
     text = with_mask(text, attention_mask)
     config = None if isinstance(text, TokenRows) else as_trained([dictionary], lm, text, text_config or TextConfig())
@@ -216,6 +222,9 @@ def _beside(lm: LanguageModel, rows: Sequence[TokenRows], hook: str, width: int)
         layer, name = int(match[1]), match[2]
         names = [f"blocks.{layer}.{other}" for other in IN_BLOCK]
         names += [f"blocks.{near}.{name}" for near in (layer - 1, layer + 1)]
+    whole, head = split_head(hook)
+    if head is not None:
+        names += [f"{whole}.head_{other}" for other in range(MOST_HEADS) if lm.has_hook(f"{whole}.head_{other}")]
     others = [name for name in _readable(lm, rows, list(dict.fromkeys(names)), width) if name != hook]
     return [Spot(hook), Spot(hook, "centred"), Spot(hook, "scaled"), *map(Spot, others)]
 
@@ -251,6 +260,10 @@ def _measured(
         n += len(acts[hooks[0]])
         norms = {hook: norms[hook] + float(x.norm(dim=-1).double().sum()) for hook, x in acts.items()}
         if i == 0:
+            for read, written in pairs:
+                dictionary.check_input(acts[read.hook])
+                if acts[written.hook].shape[-1] != dictionary.d_out:
+                    raise ShapeError(f"{written.hook} has width {acts[written.hook].shape[-1]}; expected {dictionary.d_out}")
             kept = _distinct({hook: x[:SOME_TOKENS] for hook, x in acts.items()}, pairs)
     scales = {hook: math.sqrt(acts[hook].shape[-1]) * n / total if total else 1.0 for hook, total in norms.items()}
     sums = {pair: _Sums() for pair in kept if all(s.change != "scaled" or abs(scales[s.hook] - 1) > SAME for s in pair)}

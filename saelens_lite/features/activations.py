@@ -19,7 +19,7 @@ from saelens_lite.errors import ConfigError, NonFiniteError, ShapeError
 from saelens_lite.features.build import SHOWN, Numbers, reduced
 from saelens_lite.features.code_log import Sample
 from saelens_lite.features.collect import MAX_PLACES, written
-from saelens_lite.features.info import StoreInfo, facts_of
+from saelens_lite.features.info import StoreInfo, facts_of, own_id
 from saelens_lite.features.rows import OF_GROUPS, GroupsOfBlocks, RowTensors, row_tensors, texts_of
 from saelens_lite.processes import Team, check_same
 from saelens_lite.progress import progress_bar
@@ -122,7 +122,7 @@ def row_parts(dictionary: Dictionary, given: NamedRows, config: StoreConfig, fol
     reads, writes = map(tuple, ports)
     info = StoreInfo(
         model=None, revision=None, reads=reads, writes=writes, n_tokens=n, bos_id=None, text=None,
-        text_sha256=digest.hexdigest(), **facts, **config.model_dump(include=SHOWN),
+        text_sha256=digest.hexdigest(), neuronpedia=own_id(dictionary), **facts, **config.model_dump(include=SHOWN),
     )  # fmt: skip
     rows = TokenRows(torch.arange(n, dtype=torch.int32)[:, None], torch.ones(n, 1, dtype=torch.bool))
     groups = GroupsOfBlocks(given.group_of_row, len(given.labels))

@@ -17,7 +17,7 @@ from saelens_lite.features.code_log import Codes
 from saelens_lite.features.codes import CODES_FILE, CodesTable, codes_file, join_codes
 from saelens_lite.features.collect import Hooked, collect
 from saelens_lite.features.cooccurrence import partners
-from saelens_lite.features.info import StoreInfo, facts_of
+from saelens_lite.features.info import StoreInfo, facts_of, own_id
 from saelens_lite.features.reduce import Block, TextFacts
 from saelens_lite.features.tensors import FeatureTensors
 from saelens_lite.features.text_rows import rows_of
@@ -69,6 +69,7 @@ class StorePlan(NamedTuple):
             StoreInfo(
                 reads=one.hooks.reads,
                 writes=one.hooks.writes,
+                neuronpedia=own_id(one.dictionary),
                 **facts_of(one.dictionary),
                 **common,
             )

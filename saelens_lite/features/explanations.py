@@ -21,7 +21,7 @@ from saelens_lite.files import MAX_LINE_BYTES, named_file, open_file
 from saelens_lite.hub_client.web import bucket_files, web_files
 
 BUCKET = "https://neuronpedia-datasets.s3.us-east-1.amazonaws.com"
-FILE = r"batch-\d+\.jsonl(\.gz)?"
+FILE = r"batch-\d{1,18}\.jsonl(\.gz)?"
 BYTES_PER_LATENT, LEAST_BYTES = 64 << 10, 64 << 20  # of text, most of which are embeddings; together the limit of all files
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PAGE = re.compile(r"https?://(?:www\.)?neuronpedia\.org/([\w.-]+/[\w.-]+)(?:/\d+)?/?")
@@ -117,7 +117,7 @@ def _local(path: Path) -> list[Path]:
 
 
 def _number(name: str) -> int:
-    return int(re.search(r"batch-(\d{1,18})\.", name)[1])
+    return int(re.search(r"batch-(\d+)\.", name)[1])
 
 
 def _lines(name: str, content: BufferedReader, most: int) -> Iterator[bytes]:

@@ -4,11 +4,12 @@ import hashlib
 from typing import Any
 
 import torch
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, NonNegativeInt, model_serializer, model_validator
 
 from saelens_lite.config import MOST, FrozenConfig
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, UserError
+from saelens_lite.features.explanations import neuronpedia_id
 
 
 class StoreInfo(FrozenConfig):
@@ -38,6 +39,12 @@ class StoreInfo(FrozenConfig):
     dictionary_sha256: str = Field(description="Hash of the dictionary's weights, see `weights_hash`.")
     options: dict[str, Any] = Field(description="Options of the dictionary's rule.")
     token_norm: str | None = Field(description="Norm that the dictionary applies to each activation; None for our own.")
+    neuronpedia: str | None = Field(None, description="Neuronpedia id of the dictionary, if it is known.")
+
+    @model_serializer(mode="wrap")
+    def _as_older_stores(self, handler: Any) -> dict[str, Any]:
+        """Leave out an unknown Neuronpedia id, as older stores do."""
+        return {name: value for name, value in handler(self).items() if name != "neuronpedia" or value is not None}
 
     @model_validator(mode="before")
     @classmethod
@@ -87,6 +94,13 @@ def facts_of(dictionary: Dictionary) -> dict[str, Any]:
         "token_norm": dictionary.token_norm,
         "dictionary_sha256": weights_hash(dictionary),
     }
+
+
+def own_id(dictionary: Dictionary) -> str | None:
+    """Return the Neuronpedia id that came with a dictionary; None if it has none that is valid."""
+    read_from = dictionary.training_record.get("read_from")  # may be a stranger's
+    own = read_from.get("neuronpedia") if isinstance(read_from, dict) else None
+    return neuronpedia_id(own) if isinstance(own, str) else None
 
 
 def weights_hash(dictionary: Dictionary) -> str:

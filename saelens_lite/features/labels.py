@@ -16,9 +16,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from saelens_lite.dictionary import Dictionary
-from saelens_lite.errors import ConfigError, CorruptFileError, UserError
+from saelens_lite.errors import ConfigError, CorruptFileError, UserError, not_a_dictionary
 from saelens_lite.features.explanations import Explanation, neuronpedia_id, read_explanations
-from saelens_lite.features.info import StoreInfo, weights_hash
+from saelens_lite.features.info import StoreInfo, own_id, weights_hash
 from saelens_lite.features.label import Label
 from saelens_lite.features.store_files import read_info
 from saelens_lite.files import MAX_LIST_BYTES, named_file, write_json
@@ -32,6 +32,7 @@ __all__ = ["Label", "Labels", "from_neuronpedia", "load"]
 LABELS_FILE = "labels.json"
 FORMAT = 2  # 1 lacks imported labels
 MOST = 1000  # characters of a label
+MOST_OF_LATENT = 100  # explanations
 SHOWN = 20  # labels in a table
 logger = logging.getLogger(__name__)
 
@@ -123,9 +124,9 @@ def from_neuronpedia(dictionary: Dictionary, source: str | Path | None = None) -
         HubNotFoundError: Neuronpedia has no explanations of this dictionary.
         HubUnreachableError: the server cannot be reached.
     """
-    read_from = dictionary.training_record.get("read_from")  # may be a stranger's
-    own = read_from.get("neuronpedia") if isinstance(read_from, dict) else None
-    own = neuronpedia_id(own) if isinstance(own, str) else None
+    if not isinstance(dictionary, Dictionary):
+        raise not_a_dictionary(dictionary)
+    own = own_id(dictionary)
     if source is None and own is None:
         raise ConfigError(
             'the dictionary does not say its Neuronpedia id; give source, such as "gpt2-small/8-res-jb" or a file'
@@ -150,14 +151,18 @@ def _read(place: str | Path, own: str | None, d_sae: int, sha256: str) -> Labels
     asked = neuronpedia_id(str(place)) if isinstance(place, str) and not os.path.exists(place) else None
     if own and asked and asked != own:
         raise ConfigError(f"this dictionary is {own} on Neuronpedia; the labels of {asked} are not its own")
-    wanted, dates = own or asked, {}
+    wanted, is_warned, dates = own or asked, False, {}
     for number, one in enumerate(read_explanations(place, d_sae)):
-        if one.source and not wanted:
-            logger.warning("%s has labels of %s; this dictionary does not say whether it is that one", place, one.source)
         wanted = wanted or one.source
+        if wanted and not own and not is_warned:
+            logger.warning("%s has labels of %s; this dictionary does not say whether it is that one", place, wanted)
+            is_warned = True
         if one.source and one.source.casefold() != wanted.casefold():
             raise ConfigError(f"{place} has explanations of {one.source}; expected those of {wanted}")
-        dates.setdefault(one.latent, []).append((one.created or datetime.min.replace(tzinfo=UTC), number, _label(one)))
+        of_latent = dates.setdefault(one.latent, [])
+        if len(of_latent) == MOST_OF_LATENT:
+            raise CorruptFileError(f"{place} has more than {MOST_OF_LATENT} explanations of latent {one.latent}")
+        of_latent.append((one.created or datetime.min.replace(tzinfo=UTC), number, _label(one)))
     newest = {i: [label for _, _, label in sorted(several, reverse=True)] for i, several in dates.items()}
     return Labels(newest, d_sae, sha256)
 
@@ -242,7 +247,7 @@ def import_stored(folder: Path, source: str, replace: bool = False) -> tuple[Lab
         LockedError: another process is changing the labels.
     """
     info = read_info(folder)
-    labels = _read(source, None, info.d_sae, info.dictionary_sha256)
+    labels = _read(source, info.neuronpedia, info.d_sae, info.dictionary_sha256)
     with locked(folder / LABELS_FILE, "labels"):
         own = stored_labels(folder, info)
         write_labels(folder / LABELS_FILE, merged(own, labels, info, replace), info.dictionary_sha256)

@@ -14,6 +14,7 @@ from saelens_lite.hub.layouts import CONFIG_FILES, choose
 from saelens_lite.hub_client.client import Address, client, typed_errors
 from saelens_lite.hub_client.guard import Guard
 from saelens_lite.hub_client.listing import RepoFile
+from saelens_lite.releases import Entry
 
 HEADERS_OF = ".safetensors"
 MAX_HEADER_BYTES = 8 << 20
@@ -45,9 +46,15 @@ def describe(address: Address | str) -> dict[str, Any]:
         if EVALUATION_FILE in own:
             facts["eval"] = read_json(snapshot / own[EVALUATION_FILE]).get("metrics")
     entry = place.entry_of(choice)
-    known = {"known": {"format": entry.format, **entry.known.model_dump(exclude_defaults=True)}} if entry else {}
+    known = {"known": _facts(entry)} if entry else {}
     files = {_name(path, choice.folder): _file_facts(pinned, there[path]) for path in choice.files}
     return facts | known | {"address": str(pinned), "files": files}
+
+
+def _facts(entry: Entry) -> dict[str, Any]:
+    """Return the facts of the index about a dictionary."""
+    shown = {name: getattr(entry, name) for name in ("format", "rule", "width", "l0", "license")}
+    return {name: value for name, value in shown.items() if value is not None} | entry.known.model_dump(exclude_defaults=True)
 
 
 def _name(path: str, folder: str) -> str:

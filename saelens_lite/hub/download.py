@@ -23,12 +23,14 @@ from saelens_lite.hub_client.listing import RepoFile, list_files, revisions
 from saelens_lite.kinds import DICTIONARY as KIND
 from saelens_lite.names import public
 from saelens_lite.outputs import new_folder
+from saelens_lite.paths import is_address
 from saelens_lite.releases import Entry, entry_at
 
 logger = logging.getLogger(__name__)
 
 MAX_BYTES = 32 << 30
 MAX_FILES = 1000  # per dictionary
+UNREADABLE = {"temporal": "is a temporal dictionary: its codes depend on earlier tokens, which cannot be read here"}
 DICTIONARY_FILES = (CONFIG_FILE, WEIGHTS_FILE, SPARSITY_FILE, PLUGIN_FILE)
 
 
@@ -98,9 +100,22 @@ def pull(
         HubError: the dictionary does not exist, may not be read, cannot be reached, or is larger than `max_bytes`.
         CorruptFileError: the files are not a dictionary, or do not fit their settings.
     """
+    return fetch(named_place(repo, folder, revision), max_bytes=max_bytes).load(device, format)
+
+
+def named_place(repo: str, folder: str | None = None, revision: str | None = None) -> Address | str:
+    """Return the address of a dictionary in a repository, or the name of a public dictionary.
+
+    Raises:
+        ConfigError: `repo` or `folder` is not a valid name, or is given beside a complete address.
+        HubNotFoundError: as `public`.
+    """
+    if is_address(repo):
+        if folder or revision:
+            raise ConfigError(f"{repo} is a complete address; leave out the folder and the revision")
+        return repo
     name = f"{repo}/{folder}" if folder else repo
-    address = name if revision is None and public(name) else Address.of(repo, folder, revision)
-    return fetch(address, max_bytes=max_bytes).load(device, format)
+    return name if revision is None and public(name) else Address.of(repo, folder, revision)
 
 
 def fetch(address: Address | str, *, max_bytes: int = MAX_BYTES) -> Fetched:
@@ -113,6 +128,7 @@ def fetch(address: Address | str, *, max_bytes: int = MAX_BYTES) -> Fetched:
         ConfigError, HubError: as `pull`.
     """
     place = place_of(address)
+    _check_readable(place)
     try:
         snapshot, choice = _from_hub(place.address, max_bytes)
     except HubUnreachableError as error:
@@ -143,17 +159,39 @@ def place_of(address: Address | str) -> HubPlace:
     return HubPlace(entry.address, entry) if entry else HubPlace(Address.parse(address))
 
 
+def _is_installed(format_name: str) -> bool:
+    return any(plugin.name == format_name for plugin in registry.plugins("formats"))
+
+
 def _is_pickled(format_name: str) -> bool:
     """Return whether the files of a format are pickles; False if the format is not installed."""
-    return any(p.name == format_name for p in registry.plugins("formats")) and registry.load(format_name, "formats").pickled
+    return _is_installed(format_name) and registry.load(format_name, "formats").pickled
 
 
-def copy_to(fetched: Fetched, out: Path, exists: Literal["error", "overwrite"] = "error") -> Path:
+def _check_readable(place: HubPlace) -> None:
+    """Raise ConfigError if the index says that a dictionary has a format that no plugin reads."""
+    entry = place.entry or entry_at(place.address.repo, place.address.folder or "")
+    if entry and not _is_installed(entry.format):
+        why = UNREADABLE.get(entry.format, f"has the format {entry.format}, which no installed plugin reads")
+        raise ConfigError(f"{entry.name} {why}; nothing was fetched")
+
+
+def copy_to(
+    fetched: Fetched, out: Path, exists: Literal["error", "overwrite"] = "error", loaded: Dictionary | None = None
+) -> Path:
     """Copy the files of a fetched dictionary to the folder `out`. The folder appears complete or not at all.
+
+    If the dictionary is of another tool and the index has facts about it, the files alone would lack these. Then `loaded`, the
+    dictionary read from them, is written as `Dictionary.save` does.
 
     Raises:
         OutputExistsError: `out` is not empty and `exists` is "error".
     """
+    if fetched.known is not None:
+        loaded = loaded or fetched.load()
+        if "read_from" in loaded.training_record:
+            logger.info("%s: written in saelens_lite's own format, with the facts of the index", out)
+            return loaded.save(out, exists=exists)
     with new_folder(out, KIND, exists, any_format=True) as folder:
         for name in fetched.files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -73,6 +73,13 @@ OWN_SUFFIXES = (".safetensors", ".png")
 Source = Dictionary | str | Path
 
 
+class _Ready(NamedTuple):
+    """A folder of a dictionary, and the dictionary that was read from it."""
+
+    folder: Path
+    dictionary: Dictionary
+
+
 class PushFile(NamedTuple):
     """A file of the repository and its planned change. Size in bytes."""
 
@@ -220,7 +227,7 @@ def _write_made(files: Mapping[str, Path | bytes], out: Path) -> None:
             write_file(out / name, lambda path, content=content: path.write_bytes(content))
 
 
-def _named(dictionaries: Source | Mapping[str, Source], unnamed: str | None = None) -> dict[str, Source]:
+def _named(dictionaries: Source | Mapping[str, Source], unnamed: str | None = None) -> dict[str, Source | _Ready]:
     """Return the dictionaries by folder in the repository. `unnamed` is the folder of one that does not name its hook."""
     if isinstance(dictionaries, Mapping):
         named = {check_folder(name): source for name, source in dictionaries.items()}
@@ -229,7 +236,8 @@ def _named(dictionaries: Source | Mapping[str, Source], unnamed: str | None = No
     elif isinstance(dictionaries, Dictionary):
         named = {_hook_name(dictionaries, unnamed): dictionaries}
     elif is_on_hub(dictionaries):
-        named = {_hook_name(fetch(str(dictionaries)).load(), unnamed): dictionaries}
+        ready = _fetched(dictionaries)
+        named = {_hook_name(ready.dictionary, unnamed): ready}
     else:
         named = _named_folders(named_file(dictionaries), unnamed)
     if not named:
@@ -263,7 +271,7 @@ def _message(names: Sequence[str]) -> str:
 
 
 def _prepare(
-    named: dict[str, Source], repo: str, scratch: Path, *, license: str | None, tags: Sequence[str]
+    named: Mapping[str, Source | _Ready], repo: str, scratch: Path, *, license: str | None, tags: Sequence[str]
 ) -> tuple[list[CardEntry], dict[str, Path | bytes]]:
     """Load the dictionaries, which also checks them, and return their entries and files for the repository."""
     entries, files = [], {}
@@ -299,16 +307,23 @@ def _read_card(path: Path) -> str:
         raise CorruptFileError(f"{path} is not UTF-8 text: {error}") from None
 
 
-def _loaded(source: Source, scratch: Path) -> tuple[Path, Dictionary]:
+def _fetched(name: str | Path) -> _Ready:
+    """Return a dictionary of the Hub."""
+    fetched = fetch(str(name))
+    return _Ready(fetched.folder, fetched.load())
+
+
+def _loaded(source: Source | _Ready, scratch: Path) -> _Ready:
     """Return the folder of a dictionary and the dictionary. One in memory is saved in the folder `scratch`."""
+    if isinstance(source, _Ready):
+        return source
     if isinstance(source, Dictionary):
-        return source.save(scratch), source
+        return _Ready(source.save(scratch), source)
     if is_on_hub(source):
-        fetched = fetch(str(source))
-        return fetched.folder, fetched.load()
+        return _fetched(source)
     folder = named_file(source)
     folder = folder / "dictionary" if (folder / "dictionary" / CONFIG_FILE).is_file() else folder
-    return folder, read(folder)
+    return _Ready(folder, read(folder))
 
 
 def _is_published(path: Path) -> bool:

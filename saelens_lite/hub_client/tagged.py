@@ -40,6 +40,6 @@ def tagged_repositories(tags: Iterable[str]) -> list[TaggedRepository]:
 
 
 def _texts(tags: object) -> tuple[str, ...]:
-    """Return the tags that are short texts."""
+    """Return the tags that are short texts without control characters."""
     listed = tags if isinstance(tags, list) else []
-    return tuple(tag for tag in listed[:MAX_TAGS] if isinstance(tag, str) and len(tag) <= MAX_CHARACTERS)
+    return tuple(tag for tag in listed[:MAX_TAGS] if isinstance(tag, str) and len(tag) <= MAX_CHARACTERS and tag.isprintable())

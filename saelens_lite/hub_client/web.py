@@ -8,10 +8,10 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 from xml.etree import ElementTree
 
-from saelens_lite.errors import HubError, HubNotFoundError, HubUnreachableError
+from saelens_lite.errors import ConfigError, HubError, HubNotFoundError, HubUnreachableError
 from saelens_lite.hub_client.guard import GRACE_SECONDS, HTTPX, LEAST_BYTES_PER_SECOND, SECONDS_BETWEEN_BYTES
 
-MAX_FILE_BYTES, MAX_PAGE_BYTES, MAX_PAGES = 256 << 20, 8 << 20, 100
+MAX_FILE_BYTES, MAX_PAGE_BYTES, MAX_PAGES = 64 << 20, 8 << 20, 100
 AT_ONCE = 4  # requests
 WAITS = (0.5, 2.0)  # seconds before a request that failed is repeated
 
@@ -25,7 +25,7 @@ def web_files(urls: Sequence[str], limit: int = MAX_FILE_BYTES) -> Iterator[byte
         HubError: a file is larger than `limit`, or the server leads to an address without encryption.
     """
     with _client() as client, ThreadPoolExecutor(AT_ONCE) as pool:
-        for start in range(0, len(urls), AT_ONCE):  # so that no more than these are in memory
+        for start in range(0, len(urls), AT_ONCE):  # so that only these, and the one in use, are in memory
             yield from pool.map(lambda url: _content(client, url, limit), urls[start : start + AT_ONCE])
 
 
@@ -33,9 +33,13 @@ def bucket_files(url: str, pattern: str) -> list[str]:
     """Return the URLs of the files in a public folder of an S3 bucket, given by its URL, whose names match a pattern.
 
     Raises:
+        ConfigError: it is not a URL.
         HubNotFoundError, HubUnreachableError, HubError: as for `web_files`, or the answers are not those of a bucket.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise ConfigError(f"{url} is not a URL: {error}") from None
     root, prefix = f"{parts.scheme}://{parts.netloc}/", parts.path.strip("/") + "/"
     names: list[str] = []
     query = f"?list-type=2&prefix={quote(prefix, safe='')}"
@@ -53,9 +57,10 @@ def bucket_files(url: str, pattern: str) -> list[str]:
 def _parsed(place: str, content: bytes) -> dict[str, list[str]]:
     """Return the texts of each kind of element in an S3 listing."""
     try:
-        if b"<!" in content:  # no bucket declares entities, which can grow without end
+        text = content.decode("utf-8")  # as text, so that a declared encoding does not count
+        if "<!" in text:  # no bucket declares entities, which can grow without end
             raise ValueError("it declares entities")
-        root = ElementTree.fromstring(content)
+        root = ElementTree.fromstring(text)
     except (ElementTree.ParseError, ValueError) as error:
         raise HubError(f"{place} does not answer as an S3 bucket does: {error}; give the URL of a file") from None
     texts: dict[str, list[str]] = {}
@@ -94,7 +99,7 @@ def _content(client: Any, url: str, limit: int) -> bytes:
 
 def _once(client: Any, url: str, limit: int) -> bytes:
     """Return the content of one file after one request."""
-    started, pieces, n_bytes = time.monotonic(), [], 0
+    started, content = time.monotonic(), bytearray()
     try:
         with client.stream("GET", url) as response:
             status = response.status_code
@@ -107,9 +112,8 @@ def _once(client: Any, url: str, limit: int) -> bytes:
             if status != 200:
                 raise HubError(f"{url}: the server answers {status} instead of the file")
             for piece in response.iter_raw():
-                pieces.append(piece)
-                n_bytes += len(piece)
-                seconds = time.monotonic() - started
+                content += piece
+                n_bytes, seconds = len(content), time.monotonic() - started
                 if n_bytes > limit:
                     raise HubError(f"{url} has more than {limit:,} bytes, the largest file that is fetched")
                 if seconds > GRACE_SECONDS + n_bytes / LEAST_BYTES_PER_SECOND:
@@ -117,4 +121,4 @@ def _once(client: Any, url: str, limit: int) -> bytes:
     except (HTTPX.HTTPError, HTTPX.InvalidURL, UnicodeError, OSError) as error:
         said = " ".join(str(error).split())[:300] or type(error).__name__
         raise HubUnreachableError(f"{url} cannot be fetched: {said}; check the address and the network") from None
-    return b"".join(pieces)
+    return bytes(content)

@@ -7,10 +7,7 @@ import torch
 
 from saelens_lite.errors import ModelNotFoundError
 from saelens_lite.model import hooks as _hooks
-from saelens_lite.model.language_model import EMBEDDED
-from saelens_lite.model.loading import _on_hub
-from saelens_lite.model.nicknames import hub_id
-from saelens_lite.paths import check_input, names_a_folder
+from saelens_lite.model.loading import _on_hub, model_place
 
 
 def list_hooks(name: str | Path, revision: str | None = None) -> dict[str, int | None]:
@@ -27,17 +24,10 @@ def list_hooks(name: str | Path, revision: str | None = None) -> dict[str, int |
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    check_input(name)
-    where = EMBEDDED.get(str(name)) or Path(name).expanduser()
-    local = Path(str(where)).is_dir()
-    if not local and names_a_folder(name):
-        raise ModelNotFoundError(f"no model folder at {name}; give a folder with config.json, a Hub id, or 'tiny'")
-    name = name if local else hub_id(str(name))
+    name, where, local = model_place(name)
     commit, only_cached = (revision, True) if local else _on_hub(str(name), revision)
     try:
-        config = AutoConfig.from_pretrained(
-            str(where if local else name), revision=commit, local_files_only=only_cached, trust_remote_code=False
-        )
+        config = AutoConfig.from_pretrained(str(where), revision=commit, local_files_only=only_cached, trust_remote_code=False)
         with torch.device("meta"):
             module = AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
     except Exception as error:  # transformers raises errors of many kinds for a damaged folder

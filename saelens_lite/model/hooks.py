@@ -2,7 +2,7 @@
 
 transformer-lens knows which module of the transformers model each component is, for every architecture that it supports. So
 its hook names work here without its bridge, which would force eager attention and keep every activation.
-Apart from `LanguageModel.bridge`, only this file imports transformer_lens.
+Apart from this file, only `LanguageModel.bridge` and nicknames.py import transformer_lens.
 """
 
 import re

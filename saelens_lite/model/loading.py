@@ -1,7 +1,6 @@
 """Loading of language models: the embedded one, local folders, and the Hugging Face Hub."""
 
 import logging
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -10,7 +9,14 @@ import torch
 
 from saelens_lite.config import Origin
 from saelens_lite.devices import chosen_device
-from saelens_lite.errors import ConfigError, HubError, HubUnreachableError, ModelNotFoundError, ProcessLostError
+from saelens_lite.errors import (
+    ConfigError,
+    HubError,
+    HubUnreachableError,
+    ModelNotFoundError,
+    ProcessLostError,
+    not_a_dictionary,
+)
 from saelens_lite.model.language_model import EMBEDDED, LanguageModel
 from saelens_lite.model.nicknames import hub_id
 from saelens_lite.model.processing import CENTER_WRITING_WEIGHTS
@@ -62,15 +68,9 @@ def load_model(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as hf_logging
 
-    check_input(name)
     check_device_map(device_map, device, max_memory)
     is_spread = spreads(device_map)
-    where = EMBEDDED.get(str(name)) or (Path(name).expanduser() if str(name).startswith("~") else name)
-    local = Path(str(where)).is_dir()
-    if not local and names_a_folder(name):
-        raise ModelNotFoundError(f"no model folder at {name}; give a folder with config.json, a Hub id, or 'tiny'")
-    if not local:
-        name = where = hub_id(str(name))
+    name, where, local = model_place(name)
     commit, only_cached = (revision, True) if local else _on_hub(str(name), revision)
     source = {"revision": revision, "local_files_only": only_cached, "trust_remote_code": bool(trust_remote_code)}
     device, number_type = chosen_device(device if is_spread else device or device_map), _number_type(dtype)  # type: ignore[arg-type]
@@ -111,6 +111,21 @@ def load_model(
     return lm.center_writing_weights_() if center_writing_weights else lm
 
 
+def model_place(name: str | Path) -> tuple[str | Path, str | Path, bool]:
+    """Return the name of a model as a Hub id or a folder, the place to load it from, and whether that is a folder.
+
+    Raises:
+        ModelNotFoundError: the name is that of a folder that does not exist.
+    """
+    check_input(name)
+    where = EMBEDDED.get(str(name)) or (Path(name).expanduser() if str(name).startswith("~") else name)
+    if Path(str(where)).is_dir():
+        return name, where, True
+    if names_a_folder(name):
+        raise ModelNotFoundError(f"no model folder at {name}; give a folder with config.json, a Hub id, or 'tiny'")
+    return hub_id(str(name)), hub_id(str(name)), False
+
+
 @runtime_checkable
 class HasOrigin(Protocol):
     """A dictionary, or anything else that knows the origin of its activations."""
@@ -141,12 +156,17 @@ def model_for(
             `trust_remote_code` is set without a name.
         ModelNotFoundError: see `load_model`.
     """
+    for one in dictionaries:
+        if not isinstance(one, HasOrigin):
+            raise not_a_dictionary(one)
+    if name is None and not dictionaries:
+        raise ConfigError("there is no dictionary to load the model of; give one, or name=")
     origins = [dictionary.origin for dictionary in dictionaries]
-    if name is None and not (origins and all(origin.model for origin in origins)):
+    if name is None and not all(origin.model for origin in origins):
         which = "this dictionary does" if len(origins) == 1 else "one of the dictionaries does"
         raise ConfigError(f"{which} not say which model it was trained on; give --model, or name= in Python")
-    known = [(_hub_id(o.model), o.revision) for o in origins if o.model is not None]
-    places = list(dict.fromkeys(place for place in known if name is None or place[0] == _hub_id(str(name))))
+    known = [(hub_id(o.model), o.revision) for o in origins if o.model is not None]
+    places = list(dict.fromkeys(place for place in known if name is None or place[0] == hub_id(str(name))))
     named = ", ".join(model if commit is None else f"{model} at {commit}" for model, commit in places)
     if len({model for model, _ in places}) > 1:
         raise ConfigError(f"the dictionaries were trained on several models: {named}; name the one to use")
@@ -166,11 +186,6 @@ def model_for(
         trust_remote_code=trust_remote_code,
         device_map=device_map,
     )
-
-
-def _hub_id(name: str) -> str:
-    """Return the Hub id of a model, or the name of a local folder unchanged."""
-    return name if os.path.isdir(os.path.expanduser(name)) else hub_id(name)
 
 
 def _number_type(dtype: str | torch.dtype) -> str | torch.dtype:

@@ -1,5 +1,6 @@
 """Hub ids of models that files call by a short name of transformer-lens or Neuronpedia."""
 
+import os
 from functools import cache
 
 UNCHANGED = (
@@ -26,8 +27,8 @@ NICKNAMES = {  # beside transformer-lens's own
 
 
 def hub_id(name: str) -> str:
-    """Return the Hub id that a short name stands for, such as gpt2 for gpt2-small. Other names are returned unchanged."""
-    if "/" in name or name in UNCHANGED:
+    """Return the Hub id that a short name stands for, such as gpt2 for gpt2-small. Other names and folders stay unchanged."""
+    if "/" in name or name in UNCHANGED or os.path.isdir(os.path.expanduser(name)):
         return name
     return NICKNAMES.get(name.lower()) or _of_transformer_lens().get(name.lower(), name)
 
