@@ -103,11 +103,30 @@ def test_the_k_of_the_file_counts_and_statistics_do_not(tmp_path):
 
 
 def test_a_b_dec_that_may_or_may_not_be_subtracted_is_told(tmp_path, caplog):
-    path = written(tmp_path / "d.npz", PAIR, True)
+    path = written(tmp_path / "d.npz", FOUR, False)
     sl.load(path, format="state_dict", rule="l1", subtract_b_dec=True)
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     sl.load(path, format="state_dict", rule="l1")
-    assert "decoder.bias is subtracted from x before the encoder; set subtract_b_dec=" in caplog.text
+    assert "b_dec is subtracted from x before the encoder; if that is right, set subtract_b_dec=True" in caplog.text
+
+
+@pytest.mark.parametrize("names", [PAIR, tuple(f"model.{name.replace('der.', 'der_linear.')}" for name in PAIR)])
+def test_the_bias_of_a_decoder_layer_is_not_subtracted_on_a_guess(names, tmp_path):
+    path = written(tmp_path / "d.npz", names, True)
+    with pytest.raises(ConfigError, match=rf"whether {names[3]} is subtracted .*: set subtract_b_dec=False if"):
+        sl.load(path, format="state_dict", rule="l1")
+    for subtract in (True, False):
+        h = (X - B_DEC.double() if subtract else X) @ W_ENC.double() + B_ENC.double()
+        d = sl.load(path, format="state_dict", rule="l1", subtract_b_dec=subtract).double()
+        assert (d.encode(X).to_dense() - h.relu()).abs().max() < 1e-6 * h.max()
+
+
+def test_a_stored_k_is_used_whole_or_not_at_all(tmp_path, caplog):
+    path = written(tmp_path / "d.npz", FOUR, False, {"k": torch.tensor(8.5)})
+    with pytest.raises(ConfigError, match=r"tensor k of the file holds 8\.5, not a whole number"):
+        sl.load(path, format="state_dict", rule="topk")
+    sl.load(path, format="state_dict", rule="l1")
+    assert "the tensor k of the file holds 8.5, which rule='l1' does not use" in caplog.text
 
 
 def test_other_formats_take_no_settings(tmp_path):
