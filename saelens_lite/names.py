@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from saelens_lite.errors import CorruptFileError, HubNotFoundError, near_matches
+from saelens_lite.formats.detection import missing
 from saelens_lite.paths import is_address
 from saelens_lite.releases import Entry, entry, releases
 
@@ -37,7 +38,7 @@ def no_such(path: Path) -> CorruptFileError:
     text = path.as_posix()
     close = "" if _is_surely_a_path(text) else near_matches(text.partition("/")[0], releases())
     hint = f" No public release has that name either{close}" if close else ""
-    return CorruptFileError(f"{path / 'cfg.json'} is missing; is {path} the folder you meant?{hint}")
+    return CorruptFileError(f"{missing(path)}{hint}")
 
 
 def _is_surely_a_path(text: str) -> bool:

@@ -93,7 +93,19 @@ def test_parts_of_a_checkpoint_are_chosen_or_ignored(tmp_path, caplog):
     assert torch.equal(sl.load(tmp_path / "d.pt", **load, prefix="model.").W_dec, W_DEC)
     d = sl.load(tmp_path, **load, ignore=["optimizer.*"], names={"mean": "mu"})
     torch.testing.assert_close(d.b_dec, 2 * B_DEC)
-    assert "settings ['epoch'] were not used" in caplog.text
+    assert "entries ['epoch'] were not used" in caplog.text
+
+
+def test_a_checkpoint_of_a_training_is_read_past_its_lists(tmp_path, caplog):
+    module = torch.nn.ModuleDict({"encoder": torch.nn.Linear(D_IN, D_SAE), "decoder": torch.nn.Linear(D_SAE, D_IN)})
+    optimizer = torch.optim.Adam(module.parameters())
+    module.decoder(module.encoder(X.float()).relu()).sum().backward()
+    optimizer.step()
+    settings = {"layers": [1, 2], "nested": {"a": {"b": {"c": {"d": 1}}}}}
+    torch.save({"model": module.state_dict(), "optimizer": optimizer.state_dict(), "cfg": settings}, tmp_path / "d.pt")
+    d = sl.load(tmp_path / "d.pt", format="state_dict", rule="l1", prefix="model.", subtract_b_dec=False)
+    torch.testing.assert_close(d(X.float()), module.decoder(module.encoder(X.float()).relu()), rtol=1e-5, atol=1e-5)
+    assert "cfg.layers" in caplog.text
 
 
 def test_the_k_of_the_file_counts_and_statistics_do_not(tmp_path):

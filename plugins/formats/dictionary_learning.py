@@ -119,7 +119,6 @@ class DictionaryLearning(Format):
             options=_options(name, trainer, file, at),
             **_place(trainer, config.part("buffer")),
             subtracts_b_dec=name not in KEEP_B_DEC,
-            rectifies=name != "JumpReluAutoEncoder",
             unused=frozenset({f"{at}k", f"{at}group_sizes"} | ({f"{at}threshold"} if name == "AutoEncoderTopK" else set())),
             sizes={
                 ours: trainer.whole(theirs)

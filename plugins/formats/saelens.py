@@ -121,7 +121,7 @@ class SAELens(Format):
     def _adjust(
         self, path: Path, config: Settings, architecture: str, file: TensorFile, names: Mapping[str, Any], scale: float
     ) -> Callable[[dict[str, torch.Tensor]], None] | None:
-        """Return a function that folds into the weights what our equation lacks, or None if nothing is to do."""
+        """Return a function that folds the remaining settings into the weights, or None if there are none."""
         by_norms = architecture in ("topk", *CHECKPOINTS) and config.flag("rescale_acts_by_decoder_norm")
         whitening = _whitening(path, config) if config.values.get("normalize_activations") == WHITENED else None
         pursuit = architecture == "matching_pursuit"
@@ -163,6 +163,8 @@ class SAELens(Format):
 
     def _refuse_what_is_not_computed(self, config: Settings, transcoder: bool) -> None:
         """Raise ConfigError for settings that change the codes or the output and have no equivalent."""
+        if config.part("activation_fn_kwargs").flag("signed"):
+            raise ConfigError(f"{config.path}: activation_fn_kwargs.signed is true; codes are never negative here")
         reshaped = config.text("reshape_activations", "none")
         if reshaped not in ("none", "hook_z"):
             raise ConfigError(f"{config.path}: reshape_activations is {reshaped!r}; supported are 'none' and 'hook_z'")

@@ -65,6 +65,7 @@ class Outline:
     scale: float = 1.0  # factor of the activations before the encoder
     target_scale: float | None = None  # divisor of the output; default: scale
     lacks_scale: str = ""  # message of the error if the settings ask for a scale that neither they nor `known` state
+    lacks_hook: str = ""  # warning if neither the files nor `known` name the hook that is read
     token_norm: str | None = None  # "layer_norm" or "constant_norm" of each activation
     adjust: Callable[[dict[str, Tensor]], None] | None = None
     before: int = 0
@@ -193,6 +194,8 @@ class Outline:
         """Return the dictionary with its weights. If nothing is folded in, the weights equal the file's to the bit."""
         if self.lacks_scale:
             raise ConfigError(self.lacks_scale)
+        if self.lacks_hook and self.hook is None:
+            logging.getLogger(__name__).warning(self.lacks_hook)
         weights = self._weights()
         dims = self.dims
         try:

@@ -15,11 +15,10 @@ from saelens_lite.dictionary.tensors import check_types
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, ShapeError
 from saelens_lite.files import is_zip, shortened
 from saelens_lite.formats.containers import TensorFile, TorchFile, open_tensors, strings_in_pickle
-from saelens_lite.formats.detection import Formats
+from saelens_lite.formats.detection import ENDINGS, Formats
 from saelens_lite.paths import check_input
 
 STATE_DICT = "state_dict"
-ENDINGS = ("safetensors", "npz", "pt", "pth", "bin", "ckpt")
 log = logging.getLogger(__name__)
 
 
@@ -151,8 +150,8 @@ def _with_k(rule: str, options: dict[str, Any], k: Any) -> dict[str, Any]:
 
 def _warn(file: TensorFile) -> None:
     """Log what the file says and this format does not use."""
-    if isinstance(file, TorchFile) and file.values:
-        log.warning("%s: settings %s were not used; only tensors were", file.path, shortened(file.values))
+    if isinstance(file, TorchFile) and (file.values or file.unread):
+        log.warning("%s: entries %s were not used; only tensors were", file.path, shortened([*file.values, *file.unread]))
     if detected := [reader.plugin_name for reader in Formats().detected(file.path)]:
         log.warning(
             "%s looks like a dictionary of %s, which knows how its tensors are used; it was read as a plain state dict",
