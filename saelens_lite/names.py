@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from saelens_lite.errors import CorruptFileError, HubNotFoundError, near_matches
+from saelens_lite.formats.detection import missing
 from saelens_lite.paths import is_address
 from saelens_lite.releases import Entry, entry, releases
 
@@ -40,7 +41,7 @@ def no_such(path: Path) -> CorruptFileError:
     hint = f" No public release has that name either{close}" if close else ""
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text):
         hint += f" A repository of the Hub is written hf://{text}."
-    return CorruptFileError(f"{path / 'cfg.json'} is missing; is {path} the folder you meant?{hint}")
+    return CorruptFileError(f"{missing(path)}{hint}")
 
 
 def _is_surely_a_path(text: str) -> bool:

@@ -441,14 +441,44 @@ def test_a_module_of_gemma_scope_without_a_hook_is_said(tmp_path, caplog):
 # Thresholds below zero
 
 
-@pytest.mark.parametrize("name", ["circuit-tracer jumprelu", "JumpReluAutoEncoder"])
-def test_thresholds_below_zero_of_tools_that_do_not_rectify_are_refused(name, tmp_path):
-    """There a code is h where h > θ, which is negative between θ and zero."""
-    path = CASES[name].write(tmp_path / "foreign")
+def with_a_threshold_below_zero(name, folder):
+    path = CASES[name].write(folder)
     file = next(iter(path.glob("layer_*.safetensors")), path / "ae.pt")
     tensors = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
     key = next(key for key in tensors if key.endswith("threshold"))
-    tensors[key][2] = -0.1
+    tensors[key][2] = -1.0
     save_file(tensors, file) if file.suffix == ".safetensors" else torch.save(tensors, file)
+    return path, tensors
+
+
+def test_thresholds_below_zero_of_tools_that_do_not_rectify_are_refused(tmp_path):
+    """There a code is h where h > θ, which is negative between θ and zero."""
+    path, _ = with_a_threshold_below_zero("circuit-tracer jumprelu", tmp_path / "foreign")
     with pytest.raises(ConfigError, match="1 thresholds are below zero"):
-        sl.load(path, format=CASES[name].format)
+        sl.load(path)
+
+
+def test_thresholds_below_zero_act_as_zero_in_a_tool_that_rectifies(tmp_path):
+    path, w = with_a_threshold_below_zero("JumpReluAutoEncoder", tmp_path / "foreign")
+    d = sl.load(path, format="dictionary_learning").double()
+    x = torch.randn(40, D_IN, generator=torch.Generator().manual_seed(5)).double()
+    h = x @ w["W_enc"].double() + w["b_enc"].double()
+    assert ((h > -1) & (h < 0))[:, 2].any()
+    torch.testing.assert_close(d.encode(x).to_dense(), (h * (h > w["threshold"].double())).relu(), rtol=1e-5, atol=1e-5)
+
+
+def test_settings_of_others_above_a_dictionary_of_sparsify_do_not_matter(tmp_path, caplog):
+    path = CASES["sparsify topk"].write(tmp_path / "run")
+    for content in ("{", "[1]", '{"sae": {}}', '{"exclude_tokens": "all"}'):
+        (tmp_path / "config.json").write_text(content)
+        assert sl.load(path).origin.excluded_token_ids == ()
+        assert ("config.json" in caplog.text) == (content in ("{", "[1]"))
+        caplog.clear()
+
+
+def test_top_k_of_circuit_tracer_without_k_says_where_to_add_it(tmp_path):
+    path = CASES["circuit-tracer topk"].write(tmp_path / "d")
+    config = path / "config.yaml"
+    config.write_text("".join(line for line in config.read_text().splitlines(True) if not line.startswith("k:")))
+    with pytest.raises(CorruptFileError, match=r"config\.yaml: .* topk, but k is missing; add a line such as k: 32"):
+        sl.load(path)

@@ -176,3 +176,21 @@ def test_our_own_name_is_taken_wherever_a_format_is_named(tmp_path, command):
 
 def test_every_built_in_format_is_tried_here():
     assert set(registry.names("formats")) == set(FORMATS) - {"saelens_lite"}
+
+
+def test_any_pair_of_layers_is_not_taken_for_a_dictionary_of_a_certain_model(tmp_path):
+    path = CASES["deepseek r1"].write(tmp_path / "foreign")
+    other = path.rename(path.with_name("mine.pt")) if path.is_file() else next(path.iterdir()).rename(path / "mine.pt")
+    with pytest.raises(CorruptFileError, match="load them with format='state_dict' and rule="):
+        sl.load(other)
+    assert sl.load(other, format="deepseek_r1").hook is None
+
+
+@pytest.mark.parametrize("format", [None, "state_dict", "openai"])
+def test_a_file_of_torch_before_1_6_and_a_missing_file_are_told(format, tmp_path):
+    torch.save({"W_dec": normal(4, 3, seed=1)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(CorruptFileError, match=r"old\.pt is in the form of torch before version 1\.6.* save it again with"):
+        sl.load(tmp_path / "old.pt", format=format)
+    for name in ("nope.safetensors", "nope.pt"):
+        with pytest.raises(CorruptFileError, match=rf"{name} is missing; is it the file you meant"):
+            sl.load(tmp_path / name, format=format)

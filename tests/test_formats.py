@@ -178,7 +178,7 @@ def test_sparsify_widths_by_expansion_factor(tmp_path):
     [
         (("transcoder_set", "cross_layer_transcoder"), ConfigError, "model_kind is .cross_layer_transcoder., but"),
         (("scan: null", "activation: tanh"), ConfigError, "no rule computes 'tanh'"),
-        (("scan: null", "activation: topk"), CorruptFileError, "k = None; expected a whole number"),
+        (("scan: null", "activation: topk"), CorruptFileError, "k is missing; add a line such as k: 32"),
         (("scan: null", "activation: topk\nk: many"), CorruptFileError, "k is 'many'; expected int"),
         (("scan: null", "activation: jumprelu"), CorruptFileError, r"missing: \['activation_function\.threshold'\]"),
         (("feature_input_hook", "hook"), CorruptFileError, "feature_input_hook is missing"),

@@ -147,6 +147,89 @@ def test_a_module_shaped_as_openai(normalise, square):
     assert module.encoder.training
 
 
+class Centring(Pair):
+    """A module that changes x in place, and in `encode` its own buffer."""
+
+    def __init__(self):
+        super().__init__(True)
+        self.register_buffer("mean", torch.full((D_IN,), 2.0))
+        self.register_buffer("n", torch.zeros(()))
+
+    def encode(self, x):
+        self.n = self.n + 1
+        x -= self.mean
+        return super().encode(x)
+
+
+def test_a_module_that_changes_x_in_place_is_checked_on_the_same_x():
+    module, x = Centring(), X.clone()
+    buffer = module.n
+    with pytest.raises(ConfigError, match="no description of"):
+        sl.Dictionary.from_module(module, x)
+    assert torch.equal(x, X)
+    assert module.n is buffer
+    assert module.n == 0
+    d = sl.Dictionary.from_module(module, x, output=lambda x: module(x) + module.mean, mean=module.mean)
+    codes = Pair(True).double().encode(OTHER - 2)
+    check(d, codes, codes @ W_DEC.double() + B_DEC.double() + 2)
+
+
+class Curved(Pair):
+    """A module whose output is bent a little, except for massive activations."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y * torch.where(x.norm(dim=1, keepdim=True) > 1000, 1.0, 1.01)
+
+
+def test_a_massive_activation_does_not_hide_the_errors_of_the_others():
+    x = torch.cat([X, 1e6 * X[:1]])
+    with pytest.raises(ConfigError, match=r"misses x_hat by 0\.00\d+ "):
+        sl.Dictionary.from_module(Curved(True), x)
+    check(sl.Dictionary.from_module(Pair(True), x), *(f(OTHER) for f in (Pair(True).double().encode, Pair(True).double())))
+
+
+class Unlike(Pair):
+    """A module whose `encode` returns something other than its codes first."""
+
+    def __init__(self, returned):
+        super().__init__(True)
+        self.returned = returned
+
+    def encode(self, x):
+        return self.returned(super().encode(x))
+
+    def forward(self, x):
+        return self.decoder(super().encode(x))
+
+
+def fail(codes):
+    raise RuntimeError("not ready")
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        (lambda codes: (*codes.topk(K), codes - 1), "does not return codes alone or first"),
+        (lambda codes: {"pre_acts": codes - 1}, "does not return codes alone or first"),
+        (fail, "failed, so only x_hat is compared: RuntimeError: not ready"),
+    ],
+)
+def test_only_codes_of_encode_are_compared(returned, said, caplog):
+    caplog.set_level(logging.INFO)
+    d = sl.Dictionary.from_module(Unlike(returned), X)
+    assert said in caplog.text
+    codes = Pair(True).double().encode(OTHER)
+    check(d, codes, codes @ W_DEC.double() + B_DEC.double())
+
+
+def test_layers_that_do_not_fit_each_other_are_refused():
+    module = Pair(True)
+    module.encoder, module.decoder = nn.Linear(D_IN, 64), nn.Linear(32, D_IN)
+    with pytest.raises(ConfigError, match=r"tried as .*W_enc has shape \(64, 10\), W_dec \(10, 32\)"):
+        sl.Dictionary.from_module(module, X, output=lambda x: x)
+
+
 def test_the_module_is_left_as_it_is():
     module = LikeOpenAI(False).train()
     before = {name: x.clone() for name, x in module.state_dict().items()}

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import saelens_lite as sl
+from saelens_lite.dictionary.tensors import check_types
 from saelens_lite.errors import ConfigError, NonFiniteError, PluginError, ShapeError
 
 D_IN, D_SAE, D_OUT, K = 10, 24, 7, 3
@@ -293,3 +294,27 @@ def test_nothing_is_logged_for_usual_tensors(caplog):
     caplog.set_level(logging.DEBUG)
     sl.Dictionary.from_tensors(**state(), rule="topk", options={"k": K})
     assert not [record for record in caplog.records if record.name.startswith("saelens_lite")]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("axes", ["x"], "a list; expected Mapping"),
+        ("axes", {3: "d_in d_sae"}, "with str inside"),
+        ("options", [1], "a list; expected Mapping"),
+        ("rule", None, "a NoneType; expected str"),
+        ("token_norm", ["a"], "a list; expected str"),
+        ("reads", [3], r"a list; expected .*Port.* \(with Port inside\)"),
+        ("writes", True, "a bool; expected str or int or Port"),
+        ("hook", 3, "'3', a int; expected str"),
+        ("origin", {"model": "gpt2"}, "a dict; expected Origin"),
+        ("d_in", 10.0, "a float; expected int"),
+        ("subtract_b_dec", 1, "a int; expected bool"),
+    ],
+)
+def test_arguments_of_the_wrong_type_are_refused_by_name(name, value, wanted):
+    with pytest.raises(ConfigError, match=rf"^{name} is .*{wanted}"):
+        check_types({name: value})
+    check_types(
+        {"axes": {}, "hook": None, "reads": 3, "writes": [sl.Port(width=3)], "d_sae": np.int64(3), "origin": sl.Origin()}
+    )

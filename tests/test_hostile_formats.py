@@ -134,6 +134,7 @@ def within_each_other(depth: int) -> bytes:
         (again_and_again(60), "repeats tuples or changes a tensor"),
         (within_each_other(3), "holds more than 1,000 tensors and settings"),
         (pickle.dumps({f"{i}": i for i in range(2000)}, protocol=2), "holds more than 1,000 tensors and settings"),
+        (pickle.dumps({"a": {f"{i}": [] for i in range(2000)}}, protocol=2), "holds more than 1,000 tensors and settings"),
         (pickle.dumps([1], protocol=2), "is a list; expected tensors by name"),
         (pickle.dumps({"a" * 2_000_000: 1}, protocol=2), "too many for a dictionary"),
     ],

@@ -5,8 +5,9 @@ import logging
 import numpy as np
 import pytest
 import torch
+from foreign import CASES
 
-from saelens_lite import Dictionary, convert
+from saelens_lite import Dictionary, Origin, convert
 from saelens_lite.files import read_json, write_json
 from saelens_lite.formats import Known, read
 
@@ -47,6 +48,31 @@ def test_facts_about_hooks_and_model_complete_a_file_without_settings(gemma_scop
     torch.testing.assert_close(d.encode(x).to_dense(), torch.tensor(codes).float(), atol=1e-5, rtol=1e-5)
     x_hat = torch.tensor(codes @ TENSORS["W_dec"] + TENSORS["b_dec"]).float()
     torch.testing.assert_close(d(x).float(), x_hat, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("stated", "known", "kept"),
+    [
+        ("gpt2-small", "gpt2", True),
+        ("org/a", None, True),
+        (None, "org/b", True),
+        ("org/a", "org/b", False),
+        ("gpt2-small", "org/gpt2-small-tuned", False),
+    ],
+)
+def test_a_revision_stays_with_its_model(stated, known, kept):
+    origin = Known(model=known).origin(Origin(model=stated, revision="a1"))
+    assert (origin.model, origin.revision) == (known or stated, "a1" if kept else None)
+
+
+@pytest.mark.parametrize("hook", [None, "blocks.3.hook_resid_post"])
+def test_that_no_hook_is_known_is_said_only_if_it_is_true(hook, gemma_scope, tmp_path, caplog):
+    path = CASES["circuit-tracer relu"].write(tmp_path / "d")
+    (path / "config.yaml").unlink()
+    for place in (gemma_scope / "params.npz", path):
+        read(place, known=Known(hook=hook, target="blocks.3.hook_mlp_out"))
+        assert ("the dictionary names none" in caplog.text) == (hook is None)
+        caplog.clear()
 
 
 def test_a_hook_in_the_file_is_kept_and_the_contradiction_is_logged(tmp_path, caplog):

@@ -73,6 +73,7 @@ def test_a_factor_that_the_file_lacks_may_come_from_the_index(tmp_path):
         ("transcoder", AVERAGE, {"scaling_factor": 2.0}, "the factor of a transcoder's output is unknown"),
         ("standard", {"architecture": "abstopk"}, None, r"'abstopk' with 'relu' \(its codes can be negative"),
         ("standard", {"architecture": "temporal"}, None, r"'temporal' with 'relu' \(its codes depend on earlier tokens"),
+        ("topk", {"activation_fn_kwargs": {"signed": True}}, None, "activation_fn_kwargs.signed is true"),
         ("saelens 5", {"activation_fn_str": "tanh-relu"}, None, "architecture 'standard' with 'tanh-relu'"),
         ("saelens 5", {"hook_head_index": -1}, None, "hook_head_index = -1; expected a whole number"),
         (

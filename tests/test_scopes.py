@@ -72,8 +72,23 @@ def test_llama_scope_without_its_weights_or_norms_says_what_is_missing(tmp_path)
     path = CASES["llama scope, R1-Distill"].write(tmp_path / "e")
     tensors = load_file(path / "sae_weights.safetensors")
     save_file({name: x for name, x in tensors.items() if "norm" not in name}, path / "sae_weights.safetensors")
-    with pytest.raises(CorruptFileError, match=r"has no number 'dataset_average_activation_norm\.blocks\.15"):
+    with pytest.raises(ConfigError, match=r"has no number 'dataset_average_activation_norm\.blocks\.15.*: add it"):
         sl.load(path)
+
+
+def test_the_list_supplies_a_factor_that_a_file_of_llama_scope_lacks(tmp_path):
+    case, c = CASES["llama scope, R1-Distill"], D_IN**0.5 / 7.0  # the list states the factor of x, as SAELens does
+    path = case.write(tmp_path / "d")
+    weights = path / "sae_weights.safetensors"
+    tensors = load_file(weights)
+    own = read(path, known=Known(scale=3 * c)).double()
+    save_file({name: x for name, x in tensors.items() if "norm" not in name}, weights)
+    for d in (own, read(path, known=Known(scale=c)).double()):
+        for ours, theirs in ((d.encode(X).to_dense(), case.codes(X)), (d(X), case.x_hat(X))):
+            assert (ours - theirs).abs().max() < 1e-6 * theirs.abs().max()
+    save_file({name.replace("blocks.15", "blocks.16"): x for name, x in tensors.items()}, weights)
+    with pytest.raises(CorruptFileError, match=r"has no number .*blocks\.15"):
+        read(path, known=Known(scale=c))
 
 
 def test_attention_of_llamascopium_is_refused_by_its_kind(tmp_path):

@@ -93,7 +93,19 @@ def test_parts_of_a_checkpoint_are_chosen_or_ignored(tmp_path, caplog):
     assert torch.equal(sl.load(tmp_path / "d.pt", **load, prefix="model.").W_dec, W_DEC)
     d = sl.load(tmp_path, **load, ignore=["optimizer.*"], names={"mean": "mu"})
     torch.testing.assert_close(d.b_dec, 2 * B_DEC)
-    assert "settings ['epoch'] were not used" in caplog.text
+    assert "entries ['epoch'] were not used" in caplog.text
+
+
+def test_a_checkpoint_of_a_training_is_read_past_its_lists(tmp_path, caplog):
+    module = torch.nn.ModuleDict({"encoder": torch.nn.Linear(D_IN, D_SAE), "decoder": torch.nn.Linear(D_SAE, D_IN)})
+    optimizer = torch.optim.Adam(module.parameters())
+    module.decoder(module.encoder(X.float()).relu()).sum().backward()
+    optimizer.step()
+    settings = {"layers": [1, 2], "nested": {"a": {"b": {"c": {"d": 1}}}}}
+    torch.save({"model": module.state_dict(), "optimizer": optimizer.state_dict(), "cfg": settings}, tmp_path / "d.pt")
+    d = sl.load(tmp_path / "d.pt", format="state_dict", rule="l1", prefix="model.", subtract_b_dec=False)
+    torch.testing.assert_close(d(X.float()), module.decoder(module.encoder(X.float()).relu()), rtol=1e-5, atol=1e-5)
+    assert "cfg.layers" in caplog.text
 
 
 def test_the_k_of_the_file_counts_and_statistics_do_not(tmp_path):
@@ -103,11 +115,30 @@ def test_the_k_of_the_file_counts_and_statistics_do_not(tmp_path):
 
 
 def test_a_b_dec_that_may_or_may_not_be_subtracted_is_told(tmp_path, caplog):
-    path = written(tmp_path / "d.npz", PAIR, True)
+    path = written(tmp_path / "d.npz", FOUR, False)
     sl.load(path, format="state_dict", rule="l1", subtract_b_dec=True)
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     sl.load(path, format="state_dict", rule="l1")
-    assert "decoder.bias is subtracted from x before the encoder; set subtract_b_dec=" in caplog.text
+    assert "b_dec is subtracted from x before the encoder; if that is right, set subtract_b_dec=True" in caplog.text
+
+
+@pytest.mark.parametrize("names", [PAIR, tuple(f"model.{name.replace('der.', 'der_linear.')}" for name in PAIR)])
+def test_the_bias_of_a_decoder_layer_is_not_subtracted_on_a_guess(names, tmp_path):
+    path = written(tmp_path / "d.npz", names, True)
+    with pytest.raises(ConfigError, match=rf"whether {names[3]} is subtracted .*: set subtract_b_dec=False if"):
+        sl.load(path, format="state_dict", rule="l1")
+    for subtract in (True, False):
+        h = (X - B_DEC.double() if subtract else X) @ W_ENC.double() + B_ENC.double()
+        d = sl.load(path, format="state_dict", rule="l1", subtract_b_dec=subtract).double()
+        assert (d.encode(X).to_dense() - h.relu()).abs().max() < 1e-6 * h.max()
+
+
+def test_a_stored_k_is_used_whole_or_not_at_all(tmp_path, caplog):
+    path = written(tmp_path / "d.npz", FOUR, False, {"k": torch.tensor(8.5)})
+    with pytest.raises(ConfigError, match=r"tensor k of the file holds 8\.5, not a whole number"):
+        sl.load(path, format="state_dict", rule="topk")
+    sl.load(path, format="state_dict", rule="l1")
+    assert "the tensor k of the file holds 8.5, which rule='l1' does not use" in caplog.text
 
 
 def test_other_formats_take_no_settings(tmp_path):

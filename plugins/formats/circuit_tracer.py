@@ -88,7 +88,7 @@ class CircuitTracer(Format):
             names.pop("rule.plain_threshold", None)
         k = _k(config, file) if activation == "topk" else None
         hooks = _hooks(config, file, names, _layer(path, config) if layer is None else layer)
-        itself = hooks["hook"] is not None and hooks["hook"] == hooks["target"] and "W_skip" not in names
+        itself = hooks.get("hook") is not None and hooks["hook"] == hooks["target"] and "W_skip" not in names
         return Outline(
             file,
             RULES[activation],
@@ -261,6 +261,8 @@ def _settings(path: Path) -> Settings:
 def _k(config: Settings, file: TensorFile) -> int:
     """Return k from config.yaml, or else from the file."""
     stored = int(file.read([K])[K]) if file.ndim(K) == 0 else None
+    if stored is None and "k" not in config:
+        raise CorruptFileError(f"{config.path}: the activation is topk, but k is missing; add a line such as k: 32 to it")
     k = config.whole("k", stored)
     if stored not in (None, k):
         raise CorruptFileError(f"{file.path}: k = {stored}, but {config.path} has k = {k}")
@@ -270,14 +272,9 @@ def _k(config: Settings, file: TensorFile) -> int:
 
 def _hooks(config: Settings, file: TensorFile, names: dict[str, tuple[str, str]], layer: int | None) -> dict[str, Any]:
     """Return the hooks that are read and written: those of a layer, and for a cross-layer transcoder those of later layers."""
-    log = logging.getLogger(__name__)
     if not config.path.is_file():
-        log.warning(
-            "%s is missing, so it is unknown which model and hooks %s was made for; the dictionary names none",
-            config.path,
-            file.path,
-        )
-        return {"hook": None, "target": None}
+        lacks = f"{config.path} is missing, so the model and hooks that {file.path} was made for are unknown; the dictionary "
+        return {"lacks_hook": f"{lacks}names none"}
     hook, (dec, axes) = _hook(config, "input", layer), names["W_dec"]
     if "n_writes" not in axes or layer is None or file.ndim(dec) != 3:
         return {"hook": hook, "target": _hook(config, "output", layer)}

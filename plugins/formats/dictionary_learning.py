@@ -18,6 +18,7 @@ import torch
 from saelens_lite import Dictionary, Origin
 from saelens_lite.errors import ConfigError, CorruptFileError
 from saelens_lite.formats import (
+    PLAIN,
     Format,
     Outline,
     Settings,
@@ -34,12 +35,6 @@ from saelens_lite.formats import (
 WEIGHTS, CONFIG = "ae.pt", "config.json"
 LINEAR = {"W_enc": ("encoder.weight", "d_sae d_in"), "W_dec": ("decoder.weight", "d_out d_sae")}
 BIASED = LINEAR | {"b_enc": ("encoder.bias", "d_sae"), "b_dec": ("b_dec", "d_out")}
-PLAIN = {
-    "W_enc": ("W_enc", "d_in d_sae"),
-    "b_enc": ("b_enc", "d_sae"),
-    "W_dec": ("W_dec", "d_sae d_out"),
-    "b_dec": ("b_dec", "d_out"),
-}
 CLASSES = {  # their class → (our rule, its tensors)
     "AutoEncoder": ("l1", BIASED | {"b_dec": ("bias", "d_out")}),
     "AutoEncoderNew": ("l1", BIASED | {"b_dec": ("decoder.bias", "d_out")}),
@@ -119,13 +114,8 @@ class DictionaryLearning(Format):
             options=_options(name, trainer, file, at),
             **_place(trainer, config.part("buffer")),
             subtracts_b_dec=name not in KEEP_B_DEC,
-            rectifies=name != "JumpReluAutoEncoder",
             unused=frozenset({f"{at}k", f"{at}group_sizes"} | ({f"{at}threshold"} if name == "AutoEncoderTopK" else set())),
-            sizes={
-                ours: trainer.whole(theirs)
-                for ours, theirs in (("d_in", "activation_dim"), ("d_sae", "dict_size"))
-                if theirs in trainer
-            },
+            sizes=trainer.sizes(d_in="activation_dim", d_sae="dict_size"),
             config=config.values,
             architecture=name,
         )

@@ -110,6 +110,7 @@ class GemmaScope(Format):
             transcoder=transcoder,
             subtracts_b_dec=False,
             before=place.before,
+            lacks_hook="" if "hf_hook_point_in" in config else _lacks_hook(file.path),
             config=config.values if W == "w" and config.path.is_file() else {},
             architecture=architecture,
         )
@@ -120,12 +121,6 @@ class GemmaScope(Format):
         if known:
             outline, was = outline.knowing(known), outline.hook
             outline = _of_embeddings(outline) if was != outline.hook == EMBED else outline
-        if outline.hook is None and "hf_hook_point_in" not in outline.config:
-            logging.getLogger(__name__).warning(
-                "%s: neither the file nor its folder's name tells which hook it reads%s; the dictionary names none",
-                outline.file.path,
-                f" in layer {layer[1]}" if (layer := re.search(r"\blayer_(\d+)\b", str(path))) else "",
-            )
         return outline.build(self.plugin_name)
 
 
@@ -136,7 +131,7 @@ def _layer_files(path: Path) -> list[Path]:
 
 
 def _settings(folder: Path, W: str) -> Settings:
-    """Read config.json. Without it, return what the second release's names of folders say in its place."""
+    """Return the settings in config.json, or, without that file, those that the names of the second release's folders imply."""
     path = folder / "config.json"
     if W == "w" and path.is_file():
         return Settings.read(path)
@@ -249,6 +244,12 @@ def _model(name: str | None) -> str | None:
         return None
     name = (name if "/" in name else f"google/{name}").replace("gemma-v3-", "gemma-3-")
     return name.removesuffix("-pt") if "gemma-3-270m" in name else name
+
+
+def _lacks_hook(path: Path) -> str:
+    layer = re.search(r"\blayer_(\d+)\b", str(path))
+    where = f" in layer {layer[1]}" if layer else ""
+    return f"{path}: neither the file nor its folder's name tells which hook it reads{where}; the dictionary names none"
 
 
 def _of_embeddings(outline: Outline) -> Outline:

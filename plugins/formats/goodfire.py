@@ -65,7 +65,9 @@ class DeepSeekR1(Goodfire):
     hook = "blocks.{}.hook_resid_pre"
 
     def detect(self, path: Path) -> bool:
-        if not path.is_file() or (path.parent / "config.json").is_file():  # with settings, it is dictionary_learning's
+        if not path.is_file() or match_in_path(path, r"DeepSeek-[\w.-]+-SAE-l\d+") is None:  # other pairs of layers are alike
+            return False
+        if (path.parent / "config.json").is_file():  # with settings, it is dictionary_learning's
             return False
         held = strings_in_pickle(path)
         return held >= self._names() and "latent_bias" not in held

@@ -12,15 +12,7 @@ from pathlib import Path
 
 from saelens_lite import Origin
 from saelens_lite.errors import ConfigError
-from saelens_lite.formats import Format, Outline, Settings, TorchFile, strings_in_pickle
-
-NAMES = {
-    "W_enc": ("W_enc", "d_in d_sae"),
-    "b_enc": ("b_enc", "d_sae"),
-    "W_dec": ("W_dec", "d_sae d_out"),
-    "b_dec": ("b_dec", "d_out"),
-}
-SIZES = (("d_in", "act_size"), ("d_sae", "dict_size"))
+from saelens_lite.formats import PLAIN, Format, Outline, Settings, TorchFile, strings_in_pickle
 
 
 class HookZ(Format):
@@ -29,7 +21,7 @@ class HookZ(Format):
     pickled = True
 
     def detect(self, path: Path) -> bool:
-        return path.is_file() and _settings(path).is_file() and NAMES.keys() <= strings_in_pickle(path)
+        return path.is_file() and _settings(path).is_file() and PLAIN.keys() <= strings_in_pickle(path)
 
     def outline(self, path: Path) -> Outline:
         if not path.is_file() or not _settings(path).is_file():
@@ -49,7 +41,7 @@ class HookZ(Format):
         return Outline(
             file,
             "l1",
-            NAMES,
+            PLAIN,
             hook=hook,
             origin=Origin(
                 model={"gpt2-small": "gpt2"}.get(model, model),
@@ -58,11 +50,7 @@ class HookZ(Format):
                 prepend_bos=True,
                 excluded_positions=(),
             ),
-            sizes={
-                ours: config.whole(theirs)
-                for ours, theirs in (("d_in", "act_size"), ("d_sae", "dict_size"))
-                if theirs in config
-            },
+            sizes=config.sizes(d_in="act_size", d_sae="dict_size"),
             config=config.values,
             architecture="ReLU",
         )

@@ -6,9 +6,9 @@
 - R1-Distill: the same files, with encoder.weight [d_sae d_in], …
 - Llama Scope: hyperparams.json and checkpoints/final.safetensors with encoder.weight [d_sae d_in], …; one threshold θ
 
-c is √d_model / the hook's average norm if norm_activation is "dataset-wise", else 1. The norms of W_D's rows are left out if
-sparsity_include_decoder_norm is false. If they affect which latents are the k largest, they are folded in: codes are multiplied
-by ‖W_D‖ and rows of W_dec are unit vectors.
+c is √d_model / the hook's average norm if norm_activation is "dataset-wise", else 1. SAELens lists it as norm_scaling_factor.
+The norms of W_D's rows are left out if sparsity_include_decoder_norm is false. If they affect which latents are the k largest,
+they are folded in: codes are multiplied by ‖W_D‖ and rows of W_dec are unit vectors.
 
 Llama Scope's θ was measured after the tool had folded c and ‖W_D‖ into the weights, so a latent fires if h · ‖W_D‖ > θ · c_out.
 SAELens compares h > θ · c_in, which is the same only if all rows of W_D have norm 1 and both hooks have the same c.
@@ -73,7 +73,7 @@ class Llamascopium(Format):
         if subtracted and target != hook:
             raise ConfigError(f"{config.path}: apply_decoder_bias_to_pre_encoder is not supported for a transcoder")
         by_norm = config.flag("sparsity_include_decoder_norm", True)
-        scale, target_scale = _scales(config, file, hook, target)
+        scale, target_scale, lacks = _scales(config, file, hook, target)
         names = dict(PLAIN if "W_E" in file.specs or "encoder.weight" not in file.specs else LINEAR)
         if not config.flag("use_decoder_bias", True):
             names.pop("b_dec")
@@ -108,6 +108,7 @@ class Llamascopium(Format):
             subtracts_b_dec=subtracted,
             scale=scale,
             target_scale=target_scale,
+            lacks_scale=lacks,
             adjust=adjust,
             rectifies=False,
             unused=frozenset(name for name in file.specs if name.startswith(f"{NORM}.")),
@@ -142,11 +143,14 @@ def _sizes(config: Settings) -> dict[str, int]:
     return {"d_in": d_in} | ({"d_sae": round(d_in * config.number("expansion_factor"))} if "expansion_factor" in config else {})
 
 
-def _scales(config: Settings, file: TensorFile, hook: str | None, target: str | None) -> tuple[float, float | None]:
-    """Return (c_in, c_out). The average norms are in the settings or, as numbers, beside the weights."""
+def _scales(config: Settings, file: TensorFile, hook: str | None, target: str | None) -> tuple[float, float | None, str]:
+    """Return c_in and c_out, and a message if the files of an autoencoder lack its c.
+
+    The average norms are in the settings or, as numbers, beside the weights. Some files of R1-Distill have none.
+    """
     kind = config.text("norm_activation", "dataset-wise")
     if kind == "inference":
-        return 1.0, None
+        return 1.0, None, ""
     if kind != "dataset-wise":
         raise ConfigError(
             f"{config.path}: norm_activation {kind!r} is computed from each batch or token, which is not supported"
@@ -156,9 +160,12 @@ def _scales(config: Settings, file: TensorFile, hook: str | None, target: str | 
     else:
         names = [f"{NORM}.{point}" for point in (hook, target)]
         if missing := [name for name in names if file.ndim(name) != 0]:
-            raise CorruptFileError(f"{file.path}: norm_activation is 'dataset-wise', but it has no number {missing[0]!r}")
+            message = f"{file.path}: norm_activation is 'dataset-wise', but it has no number {missing[0]!r}"
+            if hook == target and config.path.name == CONFIG and not any(name.startswith(f"{NORM}.") for name in file.specs):
+                return 1.0, None, f"{message}: add it, the average norm of activations of the hook"
+            raise CorruptFileError(message)
         norms = [float(value) for value in map(file.read(names).get, names)]
     if min(norms) <= 0:
         raise CorruptFileError(f"{config.path.parent}: average norms of activations are {norms}; expected positive numbers")
     c_in, c_out = (config.whole("d_model") ** 0.5 / norm for norm in norms)
-    return c_in, c_out
+    return c_in, c_out, ""

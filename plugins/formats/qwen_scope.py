@@ -67,9 +67,7 @@ class QwenScope(Format):
             hook=f"blocks.{int(layer[1])}.hook_resid_post" if layer else None,
             origin=Origin(model=model, excluded_positions=()),
             subtracts_b_dec=False,
-            sizes={
-                ours: config.whole(theirs) for ours, theirs in (("d_in", "d_model"), ("d_sae", "d_sae")) if theirs in config
-            },
+            sizes=config.sizes(d_in="d_model", d_sae="d_sae"),
             config=config.values,
             architecture=TYPE,
         )

@@ -31,6 +31,7 @@ import torch
 from saelens_lite import Dictionary
 from saelens_lite.errors import ConfigError, CorruptFileError
 from saelens_lite.formats import (
+    PLAIN,
     Format,
     Known,
     Outline,
@@ -46,23 +47,22 @@ from saelens_lite_plugins.formats.saelens_metadata import metadata_of, place_of
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 SCALER, WHITENING = "activation_scaler.json", "activation_whitening.safetensors"  # of a training, beside the weights
-ENCODER = {"W_enc": ("W_enc", "d_in d_sae"), "b_enc": ("b_enc", "d_sae")}
-DECODER = {"W_dec": ("W_dec", "d_sae d_out"), "b_dec": ("b_dec", "d_out")}
+DECODER = {name: PLAIN[name] for name in ("W_dec", "b_dec")}
 SKIP = {"W_skip": ("W_skip", "d_out d_in")}
 THRESHOLD = {"rule.plain_threshold": ("threshold", "d_sae")}
 GATED = {f"rule.{name}": (name, "d_sae") for name in ("b_gate", "r_mag", "b_mag")}
 RULES = {  # architecture → (our rule, its tensors)
-    "standard": ("l1", ENCODER | DECODER),
-    "topk": ("topk", ENCODER | DECODER),
-    "jumprelu": ("jumprelu", ENCODER | DECODER | THRESHOLD),
-    "gated": ("gated", {"W_enc": ENCODER["W_enc"]} | DECODER | GATED),
+    "standard": ("l1", PLAIN),
+    "topk": ("topk", PLAIN),
+    "jumprelu": ("jumprelu", PLAIN | THRESHOLD),
+    "gated": ("gated", {"W_enc": PLAIN["W_enc"]} | DECODER | GATED),
     "matching_pursuit": ("matching_pursuit", DECODER),
-    "transcoder": ("l1", ENCODER | DECODER),
-    "skip_transcoder": ("l1", ENCODER | DECODER | SKIP),
-    "jumprelu_transcoder": ("jumprelu", ENCODER | DECODER | THRESHOLD),
-    "jumprelu_skip_transcoder": ("jumprelu", ENCODER | DECODER | THRESHOLD | SKIP),
+    "transcoder": ("l1", PLAIN),
+    "skip_transcoder": ("l1", PLAIN | SKIP),
+    "jumprelu_transcoder": ("jumprelu", PLAIN | THRESHOLD),
+    "jumprelu_skip_transcoder": ("jumprelu", PLAIN | THRESHOLD | SKIP),
 }
-CHECKPOINT = ("jumprelu", ENCODER | DECODER | {"rule.plain_threshold": ("topk_threshold", "")})
+CHECKPOINT = ("jumprelu", PLAIN | {"rule.plain_threshold": ("topk_threshold", "")})
 CHECKPOINTS = {"batchtopk": CHECKPOINT, "matryoshka_batchtopk": CHECKPOINT}  # exported as jumprelu after training
 REFUSED = {
     "abstopk": "its codes can be negative; codes are never negative here",
@@ -121,7 +121,7 @@ class SAELens(Format):
     def _adjust(
         self, path: Path, config: Settings, architecture: str, file: TensorFile, names: Mapping[str, Any], scale: float
     ) -> Callable[[dict[str, torch.Tensor]], None] | None:
-        """Return a function that folds into the weights what our equation lacks, or None if nothing is to do."""
+        """Return a function that folds the remaining settings into the weights, or None if no setting remains."""
         by_norms = architecture in ("topk", *CHECKPOINTS) and config.flag("rescale_acts_by_decoder_norm")
         whitening = _whitening(path, config) if config.values.get("normalize_activations") == WHITENED else None
         pursuit = architecture == "matching_pursuit"
@@ -163,6 +163,8 @@ class SAELens(Format):
 
     def _refuse_what_is_not_computed(self, config: Settings, transcoder: bool) -> None:
         """Raise ConfigError for settings that change the codes or the output and have no equivalent."""
+        if config.part("activation_fn_kwargs").flag("signed"):
+            raise ConfigError(f"{config.path}: activation_fn_kwargs.signed is true; codes are never negative here")
         reshaped = config.text("reshape_activations", "none")
         if reshaped not in ("none", "hook_z"):
             raise ConfigError(f"{config.path}: reshape_activations is {reshaped!r}; supported are 'none' and 'hook_z'")

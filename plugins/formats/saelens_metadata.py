@@ -17,21 +17,13 @@ HEADS = ("hook_head_index", "hook_point_head_index")
 HEADS_OUT = ("hook_head_index_out", "hook_point_head_index_out")
 OF_HEADS = re.compile(r"blocks\.\d+\.attn\.hook_[zqkv]")
 PLACE = (  # settings that say where a dictionary belongs
-    *("model_name", "model_class_name", "model_from_pretrained_kwargs", "hook_name", "hook_name_out", "hook_point"),
-    *(
-        "hook_layer",
-        "hook_point_layer",
-        "context_size",
-        "prepend_bos",
-        "dataset_path",
-        "seqpos_slice",
-        "exclude_special_tokens",
-    ),
-)
+    "model_name", "model_class_name", "model_from_pretrained_kwargs", "hook_name", "hook_name_out", "hook_point", "hook_layer",
+    "hook_point_layer", "context_size", "prepend_bos", "dataset_path", "seqpos_slice", "exclude_special_tokens",
+)  # fmt: skip
 LOADING = {  # loading options of a model that do not change its activations, or that the origin records
-    *(CENTERED, "revision", "dtype", "torch_dtype", "device", "n_devices", "device_map", "move_to_device", "trust_remote_code"),
-    *("attn_implementation", "token", "cache_dir", "center_unembed", "low_cpu_mem_usage", "local_files_only"),
-}
+    CENTERED, "revision", "dtype", "torch_dtype", "device", "n_devices", "device_map", "move_to_device", "trust_remote_code",
+    "attn_implementation", "token", "cache_dir", "center_unembed", "low_cpu_mem_usage", "local_files_only",
+}  # fmt: skip
 MAX_EXCLUDED = 1 << 20
 
 

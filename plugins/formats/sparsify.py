@@ -132,11 +132,15 @@ def _k(config: Settings) -> int:
 
 
 def _excluded_token_ids(path: Path) -> tuple[int, ...]:
-    """Return `exclude_tokens` from the run's config.json, one or two folders above, or () if that file is missing."""
+    """Return `exclude_tokens` from the run's config.json, one or two folders above, or () if there is no such file."""
     for folder in path.resolve().parents[:3]:
         if not (folder / RUN).is_file():
             continue
-        run = read_json(folder / RUN)
+        try:
+            run = read_json(folder / RUN)
+        except CorruptFileError as error:
+            logging.getLogger(__name__).warning("%s; if it belongs to the run, token ids that it excluded are unknown", error)
+            return ()
         if "exclude_tokens" not in run or not isinstance(run.get("sae"), dict):
             return ()  # another tool's settings
         said = run["exclude_tokens"] or []

@@ -46,7 +46,7 @@ from saelens_lite.dictionary.folder import (
     settings_of,
 )
 from saelens_lite.dictionary.modules import dictionary_of_module
-from saelens_lite.dictionary.tensors import dictionary_of, one_place
+from saelens_lite.dictionary.tensors import dictionary_of
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, ShapeError
 from saelens_lite.files import check_fits_memory, differences, named_file, read_json, write_json
 from saelens_lite.kinds import DICTIONARY as KIND
@@ -220,7 +220,8 @@ class Dictionary(nn.Module):
             d_in=d_in,
             d_sae=d_sae,
             axes=axes,
-            reads=one_place(hook, reads),
+            hook=hook,
+            reads=reads,
             writes=writes,
             origin=origin,
         )
@@ -253,8 +254,8 @@ class Dictionary(nn.Module):
                 tried; k is an attribute of the module or its settings.
             names: our name → theirs, for tensors whose names are not recognised, such as {"W_enc": "analysis"}.
             output: function of x that returns x_hat, if calling the module returns something else.
-            tolerance: largest error of an activation, relative to the root mean square norm. Rules with a jump may differ on
-                1 % of the activations, because pre-activations may be nearly equal; a warning is logged then.
+            tolerance: largest error of an activation, relative to its own norm or, if larger, to the median norm. Rules with a
+                jump may differ on 1 % of the activations, because pre-activations may be nearly equal; a warning is logged.
             hook, settings: other arguments of `from_tensors`, such as mean= and writes=.
 
         Raises:

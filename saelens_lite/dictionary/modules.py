@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from saelens_lite import registry
 from saelens_lite.arrays import as_tensor, described
 from saelens_lite.dictionary.known_names import Recognised, recognise, rules_that_fit
-from saelens_lite.dictionary.tensors import AXES
+from saelens_lite.dictionary.tensors import AXES, check_types
 from saelens_lite.errors import ConfigError, SaelensLiteError, ShapeError
 from saelens_lite.files import shortened
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class Output(NamedTuple):
-    """The output of a module, and its codes if it has `encode`."""
+    """The output of a module, and its codes if its `encode` returns them."""
 
     x_hat: Tensor
     codes: Tensor | None
@@ -61,6 +61,7 @@ def dictionary_of_module(
     settings: Mapping[str, Any],
 ) -> Any:
     """Return the dictionary that computes what a module computes; see `Dictionary.from_module`."""
+    check_types({"options": options} | ({} if rule is None else {"rule": rule}))
     if options and rule is None:
         raise ConfigError(f"options {dict(options)} need rule=")
     x = as_tensor(x)
@@ -133,27 +134,25 @@ def _output_of(module: Any, x: Tensor, given: Mapping[str, Tensor], output: Call
     x = x.to(device, dtype)
     parts = list(module.modules()) if isinstance(module, nn.Module) else []
     training = [part.training for part in parts]
-    buffers = [(x, x.clone()) for part in parts for x in part._buffers.values() if x is not None]
+    buffers = [{name: (t, None if t is None else t.clone()) for name, t in part._buffers.items()} for part in parts]
     for part in parts:
         part.training = False
-    encode = getattr(module, "encode", None)
     try:
-        y = (output or module)(x)
-        f = encode(x) if callable(encode) else None
+        y = (output or module)(x.clone())  # it may change x in place
+        codes = _codes(module, x.clone(), given)
     except Exception as error:  # a stranger's code
         raise ConfigError(
             f"{described(module)} failed on x [{len(x)} {x.shape[1]}]: {type(error).__name__}: {error}; set output= to a "
             "function of x that returns x_hat"
         ) from None
     finally:
-        for part, was in zip(parts, training, strict=True):
+        for part, was, before in zip(parts, training, buffers, strict=True):
             part.training = was
-        for buffer, before in buffers:
-            buffer.copy_(before)
+            part._buffers.clear()
+            part._buffers.update({name: t if t is None else t.copy_(value) for name, (t, value) in before.items()})
     d_out = {n for n in given["W_dec"].shape}
     if "b_dec" in given and given["b_dec"].ndim == 1:
         d_out = {len(given["b_dec"])}
-    d_sae = set(given["W_enc"].shape) & set(given["W_dec"].shape)
     x_hat = [t for t in _inside(y) if t.ndim == 2 and len(t) == len(x) and t.shape[1] in d_out]
     x_hat = [t for t in x_hat if t.shape[1] == x.shape[1]] or x_hat
     if len(x_hat) != 1:
@@ -161,8 +160,26 @@ def _output_of(module: Any, x: Tensor, given: Mapping[str, Tensor], output: Call
             f"the output of {described(module)} holds {len(x_hat)} tensors that could be x_hat, [{len(x)} d_out]; set output= "
             "to a function of x that returns x_hat"
         )
-    codes = [t for t in _inside(f) if t.ndim == 2 and len(t) == len(x) and t.shape[1] in d_sae and t.layout == torch.strided]
-    return Output(x_hat[0].detach().cpu().double(), codes[0].detach().cpu().double() if codes else None)
+    return Output(x_hat[0].detach().cpu().double(), codes)
+
+
+def _codes(module: Any, x: Tensor, given: Mapping[str, Tensor]) -> Tensor | None:
+    """Return the codes that a module's `encode` returns, alone or first in a tuple; None if it fails or returns others."""
+    encode = getattr(module, "encode", None)
+    if not callable(encode):
+        return None
+    try:
+        f = encode(x)
+    except Exception as error:  # a stranger's code
+        log.info("encode of %s failed, so only x_hat is compared: %s: %s", described(module), type(error).__name__, error)
+        return None
+    first = next(_inside(f), None) if isinstance(f, Tensor | tuple | list) else None
+    d_sae = set(given["W_enc"].shape) & set(given["W_dec"].shape)
+    d_sae = d_sae - {x.shape[-1]} or d_sae
+    if first is None or first.layout != torch.strided or first.ndim != 2 or len(first) != len(x) or first.shape[1] not in d_sae:
+        log.info("encode of %s does not return codes alone or first, so only x_hat is compared", described(module))
+        return None
+    return first.detach().cpu().double()
 
 
 def _inside(value: Any) -> Iterator[Tensor]:
@@ -238,7 +255,8 @@ def _normalised(given: dict[str, Tensor], rules: list, settings: Mapping[str, An
             yield from ((f"{words}, token_norm={norm!r}", {**said, "token_norm": norm}) for words, said in plain)
     d_sae = len(given["b_enc"]) if "b_enc" in given and given["b_enc"].ndim == 1 else max(given["W_dec"].shape)
     for words, said in plain:
-        if "W_enc" in said and said["W_enc"].ndim == said["W_dec"].ndim == 2 and "axes" not in said:
+        is_whole = "W_enc" in said and said["W_enc"].ndim == said["W_dec"].ndim == 2 and "axes" not in said
+        if is_whole and d_sae in said["W_enc"].shape and d_sae in said["W_dec"].shape:
             norms = said["W_dec"].float().norm(dim=1 - list(said["W_dec"].shape).index(d_sae))
             in_units = {
                 "W_enc": said["W_enc"] * (norms if said["W_enc"].shape[1] == d_sae else norms[:, None]),
@@ -260,8 +278,9 @@ def _tried(said: str, dictionary: Any, x: Tensor, wanted: Output) -> Trial:
         return Trial(said, dictionary, {"x_hat": torch.inf}, len(x))
     rows = {}
     for name, (ours, theirs) in pairs.items():
-        size = theirs.norm(dim=1).square().mean().sqrt().clamp(min=1e-30)
-        rows[name] = (ours - theirs).norm(dim=1) / size
+        norms = theirs.norm(dim=1)
+        typical = norms[norms > 0].median() if bool((norms > 0).any()) else norms.new_tensor(1e-30)
+        rows[name] = (ours - theirs).norm(dim=1) / norms.clamp(min=float(typical))
     worst = torch.stack(list(rows.values())).amax(0).nan_to_num(torch.inf)
     rule = type(dictionary.rule)
     is_smooth = rule.homogeneous and not dict(dictionary.rule.named_parameters()) and not dict(dictionary.rule.named_buffers())

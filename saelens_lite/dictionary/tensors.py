@@ -18,6 +18,22 @@ from saelens_lite.ports import Port, Ports, as_ports, names, width
 AXES = {"W_enc": "d_in d_sae", "W_dec": "d_sae d_out", "W_skip": "d_out d_in"}
 
 
+PLACES = (str, int, Port, list, tuple)
+TYPES = {  # of the arguments that are not tensors
+    "rule": (str,),
+    "options": (Mapping,),
+    "subtract_b_dec": (bool, np.bool_),
+    "token_norm": (str,),
+    "d_in": (int, np.integer),
+    "d_sae": (int, np.integer),
+    "axes": (Mapping,),
+    "hook": (str,),
+    "reads": PLACES,
+    "writes": PLACES,
+    "origin": (Origin,),
+}
+
+
 class Sizes(NamedTuple):
     """The widths of a dictionary."""
 
@@ -41,11 +57,17 @@ def dictionary_of(
     d_in: int | None,
     d_sae: int | None,
     axes: Mapping[str, str] | None,
+    hook: str | None,
     reads: str | Ports | None,
     writes: str | Ports | None,
     origin: Origin | None,
 ) -> Any:
     """Return a dictionary of class `cls` from tensors; see `Dictionary.from_tensors`."""
+    check_types(
+        {"rule": rule, "options": options, "subtract_b_dec": subtract_b_dec, "token_norm": token_norm, "d_in": d_in}
+        | {"d_sae": d_sae, "axes": axes, "hook": hook, "reads": reads, "writes": writes, "origin": origin}
+    )
+    reads = _one_place(hook, reads)
     rule_class = registry.load(rule)
     own, settings = rule_class.from_published(_own_tensors(rule_tensors), dict(options or {}))
     given = float_tensors(tensors)
@@ -79,6 +101,19 @@ def dictionary_of(
     if rule_class.tied and (norms - 1).abs().max() > 1e-3:
         raise ConfigError(f"rows of W_dec have norms {norms.min():.3g} to {norms.max():.3g}; {rule} needs unit vectors")
     return self.eval()
+
+
+def check_types(given: Mapping[str, Any]) -> None:
+    """Raise ConfigError for an argument of the wrong type. Only the rule must not be None."""
+    for name, value in given.items():
+        kinds, is_bool = TYPES[name], isinstance(value, bool) and bool not in TYPES[name]
+        inner = {"options": str, "axes": str, "reads": Port, "writes": Port}.get(name)
+        parts = value if isinstance(value, list | tuple | Mapping) and inner else ()
+        fits = isinstance(value, kinds) and not is_bool and all(isinstance(part, inner or object) for part in parts)
+        if not fits and (value is not None or name == "rule"):
+            wanted = " or ".join(kind.__name__ for kind in kinds if kind.__module__ != "numpy")
+            of = f" (with {inner.__name__} inside)" if inner and isinstance(value, kinds) else ""
+            raise ConfigError(f"{name} is {str(value)[:80]!r}, a {type(value).__name__}; expected {wanted}{of}")
 
 
 def float_tensors(values: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -294,7 +329,7 @@ def _matrix(name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def one_place(hook: str | None, reads: str | Ports | None) -> str | Ports | None:
+def _one_place(hook: str | None, reads: str | Ports | None) -> str | Ports | None:
     """Return the place that is read. Raise ConfigError if it is given twice."""
     if hook is not None and reads is not None:
         raise ConfigError(f"hook={hook!r} and reads={reads!r} both say what is read; give one of them")

@@ -92,7 +92,7 @@ from saelens_lite.formats.contract import Format
 from saelens_lite.formats.detection import format_of
 from saelens_lite.formats.hooks import fill_layer, hook_of_module, match_in_path
 from saelens_lite.formats.known import Known
-from saelens_lite.formats.outline import AXES, Outline
+from saelens_lite.formats.outline import AXES, PLAIN, Outline
 from saelens_lite.formats.reading import find_file, inspect, read
 from saelens_lite.formats.settings import Settings
 from saelens_lite.formats.state_dict import read_state_dict
@@ -101,6 +101,7 @@ from saelens_lite.tensor_files import write_tensors
 
 __all__ = [
     "AXES",
+    "PLAIN",
     "Format",
     "JoinedFiles",
     "Known",

@@ -35,6 +35,7 @@ GLOBALS = {  # names that a pickle of tensors may import; torch's own list is lo
     ),
 }
 
+BEFORE_1_6 = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a pickle of torch's magic number
 MAKE_DICTS = ("EMPTY_DICT", "SETITEM", "SETITEMS")
 
 
@@ -172,7 +173,8 @@ class TorchFile(TensorFile):
     """A file written by `torch.save`: a pickle and the numbers of its tensors. Only torch.load(weights_only=True) reads it.
 
     Before that, every name that the pickle would import must be in `GLOBALS`. Nested dictionaries are flattened to names like
-    "activation_state_dict.k". `values` holds the entries that are not tensors.
+    "activation_state_dict.k". `values` holds the entries that are text or numbers, and `unread` the names of others, such as
+    lists.
     """
 
     kind = "pytorch"
@@ -186,6 +188,7 @@ class TorchFile(TensorFile):
             raise CorruptFileError(f"{path} cannot be read: {type(error).__name__}: {reason}") from None
         self.tensors: dict[str, Tensor] = {}
         self.values: dict[str, Any] = {}
+        self.unread: list[str] = []
         self._met = 0
         self._flatten(path, "", loaded, depth=0)
         for name, tensor in self.tensors.items():
@@ -204,12 +207,12 @@ class TorchFile(TensorFile):
                 self._flatten(path, f"{prefix}.{key}" if prefix else str(key), inner, depth + 1)
         elif isinstance(value, Tensor):
             self.tensors[prefix] = value.detach()
+        elif not prefix:
+            raise CorruptFileError(f"{path}: its content is a {type(value).__name__}; expected tensors by name")
         elif isinstance(value, str | int | float | None):
             self.values[prefix] = value
-        else:
-            raise CorruptFileError(
-                f"{path}: {prefix[:80] or 'its content'!r} is a {type(value).__name__}; expected tensors by name"
-            )
+        else:  # such as the lists in an optimizer's state
+            self.unread.append(prefix[:80])
 
     def _load(self, names: list[str]) -> dict[str, Tensor]:
         return {name: self.tensors[name].clone() for name in names}
@@ -265,6 +268,7 @@ def _open_zip(path: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        check_new_enough(path)
         raise CorruptFileError(f"{path} is not a zip file or is damaged: {error}") from None
 
 
@@ -277,6 +281,16 @@ def _members(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     return members
 
 
+def check_new_enough(path: Path) -> None:
+    """Raise CorruptFileError if a file is one that torch wrote before version 1.6, a bare pickle."""
+    with path.open("rb") as file:
+        if file.read(len(BEFORE_1_6)) == BEFORE_1_6:
+            raise CorruptFileError(
+                f"{path} is in the form of torch before version 1.6, which is not read: load it with torch.load(…, "
+                "weights_only=True), and save it again with torch.save of version 1.6 or later"
+            )
+
+
 def open_tensors(path: Path) -> TensorFile:
     """Return the file of tensors at `path`. Its first bytes tell npz from safetensors; pickles are refused.
 
@@ -284,6 +298,7 @@ def open_tensors(path: Path) -> TensorFile:
         CorruptFileError: the file is of another kind or damaged.
     """
     file_size(path)
+    check_new_enough(path)
     return NpzFile(path) if is_zip(path) else SafetensorsFile(path)
 
 

@@ -14,11 +14,12 @@ from saelens_lite import registry
 from saelens_lite.dictionary.folder import CONFIG_FILE, OWN, is_own_folder
 from saelens_lite.errors import ConfigError, CorruptFileError
 from saelens_lite.files import is_zip
-from saelens_lite.formats.containers import tensor_names
+from saelens_lite.formats.containers import check_new_enough, tensor_names
 from saelens_lite.paths import check_input
 from saelens_lite.tensor_files import check_header
 
 log = logging.getLogger(__name__)
+ENDINGS = ("safetensors", "npz", "pt", "pth", "bin", "ckpt")  # of files of tensors
 MAX_LOOKED_AT = 200  # files and folders searched below one that holds no dictionary itself
 
 
@@ -71,7 +72,7 @@ def format_of(path: Path, name: str | None = None) -> Any:
         PluginError: there is no format with that name.
     """
     if not check_input(path).exists():
-        raise CorruptFileError(f"{path / CONFIG_FILE} is missing; is {path} the folder you meant?")
+        raise CorruptFileError(missing(path))
     if name is not None:
         return _named(path, name)
     formats = Formats()
@@ -86,6 +87,13 @@ def format_of(path: Path, name: str | None = None) -> Any:
             f"format={readers[0].plugin_name!r} (only tensors are read; nothing is executed)"
         )
     return readers[0]
+
+
+def missing(path: Path) -> str:
+    """Return the message for a path at which there is nothing: a file, if it has the ending of one, or a folder."""
+    if path.suffix.removeprefix(".") in ENDINGS:
+        return f"{path} is missing; is it the file you meant?"
+    return f"{path / CONFIG_FILE} is missing; is {path} the folder you meant?"
 
 
 def _named(path: Path, name: str) -> Any:
@@ -115,6 +123,7 @@ def _nearest(path: Path, formats: Formats) -> Any:
     for file in sorted(path.glob("*.safetensors")):
         check_header(file)  # report a damaged file as such
     if path.is_file():
+        check_new_enough(path)
         raise CorruptFileError(f"{path} holds no dictionary of saelens_lite or of {formats}{_tensors(path)}")
     present = {reader: [bool(next(path.glob(file), None)) for file in reader.files] for reader in formats.of(path)}
     whole = [reader for reader in present if reader.files and all(present[reader])]

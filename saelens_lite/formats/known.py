@@ -3,6 +3,7 @@
 from pydantic import Field
 
 from saelens_lite.config import FrozenConfig, Origin
+from saelens_lite.model.nicknames import hub_id
 
 
 class Known(FrozenConfig):
@@ -24,10 +25,12 @@ class Known(FrozenConfig):
     license: str | None = Field(None, description="Licence of the weights.")
 
     def origin(self, stated: Origin) -> Origin:
-        """Return the origin that the files state, completed with these facts."""
+        """Return the origin that the files state, completed with these facts. A revision counts for the model it is of."""
+        is_other = None not in (self.model, stated.model, stated.revision) and hub_id(self.model) != hub_id(stated.model)
         unstated = {"prepend_bos": self.prepend_bos, "n_ctx": self.n_ctx}
         return stated.replace(
             **({"model": self.model} if self.model else {}),
+            **({"revision": None} if is_other else {}),
             **({"processing": tuple(dict.fromkeys((*stated.processing, *self.processing)))} if self.processing else {}),
             **{name: value for name, value in unstated.items() if value is not None and getattr(stated, name) is None},
         )

@@ -17,6 +17,7 @@ from saelens_lite.arrays import not_finite
 from saelens_lite.config import Origin
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.dictionary.folder import read_density
+from saelens_lite.dictionary.tensors import AXES as MATRICES
 from saelens_lite.errors import ConfigError, CorruptFileError, PluginError
 from saelens_lite.files import check_fits_memory, differences, file_hash, nesting
 from saelens_lite.formats.containers import TensorFile
@@ -25,13 +26,8 @@ from saelens_lite.formats.settings import MAX_LATENTS
 from saelens_lite.ports import Port
 from saelens_lite.tensor_files import DTYPES
 
-AXES = {  # of the parameters; parameters that are not listed have one entry a latent
-    "W_enc": "d_in d_sae",
-    "W_dec": "d_sae d_out",
-    "b_dec": "d_out",
-    "W_skip": "d_out d_in",
-    "mean": "d_in",
-}
+AXES = MATRICES | {"b_dec": "d_out", "mean": "d_in"}  # parameters that are not listed have one entry a latent
+PLAIN = {name: (name, AXES.get(name, "d_sae")) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}  # our names in the file too
 SEVERAL = {"d_in": "n_reads", "d_out": "n_writes", "d_sae": "blocks"}  # axis → the axis that counts it, 1 by default
 MAX_PORTS = 1000
 MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH = 1 << 20, 50  # of settings, which our cfg.json keeps
@@ -65,6 +61,7 @@ class Outline:
     scale: float = 1.0  # factor of the activations before the encoder
     target_scale: float | None = None  # divisor of the output; default: scale
     lacks_scale: str = ""  # message of the error if the settings ask for a scale that neither they nor `known` state
+    lacks_hook: str = ""  # warning if neither the files nor `known` name the hook that is read
     token_norm: str | None = None  # "layer_norm" or "constant_norm" of each activation
     adjust: Callable[[dict[str, Tensor]], None] | None = None
     before: int = 0
@@ -193,6 +190,8 @@ class Outline:
         """Return the dictionary with its weights. If nothing is folded in, the weights equal the file's to the bit."""
         if self.lacks_scale:
             raise ConfigError(self.lacks_scale)
+        if self.lacks_hook and self.hook is None:
+            logging.getLogger(__name__).warning(self.lacks_hook)
         weights = self._weights()
         dims = self.dims
         try:

@@ -41,7 +41,8 @@ def read(
         return read_state_dict(path, **(settings or {})).to(device).eval()
     if settings:
         raise ConfigError(
-            f"{', '.join(settings)} can be set with format={STATE_DICT!r} only; {path} is read as {format or 'it is'}"
+            f"{', '.join(settings)} can be set with format={STATE_DICT!r} only, which reads a bare state dict; the format of "
+            f"{path} is {'detected' if format is None else format}"
         )
     if format in (None, OWN) and is_own_folder(path):
         return Dictionary.load(path, device)

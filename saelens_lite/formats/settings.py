@@ -50,6 +50,10 @@ class Settings:
         """Return the settings under a key; empty if the key is absent."""
         return Settings(self.path, self._of_type(key, (dict,), {}))
 
+    def sizes(self, **keys: str) -> dict[str, int]:
+        """Return the whole numbers under the keys that are present, by our names: sizes(d_in="activation_dim")."""
+        return {ours: self.whole(theirs) for ours, theirs in keys.items() if theirs in self}
+
     def _of_type(self, key: str, types: tuple[type, ...], default: Any) -> Any:
         value = self.values.get(key)
         if value is None:

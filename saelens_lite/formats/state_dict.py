@@ -11,14 +11,14 @@ from typing import Any
 from saelens_lite import registry
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.dictionary.known_names import Recognised, recognise, rules_that_fit
+from saelens_lite.dictionary.tensors import check_types
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, ShapeError
 from saelens_lite.files import is_zip, shortened
 from saelens_lite.formats.containers import TensorFile, TorchFile, open_tensors, strings_in_pickle
-from saelens_lite.formats.detection import Formats
+from saelens_lite.formats.detection import ENDINGS, Formats
 from saelens_lite.paths import check_input
 
 STATE_DICT = "state_dict"
-ENDINGS = ("safetensors", "npz", "pt", "pth", "bin", "ckpt")
 log = logging.getLogger(__name__)
 
 
@@ -39,20 +39,21 @@ def read_state_dict(
         names: our name → theirs, for tensors whose names are not recognised, such as {"W_enc": "analysis", "mean": "mu"}.
         prefix: the names of the modules that the tensors are in, such as "model.sae."; tensors elsewhere are left out.
         ignore: names or patterns of tensors without effect on the function, such as "optimizer.*".
-        settings: other arguments of `Dictionary.from_tensors`, such as hook= and subtract_b_dec=. A warning is logged if
-            subtract_b_dec is not given and there is a b_dec.
+        settings: other arguments of `Dictionary.from_tensors`, such as hook= and subtract_b_dec=. If there is a b_dec and
+            subtract_b_dec is not given, a warning is logged; if it is the bias of a decoder layer, an error is raised.
 
     Raises:
         CorruptFileError: the file is damaged, or does not hold tensors by name.
-        ConfigError: rule= is missing, tensors are not recognised, or do not belong to the rule.
+        ConfigError: rule= or subtract_b_dec= is missing, tensors are not recognised, or do not belong to the rule.
         ShapeError: the tensors do not fit each other, or do not decide which axis is which.
     """
+    check_types({"options": options} | ({} if rule is None else {"rule": rule}))
     file = _open(path)
     try:
         theirs = recognise(file.specs, names, prefix=prefix, ignore=ignore)
         if theirs.surplus:
             raise ConfigError(
-                f"tensors {shortened(theirs.surplus)} have no known meaning; set names= to say it, such as names={{'mean': "
+                f"tensors {shortened(theirs.surplus)} have no known meaning; set names= to theirs, such as names={{'mean': "
                 f"{theirs.surplus[0]!r}}}, or ignore= if they have no effect on codes and x_hat"
             )
         if rule is None:
@@ -63,12 +64,21 @@ def read_state_dict(
         if twice := given.keys() & settings.keys():
             raise ConfigError(f"{', '.join(sorted(twice))} of the file and of the call; ignore= the tensor in the file")
         dictionary = Dictionary.from_tensors(rule=rule, options=options, **given, **settings)
+        is_open = "b_dec" in given and dictionary.writes_what_it_reads and settings.get("subtract_b_dec") is None
+        if is_open and theirs.names["b_dec"].removesuffix(".bias") == theirs.names["W_dec"].removesuffix(
+            ".weight"
+        ):  # a layer's
+            raise ConfigError(
+                f"the tensors do not say whether {theirs.names['b_dec']} is subtracted from x before the encoder: set "
+                "subtract_b_dec=False if the encoder is a linear layer of x, as usual for torch.nn.Linear, or True if it is "
+                "subtracted"
+            )
     except (ConfigError, ShapeError, NonFiniteError) as error:
         raise type(error)(f"{file.path}: {error}") from None
     _warn(file)
-    if "b_dec" in given and dictionary.writes_what_it_reads and "subtract_b_dec" not in settings:
+    if is_open:
         log.warning(
-            "%s: %s is subtracted from x before the encoder; set subtract_b_dec= to True or False to say it",
+            "%s: %s is subtracted from x before the encoder; if that is right, set subtract_b_dec=True, else False",
             file.path, theirs.names["b_dec"],
         )  # fmt: skip
     dictionary.training_record = {"read_from": {"format": STATE_DICT, "config": {"names": theirs.names}}}
@@ -123,18 +133,25 @@ def _has_k(rule: str) -> bool:
 
 
 def _with_k(rule: str, options: dict[str, Any], k: Any) -> dict[str, Any]:
-    """Return the options with the k of the file. Raise ConfigError if they have another one."""
-    if k is None or not _has_k(rule):
+    """Return the options with the k of the file. Raise ConfigError if they have another one, or it is not a whole number."""
+    if k is None:
+        return options
+    if not _has_k(rule):
+        log.warning("the tensor k of the file holds %s, which rule=%r does not use; is it a top-k rule?", k.tolist(), rule)
         return options
     if k.numel() != 1 or options.get("k", k.item()) != k.item():
         raise ConfigError(f"options have k = {options.get('k')}, but the tensor k of the file holds {k.tolist()}")
+    if k.item() != int(k):
+        raise ConfigError(
+            f"the tensor k of the file holds {k.item()}, not a whole number; ignore= it and set options={{'k': …}}"
+        )
     return options | {"k": int(k)}
 
 
 def _warn(file: TensorFile) -> None:
     """Log what the file says and this format does not use."""
-    if isinstance(file, TorchFile) and file.values:
-        log.warning("%s: settings %s were not used; only tensors were", file.path, shortened(file.values))
+    if isinstance(file, TorchFile) and (file.values or file.unread):
+        log.warning("%s: entries %s were not used; only tensors were", file.path, shortened([*file.values, *file.unread]))
     if detected := [reader.plugin_name for reader in Formats().detected(file.path)]:
         log.warning(
             "%s looks like a dictionary of %s, which knows how its tensors are used; it was read as a plain state dict",
