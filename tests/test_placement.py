@@ -64,7 +64,7 @@ def test_of_a_transcoder_one_side_varies_at_a_time(lm):
     d = sl.Dictionary.create("topk", reads=next(ports), writes=next(ports), d_sae=64, options={"k": 4})
     places = sl.check_hook(d, lm, "a text of a few words, no more").places
     assert all(reads == place.reads or writes == place.writes for place in places)
-    assert {f"{AT}.hook_resid_mid", f"{reads}, scaled", "blocks.2.ln2.hook_out"} <= {place.reads for place in places}
+    assert {f"{AT}.hook_resid_mid", f"{AT}.ln1.hook_out", "blocks.2.ln2.hook_out"} <= {place.reads for place in places}
     assert {f"{AT}.hook_resid_post", f"{writes}, scaled", "blocks.2.hook_mlp_out"} <= {place.writes for place in places}
 
 

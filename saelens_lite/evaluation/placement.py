@@ -3,7 +3,7 @@
 These are, in the same block, the activations before and after each norm and each sum of the residual stream, what the heads
 give to the attention's output (hook_z), and the other heads of a hook of one head; then the same hook one block before and
 after; the activation without its mean over d_model ("centred"); and the activation scaled so that its mean norm is √d
-("scaled"). Of a transcoder, one side varies at a time.
+("scaled"), unless it is within 10 % of that. Of a transcoder, one side varies at a time.
 
     fvu = Σ‖y − ŷ‖² / Σ‖y − mean‖²      over the tokens that count, with y as the place has it, centred or scaled
 
@@ -48,6 +48,7 @@ IN_BLOCK = (  # hooks of a block that are confused with each other
     "hook_resid_pre", "ln1.hook_normalized", "ln1.hook_out", "attn.hook_in", "attn.hook_z", "attn.hook_out", "hook_attn_out",
     "hook_resid_mid", "ln2.hook_normalized", "ln2.hook_out", "mlp.hook_in", "mlp.hook_out", "hook_mlp_out", "hook_resid_post",
 )  # fmt: skip
+UNSCALED = 0.1  # a factor that differs from 1 by less is no other place
 SAME = 1e-4  # tensors that differ by less, relative to their norm, are one place
 MOST_VALUES = 1 << 28  # activations held at once
 SOME_TOKENS = 64  # on which tensors are compared
@@ -266,7 +267,7 @@ def _measured(
                     raise ShapeError(f"{written.hook} has width {acts[written.hook].shape[-1]}; expected {dictionary.d_out}")
             kept = _distinct({hook: x[:SOME_TOKENS] for hook, x in acts.items()}, pairs)
     scales = {hook: math.sqrt(acts[hook].shape[-1]) * n / total if total else 1.0 for hook, total in norms.items()}
-    sums = {pair: _Sums() for pair in kept if all(s.change != "scaled" or abs(scales[s.hook] - 1) > SAME for s in pair)}
+    sums = {pair: _Sums() for pair in kept if all(s.change != "scaled" or abs(scales[s.hook] - 1) > UNSCALED for s in pair)}
     for acts in batches():
         for pair, of_pair in sums.items():
             x, y = (_changed(acts[spot.hook], spot.change, scales[spot.hook]) for spot in pair)
