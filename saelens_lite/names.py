@@ -5,8 +5,7 @@ import re
 from pathlib import Path
 
 from saelens_lite.errors import CorruptFileError, HubNotFoundError, near_matches
-from saelens_lite.formats.detection import missing
-from saelens_lite.paths import is_address
+from saelens_lite.paths import is_address, no_dictionary_at
 from saelens_lite.releases import Entry, entry, releases
 
 
@@ -41,7 +40,7 @@ def no_such(path: Path) -> CorruptFileError:
     hint = f" No public release has that name either{close}" if close else ""
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text):
         hint += f" A repository of the Hub is written hf://{text}."
-    return CorruptFileError(f"{missing(path)}{hint}")
+    return CorruptFileError(f"{no_dictionary_at(path)}{hint}")
 
 
 def _is_surely_a_path(text: str) -> bool:

@@ -10,6 +10,7 @@ from saelens_lite.errors import ConfigError, CorruptFileError, DiskFullError, Ou
 
 MAX_NAME, MAX_PATH = 255, 4096  # bytes; the limits of nearly all file systems
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: the file is larger than the file system or a quota allows
+WEIGHT_ENDINGS = (".safetensors", ".npz", ".pt", ".pth", ".bin", ".ckpt")  # of files of tensors
 ROOM_IN_NAME = 40  # bytes added to the name of an output while it is written
 ROOM_IN_PATH = 256  # bytes for the names of files in an output folder
 _ADDRESS = re.compile(r"[a-z][a-z0-9+]+:/.+", re.DOTALL)  # pathlib makes one slash of two
@@ -97,3 +98,10 @@ def _broken_link(path: Path) -> str | None:
         if place.is_symlink() and not place.exists():
             return f"{place} is a link to {os.readlink(place)}, which is missing"
     return None
+
+
+def no_dictionary_at(path: Path) -> str:
+    """Return the message for a path at which there is nothing: a file, if it has the ending of one, or a folder."""
+    if path.suffix in WEIGHT_ENDINGS:
+        return f"{path} is missing; is it the file you meant?"
+    return f"{path / 'cfg.json'} is missing; is {path} the folder you meant?"

@@ -15,11 +15,10 @@ from saelens_lite.dictionary.folder import CONFIG_FILE, OWN, is_own_folder
 from saelens_lite.errors import ConfigError, CorruptFileError
 from saelens_lite.files import is_zip
 from saelens_lite.formats.containers import check_new_enough, tensor_names
-from saelens_lite.paths import check_input
+from saelens_lite.paths import check_input, no_dictionary_at
 from saelens_lite.tensor_files import check_header
 
 log = logging.getLogger(__name__)
-ENDINGS = ("safetensors", "npz", "pt", "pth", "bin", "ckpt")  # of files of tensors
 MAX_LOOKED_AT = 200  # files and folders searched below one that holds no dictionary itself
 
 
@@ -72,7 +71,7 @@ def format_of(path: Path, name: str | None = None) -> Any:
         PluginError: there is no format with that name.
     """
     if not check_input(path).exists():
-        raise CorruptFileError(missing(path))
+        raise CorruptFileError(no_dictionary_at(path))
     if name is not None:
         return _named(path, name)
     formats = Formats()
@@ -87,13 +86,6 @@ def format_of(path: Path, name: str | None = None) -> Any:
             f"format={readers[0].plugin_name!r} (only tensors are read; nothing is executed)"
         )
     return readers[0]
-
-
-def missing(path: Path) -> str:
-    """Return the message for a path at which there is nothing: a file, if it has the ending of one, or a folder."""
-    if path.suffix.removeprefix(".") in ENDINGS:
-        return f"{path} is missing; is it the file you meant?"
-    return f"{path / CONFIG_FILE} is missing; is {path} the folder you meant?"
 
 
 def _named(path: Path, name: str) -> Any:
