@@ -15,8 +15,8 @@ from saelens_lite.dictionary.tensors import check_types
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, ShapeError
 from saelens_lite.files import is_zip, shortened
 from saelens_lite.formats.containers import TensorFile, TorchFile, open_tensors, strings_in_pickle
-from saelens_lite.formats.detection import ENDINGS, Formats
-from saelens_lite.paths import check_input
+from saelens_lite.formats.detection import Formats
+from saelens_lite.paths import WEIGHT_ENDINGS, check_input
 
 STATE_DICT = "state_dict"
 log = logging.getLogger(__name__)
@@ -105,10 +105,11 @@ def _open(path: Path) -> TensorFile:
     """Return the file of tensors at a path, or the only one in a folder."""
     path = check_input(path)
     if path.is_dir():
-        inner = sorted(one for ending in ENDINGS for one in path.glob(f"*.{ending}"))
+        inner = sorted(one for ending in WEIGHT_ENDINGS for one in path.glob(f"*{ending}"))
         if len(inner) != 1:
             listed = shortened(one.name for one in inner)
-            raise CorruptFileError(f"{path} is a folder; name a file of tensors, one of {', '.join(ENDINGS)} (there: {listed})")
+            endings = ", ".join(WEIGHT_ENDINGS)
+            raise CorruptFileError(f"{path} is a folder; name a file of tensors, one of {endings} (there: {listed})")
         path = inner[0]
     if not path.exists():
         raise CorruptFileError(f"{path} is missing; is it the file you meant?")
