@@ -189,6 +189,7 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str | None]], caption:
         list(zip(*(by_title[title] for title in kept), strict=True)),
         title=", ".join(f"{title} {value}" for title, value in shared.items()),
         caption=caption,
+        collapse_padding=True,
         column=lambda title: {
             **{"overflow": "fold", "no_wrap": title in ("name", "release")},  # so that names can be copied
             **{"min_width": min(HOOK_WIDTH if title == "hook" else MIN_WIDTH, max(map(len, (title, *by_title[title]))))},
