@@ -954,7 +954,7 @@ def test_commands(hub, folder, tmp_path, command):
     assert "already exists" in err
     assert command("pull", f"hf://{REPO}/a")[0] == 0
     code, _, err = command("pull", f"hf://{REPO}/a", "b")
-    assert (code, "leave out the folder and --revision" in err) == (2, True)
+    assert (code, "leave out the folder and the revision" in err) == (2, True)
     code, out, _ = command("inspect", f"hf://{REPO}/a")
     assert (code, json.loads(out)["d_sae"]) == (0, 32)
     code, _, err = command("pull", REPO, "c")
