@@ -8,6 +8,7 @@ The input x of a dictionary is the concatenation of the activations at its read 
 of the activations at its write ports.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -45,6 +46,12 @@ class Hooks(NamedTuple):
     def __str__(self) -> str:
         read, written = " + ".join(self.reads), " + ".join(self.writes)
         return read if self.reads == self.writes else f"{read} → {written}"
+
+
+def split_head(name: str) -> tuple[str, int | None]:
+    """Return the name of the whole tensor, and the number of the head if the name ends with one."""
+    match = re.fullmatch(r"(.+)\.head_(\d{1,9})", name)
+    return (match[1], int(match[2])) if match else (name, None)
 
 
 def as_ports(given: Ports) -> tuple[Port, ...]:

@@ -5,6 +5,7 @@ import torch
 
 import saelens_lite as sl
 from saelens_lite.errors import HookError
+from saelens_lite.files import read_json
 
 WHOLE = "blocks.2.attn.hook_z"
 HEAD = f"{WHOLE}.head_1"
@@ -87,3 +88,11 @@ def test_a_dictionary_of_one_head_is_trained_measured_and_spliced(lm, n_heads, t
         torch.testing.assert_close(lm.logits(TEXT), logits, rtol=1e-4, atol=1e-4)
     store = sl.FeatureStore.build(d, lm, TEXTS, out=tmp_path / "store", n_tokens=200)
     assert store.info.reads == (HEAD,)
+
+
+def test_a_saved_dictionary_of_a_head_names_it_as_saelens_does(tmp_path):
+    d = sl.Dictionary.create("topk", reads=sl.Port(hook=HEAD, width=8), d_sae=16, options={"k": 2})
+    metadata = read_json(d.save(tmp_path / "own") / "cfg.json")["metadata"]
+    assert (metadata["hook_name"], metadata["hook_head_index"]) == (WHOLE, 1)
+    assert sl.load(tmp_path / "own").hook == HEAD
+    assert sl.load(sl.convert(tmp_path / "own", tmp_path / "other", format="saelens")).hook == HEAD

@@ -18,7 +18,7 @@ from saelens_lite import registry
 from saelens_lite.config import Origin
 from saelens_lite.errors import CorruptFileError
 from saelens_lite.files import differences, read_json, shortened
-from saelens_lite.ports import Port, width
+from saelens_lite.ports import Port, split_head, width
 from saelens_lite.schemas import Checked, Positive, String, checked
 from saelens_lite.sparsity import PublishedForm
 from saelens_lite.tensor_files import DTYPES, Spec, read_tensors, tensor_specs
@@ -203,9 +203,8 @@ def settings_of(d: Any) -> dict[str, Any]:
             "sae_lens_version": "6.0.0",  # without it SAELens takes the file for an old one and drops the metadata
             "model_name": d.origin.model,
             "model_class_name": d.origin.model_class or "AutoModelForCausalLM",
-            "hook_name": d.reads[0].hook,
-            **({} if d.writes_what_it_reads else {"hook_name_out": d.writes[0].hook}),
-            "hook_head_index": None,
+            **_place("", d.reads[0].hook),
+            **({} if d.writes_what_it_reads else _place("_out", d.writes[0].hook)),
             "context_size": d.origin.n_ctx,
             "prepend_bos": d.origin.prepend_bos,
             "dataset_path": d.origin.text,
@@ -226,6 +225,13 @@ def settings_of(d: Any) -> dict[str, Any]:
             },
         },
     }
+
+
+def _place(end: str, hook: str | None) -> dict[str, Any]:
+    """Return a hook under the names of SAELens, which keeps the number of an attention head apart."""
+    whole, head = split_head(hook) if hook else (None, None)
+    index = {} if end and head is None else {f"hook_head_index{end}": head}
+    return {f"hook_name{end}": whole, **index}
 
 
 def _tokens_left_out(origin: Origin) -> dict[str, Any]:

@@ -35,9 +35,8 @@ from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, HookError, ShapeError, TextError, not_a_dictionary
 from saelens_lite.evaluation.text_rows import as_trained, row_blocks
 from saelens_lite.model import LanguageModel
-from saelens_lite.model.heads import split_head
 from saelens_lite.model.passes import activations, default_batch_tokens
-from saelens_lite.ports import Hooks
+from saelens_lite.ports import Hooks, split_head
 from saelens_lite.tables import Result, columns_of, grid, wrapped
 from saelens_lite.tokens import Text, TokenRows, with_mask
 

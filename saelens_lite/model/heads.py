@@ -1,6 +1,5 @@
 """One attention head as a hook: blocks.5.attn.hook_z.head_3 is the part of blocks.5.attn.hook_z that belongs to head 3."""
 
-import re
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -18,12 +17,6 @@ class Heads(NamedTuple):
     def part(self, head: int) -> slice | None:
         """Return the part of the last axis that belongs to a head, or None if there are fewer heads."""
         return slice(head * self.width, (head + 1) * self.width) if head < self.number else None
-
-
-def split_head(name: str) -> tuple[str, int | None]:
-    """Return the name of the whole tensor, and the number of the head if the name ends with one."""
-    match = re.fullmatch(r"(.+)\.head_(\d{1,9})", name)
-    return (match[1], int(match[2])) if match else (name, None)
 
 
 def heads_at(hook: str, linear: nn.Module, side: str, attention: nn.Module | None, config: Any) -> Heads | None:

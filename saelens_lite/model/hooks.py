@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from saelens_lite.errors import HookError, ModelNotFoundError, near_matches
-from saelens_lite.model.heads import HEADED, Heads, heads_at, split_head
+from saelens_lite.model.heads import HEADED, Heads, heads_at
 from saelens_lite.model.norms import scale_and_bias
 from saelens_lite.model.spread import on_whole
+from saelens_lite.ports import split_head
 
 USUAL_HOOKS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
 
