@@ -40,6 +40,7 @@ from .judges import JudgeConfig as JudgeConfig
 from .judges import judge as judge
 from .loggers import Logger as Logger
 from .model import LanguageModel as LanguageModel
+from .model import Models as Models
 from .model import load_model as load_model
 from .model import model_for as model_for
 from .ports import Port as Port

@@ -278,8 +278,22 @@ class RunConfig(FrozenConfig):
         return tuple(part.strip() for name in listed for part in name.split(",") if part.strip())
 
 
+class ModelFacts(FrozenConfig):
+    """One of the models that a dictionary of several models reads; fields as in `Origin`."""
+
+    name: str = Field(max_length=100, description="Name of the model in ports, such as base.")
+    model: str | None = Field(None, description="Model name, Hub id or folder.")
+    revision: str | None = Field(None, description="Commit of the model.")
+    model_class: str | None = Field(None, description="transformers class of the model.")
+    processing: tuple[Literal["center_writing_weights"], ...] = Field((), description="Changes made to the weights.")
+    precision: str | None = Field(None, max_length=40, description="Number type of the forward passes; None: float32.")
+
+
 class Origin(FrozenConfig):
-    """The source of the activations that a dictionary was trained on."""
+    """The source of the activations that a dictionary was trained on.
+
+    If a dictionary reads several models, `models` has the facts about each, and those here about a model are unset.
+    """
 
     model: str | None = Field(None, description="Model name, Hub id or folder.")
     revision: str | None = Field(None, description="Commit of the model.")
@@ -303,6 +317,14 @@ class Origin(FrozenConfig):
     excluded_token_ids: tuple[Annotated[int, Field(ge=0, le=MOST)], ...] = Field(
         (), description="Token ids never trained on, in addition to the tokenizer's special tokens."
     )
+    models: tuple[ModelFacts, ...] = Field((), max_length=100, description="The models, if the dictionary reads several.")
+
+    def of(self, name: str | None) -> "Origin":
+        """Return the origin of the activations of one of several models; the origin itself if there is one model."""
+        for facts in self.models:
+            if facts.name == name:
+                return self.replace(**facts.model_dump(exclude={"name"}), models=())
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -313,9 +335,8 @@ class Origin(FrozenConfig):
 
     @model_serializer(mode="wrap")
     def _with_known_precision(self, serialize: Any) -> dict[str, Any]:
-        """Leave out an unset precision, as older versions do, which refuse unknown keys."""
-        values = serialize(self)
-        return values if self.precision is not None else {k: v for k, v in values.items() if k != "precision"}
+        """Leave out an unset precision and models, as older versions do, which refuse unknown keys."""
+        return {k: v for k, v in serialize(self).items() if k not in ("precision", "models") or v}
 
 
 OF_THE_RUN = {*RunConfig.model_fields, *TextConfig.model_fields}  # keys that the dictionaries of a run share

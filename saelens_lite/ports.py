@@ -10,15 +10,17 @@ of the activations at its write ports.
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, model_serializer, model_validator
 from torch import Tensor
 
 from saelens_lite.config import MOST, FrozenConfig
 from saelens_lite.errors import ConfigError
+
+MODEL_NAME = r"[A-Za-z_][A-Za-z0-9_.]*"
 
 
 class Port(FrozenConfig):
@@ -27,13 +29,39 @@ class Port(FrozenConfig):
     hook: str | None = Field(None, description="transformer-lens hook name; null if unknown.")
     width: int = Field(gt=0, le=MOST, description="Width of the activations.")
     model: str | None = Field(None, description="Name of the model, if the dictionary reads two models.")
+    minus: str | None = Field(None, description="Name of the model whose activations are subtracted.")
+
+    @model_validator(mode="after")
+    def _names_models(self) -> "Port":
+        for name in (self.model, self.minus):
+            if name is not None and not re.fullmatch(MODEL_NAME, name):
+                raise ValueError(f"{name!r} cannot name a model; use letters, digits, _ and dots, such as base or chat")
+        if self.minus is not None and (self.model in (None, self.minus) or self.hook is None):
+            raise ValueError(f"minus = {self.minus!r} needs a hook and another model to subtract from")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_unset(self, serialize: Any) -> dict[str, Any]:
+        """Leave out an unset `minus`, as older versions do, which refuse unknown keys."""
+        return {name: value for name, value in serialize(self).items() if name != "minus" or value is not None}
+
+    @property
+    def key(self) -> str | None:
+        """The name of the port in sources of activations; None if its hook is not known."""
+        return None if self.hook is None else key_of(self.hook, self.model, self.minus)
+
+    @classmethod
+    def of(cls, key: str, width: int) -> "Port":
+        """Return the port that a key names."""
+        model, minus, hook = split_key(key)
+        return cls(hook=hook, width=width, model=model, minus=minus)
 
 
 Ports = Port | int | Sequence[Port]
 
 
 class Hooks(NamedTuple):
-    """The hooks that a dictionary reads and writes in a model, in the order of its ports."""
+    """The hooks that a dictionary reads and writes in a model, in the order of its ports; of several models, the keys."""
 
     reads: tuple[str, ...]
     writes: tuple[str, ...]
@@ -46,6 +74,27 @@ class Hooks(NamedTuple):
     def __str__(self) -> str:
         read, written = " + ".join(self.reads), " + ".join(self.writes)
         return read if self.reads == self.writes else f"{read} → {written}"
+
+
+class Key(NamedTuple):
+    """The parts of a port's key: the name of the model, of the model that is subtracted from it, and the hook."""
+
+    model: str | None
+    minus: str | None
+    hook: str
+
+
+def key_of(hook: str, model: str | None = None, minus: str | None = None) -> str:
+    """Return the key of a port, such as "base:blocks.3.hook_resid_pre"."""
+    if model is None:
+        return hook
+    return f"{model}:{hook}" if minus is None else f"{model}-{minus}:{hook}"
+
+
+def split_key(key: str) -> Key:
+    """Return the parts of a key; a name of another form is a hook of the only model."""
+    match = re.fullmatch(rf"({MODEL_NAME})(?:-({MODEL_NAME}))?:(.+)", key)
+    return Key(*match.groups()) if match else Key(None, None, key)
 
 
 def split_head(name: str) -> tuple[str, int | None]:
@@ -62,7 +111,7 @@ def as_ports(given: Ports) -> tuple[Port, ...]:
     """
     ports = (Port(width=given),) if isinstance(given, int) else (given,) if isinstance(given, Port) else tuple(given)
     named = [port for port in ports if port.hook is not None]
-    if not ports or len({(port.model, port.hook) for port in named}) < len(named):
+    if not ports or len({port.key for port in named}) < len(named):
         raise ConfigError(f"ports are {names(ports) or 'missing'}; expected at least one port, without repeats")
     return ports
 
@@ -74,7 +123,7 @@ def width(ports: Sequence[Port]) -> int:
 
 def names(ports: Sequence[Port]) -> str:
     """Return the hooks of ports in words."""
-    return " + ".join(port.hook or "an unnamed hook" for port in ports)
+    return " + ".join(port.key or "an unnamed hook" for port in ports)
 
 
 def together(

@@ -236,10 +236,13 @@ class LanguageModel(Tokenizer):
                 belongs to several models, or to one with other weight processing.
             HookError: this model lacks a hook.
         """
-        self.check_origin(dictionary.origin)
         ports = (*dictionary.reads, *dictionary.writes)
-        if len({port.model for port in ports}) > 1:
-            raise ConfigError(f"the dictionary belongs to several models; it cannot be used in {self.name} alone")
+        self.check_origin(dictionary.origin.of(ports[0].model))
+        if len(named := {name for port in ports for name in (port.model, port.minus)} - {None}) > 1:
+            models = ", ".join(f"{name!r}: …" for name in sorted(named))
+            raise ConfigError(
+                f"the dictionary belongs to several models, not to {self.name} alone; give them all: {{{models}}}"
+            )
         reads, writes = ([port.hook for port in side] for side in (dictionary.reads, dictionary.writes))
         if hook is not None:
             if len(reads) > 1:

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelens_lite.cuda_streams import to_device
-from saelens_lite.model import LanguageModel
+from saelens_lite.model.models import AnyModel
 from saelens_lite.seeds import permutation
 from saelens_lite.tokens import TokenRows
 
@@ -48,19 +48,19 @@ class Read(NamedTuple):
     acts: dict[str, Float[Tensor, "n _"]]
 
 
-def default_batch_tokens(lm: LanguageModel, *, with_logits: bool = False) -> int:
+def default_batch_tokens(lm: AnyModel, *, with_logits: bool = False) -> int:
     """Return the number of tokens in a forward pass; with logits, fewer if the vocabulary is large."""
     kind = "cpu" if lm.device.type == "cpu" else "cuda"
     return min(BATCH_TOKENS[kind], BATCH_LOGITS[kind] // lm.d_vocab) if with_logits else BATCH_TOKENS[kind]
 
 
-def read_lengths(lm: LanguageModel, rows: TokenRows) -> Int[Tensor, " n_seq"]:
+def read_lengths(lm: AnyModel, rows: TokenRows) -> Int[Tensor, " n_seq"]:
     """Return the number of tokens of each row that must be read to cover the positions that count; 0 if none counts."""
     return rows.counted_lengths if lm.is_causal else rows.lengths * rows.keep.any(1)
 
 
 def batches(
-    lm: LanguageModel, rows: TokenRows, batch_tokens: int, order: Order = "by length", *, seed: int = 0
+    lm: AnyModel, rows: TokenRows, batch_tokens: int, order: Order = "by length", *, seed: int = 0
 ) -> Iterator[RowBatch]:
     """Yield the rows in batches of up to `batch_tokens` tokens, or of a single row; `seed` decides the shuffled order."""
     n_ctx, lengths = rows.tokens.shape[1], read_lengths(lm, rows).cpu()
@@ -91,7 +91,7 @@ def _numbers(
             start += max(1, batch_tokens // width)
 
 
-def read(lm: LanguageModel, batch: RowBatch, hooks: Sequence[str]) -> Read:
+def read(lm: AnyModel, batch: RowBatch, hooks: Sequence[str]) -> Read:
     """Run the model over a batch, up to the deepest hook."""
     acts = lm.run(batch.rows, hooks)
     row, position = batch.rows.keep.cpu().nonzero(as_tuple=True)
@@ -100,7 +100,7 @@ def read(lm: LanguageModel, batch: RowBatch, hooks: Sequence[str]) -> Read:
 
 
 def activations(
-    lm: LanguageModel, rows: TokenRows, hooks: Sequence[str], batch_tokens: int, order: Order = "by length", *, seed: int = 0
+    lm: AnyModel, rows: TokenRows, hooks: Sequence[str], batch_tokens: int, order: Order = "by length", *, seed: int = 0
 ) -> Iterator[Read]:
     """Yield the activations at the hooks, batch by batch; see `batches`."""
     for batch in batches(lm, rows, batch_tokens, order, seed=seed):

@@ -193,7 +193,7 @@ def like(dictionary: Dictionary, config: TrainConfig, hooks: Sequence[str] | Non
         if AIMS & config.options.keys():  # they exclude each other
             options = {name: value for name, value in options.items() if name not in AIMS}
         changes |= {"sparsity": rule.plugin_name, "options": options | config.options}
-    own = [port.hook for port in (*dictionary.reads, *dictionary.writes)]
+    own = [port.key for port in (*dictionary.reads, *dictionary.writes)]
     if not given & {"hook", "reads", "writes"} and all(hook and (hooks is None or hook in hooks) for hook in own):
         reads = tuple(own[: len(dictionary.reads)])
         changes |= {"hook": reads[0]} if len(reads) == 1 else {"reads": reads}

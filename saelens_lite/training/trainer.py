@@ -677,7 +677,8 @@ def choose_hooks(config: TrainConfig, source: Source) -> Hooks:
 
 
 def _ports(source: Source, hooks: Sequence[str]) -> tuple[Port, ...]:
-    return tuple(Port(hook=None if hook == UNNAMED else hook, width=source.d_in(hook)) for hook in hooks)
+    widths = {hook: source.d_in(hook) for hook in hooks}
+    return tuple(Port(width=d) if hook == UNNAMED else Port.of(hook, d) for hook, d in widths.items())
 
 
 def _moments(source: Source, hook: str) -> tuple[Statistics, float]:
