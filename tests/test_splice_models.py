@@ -1,6 +1,7 @@
 """Splices, steering and attribution at the ports of several models, against independent torch hooks."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import saelens_lite as sl
 from saelens_lite.cli.checks import named_models
 from saelens_lite.config import ModelFacts, Origin
 from saelens_lite.errors import ConfigError
+from saelens_lite.interventions import steer
 
 HOOK = "blocks.1.hook_resid_pre"
 BASE, CHAT, CHAT_MLP, MINUS = f"base:{HOOK}", f"chat:{HOOK}", "chat:blocks.1.hook_mlp_out", f"chat-base:{HOOK}"
@@ -278,3 +280,147 @@ def test_passes_that_cannot_be_read_by_the_other_model_are_refused(models):
         cached = chat.module(tokens[:, :4], use_cache=True).past_key_values
         with pytest.raises(ConfigError, match="needs the whole row; run the model without a cache"):
             chat.module(tokens[:, 4:5], past_key_values=cached, use_cache=True)
+
+
+# Steering and attribution
+
+
+def loss(logits, tokens):
+    return float(torch.nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:]))
+
+
+@pytest.mark.parametrize(
+    ("keys", "ports", "in_model", "changed"),
+    [
+        ((BASE, CHAT), None, "chat", [CHAT]),
+        ((BASE, CHAT), BASE, None, [BASE]),
+        ((BASE, CHAT, CHAT_MLP), None, "chat", [CHAT, CHAT_MLP]),
+        ((BASE, CHAT, CHAT_MLP), CHAT_MLP, None, [CHAT_MLP]),
+        ((MINUS,), None, None, [MINUS]),
+    ],
+)
+@torch.no_grad()
+def test_attribution_in_one_model_is_the_effect_at_its_ports(models, keys, ports, in_model, changed):
+    d = dictionary(*keys)
+    scores = sl.attribute(d, models, TEXTS[0], ports=ports, in_model=in_model)
+    name = changed[0].partition(":")[0].partition("-")[0]
+    tokens = models.to_tokens(TEXTS[0]).tokens
+    codes = d.encode(torch.cat([activation(models, key, tokens) for key in keys], dim=-1)).to_dense()[0]
+    clean = loss(models[name].module(tokens).logits, tokens)
+    assert float(scores.value[0]) == pytest.approx(clean, abs=1e-5)
+    assert scores.hook == " + ".join(changed)
+    assert (scores.direct is not None) == (len(changed) == 1 and not changed[0].endswith("mlp_out"))
+    parts = dict(zip(keys, d.W_dec.split(48, dim=-1), strict=True))
+    for j in range(0, len(scores.latent), 7):
+        position, latent = int(scores.position[j]), int(scores.latent[j])
+        assert float(scores.activation[j]) == pytest.approx(float(codes[position, latent]), rel=1e-4)
+        effects = []
+        for share in (1.0, 1e-2):
+            removed = {}
+            for key in changed:
+                push = torch.zeros(1, tokens.shape[1], 48)
+                push[0, position] = -share * codes[position, latent] * parts[key][latent]
+                removed[f"{name}:{key.partition(':')[2]}"] = push
+            without = logits_with(models, removed, tokens, name, torch.ones_like(tokens, dtype=torch.bool), added=True)
+            effects.append((clean - loss(without, tokens)) / share)
+        assert float(scores.ablation[j]) == pytest.approx(effects[0], abs=1e-4)
+        assert float(scores.gradient[j]) == pytest.approx(effects[1], rel=0.1, abs=2e-3)
+
+
+@torch.no_grad()
+def test_doses_push_at_the_chosen_port_with_controls_of_equal_norm_there(models):
+    d = dictionary(BASE, CHAT)
+    tokens = models.to_tokens(TEXTS[0]).tokens
+    keep = models.to_tokens(TEXTS[0]).keep
+    metric = lambda logits: logits[:, -1, 5]  # noqa: E731
+    response = sl.dose_response(d, models, 7, [3.0], TEXTS[0], metric=metric, n_controls=2, in_model="chat")
+    clean = models["chat"].module(tokens).logits
+    norms = d.W_dec[:, 48:].norm(dim=1)
+    for effect, kl, latent in zip(response.effect[0, :, 0], response.kl[0, :, 0], [7, *response.controls], strict=True):
+        push = 3.0 * d.W_dec[latent, 48:] * norms[7] / norms[latent]
+        changed = logits_with(models, {CHAT: push}, tokens, "chat", keep, added=True)
+        assert float(effect) == pytest.approx(float(changed[0, -1, 5] - clean[0, -1, 5]), abs=1e-4)
+        log_p, log_q = (x[0].log_softmax(-1)[keep[0]] for x in (clean, changed))
+        assert float(kl) == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), abs=1e-5)
+    assert "promoted" not in sl.dose_response(d, models, 7, [3.0], TEXTS[0], n_controls=0, ports=CHAT).metric
+
+
+@torch.no_grad()
+def test_steering_writes_with_one_model_and_measures_its_cost(models):
+    d = dictionary(BASE, CHAT)
+    settings = {"max_new_tokens": 5, "temperature": 0}
+    edit = sl.Add(7, 30.0)
+    steered = steer(d, models, "The old man", edit, in_model="chat", **settings)
+    assert steered.plain == models["chat"].generate("The old man", 5, temperature=0)
+    with models.splice(d, edit, ports=CHAT):
+        assert steered.edited == models["chat"].generate("The old man", 5, temperature=0)
+    tokens = models.to_tokens(steered.plain).tokens
+    keep = models.to_tokens(steered.plain).keep
+    changed = logits_with(models, {CHAT: 30.0 * d.W_dec[7, 48:]}, tokens, "chat", keep, added=True)
+    log_p, log_q = (x[0].log_softmax(-1)[keep[0]] for x in (models["chat"].module(tokens).logits, changed))
+    assert steered.kl == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=1e-4)
+    assert steer(d, models["chat"], "The old man", edit, ports=CHAT, **settings) == steered
+    with pytest.raises(ConfigError, match="codes need the activations of them all"):
+        steer(d, models["chat"], "The old man", sl.Ablate(7), ports=CHAT, **settings)
+
+
+def test_the_latents_of_a_prompt_are_those_of_all_models(models):
+    d = dictionary(BASE, CHAT)
+    tokens = models.to_tokens(TEXTS[0]).tokens
+    with torch.no_grad():
+        codes = d.encode(torch.cat([activation(models, key, tokens) for key in (BASE, CHAT)], dim=-1)).to_dense()[0]
+    view = sl.prompt_view(d, models.models, TEXTS[0], top=6)
+    fires = {(position, latent) for position, latent in codes.nonzero().tolist() if position > 0}
+    assert {(row.position, row.latent) for row in view.rows} == fires
+    attributed = sl.prompt_view(d, models, TEXTS[0], "attribution", in_model="chat")
+    wanted = sl.attribute(d, models, TEXTS[0], in_model="chat", ablation=False)
+    entries = zip(wanted.position.tolist(), wanted.latent.tolist(), wanted.gradient.tolist(), strict=True)
+    effects = {(position, latent): effect for position, latent, effect in entries}
+    assert all(row.attribution == effects[row.position, row.latent] for row in attributed.rows)
+
+
+def test_effects_are_measured_in_one_model(models):
+    d = dictionary(BASE, CHAT)
+    message = r"effects are measured in one model at a time: give in_model='base' or in_model='chat'"
+    for act in (
+        lambda **where: sl.attribute(d, models, TEXTS[0], **where),
+        lambda **where: sl.dose_response(d, models, 7, [1.0], TEXTS[0], **where),
+        lambda **where: steer(d, models, TEXTS[0], sl.Add(7, 1.0), **where),
+        lambda **where: sl.prompt_view(d, models, TEXTS[0], "attribution", **where),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            act()
+        with pytest.raises(ConfigError, match="no model 'other'; the models are base, chat"):
+            act(in_model="other")
+        with pytest.raises(ConfigError, match=r"has no port of base:.* in that model, so nothing changes there"):
+            act(in_model="chat", ports=BASE)
+    with pytest.raises(ConfigError, match="names one of several models, but one was given"):
+        sl.attribute(dictionary(HOOK), models["base"], TEXTS[0], in_model="base")
+
+
+# The command line
+
+
+def test_commands_steer_and_attribute_in_a_named_model(models, command, tmp_path, monkeypatch):
+    monkeypatch.setattr("saelens_lite.model.loading.load_model", lambda name, **_: models[str(name)])
+    d = dictionary(BASE, CHAT)
+    d.save(tmp_path / "d")
+    named = ["--model", "base=base", "--model", "chat=chat"]
+    steered = command(
+        "steer", str(tmp_path / "d"), "--prompt", "The old man", "--add", "7=30", "--port", CHAT, "--max-new-tokens", "4",
+        "--temperature", "0", *named,
+    )  # fmt: skip
+    assert steered.code == 0, steered.err
+    wanted = steer(d, models, "The old man", sl.Add(7, 30.0), ports=CHAT, max_new_tokens=4, temperature=0)
+    assert f"{wanted.kl:.4f} nats per token" in steered.out
+    out = tmp_path / "scores.json"
+    said = command("attribute", str(tmp_path / "d"), "--prompt", TEXTS[0], "--in-model", "chat", "--json", str(out), *named)
+    assert said.code == 0, said.err
+    wanted = sl.attribute(d, models, TEXTS[0], in_model="chat").to_dict()
+    assert json.loads(out.read_text()) == json.loads(json.dumps(wanted))
+    said = command("attribute", str(tmp_path / "d"), "--prompt", TEXTS[0], "--in-model", "other", *named)
+    assert (said.code, said.out) == (2, "")
+    assert "--in-model other: --model gives base and chat" in said.err
+    said = command("attribute", str(tmp_path / "d"), "--prompt", TEXTS[0], *named)
+    assert said.code == 2
+    assert "measured in one model at a time" in said.err

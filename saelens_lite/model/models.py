@@ -21,7 +21,7 @@ from saelens_lite.model.port_places import PortPlace
 from saelens_lite.model.splice import PositionedEdit, Reconstructor, Splice
 from saelens_lite.ports import Hooks, Key, PortNames, difference, key_of, split_key
 from saelens_lite.tokens import Given, TokenRows
-from saelens_lite.tokens.inputs import token_ids
+from saelens_lite.tokens.inputs import Ids, token_ids
 from saelens_lite.tokens.same_ids import difference_of_ids
 from saelens_lite.tokens.tokenizer import Tokenizer
 
@@ -171,7 +171,7 @@ class Models(Tokenizer):
         if not parts:
             raise ConfigError("name at least one port")
         settings: dict[str, Any] = {"attention_mask": attention_mask}
-        if token_ids(texts, attention_mask) is None:
+        if not isinstance(texts, Ids) and token_ids(texts, attention_mask) is None:
             texts, settings = self.first.to_tokens(texts, prepend_bos=prepend_bos), {}
         acts: dict[tuple[str, str], Tensor] = {}
         for name, lm in self.models.items():

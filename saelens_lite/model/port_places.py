@@ -54,7 +54,7 @@ def splice_places(
         raise ConfigError("give hook= for a dictionary that names no hook, or ports= for one that does, not both")
     numbers = chosen(dictionary.writes, ports)
     if reads or ports is None:
-        _check_is_complete(model, dictionary)
+        check_is_complete(model, dictionary)
         hooks = model.hooks_of(dictionary, hook)
         places = SplicePlaces(
             tuple(map(model.place, hooks.reads)) if reads else (), {i: model.place(hooks.writes[i]) for i in numbers}
@@ -76,7 +76,7 @@ def _models_of(ports: Any) -> set[str]:
     return {name for port in ports for name in (port.model, port.minus) if name is not None}
 
 
-def _check_is_complete(model: Any, dictionary: Any) -> None:
+def check_is_complete(model: Any, dictionary: Any) -> None:
     """Raise ConfigError if the dictionary is one of several models, and one is missing."""
     needed = _models_of((*dictionary.reads, *dictionary.writes))
     if len(needed) < 2 or needed <= set(getattr(model, "models", ())):
