@@ -121,7 +121,7 @@ def chosen(ports: Sequence[Port], asked: PortNames) -> list[int]:
     A hook stands for that hook in every model.
 
     Raises:
-        ConfigError: nothing is asked for, or a port is missing.
+        ConfigError: no port is asked for, or one is missing.
     """
     if asked is None:
         return list(range(len(ports)))

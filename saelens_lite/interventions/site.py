@@ -75,7 +75,7 @@ class Site:
             self._choose(in_model)
 
     def _choose(self, in_model: str) -> None:
-        """Leave the ports of one model only. Raise ConfigError if there is none."""
+        """Leave the ports of one model only. Raise ConfigError if it has no such port."""
         written = self.dictionary.writes
         if not isinstance(self.models, Models):
             raise ConfigError(f"in_model = {in_model!r} names one of several models, but one was given: leave it out")
