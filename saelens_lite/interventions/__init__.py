@@ -29,9 +29,9 @@ norm. `attribute` gives the effect of each active latent by exact ablation, by g
 how well the three agree. For latents that fire on many tokens, the gradient is a poor guide.
 
 A dictionary of several ports acts at all of them; `ports=` (--port) chooses some, by hook or, with several models, by key,
-such as "chat:blocks.3.hook_resid_pre". With several models, given as {"base": lm, "chat": lm2}, codes come from all of them, and
-effects are measured in one: `in_model="chat"` (--in-model). The effect of a latent at one port, and at all ports of a model, are
-two calls of `attribute`. `Add` needs no codes, so the model that is steered may be given alone, with its ports.
+such as "chat:blocks.3.hook_resid_pre". With several models, given as {"base": lm, "chat": lm2}, codes come from all of them,
+and effects are measured in one: `in_model="chat"` (--in-model). The effect of a latent at one port, and at all ports of a
+model, are two calls of `attribute`. `Add` needs no codes, so the model that is steered may be given alone, with its ports.
 
 ```sh
 saelens-lite steer crosscoder --model base=gpt2 --model chat=org/gpt2-chat --in-model chat --prompt "The old man" --ablate 7
