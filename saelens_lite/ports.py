@@ -132,6 +132,12 @@ def together(
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
+def difference(x: Float[Tensor, "*shape d"], less: Float[Tensor, "*shape d"]) -> Float[Tensor, "*shape d"]:
+    """Return x − less, computed in float32 at least."""
+    dtype = torch.promote_types(torch.promote_types(x.dtype, less.dtype), torch.float32)
+    return x.to(dtype) - less.to(dtype)
+
+
 def apart(x: Float[Tensor, "*shape d"], ports: Sequence[Port]) -> tuple[Float[Tensor, "*shape _"], ...]:
     """Split a tensor into the parts of its ports."""
     return (x,) if len(ports) == 1 else x.split([port.width for port in ports], dim=-1)

@@ -60,7 +60,7 @@ weights, controls.py the controls, placement.py the check of the hook, report.py
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -83,13 +83,14 @@ from saelens_lite.evaluation.measure import Grouping, kept_activations, mean_act
 from saelens_lite.evaluation.overlap import overlap
 from saelens_lite.evaluation.placement import SHORT, HookCheck, HookFit, check_hook, check_rows, first_rows
 from saelens_lite.evaluation.positions import PositionBand, bands_of_positions
-from saelens_lite.evaluation.report import EvalReport, markdown, table
+from saelens_lite.evaluation.report import ByPart, EvalReport, markdown, table
 from saelens_lite.evaluation.rows import evaluate_rows, identity
+from saelens_lite.evaluation.splices import Splice, SplicedModels
 from saelens_lite.evaluation.sums import Metric, PooledSums, run_in_rounds
 from saelens_lite.evaluation.text_rows import as_trained, row_blocks
-from saelens_lite.model import LanguageModel
+from saelens_lite.model import AnyModel, LanguageModel, Models, as_model
 from saelens_lite.model.passes import default_batch_tokens
-from saelens_lite.ports import Hooks
+from saelens_lite.ports import Hooks, Key, split_key
 from saelens_lite.processes import ALONE, Team, check_same, team
 from saelens_lite.tokens import Text, TokenRows, source_name, with_mask
 
@@ -117,16 +118,16 @@ N_TOKENS = 100_000
 
 @overload
 def evaluate(
-    dictionary: Dictionary, lm: LanguageModel | ArrayLike, text: Text | TokenRows | None = None, **settings: Any
+    dictionary: Dictionary, lm: AnyModel | ArrayLike, text: Text | TokenRows | None = None, **settings: Any
 ) -> EvalReport: ...
 @overload
 def evaluate(
-    dictionary: Sequence[Dictionary], lm: LanguageModel | ArrayLike, text: Text | TokenRows | None = None, **settings: Any
+    dictionary: Sequence[Dictionary], lm: AnyModel | ArrayLike, text: Text | TokenRows | None = None, **settings: Any
 ) -> list[EvalReport]: ...
 @torch.no_grad()
 def evaluate(
     dictionary: Dictionary | Sequence[Dictionary],
-    lm: LanguageModel | ArrayLike,
+    lm: AnyModel | ArrayLike,
     text: Text | TokenRows | None = None,
     *,
     target: ArrayLike | None = None,
@@ -195,7 +196,9 @@ def evaluate(
         raise ConfigError(f"batch_tokens = {batch_tokens}; expected at least 1")
     if n_bootstrap < 0:
         raise ConfigError(f"n_bootstrap = {n_bootstrap}; expected 0 or more")
-    if not isinstance(lm, LanguageModel):
+    if isinstance(lm, Mapping) and all(isinstance(one, LanguageModel) for one in lm.values()):
+        lm = as_model(lm)
+    if not isinstance(lm, AnyModel):
         of_text = {
             "hook": hook, "text_config": text_config, "attention_mask": attention_mask, "by_frequency": by_frequency or None,
             "by_position": by_position or None, "n_tokens": None if n_tokens == N_TOKENS else n_tokens,
@@ -223,16 +226,14 @@ def evaluate(
         lm.warn_of_precision(one.origin)
         one.check_finite()
     dictionaries = [on_device(one, lm.device) for one in dictionaries]
-    lm.check_causal("evaluate, which measures the loss of the next token,")
-    if hooks.reads != hooks.writes and len(hooks.reads) == len(hooks.writes) == 1:
-        lm.check_order(*hooks.reads, *hooks.writes)
+    _check_models(lm, hooks, by_position)
     batch_tokens = default_batch_tokens(lm, with_logits=True) if batch_tokens is None else batch_tokens
     text = with_mask(text, attention_mask)
     config = None if isinstance(text, TokenRows) else as_trained(dictionaries, lm, text, text_config or TextConfig())
     workers = ALONE if lm.is_shared else team()
     same: dict[str, Any] = {"text_config": None if config is None else config.model_dump(mode="json")}
     if workers.world > 1:
-        same |= {"model": lm.name, "revision": lm.revision, "weights": lm.fingerprint(), "precision": lm.precision}
+        same |= {"weights": lm.fingerprint(), "models": [[m.name, m.revision, m.precision] for m in _each(lm).values()]}
         same |= {"dictionaries": [identity(one) for one in dictionaries]}
     check_same(same, device=lm.device)
     with held_batches(lm, row_blocks(lm, text, n_tokens, config), batch_tokens, workers) as batches:
@@ -287,10 +288,30 @@ class _Plan(NamedTuple):
     seed: int
 
 
-def _check_hooks(job: _Plan, dictionaries: Sequence[Dictionary], lm: LanguageModel, hook: str | None) -> None:
+def _each(lm: AnyModel) -> dict[str | None, LanguageModel]:
+    """Return the models by name; the name of a single one is None."""
+    return lm.models if isinstance(lm, Models) else {None: lm}
+
+
+def _check_models(lm: AnyModel, hooks: Hooks, by_position: bool) -> None:
+    """Raise ConfigError or HookError if the models that are written cannot be measured."""
+    reads, writes = ([split_key(key) if isinstance(lm, Models) else Key(None, None, key) for key in side] for side in hooks)
+    written = dict.fromkeys(key.model for key in writes)
+    for name in written:
+        _each(lm)[name].check_causal("evaluate, which measures the loss of the next token,")
+    if len(written) > 1 and by_position:
+        raise ConfigError(
+            f"by_position measures the loss of one model; this dictionary writes {' and '.join(map(str, written))}: leave out "
+            "by_position"
+        )
+    if hooks.reads != hooks.writes and len(reads) == len(writes) == 1 and reads[0].model == writes[0].model:
+        _each(lm)[reads[0].model].check_order(reads[0].hook, writes[0].hook)
+
+
+def _check_hooks(job: _Plan, dictionaries: Sequence[Dictionary], lm: AnyModel, hook: str | None) -> None:
     """Log a warning for each dictionary of another tool that fits clearly better at another place; see `check_hook`."""
     foreign = [d for d in dictionaries if "read_from" in d.training_record and len(d.reads) == len(d.writes) == 1]
-    if not foreign or not job.team.is_first:
+    if not foreign or not job.team.is_first or isinstance(lm, Models):
         return
     rows = list(first_rows((batch.rows for batch in job.held), SHORT))
     for dictionary in foreign:
@@ -306,7 +327,7 @@ def _check_hooks(job: _Plan, dictionaries: Sequence[Dictionary], lm: LanguageMod
 def _reports(
     job: _Plan,
     dictionaries: Sequence[Dictionary],
-    lm: LanguageModel,
+    lm: AnyModel,
     mean: Tensor,
     by_frequency: bool = False,
     by_position: bool = False,
@@ -318,18 +339,20 @@ def _reports(
     groupings = [Grouping("frequency", frequencies.of, len(frequencies.exponent))] if frequencies else []
     groupings += [Grouping("position", positions.of, len(positions.low))] if positions else []
     sums = PooledSums(job.n_bootstrap, job.seed, held.n_sequences)
-    steps = measure(dictionaries, lm, held, job.hooks, sums=sums, mean=mean, groupings=groupings, batch_tokens=job.batch_tokens)
+    with job.team.failing_together():
+        models = SplicedModels(lm, job.hooks, held.probe)
+    steps = measure(dictionaries, models, held, sums=sums, mean=mean, groupings=groupings, batch_tokens=job.batch_tokens)
     run_in_rounds(steps, job.team)
     sums.pool(job.team)
     reports = []
     for i, dictionary in enumerate(dictionaries):
         name = str(i)
         shared = overlap(dictionary.origin, job.text, held.sha256)
+        losses = metrics.prediction_metrics(sums, name) if len(models.of_model) == 1 else {}
+        by_port, by_model = _parts_of(models, sums, name)
         reports.append(
             EvalReport(
-                metrics=metrics.reconstruction_metrics(sums, name)
-                | metrics.latent_metrics(sums, name)
-                | metrics.prediction_metrics(sums, name),
+                metrics=metrics.reconstruction_metrics(sums, name) | metrics.latent_metrics(sums, name) | losses,
                 n_tokens=held.n_kept,
                 n_sequences=held.n_rows,
                 text=job.text,
@@ -347,13 +370,28 @@ def _reports(
                 )
                 if positions
                 else None,
+                by_port=by_port,
+                by_model=by_model,
             )
         )
     return reports
 
 
+def _parts_of(models: SplicedModels, sums: PooledSums, name: str) -> tuple[ByPart | None, ByPart | None]:
+    """Return the metrics of each port, if there are several, and of each model that is written, if there are several."""
+
+    def of(splice: Splice) -> dict[str, Metric]:
+        fit = metrics.part_metrics(sums, name, [models.columns[i] for i in splice.ports])
+        return fit | metrics.prediction_metrics(sums, name, splice.label, splice.clean)
+
+    keys, of_model = models.hooks.writes, models.of_model
+    by_port = {key: of(models.alone(i)) for i, key in enumerate(keys)} if len(keys) > 1 else None
+    by_model = {str(model): of(splice) for model, splice in of_model.items()} if len(of_model) > 1 else None
+    return by_port, by_model
+
+
 def _with_controls(
-    job: _Plan, dictionaries: Sequence[Dictionary], lm: LanguageModel, mean: Tensor, reports: Sequence[EvalReport]
+    job: _Plan, dictionaries: Sequence[Dictionary], lm: AnyModel, mean: Tensor, reports: Sequence[EvalReport]
 ) -> list[EvalReport]:
     """Return the reports together with those of their controls."""
     sizes = [report["l0"] for report in reports]
@@ -389,7 +427,7 @@ def _excluded_by_mask(rows: Held) -> str:
     return f"positions that the mask of the rows leaves out ({first})"
 
 
-def _common_hooks(dictionaries: list[Dictionary], lm: LanguageModel, hook: str | None) -> Hooks:
+def _common_hooks(dictionaries: list[Dictionary], lm: AnyModel, hook: str | None) -> Hooks:
     """Return the hooks that all the dictionaries read and write. `hook` is read in place of their own.
 
     Raises:
