@@ -308,8 +308,16 @@ def _comparison(reports: Mapping[str, EvalReport]) -> list[tuple[str, ...]]:
         named = {name: report} | {f"– {control}": measured for control, measured in (report.controls or {}).items()}
         for title, one in named.items():
             lines.append((title, *numbers(one.metrics), f"{one.frac_alive:.1%}"))
-            lines += [(f"at {part}", *numbers(fit), "") for part, fit in one.parts.items()]
+            lines += [(f"at {part}", *numbers(fit), "") for part, fit in _without_hook(one.parts).items()]
     return lines
+
+
+def _without_hook(parts: ByPart) -> ByPart:
+    """Return the parts with the names of their models alone, if all are ports at one hook."""
+    keys = [split_key(part) for part in parts]
+    if None in {key.model for key in keys} or len({key.hook for key in keys}) != 1:
+        return parts
+    return {part.removesuffix(f":{keys[0].hook}"): fit for part, fit in parts.items()}
 
 
 def table(reports: Mapping[str, EvalReport]) -> "Table":
