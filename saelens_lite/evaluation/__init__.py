@@ -162,7 +162,8 @@ def evaluate(
     meet after every 64 batches of each, which must take less than SAELENS_LITE_TIMEOUT.
 
     Args:
-        lm: the model, or activations: a tensor, a numpy array, a DataFrame or a list of rows; (x, y) for a transcoder.
+        lm: the model; models by name, such as {"base": lm, "chat": lm2}; or activations: a tensor, a numpy array, a DataFrame
+            or a list of rows; (x, y) for a transcoder; or any of these by port key, {"base:blocks.3.hook_resid_pre": x, …}.
         target: for activations, those that a transcoder should return.
         groups: for activations, a label for each row, such as the number of its text or its subject.
         text: a text source, token rows, or token ids in any form that `LanguageModel.to_tokens` takes.
