@@ -307,7 +307,8 @@ def _comparison(reports: Mapping[str, EvalReport]) -> list[tuple[str, ...]]:
     for name, report in reports.items():
         named = {name: report} | {f"– {control}": measured for control, measured in (report.controls or {}).items()}
         for title, one in named.items():
-            lines.append((title, *numbers(one.metrics), f"{one.frac_alive:.1%}"))
+            alive = f"{one.frac_alive:.1%}" if "frac_alive" in one.metrics else ""
+            lines.append((title, *numbers(one.metrics), alive))
             lines += [(f"at {part}", *numbers(fit), "") for part, fit in _without_hook(one.parts).items()]
     return lines
 
