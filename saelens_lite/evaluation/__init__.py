@@ -35,6 +35,20 @@ print(sl.evaluate(own, x, controls=True))
 the entries of each weight tensor change places. A report also says whether its text differs from the training text, as far as
 names and hashes can tell. `by_frequency` and `by_position` split the errors by token frequency and by position in a row.
 
+**Several ports.** The report of a dictionary of several hooks or models has `by_port`: the fvu of each port, and the losses
+with that port alone replaced. If these belong to several models, `by_model` has them for all ports of each, and `metrics` has
+no losses. The fvu of all ports is that of the concatenated activations, in which ports with large norms count most. A dictionary
+of the difference chat − base is spliced into chat: y_chat = x_base + x̂. So zeros in its place give chat the activation of base.
+Without a model, give activations by port: `sl.evaluate(d, {"base:blocks.1.hook_resid_pre": x, …})`.
+
+```python
+models = {"base": lm, "chat": sl.load_model("tiny")}  # two models that read the same token ids
+ports = [sl.Port(hook="blocks.1.hook_resid_pre", width=192, model=name) for name in models]
+crosscoder = sl.Dictionary.create("batch_topk", reads=ports, d_sae=256)
+report = sl.evaluate(crosscoder, models, "python-docs:held-out", n_tokens=2_000)
+report.by_port["chat:blocks.1.hook_resid_pre"]["fvu"].value, report.by_model["chat"]["ce_loss_score"].value
+```
+
 **The right tensor.** A dictionary of another tool may name a hook that is close to the one it was trained on: before a norm
 in place of after it, or with another scale. `check_hook` measures it at its hook and at such neighbours, and warns if another
 place fits clearly better. `evaluate` makes a short form of this check for dictionaries of other tools.
@@ -55,8 +69,9 @@ four processes. Each of them gets the whole report, which is the same, to the la
 same number of threads. Memory does not grow with the text: its tokens are held in a temporary file (in `$TMPDIR`, 4 bytes a
 token).
 
-metrics.py has the definitions, measure.py the pass over the text, held.py its batches, sums.py the sums and their bootstrap
-weights, controls.py the controls, placement.py the check of the hook, report.py the result.
+metrics.py has the definitions, measure.py the pass over the text, splices.py the models and the ports that are replaced in
+them, held.py the batches, sums.py the sums and their bootstrap weights, controls.py the controls, placement.py the check of the
+hook, report.py the result.
 """
 
 import logging
@@ -83,14 +98,14 @@ from saelens_lite.evaluation.measure import Grouping, kept_activations, mean_act
 from saelens_lite.evaluation.overlap import overlap
 from saelens_lite.evaluation.placement import SHORT, HookCheck, HookFit, check_hook, check_rows, first_rows
 from saelens_lite.evaluation.positions import PositionBand, bands_of_positions
-from saelens_lite.evaluation.report import ByPart, EvalReport, markdown, table
+from saelens_lite.evaluation.report import EvalReport, markdown, table
 from saelens_lite.evaluation.rows import evaluate_rows, identity
-from saelens_lite.evaluation.splices import Splice, SplicedModels
+from saelens_lite.evaluation.splices import SplicedModels, check_models, each_model
 from saelens_lite.evaluation.sums import Metric, PooledSums, run_in_rounds
 from saelens_lite.evaluation.text_rows import as_trained, row_blocks
 from saelens_lite.model import AnyModel, LanguageModel, Models, as_model
 from saelens_lite.model.passes import default_batch_tokens
-from saelens_lite.ports import Hooks, Key, split_key
+from saelens_lite.ports import Hooks
 from saelens_lite.processes import ALONE, Team, check_same, team
 from saelens_lite.tokens import Text, TokenRows, source_name, with_mask
 
@@ -147,8 +162,9 @@ def evaluate(
     """Return the report of a dictionary; for several dictionaries of the same hooks, a list of reports from one pass.
 
     The model runs on the text unchanged, with zeros at the hook, with the mean activation at the hook, and with the
-    reconstruction at the positions that count. The hook is the one that the dictionary writes. Special tokens, padding and
-    positions that were left out of training, such as position 0, do not count and keep their activation.
+    reconstruction at the positions that count. The hook is the one that the dictionary writes. Several hooks are replaced
+    together, and each alone; those of several models together in each model. Special tokens, padding and positions that were
+    left out of training, such as position 0, do not count and keep their activation.
 
     Dictionaries on another device are copied to the model's; your own stay where they are.
 
@@ -184,7 +200,8 @@ def evaluate(
 
     Raises:
         ConfigError: the dictionaries have different or unknown hooks, are of a model with other processing, or were trained
-            on rows of different kinds and `text_config` does not choose one; or a setting is bad.
+            on rows of different kinds and `text_config` does not choose one; several models are written and by_position is
+            set; a model or the activations at a port are missing; or a setting is bad.
         HookError: the model lacks a hook; or the dictionary reads one hook and writes another that comes before it.
         ShapeError: a dictionary does not fit the width of its hook or of x, or x is not an array of numbers with two rows.
         TextError: there is no text.
@@ -227,14 +244,14 @@ def evaluate(
         lm.warn_of_precision(one.origin)
         one.check_finite()
     dictionaries = [on_device(one, lm.device) for one in dictionaries]
-    _check_models(lm, hooks, by_position)
+    check_models(lm, hooks, by_position)
     batch_tokens = default_batch_tokens(lm, with_logits=True) if batch_tokens is None else batch_tokens
     text = with_mask(text, attention_mask)
     config = None if isinstance(text, TokenRows) else as_trained(dictionaries, lm, text, text_config or TextConfig())
     workers = ALONE if lm.is_shared else team()
     same: dict[str, Any] = {"text_config": None if config is None else config.model_dump(mode="json")}
     if workers.world > 1:
-        same |= {"weights": lm.fingerprint(), "models": [[m.name, m.revision, m.precision] for m in _each(lm).values()]}
+        same |= {"weights": lm.fingerprint(), "models": [[m.name, m.revision, m.precision] for m in each_model(lm).values()]}
         same |= {"dictionaries": [identity(one) for one in dictionaries]}
     check_same(same, device=lm.device)
     with held_batches(lm, row_blocks(lm, text, n_tokens, config), batch_tokens, workers) as batches:
@@ -289,26 +306,6 @@ class _Plan(NamedTuple):
     seed: int
 
 
-def _each(lm: AnyModel) -> dict[str | None, LanguageModel]:
-    """Return the models by name; the name of a single one is None."""
-    return lm.models if isinstance(lm, Models) else {None: lm}
-
-
-def _check_models(lm: AnyModel, hooks: Hooks, by_position: bool) -> None:
-    """Raise ConfigError or HookError if the models that are written cannot be measured."""
-    reads, writes = ([split_key(key) if isinstance(lm, Models) else Key(None, None, key) for key in side] for side in hooks)
-    written = dict.fromkeys(key.model for key in writes)
-    for name in written:
-        _each(lm)[name].check_causal("evaluate, which measures the loss of the next token,")
-    if len(written) > 1 and by_position:
-        raise ConfigError(
-            f"by_position measures the loss of one model; this dictionary writes {' and '.join(map(str, written))}: leave out "
-            "by_position"
-        )
-    if hooks.reads != hooks.writes and len(reads) == len(writes) == 1 and reads[0].model == writes[0].model:
-        _each(lm)[reads[0].model].check_order(reads[0].hook, writes[0].hook)
-
-
 def _check_hooks(job: _Plan, dictionaries: Sequence[Dictionary], lm: AnyModel, hook: str | None) -> None:
     """Log a warning for each dictionary of another tool that fits clearly better at another place; see `check_hook`."""
     foreign = [d for d in dictionaries if "read_from" in d.training_record and len(d.reads) == len(d.writes) == 1]
@@ -350,7 +347,7 @@ def _reports(
         name = str(i)
         shared = overlap(dictionary.origin, job.text, held.sha256)
         losses = metrics.prediction_metrics(sums, name) if len(models.of_model) == 1 else {}
-        by_port, by_model = _parts_of(models, sums, name)
+        by_port, by_model = models.metrics(sums, name)
         reports.append(
             EvalReport(
                 metrics=metrics.reconstruction_metrics(sums, name) | metrics.latent_metrics(sums, name) | losses,
@@ -376,19 +373,6 @@ def _reports(
             )
         )
     return reports
-
-
-def _parts_of(models: SplicedModels, sums: PooledSums, name: str) -> tuple[ByPart | None, ByPart | None]:
-    """Return the metrics of each port, if there are several, and of each model that is written, if there are several."""
-
-    def of(splice: Splice) -> dict[str, Metric]:
-        fit = metrics.part_metrics(sums, name, [models.columns[i] for i in splice.ports])
-        return fit | metrics.prediction_metrics(sums, name, splice.label, splice.clean)
-
-    keys, of_model = models.hooks.writes, models.of_model
-    by_port = {key: of(models.alone(i)) for i, key in enumerate(keys)} if len(keys) > 1 else None
-    by_model = {str(model): of(splice) for model, splice in of_model.items()} if len(of_model) > 1 else None
-    return by_port, by_model
 
 
 def _with_controls(

@@ -17,6 +17,7 @@ from saelens_lite.errors import CorruptFileError
 from saelens_lite.evaluation.frequency import FrequencyBand
 from saelens_lite.evaluation.metrics import Metric
 from saelens_lite.evaluation.positions import PositionBand
+from saelens_lite.evaluation.splices import ByPart
 from saelens_lite.files import read_json, write_json
 from saelens_lite.markdown import cell, code, one_line
 from saelens_lite.ports import split_key
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FORMAT = 2
-ByPart = dict[str, dict[str, Metric]]  # metrics by port or model
 COLUMNS = ("l0", "fvu", "ce_loss_score", "kl_div_score")
 WIDTH_OF_NUMBERS = 68  # of the columns beside the names in `table`
 

@@ -18,14 +18,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelens_lite.errors import ConfigError
-from saelens_lite.model import AnyModel, Models
+from saelens_lite.evaluation import metrics
+from saelens_lite.evaluation.sums import Metric, PooledSums
+from saelens_lite.model import AnyModel, LanguageModel, Models
 from saelens_lite.model.partial_forward import PartialForward
 from saelens_lite.ports import Hooks, Key, difference, together
 from saelens_lite.tokens import TokenRows
 from saelens_lite.tokens.inputs import Ids
 
+ByPart = dict[str, dict[str, Metric]]  # metrics by port or model
 
-class Splice(NamedTuple):
+
+class ReplacedPorts(NamedTuple):
     """Written ports of one model, by number, whose activations are replaced together.
 
     `label` ends the names of its sums, and `clean` those of its model's pass without replacement; "" stands for all written
@@ -38,7 +42,7 @@ class Splice(NamedTuple):
     ports: tuple[int, ...]
 
 
-def splices_of(writes: Sequence[Key]) -> list[Splice]:
+def splices_of(writes: Sequence[Key]) -> list[ReplacedPorts]:
     """Return the splices of written ports; those of all ports of a model come before those of each alone.
 
     Raises:
@@ -50,10 +54,30 @@ def splices_of(writes: Sequence[Key]) -> list[Splice]:
     for model in models:
         ports = tuple(i for i, key in enumerate(writes) if key.model == model)
         clean = "" if len(models) == 1 else f" in {model}"
-        splices.append(Splice(clean, clean, model, ports))
+        splices.append(ReplacedPorts(clean, clean, model, ports))
         if len(ports) > 1:
-            splices += [Splice(f" at port {i}", clean, model, (i,)) for i in ports]
+            splices += [ReplacedPorts(f" at port {i}", clean, model, (i,)) for i in ports]
     return splices
+
+
+def each_model(lm: AnyModel) -> dict[str | None, LanguageModel]:
+    """Return the models by name; the name of a single one is None."""
+    return lm.models if isinstance(lm, Models) else {None: lm}
+
+
+def check_models(lm: AnyModel, hooks: Hooks, by_position: bool) -> None:
+    """Raise ConfigError or HookError if the models that are written cannot be measured."""
+    reads, writes = ([_key(lm, name) for name in side] for side in hooks)
+    written = dict.fromkeys(key.model for key in writes)
+    for name in written:
+        each_model(lm)[name].check_causal("evaluate, which measures the loss of the next token,")
+    if len(written) > 1 and by_position:
+        raise ConfigError(
+            f"by_position measures the loss of one model; this dictionary writes {' and '.join(map(str, written))}: leave out "
+            "by_position"
+        )
+    if hooks.reads != hooks.writes and len(reads) == len(writes) == 1 and reads[0].model == writes[0].model:
+        each_model(lm)[reads[0].model].check_order(reads[0].hook, writes[0].hook)
 
 
 class SplicedModels:
@@ -64,8 +88,8 @@ class SplicedModels:
 
     def __init__(self, lm: AnyModel, hooks: Hooks, probe: TokenRows):
         self.lm, self.hooks = lm, hooks
-        self._models = lm.models if isinstance(lm, Models) else {None: lm}
-        self._keys = {name: lm.split(name) if isinstance(lm, Models) else Key(None, None, name) for name in hooks.all}
+        self._models = each_model(lm)
+        self._keys = {name: _key(lm, name) for name in hooks.all}
         self._writes = [self._keys[name] for name in hooks.writes]
         self.splices = splices_of(self._writes)
         self.columns = [slice(None)]
@@ -90,11 +114,11 @@ class SplicedModels:
         return self.columns if len(self.columns) > 1 else []
 
     @property
-    def of_model(self) -> dict[str | None, Splice]:
+    def of_model(self) -> dict[str | None, ReplacedPorts]:
         """The splice of all ports of each model that is written."""
         return {splice.model: splice for splice in self.splices if splice.label == splice.clean}
 
-    def alone(self, port: int) -> Splice:
+    def alone(self, port: int) -> ReplacedPorts:
         """Return the splice of one port."""
         return next(splice for splice in self.splices if splice.ports == (port,))
 
@@ -120,12 +144,12 @@ class SplicedModels:
         self._dtypes = {part: x.dtype for part, x in acts.items()}
         return {name: _value(acts, key) for name, key in self._keys.items()}, logits
 
-    def is_constant(self, splice: Splice) -> bool:
+    def is_constant(self, splice: ReplacedPorts) -> bool:
         """Return whether a constant in place of the ports of a splice gives every row the same logits."""
         return self._partial[splice.label].is_whole_stream and all(self._writes[i].minus is None for i in splice.ports)
 
     def logits(
-        self, splice: Splice, tokens: Int[Tensor, "n pos"], y: Float[Tensor, "n pos d"], first: int = 0
+        self, splice: ReplacedPorts, tokens: Int[Tensor, "n pos"], y: Float[Tensor, "n pos d"], first: int = 0
     ) -> Float[Tensor, "n n_logits d_vocab"]:
         """Return the logits from position `first` on, with the ports of a splice replaced by their columns of y.
 
@@ -142,12 +166,31 @@ class SplicedModels:
             x = x + self._of_part[key.minus, key.hook].to(x)
         return x.to(self._dtypes.get((key.model, key.hook), x.dtype)) if key.model is not None else x
 
-    def everywhere(self, splice: Splice, value: Float[Tensor, " d"], tokens: Int[Tensor, "n pos"]) -> Float[Tensor, "n pos d"]:
+    def metrics(self, sums: PooledSums, name: str) -> tuple[ByPart | None, ByPart | None]:
+        """Return the metrics of each port, if there are several, and of each model that is written, if there are several."""
+
+        def of(splice: ReplacedPorts) -> dict[str, Metric]:
+            fit = metrics.part_metrics(sums, name, [self.columns[i] for i in splice.ports])
+            return fit | metrics.prediction_metrics(sums, name, splice.label, splice.clean)
+
+        keys, of_model = self.hooks.writes, self.of_model
+        by_port = {key: of(self.alone(i)) for i, key in enumerate(keys)} if len(keys) > 1 else None
+        by_model = {str(model): of(splice) for model, splice in of_model.items()} if len(of_model) > 1 else None
+        return by_port, by_model
+
+    def everywhere(
+        self, splice: ReplacedPorts, value: Float[Tensor, " d"], tokens: Int[Tensor, "n pos"]
+    ) -> Float[Tensor, "n pos d"]:
         """Return a vector at all positions of some tokens, in the number type of a splice's model."""
         dtype = self._models[splice.model].dtype
         if any(self._writes[i].minus is not None for i in splice.ports):
             dtype = torch.promote_types(dtype, torch.float32)
         return value.to(dtype).expand(*tokens.shape, -1)
+
+
+def _key(lm: AnyModel, name: str) -> Key:
+    """Return the parts of a key of several models; a hook of a single one is a key without a model."""
+    return lm.split(name) if isinstance(lm, Models) else Key(None, None, name)
 
 
 def _value(acts: dict[tuple[str | None, str], Tensor], key: Key) -> Float[Tensor, "n pos d"]:
