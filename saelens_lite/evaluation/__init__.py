@@ -37,8 +37,8 @@ names and hashes can tell. `by_frequency` and `by_position` split the errors by 
 
 **Several ports.** The report of a dictionary of several hooks or models has `by_port`: the fvu of each port, and the losses
 with that port alone replaced. If these belong to several models, `by_model` has them for all ports of each, and `metrics` has
-no losses. The fvu of all ports is that of the concatenated activations, in which ports with large norms count most. A dictionary
-of the difference chat − base is spliced into chat: y_chat = x_base + x̂. So zeros in its place give chat the activation of base.
+no losses. The fvu of all ports is that of the concatenated activations, in which ports with large norms count most.
+A dictionary of the difference chat − base is spliced into chat: y_chat = x_base + x̂. So zeros give chat the activation of base.
 Without a model, give activations by port: `sl.evaluate(d, {"base:blocks.1.hook_resid_pre": x, …})`.
 
 ```python

@@ -17,7 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from saelens_lite.errors import DiskFullError
-from saelens_lite.model import AnyModel
+from saelens_lite.model.models import AnyModel
 from saelens_lite.model.passes import RowBatch, batches
 from saelens_lite.paths import NO_ROOM
 from saelens_lite.processes import Team

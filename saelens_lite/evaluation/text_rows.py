@@ -6,7 +6,7 @@ from saelens_lite.config import TextConfig
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError
 from saelens_lite.evaluation.held import STRETCH
-from saelens_lite.model import AnyModel
+from saelens_lite.model.models import AnyModel
 from saelens_lite.tokens import DEFAULT_N_CTX, RowBlocks, Text, TokenRows, token_ids
 
 
