@@ -19,7 +19,7 @@ from pydantic import Field, model_serializer, model_validator
 from torch import Tensor
 
 from saelens_lite.config import MODEL_NAME, MOST, FrozenConfig
-from saelens_lite.errors import ConfigError
+from saelens_lite.errors import ConfigError, near_matches
 
 
 class Port(FrozenConfig):
@@ -57,6 +57,7 @@ class Port(FrozenConfig):
 
 
 Ports = Port | int | Sequence[Port]
+PortNames = str | Sequence[str] | None
 
 
 class Hooks(NamedTuple):
@@ -113,6 +114,31 @@ def as_ports(given: Ports) -> tuple[Port, ...]:
     if not ports or len({port.key for port in named}) < len(named):
         raise ConfigError(f"ports are {names(ports) or 'missing'}; expected at least one port, without repeats")
     return ports
+
+
+def chosen(ports: Sequence[Port], asked: PortNames) -> list[int]:
+    """Return the numbers of the ports with these keys or hooks, in order; of all by default.
+
+    A hook stands for that hook in every model.
+
+    Raises:
+        ConfigError: nothing is asked for, or a port is missing.
+    """
+    if asked is None:
+        return list(range(len(ports)))
+    wanted = [asked] if isinstance(asked, str) else list(asked)
+    for name in wanted:
+        if not any(name in (port.key, port.hook) for port in ports):
+            raise ConfigError(
+                f"no port {name!r}{near_matches(name, _keys(ports)) or '; the dictionary writes ' + names(ports)}"
+            )
+    if not wanted:
+        raise ConfigError(f"no port is named; the dictionary writes {names(ports)}")
+    return [i for i, port in enumerate(ports) if port.hook is not None and not {port.key, port.hook}.isdisjoint(wanted)]
+
+
+def _keys(ports: Sequence[Port]) -> list[str]:
+    return [port.key for port in ports if port.key is not None]
 
 
 def width(ports: Sequence[Port]) -> int:

@@ -429,33 +429,39 @@ class Dictionary(nn.Module):
         if largest >= self.d_sae:
             raise ConfigError(f"no latent {largest}; this dictionary has latents 0 to {self.d_sae - 1}")
 
+    def needs_input(self, edits: Sequence[CodeChange]) -> bool:
+        """Return whether the change by these edits depends on x: not if they only add to codes, without a token_norm."""
+        return self.token_norm is not None or any(edit.gain != 1 for edit in edits)
+
     def change(
         self,
-        x: Float[Tensor, "*shape d_in"] | ArrayLike,
+        x: Float[Tensor, "*shape d_in"] | ArrayLike | None,
         edits: Sequence[CodeChange],
         at: Sequence[Bool[Tensor, "..."]] | None = None,
     ) -> Float[Tensor, "*shape d_out"]:
         """Return the change of the output if edits act on the codes of x in turn: output_scale · Σ_i (new_i − old_i) W_dec[i].
 
         Args:
+            x: activations; None if `needs_input` is false and `at` is given.
             at: for each edit, a mask of the activations it acts on, broadcast to the leading shape of x. Default: all.
 
         Raises:
             ConfigError: an edit names a latent that the dictionary does not have.
             ShapeError: the last axis of x does not have d_in entries.
         """
-        x = self.as_input(x)
         self.check_edits(edits)
-        shape = x.shape[:-1]
+        if x is None and (not at or self.needs_input(edits)):
+            raise ConfigError("the change by these edits depends on x, or there are no masks (at=) to say its shape; give x")
+        x = None if x is None else self.as_input(x)
         if at is None:
-            at = [torch.ones(shape, dtype=torch.bool, device=x.device)] * len(edits)
+            at = [torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)] * len(edits)
         at = torch.broadcast_tensors(*at) if edits else ()
-        total = self.W_dec.new_zeros(*shape, self.d_out)
+        total = self.W_dec.new_zeros(*(at[0].shape if x is None else x.shape[:-1]), self.d_out)
         if any(edit.offset for edit in edits):
             total = total + offsets(edits, at, self.W_dec)
         if any(edit.gain != 1 for edit in edits):  # else the change does not depend on the codes
             total = total + scaled(self.encode(x), edits, at).decode(self.W_dec)
-        return total * self.output_scale(x)
+        return total if x is None else total * self.output_scale(x)
 
     def forward(self, x: Float[Tensor, "*shape d_in"] | ArrayLike) -> Float[Tensor, "*shape d_out"]:
         """Return x_hat, in the dtype of x."""
