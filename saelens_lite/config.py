@@ -327,6 +327,11 @@ class Origin(FrozenConfig):
                 return self.replace(**facts.model_dump(exclude={"name"}), models=())
         return self
 
+    @property
+    def of_each(self) -> dict[str | None, "Origin"]:
+        """The origin of the activations of each of several models, by name; of a single model, the name is None."""
+        return {facts.name: self.of(facts.name) for facts in self.models} or {None: self}
+
     @model_validator(mode="before")
     @classmethod
     def _without_hooks(cls, values: Any) -> Any:

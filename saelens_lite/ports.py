@@ -10,6 +10,7 @@ of the activations at its write ports.
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -143,6 +144,12 @@ def _keys(ports: Sequence[Port]) -> list[str]:
 def width(ports: Sequence[Port]) -> int:
     """Return the total width of ports."""
     return sum(port.width for port in ports)
+
+
+def spans(ports: Sequence[Port]) -> list[slice]:
+    """Return the columns of each port among those of all."""
+    ends = [0, *accumulate(port.width for port in ports)]
+    return [slice(*pair) for pair in pairwise(ends)]
 
 
 def names(ports: Sequence[Port]) -> str:

@@ -380,6 +380,8 @@ EARLY = [
     ["eval", "nowhere"],
     ["eval", "CACHE", "--text", "nowhere.txt"],
     ["eval", "CACHE", "--model", "tiny", "--hook", "blocks.9.hook_resid_pre"],
+    ["eval", "CACHE", "--model", "base=tiny", "--model", "tiny"],
+    ["eval", "CACHE", "--model", "base=tiny", "--model", "chat=./nowhere"],
     ["compare", "nowhere", "nowhere"],
     ["plugins", "nothing"],
     ["plugins", "--check", "nothing"],

@@ -603,12 +603,16 @@ class Dictionary(nn.Module):
 
     @property
     def trained_on(self) -> str:
-        """The model, its weight processing, the hooks and the rows in words, such as "gpt2, blocks.8.hook_resid_pre"."""
+        """The models, their weight processing, the hooks and the rows in words, such as "gpt2, blocks.8.hook_resid_pre"."""
         known = self.origin
-        model = (known.model or "a model without a name") + (f" at {known.revision}" if known.revision else "")
+        models = []
+        for name, one in known.of_each.items():
+            label = "" if name is None else f"{name} = "
+            models += [f"{label}{one.model or 'a model without a name'}{f' at {one.revision}' if one.revision else ''}"]
+            models += one.processing
         rows = f"rows of {known.n_ctx} tokens" if known.n_ctx else ""
         bos = {True: "rows begin with BOS", False: "rows without BOS"}.get(known.prepend_bos, "")
-        return ", ".join(filter(None, (model, *known.processing, self.place, rows, bos)))
+        return ", ".join(filter(None, (*models, self.place, rows, bos)))
 
     def extra_repr(self) -> str:
         rule = getattr(self.rule, "plugin_name", "?")
