@@ -195,6 +195,11 @@ class TrainConfig(FrozenConfig):
         return self
 
     @property
+    def hooks(self) -> tuple[str, ...]:
+        """The hooks that are named, to read and to write."""
+        return (*(self.reads or ((self.hook,) if self.hook else ())), *self.writes)
+
+    @property
     def n_steps(self) -> int:
         """The number of optimiser steps."""
         return -(-self.n_tokens // self.batch_size)

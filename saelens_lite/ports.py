@@ -97,6 +97,17 @@ def split_key(key: str) -> Key:
     return Key(*match.groups()) if match else Key(None, None, key)
 
 
+def parts_of(key: str) -> tuple[str, str] | None:
+    """Return the keys whose difference a key names; None if it does not name a difference."""
+    model, minus, hook = split_key(key)
+    return (key_of(hook, model), key_of(hook, minus)) if minus else None
+
+
+def offered(hooks: Sequence[str], key: str) -> bool:
+    """Return whether a key is among hooks, or names a difference of two of them."""
+    return key in hooks or all(part in hooks for part in parts_of(key) or (key,))
+
+
 def split_head(name: str) -> tuple[str, int | None]:
     """Return the name of the whole tensor, and the number of the head if the name ends with one."""
     match = re.fullmatch(r"(.+)\.head_(\d{1,9})", name)

@@ -57,8 +57,8 @@ A rule is fast on a GPU if it does not make the host wait. `support_above` choos
 indices wait each time. A GPU may give `support` pre-activations in bfloat16; `values` gets them in float32. With
 `unit_decoder = True`, the rows of W_dec stay unit vectors, and a GPU sees to that in the same pass as Adam.
 
-**Several ports.** If a dictionary writes several ports, as a crosscoder does, the size of a latent is f_i Σ_p ‖W_dec[i, p]‖, its
-code times the sum of the norms of its directions; `step.decoder_norms` is this sum, for penalties. Codes and directions are
+**Several ports.** If a dictionary writes several ports, as a crosscoder does, the size of a latent is f_i Σ_p ‖W_dec[i, p]‖:
+its code times the sum of the norms of its directions. `step.decoder_norms` is this sum, for penalties. Codes and directions are
 fixed only up to a factor, since f s and d / s give the same output. `unit_decoder = True` chooses the factor for which the sum
 is 1 (with unit rows, it would lie between 1 and √P for P ports). The k largest of f are then the k largest of f Σ_p ‖d_p‖, as
 crosscoders choose them, and a rule need not know of ports.

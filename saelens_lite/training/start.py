@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from saelens_lite import processes
-from saelens_lite.cache import Source
+from saelens_lite.cache import Source, with_differences
 from saelens_lite.cache.resumed import record_of, tensor_hash
 from saelens_lite.config import TrainConfig
 from saelens_lite.devices import device_to_train_on, works
@@ -18,6 +18,7 @@ from saelens_lite.files import write_text
 from saelens_lite.loggers import DEFAULT_LOGGERS, load_loggers
 from saelens_lite.outputs import check_shared, followed, refuse_existing, refuse_inputs_in
 from saelens_lite.paths import check_output
+from saelens_lite.ports import offered
 from saelens_lite.training.advice import warn_of_many_passes
 from saelens_lite.training.aside import Aside, put_back_runs
 from saelens_lite.training.checkpoint import is_interrupted
@@ -87,6 +88,7 @@ def train(
     begins = starts(start_from, len(configs))
     configs = [c if d is None else like(d, c, source.hooks) for c, d in zip(configs, begins, strict=True)]
     configs = _of_one_batch_size(configs)
+    source = with_differences(source, [hook for config in configs for hook in config.hooks])
     if out is None and loggers and loggers != DEFAULT_LOGGERS:
         raise ConfigError(f"loggers = {loggers!r} need a run folder; give out=")
     if validation_tokens < 0 or validation_tokens == 1:
@@ -179,7 +181,7 @@ def starts(given: Dictionary | Sequence[Dictionary] | None, n: int) -> list[Dict
 def like(dictionary: Dictionary, config: TrainConfig, hooks: Sequence[str] | None = None) -> TrainConfig:
     """Return the settings of training that starts from a dictionary, which supplies what the config leaves unset.
 
-    hooks: those of the source. The dictionary's own are taken only if they are among these.
+    hooks: those of the source. The dictionary's own are taken only if they are among these, or differences of them.
 
     Raises:
         ConfigError: the config sets another d_sae.
@@ -194,7 +196,7 @@ def like(dictionary: Dictionary, config: TrainConfig, hooks: Sequence[str] | Non
             options = {name: value for name, value in options.items() if name not in AIMS}
         changes |= {"sparsity": rule.plugin_name, "options": options | config.options}
     own = [port.key for port in (*dictionary.reads, *dictionary.writes)]
-    if not given & {"hook", "reads", "writes"} and all(hook and (hooks is None or hook in hooks) for hook in own):
+    if not given & {"hook", "reads", "writes"} and all(hook and (hooks is None or offered(hooks, hook)) for hook in own):
         reads = tuple(own[: len(dictionary.reads)])
         changes |= {"hook": reads[0]} if len(reads) == 1 else {"reads": reads}
         if not dictionary.writes_what_it_reads:
