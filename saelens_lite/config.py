@@ -124,10 +124,17 @@ class StoreConfig(FrozenConfig):
 class TrainConfig(FrozenConfig):
     """Settings of one dictionary to train. Horizons are in tokens."""
 
-    hook: str | None = Field(None, description="Hook to read and write. May be left out when the cache holds only one.")
-    reads: tuple[str, ...] = Field((), description="Hooks to read, in place of `hook`. Several hooks make a crosscoder.")
+    hook: str | None = Field(
+        None,
+        description="Hook to read and write; of several models, a key such as chat:blocks.2.hook_resid_pre, or "
+        "chat-base:blocks.2.hook_resid_pre for the difference. May be left out when the cache holds only one; one hook of "
+        "several models then makes a crosscoder.",
+    )
+    reads: tuple[str, ...] = Field(
+        (), description="Hooks or keys to read, in place of `hook`. Several make a crosscoder, of layers or of models."
+    )
     writes: tuple[str, ...] = Field(
-        (), description="Hooks to predict; default: the hooks that are read. Another hook makes a transcoder."
+        (), description="Hooks or keys to predict; default: those that are read. Another hook makes a transcoder."
     )
     skip: bool = Field(
         False, description="Add a linear map from input to output. Only for dictionaries that write to other hooks."

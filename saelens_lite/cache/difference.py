@@ -19,7 +19,7 @@ from saelens_lite.cache.source import Batch, Moments, Source, Statistics, Tensor
 from saelens_lite.config import Origin
 from saelens_lite.devices import wide
 from saelens_lite.errors import ConfigError, HookError
-from saelens_lite.ports import key_of, parts_of, split_key
+from saelens_lite.keys import captured, key_of, parts_of, split_key
 from saelens_lite.tensor_files import DTYPES
 
 SAMPLE = 1 << 18  # activations that statistics are of, at most
@@ -33,8 +33,7 @@ def with_differences(source: Source, hooks: Sequence[str]) -> Source:
 
     The same source is returned if it has them all, or if none is a difference.
     """
-    missing = any(parts_of(hook) and hook not in source.hooks for hook in hooks)
-    return DifferenceSource(source) if missing else source
+    return source if captured(hooks, source.hooks) == list(dict.fromkeys(hooks)) else DifferenceSource(source)
 
 
 class DifferenceSource:
@@ -131,7 +130,7 @@ class DifferenceSource:
 
     def batches(self, hooks: Sequence[str], batch_size: int, seed: int, start: int = 0, **where: Any) -> Iterator[Batch]:
         """Return the batches of the source with differences between them; see `Source.batches`."""
-        needed = list(dict.fromkeys(part for hook in hooks for part in self._parts(hook) or (hook,)))
+        needed = captured(hooks, self.hooks)
         return self._completed(self.whole.batches(needed, batch_size, seed, start, **where), hooks)
 
     def _completed(self, batches: Iterator[Batch], hooks: Sequence[str]) -> Iterator[Batch]:

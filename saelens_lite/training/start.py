@@ -1,5 +1,6 @@
 """The start of training: requests are checked, and the folders of the runs are made."""
 
+import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,10 +16,10 @@ from saelens_lite.devices import device_to_train_on, works
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, OutputExistsError
 from saelens_lite.files import write_text
+from saelens_lite.keys import captured
 from saelens_lite.loggers import DEFAULT_LOGGERS, load_loggers
 from saelens_lite.outputs import check_shared, followed, refuse_existing, refuse_inputs_in
 from saelens_lite.paths import check_output
-from saelens_lite.ports import offered
 from saelens_lite.training.advice import warn_of_many_passes
 from saelens_lite.training.aside import Aside, put_back_runs
 from saelens_lite.training.checkpoint import is_interrupted
@@ -29,6 +30,7 @@ from saelens_lite.training.run import Run
 from saelens_lite.training.settings import settings_text
 from saelens_lite.training.trainer import Trainer
 
+log = logging.getLogger(__name__)
 AIMS = {"coefficient", "target_l0", "penalty"}  # options that set how sparse codes are
 
 
@@ -120,6 +122,8 @@ def train(
     for trainer, i in zip(trainers, share.numbers, strict=True):
         if begins[i] is not None:
             trainer.start_from(begins[i])
+        if not trainer.config.hooks and len(trainer.hooks.reads) > 1:
+            log.info("no hook was chosen, so a crosscoder reads one hook in several models: %s", trainer.hooks)
     job = Group(
         source=source,
         trainers=trainers,
@@ -196,7 +200,7 @@ def like(dictionary: Dictionary, config: TrainConfig, hooks: Sequence[str] | Non
             options = {name: value for name, value in options.items() if name not in AIMS}
         changes |= {"sparsity": rule.plugin_name, "options": options | config.options}
     own = [port.key for port in (*dictionary.reads, *dictionary.writes)]
-    if not given & {"hook", "reads", "writes"} and all(hook and (hooks is None or offered(hooks, hook)) for hook in own):
+    if not given & {"hook", "reads", "writes"} and all(own) and (hooks is None or set(captured(own, hooks)) <= set(hooks)):
         reads = tuple(own[: len(dictionary.reads)])
         changes |= {"hook": reads[0]} if len(reads) == 1 else {"reads": reads}
         if not dictionary.writes_what_it_reads:
