@@ -119,23 +119,6 @@ def test_a_saved_crosscoder_is_the_published_one_of_raw_activations(tmp_path):
     assert max(fvu) < 0.15  # both ports, though the activations of one are 40 times as large
 
 
-def test_models_begin_with_the_same_directions_and_layers_do_not():
-    def parts(*ports: sl.Port) -> tuple[torch.Tensor, ...]:
-        d = sl.Dictionary.create("topk", reads=ports, d_sae=8, options={"k": 2})
-        assert torch.allclose(d.decoder_norms(), torch.ones(8))
-        return d.W_dec.data.split([port.width for port in ports], dim=1)
-
-    base, chat = (sl.Port(hook=HOOK, width=5, model=name) for name in ("base", "chat"))
-    assert torch.equal(*parts(base, chat))
-    for other in (
-        sl.Port(hook="blocks.3.hook_resid_pre", width=5, model="chat"),
-        sl.Port(hook=HOOK, width=5, model="chat", minus="base"),
-    ):
-        assert not torch.equal(*parts(base, other))
-    assert not torch.equal(*parts(*(sl.Port(hook=f"blocks.{i}.hook_resid_pre", width=5) for i in (0, 1))))
-    assert [part.shape[1] for part in parts(base, sl.Port(hook=HOOK, width=6, model="chat"))] == [5, 6]
-
-
 def same_widths() -> dict[str, torch.Tensor]:
     return activations(widths=(6, 6))
 
