@@ -15,7 +15,6 @@ from saelens_lite.files import named_file, open_file
 from saelens_lite.paths import check_input
 
 MOST = 2**53  # the largest whole number in settings
-MODEL_NAME = r"[A-Za-z_][A-Za-z0-9_.]*"  # name of one of several models in ports
 MAX_TOML_BYTES = 1 << 20
 
 
@@ -125,10 +124,17 @@ class StoreConfig(FrozenConfig):
 class TrainConfig(FrozenConfig):
     """Settings of one dictionary to train. Horizons are in tokens."""
 
-    hook: str | None = Field(None, description="Hook to read and write. May be left out when the cache holds only one.")
-    reads: tuple[str, ...] = Field((), description="Hooks to read, in place of `hook`. Several hooks make a crosscoder.")
+    hook: str | None = Field(
+        None,
+        description="Hook to read and write; of several models, a key such as chat:blocks.2.hook_resid_pre, or "
+        "chat-base:blocks.2.hook_resid_pre for the difference. May be left out when the cache holds only one; one hook of "
+        "several models then makes a crosscoder.",
+    )
+    reads: tuple[str, ...] = Field(
+        (), description="Hooks or keys to read, in place of `hook`. Several make a crosscoder, of layers or of models."
+    )
     writes: tuple[str, ...] = Field(
-        (), description="Hooks to predict; default: the hooks that are read. Another hook makes a transcoder."
+        (), description="Hooks or keys to predict; default: those that are read. Another hook makes a transcoder."
     )
     skip: bool = Field(
         False, description="Add a linear map from input to output. Only for dictionaries that write to other hooks."
@@ -194,6 +200,11 @@ class TrainConfig(FrozenConfig):
             if len(set(hooks := getattr(self, name))) < len(hooks):
                 raise ValueError(f"{name} names a hook twice")
         return self
+
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """The hooks that are named, to read and to write."""
+        return (*(self.reads or ((self.hook,) if self.hook else ())), *self.writes)
 
     @property
     def n_steps(self) -> int:

@@ -18,8 +18,14 @@ from jaxtyping import Float
 from pydantic import Field, model_serializer, model_validator
 from torch import Tensor
 
-from saelens_lite.config import MODEL_NAME, MOST, FrozenConfig
+from saelens_lite.config import MOST, FrozenConfig
 from saelens_lite.errors import ConfigError, near_matches
+from saelens_lite.keys import MODEL_NAME, Key, key_of, parts_of, split_key
+
+__all__ = [
+    "Hooks", "Key", "Port", "PortNames", "Ports", "apart", "as_ports", "chosen", "difference", "key_of", "names", "parts_of",
+    "spans", "split_head", "split_key", "together", "width",
+]  # fmt: skip
 
 
 class Port(FrozenConfig):
@@ -74,27 +80,6 @@ class Hooks(NamedTuple):
     def __str__(self) -> str:
         read, written = " + ".join(self.reads), " + ".join(self.writes)
         return read if self.reads == self.writes else f"{read} → {written}"
-
-
-class Key(NamedTuple):
-    """The parts of a port's key: the name of the model, of the model that is subtracted from it, and the hook."""
-
-    model: str | None
-    minus: str | None
-    hook: str
-
-
-def key_of(hook: str, model: str | None = None, minus: str | None = None) -> str:
-    """Return the key of a port, such as "base:blocks.3.hook_resid_pre"."""
-    if model is None:
-        return hook
-    return f"{model}:{hook}" if minus is None else f"{model}-{minus}:{hook}"
-
-
-def split_key(key: str) -> Key:
-    """Return the parts of a key; a name of another form is a hook of the only model."""
-    match = re.fullmatch(rf"({MODEL_NAME})(?:-({MODEL_NAME}))?:(.+)", key)
-    return Key(*match.groups()) if match else Key(None, None, key)
 
 
 def split_head(name: str) -> tuple[str, int | None]:

@@ -58,6 +58,7 @@ LEAVES = {
     "markdown",
     "outputs",
     "paths",
+    "keys",
     "ports",
     "prefetch",
     "processes",

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from saelens_lite import registry
-from saelens_lite.config import MODEL_NAME, RunConfig, TrainConfig
+from saelens_lite.config import RunConfig, TrainConfig
 from saelens_lite.embedded_hooks import hooks_of_embedded
 from saelens_lite.errors import ConfigError, HookError, ModelNotFoundError, TextError, near_matches
+from saelens_lite.keys import MODEL_NAME, captured, usual_reads
 from saelens_lite.names import is_on_hub, no_such
 from saelens_lite.paths import check_input, is_address, names_a_folder
 from saelens_lite.rule_options import check_options
@@ -56,13 +57,13 @@ def hooks_in_cache(folder: Path) -> list[str]:
 
 
 def cache_has(folder: Path, hooks: Sequence[str]) -> None:
-    """Raise if there is no cache in a folder, if it lacks a hook, or if it has several and none is named."""
+    """Raise if there is no cache in a folder, if it lacks a hook, or if it has hooks to choose from and none is named."""
     known = hooks_in_cache(folder)
     if not known:  # the library says what is damaged
         return
-    if not hooks and len(known) > 1:
+    if not hooks and not usual_reads(known):
         raise ConfigError(f"the activations come from several hooks; choose one with hook=: {', '.join(known)}")
-    for hook in hooks:
+    for hook in captured(hooks, known):
         if hook not in known:
             raise HookError(
                 f"{folder} has no activations of {hook!r}{near_matches(hook, known) or '; it has ' + ', '.join(known)}"
