@@ -17,7 +17,10 @@ BEFORE, AFTER = 38, 29  # columns of a terminal for a context before its peak, a
 
 
 class Example(NamedTuple):
-    """A context and a latent's activation at each of its tokens; tokens[peak] is at position `position` of row `row`."""
+    """A context and a latent's activation at each of its tokens; tokens[peak] is at position `position` of row `row`.
+
+    Of several models, `parts` says how much each model's activation contributes to the latent's pre-activation at the peak.
+    """
 
     tokens: tuple[str, ...]
     values: tuple[float, ...]
@@ -25,6 +28,7 @@ class Example(NamedTuple):
     value: float
     row: int
     position: int
+    parts: dict[str, float] | None = None
 
 
 class ExampleGroup(NamedTuple):
@@ -56,6 +60,19 @@ class PositionBin(NamedTuple):
     mean_activation: float
 
 
+class ModelSummary(NamedTuple):
+    """One of several models in a latent: the norm of its own direction (0 if it has none), its mean part in the pre-activation
+    where the latent fires, the tokens that the direction promotes and suppresses, and the contexts with the largest parts.
+    """
+
+    model: str
+    norm: float
+    mean_part: float
+    promoted: list[tuple[str, float]]
+    suppressed: list[tuple[str, float]]
+    examples: list[Example]
+
+
 class About(NamedTuple):
     """The meaning and the scale of a latent: its label, the token it promotes most, and its largest activation in the store."""
 
@@ -76,7 +93,8 @@ class LatentSummary(Result):
 
     Mean, standard deviation, skew and excess kurtosis are of the activations above zero. Bin j of the histogram counts
     activations in [j · bin_width, (j + 1) · bin_width); the last bin also counts the largest. `similar` has the latents with
-    the nearest directions and their cosines.
+    the nearest directions and their cosines. `models` describes each of several models. Of two with directions of their own,
+    delta_norm is 0 if only the second has one, 1 if only the first, and `cosine` is between the two.
     """
 
     latent: int
@@ -100,6 +118,9 @@ class LatentSummary(Result):
     stability: float | None
     similar: list[tuple[int, float]]
     rates: Sequence[GroupRate] = ()  # the groups of rows in which it fires
+    models: Sequence[ModelSummary] = ()
+    delta_norm: float | None = None
+    cosine: float | None = None
 
     @property
     def label_origin(self) -> str:

@@ -6,7 +6,8 @@ and "chat-base:blocks.3.hook_resid_pre" are the difference chat − base.
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -91,6 +92,17 @@ class Models(Tokenizer):
         """Return the SHA-256 of the names and fingerprints of the models."""
         each = "".join(f"{name} {lm.fingerprint()}\n" for name, lm in self.models.items())
         return hashlib.sha256(each.encode()).hexdigest()
+
+    @contextmanager
+    def redrawn(self, seed: int = 0) -> Iterator["Models"]:
+        """Put the entries of each weight tensor of every model in random order; see `LanguageModel.redrawn`.
+
+        Tensors of one shape get the same order in all models, so that their differences are shuffled alike.
+        """
+        with ExitStack() as stack:
+            distinct = {id(lm.module): lm for lm in self.models.values()}
+            redrawn = {key: stack.enter_context(lm.redrawn(seed)) for key, lm in distinct.items()}
+            yield Models({name: redrawn[id(lm.module)] for name, lm in self.models.items()})
 
     def split(self, key: str) -> Key:
         """Return the parts of a port key, after checking that the models have that hook.
