@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelens_lite.config import ModelFacts, Origin
+from saelens_lite.config import MODEL_NAME, ModelFacts, Origin
 from saelens_lite.errors import ConfigError, HookError
 from saelens_lite.model.language_model import LanguageModel
-from saelens_lite.ports import MODEL_NAME, Hooks, Key, key_of, split_key
+from saelens_lite.ports import Hooks, Key, key_of, split_key
 from saelens_lite.tokens import Given
 from saelens_lite.tokens.inputs import token_ids
 from saelens_lite.tokens.same_ids import difference_of_ids
