@@ -26,7 +26,7 @@ from torch import Tensor
 from saelens_lite.codes.products import pair_products
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.diffing.reads import MIN_UNITS, Reads, check_widths, moments_of
-from saelens_lite.diffing.report import CROSSCODER, DIFFERENCE
+from saelens_lite.diffing.report import CROSSCODER, DIFFERENCE, DiffReport
 from saelens_lite.diffing.sides import Moments, Sides, input_of
 from saelens_lite.diffing.sums import PairSums
 from saelens_lite.ports import apart
@@ -35,7 +35,15 @@ Values = dict[str, Float[Tensor, " d_sae"]]
 MODELS = ("base", "tuned")
 
 
-def measured(dictionary: Dictionary, sides: Sides, reads: Reads) -> Values:
+@torch.no_grad()
+def report_of(dictionary: Dictionary, sides: Sides, reads: Reads) -> DiffReport:
+    """Return the report of a dictionary without controls; see `diff`."""
+    facts = {name: getattr(reads, name) for name in ("source", "n_tokens", "n_units", "units")}
+    values = _values(dictionary, sides, reads)
+    return DiffReport(base=sides.base, tuned=sides.tuned, values=values, place=dictionary.place, **facts)
+
+
+def _values(dictionary: Dictionary, sides: Sides, reads: Reads) -> Values:
     """Return the numbers of each latent: CROSSCODER of report.py, or DIFFERENCE for a dictionary of differences."""
     moments = moments_of(reads, sides.all_keys)
     check_widths(dictionary, {key: len(one.mean) for key, one in moments.items()})

@@ -69,7 +69,6 @@ def opened(
     given: Any,
     text: Text | TokenRows | None,
     keys: Sequence[str],
-    *,
     n_tokens: int | None,
     text_config: TextConfig | None,
     batch_tokens: int | None,
@@ -95,7 +94,7 @@ def opened(
         )
     for key in keys:
         source.d_in(key)
-    yield _checked(_of_source(source, keys, n_tokens, batch_tokens or BATCH))
+    yield _checked(of_source(source, keys, n_tokens, batch_tokens or BATCH))
 
 
 def _checked(reads: Reads) -> Reads:
@@ -137,7 +136,7 @@ def _of_text(
         yield Reads(batches, held.n_kept, held.n_sequences, "rows of tokens", name)
 
 
-def _of_source(source: ActivationCache | TensorSource, keys: Sequence[str], n_tokens: int | None, size: int) -> Reads:
+def of_source(source: ActivationCache | TensorSource, keys: Sequence[str], n_tokens: int | None, size: int = BATCH) -> Reads:
     """Return the first activations of a source in order; units are blocks."""
     n = min(source.n_tokens or 0, n_tokens or source.n_tokens or 0)
     block = max(1, min(BLOCK, n // MIN_BLOCKS))

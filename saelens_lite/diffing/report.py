@@ -114,8 +114,6 @@ class DiffReport(Result):
         Raises:
             ConfigError: a dictionary of differences has no classes by norm.
         """
-        if by not in ("nu", "norm"):
-            raise ConfigError(f"by = {by!r}; expected 'nu' or 'norm'")
         if by == "norm" and self.is_of_differences:
             raise ConfigError("by = 'norm' needs a direction in each model, and a dictionary of differences has one in all")
         tuned, base, shared, unknown = self._by_norm() if by == "norm" else self._by_nu()
