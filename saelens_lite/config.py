@@ -15,6 +15,7 @@ from saelens_lite.files import named_file, open_file
 from saelens_lite.paths import check_input
 
 MOST = 2**53  # the largest whole number in settings
+MODEL_NAME = r"[A-Za-z_][A-Za-z0-9_.]*"  # name of one of several models in ports
 MAX_TOML_BYTES = 1 << 20
 
 

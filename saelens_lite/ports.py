@@ -17,10 +17,8 @@ from jaxtyping import Float
 from pydantic import Field, model_serializer, model_validator
 from torch import Tensor
 
-from saelens_lite.config import MOST, FrozenConfig
+from saelens_lite.config import MODEL_NAME, MOST, FrozenConfig
 from saelens_lite.errors import ConfigError
-
-MODEL_NAME = r"[A-Za-z_][A-Za-z0-9_.]*"
 
 
 class Port(FrozenConfig):

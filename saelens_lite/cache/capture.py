@@ -8,7 +8,7 @@ capture, and one by several processes, has the same batches and writes the same 
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -27,7 +27,7 @@ from saelens_lite.errors import ConfigError, CorruptFileError, DiskFullError, Ou
 from saelens_lite.files import MAX_LIST_BYTES, file_hash, write_json
 from saelens_lite.kinds import CACHE, UNFINISHED_CAPTURE
 from saelens_lite.locks import ENDING, locked
-from saelens_lite.model import LanguageModel, passes
+from saelens_lite.model import AnyModel, LanguageModel, Models, as_model, facts_of, passes
 from saelens_lite.model.passes import default_batch_tokens
 from saelens_lite.outputs import SHARED_SECONDS, check_shared, followed, replace_folder
 from saelens_lite.prefetch import prefetched
@@ -46,7 +46,7 @@ class _OtherTextError(OutputExistsError):
 
 
 def _activations(
-    lm: LanguageModel,
+    lm: AnyModel,
     blocks: Iterable[tuple[int, TokenRows]],
     hooks: Sequence[str],
     batch_tokens: int,
@@ -71,7 +71,7 @@ def _activations(
 
 
 def capture(
-    lm: LanguageModel,
+    lm: AnyModel | Mapping[str, LanguageModel],
     text: Text | TokenRows,
     hooks: Sequence[str] | str,
     out: str | Path,
@@ -99,6 +99,9 @@ def capture(
     a section ends with a shorter shard. After each section a process waits for the others, at most SAELENS_LITE_TIMEOUT
     seconds (1,800 by default), so the slowest one must write a section in that time.
 
+    Several models, as {"base": lm, "chat": lm2}, read the same token ids, those of the first one's tokenizer. Their cache holds
+    the activations at ports, such as "base:blocks.3.hook_resid_pre". A hook without a model stands for that hook in every model.
+
     Args:
         text: Text, or token ids in any form that `LanguageModel.to_tokens` takes.
         n_tokens: Number of activations to capture of each hook; default: all.
@@ -118,9 +121,8 @@ def capture(
         DiskFullError: the cache does not fit on the disk; complete shards stay.
         ProcessLostError: another process of this job ended or does not answer; complete shards stay.
     """
-    names = [hooks] if isinstance(hooks, str) else list(dict.fromkeys(hooks))
-    for name in names:
-        lm.hook_point(name)
+    lm = as_model(lm)
+    names = keys_of(lm, hooks)
     if dtype not in ("float16", "bfloat16", "float32"):
         raise ConfigError(f"dtype = {dtype!r}; expected float16, bfloat16 or float32")
     batch_tokens = default_batch_tokens(lm) if batch_tokens is None else batch_tokens
@@ -131,10 +133,9 @@ def capture(
     config = blocks.config
     out, members = followed(Path(out)), processes.team()
     request = {
-        "model": lm.name, "revision": lm.revision, "processing": lm.processing, "tokenizer": lm.tokenizer_hash, "hooks": names,
-        "model_dtype": f"torch.{lm.precision}", "n_tokens": n_tokens, "text_config": config.model_dump(mode="json"),
-        "dtype": dtype, "batch_tokens": batch_tokens, "shard_tokens": shard_tokens, "weights": lm.fingerprint(),
-        "journal_format": JOURNAL_FORMAT,
+        **_facts(lm), "weights": lm.fingerprint(), "tokenizer": lm.tokenizer_hash, "hooks": names, "n_tokens": n_tokens,
+        "text_config": config.model_dump(mode="json"), "dtype": dtype, "batch_tokens": batch_tokens,
+        "shard_tokens": shard_tokens, "journal_format": JOURNAL_FORMAT,
     }  # fmt: skip
     processes.check_same(request, device=lm.device)
     check_shared(out, members)
@@ -185,7 +186,7 @@ def capture(
     return cache
 
 
-def _assist(lm: LanguageModel, hooks: list[str], members: Team) -> None:
+def _assist(lm: AnyModel, hooks: list[str], members: Team) -> None:
     """Run the model over the batches of the first process, which needs all processes that hold the model together."""
     while (batch := members.tell(None)) is not None:
         passes.read(lm, batch, hooks)
@@ -197,7 +198,7 @@ class _Job(NamedTuple):
     team: Team
     others: Team  # those that hold the model together with this process
     folder: Path
-    lm: LanguageModel
+    lm: AnyModel
     config: TextConfig
     hooks: list[str]
     batch_tokens: int
@@ -316,15 +317,34 @@ def _opened(out: Path, team: Team) -> ActivationCache:
     return ActivationCache.open(out)
 
 
-def origin_of(lm: LanguageModel, blocks: RowBlocks, text_name: str | None) -> Origin:
+def keys_of(lm: AnyModel, hooks: Sequence[str] | str) -> list[str]:
+    """Return the hooks to read, each once; of several models, the keys of their ports. Raise HookError if a model lacks one."""
+    names = [hooks] if isinstance(hooks, str) else list(dict.fromkeys(hooks))
+    if isinstance(lm, Models):
+        return lm.keys_of(names)
+    for name in names:
+        lm.hook_point(name)
+    return names
+
+
+def _facts(lm: AnyModel) -> dict[str, Any]:
+    """Return what a resumed capture must have in common with the first, as to the models."""
+    if isinstance(lm, Models):
+        return {"models": [facts.model_dump() for facts in lm.facts]}
+    return {
+        "model": lm.name, "revision": lm.revision, "processing": lm.processing, "model_dtype": f"torch.{lm.precision}",
+    }  # fmt: skip
+
+
+def origin_of(lm: AnyModel, blocks: RowBlocks, text_name: str | None) -> Origin:
     """Return the origin of activations of these rows, which later evaluations need."""
     config = blocks.config
+    if isinstance(lm, Models):
+        about_models: dict[str, Any] = {"models": lm.facts}
+    else:
+        about_models = facts_of(lm).model_dump(exclude={"name"})
     return Origin(
-        model=lm.name,
-        revision=lm.revision,
-        model_class=type(lm.module).__name__,
-        processing=lm.processing,
-        precision=None if lm.precision == "float32" else lm.precision,
+        **about_models,
         n_ctx=blocks.width or blocks.n_ctx,
         prepend_bos=blocks.every_row_begins_with_bos if blocks.are_rows else config.bos != "none",
         text=text_name or source_name(blocks.text, config),

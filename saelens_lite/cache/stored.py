@@ -21,6 +21,7 @@ from saelens_lite.errors import ConfigError, CorruptFileError, HookError, Source
 from saelens_lite.files import MAX_LIST_BYTES, file_hash, read_json
 from saelens_lite.locks import locked
 from saelens_lite.outputs import restore
+from saelens_lite.ports import split_key
 from saelens_lite.resumable import unfinished_folder
 from saelens_lite.schemas import Checked, Count, Number, Positive, Sha256, String, checked
 from saelens_lite.tensor_files import DTYPES
@@ -54,7 +55,11 @@ class Manifest(Checked):
 
     @model_validator(mode="after")
     def _agrees(self) -> "Manifest":
+        models = {facts.name for facts in self.origin.models}
         for name, hook in self.hooks.items():
+            model, minus, _ = split_key(name)
+            if models and (model not in models or minus not in (*models, None)):
+                raise ValueError(f"{name!r} names no model, or another than {', '.join(sorted(models))}")
             if name in ("tokens", "checksums"):
                 raise ValueError(f"{name!r} cannot be the name of a hook")
             if len(hook.mean) != hook.d_in:

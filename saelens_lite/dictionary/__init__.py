@@ -52,8 +52,8 @@ from saelens_lite.files import check_fits_memory, differences, named_file, read_
 from saelens_lite.kinds import DICTIONARY as KIND
 from saelens_lite.outputs import new_folder, restore
 from saelens_lite.paths import check_input, is_address
-from saelens_lite.ports import Port, Ports, apart, as_ports, names, width
-from saelens_lite.sparsity import Sparsity
+from saelens_lite.ports import Port, Ports, apart, as_ports, names, together, width
+from saelens_lite.sparsity import Sparsity, normalise_decoder_
 from saelens_lite.tensor_files import DTYPES, read_tensors, tensor_specs
 
 __all__ = ["Dictionary"]
@@ -128,9 +128,11 @@ class Dictionary(nn.Module):
         seed: int = 0,
         origin: Origin | None = None,
     ) -> "Dictionary":
-        """Return a new dictionary with random directions of equal norm, W_enc = W_decᵀ and zero biases.
+        """Return a new dictionary with random directions of equal norm and zero biases. Columns of W_enc are these directions.
 
-        If `writes` differs from `reads`, the rows of W_enc and W_dec are drawn independently, and W_skip is zero.
+        If `writes` differs from `reads`, the rows of W_enc and W_dec are drawn independently, and W_skip is zero. Decoder norms
+        are 1. The same hook in several models gets the same directions, because a latent is shared by the models until the data
+        say otherwise. Several hooks of one model get different ones: their activations have different bases.
 
         Args:
             reads, writes: ports, or the width of a single port whose hook is not known. `writes` is `reads` by default.
@@ -143,11 +145,12 @@ class Dictionary(nn.Module):
         rule = rule_class(rule_class.Config(**(options or {})), d_in=d_in, d_sae=d_sae)
         self = cls(rule, reads=reads, writes=writes, d_sae=d_sae, skip=skip, origin=origin)
         generator = torch.Generator().manual_seed(seed)
-        directions = _unit_rows(d_sae, d_in, generator)
+        directions = _directions(self.reads, d_sae, generator)
         is_same = self.writes_what_it_reads
-        self.W_dec.data.copy_(directions if is_same else _unit_rows(d_sae, self.d_out, generator))
+        self.W_dec.data.copy_(directions if is_same else _directions(self.writes, d_sae, generator))
+        normalise_decoder_(self)
         if not rule.tied:
-            self.W_enc.data.copy_(directions.T)
+            self.W_enc.data.copy_((directions / directions.norm(dim=1, keepdim=True)).T)
         return self.eval()
 
     @classmethod
@@ -494,7 +497,7 @@ class Dictionary(nn.Module):
 
     @torch.no_grad()
     def fold_decoder_norms_(self) -> "Dictionary":
-        """Normalise the rows of W_dec and multiply the codes by their norms; x_hat stays the same.
+        """Make the decoder norms 1 and multiply the codes by them; x_hat stays the same.
 
         Nothing changes if the rule is not homogeneous, such as top-k, whose choice depends on the sizes of the codes.
         """
@@ -614,7 +617,11 @@ class Dictionary(nn.Module):
         return "\n".join([first, *(f"{name}: {str(text)[:300]}" for name, text in others.items() if text)])
 
 
-def _unit_rows(n: int, d: int, generator: torch.Generator) -> Float[Tensor, "n d"]:
-    """Return n random unit vectors."""
-    rows = torch.randn(n, d, generator=generator)
-    return rows / rows.norm(dim=1, keepdim=True)
+def _directions(ports: Sequence[Port], n: int, generator: torch.Generator) -> Float[Tensor, "n d"]:
+    """Return n random rows of any norm, which are the same at ports of one hook and width in several models."""
+    parts = list(apart(torch.randn(n, width(ports), generator=generator), ports))
+    for i, port in enumerate(ports):
+        twins = [j for j, other in enumerate(ports[:i]) if (other.hook, other.width) == (port.hook, port.width)]
+        if port.model and twins and not any(ports[j].minus for j in (i, twins[0])):
+            parts[i] = parts[twins[0]]
+    return together(parts)

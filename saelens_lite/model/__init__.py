@@ -31,6 +31,16 @@ with a model runs only with `load_model(…, trust_remote_code=True)` or, in a c
 
 from saelens_lite.model.language_model import LanguageModel
 from saelens_lite.model.loading import EMBEDDED, load_model, mention_folder, model_for
-from saelens_lite.model.models import AnyModel, Models, as_model
+from saelens_lite.model.models import AnyModel, Models, as_model, facts_of
 
-__all__ = ["EMBEDDED", "AnyModel", "LanguageModel", "Models", "as_model", "load_model", "mention_folder", "model_for"]
+__all__ = [
+    "EMBEDDED",
+    "AnyModel",
+    "LanguageModel",
+    "Models",
+    "as_model",
+    "facts_of",
+    "load_model",
+    "mention_folder",
+    "model_for",
+]

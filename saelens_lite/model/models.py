@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelens_lite.config import ModelFacts, Origin
+from saelens_lite.config import MODEL_NAME, ModelFacts, Origin
 from saelens_lite.errors import ConfigError, HookError
 from saelens_lite.model.language_model import LanguageModel
-from saelens_lite.ports import MODEL_NAME, Hooks, Key, key_of, split_key
+from saelens_lite.ports import Hooks, Key, key_of, split_key
 from saelens_lite.tokens import Given
 from saelens_lite.tokens.inputs import token_ids
 from saelens_lite.tokens.same_ids import difference_of_ids
@@ -76,17 +76,7 @@ class Models(Tokenizer):
     @property
     def facts(self) -> tuple[ModelFacts, ...]:
         """The facts about each model that origins record."""
-        return tuple(
-            ModelFacts(
-                name=name,
-                model=lm.name,
-                revision=lm.revision,
-                model_class=type(lm.module).__name__,
-                processing=lm.processing,
-                precision=None if lm.precision == "float32" else lm.precision,
-            )
-            for name, lm in self.models.items()
-        )
+        return tuple(facts_of(lm, name) for name, lm in self.models.items())
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the names and fingerprints of the models."""
@@ -182,6 +172,18 @@ class Models(Tokenizer):
 
     def __repr__(self) -> str:
         return f"Models({', '.join(f'{name}={lm!r}' for name, lm in self.models.items())})"
+
+
+def facts_of(lm: LanguageModel, name: str = "") -> ModelFacts:
+    """Return the facts about a model that origins record."""
+    return ModelFacts(
+        name=name,
+        model=lm.name,
+        revision=lm.revision,
+        model_class=type(lm.module).__name__,
+        processing=lm.processing,
+        precision=None if lm.precision == "float32" else lm.precision,
+    )
 
 
 def _value(acts: dict[tuple[str, str], Tensor], part: Key) -> Float[Tensor, "batch pos d"]:

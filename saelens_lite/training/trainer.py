@@ -105,13 +105,16 @@ class Trainer:
         self.reads_later = asynchronous(self.dictionary.W_enc)
         rule = self.dictionary.rule
         in_kernel = gpu.available(self.dictionary.W_enc) and type(rule).after_step is Sparsity.after_step
-        self._after_step = not in_kernel  # the optimiser does all that the rule would
+        is_unit = rule.unit_decoder and in_kernel and len(self.dictionary.writes) == 1  # the kernel knows no ports
+        self._after_step = not in_kernel or (
+            rule.unit_decoder and not is_unit
+        )  # else the optimiser does all that the rule would
         self.optimizer = Adam(
             self.dictionary,
             self.peak_lr,
             config.betas,
             halves=self.halves and in_kernel,
-            unit_decoder=rule.unit_decoder and in_kernel,
+            unit_decoder=is_unit,
         )
         self.control: L0Control | None = None
         if isinstance(rule.config, PenaltyConfig) and rule.target_l0 is not None:
