@@ -72,6 +72,12 @@ class ModelSummary(NamedTuple):
     suppressed: list[tuple[str, float]]
     examples: list[Example]
 
+    @property
+    def words(self) -> str:
+        """The numbers and the promoted tokens in words."""
+        promotes = ", ".join(quoted(token) for token, _ in self.promoted[:3])
+        return f"norm {short(self.norm)}; adds {short(self.mean_part)} on average" + f"; promotes {promotes}" * bool(promotes)
+
 
 class About(NamedTuple):
     """The meaning and the scale of a latent: its label, the token it promotes most, and its largest activation in the store."""
@@ -167,8 +173,11 @@ class LatentSummary(Result):
         fires = f"{self.count:,} {self.unit}s ({100 * self.density:.3g} %); largest {short(self.max)}, mean {short(self.mean)}"
         if self.stability is not None:
             fires += f"; stability {self.stability:.2f}"
+        compared = {"Δ norm": self.delta_norm, "cosine": self.cosine}
         lists = {
-            "label by": visible(self.label_origin),
+            "in two models": "; ".join(f"{name} {x:.2f}" for name, x in compared.items() if x is not None),
+            **{f"{visible(one.model)}": one.words if self.count else "" for one in self.models},
+            "label by": self.label_origin and visible(self.label_origin),
             "fires on": fires if self.count else "nothing in the store",
             "promotes": _in_lines(quoted(token) for token, _ in self.promoted),
             "suppresses": _in_lines(quoted(token) for token, _ in self.suppressed),
@@ -187,6 +196,7 @@ class LatentSummary(Result):
         ]
         groups.append(("drawn from all", self.random))
         groups = [group for group in groups if group[1]]
+        groups += [(f"{one.model} adds most", one.examples) for one in self.models if one.examples]
         return render("features", "latent.html.j2", latent=self, groups=groups, unit=self.unit)
 
 

@@ -74,9 +74,9 @@ def of_models(store: StoreQueries, diff: Diff | None, shown: Columns, ids: np.nd
         "best": shown["best"],
         "best_nearby": m.best_nearby,
         "best_part": m.best_part,
-        "model_promoted": ids.searchsorted(m.promoted),
+        "model_promoted": ids.searchsorted(m.promoted.numpy()),
         "model_promoted_effect": m.promoted_effect,
-        "model_suppressed": ids.searchsorted(m.suppressed),
+        "model_suppressed": ids.searchsorted(m.suppressed.numpy()),
         "model_suppressed_effect": m.suppressed_effect,
     }
     compared = [diff.base, diff.tuned] if diff is not None else _with_directions(store)

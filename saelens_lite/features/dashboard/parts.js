@@ -80,5 +80,5 @@ function showTip({target}) {
   const box = target.getBoundingClientRect();
   tip.textContent = said;
   tip.style.left = `${Math.max(4, Math.min(box.left, innerWidth - tip.offsetWidth - 4))}px`;
-  tip.style.top = `${box.top > 34 ? box.top - 28 : box.bottom + 6}px`;
+  tip.style.top = `${box.top > tip.offsetHeight + 10 ? box.top - tip.offsetHeight - 4 : box.bottom + 6}px`;
 }
