@@ -51,7 +51,7 @@ StoreOption = Annotated[
 TextName = Annotated[
     str,
     Parameter(
-        validator=lambda _, name: checks.text_exists(name),
+        validator=lambda _, name: None if name is None else checks.text_exists(name),
         help="A .txt, .md, .csv, .jsonl or .parquet file; hf:org/name:config:split for a dataset on the Hugging Face Hub; or "
         '"python-docs", "python-docs:train", "python-docs:held-out" for the embedded corpus.',
     ),
