@@ -242,3 +242,56 @@ def test_inspect_shows_hooks_and_models(tmp_path):
     assert facts["reads"] == list(BOTH)
     assert facts["models"] == MODELS
     assert (facts["d_in"], facts["d_sae"], facts["architecture"]) == (N * WIDTH, LATENTS, "BatchTopKCrossCoder")
+
+
+# Our own folder, as other tools see it
+
+
+def of_differences(model: str | None = "chat", minus: str | None = "base") -> sl.Dictionary:
+    port = sl.Port(hook=HOOK, width=WIDTH, model=model, minus=minus)
+    origin = sl.Origin(models=[{"name": name, "model": MODELS[name]} for name in (minus, model) if name])
+    d = sl.Dictionary.create("batch_topk", reads=port, d_sae=LATENTS, options={"k": 3}, origin=origin)
+    d.rule.threshold.fill_(0.4)
+    return d
+
+
+def test_no_tool_takes_a_dictionary_of_differences_for_one_of_a_model(tmp_path):
+    d = of_differences()
+    metadata = json.loads((d.save(tmp_path / "own") / "cfg.json").read_text())["metadata"]
+    assert (metadata["hook_name"], metadata["model_name"]) == (f"chat-base:{HOOK}", None)  # which no model has
+    again = sl.load(tmp_path / "own")
+    assert (again.ports, again.origin) == (d.ports, d.origin)
+    foreign = sl.load(sl.convert(tmp_path / "own", tmp_path / "theirs", "saelens"))
+    assert foreign.ports == d.ports
+    x = inputs(d).float()
+    assert torch.equal(foreign(x), d(x))
+    alone = of_differences(minus=None).save(tmp_path / "alone")  # of one model
+    metadata = json.loads((alone / "cfg.json").read_text())["metadata"]
+    assert (metadata["hook_name"], metadata["model_name"]) == (HOOK, MODELS["chat"])
+
+
+@pytest.mark.parametrize("format", ["dictionary_learning", "sparsify"])
+def test_formats_that_cannot_say_so_refuse_a_dictionary_of_differences(format, tmp_path):
+    with pytest.raises(ConfigError, match=rf"chat-base:{HOOK} cannot be written as {format}: .* not of their difference"):
+        sl.convert(of_differences().save(tmp_path / "own"), tmp_path / "theirs", format)
+    assert not (tmp_path / "theirs").exists()
+
+
+def test_a_crosscoder_of_two_models_keeps_them_and_has_an_architecture_of_its_own(tmp_path):
+    d = load("crosscoder, batch topk", tmp_path)
+    again = sl.load(d.save(tmp_path / "own"))
+    assert (again.ports, again.origin) == (d.ports, d.origin)
+    config = json.loads((tmp_path / "own/cfg.json").read_text())
+    assert config["architecture"] == "jumprelu_crosscoder"  # which SAELens does not know
+    (tmp_path / "own/cfg.json").write_text(json.dumps(config | {"metadata": {}}))
+    with pytest.raises(ConfigError, match="no rule computes the codes of architecture 'jumprelu_crosscoder'"):
+        sl.load(tmp_path / "own")
+    with pytest.raises(ConfigError, match="cannot be written as saelens"):
+        sl.convert(d.save(tmp_path / "again"), tmp_path / "theirs", "saelens")
+
+
+def test_older_versions_refuse_differences_and_read_the_rest():
+    """They refuse keys that they do not know, and know hook, width and model."""
+    known = {"hook", "width", "model"}
+    assert sl.Port.of(BOTH[0], WIDTH).model_dump().keys() == known
+    assert sl.Port.of(f"chat-base:{HOOK}", WIDTH).model_dump().keys() == {*known, "minus"}

@@ -63,6 +63,7 @@ log = logging.getLogger(__name__)
 class CrossCoderLearning(Format):
     """The fork of dictionary_learning for model diffing: crosscoders and difference dictionaries; read and written."""
 
+    keeps_models = True
     files = (CONFIG, WEIGHTS)
 
     def detect(self, path: Path) -> bool:
