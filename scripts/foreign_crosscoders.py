@@ -32,7 +32,7 @@ class CrosscoderCase(Case):
 
 
 def tensors(n: int = N, read: int | None = None) -> dict[str, Tensor]:
-    """Parameters of a crosscoder; port 1 has longer directions than port 0, and latent 3 is of one port only."""
+    """Return parameters of a crosscoder; port 1 has longer directions than port 0, and latent 3 is of one port only."""
     made = {
         "encoder.weight": normal(read or n, WIDTH, LATENTS, seed=1) * 0.5,
         "encoder.bias": normal(LATENTS, seed=2) * 0.3,
@@ -44,7 +44,7 @@ def tensors(n: int = N, read: int | None = None) -> dict[str, Tensor]:
 
 
 def statistics(*shape: int, unset: bool = False) -> dict[str, Tensor]:
-    """The buffers of NormalizableMixin: the scale is the target over the root of the summed variances."""
+    """Return the buffers of NormalizableMixin. The scale is the target over the root of the summed variances."""
     mean, std = normal(*shape, seed=5), normal(*shape, seed=6).abs() + 0.5
     scale = 1.3 / (std.square().sum(-1) + 1e-8).sqrt()
     if unset:

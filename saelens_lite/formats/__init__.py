@@ -16,6 +16,13 @@ saelens-lite inspect runs/topk/dictionary
 If a format cannot hold a dictionary, writing raises an error that says what would be lost. Pickles (dictionary_learning,
 OpenAI, Qwen-Scope, Goodfire, hook_z, …) are read only on request (`format="openai"`), and only their tensors.
 
+Facts that files do not state are arguments of `load`. Crosscoders of two models name neither their hook nor their models, and
+the files of ckkissane lack the factors of the activations:
+
+    sl.load("gemma-2-2b-L13-k100", hook="blocks.13.hook_resid_post", models={"base": "google/gemma-2-2b", "chat": None})
+    sl.load("SAE-difference", hook="chat-base:blocks.13.hook_resid_post")
+    sl.load("blocks.14.hook_resid_pre", format="crosscoder_model_diff", scale=(0.2759, 0.2442))
+
 **Tensors of your own.** A torch state dict in either orientation, arrays of numpy or jax, and lists become a dictionary by
 `sl.Dictionary.from_tensors`. Sizes decide which axis is which; if they do not, an error says what to add.
 

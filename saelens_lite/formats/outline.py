@@ -244,7 +244,7 @@ class Outline:
         return scales
 
     def _ports(self, hooks: Place, count: str, axis: str) -> tuple[Port, ...]:
-        """Return the ports of one side. The same hook in several models is named after the models, else model_0, model_1, …"""
+        """Return the ports of one side. The same hook in several models is named after the models, else model_0 and so on."""
         n = self.axes[count]
         keys = hooks if isinstance(hooks, tuple) else (hooks,) * n
         given = list(self.models) if not any(key and split_key(key).model for key in keys) else []
