@@ -30,17 +30,18 @@ from saelens_lite.formats import (
     Format,
     Outline,
     Settings,
+    Spec,
     TensorFile,
     TorchFile,
+    apart,
     cannot_write,
     find_file,
     open_tensors,
+    split_key,
     tensor_names,
     write_json,
     write_tensors,
 )
-from saelens_lite.ports import apart, split_key
-from saelens_lite.tensor_files import Spec
 
 CONFIG, WEIGHTS, RUN = "config.json", "model.safetensors", "trainer_config.json"
 CODES = ("CROSSCODER", "SAE", "MIXED", "NONE", "DECOUPLED")  # numbered from 1 in code_normalization_id

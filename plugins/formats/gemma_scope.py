@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saelens_lite import Dictionary, Origin
+from saelens_lite import Dictionary, Origin, Port
 from saelens_lite.errors import ConfigError, CorruptFileError
 from saelens_lite.formats import (
     Format,
@@ -33,6 +33,7 @@ from saelens_lite.formats import (
     Outline,
     Settings,
     TensorFile,
+    apart,
     cannot_write,
     find_file,
     hook_of_module,
@@ -42,7 +43,6 @@ from saelens_lite.formats import (
     write_json,
     write_tensors,
 )
-from saelens_lite.ports import Port, apart
 
 FILES = ("params.npz", "params.safetensors")
 LAYER_FILES, LAYER_FILE = "params_layer_*.safetensors", r"params_layer_(\d{1,4})\.safetensors"

@@ -104,7 +104,8 @@ from saelens_lite.formats.reading import find_file, inspect, read
 from saelens_lite.formats.settings import Settings
 from saelens_lite.formats.state_dict import read_state_dict
 from saelens_lite.formats.writing import cannot_write, write, write_torch
-from saelens_lite.tensor_files import write_tensors
+from saelens_lite.ports import apart, split_key
+from saelens_lite.tensor_files import Spec, write_tensors
 
 __all__ = [
     "AXES",
@@ -114,8 +115,10 @@ __all__ = [
     "Known",
     "Outline",
     "Settings",
+    "Spec",
     "TensorFile",
     "TorchFile",
+    "apart",
     "cannot_write",
     "file_size",
     "fill_layer",
@@ -129,6 +132,7 @@ __all__ = [
     "read",
     "read_json",
     "read_state_dict",
+    "split_key",
     "strings_in_pickle",
     "tensor_names",
     "write",
