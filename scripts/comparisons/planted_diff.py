@@ -97,7 +97,7 @@ def main() -> None:
         "--rows", type=int, default=100_000, help="tokens to train on, several times; the diff reads as many other ones"
     )
     parser.add_argument("--n-tokens", type=int, default=1_024_000)
-    parser.add_argument("--batch", type=int, default=2048)
+    parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=[*RULES, "same twice"], help="default: all")
     parser.add_argument("--threads", type=int, default=1)
