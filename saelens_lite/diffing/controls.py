@@ -28,6 +28,7 @@ from saelens_lite.training import train
 
 PLANTED = 0.01  # share of the tokens
 STRENGTH = (0.5, 1.0)  # least and largest size of the change, as a share of the RMS distance of activations from their mean
+NEAR = 0.7  # cosine with the planted direction of latents that stand for it, or for a part of it
 Acts = dict[str, Float[Tensor, "n _"]]
 
 
@@ -102,21 +103,22 @@ def _measure(known: Known, dictionary: Dictionary, sides: Sides, config: TrainCo
             share_by_norm=report.share_specific("norm") if by_norm else None,
             share_by_nu=report.share_specific(),
         )
-    nearest, cosine = _nearest(trained, sides, known.direction)
+    cosine = _cosines(trained, sides, known.direction)
+    nearest, near = int(cosine.argmax()), (cosine >= NEAR).nonzero().flatten().tolist()
+    without = {nearest, *near}
     return Control(
         n_latents=report.d_sae,
-        share_by_norm=report.share_specific("norm", without=nearest) if by_norm else None,
-        share_by_nu=report.share_specific(without=nearest),
-        cosine=cosine,
+        share_by_norm=report.share_specific("norm", without) if by_norm else None,
+        share_by_nu=report.share_specific("nu", without),
+        cosine=float(cosine[nearest]),
         planted_by_norm=report.classes("norm")[nearest] if by_norm else None,
         planted_by_nu=report.classes()[nearest],
     )
 
 
-def _nearest(dictionary: Dictionary, sides: Sides, direction: Float[Tensor, " d"]) -> tuple[int, float]:
-    """Return the latent whose direction in the tuned model is nearest to the planted one, and their cosine."""
+def _cosines(dictionary: Dictionary, sides: Sides, direction: Float[Tensor, " d"]) -> Float[Tensor, " d_sae"]:
+    """Return the cosines of the latents' directions in the tuned model with the planted one."""
     rows = dictionary.W_dec.detach()
     if not sides.is_of_differences:
         rows = sides.directions(rows, dictionary.writes, sides.tuned, dict.fromkeys(sides.all_keys, 1.0))
-    cosine, latent = F.cosine_similarity(rows.double(), direction.double(), dim=1).max(0)
-    return int(latent), float(cosine)
+    return F.cosine_similarity(rows.double(), direction.double(), dim=1)

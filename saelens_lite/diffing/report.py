@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -41,8 +41,8 @@ class Control(Checked):
     """The result of a diff whose answer is known.
 
     `share_by_norm` and `share_by_nu` are the shares of the latents that are called specific to a model, among those that fire
-    often enough. With a planted change, the latent nearest to it does not count: `cosine` is how near its direction is, and
-    `planted_by_norm` and `planted_by_nu` are its classes.
+    often enough. With a planted change, latents near to it (cosine of 0.7 or more) do not count: `cosine` is that of the
+    nearest one, and `planted_by_norm` and `planted_by_nu` are its classes.
     """
 
     n_latents: Count
@@ -170,12 +170,12 @@ class DiffReport(Result):
         number = Counter(self.classes(by))
         return {name: number[name] for name in self.kinds}
 
-    def share_specific(self, by: By = "nu", without: int | None = None) -> float:
+    def share_specific(self, by: By = "nu", without: Collection[int] = ()) -> float:
         """Return the share of latents called specific to a model, among those that are not unknown; 0 if all are unknown.
 
-        without: a latent that does not count.
+        without: latents that do not count.
         """
-        number = Counter(name for i, name in enumerate(self.classes(by)) if i != without)
+        number = Counter(name for i, name in enumerate(self.classes(by)) if i not in without)
         known = number.total() - number["unknown"]
         return (number[self.kinds[0]] + number[self.kinds[1]]) / known if known else 0.0
 

@@ -35,10 +35,10 @@ class PairSums:
     """Sums over the pairs (row, latent) of codes, by latent.
 
     Numbers are added under a name. `total` is their sum; `product` of two names sums over units the product of their sums.
+    `crossed` are the pairs of names (A, B) whose ratio A / B gets an interval.
     """
 
     def __init__(self, d_sae: int, crossed: tuple[tuple[str, str], ...]):
-        """crossed: pairs of names (A, B) whose ratio A / B gets an interval."""
         self.d_sae, self.crossed = d_sae, crossed
         self.total: dict[str, np.ndarray] = {}
         self.product: dict[tuple[str, str], np.ndarray] = {}

@@ -27,6 +27,7 @@ from saelens_lite.cache.source import TensorSource
 WIDTH, SHARED, OWN = 256, 512, 64
 FREQUENCY = (0.004, 0.04)
 NEAR = 0.8  # cosine
+CHUNK = 8192
 MODELS = ("base", "chat")
 KEYS = tuple(f"{model}:h" for model in MODELS)
 RULES = {"batch_topk": {"k": 10}, "l1": {"coefficient": 3.0}, "differences": {"k": 2}}
@@ -47,14 +48,16 @@ def two_models(n: int, seed: int) -> Truth:
     directions = F.normalize(torch.randn(n_all, WIDTH, generator=random), dim=1)
     low, high = torch.tensor(FREQUENCY).log().tolist()
     frequency = torch.empty(n_all).uniform_(low, high, generator=random).exp()
-    codes = torch.empty(n, n_all).exponential_(2, generator=random).add_(0.5)
-    codes *= torch.rand(n, n_all, generator=random) < frequency
     place = torch.arange(n_all)
     own = {"base": (place >= SHARED) & (place < SHARED + OWN), "chat": place >= SHARED + OWN}
-    acts = {
-        key: (codes * ~own[other]) @ directions for key, other in zip(KEYS, reversed(MODELS), strict=True)
-    }  # a model lacks what the other has alone
-    return Truth(acts, directions, own)
+    acts: dict[str, list[Tensor]] = {key: [] for key in KEYS}
+    for first in range(0, n, CHUNK):
+        shape = (min(CHUNK, n - first), n_all)
+        codes = torch.empty(shape).exponential_(2, generator=random).add_(0.5)
+        codes *= torch.rand(shape, generator=random) < frequency
+        for key, other in zip(KEYS, reversed(MODELS), strict=True):  # a model lacks what the other has alone
+            acts[key].append((codes * ~own[other]) @ directions)
+    return Truth({key: torch.cat(x) for key, x in acts.items()}, directions, own)
 
 
 def trained(name: str, acts: dict[str, Tensor], args: argparse.Namespace) -> sl.Dictionary:
@@ -90,10 +93,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--d-sae", type=int, default=1024, help="of crosscoders")
-    parser.add_argument("--rows", type=int, default=50_000, help="tokens in memory; the diff reads other ones")
-    parser.add_argument("--n-tokens", type=int, default=600_000)
-    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument(
+        "--rows", type=int, default=100_000, help="tokens to train on, several times; the diff reads as many other ones"
+    )
+    parser.add_argument("--n-tokens", type=int, default=1_024_000)
+    parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", choices=[*RULES, "same twice"], help="default: all")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -102,7 +108,7 @@ def main() -> None:
     rows = []
     print("| dictionary | by | called specific | precision | recall | unknown | s |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    for name in (*RULES, "same twice"):
+    for name in args.only or (*RULES, "same twice"):
         begin, is_twice = time.perf_counter(), name == "same twice"
         data = [{key: acts[KEYS[0]] for key in KEYS} if is_twice else acts for acts in (train_on, measure_on)]
         d = trained("batch_topk" if is_twice else name, data[0], args)
