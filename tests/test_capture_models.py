@@ -13,7 +13,7 @@ SETTINGS = {"n_ctx": 32, "dtype": "float32", "shard_tokens": 101, "batch_tokens"
 
 
 def tuned():
-    """The embedded model with other weights in its first block."""
+    """Return the embedded model with other weights in its first block."""
     other = sl.load_model("tiny", device="cpu")
     with torch.no_grad():
         other.blocks[0].mlp.c_proj.weight.mul_(0.5)

@@ -213,7 +213,7 @@ def test_controls_measure_false_alarms_and_find_the_planted_change(trained, monk
     assert changed.planted_by_nu == "chat only"
     assert changed.cosine > 0.8
     assert changed.share_by_nu < 0.1
-    assert "base twice: 0.00% of 48 latents are called specific" in report.summary
+    assert "base twice: 0.00% of 40 latents are called specific" in report.summary
     assert "is called chat only" in report.summary
 
 

@@ -84,7 +84,14 @@ def features(
 
 
 @app.command
-def dashboard(store: Path, *, html: Path = Path("features.html"), images: Path | None = None, exists: Exists = "error") -> None:
+def dashboard(
+    store: Path,
+    *,
+    html: Path = Path("features.html"),
+    images: Path | None = None,
+    diff: Path | None = None,
+    exists: Exists = "error",
+) -> None:
     """Write the HTML page of a store that `features --out` wrote, with its current labels.
 
     Parameters
@@ -95,9 +102,12 @@ def dashboard(store: Path, *, html: Path = Path("features.html"), images: Path |
         File to write.
     images
         Folder that holds the images, if the store is of rows named by image files.
+    diff
+        File that `diff --json` wrote, to show its numbers and classes of two models.
     """
     import saelens_lite as sl
 
     loaded = sl.FeatureStore.load(store)
-    loaded.dashboard(html, images=images, exists=exists)
+    report = None if diff is None else sl.DiffReport.from_json(diff)
+    loaded.dashboard(html, images=images, diff=report, exists=exists)
     console().print(f"{html}: {loaded.info.d_sae} latents, {html.stat().st_size / 1e6:.1f} MB", markup=False)

@@ -73,14 +73,14 @@ from saelens_lite.dictionary import Dictionary
 from saelens_lite.diffing.controls import run_controls, settings_of_controls
 from saelens_lite.diffing.measure import report_of
 from saelens_lite.diffing.reads import opened
-from saelens_lite.diffing.report import Control, DiffReport
+from saelens_lite.diffing.report import DiffControl, DiffReport
 from saelens_lite.diffing.sides import Sides, needed_keys
 from saelens_lite.errors import ConfigError
 from saelens_lite.model import LanguageModel
 from saelens_lite.model.models import Models, as_model
 from saelens_lite.tokens import Text, TokenRows
 
-__all__ = ["Control", "DiffReport", "diff"]
+__all__ = ["DiffControl", "DiffReport", "diff"]
 
 N_TOKENS = 200_000
 

@@ -20,7 +20,7 @@ from saelens_lite.config import TrainConfig
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.diffing.measure import report_of
 from saelens_lite.diffing.reads import Reads, of_source
-from saelens_lite.diffing.report import Control
+from saelens_lite.diffing.report import DiffControl
 from saelens_lite.diffing.sides import Sides, needed_keys
 from saelens_lite.errors import ConfigError
 from saelens_lite.ports import key_of
@@ -32,7 +32,7 @@ NEAR = 0.7  # cosine with the planted direction of latents that stand for it, or
 Acts = dict[str, Float[Tensor, "n _"]]
 
 
-class Known(NamedTuple):
+class KnownDifference(NamedTuple):
     """Activations of two models whose difference is known, and the direction that was added at each hook."""
 
     acts: Acts
@@ -41,7 +41,7 @@ class Known(NamedTuple):
 
 def run_controls(
     dictionary: Dictionary, sides: Sides, reads: Reads, config: TrainConfig | None, seed: int
-) -> dict[str, Control]:
+) -> dict[str, DiffControl]:
     """Train and measure the controls of a dictionary on the base model's activations, which are kept in memory.
 
     Raises:
@@ -54,7 +54,7 @@ def run_controls(
     controls = {}
     if not sides.is_of_differences:  # else there would be only zeros to train on
         controls[f"{sides.base} twice"] = _measure(
-            Known(x | dict(zip(sides.keys(sides.tuned), x.values(), strict=True)), None), dictionary, sides, config
+            KnownDifference(x | dict(zip(sides.keys(sides.tuned), x.values(), strict=True)), None), dictionary, sides, config
         )
     planted = with_planted_change(x, sides, seed)
     controls[f"{sides.base} with a planted change"] = _measure(planted, dictionary, sides, config)
@@ -71,7 +71,7 @@ def settings_of_controls(dictionary: Dictionary, config: TrainConfig | None) -> 
     return config.replace(hook=None, reads=reads, writes=() if dictionary.writes_what_it_reads else writes)
 
 
-def with_planted_change(x: Acts, sides: Sides, seed: int) -> Known:
+def with_planted_change(x: Acts, sides: Sides, seed: int) -> KnownDifference:
     """Return the base model's activations, and the same with a direction added on some tokens, for the other model."""
     generator = torch.Generator().manual_seed(seed)
     n = len(next(iter(x.values())))
@@ -82,10 +82,10 @@ def with_planted_change(x: Acts, sides: Sides, seed: int) -> Known:
         spread = float((base - base.mean(0)).double().square().sum(1).mean().sqrt())
         tuned[key] = base + size.to(base)[:, None] * (spread * unit.to(base))
         directions.append(unit * spread)
-    return Known(x | tuned, torch.cat(directions))
+    return KnownDifference(x | tuned, torch.cat(directions))
 
 
-def _measure(known: Known, dictionary: Dictionary, sides: Sides, config: TrainConfig) -> Control:
+def _measure(known: KnownDifference, dictionary: Dictionary, sides: Sides, config: TrainConfig) -> DiffControl:
     """Train a dictionary on activations with a known difference, and return what a diff says of it."""
     acts = dict(known.acts)
     for port in (*dictionary.reads, *dictionary.writes):
@@ -98,7 +98,7 @@ def _measure(known: Known, dictionary: Dictionary, sides: Sides, config: TrainCo
     report = report_of(trained, sides, reads)
     by_norm = not report.is_of_differences
     if known.direction is None:
-        return Control(
+        return DiffControl(
             n_latents=report.d_sae,
             share_by_norm=report.share_specific("norm") if by_norm else None,
             share_by_nu=report.share_specific(),
@@ -106,7 +106,7 @@ def _measure(known: Known, dictionary: Dictionary, sides: Sides, config: TrainCo
     cosine = _cosines(trained, sides, known.direction)
     nearest, near = int(cosine.argmax()), (cosine >= NEAR).nonzero().flatten().tolist()
     without = {nearest, *near}
-    return Control(
+    return DiffControl(
         n_latents=report.d_sae,
         share_by_norm=report.share_specific("norm", without) if by_norm else None,
         share_by_nu=report.share_specific("nu", without),

@@ -23,12 +23,15 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from saelens_lite.cache import Statistics
 from saelens_lite.codes.products import pair_products
 from saelens_lite.dictionary import Dictionary
-from saelens_lite.diffing.reads import MIN_UNITS, Reads, check_widths, moments_of
+from saelens_lite.diffing.reads import MIN_UNITS, Reads, check_widths, statistics_of
 from saelens_lite.diffing.report import CROSSCODER, DIFFERENCE, DiffReport
-from saelens_lite.diffing.sides import Moments, Sides, input_of
+from saelens_lite.diffing.sides import Sides, input_of
 from saelens_lite.diffing.sums import PairSums
+from saelens_lite.features.info import weights_hash
+from saelens_lite.features.per_model import delta_norm
 from saelens_lite.ports import apart
 
 Values = dict[str, Float[Tensor, " d_sae"]]
@@ -40,16 +43,18 @@ def report_of(dictionary: Dictionary, sides: Sides, reads: Reads) -> DiffReport:
     """Return the report of a dictionary without controls; see `diff`."""
     facts = {name: getattr(reads, name) for name in ("source", "n_tokens", "n_units", "units")}
     values = _values(dictionary, sides, reads)
-    return DiffReport(base=sides.base, tuned=sides.tuned, values=values, place=dictionary.place, **facts)
+    facts |= {"place": dictionary.place, "dictionary_sha256": weights_hash(dictionary)}
+    return DiffReport(base=sides.base, tuned=sides.tuned, values=values, **facts)
 
 
 def _values(dictionary: Dictionary, sides: Sides, reads: Reads) -> Values:
     """Return the numbers of each latent: CROSSCODER of report.py, or DIFFERENCE for a dictionary of differences."""
-    moments = moments_of(reads, sides.all_keys)
-    check_widths(dictionary, {key: len(one.mean) for key, one in moments.items()})
+    statistics = statistics_of(reads, sides.all_keys)
+    check_widths(dictionary, {key: len(one.mean) for key, one in statistics.items()})
     if sides.is_of_differences:
-        return _of_differences(dictionary, sides, reads, moments)
-    return _of_crosscoder(dictionary, sides, reads, {key: one.scale for key, one in moments.items()})
+        return _of_differences(dictionary, sides, reads, statistics)
+    scales = {key: len(one.mean) ** 0.5 / one.rms_norm for key, one in statistics.items()}  # as in training
+    return _of_crosscoder(dictionary, sides, reads, scales)
 
 
 def _of_crosscoder(dictionary: Dictionary, sides: Sides, reads: Reads, scales: dict[str, float]) -> Values:
@@ -84,7 +89,7 @@ def _of_crosscoder(dictionary: Dictionary, sides: Sides, reads: Reads, scales: d
         "frequency": torch.from_numpy(sums.n_fires / reads.n_tokens),
         "norm_base": norm["base"],
         "norm_tuned": norm["tuned"],
-        "delta_norm": ((norm["base"] - norm["tuned"]) / torch.maximum(*norm.values()) + 1) / 2,
+        "delta_norm": delta_norm(norm["base"], norm["tuned"]),
         "cosine": own["base", "tuned"].cpu() / (norm["base"] * norm["tuned"]),
         "encoder_cosine": _encoder_cosine(dictionary, sides, scales),
     }
@@ -97,7 +102,7 @@ def _of_crosscoder(dictionary: Dictionary, sides: Sides, reads: Reads, scales: d
     return {name: values[name].float() for name in CROSSCODER}
 
 
-def _of_differences(dictionary: Dictionary, sides: Sides, reads: Reads, moments: dict[str, Moments]) -> Values:
+def _of_differences(dictionary: Dictionary, sides: Sides, reads: Reads, statistics: dict[str, Statistics]) -> Values:
     """Return the numbers of a dictionary whose latents have a direction in the difference of the models."""
     d = dictionary.W_dec.detach()
     names = dict(zip(MODELS, (sides.base, sides.tuned), strict=True))
@@ -107,7 +112,7 @@ def _of_differences(dictionary: Dictionary, sides: Sides, reads: Reads, moments:
         codes = dictionary.encode(x)
         added = {"square": codes.value.double().square()}
         for m, name in names.items():
-            centred = torch.cat([some.acts[key].to(d) - moments[key].mean.to(d) for key in sides.keys(name)], -1)
+            centred = torch.cat([some.acts[key].to(d) - statistics[key].mean.to(d) for key in sides.keys(name)], -1)
             added[m] = pair_products(codes.support, centred, d).double() * codes.value
         sums.add(codes, some.unit, added)
     norm = torch.linalg.vector_norm(d.double(), dim=1).cpu()

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from saelens_lite.arrays import described
 from saelens_lite.cache import ActivationCache
-from saelens_lite.cache.source import TensorSource
+from saelens_lite.cache.source import Statistics, TensorSource
 from saelens_lite.config import TextConfig
 from saelens_lite.devices import wide
 from saelens_lite.dictionary import Dictionary
-from saelens_lite.diffing.sides import Moments
 from saelens_lite.errors import ConfigError, NonFiniteError, ShapeError, TextError
 from saelens_lite.evaluation.held import held_batches
 from saelens_lite.evaluation.text_rows import as_trained, row_blocks
@@ -181,7 +180,7 @@ def _wide_enough(acts: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "n _"]]:
     return {key: x if x.dtype == torch.float64 else x.float() for key, x in acts.items()}
 
 
-def moments_of(reads: Reads, keys: Sequence[str]) -> dict[str, Moments]:
+def statistics_of(reads: Reads, keys: Sequence[str]) -> dict[str, Statistics]:
     """Return the mean and RMS norm of each key.
 
     Raises:
@@ -194,11 +193,11 @@ def moments_of(reads: Reads, keys: Sequence[str]) -> dict[str, Moments]:
             x = wide(some.acts[key])
             sums[key] = sums.get(key, 0) + x.sum(0).cpu()
             squares[key] += float(x.square().sum())
-    moments = {key: Moments(sums[key] / reads.n_tokens, (squares[key] / reads.n_tokens) ** 0.5) for key in keys}
-    for key, one in moments.items():
-        if not bool(torch.isfinite(one.mean).all()) or not 0 < one.rms < float("inf"):
-            raise NonFiniteError(f"the activations of {key} {'are all zero' if one.rms == 0 else 'hold NaN or infinity'}")
-    return moments
+    statistics = {key: Statistics(sums[key] / reads.n_tokens, (squares[key] / reads.n_tokens) ** 0.5) for key in keys}
+    for key, one in statistics.items():
+        if not bool(torch.isfinite(one.mean).all()) or not 0 < one.rms_norm < float("inf"):
+            raise NonFiniteError(f"the activations of {key} {'are all zero' if one.rms_norm == 0 else 'hold NaN or infinity'}")
+    return statistics
 
 
 def check_widths(dictionary: Dictionary, widths: Mapping[str, int]) -> None:

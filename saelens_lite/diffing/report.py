@@ -16,7 +16,7 @@ from torch import Tensor
 from saelens_lite.diffing.picture import save_picture
 from saelens_lite.errors import ConfigError, CorruptFileError
 from saelens_lite.files import MAX_LIST_BYTES, read_json, write_json
-from saelens_lite.schemas import Checked, Count, Positive, String, checked
+from saelens_lite.schemas import Checked, Count, Positive, Sha256, String, checked
 from saelens_lite.tables import Result, grid, wrapped
 
 FORMAT = 1
@@ -37,7 +37,7 @@ DIFFERENCE = (
 )  # fmt: skip
 
 
-class Control(Checked):
+class DiffControl(Checked):
     """The result of a diff whose answer is known.
 
     `share_by_norm` and `share_by_nu` are the shares of the latents that are called specific to a model, among those that fire
@@ -64,8 +64,9 @@ class _File(Checked):
     n_tokens: Positive
     n_units: Positive
     units: String
+    dictionary_sha256: Sha256
     values: dict[String, list[float | None]]
-    controls: Annotated[dict[String, Control], Field(max_length=100)] | None = None
+    controls: Annotated[dict[String, DiffControl], Field(max_length=100)] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class DiffReport(Result):
     `base` and `tuned` are the names of the models. `values` has a tensor [d_sae] for each number; saelens_lite.diffing defines
     them. NaN stands for a number that cannot be given, such as the interval of a latent that fires too rarely. `place` names
     the ports, `source` the activations, and `units` says of what the `n_units` are that intervals are drawn over.
+    `dictionary_sha256` is the hash of the dictionary's weights.
     """
 
     base: str
@@ -85,7 +87,8 @@ class DiffReport(Result):
     n_tokens: int
     n_units: int
     units: str
-    controls: dict[str, Control] | None = None
+    dictionary_sha256: str
+    controls: dict[str, DiffControl] | None = None
 
     def __getitem__(self, name: str) -> Float[Tensor, " d_sae"]:
         """Return a number of every latent, such as report["delta_norm"]."""
@@ -295,7 +298,7 @@ class DiffReport(Result):
         return cls(values=values, controls=said.controls, **facts)
 
 
-_FACTS = ("base", "tuned", "place", "source", "n_tokens", "n_units", "units")
+_FACTS = ("base", "tuned", "place", "source", "n_tokens", "n_units", "units", "dictionary_sha256")
 
 
 def _number(x: float) -> float | None:

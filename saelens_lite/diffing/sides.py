@@ -12,18 +12,6 @@ from saelens_lite.errors import ConfigError
 from saelens_lite.ports import Port, apart, key_of, names
 
 
-class Moments(NamedTuple):
-    """The mean of the activations of a key and the root mean square of their norms."""
-
-    mean: Float[Tensor, " d"]
-    rms: float
-
-    @property
-    def scale(self) -> float:
-        """The factor that gives the activations the RMS norm √d, as in training."""
-        return len(self.mean) ** 0.5 / self.rms
-
-
 class Sides(NamedTuple):
     """The names of two models, and the hooks at which a dictionary writes both, or their difference."""
 

@@ -144,7 +144,7 @@ def model_weights(dictionary: Dictionary, lm: Models, rows: TokenRows, config: S
     compared = {"delta_norm": none[:0], "cosine": none[:0]}
     if len(directions) == 2:
         first, second = directions.values()
-        compared["delta_norm"] = delta_norm(*norms.values())
+        compared["delta_norm"] = delta_norm(*norms.values()).nan_to_num(0.5)
         if first.shape == second.shape:
             compared["cosine"] = torch.cosine_similarity(first, second, dim=1)
     norm = torch.stack([norms.get(name, none) for name in names], dim=1)
@@ -167,9 +167,11 @@ def _scales(lm: Models, rows: TokenRows, keys: list[str], batch_tokens: int) -> 
 
 
 def delta_norm(first: Float[Tensor, " d_sae"], second: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:
-    """Return ½ ((‖d_1‖ − ‖d_2‖) / max(‖d_1‖, ‖d_2‖) + 1): 0 if only the second model has a direction, 1 if only the first."""
-    largest = torch.maximum(first, second)
-    return torch.where(largest > 0, ((first - second) / largest + 1) / 2, 0.5)
+    """Return ½ ((‖d_1‖ − ‖d_2‖) / max(‖d_1‖, ‖d_2‖) + 1), from the norms of directions in two models.
+
+    It is 0 if only the second model has a direction, 1 if only the first has one, and NaN if neither has.
+    """
+    return ((first - second) / torch.maximum(first, second) + 1) / 2
 
 
 def _bias(dictionary: Dictionary) -> Float[Tensor, " d_sae"]:

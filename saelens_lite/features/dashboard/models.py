@@ -22,6 +22,7 @@ class Diff(Protocol):
 
     base: str
     tuned: str
+    dictionary_sha256: str
     values: dict[str, Float[Tensor, " d_sae"]]
 
     @property
@@ -91,14 +92,14 @@ def of_models(store: StoreQueries, diff: Diff | None, shown: Columns, ids: np.nd
 
 
 def _check(store: StoreQueries, diff: Diff | None) -> None:
-    """Raise ConfigError unless a diff, if given, is of the store's models and has as many latents."""
+    """Raise ConfigError unless a diff, if given, is of the store's models and dictionary."""
     if diff is None:
         return
     if store.models is None or {diff.base, diff.tuned} != set(store.info.names):
         models = ", ".join(store.info.names) or store.info.model or "no model"
         raise ConfigError(f"the diff is of {diff.base} and {diff.tuned}, but the store is of {models}")
-    if (n := len(diff.values["frequency"])) != store.info.d_sae:
-        raise ConfigError(f"the diff is of {n:,} latents, but the store of {store.info.d_sae:,}; give that of its dictionary")
+    if diff.dictionary_sha256 != store.info.dictionary_sha256:
+        raise ConfigError("the diff is of another dictionary than the store; give that of the dictionary of the store")
 
 
 def _classes(store: StoreQueries, diff: Diff | None) -> tuple[list[str], np.ndarray]:
