@@ -12,6 +12,8 @@ from .config import StoreConfig as StoreConfig
 from .config import TextConfig as TextConfig
 from .config import TrainConfig as TrainConfig
 from .dictionary import Dictionary as Dictionary
+from .diffing import DiffReport as DiffReport
+from .diffing import diff as diff
 from .errors import SaelensLiteError as SaelensLiteError
 from .estimator import SparseCoder as SparseCoder
 from .evaluation import EvalReport as EvalReport

@@ -33,7 +33,9 @@ def load(address: str | Path, device: str | torch.device = "cpu", format: str | 
         format: name of the format plugin, or "saelens_lite"; only needed for pickles, except those of a public release.
             "state_dict" reads a file of tensors that no tool describes.
         settings: with format="state_dict", rule=, options=, hook= and the other arguments of `Dictionary.from_tensors`; see
-            `saelens_lite.formats.read_state_dict`.
+            `saelens_lite.formats.read_state_dict`. For files of other tools, facts that they do not state: hook=, and
+            models={"base": "google/gemma-2-2b", "chat": "google/gemma-2-2b-it"} for the ports of a crosscoder, in their order;
+            hook="chat-base:…" for a dictionary of differences; scale=; the other fields of `saelens_lite.formats.Known`.
 
     Raises:
         CorruptFileError: a file is missing or damaged, contradicts another file, or has no known format; or the address is

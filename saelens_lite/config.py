@@ -124,10 +124,17 @@ class StoreConfig(FrozenConfig):
 class TrainConfig(FrozenConfig):
     """Settings of one dictionary to train. Horizons are in tokens."""
 
-    hook: str | None = Field(None, description="Hook to read and write. May be left out when the cache holds only one.")
-    reads: tuple[str, ...] = Field((), description="Hooks to read, in place of `hook`. Several hooks make a crosscoder.")
+    hook: str | None = Field(
+        None,
+        description="Hook to read and write; of several models, a key such as chat:blocks.2.hook_resid_pre, or "
+        "chat-base:blocks.2.hook_resid_pre for the difference. May be left out when the cache holds only one; one hook of "
+        "several models then makes a crosscoder.",
+    )
+    reads: tuple[str, ...] = Field(
+        (), description="Hooks or keys to read, in place of `hook`. Several make a crosscoder, of layers or of models."
+    )
     writes: tuple[str, ...] = Field(
-        (), description="Hooks to predict; default: the hooks that are read. Another hook makes a transcoder."
+        (), description="Hooks or keys to predict; default: those that are read. Another hook makes a transcoder."
     )
     skip: bool = Field(
         False, description="Add a linear map from input to output. Only for dictionaries that write to other hooks."
@@ -193,6 +200,11 @@ class TrainConfig(FrozenConfig):
             if len(set(hooks := getattr(self, name))) < len(hooks):
                 raise ValueError(f"{name} names a hook twice")
         return self
+
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """The hooks that are named, to read and to write."""
+        return (*(self.reads or ((self.hook,) if self.hook else ())), *self.writes)
 
     @property
     def n_steps(self) -> int:
@@ -325,6 +337,11 @@ class Origin(FrozenConfig):
             if facts.name == name:
                 return self.replace(**facts.model_dump(exclude={"name"}), models=())
         return self
+
+    @property
+    def of_each(self) -> dict[str | None, "Origin"]:
+        """The origin of the activations of each of several models, by name; of a single model, the name is None."""
+        return {facts.name: self.of(facts.name) for facts in self.models} or {None: self}
 
     @model_validator(mode="before")
     @classmethod

@@ -71,7 +71,7 @@ RUN = Kind(
 CACHE = Kind("cache", (r"manifest\.json", r"shard-\d+\.safetensors"), (r"manifest\.json",))
 _STORE_FILES = (
     *(r"features\.json", r"features\.safetensors", r"weights\.safetensors", r"control\.safetensors"),
-    *(r"codes\.parquet", r"stability\.safetensors", r"rows\.safetensors"),
+    *(r"codes\.parquet", r"stability\.safetensors", r"rows\.safetensors", r"models\.safetensors"),
 )
 STORE = Kind("store", (*_STORE_FILES, *(rf"\d+-[^/]+/{file}" for file in _STORE_FILES)), (r"(\d+-[^/]+/)?features\.json",))
 _UNFINISHED_FILES = (r"request\.json", r"journal\.jsonl", r"journal/\d+\.(jsonl|rows)", *CACHE.below("shards"))

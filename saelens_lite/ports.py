@@ -10,6 +10,7 @@ of the activations at its write ports.
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +19,13 @@ from pydantic import Field, model_serializer, model_validator
 from torch import Tensor
 
 from saelens_lite.config import MOST, FrozenConfig
-from saelens_lite.errors import ConfigError
+from saelens_lite.errors import ConfigError, near_matches
+from saelens_lite.keys import MODEL_NAME, Key, key_of, parts_of, split_key
 
-MODEL_NAME = r"[A-Za-z_][A-Za-z0-9_.]*"
+__all__ = [
+    "Hooks", "Key", "Port", "PortNames", "Ports", "apart", "as_ports", "chosen", "difference", "key_of", "names", "parts_of",
+    "spans", "split_head", "split_key", "together", "width",
+]  # fmt: skip
 
 
 class Port(FrozenConfig):
@@ -58,6 +63,7 @@ class Port(FrozenConfig):
 
 
 Ports = Port | int | Sequence[Port]
+PortNames = str | Sequence[str] | None
 
 
 class Hooks(NamedTuple):
@@ -74,27 +80,6 @@ class Hooks(NamedTuple):
     def __str__(self) -> str:
         read, written = " + ".join(self.reads), " + ".join(self.writes)
         return read if self.reads == self.writes else f"{read} → {written}"
-
-
-class Key(NamedTuple):
-    """The parts of a port's key: the name of the model, of the model that is subtracted from it, and the hook."""
-
-    model: str | None
-    minus: str | None
-    hook: str
-
-
-def key_of(hook: str, model: str | None = None, minus: str | None = None) -> str:
-    """Return the key of a port, such as "base:blocks.3.hook_resid_pre"."""
-    if model is None:
-        return hook
-    return f"{model}:{hook}" if minus is None else f"{model}-{minus}:{hook}"
-
-
-def split_key(key: str) -> Key:
-    """Return the parts of a key; a name of another form is a hook of the only model."""
-    match = re.fullmatch(rf"({MODEL_NAME})(?:-({MODEL_NAME}))?:(.+)", key)
-    return Key(*match.groups()) if match else Key(None, None, key)
 
 
 def split_head(name: str) -> tuple[str, int | None]:
@@ -116,9 +101,40 @@ def as_ports(given: Ports) -> tuple[Port, ...]:
     return ports
 
 
+def chosen(ports: Sequence[Port], asked: PortNames) -> list[int]:
+    """Return the numbers of the ports with these keys or hooks, in order; of all by default.
+
+    A hook stands for that hook in every model.
+
+    Raises:
+        ConfigError: no port is asked for, or one is missing.
+    """
+    if asked is None:
+        return list(range(len(ports)))
+    wanted = [asked] if isinstance(asked, str) else list(asked)
+    for name in wanted:
+        if not any(name in (port.key, port.hook) for port in ports):
+            raise ConfigError(
+                f"no port {name!r}{near_matches(name, _keys(ports)) or '; the dictionary writes ' + names(ports)}"
+            )
+    if not wanted:
+        raise ConfigError(f"no port is named; the dictionary writes {names(ports)}")
+    return [i for i, port in enumerate(ports) if port.hook is not None and not {port.key, port.hook}.isdisjoint(wanted)]
+
+
+def _keys(ports: Sequence[Port]) -> list[str]:
+    return [port.key for port in ports if port.key is not None]
+
+
 def width(ports: Sequence[Port]) -> int:
     """Return the total width of ports."""
     return sum(port.width for port in ports)
+
+
+def spans(ports: Sequence[Port]) -> list[slice]:
+    """Return the columns of each port among those of all."""
+    ends = [0, *accumulate(port.width for port in ports)]
+    return [slice(*pair) for pair in pairwise(ends)]
 
 
 def names(ports: Sequence[Port]) -> str:
@@ -132,6 +148,12 @@ def together(
     """Concatenate the activations of several hooks: those of `hooks` in a mapping, or all in a sequence."""
     parts = [acts[hook] for hook in hooks] if isinstance(acts, Mapping) else list(acts)
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def difference(x: Float[Tensor, "*shape d"], less: Float[Tensor, "*shape d"]) -> Float[Tensor, "*shape d"]:
+    """Return x − less, computed in float32 at least."""
+    dtype = torch.promote_types(torch.promote_types(x.dtype, less.dtype), torch.float32)
+    return x.to(dtype) - less.to(dtype)
 
 
 def apart(x: Float[Tensor, "*shape d"], ports: Sequence[Port]) -> tuple[Float[Tensor, "*shape _"], ...]:

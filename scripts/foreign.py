@@ -31,6 +31,7 @@ class Case:
     pickled: bool = False
     exact: dict[str, Tensor] = field(default_factory=dict)  # our tensors that are the file's to the bit
     origin: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)  # that `load` is told, because the files do not state them
 
 
 def normal(*shape: int, seed: int) -> Tensor:

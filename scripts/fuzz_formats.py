@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import foreign
+import foreign_crosscoders
 import foreign_ports
 import torch
 from hostile import MARKER, damage
@@ -33,7 +34,7 @@ import saelens_lite as sl
 from saelens_lite import formats, registry
 from saelens_lite.errors import SaelensLiteError
 
-CASES = foreign.CASES | foreign_ports.CASES
+CASES = foreign.CASES | foreign_ports.CASES | foreign_crosscoders.CASES
 BATCH = 100  # files a process reads
 SECONDS = 20
 Originals = dict[str, tuple[Path, Path]]  # a case's folder, and the place in it that is read
@@ -52,11 +53,11 @@ def format_of(name: str) -> str:
     return CASES[name].format if name in CASES else "saelens_lite"
 
 
-def read(path: Path, format: str | None) -> str:
+def read(path: Path, format: str | None, facts: dict[str, Any]) -> str:
     """Load a file. Return "error" or "loaded"; anything else is raised."""
     try:
         formats.inspect(path, format)
-        d = sl.load(path, format=format)
+        d = sl.load(path, format=format, **facts)
     except SaelensLiteError:
         return "error"
     x_hat = d(torch.ones(2, d.d_in))
@@ -74,7 +75,8 @@ def attempt(originals: Originals, seed: int, where: Path) -> str:
     signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
     signal.alarm(10 * SECONDS)
     try:
-        outcome = read(copy / inside, case.format if case and (case.pickled or seed % 3 == 0) else None)
+        format = case.format if case and (case.pickled or seed % 3 == 0) else None
+        outcome = read(copy / inside, format, case.facts if case else {})
         if executed:
             raise AssertionError(f"executed: {executed.pop()}")
         return outcome

@@ -34,6 +34,7 @@ ORDER = [
     "estimator",
     "evaluation",
     "features",
+    "diffing",
     "interventions",
     "views",
     "hub",
@@ -58,6 +59,7 @@ LEAVES = {
     "markdown",
     "outputs",
     "paths",
+    "keys",
     "ports",
     "prefetch",
     "processes",
@@ -313,12 +315,12 @@ def test_public_names_and_training_load_no_heavy_library():
 
 def test_the_package_offers_these_names():
     assert sl.__all__ == sorted([
-        "Ablate", "ActivationCache", "ActivationStream", "Add", "Clamp", "Dictionary", "EvalReport", "Exporter",
+        "Ablate", "ActivationCache", "ActivationStream", "Add", "Clamp", "Dictionary", "DiffReport", "EvalReport", "Exporter",
         "ExporterConfig", "FeatureStore", "Format", "HookCheck", "Judge", "JudgeConfig", "LanguageModel", "LivePrompt",
         "Models",
         "Logger", "Origin", "PenaltyConfig", "Port", "PublishedForm", "RuleConfig", "Run", "SaelensLiteError", "Scale",
         "SparseCoder", "SparseCodes", "Sparsity", "StoreConfig", "TextConfig", "TrainConfig", "__version__", "attribute",
-        "capture", "check_hook", "compare", "convert", "dose_response", "errors", "evaluate", "find", "fit", "judge",
+        "capture", "check_hook", "compare", "convert", "diff", "dose_response", "errors", "evaluate", "find", "fit", "judge",
         "labels", "load", "load_model", "model_for", "probe", "prompt_view", "pull", "push", "python_docs", "register",
         "resume", "stability", "train",
     ])  # fmt: skip

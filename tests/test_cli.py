@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import saelens_lite as sl
+from saelens_lite.config import ModelFacts
 
 HOOK = "blocks.1.hook_resid_pre"
 
@@ -73,6 +74,30 @@ def test_eval_shows_controls_and_positions(work, command):
     report = json.loads((folder / "eval.json").read_text())
     assert set(report["controls"]) == {"random", "PCA", "shuffled weights"}
     assert report["disjoint"] is None
+
+
+def test_eval_of_two_models_takes_those_of_the_dictionary_or_those_given(lm, tmp_path, command):
+    ports = [sl.Port(hook=HOOK, width=lm.d_model, model=name) for name in ("base", "chat")]
+    facts = [ModelFacts(name=name, model="tiny") for name in ("base", "chat")]
+    d = sl.Dictionary.create("topk", reads=ports, d_sae=64, options={"k": 8}, origin=sl.Origin(models=facts))
+    folder = d.save(tmp_path / "d")
+    shared = ("eval", folder, "--n-tokens", 300)
+    code, out, err = command(*shared)
+    assert code == 0, err
+    report = json.loads((folder / "eval.json").read_text())
+    assert list(report["by_port"]) == [port.key for port in ports]
+    score = report["by_model"]["chat"]["ce_loss_score"]["value"]
+    assert "at base" in out
+    assert f"{score:.2f}" in out
+    code, _, err = command(*shared, "--model", "base=tiny", "--model", "chat=tiny", "--json", tmp_path / "again.json")
+    assert code == 0, err
+    assert json.loads((tmp_path / "again.json").read_text())[str(folder)] == report
+    for given, message in ((["base=tiny"], "there is no model 'chat'"), (["tiny"], "belongs to several models")):
+        code, _, err = command(*shared, *(token for model in given for token in ("--model", model)))
+        assert (code, message in err) == (2, True), err
+    code, _, err = command(*shared, "--by-position")
+    assert code == 2
+    assert "leave out --by-position" in err
 
 
 def test_features_writes_one_page(work, command):

@@ -21,6 +21,7 @@ GUIDES = (
     "training",
     "evaluation",
     "features",
+    "diffing",
     "views",
     "interventions",
     "hub",

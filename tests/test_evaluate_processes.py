@@ -61,6 +61,9 @@ def on_texts(n_tokens: int | None) -> list[list[tuple[str, list[float]]]]:
         shown(sl.evaluate(both, lm, TokenRows(some, some > 30), **settings)),
         shown([sl.evaluate(both[1], lm, some[:1], **settings)]),
     ]
+    ports = [sl.Port(hook=HOOK, width=lm.d_model, model=name) for name in ("base", "chat")]
+    crosscoder = sl.Dictionary.create("topk", reads=ports, d_sae=64, options={"k": 3}, seed=3)
+    found.append(shown([sl.evaluate(crosscoder, {"base": lm, "chat": lm}, some, controls=True, **settings)]))
     if n_tokens:
         settings |= {"controls": True, "by_frequency": True, "by_position": True, "text_config": sl.TextConfig(n_ctx=24)}
         found.append(shown([sl.evaluate(both[0], lm, "python-docs:held-out", n_tokens=n_tokens, **settings)]))

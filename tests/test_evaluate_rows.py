@@ -182,6 +182,85 @@ def spoilt(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+PORTS = {"base:h": 5, "chat:h": 3, "chat:out": 4}
+
+
+def of_ports(*keys: str, writes: tuple[str, ...] | None = None, seed: int = 1) -> sl.Dictionary:
+    reads, writes = ([sl.Port.of(key, PORTS[key]) for key in side] if side else None for side in (keys, writes))
+    return sl.Dictionary.create("topk", reads=reads, writes=writes, d_sae=24, options={"k": 3}, seed=seed)
+
+
+@pytest.fixture(scope="module")
+def by_port() -> dict[str, torch.Tensor]:
+    return {key: 10**i * normal(300, width, seed=i) for i, (key, width) in enumerate(PORTS.items())}
+
+
+def test_activations_by_port_have_an_error_for_each(by_port):
+    d, x = of_ports("base:h", "chat:h"), torch.cat([by_port["base:h"], by_port["chat:h"]], dim=1)
+    report = sl.evaluate(d, {key: x.numpy() for key, x in reversed(by_port.items())}, controls=True, n_bootstrap=50)
+    assert {name: report[name] for name in report.metrics} == pytest.approx(by_formula(d, x, x), rel=1e-4)
+    with torch.no_grad():
+        x_hat = dict(zip(report.by_port, d(x).double().split([5, 3], dim=1), strict=True))
+    for key, part in x_hat.items():
+        y = by_port[key].double()
+        fvu = float((y - part).square().sum() / (y - y.mean(0)).square().sum())
+        wanted = {"mse": float((y - part).square().sum(1).mean()), "fvu": fvu, "explained_variance": 1 - fvu}
+        assert {name: m.value for name, m in report.by_port[key].items()} == pytest.approx(wanted, rel=1e-5)
+        assert report.by_port[key]["fvu"].low < fvu < report.by_port[key]["fvu"].high
+    assert list(report.by_port) == ["base:h", "chat:h"]
+    assert report.by_model is None
+    assert report.hook == "base:h + chat:h"
+    for control in report.controls.values():
+        assert list(control.by_port) == ["base:h", "chat:h"]
+    assert sl.evaluate(d, x, n_bootstrap=50).by_port == report.by_port
+    assert "at chat " in str(report)
+
+
+def test_activations_by_port_of_a_transcoder_hold_its_target(by_port):
+    several = [of_ports("base:h", writes=("chat:h", "chat:out"), seed=seed) for seed in (1, 2)]
+    x, y = by_port["base:h"], torch.cat([by_port["chat:h"], by_port["chat:out"]], dim=1)
+    named, given = sl.evaluate(several, by_port, n_bootstrap=5), sl.evaluate(several, (x, y), n_bootstrap=5)
+    assert [report.to_json() for report in named] == [report.to_json() for report in given]
+    one = of_ports("base:h", writes=("chat:out",))
+    assert sl.evaluate(one, by_port, n_bootstrap=5).by_port is None
+
+
+def test_dictionaries_of_other_ports_share_a_pass_on_one_tensor():
+    x, several = normal(200, 8), [of_ports("base:h", "chat:h"), of_ports("chat:h", "base:h")]
+    together = sl.evaluate(several, x, n_bootstrap=5)
+    assert [list(report.by_port) for report in together] == [["base:h", "chat:h"], ["chat:h", "base:h"]]
+    for d, report in zip(several, together, strict=True):
+        alone = sl.evaluate(d, x, n_bootstrap=5).by_port
+        assert {key: fit["fvu"].value for key, fit in report.by_port.items()} == pytest.approx(
+            {key: fit["fvu"].value for key, fit in alone.items()}
+        )
+    unnamed = sl.Dictionary.create("topk", reads=[sl.Port(width=5), sl.Port(width=3)], d_sae=24, options={"k": 3})
+    assert list(sl.evaluate(unnamed, x, n_bootstrap=5).by_port) == ["port 0", "port 1"]
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "error", "message"),
+    [
+        ({"chat:h": None}, {}, ConfigError, "no activations of 'chat:h'; did you mean chat:out"),
+        ({"base:h": normal(300, 4)}, {}, ShapeError, r"x\['base:h'\] has shape \(300, 4\); the dictionary has 5 columns"),
+        ({"base:h": normal(20, 5)}, {}, ShapeError, "different numbers of rows: 20 of base:h, 300 of chat:h"),
+        ({"chat:h": torch.zeros(300, 3)}, {}, NonFiniteError, r"rows of x\['chat:h'\] are all the same"),
+        ({}, {"target": torch.ones(300, 3)}, ConfigError, "also those that are written; leave out target"),
+    ],
+)
+def test_bad_activations_by_port(by_port, change, settings, error, message):
+    x = {key: x for key, x in (by_port | change).items() if x is not None}
+    with pytest.raises(error, match=message):
+        sl.evaluate(of_ports("base:h", "chat:h"), x, **settings)
+
+
+def test_activations_by_port_need_dictionaries_that_name_them(d, by_port):
+    with pytest.raises(ConfigError, match="names no hook; give one tensor"):
+        sl.evaluate(d, by_port)
+    with pytest.raises(ConfigError, match="for dictionaries of the same ports"):
+        sl.evaluate([of_ports("base:h", "chat:h"), of_ports("chat:h", "base:h")], by_port)
+
+
 @pytest.mark.parametrize(
     ("change", "settings", "error", "message"),
     [

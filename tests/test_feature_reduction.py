@@ -283,7 +283,7 @@ def test_many_latents_in_few_files(tmp_path):
         (piece.first + int(latent), int(place), float(value))
         for number in range(wide.n_blocks)
         for piece in Codes([wide], [True], tmp_path / "0" / "sorted.bin").pieces(number, count)
-        for place, latent, value in zip(*piece.entries, strict=True)
+        for place, latent, value in zip(*piece.entries[:3], strict=True)
     ]
     assert sorted(entries) == [(latent, place, 1.5) for latent in (0, 70_000, 199_999) for place in (4, 9)]
     wide.close()

@@ -127,6 +127,23 @@ def test_gradients_of_a_step_are_those_of_float64(rule, device):
 # --- training ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("rule", ["topk", "l1"])
+def test_a_crosscoder_trains_as_on_a_cpu_and_norms_of_both_ports_add_up_to_one(rule, device):
+    config = sl.TrainConfig(sparsity=rule, options=RULES[rule], d_sae=D_SAE, batch_size=BATCH, n_tokens=5 * BATCH, lr=1e-3)
+    settings = config.replace(encoder_precision="float32")
+    weights = []
+    for where in (device, "cpu"):
+        halves = {f"{model}:h": randn(BATCH, D_IN // 2, seed=i) for i, model in enumerate(("base", "chat"))}
+        made = Trainer(settings, TensorSource(halves), where)
+        for _ in range(3):
+            made.step({key: x.to(where) for key, x in halves.items()})
+        weights.append(parameters(made)["W_dec"])
+        if rule == "topk":
+            sizes = sum(part.norm(dim=1) for part in weights[-1].split(D_IN // 2, dim=1))
+            torch.testing.assert_close(sizes, torch.ones(D_SAE), rtol=1e-5, atol=0)
+    torch.testing.assert_close(*weights, rtol=1e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_training_with_float32_products_agrees_with_the_cpu(rule, device):
     """After ten steps, the parameters differ by at most 2 % of what training changed."""

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from saelens_lite.codes import SparseCodes, encoder
 from saelens_lite.dictionary import Dictionary
+from saelens_lite.ports import Port
 from saelens_lite.training.step import DenseStep, SparseStep
 
 WARMUP = 0.75
@@ -71,12 +72,12 @@ class SpiedStep(Spy, DenseStep):
 
 
 def make_dictionary(rule: str, d_in: int, d_sae: int, seed: int, grid: bool, **kind) -> Dictionary:
-    """Return all parameters random; `kind` makes it a transcoder.
+    """Return all parameters random; `kind` makes it a transcoder or a crosscoder.
 
     grid: multiples of 1/8, so that pre-activations are exact in float32 and ties are common.
     """
     name, options = RULES[rule]
-    dictionary = Dictionary.create(name, reads=d_in, d_sae=d_sae, options=options, **kind).train()
+    dictionary = Dictionary.create(name, **{"reads": d_in, **kind}, d_sae=d_sae, options=options).train()
     generator = torch.Generator().manual_seed(seed)
     for parameter in dictionary.parameters():
         value = torch.randn(parameter.shape, generator=generator) * (1 if parameter.ndim == 2 else 0.5)
@@ -124,10 +125,15 @@ def mse(y: torch.Tensor, x_hat: torch.Tensor) -> torch.Tensor:
     return ((y - x_hat) ** 2).sum(1).mean()
 
 
+def sum_of_norms(p, step) -> torch.Tensor:
+    """Return Σ over the write ports of the norm of each latent's direction."""
+    return sum(part.norm(dim=1) for part in p["W_dec"].split([port.width for port in step.dictionary.writes], dim=1))
+
+
 def reference_l1(options, p, y, base, h, dead, step):
     fires = h > 0
     strength = torch.where(fires, h, 1.0)
-    norms = p["W_dec"].norm(dim=1)
+    norms = sum_of_norms(p, step)
     exponent = options.get("p", 1.0)
     penalty = torch.where(fires, strength**exponent * norms**exponent, 0.0).sum(1).mean()
     x_hat = torch.where(fires, h, 0.0) @ p["W_dec"] + base
@@ -232,7 +238,7 @@ def reference_jumprelu(options, p, y, base, h, dead, step):
     losses = {"mse": mse(y, f @ p["W_dec"] + base)}
     weight = WARMUP * options.get("coefficient", 1.0)
     l0 = Fires.apply(h, threshold, width).sum(1).mean()
-    norms = p["W_dec"].norm(dim=1)
+    norms = sum_of_norms(p, step)
     match options.get("penalty", "l0"):
         case "l0":
             losses["l0_penalty"] = weight * l0
@@ -322,6 +328,22 @@ def test_random_shapes(rule, batch, d_in, d_sae, seed, grid):
 def test_transcoders(rule, batch, d_in, d_out, skip, seed):
     dictionary = make_dictionary(rule, d_in, 24, seed, grid=True, writes=d_out, skip=skip)
     check(rule, dictionary, make_x(batch, d_in, seed, grid=True), make_x(batch, d_out, seed + 1, grid=True))
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "matching_pursuit"])
+@given(
+    batch=st.integers(1, 17),
+    widths=st.lists(st.integers(1, 9), min_size=2, max_size=3),
+    is_transcoder=st.booleans(),
+    seed=st.integers(0, 10_000),
+)
+def test_several_ports(rule, batch, widths, is_transcoder, seed):
+    """Crosscoders of ports of different widths, and transcoders that read one of them and write all."""
+    ports = tuple(Port(hook=f"h{i}", width=width) for i, width in enumerate(widths))
+    d_in = widths[0] if is_transcoder else sum(widths)
+    kind = {"reads": Port(hook="x", width=d_in), "writes": ports} if is_transcoder else {"reads": ports}
+    y = make_x(batch, sum(widths), seed + 1, grid=True) if is_transcoder else None
+    check(rule, make_dictionary(rule, d_in, 24, seed, grid=True, **kind), make_x(batch, d_in, seed, grid=True), y)
 
 
 def ties(dictionary, x):

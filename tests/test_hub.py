@@ -1,5 +1,6 @@
 """Pushing to and pulling from a Hub on the loopback interface, with everything that can go wrong on the way."""
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -19,6 +20,7 @@ from huggingface_hub import HfApi, close_session
 from safetensors.torch import load, load_file, save_file
 
 import saelens_lite as sl
+from saelens_lite.config import ModelFacts
 from saelens_lite.errors import (
     ConfigError,
     CorruptFileError,
@@ -861,6 +863,49 @@ def test_the_model_of_a_card_is_the_one_it_was_trained_on(tmp_path):
     assert call in code(revision="abc", processing=("center_writing_weights",))
     for nobody_elses in ("random", str(tmp_path), None, 'x"); import os; ("'):
         assert "load_model" not in code(model=nobody_elses)
+
+
+@pytest.mark.parametrize("minus", [False, True])
+def test_a_card_of_several_models_names_loads_and_measures_them_all(hub, lm, monkeypatch, minus):
+    loaded = []
+
+    def load_model(name: str, **settings) -> sl.LanguageModel:
+        loaded.append((name, settings))
+        return lm
+
+    monkeypatch.setattr("saelens_lite.load_model", load_model, raising=False)
+    ports = [sl.Port(hook=HOOK, width=lm.d_model, model=name) for name in ("base", "chat")]
+    ports = [ports[1].replace(minus="base")] if minus else ports
+    facts = [
+        ModelFacts(name="base", model="gpt2", revision="abc"),
+        ModelFacts(name="chat", model="org/chat", precision="bfloat16"),
+    ]
+    d = sl.Dictionary.create("topk", reads=ports, d_sae=32, options={"k": 4}, origin=sl.Origin(models=facts))
+    name = f"chat-base_{HOOK}" if minus else f"base_{HOOK}_and_chat_{HOOK}"
+    sl.push(d, REPO)
+    card = on_hub(hub)[f"{name}/README.md"].decode()
+    names: dict[str, object] = {}
+    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], names)
+    assert loaded == [("gpt2", {"revision": "abc"}), ("org/chat", {})]
+    acts = sl.Models({"base": lm, "chat": lm}).run("The old man looked at the sea.", [port.key for port in ports])
+    assert torch.equal(names["x_hat"], d(torch.cat(list(acts.values()), dim=-1)))
+    assert (names["report"].by_port is None) == minus
+    assert metadata_of(card)["base_model"] == ["gpt2", "org/chat"]
+    assert "in `gpt2` (base) and `org/chat` (chat), trained" in card
+    assert f"belongs to these models at commit `abc` (base) and {'this hook' if minus else 'these hooks'};" in card
+    assert "computed the activations in bfloat16 (chat)." in card
+    assert d.trained_on == f"base = gpt2 at abc, chat = org/chat, {' + '.join(port.key for port in ports)}"
+
+
+def test_a_card_has_the_numbers_of_each_port(tmp_path):
+    d, fit = dictionary(), {"fvu": Metric(0.125, 0.1, 0.2), "ce_loss_score": Metric(0.75, 0.7, 0.8)}
+    several = dataclasses.replace(
+        report(), by_port={f"base:{HOOK}": fit, f"chat:{HOOK}": fit}, by_model={"base": fit, "chat": fit}
+    )
+    card = write_card(d.save(tmp_path / "d"), d, several).read_text()
+    assert "| at chat |  | 0.125 ±0.05 | 0.750 ±0.05 |  |" in card
+    assert "A line that begins with `at` is of one port" in card
+    assert "| at chat |  | 0.125 ±0.05 | 0.750 ±0.05 |  |" in write_card(tmp_path / "d", d).read_text()  # from eval.json
 
 
 def test_an_evaluation_that_came_after_the_card(hub, tmp_path):

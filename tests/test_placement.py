@@ -180,6 +180,19 @@ def test_heads_side_by_side_are_compared_with_the_output(lm):
     assert f"{AT}.attn.hook_z" in {place.reads for place in sl.check_hook(d, lm, "a text of a few words, no more").places}
 
 
+def test_places_of_several_models_are_not_compared(lm):
+    port = sl.Port(hook=f"{AT}.hook_attn_out", width=lm.d_model, model="chat")
+    d = sl.Dictionary.create("topk", reads=port, d_sae=64, options={"k": 4})
+    with pytest.raises(
+        ConfigError, match="compares places of one model; give the one that the dictionary reads, of chat:blocks"
+    ):
+        sl.check_hook(d, {"chat": lm}, "a text of a few words, no more")
+    assert sl.check_hook(d, lm, "a text of a few words, no more").claimed.reads == port.hook
+    minus = sl.Dictionary.create("topk", reads=port.replace(minus="base"), d_sae=64, options={"k": 4})
+    with pytest.raises(ConfigError, match="belongs to several models"):
+        sl.check_hook(minus, lm, "a text of a few words, no more")
+
+
 def test_a_name_in_place_of_a_dictionary_is_a_typed_error():
     code = """
 import saelens_lite as sl

@@ -261,6 +261,16 @@ def test_dictionaries_that_do_not_fit(random_lm, labelled):
         sl.probe(centred, random_lm, *labelled)
 
 
+def test_a_dictionary_of_two_models_that_reads_one_of_them_has_its_probes(planted, random_lm, labelled, report):
+    ports = [sl.Port(hook=HOOK, width=random_lm.d_model, model=name) for name in ("base", "chat")]
+    d = sl.Dictionary.create("l1", reads=ports, d_sae=D_SAE, origin=planted.origin)
+    d.W_enc.data.copy_(torch.cat([torch.zeros_like(planted.W_enc), planted.W_enc]))
+    d.b_enc.data.copy_(planted.b_enc)
+    both = sl.probe(d, {"base": random_lm, "chat": random_lm}, *labelled, ks=(1, 4))
+    assert {name: both[name] for name in ("k = 1", "k = 4")} == {name: report[name] for name in ("k = 1", "k = 4")}
+    assert (both.hook, both.model) == (f"base:{HOOK} + chat:{HOOK}", "base = random, chat = random")
+
+
 def test_numbers_that_are_none(planted, random_lm, labelled):
     with (
         random_lm.replace("blocks.0.hook_mlp_out", lambda x: x * torch.nan),

@@ -54,6 +54,46 @@ def test_a_dictionary_of_several_ports_is_saved_and_loaded_as_one_of_ours(name, 
     assert len(facts.get("files", [facts.get("file")])) == {"crosscoder": N_LAYERS, "a layer of an affine clt": 1}.get(name, 2)
 
 
+WRITTEN = {  # cases that Gemma Scope's second form can hold
+    **dict.fromkeys(("crosscoder", "resid_post by its folder", "attn_out by its folder", "transcoder by its folder")),
+    "a layer of a crosscoder": "it reads and writes one hook",
+    "first release, a layer": "its hooks are one of",
+    "first release, the embedding": "its hooks are one of",
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_gemma_scope_is_written_where_it_can_hold_a_dictionary(name, tmp_path):
+    case, d = CASES[name], sl.load(CASES[name].write(tmp_path / "foreign"))
+    own = d.save(tmp_path / "own")
+    if WRITTEN[name]:
+        with pytest.raises(ConfigError, match=f"cannot be written as gemma_scope: .*{WRITTEN[name]}"):
+            sl.convert(own, tmp_path / "theirs", "gemma_scope")
+        return
+    again = sl.load(sl.convert(own, tmp_path / "theirs", "gemma_scope"))
+    x = inputs(d)
+    torch.testing.assert_close(again.double().encode(x).to_dense(), case.codes(x), rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(again(x), case.x_hat(x), rtol=2e-6, atol=4e-6)
+    assert (again.ports, again.origin.model) == (d.ports, d.origin.model)
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"sparsity": "topk"}, "its codes are ReLU"),
+        ({}, "each of its latents reads one layer"),
+        ({"d_sae": 15}, "same width and number of latents"),
+        ({"reads": [sl.Port.of(f"{model}:blocks.5.hook_resid_post", 6) for model in ("base", "chat")]}, "layers of one model"),
+    ],
+)
+def test_what_gemma_scope_cannot_hold_is_not_written(more, reason, tmp_path):
+    reads = [sl.Port.of(f"blocks.{layer}.hook_resid_post", 6) for layer in (5, 9)]
+    d = sl.Dictionary.create(**{"sparsity": "jumprelu", "reads": reads, "d_sae": 16} | more)
+    with pytest.raises(ConfigError, match=f"cannot be written as gemma_scope: .*{reason}"):
+        sl.convert(d.save(tmp_path / "own"), tmp_path / "theirs", "gemma_scope")
+    assert not (tmp_path / "theirs").exists()
+
+
 def test_the_parts_of_all_layers_add_up_to_the_cross_layer_transcoder(tmp_path):
     parts = layers(skip=True)
     folder = write_layers(parts, "clt", config=True)(tmp_path / "foreign")

@@ -191,7 +191,7 @@ def loaded(monkeypatch, lm):
 
 def test_commands_load_the_commit_that_the_dictionary_was_trained_on(loaded):
     trained = dictionary(model="gpt2", revision="abc", hook=HOOK)
-    for given in ({}, {"model": "gpt2"}, {"model": "gpt2", "model_revision": "def"}, {"model": "other"}):
+    for given in ({}, {"model": ["gpt2"]}, {"model": ["gpt2"], "model_revision": "def"}, {"model": ["other"]}):
         options.OfModel(**given).model_of(trained)
     assert [(asked["name"], asked["revision"]) for asked in loaded] == [
         ("gpt2", "abc"), ("gpt2", "abc"), ("gpt2", "def"), ("other", None)
@@ -206,7 +206,7 @@ def test_dictionaries_of_several_models_or_commits_need_a_choice(loaded):
     with pytest.raises(ConfigError, match="several models: gpt2 at abc, tiny"):
         options.OfModel().model_of(one, dictionary(model="tiny", hook=HOOK))
     options.OfModel(model_revision="def").model_of(one, other)
-    options.OfModel(model="other").model_of(one, other)
+    options.OfModel(model=["other"]).model_of(one, other)
     options.OfModel().model_of(one, one)
     assert [(asked["name"], asked["revision"]) for asked in loaded] == [("gpt2", "def"), ("other", None), ("gpt2", "abc")]
 
@@ -219,8 +219,8 @@ def test_a_dictionary_without_a_model_runs_on_no_model_that_was_not_named(loaded
     with pytest.raises(ConfigError, match="one of the dictionaries does not say which model it was trained on"):
         options.OfModel().model_of(known, unknown)
     assert loaded == []
-    options.OfModel(model="tiny").model_of(unknown)
-    options.OfModel(model="gpt2").model_of(known, unknown)
+    options.OfModel(model=["tiny"]).model_of(unknown)
+    options.OfModel(model=["gpt2"]).model_of(known, unknown)
     assert [asked["name"] for asked in loaded] == ["tiny", "gpt2"]
 
 
@@ -250,7 +250,7 @@ def test_the_command_line_runs_only_code_of_a_model_the_user_named(loaded):
     evil = dictionary(model="evil/model", hook=HOOK)
     with pytest.raises(ConfigError, match=r"trust_remote_code needs the name .* evil/model"):
         options.OfModel(trust_remote_code=True).model_of(evil)
-    options.OfModel(model="evil/model", trust_remote_code=True).model_of(evil)
+    options.OfModel(model=["evil/model"], trust_remote_code=True).model_of(evil)
     assert [asked["trust_remote_code"] for asked in loaded] == [True]
 
 
@@ -262,7 +262,7 @@ def test_a_folder_that_a_dictionary_names_as_its_model_is_mentioned_and_its_code
     assert not (tmp_path / "was_run").exists()
     caplog.clear()
     with pytest.raises(ModelNotFoundError):
-        options.OfModel(model=str(stranger)).load(folder)
+        options.OfModel(model=[str(stranger)]).load(folder)
     assert not caplog.text
 
 

@@ -90,8 +90,8 @@ class DictionaryLearning(Format):
         def holds(key: str) -> bool:
             return any(name == key or name.endswith(f".{key}") for name in held)
 
-        return (holds("decoder.weight") or (holds("W_dec") and holds("threshold"))) and (
-            "latent_bias" not in held and _is_trainers(_config_of(file))
+        return (holds("decoder.weight") or (holds("W_dec") and holds("threshold"))) and not (
+            holds("latent_bias") or holds("code_normalization_id") or not _is_trainers(_config_of(file))
         )
 
     def outline(self, path: Path) -> Outline:

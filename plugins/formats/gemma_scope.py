@@ -21,7 +21,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from saelens_lite import Dictionary, Origin
+import torch
+from torch import Tensor
+
+from saelens_lite import Dictionary, Origin, Port
 from saelens_lite.errors import ConfigError, CorruptFileError
 from saelens_lite.formats import (
     Format,
@@ -30,11 +33,15 @@ from saelens_lite.formats import (
     Outline,
     Settings,
     TensorFile,
+    apart,
+    cannot_write,
     find_file,
     hook_of_module,
     is_zip,
     open_tensors,
     tensor_names,
+    write_json,
+    write_tensors,
 )
 
 FILES = ("params.npz", "params.safetensors")
@@ -55,6 +62,13 @@ SITES = {  # name of a folder → type, input and output in a layer
     "crosscoder": ("crosscoder", "output", "output"),
 }
 
+POINTS = {  # our hook in a layer → theirs
+    "hook_resid_post": "output",
+    "attn.hook_z": "self_attn.o_proj.input",
+    "mlp.hook_in": MLP[0],
+    "hook_mlp_out": MLP[1],
+}
+
 
 class Place(NamedTuple):
     """The hooks that the latents of a file read and write, and the number of layers before them."""
@@ -65,7 +79,7 @@ class Place(NamedTuple):
 
 
 class GemmaScope(Format):
-    """Google DeepMind's JumpReLU dictionaries of Gemma, first and second release; read."""
+    """Google DeepMind's JumpReLU dictionaries of Gemma: both releases are read, the second one's form is written."""
 
     def detect(self, path: Path) -> bool:
         file = find_file(path, *FILES) or next(iter(_layer_files(path)), None)
@@ -122,6 +136,57 @@ class GemmaScope(Format):
             outline, was = outline.knowing(known), outline.hook
             outline = _of_embeddings(outline) if was != outline.hook == EMBED else outline
         return outline.build(self.plugin_name)
+
+    def write(self, dictionary: Dictionary, folder: Path) -> None:
+        d, form = dictionary, dictionary.rule.inference_form()
+        if form is None or form.architecture not in ("standard", "jumprelu") or d.b_enc is None or d.token_norm:
+            raise cannot_write(d, self.plugin_name, "its codes are ReLU(h) above a threshold, for activations as they are")
+        many = len(d.reads) > 1
+        if len(d.writes) != len(d.reads) or (many and not d.writes_what_it_reads):
+            raise cannot_write(d, self.plugin_name, "it reads and writes one hook, or writes the hooks that it reads")
+        points = {f"hf_hook_point_{end}": _point(d, ports) for end, ports in (("in", d.reads), ("out", d.writes))}
+        W_enc, b_enc = d.W_enc.cpu(), d.b_enc.cpu()
+        if d.writes_what_it_reads:
+            b_enc = (b_enc.double() - d.b_dec.cpu().double() @ W_enc.double()).to(W_enc.dtype)
+        threshold = form.tensors.get("threshold", torch.zeros_like(b_enc)).cpu()
+        n = len(d.reads)
+        W_enc, W_dec, b_dec = _blocks(d, W_enc), apart(d.W_dec, d.writes), apart(d.b_dec, d.writes)
+        for i, (b, theta, rows) in enumerate(
+            zip(b_enc.chunk(n), threshold.chunk(n), torch.stack(W_dec, 1).chunk(n), strict=True)
+        ):
+            tensors = {
+                "w_enc": W_enc[i],
+                "b_enc": b,
+                "w_dec": rows if many else rows[:, 0],
+                "b_dec": b_dec[i],
+                "threshold": theta,
+            }
+            tensors |= {} if d.W_skip is None else {SKIP: d.W_skip.T}
+            write_tensors(folder / (f"params_layer_{i}.safetensors" if many else FILES[1]), tensors)
+        settings = {"architecture": "jump_relu", "model_name": d.origin.model, "width": d.d_sae, **points}
+        kind = "crosscoder" if many else "sae" if d.writes_what_it_reads else "transcoder"
+        write_json(folder / "config.json", settings | {"type": kind, "affine_connection": d.W_skip is not None})
+
+
+def _blocks(d: Dictionary, W_enc: Tensor) -> list[Tensor]:
+    """Return the encoder of each port's own latents. Raise ConfigError if latents read other ports."""
+    n = len(d.reads)
+    if len({port.width for port in d.reads}) > 1 or d.d_sae % n:
+        raise cannot_write(d, "gemma_scope", "its layers have the same width and number of latents")
+    parts = [[block.T for block in rows.chunk(n)] for rows in apart(W_enc.T, d.reads)]  # [port][block] → [width latents]
+    if any(parts[i][j].any() for i in range(n) for j in range(n) if i != j):
+        raise cannot_write(d, "gemma_scope", "each of its latents reads one layer")
+    return [parts[i][i] for i in range(n)]
+
+
+def _point(d: Dictionary, ports: tuple[Port, ...]) -> str:
+    """Return the point of the hooks of ports in a transformers model, such as model.layers.{5,9}.output."""
+    matches = [re.fullmatch(r"blocks\.(\d+)\.(.+)", port.hook or "") for port in ports]
+    sites = {match[2] for match in matches if match}
+    if None in matches or len(sites) > 1 or sites - POINTS.keys() or any(port.model for port in ports):
+        raise cannot_write(d, "gemma_scope", f"its hooks are one of {', '.join(POINTS)}, in layers of one model")
+    layers = ",".join(match[1] for match in matches if match)
+    return f"model.layers.{layers if len(ports) == 1 else f'{{{layers}}}'}.{POINTS[sites.pop()]}"
 
 
 def _layer_files(path: Path) -> list[Path]:

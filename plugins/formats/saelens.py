@@ -79,6 +79,7 @@ class SAELens(Format):
     """cfg.json and sae_weights.safetensors, of version 6 and before; read and written."""
 
     folders = True
+    keeps_models = True  # hook_name is the key of the port
     files = (CONFIG, WEIGHTS)
     architectures = frozenset(RULES)
 

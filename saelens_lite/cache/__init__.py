@@ -28,9 +28,20 @@ complete. `exists="overwrite"` replaces an earlier cache, but refuses a folder t
 """
 
 from saelens_lite.cache.capture import capture
+from saelens_lite.cache.difference import with_differences
 from saelens_lite.cache.live import ActivationStream
 from saelens_lite.cache.reopen import open_source
 from saelens_lite.cache.source import Batch, Source, Statistics, TensorSource
 from saelens_lite.cache.stored import ActivationCache
 
-__all__ = ["ActivationCache", "ActivationStream", "Batch", "Source", "Statistics", "TensorSource", "capture", "open_source"]
+__all__ = [
+    "ActivationCache",
+    "ActivationStream",
+    "Batch",
+    "Source",
+    "Statistics",
+    "TensorSource",
+    "capture",
+    "open_source",
+    "with_differences",
+]

@@ -154,6 +154,10 @@ class ActivationStream:
         moments.add(self._first_block()[hook])
         return moments.statistics()
 
+    def sample(self) -> Batch:
+        """Return the activations that statistics are of: the first half buffer."""
+        return self._first_block()
+
     def origin(self, hook: str) -> Origin:
         """Return the model and text that the activations come from."""
         return self._origin

@@ -11,6 +11,7 @@ saelens-lite search store "license"
 saelens-lite latent store 7
 saelens-lite label store 7 "licenses"
 saelens-lite compare runs/topk runs/other-seed
+saelens-lite diff runs/crosscoder cache
 saelens-lite probe runs/topk --data labelled.csv
 saelens-lite steer runs/topk --prompt "The old man" --clamp 7=8.0
 saelens-lite doses runs/topk 7 --prompt "The old man" --doses 2 4 8
@@ -36,6 +37,7 @@ else. Only one process at a time can write to a folder.
 # their commands register with the app
 from saelens_lite.cli import (  # noqa: F401
     demo,
+    diffing,
     evaluation,
     features,
     files,

@@ -10,6 +10,7 @@ from saelens_lite import registry
 from saelens_lite.config import RunConfig, TrainConfig
 from saelens_lite.embedded_hooks import hooks_of_embedded
 from saelens_lite.errors import ConfigError, HookError, ModelNotFoundError, TextError, near_matches
+from saelens_lite.keys import MODEL_NAME, captured, usual_reads
 from saelens_lite.names import is_on_hub, no_such
 from saelens_lite.paths import check_input, is_address, names_a_folder
 from saelens_lite.rule_options import check_options
@@ -56,13 +57,13 @@ def hooks_in_cache(folder: Path) -> list[str]:
 
 
 def cache_has(folder: Path, hooks: Sequence[str]) -> None:
-    """Raise if there is no cache in a folder, if it lacks a hook, or if it has several and none is named."""
+    """Raise if there is no cache in a folder, if it lacks a hook, or if it has hooks to choose from and none is named."""
     known = hooks_in_cache(folder)
     if not known:  # the library says what is damaged
         return
-    if not hooks and len(known) > 1:
+    if not hooks and not usual_reads(known):
         raise ConfigError(f"the activations come from several hooks; choose one with hook=: {', '.join(known)}")
-    for hook in hooks:
+    for hook in captured(hooks, known):
         if hook not in known:
             raise HookError(
                 f"{folder} has no activations of {hook!r}{near_matches(hook, known) or '; it has ' + ', '.join(known)}"
@@ -73,6 +74,25 @@ def text_exists(name: str) -> None:
     """Raise TextError if a text is neither a file nor a name of the Hub or of the embedded corpus."""
     if not name.startswith(("hf:", "python-docs")) and not check_input(name).is_file():
         raise TextError(f"no text file at {name}")
+
+
+def named_models(values: Sequence[str]) -> dict[str, str]:
+    """Return the models of NAME=MODEL by name; empty if there is no value, or one without a name.
+
+    Raises:
+        ConfigError: several models are given, and one has no name, or the same name as another.
+    """
+    named: dict[str, str] = {}
+    for value in values:
+        name, _, model = value.partition("=")
+        if not re.fullmatch(MODEL_NAME, name) or not model:
+            if len(values) == 1 and not re.fullmatch(rf"{MODEL_NAME}=", value):
+                return {}
+            raise ConfigError(f"--model {value}: expected NAME=MODEL, such as --model base=gpt2 --model chat=org/gpt2-chat")
+        if name in named:
+            raise ConfigError(f"--model gives {name} twice: {named[name]} and {model}")
+        named[name] = model
+    return named
 
 
 def model_has(model: str, hooks: Iterable[str]) -> None:

@@ -39,6 +39,8 @@ def evaluate(
 ) -> None:
     """Measure the sparsity and reconstruction of dictionaries of one hook, and the model's loss on their reconstructions.
 
+    Of dictionaries of several hooks or models, all with the same ones, each port is also measured alone.
+
     Each report is written to eval.json in the dictionary's folder and replaces an earlier one. A dictionary without a folder (a
     file or an address) needs --json to keep its report.
 
@@ -49,7 +51,7 @@ def evaluate(
     by_frequency
         Also report the reconstruction error of rare and of frequent tokens.
     by_position
-        Also report reconstruction and loss by position in a row.
+        Also report reconstruction and loss by position in a row. Not for dictionaries that write several models.
     controls
         Also measure three controls: a random dictionary of the same size and L0, PCA with L0 components, and the dictionary on
         the model with its weights shuffled.

@@ -2,12 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from cyclopts import Parameter
 
 from saelens_lite.cli.base import app, console
-from saelens_lite.cli.options import THE_MODEL, DictionaryPath, JsonFile, ModelOptions, StoreOption, store_of
+from saelens_lite.cli.options import THE_MODEL, DictionaryPath, JsonFile, ModelOptions, OfModel, StoreOption, store_of
 from saelens_lite.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -65,6 +65,31 @@ class Strength(NamedTuple):
         return store.strength(latent, self.value) if self.of_max else self.value
 
 
+@dataclass(frozen=True)
+class AtPorts:
+    """The ports of a dictionary at which latents act, and the model in which their effects are measured.
+
+    Parameters
+    ----------
+    port
+        Port that is changed: a hook, or with several models NAME:HOOK, such as chat:blocks.3.hook_resid_pre; default: all of
+        the model that is measured. May be repeated.
+    in_model
+        Name of the model that is measured, if the dictionary writes several.
+    """
+
+    port: list[str] | None = None
+    in_model: str | None = None
+
+    def chosen(self, of: OfModel) -> dict[str, Any]:
+        """Return the arguments for the library. Raise ConfigError if --model does not give the model that is measured."""
+        if of.named and self.in_model is not None and self.in_model not in of.named:
+            raise ConfigError(f"--in-model {self.in_model}: --model gives {' and '.join(of.named)}")
+        return {"ports": self.port, "in_model": self.in_model, "hook": of.hook}
+
+
+AtPortsOptions = Annotated[AtPorts, Parameter(name="*")]
+ALL_PORTS = AtPorts()
 TokenPairOptions = Annotated[TokenPair, Parameter(name="*")]
 NO_PAIR = TokenPair()
 
@@ -83,6 +108,7 @@ def steer(
     temperature: float = 0.8,
     seed: int = 0,
     store: StoreOption = None,
+    at: AtPortsOptions = ALL_PORTS,
     of: ModelOptions = THE_MODEL,
 ) -> None:
     """Generate text with some latents changed. Show it beside the unchanged text, with the cost of the change.
@@ -113,12 +139,13 @@ def steer(
 
     kinds = ((sl.Scale, "scale", scale), (sl.Clamp, "clamp", clamp), (sl.Add, "add", add))
     asked = [(kind, *_latent_and_strength(flag, text, store)) for kind, flag, given in kinds for text in given or ()]
+    chosen = at.chosen(of)
     loaded, lm = of.load(dictionary)
     collected = store_of(store, loaded)
     edits = [sl.Ablate(latent, positions=positions) for latent in ablate or ()]
     edits += [kind(latent, strength.resolved(latent, collected), positions=positions) for kind, latent, strength in asked]
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    console().print(run_steer(loaded, lm, prompt, edits, store=collected, hook=of.hook, **settings))
+    console().print(run_steer(loaded, lm, prompt, edits, store=collected, **chosen, **settings))
 
 
 def _latent_and_strength(flag: str, text: str, store: StoreOption) -> tuple[int, Strength]:
@@ -142,6 +169,7 @@ def doses(
     controls: int = 8,
     seed: int = 0,
     store: StoreOption = None,
+    at: AtPortsOptions = ALL_PORTS,
     of: ModelOptions = THE_MODEL,
     json_out: JsonFile = None,
 ) -> None:
@@ -169,10 +197,11 @@ def doses(
 
     metric = pair.metric() or "promoted"
     strengths = [_dose(text, store) for text in doses]
+    chosen = at.chosen(of)
     loaded, lm = of.load(dictionary)
     collected = store_of(store, loaded)
     amounts = [strength.resolved(latent, collected) for strength in strengths]
-    settings = {"n_controls": controls, "seed": seed, "store": collected, "hook": of.hook}
+    settings = {"n_controls": controls, "seed": seed, "store": collected, **chosen}
     response = sl.dose_response(loaded, lm, latent, amounts, prompt, metric=metric, **settings)
     console().print(response)
     if json_out:
@@ -195,6 +224,7 @@ def attribute(
     top: int = 15,
     ablation: bool = True,
     store: StoreOption = None,
+    at: AtPortsOptions = ALL_PORTS,
     of: ModelOptions = THE_MODEL,
     json_out: JsonFile = None,
 ) -> None:
@@ -214,10 +244,10 @@ def attribute(
     import saelens_lite as sl
     from saelens_lite.files import write_json
 
-    metric = pair.metric() or "loss"
+    metric, chosen = pair.metric() or "loss", at.chosen(of)
     loaded, lm = of.load(dictionary)
     collected = store_of(store, loaded)
-    attribution = sl.attribute(loaded, lm, prompt, metric, ablation=ablation, store=collected, hook=of.hook)
+    attribution = sl.attribute(loaded, lm, prompt, metric, ablation=ablation, store=collected, **chosen)
     console().print(attribution.table(top))
     if json_out:
         write_json(json_out, attribution.to_dict(), limit=math.inf)
@@ -232,6 +262,7 @@ def show_prompt(
     store: StoreOption = None,
     pair: TokenPairOptions = NO_PAIR,
     top: int = 5,
+    at: AtPortsOptions = ALL_PORTS,
     of: ModelOptions = THE_MODEL,
     json_out: JsonFile = None,
 ) -> None:
@@ -252,9 +283,9 @@ def show_prompt(
     import saelens_lite as sl
     from saelens_lite.files import write_json
 
-    metric = pair.metric()
+    metric, chosen = pair.metric(), at.chosen(of)
     loaded, lm = of.load(dictionary)
-    view = sl.prompt_view(loaded, lm, prompt, by, store=store_of(store, loaded), metric=metric, top=top, hook=of.hook)
+    view = sl.prompt_view(loaded, lm, prompt, by, store=store_of(store, loaded), metric=metric, top=top, **chosen)
     console().print(view)
     if json_out:
         write_json(json_out, view.to_dict(), limit=math.inf)

@@ -17,7 +17,7 @@ from saelens_lite.paths import check_output
 if TYPE_CHECKING:
     from saelens_lite.dictionary import Dictionary
     from saelens_lite.features import FeatureStore
-    from saelens_lite.model import LanguageModel
+    from saelens_lite.model import AnyModel
 
 DICTIONARY = (
     "a folder of ours or of a run, a folder or file of another tool, or an address such as hf://user/repo/folder@revision."
@@ -51,7 +51,7 @@ StoreOption = Annotated[
 TextName = Annotated[
     str,
     Parameter(
-        validator=lambda _, name: checks.text_exists(name),
+        validator=lambda _, name: None if name is None else checks.text_exists(name),
         help="A .txt, .md, .csv, .jsonl or .parquet file; hf:org/name:config:split for a dataset on the Hugging Face Hub; or "
         '"python-docs", "python-docs:train", "python-docs:held-out" for the embedded corpus.',
     ),
@@ -95,7 +95,8 @@ class OfModel:
     Parameters
     ----------
     model
-        "tiny", a Hugging Face Hub id, or a folder; default: the model the dictionary was trained on.
+        "tiny", a Hugging Face Hub id, or a folder; default: the model the dictionary was trained on. For a dictionary of
+        several models, NAME=MODEL for each, such as --model base=gpt2 --model chat=org/gpt2-chat.
     hook
         Hook that the dictionary reads. Needed only for a dictionary that does not name its hook.
     device
@@ -106,7 +107,7 @@ class OfModel:
         Run Python code that comes with the model's files. Needs --model, so that a dictionary never decides which code runs.
     """
 
-    model: str | None = None
+    model: list[str] | None = None
     hook: str | None = None
     device: str | None = None
     device_map: DeviceMap = None
@@ -116,16 +117,21 @@ class OfModel:
 
     def __post_init__(self) -> None:
         """Raise at once if the model or the hook cannot be right."""
-        if self.model is not None:
-            checks.model_has(self.model, [self.hook] if self.hook else [])
+        for model in self.named.values() or self.model or ():
+            checks.model_has(model, [self.hook] if self.hook else [])
 
-    def model_of(self, *dictionaries: "Dictionary") -> "LanguageModel":
-        """Return the model named by --model, else the dictionaries' own, with the weights processed as in training."""
+    @property
+    def named(self) -> dict[str, str]:
+        """The models given by name; empty if none is, or one without a name."""
+        return checks.named_models(self.model or ())
+
+    def model_of(self, *dictionaries: "Dictionary") -> "AnyModel":
+        """Return the model or models named by --model, else the dictionaries' own, processed as in training."""
         from saelens_lite.model import model_for
 
         return model_for(
             *dictionaries,
-            name=self.model,
+            name=self.named or (self.model[0] if self.model else None),
             revision=self.model_revision,
             device=self.device,
             device_map=self.device_map,
@@ -133,7 +139,7 @@ class OfModel:
             trust_remote_code=self.trust_remote_code,
         )
 
-    def load(self, path: Path) -> "tuple[Dictionary, LanguageModel]":
+    def load(self, path: Path) -> "tuple[Dictionary, AnyModel]":
         """Return a dictionary and its model, on one device."""
         import saelens_lite as sl
 

@@ -14,6 +14,7 @@ from saelens_lite.cli.options import DeviceMap, Exists, Flag, ModelDtype, TextNa
 from saelens_lite.cli.processes import Devices
 from saelens_lite.config import RunConfig, TextConfig, TrainConfig, parse_options, read_toml, train_configs
 from saelens_lite.errors import ConfigError, PluginError
+from saelens_lite.keys import captured
 from saelens_lite.settings_file import other_place, run_config
 
 
@@ -90,6 +91,7 @@ def train(
     *,
     config: Path | None = None,
     resume: Path | None = None,
+    port: tuple[str, ...] = (),
     settings: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig(),  # noqa: B008 (frozen)
     run: Annotated[RunConfig, Parameter(name="*", negative="")] = RunConfig(),  # noqa: B008 (frozen)
     text_config: TextOptions = TextConfig(),  # noqa: B008 (frozen)
@@ -108,12 +110,17 @@ def train(
     resume
         Folder of an interrupted run. Its settings are kept. Give the cache or --text only if it has moved. With --n-tokens, the
         new total, an interrupted or finished run is extended.
+    port
+        Hook to read, such as base:blocks.2.hook_resid_pre of a model that the capture calls base; the same as --reads.
+        May be repeated, for a crosscoder.
     trust_remote_code
         With --text: run Python code that comes with the model's files.
     """
     flags = _given(settings) | _given(run) | _given(text_config)
     if cache:
         flags["cache"] = str(cache)
+    if port:
+        flags["reads"] = (*flags.get("reads", ()), *port)
     if "options" in flags:
         flags["options"] = parse_options(flags["options"])
     runs = _resume(resume, flags, config, devices) if resume else _train(flags, config, devices, trust_remote_code)
@@ -199,7 +206,7 @@ def _stream(run: RunConfig, text_config: TextConfig, configs: list[TrainConfig],
         center_writing_weights=run.center_writing_weights,
         trust_remote_code=trust_remote_code,
     )
-    hooks = list(dict.fromkeys(hook for config in configs for hook in checks.hooks_of(config)))
+    hooks = captured([hook for config in configs for hook in checks.hooks_of(config)])
     return sl.ActivationStream(
         lm, named_text(run.text), hooks, text_config=text_config, buffer_tokens=run.buffer_tokens, text_name=run.text
     )

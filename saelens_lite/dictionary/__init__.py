@@ -53,7 +53,7 @@ from saelens_lite.kinds import DICTIONARY as KIND
 from saelens_lite.outputs import new_folder, restore
 from saelens_lite.paths import check_input, is_address
 from saelens_lite.ports import Port, Ports, apart, as_ports, names, width
-from saelens_lite.sparsity import Sparsity
+from saelens_lite.sparsity import Sparsity, normalise_decoder_
 from saelens_lite.tensor_files import DTYPES, read_tensors, tensor_specs
 
 __all__ = ["Dictionary"]
@@ -128,9 +128,11 @@ class Dictionary(nn.Module):
         seed: int = 0,
         origin: Origin | None = None,
     ) -> "Dictionary":
-        """Return a new dictionary with random directions of equal norm, W_enc = W_decᵀ and zero biases.
+        """Return a new dictionary with random directions of equal norm and zero biases. Columns of W_enc are these directions.
 
-        If `writes` differs from `reads`, the rows of W_enc and W_dec are drawn independently, and W_skip is zero.
+        If `writes` differs from `reads`, the rows of W_enc and W_dec are drawn independently, and W_skip is zero. Decoder norms
+        are 1. Each port gets directions of its own, also one hook in several models: where all models begin with the same ones,
+        latents go to what the models share, and fewer find what one has alone (88 % instead of 98 % of planted directions).
 
         Args:
             reads, writes: ports, or the width of a single port whose hook is not known. `writes` is `reads` by default.
@@ -143,11 +145,12 @@ class Dictionary(nn.Module):
         rule = rule_class(rule_class.Config(**(options or {})), d_in=d_in, d_sae=d_sae)
         self = cls(rule, reads=reads, writes=writes, d_sae=d_sae, skip=skip, origin=origin)
         generator = torch.Generator().manual_seed(seed)
-        directions = _unit_rows(d_sae, d_in, generator)
+        directions = torch.randn(d_sae, d_in, generator=generator)
         is_same = self.writes_what_it_reads
-        self.W_dec.data.copy_(directions if is_same else _unit_rows(d_sae, self.d_out, generator))
+        self.W_dec.data.copy_(directions if is_same else torch.randn(d_sae, self.d_out, generator=generator))
+        normalise_decoder_(self)
         if not rule.tied:
-            self.W_enc.data.copy_(directions.T)
+            self.W_enc.data.copy_((directions / directions.norm(dim=1, keepdim=True)).T)
         return self.eval()
 
     @classmethod
@@ -429,33 +432,39 @@ class Dictionary(nn.Module):
         if largest >= self.d_sae:
             raise ConfigError(f"no latent {largest}; this dictionary has latents 0 to {self.d_sae - 1}")
 
+    def needs_input(self, edits: Sequence[CodeChange]) -> bool:
+        """Return whether the change by these edits depends on x: not if they only add to codes, without a token_norm."""
+        return self.token_norm is not None or any(edit.gain != 1 for edit in edits)
+
     def change(
         self,
-        x: Float[Tensor, "*shape d_in"] | ArrayLike,
+        x: Float[Tensor, "*shape d_in"] | ArrayLike | None,
         edits: Sequence[CodeChange],
         at: Sequence[Bool[Tensor, "..."]] | None = None,
     ) -> Float[Tensor, "*shape d_out"]:
         """Return the change of the output if edits act on the codes of x in turn: output_scale · Σ_i (new_i − old_i) W_dec[i].
 
         Args:
+            x: activations; None if `needs_input` is false and `at` is given.
             at: for each edit, a mask of the activations it acts on, broadcast to the leading shape of x. Default: all.
 
         Raises:
             ConfigError: an edit names a latent that the dictionary does not have.
             ShapeError: the last axis of x does not have d_in entries.
         """
-        x = self.as_input(x)
         self.check_edits(edits)
-        shape = x.shape[:-1]
+        if x is None and (not at or self.needs_input(edits)):
+            raise ConfigError("the change by these edits depends on x, or there are no masks (at=) to say its shape; give x")
+        x = None if x is None else self.as_input(x)
         if at is None:
-            at = [torch.ones(shape, dtype=torch.bool, device=x.device)] * len(edits)
+            at = [torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)] * len(edits)
         at = torch.broadcast_tensors(*at) if edits else ()
-        total = self.W_dec.new_zeros(*shape, self.d_out)
+        total = self.W_dec.new_zeros(*(at[0].shape if x is None else x.shape[:-1]), self.d_out)
         if any(edit.offset for edit in edits):
             total = total + offsets(edits, at, self.W_dec)
         if any(edit.gain != 1 for edit in edits):  # else the change does not depend on the codes
             total = total + scaled(self.encode(x), edits, at).decode(self.W_dec)
-        return total * self.output_scale(x)
+        return total if x is None else total * self.output_scale(x)
 
     def forward(self, x: Float[Tensor, "*shape d_in"] | ArrayLike) -> Float[Tensor, "*shape d_out"]:
         """Return x_hat, in the dtype of x."""
@@ -494,7 +503,7 @@ class Dictionary(nn.Module):
 
     @torch.no_grad()
     def fold_decoder_norms_(self) -> "Dictionary":
-        """Normalise the rows of W_dec and multiply the codes by their norms; x_hat stays the same.
+        """Make the decoder norms 1 and multiply the codes by them; x_hat stays the same.
 
         Nothing changes if the rule is not homogeneous, such as top-k, whose choice depends on the sizes of the codes.
         """
@@ -597,12 +606,16 @@ class Dictionary(nn.Module):
 
     @property
     def trained_on(self) -> str:
-        """The model, its weight processing, the hooks and the rows in words, such as "gpt2, blocks.8.hook_resid_pre"."""
+        """The models, their weight processing, the hooks and the rows in words, such as "gpt2, blocks.8.hook_resid_pre"."""
         known = self.origin
-        model = (known.model or "a model without a name") + (f" at {known.revision}" if known.revision else "")
+        models = []
+        for name, one in known.of_each.items():
+            label = "" if name is None else f"{name} = "
+            models += [f"{label}{one.model or 'a model without a name'}{f' at {one.revision}' if one.revision else ''}"]
+            models += one.processing
         rows = f"rows of {known.n_ctx} tokens" if known.n_ctx else ""
         bos = {True: "rows begin with BOS", False: "rows without BOS"}.get(known.prepend_bos, "")
-        return ", ".join(filter(None, (model, *known.processing, self.place, rows, bos)))
+        return ", ".join(filter(None, (*models, self.place, rows, bos)))
 
     def extra_repr(self) -> str:
         rule = getattr(self.rule, "plugin_name", "?")
@@ -612,9 +625,3 @@ class Dictionary(nn.Module):
         release = read_from.get("release") if isinstance(read_from, dict) else None
         others = {"trained on": self.trained_on, "release": release, "source": self.source}
         return "\n".join([first, *(f"{name}: {str(text)[:300]}" for name, text in others.items() if text)])
-
-
-def _unit_rows(n: int, d: int, generator: torch.Generator) -> Float[Tensor, "n d"]:
-    """Return n random unit vectors."""
-    rows = torch.randn(n, d, generator=generator)
-    return rows / rows.norm(dim=1, keepdim=True)

@@ -188,6 +188,8 @@ def settings_of(d: Any) -> dict[str, Any]:
     """Return the content of cfg.json for a dictionary."""
     form = d.rule.inference_form()
     plugin = registry.find(d.rule.plugin_name)
+    names = {(port.model, port.minus) for port in (*d.reads, *d.writes)}
+    origin = d.origin.of(d.reads[0].model) if len(names) == 1 and d.reads[0].minus is None else d.origin
     return {
         "architecture": _architecture(d, form),
         "d_in": d.d_in,
@@ -201,15 +203,15 @@ def settings_of(d: Any) -> dict[str, Any]:
         **(form.settings if form else {}),
         "metadata": {
             "sae_lens_version": "6.0.0",  # without it SAELens takes the file for an old one and drops the metadata
-            "model_name": d.origin.model,
-            "model_class_name": d.origin.model_class or "AutoModelForCausalLM",
-            **_place("", d.reads[0].hook),
-            **({} if d.writes_what_it_reads else _place("_out", d.writes[0].hook)),
+            "model_name": origin.model,
+            "model_class_name": origin.model_class or "AutoModelForCausalLM",
+            **_place("", d.reads[0]),
+            **({} if d.writes_what_it_reads else _place("_out", d.writes[0])),
             "context_size": d.origin.n_ctx,
             "prepend_bos": d.origin.prepend_bos,
             "dataset_path": d.origin.text,
             **_tokens_left_out(d.origin),
-            "model_from_pretrained_kwargs": dict.fromkeys(d.origin.processing, True),
+            "model_from_pretrained_kwargs": dict.fromkeys(origin.processing, True),
             "saelens_lite": {
                 "format": FORMAT,
                 "reads": [port.model_dump() for port in d.reads],
@@ -227,8 +229,13 @@ def settings_of(d: Any) -> dict[str, Any]:
     }
 
 
-def _place(end: str, hook: str | None) -> dict[str, Any]:
-    """Return a hook under the names of SAELens, which keeps the number of an attention head apart."""
+def _place(end: str, port: Port) -> dict[str, Any]:
+    """Return a hook under the names of SAELens, which keeps the number of an attention head apart.
+
+    Differences of two models are not at a hook. They get their key, chat-base:…, which is no hook of a model, so that no tool
+    takes them for the activations of one.
+    """
+    hook = port.hook if port.minus is None else port.key
     whole, head = split_head(hook) if hook else (None, None)
     index = {} if end and head is None else {f"hook_head_index{end}": head}
     return {f"hook_name{end}": whole, **index}

@@ -35,6 +35,20 @@ print(sl.evaluate(own, x, controls=True))
 the entries of each weight tensor change places. A report also says whether its text differs from the training text, as far as
 names and hashes can tell. `by_frequency` and `by_position` split the errors by token frequency and by position in a row.
 
+**Several ports.** The report of a dictionary of several hooks or models has `by_port`: the fvu of each port, and the losses
+with that port alone replaced. If these belong to several models, `by_model` has them for all ports of each, and `metrics` has
+no losses. The fvu of all ports is that of the concatenated activations, in which ports with large norms count most.
+A dictionary of the difference chat − base is spliced into chat: y_chat = x_base + x̂. So zeros give chat the activation of base.
+Without a model, give activations by port: `sl.evaluate(d, {"base:blocks.1.hook_resid_pre": x, …})`.
+
+```python
+models = {"base": lm, "chat": sl.load_model("tiny")}  # two models that read the same token ids
+ports = [sl.Port(hook="blocks.1.hook_resid_pre", width=192, model=name) for name in models]
+crosscoder = sl.Dictionary.create("batch_topk", reads=ports, d_sae=256)
+report = sl.evaluate(crosscoder, models, "python-docs:held-out", n_tokens=2_000)
+report.by_port["chat:blocks.1.hook_resid_pre"]["fvu"].value, report.by_model["chat"]["ce_loss_score"].value
+```
+
 **The right tensor.** A dictionary of another tool may name a hook that is close to the one it was trained on: before a norm
 in place of after it, or with another scale. `check_hook` measures it at its hook and at such neighbours, and warns if another
 place fits clearly better. `evaluate` makes a short form of this check for dictionaries of other tools.
@@ -55,12 +69,13 @@ four processes. Each of them gets the whole report, which is the same, to the la
 same number of threads. Memory does not grow with the text: its tokens are held in a temporary file (in `$TMPDIR`, 4 bytes a
 token).
 
-metrics.py has the definitions, measure.py the pass over the text, held.py its batches, sums.py the sums and their bootstrap
-weights, controls.py the controls, placement.py the check of the hook, report.py the result.
+metrics.py has the definitions, measure.py the pass over the text, splices.py the models and the ports that are replaced in
+them, held.py the batches, sums.py the sums and their bootstrap weights, controls.py the controls, placement.py the check of the
+hook, report.py the result.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -85,9 +100,10 @@ from saelens_lite.evaluation.placement import SHORT, HookCheck, HookFit, check_h
 from saelens_lite.evaluation.positions import PositionBand, bands_of_positions
 from saelens_lite.evaluation.report import EvalReport, markdown, table
 from saelens_lite.evaluation.rows import evaluate_rows, identity
+from saelens_lite.evaluation.splices import SplicedModels, check_models, each_model
 from saelens_lite.evaluation.sums import Metric, PooledSums, run_in_rounds
 from saelens_lite.evaluation.text_rows import as_trained, row_blocks
-from saelens_lite.model import LanguageModel
+from saelens_lite.model import AnyModel, LanguageModel, Models, as_model
 from saelens_lite.model.passes import default_batch_tokens
 from saelens_lite.ports import Hooks
 from saelens_lite.processes import ALONE, Team, check_same, team
@@ -117,16 +133,16 @@ N_TOKENS = 100_000
 
 @overload
 def evaluate(
-    dictionary: Dictionary, lm: LanguageModel | ArrayLike, text: Text | TokenRows | None = None, **settings: Any
+    dictionary: Dictionary, lm: AnyModel | ArrayLike, text: Text | TokenRows | None = None, **settings: Any
 ) -> EvalReport: ...
 @overload
 def evaluate(
-    dictionary: Sequence[Dictionary], lm: LanguageModel | ArrayLike, text: Text | TokenRows | None = None, **settings: Any
+    dictionary: Sequence[Dictionary], lm: AnyModel | ArrayLike, text: Text | TokenRows | None = None, **settings: Any
 ) -> list[EvalReport]: ...
 @torch.no_grad()
 def evaluate(
     dictionary: Dictionary | Sequence[Dictionary],
-    lm: LanguageModel | ArrayLike,
+    lm: AnyModel | ArrayLike,
     text: Text | TokenRows | None = None,
     *,
     target: ArrayLike | None = None,
@@ -146,8 +162,9 @@ def evaluate(
     """Return the report of a dictionary; for several dictionaries of the same hooks, a list of reports from one pass.
 
     The model runs on the text unchanged, with zeros at the hook, with the mean activation at the hook, and with the
-    reconstruction at the positions that count. The hook is the one that the dictionary writes. Special tokens, padding and
-    positions that were left out of training, such as position 0, do not count and keep their activation.
+    reconstruction at the positions that count. The hook is the one that the dictionary writes. Several hooks are replaced
+    together, and each alone; those of several models together in each model. Special tokens, padding and positions that were
+    left out of training, such as position 0, do not count and keep their activation.
 
     Dictionaries on another device are copied to the model's; your own stay where they are.
 
@@ -161,7 +178,8 @@ def evaluate(
     meet after every 64 batches of each, which must take less than SAELENS_LITE_TIMEOUT.
 
     Args:
-        lm: the model, or activations: a tensor, a numpy array, a DataFrame or a list of rows; (x, y) for a transcoder.
+        lm: the model; models by name, such as {"base": lm, "chat": lm2}; or activations: a tensor, a numpy array, a DataFrame
+            or a list of rows; (x, y) for a transcoder; or any of these by port key, {"base:blocks.3.hook_resid_pre": x, …}.
         target: for activations, those that a transcoder should return.
         groups: for activations, a label for each row, such as the number of its text or its subject.
         text: a text source, token rows, or token ids in any form that `LanguageModel.to_tokens` takes.
@@ -182,7 +200,8 @@ def evaluate(
 
     Raises:
         ConfigError: the dictionaries have different or unknown hooks, are of a model with other processing, or were trained
-            on rows of different kinds and `text_config` does not choose one; or a setting is bad.
+            on rows of different kinds and `text_config` does not choose one; several models are written and by_position is
+            set; a model or the activations at a port are missing; or a setting is bad.
         HookError: the model lacks a hook; or the dictionary reads one hook and writes another that comes before it.
         ShapeError: a dictionary does not fit the width of its hook or of x, or x is not an array of numbers with two rows.
         TextError: there is no text.
@@ -195,7 +214,9 @@ def evaluate(
         raise ConfigError(f"batch_tokens = {batch_tokens}; expected at least 1")
     if n_bootstrap < 0:
         raise ConfigError(f"n_bootstrap = {n_bootstrap}; expected 0 or more")
-    if not isinstance(lm, LanguageModel):
+    if isinstance(lm, Mapping) and all(isinstance(one, LanguageModel) for one in lm.values()):
+        lm = as_model(lm)
+    if not isinstance(lm, AnyModel):
         of_text = {
             "hook": hook, "text_config": text_config, "attention_mask": attention_mask, "by_frequency": by_frequency or None,
             "by_position": by_position or None, "n_tokens": None if n_tokens == N_TOKENS else n_tokens,
@@ -223,16 +244,14 @@ def evaluate(
         lm.warn_of_precision(one.origin)
         one.check_finite()
     dictionaries = [on_device(one, lm.device) for one in dictionaries]
-    lm.check_causal("evaluate, which measures the loss of the next token,")
-    if hooks.reads != hooks.writes and len(hooks.reads) == len(hooks.writes) == 1:
-        lm.check_order(*hooks.reads, *hooks.writes)
+    check_models(lm, hooks, by_position)
     batch_tokens = default_batch_tokens(lm, with_logits=True) if batch_tokens is None else batch_tokens
     text = with_mask(text, attention_mask)
     config = None if isinstance(text, TokenRows) else as_trained(dictionaries, lm, text, text_config or TextConfig())
     workers = ALONE if lm.is_shared else team()
     same: dict[str, Any] = {"text_config": None if config is None else config.model_dump(mode="json")}
     if workers.world > 1:
-        same |= {"model": lm.name, "revision": lm.revision, "weights": lm.fingerprint(), "precision": lm.precision}
+        same |= {"weights": lm.fingerprint(), "models": [[m.name, m.revision, m.precision] for m in each_model(lm).values()]}
         same |= {"dictionaries": [identity(one) for one in dictionaries]}
     check_same(same, device=lm.device)
     with held_batches(lm, row_blocks(lm, text, n_tokens, config), batch_tokens, workers) as batches:
@@ -287,10 +306,10 @@ class _Plan(NamedTuple):
     seed: int
 
 
-def _check_hooks(job: _Plan, dictionaries: Sequence[Dictionary], lm: LanguageModel, hook: str | None) -> None:
+def _check_hooks(job: _Plan, dictionaries: Sequence[Dictionary], lm: AnyModel, hook: str | None) -> None:
     """Log a warning for each dictionary of another tool that fits clearly better at another place; see `check_hook`."""
     foreign = [d for d in dictionaries if "read_from" in d.training_record and len(d.reads) == len(d.writes) == 1]
-    if not foreign or not job.team.is_first:
+    if not foreign or not job.team.is_first or isinstance(lm, Models):
         return
     rows = list(first_rows((batch.rows for batch in job.held), SHORT))
     for dictionary in foreign:
@@ -306,7 +325,7 @@ def _check_hooks(job: _Plan, dictionaries: Sequence[Dictionary], lm: LanguageMod
 def _reports(
     job: _Plan,
     dictionaries: Sequence[Dictionary],
-    lm: LanguageModel,
+    lm: AnyModel,
     mean: Tensor,
     by_frequency: bool = False,
     by_position: bool = False,
@@ -318,18 +337,20 @@ def _reports(
     groupings = [Grouping("frequency", frequencies.of, len(frequencies.exponent))] if frequencies else []
     groupings += [Grouping("position", positions.of, len(positions.low))] if positions else []
     sums = PooledSums(job.n_bootstrap, job.seed, held.n_sequences)
-    steps = measure(dictionaries, lm, held, job.hooks, sums=sums, mean=mean, groupings=groupings, batch_tokens=job.batch_tokens)
+    with job.team.failing_together():
+        models = SplicedModels(lm, job.hooks, held.probe)
+    steps = measure(dictionaries, models, held, sums=sums, mean=mean, groupings=groupings, batch_tokens=job.batch_tokens)
     run_in_rounds(steps, job.team)
     sums.pool(job.team)
     reports = []
     for i, dictionary in enumerate(dictionaries):
         name = str(i)
         shared = overlap(dictionary.origin, job.text, held.sha256)
+        losses = metrics.prediction_metrics(sums, name) if len(models.of_model) == 1 else {}
+        by_port, by_model = models.metrics(sums, name)
         reports.append(
             EvalReport(
-                metrics=metrics.reconstruction_metrics(sums, name)
-                | metrics.latent_metrics(sums, name)
-                | metrics.prediction_metrics(sums, name),
+                metrics=metrics.reconstruction_metrics(sums, name) | metrics.latent_metrics(sums, name) | losses,
                 n_tokens=held.n_kept,
                 n_sequences=held.n_rows,
                 text=job.text,
@@ -347,13 +368,15 @@ def _reports(
                 )
                 if positions
                 else None,
+                by_port=by_port,
+                by_model=by_model,
             )
         )
     return reports
 
 
 def _with_controls(
-    job: _Plan, dictionaries: Sequence[Dictionary], lm: LanguageModel, mean: Tensor, reports: Sequence[EvalReport]
+    job: _Plan, dictionaries: Sequence[Dictionary], lm: AnyModel, mean: Tensor, reports: Sequence[EvalReport]
 ) -> list[EvalReport]:
     """Return the reports together with those of their controls."""
     sizes = [report["l0"] for report in reports]
@@ -389,7 +412,7 @@ def _excluded_by_mask(rows: Held) -> str:
     return f"positions that the mask of the rows leaves out ({first})"
 
 
-def _common_hooks(dictionaries: list[Dictionary], lm: LanguageModel, hook: str | None) -> Hooks:
+def _common_hooks(dictionaries: list[Dictionary], lm: AnyModel, hook: str | None) -> Hooks:
     """Return the hooks that all the dictionaries read and write. `hook` is read in place of their own.
 
     Raises:

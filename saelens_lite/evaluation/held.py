@@ -17,7 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from saelens_lite.errors import DiskFullError
-from saelens_lite.model import LanguageModel
+from saelens_lite.model.models import AnyModel
 from saelens_lite.model.passes import RowBatch, batches
 from saelens_lite.paths import NO_ROOM
 from saelens_lite.processes import Team
@@ -29,7 +29,7 @@ IN_MEMORY = 1 << 26  # bytes of a text that are not written to a disk
 
 
 @contextmanager
-def held_batches(lm: LanguageModel, blocks: Iterable[TokenRows], batch_tokens: int, team: Team) -> Iterator["Held"]:
+def held_batches(lm: AnyModel, blocks: Iterable[TokenRows], batch_tokens: int, team: Team) -> Iterator["Held"]:
     """Yield the batches of a text, and remove their file at the end of the block."""
     with SpooledTemporaryFile(max_size=IN_MEMORY) as file:
         with team.failing_together():
@@ -45,7 +45,7 @@ class Held:
     all. `n_own` of the kept tokens are in the batches of this process. `probe` is the first row.
     """
 
-    def __init__(self, file: IO[bytes], lm: LanguageModel, blocks: Iterable[TokenRows], batch_tokens: int, team: Team):
+    def __init__(self, file: IO[bytes], lm: AnyModel, blocks: Iterable[TokenRows], batch_tokens: int, team: Team):
         self._file, self._team, self._n_batches = file, team, 0
         self.n_rows = self.n_sequences = self.n_kept = self.n_own = self.width = 0
         self.per_token = torch.zeros(lm.d_vocab, dtype=torch.long)

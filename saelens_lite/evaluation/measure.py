@@ -1,7 +1,7 @@
 """One pass of a model over token rows that collects the sums of all metrics for several dictionaries of the same hooks."""
 
 import logging
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,11 +15,11 @@ from saelens_lite.errors import NonFiniteError, ShapeError
 from saelens_lite.evaluation import metrics
 from saelens_lite.evaluation.held import Held
 from saelens_lite.evaluation.metrics import Kept, Predictions
+from saelens_lite.evaluation.splices import SplicedModels
 from saelens_lite.evaluation.sums import ExactSums, PooledSums, run_in_rounds
-from saelens_lite.model import LanguageModel
-from saelens_lite.model.partial_forward import PartialForward
+from saelens_lite.model import AnyModel
 from saelens_lite.model.passes import read
-from saelens_lite.ports import Hooks, together
+from saelens_lite.ports import together
 from saelens_lite.processes import ALONE, Team
 from saelens_lite.progress import progress_bar
 from saelens_lite.tokens import TokenRows
@@ -49,7 +49,7 @@ class _Part(NamedTuple):
     earlier: Bool[Tensor, "n pos"] | None = None
 
 
-def _parts(lm: LanguageModel, held: Held, n_positions: int) -> Iterator[_Part]:
+def _parts(lm: AnyModel, held: Held, n_positions: int) -> Iterator[_Part]:
     """Yield the batches. A row longer than n_positions comes in parts, without those in which no position counts."""
     for batch in held:
         here = batch.rows.to(lm.device)
@@ -65,7 +65,7 @@ def _parts(lm: LanguageModel, held: Held, n_positions: int) -> Iterator[_Part]:
                 yield _Part(part._replace(keep=keep), batch.number, first, part.keep & (position < first))
 
 
-def kept_activations(lm: LanguageModel, held: Held, hooks: Sequence[str], what: str) -> Iterator[Float[Tensor, "n_kept d"]]:
+def kept_activations(lm: AnyModel, held: Held, hooks: Sequence[str], what: str) -> Iterator[Float[Tensor, "n_kept d"]]:
     """Yield the activations of the kept tokens at some hooks, batch by batch. Forward passes stop after these hooks."""
     with progress_bar(what, held.n_own) as advance:
         for batch in held:
@@ -74,7 +74,7 @@ def kept_activations(lm: LanguageModel, held: Held, hooks: Sequence[str], what: 
             advance(len(activations.row), "")
 
 
-def mean_activation(lm: LanguageModel, held: Held, hooks: Sequence[str], team: Team = ALONE) -> Float[Tensor, " d"]:
+def mean_activation(lm: AnyModel, held: Held, hooks: Sequence[str], team: Team = ALONE) -> Float[Tensor, " d"]:
     """Return the mean activation of the kept tokens of all processes at some hooks.
 
     Raises:
@@ -98,9 +98,8 @@ def mean_activation(lm: LanguageModel, held: Held, hooks: Sequence[str], team: T
 
 def measure(
     dictionaries: Sequence[Dictionary],
-    lm: LanguageModel,
+    models: SplicedModels,
     held: Held,
-    hooks: Hooks,
     *,
     sums: PooledSums,
     mean: Float[Tensor, " d"],
@@ -109,47 +108,47 @@ def measure(
 ) -> Generator[None, None, None]:
     """Add the sums over the batches of this process to `sums`, in steps. Names of sums of dictionary number i begin with i.
 
-    Memory does not depend on the amount of text: it holds two sets of logits of a batch, and the bootstrap sums. A row with
-    more than MAX_ROW_LOGITS logits is worked on in parts, with separate forward passes for each.
+    Memory does not depend on the amount of text: it holds two sets of logits of a batch, or one more than the models that are
+    written, and the bootstrap sums. A row with more than MAX_ROW_LOGITS logits is worked on in parts, with separate forward
+    passes for each.
 
-    mean: the mean activation of the whole text at `hooks.writes`.
+    mean: the mean activation of the whole text at the written hooks.
     """
-    probe = held.probe.tokens.to(lm.device)
-    partial = PartialForward(lm, hooks.writes, probe)
+    lm, hooks = models.lm, models.hooks
     where = float64_device(lm.device)  # for the sums
-
-    def logits_of(tokens: Int[Tensor, "n pos"], y: Float[Tensor, "n pos d"], first: int = 0) -> Float[Tensor, "n _ d_vocab"]:
-        return partial.logits(tokens, y.to(lm.device), first).to(where)
-
     ablations = {"zero": torch.zeros_like(mean), "mean": mean}
-    fixed = {}
     most = max(batch_tokens, MAX_ROW_LOGITS // lm.d_vocab)
     if held.width > most:
         log.info("rows of %s tokens: the model runs once for every %s positions", f"{held.width:,}", f"{most:,}")
-    elif partial.is_whole_stream:  # the result is the same for every row
-        row = F.pad(probe[:, : held.width], (0, max(0, held.width - probe.shape[1])), value=lm.pad_id)
-        fixed = {name: logits_of(row, _everywhere(value, row, lm)) for name, value in ablations.items()}
+    fixed = {} if held.width > most else _fixed(models, held, ablations)
     with progress_bar("evaluate", held.n_own) as advance:
         for part in _parts(lm, held, most):
             tokens, kept, first = part.rows.tokens, Kept.of(part.rows.keep.to(where)), part.first
             earlier = None if part.earlier is None else Kept.of(part.earlier.to(where))
             predicted = torch.full((len(tokens),), tokens.shape[1]) if part.rows.ends_text else part.rows.lengths
-            acts, logits = partial.read(tokens, hooks.all, first=first)
-            x, y = (together(acts, side) for side in hooks)
-            x, y, logits = x.to(where), y.to(where), logits.to(where)
-            clean = Predictions.of(logits, tokens.to(where), predicted.to(where), kept, first)
+            acts, logits = models.read(tokens, first)
+            x, y = (together(acts, side).to(where) for side in hooks)
+            clean = {
+                label: Predictions.of(logits.pop(label).to(where), tokens.to(where), predicted.to(where), kept, first)
+                for label in list(logits)
+            }
             sums.weigh(part.number)
-            ce_clean = metrics.add_clean(sums, clean)
-            for name, value in ablations.items():
-                new = fixed[name] if name in fixed else logits_of(tokens, _everywhere(value, tokens, lm), first)
-                metrics.add_losses(sums, name, clean, new)
+            ce_clean = {label: metrics.add_clean(sums, predictions, label) for label, predictions in clean.items()}
+            for splice in models.splices:
+                for name, value in ablations.items():
+                    new = fixed.get(name + splice.label)
+                    if new is None:
+                        new = models.logits(splice, tokens, models.everywhere(splice, value, tokens), first)
+                    metrics.add_losses(sums, name + splice.label, clean[splice.clean], new.to(where))
             before = None if earlier is None else earlier.of_each(x)
             x, wanted = kept.of_each(x), kept.of_each(y).float()
             square = metrics.add_activations(sums, wanted, mean, kept)
+            metrics.add_parts(sums, wanted, mean, models.parts, kept)
             members = _members(groupings, part, kept)
             for name, member in members.items():
                 metrics.add_bands(sums, name, wanted, mean, square, member, kept)
-                metrics.add_band_values(sums, f"{name}.predictions", clean.has_target.double(), member, kept)
+                has_target = next(iter(clean.values())).has_target
+                metrics.add_band_values(sums, f"{name}.predictions", has_target.double(), member, kept)
             for i, dictionary in enumerate(dictionaries):
                 here = x.to(dictionary.W_enc.device)
                 codes = dictionary.encode(here)
@@ -160,20 +159,33 @@ def measure(
                 x_hat = dictionary.decode(codes, here).float().to(x.device)
                 metrics.add_codes(sums, str(i), codes.to(x.device), kept)
                 error = metrics.add_reconstruction(sums, str(i), wanted, x_hat, square, kept)
+                metrics.add_part_errors(sums, str(i), wanted, x_hat, models.parts, kept)
                 spliced = y.index_put((kept.row, kept.position), x_hat.to(y.dtype))
                 if earlier is not None:
                     x_hat = dictionary(before.to(dictionary.W_enc.device)).to(y)
                     spliced = spliced.index_put((earlier.row, earlier.position), x_hat)
-                ce = metrics.add_losses(sums, str(i), clean, logits_of(tokens, spliced, first))
+                for splice in models.splices:
+                    new = models.logits(splice, tokens, spliced, first).to(where)
+                    ce = metrics.add_losses(sums, f"{i}{splice.label}", clean[splice.clean], new)
+                    for name, member in members.items() if splice.label == "" else ():
+                        metrics.add_band_values(sums, f"{i}.{name}.ce", ce - ce_clean[""], member, kept)
                 for name, member in members.items():
                     metrics.add_band_values(sums, f"{i}.{name}.error", error, member, kept)
-                    metrics.add_band_values(sums, f"{i}.{name}.ce", ce - ce_clean, member, kept)
             advance(len(x), "")
             yield
 
 
-def _everywhere(value: Float[Tensor, " d"], tokens: Int[Tensor, "n pos"], lm: LanguageModel) -> Float[Tensor, "n pos d"]:
-    return value.to(lm.dtype).expand(*tokens.shape, -1)
+def _fixed(models: SplicedModels, held: Held, ablations: Mapping[str, Float[Tensor, " d"]]) -> dict[str, Tensor]:
+    """Return the logits of the ablations that are the same for every row."""
+    where, lm = float64_device(models.lm.device), models.lm
+    row = held.probe.tokens[:, : held.width].to(lm.device)
+    row = F.pad(row, (0, max(0, held.width - row.shape[1])), value=lm.pad_id)
+    return {
+        name + splice.label: models.logits(splice, row, models.everywhere(splice, value, row)).to(where)
+        for splice in models.splices
+        if models.is_constant(splice)
+        for name, value in ablations.items()
+    }
 
 
 def _members(groupings: Sequence[Grouping], part: _Part, kept: Kept) -> dict[str, Float[Tensor, "n_kept _"]]:

@@ -4,6 +4,7 @@ All sums are float64, and pooled over all kept tokens before any ratio is taken.
 """
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -84,6 +85,42 @@ def add_reconstruction(
     }.items():  # fmt: skip
         sums.add(f"{name}.{key}", kept.per_sequence(value))
     return error
+
+
+def add_parts(
+    sums: PooledSums, x: Float[Tensor, "n_kept d"], center: Float[Tensor, " d"], parts: Iterable[slice], kept: Kept
+) -> None:
+    """Collect the sums of `add_activations` for parts of the columns, such as those of a port."""
+    for part in parts:
+        square = (x[:, part] - center[part]).square().sum(-1, dtype=torch.float64)
+        sums.add(f"{_label(part)}.x_square", kept.per_sequence(square))
+
+
+def add_part_errors(
+    sums: PooledSums,
+    name: str,
+    x: Float[Tensor, "n_kept d"],
+    x_hat: Float[Tensor, "n_kept d"],
+    parts: Iterable[slice],
+    kept: Kept,
+) -> None:
+    """Collect the squared errors of a reconstruction in parts of the columns."""
+    for part in parts:
+        error = (x[:, part] - x_hat[:, part]).square().sum(-1, dtype=torch.float64)
+        sums.add(f"{name}.{_label(part)}.error", kept.per_sequence(error))
+
+
+def part_metrics(sums: PooledSums, name: str, parts: Sequence[slice]) -> dict[str, Metric]:
+    """Return mse, fvu and explained_variance in some parts of the columns together; see `reconstruction_metrics`."""
+    n, x = sums["n"], sums["x"]
+    error = sum(sums[f"{name}.{_label(part)}.error"] for part in parts)
+    variance = sum(sums[f"{_label(part)}.x_square"] - x[:, part].square().sum(-1) / n for part in parts)
+    values = {"mse": error / n, "fvu": error / variance, "explained_variance": 1 - error / variance}
+    return {key: sums.metric(value) for key, value in values.items()}
+
+
+def _label(part: slice) -> str:
+    return f"columns {part.start} to {part.stop}"
 
 
 def add_codes(sums: PooledSums, name: str, codes: SparseCodes, kept: Kept) -> None:
@@ -253,11 +290,11 @@ def _chunk(logits: Tensor) -> int:
     return max(1, CHUNK_LOGITS // logits.shape[-1])
 
 
-def add_clean(sums: PooledSums, predictions: Predictions) -> Float[Tensor, " n_kept"]:
-    """Collect and return the cross-entropies of a clean pass."""
+def add_clean(sums: PooledSums, predictions: Predictions, label: str = "") -> Float[Tensor, " n_kept"]:
+    """Collect and return the cross-entropies of a clean pass. label: ends the names of the sums."""
     cross_entropy = predictions.clean_losses()
-    sums.add("clean.ce", predictions.kept.per_sequence(cross_entropy))
-    sums.add("n_predictions", predictions.kept.per_sequence(predictions.has_target))
+    sums.add(f"clean{label}.ce", predictions.kept.per_sequence(cross_entropy))
+    sums.add(f"n_predictions{label}", predictions.kept.per_sequence(predictions.has_target))
     return cross_entropy
 
 
@@ -271,18 +308,20 @@ def add_losses(
     return cross_entropy
 
 
-def prediction_metrics(sums: PooledSums, name: str) -> dict[str, Metric]:
+def prediction_metrics(sums: PooledSums, name: str, label: str = "", clean: str = "") -> dict[str, Metric]:
     """Return the losses (nats) with and without replacement, and the share of an ablation's loss that is recovered.
 
     ce_loss_score = (CE_zero − CE_sae) / (CE_zero − CE_clean) and kl_div_score = (KL_zero − KL_sae) / KL_zero, with zeros at all
     positions of the hook. ce_loss_score_mean and kl_div_score_mean use the mean of the kept tokens at all positions instead.
     Scores are ratios of pooled means. KL is KL(clean ‖ new) over all kept tokens, including those at the end of a row.
+
+    Args:
+        label, clean: the ends of the names of the sums with replacement, and of those of the clean pass.
     """
-    n, n_kept = sums["n_predictions"], sums["n"]
-    ce = {
-        key: sums[f"{source}.ce"] / n for key, source in (("clean", "clean"), ("sae", name), ("zero", "zero"), ("mean", "mean"))
-    }
-    kl = {key: sums[f"{source}.kl"] / n_kept for key, source in (("sae", name), ("zero", "zero"), ("mean", "mean"))}
+    n, n_kept = sums[f"n_predictions{clean}"], sums["n"]
+    replaced = {key: f"{source}{label}" for key, source in (("sae", name), ("zero", "zero"), ("mean", "mean"))}
+    ce = {"clean": sums[f"clean{clean}.ce"] / n} | {key: sums[f"{source}.ce"] / n for key, source in replaced.items()}
+    kl = {key: sums[f"{source}.kl"] / n_kept for key, source in replaced.items()}
     values = {
         "ce_loss_score": (ce["zero"] - ce["sae"]) / (ce["zero"] - ce["clean"]),
         "ce_loss_score_mean": (ce["mean"] - ce["sae"]) / (ce["mean"] - ce["clean"]),

@@ -21,7 +21,7 @@ table shows it.
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,7 +34,7 @@ from saelens_lite.devices import on_device, where_float64_is
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, HookError, ShapeError, TextError, not_a_dictionary
 from saelens_lite.evaluation.text_rows import as_trained, row_blocks
-from saelens_lite.model import LanguageModel
+from saelens_lite.model import AnyModel, LanguageModel, Models
 from saelens_lite.model.passes import activations, default_batch_tokens
 from saelens_lite.ports import Hooks, split_head
 from saelens_lite.tables import Result, columns_of, grid, wrapped
@@ -129,7 +129,7 @@ class HookCheck(Result):
 @torch.no_grad()
 def check_hook(
     dictionary: Dictionary,
-    lm: LanguageModel,
+    lm: AnyModel | Mapping[str, LanguageModel],
     text: Text | TokenRows,
     *,
     hook: str | None = None,
@@ -148,8 +148,8 @@ def check_hook(
         n_tokens: number of tokens that count.
 
     Raises:
-        ConfigError: the dictionary has several hooks on a side, or belongs to a model with other processing; or it is a
-            transcoder that does not name its hooks.
+        ConfigError: the dictionary has several hooks on a side, or belongs to a model with other processing or to several
+            models; several models are given; or it is a transcoder that does not name its hooks.
         HookError: the model lacks the hook.
         ShapeError: the hook has another width than the dictionary.
         TextError: there is no text.
@@ -158,6 +158,10 @@ def check_hook(
         raise ConfigError(f"n_tokens = {n_tokens}; expected at least 1")
     if not isinstance(dictionary, Dictionary):
         raise not_a_dictionary(dictionary)
+    if isinstance(lm, Mapping | Models):
+        raise ConfigError(
+            f"check_hook compares places of one model; give the one that the dictionary reads, of {dictionary.place}, alone"
+        )
     dictionary.check_finite()
     text = with_mask(text, attention_mask)
     config = None if isinstance(text, TokenRows) else as_trained([dictionary], lm, text, text_config or TextConfig())

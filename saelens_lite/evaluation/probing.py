@@ -24,7 +24,7 @@ from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, NonFiniteError, TextError
 from saelens_lite.evaluation.sums import Metric, with_interval
 from saelens_lite.files import write_json
-from saelens_lite.model import LanguageModel
+from saelens_lite.model import AnyModel, LanguageModel, as_model
 from saelens_lite.model.passes import activations
 from saelens_lite.ports import Hooks, together
 from saelens_lite.progress import progress_bar
@@ -141,7 +141,7 @@ class Split(NamedTuple):
 
 def probe(
     dictionary: Dictionary,
-    lm: LanguageModel,
+    lm: AnyModel | Mapping[str, LanguageModel],
     texts: Iterable[str] | Mapping[str, tuple[Iterable[str], Iterable[Any]]],
     labels: Iterable[Any] | None = None,
     *,
@@ -187,6 +187,7 @@ def probe(
         raise ConfigError(f"seed = {seed}, n_bootstrap = {n_bootstrap}; expected a seed below 2^32, and no negative numbers")
     if store is not None:
         store.info.check_dictionary(dictionary)
+    lm = as_model(lm)
     hooks = lm.hooks_of(dictionary, hook)
     dictionary.check_finite()
     dictionary = on_device(dictionary, lm.device)
@@ -298,7 +299,7 @@ def weighted_auc(
 
 
 @torch.no_grad()
-def _pool(dictionary: Dictionary, lm: LanguageModel, rows: TokenRows, hooks: Hooks, pooling: str, batch_tokens: int) -> Pooled:
+def _pool(dictionary: Dictionary, lm: AnyModel, rows: TokenRows, hooks: Hooks, pooling: str, batch_tokens: int) -> Pooled:
     """Return the pooled activations and codes of each row. The maximum of a latent that never fires in a text is 0."""
     n = len(rows.tokens)
     x = torch.zeros(n, dictionary.d_in)
@@ -331,7 +332,7 @@ def _pool(dictionary: Dictionary, lm: LanguageModel, rows: TokenRows, hooks: Hoo
     return Pooled(x / counts, acts / counts)
 
 
-def _rows(dictionary: Dictionary, lm: LanguageModel, name: str, texts: list[str], pooling: str) -> TokenRows:
+def _rows(dictionary: Dictionary, lm: AnyModel, name: str, texts: list[str], pooling: str) -> TokenRows:
     """Return a row for each text, in which `keep` is true at the positions to pool over; for "last" this is one position."""
     origin = dictionary.origin
     n_ctx = min(origin.n_ctx or DEFAULT_N_CTX, lm.n_ctx)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from html import escape
@@ -16,8 +17,10 @@ from saelens_lite.errors import CorruptFileError
 from saelens_lite.evaluation.frequency import FrequencyBand
 from saelens_lite.evaluation.metrics import Metric
 from saelens_lite.evaluation.positions import PositionBand
+from saelens_lite.evaluation.splices import ByPart
 from saelens_lite.files import read_json, write_json
 from saelens_lite.markdown import cell, code, one_line
+from saelens_lite.ports import split_key
 from saelens_lite.tables import Result, grid, short_names, terminal_width, wrapped
 
 if TYPE_CHECKING:
@@ -38,6 +41,12 @@ class EvalReport(Result):
 
     On request, `by_frequency` has the fvu by the number of times a token occurs in the text, `by_position` the fvu and loss
     by position in a row, and `controls` the reports of a random dictionary, of PCA, and of a model with its weights shuffled.
+
+    A dictionary that writes several ports has `by_port`: by the key of each port, its mse, fvu and explained_variance, and the
+    losses with that port alone replaced. If these belong to several models, `by_model` has the same by the name of each model,
+    with all its ports replaced, and `metrics` has no losses. The metrics of all ports together are of the concatenated
+    activations, so a port with large norms decides them. Zeros at a port that is the difference chat − base put the activation
+    of base into chat.
 
     `hook` is the hook that the dictionary writes, and `read_hook` the one it reads; None in reports of earlier versions.
 
@@ -60,6 +69,8 @@ class EvalReport(Result):
     by_position: tuple[PositionBand, ...] | None = None
     controls: "dict[str, EvalReport] | None" = None
     read_hook: str | None = None
+    by_port: ByPart | None = None
+    by_model: ByPart | None = None
 
     def __getitem__(self, name: str) -> float:
         """Return the value of a metric."""
@@ -83,6 +94,9 @@ class EvalReport(Result):
             content["by_frequency"] = [plain(band) for band in self.by_frequency]
         if self.by_position is not None:
             content["by_position"] = [plain(band) for band in self.by_position]
+        for name in ("by_port", "by_model"):
+            if (parts := getattr(self, name)) is not None:
+                content[name] = {part: {metric: plain(m) for metric, m in fit.items()} for part, fit in parts.items()}
         if self.controls is not None:
             content["controls"] = {name: report.to_dict() for name, report in self.controls.items()}
         return content
@@ -119,10 +133,12 @@ class EvalReport(Result):
         content = {"read_hook": None, **content}
         try:
             return cls(
-                metrics={name: _metric(m) for name, m in content["metrics"].items()},
+                metrics=_metrics(content["metrics"]),
                 **{name: _checked(content[name], kind, name) for name, kind in _FACTS.items()},
                 by_frequency=_bands(FrequencyBand, content.get("by_frequency")),
                 by_position=_bands(PositionBand, content.get("by_position")),
+                by_port=_by_part(content.get("by_port")),
+                by_model=_by_part(content.get("by_model")),
                 controls={name: cls.from_dict(report, place) for name, report in content["controls"].items()}
                 if "controls" in content
                 else None,
@@ -131,7 +147,18 @@ class EvalReport(Result):
             raise CorruptFileError(f"{place} is not an evaluation: {type(error).__name__}: {error}") from None
 
     def lines(self) -> list[tuple[str, Metric]]:
-        """Return every metric and every band, with its name in tables."""
+        """Return every metric, also of bands, ports and models, with its name in tables."""
+        parts = [(f"{name} of {part}", m) for part, fit in self.parts.items() for name, m in fit.items()]
+        return [*self._main_lines(), *parts]
+
+    @property
+    def parts(self) -> ByPart:
+        """The metrics of each port, and of each model that has several of them."""
+        ports = self.by_port or {}
+        n_ports = Counter(split_key(port).model for port in ports)
+        return ports | {model: fit for model, fit in (self.by_model or {}).items() if n_ports[model] > 1}
+
+    def _main_lines(self) -> list[tuple[str, Metric]]:
         lines = list(self.metrics.items())
         lines += [(f"fvu of tokens that occur {band.label} here", band.fvu) for band in self.by_frequency or ()]
         for band in self.by_position or ():
@@ -176,20 +203,22 @@ class EvalReport(Result):
         return _NO_INTERVALS if self.n_sequences == 1 else "No confidence intervals."
 
     def to_markdown(self) -> str:
-        """Return a Markdown table of the metrics, and one of the controls if the report has them."""
+        """Return a Markdown table of the metrics, and one of the ports and the controls if the report has them."""
         how = f"{self.intervals} {'Data' if self.model is None else 'Token'} hash: {code(self.text_sha256)}."
         lines = [f"{one_line(self.where)}. {how}"]
         lines += [one_line(self.caution)] if self.caution else []
         lines += ["", "| metric | value | 95 % interval |", "| --- | --- | --- |"]
-        lines += [f"| {cell(name)} | {m.value:.4g} | {m.interval} |" for name, m in self.lines()]
-        if self.controls:
+        lines += [f"| {cell(name)} | {m.value:.4g} | {m.interval} |" for name, m in self._main_lines()]
+        if self._has_comparison:
             lines += ["", markdown({"this dictionary": self})]
         return "\n".join(lines)
 
     def __str__(self) -> str:
-        lines = [f"{name:50} {metric}" for name, metric in self.lines()]
-        if self.controls:
-            lines += ["", *("".join(f"{part:20}" for part in row).rstrip() for row in _comparison({"this dictionary": self}))]
+        lines = [f"{name:50} {metric}" for name, metric in self._main_lines()]
+        if self._has_comparison:
+            rows = _comparison({"this dictionary": self})
+            first = max(20, *(len(row[0]) + 2 for row in rows))
+            lines += ["", *(f"{row[0]:{first}}{''.join(f'{part:20}' for part in row[1:])}".rstrip() for row in rows)]
         notes = [*([self.caution] if self.caution else []), *([self.intervals] if self.n_sequences == 1 else [])]
         return "\n".join([self.where, *notes, *lines])
 
@@ -202,29 +231,33 @@ class EvalReport(Result):
         return columns if self.controls else {title: column for title, column in columns.items() if title != "of"}
 
     def table(self) -> Any:
-        """Return a rich table of the metrics, and one of the controls if the report has them."""
+        """Return a rich table of the metrics, and one of the ports and the controls if the report has them."""
         from rich.console import Group
 
         metrics = self._rich_table()
-        return Group(metrics, table({"this dictionary": self})) if self.controls else metrics
+        return Group(metrics, table({"this dictionary": self})) if self._has_comparison else metrics
+
+    @property
+    def _has_comparison(self) -> bool:
+        return bool(self.controls or self.by_port)
 
     def _rich_table(self) -> "Table":
-        rows = [(name, f"{m.value:.4g}", m.interval) for name, m in self.lines()]
+        rows = [(name, f"{m.value:.4g}", m.interval) for name, m in self._main_lines()]
         titles = ("metric", "value", "95 % interval")
         notes = [self.caution, *([self.intervals] if self.n_sequences == 1 else [])]
         caption = "\n".join(wrapped(note) for note in notes if note)
         return grid(titles, rows, title=wrapped(self.where), caption=caption, column=lambda title: {"no_wrap": True})
 
     def _repr_html_(self) -> str:
-        rows = [(name, f"{m.value:.4g}", m.interval) for name, m in self.lines()]
+        rows = [(name, f"{m.value:.4g}", m.interval) for name, m in self._main_lines()]
         html = f"<p>{escape(self.where)}. {escape(self.caution)}</p>{_html_table(('metric', 'value', '95 % interval'), rows)}"
-        if self.controls:
+        if self._has_comparison:
             head, *lines = _comparison({"this dictionary": self})
             html += _html_table(head, lines)
         return html
 
 
-_PARTS = ("metrics", "density", "by_frequency", "by_position", "controls")
+_PARTS = ("metrics", "density", "by_frequency", "by_position", "controls", "by_port", "by_model")
 _FACTS = {f.name: f.type for f in fields(EvalReport) if f.name not in _PARTS}
 
 
@@ -237,6 +270,14 @@ def _checked(value: Any, kind: Any, name: str) -> Any:
 
 def _metric(content: Any) -> Metric:
     return Metric(**{key: math.nan if x is None else float(_checked(x, int | float, key)) for key, x in content.items()})
+
+
+def _metrics(content: dict[str, Any]) -> dict[str, Metric]:
+    return {name: _metric(m) for name, m in content.items()}
+
+
+def _by_part(content: dict[str, Any] | None) -> ByPart | None:
+    return None if content is None else {part: _metrics(fit) for part, fit in content.items()}
 
 
 def _bands(kind: Any, content: Any) -> tuple[Any, ...] | None:
@@ -252,19 +293,36 @@ _NO_INTERVALS = "No confidence intervals: they need several sequences, and this 
 
 
 def _comparison(reports: Mapping[str, EvalReport]) -> list[tuple[str, ...]]:
-    """Return the head and a line for each report and each of its controls: value ± half the interval of the main metrics."""
-    columns = [key for key in COLUMNS if any(key in report.metrics for report in reports.values())]
+    """Return the head and a line for each report, each of its controls, and each port of these.
+
+    A cell is the value ± half the interval of one of the main metrics.
+    """
+    known = {key for report in reports.values() for fit in (report.metrics, *report.parts.values()) for key in fit}
+    columns = [key for key in COLUMNS if key in known]
     lines = [("dictionary", *columns, "frac_alive")]
+
+    def numbers(fit: dict[str, Metric]) -> list[str]:
+        return [fit[key].short if key in fit else "" for key in columns]
+
     for name, report in reports.items():
         named = {name: report} | {f"– {control}": measured for control, measured in (report.controls or {}).items()}
         for title, one in named.items():
-            numbers = (one.metrics[key].short if key in one.metrics else "" for key in columns)
-            lines.append((title, *numbers, f"{one.frac_alive:.1%}"))
+            alive = f"{one.frac_alive:.1%}" if "frac_alive" in one.metrics else ""
+            lines.append((title, *numbers(one.metrics), alive))
+            lines += [(f"at {part}", *numbers(fit), "") for part, fit in _without_hook(one.parts).items()]
     return lines
 
 
+def _without_hook(parts: ByPart) -> ByPart:
+    """Return the parts with the names of their models alone, if all are ports at one hook."""
+    keys = [split_key(part) for part in parts]
+    if None in {key.model for key in keys} or len({key.hook for key in keys}) != 1:
+        return parts
+    return {part.removesuffix(f":{keys[0].hook}"): fit for part, fit in parts.items()}
+
+
 def table(reports: Mapping[str, EvalReport]) -> "Table":
-    """Return a rich table of several reports, with a row for each and for each of its controls.
+    """Return a rich table of several reports, with a row for each and for each of its ports and controls.
 
     Folders that all names share are left out.
     """

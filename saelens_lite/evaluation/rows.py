@@ -1,7 +1,7 @@
 """Evaluation on rows of activations, without a model."""
 
 import logging
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
@@ -15,14 +15,14 @@ from saelens_lite.arrays import ArrayLike, as_tensor, described
 from saelens_lite.cache.resumed import tensor_hash
 from saelens_lite.devices import float64_device, wide
 from saelens_lite.dictionary import Dictionary
-from saelens_lite.errors import ConfigError, NonFiniteError, ShapeError
+from saelens_lite.errors import ConfigError, NonFiniteError, ShapeError, near_matches
 from saelens_lite.evaluation import metrics
 from saelens_lite.evaluation.controls import moments, untrained
 from saelens_lite.evaluation.metrics import Kept
 from saelens_lite.evaluation.report import EvalReport
 from saelens_lite.evaluation.sums import PooledSums, run_in_rounds
 from saelens_lite.model.passes import BATCH_TOKENS
-from saelens_lite.ports import Port, names
+from saelens_lite.ports import Port, names, spans, together
 from saelens_lite.processes import Team, check_same, team
 from saelens_lite.progress import progress_bar
 
@@ -63,8 +63,12 @@ def evaluate_rows(
     """Return the reports of dictionaries on activations; see `evaluate`."""
     if target is None and isinstance(x, tuple) and len(x) == 2 and all(getattr(part, "ndim", 0) == 2 for part in x):
         x, target = x
-    inputs = _checked(x, "x")
-    wanted = inputs if target is None else _checked(target, "target")
+    if isinstance(x, Mapping):
+        inputs, wanted = _of_ports(x, target, dictionaries)
+        target = None if wanted is inputs else wanted
+    else:
+        inputs = _checked(x, "x")
+        wanted = inputs if target is None else _checked(target, "target")
     if len(wanted) != len(inputs):
         raise ShapeError(f"x has {len(inputs):,} rows and target {len(wanted):,}; expected the same number")
     for one in dictionaries:
@@ -131,6 +135,44 @@ def _checked(x: ArrayLike, name: str) -> Float[Tensor, "n d"]:
     return x
 
 
+def _of_ports(
+    x: Mapping[str, ArrayLike], target: ArrayLike | None, dictionaries: Sequence[Dictionary]
+) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
+    """Return the activations at the read ports and at the written ports, from activations by port key.
+
+    Raises:
+        ConfigError: a target is given beside them, the dictionaries have different ports, or a port is missing.
+        ShapeError: the activations at a port have another width, or another number of rows than at others.
+    """
+    if target is not None:
+        raise ConfigError("x names activations by port, also those that are written; leave out target")
+    sides = list(dict.fromkeys((names(d.reads), names(d.writes)) for d in dictionaries))
+    if len(sides) != 1:
+        raise ConfigError(
+            f"activations by port are for dictionaries of the same ports; found {sides}; evaluate them one by one"
+        )
+    parts: dict[str, Tensor] = {}
+    for port in (*dictionaries[0].reads, *dictionaries[0].writes):
+        if port.key is None:
+            raise ConfigError(
+                "a port of the dictionary names no hook; give one tensor [n d_in] in place of activations by port"
+            )
+        if port.key not in x:
+            raise ConfigError(f"x has no activations of {port.key!r}{near_matches(port.key, x) or '; it has ' + ', '.join(x)}")
+        part = parts[port.key] = _checked(x[port.key], f"x[{port.key!r}]")
+        if part.shape[1] != port.width:
+            raise ShapeError(f"x[{port.key!r}] has shape {tuple(part.shape)}; the dictionary has {port.width} columns there")
+    if len({len(part) for part in parts.values()}) != 1:
+        counts = ", ".join(f"{len(part):,} of {key}" for key, part in parts.items())
+        raise ShapeError(f"x has different numbers of rows: {counts}; expected one row of each port for each token")
+    device = next(iter(parts.values())).device
+    reads, writes = (
+        [parts[str(port.key)].to(device) for port in side] for side in (dictionaries[0].reads, dictionaries[0].writes)
+    )
+    inputs = together(reads)
+    return inputs, inputs if dictionaries[0].writes_what_it_reads else together(writes)
+
+
 def _check_fit(dictionary: Dictionary, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"] | None) -> None:
     """Raise an error unless a dictionary is finite, takes x, and writes the target if there is one."""
     dictionary.check_finite()
@@ -192,8 +234,15 @@ def _batches(unit: Int[Tensor, " n"], size: int) -> Iterator[tuple[Int[Tensor, "
         first, begin = after, stop
 
 
-def _reports(rows: RowData, dictionaries: Sequence[Dictionary]) -> list[EvalReport]:
-    """Read the rows once, and return a report for each dictionary."""
+def _reports(
+    rows: RowData, dictionaries: Sequence[Dictionary], ports: Sequence[Sequence[Port]] | None = None
+) -> list[EvalReport]:
+    """Read the rows once, and return a report for each dictionary.
+
+    ports: those among which the columns of each are divided; default: the ports that it writes.
+    """
+    divided = [_by_port(one) for one in ports or [d.writes for d in dictionaries]]
+    all_parts = list({(part.start, part.stop): part for of in divided for part in of.values()}.values())
     sums = PooledSums(rows.n_bootstrap, rows.seed, rows.n_groups)
     where = float64_device(rows.wanted.device)  # for the sums
     mean = (sum(wide(y).sum(0) for y in rows.wanted.split(rows.batch_rows)) / len(rows.wanted)).float()
@@ -204,12 +253,14 @@ def _reports(rows: RowData, dictionaries: Sequence[Dictionary]) -> list[EvalRepo
             kept = Kept(places.row.to(where), places.position.to(where), places.n)
             x, wanted = rows.x[some.to(rows.x.device)], rows.wanted[some.to(rows.wanted.device)].to(where).float()
             square = metrics.add_activations(sums, wanted, mean, kept)
+            metrics.add_parts(sums, wanted, mean, all_parts, kept)
             for i, dictionary in enumerate(dictionaries):
                 here = x.to(dictionary.W_dec.device)
                 codes = dictionary.encode(here)
                 x_hat = dictionary.decode(codes, here).to(where).float()
                 metrics.add_codes(sums, str(i), codes.to(where), kept)
                 metrics.add_reconstruction(sums, str(i), wanted, x_hat, square, kept)
+                metrics.add_part_errors(sums, str(i), wanted, x_hat, divided[i].values(), kept)
             advance(len(some), "")
             yield
 
@@ -230,6 +281,7 @@ def _reports(rows: RowData, dictionaries: Sequence[Dictionary]) -> list[EvalRepo
             read_hook=_named(dictionary.reads),
             excluded="",
             density=metrics.density(sums, str(i)),
+            by_port={key: metrics.part_metrics(sums, str(i), [part]) for key, part in divided[i].items()} or None,
         )
         for i, dictionary in enumerate(dictionaries)
     ]
@@ -238,6 +290,13 @@ def _reports(rows: RowData, dictionaries: Sequence[Dictionary]) -> list[EvalRepo
 def _own(batches: Iterable[Batch], team: Team) -> Iterator[Batch]:
     """Return every W-th of the batches, which are those of this process of W."""
     return islice(batches, team.rank, None, team.world)
+
+
+def _by_port(ports: Sequence[Port]) -> dict[str, slice]:
+    """Return the columns of each port by its key, or by its number; none if there is only one port."""
+    if len(ports) == 1:
+        return {}
+    return {port.key or f"port {i}": part for i, (port, part) in enumerate(zip(ports, spans(ports), strict=True))}
 
 
 def _named(ports: Sequence[Port]) -> str:
@@ -256,7 +315,9 @@ def _with_controls(rows: RowData, dictionaries: Sequence[Dictionary], reports: S
     )
     measured = iter(
         _reports(
-            rows._replace(x=wanted, wanted=wanted, sha256=tensor_hash(wanted)), [d for some in others for d in some.values()]
+            rows._replace(x=wanted, wanted=wanted, sha256=tensor_hash(wanted)),
+            [control for some in others for control in some.values()],
+            [d.writes for d, some in zip(dictionaries, others, strict=True) for _ in some],
         )
     )
     return [

@@ -6,13 +6,11 @@ from saelens_lite.config import TextConfig
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError
 from saelens_lite.evaluation.held import STRETCH
-from saelens_lite.model import LanguageModel
+from saelens_lite.model.models import AnyModel
 from saelens_lite.tokens import DEFAULT_N_CTX, RowBlocks, Text, TokenRows, token_ids
 
 
-def row_blocks(
-    lm: LanguageModel, text: Text | TokenRows, n_tokens: int | None, config: TextConfig | None
-) -> Iterator[TokenRows]:
+def row_blocks(lm: AnyModel, text: Text | TokenRows, n_tokens: int | None, config: TextConfig | None) -> Iterator[TokenRows]:
     """Yield the rows of a text in blocks, cut one token after the last position that counts. Token rows stay as they are."""
     if isinstance(text, TokenRows):
         n_rows = max(1, STRETCH // max(1, text.tokens.shape[1]))
@@ -22,7 +20,7 @@ def row_blocks(
             yield rows.narrowed(int(rows.counted_lengths.max()) + 1)
 
 
-def as_trained(dictionaries: Sequence[Dictionary], lm: LanguageModel, text: Text, config: TextConfig) -> TextConfig:
+def as_trained(dictionaries: Sequence[Dictionary], lm: AnyModel, text: Text, config: TextConfig) -> TextConfig:
     """Return the settings. Those that are not set are taken from the rows that the dictionaries were trained on.
 
     Raises:

@@ -38,6 +38,15 @@ one process writes. An interrupted pass can be resumed with another number of pr
 With `codes=True` (extra `sql`) the store keeps all codes as a Parquet table, for `store.sql("select latent, max(value) from
 codes group by latent")`. `control=True` shows each latent beside its behaviour in a model with shuffled weights.
 
+**Several models.** A dictionary whose ports name several models, such as a crosscoder of a base model and its fine-tuned
+version or a dictionary of their difference, takes all of them: `FeatureStore.build(d, {"base": lm, "chat": lm2}, text)`. A
+latent's pre-activation is the sum of what each model adds to it (`example.parts`) and a bias. `store.top_examples(7,
+model="chat")` are the contexts in which chat adds most, `store.promoted(7, "base")` are the tokens that its direction in base
+makes likelier by base's own unembedding, and `store.latent(7)` has all of that for each model. The page shows the models side
+by side, and of two, the class of each latent. `store.dashboard("page.html", diff=sl.diff(d, models, text))` shows the classes
+and numbers of a diff instead of those by norms alone. Norms are in units in which the activations of each model have the same
+RMS norm, measured on the first 8,192 tokens of the text.
+
 **Your own data.** Any activations do, such as embeddings of images, proteins or sounds. No model and no text is needed:
 
 ```python
@@ -58,17 +67,18 @@ elsewhere, so a large group does not come first by its size. What needs a model 
 refused.
 
 text_rows.py keeps the rows of long texts on disk. collect.py runs the model, and code_log.py keeps the codes there. reduce.py
-and cooccurrence.py turn them into numbers (tensors.py). activations.py and rows.py are for rows without a text. store.py
-answers questions from these (summary.py) and from the weights alone (weights.py). store_files.py reads and writes the files.
-search.py finds latents by text. compare.py matches the latents of two dictionaries.
+and cooccurrence.py turn them into numbers (tensors.py). activations.py and rows.py are for rows without a text, and
+per_model.py for several models. store.py answers questions from these (summary.py) and from the weights alone (weights.py).
+store_files.py reads and writes the files. search.py finds latents by text. compare.py matches the latents of two dictionaries.
 """
 
 from saelens_lite.features.detection import Detection, DetectionTask, Score, Scorer, token_baseline, words_of_label
 from saelens_lite.features.info import StoreInfo, weights_hash
+from saelens_lite.features.per_model import ModelTensors
 from saelens_lite.features.rows import ExampleRow, GroupRate
 from saelens_lite.features.search import Hit, SearchResult
 from saelens_lite.features.store import FeatureStore
-from saelens_lite.features.summary import About, Example, ExampleGroup, LatentSummary, Partner, PositionBin
+from saelens_lite.features.summary import About, Example, ExampleGroup, LatentSummary, ModelSummary, Partner, PositionBin
 from saelens_lite.features.tensors import FeatureTensors
 from saelens_lite.features.weights import LatentWeights, latent_weights
 
@@ -85,6 +95,8 @@ __all__ = [
     "Hit",
     "LatentSummary",
     "LatentWeights",
+    "ModelSummary",
+    "ModelTensors",
     "Partner",
     "PositionBin",
     "Score",

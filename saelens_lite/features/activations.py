@@ -12,13 +12,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelens_lite.arrays import ArrayLike, as_tensor
-from saelens_lite.codes import SparseCodes
 from saelens_lite.config import StoreConfig
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, NonFiniteError, ShapeError
 from saelens_lite.features.build import SHOWN, Numbers, reduced
-from saelens_lite.features.code_log import Sample
-from saelens_lite.features.collect import MAX_PLACES, written
+from saelens_lite.features.code_log import Coded, Sample
+from saelens_lite.features.collect import MAX_PLACES, Logged, written
 from saelens_lite.features.info import StoreInfo, facts_of, own_id
 from saelens_lite.features.rows import OF_GROUPS, GroupsOfBlocks, RowTensors, row_tensors, texts_of
 from saelens_lite.processes import Team, check_same
@@ -101,12 +100,12 @@ def row_parts(dictionary: Dictionary, given: NamedRows, config: StoreConfig, fol
         shape = {"rows": n, "dtype": str(given.x.dtype).removeprefix("torch.")}
         check_same({"dictionary": facts, **config.model_dump(mode="json")}, hashes | shape, dictionary.W_enc.device)
 
-    def encoded(batch: tuple[int, Tensor]) -> Iterator[tuple[Tensor, SparseCodes]]:
+    def encoded(batch: tuple[int, Tensor]) -> Iterator[Coded]:
         start, x = batch
         codes = dictionary.encode(x.to(dictionary.W_enc.device))
         if not torch.isfinite(codes.value).all():
             raise NonFiniteError(f"the codes of rows {start:,} to {start + len(x) - 1:,} hold NaN or infinity")
-        yield torch.arange(start, start + len(x)), codes
+        yield Coded(torch.arange(start, start + len(x)), codes)
 
     with progress_bar("features", n, "rows") as advance:
 
@@ -116,7 +115,7 @@ def row_parts(dictionary: Dictionary, given: NamedRows, config: StoreConfig, fol
                 yield start, x
                 advance(len(x), "")
 
-        codes = written(folder, [dictionary.d_sae], Sample.of(n, config.seed), hashed(), encoded, team)[0]
+        codes = written(folder, [Logged(dictionary.d_sae)], Sample.of(n, config.seed), hashed(), encoded, team)[0]
     team.agree({"x": digest.hexdigest()}, "inputs of the store")
     ports = ([port.hook or "activations" for port in side] for side in (dictionary.reads, dictionary.writes))
     reads, writes = map(tuple, ports)

@@ -18,10 +18,11 @@ from saelens_lite.features.codes import CODES_FILE, CodesTable, codes_file, join
 from saelens_lite.features.collect import Hooked, collect
 from saelens_lite.features.cooccurrence import partners
 from saelens_lite.features.info import StoreInfo, facts_of, own_id
+from saelens_lite.features.per_model import OF_CODES, models_of
 from saelens_lite.features.reduce import Block, TextFacts
 from saelens_lite.features.tensors import FeatureTensors
 from saelens_lite.features.text_rows import rows_of
-from saelens_lite.model import LanguageModel
+from saelens_lite.model.models import AnyModel, Models
 from saelens_lite.processes import Team
 from saelens_lite.progress import progress_bar
 from saelens_lite.tensor_files import read_tensors, write_tensors
@@ -43,7 +44,7 @@ class StorePlan(NamedTuple):
     def of(
         cls,
         dictionaries: Sequence[Dictionary],
-        lm: LanguageModel,
+        lm: AnyModel,
         text: Text | TokenRows,
         config: StoreConfig,
         *,
@@ -57,8 +58,6 @@ class StorePlan(NamedTuple):
         hooked = [_hooked(d, lm, hook) for d in dictionaries]
         rows = _rows(dictionaries, lm, text, config.n_tokens, text_config, folder)
         common = {
-            "model": lm.name,
-            "revision": lm.revision,
             "n_tokens": rows.n_kept,
             "bos_id": lm.bos_id,
             "text": source_name(text, text_config),
@@ -70,6 +69,7 @@ class StorePlan(NamedTuple):
                 reads=one.hooks.reads,
                 writes=one.hooks.writes,
                 neuronpedia=own_id(one.dictionary),
+                **_named(lm, one.dictionary),
                 **facts_of(one.dictionary),
                 **common,
             )
@@ -77,17 +77,17 @@ class StorePlan(NamedTuple):
         ]
         return cls(hooked, rows, infos, config)
 
-    def request(self, lm: LanguageModel) -> dict[str, Any]:
+    def request(self, lm: AnyModel) -> dict[str, Any]:
         """Return the facts that must be equal for an unfinished pass to be resumed."""
         read = RowHash()
         for piece in self.rows.pieces():
             read.add(piece)
         of_each = {f"{i}: {key}": x for i, info in enumerate(self.infos) for key, x in info.model_dump(mode="json").items()}
+        of_model = {} if isinstance(lm, Models) else {"processing": lm.processing, "model_dtype": f"torch.{lm.precision}"}
         return {
-            "processing": lm.processing,
+            **of_model,  # of several models, infos have these
             "weights": lm.fingerprint(),
             "tokenizer": lm.tokenizer_hash,
-            "model_dtype": f"torch.{lm.precision}",
             "batch_tokens": self.config.batch_tokens,
             "control": self.config.control,
             "n_dictionaries": len(self.infos),
@@ -96,7 +96,7 @@ class StorePlan(NamedTuple):
             **of_each,
         }
 
-    def numbers(self, lm: LanguageModel, folder: Path, team: Team) -> "list[tuple[Numbers | None, Numbers | None]]":
+    def numbers(self, lm: AnyModel, folder: Path, team: Team) -> "list[tuple[Numbers | None, Numbers | None]]":
         """Run the model and return the numbers of each dictionary and of its control. Codes go to disk, below `folder`.
 
         In processes other than the first of a team, both are None.
@@ -104,7 +104,8 @@ class StorePlan(NamedTuple):
         own, control = self._codes(lm, folder, "features", team), [None] * len(self.infos)
         if self.config.control:
             with lm.redrawn(self.config.seed) as redrawn:
-                control = self._codes(redrawn, folder / "control", "features of the control", team)
+                plain = self._replace(hooked=[one._replace(models=()) for one in self.hooked])  # parts are of the own models
+                control = plain._codes(redrawn, folder / "control", "features of the control", team)
         return [
             (
                 reduced(one, self.rows, info, self.config.codes),
@@ -113,24 +114,36 @@ class StorePlan(NamedTuple):
             for i, (info, one, other) in enumerate(zip(self.infos, own, control, strict=True))
         ]
 
-    def _codes(self, lm: LanguageModel, folder: Path, what: str, team: Team) -> list[Codes]:
+    def _codes(self, lm: AnyModel, folder: Path, what: str, team: Team) -> list[Codes]:
         return collect(self.hooked, lm, self.rows, self.config.batch_tokens, folder, what, self.config.seed, team)
 
     def control_info(self, i: int) -> StoreInfo:
         """Return the facts about the control of a dictionary."""
-        return self.infos[i].replace(model=f"{self.infos[i].model}, weights shuffled", revision=None)
+        return self.infos[i].replace(model=f"{self.infos[i].model}, weights shuffled", revision=None, models=())
 
 
-def _hooked(dictionary: Dictionary, lm: LanguageModel, hook: str | None) -> Hooked:
+def _named(lm: AnyModel, dictionary: Dictionary) -> dict[str, Any]:
+    """Return the facts about the models of a dictionary, as fields of a StoreInfo."""
+    models = models_of(dictionary, lm)
+    if not isinstance(lm, Models):
+        return {"model": lm.name, "revision": lm.revision}
+    if len(models) == 1:
+        return {"model": models[0].model, "revision": models[0].revision}
+    named = ", ".join(f"{facts.name} = {facts.model}" for facts in models)
+    return {"model": named, "revision": None, "models": models}
+
+
+def _hooked(dictionary: Dictionary, lm: AnyModel, hook: str | None) -> Hooked:
     """Return a dictionary on the model's device, with its hooks. Raise NonFiniteError if a weight is NaN or infinite."""
     dictionary.check_finite()
     lm.warn_of_precision(dictionary.origin)
-    return Hooked(on_device(dictionary, lm.device), lm.hooks_of(dictionary, hook))
+    models = tuple(facts.name for facts in models_of(dictionary, lm))
+    return Hooked(on_device(dictionary, lm.device), lm.hooks_of(dictionary, hook), models if len(models) > 1 else ())
 
 
 def _rows(
     dictionaries: Sequence[Dictionary],
-    lm: LanguageModel,
+    lm: AnyModel,
     text: Text | TokenRows,
     n_tokens: int | None,
     text_config: TextConfig | None,
@@ -168,6 +181,11 @@ class Numbers:
         }
         own = {name: x for name, x in self.of_latents.items() if name in FeatureTensors._fields}
         return FeatureTensors(**of_text, **own)
+
+    @property
+    def of_models(self) -> dict[str, Tensor]:
+        """The numbers about several models, if there are several: fields of ModelTensors."""
+        return {name: x for name, x in self.of_latents.items() if name in OF_CODES}
 
 
 def reduced(

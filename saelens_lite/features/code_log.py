@@ -1,7 +1,8 @@
 """The codes of a text on disk: each process appends its batches to a log, and all logs are read one block of latents at a time.
 
-entries.bin holds the activations, 10 bytes each: place, latent (counted from the first of its block), value. The entries of a
-batch are sorted by block, and blocks.bin says how many entries each block has. batches.bin has the number of each batch and how
+entries.bin holds the activations, 10 bytes each: place, latent (counted from the first of its block), value; of several models,
+also the part of each model, 4 bytes each. The entries of a batch are sorted by block, and blocks.bin says how many entries each
+block has. batches.bin has the number of each batch and how
 many tokens it holds. The latents that fire together are stored a second time for a sample of the tokens, because a block holds
 only its own: lists.bin has each place and how many latents fire there, and latents.bin has these latents.
 """
@@ -15,7 +16,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelens_lite.codes import SparseCodes
@@ -30,7 +31,7 @@ MAX_BLOCKS = 64
 MAX_ENTRIES = 1 << 22  # activations in memory at once; a single latent may exceed it
 MAX_LISTS = 1 << 22  # tokens whose latents are stored together, about; if there are more, a sample of them
 MAX_TABLE = 1 << 24  # places that are numbered by a table; more are searched
-ENTRY = np.dtype([("place", "<u4"), ("latent", "<u2"), ("value", "<f4")])
+ENTRY = [("place", "<u4"), ("latent", "<u2"), ("value", "<f4")]
 LIST = np.dtype([("place", "<u4"), ("n", "<u4")])
 BATCH = np.dtype([("number", "<u4"), ("n", "<u4")])
 COUNT = np.dtype("<u4")
@@ -75,6 +76,14 @@ class Lists(NamedTuple):
         return self.order[torch.searchsorted(self.place, place)]
 
 
+class Coded(NamedTuple):
+    """The places of a batch, the codes there, and with several models, the parts of each at the entries of the codes."""
+
+    place: Int[Tensor, " batch"]
+    codes: SparseCodes
+    parts: Float[Tensor, "nnz n_models"] | None = None
+
+
 class LatentBlock(NamedTuple):
     """The entries of latents `first` to `first + n − 1`, numbered from `first`."""
 
@@ -84,10 +93,21 @@ class LatentBlock(NamedTuple):
 
 
 class CodeLog:
-    """The files of one dictionary and one process; `sizes` are their lengths in bytes after the last complete batch."""
+    """The files of one dictionary and one process; `sizes` are their lengths in bytes after the last complete batch.
 
-    def __init__(self, folder: Path, d_sae: int, sizes: dict[str, int] | None = None, sample: Sample | None = None):
+    n_models: number of models of which entries have parts.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        d_sae: int,
+        sizes: dict[str, int] | None = None,
+        sample: Sample | None = None,
+        n_models: int = 0,
+    ):
         self.folder, self.d_sae, self.sample = folder, d_sae, sample or Sample()
+        self.entry = np.dtype(ENTRY + ([("part", "<f4", (n_models,))] if n_models else []))
         self.block = max(BLOCK, -(-d_sae // MAX_BLOCKS))
         self.n_blocks = -(-d_sae // self.block)
         self.list_dtype = np.dtype("<u2" if d_sae <= 1 << 16 else "<u4")
@@ -103,7 +123,7 @@ class CodeLog:
             if n_bytes < size:
                 raise self._damaged(name, f"has {n_bytes:,} bytes, expected {size:,}")
         n_entries = int(self.n_entries().sum()) if self.sizes["blocks.bin"] else 0
-        if n_entries * ENTRY.itemsize != self.sizes["entries.bin"]:
+        if n_entries * self.entry.itemsize != self.sizes["entries.bin"]:
             raise self._damaged("blocks.bin", f"counts {n_entries:,} entries, but entries.bin has another number")
 
     def _damaged(self, name: str, problem: str) -> CorruptFileError:
@@ -121,7 +141,13 @@ class CodeLog:
             self._files[name] = open(self.folder / name, "ab")  # noqa: SIM115 (closed by `close`)
             self._files[name].truncate(size)
 
-    def add(self, number: int, place: Int[Tensor, " batch"], codes: SparseCodes) -> None:
+    def add(
+        self,
+        number: int,
+        place: Int[Tensor, " batch"],
+        codes: SparseCodes,
+        parts: Float[Tensor, "nnz n_models"] | None = None,
+    ) -> None:
         """Append the codes of a batch, which has a number, at some places, which must be new."""
         codes = codes.to(torch.float32)  # the stored type
         row, latent, value = (x[codes.fires].cpu() for x in (codes.row, codes.latent, codes.value))
@@ -132,9 +158,11 @@ class CodeLog:
         together = latent if self.sample.share >= 1 else latent[listed[row]]
         block = latent // self.block
         order = block.argsort(stable=True)
-        entries = np.empty(len(latent), ENTRY)
+        entries = np.empty(len(latent), self.entry)
         entries["place"], entries["latent"] = place[row[order]].numpy(), (latent[order] % self.block).numpy()
         entries["value"] = value[order].numpy()
+        if parts is not None:
+            entries["part"] = parts[codes.fires].float().cpu()[order].numpy()
         n_of_block = torch.bincount(block, minlength=self.n_blocks).numpy().astype(COUNT)
         batch = np.array([(number, len(place))], BATCH)
         self._append([batch, lists, together.numpy().astype(self.list_dtype), entries, n_of_block])
@@ -197,8 +225,8 @@ class CodeLog:
                 stops = before + sizes.cumsum().reshape(sizes.shape)[:, number]
                 for start, n in zip((stops - sizes[:, number]).tolist(), sizes[:, number].tolist(), strict=True):
                     if n:
-                        file.seek(start * ENTRY.itemsize)
-                        run = np.empty(n, ENTRY)
+                        file.seek(start * self.entry.itemsize)
+                        run = np.empty(n, self.entry)
                         if file.readinto(memoryview(run).cast("B")) != run.nbytes:
                             raise self._damaged("entries.bin", "ends too early")
                         yield run
@@ -215,7 +243,7 @@ class Codes:
 
     def __init__(self, logs: Sequence[CodeLog], is_own: Sequence[bool], scratch: Path, team: Team = ALONE):
         self.logs, self.is_own, self.scratch, self.team = list(logs), is_own, scratch, team
-        self.d_sae, self.block, self.n_blocks = logs[0].d_sae, logs[0].block, logs[0].n_blocks
+        self.d_sae, self.block, self.n_blocks, self.entry = logs[0].d_sae, logs[0].block, logs[0].n_blocks, logs[0].entry
 
     @property
     def folder(self) -> Path:
@@ -279,13 +307,14 @@ class Codes:
         ranges = _ranges(count[before : before + self.block])
         runs = (run for log in self.logs for run in log.runs(number))
         if len(ranges) == 1:
-            pieces: Iterator[np.ndarray] = iter([np.concatenate([np.empty(0, ENTRY), *runs])])
+            pieces: Iterator[np.ndarray] = iter([np.concatenate([np.empty(0, self.entry), *runs])])
         else:
             pieces = self._partitioned(runs, ranges, count[before : before + self.block])
         for (start, stop), entries in zip(ranges, pieces, strict=True):
             place, latent = (torch.from_numpy(entries[name].astype(np.int64)) for name in ("place", "latent"))
             value = torch.from_numpy(entries["value"].astype(np.float32))
-            yield LatentBlock(before + start, stop - start, Entries(place, latent - start, value))
+            part = torch.from_numpy(entries["part"].astype(np.float32)) if "part" in entries.dtype.names else None
+            yield LatentBlock(before + start, stop - start, Entries(place, latent - start, value, part))
 
     def _partitioned(
         self, runs: Iterator[np.ndarray], ranges: list[tuple[int, int]], count: Int[Tensor, " latents"]
@@ -304,11 +333,11 @@ class Codes:
                         n_each = np.bincount(which, minlength=len(ranges))
                         stops = n_each.cumsum()
                         for i in np.flatnonzero(n_each):
-                            file.seek(int(position[i]) * ENTRY.itemsize)
+                            file.seek(int(position[i]) * self.entry.itemsize)
                             file.write(memoryview(chosen[stops[i] - n_each[i] : stops[i]]).cast("B"))
                         position += n_each
                 for stop, size in zip(ends.tolist(), sizes.tolist(), strict=True):
-                    yield np.fromfile(self.scratch, ENTRY, size, offset=(stop - size) * ENTRY.itemsize)
+                    yield np.fromfile(self.scratch, self.entry, size, offset=(stop - size) * self.entry.itemsize)
             finally:
                 self.scratch.unlink(missing_ok=True)
 

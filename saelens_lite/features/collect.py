@@ -25,11 +25,13 @@ from saelens_lite.errors import (
     NonFiniteError,
     TextError,
 )
-from saelens_lite.features.code_log import BATCH, CodeLog, Codes, Sample
+from saelens_lite.features.code_log import BATCH, Coded, CodeLog, Codes, Sample
+from saelens_lite.features.per_model import PartEncoder
 from saelens_lite.files import write_json
 from saelens_lite.kinds import LOCK, STORE, UNFINISHED_STORE
 from saelens_lite.locks import locked
-from saelens_lite.model import LanguageModel, passes
+from saelens_lite.model import passes
+from saelens_lite.model.models import AnyModel
 from saelens_lite.outputs import check_shared, followed
 from saelens_lite.ports import Hooks, together
 from saelens_lite.processes import ALONE, Team
@@ -48,16 +50,24 @@ log = logging.getLogger(__name__)
 
 
 class Hooked(NamedTuple):
-    """A dictionary and its hooks in the model."""
+    """A dictionary and its hooks in the model. `models` are the names of those whose parts are kept, if there are several."""
 
     dictionary: Dictionary
     hooks: Hooks
+    models: tuple[str, ...] = ()
+
+
+class Logged(NamedTuple):
+    """The facts that the log of a dictionary's codes depends on."""
+
+    d_sae: int
+    n_models: int = 0
 
 
 @torch.no_grad()
 def collect(
     dictionaries: Sequence[Hooked],
-    lm: LanguageModel,
+    lm: AnyModel,
     rows: TokenRows,
     batch_tokens: int,
     folder: Path,
@@ -78,14 +88,17 @@ def collect(
     n_ctx = rows.tokens.shape[1]
     if rows.tokens.numel() > MAX_PLACES:
         raise ConfigError(f"the text has {rows.tokens.numel():,} positions; give at most {MAX_PLACES:,}")
-    hooks = list(dict.fromkeys(hook for one in dictionaries for hook in one.hooks.reads))
+    parts = [PartEncoder(one.dictionary, one.models) if one.models else None for one in dictionaries]
+    keys = (key for one in parts if one is not None for key in one.keys)
+    hooks = list(dict.fromkeys((*(hook for one in dictionaries for hook in one.hooks.reads), *keys)))
 
-    def encoded(batch: passes.RowBatch) -> Iterator[tuple[torch.Tensor, SparseCodes]]:
+    def encoded(batch: passes.RowBatch) -> Iterator[Coded]:
         read = passes.read(lm, batch, hooks)
-        for one in dictionaries:
-            yield read.row * n_ctx + read.position, _codes(one, read)
+        for one, of_models in zip(dictionaries, parts, strict=True):
+            codes = _codes(one, read)
+            yield Coded(read.row * n_ctx + read.position, codes, None if of_models is None else of_models.at(codes, read.acts))
 
-    d_sae = [one.dictionary.d_sae for one in dictionaries]
+    logged = [Logged(one.dictionary.d_sae, len(one.models)) for one in dictionaries]
     with progress_bar(what, rows.n_kept) as advance:
 
         def counted() -> Iterator[passes.RowBatch]:
@@ -93,15 +106,15 @@ def collect(
                 yield batch._replace(rows=batch.rows._replace(tokens=batch.rows.tokens.long()))
                 advance(batch.rows.n_kept, "")
 
-        return written(folder, d_sae, Sample.of(rows.n_kept, seed), counted(), encoded, team, lm.is_shared)
+        return written(folder, logged, Sample.of(rows.n_kept, seed), counted(), encoded, team, lm.is_shared)
 
 
 def written(
     folder: Path,
-    d_sae: list[int],
+    logged: list[Logged],
     sample: Sample,
     batches: Iterable[Item],
-    encoded: Callable[[Item], Iterable[tuple[torch.Tensor, SparseCodes]]],
+    encoded: Callable[[Item], Iterable[Coded]],
     team: Team,
     is_shared: bool = False,
 ) -> list[Codes]:
@@ -110,14 +123,14 @@ def written(
     Each process takes every n-th of the other batches, so their contents do not depend on the number of processes.
 
     Args:
-        encoded: Function that yields the places of a batch and the codes there, once for each dictionary.
+        encoded: Function that yields the codes of a batch, once for each dictionary.
         is_shared: True if all processes must run `encoded` on each batch; the first one writes the codes.
     """
     with ExitStack() as stack:
         with team.failing_together():
             for rank in [team.rank, *(_absent(folder, team.world) if team.is_first else [])]:
                 stack.enter_context(locked(folder / str(rank), "features"))  # a process of an earlier job may still write
-            progress = _Progress(folder, team, d_sae, sample)
+            progress = _Progress(folder, team, logged, sample)
             own_batches = progress.done()
         done = set(np.concatenate(team.gather(own_batches)).tolist())
         left = ((number, batch) for number, batch in enumerate(batches) if number not in done)
@@ -131,15 +144,15 @@ def written(
                     if not (is_own or is_shared):
                         continue
                     pieces = encoded(batch)
-                    for code_log, (place, codes) in zip(progress.code_logs, pieces, strict=True):
+                    for code_log, coded in zip(progress.code_logs, pieces, strict=True):
                         if is_own:
-                            code_log.add(number, place, codes)
+                            code_log.add(number, *coded)
                     if is_own:
                         progress.add()
         with team.failing_together():
             stack.close()
     with team.failing_together():
-        return _all_codes(folder, team, d_sae, sample, progress)
+        return _all_codes(folder, team, logged, sample, progress)
 
 
 def _codes(one: Hooked, read: passes.Read) -> SparseCodes:
@@ -154,10 +167,10 @@ def _codes(one: Hooked, read: passes.Read) -> SparseCodes:
     return codes
 
 
-def _all_codes(folder: Path, team: Team, d_sae: list[int], sample: Sample, own: "_Progress") -> list[Codes]:
+def _all_codes(folder: Path, team: Team, logged: list[Logged], sample: Sample, own: "_Progress") -> list[Codes]:
     """Return the codes of each dictionary in the logs of all processes, also of those that worked on them before."""
     kept = own.others | {own.folder: own.code_logs}
-    logs = [kept[path] if path in kept else _read(path, d_sae, sample) for path in _ranks(folder)]
+    logs = [kept[path] if path in kept else _read(path, logged, sample) for path in _ranks(folder)]
     logs = logs or [own.code_logs]
     is_own = [one[0].folder.parent == own.folder or one[0].folder.parent in own.others for one in logs]
     return [Codes(of_one, is_own, own.folder / "sorted.bin", team) for of_one in zip(*logs, strict=True)]
@@ -182,20 +195,21 @@ class _Noted(Checked):
     sizes: list[dict[Literal["batches.bin", "lists.bin", "latents.bin", "entries.bin", "blocks.bin"], Count]]
 
 
-def _read(folder: Path, d_sae: list[int], sample: Sample) -> list[CodeLog]:
+def _read(folder: Path, logged: list[Logged], sample: Sample) -> list[CodeLog]:
     """Return the code logs of a process, one for each dictionary, as far as progress.json says that they are complete."""
-    file, sizes = folder / PROGRESS, [{}] * len(d_sae)
+    file, sizes = folder / PROGRESS, [{}] * len(logged)
     if file.exists():
         try:
             noted = read_checked(file, _Noted)
         except CorruptFileError as error:
             raise CorruptFileError(f"{error}; delete {folder.parent}") from None
-        wanted = [BATCH.itemsize * noted.n_batches] * len(d_sae)
+        wanted = [BATCH.itemsize * noted.n_batches] * len(logged)
         if [one.get("batches.bin") for one in noted.sizes] != wanted:
             raise CorruptFileError(f"{file} is damaged; delete {folder.parent}")
         sizes = noted.sizes
         log.info("resuming in %s after %d batches", folder, noted.n_batches)
-    logs = [CodeLog(folder / str(i), n, size, sample) for i, (n, size) in enumerate(zip(d_sae, sizes, strict=True))]
+    each = enumerate(zip(logged, sizes, strict=True))
+    logs = [CodeLog(folder / str(i), one.d_sae, size, sample, one.n_models) for i, (one, size) in each]
     for code_log in logs:
         code_log.check()
     return logs
@@ -204,12 +218,12 @@ def _read(folder: Path, d_sae: list[int], sample: Sample) -> list[CodeLog]:
 class _Progress:
     """The progress of a process in a pass, and the files that it writes."""
 
-    def __init__(self, folder: Path, team: Team, d_sae: list[int], sample: Sample):
+    def __init__(self, folder: Path, team: Team, logged: list[Logged], sample: Sample):
         self.folder = folder / str(team.rank)
         self.file = self.folder / PROGRESS
-        self.code_logs = _read(self.folder, d_sae, sample)
+        self.code_logs = _read(self.folder, logged, sample)
         absent = [path for path in _ranks(folder) if int(path.name) >= team.world] if team.is_first else []
-        self.others = {path: _read(path, d_sae, sample) for path in absent}
+        self.others = {path: _read(path, logged, sample) for path in absent}
         self._saved = time.monotonic()
 
     def done(self) -> np.ndarray:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from pydantic import Field, NonNegativeInt, model_serializer, model_validator
 
-from saelens_lite.config import MOST, FrozenConfig
+from saelens_lite.config import MOST, FrozenConfig, ModelFacts
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, UserError
 from saelens_lite.features.explanations import neuronpedia_id
@@ -17,6 +17,9 @@ class StoreInfo(FrozenConfig):
 
     model: str | None = Field(description="Model name, Hub id or folder; None for a store of activations, without a model.")
     revision: str | None = Field(description="Commit of the model.")
+    models: tuple[ModelFacts, ...] = Field(
+        (), max_length=100, description="The models, if the dictionary reads or writes several; `revision` is unset then."
+    )
     reads: tuple[str, ...] = Field(min_length=1, description="Hooks that the dictionary reads.")
     writes: tuple[str, ...] = Field(min_length=1, description="Hooks that the dictionary writes.")
     rule: str = Field(description="Sparsity rule of the dictionary.")
@@ -43,8 +46,8 @@ class StoreInfo(FrozenConfig):
 
     @model_serializer(mode="wrap")
     def _as_older_stores(self, handler: Any) -> dict[str, Any]:
-        """Leave out an unknown Neuronpedia id, as older stores do."""
-        return {name: value for name, value in handler(self).items() if name != "neuronpedia" or value is not None}
+        """Leave out an unknown Neuronpedia id and models if there are not several, as older stores do."""
+        return {name: value for name, value in handler(self).items() if name not in ("neuronpedia", "models") or value}
 
     @model_validator(mode="before")
     @classmethod
@@ -63,6 +66,11 @@ class StoreInfo(FrozenConfig):
         return reads if reads == writes else f"{reads} → {writes}"
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The names of several models; empty for one."""
+        return tuple(facts.name for facts in self.models)
+
+    @property
     def unit(self) -> str:
         """The word for what a latent fires on: token, or row of activations without a model."""
         return "row" if self.model is None else "token"
@@ -74,6 +82,11 @@ class StoreInfo(FrozenConfig):
                 f"{what}: this needs a model and its text, but the store was built from activations "
                 "(FeatureStore.from_activations); use FeatureStore.build with a model"
             )
+
+    def check_one_model(self, what: str) -> None:
+        """Raise UserError if the store is of a dictionary of several models."""
+        if self.models:
+            raise UserError(f"{what} takes a store of one model, but this one is of {', '.join(self.names)}")
 
     def check_dictionary(self, dictionary: Dictionary) -> None:
         """Raise ConfigError unless the store was built from this dictionary."""

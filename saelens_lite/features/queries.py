@@ -10,8 +10,9 @@ from saelens_lite.errors import ConfigError, UserError
 from saelens_lite.features.codes import CodesTable
 from saelens_lite.features.compare import Stability
 from saelens_lite.features.info import StoreInfo
+from saelens_lite.features.per_model import ModelTensors
 from saelens_lite.features.rows import ExampleRow, GroupRate, Rows
-from saelens_lite.features.summary import About, Example, ExampleGroup, LatentSummary, Partner, PositionBin
+from saelens_lite.features.summary import About, Example, ExampleGroup, LatentSummary, ModelSummary, Partner, PositionBin
 from saelens_lite.features.tensors import NONE, FeatureTensors
 from saelens_lite.features.weights import LatentWeights
 from saelens_lite.tokens.display import Vocabulary
@@ -33,11 +34,13 @@ class StoreQueries:
         labels: dict[int, str] | None = None,
         folder: Path | None = None,
         rows: Rows | None = None,
+        models: ModelTensors | None = None,
     ):
         self.info, self.tensors, self.weights = info, tensors, weights
         self.vocabulary = vocabulary if isinstance(vocabulary, Vocabulary) else Vocabulary(vocabulary)
         self.codes, self.scores, self.control, self.labels, self.folder = codes, scores, control, labels or {}, folder
         self.rows = rows  # only of activations without a model
+        self.models = models  # only of several models
 
     @property
     def density(self) -> Float[Tensor, " d_sae"]:
@@ -54,20 +57,28 @@ class StoreQueries:
         """Score of each latent in other dictionaries (`sl.stability`), 0 for dead latents; None if it was not computed."""
         return None if self.scores is None else self.scores.score
 
-    def top_examples(self, latent: int, *, one_per_group: bool = False) -> list[Example] | list[ExampleRow]:
+    def top_examples(
+        self, latent: int, *, one_per_group: bool = False, model: str | None = None
+    ) -> list[Example] | list[ExampleRow]:
         """Return the contexts or rows in which a latent fires most, strongest first; none if it never fires.
 
         Args:
             one_per_group: Return at most one row of each group. Only for stores of activations with groups.
+            model: Of several models, the one whose part in the latent's pre-activation decides the order, instead of the
+                activation. Only contexts in which the latent fires are returned.
 
         Raises:
-            UserError: there is no such latent, or there are no groups.
+            UserError: there is no such latent or model, or there are no groups.
         """
         self._check(latent)
+        if model is not None:
+            m, at = self._of_models(model)
+            return self._examples(m.best_place[latent, at], m.best_nearby[latent, at], m.best_part[latent, at])
         if one_per_group:
             t = self._groups().tensors
             return self.rows.examples(self.vocabulary, t.distinct_place[latent], t.distinct_value[latent])
-        return self._examples(self.tensors.top_place[latent], self.tensors.top_nearby[latent])
+        t = self.tensors
+        return self._examples(t.top_place[latent], t.top_nearby[latent], self._parts("top_part", latent))
 
     def quantile_examples(self, latent: int) -> list[ExampleGroup]:
         """Return contexts drawn from groups of equally many activations, largest activations first.
@@ -78,9 +89,10 @@ class StoreQueries:
         self._check(latent)
         t = self.tensors
         n, numbers = int(t.count[latent]), (t.group_count, t.group_low, t.group_high, t.group_place, t.group_nearby)
+        parts = self._parts("group_part", latent)
         return [
-            ExampleGroup(float(low), float(high), int(count) / n, self._examples(place, nearby))
-            for count, low, high, place, nearby in zip(*(x[latent] for x in numbers), strict=True)
+            ExampleGroup(float(low), float(high), int(count) / n, self._examples(place, nearby, part))
+            for count, low, high, place, nearby, part in zip(*(x[latent] for x in numbers), parts, strict=True)
             if count > 0
         ]
 
@@ -91,7 +103,8 @@ class StoreQueries:
             UserError: there is no such latent.
         """
         self._check(latent)
-        return self._examples(self.tensors.random_place[latent], self.tensors.random_nearby[latent])
+        t = self.tensors
+        return self._examples(t.random_place[latent], t.random_nearby[latent], self._parts("random_part", latent))
 
     def silent_examples(self, latent: int) -> list[Example] | list[ExampleRow]:
         """Return contexts drawn from those in which a latent does not fire; fewer than asked for if it nearly always fires.
@@ -101,22 +114,37 @@ class StoreQueries:
         """
         self._check(latent)
         place = self.tensors.silent_place[latent]
-        return self._examples(place, self.tensors.top_nearby.new_zeros(len(place), sum(self.info.window) + 1))
+        nothing = self.tensors.top_nearby.new_zeros(len(place), sum(self.info.window) + 1)
+        return self._examples(place, nothing, nothing[:, :0])
 
-    def _examples(self, places: Tensor, nearby: Tensor) -> list[Example] | list[ExampleRow]:
-        """Return the contexts or rows at places, with the latent's activations there."""
+    def _parts(self, name: str, latent: int) -> Tensor:
+        """Return the parts of several models at the contexts of a latent; of one model, as many empty lists."""
+        if self.models is not None:
+            return getattr(self.models, name)[latent]
+        return getattr(self.tensors, name.replace("_part", "_nearby"))[latent, ..., :0]
+
+    def _of_models(self, model: str) -> tuple[ModelTensors, int]:
+        """Return the numbers about several models, and the number of one of them."""
+        if self.models is None or model not in self.info.names:
+            known = ", ".join(self.info.names) or "none with a name"
+            raise UserError(f"the store has no model {model!r}; its models: {known}")
+        return self.models, self.info.names.index(model)
+
+    def _examples(self, places: Tensor, nearby: Tensor, parts: Tensor) -> list[Example] | list[ExampleRow]:
+        """Return the contexts or rows at places, with the latent's activations there, and the parts of several models."""
         if self.rows is not None:
             return self.rows.examples(self.vocabulary, places, nearby[:, 0])
         t, (before, after) = self.tensors, self.info.window
         examples = []
-        for place, around in zip(places.tolist(), nearby.tolist(), strict=True):
+        for place, around, part in zip(places.tolist(), nearby.tolist(), parts.tolist(), strict=True):
             if place != NONE:
                 row, position = divmod(place, t.tokens.shape[1])
                 start, stop = max(0, position - before), min(int(t.length[row]), position + after + 1)
                 tokens = tuple(self.vocabulary.window(t.tokens[row, : int(t.length[row])], start, stop))
                 first = start - (position - before)
                 values = tuple(around[first : first + len(tokens)])
-                examples.append(Example(tokens, values, position - start, around[before], row, position))
+                each = dict(zip(self.info.names, part, strict=True)) if part else None
+                examples.append(Example(tokens, values, position - start, around[before], row, position, each))
         return examples
 
     def group_profile(self, latent: int) -> list[GroupRate]:
@@ -177,16 +205,20 @@ class StoreQueries:
             if other != NONE
         ]
 
-    def promoted(self, latent: int) -> list[tuple[str, float]]:
+    def promoted(self, latent: int, model: str | None = None) -> list[tuple[str, float]]:
         """Return the tokens whose logits a latent raises most, with the increase for each unit of its activation.
 
         This is the direct effect, which bypasses all later layers. The factor by which the final norm divides is left out.
-        """
-        return self._effects(latent, self.weights.promoted, self.weights.promoted_effect)
 
-    def suppressed(self, latent: int) -> list[tuple[str, float]]:
+        Args:
+            model: One of several models, whose own direction and unembedding are used. Default: that of the last port that is
+                written.
+        """
+        return self._effects(latent, "promoted", model)
+
+    def suppressed(self, latent: int, model: str | None = None) -> list[tuple[str, float]]:
         """Return the tokens whose logits a latent lowers most; see `promoted`."""
-        return self._effects(latent, self.weights.suppressed, self.weights.suppressed_effect)
+        return self._effects(latent, "suppressed", model)
 
     def similar(self, latent: int) -> list[tuple[int, float]]:
         """Return the latents whose directions are nearest to that of a latent, with the cosine, nearest first."""
@@ -230,10 +262,28 @@ class StoreQueries:
         pairs = zip(latent.tolist(), self.weights.promoted_effect[latent, rank].tolist(), strict=True)
         return sorted(pairs, key=lambda pair: -pair[1])
 
-    def _effects(self, latent: int, ids: Tensor, effects: Tensor) -> list[tuple[str, float]]:
+    def _effects(self, latent: int, which: str, model: str | None) -> list[tuple[str, float]]:
         self.info.check_text("effects on tokens")
         self._check(latent)
-        return [(self.vocabulary[i], effect) for i, effect in zip(ids[latent].tolist(), effects[latent].tolist(), strict=True)]
+        tensors, at = (
+            (self.weights, latent) if model is None else (self._of_models(model)[0], (latent, self._of_models(model)[1]))
+        )
+        ids, effects = (getattr(tensors, name)[at].tolist() for name in (which, f"{which}_effect"))
+        return [(self.vocabulary[i], effect) for i, effect in zip(ids, effects, strict=True)]
+
+    def _summaries(self, latent: int) -> list[ModelSummary]:
+        """Return the facts about each of several models."""
+        return [
+            ModelSummary(
+                name,
+                float(self.models.norm[latent, at]),
+                float(self.models.mean_part[latent, at]),
+                self.promoted(latent, name),
+                self.suppressed(latent, name),
+                self.top_examples(latent, model=name),
+            )
+            for at, name in enumerate(self.info.names)
+        ]
 
     def latent(self, latent: int) -> LatentSummary:
         """Return a summary of one latent. Raise UserError if there is no such latent."""
@@ -257,7 +307,15 @@ class StoreQueries:
             stability=self._stability(latent),
             similar=self.similar(latent),
             rates=[] if has_text else self.rows.rates(latent),
+            models=self._summaries(latent),
+            delta_norm=self._compared("delta_norm", latent),
+            cosine=self._compared("cosine", latent),
         )
+
+    def _compared(self, name: str, latent: int) -> float | None:
+        """Return a number that compares two models; None if the store is not of two models with directions of their own."""
+        numbers = () if self.models is None else getattr(self.models, name)
+        return float(numbers[latent]) if len(numbers) else None
 
     def _stability(self, latent: int) -> float | None:
         """Return the stability score of a latent; None without scores, or if the latent was dead when they were computed."""

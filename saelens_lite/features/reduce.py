@@ -21,11 +21,15 @@ MAX_CELLS = 1 << 22  # places of rows with holes in memory at once
 
 
 class Entries(NamedTuple):
-    """Activations of a block's latents: place in the text, latent (counted from the block's first), value."""
+    """Activations of a block's latents: place in the text, latent (counted from the block's first), value.
+
+    `part` has the part of each of several models in the pre-activation, see `per_model`.
+    """
 
     place: Int[Tensor, " n"]
     latent: Int[Tensor, " n"]
     value: Float[Tensor, " n"]
+    part: Float[Tensor, "n n_models"] | None = None
 
 
 class TextFacts(NamedTuple):
@@ -86,6 +90,7 @@ class Block:
         self.key, order = (entries.latent.long() * text.n_places + entries.place).sort()
         self.latent, self.place = entries.latent[order].long(), entries.place[order].long()
         self.value = entries.value[order].float()
+        self.part = None if entries.part is None else entries.part[order]
         self.count = torch.bincount(self.latent, minlength=n)
         self.start = self.count.cumsum(0) - self.count
         size = self.value.view(torch.int32).long()  # the bits of positive floats sort as the floats do
@@ -105,6 +110,7 @@ class Block:
             **self._groups(),
             **self._random(),
             "silent_place": self._silent().int(),
+            **({} if self.part is None else self._best_by_part()),
         }
 
     def _sized(self, rank: Int[Tensor, "latents ..."]) -> Float[Tensor, "latents ..."]:
@@ -144,7 +150,7 @@ class Block:
 
     def _top(self) -> dict[str, Tensor]:
         """Return the largest activations, at most one a row; the first of equals wins."""
-        index = self._ranked(self.falling[self._best_of_row()[self.falling]])
+        index = self._ranked(self.falling[self._best_of_row(self.value)[self.falling]])
         value = torch.where(index == NONE, 0, _at(self.value, index))
         return {"top_value": value, **self._contexts("top", index)}
 
@@ -164,12 +170,22 @@ class Block:
         index[latent[fits], rank[fits]] = entries[fits]
         return index
 
-    def _best_of_row(self) -> Bool[Tensor, " n"]:
+    def _best_by_part(self) -> dict[str, Tensor]:
+        """Return each model's mean part, and the entries with its largest parts, at most one a row; the first of equals."""
+        ranked = []
+        for part in self.part.unbind(1):
+            falling = part.argsort(descending=True, stable=True)
+            falling = falling[self.latent[falling].argsort(stable=True)]
+            ranked.append(self._ranked(falling[self._best_of_row(part)[falling]]))
+        mean = torch.stack([self._mean(part.double()) for part in self.part.unbind(1)], dim=1)
+        return {"mean_part": mean.float(), **self._contexts("best", torch.stack(ranked, dim=1))}
+
+    def _best_of_row(self, value: Float[Tensor, " n"]) -> Bool[Tensor, " n"]:
         """Return a mask of the entries that are the largest of their latent in their row; the first of equals."""
         starts = _starts(self.latent * self.text.n_seq + self.place // self.text.n_ctx)
         run = starts.cumsum(0) - 1
-        largest = self.value.new_zeros(int(starts.sum())).scatter_reduce_(0, run, self.value, "amax")
-        equal = (self.value == largest[run]).nonzero().squeeze(1)
+        largest = value.new_zeros(int(starts.sum())).scatter_reduce_(0, run, value, "amax", include_self=False)
+        equal = (value == largest[run]).nonzero().squeeze(1)
         best = torch.zeros_like(starts)
         best[equal[_starts(run[equal])]] = True
         return best
@@ -199,7 +215,7 @@ class Block:
         return self._contexts("random", torch.where(drawn == NONE, NONE, self.start[:, None] + drawn))
 
     def _contexts(self, name: str, index: Int[Tensor, "latents ..."]) -> dict[str, Tensor]:
-        """Return the places of entries, and the activations of their latents around these places."""
+        """Return the places of entries, the activations of their latents around these places, and the parts of models there."""
         place = torch.where(index == NONE, NONE, _at(self.place, index))
         around = place[..., None] + self.offsets
         wanted = _beside(torch.arange(self.n), around) * self.text.n_places + around
@@ -207,7 +223,11 @@ class Block:
         position = place[..., None] % self.text.n_ctx + self.offsets
         inside = (place[..., None] != NONE) & (position >= 0) & (position < self.text.n_ctx)
         there = inside & (_at(self.key, entry) == wanted)
-        return {f"{name}_place": place.int(), f"{name}_nearby": torch.where(there, _at(self.value, entry), 0)}
+        contexts = {f"{name}_place": place.int(), f"{name}_nearby": torch.where(there, _at(self.value, entry), 0)}
+        if self.part is not None:
+            parts = torch.stack([torch.where(index == NONE, 0, _at(part, index)) for part in self.part.unbind(1)], dim=-1)
+            contexts[f"{name}_part"] = parts
+        return contexts
 
     def _silent(self) -> Int[Tensor, "latents n_silent"]:
         """Return places, drawn from those that count, around which the latent does not fire; NONE if the draws gave too few."""

@@ -24,13 +24,15 @@ from saelens_lite.features.detection import Detection, Scorer, detection
 from saelens_lite.features.exporters import export
 from saelens_lite.features.info import StoreInfo
 from saelens_lite.features.labels import LABELS_FILE, checked_label, merged, read_labels, stored_labels, write_labels
+from saelens_lite.features.per_model import ModelTensors, model_weights
 from saelens_lite.features.queries import StoreQueries
 from saelens_lite.features.rows import Rows
 from saelens_lite.features.search import SearchResult, search
 from saelens_lite.features.weights import LatentWeights, latent_weights
 from saelens_lite.files import named_file, write_text
 from saelens_lite.kinds import STORE
-from saelens_lite.model import LanguageModel
+from saelens_lite.model import LanguageModel, as_model
+from saelens_lite.model.models import AnyModel
 from saelens_lite.model.passes import default_batch_tokens
 from saelens_lite.outputs import followed, new_file, new_folder, refuse_existing, restore
 from saelens_lite.paths import check_output
@@ -41,27 +43,33 @@ from saelens_lite.tokens.display import Vocabulary
 if TYPE_CHECKING:
     import pyarrow
 
+    from saelens_lite.features.dashboard.models import Diff
+
+
+GivenModel = AnyModel | Mapping[str, LanguageModel]
+
 
 class FeatureStore(StoreQueries):
     """Everything collected about the latents of one dictionary; make one with `build`, `from_activations` or `load`.
 
     A latent fires where its code is above zero. `control` is the store of the same dictionary on the model with shuffled
-    weights, or None. `labels` say what people think the latents stand for.
+    weights, or None. `labels` say what people think the latents stand for. `models` has the numbers about each of several
+    models (see `ModelTensors`), or is None.
     """
 
     @overload
     @classmethod
-    def build(cls, dictionary: Dictionary, lm: LanguageModel, text: Text | TokenRows, **settings: Any) -> "FeatureStore": ...
+    def build(cls, dictionary: Dictionary, lm: GivenModel, text: Text | TokenRows, **settings: Any) -> "FeatureStore": ...
     @overload
     @classmethod
     def build(
-        cls, dictionary: Sequence[Dictionary], lm: LanguageModel, text: Text | TokenRows, **settings: Any
+        cls, dictionary: Sequence[Dictionary], lm: GivenModel, text: Text | TokenRows, **settings: Any
     ) -> "list[FeatureStore]": ...
     @classmethod
     def build(
         cls,
         dictionary: Dictionary | Sequence[Dictionary],
-        lm: LanguageModel,
+        lm: GivenModel,
         text: Text | TokenRows,
         config: StoreConfig | None = None,
         *,
@@ -86,6 +94,9 @@ class FeatureStore(StoreQueries):
         common folder for temporary files.
 
         Args:
+            lm: The model; for dictionaries whose ports name several, all of them: {"base": lm, "chat": lm2}. The store then
+                also has the part of each model in what a latent fires on, and each model's own direction; see `models`. That
+                takes a second product with the encoder's weights, and 4 bytes on disk for each activation and model.
             text: Text, which is cut into rows as the dictionary's training text was, or token ids, as
                 `LanguageModel.to_tokens` takes them.
             config: Settings, by default those of `StoreConfig()`.
@@ -107,7 +118,7 @@ class FeatureStore(StoreQueries):
             LockedError, DiskFullError: another process is writing `out`; the disk is full.
             ProcessLostError: another process of the job ended or does not answer. The codes so far are kept.
         """
-        several = not isinstance(dictionary, Dictionary)
+        several, lm = not isinstance(dictionary, Dictionary), as_model(lm)
         dictionaries, workers = list(dictionary) if several else [dictionary], team()
         with workers.failing_together():
             config = (config or StoreConfig()).replace(**settings)
@@ -124,15 +135,18 @@ class FeatureStore(StoreQueries):
         check_same(request, device=lm.device)
         names = folder_names(dictionaries) if several else ["."]
         with working_folder(out, request, exists, files_of(text), workers) as work:
-            numbers, weights = job.numbers(lm, work, workers), []
+            numbers, weights, of_models = job.numbers(lm, work, workers), [], []
             with workers.failing_together():
                 if workers.is_first or lm.is_shared:  # a shared model may need all processes for its unembedding
                     raw = config.raw_unembedding
                     weights = [latent_weights(one.dictionary, lm, raw_unembedding=raw) for one in job.hooked]
+                    of_models = [
+                        model_weights(one.dictionary, lm, job.rows, config) if one.models else None for one in job.hooked
+                    ]
 
             def make(i: int) -> "FeatureStore":
                 words = Vocabulary(lm.vocabulary, lm.vocabulary.parts)  # a copy, because the store may change it
-                return cls._made(job, i, numbers[i], weights[i], words, scores[i])
+                return cls._made(job, i, numbers[i], weights[i], of_models[i], words, scores[i])
 
             stores = cls._in_all(workers, make, names, out, exists, work)
         return stores if several else stores[0]
@@ -144,13 +158,15 @@ class FeatureStore(StoreQueries):
         i: int,
         numbers: tuple[Numbers, Numbers | None],
         weights: LatentWeights,
+        of_models: dict[str, Tensor] | None,
         words: Vocabulary,
         scores: Stability | None,
     ) -> "FeatureStore":
         """Return the store of the i-th dictionary, made from its numbers and the control's."""
         own, control = numbers
         info = job.infos[i].replace(partner_tokens=own.partner_tokens)
-        store = cls(info, own.tensors, weights, words, codes=own.codes, scores=scores)
+        models = None if of_models is None else ModelTensors(**of_models, **own.of_models)
+        store = cls(info, own.tensors, weights, words, codes=own.codes, scores=scores, models=models)
         if control is not None:
             redrawn = job.control_info(i).replace(partner_tokens=control.partner_tokens)
             store.control = cls(redrawn, control.tensors, weights, words)
@@ -352,10 +368,11 @@ class FeatureStore(StoreQueries):
             PluginError: there is no such exporter.
             ConfigError: an option is unknown, missing or invalid; `dictionary` is another one; the tool cannot hold something.
             OutputExistsError: the folder is not empty and `exists` is "error", or it holds something other than an export.
-            UserError: the store was built from activations.
+            UserError: the store was built from activations, or is of several models.
             DiskFullError: the disk is full.
         """
         self.info.check_text(f"an export for {exporter}")
+        self.info.check_one_model(f"an export for {exporter}")
         return export(self, exporter, folder, dictionary=dictionary, exists=exists, **options)
 
     def save(self, folder: str | Path, *, exists: Literal["error", "overwrite"] = "error") -> Path:
@@ -394,7 +411,14 @@ class FeatureStore(StoreQueries):
         store_files.write(
             folder,
             store_files.Parts(
-                self.info, self.tensors, self.weights, self.vocabulary, self.codes, control, self.rows and self.rows.tensors
+                self.info,
+                self.tensors,
+                self.weights,
+                self.vocabulary,
+                self.codes,
+                control,
+                None if self.rows is None else self.rows.tensors,
+                self.models,
             ),
         )
         if self.scores is not None:
@@ -415,10 +439,11 @@ class FeatureStore(StoreQueries):
         """
         folder = Path(folder)
         restore(folder)
-        info, tensors, weights, words, codes, control, rows = store_files.read(folder)
+        info, tensors, weights, words, codes, control, rows, models = store_files.read(folder)
         if dictionary is not None:
             info.check_dictionary(dictionary)
-        store = cls(info, tensors, weights, words, codes=codes, folder=folder, rows=None if rows is None else Rows(rows))
+        rows = None if rows is None else Rows(rows)
+        store = cls(info, tensors, weights, words, codes=codes, folder=folder, rows=rows, models=models)
         if control is not None:
             store.control = cls(control.info, control.tensors, weights, words)
         if os.path.lexists(folder / STABILITY_FILE):
@@ -431,17 +456,21 @@ class FeatureStore(StoreQueries):
         path: str | Path = "features.html",
         *,
         images: str | Path | Literal[False] | None = None,
+        diff: "Diff | None" = None,
         exists: Literal["error", "overwrite"] = "error",
     ) -> Path:
         """Write the store as one HTML page, which needs no network, and return its path.
 
         Args:
+            diff: Report of `sl.diff` on the same dictionary, whose numbers and classes the page then shows. Without it, a page
+                of two models has the classes that follow from the norms of their directions alone.
             images: For rows named by image files, the folder that holds them; files outside of it are not read. False leaves
                 thumbnails out. By default, a store that was just built reads the files, and a loaded one does not, because its
                 names may be a stranger's.
 
         Raises:
             UserError: none of the images is in the folder.
+            ConfigError: the diff is of other models or of another dictionary.
             OutputExistsError: the file exists and `exists` is "error", or it is not an HTML page.
             LockedError: another process is writing it.
         """
@@ -450,7 +479,7 @@ class FeatureStore(StoreQueries):
 
         path = check_output(path)
         with new_file(path, "page", exists, _is_page):
-            write_text(path, render(self, images_of(self, images)))
+            write_text(path, render(self, images_of(self, images), diff))
         return path
 
     def _repr_html_(self) -> str:

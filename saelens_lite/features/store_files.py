@@ -1,9 +1,10 @@
 """The files of a feature store.
 
 features.json holds the facts about the store, the text of each token, the bytes of the tokens that are parts of characters
-(older stores have them in the texts), and the hashes of the tensor files: features.safetensors, weights.safetensors, and with a
-control, control.safetensors. A store of activations has no tokens, but rows.safetensors with the names and groups of its rows.
-codes.parquet is the table of all codes. labels.json and stability.safetensors may be added later; other modules write them.
+(older stores have them in the texts), and the hashes of the tensor files: features.safetensors, weights.safetensors, of several
+models models.safetensors, and with a control, control.safetensors. A store of activations has no tokens, but rows.safetensors
+with the names and groups of its rows. codes.parquet is the table of all codes. labels.json and stability.safetensors may be
+added later; other modules write them.
 """
 
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 from saelens_lite.errors import CorruptFileError
 from saelens_lite.features.codes import CODES_FILE, CodesTable
 from saelens_lite.features.info import StoreInfo
+from saelens_lite.features.per_model import ModelTensors
 from saelens_lite.features.reduce import N_BINS
 from saelens_lite.features.rows import RowTensors
 from saelens_lite.features.tensors import NONE, OF_TEXT, FeatureTensors
@@ -30,7 +32,7 @@ from saelens_lite.tokens.display import Vocabulary
 FORMAT = 4  # 3 lacks partner_tokens in info
 INFO_FILE = "features.json"
 TENSORS_FILE, WEIGHTS_FILE, CONTROL_FILE = "features.safetensors", "weights.safetensors", "control.safetensors"
-ROWS_FILE = "rows.safetensors"
+ROWS_FILE, MODELS_FILE = "rows.safetensors", "models.safetensors"
 ROWS = 1 << 14  # of a tensor that are written at once
 
 
@@ -61,6 +63,8 @@ class _Content(Checked):
         wanted = {TENSORS_FILE, WEIGHTS_FILE} | (set() if self.control is None else {CONTROL_FILE})
         if self.info.model is None:
             wanted.add(ROWS_FILE)
+        if self.info.models:
+            wanted.add(MODELS_FILE)
         if self.sha256.keys() != wanted:
             raise ValueError(f"it lists the files {', '.join(self.sha256)[:200]}; expected {', '.join(sorted(wanted))}")
         if self.info.model is None and self.control is not None:
@@ -89,6 +93,7 @@ class Parts(NamedTuple):
     codes: CodesTable | None
     control: Control | None
     rows: RowTensors | None = None
+    models: ModelTensors | None = None
 
 
 def write(folder: Path, parts: Parts) -> None:
@@ -99,6 +104,8 @@ def write(folder: Path, parts: Parts) -> None:
         files[CONTROL_FILE] = own
     if parts.rows is not None:
         files[ROWS_FILE] = parts.rows._asdict()
+    if parts.models is not None:
+        files[MODELS_FILE] = parts.models._asdict()
     blocks = {name: {key: x.cpu().split(ROWS) for key, x in tensors.items()} for name, tensors in files.items()}
     words = (Vocabulary() if parts.rows is not None else parts.vocabulary).to_json()
     content = {
@@ -133,7 +140,10 @@ def read(folder: Path) -> Parts:
     if rows is not None:
         parts = parts._replace(vocabulary=Vocabulary(rows.names))
     controls = [] if parts.control is None else [parts.control]
-    if not all(_fits(one.info, one.tensors, parts.weights, parts.vocabulary) for one in (parts, *controls)):
+    fits = all(_fits(one.info, one.tensors, parts.weights, parts.vocabulary) for one in (parts, *controls))
+    if models := parts.models:
+        fits = fits and _typed(models) and models.fit(info, parts.tensors, len(parts.vocabulary))
+    if not fits:
         raise CorruptFileError(f"{folder}: the tensors and {INFO_FILE} do not match; build the store again")
     return parts
 
@@ -155,10 +165,11 @@ def _parts(folder: Path, content: _Content) -> Parts:
     rows = None
     if info.model is None:
         rows = RowTensors(**_checked(folder / ROWS_FILE, content, _axes(RowTensors), {"d_sae": info.d_sae}))
-    return Parts(info, tensors, weights, words, codes, control, rows)
+    models = ModelTensors(**_checked(folder / MODELS_FILE, content, _axes(ModelTensors), _sizes(info))) if info.models else None
+    return Parts(info, tensors, weights, words, codes, control, rows, models)
 
 
-def _axes(kind: type[FeatureTensors] | type[LatentWeights] | type[RowTensors]) -> dict[str, str]:
+def _axes(kind: type[FeatureTensors] | type[LatentWeights] | type[RowTensors] | type[ModelTensors]) -> dict[str, str]:
     """Return the axes of each tensor, from its annotation."""
     return {name: field.dim_str for name, field in kind.__annotations__.items()}
 
@@ -168,6 +179,7 @@ def _sizes(info: StoreInfo) -> dict[str, int]:
     return {name: getattr(info, name) for name in ("d_sae", "top_n", "n_groups", "group_size", "n_random", "n_silent")} | {
         "window": sum(info.window) + 1,
         "n_bins": N_BINS,
+        "n_models": len(info.models),
     }
 
 
@@ -237,7 +249,7 @@ def _counts_agree(info: StoreInfo, t: FeatureTensors) -> bool:
     return True
 
 
-def _typed(tensors: FeatureTensors | LatentWeights | RowTensors) -> bool:
+def _typed(tensors: FeatureTensors | LatentWeights | RowTensors | ModelTensors) -> bool:
     """Return whether every tensor has the type of its field, and axes of one name have one length."""
     with jaxtyped("context"):
         return all(isinstance(x, type(tensors).__annotations__[name]) for name, x in tensors._asdict().items())

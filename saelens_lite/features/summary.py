@@ -17,7 +17,10 @@ BEFORE, AFTER = 38, 29  # columns of a terminal for a context before its peak, a
 
 
 class Example(NamedTuple):
-    """A context and a latent's activation at each of its tokens; tokens[peak] is at position `position` of row `row`."""
+    """A context and a latent's activation at each of its tokens; tokens[peak] is at position `position` of row `row`.
+
+    Of several models, `parts` says how much each model's activation contributes to the latent's pre-activation at the peak.
+    """
 
     tokens: tuple[str, ...]
     values: tuple[float, ...]
@@ -25,6 +28,7 @@ class Example(NamedTuple):
     value: float
     row: int
     position: int
+    parts: dict[str, float] | None = None
 
 
 class ExampleGroup(NamedTuple):
@@ -56,6 +60,25 @@ class PositionBin(NamedTuple):
     mean_activation: float
 
 
+class ModelSummary(NamedTuple):
+    """One of several models in a latent: the norm of its own direction (0 if it has none), its mean part in the pre-activation
+    where the latent fires, the tokens that the direction promotes and suppresses, and the contexts with the largest parts.
+    """
+
+    model: str
+    norm: float
+    mean_part: float
+    promoted: list[tuple[str, float]]
+    suppressed: list[tuple[str, float]]
+    examples: list[Example]
+
+    @property
+    def words(self) -> str:
+        """The numbers and the promoted tokens in words."""
+        promotes = ", ".join(quoted(token) for token, _ in self.promoted[:3])
+        return f"norm {short(self.norm)}; adds {short(self.mean_part)} on average" + f"; promotes {promotes}" * bool(promotes)
+
+
 class About(NamedTuple):
     """The meaning and the scale of a latent: its label, the token it promotes most, and its largest activation in the store."""
 
@@ -76,7 +99,8 @@ class LatentSummary(Result):
 
     Mean, standard deviation, skew and excess kurtosis are of the activations above zero. Bin j of the histogram counts
     activations in [j · bin_width, (j + 1) · bin_width); the last bin also counts the largest. `similar` has the latents with
-    the nearest directions and their cosines.
+    the nearest directions and their cosines. `models` describes each of several models. Of two with directions of their own,
+    delta_norm is 0 if only the second has one, 1 if only the first, and `cosine` is between the two.
     """
 
     latent: int
@@ -100,6 +124,9 @@ class LatentSummary(Result):
     stability: float | None
     similar: list[tuple[int, float]]
     rates: Sequence[GroupRate] = ()  # the groups of rows in which it fires
+    models: Sequence[ModelSummary] = ()
+    delta_norm: float | None = None
+    cosine: float | None = None
 
     @property
     def label_origin(self) -> str:
@@ -146,8 +173,11 @@ class LatentSummary(Result):
         fires = f"{self.count:,} {self.unit}s ({100 * self.density:.3g} %); largest {short(self.max)}, mean {short(self.mean)}"
         if self.stability is not None:
             fires += f"; stability {self.stability:.2f}"
+        compared = {"Δ norm": self.delta_norm, "cosine": self.cosine}
         lists = {
-            "label by": visible(self.label_origin),
+            "in two models": "; ".join(f"{name} {x:.2f}" for name, x in compared.items() if x is not None),
+            **{f"{visible(one.model)}": one.words if self.count else "" for one in self.models},
+            "label by": self.label_origin and visible(self.label_origin),
             "fires on": fires if self.count else "nothing in the store",
             "promotes": _in_lines(quoted(token) for token, _ in self.promoted),
             "suppresses": _in_lines(quoted(token) for token, _ in self.suppressed),
@@ -166,6 +196,7 @@ class LatentSummary(Result):
         ]
         groups.append(("drawn from all", self.random))
         groups = [group for group in groups if group[1]]
+        groups += [(f"{one.model} adds most", one.examples) for one in self.models if one.examples]
         return render("features", "latent.html.j2", latent=self, groups=groups, unit=self.unit)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError
-from saelens_lite.model import LanguageModel
+from saelens_lite.model.models import AnyModel, Models
 from saelens_lite.ports import apart
 from saelens_lite.progress import progress_bar
 
@@ -73,10 +73,11 @@ class Effects(NamedTuple):
 
 
 @torch.no_grad()
-def latent_weights(dictionary: Dictionary, lm: LanguageModel | None, *, raw_unembedding: bool = False) -> LatentWeights:
+def latent_weights(dictionary: Dictionary, lm: AnyModel | None, *, raw_unembedding: bool = False) -> LatentWeights:
     """Return the facts about each latent that follow from the weights, on the CPU.
 
-    Effects on logits are those of the last port that the dictionary writes; without a model, their tensors are empty.
+    Effects on logits are those of the last port that the dictionary writes, in its own model; without a model, their tensors
+    are empty.
 
     Args:
         raw_unembedding: Compute effects with the raw W_U, without the scale (and centring) of the model's final norm.
@@ -87,7 +88,8 @@ def latent_weights(dictionary: Dictionary, lm: LanguageModel | None, *, raw_unem
     dictionary.check_finite()
     decoder, encoder = F.normalize(dictionary.W_dec.float()), F.normalize(dictionary.W_enc.T.float())
     same_width = decoder.shape == encoder.shape
-    effects = logit_effects(apart(dictionary.W_dec.float(), dictionary.writes)[-1], _unembedding(lm, raw_unembedding))
+    last = dictionary.writes[-1].model
+    effects = logit_effects(apart(dictionary.W_dec.float(), dictionary.writes)[-1], unembedding_of(lm, last, raw_unembedding))
     numbers = (
         *effects,
         *nearest(decoder, "decoder neighbours"),
@@ -97,12 +99,16 @@ def latent_weights(dictionary: Dictionary, lm: LanguageModel | None, *, raw_unem
     return LatentWeights(*(x.cpu() for x in numbers))
 
 
-def _unembedding(lm: LanguageModel | None, raw: bool) -> Float[Tensor, "d_vocab d_model"]:
-    """Return W_U. Without a model, or with a warning if logits are not linear in the stream, return an empty matrix."""
+def unembedding_of(lm: AnyModel | None, name: str | None, raw: bool) -> Float[Tensor, "d_vocab d_model"]:
+    """Return W_U of a model, or of the one with that name among several, for the token ids that all of them have.
+
+    Without a model, or with a warning if logits are not linear in the stream, return an empty matrix.
+    """
     if lm is None:
         return torch.zeros(0, 0)
+    one = lm[name] if isinstance(lm, Models) else lm
     try:
-        return lm.unembedding(fold_norm=not raw)
+        return one.unembedding(fold_norm=not raw)[: lm.d_vocab]
     except ConfigError as error:
         log.warning("no effects on logits: %s", error)
         return torch.zeros(0, 0, device=lm.device)

@@ -16,6 +16,13 @@ saelens-lite inspect runs/topk/dictionary
 If a format cannot hold a dictionary, writing raises an error that says what would be lost. Pickles (dictionary_learning,
 OpenAI, Qwen-Scope, Goodfire, hook_z, …) are read only on request (`format="openai"`), and only their tensors.
 
+Facts that files do not state are arguments of `load`. Crosscoders of two models name neither their hook nor their models, and
+the files of ckkissane lack the factors of the activations:
+
+    sl.load("gemma-2-2b-L13-k100", hook="blocks.13.hook_resid_post", models={"base": "google/gemma-2-2b", "chat": None})
+    sl.load("SAE-difference", hook="chat-base:blocks.13.hook_resid_post")
+    sl.load("blocks.14.hook_resid_pre", format="crosscoder_model_diff", scale=(0.2759, 0.2442))
+
 **Tensors of your own.** A torch state dict in either orientation, arrays of numpy or jax, and lists become a dictionary by
 `sl.Dictionary.from_tensors`. Sizes decide which axis is which; if they do not, an error says what to add.
 
@@ -97,7 +104,8 @@ from saelens_lite.formats.reading import find_file, inspect, read
 from saelens_lite.formats.settings import Settings
 from saelens_lite.formats.state_dict import read_state_dict
 from saelens_lite.formats.writing import cannot_write, write, write_torch
-from saelens_lite.tensor_files import write_tensors
+from saelens_lite.ports import apart, split_key
+from saelens_lite.tensor_files import Spec, write_tensors
 
 __all__ = [
     "AXES",
@@ -107,8 +115,10 @@ __all__ = [
     "Known",
     "Outline",
     "Settings",
+    "Spec",
     "TensorFile",
     "TorchFile",
+    "apart",
     "cannot_write",
     "file_size",
     "fill_layer",
@@ -122,6 +132,7 @@ __all__ = [
     "read",
     "read_json",
     "read_state_dict",
+    "split_key",
     "strings_in_pickle",
     "tensor_names",
     "write",

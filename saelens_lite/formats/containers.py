@@ -58,14 +58,17 @@ class TensorFile(ABC):
         """Return the number of axes of a tensor, or None if there is no such tensor."""
         return len(self.specs[name].shape) if name in self.specs else None
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+    def read(self, names: Iterable[str], finite: bool = True) -> dict[str, Tensor]:
         """Return these tensors.
+
+        Args:
+            finite: False if NaN and infinity have a meaning in them.
 
         Raises:
             CorruptFileError: the file is damaged, or a tensor holds NaN or infinity.
         """
         tensors = self._load(sorted(set(names)))
-        for name in not_finite(tensors):
+        for name in not_finite(tensors) if finite else ():
             raise CorruptFileError(f"{self.path}: tensor {name!r} holds NaN or infinity")
         return tensors
 

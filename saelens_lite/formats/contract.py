@@ -15,6 +15,7 @@ class Format:
     plugin_kind: ClassVar[str] = "formats"
     plugin_name: ClassVar[str]  # set by the registry
     pickled: ClassVar[bool] = False  # its files are pickles, which are read only if the format is requested by name
+    keeps_models: ClassVar[bool] = False  # it can say which models the activations are of, or which are subtracted
     folders: ClassVar[bool] = False  # it reads folders, not single files
     architectures: ClassVar[frozenset[str]] = frozenset()  # names in cfg.json that its tool can load
     files: ClassVar[tuple[str, ...]] = ()  # patterns of the files that a folder must have, for error messages

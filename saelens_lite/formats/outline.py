@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saelens_lite import registry
 from saelens_lite.arrays import not_finite
-from saelens_lite.config import Origin
+from saelens_lite.config import ModelFacts, Origin
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.dictionary.folder import read_density
 from saelens_lite.dictionary.tensors import AXES as MATRICES
@@ -23,7 +23,7 @@ from saelens_lite.files import check_fits_memory, differences, file_hash, nestin
 from saelens_lite.formats.containers import TensorFile
 from saelens_lite.formats.known import Known
 from saelens_lite.formats.settings import MAX_LATENTS
-from saelens_lite.ports import Port
+from saelens_lite.ports import Port, split_key
 from saelens_lite.tensor_files import DTYPES
 
 AXES = MATRICES | {"b_dec": "d_out", "mean": "d_in"}  # parameters that are not listed have one entry a latent
@@ -45,6 +45,11 @@ class Outline:
         "blocks" before "d_sae" means that each read port has latents of its own. b_dec and W_skip without the axis "n_writes"
         are those of the first write port; for the other ports they are zero.
     hook, target: The hook that is read and the one that a transcoder writes; a tuple of one for each port if there are several.
+        They are keys of ports, such as "base:blocks.3.hook_resid_pre". A single hook of several ports is the same hook in
+        several models.
+    models: Names in ports of several models → their Hub ids, in the order of the ports.
+    scale, target_scale: Factor of the activations before the encoder, and divisor of the output; a tuple of one for each port
+        if they differ.
     before: Write ports in W_dec before the first one. They are left out; a warning is logged unless they are zero.
     adjust: Function that changes the parameters (float64, with our names and axes) in place into those of our equation.
     """
@@ -56,10 +61,11 @@ class Outline:
     origin: Origin = field(default_factory=Origin)
     hook: Place = None
     target: Place = None
+    models: Mapping[str, str | None] = field(default_factory=dict)
     transcoder: bool = False  # the output ports differ from the input ports
     subtracts_b_dec: bool = True  # from activations, before the encoder
-    scale: float = 1.0  # factor of the activations before the encoder
-    target_scale: float | None = None  # divisor of the output; default: scale
+    scale: float | tuple[float, ...] = 1.0
+    target_scale: float | tuple[float, ...] | None = None  # default: scale
     lacks_scale: str = ""  # message of the error if the settings ask for a scale that neither they nor `known` state
     lacks_hook: str = ""  # warning if neither the files nor `known` name the hook that is read
     token_norm: str | None = None  # "layer_norm" or "constant_norm" of each activation
@@ -101,15 +107,17 @@ class Outline:
 
     def knowing(self, known: Known) -> "Outline":
         """Return the description completed with facts from outside the file. If the file names a hook, that name counts."""
+        source = "the release list" if known.release else "the call"
         for side, stated, other in (("reads", self.hook, known.hook), ("writes", self.target, known.target)):
-            if None not in (stated, other) and other not in (stated if isinstance(stated, tuple) else (stated,)):
+            if None not in (stated, other) and other not in (stated, *(stated if isinstance(stated, tuple) else ())):
                 logging.getLogger(__name__).warning(
-                    "%s says that it %s %s; the release list says %s, which was not used", self.file.path, side, stated, other
+                    "%s says that it %s %s; %s says %s, which was not used", self.file.path, side, stated, source, other
                 )
         return replace(
             self,
             hook=self.hook or known.hook,
             target=self.target or known.target,
+            models=known.models or self.models,
             transcoder=self.transcoder or known.target not in (None, known.hook),
             token_norm=self.token_norm or known.token_norm,
             **({"scale": known.scale, "lacks_scale": ""} if known.scale and self.lacks_scale else {}),
@@ -175,6 +183,7 @@ class Outline:
             **({"token_norm": self.token_norm} if self.token_norm else {}),
             **({"scale": self.scale} if self.scale != 1 else {}),
             "reads": self.hook,
+            **({"models": dict(self.models)} if self.models else {}),
             **({"writes": self.target} if self.transcoder else {}),
             "origin": self.origin.model_dump(),
             **({"file": files[0]} if len(files) == 1 else {"files": files}),
@@ -192,17 +201,19 @@ class Outline:
             raise ConfigError(self.lacks_scale)
         if self.lacks_hook and self.hook is None:
             logging.getLogger(__name__).warning(self.lacks_hook)
-        weights = self._weights()
         dims = self.dims
+        reads = self._ports(self.hook, "n_reads", "d_in")
+        writes = self._ports(self.target, "n_writes", "d_out") if self.transcoder else None
+        weights = self._weights()
         try:
             rule = self.rule_class(self.rule_config, d_in=dims["d_in"], d_sae=dims["d_sae"])
             dictionary = Dictionary(
                 rule,
-                reads=self._ports(self.hook, "n_reads", "d_in"),
-                writes=self._ports(self.target, "n_writes", "d_out") if self.transcoder else None,
+                reads=reads,
+                writes=writes,
                 d_sae=dims["d_sae"],
                 skip="W_skip" in weights,
-                origin=self.origin,
+                origin=self._origin_of([*reads, *(writes or ())]),
                 token_norm=self.token_norm,
                 training={"read_from": {"format": format_name, "config": self.config, **self.known.kept}},
             )
@@ -218,16 +229,50 @@ class Outline:
             tensor.copy_(weights[name])
         if self._scaled:
             outer = self.scale if self.target_scale is None else self.target_scale
-            dictionary.fold_scales_([self.scale] * len(dictionary.reads), [outer] * len(dictionary.writes))
+            dictionary.fold_scales_(self._each(self.scale, dictionary.reads), self._each(outer, dictionary.writes))
         if self.density is not None:
             dictionary.density = read_density(self.density, dictionary.d_sae)
         for name in not_finite(own):
             raise CorruptFileError(f"{self.file.path}: {name} becomes NaN or infinite when its scales are folded in")
         return dictionary.eval()
 
+    def _each(self, scale: float | tuple[float, ...], ports: tuple[Port, ...]) -> tuple[float, ...]:
+        """Return a scale of each port."""
+        scales = scale if isinstance(scale, tuple) else (scale,) * len(ports)
+        if len(scales) != len(ports):
+            raise ConfigError(f"{self.file.path}: {len(scales)} scales were given; it has {len(ports)} ports")
+        return scales
+
     def _ports(self, hooks: Place, count: str, axis: str) -> tuple[Port, ...]:
-        each = hooks if isinstance(hooks, tuple) else (hooks,) + (None,) * (self.axes[count] - 1)
-        return tuple(Port(hook=hook, width=self.axes[axis]) for hook in each)
+        """Return the ports of one side. The same hook in several models is named after the models, else model_0 and so on."""
+        n = self.axes[count]
+        keys = hooks if isinstance(hooks, tuple) else (hooks,) * n
+        given = list(self.models) if not any(key and split_key(key).model for key in keys) else []
+        if given and len(given) != n:
+            hint = "; for the difference of two, set hook= to a key such as chat-base:blocks.3.hook_resid_pre" if n == 1 else ""
+            raise ConfigError(f"{self.file.path}: {len(given)} models were named ({', '.join(given)}); it has {n} ports{hint}")
+        is_one_hook = n > 1 and isinstance(hooks, str) and split_key(hooks).model is None
+        names = given or ([f"model_{i}" for i in range(n)] if is_one_hook else [None] * n)
+        width = self.axes[axis]
+        return tuple(
+            Port(hook=key, width=width, model=name) if key is None or name else Port.of(key, width)
+            for key, name in zip(keys, names, strict=True)
+        )
+
+    def _origin_of(self, ports: list[Port]) -> Origin:
+        """Return the origin, with the facts about each model that ports name."""
+        names = dict.fromkeys(name for port in ports for name in (port.minus, port.model) if name)
+        if not names:
+            return self.origin
+        shared = {"processing": self.origin.processing, "precision": self.origin.precision}
+        models = [ModelFacts(name=name, model=self.models.get(name), **shared) for name in sorted(names, key=self._rank)]
+        return self.origin.replace(
+            **dict.fromkeys(("model", "revision", "model_class", "precision")), processing=(), models=models
+        )
+
+    def _rank(self, name: str) -> int:
+        """Return the place of a model among those that were named; behind them if it was not."""
+        return [*self.models, name].index(name)
 
     def _weights(self) -> dict[str, Tensor]:
         """Return the parameters under our names, with our axes and one dtype."""

@@ -28,7 +28,8 @@ def read(
     Args:
         format: Name of the format plugin, or "saelens_lite"; only needed for pickles.
         known: Facts about a public dictionary that its files may not state.
-        settings: With format="state_dict", the arguments of `read_state_dict`.
+        settings: With format="state_dict", the arguments of `read_state_dict`; else facts that another tool's files do not
+            state, by the names of `Known`.
 
     Raises:
         CorruptFileError: a file is missing or damaged, contradicts another, or has no known format.
@@ -39,13 +40,17 @@ def read(
     restore(path)
     if format == STATE_DICT:
         return read_state_dict(path, **(settings or {})).to(device).eval()
-    if settings:
+    is_own = format in (None, OWN) and is_own_folder(path)
+    if refused := [name for name in settings or () if is_own or name not in Known.model_fields]:
+        kind = "one of ours, which says this itself" if is_own else "detected" if format is None else format
         raise ConfigError(
-            f"{', '.join(settings)} can be set with format={STATE_DICT!r} only, which reads a bare state dict; the format of "
-            f"{path} is {'detected' if format is None else format}"
+            f"{', '.join(refused)} can be set with format={STATE_DICT!r} only, which reads a bare state dict; the format of "
+            f"{path} is {kind}"
         )
-    if format in (None, OWN) and is_own_folder(path):
+    if is_own:
         return Dictionary.load(path, device)
+    if settings:
+        known = Known(**(known.model_dump(exclude_unset=True) if known else {}) | dict(settings))
     reader = format_of(path, format)
     dictionary = reader.read(path, known) if known else reader.read(path)
     return dictionary.to(device).eval()

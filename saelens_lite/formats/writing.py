@@ -27,6 +27,9 @@ def write(dictionary: Dictionary, out: str | Path, writer: Format, *, exists: Li
     """
     if name := dictionary.not_finite():
         raise NonFiniteError(f"{name} is not finite; a dictionary with NaN or infinity is not written")
+    if any(port.minus for port in (*dictionary.reads, *dictionary.writes)) and not writer.keeps_models:
+        loss = "other tools would take it for one of the activations themselves, not of their difference"
+        raise cannot_write(dictionary, writer.plugin_name, loss)
     with new_folder(Path(out), KIND, exists, any_format=True) as folder:
         writer.write(dictionary, folder)
     return Path(out)

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -98,7 +99,7 @@ def metadata(
 
     `sae_lens`: true if SAELens can load the dictionary.
     """
-    origins = [d.origin for d in dictionaries]
+    origins = [origin for d in dictionaries for origin in d.origin.of_each.values()]
     kinds = {
         SAE_LENS: sae_lens,
         "transcoder": any(not d.writes_what_it_reads for d in dictionaries),
@@ -158,18 +159,21 @@ def evaluation_text(report: EvalReport | None) -> str:
     if report is None:
         return "## Evaluation\nNone yet."
     notes = [f"It was not trained on this text: {one_line(report.disjoint_why)}."] if report.disjoint else []
-    if "ce_loss_score" in report.metrics:
+    if any("ce_loss_score" in fit for fit in (report.metrics, *report.parts.values())):
         notes.append("`ce_loss_score` is the share of the loss added by zeroing the hook that the reconstruction recovers.")
+    if report.by_port:
+        notes.append("A line that begins with `at` is of one port, or of all ports of one model: only these are replaced.")
     return "\n\n".join([f"## Evaluation\n{report.to_markdown()}", *notes])
 
 
 def load_text(folder: Path, dictionary: Dictionary, address: Address | None = None) -> str:
     """Return Markdown with the code that loads a dictionary, from its folder or from its address on the Hub."""
-    origin = dictionary.origin
+    several = bool(dictionary.origin.models)
     return _template("load.md.j2").render(
         address=address,
-        load_model=_load_model_call(origin) if all(port.hook for port in dictionary.reads) else None,
-        hooks=[port.hook for port in dictionary.reads],
+        load_model=_load_models_call(dictionary.origin) if all(port.hook for port in dictionary.reads) else None,
+        several=several,
+        hooks=[port.key if several else port.hook for port in dictionary.reads],
         d_in=dictionary.d_in,
         d_out=dictionary.d_out,
         target=_target(dictionary),
@@ -187,8 +191,19 @@ def _architecture(folder: Path) -> str:
     return str(read_json(folder / CONFIG_FILE).get("architecture"))
 
 
+def _load_models_call(origin: Origin) -> str | None:
+    """Return the code that loads the dictionary's models, or None if a name means nothing on another machine."""
+    calls = {name: _load_model_call(one) for name, one in origin.of_each.items()}
+    if None in calls.values():
+        return None
+    if None in calls:
+        return calls[None]
+    inside = "".join(f"{_literal(str(name))}: {call},\n" for name, call in calls.items())
+    return f"sl.Models({{\n{indent(inside, '    ')}}})"
+
+
 def _load_model_call(origin: Origin) -> str | None:
-    """Return the line of code that loads the dictionary's model, or None if its name means nothing on another machine."""
+    """Return the line of code that loads a model, or None if its name means nothing on another machine."""
     if not origin.model or not (origin.model == "tiny" or _is_hub_model(origin.model)):
         return None
     options = {"revision": _literal(origin.revision)} if origin.revision else {}
@@ -230,10 +245,13 @@ def _facts(dictionary: Dictionary) -> dict[str, Any]:
     config = dictionary.training_record.get("config")
     config = config if isinstance(config, dict) else {}
     settings = {key: value for key, value in config.items() if value not in (None, {}, []) and value is not False}
+    each = origin.of_each
+    at = _listed_by_model({name: code(one.revision) for name, one in each.items() if one.revision})
     return {
         "title": _title(dictionary),
-        "model": origin.model or "a model without a name",
-        "revision": origin.revision,
+        "models": _listed_by_model({name: code(one.model or "a model without a name") for name, one in each.items()}),
+        "belongs": ("these models" if origin.models else "this model") + (f" at commit {at}" if at else ""),
+        "n_ports": len({*dictionary.reads, *dictionary.writes}),
         "hook": names(dictionary.reads),
         "target": _target(dictionary),
         "skip": dictionary.W_skip is not None,
@@ -245,11 +263,16 @@ def _facts(dictionary: Dictionary) -> dict[str, Any]:
         "paper": rule.paper,
         "tokens": dictionary.training_record.get("tokens"),
         "settings": {key: _listed(value) if isinstance(value, dict) else value for key, value in settings.items()},
-        "processing": ", ".join(origin.processing),
-        "precision": origin.precision,
+        "processing": _listed_by_model({name: ", ".join(one.processing) for name, one in each.items() if one.processing}),
+        "precision": _listed_by_model({name: one.precision for name, one in each.items() if one.precision}),
         "excluded": ", ".join(map(str, origin.excluded_positions)) or "none",
         "trained_text": origin.text,
     }
+
+
+def _listed_by_model(values: dict[str | None, str]) -> str:
+    """Return the value of the only model, or "value (name) and value (name)" of several."""
+    return " and ".join(value if name is None else f"{value} ({one_line(name)})" for name, value in values.items())
 
 
 def _listed(values: dict[str, Any]) -> str:
@@ -258,7 +281,8 @@ def _listed(values: dict[str, Any]) -> str:
 
 def _title(dictionary: Dictionary) -> str:
     kind = "dictionary" if dictionary.writes_what_it_reads else "transcoder"
-    return one_line(f"{dictionary.rule.plugin_name} {kind} of {dictionary.origin.model or 'a model'}, {dictionary.place}")
+    models = " and ".join(one.model or "a model" for one in dictionary.origin.of_each.values())
+    return one_line(f"{dictionary.rule.plugin_name} {kind} of {models}, {dictionary.place}")
 
 
 def _template(name: str) -> Any:

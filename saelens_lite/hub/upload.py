@@ -257,11 +257,12 @@ def _named_folders(folder: Path, unnamed: str | None = None) -> dict[str, Source
 
 
 def _hook_name(dictionary: Dictionary, unnamed: str | None = None) -> str:
-    if not all(port.hook for port in dictionary.reads):
+    keys = [port.key for port in dictionary.reads]
+    if None in keys:
         if unnamed is not None:
             return unnamed
         raise ConfigError("the dictionary does not name its hook; name its folder: push({'name': dictionary}, …)")
-    return check_folder("_and_".join(str(port.hook) for port in dictionary.reads))
+    return check_folder("_and_".join(str(key).replace(":", "_") for key in keys))
 
 
 def _message(names: Sequence[str]) -> str:

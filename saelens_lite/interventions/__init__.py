@@ -28,6 +28,16 @@ With a feature store (`store=`, --store), results show the label, the promoted t
 norm. `attribute` gives the effect of each active latent by exact ablation, by gradient and by direct effect on the logits, and
 how well the three agree. For latents that fire on many tokens, the gradient is a poor guide.
 
+A dictionary of several ports acts at all of them; `ports=` (--port) chooses some, by hook or, with several models, by key,
+such as "chat:blocks.3.hook_resid_pre". With several models, given as {"base": lm, "chat": lm2}, codes come from all of them,
+and effects are measured in one: `in_model="chat"` (--in-model). The effect of a latent at one port, and at all ports of a
+model, are two calls of `attribute`. `Add` needs no codes, so the model that is steered may be given alone, with its ports.
+
+```sh
+saelens-lite steer crosscoder --model base=gpt2 --model chat=org/gpt2-chat --in-model chat --prompt "The old man" --ablate 7
+saelens-lite steer crosscoder --model chat=org/gpt2-chat --port chat:blocks.3.hook_resid_pre --prompt "The old man" --add 7=4
+```
+
 edits.py has the edits, doses.py the dose–response curves, attribution.py the attributions, and steering.py generates text with
 and without edits.
 """

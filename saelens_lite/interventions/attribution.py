@@ -17,7 +17,7 @@ circuits (direct).
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -37,7 +37,8 @@ from saelens_lite.features.html import quoted
 from saelens_lite.features.summary import About
 from saelens_lite.interventions.metrics import Metric, metric_of, name_of, values_of
 from saelens_lite.interventions.site import CountedRow, Reading, Site, pieces
-from saelens_lite.model import LanguageModel
+from saelens_lite.model import AnyModel, LanguageModel
+from saelens_lite.ports import PortNames
 from saelens_lite.progress import progress_bar
 from saelens_lite.tables import Result, grid, legend
 from saelens_lite.tokens import Given
@@ -174,7 +175,7 @@ class Attribution(Result):
 
 def attribute(
     dictionary: Dictionary,
-    lm: LanguageModel,
+    lm: AnyModel | Mapping[str, LanguageModel],
     text: Given,
     metric: Any = "loss",
     *,
@@ -184,6 +185,8 @@ def attribute(
     ablation: bool = True,
     store: FeatureStore | None = None,
     hook: str | None = None,
+    ports: PortNames = None,
+    in_model: str | None = None,
     batch_tokens: int = 2048,
 ) -> Attribution:
     """Return the effect of each active latent on a metric of the logits of its row.
@@ -197,16 +200,18 @@ def attribute(
         at: positions whose latents are measured; default: all that the dictionary was trained on.
         ablation: also ablate each latent, one at a time, in batches of `batch_tokens` tokens.
         store: feature store of this dictionary, for labels, promoted tokens and largest activations.
+        ports: keys or hooks of the write ports at which a latent has its effect; default: all of the model that is measured.
+        in_model: name of the model whose logits are measured, if the dictionary writes several.
 
     Raises:
         ConfigError: the metric is unknown or has no gradient, a position is not in the row, no hook is named, the model is
-            processed in another way, or the store is of another dictionary.
+            processed in another way, the store is of another dictionary, or there are several models to choose from.
         HookError, ShapeError, TextError: the model lacks the hook, a width does not fit, or the text is empty.
         NonFiniteError: the metric is NaN or infinite.
     """
     if store is not None:
         store.info.check_dictionary(dictionary)
-    site = Site(dictionary, lm, hook)
+    site = Site(dictionary, lm, hook, ports=ports, in_model=in_model)
     at = at if at is None or isinstance(at, int) else tuple(at)
     unembedding = _direct_unembedding(site)
     rows = [_RowEffects(site, row, metric, position, at, unembedding) for row in site.rows(text, attention_mask)]
@@ -216,9 +221,9 @@ def attribute(
             ablated = torch.cat([row.ablation(batch_tokens, advance) for row in rows])
     latent = torch.cat([row.codes.latent for row in rows]).cpu()
     return Attribution(
-        metric=name_of(metric, lm),
+        metric=name_of(metric, site.lm),
         hook=site.writes,
-        tokens=tuple(tuple(lm.vocabulary.row(row.reading.tokens.tolist())) for row in rows),
+        tokens=tuple(tuple(site.lm.vocabulary.row(row.reading.tokens.tolist())) for row in rows),
         value=torch.stack([row.value for row in rows]).cpu(),
         error=torch.stack([row.error for row in rows]).cpu(),
         row=torch.repeat_interleave(torch.tensor([len(row.codes.latent) for row in rows])),
@@ -245,7 +250,8 @@ class _RowEffects:
         unembedding: Float[Tensor, "d_vocab d_model"] | None,
     ):
         self.site, self.metric = site, metric_of(metric, site.lm, row.tokens, position, row.counted)
-        self.reading = site.read(row, *([] if unembedding is None else [LAST_STREAM]))
+        last = site.key(LAST_STREAM)
+        self.reading = site.read(row, *([] if unembedding is None else [last]))
         here = _chosen(at, row.counted)
         self.codes = _at_positions(self.reading.codes, here)
         self.written = self.codes.value * self.reading.scale[self.codes.row, 0]  # f_i in the units of y
@@ -253,8 +259,8 @@ class _RowEffects:
         self.gradient = self._products(at_target)
         self.error = (at_target * self.reading.error)[here].sum()
         if unembedding is not None:
-            divisor = site.lm.final_norm_divisor(self.reading.acts[LAST_STREAM])
-            self.direct = self._products(at_unembedded.float() @ unembedding / divisor[:, None])
+            divisor = site.lm.final_norm_divisor(self.reading.acts[last])
+            self.direct = self._products(site.whole(at_unembedded.float() @ unembedding / divisor[:, None]))
 
     def _products(self, gradient: Float[Tensor, "pos d_out"]) -> Float[Tensor, " n"]:
         """Return f_i ⟨W_dec[i], gradient⟩ of each entry."""
@@ -278,7 +284,7 @@ class _RowEffects:
 
 def _direct_unembedding(site: Site) -> Float[Tensor, "d_vocab d_model"] | None:
     """Return W_U if the dictionary writes to the residual stream and only one norm lies before W_U, else None."""
-    if len(site.hooks.writes) > 1 or not site.writes.endswith(ON_STREAM):
+    if len(site.places) > 1 or not site.writes.endswith(ON_STREAM):
         return None
     try:
         for hook in (LAST_STREAM, UNEMBEDDED):

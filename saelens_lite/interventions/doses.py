@@ -8,7 +8,7 @@ Source: Turner et al. 2023, Steering language models with activation engineering
 ones of equal norm for comparison).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,8 @@ from saelens_lite.features.summary import About
 from saelens_lite.interventions.edits import Add
 from saelens_lite.interventions.metrics import LogProb, Metric, kl_divergence, metric_of, name_of, values_of
 from saelens_lite.interventions.site import Reading, Site, pieces
-from saelens_lite.model import LanguageModel
+from saelens_lite.model import AnyModel, LanguageModel
+from saelens_lite.ports import PortNames
 from saelens_lite.progress import progress_bar
 from saelens_lite.tables import Result, grid
 from saelens_lite.tokens import Given
@@ -151,7 +152,7 @@ class DoseResponse(Result):
 
 def dose_response(
     dictionary: Dictionary,
-    lm: LanguageModel,
+    lm: AnyModel | Mapping[str, LanguageModel],
     latent: int,
     doses: Sequence[float | int],
     text: Given,
@@ -163,6 +164,8 @@ def dose_response(
     seed: int = 0,
     store: FeatureStore | None = None,
     hook: str | None = None,
+    ports: PortNames = None,
+    in_model: str | None = None,
     batch_tokens: int = 2048,
 ) -> DoseResponse:
     """Return the effect on a metric and the cost of each dose of a latent, and the same for random live latents.
@@ -175,10 +178,12 @@ def dose_response(
         seed: seed that draws the controls from the latents that fire on the text.
         store: feature store of this dictionary, for the latent's label and largest activation. `store.strength(latent, 2)` is
             a dose of twice that.
+        ports: keys or hooks of the write ports to change; default: all of the model that is measured.
+        in_model: name of the model whose logits are measured, if the dictionary writes several.
 
     Raises:
         ConfigError: the latent does not exist, a dose is missing or not finite, the metric is unknown, there are fewer live
-            latents than controls, or the store is of another dictionary.
+            latents than controls, the store is of another dictionary, or there are several models to choose from.
         HookError, ShapeError, TextError: the model lacks the hook, a width does not fit, or the text is empty.
         NonFiniteError: the metric is NaN or infinite.
     """
@@ -187,17 +192,19 @@ def dose_response(
         raise ConfigError(f"doses = {list(doses)}, n_controls = {n_controls}; expected at least one dose, and n_controls ≥ 0")
     if store is not None:
         store.info.check_dictionary(dictionary)
-    site = Site(dictionary, lm, hook)
+    site = Site(dictionary, lm, hook, ports=ports, in_model=in_model)
     dictionary.check_edits([Add(latent, 0.0)])
     readings = [site.read(row) for row in site.rows(text, attention_mask)]
     controls = _controls(site, readings, latent, n_controls, seed)
-    directions = _of_equal_norm(site.dictionary, [latent, *controls])
-    added = (torch.tensor(given, device=lm.device)[:, None, None] * directions).flatten(0, 1)  # [(doses latents) d_out]
-    asked = LogProb(_promoted(lm, directions[0])) if isinstance(metric, str) and metric == "promoted" else metric
+    directions = _of_equal_norm(site, [latent, *controls])
+    added = (torch.tensor(given, device=directions.device)[:, None, None] * directions).flatten(0, 1)  # [(doses latents) d_out]
+    asked = (
+        LogProb(_promoted(site.lm, site.parts(directions[0]))) if isinstance(metric, str) and metric == "promoted" else metric
+    )
     clean, effect, kl = [], [], []
     with progress_bar("doses", len(readings), "rows") as advance:
         for reading in readings:
-            measure = metric_of(asked, lm, reading.tokens, position, reading.counted)
+            measure = metric_of(asked, site.lm, reading.tokens, position, reading.counted)
             before, changes, costs = _respond(site, reading, added, measure, batch_tokens)
             clean.append(before)
             effect.append(changes.unflatten(0, (len(given), -1)))
@@ -207,7 +214,7 @@ def dose_response(
         latent=latent,
         controls=tuple(controls),
         doses=given,
-        metric=name_of(asked, lm),
+        metric=name_of(asked, site.lm),
         hook=site.writes,
         n_tokens=sum(int(reading.counted.sum()) for reading in readings),
         max_activation=max(_largest_code(reading, latent) for reading in readings),
@@ -236,7 +243,7 @@ def _respond(
 
 def _controls(site: Site, readings: list[Reading], latent: int, n: int, seed: int) -> list[int]:
     """Return random other latents that fire at a counted position and have a direction."""
-    W_dec = site.dictionary.W_dec
+    W_dec = site.parts(site.dictionary.W_dec)
     fires = torch.zeros(len(W_dec), dtype=torch.bool, device=W_dec.device)
     for reading in readings:
         fires[reading.codes.latent[reading.counted[reading.codes.row]]] = True
@@ -256,9 +263,9 @@ def _largest_code(reading: Reading, latent: int) -> float:
     return max([0.0, *codes.value[counts].tolist()])
 
 
-def _of_equal_norm(dictionary: Dictionary, latents: list[int]) -> Float[Tensor, "n d_out"]:
-    """Return the directions of latents, scaled to the norm of the first."""
-    directions = dictionary.W_dec.detach()[latents]
+def _of_equal_norm(site: Site, latents: list[int]) -> Float[Tensor, "n d_out"]:
+    """Return the directions of latents at the changed ports, scaled to the norm of the first; zero at other ports."""
+    directions = site.whole(site.parts(site.dictionary.W_dec.detach()[latents]))
     norm = directions.norm(dim=1, keepdim=True)
     if not norm[0] > 0:
         raise ConfigError(f"latent {latents[0]} has no direction: its row of W_dec is zero")

@@ -1,6 +1,6 @@
 """Generated text with and without edits, side by side, and the cost of the edits."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,8 @@ from saelens_lite.features.summary import About
 from saelens_lite.interventions.edits import Edit
 from saelens_lite.interventions.metrics import kl_divergence
 from saelens_lite.interventions.site import Site
-from saelens_lite.model import LanguageModel
+from saelens_lite.model import AnyModel, LanguageModel
+from saelens_lite.ports import PortNames
 from saelens_lite.tables import Result, grid
 from saelens_lite.tokens import Given
 
@@ -68,7 +69,7 @@ class Steered(Result):
 
 def steer(
     dictionary: Dictionary,
-    lm: LanguageModel,
+    lm: AnyModel | Mapping[str, LanguageModel],
     prompt: str,
     edits: Edit | Sequence[Edit],
     *,
@@ -77,16 +78,21 @@ def steer(
     seed: int = 0,
     store: FeatureStore | None = None,
     hook: str | None = None,
+    ports: PortNames = None,
+    in_model: str | None = None,
 ) -> Steered:
     """Generate text with edits and, from the same seed, without them. Return both and the cost of the edits.
 
     Args:
         store: feature store of this dictionary, for the labels and largest activations of the edited latents.
             `store.strength(138, 2)` is twice the largest of latent 138.
+        ports: keys or hooks of the write ports to change; default: all of the model that generates.
+        in_model: name of the model that generates, if the dictionary writes several. With `Add` and `ports`, that model alone
+            may be given.
 
     Raises:
-        ConfigError: no edits, an edit of a latent that does not exist, a negative temperature, or a store of another
-            dictionary.
+        ConfigError: no edits, an edit of a latent that does not exist, a negative temperature, a store of another dictionary,
+            or several models to choose from.
         TextError, ShapeError: an empty prompt, or one that fills the model's context.
     """
     if not edits:
@@ -94,37 +100,43 @@ def steer(
     if store is not None:
         store.info.check_dictionary(dictionary)
     edits = (edits,) if isinstance(edits, Edit) else tuple(edits)
+    chosen = {"hook": hook, "ports": ports, "in_model": in_model}
+    site = Site(dictionary, lm, has_codes=dictionary.needs_input(edits), **chosen)
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    settings["prepend_bos"] = lm.wants_bos(dictionary.origin)
-    with lm.splice(dictionary, edits, hook=hook):
-        edited = lm.generate(prompt, **settings)
-    plain = lm.generate(prompt, **settings)
+    settings["prepend_bos"] = site.lm.wants_bos(dictionary.origin)
+    with site.splice(edits):
+        edited = site.lm.generate(prompt, **settings)
+    plain = site.lm.generate(prompt, **settings)
     about = None if store is None else {latent: store.about(latent) for edit in edits for latent in edit.latents}
-    return Steered(plain, edited, kl_cost(dictionary, lm, edits, plain, hook=hook), edits, about)
+    return Steered(plain, edited, kl_cost(dictionary, lm, edits, plain, **chosen), edits, about)
 
 
 @torch.no_grad()
 def kl_cost(
     dictionary: Dictionary,
-    lm: LanguageModel,
+    lm: AnyModel | Mapping[str, LanguageModel],
     edits: Edit | Sequence[Edit],
     text: Given,
     *,
     attention_mask: Any = None,
     hook: str | None = None,
+    ports: PortNames = None,
+    in_model: str | None = None,
 ) -> float:
     """Return KL(clean ‖ edited) of the model's predictions, nats per token, as a mean over the counted positions.
 
-    `text`, `attention_mask`: text or token ids, as `LanguageModel.to_tokens` takes them.
+    `text`, `attention_mask`: text or token ids, as `LanguageModel.to_tokens` takes them. `ports`, `in_model`: see `steer`.
 
     Raises:
         ConfigError, HookError, ShapeError, TextError: as for `LanguageModel.splice`, or the text is empty.
     """
-    site = Site(dictionary, lm, hook)
+    edits = (edits,) if isinstance(edits, Edit) else tuple(edits)
+    has_codes = not edits or dictionary.needs_input(edits)
+    site = Site(dictionary, lm, hook, ports=ports, in_model=in_model, has_codes=has_codes)
     total, n = 0.0, 0
     for tokens, counted in site.rows(text, attention_mask):
         clean = site.clean_logits(tokens)[0]
-        with lm.splice(dictionary, edits, hook=hook):
+        with site.splice(edits):
             edited = site.clean_logits(tokens)
         n_counted = int(counted.sum())
         total, n = total + n_counted * float(kl_divergence(clean, edited, counted)), n + n_counted

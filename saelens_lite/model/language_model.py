@@ -26,9 +26,10 @@ from saelens_lite.model import norms as _norms
 from saelens_lite.model import processing as _processing
 from saelens_lite.model import readout as _readout
 from saelens_lite.model.nicknames import hub_id
+from saelens_lite.model.port_places import PortPlace
 from saelens_lite.model.splice import PositionedEdit, Reconstructor, Splice, target_first
 from saelens_lite.model.spread import DeviceMap, input_device, is_whole, weights
-from saelens_lite.ports import Hooks
+from saelens_lite.ports import Hooks, PortNames
 from saelens_lite.tokens import Given, TokenRows, prompt_rows
 from saelens_lite.tokens.inputs import Aligned, Ids, aligned, token_ids
 from saelens_lite.tokens.tokenizer import Tokenizer
@@ -149,6 +150,11 @@ class LanguageModel(Tokenizer):
             HookError: the model has no such hook, or its tensors do not add up; the message names a hook to use instead.
         """
         return self._identities.point(name)
+
+    def place(self, name: str) -> PortPlace:
+        """Return this model and a hook of it; see `hook_point` for errors."""
+        self.hook_point(name)
+        return PortPlace(self, name)
 
     def has_hook(self, name: str) -> bool:
         """Return whether `hook_point` knows the name."""
@@ -448,6 +454,7 @@ class LanguageModel(Tokenizer):
         dictionary: Reconstructor,
         edits: PositionedEdit | Sequence[PositionedEdit] = (),
         *,
+        ports: PortNames = None,
         error_term: bool | None = None,
         hook: str | None = None,
         keep: Bool[Tensor, "batch pos"] | None = None,
@@ -457,12 +464,15 @@ class LanguageModel(Tokenizer):
         Without edits, the dictionary's output replaces the activation at each hook that it writes. With edits
         (`saelens_lite.interventions.edits`) the activation y there becomes y + Σ_i (new_i − old_i) W_dec[i]: it keeps its
         error term, so that only the edits change the model. A dictionary of several hooks reads them in a separate pass, in
-        which nothing is replaced. A dictionary on another device is copied to the model's for the block; the copy is frozen.
+        which nothing is replaced; edits that only add to codes (`saelens_lite.Add`) read nothing. A dictionary on another
+        device is copied to the model's for the block; the copy is frozen.
 
         Positions on which dictionaries are not trained keep their activation unless an edit names them: special tokens,
         padding, and the positions that the dictionary's origin excludes, by default position 0.
 
         Args:
+            ports: Keys or hooks of the write ports to change; default: all. With `saelens_lite.Add`, the ports of this model in
+                a dictionary of several models do without the others; all else needs `Models.splice`.
             error_term: Keep the error term of the activation; False: apply edits to the reconstruction. Default: True with
                 edits, False without.
             hook: Hook to read instead of the one that the dictionary names; see `hooks_of`.
@@ -470,12 +480,13 @@ class LanguageModel(Tokenizer):
 
         Raises:
             HookError: this model lacks a hook of the dictionary, or computes the hook it writes before the one it reads.
-            ConfigError: the dictionary belongs to a model with other weight processing; a port names no hook; an edit names
-                a latent that the dictionary does not have; a dictionary of several hooks is used in a pass with a cache.
+            ConfigError: the dictionary belongs to a model with other weight processing, or to several models; a port names no
+                hook, or does not exist; an edit names a latent that the dictionary does not have; a dictionary of several hooks
+                is used in a pass with a cache.
             ShapeError: the dictionary and the hook differ in width; an edit names a position beyond the end of the row;
                 `keep` and the tokens differ in shape.
         """
-        with Splice(self, dictionary, edits, error_term=error_term, hook=hook, keep=keep).in_force():
+        with Splice(self, dictionary, edits, ports=ports, error_term=error_term, hook=hook, keep=keep).in_force():
             yield
 
     @contextmanager

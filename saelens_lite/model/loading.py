@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,6 +19,7 @@ from saelens_lite.errors import (
     not_a_dictionary,
 )
 from saelens_lite.model.language_model import EMBEDDED, LanguageModel
+from saelens_lite.model.models import AnyModel, Models
 from saelens_lite.model.nicknames import hub_id
 from saelens_lite.model.processing import CENTER_WRITING_WEIGHTS
 from saelens_lite.model.spread import DeviceMap, check_device_map, placement, spreads
@@ -135,14 +137,16 @@ class HasOrigin(Protocol):
 
 def model_for(
     *dictionaries: HasOrigin,
-    name: str | Path | None = None,
+    name: str | Path | Mapping[str, str | Path] | None = None,
     revision: str | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "auto",
     trust_remote_code: bool = False,
     device_map: DeviceMap | None = None,
-) -> LanguageModel:
+) -> AnyModel:
     """Return the model that dictionaries were trained on, or the model called `name`, with the same weight processing.
+
+    For dictionaries of several models, return these as `Models`, or those of `name`, such as {"base": "gpt2", "chat": …}.
 
     The commit is that of the dictionaries' origins, unless `name` is another model or `revision` is given. An origin is read
     from a file. So it cannot allow a model's code to run, and a local folder that it names is mentioned in the log.
@@ -152,8 +156,8 @@ def model_for(
         device, dtype, device_map: See `load_model`.
 
     Raises:
-        ConfigError: an origin does not name its model and `name` is not given; the origins name several models or commits; or
-            `trust_remote_code` is set without a name.
+        ConfigError: an origin does not name its model and `name` is not given; the origins name several models or commits;
+            `revision` is given for several models; or `trust_remote_code` is set without a name.
         ModelNotFoundError: see `load_model`.
     """
     for one in dictionaries:
@@ -162,6 +166,20 @@ def model_for(
     if name is None and not dictionaries:
         raise ConfigError("there is no dictionary to load the model of; give one, or name=")
     origins = [dictionary.origin for dictionary in dictionaries]
+    settings = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code, "device_map": device_map}
+    several = dict.fromkeys(facts.name for origin in origins for facts in origin.models)
+    if isinstance(name, Mapping) or (several and name is None):
+        if revision is not None:
+            raise ConfigError(
+                f"revision = {revision!r} is the commit of one model; load each with load_model, and give them all"
+            )
+        named = dict(name or several)
+        return Models({part: _model_of([o.of(part) for o in origins], own, None, settings) for part, own in named.items()})
+    return _model_of([o.of(facts.name) for o in origins for facts in o.models] or origins, name, revision, settings)
+
+
+def _model_of(origins: list[Origin], name: str | Path | None, revision: str | None, settings: dict[str, Any]) -> LanguageModel:
+    """Return the model that dictionaries of these origins were trained on, or the model called `name`."""
     if name is None and not all(origin.model for origin in origins):
         which = "this dictionary does" if len(origins) == 1 else "one of the dictionaries does"
         raise ConfigError(f"{which} not say which model it was trained on; give --model, or name= in Python")
@@ -174,17 +192,14 @@ def model_for(
         raise ConfigError(f"the dictionaries were trained on several commits of one model: {named}; name the revision to use")
     model, commit = places[0] if places else (name, None)
     if name is None:
-        if trust_remote_code:
+        if settings["trust_remote_code"]:
             raise ConfigError(f"trust_remote_code needs the name of the model; if you trust {model}, name it as well")
         mention_folder(model)
     return load_model(
         model,
-        device=device,
-        dtype=dtype,
         revision=revision or commit,
         center_writing_weights=any(CENTER_WRITING_WEIGHTS in origin.processing for origin in origins),
-        trust_remote_code=trust_remote_code,
-        device_map=device_map,
+        **settings,
     )
 
 

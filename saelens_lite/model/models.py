@@ -6,19 +6,23 @@ and "chat-base:blocks.3.hook_resid_pre" are the difference chat − base.
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saelens_lite.config import ModelFacts, Origin
 from saelens_lite.errors import ConfigError, HookError
+from saelens_lite.keys import MODEL_NAME
 from saelens_lite.model.language_model import LanguageModel
-from saelens_lite.ports import MODEL_NAME, Hooks, Key, key_of, split_key
-from saelens_lite.tokens import Given
-from saelens_lite.tokens.inputs import token_ids
+from saelens_lite.model.port_places import PortPlace
+from saelens_lite.model.splice import PositionedEdit, Reconstructor, Splice
+from saelens_lite.ports import Hooks, Key, PortNames, difference, key_of, split_key
+from saelens_lite.tokens import Given, TokenRows
+from saelens_lite.tokens.inputs import Ids, token_ids
 from saelens_lite.tokens.same_ids import difference_of_ids
 from saelens_lite.tokens.tokenizer import Tokenizer
 
@@ -93,6 +97,17 @@ class Models(Tokenizer):
         each = "".join(f"{name} {lm.fingerprint()}\n" for name, lm in self.models.items())
         return hashlib.sha256(each.encode()).hexdigest()
 
+    @contextmanager
+    def redrawn(self, seed: int = 0) -> Iterator["Models"]:
+        """Put the entries of each weight tensor of every model in random order; see `LanguageModel.redrawn`.
+
+        Tensors of one shape get the same order in all models, so that their differences are shuffled alike.
+        """
+        with ExitStack() as stack:
+            distinct = {id(lm.module): lm for lm in self.models.values()}
+            redrawn = {key: stack.enter_context(lm.redrawn(seed)) for key, lm in distinct.items()}
+            yield Models({name: redrawn[id(lm.module)] for name, lm in self.models.items()})
+
     def split(self, key: str) -> Key:
         """Return the parts of a port key, after checking that the models have that hook.
 
@@ -107,6 +122,11 @@ class Models(Tokenizer):
             if name is not None:
                 self[name].hook_point(parts.hook)
         return parts
+
+    def place(self, key: str) -> PortPlace:
+        """Return the models and the hook of a port key; see `split` for errors."""
+        model, minus, hook = self.split(key)
+        return PortPlace(self[model], hook, None if minus is None else self[minus])
 
     def has_hook(self, key: str) -> bool:
         """Return whether the models have the hook that a port key names."""
@@ -148,6 +168,10 @@ class Models(Tokenizer):
         for facts in origin.models:
             self[facts.name].warn_of_precision(origin.of(facts.name))
 
+    def to_tokens(self, texts: Given, *, attention_mask: Any = None, prepend_bos: bool | None = None) -> TokenRows:
+        """Return one row for each text, or token ids as rows, as the first model reads them; see `LanguageModel.to_tokens`."""
+        return self.first.to_tokens(texts, attention_mask=attention_mask, prepend_bos=prepend_bos)
+
     def run(
         self, texts: Given, keys: Sequence[str] | str, *, attention_mask: Any = None, prepend_bos: bool | None = None
     ) -> dict[str, Float[Tensor, "batch pos d"]]:
@@ -160,7 +184,7 @@ class Models(Tokenizer):
         if not parts:
             raise ConfigError("name at least one port")
         settings: dict[str, Any] = {"attention_mask": attention_mask}
-        if token_ids(texts, attention_mask) is None:
+        if not isinstance(texts, Ids) and token_ids(texts, attention_mask) is None:
             texts, settings = self.first.to_tokens(texts, prepend_bos=prepend_bos), {}
         acts: dict[tuple[str, str], Tensor] = {}
         for name, lm in self.models.items():
@@ -168,6 +192,31 @@ class Models(Tokenizer):
                 own = lm.run(texts, hooks, **settings)
                 acts |= {(name, hook): x.to(self.device) for hook, x in own.items()}
         return {key: _value(acts, part) for key, part in parts.items()}
+
+    @contextmanager
+    def splice(
+        self,
+        dictionary: Reconstructor,
+        edits: PositionedEdit | Sequence[PositionedEdit] = (),
+        *,
+        ports: PortNames = None,
+        error_term: bool | None = None,
+        keep: Bool[Tensor, "batch pos"] | None = None,
+    ) -> Iterator[None]:
+        """Replace activations by the dictionary's reconstruction, or edit some of their codes, in each model's forward passes.
+
+        See `LanguageModel.splice`. Passes of each model whose ports are changed read the other models on the same tokens, in
+        passes of their own in which nothing is replaced. At a port that is a difference chat − base, the activation of chat
+        becomes that of base plus the reconstruction, or gets the change by the edits; that of base stays.
+
+        Args:
+            ports: Keys or hooks of the write ports to change; default: all.
+
+        Raises:
+            ConfigError: as for `LanguageModel.splice`; or a pass of a model has no token ids, which the other models need.
+        """
+        with Splice(self, dictionary, edits, ports=ports, error_term=error_term, keep=keep).in_force():
+            yield
 
     def __repr__(self) -> str:
         return f"Models({', '.join(f'{name}={lm!r}' for name, lm in self.models.items())})"
@@ -187,11 +236,7 @@ def facts_of(lm: LanguageModel, name: str = "") -> ModelFacts:
 
 def _value(acts: dict[tuple[str, str], Tensor], part: Key) -> Float[Tensor, "batch pos d"]:
     x = acts[part.model, part.hook]
-    if part.minus is None:
-        return x
-    less = acts[part.minus, part.hook]
-    dtype = torch.promote_types(torch.promote_types(x.dtype, less.dtype), torch.float32)
-    return x.to(dtype) - less.to(dtype)
+    return x if part.minus is None else difference(x, acts[part.minus, part.hook])
 
 
 AnyModel = LanguageModel | Models

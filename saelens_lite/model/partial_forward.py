@@ -87,14 +87,21 @@ class PartialForward:
         with ExitStack() as stack:
             for hook in dict.fromkeys(hooks):
                 stack.enter_context(self.lm.replace(hook, _noting(hook, acts)))
-            if self._enters is not None:
-                handle = self._enters.register_forward_pre_hook(self._note_entry, with_kwargs=True)
-                stack.callback(handle.remove)
+            stack.enter_context(self.noting())
             for block in learn:
                 handle = block.register_forward_hook(lambda block, _, out: self._hand_on.append((block, _handing_on(out))))
                 stack.callback(handle.remove)
             logits = self._logits(tokens, first)
         return acts, logits
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """Note in whole passes within the block, such as those of `read`, the input from which `logits` continues."""
+        with ExitStack() as stack:
+            if self._enters is not None:
+                handle = self._enters.register_forward_pre_hook(self._note_entry, with_kwargs=True)
+                stack.callback(handle.remove)
+            yield
 
     def _note_entry(self, _block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._entered = (args[0] if args else kwargs["hidden_states"]).clone()
@@ -108,7 +115,7 @@ class PartialForward:
         """Return the logits from position `first` on, with the activations at the hooks replaced by `new`.
 
         Args:
-            tokens: The tokens of the last `read`; any others only if `is_whole_stream`.
+            tokens: The tokens of the last `read`, or of the last pass within `noting`; any others only if `is_whole_stream`.
             new: The activations; those of several hooks are concatenated.
         """
         if not self.n_skipped:

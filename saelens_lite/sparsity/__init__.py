@@ -56,6 +56,12 @@ A rule is fast on a GPU if it does not make the host wait. `support_above` choos
 `largest` the k largest of each row with none, and `step.dead_latents` lists the dead latents; `nonzero`, `.item()` and boolean
 indices wait each time. A GPU may give `support` pre-activations in bfloat16; `values` gets them in float32. With
 `unit_decoder = True`, the rows of W_dec stay unit vectors, and a GPU sees to that in the same pass as Adam.
+
+**Several ports.** If a dictionary writes several ports, as a crosscoder does, the size of a latent is f_i Σ_p ‖W_dec[i, p]‖:
+its code times the sum of the norms of its directions. `step.decoder_norms` is this sum, for penalties. Codes and directions are
+fixed only up to a factor, since f s and d / s give the same output. `unit_decoder = True` chooses the factor for which the sum
+is 1 (with unit rows, it would lie between 1 and √P for P ports). The k largest of f are then the k largest of f Σ_p ‖d_p‖, as
+crosscoders choose them, and a rule need not know of ports.
 """
 
 from collections.abc import Iterator, Mapping
@@ -235,7 +241,7 @@ class Sparsity(nn.Module):
     homogeneous: ClassVar[bool] = True  # scaling h_i (and the rule by `rescale_`) scales code i and changes no other
     tied: ClassVar[bool] = False  # W_enc is W_decᵀ, rows of W_dec are unit vectors, and codes are in the units of x
     row_wise: ClassVar[bool] = False  # True: even in training, `support` reads each row alone, so it may get parts of a batch
-    unit_decoder: bool = False  # True: `after_step` brings the rows of W_dec back to norm 1. It may be a property
+    unit_decoder: bool = False  # True: `after_step` makes the norms of a latent's directions add up to 1. It may be a property
     shardable: ClassVar[bool] = False  # True: one dictionary may be trained on several devices; see the module's docstring
     Config: ClassVar[type[RuleConfig]] = RuleConfig
     plugin_kind: ClassVar[str] = "sparsity"
@@ -319,8 +325,8 @@ class Sparsity(nn.Module):
     def after_step(self, dictionary: Any) -> None:
         """Change parameters in place. Called without gradient after each optimiser step and once before the first.
 
-        A GPU may bring rows of W_dec back to norm 1 in the optimiser step itself. Without an `after_step` of its own, a rule
-        with `unit_decoder` is then not called.
+        A GPU may bring rows of W_dec back to norm 1 in the optimiser step itself, if there is one write port. Without an
+        `after_step` of its own, a rule with `unit_decoder` is then not called.
         """
         if self.unit_decoder:
             normalise_decoder_(dictionary)
@@ -362,9 +368,12 @@ class Sparsity(nn.Module):
 
 @torch.no_grad()
 def normalise_decoder_(dictionary: Any) -> None:
-    """Make every row of a `Dictionary`'s W_dec a unit vector, in place."""
+    """Divide every row of a `Dictionary`'s W_dec by its decoder norm, in place.
+
+    The norm is the sum over the write ports of ‖W_dec[i, port]‖. With one port, rows become unit vectors.
+    """
     weight = dictionary.W_dec.data
-    weight.div_(torch.linalg.vector_norm(weight, dim=1, keepdim=True).clamp_min_(torch.finfo(weight.dtype).tiny))
+    weight.div_(dictionary.decoder_norms().clamp_min_(torch.finfo(weight.dtype).tiny)[:, None])
 
 
 def dead_latents_explain(step: Step, config: DeadLatentsConfig) -> dict[str, Float[Tensor, ""]]:

@@ -46,6 +46,21 @@ print(d.history[-1]["val_fvu"])
 predicts the output of an MLP from its input. `reads=(hook_1, hook_2)` trains one dictionary over several hooks. Every rule
 except `matching_pursuit` can predict hooks other than those it reads. Evaluation and `splice` then act at the predicted hooks.
 
+**Two models.** A cache of two models has keys such as base:blocks.2.hook_resid_pre and chat:blocks.2.hook_resid_pre. With
+`reads=(base_key, chat_key)`, or without a hook if the cache holds one hook in both, a crosscoder is trained: its latents have a
+direction in each model. `hook="chat-base:blocks.2.hook_resid_pre"` trains a dictionary of the difference, which training makes
+from the two. A sweep may hold both kinds. Rounding of stored activations can be a large part of a small difference; training
+warns of more than 1 %, and `capture(…, dtype="float32")` avoids it.
+
+```sh
+saelens-lite train cache --sparsity batch_topk --port base:blocks.2.hook_resid_pre --port chat:blocks.2.hook_resid_pre
+saelens-lite train cache --sparsity batch_topk --k 100 --hook chat-base:blocks.2.hook_resid_pre --out runs/difference
+```
+
+Prefer `batch_topk` for crosscoders: L1 shrinks the weaker of two directions to nothing, so that shared latents look as if they
+were of one model. Each port is scaled to the same RMS norm, and the size of a latent is its code times the sum of its
+norms at all ports (see `saelens_lite.sparsity`).
+
 **Resuming.** Ctrl-C and SIGTERM finish the step and save a checkpoint. `sl.resume("runs")` or `saelens-lite train --resume
 runs` continues, and the result has the same bytes as without the interruption. Resuming with another text, cache or model
 is refused, even if it has the same size.

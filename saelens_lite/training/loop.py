@@ -285,7 +285,7 @@ def _loop(source: Source, job: Group, logs: list[RunLog]) -> None:
     hooks = list(dict.fromkeys(hook for trainer in trainers for hook in trainer.hooks.all))
     due = [(trainer.n_seen // trainer.config.log_every + 1) * trainer.config.log_every for trainer in trainers]
     device = trainers[0].dictionary.W_dec.device
-    gathers_there = device.type == "cuda" and type(source) in (ActivationCache, TensorSource)
+    gathers_there = device.type == "cuda" and type(getattr(source, "whole", source)) in (ActivationCache, TensorSource)
     where: dict[str, Any] = {"device": device} if gathers_there else {}
     rows = job.share.layout.rows
     if rows.world > 1:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from saelens_lite import processes
-from saelens_lite.cache import Source, TensorSource, open_source
+from saelens_lite.cache import Source, TensorSource, open_source, with_differences
 from saelens_lite.cache.resumed import expect
 from saelens_lite.config import TrainConfig
 from saelens_lite.devices import chosen_device, device_to_train_on, is_available
@@ -112,14 +112,13 @@ def _interrupted(
     states, loop = load_checkpoint(run)
     steps = {"batches": loop["n_batches"], "tokens": [numbers["n_seen"] for _, numbers in states]}
     processes.team().agree(steps, "checkpoints")
-    request = loop["request"]
+    request, configs = loop["request"], [TrainConfig(**c) for c in loop["configs"]]
     if n_tokens is not None:
         _check_total(run, n_tokens, max(numbers["n_seen"] for _, numbers in states))
     device = _device_of(request, device)
     processes.check_same({}, device=device)
-    validation, source = _reopened(request, source, text, device)
+    validation, source = _reopened(request, source, text, device, configs)
     expect(source, loop.get("source"))
-    configs = [TrainConfig(**c) for c in loop["configs"]]
     for config, (tensors, _) in zip(configs, states, strict=True):
         check_sizes(config, source, tensors)
     for folder in set(run_folders(run, configs)) - {run}:
@@ -187,7 +186,7 @@ def _extended(
     request = data.request.model_dump()
     device = _device_of(request, device)
     processes.check_same({}, device=device)
-    validation, source = _reopened(request, source, text, device)
+    validation, source = _reopened(request, source, text, device, configs)
     if data.source is not None:
         expect(source, data.source)
     share = share_when_resumed(request["parallel"], configs, processes.team())
@@ -238,12 +237,17 @@ def _loggers(of_run: list[str], given: str | Sequence[str] | None) -> list[str]:
 
 
 def _reopened(
-    request: dict[str, Any], source: Source | None, text: str | None, device: str | torch.device | None
+    request: dict[str, Any],
+    source: Source | None,
+    text: str | None,
+    device: str | torch.device | None,
+    configs: Sequence[TrainConfig],
 ) -> tuple[TensorSource | None, Source]:
     """Return the activations to validate on and those to train on, from the given source or from that of the run."""
     if source is None:
         source = open_source(request["source"], device, text)
     _check_source(source.describe(), request["source"])
+    source = with_differences(source, [hook for config in configs for hook in config.hooks])
     return source.hold_out(n) if (n := request["validation_tokens"]) else (None, source)
 
 

@@ -1,5 +1,6 @@
 """The start of training: requests are checked, and the folders of the runs are made."""
 
+import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -8,13 +9,14 @@ from typing import Any, Literal
 import torch
 
 from saelens_lite import processes
-from saelens_lite.cache import Source
+from saelens_lite.cache import Source, with_differences
 from saelens_lite.cache.resumed import record_of, tensor_hash
 from saelens_lite.config import TrainConfig
 from saelens_lite.devices import device_to_train_on, works
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, OutputExistsError
 from saelens_lite.files import write_text
+from saelens_lite.keys import captured
 from saelens_lite.loggers import DEFAULT_LOGGERS, load_loggers
 from saelens_lite.outputs import check_shared, followed, refuse_existing, refuse_inputs_in
 from saelens_lite.paths import check_output
@@ -28,6 +30,7 @@ from saelens_lite.training.run import Run
 from saelens_lite.training.settings import settings_text
 from saelens_lite.training.trainer import Trainer
 
+log = logging.getLogger(__name__)
 AIMS = {"coefficient", "target_l0", "penalty"}  # options that set how sparse codes are
 
 
@@ -87,6 +90,7 @@ def train(
     begins = starts(start_from, len(configs))
     configs = [c if d is None else like(d, c, source.hooks) for c, d in zip(configs, begins, strict=True)]
     configs = _of_one_batch_size(configs)
+    source = with_differences(source, [hook for config in configs for hook in config.hooks])
     if out is None and loggers and loggers != DEFAULT_LOGGERS:
         raise ConfigError(f"loggers = {loggers!r} need a run folder; give out=")
     if validation_tokens < 0 or validation_tokens == 1:
@@ -118,6 +122,8 @@ def train(
     for trainer, i in zip(trainers, share.numbers, strict=True):
         if begins[i] is not None:
             trainer.start_from(begins[i])
+        if not trainer.config.hooks and len(trainer.hooks.reads) > 1:
+            log.info("no hook was chosen, so a crosscoder reads one hook in several models: %s", trainer.hooks)
     job = Group(
         source=source,
         trainers=trainers,
@@ -179,7 +185,7 @@ def starts(given: Dictionary | Sequence[Dictionary] | None, n: int) -> list[Dict
 def like(dictionary: Dictionary, config: TrainConfig, hooks: Sequence[str] | None = None) -> TrainConfig:
     """Return the settings of training that starts from a dictionary, which supplies what the config leaves unset.
 
-    hooks: those of the source. The dictionary's own are taken only if they are among these.
+    hooks: those of the source. The dictionary's own are taken only if they are among these, or differences of them.
 
     Raises:
         ConfigError: the config sets another d_sae.
@@ -194,7 +200,7 @@ def like(dictionary: Dictionary, config: TrainConfig, hooks: Sequence[str] | Non
             options = {name: value for name, value in options.items() if name not in AIMS}
         changes |= {"sparsity": rule.plugin_name, "options": options | config.options}
     own = [port.key for port in (*dictionary.reads, *dictionary.writes)]
-    if not given & {"hook", "reads", "writes"} and all(hook and (hooks is None or hook in hooks) for hook in own):
+    if not given & {"hook", "reads", "writes"} and all(own) and (hooks is None or set(captured(own, hooks)) <= set(hooks)):
         reads = tuple(own[: len(dictionary.reads)])
         changes |= {"hook": reads[0]} if len(reads) == 1 else {"reads": reads}
         if not dictionary.writes_what_it_reads:

@@ -54,6 +54,11 @@ were. Otherwise the gradient is clipped to the norm `clip_grad_norm`, and Adam t
 schedule: linear warm-up, plateau, linear decay to zero. Then the rule may adjust running estimates (`observe`) and parameters
 (`after_step`: unit-norm rows of W_dec, for example), and the trainer updates its counts of what fired.
 
+**Several ports.** A dictionary that writes several ports has a direction d_p for each, and its latents have the size
+f · Σ_p ‖d_p‖: L1 is weighted by the sum of the norms, and top-k chooses by it. Nothing but f d_p shows in x̂, so most rules fix
+the free factor by Σ_p ‖d_p‖ = 1, which `normalise_decoder_` restores after each step. Then the choice by f, on which everything
+above rests, is the choice by f · Σ_p ‖d_p‖.
+
 **On a GPU** the host does not wait for the step. The losses are read when a line is logged; a flag on the device stops all
 updates after a bad step. The dead latents are listed before every 16th step. A rule with k latents in each row or batch never
 waits; other rules wait once or twice, for the size of their support. Top-k reads h once, for the maxima of groups of columns,

@@ -22,6 +22,7 @@ from saelens_lite.devices import asynchronous, outside_models, where_float64_is,
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, NonFiniteError, PluginError, ShapeError, SourceChangedError
 from saelens_lite.files import check_fits_memory, shortened
+from saelens_lite.keys import usual_reads
 from saelens_lite.ports import Hooks, Port, together
 from saelens_lite.processes import ALONE
 from saelens_lite.sparsity import PenaltyConfig, Sparsity
@@ -105,13 +106,16 @@ class Trainer:
         self.reads_later = asynchronous(self.dictionary.W_enc)
         rule = self.dictionary.rule
         in_kernel = gpu.available(self.dictionary.W_enc) and type(rule).after_step is Sparsity.after_step
-        self._after_step = not in_kernel  # the optimiser does all that the rule would
+        is_unit = rule.unit_decoder and in_kernel and len(self.dictionary.writes) == 1  # the kernel knows no ports
+        self._after_step = not in_kernel or (
+            rule.unit_decoder and not is_unit
+        )  # else the optimiser does all that the rule would
         self.optimizer = Adam(
             self.dictionary,
             self.peak_lr,
             config.betas,
             halves=self.halves and in_kernel,
-            unit_decoder=rule.unit_decoder and in_kernel,
+            unit_decoder=is_unit,
         )
         self.control: L0Control | None = None
         if isinstance(rule.config, PenaltyConfig) and rule.target_l0 is not None:
@@ -657,16 +661,17 @@ def check_sizes(config: TrainConfig, source: Source, tensors: dict[str, Tensor])
 
 
 def choose_hooks(config: TrainConfig, source: Source) -> Hooks:
-    """Return the hooks that a dictionary reads and writes.
+    """Return the hooks that a dictionary reads and writes. By default, it reads the only hook there is, in all models.
 
     Raises:
-        ConfigError: the source has several hooks and the config names none, or a skip connection has no other write hooks.
+        ConfigError: the source has several hooks, not one hook in several models, and the config names none; or a skip
+            connection has no other write hooks.
         HookError: the source has no activations of a hook.
     """
     reads = config.reads or ((config.hook,) if config.hook else ())
     if not reads:
-        reads = tuple(name for name in source.hooks if name not in config.writes)
-        if len(reads) != 1:
+        reads = usual_reads([name for name in source.hooks if name not in config.writes])
+        if not reads:
             raise ConfigError(f"the activations come from several hooks; choose one with hook=: {', '.join(source.hooks)}")
     hooks = Hooks(reads, config.writes or reads)
     if config.skip and hooks.reads == hooks.writes:

@@ -4,7 +4,8 @@ A saved dictionary takes raw activations, while training works on scaled ones. S
 
     W_enc / s        b_enc + shift W_enc        W_dec · t        b_dec · t + W_skip shift
 
-with the scales s and t of the read and write ports. Then ‖W_dec[i]‖ is made 1, as at the start of any training.
+with the scales s and t of the read and write ports. Then ‖W_dec[i]‖, summed over the write ports, is made 1, as at the start of
+any training.
 """
 
 import copy
@@ -77,11 +78,11 @@ def _check_ports(new: Dictionary, given: Dictionary) -> None:
 
 
 def _make_unit_(d: Dictionary) -> None:
-    """Make the rows of W_dec unit vectors, and change codes so that the output stays the same.
+    """Make the decoder norms 1, and change codes so that the output stays the same.
 
-    If the rule compares latents, as top-k does, all codes change by one factor. That is exact if the rows have equal norms.
+    If the rule compares latents, as top-k does, all codes change by one factor. That is exact if the norms are equal.
     """
-    norms = torch.linalg.vector_norm(d.W_dec, dim=1)
+    norms = d.decoder_norms()
     norms = torch.where(norms > 0, norms, 1)
     factor = norms if d.rule.homogeneous else norms.mean().expand_as(norms)
     if not d.rule.homogeneous and (norms / factor - 1).abs().max() > SAME:

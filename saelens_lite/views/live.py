@@ -4,7 +4,7 @@ The page (live.js) holds no logic. It sets `prompt`, `by`, `edits` and `asked`; 
 `error`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
@@ -15,8 +15,10 @@ from saelens_lite.errors import ConfigError, SaelensLiteError
 from saelens_lite.features import FeatureStore
 from saelens_lite.features.html import visible
 from saelens_lite.interventions import Add, steer
+from saelens_lite.interventions.site import Site
 from saelens_lite.interventions.steering import Steered
-from saelens_lite.model import LanguageModel
+from saelens_lite.model import AnyModel, LanguageModel, as_model
+from saelens_lite.ports import PortNames
 from saelens_lite.views.prompt import ORDERS, PromptRow, PromptView, about_row, prompt_view
 
 REACH = 3  # end of a slider, as a multiple of the largest known activation of the latent
@@ -39,19 +41,23 @@ class LivePrompt:
     def __init__(
         self,
         dictionary: Dictionary,
-        lm: LanguageModel,
+        lm: AnyModel | Mapping[str, LanguageModel],
         store: FeatureStore | None = None,
         *,
         prompt: str = "The old man looked at",
         metric: Any = "loss",
         hook: str | None = None,
+        ports: PortNames = None,
+        in_model: str | None = None,
         top: int = 8,
         max_new_tokens: int = 30,
         temperature: float | int = 0.8,
         seed: int = 0,
     ):
-        self.dictionary, self.lm, self.store = dictionary, lm, store
-        self._viewing = {"store": store, "hook": hook, "top": top}
+        self.dictionary, self.lm, self.store = dictionary, as_model(lm), store
+        self._chosen = {"hook": hook, "ports": ports, "in_model": in_model}
+        self._viewing = {"store": store, "top": top, **self._chosen}
+        self._writer = Site(dictionary, self.lm, **self._chosen).lm
         self._metric = metric
         self._writing = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         self.widget = _widget_class()(prompt=prompt, orders=[by for by in ORDERS if by != "relative" or store is not None])
@@ -117,9 +123,9 @@ class LivePrompt:
         """Show the model's continuation in the page."""
         prompt, edits = self.widget.prompt, self.edits
         if edits:
-            self.steered = steer(self.dictionary, self.lm, prompt, edits, hook=self._viewing["hook"], **self._writing)
+            self.steered = steer(self.dictionary, self.lm, prompt, edits, **self._chosen, **self._writing)
         else:
-            plain = self.lm.generate(prompt, **self._writing)
+            plain = self._writer.generate(prompt, **self._writing)
             self.steered = Steered(plain, plain, 0.0)
         self.widget.continuation = {name: getattr(self.steered, name) for name in ("plain", "edited", "kl")}
 

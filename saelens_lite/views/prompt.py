@@ -6,6 +6,7 @@ attribution    effect on a metric of the model's output. Important latents come 
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -23,7 +24,8 @@ from saelens_lite.interventions import attribute
 from saelens_lite.interventions.attribution import WAYS
 from saelens_lite.interventions.metrics import name_of
 from saelens_lite.interventions.site import CountedRow, Site
-from saelens_lite.model import LanguageModel
+from saelens_lite.model import AnyModel, LanguageModel
+from saelens_lite.ports import PortNames
 from saelens_lite.tables import Result, columns_of, grid
 from saelens_lite.tokens import Given, TokenRows
 
@@ -129,7 +131,7 @@ class PromptView(Result):
 
 def prompt_view(
     dictionary: Dictionary,
-    lm: LanguageModel,
+    lm: AnyModel | Mapping[str, LanguageModel],
     text: Given,
     by: str = "activation",
     *,
@@ -138,6 +140,8 @@ def prompt_view(
     metric: Any = None,
     way: str = "gradient",
     hook: str | None = None,
+    ports: PortNames = None,
+    in_model: str | None = None,
     top: int = 5,
 ) -> PromptView:
     """Return the latents that fire at each token of a text, at most `top` per token, best first.
@@ -150,6 +154,7 @@ def prompt_view(
         store: feature store of this dictionary, for the largest activations, labels and promoted tokens.
         metric: metric of the attributions, as for `attribute`; default: "loss" if by="attribution", else no attributions.
         way: "gradient", "ablation" or "direct".
+        ports, in_model: the ports and the model of the attributions, as for `attribute`.
 
     Raises:
         ConfigError: an unknown order or way, by="relative" without a store, a store of another dictionary, `top` below 1, or as
@@ -167,25 +172,25 @@ def prompt_view(
     if store is not None:
         store.info.check_text("a prompt view")
         store.info.check_dictionary(dictionary)
-    site = Site(dictionary, lm, hook)
+    site = Site(dictionary, lm, hook, ports=ports, in_model=in_model)
     rows = site.rows(text, attention_mask)
     if len(rows) != 1:
         raise ConfigError(f"a prompt view shows one row of text; {len(rows)} were given")
     metric = "loss" if by == "attribution" and metric is None else metric
-    firing = _firing(site, rows[0], metric, way, hook)
+    firing = _firing(site, rows[0], metric, way)
     relative = None
     if store is not None:
         relative = firing.activation / store.tensors.top_value[:, 0].index_select(0, firing.latent)  # infinite where it is 0
     score = {"activation": firing.activation, "relative": relative, "attribution": firing.attribution}[by]
     best = _best(firing.position, torch.where(score.isfinite(), score.abs(), -1), top)
-    tokens = tuple((lm if store is None else store).vocabulary.row(rows[0].tokens.tolist()))
+    tokens = tuple((site.models if store is None else store).vocabulary.row(rows[0].tokens.tolist()))
     position, latent, activation = (x[best].tolist() for x in firing[:3])
     about = [None if store is None else store.about(i) for i in latent]
     return PromptView(
-        model=lm.name,
+        model=site.models.name,
         hook=site.reads,
         by=by,
-        metric=None if metric is None else name_of(metric, lm),
+        metric=None if metric is None else name_of(metric, site.lm),
         tokens=tokens,
         rows=tuple(
             PromptRow(*cells)
@@ -213,7 +218,7 @@ class _Firing(NamedTuple):
     attribution: Float[Tensor, " n"] | None
 
 
-def _firing(site: Site, row: CountedRow, metric: Any, way: str, hook: str | None) -> _Firing:
+def _firing(site: Site, row: CountedRow, metric: Any, way: str) -> _Firing:
     """Return the latents that fire at the counted positions and, with a metric, their effects."""
     reading = site.read(row)
     codes = reading.codes
@@ -224,8 +229,8 @@ def _firing(site: Site, row: CountedRow, metric: Any, way: str, hook: str | None
         keep = row.counted[codes.row] & codes.fires
     else:
         attribution = attribute(
-            site.dictionary, site.lm, TokenRows(row.tokens[None], row.counted[None]), metric,
-            ablation=way == "ablation", hook=hook,
+            site.dictionary, site.models, TokenRows(row.tokens[None], row.counted[None]), metric,
+            ablation=way == "ablation", hook=site.hook, ports=site.ports, in_model=site.in_model,
         )  # fmt: skip
         if way not in attribution.effects:
             raise ConfigError(f"way = {way!r}: direct effects need a hook on the residual stream, and {site.writes} is not")

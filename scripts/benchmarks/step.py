@@ -3,12 +3,14 @@
     python scripts/benchmarks/step.py --peer-python /path/to/venv-with-sae-lens/bin/python
     python scripts/benchmarks/step.py --device cuda --batch 8192 --sizes 768x24576 2304x65536 --no-dense --rules all
     python scripts/benchmarks/step.py --device cuda --batch 8192 --sizes 768x24576 --no-dense --dead 0.5
+    python scripts/benchmarks/step.py --ports 2 --sizes 1536x8192 --no-dense --rules topk batch_topk l1
 
 --d-sae and --k take several values; SAELens and sparsify take part only with --peer-python. Every contestant starts from the
 same weights and sees the same batches: sums of 32 planted directions, with encoder biases that make about that many latents
 fire, so that ReLU rules are timed at the sparsity of a trained dictionary. --first-steps leaves these biases at zero: about
 half of the latents then fire for rules without a k, as at the start of training. --dead makes a share of the latents dead
-throughout. A step is everything a trainer does for a batch: forward, backward, clipping, Adam, counters of dead latents. On a
+throughout. --ports adds a crosscoder whose ports, of as many models, have the width d_in together; the others are autoencoders
+of d_in. A step is everything a trainer does for a batch: forward, backward, clipping, Adam, counters of dead latents. On a
 GPU, a time is that of several steps one after another, until the last is done; the peers also run compiled, in bfloat16. Prints
 medians; ratios are ratios of medians. --memory prints the peak memory of a step above parameters, gradients and moments
 instead; on a CPU, freed memory is then returned to the system at once, which makes every step slower.
@@ -61,8 +63,19 @@ def dead_latents(args: argparse.Namespace) -> torch.Tensor:
     return (order < round(args.dead * args.d_sae)).to(args.device)
 
 
+def at_ports(x: torch.Tensor, n: int) -> torch.Tensor | dict[str, torch.Tensor]:
+    """Return activations as those of one hook in n models, each with its part of the width."""
+    return x if n == 1 else {f"model_{i}:hook": part.contiguous() for i, part in enumerate(x.chunk(n, dim=-1))}
+
+
 def trainer(
-    rule: str, step: type, x: torch.Tensor, directions: torch.Tensor, bias: torch.Tensor, args: argparse.Namespace
+    rule: str,
+    step: type,
+    x: torch.Tensor,
+    directions: torch.Tensor,
+    bias: torch.Tensor,
+    args: argparse.Namespace,
+    n_ports: int = 1,
 ) -> Trainer:
     """Return our trainer at the planted weights, with steps of class `step`."""
     options = {"jumprelu": {"threshold": 0.01 / args.d_in**0.5}}.get(rule, {"k": args.k} if rule in COUNTING else {})
@@ -70,7 +83,7 @@ def trainer(
         sparsity=rule, options=options, d_sae=args.d_sae, batch_size=args.batch,
         n_tokens=10**9, lr=1e-5, normalize="none",
     )  # fmt: skip
-    made = Trainer(config, TensorSource(x[0]), args.device)
+    made = Trainer(config, TensorSource(at_ports(x[0], n_ports)), args.device)
     d = made.dictionary
     d.W_dec.data.copy_(directions)
     d.W_enc.data.copy_(directions.T)
@@ -88,7 +101,8 @@ class Ours:
     """One of our trainers, asked like a peer."""
 
     def __init__(self, trainer: Trainer, x: torch.Tensor, spare: Spare | None, args: argparse.Namespace):
-        self.trainer, self.x, self.spare = trainer, x, spare
+        self.trainer, self.spare = trainer, spare
+        self.x = [at_ports(batch, len(trainer.hooks.reads)) for batch in x]
         self.device, self.n_steps, self.dead = args.device, args.steps, dead_latents(args)
 
     def ask(self, number: int) -> dict:
@@ -123,6 +137,9 @@ def measure(rule: str, args: argparse.Namespace, x: torch.Tensor, directions: to
     contestants: dict[str, Ours | Peer] = {"ours": Ours(ours, x, spare, args)}
     if not args.no_dense:
         contestants["dense"] = Ours(trainer(rule, DenseStep, x, directions, bias, args), x, spare, args)
+    if args.ports > 1:
+        crosscoder = trainer(rule, SparseStep, x, directions, bias, args, args.ports)
+        contestants[f"{args.ports} ports"] = Ours(crosscoder, x, spare, args)
     with tempfile.TemporaryDirectory() as folder:
         if args.peer_python:
             dead, b_dec = dead_latents(args), torch.zeros(args.d_in)
@@ -172,6 +189,7 @@ def main() -> None:
     options.add_argument("--batches", type=int, default=3, help="different batches, used in turn")
     options.add_argument("--steps", type=int, help="steps of a timing; default: 1 on a CPU, 10 on a GPU")
     options.add_argument("--dead", type=float, default=0.0, help="share of the latents that are dead throughout")
+    options.add_argument("--ports", type=int, default=1, help="also time a crosscoder with so many ports")
     options.add_argument("--first-steps", action="store_true", help="untrained biases: half of the latents fire")
     options.add_argument("--no-dense", action="store_true", help="leave the dense definition out")
     options.add_argument("--memory", action="store_true", help="peak memory instead of times")

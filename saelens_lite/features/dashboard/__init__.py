@@ -11,19 +11,20 @@ from importlib.resources import files
 
 from saelens_lite.features.dashboard.block import pack
 from saelens_lite.features.dashboard.content import content
+from saelens_lite.features.dashboard.models import Diff
 from saelens_lite.features.html import visible
 from saelens_lite.features.queries import StoreQueries
 
 TEMPLATE, STYLE = "page.html.j2", "page.css"
-SCRIPTS = ("data.js", "parts.js", "charts.js", "rows.js", "list.js", "latent.js", "page.js")
+SCRIPTS = ("data.js", "parts.js", "charts.js", "rows.js", "models.js", "list.js", "latent.js", "page.js")
 
 
-def render(store: StoreQueries, images: dict[int, str] | None = None) -> str:
-    """Return the page as HTML. `images` has data URIs of rows."""
+def render(store: StoreQueries, images: dict[int, str] | None = None, diff: Diff | None = None) -> str:
+    """Return the page as HTML. `images` has data URIs of rows, and `diff` is a report of `sl.diff`."""
     from jinja2 import Environment, PackageLoader
     from markupsafe import Markup
 
-    packed = pack(content(store, images))
+    packed = pack(content(store, images, diff))
     style, script = _source(STYLE), "\n".join(map(_source, SCRIPTS))
     loader = PackageLoader("saelens_lite", "features/dashboard")
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, keep_trailing_newline=True)

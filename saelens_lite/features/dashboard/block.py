@@ -20,7 +20,7 @@ LEVEL = 6
 DROPPED_BITS = 12  # of the 23 fraction bits of a float32; the rest keep three decimal digits
 FINE_BITS = 8  # for the columns in FINE, which the page computes with, or shows with two decimals
 FINE = {"bin_width", "logit_low", "logit_width", "logit_skew", "logit_kurtosis"}
-FINE |= {"cosine", "stability", "decoder_cosine", "encoder_cosine"}
+FINE |= {"cosine", "stability", "decoder_cosine", "encoder_cosine", "delta_norm", "model_cosine"}
 
 
 class Packed(NamedTuple):

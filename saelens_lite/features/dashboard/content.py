@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from saelens_lite.features.dashboard.models import Diff, of_models
 from saelens_lite.features.label import origin_of
 from saelens_lite.features.queries import StoreQueries
 
@@ -67,14 +68,16 @@ class ShownText(NamedTuple):
         return np.where(places < 0, 0, places - self.start[span] + self.at[span])
 
 
-def content(store: StoreQueries, images: dict[int, str] | None = None) -> Content:
-    """Return the content of a store's page. `images` has data URIs of rows."""
+def content(store: StoreQueries, images: dict[int, str] | None = None, diff: Diff | None = None) -> Content:
+    """Return the content of a store's page. `images` has data URIs of rows, and `diff` is a report of `sl.diff`."""
     t, weights, control = store.tensors, store.weights, store.control
     places = {"top": t.top_place, "group": t.group_place.flatten(1), "random": t.random_place}
     if control is not None:
         places["control"] = control.tensors.top_place[:, :N_CONTROL]
     if store.rows is not None and store.rows.labels:
         places["distinct"] = store.rows.tensors.distinct_place
+    if store.models is not None:
+        places["best"] = store.models.best_place.flatten(1)
     places = {name: _array(x) for name, x in places.items()}
     wanted = np.concatenate([x[x >= 0] for x in places.values()])
     text = ShownText.of(_array(t.tokens), _array(t.length), wanted, store.info.window)
@@ -83,11 +86,13 @@ def content(store: StoreQueries, images: dict[int, str] | None = None) -> Conten
     promoted, suppressed = _array(weights.promoted), _array(weights.suppressed)
     bos = [] if store.info.bos_id is None else [store.info.bos_id]
     appears = np.zeros(len(store.vocabulary), dtype=bool)
-    for some in (text.tokens, promoted, suppressed, bos):
+    of_each = [] if store.models is None else [_array(store.models.promoted), _array(store.models.suppressed)]
+    for some in (text.tokens, promoted, suppressed, bos, *of_each):
         appears[some] = True
     ids = np.flatnonzero(appears)
     row, position = np.divmod(text.start, t.tokens.shape[1])
     words, word = _words(store, text, ids)
+    models = of_models(store, diff, shown, ids)
     of_groups, origins = _groups(store, text, shown, len(words)), _origins(store)
     bands = zip(t.band_low.tolist(), t.band_high.tolist(), strict=True)
     return Content(
@@ -102,14 +107,15 @@ def content(store: StoreQueries, images: dict[int, str] | None = None) -> Conten
             "bos": int(ids.searchsorted(bos[0])) if bos else None,
             "bands": [band for band, n in zip(bands, t.band_tokens.tolist(), strict=True) if n],
             "control_tokens": None if control is None else control.info.n_tokens,
+            **models.facts,
         },
         vocabulary=words + of_groups.labels,
         labels=store.labels,
         origins=origins.names,
         tokens={"token": word} | of_groups.tokens,
         spans={"at": text.at, "row": row, "position": position},
-        index=_index(store, shown["top"], ids.searchsorted(promoted)) | of_groups.index | origins.index,
-        details=_details(store, shown, ids.searchsorted(suppressed)) | of_groups.details,
+        index=_index(store, shown["top"], ids.searchsorted(promoted)) | of_groups.index | origins.index | _there(models.index),
+        details=_details(store, shown, ids.searchsorted(suppressed)) | of_groups.details | _there(models.details),
     )
 
 

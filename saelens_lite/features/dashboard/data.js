@@ -88,11 +88,12 @@ function context(at, nearby) {
     at,
   };
 }
-function contexts(places, nearby) {
+// parts: what several models add to the latent at the peak of each.
+function contexts(places, nearby, parts) {
   const width = layout.before + 1 + layout.after, found = [];
   places.forEach((at, j) => {
     const values = nearby.subarray(j * width, (j + 1) * width);
-    if (values[layout.before] > 0) found.push(context(at, values));
+    if (values[layout.before] > 0) found.push({...context(at, values), parts: parts?.subarray(j * models.length, (j + 1) * models.length)});
   });
   return found;
 }

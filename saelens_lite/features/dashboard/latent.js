@@ -23,6 +23,7 @@ function summary(i) {
   const pairs = firingFacts(count, layout.n_tokens, index.get("max", i), index.get("mean", i));
   if (index.has("stability")) pairs.push(["stability", fixed(stabilityOf(i))]);
   if (index.has("cosine")) pairs.push(["encoder–decoder cosine", fixed(cosineOf(i))]);
+  pairs.push(...comparison(i));
   const title = make("h1", {tabindex: -1}, `Latent ${i}`);
   if (label(i)) title.append(make("span", {class: "label"}, label(i)));
   if (label(i) && origin(i)) title.append(make("span", {class: "origin"}, `label by ${origin(i)}`));
@@ -70,10 +71,11 @@ function partners(i, found, kind, title) {
 }
 
 function groups(i, found, max) {
+  const parts = several ? found.row("group_part") : undefined;
   const places = found.row("group"), nearby = found.row("group_nearby"), counts = found.row("group_count");
   const size = places.length / counts.length, width = nearby.length / counts.length;
   const section = card(isRows ? "Rows by activation" : "Contexts by activation", make("div", {class: "groups"}, ...Array.from(counts, (count, j) => {
-    const shown = contexts(places.subarray(j * size, (j + 1) * size), nearby.subarray(j * width, (j + 1) * width));
+    const shown = contexts(places.subarray(j * size, (j + 1) * size), nearby.subarray(j * width, (j + 1) * width), parts?.subarray(j * size * models.length, (j + 1) * size * models.length));
     const [low, high] = ["group_low", "group_high"].map(name => number(found.row(name)[j]));
     const title = make("h3", {}, `${low} to ${high}`, make("span", {class: "soft"}, `${percent(count / index.get("count", i))} of its activations`));
     return shown.length ? make("section", {}, title, ...lines(shown, max)) : "";
@@ -84,7 +86,7 @@ function groups(i, found, max) {
 
 // The strongest contexts, and a button that wraps all contexts on the page instead of cutting them at the card's edge.
 function strongest(i, found, max) {
-  const section = card("Strongest contexts", ...lines(contexts(index.row("top", i), found.row("top_nearby")), max));
+  const section = card("Strongest contexts", ...lines(contexts(index.row("top", i), found.row("top_nearby"), several ? found.row("top_part") : undefined), max));
   const page = $("latent").classList, button = make("button", {class: "unit", "aria-pressed": page.contains("whole")}, "whole contexts");
   button.onclick = () => button.setAttribute("aria-pressed", page.toggle("whole"));
   section.firstChild.append(button);
@@ -106,23 +108,24 @@ const grid = (kind, ...cards) => make("div", {class: `grid ${kind}`}, ...cards.f
 
 function latentPage(i, found) {
   const count = index.get("count", i), max = index.get("max", i), parts = [navigation(i), summary(i)];
-  const acts = found.has("suppressed");
+  const acts = found.has("suppressed"), together = acts && !found.has("model_promoted");
   const spread = Object.entries(distributions).filter(([name]) => name === "density" || index.has(name)).map(([name, {title}]) => card(title, amongAll(name, i)));
   parts.push(grid("thirds",
     count && card("Activations where it fires", valueChart(found.row("histogram"), found.get("bin_width"))),
-    ...(isRows ? (count && found.has("rate_group") ? [groupTable(found)] : spread.splice(0)) : []),
-    acts && effects("Promoted tokens", index.row("promoted", i), found.row("promoted_effect"), "up"),
-    acts && effects("Suppressed tokens", found.row("suppressed"), found.row("suppressed_effect"), "down")));
+    ...(several || (isRows && !(count && found.has("rate_group"))) ? spread.splice(0) : isRows ? [groupTable(found)] : []),
+    together && effects("Promoted tokens", index.row("promoted", i), found.row("promoted_effect"), "up"),
+    together && effects("Suppressed tokens", found.row("suppressed"), found.row("suppressed_effect"), "down")));
+  if (several) parts.push(modelCards(found, count ? max : 0));
   if (count) {
     parts.push(grid("halves",
       isRows ? strongestRows(i, found, max) : strongest(i, found, max),
-      card(isRows ? "Random rows on which it fires" : "Random contexts in which it fires", ...lines(contexts(found.row("random"), found.row("random_nearby")).sort((a, b) => b.value - a.value), max)),
+      card(isRows ? "Random rows on which it fires" : "Random contexts in which it fires", ...lines(contexts(found.row("random"), found.row("random_nearby"), several ? found.row("random_part") : undefined).sort((a, b) => b.value - a.value), max)),
       groups(i, found, max)));
   }
   parts.push(grid("quarters", neighbours(found, "decoder"), neighbours(found, "encoder"),
     partners(i, found, "frequent", "Most often together"), partners(i, found, "specific", "Together beyond chance")));
   parts.push(grid("fifths",
-    acts && measured("Effects on all logits", "per unit", PER_UNIT, logitChart(found), make("p", {class: "soft"},
+    acts && measured(several ? `Effects on all logits of ${layout.last}` : "Effects on all logits", "per unit", PER_UNIT, logitChart(found), make("p", {class: "soft"},
       `counts on a log scale; skew ${fixed(found.get("logit_skew"))}, excess kurtosis ${fixed(found.get("logit_kurtosis"))}`)),
     count && !isRows && card("Firing rate by position", profileChart(found.row("band_rate"), found.row("band_mean")), make("p", {class: "soft"}, "positions on a log scale")),
     ...spread));

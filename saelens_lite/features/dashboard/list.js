@@ -1,6 +1,6 @@
 // The list: latents in an order. Only the visible rows are in the document.
 const MARGIN = 12;  // rows kept above and below the window
-const view = {key: "latent", down: false, query: "", order: [], hits: null, scroll: 0, last: -1};  // last: the latent viewed last
+const view = {key: "latent", down: false, query: "", kind: -1, order: [], hits: null, scroll: 0, last: -1};  // last: the latent viewed last
 const rows = $("rows"), drawn = new Map();
 
 const cosineOf = i => index.get("cosine", i), stabilityOf = i => index.get("stability", i);
@@ -12,7 +12,8 @@ const COLUMNS = [
   {key: "max", tip: "max: largest activation", width: "4.2rem", numeric: true, value: i => firing(i, index.get("max", i)), cell: i => [index.get("count", i) ? number(index.get("max", i)) : ""]},
   {key: "stability", tip: "stability: largest decoder cosine in another dictionary, mean over the others", width: "5.6rem", numeric: true, there: () => index.has("stability"), value: stabilityOf, cell: i => [fixed(stabilityOf(i))]},
   {key: "cosine", title: "enc·dec", tip: "enc·dec: cosine between encoder and decoder direction", width: "5.2rem", numeric: true, there: () => index.has("cosine"), value: cosineOf, cell: i => [fixed(cosineOf(i))]},
-  {title: "promotes", width: "minmax(0, 1.3fr)", there: () => index.has("promoted"), cell: promotes},
+  ...OF_MODELS,
+  {title: "promotes", tip: several ? `promotes: tokens that the latent's direction in ${layout.last} makes likelier` : undefined, width: "minmax(0, 1.3fr)", there: () => index.has("promoted"), cell: promotes},
   {key: "group", tip: "group: the one that the latent prefers most, and the share of its rows on which it fires", width: "minmax(7rem, .7fr)", there: () => index.has("group"), value: i => firing(i, index.get("group_rate", i)), cell: mainGroup},
   isRows ? {title: "strongest rows", name: "strongest", width: "minmax(0, 2fr)", cell: strongestNames}
     : {title: "strongest context", name: "tokens", width: "minmax(0, 2fr)", cell: snippet},
@@ -22,9 +23,11 @@ let columns;
 function head() {
   columns = COLUMNS.filter(column => column.there?.() ?? true);
   $("list").style.setProperty("--columns", columns.map(column => column.width).join(" "));
+  const pair = columns.find(column => column.pair);
   $("head").append(...columns.map(column => {
     const {key, title = key, numeric, tip} = column, told = tip ? {"data-tip": tip, "aria-label": tip} : {};
     const cell = make("div", {role: "columnheader", class: numeric ? "number" : ""}, make(key ? "button" : "span", told, title));
+    if (column === pair && BASE && TUNED) cell.dataset.group = `${BASE} and ${TUNED}`;
     if (key) cell.firstChild.onclick = () => sortBy(key);
     column.head = cell;
     return cell;
@@ -100,7 +103,8 @@ function arrange() {
   const asked = /^\s*#?(\d+)\s*$/.exec(view.query)?.[1], exact = asked === undefined ? -1 : Number(asked);
   view.hits = view.query ? search(view.query) : null;
   const chosen = [];
-  for (let i = 0; i < layout.n_latents; i++) if (!view.hits || i === exact || isHit(i)) chosen.push(i);
+  const isKind = i => view.kind < 0 || index.get("class", i) === view.kind;
+  for (let i = 0; i < layout.n_latents; i++) if (isKind(i) && (!view.hits || i === exact || isHit(i))) chosen.push(i);
   const {value} = COLUMNS.find(column => column.key === view.key), sign = view.down ? -1 : 1;
   if (value) {
     const keys = Float64Array.from(chosen, value).map(key => Number.isNaN(key) ? Infinity : sign * key);
@@ -116,7 +120,7 @@ function arrange() {
     if (key === view.key) head.setAttribute("aria-sort", view.down ? "descending" : "ascending");
     else head.removeAttribute("aria-sort");
   }
-  $("found").textContent = view.query ? `${whole(view.order.length)} of ${whole(layout.n_latents)}` : "";
+  $("found").textContent = view.query || view.kind >= 0 ? `${whole(view.order.length)} of ${whole(layout.n_latents)}` : "";
   $("list").setAttribute("aria-rowcount", view.order.length + 1);
   rows.classList.toggle("none", !view.order.length);
   drawn.clear();
@@ -148,6 +152,11 @@ function place(lines) {
 function sortBy(key) {
   view.down = key === view.key ? !view.down : key !== "latent" && key !== "label";
   view.key = key;
+  toTop();
+  arrange();
+}
+function onlyKind(kind) {
+  view.kind = kind;
   toTop();
   arrange();
 }

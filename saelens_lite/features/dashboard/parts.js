@@ -59,12 +59,14 @@ function measured(title, unit, meaning, ...content) {
   section.firstChild.append(make("span", {class: "unit", "data-tip": meaning}, unit));
   return section;
 }
-const facts = pairs => make("dl", {class: "facts"}, ...pairs.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
+const facts = pairs => make("dl", {class: "facts"}, ...pairs.map(([name, value, meaning]) =>
+  make("div", meaning ? {"data-tip": meaning} : {}, make("dt", meaning ? {"data-tip": meaning} : {}, name), make("dd", {}, value))));
 
 function line(one, max) {
-  const {ids, peak, value, row, position} = one;
-  return make("div", {class: "context"},
-    make("span", {"data-tip": `row ${whole(row)}, position ${whole(position)}`}, number(value)),
+  const {ids, peak, value, row, position, parts} = one, told = parts ? `   ${partsTold(parts)}` : "";
+  return make("div", {class: parts ? "context parted" : "context"},
+    make("span", {"data-tip": `row ${whole(row)}, position ${whole(position)}${told}`}, number(value)),
+    ...(parts ? [partsCell(parts)] : []),
     make("div", {class: "tokens left"}, make("span", {}, ...strip(one, 0, peak, max))),
     make("div", {class: "tokens right"}, ...strip(one, peak, ids.length, max)));
 }
@@ -78,5 +80,5 @@ function showTip({target}) {
   const box = target.getBoundingClientRect();
   tip.textContent = said;
   tip.style.left = `${Math.max(4, Math.min(box.left, innerWidth - tip.offsetWidth - 4))}px`;
-  tip.style.top = `${box.top > 34 ? box.top - 28 : box.bottom + 6}px`;
+  tip.style.top = `${box.top > tip.offsetHeight + 10 ? box.top - tip.offsetHeight - 4 : box.bottom + 6}px`;
 }
