@@ -74,9 +74,14 @@ _STORE_FILES = (
     *(r"codes\.parquet", r"stability\.safetensors", r"rows\.safetensors", r"models\.safetensors"),
 )
 STORE = Kind("store", (*_STORE_FILES, *(rf"\d+-[^/]+/{file}" for file in _STORE_FILES)), (r"(\d+-[^/]+/)?features\.json",))
+_UNFINISHED_FILES = (r"request\.json", r"journal\.jsonl", r"journal/\d+\.(jsonl|rows)", *CACHE.below("shards"))
 UNFINISHED_CAPTURE = Kind(
     "folder of an unfinished capture",
-    (r"request\.json", r"journal\.jsonl", r"journal/\d+\.(jsonl|rows)", *CACHE.below("shards")),
+    (
+        *_UNFINISHED_FILES,
+        *CACHE.below(r"parts/\d+"),  # of one model each
+        *(rf"parts/\.\d+\.unfinished/{file}" for file in _UNFINISHED_FILES),
+    ),
     (r"request\.json",),
 )
 UNFINISHED_STORE = Kind(

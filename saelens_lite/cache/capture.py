@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from saelens_lite import processes
+from saelens_lite.cache.in_turn import capture_parts, joined
 from saelens_lite.cache.journal import Journal, merged
 from saelens_lite.cache.sections import JOURNALS, Section, Sections, Start, hash_again, journal_path
 from saelens_lite.cache.shards import MANIFEST, SHARDS
@@ -27,15 +29,15 @@ from saelens_lite.errors import ConfigError, CorruptFileError, DiskFullError, Ou
 from saelens_lite.files import MAX_LIST_BYTES, file_hash, write_json
 from saelens_lite.kinds import CACHE, UNFINISHED_CAPTURE
 from saelens_lite.locks import ENDING, locked
-from saelens_lite.model import AnyModel, LanguageModel, Models, as_model, facts_of, passes
+from saelens_lite.model import AnyModel, Loadable, Models, ModelsInTurn, as_model, facts_of, passes
 from saelens_lite.model.passes import default_batch_tokens
-from saelens_lite.outputs import SHARED_SECONDS, check_shared, followed, replace_folder
+from saelens_lite.outputs import SHARED_SECONDS, check_shared, followed, refuse_existing, replace_folder
 from saelens_lite.prefetch import prefetched
 from saelens_lite.processes import ALONE, Team
 from saelens_lite.progress import progress_bar
 from saelens_lite.resumable import PATIENCE, REQUEST, start_over, unfinished, unfinished_folder
 from saelens_lite.tensor_files import DTYPES
-from saelens_lite.tokens import RowBlocks, Text, TokenRows, files_of, source_name, text_config_of, with_mask
+from saelens_lite.tokens import RowBlocks, Text, Tokenizer, TokenRows, files_of, source_name, text_config_of, with_mask
 
 JOURNAL_FORMAT = 2
 log = logging.getLogger(__name__)
@@ -71,7 +73,7 @@ def _activations(
 
 
 def capture(
-    lm: AnyModel | Mapping[str, LanguageModel],
+    lm: AnyModel | Mapping[str, Loadable],
     text: Text | TokenRows,
     hooks: Sequence[str] | str,
     out: str | Path,
@@ -100,7 +102,10 @@ def capture(
     seconds (1,800 by default), so the slowest one must write a section in that time.
 
     Several models, as {"base": lm, "chat": lm2}, read the same token ids, those of the first one's tokenizer. Their cache holds
-    the activations at ports, such as "base:blocks.3.hook_resid_pre". A hook without a model stands for that hook in every model.
+    the activations at ports, such as "base:blocks.3.hook_resid_pre". A hook without a model stands for it in every model.
+    If any is given as a name or folder for `load_model`, or as a function that returns the loaded model, one at a time is in
+    memory, and the cache has the same bytes. Each is loaded twice: the first time to compare the tokenizers and the hooks. On
+    the disk the activations of each model wait until all are complete.
 
     Args:
         text: Text, or token ids in any form that `LanguageModel.to_tokens` takes.
@@ -121,10 +126,11 @@ def capture(
         DiskFullError: the cache does not fit on the disk; complete shards stay.
         ProcessLostError: another process of this job ended or does not answer; complete shards stay.
     """
-    lm = as_model(lm)
-    names = keys_of(lm, hooks)
     if dtype not in ("float16", "bfloat16", "float32"):
         raise ConfigError(f"dtype = {dtype!r}; expected float16, bfloat16 or float32")
+    hooks = [hooks] if isinstance(hooks, str) else list(dict.fromkeys(hooks))
+    lm = _models(lm, text, hooks, Path(out), exists)
+    names = keys_of(lm, hooks)
     batch_tokens = default_batch_tokens(lm) if batch_tokens is None else batch_tokens
     if min(batch_tokens, shard_tokens) < 1:
         raise ConfigError(f"batch_tokens = {batch_tokens}, shard_tokens = {shard_tokens}; expected at least 1")
@@ -136,6 +142,7 @@ def capture(
         **_facts(lm), "weights": lm.fingerprint(), "tokenizer": lm.tokenizer_hash, "hooks": names, "n_tokens": n_tokens,
         "text_config": config.model_dump(mode="json"), "dtype": dtype, "batch_tokens": batch_tokens,
         "shard_tokens": shard_tokens, "journal_format": JOURNAL_FORMAT,
+        **({"one_at_a_time": True} if isinstance(lm, ModelsInTurn) else {}),
     }  # fmt: skip
     processes.check_same(request, device=lm.device)
     check_shared(out, members)
@@ -154,36 +161,46 @@ def capture(
                     _refuse_left_workers(folder)
                 files = files_of(text)
                 stack.enter_context(unfinished(out, CACHE, request, UNFINISHED_CAPTURE, _has_shards, exists, files))
-        job = _Job(
-            team, members if lm.is_shared else ALONE, folder, lm, config, names, batch_tokens, shard_tokens, DTYPES[dtype]
-        )
-        try:
-            sections = job.run(text, n_tokens)
-        except _OtherTextError:
-            if exists == "error" or isinstance(text, Iterator):
-                raise
-            with team.failing_together():
-                if team.is_first:
-                    log.warning("%s holds an unfinished capture of another text; starting over", folder)
-                    start_over(folder, request)
-            sections = job.run(text, n_tokens)
+        if isinstance(lm, ModelsInTurn):
+
+            def capture_part(part: Models, keys: list[str], place: Path) -> None:
+                capture(
+                    part, text, keys, place, n_tokens=n_tokens, text_config=config, dtype=dtype, batch_tokens=batch_tokens,
+                    shard_tokens=shard_tokens, text_name=text_name, exists=exists,
+                )  # fmt: skip
+
+            any_is_new = capture_parts(lm, names, folder, team, capture_part)
+            result = partial(joined, lm, names, folder, None if any_is_new else partial(_text_hash, blocks))
+        else:
+            others = members if lm.is_shared else ALONE
+            job = _Job(team, others, folder, lm, config, names, batch_tokens, shard_tokens, DTYPES[dtype])
+            result = partial(job.manifest, job.run_again(text, n_tokens, exists, request), text_name)
         with team.failing_together():
             if team.is_first:
-                shards, of_hooks = job.merge(sections)
-                manifest = {
-                    "format": FORMAT,
-                    "origin": origin_of(lm, sections.blocks, text_name).model_dump(),
-                    "tokenizer_sha256": lm.tokenizer_hash,
-                    "dtype": dtype,
-                    **sections.blocks.record(),
-                    "hooks": of_hooks,
-                    "shards": shards,
-                }
-                write_json(folder / SHARDS / MANIFEST, manifest, MAX_LIST_BYTES)
+                write_json(folder / SHARDS / MANIFEST, result(), MAX_LIST_BYTES)
                 replace_folder(folder / SHARDS, out, CACHE)
     cache = _opened(out, members)
     log.info("captured %s", cache)
     return cache
+
+
+def _models(
+    given: AnyModel | Mapping[str, Loadable], text: Text | TokenRows, hooks: Sequence[str], out: Path, exists: str
+) -> AnyModel:
+    """Return the model or models to run. Models that must be loaded are in memory one at a time."""
+    if not isinstance(given, Mapping) or all(isinstance(lm, Tokenizer) for lm in given.values()):
+        return as_model(given)
+    refuse_existing(out, exists, CACHE)
+    if isinstance(text, Iterator):
+        raise ConfigError("each model that is loaded in turn reads the text: give a string, list or file, not an iterator")
+    return ModelsInTurn(given, hooks)
+
+
+def _text_hash(blocks: RowBlocks) -> str:
+    """Read the rows of a text, and return their hash."""
+    for _ in blocks:
+        pass
+    return blocks.hash.hexdigest()
 
 
 def _assist(lm: AnyModel, hooks: list[str], members: Team) -> None:
@@ -204,6 +221,19 @@ class _Job(NamedTuple):
     batch_tokens: int
     shard_tokens: int
     dtype: torch.dtype
+
+    def run_again(self, text: Text | TokenRows, n_tokens: int | None, exists: str, request: dict[str, Any]) -> Sections:
+        """Do the same as `run`, after deleting shards of another text if `exists` is "overwrite"."""
+        try:
+            return self.run(text, n_tokens)
+        except _OtherTextError:
+            if exists == "error" or isinstance(text, Iterator):
+                raise
+            with self.team.failing_together():
+                if self.team.is_first:
+                    log.warning("%s holds an unfinished capture of another text; starting over", self.folder)
+                    start_over(self.folder, request)
+            return self.run(text, n_tokens)
 
     def run(self, text: Text | TokenRows, n_tokens: int | None) -> Sections:
         """Write the missing shards of the sections of this process, and return when those of all processes are complete.
@@ -267,6 +297,19 @@ class _Job(NamedTuple):
                 _check_space(self.folder, piece, n_expected, n_before, self.dtype)
             writer.add(piece)
             advance(len(piece["tokens"]), "")
+
+    def manifest(self, sections: Sections, text_name: str | None) -> dict[str, Any]:
+        """Return the manifest of the cache."""
+        shards, of_hooks = self.merge(sections)
+        return {
+            "format": FORMAT,
+            "origin": origin_of(self.lm, sections.blocks, text_name).model_dump(),
+            "tokenizer_sha256": self.lm.tokenizer_hash,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            **sections.blocks.record(),
+            "hooks": of_hooks,
+            "shards": shards,
+        }
 
     def merge(self, sections: Sections) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Return the manifest entries of all shards and hooks. Raise CorruptFileError if a shard is missing."""
@@ -355,7 +398,7 @@ def origin_of(lm: AnyModel, blocks: RowBlocks, text_name: str | None) -> Origin:
 
 
 def _has_shards(folder: Path) -> bool:
-    return (folder / REQUEST).exists() and any((folder / SHARDS).glob("shard-*"))
+    return (folder / REQUEST).exists() and any(folder.rglob("shard-*"))
 
 
 def _check_space(folder: Path, piece: dict[str, Tensor], n_expected: int | None, n_done: int, dtype: torch.dtype) -> None:

@@ -29,6 +29,7 @@ Caches and dictionaries record the commit of a model from the Hub, and later com
 with a model runs only with `load_model(…, trust_remote_code=True)` or, in a command, `--model NAME --trust-remote-code`.
 """
 
+from saelens_lite.model.in_turn import Loadable, ModelsInTurn
 from saelens_lite.model.language_model import LanguageModel
 from saelens_lite.model.loading import EMBEDDED, load_model, mention_folder, model_for
 from saelens_lite.model.models import AnyModel, Models, as_model, facts_of
@@ -37,7 +38,9 @@ __all__ = [
     "EMBEDDED",
     "AnyModel",
     "LanguageModel",
+    "Loadable",
     "Models",
+    "ModelsInTurn",
     "as_model",
     "facts_of",
     "load_model",

@@ -37,11 +37,13 @@ class Models(Tokenizer):
             do not stand for the same text in all models.
     """
 
-    def __init__(self, models: Mapping[str, LanguageModel]):
-        self.models = dict(models)
+    def __init__(self, models: Mapping[str, Tokenizer]):
+        self.models: dict[str, Any] = dict(models)
         if not self.models:
             raise ConfigError('give models by name, such as {"base": lm, "chat": lm2}')
-        for name in self.models:
+        for name, lm in self.models.items():
+            if not isinstance(lm, Tokenizer):
+                raise ConfigError(f"{name} = {lm!r:.100} is not a model; load it with sl.load_model")
             if not re.fullmatch(MODEL_NAME, name):
                 raise ConfigError(f"{name!r} cannot name a model; use letters, digits, _ and dots, such as base or chat")
         self.first, *others = self.models.values()
@@ -57,9 +59,18 @@ class Models(Tokenizer):
 
     def __getitem__(self, name: str) -> LanguageModel:
         """Return the model with that name."""
+        self.check_name(name)
+        return self.models[name]
+
+    def check_name(self, name: str | None) -> None:
+        """Raise ConfigError unless a model has that name."""
         if name not in self.models:
             raise ConfigError(f"there is no model {name!r}; the models are {', '.join(self.models)}")
-        return self.models[name]
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Token ids that stand for no text in any of the models, such as the turn markers that only a chat model has."""
+        return frozenset().union(*(lm.special_ids for lm in self.models.values()))
 
     @property
     def device(self) -> torch.device:
