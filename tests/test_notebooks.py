@@ -38,6 +38,14 @@ PRINTED = {  # by notebook: what it prints or shows as HTML, and at least how of
         "output changed by at most": 1,
         "status='ok', found='standard": 1,
     },
+    "5-compare-two-models": {
+        " nats per token": 2,
+        "of differences: {'tuned only'": 1,
+        "fires on": 3,
+        ">>": 3,
+        "models.html: 1024 latents": 1,
+        "added:": 1,
+    },
 }
 
 
