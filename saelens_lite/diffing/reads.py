@@ -1,7 +1,7 @@
 """The activations of two models in order, in batches of whole units: rows of a text, or blocks of consecutive activations.
 
 Units are what intervals are drawn over, because activations of one text are not independent. A cache holds the tokens of a row
-one after the other, but not where a row ends. So its units are blocks of consecutive activations, as are those of activations
+in order, but not where a row ends. So its units are blocks of consecutive activations, as are those of activations
 in memory.
 """
 

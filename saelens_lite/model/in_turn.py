@@ -34,7 +34,7 @@ class _Seen(Tokenizer):
 class ModelsInTurn(Models):
     """Language models by name, each given as a name for `load_model` or as a function that loads it.
 
-    All are loaded one after the other to compare their tokenizers and to look for the hooks. `run_with` loads one again.
+    Each is loaded in turn to compare the tokenizers and to look for the hooks. `run_with` loads one again.
 
     hooks: those that will be read, or keys of ports.
     """
