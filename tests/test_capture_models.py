@@ -207,3 +207,31 @@ def test_what_cannot_be_captured_one_model_at_a_time(base, chat, documents, tmp_
 def test_names_of_models_are_loaded(documents, tmp_path):
     cache = sl.capture({"base": "tiny"}, documents, HOOK, tmp_path / "c", n_tokens=50, n_ctx=16)
     assert (cache.hooks, cache.n_tokens, cache.origin(cache.hooks[0]).of("base").model) == ((f"base:{HOOK}",), 50, "tiny")
+
+
+def test_the_command_captures_several_models(command, documents, tmp_path):
+    text = tmp_path / "book.txt"
+    text.write_text(" ".join(documents))
+    models = ("--model", "base=tiny", "--model", "chat=tiny")
+    for out, flags in {"together": (), "in-turn": ("--one-at-a-time",)}.items():
+        usual = ("--n-tokens", 60, "--n-ctx", 16, "--out", tmp_path / out)
+        code, _, err = command("capture", text, *models, "--hook", HOOK, "--hook", f"chat:{OTHER}", *usual, *flags)
+        assert code == 0, err
+    cache = sl.ActivationCache.open(tmp_path / "together")
+    assert cache.hooks == (f"base:{HOOK}", f"chat:{HOOK}", f"chat:{OTHER}")
+    assert contents(tmp_path / "in-turn") == contents(cache.path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--model", "base=tiny", "--model", "tiny"), "expected NAME=MODEL"),
+        (("--model", "base=tiny", "--hook", f"chat:{HOOK}"), "no model 'chat'; --model gives base"),
+        (("--model", "base=tiny", "--hook", "base:blocks.99.hook_resid_pre"), "no hook 'blocks.99.hook_resid_pre'"),
+        (("--model", "tiny", "--one-at-a-time"), "--one-at-a-time needs several models"),
+        (("--model", "base=tiny", "--model", "chat=tiny", "--model-revision", "main"), "--model-revision is for one model"),
+    ],
+)
+def test_the_command_refuses_wrong_models(command, tmp_path, flags, message):
+    code, _, err = command("capture", "python-docs", "--hook", HOOK, *flags, "--out", tmp_path / "c")
+    assert (code, message in err) == (2, True), err

@@ -137,7 +137,7 @@ def test_a_stream_is_opened_again_with_the_rows_it_had(wide, tmp_path, monkeypat
     book = tmp_path / "book.txt"
     book.write_text(LONG)
     stream = sl.ActivationStream(wide, book, HOOK, buffer_tokens=64)
-    monkeypatch.setattr("saelens_lite.cache.live.load_model", lambda **_: wide)
+    monkeypatch.setattr("saelens_lite.cache.described.load_model", lambda **_: wide)
     description = stream.describe()
     assert description["text_config"]["n_ctx"] == 1024
     assert open_source(description)._rows().n_ctx == 1024

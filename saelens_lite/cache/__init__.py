@@ -23,6 +23,20 @@ Several processes, on one machine or on several that share a file system, write 
 its own sections of the text, and the cache has the same bytes as that of one process. An interrupted capture may be resumed
 with another number of processes.
 
+Several models read the same token ids, and one cache holds the activations of all:
+
+```python
+cache = sl.capture({"base": lm, "chat": sl.load_model("tiny")}, "python-docs:train", hook, "both", n_tokens=2000)
+cache.hooks  # ("base:blocks.2.hook_resid_pre", "chat:blocks.2.hook_resid_pre")
+```
+
+```sh
+saelens-lite capture book.txt --model base=gpt2 --model chat=org/gpt2-chat --hook blocks.2.hook_resid_pre --one-at-a-time
+```
+
+Given names or folders in place of loaded models, or with `--one-at-a-time`, one model at a time is in memory. The cache has the
+same bytes. Models whose token ids do not mean the same are refused.
+
 A cache folder holds manifest.json and shard-00000.safetensors …, each with a checksum. The folder appears only when it is
 complete. `exists="overwrite"` replaces an earlier cache, but refuses a folder that holds other files.
 """

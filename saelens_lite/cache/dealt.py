@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saelens_lite.model import LanguageModel, passes
+from saelens_lite.model import AnyModel, passes
 from saelens_lite.prefetch import prefetched
 from saelens_lite.processes import Team
 from saelens_lite.tokens import RowHash, RowRecord, TokenRows
@@ -21,7 +21,7 @@ class _Batch(NamedTuple):
 
 
 def dealt_activations(
-    lm: LanguageModel,
+    lm: AnyModel,
     blocks: Iterable[TokenRows],
     hooks: Sequence[str],
     batch_tokens: int,
@@ -61,7 +61,7 @@ def dealt_activations(
             yield {hook: x[batch.n_skipped :] for hook, x in piece.items()}, batch.read
 
 
-def _batches(lm: LanguageModel, blocks: Iterable[TokenRows], batch_tokens: int, skip: int, read: RowHash) -> Iterator[_Batch]:
+def _batches(lm: AnyModel, blocks: Iterable[TokenRows], batch_tokens: int, skip: int, read: RowHash) -> Iterator[_Batch]:
     """Yield the batches to run. Rows are shuffled in each block."""
     with prefetched(blocks) as ready:
         for number, rows in enumerate(ready):

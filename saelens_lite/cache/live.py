@@ -8,18 +8,19 @@ computed again.
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from saelens_lite.cache.capture import origin_of
+from saelens_lite.cache.capture import keys_of, origin_of
 from saelens_lite.cache.dealt import dealt_activations
+from saelens_lite.cache.described import StreamDescription, computing, described
 from saelens_lite.cache.order import Pool, cut_into_batches, part_of, prefetched_pools
 from saelens_lite.cache.resumed import SAME_SOURCE, refuse_others
 from saelens_lite.cache.source import Batch, Moments, Statistics, TensorSource
@@ -27,13 +28,11 @@ from saelens_lite.config import Origin, TextConfig
 from saelens_lite.cuda_streams import to_device
 from saelens_lite.errors import ConfigError, HookError, SourceChangedError, TextError, near_matches
 from saelens_lite.files import check_fits_memory
-from saelens_lite.model import EMBEDDED, LanguageModel, load_model, mention_folder
+from saelens_lite.model import AnyModel, LanguageModel, Models, as_model
 from saelens_lite.model.passes import default_batch_tokens
-from saelens_lite.model.spread import DeviceMap
 from saelens_lite.processes import ALONE, Team, team
-from saelens_lite.schemas import Checked, Count, Positive, String, checked
+from saelens_lite.schemas import checked
 from saelens_lite.seeds import permutation
-from saelens_lite.tensor_files import DTYPES
 from saelens_lite.tokens import RowBlocks, RowHash, RowRecord, Text, TokenRows, check_file, name_of, named_text, with_mask
 
 log = logging.getLogger(__name__)
@@ -50,6 +49,10 @@ class ActivationStream:
     same stream, ask for widths or statistics if any does, and read the same number of batches. With
     `load_model(…, device_map="tp")` they run the model together on all batches.
 
+    Several models, as {"base": lm, "chat": lm2}, read the same token ids, and the hooks are ports, such as
+    "base:blocks.3.hook_mlp_out". A hook without a model stands for it in every model. The models may be on different devices;
+    the buffer is on that of the first one.
+
     Raises:
         HookError, ConfigError: the hook is unknown, or settings do not fit the model.
         TextError: during reading: there is no text, it cannot be read again, or no position is left to train on.
@@ -57,7 +60,7 @@ class ActivationStream:
 
     def __init__(
         self,
-        lm: LanguageModel,
+        lm: AnyModel | Mapping[str, LanguageModel],
         text: Text | TokenRows,
         hooks: Sequence[str] | str,
         *,
@@ -67,15 +70,14 @@ class ActivationStream:
         batch_tokens: int | None = None,
         text_name: str | None = None,
     ):
+        lm = as_model(lm)
         batch_tokens = default_batch_tokens(lm) if batch_tokens is None else batch_tokens
         if buffer_tokens < 4 or batch_tokens < 1:
             raise ConfigError(f"buffer_tokens = {buffer_tokens}, batch_tokens = {batch_tokens}; expected at least 4 and 1")
         self.lm, self.text, self.text_name = lm, with_mask(text, attention_mask), text_name
-        self.hooks: Sequence[str] = (hooks,) if isinstance(hooks, str) else tuple(dict.fromkeys(hooks))
+        self.hooks: Sequence[str] = tuple(keys_of(lm, hooks))
         if not self.hooks:
             raise ConfigError("name at least one hook")
-        for hook in self.hooks:
-            lm.hook_point(hook)
         if isinstance(text, Iterator):
             raise ConfigError("a stream reads its text more than once: give a string, list, file or dataset, not an iterator")
         self.block, self.batch_tokens = buffer_tokens // 2, batch_tokens
@@ -249,21 +251,16 @@ class ActivationStream:
         text = name_of(self.text)
         if text is None:
             return None
-        folder = self.lm.name not in EMBEDDED and Path(self.lm.name).expanduser().is_dir()
         return {
             "text": text,
             "text_bytes": _n_bytes(self.text),
             "text_config": self.text_config.model_dump(mode="json"),
             "held_out": self._n_held_out,
-            "model": {
-                "name": str(Path(self.lm.name).expanduser().resolve()) if folder else self.lm.name,
-                "revision": self.lm.revision,
-                "center_writing_weights": bool(self.lm.processing),
-                "device": str(self.lm.device),
-                "dtype": str(self.lm.dtype).removeprefix("torch."),
-                **({"tf32": True} if self.lm.tf32 else {}),
-                **({"device_map": _plain(self.lm.device_map)} if self.lm.device_map else {}),
-            },
+            **(
+                {"models": {name: described(lm) for name, lm in self.lm.models.items()}}
+                if isinstance(self.lm, Models)
+                else {"model": described(self.lm)}
+            ),
             "stream": {
                 "hooks": list(self.hooks),
                 "buffer_tokens": 2 * self.block,
@@ -289,12 +286,14 @@ class ActivationStream:
         return {
             "kind": "a stream",
             "weights": self._fingerprint,
-            "processing": list(self.lm.processing),
-            "dtype": str(self.lm.dtype),
             "buffer_tokens": 2 * self.block,
             "batch_tokens": self.batch_tokens,
             "held_out": self._n_held_out,
-            **({"tf32": True} if self.lm.tf32 else {}),
+            **(
+                {"models": {name: computing(lm) for name, lm in self.lm.models.items()}}
+                if isinstance(self.lm, Models)
+                else computing(self.lm)
+            ),
         }
 
     @cached_property
@@ -306,29 +305,24 @@ class ActivationStream:
         """Return the stream of a description; see `describe`.
 
         Args:
-            device: Device of the model, unless it was spread over several; default: the one in the description.
+            device: Device of the model or models, unless they were on several; default: the one in the description.
 
         Raises:
             ModelNotFoundError, TextError: the model or the text is missing.
             SourceChangedError: the size of the text has changed.
         """
-        said = checked("the activations of the run", description, _Description)
+        said = checked("the activations of the run", description, StreamDescription)
         text = named_text(description["text"])
         if isinstance(text, Path):
             check_file(text, TextConfig(**description["text_config"]))
         if _n_bytes(text) != description["text_bytes"]:
             raise SourceChangedError(f"{text} is not the text the run was trained on: it has {_n_bytes(text):,} bytes now")
-        mention_folder(said.model.name)
-        lm = load_model(
-            name=said.model.name,
-            device=None if said.model.device_map else device or said.model.device,
-            device_map=said.model.device_map,
-            dtype=DTYPES[said.model.dtype],
-            revision=said.model.revision,
-            center_writing_weights=said.model.center_writing_weights,
-        )
-        lm.tf32 = said.model.tf32 if lm.tf32 is not None else None
-        n_bytes = said.stream.buffer_tokens * len(said.stream.hooks) * lm.d_model * lm.dtype.itemsize
+        if said.model is not None:
+            lm = said.model.load(device)
+        else:
+            same = len({model.device for model in said.models.values()}) == 1
+            lm = Models({name: model.load(device if same else None) for name, model in said.models.items()})
+        n_bytes = said.stream.buffer_tokens * sum(_n_bytes_at(lm, hook) for hook in said.stream.hooks)
         check_fits_memory(f"a buffer of {said.stream.buffer_tokens:,} activations", n_bytes)
         config = TextConfig(**description["text_config"])
         if config.n_ctx is None:
@@ -336,42 +330,10 @@ class ActivationStream:
         return cls(lm, text, text_config=config, **said.stream.model_dump())._without(said.held_out)
 
 
-class _Model(Checked):
-    """The model in the description of a stream."""
-
-    name: String
-    revision: String | None
-    center_writing_weights: bool
-    device: String
-    dtype: Literal["float32", "float16", "bfloat16", "float64"]
-    tf32: bool = False
-    device_map: String | dict[String, int | String] | None = None
-
-
-class _Settings(Checked):
-    """The settings in the description of a stream."""
-
-    hooks: list[String]
-    buffer_tokens: Positive
-    batch_tokens: Positive | None
-    text_name: String | None
-
-
-class _Description(Checked):
-    """The description of a stream in a checkpoint."""
-
-    text: String
-    text_bytes: Count | None
-    text_config: TextConfig
-    held_out: Count
-    model: _Model
-    stream: _Settings
-
-
-def _plain(device_map: DeviceMap) -> str | dict[str, int | str]:
-    if isinstance(device_map, str):
-        return device_map
-    return {name: str(place) if isinstance(place, torch.device) else place for name, place in device_map.items()}
+def _n_bytes_at(lm: AnyModel, hook: str) -> int:
+    """Return the size of an activation at a hook."""
+    own, minus = (lm[lm.split(hook).model], lm.split(hook).minus) if isinstance(lm, Models) else (lm, None)
+    return own.d_model * (max(own.dtype.itemsize, 4) if minus else own.dtype.itemsize)
 
 
 def _n_bytes(text: Any) -> int | None:

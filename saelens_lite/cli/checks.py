@@ -10,7 +10,7 @@ from saelens_lite import registry
 from saelens_lite.config import RunConfig, TrainConfig
 from saelens_lite.embedded_hooks import hooks_of_embedded
 from saelens_lite.errors import ConfigError, HookError, ModelNotFoundError, TextError, near_matches
-from saelens_lite.keys import MODEL_NAME, captured, usual_reads
+from saelens_lite.keys import MODEL_NAME, captured, split_key, usual_reads
 from saelens_lite.names import is_on_hub, no_such
 from saelens_lite.paths import check_input, is_address, names_a_folder
 from saelens_lite.rule_options import check_options
@@ -105,6 +105,20 @@ def model_has(model: str, hooks: Iterable[str]) -> None:
             usual = [name for name in known if name.count(".") == 2]
             hint = near_matches(hook, known) or f"; for example {', '.join(usual[:5])}"
             raise HookError(f"no hook {hook!r} in {model}{hint}; `saelens-lite hooks {model}` lists them")
+
+
+def models_have(values: Sequence[str], hooks: Sequence[str]) -> dict[str, str]:
+    """Return the models of NAME=MODEL by name; empty for one without a name. Raise as `named_models` and `model_has`."""
+    named = named_models(values)
+    if not named:
+        model_has(values[0], hooks)
+    keys = [split_key(hook) for hook in hooks]
+    for key in keys if named else ():
+        for name in {key.model, key.minus} - {None, *named}:
+            raise ConfigError(f"there is no model {name!r}; --model gives {', '.join(named)}")
+    for name, model in named.items():
+        model_has(model, [key.hook for key in keys if key.model is None or name in (key.model, key.minus)])
+    return named
 
 
 def dictionaries(_: Any, paths: Path | list[Path]) -> None:

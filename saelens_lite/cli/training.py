@@ -2,6 +2,7 @@
 
 import shlex
 from contextlib import suppress
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,7 +24,8 @@ def capture(
     text: TextName,
     *,
     hook: list[str],
-    model: str = "tiny",
+    model: tuple[str, ...] = ("tiny",),
+    one_at_a_time: Flag = False,
     out: Path = Path("cache"),
     text_config: TextOptions = TextConfig(),  # noqa: B008 (frozen)
     n_tokens: int | None = None,
@@ -37,14 +39,18 @@ def capture(
     trust_remote_code: Flag = False,
     exists: Exists = "error",
 ) -> None:
-    """Run a model over a text once and store its activations.
+    """Run a model, or several on the same tokens, over a text once and store the activations.
 
     Parameters
     ----------
     hook
-        transformer-lens hook name, e.g. blocks.2.hook_resid_pre; `saelens-lite hooks MODEL` lists them. May be repeated.
+        transformer-lens hook name, e.g. blocks.2.hook_resid_pre; `saelens-lite hooks MODEL` lists them. Of several models, this
+        hook of each, or base:blocks.2.hook_resid_pre of one. May be repeated.
     model
-        "tiny", a Hugging Face Hub id, or a folder.
+        "tiny", a Hugging Face Hub id, or a folder. For several models, NAME=MODEL for each, such as --model base=gpt2
+        --model chat=org/gpt2-chat.
+    one_at_a_time
+        Load several models in turn, if they do not fit into memory together.
     out
         Folder for the cache.
     n_tokens
@@ -60,15 +66,19 @@ def capture(
     trust_remote_code
         Run Python code that comes with the model's files.
     """
-    checks.model_has(model, hook)
+    named = checks.models_have(model, hook)
+    if named and model_revision is not None:
+        raise ConfigError("--model-revision is for one model; leave it out, or give folders of the revisions to compare")
+    if one_at_a_time and len(named) < 2:
+        raise ConfigError("--one-at-a-time needs several models, such as --model base=gpt2 --model chat=org/gpt2-chat")
     checks.is_free(out, exists)
     if processes.start(devices, device, lambda: "repeat the command to resume it"):
         return
     import saelens_lite as sl
     from saelens_lite.tokens import named_text
 
-    lm = sl.load_model(
-        model,
+    load = partial(
+        sl.load_model,
         device=device,
         device_map=device_map,
         dtype=model_dtype,
@@ -76,6 +86,10 @@ def capture(
         center_writing_weights=center_writing_weights,
         trust_remote_code=trust_remote_code,
     )
+    if one_at_a_time:
+        lm: Any = {name: partial(load, place) for name, place in named.items()}
+    else:
+        lm = {name: load(place) for name, place in named.items()} if named else load(model[0])
     documents = named_text(text)
     name = text if isinstance(documents, str) else Path(text).name
     cache = sl.capture(

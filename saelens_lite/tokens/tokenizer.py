@@ -107,7 +107,9 @@ class Tokenizer:
             raise ShapeError(f"rows of {tokens.shape[1]} tokens; {self.name} takes at most {self.n_ctx}")
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.d_vocab:
-            raise ShapeError(f"token ids must be integers from 0 to {self.d_vocab - 1}; found {low} … {high}")
+            raise ShapeError(
+                f"token ids must be integers from 0 to {self.d_vocab - 1}; found {low} … {high}, which {self.name} lacks"
+            )
 
     def warn_of_leading_pads(self, ids: Ids) -> None:
         """Log a warning when token ids that came without a mask look padded on the left."""

@@ -12,8 +12,8 @@ def settings_text(config: TrainConfig, request: dict[str, Any], loggers: Sequenc
     """Return config.toml: the settings of a dictionary, and those of its run without the output folder.
 
     Args:
-        request: the part of a checkpoint that describes the run. Its source is None for activations in memory; the file then
-            names no data. A dictionary in memory that training started from is not named either.
+        request: the part of a checkpoint that describes the run. Its source is None for activations in memory. The file
+            names no data then, nor for a stream of several models. It names no dictionary in memory that training started from.
     """
     run = {
         key: request[key]
@@ -31,7 +31,7 @@ def _of_source(source: dict[str, Any]) -> dict[str, Any]:
     """Return the keys of a settings file for the description of a source."""
     if "cache" in source:
         return {"cache": source["cache"]}
-    if "text" not in source:
+    if "model" not in source:  # a settings file names one model at most
         return {}
     model = source["model"]
     named = {
