@@ -17,7 +17,7 @@ CORPUS = ["the old man and the sea", "It was the best of times, it was the worst
 
 
 def fast(change=lambda backend: None, *, chat=(), **special):
-    """A byte-level BPE tokenizer, changed in one respect, with the added tokens of a chat."""
+    """Return a byte-level BPE tokenizer, changed in one respect, with the added tokens of a chat."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
