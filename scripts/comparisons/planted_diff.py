@@ -4,7 +4,8 @@
 
 Two models share 512 random directions and have 64 of their own each, in 256 dimensions. A token's activation is the sum of
 those that are active: each with its own frequency, log-uniform from 0.4 % to 4 %, and a size 0.5 + Exp(0.5), which is the same
-in both models. Crosscoders with batch top-k and L1, and a dictionary of differences, are trained on the same tokens.
+in both models. With --weakest 0.3, shared directions are weaker in the base model, by factors from 0.3 to 1.
+Crosscoders with batch top-k and L1, and a dictionary of differences, are trained on the same tokens.
 
 A latent that is called specific to a model is right if the direction nearest to it there (cosine above 0.8) is one that the
 model has alone. Precision is the share of right ones among the latents called specific. Recall is the share of the 128
@@ -41,7 +42,7 @@ class Truth(NamedTuple):
     own: dict[str, Tensor]
 
 
-def two_models(n: int, seed: int) -> Truth:
+def two_models(n: int, seed: int, weakest: float = 1.0) -> Truth:
     """Return the activations of two models, and which directions each of them has alone."""
     random = torch.Generator().manual_seed(seed)
     n_all = SHARED + 2 * OWN
@@ -50,13 +51,15 @@ def two_models(n: int, seed: int) -> Truth:
     frequency = torch.empty(n_all).uniform_(low, high, generator=random).exp()
     place = torch.arange(n_all)
     own = {"base": (place >= SHARED) & (place < SHARED + OWN), "chat": place >= SHARED + OWN}
+    strength = {model: (~own[other]).float() for model, other in zip(MODELS, reversed(MODELS), strict=True)}
+    strength["base"][:SHARED].uniform_(weakest, 1, generator=random)
     acts: dict[str, list[Tensor]] = {key: [] for key in KEYS}
     for first in range(0, n, CHUNK):
         shape = (min(CHUNK, n - first), n_all)
         codes = torch.empty(shape).exponential_(2, generator=random).add_(0.5)
         codes *= torch.rand(shape, generator=random) < frequency
-        for key, other in zip(KEYS, reversed(MODELS), strict=True):  # a model lacks what the other has alone
-            acts[key].append((codes * ~own[other]) @ directions)
+        for key, model in zip(KEYS, MODELS, strict=True):
+            acts[key].append((codes * strength[model]) @ directions)
     return Truth({key: torch.cat(x) for key, x in acts.items()}, directions, own)
 
 
@@ -98,12 +101,13 @@ def main() -> None:
     )
     parser.add_argument("--n-tokens", type=int, default=1_024_000)
     parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--weakest", type=float, default=1.0, help="least strength of shared directions in the base model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=[*RULES, "same twice"], help="default: all")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    truth = two_models(2 * args.rows, args.seed)
+    truth = two_models(2 * args.rows, args.seed, args.weakest)
     train_on, measure_on = ({key: x[i::2] for key, x in truth.acts.items()} for i in (0, 1))
     rows = []
     print("| dictionary | by | called specific | precision | recall | unknown | s |")
