@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from foreign import CASES, normal
+from foreign import CASES as OTHERS
+from foreign import normal
+from foreign_crosscoders import CASES as CROSSCODERS
 from safetensors.torch import load_file, save_file
 
 import saelens_lite as sl
@@ -15,6 +17,7 @@ from saelens_lite import registry
 from saelens_lite.errors import ConfigError, CorruptFileError, SaelensLiteError
 from saelens_lite.formats import inspect
 
+CASES = OTHERS | {name: CROSSCODERS[name] for name in ("crosscoder, relu, older",)}
 CASE = {case.format: name for name, case in reversed(CASES.items())}  # one of each format
 FORMATS = [*sorted(CASE), "saelens_lite"]
 
@@ -87,7 +90,7 @@ def test_one_of_several_dictionaries_is_named(tmp_path):
 
 
 # formats whose files are not always the same, or of which one file has all that is needed
-SINGLE = ("circuit_tracer", "deepseek_r1", "gemma_scope", "goodfire", "hook_z", "openai", "qwen_scope")
+SINGLE = ("circuit_tracer", "crosscoder_learning", "deepseek_r1", "gemma_scope", "goodfire", "hook_z", "openai", "qwen_scope")
 
 
 @pytest.mark.parametrize("held", [format for format in FORMATS if format not in SINGLE])
@@ -175,7 +178,8 @@ def test_our_own_name_is_taken_wherever_a_format_is_named(tmp_path, command):
 
 
 def test_every_built_in_format_is_tried_here():
-    assert set(registry.names("formats")) == set(FORMATS) - {"saelens_lite"}
+    never_without_facts = {"crosscoder_model_diff"}  # its files lack the scales
+    assert set(registry.names("formats")) == set(FORMATS) - {"saelens_lite"} | never_without_facts
 
 
 def test_any_pair_of_layers_is_not_taken_for_a_dictionary_of_a_certain_model(tmp_path):

@@ -270,7 +270,8 @@ def uneven(d: sl.Dictionary) -> sl.Dictionary:
         ("circuit_tracer", lambda: make("l1"), "transcoders whose input and output have the same width"),
         ("circuit_tracer", lambda: make("gated", d_out=D_IN), "supports only relu, topk, jumprelu"),
         ("circuit_tracer", lambda: make("l1", d_out=D_IN, hook="somewhere"), "it needs hooks of a single layer"),
-        ("gemma_scope", lambda: make("jumprelu"), "gemma_scope files can be read, not written"),
+        ("gemma_scope", lambda: make("topk"), r"its codes are ReLU\(h\) above a threshold"),
+        ("qwen_scope", lambda: make("topk"), "qwen_scope files can be read, not written"),
     ],
 )
 def test_what_a_format_has_no_place_for(format, dictionary, reason, tmp_path):

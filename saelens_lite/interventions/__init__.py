@@ -34,8 +34,8 @@ and effects are measured in one: `in_model="chat"` (--in-model). The effect of a
 model, are two calls of `attribute`. `Add` needs no codes, so the model that is steered may be given alone, with its ports.
 
 ```sh
-saelens-lite steer runs/crosscoder --model base=gpt2 --model chat=org/gpt2-chat --in-model chat --prompt "The old man" --ablate 7
-saelens-lite steer runs/crosscoder --model chat=org/gpt2-chat --port chat:blocks.3.hook_resid_pre --prompt "The old man" --add 7=4
+saelens-lite steer runs/crosscoder --model base=gpt2 --model chat=me/chat --in-model chat --prompt "The old man" --ablate 7
+saelens-lite steer runs/crosscoder --model chat=me/chat --port chat:blocks.3.hook_resid_pre --prompt "The old man" --add 7=4
 ```
 
 edits.py has the edits, doses.py the dose–response curves, attribution.py the attributions, and steering.py generates text with

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,8 @@ from saelens_lite.testing.report import CheckFailed, NotChecked
 
 D_IN, D_SAE = 8, 32
 RULES = {"l1": {}, "topk": {"k": 4}, "gated": {}, "jumprelu": {}, "batch_topk": {"k": 4}, "matryoshka": {"k": 4}}
-HOOK, TARGET = "blocks.0.ln2.hook_normalized", "blocks.0.hook_mlp_out"
+HOOKS = ("blocks.0.ln2.hook_normalized", "blocks.0.hook_resid_post")  # the second for formats that cannot name the first
+TARGET = "blocks.0.hook_mlp_out"
 JUNK = (b"", b"junk", b"PK\x03\x04", b"\x80\x02}q\x00.", b"{" * 1000, bytes(range(256)) * 40)
 
 
@@ -48,17 +49,17 @@ class Bench:
         with tempfile.TemporaryDirectory(prefix="check-plugin-") as parent:
             written = {}
             for rule, d_out in [(rule, d_out) for rule in RULES for d_out in (None, D_IN)]:
-                d, name = random_dictionary(rule, d_out), f"{rule}{' transcoder' if d_out else ''}"
-                try:
-                    written[name] = d, write(d, Path(parent) / name, self.format())
-                except ConfigError:
-                    continue
+                name = f"{rule}{' transcoder' if d_out else ''}"
+                for d in (random_dictionary(rule, d_out, hook) for hook in HOOKS):
+                    with suppress(ConfigError):
+                        written[name] = d, write(d, Path(parent) / name, self.format())
+                        break
             yield written
 
 
-def random_dictionary(rule: str, d_out: int | None) -> Dictionary:
+def random_dictionary(rule: str, d_out: int | None, hook: str) -> Dictionary:
     """Return a dictionary with random parameters."""
-    ports = {"reads": Port(hook=HOOK, width=D_IN), "writes": Port(hook=TARGET, width=d_out) if d_out else None}
+    ports = {"reads": Port(hook=hook, width=D_IN), "writes": Port(hook=TARGET, width=d_out) if d_out else None}
     d = Dictionary.create(rule, **ports, d_sae=D_SAE, options=RULES[rule], origin=Origin(model="m"))
     generator = torch.Generator().manual_seed(0)
     for parameter in d.parameters():
