@@ -26,7 +26,6 @@ from torch import Tensor
 
 from saelens_lite import Dictionary, Origin
 from saelens_lite.errors import ConfigError, CorruptFileError
-from saelens_lite.files import differences
 from saelens_lite.formats import (
     Format,
     Outline,
@@ -84,7 +83,9 @@ class CrossCoderLearning(Format):
         run = Settings.read(weights.parent / RUN) if (weights.parent / RUN).is_file() else config
         trainer, own = run.part("trainer"), config.part("trainer") if "trainer" in config else config
         if missing := {"encoder.weight", "encoder.bias", "decoder.weight"} - file.specs.keys():
-            raise CorruptFileError(f"{file.path}: {differences(missing, (), file.specs)}")
+            raise CorruptFileError(
+                f"{file.path}: tensors missing: {sorted(missing)}; not expected: none; found: {sorted(file.specs)}"
+            )
         if file.ndim("encoder.weight") == 2 and "b_dec" in file.specs:
             return self._sae(file, config, own, trainer)
         if file.ndim("encoder.weight") != 3:
