@@ -88,12 +88,21 @@ class TextConfig(FrozenConfig):
     exclude_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(
         (), description="Token ids to leave out, in addition to the tokenizer's special tokens."
     )
+    exclude_template: bool = Field(
+        False,
+        description="Leave out the tokens that the tokenizer's chat template puts around messages, such as role names.",
+    )
     max_token_share: float | None = Field(
         None,
         gt=0,
         le=1,
         description="Largest share of the counted positions that one token id may have. Surplus positions are left out.",
     )
+
+    @model_serializer(mode="wrap", when_used="json")
+    def _without_later_keys(self, serialize: Any) -> dict[str, Any]:
+        """Leave out exclude_template unless it is set, as older versions do, which refuse unknown keys."""
+        return {k: v for k, v in serialize(self).items() if k != "exclude_template" or v}
 
 
 class StoreConfig(FrozenConfig):
@@ -329,6 +338,7 @@ class Origin(FrozenConfig):
     excluded_token_ids: tuple[Annotated[int, Field(ge=0, le=MOST)], ...] = Field(
         (), description="Token ids never trained on, in addition to the tokenizer's special tokens."
     )
+    excluded_template: bool = Field(False, description="True if the tokens of the chat template were never trained on.")
     models: tuple[ModelFacts, ...] = Field((), max_length=100, description="The models, if the dictionary reads several.")
 
     def of(self, name: str | None) -> "Origin":
@@ -352,8 +362,8 @@ class Origin(FrozenConfig):
 
     @model_serializer(mode="wrap")
     def _with_known_precision(self, serialize: Any) -> dict[str, Any]:
-        """Leave out an unset precision and models, as older versions do, which refuse unknown keys."""
-        return {k: v for k, v in serialize(self).items() if k not in ("precision", "models") or v}
+        """Leave out later keys that are not set, as older versions do, which refuse unknown keys."""
+        return {k: v for k, v in serialize(self).items() if k not in ("precision", "excluded_template", "models") or v}
 
 
 OF_THE_RUN = {*RunConfig.model_fields, *TextConfig.model_fields}  # keys that the dictionaries of a run share

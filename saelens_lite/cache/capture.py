@@ -394,6 +394,7 @@ def origin_of(lm: AnyModel, blocks: RowBlocks, text_name: str | None) -> Origin:
         text_sha256=blocks.record()["text_sha256"] if blocks.n_rows else None,
         excluded_positions=config.exclude_positions,
         excluded_token_ids=config.exclude_token_ids,
+        excluded_template=config.exclude_template,
     )
 
 

@@ -403,6 +403,7 @@ def _excluded(config: TextConfig) -> str:
     positions = config.exclude_positions
     several = f" and position{'s' * (len(positions) > 1)} {', '.join(map(str, positions))}"
     special = f"BOS, token ids {', '.join(map(str, ids))}" if (ids := config.exclude_token_ids) else "BOS"
+    special += ", chat template" if config.exclude_template else ""
     return f"{special}, padding{several}" if positions else f"{special} and padding"
 
 

@@ -31,6 +31,7 @@ def as_trained(dictionaries: Sequence[Dictionary], lm: AnyModel, text: Text, con
         "bos": ["row" if lm.wants_bos(d.origin) else "none" for d in dictionaries],
         "exclude_positions": [tuple(sorted(d.origin.excluded_positions)) for d in dictionaries],
         "exclude_token_ids": [tuple(sorted(d.origin.excluded_token_ids)) for d in dictionaries],
+        "exclude_template": [d.origin.excluded_template for d in dictionaries],
     }
     given = config.model_fields_set - ({"n_ctx"} if config.n_ctx is None else set())
     if token_ids(text) is not None or not any(d.origin.n_ctx for d in dictionaries):

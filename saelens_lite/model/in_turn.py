@@ -109,6 +109,11 @@ class _OneOfSeveral(Models):
         return self._reader.special_ids
 
     @property
+    def template(self) -> list[tuple[int, ...]]:
+        """The sequences of token ids of the chat template that all of them leave out."""
+        return self._reader.template
+
+    @property
     def is_causal(self) -> bool:
         """True if no position reads a later one in any of the models."""
         return self._reader.is_causal

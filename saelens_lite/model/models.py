@@ -8,6 +8,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from saelens_lite.ports import Hooks, Key, PortNames, difference, key_of, split_
 from saelens_lite.tokens import Given, TokenRows
 from saelens_lite.tokens.inputs import Ids, token_ids
 from saelens_lite.tokens.same_ids import difference_of_ids
+from saelens_lite.tokens.template import has_template
 from saelens_lite.tokens.tokenizer import Tokenizer
 
 
@@ -71,6 +73,12 @@ class Models(Tokenizer):
     def special_ids(self) -> frozenset[int]:
         """Token ids that stand for no text in any of the models, such as the turn markers that only a chat model has."""
         return frozenset().union(*(lm.special_ids for lm in self.models.values()))
+
+    @cached_property
+    def template(self) -> list[tuple[int, ...]]:
+        """The sequences of token ids that the chat template of the last model that has one puts around messages."""
+        chat = [lm for lm in self.models.values() if has_template(lm.tokenizer)]
+        return chat[-1].template if chat else super().template
 
     @property
     def device(self) -> torch.device:

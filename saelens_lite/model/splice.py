@@ -16,6 +16,7 @@ from saelens_lite.errors import ConfigError, HookError, ShapeError
 from saelens_lite.model.hooks import alone
 from saelens_lite.model.port_places import PortPlace, splice_places
 from saelens_lite.ports import Port, PortNames, apart, together
+from saelens_lite.tokens.template import in_template
 
 
 @runtime_checkable
@@ -54,7 +55,7 @@ class Splice:
         hook: str | None = None,
         keep: Bool[Tensor, "batch pos"] | None = None,
     ):
-        self.dictionary, self.keep = dictionary, keep
+        self.model, self.dictionary, self.keep = model, dictionary, keep
         self.edits = [edits] if isinstance(edits, PositionedEdit) else list(edits)
         self.error_term = bool(self.edits) if error_term is None else error_term
         if self.edits:
@@ -177,7 +178,10 @@ class Splice:
         chosen = ~torch.isin(position, position.new_tensor(origin.excluded_positions))
         if self._token_ids is not None and self._token_ids.shape == y.shape[:2]:
             special = sorted(place.lm.special_ids | set(origin.excluded_token_ids))
-            chosen = chosen & ~torch.isin(self._token_ids.to(y.device), position.new_tensor(special))
+            tokens = self._token_ids.to(y.device)
+            chosen = chosen & ~torch.isin(tokens, position.new_tensor(special))
+            if origin.excluded_template:
+                chosen = chosen & ~in_template(tokens, self.model.template)
         return chosen
 
     def _named(

@@ -13,10 +13,13 @@ text_config = sl.TextConfig(n_ctx=128, max_token_share=0.01)
 ```
 
 Position 0, BOS, the other special tokens and padding do not count: they are not captured, trained on or evaluated. In GPT-2
-the norm at position 0 is so large that it would dominate every variance.
+the norm at position 0 is so large that it would dominate every variance. `exclude_template` also leaves out the ordinary tokens
+that a chat template puts around messages, such as role names: many latents that look specific to a chat model fire only there.
+A cache records it, and later evaluations and edits leave out the same positions.
 
 inputs.py tells text from token ids. sources.py reads documents piece by piece, encoding.py turns them into token ids, rows.py
-cuts or packs these into rows, balance.py leaves out surplus tokens, and blocks.py combines all four. places.py describes where
+cuts or packs these into rows, template.py recognises a chat template in them, balance.py leaves out surplus tokens, and
+blocks.py combines all five. places.py describes where
 an interrupted reading can start again.
 """
 

@@ -17,6 +17,7 @@ from saelens_lite.tokens.inputs import Ids, aligned, token_ids
 from saelens_lite.tokens.places import Mark, Place, SourceHash
 from saelens_lite.tokens.rows import Row, RowCutter, SpecialTokens, TextHash, TokenRows, countable, padded
 from saelens_lite.tokens.sources import Piece, Text, check_file, read_pieces
+from saelens_lite.tokens.template import in_template
 from saelens_lite.tokens.tokenizer import Tokenizer
 
 BLOCK_TOKENS = 1 << 18
@@ -28,7 +29,7 @@ class RowBlocks:
     """The rows of a text in blocks of up to `block_tokens` tokens, each padded to its longest row. Iterate once.
 
     Only the current block and its stretch of text are in memory. Token ids [n_seq n_ctx] and TokenRows are used unchanged: of
-    `config`, only `exclude_positions` (for plain ids) and `max_token_share` apply to them. Ids from `token_column` are
+    `config`, only what is excluded (for plain ids) and `max_token_share` apply to them. Ids from `token_column` are
     documents and are cut like text; a BOS at their start is not doubled.
 
     start: begin at this place of an earlier reading of the same text. The text before it is hashed, but not tokenised.
@@ -66,6 +67,7 @@ class RowBlocks:
         self.block_tokens, self.block_rows = block_tokens, max(1, block_tokens // self.n_ctx)
         self.special = SpecialTokens(None, None) if self.are_rows else _special_tokens(lm, self.config)
         self.special_ids = {*lm.special_ids, *self.config.exclude_token_ids, *(i for i in self.special if i is not None)}
+        self.template = lm.template if self.config.exclude_template else []
         self.pad = lm.pad_id
         self.balance = TokenBalance(self.config.max_token_share, lm.d_vocab) if self.config.max_token_share else None
         self.n_blocks = self.n_rows = self.n_kept = self.width = 0
@@ -149,7 +151,7 @@ class RowBlocks:
             yield new._replace(keep=new.keep & self._countable(new.tokens))
 
     def _countable(self, tokens: Int[Tensor, "n_seq n_ctx"]) -> Bool[Tensor, "n_seq n_ctx"]:
-        return countable(tokens, self.special_ids, self.config.exclude_positions)
+        return countable(tokens, self.special_ids, self.config.exclude_positions) & ~in_template(tokens, self.template)
 
     def _enough(self, rows: Iterator[Row]) -> list[Row]:
         """Return the next block of rows. It has only the rows needed for n_tokens if all their new tokens count."""

@@ -11,10 +11,11 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from saelens_lite.config import Origin
-from saelens_lite.errors import ShapeError, TextError
+from saelens_lite.errors import ConfigError, ShapeError, TextError
 from saelens_lite.tokens.display import Vocabulary
 from saelens_lite.tokens.inputs import Ids, aligned, n_leading_pads
 from saelens_lite.tokens.rows import countable
+from saelens_lite.tokens.template import has_template, in_template, template_sequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,6 +62,13 @@ class Tokenizer:
         """The texts of all token ids as people can read them; `vocabulary.row(ids)` is what the tokens of a row show."""
         return Vocabulary.of(self.tokenizer, self.d_vocab)
 
+    @cached_property
+    def template(self) -> list[tuple[int, ...]]:
+        """The sequences of token ids that the chat template puts around messages; ConfigError without a template."""
+        if self.tokenizer is None or not has_template(self.tokenizer):
+            raise ConfigError(f"exclude_template is set, but the tokenizer of {self.name} has no chat template; leave it out")
+        return template_sequences(self.tokenizer)
+
     @property
     def tokenizer_hash(self) -> str:
         """sha256 of the tokenizer: vocabulary, merges and rules; the same text gives the same ids where it is the same."""
@@ -98,7 +106,8 @@ class Tokenizer:
         Special tokens are left out everywhere, which includes padding with one of them.
         """
         origin = origin or Origin()
-        return countable(tokens, self.special_ids | set(origin.excluded_token_ids), origin.excluded_positions)
+        kept = countable(tokens, self.special_ids | set(origin.excluded_token_ids), origin.excluded_positions)
+        return kept & ~in_template(tokens, self.template) if origin.excluded_template else kept
 
     def check_ids(self, ids: Ids) -> None:
         """Raise ShapeError unless the model can take these token ids."""
