@@ -348,6 +348,11 @@ class Origin(FrozenConfig):
                 return self.replace(**facts.model_dump(exclude={"name"}), models=())
         return self
 
+    def among(self, names: set[str | None]) -> "Origin":
+        """Return the origin with the facts about some of its models only; the origin itself if none of them is named."""
+        named = tuple(facts for facts in self.models if facts.name in names)
+        return self.replace(models=named) if named and named != self.models else self
+
     @property
     def of_each(self) -> dict[str | None, "Origin"]:
         """The origin of the activations of each of several models, by name; of a single model, the name is None."""

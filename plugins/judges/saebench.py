@@ -162,7 +162,12 @@ class SAEBench(Judge):
 
 def dense_sae(dictionary: Dictionary, hook: str | None = None) -> DenseSAE:
     """Return a dictionary or transcoder with dense codes and a config. Raise ConfigError unless its hook is in a block."""
-    origin = dictionary.origin
+    ports = (*dictionary.reads, *dictionary.writes)
+    if any(port.minus for port in ports) or len({port.model for port in ports}) > 1:
+        raise ConfigError(
+            f"{dictionary.place}: this judge gives the dictionary activations of one model; use saelens_lite.evaluation"
+        )
+    origin = dictionary.origin.of(ports[0].model)
     hook = hook or dictionary.reads[0].hook
     if hook is None:
         raise ConfigError("the dictionary does not say which hook it belongs to; give hook=")

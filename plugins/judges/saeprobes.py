@@ -106,7 +106,7 @@ class SAEProbes(Judge):
         judge = _judge()
         saes = [dense_sae(one, self.config.hook).to(lm.device) for one in dictionaries]
         for one in dictionaries:
-            lm.check_origin(one.origin)
+            lm.check_origin(one.origin.of(one.reads[0].model))
         hook_name = _check(saes, self.config.ks)
         chosen = _known(self.config.datasets, judge.DATASETS)
         for one in dictionaries:  # before anything that takes long

@@ -82,6 +82,8 @@ def named_models(values: Sequence[str]) -> dict[str, str]:
     Raises:
         ConfigError: several models are given, and one has no name, or the same name as another.
     """
+    if len(values) == 1 and os.path.isdir(values[0]):  # a folder with = in its name
+        return {}
     named: dict[str, str] = {}
     for value in values:
         name, _, model = value.partition("=")

@@ -97,7 +97,9 @@ class Dictionary(nn.Module):
         if token_norm and not (self.writes_what_it_reads and len(self.reads) == 1):
             raise ConfigError(f"token_norm = {token_norm!r} needs a dictionary that writes the one port that it reads")
         self.token_norm = token_norm
-        self.origin = origin or Origin()
+        self.origin = (origin or Origin()).among(
+            {name for port in (*self.reads, *self.writes) for name in (port.model, port.minus)}
+        )
         self.density = density
         self.training_record = training or {}
         self.source: str | None = None  # the address `saelens_lite.load` read it from, of the Hub with the revision; not stored

@@ -158,9 +158,11 @@ def check_hook(
         raise ConfigError(f"n_tokens = {n_tokens}; expected at least 1")
     if not isinstance(dictionary, Dictionary):
         raise not_a_dictionary(dictionary)
-    if isinstance(lm, Mapping | Models):
+    several = len({name for port in (*dictionary.reads, *dictionary.writes) for name in (port.model, port.minus)} - {None}) > 1
+    if several or isinstance(lm, Mapping | Models):
         raise ConfigError(
-            f"check_hook compares places of one model; give the one that the dictionary reads, of {dictionary.place}, alone"
+            f"check_hook is for dictionaries of one hook of one model, and takes that model alone; this one is of "
+            f"{dictionary.place}" + (": evaluate gives the error of each port" if several else "")
         )
     dictionary.check_finite()
     text = with_mask(text, attention_mask)

@@ -400,11 +400,15 @@ def _check_widths(a: Dictionary, b: Dictionary) -> None:
 def _warn_of_other_hooks(a: Dictionary, b: Dictionary, which: str) -> None:
     """Log a warning if the two are known to belong to different models or hooks."""
     for name in ("model", "hooks"):
-        values = [
-            d.origin.model if name == "model" else d.place if all(port.hook for port in d.reads) else None for d in (a, b)
-        ]
+        values = [_models(d) if name == "model" else d.place if all(port.hook for port in d.reads) else None for d in (a, b)]
         if None not in values and values[0] != values[1]:
             log.warning("%s differ in their %s: %s and %s", which, name, *values)
+
+
+def _models(d: Dictionary) -> str | None:
+    """Return the models of a dictionary in words; None if one is not known."""
+    models = [origin.model for origin in d.origin.of_each.values()]
+    return None if None in models else " and ".join(map(str, models))
 
 
 def _warn_of_one_start(a: Dictionary, b: Dictionary, which: str, are_equal: bool) -> None:

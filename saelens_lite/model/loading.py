@@ -171,11 +171,12 @@ def model_for(
     if isinstance(name, Mapping) or (several and name is None):
         if revision is not None:
             raise ConfigError(
-                f"revision = {revision!r} is the commit of one model; load each with load_model, and give them all"
+                f"revision = {revision!r} is the commit of one model, and there are several; give folders of those commits, "
+                "or in Python load each with load_model"
             )
         named = dict(name or several)
         return Models({part: _model_of([o.of(part) for o in origins], own, None, settings) for part, own in named.items()})
-    return _model_of([o.of(facts.name) for o in origins for facts in o.models] or origins, name, revision, settings)
+    return _model_of([one for o in origins for one in o.of_each.values()], name, revision, settings)
 
 
 def _model_of(origins: list[Origin], name: str | Path | None, revision: str | None, settings: dict[str, Any]) -> LanguageModel:

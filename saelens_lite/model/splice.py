@@ -177,7 +177,7 @@ class Splice:
             return place.lm.as_run(self.keep.to(y.device))
         chosen = ~torch.isin(position, position.new_tensor(origin.excluded_positions))
         if self._token_ids is not None and self._token_ids.shape == y.shape[:2]:
-            special = sorted(place.lm.special_ids | set(origin.excluded_token_ids))
+            special = sorted(self.model.special_ids | set(origin.excluded_token_ids))
             tokens = self._token_ids.to(y.device)
             chosen = chosen & ~torch.isin(tokens, position.new_tensor(special))
             if origin.excluded_template:

@@ -190,7 +190,7 @@ def prompt_view(
         model=site.models.name,
         hook=site.reads,
         by=by,
-        metric=None if metric is None else name_of(metric, site.lm),
+        metric=None if metric is None else name_of(metric, site.lm) + _measured_at(site),
         tokens=tokens,
         rows=tuple(
             PromptRow(*cells)
@@ -216,6 +216,11 @@ class _Firing(NamedTuple):
     latent: Int[Tensor, " n"]
     activation: Float[Tensor, " n"]
     attribution: Float[Tensor, " n"] | None
+
+
+def _measured_at(site: Site) -> str:
+    """Return the ports at which effects were measured in one of several models, for the name of the metric."""
+    return f" at {site.writes}" if isinstance(site.models, Models) else ""
 
 
 def _firing(site: Site, row: CountedRow, metric: Any, way: str) -> _Firing:

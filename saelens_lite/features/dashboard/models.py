@@ -125,4 +125,5 @@ def _classes(store: StoreQueries, diff: Diff | None) -> tuple[list[str], np.ndar
 
 def _with_directions(store: StoreQueries) -> list[str]:
     """Return the names of the models with directions of their own."""
-    return [name for name, norm in zip(store.info.names, store.models.norm.T, strict=True) if norm.any()]
+    own = {key.model for key in map(split_key, store.info.writes) if key.minus is None}
+    return [name for name in store.info.names if name in own]
