@@ -19,7 +19,7 @@ from saelens_lite.cache.source import Batch, Moments, Source, Statistics, Tensor
 from saelens_lite.config import Origin
 from saelens_lite.devices import wide
 from saelens_lite.errors import ConfigError, HookError
-from saelens_lite.keys import captured, key_of, parts_of, split_key
+from saelens_lite.keys import captured, parts_of, split_key
 from saelens_lite.tensor_files import DTYPES
 
 SAMPLE = 1 << 18  # activations that statistics are of, at most
@@ -33,7 +33,7 @@ def with_differences(source: Source, hooks: Sequence[str]) -> Source:
 
     The same source is returned if it has them all, or if none is a difference.
     """
-    return source if captured(hooks, source.hooks) == list(dict.fromkeys(hooks)) else DifferenceSource(source)
+    return source if captured(hooks, source.hooks) == list(dict.fromkeys(hooks)) else DifferenceSource(source, hooks)
 
 
 class DifferenceSource:
@@ -43,8 +43,8 @@ class DifferenceSource:
     SAMPLE of them; for a stream, of its first half buffer.
     """
 
-    def __init__(self, whole: Source):
-        self.whole = whole
+    def __init__(self, whole: Source, wanted: Sequence[str] = ()):
+        self.whole, self.wanted = whole, wanted
         self._known: dict[str, Statistics] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -143,21 +143,10 @@ class DifferenceSource:
         return {hook: batch[hook] if parts is None else _difference(batch, parts) for hook, parts in made.items()}
 
     def hold_out(self, n_tokens: int) -> tuple[TensorSource, "DifferenceSource"]:
-        """Return activations to validate on, with the differences between all models, and a source of the others."""
+        """Return activations to validate on, with the differences that were asked for, and a source of the others."""
         held, rest = self.whole.hold_out(n_tokens)
-        return TensorSource(self._complete(held.x, [*self.hooks, *self._all()]), origin=held.origin(held.hooks[0])), type(self)(
-            rest
-        )
-
-    def _all(self) -> list[str]:
-        """Return the keys of all differences that can be made."""
-        keys = [(key, split_key(key)) for key in self.hooks]
-        return [
-            key_of(one.hook, one.model, other.model)
-            for _, one in keys
-            for _, other in keys
-            if one.model and other.model and one.model != other.model and one.hook == other.hook
-        ]
+        made = self._complete(held.x, list(dict.fromkeys([*self.hooks, *self.wanted])))
+        return TensorSource(made, origin=held.origin(held.hooks[0])), type(self)(rest, self.wanted)
 
     def describe(self) -> dict | None:
         """Return the description of the source: training makes the differences again."""

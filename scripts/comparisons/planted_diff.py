@@ -89,7 +89,7 @@ def scores(d: sl.Dictionary, report: sl.DiffReport, truth: Truth, by: str) -> di
         good = (best > NEAR) & truth.own[model][nearest]
         called, right = called + len(chosen), right + int(good.sum())
         seen |= set(nearest[good].tolist())
-    return {"called": called, "precision": right / called if called else 1.0, "recall": len(seen) / (2 * OWN)}
+    return {"called": called, **({"precision": right / called} if called else {}), "recall": len(seen) / (2 * OWN)}
 
 
 def main() -> None:
@@ -133,7 +133,7 @@ def main() -> None:
 
 def show(row: dict) -> None:
     """Print a line of the table."""
-    shares = [f"{row[name]:.3f}" if name in row else "" for name in ("precision", "recall")]
+    shares = [f"{row[name]:.3f}" if name in row else "–" for name in ("precision", "recall")]
     print(
         f"| {row['dictionary']} | {row['by']} | {row['called']:.0f} | {' | '.join(shares)} | {row['unknown']} "
         f"| {row['seconds']:.0f} |",
