@@ -10,9 +10,11 @@ import torch.nn.functional as F
 
 import saelens_lite as sl
 from saelens_lite.cache.source import TensorSource
+from saelens_lite.codes import SparseCodes
 from saelens_lite.diffing import controls as diff_controls
 from saelens_lite.diffing import reads as diff_reads
 from saelens_lite.diffing.controls import with_planted_change
+from saelens_lite.diffing.reads import of_source
 from saelens_lite.diffing.report import CROSSCODER, DIFFERENCE
 from saelens_lite.diffing.sides import Sides
 from saelens_lite.diffing.sums import PairSums, quantile_975
@@ -420,7 +422,10 @@ def test_a_cache_is_read_in_its_order(models, tmp_path):
     cache = sl.capture(models, "python-docs", hooks=[HOOK], n_tokens=1500, out=tmp_path / "cache")
     d = dictionary_of(keys, width=cache.d_in(keys[0]), k=8)
     shard = cache.read_shard(0)
-    one, other = sl.diff(d, cache), sl.diff(d, {key: shard[key].float() for key in keys})
+    one, other = (
+        sl.diff(d, cache),
+        sl.diff(d, TensorSource({key: shard[key].float() for key in keys}, origin=cache.origin(keys[0]))),
+    )
     assert one.n_tokens == cache.n_tokens
     for name in CROSSCODER:
         assert torch.equal(one[name].nan_to_num(7), other[name].nan_to_num(7)), name
@@ -440,3 +445,62 @@ def test_the_command_prints_the_table_and_writes_files(models, tmp_path, monkeyp
     assert "by latent scaling" in " ".join(capsys.readouterr().out.lower().split())
     assert sl.DiffReport.from_json(tmp_path / "diff.json").d_sae == D_SAE
     assert (tmp_path / "diff.svg").exists()
+
+
+def test_intervals_over_blocks_of_two_rows_hold_where_rows_decide_the_ratio():
+    """The ratio varies from row to row, as it does from text to text: shorter blocks would give intervals far too narrow."""
+    n_latents, n_ctx, n_rows = 400, 32, 120
+    random = torch.Generator().manual_seed(3)
+    of_row = 0.3 + 0.3 * torch.randn(n_rows, n_latents, generator=random)
+    value = torch.rand(n_rows * n_ctx, n_latents, generator=random) + 0.5
+    a, b = (of_row.repeat_interleave(n_ctx, 0) * value).double(), value.double()
+    origin = sl.Origin(n_ctx=n_ctx)
+    source = TensorSource(
+        {key: torch.randn(n_rows * n_ctx, 4, generator=random) for key in ("base:h", "chat:h")}, origin=origin
+    )
+    covered = {}
+    for name, given in (("two rows", source), ("unknown rows", TensorSource(source.x))):
+        sums, first = PairSums(n_latents, (("a", "b"),)), 0
+        for some in of_source(given, ["base:h"], None):
+            part = slice(first, first + len(some.unit))
+            here = SparseCodes.from_dense(value[part])
+            sums.add(here, some.unit, {"a": a[part][here.row, here.latent], "b": b[part][here.row, here.latent]})
+            first = part.stop
+        got = sums.ratio("a", "b", min_units=10)
+        covered[name] = float(((got.low < 0.3) & (got.high > 0.3)).double().mean())
+    assert covered["two rows"] > 0.9
+
+
+def test_a_skip_connection_is_not_part_of_the_reconstruction_by_latents():
+    """Σ f d does not change with W_skip, so neither do β and ν of the reconstruction."""
+    random = torch.Generator().manual_seed(5)
+    x = {key: torch.randn(3000, 6, generator=random) for key in ("base:in", "base:h", "chat:h")}
+    reads, writes = sl.Port.of("base:in", 6), [sl.Port.of("base:h", 6), sl.Port.of("chat:h", 6)]
+    d = sl.Dictionary.create("topk", reads=reads, writes=writes, d_sae=10, skip=True, options={"k": 3}, seed=1)
+    without = sl.diff(d, x)
+    d.W_skip.data.copy_(torch.randn(12, 6, generator=random))
+    with_skip = sl.diff(d, x)
+    for name in ("beta_reconstruction_base", "beta_reconstruction_tuned", "nu_reconstruction"):
+        torch.testing.assert_close(with_skip[name], without[name], equal_nan=True)
+    assert not torch.equal(with_skip["beta_error_tuned"], without["beta_error_tuned"])
+
+
+def test_activations_of_another_model_are_warned_of_and_of_other_processing_refused(caplog):
+    from saelens_lite.config import ModelFacts
+
+    def origin(**chat) -> sl.Origin:
+        return sl.Origin(models=(ModelFacts(name="base", model="m"), ModelFacts(name="chat", **{"model": "n"} | chat)))
+
+    x = {key: torch.randn(3000, 6, generator=torch.Generator().manual_seed(i)) for i, key in enumerate(("base:h", "chat:h"))}
+    ports = [sl.Port.of(key, 6) for key in x]
+    d = sl.Dictionary.create("topk", reads=ports, d_sae=10, options={"k": 3}, origin=origin())
+    sl.diff(d, TensorSource(x, origin=origin()))
+    assert "was trained on" not in caplog.text
+    sl.diff(d, TensorSource(x, origin=origin(model="other")))
+    assert "chat:h: the dictionary was trained on n, and these activations are of other" in caplog.text
+    with pytest.raises(ConfigError, match="capture again with that"):
+        sl.diff(d, TensorSource(x, origin=origin(processing=("center_writing_weights",))))
+    with pytest.raises(ConfigError, match="load each with"):
+        sl.diff(d, {"base": "tiny", "chat": "tiny"}, "python-docs:held-out")
+    with pytest.raises(ConfigError, match="batch_tokens is 0"):
+        sl.diff(d, x, batch_tokens=0)

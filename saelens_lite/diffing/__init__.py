@@ -44,9 +44,10 @@ lie below 0.2 and 0.5, and Δ_norm is below 0.4. `mirror_error` and `mirror_reco
 direction of the base model, and decide on "base only". If all four exceed 0.5, the latent is "shared". `measure.py` has the
 definitions in full, and says where they differ from Minder et al. 2025, arXiv:2504.02922.
 
-**Intervals** are drawn over rows of the text; for a cache and for arrays, over blocks of 128 consecutive activations (fewer if
-there would be less than 64 blocks), because activations of one text are not independent. A latent that fires in fewer than 10
-of them, or whose β_tuned may be 0, is "unknown": it is never called specific.
+**Intervals** are drawn over rows of the text; for a cache and for arrays, over blocks of consecutive activations, because
+activations of one text are not independent. A block is as long as two rows if the length of a row is known, else 128 (less if
+there would be few blocks). Intervals are too narrow if blocks are shorter than the texts that activations depend on. A latent
+that fires in fewer than 10 of them, or whose β_tuned may be 0, is "unknown": it is never called specific.
 
 **Differences.** The simplest baseline is a dictionary of the difference of two models, with the key `chat-base:HOOK`. A latent
 has one direction there, so there is no Δ_norm. Its ν compares both models' own activations: Y = x − mean, and "chat only" means
@@ -54,10 +55,12 @@ that the interval of |ν| lies below 0.5. Activations of both models are needed,
 
 **Controls.** `controls=True` trains two more dictionaries with the same settings: one of the base model twice, in which every
 specific latent is a false alarm, and one of the base model with a direction planted on 1 % of the tokens, which should come
-out and little else. Believe a number of specific latents that is far above the first control.
+out and little else. They are trained on the first half of the activations and measured on the other half. Believe a number of
+specific latents that is far above the first control. Latents called "chat only" by latent scaling often have a Δ_norm of 0.2 to
+0.4, so that there may be none below 0.1.
 
-Tokens must be the same in both models. Template tokens of a chat model may be left out with `exclude_token_ids`, in capture and
-training: many latents that look specific to a chat model fire there.
+Tokens must be the same in both models. Template tokens of a chat model are left out with
+`text_config=sl.TextConfig(exclude_template=True)` in capture: many latents that look specific to a chat model fire there.
 
 sides.py finds the models of the ports, reads.py the activations, measure.py has the numbers, sums.py their intervals,
 report.py the classes and tables, controls.py the controls.

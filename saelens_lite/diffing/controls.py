@@ -52,7 +52,7 @@ def run_controls(
     rows = [some.acts for some in reads.with_progress("activations for the controls")]
     x = {key: torch.cat([acts[key].cpu() for acts in rows]) for key in keys}
     controls = {}
-    if not sides.is_of_differences:  # else there would be only zeros to train on
+    if not any(port.minus for port in (*dictionary.reads, *dictionary.writes)):  # else there would be only zeros to train on
         controls[f"{sides.base} twice"] = _measure(
             KnownDifference(x | dict(zip(sides.keys(sides.tuned), x.values(), strict=True)), None), dictionary, sides, config
         )
@@ -86,15 +86,19 @@ def with_planted_change(x: Acts, sides: Sides, seed: int) -> KnownDifference:
 
 
 def _measure(known: KnownDifference, dictionary: Dictionary, sides: Sides, config: TrainConfig) -> DiffControl:
-    """Train a dictionary on activations with a known difference, and return what a diff says of it."""
+    """Train a dictionary on the first half of activations with a known difference; return a diff's result on the other half."""
     acts = dict(known.acts)
     for port in (*dictionary.reads, *dictionary.writes):
         if port.minus is not None:
             acts[port.key] = acts[key_of(port.hook, port.model)] - acts[key_of(port.hook, port.minus)]
-    source = TensorSource(acts)
-    (run,) = train(source, config)
+    half = len(next(iter(acts.values()))) // 2
+    seen, unseen = (
+        TensorSource({key: x[part] for key, x in acts.items()}, origin=dictionary.origin)
+        for part in (slice(half), slice(half, None))
+    )
+    (run,) = train(seen, config)
     trained = run.dictionary.cpu()
-    reads = of_source(source, needed_keys(trained, sides), None)
+    reads = of_source(unseen, needed_keys(trained, sides), None)
     report = report_of(trained, sides, reads)
     by_norm = not report.is_of_differences
     if known.direction is None:

@@ -3,7 +3,7 @@
 In a crosscoder, latent j has the codes f and a direction d_m in each model m. In units in which the activations of every key
 have the same RMS norm, with x̂_m = Σ_i f_i d_m,i + b_m:
 
-    reconstruction   Y_m = x̂_m − b_m                        with the latent's own part f d_m
+    reconstruction   Y_m = Σ_i f_i d_m,i                    with the latent's own part f d_m
     error            Y_m = x_m − x̂_m + f d_m                the latent's own part is added back in each model
     β_m              dᵀ(Y_mᵀ f) / (‖d‖² ‖f‖²)               d is d_tuned, in both models
     ν                β_base / β_tuned;  mirror: β_tuned / β_base with d = d_base in both
@@ -67,18 +67,19 @@ def _of_crosscoder(dictionary: Dictionary, sides: Sides, reads: Reads, scales: d
     crossed = [(f"{part} {other[of]} {of}", f"{part} {of} {of}") for part in ("error", "reconstruction") for of in MODELS]
     sums = PairSums(dictionary.d_sae, tuple(crossed))
     own = {(m, of): (wide_d[m] * wide_d[of]).sum(1) for m in MODELS for of in MODELS}
-    bias = dict(zip((port.key for port in dictionary.writes), apart(dictionary.b_dec.detach(), dictionary.writes), strict=True))
     for some in reads.with_progress("diff"):
         x = input_of(dictionary, some.acts).to(W_dec.device)
         codes = dictionary.encode(x)
         x_hat = dictionary.decode(codes, x)
-        parts = dict(zip((port.key for port in dictionary.writes), apart(x_hat, dictionary.writes), strict=True))
+        by_latents = x_hat - dictionary.base(x)  # without b_dec and a skip connection
+        written = [port.key for port in dictionary.writes]
+        parts, made_of = (dict(zip(written, apart(y, dictionary.writes), strict=True)) for y in (x_hat, by_latents))
         value, latent = codes.value, codes.latent
         added = {"square": value.double().square()}
         for m, name in names.items():
             keys = sides.keys(name)
             error = torch.cat([(some.acts[key].to(x_hat) - parts[key]) * scales[key] for key in keys], -1)
-            made = torch.cat([(parts[key] - bias[key]) * scales[key] for key in keys], -1)
+            made = torch.cat([made_of[key] * scales[key] for key in keys], -1)
             for of in MODELS:
                 products = pair_products(codes.support, error, d[of]).double() * value
                 added[f"error {m} {of}"] = products + own[m, of].to(value.device)[latent] * added["square"]

@@ -5,9 +5,11 @@ in order, but not where a row ends. So its units are blocks of consecutive activ
 in memory.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from saelens_lite.arrays import described
 from saelens_lite.cache import ActivationCache
+from saelens_lite.cache.difference import with_differences
 from saelens_lite.cache.source import Statistics, TensorSource
 from saelens_lite.config import TextConfig
 from saelens_lite.devices import wide
@@ -25,14 +28,17 @@ from saelens_lite.evaluation.held import held_batches
 from saelens_lite.evaluation.text_rows import as_trained, row_blocks
 from saelens_lite.model.models import Models
 from saelens_lite.model.passes import default_batch_tokens, read
+from saelens_lite.ports import split_key
 from saelens_lite.processes import ALONE
 from saelens_lite.progress import progress_bar
 from saelens_lite.tokens import Text, TokenRows, source_name
 
-BLOCK = 128  # consecutive activations in a unit; fewer if there would be less than MIN_BLOCKS units
-MIN_BLOCKS = 64
+BLOCK = 128  # consecutive activations in a unit where the length of a row is not known
+MIN_BLOCKS = 64  # of them at least; blocks are shorter if there would be less
+MIN_ROW_BLOCKS = 30  # blocks at least where the length of a row is known; else they are shorter than 2 rows
 MIN_UNITS = 10  # units in which a latent must fire to get an interval
 BATCH = 4096  # activations without a model that are read at a time
+log = logging.getLogger(__name__)
 
 
 class Some(NamedTuple):
@@ -74,6 +80,10 @@ def opened(
 ) -> Iterator[Reads]:
     """Yield the activations of some keys, from models and a text, a cache, a source in memory, or arrays by key."""
     is_models = isinstance(given, Models)
+    if batch_tokens is not None and batch_tokens < 1:
+        raise ConfigError(f"batch_tokens is {batch_tokens}; expected at least 1")
+    if isinstance(given, Mapping) and any(isinstance(name, str | Path) for name in given.values()):
+        raise ConfigError("diff takes models, not their names; load each with sl.load_model")
     if is_models != (text is not None):
         raise ConfigError(
             "diff(d, {name: model}, text) takes models by name together with a text; diff(d, cache) and diff(d, activations) "
@@ -93,7 +103,28 @@ def opened(
         )
     for key in keys:
         source.d_in(key)
+    _check_origins(dictionary, source, keys)
+    for port in (*dictionary.reads, *dictionary.writes):
+        if port.minus is not None:
+            with_differences(source, [port.key]).statistics(port.key)  # warns of rounding, and refuses what is mostly that
     yield _checked(of_source(source, keys, n_tokens, batch_tokens or BATCH))
+
+
+def _check_origins(dictionary: Dictionary, source: ActivationCache | TensorSource, keys: Sequence[str]) -> None:
+    """Raise ConfigError if a model of the activations was processed otherwise than in training; warn of another model."""
+    for key in keys:
+        name = split_key(key).model
+        own, theirs = dictionary.origin.of(name), source.origin(key).of(name)
+        if own.model is None or theirs.model is None:
+            continue
+        if own.processing != theirs.processing:
+            raise ConfigError(
+                f"{key}: the activations are of a model with processing {list(theirs.processing)}, but the dictionary was "
+                f"trained on one with {list(own.processing)}; capture again with that"
+            )
+        if (own.model, own.revision) != (theirs.model, theirs.revision):
+            was, now = (f"{one.model}{f' at {one.revision}' if one.revision else ''}" for one in (own, theirs))
+            log.warning("%s: the dictionary was trained on %s, and these activations are of %s", key, was, now)
 
 
 def _checked(reads: Reads) -> Reads:
@@ -138,7 +169,7 @@ def _of_text(
 def of_source(source: ActivationCache | TensorSource, keys: Sequence[str], n_tokens: int | None, size: int = BATCH) -> Reads:
     """Return the first activations of a source in order; units are blocks."""
     n = min(source.n_tokens or 0, n_tokens or source.n_tokens or 0)
-    block = max(1, min(BLOCK, n // MIN_BLOCKS))
+    block = _block_length(source.origin(keys[0]).n_ctx, n)
 
     def pieces() -> Iterator[dict[str, Tensor]]:
         if isinstance(source, TensorSource):
@@ -159,6 +190,20 @@ def of_source(source: ActivationCache | TensorSource, keys: Sequence[str], n_tok
 
     name = str(source.path) if isinstance(source, ActivationCache) else "activations in memory"
     return Reads(batches, n, -(-n // block), f"blocks of {block} consecutive activations", name)
+
+
+def _block_length(n_ctx: int | None, n: int) -> int:
+    """Return the number of activations in a block: two rows of text, or BLOCK where the length of a row is not known."""
+    if not n_ctx:
+        return max(1, min(BLOCK, n // MIN_BLOCKS))
+    block = max(1, min(2 * n_ctx, n // MIN_ROW_BLOCKS))
+    if block < n_ctx:
+        log.warning(
+            "intervals may be too narrow: %s activations are less than %s rows of %s tokens, so blocks of %s are parts of rows "
+            "and not independent; give more activations",
+            f"{n:,}", MIN_ROW_BLOCKS, n_ctx, block,
+        )  # fmt: skip
+    return block
 
 
 def _whole_blocks(pieces: Iterator[dict[str, Tensor]], keys: Sequence[str], block: int) -> Iterator[dict[str, Tensor]]:

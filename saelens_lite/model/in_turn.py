@@ -41,6 +41,11 @@ class ModelsInTurn(Models):
 
     def __init__(self, models: Mapping[str, Loadable], hooks: Sequence[str]):
         self._given, self._last = dict(models), None
+        for name, given in models.items():
+            if not (isinstance(given, str | Path | LanguageModel) or callable(given)):
+                raise ConfigError(
+                    f"{name} = {given!r:.100}; expected a model, the name or folder of one, or a function that loads it"
+                )
         seen: dict[str, _Seen] = {}
         for name in models:
             lm = self._load(name)

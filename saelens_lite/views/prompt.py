@@ -24,7 +24,7 @@ from saelens_lite.interventions import attribute
 from saelens_lite.interventions.attribution import WAYS
 from saelens_lite.interventions.metrics import name_of
 from saelens_lite.interventions.site import CountedRow, Site
-from saelens_lite.model import AnyModel, LanguageModel
+from saelens_lite.model import AnyModel, LanguageModel, Models
 from saelens_lite.ports import PortNames
 from saelens_lite.tables import Result, columns_of, grid
 from saelens_lite.tokens import Given, TokenRows
