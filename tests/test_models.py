@@ -106,3 +106,31 @@ def test_origins_have_the_facts_of_each_model(models):
     changed = origin.replace(models=(ModelFacts(name="base", model="tiny", processing=("center_writing_weights",)),))
     with pytest.raises(ConfigError, match="center_writing_weights=True"):
         models.check_origin(changed)
+
+
+def test_a_dictionary_keeps_the_facts_of_the_models_that_it_reads(models):
+    origin = Origin(models=models.facts, n_ctx=64)
+    one = sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=192, model="chat"), d_sae=8, origin=origin)
+    assert [facts.name for facts in one.origin.models] == ["chat"]
+    assert Models({"chat": models["chat"]}).hooks_of(one).reads == (f"chat:{HOOK}",)
+    assert models["chat"].hooks_of(one).reads == (HOOK,)
+    both = sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=192, model="chat", minus="base"), d_sae=8, origin=origin)
+    assert both.origin == origin
+
+
+def test_judges_of_one_model_refuse_differences_and_crosscoders(models):
+    from saelens_lite_plugins.judges.saebench import dense_sae
+
+    origin = Origin(models=models.facts)
+    chat, base = (sl.Port(hook=HOOK, width=192, model=name) for name in ("chat", "base"))
+    for ports in ([sl.Port(hook=HOOK, width=192, model="chat", minus="base")], [base, chat]):
+        with pytest.raises(ConfigError, match="gives the dictionary activations of one model"):
+            dense_sae(sl.Dictionary.create("topk", reads=ports, d_sae=8, origin=origin))
+    assert dense_sae(sl.Dictionary.create("topk", reads=chat, d_sae=8, origin=origin)).cfg.model_name == "tiny"
+
+
+def test_check_hook_says_that_it_is_for_one_hook_of_one_model(models):
+    d = sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=192, model="chat", minus="base"), d_sae=8)
+    for lm in (models, models["chat"]):
+        with pytest.raises(ConfigError, match="evaluate gives the error of each port"):
+            sl.check_hook(d, lm, "python-docs:held-out")

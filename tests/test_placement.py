@@ -184,7 +184,8 @@ def test_places_of_several_models_are_not_compared(lm):
     port = sl.Port(hook=f"{AT}.hook_attn_out", width=lm.d_model, model="chat")
     d = sl.Dictionary.create("topk", reads=port, d_sae=64, options={"k": 4})
     with pytest.raises(
-        ConfigError, match="compares places of one model; give the one that the dictionary reads, of chat:blocks"
+        ConfigError,
+        match="is for dictionaries of one hook of one model, and takes that model alone; this one is of chat:blocks",
     ):
         sl.check_hook(d, {"chat": lm}, "a text of a few words, no more")
     assert sl.check_hook(d, lm, "a text of a few words, no more").claimed.reads == port.hook

@@ -424,3 +424,10 @@ def test_commands_steer_and_attribute_in_a_named_model(models, command, tmp_path
     said = command("attribute", str(tmp_path / "d"), "--prompt", TEXTS[0], *named)
     assert said.code == 2
     assert "measured in one model at a time" in said.err
+
+
+def test_a_folder_with_an_equals_sign_in_its_name_is_one_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=0.1").mkdir()
+    assert named_models(["lr=0.1"]) == {}
+    assert named_models(["base=gpt2"]) == {"base": "gpt2"}
