@@ -190,7 +190,7 @@ def test_places_of_several_models_are_not_compared(lm):
         sl.check_hook(d, {"chat": lm}, "a text of a few words, no more")
     assert sl.check_hook(d, lm, "a text of a few words, no more").claimed.reads == port.hook
     minus = sl.Dictionary.create("topk", reads=port.replace(minus="base"), d_sae=64, options={"k": 4})
-    with pytest.raises(ConfigError, match="belongs to several models"):
+    with pytest.raises(ConfigError, match="evaluate gives the error of each port"):
         sl.check_hook(minus, lm, "a text of a few words, no more")
 
 
