@@ -315,3 +315,10 @@ def test_formats_without_crosscoders_refuse_a_crosscoder(format, crosscoder, tmp
     with pytest.raises(ConfigError, match=f"cannot be written as {format}"):
         sl.convert(crosscoder.save(tmp_path / "own"), tmp_path / "theirs", format)
     assert not (tmp_path / "theirs").exists()
+
+
+def test_the_hook_of_a_difference_is_not_that_of_plain_activations():
+    port = sl.Port(hook="h", width=4, model="chat")
+    of = lambda port: sl.Dictionary.create("topk", reads=port, d_sae=8, options={"k": 2}).hook  # noqa: E731
+    assert of(port) == of(sl.Port(hook="h", width=4)) == "h"
+    assert of(port.replace(minus="base")) is None

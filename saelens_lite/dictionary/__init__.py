@@ -291,8 +291,8 @@ class Dictionary(nn.Module):
 
     @property
     def hook(self) -> str | None:
-        """The hook that is read; None if there are several, or if it is not known."""
-        return self.reads[0].hook if len(self.reads) == 1 else None
+        """The hook that is read; None if there are several, if it is not known, or if a difference of models is read."""
+        return self.reads[0].hook if len(self.reads) == 1 and self.reads[0].minus is None else None
 
     @property
     def place(self) -> str:

@@ -193,7 +193,7 @@ def check_rows(dictionary: Dictionary, lm: LanguageModel, rows: Sequence[TokenRo
     if not sum(block.n_kept for block in rows):
         raise TextError("there is no text to check the hook on: none of the positions of the token rows counts")
     dictionary = on_device(dictionary, lm.device)
-    search = hook is None and dictionary.hook is None and dictionary.writes_what_it_reads
+    search = hook is None and dictionary.reads[0].hook is None and dictionary.writes_what_it_reads
     if search:
         lm.check_origin(dictionary.origin)
         hooks = _readable(lm, rows, [f"blocks.{i}.{name}" for i in range(lm.n_layers) for name in IN_BLOCK], dictionary.d_in)

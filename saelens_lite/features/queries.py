@@ -265,9 +265,10 @@ class StoreQueries:
     def _effects(self, latent: int, which: str, model: str | None) -> list[tuple[str, float]]:
         self.info.check_text("effects on tokens")
         self._check(latent)
-        tensors, at = (
-            (self.weights, latent) if model is None else (self._of_models(model)[0], (latent, self._of_models(model)[1]))
-        )
+        tensors, at = self.weights, latent
+        if model is not None:
+            tensors, place = self._of_models(model)
+            at = latent, place
         ids, effects = (getattr(tensors, name)[at].tolist() for name in (which, f"{which}_effect"))
         return [(self.vocabulary[i], effect) for i, effect in zip(ids, effects, strict=True)]
 

@@ -107,10 +107,10 @@ def _classes(store: StoreQueries, diff: Diff | None) -> tuple[list[str], np.ndar
     if diff is not None:
         kinds = list(diff.kinds)
         return kinds, np.array([kinds.index(name) for name in diff.classes()])
-    delta = store.models.delta_norm
-    if not len(delta):
+    delta, own = store.models.delta_norm, _with_directions(store)
+    if not len(delta) or len(own) != 2:
         return [], np.zeros(0, dtype=np.int64)
-    first, second = _with_directions(store)
+    first, second = own
     kinds = [f"{second} only", f"{first} only", "shared", "other", "unknown"]
     number = torch.full_like(delta, 3, dtype=torch.long)
     for i, mask in (
