@@ -26,8 +26,8 @@ with another number of processes.
 Several models read the same token ids, and one cache holds the activations of all:
 
 ```python
-cache = sl.capture({"base": lm, "chat": sl.load_model("tiny")}, "python-docs:train", hook, "both", n_tokens=2000)
-cache.hooks  # ("base:blocks.2.hook_resid_pre", "chat:blocks.2.hook_resid_pre")
+both = sl.capture({"base": lm, "chat": sl.load_model("tiny")}, "python-docs:train", hook, "both", n_tokens=2000)
+both.hooks  # ("base:blocks.2.hook_resid_pre", "chat:blocks.2.hook_resid_pre")
 ```
 
 ```sh
