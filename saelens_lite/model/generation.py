@@ -46,7 +46,7 @@ def generate(
     n_new = min(max_new_tokens, lm.n_ctx - tokens.shape[1])
     generator = torch.Generator(lm.device).manual_seed(seed)
     ends = end_ids(lm)
-    next_logits = _cached_logits(lm) if lm.has_usable_cache and not lm.n_in_whole_rows else _recomputed_logits(lm)
+    next_logits = _cached_logits(lm) if not lm.n_in_whole_rows and lm.has_usable_cache else _recomputed_logits(lm)
     lm.row_length = tokens.shape[1] + n_new
     try:
         for _ in range(n_new):
