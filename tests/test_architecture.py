@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,12 +14,14 @@ import pytest
 import saelens_lite as sl
 
 ROOT = Path(sl.__file__).parent
+PLUGINS = ROOT.parent / "plugins"
 
 # From the bottom up: a module imports only modules that come before it in this list.
 # tokens comes before model, because `lm.run("text")` tokenises.
 ORDER = [
     "tokens",
     "model",
+    "chat",
     "cache",
     "codes",
     "sparsity",
@@ -31,6 +34,7 @@ ORDER = [
     "names",
     "loggers",
     "training",
+    "synthetic",
     "estimator",
     "evaluation",
     "features",
@@ -83,12 +87,13 @@ DOORS = {
     "formats",
     "features",
     "features.exporters",
+    "features.explainers",
     "judges",
     "errors",
 }  # the modules that a plugin may import from
 HEAVY = [
     *("transformer_lens", "transformers", "datasets", "matplotlib", "scipy", "sklearn", "wandb", "tensorboard", "trackio"),
-    *("pyarrow", "duckdb", "anywidget"),
+    *("pyarrow", "duckdb", "anywidget", "openai", "keyring"),
 ]
 
 
@@ -179,6 +184,13 @@ def own_parts(path: Path, module_level_only: bool = False) -> set[str]:
 
 def test_every_file_belongs_to_a_known_part():
     assert {part_of(path) for path in FILES} <= set(ORDER) | LEAVES
+
+
+def test_every_package_is_installed():
+    packages = tomllib.loads((ROOT.parent / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    own = {path.parent.relative_to(ROOT.parent) for path in FILES}
+    plugins = {"saelens_lite_plugins" / path.parent.relative_to(PLUGINS) for path in PLUGINS.rglob("*.py")}
+    assert sorted(packages) == sorted(".".join(folder.parts) for folder in own | plugins)
 
 
 @pytest.mark.parametrize("path", FILES, ids=FILE_IDS)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from saelens_lite.errors import UserError
+from saelens_lite.features.explaining.halves import TOP, HeldOut, held_out_contexts, shown_contexts
 from saelens_lite.features.html import visible
 from saelens_lite.features.queries import StoreQueries
 from saelens_lite.features.summary import Example
@@ -91,16 +92,6 @@ class Detection(Result):
         )
 
 
-class _HeldOut(NamedTuple):
-    """A context to judge. `group` counts from the strongest group; -1 is a top context, None one without firing."""
-
-    example: Example
-    group: int | None
-
-
-TOP = -1
-
-
 def token_baseline(task: DetectionTask) -> list[float]:
     """Return 1 − 2⁻ⁿ for each context.
 
@@ -129,7 +120,7 @@ def detection(store: StoreQueries, latent: int, scorer: Scorer | None = None) ->
         UserError: there is no such latent; too few contexts in which it fires or is silent; the scorer does not return a finite
             number for each context.
     """
-    shown, held_out = _split(store, latent)
+    shown, held_out = shown_contexts(store, latent).all, held_out_contexts(store, latent)
     n_firing = sum(one.group is not None for one in held_out)
     if not shown or not 0 < n_firing < len(held_out):
         raise UserError(
@@ -159,23 +150,7 @@ def _by_token(store: StoreQueries, example: Example) -> Example:
     return example._replace(tokens=tuple(store.vocabulary[i] for i in ids))
 
 
-def _split(store: StoreQueries, latent: int) -> tuple[list[Example], list[_HeldOut]]:
-    """Return contexts to show, and others to judge, in the order of the text, that do not overlap with the shown ones."""
-    kinds = {TOP: store.top_examples(latent)}
-    kinds |= {number: group.examples for number, group in enumerate(store.quantile_examples(latent))}
-    shown = [example for examples in kinds.values() for example in examples[::2]]
-    held_out = [_HeldOut(example, kind) for kind, examples in kinds.items() for example in examples[1::2]]
-    held_out += [_HeldOut(example, None) for example in store.silent_examples(latent)]
-    reach = sum(store.info.window)
-    apart: dict[tuple[int, int], _HeldOut] = {}
-    for one in held_out:
-        row, position = one.example.row, one.example.position
-        if not any(other.row == row and abs(other.position - position) <= reach for other in shown):
-            apart.setdefault((row, position), one)
-    return shown, [apart[place] for place in sorted(apart)]
-
-
-def _score(scorer: Scorer, task: DetectionTask, held_out: Sequence[_HeldOut], n_groups: int) -> Score:
+def _score(scorer: Scorer, task: DetectionTask, held_out: Sequence[HeldOut], n_groups: int) -> Score:
     """Return the score of a scorer."""
     given = [float(value) for value in scorer(task)]
     if len(given) != len(held_out) or not all(map(math.isfinite, given)):

@@ -1,0 +1,1 @@
+"""Explainers that come with saelens_lite."""

@@ -1,0 +1,1 @@
+"""Explain latents in words, and score the explanations beside controls."""

@@ -1,0 +1,1 @@
+"""Synthetic activations with a known truth, and the measures of a dictionary against it."""
