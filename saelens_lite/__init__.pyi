@@ -25,6 +25,8 @@ from .features import FeatureStore as FeatureStore
 from .features import labels as labels
 from .features.compare import compare as compare
 from .features.compare import stability as stability
+from .features.explainers import Explainer as Explainer
+from .features.explainers import ExplainerConfig as ExplainerConfig
 from .features.exporters import Exporter as Exporter
 from .features.exporters import ExporterConfig as ExporterConfig
 from .find_releases import find as find

@@ -3,7 +3,9 @@
 A score belongs to one text: that of another label is neither shown nor counted, and is shown again if its text comes back.
 """
 
+import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -14,7 +16,8 @@ from saelens_lite.errors import ConfigError, CorruptFileError, UserError
 from saelens_lite.evaluation.metrics import Metric
 from saelens_lite.features.explaining.scores import Judged, Kind, LabelScore
 from saelens_lite.features.info import StoreInfo
-from saelens_lite.files import MAX_LIST_BYTES, write_json
+from saelens_lite.features.store_files import read_info
+from saelens_lite.files import MAX_LIST_BYTES, write_text
 from saelens_lite.locks import locked
 from saelens_lite.schemas import Checked, Count, Sha256, String, read_checked
 from saelens_lite.terminal import visible
@@ -99,8 +102,10 @@ def current(scores: Mapping[int, Mapping[Kind, LabelScore]], labels: Mapping[int
 
 def write_scores(path: Path, scores: Mapping[int, Mapping[Kind, LabelScore]], dictionary_sha256: str) -> None:
     """Write scores to a file, with the hash of the dictionary whose labels they are of."""
-    lines = [_line(one) for kinds in scores.values() for one in kinds.values()]
-    write_json(path, {"format": FORMAT, "dictionary_sha256": dictionary_sha256, "scores": lines}, MAX_LIST_BYTES)
+    head = json.dumps({"format": FORMAT, "dictionary_sha256": dictionary_sha256, "scores": []})
+    lines = [json.dumps(_line(one), ensure_ascii=False, allow_nan=False) for kinds in scores.values() for one in kinds.values()]
+    body = ",\n".join(lines)
+    write_text(path, f"{head.removesuffix(']}')}\n{body}\n]}}\n")  # one line for each score
 
 
 def add_to_stored(path: Path, scores: Mapping[int, Mapping[Kind, LabelScore]], info: StoreInfo) -> None:
@@ -112,7 +117,7 @@ def add_to_stored(path: Path, scores: Mapping[int, Mapping[Kind, LabelScore]], i
         LockedError: another process is writing it.
     """
     with locked(path, "scores", patience=10):
-        stored = read_scores(path, info.dictionary_sha256, info.d_sae) if path.exists() else {}
+        stored = stored_scores(path.parent, info)
         new = (one for kinds in scores.values() for one in kinds.values())
         write_scores(path, together(stored, new, info.d_sae), info.dictionary_sha256)
 
@@ -136,6 +141,17 @@ def read_scores(path: Path, dictionary_sha256: str, d_sae: int) -> OfLatents:
         raise CorruptFileError(f"{path} is damaged: {error}") from None
 
 
+def stored_scores(folder: Path, info: StoreInfo) -> OfLatents:
+    """Return the scores in the folder of a store, also those of earlier labels; none if it has no such file."""
+    path = folder / SCORES_FILE
+    return read_scores(path, info.dictionary_sha256, info.d_sae) if os.path.lexists(path) else {}
+
+
+def stored_scores_of(folder: Path, labels: Mapping[int, str]) -> OfLatents:
+    """Return the scores of these labels in the folder of a store."""
+    return current(stored_scores(folder, read_info(folder)), labels) if os.path.lexists(folder / SCORES_FILE) else {}
+
+
 def exceeds_controls(one: LabelScore) -> bool | None:
     """Return whether the AUROC is above that of every control: the lower end of its interval, or else its value.
 
@@ -144,6 +160,16 @@ def exceeds_controls(one: LabelScore) -> bool | None:
     controls = [getattr(one, name).auroc.value for name in CONTROLS if getattr(one, name) is not None]
     auroc = one.score.auroc
     return (auroc.low if auroc.has_interval else auroc.value) > max(controls) if controls else None
+
+
+def kinds_of(scores: Mapping[int, Mapping[Kind, LabelScore]]) -> list[Kind]:
+    """Return the kinds of which there is a score."""
+    return [kind for kind in KINDS if any(kind in of_latent for of_latent in scores.values())]
+
+
+def auroc_of(one: LabelScore | None) -> str:
+    """Return the AUROC of a score for a table; an asterisk marks one that is not above its controls."""
+    return "" if one is None else f"{one.score.auroc.value:.2f}" + "*" * (exceeds_controls(one) is False)
 
 
 def in_words(one: LabelScore) -> str:

@@ -52,6 +52,15 @@ class StoreQueries:
         """The scores of the labels, by latent and kind ("detection", "fuzzing"). Scores of earlier labels are left out."""
         return current(self._label_scores, self.labels)
 
+    def scores_of(self, latent: int) -> list[LabelScore]:
+        """Return the scores of a latent's label, first that of detection; none if the label was not scored.
+
+        Raises:
+            UserError: there is no such latent.
+        """
+        self._check(latent)
+        return [one for one in self._label_scores.get(latent, {}).values() if one.label == self.labels.get(latent)]
+
     def record_scores(self, scores: Iterable[LabelScore]) -> int:
         """Add scores of labels, and return the number that was added. Call `write_scores` or `save` to keep them.
 
@@ -333,6 +342,7 @@ class StoreQueries:
             models=self._summaries(latent),
             delta_norm=self._compared("delta_norm", latent),
             cosine=self._compared("cosine", latent),
+            scores=self.scores_of(latent),
         )
 
     def _compared(self, name: str, latent: int) -> float | None:

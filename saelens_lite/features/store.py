@@ -3,7 +3,7 @@
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelens_lite.arrays import ArrayLike
+from saelens_lite.chat import ChatModel, Question
 from saelens_lite.config import StoreConfig, TextConfig
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, UserError
@@ -22,9 +23,11 @@ from saelens_lite.features.codes import CODES_FILE, CodesTable, check_extra
 from saelens_lite.features.collect import working_folder
 from saelens_lite.features.compare import STABILITY_FILE, Stability
 from saelens_lite.features.detection import Detection, Scorer, detection
+from saelens_lite.features.explaining.explain import Explanations, explain, explainer, question_about
 from saelens_lite.features.exporters import export
 from saelens_lite.features.info import StoreInfo
-from saelens_lite.features.label_scores import SCORES_FILE, add_to_stored, read_scores, write_scores
+from saelens_lite.features.label import Label
+from saelens_lite.features.label_scores import SCORES_FILE, add_to_stored, stored_scores, write_scores
 from saelens_lite.features.labels import LABELS_FILE, checked_label, merged, read_labels, stored_labels, write_labels
 from saelens_lite.features.per_model import ModelTensors, model_weights
 from saelens_lite.features.queries import StoreQueries
@@ -368,6 +371,53 @@ class FeatureStore(StoreQueries):
         self.info.check_text("detection scores")
         return detection(self, latent, scorer)
 
+    def explain(
+        self,
+        latents: Iterable[int] | None = None,
+        by: str = "max_act",
+        *,
+        model: ChatModel,
+        replace: bool = False,
+        **options: Any,
+    ) -> Explanations:
+        """Ask a chat model what latents stand for, and set its explanations as labels; see `label_all`.
+
+        An explainer sees half of a latent's contexts. The others are kept for scores. A latent without a usable answer gets no
+        label; `failures` of the result has the reason. Answers are kept by the chat model, so a repeated call goes on.
+
+        Args:
+            latents: Latents to explain; default: all that fire on the text of the store and have no label of your own.
+            by: Name of an explainer; `saelens-lite plugins` lists them.
+            model: The chat model, such as `sl.chat_model("gpt-4o-mini")`.
+            replace: Explain latents with your own label too, and replace it.
+            options: Options of the explainer: the fields of its `Config`.
+
+        Raises:
+            PluginError: there is no such explainer.
+            ConfigError: an option is unknown, missing or invalid; `model` is not a chat model.
+            UserError: there is no such latent; the store was built from activations.
+        """
+        self.info.check_text("an explanation in words")
+        if latents is None:
+            own = {latent for latent, text in self.labels.items() if not isinstance(text, Label)}
+            firing = (~self.never_fires).nonzero().flatten().tolist()
+            latents = [latent for latent in firing if replace or latent not in own]
+        explanations = explain(self, latents, explainer(by, options), model)
+        self.label_all(explanations, replace=replace)
+        return explanations
+
+    def question(self, latent: int, by: str = "max_act", **options: Any) -> Question:
+        """Return the question that `explain` asks about a latent, without asking it.
+
+        Raises:
+            PluginError, ConfigError, UserError: as for `explain`; or the latent has no contexts.
+        """
+        self.info.check_text("an explanation in words")
+        question = question_about(self, latent, explainer(by, options))
+        if question is None:
+            raise UserError(f"latent {latent} does not fire on the text of the store, so {by} has no question about it")
+        return question
+
     def export(
         self,
         exporter: str,
@@ -476,8 +526,7 @@ class FeatureStore(StoreQueries):
         if os.path.lexists(folder / STABILITY_FILE):
             store.scores = _scores_of_each(Stability.load(folder), [info])[0]
         store.labels = stored_labels(folder, info)
-        if os.path.lexists(folder / SCORES_FILE):
-            store._label_scores = read_scores(folder / SCORES_FILE, info.dictionary_sha256, info.d_sae)
+        store._label_scores = stored_scores(folder, info)
         return store
 
     def dashboard(

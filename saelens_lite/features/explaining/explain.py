@@ -1,0 +1,125 @@
+"""Ask a chat model for explanations of latents, which become labels."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from saelens_lite import registry
+from saelens_lite.chat import ChatModel, Estimate, Question
+from saelens_lite.errors import ConfigError
+from saelens_lite.features.explainers import Explainer
+from saelens_lite.features.explaining.answers import fault_in
+from saelens_lite.features.explaining.halves import shown_contexts
+from saelens_lite.features.html import visible
+from saelens_lite.features.label import Label
+from saelens_lite.features.labels import check_latent
+from saelens_lite.features.queries import StoreQueries
+from saelens_lite.tables import Result, grid
+
+SHOWN = 20  # explanations in a table
+NO_CONTEXTS = "no contexts: it does not fire on the text of the store"
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Explanations(Mapping[int, Label], Result):
+    """The explanations of latents that a chat model wrote: `explanations[7]` is a label.
+
+    `failures` has the reason for each latent without one. `n_input` and `n_output` are the tokens of the answers that were new;
+    `n_kept` answers were kept from earlier and cost nothing.
+    """
+
+    labels: dict[int, Label]
+    failures: dict[int, str]
+    source: str
+    author: str
+    n_input: int = 0
+    n_output: int = 0
+    n_kept: int = 0
+
+    def __getitem__(self, latent: int) -> Label:
+        return self.labels[latent]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.labels)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def columns(self) -> dict[str, list[Any]]:
+        """Return the explanations and the failures, column by column."""
+        latents = sorted((*self.labels, *self.failures))
+        return {
+            "latent": latents,
+            "label": [None if i in self.failures else str(self.labels[i]) for i in latents],
+            "failure": [self.failures.get(i) for i in latents],
+            "source": [self.source] * len(latents),
+            "author": [self.author] * len(latents),
+        }
+
+    def table(self) -> Any:
+        """Return the first explanations as a table, with the reasons of failures below."""
+        rows = [(str(latent), visible(label)) for latent, label in list(self.labels.items())[:SHOWN]]
+        more = [f"… and {len(self) - SHOWN:,} more"] if len(self) > SHOWN else []
+        by_reason = Counter(self.failures.values()).most_common()
+        more += [f"{n:,} without an explanation: {visible(reason)}" for reason, n in by_reason]
+        return grid(("latent", "explanation"), rows, title=repr(self), caption="\n".join(more))
+
+    def __repr__(self) -> str:
+        n = len(self.labels) + len(self.failures)
+        return visible(f"Explanations({len(self):,} of {n:,} latents by {self.author}, {self.source})")
+
+
+def explainer(by: str, options: Mapping[str, Any]) -> Explainer:
+    """Return the explainer of that name, with its options.
+
+    Raises:
+        PluginError: there is no such explainer.
+        ConfigError: an option is unknown or has a bad value.
+    """
+    explainer_class = registry.load(by, "explainers")
+    return explainer_class(explainer_class.Config(**options))
+
+
+def question_about(store: StoreQueries, latent: int, by: Explainer) -> Question | None:
+    """Return the question about a latent; None if it has no contexts, and the explainer needs some."""
+    check_latent(latent, store.info)
+    shown = shown_contexts(store, latent)
+    return by.question(store, latent, shown) if shown.all or not by.needs_contexts else None
+
+
+def explain(store: StoreQueries, latents: Iterable[int], by: Explainer, model: ChatModel) -> Explanations:
+    """Return the explanations of latents; see `FeatureStore.explain`."""
+    if not isinstance(model, ChatModel):
+        raise ConfigError(f"model = {model!r:.100}; expected a chat model, such as sl.chat_model('gpt-4o-mini')")
+    questions = {latent: question_about(store, latent, by) for latent in dict.fromkeys(map(int, latents))}
+    failures = {latent: NO_CONTEXTS for latent, question in questions.items() if question is None}
+    asked = {latent: question for latent, question in questions.items() if question is not None}
+    logger.info("%s by %s: %s", model.name, by.source, in_words(model.estimate(list(asked.values()))))
+    answers = model.ask(list(asked.values()))
+    labels = {}
+    for (latent, question), answer in zip(asked.items(), answers, strict=True):
+        text = None if answer.text is None else by.read(answer)
+        fault = (answer.failure or "no answer") if answer.text is None else fault_in(text, question)
+        if fault:
+            failures[latent] = fault
+        else:
+            labels[latent] = Label(text, by.source, model.name)
+    new = [answer for answer in answers if not answer.was_kept]
+    return Explanations(
+        dict(sorted(labels.items())),
+        dict(sorted(failures.items())),
+        by.source,
+        model.name,
+        n_input=sum(answer.n_input for answer in new),
+        n_output=sum(answer.n_output for answer in new),
+        n_kept=len(answers) - len(new),
+    )
+
+
+def in_words(estimate: Estimate) -> str:
+    """Return an estimate in words."""
+    n, read, write, dollars = estimate
+    return f"{n:,} new questions, {read:,} tokens to read, {write:,} to write" + (f", about ${dollars:.2f}" if dollars else "")
