@@ -1,6 +1,7 @@
 """The feature store: everything collected about the latents of one dictionary, and the queries over it."""
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from saelens_lite.features.explaining.explain import Explanations, explain, expl
 from saelens_lite.features.exporters import export
 from saelens_lite.features.info import StoreInfo
 from saelens_lite.features.label import Label
+from saelens_lite.features.label_scores import SCORES_FILE, add_to_stored, stored_scores, write_scores
 from saelens_lite.features.labels import LABELS_FILE, checked_label, merged, read_labels, stored_labels, write_labels
 from saelens_lite.features.per_model import ModelTensors, model_weights
 from saelens_lite.features.queries import StoreQueries
@@ -336,6 +338,25 @@ class FeatureStore(StoreQueries):
         for latent, text in read_labels(named_file(path), self.info.dictionary_sha256, self.info.d_sae).items():
             self.label(latent, text)
 
+    def write_scores(self, path: str | Path | None = None) -> Path:
+        """Write the scores of the labels to a JSON file, by default in the store's folder, and return its path.
+
+        Scores that the store's file already has of other labels, such as those that another process wrote, stay there.
+
+        Raises:
+            ConfigError: no path is given, and the store has no folder.
+            CorruptFileError, LockedError: the file in the store's folder is damaged, or another process is writing it.
+        """
+        if path is None and self.folder is None:
+            raise ConfigError("the store has no folder; give the path of a file for the scores")
+        path = check_output(self.folder / SCORES_FILE if path is None else path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if self.folder is not None and path == check_output(self.folder / SCORES_FILE):
+            add_to_stored(path, self.label_scores, self.info)
+        else:
+            write_scores(path, self.label_scores, self.info.dictionary_sha256)
+        return path
+
     def detection(self, latent: int, scorer: Scorer | None = None) -> Detection:
         """Score how well the label of a latent predicts in which contexts it fires, beside a baseline of tokens.
 
@@ -433,7 +454,11 @@ class FeatureStore(StoreQueries):
             CorruptFileError: the table of codes, which is copied, is missing or damaged.
             DiskFullError: the disk is full.
         """
-        kind = STORE.allowing(r"labels\.json") if self.labels else STORE  # labels are a person's work: only others replace them
+        own = {
+            LABELS_FILE: self.labels,
+            SCORES_FILE: self.label_scores,
+        }  # a person's work, and paid for: only others replace them
+        kind = STORE.allowing(*(re.escape(name) for name, there in own.items() if there))
         with new_folder(Path(folder), kind, exists) as new:
             if self.codes is not None:
                 self.codes.check()
@@ -475,10 +500,12 @@ class FeatureStore(StoreQueries):
             self.scores.save(folder)
         if self.labels:
             self.write_labels(folder / LABELS_FILE)
+        if scores := self.label_scores:
+            write_scores(folder / SCORES_FILE, scores, self.info.dictionary_sha256)
 
     @classmethod
     def load(cls, folder: str | Path, dictionary: Dictionary | None = None) -> "FeatureStore":
-        """Return the store in a folder written by `save` or `build`, with its labels and stability scores, if any.
+        """Return the store in a folder written by `save` or `build`, with its labels, their scores and stability, if any.
 
         Args:
             dictionary: Dictionary that the store must belong to; default: not checked.
@@ -499,6 +526,7 @@ class FeatureStore(StoreQueries):
         if os.path.lexists(folder / STABILITY_FILE):
             store.scores = _scores_of_each(Stability.load(folder), [info])[0]
         store.labels = stored_labels(folder, info)
+        store._label_scores = stored_scores(folder, info)
         return store
 
     def dashboard(
