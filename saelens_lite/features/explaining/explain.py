@@ -2,13 +2,13 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from saelens_lite import registry
-from saelens_lite.chat import ChatModel, Estimate, Question
-from saelens_lite.errors import ConfigError
+from saelens_lite.chat import Answer, ChatModel, Estimate, Question
+from saelens_lite.errors import ConfigError, SaelensLiteError
 from saelens_lite.features.explainers import Explainer
 from saelens_lite.features.explaining.answers import fault_in
 from saelens_lite.features.explaining.halves import shown_contexts
@@ -65,6 +65,7 @@ class Explanations(Mapping[int, Label], Result):
         more = [f"… and {len(self) - SHOWN:,} more"] if len(self) > SHOWN else []
         by_reason = Counter(self.failures.values()).most_common()
         more += [f"{n:,} without an explanation: {visible(reason)}" for reason, n in by_reason]
+        more.append(f"{self.n_input:,} tokens read and {self.n_output:,} written; {self.n_kept:,} answers kept from earlier")
         return grid(("latent", "explanation"), rows, title=repr(self), caption="\n".join(more))
 
     def __repr__(self) -> str:
@@ -90,29 +91,49 @@ def question_about(store: StoreQueries, latent: int, by: Explainer) -> Question 
     return by.question(store, latent, shown) if shown.all or not by.needs_contexts else None
 
 
-def explain(store: StoreQueries, latents: Iterable[int], by: Explainer, model: ChatModel) -> Explanations:
-    """Return the explanations of latents; see `FeatureStore.explain`."""
+def explain(
+    store: StoreQueries, latents: Iterable[int], by: Explainer, model: ChatModel, keep: Callable[[Explanations], object]
+) -> Explanations:
+    """Return the explanations of latents, and give them to `keep`. See `FeatureStore.explain`.
+
+    If the work ends early, by Ctrl-C or a limit of the chat model, `keep` gets the explanations in the answers until then.
+    """
     if not isinstance(model, ChatModel):
         raise ConfigError(f"model = {model!r:.100}; expected a chat model, such as sl.chat_model('gpt-4o-mini')")
     questions = {latent: question_about(store, latent, by) for latent in dict.fromkeys(map(int, latents))}
-    failures = {latent: NO_CONTEXTS for latent, question in questions.items() if question is None}
     asked = {latent: question for latent, question in questions.items() if question is not None}
-    logger.info("%s by %s: %s", model.name, by.source, in_words(model.estimate(list(asked.values()))))
-    answers = model.ask(list(asked.values()))
-    labels = {}
+    logger.info("%s, %s: %s", model.name, by.source, in_words(model.estimate(list(asked.values()))))
+    try:
+        answers = model.ask(list(asked.values()))
+    except (SaelensLiteError, KeyboardInterrupt):
+        kept = {latent: question for latent, question in asked.items() if not model.estimate([question]).n_questions}
+        if kept:
+            keep(_explanations(kept, model.ask(list(kept.values())), by, model.name))
+        raise
+    explanations = _explanations(questions, answers, by, model.name)
+    keep(explanations)
+    return explanations
+
+
+def _explanations(
+    questions: Mapping[int, Question | None], answers: Sequence[Answer], by: Explainer, author: str
+) -> Explanations:
+    """Return the explanations in the answers to the questions. A latent without a question is a failure."""
+    labels, failures = {}, {latent: NO_CONTEXTS for latent, question in questions.items() if question is None}
+    asked = {latent: question for latent, question in questions.items() if question is not None}
     for (latent, question), answer in zip(asked.items(), answers, strict=True):
         text = None if answer.text is None else by.read(answer)
         fault = (answer.failure or "no answer") if answer.text is None else fault_in(text, question)
         if fault:
             failures[latent] = fault
         else:
-            labels[latent] = Label(text, by.source, model.name)
+            labels[latent] = Label(text, by.source, author)
     new = [answer for answer in answers if not answer.was_kept]
     return Explanations(
         dict(sorted(labels.items())),
         dict(sorted(failures.items())),
         by.source,
-        model.name,
+        author,
         n_input=sum(answer.n_input for answer in new),
         n_output=sum(answer.n_output for answer in new),
         n_kept=len(answers) - len(new),
