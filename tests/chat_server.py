@@ -14,6 +14,7 @@ import random
 import re
 import socket
 import struct
+import sys
 import threading
 import time
 from collections import Counter
@@ -140,7 +141,6 @@ class Visit(BaseHTTPRequestHandler):
             return self._send(*refusal)
         if fault == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.connection.shutdown(socket.SHUT_RD)
             self.close_connection = True
             return self.connection.close()
         if fault and fault[:3].isdigit():
@@ -234,6 +234,11 @@ def _token(text: str, log_p: dict[str, float], n_top: int) -> dict[str, Any]:
 class _Listener(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
+
+    def handle_error(self, request: Any, address: Any) -> None:
+        """Say nothing of clients that hang up."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, address)
 
 
 @contextmanager

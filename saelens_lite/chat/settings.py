@@ -115,8 +115,8 @@ def key_of(config: ChatConfig) -> str:
     if is_loopback(config.base_url or OPENAI):
         return NO_KEY
     raise ChatAccessError(
-        f"no key for {config.base_url or OPENAI}: set the environment variable {name} (to any word if the server needs no key), "
-        f"or store the key with `keyring set {SERVICE} {name}`"
+        f"no key for {config.base_url or OPENAI}: set the environment variable {name} (to any word if the server needs no "
+        f"key), or store the key with `keyring set {SERVICE} {name}`"
     )
 
 
