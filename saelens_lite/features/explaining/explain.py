@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from saelens_lite import registry
@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 class Explanations(Mapping[int, Label], Result):
     """The explanations of latents that a chat model wrote: `explanations[7]` is a label.
 
-    `failures` has the reason for each latent without one. `n_input` and `n_output` are the tokens of the answers that were new;
-    `n_kept` answers were kept from earlier and cost nothing.
+    `failures` has the reason for each latent without one. `n_input` and `n_output` are the tokens of new answers, and `dollars`
+    is their price, if the chat model knows it. `n_kept` answers were kept from earlier and cost nothing.
     """
 
     labels: dict[int, Label]
@@ -38,6 +38,7 @@ class Explanations(Mapping[int, Label], Result):
     n_input: int = 0
     n_output: int = 0
     n_kept: int = 0
+    dollars: float | None = None
 
     def __getitem__(self, latent: int) -> Label:
         return self.labels[latent]
@@ -65,7 +66,10 @@ class Explanations(Mapping[int, Label], Result):
         more = [f"… and {len(self) - SHOWN:,} more"] if len(self) > SHOWN else []
         by_reason = Counter(self.failures.values()).most_common()
         more += [f"{n:,} without an explanation: {visible(reason)}" for reason, n in by_reason]
-        more.append(f"{self.n_input:,} tokens read and {self.n_output:,} written; {self.n_kept:,} answers kept from earlier")
+        spent = "" if self.dollars is None else f" for ${self.dollars:.2f}"
+        more.append(
+            f"{self.n_input:,} tokens read, {self.n_output:,} written{spent}; {self.n_kept:,} answers kept from earlier"
+        )
         return grid(("latent", "explanation"), rows, title=repr(self), caption="\n".join(more))
 
     def __repr__(self) -> str:
@@ -103,6 +107,7 @@ def explain(
     questions = {latent: question_about(store, latent, by) for latent in dict.fromkeys(map(int, latents))}
     asked = {latent: question for latent, question in questions.items() if question is not None}
     logger.info("%s, %s: %s", model.name, by.source, in_words(model.estimate(list(asked.values()))))
+    before = _dollars(model)
     try:
         answers = model.ask(list(asked.values()))
     except (SaelensLiteError, KeyboardInterrupt):
@@ -111,6 +116,8 @@ def explain(
             keep(_explanations(kept, model.ask(list(kept.values())), by, model.name))
         raise
     explanations = _explanations(questions, answers, by, model.name)
+    if before is not None:
+        explanations = replace(explanations, dollars=_dollars(model) - before)
     keep(explanations)
     return explanations
 
@@ -138,6 +145,11 @@ def _explanations(
         n_output=sum(answer.n_output for answer in new),
         n_kept=len(answers) - len(new),
     )
+
+
+def _dollars(model: ChatModel) -> float | None:
+    """Return the US dollars that a chat model has spent until now, None if it does not know."""
+    return getattr(getattr(model, "spent", None), "dollars", None)
 
 
 def in_words(estimate: Estimate) -> str:
