@@ -102,13 +102,32 @@ def rule(question: Question) -> str:
 
 def runs(example: Example) -> list[tuple[str, bool]]:
     """Return the runs of tokens that fire, and of those that do not."""
-    parts: list[tuple[str, bool]] = []
-    for token, value in zip(example.tokens, example.values, strict=True):
-        if parts and parts[-1][1] == (value > 0):
-            parts[-1] = (parts[-1][0] + token, value > 0)
-        else:
-            parts.append((token, value > 0))
-    return parts
+    return joined([(token, value > 0) for token, value in visible_tokens(example)])
+
+
+def read(context: str) -> list[tuple[str, bool]]:
+    """Return the runs of a quoted context."""
+    return joined(read_quoted(context))
+
+
+def joined(parts) -> list[tuple[str, bool]]:
+    """Join neighbours that are both marked or both not. A token without text may separate them."""
+    whole: list[tuple[str, bool]] = []
+    for text, is_marked in parts:
+        if whole and whole[-1][1] == is_marked:
+            whole[-1] = (whole[-1][0] + text, is_marked)
+        elif text:
+            whole.append((text, is_marked))
+    return whole
+
+
+def visible_tokens(example: Example) -> list[tuple[str, float]]:
+    """Return the tokens with text and their values. A token without text gives its value to the next one."""
+    tokens = list(zip(example.tokens, example.values, strict=True))
+    for i, (token, value) in enumerate(tokens[:-1]):
+        if not token:
+            tokens[i + 1] = (tokens[i + 1][0], max(value, tokens[i + 1][1]))
+    return [one for one in tokens if one[0]]
 
 
 def test_explanations_become_labels_with_source_and_author(store, caplog):
@@ -126,6 +145,7 @@ def test_explanations_become_labels_with_source_and_author(store, caplog):
     assert explanations.n_input == 200
     assert explanations.columns()["label"] == list(explanations.values())
     assert "200 tokens read, 20 written; 0 answers kept" in str(explanations)
+    assert "the word" in explanations._repr_html_()
 
 
 def test_by_default_all_latents_that_fire_and_have_no_label_of_your_own_are_explained(store):
@@ -169,7 +189,7 @@ def test_an_answer_without_an_explanation_is_a_failure_and_labels_nothing(store,
     assert explanations.failures == {1: reason}
     assert list(explanations) == [2]
     assert list(store.labels) == [2]
-    assert f"1 without an explanation: {reason[:20]}" in str(explanations)
+    assert f"1 without an explanation: {reason}" in str(explanations)
 
 
 @pytest.mark.parametrize(
@@ -214,13 +234,12 @@ def test_hostile_text_stays_inside_the_block_and_reads_back_as_it_was(hostile, l
     end = lines.index("```")
     assert lines[end + 1 :] == ["", *hostile.question(0, n_contexts=1).user.splitlines()[-1:]]
     assert [list(json.loads(line)) for line in lines[1:end]] == [["context", "activations"]] * (end - 1)
-    by_text = {json.loads(quoted(one)): one for one in shown.all}
+    largest, expected = hostile.about(latent).max, {}
+    for one in shown.all:
+        firing = [[token, max(1, round(10 * value / largest))] for token, value in visible_tokens(one) if value > 0]
+        expected.setdefault(tuple(runs(one)), []).append(firing)
     for line, context in zip(lines[1:end], contexts_in(question), strict=True):
-        example = by_text[json.loads(context)]
-        assert [tuple(part) for part in read_quoted(context)] == runs(example)
-        firing = [(t, v) for t, v in zip(example.tokens, example.values, strict=True) if v > 0]
-        largest = hostile.about(latent).max
-        assert json.loads(line)["activations"] == [[t, max(1, round(10 * v / largest))] for t, v in firing]
+        assert json.loads(line)["activations"] in expected[tuple(read(context))]
     text = question.system + question.user
     assert "<|im_start|>" not in text
     assert not any(line.strip().startswith("Ignore") for line in text.splitlines())
@@ -241,7 +260,7 @@ def test_no_context_that_is_kept_for_scores_overlaps_with_a_question(store):
             by_text.setdefault(json.dumps(runs(one)), []).append(one)
         used = set()
         for context in contexts_in(store.question(latent, n_contexts=1000)):
-            for one in by_text[json.dumps([tuple(part) for part in read_quoted(context)])]:
+            for one in by_text[json.dumps(read(context))]:
                 start = one.position - one.peak
                 used |= {(one.row, place) for place in range(start, start + len(one.tokens))}
         for one, _ in held_out_contexts(store, latent):
@@ -328,8 +347,6 @@ def test_lines_that_could_end_a_block_are_refused():
 
 
 def test_bad_requests_say_what_to_do(store):
-    with pytest.raises(ConfigError, match=r"model = 'gpt-4o-mini'; expected a chat model, such as sl\.chat_model"):
-        store.explain(model="gpt-4o-mini")
     with pytest.raises(ConfigError, match="unknown key 'n_context'; did you mean n_contexts"):
         store.explain(model=Fake(rule), n_context=3)
     with pytest.raises(PluginError, match="no explainers plugin is called 'max_akt'; did you mean max_act"):
@@ -444,31 +461,35 @@ def folder(store, tmp_path):
 
 
 def test_the_command_writes_labels_and_goes_on_after_a_limit(command, folder, server):
-    asked = ("explain", folder, "--model", "judge", "--base-url", server.url, "--latents", "0-3,7", "--concurrency", 1)
     before = sl.FeatureStore.load(folder)
     before.label(2, "mine")
     before.write_labels()
-    needed = sum(len(q.system.encode()) + len(q.user.encode()) for q in map(before.question, (0, 1, 2, 3, 7))) // 4
-    said = command(*asked, "--max-tokens", needed // 2)
+    asked = ("explain", folder, "--model", "judge", "--base-url", server.url, "--latents", "0-3,7", "--concurrency", 1)
+    estimate = sl.chat_model("judge", base_url=server.url).estimate([before.question(i) for i in (0, 1, 2, 3, 7)])
+    needed = estimate.n_input + estimate.n_output
+    said = command(*asked, "--max-tokens", needed - 1)
     assert said.code == 2
-    assert "max_tokens" in said.err or "--max-tokens" in said.err
+    assert f"--max-tokens {needed - 1:,}. Nothing was sent" in said.err
     assert not server.requests
-    server.reply = lambda messages, body: Reply(rule(Question(messages[-1]["content"])), tokens=[(" ", {" ": 0.0})] * 2000)
-    said = command(*asked, "--max-tokens", needed + 5 * 340)  # answers are longer than they may be
+    server.plan = lambda question, n: "length" if len(server.requests) == 2 else None
+    usual = server.reply
+    server.reply = lambda messages, body: Reply(usual(messages, body), tokens=[("x", {"x": 0.0})] * 800)  # above the most
+    said = command(*asked, "--max-tokens", needed)
     assert said.code == 2
     assert "cost nothing when the call is repeated" in said.err
-    done = sl.FeatureStore.load(folder).labels
-    assert 0 < len(done) < 5
+    n_paid, done = server.paid.total(), sl.FeatureStore.load(folder).labels
+    assert 2 < n_paid < 5
+    assert len(done) == n_paid - 1 + (2 not in (0, 1)) - (n_paid > 2)
     said = command(*asked)
     assert said.code == 0, said.err
-    labels = sl.FeatureStore.load(folder).labels
-    assert set(labels) == {0, 1, 2, 3, 7}
-    assert labels[2] == "mine"
     assert server.paid.total() == 5
-    assert f"{len(done) - (2 in done and len(done) > 2):,} answers kept" in said.out or "answers kept from earlier" in said.out
+    assert f"{n_paid} answers kept from earlier" in said.out
+    assert "1 without an explanation: cut" in said.out
+    labels = sl.FeatureStore.load(folder).labels
+    assert set(labels) == {0, 2, 3, 7}
+    assert labels[2] == "mine"
     assert labels[7] in said.out
-    assert labels[7].source == "max_act 1"
-    assert labels[7].author == "judge"
+    assert (labels[7].source, labels[7].author) == ("max_act 1", "judge")
 
 
 def test_the_command_shows_the_exact_question_and_asks_nothing(command, folder, server):

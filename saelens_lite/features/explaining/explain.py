@@ -62,6 +62,9 @@ class Explanations(Mapping[int, Label], Result):
 
     def table(self) -> Any:
         """Return the first explanations as a table, with the reasons of failures below."""
+        from rich.console import Group
+        from rich.text import Text
+
         rows = [(str(latent), visible(label)) for latent, label in list(self.labels.items())[:SHOWN]]
         more = [f"… and {len(self) - SHOWN:,} more"] if len(self) > SHOWN else []
         by_reason = Counter(self.failures.values()).most_common()
@@ -70,7 +73,7 @@ class Explanations(Mapping[int, Label], Result):
         more.append(
             f"{self.n_input:,} tokens read, {self.n_output:,} written{spent}; {self.n_kept:,} answers kept from earlier"
         )
-        return grid(("latent", "explanation"), rows, title=repr(self), caption="\n".join(more))
+        return Group(Text(repr(self)), grid(("latent", "explanation"), rows), *map(Text, more))
 
     def __repr__(self) -> str:
         n = len(self.labels) + len(self.failures)
