@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,15 @@ class Asked(dict[str, Any]):
     def key(self) -> str:
         """The SHA-256 in hexadecimal."""
         return hashlib.sha256(json.dumps(self, sort_keys=True).encode()).hexdigest()
+
+
+def in_order(keys: Sequence[str], answers: Mapping[str, Answer]) -> list[Answer]:
+    """Return the answers of keys, in their order. Where a key occurs again, nothing more was paid."""
+    seen: set[str] = set()
+    again = [key in seen or bool(seen.add(key)) for key in keys]
+    return [
+        answers[key]._replace(was_kept=answers[key].was_kept or repeated) for key, repeated in zip(keys, again, strict=True)
+    ]
 
 
 class KeptAnswers:
