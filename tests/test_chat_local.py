@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import saelens_lite as sl
+from saelens_lite.chat import named_chat_model
 from saelens_lite.errors import ConfigError, TextError
 
 TEMPLATE = (
@@ -133,3 +134,15 @@ def test_models_that_cannot_chat_are_refused(lm, tmp_path):
         sl.local_chat_model(lm, batch_size=0)
     with pytest.raises(ConfigError, match="cannot be rendered"):
         sl.local_chat_model(with_template(lm, "{{ raise_exception('never') }}"), folder=tmp_path).ask([sl.Question("a")])
+
+
+def test_models_by_name(lm, tmp_path, monkeypatch):
+    monkeypatch.setattr("saelens_lite.model.load_model", lambda name: {"tiny": lm}[name])
+    local = named_chat_model("local:tiny", folder=str(tmp_path), timeout=None)
+    assert (local.name, local.lm) == ("tiny", lm)
+    distant = named_chat_model("judge", base_url="http://localhost:1/v1", seed=None, retries=2)
+    assert distant.config == sl.chat_model("judge", base_url="http://localhost:1/v1", retries=2).config
+    with pytest.raises(ConfigError, match=r"timeout = 3\.0 applies only to models behind an endpoint, not to local:tiny"):
+        named_chat_model("local:tiny", timeout=3.0)
+    with pytest.raises(ConfigError, match="unknown key 'timout'; did you mean timeout"):
+        named_chat_model("local:tiny", timout=3.0)

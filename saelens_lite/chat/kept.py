@@ -81,7 +81,7 @@ def in_order(keys: Sequence[str], answers: Mapping[str, Answer]) -> list[Answer]
 class KeptAnswers:
     """A folder of answers to questions."""
 
-    def __init__(self, folder: Path | None, ask_again: bool = False):
+    def __init__(self, folder: str | Path | None, ask_again: bool = False):
         self.folder = usual_folder() if folder is None else Path(folder).expanduser()
         self.ask_again = ask_again
 

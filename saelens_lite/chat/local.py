@@ -25,7 +25,7 @@ class LocalModel:
         lm.check_causal("answering questions")
         _ = lm.text_tokenizer  # TextError without one
         self.name, self.lm, self.batch_size = lm.name, lm, batch_size
-        self._kept = KeptAnswers(None if folder is None else Path(folder), ask_again)
+        self._kept = KeptAnswers(folder, ask_again)
         self._facts = {
             "endpoint": "local",
             "model": lm.name,
