@@ -118,7 +118,12 @@ class Visit(BaseHTTPRequestHandler):
         """Say nothing."""
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        length = int(self.headers["Content-Length"])
+        content = self.rfile.read(length)
+        if len(content) < length:  # the client has ended
+            self.close_connection = True
+            return
+        body = json.loads(content)
         state = self.state
         question = question_hash(body.get("messages", []))
         with state.lock:

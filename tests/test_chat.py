@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -11,6 +12,7 @@ from email.utils import formatdate
 from math import log
 from pathlib import Path
 
+import chat_faults
 import pytest
 from chat_server import FAULTS, Plan, Reply, question_hash, running_chat
 
@@ -25,6 +27,7 @@ from saelens_lite.errors import (
     ChatUnreachableError,
     ConfigError,
     OutputExistsError,
+    Stopped,
 )
 
 KEY = "sk-akeythatnobodymaysee"
@@ -464,3 +467,54 @@ def test_a_plan_of_faults_depends_on_the_question_alone():
     assert {fault for fault in drawn if fault} == set(FAULTS)
     assert 0.4 < sum(map(bool, drawn)) / 600 < 0.6
     assert os.environ.get("OPENAI_API_KEY") is None
+
+
+@pytest.mark.parametrize("second", [False, True], ids=["once", "twice"])
+def test_ctrl_c_keeps_what_is_in_progress_unless_it_comes_twice(server, connect, second):
+    """The replies in progress take half a second; the second Ctrl-C does not wait for them."""
+    server.delay = 0.5
+    model = connect(concurrency=2)
+
+    def interrupt():
+        while len(server.requests) < 4:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+        if second:
+            time.sleep(0.1)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    n = 2 if second else 4
+    with pytest.raises(Stopped, match=rf"stopped; {n} of 50 questions are answered and kept in .*kept\. Repeat the call"):
+        model.ask(questions(50))
+    thread.join()
+    assert len(server.requests) == 4
+    server.delay = 0
+    assert [answer.text for answer in model.ask(questions(8))] == expected(questions(8))
+    assert [server.asked[question_hash(messages(q))] for q in questions(4)] == [1, 1, *([2, 2] if second else [1, 1])]
+
+
+@pytest.mark.parametrize(("seed", "kind"), enumerate([*chat_faults.KINDS, chat_faults.KINDS[1]]))
+def test_faulty_runs_lose_nothing_and_pay_nothing_twice(seed, kind):
+    outcome = chat_faults.one_run(kind, seed, n=20, timeout=1.0)
+    assert not chat_faults.is_bad(kind, outcome)
+    assert outcome.counts["faults"] > 5
+    assert outcome.counts["paid"] >= outcome.counts["delivered"] >= 20
+    assert (outcome.counts["stops"] > 0) == (kind != "faults")
+
+
+def test_the_check_of_faulty_runs_sees_a_folder_that_forgets(monkeypatch):
+    """Kept answers that disappear between two calls are lost, and asked again."""
+    kept = chat_faults.kept_answers
+
+    def forgetting(folder):
+        answers = kept(folder)
+        for path in folder.rglob("*.json"):
+            path.unlink()
+        return answers
+
+    monkeypatch.setattr(chat_faults, "kept_answers", forgetting)
+    outcome = chat_faults.one_run("faults and SIGKILL", 1, n=12, timeout=1.0)
+    assert outcome.counts["asked again"] > 0
+    assert chat_faults.is_bad("faults and SIGKILL", outcome)
