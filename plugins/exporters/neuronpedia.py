@@ -3,7 +3,8 @@
     store.export("neuronpedia", "out/", set_name="my-set", creator_id="my-account")
 
 out/<model>/<layer>-<set_name>/ holds release.jsonl, model.jsonl, sourceset.jsonl and source.jsonl. Gzipped batches of latents
-are in features/batch-0.jsonl.gz … and activations/batch-0.jsonl.gz ….
+are in features/batch-0.jsonl.gz … and activations/batch-0.jsonl.gz …; if the store has labels, those of the same latents are in
+explanations/batch-0.jsonl.gz …, which `sl.labels.from_neuronpedia` reads too.
 """
 
 import gzip
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 from pydantic import Field
 
-from saelens_lite import Dictionary, FeatureStore
+from saelens_lite import Dictionary, FeatureStore, labels
 from saelens_lite.errors import ConfigError
 from saelens_lite.features import Example
 from saelens_lite.features.exporters import PART, Exporter, ExporterConfig, progress_bar
@@ -59,6 +60,10 @@ class Neuronpedia(Exporter):
 
     Numbers are rounded to three decimals, except densities and vectors. If the dictionary is given, each latent has its decoder
     vector for steering. Names may have letters, digits, dots, dashes and underscores. The hook must be inside a block.
+
+    A label is an explanation: its author is the explanationModelName, and its source, such as "max_act 1", the typeName. Both
+    are null for your own labels and for those of people. Neuronpedia accepts only models and types that it knows. Its
+    explanation files have no scores, so the scores of labels are left out.
     """
 
     Config = NeuronpediaOptions
@@ -140,7 +145,7 @@ def _names(store: FeatureStore, options: NeuronpediaOptions) -> _Names:
 
 def _write_latents(store: FeatureStore, folder: Path, names: _Names, dictionary: Dictionary | None) -> None:
     """Write the lines of all latents."""
-    for kind in ("features", "activations"):
+    for kind in ("features", "activations", *["explanations"] * bool(store.labels)):
         (folder / kind).mkdir()
     vectors = None if dictionary is None else dictionary.W_dec.detach().float().cpu()
     with progress_bar("Neuronpedia", store.info.d_sae, "latents") as advance:
@@ -151,6 +156,9 @@ def _write_latents(store: FeatureStore, folder: Path, names: _Names, dictionary:
             _write_lines(folder / "features" / f"batch-{number}.jsonl.gz", features)
             activations = (line for i in latents for line in _activations(store, names, i))
             _write_lines(folder / "activations" / f"batch-{number}.jsonl.gz", activations)
+            if store.labels:
+                explanations = (_explanation(names, i, store.labels[i]) for i in latents if store.labels.get(i, "").split())
+                _write_lines(folder / "explanations" / f"batch-{number}.jsonl.gz", explanations)
             advance(len(latents))
 
 
@@ -205,6 +213,29 @@ def _activations(store: FeatureStore, names: _Names, latent: int) -> Iterator[di
             number += 1
 
 
+def _explanation(names: _Names, latent: int, label: str) -> dict[str, Any]:
+    """Return the line of a label. Labels of Neuronpedia keep their model and type, or their person."""
+    source, author = (label.source, label.author) if isinstance(label, labels.Label) else ("", "")
+    model, kind, person = author or None, source or None, None
+    if source.startswith("Neuronpedia"):
+        if by_model := re.fullmatch(r"(.+) \((.+)\)", author):
+            (model, kind), person = by_model.groups(), None
+        else:
+            model, kind, person = None, None, author or None
+    return {
+        "id": _id(names, latent, "explanation"),
+        "modelId": names.model,
+        "layer": names.source,
+        "index": str(latent),
+        "description": " ".join(label.split()),
+        "authorId": names.creator,
+        **({"authorName": person} if person else {}),
+        "typeName": kind,
+        "explanationModelName": model,
+        "createdAt": names.created,
+    }
+
+
 def _context(example: Example) -> dict[str, Any]:
     """Return the part of a line that depends only on the context."""
     largest = max(example.values)
@@ -219,8 +250,8 @@ def _context(example: Example) -> dict[str, Any]:
     }
 
 
-def _id(names: _Names, latent: int, number: int) -> str:
-    """Return an id of 25 characters, unique to a context."""
+def _id(names: _Names, latent: int, number: int | str) -> str:
+    """Return an id of 25 characters, unique to a context or an explanation."""
     digest = hashlib.sha256(f"{names.model} {names.source} {names.created} {latent} {number}".encode())
     return f"c{digest.hexdigest()[:24]}"
 

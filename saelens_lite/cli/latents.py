@@ -62,7 +62,8 @@ def label(
 ) -> None:
     """Label a latent. The label is written at once; `dashboard` and tables with --store show it. An empty text removes it.
 
-    Without a text, the command shows the label. With --neuronpedia, it labels all latents that are explained there.
+    Without a text, the command shows the label and its scores. With --neuronpedia, it labels all latents that are explained
+    there.
 
     Parameters
     ----------
@@ -78,9 +79,8 @@ def label(
         Let the labels of Neuronpedia replace your own too.
     """
     from saelens_lite.features.html import visible
-    from saelens_lite.features.label import origin_of
-    from saelens_lite.features.labels import import_stored, label_stored, stored_labels
-    from saelens_lite.tables import grid
+    from saelens_lite.features.label_scores import in_words, stored_scores_of
+    from saelens_lite.features.labels import import_stored, label_stored, label_table, stored_labels
 
     if sum((latent is not None, show_all, neuronpedia is not None)) != 1 or (replace and neuronpedia is None):
         raise ConfigError("give the number of a latent and its label, or --list, or --neuronpedia, which --replace belongs to")
@@ -92,7 +92,7 @@ def label(
     labels = stored_labels(store) if latent is None or text is None else label_stored(store, latent, text)
     if latent is not None:
         say(f"latent {latent}: {visible(labels[latent])}" if latent in labels else f"latent {latent} has no label")
+        for kind, one in stored_scores_of(store, labels).get(latent, {}).items():
+            say(f"{kind}: {in_words(one)}")
     else:
-        console().print(
-            grid(("latent", "label", "by"), [(str(i), visible(own), visible(origin_of(own))) for i, own in labels.items()])
-        )
+        console().print(label_table(labels, stored_scores_of(store, labels)))

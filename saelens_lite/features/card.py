@@ -27,6 +27,7 @@ def store_card(store: StoreQueries) -> str:
         l0=float(store.tensors.count.sum()) / store.info.n_tokens,
         n_silent=int(store.never_fires.sum()),
         n_labels=len(store.labels),
+        n_scored=len(store.label_scores),
         histogram=histogram,
         low=f"{100 * 10.0**-decades:g} %",
         lists=lists,

@@ -19,7 +19,8 @@ from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, CorruptFileError, UserError, not_a_dictionary
 from saelens_lite.features.explanations import Explanation, neuronpedia_id, read_explanations
 from saelens_lite.features.info import StoreInfo, own_id, weights_hash
-from saelens_lite.features.label import Label
+from saelens_lite.features.label import Label, origin_of
+from saelens_lite.features.label_scores import SCORES_FILE, OfLatents, auroc_of, current, kinds_of, read_scores
 from saelens_lite.features.store_files import read_info
 from saelens_lite.files import MAX_LIST_BYTES, named_file, write_json
 from saelens_lite.locks import locked
@@ -59,10 +60,13 @@ class Labels(Mapping[int, str], Result):
 
     If a latent has several explanations, its label is the newest; of those with the same date or without one, it is the last in
     the files. Scores are not compared, because those of different methods have different scales. `explanations(123)` has all.
+    `scores[123]["detection"]` is the score of a label, if it was read with the labels.
     """
 
-    def __init__(self, labels: Mapping[int, Iterable[str]], d_sae: int, dictionary_sha256: str):
-        self.d_sae, self.dictionary_sha256 = d_sae, dictionary_sha256
+    def __init__(
+        self, labels: Mapping[int, Iterable[str]], d_sae: int, dictionary_sha256: str, scores: OfLatents | None = None
+    ):
+        self.d_sae, self.dictionary_sha256, self.scores = d_sae, dictionary_sha256, scores or {}
         self._labels = {latent: list(several) for latent, several in sorted(labels.items())}
 
     def __getitem__(self, latent: int) -> str:
@@ -81,7 +85,7 @@ class Labels(Mapping[int, str], Result):
     def search(self, text: str) -> "Labels":
         """Return the labels that contain a text. Capitals do not matter."""
         hits = {i: [label] for i, label in self.items() if text.casefold() in label.casefold()}
-        return Labels(hits, self.d_sae, self.dictionary_sha256)
+        return Labels(hits, self.d_sae, self.dictionary_sha256, {i: self.scores[i] for i in hits if i in self.scores})
 
     def save(self, path: str | Path, *, exists: Literal["error", "overwrite"] = "error") -> Path:
         """Write the labels to a JSON file, which `sl.labels.load` and `store.read_labels` read, and return its path.
@@ -96,13 +100,16 @@ class Labels(Mapping[int, str], Result):
     def columns(self) -> dict[str, list[Any]]:
         """Return all labels, column by column."""
         rows = [(i, str(label), *_origin(label)) for i, label in self.items()]
-        return {name: [row[j] for row in rows] for j, name in enumerate(("latent", "label", "source", "author"))}
+        columns = {name: [row[j] for row in rows] for j, name in enumerate(("latent", "label", "source", "author"))}
+        for kind in kinds_of(self.scores):
+            of_each = [self.scores.get(i, {}).get(kind) for i in self]
+            columns[f"{kind}_auroc"] = [None if one is None else one.score.auroc.value for one in of_each]
+        return columns
 
     def table(self) -> Any:
         """Return the first labels as a table."""
-        rows = [(str(i), visible(label)) for i, label in list(self.items())[:SHOWN]]
-        caption = f"… and {len(self) - SHOWN:,} more" if len(self) > SHOWN else ""
-        return grid(("latent", "label"), rows, title=repr(self), caption=caption)
+        more = f"… and {len(self) - SHOWN:,} more" if len(self) > SHOWN else ""
+        return label_table(dict(list(self.items())[:SHOWN]), self.scores, title=repr(self), more=more)
 
     def __repr__(self) -> str:
         origins = Counter(_origin(label) for label in self.values()).most_common(3)
@@ -137,13 +144,36 @@ def from_neuronpedia(dictionary: Dictionary, source: str | Path | None = None) -
 def load(path: str | Path, dictionary: Dictionary) -> Labels:
     """Return the labels of a dictionary in a file that `Labels.save` or a feature store wrote.
 
+    The scores of labels.json are in scores.json beside it, if they exist.
+
     Raises:
-        CorruptFileError: the file is missing, damaged or of another format.
+        CorruptFileError: a file is missing, damaged or of another format.
         ConfigError: the labels belong to another dictionary.
     """
-    sha256 = weights_hash(dictionary)
-    labels = read_labels(named_file(path), sha256, dictionary.d_sae)
-    return Labels({latent: [text] for latent, text in labels.items() if text}, dictionary.d_sae, sha256)
+    sha256, path = weights_hash(dictionary), named_file(path)
+    labels = {latent: text for latent, text in read_labels(path, sha256, dictionary.d_sae).items() if text}
+    beside, scores = path.parent / SCORES_FILE, {}
+    if path.name == LABELS_FILE and os.path.lexists(beside):
+        scores = current(read_scores(beside, sha256, dictionary.d_sae), labels)
+    return Labels({latent: [text] for latent, text in labels.items()}, dictionary.d_sae, sha256, scores)
+
+
+def label_table(labels: Mapping[int, str], scores: OfLatents, *, title: str = "", more: str = "") -> Any:
+    """Return a table of labels with their origin and their scores, if some have them."""
+    kinds, by = kinds_of(scores), any(origin_of(label) for label in labels.values())
+    rows = [
+        (
+            *(str(i), visible(label)),
+            *[visible(origin_of(label))] * by,
+            *(auroc_of(scores.get(i, {}).get(kind)) for kind in kinds),
+        )
+        for i, label in labels.items()
+    ]
+    marked = any(row[-1 - j].endswith("*") for row in rows for j in range(len(kinds)))
+    about = "detection, fuzzing: AUROC of the label" + "; * not above its controls" * marked if kinds else ""
+    return grid(
+        ("latent", "label", *["by"] * by, *kinds), rows, title=title, caption="\n".join(part for part in (more, about) if part)
+    )
 
 
 def _read(place: str | Path, own: str | None, d_sae: int, sha256: str) -> Labels:

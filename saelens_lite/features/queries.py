@@ -1,6 +1,7 @@
 """The questions that a feature store answers, one latent at a time."""
 
 import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from jaxtyping import Bool, Float
@@ -9,7 +10,9 @@ from torch import Tensor, isin, tensor
 from saelens_lite.errors import ConfigError, UserError
 from saelens_lite.features.codes import CodesTable
 from saelens_lite.features.compare import Stability
+from saelens_lite.features.explaining.scores import Kind, LabelScore
 from saelens_lite.features.info import StoreInfo
+from saelens_lite.features.label_scores import current, together
 from saelens_lite.features.per_model import ModelTensors
 from saelens_lite.features.rows import ExampleRow, GroupRate, Rows
 from saelens_lite.features.summary import About, Example, ExampleGroup, LatentSummary, ModelSummary, Partner, PositionBin
@@ -35,12 +38,40 @@ class StoreQueries:
         folder: Path | None = None,
         rows: Rows | None = None,
         models: ModelTensors | None = None,
+        label_scores: Mapping[int, Mapping[Kind, LabelScore]] | None = None,
     ):
         self.info, self.tensors, self.weights = info, tensors, weights
         self.vocabulary = vocabulary if isinstance(vocabulary, Vocabulary) else Vocabulary(vocabulary)
         self.codes, self.scores, self.control, self.labels, self.folder = codes, scores, control, labels or {}, folder
         self.rows = rows  # only of activations without a model
         self.models = models  # only of several models
+        self._label_scores = label_scores or {}  # also those of earlier labels
+
+    @property
+    def label_scores(self) -> dict[int, dict[Kind, LabelScore]]:
+        """The scores of the labels, by latent and kind ("detection", "fuzzing"). Scores of earlier labels are left out."""
+        return current(self._label_scores, self.labels)
+
+    def scores_of(self, latent: int) -> list[LabelScore]:
+        """Return the scores of a latent's label, first that of detection; none if the label was not scored.
+
+        Raises:
+            UserError: there is no such latent.
+        """
+        self._check(latent)
+        return [one for one in self._label_scores.get(latent, {}).values() if one.label == self.labels.get(latent)]
+
+    def record_scores(self, scores: Iterable[LabelScore]) -> int:
+        """Add scores of labels, and return the number that was added. Call `write_scores` or `save` to keep them.
+
+        They replace those of the same kind. A score of a text that is not the label of its latent is left out.
+
+        Raises:
+            UserError: there is no such latent or kind, or a value is not between 0 and 1.
+        """
+        added = [one for one in scores if self.labels.get(one.latent) == one.label]
+        self._label_scores = together(self._label_scores, added, self.info.d_sae)
+        return len(added)
 
     @property
     def density(self) -> Float[Tensor, " d_sae"]:
@@ -311,6 +342,7 @@ class StoreQueries:
             models=self._summaries(latent),
             delta_norm=self._compared("delta_norm", latent),
             cosine=self._compared("cosine", latent),
+            scores=self.scores_of(latent),
         )
 
     def _compared(self, name: str, latent: int) -> float | None:

@@ -1,6 +1,7 @@
 """The feature store: everything collected about the latents of one dictionary, and the queries over it."""
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,11 +22,14 @@ from saelens_lite.features.build import Numbers, StorePlan
 from saelens_lite.features.codes import CODES_FILE, CodesTable, check_extra
 from saelens_lite.features.collect import working_folder
 from saelens_lite.features.compare import STABILITY_FILE, Stability
-from saelens_lite.features.detection import Detection, Scorer, detection
+from saelens_lite.features.detection import Scorer
 from saelens_lite.features.explaining.explain import Explanations, explain, explainer, question_about
+from saelens_lite.features.explaining.scores import Scores
+from saelens_lite.features.explaining.scoring import ScoreConfig, questions_of, score
 from saelens_lite.features.exporters import export
 from saelens_lite.features.info import StoreInfo
 from saelens_lite.features.label import Label
+from saelens_lite.features.label_scores import SCORES_FILE, add_to_stored, stored_scores, write_scores
 from saelens_lite.features.labels import LABELS_FILE, checked_label, merged, read_labels, stored_labels, write_labels
 from saelens_lite.features.per_model import ModelTensors, model_weights
 from saelens_lite.features.queries import StoreQueries
@@ -336,19 +340,63 @@ class FeatureStore(StoreQueries):
         for latent, text in read_labels(named_file(path), self.info.dictionary_sha256, self.info.d_sae).items():
             self.label(latent, text)
 
-    def detection(self, latent: int, scorer: Scorer | None = None) -> Detection:
-        """Score how well the label of a latent predicts in which contexts it fires, beside a baseline of tokens.
+    def write_scores(self, path: str | Path | None = None) -> Path:
+        """Write the scores of the labels to a JSON file, by default in the store's folder, and return its path.
 
-        Args:
-            scorer: Judge that reads the label, such as a client of a language model. By default the latent is said to fire in
-                contexts that have a word of the label (`words_of_label`).
+        Scores that the store's file already has of other labels, such as those that another process wrote, stay there.
 
         Raises:
-            UserError: there is no such latent; the store has no text; too few contexts; the scorer does not return a finite
-                number for each context.
+            ConfigError: no path is given, and the store has no folder.
+            CorruptFileError, LockedError: the file in the store's folder is damaged, or another process is writing it.
         """
-        self.info.check_text("detection scores")
-        return detection(self, latent, scorer)
+        if path is None and self.folder is None:
+            raise ConfigError("the store has no folder; give the path of a file for the scores")
+        path = check_output(self.folder / SCORES_FILE if path is None else path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if self.folder is not None and path == check_output(self.folder / SCORES_FILE):
+            add_to_stored(path, self.label_scores, self.info)
+        else:
+            write_scores(path, self.label_scores, self.info.dictionary_sha256)
+        return path
+
+    def score(
+        self,
+        latents: Iterable[int] | None = None,
+        *,
+        model: ChatModel | Scorer,
+        config: ScoreConfig | None = None,
+        **settings: Any,
+    ) -> Scores:
+        """Score labels: a judge who reads them says in which contexts, and on which tokens, their latents fire.
+
+        The contexts are those that explainers do not see. Beside each score are those of controls on the same contexts: the
+        token baseline, another latent's explanation, and the words of the explanation in another order; see `LabelScore`. In a
+        store with `codes=True`, the judge must also tell the latent from the nearest one. Call `record_scores` to keep them.
+
+        Args:
+            latents: Latents to score; default: all with a label.
+            model: The judge: a chat model such as `sl.chat_model("gpt-4o-mini")`, or a function such as `words_of_label`.
+            config: Settings, by default those of `ScoreConfig()`.
+            settings: Fields of `ScoreConfig` by name, which replace those of `config`, such as `kinds=("detection",)`.
+
+        Raises:
+            ConfigError: a setting is unknown or out of range; `model` is neither a chat model nor a function.
+            UserError: there is no such latent; the store was built from activations; a function does not return a finite number
+                for each context.
+            BudgetError: the questions would cost more than the limit of the model.
+            ChatError: the endpoint cannot be reached, or refuses the questions.
+        """
+        return score(self, latents, model, (config or ScoreConfig()).replace(**settings))
+
+    def score_questions(
+        self, latents: Iterable[int] | None = None, config: ScoreConfig | None = None, **settings: Any
+    ) -> list[Question]:
+        """Return all questions that `score` asks, without asking them, for `model.estimate` or to read.
+
+        Raises:
+            ConfigError, UserError: as for `score`.
+        """
+        return questions_of(self, latents, (config or ScoreConfig()).replace(**settings))
 
     def explain(
         self,
@@ -435,7 +483,11 @@ class FeatureStore(StoreQueries):
             CorruptFileError: the table of codes, which is copied, is missing or damaged.
             DiskFullError: the disk is full.
         """
-        kind = STORE.allowing(r"labels\.json") if self.labels else STORE  # labels are a person's work: only others replace them
+        own = {
+            LABELS_FILE: self.labels,
+            SCORES_FILE: self.label_scores,
+        }  # a person's work, and paid for: only others replace them
+        kind = STORE.allowing(*(re.escape(name) for name, there in own.items() if there))
         with new_folder(Path(folder), kind, exists) as new:
             if self.codes is not None:
                 self.codes.check()
@@ -477,10 +529,12 @@ class FeatureStore(StoreQueries):
             self.scores.save(folder)
         if self.labels:
             self.write_labels(folder / LABELS_FILE)
+        if scores := self.label_scores:
+            write_scores(folder / SCORES_FILE, scores, self.info.dictionary_sha256)
 
     @classmethod
     def load(cls, folder: str | Path, dictionary: Dictionary | None = None) -> "FeatureStore":
-        """Return the store in a folder written by `save` or `build`, with its labels and stability scores, if any.
+        """Return the store in a folder written by `save` or `build`, with its labels, their scores and stability, if any.
 
         Args:
             dictionary: Dictionary that the store must belong to; default: not checked.
@@ -501,6 +555,7 @@ class FeatureStore(StoreQueries):
         if os.path.lexists(folder / STABILITY_FILE):
             store.scores = _scores_of_each(Stability.load(folder), [info])[0]
         store.labels = stored_labels(folder, info)
+        store._label_scores = stored_scores(folder, info)
         return store
 
     def dashboard(

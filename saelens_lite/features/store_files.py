@@ -3,8 +3,8 @@
 features.json holds the facts about the store, the text of each token, the bytes of the tokens that are parts of characters
 (older stores have them in the texts), and the hashes of the tensor files: features.safetensors, weights.safetensors, of several
 models models.safetensors, and with a control, control.safetensors. A store of activations has no tokens, but rows.safetensors
-with the names and groups of its rows. codes.parquet is the table of all codes. labels.json and stability.safetensors may be
-added later; other modules write them.
+with the names and groups of its rows. codes.parquet is the table of all codes. labels.json, scores.json
+and stability.safetensors may be added later; other modules write them.
 """
 
 from pathlib import Path

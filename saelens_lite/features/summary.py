@@ -4,8 +4,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from saelens_lite.features.explaining.scores import LabelScore
 from saelens_lite.features.html import quoted, render, short, visible
 from saelens_lite.features.label import origin_of
+from saelens_lite.features.label_scores import in_words
 from saelens_lite.features.rows import ExampleRow, GroupRate
 from saelens_lite.tables import Result, columns_of, facts
 
@@ -100,7 +102,8 @@ class LatentSummary(Result):
     Mean, standard deviation, skew and excess kurtosis are of the activations above zero. Bin j of the histogram counts
     activations in [j · bin_width, (j + 1) · bin_width); the last bin also counts the largest. `similar` has the latents with
     the nearest directions and their cosines. `models` describes each of several models. Of two with directions of their own,
-    delta_norm is 0 if only the second has one, 1 if only the first, and `cosine` is between the two.
+    delta_norm is 0 if only the second has one, 1 if only the first, and `cosine` is between the two. `scores` are those of the
+    label.
     """
 
     latent: int
@@ -127,11 +130,17 @@ class LatentSummary(Result):
     models: Sequence[ModelSummary] = ()
     delta_norm: float | None = None
     cosine: float | None = None
+    scores: Sequence[LabelScore] = ()
 
     @property
     def label_origin(self) -> str:
         """The author and the source of the label; empty for your own label."""
         return origin_of(self.label)
+
+    @property
+    def score_lines(self) -> dict[str, str]:
+        """The scores of the label in words, by kind, beside their controls."""
+        return {one.kind: in_words(one) for one in self.scores}
 
     @property
     def unit(self) -> str:
@@ -178,6 +187,7 @@ class LatentSummary(Result):
             "in two models": "; ".join(f"{name} {x:.2f}" for name, x in compared.items() if x is not None),
             **{f"{visible(one.model)}": one.words if self.count else "" for one in self.models},
             "label by": self.label_origin and visible(self.label_origin),
+            **(self.score_lines or {"score": "not scored" if self.label else ""}),
             "fires on": fires if self.count else "nothing in the store",
             "promotes": _in_lines(quoted(token) for token, _ in self.promoted),
             "suppresses": _in_lines(quoted(token) for token, _ in self.suppressed),

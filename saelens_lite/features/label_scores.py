@@ -1,0 +1,235 @@
+"""The scores of a store's labels in scores.json, beside labels.json.
+
+A score belongs to one text: that of another label is neither shown nor counted, and is shown again if its text comes back.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+from pydantic import AfterValidator, Field
+
+from saelens_lite.errors import ConfigError, CorruptFileError, UserError
+from saelens_lite.evaluation.sums import Metric
+from saelens_lite.features.explaining.scores import Judged, Kind, LabelScore
+from saelens_lite.features.info import StoreInfo
+from saelens_lite.features.store_files import read_info
+from saelens_lite.files import MAX_LIST_BYTES, write_text
+from saelens_lite.locks import locked
+from saelens_lite.schemas import Checked, Count, Sha256, String, read_checked
+from saelens_lite.terminal import visible
+
+SCORES_FILE = "scores.json"
+FORMAT = 1
+MOST = 80_000  # scores in a file, so that it can be read again
+KINDS: tuple[Kind, ...] = get_args(Kind)
+CONTROLS = {  # fields of a score: their names for people
+    "by_tokens": "token baseline",
+    "of_random_latent": "another latent's explanation",
+    "shuffled": "shuffled answers",
+}
+HARD = {"hard": "with the nearest latent's contexts"}
+
+OfLatents = dict[int, dict[Kind, LabelScore]]
+_Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def _value_and_ends(numbers: list[float]) -> list[float]:
+    """Return the numbers of a metric, or raise if they are not a value alone or with the two ends of its interval."""
+    if len(numbers) not in (1, 3):
+        raise ValueError(f"{len(numbers)} numbers; expected a value, or a value and the ends of its interval")
+    return numbers
+
+
+_Metric = Annotated[list[_Share], AfterValidator(_value_and_ends)]
+
+
+class _Judged(Checked):
+    """A judge's result: each metric is its value, and the ends of its interval if it has one."""
+
+    auroc: _Metric
+    balanced_accuracy: _Metric
+    n_unusable: Count
+
+
+class _Score(Checked):
+    """A score in the file. Its keys are the fields of `LabelScore`."""
+
+    latent: Count
+    label: String
+    kind: Kind
+    judge: String
+    n_firing: Count
+    n_silent: Count
+    score: _Judged
+    by_tokens: _Judged | None = None
+    of_random_latent: _Judged | None = None
+    shuffled: _Judged | None = None
+    hard: _Judged | None = None
+
+
+class _Content(Checked):
+    """The content of scores.json."""
+
+    format: Literal[1]
+    dictionary_sha256: Sha256
+    scores: list[_Score]
+
+
+def together(scores: Mapping[int, Mapping[Kind, LabelScore]], more: Iterable[LabelScore], d_sae: int) -> OfLatents:
+    """Return scores with others added, in the order of latents. A new score of the same latent and kind replaces the old one.
+
+    Raises:
+        UserError: there is no such latent or kind, a value is not between 0 and 1, or there are more scores than a file holds.
+    """
+    all_of: OfLatents = {latent: dict(kinds) for latent, kinds in scores.items()}
+    for one in more:
+        _check(one, d_sae)
+        all_of.setdefault(one.latent, {})[one.kind] = one
+    if sum(map(len, all_of.values())) > MOST:
+        raise UserError(f"a store holds at most {MOST:,} scores of labels")
+    return {latent: {kind: all_of[latent][kind] for kind in KINDS if kind in all_of[latent]} for latent in sorted(all_of)}
+
+
+def current(scores: Mapping[int, Mapping[Kind, LabelScore]], labels: Mapping[int, str]) -> OfLatents:
+    """Return the scores whose text is the label that the latent has now."""
+    kept = {latent: {k: one for k, one in kinds.items() if one.label == labels.get(latent)} for latent, kinds in scores.items()}
+    return {latent: kinds for latent, kinds in kept.items() if kinds}
+
+
+def write_scores(path: Path, scores: Mapping[int, Mapping[Kind, LabelScore]], dictionary_sha256: str) -> None:
+    """Write scores to a file, with the hash of the dictionary whose labels they are of."""
+    head = json.dumps({"format": FORMAT, "dictionary_sha256": dictionary_sha256, "scores": []})
+    lines = [json.dumps(_line(one), ensure_ascii=False, allow_nan=False) for kinds in scores.values() for one in kinds.values()]
+    body = ",\n".join(lines)
+    write_text(path, f"{head.removesuffix(']}')}\n{body}\n]}}\n")  # one line for each score
+
+
+def add_to_stored(path: Path, scores: Mapping[int, Mapping[Kind, LabelScore]], info: StoreInfo) -> None:
+    """Add scores to those that a file has, which may be those of another process.
+
+    Raises:
+        CorruptFileError: the file is damaged.
+        ConfigError: the file has the scores of another dictionary.
+        LockedError: another process is writing it.
+    """
+    with locked(path, "scores", patience=10):
+        stored = stored_scores(path.parent, info)
+        new = (one for kinds in scores.values() for one in kinds.values())
+        write_scores(path, together(stored, new, info.d_sae), info.dictionary_sha256)
+
+
+def read_scores(path: Path, dictionary_sha256: str, d_sae: int) -> OfLatents:
+    """Return the scores in a file.
+
+    Raises:
+        CorruptFileError: the file is missing, damaged or of another format.
+        ConfigError: the scores belong to another dictionary.
+    """
+    content = read_checked(path, _Content, MAX_LIST_BYTES)
+    if content.dictionary_sha256 != dictionary_sha256:
+        raise ConfigError(f"{path} has the scores of another dictionary's labels; score the labels of this one")
+    scores = [_read(one) for one in content.scores]
+    if len({(one.latent, one.kind) for one in scores}) < len(scores):
+        raise CorruptFileError(f"{path} has two scores of one kind for one latent")
+    try:
+        return together({}, scores, d_sae)
+    except UserError as error:
+        raise CorruptFileError(f"{path} is damaged: {error}") from None
+
+
+def stored_scores(folder: Path, info: StoreInfo) -> OfLatents:
+    """Return the scores in the folder of a store, also those of earlier labels; none if it has no such file."""
+    path = folder / SCORES_FILE
+    return read_scores(path, info.dictionary_sha256, info.d_sae) if os.path.lexists(path) else {}
+
+
+def stored_scores_of(folder: Path, labels: Mapping[int, str]) -> OfLatents:
+    """Return the scores of these labels in the folder of a store."""
+    return current(stored_scores(folder, read_info(folder)), labels) if os.path.lexists(folder / SCORES_FILE) else {}
+
+
+def exceeds_controls(one: LabelScore) -> bool | None:
+    """Return whether the AUROC is above that of every control: the lower end of its interval, or else its value.
+
+    None if no control was measured.
+    """
+    controls = [getattr(one, name).auroc.value for name in CONTROLS if getattr(one, name) is not None]
+    auroc = one.score.auroc
+    return (auroc.low if auroc.has_interval else auroc.value) > max(controls) if controls else None
+
+
+def kinds_of(scores: Mapping[int, Mapping[Kind, LabelScore]]) -> list[Kind]:
+    """Return the kinds of which there is a score."""
+    return [kind for kind in KINDS if any(kind in of_latent for of_latent in scores.values())]
+
+
+def auroc_of(one: LabelScore | None) -> str:
+    """Return the AUROC of a score for a table; an asterisk marks one that is not above its controls."""
+    return "" if one is None else f"{one.score.auroc.value:.2f}" + "*" * (exceeds_controls(one) is False)
+
+
+def in_words(one: LabelScore) -> str:
+    """Return a score in one line, beside its controls."""
+    parts = [f"AUROC {_short(one.score.auroc)}, balanced accuracy {_short(one.score.balanced_accuracy)}"]
+    named = CONTROLS | HARD
+    beside = [f"{named[name]} {getattr(one, name).auroc.value:.2f}" for name in named if getattr(one, name) is not None]
+    if beside:
+        parts.append(f"AUROC of controls: {', '.join(beside)}")
+    if exceeds_controls(one) is False:
+        parts.append("not above its controls")
+    if one.score.n_unusable:
+        parts.append(f"{one.score.n_unusable} unusable answers")
+    return visible(f"{'; '.join(parts)}; judge {one.judge}")
+
+
+def _short(metric: Metric) -> str:
+    """Return a metric to two decimals, with its interval."""
+    return f"{metric.value:.2f}" + (f" [{metric.low:.2f}, {metric.high:.2f}]" if metric.has_interval else "")
+
+
+def _check(one: LabelScore, d_sae: int) -> None:
+    """Raise UserError unless a score is of a latent of the dictionary, and its values are possible."""
+    if not 0 <= one.latent < d_sae:
+        raise UserError(f"a score is of latent {one.latent}; this dictionary has latents 0 to {d_sae - 1}")
+    if one.kind not in KINDS:
+        raise UserError(f"latent {one.latent}: {one.kind!r} is not a kind of score; expected {' or '.join(KINDS)}")
+    results = [judged for judged in (getattr(one, name) for name in ("score", *CONTROLS, *HARD)) if judged is not None]
+    for metric in (metric for judged in results for metric in (judged.auroc, judged.balanced_accuracy)):
+        ends = (metric.low, metric.high) if metric.has_interval else ()
+        if not all(0 <= x <= 1 for x in (metric.value, *ends)):
+            raise UserError(f"latent {one.latent}: a score of {metric} is not between 0 and 1")
+
+
+def _line(one: LabelScore) -> dict[str, object]:
+    """Return a score as an entry of the file."""
+    results = {name: _plain(judged) for name in ("score", *CONTROLS, *HARD) if (judged := getattr(one, name)) is not None}
+    return {name: getattr(one, name) for name in ("latent", "label", "kind", "judge", "n_firing", "n_silent")} | results
+
+
+def _plain(judged: Judged) -> dict[str, object]:
+    return {
+        "auroc": _numbers(judged.auroc),
+        "balanced_accuracy": _numbers(judged.balanced_accuracy),
+        "n_unusable": judged.n_unusable,
+    }
+
+
+def _numbers(metric: Metric) -> list[float]:
+    return [float(x) for x in (metric if metric.has_interval else metric[:1])]
+
+
+def _read(one: _Score) -> LabelScore:
+    results = {name: None if (of := getattr(one, name)) is None else _judged(of) for name in ("score", *CONTROLS, *HARD)}
+    return LabelScore(one.latent, one.label, one.kind, one.judge, one.n_firing, one.n_silent, **results)
+
+
+def _judged(of: _Judged) -> Judged:
+    return Judged(_metric(of.auroc), _metric(of.balanced_accuracy), of.n_unusable)
+
+
+def _metric(numbers: list[float]) -> Metric:
+    return Metric(*numbers) if len(numbers) == 3 else Metric(numbers[0], math.nan, math.nan)
