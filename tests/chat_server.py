@@ -86,6 +86,7 @@ class ChatServer:
     asked: Counter[str] = field(default_factory=Counter)
     paid: Counter[str] = field(default_factory=Counter)
     delivered: Counter[str] = field(default_factory=Counter)
+    events: list[tuple[str, str]] = field(default_factory=list)  # "asked" or "delivered", and the question
     met: Counter[str] = field(default_factory=Counter)  # faults, by kind
     running: int = 0  # requests in progress
     most_running: int = 0
@@ -103,7 +104,7 @@ class ChatServer:
     def forget(self) -> None:
         """Set all counts to zero."""
         with self.lock:
-            self.requests, self.most_running = [], 0
+            self.requests, self.events, self.most_running = [], [], 0
             self.asked, self.paid, self.delivered, self.met = Counter(), Counter(), Counter(), Counter()
 
 
@@ -117,13 +118,19 @@ class Visit(BaseHTTPRequestHandler):
         """Say nothing."""
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        length = int(self.headers["Content-Length"])
+        content = self.rfile.read(length)
+        if len(content) < length:  # the client has ended
+            self.close_connection = True
+            return
+        body = json.loads(content)
         state = self.state
         question = question_hash(body.get("messages", []))
         with state.lock:
             state.requests.append(body)
             fault = state.ordered.pop(0) if state.ordered else state.plan and state.plan(question, state.asked[question])
             state.asked[question] += 1
+            state.events.append(("asked", question))
             state.met[fault or "none"] += 1
             state.running += 1
             state.most_running = max(state.most_running, state.running)
@@ -164,6 +171,7 @@ class Visit(BaseHTTPRequestHandler):
         if fault in (None, "refused", "length", "empty", "filter"):  # "late": the client may have hung up
             with state.lock:
                 state.delivered[question] += 1
+                state.events.append(("delivered", question))
         return None
 
     def _refusal(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]] | None:

@@ -10,7 +10,7 @@ from typing import Any
 from saelens_lite.chat.budget import Budget, Size, Spent
 from saelens_lite.chat.connection import Connection, Dialect
 from saelens_lite.chat.contract import Answer, Estimate, Question
-from saelens_lite.chat.kept import Asked, KeptAnswers, messages_of
+from saelens_lite.chat.kept import Asked, KeptAnswers, in_order, messages_of
 from saelens_lite.chat.sending import Call, Waiting
 from saelens_lite.chat.settings import ChatConfig, key_of
 from saelens_lite.errors import SaelensLiteError, Stopped
@@ -59,8 +59,7 @@ class EndpointModel:
         if waiting:
             answers |= self._send(waiting)
             _summarise(self.name, [answers[key] for key in waiting], self.spent)
-        is_first = {key: i for i, key in reversed([*enumerate(keys)])}
-        return [answers[key] if is_first[key] == i else answers[key]._replace(was_kept=True) for i, key in enumerate(keys)]
+        return in_order(keys, answers)
 
     def estimate(self, questions: Sequence[Question]) -> Estimate:
         """Return the size and cost of the questions that have no kept answer yet.

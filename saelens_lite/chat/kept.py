@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +69,19 @@ class Asked(dict[str, Any]):
         return hashlib.sha256(json.dumps(self, sort_keys=True).encode()).hexdigest()
 
 
+def in_order(keys: Sequence[str], answers: Mapping[str, Answer]) -> list[Answer]:
+    """Return the answers of keys, in their order. Where a key occurs again, nothing more was paid."""
+    seen: set[str] = set()
+    again = [key in seen or bool(seen.add(key)) for key in keys]
+    return [
+        answers[key]._replace(was_kept=answers[key].was_kept or repeated) for key, repeated in zip(keys, again, strict=True)
+    ]
+
+
 class KeptAnswers:
     """A folder of answers to questions."""
 
-    def __init__(self, folder: Path | None, ask_again: bool = False):
+    def __init__(self, folder: str | Path | None, ask_again: bool = False):
         self.folder = usual_folder() if folder is None else Path(folder).expanduser()
         self.ask_again = ask_again
 

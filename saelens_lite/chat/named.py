@@ -1,6 +1,5 @@
 """Chat models by name, for commands: `local:tiny` is a model of this computer, any other name one behind an endpoint."""
 
-from pathlib import Path
 from typing import Any
 
 from saelens_lite.chat.contract import ChatModel
@@ -29,5 +28,4 @@ def named_chat_model(name: str, **settings: Any) -> ChatModel:
     ChatConfig(model=name, **given)
     if useless := sorted(given.keys() - set(OF_LOCAL)):
         raise ConfigError(f"{useless[0]} = {given[useless[0]]!r} applies only to models behind an endpoint, not to {name}")
-    folder = given.pop("folder", None)
-    return local_chat_model(name.removeprefix(LOCAL), folder=None if folder is None else Path(folder), **given)
+    return local_chat_model(name.removeprefix(LOCAL), **given)

@@ -45,6 +45,7 @@ class Call:
         The event loop has its own thread, because a notebook already runs one, and so that Ctrl-C interrupts only the wait.
         """
         raised: list[BaseException] = []
+        ended = threading.Event()  # Thread.join does not wait on after Ctrl-C
 
         def work() -> None:
             try:
@@ -53,18 +54,19 @@ class Call:
                 pass
             except BaseException as error:
                 raised.append(error)
+            finally:
+                ended.set()
 
-        thread = threading.Thread(target=work, name="saelens_lite chat", daemon=True)
-        thread.start()
+        threading.Thread(target=work, name="saelens_lite chat", daemon=True).start()
         try:
-            _join(thread)
+            _wait_for(ended)
         except KeyboardInterrupt:
             self._stop(GRACE)
             try:
-                _join(thread)
+                _wait_for(ended)
             except KeyboardInterrupt:
                 self._stop(0.0)
-                _join(thread)
+                _wait_for(ended)
             raise
         if raised or self.error:
             raise raised[0] if raised else self.error  # type: ignore[misc]
@@ -186,7 +188,7 @@ class Call:
         return False
 
 
-def _join(thread: threading.Thread) -> None:
-    """Wait for a thread. Ctrl-C interrupts that at once."""
-    while thread.is_alive():
-        thread.join(0.2)
+def _wait_for(event: threading.Event) -> None:
+    """Wait for an event. On Windows, Ctrl-C interrupts only waits with a limit."""
+    while not event.wait(0.2):
+        pass

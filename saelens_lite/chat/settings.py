@@ -6,10 +6,10 @@ from contextlib import suppress
 from typing import Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from saelens_lite.config import MOST, FrozenConfig
-from saelens_lite.errors import ChatAccessError
+from saelens_lite.errors import ChatAccessError, ConfigError
 
 OPENAI = "https://api.openai.com/v1"
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -65,18 +65,6 @@ class ChatConfig(FrozenConfig):
     )
     ask_again: bool = Field(False, description="Ask again, and pay again, where the kept answer is refused, cut or empty.")
 
-    @field_validator("base_url")
-    @classmethod
-    def _plain_address(cls, address: str | None) -> str | None:
-        if address is None:
-            return None
-        parts = urlsplit(address)
-        if parts.username or parts.password or parts.query or parts.fragment:
-            raise ValueError("expected an address without a name, password, query or fragment; keys come from the environment")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("expected an address such as http://localhost:8000/v1")
-        return address.rstrip("/")
-
     @model_validator(mode="after")
     def _limit_needs_prices(self) -> "ChatConfig":
         if self.max_dollars is not None and (self.input_price is None or self.output_price is None):
@@ -84,12 +72,21 @@ class ChatConfig(FrozenConfig):
         return self
 
     def resolved(self) -> "ChatConfig":
-        """Return the settings with the address of the endpoint."""
-        return (
-            self
-            if self.base_url
-            else ChatConfig(**self.model_dump() | {"base_url": os.environ.get("OPENAI_BASE_URL") or OPENAI})
-        )
+        """Return the settings with the address of the endpoint.
+
+        Raises:
+            ConfigError: the address is not one, or holds a name or password. Settings may be shown, so no key belongs there.
+        """
+        address = self.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI
+        parts = urlsplit(address)
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ConfigError(
+                "base_url: expected an address without a name, password, query or fragment; the key comes from the environment "
+                f"variable {self.key_variable}"
+            )
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(f"base_url = {address!r}: expected an address such as http://localhost:8000/v1")
+        return ChatConfig(**self.model_dump(exclude_unset=True) | {"base_url": address.rstrip("/")})
 
 
 def is_loopback(address: str) -> bool:

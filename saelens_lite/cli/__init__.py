@@ -10,6 +10,7 @@ saelens-lite features runs/topk --html features.html --out store
 saelens-lite search store "license"
 saelens-lite latent store 7
 saelens-lite label store 7 "licenses"
+saelens-lite explain store --model gpt-4o-mini --top 100
 saelens-lite compare runs/topk runs/other-seed
 saelens-lite diff runs/crosscoder cache
 saelens-lite probe runs/topk --data labelled.csv
@@ -39,6 +40,7 @@ from saelens_lite.cli import (  # noqa: F401
     demo,
     diffing,
     evaluation,
+    explaining,
     features,
     files,
     hub,

@@ -36,6 +36,8 @@ class OfChat:
         Most US dollars to spend; needs the prices.
     max_tokens
         Most tokens to spend, input and output together.
+    ask_again
+        Ask, and pay, again where the kept answer is a refusal, cut or empty.
     answers
         Folder of kept answers, so that a repeated command does not ask again; default: one in the folder for caches.
     """
@@ -48,6 +50,7 @@ class OfChat:
     output_price: float | None = None
     max_dollars: float | None = None
     max_tokens: int | None = None
+    ask_again: Flag = False
     answers: Path | None = None
 
     @property
@@ -60,6 +63,7 @@ class OfChat:
             output_price=self.output_price,
             max_dollars=self.max_dollars,
             max_tokens=self.max_tokens,
+            ask_again=self.ask_again or None,
             folder=None if self.answers is None else str(self.answers),
         )
 
@@ -70,7 +74,7 @@ class OfChat:
         if self.model is None:
             raise ConfigError("no chat model: give --model, such as --model gpt-4o-mini")
         ChatConfig(model=self.model, **self.settings)
-        if self.local and (useless := [name for name in self.settings if name != "folder"]):
+        if self.local and (useless := [name for name in self.settings if name not in ("folder", "ask_again")]):
             raise ConfigError(
                 f"--{useless[0].replace('_', '-')} is for a server, and --local runs the model here; leave one out"
             )
@@ -81,7 +85,7 @@ class OfChat:
 
         self.check()
         if self.local:
-            return sl.local_chat_model(self.model, folder=self.answers)
+            return sl.local_chat_model(self.model, folder=self.answers, ask_again=self.ask_again)
         return sl.chat_model(self.model, **self.settings)
 
 

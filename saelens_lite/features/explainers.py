@@ -94,6 +94,9 @@ class TemplateConfig(ExplainerConfig):
     template: str | None = Field(
         None, description="Your own file for the words of the question; `--show-prompt` shows the result."
     )
+    answer_tokens: int = Field(
+        300, ge=16, le=100_000, description="Most tokens of an answer. Models that think before they answer need more."
+    )
 
 
 class TemplateExplainer(Explainer):
@@ -115,4 +118,4 @@ class TemplateExplainer(Explainer):
     def rendered(self, **values: Any) -> Question:
         """Return the template filled with values as a question, whose answer is {"explanation": text}."""
         system, user = self.template.render(**values)
-        return Question(user, system, SCHEMA)
+        return Question(user, system, SCHEMA, max_tokens=self.config.answer_tokens)

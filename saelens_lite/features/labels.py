@@ -278,11 +278,21 @@ def import_stored(folder: Path, source: str, replace: bool = False) -> tuple[Lab
     """
     info = read_info(folder)
     labels = _read(source, info.neuronpedia, info.d_sae, info.dictionary_sha256)
+    return labels, add_stored(folder, labels, info, replace)
+
+
+def add_stored(folder: Path, labels: Mapping[int, str], info: StoreInfo, replace: bool = False) -> int:
+    """Add labels to the folder of a store. Return how many of your own were kept in their place.
+
+    Raises:
+        ConfigError: the labels belong to another dictionary.
+        UserError: there is no such latent, or a label is not valid.
+        LockedError: another process is changing the labels.
+    """
     with locked(folder / LABELS_FILE, "labels"):
         own = stored_labels(folder, info)
         write_labels(folder / LABELS_FILE, merged(own, labels, info, replace), info.dictionary_sha256)
-    kept = 0 if replace else sum(latent in labels and not isinstance(text, Label) for latent, text in own.items())
-    return labels, kept
+    return 0 if replace else sum(latent in labels and not isinstance(text, Label) for latent, text in own.items())
 
 
 def write_labels(path: Path, labels: Mapping[int, str], dictionary_sha256: str) -> None:

@@ -410,7 +410,9 @@ class FeatureStore(StoreQueries):
         """Ask a chat model what latents stand for, and set its explanations as labels; see `label_all`.
 
         An explainer sees half of a latent's contexts. The others are kept for scores. A latent without a usable answer gets no
-        label; `failures` of the result has the reason. Answers are kept by the chat model, so a repeated call goes on.
+        label; `failures` of the result has the reason. If the work ends early, by Ctrl-C or a limit of the chat model, the
+        answers until then become labels, and a repeated call asks only what is left. Call `write_labels` or `save` to keep the
+        labels.
 
         Args:
             latents: Latents to explain; default: all that fire on the text of the store and have no label of your own.
@@ -423,15 +425,15 @@ class FeatureStore(StoreQueries):
             PluginError: there is no such explainer.
             ConfigError: an option is unknown, missing or invalid; `model` is not a chat model.
             UserError: there is no such latent; the store was built from activations.
+            BudgetError: the questions would cost more than the chat model's limit, or it was reached.
+            ChatError: the chat model cannot be reached, or refuses to answer.
         """
         self.info.check_text("an explanation in words")
         if latents is None:
             own = {latent for latent, text in self.labels.items() if not isinstance(text, Label)}
             firing = (~self.never_fires).nonzero().flatten().tolist()
             latents = [latent for latent in firing if replace or latent not in own]
-        explanations = explain(self, latents, explainer(by, options), model)
-        self.label_all(explanations, replace=replace)
-        return explanations
+        return explain(self, latents, explainer(by, options), model, lambda made: self.label_all(made, replace=replace))
 
     def question(self, latent: int, by: str = "max_act", **options: Any) -> Question:
         """Return the question that `explain` asks about a latent, without asking it.

@@ -1,4 +1,4 @@
-"""Check a plugin: the conformance kit for sparsity rules, formats and loggers. It needs no test framework.
+"""Check a plugin: the conformance kit for sparsity rules, formats, loggers and explainers. It needs no test framework.
 
 ```python
 from saelens_lite.testing import check_plugin
@@ -9,7 +9,8 @@ def test_my_rule():
 ```
 
 For a rule, it checks gradients, saving, resuming, batches in which nothing fires, that the same seed gives the same bytes, and
-more. On the command line, `saelens-lite plugins --check NAME` checks an installed plugin.
+more. For an explainer, it checks that a question has nothing of the contexts that are kept for scores, and quotes the text as
+data. On the command line, `saelens-lite plugins --check NAME` checks an installed plugin.
 """
 
 import os
@@ -22,10 +23,11 @@ import torch
 
 from saelens_lite import registry
 from saelens_lite.errors import PluginError
+from saelens_lite.features.explainers import Explainer
 from saelens_lite.formats import Format
 from saelens_lite.loggers import Logger
 from saelens_lite.sparsity import Sparsity
-from saelens_lite.testing import formats, loggers, rules
+from saelens_lite.testing import explainers, formats, loggers, rules
 from saelens_lite.testing.report import Check, CheckFailed, NotChecked, PluginReport, Warned
 
 __all__ = ["Check", "PluginReport", "check_plugin"]
@@ -41,7 +43,8 @@ def check_plugin(
 ) -> PluginReport:
     """Check a plugin against its contract. This takes seconds.
 
-    plugin: the class of a sparsity rule, a file format or a logger, registered or not. options: arguments of the rule's Config.
+    plugin: the class of a sparsity rule, a file format, a logger or an explainer, registered or not.
+    options: arguments of the Config of a rule or an explainer.
     planted: required cosine between rows of W_dec and 96 planted directions, 3 of which make up each activation, on a scale
     from the chance level of an untrained dictionary (0) to 1. The requirement is lower if more latents fire than needed. None
     skips this check, for rules that do not suit such data.
@@ -55,13 +58,19 @@ def check_plugin(
         with _known_by_name(plugin) as name:
             lab = rules.Lab(plugin, name, options or {}, d_in, d_sae, planted)
             return PluginReport(f"sparsity rule {plugin.__qualname__}", _results(rules.CHECKS, lab))
+    if issubclass(plugin, Explainer):
+        with _known_by_name(plugin) as name:
+            bench = explainers.Bench(plugin, name, options or {})
+            return PluginReport(f"explainer {plugin.__qualname__}", _results(explainers.CHECKS, bench))
     for base, kind, module in ((Format, "format", formats), (Logger, "logger", loggers)):
         if issubclass(plugin, base):
             if options:
                 raise PluginError(f"options = {options!r} were given for {plugin.__qualname__}, but {kind}s take no options")
             with _known_by_name(plugin) as name:
                 return PluginReport(f"{kind} {plugin.__qualname__}", _results(module.CHECKS, module.Bench(plugin, name)))
-    raise PluginError(f"{plugin!r} cannot be checked: give a class derived from saelens_lite.Sparsity, .Format or .Logger")
+    raise PluginError(
+        f"{plugin!r} cannot be checked: give a class derived from saelens_lite.Sparsity, .Format, .Logger or .Explainer"
+    )
 
 
 def _results(checks: Sequence[tuple[str, Callable[[Any], str], tuple[str, ...]]], subject: Any) -> tuple[Check, ...]:

@@ -2,13 +2,13 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from saelens_lite import registry
-from saelens_lite.chat import ChatModel, Estimate, Question
-from saelens_lite.errors import ConfigError
+from saelens_lite.chat import Answer, ChatModel, Estimate, Question
+from saelens_lite.errors import ConfigError, SaelensLiteError
 from saelens_lite.features.explainers import Explainer
 from saelens_lite.features.explaining.answers import fault_in
 from saelens_lite.features.explaining.halves import shown_contexts
@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 class Explanations(Mapping[int, Label], Result):
     """The explanations of latents that a chat model wrote: `explanations[7]` is a label.
 
-    `failures` has the reason for each latent without one. `n_input` and `n_output` are the tokens of the answers that were new;
-    `n_kept` answers were kept from earlier and cost nothing.
+    `failures` has the reason for each latent without one. `n_input` and `n_output` are the tokens of new answers, and `dollars`
+    is their price, if the chat model knows it. `n_kept` answers were kept from earlier and cost nothing.
     """
 
     labels: dict[int, Label]
@@ -38,6 +38,7 @@ class Explanations(Mapping[int, Label], Result):
     n_input: int = 0
     n_output: int = 0
     n_kept: int = 0
+    dollars: float | None = None
 
     def __getitem__(self, latent: int) -> Label:
         return self.labels[latent]
@@ -61,11 +62,18 @@ class Explanations(Mapping[int, Label], Result):
 
     def table(self) -> Any:
         """Return the first explanations as a table, with the reasons of failures below."""
+        from rich.console import Group
+        from rich.text import Text
+
         rows = [(str(latent), visible(label)) for latent, label in list(self.labels.items())[:SHOWN]]
         more = [f"… and {len(self) - SHOWN:,} more"] if len(self) > SHOWN else []
         by_reason = Counter(self.failures.values()).most_common()
         more += [f"{n:,} without an explanation: {visible(reason)}" for reason, n in by_reason]
-        return grid(("latent", "explanation"), rows, title=repr(self), caption="\n".join(more))
+        spent = "" if self.dollars is None else f" for ${self.dollars:.2f}"
+        more.append(
+            f"{self.n_input:,} tokens read, {self.n_output:,} written{spent}; {self.n_kept:,} answers kept from earlier"
+        )
+        return Group(Text(repr(self)), grid(("latent", "explanation"), rows), *map(Text, more))
 
     def __repr__(self) -> str:
         n = len(self.labels) + len(self.failures)
@@ -90,33 +98,61 @@ def question_about(store: StoreQueries, latent: int, by: Explainer) -> Question 
     return by.question(store, latent, shown) if shown.all or not by.needs_contexts else None
 
 
-def explain(store: StoreQueries, latents: Iterable[int], by: Explainer, model: ChatModel) -> Explanations:
-    """Return the explanations of latents; see `FeatureStore.explain`."""
+def explain(
+    store: StoreQueries, latents: Iterable[int], by: Explainer, model: ChatModel, keep: Callable[[Explanations], object]
+) -> Explanations:
+    """Return the explanations of latents, and give them to `keep`. See `FeatureStore.explain`.
+
+    If the work ends early, by Ctrl-C or a limit of the chat model, `keep` gets the explanations in the answers until then.
+    """
     if not isinstance(model, ChatModel):
         raise ConfigError(f"model = {model!r:.100}; expected a chat model, such as sl.chat_model('gpt-4o-mini')")
     questions = {latent: question_about(store, latent, by) for latent in dict.fromkeys(map(int, latents))}
-    failures = {latent: NO_CONTEXTS for latent, question in questions.items() if question is None}
     asked = {latent: question for latent, question in questions.items() if question is not None}
-    logger.info("%s by %s: %s", model.name, by.source, in_words(model.estimate(list(asked.values()))))
-    answers = model.ask(list(asked.values()))
-    labels = {}
+    logger.info("%s, %s: %s", model.name, by.source, in_words(model.estimate(list(asked.values()))))
+    before = _dollars(model)
+    try:
+        answers = model.ask(list(asked.values()))
+    except (SaelensLiteError, KeyboardInterrupt):
+        kept = {latent: question for latent, question in asked.items() if not model.estimate([question]).n_questions}
+        if kept:
+            keep(_explanations(kept, model.ask(list(kept.values())), by, model.name))
+        raise
+    explanations = _explanations(questions, answers, by, model.name)
+    if before is not None:
+        explanations = replace(explanations, dollars=_dollars(model) - before)
+    keep(explanations)
+    return explanations
+
+
+def _explanations(
+    questions: Mapping[int, Question | None], answers: Sequence[Answer], by: Explainer, author: str
+) -> Explanations:
+    """Return the explanations in the answers to the questions. A latent without a question is a failure."""
+    labels, failures = {}, {latent: NO_CONTEXTS for latent, question in questions.items() if question is None}
+    asked = {latent: question for latent, question in questions.items() if question is not None}
     for (latent, question), answer in zip(asked.items(), answers, strict=True):
         text = None if answer.text is None else by.read(answer)
         fault = (answer.failure or "no answer") if answer.text is None else fault_in(text, question)
         if fault:
             failures[latent] = fault
         else:
-            labels[latent] = Label(text, by.source, model.name)
+            labels[latent] = Label(text, by.source, author)
     new = [answer for answer in answers if not answer.was_kept]
     return Explanations(
         dict(sorted(labels.items())),
         dict(sorted(failures.items())),
         by.source,
-        model.name,
+        author,
         n_input=sum(answer.n_input for answer in new),
         n_output=sum(answer.n_output for answer in new),
         n_kept=len(answers) - len(new),
     )
+
+
+def _dollars(model: ChatModel) -> float | None:
+    """Return the US dollars that a chat model has spent until now, None if it does not know."""
+    return getattr(getattr(model, "spent", None), "dollars", None)
 
 
 def in_words(estimate: Estimate) -> str:
