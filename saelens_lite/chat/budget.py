@@ -28,7 +28,7 @@ class Spent(NamedTuple):
 
 
 class Budget:
-    """What is spent, and reserved for questions in progress. Several threads may use it.
+    """Tokens that are spent, and those reserved for questions in progress. Several threads may use it.
 
     A reservation is the estimate of a question and the longest answer that it allows. If questions turn out longer than their
     estimates, later reservations grow in the same proportion.
