@@ -31,7 +31,7 @@ CONTROLS = {  # fields of a score: their names for people
     "of_random_latent": "another latent's explanation",
     "shuffled": "shuffled answers",
 }
-HARD = {"hard": "with the nearest latent's contexts"}
+RESULTS = ("score", *CONTROLS, "hard")  # fields of a score that hold results
 
 OfLatents = dict[int, dict[Kind, LabelScore]]
 _Share = Annotated[float, Field(ge=0, le=1)]
@@ -175,8 +175,9 @@ def auroc_of(one: LabelScore | None) -> str:
 def in_words(one: LabelScore) -> str:
     """Return a score in one line, beside its controls."""
     parts = [f"AUROC {_short(one.score.auroc)}, balanced accuracy {_short(one.score.balanced_accuracy)}"]
-    named = CONTROLS | HARD
-    beside = [f"{named[name]} {getattr(one, name).auroc.value:.2f}" for name in named if getattr(one, name) is not None]
+    beside = [f"{told} {getattr(one, name).auroc.value:.2f}" for name, told in CONTROLS.items() if getattr(one, name)]
+    if one.hard is not None:
+        parts.append(f"AUROC with the contexts of the nearest latent: {_short(one.hard.auroc)}")
     if beside:
         parts.append(f"AUROC of controls: {', '.join(beside)}")
     if exceeds_controls(one) is False:
@@ -197,7 +198,7 @@ def _check(one: LabelScore, d_sae: int) -> None:
         raise UserError(f"a score is of latent {one.latent}; this dictionary has latents 0 to {d_sae - 1}")
     if one.kind not in KINDS:
         raise UserError(f"latent {one.latent}: {one.kind!r} is not a kind of score; expected {' or '.join(KINDS)}")
-    results = [judged for judged in (getattr(one, name) for name in ("score", *CONTROLS, *HARD)) if judged is not None]
+    results = [judged for judged in (getattr(one, name) for name in RESULTS) if judged is not None]
     for metric in (metric for judged in results for metric in (judged.auroc, judged.balanced_accuracy)):
         ends = (metric.low, metric.high) if metric.has_interval else ()
         if not all(0 <= x <= 1 for x in (metric.value, *ends)):
@@ -206,7 +207,7 @@ def _check(one: LabelScore, d_sae: int) -> None:
 
 def _line(one: LabelScore) -> dict[str, object]:
     """Return a score as an entry of the file."""
-    results = {name: _plain(judged) for name in ("score", *CONTROLS, *HARD) if (judged := getattr(one, name)) is not None}
+    results = {name: _plain(judged) for name in RESULTS if (judged := getattr(one, name)) is not None}
     return {name: getattr(one, name) for name in ("latent", "label", "kind", "judge", "n_firing", "n_silent")} | results
 
 
@@ -223,7 +224,7 @@ def _numbers(metric: Metric) -> list[float]:
 
 
 def _read(one: _Score) -> LabelScore:
-    results = {name: None if (of := getattr(one, name)) is None else _judged(of) for name in ("score", *CONTROLS, *HARD)}
+    results = {name: None if (of := getattr(one, name)) is None else _judged(of) for name in RESULTS}
     return LabelScore(one.latent, one.label, one.kind, one.judge, one.n_firing, one.n_silent, **results)
 
 
