@@ -24,6 +24,7 @@ from saelens_lite.terminal import visible
 
 SCORES_FILE = "scores.json"
 FORMAT = 1
+PATIENCE = 10.0  # seconds to wait for a process that is writing scores
 MOST = 80_000  # scores in a file, so that it can be read again
 KINDS: tuple[Kind, ...] = get_args(Kind)
 CONTROLS = {  # fields of a score: their names for people
@@ -116,7 +117,7 @@ def add_to_stored(path: Path, scores: Mapping[int, Mapping[Kind, LabelScore]], i
         ConfigError: the file has the scores of another dictionary.
         LockedError: another process is writing it.
     """
-    with locked(path, "scores", patience=10):
+    with locked(path, "scores", patience=PATIENCE):
         stored = stored_scores(path.parent, info)
         new = (one for kinds in scores.values() for one in kinds.values())
         write_scores(path, together(stored, new, info.d_sae), info.dictionary_sha256)
