@@ -6,6 +6,11 @@ from .addresses import load as load
 from .cache import ActivationCache as ActivationCache
 from .cache import ActivationStream as ActivationStream
 from .cache import capture as capture
+from .chat import Answer as Answer
+from .chat import ChatConfig as ChatConfig
+from .chat import Question as Question
+from .chat import chat_model as chat_model
+from .chat import local_chat_model as local_chat_model
 from .codes import SparseCodes as SparseCodes
 from .config import Origin as Origin
 from .config import StoreConfig as StoreConfig

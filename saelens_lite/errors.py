@@ -12,12 +12,17 @@ SaelensLiteError                 everything this library raises on purpose
 │   ├── PluginError              a plugin that is unknown, broken, restricted, or claimed twice
 │   ├── OutputExistsError        the output is already there
 │   ├── CorruptFileError         a file that is damaged, truncated or of another kind
-│   └── LockedError              another process is at work on the same output
+│   ├── LockedError              another process is at work on the same output
+│   └── BudgetError              questions to a chat model would cost more than its limit
+│       └── BudgetReachedError   the limit was reached in the middle; what is done is kept
 ├── HubError                     the Hugging Face Hub did not do what it was asked
 │   ├── HubNotFoundError         no such repository, revision or folder that you may see
 │   ├── HubAccessError           no token, or one that may not do this
 │   ├── HubConflictError         the repository has changed since it was read
 │   └── HubUnreachableError      no network, no answer, or a Hub in trouble
+├── ChatError                    the endpoint of a chat model did not do what it was asked
+│   ├── ChatAccessError          no key, one that may not do this, or no credit
+│   └── ChatUnreachableError     no network, a wrong address, or an endpoint in trouble
 ├── NonFiniteError               NaN or infinity where numbers were expected
 ├── ProcessLostError             one of several processes ended or does not answer
 └── DiskFullError                the disk is full
@@ -83,6 +88,14 @@ class LockedError(UserError):
     """Another process is at work on the same output."""
 
 
+class BudgetError(UserError):
+    """Questions to a chat model would cost more than the limit that it was given. Nothing was sent."""
+
+
+class BudgetReachedError(BudgetError):
+    """The limit of a chat model was reached in the middle. The answers until then are kept."""
+
+
 class HubError(SaelensLiteError):
     """The Hugging Face Hub, or another server of public files, refused or failed a request."""
 
@@ -105,6 +118,22 @@ class HubConflictError(HubError):
 
 class HubUnreachableError(HubError):
     """The Hub or another server cannot be reached, or does not answer as it should."""
+
+
+class ChatError(SaelensLiteError):
+    """The endpoint of a chat model refused a request, or has no such model."""
+
+    exit_code = 2
+
+
+class ChatAccessError(ChatError):
+    """The endpoint needs a key, the key does not have the permission, or the account has no credit."""
+
+
+class ChatUnreachableError(ChatError):
+    """The endpoint cannot be reached, or does not answer as it should."""
+
+    exit_code = 1
 
 
 class NonFiniteError(SaelensLiteError):

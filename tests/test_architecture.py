@@ -327,13 +327,13 @@ def test_public_names_and_training_load_no_heavy_library():
 
 def test_the_package_offers_these_names():
     assert sl.__all__ == sorted([
-        "Ablate", "ActivationCache", "ActivationStream", "Add", "Clamp", "Dictionary", "DiffReport", "EvalReport", "Exporter",
+        "Ablate", "ActivationCache", "ActivationStream", "Add", "Answer", "ChatConfig", "Clamp", "Dictionary", "DiffReport", "EvalReport", "Exporter",
         "ExporterConfig", "FeatureStore", "Format", "HookCheck", "Judge", "JudgeConfig", "LanguageModel", "LivePrompt",
         "Models",
-        "Logger", "Origin", "PenaltyConfig", "Port", "PublishedForm", "RuleConfig", "Run", "SaelensLiteError", "Scale",
+        "Logger", "Origin", "PenaltyConfig", "Port", "PublishedForm", "Question", "RuleConfig", "Run", "SaelensLiteError", "Scale",
         "SparseCoder", "SparseCodes", "Sparsity", "StoreConfig", "TextConfig", "TrainConfig", "__version__", "attribute",
-        "capture", "check_hook", "compare", "convert", "diff", "dose_response", "errors", "evaluate", "find", "fit", "judge",
-        "labels", "load", "load_model", "model_for", "probe", "prompt_view", "pull", "push", "python_docs", "register",
+        "capture", "chat_model", "check_hook", "compare", "convert", "diff", "dose_response", "errors", "evaluate", "find", "fit", "judge",
+        "labels", "load", "load_model", "local_chat_model", "model_for", "probe", "prompt_view", "pull", "push", "python_docs", "register",
         "resume", "stability", "train",
     ])  # fmt: skip
     assert dir(sl) == sl.__all__

@@ -1,10 +1,12 @@
 """Explanations from the contexts in which a latent fires: marked tokens, with their activations from 1 to 10."""
 
+from collections.abc import Iterator
+
 from pydantic import Field
 
 from saelens_lite import FeatureStore
 from saelens_lite.features import Example
-from saelens_lite.features.explainers import Question, Shown, TemplateConfig, TemplateExplainer, as_json, quoted
+from saelens_lite.features.explainers import Question, Shown, TemplateConfig, TemplateExplainer, quoted, quoted_text
 
 SCALE = 10
 
@@ -66,9 +68,19 @@ def context_line(example: Example, largest: float | None) -> str:
     """Return a context as a line of JSON, with the activations of its firing tokens if the largest of the latent is given."""
     context = f'{{"context": {quoted(example)}'
     if largest is not None:
-        firing = [[t, scaled(value, largest)] for t, value in zip(example.tokens, example.values, strict=True) if value > 0]
-        context += f', "activations": {as_json(firing)}'
+        firing = [f"[{quoted_text(token)}, {scaled(value, largest)}]" for token, value in firing_tokens(example)]
+        context += f', "activations": [{", ".join(firing)}]'
     return context + "}"
+
+
+def firing_tokens(example: Example) -> Iterator[tuple[str, float]]:
+    """Yield the tokens on which the latent fires. One without text counts for the token that completes its character."""
+    carried = 0.0
+    for token, value in zip(example.tokens, example.values, strict=True):
+        carried = max(carried, value)
+        if token and carried > 0:
+            yield token, carried
+        carried = carried if not token else 0.0
 
 
 def scaled(value: float, largest: float) -> int:

@@ -3,7 +3,7 @@
 from pydantic import Field
 
 from saelens_lite import FeatureStore
-from saelens_lite.features.explainers import Question, Shown, TemplateConfig, TemplateExplainer, as_json, quoted
+from saelens_lite.features.explainers import Question, Shown, TemplateConfig, TemplateExplainer, quoted, quoted_text
 
 
 class PromotedOptions(TemplateConfig):
@@ -30,7 +30,7 @@ class Promoted(TemplateExplainer):
     def question(self, store: FeatureStore, latent: int, shown: Shown) -> Question:
         n, model = self.config.n_tokens, self.config.of_model
         return self.rendered(
-            promoted=[as_json(token) for token, _ in store.promoted(latent, model)[:n]],
-            suppressed=[as_json(token) for token, _ in store.suppressed(latent, model)[:n]],
+            promoted=[quoted_text(token) for token, _ in store.promoted(latent, model)[:n]],
+            suppressed=[quoted_text(token) for token, _ in store.suppressed(latent, model)[:n]],
             contexts=[quoted(example) for example in shown.top[: self.config.n_contexts]],
         )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -20,47 +20,69 @@ class OfChat:
     Parameters
     ----------
     model
-        Name of the chat model, such as gpt-4o-mini; with --local, a Hugging Face Hub id or a folder.
+        Name of the chat model, such as gpt-4o-mini; with --local, "tiny", a Hugging Face Hub id, or a folder.
     base_url
-        Address of a server that speaks the OpenAI protocol, such as http://localhost:8000/v1; default: OpenAI's.
+        Address of a server that speaks the OpenAI protocol, such as http://localhost:8000/v1; default: OpenAI's. The key comes
+        from the environment variable OPENAI_API_KEY or from the keyring.
     local
-        Run the chat model here, with transformers.
+        Run the chat model on this computer, with transformers.
     concurrency
-        Questions that are asked at the same time.
+        Most questions at the same time; default: 8.
+    input_price
+        Price of a million input tokens in US dollars.
+    output_price
+        Price of a million output tokens in US dollars.
     max_dollars
-        Stop before more is spent. It needs known prices.
+        Most US dollars to spend; needs the prices.
     max_tokens
-        Stop before more tokens are read and written in all.
-    replies
-        Folder in which answers are kept, so that a repeated command does not ask again; default: one in the user's cache.
+        Most tokens to spend, input and output together.
+    answers
+        Folder of kept answers, so that a repeated command does not ask again; default: one in the folder for caches.
     """
 
     model: str | None = None
     base_url: str | None = None
     local: Flag = False
     concurrency: int | None = None
+    input_price: float | None = None
+    output_price: float | None = None
     max_dollars: float | None = None
     max_tokens: int | None = None
-    replies: Path | None = None
+    answers: Path | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that were given, by their names in `ChatConfig`."""
+        return given(
+            base_url=self.base_url,
+            concurrency=self.concurrency,
+            input_price=self.input_price,
+            output_price=self.output_price,
+            max_dollars=self.max_dollars,
+            max_tokens=self.max_tokens,
+            folder=None if self.answers is None else str(self.answers),
+        )
 
     def check(self) -> None:
-        """Raise ConfigError if the options do not go together. Nothing is loaded."""
+        """Raise ConfigError if a setting is missing or has a bad value. Nothing is loaded or asked."""
+        from saelens_lite.chat.settings import ChatConfig
+
         if self.model is None:
             raise ConfigError("no chat model: give --model, such as --model gpt-4o-mini")
-        if self.local and self.base_url is not None:
-            raise ConfigError("--local runs the model here, and --base-url names a server; give one of them")
+        ChatConfig(model=self.model, **self.settings)
+        if self.local and (useless := [name for name in self.settings if name != "folder"]):
+            raise ConfigError(
+                f"--{useless[0].replace('_', '-')} is for a server, and --local runs the model here; leave one out"
+            )
 
     def load(self) -> "ChatModel":
         """Return the chat model."""
         import saelens_lite as sl
 
         self.check()
-        settings = given(
-            concurrency=self.concurrency, max_dollars=self.max_dollars, max_tokens=self.max_tokens, replies=self.replies
-        )
         if self.local:
-            return sl.local_chat_model(self.model, **settings)
-        return sl.chat_model(self.model, base_url=self.base_url, **settings)
+            return sl.local_chat_model(self.model, folder=self.answers)
+        return sl.chat_model(self.model, **self.settings)
 
 
 ChatOptions = Annotated[OfChat, Parameter(name="*")]

@@ -23,8 +23,8 @@ saelens-lite compare runs/topk/dictionary runs/other-seed/dictionary     # which
 
 `store.search` ranks latents by the share of their top contexts with the text on the firing token, then near it; those with the
 text in their label come first. `store.latent(7)` sums up a latent. `quantile_examples` shows contexts of all strengths,
-`partners` the latents that fire together with it, `position_profile` the positions in a row at which it fires, and `detection`
-how well a label predicts where it fires, compared with a baseline of tokens. `sl.labels.from_neuronpedia(d)` reads the labels
+`partners` the latents that fire together with it, `position_profile` the positions in a row at which it fires, and `score`
+how well a judge who reads a label predicts where it fires, beside controls. `sl.labels.from_neuronpedia(d)` reads the labels
 of a public dictionary, and `store.label_all(labels)` adds them with their source and author.
 
 `FeatureStore.build([d1, d2], lm, text, out="stores")` reads the text once for several dictionaries, whatever its length. Codes
@@ -72,7 +72,9 @@ per_model.py for several models. store.py answers questions from these (summary.
 store_files.py reads and writes the files. search.py finds latents by text. compare.py matches the latents of two dictionaries.
 """
 
-from saelens_lite.features.detection import Detection, DetectionTask, Score, Scorer, token_baseline, words_of_label
+from saelens_lite.features.detection import DetectionTask, Scorer, token_baseline, words_of_label
+from saelens_lite.features.explaining.scores import Judged, LabelScore, Scores, Skipped
+from saelens_lite.features.explaining.scoring import ScoreConfig
 from saelens_lite.features.info import StoreInfo, weights_hash
 from saelens_lite.features.per_model import ModelTensors
 from saelens_lite.features.rows import ExampleRow, GroupRate
@@ -84,7 +86,6 @@ from saelens_lite.features.weights import LatentWeights, latent_weights
 
 __all__ = [
     "About",
-    "Detection",
     "DetectionTask",
     "Example",
     "ExampleGroup",
@@ -93,15 +94,19 @@ __all__ = [
     "FeatureTensors",
     "GroupRate",
     "Hit",
+    "Judged",
+    "LabelScore",
     "LatentSummary",
     "LatentWeights",
     "ModelSummary",
     "ModelTensors",
     "Partner",
     "PositionBin",
-    "Score",
+    "ScoreConfig",
     "Scorer",
+    "Scores",
     "SearchResult",
+    "Skipped",
     "StoreInfo",
     "latent_weights",
     "token_baseline",

@@ -17,9 +17,9 @@
     store.explain(range(20), by="rhyme", model=sl.chat_model("gpt-4o-mini"))
 
 A package names the class in the entry-point group `saelens_lite.explainers`. The text of a corpus may try to instruct the
-reader, so it is data: `quoted` writes a context as a JSON string in one line, with the firing tokens in « », `as_json` writes
-anything else, and `block` writes such lines as a fenced block, which no text in them can end. A `TemplateExplainer` has the
-words of its question in a file beside its module.
+reader, so it is data: `quoted` writes a context as a JSON string in one line, with the firing tokens in « », `quoted_text` any
+other text, and `block` puts such lines into a fenced block, which no text in them can end. A `TemplateExplainer` has the words
+of its question in a file beside its module.
 """
 
 import sys
@@ -32,7 +32,7 @@ from saelens_lite.chat import Answer, Question
 from saelens_lite.config import FrozenConfig
 from saelens_lite.features.explaining.answers import explanation_in
 from saelens_lite.features.explaining.halves import Shown
-from saelens_lite.features.explaining.quoting import as_json, block, quoted
+from saelens_lite.features.explaining.quoting import block, quoted, quoted_text
 from saelens_lite.features.explaining.template import Template
 from saelens_lite.features.queries import StoreQueries
 
@@ -43,9 +43,9 @@ __all__ = [
     "Shown",
     "TemplateConfig",
     "TemplateExplainer",
-    "as_json",
     "block",
     "quoted",
+    "quoted_text",
 ]
 SCHEMA = {
     "type": "object",

@@ -13,7 +13,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import AfterValidator, Field
 
 from saelens_lite.errors import ConfigError, CorruptFileError, UserError
-from saelens_lite.evaluation.metrics import Metric
+from saelens_lite.evaluation.sums import Metric
 from saelens_lite.features.explaining.scores import Judged, Kind, LabelScore
 from saelens_lite.features.info import StoreInfo
 from saelens_lite.features.store_files import read_info

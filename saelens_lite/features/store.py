@@ -22,8 +22,10 @@ from saelens_lite.features.build import Numbers, StorePlan
 from saelens_lite.features.codes import CODES_FILE, CodesTable, check_extra
 from saelens_lite.features.collect import working_folder
 from saelens_lite.features.compare import STABILITY_FILE, Stability
-from saelens_lite.features.detection import Detection, Scorer, detection
+from saelens_lite.features.detection import Scorer
 from saelens_lite.features.explaining.explain import Explanations, explain, explainer, question_about
+from saelens_lite.features.explaining.scores import Scores
+from saelens_lite.features.explaining.scoring import ScoreConfig, questions_of, score
 from saelens_lite.features.exporters import export
 from saelens_lite.features.info import StoreInfo
 from saelens_lite.features.label import Label
@@ -357,19 +359,44 @@ class FeatureStore(StoreQueries):
             write_scores(path, self.label_scores, self.info.dictionary_sha256)
         return path
 
-    def detection(self, latent: int, scorer: Scorer | None = None) -> Detection:
-        """Score how well the label of a latent predicts in which contexts it fires, beside a baseline of tokens.
+    def score(
+        self,
+        latents: Iterable[int] | None = None,
+        *,
+        model: ChatModel | Scorer,
+        config: ScoreConfig | None = None,
+        **settings: Any,
+    ) -> Scores:
+        """Score labels: a judge who reads them says in which contexts, and on which tokens, their latents fire.
+
+        The contexts are those that explainers do not see. Beside each score are those of controls on the same contexts: the
+        token baseline, another latent's explanation, and the words of the explanation in another order; see `LabelScore`. In a
+        store with `codes=True`, the judge must also tell the latent from the nearest one. Call `record_scores` to keep them.
 
         Args:
-            scorer: Judge that reads the label, such as a client of a language model. By default the latent is said to fire in
-                contexts that have a word of the label (`words_of_label`).
+            latents: Latents to score; default: all with a label.
+            model: The judge: a chat model such as `sl.chat_model("gpt-4o-mini")`, or a function such as `words_of_label`.
+            config: Settings, by default those of `ScoreConfig()`.
+            settings: Fields of `ScoreConfig` by name, which replace those of `config`, such as `kinds=("detection",)`.
 
         Raises:
-            UserError: there is no such latent; the store has no text; too few contexts; the scorer does not return a finite
-                number for each context.
+            ConfigError: a setting is unknown or out of range; `model` is neither a chat model nor a function.
+            UserError: there is no such latent; the store was built from activations; a function does not return a finite number
+                for each context.
+            BudgetError: the questions would cost more than the limit of the model.
+            ChatError: the endpoint cannot be reached, or refuses the questions.
         """
-        self.info.check_text("detection scores")
-        return detection(self, latent, scorer)
+        return score(self, latents, model, (config or ScoreConfig()).replace(**settings))
+
+    def score_questions(
+        self, latents: Iterable[int] | None = None, config: ScoreConfig | None = None, **settings: Any
+    ) -> list[Question]:
+        """Return all questions that `score` asks, without asking them, for `model.estimate` or to read.
+
+        Raises:
+            ConfigError, UserError: as for `score`.
+        """
+        return questions_of(self, latents, (config or ScoreConfig()).replace(**settings))
 
     def explain(
         self,

@@ -1,5 +1,6 @@
 """Two halves of a latent's contexts: an explanation is made from one half and scored on the other."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from saelens_lite.features.queries import StoreQueries
@@ -34,16 +35,37 @@ def shown_contexts(store: StoreQueries, latent: int) -> Shown:
 
 
 def held_out_contexts(store: StoreQueries, latent: int) -> list[HeldOut]:
-    """Return the other half, with silent contexts, in the order of the text. None of them overlaps with a shown one."""
-    shown = shown_contexts(store, latent).all
-    kinds = {TOP: store.top_examples(latent)}
-    kinds |= {number: group.examples for number, group in enumerate(store.quantile_examples(latent))}
+    """Return the other half, with those drawn from all activations and silent ones, in the order of the text.
+
+    None of them overlaps with a shown one or has the same text, and no two have the same text.
+    """
+    groups = store.quantile_examples(latent)
+    kinds = {TOP: store.top_examples(latent)} | {number: group.examples for number, group in enumerate(groups)}
     held_out = [HeldOut(example, kind) for kind, examples in kinds.items() for example in examples[1::2]]
+    for example in store.random_examples(latent):
+        held_out.append(HeldOut(example, min(sum(example.value < group.low for group in groups), len(groups) - 1)))
     held_out += [HeldOut(example, None) for example in store.silent_examples(latent)]
-    reach = sum(store.info.window)
-    apart: dict[tuple[int, int], HeldOut] = {}
-    for one in held_out:
-        row, position = one.example.row, one.example.position
-        if not any(other.row == row and abs(other.position - position) <= reach for other in shown):
-            apart.setdefault((row, position), one)
-    return [apart[place] for place in sorted(apart)]
+    places = {(one.example.row, one.example.position): one for one in reversed(held_out)}
+    apart = apart_from(shown_contexts(store, latent).all, (one.example for one in places.values()), sum(store.info.window))
+    by_text = {example.tokens: places[example.row, example.position] for example in sorted(apart, key=_place, reverse=True)}
+    return sorted(by_text.values(), key=lambda one: _place(one.example))
+
+
+def apart_from(shown: Iterable[Example], examples: Iterable[Example], reach: int) -> list[Example]:
+    """Return the contexts that do not overlap with a shown one and do not have the text of one.
+
+    Args:
+        reach: positions that two contexts of one row may be apart and still overlap.
+    """
+    shown = list(shown)
+    texts = {one.tokens for one in shown}
+    return [
+        one
+        for one in examples
+        if one.tokens not in texts
+        and not any(other.row == one.row and abs(other.position - one.position) <= reach for other in shown)
+    ]
+
+
+def _place(example: Example) -> tuple[int, int]:
+    return example.row, example.position

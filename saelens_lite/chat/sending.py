@@ -1,0 +1,192 @@
+"""One call to an endpoint: several requests at a time, repeated after faults, until all is answered, paid or stopped."""
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+
+from saelens_lite.chat.budget import Budget, Size
+from saelens_lite.chat.connection import Connection, LostReply, UnfitQuestion
+from saelens_lite.chat.contract import Answer, Question
+from saelens_lite.chat.kept import Asked, KeptAnswers
+from saelens_lite.chat.waits import wait_before
+from saelens_lite.errors import BudgetReachedError, ChatUnreachableError, SaelensLiteError
+
+CONNECTS = 3  # attempts to connect to an endpoint that has never answered
+IN_A_ROW = 10  # questions that fail one after another before the endpoint counts as unreachable
+GRACE = 2.0  # seconds that requests in progress get after Ctrl-C
+POLL = 0.02
+
+
+class Waiting(dict[str, tuple[Asked, Question, Size]]):
+    """Questions without an answer, by key: all that decides the answer, the question, and the estimate."""
+
+
+class Call:
+    """The state of a call. `answers` grows while it runs; `error` ends it early."""
+
+    def __init__(self, connection: Connection, budget: Budget, kept: KeptAnswers, waiting: Waiting, advance: Callable):
+        self.connection, self.budget, self.kept, self.advance = connection, budget, kept, advance
+        self.config = connection.config
+        self.waiting, self._todo = waiting, deque(waiting)
+        self.answers: dict[str, Answer] = {}
+        self.error: SaelensLiteError | None = None
+        self._has_answered = False  # the endpoint, with any status
+        self._n_lost_in_a_row = 0
+        self._open_at = 0.0  # no request before this moment, as the server demands
+        self._is_stopped = False  # by Ctrl-C
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def run(self) -> Mapping[str, Answer]:
+        """Ask all questions and return the answers by key. After an error or Ctrl-C, `answers` has those until then.
+
+        The event loop has its own thread, because a notebook already runs one, and so that Ctrl-C interrupts only the wait.
+        """
+        raised: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                asyncio.run(self._run())
+            except asyncio.CancelledError:
+                pass
+            except BaseException as error:
+                raised.append(error)
+
+        thread = threading.Thread(target=work, name="saelens_lite chat", daemon=True)
+        thread.start()
+        try:
+            _join(thread)
+        except KeyboardInterrupt:
+            self._stop(GRACE)
+            try:
+                _join(thread)
+            except KeyboardInterrupt:
+                self._stop(0.0)
+                _join(thread)
+            raise
+        if raised or self.error:
+            raise raised[0] if raised else self.error  # type: ignore[misc]
+        return self.answers
+
+    def _stop(self, grace: float) -> None:
+        """Send nothing more, and give requests in progress some seconds."""
+
+        def stop() -> None:
+            self._closing.set()
+            self._loop.call_later(grace, lambda: [task.cancel() for task in self._workers])  # type: ignore[union-attr]
+
+        self._is_stopped = True
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the loop has just ended
+                self._loop.call_soon_threadsafe(stop)
+
+    async def _run(self) -> None:
+        self._closing = asyncio.Event()
+        async with self.connection:
+            n = min(self.config.concurrency, len(self._todo))
+            self._workers = [asyncio.create_task(self._work()) for _ in range(n)]
+            self._loop = asyncio.get_running_loop()
+            if self._is_stopped:
+                self._closing.set()
+            await asyncio.gather(*self._workers)
+
+    async def _work(self) -> None:
+        while self._todo and not self._closing.is_set():
+            key = self._todo.popleft()
+            asked, question, size = self.waiting[key]
+            answer = self.kept.get(key)  # of another process, meanwhile
+            try:
+                answer = answer or await self._ask(asked, question, size)
+            except SaelensLiteError as error:
+                self.error = self.error or error
+                self._closing.set()
+                return
+            if answer is None:  # stopped
+                return
+            self.answers[key] = answer
+            self.advance(1)
+
+    async def _ask(self, asked: Asked, question: Question, size: Size) -> Answer | None:
+        """Return the answer to a question after as many attempts as the settings allow; None if the call is stopped."""
+        n, lost = 0, LostReply("", "silent")
+        while n <= self.config.retries:
+            if n and not await self._wait(self._pause(n - 1, lost)):
+                return None
+            if not await self._wait(max(0.0, self._open_at - time.monotonic())):
+                return None
+            reserved = await self._reserve(size)
+            if reserved is None:
+                return None
+            used, estimated = Size(0, 0), None
+            try:
+                answer = await self.connection.answer(question, size.n_input)
+                used, estimated = Size(answer.n_input, answer.n_output), size.n_input
+                self._has_answered, self._n_lost_in_a_row = True, 0
+                self.kept.put(asked, answer)
+                return answer
+            except UnfitQuestion as error:
+                self._has_answered = True
+                return Answer(None, str(error))
+            except LostReply as error:
+                lost = error
+                used = reserved if lost.may_be_paid else used
+                self._has_answered |= lost.is_answered
+                n += 1
+                if lost.is_unconnected and not self._has_answered and n >= CONNECTS:
+                    break
+            except asyncio.CancelledError:
+                used = reserved
+                raise
+            finally:
+                self.budget.settle(reserved, used, estimated)
+            if self._closing.is_set():
+                return None
+        self._n_lost_in_a_row += 1
+        if not self._has_answered or self._n_lost_in_a_row >= IN_A_ROW:
+            raise ChatUnreachableError(
+                f"{self.config.base_url} does not answer as it should: {lost}; check the address and the server"
+            )
+        return Answer(None, f"{lost}, {n} times" if n > 1 else str(lost))
+
+    def _pause(self, n: int, lost: LostReply) -> float:
+        """Return the wait before a repetition. A wait that the server demands holds for all questions."""
+        if lost.after is not None:
+            if lost.after > self.config.longest_wait:
+                raise ChatUnreachableError(
+                    f"{self.config.base_url} demands a wait of {lost.after:,.0f} seconds ({lost}), more than longest_wait = "
+                    f"{self.config.longest_wait:g}"
+                )
+            self._open_at = max(self._open_at, time.monotonic() + lost.after)
+        return wait_before(n, self.config.backoff, self.config.longest_wait, lost.after)
+
+    async def _reserve(self, size: Size) -> Size | None:
+        """Reserve the tokens of a question; None if the call is stopped.
+
+        Raises:
+            BudgetReachedError: they would pass a limit, also when no request is in progress.
+        """
+        while not self._closing.is_set():
+            if reserved := self.budget.reserve(size):
+                return reserved
+            if not self.budget.in_progress:
+                raise BudgetReachedError(f"the next question could pass {self.budget.limit_passed_by(size)}")
+            await asyncio.sleep(POLL)
+        return None
+
+    async def _wait(self, seconds: float) -> bool:
+        """Wait, and return whether the call still runs."""
+        if seconds <= 0:
+            return not self._closing.is_set()
+        try:
+            await asyncio.wait_for(self._closing.wait(), seconds)
+        except TimeoutError:
+            return True
+        return False
+
+
+def _join(thread: threading.Thread) -> None:
+    """Wait for a thread. Ctrl-C interrupts that at once."""
+    while thread.is_alive():
+        thread.join(0.2)
