@@ -62,7 +62,7 @@ def score(
 
 
 FULL = [
-    score(3, "by a model", hard=judged(0.6), judge="a judge"),
+    score(3, "by a model", hard=judged(0.6), n_hard=9, recall=(1.0, None, 0.25), is_graded=True, made_elsewhere=True),
     score(3, "by a model", 0.72, "fuzzing", judge="another"),
     score(5, "mine", 0.55, by_tokens=None, of_random_latent=None, shuffled=None),
 ]
@@ -186,6 +186,7 @@ def line(**changes) -> dict:
     [
         [line(latent=D_SAE)], [line(latent=-1)], [line(latent="3")], [line(latent=2**70)], [line(kind="truth")],
         [line(judge=None)], [line(judge="j" * (1 << 17))], [line(n_firing=1.5)], [line(more=1)], [line(), line()],
+        [line(recall=[2.0])], [line(recall=[0.5] * 1001)], [line(is_graded=1)], [line(n_hard=-1)],
         {"3": line()},
         [line(score={"auroc": [0.9], "balanced_accuracy": [0.5, 0.4], "n_unusable": 0})],
         [line(score={"auroc": [2], "balanced_accuracy": [0.5], "n_unusable": 0})],
@@ -225,31 +226,29 @@ def test_scores_of_another_dictionary_and_links_out_of_the_store_are_refused(sto
 
 
 @pytest.mark.parametrize(
-    ("auroc", "half", "controls", "verdict"),
+    ("auroc", "by_tokens", "of_random_latent", "verdict"),
     [
-        (0.9, 0.05, (0.7, 0.5, 0.4), True),
-        (0.74, 0.05, (0.7, 0.5, 0.4), False),  # only the value is above
-        (0.74, None, (0.7, 0.5, 0.4), True),
-        (0.9, 0.05, (0.5, 0.5, 0.86), False),  # any control counts
-        (0.9, 0.05, (None, 0.5, None), True),
-        (0.9, 0.05, (None, None, None), None),
+        (0.9, 0.7, 0.5, True),
+        (0.75, 0.7, 0.5, False),  # only the value is better: √(0.05² + 0.05²) > 0.05
+        (0.9, 0.5, 0.86, False),  # each control counts
+        (0.9, None, 0.5, True),
+        (0.9, None, None, None),
     ],
 )
-def test_a_score_exceeds_its_controls_if_its_interval_is_above_the_largest(auroc, half, controls, verdict):
-    results = [None if value is None else judged(value) for value in controls]
-    one = LabelScore(1, "x", "detection", "j", 5, 5, judged(auroc, half=half), *results, hard=judged(0.99))
+def test_a_score_exceeds_its_controls_if_the_difference_to_each_is_above_zero(auroc, by_tokens, of_random_latent, verdict):
+    results = [None if value is None else judged(value) for value in (by_tokens, of_random_latent)]
+    one = LabelScore(1, "x", "detection", "j", 5, 5, judged(auroc), *results, shuffled=judged(0.99), hard=judged(0.99))
     assert exceeds_controls(one) is verdict
 
 
 def test_cards_show_scores_beside_controls(scored):
     text = " ".join(str(scored.latent(3)).split())
     assert "detection AUROC 0.90 [0.85, 0.95], balanced accuracy 0.80 [0.75, 0.85]" in text
-    assert (
-        "AUROC of controls: token baseline 0.70, another latent's explanation 0.50, shuffled answers 0.40; judge a judge"
-        in text
+    beside = (
+        "against the nearest latent 0.60, token baseline 0.70, another latent's explanation 0.50, its words in another order"
     )
-    assert "contexts of the nearest latent: 0.60" in text
-    assert text.count("not above its controls") == 1  # fuzzing: 0.72 [0.67, …] beside 0.70
+    assert f"AUROC beside it: {beside} 0.40; the label may have been made from these contexts; judge a judge" in text
+    assert text.count("not better than: token baseline;") == 1  # fuzzing: 0.72 [0.67, …] beside 0.70
     html = scored.latent(3)._repr_html_()
     assert "AUROC 0.90 [0.85, 0.95]" in html
     assert "not scored" in str(scored.latent(8))
@@ -276,12 +275,12 @@ def test_the_command_lists_labels_with_their_scores(scored, command):
     assert rows["5"].split()[-1] == "0.55"
     assert "gpt-4o-mini, max_act 1" in rows["3"]
     assert rows["8"].split()[-1] == "1"  # the end of max_act 1: no score
-    assert "* not above its controls" in shown
+    assert "* not better than a control" in shown
     one = command("label", scored.folder, 3).out
     assert "latent 3: by a model" in one
     assert "detection: AUROC 0.90" in one
     assert command("label", scored.folder, 8).out.strip() == "latent 8: not scored"
-    assert "not above its controls" in command("latent", scored.folder, 3).out
+    assert "not better than: token baseline" in " ".join(command("latent", scored.folder, 3).out.split())
 
 
 def test_labels_that_were_read_with_their_scores(scored, d, tmp_path):
@@ -336,6 +335,7 @@ def test_the_page_has_the_scores_beside_their_controls(scored, tmp_path):
     assert (judges[one["judge"]], one["n"], one["above"]) == ("a judge", [20, 30], True)
     assert scores["3"]["fuzzing"]["above"] is False
     assert scores["5"]["detection"]["above"] is None
+    assert (one["elsewhere"], scores["5"]["detection"]["elsewhere"]) == (True, False)
     assert "by_tokens" not in scores["5"]["detection"]
     scored.label(3, "another")
     assert page(scored, tmp_path / "features.html")[1].words["scores"].keys() == {"5"}

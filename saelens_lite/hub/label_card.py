@@ -13,11 +13,10 @@ import numpy as np
 
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError
-from saelens_lite.features.explaining.scores import Judged, Kind, LabelScore
+from saelens_lite.features.explaining.scores import RESULTS, Judged, Kind, LabelScore
 from saelens_lite.features.info import weights_hash
 from saelens_lite.features.label import origin_of
 from saelens_lite.features.label_scores import (
-    CONTROLS,
     SCORES_FILE,
     OfLatents,
     current,
@@ -32,7 +31,7 @@ from saelens_lite.markdown import cell, one_line
 LABEL_FILES = (LABELS_FILE, SCORES_FILE)
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 MOST_AUTHORS = 5
-ROWS = {"score": "labels", "hard": "labels, with contexts of the nearest latent"} | CONTROLS
+ROWS = RESULTS | {"score": "the label", "hard": "the label, against the nearest latent"}
 
 
 class PublishedLabels(NamedTuple):
@@ -92,18 +91,22 @@ def _of_kind(kind: Kind, scores: OfLatents) -> str:
     table = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", *filter(None, rows)]
     verdicts = [exceeds_controls(one) for one in ones]
     n_compared, unusable = len(verdicts) - verdicts.count(None), sum(one.score.n_unusable for one in ones)
-    told = (
-        f"{verdicts.count(True):,} of {n_compared:,} labels are above all their controls: the lower end of the 95 % interval "
-        "of the AUROC is above the largest AUROC of a control."
-    )
+    told = [
+        f"{verdicts.count(True):,} of {n_compared:,} labels are better than the token baseline and another latent's "
+        "explanation: the 95 % interval of the difference of AUROCs is above zero."
+        if n_compared
+        else "The labels were not compared with a control."
+    ]
+    told += [f"{unusable:,} contexts got no usable answer and count as wrong."] * (unusable > 0)
+    if n_elsewhere := sum(one.made_elsewhere for one in ones):
+        told.append(f"{n_elsewhere:,} labels may have been made from the contexts that they are scored on.")
     return "\n".join(
         [
             f"**{kind.capitalize()}** (judge: {judges}), quantiles over latents:",
             "",
             *table,
             "",
-            (told if n_compared else "No control was measured.")
-            + f" {unusable:,} answers of the judge were unusable and count as wrong." * (unusable > 0),
+            " ".join(told),
         ]
     )
 

@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from saelens_lite.evaluation.metrics import Metric
+from saelens_lite.evaluation.sums import Metric
 from saelens_lite.features.dashboard.models import Diff, of_models
-from saelens_lite.features.explaining.scores import LabelScore
+from saelens_lite.features.explaining.scores import RESULTS, LabelScore
 from saelens_lite.features.label import origin_of
-from saelens_lite.features.label_scores import RESULTS, exceeds_controls
+from saelens_lite.features.label_scores import exceeds_controls
 from saelens_lite.features.queries import StoreQueries
 
 N_CONTROL = 5  # contexts of a latent on the model with shuffled weights
@@ -183,8 +183,13 @@ def _scores(store: StoreQueries) -> tuple[dict[int, dict[str, Any]], list[str]]:
 
 def _score(one: LabelScore, judges: list[str]) -> dict[str, Any]:
     """Return a score as plain data: of each result the AUROC and the balanced accuracy with the ends of their intervals."""
-    results = {name: getattr(one, name) for name in RESULTS if getattr(one, name) is not None}
-    facts = {"judge": judges.index(one.judge), "n": [one.n_firing, one.n_silent], "above": exceeds_controls(one)}
+    results = {name: of for name in RESULTS if (of := getattr(one, name)) is not None}
+    facts = {
+        "judge": judges.index(one.judge),
+        "n": [one.n_firing, one.n_silent],
+        "above": exceeds_controls(one),
+        "elsewhere": one.made_elsewhere,
+    }
     return facts | {
         name: [*_rounded(judged.auroc), *_rounded(judged.balanced_accuracy), judged.n_unusable]
         for name, judged in results.items()

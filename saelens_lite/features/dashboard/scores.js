@@ -1,21 +1,21 @@
 // Scores of labels, beside their controls. Latents without a score have no entry in `scores`.
 const SERIES = {
   score: ["this label", "a judge reads the label and says in which contexts the latent fires"],
-  hard: ["this label, hard", "the silent contexts are those in which the nearest latent fires"],
-  by_tokens: ["token baseline", "control: no label, only the tokens on which the latent fires in the other half of its contexts"],
-  of_random_latent: ["another latent's label", "control: the judge reads the label of another latent"],
-  shuffled: ["shuffled answers", "control: the judge's answers in random order"],
+  hard: ["this label, hard", "contexts in which the nearest latent fires take the place of the silent ones"],
+  by_tokens: ["token baseline", "control: in place of the label, the tokens at the peaks of the contexts from which labels are made"],
+  of_random_latent: ["another latent's label", "control: the judge reads the label of another latent, drawn at random"],
+  shuffled: ["words in another order", "the judge reads the words of the label in another order; a good label in keywords scores as high, so this is no bar to pass"],
 };
 const KINDS_OF_SCORE = {detection: "contexts in which the latent fires, among others", fuzzing: "contexts with the right tokens marked, among those with wrong ones"};
 const MEANING = "AUROC: 0.5 is chance, 1 is perfect";
-const NOT_ABOVE = "not above its controls: the lower end of the score's interval is not above the largest control";
+const NOT_ABOVE = "not better than a control (the token baseline, another latent's label): the 95 % interval of the difference reaches zero";
 const scoreOf = (i, kind) => scores[i]?.[kind];
 const isScored = i => scores[i] !== undefined;
 const kindsOfScore = () => Object.keys(KINDS_OF_SCORE).filter(kind => Object.values(scores).some(one => one[kind]));
 const auroc = result => result[0];
 const interval = (result, at) => result[at + 1] === null ? "" : `[${fixed(result[at + 1])}, ${fixed(result[at + 2])}]`;
 
-// The columns of the list. A label without a score says so; an asterisk marks a score that is not above its controls.
+// The columns of the list. A label without a score says so; an asterisk marks a score that is not better than a control.
 const SCORE_COLUMNS = Object.entries(KINDS_OF_SCORE).map(([kind, meaning]) => ({
   key: kind, tip: `${kind} of ${meaning}; ${MEANING}; * ${NOT_ABOVE}`, width: "5.9rem", numeric: true,
   there: () => kindsOfScore().includes(kind), value: i => scoreOf(i, kind)?.score[0] ?? NaN, cell: i => scoreCell(i, kind),
@@ -27,8 +27,8 @@ function scoreCell(i, kind) {
   return [make("span", {class: one.above === false ? "doubt" : "", "data-tip": told}, `${fixed(auroc(one.score))}${one.above === false ? "*" : ""}`)];
 }
 
-// Buttons that leave the latents in the list whose label is above its controls, not above them, or not scored.
-const VERDICTS = [["above controls", above => above.every(is => is === true)], ["not above controls", above => above.includes(false)],
+// Buttons that leave the latents in the list whose label is better than its controls, not better, or not scored.
+const VERDICTS = [["better than controls", above => above.every(is => is === true)], ["not better than controls", above => above.includes(false)],
   ["without controls", () => true]];
 function verdict(i) {
   if (!isScored(i)) return label(i) ? VERDICTS.length : -1;
@@ -84,9 +84,10 @@ function scoreCards(i) {
   return grid(of.length > 1 ? "halves" : "", ...of.map(([kind, one]) => {
     const rows = Object.entries(SERIES).filter(([name]) => one[name]).map(([name, told]) => resultRow(told, one[name], name));
     const section = measured(`Label's score: ${kind}`, "AUROC · balanced accuracy", `${MEANING} · the mean of the accuracies on firing and silent contexts`, ...rows);
-    if (one.above === false) section.append(make("p", {class: "doubt"}, "Not above its controls: nothing shows that this label says more about the latent than they do."));
-    const unusable = one.score[6] ? `; ${whole(one.score[6])} unusable answers, counted as wrong` : "";
-    section.append(make("p", {class: "soft"}, `${one.above === null ? "No control was measured. " : ""}Judge ${named(judges[one.judge])}; ${KINDS_OF_SCORE[kind]}: ${whole(one.n[0])} with firing, ${whole(one.n[1])} without${unusable}. Intervals are 95 %.`));
+    if (one.above === false) section.append(make("p", {class: "doubt"}, "Not better than a control: nothing shows that this label says more about the latent than the token baseline or another latent's label."));
+    const unusable = one.score[6] ? `; ${whole(one.score[6])} contexts without a usable answer, counted as wrong` : "";
+    if (one.elsewhere) section.append(make("p", {class: "soft"}, "The label may have been made from these very contexts."));
+    section.append(make("p", {class: "soft"}, `${one.above === null ? "Not compared with a control. " : ""}Judge ${named(judges[one.judge])}; ${KINDS_OF_SCORE[kind]}: ${whole(one.n[0])} with firing, ${whole(one.n[1])} without${unusable}. Intervals are 95 %.`));
     return section;
   }));
 }
