@@ -498,7 +498,7 @@ def test_ctrl_c_keeps_what_is_in_progress_unless_it_comes_twice(server, connect,
 def test_faulty_runs_lose_nothing_and_pay_nothing_twice(seed, kind):
     outcome = chat_faults.one_run(kind, seed, n=20, timeout=1.0)
     assert not chat_faults.is_bad(kind, outcome)
-    assert outcome.counts["faults"] > 5
+    assert outcome.counts["faults"] > 0
     assert outcome.counts["paid"] >= outcome.counts["delivered"] >= 20
     assert (outcome.counts["stops"] > 0) == (kind != "faults")
 
