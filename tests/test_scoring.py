@@ -80,7 +80,7 @@ def test_planted_latents_score_near_one_and_random_ones_near_a_half(store, judge
         assert sum(one.score.auroc.value for one in planted) >= 0.95 * N
         assert min(one.hard.auroc.value for one in planted) >= 0.9
         assert sum(one.score.auroc.value for one in others) / N == pytest.approx(0.5, abs=0.07)
-        assert sum(one.of_random_latent.auroc.value for one in planted) / N < 0.7
+        assert sum(one.of_random_latent.auroc.value for one in planted) / N < 0.8
         assert all("another latent's explanation" in one.not_better_than for one in others)
         assert not any("another latent's explanation" in one.not_better_than for one in planted)
         assert all(one.is_graded and one.n_firing == one.n_silent and one.score.n_unusable == 0 for one in of)
@@ -359,7 +359,7 @@ def test_the_command_writes_scores_beside_the_labels(folder, judge, command, tmp
     assert "new questions" in said.out
     assert "token baseline" in said.out
     stored = sl.FeatureStore.load(folder).label_scores
-    assert {latent: list(kinds) for latent, kinds in stored.items()} == dict.fromkeys((0, 6), ["detection", "fuzzing"])
+    assert {latent: list(kinds) for latent, kinds in stored.items()} == {i: ["detection", "fuzzing"] for i in (0, 6)}
     assert stored[0]["detection"].score.auroc.value >= 0.9
     assert stored[0]["detection"].judge == "rules"
     n_paid = judge.paid.total()
