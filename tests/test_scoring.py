@@ -82,7 +82,8 @@ def test_planted_latents_score_near_one_and_random_ones_near_a_half(store, judge
         assert sum(one.score.auroc.value for one in others) / N == pytest.approx(0.5, abs=0.07)
         assert sum(one.of_random_latent.auroc.value for one in planted) / N < 0.8
         assert all("another latent's explanation" in one.not_better_than for one in others)
-        assert not any("another latent's explanation" in one.not_better_than for one in planted)
+        if kind == "fuzzing":  # contexts of one class often have others too, but not at the same tokens
+            assert not any("another latent's explanation" in one.not_better_than for one in planted)
         assert all(one.is_graded and one.n_firing == one.n_silent and one.score.n_unusable == 0 for one in of)
         rows = [spread for spread in scores.summary() if spread.kind == kind]
         assert rows[0].result == "the explanation"
