@@ -143,7 +143,7 @@ def _label_score(store: StoreQueries, task: _Task, verdicts: Mapping[str, Verdic
         sum(trial.fires for trial in trials),
         len(easy) - sum(trial.fires for trial in trials),
         judged(own, easy, False),
-        by_tokens=judged(_by_tokens(store, task.sheets["score"]), easy, True),
+        by_tokens=judged(by_tokens(store, task.sheets["score"]), easy, True),
         **{name: judged(given, easy, True) for name, given in verdicts.items() if name != "score"},
         hard=judged(own, hard, False) if n_hard else None,
         n_hard=n_hard,
@@ -190,7 +190,7 @@ def _recall(trials: Sequence[Posed], verdicts: Verdicts, group: int) -> float | 
     return sum(recognised) / len(recognised) if recognised else None
 
 
-def _by_tokens(store: StoreQueries, sheet: Sheet) -> Verdicts:
+def by_tokens(store: StoreQueries, sheet: Sheet) -> Verdicts:
     """Return the verdicts of the token baseline, which tells tokens apart by the texts of single tokens."""
 
     def single(example: Example) -> Example:
