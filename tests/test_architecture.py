@@ -34,9 +34,9 @@ ORDER = [
     "names",
     "loggers",
     "training",
-    "synthetic",
     "estimator",
     "evaluation",
+    "synthesis",
     "features",
     "diffing",
     "interventions",
@@ -331,10 +331,10 @@ def test_the_package_offers_these_names():
         "ExporterConfig", "FeatureStore", "Format", "HookCheck", "Judge", "JudgeConfig", "LanguageModel", "LivePrompt",
         "Models",
         "Logger", "Origin", "PenaltyConfig", "Port", "PublishedForm", "RuleConfig", "Run", "SaelensLiteError", "Scale",
-        "SparseCoder", "SparseCodes", "Sparsity", "StoreConfig", "TextConfig", "TrainConfig", "__version__", "attribute",
+        "SparseCoder", "SparseCodes", "Sparsity", "StoreConfig", "Synthetic", "SyntheticReport", "TextConfig", "TrainConfig", "__version__", "attribute",
         "capture", "check_hook", "compare", "convert", "diff", "dose_response", "errors", "evaluate", "find", "fit", "judge",
         "labels", "load", "load_model", "model_for", "probe", "prompt_view", "pull", "push", "python_docs", "register",
-        "resume", "stability", "train",
+        "resume", "stability", "synthetic", "train",
     ])  # fmt: skip
     assert dir(sl) == sl.__all__
 
