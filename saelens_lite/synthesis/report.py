@@ -56,9 +56,7 @@ class SyntheticReport(Result):
     def columns(self) -> dict[str, list[Any]]:
         """Return the measures of the dictionary and of its controls, a row for each dictionary."""
         reports = self._reports()
-        return {"dictionary": list(reports)} | {
-            name: [report[name] for report in reports.values()] for name in self.metrics
-        }
+        return {"dictionary": list(reports)} | {name: [report[name] for report in reports.values()] for name in self.metrics}
 
     def _reports(self) -> "dict[str, SyntheticReport]":
         return {"dictionary": self, **(self.controls or {})}

@@ -15,6 +15,7 @@ that fire, one is kept, each with equal chance.
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -41,27 +42,27 @@ class Sampler:
     def __init__(self, features: PlantedFeatures, exclusive: bool, scale_children: bool):
         self.features, self.exclusive, self.scale_children = features, exclusive, scale_children
         f = features
+        rest = f.rest[:, None]
+        self.weights = torch.cat([f.factor / rest, -f.threshold[:, None] / rest], dim=1)  # · (e, 1) is the argument of Φ
         self.free = (f.tree.parent < 0).nonzero().squeeze(1)  # features without a parent
-        self.norm = f.factor.norm(dim=1)
-        self.is_correlated = bool((self.norm > 0).any())
-        self.usual_rate = self._rate(self.free, REACH * self.norm[self.free])
+        norm = f.factor[self.free].norm(dim=1)
+        self.units = (f.factor[self.free] / norm.clamp(min=1e-30)[:, None]).T.contiguous()
+        self.usual_rate = _rate((REACH * norm - f.threshold[self.free]) / f.rest[self.free])
+        self.is_correlated = bool((norm > 0).any())
 
-    def _rate(self, feature: Int[Tensor, " n"], common: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """Return −ln(1 − p) of features, given what the common causes add to each."""
-        f = self.features
-        return -torch.special.log_ndtr((f.threshold[feature] - common) / f.rest[feature])
-
-    def _common(
-        self, causes: Float[Tensor, "batch rank"], row: Int[Tensor, " n"], feature: Int[Tensor, " n"]
+    def _argument(
+        self, causes: Float[Tensor, "batch rank_plus_1"], row: Int[Tensor, " n"], feature: Int[Tensor, " n"]
     ) -> Float[Tensor, " n"]:
-        """Return factor · e of some cells."""
-        return (causes.index_select(0, row) * self.features.factor.index_select(0, feature)).sum(1)
+        """Return the argument of Φ in the probability of some cells."""
+        return causes.index_select(0, row).mul_(self.weights.index_select(0, feature)).sum(1)
 
     def codes(self, n: int, generator: torch.Generator) -> SparseCodes:
         """Return the codes of n new rows."""
         f, device = self.features, self.features.factor.device
         causes = torch.randn(n, f.factor.shape[1], generator=generator, device=device)
-        parents = self._with_values(*self._free_cells(n, causes, generator), generator)
+        row, feature = self._free_cells(causes, generator)
+        causes = F.pad(causes, (0, 1), value=1.0)
+        parents = self._with_codes(row, feature, generator)
         parts = [parents]
         for _ in range(f.tree.n_levels - 1):
             parents = self._children(parents, causes, generator)
@@ -72,64 +73,79 @@ class Sampler:
         return SparseCodes.of(Support(crow, feature[order]), value[order], len(f.mean))
 
     def _free_cells(
-        self, n: int, causes: Float[Tensor, "batch rank"], generator: torch.Generator
+        self, causes: Float[Tensor, "batch rank"], generator: torch.Generator
     ) -> tuple[Int[Tensor, " n_fired"], Int[Tensor, " n_fired"]]:
         """Return rows and features of the cells that fire, of features without a parent."""
-        counts = torch.poisson(n * self.usual_rate, generator=generator).long()
-        place = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-        row = torch.randint(n, (len(place),), generator=generator, device=counts.device)
-        feature = self.free[place]
+        n, n_features = len(causes), len(self.features.mean)
+        place = _repeated(torch.poisson(n * self.usual_rate, generator=generator).long())
+        row = torch.randint(n, (len(place),), generator=generator, device=place.device)
+        feature = self.free.index_select(0, place)
         if self.is_correlated:
-            kept = self._draw(len(place), generator) * self.usual_rate[place] < self._rate(
-                feature, self._common(causes, row, feature)
-            )
+            with_one = F.pad(causes, (0, 1), value=1.0)
+            usual = self.usual_rate.index_select(0, place)
+            kept = self._draw(len(place), generator).mul_(usual) < _rate(self._argument(with_one, row, feature))
+            row, feature = row[kept], feature[kept]
             more_row, more_place = self._beyond_reach(causes)
-            more = self.free[more_place]
-            lacking = self._rate(more, self._common(causes, more_row, more)) - self.usual_rate[more_place]
+            more = self.free.index_select(0, more_place)
+            lacking = _rate(self._argument(with_one, more_row, more)) - self.usual_rate.index_select(0, more_place)
             added = self._draw(len(more), generator) < -torch.expm1(-lacking)
-            row, feature = torch.cat([row[kept], more_row[added]]), torch.cat([feature[kept], more[added]])
-        cell = torch.unique(row * len(self.features.mean) + feature)
-        return cell // len(self.features.mean), cell % len(self.features.mean)
+            row, feature = torch.cat([row, more_row[added]]), torch.cat([feature, more[added]])
+        cell = torch.unique(row * n_features + feature)
+        row = cell // n_features
+        return row, cell - row * n_features
 
     def _beyond_reach(self, causes: Float[Tensor, "batch rank"]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
         """Return the cells (row, place in `free`) in which the common causes add more than REACH standard deviations."""
         rows, places = [], []
         for begin in range(0, len(self.free), BLOCK):
-            feature = self.free[begin : begin + BLOCK]
-            unit = self.features.factor[feature] / self.norm[feature].clamp(min=1e-30)[:, None]
-            cells = support_of_mask(causes @ unit.T > REACH)
+            cells = support_of_mask(causes @ self.units[:, begin : begin + BLOCK] > REACH)
             rows.append(cells.row)
             places.append(begin + cells.latent)
         return torch.cat(rows), torch.cat(places)
 
-    def _with_values(self, row: Int[Tensor, " n"], feature: Int[Tensor, " n"], generator: torch.Generator) -> Firing:
+    def _drawn_codes(self, feature: Int[Tensor, " n"], generator: torch.Generator) -> Float[Tensor, " n"]:
+        """Return a code for each cell, which is not always positive."""
+        normal = torch.randn(len(feature), generator=generator, device=feature.device)
+        return self.features.mean.index_select(0, feature) + self.features.std.index_select(0, feature) * normal
+
+    def _with_codes(self, row: Int[Tensor, " n"], feature: Int[Tensor, " n"], generator: torch.Generator) -> Firing:
         """Return cells with their codes; those whose code would not be positive are left out."""
-        f = self.features
-        normal = torch.randn(len(row), generator=generator, device=row.device)
-        value = f.mean[feature] + f.std[feature] * normal
+        value = self._drawn_codes(feature, generator)
         fires = value > 0
         return Firing(row[fires], feature[fires], value[fires])
 
-    def _children(self, parents: Firing, causes: Float[Tensor, "batch rank"], generator: torch.Generator) -> Firing:
+    def _children(self, parents: Firing, causes: Float[Tensor, "batch rank_plus_1"], generator: torch.Generator) -> Firing:
         """Return the children that fire in the rows of their parents."""
-        f = self.features
-        count = f.tree.n_children[parents.feature]
-        of = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
-        number = torch.arange(len(of), device=of.device) - (count.cumsum(0) - count)[of]
-        child, row = f.tree.first_child[parents.feature][of] + number, parents.row[of]
-        probability = torch.special.ndtr((self._common(causes, row, child) - f.threshold[child]) / f.rest[child])
-        fires = self._draw(len(child), generator) < probability
+        tree = self.features.tree
+        count = tree.n_children.index_select(0, parents.feature)
+        of = _repeated(count)
+        number = torch.arange(len(of), device=of.device) - (count.cumsum(0) - count).index_select(0, of)
+        child = tree.first_child.index_select(0, parents.feature).index_select(0, of) + number
+        row = parents.row.index_select(0, of)
+        fires = self._draw(len(child), generator) < torch.special.ndtr(self._argument(causes, row, child))
         of, row, child = of[fires], row[fires], child[fires]
-        normal = torch.randn(len(child), generator=generator, device=child.device)
-        value = f.mean[child] + f.std[child] * normal
+        value = self._drawn_codes(child, generator)
         kept = value > 0
         if self.exclusive:
             score = torch.randint(1, 1 << 62, (len(child),), generator=generator, device=child.device) * kept
             best = torch.ones_like(count).scatter_reduce(0, of, score, "amax")
-            kept = score == best[of]
+            kept = score == best.index_select(0, of)
         if self.scale_children:
-            value = value * parents.value[of] / f.mean[parents.feature[of]]
+            share = parents.value / self.features.mean.index_select(0, parents.feature)
+            value = value * share.index_select(0, of)
         return Firing(row[kept], child[kept], value[kept])
 
     def _draw(self, n: int, generator: torch.Generator) -> Float[Tensor, " n"]:
         return torch.rand(n, generator=generator, device=self.features.factor.device)
+
+
+def _rate(argument: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Return −ln(1 − Φ(argument)), the rate at which a cell gets points."""
+    return -torch.special.log_ndtr(-argument)
+
+
+def _repeated(counts: Int[Tensor, " n"]) -> Int[Tensor, " total"]:
+    """Return 0, 1, 2, …, each as often as its count."""
+    if counts.device.type == "cpu":  # numpy is many times faster
+        return torch.from_numpy(np.repeat(np.arange(len(counts)), counts.numpy()))
+    return torch.repeat_interleave(counts)

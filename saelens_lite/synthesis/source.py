@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,7 +15,6 @@ from saelens_lite.cache.source import UNNAMED, Moments
 from saelens_lite.codes import SparseCodes, concatenated
 from saelens_lite.config import Origin
 from saelens_lite.devices import chosen_device
-from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, HookError, near_matches
 from saelens_lite.files import check_fits_memory
 from saelens_lite.prefetch import prefetched
@@ -23,9 +22,6 @@ from saelens_lite.seeds import mixed_seed
 from saelens_lite.synthesis.planted import PlantedFeatures, planted_features
 from saelens_lite.synthesis.sampling import Sampler
 from saelens_lite.synthesis.settings import SyntheticConfig
-
-if TYPE_CHECKING:
-    from saelens_lite.synthesis.report import SyntheticReport
 
 PIECE = 2048  # rows that are drawn at once
 STATISTICS_ROWS = 1 << 15
@@ -44,13 +40,13 @@ class Truth(NamedTuple):
         return self.codes.to_dense() != 0
 
 
-class Synthetic:
+class SyntheticSource:
     """Synthetic activations of planted features, without end; a source for `saelens_lite.train`.
 
         x = bias + Σ_i code_i · directions_i + noise
 
     Each batch is drawn when it is needed. Its content depends on the settings, the seed of the data, its number and its size,
-    and on the kind of device. `sample` draws activations with their truth, and `measure` compares a dictionary with it.
+    and on the kind of device. `sample` draws activations with their truth.
     """
 
     def __init__(self, config: SyntheticConfig, device: str | torch.device | None = None):
@@ -64,7 +60,7 @@ class Synthetic:
         self.n_tokens: int | None = None
 
     def __repr__(self) -> str:
-        return f"Synthetic({self.config!r})"
+        return f"{type(self).__name__}({self.config!r})"
 
     @property
     def directions(self) -> Float[Tensor, "n_features d_in"]:
@@ -160,7 +156,7 @@ class Synthetic:
             for x in ready:
                 yield {hook: x for hook in hooks}
 
-    def hold_out(self, n_tokens: int) -> tuple[TensorSource, "Synthetic"]:
+    def hold_out(self, n_tokens: int) -> tuple[TensorSource, "SyntheticSource"]:
         """Return activations that are in no batch, and this source."""
         if n_tokens < 1:
             raise ConfigError(f"{n_tokens} activations to validate on; expected at least 1")
@@ -177,39 +173,3 @@ class Synthetic:
     def expect(self, record: dict[str, Any]) -> None:
         """Raise SourceChangedError unless the settings are those of a record."""
         refuse_others(record, self.record(), "these are not the synthetic activations")
-
-    def measure(
-        self, dictionary: Dictionary, n: int = 1 << 15, *, seed: int = 0, controls: bool = False
-    ) -> "SyntheticReport":
-        """Measure how well a dictionary recovers the planted features, on n new activations.
-
-        Args:
-            dictionary: an autoencoder of width d_in, for the activations as they are.
-            seed: of the activations that are drawn, and of the bootstrap.
-            controls: measure the three controls of `saelens_lite.synthesis.controls` too.
-
-        Raises:
-            ConfigError: n is too small, or scipy is not installed.
-            ShapeError: the dictionary does not fit the activations.
-        """
-        from saelens_lite.synthesis.measure import measure
-
-        return measure(self, dictionary, n, seed, controls)
-
-
-def synthetic(
-    n_features: int = 4096, d_in: int = 256, *, device: str | torch.device | None = None, **settings: Any
-) -> Synthetic:
-    """Return synthetic activations of planted features, to train on and to measure dictionaries with.
-
-    Args:
-        n_features: number of planted features.
-        d_in: width of the activations.
-        device: where activations are drawn; default: the CPU. Another kind of device draws others.
-        settings: fields of `SyntheticConfig`: exponent, p_max, p_min or l0 (firing probabilities), roots, branching, depth,
-            exclusive (hierarchy), rank, correlation (common causes), directions, magnitude, magnitude_std, noise, bias, seed.
-
-    Raises:
-        ConfigError: a setting is unknown or has a bad value.
-    """
-    return Synthetic(SyntheticConfig(n_features=n_features, d_in=d_in, **settings), device)
