@@ -58,7 +58,7 @@ def oracle(source: SyntheticSource, fitted: Truth, features: Int[Tensor, " n_cho
 
 
 def chosen(codes: SparseCodes, features: Int[Tensor, " n_chosen"]) -> SparseCodes:
-    """Return the codes of some features only, which get the numbers 0, 1, 2, …"""
+    """Return the codes of some features only, numbered from 0."""
     number = torch.full((codes.d_sae,), -1, device=codes.latent.device)
     number[features] = torch.arange(len(features), device=number.device)
     kept = codes.where(number[codes.latent] >= 0)
@@ -83,17 +83,18 @@ def linear_dictionary(source: SyntheticSource, fitted: Truth, features: Int[Tens
         own = chosen(codes, torch.arange(len(features), device=W_enc.device)[part])
         threshold[part] = best_thresholds(fitted.x @ W_enc[:, part] + b_enc[part], own)
     without = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": directions.float()}
-    settings = {"rule": "jumprelu", "threshold": threshold, "subtract_b_dec": False}
+    axes = {"W_enc": "d_in d_sae", "W_dec": "d_sae d_out"}
+    settings = {"rule": "jumprelu", "threshold": threshold, "subtract_b_dec": False, "axes": axes}
     unbiased = Dictionary.from_tensors(**without, **settings)
     return Dictionary.from_tensors(**without, b_dec=(fitted.x - unbiased(fitted.x)).mean(0), **settings)
 
 
 def best_thresholds(h: Float[Tensor, "n n_latents"], codes: SparseCodes) -> Float[Tensor, " n_latents"]:
     """Return, for each latent, the positive threshold of h above which it detects its feature with the largest F1."""
-    ordered, order = h.sort(0, descending=True)
-    hits = (codes.to_dense() != 0).gather(0, order).cumsum(0)
-    n_fired = torch.arange(1, len(h) + 1, device=h.device)[:, None]
-    f1 = 2 * hits / (n_fired + hits[-1])
-    best = f1.masked_fill(ordered <= SMALLEST_THRESHOLD, -1.0).argmax(0)
-    below = ordered.gather(0, (best + 1).clamp(max=len(h) - 1)[None])[0]
-    return ((ordered.gather(0, best[None])[0] + below) / 2).clamp(min=SMALLEST_THRESHOLD)
+    n = len(h)
+    ordered, order = h.T.contiguous().sort(descending=True)
+    hits = (codes.to_dense() != 0).T.contiguous().gather(1, order).cumsum(1, dtype=torch.int32)
+    f1 = 2 * hits / (torch.arange(1, n + 1, device=h.device) + hits[:, -1:])
+    best = f1.masked_fill(ordered <= SMALLEST_THRESHOLD, -1.0).argmax(1, keepdim=True)
+    last, next_one = ordered.gather(1, best), ordered.gather(1, (best + 1).clamp(max=n - 1))
+    return ((last + next_one) / 2).squeeze(1).clamp(min=SMALLEST_THRESHOLD)

@@ -23,7 +23,7 @@ MOST_COMMON = 0.99  # share of a feature's variance that common causes may have
 
 
 class Tree(NamedTuple):
-    """The hierarchy of features. A feature without a parent has `parent` −1; the children of a feature have following numbers."""
+    """The hierarchy of features. A feature without a parent has `parent` −1. Children of a feature have following numbers."""
 
     parent: Int[Tensor, " n_features"]
     first_child: Int[Tensor, " n_features"]

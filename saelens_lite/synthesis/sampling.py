@@ -4,10 +4,10 @@ Given the common causes e of a row, features without a parent fire independently
 
     p_i(e) = Φ((factor_i · e − threshold_i) / rest_i)
 
-No normal numbers are drawn for the many features that do not fire. A cell (row, feature) fires if at least one point of a Poisson
-process of rate λ = −ln(1 − p) falls into it, which has exactly the probability p. Points are drawn at a rate that does not
-depend on the row and that suffices where factor_i · e is at most REACH of its standard deviations; each is kept with the ratio
-of both rates. The few cells above that get additional points for the difference.
+No normal numbers are drawn for the many features that do not fire. A cell (row, feature) fires if at least one point of a
+Poisson process of rate λ = −ln(1 − p) falls into it, which has exactly the probability p. Points are drawn at a rate that does
+not depend on the row and that suffices where factor_i · e is at most REACH of its standard deviations; each is kept with the
+ratio of both rates. The few cells above that get additional points for the difference.
 
 Children are drawn only in the rows in which their parent fires, with the same probability p_i(e). Of several exclusive children
 that fire, one is kept, each with equal chance.
