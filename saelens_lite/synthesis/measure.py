@@ -163,7 +163,7 @@ def _block_sums(piece: Decoded, nearest: Int[Tensor, " d_sae"]) -> dict[str, Flo
     }
 
 
-class Detection(NamedTuple):
+class Detected(NamedTuple):
     """Precision, recall and F1, the mean over latents; entry 0 is the value, the others are replicates."""
 
     precision: Float[Tensor, " replicates"]
@@ -172,10 +172,10 @@ class Detection(NamedTuple):
     f1_of_each: Float[Tensor, " d_sae"]
 
 
-def _detection(blocks: dict[str, Float[Tensor, "n_blocks ..."]], weights: Float[Tensor, "replicates n_blocks"]) -> Detection:
+def _detection(blocks: dict[str, Float[Tensor, "n_blocks ..."]], weights: Float[Tensor, "replicates n_blocks"]) -> Detected:
     fires, active, both = (weights @ blocks[name] for name in LATENT_SUMS)
     f1 = _ratio(2 * both, fires + active)
-    return Detection(_ratio(both, fires).mean(1), _ratio(both, active).mean(1), f1.mean(1), f1[0])
+    return Detected(_ratio(both, fires).mean(1), _ratio(both, active).mean(1), f1.mean(1), f1[0])
 
 
 def _ratio(part: Float[Tensor, "..."], whole: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
