@@ -189,9 +189,9 @@ def test_chosen_codes_are_columns_of_the_dense_ones(source):
 
 
 def test_a_report_is_a_table_a_frame_and_a_file(source, tmp_path):
-    report = source.measure(sl.Dictionary.create("topk", reads=16, d_sae=24, options={"k": 4}), 1024, controls=True)
+    report = source.measure(sl.Dictionary.create("topk", reads=16, d_sae=24, options={"k": 4}), 2048, controls=True)
     text = str(report)
-    assert "1,024 synthetic activations of 48 features" in text
+    assert "2,048 synthetic activations of 48 features" in text
     assert all(name in text for name in ("mcc", "uniqueness", "f1", "oracle", "linear", "random"))
     assert not isinstance(report.table(), Group)
     frame = report.to_frame()
@@ -210,5 +210,5 @@ def test_other_dictionaries_and_too_few_activations_are_refused(source):
         source.measure(sl.Dictionary.create("topk", reads=12, d_sae=24))
     with pytest.raises(ShapeError, match="expected an autoencoder"):
         source.measure(sl.Dictionary.create("topk", reads=16, writes=8, d_sae=24))
-    with pytest.raises(ConfigError, match="at least 512"):
+    with pytest.raises(ConfigError, match="at least 2,048"):
         source.measure(sl.Dictionary.create("topk", reads=16, d_sae=24), 100)

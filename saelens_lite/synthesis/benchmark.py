@@ -8,7 +8,7 @@ import torch
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, ShapeError
 from saelens_lite.synthesis.controls import control_reports
-from saelens_lite.synthesis.measure import BLOCK, decoded, score
+from saelens_lite.synthesis.measure import FEWEST, decoded, score
 from saelens_lite.synthesis.report import SyntheticReport
 from saelens_lite.synthesis.settings import SyntheticConfig
 from saelens_lite.synthesis.source import SyntheticSource
@@ -40,8 +40,8 @@ class Synthetic(SyntheticSource):
                 f"the dictionary maps {dictionary.d_in} to {dictionary.d_out} numbers; expected an autoencoder of the "
                 f"synthetic activations, of width {self.config.d_in}"
             )
-        if n < 2 * BLOCK:
-            raise ConfigError(f"n = {n}; expected at least {2 * BLOCK} activations")
+        if n < FEWEST:
+            raise ConfigError(f"n = {n}; expected at least {FEWEST:,} activations")
         report = score(self, dictionary.W_dec, (decoded(dictionary, truth) for truth in self.pieces(n, seed)), seed)
         if not controls:
             return report

@@ -41,8 +41,9 @@ from saelens_lite.evaluation.sums import Metric, poisson_weights, with_interval
 from saelens_lite.synthesis.report import SyntheticReport
 from saelens_lite.synthesis.source import SyntheticSource, Truth
 
-BLOCK = 256  # activations that the bootstrap draws together
+BLOCK = 64  # activations that the bootstrap draws together
 REPLICATES = 200
+FEWEST = 2048  # activations, for a bootstrap of 32 blocks
 SMALLEST_NORM = 1e-6  # of an activation that counts for shrinkage
 
 
