@@ -58,6 +58,9 @@ from .sparsity import PenaltyConfig as PenaltyConfig
 from .sparsity import PublishedForm as PublishedForm
 from .sparsity import RuleConfig as RuleConfig
 from .sparsity import Sparsity as Sparsity
+from .synthesis import Synthetic as Synthetic
+from .synthesis import SyntheticReport as SyntheticReport
+from .synthesis import synthetic as synthetic
 from .tokens import python_docs as python_docs
 from .training import Run as Run
 from .training import resume as resume

@@ -34,9 +34,9 @@ ORDER = [
     "names",
     "loggers",
     "training",
-    "synthetic",
     "estimator",
     "evaluation",
+    "synthesis",
     "features",
     "diffing",
     "interventions",
@@ -328,13 +328,14 @@ def test_public_names_and_training_load_no_heavy_library():
 def test_the_package_offers_these_names():
     assert sl.__all__ == sorted([
         "Ablate", "ActivationCache", "ActivationStream", "Add", "Answer", "ChatConfig", "Clamp", "Dictionary",
-        "DiffReport", "EvalReport", "Exporter", "ExporterConfig", "FeatureStore", "Format", "HookCheck", "Judge",
-        "JudgeConfig", "LanguageModel", "LivePrompt", "Logger", "Models", "Origin", "PenaltyConfig", "Port",
-        "PublishedForm", "Question", "RuleConfig", "Run", "SaelensLiteError", "Scale", "SparseCoder", "SparseCodes",
-        "Sparsity", "StoreConfig", "TextConfig", "TrainConfig", "__version__", "attribute", "capture", "chat_model",
-        "check_hook", "compare", "convert", "diff", "dose_response", "errors", "evaluate", "find", "fit", "judge",
-        "labels", "load", "load_model", "local_chat_model", "model_for", "probe", "prompt_view", "pull", "push",
-        "python_docs", "register", "resume", "stability", "train",
+        "DiffReport", "EvalReport", "Explainer", "ExplainerConfig", "Exporter", "ExporterConfig", "FeatureStore",
+        "Format", "HookCheck", "Judge", "JudgeConfig", "LanguageModel", "LivePrompt", "Logger", "Models", "Origin",
+        "PenaltyConfig", "Port", "PublishedForm", "Question", "RuleConfig", "Run", "SaelensLiteError", "Scale",
+        "SparseCoder", "SparseCodes", "Sparsity", "StoreConfig", "Synthetic", "SyntheticReport", "TextConfig",
+        "TrainConfig", "__version__", "attribute", "capture", "chat_model", "check_hook", "compare", "convert", "diff",
+        "dose_response", "errors", "evaluate", "find", "fit", "judge", "labels", "load", "load_model",
+        "local_chat_model", "model_for", "probe", "prompt_view", "pull", "push", "python_docs", "register", "resume",
+        "stability", "synthetic", "train",
     ])  # fmt: skip
     assert dir(sl) == sl.__all__
 

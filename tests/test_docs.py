@@ -20,6 +20,7 @@ GUIDES = (
     "cache",
     "training",
     "evaluation",
+    "synthesis",
     "features",
     "chat",
     "diffing",

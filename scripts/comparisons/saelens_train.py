@@ -18,7 +18,7 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.registry import get_sae_training_class
 from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import load_file, save_file
-from streams import opened
+from streams import Stored
 
 PIECE = 4096  # activations encoded at a time
 
@@ -32,7 +32,7 @@ def train(job: dict) -> float:
         for name, parameter in sae.named_parameters():
             if name in initial:
                 parameter.copy_(initial[name])
-    batches = opened(job["stream"]).batches(job["trainer"]["train_batch_size_samples"])
+    batches = Stored(job["stream"]).batches(job["trainer"]["train_batch_size_samples"])
     trainer = SAETrainer(SAETrainerConfig(**job["trainer"]), sae, batches)
     start = time.perf_counter()
     trainer.fit()

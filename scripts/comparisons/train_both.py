@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from shared import run_peer
-from streams import Planted, Stored
+from streams import Stored
 from torch import Tensor
 
 import saelens_lite as sl
@@ -55,7 +55,7 @@ class Outcome(NamedTuple):
 class InOrder:
     """A stream as a source of ours: whatever the seed, its batches come as they are."""
 
-    def __init__(self, stream: Stored | Planted):
+    def __init__(self, stream: Stored):
         self.stream = stream
         self.hooks: Sequence[str] = (HOOK,)
         self.n_tokens: int | None = None
@@ -89,7 +89,7 @@ class InOrder:
         """It cannot be opened again."""
 
 
-def train_ours(config: sl.TrainConfig, stream: Stored | Planted, x: Tensor) -> Outcome:
+def train_ours(config: sl.TrainConfig, stream: Stored, x: Tensor) -> Outcome:
     """Train our dictionary."""
     start = time.perf_counter()
     dictionary = sl.train(InOrder(stream), config)[0].dictionary
@@ -99,9 +99,7 @@ def train_ours(config: sl.TrainConfig, stream: Stored | Planted, x: Tensor) -> O
         return Outcome(seconds, codes, dictionary.decode(codes), dictionary.W_dec.detach())
 
 
-def train_saelens(
-    python: str, configs: Sequence[sl.TrainConfig], stream: Stored | Planted, x: Tensor, threads: int
-) -> list[Outcome]:
+def train_saelens(python: str, configs: Sequence[sl.TrainConfig], stream: Stored, x: Tensor, threads: int) -> list[Outcome]:
     """SAELens's dictionaries of the same settings, trained in turn in one process."""
     with tempfile.TemporaryDirectory() as where:
         folder = Path(where)
@@ -112,7 +110,7 @@ def train_saelens(
         return [_outcome(folder / str(i) / "result.safetensors", config.d_sae) for i, config in enumerate(configs)]
 
 
-def _job(config: sl.TrainConfig, stream: Stored | Planted, folder: Path, out: Path, threads: int) -> dict[str, Any]:
+def _job(config: sl.TrainConfig, stream: Stored, folder: Path, out: Path, threads: int) -> dict[str, Any]:
     """Return the settings for saelens_train.py and write the initial parameters beside them."""
     trainer = Trainer(config, InOrder(stream))
     start = trainer.dictionary
@@ -135,7 +133,7 @@ def _job(config: sl.TrainConfig, stream: Stored | Planted, folder: Path, out: Pa
             "dead_feature_window": math.ceil(config.dead_after / config.batch_size) - 1,  # dead beyond so many steps
         },
         "initial": str(initial),
-        "stream": stream.description,
+        "stream": stream.file,
         "held_out": str(folder / "held_out.safetensors"),
         "out": str(out),
         "threads": threads,

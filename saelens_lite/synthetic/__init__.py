@@ -1,1 +1,0 @@
-"""Synthetic activations with a known truth, and the measures of a dictionary against it."""
