@@ -82,7 +82,7 @@ def check_kl(config: TrainConfig, source: Any, hooks: Hooks) -> None:
 def _try_out(lm: LanguageModel, hooks: Hooks) -> None:
     """Raise ConfigError unless gradients flow back to the hooks that are written."""
     tokens = _probe(lm)
-    model = ModelOnRows(lm, hooks.all)
+    model = ModelOnRows(lm, tuple(hooks.all))
     model.prepare(hooks.writes)
     batch = model.read(TokenRows(tokens, torch.ones_like(tokens, dtype=torch.bool)))
     y = together(batch, hooks.writes).detach().requires_grad_()
