@@ -201,6 +201,11 @@ class TrainConfig(FrozenConfig):
         description="With kl_share: weight of KL relative to the squared error, after each step has scaled KL to the size of "
         "the squared error. Their weighted mean takes the place of the squared error.",
     )
+    kl_lr: float = Field(
+        0.3,
+        gt=0,
+        description="With kl_share: learning rate relative to the schedule, because batches of whole rows vary more than others.",
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of the initial parameters.")
     log_every: int = Field(65_536, gt=0, le=MOST, description="Tokens between two log lines.")
 

@@ -233,7 +233,10 @@ def positions_of(batches) -> list[tuple[int, ...]]:
 def test_each_row_comes_once_an_epoch_in_the_order_of_the_seed(exact_lm):
     n = 11 * 40  # position 0 does not count
     batches = list(itertools.islice(stream_of(exact_lm).row_batches(40, seed=1), 28))
-    assert {rows.n_kept for rows in batches} == {33, 11}  # three rows of eleven, and the one that is left at the end of the text
+    assert {rows.n_kept for rows in batches} == {
+        33,
+        11,
+    }  # three rows of eleven, and the one that is left at the end of the text
     one = positions_of(batches[:14])
     assert len(one) * 11 == n
     assert sorted(one) == sorted(tuple(row) for row in tokens()[:, 1:].tolist())
@@ -310,7 +313,9 @@ TOGETHER = [
 ]
 
 
-@pytest.mark.parametrize("stops", [[(Interrupted, 3)], [(InterruptedRows, 0)], [(Interrupted, 2), (InterruptedRows, 2)]], ids=str)
+@pytest.mark.parametrize(
+    "stops", [[(Interrupted, 3)], [(InterruptedRows, 0)], [(Interrupted, 2), (InterruptedRows, 2)]], ids=str
+)
 def test_an_interrupted_run_gives_the_same_bytes(exact_lm, tmp_path, stops):
     sl.train(stream_of(exact_lm), TOGETHER, tmp_path / "alone", validation_tokens=30)
     out = tmp_path / "run"
@@ -370,8 +375,8 @@ def test_kl_falls_when_a_dictionary_of_another_tool_is_tuned(lm, tmp_path):
         sl.ActivationStream(lm, text, PRE2), TrainConfig(options={"k": 8}, d_sae=256, n_tokens=6000, batch_size=256, lr=3e-3)
     )
     theirs = sl.load(sl.convert(run.dictionary.save(tmp_path / "own"), tmp_path / "theirs", "sparsify"))
-    assert theirs.training_record == {}
-    config = TrainConfig(n_tokens=6000, batch_size=512, kl_share=1.0, lr=1e-3, hook=PRE2)
+    assert "read_from" in theirs.training_record
+    config = TrainConfig(n_tokens=6000, batch_size=512, kl_share=1.0, kl_lr=1.0, lr=1e-3, hook=PRE2)
     (tuned,) = sl.train(sl.ActivationStream(lm, text, PRE2), config, start_from=theirs)
     before, after = (sl.evaluate(d, lm, "python-docs:held-out", n_tokens=2000) for d in (theirs, tuned.dictionary))
     assert after["kl_sae"] < 0.95 * before["kl_sae"]
@@ -382,7 +387,9 @@ def test_kl_falls_when_a_dictionary_of_another_tool_is_tuned(lm, tmp_path):
 
 
 def test_sources_without_rows_are_refused(cache, tmp_path):
-    with pytest.raises(ConfigError, match=r"kl_share = 0.5 runs the model on whole token rows, and ActivationCache has only act"):
+    with pytest.raises(
+        ConfigError, match=r"kl_share = 0.5 runs the model on whole token rows, and ActivationCache has only act"
+    ):
         sl.train(cache, config_of(hook="blocks.1.hook_resid_pre"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     with pytest.raises(ConfigError, match=r"TensorSource has only activations; train on a text: sl.ActivationStream\(lm, text"):

@@ -28,8 +28,8 @@ def training(run: RunConfig, configs: list[TrainConfig]) -> None:
         for config in configs:
             if config.kl_share:
                 raise ConfigError(
-                    f"kl_share = {config.kl_share:g} runs the model on token rows, which a cache does not hold; give --text and "
-                    "--model in place of the cache"
+                    f"kl_share = {config.kl_share:g} runs the model on token rows, which a cache does not hold; give --text "
+                    "and --model in place of the cache"
                 )
             cache_has(Path(run.cache), hooks_of(config))
     elif not run.text:

@@ -345,7 +345,7 @@ class Trainer:
         self._note(computed, norm)
         if not self.reads_later:
             self.check(computed)
-        lr = self.lr_at((done + 0.5) / self.scheduled_steps if self.kl_from is None else self._progress_within(computed.n))
+        lr = self.lr_at((done + 0.5) / self.scheduled_steps) if self.kl_from is None else self._kl_lr(computed.n)
         self.optimizer.step(
             lr,
             done + 1,
@@ -364,9 +364,10 @@ class Trainer:
         if len(self._unread) >= MOST_UNREAD:
             self.check()
 
-    def _progress_within(self, n: int) -> float:
-        """Return the share of the schedule in the middle of a step on n tokens. Batches of whole rows differ in size."""
-        return min(1.0, self.progress + n / 2 / (self.config.n_tokens - self.first_seen))
+    def _kl_lr(self, n: int) -> float:
+        """Return the learning rate of a step on n tokens of whole rows, by tokens because such batches differ in size."""
+        middle = self.progress + n / 2 / (self.config.n_tokens - self.first_seen)
+        return self.config.kl_lr * self.lr_at(min(1.0, middle))
 
     def _aim(self, computed: Contribution, lr: float) -> None:
         """Adjust the coefficient of the penalty, and late in training the thresholds, to reach the target L0."""
