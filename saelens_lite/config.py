@@ -204,7 +204,7 @@ class TrainConfig(FrozenConfig):
     kl_lr: float = Field(
         0.3,
         gt=0,
-        description="With kl_share: learning rate relative to the schedule, because batches of whole rows vary more than others.",
+        description="With kl_share: learning rate relative to the schedule, since batches of whole rows vary more.",
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of the initial parameters.")
     log_every: int = Field(65_536, gt=0, le=MOST, description="Tokens between two log lines.")

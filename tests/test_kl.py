@@ -12,7 +12,6 @@ from interrupted import Interrupted
 
 import saelens_lite as sl
 from saelens_lite import TrainConfig
-from saelens_lite.cache import TensorSource
 from saelens_lite.errors import ConfigError, NonFiniteError, PluginError, Stopped, TextError
 from saelens_lite.tokens import TokenRows, token_rows
 from saelens_lite.training import Trainer, kl
@@ -49,7 +48,7 @@ def exact_lm():
     module = GPT2LMHeadModel(GPT2Config(vocab_size=D_VOCAB, bos_token_id=0, eos_token_id=0, **sizes))
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter += 0.2 * torch.randn_like(parameter)
+            parameter.add_(0.2 * torch.randn_like(parameter))
     return sl.LanguageModel(module.double(), None, name="exact")
 
 
@@ -222,7 +221,7 @@ def test_kl_is_that_of_the_evaluation(random_lm, documents, place):
     assert value.item() == pytest.approx(sl.evaluate(d, random_lm, rows)["kl_sae"], rel=1e-4)
 
 
-# --- the rows ------------------------------------------------------------------------------------------------------------------
+# --- the rows ----------------------------------------------------------------------------------------------------------------
 
 
 def positions_of(batches) -> list[tuple[int, ...]]:
@@ -236,7 +235,7 @@ def test_each_row_comes_once_an_epoch_in_the_order_of_the_seed(exact_lm):
     assert {rows.n_kept for rows in batches} == {
         33,
         11,
-    }  # three rows of eleven, and the one that is left at the end of the text
+    }  # three rows of eleven, or the last one of the text
     one = positions_of(batches[:14])
     assert len(one) * 11 == n
     assert sorted(one) == sorted(tuple(row) for row in tokens()[:, 1:].tolist())
@@ -281,7 +280,7 @@ def test_a_text_whose_rows_are_all_held_out_is_refused(exact_lm):
         next(rest.row_batches(40, seed=0))
 
 
-# --- the phase in a training ----------------------------------------------------------------------------------------------------
+# --- the phase in a training -------------------------------------------------------------------------------------------------
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -322,10 +321,7 @@ def test_an_interrupted_run_gives_the_same_bytes(exact_lm, tmp_path, stops):
     for i, (kind, at) in enumerate(stops):
         source = kind(stream_of(exact_lm), at)
         with pytest.raises(Stopped):
-            if i:
-                sl.resume(out, source)
-            else:
-                sl.train(source, TOGETHER, out, validation_tokens=30)
+            sl.resume(out, source) if i else sl.train(source, TOGETHER, out, validation_tokens=30)
     sl.resume(out, stream_of(exact_lm))
     assert contents(out) == contents(tmp_path / "alone")
 
@@ -383,7 +379,7 @@ def test_kl_falls_when_a_dictionary_of_another_tool_is_tuned(lm, tmp_path):
     assert after["l0"] == pytest.approx(before["l0"], rel=0.01)
 
 
-# --- refusals --------------------------------------------------------------------------------------------------------------------
+# --- refusals ----------------------------------------------------------------------------------------------------------------
 
 
 def test_sources_without_rows_are_refused(cache, tmp_path):
@@ -399,7 +395,7 @@ def test_sources_without_rows_are_refused(cache, tmp_path):
 def test_several_models_are_refused(exact_lm):
     source = sl.ActivationStream({"base": exact_lm, "chat": exact_lm}, tokens(), [PRE2])
     for hook in (f"base:{PRE2}", f"chat-base:{PRE2}"):
-        with pytest.raises(ConfigError, match="kl_share = 0.5"):
+        with pytest.raises(ConfigError, match=r"kl_share = 0\.5"):
             sl.train(source, config_of(hook=hook))
 
 
