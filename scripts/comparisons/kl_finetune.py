@@ -59,9 +59,10 @@ def main() -> None:
     parser.add_argument("--text", default="python-docs:train")
     parser.add_argument("--eval-text", default="python-docs:held-out")
     parser.add_argument("--eval-tokens", type=int, default=20_000)
+    parser.add_argument("--n-ctx", type=int, default=64, help="tokens in a row; shorter rows make more varied batches")
     parser.add_argument("--rules", nargs="+", default=["topk", "batch_topk", "jumprelu"])
     parser.add_argument("--l0", type=int, default=8, help="k, or target_l0 of rules without one")
-    parser.add_argument("--d-sae", type=int, default=1024)
+    parser.add_argument("--d-sae", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=600_000)
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--share", type=float, default=0.2)
@@ -70,34 +71,36 @@ def main() -> None:
     args = parser.parse_args()
 
     lm = sl.load_model(args.model)
-    rows = token_rows(lm, named_text(args.eval_text), n_tokens=args.eval_tokens)
-    clean, lines = losses_by_row(lm, rows), []
+    rows_config = sl.TextConfig(n_ctx=args.n_ctx)
+    rows = token_rows(lm, named_text(args.eval_text), n_ctx=args.n_ctx, n_tokens=args.eval_tokens)
+    stream = sl.ActivationStream(lm, named_text(args.text), args.hook, text_config=rows_config, text_name=args.text)
     kl = {"kl_coefficient": args.kl_coefficient} | ({"kl_lr": args.kl_lr} if args.kl_lr else {})
-    for rule in args.rules:
-        config = sl.TrainConfig(
+    plain = [
+        sl.TrainConfig(
             hook=args.hook, sparsity=rule, options={OPTIONS.get(rule, "k"): args.l0}, d_sae=args.d_sae, n_tokens=args.tokens,
             batch_size=args.batch_size,
-        )  # fmt: skip
-        stream = sl.ActivationStream(lm, named_text(args.text), args.hook, text_name=args.text)
-        lr = Trainer(config, stream).peak_lr  # for `tuned`, whose default would be that of a short training
-
-        def train(name: str, config: sl.TrainConfig, rule: str = rule, stream=stream, **more) -> sl.Dictionary:
-            (run,) = sl.train(stream, config, args.out / f"{rule}-{name}", exists="overwrite", **more)
-            return run.dictionary
-
-        plain = train("plain", config)
-        dictionaries = {"plain": plain, "KL": train("kl", config.replace(kl_share=args.share, **kl))}
-        tuning = config.replace(kl_share=1.0, n_tokens=round(args.share * args.tokens), decay=1.0, lr=lr, **kl)
-        dictionaries["tuned"] = train("tuned", tuning, start_from=plain)
-        losses = {name: losses_by_row(lm, rows, d) for name, d in dictionaries.items()}
-        for name, d in dictionaries.items():
-            report = sl.evaluate(d, lm, rows)
-            line = {"rule": rule, "trained": name, **{key: report[key] for key in COLUMNS}}
-            line["gap"] = report["ce_sae"] - report["ce_clean"]
-            if name != "plain":
-                line |= dict(zip(("closed", "low", "high"), closed(clean, losses["plain"], losses[name]), strict=True))
-            lines.append(line)
-            print(line, flush=True)
+        )
+        for rule in args.rules
+    ]  # fmt: skip
+    with_kl = [config.replace(kl_share=args.share, **kl) for config in plain]
+    runs = sl.train(stream, [*plain, *with_kl], args.out / "trained", exists="overwrite")
+    begun = [run.dictionary for run in runs[: len(plain)]]
+    more = {"kl_share": 1.0, "n_tokens": round(args.share * args.tokens), "decay": 1.0}
+    tuning = [  # the default learning rate would be that of a short training
+        config.replace(**more, lr=Trainer(config, stream).peak_lr, **kl) for config in plain
+    ]
+    runs += sl.train(stream, tuning, args.out / "tuned", exists="overwrite", start_from=begun)
+    clean = losses_by_row(lm, rows)
+    losses = [losses_by_row(lm, rows, run.dictionary) for run in runs]
+    lines = []
+    for i, run in enumerate(runs):
+        report, name = sl.evaluate(run.dictionary, lm, rows), ("plain", "KL", "tuned")[i // len(plain)]
+        line = {"rule": run.config.sparsity, "trained": name, **{key: report[key] for key in COLUMNS}}
+        line["gap"] = report["ce_sae"] - report["ce_clean"]
+        if name != "plain":
+            line |= dict(zip(("closed", "low", "high"), closed(clean, losses[i % len(plain)], losses[i]), strict=True))
+        lines.append(line)
+    lines.sort(key=lambda line: args.rules.index(line["rule"]))
     args.out.mkdir(parents=True, exist_ok=True)
     settings = {name: value for name, value in vars(args).items() if name != "out"}
     (args.out / "kl_finetune.json").write_text(json.dumps({"settings": settings, "dictionaries": lines}, indent=2) + "\n")
