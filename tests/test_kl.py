@@ -368,13 +368,13 @@ def test_kl_falls_when_a_dictionary_of_another_tool_is_tuned(lm, tmp_path):
     """A dictionary in another tool's format, trained with KL alone, comes nearer to the model's predictions."""
     text = "python-docs:train"
     (run,) = sl.train(
-        sl.ActivationStream(lm, text, PRE2), TrainConfig(options={"k": 8}, d_sae=256, n_tokens=6000, batch_size=256, lr=3e-3)
+        sl.ActivationStream(lm, text, PRE2), TrainConfig(options={"k": 8}, d_sae=128, n_tokens=4000, batch_size=256, lr=3e-3)
     )
     theirs = sl.load(sl.convert(run.dictionary.save(tmp_path / "own"), tmp_path / "theirs", "sparsify"))
     assert "read_from" in theirs.training_record
-    config = TrainConfig(n_tokens=6000, batch_size=512, kl_share=1.0, kl_lr=1.0, lr=1e-3, hook=PRE2)
+    config = TrainConfig(n_tokens=4000, batch_size=512, kl_share=1.0, kl_lr=1.0, lr=1e-3, hook=PRE2)
     (tuned,) = sl.train(sl.ActivationStream(lm, text, PRE2), config, start_from=theirs)
-    before, after = (sl.evaluate(d, lm, "python-docs:held-out", n_tokens=2000) for d in (theirs, tuned.dictionary))
+    before, after = (sl.evaluate(d, lm, "python-docs:held-out", n_tokens=1000, hook=PRE2) for d in (theirs, tuned.dictionary))
     assert after["kl_sae"] < 0.95 * before["kl_sae"]
     assert after["l0"] == pytest.approx(before["l0"], rel=0.01)
 

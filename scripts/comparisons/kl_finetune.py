@@ -5,10 +5,11 @@
     python scripts/comparisons/kl_finetune.py --out kl_finetune --model gpt2 --hook blocks.8.hook_resid_pre \\
         --text train.jsonl --eval-text held-out.jsonl
 
-Three dictionaries of each rule: "plain"; "KL", of the same number of tokens and the same L0; and "tuned", which starts from the
-plain one and trains with KL on SHARE more tokens. All are measured on the same held-out rows. The gap is CE with the
-reconstruction in place less CE of the model; "closed" is the share of the plain gap that is gone, with a 95 % interval from
-2,000 paired resamples of the rows. Writes OUT/kl_finetune.json and kl_finetune.md.
+Four dictionaries of each rule: "plain"; "KL", of the same number of tokens and the same L0; "tuned", which starts from the
+plain one and trains with KL on SHARE more tokens; and "longer", which trains on as many more without KL, at the same learning
+rate. All are measured on the same held-out rows. The gap is CE with the reconstruction in place less CE of the model; "closed"
+is the share of the plain gap that is gone, with a 95 % interval from 2,000 paired resamples of the rows. Writes
+OUT/kl_finetune.json and kl_finetune.md.
 """
 
 import argparse
@@ -90,11 +91,13 @@ def main() -> None:
         config.replace(**more, lr=Trainer(config, stream).peak_lr, **kl) for config in plain
     ]
     runs += sl.train(stream, tuning, args.out / "tuned", exists="overwrite", start_from=begun)
+    longer = [config.replace(kl_share=0.0, lr=config.kl_lr * config.lr) for config in tuning]
+    runs += sl.train(stream, longer, args.out / "longer", exists="overwrite", start_from=begun)
     clean = losses_by_row(lm, rows)
     losses = [losses_by_row(lm, rows, run.dictionary) for run in runs]
     lines = []
     for i, run in enumerate(runs):
-        report, name = sl.evaluate(run.dictionary, lm, rows), ("plain", "KL", "tuned")[i // len(plain)]
+        report, name = sl.evaluate(run.dictionary, lm, rows), ("plain", "KL", "tuned", "longer")[i // len(plain)]
         line = {"rule": run.config.sparsity, "trained": name, **{key: report[key] for key in COLUMNS}}
         line["gap"] = report["ce_sae"] - report["ce_clean"]
         if name != "plain":
