@@ -15,7 +15,12 @@ Positions that do not count keep their activation: special tokens, padding and e
 
 Source: Karvonen 2025, Revisiting End-To-End Sparse Autoencoder Training: A Short Finetune Is All You Need, arXiv:2503.17272,
 which balances mse and KL anew in each step; the last 25 M tokens, a few percent of a training, closed 20 to 50 % of the gap in
-cross-entropy. Training with KL from the beginning: Braun, Taylor, Goldowsky-Dill and Sharkey 2024, arXiv:2405.12241.
+cross-entropy. Training with KL from the beginning: Braun, Taylor, Goldowsky-Dill and Sharkey 2024, arXiv:2405.12241. Ours: a
+weighted mean in place of a sum, and a learning rate of its own, `kl_lr` times that of the schedule.
+
+On the embedded model (`scripts/comparisons/kl_finetune.py`, L0 8, 600,000 tokens of which a fifth has KL), topk, batch_topk and
+jumprelu closed 18, 20 and 22 % of the gap. A finished dictionary that trained on 120,000 more tokens closed 32, 37 and 40 %
+with KL, and 13, 15 and 15 % without.
 """
 
 from collections.abc import Callable, Iterator
