@@ -188,6 +188,24 @@ class TrainConfig(FrozenConfig):
         "and float32 elsewhere.",
     )
     dead_after: int = Field(200_000, gt=0, le=MOST, description="Tokens without firing after which a latent counts as dead.")
+    kl_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the tokens, at the end, in which the loss also has KL(model ‖ model with the reconstruction in "
+        "place of the activations). Needs a text and its model; a cache holds no token rows. 0.1 is usual.",
+    )
+    kl_coefficient: float = Field(
+        1.0,
+        gt=0,
+        description="With kl_share: weight of KL relative to the squared error, after each step has scaled KL to the size of "
+        "the squared error. Their weighted mean takes the place of the squared error.",
+    )
+    kl_lr: float = Field(
+        0.3,
+        gt=0,
+        description="With kl_share: learning rate relative to the schedule, since batches of whole rows vary more.",
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of the initial parameters.")
     log_every: int = Field(65_536, gt=0, le=MOST, description="Tokens between two log lines.")
 
@@ -209,6 +227,11 @@ class TrainConfig(FrozenConfig):
             if len(set(hooks := getattr(self, name))) < len(hooks):
                 raise ValueError(f"{name} names a hook twice")
         return self
+
+    @model_serializer(mode="wrap", when_used="json")
+    def _without_later_keys(self, serialize: Any) -> dict[str, Any]:
+        """Leave out the settings of KL unless kl_share is set, as older versions do, which refuse unknown keys."""
+        return {k: v for k, v in serialize(self).items() if self.kl_share or not k.startswith("kl_")}
 
     @property
     def hooks(self) -> tuple[str, ...]:

@@ -251,6 +251,9 @@ def test_config_toml_holds_every_field():
         clip_grad_norm=2.0,
         normalize="none",
         dead_after=7,
+        kl_share=0.3,
+        kl_coefficient=2.0,
+        kl_lr=0.5,
         seed=8,
         log_every=9,
     )

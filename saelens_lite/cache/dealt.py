@@ -13,7 +13,12 @@ from saelens_lite.processes import Team
 from saelens_lite.tokens import RowHash, RowRecord, TokenRows
 
 
-class _Batch(NamedTuple):
+class UnreadBatch(NamedTuple):
+    """Rows for one pass of the model, of whose positions that count the first `n_skipped` are left out.
+
+    read: the record of all rows so far, or None until the rows of an earlier read are known to be the same.
+    """
+
     rows: passes.RowBatch
     n_skipped: int
     n_kept: int
@@ -44,7 +49,7 @@ def dealt_activations(
         ConfigError: the processes read different texts.
         ProcessLostError: one of them ended.
     """
-    batches = _batches(lm, blocks, batch_tokens, skip, read)
+    batches = unread_batches(lm, blocks, batch_tokens, skip, read)
     is_last = False
     while not is_last:
         group = list(itertools.islice(batches, workers.world))
@@ -61,7 +66,9 @@ def dealt_activations(
             yield {hook: x[batch.n_skipped :] for hook, x in piece.items()}, batch.read
 
 
-def _batches(lm: AnyModel, blocks: Iterable[TokenRows], batch_tokens: int, skip: int, read: RowHash) -> Iterator[_Batch]:
+def unread_batches(
+    lm: AnyModel, blocks: Iterable[TokenRows], batch_tokens: int, skip: int, read: RowHash
+) -> Iterator[UnreadBatch]:
     """Yield the batches to run. Rows are shuffled in each block."""
     with prefetched(blocks) as ready:
         for number, rows in enumerate(ready):
@@ -71,7 +78,7 @@ def _batches(lm: AnyModel, blocks: Iterable[TokenRows], batch_tokens: int, skip:
                 n_skipped = min(skip, n_kept)
                 skip -= n_skipped
                 if n_skipped < n_kept:
-                    yield _Batch(batch, n_skipped, n_kept, read.record if read.is_as_expected else None)
+                    yield UnreadBatch(batch, n_skipped, n_kept, read.record if read.is_as_expected else None)
     read.end()
 
 

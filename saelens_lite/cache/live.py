@@ -8,7 +8,7 @@ computed again.
 
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +19,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 from saelens_lite.cache.capture import keys_of, origin_of
-from saelens_lite.cache.dealt import dealt_activations
+from saelens_lite.cache.dealt import dealt_activations, unread_batches
 from saelens_lite.cache.described import StreamDescription, computing, described
 from saelens_lite.cache.order import Pool, cut_into_batches, part_of, prefetched_pools
 from saelens_lite.cache.resumed import SAME_SOURCE, refuse_others
 from saelens_lite.cache.source import Batch, Moments, Statistics, TensorSource
+from saelens_lite.cache.whole_rows import row_batches, row_pools
 from saelens_lite.config import Origin, TextConfig
 from saelens_lite.cuda_streams import to_device
 from saelens_lite.errors import ConfigError, HookError, SourceChangedError, TextError, near_matches
@@ -104,11 +105,39 @@ class ActivationStream:
 
     def _pieces(self, skip: int) -> Iterator[dict[str, Tensor]]:
         """Yield the activations to train on, after the first `skip`, epoch after epoch, without the held-out ones."""
+        return self._epochs(skip, self._read_pieces)
+
+    def _read_pools(self, skip: int, read: RowHash) -> Iterator[tuple[TokenRows, RowRecord | None]]:
+        """Yield the whole rows of one pass over the text, after the first `skip` positions, in pools; see `_read_pieces`."""
+        is_empty = True
+        with closing(unread_batches(self.lm, self._rows(), self.batch_tokens, skip, read)) as batches:
+            for pool in row_pools(batches, self.lm.pad_id):
+                is_empty = False
+                yield pool
+        if is_empty and skip == self._n_held_out:
+            raise TextError(f"{self._n_held_out:,} positions of the text are held out, and no whole row is left to train on")
+
+    def row_batches(self, n_positions: int, seed: int, skip: int = 0, start: int = 0) -> Iterator[TokenRows]:
+        """Yield whole token rows of the text, epoch after epoch without end, in batches, from number `start` on.
+
+        A batch has as many rows as have at most n_positions positions that count, or one row with more. Rows that hold
+        validation data are left out. The rows are shuffled by the seed, about 65,536 positions at a time.
+
+        skip: Leave out rows with one of this many first positions, which earlier training has read.
+        """
+        pools = self._epochs(skip, self._read_pools)
+        return itertools.islice(row_batches(pools, n_positions, seed), start, None)
+
+    def _epochs(self, skip: int, read_once: Callable[[int, RowHash], Iterator[tuple[Any, RowRecord | None]]]) -> Iterator[Any]:
+        """Yield what `read_once` reads of the text, after the first `skip` positions, epoch after epoch.
+
+        The held-out positions are skipped in each. The first epoch is compared with the record of a resumed run.
+        """
         first = None
         while True:
             read = RowHash(self._expected if first is None else None)
             try:
-                with closing(self._read_pieces(self._n_held_out + skip, read)) as pieces:
+                with closing(read_once(self._n_held_out + skip, read)) as pieces:
                     for piece, record in pieces:
                         if first is None and record is not None:
                             self._note(record)

@@ -26,6 +26,11 @@ def training(run: RunConfig, configs: list[TrainConfig]) -> None:
         raise ConfigError(f"both a cache ({run.cache}) and --text ({run.text}) were given; training reads only one of them")
     if run.cache:
         for config in configs:
+            if config.kl_share:
+                raise ConfigError(
+                    f"kl_share = {config.kl_share:g} runs the model on token rows, which a cache does not hold; give --text "
+                    "and --model in place of the cache"
+                )
             cache_has(Path(run.cache), hooks_of(config))
     elif not run.text:
         raise ConfigError("nothing to train on: give the folder of a cache, or --text with --hook")

@@ -110,39 +110,40 @@ class PartialForward:
         return ((self._entered, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": self._entered})
 
     def logits(
-        self, tokens: Int[Tensor, "n pos"], new: Float[Tensor, "n pos d"], first: int = 0
+        self, tokens: Int[Tensor, "n pos"], new: Float[Tensor, "n pos d"], first: int = 0, *, differentiable: bool = False
     ) -> Float[Tensor, "n n_logits d_vocab"]:
         """Return the logits from position `first` on, with the activations at the hooks replaced by `new`.
 
         Args:
             tokens: The tokens of the last `read`, or of the last pass within `noting`; any others only if `is_whole_stream`.
             new: The activations; those of several hooks are concatenated.
+            differentiable: Keep the graph back to `new`.
         """
         if not self.n_skipped:
-            return self._whole(tokens, new, first)
+            return self._whole(tokens, new, first, differentiable)
         with ExitStack() as stack:
             for block, hand_on in self._hand_on:
                 stack.enter_context(_forward_of(block, hand_on))
             if self._enters is not None:
                 handle = self._enters.register_forward_pre_hook(self._put_entry_back, with_kwargs=True)
                 stack.callback(handle.remove)
-            return self._whole(tokens, new, first)
+            return self._whole(tokens, new, first, differentiable)
 
-    def _whole(self, tokens: Tensor, new: Tensor, first: int = 0) -> Tensor:
+    def _whole(self, tokens: Tensor, new: Tensor, first: int = 0, differentiable: bool = False) -> Tensor:
         parts = new.split(self._widths, dim=-1) if len(self.hooks) > 1 else [new]
         with ExitStack() as stack:
             for hook, part in zip(self.hooks, parts, strict=True):
                 stack.enter_context(self.lm.replace(hook, lambda _, part=part: part.clone()))  # Falcon overwrites it
-            return self._logits(tokens, first)
+            return self._logits(tokens, first, differentiable)
 
-    def _logits(self, tokens: Tensor, first: int) -> Tensor:
+    def _logits(self, tokens: Tensor, first: int, differentiable: bool = False) -> Tensor:
         """Return the logits from position `first` on; if the unembedding is a module, compute only these."""
         head = self.lm.module.get_output_embeddings()
         if not first or head is None:
-            return self.lm.logits(Ids(tokens, None))[:, first:]
+            return self.lm.logits(Ids(tokens, None), differentiable=differentiable)[:, first:]
         unembed = head.forward
         with _forward_of(head, lambda x: unembed(x[:, first:] if x.ndim == 3 else x)):
-            logits = self.lm.logits(Ids(tokens, None))
+            logits = self.lm.logits(Ids(tokens, None), differentiable=differentiable)
         return logits[:, first - tokens.shape[1] :]
 
 

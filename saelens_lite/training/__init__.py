@@ -106,6 +106,22 @@ The result is not that of one longer run; the dictionary's record has `extended_
 dictionary, ours or another tool's. What the config leaves unset (rule, options, hooks) is taken from it. Another rule may be
 chosen if the parameters fit; it begins with its own thresholds.
 
+**The model's predictions.** A small squared error can still change what the model predicts. With `kl_share=0.1`, the last tenth
+of the tokens also minimises the KL divergence from the model's next-token distributions to those with the reconstruction in
+place; the log then has `kl`, in nats. That needs a text and its model, because a cache holds no token rows. `kl_share=1.0`
+tunes a finished dictionary, ours or another tool's, and `saelens_lite.training.kl` has the equations.
+
+```python
+stream = sl.ActivationStream(lm, "python-docs:train", hook)
+(run,) = sl.train(stream, sl.TrainConfig(options={"k": 32}, d_sae=512, n_tokens=20_000, kl_share=0.1))
+(tuned,) = sl.train(stream, sl.TrainConfig(n_tokens=5000, kl_share=1.0), start_from=run.dictionary)
+```
+
+```sh
+saelens-lite train --text book.txt --hook blocks.2.hook_resid_pre --kl-share 0.1 --out runs/kl
+saelens-lite train --text book.txt --start-from runs/topk --kl-share 1 --n-tokens 100000 --out runs/tuned
+```
+
 **Several objectives.** With codes f, the classic objective min ‖x − x̂‖² + λ‖f‖₀ is `jumprelu` with the penalty `l0`. `l1` is
 its relaxation, with ‖f‖₁ in place of ‖f‖₀. `p_anneal` moves from ‖f‖₁ towards ‖f‖₀. The rules with a `k` fix ‖f‖₀.
 

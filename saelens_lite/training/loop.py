@@ -36,6 +36,7 @@ from saelens_lite.progress import progress_bar
 from saelens_lite.training.advice import warn_of_l0
 from saelens_lite.training.checkpoint import KeptDictionary, earlier_states, is_interrupted, remove_checkpoints, save_checkpoint
 from saelens_lite.training.distribution import Share
+from saelens_lite.training.feed import Feed
 from saelens_lite.training.finished import write_finished
 from saelens_lite.training.history import History
 from saelens_lite.training.run import Run
@@ -291,20 +292,20 @@ def _loop(source: Source, job: Group, logs: list[RunLog]) -> None:
     if rows.world > 1:
         where |= {"rank": rows.rank, "world": rows.world}
     batches = source.batches(hooks, trainers[0].config.batch_size, job.data_seed, job.n_batches, **where)
-    batches = uploaded(batches, device)  # once for all dictionaries
+    feed = Feed(uploaded(batches, device), source, hooks, trainers[0].config.batch_size, job.data_seed)
     saved, spare = time.monotonic(), Spare()
     with (
         ExitStack() as stack,
         Stopping() if job.out else nullcontext() as stopping,
         progress_bar("train", max(t.config.n_tokens for t in trainers)) as bar,
     ):
-        stack.callback(getattr(batches, "close", lambda: None))  # ends the thread that reads ahead
+        stack.callback(feed.close)
         bar(job.n_seen, "")
         meets_every = MEET_EVERY if device.type == "cuda" and job.share.team.world > 1 else 1
         goes_on = job.share.team.any(bool(job.at_work))
         while goes_on:
             try:
-                batch = next(batches)
+                n = feed.read(job.n_batches, [trainers[i] for i in job.at_work])
             except SourceChangedError:
                 raise
             except Exception:
@@ -314,19 +315,22 @@ def _loop(source: Source, job: Group, logs: list[RunLog]) -> None:
             for i in job.at_work:
                 trainer = trainers[i]
                 try:
-                    trainer.step(batch, spare)
-                    if trainer.n_seen >= due[i] or trainer.done:
+                    batch, divergence = feed.of(trainer)
+                    trainer.step(batch, spare, divergence)
+                    says = trainer.n_seen >= due[i] or trainer.done or trainer.kl_is_due
+                    if says:
                         trainer.check()
                 except NonFiniteError as error:
                     job.drop(i, error)
                     continue
-                if trainer.n_seen >= due[i] or trainer.done:
+                if says:
                     logs[i].log(job.log_line(i))
+                if trainer.n_seen >= due[i]:
                     due[i] += trainer.config.log_every
             job.n_batches += 1
             latest = [history.last for history in job.histories if history]
             bar(
-                rows.world * len(batch[hooks[0]]),
+                rows.world * n,
                 "  ".join(f"fvu {line['fvu']:.3f} l0 {line['l0']:.0f}" for line in latest),
             )
             if job.n_batches % meets_every:

@@ -31,8 +31,9 @@ instead, and its support is where the result is not zero.
     x̂ = S W_dec + b_dec                    (+ x W_skipᵀ with a skip connection)
 
 **5. The losses.** `losses` returns mse = mean over the batch of Σ_d (y − x̂)² and what the rule adds: a penalty, or an
-auxiliary reconstruction by dead latents. Training minimises their sum. A latent is dead when it has not fired for `dead_after`
-tokens.
+auxiliary reconstruction by dead latents. Training minimises their sum. With `kl_share`, a weighted mean of mse and the KL of
+the model's predictions takes the place of mse in the last steps (`saelens_lite.training.kl`). A latent is dead when it has not
+fired for `dead_after` tokens.
 
 **6. The backward pass.** The gradient at h is zero off the support, so the backward pass needs only the pairs that fired. With
 e the gradient at x̂, v = f, and G the sparse matrix that holds the gradient at h, which follows from dv through the rule:

@@ -23,11 +23,12 @@ from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, NonFiniteError, PluginError, ShapeError, SourceChangedError
 from saelens_lite.files import check_fits_memory, shortened
 from saelens_lite.keys import usual_reads
-from saelens_lite.ports import Hooks, Port, together
+from saelens_lite.ports import Hooks, Port, apart, together
 from saelens_lite.processes import ALONE
 from saelens_lite.sparsity import PenaltyConfig, Sparsity
 from saelens_lite.training.calibration import fire_rarely_, scale_encoder_
 from saelens_lite.training.control import L0Control
+from saelens_lite.training.kl import Divergence, check_kl, with_kl
 from saelens_lite.training.optimizer import Adam
 from saelens_lite.training.sharding import OwnLatents
 from saelens_lite.training.step import DenseStep, SparseStep
@@ -72,6 +73,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, source: Source, device: str | torch.device = "cpu", layout: Layout = ALL_HERE):
         self.config, self.layout = config, layout
         self.hooks = choose_hooks(config, source)
+        check_kl(config, source, self.hooks)
         moments = {hook: _moments(source, hook) for hook in self.hooks.all}
         is_same = self.hooks.reads == self.hooks.writes
         scale_of = {hook: self._scale_of(*both, around_mean=not is_same) for hook, both in moments.items()}
@@ -122,6 +124,7 @@ class Trainer:
             self.control = L0Control(rule.config.first_coefficient, rule.target_l0, self.dictionary.W_enc.device)
         self.n_seen = self.first_seen = 0
         self.n_steps = self.first_step = 0  # the schedule begins at first_step, which is not 0 if a finished run is extended
+        self.kl_from: int | None = None  # number of the first batch whose loss has KL
         self._is_untrained = True
         self.since_fired = torch.zeros(self.latents.n, dtype=torch.long, device=device)
         self.fire_count = torch.zeros(self.latents.n, dtype=torch.long, device=device)
@@ -142,6 +145,16 @@ class Trainer:
     def progress(self) -> float:
         """The share of the schedule that is done."""
         return (self.n_seen - self.first_seen) / (self.config.n_tokens - self.first_seen)
+
+    @property
+    def kl_is_due(self) -> bool:
+        """True before the first step whose loss has KL."""
+        return bool(self.config.kl_share) and self.kl_from is None and self.progress >= 1 - self.config.kl_share
+
+    def note_phase(self, number: int) -> None:
+        """Begin the last share of the tokens with batch `number` if it is due."""
+        if self.kl_is_due:
+            self.kl_from = number
 
     @property
     def scheduled_steps(self) -> int:
@@ -178,8 +191,15 @@ class Trainer:
         x = scaled(self.hooks.reads, self.scales)
         return (x, x) if self.shift is None else (x - self.shift, scaled(self.hooks.writes, self.target_scales))
 
+    def _raw(self, x_hat: Float[Tensor, "batch d_out"]) -> Float[Tensor, "batch d_out"]:
+        """Return a scaled reconstruction as raw activations."""
+        parts = apart(x_hat, self.dictionary.writes)
+        return together([part / scale for part, scale in zip(parts, self.target_scales, strict=True)])
+
     @outside_models()
-    def step(self, batch: Batch | Float[Tensor, "batch d_in"], spare: Spare | None = None) -> None:
+    def step(
+        self, batch: Batch | Float[Tensor, "batch d_in"], spare: Spare | None = None, divergence: Divergence | None = None
+    ) -> None:
         """Take one optimiser step on raw activations: `calibrate` before the first step, then `backward`, then `update`.
 
         After an error the parameters are those before the step. On a GPU the host does not wait for a step, so the error may
@@ -188,6 +208,7 @@ class Trainer:
         Args:
             batch: the activations of every hook that the dictionary reads or writes, by name; a tensor if there is only one.
             spare: memory that the steps of a loop share.
+            divergence: KL as a function of the raw x̂, for a loss that has it; see `saelens_lite.training.kl`.
 
         Raises:
             ShapeError: the activations of a hook are missing.
@@ -196,7 +217,7 @@ class Trainer:
         """
         if self.n_steps == 0 and self._is_untrained:
             self.calibrate(batch)
-        self.update(self.backward(batch, spare))
+        self.update(self.backward(batch, spare, divergence))
 
     def calibrate(self, batch: Batch | Float[Tensor, "batch d_in"]) -> None:
         """Scale the untrained encoder so that it reconstructs the first batch best."""
@@ -208,11 +229,13 @@ class Trainer:
                 scale_encoder_(self.dictionary, x, and_thresholds=self.control is not None)
 
     @outside_models()
-    def backward(self, batch: Batch | Float[Tensor, "batch d_in"], spare: Spare | None = None) -> Contribution:
+    def backward(
+        self, batch: Batch | Float[Tensor, "batch d_in"], spare: Spare | None = None, divergence: Divergence | None = None
+    ) -> Contribution:
         """Compute the losses of a batch, put their gradients into `grad` of the dictionary's parameters, and return the losses.
 
         Raises:
-            PluginError: the rule calls a loss "loss", which is the name of the sum.
+            PluginError: the rule calls a loss "loss", or "kl" beside a divergence, which are names of other numbers.
             ShapeError: the activations of a hook are missing.
         """
         c = self.config
@@ -234,11 +257,15 @@ class Trainer:
                 input_bias=self._input_bias(),
             )
             losses = step.losses()
-            if "loss" in losses:
-                raise PluginError(
-                    f"the rule {c.sparsity} calls a loss 'loss', which is the name of the sum; give it another name"
-                )
-            losses["loss"] = torch.stack(list(losses.values())).sum()
+            for name in ("loss", "kl") if divergence else ("loss",):
+                if name in losses:
+                    raise PluginError(
+                        f"the rule {c.sparsity} calls a loss {name!r}, which is the name of another number; choose another"
+                    )
+            total = torch.stack(list(losses.values())).sum()
+            if divergence is not None:
+                losses, total = with_kl(losses, divergence(self._raw(step.x_hat)), c.kl_coefficient)
+            losses["loss"] = total
             self.dictionary.zero_grad(set_to_none=True)
             losses["loss"].backward()
             self._share_gradients(step)
@@ -318,7 +345,7 @@ class Trainer:
         self._note(computed, norm)
         if not self.reads_later:
             self.check(computed)
-        lr = self.lr_at((done + 0.5) / self.scheduled_steps)
+        lr = self.lr_at((done + 0.5) / self.scheduled_steps) if self.kl_from is None else self._kl_lr(computed.n)
         self.optimizer.step(
             lr,
             done + 1,
@@ -336,6 +363,11 @@ class Trainer:
         self._count(computed.n, computed.fires)
         if len(self._unread) >= MOST_UNREAD:
             self.check()
+
+    def _kl_lr(self, n: int) -> float:
+        """Return the learning rate of a step on n tokens of whole rows, by tokens because such batches differ in size."""
+        middle = self.progress + n / 2 / (self.config.n_tokens - self.first_seen)
+        return self.config.kl_lr * self.lr_at(min(1.0, middle))
 
     def _aim(self, computed: Contribution, lr: float) -> None:
         """Adjust the coefficient of the penalty, and late in training the thresholds, to reach the target L0."""
@@ -518,6 +550,7 @@ class Trainer:
         if self.shift is not None:
             tensors["shift"] = self.shift
         numbers = {name: getattr(self, name) for name in _NUMBERS} | {"sums": self._sums, "n_sums": self._n_sums}
+        numbers |= {} if self.kl_from is None else {"kl_from": self.kl_from}
         return tensors, numbers
 
     @torch.no_grad()
@@ -563,6 +596,7 @@ class Trainer:
         for name in _NUMBERS:
             setattr(self, name, numbers.get(name, 0))  # older checkpoints have no first_seen and first_step
         self._sums, self._n_sums = numbers["sums"], numbers["n_sums"]
+        self.kl_from = numbers.get("kl_from")
 
     def start_from(self, dictionary: Dictionary, n_seen: int = 0, n_steps: int = 0, coefficient: float | None = None) -> None:
         """Start from the parameters of a dictionary of raw activations, with new moments.
