@@ -117,7 +117,7 @@ def broken(name: str, width: int) -> str:
     """Break a name into lines of at most `width` characters where a word of it ends. A longer word stays whole."""
     lines = [""]
     for word in re.findall(r"[^/_.\-]*[/_.\-]*", name):
-        if lines[-1] and len(lines[-1] + word) > width:
+        if word and lines[-1] and len(lines[-1] + word) > width:
             lines.append("")
         lines[-1] += word
     return "\n".join(lines)

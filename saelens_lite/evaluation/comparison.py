@@ -1,23 +1,24 @@
 """Comparisons of several reports: the noise floor of each metric, and the recipes whose differences exceed it."""
 
 import math
-import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float
 
 from saelens_lite.errors import ConfigError, near_matches
 from saelens_lite.evaluation.floors import LEVEL, Noise, joint_df, noise_floors_of, t_quantile
 from saelens_lite.evaluation.replicates import COLUMNS, LEAST, Recipe, Replicates
 from saelens_lite.evaluation.sums import Metric
-from saelens_lite.tables import Result, grid, wrapped
+from saelens_lite.tables import Result, grid
 
 DIFFERS, SAME = "≠", "≈"
 FLOOR = "noise floor"
 Z = 1.959964
+_SEED = re.compile(r"[\W_]*(seed|s)?[\W_\d]*$", re.IGNORECASE)  # the end of a name that is shared by several seeds
 
 
 @runtime_checkable
@@ -88,7 +89,7 @@ class NoiseFloors(Result):
         return grid(
             ("recipe" if self.has_seeds else "dictionary", *columns),
             [*rows, None, (FLOOR, *self.floor_cells(columns))],
-            caption=wrapped(self.caption),
+            caption=self.caption,
             column=lambda title: {"overflow": "fold"} if title in ("recipe", "dictionary") else {"no_wrap": True},
             collapse_padding=True,
             pad_edge=False,
@@ -215,7 +216,8 @@ def _recorded(reports: Mapping[str, Measured]) -> dict[str, tuple[str, ...]]:
     for names in grouped.values():
         title = names[0]
         if len(names) > 1:
-            title = os.path.commonprefix(names).rstrip("/\\-_. =0123456789")
+            n_shared = sum(1 for _ in takewhile(lambda chars: len(set(chars)) == 1, zip(*names, strict=False)))
+            title = _SEED.sub("", names[0][:n_shared])
             title = title if title and title not in named else str(reports[names[0]].recipe)
             title = title if title not in named else f"{names[0]} …"
         named[title] = tuple(names)
@@ -262,7 +264,7 @@ def _noise(reports: Sequence[Measured], metric: str, sizes: Sequence[int]) -> No
             if not m.has_interval:
                 return None
             covariance[rows[0], rows[0]] = ((m.high - m.low) / (2 * Z)) ** 2 * n / (n - 1)
-            df = min(df, n - 1)
+            df = min(df, float(n - 1))
             continue
         several = [reports[i].replicates.of[metric] for i in rows]
         drawn = np.stack([x[: min(map(len, several))] for x in several]).astype(np.float64)
@@ -270,13 +272,13 @@ def _noise(reports: Sequence[Measured], metric: str, sizes: Sequence[int]) -> No
         if drawn.shape[1] < 2:
             return None
         covariance[np.ix_(rows, rows)] = np.cov(drawn) * n / (n - 1)
-        df = min(df, joint_df(n - 1, drawn.shape[1] - 1))
+        df = min(df, joint_df(n - 1.0, drawn.shape[1] - 1.0))
     value = np.array([report.metrics[metric].value for report in reports])
     if not np.isfinite(value).all():
         return None
     row = np.repeat(np.arange(len(sizes)), sizes)
     mean = (row == np.arange(len(sizes))[:, None]) / np.asarray(sizes)[:, None]
-    spread_df = len(reports) - len(sizes)
+    spread_df = float(len(reports) - len(sizes))
     spread = float(np.square(value - (mean @ value)[row]).sum() / spread_df) if spread_df else 0.0
     return Noise(mean @ covariance @ mean.T, df, tuple(sizes), spread, spread_df)
 
@@ -293,7 +295,7 @@ def _notes(reports: Sequence[Measured], members: Mapping[str, Sequence[str]], fl
     if not any(map(math.isfinite, floors.values())):
         return ("No noise floor: reports without intervals say nothing about their noise.",)
     blocks = {report.replicates.weights if report.replicates else id(report) for report in reports}
-    notes = ["Paired bootstrap over sequences." if len(blocks) == 1 else _unpaired(reports)]
+    notes = ["Paired bootstrap." if len(blocks) == 1 else _unpaired(reports)]
     counts = [len(names) for names in members.values()]
     if sum(counts) == len(counts):
         notes.append("One seed each: differences between seeds are not included.")

@@ -50,8 +50,8 @@ class EvalReport(Result):
     activations, so a port with large norms decides them. Zeros at a port that is the difference chat − base put the activation
     of base into chat.
 
-    `replicates` are kept for comparisons with other reports (`noise_floors`), and `recipe` says which dictionaries differ only in
-    their seeds. Both are None in reports of earlier versions, and `recipe` for dictionaries of other tools.
+    `replicates` are kept for comparisons with other reports (`noise_floors`), and `recipe` says which dictionaries differ only
+    in their seeds. Both are None in reports of earlier versions, and `recipe` for dictionaries of other tools.
 
     `hook` is the hook that the dictionary writes, and `read_hook` the one it reads; None in reports of earlier versions.
 
@@ -334,7 +334,7 @@ def table(reports: Mapping[str, EvalReport], seeds: Mapping[str, Sequence[str]] 
     caption = "± half of the 95 % interval"
     if all(report.n_sequences == 1 for report in reports.values()):
         caption = next(iter(reports.values())).intervals
-    caption = "\n".join(wrapped(note) for note in (caption, compared.notes) if note)
+    caption = "\n".join(note for note in (wrapped(caption), compared.notes) if note)
     return grid(compared.head, rows, caption=caption, column=column, collapse_padding=True, pad_edge=False)
 
 

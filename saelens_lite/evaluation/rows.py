@@ -83,8 +83,9 @@ def evaluate_rows(
     sha256 = tensor_hash(inputs) if wanted is inputs else f"{tensor_hash(inputs)} {tensor_hash(wanted)}"
     if everyone.world > 1:
         check_same({"dictionaries": [identity(one) for one in [*dictionaries, *further.values()]]}, device=inputs.device)
+    units_hash = tensor_hash(unit)
     everyone.agree(
-        {"activations": sha256, "groups": (units_hash := tensor_hash(unit)), "batch_tokens": batch_rows, "n_bootstrap": n_bootstrap,
+        {"activations": sha256, "groups": units_hash, "batch_tokens": batch_rows, "n_bootstrap": n_bootstrap,
          "seed": seed, "controls": controls},
         "evaluations",
     )  # fmt: skip
