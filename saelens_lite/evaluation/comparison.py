@@ -247,7 +247,7 @@ def _over_seeds(value: float, noise: Noise, row: int) -> Metric:
 
 
 def _noise(reports: Sequence[Measured], metric: str, sizes: Sequence[int]) -> Noise | None:
-    """Return the noise of the means of a metric over seeds; None if it is not known of some report.
+    """Return the noise of the means of a metric over seeds; None if a report does not show it.
 
     sizes: the number of reports in each row, which come in this order.
     """

@@ -95,8 +95,10 @@ def untrained(
     ]
 
 
-def permuted_dictionary(dictionary: Dictionary, density: Float[Tensor, " d_sae"] | None, seed: int) -> Dictionary:
-    """Return a copy in which the decoder rows of 10 % of the live latents, but at least two, have changed places.
+def permuted_dictionary(
+    dictionary: Dictionary, density: Float[Tensor, " d_sae"] | None, seed: int, share: float = PERMUTED_SHARE
+) -> Dictionary:
+    """Return a copy in which the decoder rows of a share of the live latents, but at least two, have changed places.
 
     Each of these latents fires as before and writes the direction of another: a metric of the decoder that does not tell this
     copy from the dictionary cannot tell right directions from wrong ones.
@@ -106,7 +108,7 @@ def permuted_dictionary(dictionary: Dictionary, density: Float[Tensor, " d_sae"]
     """
     damaged = copy.deepcopy(dictionary)
     alive = range(dictionary.d_sae) if density is None else (density > 0).nonzero().squeeze(1).tolist()
-    order = permutation(len(alive), "permuted", seed)[: max(2, round(PERMUTED_SHARE * len(alive)))]
+    order = permutation(len(alive), "permuted", seed)[: max(2, round(share * len(alive)))]
     chosen = torch.tensor([alive[i] for i in order.tolist()], dtype=torch.long, device=dictionary.W_dec.device)
     damaged.W_dec.data[chosen] = dictionary.W_dec.data[chosen.roll(1)]  # a single cycle, so no row stays
     return damaged

@@ -348,7 +348,7 @@ def prediction_values(sums: PooledSums, name: str, label: str = "", clean: str =
 
 
 def kept_replicates(sums: PooledSums, name: str, weights: str, *, with_losses: bool) -> Replicates | None:
-    """Return the replicates of the metrics that tables show; None if there are none, as of a single sequence."""
+    """Return the replicates of the metrics that tables show; None for a single sequence, or without a bootstrap."""
     if sums.n_sequences < 2 or not sums.n_bootstrap:
         return None
     values = reconstruction_values(sums, name) | {"frac_alive": alive_values(sums, name)}
