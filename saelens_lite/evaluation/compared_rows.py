@@ -57,7 +57,7 @@ def compared_rows(reports: Mapping[str, Tabled], seeds: Mapping[str, Sequence[st
     notes = [] if floors is None else [floors.caption]
     if any(report.controls for report in reports.values()):
         notes.append(
-            f"{SAME}: does not tell the control from its dictionary; they differ by less than their paired noise floor."
+            f"{SAME}: cannot tell the control from its dictionary; their difference is below their paired noise floor."
         )
     return ComparedRows(("dictionary", *columns), rows, summary, " ".join(notes))
 

@@ -17,6 +17,7 @@ from saelens_lite.tables import Result, grid
 
 DIFFERS, SAME = "≠", "≈"
 FLOOR = "noise floor"
+SHARES = ("frac_alive", "shared", "agree", "mutual")  # metrics that tables show in percent
 Z = 1.959964
 _SEED = re.compile(r"[\W_]*(seed|s)?[\W_\d]*$", re.IGNORECASE)  # the end of a name that is shared by several seeds
 
@@ -47,6 +48,7 @@ class NoiseFloors(Result):
     has_seeds: bool
     level: float
     notes: tuple[str, ...]
+    reference: str = "the first row"
 
     def differ(self, metric: str, a: str, b: str) -> bool:
         """Return whether two rows differ in a metric by more than its floor."""
@@ -66,8 +68,8 @@ class NoiseFloors(Result):
         if not any(map(math.isfinite, self.floors.values())):
             return " ".join(self.notes)
         return (
-            f"{DIFFERS}: differs from the first row by more than the noise floor. Differences below it may be chance "
-            f"({self.level:.0%} for the whole table). {' '.join(self.notes)}"
+            f"{DIFFERS}: differs from {self.reference} by more than the noise floor. Differences below it may be chance "
+            f"({100 * self.level:g} % for the whole table). {' '.join(self.notes)}"
         )
 
     def cells(self, name: str, columns: Sequence[str] = COLUMNS) -> list[str]:
@@ -109,7 +111,7 @@ class NoiseFloors(Result):
 
 def shown(metric: str, m: Metric) -> str:
     """Return a metric as a cell of a table."""
-    return f"{m.value:.1%}" if metric == "frac_alive" else m.short
+    return f"{m.value:.1%}" if metric in SHARES else m.short
 
 
 def floor_cell(metric: str, floor: float) -> str:
@@ -120,7 +122,7 @@ def floor_cell(metric: str, floor: float) -> str:
         return "0"
     unit = 10.0 ** (math.floor(math.log10(floor)) - 1)
     up = math.ceil(floor / unit * (1 - 1e-9)) * unit
-    if metric == "frac_alive":
+    if metric in SHARES:
         return f"{100 * up:.2g}%"
     return f"{up:.2g}" if up < 10 else f"{up:,.0f}"
 
@@ -131,6 +133,8 @@ def noise_floors(
     *,
     metrics: Sequence[str] = COLUMNS,
     level: float = LEVEL,
+    resampled: str = "the text",
+    reference: str = "the first row",
 ) -> NoiseFloors:
     """Return the differences between several reports below which their comparison says nothing.
 
@@ -144,6 +148,7 @@ def noise_floors(
             name are recipes of their own.
         metrics: the columns of the table, which share the level.
         level: the share of tables of equal recipes that may have a difference above a floor.
+        resampled, reference: words for the notes: the source of the replicates, and the first row.
 
     Raises:
         ConfigError: `seeds` names a report that is missing or names one twice, or the level is not between 0 and 1.
@@ -171,8 +176,8 @@ def noise_floors(
     known = {metric: noise for metric, noise in columns.items() if noise is not None}
     floors = noise_floors_of(known, level)
     floors = {metric: floors.get(metric, math.nan) for metric in columns}
-    notes = _notes([reports[name] for name in rows], members, floors)
-    return NoiseFloors(recipes, values, floors, has_seeds, level, notes)
+    notes = _notes([reports[name] for name in rows], members, floors, resampled)
+    return NoiseFloors(recipes, values, floors, has_seeds, level, notes, reference)
 
 
 def not_told(report: Measured, control: Measured, metrics: Sequence[str] = COLUMNS) -> tuple[str, ...]:
@@ -288,14 +293,16 @@ def _is_replicated(report: Measured, metric: str) -> bool:
     return replicates is not None and metric in replicates.of and len(replicates.of[metric]) >= LEAST
 
 
-def _notes(reports: Sequence[Measured], members: Mapping[str, Sequence[str]], floors: Mapping[str, float]) -> tuple[str, ...]:
+def _notes(
+    reports: Sequence[Measured], members: Mapping[str, Sequence[str]], floors: Mapping[str, float], resampled: str
+) -> tuple[str, ...]:
     """Return sentences on what the floors count."""
     if len(members) < 2:
-        return ("All dictionaries are of one recipe, so nothing is compared.",)
+        return ("All dictionaries are of one recipe, so no recipes are compared.",)
     if not any(map(math.isfinite, floors.values())):
         return ("No noise floor: reports without intervals say nothing about their noise.",)
     blocks = {report.replicates.weights if report.replicates else id(report) for report in reports}
-    notes = ["Paired bootstrap." if len(blocks) == 1 else _unpaired(reports)]
+    notes = [f"Paired bootstrap over {resampled}." if len(blocks) == 1 else _unpaired(reports)]
     counts = [len(names) for names in members.values()]
     if sum(counts) == len(counts):
         notes.append("One seed each: differences between seeds are not included.")
