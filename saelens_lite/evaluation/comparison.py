@@ -19,7 +19,7 @@ DIFFERS, SAME = "≠", "≈"
 FLOOR = "noise floor"
 SHARES = ("frac_alive", "shared", "agree", "mutual")  # metrics that tables show in percent
 Z = 1.959964
-_SEED = re.compile(r"[\W_]*(seed|s)?[\W_\d]*$", re.IGNORECASE)  # the end of a name that is shared by several seeds
+_SEED = re.compile(r"([\W_]+(seed|s))?[\W_]*$", re.IGNORECASE)  # the end of a name that is shared by several seeds
 
 
 @runtime_checkable
@@ -55,7 +55,7 @@ class NoiseFloors(Result):
         pair = [self.values[name].get(metric) for name in (a, b)]
         if None in pair:
             return False
-        return abs(pair[0].value - pair[1].value) > self.floors[metric]
+        return bool(abs(pair[0].value - pair[1].value) > self.floors[metric])
 
     def differing(self, name: str) -> tuple[str, ...]:
         """Return the metrics in which a row differs from the first."""
@@ -222,7 +222,9 @@ def _recorded(reports: Mapping[str, Measured]) -> dict[str, tuple[str, ...]]:
         title = names[0]
         if len(names) > 1:
             n_shared = sum(1 for _ in takewhile(lambda chars: len(set(chars)) == 1, zip(*names, strict=False)))
-            title = _SEED.sub("", names[0][:n_shared])
+            ends_in_number = any(name[n_shared : n_shared + 1].isdigit() for name in names)
+            title = names[0][:n_shared].rstrip("0123456789" * ends_in_number or None)
+            title = _SEED.sub("", title)
             title = title if title and title not in named else str(reports[names[0]].recipe)
             title = title if title not in named else f"{names[0]} …"
         named[title] = tuple(names)
@@ -308,7 +310,7 @@ def _notes(
         notes.append("One seed each: differences between seeds are not included.")
     else:
         df = sum(counts) - len(counts)
-        notes.append(f"Includes the spread over seeds, pooled over recipes ({df} degrees of freedom)")
+        notes.append(f"Includes the spread over seeds, pooled over recipes ({df} degree{'s' * (df > 1)} of freedom)")
         notes[-1] += "; recipes with one seed borrow it." if 1 in counts else "."
     return tuple(notes)
 

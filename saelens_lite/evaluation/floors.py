@@ -77,7 +77,7 @@ def floor_of(noise: Noise, level: float = LEVEL) -> float:
     random = np.random.Generator(np.random.Philox(key=n_rows))
     centre = np.eye(n_rows) - 1 / n_rows  # noise that all rows share has no effect
     values, vectors = np.linalg.eigh(centre @ noise.covariance @ centre)
-    root = vectors * np.sqrt(values.clip(min=0))
+    root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
     over_seeds = np.sqrt(noise.spread / np.asarray(noise.n_seeds, dtype=np.float64))
     ranges, at_once = [], max(1, MOST_NUMBERS // n_rows)
     for first in range(0, N_DRAWS, at_once):

@@ -34,7 +34,7 @@ from saelens_lite.files import parsed_json, write_file, write_json
 from saelens_lite.outputs import new_file
 from saelens_lite.progress import progress_bar
 from saelens_lite.schemas import Checked, String, checked
-from saelens_lite.tables import Result, grid, short_names, terminal_width, wrapped
+from saelens_lite.tables import Result, grid, short_names, terminal_width
 from saelens_lite.tensor_files import check_axes, check_header, read_tensors, tensor_specs
 
 FORMAT = 1
@@ -604,7 +604,7 @@ def comparison_table(comparisons: dict[str, Comparison]) -> Any:
     return grid(
         ("against", "matched", "shared", "agree", "mutual", "decoder", "encoder", "dead"),
         rows,
-        caption=wrapped(caption),
+        caption=caption,
         column=lambda title: {"overflow": "fold", "no_wrap": title != "against"},
         collapse_padding=True,
     )
