@@ -110,14 +110,14 @@ def short_names(paths: Sequence[str], width: int | None = None) -> list[str]:
     while parts and min(map(len, parts)) > 1 and len({one[0] for one in parts}) == 1:
         parts = [one[1:] for one in parts]
     names = ["/".join(one) for one in parts]
-    return names if width is None else [_broken(name, width) for name in names]
+    return names if width is None else [broken(name, width) for name in names]
 
 
-def _broken(name: str, width: int) -> str:
+def broken(name: str, width: int) -> str:
     """Break a name into lines of at most `width` characters where a word of it ends. A longer word stays whole."""
     lines = [""]
     for word in re.findall(r"[^/_.\-]*[/_.\-]*", name):
-        if lines[-1] and len(lines[-1] + word) > width:
+        if word and lines[-1] and len(lines[-1] + word) > width:
             lines.append("")
         lines[-1] += word
     return "\n".join(lines)

@@ -72,7 +72,7 @@ def test_eval_shows_controls_and_positions(work, command):
     assert code == 0, err
     assert all(word in out for word in ("random", "PCA", "shuffled", "position", "2 – 3"))
     report = json.loads((folder / "eval.json").read_text())
-    assert set(report["controls"]) == {"random", "PCA", "shuffled weights"}
+    assert set(report["controls"]) == {"random", "PCA", "10 % permuted", "shuffled weights"}
     assert report["disjoint"] is None
 
 

@@ -217,7 +217,7 @@ def test_controls_have_ports_and_leave_the_models_as_they_were(models, rows):
     before = {name: lm.fingerprint() for name, lm in models.items()}
     report = sl.evaluate(dictionary(*CROSS), models, rows, n_bootstrap=5, controls=True, by_frequency=True)
     assert {name: lm.fingerprint() for name, lm in models.items()} == before
-    assert set(report.controls) == {"random", "PCA", "shuffled weights"}
+    assert set(report.controls) == {"random", "PCA", "10 % permuted", "shuffled weights"}
     for control in report.controls.values():
         assert list(control.by_port) == list(CROSS)
         assert list(control.by_model) == ["base", "chat"]
@@ -253,7 +253,7 @@ def test_a_report_with_ports_is_read_back_and_shown(models, rows, tmp_path):
     for text in shown:
         assert score in text
         assert "at chat" in " ".join(text.split())  # names are folded in narrow tables
-    assert len(report.columns()["metric"]) == 4 * len(names)
+    assert len(report.columns()["metric"]) == 5 * len(names)
     one_hook = sl.evaluate(dictionary(*CROSS[:2]), models, rows, n_bootstrap=5)
     assert [line.split()[:2] for line in str(one_hook).splitlines()[-2:]] == [["at", "base"], ["at", "chat"]]
     one_port = sl.evaluate(dictionary(CROSS[0]), models, rows, n_bootstrap=5)

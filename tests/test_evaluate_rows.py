@@ -155,7 +155,7 @@ def test_controls_and_several_dictionaries(d, x):
     assert [r.metrics for r in reports] == [sl.evaluate(one, x, n_bootstrap=20).metrics for one in (d, other)]
     values = torch.linalg.svdvals((x - x.mean(0)).double()).square()
     for report, k, d_sae in zip(reports, (3, 5), (24, 16), strict=True):
-        assert set(report.controls) == {"random", "PCA"}
+        assert set(report.controls) == {"random", "PCA", "10 % permuted"}
         assert report.controls["PCA"]["fvu"] == pytest.approx(float(values[k:].sum() / values.sum()), rel=1e-4)
         assert len(report.controls["random"].density) == d_sae
         assert report.controls["random"]["l0"] == pytest.approx(k, abs=0.5)

@@ -199,7 +199,7 @@ def test_several_datasets(planted, random_lm, labelled, report):
     assert [one.classes for one in found.values()] == [("no", "yes"), ("0", "1")]
     for name in ("k = 1", "all latents", "activations"):
         assert found["words"][name] == found["numbers"][name] == report[name]
-    assert probe_table(found).row_count == 8
+    assert probe_table(found).row_count == 10
 
 
 def test_repeated_texts_are_warned_of(planted, random_lm, labelled, caplog):

@@ -23,6 +23,20 @@ Intervals are 95 %, bootstrapped over sequences, because the tokens of one text 
 SAELens's `run_evals` on the same tokens, except `explained_variance_legacy`: ours uses the mean of all tokens that count,
 theirs the mean of a batch.
 
+**Several dictionaries.** Differences are noisy too. Below the rows of a table is the noise floor of each metric: differences
+below it may be chance, and those from the first row that exceed it are marked ≠. Rows on one text share its noise, so floors
+are much smaller than the intervals. Dictionaries that differ only in their seeds are seeds of one recipe: then recipes are
+compared, and floors include the spread over seeds. With one seed of each recipe, the table says that it does not.
+saelens_lite.evaluation.floors has the method.
+
+```python
+from saelens_lite.evaluation import noise_floors
+
+recipes = {f"k={k}, seed {seed}": sl.fit(x, d_sae=256, k=k, seed=seed, n_tokens=20_000) for k in (4, 8) for seed in range(3)}
+reports = dict(zip(recipes, sl.evaluate(list(recipes.values()), x), strict=True))
+print(noise_floors(reports))
+```
+
 **Without a model.** Activations of your own, x [n d_in], need no text. `sl.evaluate(d, (x, y))` measures a transcoder.
 Intervals are over rows. If rows belong together, such as several pictures of one person, give `groups`, a label for each row.
 
@@ -31,9 +45,11 @@ own = sl.fit(x, d_sae=4096, k=8, n_tokens=1_000_000)
 print(sl.evaluate(own, x, controls=True))
 ```
 
-`controls=True` adds the same numbers for a random dictionary, for PCA, and for the dictionary on a model with shuffled weights:
-the entries of each weight tensor change places. A report also says whether its text differs from the training text, as far as
-names and hashes can tell. `by_frequency` and `by_position` split the errors by token frequency and by position in a row.
+`controls=True` adds the same numbers for a random dictionary, for PCA, for the dictionary with 10 % of its decoder rows in
+other places, and for the dictionary on a model with shuffled weights: the entries of each weight tensor change places. Metrics
+that cannot tell a control from the dictionary are marked ≈. A report also says whether its text differs from the training text,
+as far as names and hashes can tell. `by_frequency` and `by_position` split the errors by token frequency and by position in a
+row.
 
 **Several ports.** The report of a dictionary of several hooks or models has `by_port`: the fvu of each port, and the losses
 with that port alone replaced. If these belong to several models, `by_model` has them for all ports of each, and `metrics` has
@@ -91,13 +107,15 @@ from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, SaelensLiteError, TextError
 from saelens_lite.evaluation import metrics
 from saelens_lite.evaluation.bands import frequency_markdown, frequency_table, position_table
-from saelens_lite.evaluation.controls import REDRAWN, moments, untrained
+from saelens_lite.evaluation.comparison import NoiseFloors, noise_floors
+from saelens_lite.evaluation.controls import PERMUTED, REDRAWN, further_controls, moments, permuted_dictionary, untrained
 from saelens_lite.evaluation.frequency import FrequencyBand, frequency_bands
 from saelens_lite.evaluation.held import Held, held_batches
 from saelens_lite.evaluation.measure import Grouping, kept_activations, mean_activation, measure
 from saelens_lite.evaluation.overlap import overlap
 from saelens_lite.evaluation.placement import SHORT, HookCheck, HookFit, check_hook, check_rows, first_rows
 from saelens_lite.evaluation.positions import PositionBand, bands_of_positions
+from saelens_lite.evaluation.replicates import Recipe, recipe_of, weights_id
 from saelens_lite.evaluation.report import EvalReport, markdown, table
 from saelens_lite.evaluation.rows import evaluate_rows, identity
 from saelens_lite.evaluation.splices import SplicedModels, check_models, each_model
@@ -115,12 +133,15 @@ __all__ = [
     "HookCheck",
     "HookFit",
     "Metric",
+    "NoiseFloors",
     "PositionBand",
+    "Recipe",
     "check_hook",
     "evaluate",
     "frequency_markdown",
     "frequency_table",
     "markdown",
+    "noise_floors",
     "position_table",
     "table",
 ]
@@ -153,7 +174,7 @@ def evaluate(
     attention_mask: Any = None,
     by_frequency: bool = False,
     by_position: bool = False,
-    controls: bool = False,
+    controls: bool | Mapping[str, Dictionary] = False,
     text_name: str | None = None,
     batch_tokens: int | None = None,
     n_bootstrap: int = 1000,
@@ -192,7 +213,8 @@ def evaluate(
         by_frequency: adds the fvu of tokens that occur 1 to 9, 10 to 99, … times among those that count.
         by_position: adds the fvu and the loss at positions 1, 2 to 3, 4 to 7, ….
         controls: adds the same metrics for a random dictionary of the same size and L0, for PCA with L0 components fitted on
-            this text, and, with a model, for the dictionary on the model with its weights shuffled.
+            this text, for the dictionary with 10 % of its decoder rows permuted, and, with a model, for the dictionary on the
+            model with its weights shuffled. Dictionaries by name, such as {"oracle": d}, are further controls beside these.
         text_name: the name of the text or the activations in the report.
         batch_tokens: tokens in a batch. It bounds the memory and changes no number. Default: 2,048 on a CPU and 16,384 on a
             GPU, fewer for large vocabularies. A longer row is a batch by itself; if it has more than 2^29 logits, the model
@@ -210,6 +232,7 @@ def evaluate(
     """
     several = not isinstance(dictionary, Dictionary)
     dictionaries = list(dictionary) if several else [dictionary]
+    further = further_controls(controls)
     if batch_tokens is not None and batch_tokens < 1:
         raise ConfigError(f"batch_tokens = {batch_tokens}; expected at least 1")
     if n_bootstrap < 0:
@@ -227,7 +250,8 @@ def evaluate(
             lm,
             target,
             groups,
-            controls=controls,
+            controls=bool(controls),
+            further=further,
             name=text_name,
             batch_rows=batch_tokens,
             n_bootstrap=n_bootstrap,
@@ -239,11 +263,14 @@ def evaluate(
             "evaluate(d, lm, text) needs a text; target and groups belong to evaluate(d, x), which takes activations"
         )
     hooks = _common_hooks(dictionaries, lm, hook)
-    for one in dictionaries:
+    if further:
+        _common_hooks([dictionaries[0], *further.values()], lm, hook)
+    for one in [*dictionaries, *further.values()]:
         lm.check_origin(one.origin)
         lm.warn_of_precision(one.origin)
         one.check_finite()
     dictionaries = [on_device(one, lm.device) for one in dictionaries]
+    further = {name: on_device(one, lm.device) for name, one in further.items()}
     check_models(lm, hooks, by_position)
     batch_tokens = default_batch_tokens(lm, with_logits=True) if batch_tokens is None else batch_tokens
     text = with_mask(text, attention_mask)
@@ -252,7 +279,7 @@ def evaluate(
     same: dict[str, Any] = {"text_config": None if config is None else config.model_dump(mode="json")}
     if workers.world > 1:
         same |= {"weights": lm.fingerprint(), "models": [[m.name, m.revision, m.precision] for m in each_model(lm).values()]}
-        same |= {"dictionaries": [identity(one) for one in dictionaries]}
+        same |= {"dictionaries": [identity(one) for one in [*dictionaries, *further.values()]]}
     check_same(same, device=lm.device)
     with held_batches(lm, row_blocks(lm, text, n_tokens, config), batch_tokens, workers) as batches:
         if not batches.n_kept:
@@ -269,7 +296,7 @@ def evaluate(
         )
         workers.agree(
             {"text": batches.sha256, "batch_tokens": batch_tokens, "n_bootstrap": n_bootstrap, "seed": seed,
-             "bands": (by_frequency, by_position), "controls": controls},
+             "bands": (by_frequency, by_position), "controls": bool(controls)},
             "evaluations",
         )  # fmt: skip
         _check_hooks(job, dictionaries, lm, hook)
@@ -278,7 +305,7 @@ def evaluate(
         for caution in dict.fromkeys(report.caution for report in reports if report.caution):
             log.warning("%s", caution)
         if controls:
-            reports = _with_controls(job, dictionaries, lm, mean, reports)
+            reports = _with_controls(job, dictionaries, lm, mean, reports, further)
     return reports if several else reports[0]
 
 
@@ -342,6 +369,7 @@ def _reports(
     steps = measure(dictionaries, models, held, sums=sums, mean=mean, groupings=groupings, batch_tokens=job.batch_tokens)
     run_in_rounds(steps, job.team)
     sums.pool(job.team)
+    weights = weights_id(job.seed, held.n_rows, held.sha256)
     reports = []
     for i, dictionary in enumerate(dictionaries):
         name = str(i)
@@ -370,31 +398,54 @@ def _reports(
                 else None,
                 by_port=by_port,
                 by_model=by_model,
+                replicates=metrics.kept_replicates(sums, name, weights, with_losses=bool(losses)),
+                recipe=recipe_of(dictionary),
             )
         )
     return reports
 
 
 def _with_controls(
-    job: _Plan, dictionaries: Sequence[Dictionary], lm: AnyModel, mean: Tensor, reports: Sequence[EvalReport]
+    job: _Plan,
+    dictionaries: Sequence[Dictionary],
+    lm: AnyModel,
+    mean: Tensor,
+    reports: Sequence[EvalReport],
+    further: Mapping[str, Dictionary],
 ) -> list[EvalReport]:
-    """Return the reports together with those of their controls."""
+    """Return the reports together with those of their controls.
+
+    Untrained controls write the hooks that they read. The others read those of the dictionaries: if they are the same, one pass
+    serves all.
+    """
     sizes = [report["l0"] for report in reports]
-    there = job._replace(hooks=Hooks(job.hooks.writes, job.hooks.writes))  # controls write the hooks that they read
     read = partial(kept_activations, lm, job.held, job.hooks.writes)
     stats = moments(read("covariance"), mean.device, job.team)
     with job.team.failing_together():
         some = next(iter(read("random"))).cpu() if job.team.is_first else None
     others = untrained(stats, job.team.tell(some).to(lm.device), dictionaries, sizes)
-    measured = iter(_reports(there, [d for controls in others for d in controls.values()], lm, mean))
+    plain = [control for controls in others for control in controls.values()]
+    altered = [
+        permuted_dictionary(d, report.density, job.seed) for d, report in zip(dictionaries, reports, strict=True)
+    ] + list(further.values())
+    if job.hooks.reads == job.hooks.writes:
+        measured = _reports(job, plain + altered, lm, mean)
+    else:
+        there = job._replace(hooks=Hooks(job.hooks.writes, job.hooks.writes))
+        measured = _reports(there, plain, lm, mean) + _reports(job, altered, lm, mean)
+    of_plain, of_altered = iter(measured[: len(plain)]), measured[len(plain) :]
+    of_further = dict(zip(further, of_altered[len(dictionaries) :], strict=True))
     with ExitStack() as stack:
         with job.team.failing_together():
             untrained_lm = stack.enter_context(lm.redrawn(job.seed))
         its_mean = mean_activation(untrained_lm, job.held, job.hooks.writes, job.team)
         redrawn = _reports(job, dictionaries, untrained_lm, its_mean)
     return [
-        replace(report, controls={**{name: next(measured) for name in controls}, REDRAWN: on_redrawn})
-        for report, controls, on_redrawn in zip(reports, others, redrawn, strict=True)
+        replace(
+            report,
+            controls={name: next(of_plain) for name in controls} | {PERMUTED: permuted} | of_further | {REDRAWN: on_redrawn},
+        )
+        for report, controls, permuted, on_redrawn in zip(reports, others, of_altered, redrawn, strict=False)
     ]
 
 

@@ -1,6 +1,7 @@
-"""Controls to compare a dictionary with: untrained dictionaries of the same size or sparsity."""
+"""Controls to compare a dictionary with: untrained dictionaries of the same size or sparsity, and a damaged copy of its own."""
 
-from collections.abc import Generator, Iterable, Sequence
+import copy
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,10 +11,13 @@ from torch import Tensor
 from saelens_lite.config import Origin
 from saelens_lite.devices import wide
 from saelens_lite.dictionary import Dictionary
+from saelens_lite.errors import ConfigError
 from saelens_lite.evaluation.sums import ExactSums, run_in_rounds
 from saelens_lite.processes import ALONE, Team
+from saelens_lite.seeds import permutation
 
-RANDOM, PCA, REDRAWN = "random", "PCA", "shuffled weights"
+RANDOM, PCA, PERMUTED, REDRAWN = "random", "PCA", "10 % permuted", "shuffled weights"
+PERMUTED_SHARE = 0.1  # of the live latents
 
 
 class MeanAndCovariance(NamedTuple):
@@ -89,3 +93,37 @@ def untrained(
         }
         for i, (d, n) in enumerate(zip(trained, l0, strict=True))
     ]
+
+
+def permuted_dictionary(
+    dictionary: Dictionary, density: Float[Tensor, " d_sae"] | None, seed: int, share: float = PERMUTED_SHARE
+) -> Dictionary:
+    """Return a copy in which the decoder rows of a share of the live latents, but at least two, have changed places.
+
+    Each of these latents fires as before and writes the direction of another: a metric of the decoder that does not tell this
+    copy from the dictionary cannot tell right directions from wrong ones.
+
+    Args:
+        density: the firing frequencies, of which those above 0 are of live latents; None: all latents are live.
+    """
+    damaged = copy.deepcopy(dictionary)
+    alive = range(dictionary.d_sae) if density is None else (density > 0).nonzero().squeeze(1).tolist()
+    order = permutation(len(alive), "permuted", seed)[: max(2, round(share * len(alive)))]
+    chosen = torch.tensor([alive[i] for i in order.tolist()], dtype=torch.long, device=dictionary.W_dec.device)
+    damaged.W_dec.data[chosen] = dictionary.W_dec.data[chosen.roll(1)]  # a single cycle, so no row stays
+    return damaged
+
+
+def further_controls(controls: bool | Mapping[str, Dictionary]) -> dict[str, Dictionary]:
+    """Return the controls that a caller gave in addition to the usual ones.
+
+    Raises:
+        ConfigError: the argument is something else, or has the name of a usual control.
+    """
+    if isinstance(controls, bool):
+        return {}
+    if not isinstance(controls, Mapping) or not all(isinstance(one, Dictionary) for one in controls.values()):
+        raise ConfigError(f"controls = {controls!r:.60}; expected True, False, or dictionaries by name")
+    if taken := sorted({RANDOM, PCA, PERMUTED, REDRAWN} & controls.keys()):
+        raise ConfigError(f"controls has the name {taken[0]!r}, which is that of a usual control; choose another")
+    return dict(controls)

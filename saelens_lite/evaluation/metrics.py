@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from saelens_lite.codes import SparseCodes
+from saelens_lite.evaluation.replicates import COLUMNS, Replicates
 from saelens_lite.evaluation.sums import Metric, PooledSums
 
 CHUNK_LOGITS = 1 << 23  # logits that are processed at a time
@@ -134,7 +135,12 @@ def add_codes(sums: PooledSums, name: str, codes: SparseCodes, kept: Kept) -> No
 
 
 def reconstruction_metrics(sums: PooledSums, name: str) -> dict[str, Metric]:
-    """Return the metrics of the codes and the reconstruction.
+    """Return the metrics of `reconstruction_values` with their intervals."""
+    return {key: sums.metric(value) for key, value in reconstruction_values(sums, name).items()}
+
+
+def reconstruction_values(sums: PooledSums, name: str) -> dict[str, Float[Tensor, " replicates"]]:
+    """Return the metrics of the codes and the reconstruction, of the text and of each bootstrap replicate.
 
     l0 is the mean number of latents that fire on a token, and l1 the mean sum of their codes.
     mse = mean over tokens of Σ_d (x − x̂)².
@@ -147,7 +153,7 @@ def reconstruction_metrics(sums: PooledSums, name: str) -> dict[str, Metric]:
     n = sums["n"]
     variance = sums["x_square"] - sums["x"].square().sum(-1) / n
     fvu = sums[f"{name}.error"] / variance
-    values = {
+    return {
         "l0": sums[f"{name}.l0"] / n,
         "l1": sums[f"{name}.l1"] / n,
         "mse": sums[f"{name}.error"] / n,
@@ -158,12 +164,17 @@ def reconstruction_metrics(sums: PooledSums, name: str) -> dict[str, Metric]:
         "l2_ratio": sums[f"{name}.ratio"] / n,
         "relative_reconstruction_bias": sums[f"{name}.norm_hat"] / sums[f"{name}.dot"],
     }
-    return {key: sums.metric(value) for key, value in values.items()}
 
 
 def density(sums: PooledSums, name: str) -> Float[Tensor, " d_sae"]:
     """Return the share of the tokens on which each latent fires."""
     return (sums.fired(name)[:, 0] / sums["n"][0]).float()
+
+
+def alive_values(sums: PooledSums, name: str) -> Float[Tensor, " replicates"]:
+    """Return the share of latents that fire at all, of the text and of each replicate of the firing counts."""
+    fired = sums.fired(name)
+    return (fired > 0).sum(0).double() / len(fired)
 
 
 def latent_metrics(sums: PooledSums, name: str) -> dict[str, Metric]:
@@ -172,8 +183,7 @@ def latent_metrics(sums: PooledSums, name: str) -> dict[str, Metric]:
     A replicate leaves out sequences, and with them latents that fire nowhere else, so its frac_alive is too low. Therefore the
     interval of frac_alive is the value ± 1.96 standard deviations of the replicates.
     """
-    fired = sums.fired(name)
-    alive = (fired > 0).sum(0).double() / len(fired)
+    fired, alive = sums.fired(name), alive_values(sums, name)
     dense = (fired > DENSE * sums["n"][: fired.shape[1]]).sum(0).double() / len(fired)
     value, low, high = sums.metric(alive)
     if math.isfinite(low):
@@ -309,6 +319,11 @@ def add_losses(
 
 
 def prediction_metrics(sums: PooledSums, name: str, label: str = "", clean: str = "") -> dict[str, Metric]:
+    """Return the metrics of `prediction_values` with their intervals."""
+    return {key: sums.metric(value) for key, value in prediction_values(sums, name, label, clean).items()}
+
+
+def prediction_values(sums: PooledSums, name: str, label: str = "", clean: str = "") -> dict[str, Float[Tensor, " replicates"]]:
     """Return the losses (nats) with and without replacement, and the share of an ablation's loss that is recovered.
 
     ce_loss_score = (CE_zero − CE_sae) / (CE_zero − CE_clean) and kl_div_score = (KL_zero − KL_sae) / KL_zero, with zeros at all
@@ -322,7 +337,7 @@ def prediction_metrics(sums: PooledSums, name: str, label: str = "", clean: str 
     replaced = {key: f"{source}{label}" for key, source in (("sae", name), ("zero", "zero"), ("mean", "mean"))}
     ce = {"clean": sums[f"clean{clean}.ce"] / n} | {key: sums[f"{source}.ce"] / n for key, source in replaced.items()}
     kl = {key: sums[f"{source}.kl"] / n_kept for key, source in replaced.items()}
-    values = {
+    return {
         "ce_loss_score": (ce["zero"] - ce["sae"]) / (ce["zero"] - ce["clean"]),
         "ce_loss_score_mean": (ce["mean"] - ce["sae"]) / (ce["mean"] - ce["clean"]),
         "kl_div_score": (kl["zero"] - kl["sae"]) / kl["zero"],
@@ -330,4 +345,12 @@ def prediction_metrics(sums: PooledSums, name: str, label: str = "", clean: str 
         **{f"ce_{key}": value for key, value in ce.items()},
         **{f"kl_{key}": value for key, value in kl.items()},
     }
-    return {key: sums.metric(value) for key, value in values.items()}
+
+
+def kept_replicates(sums: PooledSums, name: str, weights: str, *, with_losses: bool) -> Replicates | None:
+    """Return the replicates of the metrics that tables show; None for a single sequence, or without a bootstrap."""
+    if sums.n_sequences < 2 or not sums.n_bootstrap:
+        return None
+    values = reconstruction_values(sums, name) | {"frac_alive": alive_values(sums, name)}
+    values |= prediction_values(sums, name) if with_losses else {}
+    return Replicates.of_values(weights, {key: value for key, value in values.items() if key in COLUMNS})

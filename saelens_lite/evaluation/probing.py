@@ -9,8 +9,9 @@ chosen by cross-validation, without which the probe on raw activations is too we
 
 import json
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ from saelens_lite.arrays import described, plain
 from saelens_lite.devices import on_device
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, NonFiniteError, TextError
+from saelens_lite.evaluation.comparison import DIFFERS, FLOOR, NoiseFloors, floor_cell, noise_floors
+from saelens_lite.evaluation.replicates import Recipe, Replicates, weights_id
 from saelens_lite.evaluation.sums import Metric, with_interval
 from saelens_lite.files import write_json
 from saelens_lite.model import AnyModel, LanguageModel, as_model
@@ -37,7 +40,9 @@ LEAST_TEXTS = 10  # of each class
 N_FOLDS = 5
 INVERSE_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # scikit-learn's C, for inputs of unit variance
 ALL_LATENTS, ACTIVATIONS = "all latents", "activations"
+SCORES = ("accuracy", "auc")
 N_SHOWN = 4  # latents of a probe in tables
+CAPTION = "± half of the 95 % interval; AUC of chance: 0.5; shuffled: with labels in random order"
 ONLY = "texts"  # the name of a dataset without a name
 
 log = logging.getLogger(__name__)
@@ -54,6 +59,15 @@ class Probe(NamedTuple):
     latents: tuple[int, ...] | None
 
 
+class ProbeScores(NamedTuple):
+    """The scores of a probe on held-out texts as far as `noise_floors` reads them."""
+
+    metrics: dict[str, Metric]
+    replicates: Replicates | None
+    recipe: Recipe | None
+    n_sequences: int
+
+
 @dataclass(frozen=True)
 class ProbeReport(Result):
     """The probes that separate texts of two classes, with 95 % intervals bootstrapped over the held-out texts.
@@ -62,6 +76,8 @@ class ProbeReport(Result):
     the positive one. `majority` is the accuracy of always choosing the more frequent class; the AUC of chance is 0.5. For the
     control, labels are shuffled within the training texts and within the held-out texts, and every step is repeated.
     `about` has the meaning and scale of the best latents; None without a feature store.
+
+    `replicates` of each probe, which are paired, say which differences are noise: see `floors`.
     """
 
     probes: dict[str, Probe]
@@ -75,6 +91,12 @@ class ProbeReport(Result):
     hook: str
     seed: int
     about: dict[int, Any] | None = None
+    replicates: dict[str, Replicates] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def floors(self) -> NoiseFloors:
+        """The differences of accuracy and AUC below which these probes cannot be told apart; the first is `activations`."""
+        return _floors({"": self})
 
     def __getitem__(self, name: str) -> Probe:
         """Return the probe of that name."""
@@ -82,7 +104,8 @@ class ProbeReport(Result):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""
-        facts = {key: value for key, value in vars(self).items() if key not in ("probes", "about")}
+        facts = {key: value for key, value in vars(self).items() if key not in ("probes", "about", "replicates")}
+        facts["noise_floors"] = {name: x if math.isfinite(x) else None for name, x in self.floors.floors.items()}
         if self.about is not None:
             facts["about"] = {str(latent): plain(one) for latent, one in self.about.items()}
         return {"format": FORMAT, **facts, "probes": {name: plain(probe) for name, probe in self.probes.items()}}
@@ -94,7 +117,10 @@ class ProbeReport(Result):
         return json.dumps(self.to_dict(), indent=2)
 
     def columns(self) -> dict[str, list[Any]]:
-        """Return the probes, column by column; `accuracy_low` and `accuracy_high` are the ends of an interval, and so on."""
+        """Return the probes, column by column; `accuracy_low` and `accuracy_high` are the ends of an interval, and so on.
+
+        `accuracy_differs` and `auc_differs` say whether a probe differs from that on activations by more than the noise floor.
+        """
         columns: dict[str, list[Any]] = {"probe": list(self.probes)}
         for name in Probe._fields:
             values = [getattr(probe, name) for probe in self.probes.values()]
@@ -103,6 +129,11 @@ class ProbeReport(Result):
                 columns |= {name: [value.value for value in values], **ends}
             else:
                 columns[name] = values
+        floors = self.floors
+        for name in SCORES:
+            columns[f"{name}_differs"] = [
+                floors.differ(name, _row_name("", probe), _row_name("", ACTIVATIONS)) for probe in self.probes
+            ]
         return columns
 
     def table(self) -> Any:
@@ -198,7 +229,7 @@ def probe(
         pooled = _pool(dictionary, lm, rows, hooks, pooling, batch_tokens)
         split = _split(dataset.y, test_share, seed)
         mostly_positive = dataset.y[split.train].double().mean() > 0.5
-        probes = _probes(pooled, dataset.y, split, ks, n_bootstrap, seed)
+        probes, replicates = _probes(pooled, dataset.y, split, ks, n_bootstrap, seed)
         best = probes[f"k = {max(ks)}"].latents or ()
         reports[name] = ProbeReport(
             probes=probes,
@@ -212,6 +243,7 @@ def probe(
             hook=" + ".join(hooks.reads),
             seed=seed,
             about=None if store is None else {latent: store.about(latent) for latent in best},
+            replicates=replicates,
         )
     return reports if isinstance(texts, Mapping) else reports[ONLY]
 
@@ -238,8 +270,8 @@ def best_latents(acts: Float[Tensor, "n d_sae"], y: Bool[Tensor, " n"], k: int) 
 
 def _probes(
     pooled: Pooled, y: Bool[Tensor, " n"], split: Split, ks: list[int], n_bootstrap: int, seed: int
-) -> dict[str, Probe]:
-    """Return all probes of one dataset."""
+) -> tuple[dict[str, Probe], dict[str, Replicates]]:
+    """Return all probes of one dataset, and the paired replicates of their scores."""
     generator = torch.Generator().manual_seed(seed)
     shuffled = y.clone()
     for part in split:
@@ -250,19 +282,22 @@ def _probes(
     inputs: dict[str, tuple[Tensor, Tensor]] = {f"k = {k}": tuple(pooled.acts[:, best[:k]] for best in chosen) for k in ks}
     inputs |= {ALL_LATENTS: (pooled.acts, pooled.acts), ACTIVATIONS: (pooled.x, pooled.x)}
     latents = {f"k = {k}": tuple(chosen[0][:k].tolist()) for k in ks}
-    probes = {}
+    probes, replicates = {}, {}
+    paired = weights_id(seed, len(split.test), repr(y[split.test].tolist()))
     with progress_bar("probe", len(inputs), "probes") as advance:
         for name, (x, x_shuffled) in inputs.items():
-            accuracy, auc, inverse_penalty = _held_out(x, y, split, weights, seed)
-            control = _held_out(x_shuffled, shuffled, split, weights, seed)
-            probes[name] = Probe(accuracy, auc, control[0], control[1], inverse_penalty, latents.get(name))
+            scores, inverse_penalty = _held_out(x, y, split, weights, seed)
+            control, _ = _held_out(x_shuffled, shuffled, split, weights, seed)
+            four = (with_interval(of[score]) for of in (scores, control) for score in SCORES)
+            probes[name] = Probe(*four, inverse_penalty, latents.get(name))
+            replicates[name] = Replicates.of_values(paired, scores)
             advance(1, name)
-    return probes
+    return probes, replicates
 
 
 def _held_out(
     x: Float[Tensor, "n d"], y: Bool[Tensor, " n"], split: Split, weights: Float[Tensor, "replicates n_test"], seed: int
-) -> tuple[Metric, Metric, float]:
+) -> tuple[dict[str, Float[Tensor, " replicates"]], float]:
     """Return accuracy and AUC on held-out texts, and the inverse penalty chosen by cross-validation on the training texts."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV, StratifiedKFold
@@ -281,7 +316,7 @@ def _held_out(
     correct = ((score > 0) == truth).double()
     accuracy = weights @ correct / weights.sum(1)
     auc = weighted_auc(score, truth, weights)  # NaN where a replicate lacks a class
-    return with_interval(accuracy), with_interval(auc), search.best_params_["logisticregression__C"]
+    return {"accuracy": accuracy, "auc": auc}, search.best_params_["logisticregression__C"]
 
 
 def weighted_auc(
@@ -418,25 +453,65 @@ def _require_sklearn() -> None:
         raise ConfigError("probing needs scikit-learn: pip install 'saelens-lite[analysis]'") from None
 
 
+def _paired(reports: Mapping[str, ProbeReport]) -> list[dict[str, ProbeReport]]:
+    """Return the reports in groups that are of the same held-out texts, and so of the same bootstrap weights."""
+    groups: dict[Any, dict[str, ProbeReport]] = {}
+    for name, report in reports.items():
+        one = next(iter((report.replicates or {}).values()), None)
+        groups.setdefault(name if one is None else (one.weights, report.text_sha256), {})[name] = report
+    return list(groups.values())
+
+
+def _row_name(report: str, probe_name: str) -> str:
+    return f"{report}: {probe_name}"
+
+
+def _floors(reports: Mapping[str, ProbeReport]) -> NoiseFloors:
+    """Return the noise floors of all probes of reports on the same held-out texts; the first row is that on activations."""
+    scores = {
+        _row_name(name, probe_name): ProbeScores(
+            {score: getattr(one, score) for score in SCORES}, (report.replicates or {}).get(probe_name), None, report.n_test
+        )
+        for name, report in reports.items()
+        for probe_name, one in report.probes.items()
+    }
+    first = _row_name(next(iter(reports)), ACTIVATIONS)
+    ordered = {first: scores[first]} | scores if first in scores else scores
+    words = {"resampled": "the held-out texts", "reference": ACTIVATIONS}
+    return noise_floors(ordered, {name: [name] for name in ordered}, metrics=SCORES, **words)
+
+
 def probe_table(reports: Mapping[str, ProbeReport]) -> Any:
     """Return a rich table of several reports: a row for each probe, with its first four latents, and one for the majority.
 
-    A second table has what the feature store knows about these latents.
+    Below the reports on one set of held-out texts, such as those of one dataset, is the noise floor of accuracy and AUC. Marked
+    probes differ from that on activations, of the first of these reports, by more. A second table has what the feature store
+    knows about these latents.
     """
     from rich.console import Group
 
     several = len(reports) > 1
     rows: list[tuple[str, ...] | None] = []
-    for name, report in reports.items():
-        for probe_name, one in report.probes.items():
-            cells = [f"{m.value:.3f} ±{(m.high - m.low) / 2:.1g}" for m in (one.accuracy, one.auc, one.shuffled_auc)]
-            rows.append((*[name] * several, probe_name, *cells, ", ".join(map(str, (one.latents or ())[:N_SHOWN]))))
-        rows += [(*[name] * several, "majority", f"{report.majority:.3f}", "0.500", "", ""), None]
+    notes: list[str] = []
+    for paired in _paired(reports):
+        floors = _floors(paired)
+        for name, report in paired.items():
+            for probe_name, one in report.probes.items():
+                differing = floors.differing(_row_name(name, probe_name))
+                cells = [
+                    f"{m.value:.3f} ±{(m.high - m.low) / 2:.1g}" + DIFFERS * (score in differing)
+                    for score, m in (("accuracy", one.accuracy), ("auc", one.auc), ("", one.shuffled_auc))
+                ]
+                rows.append((*[name] * several, probe_name, *cells, ", ".join(map(str, (one.latents or ())[:N_SHOWN]))))
+            rows += [(*[name] * several, "majority", f"{report.majority:.3f}", "0.500", "", ""), None]
+        cells = [floor_cell(score, floors.floors.get(score, math.nan)) for score in SCORES]
+        rows[-1:] = [(*[""] * several, FLOOR, *cells, "", ""), None]
+        notes.append(floors.caption)
     table = grid(
         (*["dataset"] * several, "probe", "accuracy", "AUC", "shuffled AUC", "best latents"),
         rows,
         title="" if several else next(iter(reports), ""),
-        caption="± half of the 95 % interval; AUC of chance: 0.5; shuffled: with labels in random order",
+        caption="\n".join([CAPTION, *dict.fromkeys(notes)]),
         column=lambda title: {"overflow": "fold", "no_wrap": title not in ("dataset", "best latents")},
         collapse_padding=True,
     )

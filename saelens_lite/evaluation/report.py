@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from html import escape
 from pathlib import Path
@@ -14,20 +14,22 @@ from torch import Tensor
 
 from saelens_lite.arrays import plain
 from saelens_lite.errors import CorruptFileError
+from saelens_lite.evaluation.compared_rows import compared_rows
+from saelens_lite.evaluation.comparison import not_told
 from saelens_lite.evaluation.frequency import FrequencyBand
 from saelens_lite.evaluation.metrics import Metric
 from saelens_lite.evaluation.positions import PositionBand
+from saelens_lite.evaluation.replicates import Recipe, Replicates
 from saelens_lite.evaluation.splices import ByPart
 from saelens_lite.files import read_json, write_json
 from saelens_lite.markdown import cell, code, one_line
 from saelens_lite.ports import split_key
-from saelens_lite.tables import Result, grid, short_names, terminal_width, wrapped
+from saelens_lite.tables import Result, broken, grid, short_names, terminal_width, wrapped
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 FORMAT = 2
-COLUMNS = ("l0", "fvu", "ce_loss_score", "kl_div_score")
 WIDTH_OF_NUMBERS = 68  # of the columns beside the names in `table`
 
 
@@ -47,6 +49,9 @@ class EvalReport(Result):
     with all its ports replaced, and `metrics` has no losses. The metrics of all ports together are of the concatenated
     activations, so a port with large norms decides them. Zeros at a port that is the difference chat − base put the activation
     of base into chat.
+
+    `replicates` are kept for comparisons with other reports (`noise_floors`), and `recipe` says which dictionaries differ only
+    in their seeds. Both are None in reports of earlier versions, and `recipe` for dictionaries of other tools.
 
     `hook` is the hook that the dictionary writes, and `read_hook` the one it reads; None in reports of earlier versions.
 
@@ -71,6 +76,8 @@ class EvalReport(Result):
     read_hook: str | None = None
     by_port: ByPart | None = None
     by_model: ByPart | None = None
+    replicates: Replicates | None = field(default=None, compare=False, repr=False)
+    recipe: Recipe | None = None
 
     def __getitem__(self, name: str) -> float:
         """Return the value of a metric."""
@@ -99,6 +106,10 @@ class EvalReport(Result):
                 content[name] = {part: {metric: plain(m) for metric, m in fit.items()} for part, fit in parts.items()}
         if self.controls is not None:
             content["controls"] = {name: report.to_dict() for name, report in self.controls.items()}
+        if self.recipe is not None:
+            content["recipe"] = self.recipe._asdict()
+        if self.replicates is not None:
+            content["replicates"] = self.replicates.to_dict()
         return content
 
     def to_json(self, path: str | Path | None = None) -> str:
@@ -142,6 +153,8 @@ class EvalReport(Result):
                 controls={name: cls.from_dict(report, place) for name, report in content["controls"].items()}
                 if "controls" in content
                 else None,
+                recipe=Recipe.from_dict(content["recipe"]) if "recipe" in content else None,
+                replicates=Replicates.from_dict(content["replicates"]) if "replicates" in content else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
             raise CorruptFileError(f"{place} is not an evaluation: {type(error).__name__}: {error}") from None
@@ -157,6 +170,11 @@ class EvalReport(Result):
         ports = self.by_port or {}
         n_ports = Counter(split_key(port).model for port in ports)
         return ports | {model: fit for model, fit in (self.by_model or {}).items() if n_ports[model] > 1}
+
+    @property
+    def not_told(self) -> dict[str, tuple[str, ...]]:
+        """The metrics that cannot tell each control from the dictionary: their difference is within its paired noise floor."""
+        return {name: not_told(self, control) for name, control in (self.controls or {}).items()}
 
     def _main_lines(self) -> list[tuple[str, Metric]]:
         lines = list(self.metrics.items())
@@ -216,9 +234,11 @@ class EvalReport(Result):
     def __str__(self) -> str:
         lines = [f"{name:50} {metric}" for name, metric in self._main_lines()]
         if self._has_comparison:
-            rows = _comparison({"this dictionary": self})
+            compared = compared_rows({"this dictionary": self})
+            rows = [compared.head, *compared.rows]
             first = max(20, *(len(row[0]) + 2 for row in rows))
             lines += ["", *(f"{row[0]:{first}}{''.join(f'{part:20}' for part in row[1:])}".rstrip() for row in rows)]
+            lines += [compared.notes] if compared.notes else []
         notes = [*([self.caution] if self.caution else []), *([self.intervals] if self.n_sequences == 1 else [])]
         return "\n".join([self.where, *notes, *lines])
 
@@ -252,12 +272,13 @@ class EvalReport(Result):
         rows = [(name, f"{m.value:.4g}", m.interval) for name, m in self._main_lines()]
         html = f"<p>{escape(self.where)}. {escape(self.caution)}</p>{_html_table(('metric', 'value', '95 % interval'), rows)}"
         if self._has_comparison:
-            head, *lines = _comparison({"this dictionary": self})
-            html += _html_table(head, lines)
+            compared = compared_rows({"this dictionary": self})
+            html += _html_table(compared.head, compared.rows)
+            html += f"<p>{escape(compared.notes)}</p>" if compared.notes else ""
         return html
 
 
-_PARTS = ("metrics", "density", "by_frequency", "by_position", "controls", "by_port", "by_model")
+_PARTS = ("metrics", "density", "by_frequency", "by_position", "controls", "by_port", "by_model", "replicates", "recipe")
 _FACTS = {f.name: f.type for f in fields(EvalReport) if f.name not in _PARTS}
 
 
@@ -292,59 +313,40 @@ def _bands(kind: Any, content: Any) -> tuple[Any, ...] | None:
 _NO_INTERVALS = "No confidence intervals: they need several sequences, and this text has one."
 
 
-def _comparison(reports: Mapping[str, EvalReport]) -> list[tuple[str, ...]]:
-    """Return the head and a line for each report, each of its controls, and each port of these.
-
-    A cell is the value ± half the interval of one of the main metrics.
-    """
-    known = {key for report in reports.values() for fit in (report.metrics, *report.parts.values()) for key in fit}
-    columns = [key for key in COLUMNS if key in known]
-    lines = [("dictionary", *columns, "frac_alive")]
-
-    def numbers(fit: dict[str, Metric]) -> list[str]:
-        return [fit[key].short if key in fit else "" for key in columns]
-
-    for name, report in reports.items():
-        named = {name: report} | {f"– {control}": measured for control, measured in (report.controls or {}).items()}
-        for title, one in named.items():
-            alive = f"{one.frac_alive:.1%}" if "frac_alive" in one.metrics else ""
-            lines.append((title, *numbers(one.metrics), alive))
-            lines += [(f"at {part}", *numbers(fit), "") for part, fit in _without_hook(one.parts).items()]
-    return lines
-
-
-def _without_hook(parts: ByPart) -> ByPart:
-    """Return the parts with the names of their models alone, if all are ports at one hook."""
-    keys = [split_key(part) for part in parts]
-    if None in {key.model for key in keys} or len({key.hook for key in keys}) != 1:
-        return parts
-    return {part.removesuffix(f":{keys[0].hook}"): fit for part, fit in parts.items()}
-
-
-def table(reports: Mapping[str, EvalReport]) -> "Table":
+def table(reports: Mapping[str, EvalReport], seeds: Mapping[str, Sequence[str]] | None = None) -> "Table":
     """Return a rich table of several reports, with a row for each and for each of its ports and controls.
 
-    Folders that all names share are left out.
+    Below them is the noise floor of each column, see `noise_floors`, and, if several dictionaries differ only in their seeds, a
+    row for each recipe. Folders that all names share are left out.
     """
 
     def column(title: str) -> dict[str, Any]:
         return {"min_width": 12, "overflow": "fold"} if title == "dictionary" else {"no_wrap": True}
 
-    names = short_names(list(reports), width=max(12, terminal_width() - WIDTH_OF_NUMBERS))
-    head, *lines = _comparison(dict(zip(names, reports.values(), strict=True)))
+    names = dict(zip(reports, short_names(list(reports)), strict=True))
+    if len(set(names.values())) < len(names):
+        names = {name: name for name in reports}
+    if seeds is not None:
+        seeds = {recipe: [names.get(name, name) for name in several] for recipe, several in seeds.items()}
+    compared = compared_rows({names[name]: report for name, report in reports.items()}, seeds)
+    width = max(12, terminal_width() - WIDTH_OF_NUMBERS)
+    rows = [None if row is None else (broken(row[0], width), *row[1:]) for row in compared.all_rows]
     caption = "± half of the 95 % interval"
     if all(report.n_sequences == 1 for report in reports.values()):
         caption = next(iter(reports.values())).intervals
-    return grid(head, lines, caption=wrapped(caption), column=column, collapse_padding=True, pad_edge=False)
+    caption = "\n".join(note for note in (wrapped(caption), compared.notes) if note)
+    return grid(compared.head, rows, caption=caption, column=column, collapse_padding=True, pad_edge=False)
 
 
-def markdown(reports: Mapping[str, EvalReport]) -> str:
-    """Return the table of `table` in Markdown. ± is half of the 95 % interval."""
-    head, *rows = (tuple(map(cell, row)) for row in _comparison(reports))
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ("---",) * len(head), *rows])
+def markdown(reports: Mapping[str, EvalReport], seeds: Mapping[str, Sequence[str]] | None = None) -> str:
+    """Return the table of `table` in Markdown, with its notes. ± is half of the 95 % interval."""
+    compared = compared_rows(reports, seeds)
+    head, *rows = (tuple(map(cell, row)) for row in (compared.head, *compared.rows, *compared.summary))
+    lines = [f"| {' | '.join(row)} |" for row in [head, ("---",) * len(head), *rows]]
+    return "\n".join([*lines, *(["", one_line(compared.notes)] if compared.notes else [])])
 
 
-def _html_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _html_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     def line(cells: tuple[str, ...], kind: str) -> str:
         return f"<tr>{''.join(f'<{kind}>{escape(cell)}</{kind}>' for cell in cells)}</tr>"
 

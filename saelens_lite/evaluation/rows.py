@@ -17,8 +17,9 @@ from saelens_lite.devices import float64_device, wide
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, NonFiniteError, ShapeError, near_matches
 from saelens_lite.evaluation import metrics
-from saelens_lite.evaluation.controls import moments, untrained
+from saelens_lite.evaluation.controls import PERMUTED, moments, permuted_dictionary, untrained
 from saelens_lite.evaluation.metrics import Kept
+from saelens_lite.evaluation.replicates import recipe_of, weights_id
 from saelens_lite.evaluation.report import EvalReport
 from saelens_lite.evaluation.sums import PooledSums, run_in_rounds
 from saelens_lite.model.passes import BATCH_TOKENS
@@ -46,6 +47,7 @@ class RowData(NamedTuple):
     seed: int
     sha256: str
     team: Team
+    weights: str  # of the bootstrap, see `weights_id`
 
 
 def evaluate_rows(
@@ -55,6 +57,7 @@ def evaluate_rows(
     groups: ArrayLike | None,
     *,
     controls: bool,
+    further: Mapping[str, Dictionary],
     name: str | None,
     batch_rows: int | None,
     n_bootstrap: int,
@@ -71,7 +74,7 @@ def evaluate_rows(
         wanted = inputs if target is None else _checked(target, "target")
     if len(wanted) != len(inputs):
         raise ShapeError(f"x has {len(inputs):,} rows and target {len(wanted):,}; expected the same number")
-    for one in dictionaries:
+    for one in [*dictionaries, *further.values()]:
         _check_fit(one, inputs, None if target is None else wanted)
     unit, n_groups = _units(groups, len(inputs), seed)
     if n_groups == 1:
@@ -79,9 +82,10 @@ def evaluate_rows(
     everyone = team()
     sha256 = tensor_hash(inputs) if wanted is inputs else f"{tensor_hash(inputs)} {tensor_hash(wanted)}"
     if everyone.world > 1:
-        check_same({"dictionaries": [identity(one) for one in dictionaries]}, device=inputs.device)
+        check_same({"dictionaries": [identity(one) for one in [*dictionaries, *further.values()]]}, device=inputs.device)
+    units_hash = tensor_hash(unit)
     everyone.agree(
-        {"activations": sha256, "groups": tensor_hash(unit), "batch_tokens": batch_rows, "n_bootstrap": n_bootstrap,
+        {"activations": sha256, "groups": units_hash, "batch_tokens": batch_rows, "n_bootstrap": n_bootstrap,
          "seed": seed, "controls": controls},
         "evaluations",
     )  # fmt: skip
@@ -96,9 +100,10 @@ def evaluate_rows(
         seed=seed,
         sha256=sha256,
         team=everyone,
+        weights=weights_id(seed, n_groups, sha256, units_hash),
     )
     reports = _reports(rows, dictionaries)
-    return _with_controls(rows, dictionaries, reports) if controls else reports
+    return _with_controls(rows, dictionaries, reports, further) if controls or further else reports
 
 
 def identity(dictionary: Dictionary) -> dict[str, Any]:
@@ -282,6 +287,8 @@ def _reports(
             excluded="",
             density=metrics.density(sums, str(i)),
             by_port={key: metrics.part_metrics(sums, str(i), [part]) for key, part in divided[i].items()} or None,
+            replicates=metrics.kept_replicates(sums, str(i), rows.weights, with_losses=False),
+            recipe=recipe_of(dictionary),
         )
         for i, dictionary in enumerate(dictionaries)
     ]
@@ -304,8 +311,10 @@ def _named(ports: Sequence[Port]) -> str:
     return names(ports) if any(port.hook for port in ports) else ""
 
 
-def _with_controls(rows: RowData, dictionaries: Sequence[Dictionary], reports: Sequence[EvalReport]) -> list[EvalReport]:
-    """Return the reports together with those of a random dictionary and of PCA. Both reconstruct the wanted output."""
+def _with_controls(
+    rows: RowData, dictionaries: Sequence[Dictionary], reports: Sequence[EvalReport], further: Mapping[str, Dictionary]
+) -> list[EvalReport]:
+    """Return the reports together with those of their controls. A random dictionary and PCA reconstruct the wanted output."""
     wanted = rows.wanted.float()
     others = untrained(
         moments(_own(wanted.split(rows.batch_rows), rows.team), float64_device(wanted.device), rows.team),
@@ -320,6 +329,10 @@ def _with_controls(rows: RowData, dictionaries: Sequence[Dictionary], reports: S
             [d.writes for d, some in zip(dictionaries, others, strict=True) for _ in some],
         )
     )
+    damaged = [permuted_dictionary(d, report.density, rows.seed) for d, report in zip(dictionaries, reports, strict=True)]
+    altered = _reports(rows, [*damaged, *further.values()])
+    of_further = dict(zip(further, altered[len(damaged) :], strict=True))
     return [
-        replace(report, controls={name: next(measured) for name in some}) for report, some in zip(reports, others, strict=True)
+        replace(report, controls={name: next(measured) for name in some} | {PERMUTED: permuted} | of_further)
+        for report, some, permuted in zip(reports, others, altered[: len(damaged)], strict=True)
     ]

@@ -10,7 +10,7 @@ Source: Paulo and Belrose 2025, Sparse autoencoders trained on the same data lea
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,6 +24,9 @@ from saelens_lite.arrays import plain
 from saelens_lite.devices import chosen_device
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, ShapeError
+from saelens_lite.evaluation.comparison import DIFFERS, FLOOR, NoiseFloors, noise_floors
+from saelens_lite.evaluation.replicates import KEPT, Recipe, Replicates, recipe_of, weights_id
+from saelens_lite.evaluation.sums import Metric, with_interval
 from saelens_lite.features.info import weights_hash
 from saelens_lite.features.tensors import NONE
 from saelens_lite.features.weights import cosines_at_once
@@ -31,7 +34,7 @@ from saelens_lite.files import parsed_json, write_file, write_json
 from saelens_lite.outputs import new_file
 from saelens_lite.progress import progress_bar
 from saelens_lite.schemas import Checked, String, checked
-from saelens_lite.tables import Result, grid, short_names, terminal_width, wrapped
+from saelens_lite.tables import Result, grid, short_names, terminal_width
 from saelens_lite.tensor_files import check_axes, check_header, read_tensors, tensor_specs
 
 FORMAT = 1
@@ -41,6 +44,7 @@ MOST_HUNGARIAN = 8192  # latents on either side; time grows with the cube, memor
 TILE = 1024  # latents whose cosines with all others are held at once; more on a GPU that has room for them
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 WIDTH_OF_NUMBERS = 67  # of the columns beside the names in `comparison_table`
+SHARES = ("shared", "agree", "mutual")
 N_BINS = 20  # of a histogram of cosines, from −1 to 1
 
 log = logging.getLogger(__name__)
@@ -91,6 +95,15 @@ class Cosines(NamedTuple):
         return cls(float(values.mean()), tuple(quantiles.tolist()), tuple(counts.tolist()))
 
 
+class SharedLatents(NamedTuple):
+    """Shares of the live latents with replicates over latents, as far as `noise_floors` reads them."""
+
+    metrics: dict[str, Metric]
+    replicates: Replicates | None
+    recipe: Recipe | None
+    n_sequences: int
+
+
 class Summary(NamedTuple):
     """Shares of the live latents, and the cosines of those that have a partner."""
 
@@ -125,7 +138,8 @@ class Comparison(Result):
 
     `pairs` has an entry for each latent of the dictionary; only `live` latents count. `chance` is the summary against a random
     dictionary with as many latents as the other, drawn from a normal distribution with the other's second moments. Its
-    directions prefer the same subspace, so high cosines are more frequent than among uniformly random directions.
+    directions prefer the same subspace, so high cosines are more frequent than among uniformly random directions. `recipe` is
+    that of the other dictionary, if it is known.
     """
 
     pairs: Pairs
@@ -136,6 +150,27 @@ class Comparison(Result):
     threshold: float
     method: str
     sha256: tuple[str, str]
+    recipe: Recipe | None = None
+
+    def shares(self) -> SharedLatents:
+        """Return the shares of `summary` with replicates in which each live latent counts a Poisson(1) number of times.
+
+        The weights are the same for all comparisons of one dictionary. Latents are taken as independent, which they are not:
+        one broad feature may be split among many latents. So intervals and noise floors are approximate, and rather too small.
+        """
+        pairs = Pairs(*(column[self.live] for column in self.pairs))
+        is_matched = pairs.match != NONE
+        chosen = (pairs.shared(self.threshold), is_matched & (pairs.match == pairs.encoder_match), pairs.mutual)
+        counted, n = torch.stack(chosen).double(), len(is_matched)
+        generator = torch.Generator().manual_seed(n)
+        values = [counted.mean(1)]
+        for _ in range(KEPT):
+            weights = torch.poisson(torch.ones(n), generator=generator).double()
+            values.append(counted @ weights / weights.sum())
+        replicates = dict(zip(SHARES, torch.stack(values).unbind(1), strict=True))
+        metrics = {name: with_interval(x) for name, x in replicates.items()}
+        weights = weights_id(0, n, self.sha256[0])
+        return SharedLatents(metrics, Replicates.of_values(weights, replicates), self.recipe, n)
 
     @property
     def shared(self) -> Bool[Tensor, " d_sae"]:
@@ -239,7 +274,8 @@ class Stability(Result):
             ("live latents", f"shared with all {n}", "with none", "5 %", "median score", "95 %"),
             [(f"{len(scores):,}", f"{self.shared_in_all:.1%}", f"{self.shared_in_none:.1%}", low, median, high)],
             caption=f"shared: decoder and encoder cosine above {self.threshold} ({self.method}); score: largest decoder cosine "
-            "with a latent of another dictionary, as a mean over dictionaries",
+            f"with a latent of another dictionary, as a mean over dictionaries; noise of the shares over latents, as if these "
+            f"were independent: ± {1.96 * (0.25 / len(scores)) ** 0.5:.1%} at most; another dictionary adds its own",
             column=lambda title: {"justify": "right"},
             collapse_padding=True,
         )
@@ -381,6 +417,7 @@ def compare_all(
                     threshold=threshold,
                     method=method,
                     sha256=(own_hash, other_hash),
+                    recipe=recipe_of(b),
                 )
             )
             advance(1)
@@ -529,7 +566,11 @@ def _share(chosen: Bool[Tensor, " n"]) -> float:
 
 
 def comparison_table(comparisons: dict[str, Comparison]) -> Any:
-    """Return a rich table of one dictionary against others: a row for each, and a row for chance below it."""
+    """Return a rich table of one dictionary against others: a row for each, and a row for chance below it.
+
+    Of several, the last row has the noise floors of the shares; if some are seeds of one recipe, a row for each recipe comes
+    before it.
+    """
     from rich.text import Text
 
     thresholds = ", ".join(sorted({str(c.threshold) for c in comparisons.values()}))
@@ -539,22 +580,44 @@ def comparison_table(comparisons: dict[str, Comparison]) -> Any:
         "same partner by encoder; mutual: each other's nearest; decoder, encoder: median cosine of partners, for decoder "
         "between the 5 % and 95 % quantiles; dead: left out; chance: against random directions with the other's second moments"
     )
-    rows: list[list[Any]] = []
+    rows: list[list[Any] | None] = []
     names = short_names(list(comparisons), width=max(13, terminal_width() - WIDTH_OF_NUMBERS))
-    for name, comparison in zip(names, comparisons.values(), strict=True):
-        rows.append([name, *_cells(comparison.summary), "/".join(map(str, comparison.n_dead))])
+    floors = shared_floors(comparisons)
+    for given, name, comparison in zip(comparisons, names, comparisons.values(), strict=True):
+        differing = floors.differing(given) if not floors.has_seeds else ()
+        rows.append([name, *_cells(comparison.summary, differing), "/".join(map(str, comparison.n_dead))])
         rows.append([Text(cell, style="dim") for cell in ("  chance", *_cells(comparison.chance), "")])
+    if len(comparisons) > 1:
+        rows.append(None)
+        for name, members in floors.recipes.items() if floors.has_seeds else ():
+            n_seeds = f"{len(members)} seed{'s' * (len(members) > 1)}"
+            rows.append([f"{short_names([name])[0]}, {n_seeds}", "", *floors.cells(name, SHARES), "", "", ""])
+        cells = floors.floor_cells(SHARES)
+        rows += [[FLOOR, "", *cells, "", "", ""]] if set(cells) != {"–"} else []
+        caption += f". {floors.caption}"
+    else:
+        share = next(iter(comparisons.values())).shares().metrics["shared"]
+        caption += (
+            f". No noise floor: that needs several dictionaries to compare with. Over latents alone, as if they were "
+            f"independent, the 95 % interval of shared is {share.low:.1%} to {share.high:.1%}"
+        )
     return grid(
         ("against", "matched", "shared", "agree", "mutual", "decoder", "encoder", "dead"),
         rows,
-        caption=wrapped(caption),
+        caption=caption,
         column=lambda title: {"overflow": "fold", "no_wrap": title != "against"},
         collapse_padding=True,
     )
 
 
-def _cells(s: Summary) -> list[str]:
-    """Return the cells of a summary's row."""
+def shared_floors(comparisons: Mapping[str, Comparison]) -> NoiseFloors:
+    """Return the noise floors of the shares that one dictionary has in common with others."""
+    shares = {name: comparison.shares() for name, comparison in comparisons.items()}
+    return noise_floors(shares, metrics=SHARES, resampled="latents, as if they were independent")
+
+
+def _cells(s: Summary, differing: Sequence[str] = ()) -> list[str]:
+    """Return the cells of a summary's row, with marks."""
     low, _, median, _, high = s.decoder.quantiles
-    shares = [f"{share:.1%}" for share in (s.shared, s.agree, s.mutual)]
+    shares = [f"{getattr(s, name):.1%}" + DIFFERS * (name in differing) for name in SHARES]
     return [f"{s.n_matched}/{s.n_latents}", *shares, f"{low:.2f} {median:.2f} {high:.2f}", f"{s.encoder.quantiles[2]:.2f}"]

@@ -1,0 +1,99 @@
+"""Bootstrap replicates that a report keeps for comparisons with others, and the recipe that its dictionary was trained by."""
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from saelens_lite.dictionary import Dictionary
+
+COLUMNS = ("l0", "fvu", "ce_loss_score", "kl_div_score", "frac_alive")  # the metrics that tables show
+KEPT = 200  # replicates of each metric in a report; the floor then has an error of 5 %, which its degrees of freedom count
+LEAST = 10  # replicates from which a covariance is estimated
+WITHOUT_EFFECT = ("seed", "log_every")  # settings that are not part of a recipe
+
+
+@dataclass(frozen=True)
+class Replicates:
+    """Differences of bootstrap replicates from the value, by metric.
+
+    `weights` identifies the weights of the sequences. Replicates with the same weights are paired: number b of one report and
+    number b of another weigh the same sequences alike.
+    """
+
+    weights: str
+    of: Mapping[str, Float[np.ndarray, " replicates"]]
+
+    @classmethod
+    def of_values(cls, weights: str, values: Mapping[str, Float[Tensor, " replicates"]]) -> "Replicates":
+        """Return the first replicates of each metric. Entry 0 of its values is the value itself, the others are replicates."""
+        kept = {name: (x[1 : 1 + KEPT] - x[0]).cpu().numpy().astype(np.float32) for name, x in values.items()}
+        return cls(weights, kept)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the replicates as plain data: float32, little-endian, in base64."""
+        coded = {name: base64.b64encode(x.astype("<f4").tobytes()).decode() for name, x in self.of.items()}
+        return {"weights": self.weights, "differences": coded}
+
+    @classmethod
+    def from_dict(cls, content: Any) -> "Replicates":
+        """Return replicates from `to_dict`; TypeError, KeyError or ValueError if the data are something else."""
+        if not isinstance(content["weights"], str):
+            raise TypeError(f"weights is {content['weights']!r:.40}")
+        coded = {name: base64.b64decode(text, validate=True) for name, text in content["differences"].items()}
+        return cls(content["weights"], {name: np.frombuffer(x, "<f4").astype(np.float32) for name, x in coded.items()})
+
+
+def weights_id(seed: int, n_sequences: int, *hashes: str) -> str:
+    """Return a name for the bootstrap weights of some sequences. The hashes identify the sequences and their order."""
+    return hashlib.sha256(repr((seed, n_sequences, *hashes)).encode()).hexdigest()[:16]
+
+
+class Recipe(NamedTuple):
+    """The settings that a dictionary was trained with, apart from its seed.
+
+    `sha256` is the hash of all settings, of the training text and of the hooks; `rule` and `options` are for people.
+    Dictionaries of the same hash and different seeds say how much a result depends on the seed.
+    """
+
+    rule: str
+    options: dict[str, Any]
+    sha256: str
+    seed: int
+
+    def __str__(self) -> str:
+        return " ".join([self.rule, *(f"{name}={value}" for name, value in self.options.items())])
+
+    @classmethod
+    def from_dict(cls, content: Any) -> "Recipe":
+        """Return a recipe from plain data; TypeError or KeyError if the data are something else."""
+        recipe = cls(**{name: content[name] for name in cls._fields})
+        kinds = {"rule": str, "options": dict, "sha256": str, "seed": int}
+        for name, kind in kinds.items():
+            if not isinstance(value := getattr(recipe, name), kind):
+                raise TypeError(f"{name} is {value!r:.40}")
+        return recipe
+
+
+def recipe_of(dictionary: Dictionary) -> Recipe | None:
+    """Return the recipe of a dictionary, or None if it does not record its settings and seed, as those of other tools."""
+    record = dictionary.training_record
+    config = record.get("config")
+    if not isinstance(config, dict) or not isinstance(config.get("seed"), int) or "read_from" in record:
+        return None
+    settings = {name: value for name, value in config.items() if name not in WITHOUT_EFFECT}
+    facts = {**record, "config": settings, "origin": dictionary.origin.model_dump(mode="json"), "place": dictionary.place}
+    content = json.dumps(facts, sort_keys=True, default=str)
+    options = {name: value for name, value in (config.get("options") or {}).items()}
+    return Recipe(
+        rule=dictionary.rule.plugin_name or type(dictionary.rule).__name__,
+        options=json.loads(json.dumps(options, default=str)),
+        sha256=hashlib.sha256(content.encode()).hexdigest()[:16],
+        seed=config["seed"],
+    )
