@@ -21,6 +21,7 @@ GUIDES = (
     "training",
     "evaluation",
     "features",
+    "features/explaining",
     "diffing",
     "views",
     "interventions",
