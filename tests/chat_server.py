@@ -34,7 +34,7 @@ FAULTS = (
 
 
 class Reply(NamedTuple):
-    """What the model says. `tokens` are those of the text, each with the log-probabilities of the likeliest in its place."""
+    """The words of the model. `tokens` are those of the text, each with the log-probabilities of the likeliest in its place."""
 
     text: str | None
     finish: str = "stop"

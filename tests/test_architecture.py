@@ -78,7 +78,7 @@ LEAVES = {
 }  # these import only each other, and every module may import them
 # Models need the Hub too, so requests are in hub_client, which is low. hub knows dictionaries, so it is high; it uses the same
 # library.
-ONLY_IN = {"transformer_lens": ("model",), "huggingface_hub": ("hub_client", "hub")}
+ONLY_IN = {"transformer_lens": ("model",), "huggingface_hub": ("hub_client", "hub"), "openai": ("chat",), "keyring": ("chat",)}
 COMPUTED = "(computed)"  # a module whose name is computed when the program runs
 DOORS = {
     "saelens_lite",
@@ -327,15 +327,14 @@ def test_public_names_and_training_load_no_heavy_library():
 
 def test_the_package_offers_these_names():
     assert sl.__all__ == sorted([
-        "Ablate", "ActivationCache", "ActivationStream", "Add", "Answer", "ChatConfig", "Clamp", "Dictionary", "DiffReport",
-        "EvalReport", "Explainer", "ExplainerConfig", "Exporter",
-        "ExporterConfig", "FeatureStore", "Format", "HookCheck", "Judge", "JudgeConfig", "LanguageModel", "LivePrompt",
-        "Models",
-        "Logger", "Origin", "PenaltyConfig", "Port", "PublishedForm", "Question", "RuleConfig", "Run", "SaelensLiteError", "Scale",
-        "SparseCoder", "SparseCodes", "Sparsity", "StoreConfig", "TextConfig", "TrainConfig", "__version__", "attribute",
-        "capture", "chat_model", "check_hook", "compare", "convert", "diff", "dose_response", "errors", "evaluate", "find", "fit", "judge",
-        "labels", "load", "load_model", "local_chat_model", "model_for", "probe", "prompt_view", "pull", "push", "python_docs", "register",
-        "resume", "stability", "train",
+        "Ablate", "ActivationCache", "ActivationStream", "Add", "Answer", "ChatConfig", "Clamp", "Dictionary",
+        "DiffReport", "EvalReport", "Explainer", "ExplainerConfig", "Exporter", "ExporterConfig", "FeatureStore", "Format", "HookCheck", "Judge",
+        "JudgeConfig", "LanguageModel", "LivePrompt", "Logger", "Models", "Origin", "PenaltyConfig", "Port",
+        "PublishedForm", "Question", "RuleConfig", "Run", "SaelensLiteError", "Scale", "SparseCoder", "SparseCodes",
+        "Sparsity", "StoreConfig", "TextConfig", "TrainConfig", "__version__", "attribute", "capture", "chat_model",
+        "check_hook", "compare", "convert", "diff", "dose_response", "errors", "evaluate", "find", "fit", "judge",
+        "labels", "load", "load_model", "local_chat_model", "model_for", "probe", "prompt_view", "pull", "push",
+        "python_docs", "register", "resume", "stability", "train",
     ])  # fmt: skip
     assert dir(sl) == sl.__all__
 

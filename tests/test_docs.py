@@ -21,6 +21,7 @@ GUIDES = (
     "training",
     "evaluation",
     "features",
+    "chat",
     "features/explaining",
     "diffing",
     "views",

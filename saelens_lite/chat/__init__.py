@@ -1,7 +1,40 @@
-"""Ask a language model questions in words: an endpoint that speaks the OpenAI protocol, or a local model.
+"""Ask a chat model: a model behind an endpoint that speaks OpenAI's chat/completions, or a model of this computer.
 
-A chat model answers many questions at once. An answer that could not be had is an `Answer` whose `text` is None and whose
-`failure` says why, so that one bad reply does not lose the others.
+```python
+model = sl.chat_model("gpt-4o-mini", folder="answers", input_price=0.15, output_price=0.6, max_dollars=2)
+questions = [sl.Question(f"What do {a} and {b} have in common?", max_tokens=60) for a, b in [("owls", "bats"), ("tea", "ink")]]
+print(model.estimate(questions))  # tokens and dollars of the questions that have no kept answer
+local = sl.local_chat_model("tiny", folder="answers")  # or a Hub id, a folder, a loaded model
+for answer in local.ask(questions):
+    print(answer.text or answer.failure)
+```
+
+`model.ask(questions)` does the same through the endpoint (`pip install 'saelens-lite[chat]'`). `base_url=` names another one,
+such as a server of vLLM or llama.cpp; the default is the environment variable OPENAI_BASE_URL, or else OpenAI's. The key comes
+from the environment variable OPENAI_API_KEY, or the one that `key_variable=` names, or else from the keyring (`keyring set
+saelens_lite OPENAI_API_KEY`). It is no argument, and it is not written or logged. A server of this computer needs none.
+`ChatConfig` lists all settings.
+
+**Answers.** Questions are answered in their order. A question without a usable answer fails alone: its `Answer` has
+`text=None` and a `failure` such as «refused», «cut» (at `max_tokens`), «empty», or the last fault after all repetitions.
+Requests are repeated after a time-out, a broken connection, a damaged reply, status 408, 409, 429 and most from 500 on, with
+growing waits, at least as long as the server's Retry-After demands. A wrong key, a missing model or an endpoint that cannot be
+reached is an error at once.
+
+**Kept answers.** Every whole reply is written to a folder, one JSON file for each question, so no answer is paid twice: a call
+that was stopped or killed is repeated, and asks only what is left. Refused, cut and empty replies are kept too, because they
+were paid; `ask_again=True` asks them again. The folder is `folder=`, or the environment variable SAELENS_LITE_ANSWERS names
+it, or it is saelens_lite/answers in the system's folder for caches (~/.cache on Linux). The files hold the questions and so
+parts of your text. Two processes that ask the same question at the same moment both pay for it.
+
+**Cost.** With a limit, `max_dollars` or `max_tokens`, the estimate is checked before the first request. During the call, what
+the server counts is added up, and no request is sent that could pass the limit; what is done is kept. A limit holds for all
+calls of one chat model object. A reply that is lost on the way counts as its estimate, since the server may charge it. The
+estimate takes a quarter of the bytes for input tokens, unless `count_tokens=` counts them, and the most that is allowed for
+output tokens.
+
+**Structured output and log-probabilities.** `Question(…, schema=…)` asks for JSON of that schema, `Question(…, choices=…)` for
+the log-probabilities of tokens. If the server refuses one of them, the model remembers that and asks without.
 """
 
 from saelens_lite.chat.contract import Answer, ChatModel, Estimate, Question, TokenChoice

@@ -1,8 +1,4 @@
-"""Ask a language model questions in words: an endpoint that speaks the OpenAI protocol, or a local model.
-
-A chat model answers many questions at once. An answer that could not be had is an `Answer` whose `text` is None and whose
-`failure` says why, so that one bad reply does not lose the others.
-"""
+"""The contract of a chat model: questions in words, their answers, and what they are expected to cost."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable

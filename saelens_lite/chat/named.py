@@ -16,8 +16,8 @@ def named_chat_model(name: str, **settings: Any) -> ChatModel:
     """Return the chat model of a name: `local:` and the name of a transformers model, or the name of a model at an endpoint.
 
     Args:
-        settings: fields of `ChatConfig` except `model`. Local models know only some: `folder`, `ask_again`. Settings that are
-            None count as not given.
+        settings: fields of `ChatConfig` except `model`. Local models know only some: `folder`, `ask_again`. None counts as not
+            given.
 
     Raises:
         ConfigError: a setting is unknown, has a bad value, or does not apply to a local model.
