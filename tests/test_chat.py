@@ -17,6 +17,7 @@ import pytest
 from chat_server import FAULTS, Plan, Reply, question_hash, running_chat
 
 import saelens_lite as sl
+from saelens_lite.chat import EndpointModel
 from saelens_lite.chat.kept import usual_folder
 from saelens_lite.chat.waits import demanded_wait, wait_before
 from saelens_lite.errors import (
@@ -357,18 +358,15 @@ def test_a_limit_is_checked_before_the_first_question(server, connect):
 
 
 def test_a_limit_that_is_reached_in_the_middle_keeps_what_is_done(server, connect):
-    """Each question is 40 times as long for the server as the estimate says."""
-    asked = questions(20, max_tokens=4)
-    model = sl.chat_model(
-        "judge", base_url=server.url, folder=connect().config.folder, count_tokens=lambda text: 0, max_tokens=260, concurrency=3
-    )
-    assert model.estimate(asked).n_input == 20 * 8
+    """For the server, each question is seven times as long as the estimate says."""
+    long = [question._replace(user=question.user + "word " * 40) for question in questions(20, max_tokens=4)]
+    model = connect(max_tokens=260, concurrency=3)
+    model = EndpointModel(model.config, count_tokens=lambda text: 0)
+    assert model.estimate(long).n_input == 20 * 8
     server.reply = lambda messages, body: "a b c"
-    for body in asked:
-        assert len(body.user) < 60
-    long = [question._replace(user=question.user + "word " * 40) for question in asked]
     with pytest.raises(
-        BudgetReachedError, match=r"could pass max_tokens = 260\. (\d+) of 20 questions are answered and kept"
+        BudgetReachedError,
+        match=r"could pass max_tokens = 260; raise that to ask the others\. (\d+) of 20 questions are answered and kept",
     ) as reached:
         model.ask(long)
     n = int(re.search(r"(\d+) of 20", str(reached.value))[1])
@@ -451,6 +449,7 @@ def test_the_usual_folder_is_in_the_cache_of_the_system(monkeypatch, tmp_path):
     monkeypatch.setenv("SAELENS_LITE_ANSWERS", str(tmp_path / "mine"))
     assert usual_folder() == tmp_path / "mine"
     assert sl.chat_model("a").config.folder is None
+    assert sl.chat_model("a", folder=tmp_path).config.folder == str(tmp_path)
 
 
 def test_a_missing_client_is_said_in_words(server, connect, monkeypatch):
@@ -495,11 +494,11 @@ def test_ctrl_c_keeps_what_is_in_progress_unless_it_comes_twice(server, connect,
     assert [server.asked[question_hash(messages(q))] for q in questions(4)] == [1, 1, *([2, 2] if second else [1, 1])]
 
 
-@pytest.mark.parametrize(("seed", "kind"), enumerate([*chat_faults.KINDS, chat_faults.KINDS[1]]))
+@pytest.mark.parametrize(("seed", "kind"), [*enumerate([*chat_faults.KINDS, chat_faults.KINDS[1]])])
 def test_faulty_runs_lose_nothing_and_pay_nothing_twice(seed, kind):
     outcome = chat_faults.one_run(kind, seed, n=20, timeout=1.0)
     assert not chat_faults.is_bad(kind, outcome)
-    assert outcome.counts["faults"] > 5
+    assert outcome.counts["faults"] > 0
     assert outcome.counts["paid"] >= outcome.counts["delivered"] >= 20
     assert (outcome.counts["stops"] > 0) == (kind != "faults")
 

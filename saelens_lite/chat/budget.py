@@ -74,12 +74,16 @@ class Budget:
     def reserve(self, size: Size) -> Size | None:
         """Reserve tokens and return how many; None if they would pass a limit."""
         with self._lock:
-            longer = max(1.0, self._counted / self._estimated) if self._estimated else 1.0
-            reserved = Size(round(size.n_input * longer), size.n_output)
+            reserved = self.scaled(size)
             if self.limit_passed_by(reserved):
                 return None
             self._reserved.append(reserved)
             return reserved
+
+    def scaled(self, size: Size) -> Size:
+        """Return an estimate that has grown as much as questions turned out longer than their estimates."""
+        longer = max(1.0, self._counted / self._estimated) if self._estimated else 1.0
+        return Size(round(size.n_input * longer), size.n_output)
 
     @property
     def in_progress(self) -> bool:

@@ -173,7 +173,8 @@ class Call:
             if reserved := self.budget.reserve(size):
                 return reserved
             if not self.budget.in_progress:
-                raise BudgetReachedError(f"the next question could pass {self.budget.limit_passed_by(size)}")
+                limit = self.budget.limit_passed_by(self.budget.scaled(size))
+                raise BudgetReachedError(f"the next question could pass {limit}; raise that to ask the others")
             await asyncio.sleep(POLL)
         return None
 

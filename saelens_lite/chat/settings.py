@@ -3,10 +3,11 @@
 import ipaddress
 import os
 from contextlib import suppress
-from typing import Literal
+from pathlib import PurePath
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from saelens_lite.config import MOST, FrozenConfig
 from saelens_lite.errors import ChatAccessError, ConfigError
@@ -64,6 +65,11 @@ class ChatConfig(FrozenConfig):
         "saelens_lite/answers in the folder of the system for caches.",
     )
     ask_again: bool = Field(False, description="Ask again, and pay again, where the kept answer is refused, cut or empty.")
+
+    @field_validator("folder", mode="before")
+    @classmethod
+    def _as_text(cls, folder: Any) -> Any:
+        return str(folder) if isinstance(folder, PurePath) else folder
 
     @model_validator(mode="after")
     def _limit_needs_prices(self) -> "ChatConfig":
