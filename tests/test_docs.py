@@ -22,6 +22,7 @@ GUIDES = (
     "evaluation",
     "features",
     "chat",
+    "features/explaining",
     "diffing",
     "views",
     "interventions",
