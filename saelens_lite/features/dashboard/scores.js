@@ -3,8 +3,8 @@ const SERIES = {
   score: ["this label", "a judge reads the label and says in which contexts the latent fires"],
   hard: ["this label, hard", "contexts in which the nearest latent fires take the place of the silent ones"],
   by_tokens: ["token baseline", "control: in place of the label, the tokens at the peaks of the contexts from which labels are made"],
-  of_random_latent: ["another latent's label", "control: the judge reads the label of another latent, drawn at random"],
-  shuffled: ["words in another order", "the judge reads the words of the label in another order; a good label in keywords scores as high, so this is no bar to pass"],
+  of_random_latent: ["another's label", "control: the judge reads the label of another latent, drawn at random"],
+  shuffled: ["words reordered", "the judge reads the words of the label in another order; a good label in keywords scores as high, so this is no bar to pass"],
 };
 const KINDS_OF_SCORE = {detection: "contexts in which the latent fires, among others", fuzzing: "contexts with the right tokens marked, among those with wrong ones"};
 const MEANING = "AUROC: 0.5 is chance, 1 is perfect";
