@@ -24,7 +24,6 @@ from saelens_lite.errors import (
 from saelens_lite.features import DetectionTask, Example, Scorer, collect, token_baseline, words_of_label
 from saelens_lite.features.code_log import CodeLog
 from saelens_lite.features.compare import Stability
-from saelens_lite.features.detection import TOP, _HeldOut, _score
 from saelens_lite.features.sampling import uniform
 from saelens_lite.files import file_hash
 from saelens_lite.tokens import TokenRows, token_rows
@@ -515,21 +514,6 @@ def test_token_baseline_counts_peaks():
     assert token_baseline(DetectionTask(None, shown, contexts)) == [0.75, 0.5, 0, 0.75]
 
 
-def test_scores_are_those_of_scikit_learn():
-    """Of guesses with ties among them."""
-    from sklearn.metrics import balanced_accuracy_score, roc_auc_score
-
-    groups = [None, 0, None, 1, TOP, None, 0, 1, None, None, TOP, 0]
-    held_out = [_HeldOut(context("a", "x", "y", row=i), group) for i, group in enumerate(groups)]
-    given = [0.2, 0.9, 0.5, 0.5, 0.7, 0.1, 0.2, 0.4, 0.4, 0.9, 0.5, 0.6]
-    found = _score(lambda task: given, DetectionTask(None, [], []), held_out, n_groups=3)
-    fires = [group is not None for group in groups]
-    assert found.auroc == pytest.approx(roc_auc_score(fires, given))
-    assert found.balanced_accuracy == pytest.approx(balanced_accuracy_score(fires, [value >= 0.5 for value in given]))
-    assert found.recall_by_group == (pytest.approx(2 / 3), 0.5, None)
-    assert found.recall_of_top == 1
-
-
 def test_words_of_a_label():
     contexts = [("The", " cat"), ("a", " dog"), ("ca", "t"), ("and", " so")]
     assert words_of_label(DetectionTask("“cat” or 'dog', not and", [], contexts)) == [1, 1, 1, 0]
@@ -554,22 +538,25 @@ def test_detection_on_a_latent_of_one_token(random_lm, rows):
     on = {(e.row, e.position) for e in store.random_examples(0)}
     assert on
     assert all(rows.tokens[place] == token for place in on)
-    found = store.detection(0)
-    assert found.label is None
-    assert found.score is None
-    assert found.baseline.auroc > 0.9  # at some positions the token is not enough
-    assert found.baseline.recall_of_top == 1
-    assert set(found.baseline.recall_by_group) <= {1.0, None}
     store.label(0, "nothing of the kind")
-    assert store.detection(0).score[:2] == (0.5, 0.5)
-    perfect = store.detection(0, lambda task: [float(store.vocabulary[int(token)] in c) for c in task.contexts])
-    assert perfect.score == found.baseline
-    with pytest.raises(UserError, match="finite number"):
-        store.detection(0, lambda task: [math.nan for _ in task.contexts])
-    with pytest.raises(UserError, match="finite number"):
-        store.detection(0, lambda task: [1.0])
-    with pytest.raises(UserError, match="detection needs"):
-        store.detection(1)  # fires everywhere
+    store.label(1, "fires everywhere")
+    scores = store.score(model=words_of_label, kinds=("detection",))
+    (of_words,) = scores
+    assert of_words.score[:2] == ((0.5, *of_words.score.auroc[1:]), (0.5, *of_words.score.balanced_accuracy[1:]))
+    assert of_words.by_tokens.auroc.value > 0.9  # at some positions the token is not enough
+    assert set(of_words.recall) <= {0.0, None}
+    assert [(one.latent, one.kind) for one in scores.skipped] == [(1, "detection")]
+    assert "0 in which it is silent" in scores.skipped[0].reason
+
+    def perfect(task: DetectionTask) -> list[float]:
+        return [float(store.vocabulary[int(token)] in tokens) for tokens in task.contexts]
+
+    (of_token,) = store.score([0], model=perfect, kinds=("detection",))
+    assert of_token.score.auroc == of_token.by_tokens.auroc
+    assert set(of_token.recall) <= {1.0, None}
+    for wrong in (math.nan, 1.0):
+        with pytest.raises(UserError, match="finite number"):
+            store.score([0], model=lambda task, wrong=wrong: [wrong])
 
 
 def test_held_out_contexts_are_not_shown_and_truly_fire_or_not(store):
@@ -580,11 +567,13 @@ def test_held_out_contexts_are_not_shown_and_truly_fire_or_not(store):
         return uniform(0, "guess", torch.arange(len(task.contexts))).tolist()
 
     latents = [i for i in range(D_SAE) if 20 < store.tensors.count[i] < 100]
-    found = [store.detection(i, scorer) for i in latents]
-    assert len(found) > 5
-    assert 0.3 < sum(one.score.auroc for one in found) / len(found) < 0.7  # guesses
-    for one, task in zip(found, tasks, strict=True):
-        assert one.n_firing + one.n_silent == len(task.contexts)
+    for latent in latents:
+        store.label(latent, "a guess")
+    scores = list(store.score(latents, model=scorer, kinds=("detection",), controls=False))
+    assert len(scores) > 5
+    assert 0.3 < sum(one.score.auroc.value for one in scores) / len(scores) < 0.7  # guesses
+    for one, task in zip(scores, tasks, strict=True):
+        assert one.n_firing + one.n_silent + one.n_hard == len(task.contexts)
         assert not {example.tokens for example in task.shown} & set(task.contexts)
 
 

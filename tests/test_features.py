@@ -19,7 +19,7 @@ from saelens_lite.errors import (
     TextError,
     UserError,
 )
-from saelens_lite.features import text_rows, weights_hash
+from saelens_lite.features import text_rows, weights_hash, words_of_label
 from saelens_lite.features.reduce import N_BINS
 from saelens_lite.files import file_hash
 from saelens_lite.model.passes import batches
@@ -411,12 +411,17 @@ def test_existing_outputs_are_kept(store, dictionaries, small, tmp_path):
         "promoted",
         "suppressed",
         "latent",
-        "detection",
     ],
 )
 def test_latents_out_of_range(store, latent, method):
     with pytest.raises(UserError, match="0 to 63"):
         getattr(store, method)(latent)
+
+
+@pytest.mark.parametrize("latent", [-1, D_SAE, 10**9])
+def test_scores_of_latents_out_of_range(store, latent):
+    with pytest.raises(UserError, match="0 to 63"):
+        store.score([latent], model=words_of_label)
 
 
 def test_requests_that_cannot_be_met(dictionaries, small, rows):

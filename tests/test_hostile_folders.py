@@ -20,7 +20,9 @@ from saelens_lite.cache import stored as cache_stored
 from saelens_lite.config import read_toml
 from saelens_lite.dictionary.folder import slice_without
 from saelens_lite.errors import ConfigError, CorruptFileError
+from saelens_lite.evaluation.sums import Metric
 from saelens_lite.features import store_files as features_stored
+from saelens_lite.features.explaining.scores import Judged, LabelScore
 from saelens_lite.kinds import RUN, foreign
 from saelens_lite.schemas import Checked, PlainName, checked
 from saelens_lite.training import checkpoint, trainer
@@ -81,6 +83,9 @@ def store_folder(random_lm, documents, tmp_path_factory):
     store = sl.FeatureStore.build(d, random_lm, documents, out=out, stability=scores, control=True, top_n=2, n_silent=2)
     store.label(3, "a label")
     store.write_labels()
+    result = Judged(Metric(0.9, 0.8, 1.0), Metric(0.8, 0.7, 0.9))
+    store.record_scores([LabelScore(3, "a label", "detection", "a judge", 9, 9, result, by_tokens=result)])
+    store.write_scores()
     return out
 
 
@@ -124,7 +129,7 @@ FILES = [
         ("store", name)
         for name in (
             "features.json", "features.safetensors", "weights.safetensors", "control.safetensors", "labels.json",
-            "stability.safetensors",
+            "scores.json", "stability.safetensors",
         )
     ),
     *(("saved", name) for name in ("cfg.json", "sae_weights.safetensors", "sparsity.safetensors", "plugin.safetensors")),

@@ -33,6 +33,8 @@ from saelens_lite.errors import (
     OutputExistsError,
 )
 from saelens_lite.evaluation.metrics import Metric
+from saelens_lite.features.explaining.scores import Judged, LabelScore
+from saelens_lite.features.label import Label
 from saelens_lite.hub import Address, describe, fetch, model_card, write_card
 from saelens_lite.hub.plots import log_plot
 
@@ -1038,3 +1040,70 @@ def test_the_unmodified_client_in_a_process_of_its_own(hub, folder, tmp_path):
     assert on_hub(hub)[f"{HOOK}/sae_weights.safetensors"] == (folder / "sae_weights.safetensors").read_bytes()
     assert TOKEN not in done.stdout + done.stderr
     assert "saelens-lite" not in done.stderr
+
+
+def scored_store(d: sl.Dictionary, lm, folder: Path, scored: bool = True) -> Path:
+    """Return the folder of a store with labels of three authors, and scores of two of them."""
+    store = sl.FeatureStore.build(d, lm, ["It was the best of times, it was the worst of times"], seed=0)
+    store.labels |= {1: Label("nasty | <b>", "max_act 1", "gpt | <x>"), 2: Label("two", "max_act 1", "gpt | <x>"), 3: "mine"}
+
+    def judged(value: float) -> Judged:
+        return Judged(Metric(value, value - 0.05, value + 0.05), Metric(value - 0.1, value - 0.2, value))
+
+    if scored:
+        controls = {"by_tokens": judged(0.6), "of_random_latent": judged(0.5)}
+        store.record_scores(
+            [
+                LabelScore(1, "nasty | <b>", "detection", "a | judge", 9, 9, judged(0.9), **controls),
+                LabelScore(2, "two", "detection", "a | judge", 9, 9, judged(0.5), **controls),
+            ]
+        )
+    return store.save(folder)
+
+
+def test_labels_and_their_scores_are_pushed_and_pulled_with_a_dictionary(hub, random_lm, tmp_path, command):
+    d = sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=48), d_sae=12, options={"k": 3})
+    store, folder = scored_store(d, random_lm, tmp_path / "store"), d.save(tmp_path / "d")
+    write_card(folder, d)
+    assert "## Labels" not in (folder / "README.md").read_text()
+    sl.push({"a": folder}, REPO, stores=[store])
+    card = on_hub(hub)["a/README.md"].decode()
+    assert "3 of 12 latents have a label: 2 by gpt | &lt;x>, max_act 1; 1 by a person, without a name." in card
+    assert "| AUROC, the label | 2 | 0.54 | 0.60 | 0.70 | 0.80 | 0.86 |" in card
+    assert "| balanced accuracy, token baseline | 2 | 0.50 | 0.50 | 0.50 | 0.50 | 0.50 |" in card
+    assert "1 of 2 labels are better than the token baseline" in card
+    pulled = tmp_path / "pulled"
+    assert command("pull", REPO, "a", "--out", pulled).code == 0
+    labels = sl.labels.load(pulled / "labels.json", d)
+    assert dict(labels) == {1: "nasty | <b>", 2: "two", 3: "mine"}
+    assert labels.scores == sl.FeatureStore.load(store).label_scores
+    sl.push({"b": pulled}, REPO)  # a folder with labels sends them again
+    assert on_hub(hub)["b/labels.json"] == on_hub(hub)["a/labels.json"]
+    assert "2 of them were scored." in on_hub(hub)["b/README.md"].decode()
+    sl.push({"a": folder}, REPO)
+    assert "a/labels.json" not in on_hub(hub)
+    assert "## Labels" not in on_hub(hub)["a/README.md"].decode()
+
+
+def test_a_card_claims_nothing_about_labels_that_were_not_scored(random_lm, tmp_path, command):
+    d = sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=48), d_sae=12, options={"k": 3})
+    store, folder = scored_store(d, random_lm, tmp_path / "store", scored=False), d.save(tmp_path / "d")
+    assert "## Labels" not in model_card(folder)
+    card = command("card", folder, "--stores", store).out
+    assert "No label was scored, so nothing is known about how well they fit." in card
+    assert "AUROC" not in card
+    (store / "labels.json").unlink()
+    with pytest.raises(ConfigError, match="has no labels"):
+        model_card(folder, stores=[store])
+    with pytest.raises(ConfigError, match="the store of another dictionary"):
+        model_card(dictionary(1).save(tmp_path / "other"), stores=[store])
+
+
+def test_labels_of_another_dictionary_are_not_published(random_lm, tmp_path):
+    d = sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=48), d_sae=12, options={"k": 3})
+    store, folder = scored_store(d, random_lm, tmp_path / "store"), dictionary(1).save(tmp_path / "other")
+    (folder / "labels.json").write_bytes((store / "labels.json").read_bytes())
+    with pytest.raises(ConfigError, match="labels of another dictionary"):
+        model_card(folder)
+    with pytest.raises(OutputExistsError, match=r"labels\.json"):
+        dictionary(2).save(folder, exists="overwrite")

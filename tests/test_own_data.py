@@ -14,6 +14,7 @@ from test_dashboard import Data, Page
 
 import saelens_lite as sl
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, OutputExistsError, ShapeError, UserError
+from saelens_lite.features import words_of_label
 from saelens_lite.features.dashboard import images
 from saelens_lite.features.rows import ExampleRow, evidence
 from saelens_lite.features.store_files import _are_rows
@@ -208,7 +209,7 @@ def test_a_transcoder_needs_only_its_input(made):
         (lambda store: store.suppressed(0), "effects on tokens"),
         (lambda store: store.promoting(" the"), "effects on tokens"),
         (lambda store: store.position_profile(0), "positions"),
-        (lambda store: store.detection(0), "detection"),
+        (lambda store: store.score(model=words_of_label), "scores of labels"),
         (lambda store: store.export("neuronpedia", "out"), "neuronpedia"),
     ],
 )

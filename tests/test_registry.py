@@ -212,7 +212,8 @@ def test_one_package_adds_a_kind_and_another_a_plugin_of_it(kind_of_a_stranger, 
 @pytest.mark.parametrize("ask", [registry.plugins, registry.names, lambda kind: registry.load("topk", kind)])
 def test_an_unknown_kind(ask):
     with pytest.raises(
-        PluginError, match=r"unknown kind of plugin 'rules'; kinds are explainers, exporters, formats, judges, loggers, sparsity$"
+        PluginError,
+        match=r"unknown kind of plugin 'rules'; kinds are explainers, exporters, formats, judges, loggers, sparsity$",
     ):
         ask("rules")
 

@@ -49,6 +49,7 @@ from saelens_lite.cli import (  # noqa: F401
     models,
     plot,
     plugins,
+    scoring,
     training,
 )
 from saelens_lite.cli.base import main

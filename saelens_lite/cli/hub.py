@@ -22,6 +22,7 @@ def push(
     parent_commit: str | None = None,
     dry_run: Flag = False,
     out: Path | None = None,
+    stores: list[Path] | None = None,
     as_json: PrintJson = False,
 ) -> None:
     """Publish dictionaries on the Hugging Face Hub, in one commit. Log in first: `hf auth login`, or set HF_TOKEN.
@@ -51,6 +52,8 @@ def push(
         is given.
     out
         With --dry-run: new folder for the cards and figures, as they would be in the repository.
+    stores
+        Feature stores of the dictionaries, whose labels and scores are published too.
     """
     import saelens_lite as sl
 
@@ -65,6 +68,7 @@ def push(
         parent_commit=parent_commit,
         dry_run=dry_run,
         out=out,
+        stores=stores or (),
     )
     facts = vars(pushed) | {"files": [file._asdict() for file in pushed.files]}
     say(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else pushed)
@@ -80,6 +84,7 @@ def card(
     license: str | None = None,
     tags: list[str] | None = None,
     out: Path | None = None,
+    stores: list[Path] | None = None,
     exists: Exists = "error",
 ) -> None:
     """Print the model card of a dictionary or a run, or write it to a file.
@@ -96,6 +101,8 @@ def card(
         More tags.
     out
         File to write, e.g. README.md; default: none, the card is printed.
+    stores
+        Feature stores of the dictionaries, whose labels and scores the card describes.
     """
     from saelens_lite.files import write_text
     from saelens_lite.hub import model_card
@@ -103,7 +110,7 @@ def card(
 
     if out is not None and (out.parent / "cfg.json").exists():
         raise ConfigError(f"{out} would be in the folder of a dictionary, where `push` writes the card; choose another file")
-    text = model_card(path, repo=repo, license=license, tags=tags or ())
+    text = model_card(path, repo=repo, license=license, tags=tags or (), stores=stores or ())
     if out is None:
         say(text)
         return

@@ -27,6 +27,12 @@ text in their label come first. `store.latent(7)` sums up a latent. `quantile_ex
 how well a judge who reads a label predicts where it fires, beside controls. `sl.labels.from_neuronpedia(d)` reads the labels
 of a public dictionary, and `store.label_all(labels)` adds them with their source and author.
 
+labels.json in the folder of a store has the labels, and scores.json their scores (`store.label_scores`), which
+`store.write_scores()` writes. A score belongs to one text: if the label changes, its score is no longer shown. The page, the
+cards and `saelens-lite label store --list` show scores beside those of their controls, and mark those that are not better. So
+does the model card, if `sl.push(d, repo, stores=["store"])` sends the labels. `store.export("neuronpedia", …)` writes them as
+Neuronpedia's explanations.
+
 `FeatureStore.build([d1, d2], lm, text, out="stores")` reads the text once for several dictionaries, whatever its length. Codes
 go to disk as they are computed, 10 bytes each, with those that fire together on up to about 4 million tokens. Every number is
 exact, except that beyond these 4 million, partners are counted on a sample of so many tokens (`store.info.partner_tokens`).

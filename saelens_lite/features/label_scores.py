@@ -8,13 +8,13 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
 from saelens_lite.errors import ConfigError, CorruptFileError, UserError
 from saelens_lite.evaluation.sums import Metric
-from saelens_lite.features.explaining.scores import Judged, Kind, LabelScore
+from saelens_lite.features.explaining.scores import FLOORS, KINDS, RESULTS, Judged, Kind, LabelScore
 from saelens_lite.features.info import StoreInfo
 from saelens_lite.features.store_files import read_info
 from saelens_lite.files import MAX_LIST_BYTES, write_text
@@ -24,15 +24,8 @@ from saelens_lite.terminal import visible
 
 SCORES_FILE = "scores.json"
 FORMAT = 1
+PATIENCE = 10.0  # seconds to wait for a process that is writing scores
 MOST = 80_000  # scores in a file, so that it can be read again
-KINDS: tuple[Kind, ...] = get_args(Kind)
-CONTROLS = {  # fields of a score: their names for people
-    "by_tokens": "token baseline",
-    "of_random_latent": "another latent's explanation",
-    "shuffled": "shuffled answers",
-}
-HARD = {"hard": "with the nearest latent's contexts"}
-
 OfLatents = dict[int, dict[Kind, LabelScore]]
 _Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -69,6 +62,10 @@ class _Score(Checked):
     of_random_latent: _Judged | None = None
     shuffled: _Judged | None = None
     hard: _Judged | None = None
+    n_hard: Count = 0
+    recall: Annotated[list[_Share | None], Field(max_length=1000)] = Field([])
+    is_graded: bool = False
+    made_elsewhere: bool = False
 
 
 class _Content(Checked):
@@ -116,7 +113,7 @@ def add_to_stored(path: Path, scores: Mapping[int, Mapping[Kind, LabelScore]], i
         ConfigError: the file has the scores of another dictionary.
         LockedError: another process is writing it.
     """
-    with locked(path, "scores", patience=10):
+    with locked(path, "scores", patience=PATIENCE):
         stored = stored_scores(path.parent, info)
         new = (one for kinds in scores.values() for one in kinds.values())
         write_scores(path, together(stored, new, info.d_sae), info.dictionary_sha256)
@@ -153,13 +150,8 @@ def stored_scores_of(folder: Path, labels: Mapping[int, str]) -> OfLatents:
 
 
 def exceeds_controls(one: LabelScore) -> bool | None:
-    """Return whether the AUROC is above that of every control: the lower end of its interval, or else its value.
-
-    None if no control was measured.
-    """
-    controls = [getattr(one, name).auroc.value for name in CONTROLS if getattr(one, name) is not None]
-    auroc = one.score.auroc
-    return (auroc.low if auroc.has_interval else auroc.value) > max(controls) if controls else None
+    """Return whether the AUROC exceeds that of the token baseline and of another latent's label; None if it has neither."""
+    return not one.not_better_than if any(getattr(one, name) is not None for name in FLOORS) else None
 
 
 def kinds_of(scores: Mapping[int, Mapping[Kind, LabelScore]]) -> list[Kind]:
@@ -168,22 +160,23 @@ def kinds_of(scores: Mapping[int, Mapping[Kind, LabelScore]]) -> list[Kind]:
 
 
 def auroc_of(one: LabelScore | None) -> str:
-    """Return the AUROC of a score for a table; an asterisk marks one that is not above its controls."""
-    return "" if one is None else f"{one.score.auroc.value:.2f}" + "*" * (exceeds_controls(one) is False)
+    """Return the AUROC of a score for a table; an asterisk marks one that is not better than a control."""
+    return "" if one is None else f"{one.score.auroc.value:.2f}" + "*" * bool(one.not_better_than)
 
 
 def in_words(one: LabelScore) -> str:
     """Return a score in one line, beside its controls."""
-    parts = [f"AUROC {_short(one.score.auroc)}, balanced accuracy {_short(one.score.balanced_accuracy)}"]
-    named = CONTROLS | HARD
-    beside = [f"{named[name]} {getattr(one, name).auroc.value:.2f}" for name in named if getattr(one, name) is not None]
-    if beside:
-        parts.append(f"AUROC of controls: {', '.join(beside)}")
-    if exceeds_controls(one) is False:
-        parts.append("not above its controls")
-    if one.score.n_unusable:
-        parts.append(f"{one.score.n_unusable} unusable answers")
-    return visible(f"{'; '.join(parts)}; judge {one.judge}")
+    others = {told.removeprefix("… "): getattr(one, name) for name, told in RESULTS.items() if name != "score"}
+    beside = [f"{told} {of.auroc.value:.2f}" for told, of in others.items() if of is not None]
+    parts = [
+        f"AUROC {_short(one.score.auroc)}, balanced accuracy {_short(one.score.balanced_accuracy)}",
+        *[f"AUROC beside it: {', '.join(beside)}"] * bool(beside),
+        *[f"not better than: {', '.join(one.not_better_than)}"] * bool(one.not_better_than),
+        *[f"{one.score.n_unusable} contexts without a usable answer"] * bool(one.score.n_unusable),
+        *["the label may have been made from these contexts"] * one.made_elsewhere,
+        f"judge {one.judge}",
+    ]
+    return visible("; ".join(parts))
 
 
 def _short(metric: Metric) -> str:
@@ -197,7 +190,7 @@ def _check(one: LabelScore, d_sae: int) -> None:
         raise UserError(f"a score is of latent {one.latent}; this dictionary has latents 0 to {d_sae - 1}")
     if one.kind not in KINDS:
         raise UserError(f"latent {one.latent}: {one.kind!r} is not a kind of score; expected {' or '.join(KINDS)}")
-    results = [judged for judged in (getattr(one, name) for name in ("score", *CONTROLS, *HARD)) if judged is not None]
+    results = [judged for name in RESULTS if (judged := getattr(one, name)) is not None]
     for metric in (metric for judged in results for metric in (judged.auroc, judged.balanced_accuracy)):
         ends = (metric.low, metric.high) if metric.has_interval else ()
         if not all(0 <= x <= 1 for x in (metric.value, *ends)):
@@ -206,8 +199,8 @@ def _check(one: LabelScore, d_sae: int) -> None:
 
 def _line(one: LabelScore) -> dict[str, object]:
     """Return a score as an entry of the file."""
-    results = {name: _plain(judged) for name in ("score", *CONTROLS, *HARD) if (judged := getattr(one, name)) is not None}
-    return {name: getattr(one, name) for name in ("latent", "label", "kind", "judge", "n_firing", "n_silent")} | results
+    plain = {name: value for name, value in one._asdict().items() if name not in RESULTS}
+    return plain | {name: _plain(of) for name in RESULTS if (of := getattr(one, name)) is not None}
 
 
 def _plain(judged: Judged) -> dict[str, object]:
@@ -223,8 +216,9 @@ def _numbers(metric: Metric) -> list[float]:
 
 
 def _read(one: _Score) -> LabelScore:
-    results = {name: None if (of := getattr(one, name)) is None else _judged(of) for name in ("score", *CONTROLS, *HARD)}
-    return LabelScore(one.latent, one.label, one.kind, one.judge, one.n_firing, one.n_silent, **results)
+    plain = {name: getattr(one, name) for name in LabelScore._fields if name not in (*RESULTS, "recall")}
+    results = {name: None if (of := getattr(one, name)) is None else _judged(of) for name in RESULTS}
+    return LabelScore(**plain, **results, recall=tuple(one.recall))
 
 
 def _judged(of: _Judged) -> Judged:

@@ -170,7 +170,7 @@ def label_table(labels: Mapping[int, str], scores: OfLatents, *, title: str = ""
         for i, label in labels.items()
     ]
     marked = any(row[-1 - j].endswith("*") for row in rows for j in range(len(kinds)))
-    about = "detection, fuzzing: AUROC of the label" + "; * not above its controls" * marked if kinds else ""
+    about = "detection, fuzzing: AUROC of the label" + "; * not better than a control" * marked if kinds else ""
     return grid(
         ("latent", "label", *["by"] * by, *kinds), rows, title=title, caption="\n".join(part for part in (more, about) if part)
     )

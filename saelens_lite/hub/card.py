@@ -19,6 +19,7 @@ from saelens_lite.dictionary.folder import CONFIG_FILE
 from saelens_lite.errors import OutputExistsError
 from saelens_lite.evaluation import EvalReport
 from saelens_lite.files import read_json, write_file
+from saelens_lite.hub.label_card import PublishedLabels, labels_text
 from saelens_lite.hub.plots import density_plot, log_plot
 from saelens_lite.hub_client.client import NAME, Address
 from saelens_lite.markdown import cell, code, one_line
@@ -45,7 +46,8 @@ def write_card(
 ) -> Path:
     """Write README.md, eval.json and figures into a dictionary folder. Return the path of README.md.
 
-    `text` names the evaluation text, in place of the report's own name. Figures need matplotlib.
+    `text` names the evaluation text, in place of the report's own name. Figures need matplotlib. If the folder has labels.json
+    and scores.json, which `store.write_labels` and `store.write_scores` write, the card also has the labels' scores.
     """
     folder = check_output(folder)
     card = folder / CARD_FILE
@@ -54,7 +56,8 @@ def write_card(
     if report is not None:
         report = report if text is None else dataclasses.replace(report, text=text)
         report.to_json(folder / EVALUATION_FILE)
-    for name, content in card_files(folder, dictionary, report, license=license, tags=tags).items():
+    labels = PublishedLabels.read(folder, dictionary)
+    for name, content in card_files(folder, dictionary, report, labels=labels, license=license, tags=tags).items():
         write_file(folder / name, lambda path, content=content: path.write_bytes(content))
     return folder / CARD_FILE
 
@@ -64,6 +67,7 @@ def card_files(
     dictionary: Dictionary,
     report: EvalReport | None = None,
     *,
+    labels: PublishedLabels | None = None,
     license: str | None = None,
     tags: Sequence[str] = (),
 ) -> dict[str, bytes]:
@@ -81,6 +85,7 @@ def card_files(
         **_facts(dictionary),
         load=section("load", load_text(folder, dictionary)),
         evaluation=section("evaluation", evaluation_text(report)),
+        labels=section("labels", labels_text(labels)) if labels else "",
         figures=[(name, FIGURES[name]) for name in figures],
     )
     return {CARD_FILE: f"---\n{data.to_yaml()}\n---\n{body}\n".encode(), **figures}
@@ -237,6 +242,14 @@ def with_section(card: str, name: str, text: str) -> str:
     """Replace a section of a card. Return a card without that section unchanged."""
     match = find_section(card, name)
     return card if match is None else card[: match.start()] + section(name, text) + card[match.end() :]
+
+
+def with_labels(card: str, text: str) -> str:
+    """Replace the section about labels, or add it behind the evaluation. A card without either stays unchanged."""
+    evaluation = find_section(card, "evaluation")
+    if find_section(card, "labels") or not text or evaluation is None:
+        return with_section(card, "labels", text)
+    return f"{card[: evaluation.end()]}\n\n{section('labels', text)}{card[evaluation.end() :]}"
 
 
 def _facts(dictionary: Dictionary) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from saelens_lite.errors import CorruptFileError
 from saelens_lite.files import MAX_JSON_BYTES, read_json
 from saelens_lite.hub.card import EVALUATION_FILE
 from saelens_lite.hub.download import check_sizes, download, listing, place_of
+from saelens_lite.hub.label_card import LABEL_FILES
 from saelens_lite.hub.layouts import CONFIG_FILES, choose
 from saelens_lite.hub_client.client import Address, client, typed_errors
 from saelens_lite.hub_client.guard import Guard
@@ -33,7 +34,7 @@ def describe(address: Address | str) -> dict[str, Any]:
     address = place.address
     commit, there = listing(address)
     choice = choose(address, {path: file.size for path, file in there.items()})
-    settings = {path: size for path, size in choice.files.items() if path.endswith(".json")}
+    settings = {path: size for path, size in choice.files.items() if path.endswith(".json") and not path.endswith(LABEL_FILES)}
     check_sizes(address, settings, max_bytes=2 * MAX_JSON_BYTES)
     pinned = place.pinned(choice, commit)
     own = {Path(path).name: path for path in settings if path.rpartition("/")[0] == choice.folder}

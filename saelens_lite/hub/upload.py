@@ -10,7 +10,7 @@ write_card("my-dictionary", d, report)  # README.md, the evaluation, two figures
 ```sh
 saelens-lite card runs/topk                         # the model card; --out README.md writes it
 saelens-lite push runs/topk user/repo --dry-run     # what would be sent, also without a network
-saelens-lite push runs/topk user/repo               # send it, in one commit
+saelens-lite push runs/topk user/repo               # send it, in one commit; --stores STORE also sends its labels
 saelens-lite pull user/repo blocks.2.hook_resid_pre --out pulled
 saelens-lite inspect hf://user/repo
 ```
@@ -20,6 +20,10 @@ as it was. The commit names the compared commit as its parent, so the Hub refuse
 the same again sends nothing. `sl.pull("user/repo", "blocks.2.hook_resid_pre", revision=…)` and the address
 hf://user/repo/folder@revision fetch one dictionary, or take it from the local cache if it was fetched before. SAELens loads
 published dictionaries from the same address if it has an architecture for the rule.
+
+`sl.push(…, stores=["store"])` sends the labels of a feature store as labels.json and their scores as scores.json. The card then
+says who wrote the labels, and shows their scores as quantiles beside those of the controls. Fetch a dictionary with `pull
+--out`, and `sl.labels.load("pulled/labels.json", d)` reads both.
 
 Log in with `hf auth login`. The token goes to the Hub and nowhere else. The Hub's answers are checked before they are used,
 and every request is limited in size and time.
@@ -44,6 +48,8 @@ from saelens_lite.errors import (
     HubNotFoundError,
     HubUnreachableError,
 )
+from saelens_lite.features.info import weights_hash
+from saelens_lite.features.store_files import read_info
 from saelens_lite.files import MAX_JSON_BYTES, file_hash, named_file, write_file
 from saelens_lite.formats import read
 from saelens_lite.hub.card import (
@@ -54,10 +60,12 @@ from saelens_lite.hub.card import (
     load_text,
     loads_in_sae_lens,
     stored_report,
+    with_labels,
     with_section,
 )
 from saelens_lite.hub.download import download, fetch
 from saelens_lite.hub.index import CardEntry, TableLine, index_files
+from saelens_lite.hub.label_card import LABEL_FILES, PublishedLabels, labels_of, labels_text
 from saelens_lite.hub_client.client import Address, bars_on_terminals_only, check_folder, client, typed_errors
 from saelens_lite.hub_client.guard import Guard
 from saelens_lite.hub_client.listing import RepoFile, list_files
@@ -148,6 +156,7 @@ def push(
     parent_commit: str | None = None,
     dry_run: bool = False,
     out: str | Path | None = None,
+    stores: Sequence[str | Path] = (),
 ) -> Push:
     """Push dictionaries to the Hub repository "user/name" in one commit.
 
@@ -156,11 +165,12 @@ def push(
     with its card, eval.json and figures, and listed in the card of the repository. The repository is created if needed. Files
     that an interrupted push uploaded are not sent again. `private` is for a new repository, `license` replaces an earlier
     license, `revision` is the branch. `dry_run` sends nothing. Without a network it lists all files, as for a new repository.
-    With `dry_run`, `out` is a new folder for the cards and figures, as they would be in the repository.
+    With `dry_run`, `out` is a new folder for the cards and figures, as they would be in the repository. `stores` are folders of
+    feature stores; their labels, and the scores of these, are pushed with the dictionaries that they are of.
 
     Raises:
-        ConfigError: a name is not valid, no dictionary is given, `private` is given for a public repository, or `out` is given
-            without `dry_run`.
+        ConfigError: a name is not valid, no dictionary is given, `private` is given for a public repository, `out` is given
+            without `dry_run`, or a store is of another dictionary.
         OutputExistsError: `out` is not empty.
         CorruptFileError: a dictionary cannot be read.
         HubConflictError: the repository has changed since `parent_commit`, or during the comparison. Nothing was written.
@@ -173,7 +183,7 @@ def push(
         refuse_existing(check_output(out), "error")
     named = _named(dictionaries)
     with tempfile.TemporaryDirectory(prefix="saelens_lite-push-") as scratch:
-        entries, files = _prepare(named, repo, Path(scratch), license=license, tags=tags)
+        entries, files = _prepare(named, repo, Path(scratch), license=license, tags=tags, stores=stores)
         remote = _remote_if_reached(repo, revision) if dry_run and parent_commit is None else _remote(repo, revision)
         if parent_commit is not None and remote.commit != parent_commit:
             raise HubConflictError(
@@ -200,19 +210,27 @@ def push(
         return Push(repo, planned, remote.commit, commit, url)
 
 
-def model_card(dictionary: Source, *, repo: str = "user/repo", license: str | None = None, tags: Sequence[str] = ()) -> str:
+def model_card(
+    dictionary: Source,
+    *,
+    repo: str = "user/repo",
+    license: str | None = None,
+    tags: Sequence[str] = (),
+    stores: Sequence[str | Path] = (),
+) -> str:
     """Return the model card of a dictionary, or of all dictionaries of a run, as Markdown. No network is needed.
 
     `dictionary` is a dictionary, its folder or address, or the folder of a run. `repo` is the repository that the card names.
+    `stores` are folders of feature stores with the labels of the dictionaries.
 
     Raises:
-        ConfigError: a name is not valid.
+        ConfigError: a name is not valid, or a store is of another dictionary.
         CorruptFileError: a dictionary cannot be read.
     """
     Address.of(repo)
     named = _named(dictionary, unnamed="dictionary")
     with tempfile.TemporaryDirectory(prefix="saelens_lite-card-") as scratch:
-        entries, files = _prepare(named, repo, Path(scratch), license=license, tags=tags)
+        entries, files = _prepare(named, repo, Path(scratch), license=license, tags=tags, stores=stores)
         if len(named) > 1:
             files = index_files(None, repo, entries, license=license, tags=tags)
         card = files[CARD_FILE if len(named) > 1 else f"{next(iter(named))}/{CARD_FILE}"]
@@ -272,32 +290,48 @@ def _message(names: Sequence[str]) -> str:
 
 
 def _prepare(
-    named: Mapping[str, Source | _Ready], repo: str, scratch: Path, *, license: str | None, tags: Sequence[str]
+    named: Mapping[str, Source | _Ready],
+    repo: str,
+    scratch: Path,
+    *,
+    license: str | None,
+    tags: Sequence[str],
+    stores: Sequence[str | Path],
 ) -> tuple[list[CardEntry], dict[str, Path | bytes]]:
     """Load the dictionaries, which also checks them, and return their entries and files for the repository."""
-    entries, files = [], {}
+    entries, files, of_stores = [], {}, {read_info(Path(store)).dictionary_sha256: Path(store) for store in stores}
+    unused = dict(of_stores)
     for i, (name, source) in enumerate(named.items()):
         folder, dictionary = _loaded(source, scratch / str(i))
         folder = folder if is_own_folder(folder) else dictionary.save(scratch / str(i))  # convert another tool's files
+        labels = labels_of(folder, dictionary, of_stores)
+        if stores:
+            unused.pop(weights_hash(dictionary), None)
         load, report = load_text(folder, dictionary, Address(repo, name)), stored_report(folder)
-        card, own = _published_files(folder, dictionary, license=license, tags=tags)
+        card, own = _published_files(folder, dictionary, labels, license=license, tags=tags)
         card = with_section(with_section(card, "load", load), "evaluation", evaluation_text(report))
-        files |= {f"{name}/{file}": content for file, content in (own | {CARD_FILE: card.encode()}).items()}
+        own |= labels.write(scratch / f"{i}-labels", weights_hash(dictionary)) if labels else {}
+        own[CARD_FILE] = with_labels(card, labels_text(labels)).encode()
+        files |= {f"{name}/{file}": content for file, content in own.items()}
         evaluation = report.to_dict() if report else {}
         entries.append(
             CardEntry(TableLine.of(name, dictionary, evaluation), dictionary, load, loads_in_sae_lens(folder), evaluation)
+        )
+    if unused:
+        raise ConfigError(
+            f"{next(iter(unused.values()))} is the store of another dictionary; leave it out, or push that one too"
         )
     return entries, files
 
 
 def _published_files(
-    folder: Path, dictionary: Dictionary, *, license: str | None, tags: Sequence[str]
+    folder: Path, dictionary: Dictionary, labels: PublishedLabels | None, *, license: str | None, tags: Sequence[str]
 ) -> tuple[str, dict[str, Path | bytes]]:
     """Return the card and the other published files of a dictionary folder. A missing card is made, with figures."""
     own: dict[str, Path | bytes] = {path.name: path for path in sorted(folder.iterdir()) if _is_published(path)}
     if own.pop(CARD_FILE, None):
         return _read_card(folder / CARD_FILE), own
-    made = card_files(folder, dictionary, license=license, tags=tags)
+    made = card_files(folder, dictionary, labels=labels, license=license, tags=tags)
     return made.pop(CARD_FILE).decode(), own | made
 
 
@@ -382,7 +416,7 @@ def _compare(files: Mapping[str, Path | bytes], remote: _Remote, folders: Sequen
         compared.append(PushFile(path, size, sha256, status))
     for path, there in sorted(remote.files.items()):
         folder, _, name = path.rpartition("/")
-        if path not in files and folder in folders and (name in OWN_NAMES or name.endswith(OWN_SUFFIXES)):
+        if path not in files and folder in folders and (name in (*OWN_NAMES, *LABEL_FILES) or name.endswith(OWN_SUFFIXES)):
             compared.append(PushFile(path, there.size, None, "deleted"))
     return tuple(compared)
 

@@ -16,7 +16,7 @@ from saelens_lite.features.html import visible
 from saelens_lite.features.queries import StoreQueries
 
 TEMPLATE, STYLE = "page.html.j2", "page.css"
-SCRIPTS = ("data.js", "parts.js", "charts.js", "rows.js", "models.js", "list.js", "latent.js", "page.js")
+SCRIPTS = ("data.js", "parts.js", "charts.js", "rows.js", "models.js", "scores.js", "list.js", "latent.js", "page.js")
 
 
 def render(store: StoreQueries, images: dict[int, str] | None = None, diff: Diff | None = None) -> str:

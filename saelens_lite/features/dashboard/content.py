@@ -1,5 +1,6 @@
 """The content of the page, as columns of numbers: one row for each latent, or for each token of the shown text."""
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -7,8 +8,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from saelens_lite.evaluation.sums import Metric
 from saelens_lite.features.dashboard.models import Diff, of_models
+from saelens_lite.features.explaining.scores import RESULTS, LabelScore
 from saelens_lite.features.label import origin_of
+from saelens_lite.features.label_scores import exceeds_controls
 from saelens_lite.features.queries import StoreQueries
 
 N_CONTROL = 5  # contexts of a latent on the model with shuffled weights
@@ -27,6 +31,8 @@ class Content(NamedTuple):
     vocabulary: list[str]  # texts of the tokens that appear, then of parts of characters in their contexts, then of groups
     labels: dict[int, str]
     origins: list[str]  # authors and sources of labels; a latent's column `origin` has the number of its label's
+    scores: dict[int, dict[str, Any]]  # of the labels that have a score, by kind
+    judges: list[str]  # the names of the judges; a score has the number of its judge
     tokens: Columns  # a token that is in a context
     spans: Columns  # a span of the text: its first place among the shown tokens, its row, its position
     index: Columns  # a latent: the data that the list shows and searches
@@ -94,6 +100,7 @@ def content(store: StoreQueries, images: dict[int, str] | None = None, diff: Dif
     words, word = _words(store, text, ids)
     models = of_models(store, diff, shown, ids)
     of_groups, origins = _groups(store, text, shown, len(words)), _origins(store)
+    scores, judges = _scores(store)
     bands = zip(t.band_low.tolist(), t.band_high.tolist(), strict=True)
     return Content(
         facts={
@@ -112,6 +119,8 @@ def content(store: StoreQueries, images: dict[int, str] | None = None, diff: Dif
         vocabulary=words + of_groups.labels,
         labels=store.labels,
         origins=origins.names,
+        scores=scores,
+        judges=judges,
         tokens={"token": word} | of_groups.tokens,
         spans={"at": text.at, "row": row, "position": position},
         index=_index(store, shown["top"], ids.searchsorted(promoted)) | of_groups.index | origins.index | _there(models.index),
@@ -163,6 +172,32 @@ def _origins(store: StoreQueries) -> _Origins:
         return _Origins([], {})
     numbers = {name: number for number, name in enumerate(names)}
     return _Origins(names, {"origin": np.array([numbers[of_latent.get(i, "")] for i in range(store.info.d_sae)])})
+
+
+def _scores(store: StoreQueries) -> tuple[dict[int, dict[str, Any]], list[str]]:
+    """Return the scores of the labels as plain data, and the names of the judges."""
+    of_latents = store.label_scores
+    judges = sorted({one.judge for kinds in of_latents.values() for one in kinds.values()})
+    return {latent: {kind: _score(one, judges) for kind, one in kinds.items()} for latent, kinds in of_latents.items()}, judges
+
+
+def _score(one: LabelScore, judges: list[str]) -> dict[str, Any]:
+    """Return a score as plain data: of each result the AUROC and the balanced accuracy with the ends of their intervals."""
+    results = {name: of for name in RESULTS if (of := getattr(one, name)) is not None}
+    facts = {
+        "judge": judges.index(one.judge),
+        "n": [one.n_firing, one.n_silent],
+        "above": exceeds_controls(one),
+        "elsewhere": one.made_elsewhere,
+    }
+    return facts | {
+        name: [*_rounded(judged.auroc), *_rounded(judged.balanced_accuracy), judged.n_unusable]
+        for name, judged in results.items()
+    }
+
+
+def _rounded(metric: Metric) -> list[float | None]:
+    return [round(x, 4) if math.isfinite(x) else None for x in metric]
 
 
 def _words(

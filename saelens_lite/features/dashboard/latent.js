@@ -27,6 +27,7 @@ function summary(i) {
   const title = make("h1", {tabindex: -1}, `Latent ${i}`);
   if (label(i)) title.append(make("span", {class: "label"}, label(i)));
   if (label(i) && origin(i)) title.append(make("span", {class: "origin"}, `label by ${origin(i)}`));
+  if (label(i) && !isScored(i)) title.append(make("span", {class: "origin"}, "not scored"));
   return make("div", {class: "title"}, title, facts(pairs));
 }
 
@@ -110,6 +111,7 @@ function latentPage(i, found) {
   const count = index.get("count", i), max = index.get("max", i), parts = [navigation(i), summary(i)];
   const acts = found.has("suppressed"), together = acts && !found.has("model_promoted");
   const spread = Object.entries(distributions).filter(([name]) => name === "density" || index.has(name)).map(([name, {title}]) => card(title, amongAll(name, i)));
+  if (isScored(i)) parts.push(scoreCards(i));
   parts.push(grid("thirds",
     count && card("Activations where it fires", valueChart(found.row("histogram"), found.get("bin_width"))),
     ...(several || (isRows && !(count && found.has("rate_group"))) ? spread.splice(0) : isRows ? [groupTable(found)] : []),

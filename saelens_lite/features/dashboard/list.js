@@ -1,6 +1,6 @@
 // The list: latents in an order. Only the visible rows are in the document.
 const MARGIN = 12;  // rows kept above and below the window
-const view = {key: "latent", down: false, query: "", kind: -1, order: [], hits: null, scroll: 0, last: -1};  // last: the latent viewed last
+const view = {key: "latent", down: false, query: "", kind: -1, verdict: -1, order: [], hits: null, scroll: 0, last: -1};  // last: the latent viewed last
 const rows = $("rows"), drawn = new Map();
 
 const cosineOf = i => index.get("cosine", i), stabilityOf = i => index.get("stability", i);
@@ -8,6 +8,7 @@ const firing = (i, value) => index.get("count", i) ? value : NaN;  // silent lat
 const COLUMNS = [
   {key: "latent", width: "4.5rem", value: i => i, cell: i => [make("a", {href: `#f=${i}`}, String(i))]},
   {key: "label", width: "minmax(6rem, 1.1fr)", there: () => Object.keys(labels).length, cell: i => [label(i)]},
+  ...SCORE_COLUMNS,
   {key: "density", tip: `density: share of ${unit}s on which the latent fires`, width: "6.2rem", numeric: true, value: i => firing(i, density(i)), cell: i => [index.get("count", i) ? percent(density(i)) : "never fires"]},
   {key: "max", tip: "max: largest activation", width: "4.2rem", numeric: true, value: i => firing(i, index.get("max", i)), cell: i => [index.get("count", i) ? number(index.get("max", i)) : ""]},
   {key: "stability", tip: "stability: largest decoder cosine in another dictionary, mean over the others", width: "5.6rem", numeric: true, there: () => index.has("stability"), value: stabilityOf, cell: i => [fixed(stabilityOf(i))]},
@@ -103,7 +104,7 @@ function arrange() {
   const asked = /^\s*#?(\d+)\s*$/.exec(view.query)?.[1], exact = asked === undefined ? -1 : Number(asked);
   view.hits = view.query ? search(view.query) : null;
   const chosen = [];
-  const isKind = i => view.kind < 0 || index.get("class", i) === view.kind;
+  const isKind = i => (view.kind < 0 || index.get("class", i) === view.kind) && (view.verdict < 0 || verdict(i) === view.verdict);
   for (let i = 0; i < layout.n_latents; i++) if (isKind(i) && (!view.hits || i === exact || isHit(i))) chosen.push(i);
   const {value} = COLUMNS.find(column => column.key === view.key), sign = view.down ? -1 : 1;
   if (value) {
@@ -120,7 +121,7 @@ function arrange() {
     if (key === view.key) head.setAttribute("aria-sort", view.down ? "descending" : "ascending");
     else head.removeAttribute("aria-sort");
   }
-  $("found").textContent = view.query || view.kind >= 0 ? `${whole(view.order.length)} of ${whole(layout.n_latents)}` : "";
+  $("found").textContent = view.query || view.kind >= 0 || view.verdict >= 0 ? `${whole(view.order.length)} of ${whole(layout.n_latents)}` : "";
   $("list").setAttribute("aria-rowcount", view.order.length + 1);
   rows.classList.toggle("none", !view.order.length);
   drawn.clear();
@@ -155,8 +156,8 @@ function sortBy(key) {
   toTop();
   arrange();
 }
-function onlyKind(kind) {
-  view.kind = kind;
+function only(choice) {
+  Object.assign(view, choice);
   toTop();
   arrange();
 }

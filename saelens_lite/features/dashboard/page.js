@@ -52,8 +52,7 @@ async function start() {
   history.scrollRestoration = "manual";  // otherwise Forward scrolls the list before `route` saves its position
   $("index").hidden = asked() !== null;
   $("overview").append(make("h2", {}, `Density of latents: the share of ${unit}s they fire on, log scale`), amongAll("density"));
-  const kinds = kindButtons(onlyKind);
-  if (kinds) $("bar").before(kinds);
+  for (const part of [scoreOverview(), kindButtons(kind => only({kind})), verdictButtons(verdict => only({verdict}))]) if (part) $("bar").before(part);
   arrange();
   let pause, frame;
   $("search").oninput = event => { clearTimeout(pause); pause = setTimeout(() => lookFor(event.target.value), 120); };

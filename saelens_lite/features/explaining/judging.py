@@ -15,7 +15,7 @@ from saelens_lite.features.detection import FIRES, DetectionTask, Scorer
 from saelens_lite.features.explaining.quoting import quoted, quoted_text
 from saelens_lite.features.explaining.scores import Kind
 from saelens_lite.features.explaining.template import Template
-from saelens_lite.features.explaining.trials import Trial
+from saelens_lite.features.explaining.trials import Posed
 from saelens_lite.features.summary import Example
 
 DIGITS = ("0", "1")
@@ -36,10 +36,10 @@ class Sheet(NamedTuple):
     kind: Kind
     label: str
     shown: list[Example]
-    questions: list[list[Trial]]
+    questions: list[list[Posed]]
 
     @property
-    def trials(self) -> list[Trial]:
+    def trials(self) -> list[Posed]:
         """The contexts of all questions."""
         return [trial for trials in self.questions for trial in trials]
 
@@ -47,7 +47,7 @@ class Sheet(NamedTuple):
 Verdicts = list[Verdict | None]  # None: no usable answer
 
 
-def in_questions(blocks: Iterable[Sequence[Trial]], n: int) -> list[list[Trial]]:
+def in_questions(blocks: Iterable[Sequence[Posed]], n: int) -> list[list[Posed]]:
     """Divide blocks of contexts into questions of at most n, all of about the same length."""
     questions = []
     for block in blocks:
@@ -63,7 +63,7 @@ def template(kind: Kind) -> Template:
     return Template.read(Path(__file__).with_name(f"{kind}.j2"))
 
 
-def question(kind: Kind, label: str, trials: Sequence[Trial], max_tokens: int) -> Question:
+def question(kind: Kind, label: str, trials: Sequence[Posed], max_tokens: int) -> Question:
     """Return the question whether a label fits contexts. Label and contexts are quoted as data."""
     contexts = [quoted(trial.example, trial.marked) for trial in trials]
     system, user = template(kind).render(explanation=quoted_text(label), contexts=contexts, n=len(trials))
@@ -131,7 +131,7 @@ class ChatJudge:
         return questions_on(sheets, self.max_tokens)
 
     def judge(self, latents: Sequence[Sequence[Sheet]]) -> Iterator[list[Verdicts] | str]:
-        """Yield the verdicts on the sheets of each latent, or the reason why there are none.
+        """Yield the verdicts on the sheets of each latent, or the reason why it has no verdicts.
 
         If a limit is reached in the middle, the latents whose questions are all answered have verdicts.
         """

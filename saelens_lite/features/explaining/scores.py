@@ -46,12 +46,12 @@ class LabelScore(NamedTuple):
 
     Controls are on the same contexts. `by_tokens` is the token baseline, which says that the latent fires on the tokens at the
     peaks of the contexts shown. `of_random_latent` is the same judge, who reads another latent's explanation, drawn at random.
-    These two are floors. For `shuffled` the judge reads the words of the explanation in another order. It is no floor, because a
-    good explanation in keywords scores as high; it says how much the sentence adds to its words. `hard` is the result with
+    These two are floors. For `shuffled` the judge reads the words of the explanation in another order. That is no floor: a good
+    explanation in keywords scores as high. It says how much the sentence adds to its words. `hard` is the result with
     `n_hard` contexts in which the nearest latent fires in place of the silent ones. Each is None if it was not measured.
 
-    `recall` is the share of firing contexts recognised, of the top ones first, then of each group, strongest first; None where
-    there are none. `is_graded` is true if log-probabilities were offered, so that the AUROC is of graded answers.
+    `recall` is the share of firing contexts recognised, of the top ones first, then of each group, strongest first; None if no
+    context is of it. `is_graded` is true if log-probabilities were offered, so that the AUROC is of graded answers.
     `made_elsewhere` is true if the label may come from the very contexts it is scored on: your own, or an imported one. `judge`
     is the name of the chat model.
     """
@@ -183,25 +183,34 @@ class Scores(Result):
             rows,
             title=f"Scores of labels, means over n latents with 95 % intervals; judge: {visible(self.judge)}",
             caption="\n".join(notes),
+            column=lambda title: {"overflow": "fold"} if title == "judge reads" else {"no_wrap": True},
             collapse_padding=True,
         )
 
     def _latents(self) -> "Table":
-        marks = {RESULTS["by_tokens"]: "tokens", RESULTS["of_random_latent"]: "another's"}
         rows = [
             (
                 str(one.latent),
                 one.kind,
                 _rounded(one.score.auroc),
-                " ".join("–" if of is None else f"{of.auroc.value:.2f}" for of in (getattr(one, name) for name in FLOORS)),
-                ", ".join(marks[name] for name in one.not_better_than),
-                visible(one.label) + " (made elsewhere)" * one.made_elsewhere,
+                *(
+                    "–" if of is None else f"{of.auroc.value:.2f}" + "*" * (RESULTS[name] in one.not_better_than)
+                    for name, of in ((name, getattr(one, name)) for name in FLOORS)
+                ),
+                visible(one.label),
             )
             for one in self.scores[:SHOWN]
         ]
-        more = f"… and {len(self) - SHOWN:,} more" if len(self) > SHOWN else ""
-        titles = ("latent", "kind", "AUROC", "tokens, another's", "not better than", "label")
-        return grid(titles, rows, caption=more, collapse_padding=True)
+        starred = any("*" in cell for row in rows for cell in row[3:5])
+        notes = ["* the explanation is not better than this control"] if starred else []
+        notes += [f"… and {len(self) - SHOWN:,} more"] if len(self) > SHOWN else []
+        return grid(
+            ("latent", "kind", "AUROC", "tokens", "another's", "label"),
+            rows,
+            caption="\n".join(notes),
+            column=lambda title: {"overflow": "fold"} if title == "label" else {"no_wrap": True},
+            collapse_padding=True,
+        )
 
     def __repr__(self) -> str:
         return visible(f"Scores({len(self):,} by {self.judge}; {len(self.skipped):,} not scored)")

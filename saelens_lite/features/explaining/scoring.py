@@ -23,7 +23,7 @@ from saelens_lite.features.explaining.halves import TOP, shown_contexts
 from saelens_lite.features.explaining.intervals import auroc_metric, balanced_accuracy_metric
 from saelens_lite.features.explaining.judging import ChatJudge, FunctionJudge, Sheet, Verdicts, in_questions, questions_on
 from saelens_lite.features.explaining.scores import KINDS, Judged, Kind, LabelScore, Scores, Skipped
-from saelens_lite.features.explaining.trials import Trial, trials_of
+from saelens_lite.features.explaining.trials import Posed, trials_of
 from saelens_lite.features.label import Label
 from saelens_lite.features.labels import check_latent
 from saelens_lite.features.queries import StoreQueries
@@ -143,7 +143,7 @@ def _label_score(store: StoreQueries, task: _Task, verdicts: Mapping[str, Verdic
         sum(trial.fires for trial in trials),
         len(easy) - sum(trial.fires for trial in trials),
         judged(own, easy, False),
-        by_tokens=judged(_by_tokens(store, task.sheets["score"]), easy, True),
+        by_tokens=judged(by_tokens(store, task.sheets["score"]), easy, True),
         **{name: judged(given, easy, True) for name, given in verdicts.items() if name != "score"},
         hard=judged(own, hard, False) if n_hard else None,
         n_hard=n_hard,
@@ -158,7 +158,7 @@ def made_from_shown(label: str) -> bool:
     return isinstance(label, Label) and label.source.split(" ")[0] in registry.names("explainers")
 
 
-def judged_of(trials: Sequence[Trial], verdicts: Verdicts, is_control: bool = False) -> Judged:
+def judged_of(trials: Sequence[Posed], verdicts: Verdicts, is_control: bool = False) -> Judged:
     """Return a result from the verdicts on contexts.
 
     A context without a verdict counts as wrong and as ranked behind the worst mistake, or in a control, as half right in both.
@@ -180,8 +180,8 @@ def judged_of(trials: Sequence[Trial], verdicts: Verdicts, is_control: bool = Fa
     return Judged(auroc_metric(area, n_firing, n_silent), accuracy, sum(one is None for one in verdicts))
 
 
-def _recall(trials: Sequence[Trial], verdicts: Verdicts, group: int) -> float | None:
-    """Return the share of the firing contexts of a group that the judge recognised; None if there are none."""
+def _recall(trials: Sequence[Posed], verdicts: Verdicts, group: int) -> float | None:
+    """Return the share of the firing contexts of a group that the judge recognised; None if the group has no context."""
     recognised = [
         one is not None and one.fires
         for trial, one in zip(trials, verdicts, strict=True)
@@ -190,7 +190,7 @@ def _recall(trials: Sequence[Trial], verdicts: Verdicts, group: int) -> float | 
     return sum(recognised) / len(recognised) if recognised else None
 
 
-def _by_tokens(store: StoreQueries, sheet: Sheet) -> Verdicts:
+def by_tokens(store: StoreQueries, sheet: Sheet) -> Verdicts:
     """Return the verdicts of the token baseline, which tells tokens apart by the texts of single tokens."""
 
     def single(example: Example) -> Example:

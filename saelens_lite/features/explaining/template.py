@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +46,7 @@ class Template(NamedTuple):
             raise ConfigError(f"{path} does not begin with its version; expected a first line such as {{# version 1 #}}")
         named = f"template {hashlib.sha256(content).hexdigest()[:12]}" if own else version[1]
         template = cls(text, named, str(path))
-        if "user" not in template._compiled().blocks:
+        if "user" not in _compiled(template).blocks:
             raise ConfigError(f"{path} has no block named user; expected {{% block user %}} … {{% endblock %}}")
         return template
 
@@ -57,21 +58,23 @@ class Template(NamedTuple):
         """
         from jinja2 import TemplateError
 
-        template = self._compiled()
+        template = _compiled(self)
         try:
             texts = {name: "".join(part(template.new_context(values))) for name, part in template.blocks.items()}
         except TemplateError as error:
             raise ConfigError(f"{self.name}: {error}; a template may use {', '.join(values)}") from None
         return texts.get("system", "").strip(), texts["user"].strip()
 
-    def _compiled(self) -> Any:
-        """Return Jinja's template. It runs in a sandbox, because the file may come from somebody else."""
-        from jinja2 import StrictUndefined, TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-        environment.filters["block"] = block
-        try:
-            return environment.from_string(self.text)
-        except TemplateError as error:
-            raise ConfigError(f"{self.name} is not a template: {error}") from None
+@cache
+def _compiled(template: Template) -> Any:
+    """Return Jinja's template. It runs in a sandbox, because the file may come from somebody else."""
+    from jinja2 import StrictUndefined, TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment.filters["block"] = block
+    try:
+        return environment.from_string(template.text)
+    except TemplateError as error:
+        raise ConfigError(f"{template.name} is not a template: {error}") from None

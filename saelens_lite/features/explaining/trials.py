@@ -17,7 +17,7 @@ from saelens_lite.seeds import mixed_seed
 FEWEST = 4  # contexts of each kind, below which a score says nothing
 
 
-class Trial(NamedTuple):
+class Posed(NamedTuple):
     """A context to judge: whether the latent fires in it, or for fuzzing, exactly on the `marked` tokens.
 
     `is_hard` is true for a context in which the nearest latent fires. `group` is as in `HeldOut`.
@@ -30,7 +30,7 @@ class Trial(NamedTuple):
     group: int | None = None
 
 
-def trials_of(store: StoreQueries, latent: int, kind: Kind, n: int, seed: int) -> list[list[Trial]] | str:
+def trials_of(store: StoreQueries, latent: int, kind: Kind, n: int, seed: int) -> list[list[Posed]] | str:
     """Return up to n contexts with each answer, and up to n hard ones, in random order. If there are too few, say so in words.
 
     Contexts in different lists must not be in one question: they are the same context with other tokens marked.
@@ -43,19 +43,19 @@ def trials_of(store: StoreQueries, latent: int, kind: Kind, n: int, seed: int) -
     hard = _hard(store, latent, draw)[:n]
     if kind == "detection":
         n = min(n, len(firing), len(silent))
-        trials = [Trial(one.example, True, group=one.group) for one in firing[:n]]
-        trials += [Trial(example, False) for example in silent[:n]]
-        blocks = [trials + [Trial(example, False, is_hard=True) for example in hard]]
+        trials = [Posed(one.example, True, group=one.group) for one in firing[:n]]
+        trials += [Posed(example, False) for example in silent[:n]]
+        blocks = [trials + [Posed(example, False, is_hard=True) for example in hard]]
         lacking = f"{len(firing)} held-out contexts in which it fires, and {len(silent)} in which it is silent"
     else:
         pairs = [(one, marks) for one in firing if (marks := _other_marks(one.example, draw))]
         n = min(n, len(pairs))
         blocks = [[], []]
         for i, (one, marks) in enumerate(pairs[:n]):
-            blocks[i % 2].append(Trial(one.example, True, _firing(one.example), group=one.group))
-            blocks[1 - i % 2].append(Trial(one.example, False, marks))
+            blocks[i % 2].append(Posed(one.example, True, _firing(one.example), group=one.group))
+            blocks[1 - i % 2].append(Posed(one.example, False, marks))
         for i, example in enumerate(hard):
-            blocks[i % 2].append(Trial(example, False, _firing(example), is_hard=True))
+            blocks[i % 2].append(Posed(example, False, _firing(example), is_hard=True))
         lacking = f"{len(pairs)} held-out contexts with enough tokens of both sorts, those on which it fires and others"
     if n < FEWEST:
         return f"{lacking}; expected {FEWEST} of each, so give the store more text"
