@@ -391,7 +391,6 @@ EARLY = [
     ["explain", "nowhere"],
     ["explain", "nowhere", "--model", "judge", "--latents", "3-1"],
     ["explain", "nowhere", "--model", "judge", "--by", "nothing"],
-    ["explain", "nowhere", "--model", "judge", "--base-url", "localhost"],
     ["plugins", "nothing"],
     ["plugins", "--check", "nothing"],
     ["hooks", "./nowhere"],
