@@ -23,6 +23,7 @@ GUIDES = (
     "synthesis",
     "features",
     "chat",
+    "features/explaining",
     "diffing",
     "views",
     "interventions",

@@ -49,7 +49,6 @@ def explain(
         Explain latents with a label of your own too, and replace it.
     """
     from saelens_lite import registry
-    from saelens_lite.features.label import Label
 
     numbers = None if latents is None else numbers_in(latents)
     if numbers is not None and top is not None:
@@ -59,6 +58,7 @@ def explain(
         chat.check()
 
     import saelens_lite as sl
+    from saelens_lite.features.label import Label
     from saelens_lite.features.labels import add_stored
 
     loaded, given = sl.FeatureStore.load(store), parse_options(options or {})

@@ -24,7 +24,7 @@ def plugins(
     options: dict[str, str] | None = None,
     as_json: PrintJson = False,
 ) -> None:
-    """List the installed plugins, or show one: for a sparsity rule, its options. With --check, test one against its contract.
+    """List the installed plugins, or show one with its options. With --check, test one against its contract.
 
     The environment variable SAELENS_LITE_PLUGINS restricts which plugins may be loaded: a comma-separated list of distributions
     and kind:name pairs, e.g. SAELENS_LITE_PLUGINS=my-rules,loggers:my_logger. Built-in plugins are always allowed. If the
@@ -38,7 +38,7 @@ def plugins(
         Plugin to check: its name, or kind:name. Prints one line per check. The exit code is 1 if any check fails. A logger
         writes to its configured destination, so set WANDB_MODE=offline or the like first.
     options
-        With --check: options of a sparsity rule, e.g. --options.k 4.
+        With --check: options of a sparsity rule or of an explainer, e.g. --options.k 4.
     """
     from saelens_lite import registry
 
@@ -115,21 +115,24 @@ def _options_as_json(plugin: "Plugin") -> dict[str, Any]:
 
 
 def _show(plugin: "Plugin") -> None:
-    """Print what a plugin is; for a rule, with its options."""
+    """Print what a plugin is; for a rule or an explainer, with its options."""
     finding = _finding(plugin)
     origin = f"{plugin.distribution} {plugin.version}".strip()
     lines = [f"{plugin.name} ({plugin.kind}, {origin})", finding.summary, finding.paper, finding.why]
     console().print("\n".join(line for line in lines if line), markup=False, soft_wrap=False)
     if plugin.kind == "sparsity":
         console().print(options_table(plugin.name))
+    elif plugin.kind == "explainers" and finding.status == "ok":
+        console().print(options_table(plugin.name, plugin.kind))
 
 
-def options_table(name: str) -> "Table":
-    """Return a table of the options of a rule."""
+def options_table(name: str, kind: str = "sparsity") -> "Table":
+    """Return a table of the options of a rule or of an explainer."""
+    from saelens_lite import registry
     from saelens_lite.rule_options import config_of, options_of
 
-    options = options_of(config_of(name))
-    flags = f"options of {name}: --options.NAME VALUE, or an [options] table in a file"
+    options = options_of(config_of(name) if kind == "sparsity" else registry.load(name, kind).Config)
+    flags = f"options of {name}: --options.NAME VALUE" + ", or an [options] table in a file" * (kind == "sparsity")
     return grid(
         ("option", "type", "default", "meaning"),
         options,

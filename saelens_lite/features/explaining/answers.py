@@ -19,7 +19,7 @@ _REFUSAL = re.compile(
 
 
 def explanation_in(text: str) -> str | None:
-    """Return the explanation in an answer, on one line; None if there is none.
+    """Return the explanation in an answer, on one line; None if it holds no explanation.
 
     It is the value of "explanation" in the first JSON object that has one, also between other words. An answer without JSON is
     itself the explanation if it is one paragraph, or the line after "Explanation:".
