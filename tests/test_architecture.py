@@ -193,6 +193,21 @@ def test_every_package_is_installed():
     assert sorted(packages) == sorted(".".join(folder.parts) for folder in own | plugins)
 
 
+def test_every_data_file_is_installed():
+    """A wheel has the files that a pattern of a package names, seen from the folder of that package, and no others."""
+    folders = {"saelens_lite": ROOT, "saelens_lite_plugins": PLUGINS}
+    data = tomllib.loads((ROOT.parent / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
+    installed = set()
+    for package, patterns in data.items():
+        first, *rest = package.split(".")
+        for pattern in patterns:
+            files = {path for path in folders[first].joinpath(*rest).glob(pattern) if path.is_file()}
+            assert files, f"no file of {package} matches {pattern}"
+            installed |= files
+    files = {path for folder in folders.values() for path in folder.rglob("*") if path.is_file()}
+    assert installed == {path for path in files if path.suffix not in (".py", ".pyc")}
+
+
 @pytest.mark.parametrize("path", FILES, ids=FILE_IDS)
 def test_imports_go_one_way(path):
     part = part_of(path)
