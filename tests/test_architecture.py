@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -159,6 +160,7 @@ def names_in(node: ast.AST, aliases: set[str], package: Sequence[str]) -> list[s
     return []
 
 
+@cache
 def imports_of(path: Path) -> list[Import]:
     """Return everything that a file of the package imports."""
     return imports_in(path.read_text(encoding="utf-8"), module_of(path).split("."))
