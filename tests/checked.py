@@ -50,15 +50,15 @@ class Checks(NamedTuple):
         return cls(typechecker(arguments), typechecker(result), has_shapes, function.__code__)
 
 
-def checked(function: Any = None, *, typechecker: Typechecker) -> Any:
-    """Decorate a function so that each call is checked. Classes are left to jaxtyping."""
+def checked(function: Any = None, **settings: Typechecker) -> Any:
+    """Decorate a function so that each call is checked. Whatever else `jaxtyped` takes is left to it, such as a class."""
     if function is None:
-        return lambda function: checked(function, typechecker=typechecker)
-    if not inspect.isfunction(function):
-        return jaxtyped(function, typechecker=typechecker)
+        return lambda function: checked(function, **settings)
+    if not inspect.isfunction(function) or "typechecker" not in settings:
+        return jaxtyped(function, **settings)
     if not function.__annotations__:
         return function
-    arguments, result, has_shapes, _ = Checks.of(function, typechecker)
+    arguments, result, has_shapes, _ = Checks.of(function, **settings)
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:

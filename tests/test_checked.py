@@ -115,6 +115,12 @@ def test_functions_made_again_share_their_checks():
             checked(function, typechecker=beartype)(0.5)
 
 
+def test_sizes_of_a_block_are_left_to_jaxtyping():
+    with checked("context"):
+        assert isinstance(A, Float[Tensor, "n m"])
+        assert not isinstance(B, Float[Tensor, "n m"])
+
+
 def test_functions_of_the_package_are_checked():
     assert jaxtyping.jaxtyped is checked
     codes = sl.SparseCodes.from_dense(A)
