@@ -9,12 +9,15 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import NamedTuple
 
+import jaxtyping
 import pytest
 import torch
+from checked import checked
 from hypothesis import settings
 
 # saelens_lite is imported inside the fixtures: jaxtyping must have put its import hook in place first.
 
+jaxtyping.jaxtyped = checked
 settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=15, database=None)
 settings.load_profile("fixed")
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -159,6 +160,7 @@ def names_in(node: ast.AST, aliases: set[str], package: Sequence[str]) -> list[s
     return []
 
 
+@cache
 def imports_of(path: Path) -> list[Import]:
     """Return everything that a file of the package imports."""
     return imports_in(path.read_text(encoding="utf-8"), module_of(path).split("."))
@@ -191,6 +193,21 @@ def test_every_package_is_installed():
     own = {path.parent.relative_to(ROOT.parent) for path in FILES}
     plugins = {"saelens_lite_plugins" / path.parent.relative_to(PLUGINS) for path in PLUGINS.rglob("*.py")}
     assert sorted(packages) == sorted(".".join(folder.parts) for folder in own | plugins)
+
+
+def test_every_data_file_is_installed():
+    """A wheel has the files that a pattern of a package names, seen from the folder of that package, and no others."""
+    folders = {"saelens_lite": ROOT, "saelens_lite_plugins": PLUGINS}
+    data = tomllib.loads((ROOT.parent / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
+    installed = set()
+    for package, patterns in data.items():
+        first, *rest = package.split(".")
+        for pattern in patterns:
+            files = {path for path in folders[first].joinpath(*rest).glob(pattern) if path.is_file()}
+            assert files, f"no file of {package} matches {pattern}"
+            installed |= files
+    files = {path for folder in folders.values() for path in folder.rglob("*") if path.is_file()}
+    assert installed == {path for path in files if path.suffix not in (".py", ".pyc")}
 
 
 @pytest.mark.parametrize("path", FILES, ids=FILE_IDS)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import saelens_lite as sl
+from saelens_lite import cli
 from saelens_lite.config import ModelFacts
 
 HOOK = "blocks.1.hook_resid_pre"
@@ -26,13 +27,15 @@ def work(tmp_path_factory):
     """A folder with a text, a cache and a trained dictionary, all made by commands."""
     folder = tmp_path_factory.mktemp("cli")
     (folder / "book.txt").write_text("It was the best of times, it was the worst of times. " * 200)
-    capture = run("capture", folder / "book.txt", "--hooks", HOOK, "--out", folder / "cache", "--n-tokens", 2000)
-    assert capture.returncode == 0, capture.stderr
-    train = run(
+    capture = ("capture", folder / "book.txt", "--hooks", HOOK, "--out", folder / "cache", "--n-tokens", 2000)
+    train = (
         "train", folder / "cache", "--sparsity", "topk", "--options.k", 8, "--d-sae", 64,
         "--n-tokens", 4000, "--batch-size", 256, "--out", folder / "run",
     )  # fmt: skip
-    assert train.returncode == 0, train.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        for args in (capture, train):
+            patch.setattr(sys, "argv", ["saelens-lite", *map(str, args)])
+            cli.main()
     return folder
 
 

@@ -19,7 +19,7 @@ def a_trainer(rule: str, x: torch.Tensor, **settings) -> Trainer:
     return Trainer(sl.TrainConfig(sparsity=rule, **config), TensorSource(x))
 
 
-@pytest.mark.parametrize("target", [2.0, 4.0, 10.0])
+@pytest.mark.parametrize("target", [2.0, 10.0])
 @pytest.mark.parametrize("rule", [*PENALISED, "jumprelu"])
 def test_the_target_is_reached_on_activations_not_trained_on(planted, rule, target):
     x, _ = planted(30_000)

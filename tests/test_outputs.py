@@ -54,26 +54,36 @@ def x() -> torch.Tensor:
     return torch.randn(400, 8, generator=torch.Generator().manual_seed(0))
 
 
+def a_dictionary() -> sl.Dictionary:
+    return sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=48), d_sae=64, options={"k": 4})
+
+
 @pytest.fixture
 def dictionary() -> sl.Dictionary:
-    return sl.Dictionary.create("topk", reads=sl.Port(hook=HOOK, width=48), d_sae=64, options={"k": 4})
+    return a_dictionary()
 
 
 TEXT = ["The old man looked at the sea and said nothing."] * 12
 
 
+@pytest.fixture(scope="module")
+def given(random_lm, tmp_path_factory) -> tuple[Path, sl.FeatureStore]:
+    """The folder of a dictionary, and its store."""
+    d = a_dictionary()
+    return d.save(tmp_path_factory.mktemp("given") / "dictionary"), sl.FeatureStore.build(d, random_lm, TEXT)
+
+
 @pytest.fixture
-def writers(dictionary, random_lm, x, tmp_path):
+def writers(dictionary, random_lm, x, given):
     """Everything that writes an output folder, by name: write(out, exists)."""
-    store = sl.FeatureStore.build(dictionary, random_lm, TEXT)
-    dictionary.save(tmp_path / "given" / "dictionary")
+    folder, store = given
     return {
         "save": lambda out, exists="error": dictionary.save(out, exists=exists),
         "capture": lambda out, exists="error": sl.capture(random_lm, TEXT, HOOK, out, exists=exists),
         "train": lambda out, exists="error": sl.train(TensorSource(x), sl.TrainConfig(**QUICK), out, exists=exists),
         "build": lambda out, exists="error": sl.FeatureStore.build(dictionary, random_lm, TEXT, out=out, exists=exists),
         "store": lambda out, exists="error": store.save(out, exists=exists),
-        "convert": lambda out, exists="error": sl.convert(tmp_path / "given" / "dictionary", out, "sparsify", exists=exists),
+        "convert": lambda out, exists="error": sl.convert(folder, out, "sparsify", exists=exists),
     }
 
 
@@ -95,7 +105,7 @@ def test_neighbours_with_similar_names_are_not_touched(writers, name, tmp_path):
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_overwriting_refuses_a_folder_with_anything_else_in_it(writers, name, tmp_path):
+def test_overwriting_refuses_a_folder_with_anything_else_in_it(writers, given, name, tmp_path):
     """An empty folder of somebody's is no loss; a file or a link is."""
     out = tmp_path / "here" / "out"
     writers[name](out)
@@ -105,10 +115,10 @@ def test_overwriting_refuses_a_folder_with_anything_else_in_it(writers, name, tm
         writers[name](out, "overwrite")
     assert contents(out.parent) == before
     (out / "notes.txt").unlink()
-    (out / "link").symlink_to(tmp_path / "given")
+    (out / "link").symlink_to(given[0])
     with pytest.raises(OutputExistsError, match="'link'"):
         writers[name](out, "overwrite")
-    assert (tmp_path / "given" / "dictionary" / "cfg.json").exists()
+    assert (given[0] / "cfg.json").exists()
 
 
 @pytest.mark.parametrize("name", WRITERS)
