@@ -328,7 +328,8 @@ def test_public_names_and_training_load_no_heavy_library():
 def test_the_package_offers_these_names():
     assert sl.__all__ == sorted([
         "Ablate", "ActivationCache", "ActivationStream", "Add", "Answer", "ChatConfig", "Clamp", "Dictionary",
-        "DiffReport", "EvalReport", "Explainer", "ExplainerConfig", "Exporter", "ExporterConfig", "FeatureStore", "Format", "HookCheck", "Judge",
+        "DiffReport", "EvalReport", "Explainer", "ExplainerConfig", "Exporter", "ExporterConfig",
+        "FeatureStore", "Format", "HookCheck", "Judge",
         "JudgeConfig", "LanguageModel", "LivePrompt", "Logger", "Models", "Origin", "PenaltyConfig", "Port",
         "PublishedForm", "Question", "RuleConfig", "Run", "SaelensLiteError", "Scale", "SparseCoder", "SparseCodes",
         "Sparsity", "StoreConfig", "TextConfig", "TrainConfig", "__version__", "attribute", "capture", "chat_model",

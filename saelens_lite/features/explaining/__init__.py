@@ -52,7 +52,7 @@ where it comes from: `label.source` is the explainer with the version of its que
 answer that is empty, cut, refused, too long, in another form or a copy of the question is a failure and never becomes a label.
 
 **Scores.** The judge may be a chat model or a function. Controls are scored on the same contexts: the tokens alone, the
-explanation of another latent, and the words in another order. A score means little unless it is above them.
+explanation of another latent, and the words in another order. A score means little unless it is above the first two.
 
 ```python
 from saelens_lite.features import words_of_label
