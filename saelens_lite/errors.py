@@ -123,17 +123,15 @@ class HubUnreachableError(HubError):
 class ChatError(SaelensLiteError):
     """The endpoint of a chat model refused a request, or has no such model."""
 
-    exit_code = 2
-
 
 class ChatAccessError(ChatError):
     """The endpoint needs a key, the key does not have the permission, or the account has no credit."""
 
+    exit_code = 2
+
 
 class ChatUnreachableError(ChatError):
     """The endpoint cannot be reached, or does not answer as it should."""
-
-    exit_code = 1
 
 
 class NonFiniteError(SaelensLiteError):

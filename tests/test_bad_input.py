@@ -518,7 +518,8 @@ def test_every_error_is_ours_and_says_how_to_exit():
         if isinstance(error, type) and issubclass(error, Exception):
             assert issubclass(error, sl.SaelensLiteError)
             assert error.__doc__
-            asked_wrongly = (sl.errors.UserError, sl.errors.HubNotFoundError, sl.errors.HubAccessError)
+            refused = (sl.errors.HubNotFoundError, sl.errors.HubAccessError, sl.errors.ChatAccessError)
+            asked_wrongly = (sl.errors.UserError, *refused)
             assert error.exit_code == (2 if issubclass(error, asked_wrongly) else 1)
             assert name in sl.errors.__doc__
 
