@@ -227,7 +227,7 @@ def plot(rows: list[Row], file: Path) -> None:
 
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.5), layout="constrained")
     series = dict.fromkeys((row.rule, row.tool) for row in rows)
-    colours = {rule: f"C{i}" for i, rule in enumerate(dict.fromkeys(rule for rule, _ in series))}
+    colours = {rule: f"C{i}" for i, rule in enumerate(dict.fromkeys(rule for rule, tool in series if tool != "control"))}
     for rule, tool in series:
         points = [row for row in rows if (row.rule, row.tool) == (rule, tool)]
         style = {"ours": "o-", "control": "k:", "SAELens": "x--", "published": "*"}[tool]
