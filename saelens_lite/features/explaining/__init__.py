@@ -47,16 +47,10 @@ store.labels  # your own labels stay, unless replace=True
 promoted = store.explain(live, "promoted", model=Counting(), n_contexts=5)
 ```
 
-<<<<<<< HEAD
-Answers are kept on disk, so a call that is repeated after Ctrl-C or a limit asks, and pays, only for what is left. A label
-says where it comes from: `label.source` is the explainer with the version of its question, and `label.author` the chat model.
-An answer that is empty, cut, refused, too long, in another form or a copy of the question is a failure and never a label.
-=======
 Answers are kept on disk, so a call that is repeated after Ctrl-C or a limit asks, and pays, only for what is left. The
 label says where it comes from: `label.source` is the explainer with the version of its question, and `label.author` the
 chat model. An answer that is empty, cut, refused, too long, in another form or a copy of the question is a failure and
 never becomes a label.
->>>>>>> part-B
 
 **Scores.** The judge may be a chat model or a function. Controls are scored on the same contexts: the tokens alone, the
 explanation of another latent, and the words in another order. A score means little unless it is above the first two.
