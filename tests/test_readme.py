@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from chat_server import running_chat
+
 import saelens_lite.cli  # noqa: F401 (its commands register with the app)
 from saelens_lite.cli.base import _parsed, app
 
@@ -36,13 +38,17 @@ def test_the_command_line_example_runs(monkeypatch, tmp_path):
     for name in ("book.txt", "other.txt"):
         (tmp_path / name).write_text("The old man looked at the sea and said nothing. " * 600, encoding="utf-8")
     run = {words[0]: words for words in commands(README)}
-    assert list(run) == ["hooks", "capture", "train", "plot", "eval", "features", "search", "push"]
+    assert list(run) == ["hooks", "capture", "train", "plot", "eval", "features", "search", "explain", "score", "push"]
     run["train"] += ["--n-tokens", "6000", "--batch-size", "256"]
     run["eval"] += ["--n-tokens", "1000"]
     run["features"] += ["--n-tokens", "1000"]
-    for name in ("hooks", "capture", "train", "plot", "eval", "features", "search", "push"):
-        with pytest.raises(SystemExit, match=r"^0$"):
-            app.meta(["192" if word == "1536" else word for word in run[name]], exit_on_error=False, print_error=False)
+    with running_chat() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        monkeypatch.setenv("SAELENS_LITE_ANSWERS", str(tmp_path / "kept"))
+        for words in run.values():
+            with pytest.raises(SystemExit, match=r"^0$"):
+                app.meta(["192" if word == "1536" else word for word in words], exit_on_error=False, print_error=False)
+    assert "reply" in (tmp_path / "store/labels.json").read_text(encoding="utf-8")
     assert (tmp_path / "runs/topk/dictionary/eval.json").exists()
     assert (tmp_path / "book.html").stat().st_size > 50_000
 
