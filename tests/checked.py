@@ -73,7 +73,9 @@ def checked(function: Any = None, **settings: Typechecker) -> Any:
             arguments(*args, **kwargs)
             return result(function(*args, **kwargs))
 
-    return call_with_sizes if has_shapes else call
+    call = call_with_sizes if has_shapes else call
+    call.__code__ = call.__code__.replace(co_filename="<checked>")  # not a place in which somebody looks for a fault
+    return call
 
 
 def _same_arguments(function: FunctionType) -> FunctionType:
