@@ -146,7 +146,8 @@ def test_noise_is_at_chance_and_a_direction_is_not():
     y = torch.rand(n, generator=generator) < 0.5
     x = torch.randn(n, 20, generator=generator) * torch.linspace(20, 1, 20)
     x[:, 19] += 12 * y
-    probes, _ = probing._probes(Pooled(x, torch.randn(n, 30, generator=generator)), y, probing._split(y, 0.25, 0), [1, 4], 200, 0)
+    pooled, split = Pooled(x, torch.randn(n, 30, generator=generator)), probing._split(y, 0.25, 0)
+    probes, _ = probing._probes(pooled, y, split, [1, 4], 200, 0)
     assert probes["activations"].auc.value > 0.99
     assert abs(probes["activations"].shuffled_auc.value - 0.5) < binomial_noise(100)
     for name in ("k = 1", "k = 4", "all latents"):
