@@ -2,8 +2,9 @@
 
     python scripts/interval_coverage.py --sequences 300
 
-The population is the sequences of a text as the embedded model and a small dictionary see them, so the true value is known.
-The script draws corpora of --sequences sequences from it with replacement and computes the metrics and intervals of each. The
+The population is the sequences of a text as the embedded model and two small dictionaries see them, so the true values are
+known. The script draws corpora of --sequences sequences from it with replacement, and computes the metrics and intervals of
+each. For the difference between the dictionaries, the interval is the measured difference ± the noise floor of the two. The
 model runs only once: a metric depends only on sums over the tokens of each sequence, and those are recorded. The exit code is 1
 when a coverage is outside 92 to 98 %.
 """
@@ -11,14 +12,17 @@ when a coverage is outside 92 to 98 %.
 import argparse
 import json
 import sys
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import saelens_lite as sl
-from saelens_lite.evaluation import metrics
+from saelens_lite.evaluation import metrics, noise_floors
 from saelens_lite.evaluation.held import held_batches
 from saelens_lite.evaluation.measure import mean_activation, measure
+from saelens_lite.evaluation.replicates import Recipe, Replicates
+from saelens_lite.evaluation.splices import SplicedModels
 from saelens_lite.evaluation.sums import Metric, PooledSums
 from saelens_lite.model.passes import default_batch_tokens
 from saelens_lite.ports import Hooks
@@ -42,23 +46,40 @@ class Recorder(PooledSums):
         pass
 
 
-def population(rows: TokenRows, lm: sl.LanguageModel, d: sl.Dictionary) -> dict[str, Tensor]:
-    """Of every sequence, all that metrics are computed from."""
+class Estimate(NamedTuple):
+    """The metrics of some sequences, as `noise_floors` reads them."""
+
+    metrics: dict[str, Metric]
+    replicates: Replicates | None
+    recipe: Recipe | None
+    n_sequences: int
+
+
+def population(rows: TokenRows, lm: sl.LanguageModel, dictionaries: list[sl.Dictionary]) -> dict[str, Tensor]:
+    """Return, for each sequence, the sums that all metrics are computed from."""
     recorder = Recorder()
     hooks, batch_tokens = Hooks((HOOK,), (HOOK,)), default_batch_tokens(lm, with_logits=True)
     with held_batches(lm, [rows], batch_tokens, ALONE) as batches:
         mean = mean_activation(lm, batches, hooks.writes)
-        measure([d], lm, batches, hooks, sums=recorder, mean=mean, batch_tokens=batch_tokens)
-    return {name: torch.cat(found) for name, found in recorder.recorded.items()}
+        models = SplicedModels(lm, hooks, batches.probe)
+        for _ in measure(dictionaries, models, batches, sums=recorder, mean=mean, batch_tokens=batch_tokens):
+            pass
+    return {name: torch.cat(parts) for name, parts in recorder.recorded.items()}
 
 
-def estimate(sequences: dict[str, Tensor], n_bootstrap: int, seed: int) -> dict[str, Metric]:
-    """Return the metrics of some sequences."""
-    sums = PooledSums(n_bootstrap, seed, len(sequences["n"]))
-    sums.weigh(torch.arange(len(sequences["n"])))
+def estimates(sequences: dict[str, Tensor], n_bootstrap: int, seed: int) -> list[Estimate]:
+    """Return the metrics of both dictionaries on some sequences."""
+    n = len(sequences["n"])
+    sums = PooledSums(n_bootstrap, seed, n)
+    sums.weigh(torch.arange(n))
     for name, values in sequences.items():
         sums.add(name, values)
-    return metrics.reconstruction_metrics(sums, "0") | metrics.prediction_metrics(sums, "0")
+    both = []
+    for name in ("0", "1"):
+        values = metrics.reconstruction_values(sums, name) | metrics.prediction_values(sums, name)
+        replicates = Replicates.of_values("", values) if n_bootstrap else None
+        both.append(Estimate({key: sums.metric(value) for key, value in values.items()}, replicates, None, n))
+    return both
 
 
 @torch.no_grad()
@@ -74,20 +95,29 @@ def main() -> None:
     rows = token_rows(lm, PythonDocs("python-docs:train"), n_ctx=args.n_ctx, n_tokens=args.tokens)
     x = lm.run(rows[:200], HOOK)[HOOK][rows.keep[:200]]
     with torch.enable_grad():
-        d = sl.fit(x, d_sae=768, n_tokens=100_000, batch_size=1024, lr=2e-3, options={"k": 16})
-    everything = population(rows, lm, d)
-    truth = estimate(everything, 0, 0)
+        both = [sl.fit(x, d_sae=768, n_tokens=100_000, batch_size=1024, lr=2e-3, k=k, seed=k) for k in (16, 18)]
+    everything = population(rows, lm, both)
+    truth = [one.metrics for one in estimates(everything, 0, 0)]
     generator = torch.Generator().manual_seed(0)
     n = len(everything["n"])
-    hits = dict.fromkeys(truth, 0)
+    hits = {what: dict.fromkeys(truth[0], 0) for what in ("value", "difference")}
+    exact = {what: set() for what in hits}
     for seed in range(args.corpora):
         drawn = torch.randint(n, (args.sequences,), generator=generator)
-        found = estimate({name: values[drawn] for name, values in everything.items()}, args.n_bootstrap, seed)
-        for name in hits:
-            hits[name] += found[name].low <= truth[name].value <= found[name].high
-    coverage = {name: hit / args.corpora for name, hit in hits.items() if found[name].high > found[name].low}
+        measured = estimates({name: values[drawn] for name, values in everything.items()}, args.n_bootstrap, seed)
+        for name in truth[0]:
+            one, other = (of.metrics[name] for of in measured)
+            floor = noise_floors(dict(zip("ab", measured, strict=True)), metrics=[name]).floors[name]
+            error = one.value - other.value - (truth[0][name].value - truth[1][name].value)
+            hits["value"][name] += one.low <= truth[0][name].value <= one.high
+            hits["difference"][name] += abs(error) <= floor
+            exact["value"] |= {name} if one.high == one.low else set()
+            exact["difference"] |= {name} if floor == 0 else set()
+    coverage = {
+        what: {name: hit / args.corpora for name, hit in of.items() if name not in exact[what]} for what, of in hits.items()
+    }
     print(json.dumps({"population": n, **vars(args), "coverage": coverage}, indent=2))
-    sys.exit(not all(0.92 <= share <= 0.98 for share in coverage.values()))
+    sys.exit(not all(0.92 <= share <= 0.98 for of in coverage.values() for share in of.values()))
 
 
 if __name__ == "__main__":

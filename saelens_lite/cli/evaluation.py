@@ -53,8 +53,9 @@ def evaluate(
     by_position
         Also report reconstruction and loss by position in a row. Not for dictionaries that write several models.
     controls
-        Also measure three controls: a random dictionary of the same size and L0, PCA with L0 components, and the dictionary on
-        the model with its weights shuffled.
+        Also measure four controls: a random dictionary of the same size and L0, PCA with L0 components, the dictionary with
+        10 % of its decoder rows permuted, and the dictionary on the model with its weights shuffled. Metrics that cannot tell a
+        control from the dictionary are marked.
     """
     if processes.start(devices, of.device):
         return

@@ -287,6 +287,10 @@ def _noise(reports: Sequence[Measured], metric: str, sizes: Sequence[int]) -> No
     mean = (row == np.arange(len(sizes))[:, None]) / np.asarray(sizes)[:, None]
     spread_df = float(len(reports) - len(sizes))
     spread = float(np.square(value - (mean @ value)[row]).sum() / spread_df) if spread_df else 0.0
+    steps = [report.replicates.steps.get(metric, 0.0) for report in reports if report.replicates is not None]
+    if spread_df and (step := max(steps, default=0.0)):
+        rarer = float(np.minimum(value, 1 - value).mean()) / step  # such as the mean number of dead latents
+        spread = max(spread, (rarer + 1) * step**2)
     return Noise(mean @ covariance @ mean.T, df, tuple(sizes), spread, spread_df)
 
 

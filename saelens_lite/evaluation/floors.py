@@ -8,7 +8,8 @@ all pairs of rows and all columns together. Two sources of chance count:
   rows (a paired bootstrap).
 - **The seed.** Dictionaries of one recipe that differ only in their seeds differ too, usually by more than the text explains.
   The variance over seeds is pooled over all recipes with several seeds, and applies to the others as well. It is assumed to be
-  the same in all recipes.
+  the same in all recipes. That of a share of latents is at least the variance of a Poisson count, because few seeds often
+  agree by chance in a small number of dead latents.
 
 The floor of a column is the quantile of max − min over the rows, in draws of both kinds of noise. Each variance is estimated,
 so each draw divides it by a draw of χ² / df: with one source, this is the studentised range of Tukey's test; with both, the

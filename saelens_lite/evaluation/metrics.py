@@ -353,4 +353,5 @@ def kept_replicates(sums: PooledSums, name: str, weights: str, *, with_losses: b
         return None
     values = reconstruction_values(sums, name) | {"frac_alive": alive_values(sums, name)}
     values |= prediction_values(sums, name) if with_losses else {}
-    return Replicates.of_values(weights, {key: value for key, value in values.items() if key in COLUMNS})
+    steps = {"frac_alive": 1 / len(sums.fired(name))}
+    return Replicates.of_values(weights, {key: value for key, value in values.items() if key in COLUMNS}, steps)

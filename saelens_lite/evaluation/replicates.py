@@ -4,7 +4,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,22 +24,26 @@ class Replicates:
     """Differences of bootstrap replicates from the value, by metric.
 
     `weights` identifies the weights of the sequences. Replicates with the same weights are paired: number b of one report and
-    number b of another weigh the same sequences alike.
+    number b of another weigh the same sequences alike. `steps` has the smallest difference of metrics that are counts, such as
+    1 / d_sae for the share of latents that fire.
     """
 
     weights: str
     of: Mapping[str, Float[np.ndarray, " replicates"]]
+    steps: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of_values(cls, weights: str, values: Mapping[str, Float[Tensor, " replicates"]]) -> "Replicates":
+    def of_values(
+        cls, weights: str, values: Mapping[str, Float[Tensor, " replicates"]], steps: Mapping[str, float] | None = None
+    ) -> "Replicates":
         """Return the first replicates of each metric. Entry 0 of its values is the value itself, the others are replicates."""
         kept = {name: (x[1 : 1 + KEPT] - x[0]).cpu().numpy().astype(np.float32) for name, x in values.items()}
-        return cls(weights, kept)
+        return cls(weights, kept, steps or {})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the replicates as plain data: float32, little-endian, in base64."""
         coded = {name: base64.b64encode(x.astype("<f4").tobytes()).decode() for name, x in self.of.items()}
-        return {"weights": self.weights, "differences": coded}
+        return {"weights": self.weights, "differences": coded, "steps": dict(self.steps)}
 
     @classmethod
     def from_dict(cls, content: Any) -> "Replicates":
@@ -47,7 +51,8 @@ class Replicates:
         if not isinstance(content["weights"], str):
             raise TypeError(f"weights is {content['weights']!r:.40}")
         coded = {name: base64.b64decode(text, validate=True) for name, text in content["differences"].items()}
-        return cls(content["weights"], {name: np.frombuffer(x, "<f4").astype(np.float32) for name, x in coded.items()})
+        steps = {name: float(step) for name, step in content["steps"].items()}
+        return cls(content["weights"], {name: np.frombuffer(x, "<f4").astype(np.float32) for name, x in coded.items()}, steps)
 
 
 def weights_id(seed: int, n_sequences: int, *hashes: str) -> str:
