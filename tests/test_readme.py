@@ -5,7 +5,6 @@ import shlex
 from pathlib import Path
 
 import pytest
-
 from chat_server import running_chat
 
 import saelens_lite.cli  # noqa: F401 (its commands register with the app)
