@@ -30,7 +30,7 @@ import traceback
 from collections.abc import Callable
 from functools import lru_cache
 from hashlib import sha256
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -53,7 +53,7 @@ class Plugin(NamedTuple):
     distribution: str
     version: str
     target: str
-    entry_point: EntryPoint | None  # None: registered in this process
+    entry_point: Any  # an EntryPoint, of Python or of its backport importlib_metadata; None: registered in this process
 
     @property
     def allowed(self) -> bool:
@@ -286,10 +286,18 @@ def _installed(kind: str, search_path: tuple[tuple[str, int], ...]) -> list[Plug
     return [_plugin(point, kind) for point in _points_on(search_path).select(group=f"saelens_lite.{kind}")]
 
 
-def _plugin(point: EntryPoint, kind: str) -> Plugin:
+def _plugin(point: Any, kind: str) -> Plugin:
     """Return the plugin of an entry point, with "?" if the metadata of its distribution is damaged."""
-    metadata = (point.dist.metadata if point.dist else None) or {}
+    metadata = _metadata(point) or {}
     return Plugin(point.name, kind, metadata.get("Name") or "?", metadata.get("Version") or "?", point.value, point)
+
+
+def _metadata(point: Any) -> Any:
+    """Return the metadata of the distribution of an entry point, None if it is damaged."""
+    try:
+        return point.dist.metadata if point.dist else None
+    except FileNotFoundError:  # from the backport importlib_metadata, which other packages put in Python's place
+        return None
 
 
 def _canonical(name: str) -> str:
@@ -312,8 +320,8 @@ def _install(written_by: str) -> str:
 
 def _remedy(plugin: Plugin, error: BaseException) -> str:
     """Return the pip command if a package is missing and the distribution has an extra with the name of the plugin."""
-    distribution = plugin.entry_point.dist if plugin.entry_point else None
-    if not isinstance(error, ImportError) or distribution is None:
+    metadata = _metadata(plugin.entry_point) if plugin.entry_point else None
+    if not isinstance(error, ImportError) or metadata is None:
         return ""
-    extras = distribution.metadata.get_all("Provides-Extra") or []
+    extras = metadata.get_all("Provides-Extra") or []
     return f"; pip install '{plugin.distribution}[{plugin.name}]'" if plugin.name in extras else ""

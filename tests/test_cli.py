@@ -391,8 +391,8 @@ def test_a_diverged_run_exits_1_and_keeps_the_last_good_dictionary(work, monkeyp
 
     real = Trainer.step
 
-    def poisoned(self, batch, spare=None):
-        real(self, batch if self.n_steps < 2 else {hook: x * torch.nan for hook, x in batch.items()}, spare)
+    def poisoned(self, batch, *more):
+        real(self, batch if self.n_steps < 2 else {hook: x * torch.nan for hook, x in batch.items()}, *more)
 
     monkeypatch.setattr(Trainer, "step", poisoned)
     code, _, err = command("train", work / "cache", "--d-sae", 16, "--batch-size", 64, "--out", work / "nan")

@@ -172,8 +172,8 @@ def test_an_interrupted_crosscoder_ends_at_the_same_bytes(tmp_path, monkeypatch)
     config = settings(n_tokens=4096)
     (whole,) = sl.train(source, config, tmp_path / "whole")
 
-    def step(self, batch, spare=None):
-        real(self, batch, spare)
+    def step(self, batch, *more):
+        real(self, batch, *more)
         if self.n_steps == 6:
             signal.raise_signal(signal.SIGINT)
 

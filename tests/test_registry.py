@@ -1,6 +1,7 @@
 """Plugins by name: built-in ones, those of other distributions (real metadata on the path), and those of this session."""
 
 import json
+import os
 import subprocess
 import sys
 from importlib.metadata import EntryPoint, EntryPoints
@@ -378,6 +379,15 @@ def test_the_variable_decides_between_two_distributions(distribution, monkeypatc
     monkeypatch.setenv("SAELENS_LITE_PLUGINS", "other-sparsity")
     with pytest.raises(PluginError, match="uninstall one of them or restrict SAELENS_LITE_PLUGINS"):
         registry.load("topk")
+
+
+def test_the_backport_of_importlib_metadata_changes_nothing(tmp_path):
+    """Packages such as keyring import the backport, which then answers for Python's own module."""
+    (tmp_path / "bare-1.0.dist-info").mkdir()
+    (tmp_path / "bare-1.0.dist-info/entry_points.txt").write_text("[saelens_lite.formats]\nbare = bare_of_tests:Format\n")
+    code = "import importlib_metadata; from saelens_lite import registry; print(registry.find('bare', 'formats').distribution)"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout == "?\n"
 
 
 # The list of plugins, with all faults that a plugin can have
