@@ -387,7 +387,8 @@ def test_the_backport_of_importlib_metadata_changes_nothing(tmp_path):
     (tmp_path / "bare-1.0.dist-info/entry_points.txt").write_text("[saelens_lite.formats]\nbare = bare_of_tests:Format\n")
     code = "import importlib_metadata; from saelens_lite import registry; print(registry.find('bare', 'formats').distribution)"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-    assert subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout == "?\n"
+    done = subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True, text=True)
+    assert done.stdout == "?\n"
 
 
 # The list of plugins, with all faults that a plugin can have
