@@ -195,8 +195,8 @@ class TrainConfig(FrozenConfig):
         ge=0,
         le=1,
         description="Share of the tokens, at the end, in which the loss also has KL(model ‖ model with the reconstruction in "
-        "place of the activations); begins with the nearest batch, with the last at the latest. Needs a text and its model; a cache "
-        "holds no token rows. 0.1 is usual.",
+        "place of the activations); begins with the nearest batch, with the last at the latest. Needs a text and its model; a "
+        "cache holds no token rows. 0.1 is usual.",
     )
     kl_coefficient: float = Field(
         1.0,
