@@ -44,6 +44,8 @@ def _explain(config: type[BaseModel], error: ValidationError) -> str:
             lines.append(f"unknown key {key!r}{_other_place(key, config) or near_matches(key, config.model_fields) or known}")
         elif item["type"] == "missing":
             lines.append(f"{key!r} is required")
+        elif not key:  # of a validator of the whole
+            lines.append(str(item.get("ctx", {}).get("error", item["msg"])))
         else:
             lines.append(f"{key} = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")
     return f"{config.__qualname__.replace('.Config', '')}: {'; '.join(lines)}"
@@ -193,17 +195,20 @@ class TrainConfig(FrozenConfig):
         ge=0,
         le=1,
         description="Share of the tokens, at the end, in which the loss also has KL(model ‖ model with the reconstruction in "
-        "place of the activations). Needs a text and its model; a cache holds no token rows. 0.1 is usual.",
+        "place of the activations); begins with the nearest batch, with the last at the latest. Needs a text and its model; a "
+        "cache holds no token rows. 0.1 is usual.",
     )
     kl_coefficient: float = Field(
         1.0,
         gt=0,
+        le=1e6,
         description="With kl_share: weight of KL relative to the squared error, after each step has scaled KL to the size of "
         "the squared error. Their weighted mean takes the place of the squared error.",
     )
     kl_lr: float = Field(
         0.3,
         gt=0,
+        le=10,
         description="With kl_share: learning rate relative to the schedule, since batches of whole rows vary more.",
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of the initial parameters.")
@@ -226,6 +231,14 @@ class TrainConfig(FrozenConfig):
         for name in ("reads", "writes"):
             if len(set(hooks := getattr(self, name))) < len(hooks):
                 raise ValueError(f"{name} names a hook twice")
+        return self
+
+    @model_validator(mode="after")
+    def _uses_settings_of_kl(self) -> "TrainConfig":
+        """Refuse settings of KL that would do nothing. An explicit kl_share = 0 turns KL off, with all of them."""
+        given = [name for name in ("kl_coefficient", "kl_lr") if name in self.model_fields_set]
+        if given and "kl_share" not in self.model_fields_set:
+            raise ValueError(f"{' and '.join(given)} without kl_share, the share of the tokens with KL; give that too")
         return self
 
     @model_serializer(mode="wrap", when_used="json")

@@ -352,7 +352,7 @@ def test_the_log_has_kl_from_the_phase_on(exact_lm, tmp_path):
 
 
 def test_settings_without_kl_are_as_before():
-    assert not [key for key in TrainConfig(kl_coefficient=2.0).model_dump(mode="json") if key.startswith("kl_")]
+    assert not [key for key in TrainConfig(kl_share=0, kl_coefficient=2.0).model_dump(mode="json") if key.startswith("kl_")]
 
 
 def test_a_run_may_be_extended_within_its_phase(exact_lm, tmp_path):
@@ -360,8 +360,88 @@ def test_a_run_may_be_extended_within_its_phase(exact_lm, tmp_path):
     with pytest.raises(Stopped):
         sl.train(InterruptedRows(stream_of(exact_lm), 1), config_of(), out)
     (run,) = sl.resume(out, stream_of(exact_lm), n_tokens=2000)
-    assert all("kl" in line for line in run.history if line["tokens"] > 240)
+    lines = [line for line in run.history if line["tokens"] > 500]  # the first one also has the steps before the interruption
+    before, after = ([line for line in lines if ("kl" in line) is given] for given in (False, True))
+    assert max(line["tokens"] for line in before) == run.dictionary.training_record["kl_after"]
+    assert min(line["tokens"] for line in after) > 1000
+    assert run.dictionary.training_record["kl_after"] == pytest.approx(1000, abs=20)
     assert run.history[-1]["tokens"] >= 2000
+
+
+def test_a_run_that_stays_in_its_phase_reads_the_next_rows(exact_lm, tmp_path):
+    with pytest.raises(Stopped):
+        sl.train(InterruptedRows(stream_of(exact_lm), 3), config_of(n_tokens=480), tmp_path / "run")
+    (run,) = sl.resume(tmp_path / "run", stream_of(exact_lm), n_tokens=500)
+    (whole,) = sl.train(stream_of(exact_lm), config_of(n_tokens=480), tmp_path / "whole")
+    records = [one.dictionary.training_record for one in (run, whole)]
+    assert [record["kl_after"] for record in records] == [240, 240]
+    assert records[0]["tokens"] >= 500
+
+
+def test_an_extended_run_that_is_interrupted_gives_the_same_bytes(exact_lm, tmp_path):
+    for name in ("run", "alone"):
+        with pytest.raises(Stopped):
+            sl.train(InterruptedRows(stream_of(exact_lm), 1), config_of(), tmp_path / name)
+    with pytest.raises(Stopped):
+        sl.resume(tmp_path / "run", InterruptedRows(stream_of(exact_lm), 3), n_tokens=1000)
+    sl.resume(tmp_path / "run", stream_of(exact_lm))
+    sl.resume(tmp_path / "alone", stream_of(exact_lm), n_tokens=1000)
+    assert contents(tmp_path / "run") == contents(tmp_path / "alone")
+
+
+def test_dictionaries_with_different_kl_are_extended_one_at_a_time(exact_lm, tmp_path):
+    sl.train(stream_of(exact_lm), [config_of(kl_share=0), config_of()], tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"kl_share makes batches of whole rows.*one at a time: .*0-topk, .*1-topk"):
+        sl.resume(tmp_path / "run", stream_of(exact_lm), n_tokens=2000)
+    (run,) = sl.resume(tmp_path / "run" / "1-topk", stream_of(exact_lm), n_tokens=2000)
+    end = next(line["tokens"] for line in run.history if line["tokens"] >= 480)
+    assert run.dictionary.training_record["kl_after"] == pytest.approx((end + 2000) / 2, abs=21)
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "batch_size", "share", "after"),
+    [(4000, 900, 0.05, 3600), (4000, 900, 1e-6, 3600), (480, 40, 0.29, 360), (480, 40, 0.3, 320), (480, 40, 1.0, 0)],
+)
+def test_the_phase_begins_at_the_nearest_batch(exact_lm, n_tokens, batch_size, share, after):
+    """Even the smallest share has a step. 0.29 of 480 tokens begin after 340.8, 0.3 after 336."""
+    (run,) = sl.train(stream_of(exact_lm), config_of(n_tokens=n_tokens, batch_size=batch_size, kl_share=share))
+    assert run.dictionary.training_record["kl_after"] == after
+    assert "kl" in run.history[-1]
+
+
+def test_closing_a_feed_closes_the_text(exact_lm):
+    is_open = []
+
+    def watched(rows):
+        is_open.append(True)
+        try:
+            yield from rows
+        finally:
+            is_open.pop()
+
+    source = stream_of(exact_lm)
+    source._read_pools, read_pools = lambda *args: watched(read_pools(*args)), source._read_pools
+    trainer = Trainer(config_of(kl_share=1.0), source)
+    feed = Feed(iter(()), source, [PRE1, PRE2, MLP1], 40, seed=0)
+    feed.read(0, [trainer])
+    assert is_open == [True]
+    feed.close()
+    assert is_open == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kl_lr": 0.1}, "^TrainConfig: kl_lr without kl_share"),
+        ({"kl_coefficient": 2.0, "kl_lr": 0.1}, "kl_coefficient and kl_lr without kl_share"),
+        ({"kl_share": 0.1, "kl_lr": 11.0}, "kl_lr = 11.0: "),
+        ({"kl_share": 0.1, "kl_coefficient": 1e7}, "kl_coefficient = 10000000.0: "),
+        ({"hook": PRE1, "reads": (PRE2,)}, "^TrainConfig: hook = .* contradict each other"),
+    ],
+)
+def test_settings_that_do_nothing_or_are_too_large_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**settings)
 
 
 def test_kl_falls_when_a_dictionary_of_another_tool_is_tuned(lm, tmp_path):

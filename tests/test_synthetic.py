@@ -1,5 +1,6 @@
 """Synthetic activations: firing probabilities, hierarchy and codes are as stated, and every batch can be drawn again."""
 
+import inspect
 import itertools
 import math
 
@@ -102,6 +103,15 @@ def survivors(base, parent, probability):
                 total += chance / (1 + sum(others))
             out[i] = out[one] * base[i] * total
     return torch.tensor(out, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("n", "roots", "true_l0", "of_children"), [(1024, None, 7.3, 0.46), (1024, 128, 13.1, 1.0)])
+def test_the_true_l0_is_what_the_guide_says(n, roots, true_l0, of_children):
+    s = sl.synthetic(n, 8, directions="random", roots=roots)
+    rate, child = rates(s, 16_384), s.features.tree.parent >= 0
+    assert s.true_l0 == pytest.approx(true_l0, abs=0.2)
+    assert s.true_l0 == pytest.approx(float(rate.sum()), abs=0.2)
+    assert float(rate[child].sum() / s.features.wanted[child].sum()) == pytest.approx(of_children, abs=0.02)
 
 
 def test_exclusive_children_fire_with_the_probability_that_all_subsets_of_siblings_give():
@@ -243,7 +253,7 @@ def test_a_run_is_not_resumed_with_other_activations(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"p_min": 0.5}, "p_min = 0.5 must be smaller than p_max"),
+        ({"p_min": 0.5}, "^SyntheticConfig: p_min = 0.5 must be smaller than p_max"),
         ({"l0": 2000.0}, "raise p_max"),
         ({"roots": 5000}, "roots = 5000 is more than n_features"),
         ({"branchings": 2}, "branching"),
@@ -262,5 +272,7 @@ def test_unknown_hooks_and_empty_samples_are_refused():
         next(s.batches(["y"], 8, 0))
     with pytest.raises(ConfigError, match="at least 1"):
         s.sample(0)
+    with pytest.raises(ConfigError, match=r"n = 2\.5; expected an integer"):
+        inspect.unwrap(type(s).pieces)(s, 2.5)  # without the type checks of tests
     with pytest.raises(ConfigError, match="at least 1"):
         s.hold_out(0)

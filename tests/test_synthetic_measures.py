@@ -1,5 +1,6 @@
 """Measures against planted features agree with dense sums in float64, and with dictionaries whose quality is known."""
 
+import inspect
 import json
 import math
 from itertools import permutations
@@ -12,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 
 import saelens_lite as sl
 from saelens_lite.codes import SparseCodes
-from saelens_lite.errors import ConfigError, ShapeError
+from saelens_lite.errors import ConfigError, NonFiniteError, ShapeError
 from saelens_lite.synthesis.controls import best_thresholds, chosen, most_frequent
 from saelens_lite.synthesis.measure import Decoded, matched_cosines, score
 
@@ -212,3 +213,30 @@ def test_other_dictionaries_and_too_few_activations_are_refused(source):
         source.measure(sl.Dictionary.create("topk", reads=16, writes=8, d_sae=24))
     with pytest.raises(ConfigError, match="at least 2,048"):
         source.measure(sl.Dictionary.create("topk", reads=16, d_sae=24), 100)
+    unchecked = inspect.unwrap(type(source).measure)  # without the type checks of tests
+    with pytest.raises(ConfigError, match="expected an integer"):
+        unchecked(source, sl.Dictionary.create("topk", reads=16, d_sae=24), 4096.5)
+    with pytest.raises(ConfigError, match="'x' is not a dictionary"):
+        unchecked(source, "x")
+    bad = sl.Dictionary.create("topk", reads=16, d_sae=24)
+    bad.W_dec.data[0, 0] = math.nan
+    with pytest.raises(NonFiniteError, match="W_dec"):
+        source.measure(bad)
+
+
+def test_any_integer_is_a_seed(source):
+    dictionary = sl.Dictionary.create("topk", reads=16, d_sae=24, options={"k": 4})
+    reports = [source.measure(dictionary, 2048, seed=seed) for seed in (-1, 2**70, -1)]
+    assert reports[0] == reports[2] != reports[1]
+
+
+@pytest.mark.parametrize("controls", [False, True])
+def test_a_dictionary_of_normalised_activations_is_measured(source, controls):
+    """Reconstructions of a dictionary with a token norm are those of its forward pass."""
+    W = source.directions
+    settings = {"rule": "topk", "options": {"k": 4}, "token_norm": "layer_norm", "axes": AXES}
+    dictionary = sl.Dictionary.from_tensors(W_enc=W.T, W_dec=W, b_dec=torch.zeros(16), **settings)
+    report = source.measure(dictionary, N, seed=1, controls=controls)
+    expected = reference(source, dictionary, source.sample(N, seed=1))
+    assert report["explained_variance"] == pytest.approx(expected["explained_variance"], rel=1e-6)
+    assert report["shrinkage"] == pytest.approx(expected["shrinkage"], rel=1e-6)

@@ -125,8 +125,8 @@ class ActivationStream:
 
         skip: Leave out rows with one of this many first positions, which earlier training has read.
         """
-        pools = self._epochs(skip, self._read_pools)
-        return itertools.islice(row_batches(pools, n_positions, seed), start, None)
+        with closing(self._epochs(skip, self._read_pools)) as pools:
+            yield from itertools.islice(row_batches(pools, n_positions, seed), start, None)
 
     def _epochs(self, skip: int, read_once: Callable[[int, RowHash], Iterator[tuple[Any, RowRecord | None]]]) -> Iterator[Any]:
         """Yield what `read_once` reads of the text, after the first `skip` positions, epoch after epoch.

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from saelens_lite.dictionary import Dictionary
-from saelens_lite.errors import ConfigError, ShapeError
+from saelens_lite.errors import ConfigError, ShapeError, not_a_dictionary
 from saelens_lite.synthesis.controls import control_reports
 from saelens_lite.synthesis.measure import FEWEST, decoded, score
 from saelens_lite.synthesis.report import SyntheticReport
@@ -32,16 +32,20 @@ class Synthetic(SyntheticSource):
             controls: measure the three controls of `saelens_lite.synthesis.controls` on the same activations too.
 
         Raises:
-            ConfigError: n is too small, or scipy is not installed.
+            ConfigError: this is not a dictionary, n is too small or not an integer, or scipy is not installed.
             ShapeError: the dictionary does not fit the activations.
+            NonFiniteError: the dictionary holds NaN or infinity.
         """
+        if not isinstance(dictionary, Dictionary):
+            raise not_a_dictionary(dictionary)
         if not dictionary.writes_what_it_reads or dictionary.d_in != self.config.d_in:
             raise ShapeError(
                 f"the dictionary maps {dictionary.d_in} to {dictionary.d_out} numbers; expected an autoencoder of the "
                 f"synthetic activations, of width {self.config.d_in}"
             )
-        if n < FEWEST:
-            raise ConfigError(f"n = {n}; expected at least {FEWEST:,} activations")
+        if not isinstance(n, int) or n < FEWEST:
+            raise ConfigError(f"n = {n!r}; expected an integer, at least {FEWEST:,} activations")
+        dictionary.check_finite()
         report = score(self, dictionary.W_dec, (decoded(dictionary, truth) for truth in self.pieces(n, seed)), seed)
         if not controls:
             return report

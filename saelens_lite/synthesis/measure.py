@@ -38,6 +38,7 @@ from saelens_lite.codes import SparseCodes
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError
 from saelens_lite.evaluation.sums import Metric, poisson_weights, with_interval
+from saelens_lite.seeds import mixed_seed
 from saelens_lite.synthesis.report import SyntheticReport
 from saelens_lite.synthesis.source import SyntheticSource, Truth
 
@@ -58,8 +59,9 @@ class Decoded(NamedTuple):
 @torch.no_grad()
 def decoded(dictionary: Dictionary, truth: Truth) -> Decoded:
     """Return what a dictionary makes of activations."""
-    codes = dictionary.encode(truth.x.to(dictionary.W_dec.device))
-    return Decoded(truth, codes, dictionary.decode(codes))
+    x = truth.x.to(dictionary.W_dec.device)
+    codes = dictionary.encode(x)
+    return Decoded(truth, codes, dictionary.decode(codes, x))
 
 
 @torch.no_grad()
@@ -75,7 +77,7 @@ def score(
     largest, nearest = cosine.max(1)
     sums = [_block_sums(piece, nearest) for piece in pieces]
     blocks = {name: torch.cat([one[name] for one in sums]) for name in sums[0]}
-    weights = poisson_weights(seed, range(len(blocks["n"])), REPLICATES).double().T
+    weights = poisson_weights(mixed_seed("synthetic", "bootstrap", seed), range(len(blocks["n"])), REPLICATES).double().T
     weights = torch.cat([torch.ones_like(weights[:1]), weights])
     per_latent = _detection(blocks, weights)
     values = _pooled({name: weights @ value for name, value in blocks.items() if name not in LATENT_SUMS})

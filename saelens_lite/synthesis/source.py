@@ -104,14 +104,14 @@ class SyntheticSource:
         return Truth(x, codes)
 
     def _pieces(self, n: int, seed: int, stream: str = "sample") -> Iterator[Truth]:
-        """Yield n rows in pieces. The first rows are the same for every n that reaches into another piece."""
+        """Yield n rows in pieces of PIECE. Whole pieces are the same for every n; the rows of a shorter last one are others."""
         for number, begin in enumerate(range(0, n, PIECE)):
             yield self._drawn(min(PIECE, n - begin), self._generator(stream, seed, number))
 
     def pieces(self, n: int, seed: int = 0) -> Iterator[Truth]:
         """Yield the rows of `sample` in pieces, for large n."""
-        if n < 1:
-            raise ConfigError(f"n = {n}; expected at least 1 activation")
+        if not isinstance(n, int) or n < 1:
+            raise ConfigError(f"n = {n!r}; expected an integer, at least 1 activation")
         return self._pieces(n, seed)
 
     def sample(self, n: int, seed: int = 0) -> Truth:
@@ -122,16 +122,23 @@ class SyntheticSource:
         return Truth(torch.cat([piece.x for piece in pieces]), joined)
 
     @cached_property
-    def _statistics(self) -> Statistics:
-        moments = Moments(self.config.d_in)
+    def _sampled(self) -> tuple[Statistics, float]:
+        """Statistics and L0 of activations that are in no batch."""
+        moments, n_active = Moments(self.config.d_in), 0
         for piece in self._pieces(STATISTICS_ROWS, 0, "statistics"):
             moments.add(piece.x)
-        return moments.statistics()
+            n_active += len(piece.codes.value)
+        return moments.statistics(), n_active / STATISTICS_ROWS
+
+    @property
+    def true_l0(self) -> float:
+        """The number of features that fire for an activation, the mean of 32,768. With a hierarchy, less than is aimed at."""
+        return self._sampled[1]
 
     def statistics(self, hook: str = UNNAMED) -> Statistics:
         """Return the mean and root mean square norm, estimated from activations that are in no batch."""
         self._check(hook)
-        return self._statistics
+        return self._sampled[0]
 
     def origin(self, hook: str = UNNAMED) -> Origin:
         """Return an origin that says that the activations are synthetic."""

@@ -95,6 +95,7 @@ class _Numbers(Checked):
     first_seen: Count = 0
     first_step: Count = 0
     kl_from: Count | None = None
+    kl_after: Count | None = None
 
 
 class _Line(Checked, extra="allow", allow_inf_nan=True):
@@ -138,7 +139,8 @@ class _State(Checked):
         if ahead < 0 or (ahead and not (is_done or any(self.dropped))):  # a dropped one is as it was before its bad step
             raise ValueError(f"n_batches = {self.n_batches}, but no dictionary has seen that many")
         for one, config in zip(numbers, self.configs, strict=True):
-            in_steps = one.n_steps <= one.n_seen and (one.kl_from is not None or one.n_seen <= one.n_steps * config.batch_size)
+            has_rows = bool(config.kl_share)  # a long row may be more than a batch
+            in_steps = one.n_steps <= one.n_seen and (has_rows or one.n_seen <= one.n_steps * config.batch_size)
             if not in_steps or max(one.fire_tokens, one.n_sums) > one.n_seen:
                 raise ValueError(f"{one.n_seen} tokens in {one.n_steps} steps of {config.batch_size}")
         return self

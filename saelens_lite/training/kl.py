@@ -10,6 +10,9 @@ Each step computes s anew. So both parts have the same size for c = 1, and the w
 penalties of the rule keep their weight. The frozen model runs once without x̂, which also gives the activations, and for each
 dictionary once with x̂, from the hook on, forward and backward. Only the dictionary gets gradients.
 
+The share begins with the batch whose beginning is nearest to it, with the last one at the latest. The log has `kl` from there
+on, and the dictionary's record says after how many tokens that was (`kl_after`).
+
 Positions that do not count keep their activation: special tokens, padding and excluded positions, as in
 `saelens_lite.evaluate`. If a dictionary writes several hooks of a model, all are replaced together.
 

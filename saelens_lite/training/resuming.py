@@ -56,7 +56,8 @@ def resume(
             the embedded corpus: the checkpoint names these.
         text: the new path of the text of a stream, if it has moved.
         n_tokens: a new total, which extends the run. An interrupted run keeps its state, and its schedule is stretched to the
-            new total. A finished run keeps no moments of Adam, and its learning rate has fallen to 0; so training continues
+            new total; a last share with KL (`kl_share`) that has begun ends, and begins again in the last share of the new
+            total. A finished run keeps no moments of Adam, and its learning rate has fallen to 0; so training continues
             from its dictionary with new moments and a new schedule (warm-up, plateau, decay) over the additional tokens, which
             are those after the ones it has read.
         device, loggers, checkpoint_seconds: by default those of the run. If its device is missing, the default of `train`
@@ -173,8 +174,11 @@ def _extended(
     records = [one.dictionary.training_record for one in runs]
     steps, seen = ({record.get(name) for record in records} for name in ("steps", "tokens"))
     if [one.folder for one in runs] != run_folders(run, configs) or len(steps) > 1 or len(seen) > 1:
+        kl = ""
+        if len({one.config.n_tokens for one in runs}) == 1 and any(one.config.kl_share for one in runs):
+            kl = " (kl_share makes batches of whole rows, which are smaller)"
         raise ConfigError(
-            f"the runs in {run} were not trained together for equally many tokens, so extend them one at a time: "
+            f"the runs in {run} were not trained together for equally many steps and tokens{kl}, so extend them one at a time: "
             + ", ".join(str(one.folder) for one in runs)
         )
     (n_steps,), (n_seen,) = steps, seen

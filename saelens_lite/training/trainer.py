@@ -1,5 +1,6 @@
 """The state of one dictionary in training: parameters, optimiser and counters, the step that updates them, save and restore."""
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ from saelens_lite.training.sharding import OwnLatents
 from saelens_lite.training.step import DenseStep, SparseStep
 from saelens_lite.training.unfolding import unfold_into
 from saelens_lite.training.watch import MOST_UNREAD, Watch
+
+log = logging.getLogger(__name__)
 
 DEAD_EVERY = 16  # steps between two lists of the dead latents on a GPU, for which the host has to wait
 NORM, SMALLEST, FIRED, ACTIVATIONS = OWN = (":norm", ":smallest", ":fired", ":activations")  # beside the names of losses
@@ -125,6 +128,7 @@ class Trainer:
         self.n_seen = self.first_seen = 0
         self.n_steps = self.first_step = 0  # the schedule begins at first_step, which is not 0 if a finished run is extended
         self.kl_from: int | None = None  # number of the first batch whose loss has KL
+        self.kl_after: int | None = None  # tokens before it
         self._is_untrained = True
         self.since_fired = torch.zeros(self.latents.n, dtype=torch.long, device=device)
         self.fire_count = torch.zeros(self.latents.n, dtype=torch.long, device=device)
@@ -149,12 +153,20 @@ class Trainer:
     @property
     def kl_is_due(self) -> bool:
         """True before the first step whose loss has KL."""
-        return bool(self.config.kl_share) and self.kl_from is None and self.progress >= 1 - self.config.kl_share
+        return self.kl_from is None and self._is_last_share
+
+    @property
+    def _is_last_share(self) -> bool:
+        """True if the next batch, of full size, is nearer to the last kl_share of the tokens than not, or is the last."""
+        c = self.config
+        begin = c.n_tokens - c.kl_share * (c.n_tokens - self.first_seen)
+        return bool(c.kl_share) and (self.n_seen + c.batch_size / 2 > begin or self.n_seen + c.batch_size >= c.n_tokens)
 
     def note_phase(self, number: int) -> None:
         """Begin the last share of the tokens with batch `number` if it is due."""
         if self.kl_is_due:
-            self.kl_from = number
+            self.kl_from, self.kl_after = number, self.n_seen
+            log.info("KL is part of the loss of %s from batch %d on", self.described, number)
 
     @property
     def scheduled_steps(self) -> int:
@@ -550,7 +562,7 @@ class Trainer:
         if self.shift is not None:
             tensors["shift"] = self.shift
         numbers = {name: getattr(self, name) for name in _NUMBERS} | {"sums": self._sums, "n_sums": self._n_sums}
-        numbers |= {} if self.kl_from is None else {"kl_from": self.kl_from}
+        numbers |= {} if self.kl_from is None else {"kl_from": self.kl_from, "kl_after": self.kl_after}
         return tensors, numbers
 
     @torch.no_grad()
@@ -596,7 +608,7 @@ class Trainer:
         for name in _NUMBERS:
             setattr(self, name, numbers.get(name, 0))  # older checkpoints have no first_seen and first_step
         self._sums, self._n_sums = numbers["sums"], numbers["n_sums"]
-        self.kl_from = numbers.get("kl_from")
+        self.kl_from, self.kl_after = numbers.get("kl_from"), numbers.get("kl_after")
 
     def start_from(self, dictionary: Dictionary, n_seen: int = 0, n_steps: int = 0, coefficient: float | None = None) -> None:
         """Start from the parameters of a dictionary of raw activations, with new moments.
@@ -625,8 +637,13 @@ class Trainer:
             self.control.state[0] = math.log(coefficient)
 
     def stretch(self, n_tokens: int) -> None:
-        """Train on to a new total of tokens. The schedule is stretched, and firing frequencies are counted anew."""
+        """Train on to a new total of tokens. The schedule is stretched, and firing frequencies are counted anew.
+
+        A last share with KL that has begun ends, and begins again in the last share of the new total.
+        """
         self.config = self.config.replace(n_tokens=n_tokens)
+        if not self._is_last_share:
+            self.kl_from = self.kl_after = None
         self.fire_count.zero_()
         self.fire_tokens = 0
 
@@ -667,6 +684,7 @@ class Trainer:
         rule = type(d.rule)(d.rule.config, d_in=d.d_in, d_sae=d.d_sae)
         density = self.latents.whole("fire_count", self.fire_count).float() / self.fire_tokens if self.fire_tokens else None
         record = {"config": self.config.model_dump(mode="json"), "tokens": self.n_seen, "steps": self.n_steps}
+        record |= {} if self.kl_after is None else {"kl_after": self.kl_after}
         kept = {"d_sae": d.d_sae, "skip": d.W_skip is not None, "origin": d.origin}
         copy = Dictionary(rule, **d.ports, **kept, density=density, training=record)
         state = {name: self.latents.whole(f"dictionary.{name}", x) for name, x in d.state_dict().items()}

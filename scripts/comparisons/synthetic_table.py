@@ -11,12 +11,14 @@ linear and random are the controls of `saelens_lite.synthesis.controls`. Writes 
 With --saelens, both tools train on the same batches from the same start (train_both.py says what else is equal). For a rule
 with a penalty, SAELens is given up to --tries coefficients until about as many latents fire.
 
---benchmark takes the sizes and settings of SynthSAEBench-16k, and prints the published figures beside: SAELens on 200 million
-activations, mean of several seeds, https://decoderesearch.github.io/SAELens (Benchmark Results; arXiv:2602.14687). Directions
-and other random parts differ from those of the published model, which are not part of any package.
+--benchmark takes the sizes and settings of SynthSAEBench-16k for those that are not given, and prints the published figures
+beside: SAELens on 200 million activations, mean of several seeds, https://decoderesearch.github.io/SAELens (Benchmark Results;
+arXiv:2602.14687). Directions and other random parts differ from those of the published model, which are not part of any
+package.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import time
@@ -98,16 +100,19 @@ class Bench(NamedTuple):
         )  # fmt: skip
 
     def stored(self, folder: Path) -> Stored:
-        """Return the scaled training batches in a file, written unless it exists."""
-        a, file = self.args, folder / "batches.npy"
+        """Return the scaled training batches in a file, written unless one of the same settings exists."""
+        a, settings = self.args, self.source.config.model_dump_json()
         n = a.n_tokens // a.batch * a.batch
+        file = folder / f"batches-{hashlib.sha256(repr((settings, a.batch, n)).encode()).hexdigest()[:16]}.npy"
         if not file.exists():
-            rows = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=(n, a.d_in))
+            part = file.with_suffix(".part")
+            rows = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=(n, a.d_in))
             batches = self.source.batches(["x"], a.batch, seed=0)
             for start in range(0, n, a.batch):
                 rows[start : start + a.batch] = next(batches)["x"].numpy() * self.scale
             rows.flush()
             batches.close()
+            part.rename(file)
         return Stored(str(file))
 
     def report(self, outcome: Outcome) -> SyntheticReport:
@@ -263,10 +268,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tries", type=int, default=4, help="coefficients of a penalty that SAELens is given")
     parser.add_argument("--seed", type=int, default=0, help="of features, activations and initial parameters")
     parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    if args.benchmark:
-        vars(args).update(BENCHMARK)
-    return args
+    if parser.parse_args().benchmark:
+        parser.set_defaults(**BENCHMARK)
+    return parser.parse_args()
 
 
 def main() -> None:
