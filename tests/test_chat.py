@@ -261,7 +261,7 @@ def test_without_a_key_nothing_is_sent_to_another_computer(connect, monkeypatch)
     [
         ({"base_url": "localhost:8000"}, "expected an address such as http://localhost:8000/v1"),
         ({"base_url": f"http://me:{KEY}@host/v1"}, "without a name, password"),
-        ({"max_dollars": 1.0}, "max_dollars needs input_price and output_price"),
+        ({"dollar_limit": 1.0}, "dollar_limit needs input_price and output_price"),
         ({"concurency": 3}, "unknown key 'concurency'; did you mean concurrency"),
         ({"api_key": KEY}, "unknown key 'api_key'"),
         ({"timeout": 0}, "timeout = 0"),
@@ -343,30 +343,30 @@ def test_the_estimate_counts_what_is_not_kept(server, connect):
 def test_a_limit_is_checked_before_the_first_question(server, connect):
     asked = questions(10, max_tokens=100)
     with pytest.raises(
-        BudgetError, match=r"10 questions would take up to 1\d0 input and 1,000 output tokens; max_tokens = 900.*Nothing was"
+        BudgetError, match=r"10 questions would take up to 1\d0 input and 1,000 output tokens; token_limit = 900.*Nothing was"
     ):
-        connect(max_tokens=900).ask(asked)
-    with pytest.raises(BudgetError, match=r"\(1\.00 dollars\); max_dollars = 0\.9\."):
-        connect(input_price=0, output_price=1000, max_dollars=0.9).ask(asked)
+        connect(token_limit=900).ask(asked)
+    with pytest.raises(BudgetError, match=r"\(1\.00 dollars\); dollar_limit = 0\.9\."):
+        connect(input_price=0, output_price=1000, dollar_limit=0.9).ask(asked)
     assert server.requests == []
-    model = connect(max_tokens=1130)
+    model = connect(token_limit=1130)
     model.ask(asked[:5])
     assert model.ask(asked[:5])[0].was_kept
-    with pytest.raises(BudgetError, match=r"10 questions would take up to 11\d .*, after \d+ input and 10 output tokens; max"):
+    with pytest.raises(BudgetError, match=r"10 questions would take up to 11\d .*, after \d+ input and 10 output tokens; tok"):
         model.ask(questions(15, max_tokens=100))
-    connect(max_tokens=1130).ask(questions(15, max_tokens=100))
+    connect(token_limit=1130).ask(questions(15, max_tokens=100))
 
 
 def test_a_limit_that_is_reached_in_the_middle_keeps_what_is_done(server, connect):
     """For the server, each question is seven times as long as the estimate says."""
     long = [question._replace(user=question.user + "word " * 40) for question in questions(20, max_tokens=4)]
-    model = connect(max_tokens=260, concurrency=3)
+    model = connect(token_limit=260, concurrency=3)
     model = EndpointModel(model.config, count_tokens=lambda text: 0)
     assert model.estimate(long).n_input == 20 * 8
     server.reply = lambda messages, body: "a b c"
     with pytest.raises(
         BudgetReachedError,
-        match=r"could pass max_tokens = 260; raise that to ask the others\. (\d+) of 20 questions are answered and kept",
+        match=r"could pass token_limit = 260; raise that to ask the others\. (\d+) of 20 questions are answered and kept",
     ) as reached:
         model.ask(long)
     n = int(re.search(r"(\d+) of 20", str(reached.value))[1])

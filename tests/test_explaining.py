@@ -360,7 +360,7 @@ def test_bad_requests_say_what_to_do(store):
         rows.explain(model=Fake(rule))
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt(), Stopped("stopped", 2), BudgetReachedError("max_tokens = 10")])
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), Stopped("stopped", 2), BudgetReachedError("token_limit = 10")])
 def test_answers_until_an_interruption_become_labels_and_a_repeat_asks_only_the_rest(store, stop):
     model = Fake(rule, stop, after=3)
     with pytest.raises(type(stop)):
@@ -467,14 +467,14 @@ def test_the_command_writes_labels_and_goes_on_after_a_limit(command, folder, se
     asked = ("explain", folder, "--model", "judge", "--base-url", server.url, "--latents", "0-3,7", "--concurrency", 1)
     estimate = sl.chat_model("judge", base_url=server.url).estimate([before.question(i) for i in (0, 1, 2, 3, 7)])
     needed = estimate.n_input + estimate.n_output
-    said = command(*asked, "--max-tokens", needed - 1)
+    said = command(*asked, "--token-limit", needed - 1)
     assert said.code == 2
-    assert f"--max-tokens {needed - 1:,}. Nothing was sent" in said.err
+    assert f"--token-limit {needed - 1:,}. Nothing was sent" in said.err
     assert not server.requests
     server.plan = lambda question, n: "length" if len(server.requests) == 2 else None
     usual = server.reply
     server.reply = lambda messages, body: Reply(usual(messages, body), tokens=[("x", {"x": 0.0})] * 800)  # above the most
-    said = command(*asked, "--max-tokens", needed)
+    said = command(*asked, "--token-limit", needed)
     assert said.code == 2
     assert "cost nothing when the call is repeated" in said.err
     n_paid, done = server.paid.total(), sl.FeatureStore.load(folder).labels
@@ -516,7 +516,7 @@ def test_the_command_takes_the_latents_that_fire_most_often(command, folder, ser
         (("--model", "judge", "--latents", "1", "--top", 3), "both choose latents"),
         (("--model", "judge", "--by", "max_akt"), "did you mean max_act"),
         (("--model", "judge", "--concurrency", 0), "concurrency"),
-        (("--model", "judge", "--max-dollars", 1), "needs"),
+        (("--model", "judge", "--dollar-limit", 1), "needs"),
         (("--model", "tiny", "--local", "--base-url", "http://localhost:1/v1"), "--base-url is for a server"),
     ],
 )

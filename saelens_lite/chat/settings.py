@@ -53,10 +53,10 @@ class ChatConfig(FrozenConfig):
     )
     input_price: float | None = Field(None, ge=0, description="Price of a million input tokens in US dollars.")
     output_price: float | None = Field(None, ge=0, description="Price of a million output tokens in US dollars.")
-    max_dollars: float | None = Field(
+    dollar_limit: float | None = Field(
         None, ge=0, description="Most US dollars that this chat model may spend; needs the prices."
     )
-    max_tokens: int | None = Field(
+    token_limit: int | None = Field(
         None, ge=0, le=MOST, description="Most tokens that this chat model may spend, input and output together."
     )
     folder: str | None = Field(
@@ -73,8 +73,8 @@ class ChatConfig(FrozenConfig):
 
     @model_validator(mode="after")
     def _limit_needs_prices(self) -> "ChatConfig":
-        if self.max_dollars is not None and (self.input_price is None or self.output_price is None):
-            raise ValueError("max_dollars needs input_price and output_price")
+        if self.dollar_limit is not None and (self.input_price is None or self.output_price is None):
+            raise ValueError("dollar_limit needs input_price and output_price")
         return self
 
     def resolved(self) -> "ChatConfig":

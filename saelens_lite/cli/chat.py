@@ -32,9 +32,9 @@ class OfChat:
         Price of a million input tokens in US dollars.
     output_price
         Price of a million output tokens in US dollars.
-    max_dollars
+    dollar_limit
         Most US dollars to spend; needs the prices.
-    max_tokens
+    token_limit
         Most tokens to spend, input and output together.
     ask_again
         Ask, and pay, again where the kept answer is a refusal, cut or empty.
@@ -48,8 +48,8 @@ class OfChat:
     concurrency: int | None = None
     input_price: float | None = None
     output_price: float | None = None
-    max_dollars: float | None = None
-    max_tokens: int | None = None
+    dollar_limit: float | None = None
+    token_limit: int | None = None
     ask_again: Flag = False
     answers: Path | None = None
 
@@ -61,8 +61,8 @@ class OfChat:
             concurrency=self.concurrency,
             input_price=self.input_price,
             output_price=self.output_price,
-            max_dollars=self.max_dollars,
-            max_tokens=self.max_tokens,
+            dollar_limit=self.dollar_limit,
+            token_limit=self.token_limit,
             ask_again=self.ask_again or None,
             folder=None if self.answers is None else str(self.answers),
         )
