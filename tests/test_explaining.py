@@ -469,6 +469,7 @@ def test_the_command_writes_labels_and_goes_on_after_a_limit(command, folder, se
     needed = estimate.n_input + estimate.n_output
     said = command(*asked, "--token-limit", needed - 1)
     assert said.code == 2
+    assert f"5 new questions, {estimate.n_input:,} tokens to read, {estimate.n_output:,} to write" in said.out
     assert f"--token-limit {needed - 1:,}. Nothing was sent" in said.err
     assert not server.requests
     server.plan = lambda question, n: "length" if len(server.requests) == 2 else None
@@ -490,6 +491,16 @@ def test_the_command_writes_labels_and_goes_on_after_a_limit(command, folder, se
     assert labels[2] == "mine"
     assert labels[7] in said.out
     assert (labels[7].source, labels[7].author) == ("max_act 1", "judge")
+
+
+def test_the_command_takes_the_key_of_a_variable(command, folder, server, monkeypatch):
+    monkeypatch.setenv("ANOTHER_KEY", "sk-anotherkey")
+    server.key = "sk-anotherkey"
+    asked = ("explain", folder, "--model", "judge", "--base-url", server.url, "--latents", "3")
+    assert command(*asked).code == 1
+    said = command(*asked, "--key-variable", "ANOTHER_KEY")
+    assert said.code == 0, said.err
+    assert "sk-anotherkey" not in said.out + said.err
 
 
 def test_the_command_shows_the_exact_question_and_asks_nothing(command, folder, server):
@@ -517,6 +528,9 @@ def test_the_command_takes_the_latents_that_fire_most_often(command, folder, ser
         (("--model", "judge", "--by", "max_akt"), "did you mean max_act"),
         (("--model", "judge", "--concurrency", 0), "concurrency"),
         (("--model", "judge", "--dollar-limit", 1), "needs"),
+        (("--model", "judge", "--base-url", ""), "--base-url is empty"),
+        (("--model", "judge", "--base-url", "http://localhost:port/v1"), "--base-url is no address"),
+        (("--model", "judge", "--local", "--key-variable", "A_KEY"), "--key-variable is for a server"),
         (("--model", "tiny", "--local", "--base-url", "http://localhost:1/v1"), "--base-url is for a server"),
     ],
 )

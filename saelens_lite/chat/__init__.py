@@ -10,9 +10,9 @@ for answer in local.ask(questions):
 ```
 
 `model.ask(questions)` does the same through the endpoint (`pip install 'saelens-lite[chat]'`). `base_url=` names another one,
-such as a server of vLLM or llama.cpp; the default is the environment variable OPENAI_BASE_URL, or else OpenAI's. The key comes
-from the environment variable OPENAI_API_KEY, or the one that `key_variable=` names, or else from the keyring (`keyring set
-saelens_lite OPENAI_API_KEY`). It is no argument, and it is not written or logged. A server of this computer needs none.
+such as a server of vLLM or llama.cpp; the default is the environment variable OPENAI_BASE_URL if it is not empty, or else
+OpenAI's. The key comes from the environment variable OPENAI_API_KEY, or the one that `key_variable=` names, or else from the
+keyring (`keyring set saelens_lite OPENAI_API_KEY`), and is sent to any server that `base_url=` names. It is no argument, and it is not written or logged. A server of this computer needs none.
 `ChatConfig` lists all settings.
 
 **Answers.** Questions are answered in their order. A question without a usable answer fails alone: its `Answer` has
@@ -42,7 +42,6 @@ the log-probabilities of tokens. If the server refuses one of them, the model re
 from saelens_lite.chat.contract import Answer, ChatModel, Estimate, Question, TokenChoice
 from saelens_lite.chat.endpoint import EndpointModel, chat_model
 from saelens_lite.chat.local import LocalModel, local_chat_model
-from saelens_lite.chat.named import named_chat_model
 from saelens_lite.chat.settings import ChatConfig
 
 __all__ = [
@@ -56,5 +55,4 @@ __all__ = [
     "TokenChoice",
     "chat_model",
     "local_chat_model",
-    "named_chat_model",
 ]

@@ -22,8 +22,11 @@ class OfChat:
     model
         Name of the chat model, such as gpt-4o-mini; with --local, "tiny", a Hugging Face Hub id, or a folder.
     base_url
-        Address of a server that speaks the OpenAI protocol, such as http://localhost:8000/v1; default: OpenAI's. The key comes
-        from the environment variable OPENAI_API_KEY or from the keyring.
+        Address of a server that speaks the OpenAI protocol, such as http://localhost:8000/v1; default: the environment
+        variable OPENAI_BASE_URL, or else OpenAI's.
+    key_variable
+        Environment variable that holds the key, or the key's name in the keyring; default: OPENAI_API_KEY, which is then sent
+        to the server of --base-url too.
     local
         Run the chat model on this computer, with transformers.
     concurrency
@@ -33,9 +36,9 @@ class OfChat:
     output_price
         Price of a million output tokens in US dollars.
     dollar_limit
-        Most US dollars to spend; needs the prices.
+        Most US dollars to spend, as well as that can be estimated; needs the prices.
     token_limit
-        Most tokens to spend, input and output together.
+        Most tokens to spend, input and output together, as well as that can be estimated.
     ask_again
         Ask, and pay, again where the kept answer is a refusal, cut or empty.
     answers
@@ -44,6 +47,7 @@ class OfChat:
 
     model: str | None = None
     base_url: str | None = None
+    key_variable: str | None = None
     local: Flag = False
     concurrency: int | None = None
     input_price: float | None = None
@@ -58,6 +62,7 @@ class OfChat:
         """The settings that were given, by their names in `ChatConfig`."""
         return given(
             base_url=self.base_url,
+            key_variable=self.key_variable,
             concurrency=self.concurrency,
             input_price=self.input_price,
             output_price=self.output_price,
@@ -73,7 +78,7 @@ class OfChat:
 
         if self.model is None:
             raise ConfigError("no chat model: give --model, such as --model gpt-4o-mini")
-        ChatConfig(model=self.model, **self.settings)
+        ChatConfig(model=self.model, **self.settings).resolved()
         if self.local and (useless := [name for name in self.settings if name not in ("folder", "ask_again")]):
             raise ConfigError(
                 f"--{useless[0].replace('_', '-')} is for a server, and --local runs the model here; leave one out"
