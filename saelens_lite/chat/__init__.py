@@ -12,8 +12,8 @@ for answer in local.ask(questions):
 `model.ask(questions)` does the same through the endpoint (`pip install 'saelens-lite[chat]'`). `base_url=` names another one,
 such as a server of vLLM or llama.cpp; the default is the environment variable OPENAI_BASE_URL if it is not empty, or else
 OpenAI's. The key comes from the environment variable OPENAI_API_KEY, or the one that `key_variable=` names, or else from the
-keyring (`keyring set saelens_lite OPENAI_API_KEY`), and is sent to any server that `base_url=` names. It is no argument, and it is not written or logged. A server of this computer needs none.
-`ChatConfig` lists all settings.
+keyring (`keyring set saelens_lite OPENAI_API_KEY`), and is sent to any server that `base_url=` names. It is no argument, and it
+is not written or logged. A server of this computer needs none. `ChatConfig` lists all settings.
 
 **Answers.** Questions are answered in their order. A question without a usable answer fails alone: its `Answer` has
 `text=None` and a `failure` such as «refused», «cut» (at `max_tokens`), «empty», or the last fault after all repetitions.

@@ -78,8 +78,10 @@ class OfChat:
 
         if self.model is None:
             raise ConfigError("no chat model: give --model, such as --model gpt-4o-mini")
-        ChatConfig(model=self.model, **self.settings).resolved()
-        if self.local and (useless := [name for name in self.settings if name not in ("folder", "ask_again")]):
+        config = ChatConfig(model=self.model, **self.settings)
+        if not self.local:
+            config.resolved()
+        elif useless := [name for name in self.settings if name not in ("folder", "ask_again")]:
             raise ConfigError(
                 f"--{useless[0].replace('_', '-')} is for a server, and --local runs the model here; leave one out"
             )
