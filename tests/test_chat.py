@@ -18,7 +18,9 @@ from chat_server import FAULTS, Plan, Reply, question_hash, running_chat
 
 import saelens_lite as sl
 from saelens_lite.chat import EndpointModel
-from saelens_lite.chat.kept import usual_folder
+from saelens_lite.chat.connection import Dialect
+from saelens_lite.chat.kept import KeptAnswers, usual_folder
+from saelens_lite.chat.reply import read_reply
 from saelens_lite.chat.waits import demanded_wait, wait_before
 from saelens_lite.errors import (
     BudgetError,
@@ -27,6 +29,7 @@ from saelens_lite.errors import (
     ChatError,
     ChatUnreachableError,
     ConfigError,
+    DiskFullError,
     OutputExistsError,
     Stopped,
 )
@@ -260,8 +263,9 @@ def test_without_a_key_nothing_is_sent_to_another_computer(connect, monkeypatch)
     ("settings", "said"),
     [
         ({"base_url": "localhost:8000"}, "expected an address such as http://localhost:8000/v1"),
+        ({"base_url": ""}, "base_url is empty; expected an address"),
         ({"base_url": f"http://me:{KEY}@host/v1"}, "without a name, password"),
-        ({"max_dollars": 1.0}, "max_dollars needs input_price and output_price"),
+        ({"dollar_limit": 1.0}, "dollar_limit needs input_price and output_price"),
         ({"concurency": 3}, "unknown key 'concurency'; did you mean concurrency"),
         ({"api_key": KEY}, "unknown key 'api_key'"),
         ({"timeout": 0}, "timeout = 0"),
@@ -271,6 +275,146 @@ def test_wrong_settings_are_errors(settings, said):
     with pytest.raises(ConfigError, match=said) as wrong:
         sl.chat_model("judge", **settings)
     assert KEY not in str(wrong.value)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("http://[::1/v1", "http://localhost:port/v1", "http://localhost:99999/v1", "http://localhost:0/v1", "http:///v1"),
+        *("http://host\x07/v1", "http://host /v1", "http://höst/v1", "http://999.1.1.1/v1", "http://a..b/v1", "ftp://host/v1"),
+        *(f"http://{'a' * 64}.example/v1", f"https://host/{'a' * 3000}", "http://[::zz]/v1", "http://a%20b/v1", "//host/v1"),
+        *(f"{KEY}@host/v1", f"me:{KEY}@host", f"http://@{KEY}/v1", f"http://host/{KEY}?", f"http://{KEY}:x@h:x/v1", KEY),
+    ],
+)
+def test_an_address_that_is_none_is_refused_and_not_shown(address, monkeypatch):
+    with pytest.raises(ConfigError, match=r"^base_url.* expected an address") as wrong:
+        sl.chat_model("judge", base_url=address)
+    assert address not in str(wrong.value)
+    assert KEY not in str(wrong.value)
+    monkeypatch.setenv("OPENAI_BASE_URL", address)
+    if address.isprintable():
+        with pytest.raises(ConfigError, match="the environment variable OPENAI_BASE_URL"):
+            sl.chat_model("judge")
+    with pytest.raises(ConfigError, match="base_url") as wrong:
+        sl.chat_model("judge", base_url=address, dollar_limit=1)
+    assert KEY not in str(wrong.value)
+
+
+@pytest.mark.parametrize(
+    "address", ["http://[::1]:8000/v1", "https://a-b.my_host.example./v1/", "http://10.0.0.1", "HTTP://h:1"]
+)
+def test_addresses_of_servers_are_accepted(address, monkeypatch):
+    assert sl.chat_model("judge", base_url=address).config.base_url == address.rstrip("/")
+    monkeypatch.setenv("OPENAI_BASE_URL", address)
+    assert sl.chat_model("judge").config.base_url == address.rstrip("/")
+    monkeypatch.setenv("OPENAI_BASE_URL", "")
+    assert sl.chat_model("judge").config.base_url == "https://api.openai.com/v1"
+
+
+@pytest.mark.parametrize("key", [f"{KEY}\nmore{KEY}", f"{KEY}é", f"{KEY}\x7f", f"{KEY}\r\nHost: other"])
+@pytest.mark.parametrize("place", ["environment", "keyring"])
+def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(server, connect, monkeypatch, key, place):
+    if place == "keyring":
+        monkeypatch.setattr("keyring.get_password", lambda service, name: key)
+    else:
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(ChatAccessError, match="the key in OPENAI_API_KEY has characters that no key has") as refused:
+        connect().ask(questions(1))
+    assert KEY not in str(refused.value)
+    assert server.requests == []
+
+
+def test_numbers_that_cannot_be_log_probabilities_or_counts_are_left_out(server, connect, tmp_path, monkeypatch):
+    """A token whose every number is wrong has none; the others keep those that can be right."""
+    good = {"1": -0.25, "0": 5e-4, "big": 1e3, "huge": 10**400, "small": -1e4, "text": "-1", "yes": True, "none": None}
+    server.reply = lambda messages, body: Reply("1", tokens=[("1", dict(good))])
+    monkeypatch.setattr("chat_server._token", odd_token)
+    asked = [sl.Question("a", choices=("0", "1"))]
+    answer = connect().ask(asked)[0]
+    assert [token.log_p for token in answer.tokens] == [{"1": -0.25, "0": 0.0}]
+    (path,) = (tmp_path / "kept").rglob("*.json")
+    kept = json.loads(path.read_text())
+    kept["answer"]["tokens"][0][1] |= good
+    path.write_text(json.dumps(kept))
+    assert connect().ask(asked) == [answer._replace(was_kept=True)]
+    for n in (-1, 10**9, 10**400, True, 2.0):
+        kept["answer"]["n_output"] = n
+        path.write_text(json.dumps(kept))
+        assert connect().estimate(asked).n_questions == 1
+
+
+def odd_token(text, log_p, n_top):
+    return {"token": text, "logprob": 1e3, "top_logprobs": [{"token": t, "logprob": p} for t, p in log_p.items()]}
+
+
+@pytest.mark.parametrize("n", [-1, 10**9, 10**400, True, 2.0, "3", None])
+def test_counts_of_a_server_that_cannot_be_tokens_are_estimated(n):
+    reply = {"choices": [{"message": {"content": "12345"}}], "usage": {"prompt_tokens": n, "completion_tokens": n}}
+    answer = read_reply(json.dumps(reply).encode(), sl.Question("a"), 17)
+    assert (answer.text, answer.n_input, answer.n_output) == ("12345", 17, 2)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), PermissionError(13, "Permission denied")])
+def test_a_folder_that_cannot_be_made_ends_the_call_in_words(server, connect, monkeypatch, error):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(DiskFullError if error.errno == 28 else ConfigError, match=r"the folder .* cannot be made"):
+        connect().ask(questions(1))
+
+
+def test_a_file_in_the_place_of_a_folder_ends_the_call_in_words(server, connect, tmp_path):
+    connect().ask(questions(1))
+    (path,) = (tmp_path / "kept").rglob("*.json")
+    path.unlink()
+    path.parent.rmdir()
+    path.parent.write_text("")
+    with pytest.raises(ConfigError, match=r"cannot be made.*0 of 1 questions"):
+        connect().ask(questions(1))
+
+
+def test_after_an_unexpected_fault_replies_in_progress_are_kept(server, connect, monkeypatch):
+    usual, server.delay = KeptAnswers.put, 0.3
+    first = threading.Lock()
+
+    def put(self, asked, answer):
+        if first.acquire(blocking=False):
+            raise RuntimeError("a fault of the program")
+        usual(self, asked, answer)
+
+    monkeypatch.setattr(KeptAnswers, "put", put)
+    with pytest.raises(RuntimeError, match="a fault of the program"):
+        connect(concurrency=4).ask(questions(40))
+    assert len(server.requests) == 4
+    assert connect().estimate(questions(4)).n_questions == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "refusal", "param", "learned"),
+    [
+        (400, "Unsupported parameter", "seed", True),
+        (400, "Unrecognized request argument supplied: 'seed'", None, True),
+        (
+            422,
+            json.dumps({"detail": [{"loc": ["body", "seed"], "msg": "Extra inputs are not permitted", "input": 0}]}),
+            None,
+            True,
+        ),
+        (422, json.dumps({"message": 'Unknown field "seed": not permitted'}), None, True),
+        (400, "'seed' is not what is wrong", "model", False),
+        (404, "Unsupported parameter: 'seed'", "seed", False),
+        (400, "the model was seeded badly; the seed does not matter", None, False),
+        (400, json.dumps({"message": "bad model", "input": {"model": "judge", "seed": 0}}), None, False),
+        (400, json.dumps({"message": json.dumps({"model": "judge", "seed": 0})}), None, False),
+        (400, str({"messages": [{"role": "user", "content": "the word 'seed'"}]}), None, False),
+    ],
+)
+def test_a_field_is_left_out_only_if_the_server_refuses_that_field(status, refusal, param, learned):
+    dialect = Dialect("auto")
+    body = dialect.body(sl.chat.ChatConfig(model="judge"), sl.Question("a"))
+    assert dialect.learns(body, refusal, status, param) == learned
+    assert dialect.left_out == ({"seed"} if learned else set())
 
 
 def test_structured_output_is_asked_for_and_left_out_if_refused(server, connect, caplog):
@@ -343,30 +487,30 @@ def test_the_estimate_counts_what_is_not_kept(server, connect):
 def test_a_limit_is_checked_before_the_first_question(server, connect):
     asked = questions(10, max_tokens=100)
     with pytest.raises(
-        BudgetError, match=r"10 questions would take up to 1\d0 input and 1,000 output tokens; max_tokens = 900.*Nothing was"
+        BudgetError, match=r"10 questions would take up to 1\d0 input and 1,000 output tokens; token_limit = 900.*Nothing was"
     ):
-        connect(max_tokens=900).ask(asked)
-    with pytest.raises(BudgetError, match=r"\(1\.00 dollars\); max_dollars = 0\.9\."):
-        connect(input_price=0, output_price=1000, max_dollars=0.9).ask(asked)
+        connect(token_limit=900).ask(asked)
+    with pytest.raises(BudgetError, match=r"\(1\.00 dollars\); dollar_limit = 0\.9\."):
+        connect(input_price=0, output_price=1000, dollar_limit=0.9).ask(asked)
     assert server.requests == []
-    model = connect(max_tokens=1130)
+    model = connect(token_limit=1130)
     model.ask(asked[:5])
     assert model.ask(asked[:5])[0].was_kept
-    with pytest.raises(BudgetError, match=r"10 questions would take up to 11\d .*, after \d+ input and 10 output tokens; max"):
+    with pytest.raises(BudgetError, match=r"10 questions would take up to 11\d .*, after \d+ input and 10 output tokens; tok"):
         model.ask(questions(15, max_tokens=100))
-    connect(max_tokens=1130).ask(questions(15, max_tokens=100))
+    connect(token_limit=1130).ask(questions(15, max_tokens=100))
 
 
 def test_a_limit_that_is_reached_in_the_middle_keeps_what_is_done(server, connect):
     """For the server, each question is seven times as long as the estimate says."""
     long = [question._replace(user=question.user + "word " * 40) for question in questions(20, max_tokens=4)]
-    model = connect(max_tokens=260, concurrency=3)
+    model = connect(token_limit=260, concurrency=3)
     model = EndpointModel(model.config, count_tokens=lambda text: 0)
     assert model.estimate(long).n_input == 20 * 8
     server.reply = lambda messages, body: "a b c"
     with pytest.raises(
         BudgetReachedError,
-        match=r"could pass max_tokens = 260; raise that to ask the others\. (\d+) of 20 questions are answered and kept",
+        match=r"could pass token_limit = 260; raise that to ask the others\. (\d+) of 20 questions are answered and kept",
     ) as reached:
         model.ask(long)
     n = int(re.search(r"(\d+) of 20", str(reached.value))[1])

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import saelens_lite as sl
-from saelens_lite.chat import named_chat_model
+from saelens_lite.chat import TokenChoice
+from saelens_lite.chat.generating import Prompt, _answer
 from saelens_lite.errors import ConfigError, TextError
 
 TEMPLATE = (
@@ -136,13 +137,15 @@ def test_models_that_cannot_chat_are_refused(lm, tmp_path):
         sl.local_chat_model(with_template(lm, "{{ raise_exception('never') }}"), folder=tmp_path).ask([sl.Question("a")])
 
 
-def test_models_by_name(lm, tmp_path, monkeypatch):
-    monkeypatch.setattr("saelens_lite.model.load_model", lambda name: {"tiny": lm}[name])
-    local = named_chat_model("local:tiny", folder=str(tmp_path), timeout=None)
-    assert (local.name, local.lm) == ("tiny", lm)
-    distant = named_chat_model("judge", base_url="http://localhost:1/v1", seed=None, retries=2)
-    assert distant.config == sl.chat_model("judge", base_url="http://localhost:1/v1", retries=2).config
-    with pytest.raises(ConfigError, match=r"timeout = 3\.0 applies only to models behind an endpoint, not to local:tiny"):
-        named_chat_model("local:tiny", timeout=3.0)
-    with pytest.raises(ConfigError, match="unknown key 'timout'; did you mean timeout"):
-        named_chat_model("local:tiny", timout=3.0)
+def test_log_probabilities_end_with_the_line_as_the_answer_does(lm):
+    """Without a template, tokens after the line are no part of the answer, neither are their log-probabilities."""
+    ids = lm.tokenizer("1 0\n1 1\n0")["input_ids"]
+    texts = [lm.decode([token]) for token in ids]
+    seen = {i: TokenChoice(text, {text: -0.1}) for i, text in enumerate(texts) if text.strip() in ("0", "1")}
+    prompt = Prompt(sl.Question("Which?", choices=("0", "1")), [5, 6, 7], len(ids))
+    answer = _answer(lm, prompt, ids, set(), True, seen)
+    assert answer.text == "1 0"
+    assert [token.text.strip() for token in answer.tokens] == ["1", "0"]
+    assert answer.n_output == next(n for n in range(len(ids)) if "\n" in lm.decode(ids[:n]))
+    whole = _answer(lm, prompt, ids, {ids[-1]}, False, seen)
+    assert (whole.text, len(whole.tokens)) == ("1 0\n1 1", 4)

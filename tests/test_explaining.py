@@ -360,7 +360,7 @@ def test_bad_requests_say_what_to_do(store):
         rows.explain(model=Fake(rule))
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt(), Stopped("stopped", 2), BudgetReachedError("max_tokens = 10")])
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), Stopped("stopped", 2), BudgetReachedError("token_limit = 10")])
 def test_answers_until_an_interruption_become_labels_and_a_repeat_asks_only_the_rest(store, stop):
     model = Fake(rule, stop, after=3)
     with pytest.raises(type(stop)):
@@ -467,14 +467,15 @@ def test_the_command_writes_labels_and_goes_on_after_a_limit(command, folder, se
     asked = ("explain", folder, "--model", "judge", "--base-url", server.url, "--latents", "0-3,7", "--concurrency", 1)
     estimate = sl.chat_model("judge", base_url=server.url).estimate([before.question(i) for i in (0, 1, 2, 3, 7)])
     needed = estimate.n_input + estimate.n_output
-    said = command(*asked, "--max-tokens", needed - 1)
+    said = command(*asked, "--token-limit", needed - 1)
     assert said.code == 2
-    assert f"--max-tokens {needed - 1:,}. Nothing was sent" in said.err
+    assert f"5 new questions, {estimate.n_input:,} tokens to read, {estimate.n_output:,} to write" in said.out
+    assert f"--token-limit {needed - 1:,}. Nothing was sent" in said.err
     assert not server.requests
     server.plan = lambda question, n: "length" if len(server.requests) == 2 else None
     usual = server.reply
     server.reply = lambda messages, body: Reply(usual(messages, body), tokens=[("x", {"x": 0.0})] * 800)  # above the most
-    said = command(*asked, "--max-tokens", needed)
+    said = command(*asked, "--token-limit", needed)
     assert said.code == 2
     assert "cost nothing when the call is repeated" in said.err
     n_paid, done = server.paid.total(), sl.FeatureStore.load(folder).labels
@@ -490,6 +491,16 @@ def test_the_command_writes_labels_and_goes_on_after_a_limit(command, folder, se
     assert labels[2] == "mine"
     assert labels[7] in said.out
     assert (labels[7].source, labels[7].author) == ("max_act 1", "judge")
+
+
+def test_the_command_takes_the_key_of_a_variable(command, folder, server, monkeypatch):
+    monkeypatch.setenv("ANOTHER_KEY", "sk-anotherkey")
+    server.key = "sk-anotherkey"
+    asked = ("explain", folder, "--model", "judge", "--base-url", server.url, "--latents", "3")
+    assert "status 401" in command(*asked).err
+    said = command(*asked, "--key-variable", "ANOTHER_KEY")
+    assert said.code == 0, said.err
+    assert "sk-anotherkey" not in said.out + said.err
 
 
 def test_the_command_shows_the_exact_question_and_asks_nothing(command, folder, server):
@@ -516,7 +527,10 @@ def test_the_command_takes_the_latents_that_fire_most_often(command, folder, ser
         (("--model", "judge", "--latents", "1", "--top", 3), "both choose latents"),
         (("--model", "judge", "--by", "max_akt"), "did you mean max_act"),
         (("--model", "judge", "--concurrency", 0), "concurrency"),
-        (("--model", "judge", "--max-dollars", 1), "needs"),
+        (("--model", "judge", "--dollar-limit", 1), "needs"),
+        (("--model", "judge", "--base-url", ""), "base_url is empty"),
+        (("--model", "judge", "--base-url", "http://localhost:port/v1"), "base_url is no address"),
+        (("--model", "judge", "--local", "--key-variable", "A_KEY"), "--key-variable is for a server"),
         (("--model", "tiny", "--local", "--base-url", "http://localhost:1/v1"), "--base-url is for a server"),
     ],
 )

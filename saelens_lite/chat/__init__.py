@@ -1,7 +1,7 @@
 """Ask a chat model: a model behind an endpoint that speaks OpenAI's chat/completions, or a model of this computer.
 
 ```python
-model = sl.chat_model("gpt-4o-mini", folder="answers", input_price=0.15, output_price=0.6, max_dollars=2)
+model = sl.chat_model("gpt-4o-mini", folder="answers", input_price=0.15, output_price=0.6, dollar_limit=2)
 questions = [sl.Question(f"What do {a} and {b} have in common?", max_tokens=60) for a, b in [("owls", "bats"), ("tea", "ink")]]
 print(model.estimate(questions))  # tokens and dollars of the questions that have no kept answer
 local = sl.local_chat_model("tiny", folder="answers")  # or a Hub id, a folder, a loaded model
@@ -10,10 +10,10 @@ for answer in local.ask(questions):
 ```
 
 `model.ask(questions)` does the same through the endpoint (`pip install 'saelens-lite[chat]'`). `base_url=` names another one,
-such as a server of vLLM or llama.cpp; the default is the environment variable OPENAI_BASE_URL, or else OpenAI's. The key comes
-from the environment variable OPENAI_API_KEY, or the one that `key_variable=` names, or else from the keyring (`keyring set
-saelens_lite OPENAI_API_KEY`). It is no argument, and it is not written or logged. A server of this computer needs none.
-`ChatConfig` lists all settings.
+such as a server of vLLM or llama.cpp; the default is the environment variable OPENAI_BASE_URL if it is not empty, or else
+OpenAI's. The key comes from the environment variable OPENAI_API_KEY, or the one that `key_variable=` names, or else from the
+keyring (`keyring set saelens_lite OPENAI_API_KEY`), and is sent to any server that `base_url=` names. It is no argument, and it
+is not written or logged. A server of this computer needs none. `ChatConfig` lists all settings.
 
 **Answers.** Questions are answered in their order. A question without a usable answer fails alone: its `Answer` has
 `text=None` and a `failure` such as «refused», «cut» (at `max_tokens`), «empty», or the last fault after all repetitions.
@@ -27,11 +27,13 @@ were paid; `ask_again=True` asks them again. The folder is `folder=`, or the env
 it, or it is saelens_lite/answers in the system's folder for caches (~/.cache on Linux). The files hold the questions and so
 parts of your text. Two processes that ask the same question at the same moment both pay for it.
 
-**Cost.** With a limit, `max_dollars` or `max_tokens`, the estimate is checked before the first request. During the call, what
-the server counts is added up, and no request is sent that could pass the limit; what is done is kept. A limit holds for all
-calls of one chat model object. A reply that is lost on the way counts as its estimate, since the server may charge it. The
-estimate takes a quarter of the bytes for input tokens, unless `count_tokens=` counts them, and the most that is allowed for
-output tokens.
+**Cost.** With `dollar_limit` or `token_limit`, nothing is sent unless the estimate of all questions fits the limit. During the
+call, what the server counts is added up, and no question is sent whose estimate could pass the limit; what is done is kept. A
+limit is kept as well as the estimates are: a question that is longer than its estimate may pass it, and until the first replies
+show how far the estimates are off, so may all questions in progress. A limit holds for all calls of one chat model object. A
+reply that is lost on the way counts as its estimate, since the server may charge it. The estimate takes a quarter of the bytes
+for input tokens, unless `count_tokens=` counts them, and the most that is allowed for output tokens. Text that is not English
+may have twice as many tokens. `token_limit` limits what is spent, `Question.max_tokens` the length of one answer.
 
 **Structured output and log-probabilities.** `Question(…, schema=…)` asks for JSON of that schema, `Question(…, choices=…)` for
 the log-probabilities of tokens. If the server refuses one of them, the model remembers that and asks without.
@@ -40,7 +42,6 @@ the log-probabilities of tokens. If the server refuses one of them, the model re
 from saelens_lite.chat.contract import Answer, ChatModel, Estimate, Question, TokenChoice
 from saelens_lite.chat.endpoint import EndpointModel, chat_model
 from saelens_lite.chat.local import LocalModel, local_chat_model
-from saelens_lite.chat.named import named_chat_model
 from saelens_lite.chat.settings import ChatConfig
 
 __all__ = [
@@ -54,5 +55,4 @@ __all__ = [
     "TokenChoice",
     "chat_model",
     "local_chat_model",
-    "named_chat_model",
 ]

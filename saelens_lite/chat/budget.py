@@ -53,12 +53,12 @@ class Budget:
         return (size.n_input * self.config.input_price + size.n_output * self.config.output_price) / 1e6
 
     def limit_passed_by(self, size: Size) -> str | None:
-        """Return the limit that so many more tokens would pass, as «max_dollars = 5»; None if all fit."""
+        """Return the limit that so many more tokens would pass, as «dollar_limit = 5»; None if all fit."""
         total = _sum([self._spent, *self._reserved, size])
-        if self.config.max_tokens is not None and sum(total) > self.config.max_tokens:
-            return f"max_tokens = {self.config.max_tokens:,}"
-        if self.config.max_dollars is not None and (self.dollars(total) or 0) > self.config.max_dollars:
-            return f"max_dollars = {self.config.max_dollars:g}"
+        if self.config.token_limit is not None and sum(total) > self.config.token_limit:
+            return f"token_limit = {self.config.token_limit:,}"
+        if self.config.dollar_limit is not None and (self.dollars(total) or 0) > self.config.dollar_limit:
+            return f"dollar_limit = {self.config.dollar_limit:g}"
         return None
 
     def check(self, estimate: Estimate) -> None:

@@ -68,8 +68,11 @@ class Dialect:
             body |= {"logprobs": True, "top_logprobs": N_TOP[self.n_top]}
         return {name: value for name, value in body.items() if value is not None and name not in self.left_out}
 
-    def learns(self, body: dict[str, Any], refusal: str) -> bool:
-        """Return whether a request can be sent again without what the server refused in it."""
+    def learns(self, body: dict[str, Any], refusal: str, status: int = 400, param: Any = None) -> bool:
+        """Return whether a request can be sent again without what the server refused in it.
+
+        param: the name of the field, if the server says it apart from the words of its refusal.
+        """
         if "max_tokens" in body and "max_completion_tokens" in refusal:
             self.most_tokens = "max_completion_tokens"
         elif "response_format" in body and re.search(r"response_format|json_schema|structured output", refusal):
@@ -82,7 +85,7 @@ class Dialect:
             self._say("logprobs", self.n_top == len(N_TOP), "log-probabilities")
         else:
             for name in ("seed", "temperature"):
-                if name in body and name in refusal:
+                if name in body and status in (400, 422) and _names(name, refusal, param):
                     self._say(name, name not in self.left_out, f"a {name}, so its answers vary")
                     self.left_out.add(name)
                     return True
@@ -92,6 +95,16 @@ class Dialect:
     def _say(self, name: str, is_new: bool, what: str) -> None:
         if is_new:
             log.warning("the endpoint does not accept %s: it offers no %s", name, what)
+
+
+def _names(field: str, refusal: str, param: Any) -> bool:
+    """Return whether a refusal is about a field. Words that repeat the request name all of its fields."""
+    if isinstance(param, str) and param:
+        return param == field
+    mark = r"[\"'`\\]"
+    if re.search(rf"{mark}messages{mark}", refusal):
+        return False
+    return re.search(rf"{mark}{field}{mark}+(?!{mark}|\s*[:=]\s*-?\d)", refusal) is not None
 
 
 class Connection:
@@ -140,7 +153,9 @@ class Connection:
                 raise LostReply(f"no reply within {self.config.timeout:g} seconds", "silent") from None
             except self.openai.APIStatusError as error:
                 refusal = self._words(error)
-                if error.status_code in (400, 404, 422, 501) and self.dialect.learns(body, refusal):
+                if error.status_code in (400, 404, 422, 501) and self.dialect.learns(
+                    body, refusal, error.status_code, error.param
+                ):
                     continue
                 self._refuse(error, refusal)
             except self.openai.APIConnectionError as error:

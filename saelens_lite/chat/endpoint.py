@@ -110,7 +110,7 @@ def chat_model(name: str, *, count_tokens: Callable[[str], int] | None = None, *
     Args:
         name: The name of the model at the endpoint.
         count_tokens: Returns the number of tokens of a text, for estimates; default: a quarter of its bytes.
-        settings: Fields of `ChatConfig`, such as base_url, concurrency, max_dollars.
+        settings: Fields of `ChatConfig`, such as base_url, concurrency, dollar_limit.
 
     Raises:
         ConfigError: a setting is unknown or has a bad value.

@@ -19,6 +19,7 @@ from saelens_lite.tokens.template import has_template
 if TYPE_CHECKING:
     from saelens_lite.model import LanguageModel
 
+LINE = re.compile(r"\s*\S[^\n]*\n")  # the first line with text in it
 N_TOP = 20  # tokens whose log-probabilities are kept, besides those of the choices
 
 
@@ -111,10 +112,16 @@ def _answer(
     lm: "LanguageModel", prompt: Prompt, ids: list[int], ends: set[int], by_line: bool, seen: dict[int, TokenChoice]
 ) -> Answer:
     """Return the answer in the new tokens of a row, which has more tokens after its end."""
+
+    def text_of(n: int) -> str:
+        return lm.text_tokenizer.decode(ids[:n], skip_special_tokens=True)
+
     n = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-    is_ended, text = n < len(ids), lm.text_tokenizer.decode(ids[:n], skip_special_tokens=True)
-    if by_line and (line := re.match(r"\s*\S[^\n]*\n", text)):
+    is_ended, text = n < len(ids), text_of(n)
+    if by_line and (line := LINE.match(text)):
         text, is_ended = line[0], True
+        n = next(i for i in range(1, n + 1) if LINE.match(text_of(i)))
+        seen = {i: token for i, token in seen.items() if i < n and not LINE.match(text_of(i) + token.text.rstrip())}
     text, choices, sizes = text.strip(), prompt.question.choices, (len(prompt.ids), n)
     if not is_ended and text not in choices:
         return Answer(None, "cut", None, *sizes)
@@ -129,7 +136,7 @@ def _ends_of_lines(lm: "LanguageModel", n_prompt: int) -> Callable[..., Bool[Ten
 
     def ended(ids: Int[Tensor, "batch pos"], scores: Any, **_: Any) -> Bool[Tensor, " batch"]:
         texts = [lm.text_tokenizer.decode(row) for row in ids[:, n_prompt:].tolist()]
-        return torch.tensor([bool(re.match(r"\s*\S[^\n]*\n", text)) for text in texts], device=ids.device)
+        return torch.tensor([bool(LINE.match(text)) for text in texts], device=ids.device)
 
     return ended
 

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from saelens_lite.chat.contract import Answer, Question, TokenChoice
-from saelens_lite.errors import CorruptFileError
+from saelens_lite.errors import ConfigError, CorruptFileError, DiskFullError
 from saelens_lite.files import read_json, write_json
-from saelens_lite.paths import check_output
+from saelens_lite.paths import NO_ROOM, check_output
 
 VARIABLE = "SAELENS_LITE_ANSWERS"
 VERSION = 1
+LEAST_LOG_P, MOST_LOG_P = -1e4, 1e-3
+MOST_COUNT = 10**9  # tokens
 log = logging.getLogger(__name__)
 
 
@@ -46,6 +48,17 @@ def messages_of(question: Question) -> list[dict[str, str]]:
     """Return a question as the messages of a conversation."""
     parts = (("system", question.system), ("user", question.user))
     return [{"role": role, "content": whole_characters(text)} for role, text in parts if text or role == "user"]
+
+
+def log_probability(value: Any) -> float | None:
+    """Return a number as the logarithm of a probability, None if it cannot be one. Rounding may lift it a little above 0."""
+    is_one = type(value) in (int, float) and LEAST_LOG_P < value <= MOST_LOG_P
+    return min(float(value), 0.0) if is_one else None
+
+
+def is_count(value: Any) -> bool:
+    """Return whether a value can be the number of tokens of a question or an answer."""
+    return type(value) is int and 0 <= value < MOST_COUNT
 
 
 class Asked(dict[str, Any]):
@@ -90,10 +103,19 @@ class KeptAnswers:
         check_output(self.folder / "00")
 
     def get(self, key: str) -> Answer | None:
-        """Return the answer of that key; None if it is not kept, is to be asked again, or its file is damaged."""
+        """Return the answer of that key; None if it is not kept, is to be asked again, or its file is damaged.
+
+        Raises:
+            ConfigError: the folder may not be read.
+        """
         path = self._path(key)
-        if not path.exists():
-            return None
+        try:
+            if not path.exists():
+                return None
+        except OSError as error:
+            raise ConfigError(
+                f"kept answers cannot be read in {self.folder}: {error.strerror}; choose another folder"
+            ) from None
         try:
             value = read_json(path)
             if Asked(value["asked"]).key != key:
@@ -107,7 +129,11 @@ class KeptAnswers:
     def put(self, asked: Asked, answer: Answer) -> None:
         """Keep an answer. Raise DiskFullError or ConfigError if the file cannot be written."""
         path = self._path(asked.key)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            why = DiskFullError if error.errno in NO_ROOM else ConfigError
+            raise why(f"the folder {path.parent} cannot be made: {error.strerror}; choose another folder of answers") from None
         tokens = None if answer.tokens is None else [list(token) for token in answer.tokens]
         write_json(path, {"asked": asked, "answer": answer._replace(tokens=tokens, was_kept=True)._asdict()})
 
@@ -119,11 +145,12 @@ def _answer(value: Mapping[str, Any]) -> Answer:
     """Return an answer that was kept. Raise ValueError, TypeError or KeyError if it is damaged."""
     text, failure, tokens, n_input, n_output = (value[name] for name in ("text", "failure", "tokens", "n_input", "n_output"))
     good = isinstance(text, str | None) and isinstance(failure, str | None) and (text is None) == (failure is not None)
-    if not good or not isinstance(n_input, int) or not isinstance(n_output, int):
+    if not good or not is_count(n_input) or not is_count(n_output):
         raise ValueError("its values are not those of an answer")
-    read = (
-        None
-        if tokens is None
-        else tuple(TokenChoice(str(token), {str(t): float(p) for t, p in top.items()}) for token, top in tokens)
-    )
+    read = None if tokens is None else tuple(_token(*token) for token in tokens)
     return Answer(text, failure, read, n_input, n_output, was_kept=True)
+
+
+def _token(text: str, top: Mapping[str, Any]) -> TokenChoice:
+    """Return a token that was kept, with those log-probabilities that can be some."""
+    return TokenChoice(str(text), {str(t): p for t, value in top.items() if (p := log_probability(value)) is not None})

@@ -1,11 +1,10 @@
 """Read the reply of a server. Every value in it is checked, because servers differ, and networks cut."""
 
 import json
-import math
 from typing import Any
 
 from saelens_lite.chat.contract import Answer, Question, TokenChoice
-from saelens_lite.chat.kept import whole_characters
+from saelens_lite.chat.kept import is_count, log_probability, whole_characters
 
 
 class MalformedReply(Exception):
@@ -63,7 +62,7 @@ def _usage(usage: Any, expected_input: int, text: str) -> tuple[int, int]:
     given = usage if isinstance(usage, dict) else {}
     numbers = [given.get(name) for name in ("prompt_tokens", "completion_tokens")]
     expected = (expected_input, -(-len(text.encode()) // 4))
-    return tuple(n if type(n) is int and n >= 0 else other for n, other in zip(numbers, expected, strict=True))  # type: ignore
+    return tuple(n if is_count(n) else other for n, other in zip(numbers, expected, strict=True))  # type: ignore
 
 
 def _tokens(logprobs: Any, choices: tuple[str, ...]) -> tuple[TokenChoice, ...] | None:
@@ -76,7 +75,7 @@ def _tokens(logprobs: Any, choices: tuple[str, ...]) -> tuple[TokenChoice, ...] 
 
 
 def _token(item: Any) -> TokenChoice | None:
-    """Return a token with the log-probabilities in its place; None if the server wrote something else there."""
+    """Return a token with the log-probabilities in its place; None if the server wrote nothing there that can be one."""
     if not isinstance(item, dict) or not isinstance(item.get("token"), str):
         return None
     top = item.get("top_logprobs")
@@ -85,7 +84,5 @@ def _token(item: Any) -> TokenChoice | None:
         for one in (*(top if isinstance(top, list) else ()), item)
         if isinstance(one, dict)
     ]
-    log_p = {
-        whole_characters(t): float(p) for t, p in pairs if isinstance(t, str) and type(p) in (int, float) and math.isfinite(p)
-    }
+    log_p = {whole_characters(t): p for t, value in pairs if isinstance(t, str) and (p := log_probability(value)) is not None}
     return TokenChoice(whole_characters(item["token"]), log_p) if log_p else None

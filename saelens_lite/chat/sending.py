@@ -12,7 +12,7 @@ from saelens_lite.chat.connection import Connection, LostReply, UnfitQuestion
 from saelens_lite.chat.contract import Answer, Question
 from saelens_lite.chat.kept import Asked, KeptAnswers
 from saelens_lite.chat.waits import wait_before
-from saelens_lite.errors import BudgetReachedError, ChatUnreachableError, SaelensLiteError
+from saelens_lite.errors import BudgetReachedError, ChatUnreachableError
 
 CONNECTS = 3  # attempts to connect to an endpoint that has never answered
 IN_A_ROW = 10  # questions that fail one after another before the endpoint counts as unreachable
@@ -32,7 +32,7 @@ class Call:
         self.config = connection.config
         self.waiting, self._todo = waiting, deque(waiting)
         self.answers: dict[str, Answer] = {}
-        self.error: SaelensLiteError | None = None
+        self.error: Exception | None = None
         self._has_answered = False  # the endpoint, with any status
         self._n_lost_in_a_row = 0
         self._open_at = 0.0  # no request before this moment, as the server demands
@@ -98,17 +98,17 @@ class Call:
         while self._todo and not self._closing.is_set():
             key = self._todo.popleft()
             asked, question, size = self.waiting[key]
-            answer = self.kept.get(key)  # of another process, meanwhile
             try:
+                answer = self.kept.get(key)  # of another process, meanwhile
                 answer = answer or await self._ask(asked, question, size)
-            except SaelensLiteError as error:
+                if answer is None:  # stopped
+                    return
+                self.answers[key] = answer
+                self.advance(1)
+            except Exception as error:  # also an unexpected one: the replies in progress are paid, so they are kept first
                 self.error = self.error or error
                 self._closing.set()
                 return
-            if answer is None:  # stopped
-                return
-            self.answers[key] = answer
-            self.advance(1)
 
     async def _ask(self, asked: Asked, question: Question, size: Size) -> Answer | None:
         """Return the answer to a question after as many attempts as the settings allow; None if the call is stopped."""

@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import re
 from contextlib import suppress
 from pathlib import PurePath
 from typing import Any, Literal
@@ -13,7 +14,9 @@ from saelens_lite.config import MOST, FrozenConfig
 from saelens_lite.errors import ChatAccessError, ConfigError
 
 OPENAI = "https://api.openai.com/v1"
+ADDRESS_VARIABLE = "OPENAI_BASE_URL"
 KEY_VARIABLE = "OPENAI_API_KEY"
+MOST_CHARACTERS = 2000  # of an address
 SERVICE = "saelens_lite"  # in the keyring
 NO_KEY = "none"  # sent to a server of this computer, which needs no key
 
@@ -25,13 +28,14 @@ class ChatConfig(FrozenConfig):
     base_url: str | None = Field(
         None,
         description="Address of the endpoint, such as http://localhost:8000/v1; default: the environment variable "
-        "OPENAI_BASE_URL, or else OpenAI's.",
+        "OPENAI_BASE_URL if it is not empty, or else OpenAI's.",
     )
     key_variable: str = Field(
         KEY_VARIABLE,
         min_length=1,
-        description="Environment variable that holds the key. If it is not set, the keyring is asked for the password of this "
-        "name in the service saelens_lite. A server of this computer needs no key.",
+        description="Environment variable that holds the key, which is sent to the endpoint, whichever that is. If it is not "
+        "set, the keyring is asked for the password of this name in the service saelens_lite. A server of this computer needs "
+        "no key.",
     )
     concurrency: int = Field(8, ge=1, le=1000, description="Most requests at the same time.")
     retries: int = Field(
@@ -53,11 +57,16 @@ class ChatConfig(FrozenConfig):
     )
     input_price: float | None = Field(None, ge=0, description="Price of a million input tokens in US dollars.")
     output_price: float | None = Field(None, ge=0, description="Price of a million output tokens in US dollars.")
-    max_dollars: float | None = Field(
-        None, ge=0, description="Most US dollars that this chat model may spend; needs the prices."
+    dollar_limit: float | None = Field(
+        None,
+        ge=0,
+        description="Most US dollars that this chat model may spend, as well as that can be estimated; needs the prices.",
     )
-    max_tokens: int | None = Field(
-        None, ge=0, le=MOST, description="Most tokens that this chat model may spend, input and output together."
+    token_limit: int | None = Field(
+        None,
+        ge=0,
+        le=MOST,
+        description="Most tokens that this chat model may spend, input and output together, as well as that can be estimated.",
     )
     folder: str | None = Field(
         None,
@@ -71,28 +80,60 @@ class ChatConfig(FrozenConfig):
     def _as_text(cls, folder: Any) -> Any:
         return str(folder) if isinstance(folder, PurePath) else folder
 
+    @field_validator("base_url")
+    @classmethod
+    def _is_address(cls, address: str | None) -> str | None:
+        return address if address is None else checked_address(address)
+
     @model_validator(mode="after")
     def _limit_needs_prices(self) -> "ChatConfig":
-        if self.max_dollars is not None and (self.input_price is None or self.output_price is None):
-            raise ValueError("max_dollars needs input_price and output_price")
+        if self.dollar_limit is not None and (self.input_price is None or self.output_price is None):
+            raise ConfigError("dollar_limit needs input_price and output_price")  # pydantic's error would show all settings
         return self
 
     def resolved(self) -> "ChatConfig":
         """Return the settings with the address of the endpoint.
 
         Raises:
-            ConfigError: the address is not one, or holds a name or password. Settings may be shown, so no key belongs there.
+            ConfigError: the address in OPENAI_BASE_URL is not one, or holds a name or password.
         """
-        address = self.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI
+        address = self.base_url
+        if address is None and (address := os.environ.get(ADDRESS_VARIABLE) or None):
+            address = checked_address(address, f"the environment variable {ADDRESS_VARIABLE}")
+        return ChatConfig(**self.model_dump(exclude_unset=True) | {"base_url": (address or OPENAI).rstrip("/")})
+
+
+def checked_address(address: str, name: str = "base_url") -> str:
+    """Return an address after checking it. An error never shows it, since somebody may have put a key into it.
+
+    Raises:
+        ConfigError: the address is not one, or holds a name or password.
+    """
+    expected = "expected an address such as http://localhost:8000/v1"
+    if not address:
+        raise ConfigError(f"{name} is empty; {expected}, or nothing at all for OpenAI's")
+    if len(address) > MOST_CHARACTERS or not re.fullmatch(r"[!-~]+", address):
+        raise ConfigError(f"{name} is too long, or has spaces or other characters that no address has; {expected}")
+    if "@" in address or "?" in address or "#" in address:
+        raise ConfigError(
+            f"{name}: expected an address without a name, password, query or fragment; the key comes from an environment "
+            "variable or the keyring"
+        )
+    try:
         parts = urlsplit(address)
-        if parts.username or parts.password or parts.query or parts.fragment:
-            raise ConfigError(
-                "base_url: expected an address without a name, password, query or fragment; the key comes from the environment "
-                f"variable {self.key_variable}"
-            )
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"base_url = {address!r}: expected an address such as http://localhost:8000/v1")
-        return ChatConfig(**self.model_dump(exclude_unset=True) | {"base_url": address.rstrip("/")})
+        has_host, port = _is_host(parts.hostname or ""), parts.port
+    except ValueError:  # a bracket that is not closed, a port that is not a number
+        has_host, port, parts = False, None, urlsplit("")
+    if parts.scheme not in ("http", "https") or not has_host or port == 0:
+        raise ConfigError(f"{name} is no address of a server: {expected}, with http or https, and a port from 1 to 65535")
+    return address
+
+
+def _is_host(host: str) -> bool:
+    """Return whether a text is an IP address or can be a name. Raise ValueError for an IP address that is not one."""
+    if ":" in host or re.fullmatch(r"[\d.]+", host):
+        return bool(ipaddress.ip_address(host))
+    return all(re.fullmatch(r"[\w-]{1,63}", label) for label in host.removesuffix(".").split("."))
 
 
 def is_loopback(address: str) -> bool:
@@ -110,10 +151,14 @@ def key_of(config: ChatConfig) -> str:
     """Return the key of the endpoint, from the environment, or else from the keyring if that package is installed.
 
     Raises:
-        ChatAccessError: there is no key, and the endpoint is on another computer.
+        ChatAccessError: there is no key, and the endpoint is on another computer; or the key cannot be sent.
     """
     name = config.key_variable
     if key := os.environ.get(name, "").strip() or _from_keyring(name):
+        if not re.fullmatch(r"[ -~]+", key):
+            raise ChatAccessError(
+                f"the key in {name} has characters that no key has, such as a line end or a letter with an accent; set it again"
+            )
         return key
     if is_loopback(config.base_url or OPENAI):
         return NO_KEY
@@ -128,5 +173,5 @@ def _from_keyring(name: str) -> str | None:
     with suppress(Exception):  # each backend raises errors of its own
         import keyring
 
-        return keyring.get_password(SERVICE, name)
+        return (keyring.get_password(SERVICE, name) or "").strip() or None
     return None

@@ -22,8 +22,11 @@ class OfChat:
     model
         Name of the chat model, such as gpt-4o-mini; with --local, "tiny", a Hugging Face Hub id, or a folder.
     base_url
-        Address of a server that speaks the OpenAI protocol, such as http://localhost:8000/v1; default: OpenAI's. The key comes
-        from the environment variable OPENAI_API_KEY or from the keyring.
+        Address of a server that speaks the OpenAI protocol, such as http://localhost:8000/v1; default: the environment
+        variable OPENAI_BASE_URL, or else OpenAI's.
+    key_variable
+        Environment variable that holds the key, or the key's name in the keyring; default: OPENAI_API_KEY, which is then sent
+        to the server of --base-url too.
     local
         Run the chat model on this computer, with transformers.
     concurrency
@@ -32,10 +35,10 @@ class OfChat:
         Price of a million input tokens in US dollars.
     output_price
         Price of a million output tokens in US dollars.
-    max_dollars
-        Most US dollars to spend; needs the prices.
-    max_tokens
-        Most tokens to spend, input and output together.
+    dollar_limit
+        Most US dollars to spend, as well as that can be estimated; needs the prices.
+    token_limit
+        Most tokens to spend, input and output together, as well as that can be estimated.
     ask_again
         Ask, and pay, again where the kept answer is a refusal, cut or empty.
     answers
@@ -44,12 +47,13 @@ class OfChat:
 
     model: str | None = None
     base_url: str | None = None
+    key_variable: str | None = None
     local: Flag = False
     concurrency: int | None = None
     input_price: float | None = None
     output_price: float | None = None
-    max_dollars: float | None = None
-    max_tokens: int | None = None
+    dollar_limit: float | None = None
+    token_limit: int | None = None
     ask_again: Flag = False
     answers: Path | None = None
 
@@ -58,11 +62,12 @@ class OfChat:
         """The settings that were given, by their names in `ChatConfig`."""
         return given(
             base_url=self.base_url,
+            key_variable=self.key_variable,
             concurrency=self.concurrency,
             input_price=self.input_price,
             output_price=self.output_price,
-            max_dollars=self.max_dollars,
-            max_tokens=self.max_tokens,
+            dollar_limit=self.dollar_limit,
+            token_limit=self.token_limit,
             ask_again=self.ask_again or None,
             folder=None if self.answers is None else str(self.answers),
         )
@@ -73,8 +78,10 @@ class OfChat:
 
         if self.model is None:
             raise ConfigError("no chat model: give --model, such as --model gpt-4o-mini")
-        ChatConfig(model=self.model, **self.settings)
-        if self.local and (useless := [name for name in self.settings if name not in ("folder", "ask_again")]):
+        config = ChatConfig(model=self.model, **self.settings)
+        if not self.local:
+            config.resolved()
+        elif useless := [name for name in self.settings if name not in ("folder", "ask_again")]:
             raise ConfigError(
                 f"--{useless[0].replace('_', '-')} is for a server, and --local runs the model here; leave one out"
             )

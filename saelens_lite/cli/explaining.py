@@ -58,6 +58,7 @@ def explain(
         chat.check()
 
     import saelens_lite as sl
+    from saelens_lite.features.explaining.explain import explainer, in_words, question_about
     from saelens_lite.features.label import Label
     from saelens_lite.features.labels import add_stored
 
@@ -70,9 +71,12 @@ def explain(
             question = loaded.question(number, by, **given)
             say(f"--- latent {number}, system ---\n{question.system}\n--- latent {number}, user ---\n{question.user}")
         return
-    before = dict(loaded.labels)
+    loaded.info.check_text("an explanation in words")
+    model, before, made = chat.load(), dict(loaded.labels), explainer(by, given)
+    questions = [question for number in numbers if (question := question_about(loaded, number, made)) is not None]
+    say(in_words(model.estimate(questions)))
     try:
-        explanations = loaded.explain(numbers, by, model=chat.load(), replace=replace, **given)
+        explanations = loaded.explain(numbers, by, model=model, replace=replace, **given)
     except KeyboardInterrupt as error:
         if isinstance(error, Stopped):
             raise

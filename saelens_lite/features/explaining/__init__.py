@@ -11,7 +11,7 @@ question = store.question(live[0])  # what a chat model would be asked: question
 ```sh
 export OPENAI_API_KEY=…                                                # or `keyring set saelens_lite OPENAI_API_KEY`
 saelens-lite explain store --latents 7 --show-prompt                   # asks nothing
-saelens-lite explain store --model gpt-4o-mini --top 100 --max-tokens 500000
+saelens-lite explain store --model gpt-4o-mini --top 100 --token-limit 500000
 saelens-lite explain store --model my-model --base-url http://localhost:8000/v1 --by promoted
 saelens-lite explain store --model Qwen/Qwen3-4B --local --latents 1,2,5-9
 saelens-lite score store --model gpt-4o-mini                           # of all labels, beside controls
