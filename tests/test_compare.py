@@ -3,6 +3,7 @@
 import itertools
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from saelens_lite.features import compare as module
 from saelens_lite.features.compare import Comparison, Directions, Stability, random_like
 from saelens_lite.features.info import weights_hash
 from saelens_lite.features.tensors import NONE
+from saelens_lite.tables import as_text
 
 D_IN, D_SAE = 32, 60
 METHODS = ["hungarian", "mutual"]
@@ -309,6 +311,11 @@ def scores() -> Stability:
     a = make()
     first = permuted(a, torch.arange(45), 0.2, seed=1)
     return sl.stability(a, [first, permuted(a, torch.arange(30), 0.2, seed=2)])
+
+
+def test_stability_without_live_latents_has_a_table(scores):
+    none = replace(scores, live=torch.zeros_like(scores.live))
+    assert "No latent is live" in as_text(none.table())
 
 
 def test_stability_counts_the_dictionaries_that_have_a_latent(scores):

@@ -1,7 +1,10 @@
 """Noise floors against scipy's distributions, formulas in float64, and simulated tables of which the truth is known."""
 
+import copy
+import inspect
 import json
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +15,7 @@ from scipy import stats
 import saelens_lite as sl
 from saelens_lite.errors import ConfigError, CorruptFileError, ShapeError
 from saelens_lite.evaluation import EvalReport, Metric, noise_floors, table
-from saelens_lite.evaluation.controls import PERMUTED, permuted_dictionary
+from saelens_lite.evaluation.controls import PERMUTED, further_controls, permuted_dictionary
 from saelens_lite.evaluation.floors import Noise, floor_of, noise_floors_of, t_quantile
 from saelens_lite.evaluation.probing import Probe, ProbeReport, probe_table
 from saelens_lite.evaluation.replicates import KEPT, Recipe, Replicates, recipe_of
@@ -200,6 +203,90 @@ def test_repeating_a_report_does_not_make_seeds(reports):
     assert not noise_floors(twice).has_seeds
 
 
+def test_dictionaries_of_different_data_settings_or_texts_are_no_seeds(x, recipes, reports):
+    first = {name: reports[name] for name in ("runs/a-s0", "runs/a-s1")}
+    d = recipes["runs/a-s1"]
+    elsewhere = fitted(x.flip(1), 1)
+    assert elsewhere.training_record["config"] == d.training_record["config"]
+    wider = copy.deepcopy(d)
+    wider.rule = type(d.rule)(d.rule.config.replace(k=5), d_in=16, d_sae=64)
+    damaged = permuted_dictionary(d, None, 0)
+    others = dict(zip("ewp", sl.evaluate([elsewhere, wider, damaged], x, n_bootstrap=300), strict=True))
+    assert noise_floors(first | others).recipes == {"runs/a": tuple(first), "e": ("e",), "w": ("w",), "p": ("p",)}
+    assert others["p"].recipe is None
+    assert str(others["w"].recipe) == "topk k=5"
+    unknown = fitted(x, 0)
+    del unknown.training_record["data_sha256"]
+    assert recipe_of(unknown) is None
+
+    halves = {name: sl.evaluate(d, part, n_bootstrap=300) for name, part in (("one", x[:300]), ("two", x[300:]))}
+    assert halves["one"].recipe == halves["two"].recipe
+    assert noise_floors(halves | {"k": others["w"]}).recipes == {name: (name,) for name in ("one", "two", "k")}
+    other_seed = {"s0": sl.evaluate(recipes["runs/a-s0"], x[:300], n_bootstrap=300), "s1": halves["two"]}
+    assert not noise_floors(other_seed).has_seeds  # distinct seeds, but each on a text of its own
+    edited = copy.deepcopy(d)
+    edited.W_dec.data.mul_(0.9)
+    pair = {"whole": reports["runs/a-s1"], "edited": sl.evaluate(edited, x, n_bootstrap=300)}
+    assert not noise_floors(pair).has_seeds
+
+
+def test_a_recipe_never_takes_the_name_of_another_report(reports):
+    names = {"t-1": "runs/a-s0", "t-2": "runs/a-s1", "t": "runs/c"}
+    for order in (["t-1", "t-2", "t"], ["t", "t-1", "t-2"]):
+        floors = noise_floors({name: reports[names[name]] for name in order})
+        assert sorted(floors.recipes.values()) == [("t",), ("t-1", "t-2")]
+        assert floors.recipes["t"] == ("t",)
+
+
+def test_notes_say_what_the_floor_of_each_metric_is_from(reports):
+    pair = {name: reports[name] for name in ("runs/a-s0", "runs/c")}
+    assert noise_floors(pair, metrics=["mse"]).notes[0] == (
+        "From the intervals, unpaired: the reports hold no replicates of it."
+    )
+    both = noise_floors(pair, metrics=["fvu", "mse"])
+    assert both.notes[:2] == (
+        "fvu: Paired bootstrap over the text.",
+        "mse: From the intervals, unpaired: the reports hold no replicates of it.",
+    )
+
+
+def test_unknown_metrics_and_rows_are_refused(reports):
+    with pytest.raises(ConfigError, match="no report has the metric 'fuv'; did you mean fvu"):
+        noise_floors(reports, metrics=["fvu", "fuv"])
+    with pytest.raises(ConfigError, match=r"expected a list of names, such as \['fvu'\]"):
+        noise_floors(reports, metrics="fvu")
+    floors = noise_floors(reports)
+    with pytest.raises(ConfigError, match="no row 'runs/A'; the rows are runs/a"):
+        floors.differ("fvu", "runs/A", "runs/b")
+    with pytest.raises(ConfigError, match="no report has the metric 'fvo'"):
+        floors.differ("fvo", "runs/a", "runs/b")
+    assert not floors.differ("ce_loss_score", "runs/a", "runs/b")
+    poorer = {k: m for k, m in reports["runs/c"].metrics.items() if k != "fvu"}
+    three = noise_floors(
+        {"a": reports["runs/a-s0"], "b": reports["runs/b-s0"], "c": replace(reports["runs/c"], metrics=poorer)}
+    )
+    assert not three.differ("fvu", "a", "b")
+    assert three.differ("l0", "a", "b")
+
+
+def test_arguments_of_other_kinds_are_refused(reports):
+    """Types are not checked when users call it, unlike in tests."""
+    unchecked = inspect.unwrap(noise_floors)
+    for given in ({}, list(reports.values()), {"a": 3}):
+        with pytest.raises(ConfigError, match="compares reports by name"):
+            unchecked(given)
+    for level in ("x", True, None):
+        with pytest.raises(ConfigError, match="expected a share between 0 and 1"):
+            unchecked(reports, level=level)
+    for seeds in (["runs/c"], {"a": 3}, {"a": [3]}):
+        with pytest.raises(ConfigError, match="seeds"):
+            unchecked(reports, seeds)
+    with pytest.raises(ConfigError, match="calls a recipe 'runs/c', but a report of that name"):
+        noise_floors(reports, {"runs/c": ["runs/a-s0", "runs/a-s1"]})
+    with pytest.raises(ConfigError, match="dictionaries by name"):
+        inspect.unwrap(further_controls)({1: sl.Dictionary.create("topk", reads=8, d_sae=16, options={"k": 2})})
+
+
 def test_wrong_groups_are_refused(reports):
     with pytest.raises(ConfigError, match="names 'runs/a-s7', which is no report; did you mean"):
         noise_floors(reports, {"a": ["runs/a-s7"]})
@@ -242,6 +329,22 @@ def test_permuted_rows_are_a_tenth_of_the_live_ones_and_none_stays():
     assert torch.equal(damaged.W_enc, d.W_enc)
     assert torch.equal(permuted_dictionary(d, density, seed=5).W_dec, damaged.W_dec)
     assert len((permuted_dictionary(d, None, 0).W_dec != d.W_dec).any(1).nonzero()) == 10
+
+
+def test_permuted_rows_damage_a_rule_that_encodes_with_its_decoder(x):
+    d = fitted(x, 0, sparsity="matching_pursuit")
+    report = sl.evaluate(d, x, n_bootstrap=100, controls=True)
+    damaged = permuted_dictionary(d, report.density, 0)
+    with torch.no_grad():
+        codes, theirs = d.encode(x), damaged.encode(x)
+        assert torch.equal(codes.latent, theirs.latent)
+        assert torch.equal(codes.value, theirs.value)
+        wanted = codes.to_dense() @ damaged.W_dec + d.b_dec
+        torch.testing.assert_close(damaged(x), wanted)
+        error = float((x - wanted).square().sum() / (x - x.mean(0)).square().sum())
+    assert report.controls[PERMUTED]["fvu"] == pytest.approx(error, rel=1e-4)
+    assert report.controls[PERMUTED]["fvu"] > 1.2 * report["fvu"]
+    assert report.not_told[PERMUTED] == ("l0", "frac_alive")
 
 
 def test_a_metric_that_cannot_tell_a_damaged_decoder_is_marked(x, recipes):

@@ -6,6 +6,7 @@ import torch
 import saelens_lite as sl
 from saelens_lite.cache import TensorSource
 from saelens_lite.errors import ConfigError
+from saelens_lite.evaluation.replicates import recipe_of
 from saelens_lite.training import Trainer
 
 RULES = {
@@ -135,10 +136,18 @@ def test_the_first_step_does_not_rescale_the_encoder():
 
 def test_the_record_names_the_start():
     x = activations()
-    (run,) = sl.train(
-        TensorSource(x), sl.TrainConfig(hook="a", n_tokens=64, batch_size=64), start_from=trained("topk", "autoencoder", x)
-    )
-    assert run.dictionary.training_record["start_from"] == {"source": None, "sparsity": "topk", "tokens": 2048}
+    begin, config = trained("topk", "autoencoder", x), sl.TrainConfig(hook="a", n_tokens=64, batch_size=64)
+    (run,) = sl.train(TensorSource(x), config, start_from=begin)
+    record = dict(run.dictionary.training_record["start_from"])
+    assert len(record.pop("sha256")) == 64
+    assert record == {"source": None, "sparsity": "topk", "tokens": 2048}
+    (same,) = sl.train(TensorSource(x), config, start_from=begin)
+    assert same.dictionary.training_record == run.dictionary.training_record
+    with torch.no_grad():
+        begin.b_dec += 1
+    (other,) = sl.train(TensorSource(x), config, start_from=begin)
+    assert other.dictionary.training_record["start_from"]["sha256"] != run.dictionary.training_record["start_from"]["sha256"]
+    assert recipe_of(other.dictionary).sha256 != recipe_of(run.dictionary).sha256
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,10 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -17,7 +17,9 @@ from saelens_lite.tables import Result, grid
 
 DIFFERS, SAME = "≠", "≈"
 FLOOR = "noise floor"
-SHARES = ("frac_alive", "shared", "agree", "mutual")  # metrics that tables show in percent
+SHARES = ("shared", "agree", "mutual")  # of latents, in comparisons with another dictionary
+IN_PERCENT = ("frac_alive", *SHARES)
+WHERE = ("text_sha256", "model", "hook", "read_hook")  # what reports of seeds have in common
 Z = 1.959964
 _SEED = re.compile(r"([\W_]+(seed|s))?[\W_]*$", re.IGNORECASE)  # the end of a name that is shared by several seeds
 
@@ -25,6 +27,15 @@ _SEED = re.compile(r"([\W_]+(seed|s))?[\W_]*$", re.IGNORECASE)  # the end of a n
 @runtime_checkable
 class Measured(Protocol):
     """A report as far as comparisons read it."""
+
+    metrics: dict[str, Metric]
+    replicates: Replicates | None
+    recipe: Recipe | None
+    n_sequences: int
+
+
+class ComparedScores(NamedTuple):
+    """Scores that are no evaluation, such as those of a probe, as far as `noise_floors` reads them."""
 
     metrics: dict[str, Metric]
     replicates: Replicates | None
@@ -51,11 +62,22 @@ class NoiseFloors(Result):
     reference: str = "the first row"
 
     def differ(self, metric: str, a: str, b: str) -> bool:
-        """Return whether two rows differ in a metric by more than its floor."""
+        """Return whether two rows differ in a metric by more than its floor; False if a row lacks it.
+
+        Raises:
+            ConfigError: there is no such row or metric.
+        """
+        for name in (a, b):
+            if name not in self.values:
+                raise ConfigError(
+                    f"no row {name!r}; the rows are {', '.join(self.values)}{near_matches(str(name), self.values)}"
+                )
+        if metric not in self.floors:
+            _check_metrics([metric], {key for of in self.values.values() for key in of})
         pair = [self.values[name].get(metric) for name in (a, b)]
         if None in pair:
             return False
-        return bool(abs(pair[0].value - pair[1].value) > self.floors[metric])
+        return bool(abs(pair[0].value - pair[1].value) > self.floors.get(metric, math.nan))
 
     def differing(self, name: str) -> tuple[str, ...]:
         """Return the metrics in which a row differs from the first."""
@@ -111,7 +133,7 @@ class NoiseFloors(Result):
 
 def shown(metric: str, m: Metric) -> str:
     """Return a metric as a cell of a table."""
-    return f"{m.value:.1%}" if metric in SHARES else m.short
+    return f"{m.value:.1%}" if metric in IN_PERCENT else m.short
 
 
 def floor_cell(metric: str, floor: float) -> str:
@@ -122,7 +144,7 @@ def floor_cell(metric: str, floor: float) -> str:
         return "0"
     unit = 10.0 ** (math.floor(math.log10(floor)) - 1)
     up = math.ceil(floor / unit * (1 - 1e-9)) * unit
-    if metric in SHARES:
+    if metric in IN_PERCENT:
         return f"{100 * up:.2g}%"
     return f"{up:.2g}" if up < 10 else f"{up:,.0f}"
 
@@ -151,10 +173,14 @@ def noise_floors(
         resampled, reference: words for the notes: the source of the replicates, and the first row.
 
     Raises:
-        ConfigError: `seeds` names a report that is missing or names one twice, or the level is not between 0 and 1.
+        ConfigError: there are no reports; no report has a metric; `seeds` names a report that is missing or names one twice;
+            or the level is not between 0 and 1.
     """
-    if not 0 < level < 1:
-        raise ConfigError(f"level = {level}; expected a share between 0 and 1, such as 0.05")
+    if not isinstance(reports, Mapping) or not reports or not all(isinstance(one, Measured) for one in reports.values()):
+        raise ConfigError(f'noise_floors compares reports by name, such as {{"a": report, "b": report}}; got {reports!r:.60}')
+    if isinstance(level, bool) or not isinstance(level, int | float) or not 0 < level < 1:
+        raise ConfigError(f"level = {level!r:.40}; expected a share between 0 and 1, such as 0.05")
+    _check_metrics(metrics, {key for report in reports.values() for key in report.metrics})
     recipes = _named(reports, seeds) if seeds is not None else _recorded(reports)
     has_seeds = any(len(_distinct(reports, names)) > 1 for names in recipes.values())
     if not has_seeds and seeds is None:
@@ -192,18 +218,31 @@ def not_told(report: Measured, control: Measured, metrics: Sequence[str] = COLUM
     )
 
 
-def _named(reports: Mapping[str, Measured], seeds: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+def _check_metrics(metrics: Any, known: Collection[str]) -> None:
+    """Raise ConfigError unless metrics are a list of names, each that of a known one or of a usual column."""
+    if isinstance(metrics, str) or not isinstance(metrics, Sequence):
+        raise ConfigError(f"metrics = {metrics!r}; expected a list of names, such as ['fvu']")
+    for metric in metrics:
+        if metric not in known and metric not in COLUMNS:
+            raise ConfigError(f"no report has the metric {metric!r:.60}{near_matches(str(metric), sorted({*known, *COLUMNS}))}")
+
+
+def _named(reports: Mapping[str, Measured], seeds: Any) -> dict[str, tuple[str, ...]]:
     """Return the recipes that a caller names, and one for each other report."""
+    if not isinstance(seeds, Mapping):
+        raise ConfigError(f"seeds = {seeds!r:.60}; expected the names of the reports of each recipe, by its name")
     taken: list[str] = []
     for recipe, names in seeds.items():
-        if isinstance(names, str) or not names:
+        if not isinstance(names, Sequence) or isinstance(names, str) or not names:
             raise ConfigError(f"seeds[{recipe!r}] = {names!r}; expected a list of names of reports")
         for name in names:
             if name not in reports:
-                raise ConfigError(f"seeds[{recipe!r}] names {name!r}, which is no report{near_matches(name, reports)}")
+                raise ConfigError(f"seeds[{recipe!r}] names {name!r}, which is no report{near_matches(str(name), reports)}")
             if name in taken:
                 raise ConfigError(f"seeds names the report {name!r} twice; a report belongs to one recipe")
             taken.append(name)
+    if other := [recipe for recipe in seeds if recipe in reports and recipe not in taken]:
+        raise ConfigError(f"seeds calls a recipe {other[0]!r}, but a report of that name is of no recipe; choose another name")
     of = {name: recipe for recipe, names in seeds.items() for name in names}
     grouped: dict[str, list[str]] = {}
     for name in reports:
@@ -212,23 +251,40 @@ def _named(reports: Mapping[str, Measured], seeds: Mapping[str, Sequence[str]]) 
 
 
 def _recorded(reports: Mapping[str, Measured]) -> dict[str, tuple[str, ...]]:
-    """Return the reports of each recipe that they record. A recipe has the beginning that the names share as its name."""
-    grouped: dict[str, list[str]] = {}
+    """Return the reports of each recipe that they record, in the order of the first of each.
+
+    A recipe has the beginning that the names share as its name. Reports are of one recipe only if they are of distinct seeds on
+    the same text.
+    """
+    grouped: dict[Any, list[str]] = {}
     for name, report in reports.items():
-        key = name if report.recipe is None else f"recipe {report.recipe.sha256}"
+        key = (name,) if report.recipe is None else report.recipe.sha256
         grouped.setdefault(key, []).append(name)
+    groups = [[group] if _are_seeds(reports, group) else [[name] for name in group] for group in grouped.values()]
+    split = sorted((names for some in groups for names in some), key=lambda names: list(reports).index(names[0]))
     named: dict[str, tuple[str, ...]] = {}
-    for names in grouped.values():
+    for names in split:
         title = names[0]
         if len(names) > 1:
             n_shared = sum(1 for _ in takewhile(lambda chars: len(set(chars)) == 1, zip(*names, strict=False)))
             ends_in_number = any(name[n_shared : n_shared + 1].isdigit() for name in names)
             title = names[0][:n_shared].rstrip("0123456789" * ends_in_number or None)
             title = _SEED.sub("", title)
-            title = title if title and title not in named else str(reports[names[0]].recipe)
-            title = title if title not in named else f"{names[0]} …"
+            taken = {*reports, *named} - {*names}
+            title = title if title and title not in taken else str(reports[names[0]].recipe)
+            title = title if title not in taken else f"{names[0]} …"
         named[title] = tuple(names)
     return named
+
+
+def _are_seeds(reports: Mapping[str, Measured], names: Sequence[str]) -> bool:
+    """Return whether reports of one recipe are of distinct seeds, and of the same text, model and hook."""
+    distinct = [reports[name] for name in _distinct(reports, names)]
+    seeds = {report.recipe and report.recipe.seed for report in distinct}
+    places = {
+        (report.replicates and report.replicates.weights, *(getattr(report, key, None) for key in WHERE)) for report in distinct
+    }
+    return len(seeds) == len(distinct) and len(places) == 1
 
 
 def _distinct(reports: Mapping[str, Measured], names: Sequence[str]) -> tuple[str, ...]:
@@ -307,8 +363,10 @@ def _notes(
         return ("All dictionaries are of one recipe, so no recipes are compared.",)
     if not any(map(math.isfinite, floors.values())):
         return ("No noise floor: reports without intervals say nothing about their noise.",)
-    blocks = {report.replicates.weights if report.replicates else id(report) for report in reports}
-    notes = [f"Paired bootstrap over {resampled}." if len(blocks) == 1 else _unpaired(reports)]
+    how: dict[str, list[str]] = {}
+    for metric in (metric for metric, floor in floors.items() if math.isfinite(floor)):
+        how.setdefault(_method(reports, metric, resampled), []).append(metric)
+    notes = list(how) if len(how) == 1 else [f"{', '.join(names)}: {said}" for said, names in how.items()]
     counts = [len(names) for names in members.values()]
     if sum(counts) == len(counts):
         notes.append("One seed each: differences between seeds are not included.")
@@ -319,7 +377,13 @@ def _notes(
     return tuple(notes)
 
 
-def _unpaired(reports: Sequence[Measured]) -> str:
+def _method(reports: Sequence[Measured], metric: str, resampled: str) -> str:
+    """Return a sentence on the source of a metric's noise."""
+    replicated = [report for report in reports if _is_replicated(report, metric)]
+    if len(replicated) == len(reports) and len({report.replicates.weights for report in replicated}) == 1:
+        return f"Paired bootstrap over {resampled}."
+    if replicated:
+        return "Partly unpaired: the reports are of different texts or bootstrap seeds, or some hold no replicates."
     if all(report.replicates is None for report in reports):
         return "From the intervals, unpaired: the reports hold no replicates, as those of earlier versions."
-    return "Partly unpaired: the reports are of different texts or bootstrap seeds."
+    return "From the intervals, unpaired: the reports hold no replicates of it."

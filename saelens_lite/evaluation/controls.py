@@ -101,7 +101,8 @@ def permuted_dictionary(
     """Return a copy in which the decoder rows of a share of the live latents, but at least two, have changed places.
 
     Each of these latents fires as before and writes the direction of another: a metric of the decoder that does not tell this
-    copy from the dictionary cannot tell right directions from wrong ones.
+    copy from the dictionary cannot tell right directions from wrong ones. The copy encodes with the dictionary itself, because
+    some rules encode with W_decᵀ. It has no training record.
 
     Args:
         density: the firing frequencies, of which those above 0 are of live latents; None: all latents are live.
@@ -111,6 +112,8 @@ def permuted_dictionary(
     order = permutation(len(alive), "permuted", seed)[: max(2, round(share * len(alive)))]
     chosen = torch.tensor([alive[i] for i in order.tolist()], dtype=torch.long, device=dictionary.W_dec.device)
     damaged.W_dec.data[chosen] = dictionary.W_dec.data[chosen.roll(1)]  # a single cycle, so no row stays
+    damaged.encode = dictionary.encode
+    damaged.training_record = {}
     return damaged
 
 
@@ -122,8 +125,10 @@ def further_controls(controls: bool | Mapping[str, Dictionary]) -> dict[str, Dic
     """
     if isinstance(controls, bool):
         return {}
-    if not isinstance(controls, Mapping) or not all(isinstance(one, Dictionary) for one in controls.values()):
-        raise ConfigError(f"controls = {controls!r:.60}; expected True, False, or dictionaries by name")
+    if not isinstance(controls, Mapping) or not all(
+        isinstance(name, str) and isinstance(one, Dictionary) for name, one in controls.items()
+    ):
+        raise ConfigError(f"controls = {controls!r:.50}; expected True, False, or dictionaries by name: {{'oracle': d}}")
     if taken := sorted({RANDOM, PCA, PERMUTED, REDRAWN} & controls.keys()):
         raise ConfigError(f"controls has the name {taken[0]!r}, which is that of a usual control; choose another")
     return dict(controls)

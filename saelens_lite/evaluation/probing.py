@@ -23,8 +23,8 @@ from saelens_lite.arrays import described, plain
 from saelens_lite.devices import on_device
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, NonFiniteError, TextError
-from saelens_lite.evaluation.comparison import DIFFERS, FLOOR, NoiseFloors, floor_cell, noise_floors
-from saelens_lite.evaluation.replicates import Recipe, Replicates, weights_id
+from saelens_lite.evaluation.comparison import DIFFERS, FLOOR, ComparedScores, NoiseFloors, floor_cell, noise_floors
+from saelens_lite.evaluation.replicates import Replicates, weights_id
 from saelens_lite.evaluation.sums import Metric, with_interval
 from saelens_lite.files import write_json
 from saelens_lite.model import AnyModel, LanguageModel, as_model
@@ -57,15 +57,6 @@ class Probe(NamedTuple):
     shuffled_auc: Metric
     inverse_penalty: float
     latents: tuple[int, ...] | None
-
-
-class ProbeScores(NamedTuple):
-    """The scores of a probe on held-out texts as far as `noise_floors` reads them."""
-
-    metrics: dict[str, Metric]
-    replicates: Replicates | None
-    recipe: Recipe | None
-    n_sequences: int
 
 
 @dataclass(frozen=True)
@@ -469,7 +460,7 @@ def _row_name(report: str, probe_name: str) -> str:
 def _floors(reports: Mapping[str, ProbeReport]) -> NoiseFloors:
     """Return the noise floors of all probes of reports on the same held-out texts; the first row is that on activations."""
     scores = {
-        _row_name(name, probe_name): ProbeScores(
+        _row_name(name, probe_name): ComparedScores(
             {score: getattr(one, score) for score in SCORES}, (report.replicates or {}).get(probe_name), None, report.n_test
         )
         for name, report in reports.items()

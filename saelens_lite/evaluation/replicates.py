@@ -63,7 +63,7 @@ def weights_id(seed: int, n_sequences: int, *hashes: str) -> str:
 class Recipe(NamedTuple):
     """The settings that a dictionary was trained with, apart from its seed.
 
-    `sha256` is the hash of all settings, of the training text and of the hooks; `rule` and `options` are for people.
+    `sha256` is the hash of all settings, of the training data, the hooks and the start; `rule` and `options` are for people.
     Dictionaries of the same hash and different seeds say how much a result depends on the seed.
     """
 
@@ -87,17 +87,25 @@ class Recipe(NamedTuple):
 
 
 def recipe_of(dictionary: Dictionary) -> Recipe | None:
-    """Return the recipe of a dictionary, or None if it does not record its settings and seed, as those of other tools."""
-    record = dictionary.training_record
+    """Return the recipe of a dictionary; None if it does not record its settings, seed and data, as those of other tools."""
+    record, origin = dictionary.training_record, dictionary.origin
     config = record.get("config")
     if not isinstance(config, dict) or not isinstance(config.get("seed"), int) or "read_from" in record:
         return None
-    settings = {name: value for name, value in config.items() if name not in WITHOUT_EFFECT}
-    facts = {**record, "config": settings, "origin": dictionary.origin.model_dump(mode="json"), "place": dictionary.place}
+    if not (origin.text or origin.text_sha256 or record.get("data_sha256")):
+        return None
+    rule, current = dictionary.rule.plugin_name, dictionary.rule.config.model_dump(mode="json")
+    facts = {
+        **record,
+        "config": {name: value for name, value in config.items() if name not in WITHOUT_EFFECT},
+        "origin": origin.model_dump(mode="json"),
+        "place": dictionary.place,
+        "rule": [rule, current],  # these may have changed since the training
+    }
     content = json.dumps(facts, sort_keys=True, default=str)
-    options = {name: value for name, value in (config.get("options") or {}).items()}
+    options = {name: current.get(name, value) for name, value in (config.get("options") or {}).items()}
     return Recipe(
-        rule=dictionary.rule.plugin_name or type(dictionary.rule).__name__,
+        rule=rule or type(dictionary.rule).__name__,
         options=json.loads(json.dumps(options, default=str)),
         sha256=hashlib.sha256(content.encode()).hexdigest()[:16],
         seed=config["seed"],

@@ -24,9 +24,9 @@ from saelens_lite.arrays import plain
 from saelens_lite.devices import chosen_device
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, CorruptFileError, NonFiniteError, ShapeError
-from saelens_lite.evaluation.comparison import DIFFERS, FLOOR, NoiseFloors, noise_floors
+from saelens_lite.evaluation.comparison import DIFFERS, FLOOR, SHARES, ComparedScores, NoiseFloors, noise_floors
 from saelens_lite.evaluation.replicates import KEPT, Recipe, Replicates, recipe_of, weights_id
-from saelens_lite.evaluation.sums import Metric, with_interval
+from saelens_lite.evaluation.sums import with_interval
 from saelens_lite.features.info import weights_hash
 from saelens_lite.features.tensors import NONE
 from saelens_lite.features.weights import cosines_at_once
@@ -44,7 +44,6 @@ MOST_HUNGARIAN = 8192  # latents on either side; time grows with the cube, memor
 TILE = 1024  # latents whose cosines with all others are held at once; more on a GPU that has room for them
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 WIDTH_OF_NUMBERS = 67  # of the columns beside the names in `comparison_table`
-SHARES = ("shared", "agree", "mutual")
 N_BINS = 20  # of a histogram of cosines, from −1 to 1
 
 log = logging.getLogger(__name__)
@@ -95,15 +94,6 @@ class Cosines(NamedTuple):
         return cls(float(values.mean()), tuple(quantiles.tolist()), tuple(counts.tolist()))
 
 
-class SharedLatents(NamedTuple):
-    """Shares of the live latents with replicates over latents, as far as `noise_floors` reads them."""
-
-    metrics: dict[str, Metric]
-    replicates: Replicates | None
-    recipe: Recipe | None
-    n_sequences: int
-
-
 class Summary(NamedTuple):
     """Shares of the live latents, and the cosines of those that have a partner."""
 
@@ -152,7 +142,7 @@ class Comparison(Result):
     sha256: tuple[str, str]
     recipe: Recipe | None = None
 
-    def shares(self) -> SharedLatents:
+    def shares(self) -> ComparedScores:
         """Return the shares of `summary` with replicates in which each live latent counts a Poisson(1) number of times.
 
         The weights are the same for all comparisons of one dictionary. Latents are taken as independent, which they are not:
@@ -170,7 +160,7 @@ class Comparison(Result):
         replicates = dict(zip(SHARES, torch.stack(values).unbind(1), strict=True))
         metrics = {name: with_interval(x) for name, x in replicates.items()}
         weights = weights_id(0, n, self.sha256[0])
-        return SharedLatents(metrics, Replicates.of_values(weights, replicates), self.recipe, n)
+        return ComparedScores(metrics, Replicates.of_values(weights, replicates), self.recipe, n)
 
     @property
     def shared(self) -> Bool[Tensor, " d_sae"]:
@@ -269,9 +259,12 @@ class Stability(Result):
         """Return a rich table of the summary."""
         n = len(self.other_sha256)
         scores = self.score[self.live].double()
+        titles = ("live latents", f"shared with all {n}", "with none", "5 %", "median score", "95 %")
+        if not len(scores):
+            return grid(titles, [("0", *["–"] * 5)], caption="No latent is live, so nothing is shared.")
         low, median, high = (f"{float(torch.quantile(scores, q)):.2f}" for q in (0.05, 0.5, 0.95))
         return grid(
-            ("live latents", f"shared with all {n}", "with none", "5 %", "median score", "95 %"),
+            titles,
             [(f"{len(scores):,}", f"{self.shared_in_all:.1%}", f"{self.shared_in_none:.1%}", low, median, high)],
             caption=f"shared: decoder and encoder cosine above {self.threshold} ({self.method}); score: largest decoder cosine "
             f"with a latent of another dictionary, as a mean over dictionaries; noise of the shares over latents, as if these "

@@ -1,5 +1,7 @@
 """The loop that trains dictionaries together, and all that happens at its end: results, errors, checkpoints."""
 
+import hashlib
+import json
 import logging
 import shlex
 import time
@@ -121,6 +123,9 @@ class Group:
             begin = started[self.share.numbers[i]]
             here = begin and not is_address(begin["source"] or "")  # a path of this machine
             dictionary.training_record["start_from"] = begin | {"source": None} if here else begin
+        if isinstance(getattr(self.source, "whole", self.source), TensorSource):  # its origin does not say which activations
+            content = json.dumps(record_of(self.source), sort_keys=True)
+            dictionary.training_record["data_sha256"] = hashlib.sha256(content.encode()).hexdigest()
         if trainer.first_seen:
             dictionary.training_record["extended_after"] = trainer.first_seen
         return dictionary

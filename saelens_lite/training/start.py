@@ -1,5 +1,7 @@
 """The start of training: requests are checked, and the folders of the runs are made."""
 
+import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -218,7 +220,8 @@ def _hashes(dictionary: Dictionary) -> dict[str, str]:
 def _described(dictionary: Dictionary) -> dict[str, Any]:
     """Return the origin of a dictionary that training starts from, for the record of the new one."""
     tokens = dictionary.training_record.get("tokens")
-    return {"source": dictionary.source, "sparsity": dictionary.rule.plugin_name, "tokens": tokens}
+    sha256 = hashlib.sha256(json.dumps(_hashes(dictionary), sort_keys=True).encode()).hexdigest()
+    return {"source": dictionary.source, "sparsity": dictionary.rule.plugin_name, "tokens": tokens, "sha256": sha256}
 
 
 def _device_of_model(source: Source) -> torch.device | None:
