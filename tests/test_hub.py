@@ -1082,8 +1082,8 @@ def test_labels_and_their_scores_are_pushed_and_pulled_with_a_dictionary(hub, ra
     assert on_hub(hub)["b/labels.json"] == on_hub(hub)["a/labels.json"]
     assert "2 of them were scored." in on_hub(hub)["b/README.md"].decode()
     before, done = on_hub(hub), sl.push({"a": folder}, REPO)  # and one without keeps them
-    assert {file.status for file in done.files} == {"unchanged"}
-    assert on_hub(hub) == before
+    assert {file.path for file in done.files if file.status != "unchanged"} <= {"README.md"}  # its example is of the last push
+    assert {name for name in before if before[name] != on_hub(hub)[name]} <= {"README.md"}
     sl.push({"a": dictionary(1).save(tmp_path / "other")}, REPO)  # another dictionary in its place
     assert not {"a/labels.json", "a/scores.json"} & set(on_hub(hub))
     assert "## Labels" not in on_hub(hub)["a/README.md"].decode()

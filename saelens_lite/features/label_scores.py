@@ -163,7 +163,9 @@ def check_room(scores: Mapping[int, Mapping[Kind, LabelScore]], more: Iterable[t
     """Raise UserError if a store with these scores has no room for others, given by latent and kind."""
     n = len({(latent, kind) for latent, kinds in scores.items() for kind in kinds} | set(more))
     if n > MOST:
-        raise UserError(f"these would be {n:,} scores with those that the store has; it holds at most {MOST:,}: take fewer latents")
+        raise UserError(
+            f"these would be {n:,} scores with those that the store has; it holds at most {MOST:,}: take fewer latents"
+        )
 
 
 def _all_stored(folder: Path, info: StoreInfo) -> OfLatents:

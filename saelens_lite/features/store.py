@@ -414,8 +414,8 @@ class FeatureStore(StoreQueries):
         labels.
 
         Args:
-            latents: Latents to explain; default: all that fire on the text of the store. Nothing is asked about those with a label
-                of your own; `own` of the result has them.
+            latents: Latents to explain; default: all that fire on the text of the store. Nothing is asked about those with a
+                label of your own; `own` of the result has them.
             by: Name of an explainer; `saelens-lite plugins` lists them.
             model: The chat model, such as `sl.chat_model("gpt-4o-mini")`.
             replace: Explain latents with your own label too, and replace it.
@@ -431,7 +431,9 @@ class FeatureStore(StoreQueries):
         self.info.check_text("an explanation in words")
         if latents is None:
             latents = (~self.never_fires).nonzero().flatten().tolist()
-        return explain(self, latents, explainer(by, options), model, lambda made: self.label_all(made, replace=replace), replace)
+        return explain(
+            self, latents, explainer(by, options), model, lambda made: self.label_all(made, replace=replace), replace
+        )
 
     def question(self, latent: int, by: str = "max_act", **options: Any) -> Question:
         """Return the question that `explain` asks about a latent, without asking it.

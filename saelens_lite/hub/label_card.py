@@ -94,7 +94,7 @@ def _of_kind(kind: Kind, scores: OfLatents) -> str:
     unusable = sum(one.score.n_unusable for one in ones)
     told = [
         f"{sum(exceeds_controls(one) is True for one in of):,} of {len(of):,} labels are better than "
-        f"{' and '.join(THE.get(floor, floor) for floor in floors)}: the 95 % interval of the difference of AUROCs is above zero."
+        f"{' and '.join(THE.get(name, name) for name in floors)}: the 95 % interval of the difference of AUROCs is above zero."
         if floors
         else f"{len(of):,} labels were not compared with a control."
         for floors, of in by_floors(ones).items()

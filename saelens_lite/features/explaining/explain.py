@@ -73,7 +73,9 @@ class Explanations(Mapping[int, Label], Result):
         more = [f"… and {len(self) - SHOWN:,} more"] if len(self) > SHOWN else []
         by_reason = Counter(self.failures.values()).most_common()
         more += [f"{n:,} without an explanation: {visible(reason)}" for reason, n in by_reason]
-        more += [f"{len(self.own):,} not asked about, because they have a label of your own: {_listed(self.own)}"] * bool(self.own)
+        more += [f"{len(self.own):,} not asked about, because they have a label of your own: {_listed(self.own)}"] * bool(
+            self.own
+        )
         more += [f"{self.n_replaced:,} labels from elsewhere were replaced"] * bool(self.n_replaced)
         spent = "" if self.dollars is None else f" for ${self.dollars:.2f}"
         more.append(

@@ -44,7 +44,11 @@ class ScoreConfig(FrozenConfig):
         20, ge=4, le=1000, description="Most contexts of each sort for a latent: firing, silent, and of the nearest latent."
     )
     per_question: int = Field(5, ge=1, le=100, description="Most contexts in a question.")
-    max_tokens: int = Field(256, ge=16, description="Most tokens of an answer, or 4 for each context and 32 if that is more. Models that think first need thousands.")
+    max_tokens: int = Field(
+        256,
+        ge=16,
+        description="Most tokens of an answer, or 4 for each context and 32 if that is more. Models that think first need thousands.",
+    )
     controls: bool = Field(
         True,
         description="Let the judge also read another latent's explanation, and the words in another order: 3 times the cost.",

@@ -52,7 +52,10 @@ def trials_of(store: StoreQueries, latent: int, kind: Kind, n: int, seed: int) -
         n_easy = min(n, len(firing), len(silent))
         trials = [Posed(one.example, True, group=one.group) for one in firing[:n_easy]]
         trials += [Posed(example, False) for example in silent[:n_easy]]
-        blocks, lacking = [trials], f"{len(firing)} held-out contexts in which it fires, and {len(silent)} in which it is silent"
+        blocks, lacking = (
+            [trials],
+            f"{len(firing)} held-out contexts in which it fires, and {len(silent)} in which it is silent",
+        )
     else:
         pairs = [(one, pair) for one in firing if (pair := _pair(one.example, draw))]
         n_easy, blocks = min(n, len(pairs)), [[], []]
