@@ -156,7 +156,7 @@ def test_by_default_all_latents_that_fire_and_have_no_label_of_your_own_are_expl
     assert list(store.explain(model=Fake(rule))) == [latent for latent in firing if latent != 1]
     assert store.labels[1] == "mine"
     assert store.labels[2].source == "max_act 1"
-    assert store.explain([1], model=Fake(rule))[1].startswith("the word")
+    assert store.explain([1], model=Fake(rule)).own == (1,)
     assert store.labels[1] == "mine"
     assert list(store.explain(model=Fake(rule), replace=True)) == firing
     assert store.labels[1].source == "max_act 1"
@@ -201,6 +201,9 @@ def test_an_answer_without_an_explanation_is_a_failure_and_labels_nothing(store,
         ('{"thoughts": {"a": 1}}\n{"explanation": "words about law"}', "words about law"),
         ("<think>\nIt could be {this}.\n\nOr not.\n</think>\n\nwords about law", "words about law"),
         ("<think> cut {", None),
+        ('<think> perhaps {"explanation": "a draft"}', None),
+        ('perhaps {"explanation": "a draft"}</think>{"explanation": "words about law"}', "words about law"),
+        ('{"explanation": "the tag </think> of thoughts"}', "the tag </think> of thoughts"),
         ("**Explanation:** words about law", "words about law"),
         ("The tokens are legal.\n\n[EXPLANATION]: words about law", "words about law"),
         ("words about law.", "words about law."),
@@ -210,6 +213,98 @@ def test_an_answer_without_an_explanation_is_a_failure_and_labels_nothing(store,
 )
 def test_answers_that_ignore_the_form_are_read(answer, explanation):
     assert explanation_in(answer) == explanation
+
+
+REFUSALS = [
+    "I am sorry, but I cannot help with that.",
+    "I'm sorry, but I can't help with that.",
+    "I apologize, but I can't assist with that request.",
+    "Unfortunately, I cannot provide an explanation.",
+    "As a language model, I cannot explain this.",
+    "As an AI model, I have no opinion.",
+    "As an AI language model, I don't have access to the contexts.",
+    "Sorry but I can't.",
+    "Sorry, I can’t help with that.",
+    "I'm afraid I can't do that",
+    "I don't have enough information to explain this unit.",
+    "I do not have access to the text.",
+    "I cannot assist with this request.",
+    "I can't help with that.",
+    "I’m unable to determine what the tokens have in common.",
+    "I am not able to provide an explanation.",
+    "Unable to determine a pattern.",
+    "I must decline.",
+    "I won't help with this.",
+    "My apologies, but I am unable to answer.",
+    "I'm very sorry. I cannot continue.",
+    "Unfortunately, there is not something I can help with.",
+    "I'm sorry, this is not something I can help with.",
+    "I'm sorry.",
+    "There is not enough information to determine what the unit does.",
+    "Insufficient information to determine a pattern.",
+    "It is not possible to determine a pattern.",
+    "I don't know what these have in common.",
+    "Regrettably, I am not allowed to answer that.",
+    "I will not provide this.",
+    "I'm an AI assistant and cannot do this.",
+    "I regret that I can't comply.",
+    "I refuse to answer.",
+    "Sorry, I'm not able to help.",
+    "I could not identify a pattern.",
+    "Apologies, I don't see a pattern.",
+    "I have no information about this unit.",
+]
+PLAUSIBLE = [
+    "Sorry, and other apologies",
+    "sorry",
+    "the word sorry",
+    "I'm sorry and other phrases of apology",
+    "I am sorry for your loss: condolences",
+    "apologies and expressions of regret",
+    "unfortunately and other adverbs of regret",
+    "the first person with a negation: I cannot, I don't",
+    "\"I'm sorry, but I can't help with that\", refusals of assistants",
+    "refusals such as 'I cannot help with that'",
+    "the pronoun I before negated verbs",
+    "I can't believe it, and other idioms of surprise",
+    "unable to, incapable of and other inability",
+    "words that mean not enough",
+    "insufficient funds and other words of banking",
+    "as an ai, as a model: phrases about roles",
+    "as a result, and other connectives",
+    "help, assist and support",
+    "I, followed by a verb",
+    "afraid, scared and other words of fear",
+    "I don't, I won't and other contractions",
+    "text about language models that refuse",
+    "cannot and can't",
+    "Unfortunately at the start of a sentence",
+    "Sorry, I and we: openings of apologies",
+]
+
+
+@pytest.mark.parametrize("text", REFUSALS)
+def test_refusals_are_no_labels(text):
+    assert fault_in(explanation_in(text), Question("", "")) == f"a refusal: {text[:60]}"
+    assert fault_in(explanation_in(json.dumps({"explanation": text})), Question("", "")) == f"a refusal: {text[:60]}"
+
+
+@pytest.mark.parametrize("text", PLAUSIBLE)
+def test_labels_about_apologies_and_negations_are_no_refusals(text):
+    assert fault_in(text, Question("", "")) is None
+
+
+def test_latents_with_a_label_of_your_own_are_not_asked_about(store):
+    store.label(1, "mine")
+    store.labels |= {2: Label("theirs", "Neuronpedia gpt2-small/8-res-jb", "gpt"), 3: Label("same", "max_act 1", "fake")}
+    model = Fake(rule)
+    explanations = store.explain([1, 2, 3, 4], model=model)
+    assert len(model.log) == 3
+    assert (explanations.own, explanations.n_replaced) == ((1,), 1)
+    assert "1 not asked about, because they have a label of your own: 1" in str(explanations)
+    assert "1 labels from elsewhere were replaced" in str(explanations)
+    assert explanations[2].store == store.info.contexts
+    assert store.explain([1], model=model, replace=True).own == ()
 
 
 def test_a_long_piece_of_the_question_is_no_explanation():
@@ -465,7 +560,7 @@ def test_the_command_writes_labels_and_goes_on_after_a_limit(command, folder, se
     before.label(2, "mine")
     before.write_labels()
     asked = ("explain", folder, "--model", "judge", "--base-url", server.url, "--latents", "0-3,7", "--concurrency", 1)
-    estimate = sl.chat_model("judge", base_url=server.url).estimate([before.question(i) for i in (0, 1, 2, 3, 7)])
+    estimate = sl.chat_model("judge", base_url=server.url).estimate([before.question(i) for i in (0, 1, 3, 7)])
     needed = estimate.n_input + estimate.n_output
     said = command(*asked, "--token-limit", needed - 1)
     assert said.code == 2
@@ -479,11 +574,11 @@ def test_the_command_writes_labels_and_goes_on_after_a_limit(command, folder, se
     assert said.code == 2
     assert "cost nothing when the call is repeated" in said.err
     n_paid, done = server.paid.total(), sl.FeatureStore.load(folder).labels
-    assert 2 < n_paid < 5
-    assert set(done) == {0, 1, 2, 3, 7} - {1, *(0, 1, 2, 3, 7)[n_paid:]}
+    assert 1 < n_paid < 4
+    assert set(done) == {0, 1, 2, 3, 7} - {1, *(0, 1, 3, 7)[n_paid:]}
     said = command(*asked)
     assert said.code == 0, said.err
-    assert server.paid.total() == 5
+    assert server.paid.total() == 4
     assert f"{n_paid} answers kept from earlier" in said.out
     assert "1 without an explanation: cut" in said.out
     labels = sl.FeatureStore.load(folder).labels

@@ -1068,10 +1068,11 @@ def test_labels_and_their_scores_are_pushed_and_pulled_with_a_dictionary(hub, ra
     assert "## Labels" not in (folder / "README.md").read_text()
     sl.push({"a": folder}, REPO, stores=[store])
     card = on_hub(hub)["a/README.md"].decode()
-    assert "3 of 12 latents have a label: 2 by gpt | &lt;x>, max_act 1; 1 by a person, without a name." in card
+    assert "3 of 12 latents have a label: 2 by `gpt | <x>, max_act 1`; 1 by a person, without a name." in card
     assert "| AUROC, the label | 2 | 0.54 | 0.60 | 0.70 | 0.80 | 0.86 |" in card
     assert "| balanced accuracy, token baseline | 2 | 0.50 | 0.50 | 0.50 | 0.50 | 0.50 |" in card
-    assert "1 of 2 labels are better than the token baseline" in card
+    assert "1 of 2 labels are better than the token baseline and another latent's explanation: the 95 %" in card
+    assert "**Detection** (judge: `a | judge`), quantiles" in card
     pulled = tmp_path / "pulled"
     assert command("pull", REPO, "a", "--out", pulled).code == 0
     labels = sl.labels.load(pulled / "labels.json", d)
@@ -1080,8 +1081,11 @@ def test_labels_and_their_scores_are_pushed_and_pulled_with_a_dictionary(hub, ra
     sl.push({"b": pulled}, REPO)  # a folder with labels sends them again
     assert on_hub(hub)["b/labels.json"] == on_hub(hub)["a/labels.json"]
     assert "2 of them were scored." in on_hub(hub)["b/README.md"].decode()
-    sl.push({"a": folder}, REPO)
-    assert "a/labels.json" not in on_hub(hub)
+    before, done = on_hub(hub), sl.push({"a": folder}, REPO)  # and one without keeps them
+    assert {file.path for file in done.files if file.status != "unchanged"} <= {"README.md"}  # its example is of the last push
+    assert {name for name in before if before[name] != on_hub(hub)[name]} <= {"README.md"}
+    sl.push({"a": dictionary(1).save(tmp_path / "other")}, REPO)  # another dictionary in its place
+    assert not {"a/labels.json", "a/scores.json"} & set(on_hub(hub))
     assert "## Labels" not in on_hub(hub)["a/README.md"].decode()
 
 

@@ -15,9 +15,10 @@ import pytest
 import saelens_lite as sl
 from saelens_lite.errors import ConfigError, CorruptFileError, LockedError, OutputExistsError, UserError
 from saelens_lite.evaluation.metrics import Metric
-from saelens_lite.features.explaining.scores import Judged, LabelScore
+from saelens_lite.features.explaining.scores import Judged, LabelScore, Scores
 from saelens_lite.features.label import Label
-from saelens_lite.features.label_scores import exceeds_controls
+from saelens_lite.features.label_scores import exceeds_controls, write_scores
+from saelens_lite.hub.label_card import PublishedLabels, labels_text
 from saelens_lite.locks import locked
 
 D_SAE = 24
@@ -204,6 +205,48 @@ def test_hostile_score_files_are_typed_errors(store, scores):
         sl.FeatureStore.load(store.folder)
     with pytest.raises(CorruptFileError, match=r"scores\.json"):
         store.write_scores()
+
+
+def test_scores_on_the_contexts_of_another_store_are_left_out_and_stay_in_the_file(scored, caplog):
+    other = scored.label_scores[3]["detection"]._replace(store="0" * 8)
+    assert scored.record_scores([other]) == 0
+    assert "1 scores are left out: they are on the contexts of another store" in caplog.text
+    mine = scored.label_scores[5]["detection"]._replace(store=scored.info.contexts)
+    write_scores(
+        scored.folder / "scores.json", {3: {"detection": other}, 5: {"detection": mine}}, scored.info.dictionary_sha256
+    )
+    scored.write_labels()
+    again = sl.FeatureStore.load(scored.folder)
+    assert again.label_scores == {5: {"detection": mine}}
+    again.write_scores()
+    assert '"store": "00000000"' in (scored.folder / "scores.json").read_text()
+
+
+def test_labels_remember_the_contexts_that_they_were_made_from(store):
+    store.labels |= {1: Label("a", "max_act 1", "gpt", "1a2b3c4d"), 2: Label("b", "max_act 1", "gpt"), 3: "mine"}
+    store.write_labels()
+    again = sl.FeatureStore.load(store.folder).labels
+    assert [getattr(again[i], "store", None) for i in (1, 2, 3)] == ["1a2b3c4d", "", None]
+    assert copy.deepcopy(again[1]).store == "1a2b3c4d"
+
+
+def test_the_contexts_of_stores_differ_in_text_and_settings(built):
+    info = built.info
+    others = [
+        info.replace(**{name: value}) for name, value in {"top_n": 9, "window": (1, 1), "text_sha256": "x", "seed": 7}.items()
+    ]
+    assert len({one.contexts for one in (info, *others)}) == 5
+    assert info.replace(raw_unembedding=True).contexts == info.contexts
+
+
+@pytest.mark.parametrize("by_tokens", [0.5, None])
+def test_cards_name_only_the_floors_that_were_measured(by_tokens):
+    one = score(1, "x", by_tokens=None if by_tokens is None else judged(by_tokens), of_random_latent=None)
+    told = labels_text(PublishedLabels({1: "x"}, {1: {"detection": one}}, 5))
+    assert "another latent's explanation:" not in told
+    assert ("1 of 1 labels are better than the token baseline: the" in told) == (by_tokens is not None)
+    assert ("1 labels were not compared with a control." in told) == (by_tokens is None)
+    assert ("0 of 1 scores are not better than token baseline." in str(Scores((one,), (), "j"))) == (by_tokens is not None)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"format": NaN}', "[" * 5000, '{"format": 9}', "\0" * 100])

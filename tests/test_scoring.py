@@ -19,8 +19,8 @@ from saelens_lite.features.explaining.halves import TOP, shown_contexts
 from saelens_lite.features.explaining.intervals import auroc_metric, balanced_accuracy_metric, exceeds, mean_metric
 from saelens_lite.features.explaining.judging import Verdict, in_questions, question, verdicts_in
 from saelens_lite.features.explaining.quoting import read_quoted
-from saelens_lite.features.explaining.scoring import judged_of
-from saelens_lite.features.explaining.trials import Posed, trials_of
+from saelens_lite.features.explaining.scoring import ScoreConfig, _tasks, judged_of
+from saelens_lite.features.explaining.trials import Posed, _pair, trials_of
 from saelens_lite.features.label import Label
 
 N = 6  # planted latents, and random ones
@@ -79,7 +79,7 @@ def test_planted_latents_score_near_one_and_random_ones_near_a_half(store, judge
         assert min(one.score.auroc.value for one in planted) >= 0.9
         assert sum(one.score.auroc.value for one in planted) >= 0.95 * N
         assert min(one.hard.auroc.value for one in planted) >= 0.9
-        assert sum(one.score.auroc.value for one in others) / N == pytest.approx(0.5, abs=0.07)
+        assert sum(one.score.auroc.value for one in others) / N == pytest.approx(0.5, abs=0.13)  # 2.2 standard errors
         assert sum(one.of_random_latent.auroc.value for one in planted) / N < 0.8
         assert all("another latent's explanation" in one.not_better_than for one in others)
         if kind == "fuzzing":  # contexts of one class often have others too, but not at the same tokens
@@ -135,8 +135,14 @@ def test_contexts_are_held_out_balanced_and_fire_as_they_claim(store):
                 elif one.fires:
                     assert set(one.marked) == fires(latent, one)
                 else:
-                    assert len(one.marked) == len(fires(latent, one)) > 0
+                    assert one.marked
                     assert not set(one.marked) & fires(latent, one)
+            if kind == "fuzzing":
+                right, wrong = (
+                    [(one.marked, len(one.example.tokens)) for one in easy if one.fires is is_right]
+                    for is_right in (True, False)
+                )
+                assert sorted(right) == sorted(wrong)
             groups = {one.group for one in easy if one.fires}
             assert TOP in groups
             assert len(groups) > 3
@@ -178,6 +184,9 @@ def test_controls_read_another_label_and_the_words_in_another_order(store):
         ("Here you are:\n```json\n[1, 0, 1]\n```", [1, 0, 1]),
         *((text, None) for text in ("[1, 0]", "[1, 0, 1, 0]", "[1, 0, 2]", "[1, 0, true]", "[1, 0, null]", "[1.0, 0, 1]")),
         *((text, None) for text in ("1, 0, 1", "I cannot help with that.", "", "[1, 0, 1] or [0, 0, 1]", '["1", "0", "1"]')),
+        ("<think>[0, 0, 0]? [1, 1, 1]?</think>[1, 0, 1]", [1, 0, 1]),
+        ("Maybe [0, 0, 0].</think>\n[1, 0, 1]", [1, 0, 1]),
+        ("<think>[1, 0, 1]", None),
         *((text, None) for text in ("[1, 0, 1", "[[1, 0, 1], [1, 0, 1]]", None)),
     ],
 )
@@ -195,6 +204,10 @@ def test_log_probabilities_make_graded_answers():
     answer = Answer("[ 1,0]", tokens=tokens)
     assert [verdict.p for verdict in verdicts_in(answer, 2)] == pytest.approx([0.75, 0.4 / 0.9])
     assert [verdict.fires for verdict in verdicts_in(answer, 2)] == [True, False]
+    thought = Answer(
+        "<think> 1</think>" + answer.text, tokens=(TokenChoice("<think>", {}), one, TokenChoice("</think>", {}), *tokens)
+    )
+    assert verdicts_in(thought, 2) == verdicts_in(answer, 2)
     cut = verdicts_in(answer._replace(tokens=tokens[:3]), 2)  # not all digits are tokens of their own
     assert cut == [Verdict(True, 1.0), Verdict(False, 0.0)]
 
@@ -270,10 +283,88 @@ def test_a_limit_in_the_middle_keeps_what_is_done(store):
 
 
 def test_labels_that_no_explainer_of_the_shown_half_wrote_are_marked(store):
-    store.labels |= {0: "own", 1: Label("a", "Neuronpedia gpt2/8", "gpt"), 2: Label("b", "max_act 1", "gpt")}
-    scores = store.score(range(3), model=words_of_label, kinds=("detection",))
-    assert [one.made_elsewhere for one in scores] == [True, True, False]
-    assert "2 scores are of labels made elsewhere" in " ".join(str(scores).split())
+    store.labels |= {
+        0: "own",
+        1: Label("a", "Neuronpedia gpt2/8", "gpt"),
+        2: Label("b", "max_act 1", "gpt", store.info.contexts),
+    }
+    store.labels[3] = Label("c", "max_act 1", "gpt", "0" * 8)  # it may have seen what is held out here
+    scores = store.score(range(4), model=words_of_label, kinds=("detection",))
+    assert [one.made_elsewhere for one in scores] == [True, True, False, True]
+    assert "3 scores are of labels made elsewhere" in " ".join(str(scores).split())
+
+
+def test_a_judge_who_sees_only_where_the_marks_are_scores_a_half(store):
+    for latent in range(2 * N):
+        trials = [one for block in trials_of(store, latent, "fuzzing", 20, 0) for one in block]
+        by_place = [Verdict(True, 1 - abs((one.marked[0] + 0.5) / len(one.example.tokens) - 0.5)) for one in trials]
+        easy = [i for i, one in enumerate(trials) if not one.is_hard]
+        assert judged_of([trials[i] for i in easy], [by_place[i] for i in easy]).auroc.value == pytest.approx(0.5, abs=1e-9)
+
+
+def test_wrong_marks_are_not_on_the_character_of_a_token_without_text():
+    values = (0.0, 0.0, 2.0, 0.0, 0.0, 0.0)
+    example = Example(("a", "b", "", "é", "c", "d"), values, 2, 2.0, 0, 10)
+    starts = set()
+    for seed in range(50):
+        right, wrong = _pair(example, random.Random(seed))
+        assert [right.example.tokens[i] for i in right.marked] == ["é"]
+        (token,) = (wrong.example.tokens[i] for i in wrong.marked)
+        assert token in "abcd"
+        assert wrong.example.position - wrong.example.peak + wrong.marked[0] == 8 + "ab.écd".index(token)
+        assert right.marked == wrong.marked
+        assert all(part.example.tokens[0] != "é" for part in (right, wrong))
+        starts.add(token)
+    assert len(starts) > 1
+    assert _pair(example._replace(values=(1.0,) * 6), random.Random(0)) == ()
+
+
+def test_contexts_of_a_latent_do_not_overlap(store):
+    reach = sum(store.info.window)
+    for latent in range(2 * N):
+        for kind in ("detection", "fuzzing"):
+            blocks = trials_of(store, latent, kind, 6, 0)
+            places = {
+                (one.example.row, one.example.position) for one in blocks[0] + blocks[-1] if one.fires or kind == "detection"
+            }
+            near = [(a, b) for a in places for b in places if a < b and a[0] == b[0] and b[1] - a[1] <= reach]
+            assert not near
+
+
+def test_a_new_label_changes_the_controls_of_few_others(store):
+    def others(labels):
+        store.labels = labels
+        return {
+            latent: [sheet.label for task in tasks for sheet in task.sheets.values()][1]
+            for latent, tasks in _tasks(store, range(N), ScoreConfig(kinds=("detection",)))[0].items()
+        }
+
+    labels = {latent: f"label {latent}" for latent in range(2 * N - 1)}
+    before, after = others(labels), others(labels | {2 * N - 1: "another"})
+    assert all(after[latent] in (before[latent], "another") for latent in before)
+    assert before != {latent: labels[latent] for latent in before}
+    assert sum(before[latent] != after[latent] for latent in before) <= N // 2
+
+
+def test_too_many_scores_are_refused_before_anything_is_asked(store, monkeypatch):
+    monkeypatch.setattr("saelens_lite.features.label_scores.MOST", 3)
+    with pytest.raises(UserError, match=r"these would be 4 scores .* at most 3: take fewer latents"):
+        store.score(range(2), model=Kept(0))
+
+
+def test_an_answer_has_room_for_all_contexts():
+    assert question("detection", "x", posed(*[True] * 100), 256).max_tokens >= 100 * len(", 1")
+    assert question("detection", "x", posed(True), 256).max_tokens == 256
+
+
+@pytest.mark.parametrize("n", range(1, 61))
+def test_intervals_stay_between_zero_and_one(n):
+    for right in {0, n // 3, n // 2, n - 1, n}:
+        for silent in {0, n // 3, n - 1, n}:
+            one = balanced_accuracy_metric((right, n), (silent, n))
+            assert 0 <= one.low <= one.value <= one.high <= 1
+        one = auroc_metric(right / n, n, n)
+        assert 0 <= one.low <= one.value <= one.high <= 1
 
 
 def test_hostile_text_stays_in_its_line():

@@ -1,6 +1,7 @@
 """The facts about a feature store: its inputs, its settings and the dictionary that it belongs to."""
 
 import hashlib
+import json
 from typing import Any
 
 import torch
@@ -10,6 +11,11 @@ from saelens_lite.config import MOST, FrozenConfig, ModelFacts
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, UserError
 from saelens_lite.features.explanations import neuronpedia_id
+
+_OF_CONTEXTS = (
+    *("dictionary_sha256", "text_sha256", "model", "reads", "n_tokens", "seed"),
+    *("top_n", "n_groups", "group_size", "n_random", "n_silent", "window"),
+)
 
 
 class StoreInfo(FrozenConfig):
@@ -74,6 +80,12 @@ class StoreInfo(FrozenConfig):
     def unit(self) -> str:
         """The word for what a latent fires on: token, or row of activations without a model."""
         return "row" if self.model is None else "token"
+
+    @property
+    def contexts(self) -> str:
+        """A short hash of all that decides which contexts the store shows; stores with the same one show the same."""
+        facts = self.model_dump(mode="json", include=set(_OF_CONTEXTS))
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
 
     def check_text(self, what: str) -> None:
         """Raise UserError unless the store has the model and the text that a request needs."""

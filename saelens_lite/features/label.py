@@ -4,19 +4,20 @@
 class Label(str):
     """A label that somebody else wrote: a text with its source and its author, such as the model that wrote it.
 
-    Your own label is a plain string.
+    `store` names the contexts that it was made from (`StoreInfo.contexts`), if they are known. Your own label is a plain string.
     """
 
-    def __new__(cls, text: str, source: str, author: str = "") -> "Label":
+    def __new__(cls, text: str, source: str, author: str = "", store: str = "") -> "Label":
         label = super().__new__(cls, text)
-        label.source, label.author = source, author
+        label.source, label.author, label.store = source, author, store
         return label
 
     source: str
     author: str
+    store: str
 
-    def __getnewargs__(self) -> tuple[str, str, str]:
-        return str(self), self.source, self.author
+    def __getnewargs__(self) -> tuple[str, str, str, str]:
+        return str(self), self.source, self.author, self.store
 
     @property
     def origin(self) -> str:

@@ -4,6 +4,7 @@ A score belongs to one text: that of another label is neither shown nor counted,
 """
 
 import json
+import logging
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -25,7 +26,8 @@ from saelens_lite.terminal import visible
 SCORES_FILE = "scores.json"
 FORMAT = 1
 PATIENCE = 10.0  # seconds to wait for a process that is writing scores
-MOST = 80_000  # scores in a file, so that it can be read again
+MOST = 80_000  # scores in a file, about 70 values each, so that it can be read again
+logger = logging.getLogger(__name__)
 OfLatents = dict[int, dict[Kind, LabelScore]]
 _Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -66,6 +68,7 @@ class _Score(Checked):
     recall: Annotated[list[_Share | None], Field(max_length=1000)] = Field([])
     is_graded: bool = False
     made_elsewhere: bool = False
+    store: String = ""
 
 
 class _Content(Checked):
@@ -114,7 +117,7 @@ def add_to_stored(path: Path, scores: Mapping[int, Mapping[Kind, LabelScore]], i
         LockedError: another process is writing it.
     """
     with locked(path, "scores", patience=PATIENCE):
-        stored = stored_scores(path.parent, info)
+        stored = _all_stored(path.parent, info)
         new = (one for kinds in scores.values() for one in kinds.values())
         write_scores(path, together(stored, new, info.d_sae), info.dictionary_sha256)
 
@@ -139,7 +142,33 @@ def read_scores(path: Path, dictionary_sha256: str, d_sae: int) -> OfLatents:
 
 
 def stored_scores(folder: Path, info: StoreInfo) -> OfLatents:
-    """Return the scores in the folder of a store, also those of earlier labels; none if it has no such file."""
+    """Return the scores in the folder of a store, also those of earlier labels; none if it has no such file.
+
+    Scores on the contexts of another store are left out, with a warning.
+    """
+    stored = _all_stored(folder, info)
+    return together({}, of_store((one for kinds in stored.values() for one in kinds.values()), info), info.d_sae)
+
+
+def of_store(scores: Iterable[LabelScore], info: StoreInfo) -> list[LabelScore]:
+    """Return the scores on the contexts of a store, and warn if there are others. One that does not say counts as such."""
+    scores = list(scores)
+    own = [one for one in scores if one.store in ("", info.contexts)]
+    if len(own) < len(scores):
+        logger.warning("%d scores are left out: they are on the contexts of another store", len(scores) - len(own))
+    return own
+
+
+def check_room(scores: Mapping[int, Mapping[Kind, LabelScore]], more: Iterable[tuple[int, Kind]]) -> None:
+    """Raise UserError if a store with these scores has no room for others, given by latent and kind."""
+    n = len({(latent, kind) for latent, kinds in scores.items() for kind in kinds} | set(more))
+    if n > MOST:
+        raise UserError(
+            f"these would be {n:,} scores with those that the store has; it holds at most {MOST:,}: take fewer latents"
+        )
+
+
+def _all_stored(folder: Path, info: StoreInfo) -> OfLatents:
     path = folder / SCORES_FILE
     return read_scores(path, info.dictionary_sha256, info.d_sae) if os.path.lexists(path) else {}
 

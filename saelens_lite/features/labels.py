@@ -39,10 +39,11 @@ logger = logging.getLogger(__name__)
 
 
 class _Imported(Checked):
-    """The labels that one author wrote, from one source."""
+    """The labels that one author wrote, from one source, and from the contexts of one store if `store` names them."""
 
     source: String
     author: String
+    store: String = ""
     labels: dict[String, str]
 
 
@@ -297,11 +298,15 @@ def add_stored(folder: Path, labels: Mapping[int, str], info: StoreInfo, replace
 
 def write_labels(path: Path, labels: Mapping[int, str], dictionary_sha256: str) -> None:
     """Write labels to a file, with the hash of the dictionary that they belong to. Those of others have source and author."""
-    groups: dict[tuple[str, str], dict[str, str]] = {}
+    groups: dict[tuple[str, str, str], dict[str, str]] = {}
     for latent in sorted(labels):
-        groups.setdefault(_origin(labels[latent]), {})[str(latent)] = str(labels[latent])
-    own = groups.pop(("", ""), {})
-    imported = [{"source": source, "author": author, "labels": of} for (source, author), of in groups.items()]
+        label = labels[latent]
+        groups.setdefault((*_origin(label), getattr(label, "store", "")), {})[str(latent)] = str(label)
+    own = groups.pop(("", "", ""), {})
+    imported = [
+        {"source": source, "author": author} | ({"store": store} if store else {}) | {"labels": of}
+        for (source, author, store), of in groups.items()
+    ]
     content = {"format": FORMAT, "dictionary_sha256": dictionary_sha256, "labels": own, "imported": imported}
     write_json(path, content, MAX_LIST_BYTES)
 
@@ -317,7 +322,9 @@ def read_labels(path: Path, dictionary_sha256: str, d_sae: int) -> dict[int, str
     if content.dictionary_sha256 != dictionary_sha256:
         raise ConfigError(f"{path} has the labels of another dictionary; load the labels of this one")
     numbers = {str(latent): latent for latent in range(d_sae)}
-    named = [(latent, Label(text, of.source, of.author)) for of in content.imported for latent, text in of.labels.items()]
+    named = [
+        (latent, Label(text, of.source, of.author, of.store)) for of in content.imported for latent, text in of.labels.items()
+    ]
     for latent, _ in (*named, *content.labels.items()):
         if latent not in numbers:
             raise CorruptFileError(f"{path}: {latent[:40]!r} is not a latent; expected 0 to {d_sae - 1}")

@@ -12,7 +12,7 @@ from saelens_lite.features.codes import CodesTable
 from saelens_lite.features.compare import Stability
 from saelens_lite.features.explaining.scores import Kind, LabelScore
 from saelens_lite.features.info import StoreInfo
-from saelens_lite.features.label_scores import current, together
+from saelens_lite.features.label_scores import check_room, current, of_store, together
 from saelens_lite.features.per_model import ModelTensors
 from saelens_lite.features.rows import ExampleRow, GroupRate, Rows
 from saelens_lite.features.summary import About, Example, ExampleGroup, LatentSummary, ModelSummary, Partner, PositionBin
@@ -64,14 +64,19 @@ class StoreQueries:
     def record_scores(self, scores: Iterable[LabelScore]) -> int:
         """Add scores of labels, and return the number that was added. Call `write_scores` or `save` to keep them.
 
-        They replace those of the same kind. A score of a text that is not the label of its latent is left out.
+        They replace those of the same kind. A score of a text that is not the label of its latent is left out, and so is one on the
+        contexts of another store.
 
         Raises:
             UserError: there is no such latent or kind, or a value is not between 0 and 1.
         """
-        added = [one for one in scores if self.labels.get(one.latent) == one.label]
+        added = of_store((one for one in scores if self.labels.get(one.latent) == one.label), self.info)
         self._label_scores = together(self._label_scores, added, self.info.d_sae)
         return len(added)
+
+    def check_room(self, more: Iterable[tuple[int, Kind]]) -> None:
+        """Raise UserError if the store has no room for more scores, given by latent and kind."""
+        check_room(self._label_scores, more)
 
     @property
     def density(self) -> Float[Tensor, " d_sae"]:

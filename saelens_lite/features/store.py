@@ -28,7 +28,6 @@ from saelens_lite.features.explaining.scores import Scores
 from saelens_lite.features.explaining.scoring import ScoreConfig, questions_of, score
 from saelens_lite.features.exporters import export
 from saelens_lite.features.info import StoreInfo
-from saelens_lite.features.label import Label
 from saelens_lite.features.label_scores import SCORES_FILE, add_to_stored, stored_scores, write_scores
 from saelens_lite.features.labels import LABELS_FILE, checked_label, merged, read_labels, stored_labels, write_labels
 from saelens_lite.features.per_model import ModelTensors, model_weights
@@ -382,7 +381,7 @@ class FeatureStore(StoreQueries):
         Raises:
             ConfigError: a setting is unknown or out of range; `model` is neither a chat model nor a function.
             UserError: there is no such latent; the store was built from activations; a function does not return a finite number
-                for each context.
+                for each context; a chat model would give more scores than a store holds.
             BudgetError: the questions would cost more than the limit of the model.
             ChatError: the endpoint cannot be reached, or refuses the questions.
         """
@@ -415,7 +414,8 @@ class FeatureStore(StoreQueries):
         labels.
 
         Args:
-            latents: Latents to explain; default: all that fire on the text of the store and have no label of your own.
+            latents: Latents to explain; default: all that fire on the text of the store. Nothing is asked about those with a
+                label of your own; `own` of the result has them.
             by: Name of an explainer; `saelens-lite plugins` lists them.
             model: The chat model, such as `sl.chat_model("gpt-4o-mini")`.
             replace: Explain latents with your own label too, and replace it.
@@ -430,10 +430,10 @@ class FeatureStore(StoreQueries):
         """
         self.info.check_text("an explanation in words")
         if latents is None:
-            own = {latent for latent, text in self.labels.items() if not isinstance(text, Label)}
-            firing = (~self.never_fires).nonzero().flatten().tolist()
-            latents = [latent for latent in firing if replace or latent not in own]
-        return explain(self, latents, explainer(by, options), model, lambda made: self.label_all(made, replace=replace))
+            latents = (~self.never_fires).nonzero().flatten().tolist()
+        return explain(
+            self, latents, explainer(by, options), model, lambda made: self.label_all(made, replace=replace), replace
+        )
 
     def question(self, latent: int, by: str = "max_act", **options: Any) -> Question:
         """Return the question that `explain` asks about a latent, without asking it.

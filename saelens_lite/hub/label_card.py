@@ -13,7 +13,7 @@ import numpy as np
 
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError
-from saelens_lite.features.explaining.scores import RESULTS, Judged, Kind, LabelScore
+from saelens_lite.features.explaining.scores import RESULTS, Judged, Kind, LabelScore, by_floors
 from saelens_lite.features.info import weights_hash
 from saelens_lite.features.label import origin_of
 from saelens_lite.features.label_scores import (
@@ -26,11 +26,12 @@ from saelens_lite.features.label_scores import (
     write_scores,
 )
 from saelens_lite.features.labels import LABELS_FILE, read_labels, write_labels
-from saelens_lite.markdown import cell, one_line
+from saelens_lite.markdown import cell, code
 
+THE = {"token baseline": "the token baseline"}  # for a sentence
 LABEL_FILES = (LABELS_FILE, SCORES_FILE)
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
-MOST_AUTHORS = 5
+MOST_NAMES = 5
 ROWS = RESULTS | {"score": "the label", "hard": "the label, against the nearest latent"}
 
 
@@ -72,8 +73,8 @@ def labels_text(published: PublishedLabels | None) -> str:
         return ""
     labels, scores = published.labels, published.scores
     authors = Counter(origin_of(label) for label in labels.values()).most_common()
-    by = [f"{n:,} by {one_line(origin) if origin else 'a person, without a name'}" for origin, n in authors[:MOST_AUTHORS]]
-    by += [f"{sum(n for _, n in authors[MOST_AUTHORS:]):,} by others"] * (len(authors) > MOST_AUTHORS)
+    by = [f"{n:,} by {code(origin) if origin else 'a person, without a name'}" for origin, n in authors[:MOST_NAMES]]
+    by += [f"{sum(n for _, n in authors[MOST_NAMES:]):,} by others"] * (len(authors) > MOST_NAMES)
     lines = ["## Labels", f"{len(labels):,} of {published.d_sae:,} latents have a label: {'; '.join(by)}."]
     if not scores:
         return "\n".join([*lines, "No label was scored, so nothing is known about how well they fit."])
@@ -84,25 +85,26 @@ def labels_text(published: PublishedLabels | None) -> str:
 def _of_kind(kind: Kind, scores: OfLatents) -> str:
     """Return the distribution of the scores of one kind, beside that of the controls, as Markdown."""
     ones = [kinds[kind] for kinds in scores.values() if kind in kinds]
-    judges = ", ".join(sorted({one_line(one.judge) for one in ones}))
+    judges = sorted({one.judge for one in ones})
+    named = ", ".join(map(code, judges[:MOST_NAMES])) + f" and {len(judges) - MOST_NAMES:,} others" * (len(judges) > MOST_NAMES)
     rows = [_row(f"AUROC, {told}", ones, name, "auroc") for name, told in ROWS.items()]
     rows += [_row(f"balanced accuracy, {told}", ones, name, "balanced_accuracy") for name, told in ROWS.items()]
     head = ["score", "n", *(f"{q:.0%}" if q != 0.5 else "median" for q in QUANTILES)]
     table = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", *filter(None, rows)]
-    verdicts = [exceeds_controls(one) for one in ones]
-    n_compared, unusable = len(verdicts) - verdicts.count(None), sum(one.score.n_unusable for one in ones)
+    unusable = sum(one.score.n_unusable for one in ones)
     told = [
-        f"{verdicts.count(True):,} of {n_compared:,} labels are better than the token baseline and another latent's "
-        "explanation: the 95 % interval of the difference of AUROCs is above zero."
-        if n_compared
-        else "The labels were not compared with a control."
+        f"{sum(exceeds_controls(one) is True for one in of):,} of {len(of):,} labels are better than "
+        f"{' and '.join(THE.get(name, name) for name in floors)}: the 95 % interval of the difference of AUROCs is above zero."
+        if floors
+        else f"{len(of):,} labels were not compared with a control."
+        for floors, of in by_floors(ones).items()
     ]
     told += [f"{unusable:,} contexts got no usable answer and count as wrong."] * (unusable > 0)
     if n_elsewhere := sum(one.made_elsewhere for one in ones):
         told.append(f"{n_elsewhere:,} labels may have been made from the contexts that they are scored on.")
     return "\n".join(
         [
-            f"**{kind.capitalize()}** (judge: {judges}), quantiles over latents:",
+            f"**{kind.capitalize()}** (judge: {named}), quantiles over latents:",
             "",
             *table,
             "",

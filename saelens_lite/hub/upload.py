@@ -23,7 +23,8 @@ published dictionaries from the same address if it has an architecture for the r
 
 `sl.push(…, stores=["store"])` sends the labels of a feature store as labels.json and their scores as scores.json. The card then
 says who wrote the labels, and shows their scores as quantiles beside those of the controls. Fetch a dictionary with `pull
---out`, and `sl.labels.load("pulled/labels.json", d)` reads both.
+--out`, and `sl.labels.load("pulled/labels.json", d)` reads both. A later push of the same dictionary without labels keeps those
+that were published.
 
 Log in with `hf auth login`. The token goes to the Hub and nowhere else. The Hub's answers are checked before they are used,
 and every request is limited in size and time.
@@ -49,6 +50,7 @@ from saelens_lite.errors import (
     HubUnreachableError,
 )
 from saelens_lite.features.info import weights_hash
+from saelens_lite.features.labels import LABELS_FILE
 from saelens_lite.features.store_files import read_info
 from saelens_lite.files import MAX_JSON_BYTES, file_hash, named_file, write_file
 from saelens_lite.formats import read
@@ -198,6 +200,9 @@ def push(
                 f"{repo} exists and is public; nothing was sent. Make it private on the Hub, or leave out private"
             )
         files |= index_files(_remote_card(repo, remote), repo, entries, license=license, tags=tags)
+        for entry in entries:
+            if f"{entry.name}/{LABELS_FILE}" not in files:
+                files |= _kept_labels(repo, remote, entry, files[f"{entry.name}/{CARD_FILE}"])
         planned = _compare(files, remote, [entry.name for entry in entries])
         if remote.uncompared:
             planned = tuple(file._replace(status="unknown") for file in planned)
@@ -404,6 +409,21 @@ def _remote_card(repo: str, remote: _Remote) -> str | None:
     folder = download(repo, remote.commit, [remote.files[CARD_FILE]])
     with typed_errors(repo):
         return (folder / CARD_FILE).read_text(encoding="utf-8")
+
+
+def _kept_labels(repo: str, remote: _Remote, entry: CardEntry, card: bytes) -> dict[str, bytes | Path]:
+    """Return the published labels and scores of a dictionary, with its card; nothing if they are of another dictionary."""
+    names = [f"{entry.name}/{name}" for name in LABEL_FILES if f"{entry.name}/{name}" in remote.files]
+    if f"{entry.name}/{LABELS_FILE}" not in names:
+        return {}
+    folder = download(repo, remote.commit, [remote.files[name] for name in names])
+    try:
+        labels = PublishedLabels.read(folder / entry.name, entry.dictionary)
+    except (ConfigError, CorruptFileError) as error:
+        logger.warning("%s: the published labels are deleted: %s", repo, error)
+        return {}
+    text = with_labels(card.decode(), labels_text(labels))
+    return {name: folder / name for name in names} | {f"{entry.name}/{CARD_FILE}": text.encode()}
 
 
 def _compare(files: Mapping[str, Path | bytes], remote: _Remote, folders: Sequence[str]) -> tuple[PushFile, ...]:

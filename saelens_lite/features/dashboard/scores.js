@@ -8,7 +8,9 @@ const SERIES = {
 };
 const KINDS_OF_SCORE = {detection: "contexts in which the latent fires, among others", fuzzing: "contexts with the right tokens marked, among those with wrong ones"};
 const MEANING = "AUROC: 0.5 is chance, 1 is perfect";
-const NOT_ABOVE = "not better than a control (the token baseline, another latent's label): the 95 % interval of the difference reaches zero";
+const FLOORS = {by_tokens: "the token baseline", of_random_latent: "another latent's label"};
+const floors = one => Object.keys(FLOORS).filter(name => one[name]).map(name => FLOORS[name]).join(" or ");  // those that were measured
+const notAbove = one => `not better than ${floors(one)}: the 95 % interval of the difference reaches zero`;
 const scoreOf = (i, kind) => scores[i]?.[kind];
 const isScored = i => scores[i] !== undefined;
 const kindsOfScore = () => Object.keys(KINDS_OF_SCORE).filter(kind => Object.values(scores).some(one => one[kind]));
@@ -17,18 +19,18 @@ const interval = (result, at) => result[at + 1] === null ? "" : `[${fixed(result
 
 // The columns of the list. A label without a score says so; an asterisk marks a score that is not better than a control.
 const SCORE_COLUMNS = Object.entries(KINDS_OF_SCORE).map(([kind, meaning]) => ({
-  key: kind, tip: `${kind} of ${meaning}; ${MEANING}; * ${NOT_ABOVE}`, width: "5.9rem", numeric: true,
+  key: kind, tip: `${kind} of ${meaning}; ${MEANING}; * not better than one of the controls measured`, width: "5.9rem", numeric: true,
   there: () => kindsOfScore().includes(kind), value: i => scoreOf(i, kind)?.score[0] ?? NaN, cell: i => scoreCell(i, kind),
 }));
 function scoreCell(i, kind) {
   const one = scoreOf(i, kind);
   if (!one) return label(i) ? [make("span", {class: "soft"}, "not scored")] : [];
-  const told = `${fixed(auroc(one.score))} ${interval(one.score, 0)}${one.above === false ? `; ${NOT_ABOVE}` : ""}`;
+  const told = `${fixed(auroc(one.score))} ${interval(one.score, 0)}${one.above === false ? `; ${notAbove(one)}` : ""}`;
   return [make("span", {class: one.above === false ? "doubt" : "", "data-tip": told}, `${fixed(auroc(one.score))}${one.above === false ? "*" : ""}`)];
 }
 
 // Buttons that leave the latents in the list whose label is better than its controls, not better, or not scored.
-const VERDICTS = [["better than controls", above => above.every(is => is === true)], ["not better than controls", above => above.includes(false)],
+const VERDICTS = [["better than the controls measured", above => above.every(is => is === true)], ["not better than controls", above => above.includes(false)],
   ["without controls", () => true]];
 function verdict(i) {
   if (!isScored(i)) return label(i) ? VERDICTS.length : -1;
@@ -84,7 +86,7 @@ function scoreCards(i) {
   return grid(of.length > 1 ? "halves" : "", ...of.map(([kind, one]) => {
     const rows = Object.entries(SERIES).filter(([name]) => one[name]).map(([name, told]) => resultRow(told, one[name], name));
     const section = measured(`Label's score: ${kind}`, "AUROC · balanced accuracy", `${MEANING} · the mean of the accuracies on firing and silent contexts`, ...rows);
-    if (one.above === false) section.append(make("p", {class: "doubt"}, "Not better than a control: nothing shows that this label says more about the latent than the token baseline or another latent's label."));
+    if (one.above === false) section.append(make("p", {class: "doubt"}, `Nothing shows that this label says more about the latent than ${floors(one)}.`));
     const unusable = one.score[6] ? `; ${whole(one.score[6])} contexts without a usable answer, counted as wrong` : "";
     if (one.elsewhere) section.append(make("p", {class: "soft"}, "The label may have been made from these very contexts."));
     section.append(make("p", {class: "soft"}, `${one.above === null ? "Not compared with a control. " : ""}Judge ${named(judges[one.judge])}; ${KINDS_OF_SCORE[kind]}: ${whole(one.n[0])} with firing, ${whole(one.n[1])} without${unusable}. Intervals are 95 %.`));

@@ -9,12 +9,35 @@ from saelens_lite.features.labels import MOST
 
 KEY = "explanation"
 LONG = 40  # characters from which a repeated line of the question is no coincidence
-_THOUGHTS = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL)
+_THINK, _THOUGHT = re.compile(r"<think(?:ing)?>"), re.compile(r"</think(?:ing)?>")
 _NAMED = re.compile(r"[\[*#\s]*(?:final )?explanation[\]*\s]*:[*\s]*(?P<text>.+)", re.IGNORECASE)
+_I = r"\bi(?:['’](?:m|ve|d|ll))?"  # not the i of a list
+_SORRY = (  # openings of a refusal, and of labels such as "sorry, and other apologies"
+    r"(?:i(?: am|['’]m)(?: very| so| really| truly| deeply)? (?:sorry|afraid)|sorry|(?:my )?apologies|i apologi[sz]e|i regret"
+    r"|unfortunately|regrettably)\b"
+)
+_NOT = (
+    r"(?:cannot|can ?not|can['’]t|could ?n[o'’]?t|couldn['’]t|won['’]t|will not|would not|do not|don['’]t|did not|didn['’]t"
+    r"|(?:am |was )?(?:not|unable)|(?:must |have to )?(?:decline|refuse)|have no|lack)\b"
+)
+_ACT = (
+    r"(?:help|assist|provide|answer|explain|describe|determine|identify|give|do (?:that|this|so|it)|comply|fulfil|complete"
+    r"|continue|discuss|generate|create|produce|write|offer|share|engage|process|access|view|see|interpret|infer|conclude|find"
+    r"|summari[sz]e|analy[sz]e|tell|say|know|respond|participate|support)"
+)
+_AI = r"an? (?:ai\b|artificial intelligence|(?:large )?language model|(?:virtual |helpful )?assistant|chatbot)"
 _REFUSAL = re.compile(
-    r"i['’]?m sorry|sorry[,.]|i (?:can(?:no|['’])t|am not able|am unable|won['’]t|will not|must decline)\b"
-    r"|i['’]m (?:not able|unable)\b|as an ai\b|unable to ",
-    re.IGNORECASE,
+    rf"(?:{_SORRY}[^.!?]*?(?:[.!?,;:–—-]\s*(?:but |that )?)?[^.!?]*?{_I} {_NOT}"  # I am sorry, but I cannot
+    rf"|{_SORRY}.*\b(?:can|able to|something i|allowed to|possible to) (?:can )?{_ACT}\b"
+    rf"|i(?: am|['’]m) (?:very |so |really )?sorry\W*$"
+    rf"|(?:as|being) {_AI}[^.]*?{_I} "  # As a language model, I
+    rf"|{_I}(?: am| was)? ?(?:an? )?{_NOT} (?:able to |allowed to |permitted to |going to |be able to )?{_ACT}\b"
+    rf"|i(?: am|['’]m) {_AI}"
+    rf"|i(?: do not|['’]?\s?don['’]t) have (?:enough|sufficient|access|any|the )|i have (?:no|not enough|insufficient) "
+    rf"|i (?:must|have to) (?:decline|refuse)\b|i(?: am|['’]m) (?:not able|unable)\b|i (?:decline|refuse) to\b"
+    rf"|(?:there (?:is|are) )?(?:not enough|insufficient) \w+(?: \w+)? to {_ACT}\b|(?:unable|not able|impossible) to {_ACT}\b"
+    rf"|it(?: is|['’]s) (?:not possible|impossible) to {_ACT}\b|cannot {_ACT}\b)",
+    re.IGNORECASE | re.DOTALL,
 )
 
 
@@ -24,7 +47,10 @@ def explanation_in(text: str) -> str | None:
     It is the value of "explanation" in the first JSON object that has one, also between other words. An answer without JSON is
     itself the explanation if it is one paragraph, or the line after "Explanation:".
     """
-    text = _THOUGHTS.sub("", text).strip()
+    text = without_thoughts(text)
+    if text is None:
+        return None
+    text = text.strip()
     objects = [value for value in _objects(text) if isinstance(value.get(KEY), str)]
     if objects:
         return _one_line(objects[0][KEY])
@@ -34,6 +60,23 @@ def explanation_in(text: str) -> str | None:
     if named:
         return _one_line(named[-1].strip("*"))
     return None if re.search(r"\n\s*\n", text) else _one_line(text)
+
+
+def without_thoughts(text: str) -> str | None:
+    """Return an answer from where its thoughts end, which some models write first: <think> … </think>. None if they do not end.
+
+    Some models leave out the first tag. A tag inside of the JSON that was asked for is part of it.
+    """
+    began = _THINK.search(text)
+    if began and not re.search(r"[\[{]", text[: began.start()]):
+        ended = _THOUGHT.search(text, began.end())
+        return None if ended is None else without_thoughts(text[ended.end() :])
+    *_, last = [None, *_THOUGHT.finditer(text)]
+    if last is not None:
+        before, after = text[: last.start()], text[last.end() :]
+        if re.search(r"[\[{]", after) or not re.search(r"[\[{]", before):
+            return after
+    return text
 
 
 def _objects(text: str) -> list[dict[str, Any]]:

@@ -28,7 +28,9 @@ class Explanations(Mapping[int, Label], Result):
     """The explanations of latents that a chat model wrote: `explanations[7]` is a label.
 
     `failures` has the reason for each latent without one. `n_input` and `n_output` are the tokens of new answers, and `dollars`
-    is their price, if the chat model knows it. `n_kept` answers were kept from earlier and cost nothing.
+    is their price, if the chat model knows it. `n_kept` answers were kept from earlier and cost nothing. Nothing was asked about
+    the latents in `own`, which have a label of your own. `n_replaced` labels from elsewhere, such as those of Neuronpedia or of
+    another chat model, were replaced.
     """
 
     labels: dict[int, Label]
@@ -39,6 +41,8 @@ class Explanations(Mapping[int, Label], Result):
     n_output: int = 0
     n_kept: int = 0
     dollars: float | None = None
+    own: tuple[int, ...] = ()
+    n_replaced: int = 0
 
     def __getitem__(self, latent: int) -> Label:
         return self.labels[latent]
@@ -69,6 +73,10 @@ class Explanations(Mapping[int, Label], Result):
         more = [f"… and {len(self) - SHOWN:,} more"] if len(self) > SHOWN else []
         by_reason = Counter(self.failures.values()).most_common()
         more += [f"{n:,} without an explanation: {visible(reason)}" for reason, n in by_reason]
+        more += [f"{len(self.own):,} not asked about, because they have a label of your own: {_listed(self.own)}"] * bool(
+            self.own
+        )
+        more += [f"{self.n_replaced:,} labels from elsewhere were replaced"] * bool(self.n_replaced)
         spent = "" if self.dollars is None else f" for ${self.dollars:.2f}"
         more.append(
             f"{self.n_input:,} tokens read, {self.n_output:,} written{spent}; {self.n_kept:,} answers kept from earlier"
@@ -78,6 +86,10 @@ class Explanations(Mapping[int, Label], Result):
     def __repr__(self) -> str:
         n = len(self.labels) + len(self.failures)
         return visible(f"Explanations({len(self):,} of {n:,} latents by {self.author}, {self.source})")
+
+
+def _listed(latents: Sequence[int]) -> str:
+    return ", ".join(map(str, latents[:SHOWN])) + f" and {len(latents) - SHOWN:,} more" * (len(latents) > SHOWN)
 
 
 def explainer(by: str, options: Mapping[str, Any]) -> Explainer:
@@ -99,15 +111,24 @@ def question_about(store: StoreQueries, latent: int, by: Explainer) -> Question 
 
 
 def explain(
-    store: StoreQueries, latents: Iterable[int], by: Explainer, model: ChatModel, keep: Callable[[Explanations], object]
+    store: StoreQueries,
+    latents: Iterable[int],
+    by: Explainer,
+    model: ChatModel,
+    keep: Callable[[Explanations], object],
+    replace_own: bool,
 ) -> Explanations:
     """Return the explanations of latents, and give them to `keep`. See `FeatureStore.explain`.
+
+    Nothing is asked about latents with a label of your own unless `replace_own` is true.
 
     If the work ends early, by Ctrl-C or a limit of the chat model, `keep` gets the explanations in the answers until then.
     """
     if not isinstance(model, ChatModel):
         raise ConfigError(f"model = {model!r:.100}; expected a chat model, such as sl.chat_model('gpt-4o-mini')")
-    questions = {latent: question_about(store, latent, by) for latent in dict.fromkeys(map(int, latents))}
+    given, before_labels = list(dict.fromkeys(map(int, latents))), dict(store.labels)
+    own = {} if replace_own else {latent: None for latent in given if _is_own(before_labels.get(latent))}
+    questions = {latent: question_about(store, latent, by) for latent in given if latent not in own}
     asked = {latent: question for latent, question in questions.items() if question is not None}
     logger.info("%s, %s: %s", model.name, by.source, in_words(model.estimate(list(asked.values()))))
     before = _dollars(model)
@@ -116,9 +137,11 @@ def explain(
     except (SaelensLiteError, KeyboardInterrupt):
         kept = {latent: question for latent, question in asked.items() if not model.estimate([question]).n_questions}
         if kept:
-            keep(_explanations(kept, model.ask(list(kept.values())), by, model.name))
+            keep(_explanations(kept, model.ask(list(kept.values())), by, model.name, store.info.contexts))
         raise
-    explanations = _explanations(questions, answers, by, model.name)
+    explanations = _explanations(questions, answers, by, model.name, store.info.contexts)
+    n_replaced = sum(_is_elsewhere(before_labels.get(latent), label) for latent, label in explanations.items())
+    explanations = replace(explanations, own=tuple(own), n_replaced=n_replaced)
     if before is not None:
         explanations = replace(explanations, dollars=_dollars(model) - before)
     keep(explanations)
@@ -126,7 +149,7 @@ def explain(
 
 
 def _explanations(
-    questions: Mapping[int, Question | None], answers: Sequence[Answer], by: Explainer, author: str
+    questions: Mapping[int, Question | None], answers: Sequence[Answer], by: Explainer, author: str, contexts: str
 ) -> Explanations:
     """Return the explanations in the answers to the questions. A latent without a question is a failure."""
     labels, failures = {}, {latent: NO_CONTEXTS for latent, question in questions.items() if question is None}
@@ -137,7 +160,7 @@ def _explanations(
         if fault:
             failures[latent] = fault
         else:
-            labels[latent] = Label(text, by.source, author)
+            labels[latent] = Label(text, by.source, author, contexts)
     new = [answer for answer in answers if not answer.was_kept]
     return Explanations(
         dict(sorted(labels.items())),
@@ -148,6 +171,16 @@ def _explanations(
         n_output=sum(answer.n_output for answer in new),
         n_kept=len(answers) - len(new),
     )
+
+
+def _is_own(label: str | None) -> bool:
+    """Return whether a label is your own; no label is not."""
+    return label is not None and not isinstance(label, Label)
+
+
+def _is_elsewhere(old: str | None, new: Label) -> bool:
+    """Return whether a label is by somebody else than the author of a new one, or from another source."""
+    return isinstance(old, Label) and (old.source, old.author) != (new.source, new.author)
 
 
 def _dollars(model: ChatModel) -> float | None:

@@ -53,7 +53,8 @@ def balanced_accuracy_metric(right: tuple[float | int, int], right_silent: tuple
     """
     (p, low, high), (q, low_q, high_q) = _wilson(*right), _wilson(*right_silent)
     value = (p + q) / 2
-    return Metric(value, value - math.hypot(p - low, q - low_q) / 2, value + math.hypot(high - p, high_q - q) / 2)
+    low, high = value - math.hypot(p - low, q - low_q) / 2, value + math.hypot(high - p, high_q - q) / 2
+    return Metric(value, max(0.0, low), min(1.0, high))  # rounding may lead out of [0, 1]
 
 
 def _wilson(right: float | int, n: int) -> Metric:

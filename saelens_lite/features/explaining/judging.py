@@ -5,13 +5,14 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from saelens_lite.chat import Answer, ChatModel, Question
+from saelens_lite.chat import Answer, ChatModel, Question, TokenChoice
 from saelens_lite.errors import BudgetError, BudgetReachedError, UserError
 from saelens_lite.features.detection import FIRES, DetectionTask, Scorer
+from saelens_lite.features.explaining.answers import without_thoughts
 from saelens_lite.features.explaining.quoting import quoted, quoted_text
 from saelens_lite.features.explaining.scores import Kind
 from saelens_lite.features.explaining.template import Template
@@ -67,7 +68,7 @@ def question(kind: Kind, label: str, trials: Sequence[Posed], max_tokens: int) -
     """Return the question whether a label fits contexts. Label and contexts are quoted as data."""
     contexts = [quoted(trial.example, trial.marked) for trial in trials]
     system, user = template(kind).render(explanation=quoted_text(label), contexts=contexts, n=len(trials))
-    return Question(user, system, _schema(len(trials)), DIGITS, max_tokens)
+    return Question(user, system, _schema(len(trials)), DIGITS, max(max_tokens, 32 + 4 * len(trials)))
 
 
 def questions_on(sheets: Iterable[Sheet], max_tokens: int) -> list[Question]:
@@ -84,13 +85,15 @@ def _schema(n: int) -> dict[str, Any]:
 def verdicts_in(answer: Answer, n: int) -> Verdicts:
     """Return the answers about n contexts in an answer; n times None unless it has exactly n, each of them 0 or 1.
 
-    An answer counts with words around it if there is one JSON array in it. Where the server says how likely 0 and 1 were at
+    An answer counts with words around it if there is one JSON array in it, behind thoughts between <think> and </think>. Where
+    the server says how likely 0 and 1 were at
     each place, p = P(1) / (P(0) + P(1)), else it is the answer itself.
     """
-    digits = _digits(answer.text or "")
+    text = without_thoughts(answer.text or "")
+    digits = None if text is None else _digits(text)
     if digits is None or len(digits) != n:
         return [None] * n
-    shares = _shares(answer, digits)
+    shares = _shares(_behind(answer.tokens or (), len(answer.text) - len(text)), digits)
     return [Verdict(bool(digit), p, bool(shares)) for digit, p in zip(digits, shares or map(float, digits), strict=True)]
 
 
@@ -106,9 +109,15 @@ def _digits(text: str) -> list[int] | None:
     return digits if all(type(digit) is int and digit in (0, 1) for digit in digits) else None
 
 
-def _shares(answer: Answer, digits: Sequence[int]) -> list[float] | None:
+def _behind(tokens: Sequence[TokenChoice], n: int) -> list[TokenChoice]:
+    """Return the tokens of an answer that begin behind its first n characters."""
+    starts = accumulate((len(token.text) for token in tokens), initial=0)
+    return [token for token, start in zip(tokens, starts, strict=False) if start >= n]
+
+
+def _shares(tokens: Sequence[TokenChoice], digits: Sequence[int]) -> list[float] | None:
     """Return P(1) / (P(0) + P(1)) at each digit of an answer; None if its tokens are not known or do not match the digits."""
-    places = [token for token in answer.tokens or () if token.text.strip() in DIGITS]
+    places = [token for token in tokens if token.text.strip() in DIGITS]
     if [token.text.strip() for token in places] != [str(digit) for digit in digits]:
         return None
     shares = []

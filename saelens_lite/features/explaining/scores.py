@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
@@ -52,8 +52,8 @@ class LabelScore(NamedTuple):
 
     `recall` is the share of firing contexts recognised, of the top ones first, then of each group, strongest first; None if no
     context is of it. `is_graded` is true if log-probabilities were offered, so that the AUROC is of graded answers.
-    `made_elsewhere` is true if the label may come from the very contexts it is scored on: your own, or an imported one. `judge`
-    is the name of the chat model.
+    `made_elsewhere` is true if the label may come from the very contexts it is scored on: your own, an imported one, or one made
+    from another store. `judge` is the name of the chat model, and `store` names the contexts (`StoreInfo.contexts`).
     """
 
     latent: int
@@ -71,12 +71,26 @@ class LabelScore(NamedTuple):
     recall: tuple[float | None, ...] = ()
     is_graded: bool = False
     made_elsewhere: bool = False
+    store: str = ""
+
+    @property
+    def floors(self) -> tuple[str, ...]:
+        """The names of the floors that were measured."""
+        return tuple(RESULTS[name] for name in FLOORS if getattr(self, name) is not None)
 
     @property
     def not_better_than(self) -> tuple[str, ...]:
         """The names of the floors that the AUROC does not exceed: the 95 % interval of the difference reaches zero."""
         floors = {RESULTS[name]: getattr(self, name) for name in FLOORS}
         return tuple(name for name, of in floors.items() if of is not None and not exceeds(self.score.auroc, of.auroc))
+
+
+def by_floors(scores: Iterable[LabelScore]) -> dict[tuple[str, ...], list[LabelScore]]:
+    """Return scores by the names of the floors that were measured beside them."""
+    groups: dict[tuple[str, ...], list[LabelScore]] = {}
+    for one in scores:
+        groups.setdefault(one.floors, []).append(one)
+    return groups
 
 
 class Skipped(NamedTuple):
@@ -172,8 +186,11 @@ class Scores(Result):
             )
             for i, of in enumerate(spreads)
         ]
-        n_bad = sum(bool(one.not_better_than) for one in self.scores)
-        notes = [f"{n_bad:,} of {len(self):,} scores are not better than a control (the token baseline, another latent's)."]
+        notes = [
+            f"{sum(bool(one.not_better_than) for one in of):,} of {len(of):,} scores are not better than {' or '.join(floors)}."
+            for floors, of in by_floors(self.scores).items()
+            if floors
+        ]
         if unusable := [f"{of.n_unusable:,} ({of.kind}, {of.result})" for of in spreads if of.n_unusable]:
             notes.append(f"Contexts without a usable answer: {', '.join(unusable)}.")
         if n := sum(one.made_elsewhere for one in self.scores):

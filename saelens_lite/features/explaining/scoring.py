@@ -7,6 +7,7 @@ the contexts of fuzzing are the same with the right and with other tokens marked
 
 import logging
 import math
+from bisect import bisect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -43,7 +44,11 @@ class ScoreConfig(FrozenConfig):
         20, ge=4, le=1000, description="Most contexts of each sort for a latent: firing, silent, and of the nearest latent."
     )
     per_question: int = Field(5, ge=1, le=100, description="Most contexts in a question.")
-    max_tokens: int = Field(256, ge=16, description="Most tokens of an answer. Models that think first need thousands.")
+    max_tokens: int = Field(
+        256,
+        ge=16,
+        description="Most tokens of an answer, or 4 for each context and 32 if that is more. Models that think first need thousands.",
+    )
     controls: bool = Field(
         True,
         description="Let the judge also read another latent's explanation, and the words in another order: 3 times the cost.",
@@ -67,6 +72,7 @@ def score(store: StoreQueries, latents: Iterable[int] | None, model: ChatModel |
     by_latent, skipped = _tasks(store, latents, config)
     sheets = {latent: [sheet for task in tasks for sheet in task.sheets.values()] for latent, tasks in by_latent.items()}
     if isinstance(judge, ChatJudge):
+        store.check_room((task.latent, task.kind) for tasks in by_latent.values() for task in tasks)
         questions = judge.questions(sheet for of in sheets.values() for sheet in of)
         logger.info("scores by %s: %s", judge.name, in_words(model.estimate(questions)))
     scores = []
@@ -94,6 +100,7 @@ def _tasks(
     store.info.check_text("scores of labels")
     by_latent: dict[int, list[_Task]] = {}
     skipped: list[Skipped] = []
+    ring = sorted((mixed_seed("another", config.seed, other), other) for other, text in store.labels.items() if text)
     for latent in sorted(store.labels) if latents is None else dict.fromkeys(map(int, latents)):
         check_latent(latent, store.info)
         if not store.labels.get(latent):
@@ -105,18 +112,24 @@ def _tasks(
                 skipped.append(Skipped(latent, kind, blocks))
                 continue
             questions = in_questions(blocks, config.per_question)
-            texts = {"score": store.labels[latent]} | (_controls(store.labels, latent, config.seed) if config.controls else {})
+            texts = {"score": store.labels[latent]}
+            texts |= _controls(store.labels, latent, ring, config.seed) if config.controls else {}
             shown = shown_contexts(store, latent).all
             sheets = {name: Sheet(latent, kind, str(text), shown, questions) for name, text in texts.items()}
             by_latent.setdefault(latent, []).append(_Task(latent, kind, sheets))
     return by_latent, skipped
 
 
-def _controls(labels: Mapping[int, str], latent: int, seed: int) -> dict[str, str]:
-    """Return the texts that the judge reads in place of a label: that of another latent, and its words in another order."""
-    own = labels[latent]
-    others = [text for other, text in sorted(labels.items()) if other != latent and text.casefold() != own.casefold()]
-    texts = {"of_random_latent": others[mixed_seed("another", seed, latent) % len(others)]} if others else {}
+def _controls(labels: Mapping[int, str], latent: int, ring: Sequence[tuple[int, int]], seed: int) -> dict[str, str]:
+    """Return the texts that the judge reads in place of a label: that of another latent, and its words in another order.
+
+    Args:
+        ring: Hashes of the latents with a label, ascending. The other latent is the first one behind the hash of this one, so
+            that a new label changes the controls of few latents.
+    """
+    own, start = labels[latent], bisect(ring, (mixed_seed("other than", seed, latent), -1))
+    others = (labels[other] for _, other in (*ring[start:], *ring[:start]) if labels[other].casefold() != own.casefold())
+    texts = {"of_random_latent": other} if (other := next(others, None)) else {}
     words = own.split()
     for n in range(20):  # a random order may be that of the label
         mixed = " ".join(words[i] for i in permutation(len(words), "words", seed, latent, n).tolist())
@@ -149,13 +162,15 @@ def _label_score(store: StoreQueries, task: _Task, verdicts: Mapping[str, Verdic
         n_hard=n_hard,
         recall=tuple(_recall(trials, own, group) for group in range(TOP, store.info.n_groups)),
         is_graded=any(one is not None and one.is_graded for one in own),
-        made_elsewhere=not made_from_shown(label),
+        made_elsewhere=not made_from_shown(label, store.info.contexts),
+        store=store.info.contexts,
     )
 
 
-def made_from_shown(label: str) -> bool:
-    """Return whether a label is by an explainer, which sees only the shown half of the contexts."""
-    return isinstance(label, Label) and label.source.split(" ")[0] in registry.names("explainers")
+def made_from_shown(label: str, contexts: str) -> bool:
+    """Return whether a label is by an explainer that saw the shown half of these contexts; see `StoreInfo.contexts`."""
+    is_by_explainer = isinstance(label, Label) and label.source.split(" ")[0] in registry.names("explainers")
+    return is_by_explainer and label.store == contexts
 
 
 def judged_of(trials: Sequence[Posed], verdicts: Verdicts, is_control: bool = False) -> Judged:

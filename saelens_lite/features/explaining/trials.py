@@ -1,7 +1,11 @@
 """The contexts on which an explanation is scored: as many in which it should be confirmed as in which it should not.
 
 Detection: contexts in which the latent fires, and silent ones. Fuzzing: contexts in which it fires, once with the tokens on
-which it fires marked, and once with as many others.
+which it fires marked, and once with as many others. The wrong marks are the right ones moved, and the text shown is cut so that
+both are at the same places in it: where marks are says nothing.
+
+Contexts that overlap are no two contexts, so the intervals would be too narrow. They are kept apart from one another, also those
+that fire from silent and hard ones, unless fewer than 4 of a sort are left.
 """
 
 import random
@@ -35,29 +39,37 @@ def trials_of(store: StoreQueries, latent: int, kind: Kind, n: int, seed: int) -
 
     Contexts in different lists must not be in one question: they are the same context with other tokens marked.
     """
-    draw = random.Random(mixed_seed("trials", seed, latent, kind))
+    draw, reach = random.Random(mixed_seed("trials", seed, latent, kind)), sum(store.info.window)
     held_out = held_out_contexts(store, latent)
-    firing = _from_all_groups([one for one in held_out if one.group is not None], draw)
-    silent = [one.example for one in held_out if one.group is None]
-    draw.shuffle(silent)
-    hard = _hard(store, latent, draw)[:n]
+    fired = _spread([one for one in held_out if one.group is not None], (), reach)
+    places = [one.example for one in fired]
+    firing = _from_all_groups(fired, draw)
+    hard = _hard(store, latent)
     if kind == "detection":
-        n = min(n, len(firing), len(silent))
-        trials = [Posed(one.example, True, group=one.group) for one in firing[:n]]
-        trials += [Posed(example, False) for example in silent[:n]]
-        blocks = [trials + [Posed(example, False, is_hard=True) for example in hard]]
-        lacking = f"{len(firing)} held-out contexts in which it fires, and {len(silent)} in which it is silent"
+        quiet = _spread([one for one in held_out if one.group is None], places, reach)
+        silent, places = [one.example for one in quiet], [*places, *(one.example for one in quiet)]
+        draw.shuffle(silent)
+        n_easy = min(n, len(firing), len(silent))
+        trials = [Posed(one.example, True, group=one.group) for one in firing[:n_easy]]
+        trials += [Posed(example, False) for example in silent[:n_easy]]
+        blocks, lacking = (
+            [trials],
+            f"{len(firing)} held-out contexts in which it fires, and {len(silent)} in which it is silent",
+        )
     else:
-        pairs = [(one, marks) for one in firing if (marks := _other_marks(one.example, draw))]
-        n = min(n, len(pairs))
-        blocks = [[], []]
-        for i, (one, marks) in enumerate(pairs[:n]):
-            blocks[i % 2].append(Posed(one.example, True, _firing(one.example), group=one.group))
-            blocks[1 - i % 2].append(Posed(one.example, False, marks))
-        for i, example in enumerate(hard):
-            blocks[i % 2].append(Posed(example, False, _firing(example), is_hard=True))
+        pairs = [(one, pair) for one in firing if (pair := _pair(one.example, draw))]
+        n_easy, blocks = min(n, len(pairs)), [[], []]
+        for i, (one, (right, wrong)) in enumerate(pairs[:n_easy]):
+            blocks[i % 2].append(Posed(right.example, True, right.marked, group=one.group))
+            blocks[1 - i % 2].append(Posed(wrong.example, False, wrong.marked))
         lacking = f"{len(pairs)} held-out contexts with enough tokens of both sorts, those on which it fires and others"
-    if n < FEWEST:
+    apart = [one.example for one in _spread([HeldOut(example, None) for example in hard], places, reach)]
+    draw.shuffle(apart)
+    for i, example in enumerate(apart[:n]):
+        cut = _Cut(example, ()) if kind == "detection" else next(iter(_pair(example, draw)), None)
+        if cut:
+            blocks[i % len(blocks)].append(Posed(cut.example, False, cut.marked, is_hard=True))
+    if n_easy < FEWEST:
         return f"{lacking}; expected {FEWEST} of each, so give the store more text"
     for trials in blocks:
         draw.shuffle(trials)
@@ -75,18 +87,73 @@ def _from_all_groups(firing: Sequence[HeldOut], draw: random.Random) -> list[Hel
     return [group[i] for i in range(longest) for _, group in sorted(by_group.items()) if i < len(group)]
 
 
-def _firing(example: Example) -> tuple[int, ...]:
-    return tuple(i for i, value in enumerate(example.values) if value > 0)
+def _spread(contexts: Sequence[HeldOut], others: Sequence[Example], reach: int) -> list[HeldOut]:
+    """Return contexts, in the order of the text, that overlap neither with one another nor with others; all if too few do so."""
+    taken: dict[int, list[int]] = {}
+    for other in others:
+        taken.setdefault(other.row, []).append(other.position)
+    apart = []
+    for one in contexts:
+        places = taken.setdefault(one.example.row, [])
+        if all(abs(place - one.example.position) > reach for place in places):
+            places.append(one.example.position)
+            apart.append(one)
+    return apart if len(apart) >= FEWEST else list(contexts)
 
 
-def _other_marks(example: Example, draw: random.Random) -> tuple[int, ...]:
-    """Return as many tokens as those on which the latent fires, on which it does not; none if there are too few."""
-    firing = _firing(example)
-    others = [i for i, (token, value) in enumerate(zip(example.tokens, example.values, strict=True)) if token and not value > 0]
-    return tuple(sorted(draw.sample(others, len(firing)))) if len(firing) <= len(others) else ()
+class _Cut(NamedTuple):
+    """A part of a context, and the marked tokens of it."""
+
+    example: Example
+    marked: tuple[int, ...]
 
 
-def _hard(store: StoreQueries, latent: int, draw: random.Random) -> list[Example]:
+def _firing(example: Example) -> set[int]:
+    """Return the tokens on which the latent fires, and those that complete the character of a token without text."""
+    firing = {i for i, value in enumerate(example.values) if value > 0}
+    for i, token in enumerate(example.tokens[:-1]):
+        if i in firing and not token:
+            firing.add(i + 1)
+    return firing
+
+
+def _pair(example: Example, draw: random.Random) -> tuple[_Cut, ...]:
+    """Return two parts of a context with marks at the same places in both: on the tokens on which the latent fires, and on others.
+
+    The second part is the first one moved by some tokens, of all numbers of them for which the first one has the peak, and the
+    marks of the second one are on tokens with text on which the latent does not fire. No part begins or ends inside of a
+    character. Returns nothing if there is no such number.
+    """
+    n, firing = len(example.tokens), _firing(example)
+    shown = {i for i in firing if example.tokens[i]}  # the others are marked with the token that completes them
+    peak = next((i for i in range(example.peak, n) if i in shown), n)
+    pairs, moves = [], range(-peak, n - peak) if peak < n else ()
+    for move in moves:
+        first, last = max(0, -move), min(n, n - move)
+        marked = [i for i in sorted(shown) if first <= i < last]
+        ends = {first - 1, last - 1, first + move - 1, last + move - 1} - {-1, n - 1}
+        others = [i + move for i in marked]
+        if move and all(example.tokens[i] for i in (*others, *ends)) and not firing & set(others):
+            pairs.append((first, last, move, marked))
+    if not pairs:
+        return ()
+    first, last, move, marked = draw.choice(pairs)
+    marks = tuple(i - first for i in marked)
+    return tuple(_Cut(_part(example, first + by, last + by, peak + by), marks) for by in (0, move))
+
+
+def _part(example: Example, first: int, last: int, peak: int) -> Example:
+    """Return the tokens of a context from `first` to before `last`. `peak` is the token to take for the peak."""
+    return example._replace(
+        tokens=example.tokens[first:last],
+        values=example.values[first:last],
+        peak=peak - first,
+        value=example.values[peak],
+        position=example.position - example.peak + peak,
+    )
+
+
+def _hard(store: StoreQueries, latent: int) -> list[Example]:
     """Return contexts in which the nearest latent that ever fires does, and this one is silent.
 
     They have the activations of the nearest latent. Only a store with the table of its codes knows them; others have none.
@@ -108,6 +175,4 @@ def _hard(store: StoreQueries, latent: int, draw: random.Random) -> list[Example
     fired = store.codes.query(select, store.vocabulary).to_pydict()
     places = set(zip(fired["row"], fired["position"], strict=True))
     silent = [one for one in apart if not any((one.row, one.position - one.peak + i) in places for i in range(len(one.tokens)))]
-    silent.sort(key=lambda one: (one.row, one.position))
-    draw.shuffle(silent)
-    return silent
+    return sorted(silent, key=lambda one: (one.row, one.position))
