@@ -4,7 +4,8 @@
 class Label(str):
     """A label that somebody else wrote: a text with its source and its author, such as the model that wrote it.
 
-    `store` names the contexts that it was made from (`StoreInfo.contexts`), if they are known. Your own label is a plain string.
+    `store` names the contexts that it was made from (`StoreInfo.contexts`), if they are known. Your own label is a plain
+    string.
     """
 
     def __new__(cls, text: str, source: str, author: str = "", store: str = "") -> "Label":

@@ -64,8 +64,8 @@ class StoreQueries:
     def record_scores(self, scores: Iterable[LabelScore]) -> int:
         """Add scores of labels, and return the number that was added. Call `write_scores` or `save` to keep them.
 
-        They replace those of the same kind. A score of a text that is not the label of its latent is left out, and so is one on the
-        contexts of another store.
+        They replace those of the same kind. A score of a text that is not the label of its latent is left out, and so is one
+        on the contexts of another store.
 
         Raises:
             UserError: there is no such latent or kind, or a value is not between 0 and 1.

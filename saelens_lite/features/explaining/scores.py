@@ -52,8 +52,8 @@ class LabelScore(NamedTuple):
 
     `recall` is the share of firing contexts recognised, of the top ones first, then of each group, strongest first; None if no
     context is of it. `is_graded` is true if log-probabilities were offered, so that the AUROC is of graded answers.
-    `made_elsewhere` is true if the label may come from the very contexts it is scored on: your own, an imported one, or one made
-    from another store. `judge` is the name of the chat model, and `store` names the contexts (`StoreInfo.contexts`).
+    `made_elsewhere` is true if the label may come from the very contexts it is scored on: your own, an imported one, or one
+    made from another store. `judge` is the name of the chat model, and `store` names the contexts (`StoreInfo.contexts`).
     """
 
     latent: int

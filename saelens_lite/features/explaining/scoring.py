@@ -47,7 +47,7 @@ class ScoreConfig(FrozenConfig):
     max_tokens: int = Field(
         256,
         ge=16,
-        description="Most tokens of an answer, or 4 for each context and 32 if that is more. Models that think first need thousands.",
+        description="Most tokens of an answer, or 32 + 4 per context if that is more. Models that think first need more.",
     )
     controls: bool = Field(
         True,

@@ -4,8 +4,8 @@ Detection: contexts in which the latent fires, and silent ones. Fuzzing: context
 which it fires marked, and once with as many others. The wrong marks are the right ones moved, and the text shown is cut so that
 both are at the same places in it: where marks are says nothing.
 
-Contexts that overlap are no two contexts, so the intervals would be too narrow. They are kept apart from one another, also those
-that fire from silent and hard ones, unless fewer than 4 of a sort are left.
+Contexts that overlap are no two contexts, so the intervals would be too narrow. They are kept apart from one another, also
+those that fire from silent and hard ones, unless fewer than 4 of a sort are left.
 """
 
 import random
@@ -88,7 +88,7 @@ def _from_all_groups(firing: Sequence[HeldOut], draw: random.Random) -> list[Hel
 
 
 def _spread(contexts: Sequence[HeldOut], others: Sequence[Example], reach: int) -> list[HeldOut]:
-    """Return contexts, in the order of the text, that overlap neither with one another nor with others; all if too few do so."""
+    """Return contexts, in the order of the text, that overlap neither with one another nor with others, if enough do not."""
     taken: dict[int, list[int]] = {}
     for other in others:
         taken.setdefault(other.row, []).append(other.position)
@@ -118,7 +118,7 @@ def _firing(example: Example) -> set[int]:
 
 
 def _pair(example: Example, draw: random.Random) -> tuple[_Cut, ...]:
-    """Return two parts of a context with marks at the same places in both: on the tokens on which the latent fires, and on others.
+    """Return two parts of a context with marks at the same places: where the latent fires, and where it does not.
 
     The second part is the first one moved by some tokens, of all numbers of them for which the first one has the peak, and the
     marks of the second one are on tokens with text on which the latent does not fire. No part begins or ends inside of a
