@@ -29,8 +29,8 @@ class Explanations(Mapping[int, Label], Result):
 
     `failures` has the reason for each latent without one. `n_input` and `n_output` are the tokens of new answers, and `dollars`
     is their price, if the chat model knows it. `n_kept` answers were kept from earlier and cost nothing. Nothing was asked
-    about the latents in `own`, which have a label of your own. `n_replaced` labels from elsewhere, such as those of Neuronpedia or of
-    another chat model, were replaced.
+    about the latents in `own`, which have a label of your own. `n_replaced` labels from elsewhere, such as those of
+    Neuronpedia or of another chat model, were replaced.
     """
 
     labels: dict[int, Label]
