@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 from saelens_lite.evaluation.sums import Metric
 from saelens_lite.features.explaining.intervals import exceeds, mean_metric
 from saelens_lite.features.html import visible
-from saelens_lite.tables import Result, columns_of, grid
+from saelens_lite.tables import Result, columns_of, grid, wrapped
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,6 +23,11 @@ RESULTS = {  # fields of a score: their names for people
     "of_random_latent": "another latent's explanation",
     "shuffled": "its words in another order",
 }
+IN_TABLES = dict(zip(RESULTS.values(), ("label", "nearest", "tokens", "another's", "mixed"), strict=True))
+LEGEND = (
+    "Judged by the label; on contexts of the nearest latent (nearest); by the token baseline (tokens); by another latent's "
+    "explanation (another's); by the label's words in another order (mixed)."
+)
 FLOORS = ("by_tokens", "of_random_latent")  # the controls that an explanation must exceed
 SHOWN = 20  # latents in a table
 
@@ -178,7 +183,7 @@ class Scores(Result):
         rows = [
             (
                 of.kind if i == 0 or spreads[i - 1].kind != of.kind else "",
-                of.result,
+                IN_TABLES[of.result],
                 f"{of.n:,}",
                 _rounded(of.auroc),
                 f"{of.lowest_tenth:.2f} {of.median:.2f} {of.highest_tenth:.2f}",
@@ -196,12 +201,13 @@ class Scores(Result):
         if n := sum(one.made_elsewhere for one in self.scores):
             notes.append(f"{n:,} scores are of labels made elsewhere, which may have seen these contexts.")
         return grid(
-            ("kind", "judge reads", "n", "AUROC", "10 50 90 %", "accuracy"),
+            ("kind", "by", "n", "AUROC", "10 50 90 %", "accuracy"),
             rows,
             title=f"Scores of labels, means over n latents with 95 % intervals; judge: {visible(self.judge)}",
-            caption="\n".join(notes),
-            column=lambda title: {"overflow": "fold"} if title == "judge reads" else {"no_wrap": True},
+            caption=wrapped("\n".join([LEGEND, *notes])),
+            column=lambda title: {"no_wrap": True},
             collapse_padding=True,
+            pad_edge=False,
         )
 
     def _latents(self) -> "Table":
