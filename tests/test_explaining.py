@@ -564,7 +564,7 @@ def test_the_command_writes_labels_and_goes_on_after_a_limit(command, folder, se
     needed = estimate.n_input + estimate.n_output
     said = command(*asked, "--token-limit", needed - 1)
     assert said.code == 2
-    assert f"5 new questions, {estimate.n_input:,} tokens to read, {estimate.n_output:,} to write" in said.out
+    assert f"4 new questions, {estimate.n_input:,} tokens to read, {estimate.n_output:,} to write" in said.out
     assert f"--token-limit {needed - 1:,}. Nothing was sent" in said.err
     assert not server.requests
     server.plan = lambda question, n: "length" if len(server.requests) == 2 else None

@@ -310,7 +310,9 @@ def test_a_sweep_is_extended_together(runs, tmp_path):
     assert [(run.config.sparsity, run.tokens) for run in both] == [("topk", 960), ("l1", 960)]
     (one,) = sl.resume(out / "1-l1", TensorSource(acts()), n_tokens=1280)
     assert one.tokens == 1280
-    with pytest.raises(ConfigError, match="not trained together for equally many tokens, so extend them one at a time"):
+    with pytest.raises(
+        ConfigError, match="not trained together for equally many steps and tokens, so extend them one at a time"
+    ):
         sl.resume(out, TensorSource(acts()), n_tokens=1920)
 
 

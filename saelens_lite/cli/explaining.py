@@ -73,7 +73,8 @@ def explain(
         return
     loaded.info.check_text("an explanation in words")
     model, before, made = chat.load(), dict(loaded.labels), explainer(by, given)
-    questions = [question for number in numbers if (question := question_about(loaded, number, made)) is not None]
+    asked = [number for number in numbers if number not in own]
+    questions = [question for number in asked if (question := question_about(loaded, number, made)) is not None]
     say(in_words(model.estimate(questions)))
     try:
         explanations = loaded.explain(numbers, by, model=model, replace=replace, **given)

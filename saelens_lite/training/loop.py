@@ -123,8 +123,9 @@ class Group:
             begin = started[self.share.numbers[i]]
             here = begin and not is_address(begin["source"] or "")  # a path of this machine
             dictionary.training_record["start_from"] = begin | {"source": None} if here else begin
-        if isinstance(getattr(self.source, "whole", self.source), TensorSource):  # its origin does not say which activations
-            content = json.dumps(record_of(self.source), sort_keys=True)
+        record = record_of(self.source) or {}
+        if record.get("kind") in ("tensors", "synthetic activations"):  # the origin does not say which activations
+            content = json.dumps(record, sort_keys=True)
             dictionary.training_record["data_sha256"] = hashlib.sha256(content.encode()).hexdigest()
         if trainer.first_seen:
             dictionary.training_record["extended_after"] = trainer.first_seen

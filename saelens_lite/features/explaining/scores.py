@@ -204,7 +204,7 @@ class Scores(Result):
             ("kind", "by", "n", "AUROC", "10 50 90 %", "accuracy"),
             rows,
             title=f"Scores of labels, means over n latents with 95 % intervals; judge: {visible(self.judge)}",
-            caption=wrapped("\n".join([LEGEND, *notes])),
+            caption="\n".join([wrapped(LEGEND), *notes]),
             column=lambda title: {"no_wrap": True},
             collapse_padding=True,
             pad_edge=False,
