@@ -28,14 +28,10 @@ const OF_MODELS = [
   ...["nu_error", "nu_reconstruction", "nu_activation"].map(key => compared(key, ...RATIOS[key])),
 ];
 
-// Buttons that leave the latents of one class in the list.
-function kindButtons(choose) {
-  if (!several || !index.has("class")) return undefined;
-  const counts = new Uint32Array(classes.length);
-  for (const number of index.all("class")) counts[number]++;
-  const bar = make("div", {id: "kinds", role: "group", "aria-label": "Latents of a class"});
-  const names = [["all", -1], ...classes.map((name, number) => [name, number])];
-  for (const [name, number] of names) {
+// Buttons that leave some latents in the list: all of them, or those of one of the numbered choices that has any.
+function choiceButtons(id, label, choices, counts, choose) {
+  const bar = make("div", {id, role: "group", "aria-label": label});
+  for (const [name, number] of [["all", -1], ...choices]) {
     if (number >= 0 && !counts[number]) continue;
     const button = make("button", {class: "kind", "aria-pressed": number < 0}, name,
       make("span", {class: "soft"}, whole(number < 0 ? layout.n_latents : counts[number])));
@@ -45,6 +41,15 @@ function kindButtons(choose) {
     };
     bar.append(button);
   }
+  return bar;
+}
+
+// Buttons that leave the latents of one class in the list.
+function kindButtons(choose) {
+  if (!several || !index.has("class")) return undefined;
+  const counts = new Uint32Array(classes.length);
+  for (const number of index.all("class")) counts[number]++;
+  const bar = choiceButtons("kinds", "Latents of a class", classes.map((name, number) => [name, number]), counts, choose);
   bar.append(make("span", {class: "soft"}, layout.by_diff ? "by latent scaling" : "by the norms of the directions alone"));
   return bar;
 }

@@ -41,18 +41,8 @@ function verdictButtons(choose) {
   if (!kindsOfScore().length) return undefined;
   const counts = new Uint32Array(VERDICTS.length + 1);
   for (let i = 0; i < layout.n_latents; i++) if (verdict(i) >= 0) counts[verdict(i)]++;
-  const bar = make("div", {id: "verdicts", role: "group", "aria-label": "Latents by the score of their label"});
-  for (const [name, number] of [["all", -1], ...VERDICTS.map(([name], number) => [name, number]), ["label not scored", VERDICTS.length]]) {
-    if (number >= 0 && !counts[number]) continue;
-    const button = make("button", {class: "kind", "aria-pressed": number < 0}, name,
-      make("span", {class: "soft"}, whole(number < 0 ? layout.n_latents : counts[number])));
-    button.onclick = () => {
-      for (const other of bar.children) other.setAttribute("aria-pressed", other === button);
-      choose(number);
-    };
-    bar.append(button);
-  }
-  return bar;
+  const choices = [...VERDICTS.map(([name], number) => [name, number]), ["label not scored", VERDICTS.length]];
+  return choiceButtons("verdicts", "Latents by the score of their label", choices, counts, choose);
 }
 
 // The start of the page: the distribution of the scores of all labels, above those of the controls.
