@@ -25,6 +25,7 @@ class Statistics(NamedTuple):
 
 
 BLOCK = 8192  # activations whose sums are added at once
+WIDENED = 1 << 16  # numbers that are in float64 at the same time on a CPU
 UNNAMED = "x"  # name for activations in memory without a hook
 Batch = dict[str, Float[Tensor, "batch _"]]
 
@@ -68,21 +69,20 @@ class Source(Protocol):
         ...
 
 
-class Sums:
-    """Σx and Σ‖x‖² of blocks of activations, in float64. On a CPU, all blocks are widened in the same memory."""
+def exact_sums(x: Float[Tensor, "n d_in"]) -> tuple[Float[Tensor, " d_in"], Float[Tensor, ""]]:
+    """Return Σx and Σ‖x‖² in float64, on the device of x if that has float64.
 
-    def __init__(self) -> None:
-        self._exact = torch.empty(0, dtype=torch.float64)
-
-    def __call__(self, x: Float[Tensor, "n d_in"]) -> tuple[Float[Tensor, " d_in"], Float[Tensor, ""]]:
-        """Return both sums, on the device of x if that has float64."""
-        if x.device.type == "cpu":
-            if x.numel() > len(self._exact):
-                self._exact = torch.empty(x.numel(), dtype=torch.float64)
-            exact = self._exact[: x.numel()].view(x.shape).copy_(x)
-        else:
-            exact = wide(x)
+    On a CPU, a few rows are widened at a time, so that they stay in its cache; halves by way of float32, which is faster.
+    """
+    if x.device.type != "cpu":
+        exact = wide(x)
         return exact.sum(0), torch.linalg.vector_norm(exact).square()
+    total, square = torch.zeros(x.shape[1], dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for rows in x.split(max(1, WIDENED // x.shape[1])):
+        exact = (rows.float() if x.element_size() < 4 else rows).double()
+        total += exact.sum(0)
+        square += torch.linalg.vector_norm(exact).square()
+    return total, square
 
 
 class Moments:
@@ -93,9 +93,8 @@ class Moments:
 
     def add(self, x: Float[Tensor, "n d_in"]) -> None:
         """Add activations."""
-        sums = Sums()
         for piece in x.split(BLOCK):
-            self.add_sums(len(piece), *sums(piece))
+            self.add_sums(len(piece), *exact_sums(piece))
 
     def add_sums(self, n: int, total: Float[Tensor, " d_in"], square: Float[Tensor, ""] | float) -> None:
         """Add the sums of n activations."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from saelens_lite.cache.journal import Journal
 from saelens_lite.cache.shards import CHUNK, chunk_checksums, shard_name, write_shard
-from saelens_lite.cache.source import BLOCK, Moments, Sums
+from saelens_lite.cache.source import BLOCK, Moments, exact_sums
 from saelens_lite.cuda_streams import SideStream, to_host
 from saelens_lite.errors import NonFiniteError, SaelensLiteError
 
@@ -69,10 +69,10 @@ class _Block:
         self.n += n
         return n
 
-    def end(self, sums: Sums, side: SideStream) -> None:
+    def end(self, side: SideStream) -> None:
         """Sum the rows, and begin to copy rows and sums to the host."""
         rows = {key: x[: self.n] for key, x in self.rows.items()}
-        sums_of = {hook: sums(rows[hook]) for hook in self._pieces}
+        sums_of = {hook: exact_sums(rows[hook]) for hook in self._pieces}
         with side.queue(after_current=True):
             self.rows = {key: to_host(x) for key, x in rows.items()}
             self.sums = {hook: tuple(map(to_host, both)) for hook, both in sums_of.items()}
@@ -111,7 +111,6 @@ class ShardWriter:
         self._journal: Journal | None = None
         self._number = 0  # of the shard that is being filled
         self._threads = ThreadPoolExecutor(MOST_SHARDS + 1, "saelens-lite-write")
-        self._sums = Sums()
         self._side: SideStream | None = None
         self._blocks: list[_Block] = []  # of the shard that is being filled
         self._checksums: list[Future[dict[str, list[int]]]] = []  # of its full blocks
@@ -166,7 +165,7 @@ class ShardWriter:
         block = self._blocks[-1]
         if self._side is None:
             self._side = SideStream(block.device)
-        block.end(self._sums, self._side)
+        block.end(self._side)
         self._checksums.append(self._threads.submit(block.checksums))
         self._checked.append(self._checksums[-1])
 
