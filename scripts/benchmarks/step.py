@@ -8,12 +8,13 @@
 --d-sae and --k take several values; SAELens and sparsify take part only with --peer-python. Every contestant starts from the
 same weights and sees the same batches: sums of 32 planted directions, with encoder biases that make about that many latents
 fire, so that ReLU rules are timed at the sparsity of a trained dictionary. --first-steps leaves these biases at zero: about
-half of the latents then fire for rules without a k, as at the start of training. --dead makes a share of the latents dead
-throughout. --ports adds a crosscoder whose ports, of as many models, have the width d_in together; the others are autoencoders
-of d_in. A step is everything a trainer does for a batch: forward, backward, clipping, Adam, counters of dead latents. On a
-GPU, a time is that of several steps one after another, until the last is done; the peers also run compiled, in bfloat16. Prints
-medians; ratios are ratios of medians. --memory prints the peak memory of a step above parameters, gradients and moments
-instead; on a CPU, freed memory is then returned to the system at once, which makes every step slower.
+half of the latents then fire for rules without a k, as at the start of a training with a given coefficient. --dead makes a
+share of the latents dead throughout. --ports adds a crosscoder whose ports, of as many models, have the width d_in together;
+the others are autoencoders of d_in. A step is everything a trainer does for a batch: forward, backward, clipping, Adam,
+counters of dead latents. On a GPU, a time is that of several steps one after another, until the last is done; the peers also
+run compiled, in bfloat16. Prints medians; ratios are ratios of medians. --memory prints the peak memory of a step above
+parameters, gradients and moments instead; on a CPU, freed memory is then returned to the system at once, which makes every step
+slower.
 """
 
 import argparse
@@ -78,7 +79,8 @@ def trainer(
     n_ports: int = 1,
 ) -> Trainer:
     """Return our trainer at the planted weights, with steps of class `step`."""
-    options = {"jumprelu": {"threshold": 0.01 / args.d_in**0.5}}.get(rule, {"k": args.k} if rule in COUNTING else {})
+    fixed = {"k": args.k} if rule in COUNTING else {"coefficient": 1.0}  # a target L0 would replace the biases
+    options = {"jumprelu": {"threshold": 0.01 / args.d_in**0.5}}.get(rule, fixed)
     config = sl.TrainConfig(
         sparsity=rule, options=options, d_sae=args.d_sae, batch_size=args.batch,
         n_tokens=10**9, lr=1e-5, normalize="none",
