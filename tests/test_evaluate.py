@@ -164,7 +164,7 @@ def test_tokens_with_zero_reconstruction_count_as_cosine_zero(lm, rows):
 def test_intervals_have_the_width_of_the_standard_error():
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(400, generator=generator, dtype=torch.float64) * 3 + 1
-    sums = PooledSums(4000, seed=1, n_sequences=400)
+    sums = PooledSums(4000, seed=1, n_units=400)
     for number, piece in zip(torch.arange(400).split(37), values.split(37), strict=True):
         sums.weigh(number)
         sums.add("value", piece)
@@ -210,7 +210,7 @@ def test_positions_are_bands_of_their_own_formula(lm, rows, stream):
 
 def test_alive_and_dense_have_intervals():
     """Of 40 latents, each fires in one sequence of 400, half of them also everywhere."""
-    sums = PooledSums(300, seed=0, n_sequences=400)
+    sums = PooledSums(300, seed=0, n_units=400)
     sums.weigh(torch.arange(400))
     fired = torch.zeros(400, 40, dtype=torch.long)
     fired[torch.arange(40), torch.arange(40)] = 1

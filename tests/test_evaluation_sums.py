@@ -58,7 +58,7 @@ def test_weights_are_poisson_draws_that_depend_on_the_sequence_alone():
 def test_firing_counts_are_those_of_a_dense_product(monkeypatch, d_sae, chunk):
     """With few latents, which takes the dense way, and with many, in one chunk and in several."""
     monkeypatch.setattr("saelens_lite.evaluation.sums.CHUNK_LATENTS", chunk)
-    sums = PooledSums(n_bootstrap=30, seed=3, n_sequences=20)
+    sums = PooledSums(n_bootstrap=30, seed=3, n_units=20)
     total = torch.zeros(d_sae, 31, dtype=torch.float64)
     for numbers in (torch.arange(6), torch.arange(6, 20)):
         n = len(numbers)
@@ -76,7 +76,7 @@ def test_firing_counts_are_those_of_a_dense_product(monkeypatch, d_sae, chunk):
 
 
 def test_sums_of_one_batch_are_kept_apart_by_name():
-    sums = PooledSums(n_bootstrap=3, seed=0, n_sequences=4)
+    sums = PooledSums(n_bootstrap=3, seed=0, n_units=4)
     x = torch.randn(4, 5, generator=generator()).double()
     for numbers in (torch.arange(2), torch.arange(2, 4)):
         sums.weigh(numbers)

@@ -77,7 +77,7 @@ def test_evaluation_does_not_count_stored_zeros():
     kept = Kept.of(torch.ones(2, 2, dtype=torch.bool))
     both = []
     for given in (codes, codes.without_zeros()):
-        sums = PooledSums(n_bootstrap=0, seed=0, n_sequences=2)
+        sums = PooledSums(n_bootstrap=0, seed=0, n_units=2)
         sums.weigh(torch.arange(2))
         add_codes(sums, "d", given, kept)
         both.append({"l0": sums["d.l0"], "l1": sums["d.l1"], "fired": sums.fired("d")})

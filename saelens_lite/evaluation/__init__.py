@@ -19,8 +19,9 @@ The numbers to look at first:
   from the activation itself, 0 if it predicts as badly as from zeros. `ce_loss_score_mean` uses the mean activation in place of
   zeros, and `kl_div_score` uses KL in place of the loss.
 
-Intervals are 95 %, bootstrapped over sequences, because the tokens of one text are not independent. Values agree with
-SAELens's `run_evals` on the same tokens, except `explained_variance_legacy`: ours uses the mean of all tokens that count,
+Intervals are 95 %, bootstrapped over documents, because the tokens of one text are not independent. If the text has fewer
+than about five documents, sequences are drawn in their place, and intervals may be too narrow; the report says so. Values agree
+with SAELens's `run_evals` on the same tokens, except `explained_variance_legacy`: ours uses the mean of all tokens that count,
 theirs the mean of a batch.
 
 **Several dictionaries.** Differences are noisy too. Below the rows of a table is the noise floor of each metric: differences
@@ -363,13 +364,13 @@ def _reports(
     positions = bands_of_positions(held.per_position) if by_position else None
     groupings = [Grouping("frequency", frequencies.of, len(frequencies.exponent))] if frequencies else []
     groupings += [Grouping("position", positions.of, len(positions.low))] if positions else []
-    sums = PooledSums(job.n_bootstrap, job.seed, held.n_sequences)
+    sums = PooledSums(job.n_bootstrap, job.seed, held.units.n_effective)
     with job.team.failing_together():
         models = SplicedModels(lm, job.hooks, held.probe)
     steps = measure(dictionaries, models, held, sums=sums, mean=mean, groupings=groupings, batch_tokens=job.batch_tokens)
     run_in_rounds(steps, job.team)
     sums.pool(job.team)
-    weights = weights_id(job.seed, held.n_rows, held.sha256)
+    weights = weights_id(job.seed, held.n_rows, held.sha256, held.units.name, held.units_sha256)
     reports = []
     for i, dictionary in enumerate(dictionaries):
         name = str(i)
@@ -398,7 +399,7 @@ def _reports(
                 else None,
                 by_port=by_port,
                 by_model=by_model,
-                replicates=metrics.kept_replicates(sums, name, weights, with_losses=bool(losses)),
+                replicates=metrics.kept_replicates(sums, name, weights, held.units, with_losses=bool(losses)),
                 recipe=recipe_of(dictionary),
             )
         )

@@ -319,7 +319,7 @@ def _noise(reports: Sequence[Measured], metric: str, sizes: Sequence[int]) -> No
     for i, report in enumerate(reports):
         blocks.setdefault(report.replicates.weights if _is_replicated(report, metric) else f"alone {i}", []).append(i)
     for weights, rows in blocks.items():
-        n = min(reports[i].n_sequences for i in rows)
+        n = min(_n_effective(reports[i]) for i in rows)
         if n < 2:
             return None
         if weights.startswith("alone"):
@@ -327,7 +327,7 @@ def _noise(reports: Sequence[Measured], metric: str, sizes: Sequence[int]) -> No
             if not m.has_interval:
                 return None
             covariance[rows[0], rows[0]] = ((m.high - m.low) / (2 * Z)) ** 2 * n / (n - 1)
-            df = min(df, float(n - 1))
+            df = min(df, n - 1.0)
             continue
         several = [reports[i].replicates.of[metric] for i in rows]
         drawn = np.stack([x[: min(map(len, several))] for x in several]).astype(np.float64)
@@ -348,6 +348,12 @@ def _noise(reports: Sequence[Measured], metric: str, sizes: Sequence[int]) -> No
         rarer = float(np.minimum(value, 1 - value).mean()) / step  # such as the mean number of dead latents
         spread = max(spread, (rarer + 1) * step**2)
     return Noise(mean @ covariance @ mean.T, df, tuple(sizes), spread, spread_df)
+
+
+def _n_effective(report: Measured) -> int | float:
+    """Return the number of sequences, or of units of equal size that are as informative as those of the bootstrap."""
+    units = report.replicates and report.replicates.units
+    return units.n_effective if units else report.n_sequences
 
 
 def _is_replicated(report: Measured, metric: str) -> bool:
@@ -381,7 +387,8 @@ def _method(reports: Sequence[Measured], metric: str, resampled: str) -> str:
     """Return a sentence on the source of a metric's noise."""
     replicated = [report for report in reports if _is_replicated(report, metric)]
     if len(replicated) == len(reports) and len({report.replicates.weights for report in replicated}) == 1:
-        return f"Paired bootstrap over {resampled}."
+        units = {str(report.replicates.units) for report in replicated if report.replicates.units}
+        return f"Paired bootstrap over {resampled}{f' ({units.pop()})' if len(units) == 1 else ''}."
     if replicated:
         return "Partly unpaired: the reports are of different texts or bootstrap seeds, or some hold no replicates."
     if all(report.replicates is None for report in reports):

@@ -6,6 +6,7 @@ temporary file (in $TMPDIR, 4 bytes a token; small texts stay in memory) and rea
 not grow with the text.
 """
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from tempfile import SpooledTemporaryFile, gettempdir
@@ -17,6 +18,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from saelens_lite.errors import DiskFullError
+from saelens_lite.evaluation.replicates import Units
 from saelens_lite.model.models import AnyModel
 from saelens_lite.model.passes import RowBatch, batches
 from saelens_lite.paths import NO_ROOM
@@ -26,6 +28,7 @@ from saelens_lite.tokens.rows import TextHash
 
 STRETCH = 1 << 20  # positions, with padding
 IN_MEMORY = 1 << 26  # bytes of a text that are not written to a disk
+FEWEST_DOCUMENTS = 5  # of equal size, from which a bootstrap over documents is good enough
 
 
 @contextmanager
@@ -43,6 +46,9 @@ class Held:
     `n_rows` rows have `n_kept` tokens that count; `n_sequences` of them have one or more, and `width` tokens are read of the
     longest. `per_token` and `per_position` are the numbers of kept tokens by id and by position, and `sha256` is the hash of
     all. `n_own` of the kept tokens are in the batches of this process. `probe` is the first row.
+
+    `units` are what a bootstrap draws. Sequences of one document are not independent, so these are documents if the text has
+    enough of them, and otherwise sequences. `units_sha256` is the hash of the documents' borders.
     """
 
     def __init__(self, file: IO[bytes], lm: AnyModel, blocks: Iterable[TokenRows], batch_tokens: int, team: Team):
@@ -51,13 +57,23 @@ class Held:
         self.per_token = torch.zeros(lm.d_vocab, dtype=torch.long)
         self.per_position = torch.zeros(0, dtype=torch.long)
         self.probe: TokenRows | None = None
-        digest, pad = TextHash(), lm.pad_id
+        digest, borders, pad = TextHash(), hashlib.sha256(), lm.pad_id
+        rows, documents = _Sizes("sequences"), _Sizes("documents")
         for stretch in _stretches(blocks, pad):
             digest.add(stretch)
+            number = torch.arange(self.n_rows, self.n_rows + len(stretch.tokens))
+            document = number if stretch.document is None else stretch.document
+            borders.update(document.numpy().tobytes())
+            for sizes, label in ((rows, number), (documents, document)):
+                sizes.add(label, stretch.keep.sum(1))
             self._note(stretch)
             self._hold(batches(lm, stretch, batch_tokens), self.n_rows)
             self.n_rows += len(stretch.tokens)
-        self.sha256 = digest.hexdigest()
+        self.sha256, self.units_sha256 = digest.hexdigest(), borders.hexdigest()
+        self.units, self._by_document = documents.units, documents.units.n_effective >= FEWEST_DOCUMENTS
+        if not self._by_document:
+            of = f" of {documents.units}" if documents.units.n < rows.units.n else ""
+            self.units = rows.units._replace(name=f"sequences{of}")
 
     def _note(self, rows: TokenRows) -> None:
         """Add rows to the facts about the text."""
@@ -78,7 +94,9 @@ class Held:
                 head = [*rows.tokens.shape, rows.length is not None, rows.ends_text]
                 marked = rows.tokens.int() * 2 + rows.keep
                 try:
-                    for x in (torch.tensor(head), batch.number + n_before, rows.lengths.long(), marked.int()):
+                    number = batch.number + n_before
+                    document = number if rows.document is None else rows.document
+                    for x in (torch.tensor(head), number, document, rows.lengths.long(), marked.int()):
                         self._file.write(x.numpy().tobytes())
                 except OSError as error:
                     if error.errno not in NO_ROOM:
@@ -97,12 +115,42 @@ class Held:
             if not head:
                 return
             n, width, has_length, ends_text = np.frombuffer(head, np.int64).tolist()
-            number, length = torch.from_numpy(np.frombuffer(self._file.read(16 * n), np.int64).copy()).split(n)
+            number, document, length = torch.from_numpy(np.frombuffer(self._file.read(24 * n), np.int64).copy()).split(n)
             marked = np.frombuffer(self._file.read(4 * n * width), np.int32).reshape(n, width)
             place = self._file.tell()
             tokens = torch.from_numpy(marked >> 1).long()
             keep = torch.from_numpy((marked & 1).astype(bool))
-            yield RowBatch(TokenRows(tokens, keep, length if has_length else None, bool(ends_text)), number)
+            yield RowBatch(TokenRows(tokens, keep, length if has_length else None, bool(ends_text), document), number)
+
+    def unit(self, batch: RowBatch) -> Int[Tensor, " n"]:
+        """Return the number of the unit to which each row belongs."""
+        return batch.rows.document if self._by_document else batch.number
+
+
+class _Sizes:
+    """The sizes of documents, or of sequences, whose rows come one after another. No memory grows with their number."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.n = self._total = self._squares = self._last = 0
+        self._label: int | None = None  # of the last one, which may go on
+
+    def add(self, label: Int[Tensor, " n"], n_kept: Int[Tensor, " n"]) -> None:
+        """Add rows, each with the number of its document and its number of tokens that count."""
+        labels, n_rows = label.unique_consecutive(return_counts=True)
+        sizes = [int(part.sum()) for part in n_kept.split(n_rows.tolist())]
+        for one, size in zip(labels.tolist(), sizes, strict=True):
+            if one != self._label:
+                self._label, self._last = one, 0
+            self.n += self._last == 0 < size
+            self._total += size
+            self._squares += (self._last + size) ** 2 - self._last**2
+            self._last += size
+
+    @property
+    def units(self) -> Units:
+        """Those with tokens that count."""
+        return Units(self.name, self.n, self._total**2 / self._squares if self._squares else 0.0)
 
 
 def _stretches(blocks: Iterable[TokenRows], pad: int) -> Iterator[TokenRows]:

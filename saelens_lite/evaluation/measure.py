@@ -40,11 +40,12 @@ class Grouping(NamedTuple):
 class _Part(NamedTuple):
     """A batch on the model's device, or a part of a long row: the positions from `first` on at which `keep` is true.
 
-    `earlier` is true at the positions before the part that count.
+    `unit` has the number of the unit of the bootstrap to which each row belongs. `earlier` is true at the positions before the
+    part that count.
     """
 
     rows: TokenRows
-    number: Int[Tensor, " n"]
+    unit: Int[Tensor, " n"]
     first: int = 0
     earlier: Bool[Tensor, "n pos"] | None = None
 
@@ -55,14 +56,14 @@ def _parts(lm: AnyModel, held: Held, n_positions: int) -> Iterator[_Part]:
         here = batch.rows.to(lm.device)
         n, width = here.tokens.shape
         if n > 1 or width <= n_positions:
-            yield _Part(here, batch.number)
+            yield _Part(here, held.unit(batch))
             continue
         for first in range(0, width, n_positions):
             part = here.narrowed(first + n_positions + 1)
             position = torch.arange(part.keep.shape[1], device=part.keep.device)
             keep = part.keep & (position >= first) & (position < first + n_positions)
             if keep.any():
-                yield _Part(part._replace(keep=keep), batch.number, first, part.keep & (position < first))
+                yield _Part(part._replace(keep=keep), held.unit(batch), first, part.keep & (position < first))
 
 
 def kept_activations(lm: AnyModel, held: Held, hooks: Sequence[str], what: str) -> Iterator[Float[Tensor, "n_kept d"]]:
@@ -132,7 +133,7 @@ def measure(
                 label: Predictions.of(logits.pop(label).to(where), tokens.to(where), predicted.to(where), kept, first)
                 for label in list(logits)
             }
-            sums.weigh(part.number)
+            sums.weigh(part.unit)
             ce_clean = {label: metrics.add_clean(sums, predictions, label) for label, predictions in clean.items()}
             for splice in models.splices:
                 for name, value in ablations.items():

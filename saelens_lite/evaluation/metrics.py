@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from saelens_lite.codes import SparseCodes
-from saelens_lite.evaluation.replicates import COLUMNS, Replicates
+from saelens_lite.evaluation.replicates import COLUMNS, Replicates, Units
 from saelens_lite.evaluation.sums import Metric, PooledSums
 
 CHUNK_LOGITS = 1 << 23  # logits that are processed at a time
@@ -347,11 +347,11 @@ def prediction_values(sums: PooledSums, name: str, label: str = "", clean: str =
     }
 
 
-def kept_replicates(sums: PooledSums, name: str, weights: str, *, with_losses: bool) -> Replicates | None:
-    """Return the replicates of the metrics that tables show; None for a single sequence, or without a bootstrap."""
-    if sums.n_sequences < 2 or not sums.n_bootstrap:
+def kept_replicates(sums: PooledSums, name: str, weights: str, units: Units, *, with_losses: bool) -> Replicates | None:
+    """Return the replicates of the metrics that tables show; None if there is one unit to draw, or without a bootstrap."""
+    if sums.n_units < 2 or not sums.n_bootstrap:
         return None
     values = reconstruction_values(sums, name) | {"frac_alive": alive_values(sums, name)}
     values |= prediction_values(sums, name) if with_losses else {}
     steps = {"frac_alive": 1 / len(sums.fired(name))}
-    return Replicates.of_values(weights, {key: value for key, value in values.items() if key in COLUMNS}, steps)
+    return Replicates.of_values(weights, {key: value for key, value in values.items() if key in COLUMNS}, steps, units)

@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,31 +19,65 @@ LEAST = 10  # replicates from which a covariance is estimated
 WITHOUT_EFFECT = ("seed", "log_every")  # settings that are not part of a recipe
 
 
+class Units(NamedTuple):
+    """What a bootstrap draws, such as documents: their number, and how many of equal size would be as informative.
+
+    The latter is (Σ n)² / Σ n² for units of n tokens.
+    """
+
+    name: str
+    n: int
+    n_effective: int | float
+
+    def __str__(self) -> str:
+        return f"{self.n:,} {self.name}"
+
+    @classmethod
+    def of_sizes(cls, name: str, sizes: Iterable[int]) -> "Units":
+        """Return the units, given the number of tokens in each; those without tokens do not count."""
+        sizes = [n for n in sizes if n]
+        return cls(name, len(sizes), sum(sizes) ** 2 / sum(n * n for n in sizes) if sizes else 0.0)
+
+    @classmethod
+    def from_dict(cls, content: Any) -> "Units":
+        """Return units from plain data; TypeError or KeyError if the data are something else."""
+        units = cls(**{name: content[name] for name in cls._fields})
+        if not isinstance(units.name, str) or type(units.n) is not int or type(units.n_effective) not in (int, float):
+            raise TypeError(f"units are {content!r:.80}")
+        return units
+
+
 @dataclass(frozen=True)
 class Replicates:
     """Differences of bootstrap replicates from the value, by metric.
 
     `weights` identifies the weights of the sequences. Replicates with the same weights are paired: number b of one report and
     number b of another weigh the same sequences alike. `steps` has the smallest difference of metrics that are counts, such as
-    1 / d_sae for the share of latents that fire.
+    1 / d_sae for the share of latents that fire. `units` are what was weighted; None in reports of earlier versions.
     """
 
     weights: str
     of: Mapping[str, Float[np.ndarray, " replicates"]]
     steps: Mapping[str, float] = field(default_factory=dict)
+    units: Units | None = None
 
     @classmethod
     def of_values(
-        cls, weights: str, values: Mapping[str, Float[Tensor, " replicates"]], steps: Mapping[str, float] | None = None
+        cls,
+        weights: str,
+        values: Mapping[str, Float[Tensor, " replicates"]],
+        steps: Mapping[str, float] | None = None,
+        units: Units | None = None,
     ) -> "Replicates":
         """Return the first replicates of each metric. Entry 0 of its values is the value itself, the others are replicates."""
         kept = {name: (x[1 : 1 + KEPT] - x[0]).cpu().numpy().astype(np.float32) for name, x in values.items()}
-        return cls(weights, kept, steps or {})
+        return cls(weights, kept, steps or {}, units)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the replicates as plain data: float32, little-endian, in base64."""
         coded = {name: base64.b64encode(x.astype("<f4").tobytes()).decode() for name, x in self.of.items()}
-        return {"weights": self.weights, "differences": coded, "steps": dict(self.steps)}
+        content = {"weights": self.weights, "differences": coded, "steps": dict(self.steps)}
+        return content if self.units is None else content | {"units": self.units._asdict()}
 
     @classmethod
     def from_dict(cls, content: Any) -> "Replicates":
@@ -52,7 +86,8 @@ class Replicates:
             raise TypeError(f"weights is {content['weights']!r:.40}")
         coded = {name: base64.b64decode(text, validate=True) for name, text in content["differences"].items()}
         steps = {name: float(step) for name, step in content["steps"].items()}
-        return cls(content["weights"], {name: np.frombuffer(x, "<f4").astype(np.float32) for name, x in coded.items()}, steps)
+        kept = {name: np.frombuffer(x, "<f4").astype(np.float32) for name, x in coded.items()}
+        return cls(content["weights"], kept, steps, Units.from_dict(content["units"]) if "units" in content else None)
 
 
 def weights_id(seed: int, n_sequences: int, *hashes: str) -> str:

@@ -214,6 +214,10 @@ class EvalReport(Result):
     def intervals(self) -> str:
         """A sentence on the confidence intervals: the method, or the reason why they are missing."""
         if any(metric.has_interval for metric in self.metrics.values()):
+            units = self.replicates and self.replicates.units
+            if units:
+                alike = " Sequences of one document are alike, so they may be too narrow." if " of " in units.name else ""
+                return f"95 % bootstrap confidence intervals over {units}.{alike}"
             rows = "rows" if self.n_sequences == self.n_tokens else "groups of rows"
             return f"95 % bootstrap confidence intervals over {'sequences' if self.model is not None else rows}."
         if self.model is None and self.n_sequences == 1:

@@ -19,7 +19,7 @@ from saelens_lite.errors import ConfigError, NonFiniteError, ShapeError, near_ma
 from saelens_lite.evaluation import metrics
 from saelens_lite.evaluation.controls import PERMUTED, moments, permuted_dictionary, untrained
 from saelens_lite.evaluation.metrics import Kept
-from saelens_lite.evaluation.replicates import recipe_of, weights_id
+from saelens_lite.evaluation.replicates import Units, recipe_of, weights_id
 from saelens_lite.evaluation.report import EvalReport
 from saelens_lite.evaluation.sums import PooledSums, run_in_rounds
 from saelens_lite.model.passes import BATCH_TOKENS
@@ -48,6 +48,7 @@ class RowData(NamedTuple):
     sha256: str
     team: Team
     weights: str  # of the bootstrap, see `weights_id`
+    units: Units
 
 
 def evaluate_rows(
@@ -76,7 +77,8 @@ def evaluate_rows(
         raise ShapeError(f"x has {len(inputs):,} rows and target {len(wanted):,}; expected the same number")
     for one in [*dictionaries, *further.values()]:
         _check_fit(one, inputs, None if target is None else wanted)
-    unit, n_groups = _units(groups, len(inputs), seed)
+    unit, sizes = _units(groups, len(inputs), seed)
+    n_groups = len(sizes)
     if n_groups == 1:
         log.warning("no intervals: a bootstrap draws groups of rows, and there is only one; give at least two")
     everyone = team()
@@ -101,6 +103,7 @@ def evaluate_rows(
         sha256=sha256,
         team=everyone,
         weights=weights_id(seed, n_groups, sha256, units_hash),
+        units=Units.of_sizes("rows" if groups is None else "groups", sizes),
     )
     reports = _reports(rows, dictionaries)
     return _with_controls(rows, dictionaries, reports, further) if controls or further else reports
@@ -197,8 +200,8 @@ def _check_fit(dictionary: Dictionary, x: Float[Tensor, "n d_in"], target: Float
         raise ShapeError(f"the target has shape {tuple(target.shape)}; this dictionary returns [n, {dictionary.d_out}]")
 
 
-def _units(groups: ArrayLike | None, n: int, seed: int) -> tuple[Int[Tensor, " n"], int]:
-    """Return the unit of each row and the number of groups. Without groups, each row is one.
+def _units(groups: ArrayLike | None, n: int, seed: int) -> tuple[Int[Tensor, " n"], list[int]]:
+    """Return the unit of each row and the sizes of the groups. Without groups, each row is one.
 
     A unit is a group. If there are more than MAX_UNITS groups, it is several of them, chosen at random.
 
@@ -215,10 +218,11 @@ def _units(groups: ArrayLike | None, n: int, seed: int) -> tuple[Int[Tensor, " n
         except (TypeError, ValueError) as error:
             raise ShapeError(f"groups are {described(groups)}; expected labels of one kind: {error}") from None
         group, n_groups = torch.from_numpy(number), len(distinct)
+    sizes = group.bincount().tolist()
     if n_groups > MAX_UNITS:
         order = torch.randperm(n_groups, generator=torch.Generator().manual_seed(seed))
         group = (order * MAX_UNITS // n_groups)[group]
-    return group, n_groups
+    return group, sizes
 
 
 def _batches(unit: Int[Tensor, " n"], size: int) -> Iterator[tuple[Int[Tensor, " n_batch"], Kept, int]]:
@@ -248,7 +252,7 @@ def _reports(
     """
     divided = [_by_port(one) for one in ports or [d.writes for d in dictionaries]]
     all_parts = list({(part.start, part.stop): part for of in divided for part in of.values()}.values())
-    sums = PooledSums(rows.n_bootstrap, rows.seed, rows.n_groups)
+    sums = PooledSums(rows.n_bootstrap, rows.seed, rows.units.n_effective)
     where = float64_device(rows.wanted.device)  # for the sums
     mean = (sum(wide(y).sum(0) for y in rows.wanted.split(rows.batch_rows)) / len(rows.wanted)).float()
 
@@ -287,7 +291,7 @@ def _reports(
             excluded="",
             density=metrics.density(sums, str(i)),
             by_port={key: metrics.part_metrics(sums, str(i), [part]) for key, part in divided[i].items()} or None,
-            replicates=metrics.kept_replicates(sums, str(i), rows.weights, with_losses=False),
+            replicates=metrics.kept_replicates(sums, str(i), rows.weights, rows.units, with_losses=False),
             recipe=recipe_of(dictionary),
         )
         for i, dictionary in enumerate(dictionaries)

@@ -5,15 +5,20 @@ sum is the same to the last bit in whatever order the terms come, and however ma
 about 2^-50 a term. Firing counts are integers.
 Source: Knuth 1997, The Art of Computer Programming 2, section 4.2.2, theorem B (the rest of a rounded sum).
 
-Confidence intervals come from a Poisson bootstrap over sequences, because the tokens of one text are not independent: replicate
-b weighs each sequence by a Poisson(1) draw. So only the weighted sums are kept, and memory does not depend on the amount of
-text. A draw depends on the seed, the number of the sequence and the replicate, and on nothing else.
-Source: Chamandy, Muralidharan, Najmi and Naidu 2012, Estimating uncertainty for massive data streams.
+Confidence intervals come from a Poisson bootstrap over documents, because the tokens of one text are not independent: replicate
+b weighs each document by a Poisson(1) draw. So only the weighted sums are kept, and memory does not depend on the amount of
+text. A draw depends on the seed, the number of the document and the replicate, and on nothing else. Few documents have too
+little spread in a bootstrap, and documents of unequal size count as fewer: with n = (Σ size)² / Σ size², intervals are widened
+by sqrt(n / (n − 1)) · t / z, where t and z are the quantiles of Student's t with n − 1 degrees of freedom and of the normal
+distribution. A report says what was drawn: documents, sequences if there are too few documents, or rows without a model.
+Source: Chamandy, Muralidharan, Najmi and Naidu 2012, Estimating uncertainty for massive data streams; Hesterberg 2015,
+What teachers should know about the bootstrap (the wider percentile interval); Kish 1965, Survey sampling (n).
 """
 
 import math
 from collections.abc import Generator, Sequence
 from contextlib import closing
+from functools import cached_property
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -23,6 +28,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Num
 from torch import Tensor
 
+from saelens_lite.evaluation.floors import t_quantile
 from saelens_lite.processes import ALONE, Team
 from saelens_lite.seeds import mixed_seed
 
@@ -145,12 +151,13 @@ class ExactSums:
 class PooledSums(ExactSums):
     """Weighted sums over sequences: entry 0 has weight 1 for each sequence, entries 1 … n are bootstrap replicates.
 
-    n_sequences: number of sequences that are added by all processes; without two there are no intervals.
+    n_units: number of documents of equal size, or of others that the bootstrap draws, in all processes; below two there are no
+        intervals.
     """
 
-    def __init__(self, n_bootstrap: int, seed: int, n_sequences: int):
+    def __init__(self, n_bootstrap: int, seed: int, n_units: int | float):
         super().__init__()
-        self.n_bootstrap, self.n_sequences = n_bootstrap, n_sequences
+        self.n_bootstrap, self.n_units = n_bootstrap, n_units
         self._seed = mixed_seed("bootstrap", seed)
         self._fired: dict[str, Tensor] = {}
         self._weights = torch.empty(0, dtype=torch.float64)
@@ -158,7 +165,7 @@ class PooledSums(ExactSums):
         self._columns: dict[str, dict[str, slice | int]] = {}  # by name of a sum: the columns that it has in a table
 
     def weigh(self, number: Int[Tensor, " n"]) -> None:
-        """Set the weights to those of these sequences."""
+        """Set the weights of the next sequences, given the number of the document of each, or of the sequence itself."""
         self._add_waiting()
         drawn = poisson_weights(self._seed, number.tolist(), self.n_bootstrap)
         self._weights = torch.cat([torch.ones(1, len(number)), drawn.T]).double()
@@ -231,6 +238,14 @@ class PooledSums(ExactSums):
         for name, shape in shapes.items():
             self._fired[name] = team.sum(self._fired.pop(name, torch.zeros(shape, dtype=torch.float64)))
 
+    @cached_property
+    def widening(self) -> float:
+        """The factor by which intervals are wider than the central 95 % of the replicates."""
+        return (self.n_units / (self.n_units - 1)) ** 0.5 * t_quantile(0.975, self.n_units - 1) / t_quantile(0.975, math.inf)
+
     def metric(self, values: Float[Tensor, " replicates"]) -> Metric:
-        """Return entry 0 with the central 95 % of the replicates. A single sequence gives no interval."""
-        return with_interval(values if self.n_sequences > 1 else values[:1])
+        """Return entry 0 with an interval: the central 95 % of the replicates, made wider. A single unit gives no interval."""
+        if self.n_units < 2:
+            return with_interval(values[:1])
+        value, low, high = with_interval(values)
+        return Metric(value, value - (value - low) * self.widening, value + (high - value) * self.widening)

@@ -101,7 +101,7 @@ def prompt_rows(lm: Tokenizer, text: Any, *, n_ctx: int | None = None, prepend_b
     rows, n_read = [], []
     for ids, first, _ in encode(tokenizer, _not_empty(list(text))):
         if first:
-            rows.append(Row([*head], len(head)))
+            rows.append(Row([*head], len(head), len(rows)))
             n_read.append(0)
         n_read[-1] += len(ids)
         new = after_bos(bos, ids) if len(rows[-1].ids) == len(head) else ids

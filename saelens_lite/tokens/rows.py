@@ -21,13 +21,15 @@ class TokenRows(NamedTuple):
     """Token ids in rows, and the positions that count (no special tokens, padding or repeated context).
 
     `length` is the number of tokens in each row, before the padding; None: no padding. `ends_text`: each text ends with its
-    row, so the model should predict EOS, the first padding token, there.
+    row, so the model should predict EOS, the first padding token, there. `document` is the number of the document in which each
+    row begins, from the place on where reading began; None: rows are documents of their own.
     """
 
     tokens: Int[Tensor, "n_seq n_ctx"]
     keep: Bool[Tensor, "n_seq n_ctx"]
     length: Int[Tensor, " n_seq"] | None = None
     ends_text: bool = True
+    document: Int[Tensor, " n_seq"] | None = None
 
     @property
     def n_kept(self) -> int:
@@ -82,10 +84,11 @@ class TokenRows(NamedTuple):
 
 
 class Row(NamedTuple):
-    """The token ids of one row and the index of its first new token, after BOS and repeated context."""
+    """The token ids of one row, the index of its first new token, after BOS and repeated context, and its document's number."""
 
     ids: list[int]
     start: int
+    document: int = 0
 
 
 class SpecialTokens(NamedTuple):
@@ -180,10 +183,12 @@ class _Cutter:
         self.start = 0
         self.tail: list[int] = []  # the last min_context tokens of the document that are in rows
         self.in_document = False
+        self.n_documents = self.document = 0  # documents that have begun, and the number of that in which the row begins
 
     def begin_document(self) -> Iterator[Row]:
         """Start a new document: after a separator in packed rows, else in a new row. Yield the row that this fills or ends."""
         self.tail, self.in_document = [], False
+        self.n_documents += 1
         if not self.config.pack:
             yield from self.flush()
         if self.ids:
@@ -212,6 +217,7 @@ class _Cutter:
         wants_bos = self.config.bos == "row" or (self.config.bos == "document" and not self.in_document)
         self.ids = ([self.special.bos] if wants_bos else []) + self.tail
         self.start = len(self.ids)
+        self.document = self.n_documents - 1
 
     def _flush_full(self) -> Iterator[Row]:
         if len(self.ids) == self.n_ctx:
@@ -220,7 +226,7 @@ class _Cutter:
     def flush(self) -> Iterator[Row]:
         """Yield the current row, even if it is not full."""
         if self.ids:
-            yield Row(self.ids, self.start)
+            yield Row(self.ids, self.start, self.document)
         self.ids = []
 
 
@@ -231,7 +237,8 @@ def padded(rows: list[Row], pad: int) -> TokenRows:
     tokens = torch.from_numpy(np.array(whole, np.int64))  # six times as fast as torch.tensor
     start, stop = (torch.tensor(ends)[:, None] for ends in zip(*((row.start, len(row.ids)) for row in rows), strict=True))
     position = torch.arange(width)
-    return TokenRows(tokens, (position >= start) & (position < stop), stop.squeeze(1))
+    document = torch.tensor([row.document for row in rows])
+    return TokenRows(tokens, (position >= start) & (position < stop), stop.squeeze(1), document=document)
 
 
 def countable(
@@ -253,11 +260,13 @@ def joined(blocks: list[TokenRows], pad: int) -> TokenRows:
     lengths = None
     if any(block.length is not None or block.tokens.shape[1] < width for block in blocks):
         lengths = torch.cat([block.lengths for block in blocks])
+    documents = [block.document for block in blocks if block.document is not None]
     return TokenRows(
         torch.cat([widened(block.tokens, pad) for block in blocks]),
         torch.cat([widened(block.keep, 0) for block in blocks]),
         lengths,
         all(block.ends_text for block in blocks),
+        torch.cat(documents) if len(documents) == len(blocks) else None,
     )
 
 
