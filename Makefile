@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 READY := $(VENV)/.ready
+# Python keeps what it compiles, of the modules that are imported, also where the shell forbids it: tests start many processes.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: demo test docs clean
 
@@ -20,7 +22,7 @@ docs: $(READY)
 
 $(READY): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[dev]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c .ci/constraints.txt -e '.[dev]'
 	touch $@
 
 clean:

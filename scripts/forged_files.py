@@ -551,6 +551,8 @@ def fuzz(name: str, n: int, seed: int, where: Path, watch: Watch, say: Callable[
         kind.make(original)
     copies, outside = where / "copies", where / "copies" / "outside"
     outside.mkdir(parents=True, exist_ok=True)
+    kind.load(Path(shutil.copytree(original, copies / "whole")))  # imports what loading needs, once for all processes
+    shutil.rmtree(copies / "whole")
     whole = in_a_process(kind, Path(shutil.copytree(original, copies / "whole")), watch)
     if whole["verdict"] != "loaded":
         raise SystemExit(f"the {name} that was not changed: {whole}")

@@ -44,6 +44,7 @@ SMALL = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "top_k", "num_key_value_heads", "moe_k"), 2),
     **dict.fromkeys(("head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 8),
+    **dict.fromkeys(("chunk_size", "mamba_chunk_size"), 8),
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0),
     "vocab_size": N_VOCAB, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24, "q_lora_rank": 16, "n_group": 1,
     "topk_group": 1, "rotary_dim": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,

@@ -62,6 +62,7 @@ def test_the_code_of_the_guides_runs_in_the_order_of_the_site(monkeypatch, tmp_p
             for block in python_blocks(module):
                 smaller = (
                     re.sub(r"\b(300_000|50_000|20_000|1_000_000)\b", "6_000", block)
+                    .replace("d_sae=4096)", "d_sae=64, n_tokens=6_000)")
                     .replace("4096", "64")
                     .replace("8192", "512")
                 )

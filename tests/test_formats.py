@@ -184,7 +184,7 @@ def test_sparsify_widths_by_expansion_factor(tmp_path):
         (("feature_input_hook", "hook"), CorruptFileError, "feature_input_hook is missing"),
         (("scan: null", "scan: &a [1]\nb: *a"), CorruptFileError, "YAML aliases"),
         (("scan: null", "scan: [1"), CorruptFileError, "is not valid YAML"),
-        (("scan: null", "scan: " + "[" * 5000), CorruptFileError, "is not valid YAML"),
+        (("scan: null", "scan: " + "[" * 5000), CorruptFileError, "is not valid YAML: it is nested more than 100 levels deep"),
         (("scan: null", "scan: " + "a" * 70_000), CorruptFileError, "too large for a settings file"),
         (("scan: null", "scan: !!python/object/apply:os.getcwd []"), None, ""),
     ],

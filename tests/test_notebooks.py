@@ -65,10 +65,11 @@ def hub(monkeypatch, tmp_path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, hub, monkeypatch, tmp_path):
     monkeypatch.setenv("SAELENS_LITE_MODEL", "tiny")
-    monkeypatch.setenv("SAELENS_LITE_TOKENS", "12000" if path.stem == "5-compare-two-models" else "30000")
+    monkeypatch.setenv("SAELENS_LITE_TOKENS", "12000")
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:  # fewer tokens to evaluate and to look for examples in, as in the examples of the guides
         cell.source = re.sub(r"(?<=n_tokens=)(10_000|20_000|30_000)\b", "6_000", cell.source)
+        cell.source = cell.source.replace('(d, lm, "python-docs:held-out")', '(d, lm, "python-docs:held-out", n_tokens=6_000)')
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
     printed = "".join(
         output.get("text", "") + output.get("data", {}).get("text/html", "")

@@ -38,7 +38,7 @@ from saelens_lite.formats import (
 
 CONFIG, LAYERS, ENCODERS = "config.yaml", "layer_*.safetensors", "W_enc_*.safetensors"
 KINDS = ("transcoder_set", "cross_layer_transcoder")
-MAX_YAML_BYTES = 1 << 16
+MAX_YAML_BYTES, MAX_YAML_DEPTH = 1 << 16, 100
 ACTIVATIONS = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu"}  # published architecture → their name
 RULES = {"relu": "l1", "topk": "topk", "jumprelu": "jumprelu"}
 THRESHOLD, SKIP, K = "activation_function.threshold", "W_skip", "k"
@@ -245,8 +245,7 @@ def _settings(path: Path) -> Settings:
         raise CorruptFileError(f"{path}: {size:,} bytes is too large for a settings file")
     try:
         text = path.read_text(encoding="utf-8")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise ValueError("it uses YAML aliases, which are not supported")
+        _check_events(text)
         values = yaml.load(text, Loader=yaml.BaseLoader)  # creates only text, lists and tables
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise CorruptFileError(f"{path} is not valid YAML: {str(error)[:200]}") from None
@@ -256,6 +255,17 @@ def _settings(path: Path) -> Settings:
     if re.fullmatch(r"\d{1,9}", str(values.get("k"))):
         values["k"] = int(values["k"])
     return Settings(path, values)
+
+
+def _check_events(text: str) -> None:
+    """Refuse what makes YAML slow to read: aliases, and deep nesting, whose time grows as the square of the depth."""
+    depth = 0
+    for event in yaml.parse(text):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("it uses YAML aliases, which are not supported")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_YAML_DEPTH:
+            raise ValueError(f"it is nested more than {MAX_YAML_DEPTH} levels deep")
 
 
 def _k(config: Settings, file: TensorFile) -> int:

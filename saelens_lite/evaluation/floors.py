@@ -23,6 +23,7 @@ of the level); Agarwal et al. 2021, arXiv:2108.13264 (floors from few seeds need
 """
 
 from collections.abc import Mapping
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -95,6 +96,7 @@ def _inflation(random: np.random.Generator, df: float, n: int) -> Float[np.ndarr
     return np.sqrt(df / random.chisquare(df, (n, 1))) if np.isfinite(df) else np.ones((n, 1))
 
 
+@cache  # a table asks for the same one in each of its cells
 def t_quantile(p: float, df: float) -> float:
     """Return the quantile of Student's t.
 
