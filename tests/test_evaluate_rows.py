@@ -114,7 +114,7 @@ def test_intervals_of_groups_are_those_of_independent_groups(d, x):
         assert lengths[1] == pytest.approx(lengths[0], rel=0.15)
         assert lengths[2] == pytest.approx(lengths[0] / 2, rel=0.15)
     assert "2,000 rows in 500 groups of" in grouped.where
-    assert "over groups of rows" in grouped.to_markdown()
+    assert "over 500 groups." in grouped.to_markdown()
 
 
 @pytest.mark.parametrize("size", [1, 3, 10, 100])

@@ -245,7 +245,7 @@ def test_notes_say_what_the_floor_of_each_metric_is_from(reports):
     )
     both = noise_floors(pair, metrics=["fvu", "mse"])
     assert both.notes[:2] == (
-        "fvu: Paired bootstrap over the text.",
+        "fvu: Paired bootstrap over 600 rows.",
         "mse: From the intervals, unpaired: the reports hold no replicates of it.",
     )
 

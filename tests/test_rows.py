@@ -78,12 +78,12 @@ def test_unpacked_rows_hold_one_document(case):
     """The row k of a document begins min_context tokens before the end of row k − 1."""
     documents, config, n_ctx, special, pieces = case
     expected = []
-    for ids in documents:
+    for number, ids in enumerate(ids for ids in documents if ids):
         start = end = 0
         while end < len(ids):
             has_bos = config.bos == "row" or (config.bos == "document" and end == 0)
             start = max(0, end - config.min_context)
-            expected.append(([BOS] * has_bos + ids[start : start + n_ctx - has_bos], has_bos + end - start))
+            expected.append(([BOS] * has_bos + ids[start : start + n_ctx - has_bos], has_bos + end - start, number))
             end = start + n_ctx - has_bos
     assert [tuple(row) for row in cut_rows(pieces, config, n_ctx, special)] == expected
 

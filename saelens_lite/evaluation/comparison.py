@@ -388,7 +388,7 @@ def _method(reports: Sequence[Measured], metric: str, resampled: str) -> str:
     replicated = [report for report in reports if _is_replicated(report, metric)]
     if len(replicated) == len(reports) and len({report.replicates.weights for report in replicated}) == 1:
         units = {str(report.replicates.units) for report in replicated if report.replicates.units}
-        return f"Paired bootstrap over {resampled}{f' ({units.pop()})' if len(units) == 1 else ''}."
+        return f"Paired bootstrap over {units.pop() if len(units) == 1 else resampled}."
     if replicated:
         return "Partly unpaired: the reports are of different texts or bootstrap seeds, or some hold no replicates."
     if all(report.replicates is None for report in reports):

@@ -97,7 +97,7 @@ def _inflation(random: np.random.Generator, df: float, n: int) -> Float[np.ndarr
 
 
 @cache  # a table asks for the same one in each of its cells
-def t_quantile(p: float, df: float) -> float:
+def t_quantile(p: float, df: int | float) -> float:
     """Return the quantile of Student's t.
 
     With t = sqrt(df) tan θ, the density of θ is proportional to cos(θ)^(df − 1), which is summed on a grid.
