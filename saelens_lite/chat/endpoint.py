@@ -57,7 +57,7 @@ class EndpointModel:
             {k: (a, q, self._size(q)) for k, a, q in zip(keys, asked, questions, strict=True) if k not in answers}
         )
         if waiting:
-            answers |= self._send(waiting)
+            answers |= self._send(waiting, has_replied=bool(answers) or self.spent.n_output > 0)
             _summarise(self.name, [answers[key] for key in waiting], self.spent)
         return in_order(keys, answers)
 
@@ -88,13 +88,13 @@ class EndpointModel:
             texts.append(json.dumps(dict(question.schema)))
         return Size(sum(self._count(text) + PER_MESSAGE for text in texts), question.max_tokens)
 
-    def _send(self, waiting: Waiting) -> dict[str, Answer]:
+    def _send(self, waiting: Waiting, has_replied: bool) -> dict[str, Answer]:
         key = key_of(self.config)
         self._budget.check(self._estimate([size for _, _, size in waiting.values()]))
         self._kept.check()
         connection = Connection(self.config, self._dialect, key)
         with progress_bar(f"asking {self.name}", len(waiting), "questions") as advance:
-            call = Call(connection, self._budget, self._kept, waiting, lambda n: advance(n, ""))
+            call = Call(connection, self._budget, self._kept, waiting, lambda n: advance(n, ""), has_replied)
             try:
                 return dict(call.run())
             except (SaelensLiteError, KeyboardInterrupt) as error:
