@@ -33,9 +33,8 @@ log = logging.getLogger(__name__)
 class LostReply(Exception):
     """A fault of the server or the network, after which the request may be repeated.
 
-    `stage` says how far the request came: no connection, no answer, none within the time-out, a status that refuses it, or a damaged
-    reply. `after` is
-    the wait in seconds that the server demands.
+    `stage` says how far the request came: no connection, no answer, none within the time-out, a status that refuses
+    it, or a damaged reply. `after` is the wait in seconds that the server demands.
     """
 
     def __init__(

@@ -41,7 +41,7 @@ class ChatConfig(FrozenConfig):
         8,
         ge=1,
         le=1000,
-        description="Most requests at the same time. A server that is too slow for so many gets fewer after the first time-out.",
+        description="Most requests at the same time. A server that is too slow for so many gets fewer after a time-out.",
     )
     retries: int = Field(
         6, ge=0, le=100, description="Times that a request is repeated after a fault of the server or network."
