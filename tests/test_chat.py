@@ -19,6 +19,7 @@ from chat_server import FAULTS, Plan, Reply, question_hash, running_chat
 import saelens_lite as sl
 from saelens_lite.chat import EndpointModel
 from saelens_lite.chat.connection import Dialect
+from saelens_lite.chat.counting import expected_tokens
 from saelens_lite.chat.kept import KeptAnswers, usual_folder
 from saelens_lite.chat.pace import Pace
 from saelens_lite.chat.reply import read_reply
@@ -396,7 +397,7 @@ def odd_token(text, log_p, n_top):
 def test_counts_of_a_server_that_cannot_be_tokens_are_estimated(n):
     reply = {"choices": [{"message": {"content": "12345"}}], "usage": {"prompt_tokens": n, "completion_tokens": n}}
     answer = read_reply(json.dumps(reply).encode(), sl.Question("a"), 17)
-    assert (answer.text, answer.n_input, answer.n_output) == ("12345", 17, 2)
+    assert (answer.text, answer.n_input, answer.n_output) == ("12345", 17, 3)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), PermissionError(13, "Permission denied")])
@@ -544,14 +545,36 @@ def test_the_estimate_counts_what_is_not_kept(server, connect):
         sl.Question("y" * 400, max_tokens=50),
         sl.Question("y" * 400, max_tokens=50),
     ]
-    assert model.estimate(asked) == (2, 2 * 108, 100, pytest.approx((216 * 2 + 100 * 10) / 1e6))
+    assert model.estimate(asked) == (2, 2 * 75, 100, pytest.approx((150 * 2 + 100 * 10) / 1e6))
     model.ask(asked[:1])
-    assert model.estimate(asked)[:3] == (1, 108, 50)
+    assert model.estimate(asked)[:3] == (1, 75, 50)
     assert model.spent.dollars == pytest.approx((model.spent.n_input * 2 + model.spent.n_output * 10) / 1e6)
     counting = sl.chat_model(
         "judge", base_url=server.url, folder=model.config.folder, count_tokens=lambda text: text.count("y")
     )
     assert counting.estimate(asked).n_input == 408
+
+
+@pytest.mark.parametrize(
+    ("text", "counted"),  # by the tokenizers of SmolLM2, DeepSeek and Claude 2
+    [
+        (
+            '{"context": "self.assert«Equal»(x, y)\\\\n    def « test»_open(self):\\\\n", '
+            '"activations": [["Equal", 10], [" test", 3]]}',
+            (49, 45, 43),
+        ),
+        (
+            "The old man looked at the sea, which was quiet in the morning, and thought about the fish that he had lost.",
+            (25, 25, 25),
+        ),
+        (
+            "def _names(field: str, refusal: str) -> bool:\\n    return re.search(rf'{mark}{field}', refusal) is not None\\n",
+            (35, 33, 35),
+        ),
+    ],
+)
+def test_the_expected_tokens_are_about_those_of_tokenizers(text, counted):
+    assert 0.95 * min(counted) < expected_tokens(text) < 1.12 * max(counted)
 
 
 def test_a_limit_is_checked_before_the_first_question(server, connect):
