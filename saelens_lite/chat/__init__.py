@@ -33,7 +33,8 @@ limit is kept as well as the estimates are: a question that is longer than its e
 show how far the estimates are off, so may all questions in progress. A limit holds for all calls of one chat model object. A
 reply that is lost on the way counts as its estimate, since the server may charge it. The estimate guesses input
 tokens by words and marks, unless `count_tokens=` counts them, and takes the most that is allowed for output tokens. Text that
-is not English may have twice as many tokens. `token_limit` limits what is spent, `Question.max_tokens` the length of one answer.
+is not English may have twice as many tokens. `token_limit` limits what is spent,
+`Question.max_tokens` the length of one answer.
 
 **Structured output and log-probabilities.** `Question(…, schema=…)` asks for JSON of that schema, `Question(…, choices=…)` for
 the log-probabilities of tokens. If the server refuses one of them, the model remembers that and asks without. Servers
