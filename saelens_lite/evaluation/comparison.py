@@ -316,6 +316,8 @@ def _noise(reports: Sequence[Measured], metric: str, sizes: Sequence[int]) -> No
     """
     covariance, df = np.zeros((len(reports), len(reports))), math.inf
     blocks: dict[str, list[int]] = {}
+    if any(_has_too_few(report, metric) for report in reports):
+        return None
     for i, report in enumerate(reports):
         blocks.setdefault(report.replicates.weights if _is_replicated(report, metric) else f"alone {i}", []).append(i)
     for weights, rows in blocks.items():
@@ -326,15 +328,19 @@ def _noise(reports: Sequence[Measured], metric: str, sizes: Sequence[int]) -> No
             m = reports[rows[0]].metrics[metric]
             if not m.has_interval:
                 return None
-            covariance[rows[0], rows[0]] = ((m.high - m.low) / (2 * Z)) ** 2 * n / (n - 1)
+            deviation = (
+                max(m.high - m.value, m.value - m.low) / Z
+            )  # a share of which the interval ends at 0 or 1 has a short side
+            covariance[rows[0], rows[0]] = deviation**2 * n / (n - 1)
             df = min(df, float(n - 1))
             continue
         several = [reports[i].replicates.of[metric] for i in rows]
         drawn = np.stack([x[: min(map(len, several))] for x in several]).astype(np.float64)
         drawn = drawn[:, np.isfinite(drawn).all(0)]
-        if drawn.shape[1] < 2:
+        if drawn.shape[1] < LEAST:
             return None
-        covariance[np.ix_(rows, rows)] = np.cov(drawn) * n / (n - 1)
+        one = [reports[i].replicates.steps.get(metric, 0.0) for i in rows]  # an estimate of 0 proves nothing
+        covariance[np.ix_(rows, rows)] = np.cov(drawn) * n / (n - 1) + np.diag(np.square(one))
         df = min(df, joint_df(n - 1.0, drawn.shape[1] - 1.0))
     value = np.array([report.metrics[metric].value for report in reports])
     if not np.isfinite(value).all():
@@ -351,8 +357,12 @@ def _noise(reports: Sequence[Measured], metric: str, sizes: Sequence[int]) -> No
 
 
 def _is_replicated(report: Measured, metric: str) -> bool:
-    replicates = report.replicates
-    return replicates is not None and metric in replicates.of and len(replicates.of[metric]) >= LEAST
+    return report.replicates is not None and metric in report.replicates.of
+
+
+def _has_too_few(report: Measured, metric: str) -> bool:
+    """Return whether a report holds so few replicates of a metric that neither they nor its interval tell of its noise."""
+    return _is_replicated(report, metric) and len(report.replicates.of[metric]) < LEAST
 
 
 def _notes(
@@ -362,6 +372,8 @@ def _notes(
     if len(members) < 2:
         return ("All dictionaries are of one recipe, so no recipes are compared.",)
     if not any(map(math.isfinite, floors.values())):
+        if any(_has_too_few(report, metric) for report in reports for metric in floors):
+            return (f"No noise floor: it needs at least {LEAST} bootstrap replicates; raise n_bootstrap.",)
         return ("No noise floor: reports without intervals say nothing about their noise.",)
     how: dict[str, list[str]] = {}
     for metric in (metric for metric, floor in floors.items() if math.isfinite(floor)):

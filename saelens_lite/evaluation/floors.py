@@ -5,7 +5,9 @@ all pairs of rows and all columns together. Two sources of chance count:
 
 - **The text.** The values of a column are noisy because the text is a sample. Rows that were measured on the same text share
   most of that noise, so it is their covariance that matters. It comes from bootstrap replicates with the same weights for all
-  rows (a paired bootstrap).
+  rows (a paired bootstrap). A count of latents that fire is an exception, because a resample never finds a latent that the
+  text lacks: its replicates weigh what each sequence adds to the count (a jackknife), and its variance is at least that of one
+  latent. Less than 10 replicates give no floor. Reports without any give that of their intervals, as if they were unpaired.
 - **The seed.** Dictionaries of one recipe that differ only in their seeds differ too, usually by more than the text explains.
   The variance over seeds is pooled over all recipes with several seeds, and applies to the others as well. It is assumed to be
   the same in all recipes. That of a share of latents is at least the variance of a Poisson count, because few seeds often
@@ -19,7 +21,8 @@ Part of the variance over seeds is an effect of this text, so it counts twice, a
 nothing about another training text, another evaluation text of another kind, or a bad choice of settings.
 
 Source: Tukey 1953 and Kramer 1956 (studentised range); Fisher 1935 (fiducial distribution of a difference); Dunn 1961 (shares
-of the level); Agarwal et al. 2021, arXiv:2108.13264 (floors from few seeds need the seeds' own spread).
+of the level); Efron and Stein 1981 (the jackknife);
+Agarwal et al. 2021, arXiv:2108.13264 (floors from few seeds need the seeds' own spread).
 """
 
 from collections.abc import Mapping
