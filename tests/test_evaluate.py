@@ -221,7 +221,7 @@ def test_alive_and_dense_have_intervals():
     sums.add_fired("0", sequence.repeat_interleave(n_times), latent.repeat_interleave(n_times), 40)
     found = latent_metrics(sums, "0")
     assert found["frac_alive"].value == 1
-    assert found["frac_alive"].low == pytest.approx(1 - 1.96 * (20 + 1) ** 0.5 / 40, abs=0.04)
+    assert found["frac_alive"].low == pytest.approx(1 - 1.96 * (20 + 2) ** 0.5 / 40, abs=0.04)
     assert found["frac_alive"].high == 1
     assert tuple(found["frac_dense"]) == (0.5, 0.5, 0.5)
 

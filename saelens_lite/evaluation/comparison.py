@@ -305,7 +305,7 @@ def _mean(values: Sequence[Metric]) -> Metric:
 
 def _over_seeds(value: float, noise: Noise, row: int) -> Metric:
     """Return a mean over seeds with its 95 % interval over seeds and texts."""
-    half = t_quantile(0.975, noise.spread_df) * (noise.spread / noise.n_seeds[row] + noise.covariance[row, row]) ** 0.5
+    half = t_quantile(0.975, noise.spread_df) * max(0.0, noise.spread / noise.n_seeds[row] + noise.covariance[row, row]) ** 0.5
     return Metric(value, value - half, value + half)
 
 
@@ -315,6 +315,7 @@ def _noise(reports: Sequence[Measured], metric: str, sizes: Sequence[int]) -> No
     sizes: the number of reports in each row, which come in this order.
     """
     covariance, df = np.zeros((len(reports), len(reports))), math.inf
+    is_paired = np.zeros(covariance.shape, dtype=bool)
     blocks: dict[str, list[int]] = {}
     if any(_has_too_few(report, metric) for report in reports):
         return None
@@ -341,6 +342,7 @@ def _noise(reports: Sequence[Measured], metric: str, sizes: Sequence[int]) -> No
             return None
         one = [reports[i].replicates.steps.get(metric, 0.0) for i in rows]  # an estimate of 0 proves nothing
         covariance[np.ix_(rows, rows)] = np.cov(drawn) * n / (n - 1) + np.diag(np.square(one))
+        is_paired[np.ix_(rows, rows)] = True
         df = min(df, joint_df(n - 1.0, drawn.shape[1] - 1.0))
     value = np.array([report.metrics[metric].value for report in reports])
     if not np.isfinite(value).all():
@@ -348,12 +350,17 @@ def _noise(reports: Sequence[Measured], metric: str, sizes: Sequence[int]) -> No
     row = np.repeat(np.arange(len(sizes)), sizes)
     mean = (row == np.arange(len(sizes))[:, None]) / np.asarray(sizes)[:, None]
     spread_df = float(len(reports) - len(sizes))
-    spread = float(np.square(value - (mean @ value)[row]).sum() / spread_df) if spread_df else 0.0
+    spread, of_text, of_rows = 0.0, 0.0, mean @ covariance @ mean.T
+    if spread_df:
+        apart = np.eye(len(reports)) - mean[row]  # the difference of each report from the mean of its row
+        spread = float(np.square(apart @ value).sum() / spread_df)
+        of_text = float(np.trace(apart @ np.where(is_paired, covariance, 0) @ apart.T) / spread_df)
+        of_rows -= np.diag(of_text / np.asarray(sizes))  # the spread has this part too
     steps = [report.replicates.steps.get(metric, 0.0) for report in reports if report.replicates is not None]
     if spread_df and (step := max(steps, default=0.0)):
         rarer = float(np.minimum(value, 1 - value).mean()) / step  # such as the mean number of dead latents
         spread = max(spread, (rarer + 1) * step**2)
-    return Noise(mean @ covariance @ mean.T, df, tuple(sizes), spread, spread_df)
+    return Noise(of_rows, df, tuple(sizes), max(spread, of_text), spread_df)
 
 
 def _is_replicated(report: Measured, metric: str) -> bool:

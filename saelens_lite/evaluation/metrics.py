@@ -196,14 +196,15 @@ def alive_values(sums: PooledSums, name: str) -> Float[Tensor, " replicates"]:
 def latent_metrics(sums: PooledSums, name: str) -> dict[str, Metric]:
     """Return frac_alive and frac_dense: the shares of latents that fire at all, and on more than a tenth of the tokens.
 
-    The interval of frac_alive is the value ± 1.96 standard deviations, of which the variance is that of the replicates of
-    `alive_values`, and of one latent more: no latent that fires in one sequence alone is no proof that there are none.
+    The interval of frac_alive is the value ± 1.96 standard deviations, with the variance of the replicates of `alive_values`
+    and of two latents more: few latents that fire in one sequence alone, or none, may be few by chance.
+    Source: Wilson 1927 (an interval of a count needs about 1.96² / 2 more).
     """
     fired, alive = sums.fired(name), alive_values(sums, name)
     dense = (fired > DENSE * sums["n"][: fired.shape[1]]).sum(0).double() / len(fired)
     value, low, high = sums.metric(alive)
     if math.isfinite(low):
-        spread = 1.96 * math.hypot(float(alive[1:].std(correction=0)), 1 / len(fired))
+        spread = 1.96 * math.hypot(float(alive[1:].std(correction=0)), 2**0.5 / len(fired))
         low, high = max(0.0, value - spread), min(1.0, value + spread)
     return {
         "frac_alive": Metric(value, low, high),
