@@ -15,11 +15,13 @@ from scipy import stats
 import saelens_lite as sl
 from saelens_lite.errors import ConfigError, CorruptFileError, ShapeError
 from saelens_lite.evaluation import EvalReport, Metric, noise_floors, table
+from saelens_lite.evaluation.comparison import ComparedScores
 from saelens_lite.evaluation.controls import PERMUTED, further_controls, permuted_dictionary
 from saelens_lite.evaluation.floors import Noise, floor_of, noise_floors_of, t_quantile
+from saelens_lite.evaluation.metrics import alive_values, latent_metrics
 from saelens_lite.evaluation.probing import Probe, ProbeReport, probe_table
 from saelens_lite.evaluation.replicates import KEPT, Recipe, Replicates, recipe_of
-from saelens_lite.evaluation.sums import poisson_weights
+from saelens_lite.evaluation.sums import PooledSums, poisson_weights
 from saelens_lite.features.compare import compare_all, comparison_table, shared_floors
 from saelens_lite.seeds import mixed_seed
 from saelens_lite.tables import as_text
@@ -174,6 +176,104 @@ def test_reports_from_files_have_the_same_floors(reports, tmp_path):
                 {"recipe": {"rule": "topk"}}, {"recipe": [1]}):  # fmt: skip
         with pytest.raises(CorruptFileError):
             EvalReport.from_dict(content | bad)
+
+
+def firings(generator: np.random.Generator, rates: np.ndarray, n_sequences: int, names: str) -> tuple[PooledSums, dict]:
+    """Return the pooled counts of independent latents that fire at these rates per text, and those of each sequence."""
+    sums = PooledSums(100, int(generator.integers(2**31)), n_sequences)
+    counts = {name: generator.poisson(rates / n_sequences, (n_sequences, len(rates))) for name in names}
+    for number in torch.arange(n_sequences).split(17):
+        sums.weigh(number)
+        sums.add("n", torch.full((len(number),), 10.0))
+        for name, of_text in counts.items():
+            here = torch.from_numpy(of_text)[number]
+            sequence, latent = here.nonzero(as_tuple=True)
+            times = here[sequence, latent]
+            sums.add_fired(name, sequence.repeat_interleave(times), latent.repeat_interleave(times), len(rates))
+    sums.pool()
+    return sums, counts
+
+
+def alive_report(sums: PooledSums, name: str) -> ComparedScores:
+    step = 1 / len(sums.fired(name))
+    kept = Replicates.of_values("w", {"frac_alive": alive_values(sums, name)}, {"frac_alive": step})
+    return ComparedScores({"frac_alive": latent_metrics(sums, name)["frac_alive"]}, kept, None, sums.n_sequences)
+
+
+RATES = {
+    "Zipf": 500 * np.arange(1, 201.0) ** -1.2,
+    "many rare latents": np.where(np.arange(200) < 100, 15.0, 0.1),
+    "trained, few dead": np.where(np.arange(200) < 180, 15.0, 1.5),
+}
+
+
+def test_replicates_of_the_share_alive_are_those_of_a_jackknife_over_sequences():
+    sums, counts = firings(np.random.default_rng(0), RATES["Zipf"], 40, "a")
+    fires = counts["a"] > 0
+    lost = np.array([fires.any(0).sum() - np.delete(fires, i, 0).any(0).sum() for i in range(40)])
+    assert lost.sum() > 10
+    weights = poisson_weights(sums._seed, range(40), 100).double().numpy().T
+    wanted = fires.any(0).sum() + (weights - 1) @ (lost - lost.mean())
+    values = alive_values(sums, "a").numpy() * 200
+    assert values[0] == fires.any(0).sum()
+    np.testing.assert_allclose(values[1:], wanted, atol=1e-9)
+
+
+@pytest.mark.parametrize("rates", RATES.values(), ids=RATES)
+def test_the_share_alive_varies_as_over_texts(rates):
+    """The number of independent latents that fire has the variance Σ p (1 − p); dictionaries of equal rates seldom differ."""
+    generator, n_tables = np.random.default_rng(0), 100
+    dead = np.exp(-rates)
+    deviation = float((dead * (1 - dead)).sum() ** 0.5) / len(rates)
+    floors, n_alarms, n_covered = [], 0, 0
+    for _ in range(n_tables):
+        sums, _ = firings(generator, rates, 50, "ab")
+        reports = {name: alive_report(sums, name) for name in "ab"}
+        compared = noise_floors(reports, metrics=["frac_alive"])
+        floors.append(compared.floors["frac_alive"])
+        n_alarms += compared.differ("frac_alive", "a", "b")
+        m = reports["a"].metrics["frac_alive"]
+        n_covered += m.low <= 1 - dead.mean() <= m.high
+    assert n_alarms / n_tables <= 0.06
+    assert n_covered / n_tables >= 0.93
+    assert 0.95 <= np.mean(floors) / (2**0.5 * 1.96 * deviation) <= 1.6
+
+
+def test_few_replicates_give_no_floor_and_the_note_says_what_to_do(x, recipes):
+    pair = [recipes["runs/a-s0"], recipes["runs/c"]]
+    few = noise_floors(dict(zip("ac", sl.evaluate(pair, x, n_bootstrap=9), strict=True)))
+    assert all(map(math.isnan, few.floors.values()))
+    assert not few.differing("c")
+    assert few.caption.startswith("No noise floor: it needs at least 10 bootstrap replicates; raise n_bootstrap.")
+    enough = noise_floors(dict(zip("ac", sl.evaluate(pair, x, n_bootstrap=10), strict=True)))
+    assert math.isfinite(enough.floors["fvu"])
+
+
+def test_an_interval_that_ends_at_a_bound_has_the_deviation_of_its_longer_side():
+    def floor(high: float) -> float:
+        pair = {name: ComparedScores({"frac_alive": Metric(0.999, 0.995, high)}, None, None, 200) for name in "ab"}
+        return noise_floors(pair, metrics=["frac_alive"]).floors["frac_alive"]
+
+    assert floor(1.0) == floor(1.003) == pytest.approx(2**0.5 * 0.004 * stats.t.ppf(0.975, 199) / 1.96, rel=5e-3)
+
+
+def test_seeds_are_known_by_the_tokens_they_were_to_see_and_not_by_those_of_the_last_batch(recipes):
+    def of(**changed) -> Recipe:
+        d = copy.deepcopy(recipes["runs/a-s0"])
+        d.training_record |= changed
+        return recipe_of(d)
+
+    whole = of()
+    assert of(tokens=4000, steps=21, kl_after=2800).sha256 == of(tokens=4199, steps=22, kl_after=2811).sha256 == whole.sha256
+    for other in (
+        {"tokens": 2000, "steps": 10},
+        {"tokens": 3999},
+        {"tokens": 4200},
+        {"extended_after": 1000},
+        {"stopped": "NaN"},
+    ):
+        assert of(**other).sha256 != whole.sha256
+    assert of(tokens=2000, steps=10).sha256 != of(tokens=2200, steps=11).sha256
 
 
 def test_another_bootstrap_seed_is_not_paired(x, recipes, reports):

@@ -305,7 +305,7 @@ def _mean(values: Sequence[Metric]) -> Metric:
 
 def _over_seeds(value: float, noise: Noise, row: int) -> Metric:
     """Return a mean over seeds with its 95 % interval over seeds and texts."""
-    half = t_quantile(0.975, noise.spread_df) * (noise.spread / noise.n_seeds[row] + noise.covariance[row, row]) ** 0.5
+    half = t_quantile(0.975, noise.spread_df) * max(0.0, noise.spread / noise.n_seeds[row] + noise.covariance[row, row]) ** 0.5
     return Metric(value, value - half, value + half)
 
 
@@ -315,7 +315,10 @@ def _noise(reports: Sequence[Measured], metric: str, sizes: Sequence[int]) -> No
     sizes: the number of reports in each row, which come in this order.
     """
     covariance, df = np.zeros((len(reports), len(reports))), math.inf
+    is_paired = np.zeros(covariance.shape, dtype=bool)
     blocks: dict[str, list[int]] = {}
+    if any(_has_too_few(report, metric) for report in reports):
+        return None
     for i, report in enumerate(reports):
         blocks.setdefault(report.replicates.weights if _is_replicated(report, metric) else f"alone {i}", []).append(i)
     for weights, rows in blocks.items():
@@ -326,15 +329,18 @@ def _noise(reports: Sequence[Measured], metric: str, sizes: Sequence[int]) -> No
             m = reports[rows[0]].metrics[metric]
             if not m.has_interval:
                 return None
-            covariance[rows[0], rows[0]] = ((m.high - m.low) / (2 * Z)) ** 2 * n / (n - 1)
+            long = max(m.high - m.value, m.value - m.low)  # the other side of a share may end at 0 or 1
+            covariance[rows[0], rows[0]] = (long / _half_width(reports[rows[0]], n)) ** 2
             df = min(df, n - 1.0)
             continue
         several = [reports[i].replicates.of[metric] for i in rows]
         drawn = np.stack([x[: min(map(len, several))] for x in several]).astype(np.float64)
         drawn = drawn[:, np.isfinite(drawn).all(0)]
-        if drawn.shape[1] < 2:
+        if drawn.shape[1] < LEAST:
             return None
-        covariance[np.ix_(rows, rows)] = np.cov(drawn) * n / (n - 1)
+        one = [reports[i].replicates.steps.get(metric, 0.0) for i in rows]  # an estimate of 0 proves nothing
+        covariance[np.ix_(rows, rows)] = np.cov(drawn) * n / (n - 1) + np.diag(np.square(one))
+        is_paired[np.ix_(rows, rows)] = True
         df = min(df, joint_df(n - 1.0, drawn.shape[1] - 1.0))
     value = np.array([report.metrics[metric].value for report in reports])
     if not np.isfinite(value).all():
@@ -342,12 +348,17 @@ def _noise(reports: Sequence[Measured], metric: str, sizes: Sequence[int]) -> No
     row = np.repeat(np.arange(len(sizes)), sizes)
     mean = (row == np.arange(len(sizes))[:, None]) / np.asarray(sizes)[:, None]
     spread_df = float(len(reports) - len(sizes))
-    spread = float(np.square(value - (mean @ value)[row]).sum() / spread_df) if spread_df else 0.0
+    spread, of_text, of_rows = 0.0, 0.0, mean @ covariance @ mean.T
+    if spread_df:
+        apart = np.eye(len(reports)) - mean[row]  # the difference of each report from the mean of its row
+        spread = float(np.square(apart @ value).sum() / spread_df)
+        of_text = float(np.trace(apart @ np.where(is_paired, covariance, 0) @ apart.T) / spread_df)
+        of_rows -= np.diag(of_text / np.asarray(sizes))  # the spread has this part too
     steps = [report.replicates.steps.get(metric, 0.0) for report in reports if report.replicates is not None]
     if spread_df and (step := max(steps, default=0.0)):
         rarer = float(np.minimum(value, 1 - value).mean()) / step  # such as the mean number of dead latents
         spread = max(spread, (rarer + 1) * step**2)
-    return Noise(mean @ covariance @ mean.T, df, tuple(sizes), spread, spread_df)
+    return Noise(of_rows, df, tuple(sizes), max(spread, of_text), spread_df)
 
 
 def _n_effective(report: Measured) -> int | float:
@@ -356,9 +367,19 @@ def _n_effective(report: Measured) -> int | float:
     return units.n_effective if units else report.n_sequences
 
 
+def _half_width(report: Measured, n: int | float) -> float:
+    """Return half the length of a report's intervals in standard deviations; those of earlier versions are not for few units."""
+    units = report.replicates and report.replicates.units
+    return t_quantile(0.975, n - 1) if units else Z * ((n - 1) / n) ** 0.5
+
+
 def _is_replicated(report: Measured, metric: str) -> bool:
-    replicates = report.replicates
-    return replicates is not None and metric in replicates.of and len(replicates.of[metric]) >= LEAST
+    return report.replicates is not None and metric in report.replicates.of
+
+
+def _has_too_few(report: Measured, metric: str) -> bool:
+    """Return whether a report holds so few replicates of a metric that neither they nor its interval tell of its noise."""
+    return _is_replicated(report, metric) and len(report.replicates.of[metric]) < LEAST
 
 
 def _notes(
@@ -368,6 +389,8 @@ def _notes(
     if len(members) < 2:
         return ("All dictionaries are of one recipe, so no recipes are compared.",)
     if not any(map(math.isfinite, floors.values())):
+        if any(_has_too_few(report, metric) for report in reports for metric in floors):
+            return (f"No noise floor: it needs at least {LEAST} bootstrap replicates; raise n_bootstrap.",)
         return ("No noise floor: reports without intervals say nothing about their noise.",)
     how: dict[str, list[str]] = {}
     for metric in (metric for metric, floor in floors.items() if math.isfinite(floor)):

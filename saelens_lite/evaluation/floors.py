@@ -5,7 +5,9 @@ all pairs of rows and all columns together. Two sources of chance count:
 
 - **The text.** The values of a column are noisy because the text is a sample. Rows that were measured on the same text share
   most of that noise, so it is their covariance that matters. It comes from bootstrap replicates with the same weights for all
-  rows (a paired bootstrap).
+  rows (a paired bootstrap). A count of latents that fire is an exception, because a resample never finds a latent that the
+  text lacks: its replicates weigh what each sequence adds to the count (a jackknife), and its variance is at least that of one
+  latent. Less than 10 replicates give no floor. Reports without any give that of their intervals, as if they were unpaired.
 - **The seed.** Dictionaries of one recipe that differ only in their seeds differ too, usually by more than the text explains.
   The variance over seeds is pooled over all recipes with several seeds, and applies to the others as well. It is assumed to be
   the same in all recipes. That of a share of latents is at least the variance of a Poisson count, because few seeds often
@@ -15,11 +17,13 @@ The floor of a column is the quantile of max − min over the rows, in draws of 
 so each draw divides it by a draw of χ² / df: with one source, this is the studentised range of Tukey's test; with both, the
 Behrens–Fisher distribution. Columns share the 5 % equally (Bonferroni); those without noise take no share.
 
-Part of the variance over seeds is an effect of this text, so it counts twice, and floors are slightly too high. They say
-nothing about another training text, another evaluation text of another kind, or a bad choice of settings.
+Part of the variance over seeds is an effect of this text on each dictionary. It counts once: it is taken from the covariance
+of the rows, and the variance over seeds is at least that part. Floors say nothing about another training text, another
+evaluation text of another kind, or a bad choice of settings.
 
 Source: Tukey 1953 and Kramer 1956 (studentised range); Fisher 1935 (fiducial distribution of a difference); Dunn 1961 (shares
-of the level); Agarwal et al. 2021, arXiv:2108.13264 (floors from few seeds need the seeds' own spread).
+of the level); Efron and Stein 1981 (the jackknife); Agarwal et al. 2021, arXiv:2108.13264 (floors from few seeds need the
+seeds' own spread).
 """
 
 from collections.abc import Mapping
@@ -40,6 +44,7 @@ class Noise(NamedTuple):
 
     `covariance` is that of the rows' values over samples of the text, estimated with `df` degrees of freedom. `spread` is the
     variance over seeds, with `spread_df` degrees of freedom; 0 if it is not known. A row is a mean of `n_seeds` dictionaries.
+    What the spread has of the effects of the text, the covariance lacks.
     """
 
     covariance: Float[np.ndarray, "rows rows"]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saelens_lite.codes import SparseCodes
 from saelens_lite.evaluation.replicates import COLUMNS, Replicates, Units
-from saelens_lite.evaluation.sums import Metric, PooledSums
+from saelens_lite.evaluation.sums import CHUNK_LATENTS, Metric, PooledSums
 
 CHUNK_LOGITS = 1 << 23  # logits that are processed at a time
 DENSE = 0.1  # a latent that fires on a larger share of the tokens is dense
@@ -172,22 +172,39 @@ def density(sums: PooledSums, name: str) -> Float[Tensor, " d_sae"]:
 
 
 def alive_values(sums: PooledSums, name: str) -> Float[Tensor, " replicates"]:
-    """Return the share of latents that fire at all, of the text and of each replicate of the firing counts."""
+    """Return the share of latents that fire at all, and replicates of it that vary as it does over texts of as many tokens.
+
+    To count again in a resample would not do: it loses latents but never finds one, so the counts vary far too little. The
+    jackknife asks what the count loses without sequence u, which is n_u, the number of latents that fire in u alone. Replicate
+    b is the count + Σ_u w_b(u) (n_u − f t_u / T), with f = Σ n_u, t_u tokens in u and T in all. Its variance is at least that
+    of the count, in expectation, and near it if most of these latents are rare.
+
+    A latent fires in one sequence alone if its counts in the replicates are multiples of that on the text. Each replicate lets
+    about half of the others pass, so with ten or more of them hardly any is mistaken.
+    Source: Efron and Stein 1981, The jackknife estimate of variance; Good 1953 (latents seen once tell of those not seen).
+    """
     fired = sums.fired(name)
-    return (fired > 0).sum(0).double() / len(fired)
+    n = sums["n"][: fired.shape[1]]
+    alive, alone = torch.zeros((), dtype=torch.float64), torch.zeros_like(n)
+    for counts in fired.split(CHUNK_LATENTS):
+        alive += (counts[:, 0] > 0).sum()
+        weight = counts / counts[:, :1]  # NaN for latents that never fire
+        alone += weight[(weight == weight.round()).all(1)].sum(0)
+    return (alive + alone - alone[0] * n / n[0]) / len(fired)
 
 
 def latent_metrics(sums: PooledSums, name: str) -> dict[str, Metric]:
     """Return frac_alive and frac_dense: the shares of latents that fire at all, and on more than a tenth of the tokens.
 
-    A replicate leaves out sequences, and with them latents that fire nowhere else, so its frac_alive is too low. Therefore the
-    interval of frac_alive is the value ± 1.96 standard deviations of the replicates.
+    The interval of frac_alive is the value ± 1.96 standard deviations, with the variance of the replicates of `alive_values`
+    and of two latents more: few latents that fire in one sequence alone, or none, may be few by chance.
+    Source: Wilson 1927 (an interval of a count needs about 1.96² / 2 more).
     """
     fired, alive = sums.fired(name), alive_values(sums, name)
     dense = (fired > DENSE * sums["n"][: fired.shape[1]]).sum(0).double() / len(fired)
     value, low, high = sums.metric(alive)
     if math.isfinite(low):
-        spread = 1.96 * float(alive[1:].std(correction=0))
+        spread = 1.96 * sums.widening * math.hypot(float(alive[1:].std(correction=0)), 2**0.5 / len(fired))
         low, high = max(0.0, value - spread), min(1.0, value + spread)
     return {
         "frac_alive": Metric(value, low, high),

@@ -17,6 +17,7 @@ COLUMNS = ("l0", "fvu", "ce_loss_score", "kl_div_score", "frac_alive")  # the me
 KEPT = 200  # replicates of each metric in a report; the floor then has an error of 5 %, which its degrees of freedom count
 LEAST = 10  # replicates from which a covariance is estimated
 WITHOUT_EFFECT = ("seed", "log_every")  # settings that are not part of a recipe
+AS_TAKEN = ("tokens", "steps", "kl_after")  # of a training record: as many as the settings say, up to a batch
 
 
 class Units(NamedTuple):
@@ -131,7 +132,7 @@ def recipe_of(dictionary: Dictionary) -> Recipe | None:
         return None
     rule, current = dictionary.rule.plugin_name, dictionary.rule.config.model_dump(mode="json")
     facts = {
-        **record,
+        **_planned(record, config),
         "config": {name: value for name, value in config.items() if name not in WITHOUT_EFFECT},
         "origin": origin.model_dump(mode="json"),
         "place": dictionary.place,
@@ -145,3 +146,14 @@ def recipe_of(dictionary: Dictionary) -> Recipe | None:
         sha256=hashlib.sha256(content.encode()).hexdigest()[:16],
         seed=config["seed"],
     )
+
+
+def _planned(record: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a training record without the tokens and steps that were taken, if these are as many as the config says.
+
+    The last batch may pass n_tokens, and batches of whole rows differ in size, so seeds on other data take slightly different
+    numbers. Those of a training that has ended early stay.
+    """
+    n_tokens, batch_size, tokens = config.get("n_tokens"), config.get("batch_size"), record.get("tokens")
+    is_whole = all(isinstance(n, int) for n in (n_tokens, batch_size, tokens)) and n_tokens <= tokens < n_tokens + batch_size
+    return {name: value for name, value in record.items() if not (is_whole and name in AS_TAKEN)}
