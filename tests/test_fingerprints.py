@@ -138,9 +138,10 @@ def stopped_capture(lm, documents, out, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(import_module("saelens_lite.cache.capture")._Job, "manifest", stop)
-        sl.capture(lm, documents, HOOK, out, **SETTINGS)
+        with pytest.raises(KeyboardInterrupt):
+            sl.capture(lm, documents, HOOK, out, **SETTINGS)
     return out.with_name(f".{out.name}.unfinished") / "request.json"
 
 

@@ -14,18 +14,16 @@ from saelens_lite.features.explaining.judging import verdicts_in
 
 QUESTION = sl.Question("Which?", choices=("0", "1"))
 ANSWER = [*'{"answers":', " [", "1", ",", " 0", ",", "1", "]}"]
-P = {11 + 1: 0.75, 11 + 3: 0.25, 11 + 5: 0.625}  # of "1", by number of the token in ANSWER
+P = {12: 0.75, 14: 0.25, 16: 0.625}  # of "1", by number of the token in ANSWER
 WANTED = [P[i] for i in sorted(P)]
 THOUGHTS = ["<think>", "\n", "Is", " it", " 1", " or", " 0", "?", " ", "1", "</think>", "\n\n"]
 
 
 def item(token, p=0.5, **more):
-    return {
-        "token": token,
-        "logprob": math.log(p),
-        "top_logprobs": [{"token": "1", "logprob": math.log(p)}, {"token": "0", "logprob": math.log(1 - p)}],
-        **more,
-    }
+    """Return a token as servers write it, in whose place 1 has the probability p, and 0 the rest."""
+    blank = " " if token.startswith(" ") else ""
+    top = [{"token": f"{blank}1", "logprob": math.log(p)}, {"token": f"{blank}0", "logprob": math.log(1 - p)}]
+    return {"token": token, "logprob": math.log(1 - p if token.strip() == "0" else p), "top_logprobs": top} | more
 
 
 def answer_of(content, items, **message):
@@ -77,14 +75,14 @@ def test_tokens_of_thoughts_that_are_not_in_the_text_are_left_out():
     assert [token.text for token in answer.tokens] == ["1", " 0", "1"]
     assert [token.start for token in answer.tokens] == [TEXT.index("1"), TEXT.index("0"), TEXT.rindex("1")]
     alone = answer_of("1", [*THOUGHT, item(" 1", 0.875), item("</s>")])
-    assert [(token.start, token.log_p["1"]) for token in alone.tokens] == [(0, math.log(0.875))]
+    assert [(token.start, token.log_p[" 1"]) for token in alone.tokens] == [(0, math.log(0.875))]
 
 
 def test_tokens_that_do_not_spell_the_text_have_no_place():
     """Neither is any of them taken for another digit."""
     answer = answer_of(TEXT, [*map(item, ["x", "1", "y", " 0", "1", "z"])])
     assert [(token.text, token.start) for token in answer.tokens] == [("1", None), (" 0", None), ("1", None)]
-    swapped = answer_of(TEXT, ITEMS[:12] + [ITEMS[14], *ITEMS[13:]])
+    swapped = answer_of(TEXT, [*ITEMS[:12], ITEMS[14], *ITEMS[13:]])
     assert not any(one.is_graded for one in verdicts_in(swapped, 3))
 
 

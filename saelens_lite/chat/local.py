@@ -87,7 +87,7 @@ class LocalModel:
         return Asked.of(question._replace(schema=None), **self._facts)
 
     def _known(self, key: str, question: Question) -> Answer | None:
-        """Return the kept answer to a question, also if an earlier version kept it; None if there is none."""
+        """Return the kept answer to a question, also if an earlier version kept it; None if it has to be asked."""
         if answer := self._kept.get(key):
             return answer
         earlier = self._kept.get(Asked(self._asked(question), weights=self._facts["weights"].sampled).key)

@@ -90,7 +90,7 @@ def _starts(pieces: list[bytes], text: bytes) -> tuple[dict[int, int], bool]:
     end = len(text.rstrip())
     for i in reversed(range(len(pieces))):
         piece = pieces[i] if starts else pieces[i].rstrip()
-        if not starts and (not piece or piece not in text):
+        if not starts and (not piece or piece.strip() not in text):
             continue  # an end token
         piece = piece if len(piece) <= end else piece.lstrip()
         if not text.endswith(piece, 0, end):
