@@ -12,6 +12,7 @@ from typing import Any
 
 from saelens_lite.errors import CorruptFileError, DiskFullError, OutputExistsError
 from saelens_lite.files import read_json, write_json
+from saelens_lite.fingerprints import like_recorded
 from saelens_lite.kinds import Kind
 from saelens_lite.locks import locked
 from saelens_lite.outputs import clean_up, followed, refuse_existing, refuse_inputs_in, remove, remove_own
@@ -89,7 +90,7 @@ def _same_request(file: Path, request: dict[str, Any], what: str, exists: str) -
         if exists == "error":
             raise CorruptFileError(f"unfinished {what}: {error}; delete {file.parent} or set exists='overwrite'") from None
         return False
-    wanted = json.loads(json.dumps(request))
+    wanted = json.loads(json.dumps(like_recorded(request, earlier)))
     other = [key for key in wanted | earlier if (key in earlier, earlier.get(key)) != (key in wanted, wanted.get(key))]
     if other and exists == "error":
         said = ", ".join(f"{key} = {earlier.get(key)!r:.200} (now {wanted.get(key)!r:.200})" for key in other)

@@ -58,6 +58,7 @@ LEAVES = {
     "embedded_hooks",
     "errors",
     "files",
+    "fingerprints",
     "hub_client",
     "kinds",
     "locks",

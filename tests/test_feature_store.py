@@ -220,7 +220,9 @@ def test_an_unfinished_store_is_of_the_weights_of_its_model(dictionaries, random
     trained = sl.LanguageModel(copy.deepcopy(random_lm.module), random_lm.tokenizer, name=random_lm.name)
     assert trained.fingerprint() == random_lm.fingerprint()
     trained.module.transformer.h[0].mlp.c_fc.weight.data.mul_(1.001)
-    with pytest.raises(OutputExistsError, match=r"settings: weights = '[0-9a-f]{64}' \(now '[0-9a-f]{64}'\);"):
+    with pytest.raises(
+        OutputExistsError, match=r"settings: weights = 'every entry: [0-9a-f]{64}' \(now 'every entry: [0-9a-f]{64}'\);"
+    ):
         sl.FeatureStore.build(dictionaries[0], trained, rows, out=out, batch_tokens=96)
 
 

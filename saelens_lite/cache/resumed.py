@@ -17,6 +17,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from saelens_lite.errors import SourceChangedError
+from saelens_lite.fingerprints import like_recorded
 
 HASHED_ROWS = 1 << 16
 SAME_SOURCE = "give the source the run was trained on, or train anew"
@@ -52,6 +53,7 @@ def refuse_others(record: dict[str, Any], current: dict[str, Any], what: str) ->
     """
     if record.get("kind") != current["kind"]:
         raise SourceChangedError(f"the run was trained on {record.get('kind')}, not on {current['kind']}; {SAME_SOURCE}")
+    current = like_recorded(current, record)
     if other := [key for key in current if record.get(key) != current[key]]:
         said = ", ".join(f"{key} = {_short(record.get(key))} (now {_short(current[key])})" for key in other)
         raise SourceChangedError(f"{what} the run was trained on, which had {said}; {SAME_SOURCE}")

@@ -21,10 +21,14 @@ class Question(NamedTuple):
 
 
 class TokenChoice(NamedTuple):
-    """A token of an answer, and the natural logarithms of the probabilities of the most probable tokens in its place."""
+    """A token of an answer, and the natural logarithms of the probabilities of the most probable tokens in its place.
+
+    `start` is the character of the answer's text at which the token begins, not counting blanks; None if that is not known.
+    """
 
     text: str
     log_p: dict[str, float]
+    start: int | None = None
 
 
 class Answer(NamedTuple):

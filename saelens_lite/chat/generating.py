@@ -122,13 +122,21 @@ def _answer(
         text, is_ended = line[0], True
         n = next(i for i in range(1, n + 1) if LINE.match(text_of(i)))
         seen = {i: token for i, token in seen.items() if i < n and not LINE.match(text_of(i) + token.text.rstrip())}
-    text, choices, sizes = text.strip(), prompt.question.choices, (len(prompt.ids), n)
+    whole, text = text, text.strip()
+    choices, sizes = prompt.question.choices, (len(prompt.ids), n)
     if not is_ended and text not in choices:
         return Answer(None, "cut", None, *sizes)
     if not text:
         return Answer(None, "empty", None, *sizes)
-    tokens = tuple(token for i, token in sorted(seen.items()) if i < n)
+    tokens = tuple(token._replace(start=_start(text_of(i), token.text, whole)) for i, token in sorted(seen.items()) if i < n)
     return Answer(text, None, tokens if choices else None, *sizes)
+
+
+def _start(before: str, token: str, whole: str) -> int | None:
+    """Return where the word of a token begins in a text without blanks around it; None if the tokens before it do not tell."""
+    at = whole.find(token.strip(), len(before)) if whole.startswith(before) else -1
+    n_blanks = len(whole) - len(whole.lstrip())
+    return at - n_blanks if at >= 0 and not whole[len(before) : at].strip() else None
 
 
 def _ends_of_lines(lm: "LanguageModel", n_prompt: int) -> Callable[..., Bool[Tensor, " batch"]]:

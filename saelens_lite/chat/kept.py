@@ -151,6 +151,7 @@ def _answer(value: Mapping[str, Any]) -> Answer:
     return Answer(text, failure, read, n_input, n_output, was_kept=True)
 
 
-def _token(text: str, top: Mapping[str, Any]) -> TokenChoice:
-    """Return a token that was kept, with those log-probabilities that can be some."""
-    return TokenChoice(str(text), {str(t): p for t, value in top.items() if (p := log_probability(value)) is not None})
+def _token(text: str, top: Mapping[str, Any], start: Any = None) -> TokenChoice:
+    """Return a token that was kept, with those log-probabilities that can be some. Earlier versions kept no `start`."""
+    log_p = {str(t): p for t, value in top.items() if (p := log_probability(value)) is not None}
+    return TokenChoice(str(text), log_p, start if is_count(start) else None)

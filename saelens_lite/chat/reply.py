@@ -42,7 +42,7 @@ def read_reply(content: bytes, question: Question, expected_input: int) -> Answe
         failure = "empty"
     if failure:
         return Answer(None, failure, None, n_input, n_output)
-    tokens = _tokens(choice.get("logprobs"), question.choices) if question.choices else None
+    tokens = _tokens(choice.get("logprobs"), question.choices, text) if question.choices else None
     return Answer(text, None, tokens, n_input, n_output)
 
 
@@ -66,13 +66,47 @@ def _usage(usage: Any, expected_input: int, text: str) -> tuple[int, int]:
     return tuple(n if is_count(n) else other for n, other in zip(numbers, expected, strict=True))  # type: ignore
 
 
-def _tokens(logprobs: Any, choices: tuple[str, ...]) -> tuple[TokenChoice, ...] | None:
+def _tokens(logprobs: Any, choices: tuple[str, ...], text: str) -> tuple[TokenChoice, ...] | None:
     """Return the tokens of the answer that are one of the choices, with log-probabilities; None if the server offers none."""
     content = logprobs.get("content") if isinstance(logprobs, dict) else None
     if not isinstance(content, list):
         return None
     wanted = {choice.strip() for choice in choices}
-    return tuple(one for item in content if (one := _token(item)) and one.text.strip() in wanted)
+    as_bytes = text.encode()
+    starts, is_whole = _starts([_bytes(item) for item in content], as_bytes)
+    tokens = []
+    for i, item in enumerate(content):
+        if (i in starts or not is_whole) and (one := _token(item)) and one.text.strip() in wanted:
+            tokens.append(one._replace(start=len(as_bytes[: starts[i]].decode(errors="ignore")) if i in starts else None))
+    return tuple(tokens)
+
+
+def _starts(pieces: list[bytes], text: bytes) -> tuple[dict[int, int], bool]:
+    """Return the byte of a text at which each piece of it begins, by number, and whether pieces with a place fill the text.
+
+    The pieces may have more before the text, such as thoughts that the server leaves out, and end tokens behind it. So they
+    are compared from the end.
+    """
+    starts: dict[int, int] = {}
+    end = len(text.rstrip())
+    for i in reversed(range(len(pieces))):
+        piece = pieces[i] if starts else pieces[i].rstrip()
+        if not starts and (not piece or piece.strip() not in text):
+            continue  # an end token
+        piece = piece if len(piece) <= end else piece.lstrip()
+        if not text.endswith(piece, 0, end):
+            break
+        end -= len(piece)
+        starts[i] = end + len(piece) - len(piece.lstrip())
+    return starts, not text[:end].strip()
+
+
+def _bytes(item: Any) -> bytes:
+    """Return the bytes of a token, which need not be whole characters."""
+    token, given = (item.get("token"), item.get("bytes")) if isinstance(item, dict) else ("", None)
+    if isinstance(given, list) and given and all(type(one) is int and 0 <= one < 256 for one in given):
+        return bytes(given)
+    return whole_characters(token).encode() if isinstance(token, str) else b""
 
 
 def _token(item: Any) -> TokenChoice | None:

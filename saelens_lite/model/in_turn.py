@@ -9,6 +9,7 @@ import torch
 
 from saelens_lite.config import ModelFacts
 from saelens_lite.errors import ConfigError
+from saelens_lite.fingerprints import Fingerprint
 from saelens_lite.model.language_model import LanguageModel
 from saelens_lite.model.loading import load_model
 from saelens_lite.model.models import Models, facts_of
@@ -26,7 +27,7 @@ class _Seen(Tokenizer):
         self.facts, self.weights = facts_of(lm, name), lm.fingerprint()
         self.device, self.is_causal, self.is_shared = lm.device, lm.is_causal, False
 
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> Fingerprint:
         """Return the fingerprint of the model."""
         return self.weights
 

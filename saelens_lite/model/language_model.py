@@ -1,7 +1,6 @@
 """A frozen language model whose activations can be read, replaced and edited by transformer-lens hook names."""
 
 import copy
-import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from saelens_lite.config import Origin
 from saelens_lite.cuda_streams import to_device
 from saelens_lite.devices import float32_products, outside_models, tf32_is_on
 from saelens_lite.errors import ConfigError, HookError
+from saelens_lite.fingerprints import Fingerprint
 from saelens_lite.model import generation as _generation
 from saelens_lite.model import hooks as _hooks
 from saelens_lite.model import identities as _identities
@@ -28,7 +28,8 @@ from saelens_lite.model import readout as _readout
 from saelens_lite.model.nicknames import hub_id
 from saelens_lite.model.port_places import PortPlace
 from saelens_lite.model.splice import PositionedEdit, Reconstructor, Splice, target_first
-from saelens_lite.model.spread import DeviceMap, input_device, is_whole, weights
+from saelens_lite.model.spread import DeviceMap, input_device, is_whole
+from saelens_lite.model.weight_hash import fingerprint_of
 from saelens_lite.ports import Hooks, PortNames
 from saelens_lite.tokens import Given, TokenRows, prompt_rows
 from saelens_lite.tokens.inputs import Aligned, Ids, aligned, token_ids
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = {"tiny": files("saelens_lite") / "data" / "tiny"}
-FINGERPRINT_ENTRIES = 256  # per weight
 UNLIMITED_N_CTX = 2048  # for models that set no limit: ALiBi, recurrent
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class LanguageModel(Tokenizer):
         self.tf32: bool | None = None
         self.device_map: DeviceMap | None = None  # as `load_model` got it
         self._undo: list[Callable[[], Any] | None] = []  # while `redrawn` is active
-        self._known_fingerprint = self._fingerprint() if self.is_shared else None  # while all processes are here
+        self._fingerprint = fingerprint_of(self.module) if self.is_shared else None  # while all processes are here
         config = module.config.get_text_config()
         self.d_model: int = config.hidden_size
         self.n_layers: int = config.num_hidden_layers
@@ -107,18 +107,9 @@ class LanguageModel(Tokenizer):
         """
         return (getattr(self.module, "tp_size", None) or 1) > 1
 
-    def fingerprint(self) -> str:
-        """Return the SHA-256 of some entries of each weight. It differs for models of one name with different weights."""
-        return self._known_fingerprint or self._fingerprint()
-
-    def _fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for name, weight in weights(self.module):
-            entries = weight.detach().flatten()
-            entries = entries[:: max(1, len(entries) // FINGERPRINT_ENTRIES)].cpu().contiguous()
-            digest.update(f"{name} {tuple(weight.shape)}\n".encode())
-            digest.update(entries.view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+    def fingerprint(self) -> Fingerprint:
+        """Return a hash of every entry of the weights. It differs for models of one name with different weights."""
+        return self._fingerprint or fingerprint_of(self.module)
 
     @cached_property
     def _architecture(self) -> _hooks.Architecture:

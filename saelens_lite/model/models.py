@@ -17,6 +17,7 @@ from torch import Tensor
 
 from saelens_lite.config import ModelFacts, Origin
 from saelens_lite.errors import ConfigError, HookError
+from saelens_lite.fingerprints import Fingerprint
 from saelens_lite.keys import MODEL_NAME
 from saelens_lite.model.language_model import LanguageModel
 from saelens_lite.model.port_places import PortPlace
@@ -100,10 +101,14 @@ class Models(Tokenizer):
         """The facts about each model that origins record."""
         return tuple(facts_of(lm, name) for name, lm in self.models.items())
 
-    def fingerprint(self) -> str:
-        """Return the SHA-256 of the names and fingerprints of the models."""
-        each = "".join(f"{name} {lm.fingerprint()}\n" for name, lm in self.models.items())
-        return hashlib.sha256(each.encode()).hexdigest()
+    def fingerprint(self) -> Fingerprint:
+        """Return a hash of the names and fingerprints of the models."""
+        whole, sampled = hashlib.sha256(), hashlib.sha256()
+        for name, lm in self.models.items():
+            own = lm.fingerprint()
+            whole.update(f"{name} {own}\n".encode())
+            sampled.update(f"{name} {own.like('')}\n".encode())
+        return Fingerprint(whole.hexdigest(), sampled.hexdigest())
 
     @contextmanager
     def redrawn(self, seed: int = 0) -> Iterator["Models"]:

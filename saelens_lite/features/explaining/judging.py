@@ -86,33 +86,42 @@ def verdicts_in(answer: Answer, n: int) -> Verdicts:
     """Return the answers about n contexts in an answer; n times None unless it has exactly n, each of them 0 or 1.
 
     An answer counts with words around it if there is one JSON array in it, behind thoughts between <think> and </think>. Where
-    the server says how likely 0 and 1 were at
-    each place, p = P(1) / (P(0) + P(1)), else it is the answer itself.
+    the server says how likely 0 and 1 were at each place, p = P(1) / (P(0) + P(1)), else it is the answer itself.
     """
     text = without_thoughts(answer.text or "")
-    digits = None if text is None else _digits(text)
+    array = None if text is None else _array(text)
+    digits = None if array is None else _digits(array[0])
     if digits is None or len(digits) != n:
         return [None] * n
-    shares = _shares(_behind(answer.tokens or (), len(answer.text) - len(text)), digits)
+    n_before = len(answer.text) - len(text)
+    shares = _shares(_between(answer.tokens or (), n_before + array.start(), n_before + array.end(), n_before), digits)
     return [Verdict(bool(digit), p, bool(shares)) for digit, p in zip(digits, shares or map(float, digits), strict=True)]
 
 
-def _digits(text: str) -> list[int] | None:
-    """Return the numbers of the array in a text, None unless there is one array, of 0 and 1 only."""
-    arrays = re.findall(r"\[[^\[\]]*\]", text)
-    if len(arrays) != 1:
-        return None
+def _array(text: str) -> re.Match[str] | None:
+    """Return the array in a text, None unless there is one."""
+    arrays = list(re.finditer(r"\[[^\[\]]*\]", text))
+    return arrays[0] if len(arrays) == 1 else None
+
+
+def _digits(array: str) -> list[int] | None:
+    """Return the numbers of an array, None unless they are 0 and 1 only."""
     try:
-        digits = json.loads(arrays[0])
+        digits = json.loads(array)
     except ValueError:
         return None
     return digits if all(type(digit) is int and digit in (0, 1) for digit in digits) else None
 
 
-def _behind(tokens: Sequence[TokenChoice], n: int) -> list[TokenChoice]:
-    """Return the tokens of an answer that begin behind its first n characters."""
+def _between(tokens: Sequence[TokenChoice], first: int, last: int, n_before: int) -> list[TokenChoice]:
+    """Return the tokens of an answer that begin at its characters from `first` to before `last`.
+
+    If no token says where it begins, they count as all tokens of the answer: those behind n_before characters are returned.
+    """
+    if any(token.start is not None for token in tokens):
+        return [token for token in tokens if token.start is not None and first <= token.start < last]
     starts = accumulate((len(token.text) for token in tokens), initial=0)
-    return [token for token, start in zip(tokens, starts, strict=False) if start >= n]
+    return [token for token, start in zip(tokens, starts, strict=False) if start >= n_before]
 
 
 def _shares(tokens: Sequence[TokenChoice], digits: Sequence[int]) -> list[float] | None:
