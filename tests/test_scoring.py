@@ -490,7 +490,6 @@ def test_refusals_that_are_asked_again_count_as_wrong_when_a_limit_is_reached(st
         model = judge_of(server, estimate.n_input + estimate.n_output)  # the server's count is larger
         scores = store.score(range(N), model=model, **settings)
         n = len(scores)
-        print(before.total(), n_questions, n)
         assert [one.latent for one in scores] == list(range(n))
         assert [one.latent for one in scores.skipped] == list(range(n, N))
         assert 0 < n < N
