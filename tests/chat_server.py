@@ -77,6 +77,8 @@ class ChatServer:
     key: str | None = None  # needed, if not None
     models: tuple[str, ...] | None = None  # known, if not None
     refused: tuple[str, ...] = ()  # fields of a request that get status 400, such as response_format, top_logprobs
+    forms: tuple[str, ...] | None = None  # of response_format; another is status 500, as llama-cpp-python 0.3.36 has it
+    one_at_a_time: bool = False  # the others wait, and those whose client has hung up are answered too
     lateness: float = 1.0  # seconds before a late answer
     retry_after: str = "0"  # seconds, of a fault 429
     delay: float = 0.0  # seconds before each reply
@@ -91,6 +93,7 @@ class ChatServer:
     running: int = 0  # requests in progress
     most_running: int = 0
     lock: threading.RLock = field(default_factory=threading.RLock)
+    turn: threading.Lock = field(default_factory=threading.Lock)
     stopping: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -156,7 +159,11 @@ class Visit(BaseHTTPRequestHandler):
             )
             headers = {"Retry-After": after} if fault.startswith("429") else {}
             return self._send(int(fault[:3]), {"error": {"message": "a planned fault", "code": "planned"}}, headers)
-        if wait := state.lateness if fault == "late" else state.delay:
+        wait = state.lateness if fault == "late" else state.delay
+        if state.one_at_a_time:
+            with state.turn:
+                state.stopping.wait(wait)
+        elif wait:
             state.stopping.wait(wait)
         said = state.reply(body["messages"], body)
         content = json.dumps(completion(said if isinstance(said, Reply) else Reply(said), body, fault)).encode()
@@ -184,6 +191,14 @@ class Visit(BaseHTTPRequestHandler):
             return 404, {"detail": "Not Found"}
         if state.models is not None and body.get("model") not in state.models:
             return 404, {"error": {"message": f"The model {body.get('model')!r} does not exist", "code": "model_not_found"}}
+        kind = body.get("response_format", {}).get("type", "text")
+        if state.forms is not None and kind not in state.forms:
+            wanted = " or ".join(map(repr, state.forms))
+            where = (
+                f"{{'type': 'literal_error', 'loc': ('body', 'response_format', 'type'), 'msg': \"Input should be {wanted}\""
+            )
+            message = f"1 validation error:\n  {where}, 'input': {kind!r}}}\n\n    POST /v1/chat/completions"
+            return 500, {"error": {"message": message, "type": "internal_server_error", "param": None, "code": None}}
         for name in state.refused:
             if name in body:
                 return 400, {"error": {"message": f"Unsupported parameter: '{name}'", "param": name}}

@@ -19,7 +19,9 @@ from chat_server import FAULTS, Plan, Reply, question_hash, running_chat
 import saelens_lite as sl
 from saelens_lite.chat import EndpointModel
 from saelens_lite.chat.connection import Dialect
+from saelens_lite.chat.counting import expected_tokens
 from saelens_lite.chat.kept import KeptAnswers, usual_folder
+from saelens_lite.chat.pace import Pace
 from saelens_lite.chat.reply import read_reply
 from saelens_lite.chat.waits import demanded_wait, wait_before
 from saelens_lite.errors import (
@@ -105,7 +107,7 @@ def test_a_request_is_repeated_after_a_fault(server, connect, fault):
 @pytest.mark.parametrize(
     ("fault", "failure"),
     [
-        ("500", "status 500, 3 times"),
+        ("500", r"status 500 \(a planned fault\), 3 times"),
         ("late", "no reply within 0.3 seconds, 3 times"),
         ("malformed", "a malformed reply"),
         ("no choices", r"a malformed reply \(no choices\), 3 times"),
@@ -185,7 +187,8 @@ def test_waits_double_and_vary():
 def test_a_wrong_port_is_an_error_at_once(connect):
     began = time.monotonic()
     with pytest.raises(
-        ChatUnreachableError, match=r"127\.0\.0\.1:9/v1 does not answer as it should: no connection .*check the"
+        ChatUnreachableError,
+        match=r"127\.0\.0\.1:9/v1 does not answer questions to judge as it should: no connection .*check the",
     ):
         connect(base_url="http://127.0.0.1:9/v1", retries=50).ask(questions(1000))
     assert time.monotonic() - began < 20
@@ -202,6 +205,49 @@ def test_an_endpoint_that_fails_always_ends_the_call(server, connect):
     with pytest.raises(ChatUnreachableError, match="status 503"):
         connect(retries=1).ask(questions(300))
     assert len(server.requests) < 60
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_an_endpoint_that_fails_on_all_of_a_few_questions_ends_the_call(server, connect, n):
+    server.plan = lambda question, n: "500"
+    with pytest.raises(ChatUnreachableError, match=r"status 500 \(a planned fault\).*the name of the model"):
+        connect(retries=1).ask(questions(n))
+    server.plan = None
+    assert connect().ask(questions(5))[0].text
+    server.plan = lambda question, n: "late"
+    answers = connect(retries=1, timeout=0.2).ask(questions(7))  # five are kept, so the endpoint is known to work
+    assert [answer.failure for answer in answers] == [None] * 5 + ["no reply within 0.2 seconds, 2 times"] * 2
+
+
+def test_a_server_that_answers_one_question_at_a_time_gets_fewer(server, connect, caplog):
+    server.delay, server.one_at_a_time = 0.04, True
+    asked = questions(24)
+    answers = connect(concurrency=24, timeout=0.4, retries=6).ask(asked)
+    assert [answer.text for answer in answers] == expected(asked)
+    assert len(server.requests) < 24 * 4
+    assert "a longer timeout may be better" in caplog.text
+
+
+def test_a_single_late_answer_leaves_the_pace_as_it_is(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("saelens_lite.chat.pace.time.monotonic", lambda: now[0])
+    pace = Pace(4, timeout=10.0)
+    for _ in range(8):
+        now[0] += 2
+        pace.begin()
+        pace.answered(now[0] - 2)
+        pace.end()
+    pace.timed_out(now[0] - 10)
+    assert pace.now == 4  # five answers in the ten seconds
+    pace.timed_out(now[0] - 3)
+    assert pace.now == 2
+    for running, waited, after in ((2, 4.0, 2), (2, 1.0, 3), (2, 1.0, 3), (3, 9.0, 3), (3, 1.0, 4), (4, 1.0, 4)):
+        for _ in range(running):
+            pace.begin()
+        pace.answered(now[0] - waited)
+        for _ in range(running):
+            pace.end()
+        assert pace.now == after
 
 
 def test_a_wrong_path_and_a_missing_model_are_errors_at_once(server, connect):
@@ -351,7 +397,7 @@ def odd_token(text, log_p, n_top):
 def test_counts_of_a_server_that_cannot_be_tokens_are_estimated(n):
     reply = {"choices": [{"message": {"content": "12345"}}], "usage": {"prompt_tokens": n, "completion_tokens": n}}
     answer = read_reply(json.dumps(reply).encode(), sl.Question("a"), 17)
-    assert (answer.text, answer.n_input, answer.n_output) == ("12345", 17, 2)
+    assert (answer.text, answer.n_input, answer.n_output) == ("12345", 17, 3)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), PermissionError(13, "Permission denied")])
@@ -430,7 +476,7 @@ def test_structured_output_is_asked_for_and_left_out_if_refused(server, connect,
     server.refused = ("response_format",)
     model = connect(concurrency=2)
     assert [answer.text for answer in model.ask(asked)] == expected(asked)
-    assert sum("response_format" in body for body in server.requests[1:]) in (1, 2)
+    assert sum("response_format" in body for body in server.requests[1:]) in (2, 3, 4)  # two forms
     assert caplog.text.count("it offers no structured output") == 1
     server.forget()
     model.ask(questions(2, schema={"type": "string"}))
@@ -440,6 +486,31 @@ def test_structured_output_is_asked_for_and_left_out_if_refused(server, connect,
     server.forget()
     connect(structured="off").ask(questions(1, schema={"type": "number"}))
     assert "response_format" not in server.requests[0]
+
+
+def test_the_other_form_of_structured_output_is_used_where_the_first_is_a_fault_500(server, connect, caplog):
+    schema = {"type": "object", "properties": {"label": {"type": "string"}}}
+    server.forms = ("text", "json_object")
+    model = connect(concurrency=3, structured="on")
+    asked = questions(6, schema=schema)
+    assert [answer.text for answer in model.ask(asked)] == expected(asked)
+    assert server.requests[-1]["response_format"] == {"type": "json_object", "schema": schema}
+    assert len(server.requests) <= 6 + 3
+    assert not caplog.text
+    server.forms = ("text",)
+    with pytest.raises(ChatError, match=r"status 500.*Input should be 'text'"):
+        connect(structured="on").ask(questions(1, schema={"type": "number"}))
+    assert connect().ask(questions(1, schema={"type": "string"}))[0].text
+    assert "it offers no structured output" in caplog.text
+
+
+def test_a_fault_500_that_repeats_the_request_leaves_nothing_out():
+    dialect = Dialect("auto")
+    question = sl.Question("a", schema={"type": "object"}, choices=("0", "1"))
+    body = dialect.body(sl.chat.ChatConfig(model="judge"), question)
+    assert not dialect.learns(body, f"the worker died while it ran {json.dumps(body)}", 500)
+    assert dialect.learns(body, "logprobs is not supported for models created with logits_all=False", 500)
+    assert dialect.body(sl.chat.ChatConfig(model="judge"), question)["top_logprobs"] == 5
 
 
 def test_log_probabilities_are_left_out_if_refused(server, connect, caplog):
@@ -474,14 +545,36 @@ def test_the_estimate_counts_what_is_not_kept(server, connect):
         sl.Question("y" * 400, max_tokens=50),
         sl.Question("y" * 400, max_tokens=50),
     ]
-    assert model.estimate(asked) == (2, 2 * 108, 100, pytest.approx((216 * 2 + 100 * 10) / 1e6))
+    assert model.estimate(asked) == (2, 2 * 75, 100, pytest.approx((150 * 2 + 100 * 10) / 1e6))
     model.ask(asked[:1])
-    assert model.estimate(asked)[:3] == (1, 108, 50)
+    assert model.estimate(asked)[:3] == (1, 75, 50)
     assert model.spent.dollars == pytest.approx((model.spent.n_input * 2 + model.spent.n_output * 10) / 1e6)
     counting = sl.chat_model(
         "judge", base_url=server.url, folder=model.config.folder, count_tokens=lambda text: text.count("y")
     )
     assert counting.estimate(asked).n_input == 408
+
+
+@pytest.mark.parametrize(
+    ("text", "counted"),  # by the tokenizers of SmolLM2, DeepSeek and Claude 2
+    [
+        (
+            '{"context": "self.assert«Equal»(x, y)\\\\n    def « test»_open(self):\\\\n", '
+            '"activations": [["Equal", 10], [" test", 3]]}',
+            (49, 45, 43),
+        ),
+        (
+            "The old man looked at the sea, which was quiet in the morning, and thought about the fish that he had lost.",
+            (25, 25, 25),
+        ),
+        (
+            "def _names(field: str, refusal: str) -> bool:\\n    return re.search(rf'{mark}{field}', refusal) is not None\\n",
+            (35, 33, 35),
+        ),
+    ],
+)
+def test_the_expected_tokens_are_about_those_of_tokenizers(text, counted):
+    assert 0.95 * min(counted) < expected_tokens(text) < 1.12 * max(counted)
 
 
 def test_a_limit_is_checked_before_the_first_question(server, connect):

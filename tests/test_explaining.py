@@ -313,6 +313,13 @@ def test_a_long_piece_of_the_question_is_no_explanation():
     assert fault_in("the old man", question) is None
 
 
+def test_an_answer_with_a_sentence_of_the_instructions_is_no_explanation(store):
+    question = store.question(1)
+    said = "The tokens at which the unit is active are between the marks « and ». An escape such as x is a character."
+    assert fault_in(said, question) == "a repetition of the question"
+    assert fault_in("The tokens at which the unit is active are names of months.", question) is None
+
+
 def test_a_latent_that_never_fires_is_a_failure_unless_the_explainer_needs_no_contexts(store):
     assert store.explain([DEAD], model=Fake(rule)).failures == {DEAD: "no contexts: it does not fire on the text of the store"}
     with pytest.raises(UserError, match="latent 5 does not fire on the text of the store"):
@@ -569,7 +576,9 @@ def test_the_command_writes_labels_and_goes_on_after_a_limit(command, folder, se
     assert not server.requests
     server.plan = lambda question, n: "length" if len(server.requests) == 2 else None
     usual = server.reply
-    server.reply = lambda messages, body: Reply(usual(messages, body), tokens=[("x", {"x": 0.0})] * 800)  # above the most
+    server.reply = lambda messages, body: Reply(
+        usual(messages, body), tokens=[("x", {"x": 0.0})] * (needed // 4)
+    )  # above the most
     said = command(*asked, "--token-limit", needed)
     assert said.code == 2
     assert "cost nothing when the call is repeated" in said.err

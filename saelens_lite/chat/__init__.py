@@ -31,12 +31,17 @@ hold the questions and so parts of your text. Two processes that ask the same qu
 call, what the server counts is added up, and no question is sent whose estimate could pass the limit; what is done is kept. A
 limit is kept as well as the estimates are: a question that is longer than its estimate may pass it, and until the first replies
 show how far the estimates are off, so may all questions in progress. A limit holds for all calls of one chat model object. A
-reply that is lost on the way counts as its estimate, since the server may charge it. The estimate takes a quarter of the bytes
-for input tokens, unless `count_tokens=` counts them, and the most that is allowed for output tokens. Text that is not English
-may have twice as many tokens. `token_limit` limits what is spent, `Question.max_tokens` the length of one answer.
+reply that is lost on the way counts as its estimate, since the server may charge it. The estimate guesses input
+tokens by words and marks, unless `count_tokens=` counts them, and takes the most that is allowed for output tokens. Text that
+is not English may have twice as many tokens. `token_limit` limits what is spent,
+`Question.max_tokens` the length of one answer.
 
 **Structured output and log-probabilities.** `Question(…, schema=…)` asks for JSON of that schema, `Question(…, choices=…)` for
-the log-probabilities of tokens. If the server refuses one of them, the model remembers that and asks without.
+the log-probabilities of tokens. If the server refuses one of them, the model remembers that and asks without. Servers
+that only know JSON objects get the schema in that form.
+
+**Slow servers.** A server of this computer may need minutes for an answer, and may answer one question at a time. Raise
+`timeout`, 120 seconds by default. After a time-out, fewer questions are sent at a time, as many as were answered within it.
 """
 
 from saelens_lite.chat.contract import Answer, ChatModel, Estimate, Question, TokenChoice

@@ -17,9 +17,15 @@ from saelens_lite.errors import ChatAccessError, ChatError, ConfigError
 N_TOP = (20, 5)  # log-probabilities to ask for; servers differ in how many they give
 REPEATED = {408, 409, 429}  # statuses below 500 after which a request is repeated
 NOT_REPEATED = {501, 505}
+REFUSING = {400, 404, 422, 500, 501}  # statuses of a request with a field that the server does not accept
+UNFIT = re.compile(
+    r"support|implement|valid|should be|unexpected|unknown|unrecogni[sz]ed|allowed|permitted|logits_all", re.IGNORECASE
+)
+FORMS = ("json_schema", "json_object")  # of structured output, both with a schema; llama-cpp-python knows only the second
 TOO_LONG = re.compile(r"context.?length|maximum context|too long|too many tokens|context window", re.IGNORECASE)
 FILTERED = re.compile(r"content.?(filter|policy|management)", re.IGNORECASE)
 KEYS = re.compile(r"\b(sk-|key-|Bearer )[\w*.-]{4,}")
+MOST_REASON = 120  # characters
 SECRET = 8  # characters of a key, at least; shorter ones are words such as none
 log = logging.getLogger(__name__)
 
@@ -27,16 +33,19 @@ log = logging.getLogger(__name__)
 class LostReply(Exception):
     """A fault of the server or the network, after which the request may be repeated.
 
-    `stage` says how far the request came: no connection, no answer, a status that refuses it, or a damaged reply. `after` is
-    the wait in seconds that the server demands.
+    `stage` says how far the request came: no connection, no answer, none within the time-out, a status that refuses
+    it, or a damaged reply. `after` is the wait in seconds that the server demands.
     """
 
-    def __init__(self, why: str, stage: Literal["unconnected", "silent", "refused", "damaged"], after: float | None = None):
+    def __init__(
+        self, why: str, stage: Literal["unconnected", "silent", "late", "refused", "damaged"], after: float | None = None
+    ):
         super().__init__(why)
         self.after = after
         self.is_unconnected = stage == "unconnected"
+        self.is_late = stage == "late"
         self.is_answered = stage in ("refused", "damaged")
-        self.may_be_paid = stage in ("silent", "damaged")
+        self.may_be_paid = stage in ("silent", "late", "damaged")
 
 
 class UnfitQuestion(Exception):
@@ -47,7 +56,8 @@ class Dialect:
     """The fields of a request that an endpoint accepts, learned from its refusals."""
 
     def __init__(self, structured: str):
-        self.schema = structured
+        self.structured = structured
+        self.form = 0 if structured != "off" else len(FORMS)  # index in FORMS
         self.n_top = 0  # index in N_TOP
         self.left_out: set[str] = set()
         self.most_tokens = "max_tokens"
@@ -61,9 +71,10 @@ class Dialect:
             "seed": config.seed,
             self.most_tokens: question.max_tokens,
         }
-        if question.schema is not None and self.schema != "off":
-            form = {"name": "answer", "schema": dict(question.schema), "strict": True}
-            body["response_format"] = {"type": "json_schema", "json_schema": form}
+        if question.schema is not None and self.form < len(FORMS):
+            schema = dict(question.schema)
+            forms = ({"json_schema": {"name": "answer", "schema": schema, "strict": True}}, {"schema": schema})
+            body["response_format"] = {"type": FORMS[self.form], **forms[self.form]}
         if question.choices and self.n_top < len(N_TOP):
             body |= {"logprobs": True, "top_logprobs": N_TOP[self.n_top]}
         return {name: value for name, value in body.items() if value is not None and name not in self.left_out}
@@ -73,13 +84,16 @@ class Dialect:
 
         param: the name of the field, if the server says it apart from the words of its refusal.
         """
+        if status == 500 and not UNFIT.search(refusal):  # a fault of the server, whose words may repeat the request
+            return False
         if "max_tokens" in body and "max_completion_tokens" in refusal:
             self.most_tokens = "max_completion_tokens"
         elif "response_format" in body and re.search(r"response_format|json_schema|structured output", refusal):
-            if self.schema == "on":
+            form = FORMS.index(body["response_format"]["type"]) + 1
+            if form == len(FORMS) and self.structured == "on":
                 return False
-            self._say("response_format", self.schema != "off", "structured output")
-            self.schema = "off"
+            is_new, self.form = form > self.form, max(self.form, form)
+            self._say("response_format", is_new and form == len(FORMS), "structured output")
         elif "logprobs" in body and "logprobs" in refusal:
             self.n_top = max(self.n_top, N_TOP.index(body["top_logprobs"]) + 1)
             self._say("logprobs", self.n_top == len(N_TOP), "log-probabilities")
@@ -150,12 +164,10 @@ class Connection:
                 content, kind = raw.content, raw.headers.get("content-type", "")
                 break
             except (TimeoutError, self.openai.APITimeoutError):
-                raise LostReply(f"no reply within {self.config.timeout:g} seconds", "silent") from None
+                raise LostReply(f"no reply within {self.config.timeout:g} seconds", "late") from None
             except self.openai.APIStatusError as error:
                 refusal = self._words(error)
-                if error.status_code in (400, 404, 422, 501) and self.dialect.learns(
-                    body, refusal, error.status_code, error.param
-                ):
+                if error.status_code in REFUSING and self.dialect.learns(body, refusal, error.status_code, error.param):
                     continue
                 self._refuse(error, refusal)
             except self.openai.APIConnectionError as error:
@@ -184,7 +196,7 @@ class Connection:
             ) from None
         if status in REPEATED or (status >= 500 and status not in NOT_REPEATED):
             after = demanded_wait(error.response.headers.get("retry-after"))
-            raise LostReply(f"status {status}", "refused", after) from None
+            raise LostReply(f"status {status} ({self._message(error)})", "refused", after) from None
         if status == 413 or (status in (400, 422) and TOO_LONG.search(refusal)):
             raise UnfitQuestion("too long") from None
         if status == 400 and FILTERED.search(refusal):
@@ -195,6 +207,11 @@ class Connection:
                 f"/v1; {said}"
             ) from None
         raise ChatError(f"{config.base_url} refused the request (status {status}); {said}") from None
+
+    def _message(self, error: Any) -> str:
+        """Return the beginning of the message of an error, without what the server wrote around it."""
+        body = error.body.get("message") or error.body.get("detail") if isinstance(error.body, dict) else error.body
+        return self._safe(body if isinstance(body, str) and body.strip() else "no reason given")[:MOST_REASON]
 
     def _words(self, error: Any) -> str:
         """Return what the server wrote about an error, on one line, without anything that looks like a key."""

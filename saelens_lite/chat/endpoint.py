@@ -10,6 +10,7 @@ from typing import Any
 from saelens_lite.chat.budget import Budget, Size, Spent
 from saelens_lite.chat.connection import Connection, Dialect
 from saelens_lite.chat.contract import Answer, Estimate, Question
+from saelens_lite.chat.counting import expected_tokens
 from saelens_lite.chat.kept import Asked, KeptAnswers, in_order, messages_of
 from saelens_lite.chat.sending import Call, Waiting
 from saelens_lite.chat.settings import ChatConfig, key_of
@@ -26,7 +27,7 @@ class EndpointModel:
     def __init__(self, config: ChatConfig, count_tokens: Callable[[str], int] | None = None):
         self.config = config.resolved()
         self.name = config.model
-        self._count = count_tokens or _quarter_of_bytes
+        self._count = count_tokens or expected_tokens
         self._kept = KeptAnswers(self.config.folder, self.config.ask_again)
         self._budget = Budget(self.config)
         self._dialect = Dialect(self.config.structured)
@@ -57,14 +58,14 @@ class EndpointModel:
             {k: (a, q, self._size(q)) for k, a, q in zip(keys, asked, questions, strict=True) if k not in answers}
         )
         if waiting:
-            answers |= self._send(waiting)
+            answers |= self._send(waiting, has_replied=bool(answers) or self.spent.n_output > 0)
             _summarise(self.name, [answers[key] for key in waiting], self.spent)
         return in_order(keys, answers)
 
     def estimate(self, questions: Sequence[Question]) -> Estimate:
         """Return the size and cost of the questions that have no kept answer yet.
 
-        Input tokens are a guess, a quarter of the bytes, unless `chat_model` was given a way to count them; text that is not
+        Input tokens are a guess by words and marks, unless `chat_model` was given a way to count them; text that is not
         English may take twice as many. Output tokens are the most that the questions allow.
         """
         by_key = {self._asked(question).key: question for question in questions}
@@ -88,13 +89,13 @@ class EndpointModel:
             texts.append(json.dumps(dict(question.schema)))
         return Size(sum(self._count(text) + PER_MESSAGE for text in texts), question.max_tokens)
 
-    def _send(self, waiting: Waiting) -> dict[str, Answer]:
+    def _send(self, waiting: Waiting, has_replied: bool) -> dict[str, Answer]:
         key = key_of(self.config)
         self._budget.check(self._estimate([size for _, _, size in waiting.values()]))
         self._kept.check()
         connection = Connection(self.config, self._dialect, key)
         with progress_bar(f"asking {self.name}", len(waiting), "questions") as advance:
-            call = Call(connection, self._budget, self._kept, waiting, lambda n: advance(n, ""))
+            call = Call(connection, self._budget, self._kept, waiting, lambda n: advance(n, ""), has_replied)
             try:
                 return dict(call.run())
             except (SaelensLiteError, KeyboardInterrupt) as error:
@@ -109,17 +110,13 @@ def chat_model(name: str, *, count_tokens: Callable[[str], int] | None = None, *
 
     Args:
         name: The name of the model at the endpoint.
-        count_tokens: Returns the number of tokens of a text, for estimates; default: a quarter of its bytes.
+        count_tokens: Returns the number of tokens of a text, for estimates; default: a guess by words and marks.
         settings: Fields of `ChatConfig`, such as base_url, concurrency, dollar_limit.
 
     Raises:
         ConfigError: a setting is unknown or has a bad value.
     """
     return EndpointModel(ChatConfig(model=name, **settings), count_tokens)
-
-
-def _quarter_of_bytes(text: str) -> int:
-    return -(-len(text.encode()) // 4)
 
 
 def _summarise(name: str, answers: Sequence[Answer], spent: Spent) -> None:

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from saelens_lite.chat.contract import Answer, Question, TokenChoice
+from saelens_lite.chat.counting import expected_tokens
 from saelens_lite.chat.kept import is_count, log_probability, whole_characters
 
 
@@ -58,10 +59,10 @@ def _first(choices: Any) -> Any:
 
 
 def _usage(usage: Any, expected_input: int, text: str) -> tuple[int, int]:
-    """Return the tokens of question and answer. Where the server does not say, a token counts as four bytes."""
+    """Return the tokens of question and answer. Where the server does not say, they are guessed."""
     given = usage if isinstance(usage, dict) else {}
     numbers = [given.get(name) for name in ("prompt_tokens", "completion_tokens")]
-    expected = (expected_input, -(-len(text.encode()) // 4))
+    expected = (expected_input, expected_tokens(text))
     return tuple(n if is_count(n) else other for n, other in zip(numbers, expected, strict=True))  # type: ignore
 
 

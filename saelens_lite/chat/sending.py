@@ -11,6 +11,7 @@ from saelens_lite.chat.budget import Budget, Size
 from saelens_lite.chat.connection import Connection, LostReply, UnfitQuestion
 from saelens_lite.chat.contract import Answer, Question
 from saelens_lite.chat.kept import Asked, KeptAnswers
+from saelens_lite.chat.pace import Pace
 from saelens_lite.chat.waits import wait_before
 from saelens_lite.errors import BudgetReachedError, ChatUnreachableError
 
@@ -25,15 +26,28 @@ class Waiting(dict[str, tuple[Asked, Question, Size]]):
 
 
 class Call:
-    """The state of a call. `answers` grows while it runs; `error` ends it early."""
+    """The state of a call. `answers` grows while it runs; `error` ends it early.
 
-    def __init__(self, connection: Connection, budget: Budget, kept: KeptAnswers, waiting: Waiting, advance: Callable):
+    `has_replied` is true if the model is known to have answered before, so that the endpoint and the name are right.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        budget: Budget,
+        kept: KeptAnswers,
+        waiting: Waiting,
+        advance: Callable,
+        has_replied: bool = False,
+    ):
         self.connection, self.budget, self.kept, self.advance = connection, budget, kept, advance
         self.config = connection.config
         self.waiting, self._todo = waiting, deque(waiting)
         self.answers: dict[str, Answer] = {}
         self.error: Exception | None = None
         self._has_answered = False  # the endpoint, with any status
+        self._has_replied = has_replied  # with a reply of the model, also in an earlier call
+        self._pace = Pace(self.config.concurrency, self.config.timeout)
         self._n_lost_in_a_row = 0
         self._open_at = 0.0  # no request before this moment, as the server demands
         self._is_stopped = False  # by Ctrl-C
@@ -121,36 +135,51 @@ class Call:
             reserved = await self._reserve(size)
             if reserved is None:
                 return None
-            used, estimated = Size(0, 0), None
+            used, estimated, began = Size(0, 0), None, time.monotonic()
+            self._pace.begin()
             try:
                 answer = await self.connection.answer(question, size.n_input)
                 used, estimated = Size(answer.n_input, answer.n_output), size.n_input
-                self._has_answered, self._n_lost_in_a_row = True, 0
+                self._has_answered = self._has_replied = True
+                self._n_lost_in_a_row = 0
+                self._pace.answered(began)
                 self.kept.put(asked, answer)
                 return answer
             except UnfitQuestion as error:
-                self._has_answered = True
+                self._has_answered = self._has_replied = True
                 return Answer(None, str(error))
             except LostReply as error:
                 lost = error
                 used = reserved if lost.may_be_paid else used
                 self._has_answered |= lost.is_answered
                 n += 1
+                if lost.is_late:
+                    self._pace.timed_out(began)
                 if lost.is_unconnected and not self._has_answered and n >= CONNECTS:
                     break
             except asyncio.CancelledError:
                 used = reserved
                 raise
             finally:
+                self._pace.end()
                 self.budget.settle(reserved, used, estimated)
             if self._closing.is_set():
                 return None
         self._n_lost_in_a_row += 1
-        if not self._has_answered or self._n_lost_in_a_row >= IN_A_ROW:
+        if self._is_gone(lost):
+            advice = "check the address, the name of the model, and the server"
+            if lost.is_late:
+                advice = f"raise the timeout, or {advice}"
             raise ChatUnreachableError(
-                f"{self.config.base_url} does not answer as it should: {lost}; check the address and the server"
+                f"{self.config.base_url} does not answer questions to {self.config.model} as it should: {lost}; {advice}"
             )
         return Answer(None, f"{lost}, {n} times" if n > 1 else str(lost))
+
+    def _is_gone(self, lost: LostReply) -> bool:
+        """Return whether the endpoint counts as unreachable after a question has failed."""
+        if not self._has_answered and (lost.is_unconnected or not self._has_replied):
+            return True
+        return self._n_lost_in_a_row >= (IN_A_ROW if self._has_replied else min(IN_A_ROW, len(self.waiting)))
 
     def _pause(self, n: int, lost: LostReply) -> float:
         """Return the wait before a repetition. A wait that the server demands holds for all questions."""
@@ -164,12 +193,15 @@ class Call:
         return wait_before(n, self.config.backoff, self.config.longest_wait, lost.after)
 
     async def _reserve(self, size: Size) -> Size | None:
-        """Reserve the tokens of a question; None if the call is stopped.
+        """Wait until a request may begin, and reserve the tokens of its question; None if the call is stopped.
 
         Raises:
             BudgetReachedError: they would pass a limit, also when no request is in progress.
         """
         while not self._closing.is_set():
+            if self._pace.is_full:
+                await asyncio.sleep(POLL)
+                continue
             if reserved := self.budget.reserve(size):
                 return reserved
             if not self.budget.in_progress:

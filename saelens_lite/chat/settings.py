@@ -37,7 +37,12 @@ class ChatConfig(FrozenConfig):
         "set, the keyring is asked for the password of this name in the service saelens_lite. A server of this computer needs "
         "no key.",
     )
-    concurrency: int = Field(8, ge=1, le=1000, description="Most requests at the same time.")
+    concurrency: int = Field(
+        8,
+        ge=1,
+        le=1000,
+        description="Most requests at the same time. A server that is too slow for so many gets fewer after a time-out.",
+    )
     retries: int = Field(
         6, ge=0, le=100, description="Times that a request is repeated after a fault of the server or network."
     )

@@ -31,6 +31,8 @@ class OfChat:
         Run the chat model on this computer, with transformers.
     concurrency
         Most questions at the same time; default: 8.
+    timeout
+        Seconds to wait for an answer before it is asked again; default: 120. Raise it for a slow server.
     input_price
         Price of a million input tokens in US dollars.
     output_price
@@ -50,6 +52,7 @@ class OfChat:
     key_variable: str | None = None
     local: Flag = False
     concurrency: int | None = None
+    timeout: float | None = None
     input_price: float | None = None
     output_price: float | None = None
     dollar_limit: float | None = None
@@ -64,6 +67,7 @@ class OfChat:
             base_url=self.base_url,
             key_variable=self.key_variable,
             concurrency=self.concurrency,
+            timeout=self.timeout,
             input_price=self.input_price,
             output_price=self.output_price,
             dollar_limit=self.dollar_limit,

@@ -109,6 +109,7 @@ def fault_in(explanation: str | None, question: Question) -> str | None:
     if _REFUSAL.match(explanation):
         return f"a refusal: {explanation[:60]}"
     parts = [" ".join(line.split()) for text in (question.system, question.user) for line in text.splitlines()]
+    parts += [sentence.rstrip(".!?") for line in question.system.splitlines() for sentence in re.split(r"(?<=[.!?])\s+", line)]
     if any(line in explanation or (len(explanation) >= LONG and explanation in line) for line in parts if len(line) >= LONG):
         return "a repetition of the question"
     return None

@@ -191,4 +191,6 @@ def _dollars(model: ChatModel) -> float | None:
 def in_words(estimate: Estimate) -> str:
     """Return an estimate in words."""
     n, read, write, dollars = estimate
-    return f"{n:,} new questions, {read:,} tokens to read, {write:,} to write" + (f", about ${dollars:.2f}" if dollars else "")
+    return f"{n:,} new question{'s' * (n != 1)}, {read:,} tokens to read, {write:,} to write" + (
+        f", about ${dollars:.2f}" if dollars else ""
+    )
