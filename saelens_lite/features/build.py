@@ -83,7 +83,8 @@ class StorePlan(NamedTuple):
         read = RowHash()
         for piece in self.rows.pieces():
             read.add(piece)
-        of_each = {f"{i}: {key}": x for i, info in enumerate(self.infos) for key, x in info.model_dump(mode="json").items()}
+        each = [info.model_dump(mode="json", exclude={"model_sha256", "precision", "processing"}) for info in self.infos]
+        of_each = {f"{i}: {key}": x for i, facts in enumerate(each) for key, x in facts.items()}
         of_model = {} if isinstance(lm, Models) else {"processing": lm.processing, "model_dtype": f"torch.{lm.precision}"}
         return {
             **of_model,  # of several models, infos have these
