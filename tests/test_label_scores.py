@@ -5,6 +5,8 @@ import copy
 import gzip
 import json
 import math
+import re
+import statistics
 import zlib
 from datetime import UTC, datetime
 from html.parser import HTMLParser
@@ -15,10 +17,14 @@ import pytest
 import saelens_lite as sl
 from saelens_lite.errors import ConfigError, CorruptFileError, LockedError, OutputExistsError, UserError
 from saelens_lite.evaluation.metrics import Metric
+from saelens_lite.features import StoreInfo
 from saelens_lite.features.explaining.scores import Judged, LabelScore, Scores
+from saelens_lite.features.explaining.scoring import made_from_shown
 from saelens_lite.features.label import Label
 from saelens_lite.features.label_scores import exceeds_controls, write_scores
+from saelens_lite.hub import model_card
 from saelens_lite.hub.label_card import PublishedLabels, labels_text
+from saelens_lite.hub.upload import _prepare
 from saelens_lite.locks import locked
 
 D_SAE = 24
@@ -230,13 +236,91 @@ def test_labels_remember_the_contexts_that_they_were_made_from(store):
     assert copy.deepcopy(again[1]).store == "1a2b3c4d"
 
 
-def test_the_contexts_of_stores_differ_in_text_and_settings(built):
+def test_the_contexts_of_stores_differ_in_all_that_decides_them(built):
     info = built.info
-    others = [
-        info.replace(**{name: value}) for name, value in {"top_n": 9, "window": (1, 1), "text_sha256": "x", "seed": 7}.items()
-    ]
-    assert len({one.contexts for one in (info, *others)}) == 5
-    assert info.replace(raw_unembedding=True).contexts == info.contexts
+    assert info.model_sha256 is not None
+    assert info.precision == "float32"
+    others = {
+        "top_n": 9, "window": (1, 1), "text_sha256": "x", "seed": 7, "options": info.options | {"k": 3}, "rule": "relu",
+        "token_norm": "layer_norm", "revision": "1a2b", "model_sha256": "x", "precision": "bfloat16",
+        "processing": ("center_writing_weights",), "writes": ("blocks.2.hook_resid_pre",),
+    }  # fmt: skip
+    assert len({info.contexts, *(info.replace(**{name: value}).contexts for name, value in others.items())}) == 13
+    for name, value in {"raw_unembedding": True, "text": "another name", "neuronpedia": "a/1-b"}.items():
+        assert info.replace(**{name: value}).contexts == info.contexts
+
+
+@pytest.fixture
+def of_other_k(d, built, random_lm, tmp_path) -> sl.FeatureStore:
+    """A store of the same weights with another k, on the same text."""
+    options = {"k": 2}
+    other = sl.Dictionary.create("topk", reads=d.reads, d_sae=D_SAE, options=options)
+    other.load_state_dict(d.state_dict())
+    text = ["It was the best of times, it was the worst of times", "Read the license before you use it"]
+    store = sl.FeatureStore.build(other, random_lm, text, window=(3, 2), top_n=3, seed=0, out=tmp_path / "other")
+    assert store.info.dictionary_sha256 == built.info.dictionary_sha256
+    assert not store.tensors.count.equal(built.tensors.count)
+    return store
+
+
+def test_scores_and_labels_of_the_same_weights_with_another_k_are_of_another_store(store, of_other_k, caplog):
+    assert store.info.contexts == sl.FeatureStore.load(store.folder).info.contexts
+    label = Label("made here", "max_act 1", "gpt", store.info.contexts)
+    assert made_from_shown(label, store.info.contexts)
+    assert not made_from_shown(label, of_other_k.info.contexts)
+    of_other_k.label_all({3: label})
+    assert of_other_k.record_scores([score(3, "made here")._replace(store=store.info.contexts)]) == 0
+    assert "1 scores are left out: they are on the contexts of another store" in caplog.text
+
+
+def test_scores_of_another_k_are_neither_read_nor_published(store, of_other_k, d, tmp_path):
+    for one, auroc in ((store, 0.9), (of_other_k, 0.6)):
+        one.label(3, "x")
+        one.record_scores([score(3, "x", auroc)._replace(store=one.info.contexts)])
+        one.write_labels()
+        one.write_scores()
+    assert sl.labels.load(store.folder / "labels.json", d).scores[3]["detection"].score.auroc.value == 0.9
+    assert sl.labels.load(of_other_k.folder / "labels.json", d).scores == {}
+    dictionary = sl.Dictionary.create("topk", reads=d.reads, d_sae=D_SAE, options={"k": 2})
+    dictionary.load_state_dict(d.state_dict())
+    folders = {4: d.save(tmp_path / "4"), 2: dictionary.save(tmp_path / "2")}
+    both = [store.folder, of_other_k.folder]
+    with pytest.raises(ConfigError, match="the store of another dictionary"):
+        model_card(folders[2], stores=[store.folder])
+    assert "| AUROC, the label | 1 | 0.60 |" in model_card(folders[2], stores=[of_other_k.folder])
+    assert "| AUROC, the label | 1 | 0.90 |" in model_card(folders[4], stores=[store.folder])
+    entries, _ = _prepare({"4": folders[4], "2": folders[2]}, "a/b", tmp_path, license=None, tags=(), stores=both)
+    assert len(entries) == 2  # each has its own store
+
+
+def test_the_contexts_of_older_versions_are_known_but_do_not_say_which_options_they_are_of():
+    info = StoreInfo(
+        model="m", revision=None, reads=("h",), writes=("h",), rule="topk", d_sae=4, n_tokens=9, top_n=3, n_groups=2,
+        group_size=2, n_random=2, n_silent=2, window=(3, 2), seed=1, bos_id=0, text="t", text_sha256="a" * 64,
+        dictionary_sha256="b" * 64, options={"k": 4}, token_norm=None,
+    )  # fmt: skip
+    assert info.older_contexts == "07dba5c0"  # as they were written
+    assert info.contexts != info.replace(options={"k": 8}).contexts
+    assert info.replace(options={"k": 8}).older_contexts == "07dba5c0"
+    assert not made_from_shown(Label("x", "max_act 1", "gpt", "07dba5c0"), info.contexts)
+
+
+def test_stores_and_scores_of_older_versions_are_read_with_what_they_do_not_know(store, scored):
+    older = scored.info.older_contexts
+    scored.record_scores([FULL[2]._replace(store=older)])
+    scored.write_labels()
+    scored.write_scores()
+    path = scored.folder / "features.json"
+    content = json.loads(path.read_text())
+    for name in ("model_sha256", "precision"):
+        del content["info"][name]
+    path.write_text(json.dumps(content | {"format": 4}))
+    again = sl.FeatureStore.load(scored.folder)
+    assert (again.info.model_sha256, again.info.precision) == (None, None)
+    assert again.info.older_contexts == older
+    assert again.info.contexts != scored.info.contexts
+    assert again.label_scores[5]["detection"] == FULL[2]._replace(store=older, made_elsewhere=True)
+    assert sl.FeatureStore.load(again.save(scored.folder.parent / "saved")).info == again.info
 
 
 @pytest.mark.parametrize("by_tokens", [0.5, None])
@@ -382,6 +466,21 @@ def test_the_page_has_the_scores_beside_their_controls(scored, tmp_path):
     assert "by_tokens" not in scores["5"]["detection"]
     scored.label(3, "another")
     assert page(scored, tmp_path / "features.html")[1].words["scores"].keys() == {"5"}
+
+
+def test_quartiles_on_the_page_are_those_of_the_card_and_the_table(store, tmp_path):
+    areas = [0.5, 0.9, 0.62, 0.71]
+    store.label_all({i: "x" for i in range(4)}, replace=True)
+    ones = [score(i, "x", area, by_tokens=None if i else judged(0.7)) for i, area in enumerate(areas)]
+    store.record_scores(ones)
+    spreads = page(store, tmp_path / "features.html")[1].words["spreads"]
+    assert spreads["detection"]["score"] == pytest.approx(statistics.quantiles(areas, n=4, method="inclusive"), abs=1e-4)
+    assert spreads["detection"]["by_tokens"] == [0.7] * 3
+    assert "hard" not in spreads["detection"]
+    assert f"{Scores(tuple(ones), (), 'j').summary()[0].median:.4f}" == f"{spreads['detection']['score'][1]:.4f}"
+    card = labels_text(PublishedLabels(store.labels, store.label_scores, D_SAE))
+    _, low, middle, high, _ = re.search(r"AUROC, the label \| 4 \|(.*) \|", card)[1].split(" | ")
+    assert [low, middle, high] == [f"{x:.2f}" for x in spreads["detection"]["score"]]
 
 
 def test_hostile_labels_and_judges_stay_text_on_the_page(scored, tmp_path):

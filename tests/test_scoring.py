@@ -6,9 +6,11 @@ import random
 import re
 from collections import Counter
 
+import numpy as np
 import pytest
 from chat_server import Reply, running_chat
 from planted_explanations import CLASSES, planted_store, rule_judge
+from scipy import stats
 
 import saelens_lite as sl
 from saelens_lite.chat import Answer, Estimate, Question, TokenChoice
@@ -432,11 +434,67 @@ def test_a_difference_counts_only_beyond_its_interval():
     assert not exceeds(Metric(0.5, 0.4, 0.6), Metric(0.5, 0.4, 0.6))
 
 
-def test_the_interval_of_a_mean_over_latents_covers_it_about_as_often_as_it_says():
-    draw = random.Random(1)
-    metrics = [mean_metric([draw.gauss(0.8, 0.1) for _ in range(30)], seed) for seed in range(200)]
-    assert 0.88 <= sum(one.low <= 0.8 <= one.high for one in metrics) / 200 <= 0.99
+DRAWS = {  # of numbers from 0 to 1, and their mean
+    "1 or 0.8": (lambda draw, n: np.where(draw.random(n) < 0.8, 1.0, 0.8), 0.96),
+    "one in 30 refused": (lambda draw, n: (draw.random(n) < 29 / 30) * 0.9, 0.87),
+    "beta": (lambda draw, n: draw.beta(9, 1, n), 0.9),
+    "spread out": (lambda draw, n: draw.random(n), 0.5),
+}
+
+
+@pytest.mark.parametrize("n", [3, 5, 10, 50])
+@pytest.mark.parametrize("case", DRAWS)
+def test_the_interval_of_a_mean_over_latents_covers_it_as_often_as_it_says(case, n, monkeypatch):
+    monkeypatch.setattr("saelens_lite.features.explaining.intervals.REPLICATES", 2000)
+    draw, (values, mean) = np.random.default_rng(n), DRAWS[case]
+    metrics = [mean_metric(values(draw, n).tolist(), seed) for seed in range(150)]
+    assert sum(one.low <= mean <= one.high for one in metrics) >= 0.93 * 150
+    assert all(0 <= one.low < one.value <= one.high <= 1 for one in metrics)
+
+
+def test_the_interval_of_a_mean_of_zeros_and_ones_is_that_of_clopper_and_pearson():
+    for right, n in ((3, 3), (0, 4), (9, 10), (40, 50)):
+        got = mean_metric([1.0] * right + [0.0] * (n - right), 0)
+        low = stats.beta.ppf(0.025, right, n - right + 1) if right else 0.0
+        high = stats.beta.ppf(0.975, right + 1, n - right) if right < n else 1.0
+        assert got == pytest.approx((right / n, low, high), abs=0.025)
+
+
+def test_the_interval_of_a_mean_over_many_latents_is_about_that_of_student():
+    values = np.random.default_rng(0).beta(8, 2, 2000)
+    got, half = mean_metric(values.tolist(), 0), 1.96 * values.std(ddof=1) / 2000**0.5
+    assert got == pytest.approx((values.mean(), values.mean() - half, values.mean() + half), abs=2 / 2000)
+    assert mean_metric(values.tolist(), 0) == got
     assert not mean_metric([0.5], 0).has_interval
+
+
+def test_refusals_that_are_asked_again_count_as_wrong_when_a_limit_is_reached(store, tmp_path):
+    settings = {"kinds": ("detection",), "n_contexts": 6, "max_tokens": 16}
+    n_questions = len(store.score_questions([0], **settings))
+    before: Counter[str] = Counter()
+
+    def refuse(messages, body):
+        before[messages[-1]["content"]] += 1
+        return Reply(None, refusal="no")
+
+    def judge_of(server, limit=None):
+        return sl.chat_model(
+            "any", base_url=server.url, folder=str(tmp_path / "kept"), concurrency=1, ask_again=True, token_limit=limit,
+            count_tokens=lambda text: len(text) // 40,
+        )  # fmt: skip
+
+    with running_chat(refuse) as server:
+        store.score([0], model=judge_of(server), **settings)
+        assert set(before.values()) == {1}
+        estimate = judge_of(server).estimate(store.score_questions(range(N), **settings))
+        model = judge_of(server, estimate.n_input + estimate.n_output)  # the server's count is larger
+        scores = store.score(range(N), model=model, **settings)
+        n = len(scores)
+        assert [one.latent for one in scores] == list(range(n))
+        assert [one.latent for one in scores.skipped] == list(range(n, N))
+        assert 0 < n < N
+        assert {(one.score.auroc.value, one.score.n_unusable - one.n_firing - one.n_silent) for one in scores} == {(0, 0)}
+        assert sorted(before.values(), reverse=True)[: n_questions + 1] == [2] * n_questions + [1]
 
 
 @pytest.fixture

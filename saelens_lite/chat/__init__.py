@@ -23,9 +23,9 @@ reached is an error at once.
 
 **Kept answers.** Every whole reply is written to a folder, one JSON file for each question, so no answer is paid twice: a call
 that was stopped or killed is repeated, and asks only what is left. Refused, cut and empty replies are kept too, because they
-were paid; `ask_again=True` asks them again. The folder is `folder=`, or the environment variable SAELENS_LITE_ANSWERS names
-it, or it is saelens_lite/answers in the system's folder for caches (~/.cache on Linux). The files hold the questions and so
-parts of your text. Two processes that ask the same question at the same moment both pay for it.
+were paid; `ask_again=True` asks those of earlier runs once more. The folder is `folder=`, or the environment variable
+SAELENS_LITE_ANSWERS names it, or it is saelens_lite/answers in the system's folder for caches (~/.cache on Linux). The files
+hold the questions and so parts of your text. Two processes that ask the same question at the same moment both pay for it.
 
 **Cost.** With `dollar_limit` or `token_limit`, nothing is sent unless the estimate of all questions fits the limit. During the
 call, what the server counts is added up, and no question is sent whose estimate could pass the limit; what is done is kept. A

@@ -97,6 +97,7 @@ class KeptAnswers:
     def __init__(self, folder: str | Path | None, ask_again: bool = False):
         self.folder = usual_folder() if folder is None else Path(folder).expanduser()
         self.ask_again = ask_again
+        self._own: set[str] = set()  # keys of the answers that this object kept, which are not asked again
 
     def check(self) -> None:
         """Raise ConfigError, OutputExistsError or DiskFullError if the folder cannot be written."""
@@ -124,7 +125,7 @@ class KeptAnswers:
         except (CorruptFileError, ValueError, TypeError, KeyError, AttributeError) as error:
             log.warning("the kept answer %s is damaged, so its question is asked again: %s", path, error)
             return None
-        return None if self.ask_again and answer.failure is not None else answer
+        return None if self.ask_again and answer.failure is not None and key not in self._own else answer
 
     def put(self, asked: Asked, answer: Answer) -> None:
         """Keep an answer. Raise DiskFullError or ConfigError if the file cannot be written."""
@@ -136,6 +137,7 @@ class KeptAnswers:
             raise why(f"the folder {path.parent} cannot be made: {error.strerror}; choose another folder of answers") from None
         tokens = None if answer.tokens is None else [list(token) for token in answer.tokens]
         write_json(path, {"asked": asked, "answer": answer._replace(tokens=tokens, was_kept=True)._asdict()})
+        self._own.add(asked.key)
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.json"

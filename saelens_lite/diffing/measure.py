@@ -30,7 +30,7 @@ from saelens_lite.diffing.reads import MIN_UNITS, Reads, check_widths, statistic
 from saelens_lite.diffing.report import CROSSCODER, DIFFERENCE, DiffReport
 from saelens_lite.diffing.sides import Sides, input_of
 from saelens_lite.diffing.sums import PairSums
-from saelens_lite.features.info import weights_hash
+from saelens_lite.features.info import codes_hash
 from saelens_lite.features.per_model import delta_norm
 from saelens_lite.ports import apart
 
@@ -43,7 +43,7 @@ def report_of(dictionary: Dictionary, sides: Sides, reads: Reads) -> DiffReport:
     """Return the report of a dictionary without controls; see `diff`."""
     facts = {name: getattr(reads, name) for name in ("source", "n_tokens", "n_units", "units")}
     values = _values(dictionary, sides, reads)
-    facts |= {"place": dictionary.place, "dictionary_sha256": weights_hash(dictionary)}
+    facts |= {"place": dictionary.place, "dictionary_sha256": codes_hash(dictionary)}
     return DiffReport(base=sides.base, tuned=sides.tuned, values=values, **facts)
 
 

@@ -76,7 +76,7 @@ class DiffReport(Result):
     `base` and `tuned` are the names of the models. `values` has a tensor [d_sae] for each number; saelens_lite.diffing defines
     them. NaN stands for a number that cannot be given, such as the interval of a latent that fires too rarely. `place` names
     the ports, `source` the activations, and `units` says of what the `n_units` are that intervals are drawn over.
-    `dictionary_sha256` is the hash of the dictionary's weights.
+    `dictionary_sha256` is the hash of the dictionary (`codes_hash`), or in older reports of its weights alone.
     """
 
     base: str

@@ -81,7 +81,7 @@ store_files.py reads and writes the files. search.py finds latents by text. comp
 from saelens_lite.features.detection import DetectionTask, Scorer, token_baseline, words_of_label
 from saelens_lite.features.explaining.scores import Judged, LabelScore, Scores, Skipped
 from saelens_lite.features.explaining.scoring import ScoreConfig
-from saelens_lite.features.info import StoreInfo, weights_hash
+from saelens_lite.features.info import StoreInfo, codes_hash, weights_hash
 from saelens_lite.features.per_model import ModelTensors
 from saelens_lite.features.rows import ExampleRow, GroupRate
 from saelens_lite.features.search import Hit, SearchResult
@@ -114,6 +114,7 @@ __all__ = [
     "SearchResult",
     "Skipped",
     "StoreInfo",
+    "codes_hash",
     "latent_weights",
     "token_baseline",
     "weights_hash",

@@ -62,6 +62,7 @@ class StorePlan(NamedTuple):
             "bos_id": lm.bos_id,
             "text": source_name(text, text_config),
             "text_sha256": text_hash(rows),
+            "model_sha256": lm.fingerprint(),
             **config.model_dump(include=SHOWN),
         }
         infos = [
@@ -82,7 +83,8 @@ class StorePlan(NamedTuple):
         read = RowHash()
         for piece in self.rows.pieces():
             read.add(piece)
-        of_each = {f"{i}: {key}": x for i, info in enumerate(self.infos) for key, x in info.model_dump(mode="json").items()}
+        each = [info.model_dump(mode="json", exclude={"model_sha256", "precision", "processing"}) for info in self.infos]
+        of_each = {f"{i}: {key}": x for i, facts in enumerate(each) for key, x in facts.items()}
         of_model = {} if isinstance(lm, Models) else {"processing": lm.processing, "model_dtype": f"torch.{lm.precision}"}
         return {
             **of_model,  # of several models, infos have these
@@ -126,9 +128,11 @@ def _named(lm: AnyModel, dictionary: Dictionary) -> dict[str, Any]:
     """Return the facts about the models of a dictionary, as fields of a StoreInfo."""
     models = models_of(dictionary, lm)
     if not isinstance(lm, Models):
-        return {"model": lm.name, "revision": lm.revision}
+        return {"model": lm.name, "revision": lm.revision, "precision": lm.precision, "processing": lm.processing}
     if len(models) == 1:
-        return {"model": models[0].model, "revision": models[0].revision}
+        one = models[0]
+        facts = {"precision": one.precision or "float32", "processing": one.processing}
+        return {"model": one.model, "revision": one.revision, **facts}
     named = ", ".join(f"{facts.name} = {facts.model}" for facts in models)
     return {"model": named, "revision": None, "models": models}
 

@@ -12,10 +12,15 @@ from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, UserError
 from saelens_lite.features.explanations import neuronpedia_id
 
-_OF_CONTEXTS = (
+_NOT_OF_CONTEXTS = {"text", "neuronpedia", "partner_tokens", "raw_unembedding"}  # all other facts decide the contexts
+_OF_OLDER_CONTEXTS = {
     *("dictionary_sha256", "text_sha256", "model", "reads", "n_tokens", "seed"),
     *("top_n", "n_groups", "group_size", "n_random", "n_silent", "window"),
-)
+}
+_OF_CODES = ("rule", "d_sae", "options", "token_norm", "dictionary_sha256")  # the keys of `facts_of`
+_UNKNOWN_TO_OLDER = ("neuronpedia", "models", "model_sha256", "precision", "processing")
+
+LENGTH, OLDER_LENGTH = 16, 8  # characters of a hash of contexts
 
 
 class StoreInfo(FrozenConfig):
@@ -26,6 +31,11 @@ class StoreInfo(FrozenConfig):
     models: tuple[ModelFacts, ...] = Field(
         (), max_length=100, description="The models, if the dictionary reads or writes several; `revision` is unset then."
     )
+    model_sha256: str | None = Field(None, description="Fingerprint of the weights of the model or models; None: unknown.")
+    precision: str | None = Field(
+        None, max_length=40, description="Number type of the forward passes; None: unknown, or several."
+    )
+    processing: tuple[str, ...] = Field((), max_length=100, description="Changes made to the weights of the model.")
     reads: tuple[str, ...] = Field(min_length=1, description="Hooks that the dictionary reads.")
     writes: tuple[str, ...] = Field(min_length=1, description="Hooks that the dictionary writes.")
     rule: str = Field(description="Sparsity rule of the dictionary.")
@@ -52,8 +62,8 @@ class StoreInfo(FrozenConfig):
 
     @model_serializer(mode="wrap")
     def _as_older_stores(self, handler: Any) -> dict[str, Any]:
-        """Leave out an unknown Neuronpedia id and models if there are not several, as older stores do."""
-        return {name: value for name, value in handler(self).items() if name not in ("neuronpedia", "models") or value}
+        """Leave out facts that are unknown and that older stores lack, and models if there are not several."""
+        return {name: value for name, value in handler(self).items() if name not in _UNKNOWN_TO_OLDER or value}
 
     @model_validator(mode="before")
     @classmethod
@@ -83,9 +93,21 @@ class StoreInfo(FrozenConfig):
 
     @property
     def contexts(self) -> str:
-        """A short hash of all that decides which contexts the store shows; stores with the same one show the same."""
-        facts = self.model_dump(mode="json", include=set(_OF_CONTEXTS))
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
+        """A short hash of all that decides which contexts the store shows; stores with the same one show the same.
+
+        That is the dictionary with its rule and options, the model with its precision, the text, and the settings.
+        """
+        return _hash_of(self.model_dump(mode="json", exclude=_NOT_OF_CONTEXTS))[:LENGTH]
+
+    @property
+    def older_contexts(self) -> str:
+        """The hash that older versions wrote in place of `contexts`. Stores that differ in their rule's options share it."""
+        return _hash_of(self.model_dump(mode="json", include=_OF_OLDER_CONTEXTS))[:OLDER_LENGTH]
+
+    @property
+    def codes_sha256(self) -> str:
+        """The hash of all facts of the dictionary that its codes depend on, see `codes_hash`."""
+        return _hash_of({name: getattr(self, name) for name in _OF_CODES})
 
     def check_text(self, what: str) -> None:
         """Raise UserError unless the store has the model and the text that a request needs."""
@@ -121,6 +143,20 @@ def facts_of(dictionary: Dictionary) -> dict[str, Any]:
     }
 
 
+def codes_hash(dictionary: Dictionary) -> str:
+    """Return the SHA-256 of all facts of a dictionary that its codes depend on: weights, rule, options and token norm."""
+    return _hash_of(facts_of(dictionary))
+
+
+def _hash_of(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def is_of_older(contexts: str) -> bool:
+    """Return whether a hash of contexts is of an older version, see `StoreInfo.older_contexts`."""
+    return len(contexts) == OLDER_LENGTH
+
+
 def own_id(dictionary: Dictionary) -> str | None:
     """Return the Neuronpedia id that came with a dictionary; None if it has none that is valid."""
     read_from = dictionary.training_record.get("read_from")  # may be a stranger's
@@ -129,7 +165,10 @@ def own_id(dictionary: Dictionary) -> str | None:
 
 
 def weights_hash(dictionary: Dictionary) -> str:
-    """Return the SHA-256 of the names, types, shapes and values of a dictionary's parameters and buffers."""
+    """Return the SHA-256 of the names, types, shapes and values of a dictionary's parameters and buffers.
+
+    Dictionaries that differ in the options of their rule alone, such as k, have the same one: see `codes_hash`.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(dictionary.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -13,11 +13,12 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError, CorruptFileError, UserError
 from saelens_lite.evaluation.sums import Metric
 from saelens_lite.features.explaining.scores import FLOORS, KINDS, RESULTS, Judged, Kind, LabelScore
-from saelens_lite.features.info import StoreInfo
-from saelens_lite.features.store_files import read_info
+from saelens_lite.features.info import StoreInfo, codes_hash, is_of_older, weights_hash
+from saelens_lite.features.store_files import INFO_FILE, read_info
 from saelens_lite.files import MAX_LIST_BYTES, write_text
 from saelens_lite.locks import locked
 from saelens_lite.schemas import Checked, Count, Sha256, String, read_checked
@@ -125,6 +126,9 @@ def add_to_stored(path: Path, scores: Mapping[int, Mapping[Kind, LabelScore]], i
 def read_scores(path: Path, dictionary_sha256: str, d_sae: int) -> OfLatents:
     """Return the scores in a file.
 
+    Older versions did not distinguish stores whose rules differ in an option, so the labels of their scores count as made
+    elsewhere.
+
     Raises:
         CorruptFileError: the file is missing, damaged or of another format.
         ConfigError: the scores belong to another dictionary.
@@ -153,10 +157,32 @@ def stored_scores(folder: Path, info: StoreInfo) -> OfLatents:
 def of_store(scores: Iterable[LabelScore], info: StoreInfo) -> list[LabelScore]:
     """Return the scores on the contexts of a store, and warn if there are others. One that does not say counts as such."""
     scores = list(scores)
-    own = [one for one in scores if one.store in ("", info.contexts)]
+    own = [one for one in scores if one.store in ("", info.contexts, info.older_contexts)]
     if len(own) < len(scores):
         logger.warning("%d scores are left out: they are on the contexts of another store", len(scores) - len(own))
     return own
+
+
+def scores_beside(folder: Path, dictionary: Dictionary) -> OfLatents:
+    """Return the scores in the folder of a dictionary or of a store, also those of earlier labels; none without such a file.
+
+    In the folder of a store, scores on the contexts of another store, or on those of a dictionary with the same weights and
+    other options, are left out with a warning.
+
+    Raises:
+        CorruptFileError: a file is damaged.
+        ConfigError: the scores belong to another dictionary.
+    """
+    if not os.path.lexists(folder / SCORES_FILE):
+        return {}
+    scores = read_scores(folder / SCORES_FILE, weights_hash(dictionary), dictionary.d_sae)
+    if not os.path.lexists(folder / INFO_FILE):
+        return scores
+    info = read_info(folder)
+    if info.codes_sha256 != codes_hash(dictionary):
+        logger.warning("the scores in %s are left out: its store is of a dictionary with other options", folder)
+        return {}
+    return together({}, of_store((one for kinds in scores.values() for one in kinds.values()), info), info.d_sae)
 
 
 def check_room(scores: Mapping[int, Mapping[Kind, LabelScore]], more: Iterable[tuple[int, Kind]]) -> None:
@@ -247,6 +273,7 @@ def _numbers(metric: Metric) -> list[float]:
 def _read(one: _Score) -> LabelScore:
     plain = {name: getattr(one, name) for name in LabelScore._fields if name not in (*RESULTS, "recall")}
     results = {name: None if (of := getattr(one, name)) is None else _judged(of) for name in RESULTS}
+    plain["made_elsewhere"] |= is_of_older(one.store)
     return LabelScore(**plain, **results, recall=tuple(one.recall))
 
 

@@ -20,7 +20,7 @@ from saelens_lite.errors import ConfigError, CorruptFileError, UserError, not_a_
 from saelens_lite.features.explanations import Explanation, neuronpedia_id, read_explanations
 from saelens_lite.features.info import StoreInfo, own_id, weights_hash
 from saelens_lite.features.label import Label, origin_of
-from saelens_lite.features.label_scores import SCORES_FILE, OfLatents, auroc_of, current, kinds_of, read_scores
+from saelens_lite.features.label_scores import OfLatents, auroc_of, current, kinds_of, scores_beside
 from saelens_lite.features.store_files import read_info
 from saelens_lite.files import MAX_LIST_BYTES, named_file, write_json
 from saelens_lite.locks import locked
@@ -153,9 +153,7 @@ def load(path: str | Path, dictionary: Dictionary) -> Labels:
     """
     sha256, path = weights_hash(dictionary), named_file(path)
     labels = {latent: text for latent, text in read_labels(path, sha256, dictionary.d_sae).items() if text}
-    beside, scores = path.parent / SCORES_FILE, {}
-    if path.name == LABELS_FILE and os.path.lexists(beside):
-        scores = current(read_scores(beside, sha256, dictionary.d_sae), labels)
+    scores = current(scores_beside(path.parent, dictionary), labels) if path.name == LABELS_FILE else {}
     return Labels({latent: [text] for latent, text in labels.items()}, dictionary.d_sae, sha256, scores)
 
 

@@ -29,7 +29,7 @@ from saelens_lite.schemas import Checked, Count, Sha256, String, read_checked
 from saelens_lite.tensor_files import check_axes, read_tensors, tensor_specs, write_tensor_blocks
 from saelens_lite.tokens.display import Vocabulary
 
-FORMAT = 4  # 3 lacks partner_tokens in info
+FORMAT = 5  # 3 lacks partner_tokens in info, 4 the facts about the model's weights
 INFO_FILE = "features.json"
 TENSORS_FILE, WEIGHTS_FILE, CONTROL_FILE = "features.safetensors", "weights.safetensors", "control.safetensors"
 ROWS_FILE, MODELS_FILE = "rows.safetensors", "models.safetensors"
@@ -50,7 +50,7 @@ class _Codes(Checked):
 class _Content(Checked):
     """The content of features.json."""
 
-    format: Literal[3, 4]
+    format: Literal[3, 4, 5]
     sha256: dict[String, Sha256]
     codes: _Codes | None
     info: StoreInfo

@@ -14,7 +14,7 @@ import numpy as np
 from saelens_lite.dictionary import Dictionary
 from saelens_lite.errors import ConfigError
 from saelens_lite.features.explaining.scores import RESULTS, Judged, Kind, LabelScore, by_floors
-from saelens_lite.features.info import weights_hash
+from saelens_lite.features.info import codes_hash, weights_hash
 from saelens_lite.features.label import origin_of
 from saelens_lite.features.label_scores import (
     SCORES_FILE,
@@ -22,7 +22,7 @@ from saelens_lite.features.label_scores import (
     current,
     exceeds_controls,
     kinds_of,
-    read_scores,
+    scores_beside,
     write_scores,
 )
 from saelens_lite.features.labels import LABELS_FILE, read_labels, write_labels
@@ -52,10 +52,9 @@ class PublishedLabels(NamedTuple):
         """
         if not (folder / LABELS_FILE).exists():
             return None
-        sha256, d_sae, scores = weights_hash(dictionary), dictionary.d_sae, {}
+        sha256, d_sae = weights_hash(dictionary), dictionary.d_sae
         labels = {i: text for i, text in read_labels(folder / LABELS_FILE, sha256, d_sae).items() if text}
-        if (folder / SCORES_FILE).exists():
-            scores = current(read_scores(folder / SCORES_FILE, sha256, d_sae), labels)
+        scores = current(scores_beside(folder, dictionary), labels)
         return cls(dict(sorted(labels.items())), scores, d_sae) if labels else None
 
     def write(self, folder: Path, dictionary_sha256: str) -> dict[str, Path]:
@@ -126,13 +125,13 @@ def labels_of(folder: Path, dictionary: Dictionary, stores: Mapping[str, Path]) 
     """Return the labels of a dictionary: those of its store, or else those in its own folder.
 
     Args:
-        stores: folders of feature stores, by the hash of the dictionary that each is of.
+        stores: folders of feature stores, by the hash of the dictionary that each is of (`codes_hash`).
 
     Raises:
         ConfigError: the store has no labels, or its labels belong to another dictionary.
         CorruptFileError: a file is damaged.
     """
-    store = stores.get(weights_hash(dictionary)) if stores else None
+    store = stores.get(codes_hash(dictionary)) if stores else None
     labels = PublishedLabels.read(store or folder, dictionary)
     if store and labels is None:
         raise ConfigError(f"{store} has no labels; label its latents first, or leave it out")

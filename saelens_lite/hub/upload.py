@@ -49,7 +49,7 @@ from saelens_lite.errors import (
     HubNotFoundError,
     HubUnreachableError,
 )
-from saelens_lite.features.info import weights_hash
+from saelens_lite.features.info import codes_hash, weights_hash
 from saelens_lite.features.labels import LABELS_FILE
 from saelens_lite.features.store_files import read_info
 from saelens_lite.files import MAX_JSON_BYTES, file_hash, named_file, write_file
@@ -304,14 +304,14 @@ def _prepare(
     stores: Sequence[str | Path],
 ) -> tuple[list[CardEntry], dict[str, Path | bytes]]:
     """Load the dictionaries, which also checks them, and return their entries and files for the repository."""
-    entries, files, of_stores = [], {}, {read_info(Path(store)).dictionary_sha256: Path(store) for store in stores}
+    entries, files, of_stores = [], {}, {read_info(Path(store)).codes_sha256: Path(store) for store in stores}
     unused = dict(of_stores)
     for i, (name, source) in enumerate(named.items()):
         folder, dictionary = _loaded(source, scratch / str(i))
         folder = folder if is_own_folder(folder) else dictionary.save(scratch / str(i))  # convert another tool's files
         labels = labels_of(folder, dictionary, of_stores)
         if stores:
-            unused.pop(weights_hash(dictionary), None)
+            unused.pop(codes_hash(dictionary), None)
         load, report = load_text(folder, dictionary, Address(repo, name)), stored_report(folder)
         card, own = _published_files(folder, dictionary, labels, license=license, tags=tags)
         card = with_section(with_section(card, "load", load), "evaluation", evaluation_text(report))

@@ -34,7 +34,7 @@ class Packed(NamedTuple):
 def pack(content: Content) -> Packed:
     """Return the content packed into blocks."""
     columns = {name: _compact(getattr(content, name)) for name in ("tokens", "spans", "index", "details")}
-    words = {name: getattr(content, name) for name in ("vocabulary", "labels", "origins", "scores", "judges")}
+    words = {name: getattr(content, name) for name in ("vocabulary", "labels", "origins", "scores", "judges", "spreads")}
     whole = [
         json.dumps(words, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "backslashreplace"),  # lone surrogates
         *(_bytes(columns[name]) for name in ("tokens", "spans", "index")),

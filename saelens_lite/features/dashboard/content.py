@@ -12,9 +12,10 @@ from saelens_lite.evaluation.sums import Metric
 from saelens_lite.features.dashboard.models import Diff, of_models
 from saelens_lite.features.explaining.scores import RESULTS, LabelScore
 from saelens_lite.features.label import origin_of
-from saelens_lite.features.label_scores import exceeds_controls
+from saelens_lite.features.label_scores import exceeds_controls, kinds_of
 from saelens_lite.features.queries import StoreQueries
 
+QUARTILES = (0.25, 0.5, 0.75)
 N_CONTROL = 5  # contexts of a latent on the model with shuffled weights
 
 Columns = dict[str, np.ndarray]
@@ -33,6 +34,7 @@ class Content(NamedTuple):
     origins: list[str]  # authors and sources of labels; a latent's column `origin` has the number of its label's
     scores: dict[int, dict[str, Any]]  # of the labels that have a score, by kind
     judges: list[str]  # the names of the judges; a score has the number of its judge
+    spreads: dict[str, dict[str, list[float]]]  # by kind and result: the quartiles over latents of the AUROC
     tokens: Columns  # a token that is in a context
     spans: Columns  # a span of the text: its first place among the shown tokens, its row, its position
     index: Columns  # a latent: the data that the list shows and searches
@@ -121,6 +123,7 @@ def content(store: StoreQueries, images: dict[int, str] | None = None, diff: Dif
         origins=origins.names,
         scores=scores,
         judges=judges,
+        spreads=_spreads(store),
         tokens={"token": word} | of_groups.tokens,
         spans={"at": text.at, "row": row, "position": position},
         index=_index(store, shown["top"], ids.searchsorted(promoted)) | of_groups.index | origins.index | _there(models.index),
@@ -179,6 +182,18 @@ def _scores(store: StoreQueries) -> tuple[dict[int, dict[str, Any]], list[str]]:
     of_latents = store.label_scores
     judges = sorted({one.judge for kinds in of_latents.values() for one in kinds.values()})
     return {latent: {kind: _score(one, judges) for kind, one in kinds.items()} for latent, kinds in of_latents.items()}, judges
+
+
+def _spreads(store: StoreQueries) -> dict[str, dict[str, list[float]]]:
+    """Return the quartiles over latents of the AUROC of each result, by kind: lower quartile, median, upper quartile."""
+    spreads: dict[str, dict[str, list[float]]] = {}
+    for kind in kinds_of(store.label_scores):
+        ones = [kinds[kind] for kinds in store.label_scores.values() if kind in kinds]
+        for name in RESULTS:
+            areas = [of.auroc.value for one in ones if (of := getattr(one, name)) is not None]
+            if areas:
+                spreads.setdefault(kind, {})[name] = np.quantile(areas, QUARTILES).round(4).tolist()
+    return spreads
 
 
 def _score(one: LabelScore, judges: list[str]) -> dict[str, Any]:

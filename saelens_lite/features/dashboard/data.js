@@ -43,12 +43,12 @@ class Columns {
   get(name, i) { return this.columns.get(name).numbers[i]; }
 }
 
-let vocabulary, labels, origins, scores, judges, tokens, groupOf, spans, index;
+let vocabulary, labels, origins, scores, judges, spreads, tokens, groupOf, spans, index;
 async function openList() {
   const block = takeBlock("list-block"), part = number => open(block, layout.list_starts, number);
   const columns = async (number, name) => new Columns(await part(number).arrayBuffer(), layout.columns[name]);
   let shown;
-  [{vocabulary, labels, origins, scores, judges}, shown, spans, index] = await Promise.all([
+  [{vocabulary, labels, origins, scores, judges, spreads}, shown, spans, index] = await Promise.all([
     part(0).json(), columns(1, "tokens"), columns(2, "spans"), columns(3, "index")]);
   tokens = shown.all("token");
   if (shown.has("group")) groupOf = shown.all("group");

@@ -98,7 +98,8 @@ def _check(store: StoreQueries, diff: Diff | None) -> None:
     if store.models is None or {diff.base, diff.tuned} != set(store.info.names):
         models = ", ".join(store.info.names) or store.info.model or "no model"
         raise ConfigError(f"the diff is of {diff.base} and {diff.tuned}, but the store is of {models}")
-    if diff.dictionary_sha256 != store.info.dictionary_sha256:
+    older = store.info.dictionary_sha256  # of the weights alone
+    if diff.dictionary_sha256 not in (store.info.codes_sha256, older):
         raise ConfigError("the diff is of another dictionary than the store; give that of the dictionary of the store")
 
 

@@ -30,7 +30,7 @@ function scoreCell(i, kind) {
 }
 
 // Buttons that leave the latents in the list whose label is better than its controls, not better, or not scored.
-const VERDICTS = [["better than the controls measured", above => above.every(is => is === true)], ["not better than controls", above => above.includes(false)],
+const VERDICTS = [["better than the controls measured", above => above.includes(true) && !above.includes(false)], ["not better than controls", above => above.includes(false)],
   ["without controls", () => true]];
 function verdict(i) {
   if (!isScored(i)) return label(i) ? VERDICTS.length : -1;
@@ -53,21 +53,21 @@ function scoreOverview() {
   const section = card(`Scores of labels: AUROC of ${whole(Object.keys(scores).length)} of ${whole(Object.keys(labels).length)} labels, beside controls`);
   section.id = "scores";
   section.append(grid(kinds.length > 1 ? "halves" : "", ...kinds.map(kind => {
-    const of = name => Object.values(scores).map(one => one[kind]?.[name]).filter(Boolean).map(auroc).sort((a, b) => a - b);
-    const series = Object.entries(SERIES).map(([name, told]) => [told, of(name)]).filter(([, values]) => values.length);
+    const of = name => Object.values(scores).map(one => one[kind]?.[name]).filter(Boolean).map(auroc);
+    const series = Object.entries(SERIES).filter(([name]) => spreads[kind][name]).map(([name, told]) => [told, of(name), spreads[kind][name]]);
     return make("div", {class: "series"}, make("h3", {}, kind, make("span", {class: "soft"}, `judge: ${judgesOf(kind).map(named).join(", ")}`)),
-      ...series.map(([told, values]) => seriesRow(told, values)));
+      ...series.map(([told, values, quartiles]) => seriesRow(told, values, quartiles)));
   })));
   return section;
 }
 const judgesOf = kind => [...new Set(Object.values(scores).filter(one => one[kind]).map(one => judges[one[kind].judge]))];
-function seriesRow([name, meaning], values) {
-  const counts = new Uint32Array(N_BINS), quantile = q => values[Math.round(q * (values.length - 1))];
+function seriesRow([name, meaning], values, [lower, middle, upper]) {
+  const counts = new Uint32Array(N_BINS);
   for (const value of values) counts[Math.min(N_BINS - 1, Math.floor(value * N_BINS))]++;
   const bars = Array.from(counts, (count, j) => ({height: count, tip: `${name}, ${fixed(j / N_BINS)} to ${fixed((j + 1) / N_BINS)}:  ${whole(count)} labels`}));
-  const plot = chart(`AUROC, ${name}`, bars, ["0", "0.5", "1"]), median = fixed(quantile(.5));
+  const plot = chart(`AUROC, ${name}`, bars, ["0", "0.5", "1"]);
   return make("div", {class: name.startsWith("this") ? "spread" : "spread control"}, make("span", {class: "named", "data-tip": meaning}, name.replace("this label", "labels")), plot,
-    make("span", {class: "figure", "data-tip": `median of ${whole(values.length)}; the middle half is from ${fixed(quantile(.25))} to ${fixed(quantile(.75))}`}, median));
+    make("span", {class: "figure", "data-tip": `median of ${whole(values.length)}; the middle half is from ${fixed(lower)} to ${fixed(upper)}`}, fixed(middle)));
 }
 
 // The card of a latent's label.

@@ -1,4 +1,4 @@
-"""95 % intervals of what a judge scores on few contexts, which stay honest near 1.
+"""95 % intervals of what a judge scores on few contexts, and of means over few latents, which stay honest near 1.
 
 A bootstrap, or a normal approximation with DeLong's variance, has no width if all answers are right. With 12 contexts of each
 kind and graded answers, they cover an AUROC of 0.97 only 77 and 66 times in 100. The intervals here do so 95 times or more from
@@ -14,7 +14,8 @@ from saelens_lite.evaluation.sums import Metric
 from saelens_lite.seeds import mixed_seed
 
 Z = 1.959963984540054  # standard deviations to each side of the central 95 % of a normal distribution
-REPLICATES = 2000
+REPLICATES = 10_000
+NUMBERS = 1 << 20  # random numbers at once
 STEPS = 60  # bisections
 
 
@@ -74,9 +75,29 @@ def exceeds(one: Metric, other: Metric) -> bool:
 
 
 def mean_metric(values: Sequence[float], seed: int) -> Metric:
-    """Return the mean over latents with the interval of a bootstrap over them; one latent has no interval."""
+    """Return the mean over latents of numbers from 0 to 1, with its interval; one latent has no interval.
+
+    A bootstrap has no width if all values are equal, and covers a mean of five latents about 70 times in 100. Here, each end is
+    a quantile of Σ w_i v_i with random weights w, uniform on all that sum to 1. One weight is that of an unseen latent, whose
+    value is 0 for the lower end and 1 for the upper one. Of zeros and ones, this is the interval of Clopper and Pearson. That
+    it covers the mean of any distribution at least 95 times in 100 is conjectured; no exception is known. With few latents it
+    is wide: about a third for ten.
+    Source: Gaffke 2005; Learned-Miller and Thomas 2019, A new confidence interval for the mean of a bounded random variable,
+    arXiv:1905.06208.
+    """
     if len(values) < 2:
         return Metric(float(np.mean(values)) if values else math.nan, math.nan, math.nan)
-    draws = np.random.default_rng(mixed_seed("mean over latents", seed)).integers(len(values), size=(REPLICATES, len(values)))
-    low, high = np.quantile(np.asarray(values)[draws].mean(1), (0.025, 0.975)).tolist()
-    return Metric(float(np.mean(values)), low, high)
+    given, draws = np.asarray(values, dtype=np.float64), np.random.default_rng(mixed_seed("mean over latents", seed))
+    sums = []
+    for n in _parts_of(REPLICATES, max(1, NUMBERS // len(given))):
+        weights = draws.standard_exponential((n, len(given) + 1))
+        weights /= weights.sum(1, keepdims=True)
+        seen = weights[:, :-1] @ given
+        sums.append((seen, seen + weights[:, -1]))
+    low, high = (np.quantile(np.concatenate(ends), q) for ends, q in zip(zip(*sums, strict=True), (0.025, 0.975), strict=True))
+    return Metric(float(given.mean()), float(max(0.0, low)), float(min(1.0, high)))  # rounding may lead out of [0, 1]
+
+
+def _parts_of(n: int, most: int) -> list[int]:
+    """Return parts of a number of at most so many."""
+    return [min(most, n - start) for start in range(0, n, most)]

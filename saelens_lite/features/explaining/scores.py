@@ -107,7 +107,7 @@ class Skipped(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """One result over all latents: the mean with the interval of a bootstrap over latents, and quantiles."""
+    """One result over all latents: the mean with its 95 % interval, see `mean_metric`, and quantiles."""
 
     kind: Kind
     result: str
