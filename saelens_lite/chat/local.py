@@ -1,10 +1,9 @@
 """Chat models that run on this computer: a causal language model of transformers answers, always with its likeliest tokens."""
 
-import logging
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from saelens_lite.chat.contract import Answer, Estimate, Question
 from saelens_lite.chat.kept import Asked, KeptAnswers, in_order
@@ -13,8 +12,6 @@ from saelens_lite.progress import progress_bar
 
 if TYPE_CHECKING:
     from saelens_lite.model import LanguageModel
-
-log = logging.getLogger(__name__)
 
 
 class LocalModel:
@@ -28,8 +25,8 @@ class LocalModel:
         lm.check_causal("answering questions")
         _ = lm.text_tokenizer  # TextError without one
         self.name, self.lm, self.batch_size = lm.name, lm, batch_size
-        self._kept, self._is_warned = KeptAnswers(folder, ask_again), False
-        self._facts: dict[str, Any] = {
+        self._kept = KeptAnswers(folder, ask_again)
+        self._facts = {
             "endpoint": "local",
             "model": lm.name,
             "weights": lm.fingerprint(),
@@ -52,8 +49,7 @@ class LocalModel:
 
         asked = [self._asked(question) for question in questions]
         keys = [one.key for one in asked]
-        by_key = dict(zip(keys, questions, strict=True))
-        answers = {key: answer for key, question in by_key.items() if (answer := self._known(key, question))}
+        answers = {key: answer for key in dict.fromkeys(keys) if (answer := self._kept.get(key))}
         waiting = {key: (a, q) for key, a, q in zip(keys, asked, questions, strict=True) if key not in answers}
         prompts = {key: prompt_of(self.lm, question) for key, (_, question) in waiting.items()}
         answers |= {key: Answer(None, "too long") for key, prompt in prompts.items() if prompt.room < 1}
@@ -79,27 +75,12 @@ class LocalModel:
         from saelens_lite.chat.generating import prompt_of
 
         by_key = {self._asked(question).key: question for question in questions}
-        waiting = [question for key, question in by_key.items() if self._known(key, question) is None]
+        waiting = [question for key, question in by_key.items() if self._kept.get(key) is None]
         n_input = sum(len(prompt_of(self.lm, question).ids) for question in waiting)
         return Estimate(len(waiting), n_input, sum(question.max_tokens for question in waiting), 0.0)
 
     def _asked(self, question: Question) -> Asked:
         return Asked.of(question._replace(schema=None), **self._facts)
-
-    def _known(self, key: str, question: Question) -> Answer | None:
-        """Return the kept answer to a question, also if an earlier version kept it; None if it has to be asked."""
-        if answer := self._kept.get(key):
-            return answer
-        earlier = self._kept.get(Asked(self._asked(question), weights=self._facts["weights"].sampled).key)
-        if earlier and not self._is_warned:
-            self._is_warned = True
-            log.warning(
-                "some answers in %s were kept by an earlier version, which compared only some entries of the weights; if those "
-                "of %s have changed since, choose another folder",
-                self._kept.folder,
-                self.name,
-            )
-        return earlier
 
 
 def local_chat_model(

@@ -368,7 +368,7 @@ def _n_effective(report: Measured) -> int | float:
 
 
 def _half_width(report: Measured, n: int | float) -> float:
-    """Return half the length of a report's intervals in standard deviations; those of earlier versions are not for few units."""
+    """Return half the length of a report's intervals in standard deviations. Earlier versions did not widen those of few."""
     units = report.replicates and report.replicates.units
     return t_quantile(0.975, n - 1) if units else Z * ((n - 1) / n) ** 0.5
 
