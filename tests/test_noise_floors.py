@@ -197,7 +197,7 @@ def firings(generator: np.random.Generator, rates: np.ndarray, n_sequences: int,
 def alive_report(sums: PooledSums, name: str) -> ComparedScores:
     step = 1 / len(sums.fired(name))
     kept = Replicates.of_values("w", {"frac_alive": alive_values(sums, name)}, {"frac_alive": step})
-    return ComparedScores({"frac_alive": latent_metrics(sums, name)["frac_alive"]}, kept, None, sums.n_sequences)
+    return ComparedScores({"frac_alive": latent_metrics(sums, name)["frac_alive"]}, kept, None, sums.n_units)
 
 
 RATES = {

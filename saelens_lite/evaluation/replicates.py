@@ -21,7 +21,7 @@ AS_TAKEN = ("tokens", "steps", "kl_after")  # of a training record: as many as t
 
 
 class Units(NamedTuple):
-    """What a bootstrap draws, such as documents: their number, and how many of equal size would be as informative.
+    """The units that a bootstrap draws, such as documents: their number, and how many of equal size would be as informative.
 
     The latter is (Σ n)² / Σ n² for units of n tokens.
     """
