@@ -124,8 +124,11 @@ def test_taking_rows(lm):
     assert torch.equal(rows.take(order).tokens, rows.tokens[[2, 0]])
     assert torch.equal(rows[1:3].keep, rows.keep[1:3])
     assert isinstance(rows[1:3], TokenRows)
-    tokens, keep, length, _ = rows
+    tokens, keep, length, *_ = rows
     assert (tokens is rows.tokens, keep is rows.keep, length is rows.length) == (True, True, True)
+    n_rows = [-(-len(lm.tokenizer(text, add_special_tokens=False)["input_ids"]) // 15) for text in TEXTS]  # behind BOS
+    assert rows.document.tolist() == [number for number, n in enumerate(n_rows) for _ in range(n)]
+    assert torch.equal(rows.take(order).document, rows.document[[2, 0]])
 
 
 def test_text_hash_sees_tokens_and_kept_positions(lm):
