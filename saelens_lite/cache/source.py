@@ -25,7 +25,7 @@ class Statistics(NamedTuple):
 
 
 BLOCK = 8192  # activations whose sums are added at once
-WIDENED = 1 << 16  # numbers that are in float64 at the same time on a CPU
+SERIAL = 1 << 15  # numbers on which torch starts no threads, which would go on spinning beside those that hash and write
 UNNAMED = "x"  # name for activations in memory without a hook
 Batch = dict[str, Float[Tensor, "batch _"]]
 
@@ -69,6 +69,11 @@ class Source(Protocol):
         ...
 
 
+def serial_rows(x: Tensor) -> int:
+    """Return the number of rows that torch works on without threads."""
+    return max(1, SERIAL // max(1, x[:1].numel()))
+
+
 def exact_sums(x: Float[Tensor, "n d_in"]) -> tuple[Float[Tensor, " d_in"], Float[Tensor, ""]]:
     """Return Σx and Σ‖x‖² in float64, on the device of x if that has float64.
 
@@ -78,7 +83,7 @@ def exact_sums(x: Float[Tensor, "n d_in"]) -> tuple[Float[Tensor, " d_in"], Floa
         exact = wide(x)
         return exact.sum(0), torch.linalg.vector_norm(exact).square()
     total, square = torch.zeros(x.shape[1], dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    for rows in x.split(max(1, WIDENED // x.shape[1])):
+    for rows in x.split(serial_rows(x)):
         exact = (rows.float() if x.element_size() < 4 else rows).double()
         total += exact.sum(0)
         square += torch.linalg.vector_norm(exact).square()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from saelens_lite.cache.journal import Journal
 from saelens_lite.cache.shards import CHUNK, chunk_checksums, shard_name, write_shard
-from saelens_lite.cache.source import BLOCK, Moments, exact_sums
+from saelens_lite.cache.source import BLOCK, Moments, exact_sums, serial_rows
 from saelens_lite.cuda_streams import SideStream, to_host
 from saelens_lite.errors import NonFiniteError, SaelensLiteError
 
@@ -63,7 +63,7 @@ class _Block:
         n = min(self.size - self.n, len(piece["tokens"]) - start)
         for key, x in piece.items():
             part = x[start : start + n]
-            self.rows[key][self.n : self.n + n] = part
+            _copy(self.rows[key][self.n : self.n + n], part)
             if key in self._pieces:
                 self._pieces[key].append(part)
         self.n += n
@@ -198,6 +198,13 @@ class ShardWriter:
                 break
         for shard in self._writing:
             shard.path.unlink(missing_ok=True)
+
+
+def _copy(to: Tensor, x: Tensor) -> None:
+    """Copy rows; on a CPU, some at a time."""
+    size = serial_rows(x) if x.device.type == "cpu" else len(x)
+    for some, rows in zip(to.split(size), x.split(size), strict=True):
+        some.copy_(rows)
 
 
 def _write(
