@@ -11,7 +11,7 @@ import numpy as np
 
 from saelens_lite.errors import ConfigError, near_matches
 from saelens_lite.evaluation.floors import LEVEL, Noise, joint_df, noise_floors_of, t_quantile
-from saelens_lite.evaluation.replicates import COLUMNS, LEAST, Recipe, Replicates
+from saelens_lite.evaluation.replicates import COLUMNS, LEAST, Recipe, Replicates, Units
 from saelens_lite.evaluation.sums import Metric
 from saelens_lite.tables import Result, grid
 
@@ -314,45 +314,19 @@ def _noise(reports: Sequence[Measured], metric: str, sizes: Sequence[int]) -> No
 
     sizes: the number of reports in each row, which come in this order.
     """
-    covariance, df = np.zeros((len(reports), len(reports))), math.inf
-    is_paired = np.zeros(covariance.shape, dtype=bool)
-    blocks: dict[str, list[int]] = {}
-    if any(_has_too_few(report, metric) for report in reports):
-        return None
-    for i, report in enumerate(reports):
-        blocks.setdefault(report.replicates.weights if _is_replicated(report, metric) else f"alone {i}", []).append(i)
-    for weights, rows in blocks.items():
-        n = min(_n_effective(reports[i]) for i in rows)
-        if n < 2:
-            return None
-        if weights.startswith("alone"):
-            m = reports[rows[0]].metrics[metric]
-            if not m.has_interval:
-                return None
-            long = max(m.high - m.value, m.value - m.low)  # the other side of a share may end at 0 or 1
-            covariance[rows[0], rows[0]] = (long / _half_width(reports[rows[0]], n)) ** 2
-            df = min(df, n - 1.0)
-            continue
-        several = [reports[i].replicates.of[metric] for i in rows]
-        drawn = np.stack([x[: min(map(len, several))] for x in several]).astype(np.float64)
-        drawn = drawn[:, np.isfinite(drawn).all(0)]
-        if drawn.shape[1] < LEAST:
-            return None
-        one = [reports[i].replicates.steps.get(metric, 0.0) for i in rows]  # an estimate of 0 proves nothing
-        covariance[np.ix_(rows, rows)] = np.cov(drawn) * n / (n - 1) + np.diag(np.square(one))
-        is_paired[np.ix_(rows, rows)] = True
-        df = min(df, joint_df(n - 1.0, drawn.shape[1] - 1.0))
     value = np.array([report.metrics[metric].value for report in reports])
-    if not np.isfinite(value).all():
+    over_texts = _over_texts(reports, metric)
+    if over_texts is None or not np.isfinite(value).all():
         return None
+    paired, alone, df = over_texts
     row = np.repeat(np.arange(len(sizes)), sizes)
     mean = (row == np.arange(len(sizes))[:, None]) / np.asarray(sizes)[:, None]
     spread_df = float(len(reports) - len(sizes))
-    spread, of_text, of_rows = 0.0, 0.0, mean @ covariance @ mean.T
+    spread, of_text, of_rows = 0.0, 0.0, mean @ (paired + alone) @ mean.T
     if spread_df:
         apart = np.eye(len(reports)) - mean[row]  # the difference of each report from the mean of its row
         spread = float(np.square(apart @ value).sum() / spread_df)
-        of_text = float(np.trace(apart @ np.where(is_paired, covariance, 0) @ apart.T) / spread_df)
+        of_text = float(np.trace(apart @ paired @ apart.T) / spread_df)
         of_rows -= np.diag(of_text / np.asarray(sizes))  # the spread has this part too
     steps = [report.replicates.steps.get(metric, 0.0) for report in reports if report.replicates is not None]
     if spread_df and (step := max(steps, default=0.0)):
@@ -361,16 +335,52 @@ def _noise(reports: Sequence[Measured], metric: str, sizes: Sequence[int]) -> No
     return Noise(of_rows, df, tuple(sizes), max(spread, of_text), spread_df)
 
 
+def _over_texts(reports: Sequence[Measured], metric: str) -> tuple[np.ndarray, np.ndarray, float] | None:
+    """Return the covariance of a metric over texts, and its degrees of freedom; None if a report does not show it.
+
+    The first matrix is of reports with replicates, the second of those that have only their own interval.
+    """
+    if any(_has_too_few(report, metric) for report in reports):
+        return None
+    paired, alone = np.zeros((2, len(reports), len(reports)))
+    dfs, blocks = [], {}
+    for i, report in enumerate(reports):
+        if _is_replicated(report, metric):
+            blocks.setdefault(report.replicates.weights, []).append(i)
+            continue
+        m, n = report.metrics[metric], _n_effective(report)
+        if n < 2 or not m.has_interval:
+            return None
+        long = max(m.high - m.value, m.value - m.low)  # the other side of a share may end at 0 or 1
+        alone[i, i] = (long / _half_width(report, n)) ** 2
+        dfs.append(n - 1.0)
+    for rows in blocks.values():
+        n = min(_n_effective(reports[i]) for i in rows)
+        several = [reports[i].replicates.of[metric] for i in rows]
+        drawn = np.stack([x[: min(map(len, several))] for x in several]).astype(np.float64)
+        drawn = drawn[:, np.isfinite(drawn).all(0)]
+        if n < 2 or drawn.shape[1] < LEAST:
+            return None
+        one = [reports[i].replicates.steps.get(metric, 0.0) for i in rows]  # an estimate of 0 proves nothing
+        paired[np.ix_(rows, rows)] = np.cov(drawn) * n / (n - 1) + np.diag(np.square(one))
+        dfs.append(joint_df(n - 1.0, drawn.shape[1] - 1.0))
+    return paired, alone, min(dfs)
+
+
+def _units(report: Measured) -> Units | None:
+    """Return what the bootstrap of a report has drawn; None if it does not say, as reports of earlier versions."""
+    return None if report.replicates is None else report.replicates.units
+
+
 def _n_effective(report: Measured) -> int | float:
     """Return the number of sequences, or of units of equal size that are as informative as those of the bootstrap."""
-    units = report.replicates and report.replicates.units
+    units = _units(report)
     return units.n_effective if units else report.n_sequences
 
 
 def _half_width(report: Measured, n: int | float) -> float:
     """Return half the length of a report's intervals in standard deviations. Earlier versions did not widen those of few."""
-    units = report.replicates and report.replicates.units
-    return t_quantile(0.975, n - 1) if units else Z * ((n - 1) / n) ** 0.5
+    return t_quantile(0.975, n - 1) if _units(report) else Z * ((n - 1) / n) ** 0.5
 
 
 def _is_replicated(report: Measured, metric: str) -> bool:
@@ -410,7 +420,7 @@ def _method(reports: Sequence[Measured], metric: str, resampled: str) -> str:
     """Return a sentence on the source of a metric's noise."""
     replicated = [report for report in reports if _is_replicated(report, metric)]
     if len(replicated) == len(reports) and len({report.replicates.weights for report in replicated}) == 1:
-        units = {str(report.replicates.units) for report in replicated if report.replicates.units}
+        units = {str(units) for report in replicated if (units := _units(report))}
         return f"Paired bootstrap over {units.pop() if len(units) == 1 else resampled}."
     if replicated:
         return "Partly unpaired: the reports are of different texts or bootstrap seeds, or some hold no replicates."
