@@ -22,6 +22,7 @@ from saelens_lite.features.per_model import OF_CODES, models_of
 from saelens_lite.features.reduce import Block, TextFacts
 from saelens_lite.features.tensors import FeatureTensors
 from saelens_lite.features.text_rows import rows_of
+from saelens_lite.fingerprints import Fingerprint
 from saelens_lite.model.models import AnyModel, Models
 from saelens_lite.processes import Team
 from saelens_lite.progress import progress_bar
@@ -33,12 +34,13 @@ LOG_FORMAT = 2  # of an unfinished pass
 
 
 class StorePlan(NamedTuple):
-    """The inputs of a pass: dictionaries with their hooks, token rows, the facts that each store records, and settings."""
+    """The inputs of a pass: dictionaries with their hooks, token rows, the facts that each store records, settings, weights."""
 
     hooked: list[Hooked]
     rows: TokenRows
     infos: list[StoreInfo]
     config: StoreConfig
+    weights: Fingerprint
 
     @classmethod
     def of(
@@ -56,13 +58,13 @@ class StorePlan(NamedTuple):
         if not dictionaries:
             raise ConfigError("there is no dictionary to collect features of; give at least one")
         hooked = [_hooked(d, lm, hook) for d in dictionaries]
-        rows = _rows(dictionaries, lm, text, config.n_tokens, text_config, folder)
+        rows, weights = _rows(dictionaries, lm, text, config.n_tokens, text_config, folder), lm.fingerprint()
         common = {
             "n_tokens": rows.n_kept,
             "bos_id": lm.bos_id,
             "text": source_name(text, text_config),
             "text_sha256": text_hash(rows),
-            "model_sha256": lm.fingerprint(),
+            "model_sha256": weights,
             **config.model_dump(include=SHOWN),
         }
         infos = [
@@ -76,7 +78,7 @@ class StorePlan(NamedTuple):
             )
             for one in hooked
         ]
-        return cls(hooked, rows, infos, config)
+        return cls(hooked, rows, infos, config, weights)
 
     def request(self, lm: AnyModel) -> dict[str, Any]:
         """Return the facts that must be equal for an unfinished pass to be resumed."""
@@ -88,7 +90,7 @@ class StorePlan(NamedTuple):
         of_model = {} if isinstance(lm, Models) else {"processing": lm.processing, "model_dtype": f"torch.{lm.precision}"}
         return {
             **of_model,  # of several models, infos have these
-            "weights": lm.fingerprint(),
+            "weights": self.weights,
             "tokenizer": lm.tokenizer_hash,
             "batch_tokens": self.config.batch_tokens,
             "control": self.config.control,
